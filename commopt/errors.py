@@ -1,0 +1,55 @@
+"""Everything commopt raises on purpose.
+
+CommoptError
+├── ConfigError        a YAML file, an option or an argument is wrong; nothing has been started
+├── AttachError        a method, a model and an optimizer do not fit together; nothing has been changed
+├── GradientsChanged   gradients were modified between backward and step() where that would change the momentum instead
+├── GroupError         an exchange failed: a peer died, timed out, or sent another layout
+├── CheckpointError    a checkpoint does not belong to this model, method or world
+└── LaunchError        a job could not be started, or did not end well
+    └── EmulationError this machine cannot emulate the links that were asked for
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CommoptError(Exception):
+    """Base of every error that commopt raises on purpose."""
+
+
+class ConfigError(CommoptError, ValueError):
+    """A YAML file, an option or an argument is wrong; raised before any process starts."""
+
+
+class AttachError(CommoptError, ValueError):
+    """A method, a model and an optimizer do not fit together; raised before anything is changed."""
+
+
+class GradientsChanged(CommoptError, RuntimeError):
+    """Gradients were modified between backward and `step()`, where they are only a copy of the momentum."""
+
+
+class GroupError(CommoptError, RuntimeError):
+    """An exchange failed: a peer died, timed out, or sent another layout."""
+
+
+class CheckpointError(CommoptError, RuntimeError):
+    """A checkpoint does not belong to this model, method or world."""
+
+
+class LaunchError(CommoptError, RuntimeError):
+    """A job could not be started, or did not end well."""
+
+
+class EmulationError(LaunchError):
+    """This machine cannot emulate the links that were asked for."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'density'?"` when a known word is close to `word`, else the sorted list of known words."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(choices)}"

@@ -1,0 +1,146 @@
+"""What a link costs: tc's units, the schedule of each collective, and the seconds a model of the cluster predicts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from commopt.errors import ConfigError
+
+HEADER_BYTES = 66  # per segment on the interface: Ethernet 14, IPv4 20, TCP 32 with timestamps
+_RATE_UNITS = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12, "bps": 8, "kbps": 8e3, "mbps": 8e6, "gbps": 8e9}
+_TIME_UNITS = {"us": 1e-6, "usec": 1e-6, "ms": 1e-3, "msec": 1e-3, "s": 1.0, "sec": 1.0}
+
+
+def _quantity(text: str | int | float, units: Mapping[str, float], kind: str, example: str) -> float:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*", str(text).lower())
+    if match is None or match[2] not in units:
+        raise ConfigError(f"{text!r} is no {kind}; write a number and one of {', '.join(units)}, as in {example!r}")
+    return float(match[1]) * units[match[2]]
+
+
+def parse_rate(text: str) -> float:
+    """Return bytes per second for a rate in tc's units (`100mbit`; `mbps` is megabytes, as in tc). Raises ConfigError."""
+    rate = _quantity(text, _RATE_UNITS, "rate", "100mbit") / 8
+    if rate <= 0:
+        raise ConfigError(f"{text!r} is no rate: it must be above zero; leave it out for an unlimited link")
+    return rate
+
+
+def parse_delay(text: str) -> float:
+    """Return seconds for a time in tc's units (`20ms`). Raises ConfigError."""
+    return _quantity(text, _TIME_UNITS, "delay", "20ms")
+
+
+def parse_loss(text: str) -> float:
+    """Return a probability for a percentage (`0.1%`). Raises ConfigError."""
+    loss = _quantity(str(text).replace("%", "percent"), {"percent": 0.01}, "loss", "0.1%")
+    if loss > 1:
+        raise ConfigError(f"{text!r} is no loss: at most 100%")
+    return loss
+
+
+def wire_bytes(payload_bytes: float, mtu: int = 1500) -> float:
+    """Bytes on an interface that sends `payload_bytes` and receives as many: segment headers, and one ACK for two segments."""
+    mss = mtu - 52
+    return payload_bytes * (1 + HEADER_BYTES / mss + HEADER_BYTES / (2 * mss))
+
+
+def schedule(operation: str, nbytes: int, rank: int, size: int, *, root: int = 0) -> dict[int, float]:
+    """Bytes that `rank` hands to each peer in one collective of `size` ranks, with the algorithm that Gloo and NCCL use.
+
+    `nbytes` is this rank's whole contribution: the tensor of an all-reduce (ring, 2(N-1)/N), the rank's own part of an
+    all-gather (ring, N-1), the tensor of a broadcast (binomial tree from `root`). All-to-all and swap name
+    their peers themselves and need no schedule.
+    """
+    if size == 1:
+        return {}
+    following = (rank + 1) % size
+    if operation == "all_reduce":
+        return {following: 2 * (size - 1) / size * nbytes}
+    if operation == "all_gather":
+        return {following: float((size - 1) * nbytes)}
+    if operation == "broadcast":
+        place = (rank - root) % size
+        first = 1 << place.bit_length()  # a rank sends in the rounds after the one in which it was reached
+        return {(place + step + root) % size: float(nbytes) for step in _powers(first, size) if place + step < size}
+    raise ValueError(f"no schedule for operation {operation!r}")
+
+
+def _powers(first: int, stop: int) -> list[int]:
+    return [1 << k for k in range(first.bit_length() - 1, stop.bit_length()) if (1 << k) >= first]
+
+
+def rounds(operation: str, size: int) -> int:
+    """Sequential message rounds of one collective: what latency is multiplied by."""
+    if size == 1:
+        return 0
+    ring = size - 1
+    return {"all_reduce": 2 * ring, "all_gather": ring, "broadcast": math.ceil(math.log2(size))}.get(operation, 1)
+
+
+@dataclass(frozen=True)
+class LinkModel:
+    """Seconds for a set of simultaneous messages: latency plus bytes over bandwidth, for the most loaded pipe.
+
+    A node has one pipe out and one pipe in, both of `bytes_per_s[node]`. Nodes of different sites also share one
+    pipe per site and direction, of `between_bytes_per_s[site]`. Ranks of one node reach each other for nothing.
+
+    node_of_rank: (ranks,) node index of each rank. site_of_node: (nodes,) site index; all 0 where there is one site.
+    bytes_per_s, latency_s: (nodes,) rate and one-way delay of each node's link; `math.inf` and 0.0 where unlimited.
+    between_bytes_per_s, between_latency_s: (sites,) the same for each site's link to the others.
+    """
+
+    node_of_rank: tuple[int, ...]
+    bytes_per_s: tuple[float, ...]
+    latency_s: tuple[float, ...]
+    site_of_node: tuple[int, ...]
+    between_bytes_per_s: tuple[float, ...] = (math.inf,)
+    between_latency_s: tuple[float, ...] = (0.0,)
+
+    @classmethod
+    def uniform(cls, ranks: int, rate: str | None = None, delay: str = "0ms") -> LinkModel:
+        """One rank per node and the same link everywhere: `LinkModel.uniform(4, "50mbit", "1ms")`."""
+        bytes_per_s = math.inf if rate is None else parse_rate(rate)
+        return cls(tuple(range(ranks)), (bytes_per_s,) * ranks, (parse_delay(delay),) * ranks, (0,) * ranks)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.node_of_rank)
+
+    def between_nodes(self, sent: Mapping[int, float], rank: int) -> float:
+        """The share of `sent` (bytes by peer rank) that leaves the node of `rank`."""
+        return sum(n for peer, n in sent.items() if self.node_of_rank[peer] != self.node_of_rank[rank])
+
+    def seconds(self, sent: Sequence[Mapping[int, float]], message_rounds: int = 1) -> float:
+        """Seconds until the last of these messages has arrived. sent[i][j]: bytes that rank i hands to rank j."""
+        load: dict[tuple[str, int], float] = {}
+        latency_s = 0.0
+        for rank, messages in enumerate(sent):
+            a = self.node_of_rank[rank]
+            for peer, nbytes in messages.items():
+                b = self.node_of_rank[peer]
+                if a == b:
+                    continue
+                pipes = [("out", a), ("in", b)]
+                delay = self.latency_s[a] + self.latency_s[b]
+                site_a, site_b = self.site_of_node[a], self.site_of_node[b]
+                if site_a != site_b:
+                    pipes += [("site out", site_a), ("site in", site_b)]
+                    delay += self.between_latency_s[site_a] + self.between_latency_s[site_b]
+                latency_s = max(latency_s, delay)
+                for pipe in pipes:
+                    load[pipe] = load.get(pipe, 0.0) + nbytes
+        busiest = max((nbytes / self._rate(pipe) for pipe, nbytes in load.items()), default=0.0)
+        return message_rounds * latency_s + busiest
+
+    def collective_seconds(self, operation: str, nbytes: int) -> float:
+        """Seconds of one collective of all ranks with `nbytes` from each."""
+        sent = [schedule(operation, nbytes, rank, self.ranks) for rank in range(self.ranks)]
+        return self.seconds(sent, rounds(operation, self.ranks))
+
+    def _rate(self, pipe: tuple[str, int]) -> float:
+        kind, index = pipe
+        return (self.between_bytes_per_s if kind.startswith("site") else self.bytes_per_s)[index]
