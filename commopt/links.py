@@ -89,7 +89,8 @@ class LinkModel:
     pipe per site and direction, of `between_bytes_per_s[site]`. Ranks of one node reach each other for nothing.
 
     node_of_rank: (ranks,) node index of each rank. site_of_node: (nodes,) site index; all 0 where there is one site.
-    bytes_per_s, latency_s: (nodes,) rate and one-way delay of each node's link; `math.inf` and 0.0 where unlimited.
+    bytes_per_s, latency_s: (nodes,) rate of each node's link and the delay it adds to what the node sends;
+    `math.inf` and 0.0 where unlimited.
     between_bytes_per_s, between_latency_s: (sites,) the same for each site's link to the others.
     """
 
@@ -125,11 +126,11 @@ class LinkModel:
                 if a == b:
                     continue
                 pipes = [("out", a), ("in", b)]
-                delay = self.latency_s[a] + self.latency_s[b]
+                delay = self.latency_s[a]
                 site_a, site_b = self.site_of_node[a], self.site_of_node[b]
                 if site_a != site_b:
                     pipes += [("site out", site_a), ("site in", site_b)]
-                    delay += self.between_latency_s[site_a] + self.between_latency_s[site_b]
+                    delay += self.between_latency_s[site_a]
                 latency_s = max(latency_s, delay)
                 for pipe in pipes:
                     load[pipe] = load.get(pipe, 0.0) + nbytes
