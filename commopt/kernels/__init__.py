@@ -1,1 +1,35 @@
+"""The hot loops, one function each, chosen by where the tensors live."""
 
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+
+def of(device: torch.device) -> ModuleType:
+    """The module whose kernels work on tensors of this device: numba on the CPU, plain torch elsewhere."""
+    if device.type == "cpu":
+        from commopt.kernels import cpu
+
+        return cpu
+    from commopt.kernels import reference
+
+    return reference
+
+
+def warm_up() -> None:
+    """Compile every CPU kernel once, so that no rank does it in its first step; quick where the cache on disk has them."""
+    import numpy as np
+
+    from commopt.bucket import Blocks
+
+    one = np.zeros(1, dtype=np.int64)
+    blocks = Blocks(one, one, one + 8, one, one)
+    kernels = of(torch.device("cpu"))
+    x, residual = torch.ones(8), torch.zeros(8)
+    scales, bits = torch.ones(1), torch.zeros(1, dtype=torch.uint8)
+    kernels.block_sums(x, residual, blocks, squared=True)
+    kernels.compress_signs_(x, residual, blocks, scales, bits, squared=False)
+    kernels.pack_signs_(x, residual, blocks, scales, bits)
+    kernels.unpack_signs_(bits, scales, blocks, x, alpha=1.0, add=True)

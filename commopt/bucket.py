@@ -1,0 +1,203 @@
+"""A flat tensor with named parameter views, and the blocks that its elements are compressed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Int64Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ParameterIndex:
+    """The trainable parameters in registration order: what state is laid out by, on every rank alike.
+
+    Residuals, momentum and variance are one flat tensor each, in this order, so that nothing depends on how
+    DDP happens to bucket the gradients.
+    """
+
+    names: tuple[str, ...]
+    numels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, named_parameters: Iterable[tuple[str, Tensor]]) -> ParameterIndex:
+        pairs = [(name, p.numel()) for name, p in named_parameters]
+        return cls(tuple(name for name, _ in pairs), tuple(n for _, n in pairs))
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        return {name: k for k, name in enumerate(self.names)}
+
+    @cached_property
+    def offsets(self) -> Int64Array:
+        """(P + 1,) where each parameter starts in a flat tensor of all; the last entry is the total."""
+        return np.concatenate([[0], np.cumsum(self.numels)]).astype(np.int64)
+
+    @property
+    def total(self) -> int:
+        return int(self.offsets[-1])
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """The (n,) slice of a flat tensor of all parameters that belongs to `name`."""
+        k = self.position[name]
+        return flat[int(self.offsets[k]) : int(self.offsets[k + 1])]
+
+
+@dataclass
+class Bucket:
+    """One flat tensor with named parameter views: DDP's bucket, an optimizer's parameters and an outer delta are all this.
+
+    flat: (n,), the values; names: the parameters it holds, in the order they lie in it; starts: (len(names),) where
+    each begins. After an exchange `void` names the first parameter that held a NaN or an inf on any rank, or is None.
+    """
+
+    flat: Tensor
+    names: tuple[str, ...]
+    starts: tuple[int, ...]
+    label: str = "bucket 0"
+    void: str | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, tensors: Sequence[tuple[str, Tensor]], label: str = "bucket 0") -> Bucket:
+        """Copy named tensors into one flat bucket."""
+        flat = torch.cat([x.detach().reshape(-1) for _, x in tensors])
+        starts = np.concatenate([[0], np.cumsum([x.numel() for _, x in tensors])[:-1]])
+        return cls(flat, tuple(name for name, _ in tensors), tuple(int(s) for s in starts), label)
+
+    def with_flat(self, flat: Tensor) -> Bucket:
+        """The same views over another flat tensor."""
+        return Bucket(flat, self.names, self.starts, self.label)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Runs of consecutive elements that are compressed one by one: the unit of scale, ownership, residual and finiteness.
+
+    starts: (B,) where each block begins in the tensor that holds the values. homes: (B,) where it begins in the state
+    (a flat tensor in registration order). lengths: (B,). parameters: (B,) index of the parameter it is part of.
+    groups: (B,) blocks with the same number share one scale. byte_starts: (B,) where its sign bits begin.
+    """
+
+    starts: Int64Array
+    homes: Int64Array
+    lengths: Int64Array
+    parameters: Int64Array
+    groups: Int64Array
+
+    @cached_property
+    def byte_starts(self) -> Int64Array:
+        sizes = (self.lengths + 7) // 8
+        return np.asarray(np.cumsum(sizes) - sizes, dtype=np.int64)
+
+    @cached_property
+    def sign_bytes(self) -> int:
+        """Bytes of one bit per element, each block padded to whole bytes."""
+        return int(((self.lengths + 7) // 8).sum())
+
+    @cached_property
+    def elements(self) -> int:
+        return int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def at_home(self) -> Blocks:
+        """The same blocks, where the values themselves lie in registration order."""
+        return Blocks(self.homes, self.homes, self.lengths, self.parameters, self.groups)
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Every block of a model, and which rank serves it.
+
+    Per parameter the cut is decided once, at attach, by registration order; a bucket's blocks are looked up here, so that
+    results do not depend on the bucket layout.
+
+    offsets: (B,) within its parameter; lengths, parameters, groups: (B,); owners: (B,) the rank that serves the block.
+    """
+
+    index: ParameterIndex
+    ranks: int
+    offsets: Int64Array
+    lengths: Int64Array
+    parameters: Int64Array
+    groups: Int64Array
+    owners: Int64Array
+
+    @classmethod
+    def cut(cls, index: ParameterIndex, ranks: int, block_lengths: Callable[[int, int], Sequence[int]], *, shared_scale: bool) -> BlockTable:
+        """Cut each parameter into blocks. block_lengths(numel, ranks) gives the lengths of one parameter's blocks.
+
+        With `shared_scale` the blocks of a parameter share a scale, and its j-th block is served by rank j; else block b,
+        counted over all parameters in registration order, is served by rank b mod N.
+        """
+        lengths_of = [np.asarray(block_lengths(n, ranks), dtype=np.int64) for n in index.numels]
+        counts = np.asarray([len(lengths) for lengths in lengths_of])
+        lengths = np.concatenate([*lengths_of, np.zeros(0, np.int64)]).astype(np.int64)
+        parameters = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
+        offsets = np.concatenate([*(np.cumsum(one) - one for one in lengths_of), np.zeros(0, np.int64)]).astype(np.int64)
+        number = np.arange(len(lengths), dtype=np.int64)
+        if shared_scale:
+            first = np.repeat(np.cumsum(counts) - counts, counts)
+            return cls(index, ranks, offsets, lengths, parameters, parameters, number - first)
+        return cls(index, ranks, offsets, lengths, parameters, number, number % ranks)
+
+    @cached_property
+    def _blocks_of(self) -> list[Int64Array]:
+        edges = np.searchsorted(self.parameters, np.arange(len(self.index.names) + 1))
+        return [np.arange(a, b, dtype=np.int64) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+    @cached_property
+    def _served_homes(self) -> Int64Array:
+        """(B,) where each block begins in its owner's server residual."""
+        homes = np.zeros(len(self.lengths), dtype=np.int64)
+        for rank in range(self.ranks):
+            mine = self.owners == rank
+            homes[mine] = np.cumsum(self.lengths[mine]) - self.lengths[mine]
+        return homes
+
+    def served_elements(self, rank: int) -> int:
+        """Elements of the server residual of `rank`."""
+        return int(self.lengths[self.owners == rank].sum())
+
+    def served_by(self, rank: int) -> Blocks:
+        """All blocks that `rank` serves: values and homes in its server residual, which lies in block order."""
+        own = np.flatnonzero(self.owners == rank)
+        homes = self._served_homes[own]
+        return Blocks(homes, homes, self.lengths[own], self.parameters[own], own)
+
+    def at_home(self, rank: int) -> Blocks:
+        """All blocks that `rank` serves, where they lie in a flat tensor of all parameters."""
+        own = np.flatnonzero(self.owners == rank)
+        homes = self.index.offsets[self.parameters[own]] + self.offsets[own]
+        return Blocks(homes, homes, self.lengths[own], self.parameters[own], own)
+
+    def parts(self, bucket: Bucket) -> Parts:
+        """The blocks of a bucket, by the rank that serves them."""
+        order = [self.index.position[name] for name in bucket.names]
+        own = np.concatenate([self._blocks_of[k] for k in order]) if order else np.zeros(0, np.int64)
+        start_of = np.zeros(len(self.index.names), dtype=np.int64)
+        start_of[order] = bucket.starts
+        by_owner, served = [], []
+        for rank in range(self.ranks):
+            mine = own[self.owners[own] == rank]
+            p, lengths = self.parameters[mine], self.lengths[mine]
+            within = self.offsets[mine]
+            by_owner.append(Blocks(start_of[p] + within, self.index.offsets[p] + within, lengths, p, self.groups[mine]))
+            local = np.cumsum(lengths) - lengths
+            served.append(Blocks(local, self._served_homes[mine], lengths, p, mine))
+        return Parts(tuple(by_owner), tuple(served))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A bucket's blocks by owner: as workers see them (in the bucket), and as the owner serves them (end to end)."""
+
+    by_owner: tuple[Blocks, ...]
+    served: tuple[Blocks, ...]

@@ -1,0 +1,68 @@
+"""What travels: a tuple of tensors in wire dtype, laid out in one uint8 buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Layout = tuple[tuple[torch.dtype, int], ...]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Tensors that travel together, as views of the one buffer that is sent and counted.
+
+    buffer: (nbytes,) u8, contiguous, a multiple of the widest element, so that payloads can stand one behind
+    the other. tensors: 1-D views of it in `layout`'s order, widest dtype first.
+    """
+
+    buffer: Tensor
+    layout: Layout
+
+    @classmethod
+    def allocate(cls, layout: Layout, device: torch.device | str = "cpu") -> Payload:
+        """A payload whose contents are still to be written; the padding at its end is zero."""
+        nbytes = layout_bytes(layout)
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        if nbytes:
+            buffer[-min(8, nbytes) :] = 0
+        return cls(buffer, layout)
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> Payload:
+        """Copy tensors into one new buffer."""
+        payload = cls.allocate(tuple((x.dtype, x.numel()) for x in tensors), tensors[0].device)
+        for view, x in zip(payload.tensors, tensors, strict=True):
+            view.copy_(x.reshape(-1))
+        return payload
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        views, offset = [], 0
+        for dtype, length in self.layout:
+            end = offset + length * dtype.itemsize
+            views.append(self.buffer[offset:end].view(dtype))
+            offset = end
+        return tuple(views)
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.numel()
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of a payload with this layout, padding included. Raises ValueError where a view would be misaligned."""
+    widths = [dtype.itemsize for dtype, _ in layout]
+    if widths != sorted(widths, reverse=True):
+        raise ValueError(f"a payload lists its widest dtype first, got {[str(dtype) for dtype, _ in layout]}")
+    nbytes = sum(dtype.itemsize * length for dtype, length in layout)
+    return -(-nbytes // max(widths, default=1)) * max(widths, default=1)
+
+
+def split(buffer: Tensor, layouts: Sequence[Layout]) -> list[Payload]:
+    """Cut a buffer of payloads that stand one behind the other."""
+    sizes = [layout_bytes(layout) for layout in layouts]
+    return [Payload(part, layout) for part, layout in zip(buffer.split(sizes), layouts, strict=True)]
