@@ -1,0 +1,471 @@
+"""What the YAML says: the nodes and links of a cluster, and the program, optimizer and methods of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from commopt.errors import ConfigError, did_you_mean
+from commopt.links import LinkModel, parse_delay, parse_loss, parse_rate
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+class Backend(str, Enum):
+    """The library that moves tensors."""
+
+    GLOO = "gloo"
+    NCCL = "nccl"
+
+
+class RendezvousBackend(str, Enum):
+    """How the agents of a job find each other."""
+
+    STATIC = "static"
+    C10D = "c10d"
+
+
+class Emulate(str, Enum):
+    """How the links are imposed: by the kernel, by pacing, not at all, or by the best that works."""
+
+    AUTO = "auto"
+    NETNS = "netns"
+    PACED = "paced"
+    NONE = "none"
+
+
+def _checked_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is no name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'")
+    return text
+
+
+def _checked_rate(text: str) -> str:
+    parse_rate(text)
+    return text
+
+
+def _checked_delay(text: str) -> str:
+    parse_delay(text)
+    return text
+
+
+def _checked_loss(text: str) -> str:
+    parse_loss(text)
+    return text
+
+
+def _as_text(value: object) -> object:
+    """Let `rate: 100` reach the parser of the unit, whose message says what is missing."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _as_nodes(value: object) -> object:
+    """Turn `4` into four names, and a list of names into a list of nodes."""
+    if isinstance(value, bool) or not isinstance(value, int | list):
+        raise ValueError(f"{_shown(value)} is no set of nodes; write how many (nodes: 4) or a list of {{name, host}}")
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("[] has no node; write at least one")
+        return [{"name": node} if isinstance(node, str) else node for node in value]
+    if not 1 <= value <= 1000:
+        raise ValueError(f"{value} is no number of nodes; write 1 to 1000")
+    return [{"name": f"node{index}"} for index in range(value)]
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+Rate = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_rate)]
+Delay = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_delay)]
+Loss = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_loss)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _MistakesError(ValueError):
+    """Mistakes that concern several keys: (key, what is wrong) pairs."""
+
+    def __init__(self, found: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{key}: {text}" for key, text in found))
+        self.found = found
+
+
+class Node(_Model):
+    """One machine, or one emulated machine where `host` is None."""
+
+    name: Name
+    host: str | None = None
+
+
+class Rendezvous(_Model):
+    """Where the agents of a job meet: on node 0, at `port`."""
+
+    backend: RendezvousBackend = RendezvousBackend.STATIC
+    port: int = Field(29500, ge=1, le=65535, strict=True)
+
+
+class Link(_Model):
+    """One link, in tc's units. What is None is not limited, or left to the setting that this one overrides."""
+
+    rate: Rate | None = None
+    delay: Delay | None = None
+    jitter: Delay | None = None
+    loss: Loss | None = None
+
+    @property
+    def bytes_per_s(self) -> float:
+        return math.inf if self.rate is None else parse_rate(self.rate)
+
+    @property
+    def delay_s(self) -> float:
+        return 0.0 if self.delay is None else parse_delay(self.delay)
+
+    @property
+    def jitter_s(self) -> float:
+        return 0.0 if self.jitter is None else parse_delay(self.jitter)
+
+    @property
+    def loss_probability(self) -> float:
+        return 0.0 if self.loss is None else parse_loss(self.loss)
+
+    def over(self, base: Link) -> Link:
+        """This link, with what it leaves open taken from `base`."""
+        given = {key: value for key in Link.model_fields if (value := getattr(self, key)) is not None}
+        return Link(**{**{key: getattr(base, key) for key in Link.model_fields}, **given})
+
+
+class Links(Link):
+    """Each node's own link, overrides of it, and the pipe of each site to the others."""
+
+    mtu: int = Field(1500, ge=576, le=65535, strict=True)
+    between: Link = Link()
+    nodes: dict[str, Link] = {}
+    sites: dict[str, Link] = {}
+
+
+class ClusterSpec(_Model):
+    """The nodes of a cluster, how many ranks each holds, and the links between them."""
+
+    name: Name = "cluster"
+    nodes: Annotated[list[Node], BeforeValidator(_as_nodes)]
+    slots: int = Field(1, ge=1, le=1024, strict=True)
+    backend: Backend = Backend.GLOO
+    rendezvous: Rendezvous = Rendezvous()
+    sites: dict[Name, list[str]] = {}
+    links: Links = Links()
+    emulate: Emulate | None = None
+
+    @model_validator(mode="after")
+    def _names_belong_together(self) -> ClusterSpec:
+        found = list(_mistakes(self))
+        if found:
+            raise _MistakesError(found)
+        return self
+
+    @property
+    def ranks(self) -> int:
+        return len(self.nodes) * self.slots
+
+    @property
+    def has_hosts(self) -> bool:
+        """Whether the nodes are real machines."""
+        return self.nodes[0].host is not None
+
+    @property
+    def emulation(self) -> Emulate:
+        """The `emulate` of the file; by default real machines stay as they are, and others get the best that works."""
+        return self.emulate or (Emulate.NONE if self.has_hosts else Emulate.AUTO)
+
+    @property
+    def site_of_node(self) -> tuple[int, ...]:
+        """(nodes,) index of each node's site, in the order of the file; all 0 without sites."""
+        place = {node: index for index, members in enumerate(self.sites.values()) for node in members}
+        return tuple(place.get(node.name, 0) for node in self.nodes)
+
+    def link(self, node: int) -> Link:
+        """The link of one node: its own override, then its site's, then everybody's."""
+        name, sites = self.nodes[node].name, list(self.sites)
+        link: Link = self.links
+        if sites and (override := self.links.sites.get(sites[self.site_of_node[node]])):
+            link = override.over(link)
+        if own := self.links.nodes.get(name):
+            link = own.over(link)
+        return link
+
+    def link_model(self) -> LinkModel:
+        """The same links as arithmetic: what pacing imposes and the planner computes with."""
+        links = [self.link(index) for index in range(len(self.nodes))]
+        sites, between = max(1, len(self.sites)), self.links.between
+        return LinkModel(
+            node_of_rank=tuple(rank // self.slots for rank in range(self.ranks)),
+            bytes_per_s=tuple(link.bytes_per_s for link in links),
+            latency_s=tuple(link.delay_s for link in links),
+            site_of_node=self.site_of_node,
+            between_bytes_per_s=(between.bytes_per_s,) * sites,
+            between_latency_s=(between.delay_s,) * sites,
+        )
+
+
+def _mistakes(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
+    names = [node.name for node in spec.nodes]
+    for index, node in enumerate(spec.nodes):
+        if node.name in names[:index]:
+            yield f"nodes.{index}.name", f"{node.name!r} names two nodes; give each its own name"
+        if (node.host is None) != (spec.nodes[0].host is None):
+            yield f"nodes.{index}.host", "is given for some nodes only; write it for all of them, or for none"
+    hosts = [node.host for node in spec.nodes if node.host is not None]
+    for index, host in enumerate(hosts):
+        if host in hosts[:index]:
+            yield (
+                f"nodes.{index}.host",
+                f"{host!r} is the host of two nodes; use 'slots' for several ranks on one machine",
+            )
+    place: dict[str, str] = {}
+    for site, members in spec.sites.items():
+        if not members:
+            yield f"sites.{site}", "[] has no node; write at least one, or leave the site out"
+        for member in members:
+            if member not in names:
+                yield f"sites.{site}", f"there is no node {member!r}{did_you_mean(member, names)}"
+            elif member in place:
+                yield f"sites.{site}", f"{member!r} is in site {place[member]!r} too; a node belongs to one site"
+            place[member] = site
+    if spec.sites and (homeless := [name for name in names if name not in place]):
+        yield "sites", f"{homeless[0]!r} is in no site; put every node in one"
+    for node_name in spec.links.nodes:
+        if node_name not in names:
+            yield f"links.nodes.{node_name}", f"there is no such node{did_you_mean(node_name, names)}"
+    for site in spec.links.sites:
+        if site not in spec.sites:
+            hint = did_you_mean(site, spec.sites) if spec.sites else "; name the sites under 'sites' first"
+            yield f"links.sites.{site}", f"there is no such site{hint}"
+    if spec.links.between != Link() and len(spec.sites) < 2:
+        yield "links.between", "has no effect without two sites; name them under 'sites'"
+
+
+class RunSpec(_Model):
+    """A program, its arguments, and the methods to run it with; paths are absolute, whatever the file says.
+
+    `optimizer` and each value of `methods` are passed on as they are: the method checks its own options.
+    """
+
+    name: Name = "run"
+    path: Path = Field(exclude=True)
+    cluster_path: Path
+    cluster: ClusterSpec
+    program: Path
+    arguments: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]]
+
+    def argument_words(self) -> list[str]:
+        """`arguments` as command-line words: {layers: 4, no_bias: true} -> --layers 4 --no-bias."""
+        words: list[str] = []
+        for key, value in self.arguments.items():
+            if value is None or value is False:
+                continue
+            words.append("--" + key.replace("_", "-"))
+            if value is not True:
+                words += [str(word) for word in (value if isinstance(value, list) else [value])]
+        return words
+
+
+class _RunFile(_Model):
+    """The keys of a run's YAML."""
+
+    name: Name = "run"
+    cluster: str
+    program: str
+    arguments: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    methods: dict[str, Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]]
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> _RunFile:
+        found = []
+        if not self.methods:
+            found.append(("methods", "{} names no method; write at least one, as in 'dense: {}'"))
+        if self.optimizer and not isinstance(self.optimizer.get("name"), str):
+            found.append(("optimizer.name", "is missing; write the optimizer's name, as in 'name: adam'"))
+        for key, value in self.arguments.items():
+            items = value if isinstance(value, list) else [value]
+            if any(isinstance(item, dict | list) for item in items):
+                found.append((f"arguments.{key}", f"{_shown(value)} is no word; write a text, a number or a flat list"))
+        if found:
+            raise _MistakesError(found)
+        return self
+
+
+def load_cluster(path: str | Path) -> ClusterSpec:
+    """Read a cluster's YAML. Raises ConfigError, one line a mistake: `FILE: key: what is wrong; what to write`."""
+    return _build(ClusterSpec, _read(Path(path)), str(path))
+
+
+def load_run(path: str | Path) -> RunSpec:
+    """Read a run's YAML and the cluster it names. Raises ConfigError as `load_cluster` does."""
+    given = Path(path)
+    file = _build(_RunFile, _read(given), str(path))
+    folder = given.resolve().parent
+    mistakes = []
+    places = {}
+    for key, text in (("cluster", file.cluster), ("program", file.program)):
+        places[key] = (folder / text).resolve()
+        if not places[key].is_file():
+            mistakes.append(
+                f"{path}: {key}: {text!r} does not exist; paths are relative to the file's folder, {folder}"
+            )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    fields = file.model_dump(exclude={"cluster", "program"})
+    cluster = load_cluster(_short(places["cluster"]))
+    return RunSpec(
+        path=given.resolve(), cluster_path=places["cluster"], cluster=cluster, program=places["program"], **fields
+    )
+
+
+def _short(path: Path) -> Path:
+    """The path as a user would type it from here, where that is shorter."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+# Reading YAML: the scalars of YAML 1.2 (so that 2e-3 is a number and `no` a word), and no key twice.
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)"
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", rf"{_NUMBER}(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _construct_int(_: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no text in UTF-8; write YAML") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path}: {line}{error.problem or 'is no YAML'}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: is no YAML: {str(error).splitlines()[0]}") from None
+    if data is None:
+        raise ConfigError(f"{path}: is empty; write keys and values, as in 'nodes: 4'")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: is no set of keys and values; write one, as in 'nodes: 4'")
+    return data
+
+
+# From pydantic's errors to lines that name the key, the value and the fix.
+
+_Spec = TypeVar("_Spec", bound=BaseModel)
+
+
+def _build(model: type[_Spec], data: Mapping[str, Any], file: str) -> _Spec:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{file}: {key}: {text}" for detail in error.errors() for key, text in _explained(model, detail)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[str, str]]:
+    location = [part for part in detail["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in location)
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "value_error":
+        cause = context["error"]
+        if isinstance(cause, _MistakesError):
+            return [(f"{key}.{inner}" if key else inner, text) for inner, text in cause.found]
+        return [(key, str(cause))]
+    if kind == "missing":
+        return [(key, "is missing; write it")]
+    if kind == "extra_forbidden":
+        return [(key, f"unknown key{did_you_mean(str(location[-1]), _known_keys(model, location[:-1]))}")]
+    if value is None:
+        return [(key, "is empty; write a value, or leave the key out")]
+    wanted = {
+        "int": "whole number",
+        "string": "text",
+        "list": "list",
+        "dict": "set of keys and values",
+        "model": "set of keys and values",
+    }
+    if kind in ("enum", "literal_error"):
+        choices = [choice.strip("' ") for choice in str(context["expected"]).replace(" or ", ",").split(",")]
+        hint = did_you_mean(str(value), choices)
+        return [(key, f"{_shown(value)} is unknown{hint}")]
+    if kind == "greater_than_equal":
+        return [(key, f"{_shown(value)} is too small; write {context['ge']} or more")]
+    if kind == "less_than_equal":
+        return [(key, f"{_shown(value)} is too large; write {context['le']} or less")]
+    for prefix, words in wanted.items():
+        if kind.startswith(prefix):
+            return [(key, f"{_shown(value)} is no {words}; write one")]
+    return [(key, f"{_shown(value)} does not fit: {detail['msg'].lower()}")]
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys that the model at this place of the file knows."""
+    place: Any = model
+    for part in location:
+        if isinstance(place, type) and issubclass(place, BaseModel):
+            place = place.model_fields[str(part)].annotation
+        else:
+            place = typing.get_args(place)[-1]
+        while typing.get_origin(place) in (Annotated, typing.Union, types.UnionType):
+            place = typing.get_args(place)[0]
+    return list(place.model_fields) if isinstance(place, type) and issubclass(place, BaseModel) else []
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if not isinstance(value, bool) else str(value).lower()
+    return text if len(text) <= 60 else text[:57] + "..."
