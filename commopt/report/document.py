@@ -1,0 +1,211 @@
+"""The results document that `--json` writes; every field says what it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+import commopt
+
+if TYPE_CHECKING:
+    from commopt.cluster.spec import ClusterSpec
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, serialize_by_alias=True)
+
+
+class Node(_Model):
+    """One node of the cluster."""
+
+    name: str = Field(description="the node's name in the cluster's YAML; never a host name")
+    ranks: int = Field(description="how many ranks it holds")
+    rate: str | None = Field(None, description="its link's rate each way in tc's units; null where unlimited")
+    delay: str | None = Field(None, description="delay its link adds to what it sends; null where none")
+    jitter: str | None = Field(None, description="variation of that delay; null where none")
+    loss: str | None = Field(None, description="packets lost on its link; null where none")
+    site: str | None = Field(None, description="the site it stands in; null where there are no sites")
+
+
+class Cluster(_Model):
+    """The cluster that the runs were trained on, and how its links were imposed."""
+
+    name: str = Field(description="the cluster's name in its YAML")
+    backend: str = Field("gloo", description="the library that moved tensors: gloo or nccl")
+    nodes: list[Node] = Field(description="the nodes, in the order of their rank")
+    mtu: int = Field(1500, description="bytes of an IP packet at most, on every link")
+    between_rate: str | None = Field(None, description="rate of the pipe of each site to the others, each way")
+    between_delay: str | None = Field(None, description="delay of that pipe")
+    emulation: str = Field("none", description="how the links were imposed: netns (by the kernel), paced, or none")
+    notices: list[str] = Field([], description="what the emulation could not do as the YAML asks, in sentences")
+
+    @classmethod
+    def from_spec(cls, spec: ClusterSpec, *, emulation: str, notices: Sequence[str] = ()) -> Cluster:
+        """Describe a cluster's YAML and what became of it on this machine; host names are left out."""
+        sites = {node: site for site, members in spec.sites.items() for node in members}
+        nodes = []
+        for index, node in enumerate(spec.nodes):
+            link = spec.link(index).model_dump(include={"rate", "delay", "jitter", "loss"})
+            nodes.append(Node(name=node.name, ranks=spec.slots, site=sites.get(node.name), **link))
+        between = spec.links.between
+        return cls(
+            name=spec.name,
+            backend=spec.backend.value,
+            nodes=nodes,
+            mtu=spec.links.mtu,
+            between_rate=between.rate,
+            between_delay=between.delay,
+            emulation=emulation,
+            notices=list(notices),
+        )
+
+
+class Environment(_Model):
+    """The machine and the software that the numbers depend on; no host name, no user, no path."""
+
+    python: str = Field(description="version of Python")
+    torch: str | None = Field(description="version of torch; null where it is not installed")
+    commopt: str = Field(description="version of commopt")
+    cpu_count: int = Field(description="processors that this process may use")
+    platform: str = Field(description="operating system, its release, and the machine's architecture")
+
+    @classmethod
+    def here(cls) -> Environment:
+        """The environment of this process."""
+        try:
+            torch = importlib.metadata.version("torch")
+        except importlib.metadata.PackageNotFoundError:
+            torch = None
+        affinity = getattr(os, "sched_getaffinity", None)
+        cpu_count = len(affinity(0)) if affinity else os.cpu_count() or 1
+        system = f"{platform.system()} {platform.release()} {platform.machine()}"
+        version = platform.python_version()
+        return cls(python=version, torch=torch, commopt=commopt.__version__, cpu_count=cpu_count, platform=system)
+
+
+class TrainedModel(_Model):
+    """The model that every run trained."""
+
+    parameters: int | None = Field(description="how many parameters; null where no run came so far as to say it")
+
+
+class Validation(_Model):
+    """One validation."""
+
+    after_steps: int = Field(description="steps trained before it")
+    seconds: float = Field(description="training seconds before it, on the axis of the run's `seconds`")
+    loss: float | None = Field(description="mean over the ranks, weighted by their tokens; null where not finite")
+
+
+class Event(_Model):
+    """Something else that ranks recorded, such as a voided step; equal events of several ranks are one."""
+
+    kind: str = Field(description="what happened: voided, or a program's own word")
+    ranks: list[int] = Field(description="the ranks that recorded it")
+    fields: dict[str, Any] = Field(description="what they said about it: the step, the parameter's name")
+
+
+class NodeBytes(_Model):
+    """The byte count of one node in the measured window, beside its interface's."""
+
+    node: str = Field(description="the node's name")
+    payload_bytes: float = Field(description="payload that left the node in the window, by commopt's count")
+    modelled_bytes: float = Field(description="the same with segment headers and acknowledgements")
+    nic_tx_bytes: float = Field(description="bytes that its interface transmitted in the window, by the kernel's count")
+    ratio: float | None = Field(description="nic_tx_bytes over modelled_bytes; null where modelled_bytes is 0")
+    ok: bool = Field(description="whether the two counts agree within 3 %, or within 10 kB")
+
+
+class Traffic(_Model):
+    """What one operation handed to the network in the measured window, over all ranks; payload, without headers."""
+
+    method: str = Field(description="the method that called it")
+    operation: str = Field(description="the collective or exchange")
+    bucket: str = Field(description="the bucket it was called for")
+    calls: int = Field(description="calls, over all ranks")
+    bytes: float = Field(description="payload bytes, counting the collective's schedule, over all ranks")
+
+
+class RunResult(_Model):
+    """One method's run."""
+
+    name: str = Field(description="what tables and plots call the run: the method, with a number where it ran twice")
+    method: str = Field(description="the method's name")
+    options: dict[str, Any] = Field({}, description="the method's options as given")
+    status: Literal["finished", "failed"] = Field(description="whether every rank trained to the end")
+    failure: str | None = Field(None, description="why the run is failed; null where it finished")
+    ranks: int = Field(description="ranks in the run")
+    parameters: int | None = Field(None, description="parameters of the model it trained")
+    steps: int = Field(description="optimizer steps that were done")
+    steps_planned: int = Field(description="optimizer steps that were asked for")
+    warmup_steps: int | None = Field(None, description="steps before the first steady one; null where none was steady")
+    tokens: int = Field(description="tokens trained on, over all ranks")
+    train_loss: list[float | None] = Field(description="per step, mean over the ranks; null where not finite")
+    val_loss: float | None = Field(None, description="the last validation's loss; null where none or not finite")
+    validations: list[Validation] = Field([], description="every validation, in order")
+    step_seconds: list[float] = Field(description="per step, its seconds, mean over the ranks")
+    seconds: list[float] = Field(
+        description="per step, training seconds until its end: the running sum of step_seconds"
+    )
+    step_s: float | None = Field(
+        None,
+        description="seconds per step in the steady phase: the median of each rank's steady steps, of the slowest rank",
+    )
+    step_mean_s: float | None = Field(None, description="mean seconds of the steady steps, over steps and ranks")
+    compute_s: float | None = Field(
+        None, description="median of the same steps with communication switched off, of the slowest rank"
+    )
+    wait_share: float | None = Field(
+        None, description="share of the steady steps' seconds spent waiting for the network, over steps and ranks"
+    )
+    wall_s: float | None = Field(
+        None,
+        description="seconds from the start of training to the end of the last step, with validations between them",
+    )
+    window_steps: int = Field(0, description="steps of the measured window, which lies in the steady phase")
+    payload_bytes_per_step: float | None = Field(
+        None,
+        description="bytes that one rank hands to the network per step of the window, without headers, counting a "
+        "collective's schedule; mean over the ranks",
+    )
+    nic_tx_bytes_per_step: float | None = Field(
+        None,
+        description="bytes per step that left the interface of the node that sent most, by the kernel's count, with "
+        "headers; null where nodes have no interface of their own",
+    )
+    nic_over_model: float | None = Field(
+        None, description="the interface's count over commopt's with headers, of the node that is farthest from 1"
+    )
+    nodes: list[NodeBytes] = Field(
+        [], description="both byte counts of every node; empty where there is only commopt's"
+    )
+    traffic: list[Traffic] = Field([], description="commopt's count of the window in detail, the largest first")
+    defects: list[str] = Field([], description="disagreements of the two byte counts, worded for a bug report")
+    events: list[Event] = Field([], description="what else the ranks recorded, in order")
+    notices: list[str] = Field(
+        [], description="what a reader should know about how this run was recorded, in sentences"
+    )
+    speedup_vs_dense: float | None = Field(
+        None, description="step_s of dense over this step_s; null without dense or without a steady phase"
+    )
+
+
+class Results(_Model):
+    """What `--json` writes: every run of one comparison, and what they ran on."""
+
+    schema_version: Literal[1] = Field(1, alias="schema", description="version of this format")
+    created: str = Field(description="when the document was made, in UTC, ISO 8601")
+    cluster: Cluster = Field(description="the cluster, and how its links were imposed")
+    environment: Environment = Field(description="software and machine")
+    model: TrainedModel = Field(description="the model that was trained")
+    runs: list[RunResult] = Field(description="one per method, in the order they ran")
+
+    @property
+    def dense(self) -> RunResult | None:
+        """The run that the others are compared with: the first of the method dense."""
+        return next((run for run in self.runs if run.method == "dense"), None)

@@ -1,0 +1,238 @@
+"""What the ranks of each run wrote, merged into the results document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from commopt.meter import CountCheck, TrafficRow, Window, merge, verify
+from commopt.report.document import (
+    Cluster,
+    Environment,
+    Event,
+    Node,
+    NodeBytes,
+    Results,
+    RunResult,
+    Traffic,
+    TrainedModel,
+    Validation,
+)
+from commopt.report.record import RankRecord, rank_files
+
+__all__ = ["Cluster", "Environment", "Node", "Results", "RunResult", "assemble", "collect"]
+
+
+def assemble(runs: Sequence[RunResult], cluster: Cluster, *, environment: Environment | None = None) -> Results:
+    """Put runs side by side: names that differ, and each run's speed-up over dense."""
+    dense = next((run for run in runs if run.method == "dense"), None)
+    named: list[RunResult] = []
+    for run in runs:
+        before = sum(earlier.method == run.method for earlier in named)
+        name = run.method if before == 0 else f"{run.method} ({before + 1})"
+        speedup = dense.step_s / run.step_s if dense and dense.step_s and run.step_s else None
+        named.append(run.model_copy(update={"name": name, "speedup_vs_dense": speedup}))
+    parameters = next((run.parameters for run in runs if run.parameters is not None), None)
+    return Results(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        cluster=cluster,
+        environment=environment or Environment.here(),
+        model=TrainedModel(parameters=parameters),
+        runs=named,
+    )
+
+
+def collect(
+    record_dir: Path, *, method: str = "unknown", options: Mapping[str, Any] | None = None, failure: str | None = None
+) -> RunResult:
+    """Merge the ranks' files of one run.
+
+    method, options: used where no rank lived to write them. failure: why the launcher says that the run did not end
+    well. A run that lacks a rank or an end line is failed too; what its ranks did write is merged all the same.
+    """
+    records = [RankRecord.read(path) for path in rank_files(record_dir)]
+    started = {record.rank: record for record in records if record.start is not None}
+    first: Mapping[str, Any] = next((r.start for r in started.values() if r.start), {})
+    ranks, steps_planned = int(first.get("world_size", len(records))), int(first.get("steps", 0))
+    reasons = ([failure] if failure else []) + list(_missing(started, ranks, steps_planned))
+    return RunResult(
+        name=str(first.get("method", method)),
+        method=str(first.get("method", method)),
+        options=dict(first.get("options", options or {})),
+        status="failed" if reasons else "finished",
+        failure="; ".join(reasons) or None,
+        ranks=ranks,
+        parameters=first.get("parameters"),
+        steps_planned=steps_planned,
+        events=_events(list(started.values())),
+        notices=list(_notices(records, list(started.values()))),
+        **_training(list(started.values())),
+        **_speed(list(started.values())),
+        **_bytes(started, ranks),
+    )
+
+
+def _missing(started: Mapping[int, RankRecord], ranks: int, steps_planned: int) -> list[str]:
+    """What is not there that a finished run would have written, in short sentences."""
+    if not started:
+        return ["no rank wrote a record"]
+    silent = [rank for rank in range(ranks) if rank not in started]
+    cut = {rank: len(record.steps) for rank, record in started.items() if not record.ended}
+    reasons = [f"{_ranks(silent)} wrote no record"] if silent else []
+    for steps in sorted(set(cut.values())):
+        who = _ranks([rank for rank, done in cut.items() if done == steps])
+        reasons.append(f"the record of {who} stops after {steps} of {steps_planned} steps")
+    return reasons
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {listed}"
+
+
+def _training(records: Sequence[RankRecord]) -> dict[str, Any]:
+    """Loss and time along the run; at each step, the mean over the ranks that did it."""
+    by_step: dict[int, list[tuple[float | None, float, bool]]] = {}
+    for record in records:
+        for line in record.steps:
+            by_step.setdefault(line.step, []).append((line.loss, line.seconds, line.steady))
+    rows = [by_step[step] for step in sorted(by_step)]
+    step_seconds = [fmean(seconds for _, seconds, _ in row) for row in rows]
+    seconds = [0.0]
+    for each in step_seconds:
+        seconds.append(seconds[-1] + each)
+    steady = [all(is_steady for _, _, is_steady in row) for row in rows]
+    validations = _validations(records, seconds)
+    return {
+        "steps": len(rows),
+        "warmup_steps": steady.index(True) if any(steady) else None,
+        "tokens": sum(line.tokens for record in records for line in record.steps),
+        "train_loss": [_mean_loss([(loss, 1) for loss, _, _ in row]) for row in rows],
+        "step_seconds": step_seconds,
+        "seconds": seconds[1:],
+        "validations": validations,
+        "val_loss": validations[-1].loss if validations else None,
+        "wall_s": max((record.steps[-1].at_s for record in records if record.steps), default=None),
+    }
+
+
+def _mean_loss(weighted: Sequence[tuple[float | None, int]]) -> float | None:
+    """Weighted mean; None if any is None, since the mean over ranks would not be finite either."""
+    weight = sum(tokens for _, tokens in weighted)
+    if weight <= 0 or any(loss is None for loss, _ in weighted):
+        return None
+    return sum((loss or 0.0) * tokens for loss, tokens in weighted) / weight
+
+
+def _validations(records: Sequence[RankRecord], seconds: Sequence[float]) -> list[Validation]:
+    by_steps: dict[int, list[tuple[float | None, int]]] = {}
+    for record in records:
+        for line in record.validations:
+            by_steps.setdefault(line.steps, []).append((line.loss, line.tokens))
+    return [
+        Validation(after_steps=steps, seconds=seconds[min(steps, len(seconds) - 1)], loss=_mean_loss(losses))
+        for steps, losses in sorted(by_steps.items())
+    ]
+
+
+def _speed(records: Sequence[RankRecord]) -> dict[str, Any]:
+    """Times of the steady phase.
+
+    The median is taken per rank, and then the slowest rank's: the maximum over ranks at each step would count a delay
+    twice that one rank has in this step and another in the next.
+    """
+    steady = [steps for record in records if (steps := record.steady_steps)]
+    compute = [median(record.compute_s) for record in records if record.compute_s]
+    everything = [line for steps in steady for line in steps]
+    total_s = sum(line.seconds for line in everything)
+    return {
+        "step_s": max((median(line.seconds for line in steps) for steps in steady), default=None),
+        "step_mean_s": total_s / len(everything) if everything else None,
+        "compute_s": max(compute, default=None),
+        "wait_share": sum(line.wait_s for line in everything) / total_s if total_s > 0 else None,
+    }
+
+
+def _bytes(started: Mapping[int, RankRecord], ranks: int) -> dict[str, Any]:
+    """Both byte counts of the measured window; only where every rank wrote both ends of it."""
+    windows = {rank: found for rank, record in started.items() if (found := record.window())}
+    if not windows or set(windows) != set(range(ranks)):
+        return {}
+    window_steps = min(steps for _, steps, _ in windows.values())
+    rows = merge([row for each, _, _ in windows.values() for row in each.rows])
+    checks = _checks(started, {rank: (each, nic) for rank, (each, _, nic) in windows.items()})
+    ratios = [check.ratio for check in checks if check.ratio is not None]
+    return {
+        "window_steps": window_steps,
+        "payload_bytes_per_step": fmean(each.payload_bytes / steps for each, steps, _ in windows.values()),
+        "nic_tx_bytes_per_step": max((check.measured_bytes for check in checks), default=0.0) / window_steps
+        if checks
+        else None,
+        "nic_over_model": max(ratios, key=lambda ratio: abs(ratio - 1), default=None),
+        "nodes": [_node_bytes(check) for check in checks],
+        "traffic": [_traffic(row) for row in rows],
+        "defects": [check.defect for check in checks if check.defect],
+    }
+
+
+def _checks(started: Mapping[int, RankRecord], windows: Mapping[int, tuple[Window, int | None]]) -> list[CountCheck]:
+    """Each node's count beside its interface's, as its lowest rank read it; none if a node has no such interface."""
+    starts = {rank: record.start for rank, record in started.items() if record.start}
+    node_of_rank = {rank: str(start["node"]) for rank, start in starts.items()}
+    checks = []
+    for node in dict.fromkeys(node_of_rank[rank] for rank in sorted(node_of_rank)):
+        members = [rank for rank in sorted(windows) if node_of_rank[rank] == node]
+        nic_tx_bytes = windows[members[0]][1]
+        if nic_tx_bytes is None:
+            return []
+        mine = {rank: windows[rank][0] for rank in members}
+        checks.append(verify(node, mine, node_of_rank, nic_tx_bytes, int(starts[members[0]]["mtu"])))
+    return checks
+
+
+def _node_bytes(check: CountCheck) -> NodeBytes:
+    return NodeBytes(
+        node=check.node,
+        payload_bytes=check.payload_bytes,
+        modelled_bytes=check.modelled_bytes,
+        nic_tx_bytes=check.measured_bytes,
+        ratio=check.ratio,
+        ok=check.ok,
+    )
+
+
+def _traffic(row: TrafficRow) -> Traffic:
+    return Traffic(
+        method=row.method, operation=row.operation, bucket=row.bucket, calls=row.calls, bytes=row.payload_bytes
+    )
+
+
+def _events(records: Sequence[RankRecord]) -> list[Event]:
+    merged: dict[str, Event] = {}
+    for record in records:
+        for kind, fields in record.events:
+            event = merged.setdefault(
+                f"{kind} {sorted(fields.items(), key=str)}", Event(kind=kind, ranks=[], fields={**fields})
+            )
+            if record.rank not in event.ranks:
+                event.ranks.append(record.rank)
+    return list(merged.values())
+
+
+def _notices(records: Sequence[RankRecord], started: Sequence[RankRecord]) -> list[str]:
+    notices = []
+    unreadable = [record.rank for record in records if record.unreadable_lines]
+    if unreadable:
+        lines = sum(record.unreadable_lines for record in records)
+        verb = "line was" if lines == 1 else "lines were"
+        notices.append(f"{lines} {verb} cut off or garbled in the record of {_ranks(unreadable)}, and left out")
+    if any(record.starts > 1 for record in started):
+        notices.append("training was started again during the run; only the last start is shown")
+    if started and not any(record.steady_steps for record in started):
+        notices.append("no step was past the method's warm-up, so there is no speed in the steady phase")
+    if started and not all(record.window() for record in started):
+        notices.append("the window in which bytes are counted was not closed on every rank, so there is no byte count")
+    return notices
