@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -107,10 +108,6 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def at_home(self) -> Blocks:
-        """The same blocks, where the values themselves lie in registration order."""
-        return Blocks(self.homes, self.homes, self.lengths, self.parameters, self.groups)
-
 
 @dataclass(frozen=True)
 class BlockTable:
@@ -131,7 +128,14 @@ class BlockTable:
     owners: Int64Array
 
     @classmethod
-    def cut(cls, index: ParameterIndex, ranks: int, block_lengths: Callable[[int, int], Sequence[int]], *, shared_scale: bool) -> BlockTable:
+    def cut(
+        cls,
+        index: ParameterIndex,
+        ranks: int,
+        block_lengths: Callable[[int, int], Sequence[int]],
+        *,
+        shared_scale: bool,
+    ) -> BlockTable:
         """Cut each parameter into blocks. block_lengths(numel, ranks) gives the lengths of one parameter's blocks.
 
         With `shared_scale` the blocks of a parameter share a scale, and its j-th block is served by rank j; else block b,
@@ -141,7 +145,9 @@ class BlockTable:
         counts = np.asarray([len(lengths) for lengths in lengths_of])
         lengths = np.concatenate([*lengths_of, np.zeros(0, np.int64)]).astype(np.int64)
         parameters = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
-        offsets = np.concatenate([*(np.cumsum(one) - one for one in lengths_of), np.zeros(0, np.int64)]).astype(np.int64)
+        offsets = np.concatenate([*(np.cumsum(one) - one for one in lengths_of), np.zeros(0, np.int64)]).astype(
+            np.int64
+        )
         number = np.arange(len(lengths), dtype=np.int64)
         if shared_scale:
             first = np.repeat(np.cumsum(counts) - counts, counts)
@@ -151,7 +157,7 @@ class BlockTable:
     @cached_property
     def _blocks_of(self) -> list[Int64Array]:
         edges = np.searchsorted(self.parameters, np.arange(len(self.index.names) + 1))
-        return [np.arange(a, b, dtype=np.int64) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [np.arange(a, b, dtype=np.int64) for a, b in itertools.pairwise(edges)]
 
     @cached_property
     def _served_homes(self) -> Int64Array:
@@ -178,12 +184,22 @@ class BlockTable:
         homes = self.index.offsets[self.parameters[own]] + self.offsets[own]
         return Blocks(homes, homes, self.lengths[own], self.parameters[own], own)
 
-    def parts(self, bucket: Bucket) -> Parts:
-        """The blocks of a bucket, by the rank that serves them."""
+    def _of(self, bucket: Bucket) -> tuple[Int64Array, Int64Array]:
+        """The bucket's blocks, and (P,) where each of its parameters starts in it."""
         order = [self.index.position[name] for name in bucket.names]
-        own = np.concatenate([self._blocks_of[k] for k in order]) if order else np.zeros(0, np.int64)
         start_of = np.zeros(len(self.index.names), dtype=np.int64)
         start_of[order] = bucket.starts
+        return np.concatenate([np.zeros(0, np.int64), *(self._blocks_of[k] for k in order)]), start_of
+
+    def all_of(self, bucket: Bucket) -> Blocks:
+        """All blocks of a bucket."""
+        own, start_of = self._of(bucket)
+        p, within = self.parameters[own], self.offsets[own]
+        return Blocks(start_of[p] + within, self.index.offsets[p] + within, self.lengths[own], p, self.groups[own])
+
+    def parts(self, bucket: Bucket) -> Parts:
+        """The blocks of a bucket, by the rank that serves them."""
+        own, start_of = self._of(bucket)
         by_owner, served = [], []
         for rank in range(self.ranks):
             mine = own[self.owners[own] == rank]

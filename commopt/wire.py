@@ -62,7 +62,7 @@ def layout_bytes(layout: Layout) -> int:
     return -(-nbytes // max(widths, default=1)) * max(widths, default=1)
 
 
-def split(buffer: Tensor, layouts: Sequence[Layout]) -> list[Payload]:
+def cut(buffer: Tensor, layouts: Sequence[Layout]) -> list[Payload]:
     """Cut a buffer of payloads that stand one behind the other."""
     sizes = [layout_bytes(layout) for layout in layouts]
-    return [Payload(part, layout) for part, layout in zip(buffer.split(sizes), layouts, strict=True)]
+    return [Payload(part, layout) for part, layout in zip(torch.split(buffer, sizes), layouts, strict=True)]

@@ -34,7 +34,9 @@ def _compiled(function: _F) -> _F:
         return numba.njit(function, cache=True, **options)  # type: ignore[no-any-return]
     except RuntimeError as error:  # numba's word for: neither the package's folder nor a home is writable
         if not os.environ.get("COMMOPT_QUIET_CACHE"):
-            _log.warning("kernels are compiled anew in every process (%s); set NUMBA_CACHE_DIR to a writable folder", error)
+            _log.warning(
+                "kernels are compiled anew in every process (%s); set NUMBA_CACHE_DIR to a writable folder", error
+            )
             os.environ["COMMOPT_QUIET_CACHE"] = "1"
         return numba.njit(function, **options)  # type: ignore[no-any-return]
 
@@ -74,7 +76,9 @@ def _signs(x: F32, e: F32, positive: U8) -> None:
 @_compiled
 def _gather_bits(positive: U8, bits: U8) -> None:
     words = positive.view(np.uint64)
-    for j in range(bits.size):  # eight bytes of 0 or 1 become the top byte of the product, the first one its highest bit
+    for j in range(
+        bits.size
+    ):  # eight bytes of 0 or 1 become the top byte of the product, the first one its highest bit
         bits[j] = np.uint8((words[j] * np.uint64(0x8040201008040201)) >> np.uint64(56))
 
 
@@ -104,7 +108,15 @@ def _pack_block(x: F32, e: F32, scale: np.float32, bits: U8, positive: U8) -> No
 
 @_compiled
 def _compress(
-    x: F32, e: F32, starts: Int64Array, homes: Int64Array, lengths: Int64Array, byte_starts: Int64Array, scales: F32, bits: U8, squared: bool
+    x: F32,
+    e: F32,
+    starts: Int64Array,
+    homes: Int64Array,
+    lengths: Int64Array,
+    byte_starts: Int64Array,
+    scales: F32,
+    bits: U8,
+    squared: bool,
 ) -> None:
     positive = np.empty(_SLICE, np.uint8)
     for b in range(lengths.size):
@@ -117,7 +129,9 @@ def _compress(
 
 
 @_compiled
-def _sums(x: F32, e: F32, starts: Int64Array, homes: Int64Array, lengths: Int64Array, squared: bool, out: NDArray[np.float64]) -> None:
+def _sums(
+    x: F32, e: F32, starts: Int64Array, homes: Int64Array, lengths: Int64Array, squared: bool, out: NDArray[np.float64]
+) -> None:
     for b in range(lengths.size):
         n = lengths[b]
         out[b] = _block_sum(x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n], squared)
@@ -125,7 +139,14 @@ def _sums(x: F32, e: F32, starts: Int64Array, homes: Int64Array, lengths: Int64A
 
 @_compiled
 def _pack(
-    x: F32, e: F32, starts: Int64Array, homes: Int64Array, lengths: Int64Array, byte_starts: Int64Array, scales: F32, bits: U8
+    x: F32,
+    e: F32,
+    starts: Int64Array,
+    homes: Int64Array,
+    lengths: Int64Array,
+    byte_starts: Int64Array,
+    scales: F32,
+    bits: U8,
 ) -> None:
     positive = np.empty(_SLICE, np.uint8)
     for b in range(lengths.size):
@@ -154,7 +175,17 @@ def _unpack_set(bits: U8, scale: np.float32, out: F32, table: F32) -> None:
 
 
 @_compiled
-def _unpack(bits: U8, scales: F32, starts: Int64Array, lengths: Int64Array, byte_starts: Int64Array, out: F32, alpha: np.float32, add: bool, table: F32) -> None:
+def _unpack(
+    bits: U8,
+    scales: F32,
+    starts: Int64Array,
+    lengths: Int64Array,
+    byte_starts: Int64Array,
+    out: F32,
+    alpha: np.float32,
+    add: bool,
+    table: F32,
+) -> None:
     for b in range(lengths.size):
         n, scale = lengths[b], scales[b] * alpha
         values = out[starts[b] : starts[b] + n]
@@ -183,16 +214,28 @@ def pack_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tens
     _pack(x.numpy(), e, blocks.starts, homes, blocks.lengths, blocks.byte_starts, scales.numpy(), bits.numpy())
 
 
-def compress_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool) -> None:
+def compress_signs_(
+    x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool
+) -> None:
     """Scale, bits and new residual of blocks that each have a scale of their own; a non-finite block gets scale NaN."""
     e, homes = _residual_arrays(residual, blocks)
-    _compress(x.numpy(), e, blocks.starts, homes, blocks.lengths, blocks.byte_starts, scales.numpy(), bits.numpy(), squared)
+    _compress(
+        x.numpy(), e, blocks.starts, homes, blocks.lengths, blocks.byte_starts, scales.numpy(), bits.numpy(), squared
+    )
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
     """out <- alpha * scale * sign, or out <- out + alpha * scale * sign, at the blocks' starts."""
     _unpack(
-        bits.numpy(), scales.numpy(), blocks.starts, blocks.lengths, blocks.byte_starts, out.numpy(), np.float32(alpha), add, _SIGN_OF_BIT
+        bits.numpy(),
+        scales.numpy(),
+        blocks.starts,
+        blocks.lengths,
+        blocks.byte_starts,
+        out.numpy(),
+        np.float32(alpha),
+        add,
+        _SIGN_OF_BIT,
     )
 
 

@@ -49,7 +49,9 @@ def pack_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tens
         residual[homes] = torch.where(scale.isfinite(), left, residual[homes])
 
 
-def compress_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool) -> None:
+def compress_signs_(
+    x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool
+) -> None:
     """Scale, bits and new residual of blocks that each have a scale of their own; a non-finite block gets scale NaN."""
     sums = block_sums(x, residual, blocks, squared=squared)
     mean = sums / torch.from_numpy(blocks.lengths).to(x.device)

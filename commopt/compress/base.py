@@ -1,0 +1,71 @@
+"""What every codec does: blocks of values to tensors in wire dtype, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commopt.bucket import Blocks, BlockTable, Int64Array, ParameterIndex
+from commopt.wire import Layout
+
+
+class Compressor(ABC):
+    """A stateless codec for blocks of float32 values; a frozen dataclass of its hyper-parameters."""
+
+    shared_scale: ClassVar[bool] = False
+
+    @abstractmethod
+    def block_lengths(self, numel: int, ranks: int) -> list[int]:
+        """Lengths of the blocks that one parameter is cut into; all but the last are multiples of 8."""
+
+    @abstractmethod
+    def layout(self, blocks: Blocks) -> Layout:
+        """The tensors that these blocks travel as, widest dtype first."""
+
+    @abstractmethod
+    def compress_(
+        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
+    ) -> None:
+        """Write the codes of c = x + residual into out[k] for each of `parts`, and residual <- c - decompressed.
+
+        x: (n,) f32, left as it is. A block with a NaN or an inf is marked by a non-finite scale or value in
+        its codes, and its residual is not touched.
+        """
+
+    @abstractmethod
+    def decompress_(
+        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
+    ) -> None:
+        """out <- alpha * values (or out + alpha * values) at the blocks' starts; the same bits on every rank."""
+
+    @abstractmethod
+    def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
+        """(B,) bool: which blocks were marked as non-finite."""
+
+    def table(self, index: ParameterIndex, ranks: int) -> BlockTable:
+        """Every block of a model, and the rank that serves it."""
+        return BlockTable.cut(index, ranks, self.block_lengths, shared_scale=self.shared_scale)
+
+    def first_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> int:
+        """The index of the first parameter, in registration order, with a bad block; -1 where there is none."""
+        bad = self.is_bad(codes, blocks)
+        if not bool(bad.any()):
+            return -1
+        return int(blocks.parameters[np.flatnonzero(bad.cpu().numpy())].min())
+
+
+def equal_blocks(numel: int, block_size: int) -> list[int]:
+    """Blocks of `block_size`, and a shorter last one."""
+    whole, rest = divmod(numel, block_size)
+    return [block_size] * whole + ([rest] if rest else [])
+
+
+def element_indices(starts: Int64Array, lengths: Int64Array, device: torch.device) -> Tensor:
+    """(sum of lengths,) i64: the indices of all elements of some runs, in order."""
+    ends = np.cumsum(lengths)
+    return torch.from_numpy(np.arange(int(lengths.sum())) + np.repeat(starts - ends + lengths, lengths)).to(device)

@@ -1,0 +1,127 @@
+"""The transport seam: what a method may ask of the other ranks, and the count of what that sends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commopt.links import schedule
+from commopt.wire import Layout, Payload
+
+Key = tuple[str, str, str]
+
+
+@dataclass
+class Traffic:
+    """Bytes that one rank handed to the network, counted where they are sent and nowhere else.
+
+    `method` and `bucket` label what is counted next; integrations set them. A collective counts with its schedule
+    (`links.schedule`): a ring all-reduce of n bytes is 2(N-1)/N n.
+    """
+
+    method: str = ""
+    bucket: str = ""
+    by_peer: dict[int, float] = field(default_factory=dict)
+    calls: dict[Key, int] = field(default_factory=dict)
+    nbytes: dict[Key, float] = field(default_factory=dict)
+
+    def record(self, operation: str, sent: Mapping[int, float]) -> None:
+        """Count one call that sends sent[peer] bytes to each peer."""
+        key = (self.method, operation, self.bucket)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        self.nbytes[key] = self.nbytes.get(key, 0.0) + sum(sent.values())
+        for peer, n in sent.items():
+            self.by_peer[peer] = self.by_peer.get(peer, 0.0) + n
+
+    @property
+    def payload_bytes(self) -> float:
+        return sum(self.nbytes.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The cumulative count as JSON: payload_bytes, by_peer, and rows by method, operation and bucket."""
+        rows = [
+            {"method": method, "operation": operation, "bucket": bucket, "calls": self.calls[key], "bytes": n}
+            for key, n in sorted(self.nbytes.items())
+            for method, operation, bucket in [key]
+        ]
+        by_peer = {str(peer): n for peer, n in sorted(self.by_peer.items())}
+        return {"payload_bytes": self.payload_bytes, "by_peer": by_peer, "by_operation": rows}
+
+
+class Group(ABC):
+    """Some ranks that call the same operations in the same order; every call blocks until this rank's part is done.
+
+    Raises GroupError where a peer is gone, times out, or asks for something else.
+    """
+
+    rank: int
+    size: int
+    traffic: Traffic
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor) -> None:
+        """Replace x by the sum over ranks; bit for bit the same on every rank."""
+
+    @abstractmethod
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        """The payload of every rank, by rank. `layouts` where they differ by rank; every rank then knows all of them."""
+
+    @abstractmethod
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        """Send payloads[j] to rank j; return what each rank sent here.
+
+        What ranks send to rank j has the same layout on all of them, so rank j knows it from its own payloads[j].
+        """
+
+    @abstractmethod
+    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
+        """Exchange payloads of one layout with one peer, which calls this too."""
+
+    @abstractmethod
+    def broadcast(self, x: Tensor, src: int = 0) -> None:
+        """Overwrite x with the tensor of rank `src`."""
+
+    def all_gather_ragged(self, payload: Payload) -> list[Payload]:
+        """The payload of every rank where only this rank knows its lengths: they travel first, and are counted."""
+        lengths = torch.tensor([n for _, n in payload.layout], dtype=torch.int64, device=payload.buffer.device)
+        dtypes = [dtype for dtype, _ in payload.layout]
+        gathered = self.all_gather(Payload.of(lengths))
+        layouts = [tuple(zip(dtypes, one.tensors[0].tolist(), strict=True)) for one in gathered]
+        return self.all_gather(payload, layouts)
+
+    def barrier(self) -> None:
+        """Return after every rank has called this."""
+        self.all_reduce(torch.zeros(1))
+
+    def _count(self, operation: str, nbytes: int, root: int = 0) -> None:
+        self.traffic.record(operation, schedule(operation, nbytes, self.rank, self.size, root=root))
+
+
+class LocalGroup(Group):
+    """One rank alone: every exchange is the identity and sends nothing. What communication switched off means."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.traffic = 0, 1, Traffic()
+
+    def all_reduce(self, x: Tensor) -> None:
+        pass
+
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        return [payload]
+
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        return list(payloads)
+
+    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
+        raise ValueError("a group of one rank has no peer to swap with")
+
+    def broadcast(self, x: Tensor, src: int = 0) -> None:
+        pass
+
+    def barrier(self) -> None:
+        pass

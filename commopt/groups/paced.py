@@ -1,0 +1,68 @@
+"""Slows another group down to what a LinkModel allows: emulation where the kernel may not shape anything."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from commopt.groups.base import Group
+from commopt.links import LinkModel, rounds, schedule
+from commopt.wire import Layout, Payload
+
+
+class PacedGroup(Group):
+    """Each exchange takes at least the seconds of the model, for the bytes that its schedule sends.
+
+    Where several nodes share an inter-site pipe, the model divides it among the senders of one exchange. An approximation:
+    other programs' traffic, TCP's own behaviour and two exchanges at once are not in it.
+    """
+
+    def __init__(self, inner: Group, links: LinkModel) -> None:
+        if links.ranks != inner.size:
+            raise ValueError(f"the link model describes {links.ranks} ranks, the group has {inner.size}")
+        self.inner, self.links = inner, links
+        self.rank, self.size, self.traffic = inner.rank, inner.size, inner.traffic
+
+    def all_reduce(self, x: Tensor) -> None:
+        with self._paced("all_reduce", x.numel() * x.element_size()):
+            self.inner.all_reduce(x)
+
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        with self._paced("all_gather", payload.nbytes):
+            return self.inner.all_gather(payload, layouts)
+
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        mean = sum(p.nbytes for p in payloads) / len(payloads)
+        sent = [{peer: mean for peer in range(self.size) if peer != rank} for rank in range(self.size)]
+        with self._at_least(self.links.seconds(sent)):
+            return self.inner.all_to_all(payloads)
+
+    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
+        sent: list[Mapping[int, float]] = [{} for _ in range(self.size)]
+        sent[self.rank], sent[peer] = {peer: float(payload.nbytes)}, {self.rank: float(payload.nbytes)}
+        with self._at_least(self.links.seconds(sent)):
+            return self.inner.swap(peer, payload, timeout_s)
+
+    def broadcast(self, x: Tensor, src: int = 0) -> None:
+        nbytes = x.numel() * x.element_size()
+        sent = [schedule("broadcast", nbytes, rank, self.size, root=src) for rank in range(self.size)]
+        with self._at_least(self.links.seconds(sent, rounds("broadcast", self.size))):
+            self.inner.broadcast(x, src)
+
+    def barrier(self) -> None:
+        self.inner.barrier()
+
+    @contextmanager
+    def _paced(self, operation: str, nbytes: int) -> Iterator[None]:
+        with self._at_least(self.links.collective_seconds(operation, nbytes)):
+            yield
+
+    @contextmanager
+    def _at_least(self, seconds: float) -> Iterator[None]:
+        end = time.perf_counter() + (seconds if math.isfinite(seconds) else 0.0)
+        yield
+        time.sleep(max(0.0, end - time.perf_counter()))

@@ -1,0 +1,158 @@
+"""Ranks as threads of one process, with a virtual clock that runs by a LinkModel: 64 ranks on a laptop, no network."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from commopt.errors import GroupError
+from commopt.groups.base import Group, Traffic
+from commopt.links import LinkModel, rounds, schedule
+from commopt.wire import Layout, Payload
+
+T = TypeVar("T")
+
+
+class SimWorld(Generic[T]):
+    """`SimWorld(64, links).run(train)` calls train(group) on 64 threads and returns what each returned, by rank.
+
+    Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
+    """
+
+    def __init__(self, ranks: int, links: LinkModel | None = None, *, timeout_s: float = 300.0) -> None:
+        if ranks < 1:
+            raise ValueError(f"a world has at least 1 rank, got {ranks}")
+        if links is not None and links.ranks != ranks:
+            raise ValueError(f"the link model describes {links.ranks} ranks, the world has {ranks}")
+        self.ranks, self.links, self.timeout_s = ranks, links, timeout_s
+        self.barrier = threading.Barrier(ranks)
+        self.slots: list[Any] = [None] * ranks
+        self.clocks = [0.0] * ranks
+        self.mail: dict[tuple[int, int], list[tuple[float, Payload]]] = {}
+        self.mail_arrived = threading.Condition()
+
+    def run(self, train: Callable[[SimGroup], T]) -> list[T]:
+        """Raises what the first failing rank raised; the others are released."""
+        results: dict[int, T] = {}
+        errors: dict[int, BaseException] = {}
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = train(SimGroup(self, rank))
+            except BaseException as error:
+                errors[rank] = error
+                self.barrier.abort()
+
+        threads = [
+            threading.Thread(target=work, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(self.ranks)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            caused = [
+                error for error in errors.values() if not isinstance(error.__cause__, threading.BrokenBarrierError)
+            ]
+            raise (caused or list(errors.values()))[0]
+        return [results[rank] for rank in range(self.ranks)]
+
+    @property
+    def seconds(self) -> float:
+        """Virtual seconds of the slowest rank so far."""
+        return max(self.clocks)
+
+
+class SimGroup(Group):
+    """One rank's view of a SimWorld."""
+
+    def __init__(self, world: SimWorld[Any], rank: int) -> None:
+        self.world, self.rank, self.size, self.traffic = world, rank, world.ranks, Traffic()
+
+    @property
+    def seconds(self) -> float:
+        """This rank's virtual clock."""
+        return self.world.clocks[self.rank]
+
+    def advance(self, seconds: float) -> None:
+        """Spend virtual time, as a training step's arithmetic does."""
+        self.world.clocks[self.rank] += seconds
+
+    def all_reduce(self, x: Tensor) -> None:
+        self._count("all_reduce", x.numel() * x.element_size())
+        parts = self._meet("all_reduce", x.clone(), self._ring("all_reduce", x))
+        x.copy_(parts[0])
+        for part in parts[1:]:
+            x.add_(part)
+
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        self._count("all_gather", payload.nbytes)
+        gathered: list[Payload] = self._meet("all_gather", _copy(payload), self._ring("all_gather", payload.buffer))
+        for rank, one in enumerate(gathered):
+            if one.layout != (payload.layout if layouts is None else layouts[rank]):
+                raise GroupError(f"all_gather: rank {rank} sent another layout than rank {self.rank} expects")
+        return gathered
+
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        sent = {peer: float(p.nbytes) for peer, p in enumerate(payloads) if peer != self.rank}
+        self.traffic.record("all_to_all", sent)
+        everything = self._meet("all_to_all", [_copy(p) for p in payloads], sent)
+        received: list[Payload] = [row[self.rank] for row in everything]
+        if any(one.layout != payloads[self.rank].layout for one in received):
+            raise GroupError(f"all_to_all: ranks sent rank {self.rank} different layouts")
+        return received
+
+    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
+        self.traffic.record("swap", {peer: float(payload.nbytes)})
+        world = self.world
+        with world.mail_arrived:
+            world.mail.setdefault((self.rank, peer), []).append((self.seconds, _copy(payload)))
+            world.mail_arrived.notify_all()
+            box = world.mail.setdefault((peer, self.rank), [])
+            if not world.mail_arrived.wait_for(lambda: bool(box), world.timeout_s if timeout_s is None else timeout_s):
+                raise GroupError(f"swap: rank {peer} did not answer rank {self.rank} in time")
+            their_clock, received = box.pop(0)
+        sent: list[Mapping[int, float]] = [{} for _ in range(self.size)]
+        sent[self.rank], sent[peer] = {peer: float(payload.nbytes)}, {self.rank: float(payload.nbytes)}
+        cost_s = world.links.seconds(sent) if world.links else 0.0
+        world.clocks[self.rank] = max(self.seconds, their_clock) + cost_s
+        return received
+
+    def broadcast(self, x: Tensor, src: int = 0) -> None:
+        nbytes = x.numel() * x.element_size()
+        self._count("broadcast", nbytes, root=src)
+        parts = self._meet("broadcast", x.clone(), schedule("broadcast", nbytes, self.rank, self.size, root=src))
+        x.copy_(parts[src])
+
+    def _ring(self, operation: str, x: Tensor) -> dict[int, float]:
+        return schedule(operation, x.numel() * x.element_size(), self.rank, self.size)
+
+    def _meet(self, operation: str, contribution: Any, sent: Mapping[int, float]) -> list[Any]:
+        """Put one contribution down, take everybody's up, and move all clocks to the end of the exchange."""
+        world = self.world
+        world.slots[self.rank] = (operation, contribution, sent)
+        self._wait(operation)
+        met = list(world.slots)
+        clock = max(world.clocks)
+        self._wait(operation)
+        asked = {name for name, _, _ in met}
+        if len(asked) > 1:
+            raise GroupError(f"ranks ask for different exchanges at the same time: {', '.join(sorted(asked))}")
+        cost_s = world.links.seconds([s for _, _, s in met], rounds(operation, self.size)) if world.links else 0.0
+        world.clocks[self.rank] = clock + cost_s
+        return [contribution for _, contribution, _ in met]
+
+    def _wait(self, operation: str) -> None:
+        try:
+            self.world.barrier.wait(self.world.timeout_s)
+        except threading.BrokenBarrierError as error:
+            raise GroupError(
+                f"{operation}: another rank failed, or did not join within {self.world.timeout_s:g} s"
+            ) from error
+
+
+def _copy(payload: Payload) -> Payload:
+    return Payload(payload.buffer.clone(), payload.layout)

@@ -1,0 +1,111 @@
+"""A group over torch.distributed: Gloo for tensors on the CPU, NCCL for tensors on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commopt.errors import GroupError
+from commopt.groups.base import Group, Traffic
+from commopt.wire import Layout, Payload, cut, layout_bytes
+
+
+class TorchGroup(Group):
+    """The ranks of a torch.distributed process group; the default group if None is given.
+
+    Raises GroupError if torch.distributed has not been initialised, or an exchange fails.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_initialized():
+            raise GroupError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
+        self.process_group = process_group or dist.group.WORLD
+        self.rank = dist.get_rank(self.process_group)
+        self.size = dist.get_world_size(self.process_group)
+        self.traffic = Traffic()
+        self.device = torch.device("cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu")
+
+    @classmethod
+    def like(cls, process_group: dist.ProcessGroup | None = None, timeout: timedelta | None = None) -> TorchGroup:
+        """A new process group of the same ranks and backend, so that its order of calls is nobody else's concern."""
+        parent = process_group or dist.group.WORLD
+        ranks = dist.get_process_group_ranks(parent)
+        everyone = len(ranks) == dist.get_world_size()
+        new = dist.new_group(
+            None if everyone else ranks, timeout, dist.get_backend(parent), use_local_synchronization=not everyone
+        )
+        return cls(new)
+
+    def all_reduce(self, x: Tensor) -> None:
+        self._count("all_reduce", x.numel() * x.element_size())
+        with self._named("all_reduce"):
+            dist.all_reduce(x, group=self.process_group)
+
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        if self.size == 1:
+            return [payload]
+        if layouts is not None and len({layout_bytes(layout) for layout in layouts}) > 1:
+            self.traffic.record(
+                "all_gather", {peer: float(payload.nbytes) for peer in range(self.size) if peer != self.rank}
+            )
+            send = payload.buffer.repeat(self.size)
+            return self._exchange("all_gather", send, [payload.nbytes] * self.size, list(layouts))
+        self._count("all_gather", payload.nbytes)
+        out = payload.buffer.new_empty(self.size * payload.nbytes)
+        with self._named("all_gather"):
+            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+            gather(out, payload.buffer, group=self.process_group)
+        return cut(out, list(layouts) if layouts is not None else [payload.layout] * self.size)
+
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        self.traffic.record(
+            "all_to_all", {peer: float(p.nbytes) for peer, p in enumerate(payloads) if peer != self.rank}
+        )
+        if self.size == 1:
+            return list(payloads)
+        send = torch.cat([p.buffer for p in payloads])
+        return self._exchange(
+            "all_to_all", send, [p.nbytes for p in payloads], [payloads[self.rank].layout] * self.size
+        )
+
+    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
+        self.traffic.record("swap", {peer: float(payload.nbytes)})
+        received = torch.empty_like(payload.buffer)
+        wait = () if timeout_s is None else (timedelta(seconds=timeout_s),)
+        with self._named(f"swap with rank {peer}"):
+            operations = [
+                dist.P2POp(dist.isend, payload.buffer, group=self.process_group, group_peer=peer),
+                dist.P2POp(dist.irecv, received, group=self.process_group, group_peer=peer),
+            ]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait(*wait)
+        return Payload(received, payload.layout)
+
+    def broadcast(self, x: Tensor, src: int = 0) -> None:
+        self._count("broadcast", x.numel() * x.element_size(), root=src)
+        with self._named("broadcast"):
+            dist.broadcast(x, group=self.process_group, group_src=src)
+
+    def barrier(self) -> None:
+        self.all_reduce(torch.zeros(1, device=self.device))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], layouts: list[Layout]) -> list[Payload]:
+        receive_sizes = [layout_bytes(layout) for layout in layouts]
+        out = send.new_empty(sum(receive_sizes))
+        with self._named(operation):
+            dist.all_to_all_single(out, send, receive_sizes, send_sizes, group=self.process_group)
+        return cut(out, layouts)
+
+    @contextmanager
+    def _named(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise GroupError(f"{operation} failed on rank {self.rank} of {self.size}: {error}") from error
