@@ -88,7 +88,7 @@ Edit = Callable[[int, list[dict[str, Any]]], list[dict[str, Any]]]
 def write_run(
     folder: Path, plan: Plan, *, edit: Edit | None = None, nic: bool = True, overcount: float = 1.012
 ) -> Path:
-    """Write a run's files; `edit` may change a rank's lines before they are written, and drops the rank if it returns none."""
+    """Write a run's files; `edit` may change a rank's lines before that, and drops the rank by returning none."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(plan.ranks):
         written = lines(plan, rank, nic=nic, overcount=overcount)

@@ -1,0 +1,186 @@
+"""The report: one HTML page that needs no network, the pictures as files, and the results as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from commopt.report import plots
+from commopt.report.results import Cluster, Node, Results, RunResult
+from commopt.report.table import COLUMNS, NOTHING, cells, event_texts, readings
+from commopt.report.words import bytes_text, times_text
+
+SHOWN_NODES = 8  # boxes in the drawing of a site; equal nodes share one beyond it
+MODES = {
+    "netns": "by the kernel: each node is a network namespace on this machine, and its interface is shaped to the link",
+    "paced": "by pacing: a message is delivered no earlier than the link would have; the kernel shapes nothing",
+    "none": "not at all: the links are those of the machines themselves",
+}
+
+
+def write_report(results: Results, out_dir: Path) -> list[Path]:
+    """Write results.json, report.html and the pictures in `out_dir`, each whole or not at all; returns their paths."""
+    drawn = {name: draw(results) for name, draw in plots.PLOTS.items()}
+    contents = {"results.json": results_json(results).encode(), "report.html": page(results).encode()}
+    contents |= {f"{name}.png": plots.png(figure) for name, figure in drawn.items()}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        _write_whole(out_dir / name, content)
+    return [out_dir / name for name in contents]
+
+
+def results_json(results: Results) -> str:
+    """The results document, with a line end."""
+    return results.model_dump_json(indent=1) + "\n"
+
+
+def read_results(path: Path) -> Results:
+    """The document that `write_report` wrote. Raises ConfigError if the file is no such document."""
+    from pydantic import ValidationError
+
+    from commopt.errors import ConfigError
+
+    try:
+        return Results.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: is no results document: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def page(results: Results) -> str:
+    """The HTML page: the pictures are inline and its only script is none."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pictures = {
+        name: plots.svg(draw(results), (draw.__doc__ or name).splitlines()[0]) for name, draw in plots.PLOTS.items()
+    }
+    return environment.get_template("page.html").render(
+        results=results,
+        headline=headline(results),
+        columns=COLUMNS,
+        rows=list(zip(results.runs, cells(results), strict=True)),
+        nothing=NOTHING,
+        readings=readings(results),
+        pictures=pictures,
+        palette=plots.DARK,
+        run_colours=plots.colours(results),
+        sites=sites(results.cluster),
+        link=link_text,
+        mode=MODES.get(results.cluster.emulation, results.cluster.emulation),
+        event_texts=event_texts,
+        bytes_text=bytes_text,
+        options_text=options_text,
+        parameters=None if results.model.parameters is None else f"{results.model.parameters:,}",
+    )
+
+
+def headline(results: Results) -> str:
+    """The comparison in a few words: the largest gain over dense, or what kept it from being told."""
+    finished = [run for run in results.runs if run.status == "finished"]
+    if not finished:
+        return "No run finished"
+    dense = results.dense
+    rivals = [run for run in finished if run.speedup_vs_dense is not None and run.method != "dense"]
+    if dense is None or not rivals:
+        return f"{', '.join(run.name for run in results.runs)} on {results.cluster.name}"
+    best = max(rivals, key=lambda run: run.speedup_vs_dense or 0.0)
+    if (best.speedup_vs_dense or 0.0) < 1.03:
+        return f"No method is faster than dense on {results.cluster.name}"
+    after = " after its warm-up" if best.warmup_steps else ""
+    return f"{best.name}: {times_text(best.speedup_vs_dense or 0.0)} faster steps than dense{after}"
+
+
+def options_text(run: RunResult) -> str:
+    """`warmup: 24, scale: l2`, or `defaults`."""
+    return ", ".join(f"{key}: {_word(value)}" for key, value in run.options.items()) or "defaults"
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+@dataclass(frozen=True)
+class Box:
+    """One box of the drawing: a node, or several that are alike."""
+
+    name: str
+    nodes: int
+    ranks: int
+    link: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """The boxes on one switch; `name` is None where there are no sites."""
+
+    name: str | None
+    boxes: Sequence[Box]
+
+
+def sites(cluster: Cluster) -> list[Site]:
+    """What the drawing shows: every node, or neighbours that are alike in one box where there are many."""
+    by_site: dict[str | None, list[Node]] = {}
+    for node in cluster.nodes:
+        by_site.setdefault(node.site, []).append(node)
+    return [Site(name, _boxes(nodes)) for name, nodes in by_site.items()]
+
+
+def _boxes(nodes: Sequence[Node]) -> list[Box]:
+    groups: list[list[Node]] = []
+    for node in nodes:
+        alike = groups and (groups[-1][0].ranks, link_text(groups[-1][0])) == (node.ranks, link_text(node))
+        if alike and len(nodes) > SHOWN_NODES:
+            groups[-1].append(node)
+        else:
+            groups.append([node])
+    return [
+        Box(
+            group[0].name if len(group) == 1 else f"{group[0].name} … {group[-1].name}",
+            len(group),
+            group[0].ranks,
+            link_text(group[0]),
+        )
+        for group in groups
+    ]
+
+
+def link_text(node: Node) -> str:
+    """`50mbit, 1ms`: the link in tc's units, or `unlimited`."""
+    parts = [
+        node.rate or "unlimited",
+        node.delay and f"{node.delay} delay",
+        node.jitter and f"±{node.jitter}",
+        node.loss and f"{node.loss} loss",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write beside the file and rename, so that a reader never sees half of it."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def schema() -> Mapping[str, Any]:
+    """The JSON schema of the results document, every field described."""
+    return Results.model_json_schema(by_alias=True)

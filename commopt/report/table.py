@@ -1,0 +1,247 @@
+"""The comparison as a table, and in one sentence per run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+from commopt.report.results import Results, RunResult
+from commopt.report.words import megabytes, milliseconds, times_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOTHING = "-"
+ALIKE = 0.03  # two speeds or byte counts that differ by less are called the same
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, what it means, and its cell for a run beside dense (None for nothing)."""
+
+    heading: tuple[str, str]
+    meaning: str
+    cell: Callable[[RunResult, RunResult | None], str | None]
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share * 100:.0f}%"
+
+
+def _ms(seconds: float | None) -> str | None:
+    return None if seconds is None else milliseconds(seconds)
+
+
+def _mb(nbytes: float | None) -> str | None:
+    return None if nbytes is None else megabytes(nbytes)
+
+
+def _to_dense(run: RunResult, dense: RunResult | None) -> str | None:
+    above = loss_above_dense(run, dense)
+    return None if above is None or run is dense else f"{above * 100:+.1f}%"
+
+
+def _wall(run: RunResult, _: RunResult | None) -> str | None:
+    if run.status == "failed":
+        return "failed"
+    return None if run.wall_s is None else f"{run.wall_s:.0f}" if run.wall_s >= 9.95 else f"{run.wall_s:.1f}"
+
+
+COLUMNS = (
+    Column(("method", ""), "the method; a number where it ran more than once", lambda run, _: run.name),
+    Column(
+        ("val", "loss"),
+        "loss of the last validation, on text that is not trained on",
+        lambda run, _: None if run.val_loss is None else f"{run.val_loss:.3f}",
+    ),
+    Column(("to", "dense"), "its difference to the validation loss of dense after as many steps", _to_dense),
+    Column(("step", "ms"), "milliseconds of a step in the steady phase, median", lambda run, _: _ms(run.step_s)),
+    Column(
+        ("compute", "ms"),
+        "milliseconds of the same step with communication switched off: no method can be faster",
+        lambda run, _: _ms(run.compute_s),
+    ),
+    Column(
+        ("wait", "%"),
+        "share of the steady steps spent waiting for the network",
+        lambda run, _: _percent(run.wait_share),
+    ),
+    Column(
+        ("payload", "MB/step"),
+        "megabytes (10^6) that one rank hands to the network per step of the steady phase, without headers",
+        lambda run, _: _mb(run.payload_bytes_per_step),
+    ),
+    Column(
+        ("wire", "MB/step"),
+        "megabytes per step that left the network interface of the busiest node, by the kernel's count",
+        lambda run, _: _mb(run.nic_tx_bytes_per_step),
+    ),
+    Column(
+        ("wire/", "count"),
+        "the kernel's count over commopt's count with headers; 1.00 when commopt counts right",
+        lambda run, _: None if run.nic_over_model is None else f"{run.nic_over_model:.3f}",
+    ),
+    Column(
+        ("times", "faster"),
+        "step of dense over this step, both in their steady phase",
+        lambda run, _: None if run.speedup_vs_dense is None else times_text(run.speedup_vs_dense),
+    ),
+    Column(("run", "s"), "wall-clock seconds of all steps, warm-up and validations included", _wall),
+)
+
+
+def cells(results: Results) -> list[list[str]]:
+    """One row per run, one text per column; `-` where there is nothing to say."""
+    return [[column.cell(run, results.dense) or NOTHING for column in COLUMNS] for run in results.runs]
+
+
+def loss_above_dense(run: RunResult, dense: RunResult | None) -> float | None:
+    """How far the validation loss is above dense's, as a share of it; None unless both did as many steps."""
+    if dense is None or run.steps != dense.steps or run.val_loss is None or not dense.val_loss:
+        return None
+    return run.val_loss / dense.val_loss - 1
+
+
+def plain_table(results: Results) -> str:
+    """The table in plain characters, for files and pipes."""
+    rows = [[column.heading[line] for column in COLUMNS] for line in (0, 1)] + cells(results)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0])] + [text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True)])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in [*lines[:2], "-" * len(lines[0]), *lines[2:]])
+
+
+def rich_table(results: Results) -> Table:
+    """The table for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    for index, column in enumerate(COLUMNS):
+        table.add_column("\n".join(column.heading), justify="left" if index == 0 else "right", overflow="fold")
+    for run, row in zip(results.runs, cells(results), strict=True):
+        styles = ["bold"] + ["" if text != NOTHING else "dim" for text in row[1:]]
+        styles[-1] = "bold red" if run.status == "failed" else styles[-1]
+        table.add_row(*(Text(text, style) for text, style in zip(row, styles, strict=True)))
+    return table
+
+
+def show(results: Results, stream: TextIO) -> None:
+    """Write the table, a sentence on each run and what else must be known; colours only in a terminal."""
+    if stream.isatty():
+        from rich.console import Console
+
+        console = Console(file=stream)
+        console.print(rich_table(results))
+        console.print()
+        for sentence in readings(results):
+            console.print(sentence, markup=False, highlight=False)
+        for sentence in remarks(results):
+            console.print(sentence, markup=False, highlight=False, style="yellow")
+    else:
+        stream.write("\n".join([plain_table(results), "", *readings(results), *remarks(results)]) + "\n")
+        stream.flush()
+
+
+def remarks(results: Results) -> list[str]:
+    """Notices, defects of the byte count and events: what the table does not show."""
+    lines = [f"cluster {results.cluster.name}: {notice}" for notice in results.cluster.notices]
+    for run in results.runs:
+        lines += [f"{run.name}: {text}" for text in [*run.notices, *event_texts(run), *run.defects]]
+    return lines
+
+
+def event_texts(run: RunResult) -> list[str]:
+    """The run's events, one text for each kind, with the first of them in words."""
+    texts = []
+    for kind in dict.fromkeys(event.kind for event in run.events):
+        same = [event for event in run.events if event.kind == kind]
+        fields = ", ".join(f"{key} {value}" for key, value in same[0].fields.items())
+        who = "all ranks" if len(same[0].ranks) == run.ranks else f"rank {', '.join(map(str, same[0].ranks))}"
+        more = f", and {len(same) - 1} more" if len(same) > 1 else ""
+        texts.append(f"{kind}: {fields or 'no details'} ({who}){more}")
+    return texts
+
+
+def readings(results: Results) -> list[str]:
+    """What the table says, in one sentence per run."""
+    return [reading(run, results.dense) for run in results.runs]
+
+
+def reading(run: RunResult, dense: RunResult | None) -> str:
+    """`onebit_adam: steps 9.5x faster than dense after step 24, the whole run 5.7x faster; ...`"""
+    parts = [_outcome(run)] if run.status == "failed" else []
+    if dense is None or run is dense or run == dense:
+        parts += _alone(run)
+    else:
+        parts += [*_speed(run, dense), *_loss(run, dense), *_fewer_bytes(run, dense)]
+    return f"{run.name}: {'; '.join(part for part in parts if part)}."
+
+
+def _outcome(run: RunResult) -> str:
+    return f"did not finish ({run.failure}), so what follows is of {run.steps} of {run.steps_planned} steps"
+
+
+def _alone(run: RunResult) -> list[str]:
+    waiting = f", {run.wait_share * 100:.0f} % of it waiting for the network" if run.wait_share is not None else ""
+    step = f"{milliseconds(run.step_s)} ms a step{waiting}" if run.step_s is not None else "no speed in a steady phase"
+    return [step, _uneven(run), _loss_itself(run)]
+
+
+def _speed(run: RunResult, dense: RunResult) -> list[str]:
+    if run.step_s is None or dense.step_s is None:
+        who = run.name if run.step_s is None else dense.name
+        return [f"no speed-up to tell, since {who} has no step in a steady phase"]
+    text = f"steps {_faster(dense.step_s / run.step_s)} dense" + (
+        f" after step {run.warmup_steps}" if run.warmup_steps else ""
+    )
+    both_finished = run.status == dense.status == "finished" and run.steps == dense.steps
+    if both_finished and run.wall_s and dense.wall_s:
+        text += f", the whole run {_faster(dense.wall_s / run.wall_s).removesuffix(' than').removesuffix(' as')}"
+    return [text, _uneven(run)]
+
+
+def _faster(ratio: float) -> str:
+    if abs(ratio - 1) < ALIKE:
+        return "as fast as"
+    return f"{_factor(ratio)} faster than" if ratio > 1 else f"{_factor(1 / ratio)} slower than"
+
+
+def _factor(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 1.095 else times_text(ratio)
+
+
+def _uneven(run: RunResult) -> str:
+    """A median hides that some steps communicate and others do not; the mean tells."""
+    if run.step_s is None or run.step_mean_s is None or abs(run.step_mean_s / run.step_s - 1) < 0.2:
+        return ""
+    return f"its steady steps are not alike, and take {milliseconds(run.step_mean_s)} ms on average"
+
+
+def _loss_itself(run: RunResult) -> str:
+    broken = next((index for index, loss in enumerate(run.train_loss) if loss is None), None)
+    if broken is not None:
+        return f"the training loss is not finite in step {broken + 1}"
+    return f"val loss {run.val_loss:.3f} after {run.steps} steps" if run.val_loss is not None else "no val loss"
+
+
+def _loss(run: RunResult, dense: RunResult) -> list[str]:
+    above = loss_above_dense(run, dense)
+    if above is None or None in run.train_loss:
+        other = f", where dense did {dense.steps}" if run.steps != dense.steps and run.val_loss is not None else ""
+        return [_loss_itself(run) + other]
+    if abs(above) < 0.0005:
+        return ["val loss the same"]
+    return [f"val loss {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"]
+
+
+def _fewer_bytes(run: RunResult, dense: RunResult) -> list[str]:
+    if not run.payload_bytes_per_step or not dense.payload_bytes_per_step:
+        return []
+    ratio = dense.payload_bytes_per_step / run.payload_bytes_per_step
+    if abs(ratio - 1) < ALIKE:
+        return ["as many bytes a step"]
+    return [f"{_factor(ratio)} fewer bytes a step" if ratio > 1 else f"{_factor(1 / ratio)} more bytes a step"]

@@ -1,0 +1,49 @@
+"""Quantities as a reader wants them: three digits and a unit."""
+
+from __future__ import annotations
+
+
+def seconds_text(seconds: float) -> str:
+    """`131 ms`, `9.4 s`, `6 min 13 s`, `2 h 5 min`."""
+    if seconds < 0.9995:
+        return f"{milliseconds(seconds)} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def milliseconds(seconds: float) -> str:
+    """Milliseconds without a unit: `1242`, `13.1`, `0.42`."""
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms >= 99.95 else f"{ms:.1f}" if ms >= 9.995 else f"{ms:.2f}"
+
+
+def megabytes(nbytes: float) -> str:
+    """Megabytes (10^6) without a unit: `6.10`, `0.190`, `0.0042`."""
+    mb = nbytes / 1e6
+    if mb >= 9.995:
+        return f"{mb:.1f}" if mb < 999.5 else f"{mb:,.0f}"
+    return f"{mb:.2f}" if mb >= 0.9995 or mb == 0 else f"{mb:.3f}" if mb >= 0.09995 else f"{mb:.4f}"
+
+
+def bytes_text(nbytes: float) -> str:
+    """`6.1 MB`, `190 kB`, `830 B`; powers of ten."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= 0.9995 * factor:
+            return f"{_digits(nbytes / factor)} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def times_text(ratio: float) -> str:
+    """`9.5x`, `32x`, `0.80x`."""
+    return f"{ratio:.0f}x" if ratio >= 19.5 else f"{ratio:.1f}x" if ratio >= 0.995 else f"{ratio:.2f}x"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}"
