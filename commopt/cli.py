@@ -1,0 +1,193 @@
+"""The command line. Commands print and choose exit codes; what they do is in the modules that they import when called."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from commopt.errors import CommoptError, ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from commopt.cluster.emulate import Emulation
+    from commopt.cluster.run import JobResult
+    from commopt.cluster.spec import ClusterSpec
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train over slow links: emulate a cluster on this machine, or launch on a real one.",
+)
+
+
+class EmulateOption(str, Enum):
+    """`--emulate`; spelled out here so that `--help` imports nothing."""
+
+    auto = "auto"
+    netns = "netns"
+    paced = "paced"
+    none = "none"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 well, 1 a job that failed, 2 a mistake in what was asked, 130 Ctrl-C, 143 SIGTERM."""
+    try:
+        app(args=None if arguments is None else list(arguments), standalone_mode=True)
+    except ConfigError as error:
+        fail(str(error), code=2)
+    except CommoptError as error:
+        fail(str(error), code=1)
+    except KeyboardInterrupt:
+        fail("interrupted; everything that was started has been ended", code=130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, and needs no message about it
+        raise SystemExit(141) from None
+    raise SystemExit(0)
+
+
+def fail(message: str, *, code: int) -> NoReturn:
+    """Print one red line per mistake, and exit."""
+    for line in message.splitlines() or [""]:
+        typer.secho(f"commopt: {line}", fg=typer.colors.RED, err=True)
+    raise SystemExit(code)
+
+
+def note(message: str) -> None:
+    """Print a line about the run itself, beside the output of the ranks."""
+    typer.secho(f"commopt: {message}", dim=True, err=True)
+
+
+@app.command(
+    epilog="Example: [bold]commopt launch configs/clusters/four-50mbit.yaml -- train.py --steps 100[/bold]",
+)
+def launch(
+    cluster: Annotated[Path, typer.Argument(metavar="CLUSTER.yaml", help="The nodes and their links.")],
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="-- PROGRAM [ARGUMENTS]...", help="What every rank runs; a .py file is run by Python."),
+    ],
+    emulate: Annotated[
+        EmulateOption | None,
+        typer.Option(help="Impose the links by the kernel (netns) or by pacing, or not at all; auto takes what works."),
+    ] = None,
+    node: Annotated[str | None, typer.Option(help="Which of the real machines this one is.")] = None,
+    print_only: Annotated[bool, typer.Option("--print", help="Print each node's command, and start nothing.")] = False,
+    log_dir: Annotated[Path | None, typer.Option(help="Where each node's output is kept.")] = None,
+) -> None:
+    """Run a program on every rank of a cluster.
+
+    Where the file only counts its nodes, all of them run on this machine, over links of the rate and delay that the
+    file gives. Where it lists real machines, run the same command on each of them.
+    """
+    from commopt.cluster import emulate as emulation_of
+    from commopt.cluster.run import run_job
+    from commopt.cluster.spec import Emulate, load_cluster
+
+    spec = load_cluster(cluster)
+    mode = None if emulate is None else Emulate(emulate.value)
+    words = checked_program(command)
+    if print_only:
+        print_commands(spec, words, emulation_of.preview(spec, mode, node))
+        return
+    emulation = emulation_of.enter(spec, emulate=mode, node=node)
+    for notice in emulation.notices:
+        note(notice)
+    kept = log_dir or Path(tempfile.mkdtemp(prefix="commopt-"))
+    is_kept = log_dir is not None
+    show_label = len(emulation.nodes) > 1
+    try:
+        result = run_job(
+            spec, words, emulation=emulation, log_dir=kept, on_line=_print_line if show_label else _print_plain
+        )
+        is_kept = is_kept or not result.ok
+    finally:
+        if not is_kept:
+            shutil.rmtree(kept, ignore_errors=True)
+    report(result)
+
+
+def checked_program(command: Sequence[str]) -> list[str]:
+    """The program and its arguments, with the program found. Raises LaunchError if there is none of that name."""
+    words = list(command)
+    if not words:
+        raise LaunchError("no program; write it after --, as in: commopt launch CLUSTER.yaml -- train.py")
+    program = words[0]
+    if program.endswith(".py"):
+        if not Path(program).is_file():
+            raise LaunchError(f"{program}: there is no such file")
+    elif shutil.which(program) is None:
+        hint = "it is not executable" if Path(program).is_file() else "there is no such program"
+        raise LaunchError(f"{program}: {hint}")
+    return words
+
+
+def print_commands(spec: ClusterSpec, words: Sequence[str], emulation: Emulation) -> None:
+    """Print what `launch` would start on each node, as a shell would take it."""
+    from commopt.cluster.commands import agent_environment, agent_words, program_words
+
+    program = program_words(words[0], words[1:])
+    for node in emulation.nodes:
+        name = spec.nodes[node].name
+        environment = agent_environment(
+            spec,
+            node,
+            interface=emulation.interfaces[node],
+            ranks_here=spec.slots * (1 if spec.has_hosts and emulation.mode.value == "none" else len(spec.nodes)),
+            links=emulation.links,
+        )
+        prefix = ["ip", "netns", "exec", name] if emulation.mode.value == "netns" else []
+        argv = agent_words(spec, node, program, meeting=emulation.meeting)
+        typer.echo(f"# {name}")
+        typer.echo(shlex.join(["env", *(f"{key}={value}" for key, value in environment.items()), *prefix, *argv]))
+
+
+def report(result: JobResult) -> None:
+    """Say how a job ended. Raises LaunchError, with the first failure, if it did not end well."""
+    for notice in result.notices:
+        note(notice)
+    if result.failure is not None:
+        if result.failure.message:
+            typer.echo(result.failure.message, err=True)
+        raise LaunchError(f"{result.failure}; all output is in {result.log_dir}")
+    sent = "; sent " + ", ".join(f"{name} {size(count)}" for name, count in result.tx_bytes.items())
+    note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1,000: 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _print_line(label: str, line: str) -> None:
+    typer.echo(f"[{label}] {line}")
+
+
+def _print_plain(label: str, line: str) -> None:
+    typer.echo(line)
+
+
+@app.command(epilog="Example: [bold]commopt doctor --json machine.json[/bold]")
+def doctor(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the table there.")
+    ] = None,
+) -> None:
+    """Show what this machine can do, and what to do about what it cannot."""
+    from commopt.cluster.doctor import examine, show
+
+    checks = examine()
+    show(checks, json_file)

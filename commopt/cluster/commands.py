@@ -1,0 +1,76 @@
+"""From a cluster to the processes of a job: the words and the environment of each node's torchrun agent. Pure."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from commopt.cluster.spec import Backend, ClusterSpec, RendezvousBackend
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the agents of one job meet: the address of node 0, its port, and the address of each node."""
+
+    addresses: tuple[str, ...]
+    port: int
+
+    @property
+    def host(self) -> str:
+        return self.addresses[0]
+
+
+def program_words(program: str, arguments: Sequence[str]) -> list[str]:
+    """What torchrun is given to run: a Python file as it is, anything else without an interpreter."""
+    return [program, *arguments] if program.endswith(".py") else ["--no-python", program, *arguments]
+
+
+def agent_words(cluster: ClusterSpec, node: int, program: Sequence[str], *, meeting: Meeting) -> list[str]:
+    """The torchrun agent of one node. `program` is what `program_words` returns."""
+    words = [sys.executable, "-m", "torch.distributed.run"]
+    words += [f"--nnodes={len(cluster.nodes)}", f"--nproc-per-node={cluster.slots}"]
+    if cluster.rendezvous.backend is RendezvousBackend.STATIC:
+        words += [f"--node-rank={node}", f"--master-addr={meeting.host}", f"--master-port={meeting.port}"]
+    else:
+        words += [
+            "--rdzv-backend=c10d",
+            f"--rdzv-id={cluster.name}",
+            f"--rdzv-endpoint={meeting.host}:{meeting.port}",
+            f"--rdzv-conf=is_host={str(node == 0).lower()}",  # between namespaces nobody recognises the address as its own
+            f"--local-addr={meeting.addresses[node]}",
+        ]
+    return [*words, *program]
+
+
+def agent_environment(
+    cluster: ClusterSpec,
+    node: int,
+    *,
+    interface: str | None,
+    ranks_here: int,
+    links: str | None = None,
+    given: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The variables that commopt sets for the ranks of one node.
+
+    interface: the one that peers are reached through, or None where it is not known. ranks_here: all ranks on this
+    machine, which share its cores. links: `COMMOPT_LINKS`, in paced mode. given: the user's environment, whose
+    OMP_NUM_THREADS stays as it is.
+    """
+    given = os.environ if given is None else given
+    threads = max(1, (os.cpu_count() or 1) // max(1, ranks_here))
+    environment = {"OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", str(threads))}
+    if interface is not None:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+        if cluster.backend is Backend.NCCL:
+            environment["NCCL_SOCKET_IFNAME"] = interface
+    environment["COMMOPT_NODE"] = cluster.nodes[node].name
+    environment["COMMOPT_NODE_RANK"] = str(node)
+    environment["COMMOPT_MTU"] = str(cluster.links.mtu)
+    if interface is not None:
+        environment["COMMOPT_NIC"] = interface
+    if links is not None:
+        environment["COMMOPT_LINKS"] = links
+    return environment

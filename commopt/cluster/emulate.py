@@ -1,0 +1,377 @@
+"""Where a job's nodes live: in network namespaces with shaped links, on loopback with paced exchanges, or on real machines.
+
+Namespaces are made inside a re-executed launcher, so that nothing can be left behind:
+
+launcher            waits, and passes signals on through a pipe, because unshare ignores SIGINT and SIGTERM
+└── unshare -Urnm --pid --fork --kill-child --mount-proc        ended by the kernel when the launcher ends
+    └── the same command again, process 1 of its own world      when it ends, the kernel ends what it started
+        └── ip netns exec node0 python -m torch.distributed.run ...
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from commopt.cluster.commands import Meeting
+from commopt.cluster.network import INTERFACE, Network, address
+from commopt.cluster.spec import ClusterSpec, Emulate
+from commopt.errors import EmulationError, LaunchError
+from commopt.links import LinkModel
+
+_INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """How the nodes of one cluster are run on this machine.
+
+    cluster: what is run. mode: netns, paced or none; never auto. notices: what a user should know about it, one line each.
+    nodes: indices of the nodes that are run here; all of them but on real machines. links: `COMMOPT_LINKS` for the
+    ranks, or None. meeting: where the agents meet. interfaces: for each node, the interface its peers reach it by.
+    """
+
+    cluster: ClusterSpec
+    mode: Emulate
+    nodes: tuple[int, ...]
+    meeting: Meeting
+    interfaces: tuple[str | None, ...]
+    notices: tuple[str, ...] = ()
+    links: str | None = None
+    network: Network | None = None
+
+    def prefix(self, name: str) -> list[str]:
+        """The words before a command that make it run on the node of that name."""
+        return ["ip", "netns", "exec", name] if self.network is not None else []
+
+    def tx_bytes(self) -> dict[str, int]:
+        """Bytes each node has sent, by the kernel's counters; empty where nodes share the loopback interface."""
+        if self.network is not None:
+            return self.network.tx_bytes()
+        if self.meeting.host == "127.0.0.1":
+            return {}
+        counters = {self.cluster.nodes[node].name: _nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
+        return {name: count for name, count in counters.items() if count is not None}
+
+    def fresh_port(self) -> Emulation:
+        """The same, with a port that is free now, where all nodes share this machine's loopback interface."""
+        if self.network is not None or self.meeting.host != "127.0.0.1":
+            return self
+        return replace(self, meeting=replace(self.meeting, port=_free_port()))
+
+
+def links_json(links: LinkModel) -> str:
+    """The model as the JSON that `LinkModel.from_json` reads; an unlimited rate is null."""
+
+    def plain(value: float) -> float | None:
+        return None if math.isinf(value) else value
+
+    return json.dumps({key: [plain(value) for value in values] for key, values in asdict(links).items()})
+
+
+def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | None = None) -> Emulation:
+    """Choose how this cluster is run here, and make its network.
+
+    For namespaces, this runs the whole command again inside `unshare` and exits with its exit code: call it before
+    anything is printed or made. Raises EmulationError if a mode that was asked for does not work on this machine.
+    `node` names this machine among real ones; by default it is recognised by its address or host name.
+    """
+    mode = emulate or cluster.emulation
+    end_on_signals()
+    if descriptors := os.environ.pop(_INSIDE, None):
+        return _inside(cluster, mode, *map(int, descriptors.split(",")))
+    if mode is Emulate.NONE:
+        return real(cluster, node) if cluster.has_hosts else on_loopback(cluster)
+    if mode is Emulate.PACED:
+        return on_loopback(cluster, paced=True, why="as asked")
+    why = _run_inside()
+    if mode is Emulate.NETNS:
+        raise EmulationError(f"this machine cannot emulate links with network namespaces: {why}; try --emulate paced")
+    return on_loopback(cluster, paced=True, why=f"network namespaces do not work here: {why}")
+
+
+def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> Emulation:
+    """All nodes share this machine's loopback interface; paced, the ranks slow their own exchanges down."""
+    count = len(cluster.nodes)
+    notices = []
+    if paced:
+        notices.append(f"links are imposed by pacing, not by the kernel ({why})")
+        if any(cluster.link(n).loss or cluster.link(n).jitter for n in range(count)):
+            notices.append("pacing knows rates and delays; jitter and loss are left out")
+    return Emulation(
+        cluster=cluster,
+        mode=Emulate.PACED if paced else Emulate.NONE,
+        nodes=tuple(range(count)),
+        meeting=Meeting(("127.0.0.1",) * count, _free_port()),
+        interfaces=(loopback_interface(),) * count,
+        notices=tuple(notices),
+        links=links_json(cluster.link_model()) if paced else None,
+    )
+
+
+def real(cluster: ClusterSpec, node: str | None = None) -> Emulation:
+    """One node of a cluster of real machines: this one."""
+    index = this_node(cluster, node)
+    hosts = [member.host or "" for member in cluster.nodes]
+    interfaces: list[str | None] = [None] * len(hosts)
+    interfaces[index] = os.environ.get("GLOO_SOCKET_IFNAME") or _interface_of(hosts[index])
+    return Emulation(
+        cluster=cluster,
+        mode=Emulate.NONE,
+        nodes=(index,),
+        meeting=Meeting(tuple(hosts), cluster.rendezvous.port),
+        interfaces=tuple(interfaces),
+    )
+
+
+def preview(cluster: ClusterSpec, emulate: Emulate | None = None, node: str | None = None) -> Emulation:
+    """What `enter` would choose, with nothing tried and nothing made; for `--print`."""
+    mode = emulate or cluster.emulation
+    if mode is Emulate.NONE and cluster.has_hosts:
+        hosts = tuple(member.host or "" for member in cluster.nodes)
+        nodes = (this_node(cluster, node),) if node else tuple(range(len(hosts)))
+        interfaces = tuple(_interface_of(host) for host in hosts)
+        return Emulation(cluster, Emulate.NONE, nodes, Meeting(hosts, cluster.rendezvous.port), interfaces)
+    if mode in (Emulate.NONE, Emulate.PACED):
+        return on_loopback(cluster, paced=mode is Emulate.PACED, why="as asked")
+    count = len(cluster.nodes)
+    meeting = Meeting(tuple(address(index) for index in range(count)), cluster.rendezvous.port)
+    return Emulation(cluster, Emulate.NETNS, tuple(range(count)), meeting, (INTERFACE,) * count)
+
+
+def this_node(cluster: ClusterSpec, name: str | None) -> int:
+    """Which node this machine is. Raises LaunchError where none, or more than one, is it."""
+    names = [node.name for node in cluster.nodes]
+    if name is not None:
+        if name not in names:
+            from commopt.errors import did_you_mean
+
+            raise LaunchError(f"--node {name}: there is no such node{did_you_mean(name, names)}")
+        return names.index(name)
+    own = {socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()}
+    found = [i for i, node in enumerate(cluster.nodes) if {node.name, node.host} & own or _is_own(node.host)]
+    if len(found) != 1:
+        what = "none" if not found else "more than one"
+        raise LaunchError(
+            f"{what} of the nodes is this machine, {socket.gethostname()}: {', '.join(names)}; "
+            "name it with --node, or try the cluster on this machine with --emulate auto"
+        )
+    return found[0]
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: through its `finally` blocks, with the usual exit code."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+
+
+def end_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
+    """For a child's `preexec_fn`: the kernel sends it this signal when the process that started it ends."""
+    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
+
+    def arrange() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(number))
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(127)
+
+    return arrange
+
+
+def unshare_words() -> list[str]:
+    """The `unshare` command that works here. Raises EmulationError with the reason and, where known, the cure."""
+    for tool, package in (("unshare", "util-linux"), ("ip", "iproute2")):
+        if shutil.which(tool) is None:
+            raise EmulationError(f"there is no {tool!r} command; install {package}")
+    words = ["unshare", "-Urnm", "--pid", "--fork", "--kill-child"]
+    reason = ""
+    for option in (["--mount-proc"], []):  # a container that masks parts of /proc refuses a new one
+        tried = subprocess.run(
+            [*words, *option, "true"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if tried.returncode == 0:
+            return [*words, *option]
+        reason = tried.stderr.strip().removeprefix("unshare: ") or f"exit code {tried.returncode}"
+    if _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1" and os.geteuid() != 0:
+        reason += "; AppArmor restricts user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+    elif _sysctl("kernel/unprivileged_userns_clone") == "0" and os.geteuid() != 0:
+        reason += "; user namespaces are off: sysctl kernel.unprivileged_userns_clone=1"
+    elif _sysctl("user/max_user_namespaces") == "0":
+        reason += "; user namespaces are off: sysctl user.max_user_namespaces=10000"
+    raise EmulationError(reason)
+
+
+def _run_inside() -> str:
+    """Run this command again in namespaces of its own and exit as it does; return only the reason why it cannot."""
+    try:
+        words = unshare_words()
+    except EmulationError as error:
+        return str(error)
+    lifeline, lifeline_end = os.pipe()
+    report, report_end = os.pipe()
+    inner = (lifeline, report_end)
+    process = subprocess.Popen(
+        [*words, sys.executable, *sys.orig_argv[1:]],
+        env={**os.environ, _INSIDE: f"{lifeline},{report_end}"},
+        pass_fds=inner,
+        start_new_session=True,  # a terminal's Ctrl-C reaches this process, which passes it on once
+        preexec_fn=end_with_parent(),
+    )
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        os.write(lifeline_end, bytes([number]))
+
+    for number in _SIGNALS:
+        signal.signal(number, pass_on)
+    for descriptor in inner:
+        os.close(descriptor)
+    with os.fdopen(report, "rb") as stream:
+        reason = stream.read().decode()
+    if reason == "ok":
+        code = process.wait()
+        raise SystemExit(128 - code if code < 0 else code)
+    process.wait()
+    end_on_signals()
+    os.close(lifeline_end)
+    return reason or "the launcher ended early in its namespaces"
+
+
+def _inside(cluster: ClusterSpec, mode: Emulate, lifeline: int, report: int) -> Emulation:
+    """Build the network in these new namespaces; if that fails, tell the outer launcher why, and end."""
+    main = threading.main_thread().ident
+    assert main is not None
+    for descriptor in (lifeline, report):
+        os.set_inheritable(descriptor, False)
+
+    def listen() -> None:
+        while number := os.read(lifeline, 1):
+            signal.pthread_kill(main, number[0])
+        os.kill(os.getpid(), signal.SIGKILL)  # no effect on process 1; the next line is what ends it
+        os._exit(128 + signal.SIGKILL)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        network = _build(cluster)
+    except Exception as error:  # whatever it is, the outer launcher can still pace
+        os.write(report, f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+    os.write(report, b"ok")
+    os.close(report)
+    count = len(cluster.nodes)
+    notices, links = [f"links are emulated by the kernel, {count} network namespaces"], None
+    model = cluster.link_model()
+    if not network.has_netem and (any(model.latency_s) or any(model.between_latency_s)):
+        unlimited = replace(
+            model,
+            bytes_per_s=(math.inf,) * len(model.bytes_per_s),
+            between_bytes_per_s=(math.inf,) * len(model.between_bytes_per_s),
+        )
+        links = links_json(unlimited)
+        notices.append("this kernel has no netem: rates are the kernel's, delays are imposed by pacing")
+    everything = [*(cluster.link(index) for index in range(count)), cluster.links.between]
+    if not network.has_netem and any(link.jitter_s or link.loss_probability for link in everything):
+        notices.append("this kernel has no netem: jitter and loss are left out")
+    return Emulation(
+        cluster=cluster,
+        mode=Emulate.NETNS,
+        nodes=tuple(range(count)),
+        meeting=Meeting(tuple(address(index) for index in range(count)), cluster.rendezvous.port),
+        interfaces=(INTERFACE,) * count,
+        notices=tuple(notices),
+        links=links,
+        network=network,
+    )
+
+
+def _build(cluster: ClusterSpec) -> Network:
+    _checked_run(["mount", "-t", "tmpfs", "none", os.path.realpath("/var/run")])
+    network = Network(cluster)
+    _checked_run(["ip", "netns", "exec", cluster.nodes[0].name, "true"])  # it mounts /sys, which a container may forbid
+    return network
+
+
+def _checked_run(words: list[str]) -> None:
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise EmulationError(f"{' '.join(words[:3])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+
+
+def _sysctl(name: str) -> str | None:
+    try:
+        return Path("/proc/sys", name).read_text().strip()
+    except OSError:
+        return None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def loopback_interface() -> str:
+    """`lo` on Linux, `lo0` elsewhere."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), "lo")
+
+
+def _is_own(host: str | None) -> bool:
+    """Whether an address or a name leads to this machine: only then can a socket be bound to it."""
+    if host is None:
+        return False
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(place)
+    except OSError:
+        return False
+    return True
+
+
+def _interface_of(host: str | None) -> str | None:
+    """The interface that owns a host's address on this machine, or None."""
+    if not host or not _is_own(host):
+        return None
+    try:
+        wanted = socket.gethostbyname(host)
+    except OSError:
+        return None
+    listed = (
+        subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True, check=False) if _has_ip() else None
+    )
+    for line in listed.stdout.splitlines() if listed else []:
+        words = line.split()
+        if len(words) > 3 and words[3].split("/")[0] == wanted:
+            return words[1]
+    return None
+
+
+def _has_ip() -> bool:
+    return shutil.which("ip") is not None
+
+
+def _nic_tx_bytes(interface: str | None) -> int | None:
+    try:
+        return int(Path("/sys/class/net", interface or "", "statistics", "tx_bytes").read_text())
+    except (OSError, ValueError):
+        return None

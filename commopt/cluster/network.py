@@ -1,0 +1,166 @@
+"""The emulated network: a namespace per node, veth pairs on a bridge, and queueing disciplines that shape them.
+
+node0 [eth0] ---- v0 |bridge b0| s0 ---- t0 |bridge core| t1 ---- s1 |bridge b1| v2 ---- [eth0] node2
+
+A node's egress is shaped in its namespace (eth0) and its ingress on the bridge's side (v0). With sites there is a
+bridge per site; what a site sends is shaped at s0, what it receives at t0. Everything is made in the network namespace
+of the calling process, which therefore has to be one of its own: see `commopt.cluster.emulate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from commopt.cluster.spec import ClusterSpec, Link
+from commopt.errors import EmulationError
+
+INTERFACE = "eth0"  # of every node, in its own namespace
+_FASTEST_BYTES_PER_S = 30e9 / 8  # tbf's rate field ends at 4 GiB/s; a veth pair on one machine ends before
+_ETHERNET_BYTES = 14
+
+
+def address(node: int) -> str:
+    """The address of a node in the emulated network."""
+    return f"10.77.{(node + 1) // 256}.{(node + 1) % 256}"
+
+
+def burst_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
+    """What a shaper lets pass at once: 2 ms of its rate, at least 16 KiB and one segment, never a step's payload."""
+    return max(16 * 1024, mtu + _ETHERNET_BYTES, math.ceil(0.002 * bytes_per_s))
+
+
+def queue_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
+    """What a shaper holds before it drops: 200 ms, at least 1 MiB, so that several senders to one node lose little."""
+    return burst_bytes(bytes_per_s, mtu) + max(1 << 20, math.ceil(0.2 * bytes_per_s))
+
+
+class Network:
+    """The emulated network of one cluster; it lives until the process that made it ends.
+
+    has_netem: whether the kernel imposes delay, jitter and loss; where it cannot, the links have their rates only.
+    """
+
+    def __init__(self, cluster: ClusterSpec) -> None:
+        from pyroute2 import IPRoute
+
+        self._names = [node.name for node in cluster.nodes]
+        self._mtu = cluster.links.mtu
+        self._outer: dict[int, str] = {}  # index of a veth's outer end -> name of its node
+        self.has_netem = False
+        self._root: Any = IPRoute()
+        links = [cluster.link(index) for index in range(len(self._names))]
+        if any(_needs_netem(link) for link in [*links, cluster.links.between]):
+            self.has_netem = self._netem_works()
+        self._root.link("set", index=1, state="up")
+        bridges = self._add_bridges(cluster)
+        for index, (name, link) in enumerate(zip(self._names, links, strict=True)):
+            self._add_node(index, name, link, bridges[cluster.site_of_node[index]])
+
+    def tx_bytes(self) -> dict[str, int]:
+        """Bytes that each node has sent since it was made, headers included: what the other end of its veth received."""
+        sent = {}
+        for message in self._root.get_links(*self._outer):
+            sent[self._outer[message["index"]]] = int(message.get_attr("IFLA_STATS64")["rx_bytes"])
+        return {name: sent[name] for name in self._names}
+
+    def _add_bridges(self, cluster: ClusterSpec) -> list[int]:
+        sites = max(1, len(cluster.sites))
+        bridges = [self._add_bridge(f"b{site}") for site in range(sites)]
+        if sites == 1:
+            return bridges
+        core = self._add_bridge("core")
+        between = cluster.links.between
+        for site, bridge in enumerate(bridges):
+            inner, outer = f"s{site}", f"t{site}"
+            self._root.link("add", ifname=inner, kind="veth", mtu=self._mtu, peer={"ifname": outer, "mtu": self._mtu})
+            for name, master, link in ((inner, bridge, between), (outer, core, _rate_only(between))):
+                index = self._index(self._root, name)
+                self._shape(self._root, index, link)
+                self._root.link("set", index=index, master=master, state="up")
+        return bridges
+
+    def _add_bridge(self, name: str) -> int:
+        self._root.link("add", ifname=name, kind="bridge", mtu=self._mtu)
+        index = self._index(self._root, name)
+        self._silence_ipv6(self._root, index)
+        self._root.link("set", index=index, state="up")
+        return index
+
+    def _add_node(self, number: int, name: str, link: Link, bridge: int) -> None:
+        from pyroute2 import NetNS, netns
+
+        netns.create(name)
+        outer = f"v{number}"
+        peer = {"ifname": INTERFACE, "net_ns_fd": name, "mtu": self._mtu}
+        self._root.link("add", ifname=outer, kind="veth", mtu=self._mtu, peer=peer)
+        index = self._index(self._root, outer)
+        self._outer[index] = name
+        self._silence_ipv6(self._root, index)
+        self._shape(self._root, index, _rate_only(link))
+        self._root.link("set", index=index, master=bridge, state="up")
+        with ExitStack() as stack:
+            inside: Any = stack.enter_context(NetNS(name, flags=0))
+            index = self._index(inside, INTERFACE)
+            inside.link("set", index=1, state="up")
+            inside.addr("add", index=index, address=address(number), prefixlen=16)
+            inside.link("set", index=index, gso_max_segs=1)  # segments on the wire are real, and their headers count
+            self._silence_ipv6(inside, index)
+            self._shape(inside, index, link)
+            inside.link("set", index=index, state="up")
+
+    def _shape(self, route: Any, index: int, link: Link) -> None:
+        """Limit what leaves through an interface; delay, jitter and loss need netem."""
+        rate, parent = link.bytes_per_s, None
+        if rate < _FASTEST_BYTES_PER_S:
+            burst, limit = burst_bytes(rate, self._mtu), queue_bytes(rate, self._mtu)
+            route.tc("add", "tbf", index, handle="1:", rate=math.ceil(rate), burst=burst, limit=limit)
+            parent = "1:1"
+        if self.has_netem and _needs_netem(link):
+            held_s = 1.0 + link.delay_s + link.jitter_s
+            packets = max(1000, math.ceil(held_s * min(rate, _FASTEST_BYTES_PER_S) / self._mtu))
+            place = {} if parent is None else {"parent": parent}
+            route.tc("add", "netem", index, handle="10:", **place, **_netem_options(link), limit=packets)
+
+    def _netem_works(self) -> bool:
+        """Whether this kernel has sch_netem, tried on the loopback interface."""
+        from pyroute2 import NetlinkError
+
+        try:
+            self._root.tc("add", "netem", 1, handle="1:", delay=1000)
+        except NetlinkError:
+            return False
+        self._root.tc("del", "netem", 1, handle="1:")
+        return True
+
+    @staticmethod
+    def _silence_ipv6(route: Any, index: int) -> None:
+        """Keep the kernel from announcing link-local addresses, which the counters would show."""
+        mode = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}
+        route.link("set", index=index, IFLA_AF_SPEC=mode)
+
+    @staticmethod
+    def _index(route: Any, name: str) -> int:
+        found: Sequence[int] = route.link_lookup(ifname=name)
+        if not found:
+            raise EmulationError(f"the interface {name} was not made")
+        return found[0]
+
+
+def _needs_netem(link: Link) -> bool:
+    return link.delay_s > 0 or link.jitter_s > 0 or link.loss_probability > 0
+
+
+def _rate_only(link: Link) -> Link:
+    return Link(rate=link.rate)
+
+
+def _netem_options(link: Link) -> dict[str, float]:
+    """pyroute2's options: microseconds, and a percentage that has to stay below its 32-bit end."""
+    return {
+        "delay": link.delay_s * 1e6,
+        "jitter": link.jitter_s * 1e6,
+        "loss": min(link.loss_probability * 100, 99.9999),
+    }

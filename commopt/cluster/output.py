@@ -1,0 +1,121 @@
+"""What a node's agent and ranks print, told apart: lines for the user, tracebacks, and torchrun's own reports."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+_LOGGED = re.compile(
+    r"^(?:\[\w+\]:)?[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?:\S*/)?torch/distributed/(?:run|elastic|launcher)"
+)
+_NOISE = re.compile(r"^NOTE: Redirects|.*\[c10d\] The hostname of the client socket cannot be retrieved")
+_ENDED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
+_RANK = re.compile(r"^\s*rank\s*: (\d+) \(local_rank: (\d+)\)")
+_OF_RANK = re.compile(r"^\[rank(\d+)\]: ?")
+_TRACEBACK = "Traceback (most recent call last):"
+_CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
+_HELD_S = 2.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank that its agent saw end badly: exit_code is minus the signal's number where one killed it."""
+
+    at_s: float
+    local_rank: int
+    exit_code: int
+
+
+@dataclass
+class Traceback:
+    """One traceback; rank is None where the program had no process group yet."""
+
+    at_s: float
+    rank: int | None
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines).rstrip()
+
+    @property
+    def last_line(self) -> str:
+        """The exception itself: the last line that starts where the first did."""
+        return next((line for line in reversed(self.lines) if line and not line[0].isspace()), "")
+
+
+class Reader:
+    """Sorts the lines of one agent. Tracebacks are held back for 2 s: a rank that goes on afterwards wanted them shown."""
+
+    def __init__(self) -> None:
+        self.ended: list[Ended] = []
+        self.tracebacks: list[Traceback] = []
+        self.rank_of_local: dict[int, int] = {}
+        self._open: dict[int | None, Traceback] = {}
+        self._rest = b""
+
+    def feed(self, data: bytes, at_s: float) -> list[str]:
+        """Take what was read; return the lines that a user should see now."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > 1 << 16:
+            lines, self._rest = [*lines, self._rest], b""
+        shown = []
+        for raw in lines:
+            line = raw.decode("utf-8", "replace").rstrip("\r")
+            if self._is_for_users(line, at_s):
+                shown.append(line)
+        return shown
+
+    def close(self, at_s: float) -> list[str]:
+        """The last line, where it had no line feed."""
+        return self.feed(b"\n", at_s) if self._rest else []
+
+    def release(self, at_s: float) -> list[str]:
+        """Tracebacks that were printed a while ago and ended nothing."""
+        if self.ended:
+            return []
+        old = [block for block in self.tracebacks if at_s - block.at_s > _HELD_S and not _is_agents(block)]
+        self.tracebacks = [block for block in self.tracebacks if block not in old]
+        for rank in [rank for rank, block in self._open.items() if block in old]:
+            del self._open[rank]
+        return [line for block in old for line in block.lines]
+
+    def _is_for_users(self, line: str, at_s: float) -> bool:
+        if match := _ENDED.search(line):
+            self.ended.append(Ended(at_s, int(match[2]), int(match[1])))
+            return False
+        if self.ended:  # what follows is the agent's own report
+            if match := _RANK.match(line):
+                self.rank_of_local[int(match[2])] = int(match[1])
+            return False
+        if _LOGGED.match(line) or _NOISE.match(line):
+            return False
+        return not self._belongs_to_traceback(line, at_s)
+
+    def _belongs_to_traceback(self, line: str, at_s: float) -> bool:
+        match = _OF_RANK.match(line)
+        rank = int(match[1]) if match else None
+        text = line[match.end() :] if match else line
+        block = self._open.get(rank)
+        if text.startswith(_TRACEBACK) and (block is None or not _is_chained(block)):
+            block = self._open[rank] = Traceback(at_s, rank)
+            self.tracebacks.append(block)
+        elif block is None:
+            return False
+        elif rank is None and block.last_line != _TRACEBACK and not _continues(block, text):
+            del self._open[rank]
+            return False
+        block.lines.append(text)
+        return True
+
+
+def _is_chained(block: Traceback) -> bool:
+    return any(line.startswith(_CHAINED) for line in block.lines[-3:])
+
+
+def _continues(block: Traceback, text: str) -> bool:
+    return not text or text[0].isspace() or text.startswith(_CHAINED) or _is_chained(block)
+
+
+def _is_agents(block: Traceback) -> bool:
+    return "torch/distributed/run.py" in block.text and "elastic_launch(" in block.text

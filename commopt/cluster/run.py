@@ -1,0 +1,349 @@
+"""Run one job: an agent per node, its output sorted, its bytes counted, and all of it ended when a part of it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from commopt.cluster.commands import agent_environment, agent_words, program_words
+from commopt.cluster.emulate import Emulation, end_with_parent
+from commopt.cluster.output import Ended, Reader, Traceback
+from commopt.cluster.spec import ClusterSpec, Emulate
+from commopt.errors import LaunchError
+
+_TICK_S = 0.2
+_OTHERS_S = 1.5  # for the other nodes to report what they saw, before they are ended
+_GRACE_S = 4.0  # between SIGTERM and SIGKILL
+_FOLLOWS = re.compile(
+    r"closed by peer|reset by peer|Connection refused|Broken pipe|remote process exited|ncclRemoteError|ncclSystemError"
+    r"|[Tt]imed out|Socket Timeout|DistNetworkError|DistStoreError|GroupError"
+)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """The state of a running job: seconds since its start, and the bytes each node has sent since then."""
+
+    elapsed_s: float
+    tx_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a job: the first rank that failed, or an agent (rank None).
+
+    exit_code is None where a signal ended it, and signal_name otherwise. message: that rank's last traceback, or "".
+    """
+
+    node: str
+    rank: int | None
+    exit_code: int | None
+    signal_name: str | None
+    message: str = ""
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank} ({self.node})" if self.rank is not None else f"the torchrun agent of {self.node}"
+        if self.signal_name is not None:
+            return f"{who} was killed by {self.signal_name}"
+        exception = next((line for line in reversed(self.message.splitlines()) if line and not line[0].isspace()), "")
+        return f"{who} failed: {exception}" if exception else f"{who} ended with exit code {self.exit_code}"
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended. tx_bytes is empty where nodes share an interface; notices concern the supervision itself."""
+
+    ok: bool
+    wall_s: float
+    tx_bytes: Mapping[str, int]
+    mode: Emulate
+    log_dir: Path
+    failure: Failure | None = None
+    notices: tuple[str, ...] = ()
+
+
+@dataclass
+class _Agent:
+    """One node's running agent."""
+
+    node: int
+    name: str
+    process: subprocess.Popen[bytes]
+    log: BinaryIO | None
+    reader: Reader = field(default_factory=Reader)
+    is_open: bool = True
+    ended_s: float | None = None
+
+    @property
+    def output(self) -> BinaryIO:
+        assert self.process.stdout is not None
+        return self.process.stdout  # type: ignore[return-value]
+
+
+def run_job(
+    cluster: ClusterSpec,
+    argv: Sequence[str],
+    *,
+    emulation: Emulation,
+    env: Mapping[str, str] | None = None,
+    log_dir: Path,
+    on_tick: Callable[[Tick], None] | None = None,
+    on_line: Callable[[str, str], None] | None = None,
+    agent: Callable[[int], Sequence[str]] | None = None,
+) -> JobResult:
+    """Run `argv` (a program and its arguments) on every rank, and return when all of it has ended.
+
+    env: variables added to the ranks' environment. log_dir: made if needed; holds `NODE.log` with all that was printed.
+    on_tick: called about five times a second. on_line: called with a label ("node2") and a line of a rank's output.
+    agent: the command to run on a node instead of torchrun. On Ctrl-C, SIGTERM or an error in a callback, every
+    process is ended and the exception goes on. Raises LaunchError if nothing could be started.
+    """
+    emulation = emulation.fresh_port()
+    job = _Job(cluster, emulation, log_dir, on_tick, on_line)
+    words = program_words(argv[0], argv[1:]) if argv else []
+    make = agent or (lambda node: agent_words(cluster, node, words, meeting=emulation.meeting))
+    try:
+        for node in emulation.nodes:
+            job.start(node, make(node), env or {})
+        job.watch()
+    finally:
+        job.end()
+    return job.result()
+
+
+class _Job:
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        emulation: Emulation,
+        log_dir: Path,
+        on_tick: Callable[[Tick], None] | None,
+        on_line: Callable[[str, str], None] | None,
+    ) -> None:
+        self._cluster, self._emulation, self._log_dir = cluster, emulation, log_dir
+        self._on_tick, self._on_line = on_tick, on_line
+        self._mark = uuid.uuid4().hex
+        self._agents: list[_Agent] = []
+        self._selector = selectors.DefaultSelector()
+        self._notices: list[str] = []
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LaunchError(f"{log_dir}: cannot be made for the logs: {error.strerror}") from None
+        self._sent_before = emulation.tx_bytes()
+        self._started_s = time.monotonic()
+        self._wall_s = 0.0
+        self._sent: dict[str, int] = {}
+
+    def start(self, node: int, words: Sequence[str], env: Mapping[str, str]) -> None:
+        emulation, name = self._emulation, self._cluster.nodes[node].name
+        environment = {
+            **os.environ,
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3",
+            **agent_environment(
+                self._cluster,
+                node,
+                interface=emulation.interfaces[node],
+                ranks_here=len(emulation.nodes) * self._cluster.slots,
+                links=emulation.links,
+            ),
+            **env,
+            "COMMOPT_JOB": self._mark,
+        }
+        command = [*emulation.prefix(name), *words]
+        try:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the launcher only, which ends them in order
+                preexec_fn=end_with_parent(signal.SIGTERM),  # torchrun ends its ranks on SIGTERM
+            )
+        except OSError as error:
+            raise LaunchError(f"{command[0]}: cannot be started: {(error.strerror or str(error)).lower()}") from None
+        agent = _Agent(node, name, process, self._open_log(name))
+        self._agents.append(agent)
+        os.set_blocking(agent.output.fileno(), False)
+        self._selector.register(agent.output, selectors.EVENT_READ, agent)
+
+    def watch(self) -> None:
+        """Return when every agent has ended, or a while after the first that ended badly."""
+        next_tick_s, failed_s = 0.0, None
+        while True:
+            running = [agent for agent in self._agents if agent.ended_s is None]
+            if not running:
+                return
+            now_s = self._elapsed()
+            if failed_s is None and any(agent.process.returncode for agent in self._agents):
+                failed_s = now_s
+            if failed_s is not None and now_s - failed_s > _OTHERS_S:
+                return
+            self._read(timeout_s=0.05 if len(running) < len(self._agents) else max(0.0, next_tick_s - now_s))
+            for agent in running:
+                if agent.process.poll() is not None:
+                    agent.ended_s = self._elapsed()
+            if self._elapsed() >= next_tick_s:
+                next_tick_s = self._elapsed() + _TICK_S
+                self._tick()
+
+    def end(self) -> None:
+        """End what still runs: SIGTERM, then SIGKILL after a grace; also ranks that lost their agent."""
+        deadline_s = self._elapsed() + _GRACE_S
+        for agent in self._agents:
+            if agent.process.poll() is None:
+                agent.process.terminate()
+        while self._elapsed() < deadline_s and any(agent.process.poll() is None for agent in self._agents):
+            self._read(timeout_s=0.05)
+        for agent in self._agents:
+            if agent.process.poll() is None:
+                agent.process.kill()
+            agent.process.wait()
+        for pid in _marked(self._mark):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        self._wall_s = self._elapsed()
+        after = self._emulation.tx_bytes()
+        self._sent = {name: count - self._sent_before.get(name, 0) for name, count in after.items()}
+        drained_s = self._elapsed() + 0.5  # a pipe that something else holds open never ends
+        while any(agent.is_open for agent in self._agents) and self._elapsed() < drained_s:
+            self._read(timeout_s=0.05)
+        for agent in self._agents:
+            self._show(agent, agent.reader.close(self._elapsed()))
+            agent.output.close()
+            if agent.log is not None:
+                with contextlib.suppress(OSError):
+                    agent.log.close()
+        self._selector.close()
+
+    def result(self) -> JobResult:
+        failure = self._failure()
+        if failure is None:
+            for agent in self._agents:
+                self._show(agent, agent.reader.release(float("inf")))
+        return JobResult(
+            ok=failure is None,
+            wall_s=self._wall_s,
+            tx_bytes=self._sent,
+            mode=self._emulation.mode,
+            log_dir=self._log_dir,
+            failure=failure,
+            notices=tuple(self._notices),
+        )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def _tick(self) -> None:
+        for agent in self._agents:
+            self._show(agent, agent.reader.release(self._elapsed()))
+        if self._on_tick is not None:
+            now = self._emulation.tx_bytes()
+            sent = {name: count - self._sent_before.get(name, 0) for name, count in now.items()}
+            self._on_tick(Tick(self._elapsed(), sent))
+
+    def _read(self, *, timeout_s: float) -> None:
+        if not self._selector.get_map():
+            time.sleep(timeout_s)
+            return
+        for key, _ in self._selector.select(timeout_s):
+            agent: _Agent = key.data
+            try:
+                data = os.read(key.fd, 1 << 16)
+            except BlockingIOError:
+                continue
+            if not data:
+                self._selector.unregister(agent.output)
+                agent.is_open = False
+                continue
+            self._write_log(agent, data)
+            self._show(agent, agent.reader.feed(data, self._elapsed()))
+
+    def _show(self, agent: _Agent, lines: Sequence[str]) -> None:
+        if self._on_line is not None:
+            for line in lines:
+                self._on_line(agent.name, line)
+
+    def _open_log(self, name: str) -> BinaryIO | None:
+        try:
+            return (self._log_dir / f"{name}.log").open("wb", buffering=0)
+        except OSError as error:
+            self._stop_logging(error)
+            return None
+
+    def _write_log(self, agent: _Agent, data: bytes) -> None:
+        if agent.log is None:
+            return
+        try:
+            agent.log.write(data)
+        except OSError as error:
+            agent.log = None
+            self._stop_logging(error)
+
+    def _stop_logging(self, error: OSError) -> None:
+        notice = f"{self._log_dir}: logs are incomplete: {(error.strerror or str(error)).lower()}"
+        if notice not in self._notices:
+            self._notices.append(notice)
+
+    def _failure(self) -> Failure | None:
+        """The failure that the others follow from."""
+        found = [(agent, ended) for agent in self._agents for ended in agent.reader.ended]
+        if found:
+            agent, ended = min(found, key=lambda pair: self._order(*pair))
+            rank = agent.reader.rank_of_local.get(ended.local_rank, agent.node * self._cluster.slots + ended.local_rank)
+            traceback = self._traceback(agent, rank)
+            message = traceback.text if traceback is not None and ended.exit_code > 0 else ""
+            return _described(agent.name, rank, ended.exit_code, message)
+        bad = [agent for agent in self._agents if agent.process.returncode and agent.ended_s is not None]
+        if not bad:
+            return None
+        agent = min(bad, key=lambda one: one.ended_s or 0.0)
+        message = agent.reader.tracebacks[-1].text if agent.reader.tracebacks else ""
+        return _described(agent.name, None, agent.process.returncode, message)
+
+    def _order(self, agent: _Agent, ended: Ended) -> tuple[int, float]:
+        """Killed from outside first, then errors of its own, then what follows from another's end; then by time."""
+        if ended.exit_code < 0:
+            kind = {-signal.SIGABRT: 2, -signal.SIGTERM: 4}.get(ended.exit_code, 0)
+        else:
+            rank = agent.node * self._cluster.slots + ended.local_rank
+            traceback = self._traceback(agent, rank)
+            kind = 3 if traceback is not None and _FOLLOWS.search(traceback.text) else 1
+        return kind, ended.at_s
+
+    def _traceback(self, agent: _Agent, rank: int) -> Traceback | None:
+        own = [block for block in agent.reader.tracebacks if block.rank in (rank, None)]
+        return own[-1] if own else None
+
+
+def _described(node: str, rank: int | None, code: int, message: str) -> Failure:
+    if code >= 0:
+        return Failure(node, rank, code, None, message)
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return Failure(node, rank, None, name, message)
+
+
+def _marked(mark: str) -> Iterator[int]:
+    """Processes whose environment has this job's mark, whoever their parent is now."""
+    if os.path.realpath("/proc/self") != f"/proc/{os.getpid()}":  # the /proc of another PID namespace
+        return
+    wanted = f"COMMOPT_JOB={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    yield int(entry.name)
