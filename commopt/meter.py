@@ -111,7 +111,7 @@ class CountCheck:
         more_or_less = "more" if self.measured_bytes > self.modelled_bytes else "fewer"
         by = "" if self.ratio is None else f"{abs(self.ratio - 1):.1%} "
         lines = [
-            f"defect in commopt's byte count: {by}{more_or_less} bytes left node {self.node} than commopt counted: "
+            f"defect in commopt's byte count: {by}{more_or_less} bytes left {self.node} than commopt counted: "
             f"{self.measured_bytes:,.0f} by the interface, {self.modelled_bytes:,.0f} by the count "
             f"({self.payload_bytes:,.0f} of payload, and headers). Please report it with these lines:"
         ]

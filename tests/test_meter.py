@@ -51,7 +51,7 @@ def test_three_percent_is_the_limit(off: float, ok: bool) -> None:
 def test_disagreement_is_a_defect_of_the_count_with_its_rows() -> None:
     check = verify("a", {0: Window(5e6, {2: 5e6}, (ROW,))}, NODE_OF_RANK, 1.5 * wire_bytes(5e6))
     assert check.defect is not None
-    assert "defect in commopt's byte count: 50.0% more bytes left node a" in check.defect
+    assert "defect in commopt's byte count: 50.0% more bytes left a" in check.defect
     assert "dense all_reduce bucket0: 10 calls, 5,000,000 bytes" in check.defect
 
 
@@ -61,7 +61,7 @@ def test_background_traffic_of_a_silent_node_is_no_defect() -> None:
     check = verify("a", silent, NODE_OF_RANK, 1e6)
     assert check.ratio is None
     assert check.defect is not None
-    assert "count: more bytes left node a" in check.defect
+    assert "count: more bytes left a" in check.defect
 
 
 def test_the_kernel_counts_what_is_sent() -> None:

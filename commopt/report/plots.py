@@ -6,8 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from commopt.report.results import Results, RunResult
 from commopt.report.words import bytes_text, milliseconds, times_text
@@ -301,16 +300,33 @@ def _leave_out_spikes(axes: Axes, results: Results) -> None:
 
 
 def _name_at_the_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """Name each line beside its end, moved apart where ends are close."""
+    """Name each line beside its end, moved apart where ends are close; one that ends early is named above its end."""
+    x_max = axes.get_xlim()[1]
+    early = sorted((end for end in ends if end[2] < 0.85 * x_max), key=lambda end: end[2])
+    late = [end for end in ends if end[2] >= 0.85 * x_max]
+    widest = max((_width_points(line) for end in late for line in end[0].splitlines()), default=0.0)
+    box = axes.get_position()
+    right = min(0.82, 1 - (widest + 34) / (72 * WIDTH_IN))
+    axes.set_position((box.x0, box.y0, right - box.x0, box.height))
+    style: dict[str, Any] = {
+        "fontsize": FONT_POINTS - 0.5,
+        "fontweight": "bold",
+        "annotation_clip": False,
+        "linespacing": 1.1,
+    }
     low, high = axes.get_ylim()
-    for (name, colour, x, y), at in zip(*_moved_apart(ends, (high - low) * 0.062, low), strict=True):
+    for (name, colour, x, y), at in zip(*_moved_apart(late, (high - low) * 0.062, low), strict=True):
         axes.annotate(
             "", (x, y), xytext=(1.035, at), textcoords=("axes fraction", "data"), annotation_clip=False,
             arrowprops=_leader(colour),
         )  # fmt: skip
         axes.annotate(
-            name, (1.04, at), xycoords=("axes fraction", "data"), color=colour, va="center_baseline",
-            fontsize=FONT_POINTS - 0.5, fontweight="bold", annotation_clip=False, linespacing=1.1,
+            name, (1.04, at), xycoords=("axes fraction", "data"), color=colour, va="center_baseline", **style
+        )  # fmt: skip
+    for level, (name, colour, x, y) in enumerate(reversed(early)):
+        axes.annotate(
+            name.replace("\n", ": "), (x, y), xytext=(14, 20 + 18 * level), textcoords="offset points", color=colour,
+            va="bottom", arrowprops=_leader(colour), **style,
         )  # fmt: skip
 
 
@@ -365,7 +381,7 @@ def _width_points(text: str) -> float:
     return float(TextPath((0, 0), text, prop=FontProperties(weight="bold", size=FONT_POINTS - 0.5)).get_extents().width)
 
 
-def _leader(colour: str) -> dict[str, object]:
+def _leader(colour: str) -> dict[str, Any]:
     return {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 3}
 
 
@@ -388,8 +404,3 @@ def _round_step(value: float) -> float:
     """The next of 1, 2, 5, 10, ... from `value` on."""
     power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value)
-
-
-def write_plots(results: Results, out_dir: Path) -> dict[Path, bytes]:
-    """The four pictures as files still to be written."""
-    return {out_dir / f"{name}.png": png(draw(results)) for name, draw in PLOTS.items()}

@@ -23,7 +23,7 @@ from commopt.report.document import (
 )
 from commopt.report.record import RankRecord, rank_files
 
-__all__ = ["Cluster", "Environment", "Node", "Results", "RunResult", "assemble", "collect"]
+__all__ = ["Cluster", "Environment", "Node", "NodeBytes", "Results", "RunResult", "assemble", "collect"]
 
 
 def assemble(runs: Sequence[RunResult], cluster: Cluster, *, environment: Environment | None = None) -> Results:
@@ -84,13 +84,16 @@ def _missing(started: Mapping[int, RankRecord], ranks: int, steps_planned: int) 
     reasons = [f"{_ranks(silent)} wrote no record"] if silent else []
     for steps in sorted(set(cut.values())):
         who = _ranks([rank for rank, done in cut.items() if done == steps])
-        reasons.append(f"the record of {who} stops after {steps} of {steps_planned} steps")
+        reasons.append(f"{who} stopped after {steps} of {steps_planned} steps")
     return reasons
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {listed}"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {_listed([str(rank) for rank in ranks])}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
 
 
 def _training(records: Sequence[RankRecord]) -> dict[str, Any]:
@@ -174,7 +177,7 @@ def _bytes(started: Mapping[int, RankRecord], ranks: int) -> dict[str, Any]:
         "nic_over_model": max(ratios, key=lambda ratio: abs(ratio - 1), default=None),
         "nodes": [_node_bytes(check) for check in checks],
         "traffic": [_traffic(row) for row in rows],
-        "defects": [check.defect for check in checks if check.defect],
+        "defects": _defects(checks),
     }
 
 
@@ -191,6 +194,18 @@ def _checks(started: Mapping[int, RankRecord], windows: Mapping[int, tuple[Windo
         mine = {rank: windows[rank][0] for rank in members}
         checks.append(verify(node, mine, node_of_rank, nic_tx_bytes, int(starts[members[0]]["mtu"])))
     return checks
+
+
+def _defects(checks: Sequence[CountCheck]) -> list[str]:
+    """The worst disagreement in full, and the names of the other nodes that have one."""
+    bad = [
+        (abs(check.modelled_bytes - check.measured_bytes), check.node, check.defect) for check in checks if check.defect
+    ]
+    if not bad:
+        return []
+    _, worst, text = max(bad)
+    others = [node for _, node, _ in bad if node != worst]
+    return [text] + ([f"the counts of {_listed(others)} disagree too"] if others else [])
 
 
 def _node_bytes(check: CountCheck) -> NodeBytes:

@@ -174,7 +174,9 @@ def readings(results: Results) -> list[str]:
 def reading(run: RunResult, dense: RunResult | None) -> str:
     """`onebit_adam: steps 9.5x faster than dense after step 24, the whole run 5.7x faster; ...`"""
     parts = [_outcome(run)] if run.status == "failed" else []
-    if dense is None or run is dense or run == dense:
+    if run.status == "failed" and run.steps == 0:
+        pass
+    elif dense is None or run is dense or run == dense:
         parts += _alone(run)
     else:
         parts += [*_speed(run, dense), *_loss(run, dense), *_fewer_bytes(run, dense)]
@@ -182,7 +184,9 @@ def reading(run: RunResult, dense: RunResult | None) -> str:
 
 
 def _outcome(run: RunResult) -> str:
-    return f"did not finish ({run.failure}), so what follows is of {run.steps} of {run.steps_planned} steps"
+    if run.steps == 0:
+        return f"did not finish a step ({run.failure})"
+    return f"did not finish ({run.failure}), so this is of {run.steps} of {run.steps_planned} steps"
 
 
 def _alone(run: RunResult) -> list[str]:
@@ -222,9 +226,9 @@ def _uneven(run: RunResult) -> str:
 
 
 def _loss_itself(run: RunResult) -> str:
-    broken = next((index for index, loss in enumerate(run.train_loss) if loss is None), None)
-    if broken is not None:
-        return f"the training loss is not finite in step {broken + 1}"
+    if None in run.train_loss:
+        first = run.train_loss.index(None) + 1
+        return f"training loss not finite in {run.train_loss.count(None)} steps, first in step {first}"
     return f"val loss {run.val_loss:.3f} after {run.steps} steps" if run.val_loss is not None else "no val loss"
 
 
@@ -234,7 +238,7 @@ def _loss(run: RunResult, dense: RunResult) -> list[str]:
         other = f", where dense did {dense.steps}" if run.steps != dense.steps and run.val_loss is not None else ""
         return [_loss_itself(run) + other]
     if abs(above) < 0.0005:
-        return ["val loss the same"]
+        return ["the same val loss"]
     return [f"val loss {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"]
 
 
