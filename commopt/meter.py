@@ -113,12 +113,18 @@ class CountCheck:
         lines = [
             f"defect in commopt's byte count: {by}{more_or_less} bytes left {self.node} than commopt counted: "
             f"{self.measured_bytes:,.0f} by the interface, {self.modelled_bytes:,.0f} by the count "
-            f"({self.payload_bytes:,.0f} of payload, and headers). Please report it with these lines:"
+            f"({self.payload_bytes:,.0f} of payload, and headers). {self._hint}Please report it with these lines:"
         ]
         lines += [
             f"  {r.method} {r.operation} {r.bucket}: {r.calls} calls, {r.payload_bytes:,.0f} bytes" for r in self.rows
         ]
         return "\n".join(lines)
+
+    @property
+    def _hint(self) -> str:
+        if self.payload_bytes > 0 and abs(self.measured_bytes / self.payload_bytes - 1) < 0.01:
+            return "The interface saw hardly a header, as where cutting segments is left to it (gso_max_segs above 1). "
+        return ""
 
 
 def verify(

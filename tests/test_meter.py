@@ -55,6 +55,12 @@ def test_disagreement_is_a_defect_of_the_count_with_its_rows() -> None:
     assert "dense all_reduce bucket0: 10 calls, 5,000,000 bytes" in check.defect
 
 
+def test_an_interface_that_saw_no_headers_is_hinted_at() -> None:
+    windows = {0: Window(5e6, {2: 5e6}, (ROW,))}
+    assert "gso_max_segs" in str(verify("a", windows, NODE_OF_RANK, 1.002 * 5e6).defect)
+    assert "gso_max_segs" not in str(verify("a", windows, NODE_OF_RANK, 1.5 * 5e6).defect)
+
+
 def test_background_traffic_of_a_silent_node_is_no_defect() -> None:
     silent = {0: Window(0.0, {}, ())}
     assert verify("a", silent, NODE_OF_RANK, BACKGROUND_BYTES).ok

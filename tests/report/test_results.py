@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 from synthetic_runs import CLUSTER, DENSE, FP16, ONEBIT, results_of, run_of, short, write_run
 
+from commopt.cluster.spec import load_cluster
 from commopt.errors import ConfigError
 from commopt.report.page import read_results, results_json, schema
-from commopt.report.results import Environment, assemble, collect
+from commopt.report.results import Cluster, Environment, assemble, collect
 
 Lines = list[dict[str, Any]]
 
@@ -198,11 +201,20 @@ def test_ranks_of_one_node_share_its_interface(tmp_path: Path) -> None:
 
 def test_the_environment_names_no_machine_and_no_path() -> None:
     text = Environment.here().model_dump_json()
-    import os
-    import socket
-
     assert socket.gethostname() not in text
     assert os.path.expanduser("~") not in text
+
+
+CLUSTERS = sorted((Path(__file__).parents[2] / "configs" / "clusters").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_a_clusters_yaml_is_described_without_hosts(path: Path) -> None:
+    spec = load_cluster(path)
+    cluster = Cluster.from_spec(spec, emulation="netns", notices=["a notice"])
+    assert [(node.name, node.ranks) for node in cluster.nodes] == [(node.name, spec.slots) for node in spec.nodes]
+    assert [node.rate for node in cluster.nodes] == [spec.link(index).rate for index in range(len(spec.nodes))]
+    assert not [node.host for node in spec.nodes if node.host and node.host in cluster.model_dump_json()]
 
 
 def test_numbers_in_the_document_are_finite(tmp_path: Path) -> None:
