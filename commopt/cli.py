@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import sys
-import tempfile
+import signal
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+import typer.core
 
 from commopt.errors import CommoptError, ConfigError, LaunchError
 
@@ -20,7 +20,27 @@ if TYPE_CHECKING:
     from commopt.cluster.run import JobResult
     from commopt.cluster.spec import ClusterSpec
 
+
+class _Commands(typer.core.TyperGroup):
+    """Turns what commopt raises on purpose into one line and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            fail(str(error), code=2)
+        except CommoptError as error:
+            fail(str(error), code=1)
+        except KeyboardInterrupt:
+            fail("interrupted by Ctrl-C; all that was started has ended", code=130)
+        except SystemExit as error:
+            if error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
+                note(f"ended by {signal.Signals(int(error.code) - 128).name}; all that was started has ended")
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -39,20 +59,9 @@ class EmulateOption(str, Enum):
     none = "none"
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 well, 1 a job that failed, 2 a mistake in what was asked, 130 Ctrl-C, 143 SIGTERM."""
-    try:
-        app(args=None if arguments is None else list(arguments), standalone_mode=True)
-    except ConfigError as error:
-        fail(str(error), code=2)
-    except CommoptError as error:
-        fail(str(error), code=1)
-    except KeyboardInterrupt:
-        fail("interrupted; everything that was started has been ended", code=130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, and needs no message about it
-        raise SystemExit(141) from None
-    raise SystemExit(0)
+def main() -> None:
+    """Run the command line: exits with 0, 1 for a job that failed, 2 for a mistake in what was asked, 128 + a signal."""
+    app(prog_name="commopt")
 
 
 def fail(message: str, *, code: int) -> NoReturn:
@@ -82,7 +91,7 @@ def launch(
     ] = None,
     node: Annotated[str | None, typer.Option(help="Which of the real machines this one is.")] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Print each node's command, and start nothing.")] = False,
-    log_dir: Annotated[Path | None, typer.Option(help="Where each node's output is kept.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Keep each node's output in this folder.")] = None,
 ) -> None:
     """Run a program on every rank of a cluster.
 
@@ -102,17 +111,8 @@ def launch(
     emulation = emulation_of.enter(spec, emulate=mode, node=node)
     for notice in emulation.notices:
         note(notice)
-    kept = log_dir or Path(tempfile.mkdtemp(prefix="commopt-"))
-    is_kept = log_dir is not None
-    show_label = len(emulation.nodes) > 1
-    try:
-        result = run_job(
-            spec, words, emulation=emulation, log_dir=kept, on_line=_print_line if show_label else _print_plain
-        )
-        is_kept = is_kept or not result.ok
-    finally:
-        if not is_kept:
-            shutil.rmtree(kept, ignore_errors=True)
+    show = _print_labelled if len(emulation.nodes) > 1 else _print_plain
+    result = run_job(spec, words, emulation=emulation, log_dir=log_dir, on_line=show)
     report(result)
 
 
@@ -172,7 +172,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _print_line(label: str, line: str) -> None:
+def _print_labelled(label: str, line: str) -> None:
     typer.echo(f"[{label}] {line}")
 
 
@@ -187,7 +187,24 @@ def doctor(
     ] = None,
 ) -> None:
     """Show what this machine can do, and what to do about what it cannot."""
-    from commopt.cluster.doctor import examine, show
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from commopt.cluster.doctor import as_json, examine
 
     checks = examine()
-    show(checks, json_file)
+    table = Table("check", "state", "found", "what to do", box=None, pad_edge=False)
+    colors = {"ok": "green", "limited": "yellow", "missing": "red"}
+    for check in checks:
+        table.add_row(
+            check.check, Text(check.state.value, colors[check.state.value]), Text(check.found), Text(check.cure)
+        )
+    Console().print(table)
+    if json_file is not None:
+        try:
+            json_file.write_text(as_json(checks), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--json {json_file}: cannot be written: {(error.strerror or str(error)).lower()}"
+            ) from None

@@ -132,7 +132,7 @@ class Network:
             self._root.tc("add", "netem", 1, handle="1:", delay=1000)
         except NetlinkError:
             return False
-        self._root.tc("del", "netem", 1, handle="1:")
+        self._root.tc("del", index=1, root=True)
         return True
 
     @staticmethod

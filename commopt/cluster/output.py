@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
 
 _LOGGED = re.compile(
     r"^(?:\[\w+\]:)?[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?:\S*/)?torch/distributed/(?:run|elastic|launcher)"
@@ -15,6 +17,7 @@ _OF_RANK = re.compile(r"^\[rank(\d+)\]: ?")
 _TRACEBACK = "Traceback (most recent call last):"
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
 _HELD_S = 2.0
+_KEPT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -119,3 +122,57 @@ def _continues(block: Traceback, text: str) -> bool:
 
 def _is_agents(block: Traceback) -> bool:
     return "torch/distributed/run.py" in block.text and "elastic_launch(" in block.text
+
+
+class Logs:
+    """All that the agents printed: a file per node, or without a folder the last MiB of each in memory.
+
+    A folder that cannot be written to (a full disk) costs its logs, not the job: `problem` says what happened.
+    """
+
+    def __init__(self, folder: Path | None, names: list[str]) -> None:
+        self.problem: str | None = None
+        self._folder = folder
+        self._kept = {name: bytearray() for name in names}
+        self._files: dict[str, BinaryIO] = {}
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._files = {name: (folder / f"{name}.log").open("wb", buffering=0) for name in names}
+            except OSError as error:
+                self._stop(error)
+
+    def write(self, name: str, data: bytes) -> None:
+        kept = self._kept[name]
+        kept += data
+        if len(kept) > 2 * _KEPT_BYTES:
+            del kept[:-_KEPT_BYTES]
+        if file := self._files.get(name):
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                self._stop(error)
+
+    def tail(self, name: str, lines: int) -> str:
+        """The last lines of one node."""
+        return "\n".join(self._kept[name].decode("utf-8", "replace").rstrip().split("\n")[-lines:])
+
+    def keep(self, folder: Path) -> None:
+        """Write what is in memory to a folder."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, kept in self._kept.items():
+                (folder / f"{name}.log").write_bytes(kept)
+        except OSError as error:
+            self._stop(error)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def _stop(self, error: OSError) -> None:
+        self.close()
+        self.problem = f"{self._folder}: the logs are incomplete: {(error.strerror or str(error)).lower()}"

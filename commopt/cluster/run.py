@@ -8,16 +8,17 @@ import re
 import selectors
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from commopt.cluster.commands import agent_environment, agent_words, program_words
 from commopt.cluster.emulate import Emulation, end_with_parent
-from commopt.cluster.output import Ended, Reader, Traceback
+from commopt.cluster.output import Ended, Logs, Reader, Traceback
 from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import LaunchError
 
@@ -61,13 +62,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended. tx_bytes is empty where nodes share an interface; notices concern the supervision itself."""
+    """How a job ended.
+
+    tx_bytes is empty where nodes share an interface. log_dir holds `NODE.log`; None where none was asked for and the
+    job ended well. notices concern the supervision itself.
+    """
 
     ok: bool
     wall_s: float
     tx_bytes: Mapping[str, int]
     mode: Emulate
-    log_dir: Path
+    log_dir: Path | None
     failure: Failure | None = None
     notices: tuple[str, ...] = ()
 
@@ -79,15 +84,14 @@ class _Agent:
     node: int
     name: str
     process: subprocess.Popen[bytes]
-    log: BinaryIO | None
     reader: Reader = field(default_factory=Reader)
     is_open: bool = True
     ended_s: float | None = None
 
     @property
-    def output(self) -> BinaryIO:
+    def output(self) -> IO[bytes]:
         assert self.process.stdout is not None
-        return self.process.stdout  # type: ignore[return-value]
+        return self.process.stdout
 
 
 def run_job(
@@ -96,14 +100,15 @@ def run_job(
     *,
     emulation: Emulation,
     env: Mapping[str, str] | None = None,
-    log_dir: Path,
+    log_dir: Path | None = None,
     on_tick: Callable[[Tick], None] | None = None,
     on_line: Callable[[str, str], None] | None = None,
     agent: Callable[[int], Sequence[str]] | None = None,
 ) -> JobResult:
     """Run `argv` (a program and its arguments) on every rank, and return when all of it has ended.
 
-    env: variables added to the ranks' environment. log_dir: made if needed; holds `NODE.log` with all that was printed.
+    env: variables added to the ranks' environment. log_dir: made if needed; gets `NODE.log` with all that was printed.
+    Without it the last of it is kept in memory, and written to a temporary folder if the job fails.
     on_tick: called about five times a second. on_line: called with a label ("node2") and a line of a rank's output.
     agent: the command to run on a node instead of torchrun. On Ctrl-C, SIGTERM or an error in a callback, every
     process is ended and the exception goes on. Raises LaunchError if nothing could be started.
@@ -126,7 +131,7 @@ class _Job:
         self,
         cluster: ClusterSpec,
         emulation: Emulation,
-        log_dir: Path,
+        log_dir: Path | None,
         on_tick: Callable[[Tick], None] | None,
         on_line: Callable[[str, str], None] | None,
     ) -> None:
@@ -135,11 +140,7 @@ class _Job:
         self._mark = uuid.uuid4().hex
         self._agents: list[_Agent] = []
         self._selector = selectors.DefaultSelector()
-        self._notices: list[str] = []
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LaunchError(f"{log_dir}: cannot be made for the logs: {error.strerror}") from None
+        self._logs = Logs(log_dir, [cluster.nodes[node].name for node in emulation.nodes])
         self._sent_before = emulation.tx_bytes()
         self._started_s = time.monotonic()
         self._wall_s = 0.0
@@ -173,7 +174,7 @@ class _Job:
             )
         except OSError as error:
             raise LaunchError(f"{command[0]}: cannot be started: {(error.strerror or str(error)).lower()}") from None
-        agent = _Agent(node, name, process, self._open_log(name))
+        agent = _Agent(node, name, process)
         self._agents.append(agent)
         os.set_blocking(agent.output.fileno(), False)
         self._selector.register(agent.output, selectors.EVENT_READ, agent)
@@ -222,9 +223,7 @@ class _Job:
         for agent in self._agents:
             self._show(agent, agent.reader.close(self._elapsed()))
             agent.output.close()
-            if agent.log is not None:
-                with contextlib.suppress(OSError):
-                    agent.log.close()
+        self._logs.close()
         self._selector.close()
 
     def result(self) -> JobResult:
@@ -232,6 +231,9 @@ class _Job:
         if failure is None:
             for agent in self._agents:
                 self._show(agent, agent.reader.release(float("inf")))
+        elif self._log_dir is None:
+            self._log_dir = Path(tempfile.mkdtemp(prefix="commopt-"))
+            self._logs.keep(self._log_dir)
         return JobResult(
             ok=failure is None,
             wall_s=self._wall_s,
@@ -239,7 +241,7 @@ class _Job:
             mode=self._emulation.mode,
             log_dir=self._log_dir,
             failure=failure,
-            notices=tuple(self._notices),
+            notices=() if self._logs.problem is None else (self._logs.problem,),
         )
 
     def _elapsed(self) -> float:
@@ -267,34 +269,13 @@ class _Job:
                 self._selector.unregister(agent.output)
                 agent.is_open = False
                 continue
-            self._write_log(agent, data)
+            self._logs.write(agent.name, data)
             self._show(agent, agent.reader.feed(data, self._elapsed()))
 
     def _show(self, agent: _Agent, lines: Sequence[str]) -> None:
         if self._on_line is not None:
             for line in lines:
                 self._on_line(agent.name, line)
-
-    def _open_log(self, name: str) -> BinaryIO | None:
-        try:
-            return (self._log_dir / f"{name}.log").open("wb", buffering=0)
-        except OSError as error:
-            self._stop_logging(error)
-            return None
-
-    def _write_log(self, agent: _Agent, data: bytes) -> None:
-        if agent.log is None:
-            return
-        try:
-            agent.log.write(data)
-        except OSError as error:
-            agent.log = None
-            self._stop_logging(error)
-
-    def _stop_logging(self, error: OSError) -> None:
-        notice = f"{self._log_dir}: logs are incomplete: {(error.strerror or str(error)).lower()}"
-        if notice not in self._notices:
-            self._notices.append(notice)
 
     def _failure(self) -> Failure | None:
         """The failure that the others follow from."""
@@ -309,7 +290,8 @@ class _Job:
         if not bad:
             return None
         agent = min(bad, key=lambda one: one.ended_s or 0.0)
-        message = agent.reader.tracebacks[-1].text if agent.reader.tracebacks else ""
+        blocks = agent.reader.tracebacks
+        message = blocks[-1].text if blocks else self._logs.tail(agent.name, 10)
         return _described(agent.name, None, agent.process.returncode, message)
 
     def _order(self, agent: _Agent, ended: Ended) -> tuple[int, float]:
