@@ -39,9 +39,9 @@ class Aggregator(ABC):
             )
         self.max_norm, self.grad_scaler = max_norm, grad_scaler
 
-    def bind(self, index: ParameterIndex, group: Group, device: torch.device) -> None:
-        """Allocate the state for these parameters on this rank; called once, at attach."""
-        self.index = index
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        """Allocate this rank's state for the trainable parameters, in registration order; called once, at attach."""
+        self.index = ParameterIndex.of(named_parameters)
 
     def aggregate(self, bucket: Bucket, group: Group) -> None:
         """Overwrite bucket.flat, or set bucket.void and leave bucket.flat and all state as they were."""
@@ -56,10 +56,15 @@ class Aggregator(ABC):
         if self.max_norm is not None:
             squares = _squares(buckets)
             group.all_reduce(squares)
-            _clip(buckets, squares / group.size, self.max_norm)
+            clip_joint_norm_(buckets, self.max_norm, squares / group.size)
         for bucket in buckets:
             group.traffic.bucket = bucket.label
             self.aggregate(bucket, group)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether steps are what they will be from now on: no warm-up phase is left."""
+        return True
 
     def state_views(self, name: str) -> list[Tensor]:
         """Every tensor of state on this rank that an exchange of the parameter `name` changes, as views."""
@@ -106,8 +111,7 @@ class Mean(Aggregator):
             group.traffic.bucket = bucket.label
             self.aggregate(bucket, group)
         if self.max_norm is not None:
-            whole = [bucket for bucket in buckets if bucket.void is None]
-            _clip(whole, _squares(whole), self.max_norm)
+            clip_joint_norm_([bucket for bucket in buckets if bucket.void is None], self.max_norm)
 
     def _first_bad(self, bucket: Bucket, mean: Tensor) -> str:
         values = zip(bucket.names, torch.tensor_split(mean, bucket.starts[1:]), strict=True)
@@ -122,10 +126,11 @@ class _Compressed(Aggregator):
         super().__init__(max_norm=max_norm, grad_scaler=grad_scaler)
         self.compressor = compressor
 
-    def bind(self, index: ParameterIndex, group: Group, device: torch.device) -> None:
-        super().bind(index, group, device)
-        self.table = self.compressor.table(index, group.size)
-        self.worker = ErrorFeedback(self.compressor, index.total, device)
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().bind(named_parameters, group)
+        self.device = named_parameters[0][1].device
+        self.table = self.compressor.table(self.index, group.size)
+        self.worker = ErrorFeedback(self.compressor, self.index.total, self.device)
         self._parts: dict[tuple[tuple[str, ...], tuple[int, ...]], Parts] = {}
 
     def parts(self, bucket: Bucket) -> Parts:
@@ -198,10 +203,10 @@ class TwoWayMean(_Compressed):
         super().__init__(compressor, max_norm=max_norm, grad_scaler=grad_scaler)
         self.server_compressor = server or compressor
 
-    def bind(self, index: ParameterIndex, group: Group, device: torch.device) -> None:
-        super().bind(index, group, device)
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().bind(named_parameters, group)
         self.rank = group.rank
-        self.server = ErrorFeedback(self.server_compressor, self.table.served_elements(group.rank), device)
+        self.server = ErrorFeedback(self.server_compressor, self.table.served_elements(group.rank), self.device)
 
     def aggregate(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
@@ -280,8 +285,9 @@ def _squares(buckets: Sequence[Bucket]) -> Tensor:
     return torch.stack(norms).double().square() if norms else torch.zeros(0, dtype=torch.float64)
 
 
-def _clip(buckets: Sequence[Bucket], squares: Tensor, max_norm: float) -> None:
+def clip_joint_norm_(buckets: Sequence[Bucket], max_norm: float, squares: Tensor | None = None) -> None:
     """Scale buckets to a joint norm of at most max_norm, as torch's clip_grad_norm_ does; one that will be void has no say."""
+    squares = _squares(buckets) if squares is None else squares
     norm = float(squares[squares.isfinite()].sum().sqrt())
     scale = min(1.0, max_norm / (norm + 1e-6))
     if scale < 1.0:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from commopt.errors import ConfigError
 
 HEADER_BYTES = 66  # per segment on the interface: Ethernet 14, IPv4 20, TCP 32 with timestamps
-_RATE_UNITS = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12, "bps": 8, "kbps": 8e3, "mbps": 8e6, "gbps": 8e9}
+_RATE_UNITS = {
+    "bit": 1,
+    "kbit": 1e3,
+    "mbit": 1e6,
+    "gbit": 1e9,
+    "tbit": 1e12,
+    "bps": 8,
+    "kbps": 8e3,
+    "mbps": 8e6,
+    "gbps": 8e9,
+}
 _TIME_UNITS = {"us": 1e-6, "usec": 1e-6, "ms": 1e-3, "msec": 1e-3, "s": 1.0, "sec": 1.0}
 
 
@@ -106,6 +118,13 @@ class LinkModel:
         """One rank per node and the same link everywhere: `LinkModel.uniform(4, "50mbit", "1ms")`."""
         bytes_per_s = math.inf if rate is None else parse_rate(rate)
         return cls(tuple(range(ranks)), (bytes_per_s,) * ranks, (parse_delay(delay),) * ranks, (0,) * ranks)
+
+    @classmethod
+    def from_json(cls, text: str) -> LinkModel:
+        """Read the fields of a model from a JSON object; null stands for an unlimited rate."""
+        fields: dict[str, Any] = json.loads(text)
+        values = {key: tuple(math.inf if x is None else x for x in column) for key, column in fields.items()}
+        return cls(**cast(Any, values))
 
     @property
     def ranks(self) -> int:

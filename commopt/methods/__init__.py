@@ -1,1 +1,62 @@
+"""The algorithms, one file each, by the names that users write in YAML."""
 
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from commopt.aggregate import Aggregator
+from commopt.errors import ConfigError, did_you_mean
+from commopt.methods.dense import Dense
+from commopt.methods.ef_sign import EFSign
+from commopt.methods.fp16 import FP16
+from commopt.methods.onebit_adam import OnebitAdam
+
+__all__ = ["FP16", "METHODS", "Dense", "EFSign", "OnebitAdam", "build", "check_options", "is_update_method"]
+
+METHODS: Mapping[str, type[Aggregator]] = {method.name: method for method in (Dense, FP16, EFSign, OnebitAdam)}
+
+
+def is_update_method(name: str) -> bool:
+    """Whether this method is an optimizer itself, instead of replacing the gradient that another one gets."""
+    return issubclass(_find(name), torch.optim.Optimizer)
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raise ConfigError for a method, or an option of it, that does not exist."""
+    known = _options(_find(name))
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"method {name}: unknown option {option!r}{did_you_mean(option, known)}")
+
+
+def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) -> Aggregator:
+    """Make a method by name; `integrations.*.attach` then puts it into a training script.
+
+    named_params: `model.named_parameters()`, or parameter groups whose "params" are such pairs; update methods (1-bit Adam)
+    need it, gradient methods (EF-sign) go with an optimizer of yours and take none.
+    Raises ConfigError for an unknown name or option, or a value out of range.
+    """
+    check_options(name, options)
+    method: Any = _find(name)
+    if not is_update_method(name):
+        made: Aggregator = method(**options)
+    elif named_params is None:
+        raise ConfigError(f"method {name} is an optimizer: build({name!r}, model.named_parameters(), ...)")
+    else:
+        made = method(named_params, **options)
+    return made
+
+
+def _find(name: str) -> type[Aggregator]:
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
+    return METHODS[name]
+
+
+def _options(method: type[Aggregator]) -> list[str]:
+    signature = inspect.signature(method.__init__)
+    return [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]

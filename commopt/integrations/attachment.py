@@ -1,0 +1,246 @@
+"""What every integration does around a method's exchange: checks, units, void buckets and the optimizer's step."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from commopt.aggregate import Aggregator
+from commopt.bucket import Bucket
+from commopt.errors import AttachError, GradientsChanged
+from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup
+from commopt.links import LinkModel
+from commopt.wire import Payload
+
+_log = logging.getLogger(__name__)
+_MARK = "_commopt_attachment"
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Attachment:
+    """A method at work in a training script: what `attach` returns.
+
+    voided: (step, parameter name) of every bucket that a NaN or an inf on some rank made void; the same on all ranks.
+    waited_s: seconds that this rank has spent waiting for exchanges, beyond those that backward hid.
+    group.traffic: the bytes that this rank has sent.
+    """
+
+    def __init__(
+        self, model: Module, method: Aggregator, optimizer: torch.optim.Optimizer | None, group: Group
+    ) -> None:
+        self.method, self.group = method, group
+        self.optimizer = check_optimizer(method, optimizer)
+        self.is_update_method = isinstance(method, torch.optim.Optimizer)
+        self.parameters = check_parameters(model, method, self.optimizer)
+        self.voided: list[tuple[int, str]] = []
+        self.waited_s = 0.0
+        self.steps = 0
+        self._void_names: set[str] = set()
+        self._exchanged: dict[str, int] = {}  # parameter name -> version of its gradient when backward had ended
+        self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        group.traffic.method = method.name
+        method.bind(list(self.parameters.items()), group)
+        self._model = model
+        setattr(model, _MARK, self)
+        self._handles: list[Any] = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        """Take the method out of the optimizer again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if getattr(self._model, _MARK, None) is self:
+            delattr(self._model, _MARK)
+
+    @contextmanager
+    def communication_off(self) -> Iterator[None]:
+        """Train this rank alone inside the block, to time arithmetic without the network.
+
+        Replicas drift apart, and an update method's momentum with them: use it at the end of a run, or before loading a checkpoint.
+        """
+        group, self.group = self.group, LocalGroup()
+        try:
+            yield
+        finally:
+            self.group = group
+
+    def replicas_are_equal(self) -> bool:
+        """Whether every rank holds the same parameters, bit for bit; all ranks must ask. Sends 32 bytes."""
+        digest = hashlib.sha256()
+        for p in self.parameters.values():
+            digest.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+        device = next(iter(self.parameters.values())).device
+        own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(device)
+        self.group.traffic.bucket = "parameter hashes"
+        every = self.group.all_gather(Payload.of(own))
+        return all(torch.equal(own, other.tensors[0]) for other in every)
+
+    def run(self, buckets: Sequence[Bucket]) -> None:
+        """Exchange buckets: what is in them afterwards is the method's mean, or zeros where the bucket is void."""
+        if self.is_update_method:
+            for name in (name for bucket in buckets for name in bucket.names if name in self._exchanged):
+                raise GradientsChanged(
+                    f"{name}: backward ran again before {self.method.name}.step(); accumulate under model.no_sync()"
+                )
+        for bucket in buckets:
+            self._void_names.difference_update(bucket.names)
+        scaler = self.method.grad_scaler
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        work = [self._unscaled(bucket, scale) for bucket in buckets]
+        self.method.exchange(work, self.group)
+        for bucket, done in zip(buckets, work, strict=True):
+            for name in bucket.names:
+                self._exchanged[name] = -1
+            if done.void is not None:
+                self._record_void(bucket, done.void)
+                # GradScaler finds the NaN on every rank alike, skips the step and lowers its scale
+                bucket.flat.fill_(math.nan if scaler is not None else 0.0)
+                continue
+            if done is not bucket:
+                bucket.flat.copy_(done.flat)
+            if scale != 1.0 and not self.is_update_method:
+                bucket.flat.mul_(scale)
+
+    def note_versions(self) -> None:
+        """Remember the gradients as backward left them, so that `step` sees a change."""
+        for name in self._exchanged:
+            grad = self.parameters[name].grad
+            self._exchanged[name] = -1 if grad is None else grad._version
+
+    def save_for_rollback(self, bucket: Bucket) -> None:
+        """Keep the state of parameters without any gradient here, in case that no rank has one."""
+        for name, x in zip(bucket.names, torch.tensor_split(bucket.flat, bucket.starts[1:]), strict=True):
+            if not bool(x[:8].any()) and not bool(x.any()):
+                self._rollback[name] = [(view, view.clone()) for view in self.method.state_views(name)]
+
+    def _unscaled(self, bucket: Bucket, scale: float) -> Bucket:
+        if scale == 1.0 and not (self.method.needs_float32 and bucket.flat.dtype in _HALF):
+            return bucket
+        dtype = torch.float32 if self.method.needs_float32 else bucket.flat.dtype
+        return bucket.with_flat(bucket.flat.to(dtype) / scale)
+
+    def _record_void(self, bucket: Bucket, name: str) -> None:
+        bucket.void = name
+        self._void_names.update(bucket.names)
+        self.voided.append((self.steps, name))
+        if self.group.rank == 0:
+            _log.warning(
+                "step %d: %s has a NaN or an inf in its gradient on some rank; %s is left out of this step on all ranks",
+                self.steps,
+                name,
+                bucket.label,
+            )
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        if len(args) > 1 or kwargs:  # args[0] is the optimizer
+            raise AttachError(
+                "optimizer.step() takes no closure here: gradients are exchanged before it; call backward, then step()"
+            )
+        if self.is_update_method:
+            self._check_gradients()
+        for name, saved in self._rollback.items():
+            if self.parameters[name].grad is None:  # used on no rank: as if it had never been exchanged
+                for view, value in saved:
+                    view.copy_(value)
+        for name in self._void_names:
+            self.parameters[name].grad = None
+
+    def _check_gradients(self) -> None:
+        # GradScaler.step tests the gradients for infs by multiplying them by one
+        allowed = 1 if getattr(self.optimizer, "found_inf", None) is not None else 0
+        if allowed and getattr(self.optimizer, "grad_scale", None) is None:
+            raise GradientsChanged(
+                f"GradScaler.unscale_ has no effect on {self.method.name}: leave it out, and clip by max_norm"
+            )
+        if allowed and self.method.grad_scaler is None:
+            raise GradientsChanged(f"{self.method.name} has to know the scaler: build it with grad_scaler=...")
+        for name, p in self.parameters.items():
+            if p.grad is None:
+                continue
+            if name not in self._exchanged:
+                raise GradientsChanged(
+                    f"{name}: step() without an exchange; was the last backward under no_sync(), or not through the wrapped model?"
+                )
+            if p.grad._version > self._exchanged[name] + allowed >= 0:
+                raise GradientsChanged(
+                    f"{name}: the gradient was changed after backward, where it is only a copy of what {self.method.name} "
+                    "has exchanged; clip with the option max_norm, and pass a GradScaler as the option grad_scaler"
+                )
+
+    def _after_step(self, *_: Any) -> None:
+        self._void_names.clear()
+        self._exchanged.clear()
+        self._rollback.clear()
+        self.steps += 1
+
+
+def connect(process_group: dist.ProcessGroup | None = None) -> Group:
+    """The group that integrations use unless they are given one: ranks of the job, in a process group of its own.
+
+    One rank alone where torch.distributed is not initialised. Under `emulate: paced`, the launcher's links slow it down.
+    """
+    if not dist.is_initialized():
+        return LocalGroup()
+    group: Group = TorchGroup.like(process_group)
+    links = os.environ.get("COMMOPT_LINKS")
+    return PacedGroup(group, LinkModel.from_json(links)) if links else group
+
+
+def check_optimizer(method: Aggregator, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+    """The optimizer that applies what the method exchanges. Raises AttachError if it is missing, or one too many."""
+    if isinstance(method, torch.optim.Optimizer):
+        if optimizer is not None and optimizer is not method:
+            raise AttachError(f"{method.name} is an optimizer itself: leave out the {type(optimizer).__name__}")
+        return method
+    if not isinstance(method, Aggregator):
+        raise AttachError(f"{type(method).__name__} is no commopt method; make one with commopt.build(...)")
+    if optimizer is None:
+        raise AttachError(
+            f"{method.name} replaces gradients: pass the optimizer that applies them, attach(model, method, optimizer)"
+        )
+    return optimizer
+
+
+def check_parameters(model: Module, method: Aggregator, optimizer: torch.optim.Optimizer) -> dict[str, Parameter]:
+    """The trainable parameters by name, in registration order. Raises AttachError for any that the method cannot serve."""
+    if hasattr(model, _MARK):
+        raise AttachError("a method is attached to this model already; call detach() on what attach returned first")
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise AttachError("the model has no trainable parameter")
+    if len(devices := {p.device for p in named.values()}) > 1:
+        raise AttachError(
+            f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}); one per rank is supported"
+        )
+    for module_name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise AttachError(
+                f"{module_name}: sparse gradients are not supported; build the embedding with sparse=False"
+            )
+    for name, p in named.items():
+        if not p.dtype.is_floating_point:
+            raise AttachError(f"{name}: {p.dtype} parameters are not supported")
+        if method.needs_float32 and p.dtype not in (torch.float32, *_HALF):
+            raise AttachError(
+                f"{name}: {method.name} works in float32, and would lose precision of {p.dtype}; use dense"
+            )
+        if not p.is_contiguous():
+            raise AttachError(f"{name} is not contiguous in memory (channels_last?); call .contiguous() on the model")
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    strangers = known - {id(p) for p in model.parameters()}
+    if strangers or not known & {id(p) for p in named.values()}:
+        raise AttachError("the optimizer holds parameters that are not this model's; build it from model.parameters()")
+    return named

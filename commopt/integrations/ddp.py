@@ -1,0 +1,133 @@
+"""A method as the communication hook of DistributedDataParallel."""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist  # noqa: F401  # initialises the module below
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from commopt.aggregate import Aggregator
+from commopt.bucket import Bucket
+from commopt.errors import AttachError
+from commopt.groups import Group
+from commopt.integrations.attachment import Attachment, connect
+from commopt.integrations.lane import Lane
+
+
+class DDPAttachment(Attachment):
+    """Averages bucket by bucket while backward goes on (overlap), or all buckets together when it reaches the last."""
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        method: Aggregator,
+        optimizer: torch.optim.Optimizer | None,
+        group: Group,
+        overlap: bool,
+    ) -> None:
+        super().__init__(model.module, method, optimizer, group)
+        self._name_of = {id(p): name for name, p in self.parameters.items()}
+        self._lane = Lane(next(iter(self.parameters.values())).device) if overlap else None
+        self._collected: list[tuple[Bucket, Future[torch.Tensor]]] = []
+        self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
+        self._last_hook_s = 0.0
+        model.register_comm_hook(self, DDPAttachment._hook)
+
+    def detach(self) -> None:
+        """Stop the lane. DDP keeps its hook for good: make a new DDP model to train on."""
+        if self._lane is not None:
+            self._lane.close()
+        super().detach()
+
+    def _hook(
+        self, bucket: GradBucket
+    ) -> Future[
+        torch.Tensor
+    ]:  # DDP checks the name and the annotation, which is why this file does without postponed ones
+        ours = self._wrap(bucket)
+        if bucket.is_last():
+            self._after_backward()
+        if self._lane is None:
+            future: Future[torch.Tensor] = Future()
+            self._collected.append((ours, future))
+            if bucket.is_last():
+                self._exchange_collected()
+            return future.then(lambda f: f.value())
+        return self._lane.submit(lambda: self._exchange_one(ours)).then(lambda f: f.value())
+
+    def _wrap(self, bucket: GradBucket) -> Bucket:
+        flat, views = bucket.buffer(), bucket.gradients()
+        names = tuple(self._name_of[id(p)] for p in bucket.parameters())
+        starts = tuple(int(view.storage_offset()) - int(flat.storage_offset()) for view in views)
+        return Bucket(flat, names, starts, f"bucket {bucket.index()}")
+
+    def _exchange_one(self, bucket: Bucket) -> torch.Tensor:
+        with torch.no_grad():
+            if self._may_be_unused:
+                self.save_for_rollback(bucket)
+            self.run([bucket])
+        return bucket.flat
+
+    def _exchange_collected(self) -> None:
+        collected, self._collected = self._collected, []
+        try:
+            with torch.no_grad():
+                for bucket, _ in collected:
+                    if self._may_be_unused:
+                        self.save_for_rollback(bucket)
+                self.run([bucket for bucket, _ in collected])
+        except Exception as error:
+            for _, future in collected:
+                future.set_exception(error)  # type: ignore[arg-type]  # typed as a result, wrongly
+            return
+        for bucket, future in collected:
+            future.set_result(bucket.flat)
+
+    def _after_backward(self) -> None:
+        """Note versions and the time waited once DDP has put the results into the gradients.
+
+        DDP queues its own end of backward after this hook returns; a callback queued by a callback runs after that.
+        """
+        self._last_hook_s = time.perf_counter()
+
+        def finished() -> None:
+            self.waited_s += time.perf_counter() - self._last_hook_s
+            self.note_versions()
+
+        queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(finished))
+
+
+def attach(
+    model: DistributedDataParallel,
+    method: Aggregator,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: Group | None = None,
+    *,
+    overlap: bool = True,
+) -> DDPAttachment:
+    """Average the gradients of a DDP model by any method.
+
+    `optimizer` is the one that applies a gradient method's result; an update method is its own. `group` is a new process
+    group of the model's ranks unless given, because DDP's own must not see calls in between. `overlap` exchanges each
+    bucket while backward computes the next; False waits for all of them, which `max_norm` needs.
+
+    Gradient accumulation: `model.no_sync()` for all but the last micro-batch, as with DDP itself.
+    Raises AttachError if method, model and optimizer do not fit together, before anything is changed.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise AttachError(
+            f"{type(model).__name__} is no DistributedDataParallel: wrap the model first, or use integrations.plain"
+        )
+    if getattr(model, "_comm_hooks", None):
+        raise AttachError(
+            "this DDP model has a communication hook already, and DDP takes only one; attach before registering others"
+        )
+    if method.max_norm is not None and overlap:
+        raise AttachError("max_norm needs the gradients of all buckets at once: attach(..., overlap=False)")
+    if getattr(model, "mixed_precision", None) is not None:
+        raise AttachError("DDP's own mixed_precision casts gradients around the hook; use torch.autocast instead")
+    return DDPAttachment(model, method, optimizer, group or connect(model.process_group), overlap)

@@ -1,0 +1,112 @@
+"""A method in a script without any wrapper: the exchange happens at the optimizer's step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from commopt.aggregate import Aggregator
+from commopt.bucket import Bucket
+from commopt.errors import AttachError
+from commopt.groups import Group
+from commopt.integrations.attachment import Attachment, connect
+
+
+class PlainAttachment(Attachment):
+    """Averages when the optimizer steps; gradients accumulate freely until then."""
+
+    def __init__(
+        self,
+        model: Module,
+        method: Aggregator,
+        optimizer: torch.optim.Optimizer | None,
+        group: Group,
+        bucket_bytes: int,
+        find_unused_parameters: bool,
+    ) -> None:
+        super().__init__(model, method, optimizer, group)
+        self.bucket_bytes, self.find_unused_parameters = bucket_bytes, find_unused_parameters
+        with torch.no_grad():
+            for x in (*model.parameters(), *model.buffers()):
+                flat = x.detach().contiguous().view(-1)
+                group.broadcast(flat.view(torch.uint8) if flat.numel() and flat.dtype == torch.bool else flat)
+                x.copy_(flat.view_as(x))
+
+    def exchange(self) -> None:
+        """Average the gradients now. `optimizer.step()` does it otherwise; call it first where something must come between."""
+        start = time.perf_counter()
+        used = self._used_anywhere()
+        buckets = self._buckets(used)
+        with torch.no_grad():
+            self.run(buckets)
+            for bucket in buckets:
+                for name, x in zip(bucket.names, torch.tensor_split(bucket.flat, bucket.starts[1:]), strict=True):
+                    p = self.parameters[name]
+                    if p.grad is None:
+                        p.grad = x.view_as(p).clone()
+                    else:
+                        p.grad.copy_(x.view_as(p))
+        self.note_versions()
+        self.waited_s += time.perf_counter() - start
+
+    def _used_anywhere(self) -> list[str]:
+        """Parameters that have a gradient on some rank; without `find_unused_parameters`, all of them."""
+        if not self.find_unused_parameters or self.group.size == 1:
+            return [n for n, p in self.parameters.items() if not self.find_unused_parameters or p.grad is not None]
+        flags = torch.tensor([p.grad is not None for p in self.parameters.values()], dtype=torch.int32)
+        flags = flags.to(next(iter(self.parameters.values())).device)
+        self.group.traffic.bucket = "which parameters are used"
+        self.group.all_reduce(flags)
+        return [name for name, count in zip(self.parameters, flags.tolist(), strict=True) if count]
+
+    def _buckets(self, names: list[str]) -> list[Bucket]:
+        buckets: list[Bucket] = []
+        pending: list[tuple[str, Tensor]] = []
+        nbytes = 0
+        for name in names:
+            p = self.parameters[name]
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if pending and (nbytes + grad.nbytes > self.bucket_bytes or pending[0][1].dtype != grad.dtype):
+                buckets.append(Bucket.of(pending, f"bucket {len(buckets)}"))
+                pending, nbytes = [], 0
+            pending.append((name, grad))
+            nbytes += grad.nbytes
+        return [*buckets, Bucket.of(pending, f"bucket {len(buckets)}")] if pending else buckets
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        if not self._exchanged and len(args) < 2 and not kwargs:
+            self.exchange()
+        super()._before_step(optimizer, args, kwargs)
+
+
+def attach(
+    model: Module,
+    method: Aggregator,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: Group | None = None,
+    *,
+    bucket_bytes: int = 25 << 20,
+    find_unused_parameters: bool = True,
+) -> PlainAttachment:
+    """Average gradients of an unwrapped model at `optimizer.step()`, by any method and over any group.
+
+    Parameters and buffers are first made those of rank 0. `optimizer` is the one that applies a gradient method's result; an
+    update method is its own. `group` is the job's ranks unless given (a SimGroup, say); without torch.distributed, one rank.
+    bucket_bytes: at most so much is exchanged at once. find_unused_parameters: agree in every step on which parameters have a
+    gradient on any rank (P counts of 4 bytes); the others are left alone. Without it a missing gradient counts as zeros.
+
+    Raises AttachError if method, model and optimizer do not fit together.
+    """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise AttachError("this model averages gradients itself: use integrations.ddp.attach, or pass model.module")
+    if method.grad_scaler is not None and group is not None and group.size > 1:
+        raise AttachError(
+            "GradScaler decides on each rank alone before a plain exchange; use integrations.ddp with grad_scaler"
+        )
+    if bucket_bytes < 1:
+        raise AttachError(f"bucket_bytes: {bucket_bytes!r} is out of range; write a number of bytes above 0")
+    return PlainAttachment(model, method, optimizer, group or connect(), bucket_bytes, find_unused_parameters)

@@ -1,0 +1,165 @@
+"""Train a byte-level GPT on real text with DDP and any communication method; a page to read and to copy from.
+
+    torchrun --nproc-per-node=4 launch/train.py --method onebit_adam --options '{"freeze_step": 24}'
+    commopt compare configs/runs/demo.yaml
+"""
+
+import argparse
+import json
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.parallel import DistributedDataParallel
+
+import commopt
+from commopt.integrations import ddp
+from commopt.methods import is_update_method
+from commopt.report.recorder import Recorder
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def read_corpus(path: Path | None) -> tuple[Tensor, Tensor]:
+    """Training and validation bytes: every 20th file is held out, or the last 5 % of a single file.
+
+    Without a path, what every Python has: the standard library's sources and its language reference.
+    """
+    if path is not None and path.is_file():
+        text = path.read_bytes()
+        parts = [text[: len(text) * 19 // 20], text[len(text) * 19 // 20 :]]
+    else:
+        root = path or Path(sysconfig.get_path("stdlib"))
+        files = sorted(f for f in root.rglob("*" if path else "*.py") if f.is_file() and "site-packages" not in f.parts)
+        files = [f for f in files if path or "test" not in f.parts]
+        parts = [b"".join(f.read_bytes() for k, f in enumerate(files) if (k % 20 == 19) == held_out) for held_out in (False, True)]
+    if min(map(len, parts)) < 10_000:
+        raise SystemExit(f"--corpus {path}: {sum(map(len, parts))} bytes are too few to train on and hold out")
+    train, held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
+    return train, held_out
+
+
+def draw(data: Tensor, batch: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`batch` random windows, and the same shifted by one byte. Both (batch, context) i64."""
+    starts = torch.randint(len(data) - context, (batch, 1), generator=generator)
+    windows = data[starts + torch.arange(context + 1)].long()
+    return windows[:, :-1], windows[:, 1:]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, length, width / heads) each
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.project(attended.transpose(1, 2).reshape(batch, length, width))
+        return x + self.contract(F.gelu(self.expand(self.norm_2(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, layers: int, heads: int, width: int, context: int) -> None:
+        super().__init__()
+        self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        hidden = self.bytes(x) + self.places.weight[: x.shape[1]]
+        logits = self.head(self.norm(self.blocks(hidden)))
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def make_method(args: argparse.Namespace, model: nn.Module):  # noqa: ANN201
+    """The communication method, and the optimizer that steps: one and the same for an update method such as 1-bit Adam."""
+    rest = {key: value for key, value in args.optimizer.items() if key != "name"}
+    if is_update_method(args.method):
+        method = commopt.build(args.method, model.named_parameters(), **{**rest, **args.options})
+        return method, method
+    return commopt.build(args.method, **args.options), OPTIMIZERS[args.optimizer["name"]](model.parameters(), **rest)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> float:
+    loss = model(*batch)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def main(args: argparse.Namespace) -> None:
+    dist.init_process_group(args.backend)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    train, held_out = read_corpus(args.corpus)
+    torch.manual_seed(args.seed)  # the same model on every rank
+    model = DistributedDataParallel(GPT(args.layers, args.heads, args.width, args.context))
+    method, optimizer = make_method(args, model.module)
+    attachment = ddp.attach(model, method, None if optimizer is method else optimizer)
+
+    recorder = Recorder.from_environment()
+    parameters = sum(p.numel() for p in model.parameters())
+    recorder.start(method=args.method, options=args.options, parameters=parameters, steps=args.steps)
+    data = torch.Generator().manual_seed(args.seed * 1000 + rank)  # the same data whatever the method
+    is_measuring = False
+    for step in range(args.steps):
+        steady = step >= 3 and method.is_steady  # DDP settles its buckets in the first steps
+        if steady and not is_measuring:
+            is_measuring = True
+            attachment.group.barrier()
+            recorder.counters("begin", attachment.group.traffic.as_dict())
+        start, waited = time.perf_counter(), attachment.waited_s
+        loss = train_step(model, optimizer, draw(train, args.batch, args.context, data))
+        seconds, wait_s = time.perf_counter() - start, attachment.waited_s - waited
+        tokens = world * args.batch * args.context
+        recorder.step(step=step, loss=loss, seconds=seconds, wait_s=wait_s, tokens=tokens, steady=steady)
+        for _, name in attachment.voided:
+            recorder.event("void", step=step, parameter=name)
+        attachment.voided.clear()
+    if is_measuring:
+        attachment.group.barrier()
+        recorder.counters("end", attachment.group.traffic.as_dict())
+    recorder.event("replicas", equal=attachment.replicas_are_equal())
+
+    with torch.no_grad():
+        windows = torch.Generator().manual_seed(1 + rank)  # each rank its own share of the held-out text
+        losses = [model.module(*draw(held_out, 16, args.context, windows)).item() for _ in range(args.validation_batches)]
+    recorder.validation(step=args.steps, loss=sum(losses) / len(losses), tokens=16 * args.context * len(losses))
+
+    attachment.group.barrier()
+    with attachment.communication_off():  # what the same steps cost without a network; replicas drift from here on
+        batches = [draw(train, args.batch, args.context, data) for _ in range(20)]
+        seconds_alone = []
+        for batch in batches:
+            start = time.perf_counter()
+            train_step(model, optimizer, batch)
+            seconds_alone.append(time.perf_counter() - start)
+    recorder.compute(seconds_alone[2:])
+    recorder.end()
+    attachment.group.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="dense", help="dense, fp16, ef_sign or onebit_adam")
+    parser.add_argument("--options", type=json.loads, default={}, help="the method's options, as JSON")
+    parser.add_argument("--optimizer", type=json.loads, default={"name": "adam", "lr": 2e-3}, help='as JSON: {"name": "sgd", "lr": 0.1}')
+    parser.add_argument("--corpus", type=Path, help="a file or a folder of text; default: Python's own sources")
+    parser.add_argument("--backend", default="gloo", choices=["gloo", "nccl"])
+    for name, default in {"steps": 100, "batch": 4, "context": 64, "layers": 4, "heads": 4, "width": 128, "seed": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--validation-batches", type=int, default=16, help="batches of 16 windows that each rank evaluates")
+    main(parser.parse_args())
