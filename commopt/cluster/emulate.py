@@ -248,7 +248,7 @@ def _run_inside() -> str:
         reason = stream.read().decode()
     if reason == "ok":
         code = process.wait()
-        raise SystemExit(128 - code if code < 0 else code)
+        os._exit(128 - code if code < 0 else code)  # what there was to say has been said inside
     process.wait()
     end_on_signals()
     os.close(lifeline_end)

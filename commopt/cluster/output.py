@@ -11,6 +11,10 @@ _LOGGED = re.compile(
     r"^(?:\[\w+\]:)?[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?:\S*/)?torch/distributed/(?:run|elastic|launcher)"
 )
 _NOISE = re.compile(r"^NOTE: Redirects|.*\[c10d\] The hostname of the client socket cannot be retrieved")
+_STORE_CLOSED = re.compile(
+    r"^\[[WE]\d{4} .*TCPStore\.cpp:\d+\] \[c10d\]"
+)  # an agent that outlives the one with the store
+_STACK = re.compile(r"^(?:Exception raised from|frame #\d+:|$)")
 _ENDED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
 _RANK = re.compile(r"^\s*rank\s*: (\d+) \(local_rank: (\d+)\)")
 _OF_RANK = re.compile(r"^\[rank(\d+)\]: ?")
@@ -55,6 +59,7 @@ class Reader:
         self.tracebacks: list[Traceback] = []
         self.rank_of_local: dict[int, int] = {}
         self._open: dict[int | None, Traceback] = {}
+        self._is_in_stack = False
         self._rest = b""
 
     def feed(self, data: bytes, at_s: float) -> list[str]:
@@ -91,7 +96,8 @@ class Reader:
             if match := _RANK.match(line):
                 self.rank_of_local[int(match[2])] = int(match[1])
             return False
-        if _LOGGED.match(line) or _NOISE.match(line):
+        self._is_in_stack = bool(_STORE_CLOSED.match(line) or (self._is_in_stack and _STACK.match(line)))
+        if self._is_in_stack or _LOGGED.match(line) or _NOISE.match(line):
             return False
         return not self._belongs_to_traceback(line, at_s)
 
