@@ -1,0 +1,31 @@
+"""A rank of a real job: all-reduces until the time is up. `ranks.py MARK SECONDS [RANK HOW]` lets one rank fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+x = torch.ones(50_000)
+dist.all_reduce(x)
+print(f"rank {rank} of {dist.get_world_size()}: {x[0].item():.0f}", flush=True)
+deadline = time.monotonic() + float(sys.argv[2])
+if len(sys.argv) > 3 and rank == int(sys.argv[3]):
+    if sys.argv[4] == "raise":
+        raise ValueError("the data is gone")
+    if sys.argv[4] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(int(sys.argv[4]))
+is_over = torch.zeros(1)
+while not is_over.item():
+    dist.all_reduce(x)
+    x.fill_(1.0)
+    is_over.fill_(float(time.monotonic() > deadline))
+    dist.all_reduce(is_over, op=dist.ReduceOp.MAX)
+dist.destroy_process_group()

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from commopt.cluster.commands import Meeting, agent_environment, agent_words, program_words
+from commopt.cluster.emulate import links_json, preview, this_node
+from commopt.cluster.spec import ClusterSpec, Emulate
+from commopt.errors import LaunchError
+from commopt.links import LinkModel
+
+TWO = {"nodes": [{"name": "a0", "host": "10.1.0.5"}, {"name": "a1", "host": "10.1.0.6"}], "slots": 2}
+MEETING = Meeting(("10.1.0.5", "10.1.0.6"), 29500)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+
+
+def test_a_static_rendezvous_names_the_rank_of_each_node() -> None:
+    words = agent_words(ClusterSpec.model_validate(TWO), 1, ["train.py", "--steps", "5"], meeting=MEETING)
+    expected = ["--node-rank=1", "--master-addr=10.1.0.5", "--master-port=29500", "train.py", "--steps", "5"]
+    assert words == [*TORCHRUN, *expected]
+
+
+@pytest.mark.parametrize(("node", "is_host"), [(0, "true"), (1, "false")])
+def test_only_node_0_hosts_the_store_of_c10d(node: int, is_host: str) -> None:
+    cluster = ClusterSpec.model_validate({**TWO, "name": "lab", "rendezvous": {"backend": "c10d", "port": 1234}})
+    words = agent_words(cluster, node, ["train.py"], meeting=Meeting(MEETING.addresses, 1234))
+    assert words == [
+        *TORCHRUN,
+        "--rdzv-backend=c10d",
+        "--rdzv-id=lab",
+        "--rdzv-endpoint=10.1.0.5:1234",
+        f"--rdzv-conf=is_host={is_host}",
+        f"--local-addr={MEETING.addresses[node]}",
+        "train.py",
+    ]
+
+
+def test_only_python_files_are_run_by_python() -> None:
+    assert program_words("train.py", ["-x"]) == ["train.py", "-x"]
+    assert program_words("hostname", ["-f"]) == ["--no-python", "hostname", "-f"]
+
+
+def test_ranks_learn_their_node_and_share_the_cores() -> None:
+    cluster = ClusterSpec.model_validate({**TWO, "links": {"mtu": 9000}})
+    environment = agent_environment(cluster, 1, interface="eth7", ranks_here=4, given={})
+    assert environment == {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4)),
+        "GLOO_SOCKET_IFNAME": "eth7",
+        "COMMOPT_NODE": "a1",
+        "COMMOPT_NODE_RANK": "1",
+        "COMMOPT_MTU": "9000",
+        "COMMOPT_NIC": "eth7",
+    }
+
+
+def test_the_users_thread_count_stays() -> None:
+    cluster = ClusterSpec.model_validate({**TWO, "backend": "nccl"})
+    environment = agent_environment(cluster, 0, interface="eth7", ranks_here=2, given={"OMP_NUM_THREADS": "7"})
+    assert environment["OMP_NUM_THREADS"] == "7"
+    assert environment["NCCL_SOCKET_IFNAME"] == "eth7"
+
+
+def test_an_unknown_interface_is_left_to_the_library() -> None:
+    environment = agent_environment(ClusterSpec.model_validate(TWO), 0, interface=None, ranks_here=2, given={})
+    assert not {"GLOO_SOCKET_IFNAME", "COMMOPT_NIC", "COMMOPT_LINKS"} & set(environment)
+
+
+def test_links_survive_json() -> None:
+    links = {"rate": "50mbit", "delay": "3ms", "between": {"rate": "10mbit"}}
+    spec = {"nodes": 3, "sites": {"a": ["node0"], "b": ["node1", "node2"]}}
+    for model in (spec, {**spec, "links": links}):
+        written = ClusterSpec.model_validate(model).link_model()
+        assert LinkModel.from_json(links_json(written)) == written
+
+
+def test_paced_ranks_are_told_their_links() -> None:
+    cluster = ClusterSpec.model_validate({"nodes": 2, "links": {"rate": "8mbit"}})
+    paced, plain = preview(cluster, Emulate.PACED), preview(cluster, Emulate.NONE)
+    assert paced.links is not None
+    assert LinkModel.from_json(paced.links) == cluster.link_model()
+    assert plain.links is None
+
+
+def test_this_machine_is_found_by_address_or_by_name() -> None:
+    nodes = [{"name": "far", "host": "192.0.2.7"}, {"name": "here", "host": "127.0.0.1"}]
+    cluster = ClusterSpec.model_validate({"nodes": nodes})
+    assert this_node(cluster, None) == 1
+    assert this_node(cluster, "far") == 0
+    with pytest.raises(LaunchError, match="--node fat: there is no such node; did you mean 'far'"):
+        this_node(cluster, "fat")
+    with pytest.raises(LaunchError, match="none of the nodes is this machine"):
+        this_node(ClusterSpec.model_validate({"nodes": nodes[:1]}), None)
+
+
+def test_print_starts_nothing_and_shows_every_node(
+    write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from commopt.cli import app
+
+    path = write("nodes: 2\nlinks: {rate: 50mbit}")
+    program = str(path.with_name("my train.py"))
+    Path(program).write_text("")
+    with pytest.raises(SystemExit) as ended:
+        app(["launch", str(path), "--emulate", "netns", "--print", "--", program, "--steps", "5"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[2]] == ["# node0", "# node1"]
+    assert "ip netns exec node1" in lines[3]
+    assert "--node-rank=1 --master-addr=10.77.0.1 --master-port=29500" in lines[3]
+    assert lines[3].endswith(f"'{program}' --steps 5")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["nope.yaml", "--", "hostname"], 2, "nope.yaml: there is no such file"),
+        (["{cluster}", "--", "nope.py"], 1, "nope.py: there is no such file"),
+        (["{cluster}", "--", "no-such-program"], 1, "no-such-program: there is no such program"),
+        (["{bad}", "--", "hostname"], 2, "nodes: 0 is no number of nodes; write 1 to 1000"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_starts(
+    words: list[str],
+    code: int,
+    message: str,
+    write: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from commopt.cli import app
+
+    places = {"{cluster}": str(write("nodes: 2")), "{bad}": str(tmp_path / "bad.yaml")}
+    (tmp_path / "bad.yaml").write_text("nodes: 0")
+    with pytest.raises(SystemExit) as ended:
+        app(["launch", *(places.get(word, word) for word in words)])
+    assert ended.value.code == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("commopt: ")
+    assert captured.err.rstrip().endswith(message)
+    assert captured.err.count("\n") == 1

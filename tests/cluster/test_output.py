@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from commopt.cluster.output import Logs, Reader
+
+ENDED = "E1122 01:31:37.886000 57 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) "
+ENDED += "local_rank: {local} (pid: 60) of binary: /usr/bin/python\n"
+REPORT = """Traceback (most recent call last):
+  File "/x/torch/distributed/run.py", line 1032, in <module>
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+  rank      : 3 (local_rank: 1)
+"""
+TRACEBACK = """Traceback (most recent call last):
+  File "train.py", line 3, in <module>
+    raise ValueError("boom")
+ValueError: boom
+"""
+
+
+def feed(reader: Reader, text: str, at_s: float = 0.0) -> list[str]:
+    return reader.feed(text.encode(), at_s)
+
+
+def test_lines_arrive_whole_whatever_the_reads() -> None:
+    reader = Reader()
+    assert reader.feed(b"step 1\nst", 0) == ["step 1"]
+    assert reader.feed(b"ep 2", 0) == []
+    assert reader.close(0) == ["step 2"]
+
+
+def test_torchruns_own_lines_are_left_out() -> None:
+    reader = Reader()
+    noise = "W1122 01:31:37.886000 57 site-packages/torch/distributed/run.py:792] ****\n"
+    noise += "NOTE: Redirects are currently not supported\n"
+    noise += "[W1122 01:51:41.53 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved. err=-3\n"
+    noise += "[W1122 01:59:00.66 TCPStore.cpp:138] [c10d] recvValueWithTimeout failed\n"
+    noise += "Exception raised from recvBytes at x.hpp:787 (most recent call first):\nframe #0: c10::Error\n\n"
+    assert feed(reader, noise + "step 1\n") == ["step 1"]
+
+
+def test_a_failed_ranks_traceback_is_kept_and_the_agents_report_is_not_shown() -> None:
+    reader = Reader()
+    shown = feed(reader, "step 1\n" + TRACEBACK + ENDED.format(code=1, local=1) + REPORT)
+    assert shown == ["step 1"]
+    assert [(end.local_rank, end.exit_code) for end in reader.ended] == [(1, 1)]
+    assert reader.rank_of_local == {1: 3}
+    assert [block.text for block in reader.tracebacks] == [TRACEBACK.rstrip()]
+    assert reader.release(1e9) == []
+
+
+def test_tracebacks_of_two_ranks_are_told_apart() -> None:
+    reader = Reader()
+    both = [f"[rank{rank}]: {line}" for line in TRACEBACK.splitlines() for rank in (4, 5)]
+    feed(reader, "\n".join(both) + "\n")
+    assert {block.rank: block.text for block in reader.tracebacks} == dict.fromkeys((4, 5), TRACEBACK.rstrip())
+
+
+def test_a_chained_traceback_is_one() -> None:
+    reader = Reader()
+    chained = TRACEBACK + "\nDuring handling of the above exception, another exception occurred:\n\n" + TRACEBACK
+    assert feed(reader, chained) == []
+    assert [block.text for block in reader.tracebacks] == [chained.rstrip()]
+
+
+def test_a_traceback_that_ended_nothing_is_shown_after_a_while() -> None:
+    reader = Reader()
+    assert feed(reader, TRACEBACK + "going on\n", at_s=1) == ["going on"]
+    assert reader.release(2) == []
+    assert reader.release(4) == TRACEBACK.splitlines()
+    assert reader.release(5) == []
+
+
+def test_logs_keep_the_last_of_a_long_output() -> None:
+    logs = Logs(None, ["node0"])
+    for number in range(300_000):
+        logs.write("node0", f"line {number}\n".encode())
+    assert logs.tail("node0", 2) == "line 299998\nline 299999"
+
+
+def test_a_full_disk_costs_the_logs_and_not_the_job(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this machine")
+    (tmp_path / "node0.log").symlink_to("/dev/full")
+    logs = Logs(tmp_path, ["node0"])
+    logs.write("node0", b"one\n")
+    logs.write("node0", b"two\n")
+    assert logs.problem == f"{tmp_path}: the logs are incomplete: no space left on device"
+    assert logs.tail("node0", 2) == "one\ntwo"

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from commopt.cluster.spec import ClusterSpec, Emulate, load_cluster, load_run
+from commopt.errors import ConfigError
+from commopt.links import LinkModel
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+UNITS = "write a number and one of"
+
+MISTAKES = {
+    "": "is empty; write keys and values, as in 'nodes: 4'",
+    "- 4": "is no set of keys and values; write one, as in 'nodes: 4'",
+    "slots: 2": "nodes: is missing; write it",
+    "nodes: 0": "nodes: 0 is no number of nodes; write 1 to 1000",
+    "nodes: four": "nodes: 'four' is no set of nodes; write how many (nodes: 4) or a list of {name, host}",
+    "nodes: []": "nodes: [] has no node; write at least one",
+    "nodes: 4\nnodez: 2": "nodez: unknown key; did you mean 'nodes'?",
+    "nodes: 2\nslots: 0": "slots: 0 is too small; write 1 or more",
+    "nodes: 2\nslots: two": "slots: 'two' is no whole number; write one",
+    "nodes: 2\nslots:": "slots: is empty; write a value, or leave the key out",
+    "nodes: 2\nbackend: mpi": "backend: 'mpi' is unknown; known: gloo, nccl",
+    "nodes: 2\nbackend: glo": "backend: 'glo' is unknown; did you mean 'gloo'?",
+    "nodes: 2\nemulate: no": "emulate: 'no' is unknown; did you mean 'none'?",
+    "nodes: 2\nrendezvous: {port: 99999}": "rendezvous.port: 99999 is too large; write 65535 or less",
+    "nodes: 2\nrendezvous: {port: 0}": "rendezvous.port: 0 is too small; write 1 or more",
+    "nodes: 2\nlinks: 50mbit": "links: '50mbit' is no set of keys and values; write one",
+    "nodes: 2\nlinks: {rate: 50mb}": f"links.rate: '50mb' is no rate; {UNITS} bit, kbit, mbit, gbit, tbit, bps, kbps, "
+    "mbps, gbps, as in '100mbit'",
+    "nodes: 2\nlinks: {rate: 0mbit}": "links.rate: '0mbit' is no rate: it must be above zero; "
+    "leave it out for an unlimited link",
+    "nodes: 2\nlinks: {delay: 5}": f"links.delay: '5' is no delay; {UNITS} us, usec, ms, msec, s, sec, as in '20ms'",
+    "nodes: 2\nlinks: {loss: 200%}": "links.loss: '200%' is no loss: at most 100%",
+    "nodes: 2\nlinks: {mtu: 100}": "links.mtu: 100 is too small; write 576 or more",
+    "nodes: 2\nlinks: {nodes: {node2: {rate: 5mbit}}}": "links.nodes.node2: there is no such node; "
+    "did you mean 'node1'?",
+    "nodes: 2\nlinks: {nodes: {node1: {rat: 5mbit}}}": "links.nodes.node1.rat: unknown key; did you mean 'rate'?",
+    "nodes: 2\nlinks: {sites: {west: {rate: 5mbit}}}": "links.sites.west: there is no such site; "
+    "name the sites under 'sites' first",
+    "nodes: 2\nlinks: {between: {rate: 5mbit}}": "links.between: has no effect without two sites; "
+    "name them under 'sites'",
+    "nodes: [a, a]": "nodes.1.name: 'a' names two nodes; give each its own name",
+    "nodes: [a b]": "nodes.0.name: 'a b' is no name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'",
+    "nodes: [{name: a, hots: b}]": "nodes.0.hots: unknown key; did you mean 'host'?",
+    "nodes: [{name: a, host: b}, {name: c}]": "nodes.1.host: is given for some nodes only; "
+    "write it for all of them, or for none",
+    "nodes: [{name: a, host: h}, {name: b, host: h}]": "nodes.1.host: 'h' is the host of two nodes; "
+    "use 'slots' for several ranks on one machine",
+    "nodes: 2\nsites: {a: [node0], b: [node0, node1]}": "sites.b: 'node0' is in site 'a' too; "
+    "a node belongs to one site",
+    "nodes: 2\nsites: {a: [node0]}": "sites: 'node1' is in no site; put every node in one",
+    "nodes: 1\nsites: {a: [nod0]}": "sites.a: there is no node 'nod0'; did you mean 'node0'?",
+    "nodes: 2\nnodes: 3": "line 2: the key 'nodes' stands twice",
+    "nodes: 2\n slots: [": "line 2: mapping values are not allowed here",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_named_with_its_key_and_its_fix(text: str, write: Callable[[str], Path]) -> None:
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(path)
+    first, *others = str(caught.value).splitlines()
+    assert first == f"{path}: {MISTAKES[text]}"
+    assert others == [line for line in others if line.startswith(f"{path}: ")]
+    assert "pydantic" not in str(caught.value)
+
+
+def test_all_mistakes_are_listed(write: Callable[[str], Path]) -> None:
+    path = write("nodes: 2\nslots: 0\nlinks: {rate: fast, dely: 1ms}")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(path)
+    keys = [line.split(": ")[1] for line in str(caught.value).splitlines()]
+    assert keys == ["slots", "links.rate", "links.dely"]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such file"):
+        load_cluster(tmp_path / "nope.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: is a directory"):
+        load_cluster(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+        load_cluster(tmp_path / "binary.yaml")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_without_permission(write: Callable[[str], Path]) -> None:
+    path = write("nodes: 2")
+    path.chmod(0)
+    with pytest.raises(ConfigError, match="cannot be read: permission denied"):
+        load_cluster(path)
+
+
+def test_the_nearest_override_wins(write: Callable[[str], Path]) -> None:
+    text = """
+        nodes: 4
+        slots: 2
+        sites: {east: [node0, node1], west: [node2, node3]}
+        links:
+          rate: 1gbit
+          delay: 1ms
+          between: {rate: 50mbit, delay: 10ms}
+          nodes: {node3: {rate: 400mbit}}
+          sites: {west: {rate: 80mbit, delay: 2ms}}
+    """
+    assert load_cluster(write(text)).link_model() == LinkModel(
+        node_of_rank=(0, 0, 1, 1, 2, 2, 3, 3),
+        bytes_per_s=(125e6, 125e6, 10e6, 50e6),
+        latency_s=(0.001, 0.001, 0.002, 0.002),
+        site_of_node=(0, 0, 1, 1),
+        between_bytes_per_s=(6.25e6, 6.25e6),
+        between_latency_s=(0.01, 0.01),
+    )
+
+
+def test_without_links_nothing_is_limited() -> None:
+    links = ClusterSpec.model_validate({"nodes": 2}).link_model()
+    assert links.bytes_per_s == (math.inf, math.inf)
+    assert links.seconds([{1: 1e9}, {}]) == 0
+
+
+def test_real_machines_are_used_as_they_are() -> None:
+    assert ClusterSpec.model_validate({"nodes": 2}).emulation is Emulate.AUTO
+    hosts = {"nodes": [{"name": "a", "host": "10.1.0.5"}]}
+    assert ClusterSpec.model_validate(hosts).emulation is Emulate.NONE
+    assert ClusterSpec.model_validate({**hosts, "emulate": "netns"}).emulation is Emulate.NETNS
+
+
+def test_yaml_words_and_numbers_are_what_they_look_like(tmp_path: Path) -> None:
+    cluster, program, run = tmp_path / "c.yaml", tmp_path / "p.py", tmp_path / "run.yaml"
+    cluster.write_text("nodes: [no, on, y]\n")
+    program.write_text("")
+    run.write_text(
+        "cluster: c.yaml\nprogram: p.py\n"
+        "arguments: {max_steps: 80, lr: 2e-3, betas: [0.9, 0.99], amp: true, bias: false, mode: on, port: 0x10}\n"
+        "optimizer: {name: adam, lr: 2e-3}\nmethods: {dense: , onebit_adam: {freeze_step: 24}}\n"
+    )
+    spec = load_run(run)
+    assert [node.name for node in spec.cluster.nodes] == ["no", "on", "y"]
+    words = "--max-steps 80 --lr 0.002 --betas 0.9 0.99 --amp --mode on --port 16"
+    assert spec.argument_words() == words.split()
+    assert spec.optimizer == {"name": "adam", "lr": 0.002}
+    assert list(spec.methods.items()) == [("dense", {}), ("onebit_adam", {"freeze_step": 24})]
+    assert (spec.path, spec.program, spec.cluster_path) == (run, program, cluster)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "cluster: c.yaml\nprogram: p.py\nmethods: {}",
+            "methods: {} names no method; write at least one, as in 'dense: {}'",
+        ),
+        ("cluster: c.yaml\nprogram: p.py", "methods: is missing; write it"),
+        (
+            "cluster: c.yaml\nprogram: p.py\nmethods: [dense]",
+            "methods: ['dense'] is no set of keys and values; write one",
+        ),
+        (
+            "cluster: c.yaml\nprogram: p.py\nmethods: {dense: 3}",
+            "methods.dense: 3 is no set of keys and values; write one",
+        ),
+        (
+            "cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}\noptimizer: {lr: 1}",
+            "optimizer.name: is missing; write the optimizer's name, as in 'name: adam'",
+        ),
+        (
+            "cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}\narguments: {a: {b: c}}",
+            "arguments.a: {'b': 'c'} is no word; write a text, a number or a flat list",
+        ),
+        ("cluster: nope.yaml\nprogram: p.py\nmethods: {dense: {}}", "cluster: 'nope.yaml' does not exist"),
+        ("cluster: c.yaml\nprogram: nope.py\nmethods: {dense: {}}", "program: 'nope.py' does not exist"),
+        ("cluster: c.yaml\nprogram: p.py\nmethod: {dense: {}}", "method: unknown key; did you mean 'methods'?"),
+    ],
+)
+def test_a_mistake_in_a_run_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("nodes: 2\n")
+    (tmp_path / "p.py").write_text("")
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert any(line.startswith(f"{path}: {message}") for line in str(caught.value).splitlines()), str(caught.value)
+
+
+def test_a_mistake_in_the_cluster_of_a_run_names_the_clusters_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("nodes: 0\n")
+    (tmp_path / "p.py").write_text("")
+    (tmp_path / "run.yaml").write_text("cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}")
+    with pytest.raises(ConfigError, match=r"c\.yaml: nodes: 0 is no number of nodes"):
+        load_run(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "clusters").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_clusters_load(path: Path) -> None:
+    assert load_cluster(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "runs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_runs_load(path: Path) -> None:
+    assert load_run(path).methods
