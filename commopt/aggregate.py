@@ -62,6 +62,11 @@ class Aggregator(ABC):
             self.aggregate(bucket, group)
 
     @property
+    def warmup_steps(self) -> int:
+        """Steps before `is_steady`, as far as they are known beforehand."""
+        return 0
+
+    @property
     def is_steady(self) -> bool:
         """Whether steps are what they will be from now on: no warm-up phase is left."""
         return True

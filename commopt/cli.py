@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -18,7 +19,7 @@ from commopt.errors import CommoptError, ConfigError, LaunchError
 if TYPE_CHECKING:
     from commopt.cluster.emulate import Emulation
     from commopt.cluster.run import JobResult
-    from commopt.cluster.spec import ClusterSpec
+    from commopt.cluster.spec import ClusterSpec, RunSpec
 
 
 class _Commands(typer.core.TyperGroup):
@@ -59,6 +60,21 @@ class EmulateOption(str, Enum):
     none = "none"
 
 
+EmulateAnnotated = Annotated[
+    EmulateOption | None,
+    typer.Option(
+        "--emulate",
+        help="Impose the links by the kernel (netns) or by pacing, or not at all; auto takes what works.",
+    ),
+]
+NodeAnnotated = Annotated[str | None, typer.Option("--node", help="Which of the real machines this one is.")]
+PrintAnnotated = Annotated[bool, typer.Option("--print", help="Print each node's command, and start nothing.")]
+OutAnnotated = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where results go; out/NAME by default.")
+]
+JsonAnnotated = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
+
+
 def main() -> None:
     """Run the command line: exits with 0, 1 for a job that failed, 2 for a mistake in what was asked, 128 + a signal."""
     app(prog_name="commopt")
@@ -85,12 +101,9 @@ def launch(
         list[str],
         typer.Argument(metavar="-- PROGRAM [ARGUMENTS]...", help="What every rank runs; a .py file is run by Python."),
     ],
-    emulate: Annotated[
-        EmulateOption | None,
-        typer.Option(help="Impose the links by the kernel (netns) or by pacing, or not at all; auto takes what works."),
-    ] = None,
-    node: Annotated[str | None, typer.Option(help="Which of the real machines this one is.")] = None,
-    print_only: Annotated[bool, typer.Option("--print", help="Print each node's command, and start nothing.")] = False,
+    emulate: EmulateAnnotated = None,
+    node: NodeAnnotated = None,
+    print_only: PrintAnnotated = False,
     log_dir: Annotated[Path | None, typer.Option(help="Keep each node's output in this folder.")] = None,
 ) -> None:
     """Run a program on every rank of a cluster.
@@ -172,12 +185,111 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def write_text(path: Path, text: str, *, option: str) -> None:
+    """Write a file that an option named. Raises ConfigError where that is impossible."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
+
+
+def shown(path: Path) -> str:
+    """The path as a user would type it from here, where that is shorter."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def _print_labelled(label: str, line: str) -> None:
     typer.echo(f"[{label}] {line}")
 
 
 def _print_plain(label: str, line: str) -> None:
     typer.echo(line)
+
+
+@app.command(epilog="Example: [bold]commopt run configs/runs/demo.yaml --method onebit_adam[/bold]")
+def run(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Program, cluster, optimizer and methods.")],
+    method: Annotated[str | None, typer.Option(help="Which of the methods; the file's first one by default.")] = None,
+    emulate: EmulateAnnotated = None,
+    node: NodeAnnotated = None,
+    out: OutAnnotated = None,
+    json_file: JsonAnnotated = None,
+    print_only: PrintAnnotated = False,
+) -> None:
+    """Train once, and write a report."""
+    from commopt.cluster.spec import load_run
+
+    spec = load_run(run_file)
+    _train_and_report(spec, [method or next(iter(spec.methods))], emulate, node, out, json_file, print_only)
+
+
+@app.command(epilog="Example: [bold]commopt compare configs/runs/demo.yaml --methods dense,ef_sign,onebit_adam[/bold]")
+def compare(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Program, cluster, optimizer and methods.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,...", help="Which methods, in this order; all of the file's by default."),
+    ] = None,
+    emulate: EmulateAnnotated = None,
+    node: NodeAnnotated = None,
+    out: OutAnnotated = None,
+    json_file: JsonAnnotated = None,
+    print_only: PrintAnnotated = False,
+) -> None:
+    """Train the same model under each method in turn, and report loss, time and bytes side by side.
+
+    Cluster, seed and order of the data are the same for all. The report is a page with pictures; open OUT/report.html.
+    """
+    from commopt.cluster.spec import load_run
+
+    names = [name.strip() for name in methods.split(",")] if methods else []
+    _train_and_report(load_run(run_file), names, emulate, node, out, json_file, print_only)
+
+
+def _train_and_report(
+    spec: RunSpec,
+    names: list[str],
+    emulate: EmulateOption | None,
+    node: str | None,
+    out: Path | None,
+    json_file: Path | None,
+    print_only: bool,
+) -> None:
+    from commopt.cluster import emulate as emulation_of
+    from commopt.cluster.spec import Emulate
+    from commopt.cluster.training import check_methods, chosen_methods, program_words, train_each
+
+    mode = None if emulate is None else Emulate(emulate.value)
+    methods = chosen_methods(spec, names)
+    if print_only:
+        check_methods(spec, methods)
+        for name, options in methods.items():
+            typer.echo(f"# method {name}")
+            print_commands(
+                spec.cluster, program_words(spec, name, options), emulation_of.preview(spec.cluster, mode, node)
+            )
+        return
+    emulation = emulation_of.enter(spec.cluster, emulate=mode, node=node)
+    check_methods(spec, methods)
+    for notice in emulation.notices:
+        note(notice)
+    out_dir = (out or Path("out") / spec.name).resolve()
+    results = train_each(spec, methods, emulation=emulation, out_dir=out_dir, stream=sys.stdout, on_line=typer.echo)
+
+    from commopt.report.page import results_json, write_report
+    from commopt.report.table import show
+
+    written = write_report(results, out_dir)
+    show(results, sys.stdout)
+    if json_file is not None:
+        write_text(json_file, results_json(results), option="--json")
+    for path in written:
+        if path.suffix in (".html", ".json"):
+            note(f"wrote {shown(path)}")
+    failed = [result.name for result in results.runs if result.status != "finished"]
+    if failed:
+        raise LaunchError(f"{', '.join(failed)} did not finish; see above")
 
 
 @app.command(epilog="Example: [bold]commopt doctor --json machine.json[/bold]")
@@ -202,9 +314,4 @@ def doctor(
         )
     Console().print(table)
     if json_file is not None:
-        try:
-            json_file.write_text(as_json(checks), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"--json {json_file}: cannot be written: {(error.strerror or str(error)).lower()}"
-            ) from None
+        write_text(json_file, as_json(checks), option="--json")

@@ -1,7 +1,7 @@
 """Train a byte-level GPT on real text with DDP and any communication method; a page to read and to copy from.
 
-    torchrun --nproc-per-node=4 launch/train.py --method onebit_adam --options '{"freeze_step": 24}'
-    commopt compare configs/runs/demo.yaml
+torchrun --nproc-per-node=4 launch/train.py --method onebit_adam --options '{"freeze_step": 24}'
+commopt compare configs/runs/demo.yaml
 """
 
 import argparse
@@ -13,15 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import commopt
 from commopt.integrations import ddp
-from commopt.methods import is_update_method
+from commopt.methods import with_optimizer
 from commopt.report.recorder import Recorder
-
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def read_corpus(path: Path | None) -> tuple[Tensor, Tensor]:
@@ -36,7 +33,10 @@ def read_corpus(path: Path | None) -> tuple[Tensor, Tensor]:
         root = path or Path(sysconfig.get_path("stdlib"))
         files = sorted(f for f in root.rglob("*" if path else "*.py") if f.is_file() and "site-packages" not in f.parts)
         files = [f for f in files if path or "test" not in f.parts]
-        parts = [b"".join(f.read_bytes() for k, f in enumerate(files) if (k % 20 == 19) == held_out) for held_out in (False, True)]
+        parts = [
+            b"".join(f.read_bytes() for k, f in enumerate(files) if (k % 20 == 19) == held_out)
+            for held_out in (False, True)
+        ]
     if min(map(len, parts)) < 10_000:
         raise SystemExit(f"--corpus {path}: {sum(map(len, parts))} bytes are too few to train on and hold out")
     train, held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
@@ -83,15 +83,6 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def make_method(args: argparse.Namespace, model: nn.Module):  # noqa: ANN201
-    """The communication method, and the optimizer that steps: one and the same for an update method such as 1-bit Adam."""
-    rest = {key: value for key, value in args.optimizer.items() if key != "name"}
-    if is_update_method(args.method):
-        method = commopt.build(args.method, model.named_parameters(), **{**rest, **args.options})
-        return method, method
-    return commopt.build(args.method, **args.options), OPTIMIZERS[args.optimizer["name"]](model.parameters(), **rest)
-
-
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> float:
     loss = model(*batch)
     optimizer.zero_grad()
@@ -106,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
     train, held_out = read_corpus(args.corpus)
     torch.manual_seed(args.seed)  # the same model on every rank
     model = DistributedDataParallel(GPT(args.layers, args.heads, args.width, args.context))
-    method, optimizer = make_method(args, model.module)
+    method, optimizer = with_optimizer(args.method, model.module, options=args.options, optimizer=args.optimizer)
     attachment = ddp.attach(model, method, None if optimizer is method else optimizer)
 
     recorder = Recorder.from_environment()
@@ -135,7 +126,9 @@ def main(args: argparse.Namespace) -> None:
 
     with torch.no_grad():
         windows = torch.Generator().manual_seed(1 + rank)  # each rank its own share of the held-out text
-        losses = [model.module(*draw(held_out, 16, args.context, windows)).item() for _ in range(args.validation_batches)]
+        losses = [
+            model.module(*draw(held_out, 16, args.context, windows)).item() for _ in range(args.validation_batches)
+        ]
     recorder.validation(step=args.steps, loss=sum(losses) / len(losses), tokens=16 * args.context * len(losses))
 
     attachment.group.barrier()
@@ -156,10 +149,22 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="dense", help="dense, fp16, ef_sign or onebit_adam")
     parser.add_argument("--options", type=json.loads, default={}, help="the method's options, as JSON")
-    parser.add_argument("--optimizer", type=json.loads, default={"name": "adam", "lr": 2e-3}, help='as JSON: {"name": "sgd", "lr": 0.1}')
+    parser.add_argument(
+        "--optimizer", type=json.loads, default={"name": "adam", "lr": 2e-3}, help='as JSON: {"name": "sgd", "lr": 0.1}'
+    )
     parser.add_argument("--corpus", type=Path, help="a file or a folder of text; default: Python's own sources")
     parser.add_argument("--backend", default="gloo", choices=["gloo", "nccl"])
-    for name, default in {"steps": 100, "batch": 4, "context": 64, "layers": 4, "heads": 4, "width": 128, "seed": 1}.items():
+    for name, default in {
+        "steps": 100,
+        "batch": 4,
+        "context": 64,
+        "layers": 4,
+        "heads": 4,
+        "width": 128,
+        "seed": 1,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--validation-batches", type=int, default=16, help="batches of 16 windows that each rank evaluates")
+    parser.add_argument(
+        "--validation-batches", type=int, default=16, help="batches of 16 windows that each rank evaluates"
+    )
     main(parser.parse_args())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,9 +15,23 @@ from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
 from commopt.methods.onebit_adam import OnebitAdam
 
-__all__ = ["FP16", "METHODS", "Dense", "EFSign", "OnebitAdam", "build", "check_options", "is_update_method"]
+__all__ = [
+    "FP16",
+    "METHODS",
+    "OPTIMIZERS",
+    "Dense",
+    "EFSign",
+    "OnebitAdam",
+    "build",
+    "check_options",
+    "is_update_method",
+    "with_optimizer",
+]
 
 METHODS: Mapping[str, type[Aggregator]] = {method.name: method for method in (Dense, FP16, EFSign, OnebitAdam)}
+
+
+OPTIMIZERS: Mapping[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def is_update_method(name: str) -> bool:
@@ -49,6 +63,32 @@ def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) 
     else:
         made = method(named_params, **options)
     return made
+
+
+def with_optimizer(
+    name: str, model: torch.nn.Module, *, options: Mapping[str, Any], optimizer: Mapping[str, Any]
+) -> tuple[Aggregator, torch.optim.Optimizer]:
+    """The method and the optimizer that steps, from a run's YAML; an update method is both.
+
+    optimizer: {"name": "adam", "adamw" or "sgd", and that optimizer's arguments}. An update method takes lr, betas, eps and
+    weight_decay from it, unless `options` say otherwise. Raises ConfigError as `build` does, and for a bad optimizer.
+    """
+    arguments = {key: value for key, value in optimizer.items() if key != "name"}
+    if is_update_method(name):
+        method = build(name, model.named_parameters(), **{**arguments, **options})
+        return method, cast(torch.optim.Optimizer, method)
+    kind = optimizer.get("name", "adam")
+    if kind not in OPTIMIZERS:
+        raise ConfigError(f"optimizer: name: unknown optimizer {kind!r}{did_you_mean(str(kind), OPTIMIZERS)}")
+    known = [key for key in inspect.signature(OPTIMIZERS[kind].__init__).parameters if key not in ("self", "params")]
+    for key in arguments:
+        if key not in known:
+            raise ConfigError(f"optimizer: {key}: unknown argument of {kind}{did_you_mean(key, known)}")
+    method = build(name, **options)
+    try:
+        return method, OPTIMIZERS[kind](model.parameters(), **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {kind} does not take {arguments}: {error}") from None
 
 
 def _find(name: str) -> type[Aggregator]:

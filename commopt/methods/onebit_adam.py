@@ -89,6 +89,10 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
         return bool(self.param_groups[0]["frozen"])
 
     @property
+    def warmup_steps(self) -> int:
+        return self.freeze_step if isinstance(self.freeze_step, int) else 0
+
+    @property
     def is_steady(self) -> bool:
         return self.is_frozen
 

@@ -1,0 +1,136 @@
+"""One training program under several methods, one after the other, on the same cluster: what `run` and `compare` do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from commopt.cluster.emulate import Emulation
+from commopt.cluster.run import run_job
+from commopt.cluster.spec import RunSpec
+from commopt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from commopt.report.document import Results, RunResult
+    from commopt.report.live import Live
+
+
+def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options by method, in the order asked for; without names, the run's own. Raises ConfigError for a name given twice."""
+    for k, name in enumerate(names):
+        if name in names[:k]:
+            raise ConfigError(f"--methods: {name!r} stands twice")
+    return {name: run.methods.get(name, {}) for name in names or run.methods}
+
+
+def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make every method once, on a parameter of no consequence. Raises ConfigError with all mistakes, file and key first."""
+    import torch
+
+    from commopt.methods import with_optimizer
+
+    mistakes = []
+    for name, options in methods.items():
+        try:
+            plain, optimizer = _split(run, options)
+            made, _ = with_optimizer(name, torch.nn.Linear(2, 2), options=plain, optimizer=optimizer)
+        except (ConfigError, TypeError) as error:
+            mistakes.append(f"{run.path.name}: methods.{name}: {error}")
+            continue
+        steps = run.arguments.get("steps")
+        if isinstance(steps, int) and made.warmup_steps >= steps:
+            mistakes.append(
+                f"{run.path.name}: methods.{name}: the warm-up of {made.warmup_steps} steps does not end before the last of "
+                f"{steps}; lower freeze_step, or raise arguments.steps"
+            )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def train_each(
+    run: RunSpec,
+    methods: Mapping[str, Mapping[str, Any]],
+    *,
+    emulation: Emulation,
+    out_dir: Path,
+    stream: TextIO,
+    on_line: Callable[[str], None],
+) -> Results:
+    """Train under each method in turn, showing progress on `stream`. A run that fails does not keep the next from starting.
+
+    out_dir gets record/METHOD/rank*.jsonl and log/METHOD/NODE.log. On Ctrl-C the exception goes on, and nothing is left running.
+    """
+    from commopt import kernels
+    from commopt.report.document import Cluster
+    from commopt.report.live import Live
+    from commopt.report.results import assemble
+
+    kernels.warm_up()  # before the ranks start: four of them compiling at once would cost seconds of the first step
+    results = []
+    with Live(stream) as live:
+        for name, options in methods.items():
+            results.append(_train(run, name, options, emulation=emulation, out_dir=out_dir, live=live, on_line=on_line))
+    cluster = Cluster.from_spec(run.cluster, emulation=emulation.mode.value, notices=list(emulation.notices))
+    return assemble(results, cluster)
+
+
+def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[str]:
+    """The training program and its arguments for one method."""
+    plain, optimizer = _split(run, options)
+    words = [str(run.program), *run.argument_words(), "--backend", run.cluster.backend.value, "--method", name]
+    words += ["--options", json.dumps(plain)]
+    return words + (["--optimizer", json.dumps(optimizer)] if optimizer else [])
+
+
+def _split(run: RunSpec, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A method's own options, and the optimizer: the run's, or the one that stands among the options."""
+    plain = {key: value for key, value in options.items() if key != "optimizer"}
+    return plain, dict(options.get("optimizer", run.optimizer))
+
+
+def _train(
+    run: RunSpec,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    emulation: Emulation,
+    out_dir: Path,
+    live: Live,
+    on_line: Callable[[str], None],
+) -> RunResult:
+    from commopt.report.results import collect
+
+    record_dir, log_dir = (_emptied(out_dir / kind / name) for kind in ("record", "log"))
+    live.begin(name, record_dir)
+    job = run_job(
+        run.cluster,
+        program_words(run, name, options),
+        emulation=emulation,
+        env={"COMMOPT_RECORD": str(record_dir)},
+        log_dir=log_dir,
+        on_tick=lambda _: live.tick(),
+        on_line=lambda label, line: on_line(f"[{name}, {label}] {line}"),
+    )
+    failure = None
+    if job.failure is not None:
+        failure = str(job.failure)
+        if job.failure.message:
+            live.note(job.failure.message)
+        live.note(f"all output is in {log_dir}")
+    live.end(failure)
+    return collect(record_dir, method=name, options=options, failure=failure)
+
+
+def _emptied(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {folder.parents[1]}: cannot be written: {(error.strerror or str(error)).lower()}"
+        ) from None
+    return folder.resolve()
