@@ -1,0 +1,83 @@
+"""`commopt launch` with real torchrun agents and Gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launchers import HERE, finish, processes, start, wait_until
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for ranks in /proc")
+RANKS = str(HERE / "ranks.py")
+
+
+def launch(cluster: Path, *words: str) -> tuple[list[str], Path]:
+    scratch = cluster.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return ["-m", "commopt", "launch", str(cluster), *words], scratch
+
+
+def rank_processes(mark: str) -> dict[int, int]:
+    """Process by rank, of the ranks of one job."""
+    found = {}
+    for pid in processes(mark):
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found.update({int(item[5:]): pid for item in variables if item.startswith(b"RANK=")})
+    return found
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_every_rank_takes_part(rendezvous: str, write: Callable[[str], Path], mark: str) -> None:
+    text = f"nodes: 2\nslots: 2\nlinks: {{rate: 200mbit}}\nrendezvous: {{backend: {rendezvous}}}"
+    code, output, errors = finish(start(*launch(write(text), "--", RANKS, mark, "0.1")))
+    assert code == 0, errors
+    ranks = sorted(re.findall(r"^\[node(\d)\] rank (\d) of 4: 4$", output, re.MULTILINE))
+    assert len(ranks) == 4
+    if rendezvous == "static":
+        assert ranks == [("0", "0"), ("0", "1"), ("1", "2"), ("1", "3")]
+    assert len(output.splitlines()) == 4, output
+    notice, *_, last = errors.splitlines()
+    assert notice.startswith("commopt: links are ")
+    assert re.fullmatch(r"commopt: done in [\d.]+ s(; sent node0 [\d.]+ [kM]?B, node1 [\d.]+ [kM]?B)?", last)
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(write: Callable[[str], Path], mark: str) -> None:
+    words, scratch = launch(write("nodes: 3\nlinks: {rate: 100mbit}"), "--", RANKS, mark, "300")
+    process = start(words, scratch)
+    wait_until(lambda: len(rank_processes(mark)) == 3, "three ranks", timeout_s=60)
+    time.sleep(5)  # most likely in the middle of an exchange; the message is the same if not
+    os.kill(rank_processes(mark)[2], signal.SIGKILL)
+    started = time.monotonic()
+    code, output, errors = finish(process)
+    assert time.monotonic() - started < 20
+    assert code == 1
+    last = errors.splitlines()[-1]
+    assert last.startswith("commopt: rank 2 (node2) was killed by SIGKILL; all output is in ")
+    assert not re.search("Traceback|closed by peer|ChildFailedError", output + errors)
+    logs = Path(last.rpartition(" ")[2])
+    assert sorted(path.name for path in logs.iterdir()) == ["node0.log", "node1.log", "node2.log"]
+    assert "SIGKILL" in (logs / "node2.log").read_text()
+    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=10)
+
+
+def test_a_ranks_traceback_is_shown_once(write: Callable[[str], Path], mark: str) -> None:
+    logs = write("nodes: 2").parent / "logs"
+    words, scratch = launch(
+        write("nodes: 2"), "--emulate", "none", "--log-dir", str(logs), "--", RANKS, mark, "300", "1", "raise"
+    )
+    code, output, errors = finish(start(words, scratch))
+    assert code == 1
+    shown = output + errors
+    assert shown.count("Traceback (most recent call last)") == 1
+    assert 'raise ValueError("the data is gone")\n' in shown
+    assert "ChildFailedError" not in shown
+    last = f"commopt: rank 1 (node1) failed: ValueError: the data is gone; all output is in {logs}"
+    assert errors.splitlines()[-1] == last
+    assert os.listdir(scratch) == []
