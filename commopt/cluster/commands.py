@@ -41,6 +41,7 @@ def agent_words(cluster: ClusterSpec, node: int, program: Sequence[str], *, meet
             f"--rdzv-conf=is_host={str(node == 0).lower()}",  # between namespaces nobody recognises the address as its own
             f"--local-addr={meeting.addresses[node]}",
         ]
+    words.append(f"--log-dir={os.devnull}")  # or it leaves a temporary folder; the output comes through a pipe
     return [*words, *program]
 
 

@@ -16,12 +16,13 @@ from commopt.links import LinkModel
 TWO = {"nodes": [{"name": "a0", "host": "10.1.0.5"}, {"name": "a1", "host": "10.1.0.6"}], "slots": 2}
 MEETING = Meeting(("10.1.0.5", "10.1.0.6"), 29500)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+NO_LOGS = "--log-dir=/dev/null"
 
 
 def test_a_static_rendezvous_names_the_rank_of_each_node() -> None:
     words = agent_words(ClusterSpec.model_validate(TWO), 1, ["train.py", "--steps", "5"], meeting=MEETING)
-    expected = ["--node-rank=1", "--master-addr=10.1.0.5", "--master-port=29500", "train.py", "--steps", "5"]
-    assert words == [*TORCHRUN, *expected]
+    expected = ["--node-rank=1", "--master-addr=10.1.0.5", "--master-port=29500", NO_LOGS]
+    assert words == [*TORCHRUN, *expected, "train.py", "--steps", "5"]
 
 
 @pytest.mark.parametrize(("node", "is_host"), [(0, "true"), (1, "false")])
@@ -35,6 +36,7 @@ def test_only_node_0_hosts_the_store_of_c10d(node: int, is_host: str) -> None:
         "--rdzv-endpoint=10.1.0.5:1234",
         f"--rdzv-conf=is_host={is_host}",
         f"--local-addr={MEETING.addresses[node]}",
+        NO_LOGS,
         "train.py",
     ]
 

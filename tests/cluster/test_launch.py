@@ -65,6 +65,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(write: Callable[[str], Path], m
     assert sorted(path.name for path in logs.iterdir()) == ["node0.log", "node1.log", "node2.log"]
     assert "SIGKILL" in (logs / "node2.log").read_text()
     wait_until(lambda: not processes(mark), "the end of every process", timeout_s=10)
+    assert os.listdir(scratch) == [logs.name]
 
 
 def test_a_ranks_traceback_is_shown_once(write: Callable[[str], Path], mark: str) -> None:
