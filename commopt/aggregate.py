@@ -108,7 +108,7 @@ class Mean(Aggregator):
         if _is_finite(mean):
             bucket.flat.copy_(mean)
         else:
-            bucket.void = self._first_bad(bucket, mean)
+            bucket.void = _first_bad(self.index, bucket.with_flat(mean))
 
     def exchange(self, buckets: Sequence[Bucket], group: Group) -> None:
         """Clips by the norm of the mean: the exchange is linear, so this is the clipping of gradients before it."""
@@ -117,11 +117,6 @@ class Mean(Aggregator):
             self.aggregate(bucket, group)
         if self.max_norm is not None:
             clip_joint_norm_([bucket for bucket in buckets if bucket.void is None], self.max_norm)
-
-    def _first_bad(self, bucket: Bucket, mean: Tensor) -> str:
-        values = zip(bucket.names, torch.tensor_split(mean, bucket.starts[1:]), strict=True)
-        bad = [name for name, x in values if not bool(x.isfinite().all())]
-        return min(bad, key=lambda name: self.index.position[name])
 
 
 class _Compressed(Aggregator):
@@ -268,13 +263,14 @@ class TwoWayMean(_Compressed):
 def _check_alone(aggregator: Aggregator, bucket: Bucket) -> None:
     """One rank is its own mean, and still does not let a NaN through."""
     if not _is_finite(bucket.flat):
-        flat = bucket.flat
-        bad = [
-            n
-            for n, x in zip(bucket.names, torch.tensor_split(flat, bucket.starts[1:]), strict=True)
-            if not bool(x.isfinite().all())
-        ]
-        bucket.void = min(bad, key=lambda name: aggregator.index.position[name])
+        bucket.void = _first_bad(aggregator.index, bucket)
+
+
+def _first_bad(index: ParameterIndex, bucket: Bucket) -> str:
+    """The first parameter in registration order with a NaN or an inf."""
+    return min(
+        (name for name, x in bucket.views() if not bool(x.isfinite().all())), key=lambda name: index.position[name]
+    )
 
 
 def _is_finite(x: Tensor) -> bool:

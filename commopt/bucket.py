@@ -71,6 +71,10 @@ class Bucket:
         starts = np.concatenate([[0], np.cumsum([x.numel() for _, x in tensors])[:-1]])
         return cls(flat, tuple(name for name, _ in tensors), tuple(int(s) for s in starts), label)
 
+    def views(self) -> list[tuple[str, Tensor]]:
+        """(name, (n,) view) of each parameter, in the order they lie in."""
+        return list(zip(self.names, torch.tensor_split(self.flat, self.starts[1:]), strict=True))
+
     def with_flat(self, flat: Tensor) -> Bucket:
         """The same views over another flat tensor."""
         return Bucket(flat, self.names, self.starts, self.label)

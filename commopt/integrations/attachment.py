@@ -50,7 +50,7 @@ class Attachment:
         self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
         group.traffic.method = method.name
         method.bind(list(self.parameters.items()), group)
-        self._model = model
+        self.model = model
         setattr(model, _MARK, self)
         self._handles: list[Any] = [
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -62,8 +62,15 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if getattr(self._model, _MARK, None) is self:
-            delattr(self._model, _MARK)
+        if getattr(self.model, _MARK, None) is self:
+            delattr(self.model, _MARK)
+
+    def bucket_layout(self) -> list[list[str]]:
+        """The parameters of each bucket that was exchanged last, for a checkpoint; empty where it never changes."""
+        return []
+
+    def resume_bucket_layout(self, layout: list[list[str]]) -> None:
+        """Exchange in these buckets until the framework has made the same ones: sums depend on where an element lies."""
 
     @contextmanager
     def communication_off(self) -> Iterator[None]:
@@ -122,7 +129,7 @@ class Attachment:
 
     def save_for_rollback(self, bucket: Bucket) -> None:
         """Keep the state of parameters without any gradient here, in case that no rank has one."""
-        for name, x in zip(bucket.names, torch.tensor_split(bucket.flat, bucket.starts[1:]), strict=True):
+        for name, x in bucket.views():
             if not bool(x[:8].any()) and not bool(x.any()):
                 self._rollback[name] = [(view, view.clone()) for view in self.method.state_views(name)]
 

@@ -34,6 +34,8 @@ class DDPAttachment(Attachment):
         self._collected: list[tuple[Bucket, Future[torch.Tensor]]] = []
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._last_hook_s = 0.0
+        self._layout: dict[int, tuple[str, ...]] = {}
+        self._resumed_layout: list[list[str]] = []
         model.register_comm_hook(self, DDPAttachment._hook)
 
     def detach(self) -> None:
@@ -42,11 +44,14 @@ class DDPAttachment(Attachment):
             self._lane.close()
         super().detach()
 
-    def _hook(
-        self, bucket: GradBucket
-    ) -> Future[
-        torch.Tensor
-    ]:  # DDP checks the name and the annotation, which is why this file does without postponed ones
+    def bucket_layout(self) -> list[list[str]]:
+        return [list(names) for _, names in sorted(self._layout.items())]
+
+    def resume_bucket_layout(self, layout: list[list[str]]) -> None:
+        self._resumed_layout = layout
+
+    # DDP checks the parameter's name and annotation, which is why this file does without postponed annotations
+    def _hook(self, bucket: GradBucket) -> Future[torch.Tensor]:
         ours = self._wrap(bucket)
         if bucket.is_last():
             self._after_backward()
@@ -62,13 +67,30 @@ class DDPAttachment(Attachment):
         flat, views = bucket.buffer(), bucket.gradients()
         names = tuple(self._name_of[id(p)] for p in bucket.parameters())
         starts = tuple(int(view.storage_offset()) - int(flat.storage_offset()) for view in views)
+        if bucket.index() == 0:
+            self._layout.clear()
+        self._layout[bucket.index()] = names
         return Bucket(flat, names, starts, f"bucket {bucket.index()}")
+
+    def _exchange(self, buckets: list[Bucket]) -> None:
+        """Run buckets; DDP's first ones after a resume as those that it had made before, and will make again."""
+        layout, self._resumed_layout = self._resumed_layout, []
+        views = dict(view for bucket in buckets for view in bucket.views())
+        if not layout or sorted(views) != sorted(name for names in layout for name in names):
+            self.run(buckets)
+            return
+        regrouped = [
+            Bucket.of([(name, views[name]) for name in names], f"bucket {k}") for k, names in enumerate(layout)
+        ]
+        self.run(regrouped)
+        for name, x in (view for bucket in regrouped for view in bucket.views()):
+            views[name].copy_(x)
 
     def _exchange_one(self, bucket: Bucket) -> torch.Tensor:
         with torch.no_grad():
             if self._may_be_unused:
                 self.save_for_rollback(bucket)
-            self.run([bucket])
+            self._exchange([bucket])
         return bucket.flat
 
     def _exchange_collected(self) -> None:
@@ -78,7 +100,7 @@ class DDPAttachment(Attachment):
                 for bucket, _ in collected:
                     if self._may_be_unused:
                         self.save_for_rollback(bucket)
-                self.run([bucket for bucket, _ in collected])
+                self._exchange([bucket for bucket, _ in collected])
         except Exception as error:
             for _, future in collected:
                 future.set_exception(error)  # type: ignore[arg-type]  # typed as a result, wrongly

@@ -44,7 +44,7 @@ class PlainAttachment(Attachment):
         with torch.no_grad():
             self.run(buckets)
             for bucket in buckets:
-                for name, x in zip(bucket.names, torch.tensor_split(bucket.flat, bucket.starts[1:]), strict=True):
+                for name, x in bucket.views():
                     p = self.parameters[name]
                     if p.grad is None:
                         p.grad = x.view_as(p).clone()

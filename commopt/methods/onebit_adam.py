@@ -157,14 +157,14 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
             if bucket.void is None:
                 self._absorb_gradient(bucket)
             return
-        for name, g in self._views(bucket):
+        for name, g in bucket.views():
             b1 = self._options(name)["betas"][0]
             m = self.index.view(self._momentum, name)
             torch.lerp(m, g, 1 - b1, out=g)  # m_i = b1 m + (1 - b1) g_i
         self._two_way.aggregate(bucket, group)
         if bucket.void is not None:
             return
-        for name, m in self._views(bucket):
+        for name, m in bucket.views():
             if self._mask is not None:
                 m.mul_(self.index.view(self._mask, name))
             self.index.view(self._momentum, name).copy_(m)
@@ -182,7 +182,7 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
             self._absorb_gradient(bucket)
 
     def _absorb_gradient(self, bucket: Bucket) -> None:
-        for name, g in self._views(bucket):
+        for name, g in bucket.views():
             b1, b2 = self._options(name)["betas"]
             m, v = self.index.view(self._momentum, name), self.index.view(self._variance, name)
             m.lerp_(g, 1 - b1)  # m <- b1 m + (1 - b1) g
@@ -256,9 +256,6 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
             own = torch.as_tensor(given, device=mask.device).ne(0).expand(self._parameters[name].shape)
             self.index.view(mask, name).logical_and_(own.reshape(-1))
         self._mask = None if bool(mask.all()) else mask
-
-    def _views(self, bucket: Bucket) -> Iterable[tuple[str, Tensor]]:
-        return zip(bucket.names, torch.tensor_split(bucket.flat, bucket.starts[1:]), strict=True)
 
     def _options(self, name: str) -> dict[str, Any]:
         return self._group_of[id(self._parameters[name])]

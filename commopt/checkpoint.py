@@ -1,0 +1,214 @@
+"""Save and resume a training, residuals included, at the same number of ranks or at another.
+
+One folder per checkpoint, written by torch.distributed.checkpoint: model, optimizer and what is equal on all ranks
+once, each rank's own residuals and random state under its rank. What is no tensor travels as JSON, so nothing is unpickled
+but torch's own metadata. All ranks must see the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from commopt.aggregate import State
+from commopt.errors import CheckpointError
+from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup
+from commopt.integrations.attachment import Attachment
+
+_FORMAT = 1
+_log = logging.getLogger(__name__)
+
+
+def save(folder: str | Path, attachment: Attachment, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write everything that training needs to go on bit for bit; all ranks call it, between steps.
+
+    extra: anything that JSON holds (step, epoch, learning-rate schedule). The folder is replaced as a whole, after everything
+    has been written: a crash or a full disk leaves the one that was there. Raises CheckpointError.
+    """
+    folder = Path(folder)
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    group = attachment.group
+    process_group = _process_group(group)
+    if group.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    group.barrier()
+    tensors = _everything(attachment, extra or {})
+    try:
+        _write(tensors, partial, process_group)
+    except Exception as error:
+        group.barrier()
+        if group.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = f"; {folder} is as it was" if folder.exists() else ""
+        raise CheckpointError(f"{folder}: the checkpoint could not be written: {_first_line(error)}{kept}") from error
+    if group.rank == 0:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    group.barrier()
+
+
+def load(folder: str | Path, attachment: Attachment) -> dict[str, Any]:
+    """Continue from a checkpoint, after `attach`; returns the `extra` that was saved with it.
+
+    At the same number of ranks training goes on bit for bit. At another, every rank takes the mean of what the old ranks still
+    had to send, so that none of it is lost. Raises CheckpointError, before anything is changed, if it does not belong here.
+    """
+    folder = Path(folder)
+    group, method = attachment.group, attachment.method
+    _process_group(group)
+    reader = FileSystemReader(folder)
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except Exception as error:
+        raise CheckpointError(f"{folder}: there is no complete checkpoint here: {_first_line(error)}") from error
+    meta = json.loads(bytes(_read(folder, stored, ["meta"])["meta"].tolist()))
+    _check(folder, meta, attachment)
+    model = _read(folder, stored, [key for key in stored if key.startswith("model/")])
+    optimizer = _read(folder, stored, [key for key in stored if key.startswith("optimizer/")])
+    with torch.no_grad():
+        attachment.model.load_state_dict({key.removeprefix("model/"): x for key, x in model.items()})
+    attachment.optimizer.load_state_dict(_optimizer_state(meta["optimizer"], optimizer))
+    if meta["ranks"] == group.size:
+        method.load_comm_state(_comm_state(folder, stored, group.rank))
+        torch.set_rng_state(_read(folder, stored, [f"rng/{group.rank}"])[f"rng/{group.rank}"])
+        attachment.resume_bucket_layout(meta["buckets"])
+    else:
+        method.load_resharded(_comm_state(folder, stored, rank) for rank in range(meta["ranks"]))
+    attachment.steps = int(meta["steps"])
+    return cast(dict[str, Any], meta["extra"])
+
+
+def _everything(attachment: Attachment, extra: Mapping[str, Any]) -> dict[str, Tensor]:
+    rank, state = attachment.group.rank, attachment.method.comm_state()
+    tensors = {f"model/{name}": x for name, x in attachment.model.state_dict().items()}
+    optimizer, flat = _flattened(attachment.optimizer.state_dict())
+    tensors.update({f"optimizer/{key}": x for key, x in flat.items()})
+    tensors.update({f"shared/{key}": x for key, x in state["shared"].items()})
+    tensors.update({f"local/{rank}/{key}": x for key, x in state["local"].items()})
+    tensors[f"rng/{rank}"] = torch.get_rng_state()
+    meta = {
+        "format": _FORMAT,
+        "ranks": attachment.group.size,
+        "method": attachment.method.name,
+        "steps": attachment.steps,
+        "parameters": [[name, list(p.shape)] for name, p in attachment.parameters.items()],
+        "buckets": attachment.bucket_layout(),
+        "optimizer": optimizer,
+        "extra": dict(extra),
+    }
+    try:
+        text = json.dumps(meta)
+    except TypeError as error:
+        raise CheckpointError(f"extra, and the optimizer's options, must be what JSON holds: {error}") from None
+    tensors["meta"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return tensors
+
+
+def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An optimizer's state_dict as JSON, with {"tensor": key} in the places of its tensors, and those tensors."""
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    for index, entry in state["state"].items():
+        entries[str(index)] = {}
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{key}"] = value
+                value = {"tensor": f"{index}/{key}"}
+            entries[str(index)][key] = value
+    return {"state": entries, "param_groups": state["param_groups"]}, tensors
+
+
+def _optimizer_state(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def value(x: Any) -> Any:
+        return tensors[f"optimizer/{x['tensor']}"] if isinstance(x, dict) and "tensor" in x else x
+
+    state = {int(index): {key: value(x) for key, x in entry.items()} for index, entry in described["state"].items()}
+    groups = [
+        {**group, **({"betas": tuple(group["betas"])} if "betas" in group else {})}
+        for group in described["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _check(folder: Path, meta: Mapping[str, Any], attachment: Attachment) -> None:
+    if meta["format"] != _FORMAT:
+        raise CheckpointError(f"{folder}: format {meta['format']} is not the {_FORMAT} that this version reads")
+    if meta["method"] != attachment.method.name:
+        raise CheckpointError(f"{folder}: was saved under {meta['method']}, not {attachment.method.name}")
+    here = [[name, list(p.shape)] for name, p in attachment.parameters.items()]
+    for saved, own in _pairs(meta["parameters"], here):
+        if saved != own:
+            raise CheckpointError(
+                f"{folder}: is of another model: it has {_described(saved)} where this one has {_described(own)}"
+            )
+
+
+def _pairs(a: list[Any], b: list[Any]) -> Iterator[tuple[Any, Any]]:
+    for k in range(max(len(a), len(b))):
+        yield a[k] if k < len(a) else None, b[k] if k < len(b) else None
+
+
+def _described(parameter: Any) -> str:
+    return "nothing" if parameter is None else f"{parameter[0]} of shape {tuple(parameter[1])}"
+
+
+def _comm_state(folder: Path, stored: Mapping[str, Any], rank: int) -> State:
+    shared, local = "shared/", f"local/{rank}/"
+    tensors = _read(folder, stored, [key for key in stored if key.startswith((shared, local))])
+    return {
+        "shared": {key.removeprefix(shared): x for key, x in tensors.items() if key.startswith(shared)},
+        "local": {key.removeprefix(local): x for key, x in tensors.items() if key.startswith(local)},
+    }
+
+
+def _read(folder: Path, stored: Mapping[str, Any], keys: list[str]) -> dict[str, Tensor]:
+    tensors: dict[str, Any] = {}
+    for key in keys:
+        kind = stored.get(key)
+        if not isinstance(kind, TensorStorageMetadata):
+            raise CheckpointError(f"{folder}: {key} is missing")
+        tensors[key] = torch.empty(kind.size, dtype=kind.properties.dtype)
+    if tensors:
+        state_dict_loader.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    return tensors
+
+
+def _write(tensors: dict[str, Tensor], folder: Path, process_group: dist.ProcessGroup | None) -> None:
+    writer = FileSystemWriter(folder)
+    state = cast(dict[str, Any], tensors)
+    if process_group is None:
+        state_dict_saver.save(state, storage_writer=writer, no_dist=True)
+    else:
+        state_dict_saver.save(state, storage_writer=writer, process_group=process_group)
+
+
+def _process_group(group: Group) -> dist.ProcessGroup | None:
+    inner = group.inner if isinstance(group, PacedGroup) else group
+    if isinstance(inner, LocalGroup):
+        return None
+    if not isinstance(inner, TorchGroup):
+        raise CheckpointError(
+            f"checkpoints are written by the ranks of a torch.distributed job, not of a {type(inner).__name__}"
+        )
+    return inner.process_group
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
