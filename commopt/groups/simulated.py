@@ -33,11 +33,15 @@ class SimWorld(Generic[T]):
         self.clocks = [0.0] * ranks
         self.mail: dict[tuple[int, int], list[tuple[float, Payload]]] = {}
         self.mail_arrived = threading.Condition()
+        self.is_broken = False
 
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
         """Raises what the first failing rank raised; the others are released."""
         results: dict[int, T] = {}
         errors: dict[int, BaseException] = {}
+        self.barrier.reset()
+        self.mail.clear()
+        self.is_broken = False
 
         def work(rank: int) -> None:
             try:
@@ -45,6 +49,9 @@ class SimWorld(Generic[T]):
             except BaseException as error:
                 errors[rank] = error
                 self.barrier.abort()
+                with self.mail_arrived:
+                    self.is_broken = True
+                    self.mail_arrived.notify_all()
 
         threads = [
             threading.Thread(target=work, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(self.ranks)
@@ -84,6 +91,7 @@ class SimGroup(Group):
     def all_reduce(self, x: Tensor) -> None:
         self._count("all_reduce", x.numel() * x.element_size())
         parts = self._meet("all_reduce", x.clone(), self._ring("all_reduce", x))
+        _check_alike("all_reduce", parts)
         x.copy_(parts[0])
         for part in parts[1:]:
             x.add_(part)
@@ -112,9 +120,14 @@ class SimGroup(Group):
             world.mail.setdefault((self.rank, peer), []).append((self.seconds, _copy(payload)))
             world.mail_arrived.notify_all()
             box = world.mail.setdefault((peer, self.rank), [])
-            if not world.mail_arrived.wait_for(lambda: bool(box), world.timeout_s if timeout_s is None else timeout_s):
+            limit_s = world.timeout_s if timeout_s is None else timeout_s
+            if not world.mail_arrived.wait_for(lambda: bool(box) or world.is_broken, limit_s):
                 raise GroupError(f"swap: rank {peer} did not answer rank {self.rank} in time")
+            if not box:
+                raise GroupError("swap: another rank failed") from threading.BrokenBarrierError()
             their_clock, received = box.pop(0)
+        if received.layout != payload.layout:
+            raise GroupError(f"swap: rank {peer} sent another layout than rank {self.rank}")
         sent: list[Mapping[int, float]] = [{} for _ in range(self.size)]
         sent[self.rank], sent[peer] = {peer: float(payload.nbytes)}, {self.rank: float(payload.nbytes)}
         cost_s = world.links.seconds(sent) if world.links else 0.0
@@ -125,6 +138,7 @@ class SimGroup(Group):
         nbytes = x.numel() * x.element_size()
         self._count("broadcast", nbytes, root=src)
         parts = self._meet("broadcast", x.clone(), schedule("broadcast", nbytes, self.rank, self.size, root=src))
+        _check_alike("broadcast", parts)
         x.copy_(parts[src])
 
     def _ring(self, operation: str, x: Tensor) -> dict[int, float]:
@@ -152,6 +166,14 @@ class SimGroup(Group):
             raise GroupError(
                 f"{operation}: another rank failed, or did not join within {self.world.timeout_s:g} s"
             ) from error
+
+
+def _check_alike(operation: str, parts: Sequence[Tensor]) -> None:
+    for rank, part in enumerate(parts):
+        if (part.shape, part.dtype) != (parts[0].shape, parts[0].dtype):
+            raise GroupError(
+                f"{operation}: rank {rank} has {tuple(part.shape)} {part.dtype}, rank 0 {tuple(parts[0].shape)} {parts[0].dtype}"
+            )
 
 
 def _copy(payload: Payload) -> Payload:

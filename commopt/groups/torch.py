@@ -48,6 +48,7 @@ class TorchGroup(Group):
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         if self.size == 1:
+            self._count("all_gather", payload.nbytes)
             return [payload]
         if layouts is not None and len({layout_bytes(layout) for layout in layouts}) > 1:
             self.traffic.record(

@@ -1,0 +1,135 @@
+"""What only simulated ranks have: a virtual clock, and an end when one of them fails."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from commopt.errors import GroupError
+from commopt.groups import SimGroup, SimWorld
+from commopt.links import LinkModel
+from commopt.wire import Payload
+
+
+def test_the_virtual_clock_runs_by_the_link_model() -> None:
+    world: SimWorld[float] = SimWorld(4, LinkModel.uniform(4, "8mbit", "10ms"))
+
+    def train(group: SimGroup) -> float:
+        group.all_reduce(torch.zeros(250_000))  # 1 MB: 1.5 MB out of each at 1 MB/s, and 6 rounds of 10 ms
+        return group.seconds
+
+    assert world.run(train) == pytest.approx([1.56] * 4)
+    assert world.seconds == pytest.approx(1.56)
+
+
+def test_an_exchange_starts_when_the_slowest_rank_joins() -> None:
+    world: SimWorld[float] = SimWorld(3, LinkModel.uniform(3, delay="10ms"))
+
+    def train(group: SimGroup) -> float:
+        group.advance(2.0 * group.rank)
+        group.all_gather(Payload.of(torch.zeros(1)))
+        return group.seconds
+
+    assert world.run(train) == pytest.approx([4.02] * 3)
+
+
+def test_a_swap_waits_for_its_peer_only() -> None:
+    world: SimWorld[float] = SimWorld(3, LinkModel.uniform(3, "8mbit"))
+
+    def train(group: SimGroup) -> float:
+        group.advance(float(group.rank))
+        if group.rank < 2:
+            group.swap(1 - group.rank, Payload.of(torch.zeros(250_000)))
+        return group.seconds
+
+    assert world.run(train) == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_without_links_exchanges_are_free() -> None:
+    world: SimWorld[None] = SimWorld(2)
+    world.run(lambda group: group.barrier())
+    assert world.seconds == 0.0
+
+
+@pytest.mark.parametrize("operation", ["all_reduce", "swap"])
+def test_a_failing_rank_releases_the_others(operation: str) -> None:
+    def train(group: SimGroup) -> None:
+        if group.rank == 1:
+            raise KeyError("rank 1 is broken")
+        if operation == "swap" and group.rank == 0:
+            group.swap(1, Payload.of(torch.zeros(1)))
+        group.barrier()
+
+    start = time.monotonic()
+    with pytest.raises(KeyError, match="rank 1 is broken"):
+        SimWorld[None](3, timeout_s=60).run(train)
+    assert time.monotonic() - start < 30  # not the 60 s of a wait that nobody ends
+
+
+def test_different_operations_at_once_are_an_error() -> None:
+    def train(group: SimGroup) -> Any:
+        x = torch.zeros(1)
+        return group.all_reduce(x) if group.rank else group.broadcast(x)
+
+    with pytest.raises(GroupError, match="different exchanges at the same time: all_reduce, broadcast"):
+        SimWorld[Any](3, timeout_s=30).run(train)
+
+
+def test_an_exchange_that_a_rank_never_joins_times_out() -> None:
+    def train(group: SimGroup) -> None:
+        if group.rank:
+            group.barrier()
+
+    with pytest.raises(GroupError, match=r"all_reduce: another rank failed, or did not join within 0\.2 s"):
+        SimWorld[None](3, timeout_s=0.2).run(train)
+
+
+def test_a_swap_without_an_answer_times_out() -> None:
+    def train(group: SimGroup) -> None:
+        if group.rank == 0:
+            group.swap(1, Payload.of(torch.zeros(1)), timeout_s=0.1)
+
+    with pytest.raises(GroupError, match="rank 1 did not answer rank 0 in time"):
+        SimWorld[None](2).run(train)
+
+
+@pytest.mark.parametrize("operation", ["all_reduce", "broadcast", "all_gather", "all_to_all", "swap"])
+def test_tensors_that_do_not_fit_together_are_an_error(operation: str) -> None:
+    def train(group: SimGroup) -> Any:
+        x = torch.ones(1 + group.rank)  # (1,) on rank 0 would broadcast to (2,)
+        if operation in ("all_reduce", "broadcast"):
+            return getattr(group, operation)(x)
+        if operation == "swap":
+            return group.swap(1 - group.rank, Payload.of(x))
+        return group.all_gather(Payload.of(x)) if operation == "all_gather" else group.all_to_all([Payload.of(x)] * 2)
+
+    with pytest.raises(GroupError, match=operation):
+        SimWorld[Any](2, timeout_s=30).run(train)
+
+
+def test_a_world_can_run_again_after_a_failure() -> None:
+    world: SimWorld[int] = SimWorld(2, timeout_s=30)
+
+    def fail(group: SimGroup) -> int:
+        if group.rank:
+            raise KeyError("once")
+        group.barrier()
+        return 0
+
+    def work(group: SimGroup) -> int:
+        group.barrier()
+        return group.rank
+
+    with pytest.raises(KeyError):
+        world.run(fail)
+    assert world.run(work) == [0, 1]
+
+
+def test_a_world_refuses_a_model_of_another_size() -> None:
+    with pytest.raises(ValueError, match="describes 3 ranks, the world has 2"):
+        SimWorld[None](2, LinkModel.uniform(3))
+    with pytest.raises(ValueError, match="at least 1 rank"):
+        SimWorld[None](0)

@@ -1,0 +1,103 @@
+"""Five ranks that are started once: processes with Gloo on loopback, which take functions over pipes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+SIZES = (1, 2, 3, 5)
+GRACE_S = 5.0  # how long the other ranks may take to end a call in which one rank failed
+
+
+class Pool:
+    """`pool.run(3, function, *args)` calls function(process_group, *args) on ranks 0 to 2 and returns what each returned.
+
+    Functions travel by their names; warnings are errors in them. After a failure or a timeout the
+    ranks are ended, and the next call starts new ones.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+
+    def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        assert n in SIZES
+        if not self._ranks:
+            self._start()
+        deadline = time.monotonic() + timeout_s
+        waiting: dict[Connection, int] = {}
+        for rank in range(n):
+            connection = self._ranks[rank][1]
+            connection.send_bytes(pickle.dumps((n, function, args)))
+            waiting[connection] = rank
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in [one for one in waiting if one in ready]:
+                rank = waiting.pop(connection)
+                try:
+                    ok, value = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    ok, value = False, "the process ended"
+                (results if ok else failures)[rank] = value
+                if not ok:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if failures or waiting:
+            self.close()
+            failures.update(dict.fromkeys(waiting.values(), "no answer in time"))
+            raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        return [results[rank] for rank in range(n)]
+
+    def close(self) -> None:
+        for process, connection in self._ranks:
+            connection.close()
+            process.kill()
+        for process, _ in self._ranks:
+            process.join()
+        self._ranks = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        for rank in range(max(SIZES)):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True, name=f"rank {rank}")
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+
+def _serve(rank: int, port: int, connection: Connection) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    world, limit = max(SIZES), timedelta(seconds=60)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=limit, rank=rank, world_size=world)
+    groups = {n: dist.new_group(list(range(n)), timeout=limit) for n in SIZES}
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            with warnings.catch_warnings():
+                n, function, args = pickle.loads(message)  # functions by their module's name, which this imports
+                warnings.simplefilter("error")
+                answer = (True, function(groups[n], *args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
