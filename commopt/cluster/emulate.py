@@ -44,6 +44,7 @@ class Emulation:
     cluster: what is run. mode: netns, paced or none; never auto. notices: what a user should know about it, one line each.
     nodes: indices of the nodes that are run here; all of them but on real machines. links: `COMMOPT_LINKS` for the
     ranks, or None. meeting: where the agents meet. interfaces: for each node, the interface its peers reach it by.
+    shares_loopback: whether all nodes use this machine's loopback interface, whose counters cannot tell them apart.
     """
 
     cluster: ClusterSpec
@@ -54,6 +55,7 @@ class Emulation:
     notices: tuple[str, ...] = ()
     links: str | None = None
     network: Network | None = None
+    shares_loopback: bool = False
 
     def prefix(self, name: str) -> list[str]:
         """The words before a command that make it run on the node of that name."""
@@ -63,14 +65,14 @@ class Emulation:
         """Bytes each node has sent, by the kernel's counters; empty where nodes share the loopback interface."""
         if self.network is not None:
             return self.network.tx_bytes()
-        if self.meeting.host == "127.0.0.1":
+        if self.shares_loopback:
             return {}
         counters = {self.cluster.nodes[node].name: _nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
         return {name: count for name, count in counters.items() if count is not None}
 
     def fresh_port(self) -> Emulation:
-        """The same, with a port that is free now, where all nodes share this machine's loopback interface."""
-        if self.network is not None or self.meeting.host != "127.0.0.1":
+        """The same, with a port that is free now, where it is not the file's that counts."""
+        if not self.shares_loopback:
             return self
         return replace(self, meeting=replace(self.meeting, port=_free_port()))
 
@@ -121,6 +123,7 @@ def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> 
         interfaces=(loopback_interface(),) * count,
         notices=tuple(notices),
         links=links_json(cluster.link_model()) if paced else None,
+        shares_loopback=True,
     )
 
 
@@ -349,9 +352,14 @@ def _is_own(host: str | None) -> bool:
 
 
 def _interface_of(host: str | None) -> str | None:
-    """The interface that owns a host's address on this machine, or None."""
+    """The interface that owns a host's address on this machine, or None.
+
+    A name that only /etc/hosts turns into a loopback address leads other machines elsewhere, and gives None.
+    """
     if not host or not _is_own(host):
         return None
+    if host.startswith("127."):
+        return loopback_interface()
     try:
         wanted = socket.gethostbyname(host)
     except OSError:
@@ -361,7 +369,7 @@ def _interface_of(host: str | None) -> str | None:
     )
     for line in listed.stdout.splitlines() if listed else []:
         words = line.split()
-        if len(words) > 3 and words[3].split("/")[0] == wanted:
+        if len(words) > 3 and words[3].split("/")[0] == wanted and not wanted.startswith("127."):
             return words[1]
     return None
 

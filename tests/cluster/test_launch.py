@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,3 +83,15 @@ def test_a_ranks_traceback_is_shown_once(write: Callable[[str], Path], mark: str
     last = f"commopt: rank 1 (node1) failed: ValueError: the data is gone; all output is in {logs}"
     assert errors.splitlines()[-1] == last
     assert os.listdir(scratch) == []
+
+
+def test_each_real_machine_starts_its_own_node(write: Callable[[str], Path], mark: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    hosts = "[{name: a, host: 127.0.0.1}, {name: b, host: 127.0.0.2}]"
+    cluster = write(f"nodes: {hosts}\nrendezvous: {{port: {port}}}")
+    started = [start(*launch(cluster, "--node", name, "--", RANKS, mark, "0.1")) for name in "ab"]
+    for rank, process in enumerate(started):
+        code, output, errors = finish(process)
+        assert (code, output) == (0, f"rank {rank} of 2: 2\n"), errors
