@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -185,7 +187,8 @@ def _read(folder: Path, stored: Mapping[str, Any], keys: list[str]) -> dict[str,
             raise CheckpointError(f"{folder}: {key} is missing")
         tensors[key] = torch.empty(kind.size, dtype=kind.properties.dtype)
     if tensors:
-        state_dict_loader.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+        with _alone():
+            state_dict_loader.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
     return tensors
 
 
@@ -193,9 +196,18 @@ def _write(tensors: dict[str, Tensor], folder: Path, process_group: dist.Process
     writer = FileSystemWriter(folder)
     state = cast(dict[str, Any], tensors)
     if process_group is None:
-        state_dict_saver.save(state, storage_writer=writer, no_dist=True)
+        with _alone():
+            state_dict_saver.save(state, storage_writer=writer, no_dist=True)
     else:
         state_dict_saver.save(state, storage_writer=writer, process_group=process_group)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process reads or writes, as intended, without torch's warning that it does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")
+        yield
 
 
 def _process_group(group: Group) -> dist.ProcessGroup | None:
