@@ -1,0 +1,206 @@
+"""The contract that every method keeps, as one call: for the methods here and for those of others.
+
+    check_method(lambda model: build("ef_sign"))
+
+The factory gets a model and returns a fresh method, a gradient method or an optimizer; ranks are simulated in threads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commopt.aggregate import Aggregator
+from commopt.groups import SimGroup, SimWorld
+from commopt.integrations import plain
+
+Factory = Callable[[nn.Module], Aggregator]
+_SIZES = (1, 2, 3, 5)
+_STEPS = 12
+
+
+class _Model(nn.Module):
+    """Sizes that nothing divides, a parameter of one element, and one that no step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(13, 173), nn.Linear(173, 5)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.gain * self.second(torch.tanh(self.first(x)))
+        return y
+
+
+@dataclass
+class _Trained:
+    parameters: Tensor
+    losses: list[float] = field(default_factory=list)
+    voided: list[tuple[int, str]] = field(default_factory=list)
+    payload_bytes: float = 0.0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_method(factory: Factory, *, ranks: tuple[int, ...] = _SIZES) -> None:
+    """Raise AssertionError, saying what broke and on how many ranks, unless the method
+
+    - trains: the loss falls, on 1, 2, 3 and 5 ranks, with sizes that nothing divides;
+    - keeps replicas equal, bit for bit, and leaves a parameter alone that no rank uses;
+    - does not depend on how gradients are bucketed;
+    - survives a NaN on one rank: every rank sees it in that step, nothing is harmed, and training goes on;
+    - survives a step of zero gradients;
+    - continues bit for bit from its own state, and from the states of a world of another size;
+    - sends nothing that its group does not count, and nothing at all where it is alone.
+    """
+    torch.manual_seed(0)
+    start = _Model()
+    for n in ranks:
+        world = _train(factory, start, n)
+        _check_training(world, start, n)
+        _check_buckets(factory, start, n, world)
+        _check_zero_gradients(factory, start, n)
+        _check_resume(factory, start, n, world)
+        for bad in sorted({0, n - 1}):
+            _check_nan(factory, start, n, bad)
+    _check_resharding(factory, start)
+
+
+def _train(factory: Factory, start: _Model, n: int, **options: Any) -> list[_Trained]:
+    world: SimWorld[_Trained] = SimWorld(n)
+    models = [copy.deepcopy(start) for _ in range(n)]
+    return world.run(lambda group: _train_rank(factory, models[group.rank], group, **options))
+
+
+def _train_rank(
+    factory: Factory,
+    model: _Model,
+    group: SimGroup,
+    *,
+    bucket_bytes: int = 25 << 20,
+    nan_at: tuple[int, int] | None = None,
+    zero_at: int | None = None,
+    resume_at: int | None = None,
+) -> _Trained:
+    attachment = _attach(factory, model, group, bucket_bytes)
+    trained = _Trained(torch.empty(0))
+    for step in range(_STEPS):
+        if step == resume_at:
+            model, attachment = _resumed(factory, model, attachment, group, bucket_bytes)
+        data = torch.Generator().manual_seed(1000 * step + group.rank)
+        x = torch.randn(16, 13, generator=data)
+        loss = (model(x) - x[:, :5].tanh()).square().mean()
+        attachment.optimizer.zero_grad()
+        (loss * 0 if step == zero_at else loss).backward()
+        if nan_at == (step, group.rank):
+            assert model.first.weight.grad is not None
+            model.first.weight.grad[3, 4] = float("nan")
+        before = model.first.weight.detach().clone()
+        attachment.optimizer.step()
+        if nan_at is not None and step == nan_at[0]:
+            assert torch.equal(model.first.weight, before), "a parameter with a NaN in its gradient was changed"
+        trained.losses.append(loss.item())
+    trained.parameters, trained.voided = _flat(model), attachment.voided
+    trained.payload_bytes = group.traffic.payload_bytes
+    trained.state = {key: x.clone() for key, x in attachment.method.comm_state()["local"].items()}
+    return trained
+
+
+def _attach(factory: Factory, model: _Model, group: SimGroup, bucket_bytes: int) -> plain.PlainAttachment:
+    method = factory(model)
+    own = isinstance(method, torch.optim.Optimizer)
+    optimizer = None if own else torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return plain.attach(model, method, optimizer, group, bucket_bytes=bucket_bytes)
+
+
+def _resumed(
+    factory: Factory, model: _Model, attachment: plain.PlainAttachment, group: SimGroup, bucket_bytes: int
+) -> tuple[_Model, plain.PlainAttachment]:
+    state = copy.deepcopy(attachment.method.comm_state())
+    optimizer = copy.deepcopy(attachment.optimizer.state_dict())
+    attachment.detach()
+    model = copy.deepcopy(model)
+    again = _attach(factory, model, group, bucket_bytes)
+    again.optimizer.load_state_dict(optimizer)
+    again.method.load_comm_state(state)
+    return model, again
+
+
+def _flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def _check_training(world: list[_Trained], start: _Model, n: int) -> None:
+    assert all(torch.equal(world[0].parameters, one.parameters) for one in world), f"replicas differ on {n} ranks"
+    losses = [sum(one.losses[step] for one in world) / n for step in range(_STEPS)]
+    assert losses[-1] < losses[0], f"the loss did not fall on {n} ranks: {losses[0]:.4f} to {losses[-1]:.4f}"
+    model = copy.deepcopy(start)
+    nn.utils.vector_to_parameters(world[0].parameters, model.parameters())
+    assert torch.equal(model.unused, start.unused), f"a parameter that no rank uses was changed on {n} ranks"
+    assert not any(one.voided for one in world), f"a step without a NaN was void on {n} ranks"
+    sent = [one.payload_bytes for one in world]
+    assert (min(sent) > 0) if n > 1 else (sent == [0.0]), f"counted {sent} bytes on {n} ranks"
+
+
+def _check_buckets(factory: Factory, start: _Model, n: int, world: list[_Trained]) -> None:
+    small = _train(factory, start, n, bucket_bytes=1000)
+    difference = float((small[0].parameters - world[0].parameters).abs().max())
+    assert difference <= 1e-6, f"smaller buckets change parameters by {difference:.2g} on {n} ranks"
+
+
+def _check_zero_gradients(factory: Factory, start: _Model, n: int) -> None:
+    world = _train(factory, start, n, zero_at=_STEPS // 2)
+    assert all(bool(one.parameters.isfinite().all()) for one in world), f"zero gradients break {n} ranks"
+    assert all(torch.equal(world[0].parameters, one.parameters) for one in world), f"replicas differ on {n} ranks"
+
+
+def _check_resume(factory: Factory, start: _Model, n: int, world: list[_Trained]) -> None:
+    resumed = _train(factory, start, n, resume_at=_STEPS // 2)
+    for one, other in zip(world, resumed, strict=True):
+        assert torch.equal(one.parameters, other.parameters), f"resuming is not bitwise on {n} ranks"
+        assert all(torch.equal(one.state[key], other.state[key]) for key in one.state), f"residuals differ on {n} ranks"
+
+
+def _check_nan(factory: Factory, start: _Model, n: int, bad_rank: int) -> None:
+    for step in (1, _STEPS - 2):
+        world = _train(factory, start, n, nan_at=(step, bad_rank))
+        expected = [(step, "first.weight")]
+        seen = [one.voided for one in world]
+        assert all(one == expected for one in seen), f"NaN at step {step} on rank {bad_rank} of {n}: ranks saw {seen}"
+        assert all(bool(x.isfinite().all()) for one in world for x in one.state.values()), "a NaN reached a residual"
+        assert all(torch.equal(world[0].parameters, one.parameters) for one in world), f"replicas differ on {n} ranks"
+
+
+def _check_resharding(factory: Factory, start: _Model) -> None:
+    """What three ranks still have to send, two ranks still have to send."""
+    states: list[Any] = []
+
+    def leave(group: SimGroup) -> Any:
+        model = copy.deepcopy(start)
+        attachment = _attach(factory, model, group, 25 << 20)
+        _step(model, attachment, group)
+        return attachment.method.comm_state()
+
+    def join(group: SimGroup) -> Tensor:
+        model = copy.deepcopy(start)
+        attachment = _attach(factory, model, group, 25 << 20)
+        attachment.method.load_resharded(iter(copy.deepcopy(states)))
+        _step(model, attachment, group)
+        return _flat(model)
+
+    states = SimWorld[Any](3).run(leave)
+    ranks = SimWorld[Tensor](2).run(join)
+    assert torch.equal(ranks[0], ranks[1]), "replicas differ after a change from 3 ranks to 2"
+    assert bool(ranks[0].isfinite().all()), "a change from 3 ranks to 2 broke the parameters"
+
+
+def _step(model: _Model, attachment: plain.PlainAttachment, group: SimGroup) -> None:
+    x = torch.randn(16, 13, generator=torch.Generator().manual_seed(group.rank))
+    attachment.optimizer.zero_grad()
+    (model(x) - x[:, :5].tanh()).square().mean().backward()
+    attachment.optimizer.step()
