@@ -252,7 +252,7 @@ class TwoWayMean(_Compressed):
     def load_resharded(self, states: Iterable[State]) -> None:
         every = list(states)
         super().load_resharded(every)
-        old = self.server_compressor.table(self.index, len(every))
+        old = self.compressor.table(self.index, len(every))
         for rank, state in enumerate(every):
             blocks = old.at_home(rank)
             places = element_indices(blocks.starts, blocks.lengths, self.worker.residual.device)
@@ -283,7 +283,11 @@ def _squares(buckets: Sequence[Bucket]) -> Tensor:
         torch.linalg.vector_norm(bucket.flat, dtype=torch.promote_types(bucket.flat.dtype, torch.float32))
         for bucket in buckets
     ]
-    return torch.stack(norms).double().square() if norms else torch.zeros(0, dtype=torch.float64)
+    squares = torch.stack(norms).double().square() if norms else torch.zeros(0, dtype=torch.float64)
+    if bool(squares.isfinite().all()):
+        return squares
+    # squares beyond float32 are of huge gradients, which need clipping most, or of NaN
+    return torch.stack([torch.linalg.vector_norm(bucket.flat, dtype=torch.float64) for bucket in buckets]).square()
 
 
 def clip_joint_norm_(buckets: Sequence[Bucket], max_norm: float, squares: Tensor | None = None) -> None:

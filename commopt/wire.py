@@ -34,7 +34,7 @@ class Payload:
     @classmethod
     def of(cls, *tensors: Tensor) -> Payload:
         """Copy tensors into one new buffer."""
-        payload = cls.allocate(tuple((x.dtype, x.numel()) for x in tensors), tensors[0].device)
+        payload = cls.allocate(tuple((x.dtype, x.numel()) for x in tensors), tensors[0].device if tensors else "cpu")
         for view, x in zip(payload.tensors, tensors, strict=True):
             view.copy_(x.reshape(-1))
         return payload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 from pool import Pool
@@ -11,6 +12,8 @@ from pool import Pool
 from commopt import kernels
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("commopt", deadline=None, max_examples=60)
+hypothesis.settings.load_profile("commopt")
 
 
 @pytest.fixture(scope="session")
