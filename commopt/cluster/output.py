@@ -14,7 +14,7 @@ _NOISE = re.compile(r"^NOTE: Redirects|.*\[c10d\] The hostname of the client soc
 _STORE_CLOSED = re.compile(
     r"^\[[WE]\d{4} .*TCPStore\.cpp:\d+\] \[c10d\]"
 )  # an agent that outlives the one with the store
-_STACK = re.compile(r"^(?:Exception raised from|frame #\d+:|$)")
+_STACK = re.compile(r"^(?:Exception raised from|frame #\d+:|<omitting python frames>|$)")
 _ENDED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
 _RANK = re.compile(r"^\s*rank\s*: (\d+) \(local_rank: (\d+)\)")
 _OF_RANK = re.compile(r"^\[rank(\d+)\]: ?")
@@ -58,25 +58,27 @@ class Reader:
         self.ended: list[Ended] = []
         self.tracebacks: list[Traceback] = []
         self.rank_of_local: dict[int, int] = {}
-        self._open: dict[int | None, Traceback] = {}
+        self._open: dict[tuple[int, int | None], Traceback] = {}
         self._is_in_stack = False
-        self._rest = b""
+        self._rest: dict[int, bytes] = {}
 
-    def feed(self, data: bytes, at_s: float) -> list[str]:
-        """Take what was read; return the lines that a user should see now."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > 1 << 16:
-            lines, self._rest = [*lines, self._rest], b""
+    def feed(self, data: bytes, at_s: float, writer: int = 0) -> list[str]:
+        """Take what one process wrote; return the lines that a user should see now."""
+        *lines, rest = (self._rest.pop(writer, b"") + data).split(b"\n")
+        if len(rest) > 1 << 16:
+            lines.append(rest)
+        elif rest:
+            self._rest[writer] = rest
         shown = []
         for raw in lines:
             line = raw.decode("utf-8", "replace").rstrip("\r")
-            if self._is_for_users(line, at_s):
+            if self._is_for_users(line, at_s, writer):
                 shown.append(line)
         return shown
 
     def close(self, at_s: float) -> list[str]:
-        """The last line, where it had no line feed."""
-        return self.feed(b"\n", at_s) if self._rest else []
+        """The last lines that had no line feed."""
+        return [line for writer in list(self._rest) for line in self.feed(b"\n", at_s, writer)]
 
     def release(self, at_s: float) -> list[str]:
         """Tracebacks that were printed a while ago and ended nothing."""
@@ -84,11 +86,10 @@ class Reader:
             return []
         old = [block for block in self.tracebacks if at_s - block.at_s > _HELD_S and not _is_agents(block)]
         self.tracebacks = [block for block in self.tracebacks if block not in old]
-        for rank in [rank for rank, block in self._open.items() if block in old]:
-            del self._open[rank]
+        self._open = {place: block for place, block in self._open.items() if block not in old}
         return [line for block in old for line in block.lines]
 
-    def _is_for_users(self, line: str, at_s: float) -> bool:
+    def _is_for_users(self, line: str, at_s: float, writer: int) -> bool:
         if match := _ENDED.search(line):
             self.ended.append(Ended(at_s, int(match[2]), int(match[1])))
             return False
@@ -99,20 +100,21 @@ class Reader:
         self._is_in_stack = bool(_STORE_CLOSED.match(line) or (self._is_in_stack and _STACK.match(line)))
         if self._is_in_stack or _LOGGED.match(line) or _NOISE.match(line):
             return False
-        return not self._belongs_to_traceback(line, at_s)
+        return not self._belongs_to_traceback(line, at_s, writer)
 
-    def _belongs_to_traceback(self, line: str, at_s: float) -> bool:
+    def _belongs_to_traceback(self, line: str, at_s: float, writer: int) -> bool:
         match = _OF_RANK.match(line)
         rank = int(match[1]) if match else None
         text = line[match.end() :] if match else line
-        block = self._open.get(rank)
+        place = (writer, rank)
+        block = self._open.get(place)
         if text.startswith(_TRACEBACK) and (block is None or not _is_chained(block)):
-            block = self._open[rank] = Traceback(at_s, rank)
+            block = self._open[place] = Traceback(at_s, rank)
             self.tracebacks.append(block)
         elif block is None:
             return False
         elif rank is None and block.last_line != _TRACEBACK and not _continues(block, text):
-            del self._open[rank]
+            del self._open[place]
             return False
         block.lines.append(text)
         return True
@@ -140,6 +142,7 @@ class Logs:
         self.problem: str | None = None
         self._folder = folder
         self._kept = {name: bytearray() for name in names}
+        self._rests: dict[tuple[str, int], bytes] = {}
         self._files: dict[str, BinaryIO] = {}
         if folder is not None:
             try:
@@ -148,7 +151,15 @@ class Logs:
             except OSError as error:
                 self._stop(error)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, writer: int = 0) -> None:
+        """Add what one process wrote; its last line waits for its line feed."""
+        data = self._rests.pop((name, writer), b"") + data
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            self._rests[name, writer] = data[whole:]
+        self._append(name, data[:whole])
+
+    def _append(self, name: str, data: bytes) -> None:
         kept = self._kept[name]
         kept += data
         if len(kept) > 2 * _KEPT_BYTES:
@@ -175,10 +186,17 @@ class Logs:
             self._stop(error)
 
     def close(self) -> None:
+        """Write the last lines that had no line feed, and close the files."""
+        for (name, _), rest in self._rests.items():
+            self._append(name, rest + b"\n")
+        self._rests = {}
+        self._close_files()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files = {}
 
     def _stop(self, error: OSError) -> None:
-        self.close()
+        self._close_files()
         self.problem = f"{self._folder}: the logs are incomplete: {(error.strerror or str(error)).lower()}"

@@ -7,6 +7,8 @@ import os
 import re
 import selectors
 import signal
+import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -14,7 +16,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from commopt.cluster.commands import agent_environment, agent_words, program_words
 from commopt.cluster.emulate import Emulation, end_with_parent
@@ -23,6 +24,7 @@ from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import LaunchError
 
 _TICK_S = 0.2
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _OTHERS_S = 1.5  # for the other nodes to report what they saw, before they are ended
 _GRACE_S = 4.0  # between SIGTERM and SIGKILL
 _FOLLOWS = re.compile(
@@ -84,14 +86,10 @@ class _Agent:
     node: int
     name: str
     process: subprocess.Popen[bytes]
+    output: socket.socket
     reader: Reader = field(default_factory=Reader)
     is_open: bool = True
     ended_s: float | None = None
-
-    @property
-    def output(self) -> IO[bytes]:
-        assert self.process.stdout is not None
-        return self.process.stdout
 
 
 def run_job(
@@ -162,21 +160,24 @@ class _Job:
             "COMMOPT_JOB": self._mark,
         }
         command = [*emulation.prefix(name), *words]
+        output, inherited = _output_pair()
         try:
             process = subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stdout=inherited.fileno(),
+                stderr=inherited.fileno(),
                 start_new_session=True,  # a terminal's Ctrl-C reaches the launcher only, which ends them in order
                 preexec_fn=end_with_parent(signal.SIGTERM),  # torchrun ends its ranks on SIGTERM
             )
         except OSError as error:
+            output.close()
             raise LaunchError(f"{command[0]}: cannot be started: {(error.strerror or str(error)).lower()}") from None
-        agent = _Agent(node, name, process)
+        finally:
+            inherited.close()
+        agent = _Agent(node, name, process, output)
         self._agents.append(agent)
-        os.set_blocking(agent.output.fileno(), False)
         self._selector.register(agent.output, selectors.EVENT_READ, agent)
 
     def watch(self) -> None:
@@ -262,15 +263,15 @@ class _Job:
         for key, _ in self._selector.select(timeout_s):
             agent: _Agent = key.data
             try:
-                data = os.read(key.fd, 1 << 16)
+                data, writer = _read_from(agent.output)
             except BlockingIOError:
                 continue
             if not data:
                 self._selector.unregister(agent.output)
                 agent.is_open = False
                 continue
-            self._logs.write(agent.name, data)
-            self._show(agent, agent.reader.feed(data, self._elapsed()))
+            self._logs.write(agent.name, data, writer)
+            self._show(agent, agent.reader.feed(data, self._elapsed(), writer))
 
     def _show(self, agent: _Agent, lines: Sequence[str]) -> None:
         if self._on_line is not None:
@@ -307,6 +308,27 @@ class _Job:
     def _traceback(self, agent: _Agent, rank: int) -> Traceback | None:
         own = [block for block in agent.reader.tracebacks if block.rank in (rank, None)]
         return own[-1] if own else None
+
+
+def _output_pair() -> tuple[socket.socket, socket.socket]:
+    """Where to read what a node prints, and what its processes inherit.
+
+    A pipe would glue lines together: `python -u` writes a line and its line feed separately, and ranks of one node
+    print at the same time. A socket names the process that wrote.
+    """
+    output, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    output.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    output.setblocking(False)
+    return output, inherited
+
+
+def _read_from(output: socket.socket) -> tuple[bytes, int]:
+    """What one process wrote, and which."""
+    data, ancillary, _, _ = output.recvmsg(1 << 16, socket.CMSG_SPACE(_CREDENTIALS.size))
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            return data, _CREDENTIALS.unpack(content[: _CREDENTIALS.size])[0]
+    return data, 0
 
 
 def _described(node: str, rank: int | None, code: int, message: str) -> Failure:

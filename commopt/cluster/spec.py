@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-import types
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from commopt.cluster.reading import MistakesError, read_yaml, shown, validated
 from commopt.errors import ConfigError, did_you_mean
 from commopt.links import LinkModel, parse_delay, parse_loss, parse_rate
 
@@ -73,7 +70,7 @@ def _as_text(value: object) -> object:
 def _as_nodes(value: object) -> object:
     """Turn `4` into four names, and a list of names into a list of nodes."""
     if isinstance(value, bool) or not isinstance(value, int | list):
-        raise ValueError(f"{_shown(value)} is no set of nodes; write how many (nodes: 4) or a list of {{name, host}}")
+        raise ValueError(f"{shown(value)} is no set of nodes; write how many (nodes: 4) or a list of {{name, host}}")
     if isinstance(value, list):
         if not value:
             raise ValueError("[] has no node; write at least one")
@@ -91,14 +88,6 @@ Loss = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_loss)]
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _MistakesError(ValueError):
-    """Mistakes that concern several keys: (key, what is wrong) pairs."""
-
-    def __init__(self, found: Sequence[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{key}: {text}" for key, text in found))
-        self.found = found
 
 
 class Node(_Model):
@@ -170,7 +159,7 @@ class ClusterSpec(_Model):
     def _names_belong_together(self) -> ClusterSpec:
         found = list(_mistakes(self))
         if found:
-            raise _MistakesError(found)
+            raise MistakesError(found)
         return self
 
     @property
@@ -301,21 +290,21 @@ class _RunFile(_Model):
         for key, value in self.arguments.items():
             items = value if isinstance(value, list) else [value]
             if any(isinstance(item, dict | list) for item in items):
-                found.append((f"arguments.{key}", f"{_shown(value)} is no word; write a text, a number or a flat list"))
+                found.append((f"arguments.{key}", f"{shown(value)} is no word; write a text, a number or a flat list"))
         if found:
-            raise _MistakesError(found)
+            raise MistakesError(found)
         return self
 
 
 def load_cluster(path: str | Path) -> ClusterSpec:
     """Read a cluster's YAML. Raises ConfigError, one line a mistake: `FILE: key: what is wrong; what to write`."""
-    return _build(ClusterSpec, _read(Path(path)), str(path))
+    return validated(ClusterSpec, read_yaml(Path(path)), str(path))
 
 
 def load_run(path: str | Path) -> RunSpec:
     """Read a run's YAML and the cluster it names. Raises ConfigError as `load_cluster` does."""
     given = Path(path)
-    file = _build(_RunFile, _read(given), str(path))
+    file = validated(_RunFile, read_yaml(given), str(path))
     folder = given.resolve().parent
     mistakes = []
     places = {}
@@ -340,132 +329,3 @@ def _short(path: Path) -> Path:
         return path.relative_to(Path.cwd())
     except ValueError:
         return path
-
-
-# Reading YAML: the scalars of YAML 1.2 (so that 2e-3 is a number and `no` a word), and no key twice.
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {}
-_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)"
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", rf"{_NUMBER}(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789."),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
-def _construct_int(_: _Loader, node: yaml.ScalarNode) -> int:
-    text = node.value
-    return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is no text in UTF-8; write YAML") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    try:
-        data = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"{path}: {line}{error.problem or 'is no YAML'}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: is no YAML: {str(error).splitlines()[0]}") from None
-    if data is None:
-        raise ConfigError(f"{path}: is empty; write keys and values, as in 'nodes: 4'")
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: is no set of keys and values; write one, as in 'nodes: 4'")
-    return data
-
-
-# From pydantic's errors to lines that name the key, the value and the fix.
-
-_Spec = TypeVar("_Spec", bound=BaseModel)
-
-
-def _build(model: type[_Spec], data: Mapping[str, Any], file: str) -> _Spec:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        lines = [f"{file}: {key}: {text}" for detail in error.errors() for key, text in _explained(model, detail)]
-        raise ConfigError("\n".join(lines)) from None
-
-
-def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[str, str]]:
-    location = [part for part in detail["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in location)
-    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
-    if kind == "value_error":
-        cause = context["error"]
-        if isinstance(cause, _MistakesError):
-            return [(f"{key}.{inner}" if key else inner, text) for inner, text in cause.found]
-        return [(key, str(cause))]
-    if kind == "missing":
-        return [(key, "is missing; write it")]
-    if kind == "extra_forbidden":
-        return [(key, f"unknown key{did_you_mean(str(location[-1]), _known_keys(model, location[:-1]))}")]
-    if value is None:
-        return [(key, "is empty; write a value, or leave the key out")]
-    wanted = {
-        "int": "whole number",
-        "string": "text",
-        "list": "list",
-        "dict": "set of keys and values",
-        "model": "set of keys and values",
-    }
-    if kind in ("enum", "literal_error"):
-        choices = [choice.strip("' ") for choice in str(context["expected"]).replace(" or ", ",").split(",")]
-        hint = did_you_mean(str(value), choices)
-        return [(key, f"{_shown(value)} is unknown{hint}")]
-    if kind == "greater_than_equal":
-        return [(key, f"{_shown(value)} is too small; write {context['ge']} or more")]
-    if kind == "less_than_equal":
-        return [(key, f"{_shown(value)} is too large; write {context['le']} or less")]
-    for prefix, words in wanted.items():
-        if kind.startswith(prefix):
-            return [(key, f"{_shown(value)} is no {words}; write one")]
-    return [(key, f"{_shown(value)} does not fit: {detail['msg'].lower()}")]
-
-
-def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The keys that the model at this place of the file knows."""
-    place: Any = model
-    for part in location:
-        if isinstance(place, type) and issubclass(place, BaseModel):
-            place = place.model_fields[str(part)].annotation
-        else:
-            place = typing.get_args(place)[-1]
-        while typing.get_origin(place) in (Annotated, typing.Union, types.UnionType):
-            place = typing.get_args(place)[0]
-    return list(place.model_fields) if isinstance(place, type) and issubclass(place, BaseModel) else []
-
-
-def _shown(value: object) -> str:
-    text = repr(value) if not isinstance(value, bool) else str(value).lower()
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -164,11 +164,20 @@ def test_a_full_disk_does_not_stop_a_job(write: Write, mark: str, tmp_path: Path
     assert found["notices"] == [f"{logs}: the logs are incomplete: no space left on device"]
 
 
+def test_lines_of_processes_that_print_at_once_stay_whole(write: Write, mark: str) -> None:
+    """As `python -u` does, each line and its line feed are written separately."""
+    writer = "import os\nfor k in range(300): os.write(1, b'%s %d' % (os.fsencode(NAME), k)); os.write(1, b'\\n')"
+    program = f"import os\nNAME = 'ab'[os.fork() == 0]\n{writer}\nif NAME == 'a': os.wait()"
+    process, _ = drive(write("nodes: 1"), "none", mark, [[sys.executable, "-c", program]])
+    found = result(process)
+    assert sorted(line for _, line in found["lines"]) == sorted(f"{name} {k}" for name in "ab" for k in range(300))
+
+
 def test_a_program_that_cannot_be_started_is_named(write: Write, mark: str) -> None:
-    process, _ = drive(write("nodes: 2"), "none", mark, [["true"], ["no-such-program"]])
+    process, _ = drive(write("nodes: 2"), "none", mark, [["true"], ["/nonexistent/program"]])
     code, _, errors = finish(process)
     assert code == 1
-    assert errors == "LaunchError: no-such-program: cannot be started: no such file or directory\n"
+    assert errors == "LaunchError: /nonexistent/program: cannot be started: no such file or directory\n"
 
 
 def test_without_unshare_links_are_paced(write: Write, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,151 @@
+"""Reading YAML: the scalars of YAML 1.2, no key twice, and mistakes as lines that name the key, the value and the fix."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from commopt.errors import ConfigError, did_you_mean
+
+
+class MistakesError(ValueError):
+    """Mistakes that concern several keys: (key, what is wrong) pairs."""
+
+    def __init__(self, found: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{key}: {text}" for key, text in found))
+        self.found = found
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)"
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", rf"{_NUMBER}(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _construct_int(_: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ConfigError, with the line where that is known."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no text in UTF-8; write YAML") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path}: {line}{error.problem or 'is no YAML'}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: is no YAML: {str(error).splitlines()[0]}") from None
+    if data is None:
+        raise ConfigError(f"{path}: is empty; write keys and values, as in 'nodes: 4'")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: is no set of keys and values; write one, as in 'nodes: 4'")
+    return data
+
+
+_Spec = TypeVar("_Spec", bound=BaseModel)
+
+
+def validated(model: type[_Spec], data: Mapping[str, Any], file: str) -> _Spec:
+    """The model of this data. Raises ConfigError, one line for each mistake."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{file}: {key}: {text}" for detail in error.errors() for key, text in _explained(model, detail)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[str, str]]:
+    location = [part for part in detail["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in location)
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "value_error":
+        cause = context["error"]
+        if isinstance(cause, MistakesError):
+            return [(f"{key}.{inner}" if key else inner, text) for inner, text in cause.found]
+        return [(key, str(cause))]
+    if kind == "missing":
+        return [(key, "is missing; write it")]
+    if kind == "extra_forbidden":
+        return [(key, f"unknown key{did_you_mean(str(location[-1]), _known_keys(model, location[:-1]))}")]
+    if value is None:
+        return [(key, "is empty; write a value, or leave the key out")]
+    wanted = {
+        "int": "whole number",
+        "string": "text",
+        "list": "list",
+        "dict": "set of keys and values",
+        "model": "set of keys and values",
+    }
+    if kind in ("enum", "literal_error"):
+        choices = [choice.strip("' ") for choice in str(context["expected"]).replace(" or ", ",").split(",")]
+        hint = did_you_mean(str(value), choices)
+        return [(key, f"{shown(value)} is unknown{hint}")]
+    if kind == "greater_than_equal":
+        return [(key, f"{shown(value)} is too small; write {context['ge']} or more")]
+    if kind == "less_than_equal":
+        return [(key, f"{shown(value)} is too large; write {context['le']} or less")]
+    for prefix, words in wanted.items():
+        if kind.startswith(prefix):
+            return [(key, f"{shown(value)} is no {words}; write one")]
+    return [(key, f"{shown(value)} does not fit: {detail['msg'].lower()}")]
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys that the model at this place of the file knows."""
+    place: Any = model
+    for part in location:
+        if isinstance(place, type) and issubclass(place, BaseModel):
+            place = place.model_fields[str(part)].annotation
+        else:
+            place = typing.get_args(place)[-1]
+        while typing.get_origin(place) in (Annotated, typing.Union, types.UnionType):
+            place = typing.get_args(place)[0]
+    return list(place.model_fields) if isinstance(place, type) and issubclass(place, BaseModel) else []
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: short, and as YAML writes it."""
+    text = repr(value) if not isinstance(value, bool) else str(value).lower()
+    return text if len(text) <= 60 else text[:57] + "..."
