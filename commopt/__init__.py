@@ -1,7 +1,22 @@
 """Compressed communication for distributed training over slow links."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from commopt.errors import CommoptError
-from commopt.methods import build
+
+if TYPE_CHECKING:
+    from commopt.methods import build
 
 __version__ = "0.1.0"
 __all__ = ["CommoptError", "__version__", "build"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `build`, and torch with it, when it is asked for: the command line does without."""
+    if name == "build":
+        from commopt.methods import build
+
+        return build
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from commopt.cluster.spec import Backend, ClusterSpec, RendezvousBackend
 
+LOOPBACK = ("lo", "lo0")
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -70,8 +72,8 @@ def agent_environment(
     environment["COMMOPT_NODE"] = cluster.nodes[node].name
     environment["COMMOPT_NODE_RANK"] = str(node)
     environment["COMMOPT_MTU"] = str(cluster.links.mtu)
-    if interface is not None:
-        environment["COMMOPT_NIC"] = interface
+    if interface not in (None, *LOOPBACK):  # all nodes' bytes pass there, so that it says nothing about one of them
+        environment["COMMOPT_NIC"] = str(interface)
     if links is not None:
         environment["COMMOPT_LINKS"] = links
     return environment

@@ -55,7 +55,7 @@ with IPRoute() as route:
 
 def examine() -> list[Check]:
     """Look at everything that commopt can use on this machine. Starts a few short processes; changes nothing."""
-    return [*_python(), *_torch(), *_emulation(), *_kernels(), *_extras()]
+    return [*_python(), *_torch(), *_emulation(), *_kernels()]
 
 
 def as_json(checks: list[Check]) -> str:
@@ -177,14 +177,6 @@ def _numba_cache() -> Path | None:
             except OSError:
                 continue
     return None
-
-
-def _extras() -> Iterator[Check]:
-    for module, use in (("deepspeed", "integrations.deepspeed"), ("lightning", "integrations.lightning")):
-        if importlib.util.find_spec(module) is None:
-            yield Check(module, State.LIMITED, "not installed", f"pip install {module}, for {use} only")
-        else:
-            yield Check(module, State.OK, _version(module))
 
 
 def _version(package: str) -> str:

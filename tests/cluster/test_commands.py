@@ -59,6 +59,12 @@ def test_ranks_learn_their_node_and_share_the_cores() -> None:
     }
 
 
+def test_a_loopback_interface_counts_no_nodes_bytes() -> None:
+    environment = agent_environment(ClusterSpec.model_validate(TWO), 0, interface="lo", ranks_here=2, given={})
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "COMMOPT_NIC" not in environment
+
+
 def test_the_users_thread_count_stays() -> None:
     cluster = ClusterSpec.model_validate({**TWO, "backend": "nccl"})
     environment = agent_environment(cluster, 0, interface="eth7", ranks_here=2, given={"OMP_NUM_THREADS": "7"})
