@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -50,7 +51,7 @@ def save(folder: str | Path, attachment: Attachment, *, extra: Mapping[str, Any]
     tensors = _everything(attachment, extra or {})
     try:
         _write(tensors, partial, process_group)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
         group.barrier()
         if group.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -221,6 +222,6 @@ def _process_group(group: Group) -> dist.ProcessGroup | None:
     return inner.process_group
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
