@@ -150,7 +150,8 @@ def _check_training(world: list[_Trained], start: _Model, n: int) -> None:
 def _check_buckets(factory: Factory, start: _Model, n: int, world: list[_Trained]) -> None:
     small = _train(factory, start, n, bucket_bytes=1000)
     difference = float((small[0].parameters - world[0].parameters).abs().max())
-    assert difference <= 1e-6, f"smaller buckets change parameters by {difference:.2g} on {n} ranks"
+    tolerance = 1e-6 if factory(copy.deepcopy(start)).max_norm is None else 1e-5  # a norm's rounding depends on buckets
+    assert difference <= tolerance, f"smaller buckets change parameters by {difference:.2g} on {n} ranks"
 
 
 def _check_zero_gradients(factory: Factory, start: _Model, n: int) -> None:
