@@ -79,6 +79,14 @@ class Pool:
             self._ranks.append((process, ours))
 
 
+_twins: dict[Any, Any] = {}
+
+
+def twin_of(process_group: Any) -> Any:
+    """Another process group of the same ranks."""
+    return _twins[process_group]
+
+
 def _serve(rank: int, port: int, connection: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
@@ -87,7 +95,14 @@ def _serve(rank: int, port: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     world, limit = max(SIZES), timedelta(seconds=60)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=limit, rank=rank, world_size=world)
-    groups = {n: dist.new_group(list(range(n)), timeout=limit) for n in SIZES}
+    groups = {}
+    for n in SIZES:
+        # every rank is in as many groups as any other, which groups made later by some of them need
+        for first in range(0, world, n):
+            ranks = list(range(first, min(first + n, world)))
+            own, twin = (dist.new_group(ranks, timeout=limit) for _ in range(2))
+            if rank in ranks:
+                groups[n], _twins[own] = own, twin
     while True:
         try:
             message = connection.recv_bytes()

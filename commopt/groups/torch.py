@@ -32,10 +32,15 @@ class TorchGroup(Group):
 
     @classmethod
     def like(cls, process_group: dist.ProcessGroup | None = None, timeout: timedelta | None = None) -> TorchGroup:
-        """A new process group of the same ranks and backend, so that its order of calls is nobody else's concern."""
+        """A new process group of the same ranks and backend, so that its order of calls is nobody else's concern.
+
+        Raises GroupError where torch could not bring the ranks of a sub-group together.
+        """
         parent = process_group or dist.group.WORLD
         ranks = dist.get_process_group_ranks(parent)
         everyone = len(ranks) == dist.get_world_size()
+        if not everyone:
+            _check_group_counts(parent)
         new = dist.new_group(
             None if everyone else ranks, timeout, dist.get_backend(parent), use_local_synchronization=not everyone
         )
@@ -110,3 +115,14 @@ class TorchGroup(Group):
             yield
         except RuntimeError as error:
             raise GroupError(f"{operation} failed on rank {self.rank} of {self.size}: {error}") from error
+
+
+def _check_group_counts(parent: dist.ProcessGroup | None) -> None:
+    """torch names a group that only its members make after how many groups a member is in: they must agree, or wait for ever."""
+    counts: list[int | None] = [None] * dist.get_world_size(parent)
+    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=parent)
+    if len(set(counts)) > 1:
+        raise GroupError(
+            "the ranks of this process group are in different numbers of process groups, and torch cannot make another one "
+            "of them alone; let all ranks of the job call torch.distributed.new_group, and pass group=TorchGroup(that group)"
+        )
