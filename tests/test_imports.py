@@ -1,0 +1,79 @@
+"""Who may import what, and what an import must not bring with it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import commopt
+
+PACKAGE = Path(commopt.__file__).parent
+FOUNDATION = ("wire", "bucket", "compress", "kernels", "feedback", "topology", "links", "errors")
+MAY_USE_TORCH_DISTRIBUTED = (
+    "groups/torch.py",
+    "integrations/",
+    "checkpoint.py",
+    "cluster/doctor.py",
+)  # doctor tries it out
+
+
+def sources() -> list[str]:
+    return sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+
+
+def imported(source: str) -> set[str]:
+    """Every module that a file imports, inside functions too; `from a import b` counts as a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def is_in(source: str, layer: str) -> bool:
+    return source == f"{layer}.py" or source.startswith(f"{layer}/")
+
+
+@pytest.mark.parametrize("source", [s for s in sources() if any(is_in(s, layer) for layer in FOUNDATION)])
+def test_the_foundation_imports_nothing_above_it(source: str) -> None:
+    ours = {name.split(".")[1] for name in imported(source) if name.startswith("commopt.")}
+    assert ours <= set(FOUNDATION)
+
+
+@pytest.mark.parametrize("source", [s for s in sources() if not s.startswith(MAY_USE_TORCH_DISTRIBUTED)])
+def test_torch_distributed_stays_in_transports_integrations_and_checkpoints(source: str) -> None:
+    assert not [name for name in imported(source) if name.startswith(("torch.distributed", "torch._C._distributed"))]
+
+
+@pytest.mark.parametrize("module", ["commopt", "commopt.methods", "commopt.groups", "commopt.integrations.ddp"])
+def test_importing_brings_no_heavy_or_optional_package_along(module: str) -> None:
+    unwanted = ["matplotlib", "typer", "rich", "pyroute2", "numba", "yaml", "pydantic", "triton", "mpi4py", "deepspeed"]
+    code = f"import sys, {module}; print(*(m for m in {unwanted!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == []
+    assert done.stderr == ""
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    checked = 0
+    for info in pkgutil.walk_packages([str(PACKAGE)], "commopt."):
+        source = PACKAGE.parent / info.name.replace(".", "/")
+        file = source / "__init__.py" if info.ispkg else source.with_suffix(".py")
+        if "__all__" not in file.read_text(encoding="utf-8"):
+            continue
+        module = importlib.import_module(info.name)
+        assert all(hasattr(module, name) for name in module.__all__), info.name
+        # as ruff sorts them: CONSTANTS, Classes, then the rest
+        order = sorted(module.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+        assert list(module.__all__) == order, info.name
+        checked += 1
+    assert checked >= 3
+    assert sorted(commopt.__all__) == sorted(set(commopt.__all__))
