@@ -12,7 +12,7 @@ from torch import Tensor
 
 from commopt.bucket import Bucket, ParameterIndex, Parts
 from commopt.compress.base import Compressor, element_indices
-from commopt.errors import CheckpointError, ConfigError
+from commopt.errors import CheckpointError, ConfigError, check_option
 from commopt.feedback import ErrorFeedback, first_bad_parameter
 from commopt.groups.base import Group
 
@@ -31,8 +31,8 @@ class Aggregator(ABC):
     index: ParameterIndex
 
     def __init__(self, *, max_norm: float | None = None, grad_scaler: Any = None) -> None:
-        if max_norm is not None and not max_norm > 0:
-            raise ConfigError(f"max_norm: {max_norm!r} is out of range; write a number above 0, or leave it out")
+        if max_norm is not None:
+            check_option("max_norm", max_norm, lambda x: x > 0, "a number above 0, or leave it out")
         if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
             raise ConfigError(
                 f"grad_scaler: {type(grad_scaler).__name__} has no get_scale(); pass the torch.amp.GradScaler itself"

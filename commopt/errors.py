@@ -13,7 +13,8 @@ CommoptError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class CommoptError(Exception):
@@ -46,6 +47,16 @@ class LaunchError(CommoptError, RuntimeError):
 
 class EmulationError(LaunchError):
     """This machine cannot emulate the links that were asked for."""
+
+
+def check_option(option: str, value: Any, is_valid: Callable[[Any], bool], wanted: str) -> None:
+    """Raise ConfigError, with the value and what to write instead, unless `is_valid(value)`; a wrong type is not valid."""
+    try:
+        good = not isinstance(value, bool) and is_valid(value)
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ConfigError(f"{option}: {value!r} is out of range; write {wanted}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -38,7 +38,7 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
             plain, optimizer = _split(run, options)
             made, _ = with_optimizer(name, torch.nn.Linear(2, 2), options=plain, optimizer=optimizer)
         except (ConfigError, TypeError) as error:
-            mistakes.append(f"{run.path.name}: methods.{name}: {error}")
+            mistakes.append(f"{run.path.name}: methods.{name}: {str(error).removeprefix(f'method {name}: ')}")
             continue
         steps = run.arguments.get("steps")
         if isinstance(steps, int) and made.warmup_steps >= steps:

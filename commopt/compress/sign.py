@@ -13,7 +13,7 @@ from torch import Tensor
 from commopt import kernels
 from commopt.bucket import Blocks
 from commopt.compress.base import Compressor, equal_blocks
-from commopt.errors import ConfigError
+from commopt.errors import ConfigError, check_option
 from commopt.wire import Layout
 
 
@@ -29,10 +29,9 @@ class BlockSign(Compressor):
     block_size: int = 2048
 
     def __post_init__(self) -> None:
-        if self.block_size < 8 or self.block_size % 8:
-            raise ConfigError(
-                f"block_size: {self.block_size!r} is not a positive multiple of 8, which whole bytes of bits need"
-            )
+        check_option(
+            "block_size", self.block_size, _is_whole_bytes, "a positive multiple of 8, so that bits fill bytes"
+        )
 
     def block_lengths(self, numel: int, ranks: int) -> list[int]:
         return equal_blocks(numel, self.block_size)
@@ -92,6 +91,10 @@ class TensorSign(BlockSign):
         for blocks, (scales, bits) in zip(parts, out, strict=True):
             scales.copy_(torch.from_numpy(scale[np.searchsorted(which, blocks.groups)]))
             kernel.pack_signs_(x, residual, blocks, scales, bits)
+
+
+def _is_whole_bytes(block_size: int) -> bool:
+    return isinstance(block_size, int) and block_size >= 8 and block_size % 8 == 0
 
 
 def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:

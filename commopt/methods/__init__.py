@@ -56,12 +56,15 @@ def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) 
     """
     check_options(name, options)
     method: Any = _find(name)
-    if not is_update_method(name):
-        made: Aggregator = method(**options)
-    elif named_params is None:
-        raise ConfigError(f"method {name} is an optimizer: build({name!r}, model.named_parameters(), ...)")
-    else:
-        made = method(named_params, **options)
+    arguments = []
+    if is_update_method(name):
+        if named_params is None:
+            raise ConfigError(f"method {name} is an optimizer: build({name!r}, model.named_parameters(), ...)")
+        arguments = [named_params]
+    try:
+        made: Aggregator = method(*arguments, **options)
+    except ConfigError as error:
+        raise ConfigError(f"method {name}: {error}") from None
     return made
 
 

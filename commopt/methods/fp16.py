@@ -23,5 +23,5 @@ class FP16(Mean):
 
     def __init__(self, *, dtype: str = "float16", max_norm: float | None = None, grad_scaler: Any = None) -> None:
         if dtype not in _DTYPES:
-            raise ConfigError(f"method fp16: dtype: {dtype!r} is no half precision{did_you_mean(str(dtype), _DTYPES)}")
+            raise ConfigError(f"dtype: {dtype!r} is no half precision{did_you_mean(str(dtype), _DTYPES)}")
         super().__init__(wire_dtype=_DTYPES[dtype], max_norm=max_norm, grad_scaler=grad_scaler)

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from commopt.aggregate import Aggregator, Mean, State, TwoWayMean, clip_joint_norm_
 from commopt.bucket import Bucket
 from commopt.compress.sign import scaled_sign
-from commopt.errors import AttachError, CheckpointError, ConfigError
+from commopt.errors import AttachError, CheckpointError, ConfigError, check_option
 from commopt.groups.base import Group
 
 _STABLE_RATIO = 0.96
@@ -61,7 +61,17 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
         max_norm: float | None = None,
         grad_scaler: Any = None,
     ) -> None:
-        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, freeze_step=freeze_step)
+        check_option("lr", lr, lambda x: x >= 0, "a number of at least 0")
+        check_option(
+            "betas",
+            betas,
+            lambda x: len(x) == 2 and all(0 <= b < 1 for b in x),
+            "two numbers in [0, 1), as in [0.9, 0.999]",
+        )
+        check_option("eps", eps, lambda x: x > 0, "a number above 0")
+        check_option("weight_decay", weight_decay, lambda x: x >= 0, "a number of at least 0")
+        whole = "a whole number from 1, or 'auto'"
+        check_option("freeze_step", freeze_step, lambda x: x == "auto" or (isinstance(x, int) and x >= 1), whole)
         Aggregator.__init__(self, max_norm=max_norm, grad_scaler=grad_scaler)
         self._mean = Mean()
         self._two_way = TwoWayMean(scaled_sign(scale, block_size))
@@ -282,21 +292,3 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
         if "variance_norms" not in state["shared"]:
             raise CheckpointError("variance_norms is missing; was the checkpoint saved by onebit_adam?")
         self._variance_norms = deque(state["shared"]["variance_norms"].tolist())
-
-
-def _check(*, lr: float, betas: Sequence[float], eps: float, weight_decay: float, freeze_step: int | str) -> None:
-    if not lr >= 0:
-        raise ConfigError(f"onebit_adam: lr: {lr!r} is out of range; write a number of at least 0")
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise ConfigError(
-            f"onebit_adam: betas: {betas!r} is out of range; write two numbers in [0, 1), as in [0.9, 0.999]"
-        )
-    if not eps > 0:
-        raise ConfigError(f"onebit_adam: eps: {eps!r} is out of range; write a number above 0")
-    if not weight_decay >= 0:
-        raise ConfigError(f"onebit_adam: weight_decay: {weight_decay!r} is out of range; write a number of at least 0")
-    is_count = isinstance(freeze_step, int) and not isinstance(freeze_step, bool) and freeze_step >= 1
-    if freeze_step != "auto" and not is_count:
-        raise ConfigError(
-            f"onebit_adam: freeze_step: {freeze_step!r} is out of range; write a whole number from 1, or 'auto'"
-        )

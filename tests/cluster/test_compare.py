@@ -1,0 +1,118 @@
+"""One training under several methods, from the YAML to the report, with real ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commopt.cluster.spec import load_run
+from commopt.cluster.training import check_methods, chosen_methods
+from commopt.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = "{steps: 16, layers: 1, heads: 2, width: 64, context: 32, batch: 2, validation-batches: 1}"
+
+
+def write(folder: Path, *, methods: str, arguments: str = SMALL, program: str = "", rate: str = "100mbit") -> Path:
+    (folder / "cluster.yaml").write_text(f"name: two\nnodes: 2\nlinks: {{rate: {rate}}}\n")
+    (folder / "run.yaml").write_text(
+        f"name: small\ncluster: cluster.yaml\nprogram: {program or ROOT / 'launch/train.py'}\narguments: {arguments}\n"
+        f"optimizer: {{name: adam, lr: 1e-2}}\nmethods: {methods}\n"
+    )
+    return folder / "run.yaml"
+
+
+def commopt(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "commopt", *words], cwd=folder, capture_output=True, text=True, timeout=110, check=False
+    )
+
+
+def test_a_comparison_leaves_its_report_and_counts_every_byte(tmp_path: Path) -> None:
+    run = write(tmp_path, methods="{dense: {}, onebit_adam: {freeze_step: 5}}")
+    done = commopt(tmp_path, "compare", str(run), "--json", "copy.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "copy.json").read_text())
+    assert results == json.loads((tmp_path / "out/small/results.json").read_text())
+    assert (tmp_path / "out/small/report.html").stat().st_size > 10_000
+    dense, onebit = results["runs"]
+    parameters, n = results["model"]["parameters"], 2
+    assert dense["payload_bytes_per_step"] == pytest.approx(8 * (n - 1) / n * parameters, rel=1e-3)
+    assert onebit["payload_bytes_per_step"] < 1.05 * 2 * (n - 1) / n / 8 * parameters
+    for one in results["runs"]:
+        assert one["steps"] == len(one["train_loss"]) == 16
+        assert one["train_loss"][-1] < one["train_loss"][0]
+        assert one["val_loss"] == pytest.approx(dense["val_loss"], rel=0.05)
+        assert one["step_s"] > 0
+        assert one["compute_s"] > 0
+    if results["cluster"]["emulation"] == "netns":
+        assert dense["nic_over_model"] == pytest.approx(1, abs=0.03)
+        assert "defect" not in done.stdout
+    else:
+        assert dense["nic_over_model"] is None
+
+
+@pytest.mark.parametrize(
+    ("methods", "complaint"),
+    [
+        ("{dense: {}, onebit_adm: {}}", "run.yaml: methods.onebit_adm: unknown method 'onebit_adm'; did you mean"),
+        ("{ef_sign: {blok_size: 8}}", "run.yaml: methods.ef_sign: unknown option 'blok_size'; did you mean"),
+        (
+            "{ef_sign: {block_size: 9}}",
+            "run.yaml: methods.ef_sign: block_size: 9 is out of range; write a positive multiple of 8",
+        ),
+        ("{onebit_adam: {freeze_step: 16}}", "the warm-up of 16 steps does not end before the last of 16"),
+        ("{onebit_adam: {betas: [0.9, 1.0]}}", "betas: [0.9, 1.0] is out of range"),
+        ("{dense: {optimizer: {name: sdg}}}", "unknown optimizer 'sdg'; did you mean 'sgd'?"),
+        ("{dense: {optimizer: {name: sgd, lr: 0.1, momentun: 0.9}}}", "did you mean 'momentum'?"),
+        ("{onebit_adam: {optimizer: {name: sgd, momentum: 0.9}}}", "unknown option 'momentum'"),
+        ("{ef_sign: {max_norm: -1}}", "max_norm: -1 is out of range"),
+        ("{ef_sign: {block_size: many}}", "block_size: 'many'"),
+        ("{onebit_adam: {lr: fast}}", "lr: 'fast'"),
+    ],
+)
+def test_a_mistake_in_a_method_names_file_key_value_and_fix(tmp_path: Path, methods: str, complaint: str) -> None:
+    run = load_run(write(tmp_path, methods=methods))
+    with pytest.raises(ConfigError) as caught:
+        check_methods(run, chosen_methods(run, []))
+    assert complaint in str(caught.value)
+
+
+def test_a_mistake_ends_the_command_before_anything_is_made(tmp_path: Path) -> None:
+    run = write(tmp_path, methods="{dense: {}, onebit_adm: {}}")
+    done = commopt(tmp_path, "compare", str(run), "--emulate", "none")
+    assert done.returncode == 2
+    assert done.stderr.startswith("commopt: run.yaml: methods.onebit_adm: unknown method")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_told_once_and_the_next_one_still_runs(tmp_path: Path) -> None:
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import sys, runpy, os\n"
+        "if 'fp16' in sys.argv and os.environ['RANK'] == '1': raise ValueError('rank one gives up')\n"
+        f"runpy.run_path({str(ROOT / 'launch/train.py')!r}, run_name='__main__')\n"
+    )
+    run = write(tmp_path, methods="{fp16: {}, dense: {}}", program=str(program))
+    done = commopt(tmp_path, "compare", str(run), "--emulate", "none", "--json", "copy.json")
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("Traceback (most recent call last)") == 1
+    runs: list[dict[str, Any]] = json.loads((tmp_path / "copy.json").read_text())["runs"]
+    assert [one["status"] for one in runs] == ["failed", "finished"]
+    assert "rank 1" in runs[0]["failure"]
+    assert runs[1]["nic_over_model"] is None
+
+
+def test_print_shows_the_commands_of_every_node_and_starts_nothing(tmp_path: Path) -> None:
+    run = write(tmp_path, methods="{dense: {}}")
+    done = commopt(tmp_path, "run", str(run), "--print")
+    assert done.returncode == 0
+    assert done.stdout.count("torch.distributed.run") == 2
+    assert "--method dense" in done.stdout
+    assert not (tmp_path / "out").exists()
