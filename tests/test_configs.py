@@ -1,0 +1,32 @@
+"""Every file under configs/ is one that the commands accept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from commopt.cluster.spec import load_cluster, load_run
+from commopt.cluster.training import check_methods, chosen_methods
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CLUSTERS = sorted((CONFIGS / "clusters").glob("*.yaml"))
+RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
+def test_a_cluster_can_be_loaded(path: Path) -> None:
+    assert load_cluster(path).link_model().ranks == load_cluster(path).ranks
+    assert len(path.read_text().splitlines()) < 30
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+def test_a_run_can_be_loaded_and_its_methods_made(path: Path) -> None:
+    run = load_run(path)
+    check_methods(run, chosen_methods(run, []))
+    assert len(path.read_text().splitlines()) < 30
+
+
+def test_there_are_some() -> None:
+    assert CLUSTERS
+    assert RUNS
