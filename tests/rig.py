@@ -14,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt import build
 from commopt.aggregate import Aggregator
-from commopt.groups import Group, SimWorld, TorchGroup
+from commopt.groups import Group, TorchGroup
 from commopt.integrations import ddp, plain
 from commopt.integrations.attachment import Attachment
 from commopt.methods import is_update_method
 
 FREEZE = 3
+loss_of: Callable[..., Any] = nn.functional.mse_loss
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
     "fp16": ("fp16", {}),
@@ -115,7 +116,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: 
     dtype = next(model.parameters()).dtype
     for step in range(first, first + steps):
         x, y = make_batch(rank, step, dtype)
-        loss = nn.functional.mse_loss(model(x), y)
+        loss = loss_of(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,7 +138,3 @@ def run_ddp(process_group: dist.ProcessGroup, case: str, steps: int, options: di
         train(model, optimizer, dist.get_rank(process_group), steps)
         assert attachment.replicas_are_equal()
         return flat(model.module)
-
-
-def simulate(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    return SimWorld[Any](n, timeout_s=60).run(lambda group: function(group, *args))

@@ -13,7 +13,7 @@ from commopt.aggregate import Aggregator
 from commopt.bucket import Bucket
 from commopt.errors import AttachError
 from commopt.groups import Group
-from commopt.integrations.attachment import Attachment, connect
+from commopt.integrations.attachment import Attachment, check_optimizer, connect
 from commopt.integrations.lane import Lane
 
 
@@ -148,6 +148,7 @@ def attach(
         raise AttachError(
             "this DDP model has a communication hook already, and DDP takes only one; attach before registering others"
         )
+    check_optimizer(method, optimizer)
     if method.max_norm is not None and overlap:
         raise AttachError("max_norm needs the gradients of all buckets at once: attach(..., overlap=False)")
     if getattr(model, "mixed_precision", None) is not None:

@@ -13,7 +13,7 @@ from commopt.aggregate import Aggregator
 from commopt.bucket import Bucket
 from commopt.errors import AttachError
 from commopt.groups import Group
-from commopt.integrations.attachment import Attachment, connect
+from commopt.integrations.attachment import Attachment, check_optimizer, connect
 
 
 class PlainAttachment(Attachment):
@@ -103,6 +103,7 @@ def attach(
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise AttachError("this model averages gradients itself: use integrations.ddp.attach, or pass model.module")
+    check_optimizer(method, optimizer)
     if method.grad_scaler is not None and group is not None and group.size > 1:
         raise AttachError(
             "GradScaler decides on each rank alone before a plain exchange; use integrations.ddp with grad_scaler"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from rig import COMPRESSED, FREEZE, METHODS, UPDATE, attached, flat, make_batch, state_of, train, wrapped
+from rig import COMPRESSED, FREEZE, METHODS, UPDATE, attached, flat, loss_of, make_batch, state_of, train, wrapped
 from torch import Tensor, nn
 
 from commopt.groups import Group, SimWorld
@@ -27,7 +27,8 @@ def poison(model: nn.Sequential, bad: float) -> Any:
         grad.view(-1)[17] = bad
         return grad
 
-    return model.get_parameter(POISONED).register_hook(hook)
+    parameter: Any = model.get_parameter(POISONED)
+    return parameter.register_hook(hook)
 
 
 def one_bad_step(
@@ -121,7 +122,7 @@ def test_a_void_step_leaves_the_run_where_it_would_be_without_it(case: str) -> N
                 if with_void and step == FREEZE + 2:
                     x, y = make_batch(group.rank, 99)
                     optimizer.zero_grad()
-                    nn.functional.mse_loss(model(x * (math.nan if group.rank == 2 else 1.0)), y).backward()
+                    loss_of(model(x * (math.nan if group.rank == 2 else 1.0)), y).backward()
                     optimizer.step()
                 train(model, optimizer, group.rank, 1, step)
             return flat(model)

@@ -321,7 +321,7 @@ def test_auto_waits_while_the_variance_changes() -> None:
 
 
 def test_each_parameter_group_has_its_own_rate_betas_and_decay() -> None:
-    groups = [{"lr": 0.1, "weight_decay": 0.5}, {"lr": 0.001, "betas": (0.5, 0.9)}]
+    groups: list[dict[str, Any]] = [{"lr": 0.1, "weight_decay": 0.5}, {"lr": 0.001, "betas": (0.5, 0.9)}]
     ours, theirs = Parameters((30,), (20,)), Parameters((30,), (20,))
 
     def split(model: Parameters, named: bool) -> list[dict[str, Any]]:
