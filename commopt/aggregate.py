@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from commopt import kernels
 from commopt.bucket import Bucket, ParameterIndex, Parts
 from commopt.compress.base import Compressor, element_indices
 from commopt.errors import CheckpointError, ConfigError, check_option
@@ -129,6 +130,7 @@ class _Compressed(Aggregator):
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().bind(named_parameters, group)
         self.device = named_parameters[0][1].device
+        kernels.warm_up(self.device)  # now, and not in the first step that compresses
         self.table = self.compressor.table(self.index, group.size)
         self.worker = ErrorFeedback(self.compressor, self.index.total, self.device)
         self._parts: dict[tuple[tuple[str, ...], tuple[int, ...]], Parts] = {}

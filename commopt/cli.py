@@ -280,13 +280,14 @@ def _train_and_report(
     from commopt.report.page import results_json, write_report
     from commopt.report.table import show
 
-    written = write_report(results, out_dir)
-    show(results, sys.stdout)
-    if json_file is not None:
-        write_text(json_file, results_json(results), option="--json")
-    for path in written:
-        if path.suffix in (".html", ".json"):
-            note(f"wrote {shown(path)}")
+    if 0 in emulation.nodes:  # on real machines, the first one reports what its own ranks have seen
+        written = write_report(results, out_dir)
+        show(results, sys.stdout)
+        if json_file is not None:
+            write_text(json_file, results_json(results), option="--json")
+        for path in written:
+            if path.suffix in (".html", ".json"):
+                note(f"wrote {shown(path)}")
     failed = [result.name for result in results.runs if result.status != "finished"]
     if failed:
         raise LaunchError(f"{', '.join(failed)} did not finish; see above")

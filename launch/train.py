@@ -133,7 +133,9 @@ def main(args: argparse.Namespace) -> None:
     recorder.validation(step=args.steps, loss=sum(losses) / len(losses), tokens=16 * args.context * len(losses))
 
     attachment.group.barrier()
-    with attachment.communication_off():  # what the same steps cost without a network; replicas drift from here on
+    with attachment.communication_off():  # what the same steps cost without a network
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
         batches = [draw(train, args.batch, args.context, data) for _ in range(20)]
         seconds_alone = []
         for batch in batches:

@@ -121,7 +121,9 @@ def _train(
             live.note(job.failure.message)
         live.note(f"all output is in {log_dir}")
     live.end(failure)
-    return collect(record_dir, method=name, options=options, failure=failure)
+    slots = run.cluster.slots
+    ranks_here = [node * slots + slot for node in emulation.nodes for slot in range(slots)]
+    return collect(record_dir, method=name, options=options, failure=failure, ranks_here=ranks_here)
 
 
 def _emptied(folder: Path) -> Path:

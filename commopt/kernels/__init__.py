@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
+
+_CPU = torch.device("cpu")
 
 
 def of(device: torch.device) -> ModuleType:
@@ -18,15 +21,18 @@ def of(device: torch.device) -> ModuleType:
     return reference
 
 
-def warm_up() -> None:
-    """Compile every CPU kernel once, so that no rank does it in its first step; quick where the cache on disk has them."""
+@cache
+def warm_up(device: torch.device = _CPU) -> None:
+    """Compile every kernel once, so that no step has to wait for it; quick where the cache on disk has them."""
+    if device.type != "cpu":
+        return
     import numpy as np
 
     from commopt.bucket import Blocks
 
     one = np.zeros(1, dtype=np.int64)
     blocks = Blocks(one, one, one + 8, one, one)
-    kernels = of(torch.device("cpu"))
+    kernels = of(device)
     x, residual = torch.ones(8), torch.zeros(8)
     scales, bits = torch.ones(1), torch.zeros(1, dtype=torch.uint8)
     kernels.block_sums(x, residual, blocks, squared=True)

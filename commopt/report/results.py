@@ -46,18 +46,26 @@ def assemble(runs: Sequence[RunResult], cluster: Cluster, *, environment: Enviro
 
 
 def collect(
-    record_dir: Path, *, method: str = "unknown", options: Mapping[str, Any] | None = None, failure: str | None = None
+    record_dir: Path,
+    *,
+    method: str = "unknown",
+    options: Mapping[str, Any] | None = None,
+    failure: str | None = None,
+    ranks_here: Sequence[int] | None = None,
 ) -> RunResult:
     """Merge the ranks' files of one run.
 
     method, options: used where no rank lived to write them. failure: why the launcher says that the run did not end
     well. A run that lacks a rank or an end line is failed too; what its ranks did write is merged all the same.
+    ranks_here: the ranks whose files can be here, where others write theirs on another machine; all of them if None.
     """
     records = [RankRecord.read(path) for path in rank_files(record_dir)]
     started = {record.rank: record for record in records if record.start is not None}
     first: Mapping[str, Any] = next((r.start for r in started.values() if r.start), {})
     ranks, steps_planned = int(first.get("world_size", len(records))), int(first.get("steps", 0))
-    reasons = ([failure] if failure else []) + list(_missing(started, ranks, steps_planned))
+    reasons = ([failure] if failure else []) + list(
+        _missing(started, range(ranks) if ranks_here is None else ranks_here, steps_planned)
+    )
     return RunResult(
         name=str(first.get("method", method)),
         method=str(first.get("method", method)),
@@ -75,11 +83,11 @@ def collect(
     )
 
 
-def _missing(started: Mapping[int, RankRecord], ranks: int, steps_planned: int) -> list[str]:
+def _missing(started: Mapping[int, RankRecord], ranks: Sequence[int], steps_planned: int) -> list[str]:
     """What is not there that a finished run would have written, in short sentences."""
     if not started:
         return ["no rank wrote a record"]
-    silent = [rank for rank in range(ranks) if rank not in started]
+    silent = [rank for rank in ranks if rank not in started]
     cut = {rank: len(record.steps) for rank, record in started.items() if not record.ended}
     reasons = [f"{_ranks(silent)} wrote no record"] if silent else []
     for steps in sorted(set(cut.values())):
