@@ -96,7 +96,7 @@ class Attachment:
         return all(torch.equal(own, other.tensors[0]) for other in every)
 
     def run(self, buckets: Sequence[Bucket]) -> None:
-        """Exchange buckets: what is in them afterwards is the method's mean, or zeros where the bucket is void."""
+        """Exchange buckets: what is in them afterwards is the method's mean, or what says that the bucket is void."""
         if self.is_update_method:
             for name in (name for bucket in buckets for name in bucket.names if name in self._exchanged):
                 raise GradientsChanged(
@@ -113,8 +113,8 @@ class Attachment:
                 self._exchanged[name] = -1
             if done.void is not None:
                 self._record_void(bucket, done.void)
-                # GradScaler finds the NaN on every rank alike, skips the step and lowers its scale
-                bucket.flat.fill_(math.nan if scaler is not None else 0.0)
+                # a GradScaler, known to us or not, finds the NaN on every rank alike, skips the step and lowers its scale
+                bucket.flat.fill_(0.0 if self.is_update_method and scaler is None else math.nan)
                 continue
             if done is not bucket:
                 bucket.flat.copy_(done.flat)
@@ -162,6 +162,8 @@ class Attachment:
             if self.parameters[name].grad is None:  # used on no rank: as if it had never been exchanged
                 for view, value in saved:
                     view.copy_(value)
+        if self._void_names and not self.is_update_method:  # a norm with NaN in it, and clipping by it, has spread them
+            self._void_names.update(n for n, p in self.parameters.items() if not _is_finite(p.grad))
         for name in self._void_names:
             self.parameters[name].grad = None
 
@@ -192,6 +194,10 @@ class Attachment:
         self._exchanged.clear()
         self._rollback.clear()
         self.steps += 1
+
+
+def _is_finite(grad: Tensor | None) -> bool:
+    return grad is None or bool(grad.isfinite().all())
 
 
 def connect(process_group: dist.ProcessGroup | None = None) -> Group:

@@ -245,12 +245,13 @@ def test_clipping_with_overlap_is_refused(pool: Pool, case: str) -> None:
 
 
 def train_scaled(
-    process_group: dist.ProcessGroup, case: str, scale: float, overflow_at: int, overlap: bool
+    process_group: dist.ProcessGroup, case: str, scale: float, overflow_at: int, overlap: bool, is_told: bool = True
 ) -> tuple[Tensor, list[float], list[int], bool, bool]:
     """A user's usual loop with a GradScaler; one step overflows on rank 1."""
     rank = dist.get_rank(process_group)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
-    with wrapped(process_group, case, overlap=overlap, grad_scaler=scaler) as (model, optimizer, attachment):
+    options: dict[str, Any] = {"grad_scaler": scaler} if is_told else {}
+    with wrapped(process_group, case, overlap=overlap, **options) as (model, optimizer, attachment):
         scales, moved = [], []
         for step in range(STEPS):
             x, y = make_batch(rank, step)
@@ -300,6 +301,36 @@ def test_an_overflow_makes_all_ranks_skip_and_lower_the_scale(
         assert moved == [int(step != overflow_at) for step in range(STEPS)]
         assert finite
         assert equal
+
+
+@pytest.mark.parametrize("case", ["dense", "ef_sign l1"])
+def test_an_overflow_lowers_the_scale_of_a_scaler_that_the_method_was_not_told_of(pool: Pool, case: str) -> None:
+    for _, scales, moved, finite, equal in pool.run(2, train_scaled, case, 1024.0, 4, True, False):
+        assert scales == [1024.0] * 4 + [512.0] * (STEPS - 4)
+        assert moved == [int(step != 4) for step in range(STEPS)]
+        assert finite
+        assert equal
+
+
+def clip_by_hand_in_a_bad_step(process_group: dist.ProcessGroup, case: str) -> tuple[bool, bool, int]:
+    rank = dist.get_rank(process_group)
+    with wrapped(process_group, case, bucket_cap_mb=0.0001) as (model, optimizer, attachment):
+        train(model, optimizer, rank, 3)
+        x, y = make_batch(rank, 3)
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bias = model.module[4].bias
+        (loss_of(model(x), y) + bias.sum() * (float("nan") if rank == 1 else 1.0)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        return bool(flat(model.module).isfinite().all()), attachment.replicas_are_equal(), len(attachment.voided)
+
+
+@pytest.mark.parametrize("case", ["dense", "ef_sign l1"])
+def test_clipping_by_hand_does_not_spread_a_bad_value_to_the_parameters(pool: Pool, case: str) -> None:
+    assert pool.run(2, clip_by_hand_in_a_bad_step, case) == [(True, True, 1)] * 2
 
 
 def scaler_misuse(process_group: dist.ProcessGroup, knows: bool) -> str:
