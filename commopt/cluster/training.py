@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from commopt.cluster.emulate import Emulation
+from commopt.cluster.reading import shown
 from commopt.cluster.run import run_job
 from commopt.cluster.spec import RunSpec
-from commopt.errors import ConfigError
+from commopt.errors import ConfigError, check_option
 
 if TYPE_CHECKING:
     from commopt.report.document import Results, RunResult
@@ -27,12 +28,19 @@ def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, An
 
 
 def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make every method once, on a parameter of no consequence. Raises ConfigError with all mistakes, file and key first."""
+    """Make every method once, on a model of no consequence. Raises ConfigError with all mistakes, file and key first."""
     import torch
 
     from commopt.methods import with_optimizer
 
     mistakes = []
+    steps = run.arguments.get("steps")
+    if steps is not None:
+        try:
+            check_option("steps", steps, lambda x: isinstance(x, int) and x >= 1, "a whole number from 1")
+        except ConfigError as error:
+            mistakes.append(f"{run.path.name}: arguments.{error}")
+            steps = None
     for name, options in methods.items():
         try:
             plain, optimizer = _split(run, options)
@@ -40,8 +48,7 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
         except (ConfigError, TypeError) as error:
             mistakes.append(f"{run.path.name}: methods.{name}: {str(error).removeprefix(f'method {name}: ')}")
             continue
-        steps = run.arguments.get("steps")
-        if isinstance(steps, int) and made.warmup_steps >= steps:
+        if steps is not None and made.warmup_steps >= steps:
             mistakes.append(
                 f"{run.path.name}: methods.{name}: the warm-up of {made.warmup_steps} steps does not end before the last of "
                 f"{steps}; lower freeze_step, or raise arguments.steps"
@@ -88,7 +95,14 @@ def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[s
 def _split(run: RunSpec, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A method's own options, and the optimizer: the run's, or the one that stands among the options."""
     plain = {key: value for key, value in options.items() if key != "optimizer"}
-    return plain, dict(options.get("optimizer", run.optimizer))
+    optimizer = options.get("optimizer", run.optimizer)
+    example = "write its name and arguments, as in {name: adam, lr: 0.001}"
+    if not isinstance(optimizer, dict):
+        wrong = "is empty" if optimizer is None else f"{shown(optimizer)} is no set of keys and values"
+        raise ConfigError(f"optimizer: {wrong}; {example}, or leave the key out")
+    if "optimizer" in options and "name" not in optimizer:
+        raise ConfigError(f"optimizer: {shown(optimizer)} has no name; {example}")
+    return plain, dict(optimizer)
 
 
 def _train(

@@ -60,11 +60,13 @@ def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) 
     if is_update_method(name):
         if named_params is None:
             raise ConfigError(f"method {name} is an optimizer: build({name!r}, model.named_parameters(), ...)")
-        arguments = [named_params]
+        arguments = [list(named_params)]
     try:
         made: Aggregator = method(*arguments, **options)
     except ConfigError as error:
         raise ConfigError(f"method {name}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method {name}: {_refused(options, method, arguments, error)}") from None
     return made
 
 
@@ -77,27 +79,59 @@ def with_optimizer(
     weight_decay from it, unless `options` say otherwise. Raises ConfigError as `build` does, and for a bad optimizer.
     """
     arguments = {key: value for key, value in optimizer.items() if key != "name"}
+    kind = optimizer.get("name", "adam")
+    if not isinstance(kind, str) or kind not in OPTIMIZERS:
+        raise ConfigError(f"optimizer: name: unknown optimizer {kind!r}{did_you_mean(str(kind), OPTIMIZERS)}")
     if is_update_method(name):
+        check_options(name, options)
+        shared = [key for key in _options(_find(name)) if any(key in _arguments(other) for other in OPTIMIZERS)]
+        for key in arguments:
+            if key not in shared:
+                raise ConfigError(
+                    f"optimizer: {key}: {name} steps by itself and takes only {', '.join(shared)} from the optimizer; "
+                    f"give {name} an 'optimizer' of its own without {key!r}"
+                )
         method = build(name, model.named_parameters(), **{**arguments, **options})
         return method, cast(torch.optim.Optimizer, method)
-    kind = optimizer.get("name", "adam")
-    if kind not in OPTIMIZERS:
-        raise ConfigError(f"optimizer: name: unknown optimizer {kind!r}{did_you_mean(str(kind), OPTIMIZERS)}")
-    known = [key for key in inspect.signature(OPTIMIZERS[kind].__init__).parameters if key not in ("self", "params")]
+    known = _arguments(kind)
     for key in arguments:
         if key not in known:
-            raise ConfigError(f"optimizer: {key}: unknown argument of {kind}{did_you_mean(key, known)}")
+            raise ConfigError(f"optimizer: {key}: unknown argument of {kind}{did_you_mean(str(key), known)}")
     method = build(name, **options)
+    parameters = list(model.parameters())
     try:
-        return method, OPTIMIZERS[kind](model.parameters(), **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {kind} does not take {arguments}: {error}") from None
+        return method, OPTIMIZERS[kind](parameters, **arguments)
+    except Exception as error:  # torch raises what comes up, as an IndexError for betas: [0.9]
+        raise ConfigError(f"optimizer: {_refused(arguments, OPTIMIZERS[kind], [parameters], error)}") from None
 
 
 def _find(name: str) -> type[Aggregator]:
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
     return METHODS[name]
+
+
+def _refused(options: Mapping[str, Any], make: Any, arguments: list[Any], error: Exception) -> str:
+    """Why `make` raised `error`, and on which options: those that it needs to be without, or else all of them."""
+
+    def is_made_without(*left_out: str) -> bool:
+        try:
+            make(*arguments, **{key: value for key, value in options.items() if key not in left_out})
+        except Exception:
+            return False
+        return True
+
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    if not is_made_without(*options):
+        return why
+    culprits = [key for key in options if is_made_without(key)] or list(options)
+    values = ", ".join(f"{options[key]!r:.60}" for key in culprits)
+    return f"{', '.join(culprits)}: {values} is refused by {make.__name__}: {why}; write another value, or leave it out"
+
+
+def _arguments(kind: str) -> list[str]:
+    parameters = inspect.signature(OPTIMIZERS[kind].__init__).parameters
+    return [key for key in parameters if key not in ("self", "params")]
 
 
 def _options(method: type[Aggregator]) -> list[str]:

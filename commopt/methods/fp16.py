@@ -22,6 +22,6 @@ class FP16(Mean):
     name = "fp16"
 
     def __init__(self, *, dtype: str = "float16", max_norm: float | None = None, grad_scaler: Any = None) -> None:
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ConfigError(f"dtype: {dtype!r} is no half precision{did_you_mean(str(dtype), _DTYPES)}")
         super().__init__(wire_dtype=_DTYPES[dtype], max_norm=max_norm, grad_scaler=grad_scaler)

@@ -70,7 +70,28 @@ def test_a_comparison_leaves_its_report_and_counts_every_byte(tmp_path: Path) ->
         ("{onebit_adam: {betas: [0.9, 1.0]}}", "betas: [0.9, 1.0] is out of range"),
         ("{dense: {optimizer: {name: sdg}}}", "unknown optimizer 'sdg'; did you mean 'sgd'?"),
         ("{dense: {optimizer: {name: sgd, lr: 0.1, momentun: 0.9}}}", "did you mean 'momentum'?"),
-        ("{onebit_adam: {optimizer: {name: sgd, momentum: 0.9}}}", "unknown option 'momentum'"),
+        (
+            "{onebit_adam: {optimizer: {name: sgd, momentum: 0.9}}}",
+            "methods.onebit_adam: optimizer: momentum: onebit_adam steps by itself and takes only lr, betas, eps",
+        ),
+        ("{dense: {optimizer: adam}}", "methods.dense: optimizer: 'adam' is no set of keys and values; write its name"),
+        ("{dense: {optimizer: [adam]}}", "methods.dense: optimizer: ['adam'] is no set of keys and values; write"),
+        ("{dense: {optimizer: 5}}", "methods.dense: optimizer: 5 is no set of keys and values; write its name"),
+        ("{dense: {optimizer: null}}", "methods.dense: optimizer: is empty; write its name"),
+        ("{dense: {optimizer: {lr: 1}}}", "methods.dense: optimizer: {'lr': 1} has no name; write its name"),
+        ("{dense: {optimizer: {name: [adam]}}}", "methods.dense: optimizer: name: unknown optimizer ['adam']"),
+        ("{onebit_adam: {optimizer: {name: [adam]}}}", "optimizer: name: unknown optimizer ['adam']; did you mean"),
+        ("{dense: {optimizer: {name: adam, 5: 1}}}", "methods.dense: optimizer: 5: unknown argument of adam"),
+        ("{fp16: {dtype: [a]}}", "methods.fp16: dtype: ['a'] is no half precision"),
+        ("{onebit_adam: {momentum_mask: abc}}", "methods.onebit_adam: momentum_mask: 'abc'"),
+        (
+            "{dense: {optimizer: {name: adam, lr: 0.1, betas: [0.9]}}}",
+            "methods.dense: optimizer: betas: [0.9] is refused by Adam: list index out of range; write another value",
+        ),
+        (
+            "{dense: {optimizer: {name: adam, lr: 0.1, foreach: true, fused: true}}}",
+            "methods.dense: optimizer: foreach, fused: True, True is refused by Adam: `fused` and `foreach` cannot be",
+        ),
         ("{ef_sign: {max_norm: -1}}", "max_norm: -1 is out of range"),
         ("{ef_sign: {block_size: many}}", "block_size: 'many'"),
         ("{onebit_adam: {lr: fast}}", "lr: 'fast'"),
@@ -81,6 +102,22 @@ def test_a_mistake_in_a_method_names_file_key_value_and_fix(tmp_path: Path, meth
     with pytest.raises(ConfigError) as caught:
         check_methods(run, chosen_methods(run, []))
     assert complaint in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("steps", ["0", "true", "-3", "many", "2.5"])
+def test_a_number_of_steps_that_is_none_is_a_mistake(tmp_path: Path, steps: str) -> None:
+    run = load_run(
+        write(tmp_path, methods="{dense: {}, onebit_adam: {freeze_step: 5}}", arguments=f"{{steps: {steps}}}")
+    )
+    with pytest.raises(
+        ConfigError, match=r"^run\.yaml: arguments\.steps: .* is out of range; write a whole number from 1$"
+    ):
+        check_methods(run, run.methods)
+
+
+def test_a_program_may_take_no_steps(tmp_path: Path) -> None:
+    check_methods(run := load_run(write(tmp_path, methods="{onebit_adam: {}}", arguments="{}")), run.methods)
 
 
 def test_a_mistake_ends_the_command_before_anything_is_made(tmp_path: Path) -> None:
