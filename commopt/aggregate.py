@@ -29,6 +29,7 @@ class Aggregator(ABC):
 
     name = "aggregator"
     needs_float32 = True
+    is_linear = False  # whether scaled gradients may be exchanged as they are: no state depends on their scale
     index: ParameterIndex
 
     def __init__(self, *, max_norm: float | None = None, grad_scaler: Any = None) -> None:
@@ -76,6 +77,11 @@ class Aggregator(ABC):
         """Every tensor of state on this rank that an exchange of the parameter `name` changes, as views."""
         return []
 
+    @property
+    def state_form(self) -> str:
+        """What the layout of `comm_state` depends on beside the model; a checkpoint of another form is refused."""
+        return ""
+
     def comm_state(self) -> State:
         """What a checkpoint must hold: `shared` is equal on all ranks, `local` is this rank's own."""
         return {"shared": {}, "local": {}}
@@ -95,6 +101,7 @@ class Mean(Aggregator):
     """
 
     name = "mean"
+    is_linear = True
 
     def __init__(
         self, *, wire_dtype: torch.dtype | None = None, max_norm: float | None = None, grad_scaler: Any = None
@@ -117,7 +124,8 @@ class Mean(Aggregator):
             group.traffic.bucket = bucket.label
             self.aggregate(bucket, group)
         if self.max_norm is not None:
-            clip_joint_norm_([bucket for bucket in buckets if bucket.void is None], self.max_norm)
+            scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+            clip_joint_norm_([bucket for bucket in buckets if bucket.void is None], self.max_norm * scale)
 
 
 class _Compressed(Aggregator):
@@ -138,9 +146,15 @@ class _Compressed(Aggregator):
     def parts(self, bucket: Bucket) -> Parts:
         """The bucket's blocks by owner, cut once for each bucket layout."""
         key = (bucket.names, bucket.starts)
+        if len(self._parts) > 64:
+            self._parts.clear()
         if key not in self._parts:
             self._parts[key] = self.table.parts(bucket)
         return self._parts[key]
+
+    @property
+    def state_form(self) -> str:
+        return str(self.compressor)
 
     def state_views(self, name: str) -> list[Tensor]:
         return [self.index.view(self.worker.residual, name)]
@@ -233,6 +247,10 @@ class TwoWayMean(_Compressed):
             self.server.undo(mean, answer, [served])
         self.worker.undo(bucket.flat, sent, parts.by_owner)
         return self._void(bucket, first_bad)
+
+    @property
+    def state_form(self) -> str:
+        return f"{self.compressor}, {self.server_compressor}"
 
     def state_views(self, name: str) -> list[Tensor]:
         mine = self.table.served_by(self.rank)

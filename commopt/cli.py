@@ -19,7 +19,8 @@ from commopt.errors import CommoptError, ConfigError, LaunchError
 if TYPE_CHECKING:
     from commopt.cluster.emulate import Emulation
     from commopt.cluster.run import JobResult
-    from commopt.cluster.spec import ClusterSpec, RunSpec
+    from commopt.cluster.spec import ClusterSpec, Emulate, RunSpec
+    from commopt.report.document import Results
 
 
 class _Commands(typer.core.TyperGroup):
@@ -113,10 +114,10 @@ def launch(
     """
     from commopt.cluster import emulate as emulation_of
     from commopt.cluster.run import run_job
-    from commopt.cluster.spec import Emulate, load_cluster
+    from commopt.cluster.spec import load_cluster
 
     spec = load_cluster(cluster)
-    mode = None if emulate is None else Emulate(emulate.value)
+    mode = checked_mode(spec, emulate, node)
     words = checked_program(command)
     if print_only:
         print_commands(spec, words, emulation_of.preview(spec, mode, node))
@@ -127,6 +128,16 @@ def launch(
     show = _print_labelled if len(emulation.nodes) > 1 else _print_plain
     result = run_job(spec, words, emulation=emulation, log_dir=log_dir, on_line=show)
     report(result)
+
+
+def checked_mode(spec: ClusterSpec, emulate: EmulateOption | None, node: str | None) -> Emulate | None:
+    """The mode that was asked for, if any. Raises ConfigError for a --node that would have no effect."""
+    from commopt.cluster.spec import Emulate
+
+    mode = None if emulate is None else Emulate(emulate.value)
+    if node is not None and not (spec.has_hosts and (mode or spec.emulation) is Emulate.NONE):
+        raise ConfigError(f"--node {node}: has no effect where this machine runs all nodes; leave it out")
+    return mode
 
 
 def checked_program(command: Sequence[str]) -> list[str]:
@@ -220,6 +231,8 @@ def run(
     """Train once, and write a report."""
     from commopt.cluster.spec import load_run
 
+    if method is not None and not method.strip():
+        raise ConfigError(f"--method {method!r}: the name is empty; write one, as in dense")
     spec = load_run(run_file)
     _train_and_report(spec, [method or next(iter(spec.methods))], emulate, node, out, json_file, print_only)
 
@@ -243,7 +256,7 @@ def compare(
     """
     from commopt.cluster.spec import load_run
 
-    names = [name.strip() for name in methods.split(",")] if methods else []
+    names = [name.strip() for name in methods.split(",")] if methods is not None else []
     _train_and_report(load_run(run_file), names, emulate, node, out, json_file, print_only)
 
 
@@ -257,10 +270,9 @@ def _train_and_report(
     print_only: bool,
 ) -> None:
     from commopt.cluster import emulate as emulation_of
-    from commopt.cluster.spec import Emulate
-    from commopt.cluster.training import check_methods, chosen_methods, program_words, train_each
+    from commopt.cluster.training import check_methods, check_outputs, chosen_methods, program_words, train_each
 
-    mode = None if emulate is None else Emulate(emulate.value)
+    mode = checked_mode(spec, emulate, node)
     methods = chosen_methods(spec, names)
     if print_only:
         check_methods(spec, methods)
@@ -272,25 +284,38 @@ def _train_and_report(
         return
     emulation = emulation_of.enter(spec.cluster, emulate=mode, node=node)
     check_methods(spec, methods)
+    out_dir = (out or Path("out") / spec.name).resolve()
+    reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks have seen
+    check_outputs(methods, out_dir, json_file if reports else None)
     for notice in emulation.notices:
         note(notice)
-    out_dir = (out or Path("out") / spec.name).resolve()
-    results = train_each(spec, methods, emulation=emulation, out_dir=out_dir, stream=sys.stdout, on_line=typer.echo)
+    runs = train_each(
+        spec,
+        methods,
+        emulation=emulation,
+        out_dir=out_dir,
+        stream=sys.stdout,
+        on_line=typer.echo,
+        report=lambda results: _report(results, out_dir, json_file) if reports else None,
+    )
+    failed = [result.name for result in runs if result.status != "finished"]
+    if failed:
+        raise LaunchError(f"{', '.join(failed)} did not finish; see above")
 
+
+def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
     from commopt.report.page import results_json, write_report
     from commopt.report.table import show
 
-    if 0 in emulation.nodes:  # on real machines, the first one reports what its own ranks have seen
+    show(results, sys.stdout)
+    try:
         written = write_report(results, out_dir)
-        show(results, sys.stdout)
+    finally:
         if json_file is not None:
             write_text(json_file, results_json(results), option="--json")
-        for path in written:
-            if path.suffix in (".html", ".json"):
-                note(f"wrote {shown(path)}")
-    failed = [result.name for result in results.runs if result.status != "finished"]
-    if failed:
-        raise LaunchError(f"{', '.join(failed)} did not finish; see above")
+    for path in written:
+        if path.suffix in (".html", ".json"):
+            note(f"wrote {shown(path)}")
 
 
 @app.command(epilog="Example: [bold]commopt doctor --json machine.json[/bold]")

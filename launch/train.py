@@ -20,27 +20,23 @@ from commopt.integrations import ddp
 from commopt.methods import with_optimizer
 from commopt.report.recorder import Recorder
 
+STDLIB, PAGE = Path(sysconfig.get_path("stdlib")), 4096
+
 
 def read_corpus(path: Path | None) -> tuple[Tensor, Tensor]:
-    """Training and validation bytes: every 20th file is held out, or the last 5 % of a single file.
+    """Training and validation bytes of a file or a folder; every 20th page of 4 KiB is held out.
 
     Without a path, what every Python has: the standard library's sources and its language reference.
     """
-    if path is not None and path.is_file():
-        text = path.read_bytes()
-        parts = [text[: len(text) * 19 // 20], text[len(text) * 19 // 20 :]]
-    else:
-        root = path or Path(sysconfig.get_path("stdlib"))
-        files = sorted(f for f in root.rglob("*" if path else "*.py") if f.is_file() and "site-packages" not in f.parts)
-        files = [f for f in files if path or "test" not in f.parts]
-        parts = [
-            b"".join(f.read_bytes() for k, f in enumerate(files) if (k % 20 == 19) == held_out)
-            for held_out in (False, True)
-        ]
-    if min(map(len, parts)) < 10_000:
-        raise SystemExit(f"--corpus {path}: {sum(map(len, parts))} bytes are too few to train on and hold out")
-    train, held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
-    return train, held_out
+    files = [path] if path is not None and path.is_file() else sorted((path or STDLIB).rglob("*" if path else "*.py"))
+    files = [
+        f for f in files if f.is_file() and (path or not {"site-packages", "dist-packages", "test"} & set(f.parts))
+    ]
+    text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)) or bytearray(1), dtype=torch.uint8)
+    pages = text[: len(text) // (20 * PAGE) * 20 * PAGE].view(-1, 20, PAGE)
+    if len(pages) == 0:
+        raise SystemExit(f"--corpus {path}: {len(text)} bytes are too few; it takes at least {20 * PAGE}")
+    return pages[:, :19].reshape(-1), pages[:, 19].reshape(-1)
 
 
 def draw(data: Tensor, batch: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -98,7 +94,8 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)  # the same model on every rank
     model = DistributedDataParallel(GPT(args.layers, args.heads, args.width, args.context))
     method, optimizer = with_optimizer(args.method, model.module, options=args.options, optimizer=args.optimizer)
-    attachment = ddp.attach(model, method, None if optimizer is method else optimizer)
+    overlap = method.max_norm is None  # a global norm needs all gradients first
+    attachment = ddp.attach(model, method, None if optimizer is method else optimizer, overlap=overlap)
 
     recorder = Recorder.from_environment()
     parameters = sum(p.numel() for p in model.parameters())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Options by method, in the order asked for; without names, the run's own. Raises ConfigError for a name given twice."""
     for k, name in enumerate(names):
+        if not name:
+            raise ConfigError(f"--methods {','.join(names)!r}: a name is empty; write NAME,NAME,... as in dense,fp16")
         if name in names[:k]:
             raise ConfigError(f"--methods: {name!r} stands twice")
     return {name: run.methods.get(name, {}) for name in names or run.methods}
@@ -57,6 +60,39 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
         raise ConfigError("\n".join(mistakes))
 
 
+def check_outputs(methods: Iterable[str], out_dir: Path, json_file: Path | None) -> None:
+    """Look at every place that training and the report will write to. Raises ConfigError with all that cannot be written."""
+    from commopt.report.page import FILES
+
+    mistakes = []
+    folders = [out_dir, *(out_dir / kind / name for kind in ("record", "log") for name in methods)]
+    wrong = dict.fromkeys(filter(None, map(_folder_mistake, folders)))  # a file in the way of several is told once
+    wrong |= dict.fromkeys(f"{out_dir / name} is a folder" for name in FILES if os.path.isdir(out_dir / name))
+    mistakes += [f"--out {out_dir}: {text}; remove it, or write another folder" for text in wrong]
+    if json_file is not None:
+        folder = json_file.resolve().parent
+        if os.path.isdir(json_file):
+            mistakes.append(f"--json {json_file}: is a folder; write the name of a file")
+        elif os.path.exists(json_file):
+            if not os.access(json_file, os.W_OK):
+                mistakes.append(f"--json {json_file}: cannot be written; write another path")
+        elif not os.path.isdir(folder) and folder not in (out_dir, *out_dir.parents):
+            mistakes.append(f"--json {json_file}: there is no folder {folder}; make it, or write another path")
+        elif text := _folder_mistake(folder):
+            mistakes.append(f"--json {json_file}: {text}; write another path")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _folder_mistake(folder: Path) -> str | None:
+    """Why there can be no folder to write in: the folder itself, or the nearest one that exists above it."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not os.path.isdir(folder):
+        return f"{folder} is no folder"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
+
+
 def train_each(
     run: RunSpec,
     methods: Mapping[str, Mapping[str, Any]],
@@ -65,10 +101,12 @@ def train_each(
     out_dir: Path,
     stream: TextIO,
     on_line: Callable[[str], None],
-) -> Results:
+    report: Callable[[Results], None],
+) -> list[RunResult]:
     """Train under each method in turn, showing progress on `stream`. A run that fails does not keep the next from starting.
 
-    out_dir gets record/METHOD/rank*.jsonl and log/METHOD/NODE.log. On Ctrl-C the exception goes on, and nothing is left running.
+    out_dir gets record/METHOD/rank*.jsonl and log/METHOD/NODE.log. `report` gets all runs at the end. On Ctrl-C or an error it
+    gets those that had ended, if any; then the exception goes on, and nothing is left running.
     """
     from commopt import kernels
     from commopt.report.document import Cluster
@@ -76,12 +114,20 @@ def train_each(
     from commopt.report.results import assemble
 
     kernels.warm_up()  # before the ranks start: four of them compiling at once would cost seconds of the first step
-    results = []
-    with Live(stream) as live:
-        for name, options in methods.items():
-            results.append(_train(run, name, options, emulation=emulation, out_dir=out_dir, live=live, on_line=on_line))
-    cluster = Cluster.from_spec(run.cluster, emulation=emulation.mode.value, notices=list(emulation.notices))
-    return assemble(results, cluster)
+    results: list[RunResult] = []
+    try:
+        with Live(stream) as live:
+            for name, options in methods.items():
+                results.append(
+                    _train(run, name, options, emulation=emulation, out_dir=out_dir, live=live, on_line=on_line)
+                )
+    finally:
+        missing = list(methods)[len(results) :]
+        notices = [*emulation.notices, *([f"ended early, without {', '.join(missing)}"] if missing else [])]
+        if results:
+            cluster = Cluster.from_spec(run.cluster, emulation=emulation.mode.value, notices=notices)
+            report(assemble(results, cluster))
+    return results
 
 
 def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[str]:
@@ -141,9 +187,9 @@ def _train(
 
 
 def _emptied(folder: Path) -> Path:
-    if folder.exists():
-        shutil.rmtree(folder)
     try:
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(

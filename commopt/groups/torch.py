@@ -37,6 +37,7 @@ class TorchGroup(Group):
         Raises GroupError where torch could not bring the ranks of a sub-group together.
         """
         parent = process_group or dist.group.WORLD
+        timeout = timeout or _timeout(parent)
         ranks = dist.get_process_group_ranks(parent)
         everyone = len(ranks) == dist.get_world_size()
         if not everyone:
@@ -126,3 +127,12 @@ def _check_group_counts(parent: dist.ProcessGroup | None) -> None:
             "the ranks of this process group are in different numbers of process groups, and torch cannot make another one "
             "of them alone; let all ranks of the job call torch.distributed.new_group, and pass group=TorchGroup(that group)"
         )
+
+
+def _timeout(process_group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long the calls of a process group may take; torch's default where it does not say."""
+    if process_group is None:
+        return None
+    device = torch.device("cuda" if dist.get_backend(process_group) == "nccl" else "cpu")
+    options = getattr(process_group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)

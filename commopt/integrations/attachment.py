@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from commopt.links import LinkModel
 from commopt.wire import Payload
 
 _log = logging.getLogger(__name__)
-_MARK = "_commopt_attachment"
+_ATTACHED: weakref.WeakSet[Module] = weakref.WeakSet()  # not an attribute of the model, which must stay picklable
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -46,12 +47,14 @@ class Attachment:
         self.waited_s = 0.0
         self.steps = 0
         self._void_names: set[str] = set()
-        self._exchanged: dict[str, int] = {}  # parameter name -> version of its gradient when backward had ended
+        # parameter name -> its gradient when backward had ended, and the version of that
+        self._exchanged: dict[str, tuple[Tensor | None, int]] = {}
+        self._known = {id(p) for p in self.parameters.values()}
         self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
         group.traffic.method = method.name
         method.bind(list(self.parameters.items()), group)
         self.model = model
-        setattr(model, _MARK, self)
+        _ATTACHED.add(model)
         self._handles: list[Any] = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -62,8 +65,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if getattr(self.model, _MARK, None) is self:
-            delattr(self.model, _MARK)
+        _ATTACHED.discard(self.model)
 
     def bucket_layout(self) -> list[list[str]]:
         """The parameters of each bucket that was exchanged last, for a checkpoint; empty where it never changes."""
@@ -100,17 +102,20 @@ class Attachment:
         if self.is_update_method:
             for name in (name for bucket in buckets for name in bucket.names if name in self._exchanged):
                 raise GradientsChanged(
-                    f"{name}: backward ran again before {self.method.name}.step(); accumulate under model.no_sync()"
+                    f"{name}: a second exchange before {self.method.name}.step(), which must follow every one; to accumulate "
+                    "gradients over several backwards, run all but the last under model.no_sync()"
                 )
         for bucket in buckets:
             self._void_names.difference_update(bucket.names)
         scaler = self.method.grad_scaler
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        if self.method.is_linear:
+            scale = 1.0  # nothing is kept from step to step, and half precision on the wire needs the scale
         work = [self._unscaled(bucket, scale) for bucket in buckets]
         self.method.exchange(work, self.group)
         for bucket, done in zip(buckets, work, strict=True):
             for name in bucket.names:
-                self._exchanged[name] = -1
+                self._exchanged[name] = (None, -1)
             if done.void is not None:
                 self._record_void(bucket, done.void)
                 # a GradScaler, known to us or not, finds the NaN on every rank alike, skips the step and lowers its scale
@@ -125,12 +130,12 @@ class Attachment:
         """Remember the gradients as backward left them, so that `step` sees a change."""
         for name in self._exchanged:
             grad = self.parameters[name].grad
-            self._exchanged[name] = -1 if grad is None else grad._version
+            self._exchanged[name] = (grad, -1 if grad is None else grad._version)
 
     def save_for_rollback(self, bucket: Bucket) -> None:
         """Keep the state of parameters without any gradient here, in case that no rank has one."""
         for name, x in bucket.views():
-            if not bool(x[:8].any()) and not bool(x.any()):
+            if name not in self._rollback and not bool(x[:8].any()) and not bool(x.any()):
                 self._rollback[name] = [(view, view.clone()) for view in self.method.state_views(name)]
 
     def _unscaled(self, bucket: Bucket, scale: float) -> Bucket:
@@ -156,10 +161,14 @@ class Attachment:
             raise AttachError(
                 "optimizer.step() takes no closure here: gradients are exchanged before it; call backward, then step()"
             )
+        for group in self.optimizer.param_groups:
+            if any(p.grad is not None and id(p) not in self._known for p in group["params"]):
+                raise AttachError("a parameter that was frozen at attach has a gradient: detach(), and attach again")
         if self.is_update_method:
             self._check_gradients()
         for name, saved in self._rollback.items():
-            if self.parameters[name].grad is None:  # used on no rank: as if it had never been exchanged
+            grad = self.parameters[name].grad  # None, or the zeros that the user left: used on no rank
+            if grad is None or not (self.is_update_method or bool(grad.any())):  # as if it had never been exchanged
                 for view, value in saved:
                     view.copy_(value)
         if self._void_names and not self.is_update_method:  # a norm with NaN in it, and clipping by it, has spread them
@@ -183,7 +192,8 @@ class Attachment:
                 raise GradientsChanged(
                     f"{name}: step() without an exchange; was the last backward under no_sync(), or not through the wrapped model?"
                 )
-            if p.grad._version > self._exchanged[name] + allowed >= 0:
+            grad, version = self._exchanged[name]
+            if version >= 0 and (p.grad is not grad or p.grad._version > version + allowed):
                 raise GradientsChanged(
                     f"{name}: the gradient was changed after backward, where it is only a copy of what {self.method.name} "
                     "has exchanged; clip with the option max_norm, and pass a GradScaler as the option grad_scaler"
@@ -220,7 +230,7 @@ def check_optimizer(method: Aggregator, optimizer: torch.optim.Optimizer | None)
         return method
     if not isinstance(method, Aggregator):
         raise AttachError(f"{type(method).__name__} is no commopt method; make one with commopt.build(...)")
-    if optimizer is None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise AttachError(
             f"{method.name} replaces gradients: pass the optimizer that applies them, attach(model, method, optimizer)"
         )
@@ -229,7 +239,9 @@ def check_optimizer(method: Aggregator, optimizer: torch.optim.Optimizer | None)
 
 def check_parameters(model: Module, method: Aggregator, optimizer: torch.optim.Optimizer) -> dict[str, Parameter]:
     """The trainable parameters by name, in registration order. Raises AttachError for any that the method cannot serve."""
-    if hasattr(model, _MARK):
+    if hasattr(method, "index"):
+        raise AttachError(f"this {method.name} was attached to a model before; build another one")
+    if model in _ATTACHED:
         raise AttachError("a method is attached to this model already; call detach() on what attach returned first")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
@@ -254,6 +266,11 @@ def check_parameters(model: Module, method: Aggregator, optimizer: torch.optim.O
             raise AttachError(f"{name} is not contiguous in memory (channels_last?); call .contiguous() on the model")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     strangers = known - {id(p) for p in model.parameters()}
-    if strangers or not known & {id(p) for p in named.values()}:
+    if strangers:
         raise AttachError("the optimizer holds parameters that are not this model's; build it from model.parameters()")
+    for name, p in named.items():
+        if id(p) not in known:
+            raise AttachError(
+                f"the optimizer does not hold the trainable parameter {name}; attach takes one optimizer with all of them"
+            )
     return named

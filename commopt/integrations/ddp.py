@@ -15,6 +15,7 @@ from commopt.errors import AttachError
 from commopt.groups import Group
 from commopt.integrations.attachment import Attachment, check_optimizer, connect
 from commopt.integrations.lane import Lane
+from commopt.links import schedule
 
 
 class DDPAttachment(Attachment):
@@ -34,6 +35,12 @@ class DDPAttachment(Attachment):
         self._collected: list[tuple[Bucket, Future[torch.Tensor]]] = []
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._last_hook_s = 0.0
+        self._ddps_own: list[tuple[str, str, int]] = []
+        buffers = sum(x.nbytes for x in model.modules_buffers) if model.broadcast_buffers else 0
+        if buffers:
+            self._ddps_own.append(("DDP's buffers", "broadcast", buffers))
+        if model.find_unused_parameters and not model.static_graph:
+            self._ddps_own.append(("DDP's unused parameters", "all_reduce", 4 * len(self.parameters)))
         self._layout: dict[int, tuple[str, ...]] = {}
         self._resumed_layout: list[list[str]] = []
         model.register_comm_hook(self, DDPAttachment._hook)
@@ -63,6 +70,13 @@ class DDPAttachment(Attachment):
             return future.then(lambda f: f.value())
         return self._lane.submit(lambda: self._exchange_one(ours)).then(lambda f: f.value())
 
+    def _count_ddps_own(self) -> None:
+        """Count what DDP itself sends in this step: rank 0's buffers, and which parameters were used."""
+        traffic = self.group.traffic
+        for label, operation, nbytes in self._ddps_own:
+            traffic.bucket = label
+            traffic.record(operation, schedule(operation, nbytes, self.group.rank, self.group.size))
+
     def _wrap(self, bucket: GradBucket) -> Bucket:
         flat, views = bucket.buffer(), bucket.gradients()
         names = tuple(self._name_of[id(p)] for p in bucket.parameters())
@@ -74,6 +88,8 @@ class DDPAttachment(Attachment):
 
     def _exchange(self, buckets: list[Bucket]) -> None:
         """Run buckets; DDP's first ones after a resume as those that it had made before, and will make again."""
+        if any(bucket.label == "bucket 0" for bucket in buckets):  # once a step, on the thread that counts everything
+            self._count_ddps_own()
         layout, self._resumed_layout = self._resumed_layout, []
         views = dict(view for bucket in buckets for view in bucket.views())
         if not layout or sorted(views) != sorted(name for names in layout for name in names):

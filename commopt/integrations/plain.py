@@ -30,6 +30,10 @@ class PlainAttachment(Attachment):
     ) -> None:
         super().__init__(model, method, optimizer, group)
         self.bucket_bytes, self.find_unused_parameters = bucket_bytes, find_unused_parameters
+        self._has_new_gradients = False
+        for p in self.parameters.values():
+            hook = p.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
+            self._handles.append(hook)
         with torch.no_grad():
             for x in (*model.parameters(), *model.buffers()):
                 flat = x.detach().contiguous().view(-1)
@@ -51,7 +55,11 @@ class PlainAttachment(Attachment):
                     else:
                         p.grad.copy_(x.view_as(p))
         self.note_versions()
+        self._has_new_gradients = False
         self.waited_s += time.perf_counter() - start
+
+    def _note_backward(self, _: Tensor) -> None:
+        self._has_new_gradients = True
 
     def _used_anywhere(self) -> list[str]:
         """Parameters that have a gradient on some rank; without `find_unused_parameters`, all of them."""
@@ -78,7 +86,7 @@ class PlainAttachment(Attachment):
         return [*buckets, Bucket.of(pending, f"bucket {len(buckets)}")] if pending else buckets
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        if not self._exchanged and len(args) < 2 and not kwargs:
+        if (self._has_new_gradients or not self._exchanged) and len(args) < 2 and not kwargs:
             self.exchange()
         super()._before_step(optimizer, args, kwargs)
 
@@ -104,10 +112,11 @@ def attach(
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise AttachError("this model averages gradients itself: use integrations.ddp.attach, or pass model.module")
     check_optimizer(method, optimizer)
-    if method.grad_scaler is not None and group is not None and group.size > 1:
+    group = group or connect()
+    if method.grad_scaler is not None and group.size > 1:
         raise AttachError(
             "GradScaler decides on each rank alone before a plain exchange; use integrations.ddp with grad_scaler"
         )
     if bucket_bytes < 1:
         raise AttachError(f"bucket_bytes: {bucket_bytes!r} is out of range; write a number of bytes above 0")
-    return PlainAttachment(model, method, optimizer, group or connect(), bucket_bytes, find_unused_parameters)
+    return PlainAttachment(model, method, optimizer, group, bucket_bytes, find_unused_parameters)

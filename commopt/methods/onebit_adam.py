@@ -118,20 +118,19 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
         device = named_parameters[0][1].device
         self._momentum = torch.zeros(self.index.total, device=device)
         self._variance = torch.zeros(self.index.total, device=device)
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._parameters = dict(named_parameters)
-        for name, p in named_parameters:
-            if id(p) not in self._group_of:
-                raise AttachError(
-                    f"onebit_adam was not given the trainable parameter {name!r}; build it from this model's"
-                )
-        for name in self.momentum_mask:
+        for name, mask in self.momentum_mask.items():
             if name not in self._parameters:
                 raise AttachError(f"momentum_mask: the model has no trainable parameter {name!r}")
+            shape = self._parameters[name].shape
+            given = tuple(torch.as_tensor(mask).shape)
+            if len(given) > len(shape) or any(n not in (1, m) for n, m in zip(given[::-1], shape[::-1], strict=False)):
+                raise AttachError(f"momentum_mask: {name!r} is of shape {tuple(shape)}, its mask of {given}")
         self._link_state()
 
     def _link_state(self) -> None:
         """Make state[p] views of the flat tensors, with the values that are there already."""
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         for name, p in self._parameters.items():
             old = self.state.get(p, {})
             views = {
@@ -269,6 +268,10 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
 
     def _options(self, name: str) -> dict[str, Any]:
         return self._group_of[id(self._parameters[name])]
+
+    @property
+    def state_form(self) -> str:
+        return self._two_way.state_form
 
     def state_views(self, name: str) -> list[Tensor]:
         own = [self.index.view(self._momentum, name), self.index.view(self._variance, name)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commopt.errors import ConfigError, LaunchError
 from commopt.report import plots
 from commopt.report.results import Cluster, Node, NodeBytes, Results, RunResult
 from commopt.report.table import COLUMNS, NOTHING, cells, event_texts, loss_above_dense, readings
@@ -24,15 +25,26 @@ MODES = {
 }
 
 
+FILES = ("results.json", "report.html", *(f"{name}.png" for name in plots.PLOTS))
+
+
 def write_report(results: Results, out_dir: Path) -> list[Path]:
-    """Write results.json, report.html and the pictures in `out_dir`, each whole or not at all; returns their paths."""
+    """Write results.json, report.html and the pictures in `out_dir`, each whole or not at all; returns their paths.
+
+    Raises LaunchError for a file that cannot be written.
+    """
     drawn = {name: draw(results) for name, draw in plots.PLOTS.items()}
     contents = {"results.json": results_json(results).encode(), "report.html": page(results).encode()}
     contents |= {f"{name}.png": plots.png(figure) for name, figure in drawn.items()}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        _write_whole(out_dir / name, content)
-    return [out_dir / name for name in contents]
+    path = out_dir
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            path = out_dir / name
+            _write_whole(path, content)
+    except OSError as error:
+        raise LaunchError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
+    return [out_dir / name for name in FILES]
 
 
 def results_json(results: Results) -> str:
@@ -43,8 +55,6 @@ def results_json(results: Results) -> str:
 def read_results(path: Path) -> Results:
     """The document that `write_report` wrote. Raises ConfigError if the file is no such document."""
     from pydantic import ValidationError
-
-    from commopt.errors import ConfigError
 
     try:
         return Results.model_validate_json(path.read_bytes())
