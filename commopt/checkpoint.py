@@ -1,21 +1,20 @@
 """Save and resume a training, residuals included, at the same number of ranks or at another.
 
 One folder per checkpoint, written by torch.distributed.checkpoint: model, optimizer and what is equal on all ranks
-once, each rank's own residuals and random state under its rank. What is no tensor travels as JSON, so nothing is unpickled
-but torch's own metadata. All ranks must see the same folder.
+once, each rank's own residuals and random state under its rank. What is no tensor is read with weights_only=True. All
+ranks must see the same folder.
 """
 
 from __future__ import annotations
 
-import json
-import logging
+import io
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,39 +30,62 @@ from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup
 from commopt.integrations.attachment import Attachment
 
 _FORMAT = 1
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def save(folder: str | Path, attachment: Attachment, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write everything that training needs to go on bit for bit; all ranks call it, between steps.
 
-    extra: anything that JSON holds (step, epoch, learning-rate schedule). The folder is replaced as a whole, after everything
-    has been written: a crash or a full disk leaves the one that was there. Raises CheckpointError.
+    extra: anything that `torch.load(weights_only=True)` takes: numbers, texts, dicts, lists, tensors; a learning-rate
+    scheduler's state_dict. That of rank 0 is kept. The folder is replaced as a whole, after everything has been written:
+    a crash or a full disk leaves the one that was there. Raises CheckpointError, on all ranks alike.
     """
     folder = Path(folder)
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     group = attachment.group
     process_group = _process_group(group)
-    if group.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-    group.barrier()
-    tensors = _everything(attachment, extra or {})
-    try:
-        _write(tensors, partial, process_group)
-    except (Exception, CheckpointException) as error:  # torch's is no Exception
-        group.barrier()
+
+    def prepare() -> dict[str, Tensor]:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file")
         if group.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        kept = f"; {folder} is as it was" if folder.exists() else ""
-        raise CheckpointError(f"{folder}: the checkpoint could not be written: {_first_line(error)}{kept}") from error
-    if group.rank == 0:
-        if folder.exists():
+            partial.parent.mkdir(parents=True, exist_ok=True)
+        return _everything(attachment, extra or {})
+
+    def replace() -> None:
+        if group.rank == 0:
             shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    group.barrier()
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        tensors = _together(group, prepare)
+        _together(group, lambda: _write(tensors, partial, process_group))
+        _together(group, replace)
+    except CheckpointError as error:
+        if group.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = f"; {folder} is as it was" if folder.is_dir() else ""
+        raise CheckpointError(f"{folder}: the checkpoint could not be written: {error}{kept}") from error
+
+
+def _together(group: Group, part: Callable[[], T]) -> T:
+    """Do one part on every rank. Raises CheckpointError on all of them if any failed, so that none waits for another."""
+    result, failure = None, None
+    try:
+        result = part()
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
+        failure = error
+    count = torch.tensor([failure is not None], dtype=torch.int32)
+    group.all_reduce(count)
+    if failure is not None:
+        raise CheckpointError(_first_line(failure)) from failure
+    if int(count):
+        raise CheckpointError(f"{int(count)} other ranks failed; they say why")
+    return cast(T, result)
 
 
 def load(folder: str | Path, attachment: Attachment) -> dict[str, Any]:
@@ -80,9 +102,9 @@ def load(folder: str | Path, attachment: Attachment) -> dict[str, Any]:
         stored = reader.read_metadata().state_dict_metadata
     except Exception as error:
         raise CheckpointError(f"{folder}: there is no complete checkpoint here: {_first_line(error)}") from error
-    meta = json.loads(bytes(_read(folder, stored, ["meta"])["meta"].tolist()))
-    _check(folder, meta, attachment)
+    meta = _unpickled(_read(folder, stored, ["meta"])["meta"])
     model = _read(folder, stored, [key for key in stored if key.startswith("model/")])
+    _check(folder, meta, model, attachment)
     optimizer = _read(folder, stored, [key for key in stored if key.startswith("optimizer/")])
     with torch.no_grad():
         attachment.model.load_state_dict({key.removeprefix("model/"): x for key, x in model.items()})
@@ -109,31 +131,47 @@ def _everything(attachment: Attachment, extra: Mapping[str, Any]) -> dict[str, T
         "format": _FORMAT,
         "ranks": attachment.group.size,
         "method": attachment.method.name,
+        "form": attachment.method.state_form,
+        "optimizer_type": type(attachment.optimizer).__name__,
         "steps": attachment.steps,
         "parameters": [[name, list(p.shape)] for name, p in attachment.parameters.items()],
         "buckets": attachment.bucket_layout(),
         "optimizer": optimizer,
         "extra": dict(extra),
     }
-    try:
-        text = json.dumps(meta)
-    except TypeError as error:
-        raise CheckpointError(f"extra, and the optimizer's options, must be what JSON holds: {error}") from None
-    tensors["meta"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    tensors["meta"] = _pickled(meta)
     return tensors
 
 
+def _pickled(meta: Mapping[str, Any]) -> Tensor:
+    """Bytes that torch.load takes with weights_only=True. Raises CheckpointError for what it would refuse."""
+    buffer = io.BytesIO()
+    torch.save(meta, buffer)
+    packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    try:
+        _unpickled(packed)
+    except Exception as error:
+        raise CheckpointError(
+            f"extra must be what torch.load(weights_only=True) takes: {_first_line(error)}"
+        ) from error
+    return packed
+
+
+def _unpickled(packed: Tensor) -> dict[str, Any]:
+    return cast(dict[str, Any], torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True))
+
+
 def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An optimizer's state_dict as JSON, with {"tensor": key} in the places of its tensors, and those tensors."""
+    """An optimizer's state_dict with {"tensor": key} in the places of its tensors, and those tensors."""
     tensors: dict[str, Tensor] = {}
-    entries: dict[str, Any] = {}
+    entries: dict[int, Any] = {}
     for index, entry in state["state"].items():
-        entries[str(index)] = {}
+        entries[index] = {}
         for key, value in entry.items():
             if isinstance(value, Tensor):
                 tensors[f"{index}/{key}"] = value
                 value = {"tensor": f"{index}/{key}"}
-            entries[str(index)][key] = value
+            entries[index][key] = value
     return {"state": entries, "param_groups": state["param_groups"]}, tensors
 
 
@@ -141,25 +179,38 @@ def _optimizer_state(described: Mapping[str, Any], tensors: Mapping[str, Tensor]
     def value(x: Any) -> Any:
         return tensors[f"optimizer/{x['tensor']}"] if isinstance(x, dict) and "tensor" in x else x
 
-    state = {int(index): {key: value(x) for key, x in entry.items()} for index, entry in described["state"].items()}
-    groups = [
-        {**group, **({"betas": tuple(group["betas"])} if "betas" in group else {})}
-        for group in described["param_groups"]
-    ]
-    return {"state": state, "param_groups": groups}
+    state = {index: {key: value(x) for key, x in entry.items()} for index, entry in described["state"].items()}
+    return {"state": state, "param_groups": described["param_groups"]}
 
 
-def _check(folder: Path, meta: Mapping[str, Any], attachment: Attachment) -> None:
+def _check(folder: Path, meta: Mapping[str, Any], model: Mapping[str, Tensor], attachment: Attachment) -> None:
+    """Raise CheckpointError unless all that was saved has its place here."""
     if meta["format"] != _FORMAT:
         raise CheckpointError(f"{folder}: format {meta['format']} is not the {_FORMAT} that this version reads")
-    if meta["method"] != attachment.method.name:
-        raise CheckpointError(f"{folder}: was saved under {meta['method']}, not {attachment.method.name}")
+    own_optimizer = type(attachment.optimizer).__name__
+    for what, saved, own in (
+        ("under", meta["method"], attachment.method.name),
+        ("with the optimizer", meta["optimizer_type"], own_optimizer),
+        ("with", meta["form"], attachment.method.state_form),
+    ):
+        if saved != own:
+            raise CheckpointError(f"{folder}: was saved {what} {saved}, not {own}")
     here = [[name, list(p.shape)] for name, p in attachment.parameters.items()]
-    for saved, own in _pairs(meta["parameters"], here):
+    tensors = [[key.removeprefix("model/"), list(x.shape)] for key, x in sorted(model.items())]
+    own_tensors = [[key, list(x.shape)] for key, x in sorted(attachment.model.state_dict().items())]
+    for saved, own in (*_pairs(meta["parameters"], here), *_pairs(tensors, own_tensors)):
         if saved != own:
             raise CheckpointError(
                 f"{folder}: is of another model: it has {_described(saved)} where this one has {_described(own)}"
             )
+    sizes = [
+        [len(group["params"]) for group in one]
+        for one in (meta["optimizer"]["param_groups"], attachment.optimizer.param_groups)
+    ]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{folder}: its optimizer has parameter groups of {sizes[0]} parameters, this one of {sizes[1]}"
+        )
 
 
 def _pairs(a: list[Any], b: list[Any]) -> Iterator[tuple[Any, Any]]:

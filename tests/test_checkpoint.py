@@ -124,27 +124,74 @@ def refusals(pg: Any, folder: str) -> list[str]:
     model, attachment = attached(pg, "ef_sign", {}, "plain")
     train(model, attachment, 0, 2)
     checkpoint.save(folder, attachment)
-    attachment.detach()
     messages = []
-    for name, width, where in (("dense", 33, folder), ("ef_sign", 34, folder), ("ef_sign", 33, folder + "-none")):
-        _, other = attached(pg, name, {}, "plain", width=width)
+    others: list[tuple[str, dict[str, Any], int, str]] = [
+        ("dense", {}, 33, folder),
+        ("ef_sign", {}, 34, folder),
+        ("ef_sign", {"block_size": 512}, 33, folder),
+        ("ef_sign", {}, 33, folder + "-none"),
+    ]
+    for name, options, width, where in others:
+        _, other = attached(pg, name, options, "plain", width=width)
         before = parameters(other)
         with pytest.raises(CheckpointError) as caught:
             checkpoint.load(where, other)
         assert torch.equal(before, parameters(other))
         messages.append(str(caught.value))
         other.detach()
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint.save(folder, attachment, extra={"a": object()})
-    return [*messages, str(caught.value)]
+    extra = {"a": print} if attachment.group.rank == 0 else {}
+    for where, what in ((folder, extra), (__file__, {}), (__file__ + "/c", {})):
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.save(where, attachment, extra=what)
+        messages.append(str(caught.value))
+    attachment.detach()
+    return messages
 
 
 def test_what_does_not_belong_is_refused_and_changes_nothing(pool: Pool, tmp_path: Path) -> None:
-    method, model, missing, extra = pool.run(2, refusals, str(tmp_path / "c"))[0]
+    ranks = pool.run(2, refusals, str(tmp_path / "c"))
+    method, model, form, missing, extra, is_file, in_file = ranks[0]
     assert "was saved under ef_sign, not dense" in method
     assert "0.weight of shape (33, 21)" in model
+    assert "BlockSign(block_size=512)" in form
     assert "no complete checkpoint here" in missing
-    assert "JSON" in extra
+    assert "weights_only" in extra
+    assert "is as it was" in extra
+    assert "other ranks failed" in ranks[1][4]
+    assert "is a file" in is_file
+    assert "could not be written" in in_file
+
+
+def scheduled(pg: Any, folder: str) -> bool:
+    model, attachment = attached(pg, "onebit_adam", {"freeze_step": 3, "lr": 0.01}, "plain")
+    options: dict[str, Any] = {"max_lr": 0.1, "total_steps": 12}
+    schedule = torch.optim.lr_scheduler.OneCycleLR(attachment.optimizer, **options)
+    steps = torch.optim.lr_scheduler.MultiStepLR(attachment.optimizer, milestones=[7, 9])
+    for step in range(5):
+        train(model, attachment, step, step + 1)
+        schedule.step()
+        steps.step()
+    checkpoint.save(folder, attachment, extra={"cycle": schedule.state_dict(), "steps": steps.state_dict()})
+    again, resumed = attached(pg, "onebit_adam", {"freeze_step": 3, "lr": 0.01}, "plain", seed=5)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(resumed.optimizer, **options)
+    more = torch.optim.lr_scheduler.MultiStepLR(resumed.optimizer, milestones=[7, 9])
+    extra = checkpoint.load(folder, resumed)
+    cycle.load_state_dict(extra["cycle"])
+    more.load_state_dict(extra["steps"])
+    torch_state = torch.get_rng_state()
+    for a, b, c, d in ((model, attachment, schedule, steps), (again, resumed, cycle, more)):
+        torch.set_rng_state(torch_state)
+        for step in range(5, 11):
+            train(a, b, step, step + 1)
+            c.step()
+            d.step()
+    attachment.detach()
+    resumed.detach()
+    return torch.equal(parameters(attachment), parameters(resumed))
+
+
+def test_learning_rate_schedules_go_on(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(2, scheduled, str(tmp_path / "c")) == [True, True]
 
 
 def failed_save(pg: Any, folder: str) -> tuple[str, bool]:
