@@ -23,8 +23,6 @@ MODES = {
     "paced": "by pacing: a message is delivered no earlier than the link would have; the kernel shapes nothing",
     "none": "not at all: the links are those of the machines themselves",
 }
-
-
 FILES = ("results.json", "report.html", *(f"{name}.png" for name in plots.PLOTS))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from synthetic_runs import CLUSTER, DENSE, FP16, ONEBIT, results_of, run_of, short
 
+from commopt.errors import LaunchError
 from commopt.report import plots
 from commopt.report.page import headline, page, read_results, sites, write_report
 from commopt.report.results import Cluster, Node, Results, RunResult, collect
@@ -96,6 +97,16 @@ def test_the_pictures_on_the_page_do_not_share_ids(results: Results) -> None:
     addresses.feed(page(results))
     assert len(addresses.ids) == len(set(addresses.ids))
     assert {address[1:] for address in addresses.found} <= set(addresses.ids)
+
+
+def test_a_file_that_cannot_be_written_is_named(results: Results, tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(
+        LaunchError, match=rf"^{re.escape(str(tmp_path))}/report\.html: cannot be written: is a directory$"
+    ):
+        write_report(results, tmp_path)
+    assert read_results(tmp_path / "results.json") == results
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
 
 
 def test_the_page_follows_light_and_dark(results: Results) -> None:
