@@ -272,7 +272,7 @@ def _train_and_report(
     from commopt.cluster import emulate as emulation_of
     from commopt.cluster.training import check_methods, check_outputs, chosen_methods, program_words, train_each
 
-    mode = checked_mode(spec, emulate, node)
+    mode = checked_mode(spec.cluster, emulate, node)
     methods = chosen_methods(spec, names)
     if print_only:
         check_methods(spec, methods)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -67,6 +68,7 @@ def check_outputs(methods: Iterable[str], out_dir: Path, json_file: Path | None)
     mistakes = []
     folders = [out_dir, *(out_dir / kind / name for kind in ("record", "log") for name in methods)]
     wrong = dict.fromkeys(filter(None, map(_folder_mistake, folders)))  # a file in the way of several is told once
+    wrong |= dict.fromkeys(f"{folder} is a link" for folder in folders[1:] if folder.is_symlink())
     wrong |= dict.fromkeys(f"{out_dir / name} is a folder" for name in FILES if os.path.isdir(out_dir / name))
     mistakes += [f"--out {out_dir}: {text}; remove it, or write another folder" for text in wrong]
     if json_file is not None:
@@ -90,7 +92,11 @@ def _folder_mistake(folder: Path) -> str | None:
         folder = folder.parent
     if not os.path.isdir(folder):
         return f"{folder} is no folder"
-    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # os.access tells root that all is well, even in /proc
+    except OSError as error:
+        return f"{folder} cannot be written: {(error.strerror or str(error)).lower()}"
+    return None
 
 
 def train_each(

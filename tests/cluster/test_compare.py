@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launchers import finish, processes, start, wait_until
 
+from commopt import cli
 from commopt.cluster.spec import load_run
-from commopt.cluster.training import check_methods, chosen_methods
+from commopt.cluster.training import check_methods, check_outputs, chosen_methods
 from commopt.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,14 +132,141 @@ def test_a_mistake_ends_the_command_before_anything_is_made(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_fails_is_told_once_and_the_next_one_still_runs(tmp_path: Path) -> None:
-    program = tmp_path / "train.py"
-    program.write_text(
-        "import sys, runpy, os\n"
-        "if 'fp16' in sys.argv and os.environ['RANK'] == '1': raise ValueError('rank one gives up')\n"
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (
+            ["--json", "nowhere/copy.json"],
+            "--json nowhere/copy.json: there is no folder TMP/nowhere; make it, or write",
+        ),
+        (["--json", "folder"], "--json folder: is a folder; write the name of a file"),
+        (["--json", "file/copy.json"], "--json file/copy.json: there is no folder TMP/file; make it, or write"),
+        (["--json", "/proc/copy.json"], "--json /proc/copy.json: /proc cannot be written: no such file or directory"),
+        (["--out", "file"], "--out TMP/file: TMP/file is no folder; remove it, or write another folder"),
+        (["--out", "file/below"], "--out TMP/file/below: TMP/file is no folder; remove it, or write another folder"),
+        (["--out", "/proc/below"], "--out /proc/below: /proc cannot be written: no such file or directory"),
+        (["--out", "page"], "--out TMP/page: TMP/page/report.html is a folder; remove it, or write another folder"),
+        (["--out", "record"], "--out TMP/record: TMP/record/record/dense is no folder; remove it, or write another"),
+        (["--out", "link"], "--out TMP/link: TMP/link/log/dense is a link; remove it, or write another folder"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "page/report.html", "record/record", "link/log"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link/log/dense").symlink_to(tmp_path / "folder")
+    for file in ("file", "record/record/dense"):
+        (tmp_path / file).touch()
+    before = sorted(tmp_path.rglob("*"))
+    option, path = words
+    places = (tmp_path / "out", Path(path)) if option == "--json" else (tmp_path / path, None)
+    with pytest.raises(ConfigError) as caught:
+        check_outputs(["dense"], *places)
+    assert str(caught.value).startswith(complaint.replace("TMP", str(tmp_path)))
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_outputs_are_looked_at_before_anything_is_made(tmp_path: Path) -> None:
+    run = write(tmp_path, methods="{dense: {}}")
+    done = commopt(tmp_path, "run", str(run), "--emulate", "none", "--json", "nowhere/copy.json")
+    assert done.returncode == 2
+    assert done.stderr.startswith("commopt: --json nowhere/copy.json: there is no folder")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_may_go_where_the_report_goes(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    for place in (out, out.parent, tmp_path):
+        check_outputs(["dense"], out, place / "copy.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["compare", "RUN", "--methods", ","], "--methods ',': a name is empty; write NAME,NAME,... as in dense,fp16"),
+        (["compare", "RUN", "--methods", "dense,,fp16"], "--methods 'dense,,fp16': a name is empty; write NAME,NAME"),
+        (["compare", "RUN", "--methods", ""], "--methods '': a name is empty; write NAME,NAME,... as in dense,fp16"),
+        (["run", "RUN", "--method", ""], "--method '': the name is empty; write one, as in dense"),
+        (
+            ["run", "RUN", "--node", "nosuch"],
+            "--node nosuch: has no effect where this machine runs all nodes; leave it",
+        ),
+        (["run", "RUN", "--node", "node0", "--print"], "--node node0: has no effect where this machine runs all nodes"),
+        (["compare", "RUN", "--node", "nosuch"], "--node nosuch: has no effect where this machine runs all nodes"),
+        (["launch", "CLUSTER", "--node", "nosuch", "--", "true"], "--node nosuch: has no effect where this machine"),
+    ],
+)
+def test_an_option_without_effect_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
+) -> None:
+    files = {"RUN": str(write(tmp_path, methods="{dense: {}}")), "CLUSTER": str(tmp_path / "cluster.yaml")}
+    with pytest.raises(SystemExit) as caught:
+        cli.app([files.get(word, word) for word in words], prog_name="commopt")
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"commopt: {complaint}")
+    assert len(errors.splitlines()) == 1
+
+
+def program_with(folder: Path, line: str) -> str:
+    """The training program, with one line of Python before it."""
+    path = folder / "train.py"
+    path.write_text(
+        "import os, pathlib, runpy, sys, time\n"
+        f"{line}\n"
         f"runpy.run_path({str(ROOT / 'launch/train.py')!r}, run_name='__main__')\n"
     )
-    run = write(tmp_path, methods="{fp16: {}, dense: {}}", program=str(program))
+    return str(path)
+
+
+def test_ctrl_c_keeps_the_methods_that_finished(tmp_path: Path, mark: str) -> None:
+    line = f"if 'fp16' in sys.argv: pathlib.Path({str(tmp_path)!r}, '{mark}').touch(); time.sleep(300)"
+    run = write(tmp_path, methods="{dense: {}, fp16: {}, ef_sign: {}}", program=program_with(tmp_path, line))
+    words = [
+        "compare",
+        str(run),
+        "--emulate",
+        "none",
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+        str(tmp_path / "copy.json"),
+    ]
+    process = start(["-m", "commopt", *words], tmp_path)
+    wait_until((tmp_path / mark).exists, "the second method", timeout_s=60)
+    process.send_signal(signal.SIGINT)
+    code, output, errors = finish(process)
+    assert code == 130
+    assert errors.splitlines()[-1] == "commopt: interrupted by Ctrl-C; all that was started has ended"
+    assert "Traceback" not in output + errors
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results == json.loads((tmp_path / "copy.json").read_text())
+    assert [(one["name"], one["status"]) for one in results["runs"]] == [("dense", "finished")]
+    assert results["cluster"]["notices"] == ["ended early, without fp16, ef_sign"]
+    assert (tmp_path / "out/report.html").stat().st_size > 10_000
+    assert not processes(str(tmp_path))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "out/report.html"
+    program = program_with(tmp_path, f"pathlib.Path({str(page)!r}).mkdir(exist_ok=True)")
+    run = write(tmp_path, methods="{dense: {}}", program=program)
+    done = commopt(tmp_path, "run", str(run), "--emulate", "none", "--out", "out", "--json", "copy.json")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"commopt: {page}: cannot be written: is a directory"
+    assert "Traceback" not in done.stderr
+    assert "val loss" in done.stdout
+    assert json.loads((tmp_path / "copy.json").read_text())["runs"][0]["status"] == "finished"
+
+
+def test_a_run_that_fails_is_told_once_and_the_next_one_still_runs(tmp_path: Path) -> None:
+    line = "if 'fp16' in sys.argv and os.environ['RANK'] == '1': raise ValueError('rank one gives up')"
+    run = write(tmp_path, methods="{fp16: {}, dense: {}}", program=program_with(tmp_path, line))
     done = commopt(tmp_path, "compare", str(run), "--emulate", "none", "--json", "copy.json")
     assert done.returncode == 1
     assert (done.stdout + done.stderr).count("Traceback (most recent call last)") == 1
