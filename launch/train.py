@@ -96,6 +96,8 @@ def main(args: argparse.Namespace) -> None:
     method, optimizer = with_optimizer(args.method, model.module, options=args.options, optimizer=args.optimizer)
     overlap = method.max_norm is None  # a global norm needs all gradients first
     attachment = ddp.attach(model, method, None if optimizer is method else optimizer, overlap=overlap)
+    falling = args.steps * max(1 - args.decay_from, 1e-9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (args.steps - step) / falling))
 
     recorder = Recorder.from_environment()
     parameters = sum(p.numel() for p in model.parameters())
@@ -110,6 +112,7 @@ def main(args: argparse.Namespace) -> None:
             recorder.counters("begin", attachment.group.traffic.as_dict())
         start, waited = time.perf_counter(), attachment.waited_s
         loss = train_step(model, optimizer, draw(train, args.batch, args.context, data))
+        schedule.step()
         seconds, wait_s = time.perf_counter() - start, attachment.waited_s - waited
         tokens = world * args.batch * args.context
         recorder.step(step=step, loss=loss, seconds=seconds, wait_s=wait_s, tokens=tokens, steady=steady)
@@ -164,6 +167,9 @@ if __name__ == "__main__":
         "seed": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--decay-from", type=float, default=0.5, help="from this share of the steps on, the rate falls to zero"
+    )
     parser.add_argument(
         "--validation-batches", type=int, default=16, help="batches of 16 windows that each rank evaluates"
     )
