@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import time
 import traceback
 import warnings
@@ -26,7 +28,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._ranks: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
         assert n in SIZES
@@ -64,17 +66,18 @@ class Pool:
             connection.close()
             process.kill()
         for process, _ in self._ranks:
-            process.join()
+            process.wait()
         self._ranks = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # not multiprocessing.Process: its resource tracker lives on for seconds after the tests
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         for rank in range(max(SIZES)):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True, name=f"rank {rank}")
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            words = [sys.executable, "-c", f"import pool; pool.serve({rank}, {port}, {theirs.fileno()})"]
+            process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
             theirs.close()
             self._ranks.append((process, ours))
 
@@ -87,7 +90,9 @@ def twin_of(process_group: Any) -> Any:
     return _twins[process_group]
 
 
-def _serve(rank: int, port: int, connection: Connection) -> None:
+def serve(rank: int, port: int, descriptor: int) -> None:
+    """Be one rank, until the other end of the pipe is closed."""
+    connection = Connection(descriptor)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     import torch.distributed as dist
