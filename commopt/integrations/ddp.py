@@ -1,7 +1,7 @@
 """A method as the communication hook of DistributedDataParallel."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist  # noqa: F401  # initialises the module below
@@ -29,18 +29,19 @@ class DDPAttachment(Attachment):
         group: Group,
         overlap: bool,
     ) -> None:
+        ddps_own = list(_ddps_own(model))
+        if ddps_own and overlap and getattr(group, "process_group", None) is model.process_group:
+            raise AttachError(
+                f"DDP's own process group carries {ddps_own[0][0]} at the same time, in another order on each rank: "
+                "leave the group out, or give attach one over a new process group"
+            )
         super().__init__(model.module, method, optimizer, group)
         self._name_of = {id(p): name for name, p in self.parameters.items()}
         self._lane = Lane(next(iter(self.parameters.values())).device) if overlap else None
         self._collected: list[tuple[Bucket, Future[torch.Tensor]]] = []
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._last_hook_s = 0.0
-        self._ddps_own: list[tuple[str, str, int]] = []
-        buffers = sum(x.nbytes for x in model.modules_buffers) if model.broadcast_buffers else 0
-        if buffers:
-            self._ddps_own.append(("DDP's buffers", "broadcast", buffers))
-        if model.find_unused_parameters and not model.static_graph:
-            self._ddps_own.append(("DDP's unused parameters", "all_reduce", 4 * len(self.parameters)))
+        self._ddps_own = ddps_own
         self._layout: dict[int, tuple[str, ...]] = {}
         self._resumed_layout: list[list[str]] = []
         model.register_comm_hook(self, DDPAttachment._hook)
@@ -137,6 +138,15 @@ class DDPAttachment(Attachment):
 
         queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(finished))
+
+
+def _ddps_own(model: DistributedDataParallel) -> Iterator[tuple[str, str, int]]:
+    """What DDP itself sends in every step: (label, operation, bytes)."""
+    buffers = sum(x.nbytes for x in model.modules_buffers) if model.broadcast_buffers else 0
+    if buffers:
+        yield "DDP's buffers", "broadcast", buffers
+    if model.find_unused_parameters and not model.static_graph:
+        yield "DDP's unused parameters", "all_reduce", 4 * sum(p.requires_grad for p in model.module.parameters())
 
 
 def attach(

@@ -115,7 +115,10 @@ REFUSED: list[tuple[Callable[[], None], str]] = [
     (attach_with_anothers_optimizer, r"not this model's; build it from model\.parameters"),
     (attach_with_some_foreign_parameters, r"not this model's; build it from model\.parameters"),
     (attach_with_anothers_update_method, r"not this model's; build it from model\.parameters"),
-    (attach_with_parameters_left_out, r"the optimizer does not hold the trainable parameter 2\.bias; attach takes one optimizer with all of them"),
+    (
+        attach_with_parameters_left_out,
+        r"the optimizer does not hold the trainable parameter 2\.bias; attach takes one optimizer",
+    ),
     (attach_channels_last, r"weight is not contiguous in memory .*call \.contiguous\(\)"),
     (attach_a_sparse_embedding, r"0: sparse gradients are not supported; build the embedding with sparse=False"),
     (attach_complex_parameters, r"weight: torch\.complex64 parameters are not supported"),
