@@ -33,6 +33,7 @@ from commopt.errors import EmulationError, LaunchError
 from commopt.links import LinkModel
 
 _INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
+_DEPTH = "_COMMOPT_DEPTH"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
@@ -225,6 +226,9 @@ def unshare_words() -> list[str]:
 
 def _run_inside() -> str:
     """Run this command again in namespaces of its own and exit as it does; return only the reason why it cannot."""
+    depth = int(os.environ.get(_DEPTH, "0"))
+    if depth >= 2:  # a program that enters whenever it is run would start itself for ever
+        return f"commopt is running inside itself, {depth} levels deep"
     try:
         words = unshare_words()
     except EmulationError as error:
@@ -234,7 +238,7 @@ def _run_inside() -> str:
     inner = (lifeline, report_end)
     process = subprocess.Popen(
         [*words, sys.executable, *sys.orig_argv[1:]],
-        env={**os.environ, _INSIDE: f"{lifeline},{report_end}"},
+        env={**os.environ, _INSIDE: f"{lifeline},{report_end}", _DEPTH: str(depth + 1)},
         pass_fds=inner,
         start_new_session=True,  # a terminal's Ctrl-C reaches this process, which passes it on once
         preexec_fn=end_with_parent(),
