@@ -72,6 +72,11 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
         check_option("weight_decay", weight_decay, lambda x: x >= 0, "a number of at least 0")
         whole = "a whole number from 1, or 'auto'"
         check_option("freeze_step", freeze_step, lambda x: x == "auto" or (isinstance(x, int) and x >= 1), whole)
+        if not isinstance(bias_correction, bool):
+            raise ConfigError(f"bias_correction: {bias_correction!r} is out of range; write true or false")
+        check_option(
+            "momentum_mask", momentum_mask or {}, _is_masks, "{parameter name: tensor of its shape}, in Python"
+        )
         Aggregator.__init__(self, max_norm=max_norm, grad_scaler=grad_scaler)
         self._mean = Mean()
         self._two_way = TwoWayMean(scaled_sign(scale, block_size))
@@ -295,3 +300,7 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
         if "variance_norms" not in state["shared"]:
             raise CheckpointError("variance_norms is missing; was the checkpoint saved by onebit_adam?")
         self._variance_norms = deque(state["shared"]["variance_norms"].tolist())
+
+
+def _is_masks(masks: Any) -> bool:
+    return isinstance(masks, Mapping) and all(isinstance(mask, Tensor) for mask in masks.values())

@@ -98,6 +98,8 @@ def test_a_comparison_leaves_its_report_and_counts_every_byte(tmp_path: Path) ->
         ("{ef_sign: {max_norm: -1}}", "max_norm: -1 is out of range"),
         ("{ef_sign: {block_size: many}}", "block_size: 'many'"),
         ("{onebit_adam: {lr: fast}}", "lr: 'fast'"),
+        ("{onebit_adam: {bias_correction: maybe}}", "bias_correction: 'maybe' is out of range; write true or false"),
+        ("{onebit_adam: {momentum_mask: {weight: [1, 0]}}}", "momentum_mask: {'weight': [1, 0]} is out of range"),
     ],
 )
 def test_a_mistake_in_a_method_names_file_key_value_and_fix(tmp_path: Path, methods: str, complaint: str) -> None:
