@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -45,9 +45,9 @@ class Aggregator(ABC):
         """Allocate this rank's state for the trainable parameters, in registration order; called once, at attach."""
         self.index = ParameterIndex.of(named_parameters)
 
+    @abstractmethod
     def aggregate(self, bucket: Bucket, group: Group) -> None:
-        """Overwrite bucket.flat, or set bucket.void and leave bucket.flat and all state as they were."""
-        raise NotImplementedError
+        """Overwrite bucket.flat, or set bucket.void and leave all state as it was."""
 
     def exchange(self, buckets: Sequence[Bucket], group: Group) -> None:
         """Aggregate all buckets of one step, clipped to `max_norm` first.

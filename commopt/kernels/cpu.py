@@ -42,7 +42,7 @@ def _compiled(function: _F) -> _F:
 
 
 @_compiled
-def _sum_abs(x: F32, e: F32) -> np.float32:
+def _sum_abs(x: F32, e: F32) -> Any:
     total = np.float32(0.0)
     for i in range(x.size):
         total += abs(x[i] + e[i])
@@ -50,7 +50,7 @@ def _sum_abs(x: F32, e: F32) -> np.float32:
 
 
 @_compiled
-def _sum_squares(x: F32, e: F32) -> np.float32:
+def _sum_squares(x: F32, e: F32) -> Any:
     total = np.float32(0.0)
     for i in range(x.size):
         c = x[i] + e[i]
