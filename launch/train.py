@@ -92,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     train, held_out = read_corpus(args.corpus)
     torch.manual_seed(args.seed)  # the same model on every rank
-    model = DistributedDataParallel(GPT(args.layers, args.heads, args.width, args.context))
+    gpt = GPT(args.layers, args.heads, args.width, args.context)
+    model = DistributedDataParallel(gpt, bucket_cap_mb=args.bucket_mb)
     method, optimizer = with_optimizer(args.method, model.module, options=args.options, optimizer=args.optimizer)
     overlap = method.max_norm is None  # a global norm needs all gradients first
     attachment = ddp.attach(model, method, None if optimizer is method else optimizer, overlap=overlap)
@@ -157,16 +158,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--corpus", type=Path, help="a file or a folder of text; default: Python's own sources")
     parser.add_argument("--backend", default="gloo", choices=["gloo", "nccl"])
-    for name, default in {
-        "steps": 100,
-        "batch": 4,
-        "context": 64,
-        "layers": 4,
-        "heads": 4,
-        "width": 128,
-        "seed": 1,
-    }.items():
+    sizes = {"steps": 100, "batch": 4, "context": 64, "layers": 4, "heads": 4, "width": 128, "seed": 1}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--bucket-mb", type=int, default=25, help="DDP exchanges gradients in buckets of this size")
     parser.add_argument(
         "--decay-from", type=float, default=0.5, help="from this share of the steps on, the rate falls to zero"
     )
