@@ -23,6 +23,7 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 _F = TypeVar("_F", bound=Callable[..., Any])
 _SLICE = 2048
+_LARGEST = np.float32(np.finfo(np.float32).max)
 _FLAGS = {"reassoc", "contract", "arcp", "nsz"}
 _log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def _block_sum(x: F32, e: F32, squared: bool) -> float:
 
 @_compiled
 def _pack_block(x: F32, e: F32, scale: np.float32, bits: U8, positive: U8) -> None:
-    keep = math.isfinite(scale)
+    keep = abs(scale) <= _LARGEST
     for a in range(0, x.size, _SLICE):
         z = min(a + _SLICE, x.size)
         n_bytes = (z - a + 7) // 8
@@ -122,10 +123,18 @@ def _compress(
     for b in range(lengths.size):
         n = lengths[b]
         part_x, part_e = x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n]
-        mean = _block_sum(part_x, part_e, squared) / n
+        part_bits = bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8]
+        is_usual = n == _SLICE and not squared  # such a block is not sliced again
+        total = float(_sum_abs(part_x, part_e)) if is_usual else _block_sum(part_x, part_e, squared)
+        mean = total / n
         scale = np.float32(math.sqrt(mean) if squared else mean)
-        scales[b] = scale if math.isfinite(scale) else np.float32(np.nan)
-        _pack_block(part_x, part_e, scale, bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8], positive)
+        keep = abs(scale) <= _LARGEST  # false for NaN and inf; isfinite may be folded away under reassoc
+        scales[b] = scale if keep else np.float32(np.nan)
+        if is_usual and keep:
+            _residual(part_x, part_e, scale, positive)
+            _gather_bits(positive, part_bits)
+        else:
+            _pack_block(part_x, part_e, scale, part_bits, positive)
 
 
 @_compiled
