@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Int64Array = NDArray[np.int64]
+UInt64Array = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Blocks:
     starts: (B,) where each block begins in the tensor that holds the values. homes: (B,) where it begins in the state
     (a flat tensor in registration order). lengths: (B,). parameters: (B,) index of the parameter it is part of.
     groups: (B,) blocks with the same number share one scale. byte_starts: (B,) where its sign bits begin.
+    keys: (B,) random key of each block (`noise.keys`), for codecs that round stochastically; None for the others.
     """
 
     starts: Int64Array
@@ -94,6 +96,7 @@ class Blocks:
     lengths: Int64Array
     parameters: Int64Array
     groups: Int64Array
+    keys: UInt64Array | None = None
 
     @cached_property
     def byte_starts(self) -> Int64Array:

@@ -14,7 +14,7 @@ import pytest
 import commopt
 
 PACKAGE = Path(commopt.__file__).parent
-FOUNDATION = ("wire", "bucket", "compress", "kernels", "feedback", "topology", "links", "errors")
+FOUNDATION = ("wire", "bucket", "compress", "kernels", "feedback", "noise", "topology", "links", "errors")
 MAY_USE_TORCH_DISTRIBUTED = (
     "groups/torch.py",
     "integrations/",
