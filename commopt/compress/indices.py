@@ -1,0 +1,108 @@
+"""Which k of n elements a sparse payload holds: ascending indices, in a number of bytes that every rank knows beforehand.
+
+Elias-Fano codes (Elias 1974; Fano 1971) of what an index x_i, the i-th of its block, leaves after the i smaller ones:
+
+    r_i  = x_i - i                                 in [0, n - k], ascending, possibly repeated
+    low  = the l lower bits of each r_i            k l bits, one behind the other
+    high = ones at places (r_i >> l) + i           k + ((n - k) >> l) bits
+
+with the l that makes the sum smallest: the smallest one with (n - k) >> l <= 2 k. With l = 0, from density 1/3 on,
+this is the bitmap of n bits. None or all of the elements take no byte. So sizes follow from n and k alone: payloads need no
+exchange of lengths. Bit j of a code is bit j % 8 of its byte j // 8, the lowest first; spare bits at the end are zero.
+
+Measured, in bits per index, at n = 10,000,000 (Rice: mean of 20 draws):
+
+    density                      0.1 %      1 %     10 %
+    entropy, log2 C(n, k) / k   11.407    8.079    4.690
+    Elias-Fano                  11.951    8.547    5.125
+    Golomb-Rice coded gaps      11.495    8.108    4.756      with the best parameter of each draw
+
+Rice codes are shorter on average, but a code's size depends on the draw, and the longest code with parameter l is as long as
+Elias-Fano's, to the bit: where sizes have to be known beforehand nothing is gained, and only Elias-Fano is decoded a word at a time.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commopt.bucket import Int64Array
+
+MAX_N = 2**40
+
+
+def index_bytes(n: int, k: int) -> int:
+    """Bytes of the code of k distinct indices in [0, n)."""
+    return int(all_index_bytes(np.asarray([n]), np.asarray([k]))[0])
+
+
+def all_index_bytes(ns: Int64Array, ks: Int64Array) -> Int64Array:
+    """(B,) bytes of each block's code."""
+    return _widths_and_sizes(ns, ks)[1]
+
+
+def _widths_and_sizes(ns: Int64Array, ks: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """(B,) the width l of the low part of each block's code, and (B,) its bytes."""
+    if ns.shape != ks.shape or ns.ndim != 1 or not ((ks >= 0) & (ks <= ns) & (ns <= MAX_N)).all():
+        raise ValueError(f"wanted 0 <= k <= n <= 2**40 for each block, got ns {ns}, ks {ks}")
+    is_known = (ks == 0) | (ks == ns)
+    # k l + k + ((n - k) >> l) is convex in l: one more bit costs k and saves half of (n - k) >> l, rounded up
+    widths = np.maximum(_bit_lengths(ns - ks) - _bit_lengths(2 * ks), 0)
+    widths += (ns - ks) >> widths > 2 * ks
+    bits = ks * widths + ks + (ns - ks >> widths)
+    return np.where(is_known, 0, widths), np.where(is_known, 0, bits + 7 >> 3)
+
+
+def _bit_lengths(x: Int64Array) -> Int64Array:
+    return np.frexp(x.astype(np.float64))[1].astype(np.int64)  # exact below 2**53
+
+
+def _kernels_of(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        from commopt.kernels import cpu_indices
+
+        return cpu_indices
+    from commopt.kernels import reference_indices
+
+    return reference_indices
+
+
+def encode_indices_(indices: Tensor, n: int, out: Tensor) -> None:
+    """Write the code of ascending indices. indices: (k,) i64 in [0, n), out: (index_bytes(n, k),) u8."""
+    encode_all_(indices, np.asarray([n]), np.asarray([indices.numel()]), out)
+
+
+def decode_indices(code: Tensor, n: int, k: int) -> Tensor:
+    """(k,) i64: the ascending indices in [0, n) whose code this is. Raises ValueError where it is the code of none."""
+    return decode_all(code, np.asarray([n]), np.asarray([k]))
+
+
+def encode_all_(indices: Tensor, ns: Int64Array, ks: Int64Array, out: Tensor) -> None:
+    """Write the codes of many blocks, one behind the other, each from a whole byte on.
+
+    indices: (sum of ks,) i64, ascending within each block; out: (sum of all_index_bytes(ns, ks),) u8; both contiguous.
+    Raises ValueError where indices are not ascending, repeated or outside [0, n); what is in `out` then is undefined.
+    """
+    widths, sizes = _widths_and_sizes(ns, ks)
+    _check("indices", indices, torch.int64, int(ks.sum()))
+    _check("out", out, torch.uint8, int(sizes.sum()))
+    if not _kernels_of(out.device).encode_(indices, ns, ks, widths, sizes, out):
+        raise ValueError("indices must ascend without repeats in [0, n)")
+
+
+def decode_all(code: Tensor, ns: Int64Array, ks: Int64Array) -> Tensor:
+    """(sum of ks,) i64: the indices of many blocks. Raises ValueError where a block's bytes are the code of no indices."""
+    widths, sizes = _widths_and_sizes(ns, ks)
+    _check("code", code, torch.uint8, int(sizes.sum()))
+    indices: Tensor | None = _kernels_of(code.device).decode(code, ns, ks, widths, sizes)
+    if indices is None:
+        raise ValueError("these bytes are not the code of any indices: they were damaged, or n or k is another")
+    return indices
+
+
+def _check(name: str, x: Tensor, dtype: torch.dtype, length: int) -> None:
+    if x.dtype != dtype or x.shape != (length,) or not x.is_contiguous():
+        raise ValueError(f"{name}: wanted ({length},) {dtype}, contiguous, got {tuple(x.shape)} {x.dtype}")
