@@ -1,20 +1,17 @@
-"""Replacing the mean over ranks: exact, gathered, or in two compressed phases."""
+"""Replacing the mean over ranks: what every method does, and the exact mean."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from commopt import kernels
-from commopt.bucket import Bucket, ParameterIndex, Parts
-from commopt.compress.base import Compressor, element_indices
+from commopt.bucket import Bucket, ParameterIndex
 from commopt.errors import CheckpointError, ConfigError, check_option
-from commopt.feedback import ErrorFeedback, first_bad_parameter
 from commopt.groups.base import Group
 
 State = dict[Literal["shared", "local"], dict[str, Tensor]]
@@ -28,9 +25,13 @@ class Aggregator(ABC):
     """
 
     name = "aggregator"
+    positional: ClassVar[tuple[str, ...]] = ()  # the options that `name(a, b)` in a configuration stands for
     needs_float32 = True
     is_linear = False  # whether scaled gradients may be exchanged as they are: no state depends on their scale
+    merges_buckets = False  # whether all buckets of a step travel as one, in registration order
+    seed = 0
     index: ParameterIndex
+    exchanges: Tensor  # (P,) i64: how often each parameter has been exchanged; void buckets do not count
 
     def __init__(self, *, max_norm: float | None = None, grad_scaler: Any = None) -> None:
         if max_norm is not None:
@@ -44,24 +45,71 @@ class Aggregator(ABC):
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         """Allocate this rank's state for the trainable parameters, in registration order; called once, at attach."""
         self.index = ParameterIndex.of(named_parameters)
+        self.rank, self.ranks = group.rank, group.size
+        self.exchanges = torch.zeros(len(self.index.names), dtype=torch.int64)
+
+    def bind_part(self, part: Aggregator, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        """Bind an aggregator that this one is made of: it counts exchanges with this one."""
+        part.bind(named_parameters, group)
+        part.exchanges = self.exchanges
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise AttachError where this optimizer would undo what the method does (momentum twice, say)."""
 
     @abstractmethod
     def aggregate(self, bucket: Bucket, group: Group) -> None:
         """Overwrite bucket.flat, or set bucket.void and leave all state as it was."""
 
-    def exchange(self, buckets: Sequence[Bucket], group: Group) -> None:
-        """Aggregate all buckets of one step, clipped to `max_norm` first.
+    def receive(self, bucket: Bucket) -> None:
+        """Take a good bucket's result into the state that `step` reads; what an update method does after `aggregate`."""
 
-        Local gradients are clipped by one norm for all ranks, the root mean square of the ranks' norms: an upper
-        bound of the norm of the mean, which nobody knows before the exchange.
+    @property
+    def is_exact(self) -> bool:
+        """Whether the next exchange yields the mean of the gradients themselves, so that clipping it clips their norm."""
+        return False
+
+    @property
+    def needs_all_buckets(self) -> bool:
+        """Whether a step's buckets must come together: DDP then exchanges after backward (overlap=False)."""
+        return self.max_norm is not None or self.merges_buckets
+
+    def exchange(self, buckets: Sequence[Bucket], group: Group) -> None:
+        """Aggregate some buckets of one step, all of them if `needs_all_buckets`, and receive what is good.
+
+        With max_norm the mean is clipped where the exchange is exact. Otherwise local gradients are clipped first, by
+        one norm for all ranks, the root mean square of the ranks' norms: an upper bound of the norm of the mean, which
+        nobody knows before the exchange.
         """
-        if self.max_norm is not None:
+        is_exact = self.is_exact
+        if self.max_norm is not None and not is_exact:
             squares = _squares(buckets)
             group.all_reduce(squares)
             clip_joint_norm_(buckets, self.max_norm, squares / group.size)
+        if self.merges_buckets:
+            self._aggregate_as_one(buckets, group)
+        else:
+            for bucket in buckets:
+                group.traffic.bucket = bucket.label
+                self.aggregate(bucket, group)
+        good = [bucket for bucket in buckets if bucket.void is None]
+        if self.max_norm is not None and is_exact:
+            is_scaled = self.grad_scaler is not None and self.is_linear
+            clip_joint_norm_(good, self.max_norm * (float(self.grad_scaler.get_scale()) if is_scaled else 1.0))
+        for bucket in good:
+            self.receive(bucket)
+            self.exchanges[[self.index.position[name] for name in bucket.names]] += 1
+
+    def _aggregate_as_one(self, buckets: Sequence[Bucket], group: Group) -> None:
+        views = dict(view for bucket in buckets for view in bucket.views())
+        names = sorted(views, key=lambda name: self.index.position[name])
+        merged = Bucket.of([(name, views[name]) for name in names])
+        group.traffic.bucket = merged.label
+        self.aggregate(merged, group)
         for bucket in buckets:
-            group.traffic.bucket = bucket.label
-            self.aggregate(bucket, group)
+            bucket.void = merged.void
+        if merged.void is None:
+            for name, x in merged.views():
+                views[name].copy_(x)
 
     @property
     def warmup_steps(self) -> int:
@@ -73,9 +121,19 @@ class Aggregator(ABC):
         """Whether steps are what they will be from now on: no warm-up phase is left."""
         return True
 
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether replicas hold the same parameters after the last step; false between the exchanges of local steps."""
+        return True
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        """What one rank sends per parameter and step once `is_steady`, for large matrices; the formula, not a measurement."""
+        raise NotImplementedError(f"{self.name} does not say what it sends")
+
     def state_views(self, name: str) -> list[Tensor]:
         """Every tensor of state on this rank that an exchange of the parameter `name` changes, as views."""
-        return []
+        k = self.index.position[name]
+        return [self.exchanges[k : k + 1]]
 
     @property
     def state_form(self) -> str:
@@ -84,13 +142,15 @@ class Aggregator(ABC):
 
     def comm_state(self) -> State:
         """What a checkpoint must hold: `shared` is equal on all ranks, `local` is this rank's own."""
-        return {"shared": {}, "local": {}}
+        return {"shared": {"exchanges": self.exchanges}, "local": {}}
 
     def load_comm_state(self, state: State) -> None:
         """Continue bit for bit from the `comm_state` that this rank of a world of this size saved."""
+        load_tensor(self.exchanges, state["shared"], "exchanges")
 
     def load_resharded(self, states: Iterable[State]) -> None:
         """Continue from the states of all ranks, in order, of a world of another size: nothing that was still to be sent is lost."""
+        load_tensor(self.exchanges, next(iter(states))["shared"], "exchanges")
 
 
 class Mean(Aggregator):
@@ -113,187 +173,42 @@ class Mean(Aggregator):
     def aggregate(self, bucket: Bucket, group: Group) -> None:
         mean = (bucket.flat / group.size).to(self.wire_dtype or bucket.flat.dtype)
         group.all_reduce(mean)
-        if _is_finite(mean):
+        if is_finite(mean):
             bucket.flat.copy_(mean)
         else:
-            bucket.void = _first_bad(self.index, bucket.with_flat(mean))
-
-    def exchange(self, buckets: Sequence[Bucket], group: Group) -> None:
-        """Clips by the norm of the mean: the exchange is linear, so this is the clipping of gradients before it."""
-        for bucket in buckets:
-            group.traffic.bucket = bucket.label
-            self.aggregate(bucket, group)
-        if self.max_norm is not None:
-            scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
-            clip_joint_norm_([bucket for bucket in buckets if bucket.void is None], self.max_norm * scale)
-
-
-class _Compressed(Aggregator):
-    """What the two compressed forms share: worker residuals, the cached cut of each bucket, and their checkpoint."""
-
-    def __init__(self, compressor: Compressor, *, max_norm: float | None = None, grad_scaler: Any = None) -> None:
-        super().__init__(max_norm=max_norm, grad_scaler=grad_scaler)
-        self.compressor = compressor
-
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.device = named_parameters[0][1].device
-        kernels.warm_up(self.device)  # now, and not in the first step that compresses
-        self.table = self.compressor.table(self.index, group.size)
-        self.worker = ErrorFeedback(self.compressor, self.index.total, self.device)
-        self._parts: dict[tuple[tuple[str, ...], tuple[int, ...]], Parts] = {}
-
-    def parts(self, bucket: Bucket) -> Parts:
-        """The bucket's blocks by owner, cut once for each bucket layout."""
-        key = (bucket.names, bucket.starts)
-        if len(self._parts) > 64:
-            self._parts.clear()
-        if key not in self._parts:
-            self._parts[key] = self.table.parts(bucket)
-        return self._parts[key]
+            bucket.void = first_bad(self.index, bucket.with_flat(mean))
 
     @property
-    def state_form(self) -> str:
-        return str(self.compressor)
+    def is_exact(self) -> bool:
+        return True
 
-    def state_views(self, name: str) -> list[Tensor]:
-        return [self.index.view(self.worker.residual, name)]
-
-    def comm_state(self) -> State:
-        return {"shared": {}, "local": {"worker_residual": self.worker.residual}}
-
-    def load_comm_state(self, state: State) -> None:
-        _load(self.worker.residual, state["local"], "worker_residual")
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        """Every new rank takes the mean of what the old ranks still had to send: the update depends on residuals only through it."""
-        count, total = 0, torch.zeros_like(self.worker.residual)
-        for state in states:
-            total += state["local"]["worker_residual"].to(total.device)
-            count += 1
-        self.worker.residual.copy_(total / count)
-
-    def _void(self, bucket: Bucket, first_bad: int) -> None:
-        bucket.void = self.index.names[first_bad]
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return 2 * (ranks - 1) / ranks * (self.wire_dtype or torch.float32).itemsize
 
 
-class GatherMean(_Compressed):
-    """The mean of every rank's compressed bucket, by all-gather: (N-1) payloads, for codecs that cannot be summed on the way."""
-
-    name = "gather_mean"
-
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
-        if group.size == 1:
-            return _check_alone(self, bucket)
-        blocks = self.table.all_of(bucket)
-        own = self.worker.compress(bucket.flat, [blocks])
-        gathered = group.all_gather(own[0])
-        first_bad = first_bad_parameter(gathered)
-        if first_bad >= 0:
-            self.worker.undo(bucket.flat, own, [blocks])
-            return self._void(bucket, first_bad)
-        bucket.flat.zero_()
-        for payload in gathered:
-            self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
-        return None
+def merged(*states: State) -> State:
+    """The comm_state of a method that is made of several aggregators."""
+    return {
+        "shared": {key: x for state in states for key, x in state["shared"].items()},
+        "local": {key: x for state in states for key, x in state["local"].items()},
+    }
 
 
-class TwoWayMean(_Compressed):
-    """The compressed mean of compressed buckets: all-to-all to each block's owner, which averages, compresses and sends it to all.
-
-    arXiv:2102.02888, Figure 3, and DoubleSqueeze (arXiv:1905.05957): both sides keep what they could not send.
-    Conserved exactly but for rounding: sum over steps of mean inputs = sum of outputs + mean worker residual +
-    server residuals. Payload: 2(N-1)/N compressed buckets. `server` compresses the answers; the workers' compressor if None.
-    """
-
-    name = "two_way_mean"
-
-    def __init__(
-        self,
-        compressor: Compressor,
-        server: Compressor | None = None,
-        *,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(compressor, max_norm=max_norm, grad_scaler=grad_scaler)
-        self.server_compressor = server or compressor
-
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.rank = group.rank
-        self.server = ErrorFeedback(self.server_compressor, self.table.served_elements(group.rank), self.device)
-
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
-        if group.size == 1:
-            return _check_alone(self, bucket)
-        parts = self.parts(bucket)
-        served = parts.served[group.rank]
-        sent = self.worker.compress(bucket.flat, parts.by_owner)
-        received = group.all_to_all(sent)
-        first_bad = first_bad_parameter(received)
-        if first_bad < 0:
-            mean = bucket.flat.new_zeros(served.elements)
-            for payload in received:  # in rank order: float sums depend on it
-                self.compressor.decompress_(payload.tensors[1:], served, mean, alpha=1 / group.size, add=True)
-            answer = self.server.compress(mean, [served])
-            layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in parts.served]
-            answers = group.all_gather(answer[0], layouts)
-            first_bad = first_bad_parameter(answers)
-            if first_bad < 0:
-                for blocks, payload in zip(parts.by_owner, answers, strict=True):
-                    self.server_compressor.decompress_(payload.tensors[1:], blocks, bucket.flat)
-                return None
-            self.server.undo(mean, answer, [served])
-        self.worker.undo(bucket.flat, sent, parts.by_owner)
-        return self._void(bucket, first_bad)
-
-    @property
-    def state_form(self) -> str:
-        return f"{self.compressor}, {self.server_compressor}"
-
-    def state_views(self, name: str) -> list[Tensor]:
-        mine = self.table.served_by(self.rank)
-        of_name = mine.parameters == self.index.position[name]
-        served = [
-            self.server.residual[h : h + n] for h, n in zip(mine.homes[of_name], mine.lengths[of_name], strict=True)
-        ]
-        return super().state_views(name) + served
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["local"]["server_residual"] = self.server.residual
-        return state
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        _load(self.server.residual, state["local"], "server_residual")
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        every = list(states)
-        super().load_resharded(every)
-        old = self.compressor.table(self.index, len(every))
-        for rank, state in enumerate(every):
-            blocks = old.at_home(rank)
-            places = element_indices(blocks.starts, blocks.lengths, self.worker.residual.device)
-            self.worker.residual[places] += state["local"]["server_residual"].to(places.device)
-        self.server.residual.zero_()
-
-
-def _check_alone(aggregator: Aggregator, bucket: Bucket) -> None:
+def check_alone(aggregator: Aggregator, bucket: Bucket) -> None:
     """One rank is its own mean, and still does not let a NaN through."""
-    if not _is_finite(bucket.flat):
-        bucket.void = _first_bad(aggregator.index, bucket)
+    if not is_finite(bucket.flat):
+        bucket.void = first_bad(aggregator.index, bucket)
 
 
-def _first_bad(index: ParameterIndex, bucket: Bucket) -> str:
+def first_bad(index: ParameterIndex, bucket: Bucket) -> str:
     """The first parameter in registration order with a NaN or an inf."""
     return min(
         (name for name, x in bucket.views() if not bool(x.isfinite().all())), key=lambda name: index.position[name]
     )
 
 
-def _is_finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
+    """Whether no element is a NaN or an inf; one pass, and a second one only where the sum overflows."""
     return math.isfinite(float(x.sum(dtype=torch.float32))) or bool(x.isfinite().all())
 
 
@@ -320,7 +235,8 @@ def clip_joint_norm_(buckets: Sequence[Bucket], max_norm: float, squares: Tensor
             bucket.flat.mul_(scale)
 
 
-def _load(target: Tensor, source: Mapping[str, Tensor], key: str) -> None:
+def load_tensor(target: Tensor, source: Mapping[str, Tensor], key: str) -> None:
+    """Copy source[key] into a tensor of state. Raises CheckpointError where it is missing or of another shape."""
     if key not in source or source[key].shape != target.shape:
         found = tuple(source[key].shape) if key in source else "nothing"
         raise CheckpointError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,6 +117,26 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def with_keys(self, keys: UInt64Array) -> Blocks:
+        """The same blocks with random keys."""
+        return self._with(keys=keys)
+
+    def moved_home(self, start: int) -> Blocks:
+        """The same blocks with their homes end to end from `start` on."""
+        return self._with(homes=start + np.cumsum(self.lengths) - self.lengths)
+
+    def only(self, which: Int64Array) -> Blocks:
+        """Some of the blocks, by their number."""
+        keys = None if self.keys is None else self.keys[which]
+        starts, homes, lengths = self.starts[which], self.homes[which], self.lengths[which]
+        return Blocks(starts, homes, lengths, self.parameters[which], self.groups[which], keys)
+
+    def _with(self, **fields: Any) -> Blocks:
+        """A copy with other fields; what has been derived from the lengths stays derived."""
+        new = copy.copy(self)
+        new.__dict__.update(fields)
+        return new
+
 
 @dataclass(frozen=True)
 class BlockTable:
@@ -142,13 +164,18 @@ class BlockTable:
         block_lengths: Callable[[int, int], Sequence[int]],
         *,
         shared_scale: bool,
+        without: frozenset[str] = frozenset(),
     ) -> BlockTable:
         """Cut each parameter into blocks. block_lengths(numel, ranks) gives the lengths of one parameter's blocks.
 
+        Parameters named in `without` get none: they are not compressed.
         With `shared_scale` the blocks of a parameter share a scale, and its j-th block is served by rank j; else block b,
         counted over all parameters in registration order, is served by rank b mod N.
         """
-        lengths_of = [np.asarray(block_lengths(n, ranks), dtype=np.int64) for n in index.numels]
+        lengths_of = [
+            np.asarray([] if name in without else block_lengths(n, ranks), dtype=np.int64)
+            for name, n in zip(index.names, index.numels, strict=True)
+        ]
         counts = np.asarray([len(lengths) for lengths in lengths_of])
         lengths = np.concatenate([*lengths_of, np.zeros(0, np.int64)]).astype(np.int64)
         parameters = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
@@ -174,6 +201,12 @@ class BlockTable:
             mine = self.owners == rank
             homes[mine] = np.cumsum(self.lengths[mine]) - self.lengths[mine]
         return homes
+
+    @cached_property
+    def everything(self) -> Blocks:
+        """Every block, where it lies in a flat tensor of all parameters."""
+        homes = self.index.offsets[self.parameters] + self.offsets
+        return Blocks(homes, homes, self.lengths, self.parameters, self.groups)
 
     def served_elements(self, rank: int) -> int:
         """Elements of the server residual of `rank`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import signal
@@ -256,7 +257,7 @@ def compare(
     """
     from commopt.cluster.spec import load_run
 
-    names = [name.strip() for name in methods.split(",")] if methods is not None else []
+    names = [name.strip() for name in re.split(r",(?![^(]*\))", methods)] if methods is not None else []
     _train_and_report(load_run(run_file), names, emulate, node, out, json_file, print_only)
 
 

@@ -20,6 +20,7 @@ from commopt.groups import SimGroup, SimWorld
 from commopt.integrations import plain
 
 Factory = Callable[[nn.Module], Aggregator]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _SIZES = (1, 2, 3, 5)
 _STEPS = 12
 
@@ -47,7 +48,20 @@ class _Trained:
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
-def check_method(factory: Factory, *, ranks: tuple[int, ...] = _SIZES) -> None:
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """What a gradient method's result is applied by, unless `check_method` is told otherwise."""
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A method under test, and the optimizer that a gradient method goes with."""
+
+    make: Factory
+    optimizer: MakeOptimizer
+
+
+def check_method(factory: Factory, *, optimizer: MakeOptimizer = sgd, ranks: tuple[int, ...] = _SIZES) -> None:
     """Raise AssertionError, saying what broke and on how many ranks, unless the method
 
     - trains: the loss falls, on 1, 2, 3 and 5 ranks, with sizes that nothing divides;
@@ -57,28 +71,32 @@ def check_method(factory: Factory, *, ranks: tuple[int, ...] = _SIZES) -> None:
     - survives a step of zero gradients;
     - continues bit for bit from its own state, and from the states of a world of another size;
     - sends nothing that its group does not count, and nothing at all where it is alone.
+
+    optimizer: makes the one that a gradient method goes with.
     """
-    torch.manual_seed(0)
-    start = _Model()
+    case = _Case(factory, optimizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = _Model()
     for n in ranks:
-        world = _train(factory, start, n)
+        world = _train(case, start, n)
         _check_training(world, start, n)
-        _check_buckets(factory, start, n, world)
-        _check_zero_gradients(factory, start, n)
-        _check_resume(factory, start, n, world)
+        _check_buckets(case, start, n, world)
+        _check_zero_gradients(case, start, n)
+        _check_resume(case, start, n, world)
         for bad in sorted({0, n - 1}):
-            _check_nan(factory, start, n, bad)
-    _check_resharding(factory, start)
+            _check_nan(case, start, n, bad)
+    _check_resharding(case, start)
 
 
-def _train(factory: Factory, start: _Model, n: int, **options: Any) -> list[_Trained]:
+def _train(case: _Case, start: _Model, n: int, **options: Any) -> list[_Trained]:
     world: SimWorld[_Trained] = SimWorld(n)
     models = [copy.deepcopy(start) for _ in range(n)]
-    return world.run(lambda group: _train_rank(factory, models[group.rank], group, **options))
+    return world.run(lambda group: _train_rank(case, models[group.rank], group, **options))
 
 
 def _train_rank(
-    factory: Factory,
+    case: _Case,
     model: _Model,
     group: SimGroup,
     *,
@@ -87,11 +105,11 @@ def _train_rank(
     zero_at: int | None = None,
     resume_at: int | None = None,
 ) -> _Trained:
-    attachment = _attach(factory, model, group, bucket_bytes)
+    attachment = _attach(case, model, group, bucket_bytes)
     trained = _Trained(torch.empty(0))
     for step in range(_STEPS):
         if step == resume_at:
-            model, attachment = _resumed(factory, model, attachment, group, bucket_bytes)
+            model, attachment = _resumed(case, model, attachment, group, bucket_bytes)
         data = torch.Generator().manual_seed(1000 * step + group.rank)
         x = torch.randn(16, 13, generator=data)
         loss = (model(x) - x[:, :5].tanh()).square().mean()
@@ -111,21 +129,20 @@ def _train_rank(
     return trained
 
 
-def _attach(factory: Factory, model: _Model, group: SimGroup, bucket_bytes: int) -> plain.PlainAttachment:
-    method = factory(model)
+def _attach(case: _Case, model: _Model, group: SimGroup, bucket_bytes: int) -> plain.PlainAttachment:
+    method = case.make(model)
     own = isinstance(method, torch.optim.Optimizer)
-    optimizer = None if own else torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return plain.attach(model, method, optimizer, group, bucket_bytes=bucket_bytes)
+    return plain.attach(model, method, None if own else case.optimizer(model), group, bucket_bytes=bucket_bytes)
 
 
 def _resumed(
-    factory: Factory, model: _Model, attachment: plain.PlainAttachment, group: SimGroup, bucket_bytes: int
+    case: _Case, model: _Model, attachment: plain.PlainAttachment, group: SimGroup, bucket_bytes: int
 ) -> tuple[_Model, plain.PlainAttachment]:
     state = copy.deepcopy(attachment.method.comm_state())
     optimizer = copy.deepcopy(attachment.optimizer.state_dict())
     attachment.detach()
     model = copy.deepcopy(model)
-    again = _attach(factory, model, group, bucket_bytes)
+    again = _attach(case, model, group, bucket_bytes)
     again.optimizer.load_state_dict(optimizer)
     again.method.load_comm_state(state)
     return model, again
@@ -147,29 +164,31 @@ def _check_training(world: list[_Trained], start: _Model, n: int) -> None:
     assert (min(sent) > 0) if n > 1 else (sent == [0.0]), f"counted {sent} bytes on {n} ranks"
 
 
-def _check_buckets(factory: Factory, start: _Model, n: int, world: list[_Trained]) -> None:
-    small = _train(factory, start, n, bucket_bytes=1000)
+def _check_buckets(case: _Case, start: _Model, n: int, world: list[_Trained]) -> None:
+    small = _train(case, start, n, bucket_bytes=1000)
     difference = float((small[0].parameters - world[0].parameters).abs().max())
-    tolerance = 1e-6 if factory(copy.deepcopy(start)).max_norm is None else 1e-5  # a norm's rounding depends on buckets
+    tolerance = (
+        1e-6 if case.make(copy.deepcopy(start)).max_norm is None else 1e-5
+    )  # a norm's rounding depends on buckets
     assert difference <= tolerance, f"smaller buckets change parameters by {difference:.2g} on {n} ranks"
 
 
-def _check_zero_gradients(factory: Factory, start: _Model, n: int) -> None:
-    world = _train(factory, start, n, zero_at=_STEPS // 2)
+def _check_zero_gradients(case: _Case, start: _Model, n: int) -> None:
+    world = _train(case, start, n, zero_at=_STEPS // 2)
     assert all(bool(one.parameters.isfinite().all()) for one in world), f"zero gradients break {n} ranks"
     assert all(torch.equal(world[0].parameters, one.parameters) for one in world), f"replicas differ on {n} ranks"
 
 
-def _check_resume(factory: Factory, start: _Model, n: int, world: list[_Trained]) -> None:
-    resumed = _train(factory, start, n, resume_at=_STEPS // 2)
+def _check_resume(case: _Case, start: _Model, n: int, world: list[_Trained]) -> None:
+    resumed = _train(case, start, n, resume_at=_STEPS // 2)
     for one, other in zip(world, resumed, strict=True):
         assert torch.equal(one.parameters, other.parameters), f"resuming is not bitwise on {n} ranks"
         assert all(torch.equal(one.state[key], other.state[key]) for key in one.state), f"residuals differ on {n} ranks"
 
 
-def _check_nan(factory: Factory, start: _Model, n: int, bad_rank: int) -> None:
+def _check_nan(case: _Case, start: _Model, n: int, bad_rank: int) -> None:
     for step in (1, _STEPS - 2):
-        world = _train(factory, start, n, nan_at=(step, bad_rank))
+        world = _train(case, start, n, nan_at=(step, bad_rank))
         expected = [(step, "first.weight")]
         seen = [one.voided for one in world]
         assert all(one == expected for one in seen), f"NaN at step {step} on rank {bad_rank} of {n}: ranks saw {seen}"
@@ -177,19 +196,19 @@ def _check_nan(factory: Factory, start: _Model, n: int, bad_rank: int) -> None:
         assert all(torch.equal(world[0].parameters, one.parameters) for one in world), f"replicas differ on {n} ranks"
 
 
-def _check_resharding(factory: Factory, start: _Model) -> None:
+def _check_resharding(case: _Case, start: _Model) -> None:
     """What three ranks still have to send, two ranks still have to send."""
     states: list[Any] = []
 
     def leave(group: SimGroup) -> Any:
         model = copy.deepcopy(start)
-        attachment = _attach(factory, model, group, 25 << 20)
+        attachment = _attach(case, model, group, 25 << 20)
         _step(model, attachment, group)
         return attachment.method.comm_state()
 
     def join(group: SimGroup) -> Tensor:
         model = copy.deepcopy(start)
-        attachment = _attach(factory, model, group, 25 << 20)
+        attachment = _attach(case, model, group, 25 << 20)
         attachment.method.load_resharded(iter(copy.deepcopy(states)))
         _step(model, attachment, group)
         return _flat(model)

@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     gpt = GPT(args.layers, args.heads, args.width, args.context)
     model = DistributedDataParallel(gpt, bucket_cap_mb=args.bucket_mb)
     method, optimizer = with_optimizer(args.method, model.module, options=args.options, optimizer=args.optimizer)
-    overlap = method.max_norm is None  # a global norm needs all gradients first
+    overlap = not method.needs_all_buckets  # a global norm needs all gradients first
     attachment = ddp.attach(model, method, None if optimizer is method else optimizer, overlap=overlap)
     falling = args.steps * max(1 - args.decay_from, 1e-9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (args.steps - step) / falling))

@@ -5,43 +5,45 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import nn
+from presets import PRESETS, Preset
 
-from commopt import build
 from commopt.aggregate import Aggregator
 from commopt.bucket import Bucket
 from commopt.groups import Group
-from commopt.methods import METHODS, is_update_method
+from commopt.methods import METHODS
 from commopt.methods.dense import Dense
 from commopt.methods.ef_sign import EFSign
 from commopt.testing import check_method
 
-OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("dense", {}),
-    ("dense", {"max_norm": 0.5}),
-    ("fp16", {}),
-    ("fp16", {"dtype": "bfloat16"}),
-    ("ef_sign", {}),
-    ("ef_sign", {"scale": "l2"}),
-    ("ef_sign", {"max_norm": 0.5, "block_size": 64}),
-    ("onebit_adam", {"lr": 0.01, "freeze_step": 4}),
-    ("onebit_adam", {"lr": 0.01, "freeze_step": 4, "scale": "l2", "bias_correction": False}),
-    ("onebit_adam", {"lr": 0.01, "freeze_step": "auto", "betas": (0.9, 0.7)}),
-    ("onebit_adam", {"lr": 0.01, "freeze_step": 4, "max_norm": 0.5, "weight_decay": 0.1}),
+# further options of methods; every method's first ones are in presets.py
+VARIANTS = [
+    Preset("dense", {"max_norm": 0.5}),
+    Preset("fp16", {"dtype": "bfloat16"}),
+    Preset("ef_sign", {"scale": "l2"}),
+    Preset("ef_sign", {"max_norm": 0.5, "block_size": 64}),
+    Preset("ef_sign", {"scale": "model", "prescale": True}),
+    Preset("ef_sign", {"residual_bits": 8, "residual_decay": 0.9}),
+    Preset("two_way", {"worker": "sign", "server": "bf16", "residual_bits": 16, "dense_1d": True, "reset_every": 3}),
+    Preset("two_way", {"worker": "bf16", "error_feedback": False}),
+    Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "scale": "l2", "bias_correction": False}),
+    Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "scale": "model", "prescale": True, "residual_bits": 8}),
+    Preset("onebit_adam", {"lr": 0.01, "freeze_step": "auto", "betas": (0.9, 0.7)}),
+    Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "max_norm": 0.5, "weight_decay": 0.1}),
 ]
 
 
-def made(model: nn.Module, name: str, options: dict[str, Any]) -> Aggregator:
-    return build(name, model.named_parameters() if is_update_method(name) else None, **options)
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_every_method_keeps_the_contract(preset: Preset) -> None:
+    check_method(preset.method, optimizer=preset.optimizer)
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_every_method_keeps_the_contract(name: str, options: dict[str, Any]) -> None:
-    check_method(lambda model: made(model, name, options), ranks=(1, 2, 3, 5) if not options else (1, 3))
+@pytest.mark.parametrize("preset", VARIANTS, ids=str)
+def test_every_variant_keeps_the_contract(preset: Preset) -> None:
+    check_method(preset.method, optimizer=preset.optimizer, ranks=(1, 3))
 
 
 def test_no_method_is_left_out() -> None:
-    assert {name for name, _ in OPTIONS} == set(METHODS)
+    assert sorted(preset.name for preset in PRESETS) == sorted(METHODS)
 
 
 class LocalOnly(Dense):

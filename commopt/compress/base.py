@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 from commopt.bucket import Blocks, BlockTable, Int64Array, ParameterIndex
-from commopt.wire import Layout
+from commopt.wire import Layout, layout_bytes
 
 
 class Compressor(ABC):
     """A stateless codec for blocks of float32 values; a frozen dataclass of its hyper-parameters."""
 
-    shared_scale: ClassVar[bool] = False
+    shared_scale: ClassVar[bool] = False  # the blocks of a parameter have one scale
+    is_ragged: ClassVar[bool] = False  # how much travels is known only once it is compressed: through `encode`
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether codes depend on the blocks' random keys."""
+        return False
 
     @abstractmethod
     def block_lengths(self, numel: int, ranks: int) -> list[int]:
@@ -37,6 +43,10 @@ class Compressor(ABC):
         its codes, and its residual is not touched.
         """
 
+    def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Sequence[Tensor]:
+        """What `compress_` does, for a codec whose codes have no length beforehand: the tensors that travel, widest dtype first."""
+        raise NotImplementedError(f"{type(self).__name__} has a fixed layout")
+
     @abstractmethod
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
@@ -47,9 +57,15 @@ class Compressor(ABC):
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
         """(B,) bool: which blocks were marked as non-finite."""
 
-    def table(self, index: ParameterIndex, ranks: int) -> BlockTable:
-        """Every block of a model, and the rank that serves it."""
-        return BlockTable.cut(index, ranks, self.block_lengths, shared_scale=self.shared_scale)
+    def table(self, index: ParameterIndex, ranks: int, without: frozenset[str] = frozenset()) -> BlockTable:
+        """Every block of a model but for the parameters in `without`, and the rank that serves it."""
+        return BlockTable.cut(index, ranks, self.block_lengths, shared_scale=self.shared_scale, without=without)
+
+    def bytes_per_element(self, ranks: int = 2) -> float:
+        """What one element of a parameter of 2^20 costs in a message, scales and padding included."""
+        index = ParameterIndex(("x",), (1 << 20,))
+        blocks = self.table(index, ranks).everything
+        return layout_bytes(self.layout(blocks)) / blocks.elements
 
     def first_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> int:
         """The index of the first parameter, in registration order, with a bad block; -1 where there is none."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.bucket import Blocks
+from commopt.bucket import Blocks, Int64Array, ParameterIndex
 from commopt.compress.base import Compressor, equal_blocks
 from commopt.errors import ConfigError, check_option
 from commopt.wire import Layout
@@ -66,6 +66,10 @@ class TensorSign(BlockSign):
 
     shared_scale: ClassVar[bool] = True
 
+    def scale_groups(self, blocks: Blocks) -> Int64Array:
+        """(B,) blocks with the same number share one scale."""
+        return blocks.groups
+
     def block_lengths(self, numel: int, ranks: int) -> list[int]:
         return equal_blocks(numel, 8 * -(-numel // (8 * ranks))) if numel else []
 
@@ -73,24 +77,56 @@ class TensorSign(BlockSign):
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
         kernel = kernels.of(x.device)
-        if all(len(np.unique(blocks.groups)) == len(blocks) for blocks in parts) and len(parts) == 1:
-            for blocks, (scales, bits) in zip(parts, out, strict=True):
-                kernel.compress_signs_(x, residual, blocks, scales, bits, squared=True)
+        if len(parts) == 1 and len(np.unique(self.scale_groups(parts[0]))) == len(parts[0]):
+            kernel.compress_signs_(x, residual, parts[0], *out[0], squared=True)
             return
         squares = [
             np.asarray(torch.as_tensor(kernel.block_sums(x, residual, blocks, squared=True)).cpu()) for blocks in parts
         ]
-        groups = np.concatenate([blocks.groups for blocks in parts])
+        groups = np.concatenate([self.scale_groups(blocks) for blocks in parts])
         lengths = np.concatenate([blocks.lengths for blocks in parts])
         which, place = np.unique(groups, return_inverse=True)
-        total = np.bincount(place, np.concatenate(squares), len(which))
+        sums = np.concatenate(squares)
+        is_good = np.isfinite(sums)  # only the blocks that hold a NaN or an inf are marked, so that they can be named
+        total = np.bincount(place, np.where(is_good, sums, 0.0), len(which))
         count = np.bincount(place, lengths, len(which))
         with np.errstate(over="ignore", invalid="ignore"):
             scale = np.sqrt(total / count).astype(np.float32)
         scale = np.where(np.isfinite(scale), scale, np.float32(np.nan))
-        for blocks, (scales, bits) in zip(parts, out, strict=True):
-            scales.copy_(torch.from_numpy(scale[np.searchsorted(which, blocks.groups)]))
+        of_block = np.split(
+            np.where(is_good, scale[place], np.float32(np.nan)), np.cumsum([len(b) for b in parts])[:-1]
+        )
+        for blocks, (scales, bits), own in zip(parts, out, of_block, strict=True):
+            scales.copy_(torch.from_numpy(own))
             kernel.pack_signs_(x, residual, blocks, scales, bits)
+
+
+@dataclass(frozen=True)
+class ModelSign(TensorSign):
+    """scale * sign(c) with one L2 scale for the whole model, as DeepSpeed has it for its flat fp16 buffer and 1-bit LAMB.
+
+    All buckets of a step travel as one. Workers have one scale, and the server of each rank one for all it serves. Small
+    parameters with large values are drowned, or drown others, unless they are pre-scaled (`equalising_factors`).
+    """
+
+    merges_buckets: ClassVar[bool] = True
+
+    def scale_groups(self, blocks: Blocks) -> Int64Array:
+        return np.zeros(len(blocks), dtype=np.int64)
+
+
+def equalising_factors(flat: Tensor, index: ParameterIndex) -> Tensor:
+    """(P,) f32 factors that bring all parameters to the same root mean square, the mean of theirs; 1 where there is only zero.
+
+    1-bit LAMB, arXiv:2104.06069: k_p = mean_q(s_q) / s_p with s_p = ||m_p||_2 / sqrt(n_p).
+    """
+    sizes = [
+        float(index.view(flat, name).double().square().mean().sqrt()) if n else 0.0
+        for name, n in zip(index.names, index.numels, strict=True)
+    ]
+    live = [s for s in sizes if s > 0]
+    united = sum(live) / max(1, len(live))
+    return torch.tensor([united / s if s > 0 else 1.0 for s in sizes], device=flat.device)
 
 
 def _is_whole_bytes(block_size: int) -> bool:
@@ -98,11 +134,21 @@ def _is_whole_bytes(block_size: int) -> bool:
 
 
 def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:
-    """The sign compressor that a method's `scale` option names: "l1", per block, or "l2", per tensor."""
-    if scale == "l1":
-        return BlockSign(block_size)
-    if scale == "l2":
-        return TensorSign(block_size)
-    raise ConfigError(
-        f"scale: {scale!r} is no scale; write 'l1' (mean magnitude per block) or 'l2' (DeepSpeed's, per tensor)"
-    )
+    """The sign compressor that a method's `scale` option names: "l1" per block, "l2" per tensor, "model" for all as one."""
+    kinds: dict[str, type[BlockSign]] = {"l1": BlockSign, "l2": TensorSign, "model": ModelSign}
+    if not isinstance(scale, str) or scale not in kinds:
+        raise ConfigError(
+            f"scale: {scale!r} is no scale; write 'l1' (mean magnitude per block), 'l2' (DeepSpeed's, per tensor) or 'model' "
+            "(one for all parameters)"
+        )
+    return kinds[scale](block_size)
+
+
+def check_prescale(prescale: bool, scale: str) -> None:
+    """Raise ConfigError for a pre-scaling that would have no effect."""
+    if not isinstance(prescale, bool):
+        raise ConfigError(f"prescale: {prescale!r} is out of range; write true or false")
+    if prescale and scale != "model":
+        raise ConfigError(
+            f"prescale: true has no effect with scale: {scale!r}, where every tensor has a scale of its own; write scale: model"
+        )

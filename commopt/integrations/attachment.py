@@ -234,6 +234,7 @@ def check_optimizer(method: Aggregator, optimizer: torch.optim.Optimizer | None)
         raise AttachError(
             f"{method.name} replaces gradients: pass the optimizer that applies them, attach(model, method, optimizer)"
         )
+    method.check_optimizer(optimizer)
     return optimizer
 
 

@@ -175,8 +175,9 @@ def attach(
             "this DDP model has a communication hook already, and DDP takes only one; attach before registering others"
         )
     check_optimizer(method, optimizer)
-    if method.max_norm is not None and overlap:
-        raise AttachError("max_norm needs the gradients of all buckets at once: attach(..., overlap=False)")
+    if method.needs_all_buckets and overlap:
+        what = "max_norm" if method.max_norm is not None else f"{method.name} with one scale for the whole model"
+        raise AttachError(f"{what} needs the gradients of all buckets at once: attach(..., overlap=False)")
     if getattr(model, "mixed_precision", None) is not None:
         raise AttachError("DDP's own mixed_precision casts gradients around the hook; use torch.autocast instead")
     return DDPAttachment(model, method, optimizer, group or connect(model.process_group), overlap)

@@ -9,11 +9,13 @@ from typing import Any, cast
 import torch
 
 from commopt.aggregate import Aggregator
-from commopt.errors import ConfigError, did_you_mean
+from commopt.errors import AttachError, ConfigError, did_you_mean
 from commopt.methods.dense import Dense
 from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
 from commopt.methods.onebit_adam import OnebitAdam
+from commopt.methods.two_way import TwoWay
+from commopt.optimizers import LAMB, Lion
 
 __all__ = [
     "FP16",
@@ -22,26 +24,42 @@ __all__ = [
     "Dense",
     "EFSign",
     "OnebitAdam",
+    "TwoWay",
     "build",
     "check_options",
     "is_update_method",
     "with_optimizer",
 ]
 
-METHODS: Mapping[str, type[Aggregator]] = {method.name: method for method in (Dense, FP16, EFSign, OnebitAdam)}
+METHODS: Mapping[str, type[Aggregator]] = {
+    method.name: method
+    for method in (
+        Dense,
+        FP16,
+        EFSign,
+        TwoWay,
+        OnebitAdam,
+    )
+}
 
-
-OPTIMIZERS: Mapping[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS: Mapping[str, Any] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "lion": Lion,
+    "lamb": LAMB,
+}
 
 
 def is_update_method(name: str) -> bool:
     """Whether this method is an optimizer itself, instead of replacing the gradient that another one gets."""
-    return issubclass(_find(name), torch.optim.Optimizer)
+    return issubclass(_find(name)[0], torch.optim.Optimizer)
 
 
 def check_options(name: str, options: Iterable[str]) -> None:
     """Raise ConfigError for a method, or an option of it, that does not exist."""
-    known = _options(_find(name))
+    method, named = _find(name)
+    known = [option for option in _options(method) if option not in named]
     for option in options:
         if option not in known:
             raise ConfigError(f"method {name}: unknown option {option!r}{did_you_mean(option, known)}")
@@ -55,7 +73,9 @@ def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) 
     Raises ConfigError for an unknown name or option, or a value out of range.
     """
     check_options(name, options)
-    method: Any = _find(name)
+    method: Any
+    method, named = _find(name)
+    options = {**named, **options}
     arguments = []
     if is_update_method(name):
         if named_params is None:
@@ -84,7 +104,7 @@ def with_optimizer(
         raise ConfigError(f"optimizer: name: unknown optimizer {kind!r}{did_you_mean(str(kind), OPTIMIZERS)}")
     if is_update_method(name):
         check_options(name, options)
-        shared = [key for key in _options(_find(name)) if any(key in _arguments(other) for other in OPTIMIZERS)]
+        shared = [key for key in _options(_find(name)[0]) if any(key in _arguments(other) for other in OPTIMIZERS)]
         for key in arguments:
             if key not in shared:
                 raise ConfigError(
@@ -100,15 +120,29 @@ def with_optimizer(
     method = build(name, **options)
     parameters = list(model.parameters())
     try:
-        return method, OPTIMIZERS[kind](parameters, **arguments)
+        made = OPTIMIZERS[kind](parameters, **arguments)
     except Exception as error:  # torch raises what comes up, as an IndexError for betas: [0.9]
         raise ConfigError(f"optimizer: {_refused(arguments, OPTIMIZERS[kind], [parameters], error)}") from None
+    try:
+        method.check_optimizer(made)
+    except AttachError as error:
+        raise ConfigError(f"optimizer: {error}") from None
+    return method, made
 
 
-def _find(name: str) -> type[Aggregator]:
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
-    return METHODS[name]
+def _find(name: str) -> tuple[type[Aggregator], dict[str, str]]:
+    """The method, and the options that `name(a, b)` gives by position: `two_way(sign, int8)` is worker: sign, server: int8."""
+    word, is_called, inside = name.partition("(")
+    if word not in METHODS:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(word, METHODS)}")
+    method = METHODS[word]
+    if not is_called:
+        return method, {}
+    values = [value.strip() for value in inside.removesuffix(")").split(",")]
+    if not inside.endswith(")") or not all(values) or len(values) > len(method.positional):
+        form = f"{word}({', '.join(method.positional)})" if method.positional else f"{word}, without brackets"
+        raise ConfigError(f"{name!r} is no form of {word}; write {form}")
+    return method, dict(zip(method.positional, values, strict=False))
 
 
 def _refused(options: Mapping[str, Any], make: Any, arguments: list[Any], error: Exception) -> str:

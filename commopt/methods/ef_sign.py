@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from commopt.aggregate import TwoWayMean
-from commopt.compress.sign import scaled_sign
+import torch
+from torch import Tensor
+
+from commopt.aggregate import Mean
+from commopt.bucket import Bucket
+from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
+from commopt.compressed import TwoWayMean
+from commopt.groups.base import Group
 
 
 class EFSign(TwoWayMean):
@@ -16,13 +23,60 @@ class EFSign(TwoWayMean):
     The learning rate stays outside: the residual of a high rate is replayed at the current one. Made for SGD with momentum.
     Sends 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step. State: 4 + 4/N bytes per parameter.
 
-    scale: "l1", the mean magnitude of each block (default), or "l2", one scale per tensor as DeepSpeed has it.
-    block_size: elements per scale, a multiple of 8; of no effect with scale="l2".
+    scale: "l1", the mean magnitude of each block (default); "l2", one scale per tensor as DeepSpeed has it; or "model", one for
+        all parameters, whose buckets then travel as one after backward (overlap=False).
+    block_size: elements per scale, a multiple of 8; of no effect with another scale than "l1".
+    prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken from the
+        first step's exact mean (1-bit LAMB, arXiv:2104.06069).
+    residual_bits, residual_decay: see `two_way`.
     """
 
     name = "ef_sign"
 
     def __init__(
-        self, *, scale: str = "l1", block_size: int = 2048, max_norm: float | None = None, grad_scaler: Any = None
+        self,
+        *,
+        scale: str = "l1",
+        block_size: int = 2048,
+        prescale: bool = False,
+        residual_bits: int = 32,
+        residual_decay: float = 1.0,
+        max_norm: float | None = None,
+        grad_scaler: Any = None,
     ) -> None:
-        super().__init__(scaled_sign(scale, block_size), max_norm=max_norm, grad_scaler=grad_scaler)
+        check_prescale(prescale, scale)
+        self.prescale, self._exactly = prescale, Mean()
+        super().__init__(
+            scaled_sign(scale, block_size),
+            residual_bits=residual_bits,
+            residual_decay=residual_decay,
+            max_norm=max_norm,
+            grad_scaler=grad_scaler,
+        )
+
+    @property
+    def is_exact(self) -> bool:
+        return self.prescale and self.factors is None
+
+    @property
+    def is_steady(self) -> bool:
+        return not self.is_exact
+
+    @property
+    def warmup_steps(self) -> int:
+        return int(self.prescale)
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().bind(named_parameters, group)
+        self.bind_part(self._exactly, named_parameters, group)
+
+    def aggregate(self, bucket: Bucket, group: Group) -> None:
+        if not self.is_exact:
+            return super().aggregate(bucket, group)
+        self._exactly.aggregate(bucket, group)
+        if bucket.void is None:
+            mean = torch.zeros(self.index.total, device=self.device)
+            for name, x in bucket.views():
+                self.index.view(mean, name).copy_(x)
+            self.factors = equalising_factors(mean, self.index)
+        return None

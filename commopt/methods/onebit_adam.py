@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.aggregate import Aggregator, Mean, State, TwoWayMean, clip_joint_norm_
+from commopt.aggregate import Mean, State, merged
 from commopt.bucket import Bucket
-from commopt.compress.sign import scaled_sign
-from commopt.errors import AttachError, CheckpointError, ConfigError, check_option
+from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
+from commopt.compressed import TwoWayMean, check_flag
 from commopt.groups.base import Group
+from commopt.update import FrozenVariance
 
-_STABLE_RATIO = 0.96
 
-
-class OnebitAdam(torch.optim.Optimizer, Aggregator):
+class OnebitAdam(FrozenVariance):
     """Adam whose momentum is averaged with one bit per element each way once its variance has settled.
 
     Tang et al. 2021, arXiv:2102.02888, Algorithm 1. Steps 1 to freeze_step are Adam on the exact mean gradient:
@@ -35,15 +33,16 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
 
     freeze_step: the last step with the exact mean, best 15 to 25 % of all and not before the learning rate's own
         warm-up ends; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and the rate no longer rises.
-    scale, block_size: as in `ef_sign`.
+    scale, block_size, residual_bits: as in `ef_sign`.
+    prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken from the
+        momentum at the freeze (1-bit LAMB, arXiv:2104.06069).
     momentum_mask: {parameter name: tensor of its shape}; momentum is multiplied by it after the freeze, for coordinates
         that get gradients only later (positions beyond the sequence length).
     max_norm, grad_scaler: see `Aggregator`. In the warm-up the norm is that of the mean gradient.
     """
 
     name = "onebit_adam"
-    needs_float32 = True
-    _step_supports_amp_scaling = True  # GradScaler.step then leaves unscaling to us
+    counters: ClassVar[tuple[str, ...]] = ("step", "variance_step")
 
     def __init__(
         self,
@@ -57,177 +56,65 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
         bias_correction: bool = True,
         scale: str = "l1",
         block_size: int = 2048,
+        prescale: bool = False,
+        residual_bits: int = 32,
         momentum_mask: Mapping[str, Tensor] | None = None,
         max_norm: float | None = None,
         grad_scaler: Any = None,
     ) -> None:
-        check_option("lr", lr, lambda x: x >= 0, "a number of at least 0")
-        check_option(
-            "betas",
-            betas,
-            lambda x: len(x) == 2 and all(0 <= b < 1 for b in x),
-            "two numbers in [0, 1), as in [0.9, 0.999]",
-        )
-        check_option("eps", eps, lambda x: x > 0, "a number above 0")
-        check_option("weight_decay", weight_decay, lambda x: x >= 0, "a number of at least 0")
-        whole = "a whole number from 1, or 'auto'"
-        check_option("freeze_step", freeze_step, lambda x: x == "auto" or (isinstance(x, int) and x >= 1), whole)
-        if not isinstance(bias_correction, bool):
-            raise ConfigError(f"bias_correction: {bias_correction!r} is out of range; write true or false")
-        check_option(
-            "momentum_mask", momentum_mask or {}, _is_masks, "{parameter name: tensor of its shape}, in Python"
-        )
-        Aggregator.__init__(self, max_norm=max_norm, grad_scaler=grad_scaler)
+        check_flag("bias_correction", bias_correction)
+        check_prescale(prescale, scale)
         self._mean = Mean()
-        self._two_way = TwoWayMean(scaled_sign(scale, block_size))
-        self.freeze_step, self.bias_correction = freeze_step, bias_correction
-        self.momentum_mask = dict(momentum_mask or {})
-        self._mask: Tensor | None = None
-        self._variance_norms: deque[float] = deque()
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "step": 0,
-            "frozen": False,
-        }
-        torch.optim.Optimizer.__init__(self, list(named_params), defaults)
-        if any("param_names" not in group for group in self.param_groups):
-            raise ConfigError(
-                "onebit_adam keys its state by name: pass model.named_parameters(), not model.parameters()"
-            )
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether the variance is frozen, so that momentum travels as signs."""
-        return bool(self.param_groups[0]["frozen"])
-
-    @property
-    def warmup_steps(self) -> int:
-        return self.freeze_step if isinstance(self.freeze_step, int) else 0
-
-    @property
-    def is_steady(self) -> bool:
-        return self.is_frozen
-
-    @property
-    def applied_steps(self) -> int:
-        """Updates applied so far; a step in which every bucket was void is none."""
-        return int(self.param_groups[0]["step"])
+        self._two_way = TwoWayMean(scaled_sign(scale, block_size), residual_bits=residual_bits)
+        self.merges_buckets = self._two_way.merges_buckets
+        self.bias_correction, self.prescale = bias_correction, prescale
+        super().__init__(
+            named_params,
+            {
+                "lr": lr,
+                "betas": tuple(betas) if isinstance(betas, list) else betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+            },
+            freeze_step=freeze_step,
+            momentum_mask=momentum_mask,
+            max_norm=max_norm,
+            grad_scaler=grad_scaler,
+        )
 
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().bind(named_parameters, group)
-        self._mean.bind(named_parameters, group)
-        self._two_way.bind(named_parameters, group)
-        device = named_parameters[0][1].device
-        self._momentum = torch.zeros(self.index.total, device=device)
-        self._variance = torch.zeros(self.index.total, device=device)
-        self._parameters = dict(named_parameters)
-        for name, mask in self.momentum_mask.items():
-            if name not in self._parameters:
-                raise AttachError(f"momentum_mask: the model has no trainable parameter {name!r}")
-            shape = self._parameters[name].shape
-            given = tuple(torch.as_tensor(mask).shape)
-            if len(given) > len(shape) or any(n not in (1, m) for n, m in zip(given[::-1], shape[::-1], strict=False)):
-                raise AttachError(f"momentum_mask: {name!r} is of shape {tuple(shape)}, its mask of {given}")
-        self._link_state()
+        self.bind_part(self._mean, named_parameters, group)
+        self.bind_part(self._two_way, named_parameters, group)
 
-    def _link_state(self) -> None:
-        """Make state[p] views of the flat tensors, with the values that are there already."""
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        for name, p in self._parameters.items():
-            old = self.state.get(p, {})
-            views = {
-                "momentum": self.index.view(self._momentum, name).view(p.shape),
-                "variance": self.index.view(self._variance, name).view(p.shape),
-            }
-            for key, view in views.items():
-                if key in old:
-                    view.copy_(old[key])
-            self.state[p] = {
-                "step": int(old.get("step", 0)),
-                "variance_step": int(old.get("variance_step", 0)),
-                **views,
-            }
-        if self.is_frozen:
-            self._make_mask()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        exact = {k: dict(entry) for k, entry in state_dict["state"].items()}
-        super().load_state_dict(state_dict)
-        ids = [k for group in state_dict["param_groups"] for k in group["params"]]
-        for k, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if k in exact:
-                self.state[p] = exact[
-                    k
-                ]  # torch has cast it to the parameter's dtype; momentum and variance are float32
-        if hasattr(self, "_momentum"):
-            self._link_state()
+    @property
+    def is_exact(self) -> bool:
+        return not self.is_frozen
 
     def aggregate(self, bucket: Bucket, group: Group) -> None:
         if not self.is_frozen:
-            self._mean.aggregate(bucket, group)
-            if bucket.void is None:
-                self._absorb_gradient(bucket)
-            return
+            return self._mean.aggregate(bucket, group)
         for name, g in bucket.views():
-            b1 = self._options(name)["betas"][0]
-            m = self.index.view(self._momentum, name)
+            m, b1 = self.part("momentum", name), self.options(name)["betas"][0]
             torch.lerp(m, g, 1 - b1, out=g)  # m_i = b1 m + (1 - b1) g_i
-        self._two_way.aggregate(bucket, group)
-        if bucket.void is not None:
-            return
-        for name, m in bucket.views():
-            if self._mask is not None:
-                m.mul_(self.index.view(self._mask, name))
-            self.index.view(self._momentum, name).copy_(m)
+        return self._two_way.aggregate(bucket, group)
 
-    def exchange(self, buckets: Sequence[Bucket], group: Group) -> None:
-        if self.is_frozen or self.max_norm is None:
-            super().exchange(buckets, group)
-            return
-        for bucket in buckets:
-            group.traffic.bucket = bucket.label
-            self._mean.aggregate(bucket, group)
-        whole = [bucket for bucket in buckets if bucket.void is None]
-        clip_joint_norm_(whole, self.max_norm)
-        for bucket in whole:
-            self._absorb_gradient(bucket)
+    def receive(self, bucket: Bucket) -> None:
+        for name, x in bucket.views():
+            m, v = self.part("momentum", name), self.part("variance", name)
+            if self.is_frozen:
+                m.copy_(self.masked_(x, name))
+            else:
+                b1, b2 = self.options(name)["betas"]
+                m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
+                v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
 
-    def _absorb_gradient(self, bucket: Bucket) -> None:
-        for name, g in bucket.views():
-            b1, b2 = self._options(name)["betas"]
-            m, v = self.index.view(self._momentum, name), self.index.view(self._variance, name)
-            m.lerp_(g, 1 - b1)  # m <- b1 m + (1 - b1) g
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Apply what the last exchange left in the momentum. Parameters without a gradient are left alone."""
-        if closure is not None:
-            raise ValueError("onebit_adam exchanges in backward and takes no closure; call backward, then step()")
-        is_applied = False
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
-                    is_applied = True
-        if is_applied:
-            for group in self.param_groups:
-                group["step"] += 1
-            if not self.is_frozen and self._is_settled():
-                self._freeze()
-        return None
-
-    def _update(self, p: Parameter, group: dict[str, Any]) -> None:
-        state, (b1, b2) = self.state[p], group["betas"]
+    def count(self, state: dict[str, Any]) -> None:
         state["step"] += 1
         state["variance_step"] += not self.is_frozen
+
+    def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        b1, b2 = group["betas"]
         root = state["variance"].sqrt()
         step_size = group["lr"]
         if self.bias_correction:
@@ -241,66 +128,32 @@ class OnebitAdam(torch.optim.Optimizer, Aggregator):
         else:
             p.copy_(p.float().addcdiv_(state["momentum"], root, value=-step_size))
 
-    def _is_settled(self) -> bool:
-        """Whether the warm-up ends after this step; the same on all ranks, since it reads only what they share."""
-        if self.freeze_step != "auto":
-            return self.applied_steps >= int(self.freeze_step)
-        group = self.param_groups[0]
-        b2, rate = group["betas"][1], float(group["lr"])
-        norm = float(self._variance.sum(dtype=torch.float64))
-        norm /= 1 - b2**self.applied_steps if self.bias_correction else 1.0
-        self._variance_norms.append(norm)
-        is_rising = rate > group.get("last_lr", rate)
-        group["last_lr"] = rate
-        window = max(1, round(1 / (1 - b2)))
-        if len(self._variance_norms) <= window:
-            return False
-        earlier = self._variance_norms.popleft()
-        return not is_rising and min(earlier, norm) >= _STABLE_RATIO * max(earlier, norm) > 0
+    def variance_correction(self, group: Mapping[str, Any]) -> float:
+        return 1 - float(group["betas"][1]) ** self.applied_steps if self.bias_correction else 1.0
 
-    def _freeze(self) -> None:
-        for group in self.param_groups:
-            group["frozen"] = True
-        self._variance_norms.clear()
-        self._make_mask()
+    def freeze(self) -> None:
+        super().freeze()
+        if self.prescale:
+            self._two_way.factors = equalising_factors(self.arena["momentum"], self.index)
 
-    def _make_mask(self) -> None:
-        mask = self._variance.ne(0)
-        for name, given in self.momentum_mask.items():
-            own = torch.as_tensor(given, device=mask.device).ne(0).expand(self._parameters[name].shape)
-            self.index.view(mask, name).logical_and_(own.reshape(-1))
-        self._mask = None if bool(mask.all()) else mask
-
-    def _options(self, name: str) -> dict[str, Any]:
-        return self._group_of[id(self._parameters[name])]
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return self._two_way.bytes_per_parameter(ranks)
 
     @property
     def state_form(self) -> str:
         return self._two_way.state_form
 
     def state_views(self, name: str) -> list[Tensor]:
-        own = [self.index.view(self._momentum, name), self.index.view(self._variance, name)]
-        return own + self._two_way.state_views(name)
+        return super().state_views(name) + self._two_way.state_views(name)
 
     def comm_state(self) -> State:
-        state = self._two_way.comm_state()
-        state["shared"]["variance_norms"] = torch.tensor(list(self._variance_norms), dtype=torch.float64)
-        return state
+        return merged(super().comm_state(), self._two_way.comm_state())
 
     def load_comm_state(self, state: State) -> None:
+        super().load_comm_state(state)
         self._two_way.load_comm_state(state)
-        self._load_norms(state)
 
     def load_resharded(self, states: Iterable[State]) -> None:
         every = list(states)
+        super().load_resharded(every)
         self._two_way.load_resharded(every)
-        self._load_norms(every[0])
-
-    def _load_norms(self, state: State) -> None:
-        if "variance_norms" not in state["shared"]:
-            raise CheckpointError("variance_norms is missing; was the checkpoint saved by onebit_adam?")
-        self._variance_norms = deque(state["shared"]["variance_norms"].tolist())
-
-
-def _is_masks(masks: Any) -> bool:
-    return isinstance(masks, Mapping) and all(isinstance(mask, Tensor) for mask in masks.values())

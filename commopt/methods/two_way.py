@@ -1,0 +1,57 @@
+"""Compression in both directions with any pair of codecs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from commopt.compress import make_compressor
+from commopt.compressed import TwoWayMean
+
+
+class TwoWay(TwoWayMean):
+    """Send compressed gradients to the rank that averages them, and its compressed answers to all, with error feedback on both sides.
+
+    DoubleSqueeze, Tang et al. 2019, arXiv:1905.05957. `two_way(int8)` and `two_way(sign, int8)` name the codecs in a configuration.
+        q_i = C(g_i + e_i);  e_i <- g_i + e_i - q_i;  y = S(mean q_i + s);  s <- mean q_i + s - y
+    Sends (N-1)/N x (worker + server) bytes per parameter and step. State: 4 + 4/N bytes per parameter, a half or a
+    quarter of it with residual_bits 16 or 8.
+
+    worker: what ranks send: a compressor's name ("sign", "int8", "4bit", "fp8", ...), or {"compressor": name, option: value}.
+    server: what the averaging rank answers with; as `worker` if left out.
+    error_feedback: keep what a message left out, and add it to the next one (default). Without it only unbiased codecs average out.
+    residual_bits: 32, 16 (bfloat16) or 8 bits for each element of the residuals (LoCo, arXiv:2407.04480).
+    residual_decay: the residual's factor from step to step. reset_every: forget the residuals after so many steps.
+    dense_1d: average parameters with fewer than two dimensions (biases, norms) exactly.
+    seed: of stochastic rounding.
+    """
+
+    name = "two_way"
+    positional = ("worker", "server")
+
+    def __init__(
+        self,
+        *,
+        worker: str | Mapping[str, Any] = "int8",
+        server: str | Mapping[str, Any] | None = None,
+        error_feedback: bool = True,
+        residual_bits: int = 32,
+        residual_decay: float = 1.0,
+        reset_every: int | None = None,
+        dense_1d: bool = False,
+        seed: int = 0,
+        max_norm: float | None = None,
+        grad_scaler: Any = None,
+    ) -> None:
+        super().__init__(
+            make_compressor(worker, "worker"),
+            None if server is None else make_compressor(server, "server"),
+            error_feedback=error_feedback,
+            residual_bits=residual_bits,
+            residual_decay=residual_decay,
+            reset_every=reset_every,
+            dense_1d=dense_1d,
+            seed=seed,
+            max_norm=max_norm,
+            grad_scaler=grad_scaler,
+        )

@@ -1,0 +1,112 @@
+"""The uncompressed parents that torch does not have: Lion and LAMB, for a gradient method or `dense` to go with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from commopt.errors import check_option
+
+
+class _Parent(torch.optim.Optimizer):
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, self.state[p], group)
+        return loss
+
+    def _update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Lion(_Parent):
+    """Chen et al. 2023, arXiv:2302.06675: x <- x - lr (sign(b1 m + (1 - b1) g) + weight_decay x);  m <- b2 m + (1 - b2) g.
+
+    sign(0) is 0, as in the paper. State: m.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: Sequence[float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        _check(lr, betas, weight_decay)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+
+    def _update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(p)
+        m, (b1, b2) = state["momentum"], group["betas"]
+        direction = torch.lerp(m, g, 1 - b1).sign_()
+        m.lerp_(g, 1 - b2)
+        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+
+
+class LAMB(_Parent):
+    """You et al. 2019, arXiv:1904.00962: Adam whose step is scaled, per tensor, to the norm of its weights.
+
+        d = m / (sqrt(v) + eps) + weight_decay x;  x <- x - lr clamp(||x|| / ||d||, min_coeff, max_coeff) d
+    The ratio is 1 where either norm is 0. bias_correction: as in Adam; 1-bit LAMB has none. State: m, v.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        min_coeff: float = 0.01,
+        max_coeff: float = 10.0,
+        bias_correction: bool = False,
+    ) -> None:
+        _check(lr, betas, weight_decay)
+        check_option("eps", eps, lambda x: x > 0, "a number above 0")
+        check_option(
+            "min_coeff", min_coeff, lambda x: 0 <= x <= max_coeff, f"a number from 0 to max_coeff, {max_coeff}"
+        )
+        kept = {"min_coeff": min_coeff, "max_coeff": max_coeff, "bias_correction": bias_correction}
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, **kept})
+
+    def _update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state |= {"step": 0, "momentum": torch.zeros_like(p), "variance": torch.zeros_like(p)}
+        state["step"] += 1
+        m, v, (b1, b2) = state["momentum"], state["variance"], group["betas"]
+        m.lerp_(g, 1 - b1)
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
+        root, size = v.sqrt(), 1.0
+        if group["bias_correction"]:
+            root, size = root / math.sqrt(1 - b2 ** state["step"]), 1 / (1 - b1 ** state["step"])
+        direction = size * m / (root + group["eps"]) + group["weight_decay"] * p
+        p.add_(direction, alpha=-group["lr"] * trust_ratio(p, direction, group["min_coeff"], group["max_coeff"]))
+
+
+def trust_ratio(x: Tensor, direction: Tensor, min_coeff: float, max_coeff: float) -> float:
+    """clamp(||x|| / ||direction||, min_coeff, max_coeff), and 1 where either norm is 0."""
+    weight, step = float(x.float().norm()), float(direction.float().norm())
+    return min(max(weight / step, min_coeff), max_coeff) if weight > 0 and step > 0 else 1.0
+
+
+def _check(lr: float, betas: Sequence[float], weight_decay: float) -> None:
+    check_option("lr", lr, lambda x: x >= 0, "a number of at least 0")
+    wanted = "two numbers in [0, 1), as in [0.9, 0.99]"
+    check_option("betas", betas, lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), wanted)
+    check_option("weight_decay", weight_decay, lambda x: x >= 0, "a number of at least 0")
