@@ -1,0 +1,31 @@
+"""Minus one, zero or one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from commopt.compress.quantize import EvenLevels, check_block_size
+
+
+@dataclass(frozen=True)
+class Ternary(EvenLevels):
+    """scale * sign(c) * Bernoulli(|c| / scale) with scale = max|c|: unbiased, 2 bits per element.
+
+    Wen et al. 2017, arXiv:1705.07878 (TernGrad's quantiser). Each block has the scale of its own rank; the paper shares the
+    largest one among ranks, so that codes can be summed as integers, and clips beforehand. block_size: None for whole parameters,
+    as in the paper. Without keys: +-scale above half of it, else zero.
+    """
+
+    block_size: int | None = 2048
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+
+    @property
+    def levels(self) -> int:  # type: ignore[override]
+        return 1
+
+    @property
+    def is_stochastic(self) -> bool:
+        return True

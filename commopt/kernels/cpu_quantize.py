@@ -1,0 +1,594 @@
+"""The block quantisers on a CPU: numba, a slice of at most 2,048 elements at a time, through buffers that stay in the cache.
+
+Every loop is one that LLVM vectorises. There is no fast-math here: codes, scales and residuals equal the plain kernels' bit for
+bit, so no product may melt into a fused multiply-add, and the largest magnitude is found among bit patterns, which are ordered
+as the magnitudes are, with inf and NaN above all others. All in one file: numba's cache would not notice that a function which a
+kernel calls in another file has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from commopt.bucket import Blocks, Int64Array, UInt64Array
+from commopt.kernels.reference_quantize import byte_starts, float8_values, natural_values
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I8 = NDArray[np.int8]
+I32 = NDArray[np.int32]
+U8 = NDArray[np.uint8]
+_F = TypeVar("_F", bound=Callable[..., Any])
+_SLICE = 2048
+_LARGEST, _SMALLEST = np.float32(np.finfo(np.float32).max), np.float32(2.0**-126)
+_LEVELS, _FLOAT8, _NATURAL = 0, 1, 2
+_ALL_BUT_SIGN, _MANTISSA = np.int32(0x7FFFFFFF), np.int32(0x7FFFFF)
+_GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_log = logging.getLogger(__name__)
+
+
+def _exact(function: _F) -> _F:
+    """njit without fast-math, with a cache on disk where there is a writable place for one."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": False, "boundscheck": False, "error_model": "numpy"}
+    try:
+        return numba.njit(function, cache=True, **options)  # type: ignore[no-any-return]
+    except RuntimeError as error:  # numba's word for: neither the package's folder nor a home is writable
+        if not os.environ.get("COMMOPT_QUIET_CACHE"):
+            _log.warning(
+                "kernels are compiled anew in every process (%s); set NUMBA_CACHE_DIR to a writable folder", error
+            )
+            os.environ["COMMOPT_QUIET_CACHE"] = "1"
+        return numba.njit(function, **options)  # type: ignore[no-any-return]
+
+
+# --- values, norms, draws: of the first n elements of a buffer, since a slice of it for each short block would cost more than its loop
+
+
+@_exact
+def _correct(x: F32, e: F32, has_residual: bool, c: F32) -> None:
+    if has_residual:
+        for i in range(x.size):
+            c[i] = x[i] + e[i]
+    else:
+        for i in range(x.size):
+            c[i] = x[i]
+
+
+@_exact
+def _largest_bits(c: F32, n: int) -> Any:
+    bits, largest = c.view(np.int32), np.int32(0)
+    for i in range(n):
+        largest = max(largest, np.int32(bits[i] & _ALL_BUT_SIGN))
+    return largest
+
+
+@_exact
+def _sum_squares(c: F32, n: int, folded: F64) -> Any:
+    """The sum of squares by halving, which vectorises and has one order only."""
+    for i in range(n):
+        folded[i] = np.float64(c[i]) * np.float64(c[i])
+    half = 1
+    while 2 * half < n:
+        half *= 2
+    while n > 1:
+        high = folded[half:n]
+        for i in range(high.size):
+            folded[i] += high[i]
+        n, half = half, half // 2
+    return folded[0]
+
+
+@_exact
+def _draw(key: np.uint64, first: int, n: int, u: F32) -> None:
+    """noise.uniform of n elements from `first` on."""
+    counter = key + np.uint64(first + 1) * _GOLDEN
+    for i in range(n):
+        z = counter + np.uint64(i) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _FIRST
+        z = (z ^ (z >> np.uint64(27))) * _SECOND
+        z = z ^ (z >> np.uint64(31))
+        u[i] = np.float32(np.int32(z >> np.uint64(40))) * np.float32(2.0**-24)
+
+
+@_exact
+def _scale_of(kind: int, norm: np.float32, levels: np.float32) -> Any:
+    if not norm <= _LARGEST:
+        return np.float32(np.nan)
+    if kind == _NATURAL:  # the power of two at or above the largest magnitude, where float32 has one
+        if norm <= _SMALLEST:
+            return np.float32(0.0) if norm == np.float32(0.0) else _SMALLEST
+        mantissa, exponent = math.frexp(np.float64(norm))
+        return np.float32(math.ldexp(1.0, min(exponent - 1 if mantissa == 0.5 else exponent, 127)))
+    scale = np.float32(norm / levels)
+    if not np.float32(scale * levels) <= _LARGEST:
+        return np.float32(np.nan)
+    return scale if scale >= _SMALLEST else np.float32(0.0)
+
+
+@_exact
+def _block_scale(
+    kind: int,
+    x: F32,
+    e: F32,
+    has_residual: bool,
+    start: int,
+    home: int,
+    length: int,
+    levels: np.float32,
+    squared: bool,
+    c: F32,
+    folded: F64,
+    largest: I32,
+) -> Any:
+    """The scale of one block, whose last slice stays in c. largest: (1,), a buffer."""
+    total, largest[0] = 0.0, 0
+    for a in range(0, length, _SLICE):
+        n = min(_SLICE, length - a)
+        _correct(x[start + a : start + a + n], e[home + a : home + a + n], has_residual, c)
+        if squared:
+            total += _sum_squares(c, n, folded)
+        else:
+            largest[0] = max(largest[0], _largest_bits(c, n))
+    return _scale_of(kind, np.float32(math.sqrt(total)) if squared else largest.view(np.float32)[0], levels)
+
+
+# --- one code per element
+
+
+@_exact
+def _encode_levels(c: F32, u: F32, n: int, scale: np.float32, levels: np.float32, tie: np.int32, codes: I8) -> None:
+    for i in range(n):
+        a = min(abs(c[i]) / scale, levels)
+        below = np.int32(a)
+        rest = a - np.float32(below)
+        up = (u[i] < rest) | ((rest == np.float32(0.5)) & (np.int32(below & tie) != np.int32(0)))
+        level = np.int32(below + np.int32(up))
+        codes[i] = np.int8(np.int32(-level) if c[i] < np.float32(0.0) else level)
+
+
+@_exact
+def _encode_float8(
+    c: F32, u: F32, n: int, scale: np.float32, tie: np.int32, codes: I8, ratio: F32, inverse_step: F32
+) -> None:
+    signs, ratio_bits, step_bits = c.view(np.int32), ratio.view(np.int32), inverse_step.view(np.int32)
+    for i in range(n):
+        ratio[i] = min(abs(c[i]) / scale, np.float32(448.0))
+    for i in range(n):  # 1 / step, where step = 2^(exponent - 3), and 2^-9 below the smallest normal number, 2^-6
+        exponent = max(np.int32(ratio_bits[i] >> np.int32(23)), np.int32(121))
+        step_bits[i] = np.int32(np.int32(np.int32(257) - exponent) << np.int32(23))
+    for i in range(n):
+        a = ratio[i] * inverse_step[i]
+        below = np.int32(a)
+        rest = a - np.float32(below)
+        up = (u[i] < rest) | ((rest == np.float32(0.5)) & (np.int32(below & tie) != np.int32(0)))
+        binade = np.int32(np.int32(136) - np.int32(step_bits[i] >> np.int32(23)))
+        magnitude = np.int32(np.int32(binade << np.int32(3)) + np.int32(below + np.int32(up)))
+        codes[i] = np.int8(magnitude | np.int32(np.int32(signs[i] >> np.int32(31)) & np.int32(128)))
+
+
+@_exact
+def _encode_natural(c: F32, u: F32, n: int, scale: np.float32, codes: I8) -> None:
+    bits = c.view(np.int32)
+    top = np.int32(math.frexp(np.float64(scale))[1] + 126)  # exponents as float32 stores them
+    lowest, zero = max(np.int32(top - 126), np.int32(1)), np.int32(top - 127)
+    smallest = np.float32(math.ldexp(1.0, int(lowest) - 127))
+    for i in range(n):
+        exponent = np.int32(np.int32(bits[i] & _ALL_BUT_SIGN) >> np.int32(23))
+        is_small = exponent < lowest
+        mantissa = np.float32(np.int32(bits[i] & _MANTISSA)) * np.float32(2.0**-23)
+        rest = abs(c[i]) / smallest if is_small else mantissa
+        level = np.int32((np.int32(lowest - 1) if is_small else exponent) + np.int32(u[i] < rest))
+        code = np.int32(np.int32(min(level, top) - zero) | np.int32(np.int32(bits[i] >> np.int32(31)) & np.int32(128)))
+        codes[i] = np.int8(code if level >= lowest else np.int32(0))
+
+
+@_exact
+def _leave_levels(c: F32, codes: I8, scale: np.float32, e: F32) -> None:
+    for i in range(e.size):
+        e[i] = c[i] - scale * np.float32(codes[i])
+
+
+@_exact
+def _leave_values(c: F32, codes: U8, scale: np.float32, table: F32, e: F32) -> None:
+    for i in range(e.size):
+        e[i] = c[i] - scale * table[codes[i]]
+
+
+# --- b bits per code: eight codes are a 64-bit word of bytes, whose upper bits are squeezed out pair by pair
+
+
+@_exact
+def _squeeze(word: np.uint64, bits: np.uint64) -> Any:
+    shift = np.uint64(8) - bits
+    word = word & (np.uint64(0x0101010101010101) * ((np.uint64(1) << bits) - np.uint64(1)))
+    word = (word & np.uint64(0x00FF00FF00FF00FF)) | ((word & np.uint64(0xFF00FF00FF00FF00)) >> shift)
+    shift = shift + shift
+    word = (word & np.uint64(0x0000FFFF0000FFFF)) | ((word & np.uint64(0xFFFF0000FFFF0000)) >> shift)
+    shift = shift + shift
+    return (word & np.uint64(0x00000000FFFFFFFF)) | ((word & np.uint64(0xFFFFFFFF00000000)) >> shift)
+
+
+@_exact
+def _spread(word: np.uint64, bits: np.uint64) -> Any:
+    """Undo `_squeeze`, and extend the signs."""
+    one = np.uint64(1)
+    shift = np.uint64(4) * (np.uint64(8) - bits)
+    low = (one << (np.uint64(4) * bits)) - one
+    word = (word & low) | ((word & ~low) << shift)
+    shift, low = shift >> one, np.uint64(0x0000000100000001) * ((one << (np.uint64(2) * bits)) - one)
+    word = (word & low) | ((word & ~low) << shift)
+    shift, low = shift >> one, np.uint64(0x0001000100010001) * ((one << bits) - one)
+    word = (word & low) | ((word & ~low) << shift)
+    negative = (word >> (bits - one)) & np.uint64(0x0101010101010101)
+    return word | (negative * (np.uint64(0x100) - (one << bits)))
+
+
+@_exact
+def _pack(codes: I8, n: int, bits: int, packed: U8, out: U8) -> None:
+    """The first n codes, those up to the next multiple of 8 set to zero on the way. packed: a buffer. out: (ceil(n bits/8),)."""
+    if bits == 8:
+        for i in range(out.size):
+            out[i] = np.uint8(codes[i])
+        return
+    count = (n + 7) // 8
+    for i in range(n, 8 * count):
+        codes[i] = 0
+    words, b = codes.view(np.uint64), np.uint64(bits)
+    if bits == 4:
+        quarters = packed.view(np.uint32)
+        for j in range(count):
+            quarters[j] = np.uint32(_squeeze(words[j], np.uint64(4)))
+    elif bits == 2:
+        eighths = packed.view(np.uint16)
+        for j in range(count):
+            eighths[j] = np.uint16(_squeeze(words[j], np.uint64(2)))
+    else:
+        for j in range(count):
+            word = _squeeze(words[j], b)
+            for k in range(bits):
+                packed[j * bits + k] = np.uint8(word >> np.uint64(8 * k) & np.uint64(255))
+    for i in range(out.size):
+        out[i] = packed[i]
+
+
+@_exact
+def _unpack(source: U8, n: int, bits: int, packed: U8, codes: I8) -> None:
+    """The inverse of `_pack`; up to 7 elements behind the first n are written too."""
+    if bits == 8:
+        for i in range(source.size):
+            codes[i] = np.int8(source[i])
+        return
+    count = (n + 7) // 8
+    for i in range(source.size):
+        packed[i] = source[i]
+    for i in range(source.size, count * bits):
+        packed[i] = 0
+    words, b = codes.view(np.uint64), np.uint64(bits)
+    if bits == 4:
+        quarters = packed.view(np.uint32)
+        for j in range(count):
+            words[j] = _spread(np.uint64(quarters[j]), np.uint64(4))
+    elif bits == 2:
+        eighths = packed.view(np.uint16)
+        for j in range(count):
+            words[j] = _spread(np.uint64(eighths[j]), np.uint64(2))
+    else:
+        for j in range(count):
+            word = np.uint64(0)
+            for k in range(bits):
+                word |= np.uint64(packed[j * bits + k]) << np.uint64(8 * k)
+            words[j] = _spread(word, b)
+
+
+@_exact
+def _pack_all(codes: I8, bits: int, out: U8) -> None:
+    part, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
+    for a in range(0, codes.size, _SLICE):
+        n = min(_SLICE, codes.size - a)
+        part[:n] = codes[a : a + n]
+        _pack(part, n, bits, packed, out[a * bits // 8 : ((a + n) * bits + 7) // 8])
+
+
+@_exact
+def _unpack_all(source: U8, bits: int, codes: I8) -> None:
+    part, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
+    for a in range(0, codes.size, _SLICE):
+        n = min(_SLICE, codes.size - a)
+        _unpack(source[a * bits // 8 : ((a + n) * bits + 7) // 8], n, bits, packed, part)
+        codes[a : a + n] = part[:n]
+
+
+# --- all blocks
+
+
+@_exact
+def _scales(
+    x: F32,
+    e: F32,
+    has_residual: bool,
+    starts: Int64Array,
+    homes: Int64Array,
+    lengths: Int64Array,
+    levels: np.float32,
+    squared: bool,
+    scales: F32,
+) -> None:
+    c, folded, largest = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.float64), np.empty(1, np.int32)
+    for b in range(lengths.size):
+        scales[b] = _block_scale(
+            _LEVELS, x, e, has_residual, starts[b], homes[b], lengths[b], levels, squared, c, folded, largest
+        )
+
+
+@_exact
+def _compress(
+    kind: int,
+    x: F32,
+    e: F32,
+    has_residual: bool,
+    starts: Int64Array,
+    homes: Int64Array,
+    lengths: Int64Array,
+    byte_starts: Int64Array,
+    keys: UInt64Array,
+    levels: np.float32,
+    bits: int,
+    squared: bool,
+    is_given: bool,
+    table: F32,
+    scales: F32,
+    out: U8,
+) -> None:
+    c, u = np.empty(_SLICE, np.float32), np.full(_SLICE, np.float32(0.5))
+    folded, largest = np.empty(_SLICE, np.float64), np.empty(1, np.int32)
+    ratio, inverse_step = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.float32)
+    codes, packed = np.zeros(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
+    bytes_of_codes = codes.view(np.uint8)
+    has_keys = keys.size > 0
+    tie = np.int32(0 if has_keys else 1)  # to the nearest level, half to even: a draw of one half, and up from odd ones
+    for b in range(lengths.size):
+        start, home, length = starts[b], homes[b], lengths[b]
+        if not is_given:
+            scales[b] = _block_scale(kind, x, e, has_residual, start, home, length, levels, squared, c, folded, largest)
+        scale = scales[b]
+        for a in range(0, length, _SLICE):
+            n = min(_SLICE, length - a)
+            left = e[home + a : home + a + n]
+            if is_given or length > _SLICE:  # else it is still there
+                _correct(x[start + a : start + a + n], left, has_residual, c)
+            if np.float32(0.0) < scale <= _LARGEST:
+                if has_keys:
+                    _draw(keys[b], a, n, u)
+                if kind == _LEVELS:
+                    _encode_levels(c, u, n, scale, levels, tie, codes)
+                elif kind == _FLOAT8:
+                    _encode_float8(c, u, n, scale, tie, codes, ratio, inverse_step)
+                else:
+                    _encode_natural(c, u, n, scale, codes)
+            else:
+                codes[:n] = 0
+            if has_residual and abs(scale) <= _LARGEST:
+                if kind == _LEVELS:
+                    _leave_levels(c, codes, scale, left)
+                else:
+                    _leave_values(c, bytes_of_codes, scale, table, left)
+            first = byte_starts[b] + a * bits // 8
+            _pack(codes, n, bits, packed, out[first : first + (n * bits + 7) // 8])
+
+
+@_exact
+def _put_levels(codes: I8, scale: np.float32, add: bool, out: F32) -> None:
+    if add:
+        for i in range(out.size):
+            out[i] += scale * np.float32(codes[i])
+    else:
+        for i in range(out.size):
+            out[i] = scale * np.float32(codes[i])
+
+
+@_exact
+def _put_values(codes: U8, scale: np.float32, table: F32, add: bool, out: F32) -> None:
+    if add:
+        for i in range(out.size):
+            out[i] += scale * table[codes[i]]
+    else:
+        for i in range(out.size):
+            out[i] = scale * table[codes[i]]
+
+
+@_exact
+def _decompress(
+    kind: int,
+    source: U8,
+    scales: F32,
+    starts: Int64Array,
+    lengths: Int64Array,
+    byte_starts: Int64Array,
+    bits: int,
+    table: F32,
+    alpha: np.float32,
+    add: bool,
+    out: F32,
+) -> None:
+    codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
+    for b in range(lengths.size):
+        scale = np.float32(scales[b] * alpha)
+        for a in range(0, lengths[b], _SLICE):
+            n = min(_SLICE, lengths[b] - a)
+            first, start = byte_starts[b] + a * bits // 8, starts[b] + a
+            part = source[first : first + (n * bits + 7) // 8]
+            if kind == _LEVELS:
+                _unpack(part, n, bits, packed, codes)
+                _put_levels(codes, scale, add, out[start : start + n])
+            else:
+                _put_values(part, scale, table, add, out[start : start + n])
+
+
+# --- tensors
+
+
+_NO_VALUES, _NO_KEYS = np.zeros(0, np.float32), np.zeros(0, np.uint64)
+_FLOAT8_VALUES, _NATURAL_VALUES = float8_values().numpy(), natural_values().numpy()
+
+
+def block_scales(x: Tensor, residual: Tensor | None, blocks: Blocks, *, levels: int, squared: bool) -> Tensor:
+    """(B,) f32: norm / levels of c = x + residual, the L2 norm or the largest magnitude; NaN for a block that is not finite."""
+    scales = torch.empty(len(blocks))
+    _scales(*_arrays(x, residual, blocks), np.float32(levels), squared, scales.numpy())
+    return scales
+
+
+def compress_levels_(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Blocks,
+    scales: Tensor,
+    codes: Tensor,
+    *,
+    levels: int,
+    bits: int,
+    squared: bool,
+    stochastic: bool,
+) -> None:
+    """Scales (`block_scales`), codes round(c / scale) of `bits` bits each, and residual <- c - scale * code."""
+    _run(_LEVELS, x, residual, blocks, scales, codes, levels, bits, squared, False, stochastic, _NO_VALUES)
+
+
+def encode_levels_(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Blocks,
+    scales: Tensor,
+    codes: Tensor,
+    *,
+    levels: int,
+    bits: int,
+    stochastic: bool,
+) -> None:
+    """The second half of `compress_levels_`, for scales that are given."""
+    _run(_LEVELS, x, residual, blocks, scales, codes, levels, bits, False, True, stochastic, _NO_VALUES)
+
+
+def compress_float8_(
+    x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, codes: Tensor, *, stochastic: bool
+) -> None:
+    """Scales max|c| / 448, c / scale as float8 e4m3, and residual <- c - scale * that."""
+    _run(_FLOAT8, x, residual, blocks, scales, codes, 448, 8, False, False, stochastic, _FLOAT8_VALUES)
+
+
+def compress_natural_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, codes: Tensor) -> None:
+    """Powers of two as scales, signs and exponents below the scale's as codes, and residual <- c - what they stand for."""
+    _run(_NATURAL, x, residual, blocks, scales, codes, 1, 8, False, False, True, _NATURAL_VALUES)
+
+
+def decompress_levels_(
+    codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, bits: int, alpha: float, add: bool
+) -> None:
+    """out <- (alpha * scale) * code, or out <- out + that, at the blocks' starts."""
+    _put(_LEVELS, codes, scales, blocks, out, bits, _NO_VALUES, alpha, add)
+
+
+def decompress_float8_(codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
+    """out <- (alpha * scale) * float8, or out <- out + that, at the blocks' starts."""
+    _put(_FLOAT8, codes, scales, blocks, out, 8, _FLOAT8_VALUES, alpha, add)
+
+
+def decompress_natural_(codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
+    """out <- (alpha * scale) * power of two, or out <- out + that, at the blocks' starts."""
+    _put(_NATURAL, codes, scales, blocks, out, 8, _NATURAL_VALUES, alpha, add)
+
+
+def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
+    """(n,) i8 in -2^(bits-1) .. 2^(bits-1) - 1 to (ceil(n bits/8),) u8: two's complement, the first one in the lowest bits."""
+    _pack_all(values.numpy(), bits, out.numpy())
+
+
+def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
+    """(n,) i8: what `pack_codes_` was given."""
+    values = torch.empty(n, dtype=torch.int8)
+    _unpack_all(code.numpy(), bits, values.numpy())
+    return values
+
+
+def warm_up() -> None:
+    """Compile every kernel of this file once."""
+    one = np.zeros(1, dtype=np.int64)
+    blocks = Blocks(one, one, one + 8, one, one, one.astype(np.uint64))
+    x, scales, codes = torch.ones(8), torch.ones(1), torch.zeros(8, dtype=torch.uint8)
+    block_scales(x, None, blocks, levels=1, squared=True)
+    compress_levels_(x, x.clone(), blocks, scales, codes, levels=1, bits=8, squared=False, stochastic=True)
+    decompress_levels_(codes, scales, blocks, x, bits=8, alpha=1.0, add=True)
+    pack_codes_(unpack_codes(codes, 8, 8), 8, codes)
+
+
+def _arrays(
+    x: Tensor, residual: Tensor | None, blocks: Blocks
+) -> tuple[F32, F32, bool, Int64Array, Int64Array, Int64Array]:
+    e = _NO_VALUES if residual is None else residual.numpy()
+    return x.numpy(), e, residual is not None, blocks.starts, blocks.homes, blocks.lengths
+
+
+def _run(
+    kind: int,
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Blocks,
+    scales: Tensor,
+    codes: Tensor,
+    levels: int,
+    bits: int,
+    squared: bool,
+    is_given: bool,
+    stochastic: bool,
+    table: F32,
+) -> None:
+    keys = blocks.keys if stochastic and blocks.keys is not None else _NO_KEYS
+    _compress(
+        kind,
+        *_arrays(x, residual, blocks),
+        byte_starts(blocks, bits),
+        keys,
+        np.float32(levels),
+        bits,
+        squared,
+        is_given,
+        table,
+        scales.numpy(),
+        codes.numpy(),
+    )
+
+
+def _put(
+    kind: int,
+    codes: Tensor,
+    scales: Tensor,
+    blocks: Blocks,
+    out: Tensor,
+    bits: int,
+    table: F32,
+    alpha: float,
+    add: bool,
+) -> None:
+    _decompress(
+        kind,
+        codes.numpy(),
+        scales.numpy(),
+        blocks.starts,
+        blocks.lengths,
+        byte_starts(blocks, bits),
+        bits,
+        table,
+        np.float32(alpha),
+        add,
+        out.numpy(),
+    )
