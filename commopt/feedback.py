@@ -27,6 +27,7 @@ class ErrorFeedback:
     Each payload starts with an int32: the index of the first parameter with a non-finite value in any of the message's
     blocks, or -1.
 
+    average: LoCo's moving average, e <- average e + (1 - average) (x + decay e - decompressed), instead of the last error alone.
     blocks: every block that this side will ever compress; needed for 8 bits.
     """
 
@@ -38,9 +39,10 @@ class ErrorFeedback:
         *,
         bits: int = 32,
         decay: float = 1.0,
+        average: float = 0.0,
         blocks: Blocks | None = None,
     ) -> None:
-        self.compressor, self.bits, self.decay = compressor, bits, decay
+        self.compressor, self.bits, self.decay, self.average = compressor, bits, decay, average
         self.residual = torch.zeros(elements if bits else 0, dtype=_STORED_AS.get(bits, torch.float32), device=device)
         self._homes: Int64Array = np.zeros(0, np.int64)
         if bits == 8:
@@ -53,7 +55,7 @@ class ErrorFeedback:
         """The payloads of x + residual, one for each of `parts`; x is left as it is."""
         if self.bits == 0:
             payloads = self._encode(x, None, parts)
-        elif self.bits == 32 and self.decay == 1.0:
+        elif self.bits == 32 and self.decay == 1.0 and self.average == 0.0:
             payloads = self._encode(x, self.residual, parts)
         else:
             payloads = self._encode_with_copy(x, parts)
@@ -66,7 +68,7 @@ class ErrorFeedback:
     def undo(self, x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks]) -> None:
         """Take the last `compress` of x back: e <- (e + decompressed) - x where it was written, exact to about one ulp.
 
-        Exact where the residual is decayed or stored in fewer than 32 bits: it was copied then.
+        Exact where the residual is decayed, averaged or stored in fewer than 32 bits: it was copied then.
         """
         if self.bits == 0:
             return
@@ -147,9 +149,11 @@ class ErrorFeedback:
             for blocks in parts
         ]
         ends = np.cumsum([0, *(blocks.elements for blocks in parts)])
-        residual = torch.cat([self.values(blocks) for blocks in parts]) * self.decay
+        before = torch.cat([self.values(blocks) for blocks in parts])
+        residual = before * self.decay
         moved = [blocks.moved_home(int(start)) for blocks, start in zip(parts, ends, strict=False)]
         payloads = self._encode(x, residual, moved)
+        residual.lerp_(before, self.average)
         for payload, blocks, part in zip(payloads, parts, torch.split(residual, np.diff(ends).tolist()), strict=True):
             if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else it is void, and taken back
                 self.set_values(part, blocks)
