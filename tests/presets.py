@@ -35,5 +35,12 @@ PRESETS = [
     Preset("fp16"),
     Preset("ef_sign"),
     Preset("two_way", {"worker": "fp16"}),
+    Preset("top_k", {"density": 0.1}),
+    Preset("random_k", {"density": 0.3}),
+    Preset("threshold", {"threshold": 0.005}),
+    Preset("dgc", {"density": 0.1, "warmup_steps": 2}, {"lr": 0.05}),
+    Preset("powersgd", {"rank": 2}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4}),
+    Preset("distributed_lion", {"lr": 0.003}),
+    Preset("signum", sgd={"lr": 0.003}),
 ]

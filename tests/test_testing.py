@@ -25,10 +25,23 @@ VARIANTS = [
     Preset("ef_sign", {"residual_bits": 8, "residual_decay": 0.9}),
     Preset("two_way", {"worker": "sign", "server": "bf16", "residual_bits": 16, "dense_1d": True, "reset_every": 3}),
     Preset("two_way", {"worker": "bf16", "error_feedback": False}),
+    Preset("two_way", {"worker": "random_k", "server": {"compressor": "random_k", "density": 0.5}}),
+    Preset("top_k", {"density": 0.1, "value_bits": 1, "dense_1d": False, "max_norm": 0.5}),
+    Preset("top_k", {"density": 0.1, "value_bits": 8, "residual_bits": 8, "residual_decay": 0.9}),
+    Preset("random_k", {"density": 0.3, "value_bits": 16, "error_feedback": False, "dense_1d": False}),
+    Preset("threshold", {"threshold": 0.005, "value_bits": 32, "dense_1d": False}),
+    Preset(
+        "dgc", {"density": 0.05, "max_norm": 0.5, "nesterov": True, "warmup_steps": 8, "dense_1d": False}, {"lr": 0.05}
+    ),
+    Preset("dgc", {"density": 0.05, "masking": False, "value_bits": 32}, {"lr": 0.05, "weight_decay": 0.01}),
+    Preset("dgc", {"density": 1, "max_norm": 0.5}, {"lr": 0.05}),
+    Preset("powersgd", {"rank": 1, "start_step": 3, "min_compression_rate": 1, "max_norm": 0.5}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "scale": "l2", "bias_correction": False}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "scale": "model", "prescale": True, "residual_bits": 8}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": "auto", "betas": (0.9, 0.7)}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "max_norm": 0.5, "weight_decay": 0.1}),
+    Preset("distributed_lion", {"lr": 0.003, "vote": "majority", "weight_decay": 0.1, "max_norm": 0.5}),
+    Preset("signum", {"momentum": 0.0}, sgd={"lr": 0.003, "weight_decay": 0.1}),
 ]
 
 

@@ -11,19 +11,33 @@ import torch
 from commopt.aggregate import Aggregator
 from commopt.errors import AttachError, ConfigError, did_you_mean
 from commopt.methods.dense import Dense
+from commopt.methods.dgc import DGC
+from commopt.methods.distributed_lion import DistributedLion
 from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
 from commopt.methods.onebit_adam import OnebitAdam
+from commopt.methods.powersgd import PowerSGD
+from commopt.methods.random_k import RandomKMean
+from commopt.methods.signum import Signum
+from commopt.methods.threshold import ThresholdMean
+from commopt.methods.top_k import TopKMean
 from commopt.methods.two_way import TwoWay
 from commopt.optimizers import LAMB, Lion
 
 __all__ = [
+    "DGC",
     "FP16",
     "METHODS",
     "OPTIMIZERS",
     "Dense",
+    "DistributedLion",
     "EFSign",
     "OnebitAdam",
+    "PowerSGD",
+    "RandomKMean",
+    "Signum",
+    "ThresholdMean",
+    "TopKMean",
     "TwoWay",
     "build",
     "check_options",
@@ -38,7 +52,13 @@ METHODS: Mapping[str, type[Aggregator]] = {
         FP16,
         EFSign,
         TwoWay,
+        TopKMean,
+        RandomKMean,
+        ThresholdMean,
+        DGC,
         OnebitAdam,
+        DistributedLion,
+        Signum,
     )
 }
 
