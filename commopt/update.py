@@ -23,13 +23,15 @@ class UpdateMethod(torch.optim.Optimizer, Aggregator):
 
     A subclass names its tensors of state in `arenas`; each is one flat float32 tensor of all parameters in registration order,
     `self.arena[key]`, of which `self.state[p][key]` is a view of p's shape, so that `state_dict` has it. `counters` are whole
-    numbers in `self.state[p]`. It implements `aggregate`, or `receive`, and `update`.
+    numbers in `self.state[p]` that start at 0, `numbers` others that start at the value given. It implements `aggregate`, or
+    `receive`, and `update`.
 
     named_params: `model.named_parameters()`, or parameter groups of such pairs: state is keyed by name.
     """
 
     arenas: ClassVar[tuple[str, ...]] = ()
     counters: ClassVar[tuple[str, ...]] = ("step",)
+    numbers: ClassVar[Mapping[str, float]] = {}
     needs_float32 = True
     _step_supports_amp_scaling = True  # GradScaler.step then leaves unscaling to us
 
@@ -81,7 +83,9 @@ class UpdateMethod(torch.optim.Optimizer, Aggregator):
             for key, view in views.items():
                 if key in old:
                     view.copy_(old[key])
-            self.state[p] = {**{key: int(old.get(key, 0)) for key in self.counters}, **views}
+            counters = {key: int(old.get(key, 0)) for key in self.counters}
+            numbers = {key: float(old.get(key, first)) for key, first in self.numbers.items()}
+            self.state[p] = {**counters, **numbers, **views}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         exact = {k: dict(entry) for k, entry in state_dict["state"].items()}
