@@ -122,6 +122,11 @@ class Aggregator(ABC):
         return True
 
     @property
+    def is_local(self) -> bool:
+        """Whether the next step exchanges nothing: a local step. `exchange` then sets `void` where this rank alone left a NaN out."""
+        return False
+
+    @property
     def is_synchronised(self) -> bool:
         """Whether replicas hold the same parameters after the last step; false between the exchanges of local steps."""
         return True

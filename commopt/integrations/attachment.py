@@ -31,7 +31,8 @@ _HALF = (torch.float16, torch.bfloat16)
 class Attachment:
     """A method at work in a training script: what `attach` returns.
 
-    voided: (step, parameter name) of every bucket that a NaN or an inf on some rank made void; the same on all ranks.
+    voided: (step, parameter name) of every bucket that a NaN or an inf on some rank made void; the same on all ranks, but for
+        local steps, which exchange nothing: those are in the list of the rank that had the NaN.
     waited_s: seconds that this rank has spent waiting for exchanges, beyond those that backward hid.
     group.traffic: the bytes that this rank has sent.
     """
@@ -112,10 +113,15 @@ class Attachment:
         if self.method.is_linear:
             scale = 1.0  # nothing is kept from step to step, and half precision on the wire needs the scale
         work = [self._unscaled(bucket, scale) for bucket in buckets]
+        is_local = self.method.is_local
         self.method.exchange(work, self.group)
         for bucket, done in zip(buckets, work, strict=True):
             for name in bucket.names:
                 self._exchanged[name] = (None, -1)
+            if done.void is not None and is_local:
+                self._record_local(bucket, done.void)
+                bucket.flat.zero_()  # finite, so that no rank skips a step that the others take
+                continue
             if done.void is not None:
                 self._record_void(bucket, done.void)
                 # a GradScaler, known to us or not, finds the NaN on every rank alike, skips the step and lowers its scale
@@ -155,6 +161,16 @@ class Attachment:
                 name,
                 bucket.label,
             )
+
+    def _record_local(self, bucket: Bucket, name: str) -> None:
+        self.voided.append((self.steps, name))
+        _log.warning(
+            "step %d: %s has a NaN or an inf in its gradient on rank %d; %s is left out of this local step there",
+            self.steps,
+            name,
+            self.group.rank,
+            bucket.label,
+        )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
         if len(args) > 1 or kwargs:  # args[0] is the optimizer
