@@ -82,9 +82,7 @@ class Aggregator(ABC):
         """
         is_exact = self.is_exact
         if self.max_norm is not None and not is_exact:
-            squares = _squares(buckets)
-            group.all_reduce(squares)
-            clip_joint_norm_(buckets, self.max_norm, squares / group.size)
+            self.clip_local_(buckets, self.max_norm, group)
         if self.merges_buckets:
             self._aggregate_as_one(buckets, group)
         else:
@@ -98,6 +96,12 @@ class Aggregator(ABC):
         for bucket in good:
             self.receive(bucket)
             self.exchanges[[self.index.position[name] for name in bucket.names]] += 1
+
+    def clip_local_(self, buckets: Sequence[Bucket], max_norm: float, group: Group) -> None:
+        """Clip gradients before they are exchanged."""
+        squares = _squares(buckets)
+        group.all_reduce(squares)
+        clip_joint_norm_(buckets, max_norm, squares / group.size)
 
     def _aggregate_as_one(self, buckets: Sequence[Bucket], group: Group) -> None:
         views = dict(view for bucket in buckets for view in bucket.views())

@@ -117,7 +117,7 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def with_keys(self, keys: UInt64Array) -> Blocks:
+    def with_keys(self, keys: UInt64Array | None) -> Blocks:
         """The same blocks with random keys."""
         return self._with(keys=keys)
 

@@ -95,7 +95,8 @@ class Compressed(Aggregator):
         if not compressor.is_stochastic and self.residual_bits != 8:
             return blocks
         counts = self.exchanges.numpy()[blocks.parameters]
-        return blocks.with_keys(noise.keys(self.seed, purpose, self.rank, counts, blocks.homes))
+        rank = 0 if compressor.shares_keys else self.rank
+        return blocks.with_keys(noise.keys(self.seed, purpose, rank, counts, blocks.homes))
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
         """Clear the residual of parameters whose time has come by `reset_every`."""
@@ -239,10 +240,10 @@ class TwoWayMean(Compressed):
         if not any(len(blocks) for blocks in parts.by_owner):
             return None
         by_owner = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
-        served = self.keyed(parts.served[group.rank], self.server_compressor, "server")
+        served, answered = self._served(parts, by_owner)
         self._multiply(bucket)
         self.forget(self.worker, by_owner)
-        self.forget(self.server, [served])
+        self.forget(self.server, [answered])
         sent = self.worker.compress(bucket.flat, by_owner)
         received = group.all_to_all(sent)
         bad = first_bad_parameter(received)
@@ -250,17 +251,28 @@ class TwoWayMean(Compressed):
             mean = bucket.flat.new_zeros(served.elements)
             for payload in received:  # in rank order: float sums depend on it
                 self.compressor.decompress_(payload.tensors[1:], served, mean, alpha=1 / group.size, add=True)
-            answer = self.server.compress(mean, [served])
+            answer = self.server.compress(mean, [answered])
             layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in parts.served]
             answers = group.all_gather(answer[0], layouts)
             bad = first_bad_parameter(answers)
             if bad < 0:
                 for blocks, payload in zip(parts.by_owner, answers, strict=True):
+                    if self.server_compressor.shares_keys:
+                        blocks = self.keyed(blocks, self.server_compressor, "server")
                     self.server_compressor.decompress_(payload.tensors[1:], blocks, bucket.flat)
                 return self._multiply(bucket, inverse=True)
-            self.server.undo(mean, answer, [served])
+            self.server.undo(mean, answer, [answered])
         self.worker.undo(bucket.flat, sent, by_owner)
         return self._void(bucket, bad)
+
+    def _served(self, parts: Parts, by_owner: Sequence[Blocks]) -> tuple[Blocks, Blocks]:
+        """What this rank serves: with the keys that the workers had, and with those of its answer."""
+        served = parts.served[self.rank]
+        answered = self.keyed(served, self.server_compressor, "server")
+        if self.server_compressor.shares_keys:
+            keys = self.keyed(parts.by_owner[self.rank], self.server_compressor, "server").keys
+            answered = answered.with_keys(keys)
+        return (served.with_keys(by_owner[self.rank].keys) if self.compressor.shares_keys else served), answered
 
     def _multiply(self, bucket: Bucket, *, inverse: bool = False) -> None:
         if self.factors is None:

@@ -35,12 +35,14 @@ def keys(seed: int, purpose: str, rank: int, counts: NDArray[np.int64], places: 
     return mix(drawn + np.uint64(GOLDEN) * (places.astype(np.uint64) + np.uint64(1)))
 
 
-def uniform(keys: UInt64Array, lengths: NDArray[np.int64], device: torch.device | str = "cpu") -> Tensor:
-    """(sum of lengths,) f32 in [0, 1): element i of a block takes the top 24 bits of mix(key + (i + 1) GOLDEN).
-
-    The oracle of the kernels that draw as they go.
-    """
+def bits(keys: UInt64Array, lengths: NDArray[np.int64]) -> UInt64Array:
+    """(sum of lengths,) u64: element i of a block gets mix(key + (i + 1) GOLDEN)."""
     ends = np.cumsum(lengths)
     within = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(ends - lengths, lengths) + 1
-    bits = mix(np.repeat(keys, lengths) + within.astype(np.uint64) * np.uint64(GOLDEN))
-    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).to(device)
+    return mix(np.repeat(keys, lengths) + within.astype(np.uint64) * np.uint64(GOLDEN))
+
+
+def uniform(keys: UInt64Array, lengths: NDArray[np.int64], device: torch.device | str = "cpu") -> Tensor:
+    """(sum of lengths,) f32 in [0, 1): the top 24 bits of `bits`. The oracle of the kernels that draw as they go."""
+    top = bits(keys, lengths) >> np.uint64(40)
+    return torch.from_numpy(top.astype(np.float32) * np.float32(2.0**-24)).to(device)

@@ -11,6 +11,7 @@ import torch
 from commopt.compress.base import Compressor
 from commopt.compress.cast import Cast
 from commopt.compress.sign import BlockSign, ModelSign, TensorSign, scaled_sign
+from commopt.compress.topk import RandomK, Threshold, TopK
 from commopt.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -19,7 +20,10 @@ __all__ = [
     "Cast",
     "Compressor",
     "ModelSign",
+    "RandomK",
     "TensorSign",
+    "Threshold",
+    "TopK",
     "make_compressor",
     "scaled_sign",
 ]
@@ -30,6 +34,9 @@ COMPRESSORS: Mapping[str, tuple[Callable[..., Compressor], Mapping[str, Any]]] =
     "sign_l2": (TensorSign, {}),
     "fp16": (Cast, {"dtype": torch.float16}),
     "bf16": (Cast, {"dtype": torch.bfloat16}),
+    "top_k": (TopK, {}),
+    "random_k": (RandomK, {}),
+    "threshold": (Threshold, {}),
 }
 
 

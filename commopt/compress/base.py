@@ -20,6 +20,8 @@ class Compressor(ABC):
     shared_scale: ClassVar[bool] = False  # the blocks of a parameter have one scale
     is_ragged: ClassVar[bool] = False  # how much travels is known only once it is compressed: through `encode`
 
+    shares_keys: ClassVar[bool] = False  # all ranks have the same random keys, and decompressing takes them too
+
     @property
     def is_stochastic(self) -> bool:
         """Whether codes depend on the blocks' random keys."""

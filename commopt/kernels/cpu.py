@@ -212,14 +212,14 @@ def _unpack(
 def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: bool) -> NDArray[np.float64]:
     """(B,) f64: sum of |c| or of c squared per block, with c = x + residual."""
     out = np.empty(len(blocks))
-    e, homes = _residual_arrays(residual, blocks)
+    e, homes = residual_arrays(residual, blocks)
     _sums(x.numpy(), e, blocks.starts, homes, blocks.lengths, squared, out)
     return out
 
 
 def pack_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor) -> None:
     """Write the sign bits of c = x + residual (1 for c >= 0), and residual <- c - scale * sign where the scale is finite."""
-    e, homes = _residual_arrays(residual, blocks)
+    e, homes = residual_arrays(residual, blocks)
     _pack(x.numpy(), e, blocks.starts, homes, blocks.lengths, blocks.byte_starts, scales.numpy(), bits.numpy())
 
 
@@ -227,7 +227,7 @@ def compress_signs_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool
 ) -> None:
     """Scale, bits and new residual of blocks that each have a scale of their own; a non-finite block gets scale NaN."""
-    e, homes = _residual_arrays(residual, blocks)
+    e, homes = residual_arrays(residual, blocks)
     _compress(
         x.numpy(), e, blocks.starts, homes, blocks.lengths, blocks.byte_starts, scales.numpy(), bits.numpy(), squared
     )
@@ -248,7 +248,7 @@ def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, 
     )
 
 
-def _residual_arrays(residual: Tensor | None, blocks: Blocks) -> tuple[F32, Int64Array]:
+def residual_arrays(residual: Tensor | None, blocks: Blocks) -> tuple[F32, Int64Array]:
     """The residual and where the blocks lie in it; without one, a block of zeros that is written and thrown away."""
     if residual is not None:
         return residual.numpy(), blocks.homes

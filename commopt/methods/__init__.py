@@ -56,6 +56,7 @@ METHODS: Mapping[str, type[Aggregator]] = {
         RandomKMean,
         ThresholdMean,
         DGC,
+        PowerSGD,
         OnebitAdam,
         DistributedLion,
         Signum,
