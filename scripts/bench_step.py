@@ -1,0 +1,486 @@
+"""Time one training step on four emulated nodes under every method and under torch's own hooks, and how far that is from the floor.
+
+python scripts/bench_step.py                                        all cells that are not stored yet: hours; Ctrl-C keeps what is done
+python scripts/bench_step.py --clusters 50mbit --models 1m --methods dense,ef_sign,torch_ddp
+python scripts/bench_step.py --only '*-5m-torch_*' --redo           again, whatever is stored
+python scripts/bench_step.py --table                                draw what is stored, and measure nothing
+python scripts/bench_step.py --profile ef_sign                      where the time of a step goes, on rank 0
+
+A cell is one cluster, model and method: a few warm-up steps, 12 steady ones, and 20 with communication switched off. The
+cells of one cluster run one after the other on the same emulated network, and each is stored in scripts/results/step/.
+
+floor   the bytes that the kernel counted on the busiest interface, in the direction with more of them, over the link's rate
+ratio   step / max(compute, floor): 1 is a step that hides all communication behind the computation, or the other way round.
+        The shaper lets up to max(16 KiB, 2 ms) of a link's rate pass at once, so a ratio can be a few percent below 1
+x DDP   the step over torch DDP's, of the same cluster and model
+
+All ranks share this machine's cores: compute is several times what it would be on a machine per rank, also where a method's
+arithmetic runs beside it, so unshaped ratios are harsher than on real nodes. Compare ratios within one table, never
+milliseconds of two machines. What other programs used of the cores is stored with each cell, and told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from step_results import NODES, PEERS, document, outcome, show, show_profile, stored
+
+from commopt.cluster.emulate import Emulation, end_on_signals, end_with_parent, enter
+from commopt.cluster.run import Tick, run_job
+from commopt.cluster.spec import ClusterSpec, Emulate
+from commopt.errors import CommoptError, ConfigError, did_you_mean
+from commopt.links import parse_rate
+from commopt.report.words import seconds_text
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "step"
+PROGRAM = HERE / "peer_step.py"
+
+STEADY_STEPS, FREEZE_STEP = 12, 4
+SETTLED = 3  # launch/train.py counts no step before as steady
+CLUSTERS: Mapping[str, str | None] = {"50mbit": "50mbit", "100mbit": "100mbit", "1gbit": "1gbit", "unshaped": None}
+MODELS: Mapping[str, Mapping[str, int]] = {"1m": {"layers": 5, "width": 128}, "5m": {"layers": 6, "width": 256}}
+PARAMETERS = {"1m": 1.07e6, "5m": 4.9e6}
+SIZES = {"heads": 4, "context": 64, "batch": 4, "seed": 1}
+
+OPTIMIZER: Mapping[str, Any] = {"name": "adam", "lr": 1e-3}
+SGD: Mapping[str, Any] = {"name": "sgd", "lr": 0.01}
+# What brings a method into its steady phase soon, or makes it comparable with a peer; others run as they are.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "onebit_adam": {"freeze_step": FREEZE_STEP},
+    "powersgd": {"rank": 1},
+    "threshold": {"threshold": 0.005},
+}
+# Adam applies what the others and the peers average, so that their arithmetic is the same; a method that refuses it gets SGD.
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {"dgc": SGD, "signum": SGD}
+
+START_S, COMPUTE_S = 20.0, {"1m": 0.15, "5m": 0.5}  # for the estimate only
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured: one method on one cluster and model. Peers are methods too."""
+
+    cluster: str
+    model: str
+    method: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.cluster}-{self.model}-{self.method}"
+
+    @property
+    def bytes_per_s(self) -> float:
+        rate = CLUSTERS[self.cluster]
+        return math.inf if rate is None else parse_rate(rate)
+
+
+# ---- what to measure -------------------------------------------------------------------------------------------------
+
+
+def all_methods() -> list[str]:
+    """commopt's methods, as they are registered, and the peers."""
+    from commopt.methods import METHODS
+
+    return [*METHODS, *PEERS]
+
+
+def makeable(methods: Iterable[str]) -> list[str]:
+    """The methods that can be made with what is known here about their options; says which ones cannot."""
+    found = []
+    for method in methods:
+        try:
+            settings_of(Cell(next(iter(CLUSTERS)), next(iter(MODELS)), method))
+        except ConfigError as error:
+            print(f"left out: {error}", flush=True)
+        else:
+            found.append(method)
+    return found
+
+
+def base_name(method: str) -> str:
+    """The registered name in `two_way(sign, int8)`."""
+    return method.partition("(")[0]
+
+
+def warmup_steps(method: str, options: Mapping[str, Any], optimizer: Mapping[str, Any]) -> int:
+    """Make the method once, on a model of no consequence, to see that it can be made and when it is steady."""
+    import torch
+
+    from commopt.methods import with_optimizer
+
+    return with_optimizer(method, torch.nn.Linear(2, 2), options=options, optimizer=optimizer)[0].warmup_steps
+
+
+def settings_of(cell: Cell) -> dict[str, Any]:
+    """The options, optimizer, sizes and steps of a cell; one that is stored with others is measured again."""
+    options, optimizer, warmup = dict(OPTIONS.get(cell.method, {})), OPTIMIZERS.get(cell.method, OPTIMIZER), 0
+    if cell.method not in PEERS:
+        from commopt.methods import METHODS
+
+        kind = METHODS[base_name(cell.method)]
+        if cell.method not in OPTIONS and "freeze_step" in inspect.signature(kind.__init__).parameters:
+            options["freeze_step"] = FREEZE_STEP
+        try:
+            warmup = warmup_steps(cell.method, options, optimizer)
+        except ConfigError as error:
+            if cell.method in OPTIMIZERS:
+                raise ConfigError(f"{error}; look at OPTIONS and OPTIMIZERS in {Path(__file__).name}") from None
+            optimizer, warmup = SGD, warmup_steps(cell.method, options, SGD)
+    sizes = {**MODELS[cell.model], **SIZES}
+    return {"options": options, "optimizer": dict(optimizer), "steps": max(SETTLED, warmup) + STEADY_STEPS, **sizes}
+
+
+def program_words(cell: Cell, settings: Mapping[str, Any], *, profile: bool = False) -> list[str]:
+    """The program of the ranks and its arguments."""
+    sizes = {key: value for key, value in settings.items() if key not in ("options", "optimizer")}
+    words = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    words += ["--optimizer", json.dumps(settings["optimizer"])]
+    if cell.method in PEERS:
+        return [str(PROGRAM), cell.method, *words]
+    words += ["--method", cell.method, "--options", json.dumps(settings["options"]), "--validation-batches", "1"]
+    return [str(PROGRAM), "profile" if profile else "train", *words]
+
+
+def estimate_s(cell: Cell, steps: int) -> float:
+    """Seconds that a cell takes at most, roughly: as dense does."""
+    compute_s = COMPUTE_S[cell.model]
+    step_s = max(compute_s, dense_payload_bytes(PARAMETERS[cell.model]) * 1.07 / cell.bytes_per_s)
+    return START_S + steps * step_s + 20 * compute_s
+
+
+def dense_payload_bytes(parameters: float) -> float:
+    """What a ring all-reduce of float32 sends per rank and step."""
+    return 2 * (NODES - 1) / NODES * 4 * parameters
+
+
+def chosen_cells(
+    clusters: Iterable[str], models: Iterable[str], methods: Iterable[str], only: Sequence[str]
+) -> list[Cell]:
+    """The cells of a sweep, cluster by cluster. Raises ConfigError if none is left."""
+    every = [Cell(cluster, model, method) for cluster in clusters for model in models for method in methods]
+    cells = [cell for cell in every if not only or any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in only)]
+    if not cells:
+        raise ConfigError(
+            f"--only {','.join(only)}: matches no cell; a cell is CLUSTER-MODEL-METHOD, as {every[0].name}"
+        )
+    return cells
+
+
+# ---- measuring: inside the namespaces of one cluster -----------------------------------------------------------------
+
+
+class StalledError(Exception):
+    """No rank got on."""
+
+
+class Watchdog:
+    """For `run_job`'s on_tick: raises StalledError when no rank has recorded anything for so many seconds."""
+
+    def __init__(self, records: Path, limit_s: float) -> None:
+        self._records, self._limit_s = records, limit_s
+        self._seen_bytes, self._seen_at_s = 0, 0.0
+
+    def __call__(self, tick: Tick) -> None:
+        recorded = sum(file.stat().st_size for file in self._records.glob("*.jsonl"))
+        if recorded != self._seen_bytes:
+            self._seen_bytes, self._seen_at_s = recorded, tick.elapsed_s
+        elif tick.elapsed_s - self._seen_at_s > self._limit_s:
+            raise StalledError(f"no rank got on for {seconds_text(self._limit_s)}")
+
+
+def run_plan(plan_file: Path) -> None:
+    """Measure the cells of one cluster; runs this command again in namespaces of its own, and exits as that does."""
+    plan = json.loads(plan_file.read_text())
+    cluster = cluster_of(plan["cells"][0]["cell"]["cluster"])
+    emulation = enter(cluster, emulate=Emulate.NETNS)
+    from commopt import kernels
+
+    kernels.warm_up()  # before the ranks start: four of them compiling at once would cost seconds of the first step
+    spent_s = estimated_s = 0.0
+    left_s = plan["estimate_s"]
+    for position, entry in enumerate(plan["cells"], start=plan["done"] + 1):
+        cell = Cell(**entry["cell"])
+        print(f"[{position}/{plan['total']}] {cell.name} ...", end=" ", flush=True)
+        result = measure(cell, entry["settings"], cluster, emulation, plan["timeout_s"], profile=plan["profile"])
+        spent_s, estimated_s = spent_s + result["wall_s"], estimated_s + entry["estimate_s"]
+        left_s -= entry["estimate_s"]
+        print(f"{outcome(result)}; {seconds_text(left_s * spent_s / estimated_s)} left", flush=True)
+        folder = Path(plan["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{cell.name}.json.new"
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        unfinished.replace(folder / f"{cell.name}.json")
+
+
+def cluster_of(name: str) -> ClusterSpec:
+    """Four nodes of one slot, on links of the rate that the name stands for."""
+    return ClusterSpec.model_validate({"name": f"four-{name}", "nodes": NODES, "links": {"rate": CLUSTERS[name]}})
+
+
+def measure(
+    cell: Cell,
+    settings: Mapping[str, Any],
+    cluster: ClusterSpec,
+    emulation: Emulation,
+    timeout_s: float,
+    *,
+    profile: bool,
+) -> dict[str, Any]:
+    """Run one cell. Whatever happens to its ranks is a result too."""
+    from commopt.report.document import Environment
+    from commopt.report.record import RankRecord, rank_files
+    from commopt.report.results import collect
+
+    failure, details = None, ""
+    before, start_s = cpu_seconds(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
+        records = Path(scratch, "record")
+        try:
+            job = run_job(
+                cluster,
+                program_words(cell, settings, profile=profile),
+                emulation=emulation,
+                env={"COMMOPT_RECORD": str(records)},
+                log_dir=Path(scratch, "log"),
+                on_tick=Watchdog(records, timeout_s),
+            )
+        except StalledError as error:
+            failure = str(error)
+        else:
+            if job.failure is not None:
+                failure, details = str(job.failure).splitlines()[0], job.failure.message
+                if not details and (said := last_words(Path(scratch, "log"))):
+                    failure, details = said[0], "\n".join([failure, *said])
+        run = collect(records, method=cell.method, failure=failure, ranks_here=range(NODES))
+        ranks = {record.rank: record for record in map(RankRecord.read, rank_files(records))}
+    after, wall_s = cpu_seconds(), time.monotonic() - start_s
+    others = None if before is None or after is None else max(0.0, after - before) / wall_s
+    return {
+        "schema": 1,
+        "name": cell.name,
+        **asdict(cell),
+        "rate": CLUSTERS[cell.cluster],
+        "settings": dict(settings),
+        "status": run.status,
+        "failure": failure or run.failure,
+        "details": details.splitlines()[-20:],
+        "parameters": run.parameters,
+        "window_steps": run.window_steps,
+        "step_s": run.step_s,
+        "step_mean_s": run.step_mean_s,
+        "compute_s": run.compute_s,
+        "wait_share": None if cell.method in PEERS else run.wait_share,
+        "interface_bytes": interface_bytes(ranks),
+        "payload_bytes": run.payload_bytes_per_step,
+        "nic_over_model": run.nic_over_model,
+        "profile": [fields["rows"] for record in ranks.values() for kind, fields in record.events if kind == "profile"],
+        "wall_s": wall_s,
+        "others_cores": others,
+        "environment": Environment.here().model_dump(),
+    }
+
+
+def last_words(log_dir: Path) -> list[str]:
+    """What C++ said before it aborted: first what no other rank's end explains."""
+    lines = [
+        line.strip() for log in sorted(log_dir.glob("*.log")) for line in log.read_text(errors="replace").splitlines()
+    ]
+    whats = dict.fromkeys(line.partition("what():")[2].strip() for line in lines if "what():" in line)
+    aborts = dict.fromkeys(line for line in lines if line.startswith("terminate called"))
+    return sorted(whats, key=lambda text: "closed by peer" in text or "reset by peer" in text) or list(aborts)
+
+
+def interface_bytes(ranks: Mapping[int, Any]) -> dict[str, dict[str, float | None]]:
+    """Bytes per step of the window that each node sent and received, by the kernel's count; empty without a whole window."""
+    counted: dict[str, dict[str, float | None]] = {}
+    for record in ranks.values():
+        begin, end = record.counters.get("begin"), record.counters.get("end")
+        if record.start is None or begin is None or end is None or end.steps <= begin.steps:
+            return {}
+        readings = {
+            "sent": (begin.nic_tx_bytes, end.nic_tx_bytes),
+            "received": (begin.traffic.get("nic_rx_bytes"), end.traffic.get("nic_rx_bytes")),
+        }
+        counted[str(record.start["node"])] = {
+            key: None if None in (first, last) else (last - first) / (end.steps - begin.steps)
+            for key, (first, last) in readings.items()
+        }
+    return counted
+
+
+def cpu_seconds() -> float | None:
+    """Seconds that this machine's processors have worked for others than this process and those it has waited for."""
+    try:
+        words = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except (OSError, IndexError):
+        return None
+    user, nice, system = (int(word) / os.sysconf("SC_CLK_TCK") for word in words[:3])  # interrupts are the network's
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return user + nice + system - sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+# ---- the sweep -------------------------------------------------------------------------------------------------------
+
+
+def sweep(cells: Sequence[Cell], *, folder: Path, redo: bool, timeout_s: float, profile: bool = False) -> None:
+    """Measure the cells that are not stored, one process of its own for each cluster. Raises ConfigError for a bad option."""
+    todo: list[dict[str, Any]] = []
+    for cell in cells:
+        settings, found = settings_of(cell), stored(cell.name, folder)
+        if redo or found is None or found.get("settings") != settings:
+            estimated_s = estimate_s(cell, settings["steps"])
+            todo.append({"cell": asdict(cell), "settings": settings, "estimate_s": estimated_s})
+    left_s, done = sum(entry["estimate_s"] for entry in todo), 0
+    if not profile:
+        kept = f", {len(cells) - len(todo)} are stored already (--redo measures them again)" * (len(todo) < len(cells))
+        about = f", about {seconds_text(left_s)} at most" if todo else ""
+        print(f"{len(todo)} cells to measure{about}{kept}", flush=True)
+    for cluster in dict.fromkeys(entry["cell"]["cluster"] for entry in todo):
+        own = [entry for entry in todo if entry["cell"]["cluster"] == cluster]
+        plan = {"cells": own, "done": done, "total": len(todo), "estimate_s": left_s, "folder": str(folder)}
+        _run_child({**plan, "profile": profile, "timeout_s": timeout_s})
+        done, left_s = done + len(own), left_s - sum(entry["estimate_s"] for entry in own)
+
+
+def _run_child(plan: Mapping[str, Any]) -> None:
+    """Run the cells of one cluster. On Ctrl-C the child ends everything that it has started, and then this does."""
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
+        plan_file = Path(scratch, "plan.json")
+        plan_file.write_text(json.dumps(plan))
+        child = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--run-plan", str(plan_file)],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=end_with_parent(signal.SIGTERM),
+        )
+        try:
+            code = child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    if code != 0:
+        raise SystemExit(code)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def names(option: str, text: str | None, known: Iterable[str]) -> list[str]:
+    """The names in NAME,NAME,...; all that are known without. Raises ConfigError for one that is not known, or given twice."""
+    every = list(known)
+    if text is None:
+        return every
+    given = [name.replace(" ", "") for name in re.split(r",(?![^(]*\))", text)]  # two_way(sign,int8) is one name
+    for k, name in enumerate(given):
+        if base_name(name) not in every:
+            hint = did_you_mean(name, every) or f"; there are {', '.join(every)}"
+            raise ConfigError(f"{option}: unknown name {name!r}{hint}")
+        if name in given[:k]:
+            raise ConfigError(f"{option}: {name!r} stands twice")
+    return given
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--clusters", metavar="NAME,...", help=f"of {', '.join(CLUSTERS)}; all by default")
+    made.add_argument("--models", metavar="NAME,...", help=f"of {', '.join(MODELS)}; all by default")
+    made.add_argument("--methods", metavar="NAME,...", help=f"commopt's methods and {', '.join(PEERS)}; all by default")
+    made.add_argument("--only", metavar="PATTERN,...", help="only cells of these names, as in '50mbit-*-torch_*'")
+    made.add_argument("--redo", action="store_true", help="measure cells again that are stored")
+    made.add_argument("--timeout", type=float, metavar="SECONDS", default=60.0, help="end a cell whose ranks all stall")
+    made.add_argument("--json", type=Path, metavar="FILE", help="also write the chosen cells there, with their ratios")
+    made.add_argument("--results", type=Path, metavar="DIR", default=RESULTS, help="where cells are stored")
+    what = made.add_mutually_exclusive_group()
+    what.add_argument("--table", action="store_true", help="only draw stored cells")
+    what.add_argument(
+        "--profile", metavar="METHOD", help="where a step's time goes; on the first cluster and model chosen"
+    )
+    what.add_argument("--run-plan", type=Path, help=argparse.SUPPRESS)
+    return made
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line says. Raises ConfigError for a mistake in it, before anything is started."""
+    if args.table and args.redo:
+        raise ConfigError("--redo: has no effect with --table; leave one of them out")
+    if not args.timeout > 0:
+        raise ConfigError(f"--timeout {args.timeout}: write a number of seconds above 0")
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        raise ConfigError(f"--json {args.json}: there is no folder {args.json.resolve().parent}; make it")
+    clusters, models = names("--clusters", args.clusters, CLUSTERS), names("--models", args.models, MODELS)
+    if args.profile is not None:
+        profiled(args, clusters[0], models[0])
+        return
+    only = [pattern.strip() for pattern in args.only.split(",")] if args.only is not None else []
+    methods = names("--methods", args.methods, all_methods())
+    if args.methods is None and not args.table:  # one that has just been added does not keep the others from a sweep
+        methods = makeable(methods)
+    cells = chosen_cells(clusters, models, methods, only)
+    folder = args.results.resolve()
+    try:
+        if not args.table:
+            sweep(cells, folder=folder, redo=args.redo, timeout_s=args.timeout)
+    finally:
+        results = [found for cell in cells if (found := stored(cell.name, folder)) is not None]
+        if results:
+            show(results)
+            if args.json is not None:
+                args.json.write_text(json.dumps(document(results), indent=1) + "\n")
+        elif args.table:
+            print("no cell of these is stored; leave --table out to measure them")
+
+
+def profiled(args: argparse.Namespace, cluster: str, model: str) -> None:
+    """Measure one cell with rank 0's calls timed; it is not stored, since timing calls takes time itself."""
+    for option, given in (("--methods", args.methods), ("--only", args.only), ("--json", args.json)):
+        if given is not None:
+            raise ConfigError(f"{option}: has no effect with --profile; leave one of them out")
+    if args.profile in PEERS:
+        raise ConfigError(f"--profile {args.profile}: looks into commopt's methods only")
+    (method,) = names("--profile", args.profile, all_methods()) if "," not in args.profile else ("",)
+    if not method:
+        raise ConfigError(f"--profile {args.profile}: takes one method")
+    cell = Cell(cluster, model, method)
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
+        sweep([cell], folder=Path(scratch), redo=True, timeout_s=args.timeout, profile=True)
+        result = stored(cell.name, Path(scratch))
+    if result is not None:
+        show_profile(result)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    try:
+        if args.run_plan is not None:
+            run_plan(args.run_plan)
+        else:
+            end_on_signals()
+            run(args)
+    except CommoptError as error:
+        print("\n".join(f"bench_step: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print("bench_step: interrupted; the next run goes on after the cells that are stored", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
