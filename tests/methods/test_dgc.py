@@ -1,0 +1,260 @@
+"""Deep Gradient Compression against its equations in float64, against SGD with momentum, and its pitfalls."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from commopt import build
+from commopt.errors import AttachError, ConfigError
+from commopt.groups import Group, LocalGroup, SimWorld
+from commopt.integrations import plain
+from commopt.methods import with_optimizer
+
+F64 = NDArray[np.float64]
+N, SHAPES, LR, MOMENTUM = 4, [(30, 21), (17,), (9, 5)], 0.05, 0.8
+
+
+def reference(u: F64, v: F64, g: F64, spans: list[slice], density: float, nesterov: bool) -> tuple[F64, F64, F64, F64]:
+    """Lin et al. 2018, Algorithm 2 on one rank: what is sent, u and v after it, and how clear the choice was."""
+    u = MOMENTUM * (u + g) if nesterov else MOMENTUM * u + g
+    v = v + u + g if nesterov else v + u
+    sent, margin = np.zeros_like(v), np.zeros_like(v)
+    for span in spans:
+        size = np.abs(v[span])
+        k = math.ceil(density * len(size) - 1e-9)
+        chosen = np.argsort(-size, kind="stable")[:k]
+        sent[span][chosen] = v[span][chosen]
+        cut = np.sort(size)[::-1]
+        margin[span] = np.inf if k == len(size) else (cut[k - 1] - cut[k]) / cut[k - 1]
+    return sent, np.where(sent != 0, 0.0, u), v - sent, margin
+
+
+class Parameters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in SHAPES])
+
+    def set_gradients(self, rank: int, step: int) -> None:
+        generator = torch.Generator().manual_seed(1000 * rank + step)
+        for k, p in enumerate(self.all):
+            p.grad = (0.3 + torch.randn(p.shape, generator=generator)) * 10.0**-k
+
+    def flat(self, of_gradients: bool = False) -> F64:
+        tensors = [p.grad if of_gradients else p.detach() for p in self.all]
+        return np.asarray(torch.cat([x.reshape(-1) for x in tensors if x is not None]).double())
+
+
+def train(group: Group, steps: int, lr: float = LR, **options: Any) -> list[dict[str, F64]]:
+    """The state before each step, and after the last."""
+    model = Parameters()
+    method: Any = build("dgc", momentum=MOMENTUM, **options)
+    sgd = torch.optim.SGD(model.parameters(), lr=lr)
+    plain.attach(model, method, sgd, group)
+
+    def snapshot() -> dict[str, F64]:
+        local = method.comm_state()["local"]
+        flat = {"u": local["velocity"], "v": local["worker_residual"]}
+        return {"x": model.flat(), **{key: np.asarray(value.double()) for key, value in flat.items()}}
+
+    states = [snapshot()]
+    for step in range(steps):
+        model.set_gradients(group.rank, step)
+        sgd.step()
+        states.append(snapshot())
+    return states
+
+
+def local_gradient(rank: int, step: int) -> F64:
+    model = Parameters()
+    model.set_gradients(rank, step)
+    return model.flat(of_gradients=True)
+
+
+SPANS = [slice(a, a + n) for a, n in zip(np.cumsum([0, *map(math.prod, SHAPES)]), map(math.prod, SHAPES), strict=False)]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_every_step_is_the_papers_from_the_state_before_it(nesterov: bool) -> None:
+    steps, density = 24, 0.1
+    options = {"density": density, "value_bits": 32, "dense_1d": False, "nesterov": nesterov}
+    worlds = SimWorld[Any](N).run(lambda group: train(group, steps, **options))
+    compared = 0
+    for step in range(steps):
+        ranks = [
+            reference(states[step]["u"], states[step]["v"], local_gradient(rank, step), SPANS, density, nesterov)
+            for rank, states in enumerate(worlds)
+        ]
+        clear = np.all([margin > 1e-5 for *_, margin in ranks], axis=0)
+        compared += int(clear.sum())
+        x = worlds[0][step]["x"] - LR * np.mean([sent for sent, *_ in ranks], axis=0)
+        np.testing.assert_allclose(worlds[0][step + 1]["x"][clear], x[clear], rtol=0, atol=2e-6)
+        for states, (_, u, v, _) in zip(worlds, ranks, strict=True):
+            np.testing.assert_allclose(states[step + 1]["u"][clear], u[clear], rtol=0, atol=2e-6)
+            np.testing.assert_allclose(states[step + 1]["v"][clear], v[clear], rtol=0, atol=2e-6)
+    assert compared > 0.9 * steps * SPANS[-1].stop
+
+
+def free_run(steps: int, density: float) -> F64:
+    """All of it in float64, from the same start."""
+    x, (u, v) = Parameters().flat(), np.zeros((2, N, SPANS[-1].stop))
+    for step in range(steps):
+        sent = np.empty_like(u)
+        for rank in range(N):
+            g = local_gradient(rank, step)
+            sent[rank], u[rank], v[rank], _ = reference(u[rank], v[rank], g, SPANS, density, False)
+        x = x - LR * sent.mean(0)
+    return x
+
+
+def test_a_free_run_is_the_papers() -> None:
+    worlds = SimWorld[Any](N).run(lambda group: train(group, 6, density=0.1, value_bits=32, dense_1d=False))
+    np.testing.assert_allclose(worlds[0][-1]["x"], free_run(6, 0.1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_density_1_and_one_rank_are_sgd_with_momentum(ranks: int, nesterov: bool) -> None:
+    """Through the masked path the momentum would be gone at density 1."""
+    options: dict[str, Any] = {"density": 1} if ranks > 1 else {"density": 0.01}
+    ours = SimWorld[Any](ranks).run(lambda group: train(group, 12, nesterov=nesterov, **options))[0][-1]["x"]
+    model = Parameters()
+    sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=nesterov)
+    for step in range(12):
+        model.set_gradients(0, step)
+        for rank in range(1, ranks):
+            other = Parameters()
+            other.set_gradients(rank, step)
+            for p, q in zip(model.all, other.all, strict=True):
+                assert p.grad is not None
+                assert q.grad is not None
+                p.grad += q.grad
+        for p in model.all:
+            assert p.grad is not None
+            p.grad /= ranks
+        sgd.step()
+    np.testing.assert_allclose(ours, model.flat(), rtol=0, atol=2e-6)
+
+
+def test_biases_are_averaged_exactly_and_take_their_momentum_afterwards() -> None:
+    world = SimWorld[Any](3).run(lambda group: train(group, 5, density=0.01))
+    u = np.zeros(17)
+    x = Parameters().flat()[SPANS[1]]
+    for step in range(5):
+        u = MOMENTUM * u + np.mean([local_gradient(rank, step)[SPANS[1]] for rank in range(3)], axis=0)
+        x = x - LR * u
+    np.testing.assert_allclose(world[0][-1]["x"][SPANS[1]], x, rtol=0, atol=1e-6)
+
+
+def test_all_zero_tensors_send_nothing_that_counts_and_keep_their_momentum() -> None:
+    """The released code sends every element of a tensor of zeros: its threshold is 0."""
+
+    def work(group: Group) -> tuple[float, int]:
+        model = Parameters()
+        method: Any = build("dgc", density=0.1, dense_1d=False)
+        sgd = torch.optim.SGD(model.parameters(), lr=LR)
+        plain.attach(model, method, sgd, group)
+        before = model.flat()
+        for p in model.all:
+            p.grad = torch.zeros_like(p)
+        method.velocity.fill_(1.0)
+        method.worker.residual.fill_(-0.9)  # so that v becomes exactly 0: momentum 0.9 times 1
+        sgd.step()
+        return float(np.abs(model.flat() - before).max()), int((method.velocity == 0).sum())
+
+    for moved, masked in SimWorld[Any](2).run(work):
+        assert moved < 1e-6
+        assert masked <= math.ceil(0.1 * SPANS[-1].stop) + 3
+
+
+def test_momentum_restarts_where_an_element_was_sent() -> None:
+    options = {"density": 0.1, "dense_1d": False}
+    masked = SimWorld[Any](2).run(lambda group: train(group, 3, **options))[0][-1]
+    kept = SimWorld[Any](2).run(lambda group: train(group, 3, masking=False, **options))[0][-1]
+    assert 0.05 < (masked["u"] == 0).mean() < 0.15
+    assert (kept["u"] == 0).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    "given", [{"warmup_steps": 8}, {"warmup_epochs": 2, "steps_per_epoch": 4}], ids=["steps", "epochs"]
+)
+def test_the_density_falls_in_the_papers_steps(given: dict[str, Any]) -> None:
+    method: Any = build("dgc", density=0.001, **given)
+    densities = [method.codec(step).density for step in range(10)]
+    assert densities == [0.25] * 2 + [0.0625] * 2 + [0.015625] * 2 + [0.004] * 2 + [0.001] * 2
+    assert method.warmup_steps == 8
+
+
+def test_a_density_above_those_of_the_warmup_leaves_them_out() -> None:
+    method: Any = build("dgc", density=0.05, warmup_steps=10)
+    assert [method.codec(step).density for step in (0, 4, 5, 9, 10)] == [0.25, 0.25, 0.0625, 0.0625, 0.05]
+
+
+def test_each_rank_clips_by_its_own_norm_without_communication() -> None:
+    def work(group: Group) -> float:
+        model = Parameters()
+        method: Any = build("dgc", density=0.5, masking=False, max_norm=0.1, dense_1d=False)
+        sgd = torch.optim.SGD(model.parameters(), lr=LR)
+        plain.attach(model, method, sgd, group, find_unused_parameters=False)
+        model.set_gradients(group.rank, 0)
+        sgd.step()
+        assert {operation for _, operation, bucket in group.traffic.nbytes if bucket == "bucket 0"} == {"all_gather"}
+        return float(method.velocity.norm())
+
+    assert SimWorld[Any](4).run(work) == [pytest.approx(0.1 * math.sqrt(4), rel=1e-3)] * 4
+
+
+def test_weight_decay_stays_out_of_the_accumulators() -> None:
+    def work(group: Group) -> tuple[F64, F64]:
+        model = Parameters()
+        method: Any = build("dgc", density=0.1, dense_1d=False)
+        sgd = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.5)
+        plain.attach(model, method, sgd, group)
+        before = model.flat()
+        for p in model.all:
+            p.grad = torch.zeros_like(p)
+        sgd.step()
+        assert not method.velocity.any()
+        assert not method.worker.residual.any()
+        return before, model.flat()
+
+    for before, after in SimWorld[Any](2).run(work):
+        np.testing.assert_allclose(after, before * (1 - LR * 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"name": "adam"}])
+def test_an_optimizer_with_a_momentum_of_its_own_is_refused_before_anything_starts(optimizer: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"dgc has the momentum itself.*SGD without momentum"):
+        with_optimizer("dgc", nn.Linear(2, 2), options={}, optimizer=optimizer)
+    model = nn.Linear(2, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(AttachError, match="SGD without momentum"):
+        plain.attach(model, build("dgc"), sgd, LocalGroup())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0}, r"method dgc: density: 0 is out of range; write a number above 0, at most 1"),
+        ({"density": 1.01}, r"density: 1\.01 is out of range"),
+        ({"value_bits": 3}, r"value_bits: 3 is out of range; write 32, 16, 8 or 1"),
+        ({"momentum": 1}, r"momentum: 1 is out of range"),
+        ({"warmup_steps": -1}, r"warmup_steps: -1 is out of range"),
+        ({"warmup_steps": 2.5}, r"warmup_steps: 2\.5 is out of range"),
+        ({"warmup_densities": [0.5, 0]}, r"warmup_densities: \[0\.5, 0\] is out of range"),
+        ({"warmup_epochs": 4}, r"warmup_epochs: 4 goes with steps_per_epoch"),
+        ({"steps_per_epoch": 4}, r"steps_per_epoch: 4 has no effect"),
+        ({"nesterov": "yes"}, r"nesterov: 'yes' is out of range; write true or false"),
+        ({"densty": 0.1}, r"unknown option 'densty'; did you mean 'density'\?"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build("dgc", **options)
