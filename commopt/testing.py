@@ -127,7 +127,9 @@ def _train_rank(
             trained.replica = _flat(model)
         if nan_at is not None and step == nan_at[0]:
             trained.has_seen_nan = group.rank == nan_at[1] or not is_local
-            assert is_local or torch.equal(model.first.weight, before), "a parameter with a NaN in its gradient was changed"
+            assert is_local or torch.equal(model.first.weight, before), (
+                "a parameter with a NaN in its gradient was changed"
+            )
         trained.losses.append(loss.item())
     trained.parameters, trained.voided = _flat(model), attachment.voided
     trained.payload_bytes = group.traffic.payload_bytes
