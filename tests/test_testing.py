@@ -15,6 +15,8 @@ from commopt.methods.dense import Dense
 from commopt.methods.ef_sign import EFSign
 from commopt.testing import check_method
 
+_LOCAL = {"local_step_scaler": 1, "local_step_clipper": 4}
+
 # further options of methods; every method's first ones are in presets.py
 VARIANTS = [
     Preset("dense", {"max_norm": 0.5}),
@@ -40,6 +42,20 @@ VARIANTS = [
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "scale": "model", "prescale": True, "residual_bits": 8}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": "auto", "betas": (0.9, 0.7)}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "max_norm": 0.5, "weight_decay": 0.1}),
+    Preset("zero_one_adam", {"lr": 0.01, "var_freeze_step": None, "var_update_scaler": 2, "scale": "l2"}),
+    # resumes in the middle of four local steps, and the NaN comes in one
+    Preset("zero_one_adam", {"lr": 0.003, "var_freeze_step": 2, **_LOCAL, "max_norm": 0.5}),
+    Preset("zero_one_adam", {"lr": 0.003, **_LOCAL, "var_freeze_step": 2, "weight_decay": 0.1, "residual_bits": 16}),
+    Preset(
+        "zero_one_adam", {"lr": 0.003, **_LOCAL, "var_freeze_step": 4, "betas": (0.9, 0.5), "bias_correction": False}
+    ),
+    Preset("zero_one_adam", {"lr": 0.003, "var_freeze_step": 2, **_LOCAL, "scale": "model", "prescale": True}),
+    Preset("zero_one_adam", {"lr": 0.003, "var_freeze_step": 2, **_LOCAL, "residual_bits": 8, "local_step_clipper": 3}),
+    Preset("onebit_lamb", {"lr": 0.01, "freeze_step": 4, "scale": "model", "prescale": True, "weight_decay": 0.1}),
+    Preset("onebit_lamb", {"lr": 0.01, "freeze_step": 4, "scale": "l2", "bias_correction": True, "residual_bits": 16}),
+    Preset("onebit_lamb", {"lr": 0.01, "freeze_step": "auto", "betas": (0.9, 0.7), "max_norm": 0.5}),
+    Preset("distributed_lion", {"lr": 0.003, "vote": "majority", "weight_decay": 0.1, "max_norm": 0.5}),
+    Preset("signum", {"momentum": 0.0}, sgd={"lr": 0.003, "weight_decay": 0.1}),
     Preset("distributed_lion", {"lr": 0.003, "vote": "majority", "weight_decay": 0.1, "max_norm": 0.5}),
     Preset("signum", {"momentum": 0.0}, sgd={"lr": 0.003, "weight_decay": 0.1}),
 ]

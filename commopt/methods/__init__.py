@@ -16,12 +16,14 @@ from commopt.methods.distributed_lion import DistributedLion
 from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
 from commopt.methods.onebit_adam import OnebitAdam
+from commopt.methods.onebit_lamb import OnebitLamb
 from commopt.methods.powersgd import PowerSGD
 from commopt.methods.random_k import RandomKMean
 from commopt.methods.signum import Signum
 from commopt.methods.threshold import ThresholdMean
 from commopt.methods.top_k import TopKMean
 from commopt.methods.two_way import TwoWay
+from commopt.methods.zero_one_adam import ZeroOneAdam
 from commopt.optimizers import LAMB, Lion
 
 __all__ = [
@@ -33,12 +35,14 @@ __all__ = [
     "DistributedLion",
     "EFSign",
     "OnebitAdam",
+    "OnebitLamb",
     "PowerSGD",
     "RandomKMean",
     "Signum",
     "ThresholdMean",
     "TopKMean",
     "TwoWay",
+    "ZeroOneAdam",
     "build",
     "check_options",
     "is_update_method",
@@ -58,6 +62,8 @@ METHODS: Mapping[str, type[Aggregator]] = {
         DGC,
         PowerSGD,
         OnebitAdam,
+        ZeroOneAdam,
+        OnebitLamb,
         DistributedLion,
         Signum,
     )
