@@ -1,0 +1,354 @@
+"""PowerSGD against its equations in float64, and where power iteration has no answer of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from pool import Pool, twin_of
+from rig import loss_of, make_batch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commopt import build
+from commopt.bucket import Bucket
+from commopt.errors import ConfigError
+from commopt.groups import Group, SimWorld, TorchGroup
+from commopt.integrations import ddp
+
+F64 = NDArray[np.float64]
+SHAPES = {"wide": (30, 70), "bias": (30,), "conv": (40, 5, 3, 3), "tall": (90, 20), "small": (3, 4)}
+RANK = 3
+
+
+class Reference:
+    """Vogels et al. 2019, Algorithms 1 and 2, in float64: q (m, r) is shared, e (N, n, m) is local."""
+
+    def __init__(self, q: F64, e: F64) -> None:
+        self.q, self.e = q, e
+
+    def mean(self, g: F64) -> F64:
+        """g: (N, n, m) local gradients"""
+        m = g + self.e
+        p, _ = np.linalg.qr((m @ self.q).mean(0))
+        q = np.swapaxes(m, 1, 2) @ p  # (N, m, r)
+        self.e = m - p @ np.swapaxes(q, 1, 2)
+        self.q = q.mean(0)
+        return np.asarray(p @ self.q.T)
+
+
+Gradients = Callable[[int, int], dict[str, Tensor]]
+
+
+def random_gradients(rank: int, step: int) -> dict[str, Tensor]:
+    """A mean of low rank that turns slowly, with noise of each rank's own."""
+    made = {}
+    for k, (name, shape) in enumerate(SHAPES.items()):
+        own, common = (torch.Generator().manual_seed(seed) for seed in (1000 * rank + step, k))
+        n, m = shape[0], math.prod(shape[1:])
+        u, v, turn = (torch.randn(*size, generator=common) for size in ((n, 2), (2, m), (n, m)))
+        made[name] = (u @ v + 0.1 * step * turn + torch.randn(n, m, generator=own)).view(shape)
+    return made
+
+
+def exchange(
+    ranks: int, steps: int, gradients: Gradients, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **options: Any
+) -> list[list[dict[str, Any]]]:
+    """[rank][step]: the mean that the exchange gave, what it was void for, and the state before and after it."""
+
+    def work(group: Group) -> list[dict[str, Any]]:
+        method: Any = build("powersgd", **options)
+        method.bind([(name, torch.zeros(shape)) for name, shape in shapes.items()], group)
+        done = []
+        for step in range(steps):
+            bucket = Bucket.of(list(gradients(group.rank, step).items()))
+            before = state_of(method)
+            method.exchange([bucket], group)
+            means = {name: x.clone() for name, x in bucket.views()}
+            sent = group.traffic.payload_bytes
+            done.append(
+                {"mean": means, "void": bucket.void, "before": before, "after": state_of(method), "bytes": sent}
+            )
+        return done
+
+    return SimWorld[Any](ranks).run(work)
+
+
+def state_of(method: Any) -> dict[str, dict[str, F64]]:
+    """Q and the residual of each compressed matrix, in float64."""
+    named: dict[str, dict[str, F64]] = {"q": {}, "e": {}}
+    for name, (n, m) in method.shapes.items():
+        state = method.comm_state()
+        named["q"][name] = method.factors.view(state["shared"]["q"], name).view(-1, m).T.double().numpy().copy()
+        e = method.matrices.view(state["local"]["residual"], name)
+        named["e"][name] = e.view(n, m).double().numpy().copy()
+    return named
+
+
+def rows(gradients: Gradients, name: str, step: int, ranks: int) -> F64:
+    return np.stack([gradients(rank, step)[name].flatten(1).double().numpy() for rank in range(ranks)])
+
+
+def test_every_step_is_the_papers_from_the_state_before_it() -> None:
+    runs = exchange(4, 25, random_gradients, rank=RANK)
+    assert sorted(runs[0][0]["before"]["q"]) == ["conv", "tall", "wide"]
+    for step in range(25):
+        now = [run[step] for run in runs]
+        for name in now[0]["before"]["q"]:
+            g = rows(random_gradients, name, step, 4)
+            e = np.stack([one["before"]["e"][name] for one in now])
+            reference = Reference(now[0]["before"]["q"][name], e)
+            expected = reference.mean(g)
+            size = float(np.abs(expected).max())
+            for rank, one in enumerate(now):
+                mean = one["mean"][name].view(expected.shape)
+                np.testing.assert_allclose(mean, expected, rtol=0, atol=2e-5 * size)
+                np.testing.assert_allclose(one["after"]["e"][name], reference.e[rank], rtol=0, atol=5e-5 * size)
+                q = one["after"]["q"][name]
+                np.testing.assert_allclose(np.linalg.norm(q, axis=0), 1.0, rtol=1e-6)
+                projected = q @ np.linalg.lstsq(q, reference.q, rcond=None)[0]  # the same span
+                np.testing.assert_allclose(projected, reference.q, rtol=0, atol=1e-4 * size)
+        for name in ("bias", "small"):
+            exact = torch.stack([random_gradients(rank, step)[name] for rank in range(4)]).mean(0).flatten()
+            torch.testing.assert_close(now[0]["mean"][name], exact)
+
+
+def test_a_short_run_stays_with_the_reference() -> None:
+    runs = exchange(4, 25, random_gradients, rank=RANK)
+    for name, q in runs[0][0]["before"]["q"].items():
+        n, m = SHAPES[name][0], math.prod(SHAPES[name][1:])
+        reference = Reference(q, np.zeros((4, n, m)))
+        for step in range(25):
+            expected = reference.mean(rows(random_gradients, name, step, 4))
+        got = runs[0][-1]["mean"][name].view(n, m)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * float(np.abs(expected).max()))
+
+
+def test_replicas_are_equal_and_start_from_one_q_of_the_seed() -> None:
+    runs = exchange(3, 5, random_gradients, rank=RANK)
+    for run in runs[1:]:
+        for one, first in zip(run, runs[0], strict=True):
+            assert all(torch.equal(one["mean"][name], first["mean"][name]) for name in SHAPES)
+            assert all(np.array_equal(one["before"]["q"][name], q) for name, q in first["before"]["q"].items())
+    other = exchange(1, 1, random_gradients, rank=RANK, seed=1)[0][0]["before"]["q"]
+    first = runs[0][0]["before"]["q"]
+    assert not np.isclose(first["wide"], other["wide"]).all()
+    assert not np.isclose(first["wide"][:20], first["tall"]).all()
+
+
+def low_rank(rank: int, step: int) -> dict[str, Tensor]:
+    """Matrices of rank 3, whose column space all ranks share."""
+    made = {}
+    for k, (name, shape) in enumerate(SHAPES.items()):
+        common, own = (torch.Generator().manual_seed(seed) for seed in (100 * step + k, 1000 * rank + step))
+        u = torch.randn(shape[0], RANK, generator=common)
+        made[name] = (u @ torch.randn(RANK, math.prod(shape[1:]), generator=own)).view(shape)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gradient_of_that_rank_is_reproduced_exactly(seed: int) -> None:
+    runs = exchange(4, 3, lambda rank, _: low_rank(rank, seed), rank=RANK, seed=seed)
+    for step, one in enumerate(runs[0]):
+        for name, mean in one["mean"].items():
+            exact = torch.stack([low_rank(rank, seed)[name] for rank in range(4)]).mean(0).flatten()
+            # the first Q is at random angles to the matrix, which multiply the rounding; one rank less would leave 30 %
+            assert float((mean - exact).norm()) < (1e-6 if step else 1e-4) * float(exact.norm()), (name, step)
+
+
+def test_nothing_is_lost() -> None:
+    steps = 15
+    runs = exchange(4, steps, random_gradients, rank=1)
+    for name in runs[0][0]["before"]["q"]:
+        given = sum(rows(random_gradients, name, step, 4).mean(0) for step in range(steps))
+        got = sum(one["mean"][name].double().numpy() for one in runs[0])
+        left = np.mean([run[-1]["after"]["e"][name] for run in runs], axis=0)
+        np.testing.assert_allclose(got + left.ravel(), np.ravel(given), rtol=0, atol=1e-4)
+        assert float(np.abs(left).max()) > 1.0
+
+
+def test_residuals_stay_bounded_where_ranks_disagree_for_ever() -> None:
+    shape = {"x": (40, 40)}
+    directions = [torch.randn(40, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+    def gradients(rank: int, step: int) -> dict[str, Tensor]:
+        return {"x": directions[0] @ directions[1] / 40 + (100.0 if rank else -100.0) * torch.outer(*directions[2][:2])}
+
+    runs = exchange(2, 60, gradients, shape, rank=4)
+    largest = [float(np.abs(run[-1]["after"]["e"]["x"]).max()) for run in runs]
+    difference = float((gradients(0, 0)["x"] - gradients(1, 0)["x"]).abs().max())
+    assert max(largest) < 10 * difference  # what the mean leaves out of each would be 30 times the difference by now
+
+
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_gradients_too_small_or_too_large_to_square_are_like_others(scale: float) -> None:
+    def gradients(rank: int, step: int) -> dict[str, Tensor]:
+        return {name: g * scale for name, g in random_gradients(rank, step).items()}
+
+    usual, scaled = (exchange(2, 4, make, rank=RANK)[0] for make in (random_gradients, gradients))
+    for one, other in zip(usual, scaled, strict=True):
+        assert other["void"] is None
+        for name, mean in one["mean"].items():
+            torch.testing.assert_close(other["mean"][name] / scale, mean, rtol=1e-4, atol=1e-4)
+
+
+def one_element(row: int, column: int) -> dict[str, Tensor]:
+    x = torch.zeros(40, 40)
+    x[row, column] = 1.0
+    return {"x": x}
+
+
+def test_a_column_that_has_become_zero_is_drawn_anew() -> None:
+    """The first of these gradients says nothing of where the others are; nor do the first rows and columns."""
+    places = [(30, 31), (30, 31), (38, 39), (38, 39), (20, 21), (20, 21)]
+
+    def gradients(rank: int, step: int) -> dict[str, Tensor]:
+        return {"x": torch.zeros(40, 40)} if step < 3 else one_element(*places[step - 3])
+
+    runs = exchange(2, 9, gradients, {"x": (40, 40)}, rank=4)[0]
+    for step, one in enumerate(runs):
+        assert np.isfinite(one["after"]["q"]["x"]).all()
+        assert (np.linalg.norm(one["after"]["q"]["x"], axis=0) > 0.1).all()
+        if step < 3:
+            assert not one["mean"]["x"].any()
+    given = sum(gradients(0, step)["x"] for step in range(9))
+    got = sum(one["mean"]["x"] for one in runs).view(40, 40)
+    torch.testing.assert_close(got, given, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_an_inf_that_meets_a_zero_of_q_voids_the_bucket_and_harms_nothing(bad: float) -> None:
+    def gradients(rank: int, step: int) -> dict[str, Tensor]:
+        g = random_gradients(rank, step)
+        g["wide"][:, 50:] = 0.0  # then Q is zero there
+        if step == 3 and rank == 1:
+            g["wide"][7, 60] = bad
+        return g
+
+    runs = exchange(3, 5, gradients, rank=RANK)
+    for run in runs:
+        assert not run[3]["before"]["q"]["wide"][50:].any()
+        assert [one["void"] for one in run] == [None, None, None, "wide", None]
+        for key in ("q", "e"):
+            assert all(np.array_equal(run[3]["after"][key][name], x) for name, x in run[3]["before"][key].items())
+        assert all(bool(x.isfinite().all()) for x in run[4]["mean"].values())
+
+
+def test_an_overflow_of_the_second_factor_voids_too() -> None:
+    def gradients(rank: int, step: int) -> dict[str, Tensor]:
+        g = torch.zeros(40, 40)
+        g[:, 3] = 3e38  # P is M Q, and |Q| is below 1; P^T M is 3e38 sqrt(40)
+        return {"x": g if step == 1 else one_element(1, 3)["x"]}
+
+    for run in exchange(2, 3, gradients, {"x": (40, 40)}, rank=1):
+        assert [one["void"] for one in run] == [None, "x", None]
+        assert np.array_equal(run[1]["after"]["e"]["x"], run[1]["before"]["e"]["x"])
+
+
+def test_gradients_are_averaged_exactly_before_start_step() -> None:
+    runs = exchange(2, 5, random_gradients, rank=1, start_step=3)
+    for step, one in enumerate(runs[0]):
+        exact = torch.stack([random_gradients(rank, step)["wide"] for rank in range(2)]).mean(0).flatten()
+        assert torch.allclose(one["mean"]["wide"], exact) == (step < 3)
+
+
+def test_one_rank_sends_nothing_and_keeps_its_gradient() -> None:
+    for step, one in enumerate(exchange(1, 3, random_gradients, rank=1)[0]):
+        assert all(torch.equal(one["mean"][name], g.flatten()) for name, g in random_gradients(0, step).items())
+        assert one["bytes"] == 0.0
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_it_sends_what_it_says(ranks: int) -> None:
+    g = {"x": torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), "bias": torch.zeros(100)}
+    sent = [one["bytes"] for one in exchange(ranks, 2, lambda *_: g, {"x": (1024, 1024), "bias": (100,)})[0]]
+    dense = 8 * (ranks - 1) / ranks * 100
+    formula = build("powersgd").bytes_per_parameter(ranks)
+    assert formula == pytest.approx(8 * (ranks - 1) / ranks * 4 * 2048 / 2**20)
+    assert sent[1] - sent[0] == pytest.approx(formula * 2**20 + dense, rel=0.001)
+
+
+def test_two_all_reduces_for_a_bucket() -> None:
+    def work(group: Group) -> int:
+        method: Any = build("powersgd", rank=1)
+        method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
+        method.exchange([Bucket.of(list(random_gradients(group.rank, 0).items()))], group)
+        return sum(group.traffic.calls.values())
+
+    assert SimWorld[int](2).run(work) == [2, 2]
+
+
+def test_another_number_of_ranks_takes_the_mean_residual() -> None:
+    def leave(group: Group) -> Any:
+        method: Any = build("powersgd", rank=1)
+        method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
+        method.exchange([Bucket.of(list(random_gradients(group.rank, 0).items()))], group)
+        return method.comm_state()
+
+    states = SimWorld[Any](3).run(leave)
+
+    def join(group: Group) -> Any:
+        method: Any = build("powersgd", rank=1)
+        method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
+        method.load_resharded(iter(states))
+        return method.comm_state()
+
+    expected = torch.stack([state["local"]["residual"] for state in states]).mean(0)
+    for state in SimWorld[Any](2).run(join):
+        torch.testing.assert_close(state["local"]["residual"], expected)
+        assert torch.equal(state["shared"]["q"], states[0]["shared"]["q"])
+        assert torch.equal(state["shared"]["exchanges"], states[0]["shared"]["exchanges"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("rank", 0, "a whole number from 1"),
+        ("rank", 1.5, "a whole number from 1"),
+        ("start_step", -1, "a whole number from 0"),
+        ("min_compression_rate", 0.5, "a number from 1"),
+        ("min_compression_rate", math.inf, "a number from 1"),
+        ("seed", "x", "a whole number"),
+    ],
+)
+def test_bad_options_are_refused(option: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build("powersgd", **{option: value})
+    assert all(word in str(caught.value) for word in (option, repr(value), allowed))
+
+
+def many_buckets(process_group: dist.ProcessGroup) -> tuple[bool, int, float, float]:
+    """20 steps of a convolutional network in DDP with a bucket for each parameter."""
+    rank = dist.get_rank(process_group)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(12, 256), nn.Unflatten(1, (4, 8, 8)), nn.Conv2d(4, 32, 3), nn.Tanh(), nn.Conv2d(32, 16, 3)]
+        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 4))
+    model = DistributedDataParallel(net, process_group=process_group, bucket_cap_mb=1e-4)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    attachment = ddp.attach(model, build("powersgd", rank=2), sgd, TorchGroup(twin_of(process_group)))
+    losses = []
+    for step in range(20):
+        x, y = make_batch(rank, step % 3)
+        sgd.zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+    labels = {bucket for _, _, bucket in attachment.group.traffic.calls}
+    equal = attachment.replicas_are_equal()
+    attachment.detach()
+    return equal, len(labels), losses[0], losses[18]  # the same batch
+
+
+def test_it_runs_on_gloo_with_many_buckets(pool: Pool) -> None:
+    for equal, buckets, first, last in pool.run(2, many_buckets):
+        assert equal
+        assert buckets >= 8
+        assert last < first
