@@ -62,10 +62,14 @@ class Compressed(Aggregator):
         super().bind(named_parameters, group)
         self.device = named_parameters[0][1].device
         kernels.warm_up(self.device)  # now, and not in the first step that compresses
-        self.dense_names = frozenset(name for name, p in named_parameters if self.dense_1d and p.dim() < 2)
+        self.dense_names = frozenset(name for name, p in named_parameters if self.stays_dense(name, p))
         self.table = self.compressor.table(self.index, group.size, self.dense_names)
         self.worker = self.feedback(self.compressor, self.index.total, self.table.everything)
         self._cut: dict[Any, Any] = {}
+
+    def stays_dense(self, name: str, p: Tensor) -> bool:
+        """Whether a parameter is averaged exactly."""
+        return self.dense_1d and p.dim() < 2
 
     def feedback(self, compressor: Compressor, elements: int, blocks: Blocks) -> ErrorFeedback:
         """A residual for one side, kept as the options say."""

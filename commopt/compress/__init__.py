@@ -10,18 +10,25 @@ import torch
 
 from commopt.compress.base import Compressor
 from commopt.compress.cast import Cast
+from commopt.compress.quantize import BlockFloat8, BlockInt, Natural, QSGDLevels
 from commopt.compress.sign import BlockSign, ModelSign, TensorSign, scaled_sign
+from commopt.compress.ternary import Ternary
 from commopt.compress.topk import RandomK, Threshold, TopK
 from commopt.errors import ConfigError, did_you_mean
 
 __all__ = [
     "COMPRESSORS",
+    "BlockFloat8",
+    "BlockInt",
     "BlockSign",
     "Cast",
     "Compressor",
     "ModelSign",
+    "Natural",
+    "QSGDLevels",
     "RandomK",
     "TensorSign",
+    "Ternary",
     "Threshold",
     "TopK",
     "make_compressor",
@@ -34,6 +41,13 @@ COMPRESSORS: Mapping[str, tuple[Callable[..., Compressor], Mapping[str, Any]]] =
     "sign_l2": (TensorSign, {}),
     "fp16": (Cast, {"dtype": torch.float16}),
     "bf16": (Cast, {"dtype": torch.bfloat16}),
+    "int8": (BlockInt, {"bits": 8}),
+    "4bit": (BlockInt, {"bits": 4}),
+    "2bit": (BlockInt, {"bits": 2}),
+    "fp8": (BlockFloat8, {}),
+    "natural": (Natural, {}),
+    "qsgd": (QSGDLevels, {}),
+    "ternary": (Ternary, {}),
     "top_k": (TopK, {}),
     "random_k": (RandomK, {}),
     "threshold": (Threshold, {}),

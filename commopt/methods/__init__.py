@@ -13,13 +13,19 @@ from commopt.errors import AttachError, ConfigError, did_you_mean
 from commopt.methods.dense import Dense
 from commopt.methods.dgc import DGC
 from commopt.methods.distributed_lion import DistributedLion
+from commopt.methods.ef import EF
+from commopt.methods.ef21 import EF21
 from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
+from commopt.methods.loco import LoCo
+from commopt.methods.natural import NaturalMean
 from commopt.methods.onebit_adam import OnebitAdam
 from commopt.methods.onebit_lamb import OnebitLamb
 from commopt.methods.powersgd import PowerSGD
+from commopt.methods.qsgd import QSGD
 from commopt.methods.random_k import RandomKMean
 from commopt.methods.signum import Signum
+from commopt.methods.terngrad import TernGrad
 from commopt.methods.threshold import ThresholdMean
 from commopt.methods.top_k import TopKMean
 from commopt.methods.two_way import TwoWay
@@ -28,17 +34,23 @@ from commopt.optimizers import LAMB, Lion
 
 __all__ = [
     "DGC",
+    "EF",
+    "EF21",
     "FP16",
     "METHODS",
     "OPTIMIZERS",
+    "QSGD",
     "Dense",
     "DistributedLion",
     "EFSign",
+    "LoCo",
+    "NaturalMean",
     "OnebitAdam",
     "OnebitLamb",
     "PowerSGD",
     "RandomKMean",
     "Signum",
+    "TernGrad",
     "ThresholdMean",
     "TopKMean",
     "TwoWay",
@@ -55,7 +67,13 @@ METHODS: Mapping[str, type[Aggregator]] = {
         Dense,
         FP16,
         EFSign,
+        EF,
+        EF21,
+        LoCo,
         TwoWay,
+        QSGD,
+        NaturalMean,
+        TernGrad,
         TopKMean,
         RandomKMean,
         ThresholdMean,

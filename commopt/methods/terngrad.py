@@ -1,0 +1,137 @@
+"""TernGrad: minus one, zero or one, with a scale that all ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commopt.aggregate import check_alone
+from commopt.bucket import Blocks, Bucket
+from commopt.compress.base import element_indices
+from commopt.compress.quantize import bits_of, kernels_of
+from commopt.compress.ternary import Ternary
+from commopt.compressed import Compressed
+from commopt.errors import AttachError, check_option
+from commopt.groups.base import Group
+from commopt.wire import Payload
+
+_MOST_RANKS = 127
+
+
+class TernGrad(Compressed):
+    """Send each gradient element as -1, 0 or 1 at random, sum these as integers, and send the sums back.
+
+    Wen et al. 2017, arXiv:1705.07878, Algorithm 1 with scaler sharing and layer-wise ternarising:
+        g_i <- clamp(g_i, -clip sigma_i, clip sigma_i);  s = max over ranks of max|g_i|
+        t_i = sign(g_i) with chance |g_i| / s, else 0;  y = s/N sum t_i
+    Right on average but for the clamp. One scale per parameter, shared by all ranks before anything is rounded, is what makes the sum
+    one of integers from -N to N. Up to 127 ranks.
+    Sends (N-1)/N x (2 + ceil(log2(2N + 1)))/8 bytes per parameter and step, and 4(N-1) per tensor.
+    State: none.
+    Use it where no memory can be spared for residuals.
+    Not for the best loss: there is no error feedback, and three levels are rough; `ef_sign` costs less.
+
+    clip: clamp to so many standard deviations of each tensor first; 0 for no clamp.
+    dense_1d: average parameters with fewer than two dimensions exactly (default).
+    dense: names of further parameters to average exactly, as the paper does with the last layer.
+    seed: of the rounding.
+    """
+
+    name = "terngrad"
+
+    def __init__(
+        self,
+        *,
+        clip: float = 2.5,
+        dense_1d: bool = True,
+        dense: Sequence[str] = (),
+        seed: int = 0,
+        max_norm: float | None = None,
+        grad_scaler: Any = None,
+    ) -> None:
+        check_option("clip", clip, lambda x: x >= 0, "a number above 0, or 0 for no clamp")
+        is_names = "a list of parameter names"
+        check_option("dense", dense, lambda x: not isinstance(x, str) and all(isinstance(n, str) for n in x), is_names)
+        super().__init__(
+            Ternary(),
+            error_feedback=False,
+            dense_1d=dense_1d,
+            seed=seed,
+            max_norm=max_norm,
+            grad_scaler=grad_scaler,
+        )
+        self.clip, self.dense = clip, frozenset(dense)
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        if group.size > _MOST_RANKS:
+            raise AttachError(f"terngrad sums in at most 8 bits, for up to {_MOST_RANKS} ranks, not {group.size}")
+        for name in self.dense - {name for name, _ in named_parameters}:
+            raise AttachError(f"dense: the model has no trainable parameter {name!r}")
+        super().bind(named_parameters, group)
+
+    def stays_dense(self, name: str, p: Tensor) -> bool:
+        return name in self.dense or super().stays_dense(name, p)
+
+    def aggregate(self, bucket: Bucket, group: Group) -> None:
+        if group.size == 1:
+            return check_alone(self, bucket)
+        if not self.average_dense(bucket, group) or not len(self.blocks(bucket)):
+            return None
+        clamped = bucket.with_flat(bucket.flat.clone())
+        scales = self._shared_scales(clamped, group)
+        if not bool(scales.isfinite().all()):
+            return self._void(bucket, int((~scales.isfinite()).nonzero()[0]))
+        kernel, parts = kernels_of(self.device), self.parts(bucket)
+        sent = []
+        for blocks in parts.by_owner:
+            payload = Payload.allocate(self.compressor.layout(blocks)[1:], self.device)
+            keyed = self.keyed(blocks, self.compressor)
+            kernel.encode_levels_(
+                clamped.flat,
+                None,
+                keyed,
+                self._of(scales, blocks),
+                payload.tensors[0],
+                levels=1,
+                bits=2,
+                stochastic=True,
+            )
+            sent.append(payload)
+        served = parts.served[group.rank]
+        one, total = torch.ones(len(served), device=self.device), bucket.flat.new_zeros(served.elements)
+        for payload in group.all_to_all(sent):
+            kernel.decompress_levels_(payload.tensors[0], one, served, total, bits=2, alpha=1.0, add=True)
+        bits = bits_of(group.size)
+        layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
+        answer = Payload.allocate(layouts[group.rank], self.device)
+        kernel.pack_codes_(total.to(torch.int8), bits, answer.tensors[0])
+        for blocks, served, payload in zip(
+            parts.by_owner, parts.served, group.all_gather(answer, layouts), strict=True
+        ):
+            sums = kernel.unpack_codes(payload.tensors[0], bits, served.elements).float()
+            per_element = self._of(scales, blocks).repeat_interleave(torch.from_numpy(blocks.lengths).to(self.device))
+            bucket.flat[element_indices(blocks.starts, blocks.lengths, self.device)] = sums * (per_element / group.size)
+        return None
+
+    def _shared_scales(self, bucket: Bucket, group: Group) -> Tensor:
+        """(P,) f32: the largest magnitude of each of the bucket's parameters on any rank, after clamping it in place."""
+        own = torch.zeros(len(self.index.names), device=self.device)
+        for name, g in bucket.views():
+            if name not in self.dense_names:
+                if self.clip and g.numel() > 1:
+                    bound = self.clip * g.std(correction=0)
+                    g.clamp_(-bound, bound)
+                own[self.index.position[name]] = g.abs().max()
+        of_bucket = [self.index.position[name] for name in bucket.names if name not in self.dense_names]
+        every = group.all_gather(Payload.of(own[of_bucket]))
+        own[of_bucket] = torch.stack([payload.tensors[0] for payload in every]).amax(0)
+        return own
+
+    def _of(self, scales: Tensor, blocks: Blocks) -> Tensor:
+        return scales[torch.from_numpy(blocks.parameters).to(self.device)]
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return (ranks - 1) / ranks * (2 + bits_of(ranks)) / 8
