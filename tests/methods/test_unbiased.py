@@ -34,9 +34,9 @@ def terngrad(g: F64, step: int) -> tuple[F64, F64]:
         c = np.clip(g[:, span], -bound, bound)
         s = np.abs(c).max()
         u = np.stack([draws(rank, step, [span.start], [span.stop - span.start]) for rank in range(len(g))])
-        ratio = np.abs(c) / s  # floor(ratio + u) rounds up with the chance of the rest
-        y[span] = s * (np.sign(c) * np.floor(ratio + u)).mean(0)
-        margin[span] = np.abs((ratio + u) - np.round(ratio + u)).min(0)
+        ratio = np.abs(c) / s  # ceil(ratio - u) rounds up with the chance of the rest
+        y[span] = s * (np.sign(c) * np.ceil(ratio - u)).mean(0)
+        margin[span] = np.abs((ratio - u) - np.round(ratio - u)).min(0)
     return y, margin
 
 
@@ -49,8 +49,8 @@ def qsgd(g: F64, step: int) -> tuple[F64, F64]:
             scale = np.sqrt((g[:, block] ** 2).sum(1, keepdims=True)) / 7
             u = np.stack([draws(rank, step, [a], [block.stop - a]) for rank in range(len(g))])
             ratio = np.abs(g[:, block]) / scale
-            y[block] = (scale * np.sign(g[:, block]) * np.floor(ratio + u)).mean(0)
-            margin[block] = np.abs((ratio + u) - np.round(ratio + u)).min(0)
+            y[block] = (scale * np.sign(g[:, block]) * np.ceil(ratio - u)).mean(0)
+            margin[block] = np.abs((ratio - u) - np.round(ratio - u)).min(0)
     return y, margin
 
 
