@@ -15,8 +15,11 @@ from commopt.methods.dgc import DGC
 from commopt.methods.distributed_lion import DistributedLion
 from commopt.methods.ef import EF
 from commopt.methods.ef21 import EF21
+from commopt.methods.ef import EF
+from commopt.methods.ef21 import EF21
 from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
+from commopt.methods.loco import LoCo
 from commopt.methods.loco import LoCo
 from commopt.methods.natural import NaturalMean
 from commopt.methods.onebit_adam import OnebitAdam
@@ -36,6 +39,8 @@ __all__ = [
     "DGC",
     "EF",
     "EF21",
+    "EF",
+    "EF21",
     "FP16",
     "METHODS",
     "OPTIMIZERS",
@@ -43,6 +48,7 @@ __all__ = [
     "Dense",
     "DistributedLion",
     "EFSign",
+    "LoCo",
     "LoCo",
     "NaturalMean",
     "OnebitAdam",
@@ -67,6 +73,9 @@ METHODS: Mapping[str, type[Aggregator]] = {
         Dense,
         FP16,
         EFSign,
+        EF,
+        EF21,
+        LoCo,
         EF,
         EF21,
         LoCo,

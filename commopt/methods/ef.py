@@ -1,0 +1,59 @@
+"""Error feedback around any compressor, with an all-gather."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from commopt.compress import make_compressor
+from commopt.compressed import GatherMean
+
+
+class EF(GatherMean):
+    """Send each rank's compressed gradient to all ranks, and what that left out with the next step's.
+
+    Seide et al. 2014; Stich et al. 2018, arXiv:1809.07599; Karimireddy et al. 2019, arXiv:1901.09847, Algorithm 2:
+        p_i = g_i + e_i;  q_i = C(p_i);  e_i <- p_i - q_i;  g = mean q_i
+    The papers' p_i is lr g_i + e_i. Here the learning rate stays outside, so that any optimizer fits: a residual that was
+    collected at a high rate is replayed at the current one. Where the rate falls from a to b, the parameters miss (a - b) e_i of
+    what the papers' form would still apply, and where it rises they get more; a schedule in small steps loses little.
+    Sends (N-1) x C bytes per parameter and step, C being what the compressor needs for one: 1/8 + 4/2048 for signs.
+    State: 4 bytes per parameter, a half or a quarter of it with residual_bits 16 or 8.
+    Use it with sparse codecs, or on few ranks: what it sends grows with their number, but has no second loss on the way back.
+    Not for signs or int8 on many ranks: `two_way` sends less from 3 ranks on.
+
+    compressor: a name ("sign", "top_k", "int8", ...), or {"compressor": name, option: value}; `ef(sign)` names it in a configuration.
+    error_feedback: keep what a message left out, and add it to the next one (default). Without it only unbiased codecs average out.
+    residual_bits: 32, 16 (bfloat16) or 8 bits for each element of the residual (LoCo, arXiv:2407.04480).
+    residual_decay: the residual's factor from step to step. reset_every: forget the residual after so many steps.
+    dense_1d: average parameters with fewer than two dimensions (biases, norms) exactly.
+    seed: of stochastic rounding.
+    """
+
+    name = "ef"
+    positional = ("compressor",)
+
+    def __init__(
+        self,
+        *,
+        compressor: str | Mapping[str, Any] = "sign",
+        error_feedback: bool = True,
+        residual_bits: int = 32,
+        residual_decay: float = 1.0,
+        reset_every: int | None = None,
+        dense_1d: bool = False,
+        seed: int = 0,
+        max_norm: float | None = None,
+        grad_scaler: Any = None,
+    ) -> None:
+        super().__init__(
+            make_compressor(compressor),
+            error_feedback=error_feedback,
+            residual_bits=residual_bits,
+            residual_decay=residual_decay,
+            reset_every=reset_every,
+            dense_1d=dense_1d,
+            seed=seed,
+            max_norm=max_norm,
+            grad_scaler=grad_scaler,
+        )
