@@ -32,11 +32,11 @@ class SignVote(Aggregator):
     Liu et al. 2024, arXiv:2404.00438, Algorithm 1 (MaVo, Avg). Each rank sends one bit per element to the block's owner, which
     counts them, and sends every rank one bit (majority) or the count in ceil(log2(N+1)) bits (average).
 
-    A bit has no room for sign(0) = 0, and a fixed side would make ties and unused elements drift. So there are two coins for each
-    element, from its place and from how often its parameter has been exchanged, the same on all ranks and for any buckets:
-    a tie of an even vote takes the one; a rank whose value is zero votes with the other if its rank is even, and against it
-    if it is odd. Every second toss is the opposite of the one before it. So the votes of two ranks without an opinion cancel, and an
-    element that nobody ever votes on never is further from where it began than one step.
+    A bit has no room for sign(0) = 0, and a fixed side would make ties and unused elements drift. So a tie of an even vote takes
+    a coin that all ranks share, and a rank whose value is zero votes by a coin of its own. Coins depend on the element's place and on
+    how often its parameter has been exchanged, for any buckets, and every second toss is the opposite of the one before it: an
+    element that no rank has an opinion on never is further from where it began than one step, and where only some
+    ranks have none, the others are heard.
 
     Sends (N-1)/N x (1 + 1)/8 bytes per element, or (N-1)/N x (1 + ceil(log2(N+1)))/8. State: none.
 
@@ -110,9 +110,7 @@ class SignVote(Aggregator):
         ballots, first = [], len(self.index.names)
         for blocks in by_owner:
             ballot = Payload.allocate(((torch.int32, 1), (torch.uint8, blocks.sign_bytes)), x.device)
-            keyed, flips = self._coins("zero", blocks)
-            flips = ~flips if rank % 2 else flips
-            is_bad = _kernels_of(x.device).pack_votes_(x, keyed, flips, ballot.tensors[1])
+            is_bad = _kernels_of(x.device).pack_votes_(x, *self._coins("zero", rank, blocks), ballot.tensors[1])
             if bool(is_bad.any()):
                 first = min(first, int(blocks.parameters[is_bad.cpu().numpy()].min()))
             ballots.append(ballot)
@@ -125,14 +123,14 @@ class SignVote(Aggregator):
         if not self.is_majority:
             return Payload.of(torch.cat(count_votes(rows, self._width)))
         if len(rows) % 2 == 0:
-            rows = [*rows, coin_bits(*self._coins("tie", blocks), rows[0].device)]  # one more voter, who decides ties
+            rows = [*rows, coin_bits(*self._coins("tie", 0, blocks), rows[0].device)]  # one more voter decides ties
         width, needed = len(rows).bit_length(), len(rows) // 2 + 1
         return Payload.of(count_votes(rows, width, 2 ** (width - 1) - needed)[-1])  # the top bit is: as many as needed
 
-    def _coins(self, purpose: str, blocks: Blocks) -> tuple[Blocks, NDArray[np.uint8]]:
+    def _coins(self, purpose: str, rank: int, blocks: Blocks) -> tuple[Blocks, NDArray[np.uint8]]:
         """The blocks with their keys, and (B,) u8: 255 where it is the second toss with this key, which is the opposite."""
         counts = self.exchanges.numpy()[blocks.parameters]
-        keys = noise.keys(self.seed, purpose, 0, counts // 2, blocks.homes)
+        keys = noise.keys(self.seed, purpose, rank, counts // 2, blocks.homes)
         return blocks.with_keys(keys), np.where(counts % 2 == 1, 255, 0).astype(np.uint8)
 
 

@@ -23,8 +23,8 @@ class DistributedLion(UpdateMethod):
         d_i = sign(b1 m_i + (1 - b1) g_i);  m_i <- b2 m_i + (1 - b2) g_i
         D = (1/N) sum d_i  (average)   or   sign(sum d_i)  (majority)
         x <- x - lr (D + weight_decay x)
-    The momentum stays on its rank. Differs from the paper's code: one bit travels as one bit; a tie, and a rank whose
-    d_i is zero, take coins that make no element drift (see `SignVote`), where the code always takes -1. One rank alone
+    The momentum stays on its rank. Differs from the paper's code: one bit travels as one bit; a tie, and a d_i that is
+    zero, take coins that make no element drift (see `SignVote`), where the code always takes -1. One rank alone
     is Lion, with sign(0) = 0. An element without any gradient moves by lr at most, back and forth.
     A change of the number of ranks gives every rank the mean of the momenta. Each rank's own is in `comm_state`, not in `state_dict`.
     Sends (N-1)/N x (1 + ceil(log2(N+1)))/8 bytes per parameter and step, with vote="majority" (N-1)/N x 2/8.

@@ -24,7 +24,7 @@ class Signum(SignVote):
     signSGD with majority vote, arXiv:1802.04434, Algorithm 3:
         m_i <- b m_i + (1 - b) g_i;  D = sign(sum sign(m_i));  x <- x - lr (D + weight_decay x)
     of which the last is up to the optimizer: SGD without momentum, whose weight_decay is the paper's. Differs from the paper, where
-    sign(0) is left open: a tie, and a rank whose m_i is zero, take coins that make no element drift (see `SignVote`).
+    sign(0) is left open: a tie, and an m_i that is zero, take coins that make no element drift (see `SignVote`).
     One rank alone takes its own sign, of which sign(0) = 0. There is no error feedback: where ranks' gradients disagree, or
     are heavy-tailed, the majority need not be the sign of the mean.
     Sends (N-1)/N x 2/8 bytes per parameter and step.
