@@ -4,6 +4,10 @@ Every loop is one that LLVM vectorises. There is no fast-math here: codes, scale
 bit, so no product may melt into a fused multiply-add, and the largest magnitude is found among bit patterns, which are ordered
 as the magnitudes are, with inf and NaN above all others. All in one file: numba's cache would not notice that a function which a
 kernel calls in another file has changed.
+
+Inside the loop over blocks no reference is counted: that is done atomically, and for blocks of 256 cost as much as all arithmetic.
+So there are neither slices nor views, and helpers have no branches: numba counts the arguments of a function that has some. They
+take whole arrays and where to begin, as an unsigned number, since LLVM does not vectorise what may be an index from the end.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ F64 = NDArray[np.float64]
 I8 = NDArray[np.int8]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
+U64 = NDArray[np.uint64]
 _F = TypeVar("_F", bound=Callable[..., Any])
 _SLICE = 2048
 _LARGEST, _SMALLEST = np.float32(np.finfo(np.float32).max), np.float32(2.0**-126)
@@ -51,24 +56,26 @@ def _exact(function: _F) -> _F:
         return numba.njit(function, **options)  # type: ignore[no-any-return]
 
 
-# --- values, norms, draws: of the first n elements of a buffer, since a slice of it for each short block would cost more than its loop
+# --- values, norms, draws
 
 
 @_exact
-def _correct(x: F32, e: F32, has_residual: bool, c: F32) -> None:
-    if has_residual:
-        for i in range(x.size):
-            c[i] = x[i] + e[i]
-    else:
-        for i in range(x.size):
-            c[i] = x[i]
-
-
-@_exact
-def _largest_bits(c: F32, n: int) -> Any:
-    bits, largest = c.view(np.int32), np.int32(0)
+def _copy(x: F32, start: np.uint64, n: int, c: F32) -> None:
     for i in range(n):
-        largest = max(largest, np.int32(bits[i] & _ALL_BUT_SIGN))
+        c[i] = x[start + np.uint64(i)]
+
+
+@_exact
+def _add(x: F32, start: np.uint64, e: F32, home: np.uint64, n: int, c: F32) -> None:
+    for i in range(n):
+        c[i] = x[start + np.uint64(i)] + e[home + np.uint64(i)]
+
+
+@_exact
+def _largest_bits(c_bits: I32, n: int) -> Any:
+    largest = np.int32(0)
+    for i in range(n):
+        largest = max(largest, np.int32(c_bits[i] & _ALL_BUT_SIGN))
     return largest
 
 
@@ -81,9 +88,8 @@ def _sum_squares(c: F32, n: int, folded: F64) -> Any:
     while 2 * half < n:
         half *= 2
     while n > 1:
-        high = folded[half:n]
-        for i in range(high.size):
-            folded[i] += high[i]
+        for i in range(n - half):
+            folded[i] += folded[np.uint64(half) + np.uint64(i)]
         n, half = half, half // 2
     return folded[0]
 
@@ -115,33 +121,6 @@ def _scale_of(kind: int, norm: np.float32, levels: np.float32) -> Any:
     return scale if scale >= _SMALLEST else np.float32(0.0)
 
 
-@_exact
-def _block_scale(
-    kind: int,
-    x: F32,
-    e: F32,
-    has_residual: bool,
-    start: int,
-    home: int,
-    length: int,
-    levels: np.float32,
-    squared: bool,
-    c: F32,
-    folded: F64,
-    largest: I32,
-) -> Any:
-    """The scale of one block, whose last slice stays in c. largest: (1,), a buffer."""
-    total, largest[0] = 0.0, 0
-    for a in range(0, length, _SLICE):
-        n = min(_SLICE, length - a)
-        _correct(x[start + a : start + a + n], e[home + a : home + a + n], has_residual, c)
-        if squared:
-            total += _sum_squares(c, n, folded)
-        else:
-            largest[0] = max(largest[0], _largest_bits(c, n))
-    return _scale_of(kind, np.float32(math.sqrt(total)) if squared else largest.view(np.float32)[0], levels)
-
-
 # --- one code per element
 
 
@@ -158,9 +137,18 @@ def _encode_levels(c: F32, u: F32, n: int, scale: np.float32, levels: np.float32
 
 @_exact
 def _encode_float8(
-    c: F32, u: F32, n: int, scale: np.float32, tie: np.int32, codes: I8, ratio: F32, inverse_step: F32
+    c: F32,
+    c_bits: I32,
+    u: F32,
+    n: int,
+    scale: np.float32,
+    tie: np.int32,
+    codes: I8,
+    ratio: F32,
+    ratio_bits: I32,
+    inverse_step: F32,
+    step_bits: I32,
 ) -> None:
-    signs, ratio_bits, step_bits = c.view(np.int32), ratio.view(np.int32), inverse_step.view(np.int32)
     for i in range(n):
         ratio[i] = min(abs(c[i]) / scale, np.float32(448.0))
     for i in range(n):  # 1 / step, where step = 2^(exponent - 3), and 2^-9 below the smallest normal number, 2^-6
@@ -173,35 +161,36 @@ def _encode_float8(
         up = (u[i] < rest) | ((rest == np.float32(0.5)) & (np.int32(below & tie) != np.int32(0)))
         binade = np.int32(np.int32(136) - np.int32(step_bits[i] >> np.int32(23)))
         magnitude = np.int32(np.int32(binade << np.int32(3)) + np.int32(below + np.int32(up)))
-        codes[i] = np.int8(magnitude | np.int32(np.int32(signs[i] >> np.int32(31)) & np.int32(128)))
+        codes[i] = np.int8(magnitude | np.int32(np.int32(c_bits[i] >> np.int32(31)) & np.int32(128)))
 
 
 @_exact
-def _encode_natural(c: F32, u: F32, n: int, scale: np.float32, codes: I8) -> None:
-    bits = c.view(np.int32)
+def _encode_natural(c: F32, c_bits: I32, u: F32, n: int, scale: np.float32, codes: I8) -> None:
     top = np.int32(math.frexp(np.float64(scale))[1] + 126)  # exponents as float32 stores them
     lowest, zero = max(np.int32(top - 126), np.int32(1)), np.int32(top - 127)
     smallest = np.float32(math.ldexp(1.0, int(lowest) - 127))
     for i in range(n):
-        exponent = np.int32(np.int32(bits[i] & _ALL_BUT_SIGN) >> np.int32(23))
+        exponent = np.int32(np.int32(c_bits[i] & _ALL_BUT_SIGN) >> np.int32(23))
         is_small = exponent < lowest
-        mantissa = np.float32(np.int32(bits[i] & _MANTISSA)) * np.float32(2.0**-23)
+        mantissa = np.float32(np.int32(c_bits[i] & _MANTISSA)) * np.float32(2.0**-23)
         rest = abs(c[i]) / smallest if is_small else mantissa
         level = np.int32((np.int32(lowest - 1) if is_small else exponent) + np.int32(u[i] < rest))
-        code = np.int32(np.int32(min(level, top) - zero) | np.int32(np.int32(bits[i] >> np.int32(31)) & np.int32(128)))
+        code = np.int32(
+            np.int32(min(level, top) - zero) | np.int32(np.int32(c_bits[i] >> np.int32(31)) & np.int32(128))
+        )
         codes[i] = np.int8(code if level >= lowest else np.int32(0))
 
 
 @_exact
-def _leave_levels(c: F32, codes: I8, scale: np.float32, e: F32) -> None:
-    for i in range(e.size):
-        e[i] = c[i] - scale * np.float32(codes[i])
+def _leave_levels(c: F32, codes: I8, n: int, scale: np.float32, e: F32, home: np.uint64) -> None:
+    for i in range(n):
+        e[home + np.uint64(i)] = c[i] - scale * np.float32(codes[i])
 
 
 @_exact
-def _leave_values(c: F32, codes: U8, scale: np.float32, table: F32, e: F32) -> None:
-    for i in range(e.size):
-        e[i] = c[i] - scale * table[codes[i]]
+def _leave_values(c: F32, codes: I8, n: int, scale: np.float32, table: F32, e: F32, home: np.uint64) -> None:
+    for i in range(n):
+        e[home + np.uint64(i)] = c[i] - scale * table[np.uint8(codes[i])]
 
 
 # --- b bits per code: eight codes are a 64-bit word of bytes, whose upper bits are squeezed out pair by pair
@@ -234,100 +223,98 @@ def _spread(word: np.uint64, bits: np.uint64) -> Any:
 
 
 @_exact
-def _pack(codes: I8, n: int, bits: int, packed: U8, out: U8) -> None:
-    """The first n codes, those up to the next multiple of 8 set to zero on the way. packed: a buffer. out: (ceil(n bits/8),)."""
-    if bits == 8:
-        for i in range(out.size):
-            out[i] = np.uint8(codes[i])
-        return
-    count = (n + 7) // 8
-    for i in range(n, 8 * count):
+def _pack_bytes(codes: I8, n: int, out: U8, first: np.uint64) -> None:
+    for i in range(n):
+        out[first + np.uint64(i)] = np.uint8(codes[i])
+
+
+@_exact
+def _pack_halves(codes: I8, n: int, out: U8, first: np.uint64) -> None:
+    for j in range((n + 1) // 2):
+        i = np.uint64(2) * np.uint64(j)
+        out[first + np.uint64(j)] = np.uint8((codes[i] & 15) | (codes[i + np.uint64(1)] << 4))
+
+
+@_exact
+def _pack_words(words: U64, n: int, bits: int, packed: U8, out: U8, first: np.uint64) -> None:
+    for j in range((n + 7) // 8):
+        word = _squeeze(words[j], np.uint64(bits))
+        for k in range(bits):
+            packed[j * bits + k] = np.uint8(word & np.uint64(255))
+            word >>= np.uint64(8)
+    for i in range((n * bits + 7) // 8):
+        out[first + np.uint64(i)] = packed[i]
+
+
+@_exact
+def _clear(codes: I8, first: int, end: int) -> None:
+    for i in range(first, end):
         codes[i] = 0
-    words, b = codes.view(np.uint64), np.uint64(bits)
-    if bits == 4:
-        quarters = packed.view(np.uint32)
-        for j in range(count):
-            quarters[j] = np.uint32(_squeeze(words[j], np.uint64(4)))
-    elif bits == 2:
-        eighths = packed.view(np.uint16)
-        for j in range(count):
-            eighths[j] = np.uint16(_squeeze(words[j], np.uint64(2)))
-    else:
-        for j in range(count):
-            word = _squeeze(words[j], b)
-            for k in range(bits):
-                packed[j * bits + k] = np.uint8(word >> np.uint64(8 * k) & np.uint64(255))
-    for i in range(out.size):
-        out[i] = packed[i]
 
 
 @_exact
-def _unpack(source: U8, n: int, bits: int, packed: U8, codes: I8) -> None:
-    """The inverse of `_pack`; up to 7 elements behind the first n are written too."""
-    if bits == 8:
-        for i in range(source.size):
-            codes[i] = np.int8(source[i])
-        return
-    count = (n + 7) // 8
-    for i in range(source.size):
-        packed[i] = source[i]
-    for i in range(source.size, count * bits):
+def _unpack_bytes(source: U8, first: np.uint64, n: int, codes: I8) -> None:
+    for i in range(n):
+        codes[i] = np.int8(source[first + np.uint64(i)])
+
+
+@_exact
+def _unpack_halves(source: U8, first: np.uint64, n: int, codes: I8) -> None:
+    for j in range((n + 1) // 2):
+        pair, i = np.int32(source[first + np.uint64(j)]), np.uint64(2) * np.uint64(j)
+        codes[i] = np.int8(((pair & 15) ^ 8) - 8)
+        codes[i + np.uint64(1)] = np.int8(((pair >> 4) ^ 8) - 8)
+
+
+@_exact
+def _unpack_words(source: U8, first: np.uint64, n: int, bits: int, packed: U8, words: U64) -> None:
+    """Up to 7 codes behind the first n are written too."""
+    size, count = (n * bits + 7) // 8, (n + 7) // 8
+    for i in range(size):
+        packed[i] = source[first + np.uint64(i)]
+    for i in range(size, count * bits):
         packed[i] = 0
-    words, b = codes.view(np.uint64), np.uint64(bits)
-    if bits == 4:
-        quarters = packed.view(np.uint32)
-        for j in range(count):
-            words[j] = _spread(np.uint64(quarters[j]), np.uint64(4))
-    elif bits == 2:
-        eighths = packed.view(np.uint16)
-        for j in range(count):
-            words[j] = _spread(np.uint64(eighths[j]), np.uint64(2))
-    else:
-        for j in range(count):
-            word = np.uint64(0)
-            for k in range(bits):
-                word |= np.uint64(packed[j * bits + k]) << np.uint64(8 * k)
-            words[j] = _spread(word, b)
+    for j in range(count):
+        word = np.uint64(0)
+        for k in range(bits):
+            word |= np.uint64(packed[j * bits + k]) << np.uint64(8 * k)
+        words[j] = _spread(word, np.uint64(bits))
 
 
 @_exact
-def _pack_all(codes: I8, bits: int, out: U8) -> None:
-    part, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
-    for a in range(0, codes.size, _SLICE):
-        n = min(_SLICE, codes.size - a)
-        part[:n] = codes[a : a + n]
-        _pack(part, n, bits, packed, out[a * bits // 8 : ((a + n) * bits + 7) // 8])
+def _pack_all(values: I8, bits: int, out: U8) -> None:
+    codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
+    words = codes.view(np.uint64)
+    for a in range(0, values.size, _SLICE):
+        n = min(_SLICE, values.size - a)
+        codes[:n] = values[a : a + n]
+        first = np.uint64(a * bits // 8)
+        _clear(codes, n, (n + 7) // 8 * 8)
+        if bits == 8:
+            _pack_bytes(codes, n, out, first)
+        elif bits == 4:
+            _pack_halves(codes, n, out, first)
+        else:
+            _pack_words(words, n, bits, packed, out, first)
 
 
 @_exact
-def _unpack_all(source: U8, bits: int, codes: I8) -> None:
-    part, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
-    for a in range(0, codes.size, _SLICE):
-        n = min(_SLICE, codes.size - a)
-        _unpack(source[a * bits // 8 : ((a + n) * bits + 7) // 8], n, bits, packed, part)
-        codes[a : a + n] = part[:n]
+def _unpack_all(source: U8, bits: int, values: I8) -> None:
+    codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
+    words = codes.view(np.uint64)
+    for a in range(0, values.size, _SLICE):
+        n = min(_SLICE, values.size - a)
+        first = np.uint64(a * bits // 8)
+        if bits == 8:
+            _unpack_bytes(source, first, n, codes)
+        elif bits == 4:
+            _unpack_halves(source, first, n, codes)
+        else:
+            _unpack_words(source, first, n, bits, packed, words)
+        values[a : a + n] = codes[:n]
 
 
 # --- all blocks
-
-
-@_exact
-def _scales(
-    x: F32,
-    e: F32,
-    has_residual: bool,
-    starts: Int64Array,
-    homes: Int64Array,
-    lengths: Int64Array,
-    levels: np.float32,
-    squared: bool,
-    scales: F32,
-) -> None:
-    c, folded, largest = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.float64), np.empty(1, np.int32)
-    for b in range(lengths.size):
-        scales[b] = _block_scale(
-            _LEVELS, x, e, has_residual, starts[b], homes[b], lengths[b], levels, squared, c, folded, largest
-        )
 
 
 @_exact
@@ -345,65 +332,90 @@ def _compress(
     bits: int,
     squared: bool,
     is_given: bool,
+    is_scale_only: bool,
     table: F32,
     scales: F32,
     out: U8,
 ) -> None:
     c, u = np.empty(_SLICE, np.float32), np.full(_SLICE, np.float32(0.5))
-    folded, largest = np.empty(_SLICE, np.float64), np.empty(1, np.int32)
+    folded, largest = np.empty(_SLICE, np.float64), np.empty(1, np.float32)
     ratio, inverse_step = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.float32)
     codes, packed = np.zeros(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
-    bytes_of_codes = codes.view(np.uint8)
+    c_bits, largest_bits, words = c.view(np.int32), largest.view(np.int32), codes.view(np.uint64)
+    ratio_bits, step_bits = ratio.view(np.int32), inverse_step.view(np.int32)
     has_keys = keys.size > 0
     tie = np.int32(0 if has_keys else 1)  # to the nearest level, half to even: a draw of one half, and up from odd ones
     for b in range(lengths.size):
         start, home, length = starts[b], homes[b], lengths[b]
         if not is_given:
-            scales[b] = _block_scale(kind, x, e, has_residual, start, home, length, levels, squared, c, folded, largest)
+            total, largest_bits[0] = 0.0, 0
+            for a in range(0, length, _SLICE):
+                n = min(_SLICE, length - a)
+                if has_residual:
+                    _add(x, np.uint64(start + a), e, np.uint64(home + a), n, c)
+                else:
+                    _copy(x, np.uint64(start + a), n, c)
+                if squared:
+                    total += _sum_squares(c, n, folded)
+                else:
+                    largest_bits[0] = max(largest_bits[0], _largest_bits(c_bits, n))
+            scales[b] = _scale_of(kind, np.float32(math.sqrt(total)) if squared else largest[0], levels)
+        if is_scale_only:
+            continue
         scale = scales[b]
         for a in range(0, length, _SLICE):
             n = min(_SLICE, length - a)
-            left = e[home + a : home + a + n]
             if is_given or length > _SLICE:  # else it is still there
-                _correct(x[start + a : start + a + n], left, has_residual, c)
+                if has_residual:
+                    _add(x, np.uint64(start + a), e, np.uint64(home + a), n, c)
+                else:
+                    _copy(x, np.uint64(start + a), n, c)
             if np.float32(0.0) < scale <= _LARGEST:
                 if has_keys:
                     _draw(keys[b], a, n, u)
                 if kind == _LEVELS:
                     _encode_levels(c, u, n, scale, levels, tie, codes)
                 elif kind == _FLOAT8:
-                    _encode_float8(c, u, n, scale, tie, codes, ratio, inverse_step)
+                    _encode_float8(c, c_bits, u, n, scale, tie, codes, ratio, ratio_bits, inverse_step, step_bits)
                 else:
-                    _encode_natural(c, u, n, scale, codes)
+                    _encode_natural(c, c_bits, u, n, scale, codes)
             else:
-                codes[:n] = 0
+                _clear(codes, 0, n)
             if has_residual and abs(scale) <= _LARGEST:
                 if kind == _LEVELS:
-                    _leave_levels(c, codes, scale, left)
+                    _leave_levels(c, codes, n, scale, e, np.uint64(home + a))
                 else:
-                    _leave_values(c, bytes_of_codes, scale, table, left)
-            first = byte_starts[b] + a * bits // 8
-            _pack(codes, n, bits, packed, out[first : first + (n * bits + 7) // 8])
+                    _leave_values(c, codes, n, scale, table, e, np.uint64(home + a))
+            first = np.uint64(byte_starts[b] + a * bits // 8)
+            _clear(codes, n, (n + 7) // 8 * 8)
+            if bits == 8:
+                _pack_bytes(codes, n, out, first)
+            elif bits == 4:
+                _pack_halves(codes, n, out, first)
+            else:
+                _pack_words(words, n, bits, packed, out, first)
 
 
 @_exact
-def _put_levels(codes: I8, scale: np.float32, add: bool, out: F32) -> None:
+def _put_levels(codes: I8, n: int, scale: np.float32, add: bool, out: F32, start: np.uint64) -> None:
     if add:
-        for i in range(out.size):
-            out[i] += scale * np.float32(codes[i])
+        for i in range(n):
+            out[start + np.uint64(i)] += scale * np.float32(codes[i])
     else:
-        for i in range(out.size):
-            out[i] = scale * np.float32(codes[i])
+        for i in range(n):
+            out[start + np.uint64(i)] = scale * np.float32(codes[i])
 
 
 @_exact
-def _put_values(codes: U8, scale: np.float32, table: F32, add: bool, out: F32) -> None:
+def _put_values(
+    source: U8, first: np.uint64, n: int, scale: np.float32, table: F32, add: bool, out: F32, start: np.uint64
+) -> None:
     if add:
-        for i in range(out.size):
-            out[i] += scale * table[codes[i]]
+        for i in range(n):
+            out[start + np.uint64(i)] += scale * table[source[first + np.uint64(i)]]
     else:
-        for i in range(out.size):
-            out[i] = scale * table[codes[i]]
+        for i in range(n):
+            out[start + np.uint64(i)] = scale * table[source[first + np.uint64(i)]]
 
 
 @_exact
@@ -421,17 +433,22 @@ def _decompress(
     out: F32,
 ) -> None:
     codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
+    words = codes.view(np.uint64)
     for b in range(lengths.size):
         scale = np.float32(scales[b] * alpha)
         for a in range(0, lengths[b], _SLICE):
             n = min(_SLICE, lengths[b] - a)
-            first, start = byte_starts[b] + a * bits // 8, starts[b] + a
-            part = source[first : first + (n * bits + 7) // 8]
+            first, start = np.uint64(byte_starts[b] + a * bits // 8), np.uint64(starts[b] + a)
             if kind == _LEVELS:
-                _unpack(part, n, bits, packed, codes)
-                _put_levels(codes, scale, add, out[start : start + n])
+                if bits == 8:
+                    _unpack_bytes(source, first, n, codes)
+                elif bits == 4:
+                    _unpack_halves(source, first, n, codes)
+                else:
+                    _unpack_words(source, first, n, bits, packed, words)
+                _put_levels(codes, n, scale, add, out, start)
             else:
-                _put_values(part, scale, table, add, out[start : start + n])
+                _put_values(source, first, n, scale, table, add, out, start)
 
 
 # --- tensors
@@ -443,8 +460,8 @@ _FLOAT8_VALUES, _NATURAL_VALUES = float8_values().numpy(), natural_values().nump
 
 def block_scales(x: Tensor, residual: Tensor | None, blocks: Blocks, *, levels: int, squared: bool) -> Tensor:
     """(B,) f32: norm / levels of c = x + residual, the L2 norm or the largest magnitude; NaN for a block that is not finite."""
-    scales = torch.empty(len(blocks))
-    _scales(*_arrays(x, residual, blocks), np.float32(levels), squared, scales.numpy())
+    scales, none = torch.empty(len(blocks)), torch.empty(0, dtype=torch.uint8)
+    _run(_LEVELS, x, residual, blocks, scales, none, levels, 8, squared, False, False, _NO_VALUES, is_scale_only=True)
     return scales
 
 
@@ -551,6 +568,7 @@ def _run(
     is_given: bool,
     stochastic: bool,
     table: F32,
+    is_scale_only: bool = False,
 ) -> None:
     keys = blocks.keys if stochastic and blocks.keys is not None else _NO_KEYS
     _compress(
@@ -562,6 +580,7 @@ def _run(
         bits,
         squared,
         is_given,
+        is_scale_only,
         table,
         scales.numpy(),
         codes.numpy(),
