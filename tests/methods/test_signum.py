@@ -1,0 +1,270 @@
+"""Signum against its equations in float64, and with the optimizers that it does not go with."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from commopt import build
+from commopt.errors import AttachError, CheckpointError, ConfigError
+from commopt.groups import Group, LocalGroup, SimWorld
+from commopt.integrations import plain
+from commopt.methods import with_optimizer
+from commopt.optimizers import LAMB, Lion
+
+F64 = NDArray[np.float64]
+LR, DECAY = 0.01, 0.1
+SHAPES: list[tuple[int, ...]] = [(50, 90), (7,), (1,), (2049,), (3, 5, 3)]
+
+
+def reference(x: F64, m: F64, g: F64, b: float) -> tuple[F64, F64, Any]:
+    """Bernstein et al. 2019, Algorithm 1, in float64. x: (n,), m, g: (N, n). Returns x, m, and (n,) where nothing hangs by a hair."""
+    m = b * m + (1 - b) * g
+    total = np.sign(m).sum(0)
+    clear = (np.abs(m) > 1e-6).all(0) & (total != 0)  # a tie takes a coin
+    return x - LR * (np.sign(total) + DECAY * x), m, clear
+
+
+class Parameters(nn.Module):
+    """Parameters whose gradients the tests write themselves; the same on every rank."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes])
+
+    def set_gradients(self, rank: int, step: int) -> None:
+        generator = torch.Generator().manual_seed(1000 * rank + step)
+        for k, p in enumerate(self.all):
+            p.grad = (0.2 + torch.randn(p.shape, generator=generator)) * 10.0 ** -(k % 3)
+
+
+def flat(tensors: Any) -> F64:
+    return np.asarray(torch.cat([x.detach().reshape(-1) for x in tensors]).double())
+
+
+def gradients(ranks: int, step: int, shapes: list[tuple[int, ...]]) -> F64:
+    rows = []
+    for rank in range(ranks):
+        model = Parameters(*shapes)
+        model.set_gradients(rank, step)
+        rows.append(flat(p.grad for p in model.all))
+    return np.stack(rows)
+
+
+def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, b: float) -> list[list[tuple[F64, F64]]]:
+    """[rank][step] parameters and this rank's momentum, before each step and after the last."""
+
+    def work(group: Group) -> list[tuple[F64, F64]]:
+        model = Parameters(*shapes)
+        method: Any = build("signum", momentum=b)
+        sgd = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=DECAY)
+        plain.attach(model, method, sgd, group)
+
+        def state() -> tuple[F64, F64]:
+            m = flat([method.momentum])
+            return flat(model.all), m if m.size else np.zeros(sum(math.prod(shape) for shape in shapes))
+
+        states = [state()]
+        for step in range(steps):
+            model.set_gradients(group.rank, step)
+            sgd.step()
+            states.append(state())
+        return states
+
+    return SimWorld[Any](ranks).run(work)
+
+
+@pytest.mark.parametrize("b", [0.9, 0.0])
+def test_every_step_is_the_papers_from_the_state_before_it(b: float) -> None:
+    runs = train(4, SHAPES, 20, b)
+    compared = 0
+    for step in range(20):
+        before = np.stack([run[step][1] for run in runs])
+        x, m, clear = reference(runs[0][step][0], before, gradients(4, step, SHAPES), b)
+        compared += int(clear.sum())
+        for rank, run in enumerate(runs):
+            assert np.array_equal(run[step + 1][0], runs[0][step + 1][0])
+            np.testing.assert_allclose(run[step + 1][0][clear], x[clear], rtol=0, atol=1e-6)
+            if b:
+                np.testing.assert_allclose(run[step + 1][1], m[rank], rtol=1e-5, atol=1e-6)
+        moved = runs[0][step + 1][0] - runs[0][step][0] * (1 - LR * DECAY)
+        np.testing.assert_allclose(np.abs(moved), LR, rtol=0, atol=1e-6)  # ties too
+    assert compared > 0.55 * 20 * runs[0][0][0].size
+
+
+@pytest.mark.parametrize("b", [0.9, 0.0])
+def test_a_short_run_of_three_ranks_stays_with_the_reference(b: float) -> None:
+    shapes: list[tuple[int, ...]] = [(5,), (3,)]
+    runs = train(3, shapes, 40, b)
+    x, m = runs[0][0][0], np.zeros((3, 8))
+    for step in range(40):
+        x, m, _ = reference(x, m, gradients(3, step, shapes), b)
+    np.testing.assert_allclose(runs[0][-1][0], x, rtol=0, atol=1e-5)
+    assert float(np.abs(x - runs[0][0][0]).max()) > 0.05
+
+
+@pytest.mark.parametrize("b", [0.9, 0.0])
+def test_one_rank_takes_the_sign_of_its_own_momentum(b: float) -> None:
+    model = Parameters((30,), (4,))
+    method: Any = build("signum", momentum=b)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.25)
+    plain.attach(model, method, sgd, LocalGroup())
+    m = torch.zeros(34)
+    for step in range(10):
+        model.set_gradients(0, step)
+        first = model.all[0].grad
+        assert first is not None
+        first[2] = 0.0
+        m.lerp_(torch.cat([p.grad.view(-1) for p in model.all if p.grad is not None]), 1 - b)
+        expected = torch.cat([p.detach() for p in model.all]) - 0.25 * m.sign()
+        sgd.step()
+        assert torch.equal(torch.cat([p.detach() for p in model.all]), expected)
+    assert model.all[0][2] == Parameters((30,), (4,)).all[0][2]
+
+
+def test_a_coordinate_without_any_gradient_stays_within_one_step() -> None:
+    def work(group: Group) -> tuple[float, float]:
+        model = Parameters((600,))
+        before = model.all[0].detach().clone()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+        plain.attach(model, build("signum"), sgd, group)
+        for _ in range(31):
+            model.all[0].grad = torch.cat([torch.zeros(300), -torch.ones(300)])
+            sgd.step()
+        moved = (model.all[0].detach() - before).abs()
+        return float(moved[:300].max()), float(moved[300:].min())
+
+    for ranks in (2, 3, 4):
+        for unused, used in SimWorld[Any](ranks).run(work):
+            assert unused <= 0.01 + 1e-6
+            assert used == pytest.approx(0.31, rel=1e-4)
+
+
+def test_a_nan_on_one_rank_leaves_every_momentum_as_it_was() -> None:
+    def work(group: Group) -> bool:
+        model = Parameters((40, 60), (7,))
+        method: Any = build("signum")
+        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+        attachment = plain.attach(model, method, sgd, group)
+        for step in range(3):
+            model.set_gradients(group.rank, step)
+            sgd.step()
+        before = [x.clone() for x in (method.momentum, *model.all, method.exchanges)]
+        model.set_gradients(group.rank, 3)
+        if group.rank == 1:
+            assert model.all[0].grad is not None
+            model.all[0].grad[3, 4] = math.nan
+        sgd.step()
+        after = (method.momentum, *model.all, method.exchanges)
+        return attachment.voided == [(3, "all.0")] and all(
+            torch.equal(a, b) for a, b in zip(before, after, strict=True)
+        )
+
+    assert SimWorld[Any](3).run(work) == [True] * 3
+
+
+def test_another_number_of_ranks_takes_the_mean_momentum() -> None:
+    def leave(group: Group) -> Any:
+        model = Parameters((40,))
+        method = build("signum")
+        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+        plain.attach(model, method, sgd, group)
+        model.set_gradients(group.rank, 0)
+        sgd.step()
+        return copy.deepcopy(method.comm_state())
+
+    states = SimWorld[Any](3).run(leave)
+    each = torch.stack([state["local"]["momentum"] for state in states])
+    assert not torch.equal(each[0], each[1])
+    model, method = Parameters((40,)), build("signum")
+    plain.attach(model, method, torch.optim.SGD(model.parameters(), lr=0.01), LocalGroup())
+    method.load_resharded(iter(states))
+    torch.testing.assert_close(method.comm_state()["local"]["momentum"], each.mean(0))
+    del states[1]["local"]["momentum"]
+    with pytest.raises(CheckpointError, match="momentum: expected a tensor of shape"):
+        method.load_resharded(iter(states))
+
+
+def test_momentum_zero_has_no_state_and_another_form() -> None:
+    def states(b: float) -> Any:
+        model, method = Parameters((40,)), build("signum", momentum=b)
+        plain.attach(model, method, torch.optim.SGD(model.parameters(), lr=0.01), LocalGroup())
+        return method.comm_state()["local"], len(method.state_views("all.0")), method.state_form
+
+    assert states(0.0) == ({}, 1, "no momentum")
+    assert states(0.9)[1:] == (2, "")
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_it_sends_what_it_says(ranks: int) -> None:
+    def work(group: Group) -> tuple[float, float]:
+        model, method = Parameters((512, 512)), build("signum")
+        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+        plain.attach(model, method, sgd, group, find_unused_parameters=False)
+        at_attach = group.traffic.payload_bytes
+        model.set_gradients(group.rank, 0)
+        sgd.step()
+        return (group.traffic.payload_bytes - at_attach) / 512**2, method.bytes_per_parameter(ranks)
+
+    both = SimWorld[Any](ranks).run(work)
+    assert both[0][1] == (ranks - 1) / ranks * 2 / 8
+    assert sum(sent for sent, _ in both) / ranks == pytest.approx(both[0][1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "SGD with momentum 0.9 would smooth signs"),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.5), "RMSprop with momentum 0.5 would smooth signs"),
+        (torch.optim.RMSprop, "RMSprop scales what it gets"),
+        (torch.optim.Adam, "Adam scales what it gets"),
+        (torch.optim.AdamW, "AdamW scales what it gets"),
+        (torch.optim.Adagrad, "Adagrad scales what it gets"),
+        (torch.optim.Rprop, "Rprop scales what it gets"),
+        (Lion, "Lion scales what it gets"),
+        (LAMB, "LAMB scales what it gets"),
+    ],
+)
+def test_an_optimizer_with_a_mind_of_its_own_is_refused_with_the_fix(make: Any, complaint: str) -> None:
+    model = Parameters((4,))
+    with pytest.raises(AttachError) as caught:
+        plain.attach(model, build("signum"), make(model.parameters()))
+    assert complaint in str(caught.value)
+    assert "torch.optim.SGD(parameters, lr=1e-4) without momentum" in str(caught.value)
+
+
+def test_a_later_parameter_groups_momentum_is_seen_too() -> None:
+    model = Parameters((4,), (5,))
+    groups: list[dict[str, Any]] = [{"params": [model.all[0]]}, {"params": [model.all[1]], "momentum": 0.9}]
+    with pytest.raises(AttachError, match=r"SGD with momentum 0\.9"):
+        plain.attach(model, build("signum"), torch.optim.SGD(groups, lr=0.1))
+
+
+def test_a_runs_configuration_is_refused_before_it_starts() -> None:
+    with pytest.raises(ConfigError, match="optimizer: Adam scales what it gets by itself"):
+        with_optimizer("signum", Parameters((4,)), options={}, optimizer={"name": "adam"})
+    with_optimizer("signum", Parameters((4,)), options={}, optimizer={"name": "sgd", "lr": 1e-4})
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"momentum": 1.0}, "momentum: 1.0 is out of range; write a number from 0, below 1"),
+        ({"momentum": -0.1}, "momentum: -0.1 is out of range; write a number from 0, below 1"),
+        ({"seed": 1.5}, "seed: 1.5 is out of range; write a whole number"),
+        ({"max_norm": -1}, "max_norm: -1 is out of range; write a number above 0"),
+        ({"vote": "average"}, "unknown option 'vote'"),
+    ],
+)
+def test_bad_options_are_refused(given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build("signum", **given)
+    assert complaint in str(caught.value)
