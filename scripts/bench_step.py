@@ -52,7 +52,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "step"
 PROGRAM = HERE / "peer_step.py"
 
-STEADY_STEPS, FREEZE_STEP = 12, 4
+STEADY_STEPS, FREEZE_STEP, LONGEST_WARMUP = 12, 4, 100
 SETTLED = 3  # launch/train.py counts no step before as steady
 CLUSTERS: Mapping[str, str | None] = {"50mbit": "50mbit", "100mbit": "100mbit", "1gbit": "1gbit", "unshaped": None}
 MODELS: Mapping[str, Mapping[str, int]] = {"1m": {"layers": 5, "width": 128}, "5m": {"layers": 6, "width": 256}}
@@ -64,7 +64,9 @@ SGD: Mapping[str, Any] = {"name": "sgd", "lr": 0.01}
 # What brings a method into its steady phase soon, or makes it comparable with a peer; others run as they are.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "onebit_adam": {"freeze_step": FREEZE_STEP},
+    "zero_one_adam": {"var_freeze_step": FREEZE_STEP, "local_step_clipper": 1},  # every step communicates
     "powersgd": {"rank": 1},
+    "qsgd": {"levels": 7},  # 4 bits
     "threshold": {"threshold": 0.005},
 }
 # Adam applies what the others and the peers average, so that their arithmetic is the same; a method that refuses it gets SGD.
@@ -143,6 +145,10 @@ def settings_of(cell: Cell) -> dict[str, Any]:
             if cell.method in OPTIMIZERS:
                 raise ConfigError(f"{error}; look at OPTIONS and OPTIMIZERS in {Path(__file__).name}") from None
             optimizer, warmup = SGD, warmup_steps(cell.method, options, SGD)
+    if warmup > LONGEST_WARMUP:
+        raise ConfigError(
+            f"method {cell.method}: is steady after {warmup} steps only; give it OPTIONS in {Path(__file__).name}"
+        )
     sizes = {**MODELS[cell.model], **SIZES}
     return {"options": options, "optimizer": dict(optimizer), "steps": max(SETTLED, warmup) + STEADY_STEPS, **sizes}
 
@@ -221,7 +227,8 @@ def run_plan(plan_file: Path) -> None:
         result = measure(cell, entry["settings"], cluster, emulation, plan["timeout_s"], profile=plan["profile"])
         spent_s, estimated_s = spent_s + result["wall_s"], estimated_s + entry["estimate_s"]
         left_s -= entry["estimate_s"]
-        print(f"{outcome(result)}; {seconds_text(left_s * spent_s / estimated_s)} left", flush=True)
+        left = f"; about {seconds_text(left_s * spent_s / estimated_s)} left" if left_s > 0.5 else ""
+        print(f"{outcome(result)}{left}", flush=True)
         folder = Path(plan["folder"])
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"{cell.name}.json.new"
@@ -247,6 +254,7 @@ def measure(
     from commopt.report.document import Environment
     from commopt.report.record import RankRecord, rank_files
     from commopt.report.results import collect
+    from commopt.report.table import event_texts
 
     failure, details = None, ""
     before, start_s = cpu_seconds(), time.monotonic()
@@ -290,6 +298,7 @@ def measure(
         "interface_bytes": interface_bytes(ranks),
         "payload_bytes": run.payload_bytes_per_step,
         "nic_over_model": run.nic_over_model,
+        "events": event_texts(run),
         "profile": [fields["rows"] for record in ranks.values() for kind, fields in record.events if kind == "profile"],
         "wall_s": wall_s,
         "others_cores": others,

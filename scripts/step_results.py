@@ -22,6 +22,7 @@ WITHOUT_TARGET = (
     "dense",
     "fp16",
     "two_way",
+    "natural",
     "powersgd",
     *PEERS,
 )  # others send signs, few values, or at most 4 bits of each
@@ -138,6 +139,9 @@ def remarks(results: Sequence[Result]) -> list[str]:
         if is_uneven(one):
             mean_ms = milliseconds(one["step_mean_s"])
             lines.append(f"~ {one['name']}: its steps are not alike, and take {mean_ms} ms on average")
+        lines += [
+            f"{one['name']}: {text}" for text in one.get("events", [])
+        ]  # void buckets, replicas that have drifted
     if any(one["method"] in PEERS for one in results):
         hooks = "no hook, fp16_compress_hook, and powerSGD_hook of rank 1"
         lines.append(f"* torch's own, in DDP's default buckets unless named otherwise: {hooks}")

@@ -135,9 +135,11 @@ def test_one_table_for_each_cluster_and_model(says: ModuleType, capsys: pytest.C
 
 
 def test_what_spoils_a_number_is_told(says: ModuleType) -> None:
-    lines = says.remarks([cell(others_cores=0.7), cell("fp16", step_mean_s=0.2), cell("dense", step_s=None)])
+    drifted = cell("dgc", events=["replicas have drifted apart: no details (all ranks)"])
+    lines = says.remarks([drifted, cell(others_cores=0.7), cell("fp16", step_mean_s=0.2), cell("dense", step_s=None)])
     assert any("up to 0.7 cores" in line and line.endswith(": 50mbit-1m-ef_sign") for line in lines)
     assert "~ 50mbit-1m-fp16: its steps are not alike, and take 200 ms on average" in lines
+    assert "50mbit-1m-dgc: replicas have drifted apart: no details (all ranks)" in lines
     assert "50mbit-1m-dense: no step was past the method's warm-up" in lines
     assert not any("cores meanwhile" in line for line in says.remarks([cell()]))
 
@@ -248,6 +250,12 @@ def test_a_method_that_cannot_be_made_is_left_out_and_told(
     assert bench.makeable(["dense", "ef_sign", "torch_ddp"]) == ["dense", "torch_ddp"]
     told = capsys.readouterr().out
     assert told.startswith("left out: method ef_sign: block_size: 7 is out of range")
+
+
+def test_a_method_with_a_long_warm_up_is_refused(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "OPTIONS", {"onebit_adam": {"freeze_step": 5000}})
+    with pytest.raises(ConfigError, match="method onebit_adam: is steady after 5000 steps only; give it OPTIONS"):
+        bench.settings_of(bench.Cell("50mbit", "1m", "onebit_adam"))
 
 
 def test_a_method_may_be_named_with_its_codecs(bench: ModuleType) -> None:
