@@ -6,7 +6,7 @@ as the magnitudes are, with inf and NaN above all others. All in one file: numba
 kernel calls in another file has changed.
 
 Inside the loop over blocks no reference is counted: that is done atomically, and for blocks of 256 cost as much as all arithmetic.
-So there are neither slices nor views, and helpers have no branches: numba counts the arguments of a function that has some. They
+So there are neither slices nor views, and helpers hardly branch: numba counts the arguments of many a function that does. They
 take whole arrays and where to begin, as an unsigned number, since LLVM does not vectorise what may be an index from the end.
 """
 
