@@ -12,14 +12,12 @@ from commopt.aggregate import Aggregator
 from commopt.errors import AttachError, ConfigError, did_you_mean
 from commopt.methods.dense import Dense
 from commopt.methods.dgc import DGC
+from commopt.methods.dice_sgd import DiceSGD
 from commopt.methods.distributed_lion import DistributedLion
-from commopt.methods.ef import EF
-from commopt.methods.ef21 import EF21
 from commopt.methods.ef import EF
 from commopt.methods.ef21 import EF21
 from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
-from commopt.methods.loco import LoCo
 from commopt.methods.loco import LoCo
 from commopt.methods.natural import NaturalMean
 from commopt.methods.onebit_adam import OnebitAdam
@@ -39,16 +37,14 @@ __all__ = [
     "DGC",
     "EF",
     "EF21",
-    "EF",
-    "EF21",
     "FP16",
     "METHODS",
     "OPTIMIZERS",
     "QSGD",
     "Dense",
+    "DiceSGD",
     "DistributedLion",
     "EFSign",
-    "LoCo",
     "LoCo",
     "NaturalMean",
     "OnebitAdam",
@@ -76,9 +72,7 @@ METHODS: Mapping[str, type[Aggregator]] = {
         EF,
         EF21,
         LoCo,
-        EF,
-        EF21,
-        LoCo,
+        DiceSGD,
         TwoWay,
         QSGD,
         NaturalMean,

@@ -1,0 +1,251 @@
+"""DiceSGD: private gradients whose clipping has no bias, because what it cut off comes later."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from commopt import noise
+from commopt.aggregate import Aggregator, State, first_bad, is_finite, load_tensor
+from commopt.bucket import Bucket
+from commopt.errors import ConfigError, GradientsChanged, check_option
+from commopt.groups.base import Group
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class DiceSGD(Aggregator):
+    """Send clipped gradients with noise, and what clipping cut off in later steps: differential privacy without clipping bias.
+
+    Zhang et al. 2024, arXiv:2311.14632, Algorithm 1, with an error e_i on each of N ranks, and clip(x, C) = x min(1, C / ||x||_2):
+        v_i = (1/b) sum_j clip(g_ij, C1) + clip(e_i, C2/B)
+        g = mean_i (v_i + w_i),  w_i ~ Normal(0, N sigma^2),  sigma = noise_multiplier 2 (C1 + C2) / B
+        e_i <- e_i + (1/b) sum_j g_ij - v_i
+    for the b samples of a rank and the B = N b of a step. The paper writes clip(e, C2); its code divides C2 by B, as here.
+    The accounting is not the paper's theorem, which assumes bounded gradients and gains from subsampling, but a bound without
+    assumptions: given all outputs so far the parameters are known, so one sample replaced by another moves g by at most
+    2 C1/B through its gradient, and by 2 C2/B through all the errors that it ever went into. Each step is thus a Gaussian mechanism of
+    noise_multiplier, and steps compose exactly (Dong et al. 2022, arXiv:1905.02383). Nothing is gained from subsampling: the
+    error remembers every sample. It holds if the choice of samples does not look at them, and none comes twice in a step.
+    Trust: who sees the parameters, or all that was ever sent on the way to them as a sum, learns no more than epsilon says. Ranks
+    trust each other, and losses, BatchNorm's statistics, and that a NaN left out a step, are not covered. Noise comes from the
+    operating system and can not be drawn again; it is rounded to float32, which is no defence against attacks on the lowest bits.
+    Sends 2(N-1)/N x 4 bytes per parameter and step: it protects, and does not compress.
+    State: 4 bytes per parameter.
+    Use it where the data is confidential, and DP-SGD is held back by its clipping bias: set error_norm to what you can afford.
+    Not for less noise than DP-SGD with subsampling needs; and not where BatchNorm mixes samples.
+
+    clip_norm: C1, the largest L2 norm of one sample's gradient.
+    error_norm: C2, the largest norm of the error that is sent, in the units of clip_norm; as clip_norm if left out, and 0 is DP-SGD.
+    noise_multiplier: sigma in units of the sensitivity; `noise_multiplier_for` finds the one for a target epsilon.
+    samples_per_rank: b, for which gradients come from `backward`. With 1 the gradient of this rank's whole backward is clipped, and
+        the unit that is protected is all that went into it.
+    noise_seed: draw noise that can be drawn again; for tests only, because who knows the seed can take the noise away.
+    """
+
+    name = "dice_sgd"
+    merges_buckets = True  # norms are those of the whole gradient
+
+    def __init__(
+        self,
+        *,
+        clip_norm: float = 1.0,
+        error_norm: float | None = None,
+        noise_multiplier: float = 1.0,
+        samples_per_rank: int = 1,
+        noise_seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_option("clip_norm", clip_norm, lambda x: 0 < x < math.inf, "a number above 0")
+        if error_norm is not None:
+            check_option("error_norm", error_norm, lambda x: 0 <= x < math.inf, "a number from 0, or leave it out")
+        check_option("noise_multiplier", noise_multiplier, lambda x: 0 <= x < math.inf, "a number from 0")
+        is_count = isinstance(samples_per_rank, int)
+        check_option("samples_per_rank", samples_per_rank, lambda x: is_count and x >= 1, "a whole number from 1")
+        check_option("noise_seed", noise_seed or 0, lambda x: isinstance(x, int), "a whole number, or leave it out")
+        self.clip_norm, self.noise_multiplier = float(clip_norm), float(noise_multiplier)
+        self.error_norm = self.clip_norm if error_norm is None else float(error_norm)
+        self.samples_per_rank, self.noise_seed = samples_per_rank, noise_seed
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().bind(named_parameters, group)
+        self.error = torch.zeros(self.index.total, device=named_parameters[0][1].device)
+        self.releases = torch.zeros(1, dtype=torch.int64)  # how often noisy sums have been sent; void steps count too
+        self.cut = torch.zeros_like(self.error)  # what `backward` cut off in this step
+        self.samples = 0  # that `backward` has seen in this step
+
+    @property
+    def sensitivity(self) -> float:
+        """How far one sample, replaced by another, can move what a step sends, in L2: 2 (C1 + C2) / B."""
+        return 2 * (self.clip_norm + self.error_norm) / (self.ranks * self.samples_per_rank)
+
+    def epsilon(self, delta: float) -> float:
+        """The epsilon that all steps so far have spent for this delta. Needs dp-accounting: pip install 'commopt[privacy]'"""
+        check_option("delta", delta, lambda x: 0 < x < 1, "a number above 0, below 1")
+        steps = int(self.releases)
+        if not steps:
+            return 0.0
+        return float(_accounting().get_epsilon_gaussian(self.noise_multiplier / math.sqrt(steps), delta))
+
+    def backward(
+        self, model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, *, chunk: int | None = None
+    ) -> Tensor:
+        """Write the mean of clipped per-sample gradients into p.grad, and keep what was cut off; instead of loss.backward().
+
+        loss(model(x), y) is called with batches of one sample. `chunk` samples are differentiated at once, all if None. Can be called
+        several times in a step, for at most samples_per_rank samples; the mean is over samples_per_rank. Returns the mean loss, which
+        is not private. For models without a wrapper (`integrations.plain`).
+        """
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.samples += len(inputs)
+        if self.samples > self.samples_per_rank or set(named) != set(self.index.names):
+            raise GradientsChanged(
+                f"dice_sgd: {self.samples} samples in a step of a model with {len(named)} parameters; it is bound to "
+                f"samples_per_rank: {self.samples_per_rank} and {len(self.index.names)} parameters"
+            )
+        if self.samples == len(inputs):  # the first call in this step
+            self.cut.zero_()
+            for p in named.values():
+                p.grad = torch.zeros_like(p)
+        fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad} | dict(
+            model.named_buffers()
+        )
+
+        def one(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return loss(functional_call(model, (parameters, fixed), (x.unsqueeze(0),)), y.unsqueeze(0))
+
+        each = vmap(grad_and_value(one), in_dims=(None, 0, 0), randomness="different")
+        losses = [torch.zeros(0, device=inputs.device)]
+        size = chunk or max(1, len(inputs))
+        for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
+            if len(x):
+                gradients, values = each({name: p.detach() for name, p in named.items()}, x, y)
+                losses.append(values.detach())
+                self._add_clipped(named, gradients)
+        return torch.cat(losses).mean()
+
+    @torch.no_grad()
+    def _add_clipped(self, named: dict[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:
+        """gradients: (samples, *shape) for each parameter"""
+        squares = torch.stack([g.flatten(1).double().square().sum(1) for g in gradients.values()]).sum(0)  # (samples,)
+        kept = _factor(squares.sqrt(), self.clip_norm).to(next(iter(gradients.values())).dtype)
+        for name, g in gradients.items():
+            flat, p = g.flatten(1), named[name]
+            assert p.grad is not None
+            p.grad += (kept @ flat / self.samples_per_rank).view_as(p)
+            self.index.view(self.cut, name).add_((1 - kept) @ flat / self.samples_per_rank)
+
+    def aggregate(self, bucket: Bucket, group: Group) -> None:
+        clipped, cut = self._clipped(bucket)
+        error = self._views(self.error, bucket)
+        sent = error * _factor(error.norm(dtype=torch.float64), self.error_norm / (group.size * self.samples_per_rank))
+        v = clipped + sent  # v_i
+        sigma = self.noise_multiplier * self.sensitivity
+        mean = (v + math.sqrt(group.size) * sigma * self._noise(bucket)) / group.size
+        group.all_reduce(mean)
+        self.samples = 0
+        self.releases += 1
+        if not is_finite(mean):
+            bucket.void = first_bad(self.index, bucket.with_flat(mean))
+            return
+        for name, x in bucket.with_flat(error - sent + cut).views():  # e_i + mean_j g_ij - v_i
+            self.index.view(self.error, name).copy_(x)
+        bucket.flat.copy_(mean)
+
+    def _clipped(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """(n,) (1/b) sum_j clip(g_ij, C1), and (n,) what clipping cut off of the mean."""
+        norm = bucket.flat.norm(dtype=torch.float64)
+        if self.samples:
+            if bool(norm > 1.001 * self.clip_norm):
+                raise GradientsChanged(
+                    f"dice_sgd: gradients have a norm of {float(norm):.3g} after clipping to {self.clip_norm:.3g}: something was added "
+                    "to them after method.backward(...), which private training must not do"
+                )
+            return bucket.flat, self._views(self.cut, bucket)
+        if self.samples_per_rank > 1:
+            raise GradientsChanged(
+                f"dice_sgd: samples_per_rank is {self.samples_per_rank}, but these gradients are not per sample: call "
+                "method.backward(model, loss, inputs, targets) instead of loss.backward(), or write samples_per_rank: 1 to protect "
+                "each rank's whole batch as one"
+            )
+        clipped = bucket.flat * _factor(norm, self.clip_norm)
+        return clipped, bucket.flat - clipped
+
+    def _views(self, flat: Tensor, bucket: Bucket) -> Tensor:
+        """(n,) the parts of a flat tensor of all parameters that the bucket has, in its order."""
+        return torch.cat([self.index.view(flat, name) for name in bucket.names])
+
+    def _noise(self, bucket: Bucket) -> Tensor:
+        """(n,) f32 standard normal, of this rank alone."""
+        parts = [_normal(self._words(name, 2 * -(-x.numel() // 2)))[: x.numel()] for name, x in bucket.views()]
+        return torch.from_numpy(np.concatenate(parts)).to(bucket.flat.device, torch.float32)
+
+    def _words(self, name: str, n: int) -> NDArray[np.uint64]:
+        """(n,) random 64-bit words."""
+        if self.noise_seed is None:
+            return np.frombuffer(os.urandom(8 * n), dtype=np.uint64)
+        k = self.index.position[name]
+        keys = noise.keys(
+            self.noise_seed, "privacy", self.rank, self.exchanges.numpy()[k : k + 1], self.index.offsets[k : k + 1]
+        )
+        return noise.bits(keys, np.asarray([n], dtype=np.int64))
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return 2 * (ranks - 1) / ranks * 4
+
+    def state_views(self, name: str) -> list[Tensor]:
+        return [*super().state_views(name), self.index.view(self.error, name)]
+
+    def comm_state(self) -> State:
+        state = super().comm_state()
+        state["shared"]["releases"] = self.releases
+        state["local"]["error"] = self.error
+        return state
+
+    def load_comm_state(self, state: State) -> None:
+        super().load_comm_state(state)
+        load_tensor(self.releases, state["shared"], "releases")
+        load_tensor(self.error, state["local"], "error")
+
+    def load_resharded(self, states: Iterable[State]) -> None:
+        """Every new rank takes the mean of the old ranks' errors."""
+        every = list(states)
+        super().load_resharded(every)
+        load_tensor(self.releases, every[0]["shared"], "releases")
+        self.error.copy_(torch.stack([state["local"]["error"] for state in every]).mean(0))
+
+
+def noise_multiplier_for(epsilon: float, delta: float, steps: int) -> float:
+    """The least noise_multiplier whose `steps` steps spend at most epsilon for this delta. Needs dp-accounting."""
+    check_option("epsilon", epsilon, lambda x: 0 < x < math.inf, "a number above 0")
+    check_option("delta", delta, lambda x: 0 < x < 1, "a number above 0, below 1")
+    check_option("steps", steps, lambda x: x >= 1, "a whole number from 1")
+    return float(_accounting().get_sigma_gaussian(epsilon, delta)) * math.sqrt(steps)
+
+
+def _accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError:
+        raise ConfigError("epsilon needs dp-accounting: pip install 'commopt[privacy]'") from None
+    return dp_accounting
+
+
+def _factor(norm: Tensor, largest: float) -> Tensor:
+    """What to multiply with so that no norm is above `largest`; 0 where it is not finite, so that only the bad elements stay bad."""
+    return torch.where(norm.isfinite(), (largest / norm.clamp(min=1e-300)).clamp(max=1.0), 0.0)
+
+
+def _normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """(n,) standard normal from an even number n of random words, by Box and Muller."""
+    u = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(u[: len(u) // 2])), 2 * np.pi * u[len(u) // 2 :]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
