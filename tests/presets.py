@@ -48,6 +48,7 @@ PRESETS = [
     Preset("dgc", {"density": 0.1, "warmup_steps": 2}, {"lr": 0.05}),
     Preset("powersgd", {"rank": 2}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4}),
+    Preset("demo", {"lr": 0.003}),
     Preset(
         "zero_one_adam",
         {"lr": 0.01, "var_freeze_step": 4, "var_update_scaler": 2, "local_step_scaler": 2, "local_step_clipper": 4},

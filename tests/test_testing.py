@@ -54,6 +54,7 @@ VARIANTS = [
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "scale": "model", "prescale": True, "residual_bits": 8}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": "auto", "betas": (0.9, 0.7)}),
     Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4, "max_norm": 0.5, "weight_decay": 0.1}),
+    Preset("demo", {"lr": 0.003, "chunk": 9, "top_k": 5, "value_bits": 32, "weight_decay": 0.1, "max_norm": 0.5}),
     Preset("zero_one_adam", {"lr": 0.01, "var_freeze_step": None, "var_update_scaler": 2, "scale": "l2"}),
     # resumes in the middle of four local steps, and the NaN comes in one
     Preset("zero_one_adam", {"lr": 0.003, "var_freeze_step": 2, **_LOCAL, "max_norm": 0.5}),

@@ -10,6 +10,7 @@ import torch
 
 from commopt.aggregate import Aggregator
 from commopt.errors import AttachError, ConfigError, did_you_mean
+from commopt.methods.demo import DeMo
 from commopt.methods.dense import Dense
 from commopt.methods.dgc import DGC
 from commopt.methods.dice_sgd import DiceSGD
@@ -41,6 +42,7 @@ __all__ = [
     "METHODS",
     "OPTIMIZERS",
     "QSGD",
+    "DeMo",
     "Dense",
     "DiceSGD",
     "DistributedLion",
@@ -83,6 +85,7 @@ METHODS: Mapping[str, type[Aggregator]] = {
         DGC,
         PowerSGD,
         OnebitAdam,
+        DeMo,
         ZeroOneAdam,
         OnebitLamb,
         DistributedLion,

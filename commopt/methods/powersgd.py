@@ -15,6 +15,7 @@ from commopt.aggregate import Aggregator, State, check_alone, first_bad, is_fini
 from commopt.bucket import Bucket, ParameterIndex
 from commopt.errors import check_option
 from commopt.groups.base import Group
+from commopt.votes import load_mean
 
 
 class PowerSGD(Aggregator):
@@ -193,11 +194,7 @@ class PowerSGD(Aggregator):
         every = list(states)
         super().load_resharded(every)
         load_tensor(self.q, every[0]["shared"], "q")
-        total, one = torch.zeros_like(self.residual), torch.empty_like(self.residual)
-        for state in every:
-            load_tensor(one, state["local"], "residual")
-            total += one
-        self.residual.copy_(total / len(every))
+        load_mean(self.residual, every, "residual")
 
 
 def _poisoned(p: Tensor, m: Tensor) -> Tensor:

@@ -1,0 +1,306 @@
+"""DeMo: every rank keeps its own momentum, and sends the few components of it that move fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from commopt import kernels
+from commopt.aggregate import State, is_finite, load_tensor
+from commopt.bucket import Bucket, Int64Array
+from commopt.compress.indices import all_index_bytes, decode_all, encode_all_, index_bytes
+from commopt.errors import check_option
+from commopt.feedback import first_bad_parameter
+from commopt.groups.base import Group
+from commopt.update import UpdateMethod, move_
+from commopt.votes import load_mean
+from commopt.wire import Layout, Payload
+
+_WIRE = {16: torch.bfloat16, 32: torch.float32}
+_PLACE_BITS = 21  # of the largest chunk, 1024 x 1024
+
+
+class DeMo(UpdateMethod):
+    """Decoupled momentum: the largest cosine coefficients of each rank's own momentum travel, and the sign of their mean is the step.
+
+    Peng et al. 2024, arXiv:2411.19870, Algorithm 1, with the sign of its released optimizer; C is the cosine transform (DCT-II,
+    orthonormal) of chunks, T the top_k coefficients of each chunk by magnitude:
+        d_i <- momentum_decay d_i + C g_i;  q_i = T(d_i);  d_i <- d_i - q_i
+        x <- x - lr (sign(C^-1 mean q_i) + weight_decay x)
+    The momentum d_i is kept as coefficients, so that what is sent leaves it exactly, and only the mean is transformed back.
+    Differs from the released code: the gradient enters as it is, not times lr, so that a falling rate does not give old gradients more
+    weight than new ones (the same at a constant rate). The mean is over all ranks; there each coefficient's is over those
+    who sent it. Sizes that nothing divides are cut into chunks that differ by at most one in length; there, into divisors,
+    which may be 1. Values travel in 16 bits and indices near their entropy, not in 32 and 64, and what 16 bits leave out stays in d_i.
+    Sums are in rank order, without atomics. sign(0) is 0. One rank alone selects as well, since that is the optimizer, and sends nothing.
+    Sends (N-1) x (top_k value_bits/8 + index bytes)/chunk^2 bytes per parameter and step, (N-1) x 0.0244 by default.
+    State: 4 bytes per parameter of momentum.
+    Use it for large matrices over slow links between few nodes, with rates as for signSGD or Lion.
+    Not for many ranks, since each hears all others, and not for embeddings most of whose rows get no gradient in a step: the
+    few coefficients of a chunk spread over all its rows, and the sign moves them all.
+
+    momentum_decay: what is left of the momentum from step to step.
+    chunk: matrices are cut into chunks of chunk x chunk, vectors into chunks of that length; more dimensions count as (first, rest).
+    top_k: coefficients that each chunk sends; all of a chunk that has fewer.
+    value_bits: 16 (bfloat16) or 32 (float32) bits for each coefficient.
+    """
+
+    name = "demo"
+
+    def __init__(
+        self,
+        named_params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        momentum_decay: float = 0.999,
+        chunk: int = 64,
+        top_k: int = 32,
+        value_bits: int = 16,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        grad_scaler: Any = None,
+    ) -> None:
+        check_option("momentum_decay", momentum_decay, lambda x: 0 <= x < 1, "a number from 0, below 1")
+        check_option("chunk", chunk, lambda x: isinstance(x, int) and 1 <= x <= 1024, "a whole number from 1 to 1024")
+        check_option("top_k", top_k, lambda x: isinstance(x, int) and x >= 1, "a whole number from 1")
+        check_option("value_bits", value_bits, lambda x: x in _WIRE, "16 or 32")
+        self.chunk, self.top_k, self.value_bits = chunk, top_k, value_bits
+        defaults = {"lr": lr, "momentum_decay": momentum_decay, "weight_decay": weight_decay}
+        super().__init__(named_params, defaults, max_norm=max_norm, grad_scaler=grad_scaler)
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().bind(named_parameters, group)
+        device = named_parameters[0][1].device
+        kernels.warm_up(device)
+        self.arena["momentum"] = torch.zeros(self.index.total, device=device)
+        self._name_of = {id(p): name for name, p in named_parameters}
+        self._grids = {name: grids(_matrix(p).shape, self.chunk) for name, p in named_parameters}
+        self._shapes = {name: _matrix(p).shape for name, p in named_parameters}
+        self._directions: dict[str, Tensor] = {}  # (n,) i8 signs that `step` is about to apply
+        self._chunks: dict[Any, Chunks] = {}
+
+    @property
+    def momentum(self) -> Tensor:
+        """(n,) f32: the coefficients of this rank's momentum, chunk after chunk, of all parameters in registration order."""
+        return self.arena["momentum"]
+
+    def aggregate(self, bucket: Bucket, group: Group) -> None:
+        chunks = self._chunks_of(bucket)
+        d = bucket.with_flat(torch.empty_like(bucket.flat))
+        for (name, g), (_, c) in zip(bucket.views(), d.views(), strict=True):
+            decay = self.options(name)["momentum_decay"]
+            torch.add(self._forward(name, g), self.part("momentum", name), alpha=decay, out=c)  # decay d_i + C g_i
+        payloads = group.all_gather(self._largest(d, chunks))
+        bad = first_bad_parameter(payloads)
+        if bad >= 0:
+            bucket.void = self.index.names[bad]
+            return
+        mean = bucket.with_flat(torch.zeros_like(bucket.flat))
+        for rank, payload in enumerate(payloads):  # in rank order: float sums depend on it
+            _, values, codes = payload.tensors
+            places = chunks.decode(codes)
+            mean.flat[places] += values.float()
+            if rank == group.rank:
+                d.flat[places] -= values.float()  # d_i <- d_i - q_i
+        mean.flat /= group.size
+        for (name, x), (_, c), (_, q) in zip(bucket.views(), d.views(), mean.views(), strict=True):
+            self.part("momentum", name).copy_(c)
+            x.copy_(self._inverse(name, q).sign_())
+            self._directions[name] = x.to(torch.int8)
+
+    def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        move_(p, self._directions[self._name_of[id(p)]], group["lr"])
+
+    def after_step(self) -> None:
+        self._directions.clear()
+
+    def _forward(self, name: str, x: Tensor) -> Tensor:
+        """(n,) C x: the coefficients of one parameter, chunk after chunk."""
+        matrix = x.clone().view(
+            self._shapes[name]
+        )  # how a product rounds may depend on where its factors lie in memory
+        return torch.cat([x[:0], *(grid.forward(matrix).view(-1) for grid in self._grids[name])])
+
+    def _inverse(self, name: str, coefficients: Tensor) -> Tensor:
+        """(n,) C^-1 of `_forward`."""
+        matrix = coefficients.new_empty(self._shapes[name])
+        for grid, part in self._cut(name, coefficients):
+            grid.inverse_(part.clone(), matrix)
+        return matrix.view(-1)
+
+    def _cut(self, name: str, coefficients: Tensor) -> Iterator[tuple[Grid, Tensor]]:
+        """The grids of one parameter, and the part of its coefficients that is theirs."""
+        parts = torch.split(coefficients, [grid.numel for grid in self._grids[name]])
+        return zip(self._grids[name], parts, strict=True)
+
+    def _largest(self, d: Bucket, chunks: Chunks) -> Payload:
+        """The top_k coefficients of each chunk: a header as in `ErrorFeedback`, values, and the code of their places."""
+        selected = [
+            largest(x.view(grid.count, -1), self.top_k) for name, c in d.views() for grid, x in self._cut(name, c)
+        ]
+        within = torch.cat([torch.empty(0, dtype=torch.int64, device=d.flat.device), *(x.view(-1) for x in selected)])
+        places = chunks.places(within)
+        values = d.flat[places].to(_WIRE[self.value_bits])
+        layout: Layout = ((torch.int32, 1), (values.dtype, values.numel()), (torch.uint8, chunks.code_bytes))
+        payload = Payload.allocate(layout, values.device)
+        header, out, code = payload.tensors
+        header.fill_(-1 if is_finite(values) else self._first_bad(d, places[~values.isfinite()]))
+        out.copy_(values)
+        encode_all_(within, chunks.lengths, chunks.counts, code)
+        return payload
+
+    def _first_bad(self, d: Bucket, places: Tensor) -> int:
+        """The index of the first parameter, in registration order, that has one of these places."""
+        which = np.searchsorted(d.starts, places.cpu().numpy(), side="right") - 1
+        return min(self.index.position[d.names[k]] for k in which)
+
+    def _chunks_of(self, bucket: Bucket) -> Chunks:
+        key = (bucket.names, bucket.starts)
+        if len(self._chunks) > 64:
+            self._chunks.clear()
+        if key not in self._chunks:
+            self._chunks[key] = Chunks.of([grid for name in bucket.names for grid in self._grids[name]], self.top_k)
+        return self._chunks[key]
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        n = self.chunk**2
+        k = min(self.top_k, n)
+        return (ranks - 1) * (k * self.value_bits / 8 + index_bytes(n, k)) / n
+
+    @property
+    def state_form(self) -> str:
+        return f"cosines of chunks of {self.chunk}"
+
+    def state_views(self, name: str) -> list[Tensor]:
+        return [*super().state_views(name), self.part("momentum", name)]
+
+    def comm_state(self) -> State:
+        state = super().comm_state()
+        state["local"]["momentum"] = self.momentum
+        return state
+
+    def load_comm_state(self, state: State) -> None:
+        super().load_comm_state(state)
+        load_tensor(self.momentum, state["local"], "momentum")
+
+    def load_resharded(self, states: Iterable[State]) -> None:
+        """Every new rank takes the mean of the old ranks' momenta."""
+        every = list(states)
+        super().load_resharded(every)
+        load_mean(self.momentum, every, "momentum")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Chunks of one size, side by side in a matrix: `down` of them from `top` on, and `across` from `left` on."""
+
+    top: int
+    down: int
+    height: int
+    left: int
+    across: int
+    width: int
+
+    @property
+    def count(self) -> int:
+        return self.down * self.across
+
+    @property
+    def numel(self) -> int:
+        return self.count * self.height * self.width
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """(count, height, width) DCT-II of each chunk."""
+        chunks = self._part(matrix).view(self.down, self.height, self.across, self.width)
+        chunks = chunks.transpose(1, 2).reshape(-1, self.height, self.width)
+        return cosines(self.height, matrix.device) @ chunks @ cosines(self.width, matrix.device).T
+
+    def inverse_(self, coefficients: Tensor, matrix: Tensor) -> None:
+        """Write the chunks that have these coefficients into the matrix."""
+        coefficients = coefficients.view(-1, self.height, self.width)
+        chunks = cosines(self.height, matrix.device).T @ coefficients @ cosines(self.width, matrix.device)
+        chunks = chunks.view(self.down, self.across, self.height, self.width).transpose(1, 2)
+        part = self._part(matrix)
+        part.copy_(chunks.reshape(part.shape))
+
+    def _part(self, matrix: Tensor) -> Tensor:
+        rows, columns = self.down * self.height, self.across * self.width
+        return matrix[self.top : self.top + rows, self.left : self.left + columns]
+
+
+def grids(shape: Sequence[int], chunk: int) -> list[Grid]:
+    """The chunks of a matrix, at most chunk x chunk, of at most four sizes that differ by one."""
+    rows, columns = (_runs(n, chunk) for n in shape)
+    return [Grid(*vertical, *horizontal) for vertical in rows for horizontal in columns]
+
+
+def _runs(n: int, chunk: int) -> list[tuple[int, int, int]]:
+    """(start, count, length) of as few runs of at most `chunk` as n takes, the longer ones first."""
+    count = -(-n // chunk)
+    length, longer = divmod(n, max(count, 1))
+    runs = [(0, longer, length + 1), (longer * (length + 1), count - longer, length)]
+    return [run for run in runs if run[1]]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a bucket. starts, lengths: (B,) in the flat tensor of coefficients; counts: (B,) how many of each travel."""
+
+    starts: Int64Array
+    lengths: Int64Array
+    counts: Int64Array
+
+    @classmethod
+    def of(cls, grids: Sequence[Grid], top_k: int) -> Chunks:
+        sizes = np.asarray([grid.height * grid.width for grid in grids], dtype=np.int64)
+        lengths = np.repeat(sizes, [grid.count for grid in grids])
+        return cls(np.cumsum(lengths) - lengths, lengths, np.minimum(lengths, top_k))
+
+    @cached_property
+    def code_bytes(self) -> int:
+        return int(all_index_bytes(self.lengths, self.counts).sum())
+
+    def places(self, within: Tensor) -> Tensor:
+        """(sum of counts,) i64: where indices within their chunks are in the flat tensor."""
+        return within + torch.from_numpy(np.repeat(self.starts, self.counts)).to(within.device)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """(sum of counts,) i64: the places whose code this is."""
+        return self.places(decode_all(code, self.lengths, self.counts))
+
+
+def largest(x: Tensor, k: int) -> Tensor:
+    """(rows, k) i64, ascending: where each row of x is largest by magnitude; NaN counts as most, and of equals the first.
+
+    All of a row that has no more than k.
+    """
+    n = x.shape[1]
+    place = torch.arange(n, device=x.device)
+    if k >= n:
+        return place.repeat(len(x), 1)
+    # magnitudes order as their bits do; the place makes every key another, so that there are no ties to leave to the sort
+    keys = (x.abs().view(torch.int32).long() << _PLACE_BITS) | (n - 1 - place)
+    best = keys.topk(k, dim=1, sorted=False).values & ((1 << _PLACE_BITS) - 1)
+    return (n - 1 - best).sort(dim=1).values
+
+
+@cache
+def cosines(n: int, device: torch.device) -> Tensor:
+    """(n, n) f32: the orthonormal DCT-II; row k is the cosine of frequency k."""
+    k, i = np.arange(n)[:, None], np.arange(n)[None, :]
+    rows = np.sqrt(np.where(k == 0, 1, 2) / n) * np.cos(np.pi * (2 * i + 1) * k / (2 * n))
+    return torch.from_numpy(rows.astype(np.float32)).to(device)
+
+
+def _matrix(p: Tensor) -> Tensor:
+    """A parameter as a matrix (first, rest), a vector as one row."""
+    return p.detach().reshape(len(p), -1) if p.dim() > 1 and p.numel() else p.detach().reshape(1, -1)
