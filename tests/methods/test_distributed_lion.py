@@ -1,0 +1,356 @@
+"""Distributed Lion against its equations in float64, against Lion, and where bits hide what a rank has to say."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pool import Pool, twin_of
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commopt import build, checkpoint
+from commopt.errors import CheckpointError, ConfigError
+from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
+from commopt.integrations import ddp, plain
+from commopt.optimizers import Lion
+
+F64 = NDArray[np.float64]
+LR, B1, B2, DECAY = 0.01, 0.8, 0.95, 0.1
+SHAPES: list[tuple[int, ...]] = [(50, 90), (7,), (1,), (2049,), (3, 5, 3)]
+
+
+def reference(x: F64, m: F64, g: F64, vote: str) -> tuple[F64, F64, Any]:
+    """Liu et al. 2024, Algorithm 1, in float64. x: (n,), m, g: (N, n). Returns x, m, and (n,) where nothing hangs by a hair."""
+    c = B1 * m + (1 - B1) * g
+    total = np.sign(c).sum(0)
+    direction = total / len(g) if vote == "average" else np.sign(total)
+    clear = (np.abs(c) > 1e-6).all(0) & ((total != 0) | (vote == "average"))  # a majority's tie takes a coin
+    return x - LR * (direction + DECAY * x), B2 * m + (1 - B2) * g, clear
+
+
+class Parameters(nn.Module):
+    """Parameters whose gradients the tests write themselves; the same on every rank."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes])
+
+    def set_gradients(self, rank: int, step: int) -> None:
+        generator = torch.Generator().manual_seed(1000 * rank + step)
+        for k, p in enumerate(self.all):
+            p.grad = (0.2 + torch.randn(p.shape, generator=generator)) * 10.0 ** -(k % 3)
+
+
+def flat(tensors: Any) -> F64:
+    return np.asarray(torch.cat([x.detach().reshape(-1) for x in tensors]).double())
+
+
+def gradients(ranks: int, step: int, shapes: list[tuple[int, ...]]) -> F64:
+    rows = []
+    for rank in range(ranks):
+        model = Parameters(*shapes)
+        model.set_gradients(rank, step)
+        rows.append(flat(p.grad for p in model.all))
+    return np.stack(rows)
+
+
+def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, **given: Any) -> list[list[tuple[F64, F64]]]:
+    """[rank][step] parameters and this rank's momentum, before each step and after the last."""
+
+    def work(group: Group) -> list[tuple[F64, F64]]:
+        model = Parameters(*shapes)
+        method: Any = build("distributed_lion", model.named_parameters(), **given)
+        plain.attach(model, method, group=group)
+        states = [(flat(model.all), flat([method.momentum]))]
+        for step in range(steps):
+            model.set_gradients(group.rank, step)
+            method.step()
+            states.append((flat(model.all), flat([method.momentum])))
+        return states
+
+    return SimWorld[Any](ranks).run(work)
+
+
+OPTIONS: dict[str, Any] = {"lr": LR, "betas": (B1, B2), "weight_decay": DECAY}
+
+
+@pytest.mark.parametrize("vote", ["average", "majority"])
+def test_every_step_is_the_papers_from_the_state_before_it(vote: str) -> None:
+    runs = train(4, SHAPES, 25, vote=vote, **OPTIONS)
+    compared = 0
+    for step in range(25):
+        m = np.stack([run[step][1] for run in runs])
+        x, m, clear = reference(runs[0][step][0], m, gradients(4, step, SHAPES), vote)
+        compared += int(clear.sum())
+        for rank, run in enumerate(runs):
+            assert np.array_equal(run[step + 1][0], runs[0][step + 1][0])
+            np.testing.assert_allclose(run[step + 1][0][clear], x[clear], rtol=0, atol=1e-6)
+            np.testing.assert_allclose(run[step + 1][1], m[rank], rtol=1e-5, atol=1e-6)
+        moved = runs[0][step + 1][0] - runs[0][step][0] * (1 - LR * DECAY)
+        if vote == "majority":  # ties too
+            np.testing.assert_allclose(np.abs(moved), LR, rtol=0, atol=1e-6)
+    # a tie: 3/8 of all votes where signs are as good as random
+    assert compared > (0.55 if vote == "majority" else 0.99) * 25 * runs[0][0][0].size
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_a_short_run_stays_with_the_reference(ranks: int) -> None:
+    vote = "majority" if ranks % 2 else "average"
+    shapes: list[tuple[int, ...]] = [(5,), (3,)]
+    runs = train(ranks, shapes, 40, vote=vote, **OPTIONS)
+    x, m = runs[0][0][0], np.zeros((ranks, 8))
+    for step in range(40):
+        x, m, _ = reference(x, m, gradients(ranks, step, shapes), vote)
+    np.testing.assert_allclose(runs[0][-1][0], x, rtol=0, atol=1e-5)
+    assert float(np.abs(x - runs[0][0][0]).max()) > 0.05
+
+
+def lion_beside(ranks: int, same: bool, **given: Any) -> bool:
+    """Whether the parameters equal Lion's bit for bit, where all ranks have the same gradients; some are zero."""
+    groups: list[dict[str, Any]] = [{"lr": 0.1, "weight_decay": 0.5}, {"lr": 0.001, "betas": (0.5, 0.9)}]
+
+    def split(model: Parameters, named: bool) -> list[dict[str, Any]]:
+        parameters: list[Any] = list(model.named_parameters()) if named else list(model.parameters())
+        return [{"params": [p], **group} for p, group in zip(parameters, groups, strict=True)]
+
+    def work(group: Group) -> bool:
+        ours, theirs = Parameters((30, 70), (20,)), Parameters((30, 70), (20,))
+        method: Any = build("distributed_lion", split(ours, True), **given)
+        plain.attach(ours, method, group=group)
+        lion = Lion(split(theirs, False))
+        for step in range(30):
+            for model, optimizer in ((ours, method), (theirs, lion)):
+                model.set_gradients(0, step)
+                if not same:
+                    assert model.all[0].grad is not None
+                    model.all[0].grad[3] = 0.0
+                optimizer.step()
+        return all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
+
+    return all(SimWorld[bool](ranks).run(work)) if ranks > 1 else work(LocalGroup())
+
+
+@pytest.mark.parametrize("vote", ["average", "majority"])
+def test_one_rank_is_lion_with_its_zeros(vote: str) -> None:
+    assert lion_beside(1, same=False, vote=vote)
+
+
+@pytest.mark.parametrize("vote", ["average", "majority"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_with_the_same_data_are_lion(ranks: int, vote: str) -> None:
+    assert lion_beside(ranks, same=True, vote=vote)
+
+
+@pytest.mark.parametrize("vote", ["average", "majority"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_an_unused_embedding_row_does_not_drift(ranks: int, vote: str) -> None:
+    lr, steps = 0.01, 41
+
+    def work(group: Group) -> Tensor:
+        model = nn.Embedding(12, 300)
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(12, 300, generator=torch.Generator().manual_seed(0)))
+        before = model.weight.detach().clone()
+        method: Any = build("distributed_lion", model.named_parameters(), lr=lr, vote=vote)
+        plain.attach(model, method, group=group)
+        for step in range(steps):
+            tokens = torch.randint(0, 6, (16,), generator=torch.Generator().manual_seed(100 * step + group.rank))
+            method.zero_grad()
+            (model(tokens) - 5.0).square().mean().backward()
+            method.step()
+        return model.weight.detach() - before
+
+    for moved in SimWorld[Any](ranks).run(work):
+        assert float(moved[6:].abs().max()) <= lr + 1e-5
+        assert float(moved[6:].mean().abs()) < 4 * lr / math.sqrt(6 * 300)
+        assert float(moved[:6].mean()) > 0.8 * lr * steps
+
+
+def test_a_nan_on_one_rank_leaves_every_momentum_as_it_was() -> None:
+    def work(group: Group) -> tuple[bool, list[Any]]:
+        model = Parameters((40, 60), (7,))
+        method: Any = build("distributed_lion", model.named_parameters(), lr=0.01)
+        attachment = plain.attach(model, method, group=group)
+        for step in range(3):
+            model.set_gradients(group.rank, step)
+            method.step()
+        before = [x.clone() for x in (method.momentum, *model.all, method.exchanges)]
+        model.set_gradients(group.rank, 3)
+        if group.rank == 2:
+            assert model.all[1].grad is not None
+            model.all[1].grad[3] = math.inf
+        method.step()
+        after = (method.momentum, *model.all, method.exchanges)
+        return all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), attachment.voided
+
+    assert SimWorld[Any](4).run(work) == [(True, [(3, "all.1")])] * 4
+
+
+def test_max_norm_clips_gradients_by_one_norm_for_all_ranks() -> None:
+    def work(group: Group) -> tuple[float, float]:
+        model = Parameters((40,), (7,))
+        method: Any = build("distributed_lion", model.named_parameters(), max_norm=0.5)
+        plain.attach(model, method, group=group)
+        model.set_gradients(group.rank, 0)
+        raw = torch.cat([p.grad.view(-1) for p in model.all if p.grad is not None])
+        method.step()
+        return float(raw.norm()), float(method.momentum.norm())
+
+    both = SimWorld[Any](3).run(work)
+    joint = math.sqrt(sum(raw**2 for raw, _ in both) / 3)
+    assert joint > 0.5
+    for raw, momentum in both:
+        assert momentum == pytest.approx(0.01 * raw * 0.5 / joint, rel=1e-4)
+
+
+@pytest.mark.parametrize("vote", ["average", "majority"])
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_it_sends_what_it_says(ranks: int, vote: str) -> None:
+    def work(group: Group) -> tuple[float, float]:
+        model = Parameters((512, 512))
+        method: Any = build("distributed_lion", model.named_parameters(), vote=vote)
+        plain.attach(model, method, group=group, find_unused_parameters=False)
+        at_attach = group.traffic.payload_bytes
+        for step in range(2):
+            model.set_gradients(group.rank, step)
+            method.step()
+        return (group.traffic.payload_bytes - at_attach) / 2 / 512**2, method.bytes_per_parameter(ranks)
+
+    both = SimWorld[Any](ranks).run(work)
+    down = 1 if vote == "majority" else math.ceil(math.log2(ranks + 1))
+    assert both[0][1] == (ranks - 1) / ranks * (1 + down) / 8
+    assert sum(sent for sent, _ in both) / ranks == pytest.approx(both[0][1], rel=0.02)
+
+
+# --- checkpoints
+
+
+def test_momentum_is_each_ranks_own_and_not_in_the_optimizers_state() -> None:
+    def work(group: Group) -> tuple[Tensor, bool]:
+        model = Parameters((40, 60))
+        method: Any = build("distributed_lion", model.named_parameters())
+        plain.attach(model, method, group=group)
+        model.set_gradients(group.rank, 0)
+        method.step()
+        state = copy.deepcopy(method.comm_state())
+        other = copy.deepcopy(method.state_dict())
+        own = method.momentum.clone()
+        method.momentum.zero_()
+        method.load_comm_state(state)
+        method.load_state_dict(other)  # last, and the same on all ranks
+        assert not any(isinstance(x, Tensor) for entry in other["state"].values() for x in entry.values())
+        return own, torch.equal(method.momentum, own)
+
+    results = SimWorld[Any](3).run(work)
+    assert all(is_kept for _, is_kept in results)
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+def attached(pg: Any, wrapper: str, vote: str) -> tuple[nn.Module, Any]:
+    model = nn.Sequential(nn.Linear(21, 40), nn.Tanh(), nn.Linear(40, 3))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    if wrapper == "plain":
+        method: Any = build("distributed_lion", model.named_parameters(), lr=0.003, vote=vote)
+        return model, plain.attach(model, method, group=TorchGroup(pg))
+    model.register_parameter("unused", nn.Parameter(torch.ones(5)))
+    wrapped = DistributedDataParallel(model, process_group=pg, find_unused_parameters=True)
+    method = build("distributed_lion", model.named_parameters(), lr=0.003, vote=vote)
+    return wrapped, ddp.attach(wrapped, method, group=TorchGroup(twin_of(pg)))
+
+
+def train_on(model: nn.Module, attachment: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        x = torch.randn(8, 21, generator=torch.Generator().manual_seed(100 * step + attachment.group.rank))
+        attachment.optimizer.zero_grad()
+        (model(x) - x[:, :3]).square().mean().backward()
+        attachment.optimizer.step()
+
+
+def resumed(pg: Any, folder: str, wrapper: str, vote: str) -> tuple[bool, Tensor]:
+    model, attachment = attached(pg, wrapper, vote)
+    train_on(model, attachment, 0, 5)
+    checkpoint.save(folder, attachment)
+    saved = attachment.method.momentum.clone()
+    train_on(model, attachment, 5, 10)
+    again, other = attached(pg, wrapper, vote)
+    checkpoint.load(folder, other)
+    assert torch.equal(other.method.momentum, saved)
+    train_on(again, other, 5, 10)
+    pairs = [*zip(model.parameters(), again.parameters(), strict=True)]
+    pairs += [
+        (attachment.method.momentum, other.method.momentum),
+        (attachment.method.exchanges, other.method.exchanges),
+    ]
+    if wrapper == "ddp":  # as if it had never been exchanged
+        assert torch.equal(attachment.parameters["unused"], torch.ones(5))
+        assert attachment.method.exchanges[attachment.method.index.position["unused"]] == 0
+    attachment.detach()
+    other.detach()
+    return all(torch.equal(a, b) for a, b in pairs), saved
+
+
+@pytest.mark.parametrize(("wrapper", "ranks", "vote"), [("plain", 5, "majority"), ("ddp", 3, "average")])
+def test_every_rank_resumes_bit_for_bit_with_its_own_momentum(
+    pool: Pool, tmp_path: Path, wrapper: str, ranks: int, vote: str
+) -> None:
+    """Five ranks have one block each, or none, of four parameters."""
+    results = pool.run(ranks, resumed, str(tmp_path / "c"), wrapper, vote)
+    assert all(is_same for is_same, _ in results)
+    assert not torch.equal(results[0][1], results[1][1])
+
+
+def loaded(pg: Any, folder: str) -> Tensor:
+    _, attachment = attached(pg, "plain", "average")
+    checkpoint.load(folder, attachment)
+    momentum: Tensor = attachment.method.momentum.clone()
+    attachment.detach()
+    return momentum
+
+
+def test_at_another_number_of_ranks_every_rank_takes_the_mean_momentum(pool: Pool, tmp_path: Path) -> None:
+    saved = [momentum for _, momentum in pool.run(3, resumed, str(tmp_path / "c"), "plain", "average")]
+    for momentum in pool.run(2, loaded, str(tmp_path / "c")):
+        torch.testing.assert_close(momentum, torch.stack(saved).mean(0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_state_without_momentum_is_refused() -> None:
+    model = Parameters((4,))
+    method: Any = build("distributed_lion", model.named_parameters())
+    plain.attach(model, method, group=LocalGroup())
+    state = copy.deepcopy(method.comm_state())
+    del state["local"]["momentum"]
+    with pytest.raises(CheckpointError, match="momentum: expected a tensor of shape"):
+        method.load_comm_state(state)
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"vote": "mean"}, "vote: 'mean' is out of range; write 'majority' or 'average'"),
+        ({"vote": True}, "vote: True is out of range; write 'majority' or 'average'"),
+        ({"betas": (0.9, 1.0)}, "betas: (0.9, 1.0) is out of range; write two numbers in [0, 1)"),
+        ({"betas": 0.9}, "betas: 0.9 is out of range; write two numbers in [0, 1)"),
+        ({"lr": -1.0}, "lr: -1.0 is out of range; write a number of at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay: -0.1 is out of range; write a number of at least 0"),
+        ({"seed": "x"}, "seed: 'x' is out of range; write a whole number"),
+        ({"max_norm": 0}, "max_norm: 0 is out of range; write a number above 0"),
+    ],
+)
+def test_bad_options_are_refused(given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build("distributed_lion", Parameters((4,)).named_parameters(), **given)
+    assert complaint in str(caught.value)
