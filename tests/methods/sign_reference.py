@@ -1,0 +1,109 @@
+"""What the tests of 0/1 Adam and 1-bit LAMB share: parameters with written gradients, and the 1-bit exchange in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+F64 = NDArray[np.float64]
+
+
+class Parameters(nn.Module):
+    """Parameters whose gradients the tests write themselves; the same on every rank."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes])
+
+    def set_gradients(self, rank: int, step: int) -> None:
+        """A mean of 0.5 with noise of each rank's own; the first two elements of the first parameter get none."""
+        for k, p in enumerate(self.all):
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(10_000 * rank + 10 * step + k))
+            gradient = (0.5 + noise) * 10.0 ** -(k % 3)
+            if k == 0:
+                gradient.view(-1)[:2] = 0.0
+            p.grad = gradient.to(p.dtype)
+
+
+def gradients(ranks: int, shapes: list[tuple[int, ...]], step: int) -> F64:
+    """(N, n)"""
+    rows = []
+    for rank in range(ranks):
+        model = Parameters(*shapes)
+        model.set_gradients(rank, step)
+        rows.append(flat([p.grad for p in model.all if p.grad is not None]))
+    return np.stack(rows)
+
+
+def flat(tensors: list[Tensor]) -> F64:
+    return np.asarray(torch.cat([x.detach().reshape(-1) for x in tensors]).double())
+
+
+def arena(method: Any, key: str) -> F64:
+    return np.asarray(method.arena[key].double())
+
+
+def tensors_of(numels: list[int]) -> list[slice]:
+    starts = np.cumsum([0, *numels])
+    return [slice(a, a + n) for a, n in zip(starts, numels, strict=False) if n]
+
+
+def blocks_of(numels: list[int], ranks: int, scale: str) -> list[tuple[slice, int]]:
+    """Each block and the rank that serves it: blocks of 2,048 in turn ("l1"), or N chunks of each tensor."""
+    blocks: list[tuple[slice, int]] = []
+    for t in tensors_of(numels):
+        size = 2048 if scale == "l1" else math.ceil((t.stop - t.start) / (8 * ranks)) * 8
+        for j, a in enumerate(range(t.start, t.stop, size)):
+            blocks.append((slice(a, min(a + size, t.stop)), len(blocks) % ranks if scale == "l1" else j))
+    return blocks
+
+
+def server_at_home(residuals: list[F64], numels: list[int], scale: str) -> F64:
+    """(n,) the servers' residuals, each where its parameter lies."""
+    rest = [list(x) for x in residuals]
+    whole: list[float] = []
+    for block, owner in blocks_of(numels, len(residuals), scale):
+        length = block.stop - block.start
+        whole += rest[owner][:length]
+        rest[owner] = rest[owner][length:]
+    assert not any(rest)
+    return np.asarray(whole)
+
+
+@dataclass
+class SignExchange:
+    """C(mean C(x_i)) with error feedback on both sides (Tang et al. 2021, arXiv:2102.02888), in float64."""
+
+    numels: list[int]
+    scale: str
+    e: F64  # (N, n) worker residuals
+    s: F64  # (n,) server residuals, each where its owner has it
+    margin: F64 = field(default_factory=lambda: np.zeros(0))  # how far from a change of sign everything was, in scales
+
+    def sign(self, c: F64, spans: list[slice]) -> F64:
+        q = np.empty_like(c)
+        for span in spans:
+            part = c[span]
+            scale = np.abs(part).mean() if self.scale == "l1" else np.sqrt((part**2).mean())
+            q[span] = np.where(part >= 0, scale, -scale)
+            self.margin[span] = np.minimum(self.margin[span], np.abs(part) / scale if scale else 0.0)
+        return q
+
+    def mean(self, x: F64) -> F64:
+        """x: (N, n)"""
+        self.margin = np.full(x.shape[1], np.inf)
+        blocks = [block for block, _ in blocks_of(self.numels, len(x), self.scale)]
+        spans = blocks if self.scale == "l1" else tensors_of(self.numels)
+        c = x + self.e
+        q = np.stack([self.sign(row, spans) for row in c])
+        a = q.mean(0) + self.s
+        y = self.sign(a, blocks)
+        self.e, self.s = c - q, a - y
+        return y

@@ -1,0 +1,378 @@
+"""1-bit LAMB against its equations in float64, against LAMB, and at its freeze."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sign_reference import F64, Parameters, SignExchange, arena, flat, gradients, server_at_home, tensors_of
+from torch import nn
+
+from commopt import build
+from commopt.errors import ConfigError
+from commopt.groups import Group, LocalGroup, SimWorld
+from commopt.integrations import plain
+from commopt.optimizers import LAMB
+
+LR, B1, B2, EPS, DECAY, FREEZE, STEPS = 0.02, 0.9, 0.95, 1e-6, 0.1, 10, 40
+BOUNDS, BETA, F_MIN, F_MAX, F_STEP = (0.01, 10.0), 0.8, 0.5, 4.0, 0.1
+SHAPES: list[tuple[int, ...]] = [(41, 51), (7,), (1,), (0,), (3, 5, 3)]
+NUMELS = [math.prod(shape) for shape in SHAPES]
+
+
+@dataclass
+class Reference:
+    """Li et al. 2021, Algorithm 1, in float64: flat tensors of all parameters, and per tensor what is one number."""
+
+    exchange: SignExchange
+    x: F64
+    m: F64
+    v: F64
+    w: F64  # the fresh variance
+    coeff: F64  # (P,) of tensors with elements: the mean of c from the freeze on, corrected for its start at 0
+    factor: F64  # (P,)
+    t: int
+    corrects: bool
+
+    def step(self, g: F64) -> F64:
+        """g: (N, n) local gradients. Returns (n,) how far from a change of sign every compressed quantity was."""
+        self.t += 1
+        margin, live = np.full(g.shape[1], np.inf), self.v > 0
+        if self.t <= FREEZE:
+            self.m = B1 * self.m + (1 - B1) * g.mean(0)
+            self.v = self.w = B2 * self.v + (1 - B2) * g.mean(0) ** 2
+        else:
+            old, self.m = self.m, self.exchange.mean(B1 * self.m + (1 - B1) * g) * live
+            self.w = B2 * self.w + (1 - B2) * ((self.m - B1 * old) / (1 - B1)) ** 2
+            margin = self.exchange.margin
+        bias = (1 - B1**self.t, 1 - B2 ** min(self.t, FREEZE), 1 - B2**self.t) if self.corrects else (1.0, 1.0, 1.0)
+        root, fresh = np.sqrt(self.v / bias[1]) + EPS, np.sqrt(self.w / bias[2]) + EPS
+        adam = self.m / bias[0] / root
+        direction = adam + DECAY * self.x
+        for k, span in enumerate(tensors_of(NUMELS)):
+            whole = np.linalg.norm(direction[span])
+            if self.t <= FREEZE:
+                rate = np.clip(np.linalg.norm(self.x[span]) / whole, *BOUNDS)
+                self.coeff[k] = BETA * self.coeff[k] + (1 - BETA) * rate
+            else:
+                f = (root / fresh)[span][live[span]].max()
+                share = min(1.0, np.linalg.norm(adam[span]) / whole)
+                f = np.clip(f * share + 1 - share, F_MIN, F_MAX)
+                self.factor[k] = np.clip(f, self.factor[k] * (1 - F_STEP), self.factor[k] * (1 + F_STEP))
+                rate = self.coeff[k] / (1 - BETA**FREEZE) * self.factor[k]
+            self.x[span] = self.x[span] - LR * rate * direction[span]
+        return margin
+
+
+def given(**changes: Any) -> dict[str, Any]:
+    options = {"lr": LR, "betas": (B1, B2), "eps": EPS, "weight_decay": DECAY, "freeze_step": FREEZE}
+    return {**options, "coeff_beta": BETA, **changes}
+
+
+def snapshot(model: Parameters, method: Any) -> dict[str, Any]:
+    local = method.comm_state()["local"]
+    live = [method.state[p] for p in model.all if p.numel()]
+    return {
+        "x": flat(list(model.all)),
+        **{key: arena(method, key) for key in method.arenas},
+        **{key: np.asarray([state[key] for state in live]) for key in ("coeff", "factor")},
+        "e": flat([local["worker_residual"]]),
+        "server": flat([local["server_residual"]]),
+    }
+
+
+def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **options: Any) -> list[list[dict[str, Any]]]:
+    """[rank][step] the state before each step, and after the last."""
+
+    def work(group: Group) -> list[dict[str, Any]]:
+        model = Parameters(*shapes)
+        method: Any = build("onebit_lamb", model.named_parameters(), **given(**options))
+        plain.attach(model, method, group=group)
+        states = [snapshot(model, method)]
+        for step in range(steps):
+            model.set_gradients(group.rank, step)
+            method.step()
+            states.append(snapshot(model, method))
+        return states
+
+    return SimWorld[Any](ranks).run(work)
+
+
+def reference_of(states: list[dict[str, Any]], scale: str, corrects: bool, t: int) -> Reference:
+    one = {key: x.copy() for key, x in states[0].items()}
+    server = server_at_home([state["server"] for state in states], NUMELS, scale)
+    exchange = SignExchange(NUMELS, scale, np.stack([state["e"] for state in states]), server)
+    x, m, v, w = (one[key] for key in ("x", "momentum", "variance", "fresh_variance"))
+    return Reference(exchange, x, m, v, w, one["coeff"], one["factor"], t, corrects)
+
+
+@pytest.mark.parametrize(("scale", "corrects"), [("l1", False), ("l2", True)])
+def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects: bool) -> None:
+    runs = train(4, STEPS, scale=scale, bias_correction=corrects)
+    compared, factors = 0, []
+    for step in range(STEPS):
+        before, after = [run[step] for run in runs], [run[step + 1] for run in runs]
+        reference = reference_of(before, scale, corrects, step)
+        margin = reference.step(gradients(4, SHAPES, step))
+        clear = margin > 1e-4
+        compared += int(clear.sum())
+        s = server_at_home([state["server"] for state in after], NUMELS, scale)
+        np.testing.assert_allclose(s[clear], reference.exchange.s[clear], rtol=0, atol=2e-5)
+        for rank, state in enumerate(after):
+            for key in ("x", "momentum", "variance", "fresh_variance", "coeff", "factor"):
+                assert np.array_equal(state[key], after[0][key]), f"{key} differs between ranks in step {step}"
+            np.testing.assert_allclose(state["e"][clear], reference.exchange.e[rank][clear], rtol=0, atol=2e-5)
+        one = after[0]
+        np.testing.assert_allclose(one["x"][clear], reference.x[clear], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one["momentum"][clear], reference.m[clear], rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(one["variance"], reference.v, rtol=2e-5, atol=1e-9)
+        if step + 1 >= FREEZE:
+            np.testing.assert_allclose(one["fresh_variance"][clear], reference.w[clear], rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(one["coeff"], reference.coeff, rtol=1e-5)
+        np.testing.assert_allclose(one["factor"], reference.factor, rtol=1e-4)
+        factors.append(one["factor"])
+    assert compared > 0.99 * STEPS * sum(NUMELS)
+    assert np.ptp(np.stack(factors), axis=0).min() > 0.05  # f has moved, in every tensor
+
+
+def test_a_short_run_stays_with_the_reference() -> None:
+    runs = train(4, STEPS)
+    reference = reference_of([run[0] for run in runs], "l1", False, 0)
+    worst = 0.0
+    for step in range(FREEZE + 10):
+        reference.step(gradients(4, SHAPES, step))
+        worst = max(worst, float(np.median(np.abs(reference.x - runs[0][step + 1]["x"]))))
+    assert worst < 1e-4
+    assert float(np.abs(reference.x - runs[0][0]["x"]).max()) > 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"bias_correction": True, "max_coeff": 0.3}])
+def test_one_rank_that_never_freezes_is_lamb(options: dict[str, Any]) -> None:
+    ours, theirs = Parameters((50, 60), (7,), (0,)), Parameters((50, 60), (7,), (0,))
+    method: Any = build("onebit_lamb", ours.named_parameters(), freeze_step=1000, lr=0.01, **options)
+    plain.attach(ours, method, group=LocalGroup())
+    lamb = LAMB(theirs.parameters(), lr=0.01, **options)
+    for step in range(30):
+        ours.set_gradients(0, step)
+        theirs.set_gradients(0, step)
+        method.step()
+        lamb.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
+
+
+def test_ranks_before_the_freeze_are_lamb_on_the_mean_gradient() -> None:
+    runs = train(4, FREEZE)
+    model = Parameters(*SHAPES)
+    lamb = LAMB(model.parameters(), lr=LR, betas=(B1, B2), eps=EPS, weight_decay=DECAY)
+    for step in range(FREEZE):
+        mean = torch.from_numpy(gradients(4, SHAPES, step).mean(0)).float()
+        for p, g in zip(model.all, torch.split(mean, NUMELS), strict=True):
+            p.grad = g.view(p.shape)
+        lamb.step()
+    np.testing.assert_allclose(runs[0][-1]["x"], flat(list(model.all)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["l1", "l2", "model"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_coordinates_without_variance_at_the_freeze_never_move(ranks: int, scale: str) -> None:
+    options = {"weight_decay": 0.0, "scale": scale, "prescale": scale == "model"}
+    runs = train(ranks, 25, [(40,), (7,)], **options)
+    first, last = runs[0][0]["x"], runs[0][-1]["x"]
+    assert np.array_equal(first[:2], last[:2])
+    assert (first[2:] != last[2:]).all()
+
+
+def factors(group: Group, *, dead: int, masked: int, gain: float) -> list[float]:
+    """f of each step after the freeze, where gradients are `gain` times what they were before it."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(64))
+    mask = torch.ones(64)
+    mask[:masked] = 0.0
+    options = given(bias_correction=True, weight_decay=0.0, momentum_mask={"w": mask})
+    method: Any = build("onebit_lamb", model.named_parameters(), **options)
+    plain.attach(model, method, group=group)
+    seen = []
+    for step in range(30):
+        model.w.grad = torch.full((64,), gain if step >= FREEZE else 1.0)
+        model.w.grad[:dead] = 0.0
+        method.step()
+        seen.append(method.state[model.w]["factor"])
+    return seen[FREEZE:]
+
+
+@pytest.mark.parametrize(("dead", "masked"), [(0, 0), (8, 0), (0, 8)])
+def test_coordinates_that_cannot_move_have_no_say_in_the_factor(dead: int, masked: int) -> None:
+    """Gradients that grow 10-fold want a factor far below 1, those that shrink one above; a dead coordinate has ratio 1."""
+    growing = SimWorld[Any](2).run(lambda group: factors(group, dead=dead, masked=masked, gain=10.0))
+    shrinking = SimWorld[Any](2).run(lambda group: factors(group, dead=dead, masked=masked, gain=0.5))
+    assert growing[0] == growing[1]
+    assert shrinking[0] == shrinking[1]
+    assert growing[0][-1] == 0.5  # factor_min
+    assert 1.0 < shrinking[0][-1] < 2.5
+
+
+def test_the_factor_keeps_its_bounds_and_those_of_its_change() -> None:
+    for run in (train(3, STEPS, factor_min=0.7, factor_max=1.2, factor_threshold=0.05),):
+        seen = np.stack([state["factor"] for state in run[0]])
+        assert (seen >= 0.7).all()
+        assert (seen <= 1.2).all()
+        assert (np.abs(seen[1:] / seen[:-1] - 1) <= 0.05 + 1e-9).all()
+        assert np.ptp(seen) > 0.05
+
+
+@pytest.mark.parametrize(("scale", "prescale"), [("l1", False), ("l2", False), ("model", True)])
+def test_empty_and_zero_tensors_are_safe_and_left_alone(scale: str, prescale: bool) -> None:
+    """In the released code an empty tensor made every scale NaN, and one without momentum divided by 0."""
+
+    def work(group: Group) -> Any:
+        model = Parameters((30, 20), (0,), (9,), (7,))
+        with torch.no_grad():
+            model.all[3].zero_()  # no weights, but gradients: its ratio is 1 in the first step
+        options = given(scale=scale, prescale=prescale, weight_decay=0.0)
+        method: Any = build("onebit_lamb", model.named_parameters(), **options)
+        plain.attach(model, method, group=group)
+        start = [p.detach().clone() for p in model.all]
+        for step in range(25):
+            model.set_gradients(group.rank, step)
+            model.all[2].grad = torch.zeros(9)
+            method.step()
+        return start, [p.detach().clone() for p in model.all], method.state[model.all[1]]["coeffs"]
+
+    results = SimWorld[Any](3).run(work)
+    for start, end, coeffs in results:
+        assert all(bool(x.isfinite().all()) for x in end)
+        assert torch.equal(start[2], end[2])
+        assert coeffs == 0
+        assert bool((start[3] != end[3]).all())
+        assert all(torch.equal(a, b) for a, b in zip(end, results[0][1], strict=True))
+
+
+def test_a_tensor_without_any_coefficient_before_the_freeze_goes_on_with_1() -> None:
+    """Its rate would be 0 for ever where the mean starts at 0, as in the paper."""
+
+    def work(group: Group) -> tuple[float, int]:
+        model = Parameters((20,))
+        with torch.no_grad():
+            model.all[0].zero_()
+        method: Any = build("onebit_lamb", model.named_parameters(), **given(freeze_step=1, weight_decay=0.0))
+        plain.attach(model, method, group=group)
+        model.all[0].grad = torch.ones(20)
+        method.step()
+        coeffs, before = method.state[model.all[0]]["coeffs"], model.all[0].detach().clone()
+        model.all[0].grad = torch.ones(20)
+        method.step()
+        return float((model.all[0].detach() - before).abs().min()), coeffs
+
+    for moved, coeffs in SimWorld[Any](2).run(work):
+        assert coeffs == 0
+        assert moved > 0
+
+
+def test_pre_scaling_keeps_small_tensors_from_being_drowned_by_one_scale() -> None:
+    """With one scale for gradients of 1 and of 1e-3, the momentum of the small ones is 1,000 times too large."""
+    shapes: list[tuple[int, ...]] = [(40, 40), (40,), (40,)]  # gradients of 1, 0.1 and 0.01
+
+    def size(prescale: bool) -> float:
+        state = train(3, FREEZE + 1, shapes, scale="model", prescale=prescale)[0][-1]
+        return float(np.abs(state["momentum"][-40:]).mean())
+
+    assert size(True) < 0.05
+    assert size(False) > 0.1
+
+
+@pytest.mark.parametrize("at", [5, FREEZE, 17])
+@pytest.mark.parametrize("options", [{}, {"scale": "model", "prescale": True, "residual_bits": 8}])
+def test_a_resume_is_bitwise_with_coefficients_factors_and_fresh_variance(at: int, options: dict[str, Any]) -> None:
+    """In the released code, loading before the freeze resets them."""
+
+    def work(group: Group, resumes: bool) -> Any:
+        def make() -> Any:
+            model = Parameters((30, 20), (0,), (7,))
+            method = build("onebit_lamb", model.named_parameters(), **given(**options))
+            plain.attach(model, method, group=group)
+            return model, method
+
+        model, method = make()
+        for step in range(25):
+            if resumes and step == at:
+                saved = copy.deepcopy((model.state_dict(), method.state_dict(), method.comm_state()))
+                model, method = make()
+                model.load_state_dict(saved[0])
+                method.load_state_dict(saved[1])
+                method.load_comm_state(saved[2])
+            model.set_gradients(group.rank, step)
+            method.step()
+        return snapshot(model, method)
+
+    whole = SimWorld[Any](3).run(lambda group: work(group, False))
+    resumed = SimWorld[Any](3).run(lambda group: work(group, True))
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_a_users_mask_stops_the_momentum_after_the_freeze() -> None:
+    mask = torch.ones(8, 5)
+    mask[4:] = 0.0
+    states = train(2, 25, [(8, 5), (7,)], weight_decay=0.0, momentum_mask={"all.0": mask})[0]
+    at_freeze, last = states[FREEZE]["x"], states[-1]["x"]
+    assert np.array_equal(at_freeze[20:40], last[20:40])
+    assert (states[0]["x"][20:40] != at_freeze[20:40]).all()
+    assert (at_freeze[2:20] != last[2:20]).all()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+@pytest.mark.parametrize("scale", ["l1", "model"])
+def test_bytes_per_parameter_are_the_formula(ranks: int, scale: str) -> None:
+    def work(group: Group) -> Any:
+        model = nn.Module()
+        model.w = nn.Parameter(torch.ones(512, 512))
+        options: dict[str, Any] = {"freeze_step": 2, "scale": scale, "prescale": scale == "model"}
+        method: Any = build("onebit_lamb", model.named_parameters(), **options)
+        plain.attach(model, method, group=group, find_unused_parameters=False)
+        sent = []
+        for step in range(4):
+            assert method.is_steady == (step >= 2)
+            model.w.grad = torch.randn(512, 512, generator=torch.Generator().manual_seed(step + 100 * group.rank))
+            before = group.traffic.payload_bytes
+            method.step()
+            sent.append(group.traffic.payload_bytes - before)
+        return sent, method.bytes_per_parameter(group.size), method.needs_all_buckets
+
+    results = SimWorld[Any](ranks).run(work)
+    mean = sum(sent[2] + sent[3] for sent, *_ in results) / 2 / ranks
+    assert mean == pytest.approx(results[0][1] * 512 * 512, rel=0.02)
+    if scale == "l1":
+        assert results[0][1] == pytest.approx(2 * (ranks - 1) / ranks * (1 / 8 + 4 / 2048))
+    assert results[0][2] == (scale == "model")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("freeze_step", 0, "a whole number from 1, or 'auto'"),
+        ("max_coeff", 0.0, "a number above 0"),
+        ("min_coeff", 11.0, "a number from 0 to max_coeff, 10"),
+        ("coeff_beta", 1.0, r"a number in \[0, 1\)"),
+        ("factor_min", 0.0, "a number above 0, at most 1"),
+        ("factor_max", 0.9, "a number of at least 1"),
+        ("factor_threshold", 1.0, r"a number in \[0, 1\)"),
+        ("bias_correction", "no", "true or false"),
+        ("scale", "tensor", "'l1'"),
+        ("block_size", 0, "a positive multiple of 8"),
+        ("prescale", True, "scale: model"),
+        ("residual_bits", 4, "8, 16 or 32"),
+        ("momentum_mask", 3, "{parameter name: tensor of its shape}"),
+        ("betas", (0.9,), r"two numbers in \[0, 1\)"),
+        ("eps", -1.0, "a number above 0"),
+        ("weight_decay", -1.0, "a number of at least 0"),
+        ("max_norm", 0.0, "a number above 0"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value_and_range(option: str, value: Any, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=f"onebit_lamb: {option}: .*{wanted}"):
+        build("onebit_lamb", Parameters((3,)).named_parameters(), **{option: value})

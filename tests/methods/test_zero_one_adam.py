@@ -1,0 +1,565 @@
+"""0/1 Adam against its equations in float64, against Adam, and in the middle of its local steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sign_reference import F64, Parameters, SignExchange, arena, flat, gradients, server_at_home
+from torch import nn
+
+from commopt import build
+from commopt.errors import ConfigError
+from commopt.groups import Group, LocalGroup, SimWorld
+from commopt.integrations import plain
+
+B1, B2, EPS, DECAY = 0.9, 0.99, 1e-6, 0.02
+FREEZE, KAPPA, SCALER, CLIPPER, STEPS = 10, 3, 5, 4, 60
+SHAPES: list[tuple[int, ...]] = [(41, 51), (7,), (1,), (0,), (3, 5, 3)]
+
+
+def rate_of(step: int) -> float:
+    """A rate that changes in every step and is 0 for a while: in part of an interval, and in a whole one."""
+    return 0.0 if 33 <= step < 43 else 0.01 * (1 + 0.5 * math.sin(step))
+
+
+def planned(steps: int) -> list[str]:
+    """What each step is, by the counters of the released code (microsoft/DeepSpeed, zoadam.py)."""
+    kinds: list[str] = []
+    var_interval, var_counter, local_interval, local_counter = 1, 0, 1, 0
+    for t in range(1, steps + 1):
+        if t <= FREEZE:
+            kinds.append("exact" if t % var_interval == 0 else "compressed")
+            var_counter += kinds[-1] == "exact"
+            if var_counter == KAPPA:
+                var_counter, var_interval = 0, 2 * var_interval
+        else:
+            kinds.append("sync" if t % local_interval == 0 else "local")
+            local_counter += 1
+            if local_counter == SCALER:
+                local_counter, local_interval = 0, min(CLIPPER, 2 * local_interval)
+    return kinds
+
+
+@dataclass
+class Reference:
+    """Lu et al. 2022, Algorithm 1, in float64, one row per rank for what is local."""
+
+    exchange: SignExchange
+    x: F64  # (N, n) parameters
+    m: F64  # (N, n) momentum
+    v: F64  # (n,) variance
+    total: F64  # (N, n) the sum of lr m since the common point, decayed as x is
+    common: F64  # (n,) the common point
+    rate: float = 0.0  # the sum of lr, decayed likewise
+    kept: float = 1.0  # what decay leaves of the common point
+    t: int = 0
+    updates: int = 0  # of the variance
+
+    def step(self, kind: str, g: F64, lr: float, corrects: bool) -> F64:
+        """g: (N, n) local gradients. Returns (n,) how far from a change of sign every compressed quantity was."""
+        self.t += 1
+        margin, live = np.full(g.shape[1], np.inf), self.v > 0
+        if kind == "exact":
+            g, live = np.broadcast_to(g.mean(0), g.shape), np.ones_like(live)
+            self.v, self.updates = B2 * self.v + (1 - B2) * g[0] ** 2, self.updates + 1
+        elif kind == "compressed":
+            g = np.broadcast_to(self.exchange.mean(g), g.shape)
+            margin = self.exchange.margin
+        root = np.sqrt(self.v / (1 - B2**self.updates) if corrects else self.v) + EPS
+        r, kept = lr / (1 - B1**self.t) if corrects else lr, 1 - lr * DECAY
+        self.m = B1 * self.m + (1 - B1) * (g if kind == "sync" else g * live)
+        self.total, self.rate, self.kept = self.total * kept + r * self.m, self.rate * kept + r, self.kept * kept
+        self.x = self.x * kept - r * self.m / root
+        if kind == "sync":
+            momentum = self.exchange.mean(self.total / self.rate if self.rate else self.m) * live
+            margin, self.m = self.exchange.margin, np.broadcast_to(momentum, g.shape).copy()
+            self.x = np.broadcast_to(self.kept * self.common - self.rate * momentum / root, g.shape).copy()
+        if kind != "local":
+            self.total, self.rate, self.kept, self.common = np.zeros_like(g), 0.0, 1.0, self.x[0].copy()
+        return margin
+
+
+def given(**changes: Any) -> dict[str, Any]:
+    options = {"betas": (B1, B2), "eps": EPS, "weight_decay": DECAY, "var_freeze_step": FREEZE}
+    policy = {"var_update_scaler": KAPPA, "local_step_scaler": SCALER, "local_step_clipper": CLIPPER}
+    return {**options, **policy, **changes}
+
+
+def snapshot(model: Parameters, method: Any) -> dict[str, Any]:
+    local = method.comm_state()["local"]
+    first = method.state[next(iter(model.all))]
+    return {
+        "x": flat(list(model.all)),
+        **{key: arena(method, key) for key in method.arenas},
+        **{key: first[key] for key in ("rate", "kept", "local_steps", "variance_step")},
+        "e": flat([local["worker_residual"]]),
+        "server": flat([local["server_residual"]]),
+        "is_synchronised": method.is_synchronised,
+    }
+
+
+def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **options: Any) -> list[list[dict[str, Any]]]:
+    """[rank][step] the state before each step, and after the last."""
+
+    def work(group: Group) -> list[dict[str, Any]]:
+        model = Parameters(*shapes)
+        method: Any = build("zero_one_adam", model.named_parameters(), **given(**options))
+        plain.attach(model, method, group=group, find_unused_parameters=False)
+        states = []
+        for step in range(steps):
+            method.param_groups[0]["lr"] = rate_of(step)
+            states.append({**snapshot(model, method), "sent": group.traffic.payload_bytes})
+            model.set_gradients(group.rank, step)
+            method.step()
+        return [*states, {**snapshot(model, method), "sent": group.traffic.payload_bytes}]
+
+    return SimWorld[Any](ranks).run(work)
+
+
+def reference_of(states: list[dict[str, Any]], numels: list[int], scale: str, t: int) -> Reference:
+    """The reference in the state that the ranks are in after t steps."""
+    rows = {key: np.stack([state[key] for state in states]) for key in ("x", "momentum", "mean_momentum", "e")}
+    one = states[0]
+    exchange = SignExchange(numels, scale, rows["e"], server_at_home([s["server"] for s in states], numels, scale))
+    common = one["common"].copy() if one["local_steps"] else one["x"].copy()
+    rate, kept, updates = one["rate"], one["kept"], one["variance_step"]
+    total = rows["mean_momentum"] * rate
+    v = one["variance"].copy()
+    return Reference(exchange, rows["x"], rows["momentum"], v, total, common, rate, kept, t, updates)
+
+
+@pytest.mark.parametrize(("scale", "corrects"), [("l1", True), ("l2", False)])
+def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects: bool) -> None:
+    numels, ranks = [math.prod(shape) for shape in SHAPES], 4
+    runs = train(ranks, STEPS, scale=scale, bias_correction=corrects)
+    compared = 0
+    for step, kind in enumerate(planned(STEPS)):
+        before, after = [run[step] for run in runs], [run[step + 1] for run in runs]
+        reference = reference_of(before, numels, scale, step)
+        if step == FREEZE:
+            assert not any(np.any(state["e"]) or np.any(state["server"]) for state in before)
+        margin = reference.step(kind, gradients(ranks, SHAPES, step), rate_of(step), corrects)
+        clear = margin > 1e-4
+        compared += int(clear.sum())
+        s = server_at_home([state["server"] for state in after], numels, scale)
+        if step + 1 != FREEZE:  # where the residuals start anew
+            np.testing.assert_allclose(s[clear], reference.exchange.s[clear], rtol=0, atol=2e-5)
+        for rank, state in enumerate(after):
+            sent = state["sent"] - before[rank]["sent"]
+            assert (sent == 0) == (kind == "local"), f"step {step + 1}, {kind}, sent {sent} bytes"
+            assert state["is_synchronised"] == (kind != "local")
+            if kind != "local":
+                assert np.array_equal(state["x"], after[0]["x"])
+                assert np.array_equal(state["momentum"], after[0]["momentum"])
+            elif rate_of(step) > 0:
+                assert rank == 0 or not np.array_equal(state["x"], after[0]["x"])
+            for key, expected in (("x", reference.x), ("momentum", reference.m)):
+                np.testing.assert_allclose(state[key][clear], expected[rank][clear], rtol=2e-5, atol=5e-6)
+            np.testing.assert_allclose(state["variance"], reference.v, rtol=2e-5, atol=1e-9)
+            if step + 1 != FREEZE:
+                np.testing.assert_allclose(state["e"][clear], reference.exchange.e[rank][clear], rtol=0, atol=2e-5)
+    assert compared > 0.99 * STEPS * sum(numels)
+
+
+@pytest.mark.parametrize("scale", ["l1", "l2"])
+def test_a_short_run_stays_with_the_reference(scale: str) -> None:
+    shapes: list[tuple[int, ...]] = [(5,), (3,)]
+    runs = train(4, STEPS, shapes, scale=scale)
+    reference = reference_of([run[0] for run in runs], [5, 3], scale, 0)
+    for step, kind in enumerate(planned(STEPS)):
+        reference.step(kind, gradients(4, shapes, step), rate_of(step), True)
+        if step + 1 == FREEZE:
+            reference.exchange.e[:], reference.exchange.s[:] = 0.0, 0.0
+    for rank, run in enumerate(runs):
+        np.testing.assert_allclose(run[-1]["x"], reference.x[rank], rtol=1e-3, atol=1e-4)
+    assert float(np.abs(reference.x[0] - runs[0][0]["x"]).max()) > 0.1
+
+
+def test_the_plan_of_the_oracle_has_every_kind_of_step() -> None:
+    kinds = planned(STEPS)
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"exact": 6, "compressed": 4, "sync": 18, "local": 32}
+    assert kinds[10:24] == ["sync"] * 6 + ["local", "sync"] * 2 + ["local"] * 3 + ["sync"]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_one_rank_whose_variance_is_always_updated_is_torchs_adam(weight_decay: float) -> None:
+    ours, theirs = Parameters((50, 60), (7,)), Parameters((50, 60), (7,))
+    options = {"var_freeze_step": None, "var_update_scaler": 1000, "lr": 0.01, "weight_decay": weight_decay}
+    method: Any = build("zero_one_adam", ours.named_parameters(), **options)
+    plain.attach(ours, method, group=LocalGroup())
+    kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
+    adam = kind(theirs.parameters(), lr=0.01, weight_decay=weight_decay, foreach=False)
+    for step in range(30):
+        ours.set_gradients(0, step)
+        theirs.set_gradients(0, step)
+        method.step()
+        adam.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
+
+
+def test_one_rank_uses_its_gradient_in_every_step_of_both_phases_and_takes_no_local_ones() -> None:
+    states = train(1, STEPS)[0]
+    x, m, v = states[0]["x"], np.zeros_like(states[0]["x"]), np.zeros_like(states[0]["x"])
+    updates = 0
+    for step, kind in enumerate(planned(STEPS)):
+        g, lr = gradients(1, SHAPES, step)[0], rate_of(step)
+        if kind == "exact":
+            v, updates = B2 * v + (1 - B2) * g**2, updates + 1
+        m = B1 * m + (1 - B1) * g
+        root = np.sqrt(v / (1 - B2**updates)) + EPS
+        x = x * (1 - lr * DECAY) - lr / (1 - B1 ** (step + 1)) * m / root
+        np.testing.assert_allclose(states[step + 1]["x"], x, rtol=1e-4, atol=1e-5)
+        assert states[step + 1]["is_synchronised"]
+    assert states[-1]["sent"] == 0.0
+
+
+def test_with_an_interval_of_1_phase_b_is_one_bit_adam() -> None:
+    """With a freeze before the first 16 variance updates, both have a warm-up of exact means."""
+
+    def work(group: Group) -> list[Any]:
+        models = [Parameters((40, 30), (7,)) for _ in range(2)]
+        options: dict[str, Any] = {"lr": 0.01, "betas": (B1, B2), "weight_decay": DECAY}
+        zero_one: Any = build("zero_one_adam", models[0].named_parameters(), var_freeze_step=8, **options)
+        one_bit: Any = build("onebit_adam", models[1].named_parameters(), freeze_step=8, **options)
+        for model, method in zip(models, (zero_one, one_bit), strict=True):
+            plain.attach(model, method, group=group)
+            for step in range(20):
+                model.set_gradients(group.rank, step)
+                method.step()
+        return [flat(list(model.all)) for model in models]
+
+    for ours, theirs in SimWorld[Any](3).run(work):
+        assert np.array_equal(ours, theirs)
+
+
+def run_and_resume(ranks: int, at: int, steps: int, options: dict[str, Any], loaded: Callable[..., Any]) -> list[Any]:
+    """[rank] the parameters after `steps`, where at step `at` a new method continues from what `loaded` does with the old."""
+
+    def first(group: Group) -> Any:
+        return part(group, None, 0, at)
+
+    def part(group: Group, old: Any, start: int, end: int) -> Any:
+        model = Parameters((40, 30), (7,), (0,), (9,))
+        method: Any = build("zero_one_adam", model.named_parameters(), **given(**options))
+        plain.attach(model, method, group=group)
+        if old is not None:
+            loaded(model, method, old, group.rank)
+        for step in range(start, end):
+            method.param_groups[0]["lr"] = rate_of(step)
+            model.set_gradients(group.rank, step)
+            method.step()
+        return copy.deepcopy((model.state_dict(), method.state_dict(), method.comm_state(), method.is_synchronised))
+
+    old = SimWorld[Any](ranks).run(first)
+    return [old, SimWorld[Any](ranks).run(lambda group: part(group, old, at, steps))]
+
+
+@pytest.mark.parametrize("residual_bits", [32, 8])
+@pytest.mark.parametrize("saver", [0, 2])
+@pytest.mark.parametrize("at", [7, 17, 26])  # in phase A, after 1 local step, after 2 of 3
+def test_a_resume_is_bitwise_from_one_ranks_model_and_optimizer(at: int, saver: int, residual_bits: int) -> None:
+    """As a checkpoint has it: model and optimizer once, from any rank, and each rank's own comm_state."""
+
+    def loaded(model: nn.Module, method: Any, old: Any, rank: int) -> None:
+        model.load_state_dict(old[saver][0])
+        method.load_state_dict(copy.deepcopy(old[saver][1]))
+        method.load_comm_state(copy.deepcopy(old[rank][2]))
+
+    options = {"residual_bits": residual_bits}
+    old, resumed = run_and_resume(3, at, 40, options, loaded)
+    whole, _ = run_and_resume(3, 40, 40, options, lambda *_: None)
+    assert old[0][3] == (at == 7)
+    if at != 7:
+        assert not torch.equal(old[0][0]["all.0"], old[1][0]["all.0"])
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(one[0][key], other[0][key]) for key in one[0])
+        assert all(torch.equal(x, other[2]["local"][key]) for key, x in one[2]["local"].items())
+
+
+def test_another_number_of_ranks_goes_on_from_the_mean_of_the_local_steps() -> None:
+    states = run_and_resume(3, 26, 26, {}, lambda *_: None)[0]
+
+    def work(group: Group) -> Any:
+        model = Parameters((40, 30), (7,), (0,), (9,))
+        method: Any = build("zero_one_adam", model.named_parameters(), **given())
+        plain.attach(model, method, group=group)
+        model.load_state_dict(states[0][0])
+        method.load_state_dict(copy.deepcopy(states[0][1]))
+        method.load_resharded(copy.deepcopy(state[2]) for state in states)
+        joined = flat(list(model.all)), arena(method, "momentum"), arena(method, "mean_momentum")
+        for step in range(26, 28):
+            model.set_gradients(group.rank, step)
+            method.step()
+        return joined, flat(list(model.all)), method.is_synchronised
+
+    results = SimWorld[Any](2).run(work)
+    for values, _, is_synchronised in results:
+        for value, key in zip(values, ("parameters", "momentum", "mean_momentum"), strict=True):
+            old = [state[2]["local"][key].double() for state in states]
+            np.testing.assert_allclose(value, torch.stack(old).mean(0), rtol=1e-6, atol=1e-12)
+        assert is_synchronised
+    assert np.array_equal(results[0][1], results[1][1])
+
+
+def trained_with_nan(nan_at: int, bad_rank: int, steps: int, **options: Any) -> list[Any]:
+    """[rank] (what was void, parameters and sums before and after the step with the NaN, parameters at the end)"""
+
+    def work(group: Group) -> Any:
+        model = Parameters((40, 30), (7,))
+        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given(**options))
+        attachment = plain.attach(model, method, group=group, bucket_bytes=100)  # a bucket for each parameter
+        around = []
+        for step in range(steps):
+            model.set_gradients(group.rank, step)
+            if (step, group.rank) == (nan_at, bad_rank):
+                assert model.all[0].grad is not None
+                model.all[0].grad[3, 4] = math.nan
+            before = copy.deepcopy(method.state_dict()["state"])
+            method.step()
+            if step == nan_at:
+                around = [before, copy.deepcopy(method.state_dict()["state"])]
+        return attachment.voided, around, flat(list(model.all)), method.is_synchronised, method.applied_steps
+
+    return SimWorld[Any](3).run(work)
+
+
+def test_a_nan_in_a_local_step_is_left_out_on_its_own_rank_and_no_rank_waits() -> None:
+    assert planned(STEPS)[25:28] == ["local", "local", "sync"]
+    results = trained_with_nan(26, 1, 28)
+    for rank, (voided, (before, after), x, is_synchronised, applied) in enumerate(results):
+        assert voided == ([(26, "all.0")] if rank == 1 else [])
+        assert torch.equal(before[0]["momentum"], after[0]["momentum"]) == (rank == 1)
+        assert not torch.equal(before[1]["momentum"], after[1]["momentum"])
+        assert (after[0]["local_steps"], after[0]["rate"]) == (3, after[1]["rate"])
+        assert is_synchronised
+        assert applied == 28
+        assert np.isfinite(x).all()
+        assert np.array_equal(x, results[0][2])
+
+
+def test_a_nan_at_an_exchange_leaves_its_bucket_to_the_next_exchange_on_all_ranks() -> None:
+    assert planned(STEPS)[27] == planned(STEPS)[31] == "sync"
+    results = trained_with_nan(27, 1, 28)
+    for voided, (before, after), x, is_synchronised, applied in results:
+        assert voided == [(27, "all.0")]
+        assert not is_synchronised
+        assert applied == 28
+        for key in ("momentum", "mean_momentum", "common", "rate", "local_steps"):
+            assert np.array_equal(before[0][key], after[0][key])
+        assert (after[0]["local_steps"], after[1]["local_steps"]) == (3, 0)
+        assert np.array_equal(x[-7:], results[0][2][-7:])
+    assert not np.array_equal(results[0][2], results[1][2])
+    for _, _, x, is_synchronised, _ in (later := trained_with_nan(27, 1, 32)):
+        assert is_synchronised
+        assert np.array_equal(x, later[0][2])
+
+
+def test_a_step_void_in_every_bucket_is_taken_again_and_ranks_stay_in_step() -> None:
+    def work(group: Group) -> Any:
+        model = Parameters((40, 30), (7,))
+        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given())
+        attachment = plain.attach(model, method, group=group)
+        for step in range(29):
+            model.set_gradients(group.rank, step)
+            if step == 27 and group.rank == 2:
+                assert model.all[1].grad is not None
+                model.all[1].grad[0] = math.inf
+            method.step()
+        return len(attachment.voided), method.applied_steps, method.is_synchronised, flat(list(model.all))
+
+    results = SimWorld[Any](3).run(work)
+    assert all((n, applied, done) == (1, 28, True) for n, applied, done, _ in results)
+    assert all(np.array_equal(results[0][3], x) for *_, x in results)
+
+
+def test_weight_decay_stays_out_of_the_momentum() -> None:
+    """Without gradients but with decay, in the released code the momentum becomes weight_decay sqrt(v) x at an exchange."""
+
+    def work(group: Group) -> Any:
+        model = Parameters((40,))
+        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given(weight_decay=0.5))
+        plain.attach(model, method, group=group)
+        for step in range(FREEZE):
+            model.set_gradients(group.rank, step)
+            method.step()
+        method.arena["momentum"].zero_()
+        start = flat(list(model.all))
+        for _ in range(FREEZE, 32):
+            model.all[0].grad = torch.zeros(40)
+            method.step()
+        assert method.is_synchronised
+        return start, flat(list(model.all)), arena(method, "momentum")
+
+    for start, end, momentum in SimWorld[Any](2).run(work):
+        assert not momentum.any()
+        np.testing.assert_allclose(end, start * (1 - 0.01 * 0.5) ** 22, rtol=1e-5)
+
+
+def test_a_rate_of_0_for_whole_intervals_moves_nothing_and_divides_nothing() -> None:
+    runs = train(3, 50)  # rate_of is 0 from step 33 to 42
+    for run in runs:
+        assert all(np.isfinite(state[key]).all() for state in run for key in ("x", "momentum", "mean_momentum"))
+        assert run[36]["is_synchronised"]
+        assert np.array_equal(run[36]["x"], run[43]["x"])
+        assert not np.array_equal(run[40]["momentum"], run[36]["momentum"])
+        assert float(np.abs(run[-1]["momentum"]).max()) < 2.0
+        assert not np.array_equal(run[43]["x"], run[44]["x"])
+
+
+@pytest.mark.parametrize("var_freeze_step", [FREEZE, None])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_coordinates_without_variance_never_move(ranks: int, var_freeze_step: int | None) -> None:
+    runs = train(ranks, 32, [(40,), (7,)], weight_decay=0.0, var_freeze_step=var_freeze_step)
+    first, last = runs[0][0]["x"], runs[0][-1]["x"]
+    assert np.array_equal(first[:2], last[:2])
+    assert (first[2:] != last[2:]).all()
+
+
+def test_a_users_mask_stops_the_momentum_in_phase_b() -> None:
+    mask = torch.ones(8, 5)
+    mask[4:] = 0.0
+    states = train(2, 32, [(8, 5), (7,)], weight_decay=0.0, momentum_mask={"all.0": mask})[0]
+    at_freeze, last = states[FREEZE]["x"], states[-1]["x"]
+    moved = at_freeze != last
+    assert moved[2:20].all()
+    assert moved[40:].all()
+    assert not moved[20:40].any() or float(np.abs(last - at_freeze)[20:40].max()) == 0.0
+    assert (states[0]["x"][20:40] != at_freeze[20:40]).all()
+
+
+def test_in_local_steps_every_rank_clips_its_own_norm_and_still_sends_nothing() -> None:
+    def work(group: Group) -> Any:
+        model = Parameters((40,))
+        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given(max_norm=0.5))
+        plain.attach(model, method, group=group, find_unused_parameters=False)
+        for step in range(28):
+            model.set_gradients(group.rank, step)
+            assert model.all[0].grad is not None
+            model.all[0].grad *= 100
+            before, sent = arena(method, "momentum").copy(), group.traffic.payload_bytes
+            is_local = method.is_local
+            method.step()
+            g = (arena(method, "momentum") - B1 * before) / (1 - B1)
+            if is_local:
+                assert group.traffic.payload_bytes == sent
+                assert float(np.linalg.norm(g)) == pytest.approx(0.5, rel=1e-4)
+        return flat(list(model.all))
+
+    results = SimWorld[Any](2).run(work)
+    assert np.array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_bytes_per_parameter_are_the_formula(ranks: int) -> None:
+    def work(group: Group) -> Any:
+        model = nn.Module()
+        model.w = nn.Parameter(torch.zeros(512, 512))
+        options: dict[str, Any] = {"var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": 4}
+        method: Any = build("zero_one_adam", model.named_parameters(), **options)
+        plain.attach(model, method, group=group, find_unused_parameters=False)
+        sent = []
+        for step in range(16):
+            assert method.is_steady == (step >= 4)
+            model.w.grad = torch.randn(512, 512, generator=torch.Generator().manual_seed(step + 100 * group.rank))
+            before = group.traffic.payload_bytes
+            method.step()
+            sent.append(group.traffic.payload_bytes - before)
+        assert method.warmup_steps == 4
+        return sent, method.bytes_per_parameter(group.size)
+
+    results = SimWorld[Any](ranks).run(work)
+    for sent, formula in results:
+        assert [n > 0 for n in sent] == [True, True, True, True] + [False, False, False, True] * 3
+        assert formula == pytest.approx(2 * (ranks - 1) / ranks * (1 / 8 + 4 / 2048) / 4)
+    mean = sum(sum(sent[4:]) / 12 for sent, _ in results) / ranks
+    assert mean == pytest.approx(results[0][1] * 512 * 512, rel=0.02)
+
+
+def test_phase_a_alone_sends_signs_but_for_its_rare_exact_steps() -> None:
+    def work(group: Group) -> Any:
+        model = nn.Module()
+        model.w = nn.Parameter(torch.zeros(256, 256))
+        method: Any = build("zero_one_adam", model.named_parameters(), var_freeze_step=None, var_update_scaler=2)
+        plain.attach(model, method, group=group, find_unused_parameters=False)
+        sent = []
+        for step in range(24):
+            model.w.grad = torch.randn(256, 256, generator=torch.Generator().manual_seed(step + 100 * group.rank))
+            before = group.traffic.payload_bytes
+            method.step()
+            sent.append((group.traffic.payload_bytes - before) / 256**2)
+            assert method.is_synchronised
+        return sent, method.bytes_per_parameter(2), method.is_steady
+
+    for sent, formula, is_steady in SimWorld[Any](2).run(work):
+        exact = [t for t, n in enumerate(sent, 1) if n == 4.0]
+        assert exact == [1, 2, 4, 6, 8, 12, 16, 24]  # the interval doubles after every two
+        assert is_steady
+        rest = [n for n in sent if n != 4.0]
+        assert rest == pytest.approx([formula] * len(rest), rel=0.02)
+
+
+def test_auto_freezes_all_ranks_after_the_same_step() -> None:
+    def work(group: Group) -> list[int]:
+        model = Parameters((64,))
+        options: dict[str, Any] = {"betas": (0.9, 0.9), "var_freeze_step": "auto", "local_step_scaler": 4}
+        method: Any = build("zero_one_adam", model.named_parameters(), **options)
+        plain.attach(model, method, group=group)
+        for step in range(40):
+            noise = torch.randn(64, generator=torch.Generator().manual_seed(1000 * group.rank + step))
+            model.all[0].grad = 1.0 + 0.01 * noise
+            method.step()
+        return [method.param_groups[0]["frozen_at"], method.local_interval]
+
+    assert SimWorld[Any](3).run(work) == [[11, 16]] * 3  # a full window of 10 after the first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_are_equal_after_every_exchange(dtype: torch.dtype) -> None:
+    def work(group: Group) -> Any:
+        model = Parameters((40, 30), (7,)).to(dtype)
+        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given())
+        plain.attach(model, method, group=group)
+        start, exchanged = flat(list(model.all)), []
+        for step in range(28):
+            model.set_gradients(group.rank, step)
+            method.step()
+            if method.is_synchronised:
+                exchanged.append(flat(list(model.all)))
+        assert (start[2:] != exchanged[-1][2:]).mean() > 0.9
+        return exchanged
+
+    results = SimWorld[Any](3).run(work)
+    assert len(results[0]) == 28 - planned(28).count("local")
+    assert all(np.array_equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("var_freeze_step", 0, "a whole number from 1, 'auto', or None for never"),
+        ("var_freeze_step", "never", "a whole number from 1, 'auto', or None for never"),
+        ("var_update_scaler", 0, "a whole number from 1"),
+        ("local_step_scaler", 1.5, "a whole number from 1"),
+        ("local_step_clipper", True, "a whole number from 1"),
+        ("bias_correction", 1, "true or false"),
+        ("scale", "l3", "'l1'"),
+        ("block_size", 12, "a positive multiple of 8"),
+        ("prescale", True, "scale: model"),
+        ("residual_bits", 4, "8, 16 or 32"),
+        ("momentum_mask", {"all.0": 1}, "{parameter name: tensor of its shape}"),
+        ("betas", (0.9, 1.0), r"two numbers in \[0, 1\)"),
+        ("eps", 0.0, "a number above 0"),
+        ("lr", -1.0, "a number of at least 0"),
+        ("max_norm", 0.0, "a number above 0"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value_and_range(option: str, value: Any, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=f"zero_one_adam: {option}: .*{wanted}"):
+        build("zero_one_adam", Parameters((3,)).named_parameters(), **{option: value})
