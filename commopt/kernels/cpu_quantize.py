@@ -1,6 +1,6 @@
 """The block quantisers on a CPU: numba, a slice of at most 2,048 elements at a time, through buffers that stay in the cache.
 
-Every loop is one that LLVM vectorises. There is no fast-math here: codes, scales and residuals equal the plain kernels' bit for
+Each loop does one thing, so that LLVM can vectorise it. No fast-math: codes, scales and residuals equal the plain kernels' bit for
 bit, so no product may melt into a fused multiply-add, and the largest magnitude is found among bit patterns, which are ordered
 as the magnitudes are, with inf and NaN above all others. All in one file: numba's cache would not notice that a function which a
 kernel calls in another file has changed.
