@@ -172,10 +172,9 @@ def chosen_pairs(labels: Sequence[str], tasks: Sequence[Task], entries: Sequence
     wanted = {label: None for entry in entries if entry.label in labels for label in (entry.parent, entry.label)}
     own = [entry for entry in entries if entry.label in wanted]
     own.sort(key=lambda entry: -len(entry.tasks))  # the long runs wait for these rates
-    names = {name for task in tasks for name in (task.name, task.rates_from)}
-    every = [task for task in (*tasks, *TASKS.values()) if task.name in names]
-    every = list({task.name: task for task in every}.values())
-    every.sort(key=lambda task: list(TASKS).index(task.name))
+    by_name = {task.rates_from: TASKS[task.rates_from] for task in tasks if task.rates_from}
+    by_name |= {task.name: task for task in tasks}
+    every = [by_name[name] for name in TASKS if name in by_name]
     return [(entry, task) for task in every for entry in own if task.name in entry.tasks]
 
 

@@ -88,9 +88,9 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "lamb": {"name": "lamb"},
 }
 PARENT_RATES: Mapping[str, Mapping[str, float]] = {
-    "adam": {"gpt": 2e-3, "digits": 4e-3},
+    "adam": {"gpt": 2e-3, "digits": 8e-3},
     "sgd": {"gpt": 0.2, "digits": 0.1},
-    "lion": {"gpt": 1e-3, "digits": 5e-4},
+    "lion": {"gpt": 5e-4, "digits": 2e-3},
     "lamb": {"gpt": 2e-2, "digits": 2e-2},
 }
 PLAIN_SGD = {"name": "sgd"}  # for methods that bring their own momentum

@@ -175,6 +175,12 @@ def test_a_label_brings_its_parent_and_a_long_run_the_task_of_its_rate(bench: Mo
     assert named == {(label, task) for label in ("sgd", "dgc_1pct") for task in ("gpt", "gpt_long")}
 
 
+def test_a_task_is_trained_as_the_command_line_has_changed_it(bench: ModuleType, cells: ModuleType) -> None:
+    shorter = [replace(cells.TASKS[name], steps=7, seeds=(1,)) for name in cells.SHORT]
+    pairs = bench.chosen_pairs(["adam"], shorter, cells.ENTRIES)
+    assert [(task.name, task.steps, task.seeds) for _, task in pairs] == [("gpt", 7, (1,)), ("digits", 7, (1,))]
+
+
 # ---- what is stored --------------------------------------------------------------------------------------------------
 
 
