@@ -48,7 +48,9 @@ class Compressed(Aggregator):
         check_option("residual_bits", residual_bits, lambda x: x in (8, 16, 32), "8, 16 or 32")
         check_option("residual_decay", residual_decay, lambda x: 0 < x <= 1, "a number above 0, at most 1")
         is_count = "a whole number from 1, or leave it out"
-        check_option("reset_every", reset_every or 1, lambda x: isinstance(x, int) and x >= 1, is_count)
+        check_option(
+            "reset_every", 1 if reset_every is None else reset_every, lambda x: isinstance(x, int) and x >= 1, is_count
+        )
         check_option("seed", seed, lambda x: isinstance(x, int), "a whole number")
         if not error_feedback and (residual_bits, residual_decay, reset_every) != (32, 1.0, None):
             raise ConfigError(
