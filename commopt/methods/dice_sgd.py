@@ -70,7 +70,12 @@ class DiceSGD(Aggregator):
         check_option("noise_multiplier", noise_multiplier, lambda x: 0 <= x < math.inf, "a number from 0")
         is_count = isinstance(samples_per_rank, int)
         check_option("samples_per_rank", samples_per_rank, lambda x: is_count and x >= 1, "a whole number from 1")
-        check_option("noise_seed", noise_seed or 0, lambda x: isinstance(x, int), "a whole number, or leave it out")
+        check_option(
+            "noise_seed",
+            0 if noise_seed is None else noise_seed,
+            lambda x: isinstance(x, int),
+            "a whole number, or leave it out",
+        )
         self.clip_norm, self.noise_multiplier = float(clip_norm), float(noise_multiplier)
         self.error_norm = self.clip_norm if error_norm is None else float(error_norm)
         self.samples_per_rank, self.noise_seed = samples_per_rank, noise_seed

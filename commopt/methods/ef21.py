@@ -64,7 +64,12 @@ class EF21(Compressed):
     ) -> None:
         check_option("eta", eta, lambda x: 0 < x <= 1, "a number above 0, at most 1")
         is_count = "a whole number from 1, or leave it out"
-        check_option("refresh_every", refresh_every or 1, lambda x: isinstance(x, int) and x >= 1, is_count)
+        check_option(
+            "refresh_every",
+            1 if refresh_every is None else refresh_every,
+            lambda x: isinstance(x, int) and x >= 1,
+            is_count,
+        )
         worker = make_compressor(compressor)
         self.server_compressor = None if server is None else make_compressor(server, "server")
         if self.server_compressor is not None:

@@ -1,0 +1,245 @@
+"""EF21 and EF21-SGDM against their equations in float64, and what keeps h the mean of all h_i."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from synthetic import gradients, simulate, spans
+from torch import Tensor, nn
+
+from commopt import build
+from commopt.bucket import Bucket
+from commopt.errors import AttachError, ConfigError
+from commopt.groups import Group, SimWorld
+from commopt.integrations import plain
+from commopt.methods import EF21
+
+F64 = NDArray[np.float64]
+SHAPES: list[tuple[int, ...]] = [(30, 21), (17,), (2049,)]
+TOP_K = {"compressor": "top_k", "density": 0.1, "value_bits": 32}
+
+
+def signs(c: F64) -> tuple[F64, F64]:
+    """|c|_1 / n sign(c) in blocks of 2048, and how clear each sign is."""
+    q, margin = np.empty_like(c), np.empty_like(c)
+    for span in spans(SHAPES):
+        for a in range(span.start, span.stop, 2048):
+            block = c[a : min(a + 2048, span.stop)]
+            scale = np.abs(block).mean()
+            q[a : a + len(block)] = np.where(block >= 0, scale, -scale)
+            margin[a : a + len(block)] = np.abs(block) / scale if scale else 0.0
+    return q, margin
+
+
+@pytest.mark.parametrize(("eta", "server"), [(1.0, None), (0.1, None), (0.1, "sign")])
+def test_every_step_is_the_papers_from_the_state_before_it(eta: float, server: str | None) -> None:
+    runs = simulate(4, SHAPES, 25, "ef21", eta=eta, server=server)
+    clear_enough = 0
+    for step in range(25):
+        before, after, g = [r[step] for r in runs], [r[step + 1] for r in runs], gradients(SHAPES, 4, step)
+        v = g if eta == 1 or step == 0 else (1 - eta) * np.stack([b["average"] for b in before]) + eta * g
+        known, w = np.stack([b["known"] for b in before]), before[0]["estimate"]
+        h = at_home([b["served"] for b in before]) if server else w
+        if step == 0:
+            known, h, w, clear = v, v.mean(0), v.mean(0), np.ones(len(w), dtype=bool)
+        else:
+            c, margin = (np.stack(x) for x in zip(*(signs(one) for one in v - known), strict=True))
+            known, h, clear = known + c, h + c.mean(0), (margin > 1e-4).all(0)
+            w, clear = (w + signs(h - w)[0], clear & (signs(h - w)[1] > 1e-4)) if server else (h, clear)
+        clear_enough += int(clear.sum())
+        for i, one in enumerate(after):
+            assert np.array_equal(one["estimate"], after[0]["estimate"])
+            np.testing.assert_allclose(one["estimate"][clear], w[clear], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(one["known"][clear], known[i][clear], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(one["average"], v[i] if eta < 1 else [], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(one["x"], before[i]["x"] - 0.05 * one["estimate"], rtol=1e-5, atol=1e-6)
+        if server:
+            np.testing.assert_allclose(at_home([a["served"] for a in after])[clear], h[clear], rtol=1e-4, atol=1e-5)
+    assert clear_enough > 0.99 * 25 * len(w)
+
+
+def at_home(served: list[F64]) -> F64:
+    """Block b, of 2048 elements of one parameter at most, is rank b mod N's."""
+    whole, rest, b = [], [list(one) for one in served], 0
+    for span in spans(SHAPES):
+        for a in range(span.start, span.stop, 2048):
+            n, owner = min(2048, span.stop - a), b % len(served)
+            whole += rest[owner][:n]
+            rest[owner], b = rest[owner][n:], b + 1
+    assert not any(rest)
+    return np.asarray(whole)
+
+
+@pytest.mark.parametrize("compressor", ["sign", TOP_K, "int8", {"compressor": "random_k", "density": 0.3}])
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_h_stays_the_mean_of_h_i_and_the_same_bits_on_all_ranks(compressor: Any, ranks: int) -> None:
+    options = {"compressor": compressor, "dense_1d": True, "refresh_every": 20}
+    last = [run[-1] for run in simulate(ranks, SHAPES, 30, "ef21", **options)]
+    assert all(np.array_equal(one["estimate"], last[0]["estimate"]) for one in last)
+    np.testing.assert_allclose(last[0]["estimate"], np.mean([one["known"] for one in last], 0), rtol=0, atol=2e-6)
+    assert all(not np.array_equal(one["known"], last[0]["estimate"]) for one in last)
+
+
+def distances(gradient: Tensor, first: Tensor, steps: int, **options: Any) -> list[tuple[float, float]]:
+    """(||h_i - g_i||^2, |h_i - g_i|_1) before each step with a constant gradient, after a first step with another one."""
+
+    def work(group: Group) -> list[tuple[float, float]]:
+        method = EF21(eta=1.0, **options)
+        method.bind([("x", gradient)], group)
+        method.exchange([Bucket.of([("x", first)])], group)
+        found = []
+        for _ in range(steps):
+            rest = (gradient * (group.rank + 1) - method.known).double()
+            found.append((float(rest.square().sum()), float(rest.abs().sum())))
+            method.exchange([Bucket.of([("x", gradient * (group.rank + 1))])], group)
+        return found
+
+    return SimWorld[Any](2).run(work)[1]
+
+
+def test_with_a_constant_gradient_h_i_comes_nearer_by_the_compressors_delta_in_every_step() -> None:
+    n = 1000
+    g, first = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    by_sign = distances(g, first, 30)
+    for (square, one_norm), (later, _) in zip(by_sign, by_sign[1:], strict=False):
+        assert later == pytest.approx(
+            (1 - one_norm**2 / n / square) * square, rel=1e-4
+        )  # delta = |c|_1^2 / (n ||c||^2)
+    by_top_k = distances(g, first, 30, compressor=TOP_K)
+    for (square, _), (later, _) in zip(by_top_k, by_top_k[1:], strict=False):
+        assert later <= (1 - 0.1) * square + 1e-9
+    assert by_top_k[10][0] < 1e-9 * by_top_k[0][0]  # ten steps of a tenth have sent everything
+
+
+def test_the_servers_w_comes_to_a_constant_mean_as_well() -> None:
+    def work(group: Group) -> Tensor:
+        method, g = (
+            EF21(compressor=TOP_K, server=TOP_K, eta=1.0),
+            torch.randn(500, generator=torch.Generator().manual_seed(3)),
+        )
+        method.bind([("x", g)], group)
+        for step in range(60):
+            bucket = Bucket.of([("x", g * (group.rank if step else 5.0))])
+            method.exchange([bucket], group)
+        return (bucket.flat - g).norm() / g.norm()
+
+    assert max(float(error) for error in SimWorld[Any](3).run(work)) < 1e-5
+
+
+@pytest.mark.parametrize("server", [None, "sign"])
+@pytest.mark.parametrize("bad_step", [0, 3])
+def test_a_void_message_moves_nobody(server: str | None, bad_step: int) -> None:
+    def work(group: Group) -> tuple[str | None, bool, bool]:
+        method = EF21(server=server)
+        method.bind([("a", torch.zeros(70, 9)), ("b", torch.zeros(11))], group)
+        for step in range(6):
+            generator = torch.Generator().manual_seed(10 * step + group.rank)
+            a, b = torch.randn(70, 9, generator=generator), torch.randn(11, generator=generator)
+            before = copy.deepcopy(method.comm_state())
+            if (step, group.rank) == (bad_step, 1):
+                b[3] = math.inf
+            bucket = Bucket.of([("a", a), ("b", b)])
+            method.exchange([bucket], group)
+            if step == bad_step:
+                void = bucket.void
+                same = all(
+                    torch.equal(x, method.comm_state()[part][key])  # type: ignore[index]
+                    for part, tensors in before.items()
+                    for key, x in tensors.items()
+                )
+        return void, same, bool(bucket.flat.isfinite().all())
+
+    assert SimWorld[Any](3).run(work) == [("b", True, True)] * 3
+
+
+@pytest.mark.parametrize("server", [None, "sign"])
+def test_after_a_change_of_world_size_h_is_the_mean_of_h_i_again(server: str | None) -> None:
+    def bound(group: Group) -> EF21:
+        method = EF21(server=server, eta=0.5)
+        method.bind([("a", torch.zeros(700, 9)), ("b", torch.zeros(11))], group)
+        return method
+
+    def leave(group: Group) -> Any:
+        method = bound(group)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(10 * step + group.rank)
+            x = torch.randn(6311, generator=generator)
+            method.exchange([Bucket.of([("a", x[:6300]), ("b", x[6300:])])], group)
+        return copy.deepcopy(method.comm_state())
+
+    states = SimWorld[Any](3).run(leave)
+
+    def join(group: Group) -> Any:
+        method = bound(group)
+        method.load_resharded(iter(states))
+        return method.comm_state()
+
+    new = SimWorld[Any](2).run(join)
+    old_mean, new_mean = (torch.stack([one["local"]["known"] for one in every]).mean(0) for every in (states, new))
+    torch.testing.assert_close(new_mean, old_mean, rtol=0, atol=1e-6)
+    assert all(torch.equal(one["shared"]["estimate"], states[0]["shared"]["estimate"]) for one in new)
+    averages = [torch.stack([one["local"]["average"] for one in every]).mean(0) for every in (states, new)]
+    torch.testing.assert_close(*averages, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_with_a_server_messages_go_there_and_back_once(ranks: int) -> None:
+    def work(group: Group) -> float:
+        method = EF21(server="int8")
+        method.bind([("x", torch.zeros(512, 512))], group)
+        noise = torch.Generator().manual_seed(group.rank)
+        sent = []
+        for _ in range(4):
+            sent.append(group.traffic.payload_bytes)
+            method.exchange([Bucket.of([("x", torch.randn(512, 512, generator=noise))])], group)
+        return float(group.traffic.payload_bytes - sent[1]) / 3 / 512**2
+
+    bytes_sent = SimWorld[Any](ranks).run(work)
+    formula = (ranks - 1) / ranks * (1 / 8 + 4 / 2048 + 1 + 4 / 2048)
+    assert sum(bytes_sent) / ranks == pytest.approx(formula, rel=0.02)
+    assert EF21(server="int8").bytes_per_parameter(ranks) == pytest.approx(formula, rel=0.02)
+
+
+def test_one_rank_is_uncompressed_sgd_or_sgd_with_momentum() -> None:
+    alone, dense = (
+        simulate(1, SHAPES, 8, name, **o)[0][-1]["x"] for name, o in (("ef21", {"eta": 1.0}), ("dense", {}))
+    )
+    assert np.array_equal(alone, dense)
+    x = simulate(1, SHAPES, 8, "ef21", eta=0.1)[0][-1]["x"]
+    v, expected = gradients(SHAPES, 1, 0)[0], simulate(1, SHAPES, 0, "ef21")[0][0]["x"]
+    for step in range(8):
+        v = v if step == 0 else 0.9 * v + 0.1 * gradients(SHAPES, 1, step)[0]
+        expected = expected - 0.05 * v
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_momentum_in_the_optimizer_too_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(AttachError, match="without momentum, or write eta: 1"):
+        plain.attach(model, build("ef21"), sgd)
+    plain.attach(model, build("ef21", eta=1.0), sgd)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"eta": 0.0}, ["eta", "0.0", "at most 1"]),
+        ({"compressor": "top-k"}, ["compressor", "top-k", "top_k"]),
+        ({"server": "sing"}, ["server", "sing", "sign"]),
+        ({"server": "threshold"}, ["server", "Threshold", "leave server out"]),
+        ({"compressor": "random_k", "server": "sign"}, ["server", "RandomK", "leave server out"]),
+        ({"server": "sign_l2"}, ["server", "TensorSign", "scale per block"]),
+        ({"refresh_every": 0}, ["refresh_every", "0", "from 1"]),
+    ],
+)
+def test_bad_options_are_refused_with_their_value_and_range(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build("ef21", **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
