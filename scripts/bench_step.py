@@ -442,8 +442,11 @@ def run(args: argparse.Namespace) -> None:
     methods = names("--methods", args.methods, all_methods())
     if args.methods is None and not args.table:  # one that has just been added does not keep the others from a sweep
         methods = makeable(methods)
-    cells = chosen_cells(clusters, models, methods, only)
     folder = args.results.resolve()
+    if args.methods is None:  # cells of names with codecs, as two_way(sign,int8), are drawn too
+        named = (file.stem.split("-", 2)[-1] for file in sorted(folder.glob("*-*-*(*).json")))
+        methods = list(dict.fromkeys([*methods, *named])) if args.table else methods
+    cells = chosen_cells(clusters, models, methods, only)
     try:
         if not args.table:
             sweep(cells, folder=folder, redo=args.redo, timeout_s=args.timeout)

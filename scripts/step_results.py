@@ -105,7 +105,9 @@ def table(results: Sequence[Result]) -> Table:
             made.add_row(name, Text("failed", "bold red"))
             continue
         judged = verdict(one, baseline)
-        said = "" if judged is None else f"<= {judged[0]:.1f} {'met' if judged[1] else 'missed'}"
+        said = (
+            "" if judged is None else f"<= {judged[0]:.1f} {'met' if judged[1] else 'missed'}{' ?' * is_disturbed(one)}"
+        )
         made.add_row(
             name,
             _text(one.get("step_s"), milliseconds) + ("~" if is_uneven(one) else ""),
@@ -151,7 +153,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
     disturbed = [one for one in results if is_disturbed(one)]
     if disturbed:
         most, who = max(one["others_cores"] for one in disturbed), ", ".join(one["name"] for one in disturbed)
-        lines.append(f"Not to be trusted, since other programs used up to {most:.1f} cores meanwhile: {who}")
+        lines.append(f"? Not to be trusted, since other programs used up to {most:.1f} cores meanwhile: {who}")
     return lines
 
 

@@ -128,6 +128,10 @@ def test_the_table_shows_each_cell_and_marks_the_peers(says: ModuleType, capsys:
     assert "All 4 ranks shared 2 cores" in text
 
 
+def test_a_verdict_on_a_disturbed_cell_is_in_doubt(says: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert row(drawn([cell(others_cores=0.7)], says, capsys), "ef_sign")[-3:] == ["1.2", "missed", "?"]
+
+
 def test_one_table_for_each_cluster_and_model(says: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     text = drawn([cell(), cell(cluster="unshaped"), cell(model="5m", parameters=4_900_000)], says, capsys)
     titles = [line.split(", GPT")[0].strip() for line in text.splitlines() if ", GPT" in line]
