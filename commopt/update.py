@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from commopt.aggregate import Aggregator, State
 from commopt.errors import AttachError, CheckpointError, ConfigError, check_option
 from commopt.groups.base import Group
 
+_log = logging.getLogger(__name__)
 _STABLE_RATIO = 0.96
 
 
@@ -180,7 +182,7 @@ class FrozenVariance(UpdateMethod):
         check_option(freeze_option, freeze_step, lambda x: x == "auto" or (isinstance(x, int) and x >= 1), whole)
         masks = "{parameter name: tensor of its shape}, in Python"
         check_option("momentum_mask", momentum_mask or {}, _is_masks, masks)
-        self.freeze_step = freeze_step
+        self.freeze_step, self._freeze_option = freeze_step, freeze_option
         self.momentum_mask = dict(momentum_mask or {})
         self.mask: Tensor | None = None  # (n,) bool, where momentum may be other than zero; None for everywhere
         self._variance_norms: deque[float] = deque()
@@ -215,7 +217,17 @@ class FrozenVariance(UpdateMethod):
             self._make_mask()
 
     def after_step(self) -> None:
-        if not self.is_frozen and self._is_settled():
+        if self.is_frozen:
+            return
+        is_rising = self._is_rate_rising()
+        if self._is_settled(is_rising):
+            if is_rising and self.rank == 0:
+                _log.warning(
+                    "%s: %s: %s is too early: the learning rate still rises, and the variance will not follow what comes",
+                    self.name,
+                    self._freeze_option,
+                    self.freeze_step,
+                )
             self.freeze()
 
     def freeze(self) -> None:
@@ -233,16 +245,21 @@ class FrozenVariance(UpdateMethod):
         """1 - b2^t of the variance's own bias, 1.0 where the method corrects none."""
         return 1.0
 
-    def _is_settled(self) -> bool:
+    def _is_rate_rising(self) -> bool:
+        group = self.param_groups[0]
+        rate = float(group["lr"])
+        is_rising = rate > group.get("last_lr", rate)
+        group["last_lr"] = rate
+        return is_rising
+
+    def _is_settled(self, is_rising: bool) -> bool:
         """Whether the warm-up ends after this step; the same on all ranks, since it reads only what they share."""
         if self.freeze_step != "auto":
             return self.applied_steps >= int(self.freeze_step)
         group = self.param_groups[0]
-        b2, rate = group["betas"][1], float(group["lr"])
+        b2 = group["betas"][1]
         norm = float(self.arena["variance"].sum(dtype=torch.float64)) / self.variance_correction(group)
         self._variance_norms.append(norm)
-        is_rising = rate > group.get("last_lr", rate)
-        group["last_lr"] = rate
         window = max(1, round(1 / (1 - b2)))
         if len(self._variance_norms) <= window:
             return False

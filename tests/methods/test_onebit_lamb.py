@@ -315,6 +315,29 @@ def test_a_resume_is_bitwise_with_coefficients_factors_and_fresh_variance(at: in
         assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("is_rising", [True, False])
+@pytest.mark.parametrize(("name", "option"), [("onebit_lamb", "freeze_step"), ("zero_one_adam", "var_freeze_step")])
+def test_a_freeze_while_the_learning_rate_rises_is_warned_of(
+    name: str, option: str, is_rising: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(group: Group) -> bool:
+        model = Parameters((40,))
+        options: dict[str, Any] = {option: 5}
+        method: Any = build(name, model.named_parameters(), **options)
+        plain.attach(model, method, group=group)
+        for step in range(7):
+            method.param_groups[0]["lr"] = 1e-3 * (1 + step if is_rising else 1)
+            model.set_gradients(group.rank, step)
+            method.step()
+        return bool(method.is_frozen)
+
+    assert SimWorld[bool](2).run(work) == [True, True]
+    warned = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" is too early")[0] for message in warned] == (
+        [f"{name}: {option}: 5"] if is_rising else []
+    )
+
+
 def test_a_users_mask_stops_the_momentum_after_the_freeze() -> None:
     mask = torch.ones(8, 5)
     mask[4:] = 0.0

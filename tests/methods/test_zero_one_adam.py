@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from pool import Pool, twin_of
+from rig import make_batch, make_model
 from sign_reference import F64, Parameters, SignExchange, arena, flat, gradients, server_at_home
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from commopt import build
 from commopt.errors import ConfigError
-from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.integrations import plain
+from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
+from commopt.integrations import ddp, plain
 
 B1, B2, EPS, DECAY = 0.9, 0.99, 1e-6, 0.02
 FREEZE, KAPPA, SCALER, CLIPPER, STEPS = 10, 3, 5, 4, 60
@@ -518,6 +522,46 @@ def test_auto_freezes_all_ranks_after_the_same_step() -> None:
         return [method.param_groups[0]["frozen_at"], method.local_interval]
 
     assert SimWorld[Any](3).run(work) == [[11, 16]] * 3  # a full window of 10 after the first
+
+
+def train_network(group: Group, model: nn.Module, method: Any, steps: int) -> tuple[F64, list[bool]]:
+    """The network's parameters, and in which steps this rank sent anything."""
+    inner, sends = getattr(model, "module", model), []
+    for step in range(steps):
+        x, y = make_batch(group.rank, step)
+        before = group.traffic.payload_bytes
+        method.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        method.step()
+        sends.append(group.traffic.payload_bytes > before)
+    return flat(list(inner.parameters())), sends
+
+
+def train_in_ddp(process_group: dist.ProcessGroup, steps: int, options: dict[str, Any]) -> tuple[F64, list[bool]]:
+    model = DistributedDataParallel(make_model(), process_group=process_group, bucket_cap_mb=0.002)
+    method: Any = build("zero_one_adam", model.module.named_parameters(), **given(**options))
+    attachment = ddp.attach(
+        model, method, group=TorchGroup(twin_of(process_group)), overlap=not method.needs_all_buckets
+    )
+    try:
+        return train_network(attachment.group, model, method, steps)
+    finally:
+        attachment.detach()
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "model", "prescale": True}])
+def test_ddp_is_plain_on_every_rank_and_sends_nothing_in_local_steps(pool: Pool, options: dict[str, Any]) -> None:
+    def work(group: Group) -> tuple[F64, list[bool]]:
+        model = make_model()
+        method: Any = build("zero_one_adam", model.named_parameters(), **given(**options))
+        plain.attach(model, method, group=group, find_unused_parameters=False)
+        return train_network(group, model, method, 27)
+
+    expected = SimWorld[Any](2).run(work)
+    for (x, sends), (y, others) in zip(pool.run(2, train_in_ddp, 27, options), expected, strict=True):
+        assert np.array_equal(x, y)
+        assert sends == others == [kind != "local" for kind in planned(27)]
+    assert not np.array_equal(expected[0][0], expected[1][0])  # in the middle of an interval
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
