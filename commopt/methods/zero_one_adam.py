@@ -44,6 +44,8 @@ class ZeroOneAdam(FrozenVariance):
     State: m, v, u, x', 4 bytes per parameter of worker residual and 4/N of server residual.
     Use it for long trainings on slow networks, where latency counts as well: most steps of phase B send nothing.
     Not for short trainings (its schedules are made for 100,000 steps), or where replicas must be equal after every step.
+    Coordinates that hardly ever get a gradient have a tiny v, and signs move them far, local steps farther; a larger eps, such
+    as 1e-5, holds them.
 
     var_freeze_step: the last step of phase A; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and the
         rate no longer rises; or None: phase A only.
