@@ -1,0 +1,120 @@
+"""LoCo against its equations in float64: nothing is lost by a moving average of errors, only sent later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from synthetic import gradients, simulate
+from torch import Tensor
+
+from commopt import build
+from commopt.bucket import Bucket
+from commopt.errors import ConfigError
+from commopt.groups import Group, SimWorld
+from commopt.methods import LoCo
+
+F64 = NDArray[np.float64]
+SHAPES: list[tuple[int, ...]] = [(30, 21), (17,), (256,)]
+BETA = 0.8
+
+
+def test_a_workers_error_is_a_moving_average_of_what_rounding_lost() -> None:
+    """Codes are random, so what was sent is read off: the error moves by (1 - beta) (g - q), and |p - q| is below one level."""
+    runs = simulate(4, SHAPES, 25, "loco", residual_bits=32, reset_every=None)
+    for step in range(25):
+        g = gradients(SHAPES, 4, step)
+        for i, run in enumerate(runs):
+            e, after = run[step]["worker_residual"], run[step + 1]["worker_residual"]
+            q = g[i] - (after - e) / (1 - BETA)  # what this rank sent, by the equation
+            p, starts = g[i] + e, [0, 256, 512, 630, 647]
+            for a, b in zip(starts, [*starts[1:], 903], strict=True):
+                scale = np.abs(p[a:b]).max() / 7
+                levels = q[a:b] / scale
+                np.testing.assert_allclose(levels, np.round(levels), rtol=0, atol=2e-4)  # it is a 4-bit code
+                assert np.abs(p[a:b] - q[a:b]).max() < scale * 1.001  # of a neighbour of p
+
+
+def run_constant(
+    beta: float, bits: int, steps: int, reset_every: int | None = None
+) -> tuple[Tensor, Tensor, list[Any]]:
+    """(n,) the sum of what was handed out, (n,) the mean gradient, and every rank's method."""
+    g = torch.randn(600, generator=torch.Generator().manual_seed(4))
+
+    def work(group: Group) -> tuple[Tensor, Any]:
+        method = LoCo(beta=beta, residual_bits=bits, reset_every=reset_every)
+        method.bind([("x", g)], group)
+        total = torch.zeros(600, dtype=torch.float64)
+        for _ in range(steps):
+            bucket = Bucket.of([("x", g * (group.rank + 1))])
+            method.exchange([bucket], group)
+            total += bucket.flat
+        return total, method
+
+    every = SimWorld[Any](3).run(work)
+    assert all(torch.equal(total, every[0][0]) for total, _ in every)
+    return every[0][0], 2.0 * g, [method for _, method in every]
+
+
+@pytest.mark.parametrize("beta", [0.0, BETA, 0.95])
+def test_what_was_sent_and_what_is_owed_add_up(beta: float) -> None:
+    steps = 60
+    total, mean, methods = run_constant(beta, 32, steps)
+    owed = torch.stack([method.worker.residual for method in methods]).mean(0).double()
+    for rank, method in enumerate(methods):
+        blocks = method.table.at_home(rank)
+        for home, part in zip(blocks.homes, torch.split(method.server.residual, blocks.lengths.tolist()), strict=True):
+            owed[home : home + len(part)] += part
+    torch.testing.assert_close(total + owed / (1 - beta), steps * mean.double(), rtol=1e-4, atol=1e-3)
+    assert float(owed.norm()) > 0
+
+
+def test_errors_in_eight_bits_leave_the_mean_where_it_is() -> None:
+    error = []
+    for bits in (32, 16, 8):
+        total, mean, _ = run_constant(BETA, bits, 150)
+        error.append(float((total / 150 - mean).norm() / mean.norm()))
+    assert max(error) < 0.02, error
+
+
+def test_errors_are_forgotten_every_so_many_steps() -> None:
+    """After 2 reset_every steps and one more, the state is that of one step from nothing."""
+    _, _, after_reset = run_constant(BETA, 32, 9, reset_every=8)
+    _, _, fresh = run_constant(BETA, 32, 1)
+    for one, other in zip(after_reset, fresh, strict=True):
+        largest = float((other.worker.residual).abs().max())
+        assert float(one.worker.residual.abs().max()) < 1.5 * largest  # one step's error and not an average of nine
+        before = run_constant(BETA, 32, 9)[2][one.rank].worker.residual
+        assert float(one.worker.residual.norm()) < 0.7 * float(before.norm())
+
+
+def test_state_takes_a_byte_per_parameter_and_one_shared_among_the_servers() -> None:
+    _, _, methods = run_constant(BETA, 8, 1)
+    for method in methods:
+        worker = sum(x.nbytes for x in method.worker.state("e").values())
+        assert worker == 600 + 4 * 3
+    assert sum(x.nbytes for method in methods for x in method.server.state("s").values()) == 600 + 4 * 3
+
+
+def test_one_rank_is_uncompressed_sgd() -> None:
+    alone, dense = (simulate(1, SHAPES, 5, name)[0][-1]["x"] for name in ("loco", "dense"))
+    assert np.array_equal(alone, dense)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"beta": 1.0}, ["beta", "1.0", "below 1"]),
+        ({"bits": 3}, ["bits", "3", "2, 4 or 8"]),
+        ({"block_size": 100}, ["block_size", "100", "8"]),
+        ({"residual_bits": 4}, ["residual_bits", "4", "8, 16 or 32"]),
+        ({"reset_every": 0}, ["reset_every", "0", "from 1"]),
+    ],
+)
+def test_bad_options_are_refused_with_their_value_and_range(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build("loco", **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
