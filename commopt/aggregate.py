@@ -135,6 +135,9 @@ class Aggregator(ABC):
         """Whether replicas hold the same parameters after the last step; false between the exchanges of local steps."""
         return True
 
+    def synchronise(self, group: Group) -> None:
+        """Make replicas equal now, where local steps have moved them apart; all ranks call it, between steps."""
+
     def bytes_per_parameter(self, ranks: int) -> float:
         """What one rank sends per parameter and step once `is_steady`, for large matrices; the formula, not a measurement."""
         raise NotImplementedError(f"{self.name} does not say what it sends")
