@@ -248,7 +248,7 @@ class FrozenVariance(UpdateMethod):
     def _is_rate_rising(self) -> bool:
         group = self.param_groups[0]
         rate = float(group["lr"])
-        is_rising = rate > group.get("last_lr", rate)
+        is_rising = rate > float(group.get("last_lr", rate))
         group["last_lr"] = rate
         return is_rising
 

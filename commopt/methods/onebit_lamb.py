@@ -32,9 +32,10 @@ class OnebitLamb(FrozenVariance):
         f = s max_j((sqrt(v_j) + eps) / (sqrt(w_j) + eps)) + 1 - s, in [factor_min, factor_max], and in [1 -+ factor_threshold] f_before
         x <- x - lr c' f d
     Differs from the paper: scale="l1" is the default, a scale per block, with which buckets overlap with backward; the paper's
-    form is scale="model" with prescale=true, and trained no better (a small network, scikit-learn's digits, 4 ranks). c' is the mean of its terms from the first on, where the paper's starts at 0; a tensor
-    without any has 1. Coordinates whose variance is zero at the freeze are masked, as in `onebit_adam`, and masked coordinates
-    have no say in f: one alone would hold it at 1 or above. One rank alone does not compress.
+    form is scale="model" with prescale=true, and trained no better (a small network, scikit-learn's digits, 4 ranks). c' is the
+    mean of its terms from the first on, where the paper's starts at 0; a tensor without any has 1. Coordinates whose variance is
+    zero at the freeze are masked, as in `onebit_adam`, and masked coordinates have no say in f: one alone would hold it at 1 or
+    above. One rank alone does not compress.
     Sends after the freeze 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step.
     State: m, v, w, 4 bytes per parameter of worker residual and 4/N of server residual.
     Use it for large batches, where LAMB's rate per layer is what makes them train.

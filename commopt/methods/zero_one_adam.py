@@ -15,7 +15,7 @@ from commopt.aggregate import Mean, State, check_alone, clip_joint_norm_, load_t
 from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
 from commopt.compressed import TwoWayMean, check_flag
-from commopt.errors import check_option
+from commopt.errors import GroupError, check_option
 from commopt.groups.base import Group
 from commopt.update import FrozenVariance
 
@@ -34,7 +34,8 @@ class ZeroOneAdam(FrozenVariance):
         m_i <- b1 m_i + (1 - b1) g_i;  x_i <- x_i - lr (m_i / (sqrt(v) + eps) + weight_decay x_i);  R <- R + lr
         u_i <- u_i + lr (m_i - u_i) / R, the mean of m_i since the last exchange, each as long as it was stepped along
         t divides by H: m = C(mean C(u_i));  x = x' - R m / (sqrt(v) + eps), decayed like x_i;  x' <- x;  R <- 0
-    Replicas are equal, bit for bit, after each exchange, and differ between them (`is_synchronised`).
+    Replicas are equal, bit for bit, after each exchange, and differ between them (`is_synchronised`); `synchronise(group)`
+    exchanges at once, before an evaluation or at the end.
     Differs from the code: what is exchanged is the mean momentum u and not R u, so that the residuals keep their unit and no rate
     divides, not even 0; weight decay stays out of u; the common point x' is kept and not computed back; coordinates without
     variance are masked in both phases; bias correction is on by default, as in torch.optim.Adam, with v's own count of updates.
@@ -204,10 +205,7 @@ class ZeroOneAdam(FrozenVariance):
 
     def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
         rate, kept, weight = self._step(state, group, state["step"])
-        root = state["variance"].sqrt()
-        if self.bias_correction and state["variance_step"]:
-            root /= math.sqrt(1 - group["betas"][1] ** state["variance_step"])
-        root += group["eps"]
+        root = self._root(state, group)
         total, all_kept = state["rate"] * kept + rate, state["kept"] * kept
         if self.is_local:
             if not state["local_steps"]:
@@ -219,6 +217,31 @@ class ZeroOneAdam(FrozenVariance):
             start = state["common"] if state["local_steps"] else p
             _move_(p, start, all_kept, state["momentum"], root, total)
             state |= {"local_steps": 0, "rate": 0.0, "kept": 1.0}
+
+    def _root(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+        """sqrt(v) + eps"""
+        root: Tensor = state["variance"].sqrt()
+        if self.bias_correction and state["variance_step"]:
+            root /= math.sqrt(1 - group["betas"][1] ** state["variance_step"])
+        return root.add_(group["eps"])
+
+    @torch.no_grad()
+    def synchronise(self, group: Group) -> None:
+        apart = [name for name, p in self.parameters.items() if self.state[p]["local_steps"]]
+        if not apart:
+            return
+        bucket = Bucket.of([(name, self.part("mean_momentum", name)) for name in apart], "local steps")
+        group.traffic.bucket = bucket.label
+        self._two_way.aggregate(bucket, group)
+        if bucket.void is not None:
+            raise GroupError(f"{bucket.void}: the momentum of its local steps has overflown; replicas stay apart")
+        for name, x in bucket.views():
+            p, options = self.parameters[name], self.options(name)
+            state = self.state[p]
+            self.part("momentum", name).copy_(self.masked_(x, name))
+            _move_(p, state["common"], state["kept"], state["momentum"], self._root(state, options), state["rate"])
+            state |= {"local_steps": 0, "rate": 0.0, "kept": 1.0}
+        self.exchanges[[self.index.position[name] for name in apart]] += 1
 
     def after_step(self) -> None:
         if not self.is_frozen and self.applied_steps % self.variance_interval == 0:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool, twin_of
-from rig import make_batch, make_model
+from rig import loss_of, make_batch, make_model
 from sign_reference import F64, Parameters, SignExchange, arena, flat, gradients, server_at_home
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -312,6 +312,42 @@ def test_another_number_of_ranks_goes_on_from_the_mean_of_the_local_steps() -> N
     assert np.array_equal(results[0][1], results[1][1])
 
 
+def test_replicas_are_made_equal_at_any_time_and_train_on() -> None:
+    def work(group: Group) -> Any:
+        model = Parameters((40, 30), (7,), (0,), (9,))
+        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given())
+        plain.attach(model, method, group=group)
+        seen = []
+        for step in range(40):
+            model.set_gradients(group.rank, step)
+            method.step()
+            if step in (24, 25, 27):  # after 1 local step, 1 more, and an exchange
+                before = flat(list(model.all)), group.traffic.payload_bytes
+                sums = {key: arena(method, key).copy() for key in ("common", "mean_momentum", "variance")}
+                rate, kept = (method.state[model.all[0]][key] for key in ("rate", "kept"))
+                method.synchronise(group)
+                sent = group.traffic.payload_bytes - before[1]
+                seen.append(
+                    (before[0], flat(list(model.all)), sent, sums, rate, kept, arena(method, "momentum").copy())
+                )
+                assert method.is_synchronised
+        return seen, flat(list(model.all)), method.is_synchronised, method.state[model.all[0]]["variance_step"]
+
+    results = SimWorld[Any](3).run(work)
+    for k in range(3):
+        rows = [seen[k] for seen, *_ in results]
+        for before, after, sent, sums, rate, kept, m in rows:
+            assert np.array_equal(after, rows[0][1])
+            assert (sent == 0) == np.array_equal(before, after) == (k == 2)
+            if k < 2:
+                assert 0.009 < rate < 0.011
+                root = np.sqrt(sums["variance"] / (1 - B2 ** results[0][3])) + EPS
+                np.testing.assert_allclose(after, kept * sums["common"] - rate * m / root, rtol=1e-5, atol=1e-6)
+                mean = np.mean([row[3]["mean_momentum"] for row in rows], axis=0)
+                assert float((m * mean).sum()) / np.linalg.norm(m) / np.linalg.norm(mean) > 0.3
+    assert all(done and np.array_equal(x, results[0][1]) for _, x, done, _ in results)
+
+
 def trained_with_nan(nan_at: int, bad_rank: int, steps: int, **options: Any) -> list[Any]:
     """[rank] (what was void, parameters and sums before and after the step with the NaN, parameters at the end)"""
 
@@ -531,7 +567,7 @@ def train_network(group: Group, model: nn.Module, method: Any, steps: int) -> tu
         x, y = make_batch(group.rank, step)
         before = group.traffic.payload_bytes
         method.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
+        loss_of(model(x), y).backward()
         method.step()
         sends.append(group.traffic.payload_bytes > before)
     return flat(list(inner.parameters())), sends
