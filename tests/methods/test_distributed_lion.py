@@ -294,7 +294,9 @@ def train_on(made: tuple[EarlyBias, nn.Module, Any], first: int, last: int) -> N
 
 
 def of_early(method: Any) -> list[Tensor]:
-    return [method.parameters["early"].detach().clone(), *(x.clone() for x in method.state_views("early"))]
+    k = method.index.position["early"]
+    views = method.parameters["early"].detach(), method.part("momentum", "early"), method.exchanges[k]
+    return [x.clone() for x in views]
 
 
 def resumed(pg: Any, folder: str, wrapper: str, vote: str) -> tuple[bool, Tensor]:
