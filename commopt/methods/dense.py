@@ -10,7 +10,14 @@ from commopt.aggregate import Mean
 class Dense(Mean):
     """Average gradients in their own dtype by a ring all-reduce: what DDP does, counted and paced like every other method.
 
-    Sends 2(N-1)/N x 4 bytes per float32 parameter and step. State: none.
+    PyTorch's DistributedDataParallel, Li et al. 2020, arXiv:2006.15704; the ring: Patarasuk and Yuan 2009.
+        y = mean g_i
+    Sends 2(N-1)/N x 4 bytes per float32 parameter and step.
+    State: none.
+    Use it as the baseline, and wherever the link is not what a step waits for.
+    Not for links on which gradients take longer than the arithmetic.
+
+    max_norm: clip the mean gradient to this global L2 norm. grad_scaler: the `torch.amp.GradScaler` of the loss, if there is one.
     """
 
     name = "dense"

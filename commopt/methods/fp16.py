@@ -15,8 +15,15 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class FP16(Mean):
     """Average gradients by a ring all-reduce in half precision: divide by N, cast, sum, cast back.
 
-    As PyTorch's fp16_compress_hook, which is refused for bfloat16 off CUDA; this is not. A gradient beyond the
-    dtype's range voids its bucket in that step. Sends 2(N-1)/N x 2 bytes per parameter and step. State: none.
+    As PyTorch's fp16_compress_hook, whose bfloat16 form is refused off CUDA; this one is not:
+        y = cast(sum of cast(g_i / N))
+    A gradient beyond the dtype's range voids its bucket in that step.
+    Sends 2(N-1)/N x 2 bytes per parameter and step.
+    State: none.
+    Use it first: it halves the bytes, and the loss does not notice.
+    Not for more than a factor of two, nor in float16 for gradients below 6e-8, which become zero; bfloat16 keeps those.
+
+    dtype: "float16" or "bfloat16".
     """
 
     name = "fp16"

@@ -28,8 +28,10 @@ class OnebitAdam(FrozenVariance):
     Differs from the paper's code: bias correction is on by default, as in torch.optim.Adam; at the freeze v keeps the
     correction that it has, and m's goes on, so that no step jumps. Coordinates whose variance is zero at the freeze, which a sign
     would move by lr * scale / eps, are masked: their momentum stays zero. One rank alone does not compress.
-    Sends after the freeze 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step.
-    State: m, v, 4 bytes per parameter of worker residual and 4/N of server residual.
+    Sends 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step after the freeze, and as `dense` before it.
+    State: 12 + 4/N bytes per parameter: m, v, the worker's and the server's residual.
+    Use it in place of Adam on slow links: 1 bit per element each way, and Adam's loss once the variance has settled.
+    Not for short fine-tuning runs, whose warm-up would be most of the run; `zero_one_adam` needs none.
 
     freeze_step: the last step with the exact mean, best 15 to 25 % of all and not before the learning rate's own
         warm-up ends; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and the rate no longer rises.

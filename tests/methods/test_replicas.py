@@ -1,0 +1,54 @@
+"""Every method over real messages: replicas stay equal, bit for bit, whatever the buckets and their order."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool, twin_of
+from presets import PRESETS, Preset
+from rig import loss_of, make_batch, make_model
+from torch.nn.parallel import DistributedDataParallel
+
+from commopt.groups import TorchGroup
+from commopt.integrations import ddp
+
+STEPS, EVERY = 200, 50
+
+
+def train(process_group: dist.ProcessGroup, preset: Preset) -> tuple[list[str | None], float, float]:
+    """Parameters' hashes every 50 steps (None where local steps have let ranks drift apart), and the first and last losses."""
+    model = DistributedDataParallel(make_model(), process_group=process_group, bucket_cap_mb=0.003)
+    method: Any = preset.method(model.module)
+    optimizer = method if isinstance(method, torch.optim.Optimizer) else preset.optimizer(model.module)
+    group = TorchGroup(twin_of(process_group))
+    given = None if optimizer is method else optimizer
+    attachment = ddp.attach(model, method, given, group, overlap=not method.needs_all_buckets)
+    hashes: list[str | None] = []
+    losses = []
+    for step in range(STEPS):
+        loss = loss_of(model(make_batch(group.rank, step % 8)[0]), make_batch(group.rank, step % 8)[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % EVERY == 0:
+            flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+            digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+            hashes.append(digest if method.is_synchronised else None)
+    attachment.detach()
+    assert not attachment.voided
+    return hashes, sum(losses[:8]), sum(losses[-8:])
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_replicas_stay_equal_over_200_steps(pool: Pool, preset: Preset) -> None:
+    ranks = pool.run(3, train, preset)
+    first, *others = [hashes for hashes, _, _ in ranks]
+    assert all(hashes == first for hashes in others)
+    seen = [one for one in first if one is not None]
+    assert len(seen) == len(set(seen)) >= 1  # and they moved on
+    assert sum(end for _, _, end in ranks) < sum(start for _, start, _ in ranks)
