@@ -42,7 +42,8 @@ class Page:
     """What a method's docstring says, by part."""
 
     summary: str
-    prose: list[str] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     equations: list[str] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
@@ -62,7 +63,7 @@ def read_docstring(method: type) -> Page:
         elif current:
             page.facts[current] = f"{page.facts.get(current, '')} {line.strip()}".strip()
         else:
-            page.prose.append(line)
+            (page.remarks if page.equations else page.source).append(line)
     for line in options.splitlines():
         if line.startswith("    ") and page.options:
             page.options[-1] += " " + line.strip()
@@ -130,7 +131,7 @@ def render() -> str:
     for name, (kind, _) in COMPRESSORS.items():
         codec = make_compressor(name)
         cost = "varies" if codec.is_ragged else significant(codec.bytes_per_element(4))
-        summary = " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+        summary = " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split()).replace("|", "\\|")
         lines.append(f"| `{name}` | {cost} | {summary} |")
     for name, page in pages.items():
         lines += ["", f"## {name}", "", page.summary, ""]
@@ -144,8 +145,9 @@ def render() -> str:
             page.facts["state"],
             "",
         ]
-        lines += [linked(" ".join(line.strip() for line in page.prose)), ""] if page.prose else []
+        lines += [linked(" ".join(page.source)), ""] if page.source else []
         lines += ["```text", *page.equations, "```", ""] if page.equations else []
+        lines += [linked(" ".join(page.remarks)), ""] if page.remarks else []
         lines += ["Options and defaults: " + ", ".join(f"`{option}`" for option in options_of(METHODS[name])), ""]
         lines += [
             f"- {linked(re.sub(r'^([^:]+):', lambda m: marked(m[1]), option, count=1))}" for option in page.options
