@@ -15,7 +15,7 @@ gpt_long  the same GPT on 8 ranks for 3,000 steps, for the methods that need lon
 Each method and each parent tries three learning rates a factor of 2 apart with the first seed, and up to two more where the
 best one lies at the edge; at the best one it then trains with the other seeds. The long runs take the best rate of `gpt`.
 The loss is that of the same held-out windows for all. "worse by" is the loss over the parent's of the same seed, mean and
-standard deviation over seeds; on digits too, where 1 % of the loss is some 0.005. A cell is stored in
+standard deviation over seeds; 1 % of the loss on digits is some 0.006. A cell is stored in
 scripts/results/convergence/ with its settings, and trained again only if those have changed.
 """
 

@@ -47,10 +47,10 @@ TASKS = {
     task.name: task
     for task in (
         Task(
-            "gpt_long", "gpt", {**GPT, "batch": 2}, steps=3000, step_ms=60, ranks=8, seeds=SEEDS[:1], rates_from="gpt"
+            "gpt_long", "gpt", {**GPT, "batch": 2}, steps=3000, step_ms=70, ranks=8, seeds=SEEDS[:1], rates_from="gpt"
         ),
-        Task("gpt", "gpt", {**GPT, "batch": 4}, steps=500, step_ms=40),
-        Task("digits", "digits", {"width": 128, "batch": 32, "noise": 0.5}, steps=500, step_ms=9),
+        Task("gpt", "gpt", {**GPT, "batch": 4}, steps=600, step_ms=45),
+        Task("digits", "digits", {"width": 128, "batch": 32, "noise": 0.5}, steps=500, step_ms=5),
     )
 }
 SHORT = ("gpt", "digits")
@@ -130,15 +130,15 @@ ENTRIES = (
     # LAMB
     Entry("onebit_lamb", "onebit_lamb", "lamb", {"freeze_step": WARMUP}, targets=within(1)),
     # SGD with momentum
-    Entry("ef_sign", "ef_sign", "sgd"),
+    Entry("ef_sign", "ef_sign", "sgd", rates={"gpt": 0.05, "digits": 0.05}),
     Entry("top_k_1pct", "top_k", "sgd", {"density": 0.01}),
-    Entry("random_k_1pct", "random_k", "sgd", {"density": 0.01}),
+    Entry("random_k_1pct", "random_k", "sgd", {"density": 0.01}, rates={"gpt": 0.1, "digits": 0.05}),
     Entry(
         "ef21_top_k_1pct",
         "ef21",
         "sgd",
         {"compressor": {"compressor": "top_k", "density": 0.01}},
-        rates={"gpt": 2.0, "digits": 1.0},
+        rates={"gpt": 0.5, "digits": 0.5},
         optimizer=PLAIN_SGD,
     ),
     Entry(
@@ -287,11 +287,13 @@ class Protocol:
                 rates.append(best * FACTOR)
         return [Cell(task, entry, rate, task.seeds[0]) for rate in rates]
 
+    def choosing(self, entry: Entry, task: Task, find: Find) -> list[Cell]:
+        """`tried` on the task that chooses the rate."""
+        return self.tried(entry, task if task.rates_from is None else TASKS[task.rates_from], find)
+
     def best_rate(self, entry: Entry, task: Task, find: Find) -> float | None:
         """None as long as it is not known, and where nothing converges."""
-        if task.rates_from is not None:
-            return self.best_rate(entry, TASKS[task.rates_from], find)
-        cells = self.tried(entry, task, find)
+        cells = self.choosing(entry, task, find)
         if any(find(cell) is None for cell in cells):
             return None
         best = min(cells, key=lambda cell: loss_of(find(cell)))
@@ -299,7 +301,7 @@ class Protocol:
 
     def is_at_edge(self, entry: Entry, task: Task, find: Find) -> bool:
         """Whether a rate beyond those tried might have been better still."""
-        tried = [cell.rate for cell in self.tried(entry, TASKS[task.rates_from or task.name], find)]
+        tried = [cell.rate for cell in self.choosing(entry, task, find)]
         return len(tried) > 1 and self.best_rate(entry, task, find) in (tried[0], tried[-1])
 
     def wanted(self, entry: Entry, task: Task, find: Find) -> list[Cell]:
@@ -313,8 +315,7 @@ class Protocol:
 
     def remaining(self, entry: Entry, task: Task, find: Find) -> int:
         """How many cells are still to be trained, if no grid has to be extended further."""
-        tried = self.tried(entry, TASKS[task.rates_from] if task.rates_from else task, find)
-        missing = sum(find(cell) is None for cell in tried)
+        missing = sum(find(cell) is None for cell in self.choosing(entry, task, find))
         if not missing:
             return len(self.wanted(entry, task, find))
         return len(task.seeds) if task.rates_from else missing + len(task.seeds) - 1

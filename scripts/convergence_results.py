@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,14 @@ def row_of(entry: Entry, task: Task, protocol: Protocol, find: Find) -> Row | No
     """None as long as the best rate is not known, or nothing is there of it."""
     rate = protocol.best_rate(entry, task, find)
     if rate is None:
-        tried = [find(cell) for cell in protocol.tried(entry, TASKS[task.rates_from or task.name], find)]
-        return None if None in tried else Row(entry, task, None)
+        tried = [find(cell) for cell in protocol.choosing(entry, task, find)]
+        if task.rates_from is not None or None in tried:
+            return None
+        results = [result for result in tried if result is not None]
+        return replace(Row(entry, task, None), **measured(results))
     parent = BY_LABEL[entry.parent]
     parent_rate = protocol.best_rate(parent, task, find)
-    losses, worse_by, results = {}, [], []
+    losses, worse_by, results = {}, [], list[Mapping[str, Any]]()
     for seed in task.seeds:
         if (result := find(Cell(task, entry, rate, seed))) is None:
             continue
@@ -93,20 +96,21 @@ def row_of(entry: Entry, task: Task, protocol: Protocol, find: Find) -> Row | No
             worse_by.append(100 * (losses[seed] / loss_of(other) - 1))
     if not results:
         return None
+    is_at_edge = protocol.is_at_edge(entry, task, find)
+    row = Row(entry, task, rate, is_at_edge, losses, tuple(worse_by))
+    return replace(row, **measured(results))
+
+
+def measured(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a row says of its cells beside their losses."""
     steady = [result["steady_bytes"] for result in results]
-    return Row(
-        entry,
-        task,
-        rate,
-        is_at_edge=protocol.is_at_edge(entry, task, find),
-        losses=losses,
-        worse_by=tuple(worse_by),
-        parameters=results[0]["parameters"],
-        steady_bytes=None if None in steady else statistics.fmean(steady),
-        mean_bytes=statistics.fmean(result["mean_bytes"] for result in results),
-        void_steps=sum(result["void_steps"] for result in results),
-        has_drifted=any(result["replicas_are_equal"] is False for result in results),
-    )
+    return {
+        "parameters": results[0]["parameters"],
+        "steady_bytes": None if None in steady else statistics.fmean(steady),
+        "mean_bytes": statistics.fmean(result["mean_bytes"] for result in results),
+        "void_steps": sum(result["void_steps"] for result in results),
+        "has_drifted": any(result["replicas_are_equal"] is False for result in results),
+    }
 
 
 def number(value: float | None, form: str) -> str:
@@ -263,7 +267,7 @@ def document(rows: Sequence[Row], notices: Sequence[str]) -> dict[str, Any]:
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
 COLOURS = {"adam": "#1f6fb4", "sgd": "#c2571a", "lion": "#2b8a3e", "lamb": "#7a4fb5"}
-OFF_THE_SCALE = 30.0  # percent worse than the parent: such marks lie at the upper edge
+OFF_THE_SCALE = 15.0  # percent worse than the parent: such marks lie at the upper edge
 
 
 def draw_figure(rows: Sequence[Row], file: Path) -> None:
@@ -323,6 +327,7 @@ def label_marks(ax: Axes, texts: Sequence[tuple[float, float, str, str]]) -> Non
     points = ax.figure.dpi / 72
     for x, y, said, colour in texts:
         note = ax.annotate(said, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center")
+        note.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5})
         size = note.get_window_extent()
         anchor_x, anchor_y = ax.transData.transform((x, y))
         width, height = size.width / points, size.height / points

@@ -60,14 +60,14 @@ def result(loss: float | None, nbytes: float = 0.2) -> dict[str, Any]:
 
 
 class Shelf:
-    """Results by (task, label, rate in units of the grid's middle, seed), and a `find` that reads them."""
+    """Results by task, steps, label, rate in units of the grid's middle, and seed; and a `find` that reads them."""
 
     def __init__(self, protocol: Any) -> None:
-        self.protocol, self.found = protocol, dict[tuple[str, str, float, int], dict[str, Any]]()
+        self.protocol, self.found = protocol, dict[Any, dict[str, Any]]()
 
-    def key(self, cell: Any) -> tuple[str, str, float, int]:
+    def key(self, cell: Any) -> tuple[str, int, str, float, int]:
         middle = self.protocol.middle(cell.entry, cell.task) if cell.task.rates_from is None else 1.0
-        return cell.task.name, cell.entry.label, cell.rate / middle, cell.seed
+        return cell.task.name, cell.task.steps, cell.entry.label, cell.rate / middle, cell.seed
 
     def find(self, cell: Any) -> dict[str, Any] | None:
         return self.found.get(self.key(cell))
@@ -77,7 +77,7 @@ class Shelf:
         order = []
         while wanted := self.protocol.wanted(entry, task, self.find):
             for cell in wanted:
-                rate, seed = self.key(cell)[2:]
+                rate, seed = self.key(cell)[3:]
                 self.found[self.key(cell)] = result(loss(rate, seed))
                 order.append((rate, seed))
         return order
@@ -165,7 +165,7 @@ def test_remaining_counts_down_to_zero(cells: ModuleType) -> None:
     shelf, counts = Shelf(cells.Protocol()), []
     while wanted := shelf.protocol.wanted(adam, task, shelf.find):
         counts.append(shelf.protocol.remaining(adam, task, shelf.find))
-        shelf.found[shelf.key(wanted[0])] = result(bowl(1.0)(*shelf.key(wanted[0])[2:]))
+        shelf.found[shelf.key(wanted[0])] = result(bowl(1.0)(*shelf.key(wanted[0])[3:]))
     assert counts == [5, 4, 3, 2, 1]
 
 
@@ -301,9 +301,20 @@ def test_a_method_that_diverges_everywhere_misses_its_target(cells: ModuleType, 
     assert says.row_of(method, task, shelf.protocol, shelf.find) is None
     shelf.train(method, task, lambda rate, seed: None)
     row = says.row_of(method, task, shelf.protocol, shelf.find)
-    assert (row.loss, row.is_met) == (None, False)
+    assert (row.loss, row.is_met, row.mean_bytes) == (None, False, 0.4)
     assert "diverged" in says.words_of(row)
     assert json.dumps(says.document([row], []), allow_nan=False)
+
+
+def test_a_quick_look_says_what_diverged_at_its_only_rate(cells: ModuleType, says: ModuleType) -> None:
+    task = replace(cells.TASKS["gpt"], steps=7, seeds=(1,))
+    shelf = Shelf(cells.Protocol(grid=(1.0,), extensions=0))
+    adam, method = cells.BY_LABEL["adam"], cells.BY_LABEL["onebit_adam"]
+    assert shelf.train(adam, task, bowl(1.0)) == [(1.0, 1)]
+    assert shelf.train(method, task, lambda rate, seed: None) == [(1.0, 1)]
+    made = [says.row_of(entry, task, shelf.protocol, shelf.find) for entry in (adam, method)]
+    assert [row.loss for row in made] == [pytest.approx(2.01), None]
+    assert "-" not in says.words_of(made[1])[6:8]  # bytes and ratio are known all the same
 
 
 def test_the_figure_is_drawn_with_a_method_off_its_scale(cells: ModuleType, says: ModuleType, tmp_path: Path) -> None:
