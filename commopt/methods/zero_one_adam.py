@@ -35,7 +35,7 @@ class ZeroOneAdam(FrozenVariance):
         u_i <- u_i + lr (m_i - u_i) / R, the mean of m_i since the last exchange, each as long as it was stepped along
         t divides by H: m = C(mean C(u_i));  x = x' - R m / (sqrt(v) + eps), decayed like x_i;  x' <- x;  R <- 0
     Replicas are equal, bit for bit, after each exchange, and differ between them (`is_synchronised`); `synchronise(group)`
-    exchanges at once, before an evaluation or at the end.
+    exchanges at once: before an evaluation, at the end, and before a checkpoint whose model is used alone.
     Differs from the code: what is exchanged is the mean momentum u and not R u, so that the residuals keep their unit and no rate
     divides, not even 0; weight decay stays out of u; the common point x' is kept and not computed back; coordinates without
     variance are masked in both phases; bias correction is on by default, as in torch.optim.Adam, with v's own count of updates.

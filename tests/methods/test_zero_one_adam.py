@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sign_reference import F64, Parameters, SignExchange, arena, flat, gradients
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import build, checkpoint
 from commopt.errors import ConfigError
 from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
 from commopt.integrations import ddp, plain
@@ -598,6 +599,70 @@ def test_ddp_is_plain_on_every_rank_and_sends_nothing_in_local_steps(pool: Pool,
         assert np.array_equal(x, y)
         assert sends == others == [kind != "local" for kind in planned(27)]
     assert not np.array_equal(expected[0][0], expected[1][0])  # in the middle of an interval
+
+
+def train_scaled(process_group: dist.ProcessGroup, bad_steps: list[int]) -> tuple[F64, int, list[float], list[int]]:
+    """32 steps with a GradScaler, where rank 1's loss overflows in some."""
+    model = DistributedDataParallel(make_model(), process_group=process_group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+    method: Any = build("zero_one_adam", model.module.named_parameters(), lr=0.01, grad_scaler=scaler, **given())
+    attachment = ddp.attach(model, method, group=TorchGroup(twin_of(process_group)))
+    rank, scales = dist.get_rank(process_group), []
+    for step in range(32):
+        x, y = make_batch(rank, step)
+        loss = loss_of(model(x), y) * (math.inf if rank == 1 and step in bad_steps else 1.0)
+        method.zero_grad()
+        scaled: Any = scaler.scale(loss)
+        scaled.backward()
+        scaler.step(method)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert attachment.replicas_are_equal() == method.is_synchronised
+    attachment.detach()
+    return flat(list(model.module.parameters())), method.applied_steps, scales, [step for step, _ in attachment.voided]
+
+
+def test_with_a_grad_scaler_an_overflow_on_one_rank_leaves_all_ranks_in_step(pool: Pool) -> None:
+    """In a local step nobody else knows of it; at an exchange all ranks skip the step, lower the scale, and take it again."""
+    assert planned(28)[25:] == ["local", "local", "sync"]
+    for bad_steps, applied, last_scale in (([26], 32, 8.0), ([25, 26, 27], 31, 4.0)):
+        results = pool.run(2, train_scaled, bad_steps)
+        for rank, (x, steps, scales, voided) in enumerate(results):
+            assert np.isfinite(x).all()
+            assert steps == applied
+            assert scales[-1] == last_scale
+            assert voided == [step for step in bad_steps if rank == 1 or step == 27]
+
+
+def train_over_a_checkpoint(process_group: dist.ProcessGroup, folder: str, at: int | None) -> F64:
+    """40 steps; at step `at` another model and method go on from a checkpoint."""
+
+    def make() -> tuple[nn.Module, Any, Any]:
+        model = make_model()
+        method = build("zero_one_adam", model.named_parameters(), lr=0.01, **given())
+        return model, method, plain.attach(model, method, group=TorchGroup(process_group))
+
+    model, method, attachment = make()
+    for step in range(40):
+        if step == at:
+            checkpoint.save(folder, attachment)
+            attachment.detach()
+            model, method, attachment = make()
+            checkpoint.load(folder, attachment)
+        x, y = make_batch(dist.get_rank(process_group), step)
+        method.zero_grad()
+        loss_of(model(x), y).backward()
+        method.step()
+    assert attachment.replicas_are_equal()
+    return flat(list(model.parameters()))
+
+
+def test_a_checkpoint_between_two_exchanges_is_bitwise(pool: Pool, tmp_path: Path) -> None:
+    whole = pool.run(2, train_over_a_checkpoint, str(tmp_path / "unused"), None)
+    resumed = pool.run(2, train_over_a_checkpoint, str(tmp_path / "checkpoint"), 26)
+    assert planned(40)[25] == "local"
+    assert planned(40)[-1] == "sync"
+    assert all(np.array_equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
