@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt import noise
+from commopt import kernels, noise
 from commopt.aggregate import Aggregator, State, first_bad, is_finite, load_tensor
 from commopt.bucket import Blocks, BlockTable, Bucket
 from commopt.compress.base import equal_blocks
@@ -57,7 +56,7 @@ class SignVote(Aggregator):
         if group.size > _MOST_RANKS and not self.is_majority:
             raise AttachError(f"vote: 'average' counts up to {_MOST_RANKS} ranks, not {group.size}; write 'majority'")
         device = named_parameters[0][1].device
-        _warm_up(device)
+        kernels.warm_up(device)  # now, and not in the first step
         self._table = BlockTable.cut(self.index, group.size, lambda n, _: equal_blocks(n, _BLOCK), shared_scale=False)
         self._cut: dict[Any, tuple[Blocks, ...]] = {}
         self._width = 1 if self.is_majority else group.size.bit_length()  # bits of an answer
@@ -151,10 +150,3 @@ def _kernels_of(device: torch.device) -> ModuleType:
     from commopt.kernels import reference_votes
 
     return reference_votes
-
-
-@cache
-def _warm_up(device: torch.device) -> None:
-    """Compile now, and not in the first step."""
-    if device.type == "cpu":
-        _kernels_of(device).warm_up()

@@ -29,7 +29,7 @@ def warm_up(device: torch.device = _CPU) -> None:
     import numpy as np
 
     from commopt.bucket import Blocks
-    from commopt.kernels import cpu_indices, cpu_quantize, cpu_select
+    from commopt.kernels import cpu_indices, cpu_quantize, cpu_select, cpu_votes
 
     one = np.zeros(1, dtype=np.int64)
     blocks = Blocks(one, one, one + 8, one, one)
@@ -40,5 +40,5 @@ def warm_up(device: torch.device = _CPU) -> None:
     kernels.compress_signs_(x, residual, blocks, scales, bits, squared=False)
     kernels.pack_signs_(x, residual, blocks, scales, bits)
     kernels.unpack_signs_(bits, scales, blocks, x, alpha=1.0, add=True)
-    for module in (cpu_indices, cpu_quantize, cpu_select):
+    for module in (cpu_indices, cpu_quantize, cpu_select, cpu_votes):
         module.warm_up()
