@@ -26,6 +26,7 @@ class Aggregator(ABC):
 
     name = "aggregator"
     positional: ClassVar[tuple[str, ...]] = ()  # the options that `name(a, b)` in a configuration stands for
+    warmup_option = "freeze_step"  # what a message about a warm-up that is too long says to lower
     needs_float32 = True
     is_linear = False  # whether scaled gradients may be exchanged as they are: no state depends on their scale
     merges_buckets = False  # whether all buckets of a step travel as one, in registration order
@@ -255,3 +256,12 @@ def load_tensor(target: Tensor, source: Mapping[str, Tensor], key: str) -> None:
             f"{key}: expected a tensor of shape {tuple(target.shape)}, found {found}; is it another model or world size?"
         )
     target.copy_(source[key])
+
+
+def load_mean(target: Tensor, states: Sequence[State], key: str) -> None:
+    """Overwrite a tensor by the mean of what all ranks of another world held under this key. Raises CheckpointError as `load_tensor`."""
+    own, total = torch.empty_like(target), torch.zeros_like(target)
+    for state in states:
+        load_tensor(own, state["local"], key)
+        total += own
+    target.copy_(total / len(states))

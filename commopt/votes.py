@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt import kernels, noise
-from commopt.aggregate import Aggregator, State, first_bad, is_finite, load_tensor
+from commopt.aggregate import Aggregator, first_bad, is_finite
 from commopt.bucket import Blocks, BlockTable, Bucket
 from commopt.compress.base import equal_blocks
 from commopt.errors import AttachError, check_option
@@ -131,15 +131,6 @@ class SignVote(Aggregator):
         counts = self.exchanges.numpy()[blocks.parameters]
         keys = noise.keys(self.seed, purpose, rank, counts // 2, blocks.homes)
         return blocks.with_keys(keys), np.where(counts % 2 == 1, 255, 0).astype(np.uint8)
-
-
-def load_mean(target: Tensor, states: Sequence[State], key: str) -> None:
-    """Overwrite a tensor by the mean of what all ranks of another world held under this key. Raises CheckpointError as `load_tensor`."""
-    own, total = torch.empty_like(target), torch.zeros_like(target)
-    for state in states:
-        load_tensor(own, state["local"], key)
-        total += own
-    target.copy_(total / len(states))
 
 
 def _kernels_of(device: torch.device) -> ModuleType:

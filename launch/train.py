@@ -123,6 +123,7 @@ def main(args: argparse.Namespace) -> None:
     if is_measuring:
         attachment.group.barrier()
         recorder.counters("end", attachment.group.traffic.as_dict())
+    method.synchronise(attachment.group)  # for methods that take local steps
     if not attachment.replicas_are_equal():
         recorder.event("replicas have drifted apart")
 
@@ -151,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="dense", help="dense, fp16, ef_sign or onebit_adam")
+    parser.add_argument("--method", default="dense", help="a name from docs/methods.md")
     parser.add_argument("--options", type=json.loads, default={}, help="the method's options, as JSON")
     parser.add_argument(
         "--optimizer", type=json.loads, default={"name": "adam", "lr": 2e-3}, help='as JSON: {"name": "sgd", "lr": 0.1}'

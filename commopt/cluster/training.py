@@ -55,7 +55,7 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
         if steps is not None and made.warmup_steps >= steps:
             mistakes.append(
                 f"{run.path.name}: methods.{name}: the warm-up of {made.warmup_steps} steps does not end before the last of "
-                f"{steps}; lower freeze_step, or raise arguments.steps"
+                f"{steps}; lower {made.warmup_option}, or raise arguments.steps"
             )
     if mistakes:
         raise ConfigError("\n".join(mistakes))

@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from commopt import kernels
-from commopt.aggregate import State, is_finite, load_tensor
+from commopt.aggregate import State, is_finite, load_mean, load_tensor
 from commopt.bucket import Bucket, Int64Array
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all_, index_bytes
 from commopt.errors import check_option
 from commopt.feedback import first_bad_parameter
 from commopt.groups.base import Group
 from commopt.update import UpdateMethod, move_
-from commopt.votes import load_mean
 from commopt.wire import Layout, Payload
 
 _WIRE = {16: torch.bfloat16, 32: torch.float32}

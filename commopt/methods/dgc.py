@@ -46,6 +46,7 @@ class DGC(GatherMean):
     """
 
     name = "dgc"
+    warmup_option = "warmup_steps"
 
     def __init__(
         self,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.aggregate import State, load_tensor
+from commopt.aggregate import State, load_mean, load_tensor
 from commopt.bucket import Bucket
 from commopt.groups.base import Group
 from commopt.update import UpdateMethod, check_betas, move_
-from commopt.votes import SignVote, load_mean
+from commopt.votes import SignVote
 
 
 class DistributedLion(UpdateMethod):
@@ -37,6 +37,7 @@ class DistributedLion(UpdateMethod):
     """
 
     name = "distributed_lion"
+    positional = ("vote",)
     arenas: ClassVar[tuple[str, ...]] = ()  # state_dict, the same on all ranks, has no place for momentum
     counters: ClassVar[tuple[str, ...]] = ()
 

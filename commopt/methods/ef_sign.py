@@ -35,6 +35,7 @@ class EFSign(TwoWayMean):
     """
 
     name = "ef_sign"
+    warmup_option = "prescale"
 
     def __init__(
         self,

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from commopt import noise
-from commopt.aggregate import Aggregator, State, check_alone, first_bad, is_finite, load_tensor
+from commopt.aggregate import Aggregator, State, check_alone, first_bad, is_finite, load_mean, load_tensor
 from commopt.bucket import Bucket, ParameterIndex
 from commopt.errors import check_option
 from commopt.groups.base import Group
-from commopt.votes import load_mean
 
 
 class PowerSGD(Aggregator):
@@ -45,6 +44,7 @@ class PowerSGD(Aggregator):
     """
 
     name = "powersgd"
+    warmup_option = "start_step"
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class ZeroOneAdam(FrozenVariance):
     """
 
     name = "zero_one_adam"
+    warmup_option = "var_freeze_step"
     arenas: ClassVar[tuple[str, ...]] = ("momentum", "variance", "mean_momentum", "common")
     counters: ClassVar[tuple[str, ...]] = ("step", "variance_step", "local_steps")
     numbers: ClassVar[Mapping[str, float]] = {"rate": 0.0, "kept": 1.0}  # R, and the factor of decay, since x'
@@ -144,16 +145,12 @@ class ZeroOneAdam(FrozenVariance):
 
     @property
     def warmup_steps(self) -> int:
-        if self.var_freeze_step is None:
-            return self.var_update_scaler
-        return super().warmup_steps + self.local_step_scaler * math.ceil(math.log2(self.local_step_clipper))
+        return self.var_update_scaler if self.var_freeze_step is None else super().warmup_steps
 
     @property
     def is_steady(self) -> bool:
-        """Whether intervals are as long as they get; in phase A, which never ends without a freeze, whether most steps send signs."""
-        if self.var_freeze_step is None:
-            return self.variance_interval > 1
-        return self.is_frozen and self.local_interval == self.local_step_clipper
+        """Whether local steps have begun; in phase A, which never ends without a freeze, whether most steps send signs."""
+        return self.variance_interval > 1 if self.var_freeze_step is None else self.is_frozen
 
     def exchange(self, buckets: Sequence[Bucket], group: Group) -> None:
         if not self.is_local:

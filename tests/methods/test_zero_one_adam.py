@@ -507,12 +507,12 @@ def test_bytes_per_parameter_are_the_formula(ranks: int) -> None:
         plain.attach(model, method, group=group, find_unused_parameters=False)
         sent = []
         for step in range(16):
-            assert method.is_steady == (step >= 4)
+            assert method.is_steady == (step >= 2)
             model.w.grad = torch.randn(512, 512, generator=torch.Generator().manual_seed(step + 100 * group.rank))
             before = group.traffic.payload_bytes
             method.step()
             sent.append(group.traffic.payload_bytes - before)
-        assert method.warmup_steps == 4
+        assert method.warmup_steps == 2
         return sent, method.bytes_per_parameter(group.size)
 
     results = SimWorld[Any](ranks).run(work)
