@@ -141,7 +141,7 @@ def sweep(pairs: Sequence[Pair], protocol: Protocol, store: Store, jobs: int) ->
                 to_do_s = left_s()
                 if planned_s > to_do_s:
                     pace = (time.monotonic() - start_s) / (planned_s - to_do_s)
-                    said = f"{done} cells, about {seconds_text(to_do_s * pace)} left"
+                    said = f"{done} cells" + f", about {seconds_text(to_do_s * pace)} left" * (to_do_s > 0)
                     progress.update(bar, completed=planned_s - to_do_s, total=planned_s, description=said)
     except BaseException:
         for process in multiprocessing.active_children():
@@ -205,9 +205,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help=f"short tasks of {QUICK_STEPS} steps, one rate, one seed")
     made.add_argument("--redo", action="store_true", help="train cells again that are stored")
     made.add_argument("--jobs", type=int, metavar="N", default=len(my_cores()), help="cells at a time; one per core")
-    made.add_argument(
-        "--long-seeds", type=int, metavar="N", default=1, help="seeds of the long runs, 1 to 3; 1 by default"
-    )
+    upto = f"1 to {len(SEEDS)}"
+    made.add_argument("--seeds", type=int, metavar="N", default=3, help=f"of the short tasks, {upto}; 3 by default")
+    made.add_argument("--long-seeds", type=int, metavar="N", default=1, help=f"of the long runs, {upto}; 1 by default")
     made.add_argument("--results", type=Path, metavar="DIR", help="where cells are stored")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the table and the targets there")
     what = made.add_mutually_exclusive_group()
@@ -226,13 +226,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--redo: has no effect where nothing is trained; leave it out")
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs}: write a number from 1")
-    if not 1 <= args.long_seeds <= len(SEEDS):
-        raise ConfigError(f"--long-seeds {args.long_seeds}: write a number from 1 to {len(SEEDS)}")
+    for option, count in (("--seeds", args.seeds), ("--long-seeds", args.long_seeds)):
+        if not 1 <= count <= len(SEEDS):
+            raise ConfigError(f"{option} {count}: write a number from 1 to {len(SEEDS)}")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no folder {args.json.resolve().parent}; make it")
     labels = names("--only", args.only, BY_LABEL)
     tasks = [TASKS[name] for name in names("--task", args.task, TASKS)]
-    tasks = [replace(task, seeds=SEEDS[: args.long_seeds]) if task.rates_from else task for task in tasks]
+    tasks = [replace(task, seeds=SEEDS[: args.long_seeds if task.rates_from else args.seeds]) for task in tasks]
     protocol, folder = Protocol(), args.results or RESULTS
     if args.quick:
         tasks = [replace(task, steps=QUICK_STEPS, seeds=SEEDS[:1]) for task in tasks if task.rates_from is None]

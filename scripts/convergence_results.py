@@ -102,8 +102,8 @@ def row_of(entry: Entry, task: Task, protocol: Protocol, find: Find) -> Row | No
 
 
 def measured(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a row says of its cells beside their losses."""
-    steady = [result["steady_bytes"] for result in results]
+    """What a row says of its cells beside their losses. A void step sends less than a steady one."""
+    steady = [None if result["void_steps"] else result["steady_bytes"] for result in results]
     return {
         "parameters": results[0]["parameters"],
         "steady_bytes": None if None in steady else statistics.fmean(steady),

@@ -314,7 +314,7 @@ def test_a_quick_look_says_what_diverged_at_its_only_rate(cells: ModuleType, say
     assert shelf.train(method, task, lambda rate, seed: None) == [(1.0, 1)]
     made = [says.row_of(entry, task, shelf.protocol, shelf.find) for entry in (adam, method)]
     assert [row.loss for row in made] == [pytest.approx(2.01), None]
-    assert "-" not in says.words_of(made[1])[6:8]  # bytes and ratio are known all the same
+    assert "-" not in says.words_of(made[1])[4:8]  # bytes and ratios are known all the same
 
 
 def test_the_figure_is_drawn_with_a_method_off_its_scale(cells: ModuleType, says: ModuleType, tmp_path: Path) -> None:
@@ -348,7 +348,8 @@ def test_labels_lie_on_no_other_label(says: ModuleType) -> None:
         (["--task", "imagenet"], "--task: unknown name 'imagenet'"),
         (["--table", "--redo"], "--redo: has no effect"),
         (["--jobs", "0"], "--jobs 0: write a number from 1"),
-        (["--long-seeds", "4"], "--long-seeds 4: write a number from 1 to 3"),
+        (["--long-seeds", "6"], "--long-seeds 6: write a number from 1 to 5"),
+        (["--seeds", "0"], "--seeds 0: write a number from 1 to 5"),
         (["--quick", "--task", "gpt_long"], "--task: long runs are left out by --quick"),
         (["--table", "--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json: there is no folder"),
     ],
