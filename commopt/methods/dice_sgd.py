@@ -40,7 +40,8 @@ class DiceSGD(Aggregator):
     operating system and can not be drawn again; it is rounded to float32, which is no defence against attacks on the lowest bits.
     Sends 2(N-1)/N x 4 bytes per parameter and step: it protects, and does not compress.
     State: 4 bytes per parameter.
-    Use it where the data is confidential, and DP-SGD is held back by its clipping bias: set error_norm to what you can afford.
+    Use it where the data is confidential and clipping has a bias that shows. Try error_norm 0 first: at epsilon 8 on digits
+    (launch/private_digits.py, 5 seeds) 92.9 % were right with error_norm 0, 93.1 % with 0.25 and 92.1 % with 1, where noise outweighs bias.
     Not for less noise than DP-SGD with subsampling needs; and not where BatchNorm mixes samples.
 
     clip_norm: C1, the largest L2 norm of one sample's gradient.
