@@ -13,7 +13,7 @@ from commopt import kernels, noise
 from commopt.aggregate import Aggregator, State, check_alone, first_bad, is_finite, load_tensor
 from commopt.bucket import Blocks, Bucket, Parts
 from commopt.compress.base import Compressor, element_indices
-from commopt.errors import ConfigError, check_option
+from commopt.errors import ConfigError, check_flag, check_option
 from commopt.feedback import ErrorFeedback, first_bad_parameter
 from commopt.groups.base import Group
 
@@ -337,9 +337,3 @@ class TwoWayMean(Compressed):
     def _load_factors(self, state: State) -> None:
         stored = state["shared"].get("factors")
         self.factors = None if stored is None else stored.clone().to(self.device)
-
-
-def check_flag(option: str, value: Any) -> None:
-    """Raise ConfigError unless value is true or false."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{option}: {value!r} is out of range; write true or false")

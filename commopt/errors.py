@@ -59,6 +59,12 @@ def check_option(option: str, value: Any, is_valid: Callable[[Any], bool], wante
         raise ConfigError(f"{option}: {value!r} is out of range; write {wanted}")
 
 
+def check_flag(option: str, value: Any) -> None:
+    """Raise ConfigError unless value is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{option}: {value!r} is out of range; write true or false")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'density'?"` when a known word is close to `word`, else the sorted list of known words."""
     choices = sorted(known)

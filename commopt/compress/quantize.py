@@ -17,7 +17,7 @@ from torch import Tensor
 
 from commopt.bucket import Blocks
 from commopt.compress.base import Compressor, equal_blocks
-from commopt.errors import ConfigError, check_option
+from commopt.errors import check_flag, check_option
 from commopt.wire import Layout
 
 
@@ -238,9 +238,3 @@ def check_block_size(block_size: int) -> None:
         lambda x: isinstance(x, int) and x >= 8 and x % 8 == 0,
         "a positive multiple of 8, so that codes fill bytes",
     )
-
-
-def check_flag(option: str, value: object) -> None:
-    """Raise ConfigError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{option}: {value!r} is out of range; write true or false")

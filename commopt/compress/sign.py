@@ -13,7 +13,7 @@ from torch import Tensor
 from commopt import kernels
 from commopt.bucket import Blocks, Int64Array, ParameterIndex
 from commopt.compress.base import Compressor, equal_blocks
-from commopt.errors import ConfigError, check_option
+from commopt.errors import ConfigError, check_flag, check_option
 from commopt.wire import Layout
 
 
@@ -146,8 +146,7 @@ def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:
 
 def check_prescale(prescale: bool, scale: str) -> None:
     """Raise ConfigError for a pre-scaling that would have no effect."""
-    if not isinstance(prescale, bool):
-        raise ConfigError(f"prescale: {prescale!r} is out of range; write true or false")
+    check_flag("prescale", prescale)
     if prescale and scale != "model":
         raise ConfigError(
             f"prescale: true has no effect with scale: {scale!r}, where every tensor has a scale of its own; write scale: model"

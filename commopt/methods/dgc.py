@@ -13,8 +13,8 @@ from torch import Tensor
 from commopt.aggregate import Mean, State, check_alone, clip_joint_norm_, load_tensor
 from commopt.bucket import Blocks, Bucket
 from commopt.compress.topk import TopK
-from commopt.compressed import GatherMean, check_flag
-from commopt.errors import AttachError, ConfigError, check_option
+from commopt.compressed import GatherMean
+from commopt.errors import AttachError, ConfigError, check_flag, check_option
 from commopt.feedback import first_bad_parameter
 from commopt.groups.base import Group
 

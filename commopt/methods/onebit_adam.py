@@ -13,7 +13,8 @@ from torch.nn import Parameter
 from commopt.aggregate import Mean, State, merged
 from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.compressed import TwoWayMean, check_flag
+from commopt.compressed import TwoWayMean
+from commopt.errors import check_flag
 from commopt.groups.base import Group
 from commopt.update import FrozenVariance
 

@@ -14,8 +14,8 @@ from torch.nn import Parameter
 from commopt.aggregate import Mean, State, check_alone, clip_joint_norm_, load_tensor, merged
 from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.compressed import TwoWayMean, check_flag
-from commopt.errors import GroupError, check_option
+from commopt.compressed import TwoWayMean
+from commopt.errors import GroupError, check_flag, check_option
 from commopt.groups.base import Group
 from commopt.update import FrozenVariance
 
