@@ -48,11 +48,12 @@ def test_every_step_is_the_papers_from_the_state_before_it(eta: float, server: s
         known, w = np.stack([b["known"] for b in before]), before[0]["estimate"]
         h = at_home([b["served"] for b in before]) if server else w
         if step == 0:
-            known, h, w, clear = v, v.mean(0), v.mean(0), np.ones(len(w), dtype=bool)
+            known, h, w, clear = v, v.mean(0), v.mean(0), np.asarray(np.ones(len(w), dtype=bool))
         else:
             c, margin = (np.stack(x) for x in zip(*(signs(one) for one in v - known), strict=True))
             known, h, clear = known + c, h + c.mean(0), np.asarray((margin > 1e-4).all(0))
-            w, clear = (w + signs(h - w)[0], clear & (signs(h - w)[1] > 1e-4)) if server else (h, clear)
+            w, margin = (w + signs(h - w)[0], signs(h - w)[1]) if server else (h, margin[0])
+            clear &= margin > 1e-4
         clear_enough += int(clear.sum())
         for i, one in enumerate(after):
             assert np.array_equal(one["estimate"], after[0]["estimate"])
