@@ -47,9 +47,9 @@ TASKS = {
     task.name: task
     for task in (
         Task(
-            "gpt_long", "gpt", {**GPT, "batch": 2}, steps=3000, step_ms=70, ranks=8, seeds=SEEDS[:1], rates_from="gpt"
+            "gpt_long", "gpt", {**GPT, "batch": 2}, steps=3000, step_ms=65, ranks=8, seeds=SEEDS[:1], rates_from="gpt"
         ),
-        Task("gpt", "gpt", {**GPT, "batch": 4}, steps=600, step_ms=45),
+        Task("gpt", "gpt", {**GPT, "batch": 4}, steps=600, step_ms=42),
         Task("digits", "digits", {"width": 128, "batch": 32, "noise": 0.5}, steps=500, step_ms=5),
     )
 }

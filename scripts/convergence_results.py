@@ -103,10 +103,10 @@ def row_of(entry: Entry, task: Task, protocol: Protocol, find: Find) -> Row | No
 
 def measured(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a row says of its cells beside their losses. A void step sends less than a steady one."""
-    steady = [None if result["void_steps"] else result["steady_bytes"] for result in results]
+    is_whole = all(result["steady_bytes"] is not None and not result["void_steps"] for result in results)
     return {
         "parameters": results[0]["parameters"],
-        "steady_bytes": None if None in steady else statistics.fmean(steady),
+        "steady_bytes": statistics.fmean(result["steady_bytes"] for result in results) if is_whole else None,
         "mean_bytes": statistics.fmean(result["mean_bytes"] for result in results),
         "void_steps": sum(result["void_steps"] for result in results),
         "has_drifted": any(result["replicas_are_equal"] is False for result in results),

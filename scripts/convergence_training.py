@@ -80,7 +80,7 @@ class MLP(nn.Module):
 def digits_data() -> tuple[Tensor, Tensor]:
     """(1797, 64) f32 in [0, 1] and (1797,) i64."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError:
         raise ConfigError("the digits come with scikit-learn: pip install scikit-learn") from None
     images, labels = load_digits(return_X_y=True)
