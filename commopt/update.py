@@ -157,6 +157,7 @@ class FrozenVariance(UpdateMethod):
     freeze_step: the last step of the warm-up; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and
         the rate no longer rises (Tang et al. 2021, arXiv:2102.02888, section 7.1).
     momentum_mask: {parameter name: tensor of its shape}; see `mask`.
+    max_ratio: after the freeze no step is larger than this times the rate, see `bounded`; None for no bound.
 
     At the freeze, coordinates whose variance is zero are masked as well, since a compressed momentum is never zero there and
     would move them by lr * scale / eps.
@@ -172,6 +173,7 @@ class FrozenVariance(UpdateMethod):
         *,
         freeze_step: int | str,
         momentum_mask: Mapping[str, Tensor] | None = None,
+        max_ratio: float | None = 3.0,
         freeze_option: str = "freeze_step",
         max_norm: float | None = None,
         grad_scaler: Any = None,
@@ -182,7 +184,9 @@ class FrozenVariance(UpdateMethod):
         check_option(freeze_option, freeze_step, lambda x: x == "auto" or (isinstance(x, int) and x >= 1), whole)
         masks = "{parameter name: tensor of its shape}, in Python"
         check_option("momentum_mask", momentum_mask or {}, _is_masks, masks)
-        self.freeze_step, self._freeze_option = freeze_step, freeze_option
+        above = "a number above 0, or null for no bound"
+        check_option("max_ratio", 1 if max_ratio is None else max_ratio, lambda x: 0 < x, above)
+        self.freeze_step, self._freeze_option, self.max_ratio = freeze_step, freeze_option, max_ratio
         self.momentum_mask = dict(momentum_mask or {})
         self.mask: Tensor | None = None  # (n,) bool, where momentum may be other than zero; None for everywhere
         self._variance_norms: deque[float] = deque()
@@ -240,6 +244,12 @@ class FrozenVariance(UpdateMethod):
     def masked_(self, x: Tensor, name: str) -> Tensor:
         """x with zeros where the momentum of the parameter `name` is masked."""
         return x if self.mask is None else x.mul_(self.index.view(self.mask, name))
+
+    def bounded(self, root: Tensor, momentum: Tensor, uncorrected: float = 1.0) -> Tensor:
+        """root, raised where |momentum| / root would exceed `max_ratio`; the root lacks the factor 1 / uncorrected of its bias."""
+        if self.max_ratio is None:
+            return root
+        return torch.maximum(root, momentum.abs() * (uncorrected / self.max_ratio))
 
     def variance_correction(self, group: Mapping[str, Any]) -> float:
         """1 - b2^t of the variance's own bias, 1.0 where the method corrects none."""

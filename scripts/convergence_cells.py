@@ -89,7 +89,7 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
 }
 PARENT_RATES: Mapping[str, Mapping[str, float]] = {
     "adam": {"gpt": 2e-3, "digits": 8e-3},
-    "sgd": {"gpt": 0.2, "digits": 0.1},
+    "sgd": {"gpt": 0.1, "digits": 0.1},
     "lion": {"gpt": 5e-4, "digits": 2e-3},
     "lamb": {"gpt": 2e-2, "digits": 2e-2},
 }

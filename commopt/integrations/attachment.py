@@ -47,6 +47,7 @@ class Attachment:
         self.voided: list[tuple[int, str]] = []
         self.waited_s = 0.0
         self.steps = 0
+        self._voids = 0
         self._void_names: set[str] = set()
         # parameter name -> its gradient when backward had ended, and the version of that
         self._exchanged: dict[str, tuple[Tensor | None, int]] = {}
@@ -154,12 +155,14 @@ class Attachment:
         bucket.void = name
         self._void_names.update(bucket.names)
         self.voided.append((self.steps, name))
-        if self.group.rank == 0:
+        self._voids += 1
+        if self.group.rank == 0 and (self._voids & (self._voids - 1)) == 0:  # the 1st, 2nd, 4th, 8th ...
             _log.warning(
-                "step %d: %s has a NaN or an inf in its gradient on some rank; %s is left out of this step on all ranks",
+                "step %d: %s has a NaN or an inf in its gradient on some rank; %s is left out of this step on all ranks%s",
                 self.steps,
                 name,
                 bucket.label,
+                f" (the {self._voids}th time; has the training diverged?)" if self._voids > 2 else "",
             )
 
     def _record_local(self, bucket: Bucket, name: str) -> None:

@@ -28,7 +28,9 @@ class OnebitAdam(FrozenVariance):
         m_i = b1 m + (1 - b1) g_i;  m <- C(mean C(m_i));  x <- x - lr (m / (sqrt(v) + eps) + weight_decay x)
     Differs from the paper's code: bias correction is on by default, as in torch.optim.Adam; at the freeze v keeps the
     correction that it has, and m's goes on, so that no step jumps. Coordinates whose variance is zero at the freeze, which a sign
-    would move by lr * scale / eps, are masked: their momentum stays zero. One rank alone does not compress.
+    would move by lr * scale / eps, are masked: their momentum stays zero; and where the variance is so small that a sign would
+    move a coordinate by more than max_ratio * lr (units of a ReLU that have died, say), sqrt(v) + eps is raised to
+    |m| / max_ratio. One rank alone does not compress.
     Sends 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step after the freeze, and as `dense` before it.
     State: 12 + 4/N bytes per parameter: m, v, the worker's and the server's residual.
     Use it in place of Adam on slow links: 1 bit per element each way, and Adam's loss once the variance has settled.
@@ -39,6 +41,7 @@ class OnebitAdam(FrozenVariance):
     scale, block_size, residual_bits: as in `ef_sign`.
     prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken from the
         momentum at the freeze (1-bit LAMB, arXiv:2104.06069).
+    max_ratio: as above; Adam's own steps stay below 7.3 lr at the default betas. None for the paper's form, without a bound.
     momentum_mask: {parameter name: tensor of its shape}; momentum is multiplied by it after the freeze, for coordinates
         that get gradients only later (positions beyond the sequence length).
     max_norm, grad_scaler: see `Aggregator`. In the warm-up the norm is that of the mean gradient.
@@ -62,6 +65,7 @@ class OnebitAdam(FrozenVariance):
         prescale: bool = False,
         residual_bits: int = 32,
         momentum_mask: Mapping[str, Tensor] | None = None,
+        max_ratio: float | None = 3.0,
         max_norm: float | None = None,
         grad_scaler: Any = None,
     ) -> None:
@@ -81,6 +85,7 @@ class OnebitAdam(FrozenVariance):
             },
             freeze_step=freeze_step,
             momentum_mask=momentum_mask,
+            max_ratio=max_ratio,
             max_norm=max_norm,
             grad_scaler=grad_scaler,
         )
@@ -118,12 +123,15 @@ class OnebitAdam(FrozenVariance):
 
     def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
         b1, b2 = group["betas"]
-        root = state["variance"].sqrt()
-        step_size = group["lr"]
+        root, step_size, lacking = state["variance"].sqrt(), group["lr"], 1.0
+        if state["variance_step"]:
+            lacking = math.sqrt(1 - b2 ** state["variance_step"])
         if self.bias_correction:
-            root /= math.sqrt(1 - b2 ** state["variance_step"]) if state["variance_step"] else 1.0
+            root /= lacking
             step_size /= 1 - b1 ** state["step"]
         root += group["eps"]
+        if self.is_frozen and self.ranks > 1:
+            root = self.bounded(root, state["momentum"], 1.0 if self.bias_correction else lacking)
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
         if p.dtype == torch.float32:

@@ -77,6 +77,7 @@ class OnebitLamb(FrozenVariance):
         prescale: bool = False,
         residual_bits: int = 32,
         momentum_mask: Mapping[str, Tensor] | None = None,
+        max_ratio: float | None = 3.0,
         max_norm: float | None = None,
         grad_scaler: Any = None,
     ) -> None:
@@ -109,6 +110,7 @@ class OnebitLamb(FrozenVariance):
             },
             freeze_step=freeze_step,
             momentum_mask=momentum_mask,
+            max_ratio=max_ratio,
             max_norm=max_norm,
             grad_scaler=grad_scaler,
         )
@@ -150,11 +152,16 @@ class OnebitLamb(FrozenVariance):
 
     def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
         root, size = state["variance"].sqrt(), 1.0
+        lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
         if self.bias_correction:
-            root /= math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
+            root /= lacking
             size = 1 / (1 - group["betas"][0] ** state["step"])
         root += group["eps"]
-        adam = size * state["momentum"] / root
+        if self.is_frozen and self.ranks > 1:
+            bounded = self.bounded(root, state["momentum"], 1.0 if self.bias_correction else lacking)
+        else:
+            bounded = root
+        adam = size * state["momentum"] / bounded
         direction = adam + group["weight_decay"] * p.float() if group["weight_decay"] else adam
         if self.is_frozen:
             state["factor"] = self._factor(p, state, group, root, adam, direction)

@@ -82,6 +82,7 @@ class ZeroOneAdam(FrozenVariance):
         prescale: bool = False,
         residual_bits: int = 32,
         momentum_mask: Mapping[str, Tensor] | None = None,
+        max_ratio: float | None = 3.0,
         max_norm: float | None = None,
         grad_scaler: Any = None,
     ) -> None:
@@ -110,6 +111,7 @@ class ZeroOneAdam(FrozenVariance):
             },
             freeze_step=sys.maxsize if var_freeze_step is None else var_freeze_step,
             momentum_mask=momentum_mask,
+            max_ratio=max_ratio,
             freeze_option="var_freeze_step",
             max_norm=max_norm,
             grad_scaler=grad_scaler,
@@ -216,11 +218,15 @@ class ZeroOneAdam(FrozenVariance):
             state |= {"local_steps": 0, "rate": 0.0, "kept": 1.0}
 
     def _root(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-        """sqrt(v) + eps"""
+        """sqrt(v) + eps, bounded once signs have come in"""
         root: Tensor = state["variance"].sqrt()
-        if self.bias_correction and state["variance_step"]:
-            root /= math.sqrt(1 - group["betas"][1] ** state["variance_step"])
-        return root.add_(group["eps"])
+        lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
+        if self.bias_correction:
+            root /= lacking
+        root += group["eps"]
+        if self.ranks > 1 and (self.is_frozen or self.variance_interval > 1):
+            root = self.bounded(root, state["momentum"], 1.0 if self.bias_correction else lacking)
+        return root
 
     @torch.no_grad()
     def synchronise(self, group: Group) -> None:
