@@ -32,6 +32,7 @@ class Aggregator(ABC):
     merges_buckets = False  # whether all buckets of a step travel as one, in registration order
     seed = 0
     index: ParameterIndex
+    made_of: tuple[Aggregator, ...] = ()  # aggregators that this one exchanges through: bound, saved and loaded with it
     exchanges: Tensor  # (P,) i64: how often each parameter has been exchanged; void buckets do not count
 
     def __init__(self, *, max_norm: float | None = None, grad_scaler: Any = None) -> None:
@@ -48,11 +49,9 @@ class Aggregator(ABC):
         self.index = ParameterIndex.of(named_parameters)
         self.rank, self.ranks = group.rank, group.size
         self.exchanges = torch.zeros(len(self.index.names), dtype=torch.int64)
-
-    def bind_part(self, part: Aggregator, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        """Bind an aggregator that this one is made of: it counts exchanges with this one."""
-        part.bind(named_parameters, group)
-        part.exchanges = self.exchanges
+        for part in self.made_of:
+            part.bind(named_parameters, group)
+            part.exchanges = self.exchanges
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise AttachError where this optimizer would undo what the method does (momentum twice, say)."""
@@ -146,7 +145,7 @@ class Aggregator(ABC):
     def state_views(self, name: str) -> list[Tensor]:
         """Every tensor of state on this rank that an exchange of the parameter `name` changes, as views."""
         k = self.index.position[name]
-        return [self.exchanges[k : k + 1]]
+        return [self.exchanges[k : k + 1], *(view for part in self.made_of for view in part.state_views(name))]
 
     @property
     def state_form(self) -> str:
@@ -155,15 +154,25 @@ class Aggregator(ABC):
 
     def comm_state(self) -> State:
         """What a checkpoint must hold: `shared` is equal on all ranks, `local` is this rank's own."""
-        return {"shared": {"exchanges": self.exchanges}, "local": {}}
+        state: State = {"shared": {"exchanges": self.exchanges}, "local": {}}
+        for part in self.made_of:
+            own = part.comm_state()
+            state["shared"] |= own["shared"]
+            state["local"] |= own["local"]
+        return state
 
     def load_comm_state(self, state: State) -> None:
         """Continue bit for bit from the `comm_state` that this rank of a world of this size saved."""
         load_tensor(self.exchanges, state["shared"], "exchanges")
+        for part in self.made_of:
+            part.load_comm_state(state)
 
     def load_resharded(self, states: Iterable[State]) -> None:
         """Continue from the states of all ranks, in order, of a world of another size: nothing that was still to be sent is lost."""
-        load_tensor(self.exchanges, next(iter(states))["shared"], "exchanges")
+        every = list(states)
+        load_tensor(self.exchanges, every[0]["shared"], "exchanges")
+        for part in self.made_of:
+            part.load_resharded(every)
 
 
 class Mean(Aggregator):
@@ -197,14 +206,6 @@ class Mean(Aggregator):
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * (self.wire_dtype or torch.float32).itemsize
-
-
-def merged(*states: State) -> State:
-    """The comm_state of a method that is made of several aggregators."""
-    return {
-        "shared": {key: x for state in states for key, x in state["shared"].items()},
-        "local": {key: x for state in states for key, x in state["local"].items()},
-    }
 
 
 def check_alone(aggregator: Aggregator, bucket: Bucket) -> None:

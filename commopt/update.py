@@ -185,7 +185,7 @@ class FrozenVariance(UpdateMethod):
         masks = "{parameter name: tensor of its shape}, in Python"
         check_option("momentum_mask", momentum_mask or {}, _is_masks, masks)
         above = "a number above 0, or null for no bound"
-        check_option("max_ratio", 1 if max_ratio is None else max_ratio, lambda x: 0 < x, above)
+        check_option("max_ratio", 1 if max_ratio is None else max_ratio, lambda x: x > 0, above)
         self.freeze_step, self._freeze_option, self.max_ratio = freeze_step, freeze_option, max_ratio
         self.momentum_mask = dict(momentum_mask or {})
         self.mask: Tensor | None = None  # (n,) bool, where momentum may be other than zero; None for everywhere

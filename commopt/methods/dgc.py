@@ -88,6 +88,7 @@ class DGC(GatherMean):
         self._warmup_steps = warmup_steps or math.ceil(warmup_epochs * steps_per_epoch)
         self.densities = [d for d in warmup_densities if d > density] if self._warmup_steps else []
         self.density, self.value_bits, self._exactly = density, value_bits, Mean()
+        self.made_of = (self._exactly,)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
@@ -106,7 +107,6 @@ class DGC(GatherMean):
 
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().bind(named_parameters, group)
-        self.bind_part(self._exactly, named_parameters, group)
         self.velocity = torch.zeros(self.index.total, device=self.device)  # u; v is the residual
 
     def codec(self, exchanges: int) -> TopK:

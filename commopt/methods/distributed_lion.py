@@ -55,13 +55,13 @@ class DistributedLion(UpdateMethod):
     ) -> None:
         check_betas(betas)
         self._votes = SignVote(vote=vote, seed=seed)
+        self.made_of = (self._votes,)
         self._directions: dict[str, Tensor] = {}  # from an exchange to its step
         defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
         super().__init__(named_params, defaults, max_norm=max_norm, grad_scaler=grad_scaler)
 
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().bind(named_parameters, group)
-        self.bind_part(self._votes, named_parameters, group)
         self.arena["momentum"] = torch.zeros(self.index.total, device=named_parameters[0][1].device)
         self._name_of = {id(p): name for name, p in named_parameters}
 

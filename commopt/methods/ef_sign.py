@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from commopt.aggregate import Mean
 from commopt.bucket import Bucket
@@ -50,6 +48,7 @@ class EFSign(TwoWayMean):
     ) -> None:
         check_prescale(prescale, scale)
         self.prescale, self._exactly = prescale, Mean()
+        self.made_of = (self._exactly,)
         super().__init__(
             scaled_sign(scale, block_size),
             residual_bits=residual_bits,
@@ -69,10 +68,6 @@ class EFSign(TwoWayMean):
     @property
     def warmup_steps(self) -> int:
         return int(self.prescale)
-
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.bind_part(self._exactly, named_parameters, group)
 
     def aggregate(self, bucket: Bucket, group: Group) -> None:
         if not self.is_exact:

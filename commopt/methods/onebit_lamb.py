@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.aggregate import Mean, State, merged
+from commopt.aggregate import Mean
 from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
 from commopt.compressed import TwoWayMean
@@ -92,6 +92,7 @@ class OnebitLamb(FrozenVariance):
         check_prescale(prescale, scale)
         self._mean = Mean()
         self._two_way = TwoWayMean(scaled_sign(scale, block_size), residual_bits=residual_bits)
+        self.made_of = (self._mean, self._two_way)
         self.merges_buckets = self._two_way.merges_buckets
         self.bias_correction, self.prescale = bias_correction, prescale
         super().__init__(
@@ -117,8 +118,6 @@ class OnebitLamb(FrozenVariance):
 
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().bind(named_parameters, group)
-        self.bind_part(self._mean, named_parameters, group)
-        self.bind_part(self._two_way, named_parameters, group)
         self._name_of = {id(p): name for name, p in named_parameters}
 
     @property
@@ -214,18 +213,3 @@ class OnebitLamb(FrozenVariance):
     @property
     def state_form(self) -> str:
         return self._two_way.state_form
-
-    def state_views(self, name: str) -> list[Tensor]:
-        return super().state_views(name) + self._two_way.state_views(name)
-
-    def comm_state(self) -> State:
-        return merged(super().comm_state(), self._two_way.comm_state())
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        self._two_way.load_comm_state(state)
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        every = list(states)
-        super().load_resharded(every)
-        self._two_way.load_resharded(every)

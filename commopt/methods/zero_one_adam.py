@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.aggregate import Mean, State, check_alone, clip_joint_norm_, load_tensor, merged
+from commopt.aggregate import Mean, State, check_alone, clip_joint_norm_, load_tensor
 from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
 from commopt.compressed import TwoWayMean
@@ -95,6 +95,7 @@ class ZeroOneAdam(FrozenVariance):
         check_prescale(prescale, scale)
         self._mean = Mean()
         self._two_way = TwoWayMean(scaled_sign(scale, block_size), residual_bits=residual_bits)
+        self.made_of = (self._mean, self._two_way)
         self.merges_buckets = self._two_way.merges_buckets
         self.var_freeze_step, self.var_update_scaler = var_freeze_step, var_update_scaler
         self.local_step_scaler, self.local_step_clipper = local_step_scaler, local_step_clipper
@@ -116,11 +117,6 @@ class ZeroOneAdam(FrozenVariance):
             max_norm=max_norm,
             grad_scaler=grad_scaler,
         )
-
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.bind_part(self._mean, named_parameters, group)
-        self.bind_part(self._two_way, named_parameters, group)
 
     @property
     def variance_interval(self) -> int:
@@ -279,18 +275,14 @@ class ZeroOneAdam(FrozenVariance):
     def state_form(self) -> str:
         return self._two_way.state_form
 
-    def state_views(self, name: str) -> list[Tensor]:
-        return super().state_views(name) + self._two_way.state_views(name)
-
     def comm_state(self) -> State:
-        state = merged(super().comm_state(), self._two_way.comm_state())
+        state = super().comm_state()
         if not self.is_synchronised:
             state["local"] |= self._own()
         return state
 
     def load_comm_state(self, state: State) -> None:
         super().load_comm_state(state)
-        self._two_way.load_comm_state(state)
         if "parameters" in state["local"]:
             self._set_own(state["local"])
 
@@ -298,7 +290,6 @@ class ZeroOneAdam(FrozenVariance):
         """As the parents do; between two exchanges every new rank goes on from the mean of the old ranks' local steps."""
         every = list(states)
         super().load_resharded(every)
-        self._two_way.load_resharded(every)
         if "parameters" in every[0]["local"]:
             own = [state["local"] for state in every]
             self._set_own({key: torch.stack([x[key].double() for x in own]).mean(0).float() for key in self._own()})
