@@ -4,6 +4,7 @@ python scripts/bench_convergence.py                            all cells that ar
 python scripts/bench_convergence.py --quick                    a look in minutes: fewer steps, one rate, one seed, no long runs
 python scripts/bench_convergence.py --only dgc_1pct --redo     one label again, and whatever of its parent is missing
 python scripts/bench_convergence.py --table | --markdown | --figure        draw what is stored, and train nothing
+python scripts/bench_convergence.py --page                     the same, into docs/convergence.md and docs/convergence.png
 
 Ranks are threads over a SimWorld, and the exchange is that of integrations.plain, so that losses and bytes are those of a
 real run of as many ranks. Time is not measured: the ranks of a cell take turns on one core.
@@ -66,6 +67,8 @@ from commopt.report.words import seconds_text
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "convergence"
 FIGURE = HERE.parent / "docs" / "convergence.png"
+PAGE = FIGURE.with_suffix(".md")
+BEGIN, END = "<!-- written by bench_convergence.py --page -->", "<!-- end -->"
 QUICK_STEPS = 100
 CELL_S = 1.5  # of a cell beside its steps, for the estimate only
 
@@ -213,6 +216,7 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="only draw the table of stored cells")
     what.add_argument("--markdown", action="store_true", help="only print that table as Markdown")
+    what.add_argument("--page", action="store_true", help="only write the table and the figure into docs/")
     what.add_argument(
         "--figure", nargs="?", type=Path, const=FIGURE, metavar="FILE", help="only draw them into docs/convergence.png"
     )
@@ -221,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says, and return the exit code. Raises ConfigError for a mistake in it."""
-    only_draws = args.table or args.markdown or args.figure is not None
+    only_draws = args.table or args.markdown or args.page or args.figure is not None
     if only_draws and args.redo:
         raise ConfigError("--redo: has no effect where nothing is trained; leave it out")
     if args.jobs < 1:
@@ -275,6 +279,12 @@ def show(rows: Sequence[Row], said: Sequence[str], args: argparse.Namespace) -> 
         return
     if args.markdown:
         print(markdown(rows))
+    elif args.page:
+        draw_figure(rows, FIGURE)
+        before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        PAGE.write_text(f"{before}{begin}\n{markdown(rows)}\n{end}{after}", encoding="utf-8")
+        print(f"written into {PAGE} and {FIGURE}")
     elif args.figure is not None:
         draw_figure(rows, args.figure)
         print(f"drawn into {args.figure}")

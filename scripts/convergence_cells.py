@@ -67,8 +67,9 @@ class Share:
 class Entry:
     """A method with its options, and the parent that it is compared with: a label too.
 
-    rates: the middle of the grid in each task; the parent's if left out. optimizer: what a gradient method goes with, of the
-    parent's kind; an update method is its own. targets: by how many percent it may be worse than its parent, by task.
+    rates: the middle of the grid in each task, the parent's if left out; a long task named here has a grid of its own.
+    optimizer: what a gradient method goes with, of the parent's kind; an update method is its own. targets: by how many percent
+    it may be worse than its parent, by task.
     """
 
     label: str
@@ -154,7 +155,8 @@ ENTRIES = (
         "dgc_0.1pct",
         "dgc",
         "sgd",
-        {"density": 0.001, "momentum": 0.9, "warmup_steps": Share(0.05)},
+        {"density": 0.001, "momentum": 0.9, "warmup_steps": Share(0.05), "max_norm": 0.25},
+        rates={"gpt": 0.05, "gpt_long": 0.1},  # 600 steps are too few to choose its rate by: an element waits 1,000
         optimizer=PLAIN_SGD,
         tasks=ALL,
         targets=within(2, "gpt_long"),
@@ -289,7 +291,11 @@ class Protocol:
 
     def choosing(self, entry: Entry, task: Task, find: Find) -> list[Cell]:
         """`tried` on the task that chooses the rate."""
-        return self.tried(entry, task if task.rates_from is None else TASKS[task.rates_from], find)
+        return self.tried(entry, task if self.tunes(entry, task) else TASKS[str(task.rates_from)], find)
+
+    def tunes(self, entry: Entry, task: Task) -> bool:
+        """Whether the entry's rate is chosen on this task: unless it takes another one's, and the entry does not differ."""
+        return task.rates_from is None or task.name in entry.rates
 
     def best_rate(self, entry: Entry, task: Task, find: Find) -> float | None:
         """None as long as it is not known, and where nothing converges."""
@@ -306,7 +312,7 @@ class Protocol:
 
     def wanted(self, entry: Entry, task: Task, find: Find) -> list[Cell]:
         """The cells to train next; more may follow from their results."""
-        tried = self.tried(entry, task, find) if task.rates_from is None else []
+        tried = self.tried(entry, task, find) if self.tunes(entry, task) else []
         missing = [cell for cell in tried if find(cell) is None]
         rate = self.best_rate(entry, task, find)
         if missing or rate is None:
@@ -318,7 +324,7 @@ class Protocol:
         missing = sum(find(cell) is None for cell in self.choosing(entry, task, find))
         if not missing:
             return len(self.wanted(entry, task, find))
-        return len(task.seeds) if task.rates_from else missing + len(task.seeds) - 1
+        return missing + len(task.seeds) - 1 if self.tunes(entry, task) else len(task.seeds)
 
 
 def loss_of(result: Mapping[str, Any] | None) -> float:

@@ -79,7 +79,7 @@ def row_of(entry: Entry, task: Task, protocol: Protocol, find: Find) -> Row | No
     rate = protocol.best_rate(entry, task, find)
     if rate is None:
         tried = [find(cell) for cell in protocol.choosing(entry, task, find)]
-        if task.rates_from is not None or None in tried:
+        if not protocol.tunes(entry, task) or None in tried:
             return None
         results = [result for result in tried if result is not None]
         return replace(Row(entry, task, None), **measured(results))
@@ -202,7 +202,7 @@ def markdown(rows: Sequence[Row]) -> str:
         alignment = ["---" if heading in ("method", "parent", "target") else "---:" for heading in HEADINGS]
         lines += [f"**{title(own)}**", "", f"| {' | '.join(HEADINGS)} |", f"| {' | '.join(alignment)} |"]
         lines += [f"| {' | '.join(words_of(row))} |" for row in own] + [""]
-    return "\n".join([*lines, *remarks(rows)])
+    return "\n".join([*lines, *(f"- {line}" for line in remarks(rows))])
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
