@@ -54,8 +54,8 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
             continue
         if steps is not None and made.warmup_steps >= steps:
             mistakes.append(
-                f"{run.path.name}: methods.{name}: the warm-up of {made.warmup_steps} steps does not end before the last of "
-                f"{steps}; lower {made.warmup_option}, or raise arguments.steps"
+                f"{run.path.name}: methods.{name}: {made.warmup_option}: the warm-up of {made.warmup_steps} steps does not end "
+                f"before the last of {steps}; lower {made.warmup_option}, or raise arguments.steps"
             )
     if mistakes:
         raise ConfigError("\n".join(mistakes))

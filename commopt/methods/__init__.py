@@ -127,6 +127,9 @@ def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) 
     method: Any
     method, named = _find(name)
     options = {**named, **options}
+    for option in _options(method, without_default=True):
+        if option not in options:
+            raise ConfigError(f"method {name}: {option}: is missing, and has no default; write {{{option}: ...}}")
     arguments = []
     if is_update_method(name):
         if named_params is None:
@@ -219,6 +222,7 @@ def _arguments(kind: str) -> list[str]:
     return [key for key in parameters if key not in ("self", "params")]
 
 
-def _options(method: type[Aggregator]) -> list[str]:
-    signature = inspect.signature(method.__init__)
-    return [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+def _options(method: type[Aggregator], *, without_default: bool = False) -> list[str]:
+    parameters = inspect.signature(method.__init__).parameters.values()
+    options = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return [p.name for p in options if not without_default or p.default is inspect.Parameter.empty]

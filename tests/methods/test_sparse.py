@@ -109,7 +109,7 @@ def test_random_places_without_error_feedback_are_right_on_average() -> None:
         ("random_k", {"value_bits": 8}, r"value_bits: 8 is out of range; write 32 or 16"),
         ("random_k", {"seed": "a"}, r"seed: 'a' is out of range; write a whole number"),
         ("threshold", {"threshold": 0}, r"threshold: 0 is out of range; write a number above 0"),
-        ("threshold", {}, r"threshold"),
+        ("threshold", {}, r"method threshold: threshold: is missing, and has no default"),
     ],
 )
 def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
