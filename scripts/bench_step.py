@@ -58,6 +58,7 @@ CLUSTERS: Mapping[str, str | None] = {"50mbit": "50mbit", "100mbit": "100mbit", 
 MODELS: Mapping[str, Mapping[str, int]] = {"1m": {"layers": 5, "width": 128}, "5m": {"layers": 6, "width": 256}}
 PARAMETERS = {"1m": 1.07e6, "5m": 4.9e6}
 SIZES = {"heads": 4, "context": 64, "batch": 4, "seed": 1}
+BUCKET_MB = 1  # small enough that a compressed method's exchange overlaps with backward
 
 OPTIMIZER: Mapping[str, Any] = {"name": "adam", "lr": 1e-3}
 SGD: Mapping[str, Any] = {"name": "sgd", "lr": 0.01}
@@ -149,7 +150,9 @@ def settings_of(cell: Cell) -> dict[str, Any]:
         raise ConfigError(
             f"method {cell.method}: is steady after {warmup} steps only; give it OPTIONS in {Path(__file__).name}"
         )
-    sizes = {**MODELS[cell.model], **SIZES}
+    sizes: dict[str, Any] = {**MODELS[cell.model], **SIZES}
+    if cell.method not in PEERS:  # which keep torch's own sizes
+        sizes["bucket-mb"] = BUCKET_MB
     return {"options": options, "optimizer": dict(optimizer), "steps": max(SETTLED, warmup) + STEADY_STEPS, **sizes}
 
 

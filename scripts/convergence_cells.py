@@ -119,7 +119,7 @@ ENTRIES = (
     Entry("natural", "natural", "adam"),
     Entry("qsgd", "qsgd", "adam"),
     Entry("terngrad", "terngrad", "adam"),
-    Entry("powersgd_4", "powersgd", "adam", {"rank": 4}, targets=within(1)),
+    Entry("powersgd_4_adam", "powersgd", "adam", {"rank": 4}),
     Entry("onebit_adam", "onebit_adam", "adam", {"freeze_step": WARMUP}, tasks=ALL, targets=within(1, *ALL)),
     Entry(
         "zero_one_adam",
@@ -131,6 +131,7 @@ ENTRIES = (
     # LAMB
     Entry("onebit_lamb", "onebit_lamb", "lamb", {"freeze_step": WARMUP}, targets=within(1)),
     # SGD with momentum
+    Entry("powersgd_4", "powersgd", "sgd", {"rank": 4}, targets=within(1)),
     Entry("ef_sign", "ef_sign", "sgd", rates={"gpt": 0.05, "digits": 0.05}),
     Entry("top_k_1pct", "top_k", "sgd", {"density": 0.01}),
     Entry("random_k_1pct", "random_k", "sgd", {"density": 0.01}, rates={"gpt": 0.1, "digits": 0.05}),
