@@ -190,7 +190,8 @@ class FrozenVariance(UpdateMethod):
         self.momentum_mask = dict(momentum_mask or {})
         self.mask: Tensor | None = None  # (n,) bool, where momentum may be other than zero; None for everywhere
         self._variance_norms: deque[float] = deque()
-        super().__init__(named_params, {**defaults, "frozen": False}, max_norm=max_norm, grad_scaler=grad_scaler)
+        defaults = {**defaults, "betas": tuple(defaults["betas"]), "frozen": False}
+        super().__init__(named_params, defaults, max_norm=max_norm, grad_scaler=grad_scaler)
 
     @property
     def is_frozen(self) -> bool:

@@ -162,7 +162,7 @@ if __name__ == "__main__":
     sizes = {"steps": 100, "batch": 4, "context": 64, "layers": 4, "heads": 4, "width": 128, "seed": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--bucket-mb", type=int, default=25, help="DDP exchanges gradients in buckets of this size")
+    parser.add_argument("--bucket-mb", type=float, default=25, help="DDP exchanges gradients in buckets of this size")
     parser.add_argument(
         "--decay-from", type=float, default=0.5, help="from this share of the steps on, the rate falls to zero"
     )

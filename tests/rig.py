@@ -26,6 +26,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp16": ("fp16", {}),
     "ef_sign l1": ("ef_sign", {"scale": "l1", "block_size": 64}),
     "ef_sign l2": ("ef_sign", {"scale": "l2"}),
+    "two_way int8": ("two_way", {"worker": "int8", "residual_bits": 8}),
+    "dgc": ("dgc", {"density": 0.1, "warmup_steps": 2}),
+    "distributed_lion": ("distributed_lion", {"lr": 0.003}),
     "onebit_adam l1": ("onebit_adam", {"scale": "l1", "block_size": 64, "freeze_step": FREEZE, "lr": 0.01}),
     "onebit_adam l2": ("onebit_adam", {"scale": "l2", "freeze_step": FREEZE, "lr": 0.01}),
 }
@@ -57,7 +60,7 @@ def make_method(
     if is_update_method(name):
         method: Any = build(name, model.named_parameters(), **{**preset, **options})
         return method, None, method
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.0 if name == "dgc" else 0.9)
     return build(name, **{**preset, **options}), sgd, sgd
 
 

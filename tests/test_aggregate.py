@@ -210,7 +210,9 @@ def test_another_number_of_ranks_takes_over_what_was_still_to_be_sent(name: str)
 def test_a_residual_of_another_size_is_refused() -> None:
     aggregator = bound("two-way l1", LocalGroup())
     with pytest.raises(CheckpointError, match=r"worker_residual: expected .* is it another model or world size"):
-        aggregator.load_comm_state({"shared": {"exchanges": torch.zeros(4)}, "local": {"worker_residual": torch.zeros(3)}})
+        aggregator.load_comm_state(
+            {"shared": {"exchanges": torch.zeros(4)}, "local": {"worker_residual": torch.zeros(3)}}
+        )
 
 
 def test_clipping_one_joint_norm_is_torchs() -> None:

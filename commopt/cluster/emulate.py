@@ -179,9 +179,15 @@ def this_node(cluster: ClusterSpec, name: str | None) -> int:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: through its `finally` blocks, with the usual exit code."""
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: through its `finally` blocks, with the usual exit code.
+
+    A fork of this process, as pyroute2 makes for a moment to enter a namespace and ends by SIGTERM, has nothing to clean up.
+    """
+    owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
+        if os.getpid() != owner:
+            os._exit(128 + number)
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):

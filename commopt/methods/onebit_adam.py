@@ -80,7 +80,7 @@ class OnebitAdam(FrozenVariance):
             named_params,
             {
                 "lr": lr,
-                "betas": tuple(betas) if isinstance(betas, list) else betas,
+                "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
             },

@@ -99,7 +99,7 @@ class OnebitLamb(FrozenVariance):
             named_params,
             {
                 "lr": lr,
-                "betas": tuple(betas) if isinstance(betas, list) else betas,
+                "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "min_coeff": min_coeff,

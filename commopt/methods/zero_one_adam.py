@@ -104,7 +104,7 @@ class ZeroOneAdam(FrozenVariance):
             named_params,
             {
                 "lr": lr,
-                "betas": tuple(betas) if isinstance(betas, list) else betas,
+                "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "variance_updates": 0,

@@ -20,7 +20,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "onebit_lamb": {
         "freeze_step": 4,
         "bias_correction": True,
-        **{"max_coeff": 1.0, "min_coeff": 1.0, "factor_max": 1.0, "factor_min": 1.0},
+        "max_coeff": 1.0,
+        "min_coeff": 1.0,
+        "factor_max": 1.0,
+        "factor_min": 1.0,
     },
     "zero_one_adam": {"var_freeze_step": 4, "var_update_scaler": 1},
 }
