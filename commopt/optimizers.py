@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -30,8 +31,9 @@ class _Parent(torch.optim.Optimizer):
                     self._update(p, p.grad, self.state[p], group)
         return loss
 
+    @abstractmethod
     def _update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Move one parameter."""
 
 
 class Lion(_Parent):

@@ -96,7 +96,7 @@ class UpdateMethod(torch.optim.Optimizer, Aggregator):
         for k, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
             if k in exact:
                 self.state[p] = exact[k]  # torch has cast it to the parameter's dtype; ours is float32
-        if self.arena:
+        if hasattr(self, "parameters"):  # it is bound
             self._link_state()
 
     @overload

@@ -54,9 +54,27 @@ def qsgd(g: F64, step: int) -> tuple[F64, F64]:
     return y, margin
 
 
+def natural(g: F64, step: int) -> tuple[F64, F64]:
+    """Horváth et al. 2019: one of the two powers of two around each value; the mean, and its answer by the rank that serves it."""
+    y, margin = np.zeros(g.shape[1]), np.zeros(g.shape[1])
+
+    def rounded(c: F64, u: F64) -> tuple[F64, F64]:
+        low = 2.0 ** np.floor(np.log2(np.maximum(np.abs(c), 1e-30)))  # a mean may be exactly zero
+        chance = np.abs(c) / low - 1
+        return np.sign(c) * np.where(u < chance, 2 * low, low), np.abs(u - chance)
+
+    for owner, span in enumerate(SPANS):  # each is one block, and the first one that its owner serves
+        n = [span.stop - span.start]
+        sent, clear = zip(*(rounded(g[i, span], draws(i, step, [span.start], n)) for i in range(len(g))), strict=True)
+        y[span], last = rounded(np.mean(sent, axis=0), draws(owner, step, [0], n, "server"))
+        margin[span] = np.min([*clear, last], axis=0)
+    return y, margin
+
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "terngrad": (terngrad, {"dense_1d": False}),
     "qsgd": (qsgd, {"levels": 7, "block_size": 64, "norm": "l2"}),
+    "natural": (natural, {}),
 }
 
 
