@@ -34,7 +34,7 @@ class OnebitAdam(FrozenVariance):
     Sends 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step after the freeze, and as `dense` before it.
     State: 12 + 4/N bytes per parameter: m, v, the worker's and the server's residual.
     Use it in place of Adam on slow links: 1 bit per element each way, and Adam's loss once the variance has settled.
-    Not for short fine-tuning runs, whose warm-up would be most of the run; `zero_one_adam` needs none.
+    Not for short fine-tuning runs, whose warm-up would be most of the run; `distributed_lion` needs none.
 
     freeze_step: the last step with the exact mean, best 15 to 25 % of all and not before the learning rate's own
         warm-up ends; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and the rate no longer rises.
