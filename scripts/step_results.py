@@ -24,6 +24,7 @@ WITHOUT_TARGET = (
     "two_way",
     "natural",
     "powersgd",
+    "dice_sgd",
     *PEERS,
 )  # others send signs, few values, or at most 4 bits of each
 HEADINGS = ("step\nms", "compute\nms", "floor\nms", "ratio", "x DDP", "interface\nper step", "payload\nper step")
