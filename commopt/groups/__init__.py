@@ -2,7 +2,20 @@
 
 from commopt.groups.base import Group, LocalGroup, Traffic
 from commopt.groups.paced import PacedGroup
+from commopt.groups.peers import PeerGroup, Peers
 from commopt.groups.simulated import SimGroup, SimWorld
+from commopt.groups.tcp import TcpPeers
 from commopt.groups.torch import TorchGroup
 
-__all__ = ["Group", "LocalGroup", "PacedGroup", "SimGroup", "SimWorld", "TorchGroup", "Traffic"]
+__all__ = [
+    "Group",
+    "LocalGroup",
+    "PacedGroup",
+    "PeerGroup",
+    "Peers",
+    "SimGroup",
+    "SimWorld",
+    "TcpPeers",
+    "TorchGroup",
+    "Traffic",
+]

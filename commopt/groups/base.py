@@ -40,16 +40,16 @@ class Traffic:
 
     @property
     def payload_bytes(self) -> float:
-        return sum(self.nbytes.values())
+        return sum(dict(self.nbytes).values())
 
     def as_dict(self) -> dict[str, Any]:
         """The cumulative count as JSON: payload_bytes, by_peer, and rows by method, operation and bucket."""
         rows = [
             {"method": method, "operation": operation, "bucket": bucket, "calls": self.calls[key], "bytes": n}
-            for key, n in sorted(self.nbytes.items())
+            for key, n in sorted(dict(self.nbytes).items())
             for method, operation, bucket in [key]
         ]
-        by_peer = {str(peer): n for peer, n in sorted(self.by_peer.items())}
+        by_peer = {str(peer): n for peer, n in sorted(dict(self.by_peer).items())}
         return {"payload_bytes": self.payload_bytes, "by_peer": by_peer, "by_operation": rows}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
 from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic
+from commopt.groups.simulated_peers import Killed, PostOffice, SimPeers
 from commopt.links import LinkModel, rounds, schedule
 from commopt.wire import Layout, Payload
 
@@ -20,9 +21,18 @@ class SimWorld(Generic[T]):
     """`SimWorld(64, links).run(train)` calls train(group) on 64 threads and returns what each returned, by rank.
 
     Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
+    faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...): each at
+    that step of the first rank that it hits, a restart at that step of the lowest rank that is up. A killed rank returns None.
     """
 
-    def __init__(self, ranks: int, links: LinkModel | None = None, *, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        links: LinkModel | None = None,
+        *,
+        timeout_s: float = 300.0,
+        faults: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         if ranks < 1:
             raise ValueError(f"a world has at least 1 rank, got {ranks}")
         if links is not None and links.ranks != ranks:
@@ -34,38 +44,49 @@ class SimWorld(Generic[T]):
         self.mail: dict[tuple[int, int], list[tuple[float, Payload]]] = {}
         self.mail_arrived = threading.Condition()
         self.is_broken = False
+        self.office = PostOffice(self, faults)
 
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
         """Raises what the first failing rank raised; the others are released."""
-        results: dict[int, T] = {}
-        errors: dict[int, BaseException] = {}
+        self._train, self._results, self._errors = train, dict[int, T](), dict[int, BaseException]()
         self.barrier.reset()
         self.mail.clear()
         self.is_broken = False
-
-        def work(rank: int) -> None:
-            try:
-                results[rank] = train(SimGroup(self, rank))
-            except BaseException as error:
-                errors[rank] = error
-                self.barrier.abort()
-                with self.mail_arrived:
-                    self.is_broken = True
-                    self.mail_arrived.notify_all()
-
-        threads = [
-            threading.Thread(target=work, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(self.ranks)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        self.office.reset()
+        self._threads: list[threading.Thread] = []
+        for rank in range(self.ranks):
+            self.start(rank)
+        for thread in self._threads:  # grows while ranks are started again
             thread.join()
+        errors = self._errors
         if errors:
             caused = [
                 error for error in errors.values() if not isinstance(error.__cause__, threading.BrokenBarrierError)
             ]
             raise (caused or list(errors.values()))[0]
-        return [results[rank] for rank in range(self.ranks)]
+        return [cast(T, self._results.get(rank)) for rank in range(self.ranks)]
+
+    def start(self, rank: int) -> None:
+        """Start the thread of a rank; for `run`, and for a fault that starts one again."""
+        thread = threading.Thread(target=self._work, args=(rank,), name=f"rank {rank}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self, rank: int) -> None:
+        try:
+            self._results[rank] = self._train(SimGroup(self, rank))
+        except Killed:
+            pass
+        except BaseException as error:
+            self._errors[rank] = error
+            self.barrier.abort()
+            with self.mail_arrived:
+                self.is_broken = True
+                self.mail_arrived.notify_all()
+            self.office.is_broken = True
+        with self.office.changed:
+            self.office.gone_s[rank] = self.clocks[rank]
+            self.office.changed.notify_all()
 
     @property
     def seconds(self) -> float:
@@ -78,6 +99,7 @@ class SimGroup(Group):
 
     def __init__(self, world: SimWorld[Any], rank: int) -> None:
         self.world, self.rank, self.size, self.traffic = world, rank, world.ranks, Traffic()
+        self.peers = SimPeers(world.office, rank, self.traffic)
 
     @property
     def seconds(self) -> float:
@@ -86,7 +108,10 @@ class SimGroup(Group):
 
     def advance(self, seconds: float) -> None:
         """Spend virtual time, as a training step's arithmetic does."""
-        self.world.clocks[self.rank] += seconds
+        office = self.world.office
+        with office.changed:
+            self.world.clocks[self.rank] += seconds * office.slowness(self.rank)
+            office.changed.notify_all()
 
     def all_reduce(self, x: Tensor) -> None:
         self._count("all_reduce", x.numel() * x.element_size())

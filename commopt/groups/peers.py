@@ -1,0 +1,282 @@
+"""Members that come and go: a mailbox between any two of them, and a group of those that are there now.
+
+A `Group` needs every rank in every call. `Peers` needs nobody: a message waits in the receiver's mailbox until it is asked for,
+so a rank may be ahead, behind, dead or unreachable, and costs another one no more than the timeout of one `receive`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from commopt.errors import GroupError
+from commopt.groups.base import Group, Traffic
+from commopt.wire import Layout, Payload
+
+KEPT = 8  # unread messages of one channel and peer; the newest stay
+T = TypeVar("T")
+_SMALL = 1024  # bytes up to which an all-reduce gathers, in one message round instead of two
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a peer last said of itself: `step` optimizer steps done, and whether it trains (or still joins, or has left)."""
+
+    step: int
+    is_training: bool
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A message as it lies in a mailbox."""
+
+    sequence: int
+    payload: Payload
+
+
+class Mailbox:
+    """Unread messages by (peer, channel); not thread-safe, its owner holds a lock."""
+
+    def __init__(self) -> None:
+        self._letters: dict[tuple[int, str], dict[int, Letter]] = {}
+
+    def put(self, peer: int, channel: str, letter: Letter) -> None:
+        """Keep a message; of more than KEPT on one channel the oldest are forgotten."""
+        box = self._letters.setdefault((peer, channel), {})
+        box[letter.sequence] = letter
+        for sequence in sorted(box)[:-KEPT]:
+            del box[sequence]
+
+    def take(self, peer: int, channel: str, sequence: int, *, or_newer: bool = False) -> Letter | None:
+        """The message with this sequence number, or the newest later one; earlier ones are out of date, and dropped."""
+        box = self._letters.get((peer, channel), {})
+        for old in [s for s in box if s < sequence]:
+            del box[old]
+        if sequence in box:
+            return box.pop(sequence)
+        return box[max(box)] if box and or_newer else None  # a newer one stays: its own round may still come
+
+    def drain(self, channel: str) -> list[tuple[int, Letter]]:
+        """Take everything on a channel, by peer and sequence."""
+        found = [key for key in self._letters if key[1] == channel]
+        return [
+            (peer, box[s])
+            for peer, _ in sorted(found)
+            for box in [self._letters.pop((peer, channel))]
+            for s in sorted(box)
+        ]
+
+    def forget(self, peer: int) -> None:
+        """Drop what a peer sent before it was started again."""
+        for key in [key for key in self._letters if key[0] == peer]:
+            del self._letters[key]
+
+
+class Peers(ABC):
+    """The configured members of a job, from the place of one of them.
+
+    rank, size: this member, and how many there are whether or not they are up. traffic: bytes that this member has sent.
+    Who is up is only a hint, from what has been heard: it saves a timeout, and nothing else depends on it.
+    """
+
+    rank: int
+    size: int
+    traffic: Traffic
+
+    @abstractmethod
+    def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:
+        """Hand a message over and return at once; what could not be delivered within `expires_s` is forgotten."""
+
+    @abstractmethod
+    def receive(
+        self, peer: int, channel: str, sequence: int, timeout_s: float, *, or_newer: bool = False
+    ) -> Letter | None:
+        """The message of that sequence number (or the newest later one), or None after `timeout_s`; at once if the peer is down."""
+
+    @abstractmethod
+    def drain(self, channel: str) -> list[tuple[int, Letter]]:
+        """Every unread message of a channel, with its sender; does not wait."""
+
+    @abstractmethod
+    def is_up(self, peer: int) -> bool:
+        """Whether this peer has been heard of lately; true for oneself."""
+
+    @abstractmethod
+    def progress(self, peer: int) -> Progress | None:
+        """What a peer that is up last said of itself; None for one that is not."""
+
+    @abstractmethod
+    def announce(self, step: int, *, is_training: bool = True) -> None:
+        """Tell the others how far this member is."""
+
+    @abstractmethod
+    def sleep(self, seconds: float) -> None:
+        """Let time pass, real or virtual."""
+
+    @abstractmethod
+    def start(self, job: Callable[[], T]) -> Callable[[], T]:
+        """Run a job beside the training, after those started before; the returned function waits for its result."""
+
+    @property
+    @abstractmethod
+    def seconds(self) -> float:
+        """The clock that timeouts run by, real or virtual."""
+
+    @abstractmethod
+    def is_quiet(self) -> bool:
+        """Whether all that was sent has left this machine and been acknowledged."""
+
+    @abstractmethod
+    def close(self, linger_s: float = 5.0) -> None:
+        """Leave: the others are told, after at most `linger_s` for what is still to be sent."""
+
+    @property
+    def others(self) -> list[int]:
+        return [peer for peer in range(self.size) if peer != self.rank]
+
+
+class PeerGroup(Group):
+    """The members that are there for one exchange, as a `Group`: messages go straight from sender to receiver.
+
+    An all-reduce is a reduce-scatter and an all-gather, 2(N-1)/N of the tensor in two message rounds; sums are taken in rank
+    order by the one member that owns the part, so that all get the same bits. `timeout_s` is for all calls together.
+    Every group of a channel has its own range of sequence numbers, from `first` on. Raises GroupError when a member does not answer.
+    """
+
+    def __init__(self, peers: Peers, members: Sequence[int], channel: str, first: int, timeout_s: float) -> None:
+        self.peers, self.members, self.channel, self.sequence = peers, tuple(members), channel, first
+        self.rank, self.size = self.members.index(peers.rank), len(self.members)
+        self.traffic = peers.traffic
+        self._deadline_s = peers.seconds + timeout_s
+
+    def all_reduce(self, x: Tensor) -> None:
+        if self.size == 1:
+            return
+        flat = x.detach().reshape(-1)
+        if flat.nbytes <= _SMALL:
+            gathered = [one.tensors[0] for one in self._exchange([Payload.of(flat)] * self.size)]
+            x.copy_(_sum(gathered).view_as(x))
+            return
+        parts = torch.tensor_split(flat, self.size)
+        received = self._exchange([Payload.of(part) for part in parts])
+        own = Payload.of(_sum([one.tensors[0] for one in received]))
+        layouts = [((flat.dtype, part.numel()),) for part in parts]
+        answers = self._exchange([own] * self.size, layouts)
+        x.copy_(torch.cat([one.tensors[0] for one in answers]).view_as(x))
+
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        return self._exchange([payload] * self.size, layouts or [payload.layout] * self.size)
+
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        return self._exchange(payloads)
+
+    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
+        sequence = self._next()
+        self._send(peer, sequence, payload)
+        return self._receive(peer, sequence, payload.layout)
+
+    def broadcast(self, x: Tensor, src: int = 0) -> None:
+        sequence = self._next()
+        if self.rank != src:
+            layout = ((x.dtype, x.numel()),)
+            x.copy_(self._receive(src, sequence, layout).tensors[0].view_as(x))
+            return
+        for peer in range(self.size):
+            if peer != src:
+                self._send(peer, sequence, Payload.of(x))
+
+    def _exchange(self, payloads: Sequence[Payload], layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        """payloads[j] goes to member j; what each member sent here, by rank."""
+        sequence, own = self._next(), payloads[self.rank]
+        order = [(self.rank + k) % self.size for k in range(1, self.size)]  # not all to the same one first
+        for peer in order:
+            self._send(peer, sequence, payloads[peer])
+        received = {self.rank: own}
+        for peer in order:
+            received[peer] = self._receive(peer, sequence, own.layout if layouts is None else layouts[peer])
+        return [received[rank] for rank in range(self.size)]
+
+    def _next(self) -> int:
+        self.sequence += 1
+        return self.sequence - 1
+
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline_s - self.peers.seconds)
+
+    def _send(self, peer: int, sequence: int, payload: Payload) -> None:
+        self.peers.send(self.members[peer], self.channel, sequence, payload, expires_s=self._left_s())
+
+    def _receive(self, peer: int, sequence: int, layout: Layout) -> Payload:
+        letter = self.peers.receive(self.members[peer], self.channel, sequence, self._left_s())
+        if letter is None:
+            raise GroupError(f"{self.channel}: rank {self.members[peer]} did not answer rank {self.peers.rank} in time")
+        if letter.payload.layout != layout:
+            raise GroupError(
+                f"{self.channel}: rank {self.members[peer]} sent another layout than rank {self.peers.rank}"
+            )
+        return letter.payload
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Who takes part in a round, and the card that each of them handed in: (k,) i64, by rank."""
+
+    members: tuple[int, ...]
+    cards: Mapping[int, Tensor]
+
+
+def call_roll(
+    peers: Peers,
+    channel: str,
+    sequence: int,
+    card: Tensor,
+    timeout_s: float,
+    *,
+    expected: Sequence[int] | None = None,
+    late: set[int] | None = None,
+) -> Roll:
+    """Agree with those that are up on who takes part in this round; alone where nobody answers.
+
+    The lowest rank that is up convenes: everybody sends it a card, it waits for those that it takes to be up (at most half of
+    `timeout_s`) and sends the list to all of them. A member whose card comes too late is not in the list, and told so by silence.
+    card: (k,) i64. expected: the ranks that should take part; all of them if None. late: kept by the caller from round to round:
+    who was up and too late last time is not waited for again until it has been in time.
+    """
+    late = set() if late is None else late
+    start_s, alone = peers.seconds, Roll((peers.rank,), {peers.rank: card})
+    wanted = sorted(range(peers.size) if expected is None else expected)
+    convener = next((peer for peer in wanted if peer == peers.rank or peers.is_up(peer)), peers.rank)
+    if convener != peers.rank:
+        peers.send(convener, f"{channel} card", sequence, Payload.of(card), expires_s=timeout_s)
+        letter = peers.receive(convener, f"{channel} roll", sequence, timeout_s)
+        if letter is None:
+            return alone
+        rows = letter.payload.tensors[0].view(-1, 1 + card.numel())
+        cards = {int(row[0]): row[1:].clone() for row in rows}
+        return Roll(tuple(cards), cards) if peers.rank in cards else alone
+    cards = {peers.rank: card}
+    for peer in wanted:
+        if peer != peers.rank:
+            left_s = 0.0 if peer in late else max(0.0, start_s + timeout_s / 2 - peers.seconds)
+            letter = peers.receive(peer, f"{channel} card", sequence, left_s)
+            late.discard(peer) if letter is not None else late.add(peer)
+            if letter is not None and letter.payload.tensors[0].numel() == card.numel():
+                cards[peer] = letter.payload.tensors[0].clone()
+    members = tuple(sorted(cards))
+    rows = torch.stack([torch.cat([torch.tensor([rank]), cards[rank]]) for rank in members])
+    for peer in members:
+        if peer != peers.rank:
+            peers.send(peer, f"{channel} roll", sequence, Payload.of(rows), expires_s=timeout_s)
+    return Roll(members, {rank: cards[rank] for rank in members})
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
