@@ -89,7 +89,7 @@ def make_topology(name: str, ranks: int, slots: int = 1) -> Topology:
     """
     _check_whole("ranks", ranks, 1)
     _check_whole("slots", slots, 1)
-    if name not in _BUILDERS:
+    if not isinstance(name, str) or name not in _BUILDERS:
         raise ConfigError(f"topology: unknown topology {name!r}{did_you_mean(str(name), _BUILDERS)}")
     return Topology(name, ranks, _BUILDERS[name](ranks, slots) if ranks > 1 else ((),))
 
@@ -111,7 +111,7 @@ def random_groups(ranks: int, size: int, seed: int, round: int) -> list[tuple[in
 
 
 def group_of(rank: int, ranks: int, size: int, seed: int, round: int) -> tuple[int, ...]:
-    """The group of this rank in `random_groups`, and (rank,) where it sits the round out."""
+    """The group of this rank in `random_groups`, and (rank,) where it sits the round out. Raises ConfigError."""
     _check_whole("rank", rank, 0, ranks - 1)
     return next((group for group in random_groups(ranks, size, seed, round) if rank in group), (rank,))
 

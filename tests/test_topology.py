@@ -150,6 +150,10 @@ def test_a_single_rank_sits_every_round_out(name: str) -> None:
     ("given", "complaint"),
     [
         ({"name": "rng", "ranks": 4}, r"unknown topology 'rng'; did you mean 'ring'\?"),
+        (
+            {"name": ["ring"], "ranks": 4},
+            r"unknown topology \['ring'\]; did you mean 'ring'\?",
+        ),
         ({"name": "ring", "ranks": 0}, "ranks: 0 is out of range; write a whole number from 1"),
         ({"name": "ring", "ranks": 4, "slots": 0}, "slots: 0 is out of range; write a whole number from 1"),
         (
