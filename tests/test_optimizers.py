@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_each_parameter_group_of_lion_has_its_own_rate_and_resumes() -> None:
     with torch.no_grad():
         for p, q in zip(again, both, strict=True):
             p.copy_(q)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else both would share their momentum
     for k in range(1, 6):
         step(both, optimizer, k)
         step(again, other, k)
