@@ -32,7 +32,7 @@ from commopt.methods.threshold import ThresholdMean
 from commopt.methods.top_k import TopKMean
 from commopt.methods.two_way import TwoWay
 from commopt.methods.zero_one_adam import ZeroOneAdam
-from commopt.optimizers import LAMB, Lion
+from commopt.optimizers import LAMB, AccumAdam, Lion
 
 __all__ = [
     "DGC",
@@ -96,6 +96,7 @@ METHODS: Mapping[str, type[Aggregator]] = {
 OPTIMIZERS: Mapping[str, Any] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "accum_adam": AccumAdam,
     "sgd": torch.optim.SGD,
     "lion": Lion,
     "lamb": LAMB,
