@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,13 +44,46 @@ class CountersLine:
     steps: int
 
 
+@dataclass(frozen=True)
+class RoundLine:
+    """One outer round of one rank: whose parameters it averaged, what it cost, and how far apart the replicas were.
+
+    `missed`: a scheduled peer's message did not come in time. `spread` is None where the rank did not know it.
+    """
+
+    step: int
+    round: int
+    members: tuple[int, ...]
+    missed: bool
+    blocked_s: float
+    exchange_s: float
+    nbytes: float
+    spread: float | None
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A later start that went on with the record, at step `resumed_at`; `steps_before` step lines stand before it."""
+
+    resumed_at: int
+    steps_before: int
+    at_s: float
+
+
 @dataclass
 class RankRecord:
-    """What one rank has written so far; `feed` takes it line by line, and a second start line starts it again."""
+    """What one rank has written so far; `feed` takes it line by line.
+
+    A second start line that resumes at a step goes on with the record, on the same clock; one that resumes at none
+    starts it afresh.
+    """
 
     rank: int
     start: Mapping[str, Any] | None = None
     steps: list[StepLine] = field(default_factory=list)
+    rounds: list[RoundLine] = field(default_factory=list)
+    resumptions: list[Resumption] = field(default_factory=list)
     validations: list[ValidationLine] = field(default_factory=list)
     counters: dict[str, CountersLine] = field(default_factory=dict)
     compute_s: list[float] = field(default_factory=list)
@@ -58,6 +92,8 @@ class RankRecord:
     ended: bool = False
     starts: int = 0
     unreadable_lines: int = 0
+    last_s: float = 0.0  # of the last line, on the record's clock
+    _shift_s: float = 0.0  # from the clock of the last start to that of the first
 
     @classmethod
     def read(cls, path: Path) -> RankRecord:
@@ -88,15 +124,29 @@ class RankRecord:
     def steady_steps(self) -> list[StepLine]:
         return [line for line in self.steps if line.steady]
 
+    @property
+    def steps_done(self) -> int:
+        """Steps of training behind this rank, with those that it caught up on from others after it was away."""
+        if not self.resumptions:
+            return len(self.steps)
+        last = self.resumptions[-1]
+        return last.resumed_at + len(self.steps) - last.steps_before
+
+    @property
+    def epoch_s(self) -> float | None:
+        """When this record's clock began, by the machine's own; None in a record that does not say."""
+        return None if self.start is None or self.start.get("epoch_s") is None else float(self.start["epoch_s"])
+
     def _take(self, line: dict[str, Any]) -> None:
         kind = line["kind"]
         if kind == "start":
-            afresh = RankRecord(self.rank, line, starts=self.starts + 1, unreadable_lines=self.unreadable_lines)
-            vars(self).update(vars(afresh))
+            self._take_start(line)
         elif kind == "step":
             self._take_step(line)
+        elif kind == "round":
+            self._take_round(line)
         elif kind == "validation":
-            at_s, steps = float(line["at_s"]), len(self.steps)
+            at_s, steps = self._at_s(line), self.steps_done
             self.validations.append(ValidationLine(_loss(line["loss"]), int(line["tokens"]), steps, at_s))
         elif kind == "counters":
             reading = CountersLine(line["traffic"], line["nic_tx_bytes"], len(self.steps))
@@ -110,14 +160,47 @@ class RankRecord:
             self.ended = True
         else:
             raise ValueError(kind)
+        self.last_s = max(self.last_s, self._at_s(line))
+
+    def _at_s(self, line: Mapping[str, Any]) -> float:
+        return float(line["at_s"]) + self._shift_s
+
+    def _take_start(self, line: dict[str, Any]) -> None:
+        resumed_at, epoch_s = int(line.get("resumed_at") or 0), line.get("epoch_s")
+        since_s = None if epoch_s is None or self.epoch_s is None else float(epoch_s) - self.epoch_s
+        if self.start is None or resumed_at == 0:
+            afresh = RankRecord(self.rank, line, starts=self.starts + 1, unreadable_lines=self.unreadable_lines)
+            vars(self).update(vars(afresh))
+            return
+        self._shift_s = self.last_s if since_s is None else max(self.last_s, since_s)  # a machine's clock may be set
+        self.resumptions.append(Resumption(resumed_at, len(self.steps), self._at_s(line)))
+        self.ended = False
+        self.counters.clear()  # the bytes of the process that ended are not those of this one
+        self.bytes_so_far.clear()
 
     def _take_step(self, line: dict[str, Any]) -> None:
         loss, seconds, wait_s = _loss(line["loss"]), float(line["seconds"]), float(line["wait_s"])
-        tokens, steady, at_s = int(line["tokens"]), bool(line["steady"]), float(line["at_s"])
+        tokens, steady, at_s = int(line["tokens"]), bool(line["steady"]), self._at_s(line)
         self.steps.append(StepLine(int(line["step"]), loss, seconds, wait_s, tokens, steady, at_s))
         for who in ("payload_bytes", "nic_tx_bytes"):
             if line.get(who) is not None:
                 self.bytes_so_far.append((len(self.steps), who, float(line[who])))
+
+    def _take_round(self, line: dict[str, Any]) -> None:
+        spread = None if line["spread"] is None else float(line["spread"])
+        self.rounds.append(
+            RoundLine(
+                step=int(line["step"]),
+                round=int(line["round"]),
+                members=tuple(int(rank) for rank in line["members"]),
+                missed=bool(line["missed"]),
+                blocked_s=float(line["blocked_s"]),
+                exchange_s=float(line["exchange_s"]),
+                nbytes=float(line["nbytes"]),
+                spread=spread if spread is not None and math.isfinite(spread) else None,
+                at_s=self._at_s(line),
+            )
+        )
 
 
 def _loss(value: float | None) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from commopt.errors import ConfigError
+from commopt.report.words import spread_text
 
 LOG = logging.getLogger(__name__)
 PRINTED_LINES = 20
@@ -50,31 +51,43 @@ class Recorder:
         self._file = self._open(folder / f"rank{rank}.jsonl") if folder is not None else None
         self._started_s = self._nic_read_s = time.monotonic()
         self._method, self._steps, self._steps_done = "", 0, 0
+        self._rounds_missed = 0  # of the rounds since the last printed step
+        self._spread: float | None = None
 
     @classmethod
     def from_environment(cls) -> Recorder:
-        """Read COMMOPT_RECORD (a folder), RANK, WORLD_SIZE and COMMOPT_NODE, _NODE_RANK, _NIC, _MTU.
+        """Read COMMOPT_RECORD (a folder), the rank and the ranks, and COMMOPT_NODE, _NODE_RANK, _NIC, _MTU.
 
+        Rank and ranks are those of COMMOPT_PEERS, where torchrun knows one node only; else RANK and WORLD_SIZE.
         Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError where a number is none.
         """
         folder = os.environ.get("COMMOPT_RECORD")
+        rank, world_size = _place()
         return cls(
             Path(folder) if folder else None,
-            rank=_integer("RANK", 0),
-            world_size=_integer("WORLD_SIZE", 1),
+            rank=rank,
+            world_size=world_size,
             node=os.environ.get("COMMOPT_NODE") or "node0",
             node_rank=_integer("COMMOPT_NODE_RANK", 0),
             nic=os.environ.get("COMMOPT_NIC") or None,
             mtu=_integer("COMMOPT_MTU", 1500),
         )
 
-    def start(self, *, method: str, options: Mapping[str, Any], parameters: int, steps: int) -> None:
-        """Say what is about to be trained; the clock of this record starts here."""
+    def start(
+        self, *, method: str, options: Mapping[str, Any], parameters: int, steps: int, resumed_at: int = 0
+    ) -> None:
+        """Say what is about to be trained; the clock of this record starts here.
+
+        resumed_at: the first step of this start, where training goes on that was begun before: what this rank recorded
+        of it so far is kept.
+        """
         self._started_s = self._nic_read_s = time.monotonic()
-        self._method, self._steps, self._steps_done = method, steps, 0
+        self._method, self._steps, self._steps_done = method, steps, resumed_at
         what = {"method": method, "options": dict(options), "parameters": parameters, "steps": steps}
-        self._write("start", **self._place, nic=self._nic, mtu=self._mtu, **what)
-        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {self._place['world_size']} ranks")
+        when = {"epoch_s": round(time.time(), 6), "resumed_at": resumed_at}
+        self._write("start", **self._place, nic=self._nic, mtu=self._mtu, **what, **when)
+        ranks, goes_on = self._place["world_size"], f", going on at step {resumed_at}" if resumed_at else ""
+        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {ranks} ranks{goes_on}")
 
     def step(
         self,
@@ -101,7 +114,32 @@ class Recorder:
         self._steps_done += 1
         if self._steps_done % max(1, math.ceil(self._steps / PRINTED_LINES)) == 0 or self._steps_done == self._steps:
             waiting = f", {wait_s / seconds:.0%} waiting for the network" if seconds > 0 else ""
-            self._print(f"step {step}: loss {float(loss):.3f}, {seconds * 1e3:.0f} ms{waiting}")
+            self._print(f"step {step}: loss {float(loss):.3f}, {seconds * 1e3:.0f} ms{waiting}{self._round_facts()}")
+
+    def round(
+        self,
+        *,
+        step: int,
+        round: int,
+        members: Sequence[int],
+        missed: bool,
+        blocked_s: float,
+        exchange_s: float,
+        nbytes: float,
+        spread: float | None,
+    ) -> None:
+        """One outer round of this rank, after `step`.
+
+        members: the ranks whose parameters were averaged, with this one. missed: a scheduled peer's message did not come
+        in time. blocked_s: how long training stood still for it. exchange_s: from its start to the last message. nbytes:
+        what this rank sent for it. spread: estimated root mean square over replicas of ||x_i - mean|| / ||mean||, or None.
+        """
+        spread = None if spread is None else _finite(spread)
+        times = {"blocked_s": float(blocked_s), "exchange_s": float(exchange_s)}
+        who = {"members": [int(rank) for rank in members], "missed": bool(missed)}
+        self._write("round", step=step, round=round, **who, **times, nbytes=float(nbytes), spread=spread)
+        self._rounds_missed += bool(missed)
+        self._spread = spread if spread is not None else self._spread
 
     def counters(self, name: str, traffic: Mapping[str, Any]) -> None:
         """The bytes so far, at the "begin" or the "end" of the measured steady window; call right after a barrier.
@@ -137,7 +175,10 @@ class Recorder:
     def _open(self, path: Path) -> BinaryIO | None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("ab", buffering=0)  # unbuffered: one system call per line, nothing left to fail at exit
+            file = path.open("ab", buffering=0)  # unbuffered: one system call per line, nothing left to fail at exit
+            if file.tell() and not path.read_bytes().endswith(b"\n"):
+                file.write(b"\n")  # what was killed in the middle of a line must not take the next start with it
+            return file
         except OSError as error:
             LOG.warning("rank %d records nothing: %s", self.rank, error)
             return None
@@ -159,6 +200,14 @@ class Recorder:
         if self._prints:
             print(text, flush=True)
 
+    def _round_facts(self) -> str:
+        """What the rounds since the last printed step were like: `, spread 0.013, 2 rounds missed`."""
+        missed, spread = self._rounds_missed, self._spread
+        self._rounds_missed, self._spread = 0, None
+        facts = [] if spread is None else [f"spread {spread_text(spread)}"]
+        facts += [f"{missed} {'round' if missed == 1 else 'rounds'} missed"] if missed else []
+        return "".join(f", {fact}" for fact in facts)
+
     def _transmitted(self) -> int | None:
         if self._nic is None or self._file is None:
             return None
@@ -171,6 +220,17 @@ class Recorder:
             LOG.warning("rank %d records no bytes of the interface: %s", self.rank, error)
             self._nic = None
             return None
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank in the whole job, and how many there are."""
+    if not os.environ.get("COMMOPT_PEERS"):
+        return _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    from commopt.groups.tcp import Membership
+
+    membership = Membership.from_environment()
+    assert membership is not None
+    return membership.rank, len(membership.addresses)
 
 
 def _integer(name: str, default: int) -> int:

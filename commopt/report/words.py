@@ -45,5 +45,12 @@ def times_text(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 19.5 else f"{ratio:.1f}x" if ratio >= 0.995 else f"{ratio:.2f}x"
 
 
+def spread_text(spread: float) -> str:
+    """A consensus distance in two digits: `0.013`, `0.50`, `2.1e-05`."""
+    if spread >= 9.95 or spread == 0:
+        return f"{spread:.0f}"
+    return f"{spread:#.2g}" if spread >= 9.95e-5 else f"{spread:.1e}"
+
+
 def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}"

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from outer_runs import EPOCH_S, Absence, Lines, OuterPlan, outer_lines
+
+from commopt.errors import ConfigError
+from commopt.report.record import RankRecord
+from commopt.report.recorder import Recorder
+from commopt.report.results import collect
+
+RETURNED = OuterPlan(absences={2: Absence(after=25, back_s=7.5, resumed_at=45)})
+
+
+def fed(lines: Lines) -> RankRecord:
+    record = RankRecord(2)
+    for line in lines:
+        record.feed(json.dumps(line).encode())
+    return record
+
+
+def test_a_round_is_written_and_read_again(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.start(method="noloco", options={}, parameters=1, steps=1)
+    costs = {"blocked_s": 0.01, "exchange_s": 0.6, "nbytes": 3.5e6}
+    recorder.round(step=49, round=3, members=[0, 2], missed=False, **costs, spread=0.013)
+    recorder.round(step=99, round=4, members=(0,), missed=True, **costs, spread=float("nan"))
+    recorder.end()
+    first, second = RankRecord.read(tmp_path / "rank0.jsonl").rounds
+    assert (first.step, first.round, first.members, first.missed) == (49, 3, (0, 2), False)
+    assert (first.blocked_s, first.exchange_s, first.nbytes, first.spread) == (0.01, 0.6, 3.5e6, 0.013)
+    assert (second.members, second.missed, second.spread) == ((0,), True, None)
+
+
+def test_a_rank_that_returns_goes_on_with_its_record() -> None:
+    record = fed(outer_lines(RETURNED, 2))
+    assert len(record.steps) == 25 + 15
+    assert [line.round for line in record.rounds] == [0, 1, 4, 5]
+    assert record.steps_done == 60
+    assert record.validations[-1].steps == 60
+    assert (record.starts, record.ended) == (1, True)
+
+
+def test_the_clock_of_a_record_goes_on_after_a_return() -> None:
+    record = fed(outer_lines(RETURNED, 2))
+    assert record.epoch_s == EPOCH_S
+    assert record.resumptions[0].at_s == pytest.approx(7.5)
+    assert record.steps[25].at_s == pytest.approx(7.6)
+    assert record.last_s == pytest.approx(9.0)
+
+
+def test_a_clock_that_was_set_back_does_not_turn_time_back() -> None:
+    lines = outer_lines(RETURNED, 2)
+    again = next(line for line in lines[1:] if line["kind"] == "start")
+    again["epoch_s"] -= 3600
+    assert fed(lines).steps[25].at_s == pytest.approx(2.5 + 0.1)
+
+
+def test_a_return_without_an_epoch_goes_on_where_the_record_stood() -> None:
+    lines = [{key: value for key, value in line.items() if key != "epoch_s"} for line in outer_lines(RETURNED, 2)]
+    assert fed(lines).steps[25].at_s == pytest.approx(2.5 + 0.1)
+
+
+def test_a_start_that_resumes_at_nothing_starts_afresh() -> None:
+    lines = outer_lines(OuterPlan(absences={2: Absence(after=25, back_s=7.5, resumed_at=0)}), 2)
+    record = fed(lines)
+    assert (len(record.steps), len(record.rounds), record.starts) == (60, 6, 2)
+    assert record.steps[0].at_s == pytest.approx(0.1)
+
+
+def test_bytes_of_the_process_that_ended_are_not_those_of_the_next() -> None:
+    lines = outer_lines(RETURNED, 2)
+    counted = {"payload_bytes": 1e9, "by_peer": {}, "by_operation": []}
+    begin = {"kind": "counters", "at_s": 0.0, "name": "begin", "traffic": counted, "nic_tx_bytes": None}
+    lines.insert(1, begin)
+    lines.insert(len(lines) - 1, {**begin, "name": "end", "traffic": {**counted, "payload_bytes": 5.0}})
+    assert fed(lines).window() is None
+
+
+@pytest.mark.parametrize("key", ["members", "missed", "spread", "nbytes", "round"])
+def test_a_round_that_lacks_something_is_counted_as_unreadable(key: str) -> None:
+    lines = outer_lines(OuterPlan(steps=10), 2)
+    del next(line for line in lines if line["kind"] == "round")[key]
+    record = fed(lines)
+    assert (record.unreadable_lines, record.rounds) == (1, [])
+
+
+def test_a_line_that_the_kill_tore_does_not_take_the_next_start_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "rank0.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in outer_lines(RETURNED, 0)[:20]) + '{"kind": "st')
+    recorder = Recorder(tmp_path)
+    recorder.start(method="noloco", options={}, parameters=1, steps=60, resumed_at=30)
+    recorder.end()
+    record = RankRecord.read(path)
+    assert (record.unreadable_lines, [again.resumed_at for again in record.resumptions]) == (1, [30])
+
+
+def test_the_rank_among_peers_counts_over_all_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [["10.77.0.1", 29501], ["10.77.0.1", 29502], ["10.77.0.2", 29501], ["10.77.0.2", 29502]]
+    for name, value in {
+        "COMMOPT_RECORD": str(tmp_path),
+        "COMMOPT_PEERS": json.dumps({"job": "ab12", "members": members}),
+        "COMMOPT_NODE_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    recorder = Recorder.from_environment()
+    recorder.start(method="noloco", options={}, parameters=1, steps=1)
+    recorder.end()
+    start = RankRecord.read(tmp_path / "rank3.jsonl").start
+    assert start is not None
+    assert (start["rank"], start["world_size"], start["resumed_at"]) == (3, 4, 0)
+
+
+def test_peers_that_nobody_can_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMOPT_PEERS", "[oops")
+    with pytest.raises(ConfigError, match=r"COMMOPT_PEERS=\[oops"):
+        Recorder.from_environment()
+
+
+def test_without_a_launcher_rounds_are_told_beside_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder(None)
+    recorder.start(method="noloco", options={}, parameters=1, steps=40)
+    for step in range(40):
+        recorder.step(step=step, loss=1.0, seconds=0.1, wait_s=0.0, tokens=1, steady=True)
+        costs = {"blocked_s": 0.0, "exchange_s": 0.0, "nbytes": 1.0}
+        recorder.round(step=step, round=step, members=[0], missed=step in (5, 6), **costs, spread=0.0131)
+    recorder.end()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 22
+    assert said[2].endswith(", spread 0.013")
+    assert "missed" not in said[2]
+    assert [line.split(":")[0] for line in said if line.endswith("spread 0.013, 2 rounds missed")] == ["step 7"]
+
+
+def test_a_first_start_may_resume_a_training_of_another_record(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.start(method="dense", options={}, parameters=1, steps=12, resumed_at=10)
+    for step in (10, 11):
+        recorder.step(step=step, loss=1.0, seconds=0.1, wait_s=0.0, tokens=1, steady=True)
+    recorder.end()
+    assert collect(tmp_path).status == "finished"
