@@ -8,19 +8,17 @@ import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 import commopt
+from commopt.report.document_part import DocumentPart
+from commopt.report.outer_document import EndedEarly, Fault, Progress, RankValidation, Rounds
 
 if TYPE_CHECKING:
     from commopt.cluster.spec import ClusterSpec
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, serialize_by_alias=True)
-
-
-class Node(_Model):
+class Node(DocumentPart):
     """One node of the cluster."""
 
     name: str = Field(description="the node's name in the cluster's YAML; never a host name")
@@ -32,7 +30,7 @@ class Node(_Model):
     site: str | None = Field(None, description="the site it stands in; null where there are no sites")
 
 
-class Cluster(_Model):
+class Cluster(DocumentPart):
     """The cluster that the runs were trained on, and how its links were imposed."""
 
     name: str = Field(description="the cluster's name in its YAML")
@@ -65,7 +63,7 @@ class Cluster(_Model):
         )
 
 
-class Environment(_Model):
+class Environment(DocumentPart):
     """The machine and the software that the numbers depend on; no host name, no user, no path."""
 
     python: str = Field(description="version of Python")
@@ -88,21 +86,24 @@ class Environment(_Model):
         return cls(python=version, torch=torch, commopt=commopt.__version__, cpu_count=cpu_count, platform=system)
 
 
-class TrainedModel(_Model):
+class TrainedModel(DocumentPart):
     """The model that every run trained."""
 
     parameters: int | None = Field(description="how many parameters; null where no run came so far as to say it")
 
 
-class Validation(_Model):
+class Validation(DocumentPart):
     """One validation."""
 
     after_steps: int = Field(description="steps trained before it")
     seconds: float = Field(description="training seconds before it, on the axis of the run's `seconds`")
-    loss: float | None = Field(description="mean over the ranks, weighted by their tokens; null where not finite")
+    loss: float | None = Field(
+        description="mean over the ranks, weighted by their tokens, with outer rounds over those that trained to the end; "
+        "null where not finite"
+    )
 
 
-class Event(_Model):
+class Event(DocumentPart):
     """Something else that ranks recorded, such as a voided step; equal events of several ranks are one."""
 
     kind: str = Field(description="what happened: voided, or a program's own word")
@@ -110,7 +111,7 @@ class Event(_Model):
     fields: dict[str, Any] = Field(description="what they said about it: the step, the parameter's name")
 
 
-class NodeBytes(_Model):
+class NodeBytes(DocumentPart):
     """The byte count of one node in the measured window, beside its interface's."""
 
     node: str = Field(description="the node's name")
@@ -121,7 +122,7 @@ class NodeBytes(_Model):
     ok: bool = Field(description="whether the two counts agree within 3 %, or within 10 kB")
 
 
-class Traffic(_Model):
+class Traffic(DocumentPart):
     """What one operation handed to the network in the measured window, over all ranks; payload, without headers."""
 
     method: str = Field(description="the method that called it")
@@ -131,13 +132,15 @@ class Traffic(_Model):
     bytes: float = Field(description="payload bytes, counting the collective's schedule, over all ranks")
 
 
-class RunResult(_Model):
+class RunResult(DocumentPart):
     """One method's run."""
 
     name: str = Field(description="what tables and plots call the run: the method, with a number where it ran twice")
     method: str = Field(description="the method's name")
     options: dict[str, Any] = Field({}, description="the method's options as given")
-    status: Literal["finished", "failed"] = Field(description="whether every rank trained to the end")
+    status: Literal["finished", "failed"] = Field(
+        description="whether every rank trained to the end; with outer rounds, whether one did and no fault was unplanned"
+    )
     failure: str | None = Field(None, description="why the run is failed; null where it finished")
     ranks: int = Field(description="ranks in the run")
     parameters: int | None = Field(None, description="parameters of the model it trained")
@@ -148,6 +151,9 @@ class RunResult(_Model):
     train_loss: list[float | None] = Field(description="per step, mean over the ranks; null where not finite")
     val_loss: float | None = Field(None, description="the last validation's loss; null where none or not finite")
     validations: list[Validation] = Field([], description="every validation, in order")
+    validation_by_rank: list[RankValidation] = Field(
+        [], description="with outer rounds, where ranks end with replicas of their own: each rank's last validation"
+    )
     step_seconds: list[float] = Field(description="per step, its seconds, mean over the ranks")
     seconds: list[float] = Field(
         description="per step, training seconds until its end: the running sum of step_seconds"
@@ -171,7 +177,7 @@ class RunResult(_Model):
     payload_bytes_per_step: float | None = Field(
         None,
         description="bytes that one rank hands to the network per step of the window, without headers, counting a "
-        "collective's schedule; mean over the ranks",
+        "collective's schedule; mean over the ranks; where there is no window, what the outer rounds sent, over all steps",
     )
     nic_tx_bytes_per_step: float | None = Field(
         None,
@@ -187,6 +193,14 @@ class RunResult(_Model):
     traffic: list[Traffic] = Field([], description="commopt's count of the window in detail, the largest first")
     defects: list[str] = Field([], description="disagreements of the two byte counts, worded for a bug report")
     events: list[Event] = Field([], description="what else the ranks recorded, in order")
+    rounds: Rounds | None = Field(None, description="the outer rounds; null where the method has none")
+    faults: list[Fault] = Field([], description="the faults that were injected, in order, and what each cost")
+    progress: list[Progress] = Field(
+        [], description="when each rank had done how many steps; only where there are outer rounds or faults"
+    )
+    ended_early: list[EndedEarly] = Field(
+        [], description="with outer rounds, the ranks that did not train to the end while others did"
+    )
     notices: list[str] = Field(
         [], description="what a reader should know about how this run was recorded, in sentences"
     )
@@ -195,7 +209,7 @@ class RunResult(_Model):
     )
 
 
-class Results(_Model):
+class Results(DocumentPart):
     """What `--json` writes: every run of one comparison, and what they ran on."""
 
     schema_version: Literal[1] = Field(1, alias="schema", description="version of this format")

@@ -21,7 +21,10 @@ from commopt.report.document import (
     TrainedModel,
     Validation,
 )
-from commopt.report.record import RankRecord, rank_files
+from commopt.report.faults import FAULTS_FILE, faults_of, read_faults
+from commopt.report.outer_document import EndedEarly, Rounds
+from commopt.report.record import RankRecord, StepLine, rank_files
+from commopt.report.rounds import progress_of, rounds_of, validation_by_rank
 
 __all__ = ["Cluster", "Environment", "Node", "NodeBytes", "Results", "RunResult", "assemble", "collect"]
 
@@ -56,16 +59,26 @@ def collect(
     """Merge the ranks' files of one run.
 
     method, options: used where no rank lived to write them. failure: why the launcher says that the run did not end
-    well. A run that lacks a rank or an end line is failed too; what its ranks did write is merged all the same.
+    well. A run that lacks a rank or an end line is failed too; what its ranks did write is merged all the same. With
+    outer rounds, where ranks go on without those that leave, it is finished if no `failure` is given and one rank ended.
+    Faults are read from the same folder.
     ranks_here: the ranks whose files can be here, where others write theirs on another machine; all of them if None.
     """
     records = [RankRecord.read(path) for path in rank_files(record_dir)]
     started = {record.rank: record for record in records if record.start is not None}
     first: Mapping[str, Any] = next((r.start for r in started.values() if r.start), {})
     ranks, steps_planned = int(first.get("world_size", len(records))), int(first.get("steps", 0))
-    reasons = ([failure] if failure else []) + list(
-        _missing(started, range(ranks) if ranks_here is None else ranks_here, steps_planned)
-    )
+    expected = range(ranks) if ranks_here is None else ranks_here
+    rounds = rounds_of(list(started.values()))
+    ended_early = _ended_early(started, expected) if rounds else []
+    reasons = ([failure] if failure else []) + _missing(started, expected, steps_planned)
+    if failure is None and rounds and any(record.ended for record in started.values()):
+        reasons = []
+    fault_lines, unreadable_faults = read_faults(record_dir)
+    faults = faults_of(fault_lines, started)
+    notices = [*_notices(records, list(started.values())), *_departures(ended_early, reasons, steps_planned)]
+    if unreadable_faults:
+        notices.append(f"{_lines(unreadable_faults)} cut off or garbled in {FAULTS_FILE}, and left out")
     return RunResult(
         name=str(first.get("method", method)),
         method=str(first.get("method", method)),
@@ -76,11 +89,35 @@ def collect(
         parameters=first.get("parameters"),
         steps_planned=steps_planned,
         events=_events(list(started.values())),
-        notices=list(_notices(records, list(started.values()))),
-        **_training(list(started.values())),
+        notices=notices,
+        rounds=rounds,
+        faults=faults,
+        progress=progress_of(started) if rounds or faults else [],
+        ended_early=ended_early,
+        **_training(list(started.values()), is_outer=rounds is not None),
         **_speed(list(started.values())),
-        **_bytes(started, ranks),
+        **_bytes(started, ranks, rounds),
     )
+
+
+def _ended_early(started: Mapping[int, RankRecord], ranks: Sequence[int]) -> list[EndedEarly]:
+    """The ranks without an end line; one without a record has done no step."""
+    steps = {rank: started[rank].steps_done if rank in started else 0 for rank in sorted({*ranks, *started})}
+    return [
+        EndedEarly(rank=rank, steps=done)
+        for rank, done in steps.items()
+        if rank not in started or not started[rank].ended
+    ]
+
+
+def _departures(ended_early: Sequence[EndedEarly], reasons: Sequence[str], steps_planned: int) -> list[str]:
+    """The ranks that the others went on without, where that is not a failure, which names them itself."""
+    if reasons:
+        return []
+    return [
+        f"rank {each.rank} ended early, after {each.steps} of {steps_planned} steps; the others went on without it"
+        for each in ended_early
+    ]
 
 
 def _missing(started: Mapping[int, RankRecord], ranks: Sequence[int], steps_planned: int) -> list[str]:
@@ -88,12 +125,16 @@ def _missing(started: Mapping[int, RankRecord], ranks: Sequence[int], steps_plan
     if not started:
         return ["no rank wrote a record"]
     silent = [rank for rank in ranks if rank not in started]
-    cut = {rank: len(record.steps) for rank, record in started.items() if not record.ended}
+    cut = {rank: record.steps_done for rank, record in started.items() if not record.ended}
     reasons = [f"{_ranks(silent)} wrote no record"] if silent else []
     for steps in sorted(set(cut.values())):
         who = _ranks([rank for rank, done in cut.items() if done == steps])
         reasons.append(f"{who} stopped after {steps} of {steps_planned} steps")
     return reasons
+
+
+def _lines(count: int) -> str:
+    return f"{count} {'line was' if count == 1 else 'lines were'}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -104,27 +145,32 @@ def _listed(words: Sequence[str]) -> str:
     return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
 
 
-def _training(records: Sequence[RankRecord]) -> dict[str, Any]:
-    """Loss and time along the run; at each step, the mean over the ranks that did it."""
-    by_step: dict[int, list[tuple[float | None, float, bool]]] = {}
+def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any]:
+    """Loss and time along the run; at each step, the mean over the ranks that did it.
+
+    A step that a rank did again, after it was started again, is as it was the last time.
+    """
+    by_step: dict[int, list[StepLine]] = {}
     for record in records:
-        for line in record.steps:
-            by_step.setdefault(line.step, []).append((line.loss, line.seconds, line.steady))
+        for step, line in {line.step: line for line in record.steps}.items():
+            by_step.setdefault(step, []).append(line)
     rows = [by_step[step] for step in sorted(by_step)]
-    step_seconds = [fmean(seconds for _, seconds, _ in row) for row in rows]
+    step_seconds = [fmean(line.seconds for line in row) for row in rows]
     seconds = [0.0]
     for each in step_seconds:
         seconds.append(seconds[-1] + each)
-    steady = [all(is_steady for _, _, is_steady in row) for row in rows]
-    validations = _validations(records, seconds)
+    steady = [all(line.steady for line in row) for row in rows]
+    to_the_end = [record for record in records if record.ended]
+    validations = _validations(to_the_end if is_outer and to_the_end else records, seconds)
     return {
         "steps": len(rows),
         "warmup_steps": steady.index(True) if any(steady) else None,
         "tokens": sum(line.tokens for record in records for line in record.steps),
-        "train_loss": [_mean_loss([(loss, 1) for loss, _, _ in row]) for row in rows],
+        "train_loss": [_mean_loss([(line.loss, 1) for line in row]) for row in rows],
         "step_seconds": step_seconds,
         "seconds": seconds[1:],
         "validations": validations,
+        "validation_by_rank": validation_by_rank(records) if is_outer else [],
         "val_loss": validations[-1].loss if validations else None,
         "wall_s": max((record.steps[-1].at_s for record in records if record.steps), default=None),
     }
@@ -167,11 +213,11 @@ def _speed(records: Sequence[RankRecord]) -> dict[str, Any]:
     }
 
 
-def _bytes(started: Mapping[int, RankRecord], ranks: int) -> dict[str, Any]:
-    """Both byte counts of the measured window; only where every rank wrote both ends of it."""
+def _bytes(started: Mapping[int, RankRecord], ranks: int, rounds: Rounds | None) -> dict[str, Any]:
+    """Both byte counts of the measured window; where a rank did not write both ends of it, what the rounds sent."""
     windows = {rank: found for rank, record in started.items() if (found := record.window())}
     if not windows or set(windows) != set(range(ranks)):
-        return {}
+        return {"payload_bytes_per_step": rounds.bytes_per_step if rounds else None}
     window_steps = min(steps for _, steps, _ in windows.values())
     rows = merge([row for each, _, _ in windows.values() for row in each.rows])
     checks = _checks(started, {rank: (each, nic) for rank, (each, _, nic) in windows.items()})
@@ -249,13 +295,19 @@ def _notices(records: Sequence[RankRecord], started: Sequence[RankRecord]) -> li
     notices = []
     unreadable = [record.rank for record in records if record.unreadable_lines]
     if unreadable:
-        lines = sum(record.unreadable_lines for record in records)
-        verb = "line was" if lines == 1 else "lines were"
-        notices.append(f"{lines} {verb} cut off or garbled in the record of {_ranks(unreadable)}, and left out")
+        lines = _lines(sum(record.unreadable_lines for record in records))
+        notices.append(f"{lines} cut off or garbled in the record of {_ranks(unreadable)}, and left out")
     if any(record.starts > 1 for record in started):
         notices.append("training was started again during the run; only the last start is shown")
+    for record in started:
+        for again in record.resumptions:
+            before = record.steps[again.steps_before - 1].step + 1 if again.steps_before else 0
+            notices.append(
+                f"rank {record.rank} was started again after step {before}, and went on at step {again.resumed_at}"
+            )
     if started and not any(record.steady_steps for record in started):
         notices.append("no step was past the method's warm-up, so there is no speed in the steady phase")
-    if started and not all(record.window() for record in started):
+    is_counted = all(record.window() for record in started) or any(record.rounds for record in started)
+    if started and not is_counted:
         notices.append("the window in which bytes are counted was not closed on every rank, so there is no byte count")
     return notices

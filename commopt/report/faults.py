@@ -1,0 +1,152 @@
+"""The faults that the launcher injected, and what the ranks' records say that each cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from commopt.report.outer_document import Fault, FaultCost, MissedRounds
+from commopt.report.record import RankRecord
+from commopt.report.rounds import clock_offset_s
+
+FAULTS_FILE = "faults.jsonl"  # the launcher's, beside the ranks' files
+
+
+@dataclass(frozen=True)
+class FaultLine:
+    """A fault as the launcher wrote it, its end put to its beginning."""
+
+    kind: str
+    nodes: tuple[str, ...]
+    at_step: int
+    epoch_s: float
+    for_s: float | None
+    factor: float | None
+    end_epoch_s: float | None = None
+
+
+def read_faults(record_dir: Path) -> tuple[list[FaultLine], int]:
+    """The faults of a run in their order, and how many lines were cut off or garbled; none if there is no such file."""
+    path = record_dir / FAULTS_FILE
+    faults: list[FaultLine] = []
+    unreadable = 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            _take(json.loads(text), faults)
+        except (ValueError, TypeError, KeyError):
+            unreadable += 1
+    return faults, unreadable
+
+
+def _take(line: Mapping[str, object], faults: list[FaultLine]) -> None:
+    kind, epoch_s, at_step = str(line["kind"]), _number(line["epoch_s"]), int(_number(line["at_step"]))
+    nodes = line["nodes"]
+    if not isinstance(nodes, list) or line["phase"] not in ("begin", "end"):
+        raise ValueError(line)
+    fault = FaultLine(
+        kind, tuple(map(str, nodes)), at_step, epoch_s, _optional(line.get("for_s")), _optional(line.get("factor"))
+    )
+    if line["phase"] == "begin":
+        faults.append(fault)
+        return
+    begun = [k for k, f in enumerate(faults) if (f.kind, f.nodes, f.end_epoch_s) == (kind, fault.nodes, None)]
+    if begun:
+        faults[begun[0]] = replace(faults[begun[0]], end_epoch_s=epoch_s)
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(value)
+    return float(value)
+
+
+def _optional(value: object) -> float | None:
+    return None if value is None else _number(value)
+
+
+def faults_of(lines: Sequence[FaultLine], started: Mapping[int, RankRecord]) -> list[Fault]:
+    """Each fault beside what the ranks did from its beginning to the next one's; none where ranks do not say when they started."""
+    timelines = [
+        _Timeline(record, offset_s)
+        for record in started.values()
+        if (offset_s := clock_offset_s(list(started.values()), record)) is not None
+    ]
+    if not timelines or not lines:
+        return []
+    zero_s = min(record.epoch_s for record in started.values() if record.epoch_s is not None)
+    ordered = sorted(lines, key=lambda line: line.epoch_s)
+    begins = [line.epoch_s - zero_s for line in ordered]
+    ends = [*begins[1:], max([timeline.end_s for timeline in timelines] + begins)]
+    faults, dead = [], set[str]()
+    for line, begin_s, end_s in zip(ordered, begins, ends, strict=True):
+        dead = dead | set(line.nodes) if line.kind == "kill" else dead
+        faults.append(
+            Fault(
+                kind=line.kind,
+                nodes=list(line.nodes),
+                ranks=sorted(timeline.rank for timeline in timelines if timeline.node in line.nodes),
+                at_step=line.at_step,
+                at_s=round(begin_s, 3),
+                end_s=None if line.end_epoch_s is None else round(line.end_epoch_s - zero_s, 3),
+                for_s=line.for_s,
+                factor=line.factor,
+                cost=_cost(line, timelines, dead, begin_s, end_s),
+            )
+        )
+        dead = dead - set(line.nodes) if line.kind == "restart" else dead
+    return faults
+
+
+class _Timeline:
+    """One rank's steps in seconds since the first rank's start."""
+
+    def __init__(self, record: RankRecord, offset_s: float) -> None:
+        assert record.start is not None
+        self.rank, self.node = record.rank, str(record.start["node"])
+        self.is_through = record.ended or record.steps_done >= int(record.start.get("steps", 0))
+        self.steps = [(line.at_s + offset_s, line) for line in record.steps]
+        self.first_after_away = {again.steps_before for again in record.resumptions}  # indices in steps
+        self.validated = [line.at_s + offset_s for line in record.validations]
+        self.missed = [line.at_s + offset_s for line in record.rounds if line.missed]
+        self.end_s = record.last_s + offset_s
+        self.median_s = median(line.seconds for line in record.steps) if record.steps else None
+
+    def pauses(self, begin_s: float, end_s: float) -> Iterator[float]:
+        """The time between the ends of two steps, as far as it lies in the window, without validations and absences.
+
+        A rank that stopped for good has stood still since its last step; one that trained to the end has not.
+        """
+        for k, ((before_s, _), (after_s, line)) in enumerate(pairwise(self.steps), start=1):
+            if after_s <= begin_s or before_s >= end_s or k in self.first_after_away:
+                continue
+            is_validation = any(before_s <= at_s < after_s for at_s in self.validated)
+            from_s = after_s - line.seconds if is_validation else before_s
+            yield min(after_s, end_s) - max(from_s, begin_s)
+        if self.steps and not self.is_through:
+            yield end_s - max(self.steps[-1][0], begin_s)
+
+    def first_step_after(self, at_s: float) -> tuple[float, int] | None:
+        return next(((step_s, line.step) for step_s, line in self.steps if step_s > at_s), None)
+
+
+def _cost(line: FaultLine, timelines: Sequence[_Timeline], dead: set[str], begin_s: float, end_s: float) -> FaultCost:
+    done_to = set() if line.kind == "cut" else set(line.nodes)
+    survivors = [t for t in timelines if t.node not in dead | done_to and t.steps]
+    stops = {t: max([0.0, *t.pauses(begin_s, end_s)]) for t in survivors}
+    stopped = max(survivors, key=lambda t: stops[t], default=None)
+    missed = {t.rank: sum(begin_s <= at_s < end_s for at_s in t.missed) for t in timelines}
+    back = [t.first_step_after(begin_s) for t in timelines if t.node in line.nodes] if line.kind == "restart" else []
+    returned = max((step for step in back if step), default=None) if None not in back else None
+    return FaultCost(
+        longest_stop_s=None if stopped is None else round(stops[stopped], 3),
+        stopped_rank=None if stopped is None else stopped.rank,
+        median_step_s=None if stopped is None else stopped.median_s,
+        missed=[MissedRounds(rank=rank, rounds=n) for rank, n in sorted(missed.items()) if n],
+        back_after_s=None if returned is None else round(returned[0] - begin_s, 3),
+        back_at_step=None if returned is None else returned[1],
+    )

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from outer_runs import STORM, STORM_FAULTS, Absence, OuterPlan, outer_run, write_outer
+from synthetic_runs import DENSE, results_of, run_of, short
+
+from commopt.report.page import read_results, results_json
+from commopt.report.results import collect
+
+GONE = OuterPlan(absences={2: Absence(after=25)})
+
+
+def test_rounds_are_merged_over_ranks(tmp_path: Path) -> None:
+    rounds = outer_run(tmp_path, OuterPlan(missed=[(1, 2), (1, 4), (3, 0)])).rounds
+    assert rounds is not None
+    assert (rounds.rounds, rounds.missed) == (6, 3)
+    assert [(rank.rounds, rank.missed) for rank in rounds.by_rank] == [(6, 0), (6, 2), (6, 0), (6, 1)]
+    assert rounds.by_rank[1].missed_at_s == pytest.approx([3.0, 5.0])
+    assert rounds.by_rank[1].alone == 2
+    assert rounds.blocked_s == pytest.approx(0.01)
+    assert rounds.blocked_share == pytest.approx(6 * 0.01 / 6)
+    assert rounds.exchange_s == pytest.approx((21 * 0.2 + 3 * 0.5) / 24)
+    assert rounds.bytes_per_step == pytest.approx(4e5)
+
+
+def test_the_worst_rank_is_the_one_that_stands_still_longest(tmp_path: Path) -> None:
+    folder = write_outer(tmp_path / "r", OuterPlan())
+    path = folder / "rank3.jsonl"
+    path.write_text(path.read_text().replace('"blocked_s": 0.01', '"blocked_s": 0.05'))
+    rounds = collect(folder).rounds
+    assert rounds is not None
+    assert (rounds.blocked_s, rounds.blocked_worst_s) == pytest.approx((0.02, 0.05))
+
+
+def test_the_spread_of_a_round_is_the_root_mean_square_of_the_estimates(tmp_path: Path) -> None:
+    folder = write_outer(tmp_path / "r", OuterPlan(ranks=2, steps=20))
+    for rank, estimates in ((0, [0.3, 0.1]), (1, [0.4, None])):
+        lines = [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text().splitlines()]
+        for line, spread in zip([line for line in lines if line["kind"] == "round"], estimates, strict=True):
+            line["spread"] = spread
+        (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rounds = collect(folder).rounds
+    assert rounds is not None
+    assert [point.step for point in rounds.spread] == [9, 19]
+    assert [point.at_s for point in rounds.spread] == pytest.approx([1.0, 2.0])
+    assert [point.spread for point in rounds.spread] == pytest.approx([math.sqrt(0.125), 0.1])
+    assert rounds.spread_end == pytest.approx(0.1)
+
+
+def test_without_a_window_the_payload_is_that_of_the_rounds(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, OuterPlan())
+    assert (run.window_steps, run.payload_bytes_per_step) == pytest.approx((0, 4e5))
+    assert run.notices == []
+
+
+def test_a_run_goes_on_without_a_rank_that_leaves(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, GONE)
+    assert (run.status, run.failure) == ("finished", None)
+    assert [(each.rank, each.steps) for each in run.ended_early] == [(2, 25)]
+    assert "rank 2 ended early, after 25 of 60 steps; the others went on without it" in run.notices
+
+
+def test_a_rank_that_never_wrote_ended_early_too(tmp_path: Path) -> None:
+    folder = write_outer(tmp_path / "r", OuterPlan())
+    (folder / "rank1.jsonl").unlink()
+    run = collect(folder)
+    assert run.status == "finished"
+    assert [(each.rank, each.steps) for each in run.ended_early] == [(1, 0)]
+
+
+def test_what_the_launcher_calls_a_failure_is_one(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, GONE, failure="node2 ended with code 1")
+    assert run.status == "failed"
+    assert run.failure == "node2 ended with code 1; rank 2 stopped after 25 of 60 steps"
+
+
+def test_a_run_that_no_rank_finished_is_failed(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, OuterPlan(absences={rank: Absence(after=30 + rank) for rank in range(4)}))
+    assert run.status == "failed"
+    assert len(run.ended_early) == 4
+
+
+def test_a_synchronous_run_that_lacks_a_rank_stays_failed(tmp_path: Path) -> None:
+    run = run_of(tmp_path, short(DENSE), edit=lambda rank, lines: lines[:20] if rank == 2 else lines)
+    assert (run.status, run.ended_early, run.rounds, run.progress, run.faults) == ("failed", [], None, [], [])
+
+
+def test_validation_is_that_of_the_ranks_that_finished_and_each_ones_own(tmp_path: Path) -> None:
+    plan = OuterPlan(absences={3: Absence(after=60)})
+    folder = write_outer(tmp_path / "r", plan)
+    path = folder / "rank3.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if '"end"' not in line]
+    lines += [{"kind": "validation", "at_s": 6.0, "step": 60, "loss": 9.0, "tokens": 65536}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = collect(folder)
+    assert run.val_loss == pytest.approx((2.4 + 2.41 + 2.42) / 3)
+    assert [each.rank for each in run.validation_by_rank] == [0, 1, 2, 3]
+    assert [each.loss for each in run.validation_by_rank] == pytest.approx([2.4, 2.41, 2.42, 9.0])
+
+
+def test_a_returned_rank_validates_beside_the_others(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, OuterPlan(absences={2: Absence(after=25, back_s=7.5, resumed_at=45)}))
+    assert [validation.after_steps for validation in run.validations] == [60]
+    assert run.val_loss == pytest.approx(2.415)
+    assert any("rank 2 was started again after step 25, and went on at step 45" in notice for notice in run.notices)
+    assert run.ended_early == []
+
+
+def test_a_step_that_is_done_again_counts_once(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, OuterPlan(absences={2: Absence(after=25, back_s=7.5, resumed_at=20)}))
+    assert (run.steps, run.status) == (60, "finished")
+    assert run.tokens == (4 * 60 + 5) * 4096
+    assert [part.steps[0] for part in run.progress[2].parts] == [1, 21]
+
+
+def test_progress_is_thinned_and_keeps_the_pauses(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, OuterPlan(steps=3000, start_s=0.5, stops={(1, 1234): 5.0}))
+    part = run.progress[1].parts[0]
+    assert len(part.steps) < 220
+    assert (part.steps[0], part.steps[-1]) == (1, 3000)
+    pause = part.steps.index(1234)
+    assert part.steps[pause + 1] == 1235
+    assert part.at_s[pause] == pytest.approx(0.5 + 123.4)
+    assert part.at_s[pause + 1] - part.at_s[pause] == pytest.approx(5.1)
+
+
+def test_a_document_with_rounds_and_faults_survives_a_round_trip(tmp_path: Path) -> None:
+    results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
+    (tmp_path / "results.json").write_text(results_json(results))
+    assert read_results(tmp_path / "results.json") == results
+    assert len(results.runs[0].faults) == 4
