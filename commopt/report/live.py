@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -10,13 +11,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from commopt.report.record import RankRecord, StepLine, rank_files, rank_of
-from commopt.report.words import bytes_text, milliseconds, seconds_text
+from commopt.report.words import bytes_text, milliseconds, seconds_text, spread_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 RECENT_STEPS = 10  # the step time, the wait and the time left are those of the last steps
 LINES_PER_RUN = 10  # where stdout is no terminal
+SILENT_S = 10.0  # with outer rounds, a rank this far behind the newest step is left out of loss, step time and wait
+TOLD_EVENTS = 20  # of one run with outer rounds
 
 
 class Follower:
@@ -26,6 +29,7 @@ class Follower:
         self.record_dir = record_dir
         self.records: dict[int, RankRecord] = {}
         self._offsets: dict[int, int] = {}
+        self._events: dict[int, int] = {}
 
     def poll(self) -> None:
         """Take the lines that were completed since the last call; half a line waits for its rest."""
@@ -46,9 +50,19 @@ class Follower:
         return next((int(r.start.get("steps", 0)) for r in self.records.values() if r.start), None)
 
     @property
+    def is_outer(self) -> bool:
+        """Whether a rank has made an outer round: then ranks go on without those that leave."""
+        return any(record.rounds for record in self.records.values())
+
+    @property
     def steps(self) -> int:
-        """Steps that every rank seen so far has done."""
-        return min((len(record.steps) for record in self.records.values()), default=0)
+        """Steps that every rank seen so far has done; with outer rounds, where one may be gone, that the furthest has."""
+        return self.furthest if self.is_outer else min((r.steps_done for r in self.records.values()), default=0)
+
+    @property
+    def furthest(self) -> int:
+        """Steps that the furthest rank has done."""
+        return max((record.steps_done for record in self.records.values()), default=0)
 
     @property
     def ended(self) -> bool:
@@ -57,7 +71,7 @@ class Follower:
     @property
     def loss(self) -> float | None:
         """Mean over the ranks of their last step's loss; None if one is not finite."""
-        last = [record.steps[-1].loss for record in self.records.values() if record.steps]
+        last = [record.steps[-1].loss for record in self._present() if record.steps]
         finite = [loss for loss in last if loss is not None]
         return fmean(finite) if finite and len(finite) == len(last) else None
 
@@ -87,8 +101,39 @@ class Follower:
                 return (to_bytes - from_bytes) / (to_step - from_step)
         return None
 
+    @property
+    def spread(self) -> float | None:
+        """How far apart the replicas were in the last round that a rank estimated it for: root mean square over the ranks."""
+        last_rounds = [line for record in self.records.values() for line in record.rounds[-RECENT_STEPS:]]
+        known = [line for line in last_rounds if line.spread is not None]
+        last = max((line.round for line in known), default=None)
+        squares = [line.spread**2 for line in known if line.round == last and line.spread is not None]
+        return math.sqrt(fmean(squares)) if squares else None
+
+    @property
+    def missed(self) -> int:
+        """Rounds in which a scheduled peer's message did not come in time, over all ranks."""
+        return sum(line.missed for record in self.records.values() for line in record.rounds)
+
+    def new_events(self) -> list[str]:
+        """What ranks of a run with outer rounds recorded as events since the last call: `rank 2: caught up, step 180`."""
+        told = []
+        for rank, record in sorted(self.records.items()) if self.is_outer else []:
+            for kind, fields in record.events[self._events.get(rank, 0) :]:
+                told.append(", ".join([f"rank {rank}: {kind}", *(f"{key} {value}" for key, value in fields.items())]))
+            self._events[rank] = len(record.events)
+        return told
+
     def _recent(self) -> list[StepLine]:
-        return [line for record in self.records.values() for line in record.steps[-RECENT_STEPS:]]
+        return [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]
+
+    def _present(self) -> list[RankRecord]:
+        """The ranks that train: all of them, but with outer rounds without those that have fallen silent."""
+        records = list(self.records.values())
+        if not self.is_outer:
+            return records
+        stepped_s = {r.rank: (r.epoch_s or 0.0) + r.steps[-1].at_s for r in records if r.steps}
+        return [r for r in records if stepped_s.get(r.rank, 0.0) >= max(stepped_s.values()) - SILENT_S]
 
     def facts(self) -> list[str]:
         """`loss 3.214`, `1242 ms a step`, `6.6 MB a step`, `92 % waiting`: what is known, for a bar or a line."""
@@ -99,6 +144,10 @@ class Follower:
             known.append(f"{bytes_text(self.bytes_per_step)}/step")
         if self.wait_share is not None:
             known.append(f"{self.wait_share * 100:.0f} % waiting")
+        if self.spread is not None:
+            known.append(f"spread {spread_text(self.spread)}")
+        if self.missed:
+            known.append(f"missed {self.missed}")
         return known
 
     def left_s(self) -> float | None:
@@ -122,7 +171,7 @@ class Live:
         self._stream = stream
         self._bars = _Bars(stream) if stream.isatty() else None
         self._follower: Follower | None = None
-        self._name, self._began_s, self._lines = "", 0.0, 0
+        self._name, self._began_s, self._lines, self._events_told = "", 0.0, 0, 0
 
     def __enter__(self) -> Live:
         if self._bars:
@@ -139,7 +188,8 @@ class Live:
 
     def begin(self, name: str, record_dir: Path) -> None:
         """Follow a run whose ranks are about to write in `record_dir`."""
-        self._name, self._follower, self._began_s, self._lines = name, Follower(record_dir), time.monotonic(), 0
+        self._name, self._follower, self._began_s = name, Follower(record_dir), time.monotonic()
+        self._lines = self._events_told = 0
         if self._bars:
             self._bars.add(name)
         else:
@@ -151,6 +201,7 @@ class Live:
         if follower is None:
             return
         follower.poll()
+        self._tell_events(follower)
         if self._bars:
             self._bars.update(follower)
             return
@@ -184,6 +235,15 @@ class Live:
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
+
+    def _tell_events(self, follower: Follower) -> None:
+        """Say what ranks recorded beside their steps, and once that there is more of it than is said."""
+        for text in follower.new_events():
+            self._events_told += 1
+            if self._events_told <= TOLD_EVENTS:
+                self._say(text)
+            elif self._events_told == TOLD_EVENTS + 1:
+                self._say("more events are in the report")
 
     def _say(self, text: str) -> None:
         self.note(f"{self._name}: {text}")

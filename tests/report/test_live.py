@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from outer_runs import Absence, OuterPlan, outer_lines
 from synthetic_runs import DENSE, ONEBIT, Plan, lines, short
 
 from commopt.report.live import Follower, Live
@@ -112,3 +113,64 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
     append(tmp_path, 0, {**lines(short(DENSE), 0)[2], "loss": None})
     follower.poll()
     assert follower.facts()[0] == "loss not finite"
+
+
+def replay(live: Live, folder: Path, plan: OuterPlan) -> None:
+    """Write the lines of all ranks in the order of their times, with a tick after each."""
+    folder.mkdir()
+    live.begin(plan.method, folder)
+    for rank in range(plan.ranks):
+        append(folder, rank, outer_lines(plan, rank)[0])
+    rest = [(line["at_s"], rank, line) for rank in range(plan.ranks) for line in outer_lines(plan, rank)[1:]]
+    for _, rank, line in sorted(rest, key=lambda each: each[:2]):
+        append(folder, rank, line)
+        live.tick()
+    live.end(None)
+
+
+def test_a_run_whose_ranks_may_leave_is_as_far_as_the_furthest(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Live(out) as live:
+        replay(live, tmp_path / "r", OuterPlan(absences={2: Absence(after=15)}, missed=[(0, 3), (1, 4)]))
+    said = out.getvalue().splitlines()
+    assert said[-2].startswith("noloco: step 54/60")
+    assert "missed 2" in said[-2]
+    assert "spread 0.0" in said[-2]
+    assert said[-1].startswith("noloco: finished 60 steps in ")
+
+
+def test_before_the_first_round_the_slowest_rank_counts(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    for rank, length in enumerate((9, 4)):
+        for line in outer_lines(OuterPlan(), rank)[:length]:
+            append(tmp_path, rank, line)
+    follower.poll()
+    assert (follower.steps, follower.furthest) == (3, 8)
+
+
+def test_a_rank_that_fell_silent_has_no_say_in_the_loss(tmp_path: Path) -> None:
+    plan = OuterPlan(ranks=2, steps=200)
+    for rank, length in enumerate((220, 60)):  # rank 1 is silent for the last 14 s
+        for line in outer_lines(plan, rank)[:length]:
+            append(tmp_path, rank, line)
+    follower = Follower(tmp_path)
+    follower.poll()
+    assert follower.loss == follower.records[0].steps[-1].loss
+
+
+def test_events_of_outer_runs_are_told_once(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Live(out) as live:
+        live.begin("noloco", tmp_path)
+        for line in outer_lines(OuterPlan(steps=10), 2)[:-2]:
+            append(tmp_path, 2, line)
+        append(tmp_path, 2, {"kind": "event", "at_s": 1.0, "event": "caught up", "fields": {"step": 8}})
+        live.tick()
+        live.tick()
+        for lost in range(30):
+            append(tmp_path, 2, {"kind": "event", "at_s": 1.0, "event": "peer lost", "fields": {"peer": lost}})
+        live.tick()
+    said = out.getvalue().splitlines()
+    assert said.count("noloco: rank 2: caught up, step 8") == 1
+    assert sum("peer lost" in line for line in said) == 19
+    assert said.count("noloco: more events are in the report") == 1
