@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _FRAME, _MAGIC = struct.Struct("!4sIQ"), b"cmo1"
 _BEAT_S = 1.0
 _DIAL_S = 2.0
-_SIOCOUTQ = 0x5411
+_SIOCOUTQ, _SIOCGIFADDR = 0x5411, 0x8915
 _HEAD_LIMIT = 1 << 16
 T = TypeVar("T")
 
@@ -356,6 +356,31 @@ def _listen(address: tuple[str, int]) -> socket.socket:
             return socket.create_server(("", address[1]), backlog=128)  # behind NAT the others know another address
     except OSError as error:
         raise GroupError(f"{address[0]}:{address[1]} cannot be listened on: {error.strerror or error}") from None
+
+
+def listen_anywhere() -> tuple[socket.socket, tuple[str, int]]:
+    """A listening socket on a free port, and the address that other ranks reach it by: of GLOO_SOCKET_IFNAME, or of this host's name."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    host = _address_of(interface) if interface else None
+    if host is None:
+        try:
+            host = socket.gethostbyname(socket.gethostname())
+        except OSError:
+            host = "127.0.0.1"
+    listener = _listen((host, 0))
+    return listener, (host, int(listener.getsockname()[1]))
+
+
+def _address_of(interface: str) -> str | None:
+    """The IPv4 address of an interface, or None."""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(found[20:24])
 
 
 def _write(to: socket.socket, frame: _Frame) -> int:

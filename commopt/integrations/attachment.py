@@ -21,10 +21,11 @@ from commopt.bucket import Bucket
 from commopt.errors import AttachError, GradientsChanged
 from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup
 from commopt.links import LinkModel
+from commopt.outer import OuterLoop
 from commopt.wire import Payload
 
 _log = logging.getLogger(__name__)
-_ATTACHED: weakref.WeakSet[Module] = weakref.WeakSet()  # not an attribute of the model, which must stay picklable
+ATTACHED: weakref.WeakSet[Module] = weakref.WeakSet()  # not an attribute of the model, which must stay picklable
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -56,7 +57,7 @@ class Attachment:
         group.traffic.method = method.name
         method.bind(list(self.parameters.items()), group)
         self.model = model
-        _ATTACHED.add(model)
+        ATTACHED.add(model)
         self._handles: list[Any] = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -67,7 +68,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _ATTACHED.discard(self.model)
+        ATTACHED.discard(self.model)
 
     def bucket_layout(self) -> list[list[str]]:
         """The parameters of each bucket that was exchanged last, for a checkpoint; empty where it never changes."""
@@ -257,11 +258,13 @@ def check_optimizer(method: Aggregator, optimizer: torch.optim.Optimizer | None)
     return optimizer
 
 
-def check_parameters(model: Module, method: Aggregator, optimizer: torch.optim.Optimizer) -> dict[str, Parameter]:
+def check_parameters(
+    model: Module, method: Aggregator | OuterLoop, optimizer: torch.optim.Optimizer
+) -> dict[str, Parameter]:
     """The trainable parameters by name, in registration order. Raises AttachError for any that the method cannot serve."""
     if hasattr(method, "index"):
         raise AttachError(f"this {method.name} was attached to a model before; build another one")
-    if model in _ATTACHED:
+    if model in ATTACHED:
         raise AttachError("a method is attached to this model already; call detach() on what attach returned first")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
@@ -278,7 +281,7 @@ def check_parameters(model: Module, method: Aggregator, optimizer: torch.optim.O
     for name, p in named.items():
         if not p.dtype.is_floating_point:
             raise AttachError(f"{name}: {p.dtype} parameters are not supported")
-        if method.needs_float32 and p.dtype not in (torch.float32, *_HALF):
+        if isinstance(method, Aggregator) and method.needs_float32 and p.dtype not in (torch.float32, *_HALF):
             raise AttachError(
                 f"{name}: {method.name} works in float32, and would lose precision of {p.dtype}; use dense"
             )

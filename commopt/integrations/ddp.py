@@ -16,6 +16,7 @@ from commopt.groups import Group
 from commopt.integrations.attachment import Attachment, check_optimizer, connect
 from commopt.integrations.lane import Lane
 from commopt.links import schedule
+from commopt.outer import OuterLoop
 
 
 class DDPAttachment(Attachment):
@@ -169,6 +170,10 @@ def attach(
     if not isinstance(model, DistributedDataParallel):
         raise AttachError(
             f"{type(model).__name__} is no DistributedDataParallel: wrap the model first, or use integrations.plain"
+        )
+    if isinstance(method, OuterLoop):
+        raise AttachError(
+            f"{method.name} averages parameters now and then, and DDP gradients in every step: leave DDP out, and use integrations.plain"
         )
     if getattr(model, "_comm_hooks", None):
         raise AttachError(

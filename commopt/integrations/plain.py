@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from commopt.aggregate import Aggregator
 from commopt.bucket import Bucket
 from commopt.errors import AttachError
 from commopt.groups import Group
+from commopt.groups.peers import Peers
 from commopt.integrations.attachment import Attachment, check_optimizer, connect
+from commopt.integrations.outer import OuterAttachment, attach_outer
+from commopt.outer import OuterLoop
 
 
 class PlainAttachment(Attachment):
@@ -91,6 +94,7 @@ class PlainAttachment(Attachment):
         super()._before_step(optimizer, args, kwargs)
 
 
+@overload
 def attach(
     model: Module,
     method: Aggregator,
@@ -99,7 +103,23 @@ def attach(
     *,
     bucket_bytes: int = 25 << 20,
     find_unused_parameters: bool = True,
-) -> PlainAttachment:
+) -> PlainAttachment: ...
+@overload
+def attach(
+    model: Module,
+    method: OuterLoop,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: Group | Peers | None = None,
+) -> OuterAttachment: ...
+def attach(
+    model: Module,
+    method: Aggregator | OuterLoop,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: Group | Peers | None = None,
+    *,
+    bucket_bytes: int = 25 << 20,
+    find_unused_parameters: bool = True,
+) -> PlainAttachment | OuterAttachment:
     """Average gradients of an unwrapped model at `optimizer.step()`, by any method and over any group.
 
     Parameters and buffers are first made those of rank 0. `optimizer` is the one that applies a gradient method's result; an
@@ -107,8 +127,16 @@ def attach(
     bucket_bytes: at most so much is exchanged at once. find_unused_parameters: agree in every step on which parameters have a
     gradient on any rank (P counts of 4 bytes); the others are left alone. Without it a missing gradient counts as zeros.
 
+    An outer method (NoLoCo, DiLoCo, ...) averages parameters instead, now and then, and its ranks may come and go: see `OuterAttachment`.
+
     Raises AttachError if method, model and optimizer do not fit together.
     """
+    if isinstance(method, OuterLoop):
+        return attach_outer(model, method, optimizer, group)
+    if isinstance(group, Peers):
+        raise AttachError(
+            f"{method.name} exchanges in every step, which needs a group with all ranks; only outer methods take peers"
+        )
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise AttachError("this model averages gradients itself: use integrations.ddp.attach, or pass model.module")
     check_optimizer(method, optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 
@@ -14,13 +14,16 @@ from commopt.methods.demo import DeMo
 from commopt.methods.dense import Dense
 from commopt.methods.dgc import DGC
 from commopt.methods.dice_sgd import DiceSGD
+from commopt.methods.diloco import DiLoCo
 from commopt.methods.distributed_lion import DistributedLion
 from commopt.methods.ef import EF
 from commopt.methods.ef21 import EF21
 from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
+from commopt.methods.local_sgd import LocalSGD
 from commopt.methods.loco import LoCo
 from commopt.methods.natural import NaturalMean
+from commopt.methods.noloco import NoLoCo
 from commopt.methods.onebit_adam import OnebitAdam
 from commopt.methods.onebit_lamb import OnebitLamb
 from commopt.methods.powersgd import PowerSGD
@@ -33,6 +36,7 @@ from commopt.methods.top_k import TopKMean
 from commopt.methods.two_way import TwoWay
 from commopt.methods.zero_one_adam import ZeroOneAdam
 from commopt.optimizers import LAMB, AccumAdam, Lion
+from commopt.outer import OuterLoop
 
 __all__ = [
     "DGC",
@@ -41,14 +45,18 @@ __all__ = [
     "FP16",
     "METHODS",
     "OPTIMIZERS",
+    "OUTER_METHODS",
     "QSGD",
     "DeMo",
     "Dense",
+    "DiLoCo",
     "DiceSGD",
     "DistributedLion",
     "EFSign",
     "LoCo",
+    "LocalSGD",
     "NaturalMean",
+    "NoLoCo",
     "OnebitAdam",
     "OnebitLamb",
     "PowerSGD",
@@ -61,6 +69,7 @@ __all__ = [
     "ZeroOneAdam",
     "build",
     "check_options",
+    "is_outer_method",
     "is_update_method",
     "with_optimizer",
 ]
@@ -93,6 +102,8 @@ METHODS: Mapping[str, type[Aggregator]] = {
     )
 }
 
+OUTER_METHODS: Mapping[str, type[OuterLoop]] = {method.name: method for method in (NoLoCo, DiLoCo, LocalSGD)}
+
 OPTIMIZERS: Mapping[str, Any] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -108,6 +119,11 @@ def is_update_method(name: str) -> bool:
     return issubclass(_find(name)[0], torch.optim.Optimizer)
 
 
+def is_outer_method(name: str) -> bool:
+    """Whether this method exchanges parameters now and then, among ranks that may come and go, instead of gradients in every step."""
+    return issubclass(_find(name)[0], OuterLoop)
+
+
 def check_options(name: str, options: Iterable[str]) -> None:
     """Raise ConfigError for a method, or an option of it, that does not exist."""
     method, named = _find(name)
@@ -117,11 +133,17 @@ def check_options(name: str, options: Iterable[str]) -> None:
             raise ConfigError(f"method {name}: unknown option {option!r}{did_you_mean(option, known)}")
 
 
-def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) -> Aggregator:
+@overload
+def build(
+    name: Literal["noloco", "diloco", "local_sgd", "decentralized_adam", "choco", "push_sum"], **options: Any
+) -> OuterLoop: ...
+@overload
+def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) -> Aggregator: ...
+def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) -> Aggregator | OuterLoop:
     """Make a method by name; `integrations.*.attach` then puts it into a training script.
 
     named_params: `model.named_parameters()`, or parameter groups whose "params" are such pairs; update methods (1-bit Adam)
-    need it, gradient methods (EF-sign) go with an optimizer of yours and take none.
+    need it; gradient methods (EF-sign) and outer methods (NoLoCo) go with an optimizer of yours and take none.
     Raises ConfigError for an unknown name or option, or a value out of range.
     """
     check_options(name, options)
@@ -137,7 +159,7 @@ def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) 
             raise ConfigError(f"method {name} is an optimizer: build({name!r}, model.named_parameters(), ...)")
         arguments = [list(named_params)]
     try:
-        made: Aggregator = method(*arguments, **options)
+        made: Aggregator | OuterLoop = method(*arguments, **options)
     except ConfigError as error:
         raise ConfigError(f"method {name}: {error}") from None
     except (TypeError, ValueError) as error:
@@ -147,7 +169,7 @@ def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) 
 
 def with_optimizer(
     name: str, model: torch.nn.Module, *, options: Mapping[str, Any], optimizer: Mapping[str, Any]
-) -> tuple[Aggregator, torch.optim.Optimizer]:
+) -> tuple[Any, torch.optim.Optimizer]:
     """The method and the optimizer that steps, from a run's YAML; an update method is both.
 
     optimizer: {"name": "adam", "adamw" or "sgd", and that optimizer's arguments}. An update method takes lr, betas, eps and
@@ -185,12 +207,13 @@ def with_optimizer(
     return method, made
 
 
-def _find(name: str) -> tuple[type[Aggregator], dict[str, str]]:
+def _find(name: str) -> tuple[type[Aggregator] | type[OuterLoop], dict[str, str]]:
     """The method, and the options that `name(a, b)` gives by position: `two_way(sign, int8)` is worker: sign, server: int8."""
     word, is_called, inside = name.partition("(")
-    if word not in METHODS:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(word, METHODS)}")
-    method = METHODS[word]
+    every: dict[str, type[Aggregator] | type[OuterLoop]] = {**METHODS, **OUTER_METHODS}
+    if word not in every:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(word, every)}")
+    method = every[word]
     if not is_called:
         return method, {}
     values = [value.strip() for value in inside.removesuffix(")").split(",")]
@@ -223,7 +246,7 @@ def _arguments(kind: str) -> list[str]:
     return [key for key in parameters if key not in ("self", "params")]
 
 
-def _options(method: type[Aggregator], *, without_default: bool = False) -> list[str]:
+def _options(method: type[Aggregator] | type[OuterLoop], *, without_default: bool = False) -> list[str]:
     parameters = inspect.signature(method.__init__).parameters.values()
     options = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     return [p.name for p in options if not without_default or p.default is inspect.Parameter.empty]

@@ -1,0 +1,431 @@
+"""An outer method at work in a training script: its rounds hang on the optimizer's steps, and ranks may leave and come back."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from commopt.aggregate import is_finite
+from commopt.errors import AttachError, GroupError
+from commopt.groups import Group, LocalGroup, SimGroup, SimWorld, TcpPeers, TorchGroup
+from commopt.groups.peers import PeerGroup, Peers, Progress, call_roll
+from commopt.groups.tcp import Membership, listen_anywhere
+from commopt.integrations.attachment import ATTACHED, check_parameters
+from commopt.links import LinkModel
+from commopt.outer import Exchanged, OuterLoop, Round
+from commopt.sketch import Spread
+from commopt.wire import Payload
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round as this rank saw it; the fields of `Recorder.round`.
+
+    step: optimizer steps done when it ended. members: ranks that were averaged. missed: a member that was due did not answer in time.
+    blocked_s: how long training stood still for it. exchange_s: from its start to its result. nbytes: what this rank sent meanwhile.
+    spread: estimated distance of the replicas from their mean, relative to it, as far as known.
+    """
+
+    step: int
+    round: int
+    members: list[int]
+    missed: bool
+    blocked_s: float
+    exchange_s: float
+    nbytes: float
+    spread: float | None
+
+
+@dataclass
+class _Pending:
+    round: Round
+    x: Tensor  # what the round is about, as it was when it began
+    begun_at: int  # optimizer steps done then
+    wait: Callable[[], tuple[Exchanged, float]]
+    blocked_s: float
+    sent: float
+
+
+class OuterAttachment:
+    """What `plain.attach` returns for an outer method.
+
+    start = attachment.join(schedule=schedule)       # the step to go on from: 0 in a new job
+    for step in attachment.range(steps):
+        ...
+        optimizer.step()                             # every `every`-th begins a round
+    attachment.finish()
+
+    waited_s: seconds for which rounds have stopped this rank. reports: rounds since the list was last cleared; events: what else
+    happened, as (kind, fields). spread: the last estimate of the replicas' distance from their mean. steps: optimizer steps done.
+    """
+
+    is_outer = True
+
+    def __init__(self, model: Module, method: OuterLoop, optimizer: torch.optim.Optimizer, peers: Peers) -> None:
+        self.model, self.method, self.optimizer, self.peers = model, method, optimizer, peers
+        self.group = LocalGroup()  # nothing here concerns all ranks at once
+        self.group.traffic = peers.traffic
+        self.parameters = check_parameters(model, method, optimizer)
+        self.averaged_state: tuple[str, ...] = getattr(method, "averaged_state", ())
+        self.voided: list[tuple[int, str]] = []
+        self.reports: list[RoundReport] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.waited_s, self.steps = 0.0, 0
+        self.spread: float | None = None
+        self._is_off = self._has_joined = False
+        self._stateful: dict[str, Any] = {}
+        self._pending: list[_Pending] = []
+        self._asked = 0
+        self._was_up = set(peers.others)
+        peers.traffic.method = method.name
+        named = [(name, p) for name, p in self.parameters.items()]
+        named += [(f"{name}:{key}", p) for key in self.averaged_state for name, p in self.parameters.items()]
+        method.bind(named, peers)
+        self._sketch = Spread(method.index.total, peers.rank, peers.size)
+        ATTACHED.add(model)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    # -- the training script's side
+
+    def join(self, *, wait_s: float = 60.0, **stateful: Any) -> int:
+        """Start with the others, or, where they train already, catch up with them; returns the step to go on from.
+
+        In a new job it waits until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. Where somebody
+        trains already, this rank takes over parameters, the method's and the optimizer's state and the step from a live peer, and
+        the state of everything in `stateful` (a learning-rate schedule: anything with state_dict and load_state_dict).
+        """
+        self._stateful, self._has_joined = stateful, True
+        peers, end_s = self.peers, self.peers.seconds + wait_s
+        peers.announce(self.steps, is_training=False)
+        while True:
+            if any(self._trains(peer) for peer in peers.others) and self.catch_up():
+                break
+            missing = [peer for peer in peers.others if not peers.is_up(peer)]
+            if not missing or peers.seconds >= end_s:
+                if missing:
+                    _log.warning("rank %d starts without %s, which did not come", peers.rank, _listed(missing))
+                self._start_together(wait_s)
+                break
+            peers.sleep(0.05)
+        peers.announce(self.steps)
+        return self.steps
+
+    def range(self, stop: int) -> Iterator[int]:
+        """The steps that are left to do; a rank that fell far behind leaves some out to go on with the others."""
+        if not self._has_joined:
+            self.join()
+        while self.steps < stop:
+            yield self.steps
+
+    def finish(self) -> None:
+        """End what is under way, and with `final_average` average the replicas that are still there; call it after the last step."""
+        while self._pending:
+            self._end_round(self._pending.pop(0))
+        if self.method.final_average and self.peers.size > 1 and not self._is_off:
+            self._average_once()
+        self.peers.announce(self.steps, is_training=False)
+
+    def detach(self) -> None:
+        """Take the method out of the optimizer again."""
+        self._handle.remove()
+        ATTACHED.discard(self.model)
+
+    def close(self) -> None:
+        """Leave the job; what is still to be sent has a few seconds."""
+        self.peers.close()
+
+    @contextmanager
+    def communication_off(self) -> Iterator[None]:
+        """Train alone inside the block: no round begins."""
+        self._is_off = True
+        try:
+            yield
+        finally:
+            self._is_off = False
+
+    def wait_until_quiet(self, limit_s: float = 10.0) -> None:
+        """Return when all that was sent has been acknowledged: bytes counted and bytes on the interface then belong together."""
+        end_s = self.peers.seconds + limit_s
+        while not self.peers.is_quiet() and self.peers.seconds < end_s:
+            self.peers.sleep(0.01)
+
+    def replicas_are_equal(self) -> bool:
+        """Outer methods leave replicas apart between rounds, so this is never a defect."""
+        return True
+
+    # -- rounds
+
+    def _after_step(self, *_: Any) -> None:
+        if self._is_off:
+            return
+        if not self._has_joined:
+            raise AttachError(
+                f"{self.method.name}: call attachment.join() before the first step, or loop over attachment.range(steps)"
+            )
+        self.steps += 1
+        self.peers.announce(self.steps)
+        self._answer()
+        while self._pending and self.steps - self._pending[0].begun_at >= self.method.delay:
+            self._end_round(self._pending.pop(0))
+        round = self.method.round_after(self.steps)
+        if round is not None and self.peers.size > 1:
+            self._note_who_is_up()
+            if self._is_behind():
+                return
+            self._begin_round(round)
+
+    def _begin_round(self, round: Round) -> None:
+        begun_s = self.peers.seconds
+        flat = self.flat()
+        x = flat[round.part].clone()
+        if not is_finite(x):
+            self._recover()
+            return
+        if self._sketch.is_due(self.steps):
+            self.spread = self._sketch.exchange(self.peers, flat, self.steps)
+
+        def job() -> tuple[Exchanged, float]:
+            exchanged = self.method.exchange(x, round)
+            return exchanged, self.peers.seconds - begun_s
+
+        sent = self.peers.traffic.payload_bytes
+        wait = self.peers.start(job)
+        pending = _Pending(round, x, self.steps, wait, self.peers.seconds - begun_s, sent)
+        self._pending.append(pending)
+        if self.method.delay == 0:
+            self._end_round(self._pending.pop(0))
+
+    def _end_round(self, pending: _Pending) -> None:
+        begun_s = self.peers.seconds
+        exchanged, exchange_s = pending.wait()
+        with torch.no_grad():
+            new = self.method.apply(pending.x, pending.round, exchanged)
+            if new is not pending.x:
+                self._replace(pending, new)
+        blocked_s = pending.blocked_s + self.peers.seconds - begun_s
+        self.waited_s += blocked_s
+        nbytes = self.peers.traffic.payload_bytes - pending.sent
+        members = list(exchanged.members)
+        self.reports.append(
+            RoundReport(
+                self.steps,
+                pending.round.number,
+                members,
+                exchanged.is_missed,
+                blocked_s,
+                exchange_s,
+                nbytes,
+                self.spread,
+            )
+        )
+
+    def _replace(self, pending: _Pending, new: Tensor) -> None:
+        part = pending.round.part
+        flat = self.flat()
+        if self.steps == pending.begun_at:
+            flat[part] = new
+        else:
+            flat[part] += new - pending.x  # what the inner steps have added since stays
+        self.set_flat(flat)
+
+    def flat(self) -> Tensor:
+        """(elements,) f32 on the CPU: the parameters in registration order, and the inner optimizer's state that is averaged too."""
+        tensors = [p.detach().reshape(-1) for p in self.parameters.values()]
+        for key in self.averaged_state:
+            tensors += [self._state(p, key).reshape(-1) for p in self.parameters.values()]
+        return torch.cat([x.to("cpu", torch.float32) for x in tensors])
+
+    def set_flat(self, flat: Tensor) -> None:
+        """Overwrite parameters, and averaged state, by what `flat` would give."""
+        targets = [p.detach() for p in self.parameters.values()]
+        for key in self.averaged_state:
+            targets += [self._state(p, key) for p in self.parameters.values()]
+        with torch.no_grad():
+            for target, x in zip(targets, torch.split(flat, [t.numel() for t in targets]), strict=True):
+                target.copy_(x.view_as(target))
+
+    def _state(self, p: Tensor, key: str) -> Tensor:
+        state = self.optimizer.state.get(p, {})
+        if not state:
+            return torch.zeros_like(p)
+        if not isinstance(state.get(key), Tensor) or state[key].shape != p.shape:
+            known = [name for name, x in state.items() if isinstance(x, Tensor) and x.shape == p.shape]
+            raise AttachError(
+                f"average_state: {type(self.optimizer).__name__} has no {key!r} for each parameter; it has {', '.join(known) or 'none'}"
+            )
+        found: Tensor = state[key]
+        return found
+
+    # -- members that leave, come back, or fall behind
+
+    def catch_up(self, *, tensors: bool = True) -> bool:
+        """Take over a live peer's place in the training; whether one answered. Without `tensors`, its step and schedule only."""
+        begun_s = self.peers.seconds
+        for donor in sorted(
+            (peer for peer in self.peers.others if self._trains(peer)), key=lambda p: (-self._step_of(p), p)
+        ):
+            self._asked += 1
+            self.peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
+            letter = self.peers.receive(donor, "state", self._asked, max(60.0, 3 * self.method.timeout_s))
+            if letter is None:
+                continue
+            stored = torch.load(io.BytesIO(letter.payload.buffer.numpy().tobytes()), weights_only=True)
+            if tensors:
+                self.model.load_state_dict(stored["model"])
+                self.optimizer.load_state_dict(stored["optimizer"])
+                self.method.begin(self.flat())
+                for key, x in self.method.tensors().items():
+                    x.copy_(stored["method"][key])
+                self._pending.clear()
+            before, self.steps = self.steps, int(stored["steps"])
+            for key, value in stored["stateful"].items():
+                if key in self._stateful:
+                    self._stateful[key].load_state_dict(value)
+            took_s = self.peers.seconds - begun_s
+            kind = "caught up" if tensors else "went on with the others"
+            self.events.append(
+                (
+                    kind,
+                    {"from": donor, "left_out": self.steps - before, "step": self.steps, "seconds": round(took_s, 3)},
+                )
+            )
+            _log.info("rank %d %s at step %d, from rank %d", self.peers.rank, kind, self.steps, donor)
+            return True
+        return False
+
+    def _answer(self) -> None:
+        """Send this rank's state to those who asked for it; a copy is made now, and travels beside the training."""
+        for peer, letter in self.peers.drain("ask"):
+            wants_tensors = bool(letter.payload.tensors[0][0])
+            stateful = {key: value.state_dict() for key, value in self._stateful.items()}
+            stored: dict[str, Any] = {"steps": self.steps, "stateful": stateful}
+            if wants_tensors:
+                stored |= {
+                    "model": {key: x.detach().cpu() for key, x in self.model.state_dict().items()},
+                    "optimizer": self.optimizer.state_dict(),
+                    "method": self.method.tensors(),
+                }
+            buffer = io.BytesIO()
+            torch.save(stored, buffer)
+            packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+            self.peers.send(peer, "state", letter.sequence, Payload.of(packed), expires_s=120.0)
+            self.events.append(("helped to catch up", {"rank": peer, "step": self.steps, "nbytes": packed.numel()}))
+
+    def _is_behind(self) -> bool:
+        """Whether this rank fell so far behind that it has left out steps now, to go on with the others."""
+        ahead = max((self._step_of(peer) for peer in self.peers.others if self._trains(peer)), default=0)
+        if ahead - self.steps < self.method.max_lag * self.method.every:
+            return False
+        while self._pending:
+            self._end_round(self._pending.pop(0))
+        return self.catch_up(tensors=self.method.follows_by_state)
+
+    def _recover(self) -> None:
+        """A replica with a NaN or an inf must not spread it: it takes over what another one has."""
+        _log.warning("rank %d: its parameters are not finite after step %d", self.peers.rank, self.steps)
+        self.events.append(("parameters not finite", {"step": self.steps}))
+        self._pending.clear()
+        if not self.catch_up():
+            raise GroupError(
+                f"rank {self.peers.rank}: parameters that are not finite after step {self.steps}, and no peer to take others over from"
+            )
+
+    def _note_who_is_up(self) -> None:
+        up = {peer for peer in self.peers.others if self.peers.is_up(peer)}
+        for peer in sorted(self._was_up - up):
+            self.events.append(("peer lost", {"rank": peer, "step": self.steps}))
+        for peer in sorted(up - self._was_up):
+            self.events.append(("peer back", {"rank": peer, "step": self.steps}))
+        self._was_up = up
+
+    def _trains(self, peer: int) -> bool:
+        progress = self.peers.progress(peer)
+        return progress is not None and progress.is_training
+
+    def _step_of(self, peer: int) -> int:
+        return (self.peers.progress(peer) or Progress(0, False)).step
+
+    def _start_together(self, wait_s: float) -> None:
+        """All begin with the parameters and buffers of the lowest rank, but for a job that resumes, whose replicas differ."""
+        peers = self.peers
+        if peers.size > 1:
+            roll = call_roll(peers, "start", 0, torch.tensor([self.steps]), wait_s)
+            steps = [int(roll.cards[rank]) for rank in roll.members]
+            if len(roll.members) > 1 and max(steps) == 0:
+                group = PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0))
+                with torch.no_grad():
+                    for x in (*self.model.parameters(), *self.model.buffers()):
+                        cpu = x.detach().to("cpu").contiguous()
+                        group.broadcast(cpu)
+                        x.copy_(cpu)
+            elif self.steps < max(steps):
+                peers.announce(self.steps, is_training=False)
+                while not self.catch_up():
+                    peers.sleep(0.1)
+                return
+        if self.steps == 0:
+            self.method.begin(self.flat())
+
+    def _average_once(self) -> None:
+        timeout_s = self.method.timeout_s
+        try:
+            roll = call_roll(self.peers, "final", 0, torch.tensor([self.steps]), timeout_s)
+            if len(roll.members) > 1:
+                group = PeerGroup(self.peers, roll.members, "final", 0, timeout_s)
+                flat = self.flat()
+                group.all_reduce(flat)
+                self.set_flat(flat.div_(group.size))
+            self.events.append(("final average", {"ranks": list(roll.members), "step": self.steps}))
+        except GroupError as error:
+            _log.warning("rank %d ends without the final average: %s", self.peers.rank, error)
+
+
+def _listed(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def connect_peers(group: Group | Peers | None = None) -> Peers:
+    """The peers that outer methods use: those given, those of the launcher's environment, or those of torch.distributed's ranks."""
+    if isinstance(group, Peers):
+        return group
+    if isinstance(group, SimGroup):
+        return group.peers
+    if group is None and (membership := Membership.from_environment()) is not None:
+        links = os.environ.get("COMMOPT_LINKS")
+        return TcpPeers(membership, links=LinkModel.from_json(links) if links else None)
+    if isinstance(group, LocalGroup) or (group is None and not dist.is_initialized()):
+        alone: SimWorld[None] = SimWorld(1)
+        return SimGroup(alone, 0).peers
+    process_group = group.process_group if isinstance(group, TorchGroup) else None
+    listener, address = listen_anywhere()
+    addresses: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(addresses, (address, os.getpid()), group=process_group)
+    job = f"{addresses[0][0]} {addresses[0][1]}"
+    members = tuple(place for place, _ in addresses)
+    return TcpPeers(Membership(dist.get_rank(process_group), members, job), listener=listener)
+
+
+def attach_outer(
+    model: Module, method: OuterLoop, optimizer: torch.optim.Optimizer | None, group: Group | Peers | None
+) -> OuterAttachment:
+    """What `plain.attach` does with an outer method. Raises AttachError if method, model and optimizer do not fit together."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel) and model.process_group.size() > 1:
+        raise AttachError(
+            f"DDP averages gradients in every step, which {method.name} is there to do without: attach it to the model itself"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise AttachError(f"{method.name} goes with an optimizer for the inner steps: attach(model, method, optimizer)")
+    method.check_optimizer(optimizer)
+    return OuterAttachment(model, method, optimizer, connect_peers(group))

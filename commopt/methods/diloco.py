@@ -1,0 +1,286 @@
+"""DiLoCo: inner steps alone, then an outer optimizer's step on the mean of what they changed, over those who are there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commopt import noise
+from commopt.aggregate import Aggregator, Mean
+from commopt.bucket import Bucket
+from commopt.compress.base import element_indices
+from commopt.compressed import Compressed, GatherMean, TwoWayMean
+from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
+from commopt.groups.peers import PeerGroup, Peers, Roll, call_roll
+from commopt.outer import Exchanged, OuterLoop, Round
+from commopt.outer_optimizers import FedAdagrad, FedAdam, FedYogi
+
+OUTER: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "nesterov": (torch.optim.SGD, {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
+    "sgd": (torch.optim.SGD, {"lr": 0.7, "momentum": 0.0}),
+    "adagrad": (FedAdagrad, {}),
+    "adam": (FedAdam, {}),
+    "yogi": (FedYogi, {}),
+}
+_CALLS = 1 << 12  # sequence numbers of one round's exchange
+
+
+class DiLoCo(OuterLoop):
+    """Average what `every` inner steps changed, and give it to an outer optimizer as a gradient.
+
+    Douillard et al. 2023, arXiv:2311.08105, Algorithm 1; with fragments, Streaming DiLoCo (arXiv:2501.18512): a round is about one
+    fragment of the parameters, in turn, and with `delay` it is sent while the next inner steps run. What these changed meanwhile is
+    kept in full, where the paper mixes it half and half.
+        Delta = mean over those present of (phi - theta_i);  phi <- OuterOpt(phi, Delta);  theta_i <- phi
+    The lowest rank that is up convenes each round: it waits for those that are up, at most half of timeout_s, and the round is
+    theirs. A rank that hears nobody makes its outer step alone. Every member says which slow weights it has; where they differ, after
+    a partition or a missed round, those of the latest round are averaged first (twice a round's bytes, once).
+    Sends 8 (N-1)/N / every bytes a parameter and step; compressed, two_way's or (top_k and its like) a gather's share of it.
+    State: slow weights 4, the outer optimizer's 4 or 8 (and residuals of 4 + 4/N with a compressed message).
+    Use it where hundreds of steps fit between two exchanges, and all machines are about equally fast.
+    Not for a machine that is often late: all others wait for it once, and then go on without it.
+
+    outer: nesterov, sgd, adagrad, adam or yogi (the last three of arXiv:2003.00295), or {name: adam, lr: 0.01, ...} with its options.
+    lr, momentum: of nesterov and sgd; 0.7 and 0.9 if None (no momentum with sgd). fragments: parts of about equal size, cut
+    between parameters. participation: the share of ranks, drawn by every rank from (seed, round), that takes part in a round.
+    """
+
+    name = "diloco"
+    positional: ClassVar[tuple[str, ...]] = ("outer",)
+    follows_by_state = True
+
+    def __init__(
+        self,
+        *,
+        every: int = 100,
+        outer: Any = "nesterov",
+        lr: float | None = None,
+        momentum: float | None = None,
+        fragments: int = 1,
+        participation: float = 1.0,
+        delay: int = 0,
+        timeout_s: float = 20.0,
+        message: Any = None,
+        final_average: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            every=every, delay=delay, timeout_s=timeout_s, message=message, final_average=final_average, seed=seed
+        )
+        wanted = f"a whole number from 1 to every, {every}"
+        check_option("fragments", fragments, lambda x: isinstance(x, int) and 1 <= x <= every, wanted)
+        check_option("participation", participation, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+        self.fragments, self.participation = fragments, participation
+        self.make_outer = _outer(outer, lr, momentum)
+        self.make_outer(torch.zeros(1))  # a bad option shows now
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
+        super().bind(named_parameters, peers)
+        self.parts = _between_parameters(self.index.offsets.tolist(), self.fragments)
+        self.slow = torch.zeros(self.index.total)
+        self.outer = [self.make_outer(self.slow[part]) for part in self.parts]
+        self.version = torch.zeros(self.fragments, dtype=torch.int64)  # the last round that each fragment took part in
+        self.late: set[int] = set()
+        self._means: dict[int, tuple[tuple[int, ...], Aggregator]] = {}
+
+    def begin(self, x: Tensor) -> None:
+        self.slow.copy_(x)
+
+    def participants(self, number: int) -> list[int]:
+        """Who is drawn for a round; the same on all ranks."""
+        ranks = self.peers.size
+        if self.participation == 1.0:
+            return list(range(ranks))
+        drawn = noise.keys(self.seed, "participation", 0, np.asarray([number]), np.arange(ranks))
+        return sorted(int(rank) for rank in np.argsort(drawn)[: max(1, round(self.participation * ranks))])
+
+    def exchange(self, x: Tensor, round: Round) -> Exchanged:
+        me, expected = self.peers.rank, self.participants(round.number)
+        if me not in expected:
+            return Exchanged((me,))
+        start_s, part = self.peers.seconds, round.part
+        card = torch.tensor([int(self.version[round.fragment]), checksum(self._shared(round.fragment))])
+        roll = call_roll(self.peers, "diloco", round.number, card, self.timeout_s, expected=expected, late=self.late)
+        own = self.slow[part] - x
+        alone = Exchanged((me,), is_missed=len(expected) > 1, values={"delta": own})
+        if len(roll.members) == 1:
+            return alone
+        left_s = max(0.1, start_s + self.timeout_s - self.peers.seconds)
+        group = PeerGroup(self.peers, roll.members, "diloco", round.number * _CALLS, left_s)
+        try:
+            shared = self._reconciled(roll, round.fragment, group)
+            mean = self._mean(own, round.fragment, roll.members, group)
+        except GroupError:
+            return alone
+        if mean is None:
+            return alone
+        is_missed = len(roll.members) < len(expected)
+        return Exchanged(roll.members, is_missed, {"delta": mean, **shared})
+
+    def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
+        if "delta" not in exchanged.values:  # not drawn: on with the inner steps
+            return x
+        for own, agreed in zip(self._shared(round.fragment), _by_number(exchanged.values), strict=False):
+            own.copy_(agreed)
+        optimizer = self.outer[round.fragment]
+        (parameter,) = optimizer.param_groups[0]["params"]
+        parameter.grad = exchanged.values["delta"]
+        optimizer.step()
+        parameter.grad = None
+        self.version[round.fragment] = round.number + 1
+        return self.slow[round.part]
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {"slow": self.slow, "version": self.version}
+        for k in range(self.fragments):
+            for key, x in enumerate(self._shared(k)[1:]):
+                state[f"outer {k} {key}"] = x
+        return state
+
+    def comm_state(self) -> Any:
+        state = super().comm_state()
+        for k, (_, mean) in self._means.items():
+            state["local"] |= {f"mean {k} {key}": x for key, x in mean.comm_state()["local"].items()}
+            state["local"] |= {f"mean {k} shared {key}": x for key, x in mean.comm_state()["shared"].items()}
+            state["local"][f"mean {k} members"] = torch.tensor(self._means[k][0])
+        return state
+
+    def load_comm_state(self, state: Any) -> None:
+        local = state["local"]
+        for k in range(self.fragments):
+            if f"mean {k} members" in local:
+                members = tuple(int(rank) for rank in local[f"mean {k} members"])
+                group = PeerGroup(self.peers, members, "diloco", 0, self.timeout_s)
+                mean = self._new_mean(k, group)
+                prefix = f"mean {k} "
+                mine = {key.removeprefix(prefix): x for key, x in local.items() if key.startswith(prefix)}
+                shared = {key.removeprefix("shared "): x for key, x in mine.items() if key.startswith("shared ")}
+                mean.load_comm_state({"shared": shared, "local": mine})
+                self._means[k] = (members, mean)
+        super().load_comm_state(state)
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        if self.message.compressor is None:
+            return 8 * (ranks - 1) / ranks / self.every * self.participation
+        return self._compressed().bytes_per_parameter(ranks) / self.every * self.participation
+
+    def _shared(self, fragment: int) -> list[Tensor]:
+        """What all ranks hold alike of a fragment: its slow weights, and the outer optimizer's state."""
+        optimizer = self.outer[fragment]
+        (parameter,) = optimizer.param_groups[0]["params"]
+        return [self.slow[self.parts[fragment]], *(x for _, x in sorted(optimizer.state[parameter].items()))]
+
+    def _reconciled(self, roll: Roll, fragment: int, group: PeerGroup) -> dict[str, Tensor]:
+        """Where members differ: the mean of what those have who took part last. Nothing where all agree, as they mostly do."""
+        cards = [roll.cards[rank] for rank in roll.members]
+        if all(torch.equal(card, cards[0]) for card in cards):
+            return {}
+        latest = max(int(card[0]) for card in cards)
+        has_latest = [int(card[0]) == latest for card in cards]
+        weight = (1.0 / sum(has_latest)) if has_latest[group.rank] else 0.0
+        agreed = [x * weight for x in self._shared(fragment)]
+        for x in agreed:
+            group.all_reduce(x)
+        return {f"shared {key}": x for key, x in enumerate(agreed)}
+
+    def _mean(self, delta: Tensor, fragment: int, members: tuple[int, ...], group: PeerGroup) -> Tensor | None:
+        """The mean of the members' deltas; None where one of them is not finite."""
+        if self._means.get(fragment, ((), None))[0] != members:
+            self._carry_over(fragment, members, group)
+        bucket = Bucket(delta.clone(), *self._layout(fragment))
+        self._means[fragment][1].exchange([bucket], group)
+        return bucket.flat if bucket.void is None else None
+
+    def _carry_over(self, fragment: int, members: tuple[int, ...], group: PeerGroup) -> None:
+        """A mean over other members than before; what this rank had still to send, as a worker or for others, goes along."""
+        mean = self._new_mean(fragment, group)
+        before = self._means.get(fragment)
+        if before is not None and isinstance(mean, Compressed) and isinstance(before[1], Compressed):
+            mean.worker.residual.copy_(before[1].worker.residual)
+            if isinstance(before[1], TwoWayMean) and before[1].server.residual.numel():
+                home = before[1].table.at_home(before[1].rank)
+                places = element_indices(home.starts, home.lengths, mean.worker.residual.device)
+                mean.worker.residual[places] += before[1].server.residual * len(before[0])
+        self._means[fragment] = (members, mean)
+
+    def _new_mean(self, fragment: int, group: PeerGroup) -> Aggregator:
+        mean: Aggregator = Mean() if self.message.compressor is None else self._compressed()
+        part = self.slow[self.parts[fragment]]
+        names, starts = self._layout(fragment)
+        mean.bind(list(zip(names, torch.tensor_split(part, starts[1:]), strict=True)), group)
+        return mean
+
+    def _compressed(self) -> Compressed:
+        compressor, has_feedback = self.message.compressor, self.message.has_feedback
+        assert compressor is not None
+        is_sparse = hasattr(compressor, "density") or compressor.is_ragged
+        return (GatherMean if is_sparse else TwoWayMean)(compressor, error_feedback=has_feedback, seed=self.seed)
+
+    def _layout(self, fragment: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The names of a fragment's parameters, and where each starts in it."""
+        part, offsets = self.parts[fragment], self.index.offsets[:-1].tolist()
+        inside = [k for k, start in enumerate(offsets) if part.start <= start < part.stop and self.index.numels[k]]
+        return tuple(self.index.names[k] for k in inside), tuple(offsets[k] - part.start for k in inside)
+
+
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """64 bits that differ wherever two lists of tensors of the same shapes differ by a bit, but for 1 in 2^32 or so."""
+    total = 0
+    for x in tensors:
+        words = x.detach().contiguous().view(torch.int32).to(torch.int64)
+        places = torch.arange(1, words.numel() + 1, dtype=torch.int64)
+        total = (total * 1000003 + int((words * places).sum()) + 31 * int(words.sum())) % (1 << 62)
+    return total
+
+
+def _by_number(values: Mapping[str, Tensor]) -> list[Tensor]:
+    return [values[key] for key in sorted(values) if key.startswith("shared ")]
+
+
+def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:
+    """Stretches of about equal size whose edges lie between parameters. Raises ConfigError where there are too few of them."""
+    edges = [0]
+    for k in range(1, fragments + 1):
+        wanted = offsets[-1] * k / fragments
+        edges.append(min((x for x in offsets if x > edges[-1]), key=lambda x: abs(x - wanted), default=edges[-1]))
+    edges[-1] = offsets[-1]
+    if any(b <= a for a, b in itertools.pairwise(edges)):
+        raise ConfigError(f"fragments: {fragments} are too many for a model of {len(offsets) - 1} parameters")
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _outer(given: Any, lr: float | None, momentum: float | None) -> Any:
+    """What makes an outer optimizer over one flat tensor, with its state there from the start. Raises ConfigError."""
+    options = dict(given) if isinstance(given, Mapping) else {"name": given}
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in OUTER:
+        raise ConfigError(f"outer: {name!r} is no outer optimizer{did_you_mean(str(name), OUTER)}")
+    kind, preset = OUTER[name]
+    for key, value in (("lr", lr), ("momentum", momentum)):
+        if value is not None:
+            if key == "momentum" and kind is not torch.optim.SGD:
+                raise ConfigError(
+                    f"momentum: has no effect with outer: {name}; write outer: {{name: {name}, beta1: ...}}"
+                )
+            options.setdefault(key, value)
+
+    def make(x: Tensor) -> torch.optim.Optimizer:
+        parameter = torch.nn.Parameter(x)
+        try:
+            made: torch.optim.Optimizer = kind([parameter], **{**preset, **options})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"outer: {name}: {error}") from None
+        group = made.param_groups[0]
+        if kind is torch.optim.SGD:
+            made.state[parameter] = {"momentum_buffer": torch.zeros_like(x)} if group["momentum"] else {}
+        else:
+            variance = torch.full_like(x, group["tau"] ** 2)
+            made.state[parameter] = {"momentum": torch.zeros_like(x), "variance": variance}
+        return made
+
+    return make

@@ -1,0 +1,190 @@
+"""NoLoCo: replicas average with a random partner now and then; no step waits for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commopt.errors import ConfigError, check_flag, check_option
+from commopt.groups.peers import Peers
+from commopt.outer import Exchanged, OuterLoop, Round, mean_of
+from commopt.topology import group_of
+from commopt.wire import Payload
+
+
+class NoLoCo(OuterLoop):
+    """Average with a random partner every `every` steps, and move by a momentum of the result.
+
+    Kolehmainen et al. 2025, arXiv:2506.10911, equations 1 to 3. Equation 2 has the sign of its second term wrong for the printed
+    Delta = theta - phi: its own appendix (eq. 32) and the released code have a plus, as here. It is heavy-ball momentum.
+        delta <- momentum delta + lr mean_j(theta_j - phi_j) + gamma (mean_j phi_j - phi)
+        phi <- phi + delta;  theta <- phi
+    With gamma = lr, the default, lr mean_j theta_j - lr phi is all that is needed, and theta alone travels: half the bytes.
+    Pairs are drawn by every rank from (seed, round), over all configured ranks, so that nobody has to agree on who is there.
+    Sends 4/every bytes a parameter and step to one partner, 8/every with another gamma; 4 (group_size - 1)/every in larger groups.
+    State: slow weights 4, momentum 4 (and a residual of 4 with a compressed message).
+    Use it where machines are far apart, differ in speed, or come and go: nobody waits for more than its partner.
+    Not for links that carry a compressed exchange of every step: the replicas differ, and end as an ensemble unless averaged.
+
+    lr, momentum: of the outer step. gamma: the pull of the slow weights towards each other; lr if None. group_size: ranks that
+    average together; a group that a dead rank is missing from goes on without it. two_tensors: send the slow weights apart from the
+    deltas even where gamma = lr (right after the last round, so that only the deltas are late). slow_share: with a compressed
+    message, which deltas can be put into but slow weights cannot, so much of the slow weights travels beside it, uncompressed,
+    another part each round.
+    """
+
+    name = "noloco"
+
+    def __init__(
+        self,
+        *,
+        every: int = 50,
+        lr: float = 0.7,
+        momentum: float = 0.5,
+        gamma: float | None = None,
+        group_size: int = 2,
+        two_tensors: bool = False,
+        slow_share: float = 0.125,
+        delay: int = 0,
+        timeout_s: float = 20.0,
+        message: Any = None,
+        final_average: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            every=every, delay=delay, timeout_s=timeout_s, message=message, final_average=final_average, seed=seed
+        )
+        check_option("lr", lr, lambda x: x > 0, "a number above 0")
+        check_option("momentum", momentum, lambda x: 0 <= x < 1, "a number from 0, below 1")
+        check_option("group_size", group_size, lambda x: isinstance(x, int) and x >= 2, "a whole number from 2")
+        check_option("slow_share", slow_share, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+        check_flag("two_tensors", two_tensors)
+        self.lr, self.momentum, self.group_size = lr, momentum, group_size
+        self.gamma = lr if gamma is None else gamma
+        self.slow_share = slow_share if self.message.compressor is not None else 1.0
+        self.sends_slow = two_tensors or self.gamma != lr or self.message.compressor is not None
+        _check_gamma(self.gamma, momentum, group_size)
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
+        super().bind(named_parameters, peers)
+        if peers.size > 1 and self.group_size > peers.size:
+            raise ConfigError(f"group_size: {self.group_size} is more than the {peers.size} ranks there are")
+        self.slow = torch.zeros(self.index.total)
+        self.velocity = torch.zeros(self.index.total)
+        self.slow_parts = self.message.cut(max(1, round(1 / self.slow_share)))
+
+    def begin(self, x: Tensor) -> None:
+        self.slow.copy_(x)
+        self._send_slow(0)
+
+    def group(self, number: int) -> tuple[int, ...]:
+        """The ranks that average in a round, this one among them; itself alone where it sits out."""
+        return group_of(self.peers.rank, self.peers.size, self.group_size, self.seed, number)
+
+    def exchange(self, x: Tensor, round: Round) -> Exchanged:
+        group = self.group(round.number)
+        others = [peer for peer in group if peer != self.peers.rank]
+        what = x - self.slow if self.sends_slow else x
+        payload = self.message.pack(what, self.everything, round.number)
+        for peer in others:
+            self.peers.send(peer, "noloco", round.number, payload, expires_s=self.timeout_s)
+        received = self._collect("noloco", others, round.number, self.everything, self.timeout_s)
+        own = what
+        if self.message.compressor is not None:
+            decoded = self.message.unpack(payload, self.everything, round.number)
+            if received and decoded is not None:
+                own = decoded  # as the partner sees it: what is missing goes into the next message
+            else:
+                self.message.take_back(what, payload, self.everything, round.number)
+        members = tuple(sorted([self.peers.rank, *received]))
+        values = {"mean": mean_of([own if rank == self.peers.rank else received[rank] for rank in members])}
+        if self.sends_slow and received:
+            values |= self._slow_mean(round.number, list(received))
+        return Exchanged(members, is_missed=len(received) < len(others), values=values)
+
+    def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
+        mean, slow, velocity = exchanged.values["mean"], self.slow, self.velocity
+        if not self.sends_slow:
+            velocity.mul_(self.momentum).add_(mean - slow, alpha=self.lr)  # eq. 2 with gamma = lr
+        else:
+            velocity.mul_(self.momentum).add_(mean, alpha=self.lr)  # eq. 2, its first two terms
+            if "slow mean" in exchanged.values:
+                part = self._slow_part(round.number)
+                velocity[part].add_(exchanged.values["slow mean"] - slow[part], alpha=self.gamma)  # its third
+        slow.add_(velocity)  # eq. 3
+        self._send_slow(round.number + 1)
+        return slow
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"slow": self.slow, "velocity": self.velocity}
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        if ranks == 1:
+            return 0.0
+        others = min(self.group_size, ranks) - 1
+        slow = 4 * self.slow_share if self.sends_slow else 0.0
+        return others * (self.message.bytes_per_element() + slow) / self.every
+
+    def _collect(
+        self, channel: str, others: Sequence[int], number: int, part: slice, timeout_s: float
+    ) -> dict[int, Tensor]:
+        """What the others sent for this round (or, if they are ahead, for a later one), as far as it comes in time."""
+        end_s, received = self.peers.seconds + timeout_s, {}
+        for peer in others:
+            left_s = max(0.0, end_s - self.peers.seconds)
+            letter = self.peers.receive(peer, channel, number, left_s, or_newer=True)
+            if letter is None:
+                continue
+            x = (
+                self.message.unpack(letter.payload, part, letter.sequence)
+                if channel == "noloco"
+                else _plain(letter.payload, part)
+            )
+            if x is not None:
+                received[peer] = x
+        return received
+
+    def _slow_part(self, number: int) -> slice:
+        return self.slow_parts[number % len(self.slow_parts)]
+
+    def _send_slow(self, number: int) -> None:
+        """Send the slow weights for the next round as soon as they are known."""
+        if self.sends_slow:
+            payload = Payload.of(self.slow[self._slow_part(number)])
+            for peer in self.group(number):
+                if peer != self.peers.rank:
+                    self.peers.send(peer, "noloco slow", number, payload, expires_s=max(self.timeout_s, 60.0))
+
+    def _slow_mean(self, number: int, members: Sequence[int]) -> dict[str, Tensor]:
+        """The mean of the slow weights of those whose deltas came; they were sent long before, so that none is waited for."""
+        part = self._slow_part(number)
+        received = {}
+        for peer in members:
+            letter = self.peers.receive(peer, "noloco slow", number, 1.0)
+            x = None if letter is None else _plain(letter.payload, part)
+            if x is not None:
+                received[peer] = x
+        everyone = sorted([self.peers.rank, *received])
+        own = self.slow[part]
+        return {"slow mean": mean_of([own if rank == self.peers.rank else received[rank] for rank in everyone])}
+
+
+def _plain(payload: Payload, part: slice) -> Tensor | None:
+    x = payload.tensors[0]
+    return x if x.numel() == part.stop - part.start and bool(x.isfinite().all()) else None
+
+
+def _check_gamma(gamma: float, momentum: float, group_size: int) -> None:
+    """Equation 74: sqrt(n / (2 (n - 1))) momentum < gamma < sqrt(n / (2 (n - 1)) (2 + momentum^2))."""
+    ratio = group_size / (2 * (group_size - 1))
+    low, high = math.sqrt(ratio) * momentum, math.sqrt(ratio * (2 + momentum**2))
+    check_option("gamma", gamma, lambda x: isinstance(x, float | int), "a number, or leave it out for that of lr")
+    if not low < gamma < high:
+        raise ConfigError(
+            f"gamma: {gamma} lets replicas drift apart: sqrt(n / (2 (n - 1))) momentum < gamma < sqrt(n / (2 (n - 1)) (2 + momentum^2)) "
+            f"is {low:.3g} < gamma < {high:.3g} for momentum {momentum} and group_size n = {group_size} (arXiv:2506.10911, eq. 74)"
+        )
