@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from commopt.errors import ConfigError, LaunchError
-from commopt.report import plots
+from commopt.report import drawing, plots
 from commopt.report.results import Cluster, Node, NodeBytes, Results, RunResult
 from commopt.report.table import COLUMNS, NOTHING, cells, event_texts, loss_above_dense, readings
 from commopt.report.words import times_text
@@ -33,7 +33,7 @@ def write_report(results: Results, out_dir: Path) -> list[Path]:
     """
     drawn = {name: draw(results) for name, draw in plots.PLOTS.items()}
     contents = {"results.json": results_json(results).encode(), "report.html": page(results).encode()}
-    contents |= {f"{name}.png": plots.png(figure) for name, figure in drawn.items()}
+    contents |= {f"{name}.png": drawing.png(figure) for name, figure in drawn.items()}
     path = out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def page(results: Results) -> str:
         lstrip_blocks=True,
     )
     pictures = {
-        name: plots.svg(draw(results), (draw.__doc__ or name).splitlines()[0]) for name, draw in plots.PLOTS.items()
+        name: drawing.svg(draw(results), (draw.__doc__ or name).splitlines()[0]) for name, draw in plots.PLOTS.items()
     }
     return environment.get_template("page.html").render(
         results=results,
@@ -84,8 +84,8 @@ def page(results: Results) -> str:
         nothing=NOTHING,
         readings=list(zip(results.runs, readings(results), strict=True)),
         pictures=pictures,
-        palette=plots.DARK,
-        run_colours=plots.colours(results),
+        palette=drawing.DARK,
+        run_colours=drawing.colours(results),
         sites=sites(results.cluster),
         link=link_text,
         mode=MODES.get(results.cluster.emulation, results.cluster.emulation),

@@ -9,7 +9,7 @@ import pytest
 from synthetic_runs import CLUSTER, DENSE, FP16, ONEBIT, results_of, run_of, short
 
 from commopt.errors import LaunchError
-from commopt.report import plots
+from commopt.report import drawing, plots
 from commopt.report.page import headline, page, read_results, sites, write_report
 from commopt.report.results import Cluster, Node, Results, RunResult, collect
 
@@ -113,7 +113,7 @@ def test_the_page_follows_light_and_dark(results: Results) -> None:
     html = page(results)
     assert "prefers-color-scheme: dark" in html
     body = html[html.index("<body>") :]
-    assert not [colour for colour in plots.DARK if colour in body]
+    assert not [colour for colour in drawing.DARK if colour in body]
 
 
 def test_what_users_named_is_escaped(results: Results) -> None:
@@ -135,7 +135,7 @@ def test_odd_runs_are_drawn_and_written_too(tmp_path: Path) -> None:
         results = results_of(runs)
         assert page(results).rstrip().endswith("</html>")
         for draw in plots.PLOTS.values():
-            assert plots.svg(draw(results), "x").startswith("<svg")
+            assert drawing.svg(draw(results), "x").startswith("<svg")
 
 
 def test_the_headline_is_the_largest_gain(results: Results, tmp_path: Path) -> None:
