@@ -1,4 +1,4 @@
-"""Train a byte-level GPT on real text with DDP and any communication method; a page to read and to copy from.
+"""Train a byte-level GPT on real text with any communication method; a page to read and to copy from.
 
 torchrun --nproc-per-node=4 launch/train.py --method onebit_adam --options '{"freeze_step": 24}'
 commopt compare configs/runs/demo.yaml
@@ -6,9 +6,12 @@ commopt compare configs/runs/demo.yaml
 
 import argparse
 import json
+import os
 import sysconfig
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt.integrations import ddp
-from commopt.methods import with_optimizer
+from commopt.integrations import ddp, plain
+from commopt.integrations.outer import OuterAttachment
+from commopt.methods import is_outer_method, with_optimizer
 from commopt.report.recorder import Recorder
 
 STDLIB, PAGE = Path(sysconfig.get_path("stdlib")), 4096
@@ -88,28 +92,36 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[
 
 
 def main(args: argparse.Namespace) -> None:
-    dist.init_process_group(args.backend)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    if "COMMOPT_PEERS" not in os.environ:  # else every node was started on its own, and finds the others by itself
+        dist.init_process_group(args.backend)
     train, held_out = read_corpus(args.corpus)
     torch.manual_seed(args.seed)  # the same model on every rank
     gpt = GPT(args.layers, args.heads, args.width, args.context)
-    model = DistributedDataParallel(gpt, bucket_cap_mb=args.bucket_mb)
-    method, optimizer = with_optimizer(args.method, model.module, options=args.options, optimizer=args.optimizer)
-    overlap = not method.needs_all_buckets  # a global norm needs all gradients first
-    attachment = ddp.attach(model, method, None if optimizer is method else optimizer, overlap=overlap)
+    method, optimizer = with_optimizer(args.method, gpt, options=args.options, optimizer=args.optimizer)
     falling = args.steps * max(1 - args.decay_from, 1e-9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (args.steps - step) / falling))
+    if is_outer := is_outer_method(args.method):
+        model: nn.Module = gpt
+        attachment: Any = plain.attach(gpt, method, optimizer)
+        first = attachment.join(schedule=schedule)  # 0, or where the others are if they train already
+        rank, world, steps = attachment.peers.rank, attachment.peers.size, attachment.range(args.steps)
+    else:
+        model = DistributedDataParallel(gpt, bucket_cap_mb=args.bucket_mb)
+        overlap = not method.needs_all_buckets  # a global norm needs all gradients first
+        attachment = ddp.attach(model, method, None if optimizer is method else optimizer, overlap=overlap)
+        first, rank, world, steps = 0, dist.get_rank(), dist.get_world_size(), range(args.steps)
 
     recorder = Recorder.from_environment()
-    parameters = sum(p.numel() for p in model.parameters())
-    recorder.start(method=args.method, options=args.options, parameters=parameters, steps=args.steps)
-    data = torch.Generator().manual_seed(args.seed * 1000 + rank)  # the same data whatever the method
+    parameters = sum(p.numel() for p in gpt.parameters())
+    recorder.start(method=args.method, options=args.options, parameters=parameters, steps=args.steps, resumed_at=first)
+    data = torch.Generator()
     is_measuring = False
-    for step in range(args.steps):
+    for step in steps:
+        data.manual_seed(((args.seed * 1000 + rank) << 32) + step)  # the same data whatever the method; no step's twice
         steady = step >= 3 and method.is_steady  # DDP settles its buckets in the first steps
         if steady and not is_measuring:
             is_measuring = True
-            attachment.group.barrier()
+            quiet(attachment)
             recorder.counters("begin", attachment.group.traffic.as_dict())
         start, waited = time.perf_counter(), attachment.waited_s
         loss = train_step(model, optimizer, draw(train, args.batch, args.context, data))
@@ -117,24 +129,24 @@ def main(args: argparse.Namespace) -> None:
         seconds, wait_s = time.perf_counter() - start, attachment.waited_s - waited
         tokens = world * args.batch * args.context
         recorder.step(step=step, loss=loss, seconds=seconds, wait_s=wait_s, tokens=tokens, steady=steady)
-        for _, name in attachment.voided:
-            recorder.event("void", step=step, parameter=name)
-        attachment.voided.clear()
+        tell(recorder, attachment, step)
+    if is_outer:
+        attachment.finish()
+        tell(recorder, attachment, args.steps)
     if is_measuring:
-        attachment.group.barrier()
+        quiet(attachment)
         recorder.counters("end", attachment.group.traffic.as_dict())
-    method.synchronise(attachment.group)  # for methods that take local steps
-    if not attachment.replicas_are_equal():
-        recorder.event("replicas have drifted apart")
+    if not is_outer:
+        method.synchronise(attachment.group)  # for methods that take local steps
+        if not attachment.replicas_are_equal():
+            recorder.event("replicas have drifted apart")
 
-    with torch.no_grad():
-        windows = torch.Generator().manual_seed(1 + rank)  # each rank its own share of the held-out text
-        losses = [
-            model.module(*draw(held_out, 16, args.context, windows)).item() for _ in range(args.validation_batches)
-        ]
+    with torch.no_grad():  # replicas that are equal take a share of the held-out text each, others the same
+        windows = torch.Generator().manual_seed(1 + (0 if is_outer else rank))
+        losses = [gpt(*draw(held_out, 16, args.context, windows)).item() for _ in range(args.validation_batches)]
     recorder.validation(step=args.steps, loss=sum(losses) / len(losses), tokens=16 * args.context * len(losses))
 
-    attachment.group.barrier()
+    quiet(attachment)
     with attachment.communication_off():  # what the same steps cost without a network
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -146,8 +158,31 @@ def main(args: argparse.Namespace) -> None:
             seconds_alone.append(time.perf_counter() - start)
     recorder.compute(seconds_alone[2:])
     recorder.end()
-    attachment.group.barrier()
-    dist.destroy_process_group()
+    if is_outer:
+        attachment.close()
+    else:
+        attachment.group.barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet(attachment: Any) -> None:
+    """Wait until nothing is on its way, so that bytes counted here and on the interface belong together."""
+    attachment.wait_until_quiet() if isinstance(attachment, OuterAttachment) else attachment.group.barrier()
+
+
+def tell(recorder: Recorder, attachment: Any, step: int) -> None:
+    """Record what the method had to say since the last step."""
+    for _, name in attachment.voided:
+        recorder.event("void", step=step, parameter=name)
+    attachment.voided.clear()
+    if isinstance(attachment, OuterAttachment):
+        for report in attachment.reports:
+            recorder.round(**asdict(report))
+        for kind, fields in attachment.events:
+            recorder.event(kind, **fields)
+        attachment.reports.clear()
+        attachment.events.clear()
 
 
 if __name__ == "__main__":
