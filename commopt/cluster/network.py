@@ -10,21 +10,28 @@ of the calling process, which therefore has to be one of its own: see `commopt.c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from commopt.cluster.signals import deferred_signals
 from commopt.cluster.spec import ClusterSpec, Link
 from commopt.errors import EmulationError
 
 INTERFACE = "eth0"  # of every node, in its own namespace
 _FASTEST_BYTES_PER_S = 30e9 / 8  # tbf's rate field ends at 4 GiB/s; a veth pair on one machine ends before
 _ETHERNET_BYTES = 14
+_NOWHERE = "01:80:c2:00:00:01"  # IEEE 802.1D: a bridge never forwards a frame for this address, and says nothing
 
 
 def address(node: int) -> str:
     """The address of a node in the emulated network."""
     return f"10.77.{(node + 1) // 256}.{(node + 1) % 256}"
+
+
+def _hardware_address(node: int) -> str:
+    return f"02:00:0a:4d:{(node + 1) // 256:02x}:{(node + 1) % 256:02x}"
 
 
 def burst_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
@@ -49,6 +56,8 @@ class Network:
         self._names = [node.name for node in cluster.nodes]
         self._mtu = cluster.links.mtu
         self._outer: dict[int, str] = {}  # index of a veth's outer end -> name of its node
+        self._sent_before = dict.fromkeys(self._names, 0)  # through veths that are gone
+        self._cut: set[frozenset[str]] = set()
         self.has_netem = False
         self._root: Any = IPRoute()
         links = [cluster.link(index) for index in range(len(self._names))]
@@ -56,15 +65,69 @@ class Network:
             self.has_netem = self._netem_works()
         self._root.link("set", index=1, state="up")
         bridges = self._add_bridges(cluster)
-        for index, (name, link) in enumerate(zip(self._names, links, strict=True)):
-            self._add_node(index, name, link, bridges[cluster.site_of_node[index]])
+        self._places = [(link, bridges[site]) for link, site in zip(links, cluster.site_of_node, strict=True)]
+        for name in self._names:
+            self._add_node(name)
 
+    @deferred_signals()
     def tx_bytes(self) -> dict[str, int]:
         """Bytes that each node has sent since it was made, headers included: what the other end of its veth received."""
-        sent = {}
-        for message in self._root.get_links(*self._outer):
-            sent[self._outer[message["index"]]] = int(message.get_attr("IFLA_STATS64")["rx_bytes"])
-        return {name: sent[name] for name in self._names}
+        sent = dict(self._sent_before)
+        for message in self._root.get_links(*self._outer) if self._outer else []:
+            sent[self._outer[message["index"]]] += int(message.get_attr("IFLA_STATS64")["rx_bytes"])
+        return sent
+
+    @deferred_signals()
+    def unplug(self, name: str) -> None:
+        """Silence a node: nothing that it still sends arrives, and its programs get no error from their own interface."""
+        self._root.link("set", index=self._outer_of(name), state="down")
+
+    @deferred_signals()
+    def remove(self, name: str) -> None:
+        """Remove a node whose programs have ended: its kernel's connections go with it, as a machine's memory does."""
+        from pyroute2 import netns
+
+        index = self._outer_of(name)
+        self._sent_before[name] = self.tx_bytes()[name]
+        del self._outer[index]
+        self._root.link("del", index=index)
+        netns.remove(name)
+
+    @deferred_signals()
+    def restore(self, name: str) -> None:
+        """Bring a node back that was unplugged or removed, with the same addresses; what it was cut off from, it still is."""
+        if name in self._outer.values():
+            self._root.link("set", index=self._outer_of(name), state="up")
+            return
+        self._add_node(name)
+        for pair in self._cut:
+            if name in pair:
+                self._block(name, pair - {name})
+
+    @deferred_signals()
+    def cut(self, pairs: Iterable[Collection[str]]) -> None:
+        """Lose what passes between the two nodes of each of these pairs, without a word to either; heal all other pairs.
+
+        Connections stall, and go on after healing: each node takes the other's hardware address for one that leads nowhere.
+        """
+        wanted = {frozenset(pair) for pair in pairs}
+        healed, new = self._cut - wanted, wanted - self._cut
+        self._cut = wanted
+        for name in self._outer.values():
+            self._unblock(name, {other for pair in healed if name in pair for other in pair - {name}})
+            self._block(name, {other for pair in new if name in pair for other in pair - {name}})
+
+    def _block(self, name: str, others: Collection[str]) -> None:
+        _ip(name, [f"neigh replace {self._address(o)} lladdr {_NOWHERE} nud permanent dev {INTERFACE}" for o in others])
+
+    def _unblock(self, name: str, others: Collection[str]) -> None:
+        _ip(name, [f"neigh del {self._address(other)} dev {INTERFACE}" for other in others])
+
+    def _address(self, name: str) -> str:
+        return address(self._names.index(name))
+
+    def _outer_of(self, name: str) -> int:
+        return next(index for index, owner in self._outer.items() if owner == name)
 
     def _add_bridges(self, cluster: ClusterSpec) -> list[int]:
         sites = max(1, len(cluster.sites))
@@ -89,9 +152,11 @@ class Network:
         self._root.link("set", index=index, state="up")
         return index
 
-    def _add_node(self, number: int, name: str, link: Link, bridge: int) -> None:
+    def _add_node(self, name: str) -> None:
         from pyroute2 import NetNS, netns
 
+        number = self._names.index(name)
+        link, bridge = self._places[number]
         netns.create(name)
         outer = f"v{number}"
         peer = {"ifname": INTERFACE, "net_ns_fd": name, "mtu": self._mtu}
@@ -106,6 +171,7 @@ class Network:
             index = self._index(inside, INTERFACE)
             inside.link("set", index=1, state="up")
             inside.addr("add", index=index, address=address(number), prefixlen=16)
+            inside.link("set", index=index, address=_hardware_address(number))  # others may know it from before
             inside.link("set", index=index, gso_max_segs=1)  # segments on the wire are real, and their headers count
             self._silence_ipv6(inside, index)
             self._shape(inside, index, link)
@@ -147,6 +213,16 @@ class Network:
         if not found:
             raise EmulationError(f"the interface {name} was not made")
         return found[0]
+
+
+def _ip(namespace: str, lines: Sequence[str]) -> None:
+    """Give `ip` these lines in a node's namespace. Raises EmulationError."""
+    if not lines:
+        return
+    words = ["ip", "-n", namespace, "-batch", "-"]
+    done = subprocess.run(words, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise EmulationError(f"{' '.join(words[:3])} {lines[0]}: {done.stderr.strip()}")
 
 
 def _needs_netem(link: Link) -> bool:
