@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from commopt.cluster import faults as faults_of
+from commopt.cluster.faults import Fault, Members
 from commopt.cluster.reading import MistakesError, read_yaml, shown, validated
 from commopt.errors import ConfigError, did_you_mean
 from commopt.links import LinkModel, parse_delay, parse_loss, parse_rate
@@ -182,6 +184,11 @@ class ClusterSpec(_Model):
         place = {node: index for index, members in enumerate(self.sites.values()) for node in members}
         return tuple(place.get(node.name, 0) for node in self.nodes)
 
+    @property
+    def members(self) -> Members:
+        """The names of the nodes, and of the sites that they are in."""
+        return Members([node.name for node in self.nodes], self.sites)
+
     def link(self, node: int) -> Link:
         """The link of one node: its own override, then its site's, then everybody's."""
         name, sites = self.nodes[node].name, list(self.sites)
@@ -257,6 +264,7 @@ class RunSpec(_Model):
     arguments: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]]
+    faults: list[Fault] = []
 
     def argument_words(self) -> list[str]:
         """`arguments` as command-line words: {layers: 4, no_bias: true} -> --layers 4 --no-bias."""
@@ -279,6 +287,7 @@ class _RunFile(_Model):
     arguments: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
     methods: dict[str, Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]]
+    faults: list[Fault] = []
 
     @model_validator(mode="after")
     def _is_complete(self) -> _RunFile:
@@ -316,8 +325,10 @@ def load_run(path: str | Path) -> RunSpec:
             )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    fields = file.model_dump(exclude={"cluster", "program"})
+    fields = {**file.model_dump(exclude={"cluster", "program"}), "faults": file.faults}
     cluster = load_cluster(_short(places["cluster"]))
+    if found := list(faults_of.mistakes(file.faults, cluster.members, file.arguments.get("steps"))):
+        raise ConfigError("\n".join(f"{path}: {key}: {text}" for key, text in found))
     return RunSpec(
         path=given.resolve(), cluster_path=places["cluster"], cluster=cluster, program=places["program"], **fields
     )

@@ -206,3 +206,78 @@ def test_our_clusters_load(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((CONFIGS / "runs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_our_runs_load(path: Path) -> None:
     assert load_run(path).methods
+
+
+def run_with(faults: str, folder: Path, cluster: str = "nodes: 3", arguments: str = "{steps: 80}") -> Path:
+    (folder / "c.yaml").write_text(cluster)
+    (folder / "p.py").write_text("")
+    path = folder / "run.yaml"
+    path.write_text(
+        f"cluster: c.yaml\nprogram: p.py\narguments: {arguments}\nmethods: {{dense: {{}}}}\nfaults: {faults}\n"
+    )
+    return path
+
+
+FAULTS = {
+    "kill": "kill: 'kill' is no list; write one",
+    "[{at_step: 5}]": "0: says nothing to do; write one of kill, restart, cut, slow, hang, as in {at_step: 120, kill: node2}",
+    "[{kill: node1}]": "0.at_step: is missing; write it",
+    "[{at_step: 0, kill: node1}]": "0.at_step: 0 is too small; write 1 or more",
+    "[{at_step: 5.5, kill: node1}]": "0.at_step: 5.5 is no whole number; write one",
+    "[{at_step: 80, kill: node1}]": "0.at_step: 80 is not reached in 80 steps; write less than arguments.steps",
+    "[{at_step: 5, kil: node1}]": "0.kil: unknown key; did you mean 'kill'?",
+    "[{at_step: 5, kill: }]": "0.kill: is empty; write a value, or leave the key out",
+    "[{at_step: 5, kill: nod1}]": "0.kill: there is no node 'nod1'; did you mean 'node1'?",
+    "[{at_step: 5, kill: node1, slow: node2, factor: 2}]": "0: kill and slow are 2 faults; write an entry for each",
+    "[{at_step: 5, kill: node1, for_s: 3}]": "0.for_s: has no effect on a kill; leave it out; "
+    "write a restart at a later step",
+    "[{at_step: 5, kill: node1, factor: 3}]": "0.factor: has no effect on a kill; leave it out",
+    "[{at_step: 5, hang: node1}]": "0.for_s: is missing; write for how many seconds the node hangs, as in 'for_s: 10'",
+    "[{at_step: 5, hang: node1, for_s: 0}]": "0.for_s: 0 is no time; write a number of seconds above 0",
+    "[{at_step: 5, hang: node1, for_s: .inf}]": "0.for_s: inf is no time; write a number of seconds above 0",
+    "[{at_step: 5, slow: node1}]": "0.factor: is missing; write how many times slower the node gets, as in 'factor: 5'",
+    "[{at_step: 5, slow: node1, factor: 1}]": "0.factor: 1 slows nothing down; write a number above 1",
+    "[{at_step: 5, slow: node1, factor: yes}]": "0.factor: 'yes' slows nothing down; write a number above 1",
+    "[{at_step: 5, cut: node1}]": "0.cut: 'node1' is no cut; write two names of nodes or sites, as in [node0, node1]",
+    "[{at_step: 5, cut: [node1]}]": "0.cut: ['node1'] is no cut; write two names of nodes or sites, as in "
+    "[node0, node1]",
+    "[{at_step: 5, cut: [node1, node1]}]": "0.cut: 'node1' is on both sides; "
+    "write two nodes or sites that have none in common",
+    "[{at_step: 5, cut: [node1, node4]}]": "0.cut: there is no node 'node4'; did you mean 'node2'?",
+    "[{at_step: 5, restart: node1}]": "0.restart: node1 is up at step 5; kill it at an earlier step, or leave this out",
+    "[{at_step: 5, restart: node1}, {at_step: 6, kill: node1}]": "0.restart: node1 is up at step 5; "
+    "kill it at an earlier step, or leave this out",
+    "[{at_step: 5, kill: node1}, {at_step: 5, restart: node1}]": "1.restart: node1 is killed at step 5 too; "
+    "restart it at a later one",
+    "[{at_step: 5, kill: node1}, {at_step: 9, kill: node1}]": "1.kill: node1 is dead since step 5; "
+    "restart it before, or leave this out",
+    "[{at_step: 5, kill: node1}, {at_step: 9, hang: node1, for_s: 2}]": "1.hang: node1 is dead since step 5; "
+    "restart it before, or leave this out",
+    "[{at_step: 5, kill: node1}, {at_step: 6, kill: node2}, {at_step: 7, kill: node0}]": "2.kill: node0 is the last "
+    "node that is up at step 7, and nobody could go on",
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_a_mistake_in_a_fault_is_named(text: str, tmp_path: Path) -> None:
+    path = run_with(text, tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(caught.value) == f"{path}: faults.{FAULTS[text]}".replace("faults.kill: ", "faults: ")
+
+
+def test_a_site_on_one_side_of_a_cut_holds_no_node_of_the_other(tmp_path: Path) -> None:
+    sites = "nodes: 3\nsites: {east: [node0, node1], west: [node2]}"
+    with pytest.raises(ConfigError, match="'node1' is on both sides"):
+        load_run(run_with("[{at_step: 5, cut: [east, node1]}]", tmp_path, sites))
+    with pytest.raises(ConfigError, match="there is no node or site 'wets'; did you mean 'west'"):
+        load_run(run_with("[{at_step: 5, cut: [east, wets]}]", tmp_path, sites))
+    run = load_run(run_with("[{at_step: 5, cut: [east, west]}]", tmp_path, sites))
+    assert run.cluster.members.pairs(run.faults[0]) == {frozenset(("node0", "node2")), frozenset(("node1", "node2"))}
+
+
+def test_faults_may_stand_in_any_order(tmp_path: Path) -> None:
+    text = "[{at_step: 60, restart: node2}, {at_step: 20, kill: node2}, {at_step: 70, kill: node2}]"
+    run = load_run(run_with(text, tmp_path, arguments="{}"))
+    assert [(fault.at_step, fault.kind) for fault in run.faults] == [(60, "restart"), (20, "kill"), (70, "kill")]
+    assert load_run(run_with("[]", tmp_path)).faults == []

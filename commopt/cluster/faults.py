@@ -1,0 +1,180 @@
+"""What a run's `faults` say: machines that are killed, come back, hang, slow down or lose sight of each other, at given steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from commopt.cluster.reading import MistakesError, shown
+from commopt.errors import did_you_mean
+
+_EXAMPLE = "{at_step: 120, kill: node2}"
+
+
+def _checked_sides(value: object) -> object:
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(side, str) for side in value):
+        raise ValueError(f"{shown(value)} is no cut; write two names of nodes or sites, as in [node0, node1]")
+    return value
+
+
+def _checked_seconds(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{shown(value)} is no time; write a number of seconds above 0")
+    return value
+
+
+def _checked_factor(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 < value < math.inf:
+        raise ValueError(f"{shown(value)} slows nothing down; write a number above 1")
+    return value
+
+
+class Fault(BaseModel):
+    """One fault: exactly one of `kill`, `restart`, `cut`, `slow` and `hang`, when the furthest rank has done `at_step` steps.
+
+    kill: a node disappears, silently where the kernel emulates its link. restart: a killed node is started again.
+    cut: two nodes, or two sites, or a node and a site, do not reach each other for `for_s` seconds, or to the end.
+    slow: a node's processes run for 1/`factor` of the time. hang: a node's processes stand still for `for_s` seconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    at_step: int = Field(ge=1, strict=True)
+    kill: str | None = None
+    restart: str | None = None
+    cut: Annotated[list[str] | None, BeforeValidator(_checked_sides)] = None
+    slow: str | None = None
+    hang: str | None = None
+    for_s: Annotated[float | None, BeforeValidator(_checked_seconds)] = None
+    factor: Annotated[float | None, BeforeValidator(_checked_factor)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_empty_key(cls, data: object) -> object:
+        empty = [key for key, value in data.items() if value is None] if isinstance(data, dict) else []
+        if empty:
+            raise MistakesError([(key, "is empty; write a value, or leave the key out") for key in empty])
+        return data
+
+    @model_validator(mode="after")
+    def _is_one_fault(self) -> Fault:
+        kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
+        found = []
+        if not kinds:
+            raise ValueError(f"says nothing to do; write one of {', '.join(KINDS)}, as in {_EXAMPLE}")
+        if len(kinds) > 1:
+            raise ValueError(f"{' and '.join(kinds)} are {len(kinds)} faults; write an entry for each")
+        kind = kinds[0]
+        if self.for_s is not None and kind in ("kill", "restart"):
+            instead = "; write a restart at a later step" if kind == "kill" else ""
+            found.append(("for_s", f"has no effect on a {kind}; leave it out{instead}"))
+        if self.for_s is None and kind == "hang":
+            found.append(("for_s", "is missing; write for how many seconds the node hangs, as in 'for_s: 10'"))
+        if self.factor is not None and kind != "slow":
+            found.append(("factor", f"has no effect on a {kind}; leave it out"))
+        if self.factor is None and kind == "slow":
+            found.append(("factor", "is missing; write how many times slower the node gets, as in 'factor: 5'"))
+        if found:
+            raise MistakesError(found)
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def names(self) -> list[str]:
+        """The nodes (or sites, of a cut) as the file names them."""
+        named = getattr(self, self.kind)
+        return list(named) if isinstance(named, list) else [named]
+
+    def __str__(self) -> str:
+        """What happens: `node2 killed`."""
+        for_s = "" if self.for_s is None else f" for {self.for_s:g} s"
+        if self.kind == "cut":
+            return f"{self.names[0]} and {self.names[1]} cut off from each other{for_s}"
+        words = {
+            "kill": "killed",
+            "restart": "started again",
+            "slow": f"slowed down {self.factor or 1:g} times{for_s}",
+            "hang": f"hung up{for_s}",
+        }
+        return f"{self.names[0]} {words[self.kind]}"
+
+    @property
+    def recovery(self) -> str:
+        """What happens when it ends by itself: `node1 goes on`."""
+        if self.kind == "cut":
+            return f"{self.names[0]} and {self.names[1]} reach each other again"
+        return f"{self.names[0]} goes on{' at full speed' if self.kind == 'slow' else ''}"
+
+
+KINDS = ("kill", "restart", "cut", "slow", "hang")
+
+
+@dataclass(frozen=True)
+class Members:
+    """Which names there are: nodes in order, and the nodes of each site."""
+
+    nodes: Sequence[str]
+    sites: Mapping[str, Sequence[str]]
+
+    def side(self, name: str) -> list[str]:
+        """The nodes that a name stands for."""
+        return [name] if name in self.nodes else list(self.sites[name])
+
+    def pairs(self, cut: Fault) -> set[frozenset[str]]:
+        """Every pair of nodes that a cut separates."""
+        one, other = map(self.side, cut.names)
+        return {frozenset((a, b)) for a in one for b in other}
+
+
+def in_order(faults: Iterable[Fault]) -> list[Fault]:
+    """By step; those of one step as the file has them."""
+    return sorted(faults, key=lambda fault: fault.at_step)
+
+
+def mistakes(faults: Sequence[Fault], members: Members, steps: object) -> Iterator[tuple[str, str]]:
+    """What does not fit the cluster, the number of steps (where that is a number) or the faults before: (key, text) pairs."""
+    for index, fault in enumerate(faults):
+        known = [*members.nodes, *(members.sites if fault.kind == "cut" else [])]
+        what = "node or site" if fault.kind == "cut" and members.sites else "node"
+        key = f"faults.{index}.{fault.kind}"
+        unknown = [name for name in fault.names if name not in known]
+        for name in unknown:
+            yield key, f"there is no {what} {name!r}{did_you_mean(name, known)}"
+        if fault.kind == "cut" and not unknown:
+            one, other = map(members.side, fault.names)
+            if both := [name for name in one if name in other]:
+                yield key, f"{both[0]!r} is on both sides; write two nodes or sites that have none in common"
+        if isinstance(steps, int) and not isinstance(steps, bool) and fault.at_step >= steps >= 1:
+            yield (
+                f"faults.{index}.at_step",
+                f"{fault.at_step} is not reached in {steps} steps; write less than arguments.steps",
+            )
+    yield from _mistakes_of_life(faults, members)
+
+
+def _mistakes_of_life(faults: Sequence[Fault], members: Members) -> Iterator[tuple[str, str]]:
+    """Faults of nodes that are dead then, and restarts of nodes that are not."""
+    killed: dict[str, int] = {}  # name -> step
+    place = {id(fault): index for index, fault in enumerate(faults)}
+    for fault in in_order(faults):
+        key, name = f"faults.{place[id(fault)]}.{fault.kind}", fault.names[0]
+        if fault.kind == "cut" or name not in members.nodes:
+            continue
+        if fault.kind == "restart":
+            if name not in killed:
+                yield key, f"{name} is up at step {fault.at_step}; kill it at an earlier step, or leave this out"
+            elif killed.pop(name) == fault.at_step:
+                yield key, f"{name} is killed at step {fault.at_step} too; restart it at a later one"
+        elif name in killed:
+            yield key, f"{name} is dead since step {killed[name]}; restart it before, or leave this out"
+        elif fault.kind == "kill":
+            killed[name] = fault.at_step
+            if len(killed) == len(members.nodes):
+                yield key, f"{name} is the last node that is up at step {fault.at_step}, and nobody could go on"
