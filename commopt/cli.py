@@ -107,6 +107,14 @@ def launch(
     node: NodeAnnotated = None,
     print_only: PrintAnnotated = False,
     log_dir: Annotated[Path | None, typer.Option(help="Keep each node's output in this folder.")] = None,
+    independent: Annotated[
+        bool,
+        typer.Option(
+            "--independent",
+            help="Every node on its own: any may die, and be started again alone, while the others go on; "
+            "for noloco, diloco and other methods that exchange parameters now and then.",
+        ),
+    ] = False,
 ) -> None:
     """Run a program on every rank of a cluster.
 
@@ -121,13 +129,15 @@ def launch(
     mode = checked_mode(spec, emulate, node)
     words = checked_program(command)
     if print_only:
-        print_commands(spec, words, emulation_of.preview(spec, mode, node))
+        print_commands(spec, words, emulation_of.preview(spec, mode, node), independent=independent)
         return
     emulation = emulation_of.enter(spec, emulate=mode, node=node)
     for notice in emulation.notices:
         note(notice)
     show = _print_labelled if len(emulation.nodes) > 1 else _print_plain
-    result = run_job(spec, words, emulation=emulation, log_dir=log_dir, on_line=show)
+    result = run_job(
+        spec, words, emulation=emulation, log_dir=log_dir, on_line=show, on_note=note, independent=independent
+    )
     report(result)
 
 
@@ -156,11 +166,21 @@ def checked_program(command: Sequence[str]) -> list[str]:
     return words
 
 
-def print_commands(spec: ClusterSpec, words: Sequence[str], emulation: Emulation) -> None:
+def print_commands(
+    spec: ClusterSpec, words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = ""
+) -> None:
     """Print what `launch` would start on each node, as a shell would take it."""
-    from commopt.cluster.commands import agent_environment, agent_words, program_words
+    from commopt.cluster.commands import (
+        agent_environment,
+        agent_words,
+        job_mark,
+        lone_agent_words,
+        peers_json,
+        program_words,
+    )
 
     program = program_words(words[0], words[1:])
+    members = emulation.members() if independent else ()
     for node in emulation.nodes:
         name = spec.nodes[node].name
         environment = agent_environment(
@@ -169,9 +189,14 @@ def print_commands(spec: ClusterSpec, words: Sequence[str], emulation: Emulation
             interface=emulation.interfaces[node],
             ranks_here=spec.slots * (1 if spec.has_hosts and emulation.mode.value == "none" else len(spec.nodes)),
             links=emulation.links,
+            peers=peers_json(job_mark(spec, members, label), members) if independent else None,
         )
         prefix = ["ip", "netns", "exec", name] if emulation.mode.value == "netns" else []
-        argv = agent_words(spec, node, program, meeting=emulation.meeting)
+        argv = (
+            lone_agent_words(spec, program, port=emulation.own_port())
+            if independent
+            else agent_words(spec, node, program, meeting=emulation.meeting)
+        )
         typer.echo(f"# {name}")
         typer.echo(shlex.join(["env", *(f"{key}={value}" for key, value in environment.items()), *prefix, *argv]))
 
@@ -271,20 +296,36 @@ def _train_and_report(
     print_only: bool,
 ) -> None:
     from commopt.cluster import emulate as emulation_of
-    from commopt.cluster.training import check_methods, check_outputs, chosen_methods, program_words, train_each
+    from commopt.cluster.injection import check_faults
+    from commopt.cluster.training import (
+        check_methods,
+        check_outputs,
+        chosen_methods,
+        program_words,
+        train_each,
+    )
 
     mode = checked_mode(spec.cluster, emulate, node)
     methods = chosen_methods(spec, names)
     if print_only:
+        from commopt.methods import is_outer_method
+
         check_methods(spec, methods)
+        emulation = emulation_of.preview(spec.cluster, mode, node)
+        check_faults(spec.faults, emulation, spec.path.name)
         for name, options in methods.items():
             typer.echo(f"# method {name}")
             print_commands(
-                spec.cluster, program_words(spec, name, options), emulation_of.preview(spec.cluster, mode, node)
+                spec.cluster,
+                program_words(spec, name, options),
+                emulation,
+                independent=is_outer_method(name),
+                label=f"{spec.name} {name}",
             )
         return
     emulation = emulation_of.enter(spec.cluster, emulate=mode, node=node)
     check_methods(spec, methods)
+    check_faults(spec.faults, emulation, spec.path.name)
     out_dir = (out or Path("out") / spec.name).resolve()
     reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks have seen
     check_outputs(methods, out_dir, json_file if reports else None)

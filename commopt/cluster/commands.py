@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,6 +49,29 @@ def agent_words(cluster: ClusterSpec, node: int, program: Sequence[str], *, meet
     return [*words, *program]
 
 
+def lone_agent_words(cluster: ClusterSpec, program: Sequence[str], *, port: int) -> list[str]:
+    """The torchrun agent of a node that is a job of its own: it needs no other node, and ends none.
+
+    port: on that node's loopback interface, where the agent meets its own ranks.
+    """
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={cluster.slots}"]
+    words += ["--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
+    return [*words, f"--log-dir={os.devnull}", *program]
+
+
+def peers_json(job: str, members: Sequence[tuple[str, int]]) -> str:
+    """`COMMOPT_PEERS`: what tells this job from others, and where each rank listens, in rank order."""
+    return json.dumps({"job": job, "members": members})
+
+
+def job_mark(cluster: ClusterSpec, members: Sequence[tuple[str, int]], label: str = "") -> str:
+    """A job's mark that every machine finds by itself, so that one that comes back finds its job again; 32 hex digits.
+
+    label: tells the jobs of one cluster apart that follow one another, as those of a comparison.
+    """
+    return hashlib.sha256(json.dumps([cluster.name, members, label]).encode()).hexdigest()[:32]
+
+
 def agent_environment(
     cluster: ClusterSpec,
     node: int,
@@ -54,13 +79,14 @@ def agent_environment(
     interface: str | None,
     ranks_here: int,
     links: str | None = None,
+    peers: str | None = None,
     given: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The variables that commopt sets for the ranks of one node.
 
     interface: the one that peers are reached through, or None where it is not known. ranks_here: all ranks on this
-    machine, which share its cores. links: `COMMOPT_LINKS`, in paced mode. given: the user's environment, whose
-    OMP_NUM_THREADS stays as it is.
+    machine, which share its cores. links: `COMMOPT_LINKS`, in paced mode. peers: `COMMOPT_PEERS`, where every node is on
+    its own. given: the user's environment, whose OMP_NUM_THREADS stays as it is.
     """
     given = os.environ if given is None else given
     threads = max(1, (os.cpu_count() or 1) // max(1, ranks_here))
@@ -76,4 +102,6 @@ def agent_environment(
         environment["COMMOPT_NIC"] = str(interface)
     if links is not None:
         environment["COMMOPT_LINKS"] = links
+    if peers is not None:
+        environment["COMMOPT_PEERS"] = peers
     return environment

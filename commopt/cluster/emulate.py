@@ -27,9 +27,10 @@ from types import FrameType
 from typing import NoReturn
 
 from commopt.cluster.commands import Meeting
+from commopt.cluster.machine import free_ports, interface_of, is_own, loopback_interface, nic_tx_bytes
 from commopt.cluster.network import INTERFACE, Network, address
 from commopt.cluster.spec import ClusterSpec, Emulate
-from commopt.errors import EmulationError, LaunchError
+from commopt.errors import ConfigError, EmulationError, LaunchError, did_you_mean
 from commopt.links import LinkModel
 
 _INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
@@ -68,14 +69,33 @@ class Emulation:
             return self.network.tx_bytes()
         if self.shares_loopback:
             return {}
-        counters = {self.cluster.nodes[node].name: _nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
+        counters = {self.cluster.nodes[node].name: nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
         return {name: count for name, count in counters.items() if count is not None}
+
+    def members(self) -> tuple[tuple[str, int], ...]:
+        """(ranks,) the address and the port that each rank listens on, where every node is on its own.
+
+        Raises ConfigError where the ports after the rendezvous port do not suffice.
+        """
+        slots, addresses = self.cluster.slots, self.meeting.addresses
+        if self.shares_loopback:
+            return tuple(zip((addresses[0],) * self.cluster.ranks, free_ports(self.cluster.ranks), strict=True))
+        first = self.cluster.rendezvous.port + 1
+        if first + slots > 65536:
+            raise ConfigError(
+                f"rendezvous.port: {first - 1} leaves no port for {slots} ranks after it; write {65535 - slots} or less"
+            )
+        return tuple((address, first + slot) for address in addresses for slot in range(slots))
+
+    def own_port(self) -> int:
+        """Where the agent of a node that is on its own meets its ranks, on that node's loopback interface."""
+        return self.meeting.port if self.mode is Emulate.NETNS else free_ports(1)[0]
 
     def fresh_port(self) -> Emulation:
         """The same, with a port that is free now, where it is not the file's that counts."""
         if not self.shares_loopback:
             return self
-        return replace(self, meeting=replace(self.meeting, port=_free_port()))
+        return replace(self, meeting=replace(self.meeting, port=free_ports(1)[0]))
 
 
 def links_json(links: LinkModel) -> str:
@@ -120,7 +140,7 @@ def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> 
         cluster=cluster,
         mode=Emulate.PACED if paced else Emulate.NONE,
         nodes=tuple(range(count)),
-        meeting=Meeting(("127.0.0.1",) * count, _free_port()),
+        meeting=Meeting(("127.0.0.1",) * count, free_ports(1)[0]),
         interfaces=(loopback_interface(),) * count,
         notices=tuple(notices),
         links=links_json(cluster.link_model()) if paced else None,
@@ -133,7 +153,7 @@ def real(cluster: ClusterSpec, node: str | None = None) -> Emulation:
     index = this_node(cluster, node)
     hosts = [member.host or "" for member in cluster.nodes]
     interfaces: list[str | None] = [None] * len(hosts)
-    interfaces[index] = os.environ.get("GLOO_SOCKET_IFNAME") or _interface_of(hosts[index])
+    interfaces[index] = os.environ.get("GLOO_SOCKET_IFNAME") or interface_of(hosts[index])
     return Emulation(
         cluster=cluster,
         mode=Emulate.NONE,
@@ -149,7 +169,7 @@ def preview(cluster: ClusterSpec, emulate: Emulate | None = None, node: str | No
     if mode is Emulate.NONE and cluster.has_hosts:
         hosts = tuple(member.host or "" for member in cluster.nodes)
         nodes = (this_node(cluster, node),) if node else tuple(range(len(hosts)))
-        interfaces = tuple(_interface_of(host) for host in hosts)
+        interfaces = tuple(interface_of(host) for host in hosts)
         return Emulation(cluster, Emulate.NONE, nodes, Meeting(hosts, cluster.rendezvous.port), interfaces)
     if mode in (Emulate.NONE, Emulate.PACED):
         return on_loopback(cluster, paced=mode is Emulate.PACED, why="as asked")
@@ -163,12 +183,10 @@ def this_node(cluster: ClusterSpec, name: str | None) -> int:
     names = [node.name for node in cluster.nodes]
     if name is not None:
         if name not in names:
-            from commopt.errors import did_you_mean
-
             raise LaunchError(f"--node {name}: there is no such node{did_you_mean(name, names)}")
         return names.index(name)
     own = {socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()}
-    found = [i for i, node in enumerate(cluster.nodes) if {node.name, node.host} & own or _is_own(node.host)]
+    found = [i for i, node in enumerate(cluster.nodes) if {node.name, node.host} & own or is_own(node.host)]
     if len(found) != 1:
         what = "none" if not found else "more than one"
         raise LaunchError(
@@ -332,64 +350,4 @@ def _sysctl(name: str) -> str | None:
     try:
         return Path("/proc/sys", name).read_text().strip()
     except OSError:
-        return None
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
-
-
-def loopback_interface() -> str:
-    """`lo` on Linux, `lo0` elsewhere."""
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), "lo")
-
-
-def _is_own(host: str | None) -> bool:
-    """Whether an address or a name leads to this machine: only then can a socket be bound to it."""
-    if host is None:
-        return False
-    try:
-        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind(place)
-    except OSError:
-        return False
-    return True
-
-
-def _interface_of(host: str | None) -> str | None:
-    """The interface that owns a host's address on this machine, or None.
-
-    A name that only /etc/hosts turns into a loopback address leads other machines elsewhere, and gives None.
-    """
-    if not host or not _is_own(host):
-        return None
-    if host.startswith("127."):
-        return loopback_interface()
-    try:
-        wanted = socket.gethostbyname(host)
-    except OSError:
-        return None
-    listed = (
-        subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True, check=False) if _has_ip() else None
-    )
-    for line in listed.stdout.splitlines() if listed else []:
-        words = line.split()
-        if len(words) > 3 and words[3].split("/")[0] == wanted and not wanted.startswith("127."):
-            return words[1]
-    return None
-
-
-def _has_ip() -> bool:
-    return shutil.which("ip") is not None
-
-
-def _nic_tx_bytes(interface: str | None) -> int | None:
-    try:
-        return int(Path("/sys/class/net", interface or "", "statistics", "tx_bytes").read_text())
-    except (OSError, ValueError):
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +23,7 @@ _OF_RANK = re.compile(r"^\[rank(\d+)\]: ?")
 _TRACEBACK = "Traceback (most recent call last):"
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
 _HELD_S = 2.0
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _KEPT_BYTES = 1 << 20
 
 
@@ -130,6 +133,27 @@ def _continues(block: Traceback, text: str) -> bool:
 
 def _is_agents(block: Traceback) -> bool:
     return "torch/distributed/run.py" in block.text and "elastic_launch(" in block.text
+
+
+def output_pair() -> tuple[socket.socket, socket.socket]:
+    """Where to read what a node prints, and what its processes inherit.
+
+    A pipe would glue lines together: `python -u` writes a line and its line feed separately, and ranks of one node
+    print at the same time. A socket names the process that wrote.
+    """
+    output, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    output.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    output.setblocking(False)
+    return output, inherited
+
+
+def read_from(output: socket.socket) -> tuple[bytes, int]:
+    """What one process wrote, and which."""
+    data, ancillary, _, _ = output.recvmsg(1 << 16, socket.CMSG_SPACE(_CREDENTIALS.size))
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            return data, _CREDENTIALS.unpack(content[: _CREDENTIALS.size])[0]
+    return data, 0
 
 
 class Logs:

@@ -1,36 +1,44 @@
-"""Run one job: an agent per node, its output sorted, its bytes counted, and all of it ended when a part of it ends."""
+"""Run one job: an agent per node, its output sorted, its bytes counted, and all of it ended when a part of it ends.
+
+Where nodes are independent, a part that ends leaves the others alone.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from commopt.cluster.commands import agent_environment, agent_words, program_words
+from commopt.cluster.commands import (
+    agent_environment,
+    agent_words,
+    job_mark,
+    lone_agent_words,
+    peers_json,
+    program_words,
+)
 from commopt.cluster.emulate import Emulation, end_with_parent
-from commopt.cluster.output import Ended, Logs, Reader, Traceback
+from commopt.cluster.failure import AgentEnd, Failure, first_failure
+from commopt.cluster.injection import Injection
+from commopt.cluster.output import Logs, Reader, output_pair, read_from
+from commopt.cluster.processes import kill_all
 from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import LaunchError
 
+__all__ = ["Failure", "JobResult", "Tick", "run_job"]
+
 _TICK_S = 0.2
-_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _OTHERS_S = 1.5  # for the other nodes to report what they saw, before they are ended
+_LAST_WORDS_S = 0.4  # for the output of an agent that ended to be read
 _GRACE_S = 4.0  # between SIGTERM and SIGKILL
-_FOLLOWS = re.compile(
-    r"closed by peer|reset by peer|Connection refused|Broken pipe|remote process exited|ncclRemoteError|ncclSystemError"
-    r"|[Tt]imed out|Socket Timeout|DistNetworkError|DistStoreError|GroupError"
-)
 
 
 @dataclass(frozen=True)
@@ -39,27 +47,6 @@ class Tick:
 
     elapsed_s: float
     tx_bytes: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What ended a job: the first rank that failed, or an agent (rank None).
-
-    exit_code is None where a signal ended it, and signal_name otherwise. message: that rank's last traceback, or "".
-    """
-
-    node: str
-    rank: int | None
-    exit_code: int | None
-    signal_name: str | None
-    message: str = ""
-
-    def __str__(self) -> str:
-        who = f"rank {self.rank} ({self.node})" if self.rank is not None else f"the torchrun agent of {self.node}"
-        if self.signal_name is not None:
-            return f"{who} was killed by {self.signal_name}"
-        exception = next((line for line in reversed(self.message.splitlines()) if line and not line[0].isspace()), "")
-        return f"{who} failed: {exception}" if exception else f"{who} ended with exit code {self.exit_code}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,7 @@ class JobResult:
 
 @dataclass
 class _Agent:
-    """One node's running agent."""
+    """One start of a node's agent; is_killed: a fault ended it, is_told: its bad end has been told."""
 
     node: int
     name: str
@@ -90,6 +77,8 @@ class _Agent:
     reader: Reader = field(default_factory=Reader)
     is_open: bool = True
     ended_s: float | None = None
+    is_killed: bool = False
+    is_told: bool = False
 
 
 def run_job(
@@ -101,23 +90,44 @@ def run_job(
     log_dir: Path | None = None,
     on_tick: Callable[[Tick], None] | None = None,
     on_line: Callable[[str, str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     agent: Callable[[int], Sequence[str]] | None = None,
+    independent: bool = False,
+    label: str = "",
+    faults: Injection | None = None,
 ) -> JobResult:
     """Run `argv` (a program and its arguments) on every rank, and return when all of it has ended.
 
     env: variables added to the ranks' environment. log_dir: made if needed; gets `NODE.log` with all that was printed.
     Without it the last of it is kept in memory, and written to a temporary folder if the job fails.
     on_tick: called about five times a second. on_line: called with a label ("node2") and a line of a rank's output.
-    agent: the command to run on a node instead of torchrun. On Ctrl-C, SIGTERM or an error in a callback, every
-    process is ended and the exception goes on. Raises LaunchError if nothing could be started.
+    on_note: called with what a user should know now. agent: the command to run on a node instead of torchrun.
+    independent: every node is a torchrun job of its own, and goes on when others end; ranks find each other by
+    `COMMOPT_PEERS`. label: tells such jobs apart that follow one another on real machines. faults: what shall happen to the
+    nodes. A node that a fault killed has not failed, unless the others need it.
+    On Ctrl-C, SIGTERM or an error in a callback, every process is ended and the exception goes on. Raises LaunchError if
+    nothing could be started, ConfigError where there are too few ports.
     """
     emulation = emulation.fresh_port()
-    job = _Job(cluster, emulation, log_dir, on_tick, on_line)
     words = program_words(argv[0], argv[1:]) if argv else []
-    make = agent or (lambda node: agent_words(cluster, node, words, meeting=emulation.meeting))
+    variables, mark = dict(env or {}), uuid.uuid4().hex
+    if independent:
+        members = emulation.members()
+        is_elsewhere = not emulation.shares_loopback and emulation.mode is Emulate.NONE
+        variables["COMMOPT_PEERS"] = peers_json(job_mark(cluster, members, label) if is_elsewhere else mark, members)
+
+    def words_of(node: int) -> Sequence[str]:
+        if agent is not None:
+            return agent(node)
+        if independent:
+            return lone_agent_words(cluster, words, port=emulation.own_port())
+        return agent_words(cluster, node, words, meeting=emulation.meeting)
+
+    job = _Job(cluster, emulation, mark, words_of, variables, log_dir=log_dir, independent=independent, faults=faults)
+    job.on_tick, job.on_line, job.on_note = on_tick, on_line, on_note
     try:
         for node in emulation.nodes:
-            job.start(node, make(node), env or {})
+            job.start(node)
         job.watch()
     finally:
         job.end()
@@ -125,17 +135,26 @@ def run_job(
 
 
 class _Job:
+    on_tick: Callable[[Tick], None] | None = None
+    on_line: Callable[[str, str], None] | None = None
+    on_note: Callable[[str], None] | None = None
+
     def __init__(
         self,
         cluster: ClusterSpec,
         emulation: Emulation,
+        mark: str,
+        words_of: Callable[[int], Sequence[str]],
+        env: Mapping[str, str],
+        *,
         log_dir: Path | None,
-        on_tick: Callable[[Tick], None] | None,
-        on_line: Callable[[str, str], None] | None,
+        independent: bool,
+        faults: Injection | None,
     ) -> None:
         self._cluster, self._emulation, self._log_dir = cluster, emulation, log_dir
-        self._on_tick, self._on_line = on_tick, on_line
-        self._mark = uuid.uuid4().hex
+        self.mark, self._words_of, self._env = mark, words_of, env
+        self._is_independent, self._faults = independent, faults
+        self._planned: Failure | None = None
         self._agents: list[_Agent] = []
         self._selector = selectors.DefaultSelector()
         self._logs = Logs(log_dir, [cluster.nodes[node].name for node in emulation.nodes])
@@ -144,7 +163,7 @@ class _Job:
         self._wall_s = 0.0
         self._sent: dict[str, int] = {}
 
-    def start(self, node: int, words: Sequence[str], env: Mapping[str, str]) -> None:
+    def start(self, node: int) -> None:
         emulation, name = self._emulation, self._cluster.nodes[node].name
         environment = {
             **os.environ,
@@ -156,11 +175,11 @@ class _Job:
                 ranks_here=len(emulation.nodes) * self._cluster.slots,
                 links=emulation.links,
             ),
-            **env,
-            "COMMOPT_JOB": self._mark,
+            **self._env,
+            "COMMOPT_JOB": self.mark,
         }
-        command = [*emulation.prefix(name), *words]
-        output, inherited = _output_pair()
+        command = [*emulation.prefix(name), *self._words_of(node)]
+        output, inherited = output_pair()
         try:
             process = subprocess.Popen(
                 command,
@@ -180,15 +199,32 @@ class _Job:
         self._agents.append(agent)
         self._selector.register(agent.output, selectors.EVENT_READ, agent)
 
+    def kill(self, name: str, at_step: int) -> None:
+        """End every process of a node at once, for a fault."""
+        agent = self._last_agent(name)
+        kill_all(self.mark, name)
+        if agent.ended_s is None and agent.process.poll() in (None, -signal.SIGKILL):
+            agent.process.kill()
+            agent.process.wait()
+            agent.ended_s, agent.is_killed = self._elapsed(), True
+            if not self._is_independent:
+                self._planned = Failure(name, None, None, "SIGKILL", killed_at_step=at_step)
+
+    def restart(self, name: str) -> None:
+        """Start the agent of a killed node again."""
+        self.start(self._last_agent(name).node)
+
     def watch(self) -> None:
-        """Return when every agent has ended, or a while after the first that ended badly."""
+        """Return when every agent has ended, or where they need each other, a while after the first that ended badly."""
         next_tick_s, failed_s = 0.0, None
+        if self._faults is not None:
+            self._faults.begin(self)
         while True:
             running = [agent for agent in self._agents if agent.ended_s is None]
-            if not running:
+            if not running or self._planned is not None:
                 return
             now_s = self._elapsed()
-            if failed_s is None and any(agent.process.returncode for agent in self._agents):
+            if failed_s is None and not self._is_independent and any(a.process.returncode for a in self._agents):
                 failed_s = now_s
             if failed_s is not None and now_s - failed_s > _OTHERS_S:
                 return
@@ -202,6 +238,8 @@ class _Job:
 
     def end(self) -> None:
         """End what still runs: SIGTERM, then SIGKILL after a grace; also ranks that lost their agent."""
+        if self._faults is not None:
+            self._faults.release()
         deadline_s = self._elapsed() + _GRACE_S
         for agent in self._agents:
             if agent.process.poll() is None:
@@ -212,12 +250,12 @@ class _Job:
             if agent.process.poll() is None:
                 agent.process.kill()
             agent.process.wait()
-        for pid in _marked(self._mark):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(self.mark)
         self._wall_s = self._elapsed()
         after = self._emulation.tx_bytes()
         self._sent = {name: count - self._sent_before.get(name, 0) for name, count in after.items()}
+        if self._faults is not None:
+            self._faults.restore()
         drained_s = self._elapsed() + 0.5  # a pipe that something else holds open never ends
         while any(agent.is_open for agent in self._agents) and self._elapsed() < drained_s:
             self._read(timeout_s=0.05)
@@ -228,7 +266,10 @@ class _Job:
         self._selector.close()
 
     def result(self) -> JobResult:
-        failure = self._failure()
+        notices = [] if self._logs.problem is None else [self._logs.problem]
+        if self._faults is not None and self._planned is None:
+            notices += self._faults.unreached
+        failure = self._planned or self._failure([agent for agent in self._agents if not agent.is_killed])
         if failure is None:
             for agent in self._agents:
                 self._show(agent, agent.reader.release(float("inf")))
@@ -242,7 +283,7 @@ class _Job:
             mode=self._emulation.mode,
             log_dir=self._log_dir,
             failure=failure,
-            notices=() if self._logs.problem is None else (self._logs.problem,),
+            notices=tuple(notices),
         )
 
     def _elapsed(self) -> float:
@@ -251,10 +292,14 @@ class _Job:
     def _tick(self) -> None:
         for agent in self._agents:
             self._show(agent, agent.reader.release(self._elapsed()))
-        if self._on_tick is not None:
+        if self._is_independent:
+            self._tell_bad_ends()
+        if self._faults is not None:
+            self._faults.tick()
+        if self.on_tick is not None:
             now = self._emulation.tx_bytes()
             sent = {name: count - self._sent_before.get(name, 0) for name, count in now.items()}
-            self._on_tick(Tick(self._elapsed(), sent))
+            self.on_tick(Tick(self._elapsed(), sent))
 
     def _read(self, *, timeout_s: float) -> None:
         if not self._selector.get_map():
@@ -263,7 +308,7 @@ class _Job:
         for key, _ in self._selector.select(timeout_s):
             agent: _Agent = key.data
             try:
-                data, writer = _read_from(agent.output)
+                data, writer = read_from(agent.output)
             except BlockingIOError:
                 continue
             if not data:
@@ -274,80 +319,35 @@ class _Job:
             self._show(agent, agent.reader.feed(data, self._elapsed(), writer))
 
     def _show(self, agent: _Agent, lines: Sequence[str]) -> None:
-        if self._on_line is not None:
+        if self.on_line is not None:
             for line in lines:
-                self._on_line(agent.name, line)
+                self.on_line(agent.name, line)
 
-    def _failure(self) -> Failure | None:
-        """The failure that the others follow from."""
-        found = [(agent, ended) for agent in self._agents for ended in agent.reader.ended]
-        if found:
-            agent, ended = min(found, key=lambda pair: self._order(*pair))
-            rank = agent.reader.rank_of_local.get(ended.local_rank, agent.node * self._cluster.slots + ended.local_rank)
-            traceback = self._traceback(agent, rank)
-            message = traceback.text if traceback is not None and ended.exit_code > 0 else ""
-            return _described(agent.name, rank, ended.exit_code, message)
-        bad = [agent for agent in self._agents if agent.process.returncode and agent.ended_s is not None]
-        if not bad:
-            return None
-        agent = min(bad, key=lambda one: one.ended_s or 0.0)
-        blocks = agent.reader.tracebacks
-        message = blocks[-1].text if blocks else self._logs.tail(agent.name, 10)
-        return _described(agent.name, None, agent.process.returncode, message)
+    def _tell_bad_ends(self) -> None:
+        """Say which nodes have ended badly while others go on."""
+        is_over = all(agent.ended_s is not None for agent in self._agents)  # then the failure is told, in full
+        for agent in self._agents:
+            if agent.is_told or agent.is_killed or agent.ended_s is None or is_over:
+                continue
+            if self._elapsed() - agent.ended_s > _LAST_WORDS_S:
+                agent.is_told = True
+                failure = self._failure([agent])
+                if failure is not None and self.on_note is not None:
+                    self.on_note(f"{failure}; the other nodes go on")
 
-    def _order(self, agent: _Agent, ended: Ended) -> tuple[int, float]:
-        """Killed from outside first, then errors of its own, then what follows from another's end; then by time."""
-        if ended.exit_code < 0:
-            kind = {-signal.SIGABRT: 2, -signal.SIGTERM: 4}.get(ended.exit_code, 0)
-        else:
-            rank = agent.node * self._cluster.slots + ended.local_rank
-            traceback = self._traceback(agent, rank)
-            kind = 3 if traceback is not None and _FOLLOWS.search(traceback.text) else 1
-        return kind, ended.at_s
+    def _last_agent(self, name: str) -> _Agent:
+        return next(agent for agent in reversed(self._agents) if agent.name == name)
 
-    def _traceback(self, agent: _Agent, rank: int) -> Traceback | None:
-        own = [block for block in agent.reader.tracebacks if block.rank in (rank, None)]
-        return own[-1] if own else None
-
-
-def _output_pair() -> tuple[socket.socket, socket.socket]:
-    """Where to read what a node prints, and what its processes inherit.
-
-    A pipe would glue lines together: `python -u` writes a line and its line feed separately, and ranks of one node
-    print at the same time. A socket names the process that wrote.
-    """
-    output, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    output.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    output.setblocking(False)
-    return output, inherited
-
-
-def _read_from(output: socket.socket) -> tuple[bytes, int]:
-    """What one process wrote, and which."""
-    data, ancillary, _, _ = output.recvmsg(1 << 16, socket.CMSG_SPACE(_CREDENTIALS.size))
-    for level, kind, content in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-            return data, _CREDENTIALS.unpack(content[: _CREDENTIALS.size])[0]
-    return data, 0
-
-
-def _described(node: str, rank: int | None, code: int, message: str) -> Failure:
-    if code >= 0:
-        return Failure(node, rank, code, None, message)
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return Failure(node, rank, None, name, message)
-
-
-def _marked(mark: str) -> Iterator[int]:
-    """Processes whose environment has this job's mark, whoever their parent is now."""
-    if os.path.realpath("/proc/self") != f"/proc/{os.getpid()}":  # the /proc of another PID namespace
-        return
-    wanted = f"COMMOPT_JOB={mark}".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    yield int(entry.name)
+    def _failure(self, agents: Sequence[_Agent]) -> Failure | None:
+        ends = [
+            AgentEnd(
+                node=agent.name,
+                first_rank=agent.node * self._cluster.slots,
+                exit_code=agent.process.returncode,
+                at_s=agent.ended_s,
+                reader=agent.reader,
+                last_lines=self._logs.tail(agent.name, 10),
+            )
+            for agent in agents
+        ]
+        return first_failure(ends, is_one_job=not self._is_independent)

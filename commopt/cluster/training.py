@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from commopt.cluster.emulate import Emulation
+from commopt.cluster.injection import Injection
 from commopt.cluster.reading import shown
 from commopt.cluster.run import run_job
 from commopt.cluster.spec import RunSpec
@@ -167,10 +168,15 @@ def _train(
     live: Live,
     on_line: Callable[[str], None],
 ) -> RunResult:
+    from commopt.methods import is_outer_method
     from commopt.report.results import collect
 
     record_dir, log_dir = (_emptied(out_dir / kind / name) for kind in ("record", "log"))
     live.begin(name, record_dir)
+
+    def tell(text: str) -> None:
+        live.note(f"{name}: {text}")
+
     job = run_job(
         run.cluster,
         program_words(run, name, options),
@@ -179,10 +185,18 @@ def _train(
         log_dir=log_dir,
         on_tick=lambda _: live.tick(),
         on_line=lambda label, line: on_line(f"[{name}, {label}] {line}"),
+        on_note=tell,
+        independent=is_outer_method(name),
+        label=f"{run.name} {name}",
+        faults=Injection(run.faults, emulation=emulation, record_dir=record_dir, tell=tell) if run.faults else None,
     )
+    for notice in job.notices:
+        tell(notice)
     failure = None
     if job.failure is not None:
         failure = str(job.failure)
+        if job.failure.killed_at_step is not None:
+            failure += f"; {name} needs every rank, and ends with it"
         if job.failure.message:
             live.note(job.failure.message)
         live.note(f"all output is in {log_dir}")

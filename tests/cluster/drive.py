@@ -1,6 +1,8 @@
 """A launcher without torchrun: `drive.py CLUSTER MODE MARK JSON`, where JSON lists each node's command.
 
-Prints one JSON object: the nodes' lines, the result of the job, the ticks.
+A fifth word is a folder for logs, or "". A sixth is JSON: {"faults": [...], "record": FOLDER, "independent": true,
+"then": [commands of a second job in the same network]}. Prints one JSON object: the nodes' lines, the result of the
+(last) job, the ticks.
 """
 
 from __future__ import annotations
@@ -9,32 +11,46 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from commopt.cluster.emulate import enter
+from commopt.cluster.faults import Fault
+from commopt.cluster.injection import Injection, check_faults
 from commopt.cluster.run import Tick, run_job
 from commopt.cluster.spec import Emulate, load_cluster
 from commopt.errors import CommoptError
 
 
 def main() -> None:
-    path, mode, mark, commands = sys.argv[1:5]
-    log_dir = Path(sys.argv[5]) if len(sys.argv) > 5 else None
+    path, mode, mark, commands, logs, text = sys.argv[1:] + ["", "{}"][len(sys.argv) - 5 :]
     cluster = load_cluster(path)
-    words: list[list[str]] = json.loads(commands)
+    options: dict[str, Any] = json.loads(text)
+    faults = [Fault.model_validate(fault) for fault in options.get("faults", [])]
+    jobs: list[list[list[str]]] = [json.loads(commands), *([options["then"]] if "then" in options else [])]
     lines: list[tuple[str, str]] = []
     ticks: list[Tick] = []
+    told: list[str] = []
     try:
         emulation = enter(cluster, emulate=Emulate(mode))
-        result = run_job(
-            cluster,
-            [],
-            emulation=emulation,
-            env={"TEST_MARK": mark},
-            log_dir=log_dir,
-            agent=lambda node: words[node % len(words)],
-            on_line=lambda label, line: lines.append((label, line)),
-            on_tick=ticks.append,
-        )
+        check_faults(faults, emulation, "run.yaml")
+        for words in jobs:
+            injection = None
+            if faults and words is jobs[0]:
+                record = Path(options["record"])
+                injection = Injection(faults, emulation=emulation, record_dir=record, tell=told.append)
+            result = run_job(
+                cluster,
+                [],
+                emulation=emulation,
+                env={"TEST_MARK": mark, "COMMOPT_RECORD": options.get("record", "")},
+                log_dir=Path(logs) if logs else None,
+                agent=lambda node, words=words: words[node % len(words)],  # type: ignore[misc]
+                on_line=lambda label, line: lines.append((label, line)),
+                on_note=told.append,
+                on_tick=ticks.append,
+                independent=options.get("independent", False),
+                faults=injection,
+            )
     except CommoptError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
@@ -42,6 +58,7 @@ def main() -> None:
     found = {
         "lines": lines,
         "ticks": [asdict(tick) for tick in ticks],
+        "told": told,
         "ok": result.ok,
         "tx_bytes": dict(result.tx_bytes),
         "mode": result.mode.value,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -7,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from commopt.cluster.commands import Meeting, agent_environment, agent_words, program_words
+from commopt.cluster.commands import (
+    Meeting,
+    agent_environment,
+    agent_words,
+    job_mark,
+    lone_agent_words,
+    peers_json,
+    program_words,
+)
 from commopt.cluster.emulate import links_json, preview, this_node
 from commopt.cluster.spec import ClusterSpec, Emulate
-from commopt.errors import LaunchError
+from commopt.errors import ConfigError, LaunchError
 from commopt.links import LinkModel
 
 TWO = {"nodes": [{"name": "a0", "host": "10.1.0.5"}, {"name": "a1", "host": "10.1.0.6"}], "slots": 2}
@@ -151,3 +160,62 @@ def test_a_mistake_is_one_line_before_anything_starts(
     assert captured.err.startswith("commopt: ")
     assert captured.err.rstrip().endswith(message)
     assert captured.err.count("\n") == 1
+
+
+def test_an_independent_node_is_a_job_of_its_own() -> None:
+    words = lone_agent_words(ClusterSpec.model_validate(TWO), ["train.py"], port=1234)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"]
+    place = ["--node-rank=0", "--master-addr=127.0.0.1", "--master-port=1234", "--max-restarts=0"]
+    assert words == [*torchrun, *place, NO_LOGS, "train.py"]
+
+
+def test_ranks_of_independent_nodes_are_told_where_each_rank_listens() -> None:
+    members = preview(ClusterSpec.model_validate(TWO)).members()
+    assert members == (("10.1.0.5", 29501), ("10.1.0.5", 29502), ("10.1.0.6", 29501), ("10.1.0.6", 29502))
+    peers = peers_json("ab12", members)
+    environment = agent_environment(
+        ClusterSpec.model_validate(TWO), 0, interface=None, ranks_here=2, peers=peers, given={}
+    )
+    assert json.loads(environment["COMMOPT_PEERS"]) == {"job": "ab12", "members": [list(one) for one in members]}
+
+
+def test_ranks_that_share_a_loopback_interface_listen_on_ports_of_their_own() -> None:
+    emulation = preview(ClusterSpec.model_validate({"nodes": 3, "slots": 2}), Emulate.NONE)
+    addresses, ports = zip(*emulation.members(), strict=True)
+    assert set(addresses) == {"127.0.0.1"}
+    assert len(set(ports)) == 6
+    emulated = preview(ClusterSpec.model_validate({"nodes": 3}), Emulate.NETNS)
+    assert emulated.members() == tuple((f"10.77.0.{node}", 29501) for node in (1, 2, 3))
+    assert emulated.own_port() == 29500
+
+
+def test_a_rendezvous_port_without_room_after_it_is_a_mistake() -> None:
+    nodes = [{"name": "a", "host": "192.0.2.1"}]
+    cluster = ClusterSpec.model_validate({"nodes": nodes, "slots": 8, "rendezvous": {"port": 65530}})
+    wanted = r"rendezvous\.port: 65530 leaves no port for 8 ranks after it; write 65527 or less"
+    with pytest.raises(ConfigError, match=wanted):
+        preview(cluster).members()
+    fits = cluster.model_copy(update={"rendezvous": cluster.rendezvous.model_copy(update={"port": 65527})})
+    assert max(port for _, port in preview(fits).members()) == 65535
+
+
+def test_every_machine_finds_the_same_mark_for_a_job() -> None:
+    cluster = ClusterSpec.model_validate(TWO)
+    members = preview(cluster).members()
+    mark = job_mark(cluster, members, "small noloco")
+    assert mark == job_mark(ClusterSpec.model_validate(TWO), preview(cluster).members(), "small noloco")
+    assert len(bytes.fromhex(mark)) == 16
+    assert mark != job_mark(cluster, members, "small diloco")
+    assert mark != job_mark(cluster, members[:2], "small noloco")
+
+
+def test_print_shows_independent_nodes(write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from commopt.cli import app
+
+    path = write("nodes: 2")
+    with pytest.raises(SystemExit):
+        app(["launch", str(path), "--emulate", "netns", "--independent", "--print", "--", "hostname"])
+    lines = capsys.readouterr().out.splitlines()
+    assert '"members": [["10.77.0.1", 29501], ["10.77.0.2", 29501]]' in lines[3]
+    assert "--nnodes=1" in lines[3]
+    assert "--node-rank=0 --master-addr=127.0.0.1 --master-port=29500 --max-restarts=0" in lines[3]

@@ -1,0 +1,99 @@
+"""Which of the ends of a job's processes is the one that the others follow from."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from commopt.cluster.output import Ended, Reader, Traceback
+
+_FOLLOWS = re.compile(
+    r"closed by peer|reset by peer|Connection refused|Broken pipe|remote process exited|ncclRemoteError|ncclSystemError"
+    r"|[Tt]imed out|Socket Timeout|DistNetworkError|DistStoreError|GroupError"
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a job: the first rank that failed, or an agent (rank None).
+
+    exit_code is None where a signal ended it, and signal_name otherwise. message: that rank's last traceback, or "".
+    killed_at_step: where the run's faults killed that node, and all ended with it.
+    """
+
+    node: str
+    rank: int | None
+    exit_code: int | None
+    signal_name: str | None
+    message: str = ""
+    killed_at_step: int | None = None
+
+    def __str__(self) -> str:
+        if self.killed_at_step is not None:
+            return f"{self.node} was killed at step {self.killed_at_step}, as the run's faults say"
+        who = f"rank {self.rank} ({self.node})" if self.rank is not None else f"the torchrun agent of {self.node}"
+        if self.signal_name is not None:
+            return f"{who} was killed by {self.signal_name}"
+        exception = next((line for line in reversed(self.message.splitlines()) if line and not line[0].isspace()), "")
+        return f"{who} failed: {exception}" if exception else f"{who} ended with exit code {self.exit_code}"
+
+
+@dataclass(frozen=True)
+class AgentEnd:
+    """How one node's agent ended; at_s is None where it was the launcher that ended it.
+
+    first_rank: of its node. reader: what it and its ranks printed. last_lines: of its log, for an agent that says nothing else.
+    """
+
+    node: str
+    first_rank: int
+    exit_code: int | None
+    at_s: float | None
+    reader: Reader
+    last_lines: str
+
+
+def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | None:
+    """The failure that the others follow from, or where every node is a job of its own, the earliest."""
+    found = [(end, ended) for end in ends for ended in end.reader.ended]
+    if found:
+        end, ended = min(found, key=lambda pair: _order(*pair) if is_one_job else (0, pair[1].at_s))
+        rank = end.first_rank + ended.local_rank
+        if is_one_job:
+            rank = end.reader.rank_of_local.get(ended.local_rank, rank)
+        traceback = _traceback(end, rank if is_one_job else ended.local_rank)
+        message = traceback.text if traceback is not None and ended.exit_code > 0 else ""
+        return _described(end.node, rank, ended.exit_code, message)
+    bad = [(end.at_s, k) for k, end in enumerate(ends) if end.exit_code and end.at_s is not None]
+    if not bad:
+        return None
+    end = ends[min(bad)[1]]
+    blocks = end.reader.tracebacks
+    return _described(end.node, None, end.exit_code or 0, blocks[-1].text if blocks else end.last_lines)
+
+
+def _order(end: AgentEnd, ended: Ended) -> tuple[int, float]:
+    """Killed from outside first, then errors of its own, then what follows from another's end; then by time."""
+    if ended.exit_code < 0:
+        kind = {-signal.SIGABRT: 2, -signal.SIGTERM: 4}.get(ended.exit_code, 0)
+    else:
+        traceback = _traceback(end, end.first_rank + ended.local_rank)
+        kind = 3 if traceback is not None and _FOLLOWS.search(traceback.text) else 1
+    return kind, ended.at_s
+
+
+def _traceback(end: AgentEnd, rank: int) -> Traceback | None:
+    own = [block for block in end.reader.tracebacks if block.rank in (rank, None)]
+    return own[-1] if own else None
+
+
+def _described(node: str, rank: int | None, code: int, message: str) -> Failure:
+    if code >= 0:
+        return Failure(node, rank, code, None, message)
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return Failure(node, rank, None, name, message)

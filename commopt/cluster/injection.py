@@ -1,0 +1,171 @@
+"""Faults carried out: the nodes of one running job are killed, restarted, stopped, slowed down and cut off, as its file says."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from commopt.cluster.emulate import Emulation
+from commopt.cluster.faults import Fault, in_order
+from commopt.cluster.processes import Throttle
+from commopt.cluster.spec import Emulate
+from commopt.errors import ConfigError
+from commopt.report.live import Follower
+
+
+class Nodes(Protocol):
+    """What a running job lets faults do to it."""
+
+    mark: str
+
+    def kill(self, name: str, at_step: int) -> None: ...
+
+    def restart(self, name: str) -> None: ...
+
+
+@dataclass
+class _InForce:
+    """A fault that lasts; ends_s on the monotonic clock, or None where it lasts to the end."""
+
+    fault: Fault
+    ends_s: float | None
+
+    def concerns(self, name: str) -> bool:
+        return self.fault.kind != "cut" and name in self.fault.names
+
+
+def check_faults(faults: Sequence[Fault], emulation: Emulation, file: str) -> None:
+    """Raise ConfigError, before anything starts, for a fault that cannot be carried out where the job runs."""
+    if not faults:
+        return
+    if emulation.mode is Emulate.NONE and emulation.cluster.has_hosts:
+        raise ConfigError(f"{file}: faults: real machines get none; add --emulate netns, or leave the key out")
+    found = [
+        f"{file}: faults.{index}.cut: needs links that the kernel emulates, and here they are not "
+        f"(--emulate {emulation.mode.value}); add --emulate netns, or leave the cut out"
+        for index, fault in enumerate(faults)
+        if fault.kind == "cut" and emulation.mode is not Emulate.NETNS
+    ]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+class Injection:
+    """The faults of one job: give it to `run_job`.
+
+    A fault is due when the furthest rank has recorded `at_step` steps in `record_dir`. `faults.jsonl` there gets a line
+    when one begins and when it ends; `tell` gets a sentence.
+    """
+
+    def __init__(
+        self, faults: Sequence[Fault], *, emulation: Emulation, record_dir: Path, tell: Callable[[str], None]
+    ) -> None:
+        self._waiting = in_order(faults)
+        self._emulation, self._network = emulation, emulation.network
+        self._tell, self._follower = tell, Follower(record_dir)
+        self._record = record_dir / "faults.jsonl"
+        self._in_force: list[_InForce] = []
+        self._killed: dict[str, Fault] = {}
+        self._nodes: Nodes | None = None
+        self._throttle: Throttle | None = None
+
+    @property
+    def unreached(self) -> list[str]:
+        """A line for each fault that never came."""
+        return [f"the fault at step {fault.at_step} was not reached: {fault}" for fault in self._waiting]
+
+    def begin(self, nodes: Nodes) -> None:
+        """Take charge of a job that has been started."""
+        self._nodes, self._throttle = nodes, Throttle(nodes.mark)
+
+    def tick(self) -> None:
+        """End what is over and begin what is due; call it some times a second."""
+        now_s = time.monotonic()
+        for one in [one for one in self._in_force if one.ends_s is not None and one.ends_s <= now_s]:
+            self._end(one)
+        if not self._waiting:
+            return
+        self._follower.poll()
+        done = max((r.steps[-1].step + 1 for r in self._follower.records.values() if r.steps), default=0)
+        while self._waiting and self._waiting[0].at_step <= done:
+            self._begin(self._waiting.pop(0))
+
+    def release(self) -> None:
+        """Let every process go on, so that it can end in order."""
+        if self._throttle is not None:
+            self._throttle.close()
+
+    def restore(self) -> None:
+        """Heal the network, for the next job on it; call it when the processes have ended."""
+        self._in_force = []
+        if self._network is not None:
+            self._network.cut([])
+            for name in self._killed:
+                self._network.restore(name)
+        self._killed = {}
+
+    def _begin(self, fault: Fault) -> None:
+        assert self._nodes is not None
+        self._tell(f"fault at step {fault.at_step}: {fault}")
+        name = fault.names[0]
+        if fault.kind == "restart":
+            self._write(self._killed.pop(name), "end")
+        self._write(fault, "begin")
+        if fault.kind == "kill":
+            self._kill(fault, name)
+        elif fault.kind == "restart":
+            if self._network is not None:
+                self._network.restore(name)
+            self._nodes.restart(name)
+        else:
+            ends_s = None if fault.for_s is None else time.monotonic() + fault.for_s
+            self._in_force.append(_InForce(fault, ends_s))
+            self._apply()
+
+    def _kill(self, fault: Fault, name: str) -> None:
+        """First the link, so that no farewell of a dying connection reaches the peers; then the processes."""
+        assert self._nodes is not None
+        self._killed[name] = fault
+        if self._network is not None:
+            self._network.unplug(name)
+        self._nodes.kill(name, fault.at_step)
+        if self._network is not None:
+            self._network.remove(name)
+        for one in [one for one in self._in_force if one.concerns(name)]:
+            self._in_force.remove(one)
+            self._write(one.fault, "end")
+        self._apply()
+
+    def _end(self, one: _InForce) -> None:
+        self._in_force.remove(one)
+        self._apply()
+        self._write(one.fault, "end")
+        self._tell(f"fault of step {one.fault.at_step} is over: {one.fault.recovery}")
+
+    def _apply(self) -> None:
+        """Bring the nodes into the state that the faults in force ask for, all together."""
+        assert self._throttle is not None
+        pairs: set[frozenset[str]] = set()
+        shares: dict[str, float] = {}
+        for fault in (one.fault for one in self._in_force):
+            if fault.kind == "cut":
+                pairs |= self._emulation.cluster.members.pairs(fault)
+            else:
+                share = 0.0 if fault.factor is None else 1 / fault.factor
+                shares[fault.names[0]] = min(share, shares.get(fault.names[0], 1.0))
+        if self._network is not None:
+            self._network.cut(pairs)
+        self._throttle.set(shares)
+
+    def _write(self, fault: Fault, phase: str) -> None:
+        line = {"epoch_s": time.time(), "at_step": fault.at_step, "kind": fault.kind, "nodes": fault.names}
+        line |= {"for_s": fault.for_s, "factor": fault.factor, "phase": phase}
+        try:
+            with self._record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk costs the record, not the training
+            self._tell(f"{self._record}: cannot be written: {(error.strerror or str(error)).lower()}")

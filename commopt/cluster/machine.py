@@ -1,0 +1,71 @@
+"""This machine's own addresses, interfaces, ports and byte counters."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+
+
+def free_ports(count: int) -> list[int]:
+    """So many different ports that nothing listens on now."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+def loopback_interface() -> str:
+    """`lo` on Linux, `lo0` elsewhere."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), "lo")
+
+
+def is_own(host: str | None) -> bool:
+    """Whether an address or a name leads to this machine: only then can a socket be bound to it."""
+    if host is None:
+        return False
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(place)
+    except OSError:
+        return False
+    return True
+
+
+def interface_of(host: str | None) -> str | None:
+    """The interface that owns a host's address on this machine, or None.
+
+    A name that only /etc/hosts turns into a loopback address leads other machines elsewhere, and gives None.
+    """
+    if not host or not is_own(host):
+        return None
+    if host.startswith("127."):
+        return loopback_interface()
+    try:
+        wanted = socket.gethostbyname(host)
+    except OSError:
+        return None
+    listed = (
+        subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True, check=False) if _has_ip() else None
+    )
+    for line in listed.stdout.splitlines() if listed else []:
+        words = line.split()
+        if len(words) > 3 and words[3].split("/")[0] == wanted and not wanted.startswith("127."):
+            return words[1]
+    return None
+
+
+def _has_ip() -> bool:
+    return shutil.which("ip") is not None
+
+
+def nic_tx_bytes(interface: str | None) -> int | None:
+    try:
+        return int(Path("/sys/class/net", interface or "", "statistics", "tx_bytes").read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,156 @@
+"""The processes of a job, found by the mark in their environment; run as a program, it slows nodes down or stops them.
+
+`python -I -S processes.py MARK` takes a JSON line for each change: {"node3": 0.2, "node1": 0} are the shares of the time
+that these nodes may run. When the launcher ends, however it ends, so does the input; then every process goes on, and
+the program ends. It is apart from the launcher because a stopped process does not end on SIGTERM, and nobody would
+continue those that a killed launcher left behind. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+_PERIOD_S = 0.08
+_LOOK_S = 0.4  # how often new processes of a node are looked for
+
+
+def marked(mark: str, node: str | None = None) -> Iterator[int]:
+    """Processes whose environment has this job's mark (and this node's name), whoever their parent is now."""
+    wanted = [f"COMMOPT_JOB={mark}".encode(), *([f"COMMOPT_NODE={node}".encode()] if node is not None else [])]
+    try:
+        own_namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no /proc
+        return
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                if all(word in variables for word in wanted) and os.readlink(entry / "ns/pid") == own_namespace:
+                    pid = _pid_here(entry)
+                    if pid != os.getpid():
+                        yield pid
+
+
+def _pid_here(entry: Path) -> int:
+    """The number of a process in its own PID namespace: a container may show the /proc of another one."""
+    for line in (entry / "status").read_text().splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    return int(entry.name)
+
+
+def kill_all(mark: str, node: str | None = None) -> None:
+    """SIGKILL to every process of a job, or of one node of it, until none is left."""
+    deadline_s = time.monotonic() + 5
+    while (found := list(marked(mark, node))) and time.monotonic() < deadline_s:  # one may just have started another
+        _signal(found, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+class Throttle:
+    """Lets the processes of some nodes run for a share of the time only. `close` lets all of them go on."""
+
+    def __init__(self, mark: str) -> None:
+        self._mark = mark
+        self._program: subprocess.Popen[bytes] | None = None
+        self._shares: dict[str, float] = {}
+
+    def set(self, shares: Mapping[str, float]) -> None:
+        """From now on these nodes run for these shares of the time (0 stops them), and all others freely."""
+        if dict(shares) == self._shares:
+            return
+        self._shares = dict(shares)
+        if self._program is None:
+            words = [sys.executable, "-I", "-S", __file__, self._mark]
+            self._program = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+        assert self._program.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody killed it: `close` will say the last word
+            self._program.stdin.write(json.dumps(self._shares).encode() + b"\n")
+            self._program.stdin.flush()
+
+    def close(self) -> None:
+        """Return when every process goes on."""
+        if self._program is None:
+            return
+        assert self._program.stdin is not None
+        with contextlib.suppress(OSError):
+            self._program.stdin.close()
+        if self._program.wait() != 0:  # somebody killed it, and it may have left them stopped
+            _signal(list(marked(self._mark)), signal.SIGCONT)
+        self._program, self._shares = None, {}
+
+
+class _Cycle:
+    """The nodes' duty cycle, on one clock."""
+
+    def __init__(self, mark: str) -> None:
+        self._mark = mark
+        self._shares: dict[str, float] = {}
+        self._found: dict[str, list[int]] = {}
+        self._stopped: set[str] = set()
+        self._looked_s = -_LOOK_S
+
+    def change(self, shares: dict[str, float]) -> None:
+        for node in set(self._shares) - set(shares):
+            _signal(list(marked(self._mark, node)), signal.SIGCONT)
+            self._stopped.discard(node)
+        self._shares, self._looked_s = shares, -_LOOK_S
+
+    def advance(self) -> float:
+        """Stop and continue what is due; return the seconds until the next time."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= _LOOK_S:
+            self._looked_s = now_s
+            found = {node: list(marked(self._mark, node)) for node in self._shares}
+            for node in self._stopped & set(found):  # what was started since
+                _signal(found[node], signal.SIGSTOP)
+            self._found = found
+        phase_s = now_s % _PERIOD_S
+        for node, share in self._shares.items():
+            is_to_stop = phase_s >= share * _PERIOD_S
+            if is_to_stop != (node in self._stopped):
+                _signal(self._found[node], signal.SIGSTOP if is_to_stop else signal.SIGCONT)
+                (self._stopped.add if is_to_stop else self._stopped.discard)(node)
+        edges_s = [share * _PERIOD_S for share in self._shares.values() if share * _PERIOD_S > phase_s]
+        return min([*edges_s, _PERIOD_S]) - phase_s
+
+
+def main() -> None:
+    """Follow the standard input until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cycle, rest = _Cycle(sys.argv[1]), b""
+    wait_s: float | None = None
+    while True:
+        if select.select([0], [], [], wait_s)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                break
+            *lines, rest = (rest + data).split(b"\n")
+            if lines:
+                shares = json.loads(lines[-1])
+                cycle.change(shares)
+                wait_s = 0.0 if shares else None
+        if wait_s is not None:
+            wait_s = max(0.001, cycle.advance())
+    cycle.change({})
+
+
+if __name__ == "__main__":
+    main()
