@@ -160,7 +160,8 @@ class RunResult(DocumentPart):
     )
     step_s: float | None = Field(
         None,
-        description="seconds per step in the steady phase: the median of each rank's steady steps, of the slowest rank",
+        description="seconds per step in the steady phase: the median of each rank's steady steps, of the slowest rank; "
+        "with outer rounds, which few steps hold, the mean over steps and ranks",
     )
     step_mean_s: float | None = Field(None, description="mean seconds of the steady steps, over steps and ranks")
     compute_s: float | None = Field(
@@ -223,3 +224,13 @@ class Results(DocumentPart):
     def dense(self) -> RunResult | None:
         """The run that the others are compared with: the first of the method dense."""
         return next((run for run in self.runs if run.method == "dense"), None)
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether a run's method exchanged in outer rounds."""
+        return any(run.rounds is not None for run in self.runs)
+
+    @property
+    def has_faults(self) -> bool:
+        """Whether faults were injected in a run."""
+        return any(run.faults for run in self.runs)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from commopt.errors import ConfigError, LaunchError
 from commopt.report import drawing, plots
+from commopt.report.columns import NOTHING
+from commopt.report.outer_plots import PICTURE_NAMES, outer_pictures
+from commopt.report.outer_table import FAULT_COLUMNS, ROUND_COLUMNS, fault_cells, round_cells
 from commopt.report.results import Cluster, Node, NodeBytes, Results, RunResult
-from commopt.report.table import COLUMNS, NOTHING, cells, event_texts, loss_above_dense, readings
+from commopt.report.table import COLUMNS, cells, event_texts, loss_above_dense, readings
 from commopt.report.words import times_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_NODES = 8  # boxes in the drawing of a site, and rows of a run's byte counts
 GOOD_LOSS = 0.02  # the headline prefers methods whose validation loss is at most this far above dense's
@@ -23,15 +29,16 @@ MODES = {
     "paced": "by pacing: a message is delivered no earlier than the link would have; the kernel shapes nothing",
     "none": "not at all: the links are those of the machines themselves",
 }
-FILES = ("results.json", "report.html", *(f"{name}.png" for name in plots.PLOTS))
+PICTURES = (*plots.PLOTS, *PICTURE_NAMES)
+FILES = ("results.json", "report.html", *(f"{name}.png" for name in PICTURES))
 
 
 def write_report(results: Results, out_dir: Path) -> list[Path]:
     """Write results.json, report.html and the pictures in `out_dir`, each whole or not at all; returns their paths.
 
-    Raises LaunchError for a file that cannot be written.
+    A picture of an older report that this one has not is removed. Raises LaunchError for a file that cannot be written.
     """
-    drawn = {name: draw(results) for name, draw in plots.PLOTS.items()}
+    drawn = {name: draw(results) for name, draw in {**plots.PLOTS, **outer_pictures(results)}.items()}
     contents = {"results.json": results_json(results).encode(), "report.html": page(results).encode()}
     contents |= {f"{name}.png": drawing.png(figure) for name, figure in drawn.items()}
     path = out_dir
@@ -40,9 +47,11 @@ def write_report(results: Results, out_dir: Path) -> list[Path]:
         for name, content in contents.items():
             path = out_dir / name
             _write_whole(path, content)
+        for path in (out_dir / f"{name}.png" for name in PICTURES if name not in drawn):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise LaunchError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
-    return [out_dir / name for name in FILES]
+    return [out_dir / name for name in contents]
 
 
 def results_json(results: Results) -> str:
@@ -73,9 +82,10 @@ def page(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pictures = {
-        name: drawing.svg(draw(results), (draw.__doc__ or name).splitlines()[0]) for name, draw in plots.PLOTS.items()
-    }
+    pictures, outer = (
+        {name: _inline(draw, results) for name, draw in which.items()}
+        for which in (plots.PLOTS, outer_pictures(results))
+    )
     return environment.get_template("page.html").render(
         results=results,
         headline=headline(results),
@@ -84,6 +94,11 @@ def page(results: Results) -> str:
         nothing=NOTHING,
         readings=list(zip(results.runs, readings(results), strict=True)),
         pictures=pictures,
+        outer_pictures=outer,
+        round_columns=ROUND_COLUMNS,
+        round_rows=list(zip([run for run in results.runs if run.rounds], round_cells(results), strict=True)),
+        fault_columns=FAULT_COLUMNS,
+        fault_rows=[(run, fault_cells(run)) for run in results.runs if run.faults],
         palette=drawing.DARK,
         run_colours=drawing.colours(results),
         sites=sites(results.cluster),
@@ -94,6 +109,10 @@ def page(results: Results) -> str:
         options_text=options_text,
         parameters=None if results.model.parameters is None else f"{results.model.parameters:,}",
     )
+
+
+def _inline(draw: Callable[[Results], Figure], results: Results) -> str:
+    return drawing.svg(draw(results), (draw.__doc__ or draw.__name__).splitlines()[0])
 
 
 def headline(results: Results) -> str:

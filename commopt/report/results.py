@@ -95,7 +95,7 @@ def collect(
         progress=progress_of(started) if rounds or faults else [],
         ended_early=ended_early,
         **_training(list(started.values()), is_outer=rounds is not None),
-        **_speed(list(started.values())),
+        **_speed(list(started.values()), is_outer=rounds is not None),
         **_bytes(started, ranks, rounds),
     )
 
@@ -195,19 +195,23 @@ def _validations(records: Sequence[RankRecord], seconds: Sequence[float]) -> lis
     ]
 
 
-def _speed(records: Sequence[RankRecord]) -> dict[str, Any]:
+def _speed(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any]:
     """Times of the steady phase.
 
     The median is taken per rank, and then the slowest rank's: the maximum over ranks at each step would count a delay
-    twice that one rank has in this step and another in the next.
+    twice that one rank has in this step and another in the next. Outer rounds fall into few steps, which a median never
+    sees, and ranks do not wait for the slowest in every step: there it is the mean.
     """
     steady = [steps for record in records if (steps := record.steady_steps)]
     compute = [median(record.compute_s) for record in records if record.compute_s]
     everything = [line for steps in steady for line in steps]
     total_s = sum(line.seconds for line in everything)
+    mean_s = total_s / len(everything) if everything else None
     return {
-        "step_s": max((median(line.seconds for line in steps) for steps in steady), default=None),
-        "step_mean_s": total_s / len(everything) if everything else None,
+        "step_s": mean_s
+        if is_outer
+        else max((median(line.seconds for line in steps) for steps in steady), default=None),
+        "step_mean_s": mean_s,
         "compute_s": max(compute, default=None),
         "wait_share": sum(line.wait_s for line in everything) / total_s if total_s > 0 else None,
     }

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+from commopt.report.columns import Column, aligned, cells_of, mb, ms, percent, rich_rows
+from commopt.report.outer_table import ROUND_COLUMNS, fault_lines, round_cells
 from commopt.report.results import Results, RunResult
-from commopt.report.words import megabytes, milliseconds, times_text
+from commopt.report.words import milliseconds, times_text
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-NOTHING = "-"
 ALIKE = 0.03  # two speeds or byte counts that differ by less are called the same
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: its heading, what it means, and its cell for a run beside dense (None for nothing)."""
-
-    heading: tuple[str, str]
-    meaning: str
-    cell: Callable[[RunResult, RunResult | None], str | None]
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share * 100:.0f}%"
-
-
-def _ms(seconds: float | None) -> str | None:
-    return None if seconds is None else milliseconds(seconds)
-
-
-def _mb(nbytes: float | None) -> str | None:
-    return None if nbytes is None else megabytes(nbytes)
 
 
 def _to_dense(run: RunResult, dense: RunResult | None) -> str | None:
@@ -56,26 +31,32 @@ COLUMNS = (
         lambda run, _: None if run.val_loss is None else f"{run.val_loss:.3f}",
     ),
     Column(("to", "dense"), "its difference to the validation loss of dense after as many steps", _to_dense),
-    Column(("step", "ms"), "milliseconds of a step in the steady phase, median", lambda run, _: _ms(run.step_s)),
+    Column(
+        ("step", "ms"),
+        "milliseconds of a step in the steady phase: the median, or the mean where a method has outer rounds, which few "
+        "steps hold",
+        lambda run, _: ms(run.step_s),
+    ),
     Column(
         ("compute", "ms"),
         "milliseconds of the same step with communication switched off: no method can be faster",
-        lambda run, _: _ms(run.compute_s),
+        lambda run, _: ms(run.compute_s),
     ),
     Column(
         ("wait", "%"),
         "share of the steady steps spent waiting for the network",
-        lambda run, _: _percent(run.wait_share),
+        lambda run, _: percent(run.wait_share),
     ),
     Column(
         ("payload", "MB/step"),
-        "megabytes (10^6) that one rank hands to the network per step of the steady phase, without headers",
-        lambda run, _: _mb(run.payload_bytes_per_step),
+        "megabytes (10^6) that one rank hands to the network per step of the steady phase, without headers; where only "
+        "outer rounds were counted, what they sent over all steps",
+        lambda run, _: mb(run.payload_bytes_per_step),
     ),
     Column(
         ("wire", "MB/step"),
         "megabytes per step that left the network interface of the busiest node, by the kernel's count",
-        lambda run, _: _mb(run.nic_tx_bytes_per_step),
+        lambda run, _: mb(run.nic_tx_bytes_per_step),
     ),
     Column(
         ("wire/", "count"),
@@ -93,7 +74,7 @@ COLUMNS = (
 
 def cells(results: Results) -> list[list[str]]:
     """One row per run, one text per column; `-` where there is nothing to say."""
-    return [[column.cell(run, results.dense) or NOTHING for column in COLUMNS] for run in results.runs]
+    return cells_of(COLUMNS, results.runs, results.dense)
 
 
 def loss_above_dense(run: RunResult, dense: RunResult | None) -> float | None:
@@ -105,44 +86,37 @@ def loss_above_dense(run: RunResult, dense: RunResult | None) -> float | None:
 
 def plain_table(results: Results) -> str:
     """The table in plain characters, for files and pipes."""
-    rows = [[column.heading[line] for column in COLUMNS] for line in (0, 1)] + cells(results)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0])] + [text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True)])
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in [*lines[:2], "-" * len(lines[0]), *lines[2:]])
-
-
-def rich_table(results: Results) -> Table:
-    """The table for a terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    for index, column in enumerate(COLUMNS):
-        table.add_column("\n".join(column.heading), justify="left" if index == 0 else "right", overflow="fold")
-    for run, row in zip(results.runs, cells(results), strict=True):
-        styles = ["bold"] + ["" if text != NOTHING else "dim" for text in row[1:]]
-        styles[-1] = "bold red" if run.status == "failed" else styles[-1]
-        table.add_row(*(Text(text, style) for text, style in zip(row, styles, strict=True)))
-    return table
+    return aligned(COLUMNS, cells(results))
 
 
 def show(results: Results, stream: TextIO) -> None:
-    """Write the table, a sentence on each run and what else must be known; colours only in a terminal."""
+    """Write the table, a sentence on each run and what else must be known; colours only in a terminal.
+
+    Outer rounds have a table of their own, and faults a line each, where there are any.
+    """
+    rounds = round_cells(results)
     if stream.isatty():
         from rich.console import Console
 
         console = Console(file=stream)
-        console.print(rich_table(results))
+        failed = [run.status == "failed" for run in results.runs]
+        console.print(rich_rows(COLUMNS, cells(results), is_last_bad=failed))
         console.print()
         for sentence in readings(results):
+            console.print(sentence, markup=False, highlight=False)
+        if rounds:
+            console.print()
+            console.print(rich_rows(ROUND_COLUMNS, rounds))
+        for sentence in ["", *fault_lines(results)] if results.has_faults else []:
             console.print(sentence, markup=False, highlight=False)
         for sentence in remarks(results):
             console.print(sentence, markup=False, highlight=False, style="yellow")
     else:
-        stream.write("\n".join([plain_table(results), "", *readings(results), *remarks(results)]) + "\n")
+        sections = [plain_table(results), "", *readings(results)]
+        sections += ["", aligned(ROUND_COLUMNS, rounds)] if rounds else []
+        sections += ["", *fault_lines(results)] if results.has_faults else []
+        sections += [""] if rounds or results.has_faults else []
+        stream.write("\n".join([*sections, *remarks(results)]) + "\n")
         stream.flush()
 
 

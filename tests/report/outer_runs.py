@@ -74,9 +74,9 @@ def _one_start(plan: OuterPlan, rank: int, start_s: float, begin: int, end: int)
         if (step + 1) % plan.every == 0:
             number = (step + 1) // plan.every - 1
             missed = (rank, number) in plan.missed
-            partner = (rank + 1 + number % (plan.ranks - 1)) % plan.ranks
+            partner = (rank + 1 + number % max(1, plan.ranks - 1)) % plan.ranks
             spread = None if missed else (0.002 + 0.05 * math.exp(-step / 60)) * (1 + plan.noise * noise.uniform(-1, 1))
-            who = {"members": [rank] if missed else sorted((rank, partner)), "missed": missed}
+            who = {"members": [rank] if missed else sorted({rank, partner}), "missed": missed}
             costs = {"blocked_s": 0.01, "exchange_s": 0.5 if missed else 0.2, "nbytes": 4e6}
             say("round", step=step, round=number, **who, **costs, spread=spread)
     if end == plan.steps:
