@@ -113,6 +113,9 @@ class OuterLoop(ABC):
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise AttachError where this optimizer does not go with the method."""
 
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called when an optimizer step begins, gradients and all: what a method does to gradients of its own, as clipping them."""
+
     def tensors(self) -> dict[str, Tensor]:
         """State that a rank which comes back takes over from another one, by name."""
         return {}

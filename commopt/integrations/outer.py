@@ -95,7 +95,10 @@ class OuterAttachment:
         method.bind(named, peers)
         self._sketch = Spread(method.index.total, peers.rank, peers.size)
         ATTACHED.add(model)
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: method.before_step(optimizer)),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     # -- the training script's side
 
@@ -139,7 +142,8 @@ class OuterAttachment:
 
     def detach(self) -> None:
         """Take the method out of the optimizer again."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         ATTACHED.discard(self.model)
 
     def close(self) -> None:
