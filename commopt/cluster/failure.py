@@ -34,9 +34,9 @@ class Failure:
         if self.killed_at_step is not None:
             return f"{self.node} was killed at step {self.killed_at_step}, as the run's faults say"
         who = f"rank {self.rank} ({self.node})" if self.rank is not None else f"the torchrun agent of {self.node}"
-        if self.signal_name is not None:
-            return f"{who} was killed by {self.signal_name}"
         exception = next((line for line in reversed(self.message.splitlines()) if line and not line[0].isspace()), "")
+        if self.signal_name is not None and not (self.rank is not None and exception):
+            return f"{who} was killed by {self.signal_name}"
         return f"{who} failed: {exception}" if exception else f"{who} ended with exit code {self.exit_code}"
 
 
@@ -64,7 +64,8 @@ def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | No
         if is_one_job:
             rank = end.reader.rank_of_local.get(ended.local_rank, rank)
         traceback = _traceback(end, rank if is_one_job else ended.local_rank)
-        message = traceback.text if traceback is not None and ended.exit_code > 0 else ""
+        said_why = ended.exit_code > 0 or ended.exit_code == -signal.SIGABRT  # torch may abort after an exception
+        message = traceback.text if traceback is not None and said_why else ""
         return _described(end.node, rank, ended.exit_code, message)
     bad = [(end.at_s, k) for k, end in enumerate(ends) if end.exit_code and end.at_s is not None]
     if not bad:
@@ -76,10 +77,12 @@ def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | No
 
 def _order(end: AgentEnd, ended: Ended) -> tuple[int, float]:
     """Killed from outside first, then errors of its own, then what follows from another's end; then by time."""
-    if ended.exit_code < 0:
-        kind = {-signal.SIGABRT: 2, -signal.SIGTERM: 4}.get(ended.exit_code, 0)
+    traceback = _traceback(end, end.first_rank + ended.local_rank)
+    if ended.exit_code == -signal.SIGABRT and traceback is None:
+        kind = 2
+    elif ended.exit_code < 0 and ended.exit_code != -signal.SIGABRT:
+        kind = 4 if ended.exit_code == -signal.SIGTERM else 0
     else:
-        traceback = _traceback(end, end.first_rank + ended.local_rank)
         kind = 3 if traceback is not None and _FOLLOWS.search(traceback.text) else 1
     return kind, ended.at_s
 

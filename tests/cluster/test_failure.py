@@ -1,0 +1,52 @@
+"""Which of several bad ends is named."""
+
+from __future__ import annotations
+
+import signal
+
+from commopt.cluster.failure import AgentEnd, first_failure
+from commopt.cluster.output import Ended, Reader, Traceback
+
+
+def end(node: int, code: int, at_s: float, *lines: str, rank: int | None = None) -> AgentEnd:
+    """The end of a node with one rank, whose last traceback had these lines."""
+    reader = Reader()
+    reader.ended = [Ended(at_s, 0, code)]
+    if lines:
+        reader.tracebacks = [Traceback(at_s, node if rank is None else rank, list(lines))]
+    return AgentEnd(f"node{node}", node, 1, at_s + 0.1, reader, "")
+
+
+def named(*ends: AgentEnd, is_one_job: bool = True) -> str:
+    return str(first_failure(ends, is_one_job=is_one_job))
+
+
+OWN, FOLLOWS = "ValueError: the data is gone", "RuntimeError: Connection closed by peer [10.77.0.2]"
+
+
+def test_an_error_of_its_own_comes_before_those_that_follow_from_it() -> None:
+    assert named(end(0, 1, 1.0, FOLLOWS), end(1, 1, 1.2, OWN)) == f"rank 1 (node1) failed: {OWN}"
+
+
+def test_a_kill_from_outside_comes_first() -> None:
+    ends = end(0, 1, 1.0, OWN), end(1, -signal.SIGABRT, 1.1), end(2, -signal.SIGKILL, 1.2)
+    assert named(*ends) == "rank 2 (node2) was killed by SIGKILL"
+
+
+def test_an_exception_is_named_where_the_rank_aborted_after_it() -> None:
+    assert named(end(0, 1, 1.0, FOLLOWS), end(1, -signal.SIGABRT, 1.2, OWN)) == f"rank 1 (node1) failed: {OWN}"
+    assert named(end(0, 1, 1.0, FOLLOWS), end(1, -signal.SIGABRT, 1.2)) == "rank 1 (node1) was killed by SIGABRT"
+
+
+def test_of_independent_nodes_the_earliest_is_named_with_its_own_traceback() -> None:
+    """Their tracebacks carry the rank within the node."""
+    ends = end(1, 1, 2.0, OWN, rank=0), end(2, -signal.SIGKILL, 3.0)
+    assert named(*ends, is_one_job=False) == f"rank 1 (node1) failed: {OWN}"
+    assert named(*ends) == "rank 2 (node2) was killed by SIGKILL"
+
+
+def test_nobody_failed() -> None:
+    assert first_failure([AgentEnd("node0", 0, 0, 1.0, Reader(), "")], is_one_job=True) is None
+    assert (
+        first_failure([AgentEnd("node0", 0, -15, None, Reader(), "")], is_one_job=True) is None
+    )  # ended by the launcher
