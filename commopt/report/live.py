@@ -20,6 +20,7 @@ RECENT_STEPS = 10  # the step time, the wait and the time left are those of the 
 LINES_PER_RUN = 10  # where stdout is no terminal
 SILENT_S = 10.0  # with outer rounds, a rank this far behind the newest step is left out of loss, step time and wait
 TOLD_EVENTS = 20  # of one run with outer rounds
+UNTOLD = ("helped to catch up", "final average")  # the rank that caught up tells the first, and every rank the second
 
 
 class Follower:
@@ -117,12 +118,17 @@ class Follower:
 
     def new_events(self) -> list[str]:
         """What ranks of a run with outer rounds recorded as events since the last call: `rank 2: caught up, step 180`."""
-        told = []
+        told: dict[str, list[int]] = {}
         for rank, record in sorted(self.records.items()) if self.is_outer else []:
             for kind, fields in record.events[self._events.get(rank, 0) :]:
-                told.append(", ".join([f"rank {rank}: {kind}", *(f"{key} {value}" for key, value in fields.items())]))
+                if kind not in UNTOLD:
+                    text = ", ".join([kind, *(f"{key} {value}" for key, value in fields.items())])
+                    told.setdefault(text, []).append(rank)
             self._events[rank] = len(record.events)
-        return told
+        return [
+            f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {text}"
+            for text, ranks in told.items()
+        ]
 
     def _recent(self) -> list[StepLine]:
         return [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]

@@ -27,11 +27,11 @@ class RankRounds(DocumentPart):
 class Spread(DocumentPart):
     """How far apart the replicas were in one round."""
 
-    step: int = Field(description="the optimizer step of the round, of the rank that was farthest")
+    step: int = Field(description="optimizer steps done when the round ended, of the rank that was farthest")
     at_s: float | None = Field(description="seconds since the first rank's start; null where the ranks do not say")
     spread: float = Field(
         description="consensus distance, the root mean square over replicas of ||x_i - mean|| / ||mean||, as the ranks "
-        "estimated it: the root mean square of their estimates"
+        "estimated it last: the root mean square of their estimates"
     )
 
 
@@ -122,8 +122,10 @@ class Fault(DocumentPart):
 
     kind: str = Field(description="kill, restart, cut, slow or hang")
     nodes: list[str] = Field(description="the nodes it was done to; of a cut, its two sides")
-    ranks: list[int] = Field(description="the ranks of these nodes")
-    at_step: int = Field(description="the step that it was planned for, counted by the rank that was farthest")
+    ranks: list[int] = Field(description="the ranks of these nodes; none of a site")
+    at_step: int = Field(
+        description="the step that it was planned for: it came when the furthest rank had done so many"
+    )
     at_s: float = Field(description="when it began, in seconds since the first rank's start")
     end_s: float | None = Field(None, description="when it was undone, by the same clock; null where it never was")
     for_s: float | None = Field(None, description="seconds that it was planned to last; null where to the end")

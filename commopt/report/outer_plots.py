@@ -56,9 +56,7 @@ def spread_against_steps(results: Results) -> Figure:
     figure, axes = new_figure("How far apart the replicas are (log scale)", 3.8)
     chosen, ends = colours(results), []
     for run in results.runs:
-        points = (
-            [(point.step + 1, point.spread) for point in run.rounds.spread if point.spread > 0] if run.rounds else []
-        )
+        points = [(point.step, point.spread) for point in run.rounds.spread if point.spread > 0] if run.rounds else []
         if not points:
             continue
         x, y = [float(step) for step, _ in points], [spread for _, spread in points]

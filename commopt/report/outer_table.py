@@ -55,7 +55,7 @@ ROUND_COLUMNS = (
 )
 
 FAULT_COLUMNS = (
-    ("at step", "the step that the fault was planned for, counted by the rank that was farthest"),
+    ("at step", "the step that the fault was planned for: it came when the furthest rank had done so many"),
     ("second", "when it began, since the first rank's start"),
     ("fault", "what was done to which nodes"),
     (

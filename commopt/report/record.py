@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ class CountersLine:
 class RoundLine:
     """One outer round of one rank: whose parameters it averaged, what it cost, and how far apart the replicas were.
 
-    `missed`: a scheduled peer's message did not come in time. `spread` is None where the rank did not know it.
+    `step`: optimizer steps done when it ended. `missed`: a scheduled peer's message did not come in time. `spread` is
+    None where the rank did not know it.
     """
 
     step: int
@@ -127,10 +128,22 @@ class RankRecord:
     @property
     def steps_done(self) -> int:
         """Steps of training behind this rank, with those that it caught up on from others after it was away."""
-        if not self.resumptions:
-            return len(self.steps)
-        last = self.resumptions[-1]
-        return last.resumed_at + len(self.steps) - last.steps_before
+        begin, resumed_at = self._begins[-1]
+        return resumed_at + _done(self.steps[begin:])
+
+    def parts(self) -> list[tuple[list[StepLine], list[int]]]:
+        """For each start, its steps, and how many steps of training were behind this rank after each of them."""
+        found = []
+        for (begin, resumed_at), (end, _) in zip(self._begins, [*self._begins[1:], (len(self.steps), 0)], strict=True):
+            lines = self.steps[begin:end]
+            found.append((lines, [resumed_at + _done(lines[:1] + lines[k : k + 1], k + 1) for k in range(len(lines))]))
+        return found
+
+    @property
+    def _begins(self) -> list[tuple[int, int]]:
+        """Where each start begins in `steps`, and at which step of training."""
+        first = 0 if self.start is None else int(self.start.get("resumed_at") or 0)
+        return [(0, first), *((again.steps_before, again.resumed_at) for again in self.resumptions)]
 
     @property
     def epoch_s(self) -> float | None:
@@ -201,6 +214,12 @@ class RankRecord:
                 at_s=self._at_s(line),
             )
         )
+
+
+def _done(lines: Sequence[StepLine], at_least: int | None = None) -> int:
+    """Steps from the first line to the last; more than there are lines where a rank left some out to go on with others."""
+    span = lines[-1].step - lines[0].step + 1 if lines else 0
+    return max(len(lines) if at_least is None else at_least, span)
 
 
 def _loss(value: float | None) -> float | None:

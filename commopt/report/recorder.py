@@ -128,11 +128,12 @@ class Recorder:
         nbytes: float,
         spread: float | None,
     ) -> None:
-        """One outer round of this rank, after `step`.
+        """One outer round of this rank.
 
-        members: the ranks whose parameters were averaged, with this one. missed: a scheduled peer's message did not come
-        in time. blocked_s: how long training stood still for it. exchange_s: from its start to the last message. nbytes:
-        what this rank sent for it. spread: estimated root mean square over replicas of ||x_i - mean|| / ||mean||, or None.
+        step: optimizer steps done when it ended. members: the ranks whose parameters were averaged, with this one.
+        missed: a scheduled peer's message did not come in time. blocked_s: how long training stood still for it.
+        exchange_s: from its start to the last message. nbytes: what this rank sent for it. spread: estimated root mean
+        square over replicas of ||x_i - mean|| / ||mean||, or None.
         """
         spread = None if spread is None else _finite(spread)
         times = {"blocked_s": float(blocked_s), "exchange_s": float(exchange_s)}

@@ -96,7 +96,7 @@ def collect(
         ended_early=ended_early,
         **_training(list(started.values()), is_outer=rounds is not None),
         **_speed(list(started.values()), is_outer=rounds is not None),
-        **_bytes(started, ranks, rounds),
+        **_bytes(started, ranks, rounds, has_faults=bool(faults)),
     )
 
 
@@ -217,30 +217,35 @@ def _speed(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any]:
     }
 
 
-def _bytes(started: Mapping[int, RankRecord], ranks: int, rounds: Rounds | None) -> dict[str, Any]:
-    """Both byte counts of the measured window; where a rank did not write both ends of it, what the rounds sent."""
+def _bytes(started: Mapping[int, RankRecord], ranks: int, rounds: Rounds | None, *, has_faults: bool) -> dict[str, Any]:
+    """Both byte counts of the measured window; where a rank did not write both ends of it, what the rounds sent.
+
+    Under faults the two are not compared: what goes to a node that is gone is counted, but never transmitted, and what a
+    cut swallows is transmitted more than once.
+    """
     windows = {rank: found for rank, record in started.items() if (found := record.window())}
     if not windows or set(windows) != set(range(ranks)):
         return {"payload_bytes_per_step": rounds.bytes_per_step if rounds else None}
-    window_steps = min(steps for _, steps, _ in windows.values())
+    steps_of = {rank: steps for rank, (_, steps, _) in windows.items()}
     rows = merge([row for each, _, _ in windows.values() for row in each.rows])
     checks = _checks(started, {rank: (each, nic) for rank, (each, _, nic) in windows.items()})
-    ratios = [check.ratio for check in checks if check.ratio is not None]
+    shown = [] if has_faults else [check for _, check in checks]
+    ratios = [check.ratio for check in shown if check.ratio is not None]
     return {
-        "window_steps": window_steps,
+        "window_steps": min(steps_of.values()),
         "payload_bytes_per_step": fmean(each.payload_bytes / steps for each, steps, _ in windows.values()),
-        "nic_tx_bytes_per_step": max((check.measured_bytes for check in checks), default=0.0) / window_steps
-        if checks
-        else None,
+        "nic_tx_bytes_per_step": max((check.measured_bytes / steps_of[rank] for rank, check in checks), default=None),
         "nic_over_model": max(ratios, key=lambda ratio: abs(ratio - 1), default=None),
-        "nodes": [_node_bytes(check) for check in checks],
+        "nodes": [_node_bytes(check) for check in shown],
         "traffic": [_traffic(row) for row in rows],
-        "defects": _defects(checks),
+        "defects": _defects(shown),
     }
 
 
-def _checks(started: Mapping[int, RankRecord], windows: Mapping[int, tuple[Window, int | None]]) -> list[CountCheck]:
-    """Each node's count beside its interface's, as its lowest rank read it; none if a node has no such interface."""
+def _checks(
+    started: Mapping[int, RankRecord], windows: Mapping[int, tuple[Window, int | None]]
+) -> list[tuple[int, CountCheck]]:
+    """Each node's count beside its interface's, as its lowest rank (which comes with it) read it; none if one has none."""
     starts = {rank: record.start for rank, record in started.items() if record.start}
     node_of_rank = {rank: str(start["node"]) for rank, start in starts.items()}
     checks = []
@@ -250,7 +255,8 @@ def _checks(started: Mapping[int, RankRecord], windows: Mapping[int, tuple[Windo
         if nic_tx_bytes is None:
             return []
         mine = {rank: windows[rank][0] for rank in members}
-        checks.append(verify(node, mine, node_of_rank, nic_tx_bytes, int(starts[members[0]]["mtu"])))
+        check = verify(node, mine, node_of_rank, nic_tx_bytes, int(starts[members[0]]["mtu"]))
+        checks.append((members[0], check))
     return checks
 
 

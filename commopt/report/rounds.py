@@ -97,13 +97,11 @@ def progress_of(started: Mapping[int, RankRecord]) -> list[Progress]:
 
 
 def _parts(record: RankRecord, offset_s: float) -> list[ProgressPart]:
-    starts = [(0, 0), *((again.steps_before, again.resumed_at) for again in record.resumptions)]
-    ends = [begin for begin, _ in starts[1:]] + [len(record.steps)]
     parts = []
-    for (begin, done), end in zip(starts, ends, strict=True):
-        at_s = [line.at_s + offset_s for line in record.steps[begin:end]]
+    for lines, done in record.parts():
+        at_s = [line.at_s + offset_s for line in lines]
         chosen = _thinned(at_s)
-        parts.append(ProgressPart(at_s=[round(at_s[k], 3) for k in chosen], steps=[done + k + 1 for k in chosen]))
+        parts.append(ProgressPart(at_s=[round(at_s[k], 3) for k in chosen], steps=[done[k] for k in chosen]))
     return [part for part in parts if part.at_s]
 
 

@@ -78,7 +78,7 @@ def _one_start(plan: OuterPlan, rank: int, start_s: float, begin: int, end: int)
             spread = None if missed else (0.002 + 0.05 * math.exp(-step / 60)) * (1 + plan.noise * noise.uniform(-1, 1))
             who = {"members": [rank] if missed else sorted({rank, partner}), "missed": missed}
             costs = {"blocked_s": 0.01, "exchange_s": 0.5 if missed else 0.2, "nbytes": 4e6}
-            say("round", step=step, round=number, **who, **costs, spread=spread)
+            say("round", step=step + 1, round=number, **who, **costs, spread=spread)
     if end == plan.steps:
         say("validation", step=plan.steps, loss=plan.final_loss + 0.01 * rank, tokens=65536)
         say("end")

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outer_runs import Absence, OuterPlan, fault, outer_run, write_outer
+from outer_runs import EPOCH_S, Absence, OuterPlan, fault, outer_run, write_outer
+from synthetic_runs import DENSE, short, write_run
 
 from commopt.report.results import collect
 
@@ -137,3 +138,15 @@ def test_ranks_that_do_not_say_when_they_started_have_no_faults(tmp_path: Path) 
     run = collect(folder)
     assert (run.faults, run.progress) == ([], [])
     assert run.rounds is not None
+
+
+def test_byte_counts_are_not_compared_under_faults(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", short(DENSE), overcount=1.5)
+    for path in folder.glob("rank*.jsonl"):
+        first, *rest = path.read_text().splitlines()
+        path.write_text("\n".join([json.dumps({**json.loads(first), "epoch_s": EPOCH_S}), *rest]) + "\n")
+    assert collect(folder).defects
+    (folder / "faults.jsonl").write_text(json.dumps(KILL) + "\n")
+    run = collect(folder)
+    assert (run.defects, run.nodes, run.nic_over_model) == ([], [], None)
+    assert run.nic_tx_bytes_per_step == pytest.approx(1.5 * 6.33e6, rel=0.05)

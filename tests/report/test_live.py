@@ -174,3 +174,19 @@ def test_events_of_outer_runs_are_told_once(tmp_path: Path) -> None:
     assert said.count("noloco: rank 2: caught up, step 8") == 1
     assert sum("peer lost" in line for line in said) == 19
     assert said.count("noloco: more events are in the report") == 1
+
+
+def test_what_several_ranks_tell_is_one_line(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Live(out) as live:
+        live.begin("noloco", tmp_path)
+        for rank in (0, 1, 3):
+            for line in outer_lines(OuterPlan(steps=10), rank)[:-2]:
+                append(tmp_path, rank, line)
+            lost = {"kind": "event", "at_s": 1.0, "event": "peer lost", "fields": {"rank": 2, "step": 10}}
+            append(tmp_path, rank, lost)
+            append(tmp_path, rank, {**lost, "event": "final average"})
+        live.tick()
+    assert [line for line in out.getvalue().splitlines() if "rank 2" in line] == [
+        "noloco: ranks 0, 1, 3: peer lost, rank 2, step 10"
+    ]

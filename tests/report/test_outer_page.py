@@ -58,6 +58,12 @@ def test_faults_without_rounds_have_their_own_section_only(tmp_path: Path) -> No
     assert [section in html for section in SECTIONS] == [False, True]
 
 
+def test_the_page_says_why_bytes_are_not_checked_under_faults(results: Results) -> None:
+    under_faults = page(results_of(results.runs[1:]))
+    assert "Not checked: under faults the two counts differ" in under_faults
+    assert "no network interfaces of their own" not in under_faults
+
+
 def test_only_runs_with_rounds_have_a_row_of_rounds(results: Results) -> None:
     assert round_cells(results) == [["noloco", "30", "5", "10.0", "10.0", "0.9%", "0.21", "0.403", "0.0025"]]
 

@@ -143,5 +143,28 @@ def test_a_first_start_may_resume_a_training_of_another_record(tmp_path: Path) -
     recorder.start(method="dense", options={}, parameters=1, steps=12, resumed_at=10)
     for step in (10, 11):
         recorder.step(step=step, loss=1.0, seconds=0.1, wait_s=0.0, tokens=1, steady=True)
+    recorder.validation(step=12, loss=1.0, tokens=1)
     recorder.end()
-    assert collect(tmp_path).status == "finished"
+    run = collect(tmp_path)
+    assert (run.status, run.steps, run.validations[0].after_steps) == ("finished", 2, 12)
+
+
+def test_a_rank_that_left_steps_out_is_as_far_as_its_last_step() -> None:
+    lines = [line for line in outer_lines(OuterPlan(), 2) if not 20 <= line.get("step", 0) < 41]
+    record = fed(lines)
+    assert (len(record.steps), record.steps_done, record.validations[-1].steps) == (39, 60, 60)
+    (steps, done), = record.parts()  # fmt: skip
+    assert (len(steps), done[18:22]) == (39, [19, 20, 42, 43])
+
+
+def test_steps_that_are_numbered_oddly_are_counted() -> None:
+    lines = [{**line, "step": 7} if line["kind"] == "step" else line for line in outer_lines(OuterPlan(), 2)]
+    assert fed(lines).steps_done == 60
+
+
+def test_a_rank_that_has_just_returned_is_where_it_goes_on() -> None:
+    lines = outer_lines(RETURNED, 2)
+    again = max(k for k, line in enumerate(lines) if line["kind"] == "start")
+    record = fed(lines[: again + 1])
+    assert record.steps_done == 45
+    assert [done[-1:] for _, done in record.parts()] == [[25], []]

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from outer_runs import STORM, STORM_FAULTS, Absence, OuterPlan, outer_run, write_outer
+from outer_runs import STORM, STORM_FAULTS, Absence, Lines, OuterPlan, outer_run, write_outer
 from synthetic_runs import DENSE, results_of, run_of, short
 
 from commopt.report.page import read_results, results_json
@@ -45,7 +45,7 @@ def test_the_spread_of_a_round_is_the_root_mean_square_of_the_estimates(tmp_path
         (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rounds = collect(folder).rounds
     assert rounds is not None
-    assert [point.step for point in rounds.spread] == [9, 19]
+    assert [point.step for point in rounds.spread] == [10, 20]
     assert [point.at_s for point in rounds.spread] == pytest.approx([1.0, 2.0])
     assert [point.spread for point in rounds.spread] == pytest.approx([math.sqrt(0.125), 0.1])
     assert rounds.spread_end == pytest.approx(0.1)
@@ -133,3 +133,17 @@ def test_a_document_with_rounds_and_faults_survives_a_round_trip(tmp_path: Path)
     (tmp_path / "results.json").write_text(results_json(results))
     assert read_results(tmp_path / "results.json") == results
     assert len(results.runs[0].faults) == 4
+
+
+def test_a_node_that_did_fewer_steps_is_counted_per_its_own(tmp_path: Path) -> None:
+    def late(rank: int, lines: Lines) -> Lines:
+        if rank != 1:
+            return lines
+        kept = [line for line in lines if line["kind"] != "step" or line["step"] >= 30]
+        return [
+            {**line, "nic_tx_bytes": line["nic_tx_bytes"] // 4} if line["kind"] == "counters" else line for line in kept
+        ]
+
+    assert run_of(tmp_path, short(DENSE), edit=late).nic_tx_bytes_per_step == pytest.approx(
+        run_of(tmp_path / "all", short(DENSE)).nic_tx_bytes_per_step
+    )
