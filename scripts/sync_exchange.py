@@ -38,6 +38,7 @@ class Messages:
     def __init__(self, rank: int, *, mean_s: float = 0.0, spread: float = 0.0) -> None:
         self._random = np.random.default_rng([rank, 1])  # message times are independent
         self._mean_s, self._sigma = mean_s, math.sqrt(math.log1p(spread**2))
+        self._word = torch.zeros(1)
 
     def send(self, x: torch.Tensor, to: int) -> dist.Work:
         if self._mean_s:
@@ -46,13 +47,22 @@ class Messages:
         assert work is not None
         return work
 
-    def receive(self, into: torch.Tensor, source: int) -> Callable[[], None]:
-        """Begin to receive, and return what waits until the message is there."""
+    def deliver(self, x: torch.Tensor, to: int) -> None:
+        """Send, and wait for the word that it is there: a send alone ends when the kernel has taken the message."""
+        word = dist.irecv(self._word, to)
+        assert word is not None
+        self.send(x, to).wait()
+        word.wait()
+
+    def receive(self, into: torch.Tensor, source: int, *, confirm: bool = False) -> Callable[[], None]:
+        """Begin to receive, and return what waits until the message is there; confirm: what `deliver` waits for."""
         work = dist.irecv(into, source)
         assert work is not None
 
         def wait() -> None:
             work.wait()
+            if confirm:
+                dist.send(self._word, source)
             if self._mean_s:
                 takes_s = self._mean_s * self._random.lognormal(-(self._sigma**2) / 2, self._sigma)
                 sleep_until(float(into[0]) + takes_s)
@@ -84,12 +94,12 @@ def tree_mean_(x: torch.Tensor, other: torch.Tensor, rank: int, world: int, mess
     if rank == 0:
         x.div_(world)
     else:
-        arrived = messages.receive(other, rank - (1 << joins))
+        arrived = messages.receive(other, rank - (1 << joins), confirm=True)
         messages.send(x, rank - (1 << joins)).wait()
         arrived()
         x.copy_(other)
     for child in reversed(children):  # in a row: two at once would halve the rate of the one that is passed on
-        messages.send(x, child).wait()
+        messages.deliver(x, child)
 
 
 def ring_mean_(x: torch.Tensor, world: int) -> None:
