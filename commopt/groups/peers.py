@@ -19,6 +19,7 @@ from commopt.groups.base import Group, Traffic
 from commopt.wire import Layout, Payload
 
 KEPT = 8  # unread messages of one channel and peer; the newest stay
+GROUP = "group "  # how the channels of a PeerGroup begin, whose messages are all wanted
 T = TypeVar("T")
 _SMALL = 1024  # bytes up to which an all-reduce gathers, in one message round instead of two
 
@@ -49,8 +50,9 @@ class Mailbox:
         """Keep a message; of more than KEPT on one channel the oldest are forgotten."""
         box = self._letters.setdefault((peer, channel), {})
         box[letter.sequence] = letter
-        for sequence in sorted(box)[:-KEPT]:
-            del box[sequence]
+        if not channel.startswith(GROUP):
+            for sequence in sorted(box)[:-KEPT]:
+                del box[sequence]
 
     def take(self, peer: int, channel: str, sequence: int, *, or_newer: bool = False) -> Letter | None:
         """The message with this sequence number, or the newest later one; earlier ones are out of date, and dropped."""
@@ -81,12 +83,14 @@ class Peers(ABC):
     """The configured members of a job, from the place of one of them.
 
     rank, size: this member, and how many there are whether or not they are up. traffic: bytes that this member has sent.
+    returns: whether this member was here before, and has to catch up; known only where a launcher says so.
     Who is up is only a hint, from what has been heard: it saves a timeout, and nothing else depends on it.
     """
 
     rank: int
     size: int
     traffic: Traffic
+    returns = False
 
     @abstractmethod
     def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:
@@ -149,7 +153,7 @@ class PeerGroup(Group):
     """
 
     def __init__(self, peers: Peers, members: Sequence[int], channel: str, first: int, timeout_s: float) -> None:
-        self.peers, self.members, self.channel, self.sequence = peers, tuple(members), channel, first
+        self.peers, self.members, self.channel, self.sequence = peers, tuple(members), GROUP + channel, first
         self.rank, self.size = self.members.index(peers.rank), len(self.members)
         self.traffic = peers.traffic
         self._deadline_s = peers.seconds + timeout_s

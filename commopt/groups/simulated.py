@@ -22,7 +22,8 @@ class SimWorld(Generic[T]):
 
     Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
     faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...): each at
-    that step of the first rank that it hits, a restart at that step of the lowest rank that is up. A killed rank returns None.
+    that step of the rank that it hits (a cut: of the first), a restart at that step of the lowest rank that is up. Who is killed
+    returns None.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class SimWorld(Generic[T]):
             with self.mail_arrived:
                 self.is_broken = True
                 self.mail_arrived.notify_all()
-            self.office.is_broken = True
         with self.office.changed:
+            self.office.is_broken = self.office.is_broken or rank in self._errors
             self.office.gone_s[rank] = self.clocks[rank]
             self.office.changed.notify_all()
 
@@ -146,8 +147,12 @@ class SimGroup(Group):
             world.mail_arrived.notify_all()
             box = world.mail.setdefault((peer, self.rank), [])
             limit_s = world.timeout_s if timeout_s is None else timeout_s
-            if not world.mail_arrived.wait_for(lambda: bool(box) or world.is_broken, limit_s):
-                raise GroupError(f"swap: rank {peer} did not answer rank {self.rank} in time")
+            self._park(True)
+            try:
+                if not world.mail_arrived.wait_for(lambda: bool(box) or world.is_broken, limit_s):
+                    raise GroupError(f"swap: rank {peer} did not answer rank {self.rank} in time")
+            finally:
+                self._park(False)
             if not box:
                 raise GroupError("swap: another rank failed") from threading.BrokenBarrierError()
             their_clock, received = box.pop(0)
@@ -185,12 +190,22 @@ class SimGroup(Group):
         return [contribution for _, contribution, _ in met]
 
     def _wait(self, operation: str) -> None:
+        self._park(True)
         try:
             self.world.barrier.wait(self.world.timeout_s)
         except threading.BrokenBarrierError as error:
             raise GroupError(
                 f"{operation}: another rank failed, or did not join within {self.world.timeout_s:g} s"
             ) from error
+        finally:
+            self._park(False)
+
+    def _park(self, is_parked: bool) -> None:
+        """Tell ranks that are ahead in virtual time that this one cannot move before they do."""
+        office = self.world.office
+        with office.changed:
+            (office.parked.add if is_parked else office.parked.discard)(self.rank)
+            office.changed.notify_all()
 
 
 def _check_alike(operation: str, parts: Sequence[Tensor]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DETECT_S = 1.0  # virtual seconds after which a peer that died is known to be down
 T = TypeVar("T")
 _KINDS = ("kill", "restart", "cut", "slow", "hang")
+_EACH = ("kill", "slow", "hang")  # these befall each of their ranks at a step of its own
 
 
 class Killed(BaseException):
@@ -26,7 +27,7 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class SimFault:
-    """One fault: its kind, the ranks that it hits, and the step of the first of them at which it begins."""
+    """One fault: its kind, the ranks that it hits, and the step of each (a cut: of the first) of them at which it begins."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -74,7 +75,10 @@ class PostOffice:
         self.free_s = [0.0] * ranks  # when what a rank has sent so far has left it
         self.cuts: list[tuple[frozenset[int], float, float]] = []
         self.slow: dict[int, list[tuple[float, float]]] = {}  # (until, factor)
-        self.played: set[SimFault] = set()
+        self.played: set[tuple[SimFault, int]] = set()
+        self.returned: set[int] = set()
+        self.reached = [0] * ranks  # the step that each rank announces, or announced last
+        self.parked: set[int] = set()  # ranks in a collective, which wait for all others
         self.is_broken = False
 
     def clock(self, rank: int) -> float:
@@ -94,10 +98,27 @@ class PostOffice:
                 return False
         return True
 
+    def wait_for_slower(self, rank: int, step: int) -> None:
+        """Let those run first whose clock is behind this rank's, so that what they are seen to do does not depend on real time."""
+        self.reached[rank] = step
+        self.changed.notify_all()
+        while any(self._comes_before(other, rank) for other in range(self.world.ranks) if other != rank):
+            if self.is_broken:
+                raise GroupError("another rank failed") from threading.BrokenBarrierError()
+            self.changed.wait(self.world.timeout_s)
+
+    def _comes_before(self, other: int, rank: int) -> bool:
+        if other in self.gone_s or other in self.parked:
+            return False
+        wait = self.waiting.get(other)
+        if wait is not None and not wait.is_over():
+            return wait.deadline_s < self.clock(rank)
+        return (self.clock(other), self.reached[other]) < (self.clock(rank), self.reached[rank])
+
     def deliver_s(self, sender: int, receiver: int, nbytes: int, expires_s: float) -> float | None:
         """When a message sent now arrives; None if a cut loses it."""
         links, now = self.world.links, self.clock(sender)
-        start_s = max(now, self.free_s[sender])
+        ready_s = start_s = max(now, self.free_s[sender])
         for pair, begin_s, end_s in self.cuts:
             if pair == {sender, receiver} and begin_s <= start_s < end_s:
                 start_s = end_s
@@ -108,20 +129,17 @@ class PostOffice:
         sent: list[Mapping[int, float]] = [{} for _ in range(self.world.ranks)]
         sent[sender] = {receiver: float(nbytes)}
         took_s = links.seconds(sent)
-        self.free_s[sender] = start_s + took_s - links.latency_s[links.node_of_rank[sender]]
+        if start_s == ready_s:  # what a cut holds back does not hold up messages to others
+            self.free_s[sender] = start_s + took_s - links.latency_s[links.node_of_rank[sender]]
         return start_s + took_s
 
     def play(self, rank: int, step: int) -> None:
         """Begin the faults whose time has come by the step of the rank that they hit, or that a restart is seen from."""
         for fault in self.faults:
-            if fault in self.played or step < fault.at_step:
+            key = (fault, rank if fault.kind in _EACH else -1)
+            if key in self.played or step < fault.at_step or rank not in self._witnesses(fault):
                 continue
-            witness = fault.ranks[0]
-            if fault.kind == "restart":
-                witness = next((r for r in range(self.world.ranks) if r not in self.gone_s), -1)
-            if rank != witness:
-                continue
-            self.played.add(fault)
+            self.played.add(key)
             now = self.clock(rank)
             if fault.kind == "cut":
                 self.cuts.append((frozenset(fault.ranks), now, now + fault.for_s))
@@ -135,8 +153,18 @@ class PostOffice:
                 for dead in fault.ranks:
                     if self.gone_s.pop(dead, None) is not None:
                         self.on_the_way[dead].clear()
+                        self.returned.add(dead)
+                        self.progress[dead], self.reached[dead] = Progress(0, False), 0
                         self.world.clocks[dead] = self.free_s[dead] = now
                         self.world.start(dead)
+
+    def _witnesses(self, fault: SimFault) -> Sequence[int]:
+        """The ranks whose step tells when a fault begins."""
+        if fault.kind in _EACH:
+            return fault.ranks
+        if fault.kind == "cut":
+            return fault.ranks[:1]
+        return [next((r for r in range(self.world.ranks) if r not in self.gone_s), -1)]
 
     def slowness(self, rank: int) -> float:
         """How many times longer this rank's arithmetic takes now."""
@@ -150,7 +178,7 @@ class SimPeers(Peers):
         self._office, self.rank, self.size = office, rank, office.world.ranks
         self.traffic = traffic
         self._mailbox = Mailbox()
-        self._background_s = 0.0
+        self._background_s, self.returns = 0.0, rank in office.returned
 
     @property
     def seconds(self) -> float:
@@ -221,6 +249,7 @@ class SimPeers(Peers):
 
     def announce(self, step: int, *, is_training: bool = True) -> None:
         with self._office.changed:
+            self._office.wait_for_slower(self.rank, step)
             self._office.progress[self.rank] = Progress(step, is_training)
             self._office.play(self.rank, step)
             self._office.changed.notify_all()

@@ -47,10 +47,13 @@ class Membership:
     rank: int
     addresses: tuple[tuple[str, int], ...]
     job: str
+    returns: bool = False
 
     @classmethod
     def from_environment(cls) -> Membership | None:
         """Read COMMOPT_PEERS, and this rank's place from COMMOPT_NODE_RANK, LOCAL_WORLD_SIZE and LOCAL_RANK; None without COMMOPT_PEERS.
+
+        COMMOPT_RETURNS=1 says that this rank was started again in a job that goes on.
 
         Raises ConfigError for a value that the launcher did not write.
         """
@@ -64,7 +67,7 @@ class Membership:
             rank = place[0] * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + place[1]
             if not 0 <= rank < len(addresses):
                 raise ValueError(f"there is no rank {rank} among {len(addresses)} members")
-            return cls(rank, addresses, str(given["job"]))
+            return cls(rank, addresses, str(given["job"]), os.environ.get("COMMOPT_RETURNS") == "1")
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"environment: COMMOPT_PEERS={text:.80}: {error}") from None
 
@@ -108,7 +111,7 @@ class TcpPeers(Peers):
         links: LinkModel | None = None,
     ) -> None:
         self.rank, self.size, self.traffic = membership.rank, len(membership.addresses), Traffic()
-        self.silence_s, self._job = silence_s, membership.job
+        self.silence_s, self._job, self.returns = silence_s, membership.job, membership.returns
         self._incarnation = time.time_ns()
         self._mailbox, self._changed = Mailbox(), threading.Condition()
         self._routes = {r: _Route(address) for r, address in enumerate(membership.addresses) if r != self.rank}

@@ -116,7 +116,11 @@ class OuterAttachment:
             if any(self._trains(peer) for peer in peers.others) and self.catch_up():
                 break
             missing = [peer for peer in peers.others if not peers.is_up(peer)]
-            if not missing or peers.seconds >= end_s:
+            if (not missing and not peers.returns) or peers.seconds >= end_s:
+                if peers.returns:
+                    raise GroupError(
+                        f"rank {peers.rank} came back, and found nobody who trains to catch up from; resume from a checkpoint"
+                    )
                 if missing:
                     _log.warning("rank %d starts without %s, which did not come", peers.rank, _listed(missing))
                 self._start_together(wait_s)
@@ -368,12 +372,10 @@ class OuterAttachment:
             roll = call_roll(peers, "start", 0, torch.tensor([self.steps]), wait_s)
             steps = [int(roll.cards[rank]) for rank in roll.members]
             if len(roll.members) > 1 and max(steps) == 0:
-                group = PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0))
-                with torch.no_grad():
-                    for x in (*self.model.parameters(), *self.model.buffers()):
-                        cpu = x.detach().to("cpu").contiguous()
-                        group.broadcast(cpu)
-                        x.copy_(cpu)
+                try:
+                    self._copy_from_first(PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0)))
+                except GroupError as error:
+                    _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
             elif self.steps < max(steps):
                 peers.announce(self.steps, is_training=False)
                 while not self.catch_up():
@@ -381,6 +383,13 @@ class OuterAttachment:
                 return
         if self.steps == 0:
             self.method.begin(self.flat())
+
+    def _copy_from_first(self, group: PeerGroup) -> None:
+        with torch.no_grad():
+            for x in (*self.model.parameters(), *self.model.buffers()):
+                cpu = x.detach().to("cpu").contiguous()
+                group.broadcast(cpu)
+                x.copy_(cpu)
 
     def _average_once(self) -> None:
         timeout_s = self.method.timeout_s
