@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,13 @@ class NoLoCo(OuterLoop):
             raise ConfigError(f"group_size: {self.group_size} is more than the {peers.size} ranks there are")
         self.slow = torch.zeros(self.index.total)
         self.velocity = torch.zeros(self.index.total)
-        self.slow_parts = self.message.cut(max(1, round(1 / self.slow_share)))
+        edges = [self.index.total * k // self._turns for k in range(self._turns + 1)]
+        self.slow_parts = [slice(a, b) for a, b in itertools.pairwise(edges)]  # uncompressed: not cut between blocks
+
+    @property
+    def _turns(self) -> int:
+        """Rounds in which all slow weights have travelled once."""
+        return max(1, round(1 / self.slow_share))
 
     def begin(self, x: Tensor) -> None:
         self.slow.copy_(x)
@@ -126,7 +133,7 @@ class NoLoCo(OuterLoop):
         if ranks == 1:
             return 0.0
         others = min(self.group_size, ranks) - 1
-        slow = 4 * self.slow_share if self.sends_slow else 0.0
+        slow = 4 / self._turns if self.sends_slow else 0.0
         return others * (self.message.bytes_per_element() + slow) / self.every
 
     def _collect(
