@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -77,7 +78,8 @@ class DiLoCo(OuterLoop):
         check_option("participation", participation, lambda x: 0 < x <= 1, "a number above 0, at most 1")
         self.fragments, self.participation = fragments, participation
         self.make_outer = _outer(outer, lr, momentum)
-        self.make_outer(torch.zeros(1))  # a bad option shows now
+        (state,) = self.make_outer(torch.zeros(1)).state.values()  # a bad option shows now
+        self._shared_tensors = 1 + len(state)
 
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
         super().bind(named_parameters, peers)
@@ -97,7 +99,7 @@ class DiLoCo(OuterLoop):
         if self.participation == 1.0:
             return list(range(ranks))
         drawn = noise.keys(self.seed, "participation", 0, np.asarray([number]), np.arange(ranks))
-        return sorted(int(rank) for rank in np.argsort(drawn)[: max(1, round(self.participation * ranks))])
+        return sorted(int(rank) for rank in np.argsort(drawn)[: self._drawn(ranks)])
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
         me, expected = self.peers.rank, self.participants(round.number)
@@ -165,9 +167,15 @@ class DiLoCo(OuterLoop):
         super().load_comm_state(state)
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        if self.message.compressor is None:
-            return 8 * (ranks - 1) / ranks / self.every * self.participation
-        return self._compressed().bytes_per_parameter(ranks) / self.every * self.participation
+        drawn = self._drawn(ranks)
+        dense = 8 * (drawn - 1) / drawn
+        sent = dense if self.message.compressor is None else self._compressed().bytes_per_parameter(drawn)
+        is_new = 1 - 1 / math.comb(ranks, drawn)  # others than last time are drawn: they get what those had
+        return drawn / ranks * (sent + is_new * dense * self._shared_tensors) / self.every
+
+    def _drawn(self, ranks: int) -> int:
+        """How many take part in a round."""
+        return max(1, round(self.participation * ranks))
 
     def _shared(self, fragment: int) -> list[Tensor]:
         """What all ranks hold alike of a fragment: its slow weights, and the outer optimizer's state."""
