@@ -1,0 +1,218 @@
+"""DiLoCo and local SGD against torch's own outer optimizer in float64, and replicas that stay equal to the last bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from outer_rig import SHAPES, Played, play, run_world, start_values
+from rig import flat, make_model
+from torch import Tensor
+
+from commopt import build
+from commopt.errors import ConfigError
+from commopt.groups import SimGroup, SimWorld
+from commopt.methods.diloco import checksum
+
+MESSAGES: list[Any] = [None, "int8", "sign", "4bit", {"compressor": "top_k", "density": 0.2}]
+
+
+def reference(thetas: list[list[Tensor]], start: Tensor, lr: float, momentum: float, nesterov: bool) -> list[Tensor]:
+    """phi after each round: OuterOpt on the mean of phi - theta_i, Algorithm 1; thetas[t][i] as rank i has them in round t."""
+    phi = torch.nn.Parameter(start.double().clone())
+    outer = torch.optim.SGD([phi], lr=lr, momentum=momentum, nesterov=nesterov)
+    history = []
+    for theta in thetas:
+        phi.grad = sum((phi.detach() - x.double() for x in theta), torch.zeros_like(phi)) / len(theta)
+        outer.step()
+        history.append(phi.detach().clone())
+    return history
+
+
+def thetas_of(played: list[list[Played]]) -> list[list[Tensor]]:
+    return [[rank[t].x for rank in played] for t in range(len(played[0]))]
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({}, (0.7, 0.9, True)),
+        ({"outer": "nesterov", "lr": 0.4, "momentum": 0.6}, (0.4, 0.6, True)),
+        ({"outer": {"name": "sgd", "momentum": 0.5}}, (0.7, 0.5, False)),
+        ({"outer": "sgd"}, (0.7, 0.0, False)),
+        ({"outer": {"name": "sgd", "lr": 1.0}, "momentum": 0.3}, (1.0, 0.3, False)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_outer_step_is_that_of_the_outer_optimizer(
+    ranks: int, options: dict[str, Any], rule: tuple[float, float, bool]
+) -> None:
+    played = play(ranks, "diloco", options, 24)
+    expected = reference(thetas_of(played), start_values(74), *rule)
+    for rank in played:
+        for t, one in enumerate(rank):
+            torch.testing.assert_close(one.new.double(), expected[t], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("outer", ["adagrad", "adam", "yogi"])
+def test_adaptive_outer_optimizers_move_against_the_mean_of_what_changed(outer: str) -> None:
+    from commopt.methods.diloco import OUTER
+
+    played = play(3, "diloco", {"outer": {"name": outer, "lr": 0.05}}, 20)
+    phi = torch.nn.Parameter(start_values(74).double())
+    rule = OUTER[outer][0]([phi], lr=0.05)
+    for t, theta in enumerate(thetas_of(played)):
+        phi.grad = sum((phi.detach() - x.double() for x in theta), torch.zeros_like(phi)) / 3
+        rule.step()
+        torch.testing.assert_close(played[0][t].new.double(), phi.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_fragments_take_turns_and_each_has_its_own_momentum() -> None:
+    played = play(3, "diloco", {"every": 6, "fragments": 3}, 30)
+    start = start_values(74)
+    sizes = [len(one.new) for one in played[0][:3]]
+    assert sum(sizes) == 74
+    edges = [0, sizes[0], sizes[0] + sizes[1], 74]
+    starts_of_parameters = torch.tensor([0] + [torch.Size(shape).numel() for shape in SHAPES.values()]).cumsum(0)
+    assert set(edges) <= set(starts_of_parameters.tolist())
+    for k in range(3):
+        part = slice(edges[k], edges[k + 1])
+        mine = [[rank[t].x[part] for rank in played] for t in range(k, 30, 3)]
+        for t, phi in enumerate(reference(mine, start[part], 0.7, 0.9, True)):
+            torch.testing.assert_close(played[1][3 * t + k].new.double(), phi, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"fragments": 2}], ids=str)
+@pytest.mark.parametrize("delay", [1, 4])
+def test_what_inner_steps_add_during_the_exchange_is_kept(delay: int, options: dict[str, Any]) -> None:
+    every, steps = 4, 20
+    _, diaries = run_world(3, "diloco", {"every": every, "delay": delay, **options}, steps)
+    fragments = options.get("fragments", 1)
+    method: Any = diaries[0].attached.method
+    start = flat(make_model())
+    for k, part in enumerate(method.parts):
+        begun = range((k + 1) * every // fragments, steps - delay + 1, every)
+        # a copy is taken after the step, and after what an earlier round brings at the same time
+        thetas = [[diary.after[step][part] for diary in diaries] for step in begun]
+        for t, phi in enumerate(reference(thetas, start[part], 0.7, 0.9, True)):
+            end = begun[t] + delay
+            for i, diary in enumerate(diaries):
+                expected = phi + diary.before[end][part].double() - thetas[t][i].double()
+                torch.testing.assert_close(diary.after[end][part].double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_local_sgd_is_plain_averaging(ranks: int) -> None:
+    played = play(ranks, "local_sgd", {}, 20)
+    for t, theta in enumerate(thetas_of(played)):
+        mean = torch.stack(theta).double().mean(0)
+        for rank in played:
+            torch.testing.assert_close(rank[t].new.double(), mean, rtol=2e-6, atol=2e-6)
+
+
+def test_local_sgd_averages_the_state_of_the_inner_optimizer_that_is_named() -> None:
+    from rig import loss_of, make_batch
+
+    from commopt.integrations import plain
+
+    def train(group: SimGroup) -> tuple[list[Tensor], list[Tensor]]:
+        model = make_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        method = build("local_sgd", every=3, average_state=["exp_avg_sq"])
+        for step in plain.attach(model, method, optimizer, group).range(6):
+            x, y = make_batch(group.rank, step)
+            optimizer.zero_grad()
+            loss_of(model(x), y).backward()
+            optimizer.step()
+        states = optimizer.state.values()
+        return [s["exp_avg_sq"].clone() for s in states], [s["exp_avg"].clone() for s in states]
+
+    first, second = SimWorld[tuple[list[Tensor], list[Tensor]]](2).run(train)
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=str)
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("name", ["diloco", "local_sgd"])
+def test_replicas_are_bit_identical_after_every_round(name: str, ranks: int, message: Any) -> None:
+    played = play(ranks, name, {"message": message}, 8)
+    for t in range(8):
+        assert all(torch.equal(rank[t].new, played[0][t].new) for rank in played)
+        assert all(rank[t].members == tuple(range(ranks)) for rank in played)
+
+
+@pytest.mark.parametrize("message", ["int8", "4bit"])
+def test_a_compressed_mean_stays_near_the_exact_one(message: str) -> None:
+    exact, compressed = play(4, "diloco", {}, 20)[0][-1].new, play(4, "diloco", {"message": message}, 20)[0][-1].new
+    assert float((exact - compressed).norm() / exact.norm()) < 0.05
+    assert not torch.equal(exact, compressed)
+
+
+def test_participants_are_drawn_alike_and_each_in_turn() -> None:
+    played = play(4, "diloco", {"participation": 0.5, "every": 1}, 40)
+    drawn = Counter[int]()
+    for t in range(40):
+        members = {one[t].members for one in played}
+        (together,) = [m for m in members if len(m) == 2]
+        assert all(one[t].members == (together if i in together else (i,)) for i, one in enumerate(played))
+        drawn.update(together)
+    assert sorted(drawn) == [0, 1, 2, 3]
+    assert min(drawn.values()) > 10
+
+
+def test_who_is_not_drawn_goes_on_with_its_own_parameters() -> None:
+    played = play(4, "diloco", {"participation": 0.5}, 10)
+    sat_out = [one for rank in played for one in rank if len(one.members) == 1]
+    assert len(sat_out) == 20
+    assert all(torch.equal(one.new, one.x) for one in sat_out)
+
+
+def test_participants_that_sat_out_take_over_what_the_last_ones_had() -> None:
+    played = play(4, "diloco", {"participation": 0.5}, 20)
+    for t in range(20):
+        together = [rank[t].new for rank in played if len(rank[t].members) == 2]
+        assert torch.equal(*together)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"outer": "nestrov"}, "outer: 'nestrov' is no outer optimizer; did you mean 'nesterov'"),
+        ({"outer": {"lr": 0.1}}, "outer: None is no outer optimizer"),
+        ({"outer": {"name": "adam", "momentum": 0.9}}, "outer: adam:"),
+        ({"outer": "adam", "momentum": 0.9}, "momentum: has no effect with outer: adam"),
+        ({"lr": -1.0}, "outer: nesterov: Invalid learning rate"),
+        ({"fragments": 0}, "fragments: 0 is out of range; write a whole number from 1 to every, 100"),
+        ({"participation": 0.0}, "participation: 0.0 is out of range"),
+        ({"every": 0}, "every: 0 is out of range; write a whole number from 1"),
+        ({"timeout_s": 0}, "timeout_s: 0 is out of range"),
+        ({"final_average": "yes"}, "final_average: 'yes' is out of range; write true or false"),
+    ],
+)
+def test_bad_options_are_refused_in_words_that_name_the_fix(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build("diloco", **options)
+
+
+def test_more_fragments_than_parameters_are_refused() -> None:
+    with pytest.raises(ConfigError, match="fragments: 5 are too many for a model of 4 parameters"):
+        play(2, "diloco", {"every": 5, "fragments": 5}, 1)
+
+
+def test_a_word_for_average_state_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"average_state: 'exp_avg' is out of range; write a list of names"):
+        build("local_sgd", average_state="exp_avg")
+
+
+def test_a_checksum_tells_apart_what_differs_by_one_bit() -> None:
+    x = start_values(1000)
+    y = x.clone()
+    y.view(torch.int32)[500] ^= 1
+    swapped = x.clone()
+    swapped[[3, 4]] = x[[4, 3]]
+    assert len({checksum([x]), checksum([y]), checksum([swapped]), checksum([x, x])}) == 4
+    assert checksum([x.clone()]) == checksum([x])

@@ -1,0 +1,217 @@
+"""NoLoCo against its equations 1 to 3 in float64, and who averages with whom."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from outer_rig import Played, play, run_world, spread, start_values
+from torch import Tensor
+
+from commopt import build
+from commopt.errors import ConfigError
+from commopt.groups import SimGroup, SimWorld
+from commopt.topology import group_of
+
+
+def reference(
+    thetas: list[list[Tensor]],
+    group_in: Callable[[int, int], tuple[int, ...]],
+    lr: float,
+    momentum: float,
+    gamma: float,
+) -> list[list[Tensor]]:
+    """The slow weights after each round, by round and rank; thetas[t][i]: what rank i's inner steps arrived at in round t.
+
+    delta_i <- momentum delta_i + lr mean_j (theta_j - phi_j) - gamma (phi_i - mean_j phi_j);  phi_i <- phi_i + delta_i
+    """
+    ranks, elements = len(thetas[0]), len(thetas[0][0])
+    phi = [start_values(elements).double() for _ in range(ranks)]
+    delta = [torch.zeros(elements, dtype=torch.float64) for _ in range(ranks)]
+    history = []
+    for t, theta in enumerate(thetas):
+        pull = []
+        for i in range(ranks):
+            group = group_in(t, i)
+            change = sum(theta[j].double() - phi[j] for j in group) / len(group)
+            mean_phi = sum(phi[j] for j in group) / len(group)
+            pull.append(lr * change - gamma * (phi[i] - mean_phi))
+        delta = [momentum * delta[i] + pull[i] for i in range(ranks)]
+        phi = [phi[i] + delta[i] for i in range(ranks)]
+        history.append(phi)
+    return history
+
+
+def check_against_reference(
+    played: list[list[Played]], options: dict[str, Any], lr: float = 0.7, momentum: float = 0.5, gamma: float = 0.7
+) -> None:
+    ranks, rounds = len(played), len(played[0])
+    size, seed = options.get("group_size", 2), options.get("seed", 0)
+    thetas = [[played[i][t].x for i in range(ranks)] for t in range(rounds)]
+    expected = reference(thetas, lambda t, i: group_of(i, ranks, size, seed, t), lr, momentum, gamma)
+    for i in range(ranks):
+        for t in range(rounds):
+            assert played[i][t].members == group_of(i, ranks, size, seed, t)
+            torch.testing.assert_close(played[i][t].new.double(), expected[t][i], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"two_tensors": True}, {"seed": 3}], ids=str)
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_pairs_follow_equations_2_and_3(ranks: int, options: dict[str, Any]) -> None:
+    check_against_reference(play(ranks, "noloco", options, 20), options)
+
+
+@pytest.mark.parametrize("gamma", [0.55, 1.2])
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_another_gamma_pulls_slow_weights_together_by_its_own_strength(ranks: int, gamma: float) -> None:
+    options = {"gamma": gamma}
+    check_against_reference(play(ranks, "noloco", options, 20), options, gamma=gamma)
+
+
+@pytest.mark.parametrize("ranks", [3, 5, 6])
+def test_groups_of_three_follow_the_equations(ranks: int) -> None:
+    options = {"group_size": 3, "lr": 0.5, "momentum": 0.3, "gamma": 0.6}
+    check_against_reference(play(ranks, "noloco", options, 20), options, lr=0.5, momentum=0.3, gamma=0.6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_one_tensor_does_what_two_do_where_gamma_is_lr(ranks: int) -> None:
+    one, two = (play(ranks, "noloco", {"two_tensors": flag}, 20) for flag in (False, True))
+    for i in range(ranks):
+        torch.testing.assert_close(one[i][-1].new, two[i][-1].new, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_group_of_all_is_diloco_with_heavy_ball_momentum(ranks: int) -> None:
+    noloco = play(ranks, "noloco", {"group_size": ranks}, 20)
+    diloco = play(ranks, "diloco", {"outer": {"name": "sgd", "momentum": 0.5}}, 20)
+    for i in range(ranks):
+        torch.testing.assert_close(noloco[i][-1].new, diloco[i][-1].new, rtol=2e-5, atol=2e-5)
+
+
+def test_all_ranks_draw_the_same_disjoint_pairs() -> None:
+    played = play(6, "noloco", {}, 12)
+    for t in range(12):
+        pairs = {played[i][t].members for i in range(6)}
+        assert sorted(rank for pair in pairs for rank in pair) == list(range(6))
+    assert len({played[0][t].members for t in range(12)}) > 2
+
+
+def test_each_of_an_odd_number_sits_out_once_in_so_many_rounds() -> None:
+    played = play(5, "noloco", {}, 20)
+    alone = Counter(i for i in range(5) for t in range(20) if len(played[i][t].members) == 1)
+    assert alone == Counter(dict.fromkeys(range(5), 4))
+
+
+def test_who_sits_out_moves_by_its_own_momentum_and_misses_nothing() -> None:
+    _, diaries = run_world(3, "noloco", {"every": 2}, 12)
+    for diary in diaries:
+        alone = [report for report in diary.reports if len(report.members) == 1]
+        assert len(alone) == 2
+        assert not any(report.missed for report in diary.reports)
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+def test_what_inner_steps_add_during_the_exchange_is_kept(delay: int) -> None:
+    every, steps = 3, 15
+    _, diaries = run_world(4, "noloco", {"every": every, "delay": delay}, steps)
+    begun = range(every, steps - delay + 1, every)
+    # a copy is taken after the step, and after what an earlier round brings at the same time
+    thetas = [[diary.after[step] for diary in diaries] for step in begun]
+    phi = slow_after(thetas)
+    for t, step in enumerate(begun):
+        for i, diary in enumerate(diaries):
+            before, after = diary.before[step + delay].double(), diary.after[step + delay].double()
+            torch.testing.assert_close(after, phi[t][i] + before - thetas[t][i].double(), rtol=2e-5, atol=2e-5)
+
+
+def slow_after(thetas: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The equations from the model's own start."""
+    from rig import flat, make_model
+
+    start = flat(make_model()).double()
+    shifted = [[x.double() - start + start_values(len(x)) for x in row] for row in thetas]
+    phi = reference(shifted, lambda t, i: group_of(i, len(thetas[0]), 2, 0, t), 0.7, 0.5, 0.7)
+    return [[x + start - start_values(len(x)) for x in row] for row in phi]
+
+
+def apart_after(rounds: int, **options: Any) -> float:
+    return spread([rank[-1].new for rank in play(4, "noloco", options, rounds)])
+
+
+@pytest.mark.parametrize("message", ["int8", "sign", {"compressor": "top_k", "density": 0.1}], ids=str)
+def test_compressed_replicas_stay_together(message: Any) -> None:
+    assert apart_after(60, message=message, slow_share=1.0) < 2 * apart_after(60)
+    assert apart_after(160, message=message) < 1.5 * apart_after(60, message=message)
+
+
+@pytest.mark.parametrize("compressor", ["int8", "4bit", {"compressor": "top_k", "density": 0.2}], ids=str)
+def test_compressed_pairs_lose_nothing(compressor: Any) -> None:
+    """What both have sent plus what they still hold is what both have changed."""
+
+    def rank_of(group: SimGroup) -> tuple[Tensor, Tensor]:
+        method: Any = build("noloco", every=1, message=compressor)
+        method.bind([("a", torch.zeros(300))], group.peers)
+        method.begin(torch.zeros(300))
+        total, sent = torch.zeros(300), torch.zeros(300)
+        for number in range(10):
+            round = method.round_after(number + 1)
+            x = method.slow + torch.randn(300, generator=torch.Generator().manual_seed(number + 100 * group.rank))
+            total += x - method.slow
+            exchanged = method.exchange(x, round)
+            sent += exchanged.values["mean"]
+            method.apply(x, round, exchanged)
+        return total - method.message.feedback.residual, sent
+
+    (a, sent), (b, sent_too) = SimWorld[tuple[Tensor, Tensor]](2).run(rank_of)
+    assert torch.equal(sent, sent_too)
+    torch.testing.assert_close(sent, (a + b) / 2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gamma": 0.4}, r"is 0.5 < gamma < 1.5 for momentum 0.5 and group_size n = 2 \(arXiv:2506.10911, eq. 74\)"),
+        ({"gamma": 1.5}, "gamma: 1.5 lets replicas drift apart"),
+        ({"lr": 0.3}, "gamma: 0.3 lets replicas drift apart"),
+        ({"gamma": "high"}, "gamma: 'high' is out of range; write a number"),
+        ({"group_size": 4, "gamma": 1.3}, "is 0.408 < gamma < 1.22 for momentum 0.5 and group_size n = 4"),
+        ({"group_size": 1}, "group_size: 1 is out of range; write a whole number from 2"),
+        ({"momentum": 1.0}, "momentum: 1.0 is out of range"),
+        ({"slow_share": 0}, "slow_share: 0 is out of range"),
+        ({"delay": 9, "every": 5}, "delay: 9 is out of range; write a whole number from 0 to every, 5"),
+        ({"two_tensors": 1}, "two_tensors: 1 is out of range; write true or false"),
+    ],
+)
+def test_bad_options_are_refused_in_words_that_name_the_fix(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build("noloco", **options)
+
+
+def test_a_group_larger_than_the_job_is_refused() -> None:
+    with pytest.raises(ConfigError, match="group_size: 4 is more than the 3 ranks there are"):
+        play(3, "noloco", {"group_size": 4}, 1)
+
+
+@pytest.mark.parametrize("gamma", [0.55, 0.7, 1.45])
+def test_inside_the_bounds_of_equation_74_differences_die_out(gamma: float) -> None:
+    assert final_difference(gamma, 0.5) < 1e-6
+
+
+def final_difference(gamma: float, momentum: float) -> float:
+    """How far slow weights are apart after 200 rounds of a pair in which nothing is learnt, relative to their start."""
+
+    def rank_of(group: SimGroup) -> float:
+        method: Any = build("noloco", every=1, gamma=gamma, momentum=momentum)
+        method.bind([("a", torch.zeros(1))], group.peers)
+        method.begin(torch.tensor([1.0 - 2.0 * group.rank]))
+        for number in range(200):
+            round = method.round_after(number + 1)
+            x = method.slow.clone()
+            method.apply(x, round, method.exchange(x, round))
+        return float(method.slow.abs())
+
+    return max(SimWorld[float](2).run(rank_of))

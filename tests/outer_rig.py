@@ -1,0 +1,166 @@
+"""Outer methods in tests: rounds without a training around them, and a small model's training in a SimWorld."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rig import loss_of, make_batch, make_model
+from torch import Tensor
+
+from commopt import build
+from commopt.groups import SimGroup, SimWorld
+from commopt.integrations import plain
+from commopt.integrations.outer import OuterAttachment
+from commopt.links import LinkModel
+
+SHAPES = {"a": (5, 7), "b": (7,), "c": (7, 4), "d": (4,)}  # 74 elements
+
+
+@dataclass(frozen=True)
+class Played:
+    """One round of one rank: what its inner steps arrived at, what the method made of it, and who took part."""
+
+    x: Tensor
+    new: Tensor
+    members: tuple[int, ...]
+
+
+def parameters(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> list[tuple[str, Tensor]]:
+    return [(name, torch.zeros(shape)) for name, shape in shapes.items()]
+
+
+def start_values(elements: int) -> Tensor:
+    return torch.randn(elements, generator=torch.Generator().manual_seed(11))
+
+
+def drift(rank: int, number: int, elements: int) -> Tensor:
+    """What a rank's inner steps add between two rounds."""
+    generator = torch.Generator().manual_seed(7919 * number + rank)
+    return torch.randn(elements, generator=generator) * 0.1
+
+
+def play(
+    ranks: int, name: str, options: Mapping[str, Any], rounds: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES
+) -> list[list[Played]]:
+    """Rounds on a flat tensor that drifts apart in between; by rank, by round."""
+
+    def rank_of(group: SimGroup) -> list[Played]:
+        method: Any = build(name, **{"every": 1, **options})
+        method.bind(parameters(shapes), group.peers)
+        theta = start_values(method.index.total)
+        method.begin(theta)
+        steps, played = 0, list[Played]()
+        while len(played) < rounds:
+            steps += 1
+            round = method.round_after(steps)
+            if round is None:
+                continue
+            theta = theta + drift(group.rank, round.number, len(theta))
+            x = theta[round.part].clone()
+            exchanged = method.exchange(x, round)
+            new = method.apply(x, round, exchanged).clone()
+            played.append(Played(theta.clone(), new, exchanged.members))
+            theta[round.part] = new
+        return played
+
+    return SimWorld[list[Played]](ranks).run(rank_of)
+
+
+@dataclass
+class Diary:
+    """What one rank did: the data steps in order (of all its lives), and copies of its parameters."""
+
+    seen: list[int] = field(default_factory=list)
+    begun_at: list[int] = field(default_factory=list)
+    before: dict[int, Tensor] = field(default_factory=dict)  # by steps done: after the inner step, before any round
+    after: dict[int, Tensor] = field(default_factory=dict)
+    learning_rate: dict[int, float] = field(default_factory=dict)
+    attachment: OuterAttachment | None = None
+
+    @property
+    def attached(self) -> OuterAttachment:
+        assert self.attachment is not None
+        return self.attachment
+
+    @property
+    def reports(self) -> list[Any]:
+        return self.attached.reports
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [fields for name, fields in self.attached.events if name == kind]
+
+
+def train_diary(
+    group: Any,
+    diary: Diary,
+    name: str,
+    options: Mapping[str, Any],
+    steps: int,
+    *,
+    step_s: float = 0.0,
+    lr: float = 0.05,
+    poison: Callable[[int, torch.nn.Module], None] | None = None,
+) -> Diary:
+    """Train the small model on this rank's data; `poison(step, model)` may spoil it before a step."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
+    method: Any = build(name, **options)
+    attachment: Any = None
+
+    def note(*_: Any) -> None:
+        diary.before[attachment.steps + 1] = attachment.flat()
+
+    optimizer.register_step_post_hook(note)
+    attachment = plain.attach(model, method, optimizer, group)
+    diary.attachment = attachment
+    diary.begun_at.append(attachment.join(schedule=schedule))
+    for step in attachment.range(steps):
+        diary.seen.append(step)
+        if poison is not None:
+            poison(step, model)
+        x, y = make_batch(attachment.peers.rank, step % 7)
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        diary.learning_rate[step] = optimizer.param_groups[0]["lr"]
+        if step_s:
+            group.advance(step_s)
+        optimizer.step()
+        schedule.step()
+        diary.after[attachment.steps] = attachment.flat()
+    attachment.finish()
+    return diary
+
+
+def run_world(
+    ranks: int,
+    name: str,
+    options: Mapping[str, Any],
+    steps: int,
+    *,
+    faults: Sequence[Mapping[str, Any]] = (),
+    links: LinkModel | None = None,
+    step_s: float = 0.0,
+    poison: Callable[[int, int, torch.nn.Module], None] | None = None,
+    lr: float = 0.05,
+) -> tuple[SimWorld[Any], list[Diary]]:
+    """Train on all ranks of a simulated world with faults; a rank that is killed leaves its diary behind."""
+    diaries = [Diary() for _ in range(ranks)]
+    world: SimWorld[Any] = SimWorld(ranks, links, faults=faults)
+
+    def train(group: SimGroup) -> None:
+        spoil = None if poison is None else lambda step, model: poison(group.rank, step, model)
+        train_diary(group, diaries[group.rank], name, options, steps, step_s=step_s, poison=spoil, lr=lr)
+
+    world.run(train)
+    return world, diaries
+
+
+def spread(replicas: Sequence[Tensor]) -> float:
+    """The root mean square over replicas of ||x_i - mean|| / ||mean||."""
+    stacked = torch.stack(list(replicas)).double()
+    mean = stacked.mean(0)
+    return float((stacked - mean).square().sum(1).mean().sqrt() / mean.norm())
