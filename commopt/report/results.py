@@ -24,7 +24,7 @@ from commopt.report.document import (
 from commopt.report.faults import FAULTS_FILE, faults_of, read_faults
 from commopt.report.outer_document import EndedEarly, Rounds
 from commopt.report.record import RankRecord, StepLine, rank_files
-from commopt.report.rounds import progress_of, rounds_of, validation_by_rank
+from commopt.report.rounds import clock_offset_s, progress_of, rounds_of, validation_by_rank
 
 __all__ = ["Cluster", "Environment", "Node", "NodeBytes", "Results", "RunResult", "assemble", "collect"]
 
@@ -172,8 +172,17 @@ def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any
         "validations": validations,
         "validation_by_rank": validation_by_rank(records) if is_outer else [],
         "val_loss": validations[-1].loss if validations else None,
-        "wall_s": max((record.steps[-1].at_s for record in records if record.steps), default=None),
+        "wall_s": max(_last_steps_s(records, is_outer=is_outer), default=None),
     }
+
+
+def _last_steps_s(records: Sequence[RankRecord], *, is_outer: bool) -> list[float]:
+    """When each rank ended its last step; with outer rounds, where ranks start when they will, since the first one's start."""
+    return [
+        record.steps[-1].at_s + ((clock_offset_s(records, record) or 0.0) if is_outer else 0.0)
+        for record in records
+        if record.steps
+    ]
 
 
 def _mean_loss(weighted: Sequence[tuple[float | None, int]]) -> float | None:
@@ -307,8 +316,10 @@ def _notices(records: Sequence[RankRecord], started: Sequence[RankRecord]) -> li
     if unreadable:
         lines = _lines(sum(record.unreadable_lines for record in records))
         notices.append(f"{lines} cut off or garbled in the record of {_ranks(unreadable)}, and left out")
-    if any(record.starts > 1 for record in started):
-        notices.append("training was started again during the run; only the last start is shown")
+    afresh = [record.rank for record in started if record.starts > 1]
+    if afresh:
+        verb = "was" if len(afresh) == 1 else "were"
+        notices.append(f"{_ranks(afresh)} {verb} started again from the first step; only the last start is shown")
     for record in started:
         for again in record.resumptions:
             before = record.steps[again.steps_before - 1].step + 1 if again.steps_before else 0

@@ -147,3 +147,8 @@ def test_a_node_that_did_fewer_steps_is_counted_per_its_own(tmp_path: Path) -> N
     assert run_of(tmp_path, short(DENSE), edit=late).nic_tx_bytes_per_step == pytest.approx(
         run_of(tmp_path / "all", short(DENSE)).nic_tx_bytes_per_step
     )
+
+
+def test_the_wall_clock_runs_until_the_last_rank_is_done(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, OuterPlan(start_s=0.5, absences={2: Absence(after=25, back_s=20.0, resumed_at=0)}))
+    assert run.wall_s == pytest.approx(20.0 + 6.0)
