@@ -5,6 +5,7 @@ Where nodes are independent, a part that ends leaves the others alone.
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import signal
@@ -36,6 +37,7 @@ from commopt.errors import LaunchError
 __all__ = ["Failure", "JobResult", "Tick", "run_job"]
 
 _TICK_S = 0.2
+_FAULTS_S = 0.05  # how often faults look whether they are due: small models do many steps between two ticks
 _OTHERS_S = 1.5  # for the other nodes to report what they saw, before they are ended
 _LAST_WORDS_S = 0.4  # for the output of an agent that ended to be read
 _GRACE_S = 4.0  # between SIGTERM and SIGKILL
@@ -216,9 +218,10 @@ class _Job:
 
     def watch(self) -> None:
         """Return when every agent has ended, or where they need each other, a while after the first that ended badly."""
-        next_tick_s, failed_s = 0.0, None
+        next_tick_s, next_faults_s, failed_s = 0.0, math.inf, None
         if self._faults is not None:
             self._faults.begin(self)
+            next_faults_s = 0.0
         while True:
             running = [agent for agent in self._agents if agent.ended_s is None]
             if not running or self._planned is not None:
@@ -228,10 +231,14 @@ class _Job:
                 failed_s = now_s
             if failed_s is not None and now_s - failed_s > _OTHERS_S:
                 return
-            self._read(timeout_s=0.05 if len(running) < len(self._agents) else max(0.0, next_tick_s - now_s))
+            until_s = min(next_tick_s, next_faults_s)
+            self._read(timeout_s=0.05 if len(running) < len(self._agents) else max(0.0, until_s - now_s))
             for agent in running:
                 if agent.process.poll() is not None:
                     agent.ended_s = self._elapsed()
+            if self._faults is not None and self._elapsed() >= next_faults_s:
+                next_faults_s = self._elapsed() + _FAULTS_S
+                self._faults.tick()
             if self._elapsed() >= next_tick_s:
                 next_tick_s = self._elapsed() + _TICK_S
                 self._tick()
@@ -294,8 +301,6 @@ class _Job:
             self._show(agent, agent.reader.release(self._elapsed()))
         if self._is_independent:
             self._tell_bad_ends()
-        if self._faults is not None:
-            self._faults.tick()
         if self.on_tick is not None:
             now = self._emulation.tx_bytes()
             sent = {name: count - self._sent_before.get(name, 0) for name, count in now.items()}

@@ -279,6 +279,32 @@ def test_a_run_that_fails_is_told_once_and_the_next_one_still_runs(tmp_path: Pat
     assert runs[1]["nic_over_model"] is None
 
 
+def test_a_planned_kill_ends_a_method_that_needs_every_rank_by_name_and_the_next_one_still_runs(tmp_path: Path) -> None:
+    run = write(tmp_path, methods="{dense: {}, fp16: {}}")
+    with run.open("a") as file:
+        file.write("faults: [{at_step: 4, kill: node1}, {at_step: 9, restart: node1}]\n")
+    done = commopt(tmp_path, "compare", str(run), "--emulate", "none", "--json", "copy.json")
+    assert done.returncode == 1
+    for name in ("dense", "fp16"):
+        assert f"{name}: fault at step 4: node1 killed\n" in done.stdout
+        reason = f"node1 was killed at step 4, as the run's faults say; {name} needs every rank, and ends with it"
+        assert reason in done.stdout
+    runs: list[dict[str, Any]] = json.loads((tmp_path / "copy.json").read_text())["runs"]
+    assert [one["status"] for one in runs] == ["failed", "failed"]
+    assert "SIGKILL" not in done.stdout + done.stderr
+
+
+def test_a_cut_over_paced_links_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    run = write(tmp_path, methods="{dense: {}}")
+    with run.open("a") as file:
+        file.write("faults: [{at_step: 4, cut: [node0, node1]}]\n")
+    for words in (["--emulate", "paced"], ["--emulate", "paced", "--print"]):
+        done = commopt(tmp_path, "run", str(run), *words)
+        assert done.returncode == 2
+        assert done.stderr.startswith("commopt: run.yaml: faults.0.cut: needs links that the kernel emulates")
+        assert not (tmp_path / "out").exists()
+
+
 def test_print_shows_the_commands_of_every_node_and_starts_nothing(tmp_path: Path) -> None:
     run = write(tmp_path, methods="{dense: {}}")
     done = commopt(tmp_path, "run", str(run), "--print")

@@ -95,3 +95,49 @@ def test_each_real_machine_starts_its_own_node(write: Callable[[str], Path], mar
     for rank, process in enumerate(started):
         code, output, errors = finish(process)
         assert (code, output) == (0, f"rank {rank} of 2: 2\n"), errors
+
+
+ALONE = """
+import json, os, pathlib, sys, time
+peers, here = json.loads(os.environ["COMMOPT_PEERS"]), pathlib.Path(__file__).parent
+mine = int(os.environ["COMMOPT_NODE_RANK"]) * int(os.environ["LOCAL_WORLD_SIZE"]) + int(os.environ["LOCAL_RANK"])
+print(mine, os.environ["RANK"], os.environ["WORLD_SIZE"], len(peers["members"]), flush=True)
+here.joinpath(f"up{mine}").touch()
+if mine == 2:
+    raise ValueError("the disk is gone")
+if mine != 3:
+    while not here.joinpath("go").exists():
+        time.sleep(0.05)
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("mode", ["netns", "none"])
+def test_an_independent_node_that_fails_leaves_the_others_alone(
+    mode: str, write: Callable[[str], Path], mark: str, request: pytest.FixtureRequest
+) -> None:
+    if mode == "netns":
+        request.getfixturevalue("namespaces")
+    cluster = write("nodes: 2\nslots: 2")
+    program = cluster.with_name("alone.py")
+    program.write_text(ALONE)
+    words, _ = launch(cluster, "--independent", "--emulate", mode, "--", str(program), mark)
+    process = start(words, cluster.parent / "scratch")
+    wait_until(lambda: all(cluster.with_name(f"up{rank}").exists() for rank in range(4)), "four ranks", timeout_s=60)
+    launchers = 3 if mode == "netns" else 1
+    wait_until(lambda: len(processes(mark)) == launchers + 3, "the end of node1")
+    time.sleep(1)  # it is told a moment later
+    cluster.with_name("go").touch()
+    code, output, errors = finish(process)
+    assert code == 1
+    assert sorted(line for line in output.splitlines() if line[8].isdecimal()) == [
+        "[node0] 0 0 2 4",
+        "[node0] 1 1 2 4",
+        "[node1] 2 0 2 4",
+        "[node1] 3 1 2 4",
+    ]
+    assert output.count("[node0] done") == 2
+    failure = "rank 2 (node1) failed: ValueError: the disk is gone"
+    assert f"commopt: {failure}; the other nodes go on" in errors.splitlines()
+    assert errors.splitlines()[-1].startswith(f"commopt: {failure}; all output is in ")
+    assert errors.count("Traceback (most recent call last)") == 1
