@@ -28,19 +28,25 @@ from commopt.aggregate import State
 from commopt.errors import CheckpointError
 from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup
 from commopt.integrations.attachment import Attachment
+from commopt.integrations.outer import OuterAttachment
 
 _FORMAT = 1
 T = TypeVar("T")
 
 
-def save(folder: str | Path, attachment: Attachment, *, extra: Mapping[str, Any] | None = None) -> None:
+def save(
+    folder: str | Path, attachment: Attachment | OuterAttachment, *, extra: Mapping[str, Any] | None = None
+) -> None:
     """Write everything that training needs to go on bit for bit; all ranks call it, between steps.
 
     extra: anything that `torch.load(weights_only=True)` takes: numbers, texts, dicts, lists, tensors; a learning-rate
     scheduler's state_dict. That of rank 0 is kept. The folder is replaced as a whole, after everything has been written:
     a crash or a full disk leaves the one that was there. Raises CheckpointError, on all ranks alike.
+
+    Under an outer method each rank writes a folder of its own, `folder/rank3`, whatever the others do; a round that is under way is
+    waited for, and kept. Ranks that save after the same step go on together bit for bit.
     """
-    folder = Path(folder)
+    folder = attachment.checkpoint_folder(Path(folder))
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     group = attachment.group
     process_group = _process_group(group)
@@ -88,14 +94,15 @@ def _together(group: Group, part: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def load(folder: str | Path, attachment: Attachment) -> dict[str, Any]:
+def load(folder: str | Path, attachment: Attachment | OuterAttachment) -> dict[str, Any]:
     """Continue from a checkpoint, after `attach`; returns the `extra` that was saved with it.
 
     At the same number of ranks training goes on bit for bit. At another, every rank takes the mean of what the old ranks still
     had to send, so that none of it is lost. Raises CheckpointError, before anything is changed, if it does not belong here.
+    Under an outer method call it before `join`; a rank that has no checkpoint joins without, and catches up.
     """
-    folder = Path(folder)
-    group, method = attachment.group, attachment.method
+    folder = attachment.checkpoint_folder(Path(folder))
+    group = attachment.group
     _process_group(group)
     reader = FileSystemReader(folder)
     try:
@@ -110,17 +117,17 @@ def load(folder: str | Path, attachment: Attachment) -> dict[str, Any]:
         attachment.model.load_state_dict({key.removeprefix("model/"): x for key, x in model.items()})
     attachment.optimizer.load_state_dict(_optimizer_state(meta["optimizer"], optimizer))
     if meta["ranks"] == group.size:
-        method.load_comm_state(_comm_state(folder, stored, group.rank))
+        attachment.load_comm_state(_comm_state(folder, stored, group.rank))
         torch.set_rng_state(_read(folder, stored, [f"rng/{group.rank}"])[f"rng/{group.rank}"])
         attachment.resume_bucket_layout(meta["buckets"])
-    else:
-        method.load_resharded(_comm_state(folder, stored, rank) for rank in range(meta["ranks"]))
+    elif isinstance(attachment, Attachment):
+        attachment.method.load_resharded(_comm_state(folder, stored, rank) for rank in range(meta["ranks"]))
     attachment.steps = int(meta["steps"])
     return cast(dict[str, Any], meta["extra"])
 
 
-def _everything(attachment: Attachment, extra: Mapping[str, Any]) -> dict[str, Tensor]:
-    rank, state = attachment.group.rank, attachment.method.comm_state()
+def _everything(attachment: Attachment | OuterAttachment, extra: Mapping[str, Any]) -> dict[str, Tensor]:
+    rank, state = attachment.group.rank, attachment.comm_state()
     tensors = {f"model/{name}": x for name, x in attachment.model.state_dict().items()}
     optimizer, flat = _flattened(attachment.optimizer.state_dict())
     tensors.update({f"optimizer/{key}": x for key, x in flat.items()})
@@ -183,7 +190,9 @@ def _optimizer_state(described: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return {"state": state, "param_groups": described["param_groups"]}
 
 
-def _check(folder: Path, meta: Mapping[str, Any], model: Mapping[str, Tensor], attachment: Attachment) -> None:
+def _check(
+    folder: Path, meta: Mapping[str, Any], model: Mapping[str, Tensor], attachment: Attachment | OuterAttachment
+) -> None:
     """Raise CheckpointError unless all that was saved has its place here."""
     if meta["format"] != _FORMAT:
         raise CheckpointError(f"{folder}: format {meta['format']} is not the {_FORMAT} that this version reads")

@@ -94,6 +94,9 @@ class OuterLoop(ABC):
     def begin(self, x: Tensor) -> None:
         """Take (P,) f32 parameters that all ranks start with."""
 
+    def ready(self, number: int) -> None:
+        """Called when this rank has what it starts or goes on with; `number` is that of its next round."""
+
     def round_after(self, steps: int) -> Round | None:
         """The round that begins after so many optimizer steps, if any."""
         cycle, within = divmod(steps - 1, self.every)

@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
         loss = train_step(model, optimizer, draw(train, args.batch, args.context, data))
         schedule.step()
         seconds, wait_s = time.perf_counter() - start, attachment.waited_s - waited
-        tokens = world * args.batch * args.context
+        tokens = args.batch * args.context
         recorder.step(step=step, loss=loss, seconds=seconds, wait_s=wait_s, tokens=tokens, steady=steady)
         tell(recorder, attachment, step)
     if is_outer:

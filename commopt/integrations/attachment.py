@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from commopt.aggregate import Aggregator
+from commopt.aggregate import Aggregator, State
 from commopt.bucket import Bucket
 from commopt.errors import AttachError, GradientsChanged
 from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup
@@ -69,6 +70,18 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         ATTACHED.discard(self.model)
+
+    def comm_state(self) -> State:
+        """What a checkpoint must hold of the method."""
+        return self.method.comm_state()
+
+    def load_comm_state(self, state: State) -> None:
+        """Continue bit for bit from the `comm_state` of this rank."""
+        self.method.load_comm_state(state)
+
+    def checkpoint_folder(self, folder: Path) -> Path:
+        """Where this rank's checkpoint goes: all ranks write one together."""
+        return folder
 
     def bucket_layout(self) -> list[list[str]]:
         """The parameters of each bucket that was exchanged last, for a checkpoint; empty where it never changes."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
-from commopt.aggregate import is_finite
+from commopt.aggregate import State, is_finite
 from commopt.errors import AttachError, GroupError
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld, TcpPeers, TorchGroup
 from commopt.groups.peers import PeerGroup, Peers, Progress, call_roll
@@ -126,6 +127,8 @@ class OuterAttachment:
                 self._start_together(wait_s)
                 break
             peers.sleep(0.05)
+        if not self._pending:
+            self.method.ready(self.steps // self.method.every * self.method.fragments)
         peers.announce(self.steps)
         return self.steps
 
@@ -172,6 +175,46 @@ class OuterAttachment:
     def replicas_are_equal(self) -> bool:
         """Outer methods leave replicas apart between rounds, so this is never a defect."""
         return True
+
+    # -- checkpoints
+
+    def checkpoint_folder(self, folder: Path) -> Path:
+        """Where this rank's checkpoint goes: each has its own."""
+        return folder / f"rank{self.peers.rank}"
+
+    def comm_state(self) -> State:
+        """The method's state, and the rounds under way, which are waited for."""
+        local = dict(self.method.comm_state()["local"])
+        for k, pending in enumerate(self._pending):
+            exchanged, exchange_s = pending.wait()
+            pending.wait = _known(exchanged, exchange_s)
+            when = [pending.round.number, pending.round.fragment, pending.begun_at, int(exchanged.is_missed)]
+            local[f"round {k}"] = torch.tensor([*when, *exchanged.members])
+            local[f"round {k} x"] = pending.x
+            local |= {f"round {k} value {key}": x for key, x in exchanged.values.items()}
+        return {"shared": {}, "local": local}
+
+    def load_comm_state(self, state: State) -> None:
+        """Continue bit for bit from this rank's own `comm_state`."""
+        self.method.load_comm_state(state)
+        self._pending, local = [], state["local"]
+        while (key := f"round {len(self._pending)}") in local:
+            number, fragment, begun_at, is_missed, *members = local[key].tolist()
+            prefix = f"{key} value "
+            values = {name.removeprefix(prefix): x.clone() for name, x in local.items() if name.startswith(prefix)}
+            exchanged = Exchanged(tuple(members), bool(is_missed), values)
+            round = Round(number, self.method.parts[fragment], fragment)
+            wait = _known(exchanged, 0.0)
+            self._pending.append(
+                _Pending(round, local[f"{key} x"].clone(), begun_at, wait, 0.0, self.peers.traffic.payload_bytes)
+            )
+
+    def bucket_layout(self) -> list[list[str]]:
+        """Nothing here depends on buckets."""
+        return []
+
+    def resume_bucket_layout(self, layout: list[list[str]]) -> None:
+        """Nothing here depends on buckets."""
 
     # -- rounds
 
@@ -403,6 +446,10 @@ class OuterAttachment:
             self.events.append(("final average", {"ranks": list(roll.members), "step": self.steps}))
         except GroupError as error:
             _log.warning("rank %d ends without the final average: %s", self.peers.rank, error)
+
+
+def _known(exchanged: Exchanged, exchange_s: float) -> Callable[[], tuple[Exchanged, float]]:
+    return lambda: (exchanged, exchange_s)
 
 
 def _listed(ranks: list[int]) -> str:

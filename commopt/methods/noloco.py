@@ -86,7 +86,9 @@ class NoLoCo(OuterLoop):
 
     def begin(self, x: Tensor) -> None:
         self.slow.copy_(x)
-        self._send_slow(0)
+
+    def ready(self, number: int) -> None:
+        self._send_slow(number)
 
     def group(self, number: int) -> tuple[int, ...]:
         """The ranks that average in a round, this one among them; itself alone where it sits out."""
