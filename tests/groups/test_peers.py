@@ -1,0 +1,410 @@
+"""The mailbox, the groups that are made of peers, and the roll that says who takes part: over simulated and real peers alike."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from commopt.errors import GroupError
+from commopt.groups import SimGroup, SimWorld
+from commopt.groups.peers import GROUP, KEPT, Letter, Mailbox, PeerGroup, Peers, Roll, call_roll
+from commopt.groups.tcp import TcpPeers, local_memberships
+from commopt.links import LinkModel
+from commopt.wire import Layout, Payload
+
+RANKS = (1, 2, 3, 5)
+Run = Callable[..., list[Any]]
+
+
+def letter(sequence: int) -> Letter:
+    return Letter(sequence, Payload.of(torch.tensor([sequence])))
+
+
+def box_of(*sequences: int, channel: str = "c") -> Mailbox:
+    box = Mailbox()
+    for sequence in sequences:
+        box.put(1, channel, letter(sequence))
+    return box
+
+
+def test_the_mailbox_gives_each_message_once_by_peer_channel_and_number() -> None:
+    box = box_of(3, 4)
+    assert [taken.sequence for taken in (box.take(1, "c", 3), box.take(1, "c", 4)) if taken] == [3, 4]
+    assert box.take(1, "c", 4) is None
+    box = box_of(3)
+    assert box.take(2, "c", 3) is None
+    assert box.take(1, "other", 3) is None
+
+
+def test_an_older_message_is_dropped_and_never_given() -> None:
+    box = box_of(1, 2, 5)
+    assert box.take(1, "c", 3) is None
+    assert box.take(1, "c", 1) is None
+    assert box.take(1, "c", 2, or_newer=True) is not None  # what is left is number 5
+
+
+def numbers(*taken: Letter | None) -> list[int | None]:
+    return [one and one.sequence for one in taken]
+
+
+def test_a_newer_message_serves_and_stays_for_its_own_round() -> None:
+    box = box_of(5, 7)
+    assert numbers(*(box.take(1, "c", 3, or_newer=True) for _ in range(2))) == [7, 7]
+    assert numbers(box.take(1, "c", 5, or_newer=True), box.take(1, "c", 7)) == [5, 7]
+    assert box.take(1, "c", 7, or_newer=True) is None
+
+
+def test_of_too_many_messages_the_newest_stay() -> None:
+    box = box_of(*range(KEPT + 5))
+    assert [one.sequence for _, one in box.drain("c")] == list(range(5, KEPT + 5))
+    other = box_of(*range(KEPT))
+    other.put(2, "c", letter(100))
+    assert len(other.drain("c")) == KEPT + 1  # each peer and channel has its own bound
+
+
+def test_messages_of_a_group_are_all_kept() -> None:
+    assert len(box_of(*range(3 * KEPT), channel=f"{GROUP}c").drain(f"{GROUP}c")) == 3 * KEPT
+
+
+def test_draining_takes_one_channel_of_all_peers_in_order() -> None:
+    box = box_of(2, 1)
+    box.put(0, "c", letter(9))
+    box.put(0, "d", letter(4))
+    assert [(peer, one.sequence) for peer, one in box.drain("c")] == [(0, 9), (1, 1), (1, 2)]
+    assert box.drain("c") == []
+    assert [(peer, one.sequence) for peer, one in box.drain("d")] == [(0, 4)]
+
+
+def test_forgetting_a_peer_leaves_the_others_mail() -> None:
+    box = box_of(1)
+    box.put(2, "c", letter(1))
+    box.forget(1)
+    assert [peer for peer, _ in box.drain("c")] == [2]
+
+
+@pytest.fixture(params=["simulated", "tcp"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """run(n, function, *args): function(peers, *args) on n ranks of one transport."""
+    return on_simulated if request.param == "simulated" else on_tcp
+
+
+def on_simulated(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    world: SimWorld[Any] = SimWorld(n, LinkModel.uniform(n, "100mbit", "1ms"), timeout_s=30)
+    return world.run(lambda group: function(group.peers, *args))
+
+
+def on_tcp(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    peers = [TcpPeers(membership, listener=listener) for membership, listener in local_memberships(n)]
+    results: dict[int, Any] = {}
+    errors: list[BaseException] = []
+    everybody_is_done = threading.Barrier(n)
+
+    def rank_of(rank: int) -> None:
+        try:
+            wait_for_all(peers[rank])
+            results[rank] = function(peers[rank], *args)
+        except BaseException as error:
+            errors.append(error)
+        everybody_is_done.wait(30)
+
+    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(n)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(40)
+    finally:
+        for one in peers:
+            one.close(0.0)
+    if errors:
+        raise errors[0]
+    return [results[rank] for rank in range(n)]
+
+
+def wait_for_all(peers: Peers) -> None:
+    """TCP members find each other in their first seconds."""
+    end_s = peers.seconds + 20
+    peers.announce(0, is_training=True)
+    while not all(peers.is_up(peer) for peer in peers.others):
+        assert peers.seconds < end_s, "the members did not find each other"
+        peers.sleep(0.01)
+
+
+def values(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def message(rank: int, n_floats: int, n_bytes: int) -> Payload:
+    return Payload.of(torch.full((n_floats,), rank + 0.5), torch.full((n_bytes,), rank, dtype=torch.uint8))
+
+
+def content(payload: Payload) -> list[list[float]]:
+    return [x.tolist() for x in payload.tensors]
+
+
+def group_of_all(peers: Peers, first: int = 0) -> PeerGroup:
+    return PeerGroup(peers, range(peers.size), "test", first, 20.0)
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64]
+
+
+def every_all_reduce(peers: Peers) -> list[torch.Tensor]:
+    group, sums = group_of_all(peers), []
+    for dtype in DTYPES:
+        for elements in (0, 1, 5, 1001):  # up to 1 KB it gathers, beyond it scatters
+            x = (10 * values(peers.rank, elements)).to(dtype)
+            group.all_reduce(x)
+            sums.append(x)
+    return sums
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_all_reduce_gives_every_rank_the_same_bits(run: Run, n: int) -> None:
+    sums = run(n, every_all_reduce)
+    k = 0
+    for dtype in DTYPES:
+        for elements in (0, 1, 5, 1001):
+            exact = sum((10 * values(rank, elements)).to(dtype).double() for rank in range(n))
+            assert all(torch.equal(sums[0][k], other[k]) for other in sums)
+            eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+            torch.testing.assert_close(sums[0][k].double(), exact, rtol=0, atol=40 * n * n * eps)
+            k += 1
+
+
+def every_gather(peers: Peers) -> dict[str, Any]:
+    group = group_of_all(peers)
+    rank, n = group.rank, group.size
+    sizes = [(peer, 3 * peer) for peer in range(n)]
+    layouts: list[Layout] = [((torch.float32, floats), (torch.uint8, extra)) for floats, extra in sizes]
+    broadcasts = []
+    for root in range(n):
+        x = torch.full((2, 3), float(rank))
+        group.broadcast(x, src=root)
+        broadcasts.append(sorted(set(x.view(-1).tolist())))
+    group.barrier()
+    return {
+        "alike": [content(one) for one in group.all_gather(message(rank, 3, 5))],
+        "by layout": [content(one) for one in group.all_gather(message(rank, *sizes[rank]), layouts)],
+        "ragged": [content(one) for one in group.all_gather_ragged(message(rank, 2 * rank, rank))],
+        "empty": [content(one) for one in group.all_gather_ragged(message(rank, 0, 0))],
+        "all to all": [content(one) for one in group.all_to_all([message(10 * rank + j, j, 2 * j) for j in range(n)])],
+        "broadcast": broadcasts,
+    }
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_gathers_and_broadcasts_deliver_what_each_rank_gave(run: Run, n: int) -> None:
+    for rank, got in enumerate(run(n, every_gather)):
+        assert got["alike"] == [content(message(j, 3, 5)) for j in range(n)]
+        assert got["by layout"] == [content(message(j, j, 3 * j)) for j in range(n)]
+        assert got["ragged"] == [content(message(j, 2 * j, j)) for j in range(n)]
+        assert got["empty"] == [content(message(j, 0, 0)) for j in range(n)]
+        assert got["all to all"] == [content(message(10 * j + rank, rank, 2 * rank)) for j in range(n)]
+        assert got["broadcast"] == [[float(root)] for root in range(n)]
+
+
+def swap_and_sum(peers: Peers) -> tuple[list[list[float]], float]:
+    group = group_of_all(peers)
+    swapped = content(group.swap(1 - group.rank, message(group.rank, 3, 1))) if group.rank < 2 else []
+    total = torch.ones(1)
+    group.all_reduce(total)
+    return swapped, float(total)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_a_swap_of_two_leaves_the_others_in_step(run: Run, n: int) -> None:
+    first, second, *rest = run(n, swap_and_sum)
+    assert first == (content(message(1, 3, 1)), float(n))
+    assert second == (content(message(0, 3, 1)), float(n))
+    assert rest == [([], float(n))] * (n - 2)
+
+
+def some_of_all(peers: Peers) -> float | None:
+    if peers.rank == 1:
+        return None
+    group = PeerGroup(peers, [0, 2], "test", 0, 20.0)
+    x = torch.full((300,), float(peers.rank))
+    group.all_reduce(x)
+    assert group.size == 2
+    return float(x.mean())
+
+
+def test_a_group_of_some_leaves_the_others_alone(run: Run) -> None:
+    assert run(3, some_of_all) == [2.0, None, 2.0]
+
+
+def with_one_missing(peers: Peers) -> tuple[str, float]:
+    if peers.rank == 2:
+        return "", 0.0
+    begun_s = peers.seconds
+    group = PeerGroup(peers, range(3), "test", 0, 0.5)
+    with pytest.raises(GroupError) as caught:
+        group.all_reduce(torch.zeros(3))
+    return str(caught.value), peers.seconds - begun_s
+
+
+def test_a_member_that_does_not_answer_ends_the_exchange_within_the_timeout(run: Run) -> None:
+    for words, seconds in run(3, with_one_missing)[:2]:
+        assert "rank 2 did not answer rank" in words
+        assert seconds < 5.0
+
+
+def with_another_layout(peers: Peers) -> str:
+    group = PeerGroup(peers, range(2), "test", 0, 5.0)
+    with pytest.raises(GroupError) as caught:
+        group.all_gather(Payload.of(torch.zeros(3 + peers.rank)))
+    return str(caught.value)
+
+
+def test_another_layout_is_an_error_and_not_other_numbers(run: Run) -> None:
+    assert all("sent another layout than rank" in words for words in run(2, with_another_layout))
+
+
+# -- who takes part
+
+CARD_S = 4.0
+
+
+def roll_of(peers: Peers, wait_s: float = 0.0, sequence: int = 0, **options: Any) -> Roll:
+    if wait_s:
+        peers.sleep(wait_s)
+    return call_roll(peers, "r", sequence, torch.tensor([10 + peers.rank, sequence]), CARD_S, **options)
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_all_that_are_there_are_on_the_roll_with_their_cards(run: Run, n: int) -> None:
+    for roll in run(n, roll_of):
+        assert roll.members == tuple(range(n))
+        assert {rank: card.tolist() for rank, card in roll.cards.items()} == {rank: [10 + rank, 0] for rank in range(n)}
+
+
+def roll_of_expected(peers: Peers) -> tuple[int, ...]:
+    return roll_of(peers, expected=[1, 3]).members if peers.rank in (1, 3) else ()
+
+
+def test_only_those_expected_are_on_the_roll(run: Run) -> None:
+    assert run(4, roll_of_expected) == [(), (1, 3), (), (1, 3)]
+
+
+def simulated(n: int, function: Callable[[SimGroup], Any], **options: Any) -> tuple[SimWorld[Any], list[Any]]:
+    world: SimWorld[Any] = SimWorld(n, LinkModel.uniform(n, "100mbit", "1ms"), timeout_s=30, **options)
+    return world, world.run(function)
+
+
+@pytest.mark.parametrize("dead", [1, 3])
+def test_one_known_to_be_dead_is_not_waited_for(dead: int) -> None:
+    def rank_of(group: SimGroup) -> tuple[Roll, float] | None:
+        group.peers.announce(1)  # where it is killed
+        group.peers.sleep(3.0)
+        begun_s = group.seconds
+        return roll_of(group.peers), group.seconds - begun_s
+
+    _, results = simulated(4, rank_of, faults=[{"at_step": 1, "kill": dead}])
+    alive = [rank for rank in range(4) if rank != dead]
+    for rank in alive:
+        roll, took_s = results[rank]
+        assert roll.members == tuple(alive)
+        assert took_s < 0.1
+
+
+def test_one_whose_death_is_not_known_yet_costs_its_detection() -> None:
+    def rank_of(group: SimGroup) -> tuple[Roll, float] | None:
+        group.peers.announce(1)
+        return roll_of(group.peers), group.seconds
+
+    _, results = simulated(4, rank_of, faults=[{"at_step": 1, "kill": 2}])
+    assert [results[rank][0].members for rank in (0, 1, 3)] == [(0, 1, 3)] * 3
+    assert all(0.9 < results[rank][1] < 1.1 for rank in (0, 1, 3))
+
+
+def test_without_the_convener_the_next_one_convenes() -> None:
+    def rank_of(group: SimGroup) -> tuple[Roll, float] | None:
+        group.peers.announce(1)
+        group.peers.sleep(3.0)
+        begun_s = group.seconds
+        return roll_of(group.peers), group.seconds - begun_s
+
+    _, results = simulated(4, rank_of, faults=[{"at_step": 1, "kill": 0}])
+    for rank in (1, 2, 3):
+        assert results[rank][0].members == (1, 2, 3)
+        assert results[rank][1] < 0.1
+
+
+def test_a_convener_that_dies_unnoticed_leaves_each_alone_for_one_round() -> None:
+    def rank_of(group: SimGroup) -> list[tuple[int, ...]]:
+        group.peers.announce(1)
+        return [roll_of(group.peers, sequence=sequence).members for sequence in range(2)]
+
+    world, results = simulated(3, rank_of, faults=[{"at_step": 1, "kill": 0}])
+    assert results[1:] == [[(1,), (1, 2)], [(2,), (1, 2)]]
+    assert world.seconds < CARD_S
+
+
+def test_who_is_late_is_left_out_and_waited_for_only_once() -> None:
+    def rank_of(group: SimGroup) -> list[tuple[tuple[int, ...], float]]:
+        late, rounds = set[int](), []
+        for sequence in range(3):
+            if group.rank == 2:
+                group.peers.sleep(100.0)
+            begun_s = group.seconds
+            roll = roll_of(group.peers, sequence=sequence, late=late)
+            rounds.append((roll.members, group.seconds - begun_s))
+        return rounds
+
+    _, results = simulated(3, rank_of)
+    assert [members for members, _ in results[0]] == [(0, 1)] * 3
+    assert [members for members, _ in results[1]] == [(0, 1)] * 3
+    first, *later = [seconds for _, seconds in results[0]]
+    assert first == pytest.approx(CARD_S / 2, abs=0.01)
+    assert all(seconds < 0.1 for seconds in later)
+    assert [members for members, _ in results[2]] == [(2,)] * 3
+
+
+def test_who_is_in_time_again_is_back_on_the_roll() -> None:
+    def rank_of(group: SimGroup) -> list[tuple[int, ...]]:
+        late = set[int]()
+        rolls = []
+        for sequence in range(4):
+            begun_s = group.seconds
+            if group.rank == 1 and sequence == 0:
+                group.peers.sleep(3.0)
+            rolls.append(roll_of(group.peers, sequence=sequence, late=late).members)
+            group.peers.sleep(max(0.0, begun_s + 20.0 + 0.5 * (group.rank == 0) - group.seconds))
+        return rolls
+
+    _, results = simulated(2, rank_of)
+    assert results[0] == [(0,), (0, 1), (0, 1), (0, 1)]
+    assert results[1] == [(1,), (0, 1), (0, 1), (0, 1)]
+
+
+@given(
+    waits=st.lists(st.floats(0.0, 6.0), min_size=4, max_size=4),
+    killed=st.sets(st.integers(0, 3), max_size=2),
+    cut=st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(lambda pair: pair[0] < pair[1]), max_size=3),
+)
+@settings(max_examples=40)
+def test_all_on_a_roll_of_several_have_the_same_one(
+    waits: list[float], killed: set[int], cut: set[tuple[int, int]]
+) -> None:
+    faults: list[dict[str, Any]] = [{"at_step": 1, "kill": rank} for rank in killed]
+    faults += [{"at_step": 1, "cut": [a, b], "for_s": 2.5} for a, b in cut]
+
+    def rank_of(group: SimGroup) -> list[Roll]:
+        late = set[int]()
+        group.peers.announce(1)
+        return [roll_of(group.peers, waits[(group.rank + sequence) % 4], sequence, late=late) for sequence in range(3)]
+
+    _, results = simulated(4, rank_of, faults=faults)
+    for sequence in range(3):
+        rolls = {rank: result[sequence] for rank, result in enumerate(results) if result is not None}
+        for rank, roll in rolls.items():
+            assert rank in roll.members
+            for other in roll.members:  # who is on it, but did not hear of it in time, averages with nobody
+                assert rolls[other].members in (roll.members, (other,))
