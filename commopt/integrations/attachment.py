@@ -20,7 +20,8 @@ from torch.nn import Module, Parameter
 from commopt.aggregate import Aggregator, State
 from commopt.bucket import Bucket
 from commopt.errors import AttachError, GradientsChanged
-from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup
+from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWorld, TcpPeers, TorchGroup
+from commopt.groups.tcp import Membership, listen_anywhere
 from commopt.links import LinkModel
 from commopt.outer import OuterLoop
 from commopt.wire import Payload
@@ -253,6 +254,27 @@ def connect(process_group: dist.ProcessGroup | None = None) -> Group:
     group: Group = TorchGroup.like(process_group)
     links = os.environ.get("COMMOPT_LINKS")
     return PacedGroup(group, LinkModel.from_json(links)) if links else group
+
+
+def connect_peers(group: Group | Peers | None = None) -> Peers:
+    """The peers that outer methods use: those given, those of the launcher's environment, or those of torch.distributed's ranks."""
+    if isinstance(group, Peers):
+        return group
+    if isinstance(group, SimGroup):
+        return group.peers
+    if group is None and (membership := Membership.from_environment()) is not None:
+        links = os.environ.get("COMMOPT_LINKS")
+        return TcpPeers(membership, links=LinkModel.from_json(links) if links else None)
+    if isinstance(group, LocalGroup) or (group is None and not dist.is_initialized()):
+        alone: SimWorld[None] = SimWorld(1)
+        return SimGroup(alone, 0).peers
+    process_group = group.process_group if isinstance(group, TorchGroup) else None
+    listener, address = listen_anywhere()
+    addresses: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(addresses, (address, os.getpid()), group=process_group)
+    job = f"{addresses[0][0]} {addresses[0][1]}"
+    members = tuple(place for place, _ in addresses)
+    return TcpPeers(Membership(dist.get_rank(process_group), members, job), listener=listener)
 
 
 def check_optimizer(method: Aggregator, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:

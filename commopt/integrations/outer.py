@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,20 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
 from commopt.aggregate import State, is_finite
 from commopt.errors import AttachError, GroupError
-from commopt.groups import Group, LocalGroup, SimGroup, SimWorld, TcpPeers, TorchGroup
-from commopt.groups.peers import PeerGroup, Peers, Progress, call_roll
-from commopt.groups.tcp import Membership, listen_anywhere
-from commopt.integrations.attachment import ATTACHED, check_parameters
-from commopt.links import LinkModel
+from commopt.groups import Group, LocalGroup
+from commopt.groups.peers import PeerGroup, Peers, call_roll
+from commopt.integrations.attachment import ATTACHED, check_parameters, connect_peers
+from commopt.integrations.members import Members
 from commopt.outer import Exchanged, OuterLoop, Round
 from commopt.sketch import Spread
-from commopt.wire import Payload
 
 _log = logging.getLogger(__name__)
 
@@ -86,10 +81,8 @@ class OuterAttachment:
         self.waited_s, self.steps = 0.0, 0
         self.spread: float | None = None
         self._is_off = self._has_joined = False
-        self._stateful: dict[str, Any] = {}
         self._pending: list[_Pending] = []
-        self._asked = 0
-        self._was_up = set(peers.others)
+        self._members = Members(self)
         peers.traffic.method = method.name
         named = [(name, p) for name, p in self.parameters.items()]
         named += [(f"{name}:{key}", p) for key in self.averaged_state for name, p in self.parameters.items()]
@@ -109,27 +102,13 @@ class OuterAttachment:
         In a new job it waits until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. Where somebody
         trains already, this rank takes over parameters, the method's and the optimizer's state and the step from a live peer, and
         the state of everything in `stateful` (a learning-rate schedule: anything with state_dict and load_state_dict).
+        Raises GroupError where a rank that is known to have come back finds nobody.
         """
-        self._stateful, self._has_joined = stateful, True
-        peers, end_s = self.peers, self.peers.seconds + wait_s
-        peers.announce(self.steps, is_training=False)
-        while True:
-            if any(self._trains(peer) for peer in peers.others) and self.catch_up():
-                break
-            missing = [peer for peer in peers.others if not peers.is_up(peer)]
-            if (not missing and not peers.returns) or peers.seconds >= end_s:
-                if peers.returns:
-                    raise GroupError(
-                        f"rank {peers.rank} came back, and found nobody who trains to catch up from; resume from a checkpoint"
-                    )
-                if missing:
-                    _log.warning("rank %d starts without %s, which did not come", peers.rank, _listed(missing))
-                self._start_together(wait_s)
-                break
-            peers.sleep(0.05)
+        self._members.stateful, self._has_joined = stateful, True
+        self._members.join(wait_s)
         if not self._pending:
             self.method.ready(self.steps // self.method.every * self.method.fragments)
-        peers.announce(self.steps)
+        self.peers.announce(self.steps)
         return self.steps
 
     def range(self, stop: int) -> Iterator[int]:
@@ -141,8 +120,7 @@ class OuterAttachment:
 
     def finish(self) -> None:
         """End what is under way, and with `final_average` average the replicas that are still there; call it after the last step."""
-        while self._pending:
-            self._end_round(self._pending.pop(0))
+        self.end_rounds()
         if self.method.final_average and self.peers.size > 1 and not self._is_off:
             self._average_once()
         self.peers.announce(self.steps, is_training=False)
@@ -227,13 +205,13 @@ class OuterAttachment:
             )
         self.steps += 1
         self.peers.announce(self.steps)
-        self._answer()
+        self._members.answer()
         while self._pending and self.steps - self._pending[0].begun_at >= self.method.delay:
             self._end_round(self._pending.pop(0))
         round = self.method.round_after(self.steps)
         if round is not None and self.peers.size > 1:
-            self._note_who_is_up()
-            if self._is_behind():
+            self._members.note_who_is_up()
+            if self._members.follow():
                 return
             self._begin_round(round)
 
@@ -242,7 +220,7 @@ class OuterAttachment:
         flat = self.flat()
         x = flat[round.part].clone()
         if not is_finite(x):
-            self._recover()
+            self._members.recover()
             return
         if self._sketch.is_due(self.steps):
             self.spread = self._sketch.exchange(self.peers, flat, self.steps)
@@ -319,120 +297,15 @@ class OuterAttachment:
         found: Tensor = state[key]
         return found
 
-    # -- members that leave, come back, or fall behind
-
-    def catch_up(self, *, tensors: bool = True) -> bool:
-        """Take over a live peer's place in the training; whether one answered. Without `tensors`, its step and schedule only."""
-        begun_s = self.peers.seconds
-        for donor in sorted(
-            (peer for peer in self.peers.others if self._trains(peer)), key=lambda p: (-self._step_of(p), p)
-        ):
-            self._asked += 1
-            self.peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
-            letter = self.peers.receive(donor, "state", self._asked, max(60.0, 3 * self.method.timeout_s))
-            if letter is None:
-                continue
-            stored = torch.load(io.BytesIO(letter.payload.buffer.numpy().tobytes()), weights_only=True)
-            if tensors:
-                self.model.load_state_dict(stored["model"])
-                self.optimizer.load_state_dict(stored["optimizer"])
-                self.method.begin(self.flat())
-                for key, x in self.method.tensors().items():
-                    x.copy_(stored["method"][key])
-                self._pending.clear()
-            before, self.steps = self.steps, int(stored["steps"])
-            for key, value in stored["stateful"].items():
-                if key in self._stateful:
-                    self._stateful[key].load_state_dict(value)
-            took_s = self.peers.seconds - begun_s
-            kind = "caught up" if tensors else "went on with the others"
-            self.events.append(
-                (
-                    kind,
-                    {"from": donor, "left_out": self.steps - before, "step": self.steps, "seconds": round(took_s, 3)},
-                )
-            )
-            _log.info("rank %d %s at step %d, from rank %d", self.peers.rank, kind, self.steps, donor)
-            return True
-        return False
-
-    def _answer(self) -> None:
-        """Send this rank's state to those who asked for it; a copy is made now, and travels beside the training."""
-        for peer, letter in self.peers.drain("ask"):
-            wants_tensors = bool(letter.payload.tensors[0][0])
-            stateful = {key: value.state_dict() for key, value in self._stateful.items()}
-            stored: dict[str, Any] = {"steps": self.steps, "stateful": stateful}
-            if wants_tensors:
-                stored |= {
-                    "model": {key: x.detach().cpu() for key, x in self.model.state_dict().items()},
-                    "optimizer": self.optimizer.state_dict(),
-                    "method": self.method.tensors(),
-                }
-            buffer = io.BytesIO()
-            torch.save(stored, buffer)
-            packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-            self.peers.send(peer, "state", letter.sequence, Payload.of(packed), expires_s=120.0)
-            self.events.append(("helped to catch up", {"rank": peer, "step": self.steps, "nbytes": packed.numel()}))
-
-    def _is_behind(self) -> bool:
-        """Whether this rank fell so far behind that it has left out steps now, to go on with the others."""
-        ahead = max((self._step_of(peer) for peer in self.peers.others if self._trains(peer)), default=0)
-        if ahead - self.steps < self.method.max_lag * self.method.every:
-            return False
+    def end_rounds(self) -> None:
+        """Wait for the rounds under way, and apply them."""
         while self._pending:
             self._end_round(self._pending.pop(0))
-        return self.catch_up(tensors=self.method.follows_by_state)
 
-    def _recover(self) -> None:
-        """A replica with a NaN or an inf must not spread it: it takes over what another one has."""
-        _log.warning("rank %d: its parameters are not finite after step %d", self.peers.rank, self.steps)
-        self.events.append(("parameters not finite", {"step": self.steps}))
-        self._pending.clear()
-        if not self.catch_up():
-            raise GroupError(
-                f"rank {self.peers.rank}: parameters that are not finite after step {self.steps}, and no peer to take others over from"
-            )
-
-    def _note_who_is_up(self) -> None:
-        up = {peer for peer in self.peers.others if self.peers.is_up(peer)}
-        for peer in sorted(self._was_up - up):
-            self.events.append(("peer lost", {"rank": peer, "step": self.steps}))
-        for peer in sorted(up - self._was_up):
-            self.events.append(("peer back", {"rank": peer, "step": self.steps}))
-        self._was_up = up
-
-    def _trains(self, peer: int) -> bool:
-        progress = self.peers.progress(peer)
-        return progress is not None and progress.is_training
-
-    def _step_of(self, peer: int) -> int:
-        return (self.peers.progress(peer) or Progress(0, False)).step
-
-    def _start_together(self, wait_s: float) -> None:
-        """All begin with the parameters and buffers of the lowest rank, but for a job that resumes, whose replicas differ."""
-        peers = self.peers
-        if peers.size > 1:
-            roll = call_roll(peers, "start", 0, torch.tensor([self.steps]), wait_s)
-            steps = [int(roll.cards[rank]) for rank in roll.members]
-            if len(roll.members) > 1 and max(steps) == 0:
-                try:
-                    self._copy_from_first(PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0)))
-                except GroupError as error:
-                    _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
-            elif self.steps < max(steps):
-                peers.announce(self.steps, is_training=False)
-                while not self.catch_up():
-                    peers.sleep(0.1)
-                return
-        if self.steps == 0:
-            self.method.begin(self.flat())
-
-    def _copy_from_first(self, group: PeerGroup) -> None:
-        with torch.no_grad():
-            for x in (*self.model.parameters(), *self.model.buffers()):
-                cpu = x.detach().to("cpu").contiguous()
-                group.broadcast(cpu)
-                x.copy_(cpu)
+    def forget_rounds(self) -> None:
+        """Wait for the rounds under way, and do not apply them."""
+        while self._pending:
+            self._pending.pop(0).wait()
 
     def _average_once(self) -> None:
         timeout_s = self.method.timeout_s
@@ -450,31 +323,6 @@ class OuterAttachment:
 
 def _known(exchanged: Exchanged, exchange_s: float) -> Callable[[], tuple[Exchanged, float]]:
     return lambda: (exchanged, exchange_s)
-
-
-def _listed(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def connect_peers(group: Group | Peers | None = None) -> Peers:
-    """The peers that outer methods use: those given, those of the launcher's environment, or those of torch.distributed's ranks."""
-    if isinstance(group, Peers):
-        return group
-    if isinstance(group, SimGroup):
-        return group.peers
-    if group is None and (membership := Membership.from_environment()) is not None:
-        links = os.environ.get("COMMOPT_LINKS")
-        return TcpPeers(membership, links=LinkModel.from_json(links) if links else None)
-    if isinstance(group, LocalGroup) or (group is None and not dist.is_initialized()):
-        alone: SimWorld[None] = SimWorld(1)
-        return SimGroup(alone, 0).peers
-    process_group = group.process_group if isinstance(group, TorchGroup) else None
-    listener, address = listen_anywhere()
-    addresses: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(addresses, (address, os.getpid()), group=process_group)
-    job = f"{addresses[0][0]} {addresses[0][1]}"
-    members = tuple(place for place, _ in addresses)
-    return TcpPeers(Membership(dist.get_rank(process_group), members, job), listener=listener)
 
 
 def attach_outer(

@@ -1,0 +1,169 @@
+"""Members of an outer run: how a rank starts with the others, catches up with them, and lets others catch up."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from commopt.errors import GroupError
+from commopt.groups.peers import PeerGroup, Progress, call_roll
+from commopt.wire import Payload
+
+if TYPE_CHECKING:
+    from commopt.integrations.outer import OuterAttachment
+
+_log = logging.getLogger(__name__)
+
+
+class Members:
+    """One rank's dealings with the others beside the rounds, for an `OuterAttachment`.
+
+    stateful: what else moves along with the training, by name: anything with state_dict and load_state_dict.
+    """
+
+    def __init__(self, training: OuterAttachment) -> None:
+        self._training, self._peers = training, training.peers
+        self.stateful: dict[str, Any] = {}
+        self._asked = 0
+        self._was_up = set(training.peers.others)
+
+    def join(self, wait_s: float) -> None:
+        """Start with the others, or catch up with them where they train already; see `OuterAttachment.join`."""
+        training, peers = self._training, self._peers
+        end_s = peers.seconds + wait_s
+        peers.announce(training.steps, is_training=False)
+        while True:
+            if any(self._trains(peer) for peer in peers.others) and self.catch_up():
+                return
+            missing = [peer for peer in peers.others if not peers.is_up(peer)]
+            if (not missing and not peers.returns) or peers.seconds >= end_s:
+                break
+            peers.sleep(0.05)
+        if peers.returns:
+            raise GroupError(
+                f"rank {peers.rank} came back, and found nobody who trains to catch up from; resume from a checkpoint"
+            )
+        if missing:
+            _log.warning("rank %d starts without %s, which did not come", peers.rank, _listed(missing))
+        self._start_together(wait_s)
+
+    def catch_up(self, *, tensors: bool = True) -> bool:
+        """Take over a live peer's place in the training; whether one answered. Without `tensors`, its step and schedule only."""
+        training, peers, begun_s = self._training, self._peers, self._peers.seconds
+        donors = [peer for peer in peers.others if self._trains(peer)]
+        for donor in sorted(donors, key=lambda peer: (-self._step_of(peer), peer)):
+            self._asked += 1
+            peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
+            letter = peers.receive(donor, "state", self._asked, max(60.0, 3 * training.method.timeout_s))
+            if letter is None:
+                continue
+            before = training.steps
+            self._take_over(torch.load(io.BytesIO(letter.payload.buffer.numpy().tobytes()), weights_only=True))
+            kind = "caught up" if tensors else "went on with the others"
+            took_s = round(peers.seconds - begun_s, 3)
+            fields = {"from": donor, "left_out": training.steps - before, "step": training.steps, "seconds": took_s}
+            training.events.append((kind, fields))
+            _log.info("rank %d %s at step %d, from rank %d", peers.rank, kind, training.steps, donor)
+            return True
+        return False
+
+    def answer(self) -> None:
+        """Send this rank's state to those who asked for it; a copy is made now, and travels beside the training."""
+        training = self._training
+        for peer, letter in self._peers.drain("ask"):
+            stateful = {key: value.state_dict() for key, value in self.stateful.items()}
+            stored: dict[str, Any] = {"steps": training.steps, "stateful": stateful}
+            if bool(letter.payload.tensors[0][0]):
+                stored |= {
+                    "model": {key: x.detach().cpu() for key, x in training.model.state_dict().items()},
+                    "optimizer": training.optimizer.state_dict(),
+                    "method": training.method.tensors(),
+                }
+            buffer = io.BytesIO()
+            torch.save(stored, buffer)
+            packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+            self._peers.send(peer, "state", letter.sequence, Payload.of(packed), expires_s=120.0)
+            fields = {"rank": peer, "step": training.steps, "nbytes": packed.numel()}
+            training.events.append(("helped to catch up", fields))
+
+    def follow(self) -> bool:
+        """Leave out steps to go on with the others, where this rank fell far behind; whether it did."""
+        training = self._training
+        method = training.method
+        ahead = max((self._step_of(peer) for peer in self._peers.others if self._trains(peer)), default=0)
+        if ahead - training.steps < method.max_lag * method.every:
+            return False
+        training.end_rounds()
+        return self.catch_up(tensors=method.follows_by_state)
+
+    def recover(self) -> None:
+        """Take over what another replica has: this one holds a NaN or an inf, and must not spread it."""
+        training, rank = self._training, self._peers.rank
+        _log.warning("rank %d: its parameters are not finite after step %d", rank, training.steps)
+        training.events.append(("parameters not finite", {"step": training.steps}))
+        if not self.catch_up():
+            raise GroupError(
+                f"rank {rank}: parameters that are not finite after step {training.steps}, and no peer to take others over from"
+            )
+
+    def note_who_is_up(self) -> None:
+        """Tell of peers that were lost or came back since the last call."""
+        training = self._training
+        up = {peer for peer in self._peers.others if self._peers.is_up(peer)}
+        for kind, ranks in (("peer lost", self._was_up - up), ("peer back", up - self._was_up)):
+            training.events += [(kind, {"rank": peer, "step": training.steps}) for peer in sorted(ranks)]
+        self._was_up = up
+
+    def _take_over(self, stored: dict[str, Any]) -> None:
+        training = self._training
+        if "model" in stored:
+            training.forget_rounds()
+            training.model.load_state_dict(stored["model"])
+            training.optimizer.load_state_dict(stored["optimizer"])
+            training.method.begin(training.flat())
+            for key, x in training.method.tensors().items():
+                x.copy_(stored["method"][key])
+        training.steps = int(stored["steps"])
+        for key, value in stored["stateful"].items():
+            if key in self.stateful:
+                self.stateful[key].load_state_dict(value)
+
+    def _start_together(self, wait_s: float) -> None:
+        """All begin with the parameters and buffers of the lowest rank, but for a job that resumes, whose replicas differ."""
+        training, peers = self._training, self._peers
+        if peers.size > 1:
+            roll = call_roll(peers, "start", 0, torch.tensor([training.steps]), wait_s)
+            steps = [int(roll.cards[rank]) for rank in roll.members]
+            if training.steps < max(steps):
+                while not self.catch_up():
+                    peers.sleep(0.1)
+                return
+            if len(roll.members) > 1 and max(steps) == 0:
+                try:
+                    self._copy_from_first(PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0)))
+                except GroupError as error:
+                    _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
+        if training.steps == 0:
+            training.method.begin(training.flat())
+
+    def _copy_from_first(self, group: PeerGroup) -> None:
+        model = self._training.model
+        with torch.no_grad():
+            for x in (*model.parameters(), *model.buffers()):
+                cpu = x.detach().to("cpu").contiguous()
+                group.broadcast(cpu)
+                x.copy_(cpu)
+
+    def _trains(self, peer: int) -> bool:
+        progress = self._peers.progress(peer)
+        return progress is not None and progress.is_training
+
+    def _step_of(self, peer: int) -> int:
+        return (self._peers.progress(peer) or Progress(0, False)).step
+
+
+def _listed(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
