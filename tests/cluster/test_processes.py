@@ -1,0 +1,115 @@
+"""Processes are found by their mark, stopped, and let go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launchers import ROOT, wait_until
+
+from commopt.cluster.emulate import unshare_words
+from commopt.cluster.processes import Throttle, kill_all, marked
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+
+
+def started(mark: str, node: str) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-c", "import time; time.sleep(100)", mark]
+    return subprocess.Popen(words, env={**os.environ, "COMMOPT_JOB": mark, "COMMOPT_NODE": node})
+
+
+def state(process: subprocess.Popen[bytes]) -> str:
+    """R running, S asleep, T stopped."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.fixture
+def nodes(mark: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    both = [started(mark, "node0"), started(mark, "node1")]
+    yield both
+    for process in both:
+        process.kill()
+        process.wait()
+
+
+def test_only_the_node_that_is_named_is_ended(nodes: list[subprocess.Popen[bytes]], mark: str) -> None:
+    assert list(marked(mark, "node1")) == [nodes[1].pid]
+    assert sorted(marked(mark)) == sorted(process.pid for process in nodes)
+    kill_all(mark, "node1")
+    assert nodes[1].wait() == -signal.SIGKILL
+    assert nodes[0].poll() is None
+    assert list(marked(mark)) == [nodes[0].pid]
+
+
+def test_only_the_node_that_is_named_stands_still(nodes: list[subprocess.Popen[bytes]], mark: str) -> None:
+    throttle = Throttle(mark)
+    throttle.set({"node1": 0.0})
+    wait_until(lambda: state(nodes[1]) == "T", "a stopped process")
+    assert state(nodes[0]) != "T"
+    throttle.set({"node0": 0.0})
+    wait_until(lambda: state(nodes[0]) == "T" != state(nodes[1]), "the other one, stopped instead")
+    throttle.close()
+    assert "T" not in [state(process) for process in nodes]
+
+
+def test_a_slow_node_stops_and_goes_on_in_turns(nodes: list[subprocess.Popen[bytes]], mark: str) -> None:
+    throttle = Throttle(mark)
+    throttle.set({"node1": 0.5})
+    for _ in range(3):
+        wait_until(lambda: state(nodes[1]) == "T", "a stopped process")
+        wait_until(lambda: state(nodes[1]) != "T", "the same process, which goes on")
+    throttle.close()
+    assert state(nodes[1]) != "T"
+
+
+def test_everything_goes_on_where_the_program_that_stopped_it_was_killed(
+    nodes: list[subprocess.Popen[bytes]], mark: str
+) -> None:
+    throttle = Throttle(mark)
+    throttle.set({"node1": 0.0})
+    wait_until(lambda: state(nodes[1]) == "T", "a stopped process")
+    assert throttle._program is not None
+    throttle._program.kill()
+    throttle._program.wait()
+    throttle.set({})
+    throttle.close()
+    assert state(nodes[1]) != "T"
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_processes_are_found_in_the_proc_of_another_namespace(mark: str) -> None:
+    """A container may refuse to mount a new /proc, and show process numbers of outside."""
+    code = (
+        "import os, subprocess, time\n"
+        "from commopt.cluster.processes import kill_all, marked\n"
+        f"one = subprocess.Popen(['sleep', '100'], env={{**os.environ, 'COMMOPT_JOB': '{mark}', 'COMMOPT_NODE': 'a'}})\n"
+        "time.sleep(0.2)\n"
+        f"print(os.path.realpath('/proc/self') != f'/proc/{{os.getpid()}}', list(marked('{mark}')) == [one.pid])\n"
+        f"kill_all('{mark}', 'a')\n"
+        "print(one.wait())\n"
+    )
+    words = [word for word in unshare_words() if word != "--mount-proc"]
+    done = subprocess.run(
+        [*words, sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+    )
+    assert done.stdout == "True True\n-9\n"
+
+
+def test_a_new_process_of_a_stopped_node_is_stopped_too(mark: str) -> None:
+    throttle = Throttle(mark)
+    throttle.set({"node0": 0.0})
+    time.sleep(0.2)
+    process = started(mark, "node0")
+    try:
+        wait_until(lambda: state(process) == "T", "a stopped process")
+        throttle.close()
+        assert state(process) != "T"
+    finally:
+        process.kill()
+        process.wait()
