@@ -301,12 +301,13 @@ class TcpPeers(Peers):
         try:
             hello, _ = _read_frame(accepted)
             peer = self._checked_hello(hello)
+            incarnation = hello.get("incarnation")
             if peer is None:
                 return
             accepted.settimeout(max(30.0, 4 * self.silence_s))  # all beat every second: this one is gone without a word
             while True:
-                self._take(peer, *_read_frame(accepted, self._routes[peer]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self._take(peer, incarnation, *_read_frame(accepted, self._routes[peer]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             if not self._is_closed and peer is not None:
                 _log.info("rank %d no longer hears rank %d: %s", self.rank, peer, error)
         finally:
@@ -334,9 +335,11 @@ class TcpPeers(Peers):
             self._changed.notify_all()
         return int(peer)
 
-    def _take(self, peer: int, head: dict[str, Any], body: torch.Tensor) -> None:
+    def _take(self, peer: int, incarnation: Any, head: dict[str, Any], body: torch.Tensor) -> None:
         route = self._routes[peer]
         with self._changed:
+            if incarnation != route.incarnation:
+                raise OSError("it has been started again since")
             route.heard_s = self.seconds
             if head["kind"] == "bye":
                 raise OSError("it has left")
@@ -397,9 +400,9 @@ def _write(to: socket.socket, frame: _Frame) -> int:
 
 
 def _read_frame(source: socket.socket, route: _Route | None = None) -> tuple[dict[str, Any], torch.Tensor]:
-    """One frame; a long body counts as being heard of while it comes in."""
+    """One frame; a long body counts as being heard of while it comes in. Without `route`, of a peer still unknown: no body."""
     magic, head_bytes, body_bytes = _FRAME.unpack(_exactly(source, _FRAME.size))
-    if magic != _MAGIC or head_bytes > _HEAD_LIMIT:
+    if magic != _MAGIC or head_bytes > _HEAD_LIMIT or (route is None and body_bytes):
         raise ValueError("this is no frame")
     head = json.loads(bytes(_exactly(source, head_bytes)))
     body = torch.empty(body_bytes, dtype=torch.uint8)
