@@ -50,7 +50,7 @@ def test_an_older_message_is_dropped_and_never_given() -> None:
 
 
 def numbers(*taken: Letter | None) -> list[int | None]:
-    return [one and one.sequence for one in taken]
+    return [None if one is None else one.sequence for one in taken]
 
 
 def test_a_newer_message_serves_and_stays_for_its_own_round() -> None:
