@@ -21,7 +21,7 @@ class Spread:
 
     Charikar et al. 2002 (count sketch), Alon et al. 1996: each element is added to one of WIDTH sums with a random sign; the squared
     norm of a sketch is an unbiased estimate of that of x, and sketches of differences are differences of sketches. Signs are the same
-    on every rank. A sketch of 2 KB goes to each peer at most once in ten steps; what came late or not at all is left out.
+    on every rank. A sketch of 2 KB goes to each peer at most once in ten steps; what is old by now, or never came, is left out.
     """
 
     def __init__(self, elements: int, rank: int, ranks: int) -> None:
@@ -44,6 +44,7 @@ class Spread:
 
     def exchange(self, peers: Peers, x: Tensor, step: int) -> float | None:
         """Send this replica's sketch to those that are up, and estimate from the newest of theirs; None until two are known."""
+        oldest = step - 2 * min(max(step - self._last_step, _EVERY_STEPS), step)  # two of this rank's own intervals
         self._last_step = step
         own = self.sketch(x)
         for peer in peers.others:
@@ -53,7 +54,7 @@ class Spread:
             if letter.payload.tensors[0].numel() == WIDTH:
                 self._latest[peer] = (letter.sequence, letter.payload.tensors[0])
         self._latest[self.rank] = (step, own)
-        recent = [sketch for rank, (_, sketch) in sorted(self._latest.items()) if peers.is_up(rank)]
+        recent = [sketch for rank, (at, sketch) in sorted(self._latest.items()) if at >= oldest and peers.is_up(rank)]
         return spread_of(recent)
 
 

@@ -165,7 +165,8 @@ class _Job:
         self._wall_s = 0.0
         self._sent: dict[str, int] = {}
 
-    def start(self, node: int) -> None:
+    def start(self, node: int, *, returns: bool = False) -> None:
+        """Start a node's agent; `returns`: in a job that goes on, which its ranks are told, so that they do not begin anew."""
         emulation, name = self._emulation, self._cluster.nodes[node].name
         environment = {
             **os.environ,
@@ -179,6 +180,7 @@ class _Job:
             ),
             **self._env,
             "COMMOPT_JOB": self.mark,
+            **({"COMMOPT_RETURNS": "1"} if returns else {}),
         }
         command = [*emulation.prefix(name), *self._words_of(node)]
         output, inherited = output_pair()
@@ -214,7 +216,7 @@ class _Job:
 
     def restart(self, name: str) -> None:
         """Start the agent of a killed node again."""
-        self.start(self._last_agent(name).node)
+        self.start(self._last_agent(name).node, returns=True)
 
     def watch(self) -> None:
         """Return when every agent has ended, or where they need each other, a while after the first that ended badly."""
