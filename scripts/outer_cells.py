@@ -1,0 +1,246 @@
+"""What bench_outer.py compares: outer methods and dense Adam, their settings, cells, and which of them are needed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convergence_cells import digest
+from torch import nn
+
+from commopt.errors import ConfigError
+from commopt.methods import with_optimizer
+
+SCHEMA = 1
+SEEDS = {4: (1, 2, 3), 8: (1,), 16: (1,)}  # by ranks; the first one chooses the rates
+RATES = (1.5e-3, 3e-3, 6e-3)
+FACTOR, EXTENSIONS = 2.0, 1  # where the best rate lies at an edge, so many more beyond it
+TARGET = 1.0  # percent that NoLoCo may be worse than DiLoCo
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all cells train: the model, and for how long. Shares are of the steps; every: inner steps of a round."""
+
+    sizes: Mapping[str, int] = field(
+        default_factory=lambda: {"layers": 2, "heads": 4, "width": 64, "context": 64, "batch": 4}
+    )
+    steps: int = 800
+    every: int = 20
+    warmup: float = 0.1  # share of the steps in which the rate rises to its peak
+    decay_to: float = 0.1  # share of the peak that the cosine falls to
+    clip: float = 1.0  # norm that a gradient is clipped to: each rank's own, or with dense their mean
+    held_out: int = 32  # batches of 32 windows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one rank sees in the whole training."""
+        return self.steps * self.sizes["batch"] * self.sizes["context"]
+
+
+ADAMW: Mapping[str, Any] = {"name": "adamw", "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with its options. period: its `every` in units of the task's, or the method's own; overlap: `delay` as a share of it.
+
+    ranks: numbers of replicas that it is trained with. family: what its rate is chosen with. words: for the tables.
+    """
+
+    label: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    words: str = ""
+    ranks: tuple[int, ...] = (4,)
+    period: float | None = 1.0
+    overlap: float = 0.0
+    family: str = "outer"
+
+    @property
+    def is_extra(self) -> bool:
+        """Whether it is a look beside the comparison: one seed only."""
+        return self.ranks != ALL
+
+    def options_of(self, task: Task) -> dict[str, Any]:
+        made = dict(self.options)
+        if self.period is not None:
+            made["every"] = max(1, round(self.period * task.every))
+        if self.overlap:
+            made["delay"] = max(1, round(self.overlap * made["every"]))
+        return made
+
+
+ALL = tuple(SEEDS)
+HEAVY = {"outer": {"name": "sgd", "lr": 0.7, "momentum": 0.3}}
+ENTRIES = (
+    Entry("dense", "dense", words="mean of the gradients in every step", ranks=ALL, period=None, family="dense"),
+    Entry("local_sgd", "local_sgd", words="mean of the parameters (local Adam)", ranks=ALL),
+    Entry("diloco", "diloco", words="Nesterov, lr 0.7, momentum 0.9 (its paper's)", ranks=ALL),
+    Entry("diloco_heavy", "diloco", HEAVY, "heavy ball, lr 0.7, momentum 0.3 (NoLoCo's paper's)", ALL),
+    Entry("noloco", "noloco", words="pairs, lr 0.7, momentum 0.5 (its paper's)", ranks=ALL),
+    Entry("noloco_int8", "noloco", {"message": "int8"}, "messages of 8 bits"),
+    Entry("noloco_4bit", "noloco", {"message": "4bit"}, "messages of 4 bits"),
+    Entry("noloco_delay", "noloco", words="results come half a round late", overlap=0.5),
+    Entry("noloco_m0.3", "noloco", {"momentum": 0.3}, "momentum 0.3"),
+    Entry("noloco_m0", "noloco", {"momentum": 0.0}, "no momentum"),
+    Entry("noloco_lr1", "noloco", {"lr": 1.0}, "lr 1"),
+    Entry("diloco_rare", "diloco", HEAVY, "diloco_heavy with half as many rounds (as in NoLoCo's paper)", period=2.0),
+    Entry("decentralized_adam", "decentralized_adam", words="with one peer in every step, one step late", period=None),
+    Entry("choco", "choco", words="in a ring in every step, messages of 4 bits", period=None),
+    Entry("push_sum", "push_sum", words="to one peer in every step", period=None),
+    Entry("noloco_n4", "noloco", {"group_size": 4}, "groups of 4 instead of pairs", (8,)),
+)
+BY_LABEL = {entry.label: entry for entry in ENTRIES}
+JUDGES = {"dense": ("dense",), "outer": ("diloco", "diloco_heavy", "noloco")}  # whose mean loss chooses a family's rate
+REFERENCES = ("diloco", "diloco_heavy")  # what NoLoCo is held against
+
+
+def why_not(entry: Entry) -> str | None:
+    """Why an entry cannot be trained: there is no such method, or it refuses its options. None if it can."""
+    try:
+        with_optimizer(entry.method, nn.Linear(2, 2), options=entry.options_of(Task()), optimizer={**ADAMW, "lr": 1e-3})
+    except ConfigError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+# ---- a cell: one entry on so many ranks, at one rate, with one seed --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    entry: Entry
+    ranks: int
+    rate: float
+    seed: int
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def name(self) -> str:
+        return f"{self.ranks}-{self.entry.label}-{self.rate:g}-{self.seed}"
+
+
+def settings_of(cell: Cell, task: Task) -> dict[str, Any]:
+    """All that the result of a cell depends on, as JSON."""
+    optimizer = {**ADAMW, "betas": list(ADAMW["betas"]), "lr": cell.rate}
+    return {
+        "schema": SCHEMA,
+        "task": asdict(task),
+        "method": cell.entry.method,
+        "options": cell.entry.options_of(task),
+        "optimizer": optimizer,
+        "ranks": cell.ranks,
+        "seed": cell.seed,
+    }
+
+
+class Store:
+    """The cells of a task in a folder, one JSON each; one with other settings than asked for does not count.
+
+    redo: labels whose cells do not count either, until they are stored anew.
+    """
+
+    def __init__(self, folder: Path, task: Task, redo: Collection[str] = ()) -> None:
+        self.folder, self.task, self.redo = folder, task, redo
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def get(self, cell: Cell) -> dict[str, Any] | None:
+        if cell.name not in self._known:
+            if cell.entry.label in self.redo:
+                return None
+            try:
+                self._known[cell.name] = json.loads((self.folder / f"{cell.name}.json").read_text())
+            except (OSError, ValueError):
+                return None
+        found = self._known[cell.name]
+        return found if found.get("hash") == digest(settings_of(cell, self.task)) else None
+
+    def put(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        self._known[cell.name] = dict(result)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / f"{cell.name}.json.new"
+        unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        unfinished.replace(self.folder / f"{cell.name}.json")
+
+
+Find = Callable[[Cell], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which cells are needed, given those that are there: rates first, then seeds, then more ranks, then what is beside it."""
+
+    grid: tuple[float, ...] = RATES
+    extensions: int = EXTENSIONS
+    seeds: Mapping[int, tuple[int, ...]] = field(default_factory=lambda: SEEDS)
+
+    @property
+    def first(self) -> tuple[int, int]:
+        """The ranks and the seed that choose the rates."""
+        ranks = min(self.seeds)
+        return ranks, self.seeds[ranks][0]
+
+    def judged(self, family: str, rate: float) -> list[Cell]:
+        return [Cell(BY_LABEL[label], self.first[0], rate, self.first[1]) for label in JUDGES[family]]
+
+    def score(self, family: str, rate: float, find: Find) -> float | None:
+        """The mean loss of a family's judges; None as long as one is missing."""
+        found = [find(cell) for cell in self.judged(family, rate)]
+        return None if None in found else statistics.fmean(loss_of(result) for result in found)
+
+    def tried(self, family: str, find: Find) -> list[float]:
+        """The rates of the grid, and those beyond its edges as far as they are needed."""
+        rates = list(self.grid)
+        for _ in range(self.extensions if len(rates) > 1 else 0):
+            scores = [self.score(family, rate, find) for rate in rates]
+            if None in scores:
+                break
+            best = min(range(len(rates)), key=lambda k: scores[k] or math.inf)
+            if best == 0:
+                rates.insert(0, rates[0] / FACTOR)
+            elif best == len(rates) - 1:
+                rates.append(rates[-1] * FACTOR)
+        return rates
+
+    def best_rate(self, family: str, find: Find) -> float | None:
+        """None as long as it is not known, and where nothing converges."""
+        scores = {rate: self.score(family, rate, find) for rate in self.tried(family, find)}
+        known = {rate: score for rate, score in scores.items() if score is not None}
+        if len(known) < len(scores):
+            return None
+        best = min(known, key=lambda rate: known[rate])
+        return best if math.isfinite(known[best]) else None
+
+    def is_at_edge(self, family: str, find: Find) -> bool:
+        rates = self.tried(family, find)
+        return len(rates) > 1 and self.best_rate(family, find) in (rates[0], rates[-1])
+
+    def seeds_of(self, entry: Entry, ranks: int) -> tuple[int, ...]:
+        return self.seeds[ranks][:1] if entry.is_extra else self.seeds[ranks]
+
+    def wanted(self, entries: Collection[Entry], find: Find) -> Iterator[Cell]:
+        """The cells to train, in order; more may follow from their results."""
+        families = dict.fromkeys(entry.family for entry in entries)
+        cells: list[Cell] = []
+        for family in families:
+            cells += [cell for rate in self.tried(family, find) for cell in self.judged(family, rate)]
+        own = [(entry, ranks) for entry in entries for ranks in entry.ranks if ranks in self.seeds]
+        for entry, ranks in sorted(own, key=lambda pair: (pair[0].is_extra, pair[1])):
+            rate = self.best_rate(entry.family, find)
+            if rate is not None:
+                cells += [Cell(entry, ranks, rate, seed) for seed in self.seeds_of(entry, ranks)]
+        return (cell for cell in dict.fromkeys(cells) if find(cell) is None)
+
+
+def loss_of(result: Mapping[str, Any] | None) -> float:
+    """The final loss; infinite where it diverged."""
+    loss = None if result is None else result["loss"]
+    return math.inf if loss is None else float(loss)
