@@ -236,6 +236,29 @@ class Roll:
     cards: Mapping[int, Tensor]
 
 
+class Latecomers:
+    """Who was too late for a roll, and for how many rolls nobody waits for them: 1 after the first time, then 2, 4 and at most 8."""
+
+    def __init__(self) -> None:
+        self._pause: dict[int, int] = {}
+        self._left: dict[int, int] = {}
+
+    def is_waited_for(self, peer: int) -> bool:
+        """Whether the next roll waits for this peer; counts that roll."""
+        left = self._left.get(peer, 0)
+        self._left[peer] = max(0, left - 1)
+        return left == 0
+
+    def note_late(self, peer: int) -> None:
+        """It was waited for, and did not come."""
+        self._left[peer] = self._pause[peer] = min(8, 2 * self._pause.get(peer, 0) or 1)
+
+    def forget(self, peer: int) -> None:
+        """It was in time, or is down: the next roll waits for it as for any other that is up."""
+        self._pause.pop(peer, None)
+        self._left.pop(peer, None)
+
+
 def call_roll(
     peers: Peers,
     channel: str,
@@ -244,16 +267,16 @@ def call_roll(
     timeout_s: float,
     *,
     expected: Sequence[int] | None = None,
-    late: set[int] | None = None,
+    late: Latecomers | None = None,
 ) -> Roll:
     """Agree with those that are up on who takes part in this round; alone where nobody answers.
 
     The lowest rank that is up convenes: everybody sends it a card, it waits for those that it takes to be up (at most half of
-    `timeout_s`) and sends the list to all of them. A member whose card comes too late is not in the list, and told so by silence.
-    card: (k,) i64. expected: the ranks that should take part; all of them if None. late: kept by the caller from round to round:
-    who was up and too late last time is not waited for again until it has been in time.
+    `timeout_s`) and sends the list to all that are up. A member whose card comes too late is not in the list, and goes on alone as
+    soon as it reads that. card: (k,) i64. expected: the ranks that should take part; all of them if None. late: kept by the caller
+    from round to round: who was up and too late is not waited for in every round.
     """
-    late = set() if late is None else late
+    late = Latecomers() if late is None else late
     start_s, alone = peers.seconds, Roll((peers.rank,), {peers.rank: card})
     wanted = sorted(range(peers.size) if expected is None else expected)
     convener = next((peer for peer in wanted if peer == peers.rank or peers.is_up(peer)), peers.rank)
@@ -268,15 +291,19 @@ def call_roll(
     cards = {peers.rank: card}
     for peer in wanted:
         if peer != peers.rank:
-            left_s = 0.0 if peer in late else max(0.0, start_s + timeout_s / 2 - peers.seconds)
+            is_waited_for = late.is_waited_for(peer)
+            left_s = max(0.0, start_s + timeout_s / 2 - peers.seconds) if is_waited_for else 0.0
             letter = peers.receive(peer, f"{channel} card", sequence, left_s)
-            late.discard(peer) if letter is not None else late.add(peer)
+            if letter is not None or not peers.is_up(peer):
+                late.forget(peer)
+            elif is_waited_for:
+                late.note_late(peer)
             if letter is not None and letter.payload.tensors[0].numel() == card.numel():
                 cards[peer] = letter.payload.tensors[0].clone()
     members = tuple(sorted(cards))
     rows = torch.stack([torch.cat([torch.tensor([rank]), cards[rank]]) for rank in members])
-    for peer in members:
-        if peer != peers.rank:
+    for peer in wanted:
+        if peer != peers.rank and (peer in cards or peers.is_up(peer)):
             peers.send(peer, f"{channel} roll", sequence, Payload.of(rows), expires_s=timeout_s)
     return Roll(members, {rank: cards[rank] for rank in members})
 

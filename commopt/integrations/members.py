@@ -28,6 +28,9 @@ class Members:
         self._training, self._peers = training, training.peers
         self.stateful: dict[str, Any] = {}
         self._asked = 0
+        self._schedule: dict[str, Any] | None = (
+            None  # what was taken over inside a step, and holds from the next one on
+        )
         self._was_up = set(training.peers.others)
 
     def join(self, wait_s: float) -> None:
@@ -36,7 +39,7 @@ class Members:
         end_s = peers.seconds + wait_s
         peers.announce(training.steps, is_training=False)
         while True:
-            if any(self._trains(peer) for peer in peers.others) and self.catch_up():
+            if any(self._trains(peer) for peer in peers.others) and self.catch_up(in_step=False):
                 return
             missing = [peer for peer in peers.others if not peers.is_up(peer)]
             if (not missing and not peers.returns) or peers.seconds >= end_s:
@@ -50,8 +53,11 @@ class Members:
             _log.warning("rank %d starts without %s, which did not come", peers.rank, _listed(missing))
         self._start_together(wait_s)
 
-    def catch_up(self, *, tensors: bool = True) -> bool:
-        """Take over a live peer's place in the training; whether one answered. Without `tensors`, its step and schedule only."""
+    def catch_up(self, *, tensors: bool = True, in_step: bool = True) -> bool:
+        """Take over a live peer's place in the training; whether one answered. Without `tensors`, its step and schedule only.
+
+        in_step: an optimizer step is just ending; the script's own schedule will step too before the next one begins.
+        """
         training, peers, begun_s = self._training, self._peers, self._peers.seconds
         donors = [peer for peer in peers.others if self._trains(peer)]
         for donor in sorted(donors, key=lambda peer: (-self._step_of(peer), peer)):
@@ -62,6 +68,8 @@ class Members:
                 continue
             before = training.steps
             self._take_over(torch.load(io.BytesIO(letter.payload.buffer.numpy().tobytes()), weights_only=True))
+            if not in_step:
+                self._settle()
             kind = "caught up" if tensors else "went on with the others"
             took_s = round(peers.seconds - begun_s, 3)
             fields = {"from": donor, "left_out": training.steps - before, "step": training.steps, "seconds": took_s}
@@ -70,12 +78,21 @@ class Members:
             return True
         return False
 
-    def answer(self) -> None:
+    def before_step(self) -> None:
+        """Bring the schedule into force that was taken over in the last step, and answer those who asked for this rank's state.
+
+        When a step begins, all belongs together: parameters, optimizer and schedule after as many steps as are counted.
+        """
+        self._settle()
+        self._answer()
+
+    def _answer(self) -> None:
         """Send this rank's state to those who asked for it; a copy is made now, and travels beside the training."""
         training = self._training
         for peer, letter in self._peers.drain("ask"):
             stateful = {key: value.state_dict() for key, value in self.stateful.items()}
-            stored: dict[str, Any] = {"steps": training.steps, "stateful": stateful}
+            groups = [{k: x for k, x in group.items() if k != "params"} for group in training.optimizer.param_groups]
+            stored: dict[str, Any] = {"steps": training.steps, "stateful": stateful, "groups": groups}
             if bool(letter.payload.tensors[0][0]):
                 stored |= {
                     "model": {key: x.detach().cpu() for key, x in training.model.state_dict().items()},
@@ -127,9 +144,19 @@ class Members:
             for key, x in training.method.tensors().items():
                 x.copy_(stored["method"][key])
         training.steps = int(stored["steps"])
-        for key, value in stored["stateful"].items():
+        self._schedule = {key: stored[key] for key in ("stateful", "groups")}
+
+    def _settle(self) -> None:
+        """Load the schedule that was taken over, and the learning rates and the like that it has set."""
+        if self._schedule is None:
+            return
+        for key, value in self._schedule["stateful"].items():
             if key in self.stateful:
                 self.stateful[key].load_state_dict(value)
+        groups = self._training.optimizer.param_groups
+        for group, given in zip(groups, self._schedule["groups"], strict=True):
+            group.update(given)
+        self._schedule = None
 
     def _start_together(self, wait_s: float) -> None:
         """All begin with the parameters and buffers of the lowest rank, but for a job that resumes, whose replicas differ."""
@@ -138,7 +165,7 @@ class Members:
             roll = call_roll(peers, "start", 0, torch.tensor([training.steps]), wait_s)
             steps = [int(roll.cards[rank]) for rank in roll.members]
             if training.steps < max(steps):
-                while not self.catch_up():
+                while not self.catch_up(in_step=False):
                     peers.sleep(0.1)
                 return
             if len(roll.members) > 1 and max(steps) == 0:

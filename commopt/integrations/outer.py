@@ -90,7 +90,7 @@ class OuterAttachment:
         self._sketch = Spread(method.index.total, peers.rank, peers.size)
         ATTACHED.add(model)
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: method.before_step(optimizer)),
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
 
@@ -196,6 +196,11 @@ class OuterAttachment:
 
     # -- rounds
 
+    def _before_step(self, *_: Any) -> None:
+        if self._has_joined and not self._is_off:
+            self._members.before_step()
+        self.method.before_step(self.optimizer)
+
     def _after_step(self, *_: Any) -> None:
         if self._is_off:
             return
@@ -205,7 +210,6 @@ class OuterAttachment:
             )
         self.steps += 1
         self.peers.announce(self.steps)
-        self._members.answer()
         while self._pending and self.steps - self._pending[0].begun_at >= self.method.delay:
             self._end_round(self._pending.pop(0))
         round = self.method.round_after(self.steps)

@@ -17,7 +17,7 @@ from commopt.bucket import Bucket
 from commopt.compress.base import element_indices
 from commopt.compressed import Compressed, GatherMean, TwoWayMean
 from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
-from commopt.groups.peers import PeerGroup, Peers, Roll, call_roll
+from commopt.groups.peers import Latecomers, PeerGroup, Peers, Roll, call_roll
 from commopt.outer import Exchanged, OuterLoop, Round
 from commopt.outer_optimizers import FedAdagrad, FedAdam, FedYogi
 
@@ -44,7 +44,7 @@ class DiLoCo(OuterLoop):
     Sends 8 (N-1)/N / every bytes a parameter and step; compressed, two_way's or (top_k and its like) a gather's share of it.
     State: slow weights 4, the outer optimizer's 4 or 8 (and residuals of 4 + 4/N with a compressed message).
     Use it where hundreds of steps fit between two exchanges, and all machines are about equally fast.
-    Not for a machine that is often late: all others wait for it once, and then go on without it.
+    Not for a machine that is often late: all others wait for it, up to half of timeout_s, in every second round and then in every ninth.
 
     outer: nesterov, sgd, adagrad, adam or yogi (the last three of arXiv:2003.00295), or {name: adam, lr: 0.01, ...} with its options.
     lr, momentum: of nesterov and sgd; 0.7 and 0.9 if None (no momentum with sgd). fragments: parts of about equal size, cut
@@ -87,7 +87,7 @@ class DiLoCo(OuterLoop):
         self.slow = torch.zeros(self.index.total)
         self.outer = [self.make_outer(self.slow[part]) for part in self.parts]
         self.version = torch.zeros(self.fragments, dtype=torch.int64)  # the last round that each fragment took part in
-        self.late: set[int] = set()
+        self.late = Latecomers()
         self._means: dict[int, tuple[tuple[int, ...], Aggregator]] = {}
 
     def begin(self, x: Tensor) -> None:
