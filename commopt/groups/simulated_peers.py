@@ -15,7 +15,7 @@ from commopt.wire import Payload
 if TYPE_CHECKING:
     from commopt.groups.simulated import SimWorld
 
-DETECT_S = 1.0  # virtual seconds after which a peer that died is known to be down
+DETECT_S = 1.0  # virtual seconds after which a peer that died or cannot be reached is known to be down
 T = TypeVar("T")
 _KINDS = ("kill", "restart", "cut", "slow", "hang")
 _EACH = ("kill", "slow", "hang")  # these befall each of their ranks at a step of its own
@@ -97,6 +97,12 @@ class PostOffice:
             elif (wait.deadline_s, other) < deadline:
                 return False
         return True
+
+    def down_s(self, rank: int, peer: int) -> float:
+        """When a rank takes a peer to be down, which died or is cut off from it: some time after it was last heard; inf if never."""
+        since_s = [self.gone_s[peer]] if peer in self.gone_s else []
+        since_s += [begin_s for pair, begin_s, end_s in self.cuts if pair == {rank, peer} and self.clock(rank) < end_s]
+        return min(since_s, default=float("inf")) + DETECT_S
 
     def wait_for_slower(self, rank: int, step: int) -> None:
         """Let those run first whose clock is behind this rank's, so that what they are seen to do does not depend on real time."""
@@ -237,12 +243,12 @@ class SimPeers(Peers):
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
         with self._office.changed:
+            self._office.wait_for_slower(self.rank, self._office.reached[self.rank])
             self._sort_in()
             return self._mailbox.drain(channel)
 
     def is_up(self, peer: int) -> bool:
-        gone_s = self._office.gone_s.get(peer)
-        return gone_s is None or self.seconds < gone_s + DETECT_S
+        return self.seconds < self._office.down_s(self.rank, peer)
 
     def progress(self, peer: int) -> Progress | None:
         return self._office.progress[peer] if self.is_up(peer) else None
@@ -288,8 +294,8 @@ class SimPeers(Peers):
             def next_s() -> float:
                 """The earliest moment at which this wait is over by what is known now."""
                 known_s = [at_s for at_s, _ in arrivals()] if may_take() else []
-                if peer is not None and peer in office.gone_s:
-                    known_s.append(max(self.seconds, office.gone_s[peer] + DETECT_S))
+                if peer is not None:
+                    known_s.append(max(self.seconds, office.down_s(rank, peer)))
                 return min(known_s, default=float("inf"))
 
             office.waiting[rank] = _Waiting(deadline_s, lambda: next_s() <= deadline_s)
