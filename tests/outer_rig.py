@@ -52,6 +52,7 @@ def play(
         method.bind(parameters(shapes), group.peers)
         theta = start_values(method.index.total)
         method.begin(theta)
+        method.ready(0)
         steps, played = 0, list[Played]()
         while len(played) < rounds:
             steps += 1
@@ -77,7 +78,9 @@ class Diary:
     begun_at: list[int] = field(default_factory=list)
     before: dict[int, Tensor] = field(default_factory=dict)  # by steps done: after the inner step, before any round
     after: dict[int, Tensor] = field(default_factory=dict)
-    learning_rate: dict[int, float] = field(default_factory=dict)
+    learning_rate: dict[int, float] = field(default_factory=dict)  # by steps done before
+    momentum: dict[int, list[Tensor]] = field(default_factory=dict)  # of the inner optimizer, by steps done before
+    started: list[Tensor] = field(default_factory=list)  # the parameters at the begin of each life
     attachment: OuterAttachment | None = None
 
     @property
@@ -117,7 +120,15 @@ def train_diary(
     optimizer.register_step_post_hook(note)
     attachment = plain.attach(model, method, optimizer, group)
     diary.attachment = attachment
+
+    def note_state(*_: Any) -> None:
+        diary.learning_rate[attachment.steps] = optimizer.param_groups[0]["lr"]
+        states = optimizer.state.values()
+        diary.momentum[attachment.steps] = [state["momentum_buffer"].clone() for state in states]
+
+    optimizer.register_step_pre_hook(note_state)
     diary.begun_at.append(attachment.join(schedule=schedule))
+    diary.started.append(attachment.flat())
     for step in attachment.range(steps):
         diary.seen.append(step)
         if poison is not None:
@@ -125,7 +136,6 @@ def train_diary(
         x, y = make_batch(attachment.peers.rank, step % 7)
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
-        diary.learning_rate[step] = optimizer.param_groups[0]["lr"]
         if step_s:
             group.advance(step_s)
         optimizer.step()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from commopt.errors import GroupError
 from commopt.groups import SimGroup, SimWorld
-from commopt.groups.peers import GROUP, KEPT, Letter, Mailbox, PeerGroup, Peers, Roll, call_roll
+from commopt.groups.peers import GROUP, KEPT, Latecomers, Letter, Mailbox, PeerGroup, Peers, Roll, call_roll
 from commopt.groups.tcp import TcpPeers, local_memberships
 from commopt.links import LinkModel
 from commopt.wire import Layout, Payload
@@ -347,41 +347,59 @@ def test_a_convener_that_dies_unnoticed_leaves_each_alone_for_one_round() -> Non
     assert world.seconds < CARD_S
 
 
-def test_who_is_late_is_left_out_and_waited_for_only_once() -> None:
+def test_who_is_late_is_left_out_and_learns_it_at_once() -> None:
+    """Rank 2 is 100 s behind; nobody waits for it in every round, and it waits for nobody."""
+
     def rank_of(group: SimGroup) -> list[tuple[tuple[int, ...], float]]:
-        late, rounds = set[int](), []
-        for sequence in range(3):
-            if group.rank == 2:
-                group.peers.sleep(100.0)
+        late, rounds = Latecomers(), []
+        if group.rank == 2:
+            group.peers.sleep(100.0)
+        for sequence in range(8):
             begun_s = group.seconds
             roll = roll_of(group.peers, sequence=sequence, late=late)
             rounds.append((roll.members, group.seconds - begun_s))
+        group.peers.sleep(200.0)
         return rounds
 
     _, results = simulated(3, rank_of)
-    assert [members for members, _ in results[0]] == [(0, 1)] * 3
-    assert [members for members, _ in results[1]] == [(0, 1)] * 3
-    first, *later = [seconds for _, seconds in results[0]]
-    assert first == pytest.approx(CARD_S / 2, abs=0.01)
-    assert all(seconds < 0.1 for seconds in later)
-    assert [members for members, _ in results[2]] == [(2,)] * 3
+    assert [members for members, _ in results[0]] == [(0, 1)] * 8
+    assert [members for members, _ in results[1]] == [(0, 1)] * 8
+    assert [members for members, _ in results[2]] == [(2,)] * 8
+    waited = [round(seconds, 1) for _, seconds in results[0]]
+    assert waited == [CARD_S / 2, 0.0, CARD_S / 2, 0.0, 0.0, CARD_S / 2, 0.0, 0.0]
+    assert [round(seconds, 1) for _, seconds in results[2]] == [0.0] * 8
 
 
-def test_who_is_in_time_again_is_back_on_the_roll() -> None:
+def test_who_is_only_a_little_late_is_back_within_two_rounds() -> None:
     def rank_of(group: SimGroup) -> list[tuple[int, ...]]:
-        late = set[int]()
-        rolls = []
+        late, rolls = Latecomers(), []
         for sequence in range(4):
             begun_s = group.seconds
-            if group.rank == 1 and sequence == 0:
-                group.peers.sleep(3.0)
+            if group.rank == 1:
+                group.peers.sleep(3.0 if sequence == 0 else 0.5)
             rolls.append(roll_of(group.peers, sequence=sequence, late=late).members)
-            group.peers.sleep(max(0.0, begun_s + 20.0 + 0.5 * (group.rank == 0) - group.seconds))
+            group.peers.sleep(max(0.0, begun_s + 20.0 - group.seconds))
         return rolls
 
     _, results = simulated(2, rank_of)
-    assert results[0] == [(0,), (0, 1), (0, 1), (0, 1)]
-    assert results[1] == [(1,), (0, 1), (0, 1), (0, 1)]
+    assert results[0] == [(0,), (0,), (0, 1), (0, 1)]
+    assert results[1] == [(1,), (1,), (0, 1), (0, 1)]
+
+
+def test_pauses_grow_to_eight_rounds_and_end_when_the_peer_is_in_time_or_down() -> None:
+    late = Latecomers()
+
+    def rolls_until_waited_for() -> int:
+        count = 0
+        while not late.is_waited_for(1):
+            count += 1
+        late.note_late(1)
+        return count
+
+    assert [rolls_until_waited_for() for _ in range(7)] == [0, 1, 2, 4, 8, 8, 8]
+    assert late.is_waited_for(2)
+    late.forget(1)
+    assert [rolls_until_waited_for() for _ in range(3)] == [0, 1, 2]
 
 
 @given(
@@ -397,7 +415,7 @@ def test_all_on_a_roll_of_several_have_the_same_one(
     faults += [{"at_step": 1, "cut": [a, b], "for_s": 2.5} for a, b in cut]
 
     def rank_of(group: SimGroup) -> list[Roll]:
-        late = set[int]()
+        late = Latecomers()
         group.peers.announce(1)
         return [roll_of(group.peers, waits[(group.rank + sequence) % 4], sequence, late=late) for sequence in range(3)]
 

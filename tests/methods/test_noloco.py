@@ -156,6 +156,7 @@ def test_compressed_pairs_lose_nothing(compressor: Any) -> None:
         method: Any = build("noloco", every=1, message=compressor)
         method.bind([("a", torch.zeros(300))], group.peers)
         method.begin(torch.zeros(300))
+        method.ready(0)
         total, sent = torch.zeros(300), torch.zeros(300)
         for number in range(10):
             round = method.round_after(number + 1)
@@ -208,6 +209,7 @@ def final_difference(gamma: float, momentum: float) -> float:
         method: Any = build("noloco", every=1, gamma=gamma, momentum=momentum)
         method.bind([("a", torch.zeros(1))], group.peers)
         method.begin(torch.tensor([1.0 - 2.0 * group.rank]))
+        method.ready(0)
         for number in range(200):
             round = method.round_after(number + 1)
             x = method.slow.clone()
