@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     data = torch.Generator()
     is_measuring = False
     for step in steps:
-        data.manual_seed(((args.seed * 1000 + rank) << 32) + step)  # the same data whatever the method; no step's twice
+        data.manual_seed((args.seed * 1000 + rank) * 1_000_003 + step)  # the same data whatever the method; no step's twice
         steady = step >= 3 and method.is_steady  # DDP settles its buckets in the first steps
         if steady and not is_measuring:
             is_measuring = True
