@@ -10,6 +10,8 @@ import torch
 
 from commopt.aggregate import Aggregator
 from commopt.errors import AttachError, ConfigError, did_you_mean
+from commopt.methods.choco import Choco
+from commopt.methods.decentralized_adam import DecentralizedAdam
 from commopt.methods.demo import DeMo
 from commopt.methods.dense import Dense
 from commopt.methods.dgc import DGC
@@ -27,6 +29,7 @@ from commopt.methods.noloco import NoLoCo
 from commopt.methods.onebit_adam import OnebitAdam
 from commopt.methods.onebit_lamb import OnebitLamb
 from commopt.methods.powersgd import PowerSGD
+from commopt.methods.push_sum import PushSum
 from commopt.methods.qsgd import QSGD
 from commopt.methods.random_k import RandomKMean
 from commopt.methods.signum import Signum
@@ -47,7 +50,9 @@ __all__ = [
     "OPTIMIZERS",
     "OUTER_METHODS",
     "QSGD",
+    "Choco",
     "DeMo",
+    "DecentralizedAdam",
     "Dense",
     "DiLoCo",
     "DiceSGD",
@@ -60,6 +65,7 @@ __all__ = [
     "OnebitAdam",
     "OnebitLamb",
     "PowerSGD",
+    "PushSum",
     "RandomKMean",
     "Signum",
     "TernGrad",
@@ -102,7 +108,9 @@ METHODS: Mapping[str, type[Aggregator]] = {
     )
 }
 
-OUTER_METHODS: Mapping[str, type[OuterLoop]] = {method.name: method for method in (NoLoCo, DiLoCo, LocalSGD)}
+OUTER_METHODS: Mapping[str, type[OuterLoop]] = {
+    method.name: method for method in (NoLoCo, DiLoCo, LocalSGD, DecentralizedAdam, Choco, PushSum)
+}
 
 OPTIMIZERS: Mapping[str, Any] = {
     "adam": torch.optim.Adam,

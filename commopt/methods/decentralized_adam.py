@@ -1,0 +1,142 @@
+"""Decentralized Adam: a rank averages with one or a few others in every step, while it computes the next gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commopt.aggregate import State
+from commopt.errors import ConfigError, check_option
+from commopt.groups.peers import Peers
+from commopt.outer import Exchanged, OuterLoop, Round
+from commopt.public_copies import PublicCopies, consensus_step, without_feedback
+from commopt.topology import Topology, make_topology
+from commopt.wire import Payload
+
+
+class DecentralizedAdam(OuterLoop):
+    """Mix parameters with those of this step's peers, and step by one's own gradient, taken where one was before.
+
+    Wang et al. 2024, arXiv:2410.11998, with any optimizer: Adam, or its AccumAdam (`accum_adam`, also for weight decay of weights only).
+        x_i <- x_i + a sum over those present of share (x_j - x_i) - lr Adam(g_i(x_i))
+    A message leaves after a step and has the next forward and backward to arrive (`delay: 1`); the step made meanwhile stays as it
+    is, which is the equation, as Adam's step does not depend on x but for weight decay, taken from the unmixed x. With `delay: 0`
+    each step waits and the gradient is taken at the mixed x. Gradients are clipped by one norm over all parameters, where the
+    released code clips each bucket by its own. The share of a rank that is missing stays with oneself; a message of a later
+    round than this one's is used, one of an earlier round is not. Then the mean over ranks is no longer kept exactly.
+    Sends 4/every bytes a parameter and step to each other member of its edge: 4 in pairs, 4 (N-1) with topology: complete.
+    State: none (with a compressed message copies of 8 for each neighbour).
+    Use it where a step's compute hides a message to one peer, and an all-reduce over all would not be hidden.
+    Not for links that do not carry 4 bytes a parameter in a step: NoLoCo, or choco's compressed messages. complete is no all-reduce:
+    gradients are not averaged, and parameters mix one step late.
+
+    topology: one_peer_exp, ring, alternating_exp_ring or complete. slots: ranks on a node, for alternating_exp_ring. max_norm: of the
+    local gradient. adaptive_factor: a, from 0 to 1; with a compressed message 1 is too much for most compressors, and what choco
+    calls gamma is the default.
+    """
+
+    name = "decentralized_adam"
+
+    def __init__(
+        self,
+        *,
+        every: int = 1,
+        topology: str = "one_peer_exp",
+        slots: int = 1,
+        max_norm: float | None = None,
+        adaptive_factor: float | None = None,
+        delay: int = 1,
+        timeout_s: float = 20.0,
+        message: Any = None,
+        final_average: bool = False,
+        seed: int = 0,
+    ) -> None:
+        message = without_feedback(message)
+        super().__init__(
+            every=every, delay=delay, timeout_s=timeout_s, message=message, final_average=final_average, seed=seed
+        )
+        make_topology(topology, 1, slots)  # a bad name shows now
+        if slots != 1 and topology != "alternating_exp_ring":
+            raise ConfigError(
+                f"slots: has no effect with topology: {topology}; leave it out, or write alternating_exp_ring"
+            )
+        if max_norm is not None:
+            check_option("max_norm", max_norm, lambda x: x > 0, "a number above 0, or leave it out")
+        self.topology, self.slots, self.max_norm = topology, slots, max_norm
+        self.copies = None if message is None else PublicCopies(self.message)
+        if adaptive_factor is None:
+            adaptive_factor = 1.0 if self.copies is None else consensus_step(self.message, self.copies.delta)
+        check_option("adaptive_factor", adaptive_factor, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+        self.adaptive_factor = adaptive_factor
+        self.max_lag = max(3, math.ceil(50 / every))
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
+        super().bind(named_parameters, peers)
+        self.graph = make_topology(self.topology, peers.size, self.slots)
+        if self.copies is not None:
+            self.copies.bind(self.index.total, neighbours(self.graph, peers.rank))
+
+    def begin(self, x: Tensor) -> None:
+        if self.copies is not None:
+            self.copies.begin(x)
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.max_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+
+    def weights(self, number: int) -> dict[int, float]:
+        """What each other member of this round's edge counts here; empty where this rank sits the round out."""
+        edge = self.graph.edge(number, self.peers.rank)
+        if edge is None:
+            return {}
+        return {peer: self.adaptive_factor * edge.share for peer in edge.members if peer != self.peers.rank}
+
+    def exchange(self, x: Tensor, round: Round) -> Exchanged:
+        weights = self.weights(round.number)
+        if self.copies is not None:
+            return self.copies.mix(self.peers, self.name, x, round.number, weights, self.timeout_s)
+        end_s, payload = self.peers.seconds + self.timeout_s, Payload.of(x)
+        for peer in weights:
+            self.peers.send(peer, self.name, round.number, payload, expires_s=self.timeout_s)
+        present = {}
+        for peer in weights:
+            left_s = max(0.0, end_s - self.peers.seconds)
+            letter = self.peers.receive(peer, self.name, round.number, left_s, or_newer=True)
+            theirs = None if letter is None else self.message.unpack(letter.payload, self.everything, letter.sequence)
+            if theirs is not None:
+                present[peer] = theirs
+        own = 1 - sum(weights[peer] for peer in present)
+        members = tuple(sorted([self.peers.rank, *present]))
+        mixed = torch.zeros_like(x)
+        for rank in members:  # in rank order, so that equal shares give equal bits
+            mixed.add_(x if rank == self.peers.rank else present[rank], alpha=weights.get(rank, own))
+        return Exchanged(members, len(present) < len(weights), {"mixed": mixed})
+
+    def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
+        return x if len(exchanged.members) == 1 else exchanged.values["mixed"]
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        graph = make_topology(self.topology, ranks, self.slots)
+        sent = [len(edge.members) * (len(edge.members) - 1) for edges in graph.rounds for edge in edges]
+        return self.message.bytes_per_element() * sum(sent) / ranks / len(graph.rounds) / self.every
+
+    @property
+    def state_form(self) -> str:
+        return f"{super().state_form}, topology {self.topology}, slots {self.slots}"
+
+    def comm_state(self) -> State:
+        state = super().comm_state()
+        if self.copies is not None:
+            state["local"] |= self.copies.state()
+        return state
+
+
+def neighbours(graph: Topology, rank: int) -> set[int]:
+    """Whom a rank meets in any round."""
+    edges = (graph.edge(number, rank) for number in range(len(graph.rounds)))
+    return {peer for edge in edges if edge is not None for peer in edge.members} - {rank}

@@ -1,0 +1,114 @@
+"""Stochastic Gradient Push: one message one way in each round, to a receiver that never has to answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from commopt.aggregate import State, is_finite
+from commopt.groups.peers import Letter, Peers
+from commopt.outer import Exchanged, OuterLoop, Round
+from commopt.topology import directed_exponential
+from commopt.wire import Payload
+
+_LEAST_WEIGHT = 2.0**-10  # a rank that nothing reaches stops giving its weight away
+
+
+class PushSum(OuterLoop):
+    """Send half of one's parameters and weight to the next rank of a directed exponential graph, and add what comes in.
+
+    Assran et al. 2019, arXiv:1811.10792, Algorithm 1; push-sum is Kempe et al. 2003. With numerators w_i z_i and weights w_i:
+        z_i <- (w_i z_i / 2 + sum of what arrived of w_j z_j / 2) / (w_i / 2 + sum of their w_j / 2)
+    The model holds z, at which gradients are taken; what travels is (w / 2, z). Rank i sends to i + 2^k mod N, k = 0, 1, ...,
+    ceil(log2 N) - 1 in turn: in each round everybody sends one message and receives one, and without loss all weights stay 1, as in
+    the paper. Where they do not, an inner step moves z by itself, where the paper's moves it by 1/w of it: a rank with little weight would
+    leap. delay: 0 is the paper's synchronous SGP; 1 and more its overlapped OSGP.
+    What is sent to a rank that is known to be down stays with the sender, and what comes late is added when it comes, so weights sum
+    to N with what is on its way. That does not hold for what a rank that dies has or is being sent, for what is not delivered in time,
+    and for more than 8 unread messages of one sender: numerator and weight are lost alike, so that replicas still agree, on
+    another weighted mean. A rank that comes back starts with weight 1. What is on its way is in no checkpoint.
+    Sends 4/every bytes a parameter and step to one rank.
+    State: the weight.
+    Use it where messages come late or go one way only: no answer is waited for, and lateness loses nothing.
+    Not for links that need compressed messages: choco.
+    """
+
+    name = "push_sum"
+
+    def __init__(
+        self,
+        *,
+        every: int = 1,
+        delay: int = 0,
+        timeout_s: float = 20.0,
+        final_average: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(every=every, delay=delay, timeout_s=timeout_s, final_average=final_average, seed=seed)
+        self.max_lag = max(3, math.ceil(50 / every))
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
+        super().bind(named_parameters, peers)
+        self.weight = torch.ones(1, dtype=torch.float64)
+        self.early: list[tuple[int, Letter]] = []  # what came before its round
+
+    def begin(self, x: Tensor) -> None:
+        self.weight.fill_(1)
+
+    def exchange(self, x: Tensor, round: Round) -> Exchanged:
+        number, me = round.number, self.peers.rank
+        to = directed_exponential(self.peers.size, number, me)
+        source = next(r for r in self.peers.others if directed_exponential(self.peers.size, number, r) == me)
+        weight = float(self.weight)
+        if self.peers.is_up(to) and weight > _LEAST_WEIGHT:
+            weight /= 2
+            share = torch.tensor([weight], dtype=torch.float64)
+            payload = Payload.of(share, x)
+            self.peers.send(to, self.name, number, payload, expires_s=max(60.0, self.timeout_s))
+        arrived, is_missed = self._arrived(number, source)
+        total, mixed, members = weight, x.double() * weight, {me}
+        for sender, letter in arrived:
+            share, theirs = letter.payload.tensors
+            total += float(share)
+            mixed.add_(theirs.double(), alpha=float(share))
+            members.add(sender)
+        values = {"mixed": mixed.div_(total).float(), "weight": torch.tensor([total], dtype=torch.float64)}
+        return Exchanged(tuple(sorted(members)), is_missed, values)
+
+    def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
+        self.weight.copy_(exchanged.values["weight"])
+        return x if len(exchanged.members) == 1 else exchanged.values["mixed"]
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return 4 / self.every if ranks > 1 else 0.0
+
+    def comm_state(self) -> State:
+        state = super().comm_state()
+        state["local"]["weight"] = self.weight
+        return state
+
+    def _arrived(self, number: int, source: int) -> tuple[list[tuple[int, Letter]], bool]:
+        """What has come of this round and of earlier ones, in a fixed order, and whether this round's message is missing."""
+        end_s = self.peers.seconds + self.timeout_s
+        while True:
+            self.early += [one for one in self.peers.drain(self.name) if self._fits(one[1])]
+            is_missed = all((sender, letter.sequence) != (source, number) for sender, letter in self.early)
+            left_s = end_s - self.peers.seconds
+            # -1 is nobody's number: the message stays where it is, and `drain` takes it
+            if not is_missed or not self.peers.receive(source, self.name, -1, max(0.0, left_s), or_newer=True):
+                break
+        due = sorted(
+            (one for one in self.early if one[1].sequence <= number), key=lambda one: (one[0], one[1].sequence)
+        )
+        self.early = [one for one in self.early if one[1].sequence > number]
+        return due, is_missed
+
+    def _fits(self, letter: Letter) -> bool:
+        layout = letter.payload.layout
+        if layout != ((torch.float64, 1), (torch.float32, self.index.total)):
+            return False
+        share, theirs = letter.payload.tensors
+        return 0 < float(share) < float("inf") and is_finite(theirs)

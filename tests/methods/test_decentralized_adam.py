@@ -1,0 +1,296 @@
+"""Decentralized Adam against its published update in float64, on every topology, and with members that are gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from outer_rig import run_world, spread
+from rig import flat, loss_of, make_batch, make_model
+from torch import Tensor
+
+from commopt import build
+from commopt.errors import ConfigError
+from commopt.groups import SimGroup, SimWorld
+from commopt.integrations import plain
+from commopt.topology import make_topology
+from commopt.wire import Payload
+
+TOPOLOGIES: list[tuple[str, dict[str, Any]]] = [
+    ("complete", {}),
+    ("ring", {}),
+    ("one_peer_exp", {}),
+    ("alternating_exp_ring", {"slots": 2}),
+]
+LR, BETAS, EPS = 0.01, (0.9, 0.999), 1e-4
+
+
+def reference(
+    ranks: int, topology: str, slots: int, steps: int, *, a: float = 1.0, is_mixed_first: bool = False
+) -> Tensor:
+    """(ranks, P) f64: x_i(t+1) = sum_j W_ij(t) x_j(t) - lr Adam(g_i(x_i(t))), W(t) of the round after step t; W(0) = 1.
+
+    a: W is mixed with 1 - a of the identity. is_mixed_first: the gradient is taken at the mixed x instead.
+    """
+    graph, (b1, b2) = make_topology(topology, ranks, slots), BETAS
+    models = [make_model(torch.float64) for _ in range(ranks)]
+    x = torch.stack([flat(model) for model in models])
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for t in range(steps):
+        mixing = torch.eye(ranks, dtype=torch.float64)
+        if t > 0:
+            mixing = (1 - a) * mixing + a * torch.from_numpy(graph.mixing_matrix(t - 1))
+        mixed = mixing @ x
+        g = torch.stack([gradient(models[i], (mixed if is_mixed_first else x)[i], i, t) for i in range(ranks)])
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        step = m / (1 - b1 ** (t + 1)) / ((v / (1 - b2 ** (t + 1))).sqrt() + EPS)
+        x = mixed - LR * step
+    return x
+
+
+def gradient(model: torch.nn.Module, x: Tensor, rank: int, step: int) -> Tensor:
+    torch.nn.utils.vector_to_parameters(x, model.parameters())
+    model.zero_grad()
+    inputs, targets = make_batch(rank, step, torch.float64)
+    loss_of(model(inputs), targets).backward()
+    return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None])
+
+
+def train(group: SimGroup, options: dict[str, Any], steps: int) -> Tensor:
+    """The parameters right after the last step: its round has begun, and is not applied."""
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, betas=BETAS, eps=EPS)
+    kept: list[Tensor] = []
+    if options.get("delay") == 0:
+        optimizer.register_step_post_hook(lambda *_: kept.append(flat(model)))  # before attach: before the round
+    attachment: Any = plain.attach(model, build("decentralized_adam", **options), optimizer, group)
+    for step in attachment.range(steps):
+        inputs, targets = make_batch(group.rank, step)
+        optimizer.zero_grad()
+        loss_of(model(inputs), targets).backward()
+        optimizer.step()
+    kept = kept or [flat(model)]
+    attachment.finish()
+    return kept[-1]
+
+
+@pytest.mark.parametrize(("topology", "slots"), TOPOLOGIES, ids=str)
+def test_update_is_the_published_one(topology: str, slots: dict[str, Any]) -> None:
+    trained = SimWorld[Tensor](4).run(lambda group: train(group, {"topology": topology, **slots}, 20))
+    expected = reference(4, topology, slots.get("slots", 1), 20)
+    torch.testing.assert_close(torch.stack(trained).double(), expected, rtol=0, atol=2e-5)
+    assert spread(trained) > 1e-3  # replicas differ: this is no all-reduce
+
+
+def test_without_delay_the_gradient_is_taken_at_the_mixed_parameters() -> None:
+    trained = SimWorld[Tensor](4).run(lambda group: train(group, {"topology": "ring", "delay": 0}, 12))
+    expected = reference(4, "ring", 1, 12, is_mixed_first=True)
+    torch.testing.assert_close(torch.stack(trained).double(), expected, rtol=0, atol=2e-5)
+
+
+def test_adaptive_factor_mixes_with_the_identity() -> None:
+    trained = SimWorld[Tensor](4).run(lambda group: train(group, {"topology": "complete", "adaptive_factor": 0.3}, 12))
+    torch.testing.assert_close(torch.stack(trained).double(), reference(4, "complete", 1, 12, a=0.3), rtol=0, atol=2e-5)
+
+
+def still(group: SimGroup, options: dict[str, Any], rounds: int) -> tuple[Tensor, Tensor]:
+    """Replicas that differ and do not learn: (before, after) so many rounds."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    attachment: Any = plain.attach(model, build("decentralized_adam", **options), optimizer, group)
+    attachment.join()
+    generator = torch.Generator().manual_seed(group.rank)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator)
+        p.grad = torch.zeros_like(p)
+    before = flat(model)
+    for _ in attachment.range(rounds):
+        optimizer.step()
+    attachment.finish()
+    return before, flat(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "rounds"),
+    [
+        ({"topology": "one_peer_exp"}, 3),
+        ({"topology": "one_peer_exp", "delay": 0, "every": 2}, 6),
+        ({"topology": "alternating_exp_ring", "slots": 2}, 4),
+        ({"topology": "complete"}, 1),
+    ],
+    ids=str,
+)
+def test_eight_ranks_that_do_not_learn_reach_consensus_exactly(options: dict[str, Any], rounds: int) -> None:
+    results = SimWorld[tuple[Tensor, Tensor]](8).run(lambda group: still(group, options, rounds))
+    mean = torch.stack([before for before, _ in results]).double().mean(0)
+    for _, after in results:
+        torch.testing.assert_close(after.double(), mean, rtol=0, atol=1e-6)
+    assert spread([before for before, _ in results]) > 0.5
+
+
+def test_members_of_an_edge_get_the_same_bits() -> None:
+    results = SimWorld[tuple[Tensor, Tensor]](5).run(lambda group: still(group, {"topology": "complete"}, 1))
+    assert all(torch.equal(after, results[0][1]) for _, after in results)
+
+
+@pytest.mark.parametrize("topology", ["complete", "ring"])
+def test_others_train_on_when_a_member_dies(topology: str) -> None:
+    options = {"topology": topology, "timeout_s": 2.0}
+    _, diaries = run_world(4, "decentralized_adam", options, 40, faults=[{"at_step": 10, "kill": 2}], step_s=0.1)
+    for rank in (0, 1, 3):
+        assert diaries[rank].attached.steps == 40
+        late = [report for report in diaries[rank].reports if report.step > 30]
+        assert all(2 not in report.members for report in late)
+        assert any(len(report.members) > 1 for report in late)
+        assert sum(report.exchange_s for report in late) < 0.5  # who is known to be down is not waited for
+    assert spread([diaries[rank].attached.flat() for rank in (0, 1, 3)]) < 0.1
+
+
+def test_the_share_of_a_missing_member_stays_with_oneself() -> None:
+    def one_round(group: SimGroup) -> tuple[Tensor, Tensor, bool] | None:
+        if group.rank == 3:
+            return None
+        method: Any = build("decentralized_adam", topology="complete", timeout_s=1.0)
+        method.bind([("x", torch.zeros(50))], group.peers)
+        x = torch.randn(50, generator=torch.Generator().manual_seed(group.rank))
+        round = method.round_after(1)
+        exchanged = method.exchange(x, round)
+        assert exchanged.members == (0, 1, 2)
+        return x, method.apply(x, round, exchanged), exchanged.is_missed
+
+    results: Any = SimWorld[Any](4).run(one_round)[:3]
+    x = torch.stack([one for one, _, _ in results]).double()
+    for rank, (own, new, is_missed) in enumerate(results):
+        others = x.sum(0) - x[rank]
+        torch.testing.assert_close(new.double(), own.double() / 2 + others / 4, rtol=1e-6, atol=1e-6)
+        assert is_missed
+
+
+@pytest.mark.parametrize(("sent", "is_used"), [(3, False), (4, True), (5, True)])
+def test_a_message_of_a_later_round_is_used_and_of_an_earlier_one_is_not(sent: int, is_used: bool) -> None:
+    def one_round(group: SimGroup) -> tuple[int, ...] | None:
+        method: Any = build("decentralized_adam", timeout_s=1.0)
+        method.bind([("x", torch.zeros(5))], group.peers)
+        if group.rank == 1:
+            group.peers.send(0, method.name, sent, Payload.of(torch.ones(5)))
+            return None
+        group.peers.sleep(0.5)
+        members: tuple[int, ...] = method.exchange(torch.zeros(5), method.round_after(5)).members  # round 4
+        return members
+
+    assert SimWorld[Any](2).run(one_round)[0] == ((0, 1) if is_used else (0,))
+
+
+@pytest.mark.parametrize("bad", [[float("nan")] * 5, [1.0] * 4])
+def test_a_message_that_is_spoilt_is_left_out(bad: list[float]) -> None:
+    def one_round(group: SimGroup) -> tuple[int, ...] | None:
+        method: Any = build("decentralized_adam", timeout_s=1.0)
+        method.bind([("x", torch.zeros(5))], group.peers)
+        if group.rank == 1:
+            group.peers.send(0, method.name, 0, Payload.of(torch.tensor(bad)))
+            return None
+        exchanged = method.exchange(torch.zeros(5), method.round_after(1))
+        assert method.apply(torch.zeros(5), method.round_after(1), exchanged).eq(0).all()
+        members: tuple[int, ...] = exchanged.members
+        return members
+
+    assert SimWorld[Any](2).run(one_round)[0] == (0,)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "wanted"),
+    [
+        ({"topology": "one_peer_exp"}, 4, 4.0),
+        ({"topology": "ring"}, 6, 4.0),
+        ({"topology": "ring"}, 5, 4.0 * 4 / 5),
+        ({"topology": "complete"}, 5, 16.0),
+        ({"topology": "alternating_exp_ring", "slots": 2}, 4, 8.0),  # 4 within a node and 12 over two, in turn
+        ({"topology": "ring", "every": 4}, 4, 1.0),
+        ({"topology": "ring", "message": "int8"}, 4, 1 + 4 / 256),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_step(options: dict[str, Any], ranks: int, wanted: float) -> None:
+    every, elements = options.get("every", 1), 2**16
+
+    def steps(group: SimGroup) -> float:
+        method: Any = build("decentralized_adam", **options)
+        method.bind([("x", torch.zeros(elements))], group.peers)
+        x = torch.randn(elements, generator=torch.Generator().manual_seed(group.rank))
+        for step in range(20 * every):
+            round = method.round_after(step + 1)
+            if round is not None:
+                x = method.apply(x, round, method.exchange(x, round))
+        assert method.bytes_per_parameter(ranks) == pytest.approx(wanted, rel=1e-3)
+        sent: float = group.traffic.payload_bytes / elements / 20 / every
+        return sent
+
+    assert sum(SimWorld[float](ranks).run(steps)) / ranks == pytest.approx(wanted, rel=1e-2)
+
+
+def test_max_norm_clips_the_local_gradient_by_one_norm() -> None:
+    clipped, by_hand = make_model(), make_model()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (clipped, by_hand)]
+    attachment: Any = plain.attach(clipped, build("decentralized_adam", max_norm=0.1), optimizers[0])
+    attachment.join()
+    for model, optimizer in zip((clipped, by_hand), optimizers, strict=True):
+        loss_of(model(make_batch(0, 0)[0]), make_batch(0, 0)[1]).backward()
+        if model is by_hand:
+            norm = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]).norm()
+            assert norm > 0.2
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad.mul_(0.1 / norm)
+        optimizer.step()
+    torch.testing.assert_close(flat(clipped), flat(by_hand), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("message", ["int8", "sign", {"compressor": "top_k", "density": 0.1}])
+def test_compressed_messages_pull_replicas_together_and_keep_their_mean(message: Any) -> None:
+    options = {"topology": "one_peer_exp", "message": message, "delay": 0}
+    before = SimWorld[tuple[Tensor, Tensor]](4).run(lambda group: still(group, options, 1))
+    after = SimWorld[tuple[Tensor, Tensor]](4).run(lambda group: still(group, options, 150))
+    start, end = torch.stack([x for x, _ in before]), torch.stack([x for _, x in after])
+    assert spread(list(end - start.mean(0) + 1)) < 0.2 * spread(list(start - start.mean(0) + 1))
+    torch.testing.assert_close(end.double().mean(0), start.double().mean(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"topology": "rin"}, "did you mean 'ring'"),
+        ({"topology": "ring", "slots": 2}, "slots: has no effect"),
+        ({"adaptive_factor": 0.0}, "adaptive_factor: 0.0"),
+        ({"max_norm": -1}, "max_norm: -1"),
+        ({"delay": 2}, "delay: 2"),
+        ({"message": {"compressor": "int8", "error_feedback": True}}, "error_feedback has no effect"),
+    ],
+)
+def test_a_bad_option_is_named(options: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        build("decentralized_adam", **options)
+
+
+def test_a_world_that_the_topology_cannot_serve_is_refused_at_attach() -> None:
+    with pytest.raises(ConfigError, match="one_peer_exp works with 2, 4, 8"):
+        run_world(6, "decentralized_adam", {}, 1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_it_trains_with_any_optimizer(kind: Any) -> None:
+    def run(group: SimGroup) -> tuple[float, float]:
+        model = make_model()
+        optimizer = kind(model.parameters(), lr=0.01)
+        attachment: Any = plain.attach(model, build("decentralized_adam"), optimizer, group)
+        losses = []
+        for step in attachment.range(40):
+            x, y = make_batch(group.rank, step % 2)
+            optimizer.zero_grad()
+            loss = loss_of(model(x), y)
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+        return sum(losses[:4]), sum(losses[-4:])
+
+    assert all(last < 0.9 * first for first, last in SimWorld[tuple[float, float]](4).run(run))
