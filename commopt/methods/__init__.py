@@ -22,7 +22,7 @@ from commopt.methods.ef import EF
 from commopt.methods.ef21 import EF21
 from commopt.methods.ef_sign import EFSign
 from commopt.methods.fp16 import FP16
-from commopt.methods.local_sgd import LocalSGD
+from commopt.methods.local_sgd import SAVIC, LocalSGD
 from commopt.methods.loco import LoCo
 from commopt.methods.natural import NaturalMean
 from commopt.methods.noloco import NoLoCo
@@ -50,6 +50,7 @@ __all__ = [
     "OPTIMIZERS",
     "OUTER_METHODS",
     "QSGD",
+    "SAVIC",
     "Choco",
     "DeMo",
     "DecentralizedAdam",
@@ -116,6 +117,7 @@ OPTIMIZERS: Mapping[str, Any] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "accum_adam": AccumAdam,
+    "savic": SAVIC,
     "sgd": torch.optim.SGD,
     "lion": Lion,
     "lamb": LAMB,

@@ -1,0 +1,139 @@
+"""Local SGD with adaptive inner steps: what becomes of the scale that ranks step by."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from rig import flat, loss_of, make_batch, make_model
+from torch import Tensor
+
+from commopt import build
+from commopt.errors import AttachError
+from commopt.groups import SimGroup, SimWorld
+from commopt.integrations import plain
+from commopt.methods import SAVIC, with_optimizer
+
+LR, BETAS, ALPHA, EVERY = 0.01, (0.8, 0.99), 1e-3, 4
+
+
+def reference(ranks: int, steps: int, weight_decay: float) -> Tensor:
+    """(ranks, P) f64 after so many steps of Adam whose scale D is that of the last average (after arXiv:2406.00846).
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  x <- (1 - lr wd) x - lr m^ / max(D, alpha);  at an average D <- sqrt(v^)
+    """
+    (b1, b2), models = BETAS, [make_model(torch.float64) for _ in range(ranks)]
+    x = torch.stack([flat(model) for model in models])
+    m, v, scale = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
+    for t in range(1, steps + 1):
+        g = torch.stack([gradient(models[i], x[i], i, t - 1) for i in range(ranks)])
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        if t <= EVERY:
+            scale = (v / (1 - b2**t)).sqrt()
+        x = (1 - LR * weight_decay) * x - LR * m / (1 - b1**t) / scale.clamp(min=ALPHA)
+        if t % EVERY == 0:
+            x, v = x.mean(0).repeat(ranks, 1), v.mean(0).repeat(ranks, 1)
+            scale = (v / (1 - b2**t)).sqrt()
+    return x
+
+
+def gradient(model: torch.nn.Module, x: Tensor, rank: int, step: int) -> Tensor:
+    torch.nn.utils.vector_to_parameters(x, model.parameters())
+    model.zero_grad()
+    inputs, targets = make_batch(rank, step, torch.float64)
+    loss_of(model(inputs), targets).backward()
+    return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None])
+
+
+def train(group: SimGroup, steps: int, weight_decay: float = 0.0, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    """The parameters at the end, and the scale after each step."""
+    model = make_model()
+    optimizer = SAVIC(model.parameters(), lr=LR, betas=BETAS, alpha=ALPHA, weight_decay=weight_decay)
+    method = build("local_sgd", every=EVERY, average_state=["exp_avg_sq"], **options)
+    attachment: Any = plain.attach(model, method, optimizer, group)
+    scales = []
+    for step in attachment.range(steps):
+        x, y = make_batch(group.rank, step)
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        scales.append(torch.cat([optimizer.state[p]["scale"].reshape(-1) for p in model.parameters()]))
+    attachment.finish()
+    return flat(model), scales
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_savic_steps_by_the_scale_of_the_last_average(weight_decay: float) -> None:
+    trained = SimWorld[Any](3).run(lambda group: train(group, 18, weight_decay))
+    expected = reference(3, 18, weight_decay)
+    torch.testing.assert_close(torch.stack([x for x, _ in trained]).double(), expected, rtol=0, atol=2e-5)
+
+
+def test_the_scale_is_the_same_on_all_ranks_and_changes_at_averages_only() -> None:
+    (_, first), (_, second) = SimWorld[Any](2).run(lambda group: train(group, 13))
+    assert all(not torch.equal(a, b) for a, b in zip(first[:EVERY], second[:EVERY], strict=True))  # before the first
+    assert all(torch.equal(a, b) for a, b in zip(first[EVERY:], second[EVERY:], strict=True))
+    for step in range(EVERY + 1, 13):
+        assert torch.equal(first[step], first[step - 1]) == (step % EVERY != 0)
+
+
+def test_savic_by_itself_is_adam() -> None:
+    savic, adam = make_model(), make_model()
+    optimizers = (
+        SAVIC(savic.parameters(), lr=LR, alpha=1e-12),
+        torch.optim.Adam(adam.parameters(), lr=LR, eps=1e-12),
+    )
+    for step in range(8):
+        for model, optimizer in zip((savic, adam), optimizers, strict=True):
+            x, y = make_batch(0, step)
+            optimizer.zero_grad()
+            loss_of(model(x), y).backward()
+            optimizer.step()
+    torch.testing.assert_close(flat(savic), flat(adam), rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_savic_keeps_its_scale() -> None:
+    def optimizer_of(model: torch.nn.Module) -> SAVIC:
+        return SAVIC(model.parameters(), lr=LR)
+
+    def step(model: torch.nn.Module, optimizer: SAVIC, number: int) -> None:
+        x, y = make_batch(0, number)
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+
+    model, resumed = make_model(), make_model()
+    optimizer, other = optimizer_of(model), optimizer_of(resumed)
+    for number in range(3):
+        step(model, optimizer, number)
+    optimizer.take_scale()
+    step(model, optimizer, 3)
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for number in (4, 5):
+        step(model, optimizer, number)
+        step(resumed, other, number)
+    assert torch.equal(flat(model), flat(resumed))
+
+
+def test_a_compressed_average_below_zero_is_no_nan() -> None:
+    trained = SimWorld[Any](2).run(lambda group: train(group, 20, message="2bit"))
+    assert all(bool(x.isfinite().all()) for x, _ in trained)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"average_state": ["exp_avg"]}, {"average_state": ["exp_avg_sq"], "delay": 1}],
+)
+def test_savic_without_an_averaged_scale_is_refused(options: dict[str, Any]) -> None:
+    model = make_model()
+    with pytest.raises(AttachError, match=r"write average_state: \[exp_avg_sq\]"):
+        plain.attach(model, build("local_sgd", **options), SAVIC(model.parameters()))
+
+
+def test_savic_is_known_to_configurations() -> None:
+    options = {"average_state": ["exp_avg_sq"]}
+    _, optimizer = with_optimizer("local_sgd", make_model(), options=options, optimizer={"name": "savic", "lr": 0.1})
+    assert isinstance(optimizer, SAVIC)
