@@ -50,6 +50,11 @@ def draw(data: Tensor, batch: int, context: int, generator: torch.Generator) -> 
     return windows[:, :-1], windows[:, 1:]
 
 
+def data_seed(seed: int, rank: int, step: int) -> int:
+    """What one rank draws in one step, wherever it starts; torch's generator looks at 32 bits only."""
+    return ((seed * 1000 + rank) * 1_000_003 + step) % 2**32
+
+
 class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -117,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     data = torch.Generator()
     is_measuring = False
     for step in steps:
-        data.manual_seed((args.seed * 1000 + rank) * 1_000_003 + step)  # the same data whatever the method; no step's twice
+        data.manual_seed(data_seed(args.seed, rank, step))  # the same data whatever the method; no step's twice
         steady = step >= 3 and method.is_steady  # DDP settles its buckets in the first steps
         if steady and not is_measuring:
             is_measuring = True
