@@ -16,7 +16,9 @@ from commopt.bucket import Blocks, ParameterIndex
 from commopt.compress import make_compressor
 from commopt.errors import ConfigError, check_flag
 from commopt.feedback import ErrorFeedback
-from commopt.wire import Payload
+from commopt.wire import Layout, Payload
+
+_HEADER: Layout = ((torch.int32, 1),)  # of ErrorFeedback's payloads: the first parameter that is not finite, or -1
 
 
 class Message:
@@ -70,13 +72,19 @@ class Message:
         """(elements of the part,) f32: what somebody packed; None where it is not finite, or not of this size."""
         n = part.stop - part.start
         if self.compressor is None:
-            x = payload.tensors[0]
-            return x if x.numel() == n and is_finite(x) else None
+            return (
+                payload.tensors[0]
+                if payload.layout == ((torch.float32, n),) and is_finite(payload.tensors[0])
+                else None
+            )
         blocks = self._blocks(part, sequence)
-        if int(payload.tensors[0]) >= 0:
+        if not self._fits(payload, blocks) or int(payload.tensors[0]) >= 0:
             return None
         out = torch.zeros(n)
-        self.compressor.decompress_(payload.tensors[1:], blocks, out)
+        try:
+            self.compressor.decompress_(payload.tensors[1:], blocks, out)
+        except ValueError:  # codes of no length known beforehand, from a rank with another model or other options
+            return None
         return out
 
     def take_back(self, x: Tensor, payload: Payload, part: slice, sequence: int) -> None:
@@ -90,6 +98,13 @@ class Message:
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold."""
         return {} if self.feedback is None else self.feedback.state("residual")
+
+    def _fits(self, payload: Payload, blocks: Blocks) -> bool:
+        """Whether a payload has the layout of these blocks' codes; of ragged ones, whether it has a header."""
+        assert self.compressor is not None
+        if self.compressor.is_ragged:
+            return len(payload.layout) > 1 and payload.layout[:1] == _HEADER
+        return payload.layout == _HEADER + self.compressor.layout(blocks)
 
     def _blocks(self, part: slice, sequence: int) -> Blocks:
         assert self.compressor is not None
