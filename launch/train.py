@@ -109,12 +109,12 @@ def main(args: argparse.Namespace) -> None:
         model: nn.Module = gpt
         attachment: Any = plain.attach(gpt, method, optimizer)
         first = attachment.join(schedule=schedule)  # 0, or where the others are if they train already
-        rank, world, steps = attachment.peers.rank, attachment.peers.size, attachment.range(args.steps)
+        rank, steps = attachment.peers.rank, attachment.range(args.steps)
     else:
         model = DistributedDataParallel(gpt, bucket_cap_mb=args.bucket_mb)
         overlap = not method.needs_all_buckets  # a global norm needs all gradients first
         attachment = ddp.attach(model, method, None if optimizer is method else optimizer, overlap=overlap)
-        first, rank, world, steps = 0, dist.get_rank(), dist.get_world_size(), range(args.steps)
+        first, rank, steps = 0, dist.get_rank(), range(args.steps)
 
     recorder = Recorder.from_environment()
     parameters = sum(p.numel() for p in gpt.parameters())

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from commopt.compress import COMPRESSORS, make_compressor
-from commopt.methods import METHODS, build, is_update_method
+from commopt.methods import METHODS, OUTER_METHODS, build, is_outer_method, is_update_method
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 RANKS = (4, 16, 64)
+EVERY: dict[str, type] = {**METHODS, **OUTER_METHODS}
 REQUIRED: dict[str, dict[str, Any]] = {"threshold": {"threshold": 0.01}}  # options that have no default
 STARTERS = {"sends": "Sends", "state": "State:", "use": "Use it", "avoid": "Not for"}
 
@@ -31,8 +32,10 @@ measures them. A float32 ring all-reduce, `dense`, is what DDP does without us.
 
 - **gradient** methods replace the mean of the gradients, and go with an optimizer of yours.
 - **update** methods are optimizers themselves: they exchange what their update is made of.
+- **outer** methods exchange parameters or deltas every `every` steps of an optimizer of yours, among machines that may leave and come
+  back: [outer.md](outer.md). Their bytes are per optimizer step too.
 
-What each does to the loss, measured on two tasks: [convergence.md](convergence.md).
+What each does to the loss: [convergence.md](convergence.md), and of the outer ones [outer-convergence.md](outer-convergence.md).
 
 """
 
@@ -109,14 +112,14 @@ def linked(text: str) -> str:
 
 def render() -> str:
     """The whole page."""
-    pages = {name: read_docstring(method) for name, method in METHODS.items()}
+    pages = {name: read_docstring(method) for name, method in EVERY.items()}
     lines = [
         HEAD,
         f"| method | family | {' | '.join(f'bytes, N = {n}' for n in RANKS)} | state |",
         "|---|---|--:|--:|--:|---|",
     ]
     for name, page in pages.items():
-        family = "update" if is_update_method(name) else "gradient"
+        family = "outer" if is_outer_method(name) else "update" if is_update_method(name) else "gradient"
         state = page.facts["state"].removeprefix("State:").strip().rstrip(".")
         short = re.split(r"[;:]|, in place of|, a half", state)[0]
         lines.append(f"| [`{name}`](#{name}) | {family} | {' | '.join(bytes_of(name))} | {short} |")
@@ -148,7 +151,7 @@ def render() -> str:
         lines += [linked(" ".join(page.source)), ""] if page.source else []
         lines += ["```text", *page.equations, "```", ""] if page.equations else []
         lines += [linked(" ".join(page.remarks)), ""] if page.remarks else []
-        lines += ["Options and defaults: " + ", ".join(f"`{option}`" for option in options_of(METHODS[name])), ""]
+        lines += ["Options and defaults: " + ", ".join(f"`{option}`" for option in options_of(EVERY[name])), ""]
         lines += [
             f"- {linked(re.sub(r'^([^:]+):', lambda m: marked(m[1]), option, count=1))}" for option in page.options
         ]

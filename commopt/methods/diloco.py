@@ -46,9 +46,11 @@ class DiLoCo(OuterLoop):
     Use it where hundreds of steps fit between two exchanges, and all machines are about equally fast.
     Not for a machine that is often late: all others wait for it, up to half of timeout_s, in every second round and then in every ninth.
 
-    outer: nesterov, sgd, adagrad, adam or yogi (the last three of arXiv:2003.00295), or {name: adam, lr: 0.01, ...} with its options.
-    lr, momentum: of nesterov and sgd; 0.7 and 0.9 if None (no momentum with sgd). fragments: parts of about equal size, cut
-    between parameters. participation: the share of ranks, drawn by every rank from (seed, round), that takes part in a round.
+    outer: nesterov, sgd, adagrad, adam or yogi (the last three of arXiv:2003.00295), or its name and options, as in
+    {name: adam, lr: 0.01}.
+    lr, momentum: of nesterov and sgd; 0.7 and 0.9 if None (no momentum with sgd).
+    fragments: parts of about equal size, cut between parameters.
+    participation: the share of ranks, drawn by every rank from (seed, round), that takes part in a round.
     """
 
     name = "diloco"

@@ -31,11 +31,13 @@ class NoLoCo(OuterLoop):
     Use it where machines are far apart, differ in speed, or come and go: nobody waits for more than its partner.
     Not for links that carry a compressed exchange of every step: the replicas differ, and end as an ensemble unless averaged.
 
-    lr, momentum: of the outer step. gamma: the pull of the slow weights towards each other; lr if None. group_size: ranks that
-    average together; a group that a dead rank is missing from goes on without it. two_tensors: send the slow weights apart from the
-    deltas even where gamma = lr (right after the last round, so that only the deltas are late). slow_share: with a compressed
-    message, which deltas can be put into but slow weights cannot, so much of the slow weights travels beside it, uncompressed,
-    another part each round.
+    lr, momentum: of the outer step.
+    gamma: the pull of the slow weights towards each other; lr if None.
+    group_size: ranks that average together; a group that a dead rank is missing from goes on without it.
+    two_tensors: send the slow weights apart from the deltas even where gamma = lr, right after the last round, so that only the
+    deltas are late.
+    slow_share: with a compressed message, which suits deltas but not slow weights, so much of the slow weights travels beside it,
+    uncompressed, another part each round.
     """
 
     name = "noloco"
