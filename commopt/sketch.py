@@ -71,6 +71,7 @@ def spread_of(sketches: list[Tensor]) -> float | None:
         return None
     stacked = torch.stack(sketches).double()
     mean = stacked.mean(0)
-    size = float(mean.norm())
-    spread = float((stacked - mean).square().sum(1).mean().sqrt()) / size if size > 0 else 0.0
-    return spread if math.isfinite(spread) else None
+    size, apart = float(mean.norm()), float((stacked - mean).square().sum(1).mean().sqrt())
+    if not math.isfinite(size) or not math.isfinite(apart):
+        return None
+    return apart / size if size > 0 else 0.0
