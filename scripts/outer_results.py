@@ -169,13 +169,13 @@ def before_rounds(spreads: Sequence[tuple[int, float | None]], task: Task) -> li
 
 
 def estimated(results: Results) -> list[str]:
-    """How far the estimate of the spread that a training reports is from the true one a step before the same round."""
+    """How far the last estimate of the spread that a training reports, mostly of the last round but one, is from the true one."""
     ratios = []
-    for row in (row for row in results.rows if row.entry.period is not None):
+    for row in (row for row in results.rows if row.entry.label == "noloco"):
         for result in row.results.values():
             before = before_rounds(result["spreads"], results.task)
-            if result["spread_estimate"] is not None and before and before[-1][1] > 0:
-                ratios.append(result["spread_estimate"] / before[-1][1])
+            if result["spread_estimate"] is not None and len(before) > 1 and before[-2][1] > 0:
+                ratios.append(result["spread_estimate"] / before[-2][1])
     if len(ratios) < 2:
         return []
     said = f"{statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})"

@@ -70,7 +70,7 @@ class Shelf:
                 "losses": [value] * cell.ranks,
                 "averaged_loss": value,
                 "curve": [(80, value, value), (800, value, value)],
-                "spreads": [(779, 0.02), (780, 0.01), (799, 0.04), (800, 0.02)],
+                "spreads": [(779, 0.04), (780, 0.01), (799, 0.04), (800, 0.02)],
                 "spread_estimate": 0.03,
                 "bytes": 0.2,
                 "missed": 0,
