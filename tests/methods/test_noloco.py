@@ -144,8 +144,8 @@ def apart_after(rounds: int, **options: Any) -> float:
 
 @pytest.mark.parametrize("message", ["int8", "sign", {"compressor": "top_k", "density": 0.1}], ids=str)
 def test_compressed_replicas_stay_together(message: Any) -> None:
-    assert apart_after(60, message=message, slow_share=1.0) < 2 * apart_after(60)
-    assert apart_after(160, message=message) < 1.5 * apart_after(60, message=message)
+    assert apart_after(40, message=message, slow_share=1.0) < 2 * apart_after(40)
+    assert apart_after(100, message=message) < 1.5 * apart_after(40, message=message)
 
 
 @pytest.mark.parametrize("compressor", ["int8", "4bit", {"compressor": "top_k", "density": 0.2}], ids=str)

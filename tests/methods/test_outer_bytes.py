@@ -160,7 +160,7 @@ def over_tcp(ranks: int, name: str, options: dict[str, Any]) -> list[tuple[Traff
         (2, "noloco", {}, 4 / EVERY),
         (2, "noloco", {"message": "int8"}, (CODES["int8"] + 6 / 5 * 4 / 8) / EVERY),
         (4, "diloco", {}, sent_in_a_ring(4)),
-        (4, "diloco", {"message": "sign"}, 2 * 3 / 4 * CODES["sign"] / EVERY),
+        (4, "diloco", {"message": "4bit"}, 2 * 3 / 4 * CODES["4bit"] / EVERY),
     ],
     ids=str,
 )
