@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from commopt.aggregate import is_finite
 from commopt.errors import GroupError
 from commopt.groups.peers import PeerGroup, Progress, call_roll
 from commopt.wire import Payload
@@ -90,6 +91,8 @@ class Members:
         """Send this rank's state to those who asked for it; a copy is made now, and travels beside the training."""
         training = self._training
         for peer, letter in self._peers.drain("ask"):
+            if not is_finite(training.flat()):
+                continue  # it has nothing to give, and will soon ask itself
             stateful = {key: value.state_dict() for key, value in self.stateful.items()}
             groups = [{k: x for k, x in group.items() if k != "params"} for group in training.optimizer.param_groups]
             stored: dict[str, Any] = {"steps": training.steps, "stateful": stateful, "groups": groups}

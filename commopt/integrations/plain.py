@@ -117,8 +117,8 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     group: Group | Peers | None = None,
     *,
-    bucket_bytes: int = 25 << 20,
-    find_unused_parameters: bool = True,
+    bucket_bytes: int | None = None,
+    find_unused_parameters: bool | None = None,
 ) -> PlainAttachment | OuterAttachment:
     """Average gradients of an unwrapped model at `optimizer.step()`, by any method and over any group.
 
@@ -132,6 +132,11 @@ def attach(
     Raises AttachError if method, model and optimizer do not fit together.
     """
     if isinstance(method, OuterLoop):
+        for option, value in (("bucket_bytes", bucket_bytes), ("find_unused_parameters", find_unused_parameters)):
+            if value is not None:
+                raise AttachError(
+                    f"{option}: {method.name} exchanges no gradients, so that it has no effect; leave it out"
+                )
         return attach_outer(model, method, optimizer, group)
     if isinstance(group, Peers):
         raise AttachError(
@@ -145,6 +150,8 @@ def attach(
         raise AttachError(
             "GradScaler decides on each rank alone before a plain exchange; use integrations.ddp with grad_scaler"
         )
+    bucket_bytes = 25 << 20 if bucket_bytes is None else bucket_bytes
     if bucket_bytes < 1:
         raise AttachError(f"bucket_bytes: {bucket_bytes!r} is out of range; write a number of bytes above 0")
-    return PlainAttachment(model, method, optimizer, group, bucket_bytes, find_unused_parameters)
+    finds_unused = True if find_unused_parameters is None else find_unused_parameters
+    return PlainAttachment(model, method, optimizer, group, bucket_bytes, finds_unused)

@@ -69,6 +69,11 @@ def give_peers_to_a_gradient_method() -> None:
     plain.attach(model, build("dense"), sgd(model), peers)  # type: ignore[call-overload]
 
 
+def cut_buckets_for_an_outer_method() -> None:
+    model = make_model()
+    plain.attach(model, build("noloco"), sgd(model), bucket_bytes=1000)  # type: ignore[call-overload]
+
+
 def average_state_that_is_not_there() -> None:
     def train(group: SimGroup) -> None:
         model = make_model()
@@ -91,6 +96,7 @@ REFUSED: list[tuple[Callable[[], None], str]] = [
     (attach_one_method_to_two_models, "this noloco was attached to a model before; build another one"),
     (step_without_joining, r"local_sgd: call attachment.join\(\) before the first step, or loop over attachment.range"),
     (give_peers_to_a_gradient_method, "dense exchanges in every step, .* only outer methods take peers"),
+    (cut_buckets_for_an_outer_method, "bucket_bytes: noloco exchanges no gradients, so that it has no effect"),
     (average_state_that_is_not_there, "average_state: SGD has no 'exp_avg' for each parameter; it has momentum_buffer"),
 ]
 
