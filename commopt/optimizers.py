@@ -13,7 +13,9 @@ from torch import Tensor
 from commopt.errors import check_flag, check_option
 
 
-class _Parent(torch.optim.Optimizer):
+class Parent(torch.optim.Optimizer):
+    """What these optimizers share: a step over all parameters that have a gradient."""
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -36,7 +38,7 @@ class _Parent(torch.optim.Optimizer):
         """Move one parameter."""
 
 
-class Lion(_Parent):
+class Lion(Parent):
     """Chen et al. 2023, arXiv:2302.06675: x <- x - lr (sign(b1 m + (1 - b1) g) + weight_decay x);  m <- b2 m + (1 - b2) g.
 
     sign(0) is 0, as in the paper. State: m.
@@ -49,7 +51,7 @@ class Lion(_Parent):
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
-        _check(lr, betas, weight_decay)
+        check_adam(lr, betas, weight_decay)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     def _update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -61,7 +63,7 @@ class Lion(_Parent):
         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
 
 
-class LAMB(_Parent):
+class LAMB(Parent):
     """You et al. 2019, arXiv:1904.00962: Adam whose step is scaled, per tensor, to the norm of its weights.
 
         d = m / (sqrt(v) + eps) + weight_decay x;  x <- x - lr clamp(||x|| / ||d||, min_coeff, max_coeff) d
@@ -79,7 +81,7 @@ class LAMB(_Parent):
         max_coeff: float = 10.0,
         bias_correction: bool = False,
     ) -> None:
-        _check(lr, betas, weight_decay)
+        check_adam(lr, betas, weight_decay)
         check_option("eps", eps, lambda x: x > 0, "a number above 0")
         check_option(
             "min_coeff", min_coeff, lambda x: 0 <= x <= max_coeff, f"a number from 0 to max_coeff, {max_coeff}"
@@ -101,7 +103,7 @@ class LAMB(_Parent):
         p.add_(direction, alpha=-group["lr"] * trust_ratio(p, direction, group["min_coeff"], group["max_coeff"]))
 
 
-class AccumAdam(_Parent):
+class AccumAdam(Parent):
     """Adam whose moments take in the mean gradient of `accum_iter` steps at once, while every step still moves by its own gradient.
 
         A <- A + g / s;  m' = b1 m + (1 - b1) g;  v' = b2 v + (1 - b2) g^2;  k = ceil(t / s)
@@ -122,7 +124,7 @@ class AccumAdam(_Parent):
         accum_iter: int = 4,
         decay_1d: bool = False,
     ) -> None:
-        _check(lr, betas, weight_decay)
+        check_adam(lr, betas, weight_decay)
         check_option("eps", eps, lambda x: x > 0, "a number above 0")
         check_option("accum_iter", accum_iter, lambda s: isinstance(s, int) and s >= 1, "a whole number from 1")
         check_flag("decay_1d", decay_1d)
@@ -153,7 +155,7 @@ def trust_ratio(x: Tensor, direction: Tensor, min_coeff: float, max_coeff: float
     return min(max(weight / step, min_coeff), max_coeff) if weight > 0 and step > 0 else 1.0
 
 
-def _check(lr: float, betas: Sequence[float], weight_decay: float) -> None:
+def check_adam(lr: float, betas: Sequence[float], weight_decay: float) -> None:
     check_option("lr", lr, lambda x: x >= 0, "a number of at least 0")
     wanted = "two numbers in [0, 1), as in [0.9, 0.99]"
     check_option("betas", betas, lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), wanted)

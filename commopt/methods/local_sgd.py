@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commopt.errors import AttachError, check_option
 from commopt.methods.diloco import DiLoCo
-from commopt.optimizers import _check, _Parent
+from commopt.optimizers import Parent, check_adam
 from commopt.outer import Exchanged, Round
 
 
@@ -90,7 +90,7 @@ class LocalSGD(DiLoCo):
         return super().bytes_per_parameter(ranks) * (1 + len(self.averaged_state))
 
 
-class SAVIC(_Parent):
+class SAVIC(Parent):
     """Adam whose local steps have the same scale on all ranks: that of the last average.
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  x <- x - lr (m / (1 - b1^t)) / max(D, alpha)
@@ -110,7 +110,7 @@ class SAVIC(_Parent):
         alpha: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        _check(lr, betas, weight_decay)
+        check_adam(lr, betas, weight_decay)
         check_option("alpha", alpha, lambda x: x > 0, "a number above 0")
         super().__init__(
             params,

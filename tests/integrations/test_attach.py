@@ -215,7 +215,7 @@ def test_ddp_refuses_what_does_not_fit(pool: Pool, what: str, said: str) -> None
     ("name", "options", "said"),
     [
         ("onebit_adm", {}, r"unknown method 'onebit_adm'; did you mean 'onebit_adam'\?"),
-        ("xyz", {}, r"unknown method 'xyz'; known: demo, dense, dgc, .*onebit_adam"),
+        ("xyz", {}, r"unknown method 'xyz'; known: choco, decentralized_adam, demo, dense, dgc, .*onebit_adam"),
         ("ef_sign", {"block_sise": 64}, r"method ef_sign: unknown option 'block_sise'; did you mean 'block_size'\?"),
         ("dense", {"scale": "l1"}, r"method dense: unknown option 'scale'"),
         ("ef_sign", {"scale": "linf"}, r"scale: 'linf' .*write 'l1'"),
