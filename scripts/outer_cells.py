@@ -51,6 +51,7 @@ class Entry:
     """A method with its options. period: its `every` in units of the task's, or the method's own; overlap: `delay` as a share of it.
 
     ranks: numbers of replicas that it is trained with. family: what its rate is chosen with. words: for the tables.
+    seeds: with how many of those of its number of replicas it is trained, where it is beside the comparison.
     """
 
     label: str
@@ -61,10 +62,11 @@ class Entry:
     period: float | None = 1.0
     overlap: float = 0.0
     family: str = "outer"
+    seeds: int = 1
 
     @property
     def is_extra(self) -> bool:
-        """Whether it is a look beside the comparison: one seed only."""
+        """Whether it is a look beside the comparison."""
         return self.ranks != ALL
 
     def options_of(self, task: Task) -> dict[str, Any]:
@@ -84,12 +86,20 @@ ENTRIES = (
     Entry("diloco", "diloco", words="Nesterov, lr 0.7, momentum 0.9 (its paper's)", ranks=ALL),
     Entry("diloco_heavy", "diloco", HEAVY, "heavy ball, lr 0.7, momentum 0.3 (NoLoCo's paper's)", ALL),
     Entry("noloco", "noloco", words="pairs, lr 0.7, momentum 0.5 (its paper's)", ranks=ALL),
-    Entry("noloco_int8", "noloco", {"message": "int8"}, "messages of 8 bits"),
-    Entry("noloco_4bit", "noloco", {"message": "4bit"}, "messages of 4 bits"),
-    Entry("noloco_delay", "noloco", words="results come half a round late", overlap=0.5),
-    Entry("noloco_m0.3", "noloco", {"momentum": 0.3}, "momentum 0.3"),
-    Entry("noloco_m0", "noloco", {"momentum": 0.0}, "no momentum"),
+    Entry("alone", "local_sgd", words="each replica by itself, no averaging", period=1000.0),
+    Entry("noloco_m0.3", "noloco", {"momentum": 0.3}, "momentum 0.3, as diloco_heavy", ranks=(4, 16), seeds=3),
+    Entry("noloco_m0", "noloco", {"momentum": 0.0}, "no momentum", seeds=3),
     Entry("noloco_lr1", "noloco", {"lr": 1.0}, "lr 1"),
+    Entry("noloco_int8", "noloco", {"message": "int8"}, "messages of 8 bits", seeds=3),
+    Entry("noloco_4bit", "noloco", {"message": "4bit"}, "messages of 4 bits", seeds=3),
+    Entry(
+        "noloco_int8_slow",
+        "noloco",
+        {"message": "int8", "slow_share": 0.5},
+        "messages of 8 bits, and half of the slow weights",
+        seeds=3,
+    ),
+    Entry("noloco_delay", "noloco", words="results come half a round late", overlap=0.5, seeds=3),
     Entry("diloco_rare", "diloco", HEAVY, "diloco_heavy with half as many rounds (as in NoLoCo's paper)", period=2.0),
     Entry("decentralized_adam", "decentralized_adam", words="with one peer in every step, one step late", period=None),
     Entry("choco", "choco", words="in a ring in every step, messages of 4 bits", period=None),
@@ -224,7 +234,7 @@ class Protocol:
         return len(rates) > 1 and self.best_rate(family, find) in (rates[0], rates[-1])
 
     def seeds_of(self, entry: Entry, ranks: int) -> tuple[int, ...]:
-        return self.seeds[ranks][:1] if entry.is_extra else self.seeds[ranks]
+        return self.seeds[ranks][: entry.seeds if entry.is_extra else None]
 
     def wanted(self, entries: Collection[Entry], find: Find) -> Iterator[Cell]:
         """The cells to train, in order; more may follow from their results."""

@@ -266,7 +266,7 @@ def beside(results: Results) -> Sheet:
         if row.entry.is_extra
     ]
     headings = ("replicas", "method", "what it is", "loss", "over noloco %", *COLUMNS)
-    return Sheet("Beside the comparison: one seed each", headings, rows)
+    return Sheet("Beside the comparison: the first seed, or all where a deviation is given", headings, rows)
 
 
 def chosen(results: Results) -> Sheet:
