@@ -108,7 +108,8 @@ ENTRIES = (
 )
 BY_LABEL = {entry.label: entry for entry in ENTRIES}
 JUDGES = {"dense": ("dense",), "outer": ("diloco", "diloco_heavy", "noloco")}  # whose mean loss chooses a family's rate
-REFERENCES = ("diloco", "diloco_heavy")  # what NoLoCo is held against
+COMPARED = ("noloco", "noloco_m0.3")  # what is held against DiLoCo; the first one has the target
+REFERENCES = ("diloco", "diloco_heavy")
 
 
 def why_not(entry: Entry) -> str | None:
