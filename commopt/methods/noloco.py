@@ -37,7 +37,7 @@ class NoLoCo(OuterLoop):
     two_tensors: send the slow weights apart from the deltas even where gamma = lr, right after the last round, so that only the
     deltas are late.
     slow_share: with a compressed message, which suits deltas but not slow weights, so much of the slow weights travels beside it,
-    uncompressed, another part each round.
+    uncompressed, another part each round. Less saves bytes, and leaves replicas further apart.
     """
 
     name = "noloco"
@@ -51,7 +51,7 @@ class NoLoCo(OuterLoop):
         gamma: float | None = None,
         group_size: int = 2,
         two_tensors: bool = False,
-        slow_share: float = 0.125,
+        slow_share: float = 0.25,
         delay: int = 0,
         timeout_s: float = 20.0,
         message: Any = None,

@@ -104,11 +104,11 @@ TOP_K = {"compressor": "top_k", "density": 0.05}
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("code", list(CODES))
-def test_compressed_pairs_send_codes_and_an_eighth_of_the_slow_weights(code: str, ranks: int) -> None:
+def test_compressed_pairs_send_codes_and_a_quarter_of_the_slow_weights(code: str, ranks: int) -> None:
     options = {"message": TOP_K if code == "top_k" else code}
     measured, method = mean_per_step(ranks, "noloco", options)
-    formula = (CODES[code] + 4 / 8) / EVERY
-    assert measured == pytest.approx((CODES[code] + (1 + 1 / ROUNDS) * 4 / 8) / EVERY, rel=0.02)
+    formula = (CODES[code] + 4 / 4) / EVERY
+    assert measured == pytest.approx((CODES[code] + (1 + 1 / ROUNDS) * 4 / 4) / EVERY, rel=0.02)
     assert method.bytes_per_parameter(ranks) == pytest.approx(formula, rel=0.02)
 
 
@@ -158,7 +158,7 @@ def over_tcp(ranks: int, name: str, options: dict[str, Any]) -> list[tuple[Traff
     ("ranks", "name", "options", "expected"),
     [
         (2, "noloco", {}, 4 / EVERY),
-        (2, "noloco", {"message": "int8"}, (CODES["int8"] + 6 / 5 * 4 / 8) / EVERY),
+        (2, "noloco", {"message": "int8"}, (CODES["int8"] + 6 / 5 * 4 / 4) / EVERY),
         (4, "diloco", {}, sent_in_a_ring(4)),
         (4, "diloco", {"message": "4bit"}, 2 * 3 / 4 * CODES["4bit"] / EVERY),
     ],
