@@ -188,7 +188,7 @@ def test_bytes_of_a_window_are_per_step_and_each_way(bench: ModuleType) -> None:
     step = {"kind": "step", "loss": 1.0, "seconds": 0.1, "wait_s": 0.0, "tokens": 1, "steady": True, "at_s": 0.0}
     counters = {"kind": "counters", "at_s": 0.0}
     lines: list[dict[str, Any]] = [
-        {"kind": "start", "node": "node0"},
+        {"kind": "start", "node": "node0", "at_s": 0.0},
         {**counters, "name": "begin", "traffic": {**traffic, "nic_rx_bytes": 50}, "nic_tx_bytes": 100},
         {**step, "step": 0},
         {**step, "step": 1},

@@ -98,7 +98,7 @@ def attach_float64(name: str) -> Callable[[], None]:
 
 def attach_something_else() -> None:
     model = make_model()
-    plain.attach(model, "dense", sgd(model))  # type: ignore[arg-type]
+    plain.attach(model, "dense", sgd(model))  # type: ignore[call-overload]
 
 
 def attach_with_no_bucket() -> None:
