@@ -97,6 +97,9 @@ class OuterLoop(ABC):
     def ready(self, number: int) -> None:
         """Called when this rank has what it starts or goes on with; `number` is that of its next round."""
 
+    def skipped_to(self, steps: int) -> None:
+        """Called when this rank has left out steps to go on with others that are ahead, with its own state."""
+
     def round_after(self, steps: int) -> Round | None:
         """The round that begins after so many optimizer steps, if any."""
         cycle, within = divmod(steps - 1, self.every)

@@ -287,6 +287,11 @@ def call_roll(
             return alone
         rows = letter.payload.tensors[0].view(-1, 1 + card.numel())
         cards = {int(row[0]): row[1:].clone() for row in rows}
+        for (
+            peer
+        ) in wanted:  # who cannot reach the convener has taken somebody else for it, and need not wait any longer
+            if peer not in (peers.rank, convener) and peer not in cards and peers.is_up(peer):
+                peers.send(peer, f"{channel} roll", sequence, letter.payload, expires_s=timeout_s)
         return Roll(tuple(cards), cards) if peers.rank in cards else alone
     cards = {peers.rank: card}
     for peer in wanted:

@@ -27,7 +27,7 @@ import torch
 
 from commopt.errors import ConfigError, GroupError
 from commopt.groups.base import Traffic
-from commopt.groups.peers import Letter, Mailbox, Peers, Progress
+from commopt.groups.peers import GROUP, KEPT, Letter, Mailbox, Peers, Progress
 from commopt.links import LinkModel
 from commopt.wire import Payload, layout_bytes
 
@@ -141,8 +141,15 @@ class TcpPeers(Peers):
 
     def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:
         layout = [[str(dtype).removeprefix("torch."), n] for dtype, n in payload.layout]
+        if not channel.startswith(GROUP) and self._is_clogged(peer):
+            return
         head = {**self._beat().head, "kind": "letter", "channel": channel, "sequence": sequence, "layout": layout}
         self._queue(peer, _Frame(head, payload.buffer.detach().cpu(), self.seconds + expires_s))
+
+    def _is_clogged(self, peer: int) -> bool:
+        """Whether more waits for this peer than it would keep when it comes: of what one sends to the dead, memory must not fill up."""
+        waiting = self._routes[peer].unsent
+        return waiting >= 4 * KEPT or (waiting >= KEPT and not self.is_up(peer))
 
     def receive(
         self, peer: int, channel: str, sequence: int, timeout_s: float, *, or_newer: bool = False
@@ -244,7 +251,7 @@ class TcpPeers(Peers):
             if route.socket is None:
                 route.socket = self._dial(route.address)
             if self._links is not None and frame.body is not None:
-                self._pace(self._links, peer, frame.body.numel())
+                self._pace(self._links, peer, route.socket, frame.body.numel())
             sent = _write(route.socket, frame)
         except OSError as error:
             if route.socket is not None:
@@ -256,15 +263,26 @@ class TcpPeers(Peers):
             self.traffic.record(frame.head.get("channel", frame.head["kind"]), {peer: float(sent)})
         return True
 
-    def _pace(self, links: LinkModel, peer: int, nbytes: int) -> None:
-        """Hold a message back for as long as the link would take: one after the other, and then its delay."""
+    def _pace(self, links: LinkModel, peer: int, to: socket.socket, nbytes: int) -> None:
+        """Hold a message back for as long as the link would take: one after the other, and then its delay; beats go on."""
         sent: list[dict[int, float]] = [{} for _ in range(self.size)]
         sent[self.rank] = {peer: 0.0}
         delay_s = links.seconds(sent)
         sent[self.rank] = {peer: float(nbytes)}
-        with self._link_is_busy:
-            time.sleep(max(0.0, links.seconds(sent) - delay_s))
-        time.sleep(delay_s)
+        while not self._link_is_busy.acquire(timeout=_BEAT_S):
+            _write(to, self._beat())
+        try:
+            self._sleep_and_beat(to, links.seconds(sent) - delay_s)
+        finally:
+            self._link_is_busy.release()
+        self._sleep_and_beat(to, delay_s)
+
+    def _sleep_and_beat(self, to: socket.socket, seconds: float) -> None:
+        end_s = self.seconds + seconds
+        while (left_s := end_s - self.seconds) > _BEAT_S:
+            time.sleep(_BEAT_S)
+            _write(to, self._beat())
+        time.sleep(max(0.0, left_s))
 
     def _dial(self, address: tuple[str, int]) -> socket.socket:
         dialled = socket.create_connection(address, timeout=_DIAL_S)
@@ -289,17 +307,28 @@ class TcpPeers(Peers):
         while not self._is_closed:
             try:
                 accepted, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True).start()
+            except (
+                OSError
+            ) as error:  # of one connection that broke at once, or too many of them: not the listener's end
+                self._note_refusal(error)
+                continue
+            try:
+                threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True).start()
+            except RuntimeError as error:
+                accepted.close()
+                self._note_refusal(error)
+
+    def _note_refusal(self, error: Exception) -> None:
+        if not self._is_closed:
+            _log.warning("rank %d could not accept a connection: %s", self.rank, error)
+            time.sleep(0.2)
 
     def _read(self, accepted: socket.socket) -> None:
-        accepted.settimeout(self.silence_s)  # the hello has to come in time; afterwards silence is no error
         peer: int | None = None
         with self._changed:
             self._incoming.add(accepted)
         try:
-            hello, _ = _read_frame(accepted)
+            hello, _ = _read_frame(accepted, deadline_s=self.seconds + self.silence_s)
             peer = self._checked_hello(hello)
             incarnation = hello.get("incarnation")
             if peer is None:
@@ -325,9 +354,10 @@ class TcpPeers(Peers):
             return None
         route = self._routes[peer]
         with self._changed:
-            if head["incarnation"] < route.incarnation:
+            if head["incarnation"] < route.incarnation and self.is_up(peer):  # late, of a process that was replaced
+                _log.warning("rank %d turned away an older start of rank %d than the one that is up", self.rank, peer)
                 return None
-            if head["incarnation"] > route.incarnation:
+            if head["incarnation"] != route.incarnation:  # lower where the machine's clock went back meanwhile
                 self._mailbox.forget(peer)
             route.incarnation = head["incarnation"]
             route.readers += 1
@@ -399,25 +429,31 @@ def _write(to: socket.socket, frame: _Frame) -> int:
     return _FRAME.size + len(head) + len(body)
 
 
-def _read_frame(source: socket.socket, route: _Route | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+def _read_frame(
+    source: socket.socket, route: _Route | None = None, deadline_s: float | None = None
+) -> tuple[dict[str, Any], torch.Tensor]:
     """One frame; a long body counts as being heard of while it comes in. Without `route`, of a peer still unknown: no body."""
-    magic, head_bytes, body_bytes = _FRAME.unpack(_exactly(source, _FRAME.size))
+    magic, head_bytes, body_bytes = _FRAME.unpack(_exactly(source, _FRAME.size, deadline_s))
     if magic != _MAGIC or head_bytes > _HEAD_LIMIT or (route is None and body_bytes):
         raise ValueError("this is no frame")
-    head = json.loads(bytes(_exactly(source, head_bytes)))
+    head = json.loads(bytes(_exactly(source, head_bytes, deadline_s)))
     body = torch.empty(body_bytes, dtype=torch.uint8)
     _fill(source, memoryview(cast(Any, body.numpy())), route)
     return head, body
 
 
-def _exactly(source: socket.socket, n: int) -> bytearray:
+def _exactly(source: socket.socket, n: int, deadline_s: float | None) -> bytearray:
     buffer = bytearray(n)
-    _fill(source, memoryview(buffer))
+    _fill(source, memoryview(buffer), deadline_s=deadline_s)
     return buffer
 
 
-def _fill(source: socket.socket, view: memoryview, route: _Route | None = None) -> None:
+def _fill(
+    source: socket.socket, view: memoryview, route: _Route | None = None, deadline_s: float | None = None
+) -> None:
     while len(view):
+        if deadline_s is not None:  # for all of it: one byte now and then keeps nobody's place
+            source.settimeout(max(0.01, deadline_s - time.monotonic()))
         n = source.recv_into(view)
         if n == 0:
             raise OSError("closed by the peer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,16 +38,16 @@ class Members:
     def join(self, wait_s: float) -> None:
         """Start with the others, or catch up with them where they train already; see `OuterAttachment.join`."""
         training, peers = self._training, self._peers
-        end_s = peers.seconds + wait_s
+        end_s, must_catch_up = peers.seconds + wait_s, peers.returns and training.steps == 0
         peers.announce(training.steps, is_training=False)
         while True:
             if any(self._trains(peer) for peer in peers.others) and self.catch_up(in_step=False):
                 return
             missing = [peer for peer in peers.others if not peers.is_up(peer)]
-            if (not missing and not peers.returns) or peers.seconds >= end_s:
+            if (not missing and not must_catch_up) or peers.seconds >= end_s:
                 break
             peers.sleep(0.05)
-        if peers.returns:
+        if must_catch_up:
             raise GroupError(
                 f"rank {peers.rank} came back, and found nobody who trains to catch up from; resume from a checkpoint"
             )
@@ -54,21 +55,21 @@ class Members:
             _log.warning("rank %d starts without %s, which did not come", peers.rank, _listed(missing))
         self._start_together(wait_s)
 
-    def catch_up(self, *, tensors: bool = True, in_step: bool = True) -> bool:
+    def catch_up(self, *, tensors: bool = True, in_step: bool = True, donors: Sequence[int] | None = None) -> bool:
         """Take over a live peer's place in the training; whether one answered. Without `tensors`, its step and schedule only.
 
         in_step: an optimizer step is just ending; the script's own schedule will step too before the next one begins.
+        donors: whom to ask, the most advanced first; all who train if None.
         """
         training, peers, begun_s = self._training, self._peers, self._peers.seconds
-        donors = [peer for peer in peers.others if self._trains(peer)]
-        for donor in sorted(donors, key=lambda peer: (-self._step_of(peer), peer)):
-            self._asked += 1
-            peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
-            letter = peers.receive(donor, "state", self._asked, max(60.0, 3 * training.method.timeout_s))
-            if letter is None:
+        asked = [peer for peer in peers.others if self._trains(peer)] if donors is None else list(donors)
+        for donor in sorted(asked, key=lambda peer: (-self._step_of(peer), peer)):
+            payload = self._ask(donor, tensors=tensors)
+            if payload is None:
                 continue
             before = training.steps
-            self._take_over(torch.load(io.BytesIO(letter.payload.buffer.numpy().tobytes()), weights_only=True))
+            stored = torch.load(io.BytesIO(payload.buffer.numpy().tobytes()), map_location="cpu", weights_only=True)
+            self._take_over(stored)
             if not in_step:
                 self._settle()
             kind = "caught up" if tensors else "went on with the others"
@@ -76,8 +77,20 @@ class Members:
             fields = {"from": donor, "left_out": training.steps - before, "step": training.steps, "seconds": took_s}
             training.events.append((kind, fields))
             _log.info("rank %d %s at step %d, from rank %d", peers.rank, kind, training.steps, donor)
-            return True
-        return False
+            break
+        training.waited_s += peers.seconds - begun_s if in_step else 0.0
+        return bool(asked) and payload is not None
+
+    def _ask(self, donor: int, *, tensors: bool) -> Payload | None:
+        """A peer's state; None once it trains no more, or after a long while."""
+        peers, self._asked = self._peers, self._asked + 1
+        peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
+        end_s = peers.seconds + max(60.0, 3 * self._training.method.timeout_s)
+        while self._trains(donor) and peers.seconds < end_s:
+            letter = peers.receive(donor, "state", self._asked, 1.0)
+            if letter is not None:
+                return letter.payload
+        return None
 
     def before_step(self) -> None:
         """Bring the schedule into force that was taken over in the last step, and answer those who asked for this rank's state.
@@ -110,14 +123,25 @@ class Members:
             training.events.append(("helped to catch up", fields))
 
     def follow(self) -> bool:
-        """Leave out steps to go on with the others, where this rank fell far behind; whether it did."""
-        training = self._training
-        method = training.method
-        ahead = max((self._step_of(peer) for peer in self._peers.others if self._trains(peer)), default=0)
-        if ahead - training.steps < method.max_lag * method.every:
+        """Leave out steps to go on with the others, where this rank fell far behind; whether it did.
+
+        Where most are ahead and replicas share state, this rank takes it over. Where only some are, as after a partition in which they
+        were faster, it keeps its own, and theirs and its own are averaged in the next round.
+        """
+        training, method = self._training, self._training.method
+        limit = method.max_lag * method.every
+        active = [peer for peer in self._peers.others if self._trains(peer)]
+        ahead = [peer for peer in active if self._step_of(peer) - training.steps >= limit]
+        if not ahead:
             return False
         training.end_rounds()
-        return self.catch_up(tensors=method.follows_by_state)
+        takes_over = method.follows_by_state and 2 * len(ahead) > len(active)
+        if not self.catch_up(tensors=takes_over, donors=ahead):
+            return False
+        if not takes_over:
+            method.skipped_to(training.steps)
+        method.ready(training.steps // method.every * method.fragments)
+        return True
 
     def recover(self) -> None:
         """Take over what another replica has: this one holds a NaN or an inf, and must not spread it."""
@@ -168,8 +192,7 @@ class Members:
             roll = call_roll(peers, "start", 0, torch.tensor([training.steps]), wait_s)
             steps = [int(roll.cards[rank]) for rank in roll.members]
             if training.steps < max(steps):
-                while not self.catch_up(in_step=False):
-                    peers.sleep(0.1)
+                self._catch_up_at_start(max(steps), wait_s)
                 return
             if len(roll.members) > 1 and max(steps) == 0:
                 try:
@@ -178,6 +201,15 @@ class Members:
                     _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
         if training.steps == 0:
             training.method.begin(training.flat())
+
+    def _catch_up_at_start(self, step: int, wait_s: float) -> None:
+        peers, end_s = self._peers, self._peers.seconds + max(wait_s, 60.0)
+        while not self.catch_up(in_step=False):
+            if peers.seconds >= end_s:
+                raise GroupError(
+                    f"rank {peers.rank} resumes at step {self._training.steps}, others said {step}, and none of those trains"
+                )
+            peers.sleep(0.1)
 
     def _copy_from_first(self, group: PeerGroup) -> None:
         model = self._training.model

@@ -313,6 +313,9 @@ class OuterAttachment:
 
     def _average_once(self) -> None:
         timeout_s = self.method.timeout_s
+        if not is_finite(self.flat()):
+            self.events.append(("parameters not finite", {"step": self.steps}))
+            return
         try:
             roll = call_roll(self.peers, "final", 0, torch.tensor([self.steps]), timeout_s)
             if len(roll.members) > 1:

@@ -118,7 +118,7 @@ class DiLoCo(OuterLoop):
         group = PeerGroup(self.peers, roll.members, "diloco", round.number * _CALLS, left_s)
         try:
             shared = self._reconciled(roll, round.fragment, group)
-            mean = self._mean(own, round.fragment, roll.members, group)
+            mean = self._mean(own, round, roll.members, group)
         except GroupError:
             return alone
         if mean is None:
@@ -138,6 +138,12 @@ class DiLoCo(OuterLoop):
         parameter.grad = None
         self.version[round.fragment] = round.number + 1
         return self.slow[round.part]
+
+    def skipped_to(self, steps: int) -> None:
+        cycle, within = divmod(steps, self.every)
+        for fragment in range(self.fragments):
+            is_over = within >= (fragment + 1) * self.every // self.fragments
+            self.version[fragment] = (cycle if is_over else cycle - 1) * self.fragments + fragment + 1
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"slow": self.slow, "version": self.version}
@@ -198,12 +204,15 @@ class DiLoCo(OuterLoop):
             group.all_reduce(x)
         return {f"shared {key}": x for key, x in enumerate(agreed)}
 
-    def _mean(self, delta: Tensor, fragment: int, members: tuple[int, ...], group: PeerGroup) -> Tensor | None:
+    def _mean(self, delta: Tensor, round: Round, members: tuple[int, ...], group: PeerGroup) -> Tensor | None:
         """The mean of the members' deltas; None where one of them is not finite."""
-        if self._means.get(fragment, ((), None))[0] != members:
-            self._carry_over(fragment, members, group)
-        bucket = Bucket(delta.clone(), *self._layout(fragment))
-        self._means[fragment][1].exchange([bucket], group)
+        if self._means.get(round.fragment, ((), None))[0] != members:
+            self._carry_over(round.fragment, members, group)
+        bucket, mean = Bucket(delta.clone(), *self._layout(round.fragment)), self._means[round.fragment][1]
+        mean.exchanges.fill_(
+            round.number
+        )  # what random keys are drawn by: members may have met in other rounds than each other
+        mean.exchange([bucket], group)
         return bucket.flat if bucket.void is None else None
 
     def _carry_over(self, fragment: int, members: tuple[int, ...], group: PeerGroup) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from commopt.errors import AttachError, check_option
+from commopt.groups.peers import Peers
 from commopt.methods.diloco import DiLoCo
 from commopt.optimizers import Parent, check_adam
 from commopt.outer import Exchanged, Round
@@ -66,7 +67,10 @@ class LocalSGD(DiLoCo):
             wanted,
         )
         self.averaged_state = tuple(average_state)
-        self._has_averaged = False
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
+        super().bind(named_parameters, peers)
+        self.has_averaged = torch.zeros(1, dtype=torch.int64)  # since the last step
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         super().check_optimizer(optimizer)
@@ -78,13 +82,16 @@ class LocalSGD(DiLoCo):
             )
 
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
-        self._has_averaged = "delta" in exchanged.values
+        self.has_averaged.fill_(int("delta" in exchanged.values))
         return super().apply(x, round, exchanged)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._has_averaged and isinstance(optimizer, SAVIC):
+        if bool(self.has_averaged) and isinstance(optimizer, SAVIC):
             optimizer.take_scale()
-        self._has_averaged = False
+        self.has_averaged.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "has averaged": self.has_averaged}
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return super().bytes_per_parameter(ranks) * (1 + len(self.averaged_state))
