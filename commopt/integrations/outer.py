@@ -312,18 +312,21 @@ class OuterAttachment:
             self._pending.pop(0).wait()
 
     def _average_once(self) -> None:
-        timeout_s = self.method.timeout_s
-        if not is_finite(self.flat()):
+        timeout_s, flat = self.method.timeout_s, self.flat()
+        has_diverged = not is_finite(flat)
+        if has_diverged:
             self.events.append(("parameters not finite", {"step": self.steps}))
-            return
         try:
-            roll = call_roll(self.peers, "final", 0, torch.tensor([self.steps]), timeout_s)
-            if len(roll.members) > 1:
-                group = PeerGroup(self.peers, roll.members, "final", 0, timeout_s)
-                flat = self.flat()
+            card = torch.tensor([self.steps, int(has_diverged)])  # who diverged answers too: the others may wait for it
+            roll = call_roll(self.peers, "final", 0, card, timeout_s)
+            ranks = [rank for rank in roll.members if not roll.cards[rank][1]]
+            if has_diverged:
+                return
+            if len(ranks) > 1:
+                group = PeerGroup(self.peers, ranks, "final", 0, timeout_s)
                 group.all_reduce(flat)
                 self.set_flat(flat.div_(group.size))
-            self.events.append(("final average", {"ranks": list(roll.members), "step": self.steps}))
+            self.events.append(("final average", {"ranks": ranks, "step": self.steps}))
         except GroupError as error:
             _log.warning("rank %d ends without the final average: %s", self.peers.rank, error)
 
