@@ -15,6 +15,7 @@ from commopt import build, checkpoint
 from commopt.errors import CheckpointError
 from commopt.groups import SimGroup, SimWorld
 from commopt.integrations import plain
+from commopt.methods.local_sgd import SAVIC
 
 STEPS, SAVED_AT = 40, 20
 ONE_AT_A_TIME = threading.Lock()  # ranks are processes elsewhere; torch's checkpoints are not made for threads
@@ -32,10 +33,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def train(group: SimGroup, case: tuple[str, dict[str, Any]], folder: Path | None, resumes: bool) -> Tensor:
+def train(
+    group: SimGroup,
+    case: tuple[str, dict[str, Any]],
+    folder: Path | None,
+    resumes: bool,
+    optimizer_class: type[torch.optim.Adam] | type[SAVIC] = torch.optim.Adam,
+) -> Tensor:
     name, options = case
     model = make_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = optimizer_class(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 9, 0.7)
     attachment: Any = plain.attach(model, build(name, **options), optimizer, group)
     if resumes:
@@ -66,6 +73,16 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(case: tuple[str, di
     resumed = SimWorld[Tensor](3).run(lambda group: train(group, case, tmp_path / "saved", True))
     for rank in range(3):
         assert torch.equal(resumed[rank], uninterrupted[rank]), f"rank {rank}"
+
+
+def test_savic_takes_the_averaged_scale_where_a_checkpoint_lies_between_the_round_and_the_next_step(
+    tmp_path: Path,
+) -> None:
+    case: tuple[str, dict[str, Any]] = ("local_sgd", {"every": 5, "average_state": ["exp_avg_sq"]})
+    uninterrupted = SimWorld[Tensor](3).run(lambda group: train(group, case, None, False, SAVIC))
+    SimWorld[Tensor](3).run(lambda group: train(group, case, tmp_path / "saved", False, SAVIC))
+    resumed = SimWorld[Tensor](3).run(lambda group: train(group, case, tmp_path / "saved", True, SAVIC))
+    assert all(torch.equal(a, b) for a, b in zip(resumed, uninterrupted, strict=True))
 
 
 def test_a_rank_without_a_checkpoint_is_told_so(tmp_path: Path) -> None:
