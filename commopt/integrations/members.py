@@ -82,10 +82,11 @@ class Members:
         return bool(asked) and payload is not None
 
     def _ask(self, donor: int, *, tensors: bool) -> Payload | None:
-        """A peer's state; None once it trains no more, or after a long while."""
+        """A peer's state; None once it trains no more, or after a while: timeout_s for the few bytes of a step and a schedule."""
         peers, self._asked = self._peers, self._asked + 1
         peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
-        end_s = peers.seconds + max(60.0, 3 * self._training.method.timeout_s)
+        timeout_s = self._training.method.timeout_s
+        end_s = peers.seconds + (max(60.0, 3 * timeout_s) if tensors else timeout_s)
         while self._trains(donor) and peers.seconds < end_s:
             letter = peers.receive(donor, "state", self._asked, 1.0)
             if letter is not None:
