@@ -57,9 +57,6 @@ class OuterLoop(ABC):
     is_steady = True
     needs_all_buckets = False
     fragments = 1  # a round is about one of so many stretches of the parameters, in turn
-    follows_by_state = (
-        False  # whether a rank that fell behind needs the others' state to go on with them, or only their step
-    )
     max_lag = 3  # rounds that a rank may be behind before it leaves out steps to go on with the others
 
     def __init__(
@@ -98,7 +95,7 @@ class OuterLoop(ABC):
         """Called when this rank has what it starts or goes on with; `number` is that of its next round."""
 
     def skipped_to(self, steps: int) -> None:
-        """Called when this rank has left out steps to go on with others that are ahead, with its own state."""
+        """Called when this rank has left out steps to go on with a few that are ahead, and its own state counts as much as theirs."""
 
     def round_after(self, steps: int) -> Round | None:
         """The round that begins after so many optimizer steps, if any."""

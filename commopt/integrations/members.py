@@ -126,8 +126,8 @@ class Members:
     def follow(self) -> bool:
         """Leave out steps to go on with the others, where this rank fell far behind; whether it did.
 
-        Where most are ahead and replicas share state, this rank takes it over. Where only some are, as after a partition in which they
-        were faster, it keeps its own, and theirs and its own are averaged in the next round.
+        No parameters travel for it. Under DiLoCo this rank adopts what the others share in the next round, where most are ahead. Where
+        only some are, as after a partition in which they were faster, theirs and its own are averaged then.
         """
         training, method = self._training, self._training.method
         limit = method.max_lag * method.every
@@ -136,10 +136,9 @@ class Members:
         if not ahead:
             return False
         training.end_rounds()
-        takes_over = method.follows_by_state and 2 * len(ahead) > len(active)
-        if not self.catch_up(tensors=takes_over, donors=ahead):
+        if not self.catch_up(tensors=False, donors=ahead):
             return False
-        if not takes_over:
+        if 2 * len(ahead) <= len(active):
             method.skipped_to(training.steps)
         method.ready(training.steps // method.every * method.fragments)
         return True

@@ -55,7 +55,6 @@ class DiLoCo(OuterLoop):
 
     name = "diloco"
     positional: ClassVar[tuple[str, ...]] = ("outer",)
-    follows_by_state = True
 
     def __init__(
         self,
