@@ -283,13 +283,12 @@ def call_roll(
     if convener != peers.rank:
         peers.send(convener, f"{channel} card", sequence, Payload.of(card), expires_s=timeout_s)
         letter = peers.receive(convener, f"{channel} roll", sequence, timeout_s)
-        if letter is None:
+        if letter is None:  # take the card back: a convener that comes now must not count on this rank
+            peers.send(convener, f"{channel} card", sequence, Payload.of(card[:0]), expires_s=timeout_s)
             return alone
         rows = letter.payload.tensors[0].view(-1, 1 + card.numel())
         cards = {int(row[0]): row[1:].clone() for row in rows}
-        for (
-            peer
-        ) in wanted:  # who cannot reach the convener has taken somebody else for it, and need not wait any longer
+        for peer in wanted:  # who cannot reach the convener took somebody else for it, and need not wait any longer
             if peer not in (peers.rank, convener) and peer not in cards and peers.is_up(peer):
                 peers.send(peer, f"{channel} roll", sequence, letter.payload, expires_s=timeout_s)
         return Roll(tuple(cards), cards) if peers.rank in cards else alone

@@ -8,6 +8,7 @@ Frame: "!4sII" (magic, bytes of the head, bytes of the body); the head is JSON, 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import json
@@ -119,6 +120,7 @@ class TcpPeers(Peers):
         self._is_closed = False
         self._listener = listener or _listen(membership.addresses[self.rank])
         self._incoming: set[socket.socket] = set()
+        self._readers: set[threading.Thread] = set()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")
         self._links, self._link_is_busy = links, threading.Lock()
         self._threads = [threading.Thread(target=self._accept, name="commopt listener", daemon=True)]
@@ -128,6 +130,7 @@ class TcpPeers(Peers):
         ]
         for thread in self._threads:
             thread.start()
+        atexit.register(self._close_at_exit)
 
     @property
     def seconds(self) -> float:
@@ -191,11 +194,14 @@ class TcpPeers(Peers):
             return not any(_unacknowledged(route.socket) for route in self._routes.values() if route.socket)
 
     def close(self, linger_s: float = 5.0) -> None:
+        if self._is_closed:
+            return
+        atexit.unregister(self._close_at_exit)
         end_s = self.seconds + linger_s
         while self.seconds < end_s and any(r.unsent for peer, r in self._routes.items() if self.is_up(peer)):
             time.sleep(0.01)
         self._is_closed = True
-        self._background.shutdown(wait=False)
+        self._background.shutdown(wait=False, cancel_futures=True)
         for route in self._routes.values():
             route.waiting.put(None)
         for thread in self._threads[1:]:
@@ -205,11 +211,18 @@ class TcpPeers(Peers):
         self._listener.close()
         with self._changed:
             sockets = [*self._incoming, *(route.socket for route in self._routes.values() if route.socket)]
+            readers = [*self._readers]
             self._changed.notify_all()
         for one in sockets:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
+        for thread in (*readers, *self._threads):  # one that is in torch's code when the interpreter ends, aborts it
+            if thread is not threading.current_thread():
+                thread.join(2.0)
+
+    def _close_at_exit(self) -> None:
+        self.close(0.0)
 
     def _beat(self) -> _Frame:
         return _Frame({"kind": "beat", "step": self._own.step, "is_training": self._own.is_training})
@@ -313,8 +326,15 @@ class TcpPeers(Peers):
                 self._note_refusal(error)
                 continue
             try:
-                threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True).start()
+                reader = threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True)
+                with self._changed:
+                    self._incoming.add(accepted)
+                    self._readers.add(reader)
+                reader.start()
             except RuntimeError as error:
+                with self._changed:
+                    self._incoming.discard(accepted)
+                    self._readers.discard(reader)
                 accepted.close()
                 self._note_refusal(error)
 
@@ -325,8 +345,6 @@ class TcpPeers(Peers):
 
     def _read(self, accepted: socket.socket) -> None:
         peer: int | None = None
-        with self._changed:
-            self._incoming.add(accepted)
         try:
             hello, _ = _read_frame(accepted, deadline_s=self.seconds + self.silence_s)
             peer = self._checked_hello(hello)
@@ -343,6 +361,7 @@ class TcpPeers(Peers):
             accepted.close()
             with self._changed:
                 self._incoming.discard(accepted)
+                self._readers.discard(threading.current_thread())
                 if peer is not None:
                     self._routes[peer].readers -= 1
                 self._changed.notify_all()

@@ -38,13 +38,13 @@ class DiLoCo(OuterLoop):
     fragment of the parameters, in turn, and with `delay` it is sent while the next inner steps run. What these changed meanwhile is
     kept in full, where the paper mixes it half and half.
         Delta = mean over those present of (phi - theta_i);  phi <- OuterOpt(phi, Delta);  theta_i <- phi
-    The lowest rank that is up convenes each round: it waits for those that are up, at most half of timeout_s, and the round is
+    The lowest rank that is up convenes each round: it waits for those that are up, at most a quarter of timeout_s, and the round is
     theirs. A rank that hears nobody makes its outer step alone. Every member says which slow weights it has; where they differ, after
     a partition or a missed round, those of the latest round are averaged first (twice a round's bytes, once).
     Sends 8 (N-1)/N / every bytes a parameter and step; compressed, two_way's or (top_k and its like) a gather's share of it.
     State: slow weights 4, the outer optimizer's 4 or 8 (and residuals of 4 + 4/N with a compressed message).
     Use it where hundreds of steps fit between two exchanges, and all machines are about equally fast.
-    Not for a machine that is often late: all others wait for it, up to half of timeout_s, in every second round and then in every ninth.
+    Not for a machine that is often late: all others wait for it, up to a quarter of timeout_s, in every second round, then every ninth.
 
     outer: nesterov, sgd, adagrad, adam or yogi (the last three of arXiv:2003.00295), or its name and options, as in
     {name: adam, lr: 0.01}.
@@ -108,7 +108,9 @@ class DiLoCo(OuterLoop):
             return Exchanged((me,))
         start_s, part = self.peers.seconds, round.part
         card = torch.tensor([int(self.version[round.fragment]), checksum(self._shared(round.fragment))])
-        roll = call_roll(self.peers, "diloco", round.number, card, self.timeout_s, expected=expected, late=self.late)
+        roll = call_roll(
+            self.peers, "diloco", round.number, card, self.timeout_s / 2, expected=expected, late=self.late
+        )
         own = self.slow[part] - x
         alone = Exchanged((me,), is_missed=len(expected) > 1, values={"delta": own})
         if len(roll.members) == 1:

@@ -83,7 +83,8 @@ def test_who_cannot_reach_the_convener_goes_on_alone_at_once() -> None:
     later = [[report for report in diary.reports if report.step > 10] for diary in diaries]
     assert [report.members for report in later[1]] == [[0, 1]] * 6
     assert [report.members for report in later[2]] == [[2]] * 6
-    assert max(report.blocked_s for reports in later for report in reports) < TIMEOUT_S / 4
+    assert max(report.blocked_s for reports in later for report in reports[1:]) < TIMEOUT_S / 4
+    assert max(report.blocked_s for reports in later for report in reports) <= TIMEOUT_S / 2  # until the cut is known
 
 
 # -- ranks that are ahead or behind
@@ -108,7 +109,7 @@ def test_two_that_fell_behind_a_third_keep_what_they_have_and_average_it_in_the_
 
 
 def test_one_that_fell_behind_three_adopts_what_they_share_in_the_next_round() -> None:
-    _, diaries = run(4, 60, [{"at_step": 10, "slow": 3, "factor": 5.0, "for_s": 10.0}])
+    _, diaries = run(4, 120, [{"at_step": 10, "slow": 3, "factor": 5.0, "for_s": 3.0}])
     event = diaries[3].events("went on with the others")[0]
     assert not diaries[3].events("caught up")
     assert max(report.blocked_s for report in diaries[3].reports) <= TIMEOUT_S
