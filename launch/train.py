@@ -50,9 +50,19 @@ def draw(data: Tensor, batch: int, context: int, generator: torch.Generator) -> 
     return windows[:, :-1], windows[:, 1:]
 
 
-def data_seed(seed: int, rank: int, step: int) -> int:
-    """What one rank draws in one step, wherever it starts; torch's generator looks at 32 bits only."""
-    return ((seed * 1000 + rank) * 1_000_003 + step) % 2**32
+class Stream:
+    """The batches of one rank by step: the same wherever training starts and whatever the method, and none of them twice."""
+
+    def __init__(self, data: Tensor, batch: int, context: int, seed: int) -> None:
+        self.data, self.batch, self.context = data, batch, context
+        self.generator, self.drawn = torch.Generator().manual_seed(seed), 0
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step; those of steps that were left out are passed over."""
+        for _ in range(self.drawn, step):
+            draw(self.data, self.batch, self.context, self.generator)
+        self.drawn = step + 1
+        return draw(self.data, self.batch, self.context, self.generator)
 
 
 class Block(nn.Module):
@@ -119,17 +129,16 @@ def main(args: argparse.Namespace) -> None:
     recorder = Recorder.from_environment()
     parameters = sum(p.numel() for p in gpt.parameters())
     recorder.start(method=args.method, options=args.options, parameters=parameters, steps=args.steps, resumed_at=first)
-    data = torch.Generator()
+    stream = Stream(train, args.batch, args.context, args.seed * 1000 + rank)
     is_measuring = False
     for step in steps:
-        data.manual_seed(data_seed(args.seed, rank, step))  # the same data whatever the method; no step's twice
         steady = step >= 3 and method.is_steady  # DDP settles its buckets in the first steps
         if steady and not is_measuring:
             is_measuring = True
             quiet(attachment)
             recorder.counters("begin", attachment.group.traffic.as_dict())
         start, waited = time.perf_counter(), attachment.waited_s
-        loss = train_step(model, optimizer, draw(train, args.batch, args.context, data))
+        loss = train_step(model, optimizer, stream.at(step))
         schedule.step()
         seconds, wait_s = time.perf_counter() - start, attachment.waited_s - waited
         tokens = args.batch * args.context
@@ -155,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
     with attachment.communication_off():  # what the same steps cost without a network
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        batches = [draw(train, args.batch, args.context, data) for _ in range(20)]
+        batches = [stream.at(args.steps + k) for k in range(20)]
         seconds_alone = []
         for batch in batches:
             start = time.perf_counter()
