@@ -55,8 +55,8 @@ class OuterLoop(ABC):
     warmup_steps = 0
     warmup_option = "every"
     is_steady = True
-    needs_all_buckets = False
     fragments = 1  # a round is about one of so many stretches of the parameters, in turn
+    averaged_state: tuple[str, ...] = ()  # state of the inner optimizer that is averaged with the parameters
     max_lag = 3  # rounds that a rank may be behind before it leaves out steps to go on with the others
 
     def __init__(

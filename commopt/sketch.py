@@ -26,8 +26,8 @@ class Spread:
     this one are still on their way.
     """
 
-    def __init__(self, elements: int, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, elements: int, rank: int) -> None:
+        self.rank = rank
         count = np.asarray([-(-elements // 64)], dtype=np.int64)
         key = noise.keys(0, "sketch", 0, np.zeros(1, np.int64), np.zeros(1, np.int64))
         words = noise.bits(key, count)  # (elements / 64,) u64

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from script import module
 
 from commopt.errors import ConfigError
 from commopt.methods import METHODS
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def module(name: str) -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -16,19 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from script import SCRIPTS, module
 
 from commopt.errors import ConfigError
 from commopt.methods import OUTER_METHODS
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def module(name: str) -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

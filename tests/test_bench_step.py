@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,21 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from script import SCRIPTS, module
 
 from commopt.cluster.run import Tick
 from commopt.errors import ConfigError
 from commopt.methods import METHODS
 from commopt.report.record import RankRecord
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def module(name: str) -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

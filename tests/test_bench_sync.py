@@ -19,18 +19,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import Pool
+from script import SCRIPTS, module
 
 from commopt.errors import ConfigError
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def module(name: str) -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

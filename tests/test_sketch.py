@@ -23,21 +23,21 @@ def replicas(count: int, elements: int, apart: float, seed: int = 0) -> list[tor
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_the_estimate_is_near_the_true_spread(count: int, elements: int, apart: float) -> None:
     given = replicas(count, elements, apart, seed=count)
-    sketches = [Spread(elements, rank, count).sketch(x) for rank, x in enumerate(given)]
+    sketches = [Spread(elements, rank).sketch(x) for rank, x in enumerate(given)]
     assert spread_of(sketches) == pytest.approx(spread(given), rel=0.15)
 
 
 @pytest.mark.parametrize("elements", [1, 63, 511, 512, 513])
 def test_a_model_smaller_than_the_sketch_is_measured_exactly(elements: int) -> None:
     given = replicas(3, min(elements, WIDTH), 0.5)
-    sketches = [Spread(len(given[0]), rank, 3).sketch(x) for rank, x in enumerate(given)]
+    sketches = [Spread(len(given[0]), rank).sketch(x) for rank, x in enumerate(given)]
     assert sketches[0].shape == (WIDTH,)
     assert spread_of(sketches) == pytest.approx(spread(given), rel=1e-5)
 
 
 def test_equal_replicas_are_not_apart_and_one_alone_says_nothing() -> None:
     (x,) = replicas(1, 10_000, 0.0)
-    sketch = Spread(10_000, 0, 2).sketch(x)
+    sketch = Spread(10_000, 0).sketch(x)
     assert spread_of([sketch, sketch.clone()]) == 0.0
     assert spread_of([sketch]) is None
     assert spread_of([]) is None
@@ -50,7 +50,7 @@ def test_one_large_element_counts_wherever_it_is() -> None:
     for place in (0, 700, 4_999):
         y = x.clone()
         y[place] += 300.0
-        sketches = [Spread(5_000, rank, 2).sketch(one) for rank, one in enumerate((x, y))]
+        sketches = [Spread(5_000, rank).sketch(one) for rank, one in enumerate((x, y))]
         stacked = torch.stack(sketches)
         assert float((stacked[0] - stacked[1]).norm()) == pytest.approx(300.0, rel=1e-4)
 
@@ -59,7 +59,7 @@ def test_members_estimate_from_what_has_come_in() -> None:
     given = replicas(3, 20_000, 0.3)
 
     def rank_of(group: SimGroup) -> list[float | None]:
-        measure = Spread(20_000, group.rank, 3)
+        measure = Spread(20_000, group.rank)
         estimates = []
         for step in (10, 20):
             assert measure.is_due(step)

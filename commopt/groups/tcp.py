@@ -3,7 +3,7 @@
 Every member listens on its own address and dials every other one, so that there are two connections for each pair, each used one way.
 A thread for each peer sends what is queued for it, or once a second how far this member is; a broken connection is dialled again.
 
-Frame: "!4sII" (magic, bytes of the head, bytes of the body); the head is JSON, the body a payload's buffer. Nothing is unpickled.
+Frame: "!4sIQ" (magic, bytes of the head, bytes of the body); the head is JSON, the body a payload's buffer. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -320,9 +320,7 @@ class TcpPeers(Peers):
         while not self._is_closed:
             try:
                 accepted, _ = self._listener.accept()
-            except (
-                OSError
-            ) as error:  # of one connection that broke at once, or too many of them: not the listener's end
+            except OSError as error:  # of one connection that broke, or of too many: not the listener's end
                 self._note_refusal(error)
                 continue
             try:

@@ -78,8 +78,10 @@ class Members:
             training.events.append((kind, fields))
             _log.info("rank %d %s at step %d, from rank %d", peers.rank, kind, training.steps, donor)
             break
+        else:
+            donor = None
         training.waited_s += peers.seconds - begun_s if in_step else 0.0
-        return bool(asked) and payload is not None
+        return donor is not None
 
     def _ask(self, donor: int, *, tensors: bool) -> Payload | None:
         """A peer's state; None once it trains no more, or after a while: timeout_s for the few bytes of a step and a schedule."""

@@ -67,14 +67,12 @@ class OuterAttachment:
     happened, as (kind, fields). spread: the last estimate of the replicas' distance from their mean. steps: optimizer steps done.
     """
 
-    is_outer = True
-
     def __init__(self, model: Module, method: OuterLoop, optimizer: torch.optim.Optimizer, peers: Peers) -> None:
         self.model, self.method, self.optimizer, self.peers = model, method, optimizer, peers
         self.group = LocalGroup()  # nothing here concerns all ranks at once
         self.group.traffic = peers.traffic
         self.parameters = check_parameters(model, method, optimizer)
-        self.averaged_state: tuple[str, ...] = getattr(method, "averaged_state", ())
+        self.averaged_state = method.averaged_state
         self.voided: list[tuple[int, str]] = []
         self.reports: list[RoundReport] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -87,7 +85,7 @@ class OuterAttachment:
         named = [(name, p) for name, p in self.parameters.items()]
         named += [(f"{name}:{key}", p) for key in self.averaged_state for name, p in self.parameters.items()]
         method.bind(named, peers)
-        self._sketch = Spread(method.index.total, peers.rank, peers.size)
+        self._sketch = Spread(method.index.total, peers.rank)
         ATTACHED.add(model)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -149,10 +147,6 @@ class OuterAttachment:
         end_s = self.peers.seconds + limit_s
         while not self.peers.is_quiet() and self.peers.seconds < end_s:
             self.peers.sleep(0.01)
-
-    def replicas_are_equal(self) -> bool:
-        """Outer methods leave replicas apart between rounds, so this is never a defect."""
-        return True
 
     # -- checkpoints
 
