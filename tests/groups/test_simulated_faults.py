@@ -246,8 +246,11 @@ def test_what_waits_at_a_cut_for_too_long_expires() -> None:
 
     def rank_of(group: SimGroup) -> bool:
         group.peers.announce(1)
+        group.peers.sleep(
+            0.5
+        )  # rank 0 tells when the cut begins: what rank 1 sends in the same instant may come before it
         group.peers.send(1 - group.rank, "c", 0, Payload.of(torch.zeros(1)), expires_s=4.0)
-        group.peers.sleep(8.0)
+        group.peers.sleep(7.5)
         return letters(group, 1 - group.rank, 1.0) is None
 
     assert world.run(rank_of) == [True, True]
