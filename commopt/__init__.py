@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 from commopt.errors import CommoptError
 
 if TYPE_CHECKING:
+    from commopt.integrations import attach
     from commopt.methods import build
 
 __version__ = "0.1.0"
-__all__ = ["CommoptError", "__version__", "build"]
+__all__ = ["CommoptError", "__version__", "attach", "build"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `build`, and torch with it, when it is asked for: the command line does without."""
+    """Import `attach` and `build`, and torch with them, when they are asked for: the command line does without."""
+    if name == "attach":
+        from commopt.integrations import attach
+
+        return attach
     if name == "build":
         from commopt.methods import build
 

@@ -6,6 +6,7 @@ CommoptError
 ├── GradientsChanged   gradients were modified between backward and step() where that would change the momentum instead
 ├── GroupError         an exchange failed: a peer died, timed out, or sent another layout
 ├── CheckpointError    a checkpoint does not belong to this model, method or world
+├── MissingExtra       a package that only this integration needs is not installed
 └── LaunchError        a job could not be started, or did not end well
     └── EmulationError this machine cannot emulate the links that were asked for
 """
@@ -39,6 +40,13 @@ class GroupError(CommoptError, RuntimeError):
 
 class CheckpointError(CommoptError, RuntimeError):
     """A checkpoint does not belong to this model, method or world."""
+
+
+class MissingExtra(CommoptError, ImportError):
+    """A package that only this integration needs is not installed; the message is one line that says what to install."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed: pip install 'commopt[{extra}]'")
 
 
 class LaunchError(CommoptError, RuntimeError):

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, overload
 import torch
 
 from commopt.aggregate import Aggregator
+from commopt.choice import Choice, read_choice
 from commopt.errors import AttachError, ConfigError, did_you_mean
 from commopt.methods.choco import Choco
 from commopt.methods.decentralized_adam import DecentralizedAdam
@@ -148,14 +149,17 @@ def build(
     name: Literal["noloco", "diloco", "local_sgd", "decentralized_adam", "choco", "push_sum"], **options: Any
 ) -> OuterLoop: ...
 @overload
-def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) -> Aggregator: ...
-def build(name: str, named_params: Iterable[Any] | None = None, **options: Any) -> Aggregator | OuterLoop:
-    """Make a method by name; `integrations.*.attach` then puts it into a training script.
+def build(name: Choice, named_params: Iterable[Any] | None = None, **options: Any) -> Aggregator: ...
+def build(name: Choice, named_params: Iterable[Any] | None = None, **options: Any) -> Aggregator | OuterLoop:
+    """Make a method; `commopt.attach` then puts it into a training script.
 
+    name: a method's name, or a `method:` block or file as it stands in a configuration (`choice.read_choice`).
     named_params: `model.named_parameters()`, or parameter groups whose "params" are such pairs; update methods (1-bit Adam)
     need it; gradient methods (EF-sign) and outer methods (NoLoCo) go with an optimizer of yours and take none.
     Raises ConfigError for an unknown name or option, or a value out of range.
     """
+    name, chosen = read_choice(name)
+    options = {**chosen, **options}
     check_options(name, options)
     method: Any
     method, named = _find(name)
