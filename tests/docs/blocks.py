@@ -1,0 +1,283 @@
+"""The fenced blocks of a Markdown page, and a folder in which they are carried out, one after the other, as a reader would."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+
+from checks import check_file
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).resolve().parents[2]
+LINKED = ("launch", "configs", "scripts", "commopt")
+STOOD_IN_FOR = ("pip", "sbatch", "srun", "kubectl", "docker", "ssh")
+PAGE_LIMIT_S = 100.0  # for the slowest of machines; a page should take less than 10
+REASONS = ("needs a GPU", "needs a second machine", "takes minutes")
+_NOT_EXECUTED = re.compile(r"<!--\s*not executed:\s*(.*?)\s*-->", re.DOTALL)
+_TABS = re.compile(r"(!!!|\?\?\?\+?|===) .*")
+
+
+class BlockError(AssertionError):
+    """A block of a page does not do what its reader expects."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block. line: of its fence in the page, from 1. reason: why it is not executed, or None."""
+
+    page: Path
+    line: int
+    language: str
+    title: str | None
+    code: str
+    reason: str | None = None
+
+    def fail(self, why: str) -> BlockError:
+        """The error that names this block's place."""
+        return BlockError(f"{self.page}:{self.line}: {why}")
+
+
+def read_blocks(page: Path) -> list[Block]:
+    """All fenced blocks of a page, in order. Raises BlockError for one that is not closed, indented or of no known kind."""
+    text = _without_tabs(page.read_text(encoding="utf-8"))
+    lines = text.splitlines()
+    blocks: list[Block] = []
+    reason: str | None = None
+    for token in MarkdownIt("commonmark").parse(text):
+        line = (token.map or [0])[0] + 1
+        if token.type == "html_block":
+            found = _NOT_EXECUTED.search(token.content)
+            reason = found[1] if found else None
+            continue
+        if token.type == "code_block":
+            raise BlockError(f"{page}:{line}: code by indentation has no language; put it between fences")
+        if token.type != "fence":
+            continue
+        language, _, rest = token.info.strip().partition(" ")
+        attributes = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        block = Block(page, line, language, attributes.get("title"), token.content, reason)
+        reason = None
+        if token.map is None or not lines[token.map[1] - 1].strip().startswith(token.markup):
+            raise block.fail("this block is never closed")
+        _check_kind(block)
+        blocks.append(block)
+    return blocks
+
+
+def links(page: Path) -> list[str]:
+    """Where the links and pictures of a page lead to."""
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
+        for child in token.children or []:
+            target = child.attrs.get("href") or child.attrs.get("src")
+            found += [str(target)] if target else []
+    return found
+
+
+def run_page(page: Path, folder: Path, limit_s: float = PAGE_LIMIT_S) -> int:
+    """Carry out a page in an empty folder; how many blocks ran. Raises BlockError at the first that fails."""
+    blocks = read_blocks(page)
+    _check_titles_are_used(blocks)
+    with Reader(folder, limit_s) as reader:
+        return sum(reader.take(block) for block in blocks)
+
+
+class Reader:
+    """Someone with a shell and a Python in a fresh folder, who carries out block after block."""
+
+    def __init__(self, folder: Path, limit_s: float) -> None:
+        self.folder, self._end = folder, time.monotonic() + limit_s
+        self._limit_s = limit_s
+        self._python: tuple[subprocess.Popen[bytes], Connection] | None = None
+        self._output = folder.parent  # what the last block printed
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in LINKED:
+            (folder / name).symlink_to(ROOT / name)
+        bin_folder = folder.parent / f"{folder.name}.bin"
+        bin_folder.mkdir()
+        stand_ins = Path(__file__).with_name("stand_ins.py")
+        for name in STOOD_IN_FOR:
+            script = bin_folder / name
+            script.write_text(
+                f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(stand_ins))} {name} "$@"\n'
+            )
+            script.chmod(0o755)
+        temporary = folder.parent / f"{folder.name}.tmp"
+        temporary.mkdir()
+        path = [str(bin_folder), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
+        given = {"PATH": os.pathsep.join(path), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", **offline}
+        self._mark = f"COMMOPT_PAGE={uuid.uuid4().hex}"
+        given |= dict([self._mark.split("=")])
+        self._environment = {**os.environ, **given}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._python is not None:
+            self._python[1].close()
+        _end_all(self._mark)
+        if self._python is not None:
+            self._python[0].wait()
+
+    def take(self, block: Block) -> bool:
+        """Do what the block says; whether anything was executed or checked."""
+        if block.language == "text":
+            return False
+        if block.reason is not None:
+            self._only_read(block)
+            return False
+        if block.title is not None:
+            self._write(block)
+        elif block.language == "python":
+            self._run_python(block)
+        else:
+            self._run_bash(block)
+        return True
+
+    def _only_read(self, block: Block) -> None:
+        """A block that cannot run here has to be without mistakes of form at least."""
+        if block.language == "python":
+            _check_syntax(block)
+        elif block.language == "bash":
+            read = subprocess.run(["bash", "-n", "-c", block.code], capture_output=True, text=True, check=False)
+            if read.returncode != 0:
+                raise block.fail(read.stderr)
+
+    def _write(self, block: Block) -> None:
+        assert block.title is not None
+        path = self.folder / block.title
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise block.fail(f"title: {block.title!r} lies outside of the reader's folder; write a plain file name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.code, encoding="utf-8")
+        if block.language == "python":
+            _check_syntax(block)
+            return
+        try:
+            check_file(path)
+        except Exception as error:
+            raise block.fail(f"{block.title}: {error}") from error
+
+    def _run_bash(self, block: Block) -> None:
+        self._output = self.folder.parent / f"{self.folder.name}.bash.output"
+        with self._output.open("wb") as output:
+            process = subprocess.Popen(
+                ["bash", "-euo", "pipefail", "-c", block.code],
+                cwd=self.folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                status = process.wait(max(0.0, self._end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise block.fail(f"no end after {self._limit_s:.0f} s for the page\n{self._tail()}") from None
+            finally:
+                if process.poll() is None:
+                    _end_all(self._mark)
+                    process.wait()
+            if status != 0:
+                raise block.fail(f"exit status {status}\n{self._tail()}")
+
+    def _run_python(self, block: Block) -> None:
+        _check_syntax(block)
+        if self._python is None:
+            self._python = self._start_python()
+        self._output = self.folder.parent / f"{self.folder.name}.python.output"
+        process, connection = self._python
+        connection.send((str(block.page), block.line, block.code))
+        if not connection.poll(max(0.0, self._end - time.monotonic())):
+            raise block.fail(f"no end after {self._limit_s:.0f} s for the page\n{self._tail()}")
+        try:
+            error = connection.recv()
+        except EOFError:
+            process.wait(10)
+            error = f"the process ended with {process.returncode}"
+        if error is not None:
+            raise block.fail(f"{error}\n{self._tail()}")
+
+    def _start_python(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        ours, theirs = Pipe()
+        with (self.folder.parent / f"{self.folder.name}.python.output").open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("interpreter.py")), str(theirs.fileno())],
+                cwd=self.folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+            )
+        theirs.close()
+        return process, ours
+
+    def _tail(self) -> str:
+        return self._output.read_text(encoding="utf-8", errors="replace")[-4000:]
+
+
+def _without_tabs(text: str) -> str:
+    """The page with what stands indented under `!!! note` and `=== "Tab"` moved to the left; lines keep their numbers."""
+    out, is_inside = [], False
+    for line in text.splitlines():
+        if _TABS.fullmatch(line):
+            is_inside = True
+            out.append("")
+        elif is_inside and (line.startswith("    ") or not line.strip()):
+            out.append(line[4:])
+        else:
+            is_inside = False
+            out.append(line)
+    return "\n".join(out) + "\n"
+
+
+def _check_kind(block: Block) -> None:
+    wants_title = {"python": None, "bash": False, "text": False, "yaml": True, "json": True}
+    if block.language not in wants_title:
+        raise block.fail(f"{block.language!r} is no kind of block; write {', '.join(wants_title)}")
+    wanted = wants_title[block.language]
+    if wanted is not None and wanted != (block.title is not None):
+        form = (
+            f'```{block.language} title="name.{block.language}"' if wanted else f"```{block.language} without a title"
+        )
+        raise block.fail(f"write {form}")
+    if block.reason is not None and not block.reason.startswith(REASONS):
+        raise block.fail(f"not executed: {block.reason!r} is no reason; it begins with {', '.join(map(repr, REASONS))}")
+
+
+def _check_titles_are_used(blocks: list[Block]) -> None:
+    """A program that a page shows must be run by it."""
+    for index, block in enumerate(blocks):
+        if block.language != "python" or block.title is None or block.reason is not None:
+            continue
+        name = Path(block.title).stem
+        if not any(re.search(rf"\b{re.escape(name)}\b", later.code) for later in blocks[index + 1 :]):
+            raise block.fail(f"{block.title} is never run; add a bash block that does")
+
+
+def _check_syntax(block: Block) -> None:
+    try:
+        ast.parse(block.code, block.title or str(block.page))
+    except SyntaxError as error:
+        raise block.fail(f"{error}") from None
+
+
+def _end_all(mark: str) -> None:
+    """End every process that a page has started, by the mark in its environment; torchrun's ranks have sessions of their own."""
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in entry.read_bytes():
+                os.kill(int(entry.parent.name), signal.SIGKILL)

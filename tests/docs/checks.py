@@ -1,0 +1,136 @@
+"""What a YAML or JSON file is, by what it holds, and whether those who read it would take it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import commopt
+from commopt.choice import read_choice
+from commopt.cluster.reading import read_yaml
+from commopt.cluster.spec import load_cluster, load_run
+from commopt.cluster.training import check_methods, chosen_methods
+from commopt.errors import ConfigError
+from commopt.methods import is_update_method
+
+# DeepSpeed's and torch's optimizers that a DeepSpeed configuration may name, and those that commopt brings back
+DEEPSPEED_OPTIMIZERS = {"Adam", "AdamW", "SGD", "Lamb", "Lion", "OneBitAdam", "ZeroOneAdam", "OneBitLamb"}
+DEEPSPEED_KEYS = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "communication_data_type",
+    "checkpoint",
+    "commopt",
+}
+
+
+def check_file(path: Path) -> str:
+    """The kind of a file: "cluster", "run", "method", "deepspeed", "accelerate", "compose" or "manifest".
+
+    Raises ConfigError, or what the parser has to say, for a file that is none of these or has mistakes.
+    """
+    documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))  # JSON is YAML too
+    if path.suffix == ".json":
+        documents = [json.loads(path.read_text(encoding="utf-8"))]
+    if not documents or not all(isinstance(document, Mapping) for document in documents):
+        raise ConfigError("holds no keys and values")
+    for kind, (key, check) in _KINDS.items():
+        if all(key in document for document in documents):
+            check(path, documents)
+            return kind
+    wanted = ", ".join(f"{key!r} ({kind})" for kind, (key, _) in _KINDS.items())
+    raise ConfigError(f"is no kind of file that is known here; one of these keys says which: {wanted}")
+
+
+def check_method_file(path: Path) -> str:
+    """The name of the method in a file with a `method:` key. Raises ConfigError where it cannot be built."""
+    name, _ = read_choice(path)
+    commopt.build(str(path), torch.nn.Linear(2, 2).named_parameters() if is_update_method(name) else None)
+    return name
+
+
+def _check_cluster(path: Path, _: list[Any]) -> None:
+    load_cluster(path)
+
+
+def _check_run(path: Path, _: list[Any]) -> None:
+    run = load_run(path)
+    check_methods(run, chosen_methods(run, []))
+
+
+def _check_method(path: Path, _: list[Any]) -> None:
+    read_yaml(path)
+    check_method_file(path)
+
+
+def _check_deepspeed(path: Path, documents: list[Any]) -> None:
+    for key in documents[0]:
+        if key not in DEEPSPEED_KEYS:
+            raise ConfigError(f"{key}: is no key of a DeepSpeed configuration that these pages use")
+    optimizer = documents[0].get("optimizer")
+    if optimizer is not None and optimizer.get("type") not in DEEPSPEED_OPTIMIZERS:
+        raise ConfigError(
+            f"optimizer.type: {optimizer.get('type')!r} is none of {', '.join(sorted(DEEPSPEED_OPTIMIZERS))}"
+        )
+    if "commopt" in documents[0]:
+        name, options = read_choice(documents[0]["commopt"].get("method", documents[0]["commopt"]))
+        commopt.build({name: options}, torch.nn.Linear(2, 2).named_parameters() if is_update_method(name) else None)
+
+
+def _check_accelerate(path: Path, documents: list[Any]) -> None:
+    if documents[0].get("num_processes", 1) < 1:
+        raise ConfigError("num_processes: must be at least 1")
+
+
+def _check_compose(path: Path, documents: list[Any]) -> None:
+    for name, service in documents[0]["services"].items():
+        if not isinstance(service, Mapping) or not {"image", "build"} & set(service):
+            raise ConfigError(f"services.{name}: has neither an image nor a build")
+
+
+def _check_manifest(path: Path, documents: list[Any]) -> None:
+    for document in documents:
+        kind = document.get("kind")
+        if not isinstance(kind, str) or not isinstance(document.get("metadata", {}).get("name"), str):
+            raise ConfigError("a manifest has a kind and a metadata.name")
+        pod = _pod(document)
+        if pod is None:
+            continue
+        for container in pod.get("containers") or [{}]:
+            if not isinstance(container.get("name"), str) or not isinstance(container.get("image"), str):
+                raise ConfigError(f"{kind}: a container has a name and an image")
+
+
+def _pod(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The pod that a manifest starts, however deep its template lies."""
+    found: Any = document.get("spec")
+    while isinstance(found, Mapping) and "template" in found:
+        found = found["template"].get("spec")
+    return found if isinstance(found, Mapping) and "containers" in found else None
+
+
+_KINDS: dict[str, tuple[str, Callable[[Path, list[Any]], None]]] = {
+    "manifest": ("apiVersion", _check_manifest),
+    "compose": ("services", _check_compose),
+    "accelerate": ("compute_environment", _check_accelerate),
+    "run": ("program", _check_run),
+    "cluster": ("nodes", _check_cluster),
+    "method": ("method", _check_method),
+    "deepspeed": ("train_micro_batch_size_per_gpu", _check_deepspeed),
+    "deepspeed, by its whole batch": ("train_batch_size", _check_deepspeed),
+}

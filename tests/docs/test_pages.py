@@ -1,0 +1,36 @@
+"""Every page does what it says: each of its blocks is carried out, in a fresh folder, as a reader would."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from blocks import ROOT, links, read_blocks, run_page
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").rglob("*.md")])
+MOST_NOT_EXECUTED = 12  # of all pages together; each says why
+
+
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_the_blocks_of_a_page_do_what_they_say(page: Path, tmp_path: Path) -> None:
+    run_page(page, tmp_path / "page")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=_name)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    own = [target for target in links(page) if not re.match(r"https?:|mailto:|#", target)]
+    gone = [target for target in own if not (page.parent / target.partition("#")[0]).exists()]
+    assert not gone
+
+
+def test_few_blocks_are_not_executed() -> None:
+    skipped = Counter(
+        f"{_name(page)}: {block.reason}" for page in PAGES for block in read_blocks(page) if block.reason is not None
+    )
+    assert skipped.total() <= MOST_NOT_EXECUTED, "\n".join(skipped)
