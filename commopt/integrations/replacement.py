@@ -1,0 +1,71 @@
+"""An update method in the place of the optimizer that a framework, or its user, has made already."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from commopt.aggregate import Aggregator
+from commopt.errors import AttachError
+
+
+def check_replaceable(optimizer: torch.optim.Optimizer, schedulers: list[Any], name: str) -> None:
+    """Raise AttachError where another optimizer cannot take this one's place without anybody noticing."""
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, Aggregator):
+        raise AttachError(f"the prepared optimizer is {optimizer.name} already; pass it as the method, or leave it out")
+    if optimizer.state:
+        raise AttachError(f"{name} cannot take the place of an {kind} that has made steps: attach before the first one")
+    moved = [one for scheduler in schedulers for one in _nested(scheduler) if one.optimizer is optimizer]
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not moved:
+        raise AttachError(
+            f"a learning-rate scheduler was made for the {kind} whose place {name} takes, and would go on without effect: prepare it "
+            "too, make it after attach, or build the method and give it to prepare()"
+        )
+
+
+def _nested(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and those that it is made of, as far as they act on an optimizer."""
+    if hasattr(scheduler, "optimizer"):
+        yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _nested(inner)
+
+
+def move_schedulers(
+    schedulers: list[Any], old: torch.optim.Optimizer, new: torch.optim.Optimizer
+) -> Callable[[], None]:
+    """Let learning-rate schedulers act on another optimizer, with what they keep in its groups; returns what moves them back."""
+    moved = [one for scheduler in schedulers for one in _nested(scheduler) if one.optimizer is old]
+    for before, group in zip(old.param_groups, new.param_groups, strict=True):
+        group.update({k: x for k, x in before.items() if k not in group and k not in old.defaults})
+    if moved and not hasattr(new.step, "_wrapped_by_lr_sched"):
+        step = new.step
+
+        @functools.wraps(step)
+        def tracked(*args: Any, **kwargs: Any) -> Any:
+            new._opt_called = True  # type: ignore[attr-defined]  # as schedulers do, to warn of one that steps first
+            return step(*args, **kwargs)
+
+        tracked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        new.step = tracked  # type: ignore[method-assign]
+    for one in moved:
+        one.optimizer = new
+
+    def back() -> None:
+        for one in moved:
+            one.optimizer = old
+
+    return back
+
+
+def refuse_steps(optimizer: torch.optim.Optimizer, name: str) -> Any:
+    """A handle of what makes an optimizer that was replaced raise AttachError at its next step."""
+
+    def refuse(*_: Any) -> None:
+        raise AttachError(f"{name} has taken the place of this {type(optimizer).__name__}: step the prepared optimizer")
+
+    return optimizer.register_step_pre_hook(refuse)
