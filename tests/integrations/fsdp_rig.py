@@ -1,0 +1,178 @@
+"""A small model sharded over four of the pool's ranks, and the same training on one process; what the ranks are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rig import loss_of
+from torch import Tensor, nn
+
+from commopt import build
+from commopt.bucket import Bucket
+from commopt.groups import Group, SimWorld
+
+REPLICAS = SHARDS = 2
+Flats = dict[str, Tensor]
+_meshes: list[Any] = []
+
+
+def mesh_of(ranks: int = 4) -> Any:
+    """The (2, 2) mesh of ranks 0 to 3, and the flat one of them; None on the fifth, which has to help to make them."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not _meshes:
+        _meshes.append(DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard")))
+        _meshes.append(DeviceMesh("cpu", torch.arange(4), mesh_dim_names=("shard",)))
+    return _meshes[0] if ranks == 4 else _meshes[1]
+
+
+def flat_mesh() -> Any:
+    """The mesh of ranks 0 to 3 in one dimension."""
+    return mesh_of(1)
+
+
+class Uneven(nn.Module):
+    """Three layers whose rows two shards cannot share evenly; the last has one row, of which the second shard has nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 37), nn.Linear(37, 24), nn.Linear(24, 1)
+        self.scale = nn.Parameter(torch.ones(24))
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+    def forward(self, x: Tensor, is_short: bool = False) -> Tensor:
+        hidden = self.first(x).tanh()
+        if is_short:
+            return hidden.mean(1, keepdim=True)  # type: ignore[no-any-return]
+        y: Tensor = self.last(self.second(hidden).tanh() * self.scale)
+        return y
+
+
+UNITS = {  # what one call of fully_shard holds, in its order
+    "first": ["first.weight", "first.bias"],
+    "second": ["second.weight", "second.bias"],
+    "root": ["scale", "last.weight", "last.bias"],
+}
+
+
+def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(8, 12, generator=generator), torch.randn(8, 1, generator=generator)
+
+
+def sharded(mesh: Any, **options: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Uneven()
+    for layer in (model.first, model.second):
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def sgd(model: nn.Module, momentum: float = 0.9) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, rank: int, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        x, y = batch(rank, step)
+        loss = loss_of(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def shards(model: nn.Module) -> Flats:
+    """This rank's shard of every parameter, flat."""
+    return {name: p.detach().to_local().reshape(-1).clone() for name, p in model.named_parameters()}
+
+
+@contextmanager
+def attached(mesh: Any, method: Any, optimizer: Any = None, group: Any = None, **options: Any) -> Iterator[Any]:
+    """(model, optimizer, attachment)"""
+    from commopt.integrations import fsdp
+
+    model = sharded(mesh, **options)
+    steps = optimizer(model) if optimizer else sgd(model)
+    attachment = fsdp.attach(model, method, steps, group)
+    try:
+        yield model, steps, attachment
+    finally:
+        attachment.detach()
+
+
+def cut(x: Tensor, shards: int, shard: int) -> Tensor:
+    """What one of some ranks holds of a parameter: its rows as torch.chunk cuts them, flat."""
+    pieces = torch.chunk(x, shards, dim=0)
+    return pieces[shard].reshape(-1) if shard < len(pieces) else x.new_empty(0)
+
+
+def gradients(model: nn.Module, step: int, ranks: int = 4, scale: Callable[[int, str], float] | None = None) -> Any:
+    """[rank][name]: the gradient that each rank's batch gives."""
+    found = []
+    for rank in range(ranks):
+        model.zero_grad()
+        x, y = batch(rank, step)
+        loss_of(model(x), y).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+class TwoReplicas:
+    """A method between two replicas, on each of two shards alone: what FSDP's replicas should do, on one process."""
+
+    def __init__(self, method: dict[str, Any]) -> None:
+        self.worlds = [SimWorld[Flats](REPLICAS) for _ in range(SHARDS)]
+        self.methods = [[build(method) for _ in range(REPLICAS)] for _ in range(SHARDS)]
+        named = list(Uneven().named_parameters())
+        for shard, world in enumerate(self.worlds):
+            pieces = [(name, cut(p, SHARDS, shard)) for name, p in named]
+
+            def bind(group: Group, shard: int = shard, pieces: Any = pieces) -> Flats:
+                rows = {name: p for name, p in named}
+                local = [
+                    (name, x.view(-1, *rows[name].shape[1:]) if x.numel() else x) for name, x in pieces if x.numel()
+                ]
+                self.methods[shard][group.rank].bind(local, group)
+                return {}
+
+            world.run(bind)
+
+    def mean(self, step: list[Flats]) -> Flats:
+        """Each parameter's averaged gradient, from those of four ranks: (replica, shard) by rank."""
+        out: dict[str, list[Tensor]] = {name: [] for name in step[0]}
+        for shard, world in enumerate(self.worlds):
+
+            def exchange(group: Group, shard: int = shard) -> Flats:
+                own, other = step[2 * group.rank], step[2 * group.rank + 1]
+                reduced = {name: cut((own[name] + other[name]) / 2, SHARDS, shard) for name in own}
+                result = {name: x for name, x in reduced.items() if not x.numel()}
+                for names in UNITS.values():
+                    bucket = Bucket.of([(name, reduced[name]) for name in names if reduced[name].numel()])
+                    self.methods[shard][group.rank].exchange([bucket], group)
+                    result |= dict(bucket.views())
+                return result
+
+            first, second = world.run(exchange)
+            for name, parts in out.items():
+                assert torch.equal(first[name], second[name])
+                parts.append(first[name])
+        return {name: torch.cat(parts) for name, parts in out.items()}
+
+
+def train_alone(mean: Callable[[list[Flats]], Flats], steps: int, momentum: float = 0.9) -> nn.Module:
+    """The unsharded model after steps with gradients averaged by `mean`."""
+    model = Uneven()
+    optimizer = sgd(model, momentum)
+    for step in range(steps):
+        averaged = mean(gradients(model, step))
+        for name, p in model.named_parameters():
+            p.grad = averaged[name].view_as(p).clone()
+        optimizer.step()
+    return model
