@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from blocks import ROOT, links, read_blocks, run_page
+from blocks import PAGE_LIMIT_S, ROOT, links, read_blocks, run_page
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").rglob("*.md")])
 MOST_NOT_EXECUTED = 12  # of all pages together; each says why
@@ -17,6 +17,7 @@ def _name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.timeout(PAGE_LIMIT_S + 40)
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_the_blocks_of_a_page_do_what_they_say(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path / "page")
