@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from mpi_pool import MPIPool
 from pool import Pool
 
 from commopt.groups import Group, PacedGroup, SimWorld, TorchGroup
@@ -22,11 +23,23 @@ def on_gloo(process_group: dist.ProcessGroup, function: Callable[..., Any], *arg
     return function(TorchGroup(process_group), *args)
 
 
-@pytest.fixture(params=["simulated", "gloo"])
+def on_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
+    from commopt.groups import MPIGroup
+
+    group = MPIGroup(communicator, timeout_s=60)
+    result = function(group, *args)
+    group.close()
+    return result
+
+
+@pytest.fixture(params=["simulated", "gloo", "mpi"])
 def run(request: pytest.FixtureRequest) -> Run:
     """run(n, function, *args): function(group, *args) on n ranks of one transport."""
     if request.param == "simulated":
         return lambda n, function, *args: SimWorld[Any](n, timeout_s=30).run(lambda group: function(group, *args))
+    if request.param == "mpi":
+        ranks: MPIPool = request.getfixturevalue("mpi")
+        return lambda n, function, *args: ranks.run(n, on_mpi, function, *args)
     pool: Pool = request.getfixturevalue("pool")
     return lambda n, function, *args: pool.run(n, on_gloo, function, *args)
 

