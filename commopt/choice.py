@@ -11,7 +11,7 @@ from commopt.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-Choice: TypeAlias = "str | Path | Mapping[str, Any]"
+Choice: TypeAlias = str | Path | Mapping[str, Any]
 
 _FORMS = "write a name as in 'dgc', or a block as in {name: dgc, density: 0.001}"
 _SUFFIXES = (".yaml", ".yml", ".json")

@@ -53,6 +53,9 @@ class PacedGroup(Group):
         with self._at_least(self.links.seconds(sent, rounds("broadcast", self.size))):
             self.inner.broadcast(x, src)
 
+    def tell(self, text: str) -> list[str]:
+        return self.inner.tell(text)
+
     def barrier(self) -> None:
         self.inner.barrier()
 

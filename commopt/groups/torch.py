@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor
 from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic
 from commopt.wire import Layout, Payload, cut, layout_bytes
+
+_told: dict[str, int] = {}  # by process group: how often its ranks have told each other something
 
 
 class TorchGroup(Group):
@@ -98,6 +101,23 @@ class TorchGroup(Group):
         with self._named("broadcast"):
             dist.broadcast(x, group=self.process_group, group_src=src)
 
+    def tell(self, text: str) -> list[str]:
+        """Through the job's store, so that ranks that are at different collectives are found out, and do not hang."""
+        if self.size == 1:
+            return [text]
+        ranks = dist.get_process_group_ranks(self.process_group)
+        place = f"commopt {self.process_group.group_name} {hash(tuple(ranks)):x}"  # type: ignore[union-attr]
+        _told[place] = count = _told.get(place, 0) + 1
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"{place} {count} {rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], text)
+        try:
+            store.wait(keys, _timeout(self.process_group) or dist.default_pg_timeout)
+        except RuntimeError as error:
+            missing = ", ".join(str(ranks[rank]) for rank, key in enumerate(keys) if not _has(store, key))
+            raise GroupError(f"rank {ranks[self.rank]} waited at attach for rank {missing or '?'}: {error}") from error
+        return [store.get(key).decode() for key in keys]
+
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1, device=self.device))
         if self.device.type == "cuda":
@@ -116,6 +136,13 @@ class TorchGroup(Group):
             yield
         except RuntimeError as error:
             raise GroupError(f"{operation} failed on rank {self.rank} of {self.size}: {error}") from error
+
+
+def _has(store: Any, key: str) -> bool:
+    try:
+        return bool(store.check([key]))
+    except RuntimeError:  # the store's own rank is gone
+        return False
 
 
 def _check_group_counts(parent: dist.ProcessGroup | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from commopt.choice import read_choice
@@ -51,6 +53,10 @@ def made(method: Any, model: Any, optimizer: Any) -> Any:
 
     if isinstance(method, Aggregator | OuterLoop):
         return method
+    if not isinstance(method, str | Path | Mapping):
+        raise AttachError(
+            f"{type(method).__name__} is no commopt method; make one with commopt.build(...), or give its name"
+        )
     name, options = read_choice(method)
     if is_update_method(name) and optimizer is not None:
         raise AttachError(

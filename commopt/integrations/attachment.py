@@ -277,6 +277,44 @@ def connect_peers(group: Group | Peers | None = None) -> Peers:
     return TcpPeers(Membership(dist.get_rank(process_group), members, job), listener=listener)
 
 
+def check_wrapping(model: Module) -> None:
+    """Raise AttachError for a model inside which another wrapper averages gradients already."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            where = f"{type(model).__name__} has a {kind} inside ({name or 'itself'})"
+            fix = "attach to that one, before anything else is wrapped around it (torch.compile too)"
+        elif kind.startswith("FSDP") or any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            where = f"{name or type(model).__name__} is sharded by {'FSDP1' if kind == 'FullyShardedDataParallel' else 'FSDP2'}"
+            fix = "use fully_shard for the whole model, and commopt.integrations.fsdp"
+        else:
+            continue
+        raise AttachError(f"{where}, which averages gradients itself; {fix}")
+
+
+class RefusesDDP:
+    """A forward pre-hook that raises AttachError where a DDP was put around the model after attach; a copy of the model gets none."""
+
+    def __init__(self, model: Module, method: str) -> None:
+        self._model, self._method = weakref.ref(model), method
+
+    def __call__(self, *_: Any) -> None:
+        active = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+        if active is not None and any(module is self._model() for module in active.modules()):
+            raise AttachError(
+                f"this model was wrapped in DDP after {self._method} had been attached to it, and gradients would be averaged twice: "
+                "wrap it first, and attach to the wrapped model"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()
+
+
+class _Nothing:
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
 def check_optimizer(method: Aggregator, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
     """The optimizer that applies what the method exchanges. Raises AttachError if it is missing, or one too many."""
     if isinstance(method, torch.optim.Optimizer):
@@ -299,7 +337,8 @@ def check_parameters(
     """The trainable parameters by name, in registration order. Raises AttachError for any that the method cannot serve."""
     if hasattr(method, "index"):
         raise AttachError(f"this {method.name} was attached to a model before; build another one")
-    if model in ATTACHED:
+    own = {id(p) for p in model.parameters()}
+    if any(other is model or not own.isdisjoint(map(id, other.parameters())) for other in list(ATTACHED)):
         raise AttachError("a method is attached to this model already; call detach() on what attach returned first")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
@@ -307,6 +346,10 @@ def check_parameters(
     if len(devices := {p.device for p in named.values()}) > 1:
         raise AttachError(
             f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}); one per rank is supported"
+        )
+    if devices.pop().type == "meta":
+        raise AttachError(
+            "the parameters are on the meta device: give them storage first, as by model.to_empty(device='cpu')"
         )
     for module_name, module in model.named_modules():
         if getattr(module, "sparse", False) is True:

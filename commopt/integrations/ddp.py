@@ -11,9 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt.aggregate import Aggregator
 from commopt.bucket import Bucket
+from commopt.choice import Choice
 from commopt.errors import AttachError
 from commopt.groups import Group
-from commopt.integrations.attachment import Attachment, check_optimizer, connect
+from commopt.integrations import made
+from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
+from commopt.integrations.attachment import Attachment, check_optimizer, check_parameters, check_wrapping, connect
 from commopt.integrations.lane import Lane
 from commopt.links import schedule
 from commopt.outer import OuterLoop
@@ -152,7 +155,7 @@ def _ddps_own(model: DistributedDataParallel) -> Iterator[tuple[str, str, int]]:
 
 def attach(
     model: DistributedDataParallel,
-    method: Aggregator,
+    method: Aggregator | Choice,
     optimizer: torch.optim.Optimizer | None = None,
     group: Group | None = None,
     *,
@@ -160,29 +163,47 @@ def attach(
 ) -> DDPAttachment:
     """Average the gradients of a DDP model by any method.
 
-    `optimizer` is the one that applies a gradient method's result; an update method is its own. `group` is a new process
+    method: what `commopt.build` made, or takes. `optimizer` is the one that applies a gradient method's result; an update
+    method is its own. `group` is a new process
     group of the model's ranks unless given, because DDP's own must not see calls in between. `overlap` exchanges each
     bucket while backward computes the next; False waits for all of them, which `max_norm` needs.
 
     Gradient accumulation: `model.no_sync()` for all but the last micro-batch, as with DDP itself.
-    Raises AttachError if method, model and optimizer do not fit together, before anything is changed.
+    Raises AttachError if method, model and optimizer do not fit together, or ranks disagree, on every rank and before anything is changed.
     """
-    if not isinstance(model, DistributedDataParallel):
-        raise AttachError(
-            f"{type(model).__name__} is no DistributedDataParallel: wrap the model first, or use integrations.plain"
-        )
-    if isinstance(method, OuterLoop):
-        raise AttachError(
-            f"{method.name} averages parameters now and then, and DDP gradients in every step: leave DDP out, and use integrations.plain"
-        )
-    if getattr(model, "_comm_hooks", None):
-        raise AttachError(
-            "this DDP model has a communication hook already, and DDP takes only one; attach before registering others"
-        )
-    check_optimizer(method, optimizer)
-    if method.needs_all_buckets and overlap:
-        what = "max_norm" if method.max_norm is not None else f"{method.name} with one scale for the whole model"
-        raise AttachError(f"{what} needs the gradients of all buckets at once: attach(..., overlap=False)")
-    if getattr(model, "mixed_precision", None) is not None:
-        raise AttachError("DDP's own mixed_precision casts gradients around the hook; use torch.autocast instead")
-    return DDPAttachment(model, method, optimizer, group or connect(model.process_group), overlap)
+    is_ddp = isinstance(model, DistributedDataParallel)
+    meeting = meeting_group(group, model.process_group if is_ddp else None)
+
+    def check() -> tuple[tuple[Aggregator, torch.optim.Optimizer], Configuration]:
+        if not is_ddp:
+            inside = getattr(model, "_orig_mod", None)
+            if isinstance(inside, DistributedDataParallel):
+                raise AttachError(
+                    "this is torch.compile around a DDP model: attach to the DDP model first, then compile it"
+                )
+            raise AttachError(
+                f"{type(model).__name__} is no DistributedDataParallel: wrap the model first, or use integrations.plain"
+            )
+        chosen = made(method, model.module, optimizer)
+        if isinstance(chosen, OuterLoop):
+            raise AttachError(
+                f"{chosen.name} averages parameters now and then, and DDP gradients in every step: leave DDP out, and use "
+                "integrations.plain"
+            )
+        check_group(group)
+        if getattr(model, "_comm_hooks", None):
+            raise AttachError(
+                "this DDP model has a communication hook already, and DDP takes only one; attach before registering others"
+            )
+        check_wrapping(model.module)
+        stepping = check_optimizer(chosen, optimizer)
+        named = check_parameters(model.module, chosen, stepping)
+        if chosen.needs_all_buckets and overlap:
+            what = "max_norm" if chosen.max_norm is not None else f"{chosen.name} with one scale for the whole model"
+            raise AttachError(f"{what} needs the gradients of all buckets at once: attach(..., overlap=False)")
+        if getattr(model, "mixed_precision", None) is not None:
+            raise AttachError("DDP's own mixed_precision casts gradients around the hook; use torch.autocast instead")
+        return (chosen, stepping), configuration_of("ddp", chosen, named, stepping, overlap=overlap)
+
+    chosen, stepping = agree(meeting, check)
+    return DDPAttachment(model, chosen, stepping, group or connect(model.process_group), overlap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from commopt.aggregate import is_finite
-from commopt.errors import GroupError
+from commopt.errors import AttachError, GroupError
 from commopt.groups.peers import PeerGroup, Progress, call_roll
+from commopt.integrations.agreement import difference, digest
 from commopt.wire import Payload
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ class Members:
                 continue
             before = training.steps
             stored = torch.load(io.BytesIO(payload.buffer.numpy().tobytes()), map_location="cpu", weights_only=True)
+            theirs = json.loads(stored["configuration"])
+            if digest(theirs) != digest(training.configuration):
+                raise AttachError(difference({donor: theirs, peers.rank: training.configuration}))
             self._take_over(stored)
             if not in_step:
                 self._settle()
@@ -112,6 +117,7 @@ class Members:
             stateful = {key: value.state_dict() for key, value in self.stateful.items()}
             groups = [{k: x for k, x in group.items() if k != "params"} for group in training.optimizer.param_groups]
             stored: dict[str, Any] = {"steps": training.steps, "stateful": stateful, "groups": groups}
+            stored["configuration"] = json.dumps(training.configuration)
             if bool(letter.payload.tensors[0][0]):
                 stored |= {
                     "model": {key: x.detach().cpu() for key, x in training.model.state_dict().items()},
@@ -191,8 +197,12 @@ class Members:
         """All begin with the parameters and buffers of the lowest rank, but for a job that resumes, whose replicas differ."""
         training, peers = self._training, self._peers
         if peers.size > 1:
-            roll = call_roll(peers, "start", 0, torch.tensor([training.steps]), wait_s)
-            steps = [int(roll.cards[rank]) for rank in roll.members]
+            words = torch.frombuffer(bytearray(digest(training.configuration)), dtype=torch.int64)
+            card = torch.cat([torch.tensor([training.steps]), words])
+            roll = call_roll(peers, "start", 0, card, wait_s)
+            if any(not torch.equal(roll.cards[rank][1:], words) for rank in roll.members):
+                self._tell_the_difference(PeerGroup(peers, roll.members, "differ", 0, max(wait_s, 60.0)))
+            steps = [int(roll.cards[rank][0]) for rank in roll.members]
             if training.steps < max(steps):
                 self._catch_up_at_start(max(steps), wait_s)
                 return
@@ -203,6 +213,10 @@ class Members:
                     _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
         if training.steps == 0:
             training.method.begin(training.flat())
+
+    def _tell_the_difference(self, group: PeerGroup) -> None:
+        every = [json.loads(text) for text in group.tell(json.dumps(self._training.configuration))]
+        raise AttachError(difference(dict(zip(group.members, every, strict=True))))
 
     def _catch_up_at_start(self, step: int, wait_s: float) -> None:
         peers, end_s = self._peers, self._peers.seconds + max(wait_s, 60.0)

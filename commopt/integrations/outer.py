@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,19 @@ from torch import Tensor
 from torch.nn import Module
 
 from commopt.aggregate import State, is_finite
+from commopt.choice import Choice
 from commopt.errors import AttachError, GroupError
-from commopt.groups import Group, LocalGroup
+from commopt.groups import Group, LocalGroup, SimGroup
 from commopt.groups.peers import PeerGroup, Peers, call_roll
-from commopt.integrations.attachment import ATTACHED, check_parameters, connect_peers
+from commopt.integrations import made
+from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
+from commopt.integrations.attachment import (
+    ATTACHED,
+    RefusesDDP,
+    check_parameters,
+    check_wrapping,
+    connect_peers,
+)
 from commopt.integrations.members import Members
 from commopt.outer import Exchanged, OuterLoop, Round
 from commopt.sketch import Spread
@@ -67,12 +77,19 @@ class OuterAttachment:
     happened, as (kind, fields). spread: the last estimate of the replicas' distance from their mean. steps: optimizer steps done.
     """
 
-    def __init__(self, model: Module, method: OuterLoop, optimizer: torch.optim.Optimizer, peers: Peers) -> None:
+    def __init__(
+        self,
+        model: Module,
+        method: OuterLoop,
+        optimizer: torch.optim.Optimizer,
+        peers: Peers,
+        configuration: Configuration,
+    ) -> None:
         self.model, self.method, self.optimizer, self.peers = model, method, optimizer, peers
         self.group = LocalGroup()  # nothing here concerns all ranks at once
         self.group.traffic = peers.traffic
         self.parameters = check_parameters(model, method, optimizer)
-        self.averaged_state = method.averaged_state
+        self.averaged_state, self.configuration = method.averaged_state, configuration
         self.voided: list[tuple[int, str]] = []
         self.reports: list[RoundReport] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -88,6 +105,7 @@ class OuterAttachment:
         self._sketch = Spread(method.index.total, peers.rank)
         ATTACHED.add(model)
         self._handles = [
+            model.register_forward_pre_hook(RefusesDDP(model, method.name)),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
@@ -330,14 +348,43 @@ def _known(exchanged: Exchanged, exchange_s: float) -> Callable[[], tuple[Exchan
 
 
 def attach_outer(
-    model: Module, method: OuterLoop, optimizer: torch.optim.Optimizer | None, group: Group | Peers | None
+    model: Module,
+    method: OuterLoop | Choice,
+    optimizer: torch.optim.Optimizer | None,
+    group: Group | Peers | None,
+    *,
+    without_effect: Mapping[str, Any],
 ) -> OuterAttachment:
-    """What `plain.attach` does with an outer method. Raises AttachError if method, model and optimizer do not fit together."""
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel) and model.process_group.size() > 1:
-        raise AttachError(
-            f"DDP averages gradients in every step, which {method.name} is there to do without: attach it to the model itself"
-        )
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise AttachError(f"{method.name} goes with an optimizer for the inner steps: attach(model, method, optimizer)")
-    method.check_optimizer(optimizer)
-    return OuterAttachment(model, method, optimizer, connect_peers(group))
+    """What `plain.attach` does with an outer method; `without_effect` are options that it has none of, and must not be given.
+
+    Ranks of torch.distributed compare their configurations here, members that come and go when they join.
+    Raises AttachError if method, model and optimizer do not fit together.
+    """
+    come_and_go = isinstance(group, Peers | SimGroup) or (group is None and "COMMOPT_PEERS" in os.environ)
+    meeting = LocalGroup() if come_and_go else meeting_group(group, getattr(model, "process_group", None))
+
+    def check() -> tuple[tuple[OuterLoop, torch.optim.Optimizer, Configuration], Configuration]:
+        chosen = made(method, model, optimizer)
+        for option, value in without_effect.items():
+            if value is not None:
+                raise AttachError(
+                    f"{option}: {chosen.name} exchanges no gradients, so that it has no effect; leave it out"
+                )
+        if not isinstance(group, Peers):
+            check_group(group)
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel) and model.process_group.size() > 1:
+            raise AttachError(
+                f"DDP averages gradients in every step, which {chosen.name} is there to do without: attach it to the model itself"
+            )
+        if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            check_wrapping(model)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise AttachError(
+                f"{chosen.name} goes with an optimizer for the inner steps: attach(model, method, optimizer)"
+            )
+        chosen.check_optimizer(optimizer)
+        configuration = configuration_of("outer", chosen, check_parameters(model, chosen, optimizer), optimizer)
+        return (chosen, optimizer, configuration), configuration
+
+    chosen, stepping, configuration = agree(meeting, check)
+    return OuterAttachment(model, chosen, stepping, connect_peers(group), configuration)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -11,11 +11,22 @@ from torch.nn import Module
 
 from commopt.aggregate import Aggregator
 from commopt.bucket import Bucket
-from commopt.errors import AttachError
+from commopt.choice import Choice, read_choice
+from commopt.errors import AttachError, ConfigError
 from commopt.groups import Group
 from commopt.groups.peers import Peers
-from commopt.integrations.attachment import Attachment, check_optimizer, connect
+from commopt.integrations import made
+from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
+from commopt.integrations.attachment import (
+    Attachment,
+    RefusesDDP,
+    check_optimizer,
+    check_parameters,
+    check_wrapping,
+    connect,
+)
 from commopt.integrations.outer import OuterAttachment, attach_outer
+from commopt.methods import is_outer_method
 from commopt.outer import OuterLoop
 
 
@@ -34,6 +45,7 @@ class PlainAttachment(Attachment):
         super().__init__(model, method, optimizer, group)
         self.bucket_bytes, self.find_unused_parameters = bucket_bytes, find_unused_parameters
         self._has_new_gradients = False
+        self._handles.append(model.register_forward_pre_hook(RefusesDDP(model, method.name)))
         for p in self.parameters.values():
             hook = p.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
             self._handles.append(hook)
@@ -111,9 +123,19 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     group: Group | Peers | None = None,
 ) -> OuterAttachment: ...
+@overload
 def attach(
     model: Module,
-    method: Aggregator | OuterLoop,
+    method: Choice,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: Group | Peers | None = None,
+    *,
+    bucket_bytes: int | None = None,
+    find_unused_parameters: bool | None = None,
+) -> PlainAttachment | OuterAttachment: ...
+def attach(
+    model: Module,
+    method: Aggregator | OuterLoop | Choice,
     optimizer: torch.optim.Optimizer | None = None,
     group: Group | Peers | None = None,
     *,
@@ -122,36 +144,56 @@ def attach(
 ) -> PlainAttachment | OuterAttachment:
     """Average gradients of an unwrapped model at `optimizer.step()`, by any method and over any group.
 
-    Parameters and buffers are first made those of rank 0. `optimizer` is the one that applies a gradient method's result; an
-    update method is its own. `group` is the job's ranks unless given (a SimGroup, say); without torch.distributed, one rank.
+    method: what `commopt.build` made, or takes. Parameters and buffers are first made those of rank 0. `optimizer` is the one that
+    applies a gradient method's result; an update method is its own. `group` is the job's ranks unless given (a SimGroup, say);
+    without torch.distributed, one rank.
     bucket_bytes: at most so much is exchanged at once. find_unused_parameters: agree in every step on which parameters have a
     gradient on any rank (P counts of 4 bytes); the others are left alone. Without it a missing gradient counts as zeros.
 
     An outer method (NoLoCo, DiLoCo, ...) averages parameters instead, now and then, and its ranks may come and go: see `OuterAttachment`.
 
-    Raises AttachError if method, model and optimizer do not fit together.
+    Raises AttachError if method, model and optimizer do not fit together, or ranks disagree, on every rank and before anything is changed.
     """
-    if isinstance(method, OuterLoop):
-        for option, value in (("bucket_bytes", bucket_bytes), ("find_unused_parameters", find_unused_parameters)):
-            if value is not None:
-                raise AttachError(
-                    f"{option}: {method.name} exchanges no gradients, so that it has no effect; leave it out"
-                )
-        return attach_outer(model, method, optimizer, group)
-    if isinstance(group, Peers):
-        raise AttachError(
-            f"{method.name} exchanges in every step, which needs a group with all ranks; only outer methods take peers"
-        )
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise AttachError("this model averages gradients itself: use integrations.ddp.attach, or pass model.module")
-    check_optimizer(method, optimizer)
-    group = group or connect()
-    if method.grad_scaler is not None and group.size > 1:
-        raise AttachError(
-            "GradScaler decides on each rank alone before a plain exchange; use integrations.ddp with grad_scaler"
-        )
-    bucket_bytes = 25 << 20 if bucket_bytes is None else bucket_bytes
-    if bucket_bytes < 1:
-        raise AttachError(f"bucket_bytes: {bucket_bytes!r} is out of range; write a number of bytes above 0")
+    if _is_outer(method):
+        options = {"bucket_bytes": bucket_bytes, "find_unused_parameters": find_unused_parameters}
+        return attach_outer(model, cast(OuterLoop | Choice, method), optimizer, group, without_effect=options)
+    nbytes = 25 << 20 if bucket_bytes is None else bucket_bytes
     finds_unused = True if find_unused_parameters is None else find_unused_parameters
-    return PlainAttachment(model, method, optimizer, group, bucket_bytes, finds_unused)
+    ddps_own = model.process_group if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
+    meeting = meeting_group(group, ddps_own)
+
+    def check() -> tuple[tuple[Aggregator, torch.optim.Optimizer], Configuration]:
+        chosen = made(method, model, optimizer)
+        if isinstance(group, Peers):
+            raise AttachError(
+                f"{chosen.name} exchanges in every step, which needs a group with all ranks; only outer methods take peers"
+            )
+        check_group(group)
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            raise AttachError("this model averages gradients itself: use integrations.ddp.attach, or pass model.module")
+        check_wrapping(model)
+        stepping = check_optimizer(chosen, optimizer)
+        named = check_parameters(model, chosen, stepping)
+        if chosen.grad_scaler is not None and meeting.size > 1:
+            raise AttachError(
+                "GradScaler decides on each rank alone before a plain exchange; use integrations.ddp with grad_scaler"
+            )
+        if nbytes < 1:
+            raise AttachError(f"bucket_bytes: {nbytes!r} is out of range; write a number of bytes above 0")
+        configuration = configuration_of(
+            "plain", chosen, named, stepping, bucket_bytes=nbytes, find_unused_parameters=finds_unused
+        )
+        return (chosen, stepping), configuration
+
+    chosen, stepping = agree(meeting, check)
+    joined = group if isinstance(group, Group) else connect()
+    return PlainAttachment(model, chosen, stepping, joined, nbytes, finds_unused)
+
+
+def _is_outer(method: Any) -> bool:
+    if isinstance(method, Aggregator | OuterLoop):
+        return isinstance(method, OuterLoop)
+    try:
+        return is_outer_method(read_choice(method)[0])
+    except ConfigError:
+        return False  # which is told where all ranks hear of it

@@ -98,7 +98,7 @@ def attach_float64(name: str) -> Callable[[], None]:
 
 def attach_something_else() -> None:
     model = make_model()
-    plain.attach(model, "dense", sgd(model))  # type: ignore[call-overload]
+    plain.attach(model, build, sgd(model))  # type: ignore[call-overload]
 
 
 def attach_with_no_bucket() -> None:
@@ -124,7 +124,7 @@ REFUSED: list[tuple[Callable[[], None], str]] = [
     (attach_complex_parameters, r"weight: torch\.complex64 parameters are not supported"),
     (attach_float64("ef_sign"), r"0\.weight: ef_sign works in float32, .* torch\.float64; use dense"),
     (attach_float64("onebit_adam"), r"0\.weight: onebit_adam works in float32, .* torch\.float64; use dense"),
-    (attach_something_else, r"str is no commopt method; make one with commopt\.build"),
+    (attach_something_else, r"function is no commopt method; make one with commopt\.build"),
     (attach_with_no_bucket, r"bucket_bytes: 0 is out of range"),
 ]
 

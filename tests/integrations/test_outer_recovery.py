@@ -17,6 +17,7 @@ from commopt.errors import GroupError
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.peers import call_roll
 from commopt.integrations import plain
+from commopt.integrations.agreement import digest
 from commopt.links import LinkModel
 
 EVERY, STEP_S, TIMEOUT_S = 5, 0.1, 1.0
@@ -144,7 +145,7 @@ def test_two_that_are_behind_ask_those_ahead_only_and_go_on_when_these_end() -> 
             train_diary(group, diaries[group.rank], "diloco", options, 20, step_s=STEP_S)
             return
         model = make_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  # as train_diary has it
         ahead = plain.attach(model, build("diloco", **options), optimizer, group)
         ahead.join()
         group.peers.announce(100)  # and is busy with what follows its last step
@@ -184,7 +185,11 @@ def test_a_rank_that_resumes_behind_one_that_dies_before_it_trains_does_not_wait
     def train(group: SimGroup) -> None:
         if group.rank == 2:
             group.peers.announce(20, is_training=False)
-            call_roll(group.peers, "start", 0, torch.tensor([20]), 5.0)
+            model = make_model()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            configuration = plain.attach(model, build("diloco", every=EVERY), optimizer, group).configuration
+            words = torch.frombuffer(bytearray(digest(configuration)), dtype=torch.int64)
+            call_roll(group.peers, "start", 0, torch.cat([torch.tensor([20]), words]), 5.0)
         else:
             resume(group, 10, wait_s=5.0)
 
