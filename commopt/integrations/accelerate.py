@@ -26,11 +26,13 @@ from commopt.integrations.replacement import check_replaceable, move_schedulers,
 from commopt.methods import build, is_update_method
 from commopt.outer import OuterLoop
 
-if importlib.util.find_spec("accelerate") is None:
-    raise MissingExtra("commopt.integrations.accelerate", "accelerate", "accelerate")
-
-from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
-from accelerate.utils import DistributedType
+try:
+    from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
+    from accelerate.utils import DistributedType
+except ModuleNotFoundError as error:
+    if error.name != "accelerate":
+        raise
+    raise MissingExtra("commopt.integrations.accelerate", "accelerate", "accelerate") from None
 
 _log = logging.getLogger(__name__)
 
