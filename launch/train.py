@@ -1,6 +1,7 @@
 """Train a byte-level GPT on real text with any communication method; a page to read and to copy from.
 
 torchrun --nproc-per-node=4 launch/train.py --method onebit_adam --options '{"freeze_step": 24}'
+mpirun -n 4 python launch/train.py --method onebit_adam --options '{"freeze_step": 24}'
 commopt compare configs/runs/demo.yaml
 """
 
@@ -106,9 +107,25 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[
     return loss.item()
 
 
+def connect(backend: str | None) -> Any:
+    """The ranks over MPI where mpirun has started this one; None where they are torch.distributed's, or peers."""
+    by_mpirun = "RANK" not in os.environ and not {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"}.isdisjoint(os.environ)
+    if "COMMOPT_PEERS" in os.environ:  # every node was started on its own, and finds the others by itself
+        if backend == "mpi":
+            raise SystemExit("--backend mpi: commopt launch has started these ranks, and not mpirun; leave it out")
+    elif backend == "mpi" or (backend is None and by_mpirun):
+        from commopt.groups import MPIGroup
+
+        group = MPIGroup()
+        os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size))  # for the recorder
+        return group
+    else:
+        dist.init_process_group(backend or "gloo")
+    return None
+
+
 def main(args: argparse.Namespace) -> None:
-    if "COMMOPT_PEERS" not in os.environ:  # else every node was started on its own, and finds the others by itself
-        dist.init_process_group(args.backend)
+    over_mpi = connect(args.backend)
     train, held_out = read_corpus(args.corpus)
     torch.manual_seed(args.seed)  # the same model on every rank
     gpt = GPT(args.layers, args.heads, args.width, args.context)
@@ -117,9 +134,13 @@ def main(args: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (args.steps - step) / falling))
     if is_outer := is_outer_method(args.method):
         model: nn.Module = gpt
-        attachment: Any = plain.attach(gpt, method, optimizer)
+        attachment: Any = plain.attach(gpt, method, optimizer, over_mpi)
         first = attachment.join(schedule=schedule)  # 0, or where the others are if they train already
         rank, steps = attachment.peers.rank, attachment.range(args.steps)
+    elif over_mpi is not None:
+        own_optimizer, nbytes = None if optimizer is method else optimizer, int(args.bucket_mb * 2**20)
+        model, attachment = gpt, plain.attach(gpt, method, own_optimizer, over_mpi, bucket_bytes=nbytes)
+        first, rank, steps = 0, over_mpi.rank, range(args.steps)
     else:
         model = DistributedDataParallel(gpt, bucket_cap_mb=args.bucket_mb)
         overlap = not method.needs_all_buckets  # a global norm needs all gradients first
@@ -207,7 +228,7 @@ if __name__ == "__main__":
         "--optimizer", type=json.loads, default={"name": "adam", "lr": 2e-3}, help='as JSON: {"name": "sgd", "lr": 0.1}'
     )
     parser.add_argument("--corpus", type=Path, help="a file or a folder of text; default: Python's own sources")
-    parser.add_argument("--backend", default="gloo", choices=["gloo", "nccl"])
+    parser.add_argument("--backend", choices=["gloo", "nccl", "mpi"], help="default: mpi under mpirun, else gloo")
     sizes = {"steps": 100, "batch": 4, "context": 64, "layers": 4, "heads": 4, "width": 128, "seed": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,0 +1,174 @@
+"""What MPIGroup promises beyond the contract of every transport."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mpi_pool
+import pytest
+import torch
+from mpi_pool import MPIPool
+from rig import run_plain
+
+from commopt.errors import ConfigError, GroupError, MissingExtra
+from commopt.groups import SimWorld
+from commopt.wire import Payload
+
+ROOT = Path(__file__).parent.parent.parent
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
+
+
+def over_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
+    from commopt.groups import MPIGroup
+
+    group = MPIGroup(communicator, timeout_s=60)
+    result = function(group, *args)
+    group.close()
+    return result
+
+
+def sums(group: Any) -> list[torch.Tensor]:
+    """Sums of what rounding, order and layout would tell apart: 1,001 elements of each dtype, none, one, and a transposed matrix."""
+    generator = torch.Generator().manual_seed(group.rank)
+    wide = torch.randn(1001, generator=generator) * 10 ** torch.randint(-6, 2, (1001,), generator=generator)
+    every = [(1000 * wide).to(dtype) for dtype in DTYPES]
+    every += [torch.empty(0), torch.tensor(0.1 + group.rank), wide[:1000].view(25, 40).T]
+    for x in every:
+        group.all_reduce(x)
+    assert not every[-1].is_contiguous()
+    return every
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_sums_are_bit_for_bit_those_of_simulated_ranks(mpi: MPIPool, n: int) -> None:
+    simulated = SimWorld[Any](n).run(sums)[0]
+    for rank in mpi.run(n, over_mpi, sums):
+        for ours, theirs in zip(rank, simulated, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["onebit_adam l2", "dgc", "distributed_lion"])
+def test_training_over_mpi_ends_bit_for_bit_as_over_simulated_ranks(mpi: MPIPool, case: str) -> None:
+    simulated = SimWorld[torch.Tensor](3).run(lambda group: run_plain(group, case, 8))
+    assert all(torch.equal(rank, simulated[0]) for rank in mpi.run(3, over_mpi, run_plain, case, 8))
+
+
+def in_a_thread(group: Any) -> float:
+    x = torch.ones(1)
+    with ThreadPoolExecutor(1) as lane:
+        lane.submit(group.all_reduce, x).result()
+    return x.item()
+
+
+def test_exchanges_may_run_in_a_thread_as_those_of_ddp_do(mpi: MPIPool) -> None:
+    assert mpi.run(2, over_mpi, in_a_thread) == [2.0, 2.0]
+
+
+def talk(group: Any) -> tuple[list[str], float]:
+    return group.tell("" if group.rank == 0 else f"räng {group.rank}" * group.rank), group.traffic.payload_bytes
+
+
+def test_what_ranks_tell_each_other_arrives_whole_and_is_not_counted(mpi: MPIPool) -> None:
+    assert mpi.run(3, over_mpi, talk) == [(["", "räng 1", "räng 2räng 2"], 0.0)] * 3
+
+
+def mpirun(n: int, *words: str) -> subprocess.CompletedProcess[str]:
+    if why := mpi_pool.why_not():
+        pytest.skip(why)
+    command = [str(mpi_pool.mpiexec()), "-n", str(n), sys.executable, *words]
+    environment = {key: x for key, x in mpi_pool.environment().items() if key not in ("RANK", "COMMOPT_PEERS")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+def fail() -> None:
+    """One of two ranks, of which the other sends another length, stays away or was away before, and ends with an exception at last."""
+    from mpi4py import MPI
+
+    from commopt.groups import MPIGroup
+
+    uneven, lonely, other, last = MPIGroup(), MPIGroup(timeout_s=0.2), MPIGroup(), MPIGroup()
+    rank = uneven.rank
+
+    def note(call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except GroupError as error:
+            print(f"rank {rank} heard: {' '.join(str(error).split())}", flush=True)
+
+    note(lambda: uneven.swap(1 - rank, Payload.of(torch.zeros(10 + 10 * rank))))
+    if rank == 0:
+        note(lonely.barrier)
+        note(lambda: lonely.tell("is anybody there?"))
+        note(lambda: other.swap(1, Payload.of(torch.zeros(2)), timeout_s=0.2))
+    MPI.COMM_WORLD.Barrier()
+    if rank == 1:
+        raise ValueError("enough")
+    last.barrier()  # waits half an hour
+
+
+@pytest.fixture(scope="module")
+def failed() -> subprocess.CompletedProcess[str]:
+    """What two ranks say that `fail`."""
+    return mpirun(2, "-c", "import test_mpi; test_mpi.fail()")
+
+
+def test_an_exchange_that_fails_says_why_and_the_group_refuses_all_others(
+    failed: subprocess.CompletedProcess[str],
+) -> None:
+    heard: dict[str, list[str]] = {"rank 0": [], "rank 1": []}
+    for line in failed.stdout.splitlines():
+        if " heard: " in line:
+            rank, _, text = line.partition(" heard: ")
+            heard[rank].append(text)
+    truncated, lonely, again, unanswered = heard["rank 0"]
+    assert "truncated" in truncated
+    assert heard["rank 1"] == ["swap: rank 0 sent 40 bytes, rank 1 expects 80"]
+    assert "all_reduce failed on rank 0 of 2: not every rank has joined and ended it within 0.2 s" in lonely
+    assert "the group is of no use since all_reduce failed" in again
+    assert "swap with rank 1 failed on rank 0 of 2: not every rank has joined and ended it within 0.2 s" in unanswered
+
+
+def test_a_rank_that_ends_with_an_exception_ends_the_job_instead_of_leaving_it_waiting(
+    failed: subprocess.CompletedProcess[str],
+) -> None:
+    assert failed.returncode != 0
+    assert "ValueError: enough" in failed.stderr
+
+
+def test_the_training_program_knows_that_mpirun_started_it() -> None:
+    sizes = {"steps": 3, "layers": 1, "heads": 1, "width": 8, "context": 8, "validation-batches": 1, "batch": 1}
+    corpus = str(ROOT / "commopt")
+    options = ["--method", "ef_sign", "--optimizer", '{"name": "sgd", "lr": 0.1, "momentum": 0.0}', "--corpus", corpus]
+    words = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    done = mpirun(2, str(ROOT / "launch" / "train.py"), *words, *options)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout.splitlines()[0]
+    assert sum("validation after step 3" in line for line in done.stdout.splitlines()) == 1
+
+
+def test_a_timeout_that_is_none_is_refused(mpi: MPIPool) -> None:
+    assert mpi.run(1, refused, 0.0) == ["timeout_s: 0.0 is out of range; write a number of seconds above 0"]
+
+
+def refused(communicator: Any, timeout_s: float) -> str:
+    from commopt.groups import MPIGroup
+
+    try:
+        MPIGroup(communicator, timeout_s=timeout_s)
+    except ConfigError as error:
+        return str(error)
+    return "made"
+
+
+def test_without_mpi4py_the_group_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.delitem(sys.modules, "commopt.groups.mpi", raising=False)
+    with pytest.raises(MissingExtra, match=r"mpi4py, which is not installed: pip install 'commopt\[mpi\]'"):
+        importlib.import_module("commopt.groups.mpi")
