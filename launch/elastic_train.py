@@ -1,0 +1,112 @@
+"""Train through failures: every rank that dies is started again, and goes on from the last checkpoint, residuals included.
+
+torchrun --nproc-per-node=2 --max-restarts=3 launch/elastic_train.py --checkpoints /tmp/elastic --method dgc
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import commopt
+from commopt import checkpoint
+from commopt.choice import make
+from commopt.integrations import ddp
+
+FEATURES, CLASSES = 64, 10
+
+
+def make_model(seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(FEATURES, 128), nn.Tanh(), nn.Dropout(0.1), nn.Linear(128, CLASSES))
+
+
+def draw(rank: int, step: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """The batch of a rank and a step, the same whenever it is drawn: x (size, 64) f32, and which of ten corners it is nearest to."""
+    corners = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1_000_003 * (rank + 1) + step)
+    x = torch.randn(size, FEATURES, generator=generator)
+    return x, (x @ corners.T).argmax(dim=1)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the highest step; all ranks see the same folder, but rank 0 decides, as shared file systems lag."""
+    found = sorted(folder.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    choice: list[str | None] = [str(found[-1]) if found else None]
+    dist.broadcast_object_list(choice, src=0)
+    return None if choice[0] is None else Path(choice[0])
+
+
+def save(folder: Path, attachment: Any, step: int, schedule: Any) -> None:
+    """Write a checkpoint of its own for this step, and only then remove those before it."""
+    checkpoint.save(folder / f"step-{step}", attachment, extra={"step": step, "schedule": schedule.state_dict()})
+    if dist.get_rank() == 0:
+        for path in folder.glob("step-*"):
+            if path.name != f"step-{step}":
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), make_model()
+    kind = getattr(torch.optim, args.optimizer, None)
+    if kind is None:
+        raise commopt.errors.ConfigError(
+            f"--optimizer {args.optimizer!r}: torch.optim has none of that name; write SGD or Adam"
+        )
+    method, optimizer = make({"name": args.method, **args.options}, model, kind(model.parameters(), lr=args.lr))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
+    wrapped = DistributedDataParallel(model)
+    attachment = ddp.attach(wrapped, method, None if optimizer is method else optimizer)
+
+    first, last = 0, newest(args.checkpoints)
+    if last is not None:
+        extra = checkpoint.load(last, attachment)
+        schedule.load_state_dict(extra["schedule"])
+        first = extra["step"]
+    if rank == 0:
+        print(f"begins at step {first} of {args.steps}", flush=True)
+    loss: Any = None
+    for step in range(first, args.steps):
+        x, label = draw(rank, step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(wrapped(x), label)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            save(args.checkpoints, attachment, step + 1, schedule)
+    if rank == 0:
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+        print(f"done: loss {loss.item():.4f}, parameters {digest[:16]}", flush=True)
+    attachment.group.barrier()
+    dist.destroy_process_group()
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=Path, required=True, help="a folder that all nodes see")
+    parser.add_argument(
+        "--every", type=int, default=10, help="steps between two checkpoints: what a failure costs at most"
+    )
+    parser.add_argument("--method", default="onebit_adam", help="a name from docs/methods.md")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help='the method\'s options, as JSON: {"freeze_step": 20}'
+    )
+    parser.add_argument(
+        "--optimizer", default="Adam", help="one of torch.optim, which the method goes beside or replaces"
+    )
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=100)
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main(arguments())

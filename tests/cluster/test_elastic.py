@@ -1,0 +1,100 @@
+"""A training that dies under `torchrun --max-restarts` goes on from its checkpoint, residuals included."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launchers import HERE, ROOT, environment, finish, processes, start, wait_until
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from commopt.cluster.machine import free_ports
+from commopt.cluster.network import address
+
+TRAINING = ["--method", "onebit_adam", "--options", '{"freeze_step": 4}', "--steps", "12", "--every", "3"]
+
+
+def undisturbed(folder: Path, scratch: Path) -> list[subprocess.Popen[str]]:
+    """The same training as two bare ranks, without torchrun and without failures."""
+    (port,) = free_ports(1)
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "launch/elastic_train.py"), "--checkpoints", str(folder), *TRAINING],
+                env={**environment(scratch), **place, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return ranks
+
+
+def on_each_node(folder: Path, flag: Path, mark: str) -> list[list[str]]:
+    """launch/torchrun.sh as it is run by hand on two machines, which have nothing from commopt's launcher."""
+    commands = []
+    for node in range(2):
+        place = [f"HEAD={address(0)}", "NODES=2", f"NODE={node}", "RESTARTS=1", "OMP_NUM_THREADS=1"]
+        cleared = ["-u", "GLOO_SOCKET_IFNAME", "-u", "COMMOPT_NIC", f"PYTHON={sys.executable}"]
+        script = [str(ROOT / "launch/torchrun.sh"), str(HERE / "dying.py"), str(flag), "--checkpoints", str(folder)]
+        commands.append(["env", *cleared, *place, f"JOB={mark}", *script, *TRAINING])
+    return commands
+
+
+def everything(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: parameters, optimizer, and each rank's own residuals and random state."""
+    reader = FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {}
+    for key, kind in stored.items():
+        assert isinstance(kind, TensorStorageMetadata)
+        if key != "meta":  # a pickle, whose bytes depend on which of its texts are one object
+            tensors[key] = torch.empty(kind.size, dtype=kind.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+@pytest.mark.timeout(300)  # torchrun starts the ranks twice
+@pytest.mark.usefixtures("namespaces")
+def test_a_killed_rank_costs_steps_and_changes_nothing(write: Callable[[str], Path], mark: str, tmp_path: Path) -> None:
+    cluster, scratch, saved = write("nodes: 2\nlinks: {rate: 500mbit}"), tmp_path / "scratch", tmp_path / mark
+    scratch.mkdir()
+    commands = json.dumps(on_each_node(saved / "killed", tmp_path / "flag", mark))
+    job = start([str(HERE / "by_hand.py"), str(cluster), mark, commands], scratch)
+    others = undisturbed(saved / "undisturbed", scratch)
+    ended = [finish(rank, 200) for rank in others]
+    code, output, errors = finish(job, 200)
+    assert code == 0, errors
+    (first, said), (second, also) = json.loads(output)
+    assert (first, second) == (0, 0), (said, also)
+    assert [line for line in said if line.startswith("begins")] == ["begins at step 0 of 12", "begins at step 6 of 12"]
+    assert (tmp_path / "flag").exists()
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    (expected,) = re.findall(r"done: .*", ended[0][1])
+    assert [line for line in said if line.startswith("done")] == [expected]
+    kept = [os.listdir(saved / name) for name in ("killed", "undisturbed")]
+    assert kept == [["step-12"], ["step-12"]]
+    ours, theirs = (everything(saved / name / "step-12") for name in ("killed", "undisturbed"))
+    assert ours.keys() == theirs.keys()
+    residuals = [key for key in ours if key.startswith("local/")]
+    assert {key.split("/")[1] for key in residuals} == {"0", "1"}
+    assert any(bool(ours[key].any()) for key in residuals)
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert any(key.startswith("optimizer/") for key in ours)
+    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=10)
