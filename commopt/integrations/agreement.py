@@ -22,6 +22,7 @@ from commopt.outer import OuterLoop
 T = TypeVar("T")
 Configuration = dict[str, Any]
 _SHOWN = 3  # differences that an error names
+_LONG = 80  # characters of a value that it shows
 
 
 def agree(group: Group, check: Callable[[], tuple[T, Configuration]]) -> T:
@@ -102,16 +103,27 @@ def digest(configuration: Configuration) -> bytes:
 def difference(configurations: Mapping[int, Configuration]) -> str:
     """What differs between ranks, in a line: which key, and who has which value."""
     flat = {rank: dict(_flattened(one)) for rank, one in configurations.items()}
-    keys = dict.fromkeys(key for one in flat.values() for key in one)
-    told = []
-    for key in keys:
+    every = dict.fromkeys(key for one in flat.values() for key in one)
+    told: list[str] = []
+    of_another_kind: list[str] = []
+    for key in sorted(every, key=_importance):
+        if any(key.startswith(other) for other in of_another_kind):
+            continue
         ranks_of: dict[str, list[int]] = {}
         for rank, one in flat.items():
             ranks_of.setdefault(one.get(key, "missing"), []).append(rank)
         if len(ranks_of) > 1:
-            told.append(f"{key} is " + " and ".join(f"{value} on {_ranks(r)}" for value, r in ranks_of.items()))
+            if key in ("method.name", "optimizer.name"):  # whose other settings differ then, too
+                of_another_kind.append(key.removesuffix("name"))
+            told.append(f"{key} is " + " and ".join(f"{_short(value)} on {_ranks(r)}" for value, r in ranks_of.items()))
     more = f"; and {len(told) - _SHOWN} more differences" if len(told) > _SHOWN else ""
     return f"the ranks' configurations differ: {'; '.join(told[:_SHOWN])}{more}; give every rank the same"
+
+
+def _importance(key: str) -> int:
+    if key in ("commopt", "integration", "method.name", "optimizer.name"):
+        return 0
+    return 1 if key.startswith("parameters.") else 2
 
 
 def _tell_of_failure(group: Group, text: str) -> None:
@@ -158,6 +170,10 @@ def _flattened(configuration: Any, prefix: str = "") -> list[tuple[str, str]]:
     else:
         return [(prefix, json.dumps(configuration) if isinstance(configuration, list) else str(configuration))]
     return [pair for key, value in items for pair in _flattened(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= _LONG else f"{value[:_LONG]}..."
 
 
 def _ranks(ranks: Sequence[int]) -> str:
