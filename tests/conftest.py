@@ -9,6 +9,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -19,9 +20,40 @@ from commopt import kernels
 from commopt.cluster.emulate import unshare_words
 from commopt.errors import EmulationError
 
+WAITING = "tests/cluster/"  # mostly waits for what it started; one after another, beside all others
+SINGLE = "tests/test_testing.py"  # long, and shares nothing between its tests
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("commopt", deadline=None, max_examples=60)
 hypothesis.settings.load_profile("commopt")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker for each of up to four cores, and one that mostly waits."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadfile: the emulated machines in one worker, from the start, and files in the others."""
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(WAITING):
+                return WAITING
+            return nodeid if nodeid.startswith(SINGLE) else str(super()._split_scope(nodeid))
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False  # else those with most tests come first, which are quick ones
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(WAITING))
 
 
 @pytest.fixture(scope="session")
