@@ -13,17 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import Module
 
 from commopt.aggregate import Aggregator
 from commopt.choice import Choice, read_choice
 from commopt.errors import AttachError, CheckpointError, GradientsChanged
-from commopt.groups import Group
+from commopt.groups import Group, TorchGroup
 from commopt.integrations import made
-from commopt.integrations.attachment import ATTACHED, Attachment, check_optimizer, connect
+from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
+from commopt.integrations.attachment import ATTACHED, Attachment, check_optimizer, check_parameters, connect
 from commopt.integrations.fsdp_scatter import CompressedReduceScatter, ScatterMean
-from commopt.integrations.fsdp_units import Mesh, Unit, find_units, local, way_of
+from commopt.integrations.fsdp_units import Mesh, Unit, Way, find_units, local, mesh_of, way_of
 from commopt.methods import is_outer_method, is_update_method
 from commopt.outer import OuterLoop
 from commopt.wire import Payload
@@ -252,30 +253,42 @@ def attach(
     first replica. Parameters without a gradient in a step get one of zeros, as their units are exchanged as a whole.
 
     Gradient accumulation: model.set_requires_gradient_sync(False) or set_requires_all_reduce(False) for all but the last backward.
-    Raises AttachError if they do not fit together, before anything is changed.
+    Raises AttachError if they do not fit together, or ranks disagree, on every rank and before anything is changed.
     """
+    if isinstance(model, FullyShardedDataParallel):
+        raise AttachError(
+            "FullyShardedDataParallel, the first FSDP, has no place for a method: use fully_shard instead"
+        )
     if not isinstance(model, FSDPModule):
         raise AttachError(
             f"{type(model).__name__} is not sharded: call fully_shard(model, mesh=...) first, on the root too"
         )
     if model in ATTACHED:
         raise AttachError("a method is attached to this model already; call detach() on what attach returned first")
-    units, mesh = find_units(model)
-    way = way_of(mesh, group)
-    _check_kind(method)
-    built: Aggregator = made(method, model, optimizer)
-    check_optimizer(built, optimizer)
-    _check_method(built)
-    if way == "replicas":
-        if group is None and mesh.replicate_group is not None and mesh.replicate_group.size() == 1:
+    mesh = mesh_of(model)
+    configuration: Configuration = {}
+
+    def check() -> tuple[tuple[Aggregator, list[Unit], Way], Configuration]:
+        check_group(group)
+        way, units = way_of(mesh, group), find_units(model)
+        _check_kind(method)
+        built: Aggregator = made(method, model, optimizer)
+        stepping = check_optimizer(built, optimizer)
+        _check_method(built)
+        chosen = built if way == "replicas" else ScatterMean.like(built, units)
+        named = check_parameters(model, chosen, stepping)
+        if way == "replicas" and mesh.replicate_group is not None and mesh.replicate_group.size() == 1:
             raise AttachError("the mesh has one replica, and nothing to average; leave commopt out")
-        return ReplicaAttachment(model, built, optimizer, group or connect(mesh.replicate_group), units, mesh)
-    if unit := next((unit for unit in units if unit.param_group.gradient_divide_factor is not None), None):
-        raise AttachError(
-            f"{unit.label}: set_gradient_divide_factor: a compressed reduce-scatter takes the mean; leave it out"
+        configuration.update(
+            configuration_of("fsdp", built, named, stepping, way=way, units=[unit.label for unit in units])
         )
-    scatter = ScatterMean.like(built, units)
-    return ShardAttachment(model, scatter, optimizer, group or connect(mesh.shard_group), units, mesh)
+        return (chosen, units, way), configuration
+
+    between = meeting_group(group, mesh.replicate_group or mesh.shard_group)
+    chosen, units, way = agree(between, lambda: (agree(TorchGroup(mesh.shard_group), check), configuration))
+    if way == "replicas":
+        return ReplicaAttachment(model, chosen, optimizer, group or connect(mesh.replicate_group), units, mesh)
+    return ShardAttachment(model, chosen, optimizer, group or connect(mesh.shard_group), units, mesh)
 
 
 def equal_everywhere(x: Tensor, group: Group) -> bool:

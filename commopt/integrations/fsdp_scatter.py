@@ -23,6 +23,7 @@ from commopt.groups import Group
 from commopt.integrations.fsdp_units import Unit
 from commopt.methods import FP16, QSGD, NaturalMean, TwoWay
 
+_FSDPS_OWN = ("DefaultReduceScatter", "ProcessGroupAllocReduceScatter")
 _ONE_WAY = (TwoWay, NaturalMean, QSGD)
 
 
@@ -51,6 +52,13 @@ class ScatterMean(Compressed):
             )
         else:
             made = cls._of(method)  # type: ignore[arg-type]
+        for unit in units:
+            if unit.param_group.gradient_divide_factor is not None:
+                raise AttachError(
+                    f"{unit.label}: set_gradient_divide_factor: a compressed reduce-scatter takes the mean; leave it out"
+                )
+            if type(unit.param_group._reduce_scatter_comm).__name__ not in _FSDPS_OWN:
+                raise AttachError(f"{unit.label}: has a custom reduce-scatter already, and FSDP takes only one")
         made.name, made.units = method.name, {unit.label: unit for unit in units}
         return made
 

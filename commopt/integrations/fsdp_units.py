@@ -84,7 +84,16 @@ class Mesh:
         return self.shard_group.rank()
 
 
-def find_units(model: Module) -> tuple[list[Unit], Mesh]:
+def mesh_of(model: Module) -> Mesh:
+    """Where this rank is in the mesh that the model is sharded over. Raises AttachError where there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                return _mesh(name or "root", group)
+    raise AttachError("the model has no sharded parameter; call fully_shard on it, or on its layers and then on it")
+
+
+def find_units(model: Module) -> list[Unit]:
     """The units of a sharded model in the order of its modules. Raises AttachError for what cannot be served."""
     name_of = {id(p): name for name, p in _sharded_parameters(model).items()}
     units: list[Unit] = []
@@ -122,7 +131,7 @@ def find_units(model: Module) -> tuple[list[Unit], Mesh]:
             raise AttachError(f"{name} is among ignored_params, which FSDP does not average; shard it, or freeze it")
     if empty := [r for r in range(mesh.shards) if not any(p.numels[r] for unit in units for p in unit.pieces)]:
         raise AttachError(f"shard {empty[0]} of {mesh.shards} holds no element of the model; shard it over fewer ranks")
-    return units, mesh
+    return units
 
 
 def way_of(mesh: Mesh, group: Group | None) -> Way:

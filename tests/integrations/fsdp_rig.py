@@ -29,6 +29,14 @@ def mesh_of(ranks: int = 4) -> Any:
     return _meshes[0] if ranks == 4 else _meshes[1]
 
 
+def warm_up(_: Any) -> None:
+    """What takes seconds, once: importing FSDP and what it imports at the first backward."""
+    mesh_of()
+    if torch.distributed.get_rank() < 4:
+        with attached(_meshes[0], "dense") as (model, optimizer, _attachment):
+            train(model, optimizer, 0, 1)
+
+
 def flat_mesh() -> Any:
     """The mesh of ranks 0 to 3 in one dimension."""
     return mesh_of(1)
@@ -41,16 +49,21 @@ class Uneven(nn.Module):
         super().__init__()
         self.first, self.second, self.last = nn.Linear(12, 37), nn.Linear(37, 24), nn.Linear(24, 1)
         self.scale = nn.Parameter(torch.ones(24))
+        self.is_poisoned = False  # whether this rank's gradient of row 20 of `second` is NaN, and no other
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
 
-    def forward(self, x: Tensor, is_short: bool = False) -> Tensor:
+    def forward(self, x: Tensor, uses_scale: bool = True) -> Tensor:
         hidden = self.first(x).tanh()
-        if is_short:
-            return hidden.mean(1, keepdim=True)  # type: ignore[no-any-return]
-        y: Tensor = self.last(self.second(hidden).tanh() * self.scale)
+        if self.is_poisoned:
+            hidden.register_hook(lambda grad: grad.nan_to_num(0.0))
+        hidden = self.second(hidden)
+        if self.is_poisoned:
+            hidden.register_hook(lambda grad: grad.index_fill(1, torch.tensor([20]), torch.nan))
+        hidden = hidden.tanh()
+        y: Tensor = self.last(hidden * self.scale if uses_scale else hidden)
         return y
 
 
@@ -90,7 +103,9 @@ def train(model: Any, optimizer: torch.optim.Optimizer, rank: int, steps: int, f
 
 def shards(model: nn.Module) -> Flats:
     """This rank's shard of every parameter, flat."""
-    return {name: p.detach().to_local().reshape(-1).clone() for name, p in model.named_parameters()}
+    from commopt.integrations.fsdp_units import local
+
+    return {name: local(p).reshape(-1).clone() for name, p in model.named_parameters()}
 
 
 @contextmanager
@@ -113,10 +128,10 @@ def cut(x: Tensor, shards: int, shard: int) -> Tensor:
     return pieces[shard].reshape(-1) if shard < len(pieces) else x.new_empty(0)
 
 
-def gradients(model: nn.Module, step: int, ranks: int = 4, scale: Callable[[int, str], float] | None = None) -> Any:
-    """[rank][name]: the gradient that each rank's batch gives."""
+def gradients(model: nn.Module, step: int) -> list[Flats]:
+    """[rank][name]: the gradient that each of four ranks' batches gives."""
     found = []
-    for rank in range(ranks):
+    for rank in range(4):
         model.zero_grad()
         x, y = batch(rank, step)
         loss_of(model(x), y).backward()
@@ -135,7 +150,7 @@ class TwoReplicas:
             pieces = [(name, cut(p, SHARDS, shard)) for name, p in named]
 
             def bind(group: Group, shard: int = shard, pieces: Any = pieces) -> Flats:
-                rows = {name: p for name, p in named}
+                rows = dict(named)
                 local = [
                     (name, x.view(-1, *rows[name].shape[1:]) if x.numel() else x) for name, x in pieces if x.numel()
                 ]
