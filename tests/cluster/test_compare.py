@@ -36,6 +36,15 @@ def commopt(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def commopt_here(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command that starts nothing: in this process, which has torch already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as caught:
+            cli.app([*words], prog_name="commopt")
+    return (int(caught.value.code or 0), *capsys.readouterr())
+
+
 def test_a_comparison_leaves_its_report_and_counts_every_byte(tmp_path: Path) -> None:
     run = write(tmp_path, methods="{dense: {}, onebit_adam: {freeze_step: 5}}")
     done = commopt(tmp_path, "compare", str(run), "--json", "copy.json")
@@ -171,12 +180,13 @@ def test_what_cannot_be_written_is_told_before_the_training(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_outputs_are_looked_at_before_anything_is_made(tmp_path: Path) -> None:
+def test_outputs_are_looked_at_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path, methods="{dense: {}}")
-    done = commopt(tmp_path, "run", str(run), "--emulate", "none", "--json", "nowhere/copy.json")
-    assert done.returncode == 2
-    assert done.stderr.startswith("commopt: --json nowhere/copy.json: there is no folder")
-    assert len(done.stderr.splitlines()) == 1
+    words = ["run", str(run), "--emulate", "none", "--json", "nowhere/copy.json"]
+    code, _, errors = commopt_here(tmp_path, capsys, *words)
+    assert code == 2
+    assert errors.startswith("commopt: --json nowhere/copy.json: there is no folder")
+    assert len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -255,28 +265,24 @@ def test_ctrl_c_keeps_the_methods_that_finished(tmp_path: Path, mark: str) -> No
     assert not processes(str(tmp_path))
 
 
-def test_a_report_that_cannot_be_written_leaves_the_table(tmp_path: Path) -> None:
+def test_a_run_that_fails_is_told_once_the_next_one_still_runs_and_a_lost_report_leaves_the_table(
+    tmp_path: Path,
+) -> None:
     page = tmp_path / "out/report.html"
-    program = program_with(tmp_path, f"pathlib.Path({str(page)!r}).mkdir(exist_ok=True)")
-    run = write(tmp_path, methods="{dense: {}}", program=program)
-    done = commopt(tmp_path, "run", str(run), "--emulate", "none", "--out", "out", "--json", "copy.json")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"commopt: {page}: cannot be written: is a directory"
-    assert "Traceback" not in done.stderr
-    assert "val loss" in done.stdout
-    assert json.loads((tmp_path / "copy.json").read_text())["runs"][0]["status"] == "finished"
-
-
-def test_a_run_that_fails_is_told_once_and_the_next_one_still_runs(tmp_path: Path) -> None:
-    line = "if 'fp16' in sys.argv and os.environ['RANK'] == '1': raise ValueError('rank one gives up')"
+    line = (
+        f"pathlib.Path({str(page)!r}).mkdir(exist_ok=True)\n"
+        "if 'fp16' in sys.argv and os.environ['RANK'] == '1': raise ValueError('rank one gives up')"
+    )
     run = write(tmp_path, methods="{fp16: {}, dense: {}}", program=program_with(tmp_path, line))
-    done = commopt(tmp_path, "compare", str(run), "--emulate", "none", "--json", "copy.json")
+    done = commopt(tmp_path, "compare", str(run), "--emulate", "none", "--out", "out", "--json", "copy.json")
     assert done.returncode == 1
     assert (done.stdout + done.stderr).count("Traceback (most recent call last)") == 1
     runs: list[dict[str, Any]] = json.loads((tmp_path / "copy.json").read_text())["runs"]
     assert [one["status"] for one in runs] == ["failed", "finished"]
     assert "rank 1" in runs[0]["failure"]
     assert runs[1]["nic_over_model"] is None
+    assert done.stderr.splitlines()[-1] == f"commopt: {page}: cannot be written: is a directory"
+    assert "val loss" in done.stdout
 
 
 def test_a_planned_kill_ends_a_method_that_needs_every_rank_by_name_and_the_next_one_still_runs(tmp_path: Path) -> None:
@@ -294,21 +300,25 @@ def test_a_planned_kill_ends_a_method_that_needs_every_rank_by_name_and_the_next
     assert "SIGKILL" not in done.stdout + done.stderr
 
 
-def test_a_cut_over_paced_links_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_cut_over_paced_links_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write(tmp_path, methods="{dense: {}}")
     with run.open("a") as file:
         file.write("faults: [{at_step: 4, cut: [node0, node1]}]\n")
     for words in (["--emulate", "paced"], ["--emulate", "paced", "--print"]):
-        done = commopt(tmp_path, "run", str(run), *words)
-        assert done.returncode == 2
-        assert done.stderr.startswith("commopt: run.yaml: faults.0.cut: needs links that the kernel emulates")
+        code, _, errors = commopt_here(tmp_path, capsys, "run", str(run), *words)
+        assert code == 2
+        assert errors.startswith("commopt: run.yaml: faults.0.cut: needs links that the kernel emulates")
         assert not (tmp_path / "out").exists()
 
 
-def test_print_shows_the_commands_of_every_node_and_starts_nothing(tmp_path: Path) -> None:
+def test_print_shows_the_commands_of_every_node_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write(tmp_path, methods="{dense: {}}")
-    done = commopt(tmp_path, "run", str(run), "--print")
-    assert done.returncode == 0
-    assert done.stdout.count("torch.distributed.run") == 2
-    assert "--method dense" in done.stdout
+    code, output, _ = commopt_here(tmp_path, capsys, "run", str(run), "--print")
+    assert code == 0
+    assert output.count("torch.distributed.run") == 2
+    assert "--method dense" in output
     assert not (tmp_path / "out").exists()
