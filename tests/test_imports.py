@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import commopt
+from commopt.errors import MissingExtra
 
 PACKAGE = Path(commopt.__file__).parent
 FOUNDATION = ("wire", "bucket", "compress", "kernels", "feedback", "noise", "topology", "links", "errors")
@@ -53,13 +55,48 @@ def test_torch_distributed_stays_in_transports_integrations_and_checkpoints(sour
     assert not [name for name in imported(source) if name.startswith(("torch.distributed", "torch._C._distributed"))]
 
 
-@pytest.mark.parametrize("module", ["commopt", "commopt.methods", "commopt.groups", "commopt.integrations.ddp"])
-def test_importing_brings_no_heavy_or_optional_package_along(module: str) -> None:
-    unwanted = ["matplotlib", "typer", "rich", "pyroute2", "numba", "yaml", "pydantic", "triton", "mpi4py", "deepspeed"]
-    code = f"import sys, {module}; print(*(m for m in {unwanted!r} if m in sys.modules))"
+LIGHT = (
+    "import commopt, commopt.choice",
+    "import commopt; commopt.build, commopt.attach",
+    "import commopt.methods, commopt.groups",
+    "import commopt.integrations.ddp",
+)
+FRAMEWORKS = ("deepspeed", "lightning", "pytorch_lightning", "accelerate", "transformers", "mpi4py")
+
+
+@pytest.mark.parametrize("statement", LIGHT)
+def test_importing_brings_no_heavy_or_optional_package_along(statement: str) -> None:
+    unwanted = ["matplotlib", "typer", "rich", "pyroute2", "numba", "yaml", "pydantic", "triton", *FRAMEWORKS]
+    code = f"import sys; {statement}; print(*(m for m in {unwanted!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == []
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("commopt.integrations.deepspeed", "deepspeed", "deepspeed"),
+        ("commopt.integrations.lightning", "lightning", "lightning"),
+        ("commopt.integrations.accelerate", "accelerate", "accelerate"),
+        ("commopt.integrations.transformers", "transformers", "transformers"),
+        ("commopt.groups.mpi", "mpi4py", "mpi"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_says_what_to_install(
+    module: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in FRAMEWORKS:  # as if none were installed, and nothing of ours had found them
+        for known in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+            monkeypatch.delitem(sys.modules, known)
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(MissingExtra) as caught:
+        importlib.import_module(module)
+    assert re.fullmatch(
+        rf".* needs {package}.*, which is not installed: pip install 'commopt\[{extra}\]'", str(caught.value)
+    )
+    assert f"\n{extra} =\n" in (PACKAGE.parent / "setup.cfg").read_text(encoding="utf-8")
 
 
 def test_public_names_are_sorted_and_exist() -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from commopt.choice import read_choice
 from commopt.cluster import faults as faults_of
 from commopt.cluster.faults import Fault, Members
 from commopt.cluster.reading import MistakesError, read_yaml, shown, validated
@@ -305,6 +306,22 @@ class _RunFile(_Model):
         return self
 
 
+def _with_methods(data: dict[str, Any], folder: Path, file: str) -> dict[str, Any]:
+    """The keys of a run whose `method:` block, as every integration takes it, stands among `methods`."""
+    if "method" not in data:
+        return data
+    if "methods" in data:
+        raise ConfigError(f"{file}: method: stands beside methods; write one of the two")
+    choice = data["method"]
+    if isinstance(choice, str) and choice.endswith((".yaml", ".yml", ".json")):
+        choice = folder / choice
+    try:
+        name, options = read_choice(choice)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return {**{key: value for key, value in data.items() if key != "method"}, "methods": {name: options}}
+
+
 def load_cluster(path: str | Path) -> ClusterSpec:
     """Read a cluster's YAML. Raises ConfigError, one line a mistake: `FILE: key: what is wrong; what to write`."""
     return validated(ClusterSpec, read_yaml(Path(path)), str(path))
@@ -313,8 +330,8 @@ def load_cluster(path: str | Path) -> ClusterSpec:
 def load_run(path: str | Path) -> RunSpec:
     """Read a run's YAML and the cluster it names. Raises ConfigError as `load_cluster` does."""
     given = Path(path)
-    file = validated(_RunFile, read_yaml(given), str(path))
     folder = given.resolve().parent
+    file = validated(_RunFile, _with_methods(read_yaml(given), folder, str(path)), str(path))
     mistakes = []
     places = {}
     for key, text in (("cluster", file.cluster), ("program", file.program)):

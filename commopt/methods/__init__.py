@@ -125,14 +125,14 @@ OPTIMIZERS: Mapping[str, Any] = {
 }
 
 
-def is_update_method(name: str) -> bool:
+def is_update_method(name: Choice) -> bool:
     """Whether this method is an optimizer itself, instead of replacing the gradient that another one gets."""
-    return issubclass(_find(name)[0], torch.optim.Optimizer)
+    return issubclass(_find(read_choice(name)[0])[0], torch.optim.Optimizer)
 
 
-def is_outer_method(name: str) -> bool:
+def is_outer_method(name: Choice) -> bool:
     """Whether this method exchanges parameters now and then, among ranks that may come and go, instead of gradients in every step."""
-    return issubclass(_find(name)[0], OuterLoop)
+    return issubclass(_find(read_choice(name)[0])[0], OuterLoop)
 
 
 def check_options(name: str, options: Iterable[str]) -> None:
@@ -182,13 +182,16 @@ def build(name: Choice, named_params: Iterable[Any] | None = None, **options: An
 
 
 def with_optimizer(
-    name: str, model: torch.nn.Module, *, options: Mapping[str, Any], optimizer: Mapping[str, Any]
+    name: Choice, model: torch.nn.Module, *, options: Mapping[str, Any], optimizer: Mapping[str, Any]
 ) -> tuple[Any, torch.optim.Optimizer]:
     """The method and the optimizer that steps, from a run's YAML; an update method is both.
 
+    name: as `build` takes it, with options in addition.
     optimizer: {"name": "adam", "adamw" or "sgd", and that optimizer's arguments}. An update method takes lr, betas, eps and
     weight_decay from it, unless `options` say otherwise. Raises ConfigError as `build` does, and for a bad optimizer.
     """
+    name, chosen = read_choice(name)
+    options = {**chosen, **options}
     arguments = {key: value for key, value in optimizer.items() if key != "name"}
     kind = optimizer.get("name", "adam")
     if not isinstance(kind, str) or kind not in OPTIMIZERS:

@@ -1,0 +1,205 @@
+"""One way to name a method, wherever it stands: a word, a block, a file; and one door to put it in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import commopt
+from commopt import build
+from commopt.choice import make, read_choice
+from commopt.cluster.spec import load_run
+from commopt.errors import AttachError, ConfigError
+from commopt.integrations.outer import OuterAttachment
+from commopt.integrations.plain import PlainAttachment
+from commopt.methods import with_optimizer
+from commopt.optimizers import LAMB, Lion
+
+ROOT = Path(commopt.__file__).parent.parent
+
+
+def model_of() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"name": "top_k", "density": 0.02},
+        {"method": "top_k", "density": 0.02},
+        {"top_k": {"density": 0.02}},
+        {"method": {"name": "top_k", "density": 0.02}},
+    ],
+)
+def test_every_form_of_a_block_names_the_same_method(choice: dict[str, Any], tmp_path: Path) -> None:
+    assert read_choice(choice) == ("top_k", {"density": 0.02})
+    made: Any = build(choice)
+    assert (made.name, made.compressor.density) == ("top_k", 0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix"),
+    [
+        ("method: {name: top_k, density: 0.02}", "yaml"),
+        ("method: top_k\ndensity: 0.02", "yml"),
+        ('{"method": {"top_k": {"density": 0.02}}}', "json"),
+    ],
+)
+def test_a_file_holds_a_block(tmp_path: Path, text: str, suffix: str) -> None:
+    file = tmp_path / f"method.{suffix}"
+    file.write_text(text)
+    assert read_choice(file) == read_choice(str(file)) == ("top_k", {"density": 0.02})
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (7, r"7 is no method; write a name as in 'dgc'"),
+        ({}, "names no method"),
+        ({"density": 0.1}, "names no method"),
+        ({"name": 3}, "3 is no method's name"),
+        ({"name": "dgc", "densty": 0.1}, r"method dgc: unknown option 'densty'; did you mean 'density'\?"),
+        ("dcg", r"unknown method 'dcg'; did you mean 'dgc'\?"),
+        ("nowhere.yaml", "there is no such file"),
+    ],
+)
+def test_what_is_no_choice_is_refused_with_what_to_write(choice: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(choice)
+
+
+def test_a_file_without_a_block_is_refused_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "other.yaml"
+    file.write_text("nodes: 4")
+    with pytest.raises(ConfigError, match=r"other\.yaml: method: is missing"):
+        build(file)
+
+
+def test_a_run_takes_the_same_block(tmp_path: Path) -> None:
+    text = f"cluster: {ROOT}/configs/clusters/four-50mbit.yaml\nprogram: {ROOT}/launch/train.py\n"
+    run = tmp_path / "run.yaml"
+    for block in ("{name: dgc, density: 0.01}", "{dgc: {density: 0.01}}", "method.yaml"):
+        (tmp_path / "method.yaml").write_text("method: {name: dgc, density: 0.01}")
+        run.write_text(f"{text}method: {block}\n")
+        assert load_run(run).methods == {"dgc": {"density": 0.01}}
+    run.write_text(f"{text}method: dgc\nmethods: {{dense: {{}}}}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: method: stands beside methods; write one of the two"):
+        load_run(run)
+    run.write_text(f"{text}method: [dgc]\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: method: \['dgc'\] is no method"):
+        load_run(run)
+
+
+def test_options_add_to_a_block() -> None:
+    made: Any
+    made, _ = with_optimizer({"name": "top_k", "density": 0.02}, model_of(), options={}, optimizer={"name": "sgd"})
+    assert made.compressor.density == 0.02
+    made = build({"name": "top_k", "density": 0.02}, density=0.03)
+    assert made.compressor.density == 0.03
+
+
+# -- standing in for the optimizer that a framework made
+
+
+def test_an_update_method_takes_over_the_groups_of_the_optimizer_whose_place_it_takes() -> None:
+    model = model_of()
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0, "lr": 5e-4}],
+        lr=1e-3,
+        betas=(0.8, 0.9),
+        eps=1e-6,
+    )
+    method, stepping = make({"onebit_adam": {"freeze_step": 7}}, model, adam)
+    assert method is stepping
+    keys = ("lr", "betas", "eps", "weight_decay")
+    assert [[group[key] for key in keys] for group in method.param_groups] == [
+        [1e-3, (0.8, 0.9), 1e-6, 0.1],
+        [5e-4, (0.8, 0.9), 1e-6, 0.0],
+    ]
+    assert [group["params"] for group in method.param_groups] == [weights, biases]
+    assert method.param_groups[0]["param_names"] == ["0.weight", "2.weight"]
+
+
+def test_a_gradient_or_an_outer_method_leaves_the_optimizer() -> None:
+    model = model_of()
+    adam = torch.optim.Adam(model.parameters())
+    for name in ("dgc", "noloco"):
+        assert make(name, model, adam)[1] is adam
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("onebit_adam", torch.optim.SGD, "can stand in for Adam or AdamW, not for SGD"),
+        ("zero_one_adam", torch.optim.NAdam, "not for NAdam"),
+        ("distributed_lion", torch.optim.Adam, "can stand in for Lion, not for Adam"),
+        ("onebit_lamb", torch.optim.Adam, "can stand in for LAMB or Lamb, not for Adam"),
+        ("demo", torch.optim.RMSprop, "can stand in for SGD, not for RMSprop"),
+    ],
+)
+def test_a_method_does_not_stand_in_for_an_optimizer_of_another_kind(name: str, kind: Any, said: str) -> None:
+    model = model_of()
+    with pytest.raises(ConfigError, match=said):
+        make(name, model, kind(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("distributed_lion", Lion), ("onebit_lamb", LAMB), ("demo", torch.optim.SGD)]
+)
+def test_each_method_stands_in_for_its_parent(name: str, kind: Any) -> None:
+    model = model_of()
+    method, _ = make(name, model, kind(model.parameters(), lr=0.02))
+    assert method.param_groups[0]["lr"] == 0.02
+
+
+def test_amsgrad_has_no_counterpart() -> None:
+    model = model_of()
+    with pytest.raises(ConfigError, match="amsgrad or maximize has no counterpart"):
+        make("onebit_adam", model, torch.optim.Adam(model.parameters(), amsgrad=True))
+
+
+# -- the door
+
+
+def test_the_door_takes_names_blocks_files_and_methods() -> None:
+    choices: list[Any] = [
+        "ef_sign",
+        {"name": "ef_sign"},
+        ROOT / "configs" / "methods" / "ef_sign.yaml",
+        build("ef_sign"),
+    ]
+    for choice in choices:
+        model = model_of()
+        attachment = commopt.attach(model, choice, torch.optim.SGD(model.parameters(), lr=0.1))
+        assert isinstance(attachment, PlainAttachment)
+        assert attachment.method.name == "ef_sign"
+
+
+def test_the_door_makes_update_and_outer_methods_too() -> None:
+    model = model_of()
+    attachment = commopt.attach(model, {"name": "onebit_adam", "lr": 0.01})
+    assert attachment.optimizer is attachment.method
+    other = model_of()
+    outer = commopt.attach(other, "noloco", torch.optim.SGD(other.parameters(), lr=0.1))
+    assert isinstance(outer, OuterAttachment)
+
+
+def test_an_optimizer_that_would_have_no_effect_is_refused() -> None:
+    model = model_of()
+    with pytest.raises(AttachError, match="would leave this Adam without effect"):
+        commopt.attach(model, "onebit_adam", torch.optim.Adam(model.parameters()))
+
+
+def test_the_door_says_what_it_opens_for() -> None:
+    with pytest.raises(AttachError, match="list is nothing to attach a method to; pass the model"):
+        commopt.attach([], "dense")
+    model = model_of()
+    with pytest.raises(AttachError, match="function is no commopt method"):
+        commopt.attach(model, build, torch.optim.SGD(model.parameters(), lr=0.1))
