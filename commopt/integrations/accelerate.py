@@ -30,7 +30,7 @@ try:
     from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
     from accelerate.utils import DistributedType
 except ModuleNotFoundError as error:
-    if error.name != "accelerate":
+    if (error.name or "").partition(".")[0] != "accelerate":
         raise
     raise MissingExtra("commopt.integrations.accelerate", "accelerate", "accelerate") from None
 
@@ -108,7 +108,7 @@ def _plan(accelerator: Any, model: Module, method: Any, optimizer: Any, overlap:
         if is_update_method(name):
             replaced = prepared.optimizer
             schedulers = [one.scheduler for one in accelerator._schedulers]
-            check_replaceable(replaced, schedulers, name)
+            check_replaceable(replaced, schedulers, name, chosen)
             method, _ = make(method, own, replaced)
         else:
             method = build(name, **chosen)
@@ -135,10 +135,11 @@ def _check_accelerator(accelerator: Any) -> None:
         raise AttachError(
             f"Accelerate's {kind.value} shards or averages by itself: use DDP, FSDP2 (fsdp_version=2) or DeepSpeed"
         )
-    handler = accelerator.ddp_handler
-    if handler is not None and str(getattr(handler.comm_hook, "value", handler.comm_hook)).lower() != "no":
+    hook = getattr(accelerator.ddp_handler, "comm_hook", "no")
+    hook = getattr(hook, "value", hook)
+    if str(hook).lower() != "no":
         raise AttachError(
-            f"DistributedDataParallelKwargs(comm_hook={handler.comm_hook.value!r}) compresses already, and DDP takes one hook: leave it out"
+            f"DistributedDataParallelKwargs(comm_hook={hook!r}) compresses already, and DDP takes one hook: leave it out"
         )
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
         raise AttachError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from commopt.aggregate import Aggregator
 from commopt.errors import AttachError
 
 
-def check_replaceable(optimizer: torch.optim.Optimizer, schedulers: list[Any], name: str) -> None:
-    """Raise AttachError where another optimizer cannot take this one's place without anybody noticing."""
+def check_replaceable(
+    optimizer: torch.optim.Optimizer, schedulers: list[Any], name: str, options: Mapping[str, Any]
+) -> None:
+    """Raise AttachError where the method `name` with these options cannot take this optimizer's place without anybody noticing."""
     kind = type(optimizer).__name__
     if isinstance(optimizer, Aggregator):
         raise AttachError(f"the prepared optimizer is {optimizer.name} already; pass it as the method, or leave it out")
@@ -25,6 +27,13 @@ def check_replaceable(optimizer: torch.optim.Optimizer, schedulers: list[Any], n
             f"a learning-rate scheduler was made for the {kind} whose place {name} takes, and would go on without effect: prepare it "
             "too, make it after attach, or build the method and give it to prepare()"
         )
+    for one in moved:
+        for key, is_set in (("lr", True), ("betas", getattr(one, "cycle_momentum", False))):
+            if is_set and key in options:
+                raise AttachError(
+                    f"{key}: {options[key]!r} would be undone by the {type(one).__name__} that was made for the {kind}: leave it out of "
+                    f"the options of {name}, and give it to the {kind}"
+                )
 
 
 def _nested(scheduler: Any) -> Iterator[Any]:

@@ -27,9 +27,10 @@ try:
 
     from commopt.integrations import accelerate
 except ModuleNotFoundError as error:
-    if error.name not in ("transformers", "accelerate"):
+    package = (error.name or "").partition(".")[0]
+    if package not in ("transformers", "accelerate"):
         raise
-    raise MissingExtra("commopt.integrations.transformers", error.name, "transformers") from None
+    raise MissingExtra("commopt.integrations.transformers", package, "transformers") from None
 
 _log = logging.getLogger(__name__)
 
@@ -155,9 +156,9 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         original(*args, **kwargs)
         old = trainer.optimizer
         if self._is_update and not self._is_built:
-            name, _ = read_choice(self._given)  # type: ignore[arg-type]
+            name, options = read_choice(self._given)  # type: ignore[arg-type]
             schedulers = [trainer.lr_scheduler] if trainer.lr_scheduler is not None else []
-            check_replaceable(old, schedulers, name)
+            check_replaceable(old, schedulers, name, options)
             self._method, trainer.optimizer = make(self._given, trainer.model, old)  # type: ignore[arg-type]
             move_schedulers(schedulers, old, self._method)
             refuse_steps(old, name)
