@@ -251,7 +251,7 @@ def test_ctrl_c_keeps_the_methods_that_finished(tmp_path: Path, mark: str) -> No
         str(tmp_path / "copy.json"),
     ]
     process = start(["-m", "commopt", *words], tmp_path)
-    wait_until((tmp_path / mark).exists, "the second method", timeout_s=60)
+    wait_until((tmp_path / mark).exists, "the second method", timeout_s=100)
     process.send_signal(signal.SIGINT)
     code, output, errors = finish(process)
     assert code == 130
