@@ -277,7 +277,11 @@ def _check_syntax(block: Block) -> None:
 
 def _end_all(mark: str) -> None:
     """End every process that a page has started, by the mark in its environment; torchrun's ranks have sessions of their own."""
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in entry.read_bytes():
-                os.kill(int(entry.parent.name), signal.SIGKILL)
+    is_left = True
+    while is_left:  # what was being started while the others were ended is seen the next time
+        is_left = False
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark.encode() in entry.read_bytes():
+                    is_left = True
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
