@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -257,7 +258,7 @@ def connect(process_group: dist.ProcessGroup | None = None) -> Group:
 
 
 def connect_peers(group: Group | Peers | None = None) -> Peers:
-    """The peers that outer methods use: those given, those of the launcher's environment, or those of torch.distributed's ranks."""
+    """The peers that outer methods use: those given, those of the launcher's environment, or a group's ranks."""
     if isinstance(group, Peers):
         return group
     if isinstance(group, SimGroup):
@@ -268,13 +269,11 @@ def connect_peers(group: Group | Peers | None = None) -> Peers:
     if isinstance(group, LocalGroup) or (group is None and not dist.is_initialized()):
         alone: SimWorld[None] = SimWorld(1)
         return SimGroup(alone, 0).peers
-    process_group = group.process_group if isinstance(group, TorchGroup) else None
+    group = group or TorchGroup()
     listener, address = listen_anywhere()
-    addresses: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(addresses, (address, os.getpid()), group=process_group)
-    job = f"{addresses[0][0]} {addresses[0][1]}"
-    members = tuple(place for place, _ in addresses)
-    return TcpPeers(Membership(dist.get_rank(process_group), members, job), listener=listener)
+    told = group.tell(json.dumps([*address, os.getpid()]))
+    members = tuple((host, port) for host, port, _ in map(json.loads, told))
+    return TcpPeers(Membership(group.rank, members, told[0]), listener=listener)
 
 
 def check_wrapping(model: Module) -> None:
