@@ -7,8 +7,10 @@ torchrun --nproc-per-node=2 launch/trainer.py --method two_way --steps 60 --resu
 import argparse
 import json
 import os
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is made here, and nothing is to be downloaded
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 from torch.utils.data import Dataset
@@ -36,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)  # the same model on every rank
     text, held_out = read_corpus(None)
     sizes = {"n_layer": args.layers, "n_head": 2, "n_embd": args.width, "n_positions": args.context}
-    tokens = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0}
+    tokens: dict[str, Any] = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0, "loss_type": "ForCausalLM"}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **tokens))
     arguments = TrainingArguments(
         args.output,

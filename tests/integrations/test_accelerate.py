@@ -303,7 +303,7 @@ def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(
 
 
 def load_without_rank_1(folder: str) -> str:
-    accelerator, _, _, attachment = prepared(EF)
+    accelerator, _, _, attachment = prepared(TOP_K)
     try:
         accelerator.load_state(folder)
     except CommoptError as error:
