@@ -83,7 +83,7 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
-def output_of(job: subprocess.Popen[str], timeout_s: float = 100) -> str:
+def output_of(job: subprocess.Popen[str], timeout_s: float = 200) -> str:
     try:
         return job.communicate(timeout=timeout_s)[0]
     finally:
@@ -92,6 +92,7 @@ def output_of(job: subprocess.Popen[str], timeout_s: float = 100) -> str:
             job.communicate()
 
 
+@pytest.mark.timeout(300)  # on the busiest of machines
 def test_two_nodes_train_together(submit: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     words = ["--checkpoints", str(tmp_path / "checkpoints"), "--steps", "4", "--options", '{"freeze_step": 2}']
     job = submit("launch/elastic_train.py", *words)
@@ -128,7 +129,7 @@ def test_a_job_that_runs_out_of_time_goes_back_into_the_queue(
     assert job.stdout is not None
     assert [job.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
     job.send_signal(signal.SIGUSR1)
-    output = output_of(job, timeout_s=30)
+    output = output_of(job, timeout_s=60)
     assert "back into the queue" in output
     assert job.returncode == 0
     assert re.search(r"^scontrol requeue \d+$", (tmp_path / "log").read_text(), re.MULTILINE)
@@ -138,7 +139,7 @@ def test_a_training_that_fails_fails_the_job(submit: Callable[..., subprocess.Po
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\nexit 7\n")
     (tmp_path / "bin" / "python").chmod(0o755)
     job = submit("launch/train.py")
-    output_of(job, timeout_s=30)
+    output_of(job, timeout_s=60)
     assert job.returncode == 7
 
 
