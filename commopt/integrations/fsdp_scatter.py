@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from commopt import kernels
-from commopt.aggregate import Aggregator, State
+from commopt.aggregate import Aggregator, State, check_alone
 from commopt.bucket import Blocks, Bucket, ParameterIndex
 from commopt.compress import Cast
 from commopt.compressed import Compressed
@@ -71,7 +71,7 @@ class ScatterMean(Compressed):
             raise AttachError(f"{method.name}: dense_1d: not supported in a reduce-scatter; leave it out")
         if codec.is_ragged or codec.shared_scale or codec.shares_keys:
             raise AttachError(
-                f"{codec}: takes more than one message to a rank; use int8, 4bit, fp8, sign, natural or qsgd"
+                f"{codec}: has one scale for a whole parameter, or no fixed length; use int8, 4bit, fp8, sign, natural or qsgd"
             )
         return cls(
             codec,
@@ -104,6 +104,8 @@ class ScatterMean(Compressed):
 
     def aggregate(self, bucket: Bucket, group: Group) -> None:
         """Overwrite this rank's part of bucket.flat, (S n,), by the mean over ranks."""
+        if group.size == 1:  # communication is off
+            return check_alone(self, bucket)
         messages = [self.keyed(blocks, self.compressor) for blocks in self.messages[bucket.label]]
         self.forget(self.worker, messages)
         sent = self.worker.compress(bucket.flat, messages)

@@ -7,7 +7,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import UNITS, Flats, Uneven, attached, batch, cut, flat_mesh, sgd, shards, train, train_alone
+from fsdp_rig import (
+    UNITS,
+    Flats,
+    Uneven,
+    attached,
+    batch,
+    cut,
+    flat_mesh,
+    mesh_of,
+    sgd,
+    shards,
+    train,
+    train_alone,
+    warm_up,
+)
 from pool import Pool
 from rig import loss_of
 from torch import Tensor, nn
@@ -62,6 +76,11 @@ CASES: dict[str, tuple[Any, Any, int]] = {
     "sign": ("two_way(sign)", "sign", 32),
     "fp16": ("fp16", "fp16", 0),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm(pool: Pool) -> None:
+    pool.run(5, warm_up, timeout_s=240)
 
 
 def train_sharded(_: dist.ProcessGroup, method: Any) -> Any:
@@ -191,3 +210,21 @@ def average_by_another_factor(_: dist.ProcessGroup) -> None:
 
 def test_another_factor_after_attach_is_refused(pool: Pool) -> None:
     pool.run(5, average_by_another_factor)
+
+
+def train_without_communication(_: dist.ProcessGroup) -> Any:
+    flat, square = flat_mesh(), mesh_of()
+    sent = []
+    for mesh in (flat, square) if dist.get_rank() < 4 else ():
+        with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
+            before, traffic = shards(model), attachment.group.traffic
+            counted = traffic.payload_bytes
+            with attachment.communication_off():
+                train(model, optimizer, dist.get_rank(), 2)
+            moved = all(not torch.equal(x, before[name]) for name, x in shards(model).items() if x.numel())
+            sent.append((traffic.payload_bytes - counted, moved))
+    return sent
+
+
+def test_with_communication_off_nothing_is_sent_and_training_goes_on(pool: Pool) -> None:
+    assert pool.run(5, train_without_communication)[:4] == [[(0.0, True)] * 2] * 4
