@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = ("launch", "configs", "scripts", "commopt")
 STOOD_IN_FOR = ("pip", "sbatch", "srun", "kubectl", "docker", "ssh")
-PAGE_LIMIT_S = 200.0  # on the busiest of machines; a page should take less than 10
+PAGE_LIMIT_S = 300.0  # on the busiest of machines; a page should take less than 10
 REASONS = ("needs a GPU", "needs a second machine", "takes minutes")
 _NOT_EXECUTED = re.compile(r"<!--\s*not executed:\s*(.*?)\s*-->", re.DOTALL)
 _TABS = re.compile(r"(!!!|\?\?\?\+?|===) .*")
