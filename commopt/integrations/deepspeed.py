@@ -70,6 +70,9 @@ def initialize(
     "commopt": {"method": "dgc", "density": 0.001, ...} with any optimizer; an update method, as "onebit_adam", takes its place.
     Raises ConfigError for a wrong option, and AttachError, with the reason, for what cannot work; on every rank.
     """
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile an extension for all-reduces in shared memory, minutes on a first start, which only inference uses
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     found = deepspeed.initialize(
         args=args,
         model=model,
@@ -283,6 +286,11 @@ def _step_when_attached(self: Any, closure: Any = None) -> Any:
     return None
 
 
+def _hold(method: Any) -> None:
+    method.step = types.MethodType(_step_when_attached, method)
+    _HELD[id(method)] = method
+
+
 def _prepare(bound: dict[str, Any]) -> Wanted:
     """What the engine's configuration or client optimizer wants; puts an update method into the place of the optimizer."""
     parsed, model = bound["config_class"], bound["model"]
@@ -311,8 +319,8 @@ def _prepare(bound: dict[str, Any]) -> Wanted:
             f"gradient_clipping: {parsed.gradient_clipping!r}: would clip a copy of what {client.name} has exchanged; build it with "
             f"max_norm={parsed.gradient_clipping!r}"
         )
-    client.step = types.MethodType(_step_when_attached, client)
-    _HELD[id(client)] = client
+    else:
+        _hold(client)
     bound["optimizer"] = client
     return wanted
 
@@ -324,14 +332,17 @@ def _update_method(wanted: Wanted, bound: dict[str, Any]) -> Any:
     if client is None:
         groups = named_groups(model, parameters, wanted)
         try:
-            return build(wanted.method, groups, **wanted.options)
+            method: Any = build(wanted.method, groups, **wanted.options)
         except ConfigError as error:
             where = f"optimizer.type: {wanted.legacy.name}" if wanted.legacy else "commopt"
             raise ConfigError(f"{where}: {error}") from None
+        _hold(method)
+        return method
     client = client if isinstance(client, torch.optim.Optimizer) else client(parameters)
     schedulers = [bound["lr_scheduler"]] if bound.get("lr_scheduler") is not None else []
     check_replaceable(client, schedulers, wanted.method, wanted.options)
     method, _ = make({"name": wanted.method, **wanted.options}, model, client)
+    _hold(method)
     move_schedulers(schedulers, client, method)
     refuse_steps(client, wanted.method)
     return method

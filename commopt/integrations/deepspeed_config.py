@@ -274,6 +274,11 @@ def named_groups(model: torch.nn.Module, model_parameters: Iterable[Any], own: W
                 raise ConfigError(
                     f"model_parameters: group {number}: {key}: {kept[key]!r} is not supported; leave it out"
                 )
+        if kept.pop("non_freeze", False):
+            raise ConfigError(
+                f"model_parameters: group {number}: non_freeze: true: the variance of all parameters is frozen together here; leave it out, "
+                "or raise freeze_step until theirs has settled"
+            )
         if group.get("exp_avg_mask") is not None:
             masks.update(_split_mask(group["exp_avg_mask"], [(name_of[id(p)], p) for p in params], number))
         groups.append({**kept, "params": [(name_of[id(p)], p) for p in params]})
