@@ -276,7 +276,7 @@ def named_groups(model: torch.nn.Module, model_parameters: Iterable[Any], own: W
                 )
         if kept.pop("non_freeze", False):
             raise ConfigError(
-                f"model_parameters: group {number}: non_freeze: true: the variance of all parameters is frozen together here; leave it out, "
+                f"model_parameters: group {number}: non_freeze: true: the variance of all parameters freezes together here; leave it out, "
                 "or raise freeze_step until theirs has settled"
             )
         if group.get("exp_avg_mask") is not None:
