@@ -17,6 +17,7 @@ __all__ = ["attach"]
 _FRAMEWORKS = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "deepspeed"),
     ("torch.distributed.fsdp", "FSDPModule", "fsdp"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "fsdp"),  # which refuses it, with the reason
     ("torch.nn.parallel", "DistributedDataParallel", "ddp"),
     ("transformers", "Trainer", "transformers"),
     ("torch.nn", "Module", "plain"),

@@ -58,13 +58,17 @@ class Attachment:
         self._known = {id(p) for p in self.parameters.values()}
         self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
         group.traffic.method = method.name
-        method.bind(list(self.parameters.items()), group)
+        method.bind(self.served(), group)
         self.model = model
         ATTACHED.add(model)
         self._handles: list[Any] = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
+
+    def served(self) -> list[tuple[str, Tensor]]:
+        """What the method keeps state for: the parameters by name, in registration order."""
+        return list(self.parameters.items())
 
     def detach(self) -> None:
         """Take the method out of the optimizer again."""

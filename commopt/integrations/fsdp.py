@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,8 @@ class FSDPAttachment(Attachment):
     ) -> None:
         self.units, self.mesh = units, mesh
         self._left_out: set[str] = set()
-        with self._shards_instead(method):
-            super().__init__(model, method, optimizer, group)
+        super().__init__(model, method, optimizer, group)
         self._settings = [self._set_up(unit) for unit in units]
-
-    @contextmanager
-    def _shards_instead(self, method: Aggregator) -> Iterator[None]:
-        """Bind a method to the shards of this rank instead of the DTensors that they are part of."""
-        yield
 
     def _set_up(self, unit: Unit) -> Callable[[], None]:
         """Take over a unit's exchange; return what gives it back."""
@@ -137,19 +130,9 @@ class ReplicaAttachment(FSDPAttachment):
                     self.group.broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
                     own.copy_(flat.view_as(own))
 
-    @contextmanager
-    def _shards_instead(self, method: Aggregator) -> Iterator[None]:
-        bind = method.bind
-
-        def bind_shards(named: Any, group: Group) -> None:
-            shards = [(name, p.detach().to_local()) for name, p in named]
-            bind([(name, shard) for name, shard in shards if shard.numel()], group)
-
-        vars(method)["bind"] = bind_shards
-        try:
-            yield
-        finally:
-            del vars(method)["bind"]
+    def served(self) -> list[tuple[str, Tensor]]:
+        """This rank's shards, instead of the DTensors that they are part of; where a parameter has none here, it is left out."""
+        return [(name, shard) for name, p in self.parameters.items() if (shard := local(p).detach()).numel()]
 
     def _set_up(self, unit: Unit) -> Callable[[], None]:
         group, info = unit.param_group, unit.param_group.mesh_info
