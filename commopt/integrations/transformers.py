@@ -112,12 +112,12 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
             raise AttachError("this CommoptCallback belongs to a Trainer already; make another one")
         if any(isinstance(one, CommoptCallback) and one is not self for one in trainer.callback_handler.callbacks):
             raise AttachError("this Trainer has a CommoptCallback already, and takes one method")
-        if trainer.is_deepspeed_enabled:
+        if trainer.is_deepspeed_enabled or args.deepspeed:
             raise AttachError(
                 "deepspeed: DeepSpeed exchanges gradients itself: leave the CommoptCallback out, and write the method into its JSON, "
                 'as {"commopt": {"method": "dgc"}}, with `import commopt.integrations.deepspeed` in the script'
             )
-        if trainer.is_fsdp_enabled:
+        if trainer.is_fsdp_enabled or args.fsdp:
             raise AttachError(
                 "fsdp: a sharded model is not supported here; use integrations.fsdp in a loop of your own, or DDP"
             )

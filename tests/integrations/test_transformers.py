@@ -363,6 +363,10 @@ def batch_size_searched(folder: str) -> None:
     trainer_of(folder, callback(EF), auto_find_batch_size=True)
 
 
+def sharded(folder: str) -> None:
+    trainer_of(folder, callback(EF), fsdp="full_shard")
+
+
 def unknown(folder: str) -> None:
     callback({"name": "ef_sign", "block_sise": 64})
 
@@ -401,6 +405,7 @@ CASES: dict[str, tuple[Callable[[str], None], str]] = {
     "two": (two_callbacks, "AttachError: this Trainer has a CommoptCallback already"),
     "late": (added_late, r"AttachError: CommoptCallback was added .* callbacks=\[CommoptCallback"),
     "batch size": (batch_size_searched, "AttachError: auto_find_batch_size"),
+    "fsdp": (sharded, "AttachError: fsdp: a sharded model is not supported here"),
     "option": (unknown, "ConfigError: method ef_sign: unknown option 'block_sise'; did you mean 'block_size'"),
     "optimizer": (another_optimizer, "AttachError: the Trainer was given another optimizer, AdamW: leave `optimizers`"),
     "stand-in": (no_stand_in, "ConfigError: method onebit_adam is .* can stand in for Adam or AdamW, not for SGD"),
