@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import pickle
@@ -11,11 +12,15 @@ import sys
 import tempfile
 import traceback
 import warnings
+from functools import cache
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pool import SIZES, Pool
+
+from commopt import kernels
 
 START_S, END_S = 60.0, 10.0
 # what Open MPI wants before it starts more ranks than there are cores, or any as root; others do not look at it
@@ -43,6 +48,17 @@ def why_not() -> str:
 def environment() -> dict[str, str]:
     """For what mpiexec starts: this Python's modules, and no word of other launchers."""
     return {**os.environ, **OPEN_MPI, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@cache
+def shared() -> MPIPool:
+    """The ranks of all tests of this process, until it ends; skips the test, with the reason, where MPI is missing."""
+    if why := why_not():
+        pytest.skip(why)
+    kernels.warm_up()
+    ranks = MPIPool()
+    atexit.register(ranks.close)
+    return ranks
 
 
 class MPIPool(Pool):

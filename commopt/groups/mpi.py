@@ -72,7 +72,7 @@ class MPIGroup(Group):
         for part in parts[1:]:
             total += part
         self._finish("all_reduce", lambda: [self.comm.Iallgatherv(_message(total), [_bytes(host), sizes, MPI.BYTE])])
-        if host.data_ptr() != x.data_ptr():
+        if _is_elsewhere(x):
             x.copy_(host)
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
@@ -110,7 +110,7 @@ class MPIGroup(Group):
         self._count("broadcast", x.numel() * x.element_size(), root=src)
         host = x.detach().contiguous().cpu()
         self._finish("broadcast", lambda: [self.comm.Ibcast(_message(host), src)])
-        if host.data_ptr() != x.data_ptr():
+        if _is_elsewhere(x):
             x.copy_(host)
 
     def tell(self, text: str) -> list[str]:
@@ -165,6 +165,11 @@ def _why(error: BaseException, statuses: list[Any]) -> str:
         codes = [status.Get_error() for status in statuses]
         return "; ".join(MPI.Get_error_string(code) for code in codes if code not in (MPI.SUCCESS, MPI.ERR_PENDING))
     return str(error) or type(error).__name__
+
+
+def _is_elsewhere(x: Tensor) -> bool:
+    """Whether MPI works on a copy of this tensor, which has to be put back."""
+    return x.device.type != "cpu" or not x.is_contiguous()
 
 
 def _bytes(x: Tensor) -> Any:

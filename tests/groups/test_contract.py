@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import mpi_pool
 import pytest
 import torch
 import torch.distributed as dist
-from mpi_pool import MPIPool
 from pool import Pool
 
 from commopt.groups import Group, PacedGroup, SimWorld, TorchGroup
@@ -38,7 +38,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     if request.param == "simulated":
         return lambda n, function, *args: SimWorld[Any](n, timeout_s=30).run(lambda group: function(group, *args))
     if request.param == "mpi":
-        ranks: MPIPool = request.getfixturevalue("mpi")
+        ranks = mpi_pool.shared()
         return lambda n, function, *args: ranks.run(n, on_mpi, function, *args)
     pool: Pool = request.getfixturevalue("pool")
     return lambda n, function, *args: pool.run(n, on_gloo, function, *args)
@@ -169,6 +169,16 @@ def barrier(group: Group) -> bool:
 @pytest.mark.parametrize("n", RANKS)
 def test_barrier_returns_on_all_ranks(run: Run, n: int) -> None:
     assert run(n, barrier) == [True] * n
+
+
+def tell(group: Group) -> tuple[list[str], list[str], float]:
+    first = group.tell(f"räng {group.rank}" * group.rank)
+    return first, group.tell("again"), group.traffic.payload_bytes
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_what_ranks_tell_each_other_arrives_whole_and_is_not_counted(run: Run, n: int) -> None:
+    assert run(n, tell) == [([f"räng {rank}" * rank for rank in range(n)], ["again"] * n, 0.0)] * n
 
 
 def everything(group: Group) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import mpi_pool
+import pretend
 import pytest
 import torch
+from exchanges import every_operation, expected
 from mpi_pool import MPIPool
 from rig import run_plain
 
@@ -22,6 +24,11 @@ from commopt.wire import Payload
 
 ROOT = Path(__file__).parent.parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
+
+
+@pytest.fixture
+def mpi() -> MPIPool:
+    return mpi_pool.shared()
 
 
 def over_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -71,12 +78,14 @@ def test_exchanges_may_run_in_a_thread_as_those_of_ddp_do(mpi: MPIPool) -> None:
     assert mpi.run(2, over_mpi, in_a_thread) == [2.0, 2.0]
 
 
-def talk(group: Any) -> tuple[list[str], float]:
-    return group.tell("" if group.rank == 0 else f"räng {group.rank}" * group.rank), group.traffic.payload_bytes
+def on_device(group: Any, device: torch.device) -> list[list[float]]:
+    with pretend.working_on(device):
+        return every_operation(group, device)
 
 
-def test_what_ranks_tell_each_other_arrives_whole_and_is_not_counted(mpi: MPIPool) -> None:
-    assert mpi.run(3, over_mpi, talk) == [(["", "räng 1", "räng 2räng 2"], 0.0)] * 3
+@pytest.mark.parametrize("device", pretend.DEVICES)
+def test_what_is_on_another_device_travels_through_the_host_and_back(mpi: MPIPool, device: torch.device) -> None:
+    assert mpi.run(2, over_mpi, on_device, device) == [expected(rank, 2) for rank in range(2)]
 
 
 def mpirun(n: int, *words: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,133 @@
+"""What is sent from a GPU is what would be sent from a CPU, and is read there as here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pretend import DEVICES, working_on
+from torch import Tensor
+
+from commopt import kernels, noise
+from commopt.bucket import Blocks, ParameterIndex
+from commopt.compress import COMPRESSORS, Compressor, make_compressor
+from commopt.compress.indices import all_index_bytes, decode_all, encode_all_
+from commopt.kernels import cpu_votes, reference_votes
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+SIZES = (3001, 64, 5)
+OPTIONS = {"top_k": {"density": 0.05}, "random_k": {"density": 0.05}, "threshold": {"threshold": 1.5}}
+
+
+def blocks_of(codec: Compressor) -> Blocks:
+    index = ParameterIndex(("a", "b", "c"), SIZES)
+    blocks = codec.table(index, 2).everything
+    if not codec.is_stochastic and not codec.shares_keys:
+        return blocks
+    keys = noise.keys(0, "test", 0, np.zeros(len(blocks), np.int64), blocks.starts)
+    return Blocks(blocks.starts, blocks.homes, blocks.lengths, blocks.parameters, blocks.groups, keys)
+
+
+def values(seed: int) -> Tensor:
+    """Values over some magnitudes, a tenth of them zeros of either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(SIZES), generator=generator) * torch.randn(sum(SIZES), generator=generator).exp()
+    u = torch.rand(sum(SIZES), generator=generator)
+    return torch.where(u < 0.05, 0.0, torch.where(u > 0.95, -0.0, x))
+
+
+def sent(codec: Compressor, device: torch.device, has_nan: bool) -> tuple[list[Tensor], Tensor, Tensor, list[bool]]:
+    """Codes, residual and decoded values, and which blocks are bad."""
+    blocks, x, residual = blocks_of(codec), values(1), values(2)
+    if has_nan:
+        x[7] = float("nan")
+    x, residual, decoded = x.to(device), residual.to(device), torch.linspace(-1, 1, sum(SIZES)).to(device)
+    codes: Sequence[Tensor]
+    if codec.is_ragged:
+        codes = codec.encode(x, residual, blocks)
+    else:
+        codes = [torch.zeros(n, dtype=dtype, device=device) for dtype, n in codec.layout(blocks)]
+        codec.compress_(x, residual, [blocks], [codes])
+    bad = codec.is_bad(codes, blocks).cpu().tolist()
+    codec.decompress_(codes, blocks, decoded, alpha=1 / 3, add=True)
+    return [code.cpu() for code in codes], residual.cpu(), decoded.cpu(), bad
+
+
+@pytest.mark.parametrize("has_nan", [False, True], ids=["finite", "with a NaN"])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_codes_residuals_and_values_are_those_of_the_cpu(name: str, has_nan: bool, device: torch.device) -> None:
+    codec = make_compressor({"compressor": name, **OPTIONS.get(name, {})})
+    expected = sent(codec, CPU, has_nan)
+    with working_on(device):
+        found = sent(codec, device, has_nan)
+    for one, other in zip(found[0], expected[0], strict=True):
+        if one.dtype.is_floating_point:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)  # scales, values
+        else:
+            assert torch.equal(one, other)
+    assert found[3] == expected[3]
+    assert any(found[3]) == has_nan
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+def test_signs_and_their_residuals_are_those_of_the_cpu(device: torch.device) -> None:
+    blocks = blocks_of(make_compressor("sign"))
+    results: list[list[Tensor]] = []
+    for place in (CPU, device):
+        with working_on(place):
+            kernel = kernels.of(place)
+            x, residual = values(1).to(place), values(2).to(place)
+            sums = torch.as_tensor(kernel.block_sums(x, residual, blocks, squared=True)).cpu()
+            scales = torch.empty(len(blocks), device=place)
+            bits = torch.empty(blocks.sign_bytes, dtype=torch.uint8, device=place)
+            kernel.compress_signs_(x, residual, blocks, scales, bits, squared=False)
+            kernel.unpack_signs_(bits, scales, blocks, x, alpha=0.5, add=True)
+            results.append([t.cpu() for t in (bits, sums, scales, residual, x)])
+    assert torch.equal(results[0][0], results[1][0])
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-6, atol=1e-5)
+
+
+def test_votes_are_those_of_the_cpu(device: torch.device) -> None:
+    lengths = np.asarray(SIZES, dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    keys = noise.keys(0, "zero", 0, np.zeros(len(SIZES), np.int64), starts)
+    blocks = Blocks(starts, starts, lengths, np.arange(len(SIZES)), np.arange(len(SIZES)), keys)
+    flips = np.asarray([0, 255, 0], dtype=np.uint8)
+    results: list[list[Tensor]] = []
+    for place, kernel in ((CPU, cpu_votes), (device, reference_votes)):
+        with working_on(place):
+            rows = []
+            for rank in range(3):
+                bits = torch.zeros(blocks.sign_bytes, dtype=torch.uint8, device=place)
+                bad: Any = kernel.pack_votes_(values(rank).to(place), blocks, flips, bits)
+                assert not bool(bad.any())
+                rows.append(bits)
+            planes = torch.cat(reference_votes.count_votes(rows, 2))
+            out = torch.zeros(sum(SIZES), device=place)
+            kernel.unpack_counts_(planes, 2, blocks, torch.arange(4.0).to(place), out)
+            results.append([planes.cpu(), out.cpu()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_indices_are_coded_as_on_the_cpu(device: torch.device) -> None:
+    ns, ks = np.asarray([5000, 40, 9], np.int64), np.asarray([100, 40, 0], np.int64)
+    drawn = [
+        torch.randperm(int(n), generator=torch.Generator().manual_seed(3))[:k].sort().values
+        for n, k in zip(ns, ks, strict=True)
+    ]
+    sizes = all_index_bytes(ns, ks)
+    codes = []
+    for place in (CPU, device):
+        with working_on(place):
+            code = torch.zeros(int(sizes.sum()), dtype=torch.uint8, device=place)
+            encode_all_(torch.cat(drawn).to(place), ns, ks, code)
+            back = decode_all(code, ns, ks)
+            assert torch.equal(back.cpu(), torch.cat(drawn))
+            codes.append(code.cpu())
+    assert torch.equal(*codes)

@@ -1,0 +1,114 @@
+"""Every method with its model on a GPU, between simulated ranks: it trains as on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from presets import PRESETS, Preset
+from pretend import DEVICES, working_on
+from rig import flat, loss_of, make_batch, make_model
+from torch import Tensor, nn
+
+from commopt import build
+from commopt.groups import SimGroup, SimWorld
+from commopt.integrations import plain
+from commopt.methods import OUTER_METHODS
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+RANKS, STEPS = 2, 7
+
+
+@dataclass
+class Trained:
+    """What one rank ended with, all of it on the CPU. shared: the parameters after the last step that left all ranks with the same."""
+
+    shared: Tensor
+    losses: list[float] = field(default_factory=list)
+    voided: dict[int, str] = field(default_factory=dict)
+
+
+def on_cpu(state: Any) -> Any:
+    """A state as `torch.load(map_location="cpu")` returns it."""
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return state.cpu() if isinstance(state, Tensor) else copy.deepcopy(state)
+
+
+def attach(preset: Preset, model: nn.Module, group: SimGroup) -> Any:
+    method = preset.method(model)
+    is_optimizer = isinstance(method, torch.optim.Optimizer)
+    return plain.attach(model, method, None if is_optimizer else preset.optimizer(model), group)
+
+
+def train(preset: Preset, device: torch.device, resume_at: int | None = None) -> list[Trained]:
+    """Some steps, with a NaN on rank 1 in the second one."""
+
+    def rank_of(group: SimGroup) -> Trained:
+        with working_on(device):
+            model = make_model().to(device)
+            attachment = attach(preset, model, group)
+            trained = Trained(flat(model))
+            for step in range(STEPS):
+                if step == resume_at:
+                    state, optimizer = attachment.comm_state(), attachment.optimizer.state_dict()
+                    attachment.detach()
+                    attachment = attach(preset, model, group)
+                    attachment.optimizer.load_state_dict(optimizer)
+                    attachment.load_comm_state(on_cpu(state))
+                x, y = (t.to(device) for t in make_batch(group.rank, step))
+                loss = loss_of(model(x), y)
+                attachment.optimizer.zero_grad()
+                loss.backward()
+                if (step, group.rank) == (1, 1):
+                    grad = next(model.parameters()).grad
+                    assert grad is not None
+                    grad[2, 3] = float("nan")
+                attachment.optimizer.step()
+                trained.voided |= dict(attachment.voided)
+                trained.losses.append(loss.item())
+                if attachment.method.is_synchronised:
+                    trained.shared = flat(model)
+            assert trained.shared.device.type == device.type
+            trained.shared = trained.shared.cpu()
+            return trained
+
+    return SimWorld[Trained](RANKS, timeout_s=60).run(rank_of)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_a_method_trains_survives_a_nan_and_resumes_as_on_the_cpu(preset: Preset, device: torch.device) -> None:
+    ranks, expected = train(preset, device, resume_at=5), train(preset, CPU)
+    assert all(torch.equal(ranks[0].shared, rank.shared) for rank in ranks), "replicas differ"
+    # a sum in another order may turn a sign or a vote that was close to zero, of few elements
+    far = ((ranks[0].shared - expected[0].shared).abs() > 1e-4).float().mean()
+    assert float(far) < 0.02
+    assert ranks[0].losses == pytest.approx(expected[0].losses, rel=0.02)
+    assert ranks[1].voided == {1: "0.weight"}
+
+
+@pytest.mark.parametrize("name", OUTER_METHODS)
+def test_an_outer_method_averages_replicas_on_the_device(name: str, device: torch.device) -> None:
+    options: dict[str, Any] = {} if name in ("decentralized_adam", "choco", "push_sum") else {"every": 3}
+
+    def rank_of(group: SimGroup, place: torch.device) -> Tensor:
+        with working_on(place):
+            model = make_model().to(place)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            attachment: Any = plain.attach(model, build(name, None, **options), optimizer, group)
+            for step in attachment.range(STEPS):
+                x, y = (t.to(place) for t in make_batch(group.rank, step))
+                optimizer.zero_grad()
+                loss_of(model(x), y).backward()
+                optimizer.step()
+            attachment.finish()
+            return flat(model).cpu()
+
+    ranks = SimWorld[Tensor](4, timeout_s=60).run(lambda group: rank_of(group, device))
+    expected = SimWorld[Tensor](4, timeout_s=60).run(lambda group: rank_of(group, CPU))
+    for one, other in zip(ranks, expected, strict=True):
+        assert float(((one - other).abs() > 1e-4).float().mean()) < 0.02

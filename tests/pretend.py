@@ -1,0 +1,115 @@
+"""A device that is not there: tensors that live in the CPU's memory and behave as those of another device.
+
+Operations that mix them with tensors of the CPU fail, as on a GPU; so do `numpy()` and memory pinned by address. So the code's paths for
+GPUs run where there is none. Arithmetic is the CPU's, and of a GPU's streams, timing and rounding nothing is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+DEVICE = torch.device(
+    "lazy"
+)  # a name that torch knows, without anything behind it; autograd runs it on the CPU's thread
+GPU = pytest.param(
+    torch.device("cuda"),
+    marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU that torch can use"),
+    id="cuda",
+)
+DEVICES = [pytest.param(DEVICE, id="pretended"), GPU]  # for tests under `working_on(device)`
+PLACES = [pytest.param(torch.device("cpu"), id="cpu"), GPU]  # for process groups and streams, which cannot be pretended
+_MOVES = ("aten::copy_", "aten::_to_copy", "aten::set_")
+
+
+class _Pretended(Tensor):
+    """A tensor of that device; `inside` holds its values."""
+
+    inside: Tensor
+
+    @staticmethod
+    def __new__(cls, inside: Tensor) -> _Pretended:
+        made: _Pretended = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inside.shape,
+            strides=inside.stride(),
+            storage_offset=inside.storage_offset(),
+            dtype=inside.dtype,
+            device=DEVICE,
+        )
+        made.inside = inside
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return _run(function, args, kwargs or {})
+
+
+class _Fresh(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes tensors there: `torch.zeros(3, device=DEVICE)`."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(function, args, kwargs or {})
+
+
+class _Numbers(TorchFunctionMode):
+    """Brings numbers there and back, which torch does outside of operations: `torch.tensor([1, 2], device=DEVICE).tolist()`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is Tensor.tolist:
+            return args[0].cpu().tolist()
+        if (
+            function is Tensor.norm and kwargs.pop("p", "fro") == "fro"
+        ):  # which chooses its operation by the device's name
+            return torch.linalg.vector_norm(*args, **kwargs)
+        if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list):
+            args = (args[0], torch.tensor(args[1]).to(args[0].device), *args[2:])
+        if function not in (torch.tensor, torch.as_tensor) or kwargs.get("device") is None:
+            return function(*args, **kwargs)
+        device = kwargs.pop("device")
+        return function(*args, **kwargs).to(device)
+
+
+def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    places: set[str] = set()
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, _Pretended):
+            places.add(DEVICE.type)
+            return x.inside
+        if isinstance(x, Tensor) and x.dim():  # numbers may come from the CPU
+            places.add("cpu")
+        return x
+
+    plain_args, plain_kwargs = tree_map(plain, args), tree_map(plain, kwargs)
+    name = function.name().partition(".")[0]
+    if len(places) > 1 and name not in _MOVES:
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {DEVICE} and cpu")
+    is_there = DEVICE.type in places
+    if kwargs.get("device") is not None:
+        is_there = torch.device(kwargs["device"]).type == DEVICE.type
+        plain_kwargs["device"] = torch.device("cpu")
+    result = function(*plain_args, **plain_kwargs)
+    written = [r.alias_info is not None and r.alias_info.is_write for r in function._schema.returns]
+    if any(written):
+        return args[0] if len(written) == 1 else result
+    return tree_map(lambda x: _Pretended(x) if isinstance(x, Tensor) else x, result) if is_there else result
+
+
+@contextmanager
+def working_on(device: torch.device) -> Iterator[None]:
+    """In this thread, tensors may be made on that device, should it be the pretended one."""
+    if device.type != DEVICE.type:
+        yield
+        return
+    with _Numbers(), _Fresh():  # type: ignore[no-untyped-call]
+        yield
