@@ -68,15 +68,13 @@ def attach(
         raise TypeError(f"attach() got an unexpected keyword argument {next(iter(options))!r}")
     plan = agree(meeting_group(group), lambda: (_plan(accelerator, model, method, optimizer, overlap), {}))
     undo = [_take_place(plan)] if plan.replaced is not None else []
-    hook = plan.prepared.optimizer.register_step_pre_hook(_without_closure)
-    undo.append(hook.remove)
     try:
         attachment = _attached(plan, group, overlap)
     except BaseException:
         for step in reversed(undo):
             step()
         raise
-    attachment._handles += [hook, *_keep_in_checkpoints(accelerator, attachment)]
+    attachment._handles += _keep_in_checkpoints(accelerator, attachment)
     return attachment
 
 
@@ -219,11 +217,6 @@ def _take_place(plan: _Plan) -> Callable[[], None]:
         back()
 
     return undo
-
-
-def _without_closure(_: Any, args: Any, kwargs: Any) -> Any:
-    """AcceleratedOptimizer always passes a closure on, mostly None."""
-    return (args[:1], kwargs) if args[1:] == (None,) else None
 
 
 def _attached(plan: _Plan, group: Any, overlap: bool | None) -> Attachment | OuterAttachment:

@@ -196,7 +196,7 @@ class Attachment:
         )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        if len(args) > 1 or kwargs:  # args[0] is the optimizer
+        if has_closure(args, kwargs):
             raise AttachError(
                 "optimizer.step() takes no closure here: gradients are exchanged before it; call backward, then step()"
             )
@@ -243,6 +243,11 @@ class Attachment:
         self._exchanged.clear()
         self._rollback.clear()
         self.steps += 1
+
+
+def has_closure(args: Any, kwargs: Any) -> bool:
+    """Whether `step` was called with one, by what its hooks get; args[0] is the optimizer, and wrappers pass None on."""
+    return any(x is not None for x in (*args[1:], *(kwargs or {}).values()))
 
 
 def _is_finite(grad: Tensor | None) -> bool:

@@ -24,6 +24,7 @@ from commopt.integrations.attachment import (
     check_parameters,
     check_wrapping,
     connect,
+    has_closure,
 )
 from commopt.integrations.outer import OuterAttachment, attach_outer
 from commopt.methods import is_outer_method
@@ -101,7 +102,7 @@ class PlainAttachment(Attachment):
         return [*buckets, Bucket.of(pending, f"bucket {len(buckets)}")] if pending else buckets
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        if (self._has_new_gradients or not self._exchanged) and len(args) < 2 and not kwargs:
+        if (self._has_new_gradients or not self._exchanged) and not has_closure(args, kwargs):
             self.exchange()
         super()._before_step(optimizer, args, kwargs)
 
