@@ -30,6 +30,7 @@ from commopt.integrations.deepspeed_config import (
     read_wanted,
     with_torch_adam,
 )
+from commopt.integrations.deepspeed_groups import PartlyFrozenAdam
 from commopt.integrations.engine import EngineAttachment, Masters, Undo, hand_over, is_half, restored
 from commopt.integrations.outer import OuterAttachment, attach_outer
 from commopt.integrations.replacement import check_replaceable, move_schedulers, refuse_steps
@@ -332,7 +333,11 @@ def _update_method(wanted: Wanted, bound: dict[str, Any]) -> Any:
     if client is None:
         groups = named_groups(model, parameters, wanted)
         try:
-            method: Any = build(wanted.method, groups, **wanted.options)
+            method: Any
+            if any(group.get("non_freeze") for group in groups):
+                method = PartlyFrozenAdam(groups, **wanted.options)
+            else:
+                method = build(wanted.method, groups, **wanted.options)
         except ConfigError as error:
             where = f"optimizer.type: {wanted.legacy.name}" if wanted.legacy else "commopt"
             raise ConfigError(f"{where}: {error}") from None

@@ -274,10 +274,9 @@ def named_groups(model: torch.nn.Module, model_parameters: Iterable[Any], own: W
                 raise ConfigError(
                     f"model_parameters: group {number}: {key}: {kept[key]!r} is not supported; leave it out"
                 )
-        if kept.pop("non_freeze", False):
+        if kept.get("non_freeze") and (own is None or own.method != "onebit_adam"):
             raise ConfigError(
-                f"model_parameters: group {number}: non_freeze: true: the variance of all parameters freezes together here; leave it out, "
-                "or raise freeze_step until theirs has settled"
+                f"model_parameters: group {number}: non_freeze: true: only OneBitAdam has it; leave it out"
             )
         if group.get("exp_avg_mask") is not None:
             masks.update(_split_mask(group["exp_avg_mask"], [(name_of[id(p)], p) for p in params], number))

@@ -91,8 +91,6 @@ def test_a_mask_is_flat_or_of_the_parameters_shape() -> None:
         assert groups == [{"lr": 0.5, "params": [("0.weight", first)]}]
     with pytest.raises(ConfigError, match="a group of its own"):
         named_groups(model, [{"params": [first, second], "exp_avg_mask": mask}], wanted)
-    with pytest.raises(ConfigError, match="non_freeze"):
-        named_groups(model, [{"params": [first], "non_freeze": True}], wanted)
     with pytest.raises(ConfigError, match="not this model's"):
         named_groups(model, [torch.zeros(3)], wanted)
 
