@@ -177,7 +177,7 @@ def test_yaml_words_and_numbers_are_what_they_look_like(tmp_path: Path) -> None:
         ),
         ("cluster: nope.yaml\nprogram: p.py\nmethods: {dense: {}}", "cluster: 'nope.yaml' does not exist"),
         ("cluster: c.yaml\nprogram: nope.py\nmethods: {dense: {}}", "program: 'nope.py' does not exist"),
-        ("cluster: c.yaml\nprogram: p.py\nmethod: {dense: {}}", "method: unknown key; did you mean 'methods'?"),
+        ("cluster: c.yaml\nprogram: p.py\nmetods: {dense: {}}", "metods: unknown key; did you mean 'methods'?"),
     ],
 )
 def test_a_mistake_in_a_run_is_named(text: str, message: str, tmp_path: Path) -> None:
