@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -30,8 +29,17 @@ from commopt.integrations.deepspeed_config import (
     read_wanted,
     with_torch_adam,
 )
+from commopt.integrations.deepspeed_engine import (
+    HELD,
+    EngineAttachment,
+    Masters,
+    Undo,
+    hand_over,
+    hold,
+    is_half,
+    restored,
+)
 from commopt.integrations.deepspeed_groups import PartlyFrozenAdam
-from commopt.integrations.engine import EngineAttachment, Masters, Undo, hand_over, is_half, restored
 from commopt.integrations.outer import OuterAttachment, attach_outer
 from commopt.integrations.replacement import check_replaceable, move_schedulers, refuse_steps
 from commopt.methods import build, is_outer_method, is_update_method
@@ -155,7 +163,7 @@ def attach(
         attachment = EngineAttachment(engine, chosen, stepping, group or connect(), bucket_bytes)  # type: ignore[arg-type]
         if replaced is not None:
             attachment._handles.append(replaced)
-        _HELD.pop(id(chosen), None)
+        HELD.pop(id(chosen), None)
     engine.commopt = attachment
     attachment._handles.append(Undo(lambda: delattr(engine, "commopt")))
     for note in notes if engine.global_rank == 0 else ():
@@ -275,22 +283,6 @@ def _hand_over_outer(engine: Any, attachment: OuterAttachment) -> list[Undo]:
 
 # -- engines that are made after this module has been imported
 
-_HELD: dict[int, Any] = {}  # update methods inside an engine that is being made
-
-
-def _step_when_attached(self: Any, closure: Any = None) -> Any:
-    """`step`, but for the one on zero gradients by which DeepSpeed's wrappers let an optimizer make its state."""
-    if id(self) not in _HELD:
-        return type(self).step(self) if closure is None else type(self).step(self, closure)
-    if any(p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"]):
-        raise AttachError(f"{self.name}: step() before it was attached to its engine: nothing has been exchanged")
-    return None
-
-
-def _hold(method: Any) -> None:
-    method.step = types.MethodType(_step_when_attached, method)
-    _HELD[id(method)] = method
-
 
 def _prepare(bound: dict[str, Any]) -> Wanted:
     """What the engine's configuration or client optimizer wants; puts an update method into the place of the optimizer."""
@@ -321,7 +313,7 @@ def _prepare(bound: dict[str, Any]) -> Wanted:
             f"max_norm={parsed.gradient_clipping!r}"
         )
     else:
-        _hold(client)
+        hold(client)
     bound["optimizer"] = client
     return wanted
 
@@ -341,13 +333,13 @@ def _update_method(wanted: Wanted, bound: dict[str, Any]) -> Any:
         except ConfigError as error:
             where = f"optimizer.type: {wanted.legacy.name}" if wanted.legacy else "commopt"
             raise ConfigError(f"{where}: {error}") from None
-        _hold(method)
+        hold(method)
         return method
     client = client if isinstance(client, torch.optim.Optimizer) else client(parameters)
     schedulers = [bound["lr_scheduler"]] if bound.get("lr_scheduler") is not None else []
     check_replaceable(client, schedulers, wanted.method, wanted.options)
     method, _ = make({"name": wanted.method, **wanted.options}, model, client)
-    _hold(method)
+    hold(method)
     move_schedulers(schedulers, client, method)
     refuse_steps(client, wanted.method)
     return method
@@ -379,7 +371,7 @@ def _make_engine(original: Callable[..., None], engine: Any, *args: Any, **kwarg
         client = bound.get("optimizer")
         attach(engine, client if isinstance(client, Aggregator) else {"name": wanted.method, **wanted.options})
     finally:
-        _HELD.pop(id(bound.get("optimizer")), None)
+        HELD.pop(id(bound.get("optimizer")), None)
     for note in wanted.notes if engine.global_rank == 0 else ():
         _log.warning("%s", note)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -212,3 +214,9 @@ def test_misuse_of_an_engine_is_refused(two: Ranks) -> None:
     for told in two.run(refused_of_engines):
         assert len(told) == len(words)
         assert [word for word, text in zip(words, told, strict=True) if word not in text] == []
+
+
+def test_without_deepspeed_the_import_says_what_to_install() -> None:
+    code = "import sys; sys.modules['deepspeed'] = None; import commopt.integrations.deepspeed"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'commopt[deepspeed]'" in done.stderr.splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -275,3 +276,21 @@ def name_is_of_gradients(name: str) -> bool:
     from commopt.methods import is_outer_method
 
     return not is_outer_method(name)
+
+
+HELD: dict[int, Any] = {}  # update methods inside an engine that is being made
+
+
+def _step_when_attached(self: Any, closure: Any = None) -> Any:
+    """`step`, but for the one on zero gradients by which DeepSpeed's wrappers let an optimizer make its state."""
+    if id(self) not in HELD:
+        return type(self).step(self) if closure is None else type(self).step(self, closure)
+    if any(p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"]):
+        raise AttachError(f"{self.name}: step() before it was attached to its engine: nothing has been exchanged")
+    return None
+
+
+def hold(method: Any) -> None:
+    """Let an update method pass through the making of an engine; `HELD.pop(id(method))` when it is attached."""
+    method.step = types.MethodType(_step_when_attached, method)
+    HELD[id(method)] = method
