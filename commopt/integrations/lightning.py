@@ -107,7 +107,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
 
     def setup(self, trainer: Any) -> None:
         """Check what can be checked before DDP wraps the model; then as DDPStrategy does."""
-        if _is_fitting(trainer):
+        if trainer.state.fn == "fit":
             self._check_training(trainer)
             if not trainer.barebones and self._payload_log not in trainer.callbacks:
                 trainer.callbacks.insert(0, self._payload_log)  # before callbacks that read what is logged
@@ -139,6 +139,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         self._closure_hook = optimizer.register_step_pre_hook(_run_closure)  # before those of the attachment
         if isinstance(method, OuterLoop):
             self.attachment = plain.attach(self.model, method, optimizer)
+            method.max_lag = sys.maxsize  # the Trainer counts its steps itself: no rank can leave any out to catch up
         else:
             overlap = not method.needs_all_buckets if self.overlap is None else self.overlap
             own = None if method is optimizer else optimizer
@@ -353,10 +354,6 @@ def _checked(method: Any) -> Any:
 
 def _is_outer(method: Any) -> bool:
     return isinstance(method, OuterLoop) or (isinstance(method, tuple) and is_outer_method(method[0]))
-
-
-def _is_fitting(trainer: Any) -> bool:
-    return bool(trainer.state.fn == "fit")
 
 
 def _run_closure(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
