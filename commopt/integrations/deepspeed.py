@@ -16,7 +16,7 @@ import torch
 
 from commopt.aggregate import Aggregator
 from commopt.choice import Choice, make, read_choice
-from commopt.errors import AttachError, CheckpointError, ConfigError, MissingExtra
+from commopt.errors import AttachError, ConfigError, MissingExtra
 from commopt.groups import Group, Peers
 from commopt.integrations import made
 from commopt.integrations.agreement import agree, check_group, configuration_of, meeting_group
@@ -34,10 +34,9 @@ from commopt.integrations.deepspeed_engine import (
     EngineAttachment,
     Masters,
     Undo,
-    hand_over,
+    hand_over_outer,
     hold,
     is_half,
-    restored,
 )
 from commopt.integrations.deepspeed_groups import PartlyFrozenAdam
 from commopt.integrations.outer import OuterAttachment, attach_outer
@@ -157,7 +156,7 @@ def attach(
     attachment: Any
     if is_outer:
         attachment = attach_outer(engine.module, chosen, stepping, group, without_effect={})
-        attachment._handles += _hand_over_outer(engine, attachment)
+        attachment._handles += hand_over_outer(engine, attachment)
     else:
         replaced = None if stepping is engine.basic_optimizer else _take_place(engine, chosen)
         attachment = EngineAttachment(engine, chosen, stepping, group or connect(), bucket_bytes)  # type: ignore[arg-type]
@@ -255,30 +254,6 @@ def _take_place(engine: Any, method: Any) -> Undo:
         old.param_groups = groups
 
     return Undo(undo)
-
-
-def _hand_over_outer(engine: Any, attachment: OuterAttachment) -> list[Undo]:
-    """Switch DeepSpeed's exchange off, and refuse its checkpoints, which keep rank 0's replica alone."""
-    undo = hand_over(engine, attachment.method.name)
-    load = engine.load_checkpoint
-
-    def refuse_save(*_: Any, **__: Any) -> NoReturn:
-        raise CheckpointError(
-            f"under {attachment.method.name} each rank has a replica of its own, and DeepSpeed saves rank 0's: use "
-            "commopt.checkpoint.save(folder, engine.commopt)"
-        )
-
-    def load_model(*args: Any, **kwargs: Any) -> Any:
-        if not inspect.signature(load).bind(*args, **kwargs).arguments.get("load_module_only"):
-            raise CheckpointError(
-                "DeepSpeed's checkpoint has no replicas: load_checkpoint(..., load_module_only=True) starts all from its model; "
-                "to go on use commopt.checkpoint.load(folder, engine.commopt)"
-            )
-        return load(*args, **kwargs)
-
-    engine.save_checkpoint, engine.load_checkpoint = refuse_save, load_model
-    undo.append(restored(engine, "save_checkpoint", "load_checkpoint"))
-    return undo
 
 
 # -- engines that are made after this module has been imported

@@ -17,6 +17,7 @@ from torch.nn import Module, Parameter
 from commopt.aggregate import Aggregator
 from commopt.errors import AttachError, CheckpointError
 from commopt.groups import Group
+from commopt.integrations.outer import OuterAttachment
 from commopt.integrations.plain import PlainAttachment
 from commopt.integrations.rank_state import load_rank_state, read_rank_states, save_rank_state
 
@@ -269,6 +270,30 @@ def hand_over(engine: Any, name: str) -> list[Undo]:
         engine.enable_backward_allreduce = True
 
     return [Undo(give_back), restored(engine, "allreduce_gradients", "clip_fp32_gradients")]
+
+
+def hand_over_outer(engine: Any, attachment: OuterAttachment) -> list[Undo]:
+    """Switch DeepSpeed's exchange off, and refuse its checkpoints, which keep rank 0's replica alone."""
+    undo = hand_over(engine, attachment.method.name)
+    load = engine.load_checkpoint
+
+    def refuse_save(*_: Any, **__: Any) -> NoReturn:
+        raise CheckpointError(
+            f"under {attachment.method.name} each rank has a replica of its own, and DeepSpeed saves rank 0's: use "
+            "commopt.checkpoint.save(folder, engine.commopt)"
+        )
+
+    def load_model(*args: Any, **kwargs: Any) -> Any:
+        if not inspect.signature(load).bind(*args, **kwargs).arguments.get("load_module_only"):
+            raise CheckpointError(
+                "DeepSpeed's checkpoint has no replicas: load_checkpoint(..., load_module_only=True) starts all from its model; "
+                "to go on use commopt.checkpoint.load(folder, engine.commopt)"
+            )
+        return load(*args, **kwargs)
+
+    engine.save_checkpoint, engine.load_checkpoint = refuse_save, load_model
+    undo.append(restored(engine, "save_checkpoint", "load_checkpoint"))
+    return undo
 
 
 def name_is_of_gradients(name: str) -> bool:
