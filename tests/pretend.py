@@ -1,7 +1,7 @@
 """A device that is not there: tensors that live in the CPU's memory and behave as those of another device.
 
-Operations that mix them with tensors of the CPU fail, as on a GPU; so do `numpy()` and memory pinned by address. So the code's paths for
-GPUs run where there is none. Arithmetic is the CPU's, and of a GPU's streams, timing and rounding nothing is seen.
+Operations that mix them with tensors of the CPU fail, as on a GPU, and so does `numpy()`. So the code's paths for GPUs run where
+there is none. Arithmetic is the CPU's, and of a GPU's streams, timing and rounding nothing is seen.
 """
 
 from __future__ import annotations
@@ -67,10 +67,8 @@ class _Numbers(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function is Tensor.tolist:
             return args[0].cpu().tolist()
-        if (
-            function is Tensor.norm and kwargs.pop("p", "fro") == "fro"
-        ):  # which chooses its operation by the device's name
-            return torch.linalg.vector_norm(*args, **kwargs)
+        if function is Tensor.norm and kwargs.get("p", "fro") == "fro":  # chooses its operation by the device's name
+            return torch.linalg.vector_norm(*args, **{key: value for key, value in kwargs.items() if key != "p"})
         if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list):
             args = (args[0], torch.tensor(args[1]).to(args[0].device), *args[2:])
         if function not in (torch.tensor, torch.as_tensor) or kwargs.get("device") is None:
