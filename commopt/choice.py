@@ -87,8 +87,14 @@ def make(
             f"make it with commopt.build({name!r}, model.named_parameters(), ...) and hand it over as the optimizer"
         )
     for group in optimizer.param_groups:
-        if group.get("amsgrad") or group.get("maximize"):
-            raise ConfigError(f"method {name}: {kind} with amsgrad or maximize has no counterpart; leave them out")
+        for key in ("amsgrad", "maximize", "momentum", "dampening", "nesterov"):
+            if group.get(key):
+                raise ConfigError(f"method {name}: {key}: {group[key]!r} of {kind} has no counterpart; leave it out")
+        if group.get("decoupled_weight_decay") is False and group.get("weight_decay") and "weight_decay" not in chosen:
+            raise ConfigError(
+                f"method {name}: weight_decay: {group['weight_decay']!r} of {kind} goes into the gradient, and that of {word} off the "
+                "parameters, as AdamW's does: use AdamW"
+            )
     name_of = {id(p): n for n, p in model.named_parameters()}
     groups = []
     for group in optimizer.param_groups:

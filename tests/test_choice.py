@@ -159,10 +159,19 @@ def test_each_method_stands_in_for_its_parent(name: str, kind: Any) -> None:
     assert method.param_groups[0]["lr"] == 0.02
 
 
-def test_amsgrad_has_no_counterpart() -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "said"),
+    [
+        ("onebit_adam", torch.optim.Adam, {"amsgrad": True}, "amsgrad: True of Adam has no counterpart"),
+        ("onebit_adam", torch.optim.AdamW, {"maximize": True}, "maximize: True of AdamW has no counterpart"),
+        ("onebit_adam", torch.optim.Adam, {"weight_decay": 0.1}, "as AdamW's does: use AdamW"),
+        ("demo", torch.optim.SGD, {"momentum": 0.9}, r"momentum: 0\.9 of SGD has no counterpart"),
+    ],
+)
+def test_a_setting_without_a_counterpart_is_refused(name: str, kind: Any, options: dict[str, Any], said: str) -> None:
     model = model_of()
-    with pytest.raises(ConfigError, match="amsgrad or maximize has no counterpart"):
-        make("onebit_adam", model, torch.optim.Adam(model.parameters(), amsgrad=True))
+    with pytest.raises(ConfigError, match=said):
+        make(name, model, kind(model.parameters(), lr=0.1, **options))
 
 
 # -- the door

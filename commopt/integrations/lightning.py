@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
 from commopt.aggregate import Aggregator, State
 from commopt.choice import Choice, make, read_choice
@@ -21,6 +20,7 @@ from commopt.errors import AttachError, CheckpointError, ConfigError, MissingExt
 from commopt.integrations import ddp, plain
 from commopt.integrations.agreement import agree, meeting_group
 from commopt.integrations.outer import OuterAttachment
+from commopt.integrations.replacement import move_schedulers
 from commopt.methods import build, is_outer_method, is_update_method
 from commopt.outer import OuterLoop
 
@@ -134,7 +134,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         returned = self.optimizers[0]  # with automatic optimization Lightning allows one
         method, optimizer = agree(meeting_group(None), lambda: (self._checked_method(returned, trainer), {}))
         if optimizer is not returned:
-            _move_schedulers([config.scheduler for config in self.lr_scheduler_configs], returned, optimizer)
+            move_schedulers([config.scheduler for config in self.lr_scheduler_configs], returned, optimizer)
             self.optimizers = [optimizer]
         self._closure_hook = optimizer.register_step_pre_hook(_run_closure)  # before those of the attachment
         if isinstance(method, OuterLoop):
@@ -364,29 +364,6 @@ def _run_closure(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any,
         with torch.enable_grad():
             closure()
     return args[:1], rest
-
-
-def _move_schedulers(schedulers: list[Any], old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Let schedulers that were made for one optimizer act on another with the same groups. Raises AttachError where they cannot."""
-    for before, group in zip(old.param_groups, new.param_groups, strict=True):
-        # what schedulers, or the user, have put beside the optimizer's own options
-        group.update({key: x for key, x in before.items() if key not in old.defaults and key not in group})
-    if schedulers:
-        ConstantLR(new, factor=1.0)  # marks `step`, by which schedulers tell whether it comes before theirs
-    todo, seen = list(schedulers), set()
-    while todo:
-        scheduler = todo.pop()
-        if id(scheduler) in seen:
-            continue
-        seen.add(id(scheduler))
-        if getattr(scheduler, "cycle_momentum", False) and "betas" not in new.param_groups[0]:
-            raise AttachError(
-                f"{type(scheduler).__name__}: {type(new).__name__} has no momentum to cycle; cycle_momentum=False"
-            )
-        for key, value in vars(scheduler).items():
-            if value is old:
-                setattr(scheduler, key, new)
-            todo += [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, LRScheduler)]
 
 
 def _copied(tensors: Any) -> dict[str, Any]:

@@ -47,8 +47,16 @@ def _nested(scheduler: Any) -> Iterator[Any]:
 def move_schedulers(
     schedulers: list[Any], old: torch.optim.Optimizer, new: torch.optim.Optimizer
 ) -> Callable[[], None]:
-    """Let learning-rate schedulers act on another optimizer, with what they keep in its groups; returns what moves them back."""
+    """Let learning-rate schedulers act on another optimizer, with what they keep in its groups; returns what moves them back.
+
+    Raises AttachError, before anything is changed, for one that cycles a momentum which the other optimizer does not have.
+    """
     moved = [one for scheduler in schedulers for one in _nested(scheduler) if one.optimizer is old]
+    for one in moved:
+        if getattr(one, "cycle_momentum", False) and "betas" not in new.param_groups[0]:
+            raise AttachError(
+                f"{type(one).__name__}: {type(new).__name__} has no momentum to cycle; cycle_momentum=False"
+            )
     for before, group in zip(old.param_groups, new.param_groups, strict=True):
         group.update({k: x for k, x in before.items() if k not in group and k not in old.defaults})
     if moved and not hasattr(new.step, "_wrapped_by_lr_sched"):
