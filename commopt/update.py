@@ -108,6 +108,10 @@ class UpdateMethod(torch.optim.Optimizer, Aggregator):
         """Apply what the last exchange has left in the state. Parameters without a gradient are left alone."""
         if closure is not None:
             raise ValueError(f"{self.name} exchanges in backward and takes no closure; call backward, then step()")
+        if not hasattr(self, "parameters"):
+            raise AttachError(
+                f"{self.name}: step() before commopt.attach: no exchange has been made, and none would be"
+            )
         is_applied = False
         for group in self.param_groups:
             for p in group["params"]:

@@ -251,3 +251,12 @@ def test_an_update_method_takes_no_closure_of_its_own() -> None:
     with pytest.raises(AttachError, match="takes no closure here"):
         optimizer.step(lambda: 0.0)
     assert torch.equal(before, flat(model))
+
+
+def test_an_update_method_does_not_step_before_it_is_attached() -> None:
+    model = make_model()
+    method = onebit_adam(model)
+    train_once = model(torch.ones(2, next(model.parameters()).shape[1])).sum()
+    train_once.backward()
+    with pytest.raises(AttachError, match=r"onebit_adam: step\(\) before commopt\.attach"):
+        method.step()
