@@ -60,10 +60,14 @@ else
   is_host=$([[ $NODE == 0 ]] && echo true || echo false)
   words+=(--rdzv-backend=c10d "--rdzv-id=$JOB" "--rdzv-endpoint=$HEAD:$PORT" "--rdzv-conf=is_host=$is_host,read_timeout=$WAIT_S")
   words+=("--local-addr=$ADDRESS" "--max-restarts=$RESTARTS")
+  # torchrun would keep one store for the ranks of all restarts, in which they find addresses of ranks that are gone
+  # (pytorch/pytorch#135712, still so in 2.13); told so, rank 0 opens a new one for each.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 words+=("$@")
 if [[ -n ${PRINT:-} ]]; then
   printf 'GLOO_SOCKET_IFNAME=%s' "$GLOO_SOCKET_IFNAME"
+  [[ $RENDEZVOUS == static ]] || printf ' TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1'
   printf ' %q' "${words[@]}"
   echo
 else

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ assert specification.loader is not None
 training: Any = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(training)
 
+rank = int(os.environ["RANK"])
 flag, draw = Path(sys.argv[1]), training.draw
 
 
@@ -27,4 +29,6 @@ def draw_or_die(rank: int, step: int) -> object:
 
 
 training.draw = draw_or_die
+if flag.exists() and rank == 0:
+    time.sleep(1)  # the other is back first, and must not find the address that this one had before
 training.main(training.arguments(sys.argv[2:]))

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.run import config_from_args, get_args_parser
@@ -19,39 +20,42 @@ def run(changed: dict[str, str], *words: str) -> subprocess.CompletedProcess[str
     return subprocess.run([SCRIPT, *words], env=variables, capture_output=True, text=True, check=False)
 
 
-def understood(**changed: str) -> tuple[str, object]:
-    """The interface, and torchrun's own reading of the command."""
+def understood(**changed: str) -> tuple[list[str], Any]:
+    """The variables before the command, and torchrun's own reading of it."""
     done = run(changed, "train.py", "--options", '{"freeze_step": 2}')
     assert done.returncode == 0, done.stderr
-    interface, *words = shlex.split(done.stdout)
+    words = shlex.split(done.stdout)
+    place = words.index("python")
+    variables, words = words[:place], words[place:]
     assert words[:3] == ["python", "-m", "torch.distributed.run"]
     args = get_args_parser().parse_args(words[3:])
     assert [args.training_script, *args.training_script_args] == ["train.py", "--options", '{"freeze_step": 2}']
-    return interface, config_from_args(args)[0]
+    return variables, config_from_args(args)[0]
 
 
 def test_c10d_names_the_store_the_host_and_this_machines_address() -> None:
     for node in "01":
-        interface, config = understood(NODE=node, JOB="night", PORT="29600", SLOTS="3", RESTARTS="4", WAIT_S="50")
-        assert interface == "GLOO_SOCKET_IFNAME=lo"
-        assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (2, 2, 3, 4)  # type: ignore[attr-defined]
-        assert (config.rdzv_backend, config.rdzv_endpoint, config.run_id) == ("c10d", "127.0.0.1:29600", "night")  # type: ignore[attr-defined]
-        conf = config.rdzv_configs  # type: ignore[attr-defined]
+        variables, config = understood(NODE=node, JOB="night", PORT="29600", SLOTS="3", RESTARTS="4", WAIT_S="50")
+        assert variables == ["GLOO_SOCKET_IFNAME=lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+        assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (2, 2, 3, 4)
+        assert (config.rdzv_backend, config.rdzv_endpoint, config.run_id) == ("c10d", "127.0.0.1:29600", "night")
+        conf = config.rdzv_configs
         assert (conf["is_host"], conf["read_timeout"]) == (str(node == "0").lower(), "50")
-        assert config.local_addr == "127.0.0.1"  # type: ignore[attr-defined]
+        assert config.local_addr == "127.0.0.1"
 
 
 def test_static_names_the_rank_of_the_node() -> None:
-    _, config = understood(RENDEZVOUS="static")
-    assert (config.rdzv_backend, config.rdzv_endpoint) == ("static", "127.0.0.1:29500")  # type: ignore[attr-defined]
-    assert config.rdzv_configs["rank"] == 1  # type: ignore[attr-defined]
-    assert config.rdzv_configs["timeout"] == "600"  # type: ignore[attr-defined]
+    variables, config = understood(RENDEZVOUS="static")
+    assert variables == ["GLOO_SOCKET_IFNAME=lo"]
+    assert (config.rdzv_backend, config.rdzv_endpoint) == ("static", "127.0.0.1:29500")
+    assert config.rdzv_configs["rank"] == 1
+    assert config.rdzv_configs["timeout"] == "600"
 
 
 def test_what_was_set_by_hand_stays() -> None:
-    interface, config = understood(INTERFACE="ib0", ADDRESS="10.9.0.7")
-    assert (interface, config.local_addr) == ("GLOO_SOCKET_IFNAME=ib0", "10.9.0.7")  # type: ignore[attr-defined]
-    assert understood(GLOO_SOCKET_IFNAME="eth7")[0] == "GLOO_SOCKET_IFNAME=eth7"
+    variables, config = understood(INTERFACE="ib0", ADDRESS="10.9.0.7")
+    assert (variables[0], config.local_addr) == ("GLOO_SOCKET_IFNAME=ib0", "10.9.0.7")
+    assert understood(GLOO_SOCKET_IFNAME="eth7")[0][0] == "GLOO_SOCKET_IFNAME=eth7"
 
 
 @pytest.mark.parametrize(
