@@ -120,16 +120,17 @@ def test_a_job_that_runs_out_of_time_goes_back_into_the_queue(
     waiting.write_text(
         "import os, pathlib, time\n"
         "log = pathlib.Path(os.environ['STANDIN_LOG'])\n"
-        "print('up', flush=True)\n"
+        "os.write(1, b'up\\n')  # in one piece, or two tasks' lines are mixed\n"
         "while not log.with_name(log.name + '.requeued').exists(): time.sleep(0.02)\n"
     )
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{waiting}"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
     job = submit("launch/train.py")
     assert job.stdout is not None
-    assert [job.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+    up = [job.stdout.readline() for _ in range(2)]
     job.send_signal(signal.SIGUSR1)
     output = output_of(job, timeout_s=60)
+    assert up == ["up\n", "up\n"], output
     assert "back into the queue" in output
     assert job.returncode == 0
     assert re.search(r"^scontrol requeue \d+$", (tmp_path / "log").read_text(), re.MULTILINE)
