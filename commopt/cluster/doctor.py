@@ -95,10 +95,20 @@ def _torch() -> Iterator[Check]:
     else:
         why = "built in, but no GPU" if nccl else "not built in"
         yield Check("nccl", State.LIMITED, why, "backend: gloo" if not gpus else "install a CUDA build of torch")
-    if dist.is_mpi_available() or importlib.util.find_spec("mpi4py"):
-        yield Check("mpi", State.OK, "torch" if dist.is_mpi_available() else f"mpi4py {_version('mpi4py')}")
-    else:
-        yield Check("mpi", State.LIMITED, "no mpi4py", "pip install mpi4py, for mpirun only")
+    yield _mpi()
+
+
+def _mpi() -> Check:
+    if importlib.util.find_spec("mpi4py") is None:
+        return Check("mpi", State.LIMITED, "no mpi4py", "pip install 'commopt[mpi]' mpich, for mpirun only")
+    words = [sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"]
+    try:
+        library = " ".join(subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.split())
+    except (OSError, subprocess.SubprocessError):
+        return Check("mpi", State.LIMITED, "mpi4py, but no MPI library", "pip install mpich")
+    if not ((Path(sys.executable).parent / "mpiexec").exists() or shutil.which("mpiexec")):
+        return Check("mpi", State.LIMITED, "mpi4py, but no mpiexec", "pip install mpich")
+    return Check("mpi", State.OK, f"mpi4py {_version('mpi4py')}, {library}")
 
 
 def _emulation() -> Iterator[Check]:

@@ -98,7 +98,7 @@ class Group(ABC):
         """What every rank says, by rank; for checks before training, and outside the counted traffic."""
         counted, self.traffic = self.traffic, Traffic()
         try:
-            every = self.all_gather_ragged(Payload.of(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)))
+            every = self.all_gather_ragged(Payload.of(torch.tensor(list(text.encode()), dtype=torch.uint8)))
         finally:
             self.traffic = counted
         return [one.tensors[0].numpy().tobytes().decode() for one in every]

@@ -52,8 +52,11 @@ class TorchGroup(Group):
 
     def all_reduce(self, x: Tensor) -> None:
         self._count("all_reduce", x.numel() * x.element_size())
+        here = self._staged(x)
         with self._named("all_reduce"):
-            dist.all_reduce(x, group=self.process_group)
+            dist.all_reduce(here, group=self.process_group)
+        if here is not x:
+            x.copy_(here)
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         if self.size == 1:
@@ -66,10 +69,12 @@ class TorchGroup(Group):
             send = payload.buffer.repeat(self.size)
             return self._exchange("all_gather", send, [payload.nbytes] * self.size, list(layouts))
         self._count("all_gather", payload.nbytes)
-        out = payload.buffer.new_empty(self.size * payload.nbytes)
+        own = self._staged(payload.buffer)
+        out = own.new_empty(self.size * payload.nbytes)
         with self._named("all_gather"):
             gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-            gather(out, payload.buffer, group=self.process_group)
+            gather(out, own, group=self.process_group)
+        out = out.to(payload.buffer.device)
         return cut(out, list(layouts) if layouts is not None else [payload.layout] * self.size)
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
@@ -85,21 +90,25 @@ class TorchGroup(Group):
 
     def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
         self.traffic.record("swap", {peer: float(payload.nbytes)})
-        received = torch.empty_like(payload.buffer)
+        own = self._staged(payload.buffer)
+        received = torch.empty_like(own)
         wait = () if timeout_s is None else (timedelta(seconds=timeout_s),)
         with self._named(f"swap with rank {peer}"):
             operations = [
-                dist.P2POp(dist.isend, payload.buffer, group=self.process_group, group_peer=peer),
+                dist.P2POp(dist.isend, own, group=self.process_group, group_peer=peer),
                 dist.P2POp(dist.irecv, received, group=self.process_group, group_peer=peer),
             ]
             for work in dist.batch_isend_irecv(operations):
                 work.wait(*wait)
-        return Payload(received, payload.layout)
+        return Payload(received.to(payload.buffer.device), payload.layout)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         self._count("broadcast", x.numel() * x.element_size(), root=src)
+        here = self._staged(x)
         with self._named("broadcast"):
-            dist.broadcast(x, group=self.process_group, group_src=src)
+            dist.broadcast(here, group=self.process_group, group_src=src)
+        if here is not x:
+            x.copy_(here)
 
     def tell(self, text: str) -> list[str]:
         """Through the job's store, so that ranks that are at different collectives are found out, and do not hang."""
@@ -125,10 +134,15 @@ class TorchGroup(Group):
 
     def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], layouts: list[Layout]) -> list[Payload]:
         receive_sizes = [layout_bytes(layout) for layout in layouts]
-        out = send.new_empty(sum(receive_sizes))
+        own = self._staged(send)
+        out = own.new_empty(sum(receive_sizes))
         with self._named(operation):
-            dist.all_to_all_single(out, send, receive_sizes, send_sizes, group=self.process_group)
-        return cut(out, layouts)
+            dist.all_to_all_single(out, own, receive_sizes, send_sizes, group=self.process_group)
+        return cut(out.to(send.device), layouts)
+
+    def _staged(self, x: Tensor) -> Tensor:
+        """x where the backend can send it from: Gloo takes few kinds of exchange from a GPU, and gets a copy on the host for all."""
+        return x.detach().cpu() if self.device.type == "cpu" and x.device.type != "cpu" else x
 
     @contextmanager
     def _named(self, operation: str) -> Iterator[None]:

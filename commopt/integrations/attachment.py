@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from commopt.wire import Payload
 
 _log = logging.getLogger(__name__)
 ATTACHED: weakref.WeakSet[Module] = weakref.WeakSet()  # not an attribute of the model, which must stay picklable
+_attaching = threading.Lock()  # simulated ranks attach at the same time
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -60,7 +62,7 @@ class Attachment:
         group.traffic.method = method.name
         method.bind(self.served(), group)
         self.model = model
-        ATTACHED.add(model)
+        note_attached(model)
         self._handles: list[Any] = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -75,7 +77,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        ATTACHED.discard(self.model)
+        note_detached(self.model)
 
     def comm_state(self) -> State:
         """What a checkpoint must hold of the method."""
@@ -285,6 +287,18 @@ def connect_peers(group: Group | Peers | None = None) -> Peers:
     return TcpPeers(Membership(group.rank, members, told[0]), listener=listener)
 
 
+def note_attached(model: Module) -> None:
+    """Remember that a method is attached to this model."""
+    with _attaching:
+        ATTACHED.add(model)
+
+
+def note_detached(model: Module) -> None:
+    """Forget it again."""
+    with _attaching:
+        ATTACHED.discard(model)
+
+
 def check_wrapping(model: Module) -> None:
     """Raise AttachError for a model inside which another wrapper averages gradients already."""
     for name, module in model.named_modules():
@@ -346,7 +360,9 @@ def check_parameters(
     if hasattr(method, "index"):
         raise AttachError(f"this {method.name} was attached to a model before; build another one")
     own = {id(p) for p in model.parameters()}
-    if any(other is model or not own.isdisjoint(map(id, other.parameters())) for other in list(ATTACHED)):
+    with _attaching:
+        others = list(ATTACHED)
+    if any(other is model or not own.isdisjoint(map(id, other.parameters())) for other in others):
         raise AttachError("a method is attached to this model already; call detach() on what attach returned first")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:

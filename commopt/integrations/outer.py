@@ -22,11 +22,12 @@ from commopt.groups.peers import PeerGroup, Peers, call_roll
 from commopt.integrations import made
 from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
 from commopt.integrations.attachment import (
-    ATTACHED,
     RefusesDDP,
     check_parameters,
     check_wrapping,
     connect_peers,
+    note_attached,
+    note_detached,
 )
 from commopt.integrations.members import Members
 from commopt.outer import Exchanged, OuterLoop, Round
@@ -103,7 +104,7 @@ class OuterAttachment:
         named += [(f"{name}:{key}", p) for key in self.averaged_state for name, p in self.parameters.items()]
         method.bind(named, peers)
         self._sketch = Spread(method.index.total, peers.rank)
-        ATTACHED.add(model)
+        note_attached(model)
         self._handles = [
             model.register_forward_pre_hook(RefusesDDP(model, method.name)),
             optimizer.register_step_pre_hook(self._before_step),
@@ -145,7 +146,7 @@ class OuterAttachment:
         """Take the method out of the optimizer again."""
         for handle in self._handles:
             handle.remove()
-        ATTACHED.discard(self.model)
+        note_detached(self.model)
 
     def close(self) -> None:
         """Leave the job; what is still to be sent has a few seconds."""

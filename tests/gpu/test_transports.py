@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from exchanges import every_operation, expected
 from pool import Pool
-from pretend import PLACES
+from pretend import DEVICE, PLACES, working_on
 from rig import flat, loss_of, make_batch, make_method, make_model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,11 +39,13 @@ def test_one_rank_over_nccl_exchanges_with_itself(alone: torch.device, place: to
 
 
 def on_gloo(process_group: dist.ProcessGroup, device: str) -> list[list[float]]:
-    return every_operation(TorchGroup(process_group), torch.device(device))
+    with working_on(torch.device(device)):
+        return every_operation(TorchGroup(process_group), torch.device(device))
 
 
 def test_two_ranks_over_gloo_exchange_what_is_on_the_device(pool: Pool, place: torch.device) -> None:
-    assert pool.run(2, on_gloo, place.type) == [expected(rank, 2) for rank in range(2)]
+    for device in (place, DEVICE):
+        assert pool.run(2, on_gloo, device.type) == [expected(rank, 2) for rank in range(2)]
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["beside backward", "after backward"])
