@@ -8,6 +8,7 @@ ranks must see the same folder.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 import warnings
@@ -32,6 +33,8 @@ from commopt.integrations.outer import OuterAttachment
 
 _FORMAT = 1
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 def save(
@@ -61,8 +64,8 @@ def save(
 
     def replace() -> None:
         if group.rank == 0:
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
+            if folder.exists():  # if not, the old one may be all there is
+                shutil.rmtree(old, ignore_errors=True)
                 os.replace(folder, old)
             os.replace(partial, folder)
             shutil.rmtree(old, ignore_errors=True)
@@ -104,6 +107,10 @@ def load(folder: str | Path, attachment: Attachment | OuterAttachment) -> dict[s
     folder = attachment.checkpoint_folder(Path(folder))
     group = attachment.group
     _process_group(group)
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.is_dir():
+        _log.warning("%s: is missing, as after a job that was killed between two renames; %s is loaded", folder, old)
+        folder = old
     reader = FileSystemReader(folder)
     try:
         stored = reader.read_metadata().state_dict_metadata

@@ -198,6 +198,10 @@ def print_commands(
             else agent_words(spec, node, program, meeting=emulation.meeting)
         )
         typer.echo(f"# {name}")
+        if spec.has_hosts and emulation.mode.value == "none" and emulation.interfaces[node] is None:
+            typer.echo(
+                "# there, add GLOO_SOCKET_IFNAME=its interface to the others; `commopt launch` finds it on that machine"
+            )
         typer.echo(shlex.join(["env", *(f"{key}={value}" for key, value in environment.items()), *prefix, *argv]))
 
 

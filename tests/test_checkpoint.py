@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt import build, checkpoint
 from commopt.errors import CheckpointError
-from commopt.groups import TorchGroup
+from commopt.groups import LocalGroup, TorchGroup
 from commopt.integrations import ddp, plain
 from commopt.integrations.attachment import Attachment
 
@@ -215,3 +215,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(pool: Pool, tmp_path: Path) ->
         assert "could not be written" in message
         assert "is as it was" in message
         assert kept
+
+
+def test_a_job_killed_between_two_renames_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+    folder, model = tmp_path / "c", nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = plain.attach(model, build("ef_sign"), optimizer, LocalGroup())
+    checkpoint.save(folder, attachment, extra={"step": 1})
+    folder.rename(tmp_path / "c.old")  # as far as the kill let it come
+    assert checkpoint.load(folder, attachment) == {"step": 1}
+    checkpoint.save(folder, attachment, extra={"step": 2})
+    assert checkpoint.load(folder, attachment) == {"step": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]

@@ -57,7 +57,8 @@ class AgentEnd:
 
 def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | None:
     """The failure that the others follow from, or where every node is a job of its own, the earliest."""
-    found = [(end, ended) for end in ends for ended in end.reader.ended]
+    # an agent that ended well has started again what died on its node
+    found = [(end, ended) for end in ends if end.exit_code != 0 for ended in end.reader.ended]
     if found:
         end, ended = min(found, key=lambda pair: _order(*pair) if is_one_job else (0, pair[1].at_s))
         rank = end.first_rank + ended.local_rank
