@@ -22,6 +22,7 @@ faults:
 """
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("namespaces")
 def test_survivors_end_their_steps_and_the_first_node_comes_back_to_them(tmp_path: Path, mark: str) -> None:
     (tmp_path / "cluster.yaml").write_text("nodes: 3\nlinks: {rate: 50mbit}\n")

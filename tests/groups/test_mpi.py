@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,6 +119,7 @@ def fail() -> None:
         note(lambda: other.swap(1, Payload.of(torch.zeros(2)), timeout_s=0.2))
     MPI.COMM_WORLD.Barrier()
     if rank == 1:
+        time.sleep(1.0)  # what the other has said is on its way out; an abort would cut it off
         raise ValueError("enough")
     last.barrier()  # waits half an hour
 

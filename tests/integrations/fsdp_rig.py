@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pool import Pool
 from rig import loss_of
 from torch import Tensor, nn
 
@@ -35,6 +36,14 @@ def warm_up(_: Any) -> None:
     if torch.distributed.get_rank() < 4:
         with attached(_meshes[0], "dense") as (model, optimizer, _attachment):
             train(model, optimizer, 0, 1)
+
+
+def own_pool() -> Iterator[Pool]:
+    """Ranks for one module, warmed up: four of the five make groups of their own, for which all four must be in as many as each other."""
+    ranks = Pool()
+    ranks.run(5, warm_up, timeout_s=240)
+    yield ranks
+    ranks.close()
 
 
 def flat_mesh() -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import TwoReplicas, attached, batch, cut, mesh_of, sgd, sharded, shards, train, train_alone, warm_up
+from fsdp_rig import TwoReplicas, attached, batch, cut, mesh_of, own_pool, sgd, sharded, shards, train, train_alone
 from pool import Pool
 from rig import loss_of
 from torch import nn
@@ -30,9 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _warm(pool: Pool) -> None:
-    pool.run(5, warm_up, timeout_s=240)
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    yield from own_pool()
 
 
 def train_sharded(_: dist.ProcessGroup, method: dict[str, Any], momentum: float) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import Uneven, flat_mesh, mesh_of, sgd, sharded, shards, train, warm_up
+from fsdp_rig import Uneven, flat_mesh, mesh_of, own_pool, sgd, sharded, shards, train
 from pool import Pool
 from torch import nn
 
@@ -19,9 +19,9 @@ from commopt.groups import Group, LocalGroup, TorchGroup
 from commopt.integrations import fsdp
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _warm(pool: Pool) -> None:
-    pool.run(5, warm_up, timeout_s=240)
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    yield from own_pool()
 
 
 def attach(method: Any, model: Any = None, group: Group | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from fsdp_rig import (
     cut,
     flat_mesh,
     mesh_of,
+    own_pool,
     sgd,
     shards,
     train,
     train_alone,
-    warm_up,
 )
 from pool import Pool
 from rig import loss_of
@@ -78,9 +79,9 @@ CASES: dict[str, tuple[Any, Any, int]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _warm(pool: Pool) -> None:
-    pool.run(5, warm_up, timeout_s=240)
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    yield from own_pool()
 
 
 def train_sharded(_: dist.ProcessGroup, method: Any) -> Any:
