@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,8 +96,11 @@ def mpirun(n: int, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
-def fail() -> None:
-    """One of two ranks, of which the other sends another length, stays away or was away before, and ends with an exception at last."""
+def fail(folder: str) -> None:
+    """One of two ranks, of which the other sends another length, stays away or was away before, and ends with an exception at last.
+
+    What each hears goes to a file of its own: mpiexec may put two ranks' lines into one.
+    """
     from mpi4py import MPI
 
     from commopt.groups import MPIGroup
@@ -110,7 +112,8 @@ def fail() -> None:
         try:
             call()
         except GroupError as error:
-            print(f"rank {rank} heard: {' '.join(str(error).split())}", flush=True)
+            with Path(folder, f"rank {rank}").open("a", encoding="utf-8") as heard:
+                heard.write(" ".join(str(error).split()) + "\n")
 
     note(lambda: uneven.swap(1 - rank, Payload.of(torch.zeros(10 + 10 * rank))))
     if rank == 0:
@@ -119,38 +122,38 @@ def fail() -> None:
         note(lambda: other.swap(1, Payload.of(torch.zeros(2)), timeout_s=0.2))
     MPI.COMM_WORLD.Barrier()
     if rank == 1:
-        time.sleep(1.0)  # what the other has said is on its way out; an abort would cut it off
         raise ValueError("enough")
     last.barrier()  # waits half an hour
 
 
 @pytest.fixture(scope="module")
-def failed() -> subprocess.CompletedProcess[str]:
-    """What two ranks say that `fail`."""
-    return mpirun(2, "-c", "import test_mpi; test_mpi.fail()")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Two ranks that `fail`: how the job ended, and what each had heard by then."""
+    folder = tmp_path_factory.mktemp("heard")
+    done = mpirun(2, "-c", "import sys, test_mpi; test_mpi.fail(sys.argv[1])", str(folder))
+    heard = [Path(folder, f"rank {rank}") for rank in range(2)]
+    return done, [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in heard]
 
 
 def test_an_exchange_that_fails_says_why_and_the_group_refuses_all_others(
-    failed: subprocess.CompletedProcess[str],
+    failed: tuple[subprocess.CompletedProcess[str], list[list[str]]],
 ) -> None:
-    heard: dict[str, list[str]] = {"rank 0": [], "rank 1": []}
-    for line in failed.stdout.splitlines():
-        if " heard: " in line:
-            rank, _, text = line.partition(" heard: ")
-            heard[rank].append(text)
-    truncated, lonely, again, unanswered = heard["rank 0"]
+    done, heard = failed
+    assert [len(messages) for messages in heard] == [4, 1], done.stderr
+    truncated, lonely, again, unanswered = heard[0]
     assert "truncated" in truncated
-    assert heard["rank 1"] == ["swap: rank 0 sent 40 bytes, rank 1 expects 80"]
+    assert heard[1] == ["swap: rank 0 sent 40 bytes, rank 1 expects 80"]
     assert "all_reduce failed on rank 0 of 2: not every rank has joined and ended it within 0.2 s" in lonely
     assert "the group is of no use since all_reduce failed" in again
     assert "swap with rank 1 failed on rank 0 of 2: not every rank has joined and ended it within 0.2 s" in unanswered
 
 
 def test_a_rank_that_ends_with_an_exception_ends_the_job_instead_of_leaving_it_waiting(
-    failed: subprocess.CompletedProcess[str],
+    failed: tuple[subprocess.CompletedProcess[str], list[list[str]]],
 ) -> None:
-    assert failed.returncode != 0
-    assert "ValueError: enough" in failed.stderr
+    done, _ = failed
+    assert done.returncode != 0
+    assert "ValueError: enough" in done.stderr
 
 
 def test_the_training_program_knows_that_mpirun_started_it() -> None:
