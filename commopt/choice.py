@@ -39,7 +39,7 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
         if "method" not in data:
             raise ConfigError(f"{path}: method: is missing; {_FORMS} under it")
         try:
-            return read_choice(data if isinstance(data["method"], str) else data["method"])
+            return _of_file(data)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     if isinstance(choice, str):
@@ -47,6 +47,10 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
     if not isinstance(choice, Mapping):
         raise ConfigError(f"method: {choice!r} is no method; {_FORMS}")
     options = dict(choice)
+    if "name" in options and "method" in options:
+        raise ConfigError(
+            f"name: {options['name']!r} stands beside method: {options['method']!r}; write one of the two"
+        )
     for key in ("name", "method"):
         if key not in options:
             continue
@@ -61,6 +65,24 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
         if isinstance(name, str) and (inner is None or isinstance(inner, Mapping)):
             return name, dict(inner or {})
     raise ConfigError(f"method: {options!r} names no method; {_FORMS}")
+
+
+def _of_file(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The choice under `method`. Beside a name stand its options; beside a block may stand what is no option of it."""
+    from commopt.methods import check_options
+
+    rest = {key: value for key, value in data.items() if key != "method"}
+    if isinstance(data["method"], str):
+        check_options(data["method"], rest)
+        return data["method"], rest
+    name, options = read_choice(data["method"])
+    for key in rest:
+        try:
+            check_options(name, [key])
+        except ConfigError:
+            continue
+        raise ConfigError(f"{key}: stands beside the block of {name}, where it has no effect; write it into the block")
+    return name, options
 
 
 def make(

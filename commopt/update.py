@@ -35,6 +35,7 @@ class UpdateMethod(torch.optim.Optimizer, Aggregator):
     counters: ClassVar[tuple[str, ...]] = ("step",)
     numbers: ClassVar[Mapping[str, float]] = {}
     needs_float32 = True
+    is_attached = False
     _step_supports_amp_scaling = True  # GradScaler.step then leaves unscaling to us
 
     def __init__(
@@ -66,6 +67,7 @@ class UpdateMethod(torch.optim.Optimizer, Aggregator):
         device = named_parameters[0][1].device
         self.arena = {key: torch.zeros(self.index.total, device=device) for key in self.arenas}
         self.parameters: dict[str, Any] = dict(named_parameters)
+        self.is_attached = True
         self._link_state()
 
     def part(self, key: str, name: str) -> Tensor:
@@ -108,9 +110,9 @@ class UpdateMethod(torch.optim.Optimizer, Aggregator):
         """Apply what the last exchange has left in the state. Parameters without a gradient are left alone."""
         if closure is not None:
             raise ValueError(f"{self.name} exchanges in backward and takes no closure; call backward, then step()")
-        if not hasattr(self, "parameters"):
+        if not self.is_attached:
             raise AttachError(
-                f"{self.name}: step() before commopt.attach: no exchange has been made, and none would be"
+                f"{self.name}: step() before commopt.attach, or after detach(): nothing is exchanged, and replicas would drift apart"
             )
         is_applied = False
         for group in self.param_groups:

@@ -212,3 +212,27 @@ def test_the_door_says_what_it_opens_for() -> None:
     model = model_of()
     with pytest.raises(AttachError, match="function is no commopt method"):
         commopt.attach(model, build, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("method: {name: dgc}\ndensity: 0.5", r"m\.yaml: density: stands beside the block of dgc"),
+        ("method:\n  dgc:\ndensity: 0.5", r"m\.yaml: density: stands beside the block of dgc"),
+        ("method: dgc\nname: my-run", r"m\.yaml: method dgc: unknown option 'name'"),
+        ("method: dgc\ndensty: 0.5", r"m\.yaml: method dgc: unknown option 'densty'; did you mean 'density'"),
+    ],
+)
+def test_an_option_in_the_wrong_place_is_not_passed_over(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_choice(file)
+
+
+def test_what_is_no_option_may_stand_beside_a_block(tmp_path: Path) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text("method: {name: dgc, density: 0.5}\nepochs: 3")
+    assert read_choice(file) == ("dgc", {"density": 0.5})
+    with pytest.raises(ConfigError, match="name: 'my-run' stands beside method: 'dgc'"):
+        read_choice({"name": "my-run", "method": "dgc"})

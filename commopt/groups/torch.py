@@ -124,7 +124,10 @@ class TorchGroup(Group):
             store.wait(keys, _timeout(self.process_group) or dist.default_pg_timeout)
         except RuntimeError as error:
             missing = ", ".join(str(ranks[rank]) for rank, key in enumerate(keys) if not _has(store, key))
-            raise GroupError(f"rank {ranks[self.rank]} waited at attach for rank {missing or '?'}: {error}") from error
+            raise GroupError(
+                f"rank {ranks[self.rank]} waited at attach for rank {missing or '?'}, which did not come in time: every rank must call "
+                "attach, and as often as the others; has it failed before? its output says why"
+            ) from error
         return [store.get(key).decode() for key in keys]
 
     def barrier(self) -> None:
@@ -149,7 +152,9 @@ class TorchGroup(Group):
         try:
             yield
         except RuntimeError as error:
-            raise GroupError(f"{operation} failed on rank {self.rank} of {self.size}: {error}") from error
+            raise GroupError(
+                f"{operation} failed on rank {self.rank} of {self.size}; if another has ended or is stuck, its output says why: {error}"
+            ) from error
 
 
 def _has(store: Any, key: str) -> bool:

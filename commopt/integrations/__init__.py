@@ -40,10 +40,18 @@ def attach(model: Any, method: Any, optimizer: Any = None, group: Any = None, **
         if known is not None and isinstance(model, known):
             framework = importlib.import_module(f"commopt.integrations.{ours}")
             return framework.attach(model, method, optimizer, group, **options)
-    raise AttachError(
+    from commopt.integrations.agreement import agree, meeting_group
+
+    error = AttachError(
         f"{type(model).__name__} is nothing to attach a method to; pass the model, wrapped for DDP or FSDP2 or not at all, or the "
-        "DeepSpeed engine or transformers Trainer"
+        "DeepSpeed engine or transformers Trainer; Accelerate and Lightning have doors of their own, integrations.accelerate.attach and "
+        "integrations.lightning.CommoptStrategy"
     )
+
+    def refuse() -> Any:
+        raise error
+
+    return agree(meeting_group(group), refuse)  # so that ranks with a model hear of it
 
 
 def made(method: Any, model: Any, optimizer: Any) -> Any:

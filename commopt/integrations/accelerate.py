@@ -14,7 +14,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt.aggregate import Aggregator
-from commopt.choice import Choice, make, read_choice
+from commopt.choice import Choice, read_choice
 from commopt.errors import AttachError, MissingExtra
 from commopt.groups import Group, Peers
 from commopt.integrations import ddp, plain
@@ -22,7 +22,7 @@ from commopt.integrations.agreement import agree, meeting_group
 from commopt.integrations.attachment import Attachment
 from commopt.integrations.outer import OuterAttachment
 from commopt.integrations.rank_state import load_rank_state, read_rank_states, save_rank_state
-from commopt.integrations.replacement import check_replaceable, move_schedulers, refuse_steps
+from commopt.integrations.replacement import move_schedulers, refuse_steps, stand_in
 from commopt.methods import build, is_update_method
 from commopt.outer import OuterLoop
 
@@ -52,7 +52,7 @@ def attach(
     model: what `accelerator.prepare` returned. method: what `commopt.build` made, or takes. optimizer: the prepared one, found where
     there is only one for this model. A choice as "onebit_adam" takes the place of a prepared Adam, in its schedulers too; an
     update method that was built is given to `prepare` as the optimizer, and found. overlap: exchange during backward; None for
-    wherever the method can. options: for FSDP2 and DeepSpeed, what their integrations take.
+    wherever the method can (DDP only). options: for FSDP2 and DeepSpeed, what their integrations take.
 
     `accumulate`, `clip_grad_norm_` (gradient methods), mixed precision and `save_state`/`load_state` work as ever: what each rank
     still has to send is saved beside the rest, in `commopt_rank0.pt` and so on. For an outer method
@@ -61,8 +61,9 @@ def attach(
     Raises AttachError if they do not fit together, on every rank, and ConfigError for a method that does not exist.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _integration("deepspeed").attach(model, method, None, group, **options)
+        return _attach_to_engine(accelerator, model, method, optimizer, group, overlap, options)
     if getattr(accelerator, "is_fsdp2", False):
+        agree(meeting_group(group), lambda: (_has_no_overlap("FSDP2", overlap), {}))
         return _integration("fsdp").attach(model, method, _inner(optimizer), group, **options)
     if options:
         raise TypeError(f"attach() got an unexpected keyword argument {next(iter(options))!r}")
@@ -76,6 +77,27 @@ def attach(
         raise
     attachment._handles += _keep_in_checkpoints(accelerator, attachment)
     return attachment
+
+
+def _attach_to_engine(
+    accelerator: Any, model: Any, method: Any, optimizer: Any, group: Any, overlap: bool | None, options: dict[str, Any]
+) -> Any:
+    """Hand over to DeepSpeed's integration, which checks the optimizer, and has to know of schedules that Accelerate steps."""
+    agree(meeting_group(group), lambda: (_has_no_overlap("DeepSpeed", overlap), {}))
+    before = getattr(model, "optimizer", None)
+    schedulers = [one.scheduler for one in accelerator._schedulers]
+    given = {"schedulers": schedulers, **options}
+    attachment = _integration("deepspeed").attach(model, method, _inner(optimizer), group, **given)
+    for one in accelerator._optimizers:
+        if one.optimizer is before:
+            one.optimizer = model.optimizer  # an update method, where it has taken the place of the engine's
+    return attachment
+
+
+def _has_no_overlap(framework: str, overlap: bool | None) -> bool:
+    if overlap is not None:
+        raise AttachError(f"overlap: has no effect under {framework}, whose integration decides itself; leave it out")
+    return True
 
 
 @dataclass(frozen=True)
@@ -106,8 +128,7 @@ def _plan(accelerator: Any, model: Module, method: Any, optimizer: Any, overlap:
         if is_update_method(name):
             replaced = prepared.optimizer
             schedulers = [one.scheduler for one in accelerator._schedulers]
-            check_replaceable(replaced, schedulers, name, chosen)
-            method, _ = make(method, own, replaced)
+            method = stand_in(method, own, replaced, schedulers)
         else:
             method = build(name, **chosen)
     is_outer = isinstance(method, OuterLoop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from commopt.outer import OuterLoop
 T = TypeVar("T")
 Configuration = dict[str, Any]
 _SHOWN = 3  # differences that an error names
+_JOB_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # as torchrun and mpirun say it
 _LONG = 80  # characters of a value that it shows
 
 
@@ -58,7 +60,13 @@ def meeting_group(group: Any, process_group: dist.ProcessGroup | None = None) ->
 
 
 def check_group(group: Any) -> None:
-    """Raise AttachError for something that is no group."""
+    """Raise AttachError for something that is no group, and for one rank alone in a job of several."""
+    ranks = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit())
+    if group is None and ranks > 1 and not dist.is_initialized() and "COMMOPT_PEERS" not in os.environ:
+        raise AttachError(
+            f"this process is one of {ranks}, and torch.distributed is not initialised: call torch.distributed.init_process_group() before "
+            "attach, or pass group=commopt.groups.MPIGroup() under mpirun, or group=commopt.groups.LocalGroup() for a rank by itself"
+        )
     if group is not None and not isinstance(group, Group):
         hint = "; pass TorchGroup(process_group)" if isinstance(group, dist.ProcessGroup) else ""
         raise AttachError(f"group: {type(group).__name__} is no commopt.groups.Group{hint}")
@@ -69,14 +77,20 @@ def configuration_of(
     method: Aggregator | OuterLoop,
     named_parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    *,
+    model: Module | None = None,
     **options: Any,
 ) -> Configuration:
-    """What ranks must have in common: version, method, model, optimizer and how they are put together, as JSON."""
+    """What ranks must have in common: version, method, model, optimizer and how they are put together, as JSON.
+
+    model: whose frozen parameters and buffers are made those of rank 0, too.
+    """
     name_of = {id(p): name for name, p in named_parameters.items()}
     groups: Any = None
     if not isinstance(method, OuterLoop):  # whose ranks may have come at different moments of a schedule
         groups = [
             {
+                "state": _plain([optimizer.state.get(p, {}) for p in group["params"]]) if optimizer.state else "empty",
                 "parameters": [name_of.get(id(p), "frozen") for p in group["params"]],
                 **{k: _plain(v) for k, v in sorted(group.items()) if k not in ("params", "param_names")},
             }
@@ -87,10 +101,14 @@ def configuration_of(
         "integration": integration,
         "method": {"name": method.name, **_attributes(method)},
         "optimizer": {"name": type(optimizer).__name__, "groups": groups, **_plain(dict(optimizer.defaults))},
-        "parameters": {
-            name: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')} on {p.device.type}"
-            for name, p in named_parameters.items()
-        },
+        "parameters": {name: f"{_kind(p)}, number {k}" for k, (name, p) in enumerate(named_parameters.items())},
+        "others": {
+            name: _kind(x)
+            for name, x in (*model.named_parameters(), *model.named_buffers())
+            if name not in named_parameters
+        }
+        if model is not None
+        else {},
         **options,
     }
 
@@ -123,7 +141,11 @@ def difference(configurations: Mapping[int, Configuration]) -> str:
 def _importance(key: str) -> int:
     if key in ("commopt", "integration", "method.name", "optimizer.name"):
         return 0
-    return 1 if key.startswith("parameters.") else 2
+    return 1 if key.startswith(("parameters.", "others.")) else 2
+
+
+def _kind(x: Tensor) -> str:
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
 
 
 def _tell_of_failure(group: Group, text: str) -> None:

@@ -26,6 +26,7 @@ from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWo
 from commopt.groups.tcp import Membership, listen_anywhere
 from commopt.links import LinkModel
 from commopt.outer import OuterLoop
+from commopt.update import UpdateMethod
 from commopt.wire import Payload
 
 _log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if isinstance(self.method, UpdateMethod):
+            self.method.is_attached = False
         note_detached(self.model)
 
     def comm_state(self) -> State:
@@ -127,7 +130,8 @@ class Attachment:
             for name in (name for bucket in buckets for name in bucket.names if name in self._exchanged):
                 raise GradientsChanged(
                     f"{name}: a second exchange before {self.method.name}.step(), which must follow every one; to accumulate "
-                    "gradients over several backwards, run all but the last under model.no_sync()"
+                    "gradients over several backwards, run all but the last under model.no_sync(); and it is this method that must step, "
+                    "not another optimizer"
                 )
         for bucket in buckets:
             self._void_names.difference_update(bucket.names)
@@ -231,7 +235,8 @@ class Attachment:
                 continue
             if name not in self._exchanged:
                 raise GradientsChanged(
-                    f"{name}: step() without an exchange; was the last backward under no_sync(), or not through the wrapped model?"
+                    f"{name}: step() without an exchange; was the last backward under no_sync(), or not through the wrapped model, or is "
+                    "there a parameter that it did not use (DistributedDataParallel(..., find_unused_parameters=True))?"
                 )
             grad, version = self._exchanged[name]
             if version >= 0 and (p.grad is not grad or p.grad._version > version + allowed):
@@ -301,6 +306,10 @@ def note_detached(model: Module) -> None:
 
 def check_wrapping(model: Module) -> None:
     """Raise AttachError for a model inside which another wrapper averages gradients already."""
+    if any(base.__name__ == "FSDPModule" for base in type(getattr(model, "_orig_mod", model)).__mro__):
+        raise AttachError(
+            "this is torch.compile around a sharded model: attach to the sharded model first, then compile it"
+        )
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
@@ -315,14 +324,26 @@ def check_wrapping(model: Module) -> None:
 
 
 class RefusesDDP:
-    """A forward pre-hook that raises AttachError where a DDP was put around the model after attach; a copy of the model gets none."""
+    """Raises AttachError in a forward inside a DDP that was put around the model, or around what holds it, after attach.
+
+    By forward pre-hooks of all modules with parameters, until `remove` after the first step. A copy of the model gets none.
+    """
 
     def __init__(self, model: Module, method: str) -> None:
-        self._model, self._method = weakref.ref(model), method
+        self._method = method
+        owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+        self._handles = [module.register_forward_pre_hook(self) for module in owners]
 
-    def __call__(self, *_: Any) -> None:
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __call__(self, module: Module, _: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         active = torch.nn.parallel.DistributedDataParallel._active_ddp_module
-        if active is not None and any(module is self._model() for module in active.modules()):
+        if active is not None and active.process_group.size() > 1 and any(one is module for one in active.modules()):
             raise AttachError(
                 f"this model was wrapped in DDP after {self._method} had been attached to it, and gradients would be averaged twice: "
                 "wrap it first, and attach to the wrapped model"
@@ -345,12 +366,26 @@ def check_optimizer(method: Aggregator, optimizer: torch.optim.Optimizer | None)
         return method
     if not isinstance(method, Aggregator):
         raise AttachError(f"{type(method).__name__} is no commopt method; make one with commopt.build(...)")
+    check_steps(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise AttachError(
             f"{method.name} replaces gradients: pass the optimizer that applies them, attach(model, method, optimizer)"
         )
     method.check_optimizer(optimizer)
     return optimizer
+
+
+def check_steps(optimizer: Any) -> None:
+    """Raise AttachError for an optimizer whose steps cannot be followed."""
+    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        raise AttachError(
+            f"{type(optimizer).__name__} is a wrapper: use its framework's integration, as commopt.integrations.accelerate.attach, or pass "
+            "the optimizer inside"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise AttachError(
+            "LBFGS evaluates the loss several times in a step, by a closure, and gradients are exchanged once: use another optimizer"
+        )
 
 
 def check_parameters(
@@ -371,9 +406,9 @@ def check_parameters(
         raise AttachError(
             f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}); one per rank is supported"
         )
-    if devices.pop().type == "meta":
+    if any(x.device.type == "meta" for x in (*model.parameters(), *model.buffers())):
         raise AttachError(
-            "the parameters are on the meta device: give them storage first, as by model.to_empty(device='cpu')"
+            "parameters or buffers are on the meta device: give them storage first, as by model.to_empty(device='cpu')"
         )
     for module_name, module in model.named_modules():
         if getattr(module, "sparse", False) is True:

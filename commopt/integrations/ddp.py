@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.distributed as dist  # noqa: F401  # initialises the module below
+import torch.distributed as dist  # initialises the module below
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +21,11 @@ from commopt.integrations.lane import Lane
 from commopt.links import schedule
 from commopt.outer import OuterLoop
 
+_DETACHED = (
+    "a method was detached from this DDP model, which keeps its hook for good: make a new DistributedDataParallel(model.module), and "
+    "attach to that"
+)
+
 
 class DDPAttachment(Attachment):
     """Averages bucket by bucket while backward goes on (overlap), or all buckets together when it reaches the last."""
@@ -33,6 +38,7 @@ class DDPAttachment(Attachment):
         group: Group,
         overlap: bool,
     ) -> None:
+        self.is_detached = False
         ddps_own = list(_ddps_own(model))
         if ddps_own and overlap and getattr(group, "process_group", None) is model.process_group:
             raise AttachError(
@@ -51,7 +57,8 @@ class DDPAttachment(Attachment):
         model.register_comm_hook(self, DDPAttachment._hook)
 
     def detach(self) -> None:
-        """Stop the lane. DDP keeps its hook for good: make a new DDP model to train on."""
+        """Stop the lane. DDP keeps its hook for good, which from now on raises AttachError: make a new DDP model to train on."""
+        self.is_detached = True
         if self._lane is not None:
             self._lane.close()
         super().detach()
@@ -64,6 +71,8 @@ class DDPAttachment(Attachment):
 
     # DDP checks the parameter's name and annotation, which is why this file does without postponed annotations
     def _hook(self, bucket: GradBucket) -> Future[torch.Tensor]:
+        if self.is_detached:
+            raise AttachError(_DETACHED)
         ours = self._wrap(bucket)
         if bucket.is_last():
             self._after_backward()
@@ -153,6 +162,18 @@ def _ddps_own(model: DistributedDataParallel) -> Iterator[tuple[str, str, int]]:
         yield "DDP's unused parameters", "all_reduce", 4 * sum(p.requires_grad for p in model.module.parameters())
 
 
+def _check_same_ranks(model: DistributedDataParallel, group: Group | None) -> None:
+    """Raise AttachError for a group of other ranks than DDP's own, between which replicas would differ."""
+    own, ours = model.process_group, getattr(group, "process_group", None)
+    same = group is None or group.size == own.size()
+    if ours is not None:
+        same = dist.get_process_group_ranks(ours) == dist.get_process_group_ranks(own)
+    if not same and group is not None:
+        raise AttachError(
+            f"group: has {group.size} ranks, and DDP's own {own.size()}, or others: it must be the same ones; leave it out"
+        )
+
+
 def attach(
     model: DistributedDataParallel,
     method: Aggregator | Choice,
@@ -191,7 +212,10 @@ def attach(
                 "integrations.plain"
             )
         check_group(group)
+        _check_same_ranks(model, group)
         if getattr(model, "_comm_hooks", None):
+            if any(isinstance(state, DDPAttachment) and state.is_detached for _, state in model._comm_hooks):
+                raise AttachError(_DETACHED)
             raise AttachError(
                 "this DDP model has a communication hook already, and DDP takes only one; attach before registering others"
             )
@@ -203,7 +227,7 @@ def attach(
             raise AttachError(f"{what} needs the gradients of all buckets at once: attach(..., overlap=False)")
         if getattr(model, "mixed_precision", None) is not None:
             raise AttachError("DDP's own mixed_precision casts gradients around the hook; use torch.autocast instead")
-        return (chosen, stepping), configuration_of("ddp", chosen, named, stepping, overlap=overlap)
+        return (chosen, stepping), configuration_of("ddp", chosen, named, stepping, model=model.module, overlap=overlap)
 
     chosen, stepping = agree(meeting, check)
     return DDPAttachment(model, chosen, stepping, group or connect(model.process_group), overlap)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 
 from commopt.aggregate import Aggregator
-from commopt.choice import Choice, make, read_choice
+from commopt.choice import Choice, read_choice
 from commopt.errors import AttachError, ConfigError, MissingExtra
 from commopt.groups import Group, Peers
 from commopt.integrations import made
@@ -25,6 +25,9 @@ from commopt.integrations.deepspeed_config import (
     LEGACY,
     Wanted,
     check_settings,
+    check_unread_block,
+    clipping_note,
+    max_norm_option,
     named_groups,
     read_wanted,
     with_torch_adam,
@@ -40,7 +43,7 @@ from commopt.integrations.deepspeed_engine import (
 )
 from commopt.integrations.deepspeed_groups import PartlyFrozenAdam
 from commopt.integrations.outer import OuterAttachment, attach_outer
-from commopt.integrations.replacement import check_replaceable, move_schedulers, refuse_steps
+from commopt.integrations.replacement import move_schedulers, refuse_steps, stand_in
 from commopt.methods import build, is_outer_method, is_update_method
 from commopt.outer import OuterLoop
 
@@ -55,6 +58,7 @@ except ModuleNotFoundError as error:
 __all__ = ["EngineAttachment", "attach", "initialize"]
 
 _log = logging.getLogger(__name__)
+_GIVEN_TO, _INSTEAD = "initialize(optimizer=..., lr_scheduler=...)", "engine.step() steps the method"
 
 
 def initialize(
@@ -112,12 +116,13 @@ def attach(
     group: Group | Peers | None = None,
     *,
     bucket_bytes: int = 25 << 20,
+    schedulers: Sequence[Any] | None = None,
 ) -> EngineAttachment | OuterAttachment:
     """Hand the exchange of an engine that exists over to a method; `engine.commopt` is what it returns.
 
     method: what `commopt.build` made, or takes. A choice as "onebit_adam" takes the place of the engine's Adam, before the first
     step; one that was built is given to `initialize` as the optimizer. optimizer: the engine's own, or nothing.
-    bucket_bytes: at most so much is exchanged at once.
+    bucket_bytes: at most so much is exchanged at once. schedulers: those that a framework above the engine steps itself.
     Raises AttachError if they do not fit together, on every rank, and ConfigError for a method that does not exist.
     """
     if not isinstance(engine, DeepSpeedEngine):
@@ -137,14 +142,18 @@ def attach(
             )
         name = method.name if isinstance(method, Aggregator | OuterLoop) else read_choice(method)[0]
         notes = _check_engine(engine, name)
+        if not getattr(engine, "_commopt_has_read", False):
+            notes += check_unread_block(engine._config._param_dict, method)
         if optimizer is not None and optimizer not in (engine.optimizer, engine.basic_optimizer, method):
             raise AttachError("optimizer: is not this engine's; leave it out, or pass it to deepspeed.initialize")
         if bucket_bytes < 1:
             raise AttachError(f"bucket_bytes: {bucket_bytes!r} is out of range; write a number of bytes above 0")
         if is_outer:
+            notes += clipping_note(engine._config)
             return (method, engine.basic_optimizer, notes), {"integration": "deepspeed", "method": name}
         check_group(group)
-        chosen, stepping = _chosen(engine, method)
+        chosen, stepping = _chosen(engine, method, schedulers)
+        notes += clipping_note(engine._config, chosen if stepping is chosen else None)
         seen = Masters(engine)
         named = check_parameters(seen, chosen, check_optimizer(chosen, None if stepping is chosen else stepping))
         clipping = float(engine.gradient_clipping())
@@ -158,12 +167,12 @@ def attach(
         attachment = attach_outer(engine.module, chosen, stepping, group, without_effect={})
         attachment._handles += hand_over_outer(engine, attachment)
     else:
-        replaced = None if stepping is engine.basic_optimizer else _take_place(engine, chosen)
+        replaced = None if stepping is engine.basic_optimizer else _take_place(engine, chosen, schedulers)
         attachment = EngineAttachment(engine, chosen, stepping, group or connect(), bucket_bytes)  # type: ignore[arg-type]
         if replaced is not None:
             attachment._handles.append(replaced)
         HELD.pop(id(chosen), None)
-    engine.commopt = attachment
+    engine.commopt, engine._commopt_has_read = attachment, True
     attachment._handles.append(Undo(lambda: delattr(engine, "commopt")))
     for note in notes if engine.global_rank == 0 else ():
         _log.warning("%s", note)
@@ -201,7 +210,7 @@ def _size_of(engine: Any, name: str) -> int:
     return int(getattr(engine, name)()) if hasattr(engine, name) else 1
 
 
-def _chosen(engine: Any, method: Any) -> tuple[Any, Any]:
+def _chosen(engine: Any, method: Any, schedulers: Sequence[Any] | None) -> tuple[Any, Any]:
     """The method, and the optimizer that steps: the engine's, or the update method that is to take its place."""
     basic, half = engine.basic_optimizer, is_half(engine)
     if isinstance(basic, Aggregator) and method is not basic:
@@ -222,25 +231,21 @@ def _chosen(engine: Any, method: Any) -> tuple[Any, Any]:
         return made(method, engine.module, basic), basic
     if half and engine.global_steps == 0:
         basic.state.clear()  # DeepSpeed has let it make a step on zeros, for its state
-    name, options = read_choice(method)
-    check_replaceable(basic, [engine.lr_scheduler], name, options)
-    seen = Masters(engine)
-    return make(method, seen, basic, **_clipping(engine._config, options))
+    more = max_norm_option(engine._config, read_choice(method)[1])
+    where = _GIVEN_TO if schedulers is None else "prepare()"
+    made_of = stand_in(method, Masters(engine), basic, _schedulers(engine, schedulers), where, **more)
+    return made_of, made_of
 
 
-def _clipping(parsed: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """An update method's max_norm: gradients are clipped before they become momentum. Raises ConfigError for two norms."""
-    clipping, max_norm = parsed.gradient_clipping, options.get("max_norm")
-    if max_norm is not None and "gradient_clipping" in parsed._param_dict and max_norm != clipping:
-        raise ConfigError(f"commopt.max_norm: {max_norm!r} is not the gradient_clipping, {clipping!r}; leave one out")
-    return {"max_norm": float(clipping)} if max_norm is None and clipping else {}
+def _schedulers(engine: Any, others: Sequence[Any] | None) -> list[Any]:
+    return [one for one in (engine.lr_scheduler, *(others or ())) if one is not None]
 
 
-def _take_place(engine: Any, method: Any) -> Undo:
+def _take_place(engine: Any, method: Any, schedulers: Sequence[Any] | None) -> Undo:
     """Let the engine step an update method instead of the optimizer that it was made with."""
     old, groups = engine.basic_optimizer, engine.basic_optimizer.param_groups
-    back = move_schedulers([engine.lr_scheduler], old, method)
-    refusal = refuse_steps(old, method.name)
+    back = move_schedulers(_schedulers(engine, schedulers), old, method)
+    refusal = refuse_steps(old, method.name, _INSTEAD)
     if is_half(engine):
         engine.optimizer.optimizer = method
     else:
@@ -280,7 +285,7 @@ def _prepare(bound: dict[str, Any]) -> Wanted:
         _use_torch_adam(parsed, wanted)
         return wanted
     if not isinstance(client, Aggregator):
-        wanted.options |= _clipping(parsed, wanted.options)
+        wanted.options |= max_norm_option(parsed, wanted.options)
         client = _update_method(wanted, bound)
     elif raw.get("gradient_clipping") and client.max_norm != parsed.gradient_clipping:
         raise ConfigError(
@@ -312,11 +317,10 @@ def _update_method(wanted: Wanted, bound: dict[str, Any]) -> Any:
         return method
     client = client if isinstance(client, torch.optim.Optimizer) else client(parameters)
     schedulers = [bound["lr_scheduler"]] if bound.get("lr_scheduler") is not None else []
-    check_replaceable(client, schedulers, wanted.method, wanted.options)
-    method, _ = make({"name": wanted.method, **wanted.options}, model, client)
+    method = stand_in({"name": wanted.method, **wanted.options}, model, client, schedulers, _GIVEN_TO)
     hold(method)
     move_schedulers(schedulers, client, method)
-    refuse_steps(client, wanted.method)
+    refuse_steps(client, wanted.method, _INSTEAD)
     return method
 
 
@@ -343,6 +347,7 @@ def _make_engine(original: Callable[..., None], engine: Any, *args: Any, **kwarg
     try:
         wanted = agree(meeting_group(None), lambda: (_prepare(bound), {"configuration": repr(told)}))
         original(**bound, **extra)
+        engine._commopt_has_read = True
         client = bound.get("optimizer")
         attach(engine, client if isinstance(client, Aggregator) else {"name": wanted.method, **wanted.options})
     finally:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commopt.aggregate import Aggregator
 from commopt.choice import read_choice
 from commopt.errors import AttachError, ConfigError, check_flag, did_you_mean
 from commopt.methods import check_options, is_outer_method, is_update_method
+from commopt.outer import OuterLoop
 
 _SHARED = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 _LAMB = {
@@ -239,12 +241,49 @@ def _without_effect(raw: Mapping[str, Any], zero: Mapping[str, Any], method: str
     for key, value in zero.items():
         if key != "stage" and value:
             found.append((f"zero_optimization.{key}", value, "stage 0 has no use for it"))
-    notes = [f"{key}: {_json(value)} has no effect: {reason}" for key, value, reason in found]
-    if "gradient_clipping" not in raw:
-        notes.append(
-            "gradient_clipping is not set, and DeepSpeed then clips to a norm of 1.0: write 0.0 to clip nothing"
+    return [f"{key}: {_json(value)} has no effect: {reason}" for key, value, reason in found]
+
+
+def max_norm_option(parsed: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """An update method's max_norm: gradients are clipped before they become momentum. Raises ConfigError for two norms."""
+    clipping, max_norm = parsed.gradient_clipping, options.get("max_norm")
+    if max_norm is not None and "gradient_clipping" in parsed._param_dict and max_norm != clipping:
+        raise ConfigError(f"commopt.max_norm: {max_norm!r} is not the gradient_clipping, {clipping!r}; leave one out")
+    return {"max_norm": float(clipping)} if max_norm is None and clipping else {}
+
+
+def clipping_note(parsed: Any, update_method: Any = None) -> list[str]:
+    """What is to be logged where the configuration leaves the clipping to a default."""
+    if "gradient_clipping" in parsed._param_dict:
+        return []
+    default = float(parsed.gradient_clipping)
+    if update_method is None or update_method.max_norm == default:
+        return [
+            f"gradient_clipping is not set, and DeepSpeed then clips to a norm of {default}: write 0.0 to clip nothing"
+        ]
+    norm = update_method.max_norm
+    clips = f"clips to its own max_norm={norm}" if norm else "clips nothing, for it has no max_norm"
+    return [
+        f"gradient_clipping is not set, and {update_method.name} {clips}: DeepSpeed's default of {default} has no effect"
+    ]
+
+
+def check_unread_block(raw: Mapping[str, Any], method: Any) -> list[str]:
+    """What is to be logged of a "commopt" block that nobody read when the engine was made, and that `method` now stands for.
+
+    Raises AttachError where the block names another method, or other options.
+    """
+    if "commopt" not in raw:
+        return []
+    why = "commopt.integrations.deepspeed was imported after the engine was made, or not at all"
+    wanted = read_choice(raw["commopt"])
+    given = (method.name, wanted[1]) if isinstance(method, Aggregator | OuterLoop) else read_choice(method)
+    if given != wanted:
+        raise AttachError(
+            f"commopt: {raw['commopt']!r} in the configuration has had no effect ({why}), and is not what is attached now, {given!r}: "
+            "leave one out"
         )
-    return notes
+    return [f"commopt: the block of the configuration had no effect until now: {why}. Import it first"]
 
 
 def named_groups(model: torch.nn.Module, model_parameters: Iterable[Any], own: Wanted | None) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from commopt.integrations import made
 from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
 from commopt.integrations.attachment import ATTACHED, Attachment, check_optimizer, check_parameters, connect
 from commopt.integrations.fsdp_scatter import CompressedReduceScatter, ScatterMean
-from commopt.integrations.fsdp_units import Mesh, Unit, Way, find_units, local, mesh_of, way_of
+from commopt.integrations.fsdp_units import Mesh, Unit, Way, check_torch, find_units, local, mesh_of, way_of
 from commopt.methods import is_outer_method, is_update_method
 from commopt.outer import OuterLoop
 from commopt.wire import Payload
@@ -193,7 +193,7 @@ class ShardAttachment(FSDPAttachment):
     def _set_up(self, unit: Unit) -> Callable[[], None]:
         group = unit.param_group
         before = (group._reduce_scatter_comm, group.reduce_scatter_unused_params)
-        unit.module.set_custom_reduce_scatter(CompressedReduceScatter(partial(self._scatter, unit)))
+        unit.module.set_custom_reduce_scatter(cast(Any, CompressedReduceScatter(partial(self._scatter, unit))))
         unit.module.set_reduce_scatter_unused_params(True, recurse=False)
 
         def give_back() -> None:
@@ -248,6 +248,7 @@ def attach(
         )
     if model in ATTACHED:
         raise AttachError("a method is attached to this model already; call detach() on what attach returned first")
+    check_torch(model)
     mesh = mesh_of(model)
     configuration: Configuration = {}
 

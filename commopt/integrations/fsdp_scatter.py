@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from commopt import kernels
 from commopt.aggregate import Aggregator, State, check_alone
@@ -145,8 +144,11 @@ class ScatterMean(Compressed):
         return dataclasses.replace(blocks, homes=(self.index.offsets[:-1] + firsts)[blocks.parameters] + within)
 
 
-class CompressedReduceScatter(ReduceScatter):
-    """What FSDP calls in place of its reduce-scatter: scatter(output, input)."""
+class CompressedReduceScatter:
+    """What FSDP calls in place of its reduce-scatter: scatter(output, input).
+
+    It has the methods of torch's ReduceScatter without being one: a torch without that is refused at attach, not at import.
+    """
 
     def __init__(self, scatter: Callable[[Tensor, Tensor], None]) -> None:
         self.scatter = scatter

@@ -17,6 +17,27 @@ from commopt.errors import AttachError
 from commopt.groups import Group, PacedGroup, TorchGroup
 
 Way = Literal["replicas", "shards"]
+# what is read and set of torch's FSDP2, most of it private
+_OF_MODULES = (
+    "_get_fsdp_state",
+    "set_all_reduce_hook",
+    "set_custom_reduce_scatter",
+    "set_gradient_divide_factor",
+    "set_reduce_scatter_unused_params",
+)
+_OF_GROUPS = (
+    "_all_reduce_hook",
+    "_reduce_scatter_comm",
+    "all_reduce_grads",
+    "device",
+    "force_sum_reduction_for_comms",
+    "fsdp_params",
+    "gradient_divide_factor",
+    "mesh_info",
+    "mp_policy",
+    "reduce_scatter_unused_params",
+)
+_OF_PARAMETERS = ("_orig_size", "fsdp_placement", "is_dtensor", "offload_to_cpu", "sharded_param")
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,34 @@ class Mesh:
     @property
     def shard(self) -> int:
         return self.shard_group.rank()
+
+
+def check_torch(model: Module) -> None:
+    """Raise AttachError where this torch's FSDP2 lacks a name that is read or set here, of which most are private."""
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        _require("FSDPModule", module, _OF_MODULES)
+        state: Any = module._get_fsdp_state()
+        _require("FSDPState", state, ("_fsdp_param_groups",))
+        for group in state._fsdp_param_groups:
+            _require("FSDPParamGroup", group, _OF_GROUPS)
+            info = group.mesh_info
+            _require(type(info).__name__, info, ("shard_mesh_dim", "replicate_mesh_dim"))
+            if info.shard_mesh_dim is not None:
+                _require(type(info).__name__, info, ("shard_process_group",))
+            if info.replicate_mesh_dim is not None:
+                _require(type(info).__name__, info, ("replicate_process_group",))
+            for fp in group.fsdp_params:
+                _require("FSDPParam", fp, _OF_PARAMETERS)
+
+
+def _require(kind: str, thing: Any, names: tuple[str, ...]) -> None:
+    if missing := [name for name in names if not hasattr(thing, name)]:
+        raise AttachError(
+            f"FSDP2 of torch {torch.__version__} has no {kind}.{missing[0]}, which this integration is built on; it was tested with "
+            "torch 2.13: use that one, or integrations.ddp"
+        )
 
 
 def mesh_of(model: Module) -> Mesh:

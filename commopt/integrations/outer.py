@@ -24,6 +24,7 @@ from commopt.integrations.agreement import Configuration, agree, check_group, co
 from commopt.integrations.attachment import (
     RefusesDDP,
     check_parameters,
+    check_steps,
     check_wrapping,
     connect_peers,
     note_attached,
@@ -97,6 +98,7 @@ class OuterAttachment:
         self.waited_s, self.steps = 0.0, 0
         self.spread: float | None = None
         self._is_off = self._has_joined = False
+        self._known = {id(p) for p in self.parameters.values()}
         self._pending: list[_Pending] = []
         self._members = Members(self)
         peers.traffic.method = method.name
@@ -105,8 +107,9 @@ class OuterAttachment:
         method.bind(named, peers)
         self._sketch = Spread(method.index.total, peers.rank)
         note_attached(model)
-        self._handles = [
-            model.register_forward_pre_hook(RefusesDDP(model, method.name)),
+        self._refuses_ddp = RefusesDDP(model, method.name)
+        self._handles: list[Any] = [
+            self._refuses_ddp,
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
@@ -210,6 +213,9 @@ class OuterAttachment:
     # -- rounds
 
     def _before_step(self, *_: Any) -> None:
+        for group in self.optimizer.param_groups:
+            if any(p.grad is not None and id(p) not in self._known for p in group["params"]):
+                raise AttachError("a parameter that was frozen at attach has a gradient: detach(), and attach again")
         if self._has_joined and not self._is_off:
             self._members.before_step()
         self.method.before_step(self.optimizer)
@@ -222,6 +228,7 @@ class OuterAttachment:
                 f"{self.method.name}: call attachment.join() before the first step, or loop over attachment.range(steps)"
             )
         self.steps += 1
+        self._refuses_ddp.remove()
         self.peers.announce(self.steps)
         while self._pending and self.steps - self._pending[0].begun_at >= self.method.delay:
             self._end_round(self._pending.pop(0))
@@ -383,8 +390,10 @@ def attach_outer(
             raise AttachError(
                 f"{chosen.name} goes with an optimizer for the inner steps: attach(model, method, optimizer)"
             )
+        check_steps(optimizer)
         chosen.check_optimizer(optimizer)
-        configuration = configuration_of("outer", chosen, check_parameters(model, chosen, optimizer), optimizer)
+        named = check_parameters(model, chosen, optimizer)
+        configuration = configuration_of("outer", chosen, named, optimizer, model=model)
         return (chosen, optimizer, configuration), configuration
 
     chosen, stepping, configuration = agree(meeting, check)

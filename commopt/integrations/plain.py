@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, cast, overload
 
@@ -30,6 +31,8 @@ from commopt.integrations.outer import OuterAttachment, attach_outer
 from commopt.methods import is_outer_method
 from commopt.outer import OuterLoop
 
+_log = logging.getLogger(__name__)
+
 
 class PlainAttachment(Attachment):
     """Averages when the optimizer steps; gradients accumulate freely until then."""
@@ -45,8 +48,10 @@ class PlainAttachment(Attachment):
     ) -> None:
         super().__init__(model, method, optimizer, group)
         self.bucket_bytes, self.find_unused_parameters = bucket_bytes, find_unused_parameters
-        self._has_new_gradients = False
-        self._handles.append(model.register_forward_pre_hook(RefusesDDP(model, method.name)))
+        self._has_new_gradients = self._has_warned = False
+        self._versions: dict[int, int] = {}  # of the parameters in their first backward
+        self._refuses_ddp = RefusesDDP(model, method.name)
+        self._handles.append(self._refuses_ddp)
         for p in self.parameters.values():
             hook = p.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
             self._handles.append(hook)
@@ -55,6 +60,10 @@ class PlainAttachment(Attachment):
                 flat = x.detach().contiguous().view(-1)
                 group.broadcast(flat.view(torch.uint8) if flat.numel() and flat.dtype == torch.bool else flat)
                 x.copy_(flat.view_as(x))
+
+    def _after_step(self, *_: Any) -> None:
+        super()._after_step()
+        self._refuses_ddp.remove()
 
     def exchange(self) -> None:
         """Average the gradients now. `optimizer.step()` does it otherwise; call it first where something must come between."""
@@ -74,8 +83,17 @@ class PlainAttachment(Attachment):
         self._has_new_gradients = False
         self.waited_s += time.perf_counter() - start
 
-    def _note_backward(self, _: Tensor) -> None:
+    def _note_backward(self, p: Tensor) -> None:
         self._has_new_gradients = True
+        if self.steps == 0 and p._version != self._versions.setdefault(id(p), p._version) and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "rank %d: parameters change, but not by the %s that %s is attached to, so that nothing is exchanged: step "
+                "attachment.optimizer",
+                self.group.rank,
+                type(self.optimizer).__name__,
+                self.method.name,
+            )
 
     def _used_anywhere(self) -> list[str]:
         """Parameters that have a gradient on some rank; without `find_unused_parameters`, all of them."""
@@ -179,10 +197,10 @@ def attach(
             raise AttachError(
                 "GradScaler decides on each rank alone before a plain exchange; use integrations.ddp with grad_scaler"
             )
-        if nbytes < 1:
+        if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
             raise AttachError(f"bucket_bytes: {nbytes!r} is out of range; write a number of bytes above 0")
         configuration = configuration_of(
-            "plain", chosen, named, stepping, bucket_bytes=nbytes, find_unused_parameters=finds_unused
+            "plain", chosen, named, stepping, model=model, bucket_bytes=nbytes, find_unused_parameters=finds_unused
         )
         return (chosen, stepping), configuration
 

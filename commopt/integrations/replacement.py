@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from commopt.aggregate import Aggregator
+from commopt.choice import Choice, make, read_choice
 from commopt.errors import AttachError
 
 
-def check_replaceable(
-    optimizer: torch.optim.Optimizer, schedulers: list[Any], name: str, options: Mapping[str, Any]
-) -> None:
-    """Raise AttachError where the method `name` with these options cannot take this optimizer's place without anybody noticing."""
+def stand_in(
+    choice: Choice,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedulers: list[Any],
+    where: str = "prepare()",
+    **options: Any,
+) -> Any:
+    """The chosen update method, made to take this optimizer's place; nothing is changed yet.
+
+    where: what optimizer and schedulers are given to, for errors. options: beside those of the choice.
+    Raises ConfigError for a kind of optimizer that the method cannot stand in for, and AttachError where settings of the optimizer
+    or its schedulers would be lost.
+    """
+    name, chosen = read_choice(choice)
     kind = type(optimizer).__name__
     if isinstance(optimizer, Aggregator):
-        raise AttachError(f"the prepared optimizer is {optimizer.name} already; pass it as the method, or leave it out")
+        raise AttachError(f"the optimizer is {optimizer.name} already; pass it as the method, or leave it out")
+    method, _ = make(choice, model, optimizer, **options)  # the kind first: Adagrad has state before any step
     if optimizer.state:
         raise AttachError(f"{name} cannot take the place of an {kind} that has made steps: attach before the first one")
     moved = [one for scheduler in schedulers for one in _nested(scheduler) if one.optimizer is optimizer]
     if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not moved:
         raise AttachError(
-            f"a learning-rate scheduler was made for the {kind} whose place {name} takes, and would go on without effect: prepare it "
-            "too, make it after attach, or build the method and give it to prepare()"
+            f"a learning-rate scheduler was made for the {kind} whose place {name} takes, and would go on without effect: give it to "
+            f"{where} too, make it after attach, or build the method and give it to {where}"
         )
     for one in moved:
         for key, is_set in (("lr", True), ("betas", getattr(one, "cycle_momentum", False))):
-            if is_set and key in options:
+            if is_set and key in chosen:
                 raise AttachError(
-                    f"{key}: {options[key]!r} would be undone by the {type(one).__name__} that was made for the {kind}: leave it out of "
+                    f"{key}: {chosen[key]!r} would be undone by the {type(one).__name__} that was made for the {kind}: leave it out of "
                     f"the options of {name}, and give it to the {kind}"
                 )
+    return method
 
 
 def _nested(scheduler: Any) -> Iterator[Any]:
@@ -79,10 +93,10 @@ def move_schedulers(
     return back
 
 
-def refuse_steps(optimizer: torch.optim.Optimizer, name: str) -> Any:
+def refuse_steps(optimizer: torch.optim.Optimizer, name: str, instead: str = "step the prepared optimizer") -> Any:
     """A handle of what makes an optimizer that was replaced raise AttachError at its next step."""
 
     def refuse(*_: Any) -> None:
-        raise AttachError(f"{name} has taken the place of this {type(optimizer).__name__}: step the prepared optimizer")
+        raise AttachError(f"{name} has taken the place of this {type(optimizer).__name__}: {instead}")
 
     return optimizer.register_step_pre_hook(refuse)

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from commopt.aggregate import Aggregator
-from commopt.choice import Choice, make, read_choice
-from commopt.errors import AttachError, MissingExtra
+from commopt.choice import Choice, read_choice
+from commopt.errors import AttachError, CheckpointError, MissingExtra
 from commopt.groups import Group, Peers
 from commopt.integrations.agreement import agree, meeting_group
+from commopt.integrations.rank_state import _together as together
 from commopt.integrations.rank_state import load_rank_state, read_rank_states, save_rank_state
-from commopt.integrations.replacement import check_replaceable, move_schedulers, refuse_steps
+from commopt.integrations.replacement import move_schedulers, refuse_steps, stand_in
 from commopt.methods import check_options, is_outer_method, is_update_method
 from commopt.outer import OuterLoop
 
@@ -62,6 +64,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         self._given, self._optimizer, self._group, self._overlap = method, optimizer, group, overlap
         self._is_built = isinstance(method, Aggregator | OuterLoop)
         self._method: Any = method  # or what was made of a name, for the model of this training
+        self._name = method.name if isinstance(method, Aggregator | OuterLoop) else read_choice(method)[0]
         self._checkpoint: str | None = None
         self._is_finished = self._is_closed = False
         if self._is_built:
@@ -156,13 +159,13 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         original(*args, **kwargs)
         old = trainer.optimizer
         if self._is_update and not self._is_built:
-            name, options = read_choice(self._given)  # type: ignore[arg-type]
             schedulers = [trainer.lr_scheduler] if trainer.lr_scheduler is not None else []
-            check_replaceable(old, schedulers, name, options)
-            self._method, trainer.optimizer = make(self._given, trainer.model, old)  # type: ignore[arg-type]
+            where = "Trainer(optimizers=...)"
+            self._method = stand_in(self._given, trainer.model, old, schedulers, where)  # type: ignore[arg-type]
+            trainer.optimizer = self._method
             move_schedulers(schedulers, old, self._method)
-            refuse_steps(old, name)
-            _log.info("%s has taken the place of %s", name, type(old).__name__)
+            refuse_steps(old, self._method.name, "step trainer.optimizer")
+            _log.info("%s has taken the place of %s", self._method.name, type(old).__name__)
         if self._is_update:
             self._take_over_max_norm()
         return trainer.optimizer
@@ -203,6 +206,9 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         if folder is True:
             folder = get_last_checkpoint(self.trainer.args.output_dir)
         self._checkpoint, self._is_finished = str(folder) if folder else None, False
+        if folder and Path(folder).is_dir():
+            # before the Trainer gives the state of another optimizer to this one
+            _check_saved_under(self._name, Path(folder))
         return original(resume_from_checkpoint, *args, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -213,6 +219,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
                 "commopt.attach(trainer, method) before train()"
             )
         if self.attachment is None:
+            agree(meeting_group(self._group), lambda: (self._is_wrapped(trainer), {}))
             method = self._method if self._is_built or self._is_update else self._given
             optimizer, wrapped = trainer.optimizer, trainer.model_wrapped
             self.attachment = accelerate.attach(
@@ -223,6 +230,16 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
             load_rank_state(self.attachment, read_rank_states(self._checkpoint, self.attachment))
         if self._is_outer:
             self.attachment.join()
+
+    def _is_wrapped(self, trainer: Any) -> bool:
+        """Raise AttachError for a model that an evaluation before training has left without DDP, with commopt or without."""
+        inside = accelerate._uncompiled(trainer.model_wrapped)
+        if self._is_outer or trainer.args.world_size == 1 or isinstance(inside, DistributedDataParallel):
+            return True
+        raise AttachError(
+            "the Trainer has not wrapped the model in DDP: it does not (transformers 5.23) when evaluate() or predict() came before "
+            "train(), and would train each rank alone. Make another Trainer for train(), or set eval_on_start=True"
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -256,6 +273,26 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         if self.attachment is not None and ("loss" in logs or "train_loss" in logs):
             logs["commopt_payload_mb"] = self.attachment.group.traffic.payload_bytes / 1e6
         original(logs, *args, **kwargs)
+
+
+def _check_saved_under(name: str, folder: Path) -> None:
+    """Raise CheckpointError, on all ranks alike, for a checkpoint of another method, or of none: its optimizer's state is another."""
+    anew = "start anew from its model alone, Trainer(model=...from_pretrained(folder)), without resume_from_checkpoint"
+
+    def look() -> None:
+        own, first = (folder / f"commopt_rank{rank}.pt" for rank in (meeting_group(None).rank, 0))
+        path = own if own.exists() else first
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} is missing: this checkpoint was saved without the method; take another, or {anew}"
+            )
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if str(saved.get("method")).partition("(")[0] != name.partition("(")[0]:
+            raise CheckpointError(
+                f"{folder}: was saved under {saved.get('method')}, not {name}; take another, or {anew}"
+            )
+
+    together(look)
 
 
 def attach(

@@ -63,6 +63,28 @@ def attempt(rank: int, what: str, group: Any) -> Any:
         method = "dense"
     elif what == "no optimizer":
         optimizer = None if is_odd else optimizer
+    elif what == "order":
+        layers = {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}
+        model = nn.Sequential()
+        for name in sorted(layers, reverse=is_odd):
+            model.add_module(name, layers[name])
+        optimizer = torch.optim.SGD([*layers["a"].parameters(), *layers["b"].parameters()], lr=0.1)
+    elif what == "frozen shape":
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 6 if is_odd else 5).requires_grad_(False))
+        optimizer = sgd(model)
+    elif what == "buffer":
+        model = nn.Sequential(nn.Linear(3, 5), *([nn.BatchNorm1d(5, affine=False)] if is_odd else []))
+        optimizer = sgd(model)
+    elif what == "meta buffer":
+        if is_odd:
+            model.register_buffer("scale", torch.ones(2, device="meta"))
+    elif what == "state":
+        optimizer = sgd(model, momentum=0.9)
+        if is_odd:  # as after a checkpoint that one rank has loaded
+            model(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
+            optimizer.step()
+    elif what == "nothing":
+        return commopt.attach(None if is_odd else model, method, optimizer, group)
     return plain.attach(model, method, optimizer, group, **options)
 
 
@@ -73,13 +95,19 @@ CASES = {
     "lr": r"lr is 0\.1 on ranks 0, 1 and 0\.2 on rank 2",
     "lr of a group": r"optimizer\.groups\.0\.lr is 0\.1 on ranks 0, 1 and 0\.2 on rank 2",
     "optimizer": r"optimizer\.name is SGD on ranks 0, 1 and Adam on rank 2",
-    "shape": r"parameters\.0\.bias is \[5\] float32 on cpu on ranks 0, 1 and \[4\]",
+    "shape": r"parameters\.0\.bias is \[5\] float32 on cpu, number 1 on ranks 0, 1 and \[4\]",
     "frozen": "rank 2 could not attach: AttachError: the model has no trainable parameter",
     "partly frozen": r"parameters\.0\.weight is .* on ranks 0, 1 and missing on rank 2",
     "twice": "rank 2 could not attach: AttachError: a method is attached to this model already",
     "bucket": r"bucket_bytes is 200 on ranks 0, 1 and 100 on rank 2",
     "unknown": "rank 2 could not attach: ConfigError: unknown method 'two_weigh'; did you mean 'two_way'",
-    "dtype": r"float64 on cpu on rank 2",
+    "dtype": r"float64 on cpu, number . on rank 2",
+    "order": r"parameters\.a\.weight is .* number 0 on ranks 0, 1 and .* number 2 on rank 2",
+    "frozen shape": r"others\.1\.weight is \[5, 5\] float32 on cpu on ranks 0, 1 and \[6, 5\]",
+    "buffer": r"others\.1\.running_mean is missing on ranks 0, 1 and \[5\] float32 on cpu on rank 2",
+    "meta buffer": "rank 2 could not attach: AttachError: parameters or buffers are on the meta device",
+    "state": r"state is empty on ranks 0, 1 and .*missing on rank 2|state.* is missing on ranks 0, 1 and .* on rank 2",
+    "nothing": "rank 2 could not attach: AttachError: NoneType is nothing to attach a method to",
     "no optimizer": "rank 2 could not attach: AttachError: two_way replaces gradients",
 }
 
@@ -172,20 +200,22 @@ def wrapped_afterwards(process_group: dist.ProcessGroup) -> str:
     model = make_model()
     attachment = plain.attach(model, "dense", sgd(model), TorchGroup(process_group))
     copied = copy.deepcopy(model)
+    held = nn.Sequential(*model)  # whose forward calls the layers, and not the model
     x = torch.ones(2, next(model.parameters()).shape[1])
     DistributedDataParallel(copied, process_group=process_group)(x)  # a copy has nothing attached
-    try:
-        DistributedDataParallel(model, process_group=process_group)(x)
-    except AttachError as error:
-        attachment.detach()
-        DistributedDataParallel(model, process_group=process_group)(x)
-        return str(error)
-    return "trained"
+    refused = []
+    for around in (model, held):
+        with pytest.raises(AttachError) as caught:
+            DistributedDataParallel(around, process_group=process_group)(x)
+        refused.append(str(caught.value))
+    attachment.detach()
+    DistributedDataParallel(model, process_group=process_group)(x)
+    return " ".join(refused)
 
 
 def test_a_model_that_is_wrapped_after_attach_is_refused_in_the_first_forward(pool: Pool) -> None:
     for answer in pool.run(2, wrapped_afterwards):
-        assert "wrapped in DDP after dense had been attached" in answer
+        assert answer.count("wrapped in DDP after dense had been attached") == 2
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
@@ -229,3 +259,103 @@ def test_the_difference_names_three_keys_and_counts_the_rest() -> None:
     text = difference({0: one, 1: other})
     assert text.count(" on rank 0 and ") == 3
     assert "and 1 more differences" in text
+
+
+# -- one rank that takes itself for all of them
+
+
+@pytest.mark.parametrize("key", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("name", ["dense", "noloco"])
+def test_one_of_several_processes_does_not_train_alone_without_a_word(
+    name: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    monkeypatch.setenv(key, "2")
+    with pytest.raises(
+        AttachError, match=r"one of 2, .*init_process_group\(\) before attach, or pass group=.*MPIGroup\(\)"
+    ):
+        plain.attach(model, name, optimizer)
+    if name == "dense":
+        plain.attach(model, name, optimizer, commopt.groups.LocalGroup())
+    else:
+        plain.attach(model, name, optimizer, SimGroup(SimWorld(1), 0))
+
+
+def of_other_ranks(process_group: dist.ProcessGroup) -> list[str]:
+    wrapped = DistributedDataParallel(make_model(), process_group=process_group)
+    answers = []
+    for group in (
+        commopt.groups.LocalGroup(),
+        TorchGroup(dist.new_group([dist.get_rank()], use_local_synchronization=True)),
+    ):
+        with pytest.raises(AttachError) as caught:
+            ddp.attach(wrapped, "dense", sgd(wrapped), group)
+        answers.append(str(caught.value))
+    return answers
+
+
+def test_a_group_of_other_ranks_than_ddps_is_refused(pool: Pool) -> None:
+    for answers in pool.run(2, of_other_ranks):
+        assert all("group: has 1 ranks, and DDP's own 2" in answer for answer in answers)
+
+
+def detached(process_group: dist.ProcessGroup, overlap: bool) -> list[str]:
+    model = make_model()
+    wrapped = DistributedDataParallel(model, process_group=process_group)
+    method: Any = build("onebit_adam", model.named_parameters())
+    ddp.attach(wrapped, method, group=TorchGroup.like(process_group), overlap=overlap).detach()
+    answers = []
+    with pytest.raises(Exception, match="was detached") as in_backward:
+        wrapped(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
+    answers.append(str(in_backward.value))
+    for attempt_again in (method.step, lambda: ddp.attach(wrapped, "dense", sgd(wrapped))):
+        with pytest.raises(AttachError) as caught:
+            attempt_again()
+        answers.append(str(caught.value))
+    return answers
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_after_detach_nothing_goes_on_in_silence(pool: Pool, overlap: bool) -> None:
+    for in_backward, in_step, again in pool.run(2, detached, overlap):
+        assert "make a new DistributedDataParallel(model.module)" in in_backward
+        assert "step() before commopt.attach, or after detach()" in in_step
+        assert "make a new DistributedDataParallel(model.module)" in again
+
+
+def test_another_optimizer_that_steps_instead_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    plain.attach(model, "dense", sgd(model))
+    other = sgd(model)
+    for _ in range(3):
+        model(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
+        other.step()
+    assert caplog.text.count("parameters change, but not by the SGD that dense is attached to") == 1
+
+
+def test_an_outer_method_refuses_what_was_frozen_at_attach() -> None:
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    optimizer = sgd(model[1])
+    attachment: Any = plain.attach(model, {"name": "diloco", "every": 2}, optimizer)
+    attachment.join()
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    model(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(AttachError, match="a parameter that was frozen at attach has a gradient"):
+        optimizer.step()
+
+
+def test_steps_that_cannot_be_followed_are_refused_at_attach() -> None:
+    model = make_model()
+
+    class Wrapper(torch.optim.SGD):
+        optimizer = sgd(model)
+
+    with pytest.raises(AttachError, match=r"LBFGS evaluates the loss several times"):
+        plain.attach(model, "dense", torch.optim.LBFGS(model.parameters()))
+    for name in ("dense", "noloco"):
+        with pytest.raises(AttachError, match=r"Wrapper is a wrapper: use its framework's integration"):
+            plain.attach(model, name, Wrapper(model.parameters(), lr=0.1))
+    with pytest.raises(AttachError, match=r"bucket_bytes: '25MB' is out of range"):
+        plain.attach(model, "dense", sgd(model), bucket_bytes="25MB")  # type: ignore[call-overload]

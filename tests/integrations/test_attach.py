@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt import build
 from commopt.errors import AttachError, CommoptError, ConfigError
-from commopt.groups import LocalGroup, SimWorld
+from commopt.groups import LocalGroup, SimWorld, TorchGroup
 from commopt.integrations import ddp, plain
 
 
@@ -188,10 +188,10 @@ def in_ddp(process_group: dist.ProcessGroup, what: str) -> str:
         if what == "plain":
             plain.attach(model, build("dense"), sgd(model))
         if what == "foreign":
-            ddp.attach(model, build("dense"), sgd(make_model()), LocalGroup())
+            ddp.attach(model, build("dense"), sgd(make_model()), TorchGroup(process_group))
         if what == "names of the wrapper":
             method = onebit_adam(model)  # "module.0.weight": the same parameters all the same
-            ddp.attach(model, method, group=LocalGroup()).detach()
+            ddp.attach(model, method, group=TorchGroup.like(process_group)).detach()
     except CommoptError as error:
         return f"{type(error).__name__}: {error}"
     return ""
