@@ -84,6 +84,18 @@ def on_a_frozen_model() -> None:
     attach("ef_sign", model)
 
 
+def on_a_torch_without_a_private_name() -> None:
+    model = sharded(mesh_of())
+    del model.second._get_fsdp_state()._fsdp_param_groups[0]._all_reduce_hook
+    attach("ef_sign", model)
+
+
+def on_a_torch_that_names_its_groups_otherwise() -> None:
+    model = sharded(mesh_of())
+    del model._get_fsdp_state()._fsdp_param_groups[0].mesh_info.replicate_process_group
+    attach("ef_sign", model)
+
+
 def without_an_optimizer() -> None:
     fsdp.attach(sharded(mesh_of()), "ef_sign")
 
@@ -116,6 +128,11 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "sum": (on_a_sum, "set_force_sum_reduction_for_comms"),
     "factor": (on_another_factor, "first: set_gradient_divide_factor"),
     "frozen": (on_a_frozen_model, "no trainable parameter"),
+    "other torch": (
+        on_a_torch_without_a_private_name,
+        rf"FSDP2 of torch {re.escape(torch.__version__)} has no FSDPParamGroup\._all_reduce_hook",
+    ),
+    "other meshes": (on_a_torch_that_names_its_groups_otherwise, r"has no HSDPMeshInfo\.replicate_process_group"),
     "no optimizer": (without_an_optimizer, "pass the optimizer"),
     "wrong group": (with_the_shards_as_group, "the replicas of this shard are"),
     "local group": (with_a_local_group, "pass TorchGroup"),
