@@ -24,6 +24,7 @@ from commopt.integrations.attachment import check_optimizer, check_parameters, c
 from commopt.integrations.deepspeed_config import (
     LEGACY,
     Wanted,
+    check_can_join,
     check_settings,
     check_unread_block,
     clipping_note,
@@ -37,6 +38,7 @@ from commopt.integrations.deepspeed_engine import (
     EngineAttachment,
     Masters,
     Undo,
+    check_engine,
     hand_over_outer,
     hold,
     is_half,
@@ -141,7 +143,7 @@ def attach(
                 f"{present.method.name} is attached to this engine already, by its configuration or an earlier attach; leave one out"
             )
         name = method.name if isinstance(method, Aggregator | OuterLoop) else read_choice(method)[0]
-        notes = _check_engine(engine, name)
+        notes = check_engine(engine, name)
         if not getattr(engine, "_commopt_has_read", False):
             notes += check_unread_block(engine._config._param_dict, method)
         if optimizer is not None and optimizer not in (engine.optimizer, engine.basic_optimizer, method):
@@ -184,30 +186,6 @@ def _is_outer(choice: Any) -> bool:
         return is_outer_method(read_choice(choice)[0])
     except ConfigError:
         return False  # which is told where all ranks hear of it
-
-
-def _check_engine(engine: Any, name: str) -> list[str]:
-    """Raise AttachError for an engine whose gradients are not one mean over all ranks; return what is to be logged."""
-    for is_so, what in (
-        (engine.pipeline_parallelism, "a pipeline engine, whose stages exchange in their own schedule"),
-        (engine.has_moe_layers, "a mixture of experts, whose gradients are averaged over other groups"),
-        (engine.mpu is not None, "an mpu: model-parallel ranks hold different parameters"),
-        (getattr(engine, "sequence_parallel_size", 1) > 1, "sequence parallelism, whose ranks share a batch"),
-        (_size_of(engine, "autotp_size") > 1, "tensor parallelism: ranks hold different parameters"),
-        (bool(getattr(engine, "zenflow", False)), "ZenFlow, which splits the optimizer's step"),
-        (
-            not hasattr(engine, "_take_model_step"),
-            f"DeepSpeed {deepspeed.__version__}, whose engine steps in an unknown way",
-        ),
-        (engine.basic_optimizer is None, "an engine without an optimizer; name one in the configuration"),
-    ):
-        if is_so:
-            raise AttachError(f"{name} does not go with {what}")
-    return check_settings(engine._config, engine._config._param_dict, name)
-
-
-def _size_of(engine: Any, name: str) -> int:
-    return int(getattr(engine, name)()) if hasattr(engine, name) else 1
 
 
 def _chosen(engine: Any, method: Any, schedulers: Sequence[Any] | None) -> tuple[Any, Any]:
@@ -281,6 +259,7 @@ def _prepare(bound: dict[str, Any]) -> Wanted:
             f"{wanted.method} does not go with a pipeline engine, whose stages exchange in their own schedule"
         )
     check_settings(parsed, raw, wanted.method)
+    check_can_join(wanted.method)
     if not is_update_method(wanted.method):
         _use_torch_adam(parsed, wanted)
         return wanted

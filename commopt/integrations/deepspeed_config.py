@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -266,6 +268,19 @@ def clipping_note(parsed: Any, update_method: Any = None) -> list[str]:
     return [
         f"gradient_clipping is not set, and {update_method.name} {clips}: DeepSpeed's default of {default} has no effect"
     ]
+
+
+def check_can_join(method: str) -> None:
+    """Raise AttachError for an outer method in an engine that a Trainer of transformers makes, which joins no rounds."""
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame = inspect.currentframe() if trainer is not None and is_outer_method(method) else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), trainer):  # type: ignore[arg-type]
+            raise AttachError(
+                f"{method} in the DeepSpeed configuration of a Trainer, which has no place for attachment.join() and finish(): leave "
+                f"`deepspeed=` out, and give CommoptCallback({method!r}) of commopt.integrations.transformers to the Trainer"
+            )
+        frame = frame.f_back
 
 
 def check_unread_block(raw: Mapping[str, Any], method: Any) -> list[str]:

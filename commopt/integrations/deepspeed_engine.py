@@ -17,6 +17,7 @@ from torch.nn import Module, Parameter
 from commopt.aggregate import Aggregator
 from commopt.errors import AttachError, CheckpointError
 from commopt.groups import Group
+from commopt.integrations.deepspeed_config import check_settings
 from commopt.integrations.outer import OuterAttachment
 from commopt.integrations.plain import PlainAttachment
 from commopt.integrations.rank_state import load_rank_state, read_rank_states, save_rank_state
@@ -73,6 +74,32 @@ class Masters(Module):
         """Round the float32 copies into the model's own parameters."""
         for name, low in self.low.items():
             low.copy_(self._seen[name])
+
+
+def check_engine(engine: Any, name: str) -> list[str]:
+    """Raise AttachError for an engine whose gradients are not one mean over all ranks; return what is to be logged."""
+    import deepspeed
+
+    for is_so, what in (
+        (engine.pipeline_parallelism, "a pipeline engine, whose stages exchange in their own schedule"),
+        (engine.has_moe_layers, "a mixture of experts, whose gradients are averaged over other groups"),
+        (engine.mpu is not None, "an mpu: model-parallel ranks hold different parameters"),
+        (getattr(engine, "sequence_parallel_size", 1) > 1, "sequence parallelism, whose ranks share a batch"),
+        (_size_of(engine, "autotp_size") > 1, "tensor parallelism: ranks hold different parameters"),
+        (bool(getattr(engine, "zenflow", False)), "ZenFlow, which splits the optimizer's step"),
+        (
+            not hasattr(engine, "_take_model_step"),
+            f"DeepSpeed {deepspeed.__version__}, whose engine steps in an unknown way",
+        ),
+        (engine.basic_optimizer is None, "an engine without an optimizer; name one in the configuration"),
+    ):
+        if is_so:
+            raise AttachError(f"{name} does not go with {what}")
+    return check_settings(engine._config, engine._config._param_dict, name)
+
+
+def _size_of(engine: Any, name: str) -> int:
+    return int(getattr(engine, name)()) if hasattr(engine, name) else 1
 
 
 class EngineAttachment(PlainAttachment):

@@ -91,10 +91,11 @@ class DGC(GatherMean):
         self.made_of = (self._exactly,)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
+        is_sgd = isinstance(optimizer, torch.optim.SGD)
+        if not is_sgd or any(group["momentum"] for group in optimizer.param_groups):
             raise AttachError(
                 f"dgc has the momentum itself, before it chooses (momentum: {self.momentum}): give it torch.optim.SGD without "
-                f"momentum, not {type(optimizer).__name__} with one"
+                f"momentum, not {type(optimizer).__name__}{' with one' if is_sgd else ''}"
             )
 
     @property

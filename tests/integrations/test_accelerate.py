@@ -481,7 +481,10 @@ CASES: dict[str, tuple[Callable[..., None], str]] = {
         go("distributed_lion"),
         "ConfigError: method distributed_lion .* can stand in for Lion, not for AdamW",
     ),
-    "scheduler": (unprepared_scheduler, "AttachError: a learning-rate scheduler was made for the AdamW .* prepare it"),
+    "scheduler": (
+        unprepared_scheduler,
+        "AttachError: a learning-rate scheduler was made for the AdamW .* give it to prepare",
+    ),
     "rate": (a_rate_beside_a_schedule, "AttachError: lr: 0.01 would be undone by the LambdaLR .* give it to the AdamW"),
     "stepped": (after_a_step, "AttachError: onebit_adam cannot take the place of an AdamW that has made steps"),
     "clipped": (clipping_an_update, "GradientsChanged: .* clip with the option max_norm"),

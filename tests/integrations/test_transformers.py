@@ -280,6 +280,7 @@ def with_a_model_of_transformers(folder: str) -> tuple[bool, bool, float]:
     arguments = TrainingArguments(
         folder,
         max_steps=3,
+        eval_on_start=True,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -391,6 +392,24 @@ def without_the_state(folder: str) -> None:
     trainer_of(folder, callback(EF), optim="sgd").train(resume_from_checkpoint=f"{folder}/checkpoint-4")
 
 
+def with_anothers_state(folder: str) -> None:
+    trainer_of(folder, save_strategy="steps", save_steps=4).train()  # AdamW's
+    dist.barrier()
+    trainer_of(folder, callback(ONEBIT)).train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+
+
+def with_another_methods_state(folder: str) -> None:
+    trainer_of(folder, callback(EF), optim="sgd", save_strategy="steps", save_steps=4).train()
+    dist.barrier()
+    trainer_of(folder, callback(ONEBIT)).train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+
+
+def evaluated_before(folder: str) -> None:
+    trainer = trainer_of(folder, callback(EF), optim="sgd")
+    trainer.evaluate(data(8))
+    trainer.train()
+
+
 def trained_before(folder: str) -> None:
     trainer = trainer_of(folder)
     trainer.train()
@@ -411,6 +430,9 @@ CASES: dict[str, tuple[Callable[[str], None], str]] = {
     "stand-in": (no_stand_in, "ConfigError: method onebit_adam is .* can stand in for Adam or AdamW, not for SGD"),
     "trial": (a_trial, "AttachError: hyperparameter_search"),
     "state": (without_the_state, "CheckpointError: .*commopt_rank[01].pt is missing: .* saved without the method"),
+    "AdamW's state": (with_anothers_state, "CheckpointError: .*is missing: .* saved without the method; .* its model"),
+    "another's state": (with_another_methods_state, "CheckpointError: .* saved under ef_sign, not onebit_adam; take"),
+    "evaluated": (evaluated_before, r"AttachError: .* DDP: .* evaluate\(\) or predict\(\) came before .*eval_on_start"),
     "trained": (trained_before, "AttachError: this Trainer has trained already: attach before"),
     "one rank": (on_rank_1_only, "AttachError: (rank 1 could not attach: .*)?auto_find_batch_size"),
 }
