@@ -242,6 +242,10 @@ def attach(
         raise AttachError(
             "FullyShardedDataParallel, the first FSDP, has no place for a method: use fully_shard instead"
         )
+    if isinstance(getattr(model, "_orig_mod", None), FSDPModule):
+        raise AttachError(
+            "this is torch.compile around a sharded model: attach to the sharded model first, then compile it"
+        )
     if not isinstance(model, FSDPModule):
         raise AttachError(
             f"{type(model).__name__} is not sharded: call fully_shard(model, mesh=...) first, on the root too"

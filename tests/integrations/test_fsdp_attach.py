@@ -96,6 +96,12 @@ def on_a_torch_that_names_its_groups_otherwise() -> None:
     attach("ef_sign", model)
 
 
+def on_a_compiled_model() -> None:
+    model, compiled = sharded(mesh_of()), nn.Module()
+    compiled._orig_mod = model  # as torch.compile does, whose import takes seconds on every rank
+    fsdp.attach(compiled, "ef_sign", sgd(model))
+
+
 def without_an_optimizer() -> None:
     fsdp.attach(sharded(mesh_of()), "ef_sign")
 
@@ -133,6 +139,7 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
         rf"FSDP2 of torch {re.escape(torch.__version__)} has no FSDPParamGroup\._all_reduce_hook",
     ),
     "other meshes": (on_a_torch_that_names_its_groups_otherwise, r"has no HSDPMeshInfo\.replicate_process_group"),
+    "compiled": (on_a_compiled_model, "attach to the sharded model first, then compile it"),
     "no optimizer": (without_an_optimizer, "pass the optimizer"),
     "wrong group": (with_the_shards_as_group, "the replicas of this shard are"),
     "local group": (with_a_local_group, "pass TorchGroup"),
