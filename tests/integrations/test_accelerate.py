@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -499,6 +500,19 @@ CASES: dict[str, tuple[Callable[..., None], str]] = {
 def test_what_does_not_fit_is_refused_on_every_rank(two: HuggingFaceRanks, case: str) -> None:  # noqa: F811
     for answer in two.call(refused, case):
         assert re.match(CASES[case][1], answer), answer
+
+
+def overlap_under_fsdp2() -> str:
+    sharding = types.SimpleNamespace(distributed_type="FSDP", is_fsdp2=True)
+    try:
+        attach(sharding, make_model(), EF, overlap=True)
+    except CommoptError as error:
+        return str(error)
+    return ""
+
+
+def test_overlap_is_refused_where_it_has_no_effect(two: HuggingFaceRanks) -> None:  # noqa: F811
+    assert [text[:42] for text in two.call(overlap_under_fsdp2)] == ["overlap: has no effect under FSDP2, whose "] * 2
 
 
 def after_a_refusal() -> tuple[bool, bool]:
