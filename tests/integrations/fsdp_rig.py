@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,16 @@ from commopt.groups import Group, SimWorld
 REPLICAS = SHARDS = 2
 Flats = dict[str, Tensor]
 _meshes: list[Any] = []
+
+
+class _Ranks(Pool):
+    @property
+    def is_started(self) -> bool:
+        return bool(self._ranks)
+
+
+_ranks = _Ranks()
+atexit.register(_ranks.close)
 
 
 def mesh_of(ranks: int = 4) -> Any:
@@ -38,12 +49,16 @@ def warm_up(_: Any) -> None:
             train(model, optimizer, 0, 1)
 
 
-def own_pool() -> Iterator[Pool]:
-    """Ranks for one module, warmed up: four of the five make groups of their own, for which all four must be in as many as each other."""
-    ranks = Pool()
-    ranks.run(5, warm_up, timeout_s=240)
-    yield ranks
-    ranks.close()
+def fsdp_pool(is_last: bool = False) -> Iterator[Pool]:
+    """Warm ranks for the modules that test FSDP: four of the five make groups of their own, and must be in as many as each other.
+
+    is_last: whether a module is the last of them, with which the ranks end.
+    """
+    if not _ranks.is_started:
+        _ranks.run(5, warm_up, timeout_s=240)
+    yield _ranks
+    if is_last:
+        _ranks.close()
 
 
 def flat_mesh() -> Any:

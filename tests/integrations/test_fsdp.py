@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import TwoReplicas, attached, batch, cut, mesh_of, own_pool, sgd, sharded, shards, train, train_alone
+from fsdp_rig import TwoReplicas, attached, batch, cut, fsdp_pool, mesh_of, sgd, sharded, shards, train, train_alone
 from pool import Pool
 from rig import loss_of
 from torch import nn
@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    yield from own_pool()
+    yield from fsdp_pool()
 
 
 def train_sharded(_: dist.ProcessGroup, method: dict[str, Any], momentum: float) -> Any:

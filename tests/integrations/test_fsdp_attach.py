@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import Uneven, flat_mesh, mesh_of, own_pool, sgd, sharded, shards, train
+from fsdp_rig import Uneven, flat_mesh, fsdp_pool, mesh_of, sgd, sharded, shards, train
 from pool import Pool
 from torch import nn
 
@@ -21,7 +21,7 @@ from commopt.integrations import fsdp
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    yield from own_pool()
+    yield from fsdp_pool()
 
 
 def attach(method: Any, model: Any = None, group: Group | None = None) -> None:

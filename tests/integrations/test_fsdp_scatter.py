@@ -16,8 +16,8 @@ from fsdp_rig import (
     batch,
     cut,
     flat_mesh,
+    fsdp_pool,
     mesh_of,
-    own_pool,
     sgd,
     shards,
     train,
@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Any, Any, int]] = {
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    yield from own_pool()
+    yield from fsdp_pool(is_last=True)
 
 
 def train_sharded(_: dist.ProcessGroup, method: Any) -> Any:
