@@ -48,7 +48,7 @@ def save_rank_state(folder: str | Path, attachment: Any, label: str = "commopt")
                 if other.stem.removeprefix(f"{label}_rank") not in map(str, range(ranks)):
                     other.unlink()
 
-    _together(write)
+    together(write)
 
 
 def read_rank_states(folder: str | Path, attachment: Any, label: str = "commopt") -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ def read_rank_states(folder: str | Path, attachment: Any, label: str = "commopt"
             _check_state(folder, state, attachment)
         return states
 
-    return _together(read)
+    return together(read)
 
 
 def load_rank_state(attachment: Any, states: list[dict[str, Any]]) -> None:
@@ -132,7 +132,7 @@ def _place(attachment: Any) -> tuple[int, int]:
     return where.rank, where.size
 
 
-def _together(part: Callable[[], T]) -> T:
+def together(part: Callable[[], T]) -> T:
     """Do one part on every rank. Raises CheckpointError on all of them if any failed, so that none goes on alone."""
     group, failure, result = meeting_group(None), None, None
     try:

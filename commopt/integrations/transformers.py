@@ -17,8 +17,7 @@ from commopt.choice import Choice, read_choice
 from commopt.errors import AttachError, CheckpointError, MissingExtra
 from commopt.groups import Group, Peers
 from commopt.integrations.agreement import agree, meeting_group
-from commopt.integrations.rank_state import _together as together
-from commopt.integrations.rank_state import load_rank_state, read_rank_states, save_rank_state
+from commopt.integrations.rank_state import load_rank_state, read_rank_states, save_rank_state, together
 from commopt.integrations.replacement import move_schedulers, refuse_steps, stand_in
 from commopt.methods import check_options, is_outer_method, is_update_method
 from commopt.outer import OuterLoop
