@@ -44,6 +44,7 @@ def seconds(found: dict[str, Any], label: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.usefixtures("namespaces")
+@pytest.mark.alone
 def test_a_link_is_as_fast_as_the_file_says_and_no_faster(write: Write, mark: str) -> None:
     cluster, rate = write("nodes: 2\nlinks: {rate: 50mbit}"), 6.25e6
     sizes = [200_000, 200_000, 200_000, 4_000_000]
@@ -75,6 +76,7 @@ def test_the_counters_see_what_crossed_the_wire(write: Write, mark: str) -> None
 
 
 @pytest.mark.usefixtures("namespaces")
+@pytest.mark.alone
 def test_sites_share_one_pipe(write: Write, mark: str) -> None:
     """node0 and node1 send to the other site at once, then node0 to node1 alone."""
     cluster = write(

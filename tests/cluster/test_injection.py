@@ -148,6 +148,7 @@ def test_the_next_job_finds_a_whole_network(write: Write, mark: str) -> None:
     assert [printed(found, name)[-1].split()[0] for name in ("node0", "node2")] == ["1000", "2000"]
 
 
+@pytest.mark.alone
 def test_a_slow_node_gets_its_share_of_the_time_and_so_do_its_new_processes(write: Write, mark: str) -> None:
     faults = [{"at_step": 2, "slow": "node1", "factor": 20}]
     process, record = drive(write("nodes: 2"), "none", mark, [member(mark, "spin", 10, 3)], faults=faults)
