@@ -90,7 +90,7 @@ def configuration_of(
     if not isinstance(method, OuterLoop):  # whose ranks may have come at different moments of a schedule
         groups = [
             {
-                "state": _plain([optimizer.state.get(p, {}) for p in group["params"]]) if optimizer.state else "empty",
+                "state": _state(optimizer, group["params"]),
                 "parameters": [name_of.get(id(p), "frozen") for p in group["params"]],
                 **{k: _plain(v) for k, v in sorted(group.items()) if k not in ("params", "param_names")},
             }
@@ -142,6 +142,12 @@ def _importance(key: str) -> int:
     if key in ("commopt", "integration", "method.name", "optimizer.name"):
         return 0
     return 1 if key.startswith(("parameters.", "others.")) else 2
+
+
+def _state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Any:
+    if any(hasattr(p, "to_local") for p in parameters):
+        return "sharded"  # each rank has a part of its own
+    return _plain([optimizer.state.get(p, {}) for p in parameters]) if optimizer.state else "empty"
 
 
 def _kind(x: Tensor) -> str:

@@ -185,3 +185,21 @@ def go_on_after_a_refusal(_: dist.ProcessGroup) -> Any:
 def test_a_refusal_changes_nothing(pool: Pool) -> None:
     for ours, theirs in pool.run(5, go_on_after_a_refusal)[:4]:
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def after_steps(_: dist.ProcessGroup) -> float:
+    mesh = mesh_of()
+    if dist.get_rank() > 3:
+        return 1.0
+    model = sharded(mesh)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, dist.get_rank(), 2)  # as after a checkpoint: each rank has state of its own shards
+    attachment = fsdp.attach(model, "ef_sign", optimizer)
+    train(model, optimizer, dist.get_rank(), 1)
+    sent = attachment.group.traffic.payload_bytes
+    attachment.detach()
+    return sent
+
+
+def test_an_optimizer_may_have_state_before_attach(pool: Pool) -> None:
+    assert min(pool.run(5, after_steps)) > 0
