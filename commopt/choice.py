@@ -16,7 +16,7 @@ Choice: TypeAlias = str | Path | Mapping[str, Any]
 _FORMS = "write a name as in 'dgc', or a block as in {name: dgc, density: 0.001}"
 _SUFFIXES = (".yaml", ".yml", ".json")
 # which optimizers an update method may stand in for, and what it takes over from their parameter groups
-_STANDS_FOR = {
+STANDS_FOR = {
     "onebit_adam": (("Adam", "AdamW"), ("lr", "betas", "eps", "weight_decay")),
     "zero_one_adam": (("Adam", "AdamW"), ("lr", "betas", "eps", "weight_decay")),
     "onebit_lamb": (("LAMB", "Lamb"), ("lr", "betas", "eps", "weight_decay")),
@@ -102,7 +102,7 @@ def make(
     if not is_update_method(name):
         return build(name, **chosen), optimizer
     word, kind = name.partition("(")[0], type(optimizer).__name__
-    kinds, shared = _STANDS_FOR[word]
+    kinds, shared = STANDS_FOR[word]
     if not any(base.__name__ in kinds for base in type(optimizer).__mro__):
         raise ConfigError(
             f"method {name} is an optimizer itself and can stand in for {' or '.join(kinds)}, not for {kind}; use one of those, or "

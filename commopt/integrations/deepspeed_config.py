@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from commopt.aggregate import Aggregator
-from commopt.choice import read_choice
+from commopt.choice import STANDS_FOR, read_choice
 from commopt.errors import AttachError, ConfigError, check_flag, did_you_mean
 from commopt.methods import check_options, is_outer_method, is_update_method
 from commopt.outer import OuterLoop
@@ -142,8 +142,7 @@ def _read_block(block: Any, section: Mapping[str, Any], client_optimizer: Any) -
 
 def _taken_over(method: str, kind: str, params: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """What an update method takes from the optimizer of the configuration whose place it takes."""
-    stands_for = {"onebit_lamb": ("lamb",), "distributed_lion": ("lion",), "demo": ("sgd",)}
-    kinds = stands_for.get(method.partition("(")[0], ("adam", "adamw"))
+    kinds = tuple(dict.fromkeys(one.lower() for one in STANDS_FOR[method.partition("(")[0]][0]))
     if kind.lower() not in kinds:
         raise ConfigError(
             f"optimizer.type: {kind!r}: {method} is an optimizer itself and can take the place of {' or '.join(kinds)} only; "
