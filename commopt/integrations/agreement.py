@@ -87,6 +87,9 @@ def configuration_of(
     """
     name_of = {id(p): name for name, p in named_parameters.items()}
     groups: Any = None
+    with_device = not isinstance(
+        method, OuterLoop
+    )  # whose messages leave from the CPU: one member may have a GPU, and others none
     if not isinstance(method, OuterLoop):  # whose ranks may have come at different moments of a schedule
         groups = [
             {
@@ -101,9 +104,11 @@ def configuration_of(
         "integration": integration,
         "method": {"name": method.name, **_attributes(method)},
         "optimizer": {"name": type(optimizer).__name__, "groups": groups, **_plain(dict(optimizer.defaults))},
-        "parameters": {name: f"{_kind(p)}, number {k}" for k, (name, p) in enumerate(named_parameters.items())},
+        "parameters": {
+            name: f"{_kind(p, with_device)}, number {k}" for k, (name, p) in enumerate(named_parameters.items())
+        },
         "others": {
-            name: _kind(x)
+            name: _kind(x, with_device)
             for name, x in (*model.named_parameters(), *model.named_buffers())
             if name not in named_parameters
         }
@@ -150,8 +155,9 @@ def _state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> An
     return _plain([optimizer.state.get(p, {}) for p in parameters]) if optimizer.state else "empty"
 
 
-def _kind(x: Tensor) -> str:
-    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+def _kind(x: Tensor, with_device: bool) -> str:
+    kind = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    return f"{kind} on {x.device.type}" if with_device else kind
 
 
 def _tell_of_failure(group: Group, text: str) -> None:

@@ -359,3 +359,10 @@ def test_steps_that_cannot_be_followed_are_refused_at_attach() -> None:
             plain.attach(model, name, Wrapper(model.parameters(), lr=0.1))
     with pytest.raises(AttachError, match=r"bucket_bytes: '25MB' is out of range"):
         plain.attach(model, "dense", sgd(model), bucket_bytes="25MB")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(("name", "is_named"), [("dense", True), ("noloco", False)])
+def test_members_of_an_outer_method_may_have_different_devices(name: str, is_named: bool) -> None:
+    model = make_model()
+    told = configuration_of("plain", build(name), dict(model.named_parameters()), sgd(model), model=model)["parameters"]
+    assert all(("cpu" in kind) is is_named for kind in told.values())
