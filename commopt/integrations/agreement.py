@@ -59,6 +59,11 @@ def meeting_group(group: Any, process_group: dist.ProcessGroup | None = None) ->
     return TorchGroup(process_group) if dist.is_initialized() else LocalGroup()
 
 
+def own_group(model: Any) -> dist.ProcessGroup | None:
+    """The process group that a DDP model brings along."""
+    return model.process_group if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
+
+
 def check_group(group: Any) -> None:
     """Raise AttachError for something that is no group, and for one rank alone in a job of several."""
     ranks = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit())

@@ -15,7 +15,7 @@ from commopt.choice import Choice
 from commopt.errors import AttachError
 from commopt.groups import Group
 from commopt.integrations import made
-from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
+from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group, own_group
 from commopt.integrations.attachment import Attachment, check_optimizer, check_parameters, check_wrapping, connect
 from commopt.integrations.lane import Lane
 from commopt.links import schedule
@@ -193,7 +193,7 @@ def attach(
     Raises AttachError if method, model and optimizer do not fit together, or ranks disagree, on every rank and before anything is changed.
     """
     is_ddp = isinstance(model, DistributedDataParallel)
-    meeting = meeting_group(group, model.process_group if is_ddp else None)
+    meeting = meeting_group(group, own_group(model))
 
     def check() -> tuple[tuple[Aggregator, torch.optim.Optimizer], Configuration]:
         if not is_ddp:

@@ -20,7 +20,7 @@ from commopt.errors import AttachError, GroupError
 from commopt.groups import Group, LocalGroup, SimGroup
 from commopt.groups.peers import PeerGroup, Peers, call_roll
 from commopt.integrations import made
-from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
+from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group, own_group
 from commopt.integrations.attachment import (
     RefusesDDP,
     check_parameters,
@@ -369,7 +369,7 @@ def attach_outer(
     Raises AttachError if method, model and optimizer do not fit together.
     """
     come_and_go = isinstance(group, Peers | SimGroup) or (group is None and "COMMOPT_PEERS" in os.environ)
-    meeting = LocalGroup() if come_and_go else meeting_group(group, getattr(model, "process_group", None))
+    meeting = LocalGroup() if come_and_go else meeting_group(group, own_group(model))
 
     def check() -> tuple[tuple[OuterLoop, torch.optim.Optimizer, Configuration], Configuration]:
         chosen = made(method, model, optimizer)

@@ -17,7 +17,7 @@ from commopt.errors import AttachError, ConfigError
 from commopt.groups import Group
 from commopt.groups.peers import Peers
 from commopt.integrations import made
-from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group
+from commopt.integrations.agreement import Configuration, agree, check_group, configuration_of, meeting_group, own_group
 from commopt.integrations.attachment import (
     Attachment,
     RefusesDDP,
@@ -178,8 +178,7 @@ def attach(
         return attach_outer(model, cast(OuterLoop | Choice, method), optimizer, group, without_effect=options)
     nbytes = 25 << 20 if bucket_bytes is None else bucket_bytes
     finds_unused = True if find_unused_parameters is None else find_unused_parameters
-    ddps_own = model.process_group if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
-    meeting = meeting_group(group, ddps_own)
+    meeting = meeting_group(group, own_group(model))
 
     def check() -> tuple[tuple[Aggregator, torch.optim.Optimizer], Configuration]:
         chosen = made(method, model, optimizer)
