@@ -225,7 +225,8 @@ class OuterAttachment:
             return
         if not self._has_joined:
             raise AttachError(
-                f"{self.method.name}: call attachment.join() before the first step, or loop over attachment.range(steps)"
+                f"{self.method.name}: call attachment.join() before the first step, or loop over attachment.range(steps); in a framework's "
+                "own loop its integration does that: CommoptStrategy in Lightning, CommoptCallback in transformers' Trainer"
             )
         self.steps += 1
         self._refuses_ddp.remove()
