@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from commopt.errors import CommoptError
 
 if TYPE_CHECKING:
-    from commopt.integrations import attach
     from commopt.methods import build
+    from commopt.run.door import attach
 
 __version__ = "0.1.0"
 __all__ = ["CommoptError", "__version__", "attach", "build"]
@@ -17,7 +17,7 @@ __all__ = ["CommoptError", "__version__", "attach", "build"]
 def __getattr__(name: str) -> Any:
     """Import `attach` and `build`, and torch with them, when they are asked for: the command line does without."""
     if name == "attach":
-        from commopt.integrations import attach
+        from commopt.run.door import attach
 
         return attach
     if name == "build":

@@ -1,6 +1,6 @@
 """`python -m commopt`."""
 
-from commopt.cli import main
+from commopt.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -32,7 +32,7 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
     a YAML or JSON file whose key `method` holds one of these. Raises ConfigError for anything else; options are not looked at.
     """
     if isinstance(choice, Path) or (isinstance(choice, str) and choice.endswith(_SUFFIXES)):
-        from commopt.cluster.reading import read_yaml  # PyYAML, and pydantic, take their time
+        from commopt.reading import read_yaml  # PyYAML, and pydantic, take their time
 
         path = Path(choice)
         data = read_yaml(path)

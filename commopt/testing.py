@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commopt.aggregate import Aggregator
+from commopt.exchange.mean import Aggregator
+from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
-from commopt.integrations import plain
 
 Factory = Callable[[nn.Module], Aggregator]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]

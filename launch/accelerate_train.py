@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from train import GPT, draw, read_corpus
 
-from commopt.integrations import accelerate
-from commopt.integrations.outer import OuterAttachment
+from commopt.frameworks import accelerate
 from commopt.methods import is_outer_method
+from commopt.run.outer import OuterAttachment
 
 
 def main(args: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from train import GPT, Stream, read_corpus
 
-from commopt.integrations.deepspeed import initialize
-from commopt.integrations.outer import OuterAttachment
+from commopt.frameworks.deepspeed import initialize
+from commopt.run.outer import OuterAttachment
 
 
 def main(args: argparse.Namespace) -> None:

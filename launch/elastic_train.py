@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commopt
-from commopt import checkpoint
 from commopt.choice import make
-from commopt.integrations import ddp
+from commopt.frameworks import ddp
+from commopt.run import checkpoint
 
 FEATURES, CLASSES = 64, 10
 

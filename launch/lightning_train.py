@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from train import GPT, draw, read_corpus
 
-from commopt.integrations.lightning import CommoptStrategy
+from commopt.frameworks.lightning import CommoptStrategy
 from commopt.methods import OPTIMIZERS
 
 

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from commopt.integrations import plain
+from commopt.frameworks import plain
 from commopt.methods.dice_sgd import DiceSGD, noise_multiplier_for
 
 

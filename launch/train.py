@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt.integrations import ddp, plain
-from commopt.integrations.outer import OuterAttachment
+from commopt.frameworks import ddp, plain
 from commopt.methods import is_outer_method, with_optimizer
-from commopt.report.recorder import Recorder
+from commopt.record.recorder import Recorder
+from commopt.run.outer import OuterAttachment
 
 STDLIB, PAGE = Path(sysconfig.get_path("stdlib")), 4096
 

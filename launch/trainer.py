@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from train import read_corpus
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
-from commopt.integrations.transformers import CommoptCallback
+from commopt.frameworks.transformers import CommoptCallback
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):

@@ -62,7 +62,7 @@ from convergence_training import run_cell
 from commopt import kernels
 from commopt.errors import CommoptError, ConfigError, did_you_mean
 from commopt.methods import METHODS
-from commopt.report.words import seconds_text
+from commopt.record.words import seconds_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "convergence"

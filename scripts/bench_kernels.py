@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from commopt.bucket import Bucket, ParameterIndex
 from commopt.compress import BlockSign, TensorSign
 from commopt.kernels import cpu, reference
+from commopt.wire.bucket import Bucket, ParameterIndex
 
 
 def main(elements: int, repeats: int, json_file: Path | None) -> None:

@@ -34,7 +34,7 @@ from outer_training import run_cell
 
 from commopt import kernels
 from commopt.errors import CommoptError, ConfigError
-from commopt.report.words import seconds_text
+from commopt.record.words import seconds_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "outer"

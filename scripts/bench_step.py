@@ -45,8 +45,8 @@ from commopt.cluster.emulate import Emulation, end_on_signals, end_with_parent, 
 from commopt.cluster.run import Tick, run_job
 from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import CommoptError, ConfigError, did_you_mean
-from commopt.links import parse_rate
-from commopt.report.words import seconds_text
+from commopt.plan.links import parse_rate
+from commopt.record.words import seconds_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "step"
@@ -254,8 +254,8 @@ def measure(
     profile: bool,
 ) -> dict[str, Any]:
     """Run one cell. Whatever happens to its ranks is a result too."""
+    from commopt.record.lines import RankRecord, rank_files
     from commopt.report.document import Environment
-    from commopt.report.record import RankRecord, rank_files
     from commopt.report.results import collect
     from commopt.report.table import event_texts
 

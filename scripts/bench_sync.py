@@ -36,7 +36,7 @@ from commopt.cluster.emulate import Emulation, end_on_signals, end_with_parent, 
 from commopt.cluster.run import Tick, run_job
 from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import CommoptError, ConfigError
-from commopt.report.words import seconds_text
+from commopt.record.words import seconds_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sync"

@@ -25,7 +25,7 @@ from convergence_cells import (
     loss_of,
 )
 
-from commopt.report.words import times_text
+from commopt.record.words import times_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

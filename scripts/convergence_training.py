@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from commopt.errors import ConfigError
+from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
-from commopt.integrations import plain
 from commopt.methods import with_optimizer
 
 PROGRAM = Path(__file__).parent.parent / "launch" / "train.py"

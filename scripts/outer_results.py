@@ -23,7 +23,7 @@ from outer_cells import (
 )
 from outer_training import rate_at
 
-from commopt.report.words import seconds_text
+from commopt.record.words import seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

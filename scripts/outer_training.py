@@ -16,10 +16,10 @@ from convergence_cells import digest, finite
 from convergence_training import Problem, gpt
 from torch import Tensor, nn
 
+from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
-from commopt.integrations import plain
-from commopt.integrations.outer import OuterAttachment
 from commopt.methods import with_optimizer
+from commopt.run.outer import OuterAttachment
 
 CURVE_POINTS, CURVE_BATCHES = 10, 4
 

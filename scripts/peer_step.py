@@ -4,7 +4,7 @@ peer_step.py train --method ef_sign --steps 15 ...        launch/train.py, uncha
 peer_step.py profile --method ef_sign --steps 15 ...      the same, timed inside on rank 0
 peer_step.py torch_ddp --steps 15 ...                     a peer, with launch/train.py's names for the sizes
 
-All of them record as launch/train.py does (commopt.report.recorder), and what the interface received too.
+All of them record as launch/train.py does (commopt.record.recorder), and what the interface received too.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt.compress.base import Compressor
+from commopt.frameworks import ddp
 from commopt.groups.base import Traffic
-from commopt.integrations import ddp
-from commopt.links import schedule
 from commopt.methods import OPTIMIZERS
-from commopt.report import recorder as recorder_module
-from commopt.report.recorder import Recorder
+from commopt.plan.links import schedule
+from commopt.record import recorder as recorder_module
+from commopt.record.recorder import Recorder
 
 TRAIN = Path(__file__).parent.parent / "launch" / "train.py"
 SETTLED = 3  # DDP makes its buckets anew in the first steps; launch/train.py waits as long

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commopt.links import parse_rate
-from commopt.report.words import bytes_text, milliseconds, seconds_text
+from commopt.plan.links import parse_rate
+from commopt.record.words import bytes_text, milliseconds, seconds_text
 
 if TYPE_CHECKING:
     from rich.table import Table

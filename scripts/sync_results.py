@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sync_simulation import binomial_times, swap_mean
 
-from commopt.links import parse_rate, wire_bytes
-from commopt.report.words import bytes_text, milliseconds
+from commopt.plan.links import parse_rate, wire_bytes
+from commopt.record.words import bytes_text, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from commopt.topology import random_groups
+from commopt.gossip.topology import random_groups
 
 Times = NDArray[np.float64]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from commopt.groups import Group
-from commopt.wire import Payload
+from commopt.wire.payload import Payload
 
 
 def every_operation(group: Group, device: torch.device) -> list[list[float]]:

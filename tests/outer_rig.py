@@ -11,10 +11,10 @@ from rig import loss_of, make_batch, make_model
 from torch import Tensor
 
 from commopt import build
+from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
-from commopt.integrations import plain
-from commopt.integrations.outer import OuterAttachment
-from commopt.links import LinkModel
+from commopt.plan.links import LinkModel
+from commopt.run.outer import OuterAttachment
 
 SHAPES = {"a": (5, 7), "b": (7,), "c": (7, 4), "d": (4,)}  # 74 elements
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt import build
-from commopt.aggregate import Aggregator
+from commopt.exchange.mean import Aggregator
+from commopt.frameworks import ddp, plain
 from commopt.groups import Group, TorchGroup
-from commopt.integrations import ddp, plain
-from commopt.integrations.attachment import Attachment
 from commopt.methods import is_update_method
+from commopt.run.base import Attachment
 
 FREEZE = 3
 loss_of: Callable[..., Any] = nn.functional.mse_loss

@@ -14,10 +14,10 @@ from commopt import build
 from commopt.choice import make, read_choice
 from commopt.cluster.spec import load_run
 from commopt.errors import AttachError, ConfigError
-from commopt.integrations.outer import OuterAttachment
-from commopt.integrations.plain import PlainAttachment
+from commopt.frameworks.plain import PlainAttachment
 from commopt.methods import with_optimizer
-from commopt.optimizers import LAMB, Lion
+from commopt.optim.parents import LAMB, Lion
+from commopt.run.outer import OuterAttachment
 
 ROOT = Path(commopt.__file__).parent.parent
 

@@ -16,23 +16,28 @@ import commopt
 from commopt.errors import MissingExtra
 
 PACKAGE = Path(commopt.__file__).parent
-FOUNDATION = ("wire", "bucket", "compress", "kernels", "feedback", "noise", "topology", "links", "errors")
-MAY_USE_TORCH_DISTRIBUTED = (
-    "groups/torch.py",
-    "integrations/",
-    "checkpoint.py",
-    "cluster/doctor.py",
-)  # doctor tries it out
+# each may import itself and what stands before it; the door of `run` finds frameworks by name
+ROOMS = (
+    *("errors", "reading", "wire", "kernels", "compress", "plan", "groups", "exchange", "optim", "gossip", "choice"),
+    *("methods", "record", "run", "frameworks", "testing", "cluster", "report", "cli"),
+)
+MAY_USE_TORCH_DISTRIBUTED = ("groups/torch.py", "run/", "frameworks/", "cluster/doctor.py")  # doctor tries it out
+IS_ABOVE = {"choice.py": {"methods"}}
 
 
 def sources() -> list[str]:
     return sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
 
-def imported(source: str) -> set[str]:
-    """Every module that a file imports, inside functions too; `from a import b` counts as a and a.b."""
+def module_of(source: str) -> str:
+    return ".".join(["commopt", *Path(source).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def imported(source: str, *, at_top: bool = False) -> set[str]:
+    """Every module that a file imports, inside functions too unless `at_top`; `from a import b` counts as a and a.b."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / source).read_text(encoding="utf-8"))):
+    tree = ast.parse((PACKAGE / source).read_text(encoding="utf-8"))
+    for node in tree.body if at_top else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -40,18 +45,38 @@ def imported(source: str) -> set[str]:
     return names
 
 
-def is_in(source: str, layer: str) -> bool:
-    return source == f"{layer}.py" or source.startswith(f"{layer}/")
+def room_of(source: str) -> str:
+    return source.split("/")[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("source", [s for s in sources() if any(is_in(s, layer) for layer in FOUNDATION)])
-def test_the_foundation_imports_nothing_above_it(source: str) -> None:
-    ours = {name.split(".")[1] for name in imported(source) if name.startswith("commopt.")}
-    assert ours <= set(FOUNDATION)
+@pytest.mark.parametrize("source", [s for s in sources() if not room_of(s).startswith("__")])
+def test_rooms_import_only_what_lies_below_them(source: str) -> None:
+    room = room_of(source)
+    below = {"__version__", *ROOMS[: ROOMS.index(room) + 1], *IS_ABOVE.get(source, ())}
+    assert {name.split(".")[1] for name in imported(source) if name.startswith("commopt.")} <= below
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    modules = {name: source for source in sources() for name in [module_of(source)]}
+    graph = {
+        name: {found for found in imported(source, at_top=True) if found in modules} - {name}
+        for name, source in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
 
 
 @pytest.mark.parametrize("source", [s for s in sources() if not s.startswith(MAY_USE_TORCH_DISTRIBUTED)])
-def test_torch_distributed_stays_in_transports_integrations_and_checkpoints(source: str) -> None:
+def test_torch_distributed_stays_in_transports_runs_and_frameworks(source: str) -> None:
     assert not [name for name in imported(source) if name.startswith(("torch.distributed", "torch._C._distributed"))]
 
 
@@ -59,7 +84,7 @@ LIGHT = (
     "import commopt, commopt.choice",
     "import commopt; commopt.build, commopt.attach",
     "import commopt.methods, commopt.groups",
-    "import commopt.integrations.ddp",
+    "import commopt.frameworks.ddp",
 )
 FRAMEWORKS = ("deepspeed", "lightning", "pytorch_lightning", "accelerate", "transformers", "mpi4py")
 
@@ -76,10 +101,10 @@ def test_importing_brings_no_heavy_or_optional_package_along(statement: str) -> 
 @pytest.mark.parametrize(
     ("module", "package", "extra"),
     [
-        ("commopt.integrations.deepspeed", "deepspeed", "deepspeed"),
-        ("commopt.integrations.lightning", "lightning", "lightning"),
-        ("commopt.integrations.accelerate", "accelerate", "accelerate"),
-        ("commopt.integrations.transformers", "transformers", "transformers"),
+        ("commopt.frameworks.deepspeed", "deepspeed", "deepspeed"),
+        ("commopt.frameworks.lightning", "lightning", "lightning"),
+        ("commopt.frameworks.accelerate", "accelerate", "accelerate"),
+        ("commopt.frameworks.transformers", "transformers", "transformers"),
         ("commopt.groups.mpi", "mpi4py", "mpi"),
     ],
 )

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from presets import PRESETS, Preset
 
-from commopt.aggregate import Aggregator
-from commopt.bucket import Bucket
+from commopt.exchange.mean import Aggregator
 from commopt.groups import Group
 from commopt.methods import METHODS
 from commopt.methods.dense import Dense
 from commopt.methods.ef_sign import EFSign
 from commopt.testing import check_method
+from commopt.wire.bucket import Bucket
 
 _LOCAL = {"local_step_scaler": 1, "local_step_clipper": 4}
 

@@ -31,7 +31,7 @@ from commopt.cluster.machine import free_ports, interface_of, is_own, loopback_i
 from commopt.cluster.network import INTERFACE, Network, address
 from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import ConfigError, EmulationError, LaunchError, did_you_mean
-from commopt.links import LinkModel
+from commopt.plan.links import LinkModel
 
 _INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
 _DEPTH = "_COMMOPT_DEPTH"

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from commopt.cluster.reading import MistakesError, shown
 from commopt.errors import did_you_mean
+from commopt.reading import MistakesError, shown
 
 _EXAMPLE = "{at_step: 120, kill: node2}"
 

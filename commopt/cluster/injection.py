@@ -14,7 +14,7 @@ from commopt.cluster.faults import Fault, in_order
 from commopt.cluster.processes import Throttle
 from commopt.cluster.spec import Emulate
 from commopt.errors import ConfigError
-from commopt.report.live import Follower
+from commopt.record.live import Follower
 
 
 class Nodes(Protocol):

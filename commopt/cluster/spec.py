@@ -14,9 +14,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from commopt.choice import read_choice
 from commopt.cluster import faults as faults_of
 from commopt.cluster.faults import Fault, Members
-from commopt.cluster.reading import MistakesError, read_yaml, shown, validated
 from commopt.errors import ConfigError, did_you_mean
-from commopt.links import LinkModel, parse_delay, parse_loss, parse_rate
+from commopt.plan.links import LinkModel, parse_delay, parse_loss, parse_rate
+from commopt.reading import MistakesError, read_yaml, shown, validated
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 

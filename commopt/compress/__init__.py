@@ -12,8 +12,8 @@ from commopt.compress.base import Compressor
 from commopt.compress.cast import Cast
 from commopt.compress.quantize import BlockFloat8, BlockInt, Natural, QSGDLevels
 from commopt.compress.sign import BlockSign, ModelSign, TensorSign, scaled_sign
+from commopt.compress.sparse import RandomK, Threshold, TopK
 from commopt.compress.ternary import Ternary
-from commopt.compress.topk import RandomK, Threshold, TopK
 from commopt.errors import ConfigError, did_you_mean
 
 __all__ = [

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.bucket import Blocks, BlockTable, Int64Array, ParameterIndex
-from commopt.wire import Layout, layout_bytes
+from commopt.wire.bucket import Blocks, BlockTable, Int64Array, ParameterIndex
+from commopt.wire.payload import Layout, layout_bytes
 
 
 class Compressor(ABC):

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.bucket import Blocks
 from commopt.compress.base import Compressor, element_indices, equal_blocks
 from commopt.errors import ConfigError
-from commopt.wire import Layout
+from commopt.wire.bucket import Blocks
+from commopt.wire.payload import Layout
 
 
 @dataclass(frozen=True)

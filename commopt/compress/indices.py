@@ -23,13 +23,12 @@ Elias-Fano's, to the bit: where sizes have to be known beforehand nothing is gai
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.bucket import Int64Array
+from commopt import kernels
+from commopt.wire.bucket import Int64Array
 
 MAX_N = 2**40
 
@@ -60,16 +59,6 @@ def _bit_lengths(x: Int64Array) -> Int64Array:
     return np.frexp(x.astype(np.float64))[1].astype(np.int64)  # exact below 2**53
 
 
-def _kernels_of(device: torch.device) -> ModuleType:
-    if device.type == "cpu":
-        from commopt.kernels import cpu_indices
-
-        return cpu_indices
-    from commopt.kernels import reference_indices
-
-    return reference_indices
-
-
 def encode_indices_(indices: Tensor, n: int, out: Tensor) -> None:
     """Write the code of ascending indices. indices: (k,) i64 in [0, n), out: (index_bytes(n, k),) u8."""
     encode_all_(indices, np.asarray([n]), np.asarray([indices.numel()]), out)
@@ -89,7 +78,7 @@ def encode_all_(indices: Tensor, ns: Int64Array, ks: Int64Array, out: Tensor) ->
     widths, sizes = _widths_and_sizes(ns, ks)
     _check("indices", indices, torch.int64, int(ks.sum()))
     _check("out", out, torch.uint8, int(sizes.sum()))
-    if not _kernels_of(out.device).encode_(indices, ns, ks, widths, sizes, out):
+    if not kernels.of("indices", out.device).encode_(indices, ns, ks, widths, sizes, out):
         raise ValueError("indices must ascend without repeats in [0, n)")
 
 
@@ -97,7 +86,7 @@ def decode_all(code: Tensor, ns: Int64Array, ks: Int64Array) -> Tensor:
     """(sum of ks,) i64: the indices of many blocks. Raises ValueError where a block's bytes are the code of no indices."""
     widths, sizes = _widths_and_sizes(ns, ks)
     _check("code", code, torch.uint8, int(sizes.sum()))
-    indices: Tensor | None = _kernels_of(code.device).decode(code, ns, ks, widths, sizes)
+    indices: Tensor | None = kernels.of("indices", code.device).decode(code, ns, ks, widths, sizes)
     if indices is None:
         raise ValueError("these bytes are not the code of any indices: they were damaged, or n or k is another")
     return indices

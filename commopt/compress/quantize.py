@@ -10,15 +10,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from commopt.bucket import Blocks
+from commopt import kernels
 from commopt.compress.base import Compressor, equal_blocks
 from commopt.errors import check_flag, check_option
-from commopt.wire import Layout
+from commopt.wire.bucket import Blocks
+from commopt.wire.payload import Layout
 
 
 class BlockScaled(Compressor):
@@ -65,7 +65,7 @@ class EvenLevels(BlockScaled):
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
         for blocks, (scales, codes) in zip(parts, out, strict=True):
-            kernels_of(x.device).compress_levels_(
+            kernels.of("quantize", x.device).compress_levels_(
                 x,
                 residual,
                 blocks,
@@ -81,7 +81,7 @@ class EvenLevels(BlockScaled):
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
     ) -> None:
         scales, packed = codes
-        kernels_of(out.device).decompress_levels_(
+        kernels.of("quantize", out.device).decompress_levels_(
             packed, scales, blocks, out, bits=self.code_bits, alpha=alpha, add=add
         )
 
@@ -169,13 +169,15 @@ class BlockFloat8(BlockScaled):
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
         for blocks, (scales, codes) in zip(parts, out, strict=True):
-            kernels_of(x.device).compress_float8_(x, residual, blocks, scales, codes, stochastic=self.stochastic)
+            kernels.of("quantize", x.device).compress_float8_(
+                x, residual, blocks, scales, codes, stochastic=self.stochastic
+            )
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
     ) -> None:
         scales, values = codes
-        kernels_of(out.device).decompress_float8_(values, scales, blocks, out, alpha=alpha, add=add)
+        kernels.of("quantize", out.device).decompress_float8_(values, scales, blocks, out, alpha=alpha, add=add)
 
 
 @dataclass(frozen=True)
@@ -205,29 +207,18 @@ class Natural(BlockScaled):
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
         for blocks, (scales, codes) in zip(parts, out, strict=True):
-            kernels_of(x.device).compress_natural_(x, residual, blocks, scales, codes)
+            kernels.of("quantize", x.device).compress_natural_(x, residual, blocks, scales, codes)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
     ) -> None:
         scales, powers = codes
-        kernels_of(out.device).decompress_natural_(powers, scales, blocks, out, alpha=alpha, add=add)
+        kernels.of("quantize", out.device).decompress_natural_(powers, scales, blocks, out, alpha=alpha, add=add)
 
 
 def bits_of(levels: int) -> int:
     """ceil(log2(2 levels + 1)): how many bits hold the integers -levels .. levels."""
     return (2 * levels).bit_length()
-
-
-def kernels_of(device: torch.device) -> ModuleType:
-    """The module whose quantisers work on tensors of this device: numba on the CPU, plain torch elsewhere."""
-    if device.type == "cpu":
-        from commopt.kernels import cpu_quantize
-
-        return cpu_quantize
-    from commopt.kernels import reference_quantize
-
-    return reference_quantize
 
 
 def check_block_size(block_size: int) -> None:

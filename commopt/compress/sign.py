@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.bucket import Blocks, Int64Array, ParameterIndex
 from commopt.compress.base import Compressor, equal_blocks
 from commopt.errors import ConfigError, check_flag, check_option
-from commopt.wire import Layout
+from commopt.wire.bucket import Blocks, Int64Array, ParameterIndex
+from commopt.wire.payload import Layout
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class BlockSign(Compressor):
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
         for blocks, (scales, bits) in zip(parts, out, strict=True):
-            kernels.of(x.device).compress_signs_(x, residual, blocks, scales, bits, squared=False)
+            kernels.of("signs", x.device).compress_signs_(x, residual, blocks, scales, bits, squared=False)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
     ) -> None:
         scales, bits = codes
-        kernels.of(out.device).unpack_signs_(bits, scales, blocks, out, alpha=alpha, add=add)
+        kernels.of("signs", out.device).unpack_signs_(bits, scales, blocks, out, alpha=alpha, add=add)
 
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
         return ~codes[0].isfinite()
@@ -76,7 +76,7 @@ class TensorSign(BlockSign):
     def compress_(
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
-        kernel = kernels.of(x.device)
+        kernel = kernels.of("signs", x.device)
         if len(parts) == 1 and len(np.unique(self.scale_groups(parts[0]))) == len(parts[0]):
             kernel.compress_signs_(x, residual, parts[0], *out[0], squared=True)
             return

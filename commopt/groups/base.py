@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commopt.links import schedule
-from commopt.wire import Layout, Payload
+from commopt.plan.links import schedule
+from commopt.wire.payload import Layout, Payload
 
 Key = tuple[str, str, str]
 

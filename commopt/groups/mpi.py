@@ -13,7 +13,7 @@ from torch import Tensor
 
 from commopt.errors import GroupError, MissingExtra, check_option
 from commopt.groups.base import Group, Traffic
-from commopt.wire import Layout, Payload, cut, layout_bytes
+from commopt.wire.payload import Layout, Payload, cut, layout_bytes
 
 try:
     from mpi4py import MPI

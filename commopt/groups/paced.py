@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from commopt.groups.base import Group
-from commopt.links import LinkModel, rounds, schedule
-from commopt.wire import Layout, Payload
+from commopt.plan.links import LinkModel, rounds, schedule
+from commopt.wire.payload import Layout, Payload
 
 
 class PacedGroup(Group):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic
-from commopt.wire import Layout, Payload
+from commopt.wire.payload import Layout, Payload
 
 KEPT = 8  # unread messages of one channel and peer; the newest stay
 GROUP = "group "  # how the channels of a PeerGroup begin, whose messages are all wanted

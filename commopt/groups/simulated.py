@@ -11,8 +11,8 @@ from torch import Tensor
 from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic
 from commopt.groups.simulated_peers import Killed, PostOffice, SimPeers
-from commopt.links import LinkModel, rounds, schedule
-from commopt.wire import Layout, Payload
+from commopt.plan.links import LinkModel, rounds, schedule
+from commopt.wire.payload import Layout, Payload
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from commopt.errors import ConfigError, GroupError
 from commopt.groups.base import Traffic
 from commopt.groups.peers import Letter, Mailbox, Peers, Progress
-from commopt.wire import Payload
+from commopt.wire.payload import Payload
 
 if TYPE_CHECKING:
     from commopt.groups.simulated import SimWorld

@@ -29,8 +29,8 @@ import torch
 from commopt.errors import ConfigError, GroupError
 from commopt.groups.base import Traffic
 from commopt.groups.peers import GROUP, KEPT, Letter, Mailbox, Peers, Progress
-from commopt.links import LinkModel
-from commopt.wire import Payload, layout_bytes
+from commopt.plan.links import LinkModel
+from commopt.wire.payload import Payload, layout_bytes
 
 _log = logging.getLogger(__name__)
 _FRAME, _MAGIC = struct.Struct("!4sIQ"), b"cmo1"

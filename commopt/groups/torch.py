@@ -13,7 +13,7 @@ from torch import Tensor
 
 from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic
-from commopt.wire import Layout, Payload, cut, layout_bytes
+from commopt.wire.payload import Layout, Payload, cut, layout_bytes
 
 _told: dict[str, int] = {}  # by process group: how often its ranks have told each other something
 

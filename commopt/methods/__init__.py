@@ -8,9 +8,10 @@ from typing import Any, Literal, cast, overload
 
 import torch
 
-from commopt.aggregate import Aggregator
 from commopt.choice import Choice, read_choice
 from commopt.errors import AttachError, ConfigError, did_you_mean
+from commopt.exchange.mean import Aggregator
+from commopt.gossip.loop import OuterLoop
 from commopt.methods.choco import Choco
 from commopt.methods.decentralized_adam import DecentralizedAdam
 from commopt.methods.demo import DeMo
@@ -39,8 +40,7 @@ from commopt.methods.threshold import ThresholdMean
 from commopt.methods.top_k import TopKMean
 from commopt.methods.two_way import TwoWay
 from commopt.methods.zero_one_adam import ZeroOneAdam
-from commopt.optimizers import LAMB, AccumAdam, Lion
-from commopt.outer import OuterLoop
+from commopt.optim.parents import LAMB, AccumAdam, Lion
 
 __all__ = [
     "DGC",

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commopt.aggregate import State
 from commopt.errors import ConfigError, check_option
+from commopt.exchange.mean import State
+from commopt.gossip.copies import PublicCopies, consensus_step, without_feedback
+from commopt.gossip.loop import Exchanged, OuterLoop, Round
+from commopt.gossip.topology import Topology, make_topology
 from commopt.groups.peers import Peers
-from commopt.outer import Exchanged, OuterLoop, Round
-from commopt.public_copies import PublicCopies, consensus_step, without_feedback
-from commopt.topology import Topology, make_topology
-from commopt.wire import Payload
+from commopt.wire.payload import Payload
 
 
 class DecentralizedAdam(OuterLoop):

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from commopt import kernels
-from commopt.aggregate import State, is_finite, load_mean, load_tensor
-from commopt.bucket import Bucket, Int64Array
+from commopt.compress.feedback import first_bad_parameter
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all_, index_bytes
 from commopt.errors import check_option
-from commopt.feedback import first_bad_parameter
+from commopt.exchange.mean import State, is_finite, load_mean, load_tensor
 from commopt.groups.base import Group
-from commopt.update import UpdateMethod, move_
-from commopt.wire import Layout, Payload
+from commopt.optim.update import UpdateMethod, move_
+from commopt.wire.bucket import Bucket, Int64Array
+from commopt.wire.payload import Layout, Payload
 
 _WIRE = {16: torch.bfloat16, 32: torch.float32}
 _PLACE_BITS = 21  # of the largest chunk, 1024 x 1024

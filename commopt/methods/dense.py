@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from commopt.aggregate import Mean
+from commopt.exchange.mean import Mean
 
 
 class Dense(Mean):

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.aggregate import Mean, State, check_alone, clip_joint_norm_, load_tensor
-from commopt.bucket import Blocks, Bucket
-from commopt.compress.topk import TopK
-from commopt.compressed import GatherMean
+from commopt.compress.feedback import first_bad_parameter
+from commopt.compress.sparse import TopK
 from commopt.errors import AttachError, ConfigError, check_flag, check_option
-from commopt.feedback import first_bad_parameter
+from commopt.exchange.compressed import GatherMean
+from commopt.exchange.mean import Mean, State, check_alone, clip_joint_norm_, load_tensor
 from commopt.groups.base import Group
+from commopt.wire.bucket import Blocks, Bucket
 
 
 class DGC(GatherMean):

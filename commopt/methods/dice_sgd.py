@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from commopt import noise
-from commopt.aggregate import Aggregator, State, first_bad, is_finite, load_tensor
-from commopt.bucket import Bucket
 from commopt.errors import ConfigError, GradientsChanged, check_option
+from commopt.exchange.mean import Aggregator, State, first_bad, is_finite, load_tensor
 from commopt.groups.base import Group
+from commopt.wire import noise
+from commopt.wire.bucket import Bucket
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt import noise
-from commopt.aggregate import Aggregator, Mean
-from commopt.bucket import Bucket
 from commopt.compress.base import element_indices
-from commopt.compressed import Compressed, GatherMean, TwoWayMean
 from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
+from commopt.exchange.compressed import Compressed, GatherMean, TwoWayMean
+from commopt.exchange.mean import Aggregator, Mean
+from commopt.gossip.loop import Exchanged, OuterLoop, Round
 from commopt.groups.peers import Latecomers, PeerGroup, Peers, Roll, call_roll
-from commopt.outer import Exchanged, OuterLoop, Round
-from commopt.outer_optimizers import FedAdagrad, FedAdam, FedYogi
+from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
+from commopt.wire import noise
+from commopt.wire.bucket import Bucket
 
 OUTER: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "nesterov": (torch.optim.SGD, {"lr": 0.7, "momentum": 0.9, "nesterov": True}),

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.aggregate import State, load_mean, load_tensor
-from commopt.bucket import Bucket
+from commopt.exchange.mean import State, load_mean, load_tensor
+from commopt.exchange.vote import SignVote
 from commopt.groups.base import Group
-from commopt.update import UpdateMethod, check_betas, move_
-from commopt.votes import SignVote
+from commopt.optim.update import UpdateMethod, check_betas, move_
+from commopt.wire.bucket import Bucket
 
 
 class DistributedLion(UpdateMethod):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from commopt.compress import make_compressor
-from commopt.compressed import GatherMean
+from commopt.exchange.compressed import GatherMean
 
 
 class EF(GatherMean):

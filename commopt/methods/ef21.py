@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.aggregate import State, check_alone, first_bad, is_finite, load_tensor
-from commopt.bucket import Blocks, Bucket
 from commopt.compress import make_compressor
 from commopt.compress.base import Compressor, element_indices
-from commopt.compressed import Compressed
+from commopt.compress.feedback import ErrorFeedback, first_bad_parameter
 from commopt.errors import AttachError, ConfigError, check_option
-from commopt.feedback import ErrorFeedback, first_bad_parameter
+from commopt.exchange.compressed import Compressed
+from commopt.exchange.mean import State, check_alone, first_bad, is_finite, load_tensor
 from commopt.groups.base import Group
-from commopt.wire import Payload
+from commopt.wire.bucket import Blocks, Bucket
+from commopt.wire.payload import Payload
 
 
 class EF21(Compressed):

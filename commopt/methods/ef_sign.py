@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from commopt.aggregate import Mean
-from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.compressed import TwoWayMean
+from commopt.exchange.compressed import TwoWayMean
+from commopt.exchange.mean import Mean
 from commopt.groups.base import Group
+from commopt.wire.bucket import Bucket
 
 
 class EFSign(TwoWayMean):

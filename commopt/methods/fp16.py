@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from commopt.aggregate import Mean
 from commopt.errors import ConfigError, did_you_mean
+from commopt.exchange.mean import Mean
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from commopt.errors import AttachError, check_option
+from commopt.gossip.loop import Exchanged, Round
 from commopt.groups.peers import Peers
 from commopt.methods.diloco import DiLoCo
-from commopt.optimizers import Parent, check_adam
-from commopt.outer import Exchanged, Round
+from commopt.optim.parents import Parent, check_adam
 
 
 class LocalSGD(DiLoCo):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from commopt.bucket import Blocks
 from commopt.compress.base import Compressor
+from commopt.compress.feedback import ErrorFeedback
 from commopt.compress.quantize import BlockInt
-from commopt.compressed import TwoWayMean
 from commopt.errors import check_option
-from commopt.feedback import ErrorFeedback
+from commopt.exchange.compressed import TwoWayMean
+from commopt.wire.bucket import Blocks
 
 
 class LoCo(TwoWayMean):

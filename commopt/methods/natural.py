@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from commopt.compress.quantize import Natural
-from commopt.compressed import TwoWayMean
+from commopt.exchange.compressed import TwoWayMean
 
 
 class NaturalMean(TwoWayMean):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from commopt.errors import ConfigError, check_flag, check_option
+from commopt.gossip.loop import Exchanged, OuterLoop, Round, mean_of
+from commopt.gossip.topology import group_of
 from commopt.groups.peers import Peers
-from commopt.outer import Exchanged, OuterLoop, Round, mean_of
-from commopt.topology import group_of
-from commopt.wire import Payload
+from commopt.wire.payload import Payload
 
 
 class NoLoCo(OuterLoop):

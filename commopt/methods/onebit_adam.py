@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.aggregate import Mean
-from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.compressed import TwoWayMean
 from commopt.errors import check_flag
+from commopt.exchange.compressed import TwoWayMean
+from commopt.exchange.mean import Mean
 from commopt.groups.base import Group
-from commopt.update import FrozenVariance
+from commopt.optim.update import FrozenVariance
+from commopt.wire.bucket import Bucket
 
 
 class OnebitAdam(FrozenVariance):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.aggregate import Mean
-from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.compressed import TwoWayMean
 from commopt.errors import check_flag, check_option
+from commopt.exchange.compressed import TwoWayMean
+from commopt.exchange.mean import Mean
 from commopt.groups.base import Group
-from commopt.optimizers import trust_ratio
-from commopt.update import FrozenVariance, move_
+from commopt.optim.parents import trust_ratio
+from commopt.optim.update import FrozenVariance, move_
+from commopt.wire.bucket import Bucket
 
 
 class OnebitLamb(FrozenVariance):
@@ -42,7 +42,7 @@ class OnebitLamb(FrozenVariance):
     Not for tensors whose gradients are mostly zero: signs move all of their coordinates.
 
     freeze_step: as in `onebit_adam`.
-    min_coeff, max_coeff, bias_correction: as in `commopt.optimizers.LAMB`; the paper has no bias correction.
+    min_coeff, max_coeff, bias_correction: as in `commopt.optim.parents.LAMB`; the paper has no bias correction.
     coeff_beta: how slowly c' follows c. factor_min, factor_max, factor_threshold: the bounds of f, and of its change in a step.
     scale, block_size, residual_bits: as in `ef_sign`.
     prescale: with scale="model", bring all tensors to one magnitude before they are compressed, by factors taken from the

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt import noise
-from commopt.aggregate import Aggregator, State, check_alone, first_bad, is_finite, load_mean, load_tensor
-from commopt.bucket import Bucket, ParameterIndex
 from commopt.errors import check_option
+from commopt.exchange.mean import Aggregator, State, check_alone, first_bad, is_finite, load_mean, load_tensor
 from commopt.groups.base import Group
+from commopt.wire import noise
+from commopt.wire.bucket import Bucket, ParameterIndex
 
 
 class PowerSGD(Aggregator):

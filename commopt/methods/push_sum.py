@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from commopt.aggregate import State, is_finite
+from commopt.exchange.mean import State, is_finite
+from commopt.gossip.loop import Exchanged, OuterLoop, Round
+from commopt.gossip.topology import directed_exponential
 from commopt.groups.peers import Letter, Peers
-from commopt.outer import Exchanged, OuterLoop, Round
-from commopt.topology import directed_exponential
-from commopt.wire import Payload
+from commopt.wire.payload import Payload
 
 _LEAST_WEIGHT = 2.0**-10  # a rank that nothing reaches stops giving its weight away
 

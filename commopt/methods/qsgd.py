@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from commopt.compress.quantize import QSGDLevels
-from commopt.compressed import GatherMean
+from commopt.exchange.compressed import GatherMean
 
 
 class QSGD(GatherMean):

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from commopt.aggregate import check_alone
-from commopt.bucket import Bucket
 from commopt.compress.base import element_indices
-from commopt.compress.topk import RandomK
-from commopt.compressed import Compressed
+from commopt.compress.sparse import RandomK
 from commopt.errors import check_option
+from commopt.exchange.compressed import Compressed
+from commopt.exchange.mean import check_alone
 from commopt.groups.base import Group
+from commopt.wire.bucket import Bucket
 
 
 class RandomKMean(Compressed):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commopt.aggregate import State, load_mean, load_tensor
-from commopt.bucket import Bucket
 from commopt.errors import AttachError, check_option
+from commopt.exchange.mean import State, load_mean, load_tensor
+from commopt.exchange.vote import SignVote
 from commopt.groups.base import Group
-from commopt.votes import SignVote
+from commopt.wire.bucket import Bucket
 
 _FIX = "signum is made for torch.optim.SGD(parameters, lr=1e-4) without momentum, which is signum's own option"
 

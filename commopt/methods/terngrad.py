@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commopt.aggregate import check_alone
-from commopt.bucket import Blocks, Bucket
+from commopt import kernels
 from commopt.compress.base import element_indices
-from commopt.compress.quantize import bits_of, kernels_of
+from commopt.compress.quantize import bits_of
 from commopt.compress.ternary import Ternary
-from commopt.compressed import Compressed
 from commopt.errors import AttachError, check_option
+from commopt.exchange.compressed import Compressed
+from commopt.exchange.mean import check_alone
 from commopt.groups.base import Group
-from commopt.wire import Payload
+from commopt.wire.bucket import Blocks, Bucket
+from commopt.wire.payload import Payload
 
 _MOST_RANKS = 127
 
@@ -84,7 +85,7 @@ class TernGrad(Compressed):
         scales = self._shared_scales(clamped, group)
         if not bool(scales.isfinite().all()):
             return self._void(bucket, int((~scales.isfinite()).nonzero()[0]))
-        kernel, parts = kernels_of(self.device), self.parts(bucket)
+        kernel, parts = kernels.of("quantize", self.device), self.parts(bucket)
         sent = []
         for blocks in parts.by_owner:
             payload = Payload.allocate(self.compressor.layout(blocks)[1:], self.device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from commopt.compress.topk import Threshold
-from commopt.compressed import GatherMean
+from commopt.compress.sparse import Threshold
+from commopt.exchange.compressed import GatherMean
 
 
 class ThresholdMean(GatherMean):

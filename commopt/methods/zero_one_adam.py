@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.aggregate import Mean, State, check_alone, clip_joint_norm_, load_tensor
-from commopt.bucket import Bucket
 from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.compressed import TwoWayMean
 from commopt.errors import GroupError, check_flag, check_option
+from commopt.exchange.compressed import TwoWayMean
+from commopt.exchange.mean import Mean, State, check_alone, clip_joint_norm_, load_tensor
 from commopt.groups.base import Group
-from commopt.update import FrozenVariance
+from commopt.optim.update import FrozenVariance
+from commopt.wire.bucket import Bucket
 
 _WHOLE = "a whole number from 1"
 

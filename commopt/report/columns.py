@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from commopt.record.words import megabytes, milliseconds
 from commopt.report.results import RunResult
-from commopt.report.words import megabytes, milliseconds
 
 if TYPE_CHECKING:
     from rich.table import Table

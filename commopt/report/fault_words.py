@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from commopt.record.words import seconds_text, times_text
 from commopt.report.outer_document import Fault, FaultCost
-from commopt.report.words import seconds_text, times_text
 
 STOPPED = 2.0  # a stop of fewer median steps is called none
 

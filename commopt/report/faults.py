@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from commopt.record.lines import RankRecord
 from commopt.report.outer_document import Fault, FaultCost, MissedRounds
-from commopt.report.record import RankRecord
 from commopt.report.rounds import clock_offset_s
 
 FAULTS_FILE = "faults.jsonl"  # the launcher's, beside the ranks' files

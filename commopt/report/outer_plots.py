@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
+from commopt.record.words import spread_text
 from commopt.report.drawing import (
     FAINT,
     FONT_POINTS,
@@ -26,7 +27,6 @@ from commopt.report.drawing import (
 )
 from commopt.report.fault_words import fault_text
 from commopt.report.results import Results, RunResult
-from commopt.report.words import spread_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

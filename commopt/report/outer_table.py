@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from commopt.record.words import spread_text
 from commopt.report.columns import NOTHING, Column, cells_of, mb, ms
 from commopt.report.fault_words import back_text, cost_text, fault_text, missed_text, stop_text
 from commopt.report.outer_document import Fault, Rounds
 from commopt.report.results import Results, RunResult
-from commopt.report.words import spread_text
 
 
 def _of(tell: Callable[[Rounds], str | None]) -> Callable[[RunResult, RunResult | None], str | None]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commopt.errors import ConfigError, LaunchError
+from commopt.record.words import times_text
 from commopt.report import drawing, plots
 from commopt.report.columns import NOTHING
 from commopt.report.outer_plots import PICTURE_NAMES, outer_pictures
 from commopt.report.outer_table import FAULT_COLUMNS, ROUND_COLUMNS, fault_cells, round_cells
 from commopt.report.results import Cluster, Node, NodeBytes, Results, RunResult
 from commopt.report.table import COLUMNS, cells, event_texts, loss_above_dense, readings
-from commopt.report.words import times_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from commopt.record.words import bytes_text, milliseconds, times_text
 from commopt.report.drawing import (
     FONT_POINTS,
     INK,
@@ -23,7 +24,6 @@ from commopt.report.drawing import (
     width_points,
 )
 from commopt.report.results import Results, RunResult
-from commopt.report.words import bytes_text, milliseconds, times_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

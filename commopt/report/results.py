@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from commopt.meter import CountCheck, TrafficRow, Window, merge, verify
+from commopt.record.lines import RankRecord, StepLine, rank_files
+from commopt.record.meter import CountCheck, TrafficRow, Window, merge, verify
 from commopt.report.document import (
     Cluster,
     Environment,
@@ -23,7 +24,6 @@ from commopt.report.document import (
 )
 from commopt.report.faults import FAULTS_FILE, faults_of, read_faults
 from commopt.report.outer_document import EndedEarly, Rounds
-from commopt.report.record import RankRecord, StepLine, rank_files
 from commopt.report.rounds import clock_offset_s, progress_of, rounds_of, validation_by_rank
 
 __all__ = ["Cluster", "Environment", "Node", "NodeBytes", "Results", "RunResult", "assemble", "collect"]

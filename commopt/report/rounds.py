@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from commopt.record.lines import RankRecord, RoundLine
 from commopt.report.outer_document import Progress, ProgressPart, RankRounds, RankValidation, Rounds, Spread
-from commopt.report.record import RankRecord, RoundLine
 
 SHOWN_STEPS = 160  # of a rank's progress: some steps evenly spaced, and the ends of its longest pauses
 SHOWN_PAUSES = 20

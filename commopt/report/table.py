@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TextIO
 
+from commopt.record.words import milliseconds, times_text
 from commopt.report.columns import Column, aligned, cells_of, mb, ms, percent, rich_rows
 from commopt.report.outer_table import ROUND_COLUMNS, fault_lines, round_cells
 from commopt.report.results import Results, RunResult
-from commopt.report.words import milliseconds, times_text
 
 ALIKE = 0.03  # two speeds or byte counts that differ by less are called the same
 

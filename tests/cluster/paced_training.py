@@ -10,9 +10,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from commopt.integrations import plain
+from commopt.frameworks import plain
 from commopt.methods import with_optimizer
-from commopt.report.recorder import Recorder
+from commopt.record.recorder import Recorder
 
 
 def loss_of(model: nn.Module, target: Tensor, batch: int, data: torch.Generator) -> Tensor:

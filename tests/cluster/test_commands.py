@@ -20,7 +20,7 @@ from commopt.cluster.commands import (
 from commopt.cluster.emulate import links_json, preview, this_node
 from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import ConfigError, LaunchError
-from commopt.links import LinkModel
+from commopt.plan.links import LinkModel
 
 TWO = {"nodes": [{"name": "a0", "host": "10.1.0.5"}, {"name": "a1", "host": "10.1.0.6"}], "slots": 2}
 MEETING = Meeting(("10.1.0.5", "10.1.0.6"), 29500)
@@ -116,7 +116,7 @@ def test_this_machine_is_found_by_address_or_by_name() -> None:
 def test_print_starts_nothing_and_shows_every_node(
     write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from commopt.cli import app
+    from commopt.cli.app import app
 
     path = write("nodes: 2\nlinks: {rate: 50mbit}")
     program = str(path.with_name("my train.py"))
@@ -148,7 +148,7 @@ def test_a_mistake_is_one_line_before_anything_starts(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from commopt.cli import app
+    from commopt.cli.app import app
 
     places = {"{cluster}": str(write("nodes: 2")), "{bad}": str(tmp_path / "bad.yaml")}
     (tmp_path / "bad.yaml").write_text("nodes: 0")
@@ -210,7 +210,7 @@ def test_every_machine_finds_the_same_mark_for_a_job() -> None:
 
 
 def test_print_shows_independent_nodes(write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
-    from commopt.cli import app
+    from commopt.cli.app import app
 
     path = write("nodes: 2")
     with pytest.raises(SystemExit):

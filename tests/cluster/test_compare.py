@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from launchers import finish, processes, start, wait_until
 
-from commopt import cli
+from commopt.cli import app as cli
+from commopt.cli.training import check_methods, check_outputs, chosen_methods
 from commopt.cluster.spec import load_run
-from commopt.cluster.training import check_methods, check_outputs, chosen_methods
 from commopt.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

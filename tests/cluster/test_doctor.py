@@ -9,7 +9,7 @@ from commopt.cluster.doctor import State, as_json, examine
 
 
 def test_every_problem_comes_with_something_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from commopt.cli import app
+    from commopt.cli.app import app
 
     file = tmp_path / "machine.json"
     with pytest.raises(SystemExit) as ended:
@@ -34,7 +34,7 @@ def test_namespaces_are_missing_without_unshare(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_table_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from commopt.cli import app
+    from commopt.cli.app import app
 
     with pytest.raises(SystemExit) as ended:
         app(["doctor", "--json", str(tmp_path / "nowhere" / "machine.json")])

@@ -16,7 +16,7 @@ import pytest
 from launchers import HERE, finish, processes, start, wait_until
 
 from commopt.cluster.network import address, burst_bytes, queue_bytes
-from commopt.links import wire_bytes
+from commopt.plan.links import wire_bytes
 
 TALK = [sys.executable, str(HERE / "talk.py")]
 Write = Callable[[str], Path]

@@ -9,7 +9,7 @@ import pytest
 
 from commopt.cluster.spec import ClusterSpec, Emulate, load_cluster, load_run
 from commopt.errors import ConfigError
-from commopt.links import LinkModel
+from commopt.plan.links import LinkModel
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 UNITS = "write a number and one of"

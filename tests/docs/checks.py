@@ -11,10 +11,10 @@ import yaml
 
 import commopt
 from commopt.choice import read_choice
-from commopt.cluster.reading import read_yaml
+from commopt.cli.training import check_methods, chosen_methods
 from commopt.cluster.spec import load_cluster, load_run
-from commopt.cluster.training import check_methods, chosen_methods
 from commopt.errors import ConfigError
+from commopt.reading import read_yaml
 
 DEEPSPEED_OPTIMIZERS = {"Adam", "AdamW", "SGD", "Lamb", "Lion"}  # beside those that commopt brings back
 DEEPSPEED_KEYS = {
@@ -89,7 +89,7 @@ def _check_method(path: Path, _: list[Any]) -> None:
 
 
 def _check_deepspeed(path: Path, documents: list[Any]) -> None:
-    from commopt.integrations.deepspeed_config import read_wanted
+    from commopt.frameworks.deepspeed_config import read_wanted
 
     for key in documents[0]:
         if key not in DEEPSPEED_KEYS:

@@ -11,11 +11,13 @@ import torch
 from pretend import DEVICES, working_on
 from torch import Tensor
 
-from commopt import kernels, noise
-from commopt.bucket import Blocks, ParameterIndex
+from commopt import kernels
 from commopt.compress import COMPRESSORS, Compressor, make_compressor
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all_
-from commopt.kernels import cpu_votes, reference_votes
+from commopt.kernels.cpu import votes as cpu_votes
+from commopt.kernels.reference import votes as reference_votes
+from commopt.wire import noise
+from commopt.wire.bucket import Blocks, ParameterIndex
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -80,7 +82,7 @@ def test_signs_and_their_residuals_are_those_of_the_cpu(device: torch.device) ->
     results: list[list[Tensor]] = []
     for place in (CPU, device):
         with working_on(place):
-            kernel = kernels.of(place)
+            kernel = kernels.of("signs", place)
             x, residual = values(1).to(place), values(2).to(place)
             sums = torch.as_tensor(kernel.block_sums(x, residual, blocks, squared=True)).cpu()
             scales = torch.empty(len(blocks), device=place)

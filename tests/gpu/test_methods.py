@@ -14,8 +14,8 @@ from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor, nn
 
 from commopt import build
+from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
-from commopt.integrations import plain
 from commopt.methods import OUTER_METHODS
 
 CPU = torch.device("cpu")

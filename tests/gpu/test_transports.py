@@ -15,9 +15,9 @@ from pretend import DEVICE, PLACES, working_on
 from rig import flat, loss_of, make_batch, make_method, make_model
 from torch.nn.parallel import DistributedDataParallel
 
+from commopt.frameworks import ddp
 from commopt.groups import TorchGroup
-from commopt.integrations import ddp
-from commopt.integrations.lane import Lane
+from commopt.run.lane import Lane
 
 pytestmark = pytest.mark.parametrize("place", PLACES)
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from pool import Pool
 
 from commopt.groups import Group, PacedGroup, SimWorld, TorchGroup
-from commopt.links import LinkModel, schedule
-from commopt.wire import Layout, Payload
+from commopt.plan.links import LinkModel, schedule
+from commopt.wire.payload import Layout, Payload
 
 RANKS = (1, 2, 3, 5)
 Run = Callable[..., list[Any]]

@@ -20,7 +20,7 @@ from rig import run_plain
 
 from commopt.errors import ConfigError, GroupError, MissingExtra
 from commopt.groups import SimWorld
-from commopt.wire import Payload
+from commopt.wire.payload import Payload
 
 ROOT = Path(__file__).parent.parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]

@@ -15,8 +15,8 @@ from commopt.errors import GroupError
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.peers import GROUP, KEPT, Latecomers, Letter, Mailbox, PeerGroup, Peers, Roll, call_roll
 from commopt.groups.tcp import TcpPeers, local_memberships
-from commopt.links import LinkModel
-from commopt.wire import Layout, Payload
+from commopt.plan.links import LinkModel
+from commopt.wire.payload import Layout, Payload
 
 RANKS = (1, 2, 3, 5)
 Run = Callable[..., list[Any]]

@@ -10,8 +10,8 @@ import torch
 
 from commopt.errors import GroupError
 from commopt.groups import SimGroup, SimWorld
-from commopt.links import LinkModel
-from commopt.wire import Payload
+from commopt.plan.links import LinkModel
+from commopt.wire.payload import Payload
 
 
 def test_the_virtual_clock_runs_by_the_link_model() -> None:

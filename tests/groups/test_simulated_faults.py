@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from commopt.errors import ConfigError, GroupError
 from commopt.groups import SimGroup, SimWorld
-from commopt.links import LinkModel
-from commopt.wire import Payload
+from commopt.plan.links import LinkModel
+from commopt.wire.payload import Payload
 
 METHODS = ["noloco", "diloco", "local_sgd"]
 EVERY, TIMEOUT_S, STEP_S = 5, 4.0, 0.1

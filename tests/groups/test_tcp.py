@@ -17,8 +17,8 @@ import torch
 
 from commopt.errors import ConfigError, GroupError
 from commopt.groups.tcp import Membership, TcpPeers, local_memberships
-from commopt.links import LinkModel
-from commopt.wire import Payload
+from commopt.plan.links import LinkModel
+from commopt.wire.payload import Payload
 
 SILENCE_S = 1.6  # a member beats every second
 PLENTY_S = 20.0

@@ -15,8 +15,8 @@ from test_tcp import HELLO, Members, connect, ends, frame, got, membership_of, n
 from commopt.groups import tcp
 from commopt.groups.peers import GROUP, KEPT
 from commopt.groups.tcp import local_memberships
-from commopt.links import LinkModel
-from commopt.wire import Payload
+from commopt.plan.links import LinkModel
+from commopt.wire.payload import Payload
 
 
 @pytest.fixture

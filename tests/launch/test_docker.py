@@ -103,7 +103,7 @@ def test_the_copied_files_are_a_whole_package(tmp_path: Path) -> None:
             shutil.copy(ROOT / source, target)
     others = [path for path in sys.path[1:] if Path(path) not in (ROOT, ROOT / "tests")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "tmp/src"), *others])}
-    words = [sys.executable, "-c", "import commopt.cli; print(commopt.__file__); commopt.cli.main()", "launch"]
+    words = [sys.executable, "-c", "import commopt.cli.app; print(commopt.__file__); commopt.cli.app.main()", "launch"]
     cluster = "configs/clusters/four-50mbit.yaml"
     done = subprocess.run(
         [*words, cluster, "--emulate", "none", "--print", "--", "launch/train.py"],

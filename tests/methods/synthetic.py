@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from commopt import build
+from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
-from commopt.integrations import plain
 
 F64 = NDArray[np.float64]
 Shapes = Sequence[tuple[int, ...]]

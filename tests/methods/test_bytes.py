@@ -10,8 +10,8 @@ import pytest
 import torch
 from presets import Preset
 
+from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
-from commopt.integrations import plain
 from commopt.methods import METHODS
 
 SIDE, STEPS = 512, 4  # one matrix of 2^18 elements

@@ -13,8 +13,8 @@ from torch import Tensor
 from commopt import build
 from commopt.errors import ConfigError
 from commopt.groups import SimGroup, SimWorld
-from commopt.links import LinkModel
 from commopt.methods.choco import mean_mixing
+from commopt.plan.links import LinkModel
 
 SHAPE = {"a": (40, 10)}
 TOP_K = {"compressor": "top_k", "density": 0.1}

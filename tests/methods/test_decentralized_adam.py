@@ -12,10 +12,10 @@ from torch import Tensor
 
 from commopt import build
 from commopt.errors import ConfigError
+from commopt.frameworks import plain
+from commopt.gossip.topology import make_topology
 from commopt.groups import SimGroup, SimWorld
-from commopt.integrations import plain
-from commopt.topology import make_topology
-from commopt.wire import Payload
+from commopt.wire.payload import Payload
 
 TOPOLOGIES: list[tuple[str, dict[str, Any]]] = [
     ("complete", {}),

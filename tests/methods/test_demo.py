@@ -17,11 +17,12 @@ from rig import loss_of, make_batch, make_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build, checkpoint
+from commopt import build
 from commopt.errors import CheckpointError, ConfigError
+from commopt.frameworks import ddp, plain
 from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
-from commopt.integrations import ddp, plain
 from commopt.methods.demo import cosines, grids, largest
+from commopt.run import checkpoint
 
 F64 = NDArray[np.float64]
 LR, BETA, DECAY, CHUNK, K = 0.01, 0.9, 0.1, 16, 6

@@ -13,8 +13,8 @@ from torch import nn
 
 from commopt import build
 from commopt.errors import AttachError, ConfigError
+from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.integrations import plain
 from commopt.methods import with_optimizer
 
 F64 = NDArray[np.float64]

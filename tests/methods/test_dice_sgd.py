@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from commopt import build
-from commopt.bucket import Bucket
 from commopt.errors import ConfigError, GradientsChanged
+from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
-from commopt.integrations import plain
 from commopt.methods.dice_sgd import DiceSGD, noise_multiplier_for
+from commopt.wire.bucket import Bucket
 
 F64 = NDArray[np.float64]
 SHAPES: list[tuple[int, ...]] = [(30, 21), (17,)]

@@ -116,7 +116,7 @@ def test_local_sgd_is_plain_averaging(ranks: int) -> None:
 def test_local_sgd_averages_the_state_of_the_inner_optimizer_that_is_named() -> None:
     from rig import loss_of, make_batch
 
-    from commopt.integrations import plain
+    from commopt.frameworks import plain
 
     def train(group: SimGroup) -> tuple[list[Tensor], list[Tensor]]:
         model = make_model()

@@ -15,11 +15,12 @@ from pool import Pool, twin_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build, checkpoint
+from commopt import build
 from commopt.errors import CheckpointError, ConfigError
+from commopt.frameworks import ddp, plain
 from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
-from commopt.integrations import ddp, plain
-from commopt.optimizers import Lion
+from commopt.optim.parents import Lion
+from commopt.run import checkpoint
 
 F64 = NDArray[np.float64]
 LR, B1, B2, DECAY = 0.01, 0.8, 0.95, 0.1

@@ -13,10 +13,10 @@ from synthetic import gradients, simulate, spans
 from torch import Tensor
 
 from commopt import build
-from commopt.bucket import Bucket
 from commopt.errors import ConfigError
 from commopt.groups import Group, SimWorld
 from commopt.methods import EF
+from commopt.wire.bucket import Bucket
 
 F64 = NDArray[np.float64]
 SHAPES: list[tuple[int, ...]] = [(30, 21), (17,), (2049,)]

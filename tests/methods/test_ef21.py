@@ -15,11 +15,11 @@ from synthetic import gradients, simulate, spans
 from torch import Tensor, nn
 
 from commopt import build
-from commopt.bucket import Bucket
 from commopt.errors import AttachError, ConfigError
+from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
-from commopt.integrations import plain
 from commopt.methods import EF21
+from commopt.wire.bucket import Bucket
 
 F64 = NDArray[np.float64]
 SHAPES: list[tuple[int, ...]] = [(30, 21), (17,), (2049,)]

@@ -12,8 +12,8 @@ from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
 from commopt import build
+from commopt.frameworks import plain
 from commopt.groups.tcp import TcpPeers, local_memberships
-from commopt.integrations import plain
 
 RANKS, STEPS = 3, 25
 

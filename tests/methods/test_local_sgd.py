@@ -12,8 +12,8 @@ from torch import Tensor
 
 from commopt import build
 from commopt.errors import AttachError
+from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
-from commopt.integrations import plain
 from commopt.methods import SAVIC, with_optimizer
 
 LR, BETAS, ALPHA, EVERY = 0.01, (0.8, 0.99), 1e-3, 4

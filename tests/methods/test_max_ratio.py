@@ -11,8 +11,8 @@ from torch import Tensor
 
 from commopt import build
 from commopt.errors import ConfigError
+from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
-from commopt.integrations import plain
 
 LR, STEPS = 0.01, 12
 METHODS: dict[str, dict[str, Any]] = {

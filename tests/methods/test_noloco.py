@@ -13,8 +13,8 @@ from torch import Tensor
 
 from commopt import build
 from commopt.errors import ConfigError
+from commopt.gossip.topology import group_of
 from commopt.groups import SimGroup, SimWorld
-from commopt.topology import group_of
 
 
 def reference(

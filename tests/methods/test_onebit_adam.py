@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from commopt import build
 from commopt.errors import AttachError
+from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.integrations import plain
 from commopt.methods import OnebitAdam
 
 F64 = NDArray[np.float64]

@@ -15,9 +15,9 @@ from torch import nn
 
 from commopt import build
 from commopt.errors import ConfigError
+from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.integrations import plain
-from commopt.optimizers import LAMB
+from commopt.optim.parents import LAMB
 
 LR, B1, B2, EPS, DECAY, FREEZE, STEPS = 0.02, 0.9, 0.95, 1e-6, 0.1, 10, 40
 BOUNDS, BETA, F_MIN, F_MAX, F_STEP = (0.01, 10.0), 0.8, 0.5, 4.0, 0.1

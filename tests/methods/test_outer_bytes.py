@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from commopt import build
+from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.base import Traffic
 from commopt.groups.peers import Peers
 from commopt.groups.tcp import TcpPeers, local_memberships
-from commopt.integrations import plain
 
 ELEMENTS = 5 * 2**16
 EVERY, ROUNDS = 4, 16

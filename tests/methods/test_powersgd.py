@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt import build
-from commopt.bucket import Bucket
 from commopt.errors import ConfigError
+from commopt.frameworks import ddp
 from commopt.groups import Group, SimWorld, TorchGroup
-from commopt.integrations import ddp
+from commopt.wire.bucket import Bucket
 
 F64 = NDArray[np.float64]
 SHAPES = {"wide": (30, 70), "bias": (30,), "conv": (40, 5, 3, 3), "tall": (90, 20), "small": (3, 4)}

@@ -11,10 +11,10 @@ from rig import loss_of, make_batch, make_model
 from torch import Tensor
 
 from commopt import build
+from commopt.frameworks import plain
+from commopt.gossip.topology import directed_exponential
 from commopt.groups import SimGroup, SimWorld
-from commopt.integrations import plain
-from commopt.topology import directed_exponential
-from commopt.wire import Payload
+from commopt.wire.payload import Payload
 
 
 def reference(played: list[list[Played]]) -> list[tuple[Tensor, Tensor]]:

@@ -13,8 +13,8 @@ from presets import PRESETS, Preset
 from rig import loss_of, make_batch, make_model
 from torch.nn.parallel import DistributedDataParallel
 
+from commopt.frameworks import ddp
 from commopt.groups import TorchGroup
-from commopt.integrations import ddp
 
 STEPS, EVERY = 100, 25
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from commopt import build
 from commopt.errors import AttachError, CheckpointError, ConfigError
+from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.integrations import plain
 from commopt.methods import with_optimizer
-from commopt.optimizers import LAMB, Lion
+from commopt.optim.parents import LAMB, Lion
 
 F64 = NDArray[np.float64]
 LR, DECAY = 0.01, 0.1

@@ -10,10 +10,10 @@ import pytest
 from synthetic import F64, gradients, simulate, spans
 
 from commopt import build
-from commopt.bucket import Blocks
 from commopt.compress import RandomK
 from commopt.errors import ConfigError
-from commopt.noise import keys
+from commopt.wire.bucket import Blocks
+from commopt.wire.noise import keys
 
 N, STEPS, LR = 4, 20, 0.05
 SHAPES = [(30, 21), (17,), (9, 5)]

@@ -11,9 +11,9 @@ from synthetic import F64, gradients, simulate, spans
 
 from commopt import build
 from commopt.errors import AttachError, ConfigError
+from commopt.frameworks import plain
 from commopt.groups import SimWorld
-from commopt.integrations import plain
-from commopt.noise import keys, uniform
+from commopt.wire.noise import keys, uniform
 
 N, STEPS, LR = 4, 20, 0.05
 SHAPES = [(30, 21), (17,), (9, 5)]

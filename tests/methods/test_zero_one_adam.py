@@ -19,10 +19,11 @@ from sign_reference import F64, Parameters, SignExchange, arena, flat, gradients
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build, checkpoint
+from commopt import build
 from commopt.errors import ConfigError
+from commopt.frameworks import ddp, plain
 from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
-from commopt.integrations import ddp, plain
+from commopt.run import checkpoint
 
 B1, B2, EPS, DECAY = 0.9, 0.99, 1e-6, 0.02
 FREEZE, KAPPA, SCALER, CLIPPER, STEPS = 10, 3, 5, 4, 60

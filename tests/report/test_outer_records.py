@@ -7,8 +7,8 @@ import pytest
 from outer_runs import EPOCH_S, Absence, Lines, OuterPlan, outer_lines
 
 from commopt.errors import ConfigError
-from commopt.report.record import RankRecord
-from commopt.report.recorder import Recorder
+from commopt.record.lines import RankRecord
+from commopt.record.recorder import Recorder
 from commopt.report.results import collect
 
 RETURNED = OuterPlan(absences={2: Absence(after=25, back_s=7.5, resumed_at=45)})

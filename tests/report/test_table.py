@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from synthetic_runs import DENSE, EF_SIGN, FP16, ONEBIT, results_of, run_of, short
 
+from commopt.record.words import bytes_text, megabytes, milliseconds, seconds_text, times_text
 from commopt.report.results import Results
 from commopt.report.table import COLUMNS, cells, plain_table, readings, show
-from commopt.report.words import bytes_text, megabytes, milliseconds, seconds_text, times_text
 
 Lines = list[dict[str, Any]]
 

@@ -1,0 +1,389 @@
+"""The command line. Commands print and choose exit codes; what they do is in the modules that they import when called."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+import typer.core
+
+from commopt.errors import CommoptError, ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from commopt.cluster.emulate import Emulation
+    from commopt.cluster.run import JobResult
+    from commopt.cluster.spec import ClusterSpec, Emulate, RunSpec
+    from commopt.report.document import Results
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns what commopt raises on purpose into one line and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            fail(str(error), code=2)
+        except CommoptError as error:
+            fail(str(error), code=1)
+        except KeyboardInterrupt:
+            fail("interrupted by Ctrl-C; all that was started has ended", code=130)
+        except SystemExit as error:
+            if error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
+                note(f"ended by {signal.Signals(int(error.code) - 128).name}; all that was started has ended")
+            raise
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train over slow links: emulate a cluster on this machine, or launch on a real one.",
+)
+
+
+class EmulateOption(str, Enum):
+    """`--emulate`; spelled out here so that `--help` imports nothing."""
+
+    auto = "auto"
+    netns = "netns"
+    paced = "paced"
+    none = "none"
+
+
+EmulateAnnotated = Annotated[
+    EmulateOption | None,
+    typer.Option(
+        "--emulate",
+        help="Impose the links by the kernel (netns) or by pacing, or not at all; auto takes what works.",
+    ),
+]
+NodeAnnotated = Annotated[str | None, typer.Option("--node", help="Which of the real machines this one is.")]
+PrintAnnotated = Annotated[bool, typer.Option("--print", help="Print each node's command, and start nothing.")]
+OutAnnotated = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where results go; out/NAME by default.")
+]
+JsonAnnotated = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
+
+
+def main() -> None:
+    """Run the command line: exits with 0, 1 for a job that failed, 2 for a mistake in what was asked, 128 + a signal."""
+    app(prog_name="commopt")
+
+
+def fail(message: str, *, code: int) -> NoReturn:
+    """Print one red line per mistake, and exit."""
+    for line in message.splitlines() or [""]:
+        typer.secho(f"commopt: {line}", fg=typer.colors.RED, err=True)
+    raise SystemExit(code)
+
+
+def note(message: str) -> None:
+    """Print a line about the run itself, beside the output of the ranks."""
+    typer.secho(f"commopt: {message}", dim=True, err=True)
+
+
+@app.command(
+    epilog="Example: [bold]commopt launch configs/clusters/four-50mbit.yaml -- train.py --steps 100[/bold]",
+)
+def launch(
+    cluster: Annotated[Path, typer.Argument(metavar="CLUSTER.yaml", help="The nodes and their links.")],
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="-- PROGRAM [ARGUMENTS]...", help="What every rank runs; a .py file is run by Python."),
+    ],
+    emulate: EmulateAnnotated = None,
+    node: NodeAnnotated = None,
+    print_only: PrintAnnotated = False,
+    log_dir: Annotated[Path | None, typer.Option(help="Keep each node's output in this folder.")] = None,
+    independent: Annotated[
+        bool,
+        typer.Option(
+            "--independent",
+            help="Every node on its own: any may die, and be started again alone, while the others go on; "
+            "for noloco, diloco and other methods that exchange parameters now and then.",
+        ),
+    ] = False,
+) -> None:
+    """Run a program on every rank of a cluster.
+
+    Where the file only counts its nodes, all of them run on this machine, over links of the rate and delay that the
+    file gives. Where it lists real machines, run the same command on each of them.
+    """
+    from commopt.cluster import emulate as emulation_of
+    from commopt.cluster.run import run_job
+    from commopt.cluster.spec import load_cluster
+
+    spec = load_cluster(cluster)
+    mode = checked_mode(spec, emulate, node)
+    words = checked_program(command)
+    if print_only:
+        print_commands(spec, words, emulation_of.preview(spec, mode, node), independent=independent)
+        return
+    emulation = emulation_of.enter(spec, emulate=mode, node=node)
+    for notice in emulation.notices:
+        note(notice)
+    show = _print_labelled if len(emulation.nodes) > 1 else _print_plain
+    result = run_job(
+        spec, words, emulation=emulation, log_dir=log_dir, on_line=show, on_note=note, independent=independent
+    )
+    report(result)
+
+
+def checked_mode(spec: ClusterSpec, emulate: EmulateOption | None, node: str | None) -> Emulate | None:
+    """The mode that was asked for, if any. Raises ConfigError for a --node that would have no effect."""
+    from commopt.cluster.spec import Emulate
+
+    mode = None if emulate is None else Emulate(emulate.value)
+    if node is not None and not (spec.has_hosts and (mode or spec.emulation) is Emulate.NONE):
+        raise ConfigError(f"--node {node}: has no effect where this machine runs all nodes; leave it out")
+    return mode
+
+
+def checked_program(command: Sequence[str]) -> list[str]:
+    """The program and its arguments, with the program found. Raises LaunchError if there is none of that name."""
+    words = list(command)
+    if not words:
+        raise LaunchError("no program; write it after --, as in: commopt launch CLUSTER.yaml -- train.py")
+    program = words[0]
+    if program.endswith(".py"):
+        if not Path(program).is_file():
+            raise LaunchError(f"{program}: there is no such file")
+    elif shutil.which(program) is None:
+        hint = "it is not executable" if Path(program).is_file() else "there is no such program"
+        raise LaunchError(f"{program}: {hint}")
+    return words
+
+
+def print_commands(
+    spec: ClusterSpec, words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = ""
+) -> None:
+    """Print what `launch` would start on each node, as a shell would take it."""
+    from commopt.cluster.commands import (
+        agent_environment,
+        agent_words,
+        job_mark,
+        lone_agent_words,
+        peers_json,
+        program_words,
+    )
+
+    program = program_words(words[0], words[1:])
+    members = emulation.members() if independent else ()
+    for node in emulation.nodes:
+        name = spec.nodes[node].name
+        environment = agent_environment(
+            spec,
+            node,
+            interface=emulation.interfaces[node],
+            ranks_here=spec.slots * (1 if spec.has_hosts and emulation.mode.value == "none" else len(spec.nodes)),
+            links=emulation.links,
+            peers=peers_json(job_mark(spec, members, label), members) if independent else None,
+        )
+        prefix = ["ip", "netns", "exec", name] if emulation.mode.value == "netns" else []
+        argv = (
+            lone_agent_words(spec, program, port=emulation.own_port())
+            if independent
+            else agent_words(spec, node, program, meeting=emulation.meeting)
+        )
+        typer.echo(f"# {name}")
+        if spec.has_hosts and emulation.mode.value == "none" and emulation.interfaces[node] is None:
+            typer.echo(
+                "# there, add GLOO_SOCKET_IFNAME=its interface to the others; `commopt launch` finds it on that machine"
+            )
+        typer.echo(shlex.join(["env", *(f"{key}={value}" for key, value in environment.items()), *prefix, *argv]))
+
+
+def report(result: JobResult) -> None:
+    """Say how a job ended. Raises LaunchError, with the first failure, if it did not end well."""
+    for notice in result.notices:
+        note(notice)
+    if result.failure is not None:
+        if result.failure.message:
+            typer.echo(result.failure.message, err=True)
+        raise LaunchError(f"{result.failure}; all output is in {result.log_dir}")
+    sent = "; sent " + ", ".join(f"{name} {size(count)}" for name, count in result.tx_bytes.items())
+    note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1,000: 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def write_text(path: Path, text: str, *, option: str) -> None:
+    """Write a file that an option named. Raises ConfigError where that is impossible."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
+
+
+def shown(path: Path) -> str:
+    """The path as a user would type it from here, where that is shorter."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _print_labelled(label: str, line: str) -> None:
+    typer.echo(f"[{label}] {line}")
+
+
+def _print_plain(label: str, line: str) -> None:
+    typer.echo(line)
+
+
+@app.command(epilog="Example: [bold]commopt run configs/runs/demo.yaml --method onebit_adam[/bold]")
+def run(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Program, cluster, optimizer and methods.")],
+    method: Annotated[str | None, typer.Option(help="Which of the methods; the file's first one by default.")] = None,
+    emulate: EmulateAnnotated = None,
+    node: NodeAnnotated = None,
+    out: OutAnnotated = None,
+    json_file: JsonAnnotated = None,
+    print_only: PrintAnnotated = False,
+) -> None:
+    """Train once, and write a report."""
+    from commopt.cluster.spec import load_run
+
+    if method is not None and not method.strip():
+        raise ConfigError(f"--method {method!r}: the name is empty; write one, as in dense")
+    spec = load_run(run_file)
+    _train_and_report(spec, [method or next(iter(spec.methods))], emulate, node, out, json_file, print_only)
+
+
+@app.command(epilog="Example: [bold]commopt compare configs/runs/demo.yaml --methods dense,ef_sign,onebit_adam[/bold]")
+def compare(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Program, cluster, optimizer and methods.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,...", help="Which methods, in this order; all of the file's by default."),
+    ] = None,
+    emulate: EmulateAnnotated = None,
+    node: NodeAnnotated = None,
+    out: OutAnnotated = None,
+    json_file: JsonAnnotated = None,
+    print_only: PrintAnnotated = False,
+) -> None:
+    """Train the same model under each method in turn, and report loss, time and bytes side by side.
+
+    Cluster, seed and order of the data are the same for all. The report is a page with pictures; open OUT/report.html.
+    """
+    from commopt.cluster.spec import load_run
+
+    names = [name.strip() for name in re.split(r",(?![^(]*\))", methods)] if methods is not None else []
+    _train_and_report(load_run(run_file), names, emulate, node, out, json_file, print_only)
+
+
+def _train_and_report(
+    spec: RunSpec,
+    names: list[str],
+    emulate: EmulateOption | None,
+    node: str | None,
+    out: Path | None,
+    json_file: Path | None,
+    print_only: bool,
+) -> None:
+    from commopt.cli.training import (
+        check_methods,
+        check_outputs,
+        chosen_methods,
+        program_words,
+        train_each,
+    )
+    from commopt.cluster import emulate as emulation_of
+    from commopt.cluster.injection import check_faults
+
+    mode = checked_mode(spec.cluster, emulate, node)
+    methods = chosen_methods(spec, names)
+    if print_only:
+        from commopt.methods import is_outer_method
+
+        check_methods(spec, methods)
+        emulation = emulation_of.preview(spec.cluster, mode, node)
+        check_faults(spec.faults, emulation, spec.path.name)
+        for name, options in methods.items():
+            typer.echo(f"# method {name}")
+            print_commands(
+                spec.cluster,
+                program_words(spec, name, options),
+                emulation,
+                independent=is_outer_method(name),
+                label=f"{spec.name} {name}",
+            )
+        return
+    emulation = emulation_of.enter(spec.cluster, emulate=mode, node=node)
+    check_methods(spec, methods)
+    check_faults(spec.faults, emulation, spec.path.name)
+    out_dir = (out or Path("out") / spec.name).resolve()
+    reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks have seen
+    check_outputs(methods, out_dir, json_file if reports else None)
+    for notice in emulation.notices:
+        note(notice)
+    runs = train_each(
+        spec,
+        methods,
+        emulation=emulation,
+        out_dir=out_dir,
+        stream=sys.stdout,
+        on_line=typer.echo,
+        report=lambda results: _report(results, out_dir, json_file) if reports else None,
+    )
+    failed = [result.name for result in runs if result.status != "finished"]
+    if failed:
+        raise LaunchError(f"{', '.join(failed)} did not finish; see above")
+
+
+def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
+    from commopt.report.page import results_json, write_report
+    from commopt.report.table import show
+
+    show(results, sys.stdout)
+    try:
+        written = write_report(results, out_dir)
+    finally:
+        if json_file is not None:
+            write_text(json_file, results_json(results), option="--json")
+    for path in written:
+        if path.suffix in (".html", ".json"):
+            note(f"wrote {shown(path)}")
+
+
+@app.command(epilog="Example: [bold]commopt doctor --json machine.json[/bold]")
+def doctor(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the table there.")
+    ] = None,
+) -> None:
+    """Show what this machine can do, and what to do about what it cannot."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from commopt.cluster.doctor import as_json, examine
+
+    checks = examine()
+    table = Table("check", "state", "found", "what to do", box=None, pad_edge=False)
+    colors = {"ok": "green", "limited": "yellow", "missing": "red"}
+    for check in checks:
+        table.add_row(
+            check.check, Text(check.state.value, colors[check.state.value]), Text(check.found), Text(check.cure)
+        )
+    Console().print(table)
+    if json_file is not None:
+        write_text(json_file, as_json(checks), option="--json")

@@ -1,0 +1,218 @@
+"""One training program under several methods, one after the other, on the same cluster: what `run` and `compare` do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from commopt.cluster.emulate import Emulation
+from commopt.cluster.injection import Injection
+from commopt.cluster.run import run_job
+from commopt.cluster.spec import RunSpec
+from commopt.errors import ConfigError, check_option
+from commopt.reading import shown
+
+if TYPE_CHECKING:
+    from commopt.record.live import Live
+    from commopt.report.document import Results, RunResult
+
+
+def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options by method, in the order asked for; without names, the run's own. Raises ConfigError for a name given twice."""
+    for k, name in enumerate(names):
+        if not name:
+            raise ConfigError(f"--methods {','.join(names)!r}: a name is empty; write NAME,NAME,... as in dense,fp16")
+        if name in names[:k]:
+            raise ConfigError(f"--methods: {name!r} stands twice")
+    return {name: run.methods.get(name, {}) for name in names or run.methods}
+
+
+def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make every method once, on a model of no consequence. Raises ConfigError with all mistakes, file and key first."""
+    import torch
+
+    from commopt.methods import with_optimizer
+
+    mistakes = []
+    steps = run.arguments.get("steps")
+    if steps is not None:
+        try:
+            check_option("steps", steps, lambda x: isinstance(x, int) and x >= 1, "a whole number from 1")
+        except ConfigError as error:
+            mistakes.append(f"{run.path.name}: arguments.{error}")
+            steps = None
+    for name, options in methods.items():
+        try:
+            plain, optimizer = _split(run, options)
+            made, _ = with_optimizer(name, torch.nn.Linear(2, 2), options=plain, optimizer=optimizer)
+        except (ConfigError, TypeError) as error:
+            mistakes.append(f"{run.path.name}: methods.{name}: {str(error).removeprefix(f'method {name}: ')}")
+            continue
+        if steps is not None and made.warmup_steps >= steps:
+            mistakes.append(
+                f"{run.path.name}: methods.{name}: {made.warmup_option}: the warm-up of {made.warmup_steps} steps does not end "
+                f"before the last of {steps}; lower {made.warmup_option}, or raise arguments.steps"
+            )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def check_outputs(methods: Iterable[str], out_dir: Path, json_file: Path | None) -> None:
+    """Look at every place that training and the report will write to. Raises ConfigError with all that cannot be written."""
+    from commopt.report.page import FILES
+
+    mistakes = []
+    folders = [out_dir, *(out_dir / kind / name for kind in ("record", "log") for name in methods)]
+    wrong = dict.fromkeys(filter(None, map(_folder_mistake, folders)))  # a file in the way of several is told once
+    wrong |= dict.fromkeys(f"{folder} is a link" for folder in folders[1:] if folder.is_symlink())
+    wrong |= dict.fromkeys(f"{out_dir / name} is a folder" for name in FILES if os.path.isdir(out_dir / name))
+    mistakes += [f"--out {out_dir}: {text}; remove it, or write another folder" for text in wrong]
+    if json_file is not None:
+        folder = json_file.resolve().parent
+        if os.path.isdir(json_file):
+            mistakes.append(f"--json {json_file}: is a folder; write the name of a file")
+        elif os.path.exists(json_file):
+            if not os.access(json_file, os.W_OK):
+                mistakes.append(f"--json {json_file}: cannot be written; write another path")
+        elif not os.path.isdir(folder) and folder not in (out_dir, *out_dir.parents):
+            mistakes.append(f"--json {json_file}: there is no folder {folder}; make it, or write another path")
+        elif text := _folder_mistake(folder):
+            mistakes.append(f"--json {json_file}: {text}; write another path")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _folder_mistake(folder: Path) -> str | None:
+    """Why there can be no folder to write in: the folder itself, or the nearest one that exists above it."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not os.path.isdir(folder):
+        return f"{folder} is no folder"
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # os.access tells root that all is well, even in /proc
+    except OSError as error:
+        return f"{folder} cannot be written: {(error.strerror or str(error)).lower()}"
+    return None
+
+
+def train_each(
+    run: RunSpec,
+    methods: Mapping[str, Mapping[str, Any]],
+    *,
+    emulation: Emulation,
+    out_dir: Path,
+    stream: TextIO,
+    on_line: Callable[[str], None],
+    report: Callable[[Results], None],
+) -> list[RunResult]:
+    """Train under each method in turn, showing progress on `stream`. A run that fails does not keep the next from starting.
+
+    out_dir gets record/METHOD/rank*.jsonl and log/METHOD/NODE.log. `report` gets all runs at the end. On Ctrl-C or an error it
+    gets those that had ended, if any; then the exception goes on, and nothing is left running.
+    """
+    from commopt import kernels
+    from commopt.record.live import Live
+    from commopt.report.document import Cluster
+    from commopt.report.results import assemble
+
+    kernels.warm_up()  # before the ranks start: four of them compiling at once would cost seconds of the first step
+    results: list[RunResult] = []
+    try:
+        with Live(stream) as live:
+            for name, options in methods.items():
+                results.append(
+                    _train(run, name, options, emulation=emulation, out_dir=out_dir, live=live, on_line=on_line)
+                )
+    finally:
+        missing = list(methods)[len(results) :]
+        notices = [*emulation.notices, *([f"ended early, without {', '.join(missing)}"] if missing else [])]
+        if results:
+            cluster = Cluster.from_spec(run.cluster, emulation=emulation.mode.value, notices=notices)
+            report(assemble(results, cluster))
+    return results
+
+
+def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[str]:
+    """The training program and its arguments for one method."""
+    plain, optimizer = _split(run, options)
+    words = [str(run.program), *run.argument_words(), "--backend", run.cluster.backend.value, "--method", name]
+    words += ["--options", json.dumps(plain)]
+    return words + (["--optimizer", json.dumps(optimizer)] if optimizer else [])
+
+
+def _split(run: RunSpec, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A method's own options, and the optimizer: the run's, or the one that stands among the options."""
+    plain = {key: value for key, value in options.items() if key != "optimizer"}
+    optimizer = options.get("optimizer", run.optimizer)
+    example = "write its name and arguments, as in {name: adam, lr: 0.001}"
+    if not isinstance(optimizer, dict):
+        wrong = "is empty" if optimizer is None else f"{shown(optimizer)} is no set of keys and values"
+        raise ConfigError(f"optimizer: {wrong}; {example}, or leave the key out")
+    if "optimizer" in options and "name" not in optimizer:
+        raise ConfigError(f"optimizer: {shown(optimizer)} has no name; {example}")
+    return plain, dict(optimizer)
+
+
+def _train(
+    run: RunSpec,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    emulation: Emulation,
+    out_dir: Path,
+    live: Live,
+    on_line: Callable[[str], None],
+) -> RunResult:
+    from commopt.methods import is_outer_method
+    from commopt.report.results import collect
+
+    record_dir, log_dir = (_emptied(out_dir / kind / name) for kind in ("record", "log"))
+    live.begin(name, record_dir)
+
+    def tell(text: str) -> None:
+        live.note(f"{name}: {text}")
+
+    job = run_job(
+        run.cluster,
+        program_words(run, name, options),
+        emulation=emulation,
+        env={"COMMOPT_RECORD": str(record_dir)},
+        log_dir=log_dir,
+        on_tick=lambda _: live.tick(),
+        on_line=lambda label, line: on_line(f"[{name}, {label}] {line}"),
+        on_note=tell,
+        independent=is_outer_method(name),
+        label=f"{run.name} {name}",
+        faults=Injection(run.faults, emulation=emulation, record_dir=record_dir, tell=tell) if run.faults else None,
+    )
+    for notice in job.notices:
+        tell(notice)
+    failure = None
+    if job.failure is not None:
+        failure = str(job.failure)
+        if job.failure.killed_at_step is not None:
+            failure += f"; {name} needs every rank, and ends with it"
+        if job.failure.message:
+            live.note(job.failure.message)
+        live.note(f"all output is in {log_dir}")
+    live.end(failure)
+    slots = run.cluster.slots
+    ranks_here = [node * slots + slot for node in emulation.nodes for slot in range(slots)]
+    return collect(record_dir, method=name, options=options, failure=failure, ranks_here=ranks_here)
+
+
+def _emptied(folder: Path) -> Path:
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {folder.parents[1]}: cannot be written: {(error.strerror or str(error)).lower()}"
+        ) from None
+    return folder.resolve()

@@ -1,0 +1,175 @@
+"""Error feedback: what a compressor left out of this message goes into the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commopt.compress.base import Compressor, element_indices
+from commopt.wire import noise
+from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.payload import Payload
+
+_HEADER = ((torch.int32, 1),)
+_STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
+
+
+class ErrorFeedback:
+    """A compressor and the residual of what it has not sent yet, e <- (x + decay e) - decompressed.
+
+    Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847. `decay` below 1 and 8-bit storage are LoCo's
+    (Xie et al. 2024, arXiv:2407.04480), as is forgetting the residual from time to time, which is up to the caller (`clear`).
+    residual: (elements,) f32, bf16 or i8, laid out as the blocks' homes say. In 8 bits every block has a scale of
+    its own, max |e| / 127, and is rounded stochastically; in 0 bits there is no residual, and the compressor stands alone.
+    Each payload starts with an int32: the index of the first parameter with a non-finite value in any of the message's
+    blocks, or -1.
+
+    average: LoCo's moving average, e <- average e + (1 - average) (x + decay e - decompressed), instead of the last error alone.
+    blocks: every block that this side will ever compress; needed for 8 bits.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        elements: int,
+        device: torch.device | str = "cpu",
+        *,
+        bits: int = 32,
+        decay: float = 1.0,
+        average: float = 0.0,
+        blocks: Blocks | None = None,
+    ) -> None:
+        self.compressor, self.bits, self.decay, self.average = compressor, bits, decay, average
+        self.residual = torch.zeros(elements if bits else 0, dtype=_STORED_AS.get(bits, torch.float32), device=device)
+        self._homes: Int64Array = np.zeros(0, np.int64)
+        if bits == 8:
+            assert blocks is not None
+            self._homes = np.sort(blocks.homes)
+        self.scales = torch.zeros(len(self._homes), device=device)
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def compress(self, x: Tensor, parts: Sequence[Blocks]) -> list[Payload]:
+        """The payloads of x + residual, one for each of `parts`; x is left as it is."""
+        if self.bits == 0:
+            payloads = self._encode(x, None, parts)
+        elif self.bits == 32 and self.decay == 1.0 and self.average == 0.0:
+            payloads = self._encode(x, self.residual, parts)
+        else:
+            payloads = self._encode_with_copy(x, parts)
+        bad = [self.compressor.first_bad(p.tensors[1:], blocks) for p, blocks in zip(payloads, parts, strict=True)]
+        first = min((k for k in bad if k >= 0), default=-1)
+        for payload in payloads:
+            payload.tensors[0].fill_(first)
+        return payloads
+
+    def undo(self, x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks]) -> None:
+        """Take the last `compress` of x back: e <- (e + decompressed) - x where it was written, exact to about one ulp.
+
+        Exact where the residual is decayed, averaged or stored in fewer than 32 bits: it was copied then.
+        """
+        if self.bits == 0:
+            return
+        if self._before:
+            for blocks, (stored, scales) in zip(parts, self._before, strict=True):
+                self.residual[self._places(blocks)] = stored
+                if self.bits == 8:
+                    self.scales[self._slots(blocks)] = scales
+            self._before = []
+            return
+        for payload, blocks in zip(payloads, parts, strict=True):
+            sent = torch.zeros_like(x)
+            codes = payload.tensors[1:]
+            self.compressor.decompress_(codes, blocks, sent)
+            good = (~self.compressor.is_bad(codes, blocks)).tolist()
+            for is_good, start, home, n in zip(good, blocks.starts, blocks.homes, blocks.lengths, strict=True):
+                if is_good:
+                    e = self.residual[home : home + n]
+                    e.add_(sent[start : start + n]).sub_(x[start : start + n])
+
+    def values(self, blocks: Blocks) -> Tensor:
+        """(elements of blocks,) f32: the residual of some blocks, end to end."""
+        stored = self.residual[self._places(blocks)].float()
+        return stored * self._per_element(self.scales[self._slots(blocks)], blocks) if self.bits == 8 else stored
+
+    def set_values(self, values: Tensor, blocks: Blocks) -> None:
+        """Overwrite the residual of some blocks; `values` as `values()` gives them."""
+        if self.bits == 8:
+            per_element = self._per_element(torch.arange(len(blocks), device=values.device), blocks)
+            largest = torch.zeros(len(blocks), device=values.device)
+            largest.scatter_reduce_(0, per_element, values.abs(), "amax")
+            scales = largest / 127
+            steps = torch.where(scales > 0, 1 / scales, 0.0).nan_to_num(0.0, 0.0, 0.0)[per_element]
+            round_up = 0.5
+            if blocks.keys is not None:
+                round_up = noise.uniform(noise.mix(blocks.keys), blocks.lengths, values.device)  # type: ignore[assignment]
+            values = (values * steps + round_up).floor().clamp(-127, 127)
+            self.scales[self._slots(blocks)] = scales
+        self.residual[self._places(blocks)] = values.to(self.residual.dtype)
+
+    def clear(self, blocks: Blocks) -> None:
+        """Forget the residual of some blocks."""
+        self.residual[self._places(blocks)] = 0
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """What a checkpoint must hold, by key."""
+        if self.bits == 0:
+            return {}
+        return {name: self.residual, **({f"{name}_scales": self.scales} if self.bits == 8 else {})}
+
+    def views(self, home: int, length: int) -> list[Tensor]:
+        """The stored residual of one stretch of homes, with its scales, as views."""
+        if self.bits == 0:
+            return []
+        first, last = np.searchsorted(self._homes, [home, home + length]).tolist()
+        return [self.residual[home : home + length], *([self.scales[first:last]] if self.bits == 8 else [])]
+
+    def dense(self, state: Mapping[str, Tensor], name: str, blocks: Blocks) -> Tensor:
+        """(elements of blocks,) f32: the residual in a `state`, which may be that of another rank."""
+        other = ErrorFeedback(self.compressor, len(state[name]), self.residual.device, bits=self.bits, blocks=blocks)
+        other.residual.copy_(state[name])
+        if self.bits == 8:
+            other.scales.copy_(state[f"{name}_scales"])
+        return other.values(blocks)
+
+    def _encode(self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks]) -> list[Payload]:
+        if self.compressor.is_ragged:
+            header = torch.zeros(1, dtype=torch.int32, device=x.device)
+            return [Payload.of(header, *self.compressor.encode(x, residual, blocks)) for blocks in parts]
+        payloads = [Payload.allocate(_HEADER + self.compressor.layout(blocks), x.device) for blocks in parts]
+        self.compressor.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
+        return payloads
+
+    def _encode_with_copy(self, x: Tensor, parts: Sequence[Blocks]) -> list[Payload]:
+        """Compress with the residual in float32 beside its storage, of which a copy is kept for `undo`."""
+        self._before = [
+            (self.residual[self._places(blocks)], self.scales[self._slots(blocks)] if self.bits == 8 else self.scales)
+            for blocks in parts
+        ]
+        ends = np.cumsum([0, *(blocks.elements for blocks in parts)])
+        before = torch.cat([self.values(blocks) for blocks in parts])
+        residual = before * self.decay
+        moved = [blocks.moved_home(int(start)) for blocks, start in zip(parts, ends, strict=False)]
+        payloads = self._encode(x, residual, moved)
+        residual.lerp_(before, self.average)
+        for payload, blocks, part in zip(payloads, parts, torch.split(residual, np.diff(ends).tolist()), strict=True):
+            if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else it is void, and taken back
+                self.set_values(part, blocks)
+        return payloads
+
+    def _places(self, blocks: Blocks) -> Tensor:
+        return element_indices(blocks.homes, blocks.lengths, self.residual.device)
+
+    def _slots(self, blocks: Blocks) -> Tensor:
+        return torch.from_numpy(np.searchsorted(self._homes, blocks.homes)).to(self.residual.device)
+
+    def _per_element(self, per_block: Tensor, blocks: Blocks) -> Tensor:
+        return per_block.repeat_interleave(torch.from_numpy(blocks.lengths).to(per_block.device))
+
+
+def first_bad_parameter(payloads: Sequence[Payload]) -> int:
+    """What the headers of some ranks' messages say: the first bad parameter's index, or -1; the same on all who read the same."""
+    heads = torch.stack([payload.tensors[0][0] for payload in payloads]).tolist()
+    return min((head for head in heads if head >= 0), default=-1)

@@ -1,0 +1,133 @@
+"""What the ranks' signs add up to: one bit up, the majority or the count down. A third form beside gathering and the two-way mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from commopt import kernels
+from commopt.compress.base import equal_blocks
+from commopt.compress.feedback import first_bad_parameter
+from commopt.errors import AttachError, check_option
+from commopt.exchange.mean import Aggregator, first_bad, is_finite
+from commopt.groups.base import Group
+from commopt.kernels.reference.votes import coin_bits, count_votes
+from commopt.wire import noise
+from commopt.wire.bucket import Blocks, BlockTable, Bucket
+from commopt.wire.payload import Payload
+
+_BLOCK = 2048  # elements that are served by one rank
+_MOST_RANKS = 255  # a count is a byte while it is unpacked
+
+
+class SignVote(Aggregator):
+    """Replace each element by the sign that most ranks hold ("majority"), or by the mean of the ranks' signs ("average").
+
+    Liu et al. 2024, arXiv:2404.00438, Algorithm 1 (MaVo, Avg). Each rank sends one bit per element to the block's owner, which
+    counts them, and sends every rank one bit (majority) or the count in ceil(log2(N+1)) bits (average).
+
+    A bit has no room for sign(0) = 0, and a fixed side would make ties and unused elements drift. So a tie of an even vote takes
+    a coin that all ranks share, and a rank whose value is zero votes by a coin of its own. Coins depend on the element's place and on
+    how often its parameter has been exchanged, for any buckets, and every second toss is the opposite of the one before it: an
+    element that no rank has an opinion on never is further from where it began than one step, and where only some
+    ranks have none, the others are heard.
+
+    Sends (N-1)/N x (1 + 1)/8 bytes per element, or (N-1)/N x (1 + ceil(log2(N+1)))/8. State: none.
+
+    vote: "majority" or "average". seed: of the coins.
+    One rank alone takes the sign, of which sign(0) = 0.
+    """
+
+    name = "sign_vote"
+
+    def __init__(self, *, vote: str, seed: int = 0, max_norm: float | None = None, grad_scaler: Any = None) -> None:
+        super().__init__(max_norm=max_norm, grad_scaler=grad_scaler)
+        check_option("vote", vote, lambda x: x in ("majority", "average"), "'majority' or 'average'")
+        check_option("seed", seed, lambda x: isinstance(x, int), "a whole number")
+        self.is_majority, self.seed = vote == "majority", seed
+
+    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().bind(named_parameters, group)
+        if group.size > _MOST_RANKS and not self.is_majority:
+            raise AttachError(f"vote: 'average' counts up to {_MOST_RANKS} ranks, not {group.size}; write 'majority'")
+        device = named_parameters[0][1].device
+        kernels.warm_up(device)  # now, and not in the first step
+        self._table = BlockTable.cut(self.index, group.size, lambda n, _: equal_blocks(n, _BLOCK), shared_scale=False)
+        self._cut: dict[Any, tuple[Blocks, ...]] = {}
+        self._width = 1 if self.is_majority else group.size.bit_length()  # bits of an answer
+        top = 1 if self.is_majority else group.size
+        counts = torch.arange(2**self._width, dtype=torch.float32, device=device)
+        self._values = (2 * counts - top) / top  # (2^width,) what a count stands for
+
+    def aggregate(self, bucket: Bucket, group: Group) -> None:
+        self.vote(bucket.flat, bucket.flat, bucket, group)
+
+    def vote(self, x: Tensor, out: Tensor, bucket: Bucket, group: Group) -> bool:
+        """out <- the vote on the signs of x; False, with bucket.void set, where x has a NaN or an inf on any rank.
+
+        x, out: laid out as bucket.flat is; they may be one tensor, which a void vote leaves as it was.
+        """
+        if group.size == 1:
+            if is_finite(x):
+                torch.sign(x, out=out)
+            else:
+                bucket.void = first_bad(self.index, bucket.with_flat(x))
+            return bucket.void is None
+        by_owner = self._by_owner(bucket)
+        if not any(len(blocks) for blocks in by_owner):
+            return True
+        received = group.all_to_all(self._ballots(x, by_owner, group.rank))
+        bad = first_bad_parameter(received)
+        if bad >= 0:
+            bucket.void = self.index.names[bad]
+            return False
+        answer = self._count([payload.tensors[1] for payload in received], by_owner[group.rank])
+        layouts = [((torch.uint8, self._width * blocks.sign_bytes),) for blocks in by_owner]
+        for blocks, payload in zip(by_owner, group.all_gather(answer, layouts), strict=True):
+            kernels.of("votes", out.device).unpack_counts_(payload.tensors[0], self._width, blocks, self._values, out)
+        return True
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return (ranks - 1) / ranks * (1 + (1 if self.is_majority else ranks.bit_length())) / 8
+
+    def _by_owner(self, bucket: Bucket) -> tuple[Blocks, ...]:
+        """The bucket's blocks by the rank that serves them, cut once for each bucket layout."""
+        key = (bucket.names, bucket.starts)
+        if len(self._cut) > 64:
+            self._cut.clear()
+        if key not in self._cut:
+            self._cut[key] = self._table.parts(bucket).by_owner
+        return self._cut[key]
+
+    def _ballots(self, x: Tensor, by_owner: Sequence[Blocks], rank: int) -> list[Payload]:
+        """One for each owner: the index of the first parameter with a NaN or an inf, or -1, and a bit per element."""
+        ballots, first = [], len(self.index.names)
+        for blocks in by_owner:
+            ballot = Payload.allocate(((torch.int32, 1), (torch.uint8, blocks.sign_bytes)), x.device)
+            is_bad = kernels.of("votes", x.device).pack_votes_(x, *self._coins("zero", rank, blocks), ballot.tensors[1])
+            if bool(is_bad.any()):
+                first = min(first, int(blocks.parameters[is_bad.cpu().numpy()].min()))
+            ballots.append(ballot)
+        for ballot in ballots:
+            ballot.tensors[0].fill_(first if first < len(self.index.names) else -1)
+        return ballots
+
+    def _count(self, rows: list[Tensor], blocks: Blocks) -> Payload:
+        """The answer for the blocks that this rank serves, from every rank's bits."""
+        if not self.is_majority:
+            return Payload.of(torch.cat(count_votes(rows, self._width)))
+        if len(rows) % 2 == 0:
+            rows = [*rows, coin_bits(*self._coins("tie", 0, blocks), rows[0].device)]  # one more voter decides ties
+        width, needed = len(rows).bit_length(), len(rows) // 2 + 1
+        return Payload.of(count_votes(rows, width, 2 ** (width - 1) - needed)[-1])  # the top bit is: as many as needed
+
+    def _coins(self, purpose: str, rank: int, blocks: Blocks) -> tuple[Blocks, NDArray[np.uint8]]:
+        """The blocks with their keys, and (B,) u8: 255 where it is the second toss with this key, which is the opposite."""
+        counts = self.exchanges.numpy()[blocks.parameters]
+        keys = noise.keys(self.seed, purpose, rank, counts // 2, blocks.homes)
+        return blocks.with_keys(keys), np.where(counts % 2 == 1, 255, 0).astype(np.uint8)

@@ -1,0 +1,232 @@
+"""Who averages with whom in which round: a topology is data, and random groups are drawn alike on every rank.
+
+After Decent-DP's topologies (arXiv:2410.11998), NoLoCo's random groups (arXiv:2506.10911) and the directed exponential graph of
+stochastic gradient push (arXiv:1811.10792). Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from commopt.errors import ConfigError, check_option, did_you_mean
+from commopt.wire.noise import keys
+
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Ranks that mix in one round: x_i <- weight x_i + share * sum of x_j over the other members (arXiv:2410.11998).
+
+    members: sorted ranks. weight: of a member's own parameters.
+    """
+
+    members: tuple[int, ...]
+    weight: float
+
+    @property
+    def share(self) -> float:
+        """What the parameters of each other member count: (1 - weight) / (n - 1), and 0 where there is no other."""
+        return (1 - self.weight) / (len(self.members) - 1) if len(self.members) > 1 else 0.0
+
+
+Rounds = tuple[tuple[Edge, ...], ...]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Rounds of edges, repeated without end; a rank in no edge of a round sits it out.
+
+    Raises ConfigError, at construction, for an edge that does not fit: an unknown rank, a rank in two edges of a round, a weight
+    outside [0, 1], members out of order, or weights that do not sum to one.
+    """
+
+    name: str
+    ranks: int
+    rounds: Rounds
+
+    def __post_init__(self) -> None:
+        _check_whole("ranks", self.ranks, 1)
+        if not self.rounds:
+            raise ConfigError(f"topology {self.name}: has no round; give at least one, which may hold no edge")
+        for number, edges in enumerate(self.rounds):
+            taken: dict[int, Edge] = {}
+            for edge in edges:
+                where = f"topology {self.name}: round {number}: edge {edge.members}"
+                _check_edge(edge, self.ranks, where)
+                for rank in edge.members:
+                    if rank in taken:
+                        both = f"rank {rank} is in {taken[rank].members} too"
+                        raise ConfigError(f"{where}: {both}; put it into at most one edge of a round")
+                    taken[rank] = edge
+
+    def edge(self, round: int, rank: int) -> Edge | None:
+        """The edge of this rank in this round, counted modulo the period; None: the rank sits the round out. Raises ConfigError."""
+        _check_whole("rank", rank, 0, self.ranks - 1)
+        return next((edge for edge in self.rounds[round % len(self.rounds)] if rank in edge.members), None)
+
+    def mixing_matrix(self, round: int) -> F64:
+        """(N, N) float64: row i says what each rank's parameters count in rank i's after this round."""
+        matrix = np.eye(self.ranks)
+        for edge in self.rounds[round % len(self.rounds)]:
+            matrix[np.ix_(edge.members, edge.members)] = edge.share
+            matrix[edge.members, edge.members] = edge.weight
+        return matrix
+
+
+def make_topology(name: str, ranks: int, slots: int = 1) -> Topology:
+    """A topology by name; on a single rank each of them is one round without an edge.
+
+    complete: all ranks average in every round. ring: pairs of neighbours; with an odd number of ranks one sits out in turn.
+    one_peer_exp: rank j pairs with j XOR 2^k. alternating_exp_ring: the same between nodes, alternating with averages inside them.
+    slots: ranks on a node, of consecutive numbers; only alternating_exp_ring looks at it.
+    Raises ConfigError for an unknown name, or a number of ranks that the topology has no rounds for.
+    """
+    _check_whole("ranks", ranks, 1)
+    _check_whole("slots", slots, 1)
+    if not isinstance(name, str) or name not in _BUILDERS:
+        raise ConfigError(f"topology: unknown topology {name!r}{did_you_mean(str(name), _BUILDERS)}")
+    return Topology(name, ranks, _BUILDERS[name](ranks, slots) if ranks > 1 else ((),))
+
+
+def random_groups(ranks: int, size: int, seed: int, round: int) -> list[tuple[int, ...]]:
+    """NoLoCo's random groups of a round (arXiv:2506.10911), the same on every rank from (seed, round) only.
+
+    A permutation of the ranks, cut into groups of `size`; members are sorted. What is left over makes a smaller group (the paper wants
+    ranks to be divisible by size). A single rank that is left over sits the round out and is in no group: from round cN to cN + N - 1
+    each of N ranks does so once, and none does twice in a row. Raises ConfigError for a size below 2.
+    """
+    _check_whole("ranks", ranks, 1)
+    _check_whole("size", size, 2)
+    _check_whole("round", round, 0)
+    order = _permutation(ranks, seed, "random groups", round)
+    if ranks % size == 1:
+        order.remove(_sits_out(ranks, seed, round))
+    return [tuple(sorted(order[first : first + size])) for first in range(0, len(order), size)]
+
+
+def group_of(rank: int, ranks: int, size: int, seed: int, round: int) -> tuple[int, ...]:
+    """The group of this rank in `random_groups`, and (rank,) where it sits the round out. Raises ConfigError."""
+    _check_whole("rank", rank, 0, ranks - 1)
+    return next((group for group in random_groups(ranks, size, seed, round) if rank in group), (rank,))
+
+
+def directed_exponential(ranks: int, round: int, rank: int) -> int:
+    """The rank that this one sends to in a round of push-sum: (rank + 2^(round mod ceil(log2 N))) mod N.
+
+    Assran et al. 2018, arXiv:1811.10792. In each round every rank receives from exactly one other. Raises ConfigError
+    for fewer than two ranks.
+    """
+    _check_whole("ranks", ranks, 2)
+    return int((rank + 2 ** (round % (ranks - 1).bit_length())) % ranks)
+
+
+def _complete(ranks: int, slots: int) -> Rounds:
+    return ((Edge(tuple(range(ranks)), 1 / ranks),),)
+
+
+def _ring(ranks: int, slots: int) -> Rounds:
+    """Even rounds pair (2k, 2k + 1), odd ones (2k, 2k - 1); an odd number of ranks has N rounds, and rank r - 1 sits round r out.
+
+    The ranks after the one that sits out pair up along the ring, so in N rounds each sits out once, each edge is used (N - 1) / 2
+    times, and a rank still turns to its other neighbour from round to round.
+    """
+    period = 2 if ranks % 2 == 0 else ranks
+    return tuple(tuple(_pair(r + k, r + k + 1, ranks) for k in range(0, ranks - 1, 2)) for r in range(period))
+
+
+def _one_peer_exp(ranks: int, slots: int) -> Rounds:
+    """Rank j pairs with j XOR 2^k, which is a perfect matching where j + 2^k mod N is not, so log2 N rounds average exactly."""
+    if not _is_power_of_two(ranks):
+        below = 1 << ranks.bit_length() - 1
+        raise ConfigError(
+            f"topology: one_peer_exp works with 2, 4, 8, 16, ... ranks, and here are {ranks}; "
+            f"start {below} or {2 * below} of them, or write ring or complete, which work with any number"
+        )
+    hops = [1 << k for k in range(ranks.bit_length() - 1)]
+    return tuple(tuple(Edge((j, j | hop), 0.5) for j in range(ranks) if not j & hop) for hop in hops)
+
+
+def _alternating_exp_ring(ranks: int, slots: int) -> Rounds:
+    """Two rounds for each hop 2^k between nodes: even pairs of nodes average inside each node first, odd ones over both first.
+
+    So about half of the pairs use the network at any time. A node of one rank has nothing to average inside: one_peer_exp.
+    Exact after 2 log2(nodes) rounds.
+    """
+    nodes = ranks // slots
+    if ranks % slots or not _is_power_of_two(nodes):
+        raise ConfigError(
+            f"topology: alternating_exp_ring works with 1, 2, 4, 8, ... nodes of equally many ranks, and here are {ranks} ranks, "
+            f"{slots} to a node; change the number of nodes, or write ring or complete, which work with any number"
+        )
+    if slots == 1:
+        return _one_peer_exp(ranks, slots)
+    if nodes == 1:
+        return _complete(ranks, slots)
+    rounds = []
+    for matching in _one_peer_exp(nodes, slots):
+        inside = [[_average(node, slots=slots) for node in pair.members] for pair in matching]
+        over_both = [[_average(*pair.members, slots=slots)] for pair in matching]
+        for turn in range(2):
+            halves = [(inside, over_both)[(turn + k) % 2][k] for k in range(len(matching))]
+            rounds.append(tuple(edge for edges in halves for edge in edges))
+    return tuple(rounds)
+
+
+_BUILDERS: Mapping[str, Callable[[int, int], Rounds]] = {
+    "complete": _complete,
+    "ring": _ring,
+    "one_peer_exp": _one_peer_exp,
+    "alternating_exp_ring": _alternating_exp_ring,
+}
+
+
+def _pair(a: int, b: int, ranks: int) -> Edge:
+    first, second = sorted((a % ranks, b % ranks))
+    return Edge((first, second), 0.5)
+
+
+def _average(*nodes: int, slots: int) -> Edge:
+    """The plain average over all ranks of these nodes."""
+    members = tuple(node * slots + slot for node in sorted(nodes) for slot in range(slots))
+    return Edge(members, 1 / len(members))
+
+
+def _permutation(ranks: int, seed: int, purpose: str, count: int) -> list[int]:
+    """The ranks in the order of their keys, which differ: for one count, a key is a bijection of the place."""
+    drawn = keys(seed, purpose, 0, np.asarray([count]), np.arange(ranks))  # (N,) u64
+    return [int(rank) for rank in np.argsort(drawn)]
+
+
+def _sits_out(ranks: int, seed: int, round: int) -> int:
+    """Who is left over: the ranks take turns, in an order drawn anew for each cycle of N rounds."""
+    cycle, turn = divmod(round, ranks)
+    order = _permutation(ranks, seed, "sits out", cycle)
+    if turn < 2 and cycle > 0 and ranks > 2 and order[0] == _permutation(ranks, seed, "sits out", cycle - 1)[-1]:
+        order[:2] = order[1::-1]  # else it would sit out twice in a row; the last turn stays, so cycles do not chain
+    return order[turn]
+
+
+def _check_whole(option: str, value: int, low: int, high: float = math.inf) -> None:
+    wanted = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "")
+    check_option(option, value, lambda n: isinstance(n, int) and low <= n <= high, wanted)
+
+
+def _check_edge(edge: Edge, ranks: int, where: str) -> None:
+    members, weight = edge.members, edge.weight
+    if not members or not all(isinstance(rank, int) and 0 <= rank < ranks for rank in members):
+        raise ConfigError(f"{where}: write one or more ranks from 0 to {ranks - 1}")
+    if list(members) != sorted(set(members)):
+        raise ConfigError(f"{where}: write each rank once, in order: {tuple(sorted(set(members)))}")
+    check_option(f"{where}: weight", weight, lambda w: 0 <= w <= 1, "a number from 0 to 1")
+    if len(members) == 1 and weight != 1:
+        raise ConfigError(f"{where}: weight: {weight!r} does not sum to one with nobody else's; write 1")
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n >= 1 and n & (n - 1) == 0

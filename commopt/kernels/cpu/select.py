@@ -1,0 +1,144 @@
+"""Selection of the largest elements on a CPU: a sampled threshold leaves few candidates, the exact cut is made among those."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from commopt.kernels.cpu.signs import F32, _compiled, residual_arrays
+from commopt.wire.bucket import Blocks, Int64Array
+
+_LARGEST = np.float32(np.finfo(np.float32).max)
+_SLICE = 2048
+_STRIDE = 101  # one in a hundred is sampled; prime, so that rows of a matrix are not sampled in the same column
+Bool = NDArray[np.bool_]
+
+
+@_compiled
+def _correct(x: F32, e: F32, c: F32) -> Any:
+    total = np.float32(0.0)
+    for i in range(x.size):
+        v = x[i] + e[i]
+        c[i] = v
+        total += abs(v)
+    return total
+
+
+@_compiled
+def _candidates(c: F32, threshold: np.float32, out: Int64Array) -> int:
+    count = 0
+    for i in range(c.size):
+        if abs(c[i]) >= threshold:
+            out[count] = i
+            count += 1
+    return count
+
+
+@_compiled
+def _sampled_threshold(c: F32, k: int) -> Any:
+    """A magnitude that more than k elements very likely reach: that of a sample's top share, with a margin for the draw."""
+    sample = np.abs(c[::_STRIDE])
+    expected = sample.size * k / c.size
+    rank = int(1.25 * expected + 4 * math.sqrt(expected) + 4)
+    if rank >= sample.size:
+        return np.float32(0.0)
+    return np.partition(sample, sample.size - rank)[sample.size - rank]
+
+
+@_compiled
+def _top(c: F32, k: int, candidates: Int64Array, out: Int64Array) -> None:
+    """The k largest by magnitude, in ascending order of index; of equal ones the first."""
+    count = _candidates(c, _sampled_threshold(c, k), candidates)
+    if count < k:  # the sample was misleading: take the exact cut among all
+        count = _candidates(c, np.float32(0.0), candidates)
+    magnitudes = np.empty(count, np.float32)
+    for j in range(count):
+        magnitudes[j] = abs(c[candidates[j]])
+    cut = np.partition(magnitudes, count - k)[count - k]
+    ties = k
+    for j in range(count):
+        ties -= magnitudes[j] > cut
+    place = 0
+    for j in range(count):
+        is_tie = magnitudes[j] == cut
+        if magnitudes[j] > cut or (is_tie and ties > 0):
+            out[place] = candidates[j]
+            place += 1
+            ties -= is_tie
+
+
+@_compiled
+def _select(
+    x: F32,
+    e: F32,
+    starts: Int64Array,
+    homes: Int64Array,
+    lengths: Int64Array,
+    ks: Int64Array,
+    threshold: np.float32,
+    keep: bool,
+    indices: Int64Array,
+    values: F32,
+    good: Bool,
+) -> None:
+    longest = 0
+    for b in range(lengths.size):
+        longest = max(longest, lengths[b])
+    c_all, candidates = np.empty(longest, np.float32), np.empty(longest, np.int64)
+    place = 0
+    for b in range(lengths.size):
+        n, k = lengths[b], ks[b]
+        part_x, part_e, c = x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n], c_all[:n]
+        total = 0.0
+        for a in range(0, n, _SLICE):
+            total += float(_correct(part_x[a : a + _SLICE], part_e[a : a + _SLICE], c[a : a + _SLICE]))
+        good[b] = abs(total) <= 1e300  # false for NaN and inf; isfinite may be folded away under reassoc
+        out = indices[place : place + k]
+        if threshold > 0:
+            k = _candidates(c, threshold, candidates)
+            ks[b] = k
+            out = indices[place : place + k]
+            out[:] = candidates[:k]
+        elif k == n or not good[b]:
+            for j in range(k):
+                out[j] = j
+        else:
+            _top(c, k, candidates, out)
+        for j in range(k):
+            values[place + j] = c[out[j]]
+        if keep and good[b]:
+            part_e[:] = c
+        place += k
+
+
+def select_(
+    x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0
+) -> tuple[Tensor, Tensor, Bool]:
+    """Of c = x + residual, per block, the ks[b] elements of largest magnitude, or all that reach a threshold above 0.
+
+    Returns indices within each block (sum ks,) i64 in ascending order, their values (sum ks,) f32, and (B,) whether a block has
+    neither NaN nor inf. residual <- c in good blocks. With a threshold, ks is overwritten by what was found.
+    """
+    import torch
+
+    e, homes = residual_arrays(residual, blocks)
+    room = blocks.elements if threshold > 0 else int(ks.sum())
+    indices, values, good = np.empty(room, np.int64), np.empty(room, np.float32), np.empty(len(blocks), np.bool_)
+    arrays = (blocks.starts, homes, blocks.lengths, ks, np.float32(threshold), residual is not None)
+    _select(x.numpy(), e, *arrays, indices, values, good)
+    found = int(ks.sum())
+    return torch.from_numpy(indices[:found]), torch.from_numpy(values[:found]), good
+
+
+def warm_up() -> None:
+    """Compile for what `select_` is called with."""
+    import torch
+
+    one = np.zeros(1, dtype=np.int64)
+    blocks = Blocks(one, one, one + 8, one, one)
+    for residual in (torch.zeros(8), None):
+        select_(torch.ones(8), residual, blocks, one + 2)

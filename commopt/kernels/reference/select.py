@@ -1,0 +1,38 @@
+"""Selection in plain torch: the oracle of the fast one, and what runs on devices without it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from commopt.wire.bucket import Blocks, Int64Array
+
+
+def select_(
+    x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0
+) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+    """Of c = x + residual, per block, the ks[b] elements of largest magnitude, or all that reach a threshold above 0.
+
+    Returns indices within each block (sum ks,) i64 in ascending order, their values (sum ks,) f32, and (B,) whether a block has
+    neither NaN nor inf. residual <- c in good blocks. With a threshold, ks is overwritten by what was found.
+    """
+    indices, values, good = [], [], []
+    for b, (start, home, n) in enumerate(zip(blocks.starts, blocks.homes, blocks.lengths, strict=True)):
+        c = x[start : start + n] if residual is None else x[start : start + n] + residual[home : home + n]
+        good.append(bool(c.isfinite().all()))
+        k = int(ks[b])
+        if threshold > 0:
+            chosen = (c.abs() >= threshold).nonzero().view(-1)
+            ks[b] = len(chosen)
+        elif good[-1]:
+            chosen = c.abs().sort(descending=True, stable=True).indices[:k].sort().values  # of equal ones the first
+        else:
+            chosen = torch.arange(k, device=x.device)
+        indices.append(chosen)
+        values.append(c[chosen])
+        if residual is not None and good[-1]:
+            residual[home : home + n] = c
+    none = torch.zeros(0, device=x.device)
+    return torch.cat([none.long(), *indices]), torch.cat([none, *values]), np.asarray(good, dtype=np.bool_)

@@ -1,0 +1,78 @@
+"""Votes in plain torch: the oracle of the fast kernels, what runs on devices without one, and what is plain torch anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from commopt.kernels.reference.signs import _BIT, _bit_places, _per_block, _runs
+from commopt.wire import noise
+from commopt.wire.bucket import Blocks
+
+
+def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tensor) -> Tensor:
+    """Write a bit for each sign, 1 for x > 0, and the block's coin, turned over where flips is 255, for x = 0.
+
+    Returns (B,) bool: which blocks hold a NaN or an inf. blocks: with keys; flips: (B,) u8, 0 or 255; bits: (sign_bytes,) u8.
+    """
+    values = x[_runs(blocks.starts, blocks.lengths, x.device)]
+    zeros = _packed(values.eq(0), blocks, bits.numel())
+    bits.copy_(_packed(values > 0, blocks, bits.numel()) | zeros & coin_bits(blocks, flips, x.device))
+    is_bad = torch.zeros(len(blocks), dtype=torch.int32, device=x.device)
+    return is_bad.index_add_(0, _per_block(blocks, x.device), (~values.isfinite()).int()).ne(0)
+
+
+def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, out: Tensor) -> None:
+    """out <- values[count] at the blocks' starts; plane k of `width`, one behind the other, holds bit k of each count.
+
+    planes: (width * sign_bytes,) u8, width at most 8; values: (2^width,) f32.
+    """
+    weights = torch.tensor(_BIT, dtype=torch.uint8, device=planes.device)
+    unpacked = (planes.view(width, -1, 1) & weights).ne(0).view(width, -1)[:, _bit_places(blocks, planes.device)]
+    place_values = 2 ** torch.arange(width, device=planes.device)
+    counts = (unpacked * place_values.view(-1, 1)).sum(0)
+    out[_runs(blocks.starts, blocks.lengths, out.device)] = values[counts]
+
+
+def coin_bits(blocks: Blocks, flips: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(sign_bytes,) u8: one fair bit for each element, from the blocks' keys, turned over where flips is 255.
+
+    64 elements of a block take the 64 bits of one mixed counter; its lowest byte comes first.
+    """
+    assert blocks.keys is not None
+    n_bytes = (blocks.lengths + 7) // 8
+    words = (n_bytes + 7) // 8
+    within = np.arange(int(words.sum())) - np.repeat(np.cumsum(words) - words, words) + 1
+    drawn = noise.mix(np.repeat(blocks.keys, words) + within.astype(np.uint64) * np.uint64(noise.GOLDEN))
+    of_words = drawn.astype("<u8").view(np.uint8)
+    first = 8 * np.repeat(np.cumsum(words) - words, n_bytes)
+    kept = first + np.arange(int(n_bytes.sum())) - np.repeat(np.cumsum(n_bytes) - n_bytes, n_bytes)
+    return torch.from_numpy(of_words[kept] ^ np.repeat(flips, n_bytes)).to(device)
+
+
+def count_votes(rows: Sequence[Tensor], width: int, start: int = 0) -> list[Tensor]:
+    """start + how many of the rows have each bit set, as `width` planes: bit k of every count is in plane k.
+
+    A ripple-carry adder whose wires are rows of bits: eight elements to the byte, no element is ever unpacked.
+    rows: each (n,) u8; start + len(rows) must be below 2^width.
+    """
+    planes = [torch.full_like(rows[0], 255 if start >> k & 1 else 0) for k in range(width)]
+    carry, spare = torch.empty_like(rows[0]), torch.empty_like(rows[0])
+    for row in rows:
+        carry.copy_(row)
+        for plane in planes:
+            torch.bitwise_and(plane, carry, out=spare)
+            plane ^= carry
+            carry, spare = spare, carry
+    return planes
+
+
+def _packed(flags: Tensor, blocks: Blocks, n_bytes: int) -> Tensor:
+    unpacked = torch.zeros(n_bytes * 8, dtype=torch.uint8, device=flags.device)
+    unpacked[_bit_places(blocks, flags.device)] = flags.to(torch.uint8)
+    weights = torch.tensor(_BIT, dtype=torch.uint8, device=flags.device)
+    return (unpacked.view(-1, 8) * weights).sum(1, dtype=torch.uint8)

@@ -1,0 +1,236 @@
+"""Reads the lines that one rank wrote, whole or torn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from commopt.record.meter import Window, window
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """One optimizer step of one rank; `loss` is None where it was not finite."""
+
+    step: int
+    loss: float | None
+    seconds: float
+    wait_s: float
+    tokens: int
+    steady: bool
+    at_s: float
+
+
+@dataclass(frozen=True)
+class ValidationLine:
+    """A loss over `tokens` that were not trained on, after `steps` steps and `at_s` seconds of the record."""
+
+    loss: float | None
+    tokens: int
+    steps: int
+    at_s: float
+
+
+@dataclass(frozen=True)
+class CountersLine:
+    """The bytes so far, by the library and by the interface, after `steps` steps."""
+
+    traffic: Mapping[str, Any]
+    nic_tx_bytes: int | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class RoundLine:
+    """One outer round of one rank: whose parameters it averaged, what it cost, and how far apart the replicas were.
+
+    `step`: optimizer steps done when it ended. `missed`: a scheduled peer's message did not come in time. `spread` is
+    None where the rank did not know it.
+    """
+
+    step: int
+    round: int
+    members: tuple[int, ...]
+    missed: bool
+    blocked_s: float
+    exchange_s: float
+    nbytes: float
+    spread: float | None
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A later start that went on with the record, at step `resumed_at`; `steps_before` step lines stand before it."""
+
+    resumed_at: int
+    steps_before: int
+    at_s: float
+
+
+@dataclass
+class RankRecord:
+    """What one rank has written so far; `feed` takes it line by line.
+
+    A second start line that resumes at a step goes on with the record, on the same clock; one that resumes at none
+    starts it afresh.
+    """
+
+    rank: int
+    start: Mapping[str, Any] | None = None
+    steps: list[StepLine] = field(default_factory=list)
+    rounds: list[RoundLine] = field(default_factory=list)
+    resumptions: list[Resumption] = field(default_factory=list)
+    validations: list[ValidationLine] = field(default_factory=list)
+    counters: dict[str, CountersLine] = field(default_factory=dict)
+    compute_s: list[float] = field(default_factory=list)
+    events: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    bytes_so_far: list[tuple[int, str, float]] = field(default_factory=list)  # (steps done, who counted, bytes)
+    ended: bool = False
+    starts: int = 0
+    unreadable_lines: int = 0
+    last_s: float = 0.0  # of the last line, on the record's clock
+    _shift_s: float = 0.0  # from the clock of the last start to that of the first
+
+    @classmethod
+    def read(cls, path: Path) -> RankRecord:
+        """Everything in a rank's file; a line that was cut off or garbled is counted and left out."""
+        record = cls(rank_of(path))
+        for line in path.read_bytes().splitlines():
+            record.feed(line)
+        return record
+
+    def feed(self, line: bytes) -> None:
+        """Take one line, without its end."""
+        if not line.strip():
+            return
+        try:
+            self._take(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            self.unreadable_lines += 1
+
+    def window(self) -> tuple[Window, int, int | None] | None:
+        """The measured window: what the library counted, in how many steps, and what the interface transmitted."""
+        begin, end = self.counters.get("begin"), self.counters.get("end")
+        if begin is None or end is None or end.steps <= begin.steps:
+            return None
+        nic = None if begin.nic_tx_bytes is None or end.nic_tx_bytes is None else end.nic_tx_bytes - begin.nic_tx_bytes
+        return window(begin.traffic, end.traffic), end.steps - begin.steps, nic
+
+    @property
+    def steady_steps(self) -> list[StepLine]:
+        return [line for line in self.steps if line.steady]
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of training behind this rank, with those that it caught up on from others after it was away."""
+        begin, resumed_at = self._begins[-1]
+        return resumed_at + _done(self.steps[begin:])
+
+    def parts(self) -> list[tuple[list[StepLine], list[int]]]:
+        """For each start, its steps, and how many steps of training were behind this rank after each of them."""
+        found = []
+        for (begin, resumed_at), (end, _) in zip(self._begins, [*self._begins[1:], (len(self.steps), 0)], strict=True):
+            lines = self.steps[begin:end]
+            found.append((lines, [resumed_at + _done(lines[:1] + lines[k : k + 1], k + 1) for k in range(len(lines))]))
+        return found
+
+    @property
+    def _begins(self) -> list[tuple[int, int]]:
+        """Where each start begins in `steps`, and at which step of training."""
+        first = 0 if self.start is None else int(self.start.get("resumed_at") or 0)
+        return [(0, first), *((again.steps_before, again.resumed_at) for again in self.resumptions)]
+
+    @property
+    def epoch_s(self) -> float | None:
+        """When this record's clock began, by the machine's own; None in a record that does not say."""
+        return None if self.start is None or self.start.get("epoch_s") is None else float(self.start["epoch_s"])
+
+    def _take(self, line: dict[str, Any]) -> None:
+        kind = line["kind"]
+        if kind == "start":
+            self._take_start(line)
+        elif kind == "step":
+            self._take_step(line)
+        elif kind == "round":
+            self._take_round(line)
+        elif kind == "validation":
+            at_s, steps = self._at_s(line), self.steps_done
+            self.validations.append(ValidationLine(_loss(line["loss"]), int(line["tokens"]), steps, at_s))
+        elif kind == "counters":
+            reading = CountersLine(line["traffic"], line["nic_tx_bytes"], len(self.steps))
+            window(reading.traffic, reading.traffic)  # a line that cannot be subtracted is unreadable, now
+            self.counters[str(line["name"])] = reading
+        elif kind == "compute":
+            self.compute_s = [float(seconds) for seconds in line["seconds"]]
+        elif kind == "event":
+            self.events.append((str(line["event"]), dict(line["fields"])))
+        elif kind == "end":
+            self.ended = True
+        else:
+            raise ValueError(kind)
+        self.last_s = max(self.last_s, self._at_s(line))
+
+    def _at_s(self, line: Mapping[str, Any]) -> float:
+        return float(line["at_s"]) + self._shift_s
+
+    def _take_start(self, line: dict[str, Any]) -> None:
+        resumed_at, epoch_s = int(line.get("resumed_at") or 0), line.get("epoch_s")
+        since_s = None if epoch_s is None or self.epoch_s is None else float(epoch_s) - self.epoch_s
+        if self.start is None or resumed_at == 0:
+            afresh = RankRecord(self.rank, line, starts=self.starts + 1, unreadable_lines=self.unreadable_lines)
+            vars(self).update(vars(afresh))
+            return
+        self._shift_s = self.last_s if since_s is None else max(self.last_s, since_s)  # a machine's clock may be set
+        self.resumptions.append(Resumption(resumed_at, len(self.steps), self._at_s(line)))
+        self.ended = False
+        self.counters.clear()  # the bytes of the process that ended are not those of this one
+        self.bytes_so_far.clear()
+
+    def _take_step(self, line: dict[str, Any]) -> None:
+        loss, seconds, wait_s = _loss(line["loss"]), float(line["seconds"]), float(line["wait_s"])
+        tokens, steady, at_s = int(line["tokens"]), bool(line["steady"]), self._at_s(line)
+        self.steps.append(StepLine(int(line["step"]), loss, seconds, wait_s, tokens, steady, at_s))
+        for who in ("payload_bytes", "nic_tx_bytes"):
+            if line.get(who) is not None:
+                self.bytes_so_far.append((len(self.steps), who, float(line[who])))
+
+    def _take_round(self, line: dict[str, Any]) -> None:
+        spread = None if line["spread"] is None else float(line["spread"])
+        self.rounds.append(
+            RoundLine(
+                step=int(line["step"]),
+                round=int(line["round"]),
+                members=tuple(int(rank) for rank in line["members"]),
+                missed=bool(line["missed"]),
+                blocked_s=float(line["blocked_s"]),
+                exchange_s=float(line["exchange_s"]),
+                nbytes=float(line["nbytes"]),
+                spread=spread if spread is not None and math.isfinite(spread) else None,
+                at_s=self._at_s(line),
+            )
+        )
+
+
+def _done(lines: Sequence[StepLine], at_least: int | None = None) -> int:
+    """Steps from the first line to the last; more than there are lines where a rank left some out to go on with others."""
+    span = lines[-1].step - lines[0].step + 1 if lines else 0
+    return max(len(lines) if at_least is None else at_least, span)
+
+
+def _loss(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def rank_of(path: Path) -> int:
+    """The rank in the name of a rank's file: 12 for `rank12.jsonl`."""
+    return int(path.stem.removeprefix("rank"))
+
+
+def rank_files(record_dir: Path) -> Iterator[Path]:
+    """The ranks' files of a run, in the order of the ranks; none if there is no such folder."""
+    yield from sorted((p for p in record_dir.glob("rank*.jsonl") if p.stem[4:].isdigit()), key=rank_of)

@@ -1,0 +1,306 @@
+"""Progress of the runs while they train, from the lines that the ranks write."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from pathlib import Path
+from statistics import fmean, median
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from commopt.record.lines import RankRecord, StepLine, rank_files, rank_of
+from commopt.record.words import bytes_text, milliseconds, seconds_text, spread_text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+RECENT_STEPS = 10  # the step time, the wait and the time left are those of the last steps
+LINES_PER_RUN = 10  # where stdout is no terminal
+SILENT_S = 10.0  # with outer rounds, a rank this far behind the newest step is left out of loss, step time and wait
+TOLD_EVENTS = 20  # of one run with outer rounds
+UNTOLD = ("helped to catch up", "final average")  # the rank that caught up tells the first, and every rank the second
+
+
+class Follower:
+    """The ranks' files of one run, read as they grow."""
+
+    def __init__(self, record_dir: Path) -> None:
+        self.record_dir = record_dir
+        self.records: dict[int, RankRecord] = {}
+        self._offsets: dict[int, int] = {}
+        self._events: dict[int, int] = {}
+
+    def poll(self) -> None:
+        """Take the lines that were completed since the last call; half a line waits for its rest."""
+        for path in rank_files(self.record_dir):
+            rank = rank_of(path)
+            record = self.records.setdefault(rank, RankRecord(rank))
+            with path.open("rb") as file:
+                file.seek(self._offsets.get(rank, 0))
+                new = file.read()
+            complete = new.rfind(b"\n") + 1
+            self._offsets[rank] = self._offsets.get(rank, 0) + complete
+            for line in new[:complete].splitlines():
+                record.feed(line)
+
+    @property
+    def steps_planned(self) -> int | None:
+        """The steps that were asked for; None before the first rank has said it."""
+        return next((int(r.start.get("steps", 0)) for r in self.records.values() if r.start), None)
+
+    @property
+    def is_outer(self) -> bool:
+        """Whether a rank has made an outer round: then ranks go on without those that leave."""
+        return any(record.rounds for record in self.records.values())
+
+    @property
+    def steps(self) -> int:
+        """Steps that every rank seen so far has done; with outer rounds, where one may be gone, that the furthest has."""
+        return self.furthest if self.is_outer else min((r.steps_done for r in self.records.values()), default=0)
+
+    @property
+    def furthest(self) -> int:
+        """Steps that the furthest rank has done."""
+        return max((record.steps_done for record in self.records.values()), default=0)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.records) and all(record.ended for record in self.records.values())
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the ranks of their last step's loss; None if one is not finite."""
+        last = [record.steps[-1].loss for record in self._present() if record.steps]
+        finite = [loss for loss in last if loss is not None]
+        return fmean(finite) if finite and len(finite) == len(last) else None
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds of the last steps of all ranks."""
+        recent = self._recent()
+        return median(line.seconds for line in recent) if recent else None
+
+    @property
+    def wait_share(self) -> float | None:
+        """Share of the last steps spent waiting for the network."""
+        recent = self._recent()
+        total_s = sum(line.seconds for line in recent)
+        return sum(line.wait_s for line in recent) / total_s if total_s > 0 else None
+
+    @property
+    def bytes_per_step(self) -> float | None:
+        """Bytes per step of rank 0: by the interface where it is read, else by commopt; None until counted twice."""
+        record = self.records.get(0)
+        for who in ("nic_tx_bytes", "payload_bytes"):
+            seen = [(steps, n) for steps, by, n in (record.bytes_so_far if record else []) if by == who]
+            (from_step, from_bytes), (to_step, to_bytes) = (
+                (seen[-RECENT_STEPS:][0], seen[-1]) if seen else ((0, 0), (0, 0))
+            )
+            if to_step > from_step:
+                return (to_bytes - from_bytes) / (to_step - from_step)
+        return None
+
+    @property
+    def spread(self) -> float | None:
+        """How far apart the replicas were in the last round that a rank estimated it for: root mean square over the ranks."""
+        last_rounds = [line for record in self.records.values() for line in record.rounds[-RECENT_STEPS:]]
+        known = [line for line in last_rounds if line.spread is not None]
+        last = max((line.round for line in known), default=None)
+        squares = [line.spread**2 for line in known if line.round == last and line.spread is not None]
+        return math.sqrt(fmean(squares)) if squares else None
+
+    @property
+    def missed(self) -> int:
+        """Rounds in which a scheduled peer's message did not come in time, over all ranks."""
+        return sum(line.missed for record in self.records.values() for line in record.rounds)
+
+    def new_events(self) -> list[str]:
+        """What ranks of a run with outer rounds recorded as events since the last call: `rank 2: caught up, step 180`."""
+        told: dict[str, list[int]] = {}
+        for rank, record in sorted(self.records.items()) if self.is_outer else []:
+            for kind, fields in record.events[self._events.get(rank, 0) :]:
+                if kind not in UNTOLD:
+                    text = ", ".join([kind, *(f"{key} {value}" for key, value in fields.items())])
+                    told.setdefault(text, []).append(rank)
+            self._events[rank] = len(record.events)
+        return [
+            f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {text}"
+            for text, ranks in told.items()
+        ]
+
+    def _recent(self) -> list[StepLine]:
+        return [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]
+
+    def _present(self) -> list[RankRecord]:
+        """The ranks that train: all of them, but with outer rounds without those that have fallen silent."""
+        records = list(self.records.values())
+        if not self.is_outer:
+            return records
+        stepped_s = {r.rank: (r.epoch_s or 0.0) + r.steps[-1].at_s for r in records if r.steps}
+        return [r for r in records if stepped_s.get(r.rank, 0.0) >= max(stepped_s.values()) - SILENT_S]
+
+    def facts(self) -> list[str]:
+        """`loss 3.214`, `1242 ms a step`, `6.6 MB a step`, `92 % waiting`: what is known, for a bar or a line."""
+        known = [] if self.steps == 0 else ["loss not finite" if self.loss is None else f"loss {self.loss:.3f}"]
+        if self.step_s is not None:
+            known.append(f"{milliseconds(self.step_s)} ms/step")
+        if self.bytes_per_step is not None:
+            known.append(f"{bytes_text(self.bytes_per_step)}/step")
+        if self.wait_share is not None:
+            known.append(f"{self.wait_share * 100:.0f} % waiting")
+        if self.spread is not None:
+            known.append(f"spread {spread_text(self.spread)}")
+        if self.missed:
+            known.append(f"missed {self.missed}")
+        return known
+
+    def left_s(self) -> float | None:
+        """Seconds that the steps still to do take at the speed of the last ones: a warm-up makes it too long."""
+        if self.step_s is None or self.steps_planned is None:
+            return None
+        return (self.steps_planned - self.steps) * self.step_s
+
+
+class Live:
+    """One bar per run in a terminal; elsewhere plain lines, at the start, at every tenth of the steps and at the end.
+
+    with Live(sys.stdout) as live:
+        for each run:
+            live.begin("onebit_adam", record_dir)
+            ...                                     # live.tick() about five times a second
+            live.end(failure)                       # None when it went well
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bars = _Bars(stream) if stream.isatty() else None
+        self._follower: Follower | None = None
+        self._name, self._began_s, self._lines, self._events_told = "", 0.0, 0, 0
+
+    def __enter__(self) -> Live:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._follower is not None:
+            self.end("interrupted")
+        if self._bars:
+            self._bars.stop()
+
+    def begin(self, name: str, record_dir: Path) -> None:
+        """Follow a run whose ranks are about to write in `record_dir`."""
+        self._name, self._follower, self._began_s = name, Follower(record_dir), time.monotonic()
+        self._lines = self._events_told = 0
+        if self._bars:
+            self._bars.add(name)
+        else:
+            self._say("starting")
+
+    def tick(self) -> None:
+        """Read what is new and show it."""
+        follower = self._follower
+        if follower is None:
+            return
+        follower.poll()
+        self._tell_events(follower)
+        if self._bars:
+            self._bars.update(follower)
+            return
+        planned = follower.steps_planned
+        if planned and self._lines < (tenth := follower.steps * LINES_PER_RUN // planned) < LINES_PER_RUN:
+            self._lines = tenth
+            left_s = follower.left_s()
+            left = [] if left_s is None else [f"{seconds_text(left_s)} left"]
+            self._say(f"step {follower.steps}/{planned}, " + ", ".join([*follower.facts(), *left]))
+
+    def end(self, failure: str | None = None) -> None:
+        """Show the last state of the run, and why it failed if it did."""
+        follower = self._follower
+        if follower is None:
+            return
+        follower.poll()
+        took = seconds_text(time.monotonic() - self._began_s)
+        if self._bars:
+            self._bars.update(follower)
+            self._bars.finish(failure, took)
+        elif failure is None:
+            self._say(", ".join([f"finished {follower.steps} steps in {took}", *follower.facts()[:1]]))
+        else:
+            self._say(f"failed after {follower.steps} of {follower.steps_planned or '?'} steps and {took}: {failure}")
+        self._follower = None
+
+    def note(self, text: str) -> None:
+        """Write a line without disturbing the bar."""
+        if self._bars:
+            self._bars.note(text)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def _tell_events(self, follower: Follower) -> None:
+        """Say what ranks recorded beside their steps, and once that there is more of it than is said."""
+        for text in follower.new_events():
+            self._events_told += 1
+            if self._events_told <= TOLD_EVENTS:
+                self._say(text)
+            elif self._events_told == TOLD_EVENTS + 1:
+                self._say("more events are in the report")
+
+    def _say(self, text: str) -> None:
+        self.note(f"{self._name}: {text}")
+
+
+class _Bars:
+    """The bars of the runs, the running one at the bottom."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        console = Console(file=stream)
+        self.progress: Progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20 if console.width >= 110 else 6),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=console,
+            auto_refresh=False,
+        )
+        self._tasks: deque[Any] = deque()
+
+    def start(self) -> None:
+        self.progress.start()
+
+    def stop(self) -> None:
+        self.progress.refresh()
+        self.progress.stop()
+
+    def add(self, name: str) -> None:
+        self._tasks.append(self.progress.add_task(name, total=None, facts="starting"))
+        self.progress.refresh()
+
+    def update(self, follower: Follower) -> None:
+        left_s = follower.left_s()
+        left = [f"{seconds_text(left_s)} left"] if left_s else []
+        facts = ", ".join([*follower.facts(), *left]) or "starting"
+        self.progress.update(
+            self._tasks[-1], total=follower.steps_planned, completed=follower.steps, facts=facts, refresh=True
+        )
+
+    def finish(self, failure: str | None, took: str) -> None:
+        task = self._tasks[-1]
+        if failure:
+            self.note(f"{self.progress.tasks[-1].description} failed: {failure}")
+            facts = f"failed after {took}"
+        else:
+            facts = f"{self.progress.tasks[-1].fields['facts'].split(', ')[0]}, took {took}"
+        self.progress.update(task, facts=facts, refresh=True)
+
+    def note(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)

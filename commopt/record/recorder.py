@@ -1,0 +1,248 @@
+"""What a training program tells the world: one JSON object per line, one file per rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from commopt.errors import ConfigError
+from commopt.record.words import spread_text
+
+LOG = logging.getLogger(__name__)
+PRINTED_LINES = 20
+NIC_EVERY_S = 1.0  # how often step() also reads the interface, for the live display
+
+
+class Recorder:
+    """Writes `rank{r}.jsonl` in the folder that the launcher named; prints some lines where there is no launcher.
+
+    recorder = Recorder.from_environment()
+    recorder.start(method="onebit_adam", options={"warmup": 24}, parameters=1_000_000, steps=300)
+    for step in range(300):
+        ...
+        recorder.step(step=step, loss=loss, seconds=0.13, wait_s=0.05, tokens=8192, steady=step >= 24)
+    recorder.end()
+
+    Every line is flushed, so a killed run leaves what it did. A line that cannot be written (a full disk) ends the
+    record with a warning, never the training.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        node: str = "node0",
+        node_rank: int = 0,
+        nic: str | None = None,
+        mtu: int = 1500,
+    ) -> None:
+        self.rank = rank
+        self._place = {"rank": rank, "world_size": world_size, "node": node, "node_rank": node_rank}
+        self._nic, self._mtu = nic, mtu
+        self._prints = folder is None and rank == 0
+        self._file = self._open(folder / f"rank{rank}.jsonl") if folder is not None else None
+        self._started_s = self._nic_read_s = time.monotonic()
+        self._method, self._steps, self._steps_done = "", 0, 0
+        self._rounds_missed = 0  # of the rounds since the last printed step
+        self._spread: float | None = None
+
+    @classmethod
+    def from_environment(cls) -> Recorder:
+        """Read COMMOPT_RECORD (a folder), the rank and the ranks, and COMMOPT_NODE, _NODE_RANK, _NIC, _MTU.
+
+        Rank and ranks are those of COMMOPT_PEERS, where torchrun knows one node only; else RANK and WORLD_SIZE.
+        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError where a number is none.
+        """
+        folder = os.environ.get("COMMOPT_RECORD")
+        rank, world_size = _place()
+        return cls(
+            Path(folder) if folder else None,
+            rank=rank,
+            world_size=world_size,
+            node=os.environ.get("COMMOPT_NODE") or "node0",
+            node_rank=_integer("COMMOPT_NODE_RANK", 0),
+            nic=os.environ.get("COMMOPT_NIC") or None,
+            mtu=_integer("COMMOPT_MTU", 1500),
+        )
+
+    def start(
+        self, *, method: str, options: Mapping[str, Any], parameters: int, steps: int, resumed_at: int = 0
+    ) -> None:
+        """Say what is about to be trained; the clock of this record starts here.
+
+        resumed_at: the first step of this start, where training goes on that was begun before: what this rank recorded
+        of it so far is kept.
+        """
+        self._started_s = self._nic_read_s = time.monotonic()
+        self._method, self._steps, self._steps_done = method, steps, resumed_at
+        what = {"method": method, "options": dict(options), "parameters": parameters, "steps": steps}
+        when = {"epoch_s": round(time.time(), 6), "resumed_at": resumed_at}
+        self._write("start", **self._place, nic=self._nic, mtu=self._mtu, **what, **when)
+        ranks, goes_on = self._place["world_size"], f", going on at step {resumed_at}" if resumed_at else ""
+        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {ranks} ranks{goes_on}")
+
+    def step(
+        self,
+        *,
+        step: int,
+        loss: float,
+        seconds: float,
+        wait_s: float,
+        tokens: int,
+        steady: bool,
+        payload_bytes: float | None = None,
+    ) -> None:
+        """One optimizer step of this rank.
+
+        wait_s: the part of `seconds` spent waiting for the network. tokens: what this rank trained on. steady: the
+        method is past its warm-up. payload_bytes: the library's count so far, if the live display is to show it.
+        """
+        fields = {"loss": _finite(loss), "seconds": seconds, "wait_s": wait_s, "tokens": tokens, "steady": steady}
+        if payload_bytes is not None:
+            fields["payload_bytes"] = payload_bytes
+        if time.monotonic() - self._nic_read_s >= NIC_EVERY_S:
+            fields["nic_tx_bytes"] = self._transmitted()
+        self._write("step", step=step, **fields)
+        self._steps_done += 1
+        if self._steps_done % max(1, math.ceil(self._steps / PRINTED_LINES)) == 0 or self._steps_done == self._steps:
+            waiting = f", {wait_s / seconds:.0%} waiting for the network" if seconds > 0 else ""
+            self._print(f"step {step}: loss {float(loss):.3f}, {seconds * 1e3:.0f} ms{waiting}{self._round_facts()}")
+
+    def round(
+        self,
+        *,
+        step: int,
+        round: int,
+        members: Sequence[int],
+        missed: bool,
+        blocked_s: float,
+        exchange_s: float,
+        nbytes: float,
+        spread: float | None,
+    ) -> None:
+        """One outer round of this rank.
+
+        step: optimizer steps done when it ended. members: the ranks whose parameters were averaged, with this one.
+        missed: a scheduled peer's message did not come in time. blocked_s: how long training stood still for it.
+        exchange_s: from its start to the last message. nbytes: what this rank sent for it. spread: estimated root mean
+        square over replicas of ||x_i - mean|| / ||mean||, or None.
+        """
+        spread = None if spread is None else _finite(spread)
+        times = {"blocked_s": float(blocked_s), "exchange_s": float(exchange_s)}
+        who = {"members": [int(rank) for rank in members], "missed": bool(missed)}
+        self._write("round", step=step, round=round, **who, **times, nbytes=float(nbytes), spread=spread)
+        self._rounds_missed += bool(missed)
+        self._spread = spread if spread is not None else self._spread
+
+    def counters(self, name: str, traffic: Mapping[str, Any]) -> None:
+        """The bytes so far, at the "begin" or the "end" of the measured steady window; call right after a barrier.
+
+        traffic: `Traffic.as_dict()`. The interface's own count is written beside it.
+        """
+        if name not in ("begin", "end"):
+            raise ValueError(f"counters({name!r}): the window has a 'begin' and an 'end'")
+        self._write("counters", name=name, traffic=dict(traffic), nic_tx_bytes=self._transmitted())
+
+    def validation(self, *, step: int, loss: float, tokens: int) -> None:
+        """The loss on text that is not trained on, over `tokens` of this rank."""
+        self._write("validation", step=step, loss=_finite(loss), tokens=tokens)
+        self._print(f"validation after step {step}: loss {float(loss):.3f}")
+
+    def compute(self, seconds: Sequence[float]) -> None:
+        """The times of the same steps with communication switched off."""
+        self._write("compute", seconds=[float(s) for s in seconds])
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Anything else that a reader of the report should know, such as a voided step with the parameter's name."""
+        self._write("event", event=kind, fields=fields)
+        self._print(f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items()))
+
+    def end(self) -> None:
+        """Say that training ended as planned: a record without this line is one of a run that did not."""
+        self._write("end")
+        self._print(f"{self._method}: finished after {time.monotonic() - self._started_s:.1f} s")
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self, path: Path) -> BinaryIO | None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab", buffering=0)  # unbuffered: one system call per line, nothing left to fail at exit
+            if file.tell() and not path.read_bytes().endswith(b"\n"):
+                file.write(b"\n")  # what was killed in the middle of a line must not take the next start with it
+            return file
+        except OSError as error:
+            LOG.warning("rank %d records nothing: %s", self.rank, error)
+            return None
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        if self._file is None:
+            return
+        at_s = round(time.monotonic() - self._started_s, 6)
+        line = json.dumps({"kind": kind, "at_s": at_s, **fields}, default=str).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("the line was written in part")
+        except OSError as error:
+            LOG.warning("rank %d stops recording, and goes on training: %s", self.rank, error)
+            self._file.close()
+            self._file = None
+
+    def _print(self, text: str) -> None:
+        if self._prints:
+            print(text, flush=True)
+
+    def _round_facts(self) -> str:
+        """What the rounds since the last printed step were like: `, spread 0.013, 2 rounds missed`."""
+        missed, spread = self._rounds_missed, self._spread
+        self._rounds_missed, self._spread = 0, None
+        facts = [] if spread is None else [f"spread {spread_text(spread)}"]
+        facts += [f"{missed} {'round' if missed == 1 else 'rounds'} missed"] if missed else []
+        return "".join(f", {fact}" for fact in facts)
+
+    def _transmitted(self) -> int | None:
+        if self._nic is None or self._file is None:
+            return None
+        from commopt.record.meter import transmitted_bytes
+
+        self._nic_read_s = time.monotonic()
+        try:
+            return transmitted_bytes(self._nic)
+        except (ImportError, OSError) as error:
+            LOG.warning("rank %d records no bytes of the interface: %s", self.rank, error)
+            self._nic = None
+            return None
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank in the whole job, and how many there are."""
+    if not os.environ.get("COMMOPT_PEERS"):
+        return _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    from commopt.groups.tcp import Membership
+
+    membership = Membership.from_environment()
+    assert membership is not None
+    return membership.rank, len(membership.addresses)
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise ConfigError(f"environment: {name}={text}: no whole number") from None
+
+
+def _finite(loss: float) -> float | None:
+    """A loss as JSON can hold it: None where it is not finite."""
+    loss = float(loss)
+    return loss if math.isfinite(loss) else None

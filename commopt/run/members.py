@@ -1,0 +1,247 @@
+"""Members of an outer run: how a rank starts with the others, catches up with them, and lets others catch up."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from commopt.errors import AttachError, GroupError
+from commopt.exchange.mean import is_finite
+from commopt.groups.peers import PeerGroup, Progress, call_roll
+from commopt.run.agree import difference, digest
+from commopt.wire.payload import Payload
+
+if TYPE_CHECKING:
+    from commopt.run.outer import OuterAttachment
+
+_log = logging.getLogger(__name__)
+
+
+class Members:
+    """One rank's dealings with the others beside the rounds, for an `OuterAttachment`.
+
+    stateful: what else moves along with the training, by name: anything with state_dict and load_state_dict.
+    """
+
+    def __init__(self, training: OuterAttachment) -> None:
+        self._training, self._peers = training, training.peers
+        self.stateful: dict[str, Any] = {}
+        self._asked = 0
+        self._schedule: dict[str, Any] | None = (
+            None  # what was taken over inside a step, and holds from the next one on
+        )
+        self._was_up = set(training.peers.others)
+
+    def join(self, wait_s: float) -> None:
+        """Start with the others, or catch up with them where they train already; see `OuterAttachment.join`."""
+        training, peers = self._training, self._peers
+        end_s, must_catch_up = peers.seconds + wait_s, peers.returns and training.steps == 0
+        peers.announce(training.steps, is_training=False)
+        while True:
+            if any(self._trains(peer) for peer in peers.others) and self.catch_up(in_step=False):
+                return
+            missing = [peer for peer in peers.others if not peers.is_up(peer)]
+            if (not missing and not must_catch_up) or peers.seconds >= end_s:
+                break
+            peers.sleep(0.05)
+        if must_catch_up:
+            raise GroupError(
+                f"rank {peers.rank} came back, and found nobody who trains to catch up from; resume from a checkpoint"
+            )
+        if missing:
+            _log.warning("rank %d starts without %s, which did not come", peers.rank, _listed(missing))
+        self._start_together(wait_s)
+
+    def catch_up(self, *, tensors: bool = True, in_step: bool = True, donors: Sequence[int] | None = None) -> bool:
+        """Take over a live peer's place in the training; whether one answered. Without `tensors`, its step and schedule only.
+
+        in_step: an optimizer step is just ending; the script's own schedule will step too before the next one begins.
+        donors: whom to ask, the most advanced first; all who train if None.
+        """
+        training, peers, begun_s = self._training, self._peers, self._peers.seconds
+        asked = [peer for peer in peers.others if self._trains(peer)] if donors is None else list(donors)
+        for donor in sorted(asked, key=lambda peer: (-self._step_of(peer), peer)):
+            payload = self._ask(donor, tensors=tensors)
+            if payload is None:
+                continue
+            before = training.steps
+            stored = torch.load(io.BytesIO(payload.buffer.numpy().tobytes()), map_location="cpu", weights_only=True)
+            theirs = json.loads(stored["configuration"])
+            if digest(theirs) != digest(training.configuration):
+                raise AttachError(difference({donor: theirs, peers.rank: training.configuration}))
+            self._take_over(stored)
+            if not in_step:
+                self._settle()
+            kind = "caught up" if tensors else "went on with the others"
+            took_s = round(peers.seconds - begun_s, 3)
+            fields = {"from": donor, "left_out": training.steps - before, "step": training.steps, "seconds": took_s}
+            training.events.append((kind, fields))
+            _log.info("rank %d %s at step %d, from rank %d", peers.rank, kind, training.steps, donor)
+            break
+        else:
+            donor = None
+        training.waited_s += peers.seconds - begun_s if in_step else 0.0
+        return donor is not None
+
+    def _ask(self, donor: int, *, tensors: bool) -> Payload | None:
+        """A peer's state; None once it trains no more, or after a while: timeout_s for the few bytes of a step and a schedule."""
+        peers, self._asked = self._peers, self._asked + 1
+        peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
+        timeout_s = self._training.method.timeout_s
+        end_s = peers.seconds + (max(60.0, 3 * timeout_s) if tensors else timeout_s)
+        while self._trains(donor) and peers.seconds < end_s:
+            letter = peers.receive(donor, "state", self._asked, 1.0)
+            if letter is not None:
+                return letter.payload
+        return None
+
+    def before_step(self) -> None:
+        """Bring the schedule into force that was taken over in the last step, and answer those who asked for this rank's state.
+
+        When a step begins, all belongs together: parameters, optimizer and schedule after as many steps as are counted.
+        """
+        self._settle()
+        self._answer()
+
+    def _answer(self) -> None:
+        """Send this rank's state to those who asked for it; a copy is made now, and travels beside the training."""
+        training = self._training
+        for peer, letter in self._peers.drain("ask"):
+            if not is_finite(training.flat()):
+                continue  # it has nothing to give, and will soon ask itself
+            stateful = {key: value.state_dict() for key, value in self.stateful.items()}
+            groups = [{k: x for k, x in group.items() if k != "params"} for group in training.optimizer.param_groups]
+            stored: dict[str, Any] = {"steps": training.steps, "stateful": stateful, "groups": groups}
+            stored["configuration"] = json.dumps(training.configuration)
+            if bool(letter.payload.tensors[0][0]):
+                stored |= {
+                    "model": {key: x.detach().cpu() for key, x in training.model.state_dict().items()},
+                    "optimizer": training.optimizer.state_dict(),
+                    "method": training.method.tensors(),
+                }
+            buffer = io.BytesIO()
+            torch.save(stored, buffer)
+            packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+            self._peers.send(peer, "state", letter.sequence, Payload.of(packed), expires_s=120.0)
+            fields = {"rank": peer, "step": training.steps, "nbytes": packed.numel()}
+            training.events.append(("helped to catch up", fields))
+
+    def follow(self) -> bool:
+        """Leave out steps to go on with the others, where this rank fell far behind; whether it did.
+
+        No parameters travel for it. Under DiLoCo this rank adopts what the others share in the next round, where most are ahead. Where
+        only some are, as after a partition in which they were faster, theirs and its own are averaged then.
+        """
+        training, method = self._training, self._training.method
+        limit = method.max_lag * method.every
+        active = [peer for peer in self._peers.others if self._trains(peer)]
+        ahead = [peer for peer in active if self._step_of(peer) - training.steps >= limit]
+        if not ahead:
+            return False
+        training.end_rounds()
+        if not self.catch_up(tensors=False, donors=ahead):
+            return False
+        if 2 * len(ahead) <= len(active):
+            method.skipped_to(training.steps)
+        method.ready(training.steps // method.every * method.fragments)
+        return True
+
+    def recover(self) -> None:
+        """Take over what another replica has: this one holds a NaN or an inf, and must not spread it."""
+        training, rank = self._training, self._peers.rank
+        _log.warning("rank %d: its parameters are not finite after step %d", rank, training.steps)
+        training.events.append(("parameters not finite", {"step": training.steps}))
+        if not self.catch_up():
+            raise GroupError(
+                f"rank {rank}: parameters that are not finite after step {training.steps}, and no peer to take others over from"
+            )
+
+    def note_who_is_up(self) -> None:
+        """Tell of peers that were lost or came back since the last call."""
+        training = self._training
+        up = {peer for peer in self._peers.others if self._peers.is_up(peer)}
+        for kind, ranks in (("peer lost", self._was_up - up), ("peer back", up - self._was_up)):
+            training.events += [(kind, {"rank": peer, "step": training.steps}) for peer in sorted(ranks)]
+        self._was_up = up
+
+    def _take_over(self, stored: dict[str, Any]) -> None:
+        training = self._training
+        if "model" in stored:
+            training.forget_rounds()
+            training.model.load_state_dict(stored["model"])
+            training.optimizer.load_state_dict(stored["optimizer"])
+            training.method.begin(training.flat())
+            for key, x in training.method.tensors().items():
+                x.copy_(stored["method"][key])
+        training.steps = int(stored["steps"])
+        self._schedule = {key: stored[key] for key in ("stateful", "groups")}
+
+    def _settle(self) -> None:
+        """Load the schedule that was taken over, and the learning rates and the like that it has set."""
+        if self._schedule is None:
+            return
+        for key, value in self._schedule["stateful"].items():
+            if key in self.stateful:
+                self.stateful[key].load_state_dict(value)
+        groups = self._training.optimizer.param_groups
+        for group, given in zip(groups, self._schedule["groups"], strict=True):
+            group.update(given)
+        self._schedule = None
+
+    def _start_together(self, wait_s: float) -> None:
+        """All begin with the parameters and buffers of the lowest rank, but for a job that resumes, whose replicas differ."""
+        training, peers = self._training, self._peers
+        if peers.size > 1:
+            words = torch.frombuffer(bytearray(digest(training.configuration)), dtype=torch.int64)
+            card = torch.cat([torch.tensor([training.steps]), words])
+            roll = call_roll(peers, "start", 0, card, wait_s)
+            if any(not torch.equal(roll.cards[rank][1:], words) for rank in roll.members):
+                self._tell_the_difference(PeerGroup(peers, roll.members, "differ", 0, max(wait_s, 60.0)))
+            steps = [int(roll.cards[rank][0]) for rank in roll.members]
+            if training.steps < max(steps):
+                self._catch_up_at_start(max(steps), wait_s)
+                return
+            if len(roll.members) > 1 and max(steps) == 0:
+                try:
+                    self._copy_from_first(PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0)))
+                except GroupError as error:
+                    _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
+        if training.steps == 0:
+            training.method.begin(training.flat())
+
+    def _tell_the_difference(self, group: PeerGroup) -> None:
+        every = [json.loads(text) for text in group.tell(json.dumps(self._training.configuration))]
+        raise AttachError(difference(dict(zip(group.members, every, strict=True))))
+
+    def _catch_up_at_start(self, step: int, wait_s: float) -> None:
+        peers, end_s = self._peers, self._peers.seconds + max(wait_s, 60.0)
+        while not self.catch_up(in_step=False):
+            if peers.seconds >= end_s:
+                raise GroupError(
+                    f"rank {peers.rank} resumes at step {self._training.steps}, others said {step}, and none of those trains"
+                )
+            peers.sleep(0.1)
+
+    def _copy_from_first(self, group: PeerGroup) -> None:
+        model = self._training.model
+        with torch.no_grad():
+            for x in (*model.parameters(), *model.buffers()):
+                cpu = x.detach().to("cpu").contiguous()
+                group.broadcast(cpu)
+                x.copy_(cpu)
+
+    def _trains(self, peer: int) -> bool:
+        progress = self._peers.progress(peer)
+        return progress is not None and progress.is_training
+
+    def _step_of(self, peer: int) -> int:
+        return (self._peers.progress(peer) or Progress(0, False)).step
+
+
+def _listed(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

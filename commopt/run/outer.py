@@ -1,0 +1,401 @@
+"""An outer method at work in a training script: its rounds hang on the optimizer's steps, and ranks may leave and come back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from commopt.choice import Choice
+from commopt.errors import AttachError, GroupError
+from commopt.exchange.mean import State, is_finite
+from commopt.gossip.loop import Exchanged, OuterLoop, Round
+from commopt.gossip.spread import Spread
+from commopt.groups import Group, LocalGroup, SimGroup
+from commopt.groups.peers import PeerGroup, Peers, call_roll
+from commopt.run.agree import Configuration, agree, check_group, configuration_of, meeting_group, own_group
+from commopt.run.base import (
+    RefusesDDP,
+    check_parameters,
+    check_steps,
+    check_wrapping,
+    connect_peers,
+    note_attached,
+    note_detached,
+)
+from commopt.run.door import made
+from commopt.run.members import Members
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round as this rank saw it; the fields of `Recorder.round`.
+
+    step: optimizer steps done when it ended. members: ranks that were averaged. missed: a member that was due did not answer in time.
+    blocked_s: how long training stood still for it. exchange_s: from its start to its result. nbytes: what this rank sent meanwhile.
+    spread: estimated distance of the replicas from their mean, relative to it, as far as known.
+    """
+
+    step: int
+    round: int
+    members: list[int]
+    missed: bool
+    blocked_s: float
+    exchange_s: float
+    nbytes: float
+    spread: float | None
+
+
+@dataclass
+class _Pending:
+    round: Round
+    x: Tensor  # what the round is about, as it was when it began
+    begun_at: int  # optimizer steps done then
+    wait: Callable[[], tuple[Exchanged, float]]
+    blocked_s: float
+    sent: float
+
+
+class OuterAttachment:
+    """What `plain.attach` returns for an outer method.
+
+    start = attachment.join(schedule=schedule)       # the step to go on from: 0 in a new job
+    for step in attachment.range(steps):
+        ...
+        optimizer.step()                             # every `every`-th begins a round
+    attachment.finish()
+
+    waited_s: seconds for which rounds have stopped this rank. reports: rounds since the list was last cleared; events: what else
+    happened, as (kind, fields). spread: the last estimate of the replicas' distance from their mean. steps: optimizer steps done.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        method: OuterLoop,
+        optimizer: torch.optim.Optimizer,
+        peers: Peers,
+        configuration: Configuration,
+    ) -> None:
+        self.model, self.method, self.optimizer, self.peers = model, method, optimizer, peers
+        self.group = LocalGroup()  # nothing here concerns all ranks at once
+        self.group.traffic = peers.traffic
+        self.parameters = check_parameters(model, method, optimizer)
+        self.averaged_state, self.configuration = method.averaged_state, configuration
+        self.voided: list[tuple[int, str]] = []
+        self.reports: list[RoundReport] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.waited_s, self.steps = 0.0, 0
+        self.spread: float | None = None
+        self._is_off = self._has_joined = False
+        self._known = {id(p) for p in self.parameters.values()}
+        self._pending: list[_Pending] = []
+        self._members = Members(self)
+        peers.traffic.method = method.name
+        named = [(name, p) for name, p in self.parameters.items()]
+        named += [(f"{name}:{key}", p) for key in self.averaged_state for name, p in self.parameters.items()]
+        method.bind(named, peers)
+        self._sketch = Spread(method.index.total, peers.rank)
+        note_attached(model)
+        self._refuses_ddp = RefusesDDP(model, method.name)
+        self._handles: list[Any] = [
+            self._refuses_ddp,
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    # -- the training script's side
+
+    def join(self, *, wait_s: float = 60.0, **stateful: Any) -> int:
+        """Start with the others, or, where they train already, catch up with them; returns the step to go on from.
+
+        In a new job it waits until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. Where somebody
+        trains already, this rank takes over parameters, the method's and the optimizer's state and the step from a live peer, and
+        the state of everything in `stateful` (a learning-rate schedule: anything with state_dict and load_state_dict).
+        Raises GroupError where a rank that is known to have come back finds nobody.
+        """
+        self._members.stateful, self._has_joined = stateful, True
+        self._members.join(wait_s)
+        if not self._pending:
+            self.method.ready(self.steps // self.method.every * self.method.fragments)
+        self.peers.announce(self.steps)
+        return self.steps
+
+    def range(self, stop: int) -> Iterator[int]:
+        """The steps that are left to do; a rank that fell far behind leaves some out to go on with the others."""
+        if not self._has_joined:
+            self.join()
+        while self.steps < stop:
+            yield self.steps
+
+    def finish(self) -> None:
+        """End what is under way, and with `final_average` average the replicas that are still there; call it after the last step."""
+        self.end_rounds()
+        if self.method.final_average and self.peers.size > 1 and not self._is_off:
+            self._average_once()
+        self.peers.announce(self.steps, is_training=False)
+
+    def detach(self) -> None:
+        """Take the method out of the optimizer again."""
+        for handle in self._handles:
+            handle.remove()
+        note_detached(self.model)
+
+    def close(self) -> None:
+        """Leave the job; what is still to be sent has a few seconds."""
+        self.peers.close()
+
+    @contextmanager
+    def communication_off(self) -> Iterator[None]:
+        """Train alone inside the block: no round begins."""
+        self._is_off = True
+        try:
+            yield
+        finally:
+            self._is_off = False
+
+    def wait_until_quiet(self, limit_s: float = 10.0) -> None:
+        """Return when all that was sent has been acknowledged: bytes counted and bytes on the interface then belong together."""
+        end_s = self.peers.seconds + limit_s
+        while not self.peers.is_quiet() and self.peers.seconds < end_s:
+            self.peers.sleep(0.01)
+
+    # -- checkpoints
+
+    def checkpoint_folder(self, folder: Path) -> Path:
+        """Where this rank's checkpoint goes: each has its own."""
+        return folder / f"rank{self.peers.rank}"
+
+    def comm_state(self) -> State:
+        """The method's state, and the rounds under way, which are waited for."""
+        local = dict(self.method.comm_state()["local"])
+        for k, pending in enumerate(self._pending):
+            exchanged, exchange_s = pending.wait()
+            pending.wait = _known(exchanged, exchange_s)
+            when = [pending.round.number, pending.round.fragment, pending.begun_at, int(exchanged.is_missed)]
+            local[f"round {k}"] = torch.tensor([*when, *exchanged.members])
+            local[f"round {k} x"] = pending.x
+            local |= {f"round {k} value {key}": x for key, x in exchanged.values.items()}
+        return {"shared": {}, "local": local}
+
+    def load_comm_state(self, state: State) -> None:
+        """Continue bit for bit from this rank's own `comm_state`."""
+        self.method.load_comm_state(state)
+        self._pending, local = [], state["local"]
+        while (key := f"round {len(self._pending)}") in local:
+            number, fragment, begun_at, is_missed, *members = local[key].tolist()
+            prefix = f"{key} value "
+            values = {name.removeprefix(prefix): x.clone() for name, x in local.items() if name.startswith(prefix)}
+            exchanged = Exchanged(tuple(members), bool(is_missed), values)
+            round = Round(number, self.method.parts[fragment], fragment)
+            wait = _known(exchanged, 0.0)
+            self._pending.append(
+                _Pending(round, local[f"{key} x"].clone(), begun_at, wait, 0.0, self.peers.traffic.payload_bytes)
+            )
+
+    def bucket_layout(self) -> list[list[str]]:
+        """Nothing here depends on buckets."""
+        return []
+
+    def resume_bucket_layout(self, layout: list[list[str]]) -> None:
+        """Nothing here depends on buckets."""
+
+    # -- rounds
+
+    def _before_step(self, *_: Any) -> None:
+        for group in self.optimizer.param_groups:
+            if any(p.grad is not None and id(p) not in self._known for p in group["params"]):
+                raise AttachError("a parameter that was frozen at attach has a gradient: detach(), and attach again")
+        if self._has_joined and not self._is_off:
+            self._members.before_step()
+        self.method.before_step(self.optimizer)
+
+    def _after_step(self, *_: Any) -> None:
+        if self._is_off:
+            return
+        if not self._has_joined:
+            raise AttachError(
+                f"{self.method.name}: call attachment.join() before the first step, or loop over attachment.range(steps); in a framework's "
+                "own loop its integration does that: CommoptStrategy in Lightning, CommoptCallback in transformers' Trainer"
+            )
+        self.steps += 1
+        self._refuses_ddp.remove()
+        self.peers.announce(self.steps)
+        while self._pending and self.steps - self._pending[0].begun_at >= self.method.delay:
+            self._end_round(self._pending.pop(0))
+        round = self.method.round_after(self.steps)
+        if round is not None and self.peers.size > 1:
+            self._members.note_who_is_up()
+            if self._members.follow():
+                return
+            self._begin_round(round)
+
+    def _begin_round(self, round: Round) -> None:
+        begun_s = self.peers.seconds
+        flat = self.flat()
+        x = flat[round.part].clone()
+        if not is_finite(x):
+            self._members.recover()
+            return
+        if self._sketch.is_due(self.steps):
+            self.spread = self._sketch.exchange(self.peers, flat, self.steps)
+
+        def job() -> tuple[Exchanged, float]:
+            exchanged = self.method.exchange(x, round)
+            return exchanged, self.peers.seconds - begun_s
+
+        sent = self.peers.traffic.payload_bytes
+        wait = self.peers.start(job)
+        pending = _Pending(round, x, self.steps, wait, self.peers.seconds - begun_s, sent)
+        self._pending.append(pending)
+        if self.method.delay == 0:
+            self._end_round(self._pending.pop(0))
+
+    def _end_round(self, pending: _Pending) -> None:
+        begun_s = self.peers.seconds
+        exchanged, exchange_s = pending.wait()
+        with torch.no_grad():
+            new = self.method.apply(pending.x, pending.round, exchanged)
+            if new is not pending.x:
+                self._replace(pending, new)
+        blocked_s = pending.blocked_s + self.peers.seconds - begun_s
+        self.waited_s += blocked_s
+        nbytes = self.peers.traffic.payload_bytes - pending.sent
+        members = list(exchanged.members)
+        self.reports.append(
+            RoundReport(
+                self.steps,
+                pending.round.number,
+                members,
+                exchanged.is_missed,
+                blocked_s,
+                exchange_s,
+                nbytes,
+                self.spread,
+            )
+        )
+
+    def _replace(self, pending: _Pending, new: Tensor) -> None:
+        part = pending.round.part
+        flat = self.flat()
+        if self.steps == pending.begun_at:
+            flat[part] = new
+        else:
+            flat[part] += new - pending.x  # what the inner steps have added since stays
+        self.set_flat(flat)
+
+    def flat(self) -> Tensor:
+        """(elements,) f32 on the CPU: the parameters in registration order, and the inner optimizer's state that is averaged too."""
+        tensors = [p.detach().reshape(-1) for p in self.parameters.values()]
+        for key in self.averaged_state:
+            tensors += [self._state(p, key).reshape(-1) for p in self.parameters.values()]
+        return torch.cat([x.to("cpu", torch.float32) for x in tensors])
+
+    def set_flat(self, flat: Tensor) -> None:
+        """Overwrite parameters, and averaged state, by what `flat` would give."""
+        targets = [p.detach() for p in self.parameters.values()]
+        for key in self.averaged_state:
+            targets += [self._state(p, key) for p in self.parameters.values()]
+        with torch.no_grad():
+            for target, x in zip(targets, torch.split(flat, [t.numel() for t in targets]), strict=True):
+                target.copy_(x.view_as(target))
+
+    def _state(self, p: Tensor, key: str) -> Tensor:
+        state = self.optimizer.state.get(p, {})
+        if not state:
+            return torch.zeros_like(p)
+        if not isinstance(state.get(key), Tensor) or state[key].shape != p.shape:
+            known = [name for name, x in state.items() if isinstance(x, Tensor) and x.shape == p.shape]
+            raise AttachError(
+                f"average_state: {type(self.optimizer).__name__} has no {key!r} for each parameter; it has {', '.join(known) or 'none'}"
+            )
+        found: Tensor = state[key]
+        return found
+
+    def end_rounds(self) -> None:
+        """Wait for the rounds under way, and apply them."""
+        while self._pending:
+            self._end_round(self._pending.pop(0))
+
+    def forget_rounds(self) -> None:
+        """Wait for the rounds under way, and do not apply them."""
+        while self._pending:
+            self._pending.pop(0).wait()
+
+    def _average_once(self) -> None:
+        timeout_s, flat = self.method.timeout_s, self.flat()
+        has_diverged = not is_finite(flat)
+        if has_diverged:
+            self.events.append(("parameters not finite", {"step": self.steps}))
+        try:
+            card = torch.tensor([self.steps, int(has_diverged)])  # who diverged answers too: the others may wait for it
+            roll = call_roll(self.peers, "final", 0, card, timeout_s)
+            ranks = [rank for rank in roll.members if not roll.cards[rank][1]]
+            if has_diverged:
+                return
+            if len(ranks) > 1:
+                group = PeerGroup(self.peers, ranks, "final", 0, timeout_s)
+                group.all_reduce(flat)
+                self.set_flat(flat.div_(group.size))
+            self.events.append(("final average", {"ranks": ranks, "step": self.steps}))
+        except GroupError as error:
+            _log.warning("rank %d ends without the final average: %s", self.peers.rank, error)
+
+
+def _known(exchanged: Exchanged, exchange_s: float) -> Callable[[], tuple[Exchanged, float]]:
+    return lambda: (exchanged, exchange_s)
+
+
+def attach_outer(
+    model: Module,
+    method: OuterLoop | Choice,
+    optimizer: torch.optim.Optimizer | None,
+    group: Group | Peers | None,
+    *,
+    without_effect: Mapping[str, Any],
+) -> OuterAttachment:
+    """What `plain.attach` does with an outer method; `without_effect` are options that it has none of, and must not be given.
+
+    Ranks of torch.distributed compare their configurations here, members that come and go when they join.
+    Raises AttachError if method, model and optimizer do not fit together.
+    """
+    come_and_go = isinstance(group, Peers | SimGroup) or (group is None and "COMMOPT_PEERS" in os.environ)
+    meeting = LocalGroup() if come_and_go else meeting_group(group, own_group(model))
+
+    def check() -> tuple[tuple[OuterLoop, torch.optim.Optimizer, Configuration], Configuration]:
+        chosen = made(method, model, optimizer)
+        for option, value in without_effect.items():
+            if value is not None:
+                raise AttachError(
+                    f"{option}: {chosen.name} exchanges no gradients, so that it has no effect; leave it out"
+                )
+        if not isinstance(group, Peers):
+            check_group(group)
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel) and model.process_group.size() > 1:
+            raise AttachError(
+                f"DDP averages gradients in every step, which {chosen.name} is there to do without: attach it to the model itself"
+            )
+        if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            check_wrapping(model)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise AttachError(
+                f"{chosen.name} goes with an optimizer for the inner steps: attach(model, method, optimizer)"
+            )
+        check_steps(optimizer)
+        chosen.check_optimizer(optimizer)
+        named = check_parameters(model, chosen, optimizer)
+        configuration = configuration_of("outer", chosen, named, optimizer, model=model)
+        return (chosen, optimizer, configuration), configuration
+
+    chosen, stepping, configuration = agree(meeting, check)
+    return OuterAttachment(model, chosen, stepping, connect_peers(group), configuration)

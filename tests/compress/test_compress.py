@@ -1,0 +1,153 @@
+"""What every codec promises about what comes out of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commopt.compress import BlockSign, Cast, Compressor, TensorSign, scaled_sign
+from commopt.errors import ConfigError
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.payload import Payload
+
+CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast(), Cast(torch.bfloat16)]
+NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), min_size=1, max_size=4)
+SEEDS = st.integers(0, 2**31)
+
+
+def blocks_of(codec: Compressor, numels: list[int], ranks: int = 3) -> Blocks:
+    tensors = [(f"p{k}", torch.zeros(n)) for k, n in enumerate(numels)]
+    return codec.table(ParameterIndex.of(tensors), ranks).all_of(Bucket.of(tensors))
+
+
+def heavy_tailed(n: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(2).exp()
+
+
+def compress(codec: Compressor, x: torch.Tensor, residual: torch.Tensor | None, blocks: Blocks) -> Payload:
+    payload = Payload.allocate(codec.layout(blocks))
+    codec.compress_(x, residual, [blocks], [payload.tensors])
+    return payload
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@given(numels=NUMELS, seed=SEEDS)
+def test_the_residual_is_what_was_not_sent(codec: Compressor, numels: list[int], seed: int) -> None:
+    blocks = blocks_of(codec, numels)
+    x, residual = heavy_tailed(sum(numels), seed), heavy_tailed(sum(numels), seed + 1)
+    e, sent = residual.clone(), torch.empty_like(x)
+    payload = compress(codec, x, e, blocks)
+    codec.decompress_(payload.tensors, blocks, sent)
+    assert payload.nbytes == Payload.allocate(codec.layout(blocks)).nbytes
+    largest = float((x + residual).abs().max())
+    torch.testing.assert_close(sent + e, x + residual, rtol=1e-6, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("codec", [BlockSign(), BlockSign(8), Cast(), Cast(torch.bfloat16)], ids=repr)
+@given(numels=NUMELS, seed=SEEDS)
+def test_block_signs_and_casts_never_leave_more_than_there_was(codec: Compressor, numels: list[int], seed: int) -> None:
+    blocks = blocks_of(codec, numels)
+    x, left = heavy_tailed(sum(numels), seed).clamp(-6e4, 6e4), torch.zeros(sum(numels))
+    compress(codec, x, left, blocks)
+    for home, length in zip(blocks.homes, blocks.lengths, strict=True):
+        part, rest = x[home : home + length].double(), left[home : home + length].double()
+        assert rest.norm() <= part.norm() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@given(numels=NUMELS, seed=SEEDS, alpha=st.sampled_from([1.0, 0.5, 1 / 3]))
+def test_adding_a_message_up_is_adding_its_values(
+    codec: Compressor, numels: list[int], seed: int, alpha: float
+) -> None:
+    blocks = blocks_of(codec, numels)
+    payload = compress(codec, heavy_tailed(sum(numels), seed), None, blocks)
+    values, total = torch.empty(sum(numels)), torch.ones(sum(numels))
+    codec.decompress_(payload.tensors, blocks, values)
+    codec.decompress_(payload.tensors, blocks, total, alpha=alpha, add=True)
+    torch.testing.assert_close(total, 1 + alpha * values)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_value_marks_its_block_and_no_other(codec: Compressor, bad: float) -> None:
+    blocks = blocks_of(codec, [5, 2050, 3], ranks=1)
+    x, residual = torch.ones(2058), torch.full((2058,), 0.5)
+    x[7] = bad
+    payload = compress(codec, x, residual, blocks)
+    is_bad = codec.is_bad(payload.tensors, blocks)
+    marked = [int(blocks.parameters[b]) for b in range(len(blocks)) if is_bad[b]]
+    first = blocks.homes.tolist().index(5)
+    assert marked == [1]
+    assert is_bad[first]
+    assert codec.first_bad(payload.tensors, blocks) == 1
+    assert residual[5 : 5 + int(blocks.lengths[first])].eq(0.5).all()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_good_values_mark_nothing(codec: Compressor) -> None:
+    blocks = blocks_of(codec, [5, 2050, 3])
+    payload = compress(codec, torch.zeros(2058), None, blocks)
+    assert codec.first_bad(payload.tensors, blocks) == -1
+
+
+def test_a_value_beyond_float16_is_bad_there_and_not_in_bfloat16() -> None:
+    for dtype, first_bad in ((torch.float16, 0), (torch.bfloat16, -1)):
+        blocks = blocks_of(Cast(dtype), [3])
+        payload = compress(Cast(dtype), torch.tensor([1.0, 7e4, 1.0]), None, blocks)
+        assert Cast(dtype).first_bad(payload.tensors, blocks) == first_bad
+
+
+@given(n=st.integers(1, 300), seed=SEEDS)
+def test_a_cast_rounds_as_torch_does(n: int, seed: int) -> None:
+    x, out = heavy_tailed(n, seed).clamp(-6e4, 6e4), torch.empty(n)
+    blocks = blocks_of(Cast(), [n])
+    Cast().decompress_(compress(Cast(), x, None, blocks).tensors, blocks, out)
+    assert torch.equal(out, x.half().float())
+
+
+@given(numels=NUMELS, seed=SEEDS, ranks=st.integers(1, 5))
+def test_a_tensor_sign_keeps_each_parameters_norm(numels: list[int], seed: int, ranks: int) -> None:
+    codec = TensorSign()
+    blocks = blocks_of(codec, numels, ranks)
+    x, sent = heavy_tailed(sum(numels), seed), torch.empty(sum(numels))
+    payload = compress(codec, x, None, blocks)
+    codec.decompress_(payload.tensors, blocks, sent)
+    for part, sent_part in zip(torch.split(x, numels), torch.split(sent, numels), strict=True):
+        assert float(sent_part.norm()) == pytest.approx(float(part.norm()), rel=1e-5)
+        assert len(set(sent_part.abs().tolist())) == 1
+
+
+@given(n=st.integers(1, 5000), seed=SEEDS)
+def test_a_block_sign_sends_the_mean_magnitude_of_each_block(n: int, seed: int) -> None:
+    blocks = blocks_of(BlockSign(64), [n])
+    x = heavy_tailed(n, seed)
+    scales, _ = compress(BlockSign(64), x, None, blocks).tensors
+    torch.testing.assert_close(scales, torch.stack([part.abs().mean() for part in torch.split(x, 64)]))
+
+
+def test_a_parts_scale_is_the_whole_tensors_when_it_is_cut_for_its_servers() -> None:
+    tensors = [("p", torch.zeros(100))]
+    parts = TensorSign().table(ParameterIndex.of(tensors), 3).parts(Bucket.of(tensors)).by_owner
+    x = heavy_tailed(100, 3)
+    payloads = [Payload.allocate(TensorSign().layout(blocks)) for blocks in parts]
+    TensorSign().compress_(x, None, parts, [payload.tensors for payload in payloads])
+    expected = float(x.norm()) / 10
+    assert [payload.tensors[0].tolist() for payload in payloads] == [[pytest.approx(expected)]] * 3
+
+
+@pytest.mark.parametrize("block_size", [0, 7, 12, -8])
+def test_a_block_is_whole_bytes_of_bits(block_size: int) -> None:
+    with pytest.raises(ConfigError, match="positive multiple of 8"):
+        BlockSign(block_size)
+
+
+def test_unknown_scales_and_dtypes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="write 'l1'"):
+        scaled_sign("l3")
+    with pytest.raises(ConfigError, match=r"write torch\.float16"):
+        Cast(torch.float32)

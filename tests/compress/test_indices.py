@@ -1,0 +1,335 @@
+"""The code of ascending indices: its size, that it comes back, and what damaged bytes do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from commopt import kernels
+from commopt.compress import indices as codec
+from commopt.compress.indices import (
+    MAX_N,
+    all_index_bytes,
+    decode_all,
+    decode_indices,
+    encode_all_,
+    encode_indices_,
+    index_bytes,
+)
+from commopt.kernels.cpu import indices as cpu_indices
+from commopt.kernels.reference import indices as reference_indices
+from commopt.wire.bucket import Int64Array
+
+KERNELS = [cpu_indices, reference_indices]
+SETS = st.one_of(
+    st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))),
+    st.integers(41, 3000).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1), max_size=300))),
+    st.integers(3001, MAX_N).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1), max_size=20))),
+)
+
+
+@pytest.fixture(params=KERNELS, ids=["numba", "plain"])
+def either_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The public functions, with the fast kernels and with the plain ones."""
+    kernel: ModuleType = request.param
+    monkeypatch.setattr(kernels, "of", lambda name, device: kernel)
+    return kernel
+
+
+def encoded(indices: list[int] | Tensor, n: int) -> Tensor:
+    x = torch.as_tensor(indices, dtype=torch.int64)
+    out = torch.full((index_bytes(n, len(x)),), 0xA5, dtype=torch.uint8)
+    encode_indices_(x, n, out)
+    return out
+
+
+def entropy(n: int, k: int) -> float:
+    """Bits per index: log2 of the number of sets, by Stirling's series, since lgamma cancels at large n."""
+    if n <= 10**6:
+        return math.log2(math.comb(n, k)) / k
+    p = k / n
+    in_sum = -math.log2(p) - (1 - p) / p * math.log1p(-p) / math.log(2)
+    return in_sum - math.log2(2 * math.pi * k * (1 - p)) / (2 * k)
+
+
+def draw(n: int, k: int, seed: int) -> Tensor:
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(n, k, replace=False)))
+
+
+# sizes
+
+
+@given(st.integers(0, MAX_N), st.data())
+def test_the_size_is_the_smallest_over_all_widths_of_the_low_part(n: int, data: st.DataObject) -> None:
+    k = data.draw(st.one_of(st.integers(0, n), st.integers(0, min(n, 50)), st.integers(max(n - 50, 0), n)))
+    best = min(k * width + k + (n - k >> width) for width in range(45))
+    assert index_bytes(n, k) == (0 if k in (0, n) else -(-best // 8))
+    assert index_bytes(n, k) <= -(-n // 8)  # a bitmap
+
+
+@pytest.mark.parametrize("n", [10_000, 2**31 - 1, 2**31, 2**31 + 1, 2**32 + 5, 2**40])
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.1, 0.25])
+def test_a_code_is_within_0_6_bit_per_index_of_the_entropy(n: int, density: float) -> None:
+    k = round(n * density)
+    spare = 7 / k  # bits that fill the last byte
+    assert 0 <= 8 * index_bytes(n, k) / k - entropy(n, k) <= 0.6 + spare
+
+
+def test_one_index_of_a_thousand_costs_at_most_1_6_bytes() -> None:
+    sizes = {k: index_bytes(1000 * k, k) for k in [*range(1, 2000), 10_000, 2**30]}
+    too_large = {k: size for k, size in sizes.items() if size > 1.6 * k}
+    for k, size in too_large.items():  # only where no code in whole bytes could do better
+        assert size == math.ceil(math.log2(math.comb(1000 * k, k)) / 8)
+    assert set(too_large) == {1, 3}
+
+
+def test_codes_of_none_and_of_all_take_no_bytes() -> None:
+    assert [index_bytes(n, k) for n in (0, 1, 9, MAX_N) for k in (0, n)] == [0] * 8
+    assert index_bytes(9, 5) == 2  # a bitmap
+
+
+def test_sizes_of_many_are_the_sizes_of_each() -> None:
+    ns, ks = np.asarray([5, 10**6, 2**40, 0]), np.asarray([5, 1000, 77, 0])
+    assert all_index_bytes(ns, ks).tolist() == [index_bytes(int(n), int(k)) for n, k in zip(ns, ks, strict=True)]
+    assert all_index_bytes(ns[:0], ks[:0]).tolist() == []
+
+
+@pytest.mark.parametrize(("n", "k"), [(3, 4), (3, -1), (-1, -1), (MAX_N + 1, 1)])
+def test_impossible_counts_are_refused(n: int, k: int) -> None:
+    with pytest.raises(ValueError, match="0 <= k <= n"):
+        index_bytes(n, k)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.1])
+def test_rice_codes_are_shorter_on_average_but_as_long_as_ours_at_worst(density: float) -> None:
+    """Why gaps are not Rice-coded: with a size that is fixed beforehand nothing would be saved."""
+    n = 1_000_000
+    k = round(n * density)
+
+    def rice_bits(indices: Tensor, parameter: int) -> int:
+        gaps = torch.diff(indices, prepend=torch.tensor([-1])) - 1
+        return int((gaps >> parameter).sum()) + k * (1 + parameter)
+
+    drawn = [min(rice_bits(draw(n, k, seed), b) for b in range(14)) for seed in range(5)]
+    assert len(set(drawn)) > 1
+    assert 0.3 < index_bytes(n, k) * 8 / k - max(drawn) / k < 0.5
+    last_ones = torch.arange(n - k, n)
+    assert 0 <= 8 * index_bytes(n, k) - min(rice_bits(last_ones, b) for b in range(14)) < 8
+
+
+# round trips
+
+
+def test_the_bits_are_laid_out_as_described() -> None:
+    # n - k = 96 and l = 4: less i the indices are 3, 20, 20, 95; low 3, 4, 4, 15; high 0, 1, 1, 5
+    code = encoded([3, 21, 22, 98], 100)
+    assert code.tolist() == [0x43, 0xF4, 0b00001101, 0b1]
+    assert encoded([0, 1, 2, 9], 10).tolist() == [0b111, 0b10]  # a bitmap
+
+
+def test_every_small_set_comes_back_and_no_other_bytes_are_a_code(either_kernel: ModuleType) -> None:
+    for n, k in [(5, 2), (8, 1), (8, 7), (9, 4), (11, 2), (6, 3), (30, 1), (60, 1)]:
+        sets = list(itertools.combinations(range(n), k))
+        by_code = {bytes(encoded(list(x), n).tolist()): x for x in sets}
+        assert len(by_code) == len(sets)
+        if index_bytes(n, k) > 1:
+            for code, x in by_code.items():
+                assert decode_indices(torch.tensor(list(code), dtype=torch.uint8), n, k).tolist() == list(x)
+            continue
+        for byte in range(256):
+            code_of_byte = torch.tensor([byte], dtype=torch.uint8)
+            if bytes([byte]) in by_code:
+                assert decode_indices(code_of_byte, n, k).tolist() == list(by_code[bytes([byte])])
+            else:
+                with pytest.raises(ValueError, match="not the code of any"):
+                    decode_indices(code_of_byte, n, k)
+
+
+@given(SETS)
+def test_any_set_comes_back_from_the_same_bytes_of_both_kernels(case: tuple[int, set[int]]) -> None:
+    n, chosen = case
+    x = torch.tensor(sorted(chosen), dtype=torch.int64)
+    code = encoded(x, n)
+    ns, ks = np.asarray([n]), np.asarray([len(x)])
+    widths, sizes = codec._widths_and_sizes(ns, ks)
+    plain = torch.empty_like(code)
+    assert reference_indices.encode_(x, ns, ks, widths, sizes, plain)
+    assert torch.equal(code, plain)
+    assert torch.equal(decode_indices(code, n, len(x)), x)
+    from_plain = reference_indices.decode(code, ns, ks, widths, sizes)
+    assert from_plain is not None
+    assert torch.equal(from_plain, x)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 63, 64, 65, 1000, 4096, 100_003])
+def test_none_one_all_but_one_all_and_runs_come_back(either_kernel: ModuleType, n: int) -> None:
+    every = torch.arange(n)
+    runs = [every[a:z] for a in (0, n // 3, n - n // 10) for z in (n // 2, n)]
+    one = [every[i : i + 1] for i in (0, n // 2, n - 1)]
+    all_but_one = [every[every != i] for i in (0, n // 2, n - 1)]
+    combs = [every[::2].contiguous(), every[::700].contiguous()]
+    for x in [every[:0], every, *combs, *runs, *one, *all_but_one]:
+        assert torch.equal(decode_indices(encoded(x, n), n, len(x)), x)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.1, 0.3, 0.4, 0.9])
+def test_large_draws_come_back(either_kernel: ModuleType, density: float) -> None:
+    n = 200_000
+    x = draw(n, round(n * density), 3)
+    assert torch.equal(decode_indices(encoded(x, n), n, len(x)), x)
+
+
+@pytest.mark.parametrize("n", [2**31 - 1, 2**31 + 7, 2**33, MAX_N])
+def test_indices_beyond_32_bits_come_back(either_kernel: ModuleType, n: int) -> None:
+    for x in [[n - 1], [0], [0, n - 1], list(range(n - 200, n)), [2**31 - 4, 2**31 - 3, n - 1]]:
+        assert decode_indices(encoded(x, n), n, len(x)).tolist() == x
+
+
+# many blocks
+
+
+def many_blocks() -> tuple[Tensor, Int64Array, Int64Array]:
+    ns = np.asarray([0, 17, 17, 17, 1000, 1000, 1000, 3, 2**35, 90, 64, 1])
+    ks = np.asarray([0, 0, 17, 5, 900, 2, 999, 0, 3, 40, 32, 1])
+    rng = np.random.default_rng(5)
+    # of n = 2**35 all that counts is that there are few
+    drawn = [np.sort(rng.choice(min(n, 10**6), k, replace=False)) for n, k in zip(ns, ks, strict=True)]
+    return torch.from_numpy(np.concatenate(drawn)), ns, ks
+
+
+def test_many_blocks_are_the_codes_of_each_one_behind_the_other(either_kernel: ModuleType) -> None:
+    x, ns, ks = many_blocks()
+    out = torch.full((int(all_index_bytes(ns, ks).sum()),), 0x5A, dtype=torch.uint8)
+    encode_all_(x, ns, ks, out)
+    each = [encoded(part, int(n)) for part, n in zip(torch.split(x, ks.tolist()), ns, strict=True)]
+    assert torch.equal(out, torch.cat(each))
+    assert torch.equal(decode_all(out, ns, ks), x)
+
+
+def test_no_blocks_are_no_work(either_kernel: ModuleType) -> None:
+    none = np.zeros(0, dtype=np.int64)
+    encode_all_(torch.zeros(0, dtype=torch.int64), none, none, torch.zeros(0, dtype=torch.uint8))
+    assert decode_all(torch.zeros(0, dtype=torch.uint8), none, none).shape == (0,)
+
+
+@given(SETS)
+def test_bytes_beside_a_code_are_neither_read_nor_written(case: tuple[int, set[int]]) -> None:
+    n, chosen = case
+    x = torch.tensor(sorted(chosen), dtype=torch.int64)
+    size = index_bytes(n, len(x))
+    around = torch.full((size + 40,), 255, dtype=torch.uint8)
+    encode_indices_(x, n, around[20 : 20 + size])
+    assert (around[:20] == 255).all()
+    assert (around[20 + size :] == 255).all()
+    assert torch.equal(decode_indices(around[20 : 20 + size], n, len(x)), x)
+
+
+# bad input
+
+
+@pytest.mark.parametrize("indices", [[2, 1], [1, 1], [-1, 3], [3, 10], [10, 11], [-5, -4], [0, 2**62], [-(2**62), 0]])
+@pytest.mark.parametrize("n", [10])
+def test_unsorted_repeated_and_outside_indices_are_refused(
+    either_kernel: ModuleType, indices: list[int], n: int
+) -> None:
+    with pytest.raises(ValueError, match="ascend without repeats"):
+        encoded(indices, n)
+    with pytest.raises(ValueError, match="ascend without repeats"):
+        encoded([*range(8), *indices], n)  # as many as there are: no bytes, but they must be all of them
+
+
+def test_a_bad_block_among_good_ones_is_refused(either_kernel: ModuleType) -> None:
+    x, ns, ks = many_blocks()
+    x[17 + 2] = x[17 + 1]
+    with pytest.raises(ValueError, match="ascend without repeats"):
+        encode_all_(x, ns, ks, torch.empty(int(all_index_bytes(ns, ks).sum()), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_truncated_and_longer_codes_are_refused(either_kernel: ModuleType, change: int) -> None:
+    code = encoded([3, 500, 777], 1000)
+    with pytest.raises(ValueError, match=r"code: wanted \(4,\)"):
+        decode_indices(torch.zeros(len(code) + change, dtype=torch.uint8), 1000, 3)
+
+
+def test_tensors_of_another_length_or_type_are_refused() -> None:
+    x, code = torch.tensor([1, 5]), torch.zeros(index_bytes(100, 2), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="out: wanted"):
+        encode_indices_(x, 100, code[1:])
+    with pytest.raises(ValueError, match="indices: wanted"):
+        encode_indices_(x.int(), 100, code)
+    with pytest.raises(ValueError, match="indices: wanted"):
+        encode_all_(x, np.asarray([100]), np.asarray([3]), code)
+    with pytest.raises(ValueError, match="code: wanted"):
+        decode_indices(code.to(torch.int8), 100, 2)
+    with pytest.raises(ValueError, match="contiguous"):
+        encode_indices_(x, 100, torch.zeros(2 * len(code), dtype=torch.uint8)[::2])
+
+
+@given(SETS, st.data())
+def test_damaged_codes_are_refused_or_are_the_code_of_what_they_decode_to(
+    case: tuple[int, set[int]], data: st.DataObject
+) -> None:
+    n, chosen = case
+    k = len(chosen)
+    code = encoded(sorted(chosen), n)
+    if not len(code):
+        return
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, 8 * len(code) - 1))
+        code[place // 8] ^= 1 << place % 8
+    ns, ks = np.asarray([n]), np.asarray([k])
+    plain = reference_indices.decode(code, ns, ks, *codec._widths_and_sizes(ns, ks))
+    try:
+        x = decode_indices(code, n, k)
+    except ValueError:
+        assert plain is None
+    else:
+        assert plain is not None
+        assert torch.equal(x, plain)
+        assert torch.equal(encoded(x, n), code)
+
+
+@given(st.integers(2, MAX_N), st.data())
+def test_random_bytes_do_no_harm(n: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, min(n - 1, 30)))
+    size = index_bytes(n, k)
+    code = torch.tensor(list(data.draw(st.binary(min_size=size, max_size=size))), dtype=torch.uint8)
+    try:
+        x = decode_indices(code, n, k)
+    except ValueError:
+        return
+    assert torch.equal(encoded(x, n), code)
+
+
+def test_a_damaged_block_among_good_ones_is_refused(either_kernel: ModuleType) -> None:
+    x, ns, ks = many_blocks()
+    sizes = all_index_bytes(ns, ks)
+    out = torch.empty(int(sizes.sum()), dtype=torch.uint8)
+    encode_all_(x, ns, ks, out)
+    starts = np.cumsum(sizes) - sizes
+    for block in np.flatnonzero(sizes):
+        damaged = out.clone()
+        damaged[int(starts[block] + sizes[block]) - 1] ^= 128  # a spare bit, or a one too many or too few
+        with pytest.raises(ValueError, match="not the code of any"):
+            decode_all(damaged, ns, ks)
+
+
+def test_after_warming_up_nothing_is_compiled() -> None:
+    cpu_indices.warm_up()
+    compiled: list[Any] = [cpu_indices._encode, cpu_indices._decode]
+    before = [len(kernel.signatures) for kernel in compiled]
+    x, ns, ks = many_blocks()
+    out = torch.empty(int(all_index_bytes(ns, ks).sum()), dtype=torch.uint8)
+    encode_all_(x, ns, ks, out)
+    decode_all(out, ns, ks)
+    assert [len(kernel.signatures) for kernel in compiled] == before

@@ -1,0 +1,514 @@
+"""The block quantisers: their bounds, their averages, and the fast kernels against the plain ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from commopt import kernels
+from commopt.compress import quantize
+from commopt.compress.quantize import BlockFloat8, BlockInt, BlockScaled, EvenLevels, Natural, QSGDLevels
+from commopt.compress.ternary import Ternary
+from commopt.errors import ConfigError
+from commopt.kernels.cpu import quantize as fast
+from commopt.kernels.reference import quantize as plain
+from commopt.wire import noise
+from commopt.wire.bucket import Blocks
+from commopt.wire.payload import Payload
+
+EVEN = [
+    *(BlockInt(bits) for bits in (8, 4, 2)),
+    BlockInt(4, stochastic=False),
+    *(QSGDLevels(levels) for levels in (3, 12, 25, 50)),  # 3, 5, 6 and 7 bits
+    QSGDLevels(7, norm="max"),
+    Ternary(),
+]
+CODECS = [*EVEN, BlockFloat8(), BlockFloat8(stochastic=False), Natural()]
+UNBIASED = [codec for codec in CODECS if codec.is_stochastic]
+LENGTHS = st.lists(
+    st.one_of(st.integers(1, 30), st.sampled_from([255, 256, 2047, 2048, 2049, 5001])), min_size=1, max_size=4
+)
+SEEDS = st.integers(0, 2**31)
+LARGEST = float(np.finfo(np.float32).max)
+KERNELS = pytest.mark.parametrize("kernel", [fast, plain], ids=["numba", "plain"])
+each_codec = pytest.mark.parametrize("codec", CODECS, ids=repr)
+
+
+def blocks_of(lengths: list[int], gap: int = 3, seed: int | None = 0) -> Blocks:
+    """Blocks that lie apart in the values and in reverse order in the residual, with random keys unless `seed` is None."""
+    n = np.asarray(lengths, dtype=np.int64)
+    starts, homes = np.cumsum(n + gap) - n, np.cumsum(n[::-1])[::-1] - n
+    number = np.arange(len(n))
+    keys = None if seed is None else noise.keys(seed, "test", 0, np.zeros_like(n), homes)
+    return Blocks(starts, homes, n, number, number, keys)
+
+
+def part_of(blocks: Blocks, these: list[int]) -> Blocks:
+    keys = None if blocks.keys is None else blocks.keys[these]
+    return Blocks(
+        blocks.starts[these],
+        blocks.homes[these],
+        blocks.lengths[these],
+        blocks.parameters[these],
+        blocks.groups[these],
+        keys,
+    )
+
+
+def heavy_tailed(n: int, seed: int, spread: float = 2.0) -> Tensor:
+    """Values over many magnitudes, a tenth of them 0.0 and a tenth -0.0."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(spread).exp()
+    u = torch.rand(n, generator=generator)
+    return torch.where(u < 0.1, 0.0, torch.where(u > 0.9, -0.0, x))
+
+
+def draw(blocks: Blocks, seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    n = int(blocks.starts[-1] + blocks.lengths[-1]) + 5
+    return heavy_tailed(n, seed, spread), heavy_tailed(blocks.elements, seed + 1, spread)
+
+
+def compress(codec: BlockScaled, x: Tensor, residual: Tensor | None, blocks: Blocks) -> tuple[Tensor, ...]:
+    payload = Payload.allocate(codec.layout(blocks))
+    payload.buffer.fill_(171)
+    codec.compress_(x, residual, [blocks], [payload.tensors])
+    return payload.tensors
+
+
+def sent_by(codec: BlockScaled, x: Tensor, blocks: Blocks) -> Tensor:
+    out = torch.zeros_like(x)
+    codec.decompress_(compress(codec, x, None, blocks), blocks, out)
+    return out
+
+
+def elements_of(x: Tensor, blocks: Blocks) -> list[Tensor]:
+    return [x[start : start + n] for start, n in zip(blocks.starts, blocks.lengths, strict=True)]
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8)
+
+
+@contextmanager
+def kernels_are(kernel: ModuleType, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    with patch.context() as inside:
+        inside.setattr(kernels, "of", lambda name, device: kernel)
+        yield
+
+
+@each_codec
+@given(
+    lengths=LENGTHS,
+    seed=SEEDS,
+    has_keys=st.booleans(),
+    has_residual=st.booleans(),
+    spread=st.sampled_from([0.1, 2.0, 15.0]),
+    scale=st.sampled_from([1.0, 1e30, 1e-36, 1e-42]),
+    alpha=st.sampled_from([1.0, 1 / 3]),
+    add=st.booleans(),
+)
+def test_fast_and_plain_kernels_agree_to_the_bit(
+    codec: BlockScaled,
+    lengths: list[int],
+    seed: int,
+    has_keys: bool,
+    has_residual: bool,
+    spread: float,
+    scale: float,
+    alpha: float,
+    add: bool,
+) -> None:
+    blocks = blocks_of(lengths, seed=seed if has_keys else None)
+    x, residual = (values * scale for values in draw(blocks, seed, spread))
+    given_x, results = x.clone(), []
+    for kernel in (fast, plain):
+        with kernels_are(kernel, pytest.MonkeyPatch()):
+            e = residual.clone() if has_residual else None
+            scales, codes = compress(codec, x, e, blocks)
+            out = torch.linspace(-1, 1, len(x))
+            codec.decompress_((scales, codes), blocks, out, alpha=alpha, add=add)
+            results.append((scales, codes, residual if e is None else e, out))
+    for name, one, other in zip(("scales", "codes", "residual", "decoded"), *results, strict=True):
+        if name == "decoded":  # NaNs of different signs are the same here
+            one, other = one.nan_to_num(7, 8, 9), other.nan_to_num(7, 8, 9)
+        assert torch.equal(bits(one), bits(other)), name
+    assert torch.equal(bits(x), bits(given_x))
+
+
+@each_codec
+@given(lengths=LENGTHS, seed=SEEDS)
+def test_the_residual_is_what_was_not_sent_to_an_ulp(codec: BlockScaled, lengths: list[int], seed: int) -> None:
+    blocks = blocks_of(lengths, seed=seed)
+    x, residual = draw(blocks, seed)
+    left, out = residual.clone(), torch.full_like(x, 7.0)
+    codec.decompress_(compress(codec, x, left, blocks), blocks, out)
+    for start, home, n in zip(blocks.starts, blocks.homes, blocks.lengths, strict=True):
+        c = (x[start : start + n] + residual[home : home + n]).double()
+        rest = left[home : home + n].double()
+        assert ((out[start : start + n].double() + rest - c).abs() <= rest.abs() * 2**-24).all()
+        out[start : start + n] = 7.0
+    assert (out == 7).all()  # nothing beside the blocks is written
+
+
+def steps_around(codec: BlockScaled, c: Tensor, scale: float) -> Tensor:
+    """(n,) f64 the distance between the two levels around each c, at least."""
+    a = c.abs().double()
+    binade = torch.exp2(torch.frexp(a).exponent.double() - 1)
+    if isinstance(codec, Natural):
+        return torch.where(a < scale * 2.0**-126, scale * 2.0**-126, binade)
+    if isinstance(codec, BlockFloat8):
+        binade = torch.exp2(torch.frexp(a / scale).exponent.double() - 1)
+        return binade.clamp(min=2.0**-6) / 8 * scale
+    return torch.full_like(a, scale)
+
+
+@each_codec
+@given(lengths=LENGTHS, seed=SEEDS, has_keys=st.booleans())
+def test_a_value_goes_to_a_level_beside_it(codec: BlockScaled, lengths: list[int], seed: int, has_keys: bool) -> None:
+    blocks = blocks_of(lengths, seed=seed if has_keys else None)
+    x, _ = draw(blocks, seed)
+    out = torch.empty_like(x)
+    scales, codes = compress(codec, x, None, blocks)
+    codec.decompress_((scales, codes), blocks, out)
+    share = 1.0 if has_keys and codec.is_stochastic else 0.5
+    for c, sent, scale in zip(elements_of(x, blocks), elements_of(out, blocks), scales.tolist(), strict=True):
+        slack = 1e-6 * c.abs().double().max()  # c / scale is rounded
+        assert ((sent.double() - c.double()).abs() <= share * steps_around(codec, c, scale) + slack).all()
+        assert (sent[c == 0] == 0).all()
+        assert (sent * c >= 0).all()
+
+
+@pytest.mark.parametrize("codec", UNBIASED, ids=repr)
+def test_stochastic_rounding_is_right_on_average(codec: BlockScaled) -> None:
+    times, n = 20_000, 48
+    c = torch.cat([torch.randn(n - 2, generator=torch.Generator().manual_seed(1)), torch.tensor([1e-3, 5.0])])
+    blocks = blocks_of([n] * times, gap=0)
+    out = torch.empty(n * times)
+    scales, codes = compress(codec, c.repeat(times), None, blocks)
+    codec.decompress_((scales, codes), blocks, out)
+    mean = out.view(times, n).double().mean(0)
+    assert ((mean - c).abs() <= 5 * 0.5 * steps_around(codec, c, float(scales[0])) / math.sqrt(times)).all()
+    assert out.view(times, n).std(0).gt(0).sum() > n // 2
+
+
+def test_natural_compression_is_right_on_average_below_its_smallest_power() -> None:
+    times, c = 20_000, torch.tensor([2.0**100, 2.0**-27, 3 * 2.0**-27, -(2.0**-28), 1.5 * 2.0**-26, 0.0, 1e-30])
+    mean = sent_by(Natural(), c.repeat(times), blocks_of([len(c)] * times, gap=0)).view(times, -1).double().mean(0)
+    assert ((mean[1:] - c[1:].double()).abs() <= 5 * 0.5 * 2.0**-26 / math.sqrt(times)).all()
+    assert mean[0] == 2.0**100
+    assert mean[5] == 0
+
+
+@pytest.mark.parametrize("codec", [Natural(), BlockFloat8(), BlockInt(4), QSGDLevels(4), Ternary()], ids=repr)
+def test_the_mean_squared_error_keeps_the_published_bounds(codec: BlockScaled) -> None:
+    n, times = 512, 200
+    c = heavy_tailed(n, 3)
+    out = sent_by(codec, c.repeat(times), blocks_of([n] * times, gap=0)).view(times, n)
+    error = float((out - c).double().square().sum(1).mean() / c.double().square().sum())
+    largest = float(c.abs().max()) ** 2 / float(c.double().square().sum())
+    bound = {
+        Natural(): 1 / 8,
+        BlockFloat8(): 1 / 256 + n / 4 * (1 / 448 / 512) ** 2 * largest,
+        BlockInt(4): n / 4 / 49 * largest,
+        QSGDLevels(4): min(n / 16, math.sqrt(n) / 4),
+        Ternary(): float(c.abs().max() * c.abs().sum() / c.square().sum()) - 1 + 0.1,
+    }
+    assert 0 < error <= bound[codec]
+
+
+@pytest.mark.parametrize("codec", EVEN, ids=repr)
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_even_levels_are_those_of_the_papers(codec: EvenLevels, has_keys: bool) -> None:
+    """QSGD: norm / s * sign(c) * (floor(a) + [u < a - floor(a)]) with a = s |c| / norm; the others are its case of norm = max|c|."""
+    blocks = blocks_of([512] * 40, gap=0, seed=3 if has_keys else None)
+    x = heavy_tailed(512 * 40, 5)
+    c = x.double().numpy().reshape(40, 512)
+    l2, largest = np.sqrt((c**2).sum(1, keepdims=True)), np.abs(c).max(1, keepdims=True)
+    norm = l2 if codec.has_l2_norm else largest
+    a = codec.levels * np.abs(c) / norm
+    u = np.full_like(a, 0.5)
+    if blocks.keys is not None and codec.is_stochastic:
+        u = noise.uniform(blocks.keys, blocks.lengths).double().numpy().reshape(40, 512)
+    expected = norm / codec.levels * np.sign(c) * (np.floor(a) + (u < a - np.floor(a)))
+    out = sent_by(codec, x, blocks).double().numpy().reshape(40, 512)
+    is_clear = np.abs(u - (a - np.floor(a))) > 1e-4
+    is_clear &= np.abs(a - np.round(a)) > 1e-4
+    assert is_clear.mean() > 0.5
+    np.testing.assert_allclose(out[is_clear], expected[is_clear], rtol=1e-6, atol=1e-6)
+
+
+@each_codec
+@given(lengths=LENGTHS, seed=SEEDS, alpha=st.sampled_from([1.0, 0.5, 1 / 3]))
+def test_a_message_counts_by_its_weight(codec: BlockScaled, lengths: list[int], seed: int, alpha: float) -> None:
+    blocks = blocks_of(lengths, seed=seed)
+    x, _ = draw(blocks, seed)
+    payload = compress(codec, x, None, blocks)
+    values, weighted, total = torch.zeros_like(x), torch.zeros_like(x), torch.ones_like(x)
+    codec.decompress_(payload, blocks, values)
+    codec.decompress_(payload, blocks, weighted, alpha=alpha)
+    codec.decompress_(payload, blocks, total, alpha=alpha, add=True)
+    torch.testing.assert_close(weighted, alpha * values, rtol=1e-6, atol=0)
+    assert torch.equal(total, 1 + weighted)
+
+
+@each_codec
+@given(lengths=LENGTHS, seed=SEEDS)
+def test_a_blocks_codes_do_not_depend_on_its_neighbours(codec: BlockScaled, lengths: list[int], seed: int) -> None:
+    blocks = blocks_of(lengths, seed=seed)
+    x, residual = draw(blocks, seed)
+    together, apart = residual.clone(), residual.clone()
+    scales, codes = compress(codec, x, together, blocks)
+    starts = np.append(plain.byte_starts(blocks, codec.code_bits), len(codes))
+    parts = [part_of(blocks, [b]) for b in reversed(range(len(blocks)))]
+    payloads = [Payload.allocate(codec.layout(part)) for part in parts]
+    codec.compress_(x, apart, parts, [payload.tensors for payload in payloads])
+    for b, payload in zip(reversed(range(len(blocks))), payloads, strict=True):
+        assert torch.equal(payload.tensors[0], scales[b : b + 1])
+        assert torch.equal(payload.tensors[1], codes[starts[b] : starts[b + 1]])
+    assert torch.equal(bits(together), bits(apart))
+
+
+@each_codec
+def test_equal_blocks_with_different_keys_are_drawn_apart_and_with_the_same_alike(codec: BlockScaled) -> None:
+    x = heavy_tailed(256, 2).repeat(2)
+    out = sent_by(codec, x, blocks_of([256, 256], gap=0))
+    again = sent_by(codec, x, blocks_of([256, 256], gap=0))
+    assert torch.equal(out, again)
+    assert torch.equal(out[:256], out[256:]) != codec.is_stochastic
+
+
+@each_codec
+@given(lengths=LENGTHS, seed=SEEDS)
+def test_minus_the_values_is_minus_the_message(codec: BlockScaled, lengths: list[int], seed: int) -> None:
+    blocks = blocks_of(lengths, seed=seed)
+    x, _ = draw(blocks, seed)
+    assert torch.equal(sent_by(codec, -x, blocks), -sent_by(codec, x, blocks))
+
+
+@each_codec
+@given(n=st.integers(1, 5000))
+def test_a_block_takes_its_bits_in_whole_bytes_and_a_scale(codec: BlockScaled, n: int) -> None:
+    lengths = codec.block_lengths(n, 3)
+    assert sum(lengths) == n
+    assert all(length % 8 == 0 for length in lengths[:-1])
+    (dtype, scales), (code_dtype, code_bytes) = codec.layout(blocks_of(lengths))
+    assert (dtype, code_dtype, scales) == (torch.float32, torch.uint8, len(lengths))
+    assert code_bytes == sum(math.ceil(length * codec.code_bits / 8) for length in lengths)
+
+
+def test_levels_take_as_many_bits_as_they_need() -> None:
+    assert [quantize.bits_of(s) for s in range(1, 128)] == [math.ceil(math.log2(2 * s + 1)) for s in range(1, 128)]
+    assert [codec.code_bits for codec in (BlockInt(8), BlockInt(4), BlockInt(2), Ternary())] == [8, 4, 2, 2]
+    assert Ternary(None).block_lengths(5000, 3) == [5000]
+    assert Ternary(None).block_lengths(0, 3) == []
+
+
+@each_codec
+@KERNELS
+def test_zeros_stay_zeros_and_denormal_blocks_are_left_over(
+    codec: BlockScaled, kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = blocks_of([9, 9, 9], gap=0)
+    x = torch.cat([torch.zeros(9), torch.full((9,), -0.0), torch.linspace(-1e-39, 1e-39, 9)])
+    left, out = torch.zeros(27), torch.full((27,), 7.0)
+    with kernels_are(kernel, monkeypatch):
+        codes = compress(codec, x, left, blocks)
+        codec.decompress_(codes, blocks, out)
+    assert not codec.is_bad(codes, blocks).any()
+    assert (out[:18] == 0).all()
+    assert (left[blocks.homes[1] : blocks.homes[0] + 9] == 0).all()
+    assert torch.equal(out[18:] + left[:9], x[18:])
+    if not isinstance(codec, Natural):
+        assert (out == 0).all()
+
+
+@each_codec
+@KERNELS
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 2050])
+def test_a_bad_block_has_scale_nan_and_keeps_its_residual(
+    codec: BlockScaled, kernel: ModuleType, bad: float, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = blocks_of([20, 2051, 20])
+    x, residual = draw(blocks, 1)
+    clean_x, left, clean_left = x.clone(), residual.clone(), residual.clone()
+    x[int(blocks.starts[1]) + place] = bad
+    with kernels_are(kernel, monkeypatch):
+        scales, codes = compress(codec, x, left, blocks)
+        clean_scales, clean_codes = compress(codec, clean_x, clean_left, blocks)
+    assert scales.isnan().tolist() == codec.is_bad((scales, codes), blocks).tolist() == [False, True, False]
+    home, n = int(blocks.homes[1]), int(blocks.lengths[1])
+    assert torch.equal(bits(left[home : home + n]), bits(residual[home : home + n]))
+    clean_left[home : home + n] = residual[home : home + n]
+    assert torch.equal(bits(left), bits(clean_left))
+    starts = np.append(plain.byte_starts(blocks, codec.code_bits), len(codes))
+    assert (codes[starts[1] : starts[2]] == 0).all()
+    clean_codes[starts[1] : starts[2]] = 0
+    assert torch.equal(codes, clean_codes)
+    assert torch.equal(scales[::2], clean_scales[::2])
+
+
+@each_codec
+def test_a_bad_residual_makes_its_block_bad_too(codec: BlockScaled) -> None:
+    blocks = blocks_of([9, 9])
+    x, residual = draw(blocks, 2)
+    residual[int(blocks.homes[0])] = math.inf
+    x[int(blocks.starts[1])] = residual[int(blocks.homes[1])] = 3e38  # their sum is beyond float32
+    assert codec.is_bad(compress(codec, x, residual, blocks), blocks).tolist() == [True, True]
+
+
+@each_codec
+@pytest.mark.parametrize("large", [1e38, 3e38, LARGEST, float(np.nextafter(np.float32(LARGEST), np.float32(0)))])
+def test_huge_values_are_sent_or_refused_and_never_become_infinite(codec: BlockScaled, large: float) -> None:
+    for c in (torch.tensor([large, -large / 2, 1.0]), torch.full((64,), -large)):
+        blocks = blocks_of([len(c)], gap=0)
+        left, out = torch.zeros(len(c)), torch.empty(len(c))
+        codes = compress(codec, c, left, blocks)
+        codec.decompress_(codes, blocks, out)
+        if bool(codec.is_bad(codes, blocks)):
+            has_large_norm = isinstance(codec, EvenLevels) and codec.has_l2_norm
+            assert has_large_norm or large > 3.4e38
+            assert (left == 0).all()
+        else:
+            assert out.isfinite().all()
+            assert left.isfinite().all()
+            assert torch.allclose(out + left, c)
+
+
+@pytest.mark.parametrize("codec", EVEN, ids=repr)
+@pytest.mark.parametrize("magnitude", [1e-35, 1.0, 3e38])
+def test_the_largest_of_a_block_is_kept_where_it_sets_the_scale(codec: EvenLevels, magnitude: float) -> None:
+    if codec.has_l2_norm:
+        return
+    x = heavy_tailed(256, 4).clamp(-1, 1) * 0.5
+    x[17] = -1.0
+    out = sent_by(codec, x * magnitude, blocks_of([256], gap=0))
+    assert float(out[17]) == pytest.approx(-magnitude, rel=1e-6)
+
+
+def test_every_float8_pattern_is_torchs() -> None:
+    patterns = torch.arange(256, dtype=torch.uint8)
+    expected = patterns.view(torch.float8_e4m3fn).float()
+    x, out = expected.nan_to_num(448.0), torch.empty(256)
+    for has_keys in (True, False):
+        blocks = blocks_of([256], gap=0, seed=1 if has_keys else None)
+        scales, codes = compress(BlockFloat8(), x, None, blocks)
+        assert scales.tolist() == [1.0]
+        assert torch.equal(codes[~expected.isnan()], patterns[~expected.isnan()])
+    for kernel in (fast, plain):
+        kernel.decompress_float8_(patterns, torch.ones(1), blocks, out, alpha=1.0, add=False)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@given(seed=SEEDS, spread=st.sampled_from([0.5, 2.0, 4.0]))
+def test_float8_to_the_nearest_is_torchs_cast(seed: int, spread: float) -> None:
+    x = heavy_tailed(1000, seed, spread)
+    grid = plain.float8_values()[:127]
+    x[:126] = (grid[1:] + grid[:-1]) / 2 * float(x.abs().max()) / 448  # ties, where the scale is a power of two
+    scales, codes = compress(BlockFloat8(stochastic=False), x, None, blocks_of([1000], gap=0))
+    cast = (x / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(codes, cast.view(torch.uint8))
+
+
+def test_float8_ties_go_to_even_as_torchs_do() -> None:
+    grid = plain.float8_values()[:127]
+    x = torch.cat([(grid[1:] + grid[:-1]) / 2, torch.tensor([-448.0])])
+    scales, codes = compress(BlockFloat8(stochastic=False), x, None, blocks_of([127], gap=0))
+    assert scales.tolist() == [1.0]
+    assert torch.equal(codes, x.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@KERNELS
+def test_integers_to_the_nearest_round_half_to_even(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.tensor([7.0, 0.5, 1.5, -2.5, -3.5, 6.5, 2.4, 2.6, -0.5])
+    with kernels_are(kernel, monkeypatch):
+        out = sent_by(BlockInt(4, stochastic=False), x, blocks_of([9], gap=0))
+    assert torch.equal(out, x.round())
+
+
+def test_natural_compression_leaves_powers_of_two_as_they_are() -> None:
+    for top in (127, 60, 0, -60, -126):
+        exponents = torch.arange(top, max(top - 127, -127), -1)
+        x = torch.ldexp(torch.ones(len(exponents)), exponents) * torch.where(exponents % 3 == 0, -1, 1)
+        assert torch.equal(sent_by(Natural(), x, blocks_of([len(x)], gap=0)), x)
+
+
+def test_natural_compression_sends_what_is_beyond_the_last_power_as_that() -> None:
+    x = torch.tensor([LARGEST, -3e38, 2.0**127])
+    assert sent_by(Natural(), x, blocks_of([3], gap=0)).tolist() == [2.0**127, -(2.0**127), 2.0**127]
+
+
+@given(n=st.integers(1, 5000), width=st.integers(2, 8), seed=SEEDS)
+def test_packed_codes_come_back(n: int, width: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    values = generator.integers(-(2 ** (width - 1)), 2 ** (width - 1), n).astype(np.int8)
+    digits = values.astype(np.int64)[:, None] >> np.arange(width) & 1
+    expected = np.packbits(digits.astype(np.uint8).reshape(-1), bitorder="little")
+    for kernel in (fast, plain):
+        out = torch.full((math.ceil(n * width / 8),), 255, dtype=torch.uint8)
+        kernel.pack_codes_(torch.from_numpy(values.copy()), width, out)
+        assert torch.equal(out, torch.from_numpy(expected))
+        assert torch.equal(kernel.unpack_codes(out, width, n), torch.from_numpy(values))
+
+
+@KERNELS
+def test_scales_and_codes_are_the_two_halves_of_compressing(kernel: ModuleType) -> None:
+    blocks = blocks_of([5, 2050, 300])
+    x, residual = draw(blocks, 4)
+    codes, other_codes = (torch.zeros(2 + 770 + 113, dtype=torch.uint8) for _ in range(2))
+    scales, left, other_left = torch.empty(3), residual.clone(), residual.clone()
+    kernel.compress_levels_(x, left, blocks, scales, codes, levels=3, bits=3, squared=True, stochastic=True)
+    given_scales = kernel.block_scales(x, residual, blocks, levels=3, squared=True)
+    kernel.encode_levels_(x, other_left, blocks, given_scales, other_codes, levels=3, bits=3, stochastic=True)
+    assert torch.equal(scales, given_scales)
+    assert torch.equal(codes, other_codes)
+    assert torch.equal(bits(left), bits(other_left))
+    given_scales /= 1000  # values beyond the last level are cut off there
+    kernel.encode_levels_(x, None, blocks, given_scales, other_codes, levels=3, bits=3, stochastic=True)
+    out = torch.zeros_like(x)
+    kernel.decompress_levels_(other_codes, given_scales, blocks, out, bits=3, alpha=1.0, add=False)
+    assert float(out.abs().max()) == pytest.approx(3 * float(given_scales.max()))
+
+
+@each_codec
+def test_no_blocks_are_no_work(codec: BlockScaled) -> None:
+    none = np.zeros(0, dtype=np.int64)
+    blocks = Blocks(none, none, none, none, none, none.astype(np.uint64))
+    for kernel in (fast, plain):
+        with kernels_are(kernel, pytest.MonkeyPatch()):
+            out = torch.ones(3)
+            codec.decompress_(compress(codec, torch.ones(3), torch.ones(3), blocks), blocks, out)
+            assert out.tolist() == [1, 1, 1]
+
+
+def test_only_codecs_that_draw_ask_for_keys() -> None:
+    assert [codec.is_stochastic for codec in (BlockInt(), BlockFloat8(), Natural(), QSGDLevels(), Ternary())] == [
+        True
+    ] * 5
+    assert not BlockInt(stochastic=False).is_stochastic
+    assert not BlockFloat8(stochastic=False).is_stochastic
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for make in (BlockInt, BlockFloat8, Natural, QSGDLevels, Ternary):
+        for block_size in (0, 12, -8, 7, 256.0, True):
+            with pytest.raises(ConfigError, match=r"block_size: .* positive multiple of 8"):
+                make(block_size=block_size)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"bits: 3 .* write 2, 4 or 8"):
+        BlockInt(3)
+    with pytest.raises(ConfigError, match=r"stochastic: 1 .* write true or false"):
+        BlockInt(stochastic=1)  # type: ignore[arg-type]
+    for levels in (0, 128, 2.0, True):
+        with pytest.raises(ConfigError, match=r"levels: .* from 1 to 127"):
+            QSGDLevels(levels)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"norm: 'l1' .* write 'l2' or 'max'"):
+        QSGDLevels(norm="l1")

@@ -1,0 +1,195 @@
+"""Sparse codecs: the exact choice, values in few bits, and nothing lost."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commopt.compress import Compressor, RandomK, Threshold, TopK
+from commopt.errors import ConfigError
+from commopt.kernels.cpu import select as cpu_select
+from commopt.kernels.reference import select as reference_select
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+
+NUMELS = st.lists(st.one_of(st.integers(1, 40), st.integers(1000, 3000)), min_size=1, max_size=4)
+BITS = st.sampled_from([32, 16, 8, 1])
+DENSITY = st.sampled_from([1e-3, 0.01, 0.2, 0.9, 1.0])
+
+
+def blocks_of(codec: Compressor, numels: list[int]) -> Blocks:
+    tensors = [(f"p{k}", torch.zeros(n)) for k, n in enumerate(numels)]
+    return codec.table(ParameterIndex.of(tensors), 1).all_of(Bucket.of(tensors))
+
+
+def encoded(codec: Compressor, x: torch.Tensor, residual: torch.Tensor | None, blocks: Blocks) -> list[torch.Tensor]:
+    if codec.is_ragged:
+        return list(codec.encode(x, residual, blocks))
+    codes = [torch.zeros(n, dtype=dtype) for dtype, n in codec.layout(blocks)]
+    codec.compress_(x, residual, [blocks], [codes])
+    return codes
+
+
+def draw(n: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
+@given(numels=NUMELS, density=DENSITY, bits=BITS, seed=st.integers(0, 2**31))
+def test_sent_and_kept_add_up_and_the_largest_are_sent(numels: list[int], density: float, bits: int, seed: int) -> None:
+    codec = TopK(density=density, value_bits=bits)
+    blocks, n = blocks_of(codec, numels), sum(numels)
+    x, before = draw(n, seed), draw(n, seed + 1)
+    residual, decoded = before.clone(), torch.zeros(n)
+    codes = encoded(codec, x, residual, blocks)
+    codec.decompress_(codes, blocks, decoded)
+    c = x + before
+    torch.testing.assert_close(decoded + residual, c, rtol=0, atol=1e-6)
+    for a, m in zip(blocks.starts, blocks.lengths, strict=True):
+        k = math.ceil(density * m - 1e-9)
+        expected = np.argsort(-np.abs(c[a : a + m].numpy()), kind="stable")[:k]
+        kept = np.setdiff1d(np.arange(m), expected)
+        assert not decoded[a : a + m][kept].any()  # nothing else is sent
+        if bits == 32:
+            assert torch.equal(decoded[a : a + m][expected], c[a : a + m][expected])
+    assert float(residual.norm()) <= float(c.norm()) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.03, 0.4])
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "ties", "sorted", "sparse", "rows"])
+def test_a_misleading_sample_changes_nothing(kind: str, density: float) -> None:
+    n = 30_000
+    x = {
+        "normal": draw(n, 0),
+        "heavy tails": draw(n, 0) / draw(n, 1),
+        "ties": draw(n, 0).mul(2).round(),
+        "sorted": draw(n, 0).sort().values,
+        "sparse": draw(n, 0) * (torch.arange(n) % 997 == 5),
+        "rows": draw(n, 0) * (torch.arange(n) % 101 == 0),  # only what the sample sees, and then nothing else
+    }[kind]
+    blocks = blocks_of(TopK(density=density), [n])
+    ks = TopK(density=density).ks(blocks)
+    fast, plain = (module.select_(x, None, blocks, ks.copy()) for module in (cpu_select, reference_select))
+    assert torch.equal(fast[0], plain[0])
+    assert torch.equal(fast[1], plain[1])
+
+
+@pytest.mark.parametrize("codec", [TopK(density=0.05), TopK(density=0.05, value_bits=1), Threshold(threshold=0.5)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_block_is_marked_and_its_residual_stays(codec: Compressor, bad: float) -> None:
+    blocks = blocks_of(codec, [100, 2000, 7])
+    x, residual = draw(2107, 0), draw(2107, 1)
+    before = residual.clone()
+    x[1500] = bad
+    codes = encoded(codec, x, residual, blocks)
+    assert codec.is_bad(codes, blocks).tolist() == [False, True, False]
+    assert torch.equal(residual[100:2100], before[100:2100])
+    assert not torch.equal(residual[:100], before[:100])
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 1])
+def test_zeros_are_chosen_up_to_k_and_harm_nothing(bits: int) -> None:
+    codec = TopK(density=0.1, value_bits=bits)
+    blocks = blocks_of(codec, [50])
+    decoded = torch.ones(50)
+    codes = encoded(codec, torch.zeros(50), torch.zeros(50), blocks)
+    codec.decompress_(codes, blocks, decoded)
+    assert not decoded.any()
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 1])
+def test_tiny_and_huge_values_keep_their_size(bits: int) -> None:
+    """Half precision alone would flush gradients below 6e-8 to zero, and overflow above 65,504."""
+    for size in (1e-12, 1e12):
+        codec = TopK(density=0.25, value_bits=bits)
+        blocks = blocks_of(codec, [8])
+        decoded = torch.zeros(8)
+        codes = encoded(codec, torch.tensor([0, 1.0, 0, 0, -1.0, 0, 0, 0]) * size, None, blocks)
+        codec.decompress_(codes, blocks, decoded)
+        torch.testing.assert_close(decoded / size, torch.tensor([0, 1.0, 0, 0, -1.0, 0, 0, 0]))
+
+
+def test_one_entry_with_a_half_precision_value_costs_at_most_3_6_bytes_at_density_one_thousandth() -> None:
+    codec = TopK(density=0.001, value_bits=16)
+    for n in (10**6, 2**31):
+        blocks = Blocks(*(np.asarray([v]) for v in (0, 0, n, 0, 0)))
+        k = int(codec.ks(blocks)[0])
+        nbytes = sum(dtype.itemsize * length for dtype, length in codec.layout(blocks))
+        assert 3.4 <= nbytes / k <= 3.6
+
+
+@given(numels=NUMELS, bits=BITS, seed=st.integers(0, 2**31))
+def test_a_threshold_sends_what_reaches_it(numels: list[int], bits: int, seed: int) -> None:
+    codec = Threshold(threshold=1.5, value_bits=bits)
+    blocks, n = blocks_of(codec, numels), sum(numels)
+    x, residual, decoded = draw(n, seed), torch.zeros(n), torch.zeros(n)
+    codec.decompress_(encoded(codec, x, residual, blocks), blocks, decoded)
+    torch.testing.assert_close(decoded + residual, x, rtol=0, atol=1e-6)
+    if bits == 32:
+        assert torch.equal(decoded, torch.where(x.abs() >= 1.5, x, 0.0))
+    assert not decoded[x.abs() < 1.5].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(density=0), r"density: 0 is out of range; write a number above 0, at most 1"),
+        (lambda: TopK(density=1.5), r"density: 1\.5 is out of range"),
+        (lambda: TopK(density=math.nan), r"density: nan is out of range"),
+        (lambda: TopK(value_bits=3), r"value_bits: 3 is out of range; write 32, 16, 8 or 1"),
+        (lambda: TopK(block_size=12), r"block_size: 12 is out of range"),
+        (lambda: Threshold(threshold=0), r"threshold: 0 is out of range"),
+    ],
+)
+def test_bad_options_are_refused(make: type[Compressor], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def random_blocks(codec: Compressor, n: int, key: int) -> Blocks:
+    return blocks_of(codec, [n]).with_keys(np.asarray([key], dtype=np.uint64))
+
+
+@given(n=st.integers(1, 3000), density=DENSITY, bits=BITS, key=st.integers(0, 2**64 - 1))
+def test_random_places_are_distinct_and_nothing_is_lost(n: int, density: float, bits: int, key: int) -> None:
+    codec = RandomK(density=density, value_bits=bits)
+    blocks = random_blocks(codec, n, key)
+    places, _ = codec.places(blocks)
+    assert (np.diff(places) > 0).all()
+    assert 0 <= places[0] <= places[-1] < n
+    x, residual, decoded = draw(n, 1), draw(n, 2), torch.zeros(n)
+    c = x + residual
+    codec.decompress_(encoded(codec, x, residual, blocks), blocks, decoded)
+    torch.testing.assert_close(decoded + residual, c, rtol=0, atol=1e-6)
+    assert not decoded[np.setdiff1d(np.arange(n), places)].any()
+
+
+def test_every_place_is_drawn_equally_often() -> None:
+    codec, n, draws = RandomK(density=0.1), 37, 20_000
+    drawn = np.zeros(n)
+    for key in np.random.default_rng(0).integers(0, 2**64, draws, dtype=np.uint64):
+        drawn[codec.places(random_blocks(codec, n, int(key)))[0]] += 1
+    k = 4  # strata of 9, 9, 9 and 10
+    assert np.abs(drawn / draws - k / n).max() < 0.1 * k / n + 5 * math.sqrt(k / n / draws)
+
+
+def test_unbiased_random_choice_has_the_right_mean() -> None:
+    codec = RandomK(density=0.25, value_bits=32, is_unbiased=True)
+    x, mean = draw(40, 0), torch.zeros(40)
+    for key in range(4000):
+        blocks = random_blocks(codec, 40, key * 0x9E3779B97F4A7C15 % 2**64)
+        codec.decompress_(encoded(codec, x, None, blocks), blocks, mean, alpha=1 / 4000, add=True)
+    assert float((mean - x).abs().max()) < 5 * float(x.abs().max()) * math.sqrt(3 / 4000)
+
+
+def test_places_are_found_among_2_to_the_31_elements() -> None:
+    codec = RandomK(density=1e-8)
+    zero = np.asarray([0])
+    blocks = Blocks(zero, zero, np.asarray([2**31]), zero, zero, np.asarray([7], dtype=np.uint64))
+    places, _ = codec.places(blocks)
+    assert len(places) == 22
+    assert (np.diff(places) > 0).all()
+    assert places[-1] < 2**31

@@ -1,0 +1,217 @@
+"""A small model sharded over four of the pool's ranks, and the same training on one process; what the ranks are sent."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pool import Pool
+from rig import loss_of
+from torch import Tensor, nn
+
+from commopt import build
+from commopt.groups import Group, SimWorld
+from commopt.wire.bucket import Bucket
+
+REPLICAS = SHARDS = 2
+Flats = dict[str, Tensor]
+_meshes: list[Any] = []
+
+
+class _Ranks(Pool):
+    @property
+    def is_started(self) -> bool:
+        return bool(self._ranks)
+
+
+_ranks = _Ranks()
+atexit.register(_ranks.close)
+
+
+def mesh_of(ranks: int = 4) -> Any:
+    """The (2, 2) mesh of ranks 0 to 3, and the flat one of them; None on the fifth, which has to help to make them."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not _meshes:
+        _meshes.append(DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard")))
+        _meshes.append(DeviceMesh("cpu", torch.arange(4), mesh_dim_names=("shard",)))
+    return _meshes[0] if ranks == 4 else _meshes[1]
+
+
+def warm_up(_: Any) -> None:
+    """What takes seconds, once: importing FSDP and what it imports at the first backward."""
+    mesh_of()
+    if torch.distributed.get_rank() < 4:
+        with attached(_meshes[0], "dense") as (model, optimizer, _attachment):
+            train(model, optimizer, 0, 1)
+
+
+def fsdp_pool(is_last: bool = False) -> Iterator[Pool]:
+    """Warm ranks for the modules that test FSDP: four of the five make groups of their own, and must be in as many as each other.
+
+    is_last: whether a module is the last of them, with which the ranks end.
+    """
+    if not _ranks.is_started:
+        _ranks.run(5, warm_up, timeout_s=240)
+    yield _ranks
+    if is_last:
+        _ranks.close()
+
+
+def flat_mesh() -> Any:
+    """The mesh of ranks 0 to 3 in one dimension."""
+    return mesh_of(1)
+
+
+class Uneven(nn.Module):
+    """Three layers whose rows two shards cannot share evenly; the last has one row, of which the second shard has nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 37), nn.Linear(37, 24), nn.Linear(24, 1)
+        self.scale = nn.Parameter(torch.ones(24))
+        self.is_poisoned = False  # whether this rank's gradient of row 20 of `second` is NaN, and no other
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+    def forward(self, x: Tensor, uses_scale: bool = True) -> Tensor:
+        hidden = self.first(x).tanh()
+        if self.is_poisoned:
+            hidden.register_hook(lambda grad: grad.nan_to_num(0.0))
+        hidden = self.second(hidden)
+        if self.is_poisoned:
+            hidden.register_hook(lambda grad: grad.index_fill(1, torch.tensor([20]), torch.nan))
+        hidden = hidden.tanh()
+        y: Tensor = self.last(hidden * self.scale if uses_scale else hidden)
+        return y
+
+
+UNITS = {  # what one call of fully_shard holds, in its order
+    "first": ["first.weight", "first.bias"],
+    "second": ["second.weight", "second.bias"],
+    "root": ["scale", "last.weight", "last.bias"],
+}
+
+
+def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(8, 12, generator=generator), torch.randn(8, 1, generator=generator)
+
+
+def sharded(mesh: Any, **options: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Uneven()
+    for layer in (model.first, model.second):
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def sgd(model: nn.Module, momentum: float = 0.9) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, rank: int, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        x, y = batch(rank, step)
+        loss = loss_of(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def shards(model: nn.Module) -> Flats:
+    """This rank's shard of every parameter, flat."""
+    from commopt.frameworks.fsdp_units import local
+
+    return {name: local(p).reshape(-1).clone() for name, p in model.named_parameters()}
+
+
+@contextmanager
+def attached(mesh: Any, method: Any, optimizer: Any = None, group: Any = None, **options: Any) -> Iterator[Any]:
+    """(model, optimizer, attachment)"""
+    from commopt.frameworks import fsdp
+
+    model = sharded(mesh, **options)
+    steps = optimizer(model) if optimizer else sgd(model)
+    attachment = fsdp.attach(model, method, steps, group)
+    try:
+        yield model, steps, attachment
+    finally:
+        attachment.detach()
+
+
+def cut(x: Tensor, shards: int, shard: int) -> Tensor:
+    """What one of some ranks holds of a parameter: its rows as torch.chunk cuts them, flat."""
+    pieces = torch.chunk(x, shards, dim=0)
+    return pieces[shard].reshape(-1) if shard < len(pieces) else x.new_empty(0)
+
+
+def gradients(model: nn.Module, step: int) -> list[Flats]:
+    """[rank][name]: the gradient that each of four ranks' batches gives."""
+    found = []
+    for rank in range(4):
+        model.zero_grad()
+        x, y = batch(rank, step)
+        loss_of(model(x), y).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+class TwoReplicas:
+    """A method between two replicas, on each of two shards alone: what FSDP's replicas should do, on one process."""
+
+    def __init__(self, method: dict[str, Any]) -> None:
+        self.worlds = [SimWorld[Flats](REPLICAS) for _ in range(SHARDS)]
+        self.methods = [[build(method) for _ in range(REPLICAS)] for _ in range(SHARDS)]
+        named = list(Uneven().named_parameters())
+        for shard, world in enumerate(self.worlds):
+            pieces = [(name, cut(p, SHARDS, shard)) for name, p in named]
+
+            def bind(group: Group, shard: int = shard, pieces: Any = pieces) -> Flats:
+                rows = dict(named)
+                local = [
+                    (name, x.view(-1, *rows[name].shape[1:]) if x.numel() else x) for name, x in pieces if x.numel()
+                ]
+                self.methods[shard][group.rank].bind(local, group)
+                return {}
+
+            world.run(bind)
+
+    def mean(self, step: list[Flats]) -> Flats:
+        """Each parameter's averaged gradient, from those of four ranks: (replica, shard) by rank."""
+        out: dict[str, list[Tensor]] = {name: [] for name in step[0]}
+        for shard, world in enumerate(self.worlds):
+
+            def exchange(group: Group, shard: int = shard) -> Flats:
+                own, other = step[2 * group.rank], step[2 * group.rank + 1]
+                reduced = {name: cut((own[name] + other[name]) / 2, SHARDS, shard) for name in own}
+                result = {name: x for name, x in reduced.items() if not x.numel()}
+                for names in UNITS.values():
+                    bucket = Bucket.of([(name, reduced[name]) for name in names if reduced[name].numel()])
+                    self.methods[shard][group.rank].exchange([bucket], group)
+                    result |= dict(bucket.views())
+                return result
+
+            first, second = world.run(exchange)
+            for name, parts in out.items():
+                assert torch.equal(first[name], second[name])
+                parts.append(first[name])
+        return {name: torch.cat(parts) for name, parts in out.items()}
+
+
+def train_alone(mean: Callable[[list[Flats]], Flats], steps: int, momentum: float = 0.9) -> nn.Module:
+    """The unsharded model after steps with gradients averaged by `mean`."""
+    model = Uneven()
+    optimizer = sgd(model, momentum)
+    for step in range(steps):
+        averaged = mean(gradients(model, step))
+        for name, p in model.named_parameters():
+            p.grad = averaged[name].view_as(p).clone()
+        optimizer.step()
+    return model

@@ -1,0 +1,543 @@
+"""Any method in a loop of Accelerate: two real ranks, against the same training by DDP or without a wrapper."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from huggingface_ranks import HuggingFaceRanks, alone, new_accelerator, two  # noqa: F401
+from rig import flat, loss_of, make_batch, make_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commopt import build
+from commopt.errors import CommoptError, MissingExtra
+from commopt.frameworks import ddp, plain
+
+ONEBIT = {"name": "onebit_adam", "lr": 0.01, "freeze_step": 3, "scale": "l1", "block_size": 64}
+SCHEDULED = {key: value for key, value in ONEBIT.items() if key != "lr"}
+EF = {"name": "ef_sign", "scale": "l1", "block_size": 64}
+STEPS = 7
+
+
+def attach(*args: Any, **options: Any) -> Any:
+    from commopt.frameworks import accelerate
+
+    return accelerate.attach(*args, **options)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.0)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def half(step: int) -> float:
+    return float(0.9**step)
+
+
+def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: float = 0.0, schedule: Any = None) -> None:
+    for step in steps:
+        with accelerator.accumulate(model):
+            x, y = make_batch(accelerator.process_index, step)
+            accelerator.backward(loss_of(model(x), y))
+            if clip and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            optimizer.zero_grad()
+
+
+def reference(
+    method: dict[str, Any],
+    *,
+    clip: float = 0.0,
+    every: int = 1,
+    make_schedule: Any = None,
+    scaler: Any = None,
+    steps: int = STEPS,
+) -> tuple[Tensor, float]:
+    """The same training by DDP and `integrations.ddp`: parameters, and bytes sent."""
+    model = make_model()
+    if method["name"] == "onebit_adam":
+        made: Any = build({"lr": 0.01, **method}, model.named_parameters(), grad_scaler=scaler)
+        optimizer, given = made, None
+    else:
+        made = build(method, grad_scaler=scaler)
+        optimizer = given = sgd(model)
+    schedule: Any = make_schedule(optimizer) if make_schedule else None
+    wrapped = DistributedDataParallel(model)
+    attachment = ddp.attach(wrapped, made, given)
+    for step in range(steps):
+        x, y = make_batch(dist.get_rank(), step)
+        is_last = (step + 1) % every == 0
+        wrapped.require_backward_grad_sync = is_last
+        loss = loss_of(wrapped(x), y) / every
+        (scaler.scale(loss) if scaler else loss).backward()
+        if not is_last:
+            continue
+        if clip:
+            if scaler:
+                scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        for _ in range(2 if schedule is not None else 0):  # as Accelerate, which counts every rank's batch
+            schedule.step()
+        optimizer.zero_grad()
+    attachment.detach()
+    return flat(model), attachment.group.traffic.payload_bytes
+
+
+def trained(
+    method: dict[str, Any], *, built: bool = True, clip: float = 0.0, every: int = 1, make_schedule: Any = None
+) -> tuple[Tensor, float, bool, str]:
+    """By Accelerate: parameters, bytes, whether replicas are equal, and what steps."""
+    accelerator = new_accelerator(gradient_accumulation_steps=every)
+    model: Any = make_model()
+    is_update = method["name"] == "onebit_adam"
+    if is_update and built:
+        optimizer: Any = build(method, model.named_parameters())
+        chosen: Any = optimizer
+    else:
+        optimizer = adam(model) if is_update else sgd(model)
+        chosen = build(method) if built else method
+    schedule = make_schedule(optimizer) if make_schedule else None
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    attachment = attach(accelerator, model, chosen)
+    train(accelerator, model, optimizer, range(STEPS), clip, schedule)
+    equal = attachment.replicas_are_equal()
+    attachment.detach()
+    return flat(model.module), attachment.group.traffic.payload_bytes - 32, equal, type(optimizer.optimizer).__name__
+
+
+def against_ddp(method: dict[str, Any], options: dict[str, Any], built: bool) -> tuple[bool, bool, float, bool]:
+    parameters, nbytes, equal, _ = trained(method, built=built, **options)
+    expected, expected_nbytes = reference(method, **options)
+    return torch.equal(parameters, expected), nbytes == expected_nbytes, nbytes, equal
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "named"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (ONEBIT, {}),
+        (EF, {"clip": 0.5}),
+        ({"name": "dgc", "density": 0.1, "warmup_steps": 2}, {}),
+        (ONEBIT, {"every": 2}),
+        (EF, {"every": 3}),
+    ],
+    ids=["onebit_adam", "ef_sign, clipped", "dgc", "onebit_adam, accumulated", "ef_sign, accumulated"],
+)
+def test_training_is_that_of_ddp(two: HuggingFaceRanks, method: Any, options: Any, built: bool) -> None:  # noqa: F811
+    for same, same_bytes, nbytes, equal in two.call(against_ddp, method, options, built):
+        assert same
+        assert equal
+        assert same_bytes
+        assert nbytes > 0
+
+
+def lambda_schedule(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, half)
+
+
+def one_cycle(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=3 * STEPS)
+
+
+def sequence(optimizer: Any) -> Any:
+    kinds = torch.optim.lr_scheduler
+    parts = [kinds.ConstantLR(optimizer, 0.5, 2), kinds.LambdaLR(optimizer, half)]
+    return kinds.SequentialLR(optimizer, parts, milestones=[4])
+
+
+@pytest.mark.parametrize("make_schedule", [lambda_schedule, one_cycle, sequence])
+def test_a_schedule_goes_on_with_the_method_that_took_adams_place(two: HuggingFaceRanks, make_schedule: Any) -> None:  # noqa: F811
+    for same, *_ in two.call(against_ddp, SCHEDULED, {"make_schedule": make_schedule}, False):
+        assert same
+
+
+def with_a_scaler(method: dict[str, Any], clip: float) -> tuple[bool, bool]:
+    def scaler() -> Any:
+        return torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+
+    accelerator = new_accelerator()
+    accelerator.scaler = scaler()  # which Accelerate makes on devices with float16 only
+    model: Any = make_model()
+    model = accelerator.prepare_model(model)
+    optimizer = accelerator.prepare_optimizer(adam(model) if method == ONEBIT else sgd(model))
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
+    attachment = attach(accelerator, model, method)
+    train(accelerator, model, optimizer, range(STEPS), clip)
+    is_known = attachment.method.grad_scaler is accelerator.scaler
+    attachment.detach()
+    expected, _ = reference(method, clip=clip, scaler=scaler())
+    return is_known, torch.equal(flat(model.module), expected)
+
+
+@pytest.mark.parametrize(("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"])
+def test_accelerates_scaler_is_found(two: HuggingFaceRanks, method: Any, clip: float) -> None:  # noqa: F811
+    for is_known, same in two.call(with_a_scaler, method, clip):
+        assert is_known
+        assert same
+
+
+def in_bf16() -> tuple[bool, bool, str]:
+    accelerator = new_accelerator(mixed_precision="bf16")
+    model: Any = make_model()
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    attachment = attach(accelerator, model, ONEBIT)
+    before = flat(model.module)
+    train(accelerator, model, optimizer, range(STEPS))
+    return attachment.replicas_are_equal(), torch.equal(before, flat(model.module)), str(next(model.parameters()).dtype)
+
+
+def test_autocast_leaves_replicas_equal(two: HuggingFaceRanks) -> None:  # noqa: F811
+    assert two.call(in_bf16) == [(True, False, "torch.float32")] * 2
+
+
+# -- checkpoints
+
+
+def prepared(method: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """(accelerator, model, optimizer, attachment), for an outer method joined."""
+    accelerator = new_accelerator()
+    is_outer = method["name"] in ("noloco", "diloco")
+    model: Any = make_model()
+    optimizer: Any = adamw(model) if method["name"].endswith("_adam") else sgd(model)
+    model = accelerator.prepare_model(model, evaluation_mode=is_outer)
+    optimizer = accelerator.prepare(optimizer)
+    attachment = attach(accelerator, model, method)
+    return accelerator, model, optimizer, attachment
+
+
+def resumed(method: dict[str, Any], folder: str) -> tuple[bool, bool]:
+    """Whether training goes on bit for bit, and whether it had anything to go on with."""
+    accelerator, model, optimizer, attachment = prepared(method)
+    if hasattr(attachment, "join"):
+        attachment.join()
+    train(accelerator, model, optimizer, range(5))
+    accelerator.save_state(folder)
+    accelerator.wait_for_everyone()
+    train(accelerator, model, optimizer, range(5, 11))
+    after = flat(model)
+    close(attachment)
+    accelerator, model, optimizer, attachment = prepared(method)
+    untouched = flat(model)
+    accelerator.load_state(folder)
+    has_moved = not torch.equal(untouched, flat(model))
+    if hasattr(attachment, "join"):
+        attachment.join()
+    train(accelerator, model, optimizer, range(5, 11))
+    close(attachment)
+    return torch.equal(after, flat(model)), has_moved and attachment.steps == 11
+
+
+def close(attachment: Any) -> None:
+    attachment.detach()
+    if hasattr(attachment, "close"):
+        attachment.close()
+
+
+LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler": 2, "local_step_clipper": 4}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ONEBIT, EF, LOCAL_STEPS, {"name": "noloco", "every": 2, "delay": 1}],
+    ids=["onebit_adam", "ef_sign", "zero_one_adam", "noloco"],
+)
+def test_training_goes_on_bit_for_bit_from_save_state(two: HuggingFaceRanks, method: Any, tmp_path: Path) -> None:  # noqa: F811
+    assert two.call(resumed, method, str(tmp_path)) == [(True, True)] * 2
+    assert {"commopt_rank0.pt", "commopt_rank1.pt"} <= {path.name for path in tmp_path.iterdir()}
+
+
+TOP_K = {"name": "top_k", "density": 0.1}
+
+
+def saved(folder: str) -> Tensor:
+    accelerator, model, optimizer, attachment = prepared(TOP_K)
+    train(accelerator, model, optimizer, range(5))
+    accelerator.save_state(folder)
+    accelerator.wait_for_everyone()
+    attachment.detach()
+    return residuals(attachment)
+
+
+def residuals(attachment: Any) -> Tensor:
+    state: dict[str, Tensor] = attachment.comm_state()["local"]
+    return state["worker_residual"].reshape(-1)
+
+
+def loaded(folder: str) -> Tensor:
+    accelerator, _, _, attachment = prepared(TOP_K)
+    accelerator.load_state(folder)
+    return residuals(attachment)
+
+
+def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(
+    two: HuggingFaceRanks,  # noqa: F811
+    alone: HuggingFaceRanks,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    first, second = two.call(saved, str(tmp_path))
+    (own,) = alone.call(loaded, str(tmp_path))
+    assert first.any()
+    assert torch.equal(own, (first + second) / 2)
+
+
+def load_without_rank_1(folder: str) -> str:
+    accelerator, _, _, attachment = prepared(TOP_K)
+    try:
+        accelerator.load_state(folder)
+    except CommoptError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        attachment.detach()
+    return ""
+
+
+def test_a_missing_state_is_an_error_on_every_rank(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
+    two.call(saved, str(tmp_path))
+    (tmp_path / "commopt_rank1.pt").unlink()
+    for answer in two.call(load_without_rank_1, str(tmp_path)):
+        assert answer.startswith("CheckpointError: ")
+        assert "commopt_rank1.pt is missing" in answer
+
+
+# -- outer methods, and one process
+
+
+def by_an_outer_method(method: dict[str, Any]) -> tuple[bool, float]:
+    accelerator, model, optimizer, attachment = prepared(method)
+    attachment.join()
+    train(accelerator, model, optimizer, range(STEPS))
+    attachment.finish()
+    parameters = flat(model)
+    close(attachment)
+    dist.barrier()
+    other = make_model()
+    inner = sgd(other)
+    twin = plain.attach(other, build("diloco", **{k: x for k, x in method.items() if k != "name"}), inner)
+    for step in twin.range(STEPS):
+        x, y = make_batch(dist.get_rank(), step)
+        inner.zero_grad()
+        loss_of(other(x), y).backward()
+        inner.step()
+    twin.finish()
+    close(twin)
+    dist.barrier()
+    return torch.equal(parameters, flat(other)), attachment.group.traffic.payload_bytes
+
+
+def test_an_outer_method_trains_as_without_accelerate(two: HuggingFaceRanks) -> None:  # noqa: F811
+    for same, nbytes in two.call(by_an_outer_method, {"name": "diloco", "every": 3}):
+        assert same
+        assert nbytes > 0
+
+
+def in_one_process(method: dict[str, Any]) -> bool:
+    accelerator = new_accelerator(gradient_accumulation_steps=2)
+    model: Any = make_model()
+    optimizer: Any = torch.optim.Adam(model.parameters()) if method["name"] == "onebit_adam" else sgd(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    attach(accelerator, model, method, overlap=False)
+    train(accelerator, model, optimizer, range(STEPS))
+    other = make_model()
+    is_update = method["name"] == "onebit_adam"
+    made: Any = build(method, other.named_parameters() if is_update else None)
+    inner = made if is_update else sgd(other)
+    plain.attach(other, made, None if is_update else inner)
+    for step in range(STEPS):
+        x, y = make_batch(0, step)
+        (loss_of(other(x), y) / 2).backward()
+        if step % 2:
+            inner.step()
+            inner.zero_grad()
+    return torch.equal(flat(model), flat(other))
+
+
+@pytest.mark.parametrize("method", [ONEBIT, EF], ids=["onebit_adam", "ef_sign"])
+def test_one_process_trains_as_without_accelerate(alone: HuggingFaceRanks, method: Any) -> None:  # noqa: F811
+    assert alone.call(in_one_process, method) == [True]
+
+
+# -- what does not fit
+
+
+def refused(case: str) -> str:
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    options: dict[str, Any] = {}
+    if case == "hook":
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(comm_hook="fp16")]
+    if case == "sync_each_batch":
+        plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
+        options["gradient_accumulation_plugin"] = plugin
+    accelerator = new_accelerator(**options)
+    own = make_model()
+    optimizer: Any = adamw(own)
+    wrapped = accelerator.prepare_model(own, evaluation_mode=case == "without ddp")
+    try:
+        CASES[case][0](accelerator, wrapped, own, optimizer)
+    except CommoptError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def go(choice: Any, prepare: bool = True, **options: Any) -> Callable[..., None]:
+    def attempt(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+        if prepare:
+            accelerator.prepare(optimizer)
+        attach(accelerator, wrapped, choice, **options)
+
+    return attempt
+
+
+def unprepared_scheduler(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    lambda_schedule(optimizer)
+    accelerator.prepare(optimizer)
+    attach(accelerator, wrapped, ONEBIT)
+
+
+def a_rate_beside_a_schedule(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    accelerator.prepare(optimizer, lambda_schedule(optimizer))
+    attach(accelerator, wrapped, ONEBIT)
+
+
+def after_a_step(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    train(accelerator, wrapped, accelerator.prepare(optimizer), range(1))
+    attach(accelerator, wrapped, ONEBIT)
+
+
+def unprepared_method(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    attach(accelerator, wrapped, build(ONEBIT, own.named_parameters()))
+
+
+def one_optimizer_too_many(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    attach(accelerator, wrapped, build(ONEBIT, own.named_parameters()), accelerator.prepare(optimizer))
+
+
+def unprepared_model(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    attach(accelerator, make_model(), EF, accelerator.prepare(optimizer))
+
+
+def another_on_rank_1(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    accelerator.prepare(optimizer)
+    attach(accelerator, wrapped, "onebit_adm" if dist.get_rank() == 1 else EF)
+
+
+def clipping_an_update(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    optimizer = accelerator.prepare(optimizer)
+    attach(accelerator, wrapped, ONEBIT)
+    train(accelerator, wrapped, optimizer, range(1), clip=0.1)
+
+
+def stepping_what_was_replaced(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    accelerator.prepare(optimizer)
+    attach(accelerator, wrapped, ONEBIT)
+    optimizer.step()
+
+
+def anothers_scaler(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    accelerator.prepare(optimizer)
+    attach(accelerator, wrapped, build(EF, grad_scaler=torch.amp.GradScaler("cpu")))
+
+
+def twice(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    accelerator.prepare(optimizer)
+    attach(accelerator, wrapped, EF)
+    attach(accelerator, wrapped, EF)
+
+
+CASES: dict[str, tuple[Callable[..., None], str]] = {
+    "hook": (go(EF), r"AttachError: DistributedDataParallelKwargs\(comm_hook='fp16'\) .* leave it out"),
+    "sync_each_batch": (go(EF), "AttachError: sync_each_batch exchanges"),
+    "no optimizer": (go(EF, prepare=False), "AttachError: no prepared optimizers hold parameters"),
+    "method": (unprepared_method, r"AttachError: this onebit_adam .* accelerator\.prepare\(method\)"),
+    "too many": (one_optimizer_too_many, "AttachError: onebit_adam is an optimizer itself: prepare it in the place"),
+    "model": (unprepared_model, "AttachError: this model has not been prepared"),
+    "outer": (go({"name": "noloco"}), r"AttachError: noloco averages .*prepare_model\(model, evaluation_mode=True\)"),
+    "without ddp": (go(EF), "AttachError: Sequential is not wrapped in DDP: pass what accelerator.prepare"),
+    "unknown": (go("ef_sgn"), "ConfigError: unknown method 'ef_sgn'; did you mean 'ef_sign'"),
+    "one rank": (another_on_rank_1, "(ConfigError: unknown|AttachError: rank 1 could not attach: .*onebit_adm)"),
+    "no stand-in": (
+        go("distributed_lion"),
+        "ConfigError: method distributed_lion .* can stand in for Lion, not for AdamW",
+    ),
+    "scheduler": (
+        unprepared_scheduler,
+        "AttachError: a learning-rate scheduler was made for the AdamW .* give it to prepare",
+    ),
+    "rate": (a_rate_beside_a_schedule, "AttachError: lr: 0.01 would be undone by the LambdaLR .* give it to the AdamW"),
+    "stepped": (after_a_step, "AttachError: onebit_adam cannot take the place of an AdamW that has made steps"),
+    "clipped": (clipping_an_update, "GradientsChanged: .* clip with the option max_norm"),
+    "replaced": (stepping_what_was_replaced, "AttachError: onebit_adam has taken the place of this AdamW"),
+    "scaler": (anothers_scaler, "AttachError: grad_scaler: the loss is scaled by accelerator.scaler"),
+    "twice": (twice, "AttachError: this DDP model has a communication hook already"),
+    "max_norm": (go({**EF, "max_norm": 1.0}, overlap=True), r"AttachError: max_norm needs .* overlap=False"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_does_not_fit_is_refused_on_every_rank(two: HuggingFaceRanks, case: str) -> None:  # noqa: F811
+    for answer in two.call(refused, case):
+        assert re.match(CASES[case][1], answer), answer
+
+
+def overlap_under_fsdp2() -> str:
+    sharding = types.SimpleNamespace(distributed_type="FSDP", is_fsdp2=True)
+    try:
+        attach(sharding, make_model(), EF, overlap=True)
+    except CommoptError as error:
+        return str(error)
+    return ""
+
+
+def test_overlap_is_refused_where_it_has_no_effect(two: HuggingFaceRanks) -> None:  # noqa: F811
+    assert [text[:42] for text in two.call(overlap_under_fsdp2)] == ["overlap: has no effect under FSDP2, whose "] * 2
+
+
+def after_a_refusal() -> tuple[bool, bool]:
+    """Whether the prepared optimizer and its schedule are as they were, and can be used."""
+    accelerator = new_accelerator()
+    model: Any = make_model()
+    adam = adamw(model)
+    wrapped, optimizer, schedule = accelerator.prepare(model, adam, lambda_schedule(adam))
+    try:
+        attach(accelerator, wrapped, {"onebit_adam": {"max_norm": 1.0}}, overlap=True)
+    except CommoptError:
+        is_restored = optimizer.optimizer is adam and schedule.scheduler.optimizer is adam
+    x, y = make_batch(accelerator.process_index, 0)
+    accelerator.backward(loss_of(wrapped.module(x), y))
+    before = flat(model)
+    optimizer.step()
+    return is_restored, not torch.equal(before, flat(model))
+
+
+def test_a_refusal_leaves_optimizer_and_schedule_as_they_were(two: HuggingFaceRanks) -> None:  # noqa: F811
+    assert two.call(after_a_refusal) == [(True, True)] * 2
+
+
+def test_without_the_package_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "commopt.frameworks.accelerate", raising=False)
+    with pytest.raises(MissingExtra, match=r"accelerate, which is not installed: pip install 'commopt\[accelerate\]'"):
+        import commopt.frameworks.accelerate  # noqa: F401

@@ -1,0 +1,383 @@
+"""DDP's own ways: accumulation, unused parameters, parameter groups; and gradients that others touch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool, twin_of
+from rig import METHODS, UPDATE, attached, flat, loss_of, make_batch, make_method, make_model, state_of, train, wrapped
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commopt import build
+from commopt.errors import CommoptError, GroupError
+from commopt.frameworks import ddp, plain
+from commopt.groups import Group, SimWorld, TorchGroup
+from commopt.run.base import connect
+
+STEPS = 6
+
+
+def accumulate(model: Any, optimizer: torch.optim.Optimizer, rank: int) -> None:
+    """Two micro-batches under no_sync, where the model has it, and a synced third."""
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for micro in range(3):
+            x, y = make_batch(rank, 10 * step + micro)
+            quiet = hasattr(model, "no_sync") and micro < 2
+            with model.no_sync() if quiet else contextlib.nullcontext():
+                loss_of(model(x), y).div(3).backward()
+        optimizer.step()
+
+
+def accumulate_in_ddp(process_group: dist.ProcessGroup, case: str, options: dict[str, Any]) -> Tensor:
+    with wrapped(process_group, case, **options) as (model, optimizer, _):
+        accumulate(model, optimizer, dist.get_rank(process_group))
+        return flat(model.module)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001}], ids=["", "views"])
+@pytest.mark.parametrize("case", METHODS)
+def test_accumulated_gradients_are_exchanged_once(pool: Pool, case: str, options: dict[str, Any]) -> None:
+    def work(group: Group) -> Tensor:
+        with attached(group, case) as (model, optimizer, _):
+            accumulate(model, optimizer, group.rank)
+            return flat(model)
+
+    expected = SimWorld[Tensor](2).run(work)[0]
+    assert all(torch.equal(run, expected) for run in pool.run(2, accumulate_in_ddp, case, options))
+
+
+class Branches(nn.Module):
+    """`shared` is always used, `sometimes` on rank 0 in odd steps only, and `never` nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never, self.shared, self.sometimes = nn.Linear(12, 3), nn.Linear(12, 4), nn.Linear(4, 4)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+    def forward(self, x: Tensor, detour: bool) -> Tensor:
+        y: Tensor = self.shared(x)
+        return self.sometimes(y) if detour else y
+
+
+def branch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, attachment: Any, rank: int
+) -> tuple[Tensor, list[Tensor]]:
+    for step in range(8):
+        x, y = make_batch(rank, step)
+        optimizer.zero_grad()
+        loss_of(model(x, rank == 0 and step % 2 == 1), y).backward()
+        optimizer.step()
+    return flat(model), [x.clone() for x in state_of(attachment)]
+
+
+def branch_in_ddp(process_group: dist.ProcessGroup, case: str, overlap: bool) -> tuple[Tensor, list[Tensor]]:
+    options: dict[str, Any] = {"model": Branches(), "find_unused_parameters": True, "overlap": overlap}
+    with wrapped(process_group, case, **options) as (model, optimizer, attachment):
+        return branch(model, optimizer, attachment, dist.get_rank(process_group))
+
+
+def branch_in_plain(group: Group, case: str) -> tuple[Tensor, list[Tensor]]:
+    model = Branches()
+    method, optimizer, steps = make_method(case, model)
+    attachment = plain.attach(model, method, optimizer, group)
+    return branch(model, steps, attachment, group.rank)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("case", METHODS)
+def test_unused_parameters_and_their_state_are_as_without_ddp(pool: Pool, case: str, overlap: bool) -> None:
+    expected = SimWorld[Any](2).run(lambda group: branch_in_plain(group, case))
+    first = flat(Branches())
+    for (values, state), (plain_values, plain_state) in zip(
+        pool.run(2, branch_in_ddp, case, overlap), expected, strict=True
+    ):
+        assert torch.equal(values, plain_values)
+        assert len(state) == len(plain_state)
+        assert all(torch.equal(a, b) for a, b in zip(state, plain_state, strict=True))
+        never = 12 * 3 + 3
+        assert torch.equal(values[:never], first[:never])
+        assert (values[never:] != first[never:]).any()
+
+
+def two_groups_in_ddp(process_group: dist.ProcessGroup) -> Tensor:
+    model = DistributedDataParallel(make_model(), process_group=process_group)
+    method: Any = build("onebit_adam", two_groups(model.module), freeze_step=3)
+    attachment = ddp.attach(model, method, group=TorchGroup(twin_of(process_group)))
+    train(model, method, dist.get_rank(process_group), STEPS)
+    attachment.detach()
+    return flat(model.module)
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    named = list(model.named_parameters())
+    return [
+        {"params": [pair for pair in named if "weight" in pair[0]], "lr": 0.01, "weight_decay": 0.1},
+        {"params": [pair for pair in named if "bias" in pair[0]], "lr": 0.1, "betas": (0.5, 0.9)},
+    ]
+
+
+def test_parameter_groups_keep_their_options_in_ddp(pool: Pool) -> None:
+    def work(group: Group) -> Tensor:
+        model = make_model()
+        method: Any = build("onebit_adam", two_groups(model), freeze_step=3)
+        plain.attach(model, method, group=group)
+        train(model, method, group.rank, STEPS)
+        return flat(model)
+
+    expected = SimWorld[Tensor](2).run(work)[0]
+    assert all(torch.equal(run, expected) for run in pool.run(2, two_groups_in_ddp))
+
+
+def misuse(process_group: dist.ProcessGroup, case: str, what: str) -> str:
+    """What a training step says in which gradients are treated as a method cannot take it."""
+    with wrapped(process_group, case) as (model, optimizer, _):
+        rank = dist.get_rank(process_group)
+        train(model, optimizer, rank, 4)
+        x, y = make_batch(rank, 9)
+        try:
+            optimizer.zero_grad()
+            if what == "no sync":
+                with model.no_sync():
+                    loss_of(model(x), y).backward()
+            else:
+                loss_of(model(x), y).backward()
+            if what == "backward twice":
+                loss_of(model(x), y).backward()
+            if what == "clip":
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            if what == "look at the norm":
+                nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if what == "scale by hand":
+                for p in model.parameters():
+                    p.grad /= 2
+            if what == "closure":
+                optimizer.step(lambda: 0.0)
+            optimizer.step()
+        except (CommoptError, RuntimeError) as error:  # out of backward, autograd makes a RuntimeError of everything
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("clip", "GradientsChanged: 0.weight: the gradient was changed after backward"),
+        ("look at the norm", ""),
+        ("scale by hand", "GradientsChanged: 0.weight: the gradient was changed after backward"),
+        ("no sync", "GradientsChanged: 0.weight: step() without an exchange; was the last backward under no_sync()"),
+        ("closure", "AttachError: optimizer.step() takes no closure here"),
+    ],
+)
+@pytest.mark.parametrize("case", UPDATE)
+def test_an_update_method_refuses_gradients_that_it_did_not_leave(pool: Pool, case: str, what: str, said: str) -> None:
+    for answer in pool.run(2, misuse, case, what):
+        assert answer.startswith(said) if said else answer == ""
+
+
+@pytest.mark.parametrize("case", UPDATE)
+def test_a_second_backward_before_the_step_is_refused(pool: Pool, case: str) -> None:
+    for answer in pool.run(2, misuse, case, "backward twice"):
+        assert "under model.no_sync()" in answer
+
+
+@pytest.mark.parametrize("what", ["clip", "scale by hand", "backward twice"])
+@pytest.mark.parametrize("case", ["dense", "ef_sign l1"])
+def test_gradients_of_a_gradient_method_may_be_changed(pool: Pool, case: str, what: str) -> None:
+    assert pool.run(2, misuse, case, what) == ["", ""]
+
+
+def clipped_in_ddp(process_group: dist.ProcessGroup, case: str, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient that the optimizer gets in one step with max_norm, and this rank's own."""
+    rank = dist.get_rank(process_group)
+    x, y = make_batch(rank, 0)
+    own = make_model()
+    loss_of(own(x), y).backward()
+    with wrapped(process_group, case, overlap=False, max_norm=max_norm) as (model, _, _attachment):
+        loss_of(model(x), y).backward()
+        return gradient_of(model.module), gradient_of(own)
+
+
+def gradient_of(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+def test_dense_clips_by_the_norm_of_the_mean_as_torch_does(pool: Pool, max_norm: float) -> None:
+    results = pool.run(3, clipped_in_ddp, "dense", max_norm)
+    mean = nn.Parameter(torch.zeros_like(results[0][1]))
+    mean.grad = torch.stack([own for _, own in results]).mean(0)
+    nn.utils.clip_grad_norm_([mean], max_norm)
+    for got, _ in results:
+        torch.testing.assert_close(got, mean.grad)
+
+
+def test_signs_are_clipped_by_one_norm_for_all_ranks(pool: Pool) -> None:
+    unclipped = pool.run(3, clipped_in_ddp, "ef_sign l1", 1e6)
+    clipped = pool.run(3, clipped_in_ddp, "ef_sign l1", 0.05)
+    rms = torch.stack([own.norm() for _, own in unclipped]).square().mean().sqrt()
+    for (got, _), (whole, _) in zip(clipped, unclipped, strict=True):
+        torch.testing.assert_close(got, whole * (0.05 / rms), rtol=1e-4, atol=1e-8)
+
+
+def overlapping_clip(process_group: dist.ProcessGroup, case: str) -> str:
+    try:
+        with wrapped(process_group, case, max_norm=1.0):
+            return ""
+    except CommoptError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_clipping_with_overlap_is_refused(pool: Pool, case: str) -> None:
+    for answer in pool.run(2, overlapping_clip, case):
+        assert answer.startswith("AttachError: max_norm")
+        assert "overlap=False" in answer
+
+
+def train_scaled(
+    process_group: dist.ProcessGroup, case: str, scale: float, overflow_at: int, overlap: bool, is_told: bool = True
+) -> tuple[Tensor, list[float], list[int], bool, bool]:
+    """A user's usual loop with a GradScaler; one step overflows on rank 1."""
+    rank = dist.get_rank(process_group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+    options: dict[str, Any] = {"grad_scaler": scaler} if is_told else {}
+    with wrapped(process_group, case, overlap=overlap, **options) as (model, optimizer, attachment):
+        scales, moved = [], []
+        for step in range(STEPS):
+            x, y = make_batch(rank, step)
+            before = flat(model.module)
+            optimizer.zero_grad()
+            loss = loss_of(model(x), y)
+            if step == overflow_at and rank == 1:
+                loss = loss * torch.tensor(float("inf"))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+            moved.append(int(not torch.equal(before, flat(model.module))))
+        finite = all(bool(x.isfinite().all()) for x in state_of(attachment))
+        return flat(model.module), scales, moved, finite, attachment.replicas_are_equal()
+
+
+def train_unscaled(process_group: dist.ProcessGroup, case: str, overlap: bool) -> Tensor:
+    with wrapped(process_group, case, overlap=overlap) as (model, optimizer, _):
+        train(model, optimizer, dist.get_rank(process_group), STEPS)
+        return flat(model.module)
+
+
+SCALED = [case for case in METHODS if case != "fp16"]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("case", SCALED)
+def test_a_scaled_run_is_the_unscaled_one(pool: Pool, case: str, overlap: bool) -> None:
+    expected = pool.run(2, train_unscaled, case, overlap)[0]
+    for values, scales, moved, finite, equal in pool.run(2, train_scaled, case, 1024.0, -1, overlap):
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+        assert scales == [1024.0] * STEPS
+        assert moved == [1] * STEPS
+        assert finite
+        assert equal
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overflow_at", [0, 4])
+@pytest.mark.parametrize("case", SCALED)
+def test_an_overflow_makes_all_ranks_skip_and_lower_the_scale(
+    pool: Pool, case: str, overflow_at: int, overlap: bool
+) -> None:
+    for _, scales, moved, finite, equal in pool.run(2, train_scaled, case, 1024.0, overflow_at, overlap):
+        assert scales == [1024.0] * overflow_at + [512.0] * (STEPS - overflow_at)
+        assert moved == [int(step != overflow_at) for step in range(STEPS)]
+        assert finite
+        assert equal
+
+
+@pytest.mark.parametrize("case", ["dense", "ef_sign l1"])
+def test_an_overflow_lowers_the_scale_of_a_scaler_that_the_method_was_not_told_of(pool: Pool, case: str) -> None:
+    for _, scales, moved, finite, equal in pool.run(2, train_scaled, case, 1024.0, 4, True, False):
+        assert scales == [1024.0] * 4 + [512.0] * (STEPS - 4)
+        assert moved == [int(step != 4) for step in range(STEPS)]
+        assert finite
+        assert equal
+
+
+def clip_by_hand_in_a_bad_step(process_group: dist.ProcessGroup, case: str) -> tuple[bool, bool, int]:
+    rank = dist.get_rank(process_group)
+    with wrapped(process_group, case, bucket_cap_mb=0.0001) as (model, optimizer, attachment):
+        train(model, optimizer, rank, 3)
+        x, y = make_batch(rank, 3)
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bias = model.module[4].bias
+        (loss_of(model(x), y) + bias.sum() * (float("nan") if rank == 1 else 1.0)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        return bool(flat(model.module).isfinite().all()), attachment.replicas_are_equal(), len(attachment.voided)
+
+
+@pytest.mark.parametrize("case", ["dense", "ef_sign l1"])
+def test_clipping_by_hand_does_not_spread_a_bad_value_to_the_parameters(pool: Pool, case: str) -> None:
+    assert pool.run(2, clip_by_hand_in_a_bad_step, case) == [(True, True, 1)] * 2
+
+
+def scaler_misuse(process_group: dist.ProcessGroup, knows: bool) -> str:
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    options: dict[str, Any] = {"grad_scaler": scaler} if knows else {}
+    with wrapped(process_group, "onebit_adam l1", **options) as (
+        model,
+        optimizer,
+        _,
+    ):
+        x, y = make_batch(dist.get_rank(process_group), 0)
+        scaler.scale(loss_of(model(x), y)).backward()
+        try:
+            if knows:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+        except CommoptError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("knows", "said"), [(False, "build it with grad_scaler="), (True, "clip by max_norm")])
+def test_an_update_method_says_how_to_use_a_scaler(pool: Pool, knows: bool, said: str) -> None:
+    assert all(said in answer for answer in pool.run(2, scaler_misuse, knows))
+
+
+def connected(process_group: dist.ProcessGroup, make_one_more: Callable[[int], bool] | None) -> str:
+    rank = dist.get_rank(process_group)
+    if make_one_more is not None and make_one_more(rank):
+        dist.new_group([rank], use_local_synchronization=True)
+    try:
+        group = connect(process_group)
+    except GroupError as error:
+        return str(error)
+    x = torch.ones(1)
+    group.all_reduce(x)
+    return str(x.item())
+
+
+def is_first(rank: int) -> bool:
+    return rank == 0
+
+
+def test_attach_makes_a_group_of_its_own_for_a_sub_group_or_says_why_it_cannot() -> None:
+    ranks = Pool()  # its ranks cannot make further groups of their own afterwards
+    try:
+        assert ranks.run(2, connected, None) == ["2.0", "2.0"]
+        assert all("torch.distributed.new_group" in answer for answer in ranks.run(2, connected, is_first))
+    finally:
+        ranks.close()

@@ -1,0 +1,358 @@
+"""A DeepSpeed engine trains as the plain integration does, whatever its configuration names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed_rig import Ranks, engine_run, make_engine, plain_run, train, two_ranks
+from rig import flat, make_model
+from torch import Tensor, nn
+
+from commopt.groups import SimWorld, TorchGroup
+
+STEPS = 6
+SGD = {"type": "SGD", "params": {"lr": 0.05}}
+
+
+def old(kind: str, **params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": kind, "params": {"lr": 0.01, **params}}}
+
+
+ZERO_ONE = {"var_freeze_step": 3, "var_update_scaler": 1, "local_step_scaler": 1, "local_step_clipper": 2}
+UNCORRECTED = {"lr": 0.01, "bias_correction": False}
+# configuration, and the method and its options in the plain integration
+CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "OneBitAdam": (old("OneBitAdam", freeze_step=3), "onebit_adam", {**UNCORRECTED, "freeze_step": 3}),
+    "ZeroOneAdam": (old("ZeroOneAdam", **ZERO_ONE), "zero_one_adam", {**UNCORRECTED, **ZERO_ONE}),
+    "OneBitLamb": (old("OneBitLamb", freeze_step=3), "onebit_lamb", {**UNCORRECTED, "freeze_step": 3}),
+    "dgc": ({"optimizer": SGD, "commopt": {"method": "dgc", "density": 0.1}}, "dgc", {"density": 0.1}),
+    "ef_sign": ({"optimizer": SGD, "commopt": "ef_sign"}, "ef_sign", {}),
+    "block in Adam's place": (
+        {"optimizer": {"type": "Adam", "params": {"lr": 0.01}}, "commopt": {"onebit_adam": {"freeze_step": 3}}},
+        "onebit_adam",
+        {"lr": 0.01, "freeze_step": 3},
+    ),
+    "block alone": (
+        {"commopt": {"method": "distributed_lion", "lr": 0.003}},
+        "distributed_lion",
+        {"lr": 0.003},
+    ),
+}
+
+
+def simulated(n: int, *arguments: Any, **options: Any) -> list[Tensor]:
+    return SimWorld[Tensor](n, timeout_s=60).run(lambda group: plain_run(group, *arguments, **options))
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Ranks]:
+    ranks = two_ranks()  # the same ones in all files
+    yield ranks
+    ranks.close()
+
+
+def all_runs(cases: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: engine_run(case[0], STEPS) for name, case in cases.items()}
+
+
+def both_runs(cases: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    group = TorchGroup.like()  # sums of four ranks depend on who carries them
+    return {
+        name: (engine_run(own, STEPS), plain_run(group, method, options, STEPS))
+        for name, (own, method, options) in cases.items()
+    }
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_parameters_equal_those_of_the_plain_integration_bit_for_bit(n: int, two: Ranks) -> None:
+    ranks = two if n == 2 else Ranks(n)
+    try:
+        cases = CASES if n == 2 else {name: CASES[name] for name in ("OneBitAdam", "OneBitLamb", "dgc")}
+        runs = ranks.run(both_runs, cases)
+    finally:
+        if ranks is not two:
+            ranks.close()
+    for own in runs:
+        assert [name for name, (engine, plain) in own.items() if not torch.equal(engine, plain)] == []
+        assert all(not torch.equal(engine, flat(make_model())) for engine, _ in own.values())
+
+
+def other_doors() -> dict[str, Tensor]:
+    import deepspeed
+
+    import commopt
+
+    def client(engine_model: nn.Module) -> Any:
+        return commopt.build("onebit_adam", engine_model.named_parameters(), freeze_step=3, **UNCORRECTED)
+
+    found = {"deepspeed.initialize": engine_run(old("OnebitAdam", freeze_step=3), STEPS, False)}
+    model = make_model()
+    engine = make_engine({}, ours=False, model=model, optimizer=client(model))
+    assert commopt.attach(engine, engine.basic_optimizer) is engine.commopt
+    train(engine, STEPS)
+    found["client optimizer"] = flat(engine.module)
+    options = {"freeze_step": 3, "bias_correction": False}
+    adam = {"lr": 0.01, "torch_adam": True, "weight_decay": 0.0}
+    engine = make_engine({"optimizer": {"type": "Adam", "params": adam}}, ours=False)
+    replaced = engine.optimizer
+    commopt.attach(engine, {"onebit_adam": options})
+    train(engine, STEPS)
+    found["attach by name"] = flat(engine.module)
+    with pytest.raises(commopt.errors.AttachError, match="has taken the place"):
+        replaced.step()
+    model = make_model()
+    own = torch.optim.Adam(model.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.LambdaLR(own, lambda step: 0.5)
+    block = {"commopt": {"method": "onebit_adam", **options}}
+    engine = make_engine(block, model=model, optimizer=own, lr_scheduler=schedule)
+    train(engine, STEPS)
+    found["client Adam with a scheduler"] = flat(engine.module)
+    engine = make_engine({"optimizer": SGD}, ours=False)
+    commopt.attach(engine, "ef_sign")
+    train(engine, STEPS)
+    found["ef_sign by attach"] = flat(engine.module)
+    assert deepspeed.DeepSpeedEngine is type(engine)
+    return found
+
+
+def test_every_door_leads_to_the_same_training(two: Ranks) -> None:
+    expected = simulated(2, "onebit_adam", {**UNCORRECTED, "freeze_step": 3}, STEPS)[0]
+    signs = simulated(2, "ef_sign", {}, STEPS)[0]
+    for found in two.run(other_doors):
+        assert [name for name, x in found.items() if not torch.equal(x, signs if "ef" in name else expected)] == []
+
+
+HALF: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
+    "bf16": ({"bf16": {"enabled": True}}, torch.bfloat16, 1.0),
+    "fp16": ({"fp16": {"enabled": True, "initial_scale_power": 8}}, torch.float16, 256.0),
+    "fp16 with a scale that grows": (
+        {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2}},
+        torch.float16,
+        16.0,
+    ),
+}
+CLIPPED = {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_masters_take_unscaled_float32_gradients(half: str, two: Ranks) -> None:
+    own, dtype, scale = HALF[half]
+    cases = {name: ({**CASES[name][0], **own},) for name in ("OneBitAdam", "OneBitLamb", "dgc")}
+    runs = two.run(all_runs, cases)
+    for name in cases:
+        _, method, options = CASES[name]
+        expected = simulated(2, method, options, STEPS, dtype, scale)
+        close = "grows" in half  # where float16 rounds at another scale
+        for run, other in zip(runs, expected, strict=True):
+            assert torch.allclose(run[name], other, atol=0.02) if close else torch.equal(run[name], other), name
+
+
+def test_clipping_is_by_the_norm_of_the_mean_and_only_at_the_boundary(two: Ranks) -> None:
+    dense = {"optimizer": SGD, "commopt": "dense", **CLIPPED}
+    adam = {**old("OneBitAdam", freeze_step=3), **CLIPPED}
+    runs = two.run(all_runs, {"dense": (dense,), "onebit_adam": (adam,)})
+    expected = simulated(2, "dense", {}, STEPS, clip=0.5, micro_batches=2)
+    assert torch.equal(runs[0]["dense"], expected[0])
+    options = {**UNCORRECTED, "freeze_step": 3, "max_norm": 0.5}
+    expected = simulated(2, "onebit_adam", options, STEPS, micro_batches=2)
+    assert torch.equal(runs[0]["onebit_adam"], expected[0])
+
+
+def overflown(own: dict[str, Any]) -> tuple[Any, ...]:
+    engine = make_engine({**own, "fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}})
+    train(engine, 4)
+    before = [flat(engine.module), *(x.clone() for x in local(engine))]
+    train(engine, 1, first=4, poison={4: 1e9})
+    after = [flat(engine.module), *local(engine)]
+    unharmed = all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    skipped, scale = engine.skipped_steps, engine.optimizer.loss_scale_config.cur_scale
+    train(engine, 2, first=5)
+    return unharmed, skipped, scale, engine.skipped_steps, engine.commopt.replicas_are_equal(), engine.commopt.steps
+
+
+def local(engine: Any) -> list[Tensor]:
+    state = engine.commopt.comm_state()
+    return [*state["shared"].values(), *state["local"].values()]
+
+
+@pytest.mark.parametrize("case", ["OneBitAdam", "ef_sign"])
+def test_an_overflow_on_one_rank_is_skipped_on_all_and_harms_no_residual(case: str, two: Ranks) -> None:
+    assert two.run(overflown, CASES[case][0]) == [(True, 1, 128.0, 1, True, 6)] * 2
+
+
+def resumed(own: dict[str, Any], folder: str, first: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    engine = make_engine(own)
+    train(engine, first)
+    engine.save_checkpoint(folder, client_state={"note": 7})
+    train(engine, 3, first=first)
+    on = flat(engine.module).float()
+    engine.commopt.detach()
+    again = make_engine(own, model=make_model().apply(lambda module: None))
+    with torch.no_grad():
+        for p in again.module.parameters():
+            p.add_(1.0)
+    _, client_state = again.load_checkpoint(folder)
+    train(again, 3, first=first)
+    return on, flat(again.module).float(), client_state
+
+
+CHECKPOINTS = {
+    "OneBitAdam": CASES["OneBitAdam"][0],
+    "ZeroOneAdam between exchanges": old("ZeroOneAdam", **{**ZERO_ONE, "var_freeze_step": 2, "local_step_clipper": 4}),
+    "dgc": CASES["dgc"][0],
+    "ef_sign in bf16": {**CASES["ef_sign"][0], "bf16": {"enabled": True}},
+    "ZeroOneAdam in fp16": {**old("ZeroOneAdam", **ZERO_ONE), **HALF["fp16"][0]},
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(case: str, two: Ranks, tmp_path: Path) -> None:
+    for on, again, client_state in two.run(resumed, CHECKPOINTS[case], str(tmp_path), 5):
+        assert torch.equal(on, again)
+        assert client_state["note"] == 7
+    assert {path.name for path in tmp_path.rglob("commopt*")} == {"commopt_rank0.pt", "commopt_rank1.pt"}
+
+
+def foreign_checkpoints(folder: str) -> list[str]:
+    from commopt.errors import CheckpointError
+    from commopt.run.checkpoint import save
+
+    adam = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
+    make_engine(adam, ours=False).save_checkpoint(folder, tag="dense")
+    told = []
+    engine = make_engine(CASES["OneBitAdam"][0])
+    for act in (lambda: engine.load_checkpoint(folder, tag="dense"), lambda: save(folder, engine.commopt)):
+        try:
+            act()
+        except CheckpointError as error:
+            told.append(str(error))
+    engine.load_checkpoint(folder, tag="dense", load_module_only=True)
+    train(engine, 1)
+    return told
+
+
+def test_a_checkpoint_without_the_methods_state_is_refused(two: Ranks, tmp_path: Path) -> None:
+    for missing, other in two.run(foreign_checkpoints, str(tmp_path)):
+        assert "saved without the method" in missing
+        assert "engine.save_checkpoint" in other
+
+
+def counted(own: dict[str, Any]) -> tuple[list[str], float, bool]:
+    """What DeepSpeed and torch are asked to send while an engine trains: names of calls, our own bytes, equal replicas."""
+    from deepspeed import comm
+
+    engine = make_engine(own)
+    calls: list[str] = []
+
+    def spy(name: str) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return originals[name](*args, **kwargs)
+
+        return called
+
+    names = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_gather_into_tensor", "reduce")
+    originals = {name: getattr(comm, name) for name in names}
+    ours = dist.all_reduce
+    sent: list[int] = []
+
+    def count(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(x.nbytes)
+        return ours(x, *args, **kwargs)
+
+    for name in names:
+        setattr(comm, name, spy(name))
+    before, dist.all_reduce = engine.commopt.group.traffic.payload_bytes, count  # type: ignore[assignment]
+    train(engine, 1)
+    dist.all_reduce = ours
+    for name in names:
+        setattr(comm, name, originals[name])
+    assert sum(sent) == engine.commopt.group.traffic.payload_bytes - before  # of 2 ranks each sends its part once
+    return calls, sum(sent), engine.commopt.replicas_are_equal()
+
+
+@pytest.mark.parametrize("half", ["fp32", "bf16"])
+def test_deepspeed_itself_exchanges_nothing(half: str, two: Ranks) -> None:
+    own = {**old("OneBitAdam", freeze_step=3), **(HALF[half][0] if half in HALF else {})}
+    nbytes = 4 * flat(make_model()).numel()
+    for calls, sent, is_equal in two.run(counted, own):
+        assert calls == []
+        assert nbytes <= sent < nbytes + 64  # the mean gradient, which parameters are used, and whether one overflowed
+        assert is_equal
+
+
+def outer(own: dict[str, Any]) -> tuple[int, int, Tensor]:
+    from commopt.errors import CheckpointError
+
+    engine = make_engine(own)
+    attachment = engine.commopt
+    attachment.join()
+    for step in attachment.range(7):
+        train(engine, 1, first=step)
+    with pytest.raises(CheckpointError, match="replica of its own"):
+        engine.save_checkpoint("nowhere")
+    attachment.finish()
+    rounds = len(attachment.reports)
+    attachment.close()
+    return rounds, attachment.steps, flat(engine.module)
+
+
+@pytest.mark.parametrize("method", ["diloco", "noloco"])
+def test_outer_methods_average_an_engines_replicas(method: str, two: Ranks) -> None:
+    block = {"method": method, "every": 3, "final_average": True}
+    first, second = two.run(outer, {"optimizer": SGD, "commopt": block})
+    assert torch.allclose(first[2], second[2], atol=1e-6)
+    assert not torch.equal(first[2], flat(make_model()))
+    assert all(rounds >= 2 and steps == 7 for rounds, steps, _ in (first, second))
+
+
+def masked() -> dict[str, Any]:
+    model = make_model()
+    first, *others = model.parameters()
+    mask = torch.ones_like(first)
+    mask[:, :4] = 0
+    groups = [{"params": [first], "exp_avg_mask": mask.flatten()}, {"params": others, "weight_decay": 0.0}]
+    engine = make_engine(old("OneBitAdam", freeze_step=2), model=model, model_parameters=groups)
+    train(engine, 5)
+    return {"momentum": engine.optimizer.state[first]["momentum"].clone()}
+
+
+def test_exp_avg_mask_holds_the_momentum_at_zero(two: Ranks) -> None:
+    for state in two.run(masked):
+        assert not state["momentum"][:, :4].any()
+        assert state["momentum"][:, 4:].all()
+
+
+def logged(own: dict[str, Any]) -> list[str]:
+    told: list[str] = []
+    log = logging.getLogger("commopt")
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        train(make_engine(own), 2)
+    finally:
+        log.removeHandler(handler)
+    return told
+
+
+def test_what_has_no_effect_is_told_once_and_by_rank_0_alone(two: Ranks) -> None:
+    own = old("OneBitAdam", freeze_step=9, bias_correction=True, eps_inside_sqrt=True, comm_backend_name="mpi")
+    own |= {"prescale_gradients": True, "communication_data_type": "fp16"}
+    told, nothing = two.run(logged, own)
+    assert nothing == []
+    for word in (
+        "bias_correction: true",
+        "eps_inside_sqrt: true",
+        "comm_backend_name: 'mpi'",
+        "prescale",
+        "communication",
+    ):
+        assert len([line for line in told if word in line]) == 1, word
+    assert any("names no communication method" in line for line in two.run(logged, {"optimizer": SGD})[0])

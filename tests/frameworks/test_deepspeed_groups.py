@@ -1,0 +1,76 @@
+"""Parameter groups that stay out of 1-bit Adam's freeze."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rig import flat, loss_of, make_batch, make_model
+from torch import Tensor
+
+from commopt.errors import ConfigError
+from commopt.frameworks import plain
+from commopt.frameworks.deepspeed_config import LEGACY, named_groups, read_legacy
+from commopt.frameworks.deepspeed_groups import PartlyFrozenAdam
+from commopt.groups import Group, SimWorld
+from commopt.methods import OnebitAdam
+
+
+def run(group: Group, live: int, freeze_step: int, nan_at: int = -1) -> tuple[Tensor, list[Tensor]]:
+    """Six steps with the first `live` parameters out of the freeze: all parameters, and each one's variance."""
+    model = make_model()
+    named = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [{"params": named[:live], "non_freeze": True}, {"params": named[live:]}]
+    method = PartlyFrozenAdam([g for g in groups if g["params"]], lr=0.01, freeze_step=freeze_step)
+    plain.attach(model, method, group=group)
+    for step in range(6):
+        x, y = make_batch(group.rank, step)
+        method.zero_grad()
+        loss_of(model(x), y).backward()
+        if step == nan_at and group.rank == 1:
+            p = named[0][1]
+            assert p.grad is not None
+            p.grad[0] = torch.nan
+        method.step()
+    return flat(model), [method.part("variance", name).clone() for name, _ in named]
+
+
+def exact(group: Group) -> Tensor:
+    model = make_model()
+    method = OnebitAdam(model.named_parameters(), lr=0.01, freeze_step=100)
+    plain.attach(model, method, group=group)
+    for step in range(6):
+        x, y = make_batch(group.rank, step)
+        method.zero_grad()
+        loss_of(model(x), y).backward()
+        method.step()
+    return flat(model)
+
+
+def test_groups_out_of_the_freeze_go_on_as_adam() -> None:
+    expected = SimWorld[Tensor](2).run(exact)[0]
+    (everything, _), _ = SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, 6, 3))
+    assert torch.equal(everything, expected)
+
+
+def test_only_their_variance_adapts_after_the_freeze_and_replicas_stay_equal() -> None:
+    short, other = SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, 2, 3))
+    (_, frozen), _ = SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, 0, 3))
+    assert torch.equal(short[0], other[0])
+    same = [torch.equal(a, b) for a, b in zip(short[1], frozen, strict=True)]
+    assert same == [False, False, True, True, True, True]
+
+
+def test_a_nan_in_one_of_them_leaves_the_bucket_out_everywhere() -> None:
+    first, second = SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, 2, 3, 4))
+    assert torch.equal(first[0], second[0])
+    assert first[0].isfinite().all()
+
+
+def test_other_methods_have_no_such_groups() -> None:
+    model = make_model()
+    groups = [{"params": list(model.parameters()), "non_freeze": True}]
+    assert named_groups(model, groups, read_legacy(LEGACY["onebitadam"], {}))[0]["non_freeze"] is True
+    with pytest.raises(ConfigError, match="only OneBitAdam has it"):
+        named_groups(model, groups, read_legacy(LEGACY["zerooneadam"], {}))

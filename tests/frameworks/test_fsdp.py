@@ -1,0 +1,318 @@
+"""Methods between the replicas of an FSDP2 model, on four ranks as two replicas of two shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fsdp_rig import TwoReplicas, attached, batch, cut, fsdp_pool, mesh_of, sgd, sharded, shards, train, train_alone
+from pool import Pool
+from rig import loss_of
+from torch import nn
+
+import commopt
+from commopt.errors import CheckpointError, CommoptError
+from commopt.groups import TorchGroup
+from commopt.run import checkpoint
+
+STEPS = 5
+CASES: dict[str, dict[str, Any]] = {
+    "ef_sign": {"name": "ef_sign", "block_size": 64},
+    "two_way": {"name": "two_way(int8)"},
+    "8-bit residuals": {"name": "two_way(4bit)", "residual_bits": 8},
+    "dgc": {"name": "dgc", "density": 0.1, "warmup_steps": 2},
+    "top_k": {"name": "top_k", "density": 0.1},
+    "qsgd": {"name": "qsgd"},
+    "powersgd": {"name": "powersgd", "rank": 2},
+    "fp16": {"name": "fp16"},
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    yield from fsdp_pool()
+
+
+def train_sharded(_: dist.ProcessGroup, method: dict[str, Any], momentum: float) -> Any:
+    mesh = mesh_of()
+    if dist.get_rank() > 3:
+        return None
+    with attached(mesh, method, lambda model: sgd(model, momentum)) as (model, optimizer, attachment):
+        train(model, optimizer, dist.get_rank(), STEPS)
+        assert attachment.replicas_are_equal()
+        return shards(model)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_between_replicas_is_the_method_on_each_shard(pool: Pool, case: str) -> None:
+    momentum = 0.0 if case == "dgc" else 0.9
+    expected = train_alone(TwoReplicas(CASES[case]).mean, STEPS, momentum)
+    for rank, found in enumerate(pool.run(5, train_sharded, CASES[case], momentum)[:4]):
+        for name, p in expected.named_parameters():
+            assert torch.equal(found[name], cut(p.detach(), 2, rank % 2)), f"{name} on rank {rank}"
+
+
+def train_dense(_: dist.ProcessGroup, options: dict[str, Any], micro_batches: str) -> Any:
+    """(with commopt, by FSDP alone)"""
+    mesh = mesh_of()
+    if dist.get_rank() > 3:
+        return None
+    results = []
+    for is_ours in (True, False):
+        model = sharded(mesh, **options)
+        optimizer = sgd(model)
+        attachment = commopt.attach(model, "dense", optimizer) if is_ours else None
+        for step in range(3):
+            optimizer.zero_grad()
+            for micro in range(3 if micro_batches else 1):
+                is_last = micro == 2 or not micro_batches
+                if micro_batches == "no sync":
+                    model.set_requires_gradient_sync(is_last)
+                elif micro_batches == "no all-reduce":
+                    model.set_requires_all_reduce(is_last)
+                x, y = batch(dist.get_rank(), 10 * step + micro)
+                loss_of(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        results.append(shards(model))
+        if attachment is not None:
+            calls = sum(
+                n for (_, operation, _), n in attachment.group.traffic.calls.items() if operation == "all_reduce"
+            )
+            assert calls == 3 * 3 * (3 if micro_batches == "every backward" else 1)
+            attachment.detach()
+    return results
+
+
+@pytest.mark.parametrize("micro_batches", ["", "every backward", "no sync", "no all-reduce"])
+def test_dense_is_what_fsdp_does_between_replicas(pool: Pool, micro_batches: str) -> None:
+    for ours, theirs in pool.run(5, train_dense, {}, micro_batches)[:4]:
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def train_in_bfloat16(_: dist.ProcessGroup) -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return train_dense(_, {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)}, "")
+
+
+def test_dense_follows_the_mixed_precision_policy(pool: Pool) -> None:
+    for ours, theirs in pool.run(5, train_in_bfloat16)[:4]:
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def compress_half_precision(_: dist.ProcessGroup) -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return None
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
+    with attached(mesh, "two_way(int8)", mp_policy=policy) as (model, optimizer, attachment):
+        train(model, optimizer, dist.get_rank(), 3)
+        return attachment.replicas_are_equal(), attachment.method.worker.residual.abs().max().item()
+
+
+def test_half_precision_gradients_are_compressed_with_float32_residuals(pool: Pool) -> None:
+    assert all(equal and residual > 0 for equal, residual in pool.run(5, compress_half_precision)[:4])
+
+
+def give_back(_: dist.ProcessGroup) -> Any:
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return None
+    model, other = sharded(mesh), sharded(mesh)
+    optimizer, others = sgd(model), sgd(other)
+    commopt.attach(model, "ef_sign", optimizer).detach()
+    train(model, optimizer, dist.get_rank(), 3)
+    train(other, others, dist.get_rank(), 3)
+    return shards(model), shards(other)
+
+
+def test_detach_gives_the_exchange_back_to_fsdp(pool: Pool) -> None:
+    for ours, theirs in pool.run(5, give_back)[:4]:
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def train_over_a_group(_: dist.ProcessGroup) -> Any:
+    """Shard over two ranks alone, and give attach the other dimension as a group."""
+    mesh = mesh_of()
+    if dist.get_rank() > 3:
+        return None
+    group = TorchGroup(mesh.get_group("replicate"))
+    with attached(mesh["shard"], "two_way(int8)", group=group) as (model, optimizer, attachment):
+        train(model, optimizer, dist.get_rank(), STEPS)
+        found = shards(model)
+        model.set_requires_all_reduce(False)
+        with pytest.raises(CommoptError, match="set_requires_gradient_sync"):
+            train(model, optimizer, dist.get_rank(), 1)
+        return found, attachment.group is group
+
+
+def test_replicas_may_be_a_group_that_fsdp_does_not_know(pool: Pool) -> None:
+    expected = train_alone(TwoReplicas(CASES["two_way"]).mean, STEPS)
+    for rank, (found, is_ours) in enumerate(pool.run(5, train_over_a_group)[:4]):
+        assert is_ours
+        for name, p in expected.named_parameters():
+            assert torch.equal(found[name], cut(p.detach(), 2, rank % 2))
+
+
+def resume(_: dist.ProcessGroup) -> Any:
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return None
+    rank = dist.get_rank()
+    with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, attachment):
+        train(model, optimizer, rank, 3)
+        kept = {kind: {k: x.clone() for k, x in part.items()} for kind, part in attachment.comm_state().items()}
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
+            checkpoint.save("nowhere", attachment)
+        train(model, optimizer, rank, 3, first=3)
+        straight = shards(model)
+    with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, attachment):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[name])
+        attachment.load_comm_state(kept)
+        train(model, optimizer, rank, 3, first=3)
+        return straight, shards(model)
+
+
+def test_training_goes_on_from_a_comm_state_bit_for_bit(pool: Pool) -> None:
+    for straight, resumed in pool.run(5, resume)[:4]:
+        assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
+
+
+def start_apart(_: dist.ProcessGroup) -> Any:
+    mesh = mesh_of()
+    if dist.get_rank() > 3:
+        return None
+    model = sharded(mesh)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.to_local().add_(mesh.get_local_rank("replicate"))
+    before = shards(model)
+    attachment = commopt.attach(model, "ef_sign", sgd(model))
+    equal = attachment.replicas_are_equal()
+    after = shards(model)
+    with torch.no_grad():
+        if dist.get_rank() == 3:
+            next(model.parameters()).to_local().add_(1)
+    return equal, attachment.replicas_are_equal(), before, after
+
+
+def test_replicas_start_as_the_first_and_every_rank_hears_of_a_drift(pool: Pool) -> None:
+    answers = pool.run(5, start_apart)[:4]
+    assert [(equal, later) for equal, later, *_ in answers] == [(True, False)] * 4
+    for rank, (*_, after) in enumerate(answers):
+        assert all(torch.equal(x, answers[rank % 2][2][name]) for name, x in after.items())
+
+
+def train_with_nan(_: dist.ProcessGroup, is_clipped: bool) -> Any:
+    """In step 1 one rank has a NaN in one row of one weight, of which only the second shard hears."""
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return None
+    with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
+        rank, history = dist.get_rank(), [shards(model)]
+        for step in range(3):
+            x, y = batch(rank, step)
+            optimizer.zero_grad()
+            model.is_poisoned = step == 1 and rank == 2
+            loss_of(model(x), y).backward()
+            if is_clipped:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            history.append(shards(model))
+        return history, attachment.voided, attachment.replicas_are_equal()
+
+
+@pytest.mark.parametrize("is_clipped", [False, True], ids=["", "clipped"])
+def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(pool: Pool, is_clipped: bool) -> None:
+    for rank, (history, voided, equal) in enumerate(pool.run(5, train_with_nan, is_clipped)[:4]):
+        assert equal
+        assert voided == ([(1, "second.weight")] if rank % 2 else [])
+        first, second, third = history[1:]
+        for name in first:
+            is_out = is_clipped or name.startswith("second")
+            assert first[name].numel() == 0 or torch.equal(first[name], second[name]) == is_out, name
+            assert third[name].isfinite().all()
+            assert third[name].numel() == 0 or not torch.equal(second[name], third[name])
+
+
+def accumulate_with_nan(_: dist.ProcessGroup) -> Any:
+    """The first of two exchanged backwards has a NaN, the second has none."""
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return None
+    with attached(mesh, "dense") as (model, optimizer, _attachment):
+        before = shards(model)
+        for scale in (float("inf"), 1.0):
+            x, y = batch(dist.get_rank(), 0)
+            loss_of(model(x), y).mul(scale).backward()
+        optimizer.step()
+        skipped = shards(model)
+        optimizer.zero_grad()
+        loss_of(model(x), y).mul(float("inf")).backward()  # and is given up
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        return before, skipped, shards(model)
+
+
+def test_a_void_backward_stays_void_until_the_step_or_zero_grad(pool: Pool) -> None:
+    for before, skipped, after in pool.run(5, accumulate_with_nan)[:4]:
+        assert all(torch.equal(x, skipped[name]) for name, x in before.items())
+        assert all(not torch.equal(x, after[name]) for name, x in before.items() if x.numel())
+
+
+def use_a_part(_: dist.ProcessGroup) -> Any:
+    """`scale` is used by all, then on one replica, then nowhere."""
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return None
+    with attached(mesh, "ef_sign", lambda model: sgd(model, 0.0)) as (model, optimizer, attachment):
+        for step, uses in enumerate([range(4), range(2), range(0)]):
+            x, y = batch(dist.get_rank(), step)
+            optimizer.zero_grad()
+            loss_of(model(x, dist.get_rank() in uses), y).backward()
+            optimizer.step()
+        return model.scale.grad is not None, attachment.replicas_are_equal()
+
+
+def test_a_parameter_that_is_not_used_gets_zeros(pool: Pool) -> None:
+    assert pool.run(5, use_a_part)[:4] == [(True, True)] * 4
+
+
+def count_bytes(_: dist.ProcessGroup) -> Any:
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return None
+    with attached(mesh, {"name": "two_way(int8)"}) as (model, optimizer, attachment):
+        sent = attachment.group.traffic.payload_bytes
+        train(model, optimizer, dist.get_rank(), 2)
+        return (attachment.group.traffic.payload_bytes - sent) / 2, sum(x.numel() for x in shards(model).values())
+
+
+def test_a_rank_sends_what_its_shard_takes(pool: Pool) -> None:
+    for sent, elements in pool.run(5, count_bytes)[
+        :4
+    ]:  # half of the shard out, the other half's answer back; a scale a block
+        assert elements <= sent <= elements * 1.1 + 8 * 2 * 7
+
+
+def change_after_attach(_: dist.ProcessGroup) -> None:
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return
+    with attached(mesh, "ef_sign") as (model, optimizer, _attachment):
+        model.set_force_sum_reduction_for_comms(True)
+        with pytest.raises(CommoptError, match="come before attach"):
+            train(model, optimizer, dist.get_rank(), 1)
+    with attached(mesh, "ef_sign") as (model, optimizer, _attachment):
+        train(model, optimizer, dist.get_rank(), 1)
+        with pytest.raises(CommoptError, match="attached to this model already"):
+            commopt.attach(model, "ef_sign", optimizer)
+        model.first.bias.requires_grad_(False)
+        with pytest.raises(CommoptError, match="frozen or thawed"):
+            train(model, optimizer, dist.get_rank(), 1)
+
+
+def test_changes_after_attach_are_refused_in_the_next_backward(pool: Pool) -> None:
+    pool.run(5, change_after_attach)

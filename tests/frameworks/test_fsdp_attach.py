@@ -1,0 +1,205 @@
+"""What attach refuses of an FSDP2 model, in words that name the fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fsdp_rig import Uneven, flat_mesh, fsdp_pool, mesh_of, sgd, sharded, shards, train
+from pool import Pool
+from torch import nn
+
+import commopt
+from commopt.errors import CommoptError
+from commopt.frameworks import fsdp
+from commopt.groups import Group, LocalGroup, TorchGroup
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    yield from fsdp_pool()
+
+
+def attach(method: Any, model: Any = None, group: Group | None = None) -> None:
+    model = sharded(mesh_of()) if model is None else model
+    fsdp.attach(model, method, sgd(model), group)
+
+
+def one_dimension(method: Any) -> Callable[[], None]:
+    return lambda: attach(method, sharded(flat_mesh()))
+
+
+def on_half_precision() -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    attach("ef_sign", sharded(mesh_of(), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float16)))
+
+
+def on_two_meshes() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Uneven()
+    fully_shard(model.first, mesh=flat_mesh())
+    attach("ef_sign", fully_shard(model, mesh=mesh_of()))
+
+
+def on_ignored_parameters() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Uneven()
+    attach("ef_sign", fully_shard(model, mesh=mesh_of(), ignored_params={model.scale}))
+
+
+def on_an_empty_shard() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    attach("two_way(int8)", fully_shard(nn.Linear(8, 3), mesh=flat_mesh()))
+
+
+def on_a_hook() -> None:
+    model = sharded(mesh_of())
+    model.first.set_all_reduce_hook(lambda _: None)
+    attach("ef_sign", model)
+
+
+def on_a_sum() -> None:
+    model = sharded(mesh_of())
+    model.set_force_sum_reduction_for_comms(True)
+    attach("ef_sign", model)
+
+
+def on_another_factor() -> None:
+    model = sharded(flat_mesh())
+    model.first.set_gradient_divide_factor(1.0)
+    attach("two_way(int8)", model)
+
+
+def on_a_frozen_model() -> None:
+    model = sharded(mesh_of())
+    model.requires_grad_(False)
+    attach("ef_sign", model)
+
+
+def on_a_torch_without_a_private_name() -> None:
+    model = sharded(mesh_of())
+    del model.second._get_fsdp_state()._fsdp_param_groups[0]._all_reduce_hook
+    attach("ef_sign", model)
+
+
+def on_a_torch_that_names_its_groups_otherwise() -> None:
+    model = sharded(mesh_of())
+    del model._get_fsdp_state()._fsdp_param_groups[0].mesh_info.replicate_process_group
+    attach("ef_sign", model)
+
+
+def on_a_compiled_model() -> None:
+    model, compiled = sharded(mesh_of()), nn.Module()
+    compiled._orig_mod = model  # as torch.compile does, whose import takes seconds on every rank
+    fsdp.attach(compiled, "ef_sign", sgd(model))
+
+
+def without_an_optimizer() -> None:
+    fsdp.attach(sharded(mesh_of()), "ef_sign")
+
+
+def with_the_shards_as_group() -> None:
+    attach("ef_sign", group=TorchGroup(mesh_of().get_group("shard")))
+
+
+def with_a_local_group() -> None:
+    attach("ef_sign", group=LocalGroup())
+
+
+def with_momentum_twice() -> None:
+    attach("dgc")
+
+
+CASES: dict[str, tuple[Callable[[], None], str]] = {
+    "not sharded": (lambda: attach("ef_sign", Uneven()), "is not sharded: call fully_shard"),
+    "update method": (lambda: attach("onebit_adam"), "onebit_adam is an optimizer with state of its own"),
+    "outer method": (lambda: attach("diloco"), "averages whole parameters now and then"),
+    "max_norm": (lambda: attach({"name": "ef_sign", "max_norm": 1.0}), "call torch.nn.utils.clip_grad_norm_"),
+    "scaler": (lambda: attach(commopt.build("ef_sign", grad_scaler=torch.amp.GradScaler("cpu"))), "train in bfloat16"),
+    "one scale": (lambda: attach("dice_sgd"), "for the whole model cannot work by shard"),
+    "unknown": (lambda: attach("ef_sing"), "did you mean 'ef_sign'"),
+    "half precision": (on_half_precision, "reduce_dtype float16 is divided in two parts"),
+    "two meshes": (on_two_meshes, "sharded over different meshes"),
+    "ignored": (on_ignored_parameters, "scale is among ignored_params"),
+    "empty shard": (on_an_empty_shard, "shard 3 of 4 holds no element"),
+    "hook": (on_a_hook, "first: has an all-reduce hook already"),
+    "sum": (on_a_sum, "set_force_sum_reduction_for_comms"),
+    "factor": (on_another_factor, "first: set_gradient_divide_factor"),
+    "frozen": (on_a_frozen_model, "no trainable parameter"),
+    "other torch": (
+        on_a_torch_without_a_private_name,
+        rf"FSDP2 of torch {re.escape(torch.__version__)} has no FSDPParamGroup\._all_reduce_hook",
+    ),
+    "other meshes": (on_a_torch_that_names_its_groups_otherwise, r"has no HSDPMeshInfo\.replicate_process_group"),
+    "compiled": (on_a_compiled_model, "attach to the sharded model first, then compile it"),
+    "no optimizer": (without_an_optimizer, "pass the optimizer"),
+    "wrong group": (with_the_shards_as_group, "the replicas of this shard are"),
+    "local group": (with_a_local_group, "pass TorchGroup"),
+    "momentum": (with_momentum_twice, "torch.optim.SGD without"),
+    "dense alone": (one_dimension("dense"), "FSDP's own is exact"),
+    "sparse alone": (one_dimension("top_k"), "give FSDP a mesh with a replicate dimension"),
+    "momentum alone": (one_dimension({"name": "powersgd"}), "powersgd is no reduce-scatter"),
+    "server": (one_dimension("two_way(sign, int8)"), "has no answers to compress"),
+    "dense_1d": (one_dimension({"name": "qsgd", "dense_1d": True}), "dense_1d: not supported in a reduce-scatter"),
+    "one scale alone": (one_dimension("two_way(sign_l2)"), "use int8, 4bit"),
+}
+
+
+def refuse(_: dist.ProcessGroup) -> dict[str, str]:
+    mesh_of()
+    said = {}
+    for case, (work, _pattern) in CASES.items() if dist.get_rank() < 4 else ():
+        try:
+            work()
+        except CommoptError as error:
+            said[case] = str(error)
+    return said
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(pool: Pool) -> None:
+    for said in pool.run(5, refuse)[:4]:
+        assert {c: said.get(c) for c, (_, pattern) in CASES.items() if not re.search(pattern, said.get(c, ""))} == {}
+
+
+def go_on_after_a_refusal(_: dist.ProcessGroup) -> Any:
+    mesh = mesh_of()
+    if dist.get_rank() > 3:
+        return None
+    model, other = sharded(mesh), sharded(mesh)
+    optimizer, others = sgd(model), sgd(other)
+    with pytest.raises(CommoptError):
+        fsdp.attach(model, {"name": "ef_sign", "max_norm": 1.0}, optimizer)
+    train(model, optimizer, dist.get_rank(), 2)
+    train(other, others, dist.get_rank(), 2)
+    return shards(model), shards(other)
+
+
+def test_a_refusal_changes_nothing(pool: Pool) -> None:
+    for ours, theirs in pool.run(5, go_on_after_a_refusal)[:4]:
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def after_steps(_: dist.ProcessGroup) -> float:
+    mesh = mesh_of()
+    if dist.get_rank() > 3:
+        return 1.0
+    model = sharded(mesh)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, dist.get_rank(), 2)  # as after a checkpoint: each rank has state of its own shards
+    attachment = fsdp.attach(model, "ef_sign", optimizer)
+    train(model, optimizer, dist.get_rank(), 1)
+    sent = attachment.group.traffic.payload_bytes
+    attachment.detach()
+    return sent
+
+
+def test_an_optimizer_may_have_state_before_attach(pool: Pool) -> None:
+    assert min(pool.run(5, after_steps)) > 0

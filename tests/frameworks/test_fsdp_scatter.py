@@ -1,0 +1,231 @@
+"""A compressed reduce-scatter in an FSDP2 model of one mesh dimension, on four ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fsdp_rig import (
+    UNITS,
+    Flats,
+    Uneven,
+    attached,
+    batch,
+    cut,
+    flat_mesh,
+    fsdp_pool,
+    mesh_of,
+    sgd,
+    shards,
+    train,
+    train_alone,
+)
+from pool import Pool
+from rig import loss_of
+from torch import Tensor, nn
+
+from commopt.compress import Compressor, make_compressor
+from commopt.compress.feedback import ErrorFeedback
+from commopt.errors import CommoptError
+from commopt.wire.bucket import ParameterIndex
+
+STEPS, RANKS = 4, 4
+
+
+class Scatter:
+    """Every rank's gradient for every shard, parameter by parameter, through a codec of its own."""
+
+    def __init__(self, codec: Compressor, bits: int) -> None:
+        self.codec, self.bits = codec, bits
+        self.feedbacks: dict[tuple[int, int, str], ErrorFeedback] = {}
+
+    def decoded(self, x: Tensor, rank: int, shard: int, name: str) -> Tensor:
+        if not x.numel():
+            return x
+        blocks = self.codec.table(ParameterIndex((name,), (x.numel(),)), 1).everything
+        feedback = self.feedbacks.setdefault(
+            (rank, shard, name), ErrorFeedback(self.codec, x.numel(), bits=self.bits, blocks=blocks)
+        )
+        out = torch.zeros_like(x)
+        self.codec.decompress_(feedback.compress(x, [blocks])[0].tensors[1:], blocks, out, alpha=1 / RANKS)
+        return out
+
+    def mean(self, step: list[Flats]) -> Flats:
+        return {
+            name: torch.cat(
+                [
+                    sum(
+                        (self.decoded(cut(step[rank][name], RANKS, shard), rank, shard, name) for rank in range(RANKS)),
+                        start=torch.zeros(()),
+                    )
+                    for shard in range(RANKS)
+                    if cut(step[0][name], RANKS, shard).numel()
+                ]
+            )
+            for name in step[0]
+        }
+
+
+INT8, INT4, FP8 = ({"compressor": name, "stochastic": False} for name in ("int8", "4bit", "fp8"))
+CASES: dict[str, tuple[Any, Any, int]] = {
+    "two_way": ({"name": "two_way", "worker": INT8}, INT8, 32),
+    "16-bit residuals": ({"name": "two_way", "worker": INT4, "residual_bits": 16}, INT4, 16),
+    "no residuals": ({"name": "two_way", "worker": FP8, "error_feedback": False}, FP8, 0),
+    "sign": ("two_way(sign)", "sign", 32),
+    "fp16": ("fp16", "fp16", 0),
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    yield from fsdp_pool(is_last=True)
+
+
+def train_sharded(_: dist.ProcessGroup, method: Any) -> Any:
+    if (mesh := flat_mesh()) and dist.get_rank() > 3:
+        return None
+    with attached(mesh, method) as (model, optimizer, attachment):
+        train(model, optimizer, dist.get_rank(), STEPS)
+        return shards(model), attachment.group.traffic.payload_bytes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_shard_is_the_mean_of_what_was_sent_to_it(pool: Pool, case: str) -> None:
+    method, codec, bits = CASES[case]
+    expected = train_alone(Scatter(make_compressor(codec), bits).mean, STEPS)
+    for rank, (found, _) in enumerate(pool.run(5, train_sharded, method)[:4]):
+        for name, p in expected.named_parameters():
+            assert torch.equal(found[name], cut(p.detach(), RANKS, rank)), f"{name} on rank {rank}"
+
+
+@pytest.mark.parametrize("method", ["natural", "qsgd", {"name": "two_way(int8)", "residual_bits": 8}])
+def test_stochastic_codecs_stay_close_to_the_exact_mean(pool: Pool, method: Any) -> None:
+    def exactly(step: list[Flats]) -> Flats:
+        return {name: sum(one[name] for one in step) / RANKS for name in step[0]}  # type: ignore[misc]
+
+    expected, first = train_alone(exactly, STEPS), dict(Uneven().named_parameters())
+    for rank, (found, _) in enumerate(pool.run(5, train_sharded, method)[:4]):
+        for name, p in expected.named_parameters():
+            moved = torch.linalg.vector_norm(p.detach() - first[name])
+            assert torch.linalg.vector_norm(found[name] - cut(p.detach(), RANKS, rank)) < 0.3 * moved + 1e-6
+
+
+def test_a_rank_sends_the_other_shards_parts(pool: Pool) -> None:
+    for rank, (_, sent) in enumerate(pool.run(5, train_sharded, "fp16")[:4]):
+        parameters = dict(Uneven().named_parameters())
+        payloads = 0
+        for names in UNITS.values():
+            for shard in set(range(RANKS)) - {rank}:
+                elements = sum(cut(parameters[name], RANKS, shard).numel() for name in names)
+                payloads += -(-(4 + 2 * elements) // 4) * 4  # a header, and two bytes for each element
+        assert sent == STEPS * payloads
+
+
+def train_with_nan(_: dist.ProcessGroup) -> Any:
+    if (mesh := flat_mesh()) and dist.get_rank() > 3:
+        return None
+    with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
+        history = [shards(model)]
+        for step in range(3):
+            x, y = batch(dist.get_rank(), step)
+            optimizer.zero_grad()
+            model.is_poisoned = step == 1 and dist.get_rank() == 2
+            before = attachment.comm_state()["local"]["worker_residual"].clone()
+            loss_of(model(x), y).backward()
+            if step == 1:
+                k = attachment.method.index.position["second.weight"]
+                part = slice(int(attachment.method.index.offsets[k]), int(attachment.method.index.offsets[k + 1]))
+                now = attachment.comm_state()["local"]["worker_residual"]
+                torch.testing.assert_close(now[part], before[part])
+            optimizer.step()
+            history.append(shards(model))
+        return history, attachment.voided
+
+
+def test_a_nan_on_one_rank_leaves_its_unit_out_on_all(pool: Pool) -> None:
+    for history, voided in pool.run(5, train_with_nan)[:4]:
+        assert voided == [(1, "second.weight")]
+        _, first, second, third = history
+        for name, x in first.items():
+            if x.numel():
+                assert torch.equal(x, second[name]) == name.startswith("second"), name
+                assert third[name].isfinite().all()
+                assert not torch.equal(second[name], third[name])
+
+
+def resume(_: dist.ProcessGroup) -> Any:
+    if (mesh := flat_mesh()) and dist.get_rank() > 3:
+        return None
+    rank, runs = dist.get_rank(), []
+
+    def plain_sgd(model: nn.Module) -> torch.optim.SGD:
+        return sgd(model, 0.0)
+
+    method = {"name": "two_way(4bit)", "residual_bits": 8}
+    with attached(mesh, method, plain_sgd) as (model, optimizer, attachment):
+        train(model, optimizer, rank, 3)
+        kept = {kind: {k: x.clone() for k, x in part.items()} for kind, part in attachment.comm_state().items()}
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, optimizer, rank, 3, first=3)
+        runs.append(shards(model))
+    with attached(mesh, method, plain_sgd) as (model, optimizer, attachment):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[name])
+        attachment.load_comm_state(kept)
+        train(model, optimizer, rank, 3, first=3)
+        runs.append(shards(model))
+    return runs
+
+
+def test_residuals_of_the_whole_gradient_resume(pool: Pool) -> None:
+    for straight, resumed in pool.run(5, resume)[:4]:
+        assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
+
+
+def detach_and_train(_: dist.ProcessGroup) -> Any:
+    if (mesh := flat_mesh()) and dist.get_rank() > 3:
+        return None
+    with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
+        attachment.detach()
+        train(model, optimizer, dist.get_rank(), STEPS)
+        return shards(model), attachment.group.traffic.payload_bytes
+
+
+def test_detach_gives_the_reduce_scatter_back(pool: Pool) -> None:
+    for _, sent in pool.run(5, detach_and_train)[:4]:
+        assert sent == 0
+
+
+def average_by_another_factor(_: dist.ProcessGroup) -> None:
+    if (mesh := flat_mesh()) and dist.get_rank() > 3:
+        return
+    with attached(mesh, "two_way(int8)") as (model, optimizer, _attachment):
+        model.set_gradient_divide_factor(1.0)
+        with pytest.raises(CommoptError, match="set_gradient_divide_factor"):
+            train(model, optimizer, dist.get_rank(), 1)
+
+
+def test_another_factor_after_attach_is_refused(pool: Pool) -> None:
+    pool.run(5, average_by_another_factor)
+
+
+def train_without_communication(_: dist.ProcessGroup) -> Any:
+    flat, square = flat_mesh(), mesh_of()
+    sent = []
+    for mesh in (flat, square) if dist.get_rank() < 4 else ():
+        with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
+            before, traffic = shards(model), attachment.group.traffic
+            counted = traffic.payload_bytes
+            with attachment.communication_off():
+                train(model, optimizer, dist.get_rank(), 2)
+            moved = all(not torch.equal(x, before[name]) for name, x in shards(model).items() if x.numel())
+            sent.append((traffic.payload_bytes - counted, moved))
+    return sent
+
+
+def test_with_communication_off_nothing_is_sent_and_training_goes_on(pool: Pool) -> None:
+    assert pool.run(5, train_without_communication)[:4] == [[(0.0, True)] * 2] * 4

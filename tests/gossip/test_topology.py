@@ -1,0 +1,305 @@
+"""Topologies: valid rounds, how fast they reach consensus, and random groups that are fair."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import reduce
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commopt.errors import ConfigError
+from commopt.gossip.topology import F64, Edge, Topology, directed_exponential, group_of, make_topology, random_groups
+
+SEEDS = st.integers(0, 2**32)
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> Topology:
+    name = draw(st.sampled_from(["complete", "ring", "one_peer_exp", "alternating_exp_ring"]))
+    if name in ("complete", "ring"):
+        return make_topology(name, draw(st.integers(1, 17)))
+    slots = draw(st.integers(1, 4)) if name == "alternating_exp_ring" else 1
+    return make_topology(name, 2 ** draw(st.integers(0, 4)) * slots, slots)
+
+
+def period(topology: Topology) -> F64:
+    """What all rounds do to the parameters, the first of them first."""
+    matrices = [topology.mixing_matrix(k) for k in range(len(topology.rounds))]
+    return reduce(lambda done, matrix: matrix @ done, matrices)
+
+
+@given(topologies())
+def test_every_round_keeps_the_mean(topology: Topology) -> None:
+    for k in range(len(topology.rounds)):
+        matrix = topology.mixing_matrix(k)
+        assert (matrix >= 0).all()
+        np.testing.assert_allclose(matrix.sum(axis=0), 1, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=0, atol=1e-12)
+
+
+@given(topologies())
+def test_rounds_without_end_reach_consensus(topology: Topology) -> None:
+    gap = np.linalg.matrix_power(period(topology), 200) - 1 / topology.ranks
+    np.testing.assert_allclose(gap, 0, rtol=0, atol=1e-3)
+
+
+@given(topologies(), st.integers(0, 1000))
+def test_the_matrix_says_what_the_members_of_an_edge_compute(topology: Topology, round: int) -> None:
+    x = np.random.default_rng(round).standard_normal(topology.ranks)
+    mixed = topology.mixing_matrix(round) @ x
+    for rank in range(topology.ranks):
+        edge = topology.edge(round, rank)
+        expected = x[rank]
+        if edge is not None:
+            assert rank in edge.members
+            others = [x[j] for j in edge.members if j != rank]
+            expected = edge.weight * x[rank] + (1 - edge.weight) * np.mean(others)
+        assert mixed[rank] == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 64])
+def test_one_peer_exp_is_exact_after_log2_of_the_ranks(ranks: int) -> None:
+    topology = make_topology("one_peer_exp", ranks)
+    assert 2 ** len(topology.rounds) == ranks
+    np.testing.assert_allclose(period(topology), 1 / ranks, rtol=0, atol=1e-12)
+    assert all(topology.edge(k, rank) is not None for k in range(len(topology.rounds)) for rank in range(ranks))
+
+
+def test_one_peer_exp_pairs_ranks_that_differ_in_one_bit() -> None:
+    pairs = [[edge.members for edge in edges] for edges in make_topology("one_peer_exp", 8).rounds]
+    assert pairs == [
+        [(0, 1), (2, 3), (4, 5), (6, 7)],
+        [(0, 2), (1, 3), (4, 6), (5, 7)],
+        [(0, 4), (1, 5), (2, 6), (3, 7)],
+    ]
+
+
+@pytest.mark.parametrize(("nodes", "slots"), [(2, 2), (2, 3), (4, 2), (8, 4)])
+def test_alternating_exp_ring_is_exact_after_two_rounds_for_each_hop(nodes: int, slots: int) -> None:
+    topology = make_topology("alternating_exp_ring", nodes * slots, slots)
+    assert 2 ** (len(topology.rounds) // 2) == nodes
+    np.testing.assert_allclose(period(topology), 1 / (nodes * slots), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("nodes", "slots"), [(4, 2), (8, 4), (16, 2)])
+def test_alternating_exp_ring_has_half_of_the_ranks_on_the_network(nodes: int, slots: int) -> None:
+    for edges in make_topology("alternating_exp_ring", nodes * slots, slots).rounds:
+        crossing = [edge for edge in edges if len({rank // slots for rank in edge.members}) == 2]
+        assert {len(edge.members) for edge in crossing} == {2 * slots}
+        assert sum(len(edge.members) for edge in crossing) == nodes * slots / 2
+        assert sum(len(edge.members) for edge in edges) == nodes * slots
+
+
+def test_alternating_exp_ring_starts_with_even_pairs_inside_their_nodes() -> None:
+    topology = make_topology("alternating_exp_ring", 8, 2)
+    assert [[edge.members for edge in edges] for edges in topology.rounds[:2]] == [
+        [(0, 1), (2, 3), (4, 5, 6, 7)],
+        [(0, 1, 2, 3), (4, 5), (6, 7)],
+    ]
+    assert [[edge.weight for edge in edges] for edges in topology.rounds[:2]] == [[0.5, 0.5, 0.25], [0.25, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_alternating_exp_ring_with_one_rank_on_a_node_is_one_peer_exp(ranks: int) -> None:
+    exponential = make_topology("one_peer_exp", ranks)
+    assert make_topology("alternating_exp_ring", ranks, slots=1).rounds == exponential.rounds
+
+
+def test_alternating_exp_ring_on_one_node_averages_inside_it() -> None:
+    assert make_topology("alternating_exp_ring", 3, slots=3).rounds == ((Edge((0, 1, 2), 1 / 3),),)
+
+
+def test_complete_averages_everybody_in_every_round() -> None:
+    np.testing.assert_allclose(make_topology("complete", 5).mixing_matrix(7), 0.2, rtol=0, atol=1e-12)
+
+
+def test_an_even_ring_turns_to_the_right_and_then_to_the_left() -> None:
+    pairs = [[edge.members for edge in edges] for edges in make_topology("ring", 6).rounds]
+    assert pairs == [[(0, 1), (2, 3), (4, 5)], [(1, 2), (3, 4), (0, 5)]]
+
+
+@pytest.mark.parametrize("ranks", [3, 5, 9, 15])
+def test_in_an_odd_ring_each_rank_sits_out_once_and_each_edge_is_used_alike(ranks: int) -> None:
+    topology = make_topology("ring", ranks)
+    assert len(topology.rounds) == ranks
+    out = [[rank for rank in range(ranks) if topology.edge(k, rank) is None] for k in range(ranks)]
+    assert [len(those) for those in out] == [1] * ranks
+    assert sorted(those[0] for those in out) == list(range(ranks))
+    used = Counter(edge.members for edges in topology.rounds for edge in edges)
+    around = {(rank, rank + 1) for rank in range(ranks - 1)} | {(0, ranks - 1)}
+    assert used == dict.fromkeys(around, (ranks - 1) // 2)
+    for rank in range(ranks):  # no neighbour is met in two rounds running, the last and the first included
+        met = [edge.members for k in range(2 * ranks) if (edge := topology.edge(k, rank)) is not None]
+        assert all(a != b for a, b in pairwise(met))
+
+
+@pytest.mark.parametrize("name", ["complete", "ring", "one_peer_exp", "alternating_exp_ring"])
+def test_a_single_rank_sits_every_round_out(name: str) -> None:
+    topology = make_topology(name, 1)
+    assert topology.edge(0, 0) is None
+    assert topology.edge(5, 0) is None
+    assert topology.mixing_matrix(3).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"name": "rng", "ranks": 4}, r"unknown topology 'rng'; did you mean 'ring'\?"),
+        (
+            {"name": ["ring"], "ranks": 4},
+            r"unknown topology \['ring'\]; did you mean 'ring'\?",
+        ),
+        ({"name": "ring", "ranks": 0}, "ranks: 0 is out of range; write a whole number from 1"),
+        ({"name": "ring", "ranks": 4, "slots": 0}, "slots: 0 is out of range; write a whole number from 1"),
+        (
+            {"name": "one_peer_exp", "ranks": 6},
+            r"2, 4, 8, 16, \.\.\. ranks, and here are 6; start 4 or 8 of them, or write ring",
+        ),
+        ({"name": "alternating_exp_ring", "ranks": 6, "slots": 2}, "here are 6 ranks, 2 to a node; change the number"),
+        ({"name": "alternating_exp_ring", "ranks": 6, "slots": 4}, "here are 6 ranks, 4 to a node; change the number"),
+        ({"name": "alternating_exp_ring", "ranks": 3}, "here are 3 ranks, 1 to a node; change the number"),
+    ],
+)
+def test_ranks_that_a_topology_has_no_rounds_for_are_refused(given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        make_topology(**given)
+
+
+@pytest.mark.parametrize(
+    ("edges", "complaint"),
+    [
+        ([Edge((0, 1), 0.5), Edge((1, 2), 0.5)], r"\(1, 2\): rank 1 is in \(0, 1\) too; put it into at most one"),
+        ([Edge((0, 4), 0.5)], "write one or more ranks from 0 to 3"),
+        ([Edge((-1, 2), 0.5)], "write one or more ranks from 0 to 3"),
+        ([Edge((), 0.5)], "write one or more ranks from 0 to 3"),
+        ([Edge((2, 1), 0.5)], r"write each rank once, in order: \(1, 2\)"),
+        ([Edge((1, 1), 0.5)], r"write each rank once, in order: \(1,\)"),
+        ([Edge((0, 1), 1.5)], "weight: 1.5 is out of range; write a number from 0 to 1"),
+        ([Edge((0, 1), -0.1)], "weight: -0.1 is out of range; write a number from 0 to 1"),
+        ([Edge((0, 1), float("nan"))], "weight: nan is out of range"),
+        ([Edge((0,), 0.5)], "weight: 0.5 does not sum to one with nobody else's; write 1"),
+    ],
+)
+def test_an_edge_that_does_not_fit_is_named_with_its_round(edges: list[Edge], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=f"topology mine: round 1: edge .*{complaint}"):
+        Topology("mine", 4, ((), tuple(edges)))
+
+
+def test_a_topology_needs_a_round_and_knows_its_ranks() -> None:
+    with pytest.raises(ConfigError, match="topology mine: has no round"):
+        Topology("mine", 2, ())
+    with pytest.raises(ConfigError, match="rank: 4 is out of range; write a whole number from 0 to 3"):
+        make_topology("ring", 4).edge(0, 4)
+
+
+def test_an_edge_of_one_rank_keeps_its_parameters() -> None:
+    alone = Topology("mine", 2, ((Edge((0,), 1.0),),))
+    assert alone.mixing_matrix(0).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+@given(st.integers(1, 40), st.integers(2, 9), SEEDS, st.integers(0, 10**6))
+def test_random_groups_hold_each_rank_once_and_are_never_alone(ranks: int, size: int, seed: int, round: int) -> None:
+    groups = random_groups(ranks, size, seed, round)
+    members = [rank for group in groups for rank in group]
+    assert len(set(members)) == len(members) == ranks - (ranks % size == 1)
+    assert all(group == tuple(sorted(group)) for group in groups)
+    sizes = sorted(len(group) for group in groups)
+    left = ranks % size
+    assert sizes == [left] * (left > 1) + [size] * (ranks // size)
+    for rank in range(ranks):
+        own = group_of(rank, ranks, size, seed, round)
+        assert own in groups if rank in members else own == (rank,)
+
+
+@given(st.sampled_from([(3, 2), (4, 3), (5, 2), (7, 3), (9, 4), (11, 2)]), SEEDS, st.integers(0, 50))
+def test_ranks_sit_out_equally_often_and_never_twice_in_a_row(shape: tuple[int, int], seed: int, first: int) -> None:
+    ranks, size = shape
+    cycles = range(first * ranks, (first + 4) * ranks)
+    out = [next(r for r in range(ranks) if group_of(r, ranks, size, seed, k) == (r,)) for k in cycles]
+    for cycle in range(4):
+        assert sorted(out[cycle * ranks : (cycle + 1) * ranks]) == list(range(ranks))
+    assert all(a != b for a, b in pairwise(out))
+
+
+def test_who_sits_out_first_differs_between_seeds_and_cycles() -> None:
+    def order(seed: int, cycle: int) -> tuple[int, ...]:
+        rounds = range(7 * cycle, 7 * cycle + 7)
+        return tuple(next(r for r in range(7) if group_of(r, 7, 2, seed, k) == (r,)) for k in rounds)
+
+    assert len({order(seed, cycle) for seed in range(5) for cycle in range(5)}) > 20
+
+
+def test_random_groups_are_the_same_in_every_release() -> None:
+    """Ranks of one job may not agree on anything else, and a resumed one goes on with the rounds it had."""
+    assert [random_groups(5, 2, 7, k) for k in range(3)] == [
+        [(3, 4), (0, 1)],
+        [(0, 4), (2, 3)],
+        [(1, 4), (2, 3)],
+    ]
+    assert random_groups(8, 3, -1, 2**40) == [(3, 5, 6), (0, 1, 7), (2, 4)]
+
+
+def test_pairs_are_drawn_evenly() -> None:
+    rounds = 3000
+    met = Counter(pair for k in range(rounds) for pair in random_groups(6, 2, 1, k))
+    assert len(met) == 15
+    for count in met.values():  # each pair with probability 1/5: 600 expected, standard deviation 22
+        assert abs(count - rounds / 5) < 110
+
+
+def test_one_round_says_nothing_about_the_next() -> None:
+    again = sum(group_of(0, 6, 2, 3, k) == group_of(0, 6, 2, 3, k + 1) for k in range(2000))
+    assert abs(again - 400) < 90  # probability 1/5, standard deviation 18
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("ranks", 0, "a whole number from 1"),
+        ("size", 1, "a whole number from 2"),
+        ("size", 2.0, "a whole number from 2"),
+        ("round", -1, "a whole number from 0"),
+    ],
+)
+def test_bad_arguments_of_random_groups_are_refused(option: str, value: Any, wanted: str) -> None:
+    arguments: dict[str, Any] = {"ranks": 4, "size": 2, "seed": 0, "round": 0, option: value}
+    with pytest.raises(ConfigError, match=f"{option}: {value} is out of range; write {wanted}"):
+        random_groups(**arguments)
+
+
+def test_a_rank_outside_has_no_group() -> None:
+    with pytest.raises(ConfigError, match="rank: 4 is out of range; write a whole number from 0 to 3"):
+        group_of(4, 4, 2, 0, 0)
+
+
+@given(st.integers(2, 70), st.integers(0, 30))
+def test_in_the_directed_graph_everybody_sends_to_one_other_and_hears_from_one(ranks: int, round: int) -> None:
+    targets = [directed_exponential(ranks, round, rank) for rank in range(ranks)]
+    assert sorted(targets) == list(range(ranks))
+    assert all(target != rank for rank, target in enumerate(targets))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6, 7, 8])
+def test_pushing_half_along_the_directed_graph_averages(ranks: int) -> None:
+    hops = (ranks - 1).bit_length()
+    moves = []
+    for k in range(hops):
+        push = np.eye(ranks) / 2
+        for rank in range(ranks):
+            push[directed_exponential(ranks, k, rank), rank] += 0.5
+        moves.append(push)
+    whole = reduce(lambda done, move: move @ done, moves)
+    if ranks == 2**hops:
+        np.testing.assert_allclose(whole, 1 / ranks, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.linalg.matrix_power(whole, 40), 1 / ranks, rtol=0, atol=1e-6)
+
+
+def test_the_directed_graph_hops_1_2_4_and_starts_again() -> None:
+    assert [directed_exponential(6, k, 4) for k in range(5)] == [5, 0, 2, 5, 0]
+    with pytest.raises(ConfigError, match="ranks: 1 is out of range; write a whole number from 2"):
+        directed_exponential(1, 0, 0)

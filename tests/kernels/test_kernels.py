@@ -1,0 +1,159 @@
+"""The fast kernels against the plain ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commopt import kernels
+from commopt.kernels.reference import signs as reference
+from commopt.wire.bucket import Blocks
+
+cpu = kernels.of("signs", torch.device("cpu"))
+LENGTHS = st.lists(
+    st.one_of(st.integers(1, 30), st.sampled_from([2047, 2048, 2049, 4096, 5001])), min_size=1, max_size=4
+)
+SEEDS = st.integers(0, 2**31)
+
+
+def blocks_of(lengths: list[int], gap: int = 3) -> Blocks:
+    """Blocks that lie apart in the values, and in reverse order in the residual."""
+    n = np.asarray(lengths, dtype=np.int64)
+    starts = np.cumsum(n + gap) - n
+    homes = np.cumsum(n[::-1])[::-1] - n
+    return Blocks(starts, homes, n, np.arange(len(n)), np.arange(len(n)))
+
+
+def draw(blocks: Blocks, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(int(blocks.starts[-1] + blocks.lengths[-1]) + 5, generator=generator)
+    x[torch.rand(x.shape, generator=generator) < 0.1] = -0.0
+    x[torch.rand(x.shape, generator=generator) < 0.1] = 0.0
+    residual = torch.randn(blocks.elements, generator=generator)
+    return x, residual * (torch.rand(residual.shape, generator=generator) < 0.7)
+
+
+def empty_codes(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(len(blocks)), torch.full((blocks.sign_bytes,), 255, dtype=torch.uint8)
+
+
+@given(LENGTHS, SEEDS, st.booleans(), st.booleans())
+def test_compressing_gives_the_plain_kernels_bits_scales_and_residual(
+    lengths: list[int], seed: int, squared: bool, has_residual: bool
+) -> None:
+    blocks = blocks_of(lengths)
+    x, residual = draw(blocks, seed)
+    given_x = x.clone()
+    results = []
+    for kernel in (cpu, reference):
+        e = residual.clone() if has_residual else None
+        scales, bits = empty_codes(blocks)
+        kernel.compress_signs_(x, e, blocks, scales, bits, squared=squared)
+        results.append((scales, bits, e))
+    (scales, bits, e), (plain_scales, plain_bits, plain_e) = results
+    assert torch.equal(bits, plain_bits)
+    torch.testing.assert_close(scales, plain_scales, rtol=1e-6, atol=0)
+    if e is not None and plain_e is not None:
+        torch.testing.assert_close(e, plain_e, rtol=0, atol=1e-5)
+    assert torch.equal(x, given_x)
+
+
+@given(LENGTHS, SEEDS, st.booleans())
+def test_sums_and_packing_are_the_two_halves_of_compressing(lengths: list[int], seed: int, squared: bool) -> None:
+    blocks = blocks_of(lengths)
+    x, residual = draw(blocks, seed)
+    sums = torch.as_tensor(cpu.block_sums(x, residual, blocks, squared=squared))
+    torch.testing.assert_close(sums, reference.block_sums(x, residual, blocks, squared=squared), rtol=1e-6, atol=0)
+    scales, bits = empty_codes(blocks)
+    _, plain_bits = empty_codes(blocks)
+    e, plain_e = residual.clone(), residual.clone()
+    scales.copy_(sums)
+    cpu.pack_signs_(x, e, blocks, scales, bits)
+    reference.pack_signs_(x, plain_e, blocks, scales, plain_bits)
+    assert torch.equal(bits, plain_bits)
+    assert torch.equal(e, plain_e)
+
+
+@given(LENGTHS, SEEDS, st.sampled_from([1.0, 0.25, 1 / 3]), st.booleans())
+def test_unpacking_gives_the_plain_kernels_values(lengths: list[int], seed: int, alpha: float, add: bool) -> None:
+    blocks = blocks_of(lengths)
+    x, _ = draw(blocks, seed)
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.rand(len(blocks), generator=generator)
+    bits = torch.randint(0, 256, (blocks.sign_bytes,), dtype=torch.uint8, generator=generator)
+    out, plain_out = x.clone(), x.clone()
+    cpu.unpack_signs_(bits, scales, blocks, out, alpha=alpha, add=add)
+    reference.unpack_signs_(bits, scales, blocks, plain_out, alpha=alpha, add=add)
+    torch.testing.assert_close(out, plain_out, rtol=1e-6, atol=1e-6)
+    between = torch.ones(len(x), dtype=torch.bool)
+    for start, length in zip(blocks.starts, blocks.lengths, strict=True):
+        between[start : start + length] = False
+    assert torch.equal(out[between], x[between])  # nothing beside the blocks is written
+
+
+@pytest.mark.parametrize("kernel", [cpu, reference], ids=["numba", "plain"])
+def test_the_first_element_is_the_highest_bit_and_zeros_of_either_sign_are_positive(kernel: object) -> None:
+    x = torch.tensor([1.0, -1.0, 0.0, -0.0, -2.0, 3.0, -1.0, -1.0, -5.0, 0.0])
+    blocks = blocks_of([10], gap=0)
+    scales, bits = empty_codes(blocks)
+    kernel.compress_signs_(x, None, blocks, scales, bits, squared=False)  # type: ignore[attr-defined]
+    assert bits.tolist() == [0b10110100, 0b01000000]
+    assert scales.tolist() == pytest.approx([1.4])
+
+
+@pytest.mark.parametrize("kernel", [cpu, reference], ids=["numba", "plain"])
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 13, 2050])
+def test_a_bad_block_gets_scale_nan_and_keeps_its_residual(
+    kernel: object, squared: bool, bad: float, place: int
+) -> None:
+    blocks = blocks_of([20, 2051, 20])
+    x, residual = draw(blocks, 1)
+    x[int(blocks.starts[1]) + place] = bad
+    clean_x = x.nan_to_num(0.0, 0.0, 0.0)
+    scales, bits = empty_codes(blocks)
+    e, clean_e = residual.clone(), residual.clone()
+    kernel.compress_signs_(x, e, blocks, scales, bits, squared=squared)  # type: ignore[attr-defined]
+    kernel.compress_signs_(  # type: ignore[attr-defined]
+        clean_x, clean_e, blocks, torch.empty(3), bits.clone(), squared=squared
+    )
+    home, length = int(blocks.homes[1]), int(blocks.lengths[1])
+    assert scales.isnan().tolist() == [False, True, False]
+    assert torch.equal(e[home : home + length], residual[home : home + length])
+    clean_e[home : home + length] = residual[home : home + length]
+    assert torch.equal(e, clean_e)  # the blocks around it are compressed as if nothing had happened
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_bad_residual_makes_its_block_bad_too(squared: bool) -> None:
+    blocks = blocks_of([9, 9])
+    x, residual = draw(blocks, 2)
+    residual[int(blocks.homes[0])] = math.inf
+    scales, bits = empty_codes(blocks)
+    cpu.compress_signs_(x, residual, blocks, scales, bits, squared=squared)
+    assert scales.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("squared", "large"), [(False, 1e34), (True, 1e17)])  # squares are float32 too
+def test_scales_are_right_at_extreme_magnitudes(squared: bool, large: float) -> None:
+    blocks = blocks_of([2048, 2048], gap=0)
+    x = torch.cat([torch.full((2048,), large), torch.full((2048,), 1 / large)])
+    scales, bits = empty_codes(blocks)
+    cpu.compress_signs_(x, None, blocks, scales, bits, squared=squared)
+    assert scales.tolist() == pytest.approx([large, 1 / large], rel=1e-6, abs=0)
+
+
+def test_compressing_no_blocks_is_no_work() -> None:
+    none = np.zeros(0, dtype=np.int64)
+    blocks = Blocks(none, none, none, none, none)
+    scales, bits = empty_codes(blocks)
+    for kernel in (cpu, reference):
+        kernel.compress_signs_(torch.ones(3), torch.ones(3), blocks, scales, bits, squared=False)
+        kernel.unpack_signs_(bits, scales, blocks, torch.ones(3), alpha=1.0, add=True)
+    assert blocks.elements == 0

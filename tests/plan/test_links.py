@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commopt.errors import ConfigError
+from commopt.plan.links import LinkModel, parse_delay, parse_loss, parse_rate, rounds, schedule, wire_bytes
+
+sizes = st.integers(1, 40)
+operations = st.sampled_from(["all_reduce", "all_gather", "broadcast"])
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [("8bit", 1), ("1kbit", 125), ("50mbit", 6.25e6), ("2.5gbit", 312.5e6), ("10 MBit", 1.25e6), ("1mbps", 1e6)],
+)
+def test_rates_are_tcs(text: str, bytes_per_s: float) -> None:
+    assert parse_rate(text) == pytest.approx(bytes_per_s)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("20ms", 0.02), ("1.5s", 1.5), ("250us", 250e-6), (".5 ms", 0.0005)])
+def test_delays_are_tcs(text: str, seconds: float) -> None:
+    assert parse_delay(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("text", "probability"), [("0.1%", 0.001), ("0%", 0), ("100%", 1)])
+def test_losses_are_percentages(text: str, probability: float) -> None:
+    assert parse_loss(text) == pytest.approx(probability)
+
+
+@pytest.mark.parametrize("text", ["", "fast", "50", "50mb", "-1mbit", "0mbit", "1e3mbit", "nanmbit", "infmbit"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no rate"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize("text", ["0.1", "-1%", "101%", "1e-3%", "%"])
+def test_what_is_no_loss_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no loss"):
+        parse_loss(text)
+
+
+def test_headers_cost_seven_percent_of_small_segments_and_one_of_large() -> None:
+    assert wire_bytes(1e6, 1500) / 1e6 == pytest.approx(1.068, abs=0.002)
+    assert wire_bytes(1e6, 9000) / 1e6 == pytest.approx(1.011, abs=0.001)
+
+
+@given(operations, sizes, st.integers(0, 10**9))
+def test_a_schedule_moves_what_the_operation_needs(operation: str, size: int, nbytes: int) -> None:
+    sent = [schedule(operation, nbytes, rank, size) for rank in range(size)]
+    assert all(peer != rank and 0 <= peer < size for rank, messages in enumerate(sent) for peer in messages)
+    total = sum(sum(messages.values()) for messages in sent)
+    needed = {"all_reduce": 2 * (size - 1), "all_gather": size * (size - 1), "broadcast": size - 1}[operation]
+    assert total == pytest.approx(needed * nbytes)
+
+
+@given(sizes, st.integers(0, 39))
+def test_a_broadcast_reaches_every_rank_once(size: int, root: int) -> None:
+    root %= size
+    reached = [peer for rank in range(size) for peer in schedule("broadcast", 1, rank, size, root=root)]
+    assert sorted([*reached, root]) == list(range(size))
+
+
+@given(st.sampled_from(["all_reduce", "all_gather", "broadcast", "all_to_all", "swap"]), sizes)
+def test_a_lone_rank_waits_for_nobody(operation: str, size: int) -> None:
+    assert rounds(operation, 1) == 0
+    assert rounds(operation, size + 1) >= 1
+
+
+def test_an_unknown_operation_has_no_schedule() -> None:
+    with pytest.raises(ValueError, match="no schedule for operation 'reduce'"):
+        schedule("reduce", 1, 0, 2)
+
+
+def test_a_ring_of_equal_links() -> None:
+    links = LinkModel.uniform(4, "80mbit", "2ms")
+    assert links.collective_seconds("all_reduce", 1_000_000) == pytest.approx(6 * 0.002 + 1.5e6 / 1e7)
+
+
+@given(st.integers(0, 10**8), st.integers(1, 16), operations)
+def test_unlimited_links_cost_nothing(nbytes: int, ranks: int, operation: str) -> None:
+    assert LinkModel.uniform(ranks).collective_seconds(operation, nbytes) == 0
+
+
+@given(st.integers(1, 10**8), st.integers(2, 16), operations)
+def test_twice_the_rate_is_half_the_time(nbytes: int, ranks: int, operation: str) -> None:
+    slow, fast = LinkModel.uniform(ranks, "10mbit"), LinkModel.uniform(ranks, "20mbit")
+    assert slow.collective_seconds(operation, nbytes) == pytest.approx(2 * fast.collective_seconds(operation, nbytes))
+
+
+def test_ranks_of_one_node_share_its_link_and_reach_each_other_for_nothing() -> None:
+    links = LinkModel((0, 0, 1, 1), (1e6, 1e6), (0.0, 0.0), (0, 0))
+    assert links.seconds([{1: 5e6}, {}, {}, {}]) == 0
+    assert links.seconds([{2: 1e6}, {3: 1e6}, {}, {}]) == pytest.approx(2)
+    assert links.between_nodes({1: 5.0, 2: 3.0}, 0) == 3
+
+
+def test_a_nodes_pipe_in_is_shared_too() -> None:
+    links = LinkModel.uniform(4, "8mbit")
+    assert links.seconds([{3: 1e6}, {3: 1e6}, {3: 1e6}, {}]) == pytest.approx(3)
+
+
+def test_the_slowest_link_decides() -> None:
+    links = LinkModel((0, 1), (1e7, 1e6), (0.001, 0.005), (0, 0))
+    assert links.seconds([{1: 1e6}, {}]) == pytest.approx(0.001 + 1)
+    assert links.seconds([{}, {0: 1e6}]) == pytest.approx(0.005 + 1)
+
+
+def test_sites_share_one_pipe_and_add_their_delay() -> None:
+    links = LinkModel((0, 1, 2, 3), (1e9,) * 4, (0.001,) * 4, (0, 0, 1, 1), (1e6, 1e6), (0.01, 0.01))
+    assert links.seconds([{2: 1e6}, {3: 1e6}, {}, {}]) == pytest.approx(0.011 + 2)
+    assert links.seconds([{1: 1e6}, {}, {}, {}]) == pytest.approx(0.001 + 0.001)
+
+
+@given(st.lists(st.floats(1e3, 1e9) | st.just(math.inf), min_size=1, max_size=8), st.floats(0, 1))
+def test_more_bytes_never_arrive_sooner(rates: list[float], latency_s: float) -> None:
+    nodes = len(rates)
+    links = LinkModel(tuple(range(nodes)), tuple(rates), (latency_s,) * nodes, (0,) * nodes)
+    few = [{(rank + 1) % nodes: 1e3} for rank in range(nodes)]
+    many = [{(rank + 1) % nodes: 1e6} for rank in range(nodes)]
+    assert links.seconds(few) <= links.seconds(many)

@@ -1,0 +1,368 @@
+"""What fails at attach on one rank fails on all, and ranks that are configured differently are told in what."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+from rig import make_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import commopt
+from commopt import build
+from commopt.errors import AttachError, CommoptError, GroupError
+from commopt.frameworks import ddp, plain
+from commopt.groups import SimGroup, SimWorld, TorchGroup
+from commopt.run.agree import configuration_of, difference
+
+
+def sgd(model: nn.Module, lr: float = 0.1, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+def attempt(rank: int, what: str, group: Any) -> Any:
+    """Attach; the last rank has something of its own."""
+    is_odd = rank == 2
+    model, method = make_model(), "two_way(sign)"
+    optimizer: Any = sgd(model)
+    options: dict[str, Any] = {}
+    if what == "method":
+        method = "ef_sign" if is_odd else "dgc"
+    elif what == "option":
+        return plain.attach(model, build("top_k", density=0.02 if is_odd else 0.01), optimizer, group)
+    elif what == "deep option":
+        return plain.attach(model, build("ef_sign", block_size=1024 if is_odd else 2048), optimizer, group)
+    elif what == "lr":
+        optimizer = sgd(model, 0.2 if is_odd else 0.1)
+    elif what == "lr of a group":
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr": 0.2 if is_odd else 0.1}], lr=0.1)
+    elif what == "optimizer":
+        optimizer = torch.optim.Adam(model.parameters()) if is_odd else sgd(model)
+    elif what == "shape":
+        model = nn.Sequential(nn.Linear(3, 4 if is_odd else 5))
+        optimizer = sgd(model)
+    elif what == "frozen":
+        model.requires_grad_(not is_odd)
+    elif what == "partly frozen":
+        next(model.parameters()).requires_grad_(not is_odd)
+    elif what == "twice":
+        if is_odd:
+            plain.attach(model, "dense", optimizer, commopt.groups.LocalGroup())
+    elif what == "bucket":
+        options = {"bucket_bytes": 100 if is_odd else 200}
+    elif what == "unknown":
+        method = "two_weigh" if is_odd else method
+    elif what == "dtype":
+        model = model.double() if is_odd else model
+        optimizer = sgd(model)
+        method = "dense"
+    elif what == "no optimizer":
+        optimizer = None if is_odd else optimizer
+    elif what == "order":
+        layers = {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}
+        model = nn.Sequential()
+        for name in sorted(layers, reverse=is_odd):
+            model.add_module(name, layers[name])
+        optimizer = torch.optim.SGD([*layers["a"].parameters(), *layers["b"].parameters()], lr=0.1)
+    elif what == "frozen shape":
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 6 if is_odd else 5).requires_grad_(False))
+        optimizer = sgd(model)
+    elif what == "buffer":
+        model = nn.Sequential(nn.Linear(3, 5), *([nn.BatchNorm1d(5, affine=False)] if is_odd else []))
+        optimizer = sgd(model)
+    elif what == "meta buffer":
+        if is_odd:
+            model.register_buffer("scale", torch.ones(2, device="meta"))
+    elif what == "state":
+        optimizer = sgd(model, momentum=0.9)
+        if is_odd:  # as after a checkpoint that one rank has loaded
+            model(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
+            optimizer.step()
+    elif what == "nothing":
+        return commopt.attach(None if is_odd else model, method, optimizer, group)
+    return plain.attach(model, method, optimizer, group, **options)
+
+
+CASES = {
+    "method": r"method\.name is dgc on ranks 0, 1 and ef_sign on rank 2",
+    "option": r"0\.01 on ranks 0, 1 and .*0\.02 on rank 2",
+    "deep option": r"block_size is 2048 on ranks 0, 1 and 1024 on rank 2",
+    "lr": r"lr is 0\.1 on ranks 0, 1 and 0\.2 on rank 2",
+    "lr of a group": r"optimizer\.groups\.0\.lr is 0\.1 on ranks 0, 1 and 0\.2 on rank 2",
+    "optimizer": r"optimizer\.name is SGD on ranks 0, 1 and Adam on rank 2",
+    "shape": r"parameters\.0\.bias is \[5\] float32 on cpu, number 1 on ranks 0, 1 and \[4\]",
+    "frozen": "rank 2 could not attach: AttachError: the model has no trainable parameter",
+    "partly frozen": r"parameters\.0\.weight is .* on ranks 0, 1 and missing on rank 2",
+    "twice": "rank 2 could not attach: AttachError: a method is attached to this model already",
+    "bucket": r"bucket_bytes is 200 on ranks 0, 1 and 100 on rank 2",
+    "unknown": "rank 2 could not attach: ConfigError: unknown method 'two_weigh'; did you mean 'two_way'",
+    "dtype": r"float64 on cpu, number . on rank 2",
+    "order": r"parameters\.a\.weight is .* number 0 on ranks 0, 1 and .* number 2 on rank 2",
+    "frozen shape": r"others\.1\.weight is \[5, 5\] float32 on cpu on ranks 0, 1 and \[6, 5\]",
+    "buffer": r"others\.1\.running_mean is missing on ranks 0, 1 and \[5\] float32 on cpu on rank 2",
+    "meta buffer": "rank 2 could not attach: AttachError: parameters or buffers are on the meta device",
+    "state": r"state is empty on ranks 0, 1 and .*missing on rank 2|state.* is missing on ranks 0, 1 and .* on rank 2",
+    "nothing": "rank 2 could not attach: AttachError: NoneType is nothing to attach a method to",
+    "no optimizer": "rank 2 could not attach: AttachError: two_way replaces gradients",
+}
+
+
+def said(rank: int, group: Any, cases: list[str]) -> list[str]:
+    """What each attempt came to, one after the other on the same ranks; the group works after each."""
+    answers = []
+    for what in cases:
+        try:
+            attempt(rank, what, group)
+            answers.append("attached")
+        except CommoptError as error:
+            answers.append(str(error))
+    model = make_model()
+    attachment: Any = plain.attach(model, "dense", sgd(model), group)
+    model(torch.ones(2, next(model.parameters()).shape[1]) * rank).sum().backward()
+    attachment.optimizer.step()
+    answers.append(str(attachment.replicas_are_equal()))
+    attachment.detach()
+    return answers
+
+
+def check(answers: list[list[str]], cases: list[str]) -> None:
+    import re
+
+    for rank, every in enumerate(answers):
+        for what, answer in zip([*cases, "after"], every, strict=True):
+            if what == "after":
+                assert answer == "True"
+                continue
+            pattern = CASES[what]
+            if rank == 2:  # which is told what is wrong here, where it is wrong here
+                pattern = pattern.split("Error: ")[-1]
+            assert re.search(pattern, answer), (rank, what, answer)
+
+
+def test_simulated_ranks_agree_or_none_attaches() -> None:
+    cases = list(CASES)
+    check(SimWorld[list[str]](3).run(lambda group: said(group.rank, group, cases)), cases)
+
+
+def on_gloo(process_group: dist.ProcessGroup, cases: list[str]) -> list[str]:
+    return said(dist.get_rank(process_group), TorchGroup(process_group), cases)
+
+
+def test_ranks_of_a_job_agree_over_its_store_or_none_attaches(pool: Pool) -> None:
+    cases = list(CASES)
+    check(pool.run(3, on_gloo, cases), cases)
+
+
+def in_ddp(process_group: dist.ProcessGroup) -> list[str]:
+    rank, answers = dist.get_rank(process_group), []
+    wrapped = DistributedDataParallel(make_model(), process_group=process_group)
+
+    def try_to(overlap: bool, optimizer: Any, model: Any = wrapped) -> None:
+        try:
+            ddp.attach(model, "ef_sign", optimizer, overlap=overlap).detach()
+            answers.append("attached")
+        except CommoptError as error:
+            answers.append(str(error))
+
+    try_to(rank == 0, sgd(wrapped))
+    try_to(True, sgd(wrapped.module) if rank == 0 else None)
+    plain_one = torch.nn.Sequential(wrapped)
+    try:
+        plain.attach(plain_one, "dense", sgd(plain_one), TorchGroup(process_group))
+    except AttachError as error:
+        answers.append(str(error))
+    compiled: Any = nn.Module()
+    compiled._orig_mod = wrapped  # as what torch.compile puts around a model has it
+    try:
+        ddp.attach(compiled, "dense", sgd(wrapped), TorchGroup(process_group))
+    except AttachError as error:
+        answers.append(str(error))
+    try_to(True, sgd(wrapped))
+    return answers
+
+
+def test_ddp_is_attached_on_all_ranks_or_none(pool: Pool) -> None:
+    overlap, optimizer, inside, compiled, good = zip(*pool.run(2, in_ddp), strict=True)
+    assert all("overlap is True on rank 0 and False on rank 1" in one for one in overlap)
+    assert "rank 1 could not attach: AttachError: ef_sign replaces gradients" in optimizer[0]
+    assert "pass the optimizer" in optimizer[1]
+    assert all("has a DistributedDataParallel inside (0)" in one for one in inside)
+    assert all("attach to the DDP model first, then compile" in one for one in compiled)
+    assert good == ("attached", "attached")
+
+
+def wrapped_afterwards(process_group: dist.ProcessGroup) -> str:
+    model = make_model()
+    attachment = plain.attach(model, "dense", sgd(model), TorchGroup(process_group))
+    copied = copy.deepcopy(model)
+    held = nn.Sequential(*model)  # whose forward calls the layers, and not the model
+    x = torch.ones(2, next(model.parameters()).shape[1])
+    DistributedDataParallel(copied, process_group=process_group)(x)  # a copy has nothing attached
+    refused = []
+    for around in (model, held):
+        with pytest.raises(AttachError) as caught:
+            DistributedDataParallel(around, process_group=process_group)(x)
+        refused.append(str(caught.value))
+    attachment.detach()
+    DistributedDataParallel(model, process_group=process_group)(x)
+    return " ".join(refused)
+
+
+def test_a_model_that_is_wrapped_after_attach_is_refused_in_the_first_forward(pool: Pool) -> None:
+    for answer in pool.run(2, wrapped_afterwards):
+        assert answer.count("wrapped in DDP after dense had been attached") == 2
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    def work(group: SimGroup) -> None:
+        model = make_model()
+        if group.rank == 0:
+            plain.attach(model, "dense", sgd(model), group)
+
+    with pytest.raises(GroupError, match="did not join within 0"):
+        SimWorld[None](2, timeout_s=0.2).run(work)
+
+
+def joined(group: SimGroup, name: str) -> None:
+    model = make_model()
+    options: dict[str, Any] = {"every": 5 if group.rank else 6}
+    attachment: Any = plain.attach(model, build(name, **options), sgd(model), group)
+    attachment.join(wait_s=5.0)
+
+
+@pytest.mark.parametrize("name", ["noloco", "diloco"])
+def test_members_that_come_and_go_compare_when_they_join(name: str) -> None:
+    with pytest.raises(AttachError, match=r"every is 6 on rank 0 and 5 on ranks 1, 2"):
+        SimWorld[None](3).run(lambda group: joined(group, name))
+
+
+def test_the_traffic_of_training_does_not_count_what_is_told_at_attach() -> None:
+    def sent(group: SimGroup) -> tuple[float, float]:
+        model = make_model()
+        before = group.seconds
+        attachment = plain.attach(model, "dense", sgd(model), group, find_unused_parameters=False)
+        return attachment.group.traffic.payload_bytes, group.seconds - before
+
+    broadcast = SimWorld[tuple[float, float]](2).run(sent)
+    nbytes = sum(p.nbytes for p in make_model().parameters())
+    assert [n for n, _ in broadcast] == [nbytes, 0.0]
+
+
+def test_the_difference_names_three_keys_and_counts_the_rest() -> None:
+    one = configuration_of("plain", build("top_k", density=0.01), {}, sgd(make_model()))
+    other = {**one, "integration": "ddp", "commopt": "2", "bucket_bytes": 7, "parameters": {"a": "[1] float32 on cpu"}}
+    text = difference({0: one, 1: other})
+    assert text.count(" on rank 0 and ") == 3
+    assert "and 1 more differences" in text
+
+
+# -- one rank that takes itself for all of them
+
+
+@pytest.mark.parametrize("key", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("name", ["dense", "noloco"])
+def test_one_of_several_processes_does_not_train_alone_without_a_word(
+    name: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    monkeypatch.setenv(key, "2")
+    with pytest.raises(
+        AttachError, match=r"one of 2, .*init_process_group\(\) before attach, or pass group=.*MPIGroup\(\)"
+    ):
+        plain.attach(model, name, optimizer)
+    if name == "dense":
+        plain.attach(model, name, optimizer, commopt.groups.LocalGroup())
+    else:
+        plain.attach(model, name, optimizer, SimGroup(SimWorld(1), 0))
+
+
+def of_other_ranks(process_group: dist.ProcessGroup) -> list[str]:
+    wrapped = DistributedDataParallel(make_model(), process_group=process_group)
+    answers = []
+    for group in (
+        commopt.groups.LocalGroup(),
+        TorchGroup(dist.new_group([dist.get_rank()], use_local_synchronization=True)),
+    ):
+        with pytest.raises(AttachError) as caught:
+            ddp.attach(wrapped, "dense", sgd(wrapped), group)
+        answers.append(str(caught.value))
+    return answers
+
+
+def test_a_group_of_other_ranks_than_ddps_is_refused(pool: Pool) -> None:
+    for answers in pool.run(2, of_other_ranks):
+        assert all("group: has 1 ranks, and DDP's own 2" in answer for answer in answers)
+
+
+def detached(process_group: dist.ProcessGroup, overlap: bool) -> list[str]:
+    model = make_model()
+    wrapped = DistributedDataParallel(model, process_group=process_group)
+    method: Any = build("onebit_adam", model.named_parameters())
+    ddp.attach(wrapped, method, group=TorchGroup.like(process_group), overlap=overlap).detach()
+    answers = []
+    with pytest.raises(Exception, match="was detached") as in_backward:
+        wrapped(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
+    answers.append(str(in_backward.value))
+    for attempt_again in (method.step, lambda: ddp.attach(wrapped, "dense", sgd(wrapped))):
+        with pytest.raises(AttachError) as caught:
+            attempt_again()
+        answers.append(str(caught.value))
+    return answers
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_after_detach_nothing_goes_on_in_silence(pool: Pool, overlap: bool) -> None:
+    for in_backward, in_step, again in pool.run(2, detached, overlap):
+        assert "make a new DistributedDataParallel(model.module)" in in_backward
+        assert "step() before commopt.attach, or after detach()" in in_step
+        assert "make a new DistributedDataParallel(model.module)" in again
+
+
+def test_another_optimizer_that_steps_instead_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    plain.attach(model, "dense", sgd(model))
+    other = sgd(model)
+    for _ in range(3):
+        model(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
+        other.step()
+    assert caplog.text.count("parameters change, but not by the SGD that dense is attached to") == 1
+
+
+def test_an_outer_method_refuses_what_was_frozen_at_attach() -> None:
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    optimizer = sgd(model[1])
+    attachment: Any = plain.attach(model, {"name": "diloco", "every": 2}, optimizer)
+    attachment.join()
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    model(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(AttachError, match="a parameter that was frozen at attach has a gradient"):
+        optimizer.step()
+
+
+def test_steps_that_cannot_be_followed_are_refused_at_attach() -> None:
+    model = make_model()
+
+    class Wrapper(torch.optim.SGD):
+        optimizer = sgd(model)
+
+    with pytest.raises(AttachError, match=r"LBFGS evaluates the loss several times"):
+        plain.attach(model, "dense", torch.optim.LBFGS(model.parameters()))
+    for name in ("dense", "noloco"):
+        with pytest.raises(AttachError, match=r"Wrapper is a wrapper: use its framework's integration"):
+            plain.attach(model, name, Wrapper(model.parameters(), lr=0.1))
+    with pytest.raises(AttachError, match=r"bucket_bytes: '25MB' is out of range"):
+        plain.attach(model, "dense", sgd(model), bucket_bytes="25MB")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(("name", "is_named"), [("dense", True), ("noloco", False)])
+def test_members_of_an_outer_method_may_have_different_devices(name: str, is_named: bool) -> None:
+    model = make_model()
+    told = configuration_of("plain", build(name), dict(model.named_parameters()), sgd(model), model=model)["parameters"]
+    assert all(("cpu" in kind) is is_named for kind in told.values())
