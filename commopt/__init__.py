@@ -7,21 +7,26 @@ from typing import TYPE_CHECKING, Any
 from commopt.errors import CommoptError
 
 if TYPE_CHECKING:
+    from commopt.method import Method
     from commopt.methods import build
     from commopt.run.door import attach
+    from commopt.run.run import Run
 
-__version__ = "0.1.0"
-__all__ = ["CommoptError", "__version__", "attach", "build"]
+__version__ = "0.2.0"
+__all__ = ["CommoptError", "Method", "Run", "__version__", "attach", "build"]
+
+_HOMES = {
+    "attach": "commopt.run.door",
+    "build": "commopt.methods",
+    "Method": "commopt.method",
+    "Run": "commopt.run.run",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `attach` and `build`, and torch with them, when they are asked for: the command line does without."""
-    if name == "attach":
-        from commopt.run.door import attach
+    """Import what needs torch when it is asked for: the command line does without."""
+    if name in _HOMES:
+        import importlib
 
-        return attach
-    if name == "build":
-        from commopt.methods import build
-
-        return build
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,34 +8,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from commopt.methods import build, is_update_method
+from commopt import Method, build
+from commopt.optim import make_optimizer
+
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A method, its options, and for a gradient method the arguments of the SGD that applies its result."""
+    """A method, its options, and the optimizer that it goes with, or stands in for."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    sgd: dict[str, Any] = field(default_factory=lambda: {"lr": 0.05, "momentum": 0.9})
+    optimizer_block: dict[str, Any] = field(default_factory=lambda: SGD)
 
-    def method(self, model: nn.Module) -> Any:
-        return build(self.name, model.named_parameters() if is_update_method(self.name) else None, **self.options)
+    def method(self) -> Method:
+        return build(self.name, **self.options)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), **self.sgd)
+        return make_optimizer(self.optimizer_block, model.parameters())
 
     def __str__(self) -> str:
         return f"{self.name} {self.options}" if self.options else self.name
 
 
-# one of each method; a warm-up is so short that most of 12 steps come after it
+def sgd(lr: float, momentum: float = 0.0) -> dict[str, Any]:
+    return {"name": "sgd", "lr": lr, "momentum": momentum}
+
+
+ADAM = {"name": "adam", "lr": 0.01}
+# one of each method that exchanges in every step; a warm-up is so short that most of 12 steps come after it
 PRESETS = [
     Preset("dense"),
     Preset("fp16"),
     Preset("ef_sign"),
     Preset("ef"),
-    Preset("ef21", {}, {"lr": 0.3}),
+    Preset("ef21", {}, sgd(0.3)),
     Preset("loco"),
     Preset("dice_sgd", {"noise_multiplier": 1e-3, "noise_seed": 1}),
     Preset("two_way"),
@@ -45,15 +53,16 @@ PRESETS = [
     Preset("top_k", {"density": 0.1}),
     Preset("random_k", {"density": 0.3}),
     Preset("threshold", {"threshold": 0.005}),
-    Preset("dgc", {"density": 0.1, "warmup_steps": 2}, {"lr": 0.05}),
+    Preset("dgc", {"density": 0.1, "warmup_steps": 2}, sgd(0.05)),
     Preset("powersgd", {"rank": 2}),
-    Preset("onebit_adam", {"lr": 0.01, "freeze_step": 4}),
-    Preset("demo", {"lr": 0.003}),
+    Preset("onebit_adam", {"freeze_step": 4}, ADAM),
+    Preset("demo", {}, sgd(0.003)),
     Preset(
         "zero_one_adam",
-        {"lr": 0.01, "var_freeze_step": 4, "var_update_scaler": 2, "local_step_scaler": 2, "local_step_clipper": 4},
+        {"var_freeze_step": 4, "var_update_scaler": 2, "local_step_scaler": 2, "local_step_clipper": 4},
+        ADAM,
     ),
-    Preset("onebit_lamb", {"lr": 0.01, "freeze_step": 4}),
-    Preset("distributed_lion", {"lr": 0.003}),
-    Preset("signum", sgd={"lr": 0.003}),
+    Preset("onebit_lamb", {"freeze_step": 4}, {"name": "lamb", "lr": 0.01}),
+    Preset("distributed_lion", {}, {"name": "lion", "lr": 0.003}),
+    Preset("signum", {}, sgd(0.003)),
 ]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt import build
-from commopt.exchange.mean import Aggregator
-from commopt.frameworks import ddp, plain
+
+
 from commopt.groups import Group, TorchGroup
-from commopt.methods import is_update_method
-from commopt.run.base import Attachment
+
+from typing import Any as Attachment
 
 FREEZE = 3
 loss_of: Callable[..., Any] = nn.functional.mse_loss
@@ -54,7 +54,7 @@ def make_batch(rank: int, step: int, dtype: torch.dtype = torch.float32) -> tupl
 
 def make_method(
     case: str, model: nn.Module, **options: Any
-) -> tuple[Aggregator, torch.optim.Optimizer | None, torch.optim.Optimizer]:
+) -> tuple[Any, torch.optim.Optimizer | None, torch.optim.Optimizer]:
     """The method, the optimizer that attach is given, and the optimizer that steps."""
     name, preset = METHODS[case]
     if is_update_method(name):

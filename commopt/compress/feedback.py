@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,28 @@ _HEADER = ((torch.int32, 1),)
 _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What becomes of what a message left out.
+
+    bits: 32, 16 (bfloat16) or 8 for each element of the residual; 0 for no residual. decay: its factor from step to step.
+    average: LoCo's moving average. reset_every: forget it after so many exchanges; never if None.
+    """
+
+    bits: int = 32
+    decay: float = 1.0
+    average: float = 0.0
+    reset_every: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the residual is stored as."""
+        return _STORED_AS.get(self.bits, torch.float32)
+
+
+NOTHING_KEPT = Kept(bits=0)
+
+
 class ErrorFeedback:
     """A compressor and the residual of what it has not sent yet, e <- (x + decay e) - decompressed.
 
@@ -27,35 +50,35 @@ class ErrorFeedback:
     Each payload starts with an int32: the index of the first parameter with a non-finite value in any of the message's
     blocks, or -1.
 
-    average: LoCo's moving average, e <- average e + (1 - average) (x + decay e - decompressed), instead of the last error alone.
-    blocks: every block that this side will ever compress; needed for 8 bits.
+    kept: how; with `average` e <- average e + (1 - average) (x + decay e - decompressed), instead of the last error alone.
+    blocks: every block that this side will ever compress. residual, scales: where it is stored; made here if None.
     """
 
     def __init__(
         self,
         compressor: Compressor,
-        elements: int,
+        kept: Kept,
+        blocks: Blocks,
         device: torch.device | str = "cpu",
         *,
-        bits: int = 32,
-        decay: float = 1.0,
-        average: float = 0.0,
-        blocks: Blocks | None = None,
+        residual: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
-        self.compressor, self.bits, self.decay, self.average = compressor, bits, decay, average
-        self.residual = torch.zeros(elements if bits else 0, dtype=_STORED_AS.get(bits, torch.float32), device=device)
-        self._homes: Int64Array = np.zeros(0, np.int64)
-        if bits == 8:
-            assert blocks is not None
-            self._homes = np.sort(blocks.homes)
-        self.scales = torch.zeros(len(self._homes), device=device)
+        self.compressor, self.kept, self.bits = compressor, kept, kept.bits
+        self._homes: Int64Array = np.sort(blocks.homes) if kept.bits == 8 else np.zeros(0, np.int64)
+        if residual is None:
+            elements = int((blocks.homes + blocks.lengths).max()) if kept.bits and len(blocks) else 0
+            residual = torch.zeros(elements, dtype=kept.dtype, device=device)
+        if scales is None:
+            scales = torch.zeros(len(self._homes), device=device, dtype=torch.float32)
+        self.residual, self.scales = residual, scales
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def compress(self, x: Tensor, parts: Sequence[Blocks]) -> list[Payload]:
         """The payloads of x + residual, one for each of `parts`; x is left as it is."""
         if self.bits == 0:
             payloads = self._encode(x, None, parts)
-        elif self.bits == 32 and self.decay == 1.0 and self.average == 0.0:
+        elif self.bits == 32 and self.kept.decay == 1.0 and self.kept.average == 0.0:
             payloads = self._encode(x, self.residual, parts)
         else:
             payloads = self._encode_with_copy(x, parts)
@@ -113,25 +136,12 @@ class ErrorFeedback:
         """Forget the residual of some blocks."""
         self.residual[self._places(blocks)] = 0
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint must hold, by key."""
-        if self.bits == 0:
-            return {}
-        return {name: self.residual, **({f"{name}_scales": self.scales} if self.bits == 8 else {})}
-
-    def views(self, home: int, length: int) -> list[Tensor]:
-        """The stored residual of one stretch of homes, with its scales, as views."""
-        if self.bits == 0:
-            return []
-        first, last = np.searchsorted(self._homes, [home, home + length]).tolist()
-        return [self.residual[home : home + length], *([self.scales[first:last]] if self.bits == 8 else [])]
-
     def dense(self, state: Mapping[str, Tensor], name: str, blocks: Blocks) -> Tensor:
-        """(elements of blocks,) f32: the residual in a `state`, which may be that of another rank."""
-        other = ErrorFeedback(self.compressor, len(state[name]), self.residual.device, bits=self.bits, blocks=blocks)
-        other.residual.copy_(state[name])
-        if self.bits == 8:
-            other.scales.copy_(state[f"{name}_scales"])
+        """(elements of blocks,) f32: the residual `name` that was saved, by another rank perhaps."""
+        stored = {key: x.to(self.residual.device) for key, x in state.items() if key.startswith(name)}
+        other = ErrorFeedback(
+            self.compressor, self.kept, blocks, residual=stored[name], scales=stored.get(f"{name}_scales")
+        )
         return other.values(blocks)
 
     def _encode(self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks]) -> list[Payload]:
@@ -150,10 +160,10 @@ class ErrorFeedback:
         ]
         ends = np.cumsum([0, *(blocks.elements for blocks in parts)])
         before = torch.cat([self.values(blocks) for blocks in parts])
-        residual = before * self.decay
+        residual = before * self.kept.decay
         moved = [blocks.moved_home(int(start)) for blocks, start in zip(parts, ends, strict=False)]
         payloads = self._encode(x, residual, moved)
-        residual.lerp_(before, self.average)
+        residual.lerp_(before, self.kept.average)
         for payload, blocks, part in zip(payloads, parts, torch.split(residual, np.diff(ends).tolist()), strict=True):
             if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else it is void, and taken back
                 self.set_values(part, blocks)

@@ -13,8 +13,8 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import equal_blocks
 from commopt.compress.feedback import first_bad_parameter
-from commopt.errors import AttachError, check_option
-from commopt.exchange.mean import Aggregator, first_bad, is_finite
+from commopt.errors import AttachError
+from commopt.exchange.base import Exchange, first_bad, is_finite
 from commopt.groups.base import Group
 from commopt.kernels.reference.votes import coin_bits, count_votes
 from commopt.wire import noise
@@ -25,7 +25,7 @@ _BLOCK = 2048  # elements that are served by one rank
 _MOST_RANKS = 255  # a count is a byte while it is unpacked
 
 
-class SignVote(Aggregator):
+class SignVote(Exchange):
     """Replace each element by the sign that most ranks hold ("majority"), or by the mean of the ranks' signs ("average").
 
     Liu et al. 2024, arXiv:2404.00438, Algorithm 1 (MaVo, Avg). Each rank sends one bit per element to the block's owner, which
@@ -39,32 +39,26 @@ class SignVote(Aggregator):
 
     Sends (N-1)/N x (1 + 1)/8 bytes per element, or (N-1)/N x (1 + ceil(log2(N+1)))/8. State: none.
 
-    vote: "majority" or "average". seed: of the coins.
+    is_majority: vote, or average. seed: of the coins.
     One rank alone takes the sign, of which sign(0) = 0.
     """
 
-    name = "sign_vote"
+    def __init__(self, *, is_majority: bool, seed: int = 0) -> None:
+        self.is_majority, self.seed = is_majority, seed
 
-    def __init__(self, *, vote: str, seed: int = 0, max_norm: float | None = None, grad_scaler: Any = None) -> None:
-        super().__init__(max_norm=max_norm, grad_scaler=grad_scaler)
-        check_option("vote", vote, lambda x: x in ("majority", "average"), "'majority' or 'average'")
-        check_option("seed", seed, lambda x: isinstance(x, int), "a whole number")
-        self.is_majority, self.seed = vote == "majority", seed
-
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
+    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().lay_out(named_parameters, group)
         if group.size > _MOST_RANKS and not self.is_majority:
             raise AttachError(f"vote: 'average' counts up to {_MOST_RANKS} ranks, not {group.size}; write 'majority'")
-        device = named_parameters[0][1].device
-        kernels.warm_up(device)  # now, and not in the first step
+        kernels.warm_up(self.device)  # now, and not in the first step
         self._table = BlockTable.cut(self.index, group.size, lambda n, _: equal_blocks(n, _BLOCK), shared_scale=False)
         self._cut: dict[Any, tuple[Blocks, ...]] = {}
         self._width = 1 if self.is_majority else group.size.bit_length()  # bits of an answer
         top = 1 if self.is_majority else group.size
-        counts = torch.arange(2**self._width, dtype=torch.float32, device=device)
+        counts = torch.arange(2**self._width, dtype=torch.float32, device=self.device)
         self._values = (2 * counts - top) / top  # (2^width,) what a count stands for
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         self.vote(bucket.flat, bucket.flat, bucket, group)
 
     def vote(self, x: Tensor, out: Tensor, bucket: Bucket, group: Group) -> bool:

@@ -9,43 +9,30 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt.choice import Choice
 from commopt.errors import AttachError
-from commopt.exchange.mean import Aggregator
-from commopt.gossip.loop import OuterLoop
 from commopt.groups import Group
+from commopt.method import EveryStep, Method
 from commopt.plan.links import schedule
-from commopt.run.agree import Configuration, agree, check_group, configuration_of, meeting_group, own_group
-from commopt.run.base import Attachment, check_optimizer, check_parameters, check_wrapping, connect
-from commopt.run.door import made
+from commopt.run.agree import meeting_group
+from commopt.run.checks import connect
+from commopt.run.every_step import EveryStepRun, Prepared
 from commopt.run.lane import Lane
+from commopt.run.prepare import Request, check_request
+from commopt.run.refusals import refuse
+from commopt.run.run import Run
 from commopt.wire.bucket import Bucket
 
-_DETACHED = (
-    "a method was detached from this DDP model, which keeps its hook for good: make a new DistributedDataParallel(model.module), and "
-    "attach to that"
-)
+_CLOSED = "this run is closed, and DDP keeps its hook for good: make a new DistributedDataParallel(model.module), and attach to that"
 
 
-class DDPAttachment(Attachment):
+class DDPRun(EveryStepRun):
     """Averages bucket by bucket while backward goes on (overlap), or all buckets together when it reaches the last."""
 
-    def __init__(
-        self,
-        model: DistributedDataParallel,
-        method: Aggregator,
-        optimizer: torch.optim.Optimizer | None,
-        group: Group,
-        overlap: bool,
-    ) -> None:
-        self.is_detached = False
+    repeat_hint = "run the other backwards under model.no_sync()"
+
+    def __init__(self, model: DistributedDataParallel, prepared: Prepared, group: Group, overlap: bool) -> None:
+        super().__init__(model.module, prepared, group)
         ddps_own = list(_ddps_own(model))
-        if ddps_own and overlap and getattr(group, "process_group", None) is model.process_group:
-            raise AttachError(
-                f"DDP's own process group carries {ddps_own[0][0]} at the same time, in another order on each rank: "
-                "leave the group out, or give attach one over a new process group"
-            )
-        super().__init__(model.module, method, optimizer, group)
         self._name_of = {id(p): name for name, p in self.parameters.items()}
         self._lane = Lane(next(iter(self.parameters.values())).device) if overlap else None
         self._collected: list[tuple[Bucket, Future[torch.Tensor]]] = []
@@ -54,14 +41,13 @@ class DDPAttachment(Attachment):
         self._ddps_own = ddps_own
         self._layout: dict[int, tuple[str, ...]] = {}
         self._resumed_layout: list[list[str]] = []
-        model.register_comm_hook(self, DDPAttachment._hook)
+        model.register_comm_hook(self, DDPRun._hook)
 
-    def detach(self) -> None:
-        """Stop the lane. DDP keeps its hook for good, which from now on raises AttachError: make a new DDP model to train on."""
-        self.is_detached = True
+    def close(self) -> None:
+        """Leave the job. DDP keeps its hook for good, which from now on raises AttachError: make a new DDP model to train on."""
         if self._lane is not None:
             self._lane.close()
-        super().detach()
+        super().close()
 
     def bucket_layout(self) -> list[list[str]]:
         return [list(names) for _, names in sorted(self._layout.items())]
@@ -71,8 +57,8 @@ class DDPAttachment(Attachment):
 
     # DDP checks the parameter's name and annotation, which is why this file does without postponed annotations
     def _hook(self, bucket: GradBucket) -> Future[torch.Tensor]:
-        if self.is_detached:
-            raise AttachError(_DETACHED)
+        if self.is_closed:
+            raise AttachError(_CLOSED)
         ours = self._wrap(bucket)
         if bucket.is_last():
             self._after_backward()
@@ -100,19 +86,19 @@ class DDPAttachment(Attachment):
         self._layout[bucket.index()] = names
         return Bucket(flat, names, starts, f"bucket {bucket.index()}")
 
-    def _exchange(self, buckets: list[Bucket]) -> None:
+    def _exchange_buckets(self, buckets: list[Bucket]) -> None:
         """Run buckets; DDP's first ones after a resume as those that it had made before, and will make again."""
         if any(bucket.label == "bucket 0" for bucket in buckets):  # once a step, on the thread that counts everything
             self._count_ddps_own()
         layout, self._resumed_layout = self._resumed_layout, []
         views = dict(view for bucket in buckets for view in bucket.views())
         if not layout or sorted(views) != sorted(name for names in layout for name in names):
-            self.run(buckets)
+            self.exchange(buckets)
             return
         regrouped = [
             Bucket.of([(name, views[name]) for name in names], f"bucket {k}") for k, names in enumerate(layout)
         ]
-        self.run(regrouped)
+        self.exchange(regrouped)
         for name, x in (view for bucket in regrouped for view in bucket.views()):
             views[name].copy_(x)
 
@@ -120,7 +106,7 @@ class DDPAttachment(Attachment):
         with torch.no_grad():
             if self._may_be_unused:
                 self.save_for_rollback(bucket)
-            self._exchange([bucket])
+            self._exchange_buckets([bucket])
         return bucket.flat
 
     def _exchange_collected(self) -> None:
@@ -130,7 +116,7 @@ class DDPAttachment(Attachment):
                 for bucket, _ in collected:
                     if self._may_be_unused:
                         self.save_for_rollback(bucket)
-                self._exchange([bucket for bucket, _ in collected])
+                self._exchange_buckets([bucket for bucket, _ in collected])
         except Exception as error:
             for _, future in collected:
                 future.set_exception(error)  # type: ignore[arg-type]  # typed as a result, wrongly
@@ -162,72 +148,53 @@ def _ddps_own(model: DistributedDataParallel) -> Iterator[tuple[str, str, int]]:
         yield "DDP's unused parameters", "all_reduce", 4 * sum(p.requires_grad for p in model.module.parameters())
 
 
-def _check_same_ranks(model: DistributedDataParallel, group: Group | None) -> None:
-    """Raise AttachError for a group of other ranks than DDP's own, between which replicas would differ."""
+def _other_ranks(model: DistributedDataParallel, group: object) -> str:
+    """What a group is called whose ranks are not those of DDP; "" if they are."""
+    if not isinstance(group, Group):
+        return ""
     own, ours = model.process_group, getattr(group, "process_group", None)
-    same = group is None or group.size == own.size()
+    same = group.size == own.size()
     if ours is not None:
         same = dist.get_process_group_ranks(ours) == dist.get_process_group_ranks(own)
-    if not same and group is not None:
-        raise AttachError(
-            f"group: has {group.size} ranks, and DDP's own {own.size()}, or others: it must be the same ones; leave it out"
-        )
+    return "" if same else f"{type(group).__name__} of {group.size} ranks"
 
 
-def attach(
-    model: DistributedDataParallel,
-    method: Aggregator | Choice,
-    optimizer: torch.optim.Optimizer | None = None,
-    group: Group | None = None,
-    *,
-    overlap: bool = True,
-) -> DDPAttachment:
-    """Average the gradients of a DDP model by any method.
+def attach(model: DistributedDataParallel, request: Request) -> Run:
+    """Average the gradients of a DDP model bucket by bucket, while backward computes the next, if the method allows it.
 
-    method: what `commopt.build` made, or takes. `optimizer` is the one that applies a gradient method's result; an update
-    method is its own. `group` is a new process
-    group of the model's ranks unless given, because DDP's own must not see calls in between. `overlap` exchanges each
-    bucket while backward computes the next; False waits for all of them, which `max_norm` needs.
-
+    The group is a new process group of the model's ranks unless given, because DDP's own must not see calls in between.
     Gradient accumulation: `model.no_sync()` for all but the last micro-batch, as with DDP itself.
-    Raises AttachError if method, model and optimizer do not fit together, or ranks disagree, on every rank and before anything is changed.
     """
-    is_ddp = isinstance(model, DistributedDataParallel)
-    meeting = meeting_group(group, own_group(model))
+    group = request.group
 
-    def check() -> tuple[tuple[Aggregator, torch.optim.Optimizer], Configuration]:
-        if not is_ddp:
-            inside = getattr(model, "_orig_mod", None)
-            if isinstance(inside, DistributedDataParallel):
-                raise AttachError(
-                    "this is torch.compile around a DDP model: attach to the DDP model first, then compile it"
-                )
-            raise AttachError(
-                f"{type(model).__name__} is no DistributedDataParallel: wrap the model first, or use integrations.plain"
-            )
-        chosen = made(method, model.module, optimizer)
-        if isinstance(chosen, OuterLoop):
-            raise AttachError(
-                f"{chosen.name} averages parameters now and then, and DDP gradients in every step: leave DDP out, and use "
-                "integrations.plain"
-            )
-        check_group(group)
-        _check_same_ranks(model, group)
-        if getattr(model, "_comm_hooks", None):
-            if any(isinstance(state, DDPAttachment) and state.is_detached for _, state in model._comm_hooks):
-                raise AttachError(_DETACHED)
-            raise AttachError(
-                "this DDP model has a communication hook already, and DDP takes only one; attach before registering others"
-            )
-        check_wrapping(model.module)
-        stepping = check_optimizer(chosen, optimizer)
-        named = check_parameters(model.module, chosen, stepping)
-        if chosen.needs_all_buckets and overlap:
-            what = "max_norm" if chosen.max_norm is not None else f"{chosen.name} with one scale for the whole model"
-            raise AttachError(f"{what} needs the gradients of all buckets at once: attach(..., overlap=False)")
-        if getattr(model, "mixed_precision", None) is not None:
-            raise AttachError("DDP's own mixed_precision casts gradients around the hook; use torch.autocast instead")
-        return (chosen, stepping), configuration_of("ddp", chosen, named, stepping, model=model.module, overlap=overlap)
+    def facts(method: Method) -> dict[str, object]:
+        hooks = [state for _, state in getattr(model, "_comm_hooks", None) or ()]
+        is_closed = any(isinstance(state, DDPRun) and state.is_closed for state in hooks)
+        own = [label for label, _, _ in _ddps_own(model)] if request.overlap is not False else []
+        shares = getattr(group, "process_group", None) is model.process_group
+        return {
+            "ddp around an outer method": model.process_group.size() > 1,
+            "ddp other ranks": _other_ranks(model, group),
+            "ddp detached": is_closed,
+            "ddp hook": bool(hooks),
+            "ddp mixed precision": getattr(model, "mixed_precision", None) is not None,
+            "ddp shared group": shares and own and own[0],
+        }
 
-    chosen, stepping = agree(meeting, check)
-    return DDPAttachment(model, chosen, stepping, group or connect(model.process_group), overlap)
+    def look(method: Method, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(method, EveryStep) and request.overlap:
+            needs = Prepared(method, optimizer, request.max_norm, request.grad_scaler).needs_all_buckets
+            what = "max_norm" if request.max_norm is not None else f"{method.name} in this form"
+            what = "grad_scaler" if request.grad_scaler is not None and request.max_norm is None else what
+            refuse({"overlap with a joint decision": needs and what}, method.name, method.kind)
+
+    meeting = meeting_group(group, model.process_group)
+    checked = check_request("ddp", model.module, request, meeting, facts, look=look)
+    if not isinstance(checked.method, EveryStep):
+        from commopt.frameworks import plain
+
+        return plain.start(model.module, checked)  # one rank
+    prepared = checked.prepared()
+    overlap = not prepared.needs_all_buckets if request.overlap is None else request.overlap
+    ours = group if isinstance(group, Group) else connect(model.process_group)
+    return DDPRun(model, prepared, ours, overlap)

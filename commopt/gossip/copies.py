@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from commopt.errors import ConfigError
-from commopt.exchange.mean import is_finite
+from commopt.exchange.base import is_finite
 from commopt.gossip.loop import Exchanged
 from commopt.gossip.messages import Message
 from commopt.groups.peers import KEPT, Letter, Peers
 from commopt.wire.bucket import ParameterIndex
 from commopt.wire.payload import Payload
+from commopt.wire.state import Saved, State, Stateful
 
 _HEADER = 3  # i64: whether this is a full message, the checksum of the copy that it changes, whether the sender wants a full one
 _SAMPLE = 1 << 14  # elements of the Gaussian vector that a compressor is judged by
@@ -33,7 +34,7 @@ class _Pair:
     late: list[int] = field(default_factory=list)  # rounds whose message may still come
 
 
-class PublicCopies:
+class PublicCopies(Stateful):
     """Copies x^ that change by q = C(x - x^) on both sides of a pair, so that they draw near x however coarse C is.
 
     Koloskova et al. 2019, arXiv:1902.00340, Algorithm 1. The paper has one x^_i for all neighbours; here each pair has its own, so
@@ -47,14 +48,33 @@ class PublicCopies:
         self.message = message
         self.scale, self.delta = quality(message)
 
-    def bind(self, elements: int, neighbours: Collection[int]) -> None:
+    def bind(self, index: ParameterIndex, neighbours: Collection[int]) -> None:
         """Allocate the copies; all begin with zeros, or with what `begin` says."""
-        self.everything = slice(0, elements)
+        self.index, self.device = index, torch.device("cpu")
+        self.everything, self._neighbours = slice(0, index.total), sorted(neighbours)
+        self.allocate()
         self.pairs = {
-            peer: _Pair(torch.zeros(elements), torch.zeros(elements), torch.zeros(4, dtype=torch.int64))
-            for peer in sorted(neighbours)
+            peer: _Pair(self.state[f"copy for {peer}"], self.state[f"copy of {peer}"], self.state[f"marks of {peer}"])
+            for peer in self._neighbours
         }
         self._start: Tensor | None = None
+
+    def declare(self) -> list[State]:
+        found = []
+        for peer in self._neighbours:
+            found += [State(f"{what} {peer}", held="rank", on_resize="reset") for what in ("copy for", "copy of")]
+            found.append(
+                State(f"marks of {peer}", of="run", numel=4, held="rank", on_resize="reset", dtype=torch.int64)
+            )
+        return found
+
+    def saved(self) -> Saved:
+        self._restart()
+        return super().saved()
+
+    def load(self, saved: Saved) -> None:
+        self._start = None
+        super().load(saved)
 
     def begin(self, x: Tensor) -> None:
         """Start all copies, with the next round, from (P,) f32 that all ranks have alike; where they do not, full messages follow."""
@@ -81,14 +101,6 @@ class PublicCopies:
                 members.append(peer)
                 mixed = mixed + weights[peer] * (pair.theirs - pair.mine)
         return Exchanged(tuple(sorted(members)), len(members) <= len(weights), {"mixed": mixed})
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, and is loaded into."""
-        self._restart()
-        held: dict[str, Tensor] = {}
-        for peer, pair in self.pairs.items():
-            held |= {f"copy for {peer}": pair.mine, f"copy of {peer}": pair.theirs, f"marks of {peer}": pair.marks}
-        return held
 
     def _restart(self) -> None:
         if self._start is None:
@@ -181,7 +193,7 @@ def quality(message: Message) -> tuple[float, float]:
     if compressor is None or compressor.is_ragged:  # a threshold's quality depends on the size of x
         return 1.0, 1.0
     probe = copy.copy(message)
-    probe.bind(ParameterIndex(("x",), (_SAMPLE,)), 0, torch.device("cpu"))
+    probe.bind(ParameterIndex(("x",), (_SAMPLE,)), 0)
     x = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0))
     everything = slice(0, _SAMPLE)
     c = probe.unpack(probe.pack(x, everything, 0), everything, 0)

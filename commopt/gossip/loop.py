@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from commopt.errors import ConfigError, check_flag, check_option
-from commopt.exchange.mean import State, load_tensor
+from commopt.errors import ConfigError
 from commopt.gossip.messages import Message
 from commopt.groups.peers import Peers
+from commopt.method import Method, NoOptions, options
+from commopt.options import Count, Flag, Positive, Whole
 from commopt.wire.bucket import ParameterIndex
 
 
@@ -38,7 +40,31 @@ class Round:
     fragment: int = 0
 
 
-class OuterLoop(ABC):
+@options
+class OuterOptions(NoOptions):
+    """What every outer method takes."""
+
+    every: Count = 50
+    delay: Annotated[Whole, Field(ge=0)] = 0
+    timeout_s: Positive = 20.0
+    final_average: Flag = False
+    seed: Whole = 0
+
+    def __post_init__(self) -> None:
+        if self.delay > self.every:
+            raise ConfigError(
+                f"delay: {self.delay!r} is out of range; write a whole number from 0 to every, {self.every}"
+            )
+
+
+@options
+class MessageOptions(OuterOptions):
+    """What outer methods with compressed messages take: see `Message`."""
+
+    message: Any = None
+
+
+class OuterMethod(Method):
     """Averages replicas that train by themselves in between, with any optimizer.
 
     A round begins after every `every` optimizer steps with a copy x of the parameters (flat, f32, registration order). `exchange`
@@ -50,43 +76,45 @@ class OuterLoop(ABC):
     error_feedback: true}. final_average: average the replicas once more at the end. seed: of draws that all ranks make alike.
     """
 
-    name = "outer"
-    positional: ClassVar[tuple[str, ...]] = ()
-    warmup_steps = 0
+    kind = "outer"
+    Options = OuterOptions
+    options: Any
     warmup_option = "every"
-    is_steady = True
     fragments = 1  # a round is about one of so many stretches of the parameters, in turn
     averaged_state: tuple[str, ...] = ()  # state of the inner optimizer that is averaged with the parameters
     max_lag = 3  # rounds that a rank may be behind before it leaves out steps to go on with the others
 
-    def __init__(
-        self,
-        *,
-        every: int = 50,
-        delay: int = 0,
-        timeout_s: float = 20.0,
-        message: Any = None,
-        final_average: bool = False,
-        seed: int = 0,
-    ) -> None:
-        check_option("every", every, lambda x: isinstance(x, int) and x >= 1, "a whole number from 1")
-        wanted = f"a whole number from 0 to every, {every}"
-        check_option("delay", delay, lambda x: isinstance(x, int) and 0 <= x <= every, wanted)
-        check_option("timeout_s", timeout_s, lambda x: 0 < x < float("inf"), "a number of seconds above 0")
-        check_option("seed", seed, lambda x: isinstance(x, int), "a whole number")
-        check_flag("final_average", final_average)
-        self.every, self.delay, self.timeout_s, self.seed = every, delay, float(timeout_s), seed
-        self.final_average = final_average
-        self.message = Message(message, seed=seed)
+    def set_up(self) -> None:
+        o = self.options
+        self.every, self.delay, self.timeout_s, self.seed = o.every, o.delay, o.timeout_s, o.seed
+        self.message = Message(self.message_option(), seed=o.seed)
+        self.parts = (self.message,)
+
+    def message_option(self) -> Any:
+        """How messages are compressed."""
+        return getattr(self.options, "message", None)
 
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
         """Allocate this rank's state; called once, at attach. Raises ConfigError for a world that the method cannot serve."""
-        self.index, self.peers = ParameterIndex.of(named_parameters), peers
-        self.message.bind(self.index, peers.rank, torch.device("cpu"))
-        self.parts = self.message.cut(self.fragments)
-        if any(part.stop <= part.start for part in self.parts):
+        self.index, self.peers, self.device = ParameterIndex.of(named_parameters), peers, torch.device("cpu")
+        self.message.bind(self.index, peers.rank)
+        self.fragment_parts = self.cut()
+        if any(part.stop <= part.start for part in self.fragment_parts):
             raise ConfigError(f"fragments: {self.fragments} are too many for a model of {self.index.total} parameters")
         self.everything = slice(0, self.index.total)
+        self.lay_out(peers)
+        self.allocate()
+        self.bound()
+
+    def cut(self) -> list[slice]:
+        """The stretches of the parameters that rounds are about, in turn."""
+        return self.message.cut(self.fragments)
+
+    def lay_out(self, peers: Peers) -> None:
+        """Work out what the declared state depends on; before state is allocated."""
+
+    def bound(self) -> None:
+        """Called at the end of `bind`, when all state is there."""
 
     def begin(self, x: Tensor) -> None:
         """Take (P,) f32 parameters that all ranks start with."""
@@ -102,7 +130,7 @@ class OuterLoop(ABC):
         cycle, within = divmod(steps - 1, self.every)
         for fragment in range(self.fragments):
             if within + 1 == (fragment + 1) * self.every // self.fragments:
-                return Round(cycle * self.fragments + fragment, self.parts[fragment], fragment)
+                return Round(cycle * self.fragments + fragment, self.fragment_parts[fragment], fragment)
         return None
 
     @abstractmethod
@@ -113,33 +141,17 @@ class OuterLoop(ABC):
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         """The new value of x; may change state."""
 
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise AttachError where this optimizer does not go with the method."""
-
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called when an optimizer step begins, gradients and all: what a method does to gradients of its own, as clipping them."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """State that a rank which comes back takes over from another one, by name."""
-        return {}
-
-    def bytes_per_parameter(self, ranks: int) -> float:
-        """What one rank sends per parameter and optimizer step; the formula, not a measurement."""
-        raise NotImplementedError(f"{self.name} does not say what it sends")
+        """State that a rank which comes back takes over from another one: what all have alike."""
+        return {key: self.state[key] for key, one in self._declared.items() if one.held == "shared"}
 
     @property
     def state_form(self) -> str:
         """What the layout of `comm_state` depends on beside the model; a checkpoint of another form is refused."""
         return f"fragments {self.fragments}, message {self.message.compressor}"
-
-    def comm_state(self) -> State:
-        """What a checkpoint must hold; all of it is this rank's own."""
-        return {"shared": {}, "local": {**self.tensors(), **self.message.state()}}
-
-    def load_comm_state(self, state: State) -> None:
-        """Continue bit for bit from this rank's own `comm_state`."""
-        for key, x in self.comm_state()["local"].items():
-            load_tensor(x, state["local"], key)
 
 
 def mean_of(tensors: Sequence[Tensor]) -> Tensor:

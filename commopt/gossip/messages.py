@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from commopt.compress import make_compressor
-from commopt.compress.feedback import ErrorFeedback
+from commopt.compress.feedback import NOTHING_KEPT, ErrorFeedback, Kept
 from commopt.errors import ConfigError, check_flag
-from commopt.exchange.mean import is_finite
+from commopt.exchange.base import is_finite
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, ParameterIndex
 from commopt.wire.payload import Layout, Payload
+from commopt.wire.state import State, Stateful
 
 _HEADER: Layout = ((torch.int32, 1),)  # of ErrorFeedback's payloads: the first parameter that is not finite, or -1
 
 
-class Message:
+class Message(Stateful):
     """Packs and unpacks parts of a flat tensor of all parameters, in registration order.
 
     given: `{compressor: int8, error_feedback: true}` with the compressor's own options, or its name alone; None sends float32. What
@@ -42,15 +43,20 @@ class Message:
             self.compressor = make_compressor(options, "message")
         self.has_feedback, self.seed = has_feedback, seed
 
-    def bind(self, index: ParameterIndex, rank: int, device: torch.device) -> None:
+    def bind(self, index: ParameterIndex, rank: int) -> None:
         """Allocate the residual of this rank."""
-        self.index, self.rank = index, rank
+        self.index, self.rank, self.device = index, rank, torch.device("cpu")
         self.feedback: ErrorFeedback | None = None
+        self.allocate()
         if self.compressor is not None:
             self._everything = self.compressor.table(index, 1).everything
-            self.feedback = ErrorFeedback(
-                self.compressor, index.total, device, bits=32 if self.has_feedback else 0, blocks=self._everything
-            )
+            kept = Kept() if self.has_feedback else NOTHING_KEPT
+            residual = self.state.get("residual")
+            self.feedback = ErrorFeedback(self.compressor, kept, self._everything, residual=residual)
+
+    def declare(self) -> list[State]:
+        has_residual = self.compressor is not None and self.has_feedback
+        return [State("residual", held="rank", on_resize="mean")] if has_residual else []
 
     def cut(self, parts: int) -> list[slice]:
         """`parts` stretches of about the same size, which no block of the compressor, and without one no element, crosses."""
@@ -80,7 +86,7 @@ class Message:
         blocks = self._blocks(part, sequence)
         if not self._fits(payload, blocks) or int(payload.tensors[0]) >= 0:
             return None
-        out = torch.zeros(n)
+        out = torch.zeros(n, dtype=torch.float32)
         try:
             self.compressor.decompress_(payload.tensors[1:], blocks, out)
         except ValueError:  # codes of no length known beforehand, from a rank with another model or other options
@@ -94,10 +100,6 @@ class Message:
 
     def bytes_per_element(self) -> float:
         return 4.0 if self.compressor is None else self.compressor.bytes_per_element()
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold."""
-        return {} if self.feedback is None else self.feedback.state("residual")
 
     def _fits(self, payload: Payload, blocks: Blocks) -> bool:
         """Whether a payload has the layout of these blocks' codes; of ragged ones, whether it has a header."""

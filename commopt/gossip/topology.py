@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from commopt.errors import ConfigError, check_option, did_you_mean
 from commopt.wire.noise import keys
 
 F64 = NDArray[np.float64]
+TopologyName = Literal["ring", "one_peer_exp", "alternating_exp_ring", "complete"]
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from commopt.errors import ConfigError, check_option
-from commopt.exchange.mean import State
+from commopt.errors import ConfigError
 from commopt.gossip.copies import PublicCopies, consensus_step, without_feedback
-from commopt.gossip.loop import Exchanged, OuterLoop, Round
-from commopt.gossip.topology import F64, make_topology
+from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
+from commopt.gossip.topology import F64, TopologyName, make_topology
 from commopt.groups.peers import Peers
+from commopt.method import options
+from commopt.options import Count, Share
 
 
-class Choco(OuterLoop):
+@options
+class ChocoOptions(MessageOptions):
+    every: Count = 1
+    topology: TopologyName = "ring"
+    gamma: Share | None = None
+    message: Any = "4bit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.message is None:
+            raise ConfigError("message: choco compresses its messages; name a compressor, or use decentralized_adam")
+
+
+class Choco(OuterMethod):
     """Move towards the public copies of one's neighbours, which compressed messages keep near their parameters.
 
     Koloskova et al. 2019, arXiv:1902.00340, Algorithms 1 and 2 (CHOCO-Gossip and CHOCO-SGD), and 2020, arXiv:1907.09356; with any
@@ -39,36 +52,24 @@ class Choco(OuterLoop):
     """
 
     name = "choco"
+    Options = ChocoOptions
+    options: ChocoOptions
 
-    def __init__(
-        self,
-        *,
-        every: int = 1,
-        topology: str = "ring",
-        gamma: float | None = None,
-        delay: int = 0,
-        timeout_s: float = 20.0,
-        message: Any = "4bit",
-        final_average: bool = False,
-        seed: int = 0,
-    ) -> None:
-        if message is None:
-            raise ConfigError("message: choco compresses its messages; name a compressor, or use decentralized_adam")
-        message = without_feedback(message)
-        super().__init__(
-            every=every, delay=delay, timeout_s=timeout_s, message=message, final_average=final_average, seed=seed
-        )
-        make_topology(topology, 1)  # a bad name shows now
-        self.topology, self.copies = topology, PublicCopies(self.message)
-        self.gamma = consensus_step(self.message, self.copies.delta) if gamma is None else gamma
-        check_option("gamma", self.gamma, lambda x: 0 < x <= 1, "a number above 0, at most 1, or leave it out")
-        self.max_lag = max(3, math.ceil(50 / every))
+    def set_up(self) -> None:
+        super().set_up()
+        self.copies = PublicCopies(self.message)
+        self.parts = (self.message, self.copies)
+        given = self.options.gamma
+        self.gamma = consensus_step(self.message, self.copies.delta) if given is None else given
+        self.max_lag = max(3, math.ceil(50 / self.every))
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
-        super().bind(named_parameters, peers)
-        row = mean_mixing(self.topology, peers.size)[peers.rank]
+    def message_option(self) -> Any:
+        return without_feedback(self.options.message)
+
+    def lay_out(self, peers: Peers) -> None:
+        row = mean_mixing(self.options.topology, peers.size)[peers.rank]
         self.weights = {peer: self.gamma * float(row[peer]) for peer in peers.others if row[peer] > 0}
-        self.copies.bind(self.index.total, self.weights)
+        self.copies.bind(self.index, self.weights)
 
     def begin(self, x: Tensor) -> None:
         self.copies.begin(x)
@@ -80,17 +81,12 @@ class Choco(OuterLoop):
         return x if len(exchanged.members) == 1 else exchanged.values["mixed"]
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        neighbours = (mean_mixing(self.topology, ranks) > 0).sum() / ranks - 1
+        neighbours = (mean_mixing(self.options.topology, ranks) > 0).sum() / ranks - 1
         return self.message.bytes_per_element() * float(neighbours) / self.every
 
     @property
     def state_form(self) -> str:
-        return f"{super().state_form}, topology {self.topology}"
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["local"] |= self.copies.state()
-        return state
+        return f"{super().state_form}, topology {self.options.topology}"
 
 
 def mean_mixing(topology: str, ranks: int) -> F64:

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from commopt.errors import ConfigError, check_option
-from commopt.exchange.mean import State
+from commopt.errors import ConfigError
 from commopt.gossip.copies import PublicCopies, consensus_step, without_feedback
-from commopt.gossip.loop import Exchanged, OuterLoop, Round
-from commopt.gossip.topology import Topology, make_topology
+from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
+from commopt.gossip.topology import Topology, TopologyName, make_topology
 from commopt.groups.peers import Peers
+from commopt.method import options
+from commopt.options import Count, Share, Whole
 from commopt.wire.payload import Payload
 
 
-class DecentralizedAdam(OuterLoop):
+@options
+class DecentralizedAdamOptions(MessageOptions):
+    every: Count = 1
+    delay: Whole = 1
+    topology: TopologyName = "one_peer_exp"
+    slots: Count = 1
+    adaptive_factor: Share | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slots != 1 and self.topology != "alternating_exp_ring":
+            raise ConfigError(
+                f"slots: has no effect with topology: {self.topology}; leave it out, or write alternating_exp_ring"
+            )
+
+
+class DecentralizedAdam(OuterMethod):
     """Mix parameters with those of this step's peers, and step by one's own gradient, taken where one was before.
 
     Wang et al. 2024, arXiv:2410.11998, with any optimizer: Adam, or its AccumAdam (`accum_adam`, also for weight decay of weights only).
@@ -40,54 +56,31 @@ class DecentralizedAdam(OuterLoop):
     """
 
     name = "decentralized_adam"
+    Options = DecentralizedAdamOptions
+    options: DecentralizedAdamOptions
 
-    def __init__(
-        self,
-        *,
-        every: int = 1,
-        topology: str = "one_peer_exp",
-        slots: int = 1,
-        max_norm: float | None = None,
-        adaptive_factor: float | None = None,
-        delay: int = 1,
-        timeout_s: float = 20.0,
-        message: Any = None,
-        final_average: bool = False,
-        seed: int = 0,
-    ) -> None:
-        message = without_feedback(message)
-        super().__init__(
-            every=every, delay=delay, timeout_s=timeout_s, message=message, final_average=final_average, seed=seed
-        )
-        make_topology(topology, 1, slots)  # a bad name shows now
-        if slots != 1 and topology != "alternating_exp_ring":
-            raise ConfigError(
-                f"slots: has no effect with topology: {topology}; leave it out, or write alternating_exp_ring"
-            )
-        if max_norm is not None:
-            check_option("max_norm", max_norm, lambda x: x > 0, "a number above 0, or leave it out")
-        self.topology, self.slots, self.max_norm = topology, slots, max_norm
-        self.copies = None if message is None else PublicCopies(self.message)
-        if adaptive_factor is None:
-            adaptive_factor = 1.0 if self.copies is None else consensus_step(self.message, self.copies.delta)
-        check_option("adaptive_factor", adaptive_factor, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        self.adaptive_factor = adaptive_factor
-        self.max_lag = max(3, math.ceil(50 / every))
-
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
-        super().bind(named_parameters, peers)
-        self.graph = make_topology(self.topology, peers.size, self.slots)
+    def set_up(self) -> None:
+        super().set_up()
+        self.copies = None if self.options.message is None else PublicCopies(self.message)
+        factor = self.options.adaptive_factor
+        if factor is None:
+            factor = 1.0 if self.copies is None else consensus_step(self.message, self.copies.delta)
         if self.copies is not None:
-            self.copies.bind(self.index.total, neighbours(self.graph, peers.rank))
+            self.parts = (self.message, self.copies)
+        self.adaptive_factor = factor
+        self.max_lag = max(3, math.ceil(50 / self.every))
+
+    def message_option(self) -> Any:
+        return without_feedback(self.options.message)
+
+    def lay_out(self, peers: Peers) -> None:
+        self.graph = make_topology(self.options.topology, peers.size, self.options.slots)
+        if self.copies is not None:
+            self.copies.bind(self.index, neighbours(self.graph, peers.rank))
 
     def begin(self, x: Tensor) -> None:
         if self.copies is not None:
             self.copies.begin(x)
-
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.max_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
 
     def weights(self, number: int) -> dict[int, float]:
         """What each other member of this round's edge counts here; empty where this rank sits the round out."""
@@ -121,19 +114,13 @@ class DecentralizedAdam(OuterLoop):
         return x if len(exchanged.members) == 1 else exchanged.values["mixed"]
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        graph = make_topology(self.topology, ranks, self.slots)
+        graph = make_topology(self.options.topology, ranks, self.options.slots)
         sent = [len(edge.members) * (len(edge.members) - 1) for edges in graph.rounds for edge in edges]
         return self.message.bytes_per_element() * sum(sent) / ranks / len(graph.rounds) / self.every
 
     @property
     def state_form(self) -> str:
-        return f"{super().state_form}, topology {self.topology}, slots {self.slots}"
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        if self.copies is not None:
-            state["local"] |= self.copies.state()
-        return state
+        return f"{super().state_form}, topology {self.options.topology}, slots {self.options.slots}"
 
 
 def neighbours(graph: Topology, rank: int) -> set[int]:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import Parameter
 
 from commopt import kernels
 from commopt.compress.feedback import first_bad_parameter
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all_, index_bytes
-from commopt.errors import check_option
-from commopt.exchange.mean import State, is_finite, load_mean, load_tensor
+from commopt.exchange.base import is_finite
 from commopt.groups.base import Group
+from commopt.method import NoOptions, options
 from commopt.optim.update import UpdateMethod, move_
+from commopt.options import Count, Fraction, Whole
 from commopt.wire.bucket import Bucket, Int64Array
 from commopt.wire.payload import Layout, Payload
+from commopt.wire.state import State
 
 _WIRE = {16: torch.bfloat16, 32: torch.float32}
 _PLACE_BITS = 21  # of the largest chunk, 1024 x 1024
+
+
+@options
+class DeMoOptions(NoOptions):
+    momentum_decay: Fraction = 0.999
+    chunk: Annotated[Whole, Field(ge=1, le=1024)] = 64
+    top_k: Count = 32
+    value_bits: Literal[16, 32] = 16
 
 
 class DeMo(UpdateMethod):
@@ -52,49 +63,26 @@ class DeMo(UpdateMethod):
     """
 
     name = "demo"
+    Options = DeMoOptions
+    options: DeMoOptions
+    stands_for = ("SGD",)
+    takes = ("lr", "weight_decay")
+    counters = ()
+    states: ClassVar[tuple[State, ...]] = (State("momentum", held="rank", on_resize="mean"),)
 
-    def __init__(
-        self,
-        named_params: Iterable[Any],
-        *,
-        lr: float = 1e-3,
-        momentum_decay: float = 0.999,
-        chunk: int = 64,
-        top_k: int = 32,
-        value_bits: int = 16,
-        weight_decay: float = 0.0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        check_option("momentum_decay", momentum_decay, lambda x: 0 <= x < 1, "a number from 0, below 1")
-        check_option("chunk", chunk, lambda x: isinstance(x, int) and 1 <= x <= 1024, "a whole number from 1 to 1024")
-        check_option("top_k", top_k, lambda x: isinstance(x, int) and x >= 1, "a whole number from 1")
-        check_option("value_bits", value_bits, lambda x: x in _WIRE, "16 or 32")
-        self.chunk, self.top_k, self.value_bits = chunk, top_k, value_bits
-        defaults = {"lr": lr, "momentum_decay": momentum_decay, "weight_decay": weight_decay}
-        super().__init__(named_params, defaults, max_norm=max_norm, grad_scaler=grad_scaler)
-
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        device = named_parameters[0][1].device
-        kernels.warm_up(device)
-        self.arena["momentum"] = torch.zeros(self.index.total, device=device)
-        self._name_of = {id(p): name for name, p in named_parameters}
-        self._grids = {name: grids(_matrix(p).shape, self.chunk) for name, p in named_parameters}
+    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().lay_out(named_parameters, group)
+        kernels.warm_up(self.device)
+        self._grids = {name: grids(_matrix(p).shape, self.options.chunk) for name, p in named_parameters}
         self._shapes = {name: _matrix(p).shape for name, p in named_parameters}
         self._directions: dict[str, Tensor] = {}  # (n,) i8 signs that `step` is about to apply
         self._chunks: dict[Any, Chunks] = {}
 
-    @property
-    def momentum(self) -> Tensor:
-        """(n,) f32: the coefficients of this rank's momentum, chunk after chunk, of all parameters in registration order."""
-        return self.arena["momentum"]
-
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         chunks = self._chunks_of(bucket)
         d = bucket.with_flat(torch.empty_like(bucket.flat))
         for (name, g), (_, c) in zip(bucket.views(), d.views(), strict=True):
-            decay = self.options(name)["momentum_decay"]
+            decay = self.options.momentum_decay
             torch.add(self._forward(name, g), self.part("momentum", name), alpha=decay, out=c)  # decay d_i + C g_i
         payloads = group.all_gather(self._largest(d, chunks))
         bad = first_bad_parameter(payloads)
@@ -114,10 +102,10 @@ class DeMo(UpdateMethod):
             x.copy_(self._inverse(name, q).sign_())
             self._directions[name] = x.to(torch.int8)
 
-    def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-        move_(p, self._directions[self._name_of[id(p)]], group["lr"])
+        move_(p, self._directions[name], group["lr"])
 
     def after_step(self) -> None:
         self._directions.clear()
@@ -144,11 +132,13 @@ class DeMo(UpdateMethod):
     def _largest(self, d: Bucket, chunks: Chunks) -> Payload:
         """The top_k coefficients of each chunk: a header as in `ErrorFeedback`, values, and the code of their places."""
         selected = [
-            largest(x.view(grid.count, -1), self.top_k) for name, c in d.views() for grid, x in self._cut(name, c)
+            largest(x.view(grid.count, -1), self.options.top_k)
+            for name, c in d.views()
+            for grid, x in self._cut(name, c)
         ]
         within = torch.cat([torch.empty(0, dtype=torch.int64, device=d.flat.device), *(x.view(-1) for x in selected)])
         places = chunks.places(within)
-        values = d.flat[places].to(_WIRE[self.value_bits])
+        values = d.flat[places].to(_WIRE[self.options.value_bits])
         layout: Layout = ((torch.int32, 1), (values.dtype, values.numel()), (torch.uint8, chunks.code_bytes))
         payload = Payload.allocate(layout, values.device)
         header, out, code = payload.tensors
@@ -167,35 +157,19 @@ class DeMo(UpdateMethod):
         if len(self._chunks) > 64:
             self._chunks.clear()
         if key not in self._chunks:
-            self._chunks[key] = Chunks.of([grid for name in bucket.names for grid in self._grids[name]], self.top_k)
+            self._chunks[key] = Chunks.of(
+                [grid for name in bucket.names for grid in self._grids[name]], self.options.top_k
+            )
         return self._chunks[key]
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        n = self.chunk**2
-        k = min(self.top_k, n)
-        return (ranks - 1) * (k * self.value_bits / 8 + index_bytes(n, k)) / n
+        n = self.options.chunk**2
+        k = min(self.options.top_k, n)
+        return (ranks - 1) * (k * self.options.value_bits / 8 + index_bytes(n, k)) / n
 
     @property
     def state_form(self) -> str:
-        return f"cosines of chunks of {self.chunk}"
-
-    def state_views(self, name: str) -> list[Tensor]:
-        return [*super().state_views(name), self.part("momentum", name)]
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["local"]["momentum"] = self.momentum
-        return state
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        load_tensor(self.momentum, state["local"], "momentum")
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        """Every new rank takes the mean of the old ranks' momenta."""
-        every = list(states)
-        super().load_resharded(every)
-        load_mean(self.momentum, every, "momentum")
+        return f"cosines of chunks of {self.options.chunk}"
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from commopt.compress.feedback import first_bad_parameter
+from commopt.compress.options import ValueBits
 from commopt.compress.sparse import TopK
-from commopt.errors import AttachError, ConfigError, check_flag, check_option
-from commopt.exchange.compressed import GatherMean
-from commopt.exchange.mean import Mean, State, check_alone, clip_joint_norm_, load_tensor
+from commopt.errors import AttachError, ConfigError
+from commopt.exchange.gather import GatherMean
+from commopt.exchange.mean import Mean
 from commopt.groups.base import Group
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import Flag, Fraction, Number, Share, Wanted, Whole
 from commopt.wire.bucket import Blocks, Bucket
+from commopt.wire.state import State
+
+Densities = Annotated[tuple[Share, ...], Wanted("a list of numbers above 0, at most 1, as in [0.25, 0.0625]")]
 
 
-class DGC(GatherMean):
+@options
+class DGCOptions(NoOptions):
+    density: Share = 0.001
+    momentum: Fraction = 0.9
+    nesterov: Flag = False
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 0
+    warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
+    steps_per_epoch: Annotated[Whole, Field(ge=0)] = 0
+    warmup_densities: Densities = (0.25, 0.0625, 0.015625, 0.004)
+    masking: Flag = True
+    value_bits: ValueBits = 16
+    dense_1d: Flag = True
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs and (self.warmup_steps or not self.steps_per_epoch):
+            raise ConfigError(
+                f"warmup_epochs: {self.warmup_epochs!r} goes with steps_per_epoch, and without warmup_steps; write both, or "
+                "warmup_steps"
+            )
+        if self.steps_per_epoch and not self.warmup_epochs:
+            raise ConfigError(
+                f"steps_per_epoch: {self.steps_per_epoch!r} has no effect without warmup_epochs; leave it out"
+            )
+        if self.nesterov and not self.momentum:
+            raise ConfigError("nesterov: true has no effect with momentum: 0; leave it out")
+
+
+class DGC(GradientMethod, GatherMean):
     """Send the largest accumulated momentum updates, one in a thousand, and keep the rest growing until it is large.
 
     Lin et al. 2018, arXiv:1712.01887, Algorithms 1 and 2. Momentum is taken before the choice, and restarts where an element was sent:
@@ -46,55 +79,27 @@ class DGC(GatherMean):
     """
 
     name = "dgc"
+    Options = DGCOptions
+    options: DGCOptions
     warmup_option = "warmup_steps"
+    clips_alone = True
 
-    def __init__(
-        self,
-        *,
-        density: float = 0.001,
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        warmup_steps: int = 0,
-        warmup_epochs: float = 0,
-        steps_per_epoch: int = 0,
-        warmup_densities: Sequence[float] = (0.25, 0.0625, 0.015625, 0.004),
-        masking: bool = True,
-        value_bits: int = 16,
-        dense_1d: bool = True,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(
-            TopK(density=density, value_bits=value_bits), dense_1d=dense_1d, max_norm=max_norm, grad_scaler=grad_scaler
-        )
-        check_option("momentum", momentum, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-        check_flag("nesterov", nesterov)
-        check_flag("masking", masking)
-        whole = "a whole number of at least 0"
-        check_option("warmup_steps", warmup_steps, lambda x: isinstance(x, int) and x >= 0, whole)
-        check_option("warmup_epochs", warmup_epochs, lambda x: 0 <= x < math.inf, "a number of at least 0")
-        check_option("steps_per_epoch", steps_per_epoch, lambda x: isinstance(x, int) and x >= 0, whole)
-        fractions = "a list of numbers above 0, at most 1, as in [0.25, 0.0625]"
-        check_option("warmup_densities", warmup_densities, lambda x: all(0 < d <= 1 for d in x), fractions)
-        if warmup_epochs and (warmup_steps or not steps_per_epoch):
-            raise ConfigError(
-                f"warmup_epochs: {warmup_epochs!r} goes with steps_per_epoch, and without warmup_steps; write both, or warmup_steps"
-            )
-        if steps_per_epoch and not warmup_epochs:
-            raise ConfigError(f"steps_per_epoch: {steps_per_epoch!r} has no effect without warmup_epochs; leave it out")
-        if nesterov and not momentum:
-            raise ConfigError("nesterov: true has no effect with momentum: 0; leave it out")
-        self.momentum, self.nesterov, self.masking = momentum, nesterov, masking
-        self._warmup_steps = warmup_steps or math.ceil(warmup_epochs * steps_per_epoch)
-        self.densities = [d for d in warmup_densities if d > density] if self._warmup_steps else []
-        self.density, self.value_bits, self._exactly = density, value_bits, Mean()
-        self.made_of = (self._exactly,)
+    def set_up(self) -> None:
+        o = self.options
+        GatherMean.__init__(self, TopK(density=o.density, value_bits=o.value_bits), dense_1d=o.dense_1d)
+        self._warmup_steps = o.warmup_steps or math.ceil(o.warmup_epochs * o.steps_per_epoch)
+        self.densities = [d for d in o.warmup_densities if d > o.density] if self._warmup_steps else []
+        self._exactly = Mean()
+        self.parts = (self._exactly,)
+
+    def declare(self) -> list[State]:
+        return [State("velocity", held="rank", on_resize="mean"), *super().declare()]  # u; v is the residual
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         is_sgd = isinstance(optimizer, torch.optim.SGD)
         if not is_sgd or any(group["momentum"] for group in optimizer.param_groups):
             raise AttachError(
-                f"dgc has the momentum itself, before it chooses (momentum: {self.momentum}): give it torch.optim.SGD without "
+                f"dgc has the momentum itself, before it chooses (momentum: {self.options.momentum}): give it torch.optim.SGD without "
                 f"momentum, not {type(optimizer).__name__}{' with one' if is_sgd else ''}"
             )
 
@@ -106,29 +111,22 @@ class DGC(GatherMean):
     def is_steady(self) -> bool:
         return int(self.exchanges.max()) >= self.warmup_steps
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.velocity = torch.zeros(self.index.total, device=self.device)  # u; v is the residual
-
     def codec(self, exchanges: int) -> TopK:
         """The choice that a parameter makes after so many exchanges."""
         stage = exchanges * len(self.densities) // max(1, self.warmup_steps)
-        density = self.densities[stage] if stage < len(self.densities) else self.density
-        return TopK(density=density, value_bits=self.value_bits)
-
-    def clip_local_(self, buckets: Sequence[Bucket], max_norm: float, group: Group) -> None:
-        clip_joint_norm_(buckets, max_norm * math.sqrt(group.size))
+        density = self.densities[stage] if stage < len(self.densities) else self.options.density
+        return TopK(density=density, value_bits=self.options.value_bits)
 
     @property
     def is_exact(self) -> bool:
-        return self.density == 1
+        return self.options.density == 1
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
-            return check_alone(self, bucket)
-        if self.density == 1:
-            return self._exactly.aggregate(bucket, group)
-        blocks = self.blocks(bucket)
+            return self.exchange_alone(bucket)
+        if self.options.density == 1:
+            return self._exactly.exchange(bucket, group)
+        blocks = self.blocks_of(bucket)
         if not self.average_dense(bucket, group) or not len(blocks):
             return None
         moved, grown = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
@@ -136,7 +134,7 @@ class DGC(GatherMean):
             bucket.views(), bucket.with_flat(moved).views(), bucket.with_flat(grown).views(), strict=True
         ):
             if name not in self.dense_names:
-                self._accumulate(self.index.view(self.velocity, name), g, u, x)
+                self._accumulate(self.part("velocity", name), g, u, x)
         stages = []
         for codec, part in self._stages(blocks):
             self.worker.compressor = codec
@@ -156,27 +154,27 @@ class DGC(GatherMean):
             codec.decompress_(own[0].tensors[1:], part, sent)
             for payload in gathered:  # in rank order: float sums depend on it
                 codec.decompress_(payload.tensors[1:], part, bucket.flat, alpha=1 / group.size, add=True)
-        if self.masking:
+        if self.options.masking:
             moved.mul_(sent.eq(0))  # u <- 0 where q is not
         for name, u in bucket.with_flat(moved).views():
             if name not in self.dense_names:
-                self.index.view(self.velocity, name).copy_(u)
+                self.part("velocity", name).copy_(u)
         return None
 
     def receive(self, bucket: Bucket) -> None:
         """Take the momentum of exact means, which had none before the exchange."""
         for name, x in bucket.views():
-            if self.ranks == 1 or self.density == 1 or name in self.dense_names:
-                u = self.index.view(self.velocity, name)
+            if self.ranks == 1 or self.options.density == 1 or name in self.dense_names:
+                u = self.part("velocity", name)
                 self._accumulate(u, x, u, x)
 
     def _accumulate(self, u: Tensor, g: Tensor, u_out: Tensor, x_out: Tensor) -> None:
         """u_out and x_out, what v grows by; may be u and g themselves."""
-        if self.nesterov:
-            torch.add(u, g, out=u_out).mul_(self.momentum)  # u <- momentum (u + g)
+        if self.options.nesterov:
+            torch.add(u, g, out=u_out).mul_(self.options.momentum)  # u <- momentum (u + g)
             torch.add(u_out, g, out=x_out)
         else:
-            torch.add(g, u, alpha=self.momentum, out=u_out)  # u <- momentum u + g
+            torch.add(g, u, alpha=self.options.momentum, out=u_out)  # u <- momentum u + g
             x_out.copy_(u_out)
 
     def _stages(self, blocks: Blocks) -> list[tuple[TopK, Blocks]]:
@@ -187,30 +185,16 @@ class DGC(GatherMean):
             return [(next(iter(codecs.values())), blocks)]
         of_block = np.asarray([codecs[int(count)].density for count in counts])
         return [
-            (TopK(density=density, value_bits=self.value_bits), blocks.only(np.flatnonzero(of_block == density)))
+            (
+                TopK(density=density, value_bits=self.options.value_bits),
+                blocks.only(np.flatnonzero(of_block == density)),
+            )
             for density in sorted(set(of_block.tolist()))
         ]
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        return 8 * (ranks - 1) / ranks if self.density == 1 else super().bytes_per_parameter(ranks)
+        return 8 * (ranks - 1) / ranks if self.options.density == 1 else super().bytes_per_parameter(ranks)
 
     @property
     def state_form(self) -> str:
         return self.name
-
-    def state_views(self, name: str) -> list[Tensor]:
-        return [*super().state_views(name), self.index.view(self.velocity, name)]
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["local"]["velocity"] = self.velocity
-        return state
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        load_tensor(self.velocity, state["local"], "velocity")
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        every = list(states)
-        super().load_resharded(every)
-        self.velocity.copy_(torch.stack([state["local"]["velocity"] for state in every]).mean(0))

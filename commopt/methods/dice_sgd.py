@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from commopt.errors import ConfigError, GradientsChanged, check_option
-from commopt.exchange.mean import Aggregator, State, first_bad, is_finite, load_tensor
+from commopt.exchange.base import first_bad, is_finite
 from commopt.groups.base import Group
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import Count, Number, Positive, Whole
 from commopt.wire import noise
 from commopt.wire.bucket import Bucket
+from commopt.wire.state import State
 
 Loss = Callable[[Any, Any], Tensor]
+FromZero = Annotated[Number, Field(ge=0)]
 
 
-class DiceSGD(Aggregator):
+@options
+class DiceSGDOptions(NoOptions):
+    clip_norm: Positive = 1.0
+    error_norm: FromZero | None = None
+    noise_multiplier: FromZero = 1.0
+    samples_per_rank: Count = 1
+    noise_seed: Whole | None = None
+
+
+class DiceSGD(GradientMethod):
     """Send clipped gradients with noise, and what clipping cut off in later steps: differential privacy without clipping bias.
 
     Zhang et al. 2024, arXiv:2311.14632, Algorithm 1, with an error e_i on each of N ranks, and clip(x, C) = x min(1, C / ||x||_2):
@@ -53,53 +67,36 @@ class DiceSGD(Aggregator):
     """
 
     name = "dice_sgd"
+    Options = DiceSGDOptions
+    options: DiceSGDOptions
     merges_buckets = True  # norms are those of the whole gradient
+    takes_max_norm = False  # it clips by itself
+    states: ClassVar[tuple[State, ...]] = (
+        State("error", held="rank", on_resize="mean"),
+        State("releases", of="run", dtype=torch.int64),  # how often noisy sums have been sent; void steps count too
+    )
 
-    def __init__(
-        self,
-        *,
-        clip_norm: float = 1.0,
-        error_norm: float | None = None,
-        noise_multiplier: float = 1.0,
-        samples_per_rank: int = 1,
-        noise_seed: int | None = None,
-    ) -> None:
-        super().__init__()
-        check_option("clip_norm", clip_norm, lambda x: 0 < x < math.inf, "a number above 0")
-        if error_norm is not None:
-            check_option("error_norm", error_norm, lambda x: 0 <= x < math.inf, "a number from 0, or leave it out")
-        check_option("noise_multiplier", noise_multiplier, lambda x: 0 <= x < math.inf, "a number from 0")
-        is_count = isinstance(samples_per_rank, int)
-        check_option("samples_per_rank", samples_per_rank, lambda x: is_count and x >= 1, "a whole number from 1")
-        check_option(
-            "noise_seed",
-            0 if noise_seed is None else noise_seed,
-            lambda x: isinstance(x, int),
-            "a whole number, or leave it out",
-        )
-        self.clip_norm, self.noise_multiplier = float(clip_norm), float(noise_multiplier)
-        self.error_norm = self.clip_norm if error_norm is None else float(error_norm)
-        self.samples_per_rank, self.noise_seed = samples_per_rank, noise_seed
+    def set_up(self) -> None:
+        o = self.options
+        self.error_norm = o.clip_norm if o.error_norm is None else o.error_norm
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.error = torch.zeros(self.index.total, device=named_parameters[0][1].device)
-        self.releases = torch.zeros(1, dtype=torch.int64)  # how often noisy sums have been sent; void steps count too
-        self.cut = torch.zeros_like(self.error)  # what `backward` cut off in this step
+    def bound(self) -> None:
+        super().bound()
+        self.cut = torch.zeros_like(self.state["error"])  # what `backward` cut off in this step
         self.samples = 0  # that `backward` has seen in this step
 
     @property
     def sensitivity(self) -> float:
         """How far one sample, replaced by another, can move what a step sends, in L2: 2 (C1 + C2) / B."""
-        return 2 * (self.clip_norm + self.error_norm) / (self.ranks * self.samples_per_rank)
+        return 2 * (self.options.clip_norm + self.error_norm) / (self.ranks * self.options.samples_per_rank)
 
     def epsilon(self, delta: float) -> float:
         """The epsilon that all steps so far have spent for this delta. Needs dp-accounting: pip install 'commopt[privacy]'"""
         check_option("delta", delta, lambda x: 0 < x < 1, "a number above 0, below 1")
-        steps = int(self.releases)
+        steps = int(self.state["releases"])
         if not steps:
             return 0.0
-        return float(_accounting().get_epsilon_gaussian(self.noise_multiplier / math.sqrt(steps), delta))
+        return float(_accounting().get_epsilon_gaussian(self.options.noise_multiplier / math.sqrt(steps), delta))
 
     def backward(
         self, model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, *, chunk: int | None = None
@@ -112,10 +109,10 @@ class DiceSGD(Aggregator):
         """
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.samples += len(inputs)
-        if self.samples > self.samples_per_rank or set(named) != set(self.index.names):
+        if self.samples > self.options.samples_per_rank or set(named) != set(self.index.names):
             raise GradientsChanged(
                 f"dice_sgd: {self.samples} samples in a step of a model with {len(named)} parameters; it is bound to "
-                f"samples_per_rank: {self.samples_per_rank} and {len(self.index.names)} parameters"
+                f"samples_per_rank: {self.options.samples_per_rank} and {len(self.index.names)} parameters"
             )
         if self.samples == len(inputs):  # the first call in this step
             self.cut.zero_()
@@ -142,47 +139,49 @@ class DiceSGD(Aggregator):
     def _add_clipped(self, named: dict[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:
         """gradients: (samples, *shape) for each parameter"""
         squares = torch.stack([g.flatten(1).double().square().sum(1) for g in gradients.values()]).sum(0)  # (samples,)
-        kept = _factor(squares.sqrt(), self.clip_norm).to(next(iter(gradients.values())).dtype)
+        kept = _factor(squares.sqrt(), self.options.clip_norm).to(next(iter(gradients.values())).dtype)
         for name, g in gradients.items():
             flat, p = g.flatten(1), named[name]
             assert p.grad is not None
-            p.grad += (kept @ flat / self.samples_per_rank).view_as(p)
-            self.index.view(self.cut, name).add_((1 - kept) @ flat / self.samples_per_rank)
+            p.grad += (kept @ flat / self.options.samples_per_rank).view_as(p)
+            self.index.view(self.cut, name).add_((1 - kept) @ flat / self.options.samples_per_rank)
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         clipped, cut = self._clipped(bucket)
-        error = self._views(self.error, bucket)
-        sent = error * _factor(error.norm(dtype=torch.float64), self.error_norm / (group.size * self.samples_per_rank))
+        error = self._views(self.state["error"], bucket)
+        sent = error * _factor(
+            error.norm(dtype=torch.float64), self.error_norm / (group.size * self.options.samples_per_rank)
+        )
         v = clipped + sent  # v_i
-        sigma = self.noise_multiplier * self.sensitivity
+        sigma = self.options.noise_multiplier * self.sensitivity
         mean = (v + math.sqrt(group.size) * sigma * self._noise(bucket)) / group.size
         group.all_reduce(mean)
         self.samples = 0
-        self.releases += 1
+        self.state["releases"] += 1
         if not is_finite(mean):
             bucket.void = first_bad(self.index, bucket.with_flat(mean))
             return
         for name, x in bucket.with_flat(error - sent + cut).views():  # e_i + mean_j g_ij - v_i
-            self.index.view(self.error, name).copy_(x)
+            self.part("error", name).copy_(x)
         bucket.flat.copy_(mean)
 
     def _clipped(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """(n,) (1/b) sum_j clip(g_ij, C1), and (n,) what clipping cut off of the mean."""
         norm = bucket.flat.norm(dtype=torch.float64)
         if self.samples:
-            if bool(norm > 1.001 * self.clip_norm):
+            if bool(norm > 1.001 * self.options.clip_norm):
                 raise GradientsChanged(
-                    f"dice_sgd: gradients have a norm of {float(norm):.3g} after clipping to {self.clip_norm:.3g}: something was added "
+                    f"dice_sgd: gradients have a norm of {float(norm):.3g} after clipping to {self.options.clip_norm:.3g}: something was added "
                     "to them after method.backward(...), which private training must not do"
                 )
             return bucket.flat, self._views(self.cut, bucket)
-        if self.samples_per_rank > 1:
+        if self.options.samples_per_rank > 1:
             raise GradientsChanged(
-                f"dice_sgd: samples_per_rank is {self.samples_per_rank}, but these gradients are not per sample: call "
+                f"dice_sgd: samples_per_rank is {self.options.samples_per_rank}, but these gradients are not per sample: call "
                 "method.backward(model, loss, inputs, targets) instead of loss.backward(), or write samples_per_rank: 1 to protect "
                 "each rank's whole batch as one"
             )
-        clipped = bucket.flat * _factor(norm, self.clip_norm)
+        clipped = bucket.flat * _factor(norm, self.options.clip_norm)
         return clipped, bucket.flat - clipped
 
     def _views(self, flat: Tensor, bucket: Bucket) -> Tensor:
@@ -196,37 +195,20 @@ class DiceSGD(Aggregator):
 
     def _words(self, name: str, n: int) -> NDArray[np.uint64]:
         """(n,) random 64-bit words."""
-        if self.noise_seed is None:
+        if self.options.noise_seed is None:
             return np.frombuffer(os.urandom(8 * n), dtype=np.uint64)
         k = self.index.position[name]
         keys = noise.keys(
-            self.noise_seed, "privacy", self.rank, self.exchanges.numpy()[k : k + 1], self.index.offsets[k : k + 1]
+            self.options.noise_seed,
+            "privacy",
+            self.rank,
+            self.exchanges.numpy()[k : k + 1],
+            self.index.offsets[k : k + 1],
         )
         return noise.bits(keys, np.asarray([n], dtype=np.int64))
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * 4
-
-    def state_views(self, name: str) -> list[Tensor]:
-        return [*super().state_views(name), self.index.view(self.error, name)]
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["shared"]["releases"] = self.releases
-        state["local"]["error"] = self.error
-        return state
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        load_tensor(self.releases, state["shared"], "releases")
-        load_tensor(self.error, state["local"], "error")
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        """Every new rank takes the mean of the old ranks' errors."""
-        every = list(states)
-        super().load_resharded(every)
-        load_tensor(self.releases, every[0]["shared"], "releases")
-        self.error.copy_(torch.stack([state["local"]["error"] for state in every]).mean(0))
 
 
 def noise_multiplier_for(epsilon: float, delta: float, steps: int) -> float:

@@ -12,14 +12,21 @@ import torch
 from torch import Tensor
 
 from commopt.compress.base import element_indices
-from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
-from commopt.exchange.compressed import Compressed, GatherMean, TwoWayMean
-from commopt.exchange.mean import Aggregator, Mean
-from commopt.gossip.loop import Exchanged, OuterLoop, Round
-from commopt.groups.peers import Latecomers, PeerGroup, Peers, Roll, call_roll
+from commopt.compress.feedback import NOTHING_KEPT, Kept
+from commopt.errors import ConfigError, GroupError, did_you_mean
+from commopt.exchange.base import Exchange
+from commopt.exchange.compressed import Compressed
+from commopt.exchange.gather import GatherMean
+from commopt.exchange.mean import Mean
+from commopt.exchange.two_way import TwoWayMean
+from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
+from commopt.groups.peers import Latecomers, PeerGroup, Roll, call_roll
+from commopt.method import options
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
+from commopt.options import Count, Number, Share
 from commopt.wire import noise
 from commopt.wire.bucket import Bucket
+from commopt.wire.state import Saved, State
 
 OUTER: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "nesterov": (torch.optim.SGD, {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
@@ -31,7 +38,30 @@ OUTER: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 _CALLS = 1 << 12  # sequence numbers of one round's exchange
 
 
-class DiLoCo(OuterLoop):
+@options
+class AveragingOptions(MessageOptions):
+    """What methods take that average over all who are there."""
+
+    every: Count = 100
+    fragments: Count = 1
+    participation: Share = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fragments > self.every:
+            raise ConfigError(
+                f"fragments: {self.fragments!r} is out of range; write a whole number from 1 to every, {self.every}"
+            )
+
+
+@options
+class DiLoCoOptions(AveragingOptions):
+    outer: Any = "nesterov"
+    lr: Number | None = None
+    momentum: Number | None = None
+
+
+class DiLoCo(OuterMethod):
     """Average what `every` inner steps changed, and give it to an outer optimizer as a gradient.
 
     Douillard et al. 2023, arXiv:2311.08105, Algorithm 1; with fragments, Streaming DiLoCo (arXiv:2501.18512): a round is about one
@@ -54,50 +84,43 @@ class DiLoCo(OuterLoop):
     """
 
     name = "diloco"
+    Options = DiLoCoOptions
+    options: Any
     positional: ClassVar[tuple[str, ...]] = ("outer",)
 
-    def __init__(
-        self,
-        *,
-        every: int = 100,
-        outer: Any = "nesterov",
-        lr: float | None = None,
-        momentum: float | None = None,
-        fragments: int = 1,
-        participation: float = 1.0,
-        delay: int = 0,
-        timeout_s: float = 20.0,
-        message: Any = None,
-        final_average: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            every=every, delay=delay, timeout_s=timeout_s, message=message, final_average=final_average, seed=seed
-        )
-        wanted = f"a whole number from 1 to every, {every}"
-        check_option("fragments", fragments, lambda x: isinstance(x, int) and 1 <= x <= every, wanted)
-        check_option("participation", participation, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        self.fragments, self.participation = fragments, participation
-        self.make_outer = _outer(outer, lr, momentum)
-        (state,) = self.make_outer(torch.zeros(1)).state.values()  # a bad option shows now
-        self._shared_tensors = 1 + len(state)
+    def set_up(self) -> None:
+        super().set_up()
+        self.fragments = self.options.fragments
+        self.make_outer = self.outer_optimizer()
+        self._outer_state = _initial_state(self.make_outer(torch.zeros(1)))  # a bad option shows now
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
-        super().bind(named_parameters, peers)
-        self.parts = _between_parameters(self.index.offsets.tolist(), self.fragments)
-        self.slow = torch.zeros(self.index.total)
-        self.outer = [self.make_outer(self.slow[part]) for part in self.parts]
-        self.version = torch.zeros(self.fragments, dtype=torch.int64)  # the last round that each fragment took part in
+    def outer_optimizer(self) -> Any:
+        """What makes the outer optimizer over one flat tensor. Raises ConfigError."""
+        return make_outer_optimizer(self.options.outer, self.options.lr, self.options.momentum)
+
+    def cut(self) -> list[slice]:
+        return _between_parameters(self.index.offsets.tolist(), self.fragments)
+
+    def declare(self) -> list[State]:
+        outer = [State(f"outer {key}", initial=first) for key, first in self._outer_state.items()]
+        version = State("version", of="run", numel=self.fragments, dtype=torch.int64)  # each fragment's last round
+        return [State("slow"), *outer, version, *super().declare()]
+
+    def bound(self) -> None:
+        self.outer = [self.make_outer(self.state["slow"][part]) for part in self.fragment_parts]
+        for optimizer, part in zip(self.outer, self.fragment_parts, strict=True):
+            (parameter,) = optimizer.param_groups[0]["params"]
+            optimizer.state[parameter] = {key: self.state[f"outer {key}"][part] for key in self._outer_state}
         self.late = Latecomers()
-        self._means: dict[int, tuple[tuple[int, ...], Aggregator]] = {}
+        self._means: dict[int, tuple[tuple[int, ...], Exchange]] = {}
 
     def begin(self, x: Tensor) -> None:
-        self.slow.copy_(x)
+        self.state["slow"].copy_(x)
 
     def participants(self, number: int) -> list[int]:
         """Who is drawn for a round; the same on all ranks."""
         ranks = self.peers.size
-        if self.participation == 1.0:
+        if self.options.participation == 1.0:
             return list(range(ranks))
         drawn = noise.keys(self.seed, "participation", 0, np.asarray([number]), np.arange(ranks))
         return sorted(int(rank) for rank in np.argsort(drawn)[: self._drawn(ranks)])
@@ -107,11 +130,11 @@ class DiLoCo(OuterLoop):
         if me not in expected:
             return Exchanged((me,))
         start_s, part = self.peers.seconds, round.part
-        card = torch.tensor([int(self.version[round.fragment]), checksum(self._shared(round.fragment))])
+        card = torch.tensor([int(self.state["version"][round.fragment]), checksum(self._shared(round.fragment))])
         roll = call_roll(
             self.peers, "diloco", round.number, card, self.timeout_s / 2, expected=expected, late=self.late
         )
-        own = self.slow[part] - x
+        own = self.state["slow"][part] - x
         alone = Exchanged((me,), is_missed=len(expected) > 1, values={"delta": own})
         if len(roll.members) == 1:
             return alone
@@ -137,60 +160,52 @@ class DiLoCo(OuterLoop):
         parameter.grad = exchanged.values["delta"]
         optimizer.step()
         parameter.grad = None
-        self.version[round.fragment] = round.number + 1
-        return self.slow[round.part]
+        self.state["version"][round.fragment] = round.number + 1
+        return self.state["slow"][round.part]
 
     def skipped_to(self, steps: int) -> None:
         cycle, within = divmod(steps, self.every)
         for fragment in range(self.fragments):
             is_over = within >= (fragment + 1) * self.every // self.fragments
-            self.version[fragment] = (cycle if is_over else cycle - 1) * self.fragments + fragment + 1
+            self.state["version"][fragment] = (cycle if is_over else cycle - 1) * self.fragments + fragment + 1
 
-    def tensors(self) -> dict[str, Tensor]:
-        state = {"slow": self.slow, "version": self.version}
+    def saved(self) -> Saved:
+        saved = super().saved()
+        for k, (members, mean) in self._means.items():
+            for held, tensors in mean.saved().items():
+                saved["rank"] |= {f"mean {k} {held} {key}": x for key, x in tensors.items()}
+            saved["rank"][f"mean {k} members"] = torch.tensor(members)
+        return saved
+
+    def load(self, saved: Saved) -> None:
         for k in range(self.fragments):
-            for key, x in enumerate(self._shared(k)[1:]):
-                state[f"outer {k} {key}"] = x
-        return state
-
-    def comm_state(self) -> Any:
-        state = super().comm_state()
-        for k, (_, mean) in self._means.items():
-            state["local"] |= {f"mean {k} {key}": x for key, x in mean.comm_state()["local"].items()}
-            state["local"] |= {f"mean {k} shared {key}": x for key, x in mean.comm_state()["shared"].items()}
-            state["local"][f"mean {k} members"] = torch.tensor(self._means[k][0])
-        return state
-
-    def load_comm_state(self, state: Any) -> None:
-        local = state["local"]
-        for k in range(self.fragments):
-            if f"mean {k} members" in local:
-                members = tuple(int(rank) for rank in local[f"mean {k} members"])
-                group = PeerGroup(self.peers, members, "diloco", 0, self.timeout_s)
-                mean = self._new_mean(k, group)
-                prefix = f"mean {k} "
-                mine = {key.removeprefix(prefix): x for key, x in local.items() if key.startswith(prefix)}
-                shared = {key.removeprefix("shared "): x for key, x in mine.items() if key.startswith("shared ")}
-                mean.load_comm_state({"shared": shared, "local": mine})
+            if f"mean {k} members" in saved["rank"]:
+                members = tuple(int(rank) for rank in saved["rank"][f"mean {k} members"])
+                mean = self._new_mean(k, PeerGroup(self.peers, members, "diloco", 0, self.timeout_s))
+                own: Saved = {"shared": {}, "rank": {}}
+                for held, tensors in own.items():
+                    prefix = f"mean {k} {held} "
+                    found = {key.removeprefix(prefix): x for key, x in saved["rank"].items() if key.startswith(prefix)}
+                    tensors.update(found)
+                mean.load(own)
                 self._means[k] = (members, mean)
-        super().load_comm_state(state)
+        super().load(saved)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         drawn = self._drawn(ranks)
         dense = 8 * (drawn - 1) / drawn
         sent = dense if self.message.compressor is None else self._compressed().bytes_per_parameter(drawn)
         is_new = 1 - 1 / math.comb(ranks, drawn)  # others than last time are drawn: they get what those had
-        return drawn / ranks * (sent + is_new * dense * self._shared_tensors) / self.every
+        return drawn / ranks * (sent + is_new * dense * (1 + len(self._outer_state))) / self.every
 
     def _drawn(self, ranks: int) -> int:
         """How many take part in a round."""
-        return max(1, round(self.participation * ranks))
+        return max(1, round(self.options.participation * ranks))
 
     def _shared(self, fragment: int) -> list[Tensor]:
         """What all ranks hold alike of a fragment: its slow weights, and the outer optimizer's state."""
-        optimizer = self.outer[fragment]
-        (parameter,) = optimizer.param_groups[0]["params"]
-        return [self.slow[self.parts[fragment]], *(x for _, x in sorted(optimizer.state[parameter].items()))]
+        part = self.fragment_parts[fragment]
+        return [self.state[key][part] for key in ("slow", *(f"outer {key}" for key in sorted(self._outer_state)))]
 
     def _reconciled(self, roll: Roll, fragment: int, group: PeerGroup) -> dict[str, Tensor]:
         """Where members differ: the mean of what those have who took part last. Nothing where all agree, as they mostly do."""
@@ -213,7 +228,7 @@ class DiLoCo(OuterLoop):
         mean.exchanges.fill_(
             round.number
         )  # what random keys are drawn by: members may have met in other rounds than each other
-        mean.exchange([bucket], group)
+        mean.exchange(bucket, group)
         return bucket.flat if bucket.void is None else None
 
     def _carry_over(self, fragment: int, members: tuple[int, ...], group: PeerGroup) -> None:
@@ -228,22 +243,22 @@ class DiLoCo(OuterLoop):
                 mean.worker.residual[places] += before[1].server.residual * len(before[0])
         self._means[fragment] = (members, mean)
 
-    def _new_mean(self, fragment: int, group: PeerGroup) -> Aggregator:
-        mean: Aggregator = Mean() if self.message.compressor is None else self._compressed()
-        part = self.slow[self.parts[fragment]]
+    def _new_mean(self, fragment: int, group: PeerGroup) -> Exchange:
+        mean: Exchange = Mean() if self.message.compressor is None else self._compressed()
+        part = self.state["slow"][self.fragment_parts[fragment]]
         names, starts = self._layout(fragment)
         mean.bind(list(zip(names, torch.tensor_split(part, starts[1:]), strict=True)), group)
         return mean
 
     def _compressed(self) -> Compressed:
-        compressor, has_feedback = self.message.compressor, self.message.has_feedback
+        compressor, kept = self.message.compressor, Kept() if self.message.has_feedback else NOTHING_KEPT
         assert compressor is not None
         is_sparse = hasattr(compressor, "density") or compressor.is_ragged
-        return (GatherMean if is_sparse else TwoWayMean)(compressor, error_feedback=has_feedback, seed=self.seed)
+        return (GatherMean if is_sparse else TwoWayMean)(compressor, kept, seed=self.seed)
 
     def _layout(self, fragment: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """The names of a fragment's parameters, and where each starts in it."""
-        part, offsets = self.parts[fragment], self.index.offsets[:-1].tolist()
+        part, offsets = self.fragment_parts[fragment], self.index.offsets[:-1].tolist()
         inside = [k for k, start in enumerate(offsets) if part.start <= start < part.stop and self.index.numels[k]]
         return tuple(self.index.names[k] for k in inside), tuple(offsets[k] - part.start for k in inside)
 
@@ -274,7 +289,7 @@ def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-def _outer(given: Any, lr: float | None, momentum: float | None) -> Any:
+def make_outer_optimizer(given: Any, lr: float | None, momentum: float | None) -> Any:
     """What makes an outer optimizer over one flat tensor, with its state there from the start. Raises ConfigError."""
     options = dict(given) if isinstance(given, Mapping) else {"name": given}
     name = options.pop("name", None)
@@ -295,12 +310,14 @@ def _outer(given: Any, lr: float | None, momentum: float | None) -> Any:
             made: torch.optim.Optimizer = kind([parameter], **{**preset, **options})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"outer: {name}: {error}") from None
-        group = made.param_groups[0]
-        if kind is torch.optim.SGD:
-            made.state[parameter] = {"momentum_buffer": torch.zeros_like(x)} if group["momentum"] else {}
-        else:
-            variance = torch.full_like(x, group["tau"] ** 2)
-            made.state[parameter] = {"momentum": torch.zeros_like(x), "variance": variance}
         return made
 
     return make
+
+
+def _initial_state(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The tensors that an outer optimizer keeps, and what they start with."""
+    group = optimizer.param_groups[0]
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer": 0.0} if group["momentum"] else {}
+    return {"momentum": 0.0, "variance": float(group["tau"] ** 2)}

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.exchange.mean import State, load_mean, load_tensor
 from commopt.exchange.vote import SignVote
 from commopt.groups.base import Group
-from commopt.optim.update import UpdateMethod, check_betas, move_
+from commopt.method import NoOptions, options
+from commopt.optim.update import UpdateMethod, move_
+from commopt.options import Whole
 from commopt.wire.bucket import Bucket
+from commopt.wire.state import State
+
+
+@options
+class DistributedLionOptions(NoOptions):
+    vote: Literal["average", "majority"] = "average"
+    seed: Whole = 0
 
 
 class DistributedLion(UpdateMethod):
@@ -33,59 +41,39 @@ class DistributedLion(UpdateMethod):
     Not for a job that changes its number of ranks often.
 
     vote: "average", whose steps shrink where ranks disagree, so that its best rate may be above Lion's; or "majority".
-    betas: of the update and of the momentum. seed: of the coins. max_norm, grad_scaler: see `Aggregator`.
+    betas: of the update and of the momentum. seed: of the coins.
     """
 
     name = "distributed_lion"
     positional = ("vote",)
-    arenas: ClassVar[tuple[str, ...]] = ()  # state_dict, the same on all ranks, has no place for momentum
-    counters: ClassVar[tuple[str, ...]] = ()
+    Options = DistributedLionOptions
+    options: DistributedLionOptions
+    stands_for = ("Lion",)
+    takes = ("lr", "betas", "weight_decay")
+    counters = ()
+    states: ClassVar[tuple[State, ...]] = (State("momentum", held="rank", on_resize="mean"),)
 
-    def __init__(
-        self,
-        named_params: Iterable[Any],
-        *,
-        lr: float = 1e-4,
-        betas: Sequence[float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        vote: str = "average",
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        check_betas(betas)
-        self._votes = SignVote(vote=vote, seed=seed)
-        self.made_of = (self._votes,)
+    def set_up(self) -> None:
+        self._votes = SignVote(is_majority=self.options.vote == "majority", seed=self.options.seed)
+        self.parts = (self._votes,)
         self._directions: dict[str, Tensor] = {}  # from an exchange to its step
-        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
-        super().__init__(named_params, defaults, max_norm=max_norm, grad_scaler=grad_scaler)
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.arena["momentum"] = torch.zeros(self.index.total, device=named_parameters[0][1].device)
-        self._name_of = {id(p): name for name, p in named_parameters}
-
-    @property
-    def momentum(self) -> Tensor:
-        """(n,) f32: this rank's momentum, of all parameters in registration order."""
-        return self.arena["momentum"]
-
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         update = bucket.with_flat(torch.empty_like(bucket.flat))
         for (name, g), (_, c) in zip(bucket.views(), update.views(), strict=True):
-            b1, _ = self.options(name)["betas"]
+            b1, _ = self.settings(name)["betas"]
             torch.lerp(self.part("momentum", name), g, 1 - b1, out=c)  # b1 m + (1 - b1) g
         if not self._votes.vote(update.flat, update.flat, bucket, group):
             return
         for name, g in bucket.views():
-            _, b2 = self.options(name)["betas"]
+            _, b2 = self.settings(name)["betas"]
             self.part("momentum", name).lerp_(g, 1 - b2)  # m <- b2 m + (1 - b2) g
         bucket.flat.copy_(update.flat)
         self._directions.update(update.views())
 
-    def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        move_(p, self._directions[self._name_of[id(p)]], group["lr"])
+        move_(p, self._directions[name], group["lr"])
 
     def after_step(self) -> None:
         self._directions.clear()
@@ -93,20 +81,6 @@ class DistributedLion(UpdateMethod):
     def bytes_per_parameter(self, ranks: int) -> float:
         return self._votes.bytes_per_parameter(ranks)
 
-    def state_views(self, name: str) -> list[Tensor]:
-        return [*super().state_views(name), self.part("momentum", name)]
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["local"]["momentum"] = self.momentum
-        return state
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        load_tensor(self.momentum, state["local"], "momentum")
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        """Every new rank takes the mean of the old ranks' momenta."""
-        every = list(states)
-        super().load_resharded(every)
-        load_mean(self.momentum, every, "momentum")
+    @property
+    def state_form(self) -> str:
+        return ""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from commopt.compress import make_compressor
-from commopt.exchange.compressed import GatherMean
+from commopt.compress.options import Codec, ErrorFeedbackOptions
+from commopt.exchange.gather import GatherMean
+from commopt.method import GradientMethod, options
 
 
-class EF(GatherMean):
+@options
+class EFOptions(ErrorFeedbackOptions):
+    compressor: Codec = "sign"  # type: ignore[assignment]  # a name, until it is validated
+
+
+class EF(GradientMethod, GatherMean):
     """Send each rank's compressed gradient to all ranks, and what that left out with the next step's.
 
     Seide et al. 2014; Stich et al. 2018, arXiv:1809.07599; Karimireddy et al. 2019, arXiv:1901.09847, Algorithm 2:
@@ -32,28 +35,9 @@ class EF(GatherMean):
 
     name = "ef"
     positional = ("compressor",)
+    Options = EFOptions
+    options: EFOptions
 
-    def __init__(
-        self,
-        *,
-        compressor: str | Mapping[str, Any] = "sign",
-        error_feedback: bool = True,
-        residual_bits: int = 32,
-        residual_decay: float = 1.0,
-        reset_every: int | None = None,
-        dense_1d: bool = False,
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(
-            make_compressor(compressor),
-            error_feedback=error_feedback,
-            residual_bits=residual_bits,
-            residual_decay=residual_decay,
-            reset_every=reset_every,
-            dense_1d=dense_1d,
-            seed=seed,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        o = self.options
+        GatherMean.__init__(self, o.compressor, o.kept(), dense_1d=o.dense_1d, seed=o.seed)

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress import make_compressor
 from commopt.compress.base import Compressor, element_indices
-from commopt.compress.feedback import ErrorFeedback, first_bad_parameter
-from commopt.errors import AttachError, ConfigError, check_option
+from commopt.compress.feedback import NOTHING_KEPT, ErrorFeedback, first_bad_parameter
+from commopt.compress.options import Codec
+from commopt.errors import AttachError, ConfigError
+from commopt.exchange.base import first_bad, is_finite
 from commopt.exchange.compressed import Compressed
-from commopt.exchange.mean import State, check_alone, first_bad, is_finite, load_tensor
 from commopt.groups.base import Group
-from commopt.wire.bucket import Blocks, Bucket
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import Count, Flag, Share, Whole
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 from commopt.wire.payload import Payload
+from commopt.wire.state import Saved, State
 
 
-class EF21(Compressed):
+@options
+class EF21Options(NoOptions):
+    compressor: Codec = "sign"  # type: ignore[assignment]  # a name, until it is validated
+    eta: Share = 0.1
+    server: Codec | None = None
+    refresh_every: Count | None = None
+    dense_1d: Flag = False
+    seed: Whole = 0
+
+
+class EF21(GradientMethod, Compressed):
     """Send the compressed difference between a moving average of the gradient and the estimate of it that all ranks have.
 
     Richtarik et al. 2021, arXiv:2106.05203, Algorithm 2 (EF21), and Fatkhullin et al. 2023, arXiv:2305.15155, Algorithm 1
@@ -49,71 +62,60 @@ class EF21(Compressed):
 
     name = "ef21"
     positional = ("compressor", "server")
+    Options = EF21Options
+    options: EF21Options
 
-    def __init__(
-        self,
-        *,
-        compressor: str | Mapping[str, Any] = "sign",
-        eta: float = 0.1,
-        server: str | Mapping[str, Any] | None = None,
-        refresh_every: int | None = None,
-        dense_1d: bool = False,
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        check_option("eta", eta, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        is_count = "a whole number from 1, or leave it out"
-        check_option(
-            "refresh_every",
-            1 if refresh_every is None else refresh_every,
-            lambda x: isinstance(x, int) and x >= 1,
-            is_count,
-        )
-        worker = make_compressor(compressor)
-        self.server_compressor = None if server is None else make_compressor(server, "server")
+    def set_up(self) -> None:
+        o = self.options
+        if o.server is not None:
+            _check_two_ways(o.compressor, o.server)
+        Compressed.__init__(self, o.compressor, NOTHING_KEPT, dense_1d=o.dense_1d, seed=o.seed)
+        self.server_compressor = o.server
+        self.merges_buckets = getattr(o.compressor, "merges_buckets", False)
+
+    def declare(self) -> list[State]:
+        own = [
+            State("known", held="rank", on_resize="own"),  # h_i: what the others know of v_i
+            State("estimate"),  # h, or with a server w: the same on all ranks
+        ]
+        if self.options.eta < 1:
+            own.append(State("average", held="rank", on_resize="mean"))  # v_i
         if self.server_compressor is not None:
-            _check_two_ways(worker, self.server_compressor)
-        super().__init__(
-            worker, error_feedback=False, dense_1d=dense_1d, seed=seed, max_norm=max_norm, grad_scaler=grad_scaler
-        )
-        self.eta, self.refresh_every = eta, refresh_every
-        self.merges_buckets = getattr(worker, "merges_buckets", False)
+            served = self.table.served_by(self.rank)
+            numels = np.bincount(served.parameters, served.lengths, len(self.index.names)).astype(np.int64)
+            index = ParameterIndex(self.index.names, tuple(numels.tolist()))
+            own.append(State("served", index=index, held="rank", on_resize="own"))  # h of the blocks served here
+        return [*own, *super().declare()]
+
+    def bound(self) -> None:
+        super().bound()
+        if self.server_compressor is not None:
+            served = self.table.served_by(self.rank)
+            self.answerer = ErrorFeedback(self.server_compressor, NOTHING_KEPT, served, self.device)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.eta < 1 and any(group.get("momentum") for group in optimizer.param_groups):
+        if self.options.eta < 1 and any(group.get("momentum") for group in optimizer.param_groups):
             raise AttachError(
-                f"ef21 has the momentum itself (eta: {self.eta}), and a second one makes it swing: give it "
+                f"ef21 has the momentum itself (eta: {self.options.eta}), and a second one makes it swing: give it "
                 f"{type(optimizer).__name__} without momentum, or write eta: 1"
             )
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        n = self.index.total
-        self.known = torch.zeros(n, device=self.device)  # h_i: what the others know of v_i
-        self.estimate = torch.zeros(n, device=self.device)  # h, or with a server w: the same on all ranks
-        self.average = torch.zeros(n if self.eta < 1 else 0, device=self.device)  # v_i
-        served = self.table.served_elements(group.rank) if self.server_compressor else 0
-        self.served = torch.zeros(served, device=self.device)  # h of the blocks that this rank serves
-        if self.server_compressor:
-            self.answerer = ErrorFeedback(self.server_compressor, 0, self.device, bits=0)
-
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         v = bucket  # v_i takes the place of g_i
         for name, x in v.views():
-            if self.eta < 1 and self._count(name):
-                torch.lerp(self.index.view(self.average, name), x, self.eta, out=x)
+            if self.options.eta < 1 and self._count(name):
+                torch.lerp(self.part("average", name), x, self.options.eta, out=x)
         if group.size == 1:
-            check_alone(self, bucket)
+            self.exchange_alone(bucket)
         else:
-            self._exchange(v, group)
+            self._bring_up_to_date(v, group)
         if bucket.void is None:
             self._keep("average", v)
             if group.size > 1:
                 for name, x in bucket.views():
-                    x.copy_(self.index.view(self.estimate, name))
+                    x.copy_(self.part("estimate", name))
 
-    def _exchange(self, v: Bucket, group: Group) -> None:
+    def _bring_up_to_date(self, v: Bucket, group: Group) -> None:
         """Bring h_i and h up to date with v_i, or set v.void."""
         whole = {name for name, _ in v.views() if self._is_whole(name)}
         exact = None
@@ -126,7 +128,7 @@ class EF21(Compressed):
         if len(whole) < len(v.names):
             difference = v.with_flat(v.flat.clone())
             for name, x in difference.views():
-                x -= self.index.view(self.known, name)  # v_i - h_i
+                x -= self.part("known", name)  # v_i - h_i
             exchange = self._two_ways if self.server_compressor else self._one_way
             bad = exchange(difference, whole, group)
             if bad >= 0:
@@ -139,7 +141,7 @@ class EF21(Compressed):
 
     def _one_way(self, difference: Bucket, whole: set[str], group: Group) -> int:
         """h_i <- h_i + c_i;  h <- h + mean c_i. The first bad parameter, or -1; then nothing has changed."""
-        blocks = self._coded(self.keyed(self.blocks(difference), self.compressor), whole)
+        blocks = self._coded(self.keyed(self.blocks_of(difference), self.compressor), whole)
         if not len(blocks):
             return -1
         own = self.worker.compress(difference.flat, [blocks])[0]
@@ -147,15 +149,15 @@ class EF21(Compressed):
         bad = first_bad_parameter(messages)
         if bad < 0:
             at_home = _placed(blocks, blocks.homes)
-            self._decode(own, at_home, self.known)
+            self._decode(own, at_home, self.state["known"])
             for message in messages:  # in rank order: float sums depend on it
-                self._decode(message, at_home, self.estimate, 1 / group.size)
+                self._decode(message, at_home, self.state["estimate"], 1 / group.size)
         return bad
 
     def _two_ways(self, difference: Bucket, whole: set[str], group: Group) -> int:
         """h_i <- h_i + c_i;  h <- h + mean c_i;  w <- w + C_s(h - w), each block by the rank that serves it."""
         assert self.server_compressor is not None
-        parts = self.parts(difference)
+        parts = self.parts_of(difference)
         by_owner = [self._coded(self.keyed(blocks, self.compressor), whole) for blocks in parts.by_owner]
         served = [self._coded(blocks, whole) for blocks in parts.served]
         if not any(len(blocks) for blocks in by_owner):
@@ -168,20 +170,20 @@ class EF21(Compressed):
         mine, rank = self.keyed(served[group.rank], self.server_compressor, "server"), group.rank
         mine = _placed(mine, np.cumsum(mine.lengths) - mine.lengths)
         served_places = element_indices(mine.homes, mine.lengths, self.device)
-        h = self.served[served_places]
+        h = self.state["served"][served_places]
         for message in received:  # in rank order
             self._decode(message, mine, h, 1 / group.size)
-        w = self.estimate[element_indices(by_owner[rank].homes, mine.lengths, self.device)]
+        w = self.state["estimate"][element_indices(by_owner[rank].homes, mine.lengths, self.device)]
         answer = self.answerer.compress(h - w, [mine])[0]
         layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in served]
         answers = group.all_gather(answer, layouts)
         bad = first_bad_parameter(answers)
         if bad < 0:
-            self.served[served_places] = h
+            self.state["served"][served_places] = h
             for message, reply, blocks in zip(own, answers, by_owner, strict=True):
                 at_home = _placed(blocks, blocks.homes)
-                self._decode(message, at_home, self.known)
-                self.server_compressor.decompress_(reply.tensors[1:], at_home, self.estimate, add=True)
+                self._decode(message, at_home, self.state["known"])
+                self.server_compressor.decompress_(reply.tensors[1:], at_home, self.state["estimate"], add=True)
         return bad
 
     def _decode(self, message: Payload, blocks: Blocks, out: Tensor, alpha: float = 1.0) -> None:
@@ -193,7 +195,11 @@ class EF21(Compressed):
     def _is_whole(self, name: str) -> bool:
         """Whether v_i of this parameter travels uncompressed in this exchange."""
         count = self._count(name)
-        return count == 0 or name in self.dense_names or bool(self.refresh_every and count % self.refresh_every == 0)
+        return (
+            count == 0
+            or name in self.dense_names
+            or bool(self.options.refresh_every and count % self.options.refresh_every == 0)
+        )
 
     def _coded(self, blocks: Blocks, whole: set[str]) -> Blocks:
         """The blocks whose differences are sent."""
@@ -202,21 +208,20 @@ class EF21(Compressed):
         names = self.index.names
         return blocks.only(np.asarray([b for b, p in enumerate(blocks.parameters) if names[p] not in whole], np.int64))
 
-    def _keep(self, state: str, bucket: Bucket, names: set[str] | None = None) -> None:
-        """Copy a bucket into a flat tensor of state, where that is kept at all."""
-        flat = getattr(self, state)
-        if len(flat):
+    def _keep(self, key: str, bucket: Bucket, names: set[str] | None = None) -> None:
+        """Copy a bucket into a flat tensor of state, if that is kept at all."""
+        if key in self.state:
             for name, x in bucket.views():
                 if names is None or name in names:
-                    self.index.view(flat, name).copy_(x)
+                    self.part(key, name).copy_(x)
 
     def _serve(self, exact: Bucket) -> None:
         """Take an exact mean into h of the blocks that this rank serves."""
         if self.server_compressor and not self.dense_names.issuperset(exact.names):
-            parts = self.parts(exact)
+            parts = self.parts_of(exact)
             blocks, served = parts.by_owner[self.rank], parts.served[self.rank]
             values = exact.flat[element_indices(blocks.starts, blocks.lengths, self.device)]
-            self.served[element_indices(served.homes, served.lengths, self.device)] = values
+            self.state["served"][element_indices(served.homes, served.lengths, self.device)] = values
 
     @property
     def is_steady(self) -> bool:
@@ -227,7 +232,7 @@ class EF21(Compressed):
         return 1
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        whole = 1 / self.refresh_every if self.refresh_every else 0.0
+        whole = 1 / self.options.refresh_every if self.options.refresh_every else 0.0
         worker = self.compressor.bytes_per_element(ranks)
         coded = (ranks - 1) * worker
         if self.server_compressor:
@@ -236,40 +241,19 @@ class EF21(Compressed):
 
     @property
     def state_form(self) -> str:
-        return f"{super().state_form}, {self.server_compressor}, {'gradient' if self.eta == 1 else 'average'}"
+        kind = "gradient" if self.options.eta == 1 else "average"
+        return f"{super().state_form}, {self.server_compressor}, {kind}"
 
-    def state_views(self, name: str) -> list[Tensor]:
-        views = [self.index.view(x, name) for x in (self.known, self.estimate, self.average) if len(x)]
-        if self.server_compressor:
-            mine = self.table.served_by(self.rank)
-            own = mine.only(np.flatnonzero(mine.parameters == self.index.position[name]))
-            views += [self.served[h : h + n] for h, n in zip(own.homes.tolist(), own.lengths.tolist(), strict=True)]
-        return super().state_views(name) + views
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["shared"]["estimate"] = self.estimate
-        state["local"] |= {"known": self.known, "average": self.average, "served": self.served}
-        return state
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        load_tensor(self.estimate, state["shared"], "estimate")
-        for key in ("known", "average", "served"):
-            load_tensor(getattr(self, key), state["local"], key)
-
-    def load_resharded(self, states: Iterable[State]) -> None:
+    def resize(self, every: Sequence[Saved]) -> None:
         """Every new rank takes h for its h_i, of which h is then the mean again, and the mean of the old ranks' v_i."""
-        every = list(states)
-        super().load_resharded(every)
-        load_tensor(self.estimate, every[0]["shared"], "estimate")
-        self.known.copy_(self.estimate)
+        super().resize(every)
+        known = self.state["known"]
+        known.copy_(self.state["estimate"])
         if self.server_compressor:
             old = self.compressor.table(self.index, len(every), self.dense_names)
-            for rank, state in enumerate(every):
-                self.known[_home_places(old.at_home(rank), self.device)] = state["local"]["served"].to(self.device)
-            self.served.copy_(self.known[_home_places(self.table.at_home(self.rank), self.device)])
-        self.average.copy_(torch.stack([state["local"]["average"] for state in every]).mean(0))
+            for rank, saved in enumerate(every):
+                known[_home_places(old.at_home(rank), self.device)] = saved["rank"]["served"].to(self.device)
+            self.state["served"].copy_(known[_home_places(self.table.at_home(self.rank), self.device)])
 
 
 def _check_two_ways(worker: Compressor, server: Compressor) -> None:

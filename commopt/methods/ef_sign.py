@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.exchange.compressed import TwoWayMean
+from commopt.compress.feedback import Kept
+from commopt.compress.options import SignOptions
+from commopt.compress.sign import equalising_factors
 from commopt.exchange.mean import Mean
+from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
+from commopt.method import GradientMethod, options
+from commopt.options import Share
 from commopt.wire.bucket import Bucket
 
 
-class EFSign(TwoWayMean):
+@options
+class EFSignOptions(SignOptions):
+    residual_decay: Share = 1.0
+
+
+class EFSign(GradientMethod, TwoWayMean):
     """Send one bit per gradient element each way, and what that left out with the next step's.
 
     Karimireddy et al. 2019, arXiv:1901.09847 (error feedback for signs), with the server side of DoubleSqueeze, arXiv:1905.05957:
@@ -33,33 +40,19 @@ class EFSign(TwoWayMean):
     """
 
     name = "ef_sign"
+    Options = EFSignOptions
+    options: EFSignOptions
     warmup_option = "prescale"
 
-    def __init__(
-        self,
-        *,
-        scale: str = "l1",
-        block_size: int = 2048,
-        prescale: bool = False,
-        residual_bits: int = 32,
-        residual_decay: float = 1.0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        check_prescale(prescale, scale)
-        self.prescale, self._exactly = prescale, Mean()
-        self.made_of = (self._exactly,)
-        super().__init__(
-            scaled_sign(scale, block_size),
-            residual_bits=residual_bits,
-            residual_decay=residual_decay,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        o = self.options
+        self._exactly = Mean()
+        self.parts = (self._exactly,)
+        TwoWayMean.__init__(self, o.compressor(), Kept(o.residual_bits, o.residual_decay))
 
     @property
     def is_exact(self) -> bool:
-        return self.prescale and self.factors is None
+        return self.options.prescale and self.factors is None
 
     @property
     def is_steady(self) -> bool:
@@ -67,14 +60,14 @@ class EFSign(TwoWayMean):
 
     @property
     def warmup_steps(self) -> int:
-        return int(self.prescale)
+        return int(self.options.prescale)
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         if not self.is_exact:
-            return super().aggregate(bucket, group)
-        self._exactly.aggregate(bucket, group)
+            return super().exchange(bucket, group)
+        self._exactly.exchange(bucket, group)
         if bucket.void is None:
-            mean = torch.zeros(self.index.total, device=self.device)
+            mean = torch.zeros(self.index.total, device=self.device, dtype=torch.float32)
             for name, x in bucket.views():
                 self.index.view(mean, name).copy_(x)
             self.factors = equalising_factors(mean, self.index)

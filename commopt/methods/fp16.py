@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
 
-from commopt.errors import ConfigError, did_you_mean
 from commopt.exchange.mean import Mean
+from commopt.method import GradientMethod, NoOptions, options
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+@options
+class FP16Options(NoOptions):
+    dtype: Literal["float16", "bfloat16"] = "float16"
 
 
-class FP16(Mean):
+class FP16(GradientMethod, Mean):
     """Average gradients by a ring all-reduce in half precision: divide by N, cast, sum, cast back.
 
     As PyTorch's fp16_compress_hook, whose bfloat16 form is refused off CUDA; this one is not:
@@ -27,8 +30,12 @@ class FP16(Mean):
     """
 
     name = "fp16"
+    Options = FP16Options
+    options: FP16Options
 
-    def __init__(self, *, dtype: str = "float16", max_norm: float | None = None, grad_scaler: Any = None) -> None:
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ConfigError(f"dtype: {dtype!r} is no half precision{did_you_mean(str(dtype), _DTYPES)}")
-        super().__init__(wire_dtype=_DTYPES[dtype], max_norm=max_norm, grad_scaler=grad_scaler)
+    def set_up(self) -> None:
+        Mean.__init__(self, wire_dtype=getattr(torch, self.options.dtype))
+
+    @property
+    def is_exact(self) -> bool:
+        return True

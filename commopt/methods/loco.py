@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
-from commopt.compress.base import Compressor
-from commopt.compress.feedback import ErrorFeedback
+from commopt.compress.feedback import Kept
+from commopt.compress.options import ResidualBits
 from commopt.compress.quantize import BlockInt
-from commopt.errors import check_option
-from commopt.exchange.compressed import TwoWayMean
-from commopt.wire.bucket import Blocks
+from commopt.exchange.two_way import TwoWayMean
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import BlockSize, Count, Fraction, Whole
 
 
-class LoCo(TwoWayMean):
+@options
+class LoCoOptions(NoOptions):
+    bits: Literal[2, 4, 8] = 4
+    block_size: BlockSize = 256
+    beta: Fraction = 0.8
+    residual_bits: ResidualBits = 8
+    reset_every: Count | None = 1024
+    seed: Whole = 0
+
+
+class LoCo(GradientMethod, TwoWayMean):
     """Send gradients as 4-bit integers each way, corrected by a moving average of what the rounding lost, which is kept in 8 bits.
 
     Xie et al. 2024, arXiv:2407.04480, Algorithm 1, in the form of its code in ZeRO++ (DeepSpeed):
@@ -34,30 +44,10 @@ class LoCo(TwoWayMean):
     """
 
     name = "loco"
+    Options = LoCoOptions
+    options: LoCoOptions
 
-    def __init__(
-        self,
-        *,
-        bits: int = 4,
-        block_size: int = 256,
-        beta: float = 0.8,
-        residual_bits: int = 8,
-        reset_every: int | None = 1024,
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        check_option("beta", beta, lambda x: 0 <= x < 1, "a number from 0, below 1")
-        self.beta = beta
-        super().__init__(
-            BlockInt(bits=bits, block_size=block_size),
-            residual_bits=residual_bits,
-            reset_every=reset_every,
-            seed=seed,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
-
-    def feedback(self, compressor: Compressor, elements: int, blocks: Blocks) -> ErrorFeedback:
-        bits = self.residual_bits
-        return ErrorFeedback(compressor, elements, self.device, bits=bits, average=self.beta, blocks=blocks)
+    def set_up(self) -> None:
+        o = self.options
+        kept = Kept(o.residual_bits, average=o.beta, reset_every=o.reset_every)
+        TwoWayMean.__init__(self, BlockInt(bits=o.bits, block_size=o.block_size), kept, seed=o.seed)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from commopt.compress.feedback import NOTHING_KEPT
 from commopt.compress.quantize import Natural
-from commopt.exchange.compressed import TwoWayMean
+from commopt.exchange.two_way import TwoWayMean
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import BlockSize, Flag, Whole
 
 
-class NaturalMean(TwoWayMean):
+@options
+class NaturalOptions(NoOptions):
+    block_size: BlockSize = 2048
+    dense_1d: Flag = False
+    seed: Whole = 0
+
+
+class NaturalMean(GradientMethod, TwoWayMean):
     """Send gradients rounded at random to powers of two, right on average, in both directions.
 
     Horváth et al. 2019, arXiv:1905.10988, Algorithm 1 (bidirectional compression):
@@ -25,21 +33,9 @@ class NaturalMean(TwoWayMean):
     """
 
     name = "natural"
+    Options = NaturalOptions
+    options: NaturalOptions
 
-    def __init__(
-        self,
-        *,
-        block_size: int = 2048,
-        dense_1d: bool = False,
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(
-            Natural(block_size=block_size),
-            error_feedback=False,
-            dense_1d=dense_1d,
-            seed=seed,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        o = self.options
+        TwoWayMean.__init__(self, Natural(block_size=o.block_size), NOTHING_KEPT, dense_1d=o.dense_1d, seed=o.seed)

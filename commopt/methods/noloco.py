@@ -5,19 +5,36 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, ClassVar
 
-import torch
+from pydantic import Field
 from torch import Tensor
 
-from commopt.errors import ConfigError, check_flag, check_option
-from commopt.gossip.loop import Exchanged, OuterLoop, Round, mean_of
+from commopt.errors import ConfigError
+from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round, mean_of
 from commopt.gossip.topology import group_of
 from commopt.groups.peers import Peers
+from commopt.method import options
+from commopt.options import Flag, Fraction, Number, Positive, Share, Whole
 from commopt.wire.payload import Payload
+from commopt.wire.state import State
 
 
-class NoLoCo(OuterLoop):
+@options
+class NoLoCoOptions(MessageOptions):
+    lr: Positive = 0.7
+    momentum: Fraction = 0.5
+    gamma: Number | None = None
+    group_size: Annotated[Whole, Field(ge=2)] = 2
+    two_tensors: Flag = False
+    slow_share: Share = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gamma(self.lr if self.gamma is None else self.gamma, self.momentum, self.group_size)
+
+
+class NoLoCo(OuterMethod):
     """Average with a random partner every `every` steps, and move by a momentum of the result.
 
     Kolehmainen et al. 2025, arXiv:2506.10911, equations 1 to 3. Equation 2 has the sign of its second term wrong for the printed
@@ -41,43 +58,20 @@ class NoLoCo(OuterLoop):
     """
 
     name = "noloco"
+    Options = NoLoCoOptions
+    options: NoLoCoOptions
+    states: ClassVar[tuple[State, ...]] = (State("slow"), State("velocity"))
 
-    def __init__(
-        self,
-        *,
-        every: int = 50,
-        lr: float = 0.7,
-        momentum: float = 0.5,
-        gamma: float | None = None,
-        group_size: int = 2,
-        two_tensors: bool = False,
-        slow_share: float = 0.25,
-        delay: int = 0,
-        timeout_s: float = 20.0,
-        message: Any = None,
-        final_average: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            every=every, delay=delay, timeout_s=timeout_s, message=message, final_average=final_average, seed=seed
-        )
-        check_option("lr", lr, lambda x: x > 0, "a number above 0")
-        check_option("momentum", momentum, lambda x: 0 <= x < 1, "a number from 0, below 1")
-        check_option("group_size", group_size, lambda x: isinstance(x, int) and x >= 2, "a whole number from 2")
-        check_option("slow_share", slow_share, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        check_flag("two_tensors", two_tensors)
-        self.lr, self.momentum, self.group_size = lr, momentum, group_size
-        self.gamma = lr if gamma is None else gamma
-        self.slow_share = slow_share if self.message.compressor is not None else 1.0
-        self.sends_slow = two_tensors or self.gamma != lr or self.message.compressor is not None
-        _check_gamma(self.gamma, momentum, group_size)
+    def set_up(self) -> None:
+        super().set_up()
+        o, is_compressed = self.options, self.message.compressor is not None
+        self.gamma = o.lr if o.gamma is None else o.gamma
+        self.slow_share = o.slow_share if is_compressed else 1.0
+        self.sends_slow = o.two_tensors or self.gamma != o.lr or is_compressed
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
-        super().bind(named_parameters, peers)
-        if peers.size > 1 and self.group_size > peers.size:
-            raise ConfigError(f"group_size: {self.group_size} is more than the {peers.size} ranks there are")
-        self.slow = torch.zeros(self.index.total)
-        self.velocity = torch.zeros(self.index.total)
+    def lay_out(self, peers: Peers) -> None:
+        if peers.size > 1 and self.options.group_size > peers.size:
+            raise ConfigError(f"group_size: {self.options.group_size} is more than the {peers.size} ranks there are")
         edges = [self.index.total * k // self._turns for k in range(self._turns + 1)]
         self.slow_parts = [slice(a, b) for a, b in itertools.pairwise(edges)]  # uncompressed: not cut between blocks
 
@@ -87,19 +81,19 @@ class NoLoCo(OuterLoop):
         return max(1, round(1 / self.slow_share))
 
     def begin(self, x: Tensor) -> None:
-        self.slow.copy_(x)
+        self.state["slow"].copy_(x)
 
     def ready(self, number: int) -> None:
         self._send_slow(number)
 
     def group(self, number: int) -> tuple[int, ...]:
         """The ranks that average in a round, this one among them; itself alone where it sits out."""
-        return group_of(self.peers.rank, self.peers.size, self.group_size, self.seed, number)
+        return group_of(self.peers.rank, self.peers.size, self.options.group_size, self.seed, number)
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
         group = self.group(round.number)
         others = [peer for peer in group if peer != self.peers.rank]
-        what = x - self.slow if self.sends_slow else x
+        what = x - self.state["slow"] if self.sends_slow else x
         payload = self.message.pack(what, self.everything, round.number)
         for peer in others:
             self.peers.send(peer, "noloco", round.number, payload, expires_s=self.timeout_s)
@@ -118,11 +112,11 @@ class NoLoCo(OuterLoop):
         return Exchanged(members, is_missed=len(received) < len(others), values=values)
 
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
-        mean, slow, velocity = exchanged.values["mean"], self.slow, self.velocity
+        mean, slow, velocity = exchanged.values["mean"], self.state["slow"], self.state["velocity"]
         if not self.sends_slow:
-            velocity.mul_(self.momentum).add_(mean - slow, alpha=self.lr)  # eq. 2 with gamma = lr
+            velocity.mul_(self.options.momentum).add_(mean - slow, alpha=self.options.lr)  # eq. 2 with gamma = lr
         else:
-            velocity.mul_(self.momentum).add_(mean, alpha=self.lr)  # eq. 2, its first two terms
+            velocity.mul_(self.options.momentum).add_(mean, alpha=self.options.lr)  # eq. 2, its first two terms
             if "slow mean" in exchanged.values:
                 part = self._slow_part(round.number)
                 velocity[part].add_(exchanged.values["slow mean"] - slow[part], alpha=self.gamma)  # its third
@@ -130,13 +124,10 @@ class NoLoCo(OuterLoop):
         self._send_slow(round.number + 1)
         return slow
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"slow": self.slow, "velocity": self.velocity}
-
     def bytes_per_parameter(self, ranks: int) -> float:
         if ranks == 1:
             return 0.0
-        others = min(self.group_size, ranks) - 1
+        others = min(self.options.group_size, ranks) - 1
         slow = 4 / self._turns if self.sends_slow else 0.0
         return others * (self.message.bytes_per_element() + slow) / self.every
 
@@ -165,7 +156,7 @@ class NoLoCo(OuterLoop):
     def _send_slow(self, number: int) -> None:
         """Send the slow weights for the next round as soon as they are known."""
         if self.sends_slow:
-            payload = Payload.of(self.slow[self._slow_part(number)])
+            payload = Payload.of(self.state["slow"][self._slow_part(number)])
             for peer in self.group(number):
                 if peer != self.peers.rank:
                     self.peers.send(peer, "noloco slow", number, payload, expires_s=max(self.timeout_s, 60.0))
@@ -180,7 +171,7 @@ class NoLoCo(OuterLoop):
             if x is not None:
                 received[peer] = x
         everyone = sorted([self.peers.rank, *received])
-        own = self.slow[part]
+        own = self.state["slow"][part]
         return {"slow mean": mean_of([own if rank == self.peers.rank else received[rank] for rank in everyone])}
 
 
@@ -193,7 +184,6 @@ def _check_gamma(gamma: float, momentum: float, group_size: int) -> None:
     """Equation 74: sqrt(n / (2 (n - 1))) momentum < gamma < sqrt(n / (2 (n - 1)) (2 + momentum^2))."""
     ratio = group_size / (2 * (group_size - 1))
     low, high = math.sqrt(ratio) * momentum, math.sqrt(ratio * (2 + momentum**2))
-    check_option("gamma", gamma, lambda x: isinstance(x, float | int), "a number, or leave it out for that of lr")
     if not low < gamma < high:
         raise ConfigError(
             f"gamma: {gamma} lets replicas drift apart: sqrt(n / (2 (n - 1))) momentum < gamma < sqrt(n / (2 (n - 1)) (2 + momentum^2)) "

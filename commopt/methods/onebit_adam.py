@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.errors import check_flag
-from commopt.exchange.compressed import TwoWayMean
+from commopt.compress.feedback import Kept
+from commopt.compress.sign import equalising_factors
 from commopt.exchange.mean import Mean
+from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
-from commopt.optim.update import FrozenVariance
+from commopt.method import options
+from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
+from commopt.options import Flag
 from commopt.wire.bucket import Bucket
+
+
+@options
+class OnebitAdamOptions(FrozenOptions):
+    freeze_step: FreezeStep = "auto"
+    bias_correction: Flag = True
 
 
 class OnebitAdam(FrozenVariance):
@@ -44,64 +51,33 @@ class OnebitAdam(FrozenVariance):
     max_ratio: as above; Adam's own steps stay below 7.3 lr at the default betas. None for the paper's form, without a bound.
     momentum_mask: {parameter name: tensor of its shape}; momentum is multiplied by it after the freeze, for coordinates
         that get gradients only later (positions beyond the sequence length).
-    max_norm, grad_scaler: see `Aggregator`. In the warm-up the norm is that of the mean gradient.
     """
 
     name = "onebit_adam"
-    counters: ClassVar[tuple[str, ...]] = ("step", "variance_step")
+    Options = OnebitAdamOptions
+    options: OnebitAdamOptions
+    stands_for = ("Adam", "AdamW")
+    counters = ("step", "variance_step")
 
-    def __init__(
-        self,
-        named_params: Iterable[Any],
-        *,
-        lr: float = 1e-3,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        freeze_step: int | str = "auto",
-        bias_correction: bool = True,
-        scale: str = "l1",
-        block_size: int = 2048,
-        prescale: bool = False,
-        residual_bits: int = 32,
-        momentum_mask: Mapping[str, Tensor] | None = None,
-        max_ratio: float | None = 3.0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        check_flag("bias_correction", bias_correction)
-        check_prescale(prescale, scale)
-        self._mean = Mean()
-        self._two_way = TwoWayMean(scaled_sign(scale, block_size), residual_bits=residual_bits)
-        self.made_of = (self._mean, self._two_way)
-        self.merges_buckets = self._two_way.merges_buckets
-        self.bias_correction, self.prescale = bias_correction, prescale
-        super().__init__(
-            named_params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-            },
-            freeze_step=freeze_step,
-            momentum_mask=momentum_mask,
-            max_ratio=max_ratio,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        super().set_up()
+        self.freeze_at = self.options.freeze_step
+        self.mean = Mean()
+        self.two_way = TwoWayMean(self.options.compressor(), Kept(self.options.residual_bits))
+        self.parts = (self.mean, self.two_way)
+        self.merges_buckets = self.two_way.merges_buckets
 
     @property
     def is_exact(self) -> bool:
         return not self.is_frozen
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         if not self.is_frozen:
-            return self._mean.aggregate(bucket, group)
+            return self.mean.exchange(bucket, group)
         for name, g in bucket.views():
-            m, b1 = self.part("momentum", name), self.options(name)["betas"][0]
+            m, b1 = self.part("momentum", name), self.settings(name)["betas"][0]
             torch.lerp(m, g, 1 - b1, out=g)  # m_i = b1 m + (1 - b1) g_i
-        return self._two_way.aggregate(bucket, group)
+        return self.two_way.exchange(bucket, group)
 
     def receive(self, bucket: Bucket) -> None:
         for name, x in bucket.views():
@@ -109,25 +85,25 @@ class OnebitAdam(FrozenVariance):
             if self.is_frozen:
                 m.copy_(self.masked_(x, name))
             else:
-                b1, b2 = self.options(name)["betas"]
+                b1, b2 = self.settings(name)["betas"]
                 m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
                 v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
 
-    def count(self, state: dict[str, Any]) -> None:
-        state["step"] += 1
-        state["variance_step"] += not self.is_frozen
+    def count(self, entry: dict[str, Any]) -> None:
+        entry["step"] += 1
+        entry["variance_step"] += not self.is_frozen
 
-    def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         b1, b2 = group["betas"]
         root, step_size, lacking = state["variance"].sqrt(), group["lr"], 1.0
         if state["variance_step"]:
             lacking = math.sqrt(1 - b2 ** state["variance_step"])
-        if self.bias_correction:
+        if self.options.bias_correction:
             root /= lacking
             step_size /= 1 - b1 ** state["step"]
         root += group["eps"]
         if self.is_frozen and self.ranks > 1:
-            root = self.bounded(root, state["momentum"], 1.0 if self.bias_correction else lacking)
+            root = self.bounded(root, state["momentum"], 1.0 if self.options.bias_correction else lacking)
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
         if p.dtype == torch.float32:
@@ -136,16 +112,16 @@ class OnebitAdam(FrozenVariance):
             p.copy_(p.float().addcdiv_(state["momentum"], root, value=-step_size))
 
     def variance_correction(self, group: Mapping[str, Any]) -> float:
-        return 1 - float(group["betas"][1]) ** self.applied_steps if self.bias_correction else 1.0
+        return 1 - float(group["betas"][1]) ** self.applied_steps if self.options.bias_correction else 1.0
 
     def freeze(self) -> None:
         super().freeze()
-        if self.prescale:
-            self._two_way.factors = equalising_factors(self.arena["momentum"], self.index)
+        if self.options.prescale:
+            self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        return self._two_way.bytes_per_parameter(ranks)
+        return self.two_way.bytes_per_parameter(ranks)
 
     @property
     def state_form(self) -> str:
-        return self._two_way.state_form
+        return self.two_way.state_form

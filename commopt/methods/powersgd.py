@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from commopt.errors import check_option
-from commopt.exchange.mean import Aggregator, State, check_alone, first_bad, is_finite, load_mean, load_tensor
+from commopt.exchange.base import first_bad, is_finite
 from commopt.groups.base import Group
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import Count, Number, Whole
 from commopt.wire import noise
 from commopt.wire.bucket import Bucket, ParameterIndex
+from commopt.wire.state import State
 
 
-class PowerSGD(Aggregator):
+@options
+class PowerSGDOptions(NoOptions):
+    rank: Count = 4
+    start_step: Annotated[Whole, Field(ge=0)] = 0
+    min_compression_rate: Annotated[Number, Field(ge=1)] = 2.0
+    seed: Whole = 0
+
+
+class PowerSGD(GradientMethod):
     """Send two thin factors of each gradient matrix: one step of power iteration from where the last exchange ended.
 
     Vogels et al. 2019, arXiv:1905.13727, Algorithms 1 and 2. A parameter of two or more dimensions is a matrix
@@ -44,45 +55,34 @@ class PowerSGD(Aggregator):
     """
 
     name = "powersgd"
+    Options = PowerSGDOptions
+    options: PowerSGDOptions
     warmup_option = "start_step"
 
-    def __init__(
-        self,
-        *,
-        rank: int = 4,
-        start_step: int = 0,
-        min_compression_rate: float = 2.0,
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(max_norm=max_norm, grad_scaler=grad_scaler)
-        check_option("rank", rank, lambda x: isinstance(x, int) and x >= 1, "a whole number from 1")
-        check_option("start_step", start_step, lambda x: isinstance(x, int) and x >= 0, "a whole number from 0")
-        check_option("min_compression_rate", min_compression_rate, lambda x: 1 <= x < math.inf, "a number from 1")
-        check_option("seed", seed, lambda x: isinstance(x, int), "a whole number")
-        self.columns, self.start_step, self.seed = rank, start_step, seed
-        self.min_compression_rate = min_compression_rate
-
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.device = named_parameters[0][1].device
+    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().lay_out(named_parameters, group)
         self.shapes = {name: (len(p), p.numel() // len(p)) for name, p in named_parameters if self._is_compressed(p)}
-        self.matrices = ParameterIndex(tuple(self.shapes), tuple(n * m for n, m in self.shapes.values()))
-        self.factors = ParameterIndex(tuple(self.shapes), tuple(m * self._width(n, m) for n, m in self.shapes.values()))
-        self.residual = torch.zeros(self.matrices.total, device=self.device)
-        self.q = torch.empty(self.factors.total, device=self.device)
+
+    def declare(self) -> list[State]:
+        names, shapes = tuple(self.shapes), self.shapes.values()
+        matrices = ParameterIndex(names, tuple(n * m for n, m in shapes))
+        factors = ParameterIndex(names, tuple(m * self._width(n, m) for n, m in shapes))
+        residual = State("residual", index=matrices, held="rank", on_resize="mean")
+        return [residual, State("q", index=factors), *super().declare()]
+
+    def bound(self) -> None:
+        super().bound()
         for name in self.shapes:
             self._q(name).copy_(self._draw(name))
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
-            return check_alone(self, bucket)
+            return self.exchange_alone(bucket)
         matrices: dict[str, Tensor] = {}
         first = []
         for name, g in bucket.views():
             if self._is_due(name):
-                m = torch.add(g, self.matrices.view(self.residual, name)).view(self.shapes[name])  # M_i = g_i + e_i
+                m = torch.add(g, self.part("residual", name)).view(self.shapes[name])  # M_i = g_i + e_i
                 matrices[name] = m
                 first.append((name, _poisoned(self._q(name) @ m.T, m)))
             else:
@@ -109,7 +109,7 @@ class PowerSGD(Aggregator):
         for name, m in matrices.items():
             p, q = ps[name], mean_qs[name].clone().view_as(qs[name])
             m.addmm_(p.T, qs[name], alpha=-1.0)  # e_i <- M_i - P Q_i^T
-            self.matrices.view(self.residual, name).copy_(m.view(-1))
+            self.part("residual", name).copy_(m.view(-1))
             results[name] = torch.mm(p.T, q, out=m).view(-1)  # P Q^T
             self._q(name).copy_(self._next(name, q))
         return results
@@ -134,23 +134,23 @@ class PowerSGD(Aggregator):
         """(r, m) random numbers that are the same on all ranks."""
         k = self.index.position[name]
         count, place = self.exchanges.numpy()[k : k + 1], self.index.offsets[k : k + 1]
-        keys = noise.keys(self.seed, "powersgd", 0, count, place)
+        keys = noise.keys(self.options.seed, "powersgd", 0, count, place)
         numbers = noise.uniform(keys, np.asarray([self._q(name).numel()]), self.device)
         return (numbers - 0.5).view_as(self._q(name))
 
     def _q(self, name: str) -> Tensor:
         """(r, m) view of Q, whose columns lie one behind the other: products are faster so."""
-        return self.factors.view(self.q, name).view(-1, self.shapes[name][1])
+        return self.part("q", name).view(-1, self.shapes[name][1])
 
     def _width(self, n: int, m: int) -> int:
-        return min(self.columns, n, m)
+        return min(self.options.rank, n, m)
 
     def _is_compressed(self, p: Tensor) -> bool:
         n, m = (len(p), p.numel() // len(p)) if p.dim() > 1 and p.numel() else (1, 1)
-        return (n + m) * self._width(n, m) * self.min_compression_rate < n * m
+        return (n + m) * self._width(n, m) * self.options.min_compression_rate < n * m
 
     def _is_due(self, name: str) -> bool:
-        return name in self.shapes and int(self.exchanges[self.index.position[name]]) >= self.start_step
+        return name in self.shapes and int(self.exchanges[self.index.position[name]]) >= self.options.start_step
 
     @property
     def is_exact(self) -> bool:
@@ -158,11 +158,11 @@ class PowerSGD(Aggregator):
 
     @property
     def is_steady(self) -> bool:
-        return int(self.exchanges.max()) >= self.start_step
+        return int(self.exchanges.max()) >= self.options.start_step
 
     @property
     def warmup_steps(self) -> int:
-        return self.start_step
+        return self.options.start_step
 
     def bytes_per_parameter(self, ranks: int) -> float:
         n = m = 1024
@@ -170,31 +170,7 @@ class PowerSGD(Aggregator):
 
     @property
     def state_form(self) -> str:
-        return f"rank {self.columns}, min_compression_rate {self.min_compression_rate:g}"
-
-    def state_views(self, name: str) -> list[Tensor]:
-        own = super().state_views(name)
-        if name not in self.shapes:
-            return own
-        return [*own, self.matrices.view(self.residual, name), self.factors.view(self.q, name)]
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["shared"]["q"] = self.q
-        state["local"]["residual"] = self.residual
-        return state
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        load_tensor(self.q, state["shared"], "q")
-        load_tensor(self.residual, state["local"], "residual")
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        """Every new rank takes the mean of the old ranks' residuals: the factors depend on residuals only through it."""
-        every = list(states)
-        super().load_resharded(every)
-        load_tensor(self.q, every[0]["shared"], "q")
-        load_mean(self.residual, every, "residual")
+        return f"rank {self.options.rank}, min_compression_rate {self.options.min_compression_rate:g}"
 
 
 def _poisoned(p: Tensor, m: Tensor) -> Tensor:

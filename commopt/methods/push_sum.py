@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from commopt.exchange.mean import State, is_finite
-from commopt.gossip.loop import Exchanged, OuterLoop, Round
+from commopt.exchange.base import is_finite
+from commopt.gossip.loop import Exchanged, OuterMethod, OuterOptions, Round
 from commopt.gossip.topology import directed_exponential
 from commopt.groups.peers import Letter, Peers
+from commopt.method import options
+from commopt.options import Count
 from commopt.wire.payload import Payload
+from commopt.wire.state import State
 
 _LEAST_WEIGHT = 2.0**-10  # a rank that nothing reaches stops giving its weight away
 
 
-class PushSum(OuterLoop):
+@options
+class PushSumOptions(OuterOptions):
+    every: Count = 1
+
+
+class PushSum(OuterMethod):
     """Send half of one's parameters and weight to the next rank of a directed exponential graph, and add what comes in.
 
     Assran et al. 2019, arXiv:1811.10792, Algorithm 1; push-sum is Kempe et al. 2003. With numerators w_i z_i and weights w_i:
@@ -37,32 +45,27 @@ class PushSum(OuterLoop):
     """
 
     name = "push_sum"
+    Options = PushSumOptions
+    options: PushSumOptions
+    states: ClassVar[tuple[State, ...]] = (
+        State("weight", of="run", held="rank", on_resize="reset", dtype=torch.float64, initial=1.0),
+    )
 
-    def __init__(
-        self,
-        *,
-        every: int = 1,
-        delay: int = 0,
-        timeout_s: float = 20.0,
-        final_average: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(every=every, delay=delay, timeout_s=timeout_s, final_average=final_average, seed=seed)
-        self.max_lag = max(3, math.ceil(50 / every))
+    def set_up(self) -> None:
+        super().set_up()
+        self.max_lag = max(3, math.ceil(50 / self.every))
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
-        super().bind(named_parameters, peers)
-        self.weight = torch.ones(1, dtype=torch.float64)
+    def lay_out(self, peers: Peers) -> None:
         self.early: list[tuple[int, Letter]] = []  # what came before its round
 
     def begin(self, x: Tensor) -> None:
-        self.weight.fill_(1)
+        self.state["weight"].fill_(1)
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
         number, me = round.number, self.peers.rank
         to = directed_exponential(self.peers.size, number, me)
         source = next(r for r in self.peers.others if directed_exponential(self.peers.size, number, r) == me)
-        weight = float(self.weight)
+        weight = float(self.state["weight"])
         if self.peers.is_up(to) and weight > _LEAST_WEIGHT:
             weight /= 2
             share = torch.tensor([weight], dtype=torch.float64)
@@ -79,16 +82,11 @@ class PushSum(OuterLoop):
         return Exchanged(tuple(sorted(members)), is_missed, values)
 
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
-        self.weight.copy_(exchanged.values["weight"])
+        self.state["weight"].copy_(exchanged.values["weight"])
         return x if len(exchanged.members) == 1 else exchanged.values["mixed"]
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 4 / self.every if ranks > 1 else 0.0
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        state["local"]["weight"] = self.weight
-        return state
 
     def _arrived(self, number: int, source: int) -> tuple[list[tuple[int, Letter]], bool]:
         """What has come of this round and of earlier ones, in a fixed order, and whether this round's message is missing."""

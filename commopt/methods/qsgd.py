@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from commopt.compress.feedback import NOTHING_KEPT
 from commopt.compress.quantize import QSGDLevels
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import BlockSize, Flag, Whole
 
 
-class QSGD(GatherMean):
+@options
+class QSGDOptions(NoOptions):
+    levels: Annotated[Whole, Field(ge=1, le=127)] = 127
+    block_size: BlockSize = 512
+    norm: Literal["max", "l2"] = "max"
+    dense_1d: Flag = False
+    seed: Whole = 0
+
+
+class QSGD(GradientMethod, GatherMean):
     """Send gradients rounded at random to a few levels of each block's norm, right on average.
 
     Alistarh et al. 2017, arXiv:1610.02132, Theorem 3.2 (stochastic quantisation by blocks):
@@ -28,23 +42,10 @@ class QSGD(GatherMean):
     """
 
     name = "qsgd"
+    Options = QSGDOptions
+    options: QSGDOptions
 
-    def __init__(
-        self,
-        *,
-        levels: int = 127,
-        block_size: int = 512,
-        norm: str = "max",
-        dense_1d: bool = False,
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(
-            QSGDLevels(levels=levels, block_size=block_size, norm=norm),
-            error_feedback=False,
-            dense_1d=dense_1d,
-            seed=seed,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        o = self.options
+        codec = QSGDLevels(levels=o.levels, block_size=o.block_size, norm=o.norm)
+        GatherMean.__init__(self, codec, NOTHING_KEPT, dense_1d=o.dense_1d, seed=o.seed)

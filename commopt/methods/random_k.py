@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 
 from commopt.compress.base import element_indices
+from commopt.compress.feedback import NOTHING_KEPT, Kept
 from commopt.compress.sparse import RandomK
-from commopt.errors import check_option
 from commopt.exchange.compressed import Compressed
-from commopt.exchange.mean import check_alone
 from commopt.groups.base import Group
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import Flag, Share, Whole
 from commopt.wire.bucket import Bucket
 
 
-class RandomKMean(Compressed):
+@options
+class RandomKOptions(NoOptions):
+    density: Share = 0.01
+    value_bits: Literal[32, 16] = 32
+    error_feedback: Flag = True
+    dense_1d: Flag = True
+    seed: Whole = 0
+
+
+class RandomKMean(GradientMethod, Compressed):
     """Average a random share of the gradient elements by a ring all-reduce; all ranks draw the same places, which never travel.
 
     Stich et al. 2018, arXiv:1809.07599, Algorithm 1 with random_k; one place is drawn from each 1/density consecutive elements:
@@ -34,33 +44,19 @@ class RandomKMean(Compressed):
     """
 
     name = "random_k"
+    Options = RandomKOptions
+    options: RandomKOptions
 
-    def __init__(
-        self,
-        *,
-        density: float = 0.01,
-        value_bits: int = 32,
-        error_feedback: bool = True,
-        dense_1d: bool = True,
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        check_option("value_bits", value_bits, lambda x: x in (16, 32), "32 or 16")
-        self.choice = RandomK(density=density, value_bits=value_bits)
-        super().__init__(
-            self.choice,
-            error_feedback=error_feedback,
-            dense_1d=dense_1d,
-            seed=seed,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        o = self.options
+        self.choice = RandomK(density=o.density, value_bits=o.value_bits)
+        kept = Kept() if o.error_feedback else NOTHING_KEPT
+        Compressed.__init__(self, self.choice, kept, dense_1d=o.dense_1d, seed=o.seed)
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
-            return check_alone(self, bucket)
-        blocks = self.keyed(self.blocks(bucket), self.choice)
+            return self.exchange_alone(bucket)
+        blocks = self.keyed(self.blocks_of(bucket), self.choice)
         if not self.average_dense(bucket, group) or not len(blocks):
             return None
         device, ks = self.device, self.choice.ks(blocks)
@@ -68,12 +64,12 @@ class RandomKMean(Compressed):
         homes = element_indices(blocks.homes, blocks.lengths, device)
         c = bucket.flat[elements]
         block = torch.arange(len(blocks), device=device).repeat_interleave(torch.from_numpy(blocks.lengths).to(device))
-        bad = torch.zeros(len(blocks), device=device).index_add_(0, block, (~c.isfinite()).float())
-        if self.residual_bits:
+        bad = torch.zeros(len(blocks), device=device, dtype=torch.float32).index_add_(0, block, (~c.isfinite()).float())
+        if self.kept.bits:
             c += self.worker.residual[homes]
         within, drawn_from = self.choice.places(blocks)
         chosen = torch.from_numpy(within + np.repeat(np.cumsum(blocks.lengths) - blocks.lengths, ks)).to(device)
-        scale = 1.0 if self.residual_bits else torch.from_numpy(drawn_from).to(device)
+        scale = 1.0 if self.kept.bits else torch.from_numpy(drawn_from).to(device)
         sent = (c[chosen] * scale / group.size).to(torch.float16 if self.choice.value_bits == 16 else torch.float32)
         summed = torch.cat([sent, bad.clamp(max=1).to(sent.dtype)])  # a NaN that was not drawn is told of
         group.all_reduce(summed)
@@ -83,7 +79,7 @@ class RandomKMean(Compressed):
             return self._void(bucket, int(blocks.parameters[np.flatnonzero(bad.cpu().numpy())].min()))
         bucket.flat[elements] = 0
         bucket.flat[elements[chosen]] = mean.float()
-        if self.residual_bits:
+        if self.kept.bits:
             c[chosen] -= sent.float() * group.size
             self.worker.residual[homes] = c
         return None

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from commopt.errors import AttachError, check_option
-from commopt.exchange.mean import State, load_mean, load_tensor
+from commopt.errors import AttachError
 from commopt.exchange.vote import SignVote
 from commopt.groups.base import Group
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import Fraction, Whole
 from commopt.wire.bucket import Bucket
+from commopt.wire.state import State
 
 _FIX = "signum is made for torch.optim.SGD(parameters, lr=1e-4) without momentum, which is signum's own option"
 
 
-class Signum(SignVote):
+@options
+class SignumOptions(NoOptions):
+    momentum: Fraction = 0.9
+    seed: Whole = 0
+
+
+class Signum(GradientMethod, SignVote):
     """Send the sign of each rank's momentum, one bit per element, and get the majority's sign back.
 
     Bernstein et al. 2019, arXiv:1810.05291, Algorithm 1 (Signum with majority vote); with momentum=0 it is
@@ -32,17 +36,19 @@ class Signum(SignVote):
     Use it as the baseline of sign methods, or where state is scarce (momentum=0).
     Not for Adam or Lion (a sign of a sign), or for a learning rate of SGD's size: every element moves by lr in every step.
 
-    momentum: b. seed: of the coins. max_norm, grad_scaler: see `Aggregator`.
+    momentum: b. seed: of the coins.
     """
 
     name = "signum"
+    Options = SignumOptions
+    options: SignumOptions
 
-    def __init__(
-        self, *, momentum: float = 0.9, seed: int = 0, max_norm: float | None = None, grad_scaler: Any = None
-    ) -> None:
-        super().__init__(vote="majority", seed=seed, max_norm=max_norm, grad_scaler=grad_scaler)
-        check_option("momentum", momentum, lambda x: 0 <= x < 1, "a number from 0, below 1")
-        self.b = momentum
+    def set_up(self) -> None:
+        SignVote.__init__(self, is_majority=True, seed=self.options.seed)
+
+    def declare(self) -> list[State]:
+        own = [State("momentum", held="rank", on_resize="mean")] if self.options.momentum else []
+        return [*own, *super().declare()]
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         kind = type(optimizer).__name__
@@ -53,42 +59,22 @@ class Signum(SignVote):
                 if key in group:
                     raise AttachError(f"{kind} scales what it gets by itself, and a sign has no size: {_FIX}")
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().bind(named_parameters, group)
-        self.momentum = torch.zeros(self.index.total if self.b else 0, device=named_parameters[0][1].device)
+    @property
+    def is_repeatable(self) -> bool:
+        return False  # the first exchange's signs would drown a second gradient
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
-        if not self.b:
-            return super().aggregate(bucket, group)
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        b = self.options.momentum
+        if not b:
+            return super().exchange(bucket, group)
         new = bucket.with_flat(torch.empty_like(bucket.flat))
         for (name, g), (_, m) in zip(bucket.views(), new.views(), strict=True):
-            torch.lerp(self.index.view(self.momentum, name), g, 1 - self.b, out=m)  # b m + (1 - b) g
+            torch.lerp(self.part("momentum", name), g, 1 - b, out=m)  # b m + (1 - b) g
         if self.vote(new.flat, bucket.flat, bucket, group):
             for name, m in new.views():
-                self.index.view(self.momentum, name).copy_(m)
+                self.part("momentum", name).copy_(m)
         return None
 
     @property
     def state_form(self) -> str:
-        return "" if self.b else "no momentum"
-
-    def state_views(self, name: str) -> list[Tensor]:
-        return [*super().state_views(name), *([self.index.view(self.momentum, name)] if self.b else [])]
-
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        if self.b:
-            state["local"]["momentum"] = self.momentum
-        return state
-
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        if self.b:
-            load_tensor(self.momentum, state["local"], "momentum")
-
-    def load_resharded(self, states: Iterable[State]) -> None:
-        """Every new rank takes the mean of the old ranks' momenta."""
-        every = list(states)
-        super().load_resharded(every)
-        if self.b:
-            load_mean(self.momentum, every, "momentum")
+        return "" if self.options.momentum else "no momentum"

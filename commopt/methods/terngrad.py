@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import element_indices
+from commopt.compress.feedback import NOTHING_KEPT
 from commopt.compress.quantize import bits_of
 from commopt.compress.ternary import Ternary
-from commopt.errors import AttachError, check_option
+from commopt.errors import AttachError
 from commopt.exchange.compressed import Compressed
-from commopt.exchange.mean import check_alone
 from commopt.groups.base import Group
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import Flag, Names, Number, Wanted, Whole
 from commopt.wire.bucket import Blocks, Bucket
 from commopt.wire.payload import Payload
 
 _MOST_RANKS = 127
 
 
-class TernGrad(Compressed):
+@options
+class TernGradOptions(NoOptions):
+    clip: Annotated[Number, Field(ge=0), Wanted("a number above 0, or 0 for no clamp")] = 2.5
+    dense_1d: Flag = True
+    dense: Annotated[Names, Wanted("a list of parameter names")] = ()
+    seed: Whole = 0
+
+
+class TernGrad(GradientMethod, Compressed):
     """Send each gradient element as -1, 0 or 1 at random, sum these as integers, and send the sums back.
 
     Wen et al. 2017, arXiv:1705.07878, Algorithm 1 with scaler sharing and layer-wise ternarising:
@@ -42,50 +53,33 @@ class TernGrad(Compressed):
     """
 
     name = "terngrad"
+    Options = TernGradOptions
+    options: TernGradOptions
 
-    def __init__(
-        self,
-        *,
-        clip: float = 2.5,
-        dense_1d: bool = True,
-        dense: Sequence[str] = (),
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        check_option("clip", clip, lambda x: x >= 0, "a number above 0, or 0 for no clamp")
-        is_names = "a list of parameter names"
-        check_option("dense", dense, lambda x: not isinstance(x, str) and all(isinstance(n, str) for n in x), is_names)
-        super().__init__(
-            Ternary(),
-            error_feedback=False,
-            dense_1d=dense_1d,
-            seed=seed,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
-        self.clip, self.dense = clip, frozenset(dense)
+    def set_up(self) -> None:
+        o = self.options
+        Compressed.__init__(self, Ternary(), NOTHING_KEPT, dense_1d=o.dense_1d, seed=o.seed)
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         if group.size > _MOST_RANKS:
             raise AttachError(f"terngrad sums in at most 8 bits, for up to {_MOST_RANKS} ranks, not {group.size}")
-        for name in self.dense - {name for name, _ in named_parameters}:
+        for name in set(self.options.dense) - {name for name, _ in named_parameters}:
             raise AttachError(f"dense: the model has no trainable parameter {name!r}")
-        super().bind(named_parameters, group)
+        super().lay_out(named_parameters, group)
 
     def stays_dense(self, name: str, p: Tensor) -> bool:
-        return name in self.dense or super().stays_dense(name, p)
+        return name in self.options.dense or super().stays_dense(name, p)
 
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
-            return check_alone(self, bucket)
-        if not self.average_dense(bucket, group) or not len(self.blocks(bucket)):
+            return self.exchange_alone(bucket)
+        if not self.average_dense(bucket, group) or not len(self.blocks_of(bucket)):
             return None
         clamped = bucket.with_flat(bucket.flat.clone())
         scales = self._shared_scales(clamped, group)
         if not bool(scales.isfinite().all()):
             return self._void(bucket, int((~scales.isfinite()).nonzero()[0]))
-        kernel, parts = kernels.of("quantize", self.device), self.parts(bucket)
+        kernel, parts = kernels.of("quantize", self.device), self.parts_of(bucket)
         sent = []
         for blocks in parts.by_owner:
             payload = Payload.allocate(self.compressor.layout(blocks)[1:], self.device)
@@ -102,7 +96,10 @@ class TernGrad(Compressed):
             )
             sent.append(payload)
         served = parts.served[group.rank]
-        one, total = torch.ones(len(served), device=self.device), bucket.flat.new_zeros(served.elements)
+        one, total = (
+            torch.ones(len(served), device=self.device, dtype=torch.float32),
+            bucket.flat.new_zeros(served.elements),
+        )
         for payload in group.all_to_all(sent):
             kernel.decompress_levels_(payload.tensors[0], one, served, total, bits=2, alpha=1.0, add=True)
         bits = bits_of(group.size)
@@ -119,11 +116,11 @@ class TernGrad(Compressed):
 
     def _shared_scales(self, bucket: Bucket, group: Group) -> Tensor:
         """(P,) f32: the largest magnitude of each of the bucket's parameters on any rank, after clamping it in place."""
-        own = torch.zeros(len(self.index.names), device=self.device)
+        own = torch.zeros(len(self.index.names), device=self.device, dtype=torch.float32)
         for name, g in bucket.views():
             if name not in self.dense_names:
-                if self.clip and g.numel() > 1:
-                    bound = self.clip * g.std(correction=0)
+                if self.options.clip and g.numel() > 1:
+                    bound = self.options.clip * g.std(correction=0)
                     g.clamp_(-bound, bound)
                 own[self.index.position[name]] = g.abs().max()
         of_bucket = [self.index.position[name] for name in bucket.names if name not in self.dense_names]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from commopt.compress.options import ResidualOptions, ValueBits
 from commopt.compress.sparse import Threshold
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
+from commopt.method import GradientMethod, options
+from commopt.options import Flag, Positive
 
 
-class ThresholdMean(GatherMean):
+@options
+class ThresholdOptions(ResidualOptions):
+    threshold: Positive
+    value_bits: ValueBits = 16
+    dense_1d: Flag = True
+
+
+class ThresholdMean(GradientMethod, GatherMean):
     """Send every gradient element whose magnitude, with what earlier steps left of it, reaches a threshold.
 
     Strom 2015, "Scalable distributed DNN training using commodity GPU cloud computing" (threshold with error feedback);
@@ -25,26 +33,13 @@ class ThresholdMean(GatherMean):
     """
 
     name = "threshold"
+    Options = ThresholdOptions
+    options: ThresholdOptions
 
-    def __init__(
-        self,
-        *,
-        threshold: float,
-        value_bits: int = 16,
-        dense_1d: bool = True,
-        residual_bits: int = 32,
-        residual_decay: float = 1.0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(
-            Threshold(threshold=threshold, value_bits=value_bits),
-            dense_1d=dense_1d,
-            residual_bits=residual_bits,
-            residual_decay=residual_decay,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        o = self.options
+        codec = Threshold(threshold=o.threshold, value_bits=o.value_bits)
+        GatherMean.__init__(self, codec, o.kept(), dense_1d=o.dense_1d)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         raise NotImplementedError("what a threshold lets through depends on the gradients")

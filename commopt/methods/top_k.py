@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from commopt.compress.options import ResidualOptions, ValueBits
 from commopt.compress.sparse import TopK
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
+from commopt.method import GradientMethod, options
+from commopt.options import Flag, Share
 
 
-class TopKMean(GatherMean):
+@options
+class TopKOptions(ResidualOptions):
+    density: Share = 0.01
+    value_bits: ValueBits = 16
+    dense_1d: Flag = True
+
+
+class TopKMean(GradientMethod, GatherMean):
     """Send the gradient elements with the largest magnitudes and their places, and what that left out with later steps'.
 
     Aji and Heafield 2017, arXiv:1704.05021; Stich et al. 2018, arXiv:1809.07599, Algorithm 1:
@@ -26,23 +34,10 @@ class TopKMean(GatherMean):
     """
 
     name = "top_k"
+    Options = TopKOptions
+    options: TopKOptions
 
-    def __init__(
-        self,
-        *,
-        density: float = 0.01,
-        value_bits: int = 16,
-        dense_1d: bool = True,
-        residual_bits: int = 32,
-        residual_decay: float = 1.0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(
-            TopK(density=density, value_bits=value_bits),
-            dense_1d=dense_1d,
-            residual_bits=residual_bits,
-            residual_decay=residual_decay,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        o = self.options
+        codec = TopK(density=o.density, value_bits=o.value_bits)
+        GatherMean.__init__(self, codec, o.kept(), dense_1d=o.dense_1d)

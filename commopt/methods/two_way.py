@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from commopt.compress import make_compressor
-from commopt.exchange.compressed import TwoWayMean
+from commopt.compress.options import Codec, ErrorFeedbackOptions
+from commopt.exchange.two_way import TwoWayMean
+from commopt.method import GradientMethod, options
 
 
-class TwoWay(TwoWayMean):
+@options
+class TwoWayOptions(ErrorFeedbackOptions):
+    worker: Codec = "int8"  # type: ignore[assignment]  # a name, until it is validated
+    server: Codec | None = None
+
+
+class TwoWay(GradientMethod, TwoWayMean):
     """Send compressed gradients to the rank that averages them, and its compressed answers to all, with error feedback on both sides.
 
     DoubleSqueeze, Tang et al. 2019, arXiv:1905.05957. `two_way(int8)` and `two_way(sign, int8)` name the codecs in a configuration.
@@ -30,30 +34,9 @@ class TwoWay(TwoWayMean):
 
     name = "two_way"
     positional = ("worker", "server")
+    Options = TwoWayOptions
+    options: TwoWayOptions
 
-    def __init__(
-        self,
-        *,
-        worker: str | Mapping[str, Any] = "int8",
-        server: str | Mapping[str, Any] | None = None,
-        error_feedback: bool = True,
-        residual_bits: int = 32,
-        residual_decay: float = 1.0,
-        reset_every: int | None = None,
-        dense_1d: bool = False,
-        seed: int = 0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        super().__init__(
-            make_compressor(worker, "worker"),
-            None if server is None else make_compressor(server, "server"),
-            error_feedback=error_feedback,
-            residual_bits=residual_bits,
-            residual_decay=residual_decay,
-            reset_every=reset_every,
-            dense_1d=dense_1d,
-            seed=seed,
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        o = self.options
+        TwoWayMean.__init__(self, o.worker, o.kept(), server=o.server, dense_1d=o.dense_1d, seed=o.seed)

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.compress.sign import check_prescale, equalising_factors, scaled_sign
-from commopt.errors import GroupError, check_flag, check_option
-from commopt.exchange.compressed import TwoWayMean
-from commopt.exchange.mean import Mean, State, check_alone, clip_joint_norm_, load_tensor
+from commopt.compress.feedback import Kept
+from commopt.compress.sign import equalising_factors
+from commopt.errors import GroupError
+from commopt.exchange.mean import Mean
+from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
-from commopt.optim.update import FrozenVariance
+from commopt.method import options
+from commopt.optim.frozen import FrozenOptions, FrozenVariance
+from commopt.options import Count, Flag, Wanted
 from commopt.wire.bucket import Bucket
+from commopt.wire.state import Saved, State, load_mean, load_tensor
 
-_WHOLE = "a whole number from 1"
+VarFreezeStep = Annotated[Count | Literal["auto"] | None, Wanted("a whole number from 1, 'auto', or None for never")]
+
+
+@options
+class ZeroOneAdamOptions(FrozenOptions):
+    var_freeze_step: VarFreezeStep = "auto"
+    var_update_scaler: Count = 16
+    local_step_scaler: Count = 32678
+    local_step_clipper: Count = 16
+    bias_correction: Flag = True
 
 
 class ZeroOneAdam(FrozenVariance):
@@ -55,79 +67,43 @@ class ZeroOneAdam(FrozenVariance):
         constant interval of H, but for the first steps.
     scale, block_size, residual_bits: as in `ef_sign`.
     prescale, momentum_mask: as in `onebit_adam`.
-    max_norm, grad_scaler: see `Aggregator`. In local steps every rank clips its own norm.
     """
 
     name = "zero_one_adam"
+    Options = ZeroOneAdamOptions
+    options: ZeroOneAdamOptions
     warmup_option = "var_freeze_step"
-    arenas: ClassVar[tuple[str, ...]] = ("momentum", "variance", "mean_momentum", "common")
-    counters: ClassVar[tuple[str, ...]] = ("step", "variance_step", "local_steps")
-    numbers: ClassVar[Mapping[str, float]] = {"rate": 0.0, "kept": 1.0}  # R, and the factor of decay, since x'
+    stands_for = ("Adam", "AdamW")
+    counters = ("step", "variance_step")
+    states: ClassVar[tuple[State, ...]] = (
+        *FrozenVariance.states,
+        State("mean_momentum"),
+        State("common"),
+        State("local_steps", of="parameter", dtype=torch.int64),
+        State("rate", of="parameter", dtype=torch.float64),  # R since x'
+        State("kept", of="parameter", dtype=torch.float64, initial=1.0),  # the factor of decay since x'
+        State("variance_updates", of="run", dtype=torch.int64),
+        State("frozen_at", of="run", dtype=torch.int64),
+    )
 
-    def __init__(
-        self,
-        named_params: Iterable[Any],
-        *,
-        lr: float = 1e-3,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        var_freeze_step: int | str | None = "auto",
-        var_update_scaler: int = 16,
-        local_step_scaler: int = 32678,
-        local_step_clipper: int = 16,
-        bias_correction: bool = True,
-        scale: str = "l1",
-        block_size: int = 2048,
-        prescale: bool = False,
-        residual_bits: int = 32,
-        momentum_mask: Mapping[str, Tensor] | None = None,
-        max_ratio: float | None = 3.0,
-        max_norm: float | None = None,
-        grad_scaler: Any = None,
-    ) -> None:
-        freezes = f"{_WHOLE}, 'auto', or None for never"
-        check_option("var_freeze_step", var_freeze_step, lambda x: x in (None, "auto") or _is_whole(x), freezes)
-        check_option("var_update_scaler", var_update_scaler, _is_whole, _WHOLE)
-        check_option("local_step_scaler", local_step_scaler, _is_whole, _WHOLE)
-        check_option("local_step_clipper", local_step_clipper, _is_whole, _WHOLE)
-        check_flag("bias_correction", bias_correction)
-        check_prescale(prescale, scale)
-        self._mean = Mean()
-        self._two_way = TwoWayMean(scaled_sign(scale, block_size), residual_bits=residual_bits)
-        self.made_of = (self._mean, self._two_way)
-        self.merges_buckets = self._two_way.merges_buckets
-        self.var_freeze_step, self.var_update_scaler = var_freeze_step, var_update_scaler
-        self.local_step_scaler, self.local_step_clipper = local_step_scaler, local_step_clipper
-        self.bias_correction, self.prescale = bias_correction, prescale
-        super().__init__(
-            named_params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "variance_updates": 0,
-                "frozen_at": 0,
-            },
-            freeze_step=sys.maxsize if var_freeze_step is None else var_freeze_step,
-            momentum_mask=momentum_mask,
-            max_ratio=max_ratio,
-            freeze_option="var_freeze_step",
-            max_norm=max_norm,
-            grad_scaler=grad_scaler,
-        )
+    def set_up(self) -> None:
+        super().set_up()
+        self.freeze_at = self.options.var_freeze_step
+        self.mean = Mean()
+        self.two_way = TwoWayMean(self.options.compressor(), Kept(self.options.residual_bits))
+        self.parts = (self.mean, self.two_way)
+        self.merges_buckets = self.two_way.merges_buckets
 
     @property
     def variance_interval(self) -> int:
         """In phase A the steps from one exact gradient to the next."""
-        return int(2 ** (self.param_groups[0]["variance_updates"] // self.var_update_scaler))
+        return int(2 ** (int(self.state["variance_updates"]) // self.options.var_update_scaler))
 
     @property
     def local_interval(self) -> int:
         """In phase B the steps from one exchange to the next."""
-        done = self.applied_steps - self.param_groups[0]["frozen_at"]
-        return min(self.local_step_clipper, int(2 ** min(done // self.local_step_scaler, 62)))
+        done = self.applied_steps - int(self.state["frozen_at"])
+        return min(self.options.local_step_clipper, int(2 ** min(done // self.options.local_step_scaler, 62)))
 
     @property
     def is_exact(self) -> bool:
@@ -139,43 +115,32 @@ class ZeroOneAdam(FrozenVariance):
 
     @property
     def is_synchronised(self) -> bool:
-        return not any(state["local_steps"] for state in self.state.values())
+        return not bool(self.state["local_steps"].any())
 
     @property
     def warmup_steps(self) -> int:
-        return self.var_update_scaler if self.var_freeze_step is None else super().warmup_steps
+        return self.options.var_update_scaler if self.options.var_freeze_step is None else super().warmup_steps
 
     @property
     def is_steady(self) -> bool:
         """Whether local steps have begun; in phase A, which never ends without a freeze, whether most steps send signs."""
-        return self.variance_interval > 1 if self.var_freeze_step is None else self.is_frozen
+        return self.variance_interval > 1 if self.options.var_freeze_step is None else self.is_frozen
 
-    def exchange(self, buckets: Sequence[Bucket], group: Group) -> None:
-        if not self.is_local:
-            return super().exchange(buckets, group)
-        if self.max_norm is not None:
-            clip_joint_norm_(buckets, self.max_norm)
-        for bucket in buckets:
-            check_alone(self, bucket)
-            if bucket.void is None:
-                self.receive(bucket)
-        return None
-
-    def aggregate(self, bucket: Bucket, group: Group) -> None:
+    def exchange(self, bucket: Bucket, group: Group) -> None:
         if self.is_exact:
-            return self._mean.aggregate(bucket, group)
+            return self.mean.exchange(bucket, group)
         if self.is_frozen:
             for name, g in bucket.views():
-                state, options = self.state[self.parameters[name]], self.options(name)
-                torch.lerp(self.part("momentum", name), g, 1 - options["betas"][0], out=g)  # m_i
-                weight = self._step(state, options, state["step"] + 1)[2]
+                state, settings = self.entry(name), self.settings(name)
+                torch.lerp(self.part("momentum", name), g, 1 - settings["betas"][0], out=g)  # m_i
+                weight = self._step(state, settings, state["step"] + 1)[2]
                 torch.lerp(self.part("mean_momentum", name), g, weight, out=g)  # u_i
-        return self._two_way.aggregate(bucket, group)
+        return self.two_way.exchange(bucket, group)
 
     def receive(self, bucket: Bucket) -> None:
         for name, x in bucket.views():
             m, v = self.part("momentum", name), self.part("variance", name)
-            b1, b2 = self.options(name)["betas"]
+            b1, b2 = self.settings(name)["betas"]
             if self.is_exact:
                 v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
             else:
@@ -189,16 +154,16 @@ class ZeroOneAdam(FrozenVariance):
         """The rate of a step, the factor that decay leaves of x, and the step's weight in the mean momentum since x'."""
         rate = float(group["lr"])
         kept = 1 - rate * float(group["weight_decay"])
-        if self.bias_correction:
+        if self.options.bias_correction:
             rate /= 1 - group["betas"][0] ** step
         total = state["rate"] * kept + rate
         return rate, kept, rate / total if total > 0 else 1.0
 
-    def count(self, state: dict[str, Any]) -> None:
-        state["step"] += 1
-        state["variance_step"] += self.is_exact
+    def count(self, entry: dict[str, Any]) -> None:
+        entry["step"] += 1
+        entry["variance_step"] += self.is_exact
 
-    def update(self, p: Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         rate, kept, weight = self._step(state, group, state["step"])
         root = self._root(state, group)
         total, all_kept = state["rate"] * kept + rate, state["kept"] * kept
@@ -217,100 +182,101 @@ class ZeroOneAdam(FrozenVariance):
         """sqrt(v) + eps, bounded once signs have come in"""
         root: Tensor = state["variance"].sqrt()
         lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
-        if self.bias_correction:
+        if self.options.bias_correction:
             root /= lacking
         root += group["eps"]
         if self.ranks > 1 and (self.is_frozen or self.variance_interval > 1):
-            root = self.bounded(root, state["momentum"], 1.0 if self.bias_correction else lacking)
+            root = self.bounded(root, state["momentum"], 1.0 if self.options.bias_correction else lacking)
         return root
 
     @torch.no_grad()
     def synchronise(self, group: Group) -> None:
-        apart = [name for name, p in self.parameters.items() if self.state[p]["local_steps"]]
+        apart = [name for name in self.parameters if self.state["local_steps"][self.index.position[name]]]
         if not apart:
             return
         bucket = Bucket.of([(name, self.part("mean_momentum", name)) for name in apart], "local steps")
         group.traffic.bucket = bucket.label
-        self._two_way.aggregate(bucket, group)
+        self.two_way.exchange(bucket, group)
         if bucket.void is not None:
             raise GroupError(f"{bucket.void}: the momentum of its local steps has overflown; replicas stay apart")
         for name, x in bucket.views():
-            p, options = self.parameters[name], self.options(name)
-            state = self.state[p]
+            p, settings, state = self.parameters[name], self.settings(name), self.entry(name)
             self.part("momentum", name).copy_(self.masked_(x, name))
-            _move_(p, state["common"], state["kept"], state["momentum"], self._root(state, options), state["rate"])
-            state |= {"local_steps": 0, "rate": 0.0, "kept": 1.0}
+            _move_(p, state["common"], state["kept"], state["momentum"], self._root(state, settings), state["rate"])
+            self.keep(name, {"local_steps": 0, "rate": 0.0, "kept": 1.0})
         self.exchanges[[self.index.position[name] for name in apart]] += 1
 
     def after_step(self) -> None:
         if not self.is_frozen and self.applied_steps % self.variance_interval == 0:
-            for group in self.param_groups:
-                group["variance_updates"] += 1
+            self.state["variance_updates"] += 1
             self._make_mask()
         super().after_step()
 
     def freeze(self) -> None:
         super().freeze()
-        for group in self.param_groups:
-            group["frozen_at"] = self.applied_steps
-        self._two_way.worker.residual.zero_()  # of gradients; what follows is momentum
-        self._two_way.server.residual.zero_()
-        if self.prescale:
-            self._two_way.factors = equalising_factors(self.arena["momentum"], self.index)
+        self.state["frozen_at"].fill_(self.applied_steps)
+        self.two_way.worker.residual.zero_()  # of gradients; what follows is momentum
+        self.two_way.server.residual.zero_()
+        if self.options.prescale:
+            self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
 
-    def _link_state(self) -> None:
+    def restored(self) -> None:
         self.mask = None
-        super()._link_state()
-        if self.param_groups[0]["variance_updates"]:
+        super().restored()
+        if bool(self.state["variance_updates"]):
             self._make_mask()
 
     def variance_correction(self, group: Mapping[str, Any]) -> float:
-        return 1 - float(group["betas"][1]) ** int(group["variance_updates"]) if self.bias_correction else 1.0
+        return (
+            1 - float(group["betas"][1]) ** int(self.state["variance_updates"]) if self.options.bias_correction else 1.0
+        )
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        each = self._two_way.bytes_per_parameter(ranks)
-        return each if self.var_freeze_step is None else each / self.local_step_clipper
+        each = self.two_way.bytes_per_parameter(ranks)
+        return each if self.options.var_freeze_step is None else each / self.options.local_step_clipper
 
     @property
     def state_form(self) -> str:
-        return self._two_way.state_form
+        return self.two_way.state_form
 
-    def comm_state(self) -> State:
-        state = super().comm_state()
-        if not self.is_synchronised:
-            state["local"] |= self._own()
-        return state
+    def saved(self) -> Saved:
+        saved = super().saved()
+        if not self.is_synchronised:  # between two exchanges each rank has parameters and momenta of its own
+            saved["rank"] |= {f"own {key}": x for key, x in self._own().items()}
+        return saved
 
-    def load_comm_state(self, state: State) -> None:
-        super().load_comm_state(state)
-        if "parameters" in state["local"]:
-            self._set_own(state["local"])
+    def load(self, saved: Saved) -> None:
+        super().load(saved)
+        if "own parameters" in saved["rank"]:
+            own = {key: torch.empty_like(x) for key, x in self._own().items()}
+            for key, x in own.items():
+                load_tensor(x, saved["rank"], f"own {key}")
+            self._set_own(own)
 
-    def load_resharded(self, states: Iterable[State]) -> None:
+    def resize(self, every: Sequence[Saved]) -> None:
         """As the parents do; between two exchanges every new rank goes on from the mean of the old ranks' local steps."""
-        every = list(states)
-        super().load_resharded(every)
-        if "parameters" in every[0]["local"]:
-            own = [state["local"] for state in every]
-            self._set_own({key: torch.stack([x[key].double() for x in own]).mean(0).float() for key in self._own()})
+        super().resize(every)
+        if "own parameters" in every[0]["rank"]:
+            own = {key: x.double() for key, x in self._own().items()}
+            for key, x in own.items():
+                load_mean(x, [saved["rank"] for saved in every], f"own {key}")
+            self._set_own({key: x.float() for key, x in own.items()})
 
     def _own(self) -> dict[str, Tensor]:
         """What the ranks have of their own between two exchanges, in float32."""
         parameters = torch.cat([p.detach().reshape(-1).float() for p in self.parameters.values()])
         return {
             "parameters": parameters,
-            "momentum": self.arena["momentum"],
-            "mean_momentum": self.arena["mean_momentum"],
+            "momentum": self.state["momentum"],
+            "mean_momentum": self.state["mean_momentum"],
         }
 
     @torch.no_grad()
     def _set_own(self, own: Mapping[str, Tensor]) -> None:
-        parameters = torch.empty_like(self.arena["momentum"])
-        load_tensor(parameters, own, "parameters")
-        load_tensor(self.arena["momentum"], own, "momentum")
-        load_tensor(self.arena["mean_momentum"], own, "mean_momentum")
+        self.state["momentum"].copy_(own["momentum"])
+        self.state["mean_momentum"].copy_(own["mean_momentum"])
         for name, p in self.parameters.items():
-            p.copy_(self.index.view(parameters, name).view(p.shape))
+            p.copy_(self.index.view(own["parameters"], name).view(p.shape))
 
 
 def _move_(p: Tensor, start: Tensor, kept: float, momentum: Tensor, root: Tensor, rate: float) -> None:
@@ -323,7 +289,3 @@ def _move_(p: Tensor, start: Tensor, kept: float, momentum: Tensor, root: Tensor
     x.addcdiv_(momentum, root, value=-rate)
     if x is not p:
         p.copy_(x)
-
-
-def _is_whole(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 1

@@ -54,6 +54,16 @@ class Recorder:
         self._rounds_missed = 0  # of the rounds since the last printed step
         self._spread: float | None = None
 
+    @staticmethod
+    def is_wanted() -> bool:
+        """Whether a launcher has asked for a record."""
+        return bool(os.environ.get("COMMOPT_RECORD"))
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether there is a file, and not only what is printed."""
+        return self._file is not None
+
     @classmethod
     def from_environment(cls) -> Recorder:
         """Read COMMOPT_RECORD (a folder), the rank and the ranks, and COMMOPT_NODE, _NODE_RANK, _NIC, _MTU.

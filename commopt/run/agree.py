@@ -16,9 +16,8 @@ from torch.nn import Module
 
 import commopt
 from commopt.errors import AttachError, GroupError
-from commopt.exchange.mean import Aggregator
-from commopt.gossip.loop import OuterLoop
-from commopt.groups import Group, LocalGroup, TorchGroup
+from commopt.groups import Group, LocalGroup, Peers, TorchGroup
+from commopt.method import Method
 
 T = TypeVar("T")
 Configuration = dict[str, Any]
@@ -72,14 +71,14 @@ def check_group(group: Any) -> None:
             f"this process is one of {ranks}, and torch.distributed is not initialised: call torch.distributed.init_process_group() before "
             "attach, or pass group=commopt.groups.MPIGroup() under mpirun, or group=commopt.groups.LocalGroup() for a rank by itself"
         )
-    if group is not None and not isinstance(group, Group):
+    if group is not None and not isinstance(group, Group | Peers):
         hint = "; pass TorchGroup(process_group)" if isinstance(group, dist.ProcessGroup) else ""
-        raise AttachError(f"group: {type(group).__name__} is no commopt.groups.Group{hint}")
+        raise AttachError(f"group: {type(group).__name__} is not a commopt.groups.Group{hint}")
 
 
 def configuration_of(
-    integration: str,
-    method: Aggregator | OuterLoop,
+    framework: str,
+    method: Method,
     named_parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     *,
@@ -92,10 +91,9 @@ def configuration_of(
     """
     name_of = {id(p): name for name, p in named_parameters.items()}
     groups: Any = None
-    with_device = not isinstance(
-        method, OuterLoop
-    )  # whose messages leave from the CPU: one member may have a GPU, and others none
-    if not isinstance(method, OuterLoop):  # whose ranks may have come at different moments of a schedule
+    # outer methods: messages leave from the CPU, and ranks may have come at different moments of a schedule
+    is_every_step = method.kind != "outer"
+    if is_every_step:
         groups = [
             {
                 "state": _state(optimizer, group["params"]),
@@ -104,16 +102,17 @@ def configuration_of(
             }
             for group in optimizer.param_groups
         ]
+    kind = type(getattr(optimizer, "replaced", optimizer)).__name__
     return {
         "commopt": commopt.__version__,
-        "integration": integration,
-        "method": {"name": method.name, **_attributes(method)},
-        "optimizer": {"name": type(optimizer).__name__, "groups": groups, **_plain(dict(optimizer.defaults))},
+        "framework": framework,
+        "method": {"name": method.name, **_attributes(method.options)},
+        "optimizer": {"name": kind, "groups": groups, **_plain(dict(optimizer.defaults))},
         "parameters": {
-            name: f"{_kind(p, with_device)}, number {k}" for k, (name, p) in enumerate(named_parameters.items())
+            name: f"{_kind(p, is_every_step)}, number {k}" for k, (name, p) in enumerate(named_parameters.items())
         },
         "others": {
-            name: _kind(x, with_device)
+            name: _kind(x, is_every_step)
             for name, x in (*model.named_parameters(), *model.named_buffers())
             if name not in named_parameters
         }
@@ -149,7 +148,7 @@ def difference(configurations: Mapping[int, Configuration]) -> str:
 
 
 def _importance(key: str) -> int:
-    if key in ("commopt", "integration", "method.name", "optimizer.name"):
+    if key in ("commopt", "framework", "method.name", "optimizer.name"):
         return 0
     return 1 if key.startswith(("parameters.", "others.")) else 2
 
@@ -175,10 +174,8 @@ def _canonical(configuration: Configuration) -> str:
 
 
 def _attributes(thing: Any) -> Configuration:
-    """The settings of a method or a codec as it was made: its attributes, but for what torch's Optimizer keeps."""
+    """The settings of a method or a codec."""
     found = vars(thing)
-    if isinstance(thing, torch.optim.Optimizer):
-        found = {k: v for k, v in found.items() if k not in _OPTIMIZERS_OWN and not k.startswith("_optimizer")}
     return {key.lstrip("_"): _plain(value) for key, value in sorted(found.items()) if not callable(value)}
 
 
@@ -217,6 +214,3 @@ def _short(value: str) -> str:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-_OPTIMIZERS_OWN = frozenset(vars(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)))

@@ -1,75 +1,81 @@
-"""Where a method is plugged in; the only files that know a framework. `attach` finds the right one."""
+"""`commopt.attach`: one call for every method and framework."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from commopt.choice import read_choice
+import torch
+from torch.nn import Module
+
+from commopt.choice import Choice
 from commopt.errors import AttachError
+from commopt.groups import Group, Peers
+from commopt.method import Method
+from commopt.run.agree import agree, meeting_group
+from commopt.run.prepare import Request
+from commopt.run.run import Run
 
-__all__ = ["attach"]
-
-# (module that defines the class, class, our module): looked at only where that module has been imported
-_FRAMEWORKS = (
+# (module that defines the class, class, our module): looked at only if that module has been imported
+_MODELS = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "deepspeed"),
+    ("transformers", "Trainer", "transformers"),
     ("torch.distributed.fsdp", "FSDPModule", "fsdp"),
     ("torch.distributed.fsdp", "FullyShardedDataParallel", "fsdp"),  # which refuses it, with the reason
     ("torch.nn.parallel", "DistributedDataParallel", "ddp"),
-    ("transformers", "Trainer", "transformers"),
     ("torch.nn", "Module", "plain"),
 )
+_OPTIMIZERS = (("accelerate.optimizer", "AcceleratedOptimizer", "accelerate"),)
 
 
-def attach(model: Any, method: Any, optimizer: Any = None, group: Any = None, **options: Any) -> Any:
-    """Put a method into a training script, whatever it trains with: one door to `integrations.*.attach`.
+class TrainerLike(Protocol):
+    """A transformers Trainer."""
 
-    model: a DistributedDataParallel, an FSDP2 model, a DeepSpeed engine, a transformers Trainer, or a plain module.
-    method: what `commopt.build` made, or what it takes: a name, a `method:` block, or a file that holds one.
-    optimizer: the one that steps, for gradient and outer methods; an update method, as 1-bit Adam, is its own.
-    group, options: as the integration's own `attach` has them. Lightning and Accelerate have doors of their own
-    (`integrations.lightning.CommoptStrategy`, `integrations.accelerate.attach`).
+    @property
+    def callback_handler(self) -> object: ...
+    @property
+    def args(self) -> object: ...
 
-    Raises AttachError if they do not fit together, on every rank of the job, and ConfigError for a method that does not exist.
+
+def attach(
+    model: Module | TrainerLike,
+    method: Method | type[Method] | Choice,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    group: Group | Peers | None = None,
+    max_norm: float | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    overlap: bool | None = None,
+) -> Run:
+    """Put a communication method into a training script, whatever it trains with.
+
+    model: a plain module, a DistributedDataParallel or FSDP2 model, a DeepSpeed engine, a transformers Trainer, or what
+        `Accelerator.prepare` returned. Lightning takes `commopt.frameworks.lightning.CommoptStrategy` instead.
+    method: its name, a `method:` block, a file that holds one, or a `Method`.
+    optimizer: yours. Gradient and outer methods leave it as it is; an update method, such as onebit_adam, stands in for it (Adam or AdamW;
+        LAMB for onebit_lamb, Lion for distributed_lion, SGD for demo), with its parameter groups and its schedulers. `run.optimizer`
+        is what steps. Engines and Trainers bring their own.
+    group: the ranks that exchange; all ranks of the job if None, and one rank without torch.distributed.
+    max_norm: clip gradients to this global L2 norm: that of the mean if the method yields it, else before the exchange.
+    grad_scaler: the scaler of the loss, if there is one.
+    overlap: exchange during backward; whatever is possible if None.
+
+    Raises AttachError if they do not fit together, and ConfigError for a wrong option: on every rank, and before anything is changed.
     """
-    for module, kind, ours in _FRAMEWORKS:
-        known = getattr(sys.modules.get(module), kind, None)
-        if known is not None and isinstance(model, known):
-            framework = importlib.import_module(f"commopt.integrations.{ours}")
-            return framework.attach(model, method, optimizer, group, **options)
-    from commopt.run.agree import agree, meeting_group
-
+    request = Request(method, optimizer, group, max_norm, grad_scaler, overlap)
+    for known, value in ((_OPTIMIZERS, optimizer), (_MODELS, model)):
+        for module, kind, ours in known:
+            found = getattr(sys.modules.get(module), kind, None)
+            if found is not None and isinstance(value, found):
+                run: Run = importlib.import_module(f"commopt.frameworks.{ours}").attach(model, request)
+                return run
     error = AttachError(
-        f"{type(model).__name__} is nothing to attach a method to; pass the model, wrapped for DDP or FSDP2 or not at all, or the "
-        "DeepSpeed engine or transformers Trainer; Accelerate and Lightning have doors of their own, integrations.accelerate.attach and "
-        "integrations.lightning.CommoptStrategy"
+        f"model: got {type(model).__name__}, expected a module (plain, DDP or FSDP2), a DeepSpeed engine, a transformers Trainer or a "
+        "model that Accelerate has prepared; Lightning takes commopt.frameworks.lightning.CommoptStrategy"
     )
 
     def refuse() -> Any:
         raise error
 
-    return agree(meeting_group(group), refuse)  # so that ranks with a model hear of it
-
-
-def made(method: Any, model: Any, optimizer: Any) -> Any:
-    """The method itself, built here where only its name or block was given. Raises ConfigError and AttachError."""
-    from commopt.exchange.mean import Aggregator
-    from commopt.gossip.loop import OuterLoop
-    from commopt.methods import build, is_update_method
-
-    if isinstance(method, Aggregator | OuterLoop):
-        return method
-    if not isinstance(method, str | Path | Mapping):
-        raise AttachError(
-            f"{type(method).__name__} is no commopt method; make one with commopt.build(...), or give its name"
-        )
-    name, options = read_choice(method)
-    if is_update_method(name) and optimizer is not None:
-        raise AttachError(
-            f"{name} is an optimizer itself, and would leave this {type(optimizer).__name__} without effect: leave it out, and step the "
-            f"attachment's own, `attach(model, {name!r}).optimizer`"
-        )
-    return build(name, model.named_parameters() if is_update_method(name) else None, **options)
+    return agree(meeting_group(group), refuse)  # type: ignore[no-any-return]  # so that ranks with a model hear of it

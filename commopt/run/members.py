@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -11,24 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from commopt.errors import AttachError, GroupError
-from commopt.exchange.mean import is_finite
+from commopt.exchange.base import is_finite
 from commopt.groups.peers import PeerGroup, Progress, call_roll
 from commopt.run.agree import difference, digest
+from commopt.run.pack import pack, unpack
 from commopt.wire.payload import Payload
 
 if TYPE_CHECKING:
-    from commopt.run.outer import OuterAttachment
+    from commopt.run.outer import OuterRun
 
 _log = logging.getLogger(__name__)
 
 
 class Members:
-    """One rank's dealings with the others beside the rounds, for an `OuterAttachment`.
+    """One rank's dealings with the others beside the rounds, for an `OuterRun`.
 
     stateful: what else moves along with the training, by name: anything with state_dict and load_state_dict.
     """
 
-    def __init__(self, training: OuterAttachment) -> None:
+    def __init__(self, training: OuterRun) -> None:
         self._training, self._peers = training, training.peers
         self.stateful: dict[str, Any] = {}
         self._asked = 0
@@ -38,7 +38,7 @@ class Members:
         self._was_up = set(training.peers.others)
 
     def join(self, wait_s: float) -> None:
-        """Start with the others, or catch up with them where they train already; see `OuterAttachment.join`."""
+        """Start with the others, or catch up with them where they train already; see `OuterRun.join`."""
         training, peers = self._training, self._peers
         end_s, must_catch_up = peers.seconds + wait_s, peers.returns and training.steps == 0
         peers.announce(training.steps, is_training=False)
@@ -70,7 +70,7 @@ class Members:
             if payload is None:
                 continue
             before = training.steps
-            stored = torch.load(io.BytesIO(payload.buffer.numpy().tobytes()), map_location="cpu", weights_only=True)
+            stored = unpack(payload.tensors[0])
             theirs = json.loads(stored["configuration"])
             if digest(theirs) != digest(training.configuration):
                 raise AttachError(difference({donor: theirs, peers.rank: training.configuration}))
@@ -124,9 +124,7 @@ class Members:
                     "optimizer": training.optimizer.state_dict(),
                     "method": training.method.tensors(),
                 }
-            buffer = io.BytesIO()
-            torch.save(stored, buffer)
-            packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+            packed = pack(stored)
             self._peers.send(peer, "state", letter.sequence, Payload.of(packed), expires_s=120.0)
             fields = {"rank": peer, "step": training.steps, "nbytes": packed.numel()}
             training.events.append(("helped to catch up", fields))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,46 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from commopt.choice import Choice
 from commopt.errors import AttachError, GroupError
-from commopt.exchange.mean import State, is_finite
-from commopt.gossip.loop import Exchanged, OuterLoop, Round
+from commopt.exchange.base import is_finite
+from commopt.gossip.loop import Exchanged, OuterMethod, Round
 from commopt.gossip.spread import Spread
-from commopt.groups import Group, LocalGroup, SimGroup
+from commopt.groups import LocalGroup
 from commopt.groups.peers import PeerGroup, Peers, call_roll
-from commopt.run.agree import Configuration, agree, check_group, configuration_of, meeting_group, own_group
-from commopt.run.base import (
-    RefusesDDP,
-    check_parameters,
-    check_steps,
-    check_wrapping,
-    connect_peers,
-    note_attached,
-    note_detached,
-)
-from commopt.run.door import made
+from commopt.run.agree import Configuration
+from commopt.run.checks import RefusesDDP, check_parameters, note_attached, note_detached
 from commopt.run.members import Members
+from commopt.run.run import RoundReport, Run
+from commopt.wire.state import Saved
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """One round as this rank saw it; the fields of `Recorder.round`.
-
-    step: optimizer steps done when it ended. members: ranks that were averaged. missed: a member that was due did not answer in time.
-    blocked_s: how long training stood still for it. exchange_s: from its start to its result. nbytes: what this rank sent meanwhile.
-    spread: estimated distance of the replicas from their mean, relative to it, as far as known.
-    """
-
-    step: int
-    round: int
-    members: list[int]
-    missed: bool
-    blocked_s: float
-    exchange_s: float
-    nbytes: float
-    spread: float | None
 
 
 @dataclass
@@ -66,36 +38,36 @@ class _Pending:
     sent: float
 
 
-class OuterAttachment:
-    """What `plain.attach` returns for an outer method.
+class OuterRun(Run):
+    """An outer method at work; its ranks may come and go.
 
-    start = attachment.join(schedule=schedule)       # the step to go on from: 0 in a new job
-    for step in attachment.range(steps):
+    start = run.join(schedule=schedule)       # the step to go on from: 0 in a new job
+    for step in run.range(steps):
         ...
-        optimizer.step()                             # every `every`-th begins a round
-    attachment.finish()
+        run.optimizer.step()                  # every `every`-th begins a round
+    run.finish()
 
-    waited_s: seconds for which rounds have stopped this rank. reports: rounds since the list was last cleared; events: what else
-    happened, as (kind, fields). spread: the last estimate of the replicas' distance from their mean. steps: optimizer steps done.
+    waited_s: seconds for which rounds have stopped this rank. spread: the last estimate of the replicas' distance from their mean.
     """
+
+    method: OuterMethod
 
     def __init__(
         self,
         model: Module,
-        method: OuterLoop,
+        method: OuterMethod,
         optimizer: torch.optim.Optimizer,
         peers: Peers,
         configuration: Configuration,
+        max_norm: float | None = None,
     ) -> None:
+        super().__init__()
         self.model, self.method, self.optimizer, self.peers = model, method, optimizer, peers
+        self.max_norm, self.configuration = max_norm, configuration
         self.group = LocalGroup()  # nothing here concerns all ranks at once
         self.group.traffic = peers.traffic
         self.parameters = check_parameters(model, method, optimizer)
-        self.averaged_state, self.configuration = method.averaged_state, configuration
-        self.voided: list[tuple[int, str]] = []
-        self.reports: list[RoundReport] = []
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self.waited_s, self.steps = 0.0, 0
+        self.averaged_state = method.averaged_state
         self.spread: float | None = None
         self._is_off = self._has_joined = False
         self._known = {id(p) for p in self.parameters.values()}
@@ -117,12 +89,12 @@ class OuterAttachment:
     # -- the training script's side
 
     def join(self, *, wait_s: float = 60.0, **stateful: Any) -> int:
-        """Start with the others, or, where they train already, catch up with them; returns the step to go on from.
+        """Start with the others, or catch up with them if they train already; returns the step to go on from.
 
-        In a new job it waits until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. Where somebody
+        In a new job it waits until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. If somebody
         trains already, this rank takes over parameters, the method's and the optimizer's state and the step from a live peer, and
         the state of everything in `stateful` (a learning-rate schedule: anything with state_dict and load_state_dict).
-        Raises GroupError where a rank that is known to have come back finds nobody.
+        Raises GroupError if a rank that is known to have come back finds nobody.
         """
         self._members.stateful, self._has_joined = stateful, True
         self._members.join(wait_s)
@@ -133,6 +105,7 @@ class OuterAttachment:
 
     def range(self, stop: int) -> Iterator[int]:
         """The steps that are left to do; a rank that fell far behind leaves some out to go on with the others."""
+        self._log.plan(stop)
         if not self._has_joined:
             self.join()
         while self.steps < stop:
@@ -141,19 +114,22 @@ class OuterAttachment:
     def finish(self) -> None:
         """End what is under way, and with `final_average` average the replicas that are still there; call it after the last step."""
         self.end_rounds()
-        if self.method.final_average and self.peers.size > 1 and not self._is_off:
+        if self.method.options.final_average and self.peers.size > 1 and not self._is_off:
             self._average_once()
+        super().finish()
         self.peers.announce(self.steps, is_training=False)
 
-    def detach(self) -> None:
-        """Take the method out of the optimizer again."""
+    def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         note_detached(self.model)
-
-    def close(self) -> None:
-        """Leave the job; what is still to be sent has a few seconds."""
+        super().close()
         self.peers.close()
+
+    def replicas_are_equal(self) -> bool:
+        """True: replicas of an outer method train by themselves, and nobody promises that they are equal."""
+        return True
 
     @contextmanager
     def communication_off(self) -> Iterator[None]:
@@ -164,7 +140,7 @@ class OuterAttachment:
         finally:
             self._is_off = False
 
-    def wait_until_quiet(self, limit_s: float = 10.0) -> None:
+    def quiet(self, limit_s: float = 10.0) -> None:
         """Return when all that was sent has been acknowledged: bytes counted and bytes on the interface then belong together."""
         end_s = self.peers.seconds + limit_s
         while not self.peers.is_quiet() and self.peers.seconds < end_s:
@@ -176,9 +152,10 @@ class OuterAttachment:
         """Where this rank's checkpoint goes: each has its own."""
         return folder / f"rank{self.peers.rank}"
 
-    def comm_state(self) -> State:
+    def saved(self) -> Saved:
         """The method's state, and the rounds under way, which are waited for."""
-        local = dict(self.method.comm_state()["local"])
+        saved = self.method.saved()
+        local = {**saved["shared"], **saved["rank"]}
         for k, pending in enumerate(self._pending):
             exchanged, exchange_s = pending.wait()
             pending.wait = _known(exchanged, exchange_s)
@@ -186,38 +163,33 @@ class OuterAttachment:
             local[f"round {k}"] = torch.tensor([*when, *exchanged.members])
             local[f"round {k} x"] = pending.x
             local |= {f"round {k} value {key}": x for key, x in exchanged.values.items()}
-        return {"shared": {}, "local": local}
+        return {"shared": {}, "rank": local}
 
-    def load_comm_state(self, state: State) -> None:
-        """Continue bit for bit from this rank's own `comm_state`."""
-        self.method.load_comm_state(state)
-        self._pending, local = [], state["local"]
+    def load_saved(self, saved: Saved) -> None:
+        local = saved["rank"]
+        self.method.load({"shared": local, "rank": local})
+        self._pending = []
         while (key := f"round {len(self._pending)}") in local:
             number, fragment, begun_at, is_missed, *members = local[key].tolist()
             prefix = f"{key} value "
             values = {name.removeprefix(prefix): x.clone() for name, x in local.items() if name.startswith(prefix)}
             exchanged = Exchanged(tuple(members), bool(is_missed), values)
-            round = Round(number, self.method.parts[fragment], fragment)
+            round = Round(number, self.method.fragment_parts[fragment], fragment)
             wait = _known(exchanged, 0.0)
             self._pending.append(
                 _Pending(round, local[f"{key} x"].clone(), begun_at, wait, 0.0, self.peers.traffic.payload_bytes)
             )
-
-    def bucket_layout(self) -> list[list[str]]:
-        """Nothing here depends on buckets."""
-        return []
-
-    def resume_bucket_layout(self, layout: list[list[str]]) -> None:
-        """Nothing here depends on buckets."""
 
     # -- rounds
 
     def _before_step(self, *_: Any) -> None:
         for group in self.optimizer.param_groups:
             if any(p.grad is not None and id(p) not in self._known for p in group["params"]):
-                raise AttachError("a parameter that was frozen at attach has a gradient: detach(), and attach again")
+                raise AttachError("a parameter that was frozen at attach has a gradient: close(), and attach again")
         if self._has_joined and not self._is_off:
             self._members.before_step()
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
         self.method.before_step(self.optimizer)
 
     def _after_step(self, *_: Any) -> None:
@@ -225,8 +197,8 @@ class OuterAttachment:
             return
         if not self._has_joined:
             raise AttachError(
-                f"{self.method.name}: call attachment.join() before the first step, or loop over attachment.range(steps); in a framework's "
-                "own loop its integration does that: CommoptStrategy in Lightning, CommoptCallback in transformers' Trainer"
+                f"{self.method.name}: call run.join() before the first step, or loop over run.range(steps); Lightning's strategy and "
+                "the Trainer's callback do that themselves"
             )
         self.steps += 1
         self._refuses_ddp.remove()
@@ -354,48 +326,3 @@ class OuterAttachment:
 
 def _known(exchanged: Exchanged, exchange_s: float) -> Callable[[], tuple[Exchanged, float]]:
     return lambda: (exchanged, exchange_s)
-
-
-def attach_outer(
-    model: Module,
-    method: OuterLoop | Choice,
-    optimizer: torch.optim.Optimizer | None,
-    group: Group | Peers | None,
-    *,
-    without_effect: Mapping[str, Any],
-) -> OuterAttachment:
-    """What `plain.attach` does with an outer method; `without_effect` are options that it has none of, and must not be given.
-
-    Ranks of torch.distributed compare their configurations here, members that come and go when they join.
-    Raises AttachError if method, model and optimizer do not fit together.
-    """
-    come_and_go = isinstance(group, Peers | SimGroup) or (group is None and "COMMOPT_PEERS" in os.environ)
-    meeting = LocalGroup() if come_and_go else meeting_group(group, own_group(model))
-
-    def check() -> tuple[tuple[OuterLoop, torch.optim.Optimizer, Configuration], Configuration]:
-        chosen = made(method, model, optimizer)
-        for option, value in without_effect.items():
-            if value is not None:
-                raise AttachError(
-                    f"{option}: {chosen.name} exchanges no gradients, so that it has no effect; leave it out"
-                )
-        if not isinstance(group, Peers):
-            check_group(group)
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel) and model.process_group.size() > 1:
-            raise AttachError(
-                f"DDP averages gradients in every step, which {chosen.name} is there to do without: attach it to the model itself"
-            )
-        if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            check_wrapping(model)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise AttachError(
-                f"{chosen.name} goes with an optimizer for the inner steps: attach(model, method, optimizer)"
-            )
-        check_steps(optimizer)
-        chosen.check_optimizer(optimizer)
-        named = check_parameters(model, chosen, optimizer)
-        configuration = configuration_of("outer", chosen, named, optimizer, model=model)
-        return (chosen, optimizer, configuration), configuration
-
-    chosen, stepping, configuration = agree(meeting, check)
-    return OuterAttachment(model, chosen, stepping, connect_peers(group), configuration)

@@ -1,102 +1,107 @@
-"""An update method in the place of the optimizer that a framework, or its user, has made already."""
+"""The optimizer that steps when a method computes the update itself: the user's own, but for its arithmetic."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, overload
 
 import torch
+from torch.nn import Parameter
 
-from commopt.choice import Choice, make, read_choice
 from commopt.errors import AttachError
-from commopt.exchange.mean import Aggregator
+from commopt.optim.update import UpdateMethod
 
 
-def stand_in(
-    choice: Choice,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedulers: list[Any],
-    where: str = "prepare()",
-    **options: Any,
-) -> Any:
-    """The chosen update method, made to take this optimizer's place; nothing is changed yet.
+class StandIn(torch.optim.Optimizer):
+    """Steps by an update method, with the parameter groups of the optimizer whose place it takes.
 
-    where: what optimizer and schedulers are given to, for errors. options: beside those of the choice.
-    Raises ConfigError for a kind of optimizer that the method cannot stand in for, and AttachError where settings of the optimizer
-    or its schedulers would be lost.
+    The groups are those of that optimizer, not copies: learning-rate schedules that were made for it go on working, whenever they
+    were made, and so does code that sets a rate in either. `state[p]` holds what all ranks have alike of the method's state, so
+    that `state_dict` has it.
     """
-    name, chosen = read_choice(choice)
-    kind = type(optimizer).__name__
-    if isinstance(optimizer, Aggregator):
-        raise AttachError(f"the optimizer is {optimizer.name} already; pass it as the method, or leave it out")
-    method, _ = make(choice, model, optimizer, **options)  # the kind first: Adagrad has state before any step
-    if optimizer.state:
-        raise AttachError(f"{name} cannot take the place of an {kind} that has made steps: attach before the first one")
-    moved = [one for scheduler in schedulers for one in _nested(scheduler) if one.optimizer is optimizer]
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not moved:
-        raise AttachError(
-            f"a learning-rate scheduler was made for the {kind} whose place {name} takes, and would go on without effect: give it to "
-            f"{where} too, make it after attach, or build the method and give it to {where}"
-        )
-    for one in moved:
-        for key, is_set in (("lr", True), ("betas", getattr(one, "cycle_momentum", False))):
-            if is_set and key in chosen:
-                raise AttachError(
-                    f"{key}: {chosen[key]!r} would be undone by the {type(one).__name__} that was made for the {kind}: leave it out of "
-                    f"the options of {name}, and give it to the {kind}"
-                )
-    return method
 
+    _step_supports_amp_scaling = True  # GradScaler.step then leaves unscaling to us
+    is_attached = False
 
-def _nested(scheduler: Any) -> Iterator[Any]:
-    """A scheduler and those that it is made of, as far as they act on an optimizer."""
-    if hasattr(scheduler, "optimizer"):
-        yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _nested(inner)
+    def __init__(self, method: UpdateMethod, replaced: torch.optim.Optimizer) -> None:
+        self.method, self.replaced = method, replaced
+        self.__setstate__(
+            {"defaults": replaced.defaults, "state": defaultdict(dict)}
+        )  # hooks and profiling, as in torch
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.replaced.param_groups
 
-def move_schedulers(
-    schedulers: list[Any], old: torch.optim.Optimizer, new: torch.optim.Optimizer
-) -> Callable[[], None]:
-    """Let learning-rate schedulers act on another optimizer, with what they keep in its groups; returns what moves them back.
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.replaced.param_groups = groups
 
-    Raises AttachError, before anything is changed, for one that cycles a momentum which the other optimizer does not have.
-    """
-    moved = [one for scheduler in schedulers for one in _nested(scheduler) if one.optimizer is old]
-    for one in moved:
-        if getattr(one, "cycle_momentum", False) and "betas" not in new.param_groups[0]:
+    def take_place(self, parameters: Mapping[str, Parameter]) -> list[Any]:
+        """Show the method's state, and let the replaced optimizer refuse to step; returns handles that undo the latter."""
+        self.is_attached, self.parameters = True, dict(parameters)
+        self._show_state()
+        name, kind = self.method.name, type(self.replaced).__name__
+
+        def refuse_step(*_: Any) -> None:
+            raise AttachError(f"{name} has taken the place of this {kind}: step run.optimizer")
+
+        def refuse_load(*_: Any) -> None:
+            raise AttachError(f"{name} has taken the place of this {kind}: load into run.optimizer")
+
+        return [
+            self.replaced.register_step_pre_hook(refuse_step),
+            self.replaced.register_load_state_dict_pre_hook(refuse_load),
+        ]
+
+    def leave(self) -> None:
+        """Refuse to step from now on."""
+        self.is_attached = False
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Apply what the last exchange has left in the state. Parameters without a gradient are left alone."""
+        name = self.method.name
+        if closure is not None:
+            raise ValueError(f"{name} exchanges in backward and takes no closure; call backward, then step()")
+        if not self.is_attached:
             raise AttachError(
-                f"{type(one).__name__}: {type(new).__name__} has no momentum to cycle; cycle_momentum=False"
+                f"{name}: step() after close(): nothing is exchanged, and replicas would drift apart; attach again"
             )
-    for before, group in zip(old.param_groups, new.param_groups, strict=True):
-        group.update({k: x for k, x in before.items() if k not in group and k not in old.defaults})
-    if moved and not hasattr(new.step, "_wrapped_by_lr_sched"):
-        step = new.step
+        self.replaced._opt_called = True  # type: ignore[attr-defined]  # by which a schedule tells that steps are made
+        self.method.step()
+        return None
 
-        @functools.wraps(step)
-        def tracked(*args: Any, **kwargs: Any) -> Any:
-            new._opt_called = True  # type: ignore[attr-defined]  # as schedulers do, to warn of one that steps first
-            return step(*args, **kwargs)
+    def state_dict(self) -> dict[str, Any]:
+        self._show_state()
+        return super().state_dict()
 
-        tracked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        new.step = tracked  # type: ignore[method-assign]
-    for one in moved:
-        one.optimizer = new
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over state and hyper-parameters; the groups stay those of the replaced optimizer. Raises ValueError as torch does."""
+        groups, saved = self.param_groups, state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+            )
+        ids = {
+            k: p
+            for group, other in zip(groups, saved, strict=True)
+            for k, p in zip(other["params"], group["params"], strict=True)
+        }
+        for group, other in zip(groups, saved, strict=True):
+            group.update({key: x for key, x in other.items() if key not in ("params", "param_names")})
+        name_of = {id(p): name for name, p in self.parameters.items()}
+        for k, entry in state_dict["state"].items():
+            if k in ids and id(ids[k]) in name_of:
+                self.method.load_entry(name_of[id(ids[k])], entry)
+        self.method.restored()
+        self._show_state()
 
-    def back() -> None:
-        for one in moved:
-            one.optimizer = old
-
-    return back
-
-
-def refuse_steps(optimizer: torch.optim.Optimizer, name: str, instead: str = "step the prepared optimizer") -> Any:
-    """A handle of what makes an optimizer that was replaced raise AttachError at its next step."""
-
-    def refuse(*_: Any) -> None:
-        raise AttachError(f"{name} has taken the place of this {type(optimizer).__name__}: {instead}")
-
-    return optimizer.register_step_pre_hook(refuse)
+    def _show_state(self) -> None:
+        for name, p in self.parameters.items():
+            self.state[p] = self.method.shown(name)

@@ -1,0 +1,44 @@
+"""Clipping by the norm over all buckets of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from commopt.groups.base import Group
+from commopt.wire.bucket import Bucket
+
+
+def clip_joint_norm_(buckets: Sequence[Bucket], max_norm: float, squares: Tensor | None = None) -> None:
+    """Scale buckets to a joint norm of at most max_norm, as torch's clip_grad_norm_ does; one that will be void has no say."""
+    squares = _squares(buckets) if squares is None else squares
+    norm = float(squares[squares.isfinite()].sum().sqrt())
+    scale = min(1.0, max_norm / (norm + 1e-6))
+    if scale < 1.0:
+        for bucket in buckets:
+            bucket.flat.mul_(scale)
+
+
+def clip_by_mean_square_(buckets: Sequence[Bucket], max_norm: float, group: Group) -> None:
+    """Clip gradients before they are exchanged, by one norm for all ranks: the root mean square of theirs.
+
+    It is an upper bound of the norm of the mean, which nobody knows before the exchange. Sends 8 bytes per bucket.
+    """
+    squares = _squares(buckets)
+    group.all_reduce(squares)
+    clip_joint_norm_(buckets, max_norm, squares / group.size)
+
+
+def _squares(buckets: Sequence[Bucket]) -> Tensor:
+    """(buckets,) f64: each bucket's squared L2 norm."""
+    norms = [
+        torch.linalg.vector_norm(bucket.flat, dtype=torch.promote_types(bucket.flat.dtype, torch.float32))
+        for bucket in buckets
+    ]
+    squares = torch.stack(norms).double().square() if norms else torch.zeros(0, dtype=torch.float64)
+    if bool(squares.isfinite().all()):
+        return squares
+    # squares beyond float32 are of huge gradients, which need clipping most, or of NaN
+    return torch.stack([torch.linalg.vector_norm(bucket.flat, dtype=torch.float64) for bucket in buckets]).square()

@@ -1,0 +1,36 @@
+"""The mean of compressed buckets that every rank sends to every other."""
+
+from __future__ import annotations
+
+from commopt.compress.feedback import first_bad_parameter
+from commopt.exchange.compressed import Compressed
+from commopt.groups.base import Group
+from commopt.wire.bucket import Bucket
+
+
+class GatherMean(Compressed):
+    """The mean of every rank's compressed bucket, by all-gather: (N-1) payloads, for codecs that cannot be summed on the way."""
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        if group.size == 1:
+            return self.exchange_alone(bucket)
+        blocks = self.keyed(self.blocks_of(bucket), self.compressor)
+        if not self.average_dense(bucket, group) or not len(blocks):
+            return None
+        self.forget(self.worker, [blocks])
+        own = self.worker.compress(bucket.flat, [blocks])
+        gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
+        bad = first_bad_parameter(gathered)
+        if bad >= 0:
+            self.worker.undo(bucket.flat, own, [blocks])
+            return self._void(bucket, bad)
+        dense = [(x, x.clone()) for name, x in bucket.views() if name in self.dense_names]
+        bucket.flat.zero_()
+        for payload in gathered:
+            self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
+        for x, mean in dense:
+            x.copy_(mean)
+        return None
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return (ranks - 1) * self.compressor.bytes_per_element(ranks)

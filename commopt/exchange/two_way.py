@@ -1,0 +1,145 @@
+"""The compressed mean of compressed buckets, in two phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commopt.compress.base import Compressor, element_indices
+from commopt.compress.feedback import Kept, first_bad_parameter
+from commopt.errors import ConfigError
+from commopt.exchange.compressed import Compressed
+from commopt.groups.base import Group
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex, Parts
+from commopt.wire.state import Saved, State
+
+
+class TwoWayMean(Compressed):
+    """The compressed mean of compressed buckets: all-to-all to each block's owner, which averages, compresses and sends it to all.
+
+    arXiv:2102.02888, Figure 3, and DoubleSqueeze (arXiv:1905.05957): both sides keep what they could not send.
+    Conserved exactly but for rounding: sum over steps of mean inputs = sum of outputs + mean worker residual +
+    server residuals. Payload: 2(N-1)/N compressed buckets. `server` compresses the answers; the workers' compressor if None.
+
+    factors: (P,) f32 of 1-bit LAMB (arXiv:2104.06069): each parameter is multiplied by its own before it is compressed, and
+    divided by it afterwards; None for all 1. The residuals are in multiplied units.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        kept: Kept | None = None,
+        *,
+        server: Compressor | None = None,
+        dense_1d: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(compressor, kept, dense_1d=dense_1d, seed=seed)
+        self.server_compressor = server or compressor
+        if self.compressor.is_ragged or self.server_compressor.is_ragged:
+            raise ConfigError(f"{compressor}: its messages have no length known beforehand, which two phases need")
+        if self.compressor.shared_scale != self.server_compressor.shared_scale:
+            raise ConfigError(
+                f"{compressor} and {self.server_compressor} cut parameters differently; use a scale per block"
+            )
+        self.merges_buckets = getattr(compressor, "merges_buckets", False)
+
+    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().lay_out(named_parameters, group)
+        self.served = self.table.served_by(group.rank)
+
+    def declare(self) -> list[State]:
+        # the blocks that this rank serves lie parameter after parameter
+        numels = np.bincount(self.served.parameters, self.served.lengths, len(self.index.names)).astype(np.int64)
+        index = ParameterIndex(self.index.names, tuple(numels.tolist()))
+        factors = State("factors", of="parameter", initial=0.0)  # 0 stands for none
+        return [*super().declare(), *self.residual("server_residual", self.served, index), factors]
+
+    def bound(self) -> None:
+        super().bound()
+        self.server = self.feedback("server_residual", self.server_compressor, self.served)
+
+    @property
+    def factors(self) -> Tensor | None:
+        factors = self.state["factors"]
+        return factors if bool(factors.any()) else None
+
+    @factors.setter
+    def factors(self, factors: Tensor) -> None:
+        self.state["factors"].copy_(factors)
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        if group.size == 1:
+            return self.exchange_alone(bucket)
+        if not self.average_dense(bucket, group):
+            return None
+        parts = self.parts_of(bucket)
+        if not any(len(blocks) for blocks in parts.by_owner):
+            return None
+        by_owner = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
+        served, answered = self._served(parts, by_owner)
+        self._multiply(bucket)
+        self.forget(self.worker, by_owner)
+        self.forget(self.server, [answered])
+        sent = self.worker.compress(bucket.flat, by_owner)
+        received = group.all_to_all(sent)
+        bad = first_bad_parameter(received)
+        if bad < 0:
+            mean = bucket.flat.new_zeros(served.elements)
+            for payload in received:  # in rank order: float sums depend on it
+                self.compressor.decompress_(payload.tensors[1:], served, mean, alpha=1 / group.size, add=True)
+            answer = self.server.compress(mean, [answered])
+            layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in parts.served]
+            answers = group.all_gather(answer[0], layouts)
+            bad = first_bad_parameter(answers)
+            if bad < 0:
+                for blocks, payload in zip(parts.by_owner, answers, strict=True):
+                    if self.server_compressor.shares_keys:
+                        blocks = self.keyed(blocks, self.server_compressor, "server")
+                    self.server_compressor.decompress_(payload.tensors[1:], blocks, bucket.flat)
+                return self._multiply(bucket, inverse=True)
+            self.server.undo(mean, answer, [answered])
+        self.worker.undo(bucket.flat, sent, by_owner)
+        return self._void(bucket, bad)
+
+    def _served(self, parts: Parts, by_owner: Sequence[Blocks]) -> tuple[Blocks, Blocks]:
+        """What this rank serves: with the keys that the workers had, and with those of its answer."""
+        served = parts.served[self.rank]
+        answered = self.keyed(served, self.server_compressor, "server")
+        if self.server_compressor.shares_keys:
+            keys = self.keyed(parts.by_owner[self.rank], self.server_compressor, "server").keys
+            answered = answered.with_keys(keys)
+        return (served.with_keys(by_owner[self.rank].keys) if self.compressor.shares_keys else served), answered
+
+    def _multiply(self, bucket: Bucket, *, inverse: bool = False) -> None:
+        factors = self.factors
+        if factors is None:
+            return
+        for name, x in bucket.views():
+            if name not in self.dense_names:
+                factor = factors[self.index.position[name]].to(x.device)
+                x.div_(factor) if inverse else x.mul_(factor)
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        both = self.compressor.bytes_per_element(ranks) + self.server_compressor.bytes_per_element(ranks)
+        return (ranks - 1) / ranks * both
+
+    @property
+    def state_form(self) -> str:
+        return f"{super().state_form}, {self.server_compressor}"
+
+    def resize(self, every: Sequence[Saved]) -> None:
+        super().resize(every)
+        if not self.kept.bits:
+            return
+        total = self._mean_residual(every)
+        old = self.compressor.table(self.index, len(every), self.dense_names)
+        for rank, saved in enumerate(every):
+            blocks, served = old.at_home(rank), old.served_by(rank)
+            places = element_indices(blocks.starts, blocks.lengths, self.device)
+            total[places] += self.server.dense(saved["rank"], "server_residual", served)
+        self._set_worker_residual(total)
+        self.state["server_residual"].zero_()

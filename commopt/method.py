@@ -1,0 +1,121 @@
+"""The noun: a method replaces the mean over machines; its options, its state and what it exchanges."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from commopt.errors import ConfigError
+from commopt.exchange.base import Exchange
+from commopt.groups.base import Group
+from commopt.options import NoOptions, make_options, options
+from commopt.wire.bucket import Bucket
+from commopt.wire.state import State, Stateful
+
+__all__ = ["EveryStep", "GradientMethod", "Kind", "Method", "NoOptions", "options"]
+
+Kind = Literal["gradient", "update", "outer"]
+
+
+class Method(Stateful, ABC):
+    """An algorithm, made from its options: `TwoWay(worker="int8")`. It belongs to one model once it is attached.
+
+    A subclass has a `name`, an `Options` dataclass, and declares its state. Raises ConfigError for an unknown option, or a value
+    out of range.
+
+    kind: "gradient" replaces the gradients that an optimizer gets, in every step; "update" computes the optimizer's own update too;
+        "outer" averages parameters every so many steps. positional: the options that `name(a, b)` stands for.
+    warmup_option: what a message about a warm-up that is too long says to lower.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    Options: ClassVar[type[Any]] = NoOptions
+    options: Any
+    positional: ClassVar[tuple[str, ...]] = ()
+    warmup_option: ClassVar[str] = ""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given  # as they were written, for records
+        try:
+            self.options = make_options(type(self).Options, given)
+            self.set_up()
+        except ConfigError as error:
+            raise ConfigError(f"method {self.name}: {error}") from None
+
+    def set_up(self) -> None:
+        """Make what the options ask for; called once they have been checked. Raises ConfigError if they contradict each other."""
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise AttachError for an optimizer that would undo what the method does, as a second momentum would."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before `is_steady`, as far as they are known beforehand."""
+        return 0
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether steps are what they will be from now on: no warm-up phase is left."""
+        return True
+
+    @property
+    @abstractmethod
+    def state_form(self) -> str:
+        """What the layout of the saved state depends on beside the model; a checkpoint of another form is refused."""
+
+    @abstractmethod
+    def bytes_per_parameter(self, ranks: int) -> float:
+        """What one rank sends per parameter and optimizer step once `is_steady`, for large matrices."""
+
+
+class EveryStep(Exchange, Method):
+    """A method that exchanges in every step: gradients, or what an update is made of."""
+
+    clips_alone: ClassVar[bool] = (
+        False  # before an inexact exchange each rank clips by its own norm, to max_norm sqrt(N)
+    )
+
+    def __init__(self, **given: Any) -> None:
+        Method.__init__(self, **given)
+
+    def declare(self) -> list[State]:
+        return [State("exchanges", of="parameter", dtype=torch.int64), *super().declare()]
+
+    def receive(self, bucket: Bucket) -> None:
+        """Take a good bucket's result into the state that the step reads."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the next exchange yields the mean of the gradients themselves, so that clipping it clips their norm."""
+        return False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the next step exchanges nothing: a local step."""
+        return False
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether replicas hold the same parameters after the last step; false between the exchanges of local steps."""
+        return True
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether an exchange that no step applies does no harm: nothing is kept of it."""
+        return self.is_linear or not self._keeps()
+
+    def synchronise(self, group: Group) -> None:
+        """Make replicas equal now, if local steps have moved them apart; all ranks call it, between steps."""
+
+    def _keeps(self) -> set[str]:
+        names = {name for tensors in self.saved().values() for name, x in tensors.items() if x.numel()}
+        return names - {"exchanges", "factors"}
+
+
+class GradientMethod(EveryStep):
+    """A method that replaces the gradients of the optimizer it is given. Implement `exchange`, or inherit it from an Exchange."""
+
+    kind: ClassVar[Kind] = "gradient"

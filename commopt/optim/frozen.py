@@ -1,0 +1,153 @@
+"""Adam-like methods that freeze their variance, and compress from then on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from commopt.compress.options import SignOptions
+from commopt.errors import AttachError
+from commopt.groups.base import Group
+from commopt.optim.update import UpdateMethod
+from commopt.options import Count, Positive, Wanted, options
+from commopt.wire.state import State
+
+_log = logging.getLogger(__name__)
+_STABLE_RATIO = 0.96
+
+FreezeStep = Annotated[Count | Literal["auto"], Wanted("a whole number from 1, or 'auto'")]
+Masks = Annotated[Mapping[str, Tensor], Wanted("{parameter name: tensor of its shape}, in Python")]
+
+
+@options
+class FrozenOptions(SignOptions):
+    """What all methods with a frozen variance take."""
+
+    momentum_mask: Masks | None = None
+    max_ratio: Annotated[Positive | None, Wanted("a number above 0, or null for no bound")] = 3.0
+
+
+class FrozenVariance(UpdateMethod):
+    """An Adam-like method that stops adapting its variance at a freeze, and from then on compresses what it exchanges.
+
+    freeze_at: the last step of the warm-up; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and
+        the rate no longer rises (Tang et al. 2021, arXiv:2102.02888, section 7.1); or None for never.
+    momentum_mask: {parameter name: tensor of its shape}; see `mask`.
+    max_ratio: after the freeze no step is larger than this times the rate, see `bounded`; None for no bound.
+
+    At the freeze, coordinates whose variance is zero are masked as well, since a compressed momentum is never zero there and
+    would move them by lr * scale / eps.
+    """
+
+    options: Any
+    freeze_at: int | str | None
+    warmup_option: ClassVar[str] = "freeze_step"
+    states: ClassVar[tuple[State, ...]] = (
+        State("momentum"),
+        State("variance"),
+        State("frozen", of="run", dtype=torch.int64),
+        State("last_lr", of="run", dtype=torch.float64, initial=math.nan),
+    )
+
+    def set_up(self) -> None:
+        super().set_up()
+        self.momentum_mask = dict(self.options.momentum_mask or {})
+        self.mask: Tensor | None = None  # (n,) bool, True if momentum may be other than zero; None for everywhere
+
+    def declare(self) -> list[State]:
+        norms = []
+        if self.freeze_at == "auto":  # the last ones, in a ring
+            norms = [State("variance_norms", of="run", numel=self._window + 1, dtype=torch.float64, initial=math.nan)]
+        return [*norms, *super().declare()]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the variance is frozen."""
+        return bool(self.state["frozen"])
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.freeze_at if isinstance(self.freeze_at, int) else 0
+
+    @property
+    def is_steady(self) -> bool:
+        return self.is_frozen
+
+    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().lay_out(named_parameters, group)
+        self._window = max(1, round(1 / (1 - self.optimizer.param_groups[0]["betas"][1])))
+        shapes = {name: p.shape for name, p in named_parameters}
+        for name, mask in self.momentum_mask.items():
+            if name not in shapes:
+                raise AttachError(f"momentum_mask: the model has no trainable parameter {name!r}")
+            shape, given = shapes[name], tuple(torch.as_tensor(mask).shape)
+            if len(given) > len(shape) or any(n not in (1, m) for n, m in zip(given[::-1], shape[::-1], strict=False)):
+                raise AttachError(f"momentum_mask: {name!r} is of shape {tuple(shape)}, its mask of {given}")
+
+    def restored(self) -> None:
+        super().restored()
+        if self.is_frozen:
+            self._make_mask()
+
+    def after_step(self) -> None:
+        if self.is_frozen:
+            return
+        is_rising = self._is_rate_rising()
+        if self._is_settled(is_rising):
+            if is_rising and self.rank == 0:
+                _log.warning(
+                    "%s: %s: %s is too early: the learning rate still rises, and the variance will not follow what comes",
+                    self.name,
+                    self.warmup_option,
+                    self.freeze_at,
+                )
+            self.freeze()
+
+    def freeze(self) -> None:
+        """End the warm-up."""
+        self.state["frozen"].fill_(1)
+        self._make_mask()
+
+    def masked_(self, x: Tensor, name: str) -> Tensor:
+        """x with zeros where the momentum of the parameter `name` is masked."""
+        return x if self.mask is None else x.mul_(self.index.view(self.mask, name))
+
+    def bounded(self, root: Tensor, momentum: Tensor, uncorrected: float = 1.0) -> Tensor:
+        """root, raised where |momentum| / root would exceed `max_ratio`; the root lacks the factor 1 / uncorrected of its bias."""
+        if self.options.max_ratio is None:
+            return root
+        return torch.maximum(root, momentum.abs() * (uncorrected / self.options.max_ratio))
+
+    def variance_correction(self, group: Mapping[str, Any]) -> float:
+        """1 - b2^t of the variance's own bias, 1.0 if the method corrects none."""
+        return 1.0
+
+    def _is_rate_rising(self) -> bool:
+        rate, last = float(self.optimizer.param_groups[0]["lr"]), float(self.state["last_lr"])
+        self.state["last_lr"].fill_(rate)
+        return rate > last  # no rate is above nan
+
+    def _is_settled(self, is_rising: bool) -> bool:
+        """Whether the warm-up ends after this step; the same on all ranks, since it reads only what they share."""
+        if self.freeze_at is None:
+            return False
+        if self.freeze_at != "auto":
+            return self.applied_steps >= int(self.freeze_at)
+        group, norms = self.optimizer.param_groups[0], self.state["variance_norms"]
+        norm = float(self.state["variance"].sum(dtype=torch.float64)) / self.variance_correction(group)
+        place = self.applied_steps % len(norms)
+        norms[place] = norm
+        earlier = float(norms[(place + 1) % len(norms)])  # of 1/(1 - b2) steps ago; nan before that
+        return not is_rising and min(earlier, norm) >= _STABLE_RATIO * max(earlier, norm) > 0
+
+    def _make_mask(self) -> None:
+        mask = self.state["variance"].ne(0)
+        for name, given in self.momentum_mask.items():
+            own = torch.as_tensor(given, device=mask.device).ne(0).expand(self.parameters[name].shape)
+            self.index.view(mask, name).logical_and_(own.reshape(-1))
+        self.mask = None if bool(mask.all()) else mask

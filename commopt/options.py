@@ -1,0 +1,127 @@
+"""Options as frozen dataclasses, validated by pydantic; every message names the option, its value and what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+
+import annotated_types
+from pydantic import ConfigDict, Field, Strict, ValidationError
+from pydantic.dataclasses import dataclass as _pydantic_dataclass
+
+from commopt.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What an option takes, in words, where its type does not say it."""
+
+    text: str
+
+
+Flag = Annotated[bool, Strict()]
+Whole = Annotated[int, Strict()]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(gt=0, le=1)]
+Fraction = Annotated[float, Strict(), Field(ge=0, lt=1)]  # from 0 to below 1, as a momentum
+Names = tuple[Annotated[str, Field(min_length=1)], ...]
+BlockSize = Annotated[
+    int, Strict(), Field(ge=8, multiple_of=8), Wanted("a positive multiple of 8, so that bits fill bytes")
+]
+
+_CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def options(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass of keyword-only fields that pydantic checks."""
+    return _pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)  # type: ignore[return-value]
+
+
+@options
+class NoOptions:
+    """What every `Options` begins with."""
+
+
+def make_options(kind: type[T], given: Mapping[str, Any]) -> T:
+    """The options, checked. Raises ConfigError for the first that is unknown, missing or out of range."""
+    known = option_names(kind)
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown option {key!r}{did_you_mean(str(key), known)}")
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        raise ConfigError(_first_mistake(kind, error)) from None
+
+
+def option_names(kind: type) -> list[str]:
+    """The names of all options, in the order they are declared."""
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def wanted(kind: type, option: str) -> str:
+    """What an option takes, in words: "a number above 0, at most 1"."""
+    return _described(get_type_hints(kind, include_extras=True)[option])
+
+
+def _first_mistake(kind: type, error: ValidationError) -> str:
+    mistake = error.errors()[0]
+    if not mistake["loc"]:  # a check of several options together
+        return str(mistake["ctx"]["error"])
+    option = str(mistake["loc"][0])
+    if mistake["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{option}: is missing, and has no default; write {{{option}: ...}}"
+    if mistake["type"] == "value_error" and isinstance(mistake["ctx"]["error"], ConfigError):
+        return str(mistake["ctx"]["error"])
+    value = mistake["input"]
+    for one in error.errors():  # of an element of a list, or a branch of a union, the whole is shown
+        if one["loc"] == (option,):
+            value = one["input"]
+    return f"{option}: {value!r:.80} is out of range; write {wanted(kind, option)}"
+
+
+def _described(annotation: Any) -> str:
+    metadata: list[Any] = []
+    while get_origin(annotation) is Annotated:
+        annotation, *more = get_args(annotation)
+        metadata += more
+    for one in metadata:
+        if isinstance(one, Wanted):
+            return one.text
+    if get_origin(annotation) in (Union, types.UnionType):
+        kinds = [one for one in get_args(annotation) if one is not type(None)]
+        text = ", or ".join(map(_described, kinds))
+        return f"{text}, or leave it out" if len(kinds) < len(get_args(annotation)) else text
+    if get_origin(annotation) is Literal:
+        *others, last = (repr(value) for value in get_args(annotation))
+        return f"{', '.join(others)} or {last}" if others else last
+    if annotation is bool:
+        return "true or false"
+    if annotation in (int, float):
+        return f"{'a whole number' if annotation is int else 'a number'}{_range(metadata)}"
+    return f"a {getattr(annotation, '__name__', str(annotation))}"
+
+
+def _range(metadata: list[Any]) -> str:
+    bounds: dict[str, Any] = {}
+    for one in metadata:
+        for part in getattr(one, "metadata", [one]):  # pydantic's Field holds several
+            for key, kind in (
+                ("ge", annotated_types.Ge),
+                ("gt", annotated_types.Gt),
+                ("le", annotated_types.Le),
+                ("lt", annotated_types.Lt),
+            ):
+                if isinstance(part, kind):
+                    bounds[key] = getattr(part, key)
+    low = f" from {bounds['ge']}" if "ge" in bounds else f" above {bounds['gt']}" if "gt" in bounds else ""
+    if "le" in bounds:
+        return f"{low} to {bounds['le']}" if "ge" in bounds else f"{low}, at most {bounds['le']}"
+    return f"{low}, below {bounds['lt']}" if "lt" in bounds else low

@@ -1,0 +1,323 @@
+"""A run that exchanges in every step: units, void buckets, clipping and the optimizer's step around a method's exchange."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from commopt.errors import AttachError, GradientsChanged
+from commopt.exchange.clip import clip_by_mean_square_, clip_joint_norm_
+from commopt.groups import Group, LocalGroup
+from commopt.method import EveryStep
+from commopt.run.checks import HALF, check_parameters, has_closure, note_attached, note_detached
+from commopt.run.run import Run
+from commopt.run.stand_in import StandIn
+from commopt.wire.bucket import Bucket
+from commopt.wire.payload import Payload
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `attach` has checked: a method, the optimizer that will step, and what belongs to the run rather than the method."""
+
+    method: EveryStep
+    optimizer: torch.optim.Optimizer
+    max_norm: float | None = None
+    grad_scaler: torch.amp.GradScaler | None = None
+
+    @property
+    def needs_all_buckets(self) -> bool:
+        """Whether a step's buckets must come together, after backward: for a norm over all, or one decision about all."""
+        is_scaled = self.grad_scaler is not None and not self.method.is_linear
+        return self.max_norm is not None or self.method.merges_buckets or is_scaled
+
+
+class EveryStepRun(Run):
+    """Gradient and update methods at work, whatever hands the gradients over."""
+
+    method: EveryStep
+    repeat_hint = (
+        "run the other backwards with gradient synchronisation off"  # what to write instead of a second exchange
+    )
+
+    def __init__(self, model: Module, prepared: Prepared, group: Group) -> None:
+        super().__init__()
+        self.method, self.group = prepared.method, group
+        self.max_norm, self.grad_scaler = prepared.max_norm, prepared.grad_scaler
+        self.prepared, self.model, self.optimizer = prepared, model, prepared.optimizer
+        self.parameters = check_parameters(model, self.method, self.optimizer)
+        self._voids = 0
+        self._void_names: set[str] = set()
+        self._unapplied: set[str] = set()  # exchanged into state that is kept, and not stepped by yet
+        # parameter name -> its gradient when backward had ended, and the version of that
+        self._exchanged: dict[str, tuple[Tensor | None, int]] = {}
+        self._known = {id(p) for p in self.parameters.values()}
+        self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._handles: list[Any] = []
+        group.traffic.method = self.method.name
+        if isinstance(self.optimizer, StandIn):
+            self.optimizer.method.follow(self.optimizer.replaced, self.parameters)
+        self.method.bind(self.served(), group)
+        if isinstance(self.optimizer, StandIn):
+            self._handles += self.optimizer.take_place(self.parameters)
+        note_attached(model)
+        self._handles += [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def _is_update(self) -> bool:
+        """Whether gradients are only a copy of what the optimizer steps by."""
+        return isinstance(self.optimizer, StandIn)
+
+    def served(self) -> list[tuple[str, Tensor]]:
+        """What the method keeps state for: the parameters by name, in registration order."""
+        return list(self.parameters.items())
+
+    def finish(self) -> None:
+        self.method.synchronise(self.group)  # for methods that take local steps
+        super().finish()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if isinstance(self.optimizer, StandIn):
+            self.optimizer.leave()
+        note_detached(self.model)
+        super().close()
+
+    @contextmanager
+    def communication_off(self) -> Iterator[None]:
+        group, self.group = self.group, LocalGroup()
+        try:
+            yield
+        finally:
+            self.group = group
+
+    def replicas_are_equal(self) -> bool:
+        digest = hashlib.sha256()
+        for p in self.parameters.values():
+            digest.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+        device = next(iter(self.parameters.values())).device
+        own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(device)
+        self.group.traffic.bucket = "parameter hashes"
+        every = self.group.all_gather(Payload.of(own))
+        return all(torch.equal(own, other.tensors[0]) for other in every)
+
+    def are_replicas_as_promised(self) -> bool:
+        return self.replicas_are_equal()
+
+    # -- the exchange
+
+    def exchange(self, buckets: Sequence[Bucket]) -> None:
+        """Exchange buckets: what is in them afterwards is the method's mean, or what says that the bucket is void."""
+        self._refuse_repeat(buckets)
+        for bucket in buckets:
+            self._void_names.difference_update(bucket.names)
+        scale = float(self.grad_scaler.get_scale()) if self.grad_scaler is not None else 1.0
+        if self.method.is_linear:
+            scale = 1.0  # nothing is kept from step to step, and half precision on the wire needs the scale
+        work = [self._unscaled(bucket, scale) for bucket in buckets]
+        is_local = self.method.is_local
+        self._exchange_work(work)
+        for bucket, done in zip(buckets, work, strict=True):
+            for name in bucket.names:
+                self._exchanged[name] = (None, -1)
+            if done.void is not None and is_local:
+                self._record_local(bucket, done.void)
+                bucket.flat.zero_()  # finite, so that no rank skips a step that the others take
+                continue
+            if done.void is not None:
+                self._record_void(bucket, done.void)
+                # a GradScaler, known to us or not, finds the NaN on every rank alike, skips the step and lowers its scale
+                bucket.flat.fill_(0.0 if self._is_update and self.grad_scaler is None else math.nan)
+                continue
+            self._unapplied.update(bucket.names)
+            if done is not bucket:
+                bucket.flat.copy_(done.flat)
+            if scale != 1.0 and not self._is_update:
+                bucket.flat.mul_(scale)
+
+    def _exchange_work(self, work: Sequence[Bucket]) -> None:
+        """Exchange unscaled buckets, and let the method receive what is good.
+
+        With max_norm the mean is clipped if the exchange is exact. Otherwise local gradients are clipped first.
+        """
+        method, group = self.method, self.group
+        is_exact, max_norm = method.is_exact, self.max_norm
+        if method.is_local:
+            if max_norm is not None:
+                clip_joint_norm_(work, max_norm)
+            for bucket in work:
+                method.exchange_alone(bucket)
+        else:
+            if max_norm is not None and not is_exact:
+                if method.clips_alone:
+                    clip_joint_norm_(work, max_norm * math.sqrt(group.size))
+                else:
+                    clip_by_mean_square_(work, max_norm, group)
+            if self.grad_scaler is None or method.is_linear or not self._void_together(work):
+                self._exchange_good(work)
+        good = [bucket for bucket in work if bucket.void is None]
+        if max_norm is not None and is_exact:
+            is_scaled = self.grad_scaler is not None and method.is_linear
+            clip_joint_norm_(good, max_norm * (float(self.grad_scaler.get_scale()) if is_scaled else 1.0))  # type: ignore[union-attr]
+        for bucket in good:
+            method.receive(bucket)
+            method.exchanges[[method.index.position[name] for name in bucket.names]] += 1
+
+    def _exchange_good(self, work: Sequence[Bucket]) -> None:
+        method, group = self.method, self.group
+        if not method.merges_buckets:
+            for bucket in work:
+                group.traffic.bucket = bucket.label
+                method.exchange(bucket, group)
+            return
+        views = dict(view for bucket in work for view in bucket.views())
+        names = sorted(views, key=lambda name: method.index.position[name])
+        merged = Bucket.of([(name, views[name]) for name in names])
+        group.traffic.bucket = merged.label
+        method.exchange(merged, group)
+        for bucket in work:
+            bucket.void = merged.void
+        if merged.void is None:
+            for name, x in merged.views():
+                views[name].copy_(x)
+
+    def _void_together(self, work: Sequence[Bucket]) -> bool:
+        """Make all buckets void if a GradScaler is going to skip this step: a NaN on any rank. Sends 4 bytes."""
+        position = self.method.index.position
+        bad = [position[name] for bucket in work for name, x in bucket.views() if not bool(x.isfinite().all())]
+        own = torch.tensor([min(bad, default=-1)], dtype=torch.int32, device=work[0].flat.device)
+        self.group.traffic.bucket = "overflow"
+        every = [int(one.tensors[0]) for one in self.group.all_gather(Payload.of(own))]
+        first = min((k for k in every if k >= 0), default=-1)
+        if first >= 0:
+            for bucket in work:
+                bucket.void = self.method.index.names[first]
+        return first >= 0
+
+    def _refuse_repeat(self, buckets: Sequence[Bucket]) -> None:
+        """Raise GradientsChanged if what an earlier exchange has left in the state was never stepped by."""
+        if self.method.is_repeatable:
+            return
+        for name in (name for bucket in buckets for name in bucket.names if name in self._unapplied):
+            raise GradientsChanged(
+                f"{name}: {self.method.name} exchanges a second time before optimizer.step(), with the first exchange still in its "
+                f"state. To accumulate gradients, or if another loss reaches these parameters, {self.repeat_hint}. To skip a "
+                "step, decide before backward, or attach to the model without a wrapper, which exchanges in step(). Step run.optimizer"
+            )
+
+    def note_versions(self) -> None:
+        """Remember the gradients as backward left them, so that `step` sees a change."""
+        for name in self._exchanged:
+            grad = self.parameters[name].grad
+            self._exchanged[name] = (grad, -1 if grad is None else grad._version)
+
+    def save_for_rollback(self, bucket: Bucket) -> None:
+        """Keep the state of parameters without any gradient here, in case that no rank has one."""
+        for name, x in bucket.views():
+            if name not in self._rollback and not bool(x[:8].any()) and not bool(x.any()):
+                self._rollback[name] = [(view, view.clone()) for view in self.method.state_views(name)]
+
+    def _unscaled(self, bucket: Bucket, scale: float) -> Bucket:
+        if scale == 1.0 and not (self.method.needs_float32 and bucket.flat.dtype in HALF):
+            return bucket
+        dtype = torch.float32 if self.method.needs_float32 else bucket.flat.dtype
+        return bucket.with_flat(bucket.flat.to(dtype) / scale)
+
+    def _record_void(self, bucket: Bucket, name: str) -> None:
+        bucket.void = name
+        self._void_names.update(bucket.names)
+        self.voided.append((self.steps, name))
+        self._voids += 1
+        if self.group.rank == 0 and (self._voids & (self._voids - 1)) == 0:  # the 1st, 2nd, 4th, 8th ...
+            _log.warning(
+                "step %d: %s has a NaN or an inf in its gradient on some rank; %s is left out of this step on all ranks%s",
+                self.steps,
+                name,
+                bucket.label,
+                f" (the {self._voids}th time; has the training diverged?)" if self._voids > 2 else "",
+            )
+
+    def _record_local(self, bucket: Bucket, name: str) -> None:
+        self.voided.append((self.steps, name))
+        _log.warning(
+            "step %d: %s has a NaN or an inf in its gradient on rank %d; %s is left out of this local step there",
+            self.steps,
+            name,
+            self.group.rank,
+            bucket.label,
+        )
+
+    # -- the optimizer's step
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        if has_closure(args, kwargs):
+            raise AttachError(
+                "optimizer.step() takes no closure here: gradients are exchanged before it; call backward, then step()"
+            )
+        for group in self.optimizer.param_groups:
+            if any(p.grad is not None and id(p) not in self._known for p in group["params"]):
+                raise AttachError("a parameter that was frozen at attach has a gradient: close(), and attach again")
+        replaced = self.optimizer.replaced if isinstance(self.optimizer, StandIn) else self.optimizer
+        self.method.check_optimizer(replaced)  # a schedule, or a loaded state, may have brought a momentum
+        if self._is_update:
+            self._check_gradients()
+        for name, saved in self._rollback.items():
+            grad = self.parameters[name].grad  # None, or the zeros that the user left: used on no rank
+            if grad is None or not (self._is_update or bool(grad.any())):  # as if it had never been exchanged
+                for view, value in saved:
+                    view.copy_(value)
+        if self._void_names and not self._is_update:  # a norm with NaN in it, and clipping by it, has spread them
+            self._void_names.update(n for n, p in self.parameters.items() if not _is_finite(p.grad))
+        for name in self._void_names:
+            self.parameters[name].grad = None
+
+    def _check_gradients(self) -> None:
+        # GradScaler.step tests the gradients for infs by multiplying them by one
+        allowed = 1 if getattr(self.optimizer, "found_inf", None) is not None else 0
+        if allowed and getattr(self.optimizer, "grad_scale", None) is None:
+            raise GradientsChanged(
+                f"GradScaler.unscale_ has no effect on {self.method.name}: leave it out, and clip by attach(..., max_norm=...)"
+            )
+        if allowed and self.grad_scaler is None:
+            raise GradientsChanged(f"{self.method.name} has to know the scaler: attach(..., grad_scaler=scaler)")
+        for name, p in self.parameters.items():
+            if p.grad is None:
+                continue
+            if name not in self._exchanged:
+                raise GradientsChanged(
+                    f"{name}: step() without an exchange; was the last backward under no_sync(), or not through the wrapped model, or is "
+                    "there a parameter that it did not use (DistributedDataParallel(..., find_unused_parameters=True))?"
+                )
+            grad, version = self._exchanged[name]
+            if version >= 0 and (p.grad is not grad or p.grad._version > version + allowed):
+                raise GradientsChanged(
+                    f"{name}: the gradient was changed after backward, when it is only a copy of what {self.method.name} "
+                    "has exchanged; clip by attach(..., max_norm=...), and pass a GradScaler as attach(..., grad_scaler=...)"
+                )
+
+    def _after_step(self, *_: Any) -> None:
+        self._void_names.clear()
+        self._exchanged.clear()
+        self._unapplied.clear()
+        self._rollback.clear()
+        self.steps += 1
+
+
+def _is_finite(grad: Tensor | None) -> bool:
+    return grad is None or bool(grad.isfinite().all())

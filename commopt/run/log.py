@@ -1,0 +1,108 @@
+"""What a run records of itself: its steps, rounds and events, and the bytes of the steady part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from commopt.record.recorder import Recorder
+
+if TYPE_CHECKING:
+    from commopt.run.run import Run
+
+_SETTLED = 3  # DDP settles its buckets in the first steps
+
+
+class RunLog:
+    """One rank's record of a run, which begins with the first `log`."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._recorder: Recorder | None = None
+        self._planned = 0
+        self._is_measuring = self._is_finished = False
+        self._told = (0, 0, 0)
+        self._mark = (time.perf_counter(), 0.0)  # when the last step was logged, and waited_s then
+
+    def plan(self, steps: int) -> None:
+        """Say how many steps are going to be made."""
+        self._planned = steps
+        if self._recorder is None and Recorder.is_wanted():
+            self._start()
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Record a step's values, or those of a validation."""
+        run = self._run
+        tokens = int(values.get("tokens", 0))
+        unknown = set(values) - {"loss", "tokens", "validation_loss"}
+        if unknown or not {"loss", "validation_loss"} & set(values):
+            raise TypeError(
+                f"log(): give loss= or validation_loss=, and tokens=; got {', '.join(sorted(values)) or 'nothing'}"
+            )
+        recorder = self._recorder or self._start()
+        if "validation_loss" in values:
+            recorder.validation(step=run.steps, loss=values["validation_loss"], tokens=tokens)
+            return
+        now, waited_s = time.perf_counter(), run.waited_s
+        seconds, wait_s = now - self._mark[0], waited_s - self._mark[1]
+        step = run.steps - 1
+        recorder.step(
+            step=step, loss=values["loss"], seconds=seconds, wait_s=wait_s, tokens=tokens, steady=self._is_measuring
+        )
+        self.tell()
+        if not self._is_measuring and run.steps >= _SETTLED and run.method.is_steady and recorder.is_recording:
+            self._is_measuring = True
+            run.quiet()
+            recorder.counters("begin", run.traffic.as_dict())
+        self._mark = (time.perf_counter(), run.waited_s)
+
+    def tell(self) -> None:
+        """Record what the method had to say since the last step."""
+        if self._recorder is None:
+            return
+        run, recorder = self._run, self._recorder
+        voids, reports, events = self._told
+        for step, name in run.voided[voids:]:
+            recorder.event("void", step=step, parameter=name)
+        for report in run.reports[reports:]:
+            recorder.round(**asdict(report))
+        for kind, fields in run.events[events:]:
+            recorder.event(kind, **fields)
+        self._told = (len(run.voided), len(run.reports), len(run.events))
+
+    def finish(self) -> None:
+        """End the measured window, and say whether replicas have drifted apart."""
+        if self._recorder is None or self._is_finished:
+            return
+        self._is_finished = True
+        self.tell()
+        if self._is_measuring:
+            self._run.quiet()
+            self._recorder.counters("end", self._run.traffic.as_dict())
+        if not self._run.are_replicas_as_promised():
+            self._recorder.event("replicas have drifted apart")
+
+    def compute(self, seconds: list[float]) -> None:
+        """Record the times of the same steps with communication switched off."""
+        if self._recorder is not None:
+            self._recorder.compute(seconds)
+
+    def close(self) -> None:
+        """Say that training ended as planned, if it did."""
+        if self._recorder is not None and self._is_finished:
+            self._recorder.end()
+        self._recorder = None
+
+    def _start(self) -> Recorder:
+        run, method = self._run, self._run.method
+        self._recorder = recorder = Recorder.from_environment()
+        self._told = (len(run.voided), len(run.reports), len(run.events))
+        parameters = sum(p.numel() for p in run.parameters.values())
+        given: dict[str, Any] = dict(method.given)
+        recorder.start(
+            method=method.name, options=given, parameters=parameters, steps=self._planned, resumed_at=run.steps
+        )
+        self._mark = (time.perf_counter(), run.waited_s)
+        return recorder

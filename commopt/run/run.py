@@ -1,0 +1,184 @@
+"""What `commopt.attach` returns: a method at work in a training script."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Module, Parameter
+
+from commopt.groups import Group, Traffic
+from commopt.method import Method
+from commopt.run.log import RunLog
+from commopt.wire.state import Saved
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round as this rank saw it; the fields of `Recorder.round`.
+
+    step: optimizer steps done when it ended. members: ranks that were averaged. missed: a member that was due did not answer in time.
+    blocked_s: how long training stood still for it. exchange_s: from its start to its result. nbytes: what this rank sent meanwhile.
+    spread: estimated distance of the replicas from their mean, relative to it, as far as known.
+    """
+
+    step: int
+    round: int
+    members: list[int]
+    missed: bool
+    blocked_s: float
+    exchange_s: float
+    nbytes: float
+    spread: float | None
+
+
+class Run(ABC):
+    """One method in one training script; the same for every method and framework.
+
+    run = commopt.attach(model, "onebit_adam", optimizer)
+    for step in run.range(steps):
+        ...
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    run.finish()
+
+    Also a context manager, which finishes (unless an exception ended it) and closes.
+
+    method, model, parameters (trainable, by name). optimizer: what steps. steps: optimizer steps done.
+    voided: (step, parameter) for every bucket that a NaN or an inf on some rank made void; the same on all ranks, except for
+        local steps, which exchange nothing: those are in the list of the rank that had the NaN.
+    waited_s: seconds that this rank has spent waiting for exchanges, beyond what backward hid.
+    reports: the rounds of an outer method. events: what else happened, as (kind, fields).
+    """
+
+    method: Method
+    model: Module
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, Parameter]
+    group: Group
+
+    def __init__(self) -> None:
+        self.voided: list[tuple[int, str]] = []
+        self.waited_s = 0.0
+        self.steps = 0
+        self.reports: list[RoundReport] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.is_closed = False
+        self._log = RunLog(self)
+
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes that this rank has sent."""
+        return self.group.traffic
+
+    def range(self, stop: int) -> Iterator[int]:
+        """The steps that are left to do, up to `stop`; after `load` those that follow the checkpoint."""
+        self._log.plan(stop)
+        return iter(range(self.steps, stop))
+
+    def join(self, *, wait_s: float = 60.0, **stateful: Any) -> int:
+        """Start with the other ranks; returns the step to go on from.
+
+        stateful: what else moves along with the training, anything with state_dict and load_state_dict, as a learning-rate
+            schedule. Only outer methods wait for anybody, and take over what others have.
+        """
+        return self.steps
+
+    def finish(self) -> None:
+        """End the training: call it after the last step. Replicas that may differ are made equal, as far as the method does that."""
+        self._log.finish()
+
+    def close(self) -> None:
+        """Take the method out of the training script, and leave the job; what still has to be sent has a few seconds."""
+        self.is_closed = True
+        self._log.close()
+
+    def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Write all that training needs to go on bit for bit; all ranks call it, between steps.
+
+        extra: what else belongs to the checkpoint, as a schedule's state_dict: numbers, texts, lists, dicts and tensors. Rank 0's
+            is kept. A crash or a full disk leaves the checkpoint that was there. Raises CheckpointError, on all ranks alike.
+        """
+        from commopt.run.checkpoint import save
+
+        save(folder, self, extra=extra)
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Go on from a checkpoint; returns the `extra` that was saved with it. Call it after attach, and before `join`.
+
+        At the same number of ranks training goes on bit for bit. At another, every rank takes the mean of what the old ranks still
+        had to send. Raises CheckpointError, on all ranks and before anything is changed, if the checkpoint is damaged, or belongs to
+        another model or method.
+        """
+        from commopt.run.checkpoint import load
+
+        return load(folder, self)
+
+    def log(self, **values: float) -> None:
+        """Record what this step came to, where the launcher wants it, or print some of it: `run.log(loss=..., tokens=...)`.
+
+        loss: of this step. tokens: what this rank trained on in it. validation_loss: instead of `loss`, on `tokens` held out.
+        """
+        self._log.log(values)
+
+    @abstractmethod
+    def communication_off(self) -> AbstractContextManager[None]:
+        """Train this rank alone inside the block, to time arithmetic without the network.
+
+        Replicas drift apart, and an update method's momentum with them: use it at the end of a run, or before loading a checkpoint.
+        """
+
+    @abstractmethod
+    def replicas_are_equal(self) -> bool:
+        """Whether every rank holds the same parameters, bit for bit; all ranks must ask. Sends 32 bytes."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+    # -- for checkpoints and the log
+
+    def are_replicas_as_promised(self) -> bool:
+        """Whether replicas are equal if the method promises that; all ranks must ask."""
+        return True
+
+    def checkpoint_folder(self, folder: Path) -> Path:
+        """Where this rank's checkpoint goes: all ranks write one together."""
+        return folder
+
+    def quiet(self) -> None:
+        """Return when nothing is on its way on any rank, so that bytes counted here and on the interface belong together."""
+        self.group.barrier()
+
+    def saved(self) -> Saved:
+        """What a checkpoint must hold of the method."""
+        return self.method.saved()
+
+    def load_saved(self, saved: Saved) -> None:
+        """Continue bit for bit from what this rank saved."""
+        self.method.load(saved)
+
+    def bucket_layout(self) -> list[list[str]]:
+        """The parameters of each bucket that was exchanged last, for a checkpoint; empty if it never changes."""
+        return []
+
+    def resume_bucket_layout(self, layout: list[list[str]]) -> None:
+        """Exchange in these buckets until the framework has made the same ones: sums depend on where an element lies."""

@@ -1,0 +1,138 @@
+"""What a method remembers, declared once: allocation, views, checkpoints and resizing follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from commopt.errors import CheckpointError
+from commopt.wire.bucket import ParameterIndex
+
+Held: TypeAlias = Literal["shared", "rank"]
+Saved: TypeAlias = dict[Held, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor that a method keeps from step to step.
+
+    of: "element" for a number per element, in a flat tensor in registration order (on the parameters' device); "parameter" for one
+        number per parameter, and "run" for `numel` numbers in all (both on the CPU).
+    index: the layout of "element" where it is not every element of every parameter.
+    held: "shared" is equal on all ranks, and saved once; "rank" is each rank's own.
+    on_resize: what becomes of it when a training goes on with another number of ranks. "keep" takes the shared value, "mean" the mean
+        of what all ranks had, "reset" the initial value; "own" leaves it to the class's `resize`.
+    """
+
+    name: str
+    of: Literal["element", "parameter", "run"] = "element"
+    held: Held = "shared"
+    on_resize: Literal["keep", "mean", "reset", "own"] = "keep"
+    dtype: torch.dtype = torch.float32
+    initial: float = 0.0
+    numel: int = 1
+    index: ParameterIndex | None = None
+
+
+class Stateful:
+    """Holds the tensors that it declares, and those of its parts.
+
+    A subclass lists them in `states`, or computes them in `declare` once `index` is known. `self.state[name]` is the tensor.
+    """
+
+    states: ClassVar[tuple[State, ...]] = ()
+    parts: tuple[Stateful, ...] = ()
+    index: ParameterIndex
+    device: torch.device
+    state: dict[str, Tensor]
+
+    def declare(self) -> Sequence[State]:
+        """What this object keeps; its parts say for themselves."""
+        return self.states
+
+    def allocate(self) -> None:
+        """Make every tensor that is declared, with its initial value."""
+        self._declared = {one.name: one for one in self.declare()}
+        self.state = {name: self._new(one) for name, one in self._declared.items()}
+
+    def part(self, key: str, name: str) -> Tensor:
+        """(n,) view: what the state `key` holds of the parameter `name`."""
+        return (self._declared[key].index or self.index).view(self.state[key], name)
+
+    def state_views(self, name: str) -> list[Tensor]:
+        """All state on this rank that an exchange of the parameter `name` may change, as views."""
+        views = []
+        for key, one in self._declared.items():
+            if one.of == "parameter":
+                k = self.index.position[name]
+                views.append(self.state[key][k : k + 1])
+            elif one.of == "element" and name in (one.index or self.index).position:
+                views.append(self.part(key, name))
+        return [*views, *(view for part in self.parts for view in part.state_views(name))]
+
+    def saved(self) -> Saved:
+        """What a checkpoint must hold, by who holds it; the tensors themselves."""
+        saved: Saved = {"shared": {}, "rank": {}}
+        for key, one in self._declared.items():
+            saved[one.held][key] = self.state[key]
+        for part in self.parts:
+            for held, tensors in part.saved().items():
+                saved[held] |= tensors
+        return saved
+
+    def load(self, saved: Saved) -> None:
+        """Continue bit for bit from what this rank of a world of this size saved."""
+        for key, one in self._declared.items():
+            load_tensor(self.state[key], saved[one.held], key)
+        for part in self.parts:
+            part.load(saved)
+        self.restored()
+
+    def resize(self, every: Sequence[Saved]) -> None:
+        """Continue from what all ranks, in order, of a world of another size saved; nothing still to be sent is lost."""
+        for key, one in self._declared.items():
+            if one.on_resize == "keep":
+                load_tensor(self.state[key], every[0][one.held], key)
+            elif one.on_resize == "mean":
+                load_mean(self.state[key], [saved[one.held] for saved in every], key)
+            elif one.on_resize == "reset":
+                self.state[key].fill_(one.initial)
+        for part in self.parts:
+            part.resize(every)
+        self.restored()
+
+    def restored(self) -> None:
+        """Called when state has been loaded: for what follows from it."""
+
+    def state_bytes(self) -> int:
+        """Bytes that this rank keeps, parts included."""
+        return sum(x.nbytes for x in self.state.values()) + sum(part.state_bytes() for part in self.parts)
+
+    def _new(self, one: State) -> Tensor:
+        if one.of == "element":
+            return torch.full(((one.index or self.index).total,), one.initial, dtype=one.dtype, device=self.device)
+        numel = len(self.index.names) if one.of == "parameter" else one.numel
+        return torch.full((numel,), one.initial, dtype=one.dtype, device="cpu")
+
+
+def load_tensor(target: Tensor, source: Mapping[str, Tensor], key: str) -> None:
+    """Copy source[key] into a tensor of state. Raises CheckpointError if it is missing or of another shape."""
+    if key not in source or source[key].shape != target.shape:
+        found = tuple(source[key].shape) if key in source else "nothing"
+        raise CheckpointError(
+            f"{key}: expected a tensor of shape {tuple(target.shape)}, found {found}; is it another model or world size?"
+        )
+    target.copy_(source[key])
+
+
+def load_mean(target: Tensor, sources: Sequence[Mapping[str, Tensor]], key: str) -> None:
+    """Overwrite a tensor by the mean of what all ranks of another world held under this key. Raises CheckpointError as `load_tensor`."""
+    own, total = torch.empty_like(target), torch.zeros_like(target)
+    for source in sources:
+        load_tensor(own, source, key)
+        total += own
+    target.copy_(total / len(sources))
