@@ -1,8 +1,8 @@
 """The contract that every method keeps, as one call: for the methods here and for those of others.
 
-    check_method(lambda model: build("ef_sign"))
+    check_method(MyMethod)
 
-The factory gets a model and returns a fresh method, a gradient method or an optimizer; ranks are simulated in threads.
+Gradient and update methods; ranks are simulated in threads.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commopt.exchange.mean import Aggregator
-from commopt.frameworks import plain
+from commopt.choice import Choice
+from commopt.errors import ConfigError
+from commopt.frameworks.plain import PlainRun
 from commopt.groups import SimGroup, SimWorld
+from commopt.method import Method
+from commopt.methods import resolve
+from commopt.optim import LAMB, Lion
+from commopt.optim.update import UpdateMethod
+from commopt.run.door import attach
 
-Factory = Callable[[nn.Module], Aggregator]
+__all__ = ["check_method"]
+
+Factory = Callable[[], Method]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _SIZES = (1, 2, 3, 5)
 _STEPS = 12
@@ -50,20 +58,31 @@ class _Trained:
     has_seen_nan: bool = False
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """What a gradient method's result is applied by, unless `check_method` is told otherwise."""
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def default_optimizer(method: Method) -> MakeOptimizer:
+    """SGD with momentum, or one whose place an update method takes."""
+    kinds: dict[str, Any] = {"AdamW": torch.optim.AdamW, "LAMB": LAMB, "Lion": Lion, "SGD": torch.optim.SGD}
+    if not isinstance(method, UpdateMethod):
+        return lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    kind = next((kinds[name] for name in kinds if name in method.stands_for), torch.optim.AdamW)
+    return lambda model: kind(model.parameters(), lr=0.003)
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A method under test, and the optimizer that a gradient method goes with."""
+    """A method under test, and the optimizer that it goes with."""
 
     make: Factory
     optimizer: MakeOptimizer
+    max_norm: float | None
 
 
-def check_method(factory: Factory, *, optimizer: MakeOptimizer = sgd, ranks: tuple[int, ...] = _SIZES) -> None:
+def check_method(
+    method: type[Method] | Choice | Factory,
+    *,
+    optimizer: MakeOptimizer | None = None,
+    max_norm: float | None = None,
+    ranks: tuple[int, ...] = _SIZES,
+) -> None:
     """Raise AssertionError, saying what broke and on how many ranks, unless the method
 
     - trains: the loss falls, on 1, 2, 3 and 5 ranks, with sizes that nothing divides;
@@ -73,11 +92,16 @@ def check_method(factory: Factory, *, optimizer: MakeOptimizer = sgd, ranks: tup
       training goes on;
     - survives a step of zero gradients;
     - continues bit for bit from its own state, and from the states of a world of another size;
-    - sends nothing that its group does not count, and nothing at all where it is alone.
+    - sends nothing that its group does not count, and nothing at all if it is alone.
 
-    optimizer: makes the one that a gradient method goes with.
+    method: a class, a name or block, or a function that makes one. optimizer: makes the one that the method goes with, or stands
+        in for; `default_optimizer` if None. max_norm: as `attach` takes it. Raises ConfigError for an outer method.
     """
-    case = _Case(factory, optimizer)
+    factory: Factory = method if callable(method) and not isinstance(method, type) else lambda: resolve(method)  # type: ignore[arg-type]
+    first = factory()
+    if first.kind == "outer":
+        raise ConfigError(f"{first.name}: check_method is for methods that exchange in every step")
+    case = _Case(factory, optimizer or default_optimizer(first), max_norm)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         start = _Model()
@@ -108,22 +132,22 @@ def _train_rank(
     zero_at: int | None = None,
     resume_at: int | None = None,
 ) -> _Trained:
-    attachment = _attach(case, model, group, bucket_bytes)
+    run = _attach(case, model, group, bucket_bytes)
     trained = _Trained(torch.empty(0))
     for step in range(_STEPS):
         if step == resume_at:
-            model, attachment = _resumed(case, model, attachment, group, bucket_bytes)
+            model, run = _resumed(case, model, run, group, bucket_bytes)
         data = torch.Generator().manual_seed(1000 * step + group.rank)
         x = torch.randn(16, 13, generator=data)
         loss = (model(x) - x[:, :5].tanh()).square().mean()
-        attachment.optimizer.zero_grad()
+        run.optimizer.zero_grad()
         (loss * 0 if step == zero_at else loss).backward()
         if nan_at == (step, group.rank):
             assert model.first.weight.grad is not None
             model.first.weight.grad[3, 4] = float("nan")
-        before, is_local = model.first.weight.detach().clone(), attachment.method.is_local
-        attachment.optimizer.step()
-        if attachment.method.is_synchronised:
+        before, is_local = model.first.weight.detach().clone(), run.method.is_local
+        run.optimizer.step()
+        if run.method.is_synchronised:
             trained.replica = _flat(model)
         if nan_at is not None and step == nan_at[0]:
             trained.has_seen_nan = group.rank == nan_at[1] or not is_local
@@ -131,28 +155,26 @@ def _train_rank(
                 "a parameter with a NaN in its gradient was changed"
             )
         trained.losses.append(loss.item())
-    trained.parameters, trained.voided = _flat(model), attachment.voided
+    trained.parameters, trained.voided = _flat(model), run.voided
     trained.payload_bytes = group.traffic.payload_bytes
-    trained.state = {key: x.clone() for key, x in attachment.method.comm_state()["local"].items()}
+    trained.state = {key: x.clone() for key, x in run.method.saved()["rank"].items()}
     return trained
 
 
-def _attach(case: _Case, model: _Model, group: SimGroup, bucket_bytes: int) -> plain.PlainAttachment:
-    method = case.make(model)
-    own = isinstance(method, torch.optim.Optimizer)
-    return plain.attach(model, method, None if own else case.optimizer(model), group, bucket_bytes=bucket_bytes)
+def _attach(case: _Case, model: _Model, group: SimGroup, bucket_bytes: int) -> PlainRun:
+    run = attach(model, case.make(), case.optimizer(model), group=group, max_norm=case.max_norm)
+    assert isinstance(run, PlainRun)
+    run.bucket_bytes = bucket_bytes
+    return run
 
 
-def _resumed(
-    case: _Case, model: _Model, attachment: plain.PlainAttachment, group: SimGroup, bucket_bytes: int
-) -> tuple[_Model, plain.PlainAttachment]:
-    state = copy.deepcopy(attachment.method.comm_state())
-    optimizer = copy.deepcopy(attachment.optimizer.state_dict())
-    attachment.detach()
+def _resumed(case: _Case, model: _Model, run: PlainRun, group: SimGroup, bucket_bytes: int) -> tuple[_Model, PlainRun]:
+    state, optimizer = copy.deepcopy(run.method.saved()), copy.deepcopy(run.optimizer.state_dict())
+    run.close()
     model = copy.deepcopy(model)
     again = _attach(case, model, group, bucket_bytes)
     again.optimizer.load_state_dict(optimizer)
-    again.method.load_comm_state(state)
+    again.method.load(state)
     return model, again
 
 
@@ -181,9 +203,7 @@ def _check_replicas(world: list[_Trained], n: int) -> None:
 def _check_buckets(case: _Case, start: _Model, n: int, world: list[_Trained]) -> None:
     small = _train(case, start, n, bucket_bytes=1000)
     difference = float((small[0].parameters - world[0].parameters).abs().max())
-    tolerance = (
-        1e-6 if case.make(copy.deepcopy(start)).max_norm is None else 1e-5
-    )  # a norm's rounding depends on buckets
+    tolerance = 1e-6 if case.max_norm is None else 1e-5  # a norm's rounding depends on buckets
     assert difference <= tolerance, f"smaller buckets change parameters by {difference:.2g} on {n} ranks"
 
 
@@ -217,15 +237,15 @@ def _check_resharding(case: _Case, start: _Model) -> None:
 
     def leave(group: SimGroup) -> Any:
         model = copy.deepcopy(start)
-        attachment = _attach(case, model, group, 25 << 20)
-        _step(model, attachment, group)
-        return attachment.method.comm_state()
+        run = _attach(case, model, group, 25 << 20)
+        _step(model, run, group)
+        return run.method.saved()
 
     def join(group: SimGroup) -> Tensor:
         model = copy.deepcopy(start)
-        attachment = _attach(case, model, group, 25 << 20)
-        attachment.method.load_resharded(iter(copy.deepcopy(states)))
-        _step(model, attachment, group)
+        run = _attach(case, model, group, 25 << 20)
+        run.method.resize(copy.deepcopy(states))
+        _step(model, run, group)
         return _flat(model)
 
     states = SimWorld[Any](3).run(leave)
@@ -234,8 +254,8 @@ def _check_resharding(case: _Case, start: _Model) -> None:
     assert bool(ranks[0].isfinite().all()), "a change from 3 ranks to 2 broke the parameters"
 
 
-def _step(model: _Model, attachment: plain.PlainAttachment, group: SimGroup) -> None:
+def _step(model: _Model, run: PlainRun, group: SimGroup) -> None:
     x = torch.randn(16, 13, generator=torch.Generator().manual_seed(group.rank))
-    attachment.optimizer.zero_grad()
+    run.optimizer.zero_grad()
     (model(x) - x[:, :5].tanh()).square().mean().backward()
-    attachment.optimizer.step()
+    run.optimizer.step()

@@ -148,9 +148,12 @@ class OuterRun(Run):
 
     # -- checkpoints
 
+    is_replica = True
+
     def checkpoint_folder(self, folder: Path) -> Path:
-        """Where this rank's checkpoint goes: each has its own."""
         return folder / f"rank{self.peers.rank}"
+
+    block_folder = checkpoint_folder
 
     def saved(self) -> Saved:
         """The method's state, and the rounds under way, which are waited for."""
@@ -164,6 +167,9 @@ class OuterRun(Run):
             local[f"round {k} x"] = pending.x
             local |= {f"round {k} value {key}": x for key, x in exchanged.values.items()}
         return {"shared": {}, "rank": local}
+
+    def check_saved(self, saved: Saved) -> None:
+        self.method.check_saved({"shared": saved["rank"], "rank": saved["rank"]})
 
     def load_saved(self, saved: Saved) -> None:
         local = saved["rank"]

@@ -160,8 +160,14 @@ class Run(ABC):
         """Whether replicas are equal if the method promises that; all ranks must ask."""
         return True
 
+    is_replica = False  # whether this rank's model is its own, and is saved by itself
+
     def checkpoint_folder(self, folder: Path) -> Path:
         """Where this rank's checkpoint goes: all ranks write one together."""
+        return folder
+
+    def block_folder(self, folder: Path) -> Path:
+        """Where the block in a framework's checkpoint goes."""
         return folder
 
     def quiet(self) -> None:
@@ -171,6 +177,10 @@ class Run(ABC):
     def saved(self) -> Saved:
         """What a checkpoint must hold of the method."""
         return self.method.saved()
+
+    def check_saved(self, saved: Saved) -> None:
+        """Raise CheckpointError if `load_saved` would fail."""
+        self.method.check_saved(saved)
 
     def load_saved(self, saved: Saved) -> None:
         """Continue bit for bit from what this rank saved."""

@@ -92,6 +92,13 @@ class Stateful:
             part.load(saved)
         self.restored()
 
+    def check_saved(self, saved: Saved) -> None:
+        """Raise CheckpointError if `load` would find a tensor missing, or of another shape."""
+        for key, one in self._declared.items():
+            check_tensor(self.state[key], saved[one.held], key)
+        for part in self.parts:
+            part.check_saved(saved)
+
     def resize(self, every: Sequence[Saved]) -> None:
         """Continue from what all ranks, in order, of a world of another size saved; nothing still to be sent is lost."""
         for key, one in self._declared.items():
@@ -119,13 +126,18 @@ class Stateful:
         return torch.full((numel,), one.initial, dtype=one.dtype, device="cpu")
 
 
-def load_tensor(target: Tensor, source: Mapping[str, Tensor], key: str) -> None:
-    """Copy source[key] into a tensor of state. Raises CheckpointError if it is missing or of another shape."""
+def check_tensor(target: Tensor, source: Mapping[str, Tensor], key: str) -> None:
+    """Raise CheckpointError if source[key] is missing, or of another shape than a tensor of state."""
     if key not in source or source[key].shape != target.shape:
         found = tuple(source[key].shape) if key in source else "nothing"
         raise CheckpointError(
             f"{key}: expected a tensor of shape {tuple(target.shape)}, found {found}; is it another model or world size?"
         )
+
+
+def load_tensor(target: Tensor, source: Mapping[str, Tensor], key: str) -> None:
+    """Copy source[key] into a tensor of state. Raises CheckpointError as `check_tensor`."""
+    check_tensor(target, source, key)
     target.copy_(source[key])
 
 

@@ -1,0 +1,235 @@
+"""The files of a checkpoint: tensors as safetensors, JSON in a manifest with the size and the SHA-256 of every file.
+
+Nothing is unpickled. Each file is read once, and what is returned comes from the bytes that were verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from commopt.errors import CheckpointError
+from commopt.reading import shown
+
+MANIFEST, SHARED, OWN = "manifest.json", "shared.safetensors", "rank{}.safetensors"
+NAME = re.compile(r"manifest\.json|shared\.safetensors|rank[0-9]+\.safetensors")
+_VERSION = 2  # commopt 0.1 wrote other formats
+# how a manifest begins; the checksum is that of all bytes after it
+_HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ("format": "commopt checkpoint", "version": ([0-9]{1,9}), )')
+_MAX_MANIFEST_BYTES, _MAX_DEPTH, _MAX_BITS = 1 << 30, 64, 4096
+_FLOAT = "$float"  # {"$float": "inf"} is the infinity that JSON lacks
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SMALL = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL", torch.complex64: "C64"}
+_SIGNED = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
+_UNSIGNED = {torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"}
+_DTYPES = _FLOATS | _SMALL | _SIGNED | _UNSIGNED
+
+
+class File(BaseModel):
+    """What a manifest says of a file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(BaseModel):
+    """What one save left: its files, and the metas of its ranks."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    token: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    files: dict[str, File]
+    meta: dict[str, Any]
+    own_metas: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+def as_json(value: Any, where: str, depth: int = 0) -> Any:
+    """The value as JSON. Raises CheckpointError, with the path of keys that leads there, for what is none."""
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{where[:80]}...: is nested more than {_MAX_DEPTH} deep; save it flatter")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {_FLOAT: float.__repr__(value)}
+    if value is None or (isinstance(value, int) and value.bit_length() <= _MAX_BITS) or _is_text(value):
+        return value
+    if isinstance(value, list | tuple):
+        return [as_json(one, f"{where}[{k}]", depth + 1) for k, one in enumerate(value)]
+    if not isinstance(value, Mapping):
+        hint = "tensors go into shared or own" if isinstance(value, Tensor) else "save numbers, text, lists and dicts"
+        raise CheckpointError(f"{where}: a {type(value).__name__} ({shown(value)}) cannot be saved as JSON; {hint}")
+    for key in value:
+        if not _is_text(key) or key == _FLOAT:
+            raise CheckpointError(f"{where}: {shown(key)} cannot be a key in JSON; use a text")
+    return {key: as_json(one, f"{where}.{key}", depth + 1) for key, one in value.items()}
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError, with its name, for a tensor that safetensors cannot store."""
+    for name, x in tensors.items():
+        if not _is_text(name) or name == "__metadata__":
+            raise CheckpointError(f"{shown(name)} cannot be a tensor's name in safetensors; use another text")
+        if not isinstance(x, Tensor):
+            raise CheckpointError(f"{name}: got {type(x).__name__}, expected a tensor; save it in meta or own_meta")
+        if x.layout != torch.strided or x.is_nested or x.is_meta or hasattr(x, "to_local"):
+            raise CheckpointError(f"{name}: only whole, dense tensors can be saved; gather it, or call to_dense()")
+        if x.dtype not in _DTYPES:
+            raise CheckpointError(f"{name}: safetensors cannot store {x.dtype}; save it in another dtype")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> File:
+    """Write a safetensors file, and sync it to the disk."""
+    return _write(path, _pieces(tensors))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest, and sync it to the disk."""
+    text = json.dumps(manifest.model_dump(), allow_nan=False).encode()[1:]
+    text = b'"format": "commopt checkpoint", "version": %d, ' % _VERSION + text
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"meta and own_meta come to {len(text)} bytes; save tensors in shared or own instead")
+    _write(folder / MANIFEST, [b'{"sha256": "%s", ' % hashlib.sha256(text).hexdigest().encode(), text])
+
+
+def read_manifest(folder: Path) -> tuple[str, Manifest]:
+    """The checksum and the content of a manifest. Raises CheckpointError for a folder that is no checkpoint."""
+    path = folder / MANIFEST
+    check_0_1(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is not a folder; give the folder of a checkpoint")
+    if not os.path.lexists(path):
+        what = "has no manifest.json" if os.listdir(folder) else "is an empty folder"
+        raise CheckpointError(f"{folder}: {what}, so it is no checkpoint of commopt; give another folder")
+    data = _read(path, None)
+    head = _HEAD.match(data)
+    if not head:
+        raise CheckpointError(f"{path}: is not the manifest of a commopt checkpoint; take another checkpoint")
+    digest = head[1].decode()
+    if hashlib.sha256(data[head.start(2) :]).hexdigest() != digest:
+        raise CheckpointError(f"{path}: is damaged: its SHA-256 is not the one that it names; take another checkpoint")
+    if int(head[3]) != _VERSION:
+        raise CheckpointError(
+            f"{path}: is of format {int(head[3])}, and this version reads {_VERSION}; load it with the commopt that saved it"
+        )
+    try:
+        fields = json.loads(data.decode(), object_hook=_with_floats, parse_constant=_refuse, parse_float=_finite)
+        manifest = Manifest.model_validate(
+            {k: v for k, v in fields.items() if k not in ("sha256", "format", "version")}
+        )
+        wanted = {SHARED, *(OWN.format(rank) for rank in range(len(manifest.own_metas)))}
+        if set(manifest.files) != wanted:
+            raise ValueError(f"files: got {shown(sorted(manifest.files))}, expected {shown(sorted(wanted))}")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {where}: {first['msg'].lower()}; take another checkpoint") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid: {str(error).splitlines()[0]}; take another checkpoint") from error
+    return digest, manifest
+
+
+def read_tensors(path: Path, file: File) -> dict[str, Tensor]:
+    """The tensors of a file that is as its manifest says. Raises CheckpointError if it is not."""
+    data = _read(path, file.bytes)
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise CheckpointError(
+            f"{path}: is damaged, or of another save: its SHA-256 is not the manifest's; take another checkpoint"
+        )
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:
+        raise CheckpointError(f"{path}: is no safetensors file that this version reads: {error}") from error
+
+
+def check_0_1(folder: Path) -> None:
+    """Raise CheckpointError for what commopt 0.1 saved: a folder of torch.distributed.checkpoint, or one file per rank."""
+    marks = (folder / ".metadata", folder / "commopt_rank0.pt", folder.with_name(f"{folder.name}_rank0.pt"))
+    if not os.path.lexists(folder / MANIFEST) and any(map(os.path.lexists, marks)):
+        raise CheckpointError(
+            f"{folder}: was saved by commopt 0.1, which this version cannot read: resume it with 0.1, or start from its model"
+        )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _with_floats(entry: dict[str, Any]) -> Any:
+    return float(entry[_FLOAT]) if list(entry) == [_FLOAT] and isinstance(entry[_FLOAT], str) else entry
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse(text)
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, tensor by tensor: memory holds one copy of one tensor. Widest elements first, so that all are aligned."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {}
+    start = 0
+    for name, x in ordered:
+        stop = start + x.numel() * x.element_size()
+        header[name] = {"dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for _, x in ordered:
+        flat = x.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+        yield flat.view(torch.uint8).numpy().data  # (bytes,) u8
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> File:
+    digest, nbytes = hashlib.sha256(), 0
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            for piece in pieces:
+                digest.update(piece)
+                nbytes += len(piece)
+                left = memoryview(piece)
+                while left:
+                    left = left[os.write(file, left) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        error.filename = str(path)  # which a full disk does not name
+        raise
+    return File(bytes=nbytes, sha256=digest.hexdigest())
+
+
+def _read(path: Path, nbytes: int | None) -> bytes:
+    """All bytes of a regular file, of this length if it is known."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe that nobody writes to
+        with open(file, "rb") as stream:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{path}: is not a file; take another checkpoint")
+            if found.st_size != nbytes if nbytes is not None else found.st_size > _MAX_MANIFEST_BYTES + 1000:
+                wanted = "fewer" if nbytes is None else f"the {nbytes} of its manifest"
+                raise CheckpointError(f"{path}: has {found.st_size} bytes, not {wanted}; take another checkpoint")
+            return stream.read(found.st_size)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; take another checkpoint") from None
+    except OSError as error:
+        what = "is a symlink" if path.is_symlink() else f"cannot be read: {(error.strerror or str(error)).lower()}"
+        raise CheckpointError(f"{path}: {what}; give the folder and the files that were saved") from None
