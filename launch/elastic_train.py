@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commopt
-from commopt.choice import make
-from commopt.frameworks import ddp
-from commopt.run import checkpoint
+from commopt.optim import make_optimizer
 
 FEATURES, CLASSES = 64, 10
 
@@ -44,49 +42,42 @@ def newest(folder: Path) -> Path | None:
     return None if choice[0] is None else Path(choice[0])
 
 
-def save(folder: Path, attachment: Any, step: int, schedule: Any) -> None:
+def save(folder: Path, run: commopt.Run, schedule: Any) -> None:
     """Write a checkpoint of its own for this step, and only then remove those before it."""
-    checkpoint.save(folder / f"step-{step}", attachment, extra={"step": step, "schedule": schedule.state_dict()})
+    run.save(folder / f"step-{run.steps}", extra={"schedule": schedule.state_dict()})
     if dist.get_rank() == 0:
         for path in folder.glob("step-*"):
-            if path.name != f"step-{step}":
+            if path.name != f"step-{run.steps}":
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def main(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     rank, model = dist.get_rank(), make_model()
-    kind = getattr(torch.optim, args.optimizer, None)
-    if kind is None:
-        raise commopt.errors.ConfigError(
-            f"--optimizer {args.optimizer!r}: torch.optim has none of that name; write SGD or Adam"
-        )
-    method, optimizer = make({"name": args.method, **args.options}, model, kind(model.parameters(), lr=args.lr))
+    optimizer = make_optimizer({"name": args.optimizer, "lr": args.lr}, model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     wrapped = DistributedDataParallel(model)
-    attachment = ddp.attach(wrapped, method, None if optimizer is method else optimizer)
+    run = commopt.attach(wrapped, {"name": args.method, **args.options}, optimizer)
 
-    first, last = 0, newest(args.checkpoints)
-    if last is not None:
-        extra = checkpoint.load(last, attachment)
-        schedule.load_state_dict(extra["schedule"])
-        first = extra["step"]
+    if (last := newest(args.checkpoints)) is not None:
+        schedule.load_state_dict(run.load(last)["schedule"])
     if rank == 0:
-        print(f"begins at step {first} of {args.steps}", flush=True)
+        print(f"begins at step {run.steps} of {args.steps}", flush=True)
     loss: Any = None
-    for step in range(first, args.steps):
+    for step in run.range(args.steps):
         x, label = draw(rank, step)
-        optimizer.zero_grad()
+        run.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(wrapped(x), label)
         loss.backward()
-        optimizer.step()
+        run.optimizer.step()
         schedule.step()
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            save(args.checkpoints, attachment, step + 1, schedule)
+            save(args.checkpoints, run, schedule)
     if rank == 0:
         digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
         print(f"done: loss {loss.item():.4f}, parameters {digest[:16]}", flush=True)
-    attachment.group.barrier()
+    run.quiet()
+    run.close()
     dist.destroy_process_group()
 
 
@@ -101,7 +92,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--options", type=json.loads, default={}, help='the method\'s options, as JSON: {"freeze_step": 20}'
     )
     parser.add_argument(
-        "--optimizer", default="Adam", help="one of torch.optim, which the method goes beside or replaces"
+        "--optimizer",
+        default="adam",
+        help="adam, sgd, ...: whose gradients the method replaces, or whose place it takes",
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=100)

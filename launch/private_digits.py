@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from commopt.frameworks import plain
+import commopt
 from commopt.methods.dice_sgd import DiceSGD, noise_multiplier_for
 
 
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
         samples_per_rank=batch,
     )
     sgd = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-    attachment = plain.attach(model, method, sgd)
+    run = commopt.attach(model, method, sgd)
 
     samples = torch.Generator().manual_seed(
         1000 * args.seed + rank
@@ -54,12 +54,13 @@ def main(args: argparse.Namespace) -> None:
         method.backward(model, F.cross_entropy, x[which], y[which])  # instead of loss.backward()
         sgd.step()
 
+    releases = int(method.state["releases"])
     right = (model(test_x).argmax(1) == test_y).double().mean()
     if rank == 0:
         print(f"held-out digits: {right:.1%} right")
-        print(f"epsilon {method.epsilon(args.delta):.3g} at delta {args.delta:g}, after {int(method.releases)} steps")
+        print(f"epsilon {method.epsilon(args.delta):.3g} at delta {args.delta:g}, after {releases} steps")
         print("one digit replaced by any other changes what can be learnt from the model by no more than that")
-    attachment.group.barrier()
+    run.quiet()
     if dist.is_initialized():
         dist.destroy_process_group()
 

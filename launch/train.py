@@ -7,23 +7,16 @@ commopt compare configs/runs/demo.yaml
 
 import argparse
 import json
-import os
 import sysconfig
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from commopt.frameworks import ddp, plain
-from commopt.methods import is_outer_method, with_optimizer
-from commopt.record.recorder import Recorder
-from commopt.run.outer import OuterAttachment
+import commopt
+from commopt.groups import connect
+from commopt.optim import make_optimizer
 
 STDLIB, PAGE = Path(sysconfig.get_path("stdlib")), 4096
 
@@ -107,136 +100,46 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[
     return loss.item()
 
 
-def connect(backend: str | None) -> Any:
-    """The ranks over MPI where mpirun has started this one; None where they are torch.distributed's, or peers."""
-    by_mpirun = "RANK" not in os.environ and not {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"}.isdisjoint(os.environ)
-    if "COMMOPT_PEERS" in os.environ:  # every node was started on its own, and finds the others by itself
-        if backend == "mpi":
-            raise SystemExit("--backend mpi: commopt launch has started these ranks, and not mpirun; leave it out")
-    elif backend == "mpi" or (backend is None and by_mpirun):
-        from commopt.groups import MPIGroup
-
-        group = MPIGroup()
-        os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.size))  # for the recorder
-        return group
-    else:
-        dist.init_process_group(backend or "gloo")
-    return None
-
-
 def main(args: argparse.Namespace) -> None:
-    over_mpi = connect(args.backend)
+    group = connect(args.backend)
     train, held_out = read_corpus(args.corpus)
     torch.manual_seed(args.seed)  # the same model on every rank
     gpt = GPT(args.layers, args.heads, args.width, args.context)
-    method, optimizer = with_optimizer(args.method, gpt, options=args.options, optimizer=args.optimizer)
+    optimizer = make_optimizer(args.optimizer, gpt.parameters())
     falling = args.steps * max(1 - args.decay_from, 1e-9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (args.steps - step) / falling))
-    if is_outer := is_outer_method(args.method):
-        model: nn.Module = gpt
-        attachment: Any = plain.attach(gpt, method, optimizer, over_mpi)
-        first = attachment.join(schedule=schedule)  # 0, or where the others are if they train already
-        rank, steps = attachment.peers.rank, attachment.range(args.steps)
-    elif over_mpi is not None:
-        own_optimizer, nbytes = None if optimizer is method else optimizer, int(args.bucket_mb * 2**20)
-        model, attachment = gpt, plain.attach(gpt, method, own_optimizer, over_mpi, bucket_bytes=nbytes)
-        first, rank, steps = 0, over_mpi.rank, range(args.steps)
-    else:
-        model = DistributedDataParallel(gpt, bucket_cap_mb=args.bucket_mb)
-        overlap = not method.needs_all_buckets  # a global norm needs all gradients first
-        attachment = ddp.attach(model, method, None if optimizer is method else optimizer, overlap=overlap)
-        first, rank, steps = 0, dist.get_rank(), range(args.steps)
+    method = commopt.build(args.method, **args.options)
+    model = commopt.wrap(gpt, method, bucket_cap_mb=args.bucket_mb)
+    with commopt.attach(model, method, optimizer, group=group) as run:
+        run.join(schedule=schedule)  # in a new job at step 0, or with the others if they train already
+        stream = Stream(train, args.batch, args.context, args.seed * 1000 + run.rank)
+        for step in run.range(args.steps):
+            loss = train_step(model, run.optimizer, stream.at(step))
+            schedule.step()
+            run.log(loss=loss, tokens=args.batch * args.context)
+        run.finish()
 
-    recorder = Recorder.from_environment()
-    parameters = sum(p.numel() for p in gpt.parameters())
-    recorder.start(method=args.method, options=args.options, parameters=parameters, steps=args.steps, resumed_at=first)
-    stream = Stream(train, args.batch, args.context, args.seed * 1000 + rank)
-    is_measuring = False
-    for step in steps:
-        steady = step >= 3 and method.is_steady  # DDP settles its buckets in the first steps
-        if steady and not is_measuring:
-            is_measuring = True
-            quiet(attachment)
-            recorder.counters("begin", attachment.group.traffic.as_dict())
-        start, waited = time.perf_counter(), attachment.waited_s
-        loss = train_step(model, optimizer, stream.at(step))
-        schedule.step()
-        seconds, wait_s = time.perf_counter() - start, attachment.waited_s - waited
-        tokens = args.batch * args.context
-        recorder.step(step=step, loss=loss, seconds=seconds, wait_s=wait_s, tokens=tokens, steady=steady)
-        tell(recorder, attachment, step)
-    if is_outer:
-        attachment.finish()
-        tell(recorder, attachment, args.steps)
-    if is_measuring:
-        quiet(attachment)
-        recorder.counters("end", attachment.group.traffic.as_dict())
-    if not is_outer:
-        method.synchronise(attachment.group)  # for methods that take local steps
-        if not attachment.replicas_are_equal():
-            recorder.event("replicas have drifted apart")
-
-    with torch.no_grad():  # replicas that are equal take a share of the held-out text each, others the same
-        windows = torch.Generator().manual_seed(1 + (0 if is_outer else rank))
-        losses = [gpt(*draw(held_out, 16, args.context, windows)).item() for _ in range(args.validation_batches)]
-    recorder.validation(step=args.steps, loss=sum(losses) / len(losses), tokens=16 * args.context * len(losses))
-
-    quiet(attachment)
-    with attachment.communication_off():  # what the same steps cost without a network
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        batches = [stream.at(args.steps + k) for k in range(20)]
-        seconds_alone = []
-        for batch in batches:
-            start = time.perf_counter()
-            train_step(model, optimizer, batch)
-            seconds_alone.append(time.perf_counter() - start)
-    recorder.compute(seconds_alone[2:])
-    recorder.end()
-    if is_outer:
-        attachment.close()
-    else:
-        attachment.group.barrier()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def quiet(attachment: Any) -> None:
-    """Wait until nothing is on its way, so that bytes counted here and on the interface belong together."""
-    attachment.wait_until_quiet() if isinstance(attachment, OuterAttachment) else attachment.group.barrier()
-
-
-def tell(recorder: Recorder, attachment: Any, step: int) -> None:
-    """Record what the method had to say since the last step."""
-    for _, name in attachment.voided:
-        recorder.event("void", step=step, parameter=name)
-    attachment.voided.clear()
-    if isinstance(attachment, OuterAttachment):
-        for report in attachment.reports:
-            recorder.round(**asdict(report))
-        for kind, fields in attachment.events:
-            recorder.event(kind, **fields)
-        attachment.reports.clear()
-        attachment.events.clear()
+        windows = torch.Generator().manual_seed(
+            1 + (0 if run.is_replica else run.rank)
+        )  # equal replicas share the text
+        with torch.no_grad():
+            losses = [gpt(*draw(held_out, 16, args.context, windows)).item() for _ in range(args.validation_batches)]
+        run.log(validation_loss=sum(losses) / len(losses), tokens=16 * args.context * len(losses))
+        run.measure_compute(lambda: train_step(model, run.optimizer, stream.at(stream.drawn)))
+        run.quiet()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    adam = {"name": "adam", "lr": 2e-3}
     parser.add_argument("--method", default="dense", help="a name from docs/methods.md")
     parser.add_argument("--options", type=json.loads, default={}, help="the method's options, as JSON")
-    parser.add_argument(
-        "--optimizer", type=json.loads, default={"name": "adam", "lr": 2e-3}, help='as JSON: {"name": "sgd", "lr": 0.1}'
-    )
+    parser.add_argument("--optimizer", type=json.loads, default=adam, help='as JSON: {"name": "sgd", "lr": 0.1}')
     parser.add_argument("--corpus", type=Path, help="a file or a folder of text; default: Python's own sources")
     parser.add_argument("--backend", choices=["gloo", "nccl", "mpi"], help="default: mpi under mpirun, else gloo")
     sizes = {"steps": 100, "batch": 4, "context": 64, "layers": 4, "heads": 4, "width": 128, "seed": 1}
-    for name, default in sizes.items():
+    for name, default in {**sizes, "validation-batches": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--bucket-mb", type=float, default=25, help="DDP exchanges gradients in buckets of this size")
-    parser.add_argument(
-        "--decay-from", type=float, default=0.5, help="from this share of the steps on, the rate falls to zero"
-    )
-    parser.add_argument(
-        "--validation-batches", type=int, default=16, help="batches of 16 windows that each rank evaluates"
-    )
+    parser.add_argument("--decay-from", type=float, default=0.5, help="from this share of the steps on, the rate falls")
     main(parser.parse_args())

@@ -10,11 +10,10 @@ import torch
 from rig import loss_of, make_batch, make_model
 from torch import Tensor
 
-from commopt import build
-from commopt.frameworks import plain
+from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
 from commopt.plan.links import LinkModel
-from commopt.run.outer import OuterAttachment
+from commopt.run.outer import OuterRun
 
 SHAPES = {"a": (5, 7), "b": (7,), "c": (7, 4), "d": (4,)}  # 74 elements
 
@@ -81,12 +80,12 @@ class Diary:
     learning_rate: dict[int, float] = field(default_factory=dict)  # by steps done before
     momentum: dict[int, list[Tensor]] = field(default_factory=dict)  # of the inner optimizer, by steps done before
     started: list[Tensor] = field(default_factory=list)  # the parameters at the begin of each life
-    attachment: OuterAttachment | None = None
+    run: OuterRun | None = None
 
     @property
-    def attached(self) -> OuterAttachment:
-        assert self.attachment is not None
-        return self.attachment
+    def attached(self) -> OuterRun:
+        assert self.run is not None
+        return self.run
 
     @property
     def reports(self) -> list[Any]:
@@ -112,36 +111,36 @@ def train_diary(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
     method: Any = build(name, **options)
-    attachment: Any = None
+    run: Any = None
 
     def note(*_: Any) -> None:
-        diary.before[attachment.steps + 1] = attachment.flat()
+        diary.before[run.steps + 1] = run.flat()
 
     optimizer.register_step_post_hook(note)
-    attachment = plain.attach(model, method, optimizer, group)
-    diary.attachment = attachment
+    run = attach(model, method, optimizer, group=group)
+    diary.run = run
 
     def note_state(*_: Any) -> None:
-        diary.learning_rate[attachment.steps] = optimizer.param_groups[0]["lr"]
+        diary.learning_rate[run.steps] = optimizer.param_groups[0]["lr"]
         states = optimizer.state.values()
-        diary.momentum[attachment.steps] = [state["momentum_buffer"].clone() for state in states]
+        diary.momentum[run.steps] = [state["momentum_buffer"].clone() for state in states]
 
     optimizer.register_step_pre_hook(note_state)
-    diary.begun_at.append(attachment.join(schedule=schedule))
-    diary.started.append(attachment.flat())
-    for step in attachment.range(steps):
+    diary.begun_at.append(run.join(schedule=schedule))
+    diary.started.append(run.flat())
+    for step in run.range(steps):
         diary.seen.append(step)
         if poison is not None:
             poison(step, model)
-        x, y = make_batch(attachment.peers.rank, step % 7)
+        x, y = make_batch(run.peers.rank, step % 7)
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
         if step_s:
             group.advance(step_s)
         optimizer.step()
         schedule.step()
-        diary.after[attachment.steps] = attachment.flat()
-    attachment.finish()
+        diary.after[run.steps] = run.flat()
+    run.finish()
     return diary
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pool import Pool
 from presets import ADAM, PRESETS, SGD, Preset, sgd
 from rig import flat, loss_of, make_batch, make_model
 
 import commopt
-from commopt.groups import TorchGroup
+from commopt.groups import SimWorld, TorchGroup
 
 STEPS = 20
+RECORDED = Path(__file__).with_name("recorded.json")
 MORE = [
     Preset("onebit_adam", {"freeze_step": 4, "scale": "model", "prescale": True}, ADAM),
     Preset("two_way", {"worker": "4bit", "residual_bits": 8, "dense_1d": True}),
@@ -60,3 +65,41 @@ def train(group: Any, case: int) -> tuple[list[str], str]:
 def on_gloo(process_group: dist.ProcessGroup, case: int) -> tuple[list[str], str]:
     torch.set_num_threads(1)
     return train(TorchGroup(process_group), case)
+
+
+def label(case: int) -> str:
+    return f"{CASES[case]}{f' max_norm {MAX_NORM[case]}' if case in MAX_NORM else ''}"
+
+
+def arithmetic() -> dict[str, str]:
+    """What bits depend on, beside the code."""
+    return {"cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+
+
+def summary(ranks: list[tuple[list[str], str]]) -> list[list[Any]]:
+    """By rank: the first and the last loss, and the first half of the hash."""
+    return [[float.fromhex(losses[0]), float.fromhex(losses[-1]), digest[:32]] for losses, digest in ranks]
+
+
+def main() -> None:
+    """Record anew, after a change that is meant to change results: `python tests/recording.py`."""
+    torch.set_num_threads(1)
+    pool, cases = Pool(), {}
+    for case in range(len(CASES)):
+        simulated = SimWorld[Any](3).run(lambda group, case=case: train(group, case))  # type: ignore[misc]
+        gloo = pool.run(2, on_gloo, case)
+        cases[label(case)] = {"simulated": summary(simulated), "gloo": summary(gloo)}
+    pool.close()
+    write({**arithmetic(), "cases": cases})
+
+
+def write(recorded: dict[str, Any]) -> None:
+    """One line for each case."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in recorded.pop("cases").items()]
+    head = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in recorded.items())
+    RECORDED.write_text("{\n" + head + '"cases": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.modules["recording"] = sys.modules["__main__"]  # functions travel to the pool by their module's name
+    main()

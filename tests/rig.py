@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from pool import twin_of
+from presets import ADAM, SGD, sgd
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
-
-
+from commopt import Method, Run, attach, build
 from commopt.groups import Group, TorchGroup
-
-from typing import Any as Attachment
+from commopt.methods import METHODS as METHODS_BY_NAME
+from commopt.optim import make_optimizer
+from commopt.optim.update import UpdateMethod
 
 FREEZE = 3
 loss_of: Callable[..., Any] = nn.functional.mse_loss
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("dense", {}),
-    "fp16": ("fp16", {}),
-    "ef_sign l1": ("ef_sign", {"scale": "l1", "block_size": 64}),
-    "ef_sign l2": ("ef_sign", {"scale": "l2"}),
-    "two_way int8": ("two_way", {"worker": "int8", "residual_bits": 8}),
-    "dgc": ("dgc", {"density": 0.1, "warmup_steps": 2}),
-    "distributed_lion": ("distributed_lion", {"lr": 0.003}),
-    "onebit_adam l1": ("onebit_adam", {"scale": "l1", "block_size": 64, "freeze_step": FREEZE, "lr": 0.01}),
-    "onebit_adam l2": ("onebit_adam", {"scale": "l2", "freeze_step": FREEZE, "lr": 0.01}),
+# case -> (method, options, optimizer)
+METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "dense": ("dense", {}, SGD),
+    "fp16": ("fp16", {}, SGD),
+    "ef_sign l1": ("ef_sign", {"scale": "l1", "block_size": 64}, SGD),
+    "ef_sign l2": ("ef_sign", {"scale": "l2"}, SGD),
+    "two_way int8": ("two_way", {"worker": "int8", "residual_bits": 8}, SGD),
+    "dgc": ("dgc", {"density": 0.1, "warmup_steps": 2}, sgd(0.05)),
+    "distributed_lion": ("distributed_lion", {}, {"name": "lion", "lr": 0.003}),
+    "onebit_adam l1": ("onebit_adam", {"scale": "l1", "block_size": 64, "freeze_step": FREEZE}, ADAM),
+    "onebit_adam l2": ("onebit_adam", {"scale": "l2", "freeze_step": FREEZE}, ADAM),
 }
 COMPRESSED = [name for name in METHODS if "l" in name.split()[-1] and " " in name]
 UPDATE = [name for name in METHODS if name.startswith("onebit_adam")]
@@ -52,39 +53,71 @@ def make_batch(rank: int, step: int, dtype: torch.dtype = torch.float32) -> tupl
     return x.to(dtype), y.to(dtype)
 
 
-def make_method(
-    case: str, model: nn.Module, **options: Any
-) -> tuple[Any, torch.optim.Optimizer | None, torch.optim.Optimizer]:
-    """The method, the optimizer that attach is given, and the optimizer that steps."""
-    name, preset = METHODS[case]
-    if is_update_method(name):
-        method: Any = build(name, model.named_parameters(), **{**preset, **options})
-        return method, None, method
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.0 if name == "dgc" else 0.9)
-    return build(name, **{**preset, **options}), sgd, sgd
+def make_method(case: str, model: nn.Module, **options: Any) -> tuple[Method, torch.optim.Optimizer]:
+    """The method, and the optimizer to attach it with; `lr` among the options is the optimizer's."""
+    name, preset, block = METHODS[case]
+    block = {**block, "lr": options.pop("lr", block["lr"])}
+    return build(name, **{**preset, **options}), make_optimizer(block, model.parameters())
+
+
+def start(
+    model: nn.Module,
+    method: Any,
+    group: Any = None,
+    *,
+    optimizer: torch.optim.Optimizer | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Attach a method; options are those of `attach`, settings of the optimizer it stands in for (lr, betas ...), or its own.
+
+    optimizer: or a block that names it; if None, what an update method stands in for, or SGD with a rate of 0.05.
+    """
+    given = {key: options.pop(key) for key in ("max_norm", "grad_scaler", "overlap") if key in options}
+    kind = METHODS_BY_NAME[method.partition("(")[0]] if isinstance(method, str) else type(method)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        block = dict(optimizer or default_block(kind))
+        if issubclass(kind, UpdateMethod):
+            block |= {key: options.pop(key) for key in kind.takes if key in options}
+        optimizer = make_optimizer(block, model.parameters())
+    made = build(method, **options) if isinstance(method, str) else method
+    return attach(model, made, optimizer, group=group, **given)
+
+
+def default_block(kind: type[Method]) -> dict[str, Any]:
+    """An optimizer for a method of this kind."""
+    if not issubclass(kind, UpdateMethod):
+        return sgd(0.05)
+    name = kind.stands_for[-1] if kind.stands_for[0] != "LAMB" else "LAMB"
+    return {"name": name.lower(), **({"weight_decay": 0.0} if name == "AdamW" else {})}
+
+
+def _start_case(model: nn.Module, case: str, group: Group, options: dict[str, Any]) -> Any:
+    name, preset, block = METHODS[case]
+    block = {**block, "lr": options.pop("lr", block["lr"])}
+    return start(model, name, group, optimizer=block, **{**preset, **options})
 
 
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
 
 
-def state_of(attachment: Attachment) -> list[Tensor]:
+def state_of(run: Run) -> list[Tensor]:
     """Everything that an exchange may change on this rank."""
-    method: Any = attachment.method
-    local = [view for name in attachment.parameters for view in method.state_views(name)]
-    optimizer = attachment.optimizer.state.values()
-    return local + [x for state in optimizer for x in state.values() if isinstance(x, Tensor) and x.dim()]
+    kept = [view for name in run.parameters for view in run.method.state_views(name)]
+    states = run.optimizer.state.values()
+    return kept + [x for state in states for x in state.values() if isinstance(x, Tensor) and x.dim()]
 
 
 @contextmanager
-def attached(group: Group, case: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Iterator[Any]:
-    """(model, optimizer, attachment) for a plain script."""
-    bucket_bytes = options.pop("bucket_bytes", 25 << 20)
+def attached(
+    group: Group, case: str, *, dtype: torch.dtype = torch.float32, bucket_bytes: int = 25 << 20, **options: Any
+) -> Iterator[tuple[nn.Sequential, torch.optim.Optimizer, Any]]:
+    """(model, optimizer that steps, run) for a plain script."""
     model = make_model(dtype)
-    method, optimizer, steps = make_method(case, model, **options)
-    attachment = plain.attach(model, method, optimizer, group, bucket_bytes=bucket_bytes)
-    yield model, steps, attachment
-    attachment.detach()
+    run: Any = _start_case(model, case, group, options)
+    run.bucket_bytes = bucket_bytes
+    yield model, run.optimizer, run
+    run.close()
 
 
 @contextmanager
@@ -93,13 +126,12 @@ def wrapped(
     case: str,
     *,
     model: nn.Module | None = None,
-    overlap: bool = True,
     bucket_cap_mb: float = 25.0,
     find_unused_parameters: bool = False,
     gradient_as_bucket_view: bool = False,
     **options: Any,
-) -> Iterator[Any]:
-    """(DDP model, optimizer, attachment)."""
+) -> Iterator[tuple[DistributedDataParallel, torch.optim.Optimizer, Any]]:
+    """(DDP model, optimizer that steps, run)."""
     made = DistributedDataParallel(
         make_model() if model is None else model,
         process_group=process_group,
@@ -107,12 +139,11 @@ def wrapped(
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=gradient_as_bucket_view,
     )
-    method, optimizer, steps = make_method(case, made.module, **options)
-    attachment = ddp.attach(made, method, optimizer, TorchGroup(twin_of(process_group)), overlap=overlap)
+    run = _start_case(made, case, TorchGroup(twin_of(process_group)), options)
     try:
-        yield made, steps, attachment
+        yield made, run.optimizer, run
     finally:
-        attachment.detach()
+        run.close()
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: int, first: int = 0) -> None:
@@ -137,7 +168,7 @@ def run_plain_on_gloo(process_group: dist.ProcessGroup, case: str, steps: int, o
 
 def run_ddp(process_group: dist.ProcessGroup, case: str, steps: int, options: dict[str, Any]) -> Tensor:
     dtype = options.pop("dtype", torch.float32)
-    with wrapped(process_group, case, model=make_model(dtype), **options) as (model, optimizer, attachment):
+    with wrapped(process_group, case, model=make_model(dtype), **options) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(process_group), steps)
-        assert attachment.replicas_are_equal()
+        assert run.replicas_are_equal()
         return flat(model.module)

@@ -16,8 +16,8 @@ from commopt.cluster.spec import load_run
 from commopt.errors import AttachError, ConfigError
 from commopt.frameworks.plain import PlainAttachment
 from commopt.methods import with_optimizer
-from commopt.optim.parents import LAMB, Lion
-from commopt.run.outer import OuterAttachment
+from commopt.optim import LAMB, Lion
+from commopt.run.outer import OuterRun
 
 ROOT = Path(commopt.__file__).parent.parent
 
@@ -119,12 +119,12 @@ def test_an_update_method_takes_over_the_groups_of_the_optimizer_whose_place_it_
     method, stepping = make({"onebit_adam": {"freeze_step": 7}}, model, adam)
     assert method is stepping
     keys = ("lr", "betas", "eps", "weight_decay")
-    assert [[group[key] for key in keys] for group in method.param_groups] == [
+    assert [[group[key] for key in keys] for group in run.optimizer.param_groups] == [
         [1e-3, (0.8, 0.9), 1e-6, 0.1],
         [5e-4, (0.8, 0.9), 1e-6, 0.0],
     ]
-    assert [group["params"] for group in method.param_groups] == [weights, biases]
-    assert method.param_groups[0]["param_names"] == ["0.weight", "2.weight"]
+    assert [group["params"] for group in run.optimizer.param_groups] == [weights, biases]
+    assert run.optimizer.param_groups[0]["param_names"] == ["0.weight", "2.weight"]
 
 
 def test_a_gradient_or_an_outer_method_leaves_the_optimizer() -> None:
@@ -156,7 +156,7 @@ def test_a_method_does_not_stand_in_for_an_optimizer_of_another_kind(name: str, 
 def test_each_method_stands_in_for_its_parent(name: str, kind: Any) -> None:
     model = model_of()
     method, _ = make(name, model, kind(model.parameters(), lr=0.02))
-    assert method.param_groups[0]["lr"] == 0.02
+    assert run.optimizer.param_groups[0]["lr"] == 0.02
 
 
 @pytest.mark.parametrize(
@@ -186,18 +186,18 @@ def test_the_door_takes_names_blocks_files_and_methods() -> None:
     ]
     for choice in choices:
         model = model_of()
-        attachment = commopt.attach(model, choice, torch.optim.SGD(model.parameters(), lr=0.1))
-        assert isinstance(attachment, PlainAttachment)
-        assert attachment.method.name == "ef_sign"
+        run = commopt.attach(model, choice, torch.optim.SGD(model.parameters(), lr=0.1))
+        assert isinstance(run, PlainAttachment)
+        assert run.method.name == "ef_sign"
 
 
 def test_the_door_makes_update_and_outer_methods_too() -> None:
     model = model_of()
-    attachment = commopt.attach(model, {"name": "onebit_adam", "lr": 0.01})
-    assert attachment.optimizer is attachment.method
+    run = commopt.attach(model, {"name": "onebit_adam", "lr": 0.01})
+    assert run.optimizer is run.method
     other = model_of()
     outer = commopt.attach(other, "noloco", torch.optim.SGD(other.parameters(), lr=0.1))
-    assert isinstance(outer, OuterAttachment)
+    assert isinstance(outer, OuterRun)
 
 
 def test_an_optimizer_that_would_have_no_effect_is_refused() -> None:

@@ -97,7 +97,7 @@ class LetsNaNThrough(EFSign):
     """Does not look at the header."""
 
     def aggregate(self, bucket: Bucket, group: Group) -> None:
-        super().aggregate(bucket, group)
+        super().exchange(bucket, group)
         bucket.void = None
 
 
@@ -112,7 +112,7 @@ class DependsOnBuckets(Dense):
     """Scales by the bucket's own size."""
 
     def aggregate(self, bucket: Bucket, group: Group) -> None:
-        super().aggregate(bucket, group)
+        super().exchange(bucket, group)
         bucket.flat.mul_(1 + 1e-3 * len(bucket.names))
 
 

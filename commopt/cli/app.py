@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 import typer.core
 
+import commopt
 from commopt.errors import CommoptError, ConfigError, LaunchError
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ class _Commands(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -60,6 +60,21 @@ class EmulateOption(str, Enum):
     netns = "netns"
     paced = "paced"
     none = "none"
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"commopt {commopt.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
+) -> None:
+    """Options of the command line itself; typer adds those for shell completion."""
 
 
 EmulateAnnotated = Annotated[
@@ -303,6 +318,7 @@ def _train_and_report(
         check_methods,
         check_outputs,
         chosen_methods,
+        is_independent,
         program_words,
         train_each,
     )
@@ -312,8 +328,6 @@ def _train_and_report(
     mode = checked_mode(spec.cluster, emulate, node)
     methods = chosen_methods(spec, names)
     if print_only:
-        from commopt.methods import is_outer_method
-
         check_methods(spec, methods)
         emulation = emulation_of.preview(spec.cluster, mode, node)
         check_faults(spec.faults, emulation, spec.path.name)
@@ -323,7 +337,7 @@ def _train_and_report(
                 spec.cluster,
                 program_words(spec, name, options),
                 emulation,
-                independent=is_outer_method(name),
+                independent=is_independent(name),
                 label=f"{spec.name} {name}",
             )
         return

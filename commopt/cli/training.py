@@ -28,7 +28,7 @@ def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, An
         if not name:
             raise ConfigError(f"--methods {','.join(names)!r}: a name is empty; write NAME,NAME,... as in dense,fp16")
         if name in names[:k]:
-            raise ConfigError(f"--methods: {name!r} stands twice")
+            raise ConfigError(f"--methods: duplicate method {name!r}")
     return {name: run.methods.get(name, {}) for name in names or run.methods}
 
 
@@ -36,7 +36,9 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
     """Make every method once, on a model of no consequence. Raises ConfigError with all mistakes, file and key first."""
     import torch
 
-    from commopt.methods import with_optimizer
+    from commopt.errors import AttachError
+    from commopt.methods import build
+    from commopt.optim import make_optimizer
 
     mistakes = []
     steps = run.arguments.get("steps")
@@ -49,9 +51,12 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
     for name, options in methods.items():
         try:
             plain, optimizer = _split(run, options)
-            made, _ = with_optimizer(name, torch.nn.Linear(2, 2), options=plain, optimizer=optimizer)
-        except (ConfigError, TypeError) as error:
-            mistakes.append(f"{run.path.name}: methods.{name}: {str(error).removeprefix(f'method {name}: ')}")
+            made = build(name, **plain)
+            made.check_optimizer(make_optimizer(optimizer, torch.nn.Linear(2, 2).parameters()))
+        except (ConfigError, AttachError, TypeError) as error:
+            prefix = "optimizer: " if isinstance(error, AttachError) else ""
+            text = str(error).removeprefix(f"method {name.partition('(')[0]}: ")
+            mistakes.append(f"{run.path.name}: methods.{name}: {prefix}{text}")
             continue
         if steps is not None and made.warmup_steps >= steps:
             mistakes.append(
@@ -145,6 +150,13 @@ def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[s
     return words + (["--optimizer", json.dumps(optimizer)] if optimizer else [])
 
 
+def is_independent(name: str) -> bool:
+    """Whether every node is a job of its own under this method: its members may come and go."""
+    from commopt.methods import METHODS
+
+    return METHODS[name.partition("(")[0]].kind == "outer"
+
+
 def _split(run: RunSpec, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A method's own options, and the optimizer: the run's, or the one that stands among the options."""
     plain = {key: value for key, value in options.items() if key != "optimizer"}
@@ -168,7 +180,6 @@ def _train(
     live: Live,
     on_line: Callable[[str], None],
 ) -> RunResult:
-    from commopt.methods import is_outer_method
     from commopt.report.results import collect
 
     record_dir, log_dir = (_emptied(out_dir / kind / name) for kind in ("record", "log"))
@@ -186,7 +197,7 @@ def _train(
         on_tick=lambda _: live.tick(),
         on_line=lambda label, line: on_line(f"[{name}, {label}] {line}"),
         on_note=tell,
-        independent=is_outer_method(name),
+        independent=is_independent(name),
         label=f"{run.name} {name}",
         faults=Injection(run.faults, emulation=emulation, record_dir=record_dir, tell=tell) if run.faults else None,
     )

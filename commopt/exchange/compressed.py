@@ -37,14 +37,15 @@ class Compressed(Exchange):
         kernels.warm_up(self.device)  # now, and not in the first step that compresses
         self.dense_names = frozenset(name for name, p in named_parameters if self.stays_dense(name, p))
         self.table = self.compressor.table(self.index, group.size, self.dense_names)
+        self.everything = self.table.everything  # what this side will ever compress
         self._cut: dict[Any, Any] = {}
 
     def declare(self) -> list[State]:
-        return [*super().declare(), *self.residual("worker_residual", self.table.everything, self.index)]
+        return [*super().declare(), *self.residual("worker_residual", self.everything, self.index)]
 
     def bound(self) -> None:
         super().bound()
-        self.worker = self.feedback("worker_residual", self.compressor, self.table.everything)
+        self.worker = self.feedback("worker_residual", self.compressor, self.everything)
 
     def residual(self, name: str, blocks: Blocks, index: ParameterIndex) -> list[State]:
         """The state of one side's residual: its elements, and in 8 bits a scale for each block."""
@@ -139,7 +140,7 @@ class Compressed(Exchange):
         return total / len(every)
 
     def _set_worker_residual(self, total: Tensor) -> None:
-        blocks = self.keyed(self.table.everything, self.compressor, "load")
+        blocks = self.keyed(self.everything, self.compressor, "load")
         self.worker.set_values(total[element_indices(blocks.homes, blocks.lengths, self.device)], blocks)
 
     def _void(self, bucket: Bucket, bad: int) -> None:

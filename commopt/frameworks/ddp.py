@@ -60,6 +60,7 @@ class DDPRun(EveryStepRun):
         if self.is_closed:
             raise AttachError(_CLOSED)
         ours = self._wrap(bucket)
+        self._refuse_repeat([ours])  # here, and not in the lane, whose errors DDP turns into a RuntimeError
         if bucket.is_last():
             self._after_backward()
         if self._lane is None:
@@ -157,6 +158,17 @@ def _other_ranks(model: DistributedDataParallel, group: object) -> str:
     if ours is not None:
         same = dist.get_process_group_ranks(ours) == dist.get_process_group_ranks(own)
     return "" if same else f"{type(group).__name__} of {group.size} ranks"
+
+
+def wrap(model: torch.nn.Module, method: Method, **ddp_options: object) -> torch.nn.Module:
+    """The model as `attach` wants it: in DistributedDataParallel if that can exchange for the method, else as it is.
+
+    DDP exchanges during backward, for methods that exchange in every step, if torch.distributed is initialised. ddp_options: what
+    DistributedDataParallel takes.
+    """
+    if method.kind == "outer" or not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, **ddp_options)  # type: ignore[arg-type]
 
 
 def attach(model: DistributedDataParallel, request: Request) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,12 +14,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from commopt.errors import AttachError, CheckpointError
-from commopt.exchange.mean import Aggregator
-from commopt.frameworks.deepspeed_config import check_settings
-from commopt.frameworks.plain import PlainAttachment
+from commopt.frameworks.plain import PlainRun
 from commopt.groups import Group
-from commopt.run.outer import OuterAttachment
-from commopt.run.rank_state import load_rank_state, read_rank_states, save_rank_state
+from commopt.optim.update import UpdateMethod
+from commopt.run.checkpoint import has_block, read_block, save_block
+from commopt.run.every_step import EveryStepRun, Prepared
+from commopt.run.run import Run
+from commopt.run.stand_in import StandIn
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +32,40 @@ class Undo:
         self.remove = undo
 
 
-def restored(engine: Any, *names: str) -> Undo:
-    """Lets an engine have its own methods of these names again."""
-    return Undo(lambda: [engine.__dict__.pop(name, None) for name in names])
+def replaced(target: Any, **attributes: Any) -> Undo:
+    """Give an object other attributes; the handle gives it back those that it had, its class's own ones included."""
+    had = {name: vars(target)[name] for name in attributes if name in vars(target)}
+    for name, value in attributes.items():
+        setattr(target, name, value)
+
+    def give_back() -> None:
+        for name in attributes:
+            if name in had:
+                setattr(target, name, had[name])
+            else:
+                delattr(target, name)
+
+    return Undo(give_back)
 
 
 def is_half(engine: Any) -> bool:
     """Whether DeepSpeed has wrapped the optimizer, and steps float32 copies of fp16 or bf16 parameters."""
     return engine.optimizer is not engine.basic_optimizer
+
+
+def has_masters(engine: Any) -> bool:
+    """Whether those copies are tensors of their own, and not parts of a flat one."""
+    return hasattr(engine.optimizer, "fp32_groups") and hasattr(engine.optimizer, "fp16_groups")
+
+
+def forget_dry_step(engine: Any) -> None:
+    """Undo the step on zeros by which DeepSpeed's wrappers make an optimizer allocate its state.
+
+    It counts as one for Adam's bias correction, and decays weights.
+    """
+    if has_masters(engine) and engine.global_steps == 0:
+        engine.basic_optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
 
 
 class Masters(Module):
@@ -50,10 +76,9 @@ class Masters(Module):
         self._seen: dict[str, Any] = dict(engine.module.named_parameters())
         self._model: tuple[Module] = (engine.module,)  # a tuple, so that it is no submodule
         self.low: dict[str, Parameter] = {}  # the parameters of which these are copies; empty in fp32
-        if is_half(engine):
+        if has_masters(engine):
             name_of = {id(p): name for name, p in engine.module.named_parameters()}
-            wrapper = engine.optimizer
-            for lows, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for lows, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
                 for low, master in zip(lows, masters, strict=True):
                     self.low[name_of[id(low)]] = low
                     self._seen[name_of[id(low)]] = master
@@ -76,88 +101,44 @@ class Masters(Module):
             low.copy_(self._seen[name])
 
 
-def check_engine(engine: Any, name: str) -> list[str]:
-    """Raise AttachError for an engine whose gradients are not one mean over all ranks; return what is to be logged."""
-    import deepspeed
-
-    for is_so, what in (
-        (engine.pipeline_parallelism, "a pipeline engine, whose stages exchange in their own schedule"),
-        (engine.has_moe_layers, "a mixture of experts, whose gradients are averaged over other groups"),
-        (engine.mpu is not None, "an mpu: model-parallel ranks hold different parameters"),
-        (getattr(engine, "sequence_parallel_size", 1) > 1, "sequence parallelism, whose ranks share a batch"),
-        (_size_of(engine, "autotp_size") > 1, "tensor parallelism: ranks hold different parameters"),
-        (bool(getattr(engine, "zenflow", False)), "ZenFlow, which splits the optimizer's step"),
-        (
-            not hasattr(engine, "_take_model_step"),
-            f"DeepSpeed {deepspeed.__version__}, whose engine steps in an unknown way",
-        ),
-        (engine.basic_optimizer is None, "an engine without an optimizer; name one in the configuration"),
-    ):
-        if is_so:
-            raise AttachError(f"{name} does not go with {what}")
-    return check_settings(engine._config, engine._config._param_dict, name)
-
-
-def _size_of(engine: Any, name: str) -> int:
-    return int(getattr(engine, name)()) if hasattr(engine, name) else 1
-
-
-class EngineAttachment(PlainAttachment):
+class EngineRun(PlainRun):
     """Exchanges at the step of the engine's basic optimizer, on unscaled float32 gradients, after the last micro-batch.
 
     As DeepSpeed's old optimizers did; its own all-reduce is off. Gradients are clipped to `gradient_clipping` after the exchange;
-    update methods clip by `max_norm` before it. An overflow under fp16 on any rank is seen on all ranks before anything is
-    exchanged, and the step is skipped everywhere.
+    for update methods it is `max_norm`. An overflow under fp16 on any rank is seen on all ranks before anything is exchanged, and
+    the step is skipped everywhere.
     """
 
-    def __init__(self, engine: Any, method: Aggregator, optimizer: Any, group: Group, bucket_bytes: int) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, masters: Masters, prepared: Prepared, group: Group) -> None:
+        self._engine, self.masters = engine, masters
         self._wrapper: Any = engine.optimizer if is_half(engine) else None
-        self._masters = Masters(engine)
-        super().__init__(self._masters, method, None if optimizer is method else optimizer, group, bucket_bytes, True)
-        self._clip = 0.0 if self.is_update_method else float(engine.gradient_clipping())
+        super().__init__(masters, prepared, group)
+        self._clip = 0.0 if self._is_update else float(engine.gradient_clipping())
         self._scale = 1.0  # by which the loss of the gradients at hand was multiplied
-        self._handles += hand_over(engine, method.name)
+        if isinstance(self.optimizer, StandIn):
+            holder = engine if self._wrapper is None else self._wrapper
+            self._handles += [
+                replaced(holder, optimizer=self.optimizer),
+                replaced(engine, basic_optimizer=self.optimizer),
+            ]
         if self._wrapper is not None:
             self._handles += self._guard_wrapper()
-        self._handles += self._keep_in_checkpoints()
 
-    def synchronise(self) -> None:
-        """Make replicas equal now, in methods with local steps; all ranks call it, between steps."""
-        self.method.synchronise(self.group)
-        self._masters.copy_to_model()
-
-    def detach(self) -> None:
-        """Give the exchange back to DeepSpeed. An update method cannot step without one, and refuses to."""
-        super().detach()
-        if self.is_update_method:
-            name = self.method.name
-
-            def refuse(*_: Any) -> NoReturn:
-                raise AttachError(
-                    f"{name} was detached from its engine, and would step along a momentum that nobody updates"
-                )
-
-            self.optimizer.register_step_pre_hook(refuse)
+    def finish(self) -> None:
+        super().finish()
+        self.masters.copy_to_model()  # local steps have been made equal
 
     def checkpoint_folder(self, folder: Path) -> Path:
         raise CheckpointError(
-            f"{folder}: an engine's checkpoint is engine.save_checkpoint(...), which keeps the method's state of every rank too"
+            f"{folder}: write engine.save_checkpoint(...) and engine.load_checkpoint(...), which keep the method's state of every rank too"
         )
 
     def _guard_wrapper(self) -> list[Undo]:
         """Let DeepSpeed's wrapper hand over what every rank can use: finite, unscaled, and not yet clipped."""
         wrapper = self._wrapper
-        checker, clip = wrapper.overflow_checker, wrapper.clip_grad
-        wrapper.overflow_checker, wrapper.clip_grad = _Overflow(self), 0.0
-
-        def give_back() -> None:
-            wrapper.overflow_checker, wrapper.clip_grad = checker, clip
-
-        undo = [Undo(give_back)]
+        undo = [replaced(wrapper, overflow_checker=_Overflow(self), clip_grad=0.0)]
         if wrapper.loss_scale_config.cur_scale != 1.0 or wrapper.loss_scale_config.dynamic_loss_scale:
-            self._engine.backward = self._scaled_backward(self._engine.backward)
-            undo.append(restored(self._engine, "backward"))
+            undo.append(replaced(self._engine, backward=self._scaled_backward(self._engine.backward)))
         return undo
 
     def _scaled_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,9 +162,9 @@ class EngineAttachment(PlainAttachment):
         return scaled
 
     def _used_anywhere(self) -> list[str]:
-        for name, low in self._masters.low.items():
+        for name, low in self.masters.low.items():
             if low.grad is None:  # of which DeepSpeed has made zeros
-                self._masters._seen[name].grad = None
+                self.masters._seen[name].grad = None
         return super()._used_anywhere()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
@@ -194,7 +175,7 @@ class EngineAttachment(PlainAttachment):
                 if p.grad is not None:
                     p.grad.mul_(ratio)
         super()._before_step(optimizer, args, kwargs)
-        if not self.is_update_method:
+        if not self._is_update:
             self._clip_mean()
         elif self._wrapper is not None:
             self._wrapper._global_grad_norm = None  # it was that of this rank's own gradients
@@ -209,140 +190,83 @@ class EngineAttachment(PlainAttachment):
         if self._wrapper is not None:
             self._wrapper._global_grad_norm = norm
 
-    def _keep_in_checkpoints(self) -> list[Undo]:
-        """Put every rank's state beside the engine's files, and take it back with them."""
-        engine, save, load = self._engine, self._engine.save_checkpoint, self._engine.load_checkpoint
-
-        def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-            tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-            save_rank_state(Path(save_dir) / tag, self)  # first: `latest` is written when all is there
-            return save(save_dir, tag, *args, **kwargs)
-
-        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(load).bind(*args, **kwargs)
-            given.apply_defaults()
-            return self._load(load, given.arguments)
-
-        engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
-        return [restored(engine, "save_checkpoint", "load_checkpoint")]
-
-    def _load(self, load: Callable[..., Any], given: dict[str, Any]) -> Any:
-        folder, tag = Path(given["load_dir"]), given["tag"]
-        latest = folder / "latest"
-        if tag is None and latest.is_file():
-            tag = latest.read_text(encoding="utf-8").strip()
-        states = None
-        if tag is None:
-            pass  # DeepSpeed says that it has found nothing
-        elif given["load_module_only"] or not given["load_optimizer_states"]:
-            if self.group.rank == 0:
-                _log.warning(
-                    "%s: only part is loaded, and %s goes on with the state it has", folder / tag, self.method.name
-                )
-        elif self.is_update_method or any((folder / tag).glob("commopt_rank*.pt")):
-            states = read_rank_states(folder / tag, self)
-        elif self.group.rank == 0:
-            _log.warning(
-                "%s: was saved without commopt; %s begins with empty residuals", folder / tag, self.method.name
-            )
-        found = load(**given)
-        if self._wrapper is not None:
-            self._wrapper.clip_grad = 0.0  # a checkpoint brings that of its own time
-        if states is not None:
-            load_rank_state(self, states)
-            self._masters.copy_to_model()  # a rank between two exchanges of 0/1 Adam has parameters of its own
-        return found
-
 
 class _Overflow:
     """In the place of DeepSpeed's check: whether on any rank a gradient, or their norm, is not finite. Sends 4 bytes."""
 
-    def __init__(self, attachment: EngineAttachment) -> None:
-        self._attachment = attachment
+    def __init__(self, run: EngineRun) -> None:
+        self._run = run
 
     def check(self, param_groups: Any = None) -> bool:
         """Whether this step is to be skipped; the same answer on all ranks."""
-        lows = self._attachment._masters.low.values()
+        lows = self._run.masters.low.values()
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in lows if p.grad is not None]
-        group = self._attachment.group
-        device = next(iter(self._attachment.parameters.values())).device
+        group, device = self._run.group, next(iter(self._run.parameters.values())).device
         total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
         flag = (~total.isfinite()).to(torch.int32).reshape(1)
         group.traffic.bucket = "overflow"
         group.all_reduce(flag)
         return bool(flag)
 
-    def has_overflow(self, params: Any = None, has_moe_params: Any = None) -> bool:
-        """As `check`."""
-        return self.check()
 
-
-def hand_over(engine: Any, name: str) -> list[Undo]:
-    """Switch the engine's own exchange and clipping off."""
+def hand_over(engine: Any, run: Run) -> list[Undo]:
+    """Switch the engine's own exchange off, and its clipping before ours, and let its checkpoints carry the method's state."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise AttachError(
-            f"allreduce_gradients would average, uncompressed, what {name} exchanges at engine.step(); leave it out"
+            f"allreduce_gradients would average, uncompressed, what {run.method.name} exchanges at engine.step(); leave it out"
         )
 
-    def leave_to_the_exchange() -> None:
-        """Before the exchange a norm is this rank's own: clipped after it."""
+    def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        save_block(Path(save_dir) / tag, run)  # first: `latest` is written when all is there
+        return save(save_dir, tag, *args, **kwargs)
 
-    engine.enable_backward_allreduce = False
-    engine.allreduce_gradients = refuse
-    if name_is_of_gradients(name):
-        engine.clip_fp32_gradients = leave_to_the_exchange
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(load).bind(*args, **kwargs)
+        given.apply_defaults()
+        take_over = _block_of(engine, run, **given.arguments)
+        found = load(*given.args, **given.kwargs)
+        if is_half(engine):
+            engine.optimizer.clip_grad = 0.0  # a checkpoint brings that of its own time
+        take_over()
+        if isinstance(run, EngineRun):
+            run.masters.copy_to_model()  # a rank between two exchanges of 0/1 Adam has parameters of its own
+        return found
 
-    def give_back() -> None:
-        engine.enable_backward_allreduce = True
-
-    return [Undo(give_back), restored(engine, "allreduce_gradients", "clip_fp32_gradients")]
-
-
-def hand_over_outer(engine: Any, attachment: OuterAttachment) -> list[Undo]:
-    """Switch DeepSpeed's exchange off, and refuse its checkpoints, which keep rank 0's replica alone."""
-    undo = hand_over(engine, attachment.method.name)
-    load = engine.load_checkpoint
-
-    def refuse_save(*_: Any, **__: Any) -> NoReturn:
-        raise CheckpointError(
-            f"under {attachment.method.name} each rank has a replica of its own, and DeepSpeed saves rank 0's: use "
-            "commopt.run.checkpoint.save(folder, engine.commopt)"
-        )
-
-    def load_model(*args: Any, **kwargs: Any) -> Any:
-        if not inspect.signature(load).bind(*args, **kwargs).arguments.get("load_module_only"):
-            raise CheckpointError(
-                "DeepSpeed's checkpoint has no replicas: load_checkpoint(..., load_module_only=True) starts all from its model; "
-                "to go on use commopt.run.checkpoint.load(folder, engine.commopt)"
-            )
-        return load(*args, **kwargs)
-
-    engine.save_checkpoint, engine.load_checkpoint = refuse_save, load_model
-    undo.append(restored(engine, "save_checkpoint", "load_checkpoint"))
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+    undo = [
+        replaced(engine, enable_backward_allreduce=False, allreduce_gradients=refuse, commopt=run),
+        replaced(engine, save_checkpoint=save_checkpoint, load_checkpoint=load_checkpoint),
+    ]
+    if isinstance(run, EveryStepRun):  # before the exchange a norm is this rank's own: clipped after it
+        undo.append(replaced(engine, clip_fp32_gradients=lambda: None))
     return undo
 
 
-def name_is_of_gradients(name: str) -> bool:
-    """Whether a method exchanges in every step; the inner steps of outer methods are clipped by DeepSpeed, each rank for itself."""
-    from commopt.methods import is_outer_method
+def _block_of(
+    engine: Any, run: Run, load_dir: Any, tag: Any, load_module_only: bool, load_optimizer_states: bool, **_: Any
+) -> Callable[[], None]:
+    """What takes the method's state over from a checkpoint, once the engine has loaded its own part.
 
-    return not is_outer_method(name)
-
-
-HELD: dict[int, Any] = {}  # update methods inside an engine that is being made
-
-
-def _step_when_attached(self: Any, closure: Any = None) -> Any:
-    """`step`, but for the one on zero gradients by which DeepSpeed's wrappers let an optimizer make its state."""
-    if id(self) not in HELD:
-        return type(self).step(self) if closure is None else type(self).step(self, closure)
-    if any(p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"]):
-        raise AttachError(f"{self.name}: step() before it was attached to its engine: nothing has been exchanged")
-    return None
-
-
-def hold(method: Any) -> None:
-    """Let an update method pass through the making of an engine; `HELD.pop(id(method))` when it is attached."""
-    method.step = types.MethodType(_step_when_attached, method)
-    HELD[id(method)] = method
+    Raises CheckpointError if an update method's is missing.
+    """
+    latest, name = Path(load_dir) / "latest", run.method.name
+    if tag is None and latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
+    if tag is None:
+        return lambda: None  # DeepSpeed says that it has found nothing
+    folder = Path(load_dir) / str(tag)
+    if load_module_only or not load_optimizer_states:
+        note = f"only part is loaded, and {name} goes on with the state it has"
+    elif has_block(folder):
+        return read_block(folder, run)
+    elif isinstance(run.method, UpdateMethod):
+        raise CheckpointError(
+            f"{folder}: was saved without {name}'s state; load_checkpoint(..., load_module_only=True) takes the model alone"
+        )
+    else:
+        note = f"was saved without commopt; {name} begins with the state that it has"
+    if engine.global_rank == 0:
+        _log.warning("%s: %s", folder, note)
+    return lambda: None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
-from commopt.errors import AttachError
-from commopt.groups import Group, PacedGroup, TorchGroup
+from commopt.groups import PacedGroup, TorchGroup
 from commopt.wire.bucket import Bucket
 
 Way = Literal["replicas", "shards"]
@@ -38,6 +38,7 @@ _OF_GROUPS = (
     "reduce_scatter_unused_params",
 )
 _OF_PARAMETERS = ("_orig_size", "fsdp_placement", "is_dtensor", "offload_to_cpu", "sharded_param")
+_FSDPS_OWN = ("DefaultReduceScatter", "ProcessGroupAllocReduceScatter")
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class Unit:
         return found
 
     def bucket(self, flat: Tensor, rank: int) -> Bucket:
-        """The shard's gradient without padding: over `flat` itself where there is none, else a copy."""
+        """The shard's gradient without padding: over `flat` itself if there is none, or nothing else, else a copy."""
         found = self.starts(rank)
-        if sum(n for _, _, n in found) == flat.numel():
+        if not found or sum(n for _, _, n in found) == flat.numel():
             return Bucket(flat, tuple(name for name, _, _ in found), tuple(start for _, start, _ in found), self.label)
         return Bucket.of([(name, flat[start : start + n]) for name, start, n in found], self.label)
 
@@ -91,7 +92,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank is: the process group that the parameters are sharded over, and that of its replicas where FSDP knows it."""
+    """Where this rank is: the process group that the parameters are sharded over, and that of its replicas if FSDP knows it."""
 
     shard_group: dist.ProcessGroup
     replicate_group: dist.ProcessGroup | None
@@ -104,110 +105,80 @@ class Mesh:
     def shard(self) -> int:
         return self.shard_group.rank()
 
-
-def check_torch(model: Module) -> None:
-    """Raise AttachError where this torch's FSDP2 lacks a name that is read or set here, of which most are private."""
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        _require("FSDPModule", module, _OF_MODULES)
-        state: Any = module._get_fsdp_state()
-        _require("FSDPState", state, ("_fsdp_param_groups",))
-        for group in state._fsdp_param_groups:
-            _require("FSDPParamGroup", group, _OF_GROUPS)
-            info = group.mesh_info
-            _require(type(info).__name__, info, ("shard_mesh_dim", "replicate_mesh_dim"))
-            if info.shard_mesh_dim is not None:
-                _require(type(info).__name__, info, ("shard_process_group",))
-            if info.replicate_mesh_dim is not None:
-                _require(type(info).__name__, info, ("replicate_process_group",))
-            for fp in group.fsdp_params:
-                _require("FSDPParam", fp, _OF_PARAMETERS)
+    def way(self, group: object) -> Way | None:
+        """Whether a method averages between replicas, or within the shard group; None for a group that does neither."""
+        if group is None:
+            return "replicas" if self.replicate_group is not None else "shards"
+        inner = group.inner if isinstance(group, PacedGroup) else group
+        if not isinstance(inner, TorchGroup) or inner.process_group is None:
+            return None
+        ranks, shards = _ranks(inner.process_group), _ranks(self.shard_group)
+        if self.replicate_group is not None:
+            return "replicas" if ranks == _ranks(self.replicate_group) else None
+        if sorted(ranks) == sorted(shards):
+            return "shards"
+        return "replicas" if set(ranks) & set(shards) == {dist.get_rank()} else None
 
 
-def _require(kind: str, thing: Any, names: tuple[str, ...]) -> None:
-    if missing := [name for name in names if not hasattr(thing, name)]:
-        raise AttachError(
-            f"FSDP2 of torch {torch.__version__} has no {kind}.{missing[0]}, which this integration is built on; it was tested with "
-            "torch 2.13: use that one, or integrations.ddp"
-        )
+@dataclass
+class Sharding:
+    """What a model is sharded into. facts: for `refuse`; mesh and units can be relied on if none of them holds."""
+
+    facts: dict[str, object]
+    units: list[Unit] = field(default_factory=list)
+    mesh: Mesh | None = None
+
+    def note(self, label: str, facts: Mapping[str, object]) -> None:
+        """Keep where facts hold first; a fact that is True is told by its label."""
+        for fact, detail in facts.items():
+            self.facts[fact] = self.facts.get(fact) or (label if detail is True else detail)
 
 
-def mesh_of(model: Module) -> Mesh:
-    """Where this rank is in the mesh that the model is sharded over. Raises AttachError where there is none."""
-    for name, module in model.named_modules():
-        if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                return _mesh(name or "root", group)
-    raise AttachError("the model has no sharded parameter; call fully_shard on it, or on its layers and then on it")
-
-
-def find_units(model: Module) -> list[Unit]:
-    """The units of a sharded model in the order of its modules. Raises AttachError for what cannot be served."""
-    name_of = {id(p): name for name, p in _sharded_parameters(model).items()}
-    units: list[Unit] = []
-    meshes: dict[tuple[tuple[int, ...], ...], Mesh] = {}
+def sharding_of(model: Module) -> Sharding:
+    """Look at a model, in the order of its modules; nothing is raised for what cannot be served."""
+    found = Sharding({"fsdp 1": isinstance(model, FullyShardedDataParallel), "fsdp of another torch": _missing(model)})
+    if any(found.facts.values()):
+        return found
+    for _, module in _modules(model):
+        module.reshard()  # the root keeps its parameters whole between forward and backward
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    meshes: dict[tuple[Any, ...], Mesh] = {}
     seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        if not isinstance(module, FSDPModule):
+    for label, module, group in _groups(model):
+        if id(group) in seen:  # fully_shard([a, b]) is one unit of two modules
             continue
-        groups = module._get_fsdp_state()._fsdp_param_groups
-        if len(groups) > 1:
-            raise AttachError(
-                f"{module_name or 'the model'}: its parameters are on several meshes; give all of them one"
-            )
-        for group in groups:
-            if id(group) in seen:  # fully_shard([a, b]) is one unit of two modules
-                continue
-            seen.add(id(group))
-            label = module_name or "root"
-            mesh = _mesh(label, group)
-            meshes[tuple(tuple(_ranks(one)) for one in (mesh.shard_group, mesh.replicate_group) if one)] = mesh
-            _check_policy(label, group)
-            trainable = [fp for fp in group.fsdp_params if fp.sharded_param.requires_grad]
-            if trainable:
-                pieces = tuple(_piece(name_of[id(fp.sharded_param)], fp, mesh.shards) for fp in trainable)
-                units.append(Unit(label, module, group, pieces))
-    if not units:
-        raise AttachError("the model has no trainable parameter")
-    if len(meshes) > 1:
-        raise AttachError(
-            "the modules are sharded over different meshes; call fully_shard with the same mesh everywhere"
-        )
-    mesh = next(iter(meshes.values()))
-    for name, p in model.named_parameters():
-        if p.requires_grad and name not in {piece.name for unit in units for piece in unit.pieces}:
-            raise AttachError(f"{name} is among ignored_params, which FSDP does not average; shard it, or freeze it")
-    if empty := [r for r in range(mesh.shards) if not any(p.numels[r] for unit in units for p in unit.pieces)]:
-        raise AttachError(f"shard {empty[0]} of {mesh.shards} holds no element of the model; shard it over fewer ranks")
-    return units
+        seen.add(id(group))
+        found.note(label, _facts_of(group))
+        info = group.mesh_info
+        if (shard_group := getattr(info, "shard_process_group", None)) is None:
+            found.note(label, {"fsdp without shards": True})
+            continue
+        mesh = Mesh(shard_group, getattr(info, "replicate_process_group", None))
+        meshes[tuple(tuple(_ranks(one)) for one in (mesh.shard_group, mesh.replicate_group) if one)] = mesh
+        trainable = [fp for fp in group.fsdp_params if fp.sharded_param.requires_grad]
+        if trainable:
+            pieces = tuple(_piece(name_of[id(fp.sharded_param)], fp, mesh.shards) for fp in trainable)
+            found.units.append(Unit(label, module, group, pieces))
+    found.mesh = next(iter(meshes.values()), None)
+    _look_at_all(model, found, len(meshes))
+    return found
 
 
-def way_of(mesh: Mesh, group: Group | None) -> Way:
-    """Whether a method averages between replicas, or within the shard group. Raises AttachError for a group that is neither."""
-    if group is None:
-        return "replicas" if mesh.replicate_group is not None else "shards"
-    inner = group.inner if isinstance(group, PacedGroup) else group
-    if not isinstance(inner, TorchGroup) or inner.process_group is None:
-        raise AttachError(
-            f"group: FSDP runs in torch.distributed; pass TorchGroup(process_group), not {type(group).__name__}"
-        )
-    ranks, shards = _ranks(inner.process_group), _ranks(mesh.shard_group)
-    if mesh.replicate_group is not None:
-        if ranks != (replicas := _ranks(mesh.replicate_group)):
-            raise AttachError(
-                f"group: has the ranks {ranks}, and the replicas of this shard are {replicas}; leave it out, or pass "
-                "TorchGroup(mesh.get_group(the replicate dimension))"
-            )
-        return "replicas"
-    if sorted(ranks) == sorted(shards):
-        return "shards"
-    if set(ranks) & set(shards) == {dist.get_rank()}:
-        return "replicas"
-    raise AttachError(
-        f"group: has the ranks {ranks}, and this shard group {shards}: pass a group of the ranks that hold the same shard in other "
-        "shard groups, to average between replicas, or none, to average within the shard group"
-    )
+def _look_at_all(model: Module, found: Sharding, meshes: int) -> None:
+    """Note what units say only together."""
+    several = [name or "root" for name, module in _modules(model) if len(_groups_of(module)) > 1]
+    sharded = {piece.name for unit in found.units for piece in unit.pieces}
+    ignored = [name for name, p in model.named_parameters() if p.requires_grad and name not in sharded]
+    empty: list[str] = []
+    if found.mesh is not None and found.units:
+        shards = range(found.mesh.shards)
+        filled = {r for unit in found.units for piece in unit.pieces for r in shards if piece.numels[r]}
+        empty = [f"shard {r} of {len(shards)}" for r in shards if r not in filled]
+    found.facts |= {
+        "fsdp on several meshes": several[0] if several else meshes > 1 and "its modules",
+        "fsdp ignored_params": ignored and ignored[0],
+        "fsdp with an empty shard": empty and empty[0],
+    }
 
 
 def local(x: Tensor) -> Tensor:
@@ -216,47 +187,55 @@ def local(x: Tensor) -> Tensor:
     return own.to_local() if isinstance(own, DTensor) else own
 
 
-def _sharded_parameters(model: Module) -> dict[str, Tensor]:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # the root keeps its parameters whole between forward and backward
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    for name, p in named.items():
-        if p.device.type == "meta":
-            raise AttachError(f"{name} is on the meta device; call model.to_empty(device=...) and initialise it first")
-    return named
+def _missing(model: Module) -> str:
+    """What this torch's FSDP2 lacks of what is read or set here, of which most is private; "" for nothing."""
+    for kind, thing, names in _read_of(model):
+        for name in names:
+            if not hasattr(thing, name):
+                return f"{torch.__version__}, which has no {kind}.{name}"
+    return ""
 
 
-def _mesh(label: str, group: Any) -> Mesh:
-    info = group.mesh_info
-    if getattr(info, "shard_process_group", None) is None:
-        raise AttachError(f"{label}: is replicated and not sharded; use DistributedDataParallel")
-    return Mesh(info.shard_process_group, getattr(info, "replicate_process_group", None))
+def _read_of(model: Module) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """(class, object, names): what is read of each object; the next is looked for by what was found in the last."""
+    for _, module in _modules(model):
+        yield "FSDPModule", module, _OF_MODULES
+        yield "FSDPState", module._get_fsdp_state(), ("_fsdp_param_groups",)
+        for group in _groups_of(module):
+            yield "FSDPParamGroup", group, _OF_GROUPS
+            info = group.mesh_info
+            yield type(info).__name__, info, ("shard_mesh_dim", "replicate_mesh_dim")
+            dimensions = [one for one in ("shard", "replicate") if getattr(info, f"{one}_mesh_dim") is not None]
+            yield type(info).__name__, info, tuple(f"{one}_process_group" for one in dimensions)
+            for fp in group.fsdp_params:
+                yield "FSDPParam", fp, _OF_PARAMETERS
 
 
-def _check_policy(label: str, group: Any) -> None:
-    if any(getattr(fp, "is_dtensor", False) for fp in group.fsdp_params):
-        raise AttachError(f"{label}: parameters are split by tensor parallelism too, which is not supported")
-    if group.mp_policy.reduce_dtype == torch.float16:
-        raise AttachError(
-            f"{label}: reduce_dtype float16 is divided in two parts around the exchange; write bfloat16 or float32, and let "
-            "the method compress"
-        )
-    if group.force_sum_reduction_for_comms:
-        raise AttachError(f"{label}: set_force_sum_reduction_for_comms divides after the exchange; leave it out")
-    if group._all_reduce_hook is not None:
-        raise AttachError(f"{label}: has an all-reduce hook already, and FSDP takes only one")
-    for fp in group.fsdp_params:
-        if fp.offload_to_cpu and group.device.type != "cpu":
-            raise AttachError(
-                f"{label}: CPUOffloadPolicy keeps shards off the device they are exchanged on; leave it out"
-            )
-        if (
-            fp.sharded_param.requires_grad
-            and fp.sharded_param.dtype == torch.float16
-            and not group.mp_policy.reduce_dtype
-        ):
-            raise AttachError(f"{label}: float16 gradients are not supported; set reduce_dtype=torch.float32")
+def _modules(model: Module) -> Iterator[tuple[str, FSDPModule]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule))
+
+
+def _groups_of(module: FSDPModule) -> list[Any]:
+    found: list[Any] = module._get_fsdp_state()._fsdp_param_groups
+    return found
+
+
+def _groups(model: Module) -> Iterator[tuple[str, FSDPModule, Any]]:
+    return ((name or "root", module, group) for name, module in _modules(model) for group in _groups_of(module))
+
+
+def _facts_of(group: Any) -> dict[str, object]:
+    params, reduced_in = group.fsdp_params, group.mp_policy.reduce_dtype
+    halves = [fp for fp in params if fp.sharded_param.requires_grad and fp.sharded_param.dtype == torch.float16]
+    return {
+        "fsdp with tensor parallelism": any(fp.is_dtensor for fp in params),
+        "fsdp in float16": reduced_in == torch.float16 or bool(halves and not reduced_in),
+        "fsdp sum": bool(group.force_sum_reduction_for_comms),
+        "fsdp hook": group._all_reduce_hook is not None,
+        "fsdp offload": group.device.type != "cpu" and any(fp.offload_to_cpu for fp in params),
+        "scatter divide factor": group.gradient_divide_factor is not None,
+        "scatter custom": type(group._reduce_scatter_comm).__name__ not in _FSDPS_OWN,
+    }
 
 
 def _piece(name: str, fp: Any, shards: int) -> Piece:

@@ -8,6 +8,7 @@ from commopt.groups.base import Group, LocalGroup, Traffic
 from commopt.groups.paced import PacedGroup
 from commopt.groups.peers import PeerGroup, Peers
 from commopt.groups.simulated import SimGroup, SimWorld
+from commopt.groups.job import connect
 from commopt.groups.tcp import TcpPeers
 from commopt.groups.torch import TorchGroup
 
@@ -26,6 +27,7 @@ __all__ = [
     "TcpPeers",
     "TorchGroup",
     "Traffic",
+    "connect",
 ]
 
 

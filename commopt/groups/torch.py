@@ -157,6 +157,12 @@ class TorchGroup(Group):
             ) from error
 
 
+def initialise(backend: str) -> None:
+    """Let this process take part in the torch.distributed job that a launcher has described in the environment, once."""
+    if not dist.is_initialized():
+        dist.init_process_group(backend)
+
+
 def _has(store: Any, key: str) -> bool:
     try:
         return bool(store.check([key]))

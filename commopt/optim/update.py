@@ -147,7 +147,8 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 def example_of(stands_for: tuple[str, ...]) -> str:
     """An optimizer to pass, as code."""
     here = {"LAMB": "commopt.optim.LAMB", "Lion": "commopt.optim.Lion"}
-    return f"{here.get(stands_for[-1], 'torch.optim.' + stands_for[-1])}(model.parameters(), ...)"
+    name = next((name for name in stands_for if name in here), stands_for[-1])
+    return f"{here.get(name, f'torch.optim.{name}')}(model.parameters(), ...)"
 
 
 def move_(p: Tensor, direction: Tensor, step_size: float) -> None:

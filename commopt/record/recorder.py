@@ -65,14 +65,15 @@ class Recorder:
         return self._file is not None
 
     @classmethod
-    def from_environment(cls) -> Recorder:
-        """Read COMMOPT_RECORD (a folder), the rank and the ranks, and COMMOPT_NODE, _NODE_RANK, _NIC, _MTU.
+    def from_environment(cls, rank: int | None = None, world_size: int | None = None) -> Recorder:
+        """Read COMMOPT_RECORD (a folder), and COMMOPT_NODE, _NODE_RANK, _NIC, _MTU.
 
-        Rank and ranks are those of COMMOPT_PEERS, where torchrun knows one node only; else RANK and WORLD_SIZE.
-        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError where a number is none.
+        rank, world_size: if they are not given, those of COMMOPT_PEERS, as torchrun knows one node only; else RANK and WORLD_SIZE.
+        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError for a number that is none.
         """
         folder = os.environ.get("COMMOPT_RECORD")
-        rank, world_size = _place()
+        if rank is None or world_size is None:
+            rank, world_size = _place()
         return cls(
             Path(folder) if folder else None,
             rank=rank,

@@ -73,10 +73,6 @@ def note_detached(model: Module) -> None:
 
 def check_wrapping(model: Module) -> None:
     """Raise AttachError for a model inside which another wrapper averages gradients already."""
-    if any(base.__name__ == "FSDPModule" for base in type(getattr(model, "_orig_mod", model)).__mro__):
-        raise AttachError(
-            "this is torch.compile around a sharded model: attach to the sharded model first, then compile it"
-        )
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):

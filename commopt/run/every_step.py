@@ -87,6 +87,7 @@ class EveryStepRun(Run):
         return list(self.parameters.items())
 
     def finish(self) -> None:
+        self._log.end_window()
         self.method.synchronise(self.group)  # for methods that take local steps
         super().finish()
 
@@ -109,8 +110,8 @@ class EveryStepRun(Run):
 
     def replicas_are_equal(self) -> bool:
         digest = hashlib.sha256()
-        for p in self.parameters.values():
-            digest.update(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+        for _, x in self.served():
+            digest.update(x.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
         device = next(iter(self.parameters.values())).device
         own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(device)
         self.group.traffic.bucket = "parameter hashes"

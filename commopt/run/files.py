@@ -5,6 +5,7 @@ Nothing is unpickled. Each file is read once, and what is returned comes from th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,19 +14,19 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from commopt.errors import CheckpointError
-from commopt.reading import shown
 
 MANIFEST, SHARED, OWN = "manifest.json", "shared.safetensors", "rank{}.safetensors"
-NAME = re.compile(r"manifest\.json|shared\.safetensors|rank[0-9]+\.safetensors")
+LOCK = "manifest.lock"  # before it is locked
+NAME = re.compile(r"manifest\.(json|lock)|shared\.safetensors|rank[0-9]+\.safetensors")
 _VERSION = 2  # commopt 0.1 wrote other formats
 # how a manifest begins; the checksum is that of all bytes after it
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ("format": "commopt checkpoint", "version": ([0-9]{1,9}), )')
@@ -38,24 +39,22 @@ _UNSIGNED = {torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torc
 _DTYPES = _FLOATS | _SMALL | _SIGNED | _UNSIGNED
 
 
-class File(BaseModel):
+@dataclass(frozen=True)
+class File:
     """What a manifest says of a file."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: int
+    sha256: str
 
 
-class Manifest(BaseModel):
+@dataclass(frozen=True)
+class Manifest:
     """What one save left: its files, and the metas of its ranks."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    token: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-    files: dict[str, File]
+    token: str
+    files: Mapping[str, File]
     meta: dict[str, Any]
-    own_metas: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    own_metas: list[dict[str, Any]]
 
 
 def as_json(value: Any, where: str, depth: int = 0) -> Any:
@@ -70,10 +69,10 @@ def as_json(value: Any, where: str, depth: int = 0) -> Any:
         return [as_json(one, f"{where}[{k}]", depth + 1) for k, one in enumerate(value)]
     if not isinstance(value, Mapping):
         hint = "tensors go into shared or own" if isinstance(value, Tensor) else "save numbers, text, lists and dicts"
-        raise CheckpointError(f"{where}: a {type(value).__name__} ({shown(value)}) cannot be saved as JSON; {hint}")
+        raise CheckpointError(f"{where}: a {type(value).__name__} ({short(value)}) cannot be saved as JSON; {hint}")
     for key in value:
         if not _is_text(key) or key == _FLOAT:
-            raise CheckpointError(f"{where}: {shown(key)} cannot be a key in JSON; use a text")
+            raise CheckpointError(f"{where}: {short(key)} cannot be a key in JSON; use a text")
     return {key: as_json(one, f"{where}.{key}", depth + 1) for key, one in value.items()}
 
 
@@ -81,7 +80,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError, with its name, for a tensor that safetensors cannot store."""
     for name, x in tensors.items():
         if not _is_text(name) or name == "__metadata__":
-            raise CheckpointError(f"{shown(name)} cannot be a tensor's name in safetensors; use another text")
+            raise CheckpointError(f"{short(name)} cannot be a tensor's name in safetensors; use another text")
         if not isinstance(x, Tensor):
             raise CheckpointError(f"{name}: got {type(x).__name__}, expected a tensor; save it in meta or own_meta")
         if x.layout != torch.strided or x.is_nested or x.is_meta or hasattr(x, "to_local"):
@@ -97,7 +96,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> File:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest, and sync it to the disk."""
-    text = json.dumps(manifest.model_dump(), allow_nan=False).encode()[1:]
+    text = json.dumps(asdict(manifest), allow_nan=False).encode()[1:]
     text = b'"format": "commopt checkpoint", "version": %d, ' % _VERSION + text
     if len(text) > _MAX_MANIFEST_BYTES:
         raise CheckpointError(f"meta and own_meta come to {len(text)} bytes; save tensors in shared or own instead")
@@ -126,16 +125,7 @@ def read_manifest(folder: Path) -> tuple[str, Manifest]:
         )
     try:
         fields = json.loads(data.decode(), object_hook=_with_floats, parse_constant=_refuse, parse_float=_finite)
-        manifest = Manifest.model_validate(
-            {k: v for k, v in fields.items() if k not in ("sha256", "format", "version")}
-        )
-        wanted = {SHARED, *(OWN.format(rank) for rank in range(len(manifest.own_metas)))}
-        if set(manifest.files) != wanted:
-            raise ValueError(f"files: got {shown(sorted(manifest.files))}, expected {shown(sorted(wanted))}")
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: {where}: {first['msg'].lower()}; take another checkpoint") from error
+        manifest = _manifest(fields)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid: {str(error).splitlines()[0]}; take another checkpoint") from error
     return digest, manifest
@@ -161,6 +151,50 @@ def check_0_1(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: was saved by commopt 0.1, which this version cannot read: resume it with 0.1, or start from its model"
         )
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint's files, the manifest last. Whatever else is in the folder stays, and the folder with it."""
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(folder), key=lambda name: name == MANIFEST):
+            if NAME.fullmatch(name):
+                os.unlink(folder / name)
+        os.rmdir(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder written to the disk."""
+    with contextlib.suppress(OSError):  # some file systems sync no folders
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def short(value: object) -> str:
+    """A value as a message quotes it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _manifest(fields: dict[str, Any]) -> Manifest:
+    """Raises ValueError, with the key, for what is not as it was written."""
+    token, files, meta, own_metas = (fields.get(key) for key in ("token", "files", "meta", "own_metas"))
+    if not isinstance(own_metas, list) or not own_metas or not all(isinstance(one, dict) for one in own_metas):
+        raise ValueError(f"own_metas: {short(own_metas)} is no list of a dict per rank")
+    names = {SHARED, *(OWN.format(rank) for rank in range(len(own_metas)))}
+    if not isinstance(files, dict) or set(files) != names:
+        raise ValueError(f"files: {short(files)} are not those of {len(own_metas)} ranks")
+    for name, file in files.items():
+        is_file = isinstance(file, dict) and set(file) == {"bytes", "sha256"} and type(file["bytes"]) is int
+        if not is_file or file["bytes"] < 0:
+            raise ValueError(f"files.{name}: {short(file)} is no size in bytes and SHA-256")
+    if not isinstance(token, str) or not isinstance(meta, dict):
+        raise ValueError(
+            f"token: {short(token)} is no text" if isinstance(meta, dict) else f"meta: {short(meta)} is no dict"
+        )
+    return Manifest(token, {name: File(**file) for name, file in files.items()}, meta, own_metas)
 
 
 def _is_text(value: Any) -> bool:

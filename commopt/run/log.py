@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,15 @@ class RunLog:
         self._run = run
         self._recorder: Recorder | None = None
         self._planned = 0
-        self._is_measuring = self._is_finished = False
+        self._begun_at: int | None = None  # the first step of this start
+        self._is_measuring = self._has_ended = self._is_finished = False
         self._told = (0, 0, 0)
         self._mark = (time.perf_counter(), 0.0)  # when the last step was logged, and waited_s then
 
     def plan(self, steps: int) -> None:
         """Say how many steps are going to be made."""
-        self._planned = steps
+        self._planned, self._begun_at = steps, self._run.steps
+        self._mark = (time.perf_counter(), self._run.waited_s)
         if self._recorder is None and Recorder.is_wanted():
             self._start()
 
@@ -72,22 +74,42 @@ class RunLog:
             recorder.event(kind, **fields)
         self._told = (len(run.voided), len(run.reports), len(run.events))
 
+    def end_window(self) -> None:
+        """End the measured window."""
+        if self._recorder is not None and self._is_measuring and not self._has_ended:
+            self._has_ended = True
+            self._run.quiet()
+            self._recorder.counters("end", self._run.traffic.as_dict())
+
     def finish(self) -> None:
         """End the measured window, and say whether replicas have drifted apart."""
         if self._recorder is None or self._is_finished:
             return
         self._is_finished = True
         self.tell()
-        if self._is_measuring:
-            self._run.quiet()
-            self._recorder.counters("end", self._run.traffic.as_dict())
+        self.end_window()
         if not self._run.are_replicas_as_promised():
             self._recorder.event("replicas have drifted apart")
 
-    def compute(self, seconds: list[float]) -> None:
-        """Record the times of the same steps with communication switched off."""
+    def measure_compute(self, step: Callable[[], object], repeats: int) -> None:
+        """Time steps with communication switched off, and record all but the first two."""
+        run, seconds = self._run, list[float]()
+        run.quiet()
+        groups = run.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        with run.communication_off():
+            for group in groups:
+                group["lr"] = 0.0
+            try:
+                for _ in range(repeats):
+                    start = time.perf_counter()
+                    step()
+                    seconds.append(time.perf_counter() - start)
+            finally:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
         if self._recorder is not None:
-            self._recorder.compute(seconds)
+            self._recorder.compute(seconds[2:])
 
     def close(self) -> None:
         """Say that training ended as planned, if it did."""
@@ -97,12 +119,12 @@ class RunLog:
 
     def _start(self) -> Recorder:
         run, method = self._run, self._run.method
-        self._recorder = recorder = Recorder.from_environment()
+        self._recorder = recorder = Recorder.from_environment(run.rank, run.ranks)
         self._told = (len(run.voided), len(run.reports), len(run.events))
         parameters = sum(p.numel() for p in run.parameters.values())
         given: dict[str, Any] = dict(method.given)
+        begun_at = max(0, run.steps - 1) if self._begun_at is None else self._begun_at
         recorder.start(
-            method=method.name, options=given, parameters=parameters, steps=self._planned, resumed_at=run.steps
+            method=method.name, options=given, parameters=parameters, steps=self._planned, resumed_at=begun_at
         )
-        self._mark = (time.perf_counter(), run.waited_s)
         return recorder

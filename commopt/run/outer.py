@@ -88,6 +88,14 @@ class OuterRun(Run):
 
     # -- the training script's side
 
+    @property
+    def rank(self) -> int:
+        return self.peers.rank
+
+    @property
+    def ranks(self) -> int:
+        return self.peers.size
+
     def join(self, *, wait_s: float = 60.0, **stateful: Any) -> int:
         """Start with the others, or catch up with them if they train already; returns the step to go on from.
 
@@ -105,9 +113,9 @@ class OuterRun(Run):
 
     def range(self, stop: int) -> Iterator[int]:
         """The steps that are left to do; a rank that fell far behind leaves some out to go on with the others."""
-        self._log.plan(stop)
         if not self._has_joined:
             self.join()
+        self._log.plan(stop)
         while self.steps < stop:
             yield self.steps
 

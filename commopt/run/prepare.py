@@ -71,7 +71,7 @@ def check_request(
     def check() -> tuple[Checked, Configuration]:
         method = resolve(request.method)
         check_group(request.group)
-        refuse({**_general_facts(method, request), **facts(method)}, method.name, method.kind)
+        refuse({**_general_facts(method, request, model), **facts(method)}, method.name, method.kind)
         if not may_be_wrapped:
             check_wrapping(model)
         optimizer = _stepping(method, request.optimizer)
@@ -93,7 +93,7 @@ def check_request(
     return agree(meeting, check)
 
 
-def _general_facts(method: Method, request: Request) -> dict[str, object]:
+def _general_facts(method: Method, request: Request, model: Module) -> dict[str, object]:
     if request.max_norm is not None:
         check_option("max_norm", request.max_norm, lambda x: x > 0, "a number above 0, or leave it out")
     if request.grad_scaler is not None and not hasattr(request.grad_scaler, "get_scale"):
@@ -103,10 +103,13 @@ def _general_facts(method: Method, request: Request) -> dict[str, object]:
     if request.overlap not in (None, True, False):
         raise ConfigError(f"overlap: {request.overlap!r} is out of range; write True, False, or leave it out")
     takes_max_norm = getattr(method, "takes_max_norm", True)
+    compiled = [base.__name__ for base in type(getattr(model, "_orig_mod", None)).__mro__]
     return {
         "max_norm of a private method": request.max_norm is not None and not takes_max_norm,
         "outer method and max_norm with a scaler": request.grad_scaler is not None,
         "peers for a synchronous method": isinstance(request.group, Peers),
+        "compiled ddp": "DistributedDataParallel" in compiled,
+        "compiled fsdp": "FSDPModule" in compiled,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +73,18 @@ class Run(ABC):
         self.steps = 0
         self.reports: list[RoundReport] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.is_closed = False
+        self.is_closed = self.is_finished = False
         self._log = RunLog(self)
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the job."""
+        return self.group.rank
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the job has."""
+        return self.group.size
 
     @property
     def traffic(self) -> Traffic:
@@ -96,6 +106,7 @@ class Run(ABC):
 
     def finish(self) -> None:
         """End the training: call it after the last step. Replicas that may differ are made equal, as far as the method does that."""
+        self.is_finished = True
         self._log.finish()
 
     def close(self) -> None:
@@ -131,6 +142,10 @@ class Run(ABC):
         """
         self._log.log(values)
 
+    def measure_compute(self, step: Callable[[], object], repeats: int = 20) -> None:
+        """Time the same steps without communication, at a rate of 0, and record it: what a step costs without a network."""
+        self._log.measure_compute(step, repeats)
+
     @abstractmethod
     def communication_off(self) -> AbstractContextManager[None]:
         """Train this rank alone inside the block, to time arithmetic without the network.
@@ -149,7 +164,7 @@ class Run(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self.is_finished:
                 self.finish()
         finally:
             self.close()

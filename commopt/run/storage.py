@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,7 +27,6 @@ from torch import Tensor
 from commopt.errors import CheckpointError, GroupError
 from commopt.groups import Group
 from commopt.groups.simulated_peers import Killed
-from commopt.reading import shown
 from commopt.run import files
 from commopt.run.files import MANIFEST, OWN, SHARED, Manifest
 
@@ -107,18 +106,21 @@ def save(folder: str | Path, content: Content, group: Group) -> None:
         return (place, *metas), _begin(place, at_end) if is_first else ""
 
     def write() -> tuple[None, Any]:
-        return None, [{name: files.write_tensors(partial / name, x).model_dump() for name, x in mine.items()}, own_meta]
+        return None, [
+            {name: asdict(files.write_tensors(partial / name, x)) for name, x in mine.items()},
+            own_meta,
+        ]
 
     def finish() -> None:
-        sizes = {name: file for written, _ in told for name, file in written.items()}
+        sizes = {name: files.File(**file) for written, _ in told for name, file in written.items()}
         own_metas = [one for _, one in told]
-        _finish(partial, Manifest(token=token, files=sizes, meta=meta, own_metas=own_metas))
+        _finish(partial, Manifest(token, sizes, meta, own_metas))
         _swap(partial, place)
         for old in _siblings(place, "old"):
             with contextlib.suppress(CheckpointError, OSError):
                 if not old.with_suffix(".partial").exists():  # else its job is about to fill the place
                     _check_place(old)
-                    _remove(old)
+                    files.remove_folder(old)
 
     with contextlib.ExitStack() as at_end:
         try:
@@ -206,15 +208,16 @@ def _begin(place: Path, at_end: contextlib.ExitStack) -> str:
         with contextlib.suppress(OSError), open(left_over / MANIFEST, "r+b") as manifest:
             fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its job lives
             if _HEAD.startswith(manifest.read(len(_HEAD))):
-                _remove(left_over)
+                files.remove_folder(left_over)
     token = secrets.token_hex(8)
     partial = _beside(place, token, "partial")
     partial.mkdir()
-    at_end.callback(_remove, partial)  # finds nothing once it has been renamed
-    lock = os.open(partial / MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    at_end.callback(files.remove_folder, partial)  # finds nothing once it has been renamed
+    lock = os.open(partial / files.LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     at_end.callback(os.close, lock)
     with contextlib.suppress(OSError):  # this file system has no locks: nobody else will remove the folder either
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.replace(partial / files.LOCK, partial / MANIFEST)  # so that nobody sees it without its lock
     return token
 
 
@@ -224,7 +227,7 @@ def _finish(partial: Path, manifest: Manifest) -> None:
         if not (partial / name).is_file() or (partial / name).stat().st_size != file.bytes:
             raise CheckpointError(f"rank 0 does not see {name} as it was written; give all ranks one shared folder")
     files.write_manifest(partial, manifest)
-    _sync(partial)
+    files.sync_folder(partial)
 
 
 def _swap(partial: Path, place: Path) -> None:
@@ -233,7 +236,7 @@ def _swap(partial: Path, place: Path) -> None:
     for _ in range(_TRIES):
         _steady(lambda: _check_place(place))
         if os.path.lexists(place):
-            _remove(old)  # of the try before this one, which another job's took the place of
+            files.remove_folder(old)  # of the try before this one, which another job's took the place of
             with contextlib.suppress(FileNotFoundError):
                 os.replace(place, old)
         try:
@@ -246,7 +249,7 @@ def _swap(partial: Path, place: Path) -> None:
                 raise
     else:
         raise CheckpointError("other jobs save to the same place; give each a folder of its own")
-    _sync(place.parent)
+    files.sync_folder(place.parent)
 
 
 def _check_place(place: Path) -> None:
@@ -256,7 +259,9 @@ def _check_place(place: Path) -> None:
     known = files.read_manifest(place)[1].files
     foreign = sorted(set(os.listdir(place)) - {MANIFEST, *known})
     if foreign:
-        raise CheckpointError(f"{place}: holds {shown(foreign[0])}, which is no part of a checkpoint; move it out")
+        raise CheckpointError(
+            f"{place}: holds {files.short(foreign[0])}, which is no part of a checkpoint; move it out"
+        )
 
 
 def _beside(place: Path, token: str, kind: str) -> Path:
@@ -267,24 +272,6 @@ def _siblings(place: Path, kind: str) -> list[Path]:
     name = re.compile(rf"{re.escape(place.name)}\.commopt-[0-9a-f]{{16}}\.{kind}")
     entries = list(os.scandir(place.parent)) if place.parent.is_dir() else []
     return [Path(one.path) for one in entries if name.fullmatch(one.name) and one.is_dir(follow_symlinks=False)]
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint's files, the manifest last. Whatever else is in the folder stays, and the folder with it."""
-    with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(folder), key=lambda name: name == MANIFEST):
-            if files.NAME.fullmatch(name):
-                os.unlink(folder / name)
-        os.rmdir(folder)
-
-
-def _sync(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems sync no folders
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
 
 
 def _steady(look: Callable[[], T]) -> T:

@@ -15,7 +15,6 @@ from commopt.compress import BlockSign, Compressor
 from commopt.compress.feedback import ErrorFeedback
 from commopt.compress.quantize import BlockInt
 from commopt.exchange.compressed import GatherMean, TwoWayMean
-from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
 from commopt.methods import EFSign
 from commopt.wire import noise
@@ -104,7 +103,7 @@ def test_state_takes_as_many_bytes_as_its_bits_say(bits: int, bytes_each: float)
     def work(group: Group) -> tuple[float, float]:
         method = TwoWayMean(BlockSign(), residual_bits=bits)
         method.bind([("x", torch.zeros(512, 512))], group)
-        local = method.comm_state()["local"]
+        local = method.saved()["rank"]
         worker = sum(x.nbytes for key, x in local.items() if key.startswith("worker")) / 512**2
         return worker, sum(x.nbytes for key, x in local.items() if key.startswith("server")) / 512**2
 
@@ -164,8 +163,8 @@ def test_residuals_are_forgotten_after_every_so_many_exchanges_of_their_own_para
                 k, fresh = method.index.position[name], bound()
                 count = int(method.exchanges[k])
                 fresh.exchanges[k] = count  # for the same random numbers
-                method.exchange([Bucket.of([(name, x)])], group)
-                fresh.exchange([Bucket.of([(name, x)])], group)
+                method.exchange(Bucket.of([(name, x)]), group)
+                fresh.exchange(Bucket.of([(name, x)]), group)
                 same = all(
                     torch.equal(one, other)
                     for one, other in zip(method.state_views(name), fresh.state_views(name), strict=True)
@@ -189,13 +188,13 @@ def test_resuming_is_bitwise_in_few_bits_too(kind: Any, options: dict[str, Any])
         def run(method: Any, steps: range) -> Tensor:
             for step in steps:
                 bucket = Bucket.of([("a", draw(10 * step + group.rank, 300)), ("b", draw(500 + step, 100))])
-                method.exchange([bucket], group)
+                method.exchange(bucket, group)
             return bucket.flat
 
         method = bound()
         run(method, range(5))
         again = bound()
-        again.load_comm_state(copy.deepcopy(method.comm_state()))
+        again.load(copy.deepcopy(method.saved()))
         return run(method, range(5, 10)), run(again, range(5, 10))
 
     for one, other in SimWorld[Any](3).run(work):
@@ -214,7 +213,7 @@ def train_on_digits(group: Group, make: Any) -> float:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.12)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    plain.attach(model, make(), sgd, group)
+    attach(model, make(), sgd, group=group)
     for step in range(60):
         which = torch.randint(len(x), (32,), generator=torch.Generator().manual_seed(1000 * step + group.rank))
         sgd.zero_grad()

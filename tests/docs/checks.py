@@ -89,14 +89,14 @@ def _check_method(path: Path, _: list[Any]) -> None:
 
 
 def _check_deepspeed(path: Path, documents: list[Any]) -> None:
-    from commopt.frameworks.deepspeed_config import read_wanted
+    from commopt.frameworks.deepspeed_config import LEGACY, read_wanted
 
     for key in documents[0]:
         if key not in DEEPSPEED_KEYS:
             raise ConfigError(f"{key}: is no key of a DeepSpeed configuration that these pages use")
     optimizer = documents[0].get("optimizer", {}).get("type", "Adam")
-    wanted = read_wanted(documents[0], None)
-    if (wanted is None or wanted.legacy is None) and optimizer not in DEEPSPEED_OPTIMIZERS:
+    read_wanted(documents[0], None)
+    if optimizer.lower() not in LEGACY and optimizer not in DEEPSPEED_OPTIMIZERS:
         raise ConfigError(f"optimizer.type: {optimizer!r} is none of {', '.join(sorted(DEEPSPEED_OPTIMIZERS))}")
 
 

@@ -75,7 +75,7 @@ def test_nothing_is_lost_over_50_steps(name: str, n: int) -> None:
         aggregator, sent = bound(name, group), torch.zeros(TOTAL, dtype=torch.float64)
         for step in range(50):
             bucket = bucket_of(gradient(group.rank, step))
-            aggregator.aggregate(bucket, group)
+            aggregator.exchange(bucket, group)
             sent += bucket.flat
         return aggregator, sent
 
@@ -95,17 +95,17 @@ def test_a_bad_value_on_one_rank_voids_the_bucket_on_all_and_changes_nothing(nam
     def train(group: SimGroup) -> tuple[str | None, float, str | None]:
         aggregator = bound(name, group)
         for step in range(3):
-            aggregator.aggregate(bucket_of(gradient(group.rank, step)), group)
+            aggregator.exchange(bucket_of(gradient(group.rank, step)), group)
         views = [view for k in range(len(NUMELS)) for view in aggregator.state_views(f"p{k}")]
         before = [view.clone() for view in views]
         flat = gradient(group.rank, 3)
         if group.rank == 1:
             flat[10] = flat[2000] = bad  # both in p2; p0 and p1 are whole
         bucket = bucket_of(flat)
-        aggregator.aggregate(bucket, group)
+        aggregator.exchange(bucket, group)
         changed = max((float((a - b).abs().max()) for a, b in zip(views, before, strict=True) if len(a)), default=0.0)
         after = bucket_of(gradient(group.rank, 4))
-        aggregator.aggregate(after, group)
+        aggregator.exchange(after, group)
         assert after.flat.isfinite().all()
         return bucket.void, changed, after.void
 
@@ -123,7 +123,7 @@ def test_a_servers_overflow_voids_the_bucket_on_all_ranks_and_restores_both_resi
             aggregator.server.residual.fill_(3.4e38)  # more than bfloat16 holds, and the sum of two more than float32
         worker, server = aggregator.worker.residual.clone(), aggregator.server.residual.clone()
         bucket = bucket_of(torch.full((TOTAL,), 1e35))
-        aggregator.aggregate(bucket, group)
+        aggregator.exchange(bucket, group)
         ulp = 2e-7 * 1e35
         return (
             bucket.void,
@@ -144,7 +144,7 @@ def test_gradients_near_the_end_of_float32_void_their_bucket(name: str) -> None:
         if group.rank == 2:
             flat[100] = flat[101] = 3e38
         bucket = bucket_of(flat)
-        aggregator.aggregate(bucket, group)
+        aggregator.exchange(bucket, group)
         assert aggregator.worker.residual.isfinite().all()
         assert aggregator.server.residual.isfinite().all()
         return bucket.void
@@ -165,7 +165,7 @@ def test_results_do_not_depend_on_the_bucket_layout(name: str) -> None:
                 parts = dict(enumerate(torch.split(gradient(group.rank, step), NUMELS)))
                 for ks in layout:
                     bucket = Bucket.of([(f"p{k}", parts[k]) for k in ks])
-                    aggregator.aggregate(bucket, group)
+                    aggregator.exchange(bucket, group)
                     mean.update(zip(ks, torch.split(bucket.flat, [NUMELS[k] for k in ks]), strict=True))
             outcomes.append(torch.cat([mean[k] for k in range(len(NUMELS))]))
         return outcomes
@@ -178,12 +178,12 @@ def test_results_do_not_depend_on_the_bucket_layout(name: str) -> None:
 def test_one_rank_is_its_own_mean(name: str) -> None:
     aggregator, group = bound(name, LocalGroup()), LocalGroup()
     bucket = bucket_of(gradient(0, 0))
-    aggregator.aggregate(bucket, group)
+    aggregator.exchange(bucket, group)
     expected = gradient(0, 0).half().float() if name == "fp16" else gradient(0, 0)
     assert torch.equal(bucket.flat, expected)
     bad = bucket_of(gradient(0, 0))
     bad.flat[3] = math.nan
-    aggregator.aggregate(bad, group)
+    aggregator.exchange(bad, group)
     assert bad.void == "p1"
 
 
@@ -192,15 +192,15 @@ def test_another_number_of_ranks_takes_over_what_was_still_to_be_sent(name: str)
     def train(group: SimGroup) -> Any:
         aggregator = bound(name, group)
         for step in range(5):
-            aggregator.aggregate(bucket_of(gradient(group.rank, step)), group)
+            aggregator.exchange(bucket_of(gradient(group.rank, step)), group)
         return aggregator
 
     old = SimWorld[Any](3).run(train)
-    states = [one.comm_state() for one in old]
+    states = [one.saved() for one in old]
 
     def resume(group: SimGroup) -> Any:
         aggregator = bound(name, group)
-        aggregator.load_resharded(states)
+        aggregator.resize(states)
         return aggregator
 
     new = SimWorld[Any](2).run(resume)
@@ -210,9 +210,7 @@ def test_another_number_of_ranks_takes_over_what_was_still_to_be_sent(name: str)
 def test_a_residual_of_another_size_is_refused() -> None:
     aggregator = bound("two-way l1", LocalGroup())
     with pytest.raises(CheckpointError, match=r"worker_residual: expected .* is it another model or world size"):
-        aggregator.load_comm_state(
-            {"shared": {"exchanges": torch.zeros(4)}, "local": {"worker_residual": torch.zeros(3)}}
-        )
+        aggregator.load({"shared": {"exchanges": torch.zeros(4)}, "local": {"worker_residual": torch.zeros(3)}})
 
 
 def test_clipping_one_joint_norm_is_torchs() -> None:

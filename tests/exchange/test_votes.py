@@ -178,7 +178,7 @@ def votes_of(
         results = []
         for step in range(exchanges):
             bucket = Bucket.of(named(values(group.rank, step)))
-            method.exchange([bucket], group)
+            method.exchange(bucket, group)
             results.append((bucket.flat, bucket.void))
         return results
 
@@ -293,7 +293,7 @@ def test_it_sends_what_it_says(ranks: int, kind: str) -> None:
         method = SignVote(vote=kind)
         x = torch.ones(512, 512)
         method.bind([("x", x)], group)
-        method.exchange([Bucket.of([("x", x)])], group)
+        method.exchange(Bucket.of([("x", x)]), group)
         return group.traffic.payload_bytes / x.numel(), method.bytes_per_parameter(ranks)
 
     down = 1 if kind == "majority" else math.ceil(math.log2(ranks + 1))
@@ -310,11 +310,11 @@ def test_one_rank_alone_takes_the_sign_and_sends_nothing() -> None:
         x = noise_of(0, 0)
         x[3] = 0.0
         bucket = Bucket.of(named(x))
-        method.exchange([bucket], group)
+        method.exchange(bucket, group)
         assert torch.equal(bucket.flat, x.sign())
         x[9] = math.nan
         bucket = Bucket.of(named(x))
-        method.exchange([bucket], group)
+        method.exchange(bucket, group)
         assert bucket.void == "p2"
         assert torch.equal(bucket.flat.nan_to_num(7.0), x.nan_to_num(7.0))
     assert group.traffic.payload_bytes == 0

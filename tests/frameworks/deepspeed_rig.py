@@ -18,13 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rig import flat, loss_of, make_batch, make_model
+from rig import flat, loss_of, make_batch, make_model, start
 from torch import Tensor, nn
 
-from commopt import build
-from commopt.frameworks import plain
 from commopt.groups import Group
-from commopt.methods import is_update_method
 
 LIMIT_S, GRACE_S = 110.0, 5.0
 
@@ -119,7 +116,7 @@ def make_engine(own: Mapping[str, Any], *, ours: bool = True, model: nn.Module |
     """An engine around the model of the rig, by our `initialize` or by DeepSpeed's own."""
     import deepspeed
 
-    from commopt.frameworks.deepspeed import initialize
+    from commopt.deepspeed import initialize
 
     make: Any = initialize if ours else deepspeed.initialize
     model = model or make_model()
@@ -158,12 +155,10 @@ def plain_run(
 ) -> Tensor:
     """The same training by the plain integration: of float32 masters, whose copies in `dtype` make the gradients."""
     masters, model = make_model(), make_model().to(dtype)
-    made: Any = build(method, masters.named_parameters() if is_update_method(method) else None, **options)
-    optimizer = made if is_update_method(method) else torch.optim.SGD(masters.parameters(), lr=0.05)
     with torch.no_grad():
         for low, p in zip(model.parameters(), masters.parameters(), strict=True):
             p.copy_(low)
-    attachment = plain.attach(masters, made, None if made is optimizer else optimizer, group)
+    run = start(masters, method, group, **options)
     for step in range(steps):
         for micro in range(micro_batches):
             x, y = make_batch(group.rank, step * micro_batches + micro)
@@ -172,9 +167,9 @@ def plain_run(
             assert low.grad is not None
             p.grad, low.grad = low.grad.float() / scale, None
         if clip:
-            attachment.exchange()
+            run.exchange_gradients()
             torch.nn.utils.clip_grad_norm_(masters.parameters(), clip)
-        optimizer.step()
+        run.optimizer.step()
         with torch.no_grad():
             for low, p in zip(model.parameters(), masters.parameters(), strict=True):
                 low.copy_(p)

@@ -12,7 +12,7 @@ from pool import Pool
 from rig import loss_of
 from torch import Tensor, nn
 
-from commopt import build
+from commopt import attach, build
 from commopt.groups import Group, SimWorld
 from commopt.wire.bucket import Bucket
 
@@ -45,7 +45,7 @@ def warm_up(_: Any) -> None:
     """What takes seconds, once: importing FSDP and what it imports at the first backward."""
     mesh_of()
     if torch.distributed.get_rank() < 4:
-        with attached(_meshes[0], "dense") as (model, optimizer, _attachment):
+        with attached(_meshes[0], "dense") as (model, optimizer, _run):
             train(model, optimizer, 0, 1)
 
 
@@ -134,16 +134,14 @@ def shards(model: nn.Module) -> Flats:
 
 @contextmanager
 def attached(mesh: Any, method: Any, optimizer: Any = None, group: Any = None, **options: Any) -> Iterator[Any]:
-    """(model, optimizer, attachment)"""
-    from commopt.frameworks import fsdp
-
+    """(model, optimizer, run)"""
     model = sharded(mesh, **options)
     steps = optimizer(model) if optimizer else sgd(model)
-    attachment = fsdp.attach(model, method, steps, group)
+    run = attach(model, method, steps, group=group)
     try:
-        yield model, steps, attachment
+        yield model, steps, run
     finally:
-        attachment.detach()
+        run.close()
 
 
 def cut(x: Tensor, shards: int, shard: int) -> Tensor:
@@ -168,7 +166,7 @@ class TwoReplicas:
 
     def __init__(self, method: dict[str, Any]) -> None:
         self.worlds = [SimWorld[Flats](REPLICAS) for _ in range(SHARDS)]
-        self.methods = [[build(method) for _ in range(REPLICAS)] for _ in range(SHARDS)]
+        self.methods: Any = [[build(method) for _ in range(REPLICAS)] for _ in range(SHARDS)]
         named = list(Uneven().named_parameters())
         for shard, world in enumerate(self.worlds):
             pieces = [(name, cut(p, SHARDS, shard)) for name, p in named]
@@ -194,7 +192,10 @@ class TwoReplicas:
                 result = {name: x for name, x in reduced.items() if not x.numel()}
                 for names in UNITS.values():
                     bucket = Bucket.of([(name, reduced[name]) for name in names if reduced[name].numel()])
-                    self.methods[shard][group.rank].exchange([bucket], group)
+                    method: Any = self.methods[shard][group.rank]
+                    method.exchange(bucket, group)
+                    method.receive(bucket)
+                    method.exchanges[[method.index.position[name] for name in bucket.names]] += 1
                     result |= dict(bucket.views())
                 return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,13 @@ from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import CommoptError, MissingExtra
-from commopt.frameworks import ddp, plain
+from commopt.run.stand_in import StandIn
 
-ONEBIT = {"name": "onebit_adam", "lr": 0.01, "freeze_step": 3, "scale": "l1", "block_size": 64}
-SCHEDULED = {key: value for key, value in ONEBIT.items() if key != "lr"}
+ONEBIT = {"name": "onebit_adam", "freeze_step": 3, "scale": "l1", "block_size": 64}
 EF = {"name": "ef_sign", "scale": "l1", "block_size": 64}
 STEPS = 7
-
-
-def attach(*args: Any, **options: Any) -> Any:
-    from commopt.frameworks import accelerate
-
-    return accelerate.attach(*args, **options)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -62,6 +54,10 @@ def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: floa
             optimizer.zero_grad()
 
 
+def optimizer_for(method: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    return adam(model) if method["name"].endswith("_adam") else sgd(model)
+
+
 def reference(
     method: dict[str, Any],
     *,
@@ -71,17 +67,13 @@ def reference(
     scaler: Any = None,
     steps: int = STEPS,
 ) -> tuple[Tensor, float]:
-    """The same training by DDP and `integrations.ddp`: parameters, and bytes sent."""
+    """The same training by DDP in a loop of its own: parameters, and bytes sent."""
     model = make_model()
-    if method["name"] == "onebit_adam":
-        made: Any = build({"lr": 0.01, **method}, model.named_parameters(), grad_scaler=scaler)
-        optimizer, given = made, None
-    else:
-        made = build(method, grad_scaler=scaler)
-        optimizer = given = sgd(model)
+    optimizer = optimizer_for(method, model)
     schedule: Any = make_schedule(optimizer) if make_schedule else None
     wrapped = DistributedDataParallel(model)
-    attachment = ddp.attach(wrapped, made, given)
+    run = attach(wrapped, method, optimizer, grad_scaler=scaler)
+    optimizer = run.optimizer
     for step in range(steps):
         x, y = make_batch(dist.get_rank(), step)
         is_last = (step + 1) % every == 0
@@ -102,34 +94,31 @@ def reference(
         for _ in range(2 if schedule is not None else 0):  # as Accelerate, which counts every rank's batch
             schedule.step()
         optimizer.zero_grad()
-    attachment.detach()
-    return flat(model), attachment.group.traffic.payload_bytes
+    run.close()
+    return flat(model), run.traffic.payload_bytes
 
 
 def trained(
     method: dict[str, Any], *, built: bool = True, clip: float = 0.0, every: int = 1, make_schedule: Any = None
-) -> tuple[Tensor, float, bool, str]:
-    """By Accelerate: parameters, bytes, whether replicas are equal, and what steps."""
+) -> tuple[Tensor, float, bool]:
+    """By Accelerate: parameters, bytes, and whether replicas are equal."""
     accelerator = new_accelerator(gradient_accumulation_steps=every)
     model: Any = make_model()
-    is_update = method["name"] == "onebit_adam"
-    if is_update and built:
-        optimizer: Any = build(method, model.named_parameters())
-        chosen: Any = optimizer
-    else:
-        optimizer = adam(model) if is_update else sgd(model)
-        chosen = build(method) if built else method
+    optimizer: Any = optimizer_for(method, model)
     schedule = make_schedule(optimizer) if make_schedule else None
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    attachment = attach(accelerator, model, chosen)
+    run = attach(model, build(method) if built else method, optimizer)
+    assert optimizer.optimizer is run.optimizer
+    assert isinstance(run.optimizer, StandIn) == (run.method.kind == "update")
     train(accelerator, model, optimizer, range(STEPS), clip, schedule)
-    equal = attachment.replicas_are_equal()
-    attachment.detach()
-    return flat(model.module), attachment.group.traffic.payload_bytes - 32, equal, type(optimizer.optimizer).__name__
+    equal = run.replicas_are_equal()
+    run.close()
+    assert not isinstance(optimizer.optimizer, StandIn)
+    return flat(model.module), run.traffic.payload_bytes - 32, equal
 
 
 def against_ddp(method: dict[str, Any], options: dict[str, Any], built: bool) -> tuple[bool, bool, float, bool]:
-    parameters, nbytes, equal, _ = trained(method, built=built, **options)
+    parameters, nbytes, equal = trained(method, built=built, **options)
     expected, expected_nbytes = reference(method, **options)
     return torch.equal(parameters, expected), nbytes == expected_nbytes, nbytes, equal
 
@@ -170,7 +159,7 @@ def sequence(optimizer: Any) -> Any:
 
 @pytest.mark.parametrize("make_schedule", [lambda_schedule, one_cycle, sequence])
 def test_a_schedule_goes_on_with_the_method_that_took_adams_place(two: HuggingFaceRanks, make_schedule: Any) -> None:  # noqa: F811
-    for same, *_ in two.call(against_ddp, SCHEDULED, {"make_schedule": make_schedule}, False):
+    for same, *_ in two.call(against_ddp, ONEBIT, {"make_schedule": make_schedule}, False):
         assert same
 
 
@@ -184,10 +173,10 @@ def with_a_scaler(method: dict[str, Any], clip: float) -> tuple[bool, bool]:
     model = accelerator.prepare_model(model)
     optimizer = accelerator.prepare_optimizer(adam(model) if method == ONEBIT else sgd(model))
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
-    attachment = attach(accelerator, model, method)
+    run: Any = attach(model, method, optimizer)
     train(accelerator, model, optimizer, range(STEPS), clip)
-    is_known = attachment.method.grad_scaler is accelerator.scaler
-    attachment.detach()
+    is_known = run.grad_scaler is accelerator.scaler
+    run.close()
     expected, _ = reference(method, clip=clip, scaler=scaler())
     return is_known, torch.equal(flat(model.module), expected)
 
@@ -203,10 +192,10 @@ def in_bf16() -> tuple[bool, bool, str]:
     accelerator = new_accelerator(mixed_precision="bf16")
     model: Any = make_model()
     model, optimizer = accelerator.prepare(model, adamw(model))
-    attachment = attach(accelerator, model, ONEBIT)
+    run = attach(model, ONEBIT, optimizer)
     before = flat(model.module)
     train(accelerator, model, optimizer, range(STEPS))
-    return attachment.replicas_are_equal(), torch.equal(before, flat(model.module)), str(next(model.parameters()).dtype)
+    return run.replicas_are_equal(), torch.equal(before, flat(model.module)), str(next(model.parameters()).dtype)
 
 
 def test_autocast_leaves_replicas_equal(two: HuggingFaceRanks) -> None:  # noqa: F811
@@ -217,43 +206,34 @@ def test_autocast_leaves_replicas_equal(two: HuggingFaceRanks) -> None:  # noqa:
 
 
 def prepared(method: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """(accelerator, model, optimizer, attachment), for an outer method joined."""
+    """(accelerator, model, optimizer, run)"""
     accelerator = new_accelerator()
     is_outer = method["name"] in ("noloco", "diloco")
     model: Any = make_model()
     optimizer: Any = adamw(model) if method["name"].endswith("_adam") else sgd(model)
     model = accelerator.prepare_model(model, evaluation_mode=is_outer)
     optimizer = accelerator.prepare(optimizer)
-    attachment = attach(accelerator, model, method)
-    return accelerator, model, optimizer, attachment
+    return accelerator, model, optimizer, attach(model, method, optimizer)
 
 
 def resumed(method: dict[str, Any], folder: str) -> tuple[bool, bool]:
     """Whether training goes on bit for bit, and whether it had anything to go on with."""
-    accelerator, model, optimizer, attachment = prepared(method)
-    if hasattr(attachment, "join"):
-        attachment.join()
+    accelerator, model, optimizer, run = prepared(method)
+    run.join()
     train(accelerator, model, optimizer, range(5))
     accelerator.save_state(folder)
     accelerator.wait_for_everyone()
     train(accelerator, model, optimizer, range(5, 11))
     after = flat(model)
-    close(attachment)
-    accelerator, model, optimizer, attachment = prepared(method)
+    run.close()
+    accelerator, model, optimizer, run = prepared(method)
     untouched = flat(model)
     accelerator.load_state(folder)
     has_moved = not torch.equal(untouched, flat(model))
-    if hasattr(attachment, "join"):
-        attachment.join()
+    run.join()
     train(accelerator, model, optimizer, range(5, 11))
-    close(attachment)
-    return torch.equal(after, flat(model)), has_moved and attachment.steps == 11
-
-
-def close(attachment: Any) -> None:
-    attachment.detach()
-    if hasattr(attachment, "close"):
-        attachment.close()
+    run.close()
+    return torch.equal(after, flat(model)), has_moved and run.steps == 11
 
 
 LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler": 2, "local_step_clipper": 4}
@@ -266,30 +246,32 @@ LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler
 )
 def test_training_goes_on_bit_for_bit_from_save_state(two: HuggingFaceRanks, method: Any, tmp_path: Path) -> None:  # noqa: F811
     assert two.call(resumed, method, str(tmp_path)) == [(True, True)] * 2
-    assert {"commopt_rank0.pt", "commopt_rank1.pt"} <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "commopt").is_dir()
+    assert not list(tmp_path.glob("custom_checkpoint_*"))  # which Accelerate would unpickle without a safeguard
 
 
 TOP_K = {"name": "top_k", "density": 0.1}
 
 
 def saved(folder: str) -> Tensor:
-    accelerator, model, optimizer, attachment = prepared(TOP_K)
+    accelerator, model, optimizer, run = prepared(TOP_K)
     train(accelerator, model, optimizer, range(5))
     accelerator.save_state(folder)
     accelerator.wait_for_everyone()
-    attachment.detach()
-    return residuals(attachment)
+    run.close()
+    return residuals(run)
 
 
-def residuals(attachment: Any) -> Tensor:
-    state: dict[str, Tensor] = attachment.comm_state()["local"]
-    return state["worker_residual"].reshape(-1)
+def residuals(run: Any) -> Tensor:
+    saved: dict[str, Tensor] = run.method.saved()["rank"]
+    return saved["worker_residual"].reshape(-1).clone()
 
 
 def loaded(folder: str) -> Tensor:
-    accelerator, _, _, attachment = prepared(TOP_K)
+    accelerator, _, _, run = prepared(TOP_K)
     accelerator.load_state(folder)
-    return residuals(attachment)
+    run.close()
+    return residuals(run)
 
 
 def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(
@@ -303,48 +285,94 @@ def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(
     assert torch.equal(own, (first + second) / 2)
 
 
-def load_without_rank_1(folder: str) -> str:
-    accelerator, _, _, attachment = prepared(TOP_K)
+def load_refused(folder: str, method: dict[str, Any]) -> str:
+    accelerator, model, _, run = prepared(method)
+    before = flat(model)
     try:
         accelerator.load_state(folder)
     except CommoptError as error:
+        assert torch.equal(before, flat(model))
         return f"{type(error).__name__}: {error}"
     finally:
-        attachment.detach()
+        run.close()
     return ""
 
 
 def test_a_missing_state_is_an_error_on_every_rank(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
     two.call(saved, str(tmp_path))
-    (tmp_path / "commopt_rank1.pt").unlink()
-    for answer in two.call(load_without_rank_1, str(tmp_path)):
-        assert answer.startswith("CheckpointError: ")
-        assert "commopt_rank1.pt is missing" in answer
+    for answer in two.call(load_refused, str(tmp_path), EF):
+        assert re.match("CheckpointError: .* was saved under top_k, not ef_sign", answer), answer
+    (tmp_path / "commopt" / "rank1.safetensors").unlink()
+    for answer in two.call(load_refused, str(tmp_path), TOP_K):
+        assert re.match("CheckpointError: .*rank1.safetensors", answer), answer
+
+
+def saved_without(folder: str) -> str:
+    accelerator = new_accelerator()
+    model: Any = make_model()
+    accelerator.prepare(model, sgd(model))
+    accelerator.save_state(folder)
+    accelerator.wait_for_everyone()
+    return load_refused(folder, TOP_K)
+
+
+def test_a_state_without_a_method_is_an_error(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
+    for answer in two.call(saved_without, str(tmp_path)):
+        assert re.match("CheckpointError: .* was saved without a method; take another", answer), answer
+
+
+def two_models(folder: str) -> list[bool]:
+    """Whether each of two runs of one Accelerator gets its own block back."""
+
+    def make() -> tuple[Any, list[Any]]:
+        accelerator = new_accelerator()
+        runs = []
+        for method in (TOP_K, ONEBIT):
+            model: Any = make_model()
+            model, optimizer = accelerator.prepare(model, optimizer_for(method, model))
+            runs.append(attach(model, method, optimizer))
+            train(accelerator, model, optimizer, range(2 if folder else 0))
+        return accelerator, runs
+
+    accelerator, runs = make()
+    accelerator.save_state(folder)
+    accelerator.wait_for_everyone()
+    before = [run.method.saved() for run in runs]
+    accelerator, others = make()
+    accelerator.load_state(folder)
+    return [
+        all(torch.equal(x, other.method.saved()[held][key]) for held in saved for key, x in saved[held].items())
+        for saved, other in zip(before, others, strict=True)
+    ]
+
+
+def test_each_of_two_models_has_a_block_of_its_own(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
+    assert two.call(two_models, str(tmp_path)) == [[True, True]] * 2
 
 
 # -- outer methods, and one process
 
 
 def by_an_outer_method(method: dict[str, Any]) -> tuple[bool, float]:
-    accelerator, model, optimizer, attachment = prepared(method)
-    attachment.join()
+    accelerator, model, optimizer, run = prepared(method)
+    run.join()
     train(accelerator, model, optimizer, range(STEPS))
-    attachment.finish()
+    run.finish()
     parameters = flat(model)
-    close(attachment)
+    run.close()
     dist.barrier()
     other = make_model()
     inner = sgd(other)
-    twin = plain.attach(other, build("diloco", **{k: x for k, x in method.items() if k != "name"}), inner)
+    twin = attach(other, method, inner)
     for step in twin.range(STEPS):
         x, y = make_batch(dist.get_rank(), step)
         inner.zero_grad()
         loss_of(other(x), y).backward()
         inner.step()
     twin.finish()
-    close(twin)
+    twin.close()
     dist.barrier()
-    return torch.equal(parameters, flat(other)), attachment.group.traffic.payload_bytes
+    return torch.equal(parameters, flat(other)), run.traffic.payload_bytes
 
 
 def test_an_outer_method_trains_as_without_accelerate(two: HuggingFaceRanks) -> None:  # noqa: F811
@@ -356,21 +384,17 @@ def test_an_outer_method_trains_as_without_accelerate(two: HuggingFaceRanks) -> 
 def in_one_process(method: dict[str, Any]) -> bool:
     accelerator = new_accelerator(gradient_accumulation_steps=2)
     model: Any = make_model()
-    optimizer: Any = torch.optim.Adam(model.parameters()) if method["name"] == "onebit_adam" else sgd(model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    attach(accelerator, model, method, overlap=False)
+    model, optimizer = accelerator.prepare(model, optimizer_for(method, model))
+    attach(model, method, optimizer, overlap=False)
     train(accelerator, model, optimizer, range(STEPS))
     other = make_model()
-    is_update = method["name"] == "onebit_adam"
-    made: Any = build(method, other.named_parameters() if is_update else None)
-    inner = made if is_update else sgd(other)
-    plain.attach(other, made, None if is_update else inner)
+    run = attach(other, method, optimizer_for(method, other))
     for step in range(STEPS):
         x, y = make_batch(0, step)
         (loss_of(other(x), y) / 2).backward()
         if step % 2:
-            inner.step()
-            inner.zero_grad()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
     return torch.equal(flat(model), flat(other))
 
 
@@ -402,97 +426,74 @@ def refused(case: str) -> str:
     return ""
 
 
-def go(choice: Any, prepare: bool = True, **options: Any) -> Callable[..., None]:
+def go(choice: Any, **options: Any) -> Callable[..., None]:
     def attempt(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-        if prepare:
-            accelerator.prepare(optimizer)
-        attach(accelerator, wrapped, choice, **options)
+        attach(wrapped, choice, accelerator.prepare(optimizer), **options)
 
     return attempt
 
 
-def unprepared_scheduler(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    lambda_schedule(optimizer)
-    accelerator.prepare(optimizer)
-    attach(accelerator, wrapped, ONEBIT)
-
-
-def a_rate_beside_a_schedule(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    accelerator.prepare(optimizer, lambda_schedule(optimizer))
-    attach(accelerator, wrapped, ONEBIT)
-
-
 def after_a_step(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    train(accelerator, wrapped, accelerator.prepare(optimizer), range(1))
-    attach(accelerator, wrapped, ONEBIT)
-
-
-def unprepared_method(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(accelerator, wrapped, build(ONEBIT, own.named_parameters()))
-
-
-def one_optimizer_too_many(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(accelerator, wrapped, build(ONEBIT, own.named_parameters()), accelerator.prepare(optimizer))
+    optimizer = accelerator.prepare(optimizer)
+    train(accelerator, wrapped, optimizer, range(1))
+    attach(wrapped, ONEBIT, optimizer)
 
 
 def unprepared_model(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(accelerator, make_model(), EF, accelerator.prepare(optimizer))
+    attach(make_model(), EF, accelerator.prepare(optimizer))
+
+
+def unprepared_optimizer(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    attach(wrapped, EF, AcceleratedOptimizer(optimizer))
 
 
 def another_on_rank_1(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    accelerator.prepare(optimizer)
-    attach(accelerator, wrapped, "onebit_adm" if dist.get_rank() == 1 else EF)
+    attach(wrapped, "onebit_adm" if dist.get_rank() == 1 else EF, accelerator.prepare(optimizer))
 
 
 def clipping_an_update(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
     optimizer = accelerator.prepare(optimizer)
-    attach(accelerator, wrapped, ONEBIT)
+    attach(wrapped, ONEBIT, optimizer)
     train(accelerator, wrapped, optimizer, range(1), clip=0.1)
 
 
 def stepping_what_was_replaced(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    accelerator.prepare(optimizer)
-    attach(accelerator, wrapped, ONEBIT)
+    attach(wrapped, ONEBIT, accelerator.prepare(optimizer))
     optimizer.step()
 
 
-def anothers_scaler(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    accelerator.prepare(optimizer)
-    attach(accelerator, wrapped, build(EF, grad_scaler=torch.amp.GradScaler("cpu")))
-
-
 def twice(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    accelerator.prepare(optimizer)
-    attach(accelerator, wrapped, EF)
-    attach(accelerator, wrapped, EF)
+    optimizer = accelerator.prepare(optimizer)
+    attach(wrapped, EF, optimizer)
+    attach(wrapped, EF, optimizer)
+
+
+def exchanging_twice(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+    attach(wrapped, EF, accelerator.prepare(optimizer))
+    for step in range(2):
+        x, y = make_batch(dist.get_rank(), step)
+        accelerator.backward(loss_of(wrapped(x), y))
 
 
 CASES: dict[str, tuple[Callable[..., None], str]] = {
-    "hook": (go(EF), r"AttachError: DistributedDataParallelKwargs\(comm_hook='fp16'\) .* leave it out"),
-    "sync_each_batch": (go(EF), "AttachError: sync_each_batch exchanges"),
-    "no optimizer": (go(EF, prepare=False), "AttachError: no prepared optimizers hold parameters"),
-    "method": (unprepared_method, r"AttachError: this onebit_adam .* accelerator\.prepare\(method\)"),
-    "too many": (one_optimizer_too_many, "AttachError: onebit_adam is an optimizer itself: prepare it in the place"),
-    "model": (unprepared_model, "AttachError: this model has not been prepared"),
-    "outer": (go({"name": "noloco"}), r"AttachError: noloco averages .*prepare_model\(model, evaluation_mode=True\)"),
-    "without ddp": (go(EF), "AttachError: Sequential is not wrapped in DDP: pass what accelerator.prepare"),
+    "hook": (go(EF), r"AttachError: DistributedDataParallelKwargs\(comm_hook='fp16'\): .* leave it out"),
+    "sync_each_batch": (go(EF), "AttachError: sync_each_batch: it exchanges"),
+    "optimizer": (unprepared_optimizer, "AttachError: an AcceleratedOptimizer without its Accelerator: .*prepare"),
+    "model": (unprepared_model, "AttachError: a model that was not prepared: "),
+    "outer": (go({"name": "noloco"}), r"AttachError: noloco on a .*prepare_model\(model, evaluation_mode=True\)"),
+    "without ddp": (go(EF), "AttachError: ef_sign on a Sequential without DDP: .* pass what accelerator.prepare"),
     "unknown": (go("ef_sgn"), "ConfigError: unknown method 'ef_sgn'; did you mean 'ef_sign'"),
     "one rank": (another_on_rank_1, "(ConfigError: unknown|AttachError: rank 1 could not attach: .*onebit_adm)"),
-    "no stand-in": (
-        go("distributed_lion"),
-        "ConfigError: method distributed_lion .* can stand in for Lion, not for AdamW",
-    ),
-    "scheduler": (
-        unprepared_scheduler,
-        "AttachError: a learning-rate scheduler was made for the AdamW .* give it to prepare",
-    ),
-    "rate": (a_rate_beside_a_schedule, "AttachError: lr: 0.01 would be undone by the LambdaLR .* give it to the AdamW"),
-    "stepped": (after_a_step, "AttachError: onebit_adam cannot take the place of an AdamW that has made steps"),
-    "clipped": (clipping_an_update, "GradientsChanged: .* clip with the option max_norm"),
+    "no stand-in": (go("distributed_lion"), "AttachError: distributed_lion stands in for Lion, not for AdamW"),
+    "stepped": (after_a_step, "AttachError: onebit_adam cannot take the place of AdamW after steps"),
+    "clipped": (clipping_an_update, r"GradientsChanged: .* clip by attach\(..., max_norm=...\)"),
     "replaced": (stepping_what_was_replaced, "AttachError: onebit_adam has taken the place of this AdamW"),
-    "scaler": (anothers_scaler, "AttachError: grad_scaler: the loss is scaled by accelerator.scaler"),
-    "twice": (twice, "AttachError: this DDP model has a communication hook already"),
-    "max_norm": (go({**EF, "max_norm": 1.0}, overlap=True), r"AttachError: max_norm needs .* overlap=False"),
+    "scaler": (go(EF, grad_scaler=torch.amp.GradScaler("cpu")), "AttachError: grad_scaler under Accelerate: .*leave"),
+    "twice": (twice, "AttachError: .*(hook|attached to this model already)"),
+    "repeated": (exchanging_twice, r"GradientsChanged: .* under accelerator\.accumulate\(model\)"),
+    "max_norm": (go(EF, max_norm=1.0, overlap=True), "AttachError: overlap=True with max_norm: .*overlap=False"),
 }
 
 
@@ -502,19 +503,6 @@ def test_what_does_not_fit_is_refused_on_every_rank(two: HuggingFaceRanks, case:
         assert re.match(CASES[case][1], answer), answer
 
 
-def overlap_under_fsdp2() -> str:
-    sharding = types.SimpleNamespace(distributed_type="FSDP", is_fsdp2=True)
-    try:
-        attach(sharding, make_model(), EF, overlap=True)
-    except CommoptError as error:
-        return str(error)
-    return ""
-
-
-def test_overlap_is_refused_where_it_has_no_effect(two: HuggingFaceRanks) -> None:  # noqa: F811
-    assert [text[:42] for text in two.call(overlap_under_fsdp2)] == ["overlap: has no effect under FSDP2, whose "] * 2
-
-
 def after_a_refusal() -> tuple[bool, bool]:
     """Whether the prepared optimizer and its schedule are as they were, and can be used."""
     accelerator = new_accelerator()
@@ -522,7 +510,7 @@ def after_a_refusal() -> tuple[bool, bool]:
     adam = adamw(model)
     wrapped, optimizer, schedule = accelerator.prepare(model, adam, lambda_schedule(adam))
     try:
-        attach(accelerator, wrapped, {"onebit_adam": {"max_norm": 1.0}}, overlap=True)
+        attach(wrapped, "onebit_adam", optimizer, max_norm=1.0, overlap=True)
     except CommoptError:
         is_restored = optimizer.optimizer is adam and schedule.scheduler.optimizer is adam
     x, y = make_batch(accelerator.process_index, 0)

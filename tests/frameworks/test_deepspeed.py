@@ -26,7 +26,7 @@ def old(kind: str, **params: Any) -> dict[str, Any]:
 
 ZERO_ONE = {"var_freeze_step": 3, "var_update_scaler": 1, "local_step_scaler": 1, "local_step_clipper": 2}
 UNCORRECTED = {"lr": 0.01, "bias_correction": False}
-# configuration, and the method and its options in the plain integration
+# configuration, and the method with its options and its optimizer's settings in a plain script
 CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "OneBitAdam": (old("OneBitAdam", freeze_step=3), "onebit_adam", {**UNCORRECTED, "freeze_step": 3}),
     "ZeroOneAdam": (old("ZeroOneAdam", **ZERO_ONE), "zero_one_adam", {**UNCORRECTED, **ZERO_ONE}),
@@ -38,8 +38,8 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "onebit_adam",
         {"lr": 0.01, "freeze_step": 3},
     ),
-    "block alone": (
-        {"commopt": {"method": "distributed_lion", "lr": 0.003}},
+    "block in Lion's place": (
+        {"optimizer": {"type": "Lion", "params": {"lr": 0.003}}, "commopt": "distributed_lion"},
         "distributed_lion",
         {"lr": 0.003},
     ),
@@ -87,25 +87,23 @@ def other_doors() -> dict[str, Tensor]:
     import deepspeed
 
     import commopt
+    from commopt.deepspeed import install
 
-    def client(engine_model: nn.Module) -> Any:
-        return commopt.build("onebit_adam", engine_model.named_parameters(), freeze_step=3, **UNCORRECTED)
-
-    found = {"deepspeed.initialize": engine_run(old("OnebitAdam", freeze_step=3), STEPS, False)}
-    model = make_model()
-    engine = make_engine({}, ours=False, model=model, optimizer=client(model))
-    assert commopt.attach(engine, engine.basic_optimizer) is engine.commopt
-    train(engine, STEPS)
-    found["client optimizer"] = flat(engine.module)
+    found = {}
     options = {"freeze_step": 3, "bias_correction": False}
     adam = {"lr": 0.01, "torch_adam": True, "weight_decay": 0.0}
     engine = make_engine({"optimizer": {"type": "Adam", "params": adam}}, ours=False)
-    replaced = engine.optimizer
-    commopt.attach(engine, {"onebit_adam": options})
+    was = engine.optimizer
+    run = commopt.attach(engine, {"onebit_adam": options})
+    assert run is engine.commopt
+    assert run.optimizer is engine.optimizer
     train(engine, STEPS)
     found["attach by name"] = flat(engine.module)
     with pytest.raises(commopt.errors.AttachError, match="has taken the place"):
-        replaced.step()
+        was.step()
+    run.close()
+    assert engine.optimizer is engine.basic_optimizer is was
+    train(engine, 1)  # DeepSpeed's own training goes on
     model = make_model()
     own = torch.optim.Adam(model.parameters(), lr=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(own, lambda step: 0.5)
@@ -114,10 +112,16 @@ def other_doors() -> dict[str, Tensor]:
     train(engine, STEPS)
     found["client Adam with a scheduler"] = flat(engine.module)
     engine = make_engine({"optimizer": SGD}, ours=False)
-    commopt.attach(engine, "ef_sign")
+    commopt.attach(engine, "ef_sign", engine.optimizer)
     train(engine, STEPS)
     found["ef_sign by attach"] = flat(engine.module)
-    assert deepspeed.DeepSpeedEngine is type(engine)
+    original: Any = deepspeed.DeepSpeedEngine.__init__
+    assert install() == ("deepspeed.DeepSpeedEngine.__init__",)
+    assert install() == ()
+    try:
+        found["install"] = engine_run(old("OnebitAdam", freeze_step=3), STEPS, False)
+    finally:
+        deepspeed.DeepSpeedEngine.__init__ = original
     return found
 
 
@@ -177,8 +181,8 @@ def overflown(own: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def local(engine: Any) -> list[Tensor]:
-    state = engine.commopt.comm_state()
-    return [*state["shared"].values(), *state["local"].values()]
+    state = engine.commopt.saved()
+    return [*state["shared"].values(), *state["rank"].values()]
 
 
 @pytest.mark.parametrize("case", ["OneBitAdam", "ef_sign"])
@@ -192,7 +196,7 @@ def resumed(own: dict[str, Any], folder: str, first: int) -> tuple[Tensor, Tenso
     engine.save_checkpoint(folder, client_state={"note": 7})
     train(engine, 3, first=first)
     on = flat(engine.module).float()
-    engine.commopt.detach()
+    engine.commopt.close()
     again = make_engine(own, model=make_model().apply(lambda module: None))
     with torch.no_grad():
         for p in again.module.parameters():
@@ -216,18 +220,17 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(case: str, two: Ranks, tmp_path
     for on, again, client_state in two.run(resumed, CHECKPOINTS[case], str(tmp_path), 5):
         assert torch.equal(on, again)
         assert client_state["note"] == 7
-    assert {path.name for path in tmp_path.rglob("commopt*")} == {"commopt_rank0.pt", "commopt_rank1.pt"}
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("commopt*")] == ["global_step5/commopt"]
 
 
 def foreign_checkpoints(folder: str) -> list[str]:
     from commopt.errors import CheckpointError
-    from commopt.run.checkpoint import save
 
     adam = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
     make_engine(adam, ours=False).save_checkpoint(folder, tag="dense")
     told = []
     engine = make_engine(CASES["OneBitAdam"][0])
-    for act in (lambda: engine.load_checkpoint(folder, tag="dense"), lambda: save(folder, engine.commopt)):
+    for act in (lambda: engine.load_checkpoint(folder, tag="dense"), lambda: engine.commopt.save(folder)):
         try:
             act()
         except CheckpointError as error:
@@ -239,7 +242,7 @@ def foreign_checkpoints(folder: str) -> list[str]:
 
 def test_a_checkpoint_without_the_methods_state_is_refused(two: Ranks, tmp_path: Path) -> None:
     for missing, other in two.run(foreign_checkpoints, str(tmp_path)):
-        assert "saved without the method" in missing
+        assert "saved without onebit_adam's state" in missing
         assert "engine.save_checkpoint" in other
 
 
@@ -268,12 +271,12 @@ def counted(own: dict[str, Any]) -> tuple[list[str], float, bool]:
 
     for name in names:
         setattr(comm, name, spy(name))
-    before, dist.all_reduce = engine.commopt.group.traffic.payload_bytes, count  # type: ignore[assignment]
+    before, dist.all_reduce = engine.commopt.traffic.payload_bytes, count  # type: ignore[assignment]
     train(engine, 1)
     dist.all_reduce = ours
     for name in names:
         setattr(comm, name, originals[name])
-    assert sum(sent) == engine.commopt.group.traffic.payload_bytes - before  # of 2 ranks each sends its part once
+    assert sum(sent) == engine.commopt.traffic.payload_bytes - before  # of 2 ranks each sends its part once
     return calls, sum(sent), engine.commopt.replicas_are_equal()
 
 
@@ -288,19 +291,15 @@ def test_deepspeed_itself_exchanges_nothing(half: str, two: Ranks) -> None:
 
 
 def outer(own: dict[str, Any]) -> tuple[int, int, Tensor]:
-    from commopt.errors import CheckpointError
-
     engine = make_engine(own)
-    attachment = engine.commopt
-    attachment.join()
-    for step in attachment.range(7):
+    run = engine.commopt
+    run.join()
+    for step in run.range(7):
         train(engine, 1, first=step)
-    with pytest.raises(CheckpointError, match="replica of its own"):
-        engine.save_checkpoint("nowhere")
-    attachment.finish()
-    rounds = len(attachment.reports)
-    attachment.close()
-    return rounds, attachment.steps, flat(engine.module)
+    run.finish()
+    rounds = len(run.reports)
+    run.close()
+    return rounds, run.steps, flat(engine.module)
 
 
 @pytest.mark.parametrize("method", ["diloco", "noloco"])
@@ -312,6 +311,48 @@ def test_outer_methods_average_an_engines_replicas(method: str, two: Ranks) -> N
     assert all(rounds >= 2 and steps == 7 for rounds, steps, _ in (first, second))
 
 
+def resumed_replicas(folder: str) -> tuple[Tensor, Tensor, Tensor]:
+    adam = {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}
+    own = {"optimizer": adam, "commopt": {"method": "diloco", "every": 3}}
+    engine = make_engine(own)
+    engine.commopt.join()
+    train(engine, 5)  # two steps after a round: replicas differ
+    engine.save_checkpoint(folder)
+    saved = flat(engine.module)
+    train(engine, 4, first=5)
+    on = flat(engine.module)
+    engine.commopt.close()
+    again = make_engine(own)
+    again.load_checkpoint(folder)
+    again.commopt.join()
+    train(again, 4, first=5)
+    again.commopt.close()
+    return saved, on, flat(again.module)
+
+
+def test_under_an_outer_method_a_checkpoint_keeps_every_ranks_replica(two: Ranks, tmp_path: Path) -> None:
+    first, second = two.run(resumed_replicas, str(tmp_path))
+    assert not torch.equal(first[0], second[0])
+    assert all(torch.equal(on, again) for _, on, again in (first, second))
+
+
+def never_joined() -> str:
+    from commopt.errors import AttachError
+
+    engine = make_engine({"optimizer": SGD, "commopt": "noloco"})
+    try:
+        train(engine, 1)
+    except AttachError as error:
+        return str(error)
+    finally:
+        engine.commopt.close()
+    return ""
+
+
+def test_an_outer_method_that_nobody_joins_raises_at_the_first_step(two: Ranks) -> None:
+    assert all("run.join()" in told for told in two.run(never_joined))
+
+
 def masked() -> dict[str, Any]:
     model = make_model()
     first, *others = model.parameters()
@@ -320,7 +361,7 @@ def masked() -> dict[str, Any]:
     groups = [{"params": [first], "exp_avg_mask": mask.flatten()}, {"params": others, "weight_decay": 0.0}]
     engine = make_engine(old("OneBitAdam", freeze_step=2), model=model, model_parameters=groups)
     train(engine, 5)
-    return {"momentum": engine.optimizer.state[first]["momentum"].clone()}
+    return {"momentum": engine.commopt.method.entry("0.weight")["momentum"].clone()}
 
 
 def test_exp_avg_mask_holds_the_momentum_at_zero(two: Ranks) -> None:

@@ -9,9 +9,9 @@ import torch
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
+from commopt import attach
 from commopt.errors import ConfigError
-from commopt.frameworks import plain
-from commopt.frameworks.deepspeed_config import LEGACY, named_groups, read_legacy
+from commopt.frameworks.deepspeed_config import LEGACY, parameter_groups, read_legacy
 from commopt.frameworks.deepspeed_groups import PartlyFrozenAdam
 from commopt.groups import Group, SimWorld
 from commopt.methods import OnebitAdam
@@ -21,30 +21,30 @@ def run(group: Group, live: int, freeze_step: int, nan_at: int = -1) -> tuple[Te
     """Six steps with the first `live` parameters out of the freeze: all parameters, and each one's variance."""
     model = make_model()
     named = list(model.named_parameters())
-    groups: list[dict[str, Any]] = [{"params": named[:live], "non_freeze": True}, {"params": named[live:]}]
-    method = PartlyFrozenAdam([g for g in groups if g["params"]], lr=0.01, freeze_step=freeze_step)
-    plain.attach(model, method, group=group)
+    params = [p for _, p in named]
+    groups: list[dict[str, Any]] = [{"params": params[:live], "non_freeze": True}, {"params": params[live:]}]
+    adam = torch.optim.Adam([g for g in groups if g["params"]], lr=0.01)
+    attached = attach(model, PartlyFrozenAdam(freeze_step=freeze_step), adam, group=group)
     for step in range(6):
         x, y = make_batch(group.rank, step)
-        method.zero_grad()
+        attached.optimizer.zero_grad()
         loss_of(model(x), y).backward()
         if step == nan_at and group.rank == 1:
-            p = named[0][1]
-            assert p.grad is not None
-            p.grad[0] = torch.nan
-        method.step()
-    return flat(model), [method.part("variance", name).clone() for name, _ in named]
+            assert params[0].grad is not None
+            params[0].grad[0] = torch.nan
+        attached.optimizer.step()
+    return flat(model), [attached.method.part("variance", name).clone() for name, _ in named]
 
 
 def exact(group: Group) -> Tensor:
     model = make_model()
-    method = OnebitAdam(model.named_parameters(), lr=0.01, freeze_step=100)
-    plain.attach(model, method, group=group)
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    attached = attach(model, OnebitAdam(freeze_step=100), adam, group=group)
     for step in range(6):
         x, y = make_batch(group.rank, step)
-        method.zero_grad()
+        attached.optimizer.zero_grad()
         loss_of(model(x), y).backward()
-        method.step()
+        attached.optimizer.step()
     return flat(model)
 
 
@@ -71,6 +71,7 @@ def test_a_nan_in_one_of_them_leaves_the_bucket_out_everywhere() -> None:
 def test_other_methods_have_no_such_groups() -> None:
     model = make_model()
     groups = [{"params": list(model.parameters()), "non_freeze": True}]
-    assert named_groups(model, groups, read_legacy(LEGACY["onebitadam"], {}))[0]["non_freeze"] is True
+    onebit, zero_one = (read_legacy(LEGACY[name], {}).method for name in ("onebitadam", "zerooneadam"))
+    assert parameter_groups(model, groups, onebit)[0][0]["non_freeze"] is True
     with pytest.raises(ConfigError, match="only OneBitAdam has it"):
-        named_groups(model, groups, read_legacy(LEGACY["zerooneadam"], {}))
+        parameter_groups(model, groups, zero_one)

@@ -36,7 +36,7 @@ class Bert(nn.Module):
 
 
 def tutorial(path: str) -> tuple[float, float, bool, int]:
-    from commopt.frameworks.deepspeed import initialize
+    from commopt.deepspeed import initialize
 
     torch.manual_seed(1)
     model = Bert()
@@ -52,7 +52,7 @@ def tutorial(path: str) -> tuple[float, float, bool, int]:
         engine.step()
         losses.append(float(loss.detach()))
     method = engine.commopt.method
-    method.synchronise(engine.commopt.group)
+    engine.commopt.finish()
     return sum(losses[:8]), sum(losses[-8:]), engine.commopt.replicas_are_equal(), method.applied_steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import nn
 import commopt
 from commopt.errors import CheckpointError, CommoptError
 from commopt.groups import TorchGroup
-from commopt.run import checkpoint
 
 STEPS = 5
 CASES: dict[str, dict[str, Any]] = {
@@ -40,9 +40,9 @@ def train_sharded(_: dist.ProcessGroup, method: dict[str, Any], momentum: float)
     mesh = mesh_of()
     if dist.get_rank() > 3:
         return None
-    with attached(mesh, method, lambda model: sgd(model, momentum)) as (model, optimizer, attachment):
+    with attached(mesh, method, lambda model: sgd(model, momentum)) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
-        assert attachment.replicas_are_equal()
+        assert run.replicas_are_equal()
         return shards(model)
 
 
@@ -64,7 +64,7 @@ def train_dense(_: dist.ProcessGroup, options: dict[str, Any], micro_batches: st
     for is_ours in (True, False):
         model = sharded(mesh, **options)
         optimizer = sgd(model)
-        attachment = commopt.attach(model, "dense", optimizer) if is_ours else None
+        run = commopt.attach(model, "dense", optimizer) if is_ours else None
         for step in range(3):
             optimizer.zero_grad()
             for micro in range(3 if micro_batches else 1):
@@ -78,12 +78,10 @@ def train_dense(_: dist.ProcessGroup, options: dict[str, Any], micro_batches: st
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
         results.append(shards(model))
-        if attachment is not None:
-            calls = sum(
-                n for (_, operation, _), n in attachment.group.traffic.calls.items() if operation == "all_reduce"
-            )
+        if run is not None:
+            calls = sum(n for (_, operation, _), n in run.traffic.calls.items() if operation == "all_reduce")
             assert calls == 3 * 3 * (3 if micro_batches == "every backward" else 1)
-            attachment.detach()
+            run.close()
     return results
 
 
@@ -110,9 +108,9 @@ def compress_half_precision(_: dist.ProcessGroup) -> Any:
     if (mesh := mesh_of()) and dist.get_rank() > 3:
         return None
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
-    with attached(mesh, "two_way(int8)", mp_policy=policy) as (model, optimizer, attachment):
+    with attached(mesh, "two_way(int8)", mp_policy=policy) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), 3)
-        return attachment.replicas_are_equal(), attachment.method.worker.residual.abs().max().item()
+        return run.replicas_are_equal(), run.method.worker.residual.abs().max().item()
 
 
 def test_half_precision_gradients_are_compressed_with_float32_residuals(pool: Pool) -> None:
@@ -124,13 +122,13 @@ def give_back(_: dist.ProcessGroup) -> Any:
         return None
     model, other = sharded(mesh), sharded(mesh)
     optimizer, others = sgd(model), sgd(other)
-    commopt.attach(model, "ef_sign", optimizer).detach()
+    commopt.attach(model, "ef_sign", optimizer).close()
     train(model, optimizer, dist.get_rank(), 3)
     train(other, others, dist.get_rank(), 3)
     return shards(model), shards(other)
 
 
-def test_detach_gives_the_exchange_back_to_fsdp(pool: Pool) -> None:
+def test_close_gives_the_exchange_back_to_fsdp(pool: Pool) -> None:
     for ours, theirs in pool.run(5, give_back)[:4]:
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
@@ -141,13 +139,13 @@ def train_over_a_group(_: dist.ProcessGroup) -> Any:
     if dist.get_rank() > 3:
         return None
     group = TorchGroup(mesh.get_group("replicate"))
-    with attached(mesh["shard"], "two_way(int8)", group=group) as (model, optimizer, attachment):
+    with attached(mesh["shard"], "two_way(int8)", group=group) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
         found = shards(model)
         model.set_requires_all_reduce(False)
         with pytest.raises(CommoptError, match="set_requires_gradient_sync"):
             train(model, optimizer, dist.get_rank(), 1)
-        return found, attachment.group is group
+        return found, run.group is group
 
 
 def test_replicas_may_be_a_group_that_fsdp_does_not_know(pool: Pool) -> None:
@@ -162,24 +160,24 @@ def resume(_: dist.ProcessGroup) -> Any:
     if (mesh := mesh_of()) and dist.get_rank() > 3:
         return None
     rank = dist.get_rank()
-    with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, attachment):
+    with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, run):
         train(model, optimizer, rank, 3)
-        kept = {kind: {k: x.clone() for k, x in part.items()} for kind, part in attachment.comm_state().items()}
+        kept = copy.deepcopy(run.method.saved())
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
-            checkpoint.save("nowhere", attachment)
+            run.save("nowhere")
         train(model, optimizer, rank, 3, first=3)
         straight = shards(model)
-    with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, attachment):
+    with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, run):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(weights[name])
-        attachment.load_comm_state(kept)
+        run.method.load(kept)
         train(model, optimizer, rank, 3, first=3)
         return straight, shards(model)
 
 
-def test_training_goes_on_from_a_comm_state_bit_for_bit(pool: Pool) -> None:
+def test_training_goes_on_from_a_saved_state_bit_for_bit(pool: Pool) -> None:
     for straight, resumed in pool.run(5, resume)[:4]:
         assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
 
@@ -193,13 +191,13 @@ def start_apart(_: dist.ProcessGroup) -> Any:
         for p in model.parameters():
             p.to_local().add_(mesh.get_local_rank("replicate"))
     before = shards(model)
-    attachment = commopt.attach(model, "ef_sign", sgd(model))
-    equal = attachment.replicas_are_equal()
+    run = commopt.attach(model, "ef_sign", sgd(model))
+    equal = run.replicas_are_equal()
     after = shards(model)
     with torch.no_grad():
         if dist.get_rank() == 3:
             next(model.parameters()).to_local().add_(1)
-    return equal, attachment.replicas_are_equal(), before, after
+    return equal, run.replicas_are_equal(), before, after
 
 
 def test_replicas_start_as_the_first_and_every_rank_hears_of_a_drift(pool: Pool) -> None:
@@ -213,7 +211,7 @@ def train_with_nan(_: dist.ProcessGroup, is_clipped: bool) -> Any:
     """In step 1 one rank has a NaN in one row of one weight, of which only the second shard hears."""
     if (mesh := mesh_of()) and dist.get_rank() > 3:
         return None
-    with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
+    with attached(mesh, "two_way(int8)") as (model, optimizer, run):
         rank, history = dist.get_rank(), [shards(model)]
         for step in range(3):
             x, y = batch(rank, step)
@@ -224,7 +222,7 @@ def train_with_nan(_: dist.ProcessGroup, is_clipped: bool) -> Any:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             history.append(shards(model))
-        return history, attachment.voided, attachment.replicas_are_equal()
+        return history, run.voided, run.replicas_are_equal()
 
 
 @pytest.mark.parametrize("is_clipped", [False, True], ids=["", "clipped"])
@@ -244,7 +242,7 @@ def accumulate_with_nan(_: dist.ProcessGroup) -> Any:
     """The first of two exchanged backwards has a NaN, the second has none."""
     if (mesh := mesh_of()) and dist.get_rank() > 3:
         return None
-    with attached(mesh, "dense") as (model, optimizer, _attachment):
+    with attached(mesh, "dense") as (model, optimizer, _run):
         before = shards(model)
         for scale in (float("inf"), 1.0):
             x, y = batch(dist.get_rank(), 0)
@@ -269,13 +267,13 @@ def use_a_part(_: dist.ProcessGroup) -> Any:
     """`scale` is used by all, then on one replica, then nowhere."""
     if (mesh := mesh_of()) and dist.get_rank() > 3:
         return None
-    with attached(mesh, "ef_sign", lambda model: sgd(model, 0.0)) as (model, optimizer, attachment):
+    with attached(mesh, "ef_sign", lambda model: sgd(model, 0.0)) as (model, optimizer, run):
         for step, uses in enumerate([range(4), range(2), range(0)]):
             x, y = batch(dist.get_rank(), step)
             optimizer.zero_grad()
             loss_of(model(x, dist.get_rank() in uses), y).backward()
             optimizer.step()
-        return model.scale.grad is not None, attachment.replicas_are_equal()
+        return model.scale.grad is not None, run.replicas_are_equal()
 
 
 def test_a_parameter_that_is_not_used_gets_zeros(pool: Pool) -> None:
@@ -285,10 +283,10 @@ def test_a_parameter_that_is_not_used_gets_zeros(pool: Pool) -> None:
 def count_bytes(_: dist.ProcessGroup) -> Any:
     if (mesh := mesh_of()) and dist.get_rank() > 3:
         return None
-    with attached(mesh, {"name": "two_way(int8)"}) as (model, optimizer, attachment):
-        sent = attachment.group.traffic.payload_bytes
+    with attached(mesh, {"name": "two_way(int8)"}) as (model, optimizer, run):
+        sent = run.traffic.payload_bytes
         train(model, optimizer, dist.get_rank(), 2)
-        return (attachment.group.traffic.payload_bytes - sent) / 2, sum(x.numel() for x in shards(model).values())
+        return (run.traffic.payload_bytes - sent) / 2, sum(x.numel() for x in shards(model).values())
 
 
 def test_a_rank_sends_what_its_shard_takes(pool: Pool) -> None:
@@ -301,11 +299,11 @@ def test_a_rank_sends_what_its_shard_takes(pool: Pool) -> None:
 def change_after_attach(_: dist.ProcessGroup) -> None:
     if (mesh := mesh_of()) and dist.get_rank() > 3:
         return
-    with attached(mesh, "ef_sign") as (model, optimizer, _attachment):
+    with attached(mesh, "ef_sign") as (model, optimizer, _run):
         model.set_force_sum_reduction_for_comms(True)
         with pytest.raises(CommoptError, match="come before attach"):
             train(model, optimizer, dist.get_rank(), 1)
-    with attached(mesh, "ef_sign") as (model, optimizer, _attachment):
+    with attached(mesh, "ef_sign") as (model, optimizer, _run):
         train(model, optimizer, dist.get_rank(), 1)
         with pytest.raises(CommoptError, match="attached to this model already"):
             commopt.attach(model, "ef_sign", optimizer)

@@ -15,7 +15,6 @@ from torch import nn
 
 import commopt
 from commopt.errors import CommoptError
-from commopt.frameworks import fsdp
 from commopt.groups import Group, LocalGroup, TorchGroup
 
 
@@ -24,9 +23,9 @@ def pool() -> Iterator[Pool]:
     yield from fsdp_pool()
 
 
-def attach(method: Any, model: Any = None, group: Group | None = None) -> None:
+def attach(method: Any, model: Any = None, group: Group | None = None, **options: Any) -> None:
     model = sharded(mesh_of()) if model is None else model
-    fsdp.attach(model, method, sgd(model), group)
+    commopt.attach(model, method, sgd(model), group=group, **options)
 
 
 def one_dimension(method: Any) -> Callable[[], None]:
@@ -58,6 +57,41 @@ def on_an_empty_shard() -> None:
     from torch.distributed.fsdp import fully_shard
 
     attach("two_way(int8)", fully_shard(nn.Linear(8, 3), mesh=flat_mesh()))
+
+
+def on_a_part() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Uneven()
+    fully_shard(model.first, mesh=mesh_of())
+    attach("ef_sign", model)
+
+
+def on_the_first_fsdp() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(Uneven(), mesh_of().get_group("shard"), device_id=torch.device("cpu"))
+    attach("ef_sign", model)
+
+
+def on_one_replica() -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    mesh = DeviceMesh("cpu", torch.arange(4).view(1, 4), mesh_dim_names=("replicate", "shard"))
+    attach("ef_sign", sharded(mesh))
+
+
+def on_a_mesh_without_shards() -> None:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    attach("ef_sign", replicate(Uneven(), mesh=flat_mesh()))
+
+
+def on_nothing() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Tanh(), mesh=flat_mesh())
+    commopt.attach(model, "ef_sign", sgd(nn.Linear(1, 1)))
 
 
 def on_a_hook() -> None:
@@ -99,11 +133,11 @@ def on_a_torch_that_names_its_groups_otherwise() -> None:
 def on_a_compiled_model() -> None:
     model, compiled = sharded(mesh_of()), nn.Module()
     compiled._orig_mod = model  # as torch.compile does, whose import takes seconds on every rank
-    fsdp.attach(compiled, "ef_sign", sgd(model))
+    commopt.attach(compiled, "ef_sign", sgd(model))
 
 
 def without_an_optimizer() -> None:
-    fsdp.attach(sharded(mesh_of()), "ef_sign")
+    commopt.attach(sharded(mesh_of()), "ef_sign")
 
 
 def with_the_shards_as_group() -> None:
@@ -119,36 +153,44 @@ def with_momentum_twice() -> None:
 
 
 CASES: dict[str, tuple[Callable[[], None], str]] = {
-    "not sharded": (lambda: attach("ef_sign", Uneven()), "is not sharded: call fully_shard"),
-    "update method": (lambda: attach("onebit_adam"), "onebit_adam is an optimizer with state of its own"),
-    "outer method": (lambda: attach("diloco"), "averages whole parameters now and then"),
-    "max_norm": (lambda: attach({"name": "ef_sign", "max_norm": 1.0}), "call torch.nn.utils.clip_grad_norm_"),
-    "scaler": (lambda: attach(commopt.build("ef_sign", grad_scaler=torch.amp.GradScaler("cpu"))), "train in bfloat16"),
-    "one scale": (lambda: attach("dice_sgd"), "for the whole model cannot work by shard"),
+    "only a part is sharded": (on_a_part, "first is sharded by FSDP2.*use fully_shard for the whole model"),
+    "update method": (lambda: attach("onebit_adam"), "it keeps an optimizer's state for whole parameters"),
+    "outer method": (lambda: attach("diloco"), "averages whole parameters every few steps"),
+    "max_norm": (lambda: attach("ef_sign", max_norm=1.0), "call torch.nn.utils.clip_grad_norm_"),
+    "scaler": (lambda: attach("ef_sign", grad_scaler=torch.amp.GradScaler("cpu")), "train in bfloat16"),
+    "overlap": (lambda: attach("ef_sign", overlap=False), "overlap=False with FSDP2.*leave overlap out"),
+    "one scale": (lambda: attach("dice_sgd"), "one norm or scale for the whole model"),
+    "first FSDP": (on_the_first_fsdp, "use torch.distributed.fsdp.fully_shard instead"),
+    "one replica": (on_one_replica, "a mesh with one replica: there is nothing to average"),
+    "replicated": (on_a_mesh_without_shards, "root: a mesh without a shard dimension.*use DistributedDataParallel"),
+    "no parameter": (on_nothing, "no trainable parameter"),
     "unknown": (lambda: attach("ef_sing"), "did you mean 'ef_sign'"),
-    "half precision": (on_half_precision, "reduce_dtype float16 is divided in two parts"),
-    "two meshes": (on_two_meshes, "sharded over different meshes"),
-    "ignored": (on_ignored_parameters, "scale is among ignored_params"),
-    "empty shard": (on_an_empty_shard, "shard 3 of 4 holds no element"),
-    "hook": (on_a_hook, "first: has an all-reduce hook already"),
+    "half precision": (on_half_precision, "root: float16 gradients.*divides them in two parts"),
+    "two meshes": (on_two_meshes, "several meshes in its modules.*with the same mesh everywhere"),
+    "ignored": (on_ignored_parameters, "scale among ignored_params"),
+    "empty shard": (on_an_empty_shard, "shard 3 of 4 without an element"),
+    "hook": (on_a_hook, "first: an all-reduce hook of your own"),
     "sum": (on_a_sum, "set_force_sum_reduction_for_comms"),
     "factor": (on_another_factor, "first: set_gradient_divide_factor"),
     "frozen": (on_a_frozen_model, "no trainable parameter"),
     "other torch": (
         on_a_torch_without_a_private_name,
-        rf"FSDP2 of torch {re.escape(torch.__version__)} has no FSDPParamGroup\._all_reduce_hook",
+        rf"FSDP2 of torch {re.escape(torch.__version__)}, which has no FSDPParamGroup\._all_reduce_hook",
     ),
     "other meshes": (on_a_torch_that_names_its_groups_otherwise, r"has no HSDPMeshInfo\.replicate_process_group"),
     "compiled": (on_a_compiled_model, "attach to the sharded model first, then compile it"),
     "no optimizer": (without_an_optimizer, "pass the optimizer"),
-    "wrong group": (with_the_shards_as_group, "the replicas of this shard are"),
+    "wrong group": (with_the_shards_as_group, "group: TorchGroup: its ranks are not those that hold this shard"),
     "local group": (with_a_local_group, "pass TorchGroup"),
     "momentum": (with_momentum_twice, "torch.optim.SGD without"),
     "dense alone": (one_dimension("dense"), "FSDP's own is exact"),
     "sparse alone": (one_dimension("top_k"), "give FSDP a mesh with a replicate dimension"),
-    "momentum alone": (one_dimension({"name": "powersgd"}), "powersgd is no reduce-scatter"),
+    "momentum alone": (
+        one_dimension({"name": "powersgd"}),
+        "powersgd on a mesh of one dimension: it cannot compress a reduce-scatter; use two_way",
+    ),
     "server": (one_dimension("two_way(sign, int8)"), "has no answers to compress"),
-    "dense_1d": (one_dimension({"name": "qsgd", "dense_1d": True}), "dense_1d: not supported in a reduce-scatter"),
+    "dense_1d": (one_dimension({"name": "qsgd", "dense_1d": True}), "dense_1d of qsgd on a mesh of one dimension"),
     "one scale alone": (one_dimension("two_way(sign_l2)"), "use int8, 4bit"),
 }
 
@@ -176,7 +218,7 @@ def go_on_after_a_refusal(_: dist.ProcessGroup) -> Any:
     model, other = sharded(mesh), sharded(mesh)
     optimizer, others = sgd(model), sgd(other)
     with pytest.raises(CommoptError):
-        fsdp.attach(model, {"name": "ef_sign", "max_norm": 1.0}, optimizer)
+        commopt.attach(model, "ef_sign", optimizer, max_norm=1.0)
     train(model, optimizer, dist.get_rank(), 2)
     train(other, others, dist.get_rank(), 2)
     return shards(model), shards(other)
@@ -194,10 +236,10 @@ def after_steps(_: dist.ProcessGroup) -> float:
     model = sharded(mesh)
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer, dist.get_rank(), 2)  # as after a checkpoint: each rank has state of its own shards
-    attachment = fsdp.attach(model, "ef_sign", optimizer)
+    run = commopt.attach(model, "ef_sign", optimizer)
     train(model, optimizer, dist.get_rank(), 1)
-    sent = attachment.group.traffic.payload_bytes
-    attachment.detach()
+    sent = run.traffic.payload_bytes
+    run.close()
     return sent
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from rig import loss_of
 from torch import Tensor, nn
 
 from commopt.compress import Compressor, make_compressor
-from commopt.compress.feedback import ErrorFeedback
+from commopt.compress.feedback import ErrorFeedback, Kept
 from commopt.errors import CommoptError
 from commopt.wire.bucket import ParameterIndex
 
@@ -47,7 +48,7 @@ class Scatter:
             return x
         blocks = self.codec.table(ParameterIndex((name,), (x.numel(),)), 1).everything
         feedback = self.feedbacks.setdefault(
-            (rank, shard, name), ErrorFeedback(self.codec, x.numel(), bits=self.bits, blocks=blocks)
+            (rank, shard, name), ErrorFeedback(self.codec, Kept(bits=self.bits), blocks)
         )
         out = torch.zeros_like(x)
         self.codec.decompress_(feedback.compress(x, [blocks])[0].tensors[1:], blocks, out, alpha=1 / RANKS)
@@ -87,9 +88,9 @@ def pool() -> Iterator[Pool]:
 def train_sharded(_: dist.ProcessGroup, method: Any) -> Any:
     if (mesh := flat_mesh()) and dist.get_rank() > 3:
         return None
-    with attached(mesh, method) as (model, optimizer, attachment):
+    with attached(mesh, method) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
-        return shards(model), attachment.group.traffic.payload_bytes
+        return shards(model), run.traffic.payload_bytes
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,22 +128,19 @@ def test_a_rank_sends_the_other_shards_parts(pool: Pool) -> None:
 def train_with_nan(_: dist.ProcessGroup) -> Any:
     if (mesh := flat_mesh()) and dist.get_rank() > 3:
         return None
-    with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
+    with attached(mesh, "two_way(int8)") as (model, optimizer, run):
         history = [shards(model)]
         for step in range(3):
             x, y = batch(dist.get_rank(), step)
             optimizer.zero_grad()
             model.is_poisoned = step == 1 and dist.get_rank() == 2
-            before = attachment.comm_state()["local"]["worker_residual"].clone()
+            before = run.method.part("worker_residual", "second.weight").clone()
             loss_of(model(x), y).backward()
             if step == 1:
-                k = attachment.method.index.position["second.weight"]
-                part = slice(int(attachment.method.index.offsets[k]), int(attachment.method.index.offsets[k + 1]))
-                now = attachment.comm_state()["local"]["worker_residual"]
-                torch.testing.assert_close(now[part], before[part])
+                torch.testing.assert_close(run.method.part("worker_residual", "second.weight"), before)
             optimizer.step()
             history.append(shards(model))
-        return history, attachment.voided
+        return history, run.voided
 
 
 def test_a_nan_on_one_rank_leaves_its_unit_out_on_all(pool: Pool) -> None:
@@ -165,17 +163,17 @@ def resume(_: dist.ProcessGroup) -> Any:
         return sgd(model, 0.0)
 
     method = {"name": "two_way(4bit)", "residual_bits": 8}
-    with attached(mesh, method, plain_sgd) as (model, optimizer, attachment):
+    with attached(mesh, method, plain_sgd) as (model, optimizer, run):
         train(model, optimizer, rank, 3)
-        kept = {kind: {k: x.clone() for k, x in part.items()} for kind, part in attachment.comm_state().items()}
+        kept = copy.deepcopy(run.method.saved())
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         train(model, optimizer, rank, 3, first=3)
         runs.append(shards(model))
-    with attached(mesh, method, plain_sgd) as (model, optimizer, attachment):
+    with attached(mesh, method, plain_sgd) as (model, optimizer, run):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(weights[name])
-        attachment.load_comm_state(kept)
+        run.method.load(kept)
         train(model, optimizer, rank, 3, first=3)
         runs.append(shards(model))
     return runs
@@ -186,24 +184,24 @@ def test_residuals_of_the_whole_gradient_resume(pool: Pool) -> None:
         assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
 
 
-def detach_and_train(_: dist.ProcessGroup) -> Any:
+def close_and_train(_: dist.ProcessGroup) -> Any:
     if (mesh := flat_mesh()) and dist.get_rank() > 3:
         return None
-    with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
-        attachment.detach()
+    with attached(mesh, "two_way(int8)") as (model, optimizer, run):
+        run.close()
         train(model, optimizer, dist.get_rank(), STEPS)
-        return shards(model), attachment.group.traffic.payload_bytes
+        return shards(model), run.traffic.payload_bytes
 
 
-def test_detach_gives_the_reduce_scatter_back(pool: Pool) -> None:
-    for _, sent in pool.run(5, detach_and_train)[:4]:
+def test_close_gives_the_reduce_scatter_back(pool: Pool) -> None:
+    for _, sent in pool.run(5, close_and_train)[:4]:
         assert sent == 0
 
 
 def average_by_another_factor(_: dist.ProcessGroup) -> None:
     if (mesh := flat_mesh()) and dist.get_rank() > 3:
         return
-    with attached(mesh, "two_way(int8)") as (model, optimizer, _attachment):
+    with attached(mesh, "two_way(int8)") as (model, optimizer, _run):
         model.set_gradient_divide_factor(1.0)
         with pytest.raises(CommoptError, match="set_gradient_divide_factor"):
             train(model, optimizer, dist.get_rank(), 1)
@@ -217,10 +215,10 @@ def train_without_communication(_: dist.ProcessGroup) -> Any:
     flat, square = flat_mesh(), mesh_of()
     sent = []
     for mesh in (flat, square) if dist.get_rank() < 4 else ():
-        with attached(mesh, "two_way(int8)") as (model, optimizer, attachment):
-            before, traffic = shards(model), attachment.group.traffic
+        with attached(mesh, "two_way(int8)") as (model, optimizer, run):
+            before, traffic = shards(model), run.traffic
             counted = traffic.payload_bytes
-            with attachment.communication_off():
+            with run.communication_off():
                 train(model, optimizer, dist.get_rank(), 2)
             moved = all(not torch.equal(x, before[name]) for name, x in shards(model).items() if x.numel())
             sent.append((traffic.payload_bytes - counted, moved))

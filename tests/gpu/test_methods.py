@@ -13,8 +13,7 @@ from pretend import DEVICES, working_on
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor, nn
 
-from commopt import build
-from commopt.frameworks import plain
+from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
 from commopt.methods import OUTER_METHODS
 
@@ -42,7 +41,7 @@ def on_cpu(state: Any) -> Any:
 def attach(preset: Preset, model: nn.Module, group: SimGroup) -> Any:
     method = preset.method(model)
     is_optimizer = isinstance(method, torch.optim.Optimizer)
-    return plain.attach(model, method, None if is_optimizer else preset.optimizer(model), group)
+    return attach(model, method, None if is_optimizer else preset.optimizer(model), group=group)
 
 
 def train(preset: Preset, device: torch.device, resume_at: int | None = None) -> list[Trained]:
@@ -51,27 +50,27 @@ def train(preset: Preset, device: torch.device, resume_at: int | None = None) ->
     def rank_of(group: SimGroup) -> Trained:
         with working_on(device):
             model = make_model().to(device)
-            attachment = attach(preset, model, group)
+            run = attach(preset, model, group)
             trained = Trained(flat(model))
             for step in range(STEPS):
                 if step == resume_at:
-                    state, optimizer = attachment.comm_state(), attachment.optimizer.state_dict()
-                    attachment.detach()
-                    attachment = attach(preset, model, group)
-                    attachment.optimizer.load_state_dict(optimizer)
-                    attachment.load_comm_state(on_cpu(state))
+                    state, optimizer = run.saved(), run.optimizer.state_dict()
+                    run.close()
+                    run = attach(preset, model, group)
+                    run.optimizer.load_state_dict(optimizer)
+                    run.load(on_cpu(state))
                 x, y = (t.to(device) for t in make_batch(group.rank, step))
                 loss = loss_of(model(x), y)
-                attachment.optimizer.zero_grad()
+                run.optimizer.zero_grad()
                 loss.backward()
                 if (step, group.rank) == (1, 1):
                     grad = next(model.parameters()).grad
                     assert grad is not None
                     grad[2, 3] = float("nan")
-                attachment.optimizer.step()
-                trained.voided |= dict(attachment.voided)
+                run.optimizer.step()
+                trained.voided |= dict(run.voided)
                 trained.losses.append(loss.item())
-                if attachment.method.is_synchronised:
+                if run.method.is_synchronised:
                     trained.shared = flat(model)
             assert trained.shared.device.type == device.type
             trained.shared = trained.shared.cpu()
@@ -99,13 +98,13 @@ def test_an_outer_method_averages_replicas_on_the_device(name: str, device: torc
         with working_on(place):
             model = make_model().to(place)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-            attachment: Any = plain.attach(model, build(name, None, **options), optimizer, group)
-            for step in attachment.range(STEPS):
+            run: Any = attach(model, build(name, None, **options), optimizer, group=group)
+            for step in run.range(STEPS):
                 x, y = (t.to(place) for t in make_batch(group.rank, step))
                 optimizer.zero_grad()
                 loss_of(model(x), y).backward()
                 optimizer.step()
-            attachment.finish()
+            run.finish()
             return flat(model).cpu()
 
     ranks = SimWorld[Tensor](4, timeout_s=60).run(lambda group: rank_of(group, device))

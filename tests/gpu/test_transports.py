@@ -15,7 +15,6 @@ from pretend import DEVICE, PLACES, working_on
 from rig import flat, loss_of, make_batch, make_method, make_model
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt.frameworks import ddp
 from commopt.groups import TorchGroup
 from commopt.run.lane import Lane
 
@@ -57,15 +56,15 @@ def test_a_ddp_model_trains_as_on_the_cpu(alone: torch.device, place: torch.devi
         inner = make_model().to(device)
         model = DistributedDataParallel(inner, process_group=process_group, bucket_cap_mb=0.002)
         method, given, optimizer = make_method(case, inner)
-        attachment = ddp.attach(model, method, given, overlap=overlap)
+        run = attach(model, method, given, overlap=overlap)
         for step in range(8):
             x, y = (t.to(device) for t in make_batch(0, step))
             loss = loss_of(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        assert attachment.replicas_are_equal()
-        attachment.detach()
+        assert run.replicas_are_equal()
+        run.close()
         results.append(flat(inner).cpu())
     assert float(((results[0] - results[1]).abs() > 1e-4).float().mean()) < 0.02
 

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from commopt import build
-from commopt.frameworks import plain
+from commopt import attach, build
 from commopt.groups import Group, SimWorld
 
 F64 = NDArray[np.float64]
@@ -59,11 +58,11 @@ def train(group: Group, shapes: Shapes, steps: int, name: str, **options: Any) -
     model = Parameters(shapes)
     method: Any = build(name, **options)
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-    plain.attach(model, method, sgd, group)
+    attach(model, method, sgd, group=group)
 
     def snapshot() -> dict[str, F64]:
-        state = method.comm_state()
-        tensors = {**state["shared"], **state["local"]}
+        state = method.saved()
+        tensors = {**state["shared"], **state["rank"]}
         return {"x": model.flat(), **{key: np.asarray(x.double().clone()) for key, x in tensors.items()}}
 
     states = [snapshot()]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from presets import Preset
 
-from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
 from commopt.methods import METHODS
 
@@ -80,14 +79,14 @@ def measured(preset: Preset, ranks: int) -> tuple[float, float]:
         torch.nn.init.zeros_(model.weight)
         method: Any = preset.method(model)
         optimizer = None if isinstance(method, torch.optim.Optimizer) else preset.optimizer(model)
-        attachment = plain.attach(model, method, optimizer, group, find_unused_parameters=False)
+        run = attach(model, method, optimizer, group=group)
         noise = torch.Generator().manual_seed(group.rank)
         sent: list[float] = []
         while len(sent) <= STEPS:
             if method.is_steady:
                 sent.append(group.traffic.payload_bytes)
             model.weight.grad = torch.randn(SIDE, SIDE, generator=noise)
-            attachment.optimizer.step()
+            run.optimizer.step()
         return (sent[-1] - sent[0]) / STEPS / SIDE**2, method.bytes_per_parameter(ranks)
 
     per_rank = SimWorld[Any](ranks).run(work)

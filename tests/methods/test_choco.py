@@ -230,7 +230,7 @@ def test_resumed_ranks_go_on_bit_for_bit(name: str, options: dict[str, Any]) -> 
         second: Any = build(name, **options)
         second.bind([("a", torch.zeros(400))], group.peers)
         second.begin(torch.ones(400))
-        second.load_comm_state(first.comm_state())
+        second.load(first.saved())
         x = history[-1]
         for number in (3, 4, 5):
             x = second.apply(x, second.round_after(number + 1), second.exchange(x, second.round_after(number + 1)))

@@ -10,9 +10,8 @@ from outer_rig import run_world, spread
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import ConfigError
-from commopt.frameworks import plain
 from commopt.gossip.topology import make_topology
 from commopt.groups import SimGroup, SimWorld
 from commopt.wire.payload import Payload
@@ -64,14 +63,14 @@ def train(group: SimGroup, options: dict[str, Any], steps: int) -> Tensor:
     kept: list[Tensor] = []
     if options.get("delay") == 0:
         optimizer.register_step_post_hook(lambda *_: kept.append(flat(model)))  # before attach: before the round
-    attachment: Any = plain.attach(model, build("decentralized_adam", **options), optimizer, group)
-    for step in attachment.range(steps):
+    run: Any = attach(model, build("decentralized_adam", **options), optimizer, group=group)
+    for step in run.range(steps):
         inputs, targets = make_batch(group.rank, step)
         optimizer.zero_grad()
         loss_of(model(inputs), targets).backward()
         optimizer.step()
     kept = kept or [flat(model)]
-    attachment.finish()
+    run.finish()
     return kept[-1]
 
 
@@ -98,16 +97,16 @@ def still(group: SimGroup, options: dict[str, Any], rounds: int) -> tuple[Tensor
     """Replicas that differ and do not learn: (before, after) so many rounds."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    attachment: Any = plain.attach(model, build("decentralized_adam", **options), optimizer, group)
-    attachment.join()
+    run: Any = attach(model, build("decentralized_adam", **options), optimizer, group=group)
+    run.join()
     generator = torch.Generator().manual_seed(group.rank)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator)
         p.grad = torch.zeros_like(p)
     before = flat(model)
-    for _ in attachment.range(rounds):
+    for _ in run.range(rounds):
         optimizer.step()
-    attachment.finish()
+    run.finish()
     return before, flat(model)
 
 
@@ -232,8 +231,8 @@ def test_bytes_of_a_step(options: dict[str, Any], ranks: int, wanted: float) -> 
 def test_max_norm_clips_the_local_gradient_by_one_norm() -> None:
     clipped, by_hand = make_model(), make_model()
     optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (clipped, by_hand)]
-    attachment: Any = plain.attach(clipped, build("decentralized_adam", max_norm=0.1), optimizers[0])
-    attachment.join()
+    run: Any = attach(clipped, build("decentralized_adam", max_norm=0.1), optimizers[0])
+    run.join()
     for model, optimizer in zip((clipped, by_hand), optimizers, strict=True):
         loss_of(model(make_batch(0, 0)[0]), make_batch(0, 0)[1]).backward()
         if model is by_hand:
@@ -282,9 +281,9 @@ def test_it_trains_with_any_optimizer(kind: Any) -> None:
     def run(group: SimGroup) -> tuple[float, float]:
         model = make_model()
         optimizer = kind(model.parameters(), lr=0.01)
-        attachment: Any = plain.attach(model, build("decentralized_adam"), optimizer, group)
+        run: Any = attach(model, build("decentralized_adam"), optimizer, group=group)
         losses = []
-        for step in attachment.range(40):
+        for step in run.range(40):
             x, y = make_batch(group.rank, step % 2)
             optimizer.zero_grad()
             loss = loss_of(model(x), y)

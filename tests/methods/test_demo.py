@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from pool import Pool, twin_of
-from rig import loss_of, make_batch, make_model
+from rig import loss_of, make_batch, make_model, start
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import CheckpointError, ConfigError
-from commopt.frameworks import ddp, plain
 from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
 from commopt.methods.demo import cosines, grids, largest
 from commopt.run import checkpoint
@@ -87,7 +86,7 @@ def matrix(x: Tensor) -> F64:
 
 def in_space(method: Any, model: Parameters) -> list[F64]:
     """The momentum of each parameter, transformed back."""
-    named = method.comm_state()["local"]["momentum"]
+    named = method.saved()["rank"]["momentum"]
     views = [method.index.view(named, name) for name in method.index.names]
     return [matrix(method._inverse(f"all.{k}", c).view(p.shape)) for k, (p, c) in enumerate(zip(model.all, views))]  # noqa: B905
 
@@ -98,14 +97,14 @@ def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, **options: Any)
 
     def work(group: Group) -> list[dict[str, Any]]:
         model = Parameters(*shapes)
-        method: Any = build("demo", model.named_parameters(), **options)
-        plain.attach(model, method, group=group)
+        run = start(model, "demo", group, **options)
+        method = run.method
         states = []
         for step in range(steps + 1):
             sent = group.traffic.payload_bytes
             states.append({"x": [matrix(p) for p in model.all], "d": in_space(method, model), "bytes": sent})
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
         return states
 
     return SimWorld[Any](ranks).run(work)
@@ -191,11 +190,11 @@ def test_a_parameter_without_any_gradient_yet_does_not_move() -> None:
     def work(group: Group) -> bool:
         model = Parameters((40, 40), (30,))
         before = copy.deepcopy(model.state_dict())
-        method: Any = build("demo", model.named_parameters(), lr=0.1)
-        plain.attach(model, method, group=group)
+        run = start(model, "demo", group, lr=0.1)
+        method = run.method
         for p in model.all:
             p.grad = torch.zeros_like(p)
-        method.step()
+        run.optimizer.step()
         return all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
     assert SimWorld[bool](3).run(work) == [True] * 3
@@ -212,12 +211,12 @@ def test_one_rank_selects_as_well_and_sends_nothing() -> None:
 def test_everything_sent_leaves_sign_sgd() -> None:
     model = Parameters((40, 40))
     before = model.all[0].detach().clone()
-    method: Any = build("demo", model.named_parameters(), lr=0.1, chunk=8, top_k=64, value_bits=32)
-    plain.attach(model, method, group=LocalGroup())
+    run = start(model, "demo", LocalGroup(), lr=0.1, chunk=8, top_k=64, value_bits=32)
+    method = run.method
     model.set_gradients(0, 0)
     assert model.all[0].grad is not None
     expected = before - 0.1 * model.all[0].grad.sign()
-    method.step()
+    run.optimizer.step()
     torch.testing.assert_close(model.all[0].detach(), expected)
     assert not method.momentum.any()
 
@@ -232,11 +231,11 @@ def test_the_rate_does_not_change_what_the_momentum_holds() -> None:
 def test_it_sends_what_it_says(ranks: int, options: dict[str, Any]) -> None:
     def work(group: Group) -> float:
         model = Parameters((512, 512))
-        method: Any = build("demo", model.named_parameters(), **options)
-        plain.attach(model, method, group=group, find_unused_parameters=False)
+        run = start(model, "demo", group, **options)
+        method = run.method
         before = group.traffic.payload_bytes
         model.set_gradients(group.rank, 0)
-        method.step()
+        run.optimizer.step()
         return (group.traffic.payload_bytes - before) / 512**2
 
     formula = build("demo", Parameters((2, 2)).named_parameters(), **options).bytes_per_parameter(ranks)
@@ -250,8 +249,8 @@ def test_it_sends_what_it_says(ranks: int, options: dict[str, Any]) -> None:
 def test_a_bad_value_voids_the_step_on_all_ranks_and_harms_nothing(bad: float) -> None:
     def work(group: Group) -> None:
         model = Parameters(*SHAPES)
-        method: Any = build("demo", model.named_parameters(), chunk=CHUNK)
-        attachment = plain.attach(model, method, group=group)
+        run = start(model, "demo", group, chunk=CHUNK)
+        method = run.method
         for step in range(3):
             model.set_gradients(group.rank, step)
             if step == 1 and group.rank == 1:
@@ -260,11 +259,11 @@ def test_a_bad_value_voids_the_step_on_all_ranks_and_harms_nothing(bad: float) -
                     assert p.grad is not None
                     p.grad.view(-1)[-1 if k == 4 else slice(None)] = bad
             before = [method.momentum.clone(), *(p.detach().clone() for p in model.all)]
-            method.step()
+            run.optimizer.step()
             after = [method.momentum, *model.all]
             assert all(bool(x.isfinite().all()) for x in after)
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (step == 1)
-        assert attachment.voided == [(1, "all.2")]
+        assert run.voided == [(1, "all.2")]
 
     SimWorld[None](3).run(work)
 
@@ -272,23 +271,23 @@ def test_a_bad_value_voids_the_step_on_all_ranks_and_harms_nothing(bad: float) -
 def test_another_number_of_ranks_takes_the_mean_momentum() -> None:
     def leave(group: Group) -> Any:
         model = Parameters((40, 40))
-        method: Any = build("demo", model.named_parameters())
-        plain.attach(model, method, group=group)
+        run = start(model, "demo", group)
+        method = run.method
         model.set_gradients(group.rank, 0)
-        method.step()
-        return method.comm_state()
+        run.optimizer.step()
+        return method.saved()
 
     states = SimWorld[Any](3).run(leave)
-    assert not torch.equal(states[0]["local"]["momentum"], states[1]["local"]["momentum"])
+    assert not torch.equal(states[0]["rank"]["momentum"], states[1]["rank"]["momentum"])
 
     def join(group: Group) -> Tensor:
         model = Parameters((40, 40))
-        method: Any = build("demo", model.named_parameters())
-        plain.attach(model, method, group=group)
-        method.load_resharded(iter(states))
+        run = start(model, "demo", group)
+        method = run.method
+        method.resize(states)
         return torch.as_tensor(method.momentum)
 
-    expected = torch.stack([state["local"]["momentum"] for state in states]).mean(0)
+    expected = torch.stack([state["rank"]["momentum"] for state in states]).mean(0)
     for momentum in SimWorld[Tensor](2).run(join):
         torch.testing.assert_close(momentum, expected)
 
@@ -318,33 +317,33 @@ def resume_in_ddp(process_group: dist.ProcessGroup, folder: str) -> list[bool]:
     def start(chunk: int = 16) -> tuple[Any, Any, Any]:
         model = DistributedDataParallel(make_model(), process_group=process_group, bucket_cap_mb=1e-3)
         method: Any = build("demo", model.module.named_parameters(), lr=0.01, chunk=chunk, top_k=4)
-        return model, method, ddp.attach(model, method, None, TorchGroup(twin_of(process_group)))
+        return model, method, attach(model, method, group=TorchGroup(twin_of(process_group)))
 
     def run(model: Any, method: Any, steps: range) -> None:
         for step in steps:
             x, y = make_batch(rank, step)
-            method.zero_grad()
+            run.optimizer.zero_grad()
             loss_of(model(x), y).backward()
-            method.step()
+            run.optimizer.step()
 
-    model, method, attachment = start()
+    model, method, run = start()
     run(model, method, range(3))
-    checkpoint.save(folder, attachment)
+    checkpoint.save(folder, run)
     run(model, method, range(3, 6))
-    equal = attachment.replicas_are_equal()
-    attachment.detach()
-    again, other, attachment = start()
+    equal = run.replicas_are_equal()
+    run.close()
+    again, other, run = start()
     run(again, other, range(10, 11))
-    checkpoint.load(folder, attachment)
+    checkpoint.load(folder, run)
     run(again, other, range(3, 6))
-    attachment.detach()
+    run.close()
     same = [torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)]
-    _, _, attachment = start(chunk=8)
+    _, _, run = start(chunk=8)
     try:
-        checkpoint.load(folder, attachment)
+        checkpoint.load(folder, run)
     except CheckpointError as error:
         is_refused = "chunks of 16" in str(error)
-    attachment.detach()
+    run.close()
     return [equal, all(same), torch.equal(method.momentum, other.momentum), is_refused]
 
 

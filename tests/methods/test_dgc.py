@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import AttachError, ConfigError
-from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimWorld
 from commopt.methods import with_optimizer
 
@@ -57,10 +56,10 @@ def train(group: Group, steps: int, lr: float = LR, **options: Any) -> list[dict
     model = Parameters()
     method: Any = build("dgc", momentum=MOMENTUM, **options)
     sgd = torch.optim.SGD(model.parameters(), lr=lr)
-    plain.attach(model, method, sgd, group)
+    attach(model, method, sgd, group=group)
 
     def snapshot() -> dict[str, F64]:
-        local = method.comm_state()["local"]
+        local = method.saved()["rank"]
         flat = {"u": local["velocity"], "v": local["worker_residual"]}
         return {"x": model.flat(), **{key: np.asarray(value.double()) for key, value in flat.items()}}
 
@@ -160,7 +159,7 @@ def test_all_zero_tensors_send_nothing_that_counts_and_keep_their_momentum() -> 
         model = Parameters()
         method: Any = build("dgc", density=0.1, dense_1d=False)
         sgd = torch.optim.SGD(model.parameters(), lr=LR)
-        plain.attach(model, method, sgd, group)
+        attach(model, method, sgd, group=group)
         before = model.flat()
         for p in model.all:
             p.grad = torch.zeros_like(p)
@@ -202,7 +201,7 @@ def test_each_rank_clips_by_its_own_norm_without_communication() -> None:
         model = Parameters()
         method: Any = build("dgc", density=0.5, masking=False, max_norm=0.1, dense_1d=False)
         sgd = torch.optim.SGD(model.parameters(), lr=LR)
-        plain.attach(model, method, sgd, group, find_unused_parameters=False)
+        attach(model, method, sgd, group=group)
         model.set_gradients(group.rank, 0)
         sgd.step()
         assert {operation for _, operation, bucket in group.traffic.nbytes if bucket == "bucket 0"} == {"all_gather"}
@@ -216,7 +215,7 @@ def test_weight_decay_stays_out_of_the_accumulators() -> None:
         model = Parameters()
         method: Any = build("dgc", density=0.1, dense_1d=False)
         sgd = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.5)
-        plain.attach(model, method, sgd, group)
+        attach(model, method, sgd, group=group)
         before = model.flat()
         for p in model.all:
             p.grad = torch.zeros_like(p)
@@ -236,7 +235,7 @@ def test_an_optimizer_with_a_momentum_of_its_own_is_refused_before_anything_star
     model = nn.Linear(2, 2)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(AttachError, match="SGD without momentum"):
-        plain.attach(model, build("dgc"), sgd, LocalGroup())
+        attach(model, build("dgc"), sgd, group=LocalGroup())
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,8 @@ from synthetic import gradients, simulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import ConfigError, GradientsChanged
-from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
 from commopt.methods.dice_sgd import DiceSGD, noise_multiplier_for
 from commopt.wire.bucket import Bucket
@@ -68,7 +67,7 @@ def attached(group: Group | None = None, **options: Any) -> tuple[Digit, DiceSGD
     model = Digit()
     method = DiceSGD(**options)
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    plain.attach(model, method, sgd, group or LocalGroup())
+    attach(model, method, sgd, group=group or LocalGroup())
     return model, method, sgd
 
 
@@ -112,7 +111,7 @@ def test_one_sample_moves_a_step_by_at_most_the_sensitivity_wherever_it_is_used(
             for step in range(8):
                 has_it = step % ranks == group.rank
                 bucket = Bucket.of([("x", different * direction if has_it else others[group.rank])])
-                method.exchange([bucket], group)
+                method.exchange(bucket, group)
                 out.append(bucket.flat)
             return out, method.sensitivity
 
@@ -134,7 +133,7 @@ def test_error_feedback_takes_the_bias_of_clipping_away() -> None:
         nn.init.zeros_(model.weight)
         method = DiceSGD(clip_norm=1.0, error_norm=error_norm, noise_multiplier=0.0, samples_per_rank=3)
         sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-        plain.attach(model, method, sgd, LocalGroup())
+        attach(model, method, sgd, group=LocalGroup())
         for _ in range(400):
             method.backward(model, lambda out, y: 0.5 * (out - y).square().sum(), torch.ones(3, 1), targets)
             sgd.step()
@@ -153,7 +152,7 @@ def noise_of(ranks: int, steps: int, **options: Any) -> Tensor:
         out = []
         for _ in range(steps):
             bucket = Bucket.of([("x", torch.zeros(20_001))])
-            method.exchange([bucket], group)
+            method.exchange(bucket, group)
             out.append(bucket.flat)
         return torch.stack(out)
 
@@ -184,7 +183,7 @@ def spent(steps: int, noise_multiplier: float, delta: float) -> float:
     method = DiceSGD(noise_multiplier=noise_multiplier)
     method.bind([("x", torch.zeros(3))], LocalGroup())
     for _ in range(steps):
-        method.exchange([Bucket.of([("x", torch.zeros(3))])], LocalGroup())
+        method.exchange(Bucket.of([("x", torch.zeros(3))]), LocalGroup())
     return method.epsilon(delta)
 
 
@@ -218,10 +217,10 @@ def test_the_noise_for_a_target_spends_the_target() -> None:
 def test_a_void_step_is_counted_as_spent_and_leaves_the_error_alone() -> None:
     method = DiceSGD(noise_seed=1)
     method.bind([("a", torch.zeros(3)), ("b", torch.zeros(2))], LocalGroup())
-    method.exchange([Bucket.of([("a", torch.full((3,), 9.0)), ("b", torch.ones(2))])], LocalGroup())
+    method.exchange(Bucket.of([("a", torch.full((3,), 9.0)), ("b", torch.ones(2))]), LocalGroup())
     before = method.error.clone()
     bucket = Bucket.of([("a", torch.ones(3)), ("b", torch.tensor([1.0, math.nan]))])
-    method.exchange([bucket], LocalGroup())
+    method.exchange(bucket, LocalGroup())
     assert bucket.void == "b"
     assert torch.equal(method.error, before)
     assert before.norm() > 1
@@ -266,7 +265,7 @@ def test_payload_is_that_of_a_dense_ring(ranks: int) -> None:
     def work(group: Group) -> float:
         method = DiceSGD(noise_seed=1)
         method.bind([("x", torch.zeros(512, 512))], group)
-        method.exchange([Bucket.of([("x", torch.ones(512, 512))])], group)
+        method.exchange(Bucket.of([("x", torch.ones(512, 512))]), group)
         return float(group.traffic.payload_bytes) / 512**2
 
     sent = SimWorld[float](ranks).run(work)

@@ -11,7 +11,7 @@ from outer_rig import SHAPES, Played, play, run_world, start_values
 from rig import flat, make_model
 from torch import Tensor
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import ConfigError
 from commopt.groups import SimGroup, SimWorld
 from commopt.methods.diloco import checksum
@@ -116,13 +116,11 @@ def test_local_sgd_is_plain_averaging(ranks: int) -> None:
 def test_local_sgd_averages_the_state_of_the_inner_optimizer_that_is_named() -> None:
     from rig import loss_of, make_batch
 
-    from commopt.frameworks import plain
-
     def train(group: SimGroup) -> tuple[list[Tensor], list[Tensor]]:
         model = make_model()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         method = build("local_sgd", every=3, average_state=["exp_avg_sq"])
-        for step in plain.attach(model, method, optimizer, group).range(6):
+        for step in attach(model, method, optimizer, group=group).range(6):
             x, y = make_batch(group.rank, step)
             optimizer.zero_grad()
             loss_of(model(x), y).backward()

@@ -12,14 +12,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pool import Pool, twin_of
+from rig import start
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import CheckpointError, ConfigError
-from commopt.frameworks import ddp, plain
 from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
-from commopt.optim.parents import Lion
+from commopt.optim import Lion
 from commopt.run import checkpoint
 
 F64 = NDArray[np.float64]
@@ -68,12 +68,12 @@ def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, **given: Any) -
 
     def work(group: Group) -> list[tuple[F64, F64]]:
         model = Parameters(*shapes)
-        method: Any = build("distributed_lion", model.named_parameters(), **given)
-        plain.attach(model, method, group=group)
+        run = start(model, "distributed_lion", group, **given)
+        method = run.method
         states = [(flat(model.all), flat([method.momentum]))]
         for step in range(steps):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
             states.append((flat(model.all), flat([method.momentum])))
         return states
 
@@ -125,7 +125,7 @@ def lion_beside(ranks: int, same: bool, **given: Any) -> bool:
     def work(group: Group) -> bool:
         ours, theirs = Parameters((30, 70), (20,)), Parameters((30, 70), (20,))
         method: Any = build("distributed_lion", split(ours, True), **given)
-        plain.attach(ours, method, group=group)
+        attach(ours, method, group=group)
         lion = Lion(split(theirs, False))
         for step in range(30):
             for model, optimizer in ((ours, method), (theirs, lion)):
@@ -160,13 +160,13 @@ def test_an_unused_embedding_row_does_not_drift(ranks: int, vote: str) -> None:
         with torch.no_grad():
             model.weight.copy_(torch.randn(12, 300, generator=torch.Generator().manual_seed(0)))
         before = model.weight.detach().clone()
-        method: Any = build("distributed_lion", model.named_parameters(), lr=lr, vote=vote)
-        plain.attach(model, method, group=group)
+        run = start(model, "distributed_lion", group, lr=lr, vote=vote)
+        method = run.method
         for step in range(steps):
             tokens = torch.randint(0, 6, (16,), generator=torch.Generator().manual_seed(100 * step + group.rank))
-            method.zero_grad()
+            run.optimizer.zero_grad()
             (model(tokens) - 5.0).square().mean().backward()
-            method.step()
+            run.optimizer.step()
         return model.weight.detach() - before
 
     for moved in SimWorld[Any](ranks).run(work):
@@ -178,19 +178,19 @@ def test_an_unused_embedding_row_does_not_drift(ranks: int, vote: str) -> None:
 def test_a_nan_on_one_rank_leaves_every_momentum_as_it_was() -> None:
     def work(group: Group) -> tuple[bool, list[Any]]:
         model = Parameters((40, 60), (7,))
-        method: Any = build("distributed_lion", model.named_parameters(), lr=0.01)
-        attachment = plain.attach(model, method, group=group)
+        run = start(model, "distributed_lion", group, lr=0.01)
+        method = run.method
         for step in range(3):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
         before = [x.clone() for x in (method.momentum, *model.all, method.exchanges)]
         model.set_gradients(group.rank, 3)
         if group.rank == 2:
             assert model.all[1].grad is not None
             model.all[1].grad[3] = math.inf
-        method.step()
+        run.optimizer.step()
         after = (method.momentum, *model.all, method.exchanges)
-        return all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), attachment.voided
+        return all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), run.voided
 
     assert SimWorld[Any](4).run(work) == [(True, [(3, "all.1")])] * 4
 
@@ -198,11 +198,11 @@ def test_a_nan_on_one_rank_leaves_every_momentum_as_it_was() -> None:
 def test_max_norm_clips_gradients_by_one_norm_for_all_ranks() -> None:
     def work(group: Group) -> tuple[float, float]:
         model = Parameters((40,), (7,))
-        method: Any = build("distributed_lion", model.named_parameters(), max_norm=0.5)
-        plain.attach(model, method, group=group)
+        run = start(model, "distributed_lion", group, max_norm=0.5)
+        method = run.method
         model.set_gradients(group.rank, 0)
         raw = torch.cat([p.grad.view(-1) for p in model.all if p.grad is not None])
-        method.step()
+        run.optimizer.step()
         return float(raw.norm()), float(method.momentum.norm())
 
     both = SimWorld[Any](3).run(work)
@@ -217,12 +217,12 @@ def test_max_norm_clips_gradients_by_one_norm_for_all_ranks() -> None:
 def test_it_sends_what_it_says(ranks: int, vote: str) -> None:
     def work(group: Group) -> tuple[float, float]:
         model = Parameters((512, 512))
-        method: Any = build("distributed_lion", model.named_parameters(), vote=vote)
-        plain.attach(model, method, group=group, find_unused_parameters=False)
+        run = start(model, "distributed_lion", group, vote=vote)
+        method = run.method
         at_attach = group.traffic.payload_bytes
         for step in range(2):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
         return (group.traffic.payload_bytes - at_attach) / 2 / 512**2, method.bytes_per_parameter(ranks)
 
     both = SimWorld[Any](ranks).run(work)
@@ -237,15 +237,15 @@ def test_it_sends_what_it_says(ranks: int, vote: str) -> None:
 def test_momentum_is_each_ranks_own_and_not_in_the_optimizers_state() -> None:
     def work(group: Group) -> tuple[Tensor, bool]:
         model = Parameters((40, 60))
-        method: Any = build("distributed_lion", model.named_parameters())
-        plain.attach(model, method, group=group)
+        run = start(model, "distributed_lion", group)
+        method = run.method
         model.set_gradients(group.rank, 0)
-        method.step()
-        state = copy.deepcopy(method.comm_state())
+        run.optimizer.step()
+        state = copy.deepcopy(method.saved())
         other = copy.deepcopy(method.state_dict())
         own = method.momentum.clone()
         method.momentum.zero_()
-        method.load_comm_state(state)
+        method.load(state)
         method.load_state_dict(other)  # last, and the same on all ranks
         assert not any(isinstance(x, Tensor) for entry in other["state"].values() for x in entry.values())
         return own, torch.equal(method.momentum, own)
@@ -279,19 +279,19 @@ def attached(pg: Any, wrapper: str, vote: str) -> tuple[EarlyBias, nn.Module, An
     model = EarlyBias()
     method: Any = build("distributed_lion", model.named_parameters(), lr=0.003, vote=vote)
     if wrapper == "plain":
-        return model, model, plain.attach(model, method, group=TorchGroup(pg))
+        return model, model, attach(model, method, group=TorchGroup(pg))
     wrapped = DistributedDataParallel(model, process_group=pg, find_unused_parameters=True)
-    return model, wrapped, ddp.attach(wrapped, method, group=TorchGroup(twin_of(pg)))
+    return model, wrapped, attach(wrapped, method, group=TorchGroup(twin_of(pg)))
 
 
 def train_on(made: tuple[EarlyBias, nn.Module, Any], first: int, last: int) -> None:
-    model, wrapped, attachment = made
+    model, wrapped, run = made
     for step in range(first, last):
         model.is_early = step < 2
-        x = torch.randn(8, 21, generator=torch.Generator().manual_seed(100 * step + attachment.group.rank))
-        attachment.optimizer.zero_grad()
+        x = torch.randn(8, 21, generator=torch.Generator().manual_seed(100 * step + run.group.rank))
+        run.optimizer.zero_grad()
         (wrapped(x) - x[:, :3]).square().mean().backward()
-        attachment.optimizer.step()
+        run.optimizer.step()
 
 
 def of_early(method: Any) -> list[Tensor]:
@@ -332,10 +332,10 @@ def test_every_rank_resumes_bit_for_bit_with_its_own_momentum(
 
 
 def loaded(pg: Any, folder: str) -> Tensor:
-    _, _, attachment = attached(pg, "plain", "average")
-    checkpoint.load(folder, attachment)
-    momentum: Tensor = attachment.method.momentum.clone()
-    attachment.detach()
+    _, _, run = attached(pg, "plain", "average")
+    checkpoint.load(folder, run)
+    momentum: Tensor = run.method.momentum.clone()
+    run.close()
     return momentum
 
 
@@ -347,12 +347,12 @@ def test_at_another_number_of_ranks_every_rank_takes_the_mean_momentum(pool: Poo
 
 def test_a_state_without_momentum_is_refused() -> None:
     model = Parameters((4,))
-    method: Any = build("distributed_lion", model.named_parameters())
-    plain.attach(model, method, group=LocalGroup())
-    state = copy.deepcopy(method.comm_state())
-    del state["local"]["momentum"]
+    run = start(model, "distributed_lion", LocalGroup())
+    method = run.method
+    state = copy.deepcopy(method.saved())
+    del state["rank"]["momentum"]
     with pytest.raises(CheckpointError, match="momentum: expected a tensor of shape"):
-        method.load_comm_state(state)
+        method.load(state)
 
 
 # --- options

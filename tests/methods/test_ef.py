@@ -75,7 +75,7 @@ def sent_for(method_options: dict[str, Any], gradient: Tensor, steps: int, ranks
         out, residuals = [], [method.worker.residual.clone()]
         for _ in range(steps):
             bucket = Bucket.of([("x", gradient * (group.rank + 1))])
-            method.exchange([bucket], group)
+            method.exchange(bucket, group)
             out.append(bucket.flat)
             residuals.append(method.worker.residual.clone())
         return torch.stack(out), torch.stack(residuals)

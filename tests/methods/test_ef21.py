@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from synthetic import gradients, simulate, spans
 from torch import Tensor, nn
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import AttachError, ConfigError
-from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
 from commopt.methods import EF21
 from commopt.wire.bucket import Bucket
@@ -94,12 +93,12 @@ def distances(gradient: Tensor, first: Tensor, steps: int, **options: Any) -> li
     def work(group: Group) -> list[tuple[float, float]]:
         method = EF21(eta=1.0, **options)
         method.bind([("x", gradient)], group)
-        method.exchange([Bucket.of([("x", first)])], group)
+        method.exchange(Bucket.of([("x", first)]), group)
         found = []
         for _ in range(steps):
             rest = (gradient * (group.rank + 1) - method.known).double()
             found.append((float(rest.square().sum()), float(rest.abs().sum())))
-            method.exchange([Bucket.of([("x", gradient * (group.rank + 1))])], group)
+            method.exchange(Bucket.of([("x", gradient * (group.rank + 1))]), group)
         return found
 
     return SimWorld[list[tuple[float, float]]](2).run(work)[1]
@@ -128,7 +127,7 @@ def test_the_servers_w_comes_to_a_constant_mean_as_well() -> None:
         method.bind([("x", g)], group)
         for step in range(60):
             bucket = Bucket.of([("x", g * (group.rank if step else 5.0))])
-            method.exchange([bucket], group)
+            method.exchange(bucket, group)
         return float((bucket.flat - g).norm() / g.norm())
 
     assert max(SimWorld[float](3).run(work)) < 1e-5
@@ -143,15 +142,15 @@ def test_a_void_message_moves_nobody(server: str | None, bad_step: int) -> None:
         for step in range(6):
             generator = torch.Generator().manual_seed(10 * step + group.rank)
             a, b = torch.randn(70, 9, generator=generator), torch.randn(11, generator=generator)
-            before = copy.deepcopy(method.comm_state())
+            before = copy.deepcopy(method.saved())
             if (step, group.rank) == (bad_step, 1):
                 b[3] = math.inf
             bucket = Bucket.of([("a", a), ("b", b)])
-            method.exchange([bucket], group)
+            method.exchange(bucket, group)
             if step == bad_step:
                 void = bucket.void
                 same = all(
-                    torch.equal(x, method.comm_state()[part][key])
+                    torch.equal(x, method.saved()[part][key])
                     for part, tensors in before.items()
                     for key, x in tensors.items()
                 )
@@ -172,21 +171,21 @@ def test_after_a_change_of_world_size_h_is_the_mean_of_h_i_again(server: str | N
         for step in range(4):
             generator = torch.Generator().manual_seed(10 * step + group.rank)
             x = torch.randn(6311, generator=generator)
-            method.exchange([Bucket.of([("a", x[:6300]), ("b", x[6300:])])], group)
-        return copy.deepcopy(method.comm_state())
+            method.exchange(Bucket.of([("a", x[:6300]), ("b", x[6300:])]), group)
+        return copy.deepcopy(method.saved())
 
     states = SimWorld[Any](3).run(leave)
 
     def join(group: Group) -> Any:
         method = bound(group)
-        method.load_resharded(iter(states))
-        return method.comm_state()
+        method.resize(states)
+        return method.saved()
 
     new = SimWorld[Any](2).run(join)
-    old_mean, new_mean = (torch.stack([one["local"]["known"] for one in every]).mean(0) for every in (states, new))
+    old_mean, new_mean = (torch.stack([one["rank"]["known"] for one in every]).mean(0) for every in (states, new))
     torch.testing.assert_close(new_mean, old_mean, rtol=0, atol=1e-6)
     assert all(torch.equal(one["shared"]["estimate"], states[0]["shared"]["estimate"]) for one in new)
-    averages = [torch.stack([one["local"]["average"] for one in every]).mean(0) for every in (states, new)]
+    averages = [torch.stack([one["rank"]["average"] for one in every]).mean(0) for every in (states, new)]
     torch.testing.assert_close(*averages, rtol=0, atol=1e-6)
 
 
@@ -199,7 +198,7 @@ def test_with_a_server_messages_go_there_and_back_once(ranks: int) -> None:
         sent = []
         for _ in range(4):
             sent.append(group.traffic.payload_bytes)
-            method.exchange([Bucket.of([("x", torch.randn(512, 512, generator=noise))])], group)
+            method.exchange(Bucket.of([("x", torch.randn(512, 512, generator=noise))]), group)
         return float(group.traffic.payload_bytes - sent[1]) / 3 / 512**2
 
     bytes_sent = SimWorld[Any](ranks).run(work)
@@ -225,8 +224,8 @@ def test_momentum_in_the_optimizer_too_is_refused() -> None:
     model = nn.Linear(3, 2)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(AttachError, match="without momentum, or write eta: 1"):
-        plain.attach(model, build("ef21"), sgd)
-    plain.attach(model, build("ef21", eta=1.0), sgd)
+        attach(model, build("ef21"), sgd)
+    attach(model, build("ef21", eta=1.0), sgd)
 
 
 @pytest.mark.parametrize(

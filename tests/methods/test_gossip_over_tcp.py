@@ -11,8 +11,7 @@ from outer_rig import spread
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
-from commopt import build
-from commopt.frameworks import plain
+from commopt import attach, build
 from commopt.groups.tcp import TcpPeers, local_memberships
 
 RANKS, STEPS = 3, 25
@@ -22,14 +21,14 @@ def train(peers: TcpPeers, name: str, options: dict[str, Any], results: dict[int
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     method: Any = build(name, timeout_s=30.0, **options)
-    attachment: Any = plain.attach(model, method, optimizer, peers)
-    for step in attachment.range(STEPS):
+    run: Any = attach(model, method, optimizer, group=peers)
+    for step in run.range(STEPS):
         x, y = make_batch(peers.rank, step % 5)
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
         optimizer.step()
-    attachment.finish()
-    results[peers.rank] = flat(model), attachment.reports
+    run.finish()
+    results[peers.rank] = flat(model), run.reports
 
 
 @pytest.mark.parametrize(

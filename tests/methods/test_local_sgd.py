@@ -10,9 +10,8 @@ import torch
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import AttachError
-from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
 from commopt.methods import SAVIC, with_optimizer
 
@@ -52,15 +51,15 @@ def train(group: SimGroup, steps: int, weight_decay: float = 0.0, **options: Any
     model = make_model()
     optimizer = SAVIC(model.parameters(), lr=LR, betas=BETAS, alpha=ALPHA, weight_decay=weight_decay)
     method = build("local_sgd", every=EVERY, average_state=["exp_avg_sq"], **options)
-    attachment: Any = plain.attach(model, method, optimizer, group)
+    run: Any = attach(model, method, optimizer, group=group)
     scales = []
-    for step in attachment.range(steps):
+    for step in run.range(steps):
         x, y = make_batch(group.rank, step)
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
         optimizer.step()
         scales.append(torch.cat([optimizer.state[p]["scale"].reshape(-1) for p in model.parameters()]))
-    attachment.finish()
+    run.finish()
     return flat(model), scales
 
 
@@ -130,7 +129,7 @@ def test_a_compressed_average_below_zero_is_no_nan() -> None:
 def test_savic_without_an_averaged_scale_is_refused(options: dict[str, Any]) -> None:
     model = make_model()
     with pytest.raises(AttachError, match=r"write average_state: \[exp_avg_sq\]"):
-        plain.attach(model, build("local_sgd", **options), SAVIC(model.parameters()))
+        attach(model, build("local_sgd", **options), SAVIC(model.parameters()))
 
 
 def test_savic_is_known_to_configurations() -> None:

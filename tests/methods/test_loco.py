@@ -50,7 +50,7 @@ def run_constant(
         total = torch.zeros(600, dtype=torch.float64)
         for _ in range(steps):
             bucket = Bucket.of([("x", g * (group.rank + 1))])
-            method.exchange([bucket], group)
+            method.exchange(bucket, group)
             total += bucket.flat
         return total, method
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from rig import start
 from torch import Tensor
 
 from commopt import build
 from commopt.errors import ConfigError
-from commopt.frameworks import plain
 from commopt.groups import Group, SimWorld
 
 LR, STEPS = 0.01, 12
@@ -35,14 +35,14 @@ def moves(name: str, ranks: int = 3, **options: Any) -> Tensor:
     def work(group: Group) -> Tensor:
         model = torch.nn.Linear(64, 1, bias=False)
         torch.nn.init.ones_(model.weight)
-        method: Any = build(name, model.named_parameters(), lr=LR, eps=1e-12, **METHODS[name], **options)
-        plain.attach(model, method, group=group)
+        run = start(model, name, group, lr=LR, eps=1e-12, **METHODS[name], **options)
+        method = run.method
         noise = torch.Generator().manual_seed(group.rank)
         places = [model.weight.detach().clone()]
         for _ in range(STEPS):
             model.weight.grad = 0.5 + torch.randn(1, 64, generator=noise)
             model.weight.grad[0, 0] *= 1e-9
-            method.step()
+            run.optimizer.step()
             places.append(model.weight.detach().clone())
         return torch.stack(places).diff(dim=0)[4:, 0].abs()
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from rig import start
 from torch import Tensor, nn
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import AttachError
-from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimWorld
 from commopt.methods import OnebitAdam
 
@@ -105,11 +105,11 @@ def flat(tensors: list[Tensor]) -> F64:
 
 def snapshot(model: Parameters, method: OnebitAdam) -> dict[str, Any]:
     parameters = list(model.all)
-    local = method.comm_state()["local"]
+    local = method.saved()["rank"]
     return {
         "x": flat(parameters),
-        "m": flat([method.state[p]["momentum"] for p in parameters]),
-        "v": flat([method.state[p]["variance"] for p in parameters]),
+        "m": flat([run.optimizer.state[p]["momentum"] for p in parameters]),
+        "v": flat([run.optimizer.state[p]["variance"] for p in parameters]),
         "e": flat([local["worker_residual"]]),
         "server": flat([local["server_residual"]]),
     }
@@ -132,12 +132,12 @@ def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, **given: Any) -
 
     def work(group: Group) -> list[dict[str, Any]]:
         model = Parameters(*shapes)
-        method: Any = build("onebit_adam", model.named_parameters(), **given)
-        plain.attach(model, method, group=group)
+        run = start(model, "onebit_adam", group, **given)
+        method = run.method
         states = [snapshot(model, method)]
         for step in range(steps):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
             states.append(snapshot(model, method))
         return states
 
@@ -215,14 +215,14 @@ def test_a_short_run_stays_with_the_reference(scale: str, bias_correction: bool)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_one_rank_that_never_freezes_is_torchs_adam(weight_decay: float) -> None:
     ours, theirs = Parameters((50, 60), (7,)), Parameters((50, 60), (7,))
-    method: Any = build("onebit_adam", ours.named_parameters(), freeze_step=1000, lr=0.01, weight_decay=weight_decay)
-    plain.attach(ours, method, group=LocalGroup())
+    run = start(ours, "onebit_adam", LocalGroup(), freeze_step=1000, lr=0.01, weight_decay=weight_decay)
+    method = run.method
     kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
     adam = kind(theirs.parameters(), lr=0.01, weight_decay=weight_decay, foreach=False)
     for step in range(30):
         ours.set_gradients(0, step)
         theirs.set_gradients(0, step)
-        method.step()
+        run.optimizer.step()
         adam.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
 
@@ -251,11 +251,11 @@ def test_a_users_mask_stops_the_momentum_after_the_freeze() -> None:
 def test_a_mask_may_broadcast_and_must_belong_to_a_parameter() -> None:
     model = Parameters((8, 5))
     rows = torch.tensor([[1.0]] * 4 + [[0.0]] * 4)
-    plain.attach(model, build("onebit_adam", model.named_parameters(), momentum_mask={"all.0": rows}))
+    attach(model, build("onebit_adam", model.named_parameters(), momentum_mask={"all.0": rows}))
     other = Parameters((8, 5))
     method = build("onebit_adam", other.named_parameters(), momentum_mask={"all.7": rows})
     with pytest.raises(AttachError, match=r"momentum_mask: the model has no trainable parameter 'all\.7'"):
-        plain.attach(other, method)
+        attach(other, method)
 
 
 def test_update_sizes_do_not_jump_at_the_freeze() -> None:
@@ -263,13 +263,13 @@ def test_update_sizes_do_not_jump_at_the_freeze() -> None:
 
     def work(group: Group) -> list[float]:
         model = Parameters((64,))
-        method: Any = build("onebit_adam", model.named_parameters(), lr=0.01, betas=(0.9, 0.999), freeze_step=5)
-        plain.attach(model, method, group=group)
+        run = start(model, "onebit_adam", group, lr=0.01, betas=(0.9, 0.999), freeze_step=5)
+        method = run.method
         sizes = []
         for _ in range(40):
             before = model.all[0].detach().clone()
             model.all[0].grad = torch.full((64,), 0.3)
-            method.step()
+            run.optimizer.step()
             sizes.append(float((model.all[0].detach() - before).abs().mean()))
         return sizes
 
@@ -282,13 +282,13 @@ def auto_freeze_steps(ranks: int, rates: list[float]) -> list[int]:
 
     def work(group: Group) -> int:
         model = Parameters((64,))
-        method: Any = build("onebit_adam", model.named_parameters(), betas=(0.9, 0.9), freeze_step="auto")
-        plain.attach(model, method, group=group)
+        run = start(model, "onebit_adam", group, betas=(0.9, 0.9), freeze_step="auto")
+        method = run.method
         for step, rate in enumerate(rates):
-            method.param_groups[0]["lr"] = rate
+            run.optimizer.param_groups[0]["lr"] = rate
             noise = torch.randn(64, generator=torch.Generator().manual_seed(1000 * group.rank + step))
             model.all[0].grad = 1.0 + 0.01 * noise
-            method.step()
+            run.optimizer.step()
             if method.is_frozen:
                 assert method.is_steady
                 return int(method.applied_steps)
@@ -310,11 +310,11 @@ def test_auto_does_not_freeze_while_the_learning_rate_rises() -> None:
 def test_auto_waits_while_the_variance_changes() -> None:
     def work(group: Group) -> bool:
         model = Parameters((64,))
-        method: Any = build("onebit_adam", model.named_parameters(), betas=(0.9, 0.9), freeze_step="auto")
-        plain.attach(model, method, group=group)
+        run = start(model, "onebit_adam", group, betas=(0.9, 0.9), freeze_step="auto")
+        method = run.method
         for step in range(40):
             model.all[0].grad = torch.full((64,), 1.05**step)
-            method.step()
+            run.optimizer.step()
         return bool(method.is_frozen)
 
     assert SimWorld[Any](2).run(work) == [False, False]
@@ -329,11 +329,11 @@ def test_each_parameter_group_has_its_own_rate_betas_and_decay() -> None:
         return [{"params": [p], **group} for p, group in zip(parameters, groups, strict=True)]
 
     method: Any = build("onebit_adam", split(ours, True), freeze_step=100)
-    plain.attach(ours, method, group=LocalGroup())
+    attach(ours, method, group=LocalGroup())
     adam = torch.optim.AdamW(split(theirs, False), weight_decay=0.0, foreach=False)
     for step in range(10):
         ours.set_gradients(0, step)
         theirs.set_gradients(0, step)
-        method.step()
+        run.optimizer.step()
         adam.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))

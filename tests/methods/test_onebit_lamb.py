@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rig import start
 from sign_reference import F64, Parameters, SignExchange, arena, flat, gradients, server_at_home, tensors_of
 from torch import nn
 
 from commopt import build
 from commopt.errors import ConfigError
-from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.optim.parents import LAMB
+from commopt.optim import LAMB
 
 LR, B1, B2, EPS, DECAY, FREEZE, STEPS = 0.02, 0.9, 0.95, 1e-6, 0.1, 10, 40
 BOUNDS, BETA, F_MIN, F_MAX, F_STEP = (0.01, 10.0), 0.8, 0.5, 4.0, 0.1
@@ -75,8 +75,8 @@ def given(**changes: Any) -> dict[str, Any]:
 
 
 def snapshot(model: Parameters, method: Any) -> dict[str, Any]:
-    local = method.comm_state()["local"]
-    live = [method.state[p] for p in model.all if p.numel()]
+    local = method.saved()["rank"]
+    live = [run.optimizer.state[p] for p in model.all if p.numel()]
     return {
         "x": flat(list(model.all)),
         **{key: arena(method, key) for key in method.arenas},
@@ -91,12 +91,12 @@ def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **opti
 
     def work(group: Group) -> list[dict[str, Any]]:
         model = Parameters(*shapes)
-        method: Any = build("onebit_lamb", model.named_parameters(), **given(**options))
-        plain.attach(model, method, group=group)
+        run = start(model, "onebit_lamb", group, **given(**options))
+        method = run.method
         states = [snapshot(model, method)]
         for step in range(steps):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
             states.append(snapshot(model, method))
         return states
 
@@ -154,13 +154,13 @@ def test_a_short_run_stays_with_the_reference() -> None:
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"bias_correction": True, "max_coeff": 0.3}])
 def test_one_rank_that_never_freezes_is_lamb(options: dict[str, Any]) -> None:
     ours, theirs = Parameters((50, 60), (7,), (0,)), Parameters((50, 60), (7,), (0,))
-    method: Any = build("onebit_lamb", ours.named_parameters(), freeze_step=1000, lr=0.01, **options)
-    plain.attach(ours, method, group=LocalGroup())
+    run = start(ours, "onebit_lamb", LocalGroup(), freeze_step=1000, lr=0.01, **options)
+    method = run.method
     lamb = LAMB(theirs.parameters(), lr=0.01, **options)
     for step in range(30):
         ours.set_gradients(0, step)
         theirs.set_gradients(0, step)
-        method.step()
+        run.optimizer.step()
         lamb.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
 
@@ -194,14 +194,14 @@ def factors(group: Group, *, dead: int, masked: int, gain: float) -> list[float]
     mask = torch.ones(64)
     mask[:masked] = 0.0
     options = given(bias_correction=True, weight_decay=0.0, momentum_mask={"w": mask})
-    method: Any = build("onebit_lamb", model.named_parameters(), **options)
-    plain.attach(model, method, group=group)
+    run = start(model, "onebit_lamb", group, **options)
+    method = run.method
     seen = []
     for step in range(30):
         model.w.grad = torch.full((64,), gain if step >= FREEZE else 1.0)
         model.w.grad[:dead] = 0.0
-        method.step()
-        seen.append(method.state[model.w]["factor"])
+        run.optimizer.step()
+        seen.append(run.optimizer.state[model.w]["factor"])
     return seen[FREEZE:]
 
 
@@ -234,14 +234,14 @@ def test_empty_and_zero_tensors_are_safe_and_left_alone(scale: str, prescale: bo
         with torch.no_grad():
             model.all[3].zero_()  # no weights, but gradients: its ratio is 1 in the first step
         options = given(scale=scale, prescale=prescale, weight_decay=0.0)
-        method: Any = build("onebit_lamb", model.named_parameters(), **options)
-        plain.attach(model, method, group=group)
+        run = start(model, "onebit_lamb", group, **options)
+        method = run.method
         start = [p.detach().clone() for p in model.all]
         for step in range(25):
             model.set_gradients(group.rank, step)
             model.all[2].grad = torch.zeros(9)
-            method.step()
-        return start, [p.detach().clone() for p in model.all], method.state[model.all[1]]["coeffs"]
+            run.optimizer.step()
+        return start, [p.detach().clone() for p in model.all], run.optimizer.state[model.all[1]]["coeffs"]
 
     results = SimWorld[Any](3).run(work)
     for start, end, coeffs in results:
@@ -259,13 +259,13 @@ def test_a_tensor_without_any_coefficient_before_the_freeze_goes_on_with_1() -> 
         model = Parameters((20,))
         with torch.no_grad():
             model.all[0].zero_()
-        method: Any = build("onebit_lamb", model.named_parameters(), **given(freeze_step=1, weight_decay=0.0))
-        plain.attach(model, method, group=group)
+        run = start(model, "onebit_lamb", group, **given(freeze_step=1, weight_decay=0.0))
+        method = run.method
         model.all[0].grad = torch.ones(20)
-        method.step()
-        coeffs, before = method.state[model.all[0]]["coeffs"], model.all[0].detach().clone()
+        run.optimizer.step()
+        coeffs, before = run.optimizer.state[model.all[0]]["coeffs"], model.all[0].detach().clone()
         model.all[0].grad = torch.ones(20)
-        method.step()
+        run.optimizer.step()
         return float((model.all[0].detach() - before).abs().min()), coeffs
 
     for moved, coeffs in SimWorld[Any](2).run(work):
@@ -293,20 +293,20 @@ def test_a_resume_is_bitwise_with_coefficients_factors_and_fresh_variance(at: in
     def work(group: Group, resumes: bool) -> Any:
         def make() -> Any:
             model = Parameters((30, 20), (0,), (7,))
-            method = build("onebit_lamb", model.named_parameters(), **given(**options))
-            plain.attach(model, method, group=group)
+            run = start(model, "onebit_lamb", group, **given(**options))
+            method = run.method
             return model, method
 
         model, method = make()
         for step in range(25):
             if resumes and step == at:
-                saved = copy.deepcopy((model.state_dict(), method.state_dict(), method.comm_state()))
+                saved = copy.deepcopy((model.state_dict(), method.state_dict(), method.saved()))
                 model, method = make()
                 model.load_state_dict(saved[0])
                 method.load_state_dict(saved[1])
-                method.load_comm_state(saved[2])
+                method.load(saved[2])
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
         return snapshot(model, method)
 
     whole = SimWorld[Any](3).run(lambda group: work(group, False))
@@ -323,12 +323,12 @@ def test_a_freeze_while_the_learning_rate_rises_is_warned_of(
     def work(group: Group) -> bool:
         model = Parameters((40,))
         options: dict[str, Any] = {option: 5}
-        method: Any = build(name, model.named_parameters(), **options)
-        plain.attach(model, method, group=group)
+        run = start(model, name, group, **options)
+        method = run.method
         for step in range(7):
-            method.param_groups[0]["lr"] = 1e-3 * (1 + step if is_rising else 1)
+            run.optimizer.param_groups[0]["lr"] = 1e-3 * (1 + step if is_rising else 1)
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
         return bool(method.is_frozen)
 
     assert SimWorld[bool](2).run(work) == [True, True]
@@ -355,14 +355,14 @@ def test_bytes_per_parameter_are_the_formula(ranks: int, scale: str) -> None:
         model = nn.Module()
         model.w = nn.Parameter(torch.ones(512, 512))
         options: dict[str, Any] = {"freeze_step": 2, "scale": scale, "prescale": scale == "model"}
-        method: Any = build("onebit_lamb", model.named_parameters(), **options)
-        plain.attach(model, method, group=group, find_unused_parameters=False)
+        run = start(model, "onebit_lamb", group, **options)
+        method = run.method
         sent = []
         for step in range(4):
             assert method.is_steady == (step >= 2)
             model.w.grad = torch.randn(512, 512, generator=torch.Generator().manual_seed(step + 100 * group.rank))
             before = group.traffic.payload_bytes
-            method.step()
+            run.optimizer.step()
             sent.append(group.traffic.payload_bytes - before)
         return sent, method.bytes_per_parameter(group.size), method.needs_all_buckets
 

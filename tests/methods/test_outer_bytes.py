@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from commopt import build
-from commopt.frameworks import plain
+from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.base import Traffic
 from commopt.groups.peers import Peers
@@ -32,18 +31,18 @@ def train(peers: Peers | SimGroup, name: str, options: dict[str, Any], rounds: i
     model = torch.nn.Linear(1024, ELEMENTS // 1024, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     method: Any = build(name, every=EVERY, timeout_s=60.0, **options)
-    attachment: Any = plain.attach(model, method, optimizer, peers)
-    attachment.join()
+    run: Any = attach(model, method, optimizer, group=peers)
+    run.join()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    noise = torch.Generator().manual_seed(attachment.peers.rank)
-    for step in attachment.range(rounds * EVERY):
+    noise = torch.Generator().manual_seed(run.peers.rank)
+    for step in run.range(rounds * EVERY):
         if step % EVERY == EVERY - 1:
             for p in model.parameters():
                 p.data.add_(torch.randn(p.shape, generator=noise), alpha=0.01)
         optimizer.step()
-    attachment.finish()
-    return attachment.peers.traffic, method, attachment.steps
+    run.finish()
+    return run.peers.traffic, method, run.steps
 
 
 def per_step(traffic: Traffic, steps: int) -> float:

@@ -16,9 +16,8 @@ from rig import loss_of, make_batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import ConfigError
-from commopt.frameworks import ddp
 from commopt.groups import Group, SimWorld, TorchGroup
 from commopt.wire.bucket import Bucket
 
@@ -69,7 +68,7 @@ def exchange(
         for step in range(steps):
             bucket = Bucket.of(list(gradients(group.rank, step).items()))
             before = state_of(method)
-            method.exchange([bucket], group)
+            method.exchange(bucket, group)
             means = {name: x.clone() for name, x in bucket.views()}
             sent = group.traffic.payload_bytes
             done.append(
@@ -84,9 +83,9 @@ def state_of(method: Any) -> dict[str, dict[str, F64]]:
     """Q and the residual of each compressed matrix, in float64."""
     named: dict[str, dict[str, F64]] = {"q": {}, "e": {}}
     for name, (n, m) in method.shapes.items():
-        state = method.comm_state()
+        state = method.saved()
         named["q"][name] = method.factors.view(state["shared"]["q"], name).view(-1, m).T.double().numpy().copy()
-        e = method.matrices.view(state["local"]["residual"], name)
+        e = method.matrices.view(state["rank"]["residual"], name)
         named["e"][name] = e.view(n, m).double().numpy().copy()
     return named
 
@@ -278,7 +277,7 @@ def test_two_all_reduces_for_a_bucket() -> None:
     def work(group: Group) -> int:
         method: Any = build("powersgd", rank=1)
         method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        method.exchange([Bucket.of(list(random_gradients(group.rank, 0).items()))], group)
+        method.exchange(Bucket.of(list(random_gradients(group.rank, 0).items())), group)
         return sum(group.traffic.calls.values())
 
     assert SimWorld[int](2).run(work) == [2, 2]
@@ -288,20 +287,20 @@ def test_another_number_of_ranks_takes_the_mean_residual() -> None:
     def leave(group: Group) -> Any:
         method: Any = build("powersgd", rank=1)
         method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        method.exchange([Bucket.of(list(random_gradients(group.rank, 0).items()))], group)
-        return method.comm_state()
+        method.exchange(Bucket.of(list(random_gradients(group.rank, 0).items())), group)
+        return method.saved()
 
     states = SimWorld[Any](3).run(leave)
 
     def join(group: Group) -> Any:
         method: Any = build("powersgd", rank=1)
         method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        method.load_resharded(iter(states))
-        return method.comm_state()
+        method.resize(states)
+        return method.saved()
 
-    expected = torch.stack([state["local"]["residual"] for state in states]).mean(0)
+    expected = torch.stack([state["rank"]["residual"] for state in states]).mean(0)
     for state in SimWorld[Any](2).run(join):
-        torch.testing.assert_close(state["local"]["residual"], expected)
+        torch.testing.assert_close(state["rank"]["residual"], expected)
         assert torch.equal(state["shared"]["q"], states[0]["shared"]["q"])
         assert torch.equal(state["shared"]["exchanges"], states[0]["shared"]["exchanges"])
 
@@ -332,7 +331,7 @@ def many_buckets(process_group: dist.ProcessGroup) -> tuple[bool, int, float, fl
         net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 4))
     model = DistributedDataParallel(net, process_group=process_group, bucket_cap_mb=1e-4)
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    attachment = ddp.attach(model, build("powersgd", rank=2), sgd, TorchGroup(twin_of(process_group)))
+    run = attach(model, build("powersgd", rank=2), sgd, group=TorchGroup(twin_of(process_group)))
     losses = []
     for step in range(20):
         x, y = make_batch(rank, step % 3)
@@ -341,9 +340,9 @@ def many_buckets(process_group: dist.ProcessGroup) -> tuple[bool, int, float, fl
         loss.backward()
         sgd.step()
         losses.append(loss.item())
-    labels = {bucket for _, _, bucket in attachment.group.traffic.calls}
-    equal = attachment.replicas_are_equal()
-    attachment.detach()
+    labels = {bucket for _, _, bucket in run.group.traffic.calls}
+    equal = run.replicas_are_equal()
+    run.close()
     return equal, len(labels), losses[0], losses[18]  # the same batch
 
 

@@ -10,8 +10,7 @@ from outer_rig import Played, play, run_world, spread, start_values
 from rig import loss_of, make_batch, make_model
 from torch import Tensor
 
-from commopt import build
-from commopt.frameworks import plain
+from commopt import attach, build
 from commopt.gossip.topology import directed_exponential
 from commopt.groups import SimGroup, SimWorld
 from commopt.wire.payload import Payload
@@ -189,7 +188,7 @@ def test_a_resumed_rank_keeps_its_weight() -> None:
         for method in (first, second):
             method.bind([("x", torch.zeros(3))], group.peers)
         first.weight.fill_(0.375)
-        second.load_comm_state(first.comm_state())
+        second.load(first.saved())
         return float(second.weight)
 
     assert SimWorld[float](2).run(rank_of) == [0.375, 0.375]
@@ -198,15 +197,15 @@ def test_a_resumed_rank_keeps_its_weight() -> None:
 def test_one_rank_alone_trains() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    attachment: Any = plain.attach(model, build("push_sum"), optimizer)
+    run: Any = attach(model, build("push_sum"), optimizer)
     x, y = make_batch(0, 0)
     before = loss_of(model(x), y).item()
-    for _ in attachment.range(10):
+    for _ in run.range(10):
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
         optimizer.step()
     assert loss_of(model(x), y).item() < before
-    assert attachment.peers.traffic.payload_bytes == 0
+    assert run.peers.traffic.payload_bytes == 0
 
 
 @pytest.mark.parametrize("ranks", [2, 5])

@@ -13,7 +13,6 @@ from presets import PRESETS, Preset
 from rig import loss_of, make_batch, make_model
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt.frameworks import ddp
 from commopt.groups import TorchGroup
 
 STEPS, EVERY = 100, 25
@@ -26,7 +25,7 @@ def train(process_group: dist.ProcessGroup, preset: Preset) -> tuple[list[str | 
     optimizer = method if isinstance(method, torch.optim.Optimizer) else preset.optimizer(model.module)
     group = TorchGroup(twin_of(process_group))
     given = None if optimizer is method else optimizer
-    attachment = ddp.attach(model, method, given, group, overlap=not method.needs_all_buckets)
+    run = attach(model, method, given, group=group, overlap=not method.needs_all_buckets)
     hashes: list[str | None] = []
     losses = []
     for step in range(STEPS):
@@ -39,8 +38,8 @@ def train(process_group: dist.ProcessGroup, preset: Preset) -> tuple[list[str | 
             flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
             digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
             hashes.append(digest if method.is_synchronised else None)
-    attachment.detach()
-    assert not attachment.voided
+    run.close()
+    assert not run.voided
     return hashes, sum(losses[:8]), sum(losses[-8:])
 
 

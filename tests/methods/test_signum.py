@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import AttachError, CheckpointError, ConfigError
-from commopt.frameworks import plain
 from commopt.groups import Group, LocalGroup, SimWorld
 from commopt.methods import with_optimizer
-from commopt.optim.parents import LAMB, Lion
+from commopt.optim import LAMB, Lion
 
 F64 = NDArray[np.float64]
 LR, DECAY = 0.01, 0.1
@@ -66,7 +65,7 @@ def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, b: float) -> li
         model = Parameters(*shapes)
         method: Any = build("signum", momentum=b)
         sgd = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=DECAY)
-        plain.attach(model, method, sgd, group)
+        attach(model, method, sgd, group=group)
 
         def state() -> tuple[F64, F64]:
             m = flat([method.momentum])
@@ -116,7 +115,7 @@ def test_one_rank_takes_the_sign_of_its_own_momentum(b: float) -> None:
     model = Parameters((30,), (4,))
     method: Any = build("signum", momentum=b)
     sgd = torch.optim.SGD(model.parameters(), lr=0.25)
-    plain.attach(model, method, sgd, LocalGroup())
+    attach(model, method, sgd, group=LocalGroup())
     m = torch.zeros(34)
     for step in range(10):
         model.set_gradients(0, step)
@@ -135,7 +134,7 @@ def test_a_coordinate_without_any_gradient_stays_within_one_step() -> None:
         model = Parameters((600,))
         before = model.all[0].detach().clone()
         sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-        plain.attach(model, build("signum"), sgd, group)
+        attach(model, build("signum"), sgd, group=group)
         for _ in range(31):
             model.all[0].grad = torch.cat([torch.zeros(300), -torch.ones(300)])
             sgd.step()
@@ -153,7 +152,7 @@ def test_a_nan_on_one_rank_leaves_every_momentum_as_it_was() -> None:
         model = Parameters((40, 60), (7,))
         method: Any = build("signum")
         sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-        attachment = plain.attach(model, method, sgd, group)
+        run = attach(model, method, sgd, group=group)
         for step in range(3):
             model.set_gradients(group.rank, step)
             sgd.step()
@@ -164,9 +163,7 @@ def test_a_nan_on_one_rank_leaves_every_momentum_as_it_was() -> None:
             model.all[0].grad[3, 4] = math.nan
         sgd.step()
         after = (method.momentum, *model.all, method.exchanges)
-        return attachment.voided == [(3, "all.0")] and all(
-            torch.equal(a, b) for a, b in zip(before, after, strict=True)
-        )
+        return run.voided == [(3, "all.0")] and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     assert SimWorld[Any](3).run(work) == [True] * 3
 
@@ -176,28 +173,28 @@ def test_another_number_of_ranks_takes_the_mean_momentum() -> None:
         model = Parameters((40,))
         method = build("signum")
         sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-        plain.attach(model, method, sgd, group)
+        attach(model, method, sgd, group=group)
         model.set_gradients(group.rank, 0)
         sgd.step()
-        return copy.deepcopy(method.comm_state())
+        return copy.deepcopy(method.saved())
 
     states = SimWorld[Any](3).run(leave)
-    each = torch.stack([state["local"]["momentum"] for state in states])
+    each = torch.stack([state["rank"]["momentum"] for state in states])
     assert not torch.equal(each[0], each[1])
     model, method = Parameters((40,)), build("signum")
-    plain.attach(model, method, torch.optim.SGD(model.parameters(), lr=0.01), LocalGroup())
-    method.load_resharded(iter(states))
-    torch.testing.assert_close(method.comm_state()["local"]["momentum"], each.mean(0))
-    del states[1]["local"]["momentum"]
+    attach(model, method, torch.optim.SGD(model.parameters(), lr=0.01), group=LocalGroup())
+    method.resize(states)
+    torch.testing.assert_close(method.saved()["rank"]["momentum"], each.mean(0))
+    del states[1]["rank"]["momentum"]
     with pytest.raises(CheckpointError, match="momentum: expected a tensor of shape"):
-        method.load_resharded(iter(states))
+        method.resize(states)
 
 
 def test_momentum_zero_has_no_state_and_another_form() -> None:
     def states(b: float) -> Any:
         model, method = Parameters((40,)), build("signum", momentum=b)
-        plain.attach(model, method, torch.optim.SGD(model.parameters(), lr=0.01), LocalGroup())
-        return method.comm_state()["local"], len(method.state_views("all.0")), method.state_form
+        attach(model, method, torch.optim.SGD(model.parameters(), lr=0.01), group=LocalGroup())
+        return method.saved()["rank"], len(method.state_views("all.0")), method.state_form
 
     assert states(0.0) == ({}, 1, "no momentum")
     assert states(0.9)[1:] == (2, "")
@@ -208,7 +205,7 @@ def test_it_sends_what_it_says(ranks: int) -> None:
     def work(group: Group) -> tuple[float, float]:
         model, method = Parameters((512, 512)), build("signum")
         sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-        plain.attach(model, method, sgd, group, find_unused_parameters=False)
+        attach(model, method, sgd, group=group)
         at_attach = group.traffic.payload_bytes
         model.set_gradients(group.rank, 0)
         sgd.step()
@@ -236,7 +233,7 @@ def test_it_sends_what_it_says(ranks: int) -> None:
 def test_an_optimizer_with_a_mind_of_its_own_is_refused_with_the_fix(make: Any, complaint: str) -> None:
     model = Parameters((4,))
     with pytest.raises(AttachError) as caught:
-        plain.attach(model, build("signum"), make(model.parameters()))
+        attach(model, build("signum"), make(model.parameters()))
     assert complaint in str(caught.value)
     assert "torch.optim.SGD(parameters, lr=1e-4) without momentum" in str(caught.value)
 
@@ -245,7 +242,7 @@ def test_a_later_parameter_groups_momentum_is_seen_too() -> None:
     model = Parameters((4,), (5,))
     groups: list[dict[str, Any]] = [{"params": [model.all[0]]}, {"params": [model.all[1]], "momentum": 0.9}]
     with pytest.raises(AttachError, match=r"SGD with momentum 0\.9"):
-        plain.attach(model, build("signum"), torch.optim.SGD(groups, lr=0.1))
+        attach(model, build("signum"), torch.optim.SGD(groups, lr=0.1))
 
 
 def test_a_runs_configuration_is_refused_before_it_starts() -> None:

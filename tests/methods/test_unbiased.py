@@ -9,9 +9,8 @@ import pytest
 import torch
 from synthetic import F64, gradients, simulate, spans
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import AttachError, ConfigError
-from commopt.frameworks import plain
 from commopt.groups import SimWorld
 from commopt.wire.noise import keys, uniform
 
@@ -109,7 +108,7 @@ def test_what_is_received_is_right_on_average(name: str, options: dict[str, Any]
         model = torch.nn.Linear(300, 1, bias=False)
         torch.nn.init.zeros_(model.weight)
         sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-        plain.attach(model, build(name, **options), sgd, group)
+        attach(model, build(name, **options), sgd, group=group)
         first = torch.zeros(0)
         for step in range(600):
             model.weight.grad = g[group.rank].clone().view(1, -1)
@@ -139,7 +138,7 @@ def test_a_tensor_of_zeros_stays_zero(name: str) -> None:
     def work(group: Any) -> torch.Tensor:
         model = torch.nn.Linear(20, 20)
         sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-        plain.attach(model, build(name), sgd, group)
+        attach(model, build(name), sgd, group=group)
         before = model.weight.detach().clone()
         for p in model.parameters():
             p.grad = torch.zeros_like(p)

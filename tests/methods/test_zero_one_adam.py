@@ -14,14 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool, twin_of
-from rig import loss_of, make_batch, make_model
+from rig import loss_of, make_batch, make_model, start
 from sign_reference import F64, Parameters, SignExchange, arena, flat, gradients, server_at_home
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import ConfigError
-from commopt.frameworks import ddp, plain
 from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
 from commopt.run import checkpoint
 
@@ -99,7 +98,7 @@ def given(**changes: Any) -> dict[str, Any]:
 
 
 def snapshot(model: Parameters, method: Any) -> dict[str, Any]:
-    local = method.comm_state()["local"]
+    local = method.saved()["rank"]
     first = method.state[next(iter(model.all))]
     return {
         "x": flat(list(model.all)),
@@ -116,14 +115,14 @@ def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **opti
 
     def work(group: Group) -> list[dict[str, Any]]:
         model = Parameters(*shapes)
-        method: Any = build("zero_one_adam", model.named_parameters(), **given(**options))
-        plain.attach(model, method, group=group, find_unused_parameters=False)
+        run = start(model, "zero_one_adam", group, **given(**options))
+        method = run.method
         states = []
         for step in range(steps):
-            method.param_groups[0]["lr"] = rate_of(step)
+            run.optimizer.param_groups[0]["lr"] = rate_of(step)
             states.append({**snapshot(model, method), "sent": group.traffic.payload_bytes})
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
         return [*states, {**snapshot(model, method), "sent": group.traffic.payload_bytes}]
 
     return SimWorld[Any](ranks).run(work)
@@ -191,21 +190,21 @@ def test_a_short_run_stays_with_the_reference(scale: str) -> None:
 def test_the_plan_of_the_oracle_has_every_kind_of_step() -> None:
     kinds = planned(STEPS)
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"exact": 6, "compressed": 4, "sync": 18, "local": 32}
-    assert kinds[10:24] == ["sync"] * 6 + ["local", "sync"] * 2 + ["local"] * 3 + ["sync"]
+    assert kinds[10:24] == ["sync"] * 6 + ["local", "sync"] * 2 + ["rank"] * 3 + ["sync"]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_one_rank_whose_variance_is_always_updated_is_torchs_adam(weight_decay: float) -> None:
     ours, theirs = Parameters((50, 60), (7,)), Parameters((50, 60), (7,))
     options = {"var_freeze_step": None, "var_update_scaler": 1000, "lr": 0.01, "weight_decay": weight_decay}
-    method: Any = build("zero_one_adam", ours.named_parameters(), **options)
-    plain.attach(ours, method, group=LocalGroup())
+    run = start(ours, "zero_one_adam", LocalGroup(), **options)
+    method = run.method
     kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
     adam = kind(theirs.parameters(), lr=0.01, weight_decay=weight_decay, foreach=False)
     for step in range(30):
         ours.set_gradients(0, step)
         theirs.set_gradients(0, step)
-        method.step()
+        run.optimizer.step()
         adam.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
 
@@ -235,10 +234,10 @@ def test_with_an_interval_of_1_phase_b_is_one_bit_adam() -> None:
         zero_one: Any = build("zero_one_adam", models[0].named_parameters(), var_freeze_step=8, **options)
         one_bit: Any = build("onebit_adam", models[1].named_parameters(), freeze_step=8, **options)
         for model, method in zip(models, (zero_one, one_bit), strict=True):
-            plain.attach(model, method, group=group)
+            attach(model, method, group=group)
             for step in range(20):
                 model.set_gradients(group.rank, step)
-                method.step()
+                run.optimizer.step()
         return [flat(list(model.all)) for model in models]
 
     for ours, theirs in SimWorld[Any](3).run(work):
@@ -253,15 +252,15 @@ def run_and_resume(ranks: int, at: int, steps: int, options: dict[str, Any], loa
 
     def part(group: Group, old: Any, start: int, end: int) -> Any:
         model = Parameters((40, 30), (7,), (0,), (9,))
-        method: Any = build("zero_one_adam", model.named_parameters(), **given(**options))
-        plain.attach(model, method, group=group)
+        run = start(model, "zero_one_adam", group, **given(**options))
+        method = run.method
         if old is not None:
             loaded(model, method, old, group.rank)
         for step in range(start, end):
-            method.param_groups[0]["lr"] = rate_of(step)
+            run.optimizer.param_groups[0]["lr"] = rate_of(step)
             model.set_gradients(group.rank, step)
-            method.step()
-        return copy.deepcopy((model.state_dict(), method.state_dict(), method.comm_state(), method.is_synchronised))
+            run.optimizer.step()
+        return copy.deepcopy((model.state_dict(), method.state_dict(), method.saved(), method.is_synchronised))
 
     old = SimWorld[Any](ranks).run(first)
     return [old, SimWorld[Any](ranks).run(lambda group: part(group, old, at, steps))]
@@ -276,7 +275,7 @@ def test_a_resume_is_bitwise_from_one_ranks_model_and_optimizer(at: int, saver: 
     def loaded(model: nn.Module, method: Any, old: Any, rank: int) -> None:
         model.load_state_dict(old[saver][0])
         method.load_state_dict(copy.deepcopy(old[saver][1]))
-        method.load_comm_state(copy.deepcopy(old[rank][2]))
+        method.load(copy.deepcopy(old[rank][2]))
 
     options = {"residual_bits": residual_bits}
     old, resumed = run_and_resume(3, at, 40, options, loaded)
@@ -286,7 +285,7 @@ def test_a_resume_is_bitwise_from_one_ranks_model_and_optimizer(at: int, saver: 
         assert not torch.equal(old[0][0]["all.0"], old[1][0]["all.0"])
     for one, other in zip(whole, resumed, strict=True):
         assert all(torch.equal(one[0][key], other[0][key]) for key in one[0])
-        assert all(torch.equal(x, other[2]["local"][key]) for key, x in one[2]["local"].items())
+        assert all(torch.equal(x, other[2]["rank"][key]) for key, x in one[2]["rank"].items())
 
 
 def test_another_number_of_ranks_goes_on_from_the_mean_of_the_local_steps() -> None:
@@ -294,21 +293,21 @@ def test_another_number_of_ranks_goes_on_from_the_mean_of_the_local_steps() -> N
 
     def work(group: Group) -> Any:
         model = Parameters((40, 30), (7,), (0,), (9,))
-        method: Any = build("zero_one_adam", model.named_parameters(), **given())
-        plain.attach(model, method, group=group)
+        run = start(model, "zero_one_adam", group, **given())
+        method = run.method
         model.load_state_dict(states[0][0])
         method.load_state_dict(copy.deepcopy(states[0][1]))
-        method.load_resharded(copy.deepcopy(state[2]) for state in states)
+        method.resize(copy.deepcopy(state[2]) for state in states)
         joined = flat(list(model.all)), arena(method, "momentum"), arena(method, "mean_momentum")
         for step in range(26, 28):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
         return joined, flat(list(model.all)), method.is_synchronised
 
     results = SimWorld[Any](2).run(work)
     for values, _, is_synchronised in results:
         for value, key in zip(values, ("parameters", "momentum", "mean_momentum"), strict=True):
-            old = [state[2]["local"][key].double() for state in states]
+            old = [state[2]["rank"][key].double() for state in states]
             np.testing.assert_allclose(value, torch.stack(old).mean(0), rtol=1e-6, atol=1e-12)
         assert is_synchronised
     assert np.array_equal(results[0][1], results[1][1])
@@ -317,23 +316,23 @@ def test_another_number_of_ranks_goes_on_from_the_mean_of_the_local_steps() -> N
 def test_replicas_are_made_equal_at_any_time_and_train_on() -> None:
     def work(group: Group) -> Any:
         model = Parameters((40, 30), (7,), (0,), (9,))
-        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given())
-        plain.attach(model, method, group=group)
+        run = start(model, "zero_one_adam", group, lr=0.01, **given())
+        method = run.method
         seen = []
         for step in range(40):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
             if step in (24, 25, 27):  # after 1 local step, 1 more, and an exchange
                 before = flat(list(model.all)), group.traffic.payload_bytes
                 sums = {key: arena(method, key).copy() for key in ("common", "mean_momentum", "variance")}
-                rate, kept = (method.state[model.all[0]][key] for key in ("rate", "kept"))
+                rate, kept = (run.optimizer.state[model.all[0]][key] for key in ("rate", "kept"))
                 method.synchronise(group)
                 sent = group.traffic.payload_bytes - before[1]
                 seen.append(
                     (before[0], flat(list(model.all)), sent, sums, rate, kept, arena(method, "momentum").copy())
                 )
                 assert method.is_synchronised
-        return seen, flat(list(model.all)), method.is_synchronised, method.state[model.all[0]]["variance_step"]
+        return seen, flat(list(model.all)), method.is_synchronised, run.optimizer.state[model.all[0]]["variance_step"]
 
     results = SimWorld[Any](3).run(work)
     for k in range(3):
@@ -356,7 +355,7 @@ def trained_with_nan(nan_at: int, bad_rank: int, steps: int, **options: Any) -> 
     def work(group: Group) -> Any:
         model = Parameters((40, 30), (7,))
         method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given(**options))
-        attachment = plain.attach(model, method, group=group, bucket_bytes=100)  # a bucket for each parameter
+        run = attach(model, method, group=group, bucket_bytes=100)  # a bucket for each parameter
         around = []
         for step in range(steps):
             model.set_gradients(group.rank, step)
@@ -364,10 +363,10 @@ def trained_with_nan(nan_at: int, bad_rank: int, steps: int, **options: Any) -> 
                 assert model.all[0].grad is not None
                 model.all[0].grad[3, 4] = math.nan
             before = copy.deepcopy(method.state_dict()["state"])
-            method.step()
+            run.optimizer.step()
             if step == nan_at:
                 around = [before, copy.deepcopy(method.state_dict()["state"])]
-        return attachment.voided, around, flat(list(model.all)), method.is_synchronised, method.applied_steps
+        return run.voided, around, flat(list(model.all)), method.is_synchronised, method.applied_steps
 
     return SimWorld[Any](3).run(work)
 
@@ -406,15 +405,15 @@ def test_a_nan_at_an_exchange_leaves_its_bucket_to_the_next_exchange_on_all_rank
 def test_a_step_void_in_every_bucket_is_taken_again_and_ranks_stay_in_step() -> None:
     def work(group: Group) -> Any:
         model = Parameters((40, 30), (7,))
-        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given())
-        attachment = plain.attach(model, method, group=group)
+        run = start(model, "zero_one_adam", group, lr=0.01, **given())
+        method = run.method
         for step in range(29):
             model.set_gradients(group.rank, step)
             if step == 27 and group.rank == 2:
                 assert model.all[1].grad is not None
                 model.all[1].grad[0] = math.inf
-            method.step()
-        return len(attachment.voided), method.applied_steps, method.is_synchronised, flat(list(model.all))
+            run.optimizer.step()
+        return len(run.voided), method.applied_steps, method.is_synchronised, flat(list(model.all))
 
     results = SimWorld[Any](3).run(work)
     assert all((n, applied, done) == (1, 28, True) for n, applied, done, _ in results)
@@ -426,16 +425,16 @@ def test_weight_decay_stays_out_of_the_momentum() -> None:
 
     def work(group: Group) -> Any:
         model = Parameters((40,))
-        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given(weight_decay=0.5))
-        plain.attach(model, method, group=group)
+        run = start(model, "zero_one_adam", group, lr=0.01, **given(weight_decay=0.5))
+        method = run.method
         for step in range(FREEZE):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
         method.arena["momentum"].zero_()
         start = flat(list(model.all))
         for _ in range(FREEZE, 32):
             model.all[0].grad = torch.zeros(40)
-            method.step()
+            run.optimizer.step()
         assert method.is_synchronised
         return start, flat(list(model.all)), arena(method, "momentum")
 
@@ -479,15 +478,15 @@ def test_a_users_mask_stops_the_momentum_in_phase_b() -> None:
 def test_in_local_steps_every_rank_clips_its_own_norm_and_still_sends_nothing() -> None:
     def work(group: Group) -> Any:
         model = Parameters((40,))
-        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given(max_norm=0.5))
-        plain.attach(model, method, group=group, find_unused_parameters=False)
+        run = start(model, "zero_one_adam", group, lr=0.01, **given(max_norm=0.5))
+        method = run.method
         for step in range(28):
             model.set_gradients(group.rank, step)
             assert model.all[0].grad is not None
             model.all[0].grad *= 100
             before, sent = arena(method, "momentum").copy(), group.traffic.payload_bytes
             is_local = method.is_local
-            method.step()
+            run.optimizer.step()
             g = (arena(method, "momentum") - B1 * before) / (1 - B1)
             if is_local:
                 assert group.traffic.payload_bytes == sent
@@ -504,14 +503,14 @@ def test_bytes_per_parameter_are_the_formula(ranks: int) -> None:
         model = nn.Module()
         model.w = nn.Parameter(torch.zeros(512, 512))
         options: dict[str, Any] = {"var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": 4}
-        method: Any = build("zero_one_adam", model.named_parameters(), **options)
-        plain.attach(model, method, group=group, find_unused_parameters=False)
+        run = start(model, "zero_one_adam", group, **options)
+        method = run.method
         sent = []
         for step in range(16):
             assert method.is_steady == (step >= 2)
             model.w.grad = torch.randn(512, 512, generator=torch.Generator().manual_seed(step + 100 * group.rank))
             before = group.traffic.payload_bytes
-            method.step()
+            run.optimizer.step()
             sent.append(group.traffic.payload_bytes - before)
         assert method.warmup_steps == 2
         return sent, method.bytes_per_parameter(group.size)
@@ -528,13 +527,13 @@ def test_phase_a_alone_sends_signs_but_for_its_rare_exact_steps() -> None:
     def work(group: Group) -> Any:
         model = nn.Module()
         model.w = nn.Parameter(torch.zeros(256, 256))
-        method: Any = build("zero_one_adam", model.named_parameters(), var_freeze_step=None, var_update_scaler=2)
-        plain.attach(model, method, group=group, find_unused_parameters=False)
+        run = start(model, "zero_one_adam", group, var_freeze_step=None, var_update_scaler=2)
+        method = run.method
         sent = []
         for step in range(24):
             model.w.grad = torch.randn(256, 256, generator=torch.Generator().manual_seed(step + 100 * group.rank))
             before = group.traffic.payload_bytes
-            method.step()
+            run.optimizer.step()
             sent.append((group.traffic.payload_bytes - before) / 256**2)
             assert method.is_synchronised
         return sent, method.bytes_per_parameter(2), method.is_steady
@@ -551,13 +550,13 @@ def test_auto_freezes_all_ranks_after_the_same_step() -> None:
     def work(group: Group) -> list[int]:
         model = Parameters((64,))
         options: dict[str, Any] = {"betas": (0.9, 0.9), "var_freeze_step": "auto", "local_step_scaler": 4}
-        method: Any = build("zero_one_adam", model.named_parameters(), **options)
-        plain.attach(model, method, group=group)
+        run = start(model, "zero_one_adam", group, **options)
+        method = run.method
         for step in range(40):
             noise = torch.randn(64, generator=torch.Generator().manual_seed(1000 * group.rank + step))
             model.all[0].grad = 1.0 + 0.01 * noise
-            method.step()
-        return [method.param_groups[0]["frozen_at"], method.local_interval]
+            run.optimizer.step()
+        return [run.optimizer.param_groups[0]["frozen_at"], method.local_interval]
 
     assert SimWorld[Any](3).run(work) == [[11, 16]] * 3  # a full window of 10 after the first
 
@@ -568,31 +567,35 @@ def train_network(group: Group, model: nn.Module, method: Any, steps: int) -> tu
     for step in range(steps):
         x, y = make_batch(group.rank, step)
         before = group.traffic.payload_bytes
-        method.zero_grad()
+        run.optimizer.zero_grad()
         loss_of(model(x), y).backward()
-        method.step()
+        run.optimizer.step()
         sends.append(group.traffic.payload_bytes > before)
     return flat(list(inner.parameters())), sends
 
 
 def train_in_ddp(process_group: dist.ProcessGroup, steps: int, options: dict[str, Any]) -> tuple[F64, list[bool]]:
     model = DistributedDataParallel(make_model(), process_group=process_group, bucket_cap_mb=0.002)
-    method: Any = build("zero_one_adam", model.module.named_parameters(), **given(**options))
-    attachment = ddp.attach(
-        model, method, group=TorchGroup(twin_of(process_group)), overlap=not method.needs_all_buckets
+    run = start(
+        model,
+        "zero_one_adam",
+        TorchGroup(twin_of(process_group)),
+        overlap=not method.needs_all_buckets,
+        **given(**options),
     )
+    method = run.method
     try:
-        return train_network(attachment.group, model, method, steps)
+        return train_network(run.group, model, method, steps)
     finally:
-        attachment.detach()
+        run.close()
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": "model", "prescale": True}])
 def test_ddp_is_plain_on_every_rank_and_sends_nothing_in_local_steps(pool: Pool, options: dict[str, Any]) -> None:
     def work(group: Group) -> tuple[F64, list[bool]]:
         model = make_model()
-        method: Any = build("zero_one_adam", model.named_parameters(), **given(**options))
-        plain.attach(model, method, group=group, find_unused_parameters=False)
+        run = start(model, "zero_one_adam", group, **given(**options))
+        method = run.method
         return train_network(group, model, method, 27)
 
     expected = SimWorld[Any](2).run(work)
@@ -606,21 +609,21 @@ def train_scaled(process_group: dist.ProcessGroup, bad_steps: list[int]) -> tupl
     """32 steps with a GradScaler, where rank 1's loss overflows in some."""
     model = DistributedDataParallel(make_model(), process_group=process_group)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
-    method: Any = build("zero_one_adam", model.module.named_parameters(), lr=0.01, grad_scaler=scaler, **given())
-    attachment = ddp.attach(model, method, group=TorchGroup(twin_of(process_group)))
+    run = start(model, "zero_one_adam", TorchGroup(twin_of(process_group)), lr=0.01, grad_scaler=scaler, **given())
+    method = run.method
     rank, scales = dist.get_rank(process_group), []
     for step in range(32):
         x, y = make_batch(rank, step)
         loss = loss_of(model(x), y) * (math.inf if rank == 1 and step in bad_steps else 1.0)
-        method.zero_grad()
+        run.optimizer.zero_grad()
         scaled: Any = scaler.scale(loss)
         scaled.backward()
         scaler.step(method)
         scaler.update()
         scales.append(scaler.get_scale())
-    assert attachment.replicas_are_equal() == method.is_synchronised
-    attachment.detach()
-    return flat(list(model.module.parameters())), method.applied_steps, scales, [step for step, _ in attachment.voided]
+    assert run.replicas_are_equal() == method.is_synchronised
+    run.close()
+    return flat(list(model.module.parameters())), method.applied_steps, scales, [step for step, _ in run.voided]
 
 
 def test_with_a_grad_scaler_an_overflow_on_one_rank_leaves_all_ranks_in_step(pool: Pool) -> None:
@@ -641,20 +644,20 @@ def train_over_a_checkpoint(process_group: dist.ProcessGroup, folder: str, at: i
     def make() -> tuple[nn.Module, Any, Any]:
         model = make_model()
         method = build("zero_one_adam", model.named_parameters(), lr=0.01, **given())
-        return model, method, plain.attach(model, method, group=TorchGroup(process_group))
+        return model, method, attach(model, method, group=TorchGroup(process_group))
 
-    model, method, attachment = make()
+    model, method, run = make()
     for step in range(40):
         if step == at:
-            checkpoint.save(folder, attachment)
-            attachment.detach()
-            model, method, attachment = make()
-            checkpoint.load(folder, attachment)
+            checkpoint.save(folder, run)
+            run.close()
+            model, method, run = make()
+            checkpoint.load(folder, run)
         x, y = make_batch(dist.get_rank(process_group), step)
-        method.zero_grad()
+        run.optimizer.zero_grad()
         loss_of(model(x), y).backward()
-        method.step()
-    assert attachment.replicas_are_equal()
+        run.optimizer.step()
+    assert run.replicas_are_equal()
     return flat(list(model.parameters()))
 
 
@@ -670,12 +673,12 @@ def test_a_checkpoint_between_two_exchanges_is_bitwise(pool: Pool, tmp_path: Pat
 def test_half_precision_parameters_are_equal_after_every_exchange(dtype: torch.dtype) -> None:
     def work(group: Group) -> Any:
         model = Parameters((40, 30), (7,)).to(dtype)
-        method: Any = build("zero_one_adam", model.named_parameters(), lr=0.01, **given())
-        plain.attach(model, method, group=group)
+        run = start(model, "zero_one_adam", group, lr=0.01, **given())
+        method = run.method
         start, exchanged = flat(list(model.all)), []
         for step in range(28):
             model.set_gradients(group.rank, step)
-            method.step()
+            run.optimizer.step()
             if method.is_synchronised:
                 exchanged.append(flat(list(model.all)))
         assert (start[2:] != exchanged[-1][2:]).mean() > 0.9

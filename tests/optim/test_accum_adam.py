@@ -15,7 +15,7 @@ from torch import Tensor
 
 from commopt.errors import ConfigError
 from commopt.methods import with_optimizer
-from commopt.optim.parents import AccumAdam
+from commopt.optim import AccumAdam
 
 F64 = NDArray[np.float64]
 SHAPES = [(6, 5), (7,), (), (2, 3, 2)]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from commopt.errors import ConfigError
-from commopt.optim.parents import Lion
+from commopt.optim import Lion
 
 F64 = NDArray[np.float64]
 

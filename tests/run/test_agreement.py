@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -13,11 +14,9 @@ from rig import make_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import commopt
-from commopt import build
+from commopt import attach, build
 from commopt.errors import AttachError, CommoptError, GroupError
-from commopt.frameworks import ddp, plain
-from commopt.groups import SimGroup, SimWorld, TorchGroup
+from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
 from commopt.run.agree import configuration_of, difference
 
 
@@ -28,15 +27,16 @@ def sgd(model: nn.Module, lr: float = 0.1, **options: Any) -> torch.optim.SGD:
 def attempt(rank: int, what: str, group: Any) -> Any:
     """Attach; the last rank has something of its own."""
     is_odd = rank == 2
-    model, method = make_model(), "two_way(sign)"
+    model = make_model()
+    method: Any = "two_way(sign)"
     optimizer: Any = sgd(model)
     options: dict[str, Any] = {}
     if what == "method":
         method = "ef_sign" if is_odd else "dgc"
     elif what == "option":
-        return plain.attach(model, build("top_k", density=0.02 if is_odd else 0.01), optimizer, group)
+        method = build("top_k", density=0.02 if is_odd else 0.01)
     elif what == "deep option":
-        return plain.attach(model, build("ef_sign", block_size=1024 if is_odd else 2048), optimizer, group)
+        method = {"name": "ef_sign", "block_size": 1024 if is_odd else 2048}
     elif what == "lr":
         optimizer = sgd(model, 0.2 if is_odd else 0.1)
     elif what == "lr of a group":
@@ -52,9 +52,9 @@ def attempt(rank: int, what: str, group: Any) -> Any:
         next(model.parameters()).requires_grad_(not is_odd)
     elif what == "twice":
         if is_odd:
-            plain.attach(model, "dense", optimizer, commopt.groups.LocalGroup())
-    elif what == "bucket":
-        options = {"bucket_bytes": 100 if is_odd else 200}
+            attach(model, "dense", optimizer, group=LocalGroup())
+    elif what == "max_norm":
+        options = {"max_norm": 1.0 if is_odd else 2.0}
     elif what == "unknown":
         method = "two_weigh" if is_odd else method
     elif what == "dtype":
@@ -84,8 +84,8 @@ def attempt(rank: int, what: str, group: Any) -> Any:
             model(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
             optimizer.step()
     elif what == "nothing":
-        return commopt.attach(None if is_odd else model, method, optimizer, group)
-    return plain.attach(model, method, optimizer, group, **options)
+        model = None if is_odd else model  # type: ignore[assignment]
+    return attach(model, method, optimizer, group=group, **options)
 
 
 CASES = {
@@ -99,7 +99,7 @@ CASES = {
     "frozen": "rank 2 could not attach: AttachError: the model has no trainable parameter",
     "partly frozen": r"parameters\.0\.weight is .* on ranks 0, 1 and missing on rank 2",
     "twice": "rank 2 could not attach: AttachError: a method is attached to this model already",
-    "bucket": r"bucket_bytes is 200 on ranks 0, 1 and 100 on rank 2",
+    "max_norm": r"max_norm is 2\.0 on ranks 0, 1 and 1\.0 on rank 2",
     "unknown": "rank 2 could not attach: ConfigError: unknown method 'two_weigh'; did you mean 'two_way'",
     "dtype": r"float64 on cpu, number . on rank 2",
     "order": r"parameters\.a\.weight is .* number 0 on ranks 0, 1 and .* number 2 on rank 2",
@@ -107,8 +107,8 @@ CASES = {
     "buffer": r"others\.1\.running_mean is missing on ranks 0, 1 and \[5\] float32 on cpu on rank 2",
     "meta buffer": "rank 2 could not attach: AttachError: parameters or buffers are on the meta device",
     "state": r"state is empty on ranks 0, 1 and .*missing on rank 2|state.* is missing on ranks 0, 1 and .* on rank 2",
-    "nothing": "rank 2 could not attach: AttachError: NoneType is nothing to attach a method to",
-    "no optimizer": "rank 2 could not attach: AttachError: two_way replaces gradients",
+    "nothing": "rank 2 could not attach: AttachError: model: got NoneType, expected a module",
+    "no optimizer": "rank 2 could not attach: AttachError: two_way: pass the optimizer of your training",
 }
 
 
@@ -122,17 +122,15 @@ def said(rank: int, group: Any, cases: list[str]) -> list[str]:
         except CommoptError as error:
             answers.append(str(error))
     model = make_model()
-    attachment: Any = plain.attach(model, "dense", sgd(model), group)
+    run = attach(model, "dense", sgd(model), group=group)
     model(torch.ones(2, next(model.parameters()).shape[1]) * rank).sum().backward()
-    attachment.optimizer.step()
-    answers.append(str(attachment.replicas_are_equal()))
-    attachment.detach()
+    run.optimizer.step()
+    answers.append(str(run.replicas_are_equal()))
+    run.close()
     return answers
 
 
 def check(answers: list[list[str]], cases: list[str]) -> None:
-    import re
-
     for rank, every in enumerate(answers):
         for what, answer in zip([*cases, "after"], every, strict=True):
             if what == "after":
@@ -162,43 +160,39 @@ def in_ddp(process_group: dist.ProcessGroup) -> list[str]:
     rank, answers = dist.get_rank(process_group), []
     wrapped = DistributedDataParallel(make_model(), process_group=process_group)
 
-    def try_to(overlap: bool, optimizer: Any, model: Any = wrapped) -> None:
+    def try_to(model: Any, optimizer: Any, group: Any = None, **options: Any) -> None:
         try:
-            ddp.attach(model, "ef_sign", optimizer, overlap=overlap).detach()
+            attach(model, "ef_sign", optimizer, group=group, **options).close()
             answers.append("attached")
         except CommoptError as error:
             answers.append(str(error))
 
-    try_to(rank == 0, sgd(wrapped))
-    try_to(True, sgd(wrapped.module) if rank == 0 else None)
-    plain_one = torch.nn.Sequential(wrapped)
-    try:
-        plain.attach(plain_one, "dense", sgd(plain_one), TorchGroup(process_group))
-    except AttachError as error:
-        answers.append(str(error))
+    try_to(wrapped, sgd(wrapped), overlap=rank == 0)
+    try_to(wrapped, sgd(wrapped.module) if rank == 0 else None)
+    around = torch.nn.Sequential(wrapped)
+    try_to(around, sgd(around), TorchGroup(process_group))
     compiled: Any = nn.Module()
     compiled._orig_mod = wrapped  # as what torch.compile puts around a model has it
-    try:
-        ddp.attach(compiled, "dense", sgd(wrapped), TorchGroup(process_group))
-    except AttachError as error:
-        answers.append(str(error))
-    try_to(True, sgd(wrapped))
+    try_to(compiled, sgd(wrapped), TorchGroup(process_group))
+    try_to(wrapped, sgd(wrapped))
     return answers
 
 
 def test_ddp_is_attached_on_all_ranks_or_none(pool: Pool) -> None:
     overlap, optimizer, inside, compiled, good = zip(*pool.run(2, in_ddp), strict=True)
     assert all("overlap is True on rank 0 and False on rank 1" in one for one in overlap)
-    assert "rank 1 could not attach: AttachError: ef_sign replaces gradients" in optimizer[0]
+    assert "rank 1 could not attach: AttachError: ef_sign: pass the optimizer of your training" in optimizer[0]
     assert "pass the optimizer" in optimizer[1]
     assert all("has a DistributedDataParallel inside (0)" in one for one in inside)
-    assert all("attach to the DDP model first, then compile" in one for one in compiled)
+    assert all(
+        "attach to that one, before anything else is wrapped around it (torch.compile too)" in one for one in compiled
+    )
     assert good == ("attached", "attached")
 
 
 def wrapped_afterwards(process_group: dist.ProcessGroup) -> str:
     model = make_model()
-    attachment = plain.attach(model, "dense", sgd(model), TorchGroup(process_group))
+    run = attach(model, "dense", sgd(model), group=TorchGroup(process_group))
     copied = copy.deepcopy(model)
     held = nn.Sequential(*model)  # whose forward calls the layers, and not the model
     x = torch.ones(2, next(model.parameters()).shape[1])
@@ -208,7 +202,7 @@ def wrapped_afterwards(process_group: dist.ProcessGroup) -> str:
         with pytest.raises(AttachError) as caught:
             DistributedDataParallel(around, process_group=process_group)(x)
         refused.append(str(caught.value))
-    attachment.detach()
+    run.close()
     DistributedDataParallel(model, process_group=process_group)(x)
     return " ".join(refused)
 
@@ -222,7 +216,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
     def work(group: SimGroup) -> None:
         model = make_model()
         if group.rank == 0:
-            plain.attach(model, "dense", sgd(model), group)
+            attach(model, "dense", sgd(model), group=group)
 
     with pytest.raises(GroupError, match="did not join within 0"):
         SimWorld[None](2, timeout_s=0.2).run(work)
@@ -231,8 +225,8 @@ def test_a_rank_that_never_comes_is_named() -> None:
 def joined(group: SimGroup, name: str) -> None:
     model = make_model()
     options: dict[str, Any] = {"every": 5 if group.rank else 6}
-    attachment: Any = plain.attach(model, build(name, **options), sgd(model), group)
-    attachment.join(wait_s=5.0)
+    run = attach(model, build(name, **options), sgd(model), group=group)
+    run.join(wait_s=5.0)
 
 
 @pytest.mark.parametrize("name", ["noloco", "diloco"])
@@ -245,8 +239,8 @@ def test_the_traffic_of_training_does_not_count_what_is_told_at_attach() -> None
     def sent(group: SimGroup) -> tuple[float, float]:
         model = make_model()
         before = group.seconds
-        attachment = plain.attach(model, "dense", sgd(model), group, find_unused_parameters=False)
-        return attachment.group.traffic.payload_bytes, group.seconds - before
+        run = attach(model, "dense", sgd(model), group=group)
+        return run.group.traffic.payload_bytes, group.seconds - before
 
     broadcast = SimWorld[tuple[float, float]](2).run(sent)
     nbytes = sum(p.nbytes for p in make_model().parameters())
@@ -255,7 +249,7 @@ def test_the_traffic_of_training_does_not_count_what_is_told_at_attach() -> None
 
 def test_the_difference_names_three_keys_and_counts_the_rest() -> None:
     one = configuration_of("plain", build("top_k", density=0.01), {}, sgd(make_model()))
-    other = {**one, "integration": "ddp", "commopt": "2", "bucket_bytes": 7, "parameters": {"a": "[1] float32 on cpu"}}
+    other = {**one, "framework": "ddp", "commopt": "2", "max_norm": 7.0, "parameters": {"a": "[1] float32 on cpu"}}
     text = difference({0: one, 1: other})
     assert text.count(" on rank 0 and ") == 3
     assert "and 1 more differences" in text
@@ -275,41 +269,42 @@ def test_one_of_several_processes_does_not_train_alone_without_a_word(
     with pytest.raises(
         AttachError, match=r"one of 2, .*init_process_group\(\) before attach, or pass group=.*MPIGroup\(\)"
     ):
-        plain.attach(model, name, optimizer)
+        attach(model, name, optimizer)
     if name == "dense":
-        plain.attach(model, name, optimizer, commopt.groups.LocalGroup())
+        attach(model, name, optimizer, group=LocalGroup())
     else:
-        plain.attach(model, name, optimizer, SimGroup(SimWorld(1), 0))
+        attach(model, name, optimizer, group=SimGroup(SimWorld(1), 0))
 
 
 def of_other_ranks(process_group: dist.ProcessGroup) -> list[str]:
     wrapped = DistributedDataParallel(make_model(), process_group=process_group)
     answers = []
     for group in (
-        commopt.groups.LocalGroup(),
+        LocalGroup(),
         TorchGroup(dist.new_group([dist.get_rank()], use_local_synchronization=True)),
     ):
         with pytest.raises(AttachError) as caught:
-            ddp.attach(wrapped, "dense", sgd(wrapped), group)
+            attach(wrapped, "dense", sgd(wrapped), group=group)
         answers.append(str(caught.value))
     return answers
 
 
 def test_a_group_of_other_ranks_than_ddps_is_refused(pool: Pool) -> None:
     for answers in pool.run(2, of_other_ranks):
-        assert all("group: has 1 ranks, and DDP's own 2" in answer for answer in answers)
+        assert all("Group of 1 ranks: it has other ranks than DDP's own process group" in answer for answer in answers)
 
 
-def detached(process_group: dist.ProcessGroup, overlap: bool) -> list[str]:
+def closed(process_group: dist.ProcessGroup, overlap: bool) -> list[str]:
     model = make_model()
     wrapped = DistributedDataParallel(model, process_group=process_group)
-    method: Any = build("onebit_adam", model.named_parameters())
-    ddp.attach(wrapped, method, group=TorchGroup.like(process_group), overlap=overlap).detach()
+    adam = torch.optim.Adam(model.parameters())
+    run = attach(wrapped, "onebit_adam", adam, group=TorchGroup.like(process_group), overlap=overlap)
+    run.close()
     answers = []
-    with pytest.raises(Exception, match="was detached") as in_backward:
+    with pytest.raises(Exception, match="this run is closed") as in_backward:
         wrapped(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
     answers.append(str(in_backward.value))
-    for attempt_again in (method.step, lambda: ddp.attach(wrapped, "dense", sgd(wrapped))):
+    for attempt_again in (run.optimizer.step, lambda: attach(wrapped, "dense", sgd(wrapped))):
         with pytest.raises(AttachError) as caught:
             attempt_again()
         answers.append(str(caught.value))
@@ -317,16 +312,16 @@ def detached(process_group: dist.ProcessGroup, overlap: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_after_detach_nothing_goes_on_in_silence(pool: Pool, overlap: bool) -> None:
-    for in_backward, in_step, again in pool.run(2, detached, overlap):
+def test_after_close_nothing_goes_on_in_silence(pool: Pool, overlap: bool) -> None:
+    for in_backward, in_step, again in pool.run(2, closed, overlap):
         assert "make a new DistributedDataParallel(model.module)" in in_backward
-        assert "step() before commopt.attach, or after detach()" in in_step
+        assert "step() after close()" in in_step
         assert "make a new DistributedDataParallel(model.module)" in again
 
 
 def test_another_optimizer_that_steps_instead_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model()
-    plain.attach(model, "dense", sgd(model))
+    attach(model, "dense", sgd(model))
     other = sgd(model)
     for _ in range(3):
         model(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
@@ -337,8 +332,8 @@ def test_another_optimizer_that_steps_instead_is_noticed(caplog: pytest.LogCaptu
 def test_an_outer_method_refuses_what_was_frozen_at_attach() -> None:
     model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
     optimizer = sgd(model[1])
-    attachment: Any = plain.attach(model, {"name": "diloco", "every": 2}, optimizer)
-    attachment.join()
+    run = attach(model, {"name": "diloco", "every": 2}, optimizer)
+    run.join()
     model[0].requires_grad_(True)
     optimizer.add_param_group({"params": list(model[0].parameters())})
     model(torch.ones(2, 3)).sum().backward()
@@ -353,12 +348,10 @@ def test_steps_that_cannot_be_followed_are_refused_at_attach() -> None:
         optimizer = sgd(model)
 
     with pytest.raises(AttachError, match=r"LBFGS evaluates the loss several times"):
-        plain.attach(model, "dense", torch.optim.LBFGS(model.parameters()))
+        attach(model, "dense", torch.optim.LBFGS(model.parameters()))
     for name in ("dense", "noloco"):
         with pytest.raises(AttachError, match=r"Wrapper is a wrapper: use its framework's integration"):
-            plain.attach(model, name, Wrapper(model.parameters(), lr=0.1))
-    with pytest.raises(AttachError, match=r"bucket_bytes: '25MB' is out of range"):
-        plain.attach(model, "dense", sgd(model), bucket_bytes="25MB")  # type: ignore[call-overload]
+            attach(model, name, Wrapper(model.parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize(("name", "is_named"), [("dense", True), ("noloco", False)])

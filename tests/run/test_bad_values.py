@@ -32,11 +32,11 @@ def poison(model: nn.Sequential, bad: float) -> Any:
 
 
 def one_bad_step(
-    model: nn.Module, inner: nn.Sequential, optimizer: Any, attachment: Any, rank: int, *, first: int, bad: float
+    model: nn.Module, inner: nn.Sequential, optimizer: Any, run: Any, rank: int, *, first: int, bad: float
 ) -> dict[str, Any]:
     """Train, take a step that is bad on rank 1, and train on; what changed, by parameter."""
     train(model, optimizer, rank, first)
-    views = {name: attachment.method.state_views(name) for name in attachment.parameters}
+    views = {name: run.method.state_views(name) for name in run.parameters}
     before = {name: [view.clone() for view in parts] for name, parts in views.items()}
     values = {name: p.detach().clone() for name, p in inner.named_parameters()}
     handle = poison(inner, bad) if rank == 1 else None
@@ -50,7 +50,7 @@ def one_bad_step(
     }
     if handle is not None:
         handle.remove()
-    voided = list(attachment.voided)
+    voided = list(run.voided)
     after_void = flat(inner)
     train(model, optimizer, rank, 2, first + 1)
     return {
@@ -58,9 +58,9 @@ def one_bad_step(
         "moved": moved,
         "drift": drift,
         "goes on": not torch.equal(after_void, flat(inner)) and bool(flat(inner).isfinite().all()),
-        "finite": all(bool(x.isfinite().all()) for x in state_of(attachment)),
-        "equal": attachment.replicas_are_equal(),
-        "void after": attachment.voided[len(voided) :],
+        "finite": all(bool(x.isfinite().all()) for x in state_of(run)),
+        "equal": run.replicas_are_equal(),
+        "void after": run.voided[len(voided) :],
     }
 
 
@@ -83,8 +83,8 @@ NAMES = {"0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"}
 @pytest.mark.parametrize("case", METHODS)
 def test_plain_ranks_leave_the_bad_bucket_out_together(case: str, first: int, bad: float) -> None:
     def work(group: Group) -> dict[str, Any]:
-        with attached(group, case, bucket_bytes=1) as (model, optimizer, attachment):
-            return one_bad_step(model, model, optimizer, attachment, group.rank, first=first, bad=bad)
+        with attached(group, case, bucket_bytes=1) as (model, optimizer, run):
+            return one_bad_step(model, model, optimizer, run, group.rank, first=first, bad=bad)
 
     check(SimWorld[Any](RANKS, timeout_s=60).run(work), first, {POISONED}, NAMES)
 
@@ -93,8 +93,8 @@ def bad_step_in_ddp(
     process_group: dist.ProcessGroup, case: str, first: int, bad: float, options: dict[str, Any]
 ) -> dict[str, Any]:
     rank = dist.get_rank(process_group)
-    with wrapped(process_group, case, **options) as (model, optimizer, attachment):
-        return one_bad_step(model, model.module, optimizer, attachment, rank, first=first, bad=bad)
+    with wrapped(process_group, case, **options) as (model, optimizer, run):
+        return one_bad_step(model, model.module, optimizer, run, rank, first=first, bad=bad)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -135,14 +135,14 @@ def test_a_void_step_leaves_the_run_where_it_would_be_without_it(case: str) -> N
 @pytest.mark.parametrize("case", UPDATE)
 def test_a_step_in_which_everything_is_void_is_no_step(case: str) -> None:
     def work(group: Group) -> list[int]:
-        with attached(group, case) as (model, optimizer, _):
+        with attached(group, case) as (model, optimizer, run):
             train(model, optimizer, group.rank, 2)
             handle = poison(model, math.nan)
             train(model, optimizer, group.rank, 1, 2)
             handle.remove()
-            counts = [optimizer.applied_steps]
+            counts = [run.method.applied_steps]
             train(model, optimizer, group.rank, 1, 3)
-            return [*counts, optimizer.applied_steps]
+            return [*counts, run.method.applied_steps]
 
     assert SimWorld[Any](RANKS).run(work) == [[2, 3]] * RANKS
 

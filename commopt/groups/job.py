@@ -1,0 +1,33 @@
+"""How a training program finds the other ranks of its job, whoever has started it."""
+
+from __future__ import annotations
+
+import os
+
+from commopt.errors import ConfigError
+from commopt.groups.base import Group, LocalGroup
+from commopt.groups.torch import initialise
+
+_OF_MPIRUN = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+
+def connect(backend: str | None = None) -> Group | None:
+    """The group of this job, for `attach(..., group=...)`; None if attach finds it by itself.
+
+    Under mpirun it is an MPIGroup; under torchrun (or any launcher that sets RANK) torch.distributed is initialised with `backend`, Gloo if
+    None; members that `commopt launch --independent` has started find each other; a program started by hand is one rank alone.
+    backend: "gloo", "nccl", "mpi", or what torch.distributed takes. Raises ConfigError for "mpi" where nobody has started MPI ranks.
+    """
+    by_mpirun = "RANK" not in os.environ and any(key in os.environ for key in _OF_MPIRUN)
+    if "COMMOPT_PEERS" in os.environ:
+        if backend == "mpi":
+            raise ConfigError("backend: 'mpi': commopt launch has started these ranks, and not mpirun; leave it out")
+        return None
+    if backend == "mpi" or (backend is None and by_mpirun):
+        from commopt.groups.mpi import MPIGroup
+
+        return MPIGroup()
+    if "RANK" not in os.environ:
+        return LocalGroup()
+    initialise(backend or "gloo")
+    return None

@@ -1,0 +1,221 @@
+"""The files of a checkpoint: tensors and JSON come back bit for bit, and what is damaged does not come back."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from storage_rig import bits, content, errors, loaded, make_file, make_folder, make_loop, refused, saved
+from torch import Tensor
+
+from commopt.errors import CheckpointError
+from commopt.groups import LocalGroup
+from commopt.run.storage import Content, open_checkpoint, save
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool, torch.complex64),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    nbytes = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+    content = draw(st.binary(min_size=nbytes, max_size=nbytes))
+    if dtype == torch.bool:
+        content = bytes(one & 1 for one in content)
+    flat = torch.tensor(list(content), dtype=torch.uint8).view(dtype)  # any bits: nan with payloads, -0.0, subnormals
+    return flat.view(shape)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+KEYS = TEXT.filter(lambda key: key != "$float")
+NAMED = st.dictionaries(TEXT, tensors(), max_size=4)
+SCALARS = st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats() | TEXT
+METAS = st.dictionaries(KEYS, st.recursive(SCALARS, lambda x: st.lists(x) | st.dictionaries(KEYS, x), max_leaves=6))
+
+
+@given(NAMED, NAMED, METAS, METAS)
+def test_everything_comes_back_bit_for_bit(
+    shared: dict[str, Tensor], own: dict[str, Tensor], meta: dict[str, Any], own_meta: dict[str, Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, Content(shared, own, meta, own_meta), LocalGroup())
+        stored = open_checkpoint(folder, LocalGroup())
+    assert (bits(stored.shared()), bits(stored.own(0))) == (bits(shared), bits(own))
+    assert repr((stored.meta, stored.own_meta(0))) == repr((meta, own_meta))
+
+
+def test_views_are_saved_as_copies_and_other_programs_can_read_them(tmp_path: Path) -> None:
+    x = torch.arange(12.0).view(3, 4)
+    views = {"x": x, "again": x, "turned": x.T, "every": x[:, ::2], "spread": x[0, 0].expand(5)}
+    views |= {"conj": torch.tensor([1 + 2j]).conj(), "parameter": torch.nn.Parameter(x[1])}
+    save(tmp_path / "c", Content(views, {}, {"pair": (1, 2)}), LocalGroup())
+    stored = open_checkpoint(tmp_path / "c", LocalGroup())
+    assert bits(stored.shared()) == bits(views) == bits(load_file(tmp_path / "c" / "shared.safetensors"))
+    assert stored.meta == {"pair": [1, 2]}
+    stored.shared()["x"].zero_()  # is nobody else's
+    assert bits({"": stored.shared()["again"]}) == bits({"": x})
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    for path in saved(tmp_path / "c").iterdir():
+        good = path.read_bytes()
+        for k in range(0, 8 * len(good), 3 if path.suffix == ".json" else 1):  # read again and again
+            bad = bytearray(good)
+            bad[k // 8] ^= 1 << k % 8
+            path.write_bytes(bad)
+            with pytest.raises(CheckpointError, match=path.name):
+                open_checkpoint(tmp_path / "c", LocalGroup())
+        path.write_bytes(good)
+    assert loaded(tmp_path / "c") == 1
+
+
+def test_every_other_length_is_found(tmp_path: Path) -> None:
+    for path in saved(tmp_path / "c").iterdir():
+        good = path.read_bytes()
+        for bad in (*(good[:n] for n in range(0, len(good), 97)), good[:-1], good + b"\0", good + good):
+            path.write_bytes(bad)
+            assert str(path) in refused(tmp_path / "c")
+        path.unlink()
+        assert "manifest.json" in refused(tmp_path / "c") or f"{path}: is missing" in refused(tmp_path / "c")
+        path.write_bytes(good)
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (os.abort, ())
+
+
+@pytest.mark.parametrize("name", [".metadata", "commopt_rank0.pt", "../c_rank0.pt"])
+def test_a_checkpoint_of_0_1_is_named_and_not_unpickled(tmp_path: Path, name: str) -> None:
+    if not name.startswith(".."):
+        (tmp_path / "c").mkdir()
+    (tmp_path / "c" if not name.startswith("..") else tmp_path).joinpath(Path(name).name).write_bytes(
+        pickle.dumps(Bomb())
+    )
+    assert "was saved by commopt 0.1, which this version cannot read: resume it with 0.1" in refused(tmp_path / "c")
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    assert (
+        refused(tmp_path / "c")
+        == f"{tmp_path}/c: there is no such folder; check the path, or start without a checkpoint"
+    )
+    make_file(tmp_path / "file")
+    assert "file: is not a folder" in refused(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "empty: is an empty folder" in refused(tmp_path / "empty")
+    make_folder(tmp_path / "other")
+    assert "other: has no manifest.json" in refused(tmp_path / "other")
+    make_loop(tmp_path / "loop")
+    assert "loop: is not a folder" in refused(tmp_path / "loop")
+
+
+def test_files_that_are_no_files_or_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "c") / "shared.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert "shared.safetensors: is a symlink" in refused(tmp_path / "c")
+    path.unlink()
+    os.mkfifo(path)
+    assert "shared.safetensors: is not a file" in refused(tmp_path / "c")
+    real = os.open
+
+    def closed(name: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(name) == path:  # root may read everything
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", closed)
+    assert "shared.safetensors: cannot be read: permission denied" in refused(tmp_path / "c")
+
+
+DEEP = '{"a": ' * 100_000 + "1" + "}" * 100_000
+HOSTILE: dict[str, Callable[[str], str]] = {
+    "is not the manifest of a commopt": lambda text: text.replace("commopt checkpoint", "another checkpoint"),
+    "is of format 3": lambda text: text.replace('"version": 2', '"version": 3'),
+    "is not valid: ": lambda text: text[:-1],
+    "is not valid: maximum recursion": lambda text: text.replace('"meta": {', f'"meta": {{"deep": {DEEP}, '),
+    "NaN is no": lambda text: text.replace('"meta": {', '"meta": {"x": NaN, '),
+    "1e999 is no": lambda text: text.replace('"meta": {', '"meta": {"x": 1e999, '),
+    "digits": lambda text: text.replace('"bytes": ', '"bytes": ' + "9" * 5000),
+    "{'bytes': -": lambda text: text.replace('"bytes": ', '"bytes": -'),
+    "files.rank0.safetensors: ": lambda text: text.replace('"bytes": ', '"bytes": true, "x": '),
+    "meta: ": lambda text: text.replace('"meta": {', '"meta": 3, "x": {'),
+    "own_metas: ": lambda text: text.replace('"own_metas": [{"rank": 0}]', '"own_metas": []'),
+    "files: {": lambda text: text.replace('"rank0.safetensors"', '"../rank0.safetensors"'),
+    "surrogate|decode": lambda text: text.replace('"value"', '"\udcff"'),
+}
+
+
+@pytest.mark.parametrize("reason", HOSTILE)
+def test_a_manifest_with_the_right_checksum_is_checked_all_the_same(tmp_path: Path, reason: str) -> None:
+    path = saved(tmp_path / "c") / "manifest.json"
+    good = path.read_text().split(", ", 1)[1]
+    bad = HOSTILE[reason](good).encode(errors="surrogateescape")
+    assert bad != good.encode()
+    path.write_bytes(b'{"sha256": "%s", ' % hashlib.sha256(bad).hexdigest().encode() + bad)
+    text = refused(tmp_path / "c")
+    assert text.startswith(str(path))
+    assert any(part in text for part in reason.split("|")), text
+
+
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({1: 2}, "meta.a[1].b: 1 cannot be a key in JSON"),
+        ({"$float": "inf"}, "meta.a[1].b: '$float' cannot be a key"),
+        (
+            {"c": torch.ones(1)},
+            "meta.a[1].b.c: a Tensor (tensor([1.])) cannot be saved as JSON; tensors go into shared",
+        ),
+        ({1, 2}, "meta.a[1].b: a set ({1, 2}) cannot"),
+        ("\udcff", "meta.a[1].b: a str"),
+        (1 << 5000, "meta.a[1].b: a int"),
+        (CYCLE, "is nested more than 64 deep"),
+    ],
+)
+def test_what_is_no_json_is_refused_with_its_path(tmp_path: Path, value: Any, reason: str) -> None:
+    wrong = Content({}, {}, {"a": [0, {"b": value}]})
+    for text in errors(2, lambda group: save(tmp_path / "c", wrong if group.rank else content(1.0), group)):
+        assert f"rank 1: {reason}" in text or "rank 1: meta.a[1].b[0]" in text
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "reason"),
+    [
+        ("w", torch.ones(2, dtype=torch.complex128), "w: safetensors cannot store torch.complex128"),
+        ("w", torch.eye(2).to_sparse(), "w: only whole, dense tensors"),
+        ("w", torch.empty(2, device="meta"), "w: only whole, dense tensors"),
+        ("w", [1.0], "w: got list, expected a tensor"),
+        ("__metadata__", torch.ones(1), "'__metadata__' cannot be a tensor's name"),
+        ("\udcff", torch.ones(1), "cannot be a tensor's name"),
+    ],
+)
+def test_tensors_that_cannot_be_saved_are_named(tmp_path: Path, name: str, x: Any, reason: str) -> None:
+    saved(tmp_path / "c")
+    (text,) = errors(1, lambda group: save(tmp_path / "c", Content({}, {"fine": torch.ones(1), name: x}, {}), group))
+    assert reason in text
+    assert loaded(tmp_path / "c") == 1
+    assert os.listdir(tmp_path) == ["c"]
