@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from commopt.errors import ConfigError
 
-Choice: TypeAlias = str | Path | Mapping[str, Any]
+Choice: TypeAlias = str | Path | Mapping[str, object]
 
 _FORMS = "write a name as in 'dgc', or a block as in {name: dgc, density: 0.001}"
 _SUFFIXES = (".yaml", ".yml", ".json")
@@ -20,10 +20,10 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
     `"dgc"`, `{"name": "dgc", "density": 0.001}`, `{"method": "dgc", "density": 0.001}`, `{"dgc": {"density": 0.001}}`, or the path of
     a YAML or JSON file whose key `method` holds one of these. Raises ConfigError for anything else; options are not looked at.
     """
-    if isinstance(choice, Path) or (isinstance(choice, str) and choice.endswith(_SUFFIXES)):
+    if is_file(choice):
         from commopt.reading import read_yaml  # PyYAML, and pydantic, take their time
 
-        path = Path(choice)
+        path = Path(choice)  # type: ignore[arg-type]  # it is one
         data = read_yaml(path)
         if "method" not in data:
             raise ConfigError(f"{path}: method: is missing; {_FORMS} under it")
@@ -54,6 +54,19 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
         if isinstance(name, str) and (inner is None or isinstance(inner, Mapping)):
             return name, dict(inner or {})
     raise ConfigError(f"method: {options!r} names no method; {_FORMS}")
+
+
+def is_file(choice: Choice) -> bool:
+    """Whether a choice is the path of a file that holds it."""
+    return isinstance(choice, Path) or (isinstance(choice, str) and choice.endswith(_SUFFIXES))
+
+
+def keys_beside(path: str | Path) -> list[str]:
+    """What stands in a file beside a block under `method`: a run's other keys, none of which may be an option of the method."""
+    from commopt.reading import read_yaml
+
+    data = read_yaml(Path(path))
+    return [] if isinstance(data["method"], str) else [key for key in data if key != "method"]
 
 
 def _of_file(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

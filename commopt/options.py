@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import annotated_types
@@ -84,7 +85,17 @@ def _first_mistake(kind: type, error: ValidationError) -> str:
     for one in error.errors():  # of an element of a list, or a branch of a union, the whole is shown
         if one["loc"] == (option,):
             value = one["input"]
-    return f"{option}: {value!r:.80} is out of range; write {wanted(kind, option)}"
+    annotation = get_type_hints(kind, include_extras=True)[option]
+    close = get_close_matches(value, _words(annotation), n=1) if isinstance(value, str) else []
+    hint = f"did you mean {close[0]!r}? Write" if close else "write"
+    return f"{option}: {value!r:.80} is out of range; {hint} {_described(annotation)}"
+
+
+def _words(annotation: Any) -> list[str]:
+    """The texts that an option may be."""
+    if get_origin(annotation) is Literal:
+        return [value for value in get_args(annotation) if isinstance(value, str)]
+    return [word for one in get_args(annotation) for word in _words(one)]
 
 
 def _described(annotation: Any) -> str:

@@ -97,7 +97,7 @@ def check_method(
     method: a class, a name or block, or a function that makes one. optimizer: makes the one that the method goes with, or stands
         in for; `default_optimizer` if None. max_norm: as `attach` takes it. Raises ConfigError for an outer method.
     """
-    factory: Factory = method if callable(method) and not isinstance(method, type) else lambda: resolve(method)  # type: ignore[arg-type]
+    factory: Factory = method if callable(method) and not isinstance(method, type) else lambda: resolve(method)
     first = factory()
     if first.kind == "outer":
         raise ConfigError(f"{first.name}: check_method is for methods that exchange in every step")

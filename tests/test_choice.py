@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 import commopt
-from commopt import build
-from commopt.choice import make, read_choice
+from commopt import attach, build
+from commopt.choice import read_choice
 from commopt.cluster.spec import load_run
 from commopt.errors import AttachError, ConfigError
-from commopt.frameworks.plain import PlainAttachment
-from commopt.methods import with_optimizer
+from commopt.frameworks.plain import PlainRun
+from commopt.methods import EFSign, resolve
 from commopt.optim import LAMB, Lion
 from commopt.run.outer import OuterRun
+from commopt.run.stand_in import StandIn
 
 ROOT = Path(commopt.__file__).parent.parent
 
@@ -59,7 +60,7 @@ def test_a_file_holds_a_block(tmp_path: Path, text: str, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        (7, r"7 is no method; write a name as in 'dgc'"),
+        (7, "method: got int, expected a name, a block, a file or a commopt.Method"),
         ({}, "names no method"),
         ({"density": 0.1}, "names no method"),
         ({"name": 3}, "3 is no method's name"),
@@ -96,58 +97,47 @@ def test_a_run_takes_the_same_block(tmp_path: Path) -> None:
 
 
 def test_options_add_to_a_block() -> None:
-    made: Any
-    made, _ = with_optimizer({"name": "top_k", "density": 0.02}, model_of(), options={}, optimizer={"name": "sgd"})
-    assert made.compressor.density == 0.02
-    made = build({"name": "top_k", "density": 0.02}, density=0.03)
+    made: Any = build({"name": "top_k", "density": 0.02}, density=0.03)
     assert made.compressor.density == 0.03
 
 
-# -- standing in for the optimizer that a framework made
+# -- standing in for the user's optimizer
 
 
-def test_an_update_method_takes_over_the_groups_of_the_optimizer_whose_place_it_takes() -> None:
+def test_an_update_method_steps_by_the_groups_of_the_optimizer_that_it_stands_in_for() -> None:
     model = model_of()
     weights = [p for p in model.parameters() if p.dim() > 1]
     biases = [p for p in model.parameters() if p.dim() == 1]
-    adam = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0, "lr": 5e-4}],
-        lr=1e-3,
-        betas=(0.8, 0.9),
-        eps=1e-6,
-    )
-    method, stepping = make({"onebit_adam": {"freeze_step": 7}}, model, adam)
-    assert method is stepping
-    keys = ("lr", "betas", "eps", "weight_decay")
-    assert [[group[key] for key in keys] for group in run.optimizer.param_groups] == [
-        [1e-3, (0.8, 0.9), 1e-6, 0.1],
-        [5e-4, (0.8, 0.9), 1e-6, 0.0],
-    ]
-    assert [group["params"] for group in run.optimizer.param_groups] == [weights, biases]
-    assert run.optimizer.param_groups[0]["param_names"] == ["0.weight", "2.weight"]
+    adam = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 5e-4}], lr=1e-3)
+    run = attach(model, {"onebit_adam": {"freeze_step": 7}}, adam)
+    assert run.optimizer is not adam
+    assert all(a is b for a, b in zip(run.optimizer.param_groups, adam.param_groups, strict=True))
+    adam.param_groups[1]["lr"] = 0.25
+    assert run.method.settings("0.bias")["lr"] == 0.25  # type: ignore[attr-defined]
+    assert run.method.settings("0.weight")["weight_decay"] == 0.1  # type: ignore[attr-defined]
 
 
 def test_a_gradient_or_an_outer_method_leaves_the_optimizer() -> None:
-    model = model_of()
-    adam = torch.optim.Adam(model.parameters())
-    for name in ("dgc", "noloco"):
-        assert make(name, model, adam)[1] is adam
+    for name in ("ef_sign", "noloco"):
+        model = model_of()
+        adam = torch.optim.Adam(model.parameters())
+        assert attach(model, name, adam).optimizer is adam
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "said"),
     [
-        ("onebit_adam", torch.optim.SGD, "can stand in for Adam or AdamW, not for SGD"),
+        ("onebit_adam", torch.optim.SGD, "stands in for Adam or AdamW, not for SGD: pass torch.optim.AdamW"),
         ("zero_one_adam", torch.optim.NAdam, "not for NAdam"),
-        ("distributed_lion", torch.optim.Adam, "can stand in for Lion, not for Adam"),
-        ("onebit_lamb", torch.optim.Adam, "can stand in for LAMB or Lamb, not for Adam"),
-        ("demo", torch.optim.RMSprop, "can stand in for SGD, not for RMSprop"),
+        ("distributed_lion", torch.optim.Adam, "stands in for Lion, not for Adam: pass commopt.optim.Lion"),
+        ("onebit_lamb", torch.optim.Adam, "stands in for LAMB or Lamb or FusedLamb, not for Adam"),
+        ("demo", torch.optim.RMSprop, "stands in for SGD, not for RMSprop"),
     ],
 )
 def test_a_method_does_not_stand_in_for_an_optimizer_of_another_kind(name: str, kind: Any, said: str) -> None:
     model = model_of()
-    with pytest.raises(ConfigError, match=said):
-        make(name, model, kind(model.parameters()))
+    with pytest.raises(AttachError, match=said):
+        attach(model, name, kind(model.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -155,63 +145,59 @@ def test_a_method_does_not_stand_in_for_an_optimizer_of_another_kind(name: str, 
 )
 def test_each_method_stands_in_for_its_parent(name: str, kind: Any) -> None:
     model = model_of()
-    method, _ = make(name, model, kind(model.parameters(), lr=0.02))
+    run = attach(model, name, kind(model.parameters(), lr=0.02))
     assert run.optimizer.param_groups[0]["lr"] == 0.02
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "options", "said"),
     [
-        ("onebit_adam", torch.optim.Adam, {"amsgrad": True}, "amsgrad: True of Adam has no counterpart"),
-        ("onebit_adam", torch.optim.AdamW, {"maximize": True}, "maximize: True of AdamW has no counterpart"),
-        ("onebit_adam", torch.optim.Adam, {"weight_decay": 0.1}, "as AdamW's does: use AdamW"),
-        ("demo", torch.optim.SGD, {"momentum": 0.9}, r"momentum: 0\.9 of SGD has no counterpart"),
+        ("onebit_adam", torch.optim.Adam, {"amsgrad": True}, "amsgrad=True of Adam has no counterpart"),
+        ("onebit_adam", torch.optim.AdamW, {"maximize": True}, "maximize=True of AdamW has no counterpart"),
+        ("onebit_adam", torch.optim.Adam, {"weight_decay": 0.1}, "as AdamW does: use AdamW"),
+        ("demo", torch.optim.SGD, {"momentum": 0.9}, r"momentum=0\.9 of SGD has no counterpart"),
     ],
 )
 def test_a_setting_without_a_counterpart_is_refused(name: str, kind: Any, options: dict[str, Any], said: str) -> None:
     model = model_of()
-    with pytest.raises(ConfigError, match=said):
-        make(name, model, kind(model.parameters(), lr=0.1, **options))
+    with pytest.raises(AttachError, match=said):
+        attach(model, name, kind(model.parameters(), lr=0.1, **options))
 
 
 # -- the door
 
 
-def test_the_door_takes_names_blocks_files_and_methods() -> None:
-    choices: list[Any] = [
-        "ef_sign",
-        {"name": "ef_sign"},
-        ROOT / "configs" / "methods" / "ef_sign.yaml",
-        build("ef_sign"),
-    ]
+def test_the_door_takes_names_blocks_files_classes_and_methods() -> None:
+    file = ROOT / "configs" / "methods" / "ef_sign.yaml"
+    choices: list[Any] = ["ef_sign", {"name": "ef_sign"}, file, EFSign, build("ef_sign")]
     for choice in choices:
         model = model_of()
-        run = commopt.attach(model, choice, torch.optim.SGD(model.parameters(), lr=0.1))
-        assert isinstance(run, PlainAttachment)
+        run = attach(model, choice, torch.optim.SGD(model.parameters(), lr=0.1))
+        assert isinstance(run, PlainRun)
         assert run.method.name == "ef_sign"
 
 
 def test_the_door_makes_update_and_outer_methods_too() -> None:
-    model = model_of()
-    run = commopt.attach(model, {"name": "onebit_adam", "lr": 0.01})
-    assert run.optimizer is run.method
-    other = model_of()
-    outer = commopt.attach(other, "noloco", torch.optim.SGD(other.parameters(), lr=0.1))
-    assert isinstance(outer, OuterRun)
+    model, other = model_of(), model_of()
+    run = attach(model, "onebit_adam", torch.optim.Adam(model.parameters(), lr=0.01))
+    assert isinstance(run.optimizer, StandIn)
+    assert isinstance(attach(other, "noloco", torch.optim.SGD(other.parameters(), lr=0.1)), OuterRun)
 
 
-def test_an_optimizer_that_would_have_no_effect_is_refused() -> None:
-    model = model_of()
-    with pytest.raises(AttachError, match="would leave this Adam without effect"):
-        commopt.attach(model, "onebit_adam", torch.optim.Adam(model.parameters()))
+@pytest.mark.parametrize("method", ["ef_sign", "onebit_adam", "noloco"])
+def test_every_method_wants_an_optimizer(method: str) -> None:
+    with pytest.raises(AttachError, match=rf"{method}: pass the optimizer of your training \(it is missing\)"):
+        attach(model_of(), method)
 
 
 def test_the_door_says_what_it_opens_for() -> None:
-    with pytest.raises(AttachError, match="list is nothing to attach a method to; pass the model"):
-        commopt.attach([], "dense")
+    with pytest.raises(AttachError, match="model: got list, expected a module"):
+        attach([], "dense")  # type: ignore[arg-type]
     model = model_of()
-    with pytest.raises(AttachError, match="function is no commopt method"):
-        commopt.attach(model, build, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="method: got function, expected a name, a block"):
+        attach(model, build, torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="method ef_sign: is made already, and takes no more options: seed"):
+        resolve(build("ef_sign"), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -227,12 +213,13 @@ def test_an_option_in_the_wrong_place_is_not_passed_over(tmp_path: Path, text: s
     file = tmp_path / "m.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=said):
-        read_choice(file)
+        build(file)
 
 
 def test_what_is_no_option_may_stand_beside_a_block(tmp_path: Path) -> None:
     file = tmp_path / "m.yaml"
     file.write_text("method: {name: dgc, density: 0.5}\nepochs: 3")
     assert read_choice(file) == ("dgc", {"density": 0.5})
+    assert build(file).options.density == 0.5
     with pytest.raises(ConfigError, match="name: 'my-run' stands beside method: 'dgc'"):
         read_choice({"name": "my-run", "method": "dgc"})

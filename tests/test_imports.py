@@ -19,7 +19,7 @@ PACKAGE = Path(commopt.__file__).parent
 # each may import itself and what stands before it; the door of `run` finds frameworks by name
 ROOMS = (
     *("errors", "reading", "wire", "kernels", "compress", "plan", "groups", "exchange", "optim", "gossip", "choice"),
-    *("methods", "record", "run", "frameworks", "testing", "cluster", "report", "cli"),
+    *("methods", "record", "run", "frameworks", "deepspeed", "testing", "cluster", "report", "cli"),
 )
 MAY_USE_TORCH_DISTRIBUTED = ("groups/torch.py", "run/", "frameworks/", "cluster/doctor.py")  # doctor tries it out
 IS_ABOVE = {"choice.py": {"methods"}}

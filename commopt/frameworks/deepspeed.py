@@ -106,8 +106,8 @@ def attach(engine: Any, request: Request) -> Run:
     def facts(method: Method) -> dict[str, object]:
         is_stranger = given is not None and given is not engine.optimizer and given is not engine.basic_optimizer
         return {
-            **_engine_facts(engine, method),
             **settings_facts(engine._config, raw),
+            **_engine_facts(engine, method),
             "overlap without backward": request.overlap and "a DeepSpeed engine",
             "deepspeed other optimizer": is_stranger and type(given).__name__,
             "deepspeed max_norm": request.max_norm,
@@ -115,14 +115,9 @@ def attach(engine: Any, request: Request) -> Run:
         }
 
     own = replace(request, optimizer=engine.basic_optimizer, max_norm=None)
-    checked = check_request(
-        "deepspeed",
-        masters,
-        own,
-        meeting_group(request.group),
-        facts,
-        configuration=lambda: {"gradient_clipping": clipping},
-    )
+    configuration = {"gradient_clipping": clipping}
+    meeting = meeting_group(request.group)
+    checked = check_request("deepspeed", masters, own, meeting, facts, configuration=lambda: configuration)
     method = checked.method
     run: Any  # whose handles we add to
     if isinstance(method, OuterMethod):

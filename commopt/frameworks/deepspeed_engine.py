@@ -25,27 +25,20 @@ from commopt.run.stand_in import StandIn
 _log = logging.getLogger(__name__)
 
 
-class Undo:
-    """A handle, as hooks have, of something that was changed."""
+class Replaced:
+    """Other attributes of an object, until `remove` gives it back those that it had, its class's own ones included."""
 
-    def __init__(self, undo: Callable[[], Any]) -> None:
-        self.remove = undo
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self._target, self._names = target, tuple(attributes)
+        self._had = {name: vars(target)[name] for name in attributes if name in vars(target)}
+        for name, value in attributes.items():
+            setattr(target, name, value)
 
-
-def replaced(target: Any, **attributes: Any) -> Undo:
-    """Give an object other attributes; the handle gives it back those that it had, its class's own ones included."""
-    had = {name: vars(target)[name] for name in attributes if name in vars(target)}
-    for name, value in attributes.items():
-        setattr(target, name, value)
-
-    def give_back() -> None:
-        for name in attributes:
-            if name in had:
-                setattr(target, name, had[name])
-            else:
-                delattr(target, name)
-
-    return Undo(give_back)
+    def remove(self) -> None:
+        for name in self._names:
+            delattr(self._target, name)
+        for name, value in self._had.items():
+            setattr(self._target, name, value)
 
 
 def is_half(engine: Any) -> bool:
@@ -63,7 +56,7 @@ def forget_dry_step(engine: Any) -> None:
 
     It counts as one for Adam's bias correction, and decays weights.
     """
-    if has_masters(engine) and engine.global_steps == 0:
+    if has_masters(engine) and engine.global_steps == 0 and not hasattr(engine, "commopt"):
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
 
@@ -118,8 +111,8 @@ class EngineRun(PlainRun):
         if isinstance(self.optimizer, StandIn):
             holder = engine if self._wrapper is None else self._wrapper
             self._handles += [
-                replaced(holder, optimizer=self.optimizer),
-                replaced(engine, basic_optimizer=self.optimizer),
+                Replaced(holder, optimizer=self.optimizer),
+                Replaced(engine, basic_optimizer=self.optimizer),
             ]
         if self._wrapper is not None:
             self._handles += self._guard_wrapper()
@@ -133,12 +126,12 @@ class EngineRun(PlainRun):
             f"{folder}: write engine.save_checkpoint(...) and engine.load_checkpoint(...), which keep the method's state of every rank too"
         )
 
-    def _guard_wrapper(self) -> list[Undo]:
+    def _guard_wrapper(self) -> list[Replaced]:
         """Let DeepSpeed's wrapper hand over what every rank can use: finite, unscaled, and not yet clipped."""
         wrapper = self._wrapper
-        undo = [replaced(wrapper, overflow_checker=_Overflow(self), clip_grad=0.0)]
+        undo = [Replaced(wrapper, overflow_checker=_Overflow(self), clip_grad=0.0)]
         if wrapper.loss_scale_config.cur_scale != 1.0 or wrapper.loss_scale_config.dynamic_loss_scale:
-            undo.append(replaced(self._engine, backward=self._scaled_backward(self._engine.backward)))
+            undo.append(Replaced(self._engine, backward=self._scaled_backward(self._engine.backward)))
         return undo
 
     def _scaled_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,7 +202,7 @@ class _Overflow:
         return bool(flag)
 
 
-def hand_over(engine: Any, run: Run) -> list[Undo]:
+def hand_over(engine: Any, run: Run) -> list[Replaced]:
     """Switch the engine's own exchange off, and its clipping before ours, and let its checkpoints carry the method's state."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -236,11 +229,11 @@ def hand_over(engine: Any, run: Run) -> list[Undo]:
 
     save, load = engine.save_checkpoint, engine.load_checkpoint
     undo = [
-        replaced(engine, enable_backward_allreduce=False, allreduce_gradients=refuse, commopt=run),
-        replaced(engine, save_checkpoint=save_checkpoint, load_checkpoint=load_checkpoint),
+        Replaced(engine, enable_backward_allreduce=False, allreduce_gradients=refuse, commopt=run),
+        Replaced(engine, save_checkpoint=save_checkpoint, load_checkpoint=load_checkpoint),
     ]
     if isinstance(run, EveryStepRun):  # before the exchange a norm is this rank's own: clipped after it
-        undo.append(replaced(engine, clip_fp32_gradients=lambda: None))
+        undo.append(Replaced(engine, clip_fp32_gradients=lambda: None))
     return undo
 
 

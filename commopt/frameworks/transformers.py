@@ -71,7 +71,8 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         self._is_closed = self._is_finished = False
         made = self._agreed(_facts(trainer))
         self._name, self._kind = made.name, made.kind
-        for name, ours in (("log", self._log), ("_load_optimizer_and_scheduler", self._load)):
+        loading = "_load_optimizer_and_scheduler"
+        for name, ours in (("log", self._log), (loading, self._load), ("hyperparameter_search", self._search)):
             _put_around(trainer, name, ours)
         if self._kind == "update":
             _put_around(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm)
@@ -108,7 +109,6 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
             {
                 "trainer left": self._is_closed,
                 "trainer without callback": self not in trainer.callback_handler.callbacks,
-                "trainer trial": trainer.state.is_hyper_param_search,
                 "trainer without ddp": is_alone,
             }
         )
@@ -176,6 +176,9 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         take_over = accelerate.read(Path(checkpoint), self._at_work, meeting_group(None))
         original(checkpoint)
         take_over()
+
+    def _search(self, *_: Any, **__: Any) -> None:
+        self._agreed({"trainer trial": True})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not args.save_only_model:

@@ -86,7 +86,10 @@ class OuterMethod(Method):
 
     def set_up(self) -> None:
         o = self.options
-        self.every, self.delay, self.timeout_s, self.seed = o.every, o.delay, o.timeout_s, o.seed
+        self.every: int = o.every
+        self.delay: int = o.delay
+        self.timeout_s: float = o.timeout_s
+        self.seed: int = o.seed
         self.message = Message(self.message_option(), seed=o.seed)
         self.parts = (self.message,)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from commopt.groups.base import Group, LocalGroup, Traffic
+from commopt.groups.job import connect
 from commopt.groups.paced import PacedGroup
 from commopt.groups.peers import PeerGroup, Peers
 from commopt.groups.simulated import SimGroup, SimWorld
-from commopt.groups.job import connect
 from commopt.groups.tcp import TcpPeers
 from commopt.groups.torch import TorchGroup
 

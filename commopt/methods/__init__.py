@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from commopt.choice import Choice, read_choice
+from commopt.choice import Choice, is_file, keys_beside, read_choice
 from commopt.errors import ConfigError, did_you_mean
 from commopt.method import Method
 from commopt.methods.choco import Choco
@@ -37,6 +37,7 @@ from commopt.methods.threshold import ThresholdMean
 from commopt.methods.top_k import TopKMean
 from commopt.methods.two_way import TwoWay
 from commopt.methods.zero_one_adam import ZeroOneAdam
+from commopt.options import option_names
 
 __all__ = [
     "DGC",
@@ -101,8 +102,15 @@ def resolve(choice: Method | type[Method] | Choice, **options: Any) -> Method:
             f"method: got {type(choice).__name__}, expected a name, a block, a file or a commopt.Method; see docs/methods.md"
         )
     name, chosen = read_choice(choice)
-    kind, named = _find(name)
-    return kind(**{**named, **chosen, **options})
+    try:
+        kind, named = _find(name)
+        if is_file(choice):
+            _check_beside(kind, keys_beside(choice))  # type: ignore[arg-type]  # a path
+        return kind(**{**named, **chosen, **options})
+    except ConfigError as error:
+        if is_file(choice):
+            raise ConfigError(f"{choice}: {error}") from None
+        raise
 
 
 def build(choice: Choice, **options: Any) -> Method:
@@ -111,6 +119,14 @@ def build(choice: Choice, **options: Any) -> Method:
     Raises ConfigError for an unknown name or option, or a value out of range.
     """
     return resolve(choice, **options)
+
+
+def _check_beside(kind: type[Method], keys: Sequence[str]) -> None:
+    for key in keys:
+        if key in option_names(kind.Options):
+            raise ConfigError(
+                f"{key}: stands beside the block of {kind.name}, where it has no effect; write it into the block"
+            )
 
 
 def _find(name: str) -> tuple[type[Method], dict[str, str]]:

@@ -171,8 +171,8 @@ class DiceSGD(GradientMethod):
         if self.samples:
             if bool(norm > 1.001 * self.options.clip_norm):
                 raise GradientsChanged(
-                    f"dice_sgd: gradients have a norm of {float(norm):.3g} after clipping to {self.options.clip_norm:.3g}: something was added "
-                    "to them after method.backward(...), which private training must not do"
+                    f"dice_sgd: gradients have a norm of {float(norm):.3g} after clipping to {self.options.clip_norm:.3g}: something was "
+                    "added to them after method.backward(...), which private training must not do"
                 )
             return bucket.flat, self._views(self.cut, bucket)
         if self.options.samples_per_rank > 1:

@@ -84,7 +84,7 @@ class DiLoCo(OuterMethod):
     """
 
     name = "diloco"
-    Options = DiLoCoOptions
+    Options: ClassVar[type[AveragingOptions]] = DiLoCoOptions
     options: Any
     positional: ClassVar[tuple[str, ...]] = ("outer",)
 
@@ -200,7 +200,8 @@ class DiLoCo(OuterMethod):
 
     def _drawn(self, ranks: int) -> int:
         """How many take part in a round."""
-        return max(1, round(self.options.participation * ranks))
+        share: float = self.options.participation
+        return max(1, round(share * ranks))
 
     def _shared(self, fragment: int) -> list[Tensor]:
         """What all ranks hold alike of a fragment: its slow weights, and the outer optimizer's state."""

@@ -9,11 +9,6 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from commopt.compress.feedback import Kept
-from commopt.compress.sign import equalising_factors
-from commopt.exchange.mean import Mean
-from commopt.exchange.two_way import TwoWayMean
-from commopt.groups.base import Group
 from commopt.method import options
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
 from commopt.options import Flag
@@ -57,27 +52,6 @@ class OnebitAdam(FrozenVariance):
     Options = OnebitAdamOptions
     options: OnebitAdamOptions
     stands_for = ("Adam", "AdamW")
-    counters = ("step", "variance_step")
-
-    def set_up(self) -> None:
-        super().set_up()
-        self.freeze_at = self.options.freeze_step
-        self.mean = Mean()
-        self.two_way = TwoWayMean(self.options.compressor(), Kept(self.options.residual_bits))
-        self.parts = (self.mean, self.two_way)
-        self.merges_buckets = self.two_way.merges_buckets
-
-    @property
-    def is_exact(self) -> bool:
-        return not self.is_frozen
-
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        if not self.is_frozen:
-            return self.mean.exchange(bucket, group)
-        for name, g in bucket.views():
-            m, b1 = self.part("momentum", name), self.settings(name)["betas"][0]
-            torch.lerp(m, g, 1 - b1, out=g)  # m_i = b1 m + (1 - b1) g_i
-        return self.two_way.exchange(bucket, group)
 
     def receive(self, bucket: Bucket) -> None:
         for name, x in bucket.views():
@@ -88,10 +62,6 @@ class OnebitAdam(FrozenVariance):
                 b1, b2 = self.settings(name)["betas"]
                 m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
                 v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
-
-    def count(self, entry: dict[str, Any]) -> None:
-        entry["step"] += 1
-        entry["variance_step"] += not self.is_frozen
 
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         b1, b2 = group["betas"]
@@ -110,18 +80,3 @@ class OnebitAdam(FrozenVariance):
             p.addcdiv_(state["momentum"], root, value=-step_size)  # x <- x - lr m / (sqrt(v) + eps)
         else:
             p.copy_(p.float().addcdiv_(state["momentum"], root, value=-step_size))
-
-    def variance_correction(self, group: Mapping[str, Any]) -> float:
-        return 1 - float(group["betas"][1]) ** self.applied_steps if self.options.bias_correction else 1.0
-
-    def freeze(self) -> None:
-        super().freeze()
-        if self.options.prescale:
-            self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
-
-    def bytes_per_parameter(self, ranks: int) -> float:
-        return self.two_way.bytes_per_parameter(ranks)
-
-    @property
-    def state_form(self) -> str:
-        return self.two_way.state_form

@@ -11,12 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.compress.feedback import Kept
-from commopt.compress.sign import equalising_factors
 from commopt.errors import ConfigError
-from commopt.exchange.mean import Mean
-from commopt.exchange.two_way import TwoWayMean
-from commopt.groups.base import Group
 from commopt.method import options
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
 from commopt.optim.lamb import trust_ratio
@@ -80,7 +75,6 @@ class OnebitLamb(FrozenVariance):
     Options = OnebitLambOptions
     options: OnebitLambOptions
     stands_for = ("LAMB", "Lamb", "FusedLamb")
-    counters = ("step", "variance_step")
     states: ClassVar[tuple[State, ...]] = (
         *FrozenVariance.states,
         State("fresh_variance"),
@@ -88,14 +82,6 @@ class OnebitLamb(FrozenVariance):
         State("coeff", of="parameter", dtype=torch.float64),
         State("factor", of="parameter", dtype=torch.float64, initial=1.0),
     )
-
-    def set_up(self) -> None:
-        super().set_up()
-        self.freeze_at = self.options.freeze_step
-        self.mean = Mean()
-        self.two_way = TwoWayMean(self.options.compressor(), Kept(self.options.residual_bits))
-        self.parts = (self.mean, self.two_way)
-        self.merges_buckets = self.two_way.merges_buckets
 
     def _bounds(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """min_coeff and max_coeff: the options, or else the LAMB's own."""
@@ -105,21 +91,9 @@ class OnebitLamb(FrozenVariance):
             group.get("max_coeff", 10.0) if high is None else high,
         )
 
-    def _corrects_bias(self, group: Mapping[str, Any]) -> bool:
+    def corrects_bias(self, group: Mapping[str, Any]) -> bool:
         given = self.options.bias_correction
         return bool(group.get("bias_correction", False)) if given is None else given
-
-    @property
-    def is_exact(self) -> bool:
-        return not self.is_frozen
-
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        if not self.is_frozen:
-            return self.mean.exchange(bucket, group)
-        for name, g in bucket.views():
-            m, b1 = self.part("momentum", name), self.settings(name)["betas"][0]
-            torch.lerp(m, g, 1 - b1, out=g)  # m_i = b1 m + (1 - b1) g_i
-        return self.two_way.exchange(bucket, group)
 
     def receive(self, bucket: Bucket) -> None:
         for name, x in bucket.views():
@@ -134,19 +108,15 @@ class OnebitLamb(FrozenVariance):
                 m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
                 v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
 
-    def count(self, entry: dict[str, Any]) -> None:
-        entry["step"] += 1
-        entry["variance_step"] += not self.is_frozen
-
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         root, size = state["variance"].sqrt(), 1.0
         lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
-        if self._corrects_bias(group):
+        if self.corrects_bias(group):
             root /= lacking
             size = 1 / (1 - group["betas"][0] ** state["step"])
         root += group["eps"]
         if self.is_frozen and self.ranks > 1:
-            bounded = self.bounded(root, state["momentum"], 1.0 if self._corrects_bias(group) else lacking)
+            bounded = self.bounded(root, state["momentum"], 1.0 if self.corrects_bias(group) else lacking)
         else:
             bounded = root
         adam = size * state["momentum"] / bounded
@@ -173,7 +143,7 @@ class OnebitLamb(FrozenVariance):
     ) -> float:
         """f, by which the rate of a tensor goes on from that of the warm-up as its variance would."""
         fresh = state["fresh_variance"].sqrt()
-        if self._corrects_bias(group):
+        if self.corrects_bias(group):
             fresh /= math.sqrt(1 - group["betas"][1] ** state["step"])
         ratio = self.masked_((root / (fresh + group["eps"])).view(-1), name)
         factor = float(ratio.max()) if ratio.numel() else 0.0
@@ -187,18 +157,6 @@ class OnebitLamb(FrozenVariance):
         threshold, before = self.options.factor_threshold, state["factor"]
         return float(min(max(factor, before * (1 - threshold)), before * (1 + threshold)))
 
-    def variance_correction(self, group: Mapping[str, Any]) -> float:
-        return 1 - float(group["betas"][1]) ** self.applied_steps if self._corrects_bias(group) else 1.0
-
     def freeze(self) -> None:
         super().freeze()
         self.state["fresh_variance"].copy_(self.state["variance"])
-        if self.options.prescale:
-            self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
-
-    def bytes_per_parameter(self, ranks: int) -> float:
-        return self.two_way.bytes_per_parameter(ranks)
-
-    @property
-    def state_form(self) -> str:
-        return self.two_way.state_form

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.compress.feedback import Kept
-from commopt.compress.sign import equalising_factors
 from commopt.errors import GroupError
-from commopt.exchange.mean import Mean
-from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
 from commopt.method import options
 from commopt.optim.frozen import FrozenOptions, FrozenVariance
@@ -74,7 +70,6 @@ class ZeroOneAdam(FrozenVariance):
     options: ZeroOneAdamOptions
     warmup_option = "var_freeze_step"
     stands_for = ("Adam", "AdamW")
-    counters = ("step", "variance_step")
     states: ClassVar[tuple[State, ...]] = (
         *FrozenVariance.states,
         State("mean_momentum"),
@@ -85,14 +80,6 @@ class ZeroOneAdam(FrozenVariance):
         State("variance_updates", of="run", dtype=torch.int64),
         State("frozen_at", of="run", dtype=torch.int64),
     )
-
-    def set_up(self) -> None:
-        super().set_up()
-        self.freeze_at = self.options.var_freeze_step
-        self.mean = Mean()
-        self.two_way = TwoWayMean(self.options.compressor(), Kept(self.options.residual_bits))
-        self.parts = (self.mean, self.two_way)
-        self.merges_buckets = self.two_way.merges_buckets
 
     @property
     def variance_interval(self) -> int:
@@ -217,8 +204,6 @@ class ZeroOneAdam(FrozenVariance):
         self.state["frozen_at"].fill_(self.applied_steps)
         self.two_way.worker.residual.zero_()  # of gradients; what follows is momentum
         self.two_way.server.residual.zero_()
-        if self.options.prescale:
-            self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
 
     def restored(self) -> None:
         self.mask = None
@@ -234,10 +219,6 @@ class ZeroOneAdam(FrozenVariance):
     def bytes_per_parameter(self, ranks: int) -> float:
         each = self.two_way.bytes_per_parameter(ranks)
         return each if self.options.var_freeze_step is None else each / self.options.local_step_clipper
-
-    @property
-    def state_form(self) -> str:
-        return self.two_way.state_form
 
     def saved(self) -> Saved:
         saved = super().saved()

@@ -10,11 +10,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from commopt.compress.feedback import Kept
 from commopt.compress.options import SignOptions
+from commopt.compress.sign import equalising_factors
 from commopt.errors import AttachError
+from commopt.exchange.mean import Mean
+from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
 from commopt.optim.update import UpdateMethod
 from commopt.options import Count, Positive, Wanted, options
+from commopt.wire.bucket import Bucket
 from commopt.wire.state import State
 
 _log = logging.getLogger(__name__)
@@ -35,8 +40,8 @@ class FrozenOptions(SignOptions):
 class FrozenVariance(UpdateMethod):
     """An Adam-like method that stops adapting its variance at a freeze, and from then on compresses what it exchanges.
 
-    freeze_at: the last step of the warm-up; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and
-        the rate no longer rises (Tang et al. 2021, arXiv:2102.02888, section 7.1); or None for never.
+    warmup_option: the option that says when: the last step of the warm-up; or "auto": when |v|_1 has changed by less than 4 % over
+        1/(1 - b2) steps, and the rate no longer rises (Tang et al. 2021, arXiv:2102.02888, section 7.1); or None for never.
     momentum_mask: {parameter name: tensor of its shape}; see `mask`.
     max_ratio: after the freeze no step is larger than this times the rate, see `bounded`; None for no bound.
 
@@ -45,7 +50,7 @@ class FrozenVariance(UpdateMethod):
     """
 
     options: Any
-    freeze_at: int | str | None
+    counters = ("step", "variance_step")
     warmup_option: ClassVar[str] = "freeze_step"
     states: ClassVar[tuple[State, ...]] = (
         State("momentum"),
@@ -56,6 +61,11 @@ class FrozenVariance(UpdateMethod):
 
     def set_up(self) -> None:
         super().set_up()
+        self.freeze_at: int | str | None = getattr(self.options, self.warmup_option)
+        self.mean = Mean()
+        self.two_way = TwoWayMean(self.options.compressor(), Kept(self.options.residual_bits))
+        self.parts = (self.mean, self.two_way)
+        self.merges_buckets = self.two_way.merges_buckets
         self.momentum_mask = dict(self.options.momentum_mask or {})
         self.mask: Tensor | None = None  # (n,) bool, True if momentum may be other than zero; None for everywhere
 
@@ -78,6 +88,17 @@ class FrozenVariance(UpdateMethod):
     def is_steady(self) -> bool:
         return self.is_frozen
 
+    @property
+    def is_exact(self) -> bool:
+        return not self.is_frozen
+
+    @property
+    def state_form(self) -> str:
+        return self.two_way.state_form
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return self.two_way.bytes_per_parameter(ranks)
+
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
         self._window = max(1, round(1 / (1 - self.optimizer.param_groups[0]["betas"][1])))
@@ -93,6 +114,18 @@ class FrozenVariance(UpdateMethod):
         super().restored()
         if self.is_frozen:
             self._make_mask()
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        if not self.is_frozen:
+            return self.mean.exchange(bucket, group)
+        for name, g in bucket.views():
+            m, b1 = self.part("momentum", name), self.settings(name)["betas"][0]
+            torch.lerp(m, g, 1 - b1, out=g)  # m_i = b1 m + (1 - b1) g_i
+        return self.two_way.exchange(bucket, group)
+
+    def count(self, entry: dict[str, Any]) -> None:
+        entry["step"] += 1
+        entry["variance_step"] += not self.is_frozen
 
     def after_step(self) -> None:
         if self.is_frozen:
@@ -112,6 +145,8 @@ class FrozenVariance(UpdateMethod):
         """End the warm-up."""
         self.state["frozen"].fill_(1)
         self._make_mask()
+        if self.options.prescale:
+            self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
 
     def masked_(self, x: Tensor, name: str) -> Tensor:
         """x with zeros where the momentum of the parameter `name` is masked."""
@@ -123,9 +158,13 @@ class FrozenVariance(UpdateMethod):
             return root
         return torch.maximum(root, momentum.abs() * (uncorrected / self.options.max_ratio))
 
+    def corrects_bias(self, group: Mapping[str, Any]) -> bool:
+        """Whether momentum and variance are corrected for their bias, as in Adam."""
+        return bool(self.options.bias_correction)
+
     def variance_correction(self, group: Mapping[str, Any]) -> float:
         """1 - b2^t of the variance's own bias, 1.0 if the method corrects none."""
-        return 1.0
+        return 1 - float(group["betas"][1]) ** self.applied_steps if self.corrects_bias(group) else 1.0
 
     def _is_rate_rising(self) -> bool:
         rate, last = float(self.optimizer.param_groups[0]["lr"]), float(self.state["last_lr"])

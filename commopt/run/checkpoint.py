@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _BLOCK = "commopt"  # the folder of a block, in the folder of a framework's checkpoint
 
 
-def save(folder: str | Path, run: Run, *, extra: Mapping[str, Any] | None = None) -> None:
+def save(folder: str | Path, run: Run, *, extra: Mapping[str, object] | None = None) -> None:
     """What `Run.save` does."""
     place = run.checkpoint_folder(Path(folder))
     storage.save(place, _content(run, extra or {}, with_training=True), run.group)
@@ -84,7 +84,7 @@ def take_over(run: Run, stored: Stored) -> dict[str, Any]:
     return extra
 
 
-def _content(run: Run, extra: Mapping[str, Any], *, with_training: bool) -> Content:
+def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> Content:
     saved, shared = run.saved(), dict[str, Tensor]()
     meta: dict[str, Any] = {
         "method": run.method.name,

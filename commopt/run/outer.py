@@ -22,7 +22,7 @@ from commopt.groups.peers import PeerGroup, Peers, call_roll
 from commopt.run.agree import Configuration
 from commopt.run.checks import RefusesDDP, check_parameters, note_attached, note_detached
 from commopt.run.members import Members
-from commopt.run.run import RoundReport, Run
+from commopt.run.run import HasState, RoundReport, Run
 from commopt.wire.state import Saved
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class OuterRun(Run):
     def ranks(self) -> int:
         return self.peers.size
 
-    def join(self, *, wait_s: float = 60.0, **stateful: Any) -> int:
+    def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
         """Start with the others, or catch up with them if they train already; returns the step to go on from.
 
         In a new job it waits until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. If somebody

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import Module, Parameter
@@ -20,6 +20,13 @@ from commopt.wire.state import Saved
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class HasState(Protocol):
+    """What moves along with a training, as a learning-rate schedule does."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Run(ABC):
         self._log.plan(stop)
         return iter(range(self.steps, stop))
 
-    def join(self, *, wait_s: float = 60.0, **stateful: Any) -> int:
+    def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
         """Start with the other ranks; returns the step to go on from.
 
         stateful: what else moves along with the training, anything with state_dict and load_state_dict, as a learning-rate
@@ -114,7 +121,7 @@ class Run(ABC):
         self.is_closed = True
         self._log.close()
 
-    def save(self, folder: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, *, extra: Mapping[str, object] | None = None) -> None:
         """Write all that training needs to go on bit for bit; all ranks call it, between steps.
 
         extra: what else belongs to the checkpoint, as a schedule's state_dict: numbers, texts, lists, dicts and tensors. Rank 0's

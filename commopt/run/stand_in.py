@@ -31,7 +31,7 @@ class StandIn(torch.optim.Optimizer):
         )  # hooks and profiling, as in torch
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.replaced.param_groups
 
     @param_groups.setter

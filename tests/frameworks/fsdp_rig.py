@@ -38,6 +38,7 @@ def mesh_of(ranks: int = 4) -> Any:
     if not _meshes:
         _meshes.append(DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard")))
         _meshes.append(DeviceMesh("cpu", torch.arange(4), mesh_dim_names=("shard",)))
+        _meshes.append(DeviceMesh("cpu", torch.arange(4).view(1, 4), mesh_dim_names=("replicate", "shard")))
     return _meshes[0] if ranks == 4 else _meshes[1]
 
 
@@ -64,6 +65,12 @@ def fsdp_pool(is_last: bool = False) -> Iterator[Pool]:
 def flat_mesh() -> Any:
     """The mesh of ranks 0 to 3 in one dimension."""
     return mesh_of(1)
+
+
+def mesh_of_one_replica() -> Any:
+    """The mesh of ranks 0 to 3 with one replica."""
+    mesh_of()
+    return _meshes[2]
 
 
 class Uneven(nn.Module):

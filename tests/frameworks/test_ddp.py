@@ -14,13 +14,13 @@ from rig import METHODS, UPDATE, attached, flat, loss_of, make_batch, make_metho
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import attach
 from commopt.errors import CommoptError, GroupError
-from commopt.frameworks import ddp, plain
 from commopt.groups import Group, SimWorld, TorchGroup
-from commopt.run.base import connect
+from commopt.run.checks import connect
 
 STEPS = 6
+FROZEN_AT_3 = {"name": "onebit_adam", "freeze_step": 3}
 
 
 def accumulate(model: Any, optimizer: torch.optim.Optimizer, rank: int) -> None:
@@ -69,28 +69,25 @@ class Branches(nn.Module):
         return self.sometimes(y) if detour else y
 
 
-def branch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, attachment: Any, rank: int
-) -> tuple[Tensor, list[Tensor]]:
+def branch(model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, rank: int) -> tuple[Tensor, list[Tensor]]:
     for step in range(8):
         x, y = make_batch(rank, step)
         optimizer.zero_grad()
         loss_of(model(x, rank == 0 and step % 2 == 1), y).backward()
         optimizer.step()
-    return flat(model), [x.clone() for x in state_of(attachment)]
+    return flat(model), [x.clone() for x in state_of(run)]
 
 
 def branch_in_ddp(process_group: dist.ProcessGroup, case: str, overlap: bool) -> tuple[Tensor, list[Tensor]]:
     options: dict[str, Any] = {"model": Branches(), "find_unused_parameters": True, "overlap": overlap}
-    with wrapped(process_group, case, **options) as (model, optimizer, attachment):
-        return branch(model, optimizer, attachment, dist.get_rank(process_group))
+    with wrapped(process_group, case, **options) as (model, optimizer, run):
+        return branch(model, optimizer, run, dist.get_rank(process_group))
 
 
 def branch_in_plain(group: Group, case: str) -> tuple[Tensor, list[Tensor]]:
     model = Branches()
-    method, optimizer, steps = make_method(case, model)
-    attachment = plain.attach(model, method, optimizer, group)
-    return branch(model, steps, attachment, group.rank)
+    run = attach(model, *make_method(case, model), group=group)
+    return branch(model, run.optimizer, run, group.rank)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -111,27 +108,27 @@ def test_unused_parameters_and_their_state_are_as_without_ddp(pool: Pool, case: 
 
 def two_groups_in_ddp(process_group: dist.ProcessGroup) -> Tensor:
     model = DistributedDataParallel(make_model(), process_group=process_group)
-    method: Any = build("onebit_adam", two_groups(model.module), freeze_step=3)
-    attachment = ddp.attach(model, method, group=TorchGroup(twin_of(process_group)))
-    train(model, method, dist.get_rank(process_group), STEPS)
-    attachment.detach()
+    run = attach(model, FROZEN_AT_3, two_groups(model.module), group=TorchGroup(twin_of(process_group)))
+    train(model, run.optimizer, dist.get_rank(process_group), STEPS)
+    run.close()
     return flat(model.module)
 
 
-def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+def two_groups(model: nn.Module) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
-    return [
-        {"params": [pair for pair in named if "weight" in pair[0]], "lr": 0.01, "weight_decay": 0.1},
-        {"params": [pair for pair in named if "bias" in pair[0]], "lr": 0.1, "betas": (0.5, 0.9)},
-    ]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for name, p in named if "weight" in name], "lr": 0.01, "weight_decay": 0.1},
+            {"params": [p for name, p in named if "bias" in name], "lr": 0.1, "betas": (0.5, 0.9)},
+        ]
+    )
 
 
 def test_parameter_groups_keep_their_options_in_ddp(pool: Pool) -> None:
     def work(group: Group) -> Tensor:
         model = make_model()
-        method: Any = build("onebit_adam", two_groups(model), freeze_step=3)
-        plain.attach(model, method, group=group)
-        train(model, method, group.rank, STEPS)
+        run = attach(model, FROZEN_AT_3, two_groups(model), group=group)
+        train(model, run.optimizer, group.rank, STEPS)
         return flat(model)
 
     expected = SimWorld[Tensor](2).run(work)[0]
@@ -202,7 +199,7 @@ def clipped_in_ddp(process_group: dist.ProcessGroup, case: str, max_norm: float)
     x, y = make_batch(rank, 0)
     own = make_model()
     loss_of(own(x), y).backward()
-    with wrapped(process_group, case, overlap=False, max_norm=max_norm) as (model, _, _attachment):
+    with wrapped(process_group, case, overlap=False, max_norm=max_norm) as (model, _, _run):
         loss_of(model(x), y).backward()
         return gradient_of(model.module), gradient_of(own)
 
@@ -251,7 +248,7 @@ def train_scaled(
     rank = dist.get_rank(process_group)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
     options: dict[str, Any] = {"grad_scaler": scaler} if is_told else {}
-    with wrapped(process_group, case, overlap=overlap, **options) as (model, optimizer, attachment):
+    with wrapped(process_group, case, overlap=overlap, **options) as (model, optimizer, run):
         scales, moved = [], []
         for step in range(STEPS):
             x, y = make_batch(rank, step)
@@ -265,8 +262,8 @@ def train_scaled(
             scaler.update()
             scales.append(scaler.get_scale())
             moved.append(int(not torch.equal(before, flat(model.module))))
-        finite = all(bool(x.isfinite().all()) for x in state_of(attachment))
-        return flat(model.module), scales, moved, finite, attachment.replicas_are_equal()
+        finite = all(bool(x.isfinite().all()) for x in state_of(run))
+        return flat(model.module), scales, moved, finite, run.replicas_are_equal()
 
 
 def train_unscaled(process_group: dist.ProcessGroup, case: str, overlap: bool) -> Tensor:
@@ -314,7 +311,7 @@ def test_an_overflow_lowers_the_scale_of_a_scaler_that_the_method_was_not_told_o
 
 def clip_by_hand_in_a_bad_step(process_group: dist.ProcessGroup, case: str) -> tuple[bool, bool, int]:
     rank = dist.get_rank(process_group)
-    with wrapped(process_group, case, bucket_cap_mb=0.0001) as (model, optimizer, attachment):
+    with wrapped(process_group, case, bucket_cap_mb=0.0001) as (model, optimizer, run):
         train(model, optimizer, rank, 3)
         x, y = make_batch(rank, 3)
         optimizer.zero_grad()
@@ -325,7 +322,7 @@ def clip_by_hand_in_a_bad_step(process_group: dist.ProcessGroup, case: str) -> t
         (loss_of(model(x), y) + bias.sum() * (float("nan") if rank == 1 else 1.0)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-        return bool(flat(model.module).isfinite().all()), attachment.replicas_are_equal(), len(attachment.voided)
+        return bool(flat(model.module).isfinite().all()), run.replicas_are_equal(), len(run.voided)
 
 
 @pytest.mark.parametrize("case", ["dense", "ef_sign l1"])

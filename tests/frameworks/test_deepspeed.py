@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed_rig import Ranks, engine_run, make_engine, plain_run, train, two_ranks
 from rig import flat, make_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from commopt.groups import SimWorld, TorchGroup
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -173,6 +174,9 @@ def refused_of_engines() -> list[str]:
     engine, adam = make_engine(DGC), make_engine(ADAM, ours=False)
     trained = make_engine(ADAM, ours=False)
     train(trained, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what ZeRO's imports say of torch
+        sharded = make_engine({**ADAM, **REFUSED["stage 1"][0]}, ours=False)
     told = []
     for act in (
         engine.allreduce_gradients,
@@ -183,6 +187,7 @@ def refused_of_engines() -> list[str]:
         lambda: commopt.attach(adam, "ef_sign", overlap=True),
         lambda: commopt.attach(adam, "distributed_lion"),
         lambda: commopt.attach(trained, "onebit_adam"),
+        lambda: commopt.attach(sharded, "onebit_adam"),
         lambda: commopt.attach(adam, {"name": "powersgd", "rank": 1 + dist.get_rank()}),
         lambda: commopt.attach(adam, "powersgd" if dist.get_rank() else "powersdg"),
     ):
@@ -216,6 +221,7 @@ def test_misuse_of_an_engine_is_refused(two: Ranks) -> None:
         "overlap=True with a DeepSpeed engine",
         "stands in for Lion, not for Adam",
         "after steps",
+        "zero_optimization.stage: 1 with onebit_adam",
         "method.rank is 1 on rank 0 and 2 on rank 1",
         "powersdg",
     ]

@@ -1,11 +1,9 @@
-"""How a method comes into an engine beside `initialize`: built, by Accelerate, or after a block that nobody read."""
+"""How a method comes into an engine beside `initialize`: by attach, by Accelerate, or after a block that nobody read."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,67 +52,61 @@ def refusal(act: Callable[[], Any]) -> str:
 # -- clipping
 
 
-def without_gradient_clipping() -> dict[str, tuple[Any, str]]:
-    """By door: the norm to which the method clips, and what rank 0 logs of it."""
-    from commopt.frameworks.deepspeed import initialize
+def clipping() -> list[tuple[float | None, str]]:
+    """By gradient_clipping: the run's max_norm, and what rank 0 logs of it."""
+    from commopt.deepspeed import initialize
 
-    found = {}
-    for door in ("built", "built with a norm", "block", "block with a norm"):
+    found = []
+    for own in ({}, {"gradient_clipping": 0.5}, {"gradient_clipping": 0.0}):
         model = make_model()
-        block = {"method": "onebit_adam", **({"max_norm": 0.5} if "norm" in door else {})}
-        method = commopt.build(block, model.named_parameters()) if "built" in door else None
-        config: Any = {
-            "train_micro_batch_size_per_gpu": 8,
-            **({} if method is not None else {**ADAM, "commopt": block}),
-        }
+        config = {"train_micro_batch_size_per_gpu": 8, **ADAM, "commopt": "onebit_adam", **own}
         with log() as told:
-            engine: Any = initialize(model=model, optimizer=method, model_parameters=model.parameters(), config=config)[
-                0
-            ]
-        found[door] = engine.commopt.method.max_norm, "; ".join(line for line in told if "gradient_clipping" in line)
+            engine = initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+        found.append((engine.commopt.max_norm, "; ".join(line for line in told if "gradient_clipping" in line)))
     return found
 
 
-def test_the_log_says_by_what_an_update_method_clips(two: Ranks) -> None:
-    found = two.run(without_gradient_clipping)[0]
-    assert {door: norm for door, (norm, _) in found.items()} == {
-        "built": None,
-        "built with a norm": 0.5,
-        "block": 1.0,
-        "block with a norm": 0.5,
-    }
-    assert "onebit_adam clips nothing, for it has no max_norm" in found["built"][1]
-    assert "onebit_adam clips to its own max_norm=0.5" in found["built with a norm"][1]
-    assert "DeepSpeed then clips to a norm of 1.0" in found["block"][1]
-    assert "onebit_adam clips to its own max_norm=0.5" in found["block with a norm"][1]
+def test_gradient_clipping_is_the_max_norm_of_an_update_method(two: Ranks) -> None:
+    found = two.run(clipping)[0]
+    assert [norm for norm, _ in found] == [1.0, 0.5, None]
+    assert "DeepSpeed then clips to a norm of 1.0" in found[0][1]
+    assert found[1][1] == found[2][1] == ""
+
+
+# -- half precision
+
+
+def after_dry_step(half: str) -> tuple[bool, int, str]:
+    """What an engine's dry step on zeros has left: (masters are the model's, states, the optimizer) after attach."""
+    adam = {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5, "torch_adam": True}}
+    engine = make_engine({"optimizer": adam, half: {"enabled": True}}, ours=False)
+    run = commopt.attach(engine, "onebit_adam")
+    lows, masters = engine.optimizer.fp16_groups[0], engine.optimizer.fp32_groups[0]
+    same = all(torch.equal(low.float(), master) for low, master in zip(lows, masters, strict=True))
+    train(engine, 1)
+    return same, int(run.method.state["steps"]), type(engine.optimizer.optimizer).__name__
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_deepspeeds_dry_step_leaves_nothing_behind(half: str, two: Ranks) -> None:
+    assert two.run(after_dry_step, half) == [(True, 1, "StandIn")] * 2
 
 
 # -- a block that nobody read
 
 
-def unread(own: dict[str, Any]) -> Any:
-    """An engine as it is made where commopt.frameworks.deepspeed has not been imported."""
-    from deepspeed import DeepSpeedEngine
-
-    patched: Any = DeepSpeedEngine.__init__
-    DeepSpeedEngine.__init__ = patched.__wrapped__
-    try:
-        return make_engine(own, ours=False)
-    finally:
-        DeepSpeedEngine.__init__ = patched
-
-
 def unread_blocks() -> tuple[list[str], list[str], list[str]]:
+    """Engines made by deepspeed.initialize where nobody has called install()."""
     own = {**SGD, "commopt": {"method": "dgc", "density": 0.1}}
     told = [
-        refusal(lambda: commopt.attach(unread(own), "ef_sign")),
-        refusal(lambda: commopt.attach(unread(own), "dgc")),
+        refusal(lambda: commopt.attach(make_engine(own, ours=False), "ef_sign")),
+        refusal(lambda: commopt.attach(make_engine(own, ours=False), "dgc")),
     ]
     with log() as late:
-        engine = unread(own)
+        engine = make_engine(own, ours=False)
         commopt.attach(engine, {"dgc": {"density": 0.1}})
     train(engine, 1)
-    engine.commopt.detach()
+    engine.commopt.close()
     with log() as again:
         commopt.attach(engine, "ef_sign")
     return told, late, again
@@ -124,7 +116,7 @@ def test_a_block_that_was_read_too_late_is_not_passed_over(two: Ranks) -> None:
     for rank, (told, late, again) in enumerate(two.run(unread_blocks)):
         for text in told:
             assert "'dgc', 'density': 0.1} in the configuration has had no effect" in text
-            assert "was imported after the engine was made" in text
+            assert "commopt.deepspeed.install() was not called" in text
         assert len([line for line in late if "had no effect until now" in line]) == (rank == 0)
         assert again == []  # the block has been answered
 
@@ -132,7 +124,7 @@ def test_a_block_that_was_read_too_late_is_not_passed_over(two: Ranks) -> None:
 # -- Accelerate
 
 
-def accelerator_of(model: Any, *others: Any) -> tuple[Any, ...]:
+def accelerator_of(model: Any, *others: Any, **more: Any) -> tuple[Any, ...]:
     """(accelerator, and what it has prepared)"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what Accelerate imports
@@ -143,7 +135,7 @@ def accelerator_of(model: Any, *others: Any) -> tuple[Any, ...]:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     # on CPUs Accelerate counts one process under DeepSpeed, which trains with two
-    config = {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
+    config = {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0}, **more}
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
     return accelerator, *accelerator.prepare(model, *others)
 
@@ -156,77 +148,62 @@ def prepared(with_schedule: bool) -> tuple[Any, ...]:
 
 
 def by_accelerate() -> tuple[list[float], bool, str, list[str]]:
-    from commopt.frameworks import accelerate
-
     accelerator, engine, optimizer, schedule, adam = prepared(True)
     before = [p.clone() for p in engine.module.parameters()]
-    attachment = accelerate.attach(accelerator, engine, {"onebit_adam": {"freeze_step": 2}}, optimizer)
+    run = commopt.attach(engine, {"onebit_adam": {"freeze_step": 2}}, optimizer)
     rates = []
     for step in range(STEPS):
         x, y = make_batch(engine.global_rank, step)
         accelerator.backward(loss_of(engine(x), y))
         optimizer.step()
         schedule.step()
-        rates.append(float(attachment.method.param_groups[0]["lr"]))
+        rates.append(float(run.optimizer.param_groups[0]["lr"]))
         assert optimizer.param_groups[0]["lr"] == rates[-1]
     moved = all(not torch.equal(p, q) for p, q in zip(before, engine.module.parameters(), strict=True))
     kind = type(optimizer.optimizer).__name__
-    equal = attachment.replicas_are_equal() and moved and attachment.steps == STEPS
+    equal = run.replicas_are_equal() and moved and run.steps == STEPS
     told = [refusal(adam.step)]
     accelerator, engine, optimizer, adam = prepared(False)
     other = torch.optim.AdamW(make_model().parameters())
     told += [
-        refusal(lambda: accelerate.attach(accelerator, engine, "onebit_adam")),
-        refusal(lambda: accelerate.attach(accelerator, engine, "ef_sign", other)),
-        refusal(lambda: accelerate.attach(accelerator, engine, "ef_sign", overlap=False)),
-        refusal(lambda: accelerate.attach(accelerator, engine, "ef_sign", overlap=True)),
+        refusal(lambda: commopt.attach(engine, "ef_sign", other)),
+        refusal(lambda: commopt.attach(engine, "ef_sign", optimizer, overlap=True)),
     ]
     return rates, equal, kind, told
 
 
 def test_accelerates_schedule_goes_on_in_an_engine_and_nothing_is_passed_over(two: Ranks) -> None:
     words = (
-        "has taken the place of this AdamW: engine.step() steps the method",
-        "give it to prepare() too",
-        "optimizer: is not this engine's",
-        "AttachError: overlap: has no effect under DeepSpeed",
-        "AttachError: overlap: has no effect under DeepSpeed",
+        "has taken the place of this AdamW",
+        "this optimizer is not the engine's",
+        "overlap=True with a DeepSpeed engine",
     )
     for rates, equal, kind, told in two.run(by_accelerate):
         assert rates == [0.01 * 0.5**step for step in range(1, STEPS + 1)]
         assert equal
-        assert kind == "OnebitAdam"
+        assert kind == "StandIn"
         assert [word for word, text in zip(words, told, strict=True) if word not in text] == []
 
 
-# -- the Trainer
+def installed_under_accelerate() -> tuple[str, str, str]:
+    """Accelerate with the method in the engine's configuration alone."""
+    import deepspeed
 
+    from commopt.deepspeed import install
 
-def made_by_a_trainer(method: str) -> str:
-    class Trainer:
-        """As that of transformers, whose import takes seconds: what makes an engine."""
-
-        def train(self) -> Any:
-            return make_engine({**SGD, "commopt": method}, ours=False)
-
-    had = sys.modules.get("transformers.trainer")
-    fake = types.ModuleType("transformers.trainer")
-    fake.Trainer = Trainer  # type: ignore[attr-defined]
-    sys.modules["transformers.trainer"] = fake
+    original: Any = deepspeed.DeepSpeedEngine.__init__
+    install()
     try:
-        return refusal(Trainer().train)
+        model = make_model()
+        adam = torch.optim.AdamW(model.parameters(), lr=0.01)
+        accelerator, engine, optimizer = accelerator_of(model, adam, commopt="onebit_adam")
     finally:
-        del sys.modules["transformers.trainer"]
-        if had is not None:
-            sys.modules["transformers.trainer"] = had
+        deepspeed.DeepSpeedEngine.__init__ = original
+    x, y = make_batch(engine.global_rank, 0)
+    accelerator.backward(loss_of(engine(x), y))
+    optimizer.step()
+    return engine.commopt.method.name, type(engine.optimizer).__name__, type(optimizer.optimizer).__name__
 
 
-def trainers_engines() -> tuple[str, str]:
-    return made_by_a_trainer("noloco"), made_by_a_trainer("ef_sign")
-
-
-def test_an_outer_method_in_a_trainers_configuration_is_refused_at_the_start(two: Ranks) -> None:
-    for outer, gradient in two.run(trainers_engines):
-        assert "noloco in the DeepSpeed configuration of a Trainer" in outer
-        assert "CommoptCallback('noloco')" in outer
-        assert gradient == ""
+def test_after_install_accelerates_own_engine_reads_the_block(two: Ranks) -> None:
+    assert two.run(installed_under_accelerate) == [("onebit_adam", "StandIn", "StandIn")] * 2

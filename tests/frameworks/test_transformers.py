@@ -326,7 +326,7 @@ def with_the_best(folder: str, method: dict[str, Any]) -> tuple[bool, bool]:
     optim = "sgd" if method["name"] == "diloco" else "adamw_torch"
     options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_steps": 1, "save_steps": 1}
     options |= {"eval_strategy": "steps", "save_strategy": "steps", "learning_rate": 5.0, "max_grad_norm": 0.0}
-    trainer, run = attached(folder, method, eval_dataset=data(16), optim=optim, **options)
+    trainer, _ = attached(folder, method, eval_dataset=data(16), optim=optim, **options)
     trainer.train()
     best = load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
     is_best = all(torch.equal(x, best[name]) for name, x in trainer.model.state_dict().items())
@@ -493,7 +493,7 @@ def no_stand_in(folder: str) -> None:
 
 
 def a_trial(folder: str) -> None:
-    attached(folder, EF, optim="sgd")[0].train(trial={"learning_rate": 1.0})
+    attached(folder, EF, optim="sgd", model_init=Net)[0].hyperparameter_search()
 
 
 def without_the_state(folder: str) -> None:

@@ -30,7 +30,7 @@ COMPRESSED: list[Any] = [
 
 def bound(given: Any, rank: int = 0, **options: Any) -> Message:
     message = Message(given, **options)
-    message.bind(ParameterIndex.of([(str(k), torch.zeros(s)) for k, s in enumerate(SHAPES)]), rank, torch.device("cpu"))
+    message.bind(ParameterIndex.of([(str(k), torch.zeros(s)) for k, s in enumerate(SHAPES)]), rank)
     return message
 
 
@@ -39,7 +39,7 @@ def values(seed: int, n: int = TOTAL) -> Tensor:
 
 
 def residual(message: Message) -> Tensor:
-    return message.state()["residual"].clone()
+    return message.state["residual"].clone()
 
 
 def test_without_a_compressor_a_message_is_the_tensor_itself() -> None:
@@ -47,7 +47,7 @@ def test_without_a_compressor_a_message_is_the_tensor_itself() -> None:
     x = values(1)
     assert torch.equal(message.unpack(message.pack(x, ALL, 0), ALL, 0), x)  # type: ignore[arg-type]
     assert message.pack(x, ALL, 0).nbytes == 4 * TOTAL
-    assert message.state() == {}
+    assert message.state == {}
     assert message.bytes_per_element() == 4.0
 
 
@@ -69,7 +69,7 @@ def test_without_error_feedback_nothing_is_kept(form: Any) -> None:
     message = bound(options)
     first, second = (message.pack(values(1), ALL, 0) for _ in range(2))
     assert torch.equal(first.buffer, second.buffer)
-    assert message.state() == {}
+    assert message.state == {}
 
 
 @pytest.mark.parametrize("form", COMPRESSED, ids=str)

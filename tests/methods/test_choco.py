@@ -269,7 +269,7 @@ def test_bytes_of_a_step(options: dict[str, Any], ranks: int, wanted: float) -> 
         ({"message": None}, "choco compresses its messages"),
         ({"message": {"compressor": "threshold", "threshold": 0.1}}, "write gamma: 0.1"),
         ({"gamma": 1.5}, "gamma: 1.5"),
-        ({"topology": "star"}, "unknown topology 'star'"),
+        ({"topology": "star"}, "topology: 'star' is out of range; write 'ring'"),
         ({"message": {"compressor": "sign", "error_feedback": False}}, "error_feedback has no effect"),
     ],
 )

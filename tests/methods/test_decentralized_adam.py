@@ -228,23 +228,6 @@ def test_bytes_of_a_step(options: dict[str, Any], ranks: int, wanted: float) -> 
     assert sum(SimWorld[float](ranks).run(steps)) / ranks == pytest.approx(wanted, rel=1e-2)
 
 
-def test_max_norm_clips_the_local_gradient_by_one_norm() -> None:
-    clipped, by_hand = make_model(), make_model()
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (clipped, by_hand)]
-    run: Any = attach(clipped, build("decentralized_adam", max_norm=0.1), optimizers[0])
-    run.join()
-    for model, optimizer in zip((clipped, by_hand), optimizers, strict=True):
-        loss_of(model(make_batch(0, 0)[0]), make_batch(0, 0)[1]).backward()
-        if model is by_hand:
-            norm = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]).norm()
-            assert norm > 0.2
-            for p in model.parameters():
-                assert p.grad is not None
-                p.grad.mul_(0.1 / norm)
-        optimizer.step()
-    torch.testing.assert_close(flat(clipped), flat(by_hand), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("message", ["int8", "sign", {"compressor": "top_k", "density": 0.1}])
 def test_compressed_messages_pull_replicas_together_and_keep_their_mean(message: Any) -> None:
     options = {"topology": "one_peer_exp", "message": message, "delay": 0}
@@ -258,10 +241,9 @@ def test_compressed_messages_pull_replicas_together_and_keep_their_mean(message:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"topology": "rin"}, "did you mean 'ring'"),
+        ({"topology": "rin"}, "topology: 'rin' is out of range; did you mean 'ring'"),
         ({"topology": "ring", "slots": 2}, "slots: has no effect"),
         ({"adaptive_factor": 0.0}, "adaptive_factor: 0.0"),
-        ({"max_norm": -1}, "max_norm: -1"),
         ({"delay": 2}, "delay: 2"),
         ({"message": {"compressor": "int8", "error_feedback": True}}, "error_feedback has no effect"),
     ],

@@ -93,7 +93,7 @@ def test_what_inner_steps_add_during_the_exchange_is_kept(delay: int, options: d
     fragments = options.get("fragments", 1)
     method: Any = diaries[0].attached.method
     start = flat(make_model())
-    for k, part in enumerate(method.parts):
+    for k, part in enumerate(method.fragment_parts):
         begun = range((k + 1) * every // fragments, steps - delay + 1, every)
         # a copy is taken after the step, and after what an earlier round brings at the same time
         thetas = [[diary.after[step][part] for diary in diaries] for step in begun]
@@ -184,7 +184,8 @@ def test_participants_that_sat_out_take_over_what_the_last_ones_had() -> None:
         ({"outer": {"name": "adam", "momentum": 0.9}}, "outer: adam:"),
         ({"outer": "adam", "momentum": 0.9}, "momentum: has no effect with outer: adam"),
         ({"lr": -1.0}, "outer: nesterov: Invalid learning rate"),
-        ({"fragments": 0}, "fragments: 0 is out of range; write a whole number from 1 to every, 100"),
+        ({"fragments": 0}, "fragments: 0 is out of range; write a whole number from 1"),
+        ({"fragments": 101}, "fragments: 101 is out of range; write a whole number from 1 to every, 100"),
         ({"participation": 0.0}, "participation: 0.0 is out of range"),
         ({"every": 0}, "every: 0 is out of range; write a whole number from 1"),
         ({"timeout_s": 0}, "timeout_s: 0 is out of range"),

@@ -160,8 +160,8 @@ def test_compressed_pairs_lose_nothing(compressor: Any) -> None:
         total, sent = torch.zeros(300), torch.zeros(300)
         for number in range(10):
             round = method.round_after(number + 1)
-            x = method.slow + torch.randn(300, generator=torch.Generator().manual_seed(number + 100 * group.rank))
-            total += x - method.slow
+            x = method.state["slow"] + torch.randn(300, generator=torch.Generator().manual_seed(number + 100 * group.rank))
+            total += x - method.state["slow"]
             exchanged = method.exchange(x, round)
             sent += exchanged.values["mean"]
             method.apply(x, round, exchanged)
@@ -212,8 +212,8 @@ def final_difference(gamma: float, momentum: float) -> float:
         method.ready(0)
         for number in range(200):
             round = method.round_after(number + 1)
-            x = method.slow.clone()
+            x = method.state["slow"].clone()
             method.apply(x, round, method.exchange(x, round))
-        return float(method.slow.abs())
+        return float(method.state["slow"].abs())
 
     return max(SimWorld[float](2).run(rank_of))

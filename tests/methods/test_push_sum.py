@@ -50,14 +50,14 @@ def gossip(group: SimGroup, rounds: int, weight: float = 1.0, **options: Any) ->
     method: Any = build("push_sum", **options)
     method.bind([("x", torch.zeros(74))], group.peers)
     method.begin(torch.zeros(74))
-    method.weight.fill_(weight)
+    method.state["weight"].fill_(weight)
     z, weights = start_values(74) * (group.rank + 1), list[float]()
     for number in range(rounds):
         group.peers.announce(number)
         group.advance(1.0)
         round = method.round_after(number + 1)
         z = method.apply(z, round, method.exchange(z, round))
-        weights.append(float(method.weight))
+        weights.append(float(method.state["weight"]))
     return z, weights, method
 
 
@@ -187,9 +187,9 @@ def test_a_resumed_rank_keeps_its_weight() -> None:
         second: Any = build("push_sum")
         for method in (first, second):
             method.bind([("x", torch.zeros(3))], group.peers)
-        first.weight.fill_(0.375)
+        first.state["weight"].fill_(0.375)
         second.load(first.saved())
-        return float(second.weight)
+        return float(second.state["weight"])
 
     assert SimWorld[float](2).run(rank_of) == [0.375, 0.375]
 

@@ -12,9 +12,8 @@ from pool import Pool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import AttachError, GradientsChanged
-from commopt.frameworks import ddp, plain
 from commopt.groups import SimGroup, SimWorld, TorchGroup
 
 
@@ -29,16 +28,16 @@ def backward(model: nn.Module, seed: int = 0) -> None:
 
 def test_an_attached_model_can_be_copied_and_saved() -> None:
     model = model_of()
-    plain.attach(model, build("dense"), torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(model, "dense", torch.optim.SGD(model.parameters(), lr=0.1))
     copied = copy.deepcopy(model)
     torch.save(model, io.BytesIO())
-    plain.attach(copied, build("dense"), torch.optim.SGD(copied.parameters(), lr=0.1))
+    attach(copied, "dense", torch.optim.SGD(copied.parameters(), lr=0.1))
 
 
 def test_one_optimizer_must_hold_every_parameter() -> None:
     model = model_of()
     with pytest.raises(AttachError, match=r"does not hold the trainable parameter 2\.weight"):
-        plain.attach(model, build("dense"), torch.optim.SGD(model[0].parameters(), lr=0.1))
+        attach(model, "dense", torch.optim.SGD(model[0].parameters(), lr=0.1))
 
 
 def test_a_method_serves_one_model() -> None:
@@ -47,29 +46,28 @@ def test_a_method_serves_one_model() -> None:
         model = model_of(seed)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         if seed == 0:
-            plain.attach(model, method, optimizer)
+            attach(model, method, optimizer)
         else:
             with pytest.raises(AttachError, match="build another one"):
-                plain.attach(model, method, optimizer)
+                attach(model, method, optimizer)
 
 
 def test_a_gradient_that_is_replaced_is_seen() -> None:
     model = model_of()
-    method: Any = build("onebit_adam", model.named_parameters())
-    attachment = plain.attach(model, method)
+    run: Any = attach(model, "onebit_adam", torch.optim.Adam(model.parameters()))
     backward(model)
-    attachment.exchange()
+    run.exchange_gradients()
     weight = model.get_parameter("0.weight")
     weight.grad = torch.zeros_like(weight)
     with pytest.raises(GradientsChanged, match=r"0\.weight: the gradient was changed"):
-        method.step()
+        run.optimizer.step()
 
 
 def test_a_parameter_that_is_unfrozen_later_is_refused() -> None:
     model = model_of()
     model[0].bias.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    plain.attach(model, build("dense"), optimizer)
+    attach(model, "dense", optimizer)
     model[0].bias.requires_grad_(True)
     backward(model)
     with pytest.raises(AttachError, match="frozen at attach"):
@@ -79,17 +77,17 @@ def test_a_parameter_that_is_unfrozen_later_is_refused() -> None:
 @pytest.mark.parametrize("shape", [(3, 3), (2, 7, 5), (7,)])
 def test_a_mask_of_another_shape_is_refused_at_attach(shape: tuple[int, ...]) -> None:
     model = model_of()
-    method = build("onebit_adam", model.named_parameters(), momentum_mask={"0.weight": torch.ones(shape)})
+    method = build("onebit_adam", momentum_mask={"0.weight": torch.ones(shape)})
     with pytest.raises(AttachError, match=r"is of shape \(7, 5\)"):
-        plain.attach(model, method)
+        attach(model, method, torch.optim.Adam(model.parameters()))
 
 
 def skipped_step(group: SimGroup, models: list[nn.Sequential]) -> Tensor:
     model = models[group.rank]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attachment = plain.attach(model, build("dense"), optimizer, group)
+    run: Any = attach(model, "dense", optimizer, group=group)
     backward(model, seed=group.rank)
-    attachment.exchange()  # and no step: a loss that was not to be trusted
+    run.exchange_gradients()  # and no step: a loss that was not to be trusted
     optimizer.zero_grad()
     backward(model, seed=10 + group.rank)
     optimizer.step()
@@ -107,14 +105,14 @@ def small_gradient(pg: Any) -> float:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     wrapped = DistributedDataParallel(model, process_group=pg)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    attachment = ddp.attach(wrapped, build("fp16", grad_scaler=scaler), optimizer, TorchGroup(pg))
+    run = attach(wrapped, "fp16", optimizer, group=TorchGroup(pg), grad_scaler=scaler)
     loss = wrapped(torch.ones(1, 5)).sum() * 1e-8
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     grad = model.get_parameter("2.bias").grad
     assert grad is not None
     gradient = float(grad[0])
-    attachment.detach()
+    run.close()
     return gradient
 
 
@@ -128,14 +126,14 @@ def own_traffic(pg: Any) -> dict[str, float]:
     wrapped = DistributedDataParallel(model, process_group=pg, find_unused_parameters=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(AttachError, match="DDP's own process group"):
-        ddp.attach(wrapped, build("ef_sign"), optimizer, TorchGroup(pg))
-    attachment = ddp.attach(wrapped, build("ef_sign"), optimizer, TorchGroup(pg), overlap=False)
+        attach(wrapped, "ef_sign", optimizer, group=TorchGroup(pg))
+    run = attach(wrapped, "ef_sign", optimizer, group=TorchGroup(pg), overlap=False)
     for _ in range(3):
         wrapped(torch.randn(4, 5)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    rows = attachment.group.traffic.as_dict()["by_operation"]
-    attachment.detach()
+    rows = run.traffic.as_dict()["by_operation"]
+    run.close()
     return {row["bucket"]: row["bytes"] for row in rows if row["bucket"].startswith("DDP")}
 
 
