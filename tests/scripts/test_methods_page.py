@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from script import module
+from script import SCRIPTS, module
 
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    yield from module("write_methods_page")
+script = module("write_methods_page", SCRIPTS)
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +16,11 @@ def check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["write_methods_page.py", "--check"])
 
 
-def test_the_page_is_up_to_date(script: ModuleType) -> None:
+def test_the_page_is_up_to_date() -> None:
     script.main()
 
 
-def test_a_page_that_is_out_of_date_is_noticed(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_that_is_out_of_date_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "methods.md"
     monkeypatch.setattr(script, "PAGE", page)
     said = f"^{page} is out of date; run scripts/write_methods_page.py$"
