@@ -23,63 +23,20 @@ scripts/bench/results/convergence.jsonl with its settings, and trained again onl
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 from command import DOCS, main, names, new_parser, only_shows, present
-from convergence_cells import (
-    BY_LABEL,
-    ENTRIES,
-    LEFT_OUT,
-    SEEDS,
-    TASKS,
-    Entry,
-    Find,
-    Pair,
-    Protocol,
-    Task,
-    found_in,
-    settings_of,
-    why_not,
-)
+from convergence_cells import BY_LABEL, ENTRIES, SEEDS, TASKS, Protocol, chosen_pairs, found_in, notices, settings_of
 from convergence_results import report, row_of
 from convergence_training import run_cell
 from store import RESULTS, Store
 from training import my_cores, train_all
 
 from commopt.errors import ConfigError
-from commopt.methods import METHODS
-from commopt.record.words import seconds_text
 
 STORED = RESULTS / "convergence.jsonl"
 PAGE = DOCS / "convergence.md"
 QUICK_STEPS = 100
-CELL_S = 1.5  # of a cell beside its steps, for the estimate only
-
-
-def estimate_s(entry: Entry, task: Task, protocol: Protocol, find: Find) -> float:
-    """Seconds that the remaining cells take one core, roughly."""
-    return protocol.remaining(entry, task, find) * (CELL_S + task.steps * task.step_ms / 1e3)
-
-
-def chosen_pairs(labels: Sequence[str], tasks: Sequence[Task], entries: Sequence[Entry]) -> list[Pair]:
-    """What to train for these labels: with their parents, and with what gives the long runs their rates. Long runs first."""
-    wanted = {label: None for entry in entries if entry.label in labels for label in (entry.parent, entry.label)}
-    own = [entry for entry in entries if entry.label in wanted]
-    own.sort(key=lambda entry: -len(entry.tasks))  # the long runs wait for these rates
-    by_name = {task.rates_from: TASKS[task.rates_from] for task in tasks if task.rates_from}
-    by_name |= {task.name: task for task in tasks}
-    every = [by_name[name] for name in TASKS if name in by_name]
-    return [(entry, task) for task in every for entry in own if task.name in entry.tasks]
-
-
-def notices(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
-    """The entries that can be trained, and what is said about the others, and about methods without an entry."""
-    reasons = {entry.label: why_not(entry) for entry in entries}
-    lines = [f"{label} is skipped: {reason}" for label, reason in reasons.items() if reason is not None]
-    listed = {entry.method for entry in ENTRIES} | set(LEFT_OUT)
-    lines += [f"{name} has no entry in convergence_cells.py" for name in METHODS if name not in listed]
-    return [entry for entry in entries if reasons[entry.label] is None], lines
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,38 +72,22 @@ def run(args: argparse.Namespace) -> int:
     failed: list[str] = []
     try:
         if not shows:
-            failed = train(pairs, protocol, Store(file, redo), args.jobs, said)
+            store = Store(file, redo)
+            find = found_in(store)
+            print("\n".join(said), flush=True)
+            failed = train_all(
+                lambda: (cell for pair in pairs for cell in protocol.wanted(*pair, find)),
+                settings_of,
+                run_cell,
+                store,
+                args.jobs,
+                lambda: sum(protocol.remaining_s(*pair, find) for pair in pairs),
+            )
     finally:
         found = [row_of(entry, task, protocol, found_in(Store(file))) for entry, task in pairs]
         notes = [*said, *failed]
         present(report([row for row in found if row is not None], notes), args, PAGE, notes)
     return 1 if failed else 0
-
-
-def train(pairs: Sequence[Pair], protocol: Protocol, store: Store, jobs: int, said: Sequence[str]) -> list[str]:
-    """Say what is going to be trained, and train it. Returns what failed."""
-    find = found_in(store)
-    print("\n".join([*said, *plan(pairs, protocol, find, jobs)]), flush=True)
-    return train_all(
-        lambda: (cell for entry, task in pairs for cell in protocol.wanted(entry, task, find)),
-        settings_of,
-        run_cell,
-        store,
-        jobs,
-        lambda: sum(estimate_s(entry, task, protocol, find) for entry, task in pairs),
-    )
-
-
-def plan(pairs: Sequence[Pair], protocol: Protocol, find: Find, jobs: int) -> list[str]:
-    """What is going to be trained, and how long that takes, about."""
-    lines, total_s = [], 0.0
-    for task in dict.fromkeys(task.name for _, task in pairs):
-        own = [pair for pair in pairs if pair[1].name == task]
-        cells = sum(protocol.remaining(*pair, find) for pair in own)
-        seconds = sum(estimate_s(*pair, protocol, find) for pair in own)
-        total_s += seconds
-        lines.append(f"{task:9} {len(own):3} labels, {cells:4} cells to train, {seconds_text(seconds / jobs)}")
-    return [*lines, f"about {seconds_text(total_s / jobs)} on {jobs} cores, and more where a grid has to be extended"]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import building
@@ -15,6 +16,7 @@ from commopt.compress import COMPRESSORS
 from commopt.methods import METHODS
 
 SCHEMA = 1
+CELL_S = 1.5  # of a cell beside its steps, for the estimate only
 EXTENSIONS = 2  # how many rates beyond the first three are tried
 SEEDS = (1, 2, 3, 4, 5)  # the first one chooses the rate; the first three unless more are asked for
 
@@ -185,6 +187,26 @@ def why_not(entry: Entry) -> str | None:
     return building.why_not(settings_of(Cell(TASKS[entry.tasks[0]], entry, 1e-3, 1)))
 
 
+def chosen_pairs(labels: Sequence[str], tasks: Sequence[Task], entries: Sequence[Entry]) -> list[Pair]:
+    """What to train for these labels: with their parents, and with what gives the long runs their rates. Long runs first."""
+    wanted = {label: None for entry in entries if entry.label in labels for label in (entry.parent, entry.label)}
+    own = [entry for entry in entries if entry.label in wanted]
+    own.sort(key=lambda entry: -len(entry.tasks))  # the long runs wait for these rates
+    by_name = {task.rates_from: TASKS[task.rates_from] for task in tasks if task.rates_from}
+    by_name |= {task.name: task for task in tasks}
+    every = [by_name[name] for name in TASKS if name in by_name]
+    return [(entry, task) for task in every for entry in own if task.name in entry.tasks]
+
+
+def notices(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """The entries that can be trained, and what is said about the others, and about methods without an entry."""
+    reasons = {entry.label: why_not(entry) for entry in entries}
+    lines = [f"{label} is skipped: {reason}" for label, reason in reasons.items() if reason is not None]
+    listed = {entry.method for entry in ENTRIES} | set(LEFT_OUT)
+    lines += [f"{name} has no entry in {Path(__file__).name}" for name in METHODS if name not in listed]
+    return [entry for entry in entries if reasons[entry.label] is None], lines
+
+
 # ---- a cell: one method on one task, at one rate, with one seed ------------------------------------------------------
 
 
@@ -287,3 +309,7 @@ class Protocol:
         if not missing:
             return len(self.wanted(entry, task, find))
         return missing + len(task.seeds) - 1 if self.tunes(entry, task) else len(task.seeds)
+
+    def remaining_s(self, entry: Entry, task: Task, find: Find) -> float:
+        """Seconds that those take one core, roughly."""
+        return self.remaining(entry, task, find) * (CELL_S + task.steps * task.step_ms / 1e3)

@@ -176,7 +176,7 @@ def report(rows: Sequence[Row], notices: Sequence[str]) -> Report:
 
 
 def sheet(rows: Sequence[Row]) -> Sheet:
-    made = []
+    made: list[list[str | Text]] = []
     for row in rows:
         label, *words, verdict = words_of(row)
         style = "dim" if row.entry.label == row.entry.parent else "bold"
@@ -292,23 +292,25 @@ def is_off_the_scale(row: Row) -> bool:
 
 def label_marks(ax: Axes, texts: Sequence[tuple[float, float, str, str]]) -> None:
     """Write beside each mark what it is: in the first free place, the nearest ones first, with a line to it if it is far."""
+    from matplotlib.transforms import Bbox
+
     ax.figure.canvas.draw()
-    frame, taken = ax.get_window_extent(), [Box.around(ax.transData.transform((x, y)), 5) for x, y, _, _ in texts]
+    frame, anchors = ax.get_window_extent(), [ax.transData.transform((x, y)) for x, y, _, _ in texts]
+    taken = [Bbox([anchor - 5, anchor + 5]) for anchor in anchors]
     points = ax.figure.dpi / 72
-    for x, y, said, colour in texts:
+    for anchor, (x, y, said, colour) in zip(anchors, texts, strict=True):
         note = ax.annotate(said, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center")
         note.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5})
         size = note.get_window_extent()
-        anchor_x, anchor_y = ax.transData.transform((x, y))
         width, height = size.width / points, size.height / points
         for dx, dy in places(width):
-            left, middle = anchor_x + dx * points, anchor_y + dy * points
-            box = Box(left, middle - size.height / 2, left + size.width, middle + size.height / 2)
-            if box.is_inside(frame) and not any(box.overlaps(other) for other in taken):
+            left, middle = anchor[0] + dx * points, anchor[1] + dy * points
+            box = Bbox.from_bounds(left, middle - size.height / 2, size.width, size.height)
+            if frame.contains(*box.min) and frame.contains(*box.max) and not box.count_overlaps(taken):
                 break
         else:
             dx, dy = places(width)[0]
-            box = Box.around((anchor_x, anchor_y), 1)
+            box = Bbox([anchor - 1, anchor + 1])
         note.set_position((dx, dy))
         taken.append(box)
         if math.hypot(dx + (width if dx < 0 else 0), dy) > 1.5 * height:
@@ -329,24 +331,3 @@ def places(width: float) -> list[tuple[float, float]]:
         for side in (1, -1)
     ]
     return near + sorted(rings, key=lambda place: math.hypot(place[0] + (width if place[0] < 0 else 0), place[1]))
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle on the page, in pixels."""
-
-    left: float
-    low: float
-    right: float
-    high: float
-
-    @classmethod
-    def around(cls, point: Any, reach: float) -> Box:
-        x, y = point
-        return cls(x - reach, y - reach, x + reach, y + reach)
-
-    def overlaps(self, other: Box) -> bool:
-        return self.left < other.right and other.left < self.right and self.low < other.high and other.low < self.high
-
-    def is_inside(self, frame: Any) -> bool:
-        return bool(frame.x0 <= self.left and self.right <= frame.x1 and frame.y0 <= self.low and self.high <= frame.y1)

@@ -27,8 +27,6 @@ from outer_training import run_cell
 from store import RESULTS, Store
 from training import my_cores, train_all
 
-from commopt.record.words import seconds_text
-
 STORED = RESULTS / "outer.jsonl"
 PAGE = DOCS / "outer-convergence.md"
 STEP_S = 0.006  # of one replica, for the estimate only
@@ -68,8 +66,17 @@ def run(args: argparse.Namespace) -> int:
     failed: list[str] = []
     try:
         if not shows:
-            redo = [f"*-{label}-*" for label in labels if args.redo]
-            failed = train(entries, protocol, Store(file, redo), task, args.jobs, said)
+            store = Store(file, [f"*-{label}-*" for label in labels if args.redo])
+            find = found_in(store, task)
+            print("\n".join(said), flush=True)
+            failed = train_all(
+                lambda: protocol.wanted(entries, find),
+                lambda cell: settings_of(cell, task),
+                run_cell,
+                store,
+                args.jobs,
+                lambda: remaining_s(entries, protocol, find, task),
+            )
     finally:
         results = Results(protocol, found_in(Store(file), task), entries, task)
         present(results.report(), args, PAGE, [*said, *failed])
@@ -80,21 +87,6 @@ def quick(ranks: int) -> tuple[Task, Protocol]:
     """A short task, trained with one rate and one seed."""
     task = replace(Task(), steps=40, every=10, held_out=4)
     return task, Protocol(grid=(3e-3,), extensions=0, seeds={ranks: SEEDS[ranks][:1]})
-
-
-def train(
-    entries: Sequence[Entry], protocol: Protocol, store: Store, task: Task, jobs: int, said: Sequence[str]
-) -> list[str]:
-    """Say what is going to be trained, and train it. Returns what failed."""
-    find = found_in(store, task)
-
-    def left_s() -> float:
-        return remaining_s(entries, protocol, find, task)
-
-    print("\n".join([*said, f"about {seconds_text(left_s() / jobs)} on {jobs} cores"]), flush=True)
-    return train_all(
-        lambda: protocol.wanted(entries, find), lambda cell: settings_of(cell, task), run_cell, store, jobs, left_s
-    )
 
 
 if __name__ == "__main__":

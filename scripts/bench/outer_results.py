@@ -253,9 +253,8 @@ def chosen(results: Results) -> Sheet:
     rows = []
     for family, labels in JUDGES.items():
         for rate in results.protocol.tried(family, results.find):
-            cells = results.protocol.judged(family, rate)
-            found = [results.find(cell) for cell in cells]
-            if None in found:
+            found = [result for cell in results.protocol.judged(family, rate) if (result := results.find(cell))]
+            if len(found) < len(labels):
                 continue
             said = ", ".join(f"{label} {loss_of(result):.4f}" for label, result in zip(labels, found, strict=True))
             mark = "  chosen" if rate == results.rates[family] else ""

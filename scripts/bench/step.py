@@ -117,7 +117,7 @@ def warmup_steps(method: str, options: Mapping[str, Any], optimizer: Mapping[str
     from building import build
 
     settings = {"method": method, "options": options, "optimizer": optimizer}
-    return build(settings, torch.nn.Linear(2, 2))[0].warmup_steps
+    return int(build(settings, torch.nn.Linear(2, 2))[0].warmup_steps)
 
 
 def settings_of(cell: Cell) -> dict[str, Any]:
@@ -220,21 +220,16 @@ def measure(
                     failure, details = said[0], "\n".join([failure, *said])
         run = collect(records, method=cell.method, failure=failure, ranks_here=range(NODES))
         ranks = {record.rank: record for record in map(RankRecord.read, rank_files(records))}
+    known = ("status", "parameters", "window_steps", "step_s", "step_mean_s", "compute_s", "nic_over_model")
     return {
         **asdict(cell),
+        **{name: getattr(run, name) for name in known},
         "rate": CLUSTERS[cell.cluster],
-        "status": run.status,
         "failure": failure or run.failure,
         "details": details.splitlines()[-20:],
-        "parameters": run.parameters,
-        "window_steps": run.window_steps,
-        "step_s": run.step_s,
-        "step_mean_s": run.step_mean_s,
-        "compute_s": run.compute_s,
         "wait_share": None if cell.method in PEERS else run.wait_share,
         "interface_bytes": interface_bytes(ranks),
         "payload_bytes": run.payload_bytes_per_step,
-        "nic_over_model": run.nic_over_model,
         "events": event_texts(run),
         "profile": [fields["rows"] for record in ranks.values() for kind, fields in record.events if kind == "profile"],
         "environment": Environment.here().model_dump(),
@@ -278,7 +273,7 @@ def sweep(
     """Measure the cells that are not stored. Raises ConfigError for a bad option."""
     store = Store(file, ["*"] if redo else ())
     wanted = [(cell, settings) for cell in cells if store.get(cell.name, settings := settings_of(cell)) is None]
-    todo = [
+    todo: list[Entry] = [
         {
             "name": cell.name,
             "cell": asdict(cell),

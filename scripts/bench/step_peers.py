@@ -211,7 +211,7 @@ def codecs(kind: type[Any]) -> Iterator[tuple[str, object, str]]:
 def kernel_functions() -> Iterator[tuple[str, object, str]]:
     """The public functions of the kernels that are loaded; methods look them up when they call them."""
     for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("commopt.kernels.") and not module_name.endswith(".reference"):
+        if module_name.startswith("commopt.kernels.") and ".reference" not in module_name:
             for name, function in list(vars(module).items()):
                 if inspect.isfunction(function) and function.__module__ == module_name and not name.startswith("_"):
                     yield "kernel", module, name

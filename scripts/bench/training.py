@@ -49,6 +49,7 @@ def train_all(
     console, columns = wide_console(), (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     pool = ProcessPoolExecutor(jobs, context, start_worker, (cores,))
     start_s, planned_s = time.monotonic(), left_s()
+    print(f"about {seconds_text(planned_s / jobs)} on {jobs} cores", flush=True)
     try:
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("", total=planned_s)

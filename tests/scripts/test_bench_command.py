@@ -84,6 +84,12 @@ def test_a_mistake_is_told_in_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_kernels_are_timed_against_a_copy() -> None:
+    words = [sys.executable, str(BENCH / "kernels.py"), "--elements", "1000", "--repeats", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=110)
+    assert "1.00 x copy" in done.stdout
+
+
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 

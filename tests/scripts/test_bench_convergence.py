@@ -81,7 +81,7 @@ def test_every_parent_is_dense_and_trained_wherever_its_methods_are() -> None:
 
 
 def test_a_method_that_is_not_there_is_named_and_skipped() -> None:
-    entries, said = bench.notices([*cells.ENTRIES[:1], cells.Entry("x", "telepathy", "adam")])
+    entries, said = cells.notices([*cells.ENTRIES[:1], cells.Entry("x", "telepathy", "adam")])
     assert [entry.label for entry in entries] == ["adam"]
     assert "x is skipped: there is no method telepathy" in said
 
@@ -142,14 +142,14 @@ def test_remaining_counts_down_to_zero() -> None:
 
 
 def test_a_label_brings_its_parent_and_a_long_run_the_task_of_its_rate() -> None:
-    pairs = bench.chosen_pairs(["dgc_1pct"], [cells.TASKS["gpt_long"]], cells.ENTRIES)
+    pairs = cells.chosen_pairs(["dgc_1pct"], [cells.TASKS["gpt_long"]], cells.ENTRIES)
     named = {(entry.label, task.name) for entry, task in pairs}
     assert named == {(label, task) for label in ("sgd", "dgc_1pct") for task in ("gpt", "gpt_long")}
 
 
 def test_a_task_is_trained_as_the_command_line_has_changed_it() -> None:
     shorter = [replace(cells.TASKS[name], steps=7, seeds=(1,)) for name in cells.SHORT]
-    pairs = bench.chosen_pairs(["adam"], shorter, cells.ENTRIES)
+    pairs = cells.chosen_pairs(["adam"], shorter, cells.ENTRIES)
     assert [(task.name, task.steps, task.seeds) for _, task in pairs] == [("gpt", 7, (1,)), ("digits", 7, (1,))]
 
 
@@ -175,7 +175,7 @@ def test_a_stored_cell_counts_only_with_the_same_settings(tmp_path: Path) -> Non
 def test_the_page_says_what_is_stored() -> None:
     find, pairs = (
         cells.found_in(Store(bench.STORED)),
-        bench.chosen_pairs(cells.BY_LABEL, [*cells.TASKS.values()], cells.ENTRIES),
+        cells.chosen_pairs(cells.BY_LABEL, [*cells.TASKS.values()], cells.ENTRIES),
     )
     found = [says.row_of(entry, task, cells.Protocol(), find) for entry, task in pairs]
     report, page = says.report([row for row in found if row is not None], []), bench.PAGE.read_text(encoding="utf-8")

@@ -62,17 +62,14 @@ def row(text: str, method: str) -> list[str]:
 
 def test_the_floor_is_of_the_busiest_node_and_direction() -> None:
     assert says.floor_s(cell()) == pytest.approx(0.08)
+    assert says.ratio_to_floor(cell()) == pytest.approx(0.1 / 0.08)
+    assert says.ratio_to_floor(cell(compute_s=0.09)) == pytest.approx(0.1 / 0.09)  # compute takes longer
 
 
 def test_without_a_rate_or_a_count_there_is_no_floor() -> None:
     assert says.floor_s(cell(cluster="unshaped")) is None
     assert says.floor_s(cell(interface_bytes={})) is None
     assert says.floor_s(cell(interface_bytes={"node0": {"sent": None, "received": None}})) is None
-
-
-def test_the_ratio_is_to_the_slower_of_compute_and_link() -> None:
-    assert says.ratio_to_floor(cell()) == pytest.approx(0.1 / 0.08)
-    assert says.ratio_to_floor(cell(compute_s=0.09)) == pytest.approx(0.1 / 0.09)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +88,8 @@ def test_the_ratio_is_to_the_slower_of_compute_and_link() -> None:
 )
 def test_targets(result: dict[str, Any], expected: tuple[float, bool] | None) -> None:
     assert says.verdict(result, cell("torch_ddp")) == expected
-
-
-def test_unshaped_there_is_no_verdict_without_ddp() -> None:
-    assert says.verdict(cell(cluster="unshaped"), None) is None
+    if result["rate"] is None:
+        assert says.verdict(result, None) is None
 
 
 def test_the_table_shows_each_cell_and_marks_the_peers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,10 +101,7 @@ def test_the_table_shows_each_cell_and_marks_the_peers(capsys: pytest.CaptureFix
     assert row(text, "torch_powersgd") == ["*", "failed"]
     assert "50mbit-1m-torch_powersgd failed: sizes differ: 3264 vs 768" in text
     assert "All 4 ranks shared 2 cores" in text
-
-
-def test_a_verdict_on_a_disturbed_cell_is_in_doubt(capsys: pytest.CaptureFixture[str]) -> None:
-    assert row(drawn([cell(others_cores=0.7)], capsys), "ef_sign")[-3:] == ["1.2", "missed", "?"]
+    assert row(drawn([cell(others_cores=0.7)], capsys), "ef_sign")[-3:] == ["1.2", "missed", "?"]  # in doubt
 
 
 def test_one_table_for_each_cluster_and_model(capsys: pytest.CaptureFixture[str]) -> None:
