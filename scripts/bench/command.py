@@ -91,7 +91,7 @@ def names(option: str, text: str | None, known: Iterable[str]) -> list[str]:
 
 def matching(only: str | None, cells: Sequence[Cell]) -> list[Cell]:
     """The cells whose names match one of the patterns in PATTERN,... Raises ConfigError if there is none."""
-    patterns = [pattern.strip() for pattern in (only or "*").split(",")]
+    patterns = ["*"] if only is None else [pattern.strip() for pattern in only.split(",")]
     found = [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in patterns)]
     if not found:
         raise ConfigError(f"--only {only}: matches no cell; a cell is named like {cells[0].name}")

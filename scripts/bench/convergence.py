@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if not shows:
             store = Store(file, redo)
             find = found_in(store)
-            print("\n".join(said), flush=True)
+            print(*said, sep="\n", end="\n" * bool(said), flush=True)
             failed = train_all(
                 lambda: (cell for pair in pairs for cell in protocol.wanted(*pair, find)),
                 settings_of,

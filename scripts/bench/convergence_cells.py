@@ -286,7 +286,7 @@ class Protocol:
         return task.rates_from is None or task.name in entry.rates
 
     def best_rate(self, entry: Entry, task: Task, find: Find) -> float | None:
-        """None as long as it is not known, and where nothing converges."""
+        """None as long as it is not known, and if nothing converges."""
         return best_rate(self.scores(self.choosing(entry, task, find), find))
 
     def is_at_edge(self, entry: Entry, task: Task, find: Find) -> bool:

@@ -27,7 +27,7 @@ class Row:
 
     entry: Entry
     task: Task
-    rate: float | None  # None where it diverged at every rate
+    rate: float | None  # None if it diverged at every rate
     is_at_edge: bool = False
     losses: Mapping[int, float] = field(default_factory=dict)  # by seed
     worse_by: tuple[float, ...] = ()  # percent, for each seed that the parent has too
@@ -52,7 +52,7 @@ class Row:
 
     @property
     def is_met(self) -> bool | None:
-        """None where there is no target, or nothing to compare with."""
+        """None if there is no target, or nothing to compare with."""
         if self.target is None or (self.rate is not None and not self.worse_by):
             return None
         return self.rate is not None and statistics.fmean(self.worse_by) <= self.target

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if not shows:
             store = Store(file, [f"*-{label}-*" for label in labels if args.redo])
             find = found_in(store, task)
-            print("\n".join(said), flush=True)
+            print(*said, sep="\n", end="\n" * bool(said), flush=True)
             failed = train_all(
                 lambda: protocol.wanted(entries, find),
                 lambda cell: settings_of(cell, task),

@@ -50,7 +50,7 @@ class Store:
         for line in self.file.read_text().splitlines() if self.file.exists() else ():
             try:
                 cell = json.loads(line)
-                cells[cell["name"]] = {"settings": {}, **cell}
+                cells[cell["name"]] = {**cell, "settings": cell.get("settings", {})}
             except (ValueError, KeyError, TypeError):
                 continue
         return cells
