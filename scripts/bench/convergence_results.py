@@ -111,17 +111,8 @@ def compressed(dense_bytes: float, nbytes: float | None) -> str:
 
 
 HEADINGS = (
-    "method",
-    "parent",
-    "loss",
-    "worse by %",
-    "bytes, steady",
-    "ratio",
-    "bytes, whole run",
-    "ratio",
-    "lr",
-    "target",
-)
+    "method", "parent", "loss", "worse by %", "bytes, steady", "ratio", "bytes, whole run", "ratio", "lr", "target",
+)  # fmt: skip
 
 
 def words_of(row: Row) -> list[str]:

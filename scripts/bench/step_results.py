@@ -17,15 +17,9 @@ NODES = 4
 PEERS = ("torch_ddp", "torch_fp16", "torch_powersgd", "torch_powersgd_one_bucket")
 BASELINE = "torch_ddp"
 TARGET, TARGET_CLUSTERS, UNSHAPED_TARGET = 1.2, ("50mbit", "100mbit"), 1.3
-WITHOUT_TARGET = (
-    "dense",
-    "fp16",
-    "two_way",
-    "natural",
-    "powersgd",
-    "dice_sgd",
-    *PEERS,
-)  # others send signs, few values, or at most 4 bits of each
+WITHOUT_TARGET = (  # others send signs, few values, or at most 4 bits of each
+    "dense", "fp16", "two_way", "natural", "powersgd", "dice_sgd", *PEERS,
+)  # fmt: skip
 HEADINGS = ("step\nms", "compute\nms", "floor\nms", "ratio", "x DDP", "interface\nper step", "payload\nper step")
 
 Result = Mapping[str, Any]  # a stored cell

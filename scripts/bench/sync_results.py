@@ -149,12 +149,8 @@ def linked_sheet(cells: Sequence[Result]) -> Sheet:
         nodes, nbytes = settings["nodes"], settings["elements"] * 4
         medians = [milliseconds(float(np.median(seconds[name]))) for name in ("swap", "tree", "ring")]
         trees = ratios(cell, "tree")
-        row = [
-            f"{nodes}",
-            bytes_text(nbytes),
-            milliseconds(wire_bytes(nbytes) / parse_rate(settings["rate"])),
-            *medians,
-        ]
+        floor_ms = milliseconds(wire_bytes(nbytes) / parse_rate(settings["rate"]))
+        row = [f"{nodes}", bytes_text(nbytes), floor_ms, *medians]
         row += [with_quartiles(trees), f"{expected_ratio('tree', nodes):.2f}", f"{statistics.median(trees) / 2:.2f}"]
         row += [with_quartiles(ratios(cell, "ring")), f"{expected_ratio('ring', nodes):.2f}", others(cell)]
         rows.append(row)
@@ -204,11 +200,8 @@ def draw_figure(simulation: Result, file: Path) -> None:
         left.set_ylabel("ratio of mean times, log scale")
         left.set_yscale("log", base=2)
         left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        blocking = [
-            point
-            for point in simulation["blocking"]
-            if point["outer_steps"] == max(simulation["settings"]["outer_steps"])
-        ]
+        last = max(simulation["settings"]["outer_steps"])
+        blocking = [point for point in simulation["blocking"] if point["outer_steps"] == last]
         draw_lines(right, blocking, "inner_steps", PAPER_BLOCKING, "the paper: about 20 %")
         right.set_title("Cost of waiting: barrier of all / of random pairs, free messages (5B)")
         right.set_xlabel("inner steps per outer step")
@@ -223,15 +216,8 @@ def draw_lines(ax: Axes, points: Sequence[Result], column: str, paper: Result, s
         own = [point for point in points if point["nodes"] == nodes]
         x, y = [point[column] for point in own], [point["ratio"] for point in own]
         ax.plot(x, y, "o-", color=colour, markersize=4)
-        ax.annotate(
-            f"{nodes:,} nodes",
-            (x[-1], y[-1]),
-            (7, 0),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            fontsize=9,
-        )
+        style: Any = {"textcoords": "offset points", "color": colour, "va": "center", "fontsize": 9}
+        ax.annotate(f"{nodes:,} nodes", (x[-1], y[-1]), (7, 0), **style)
     ax.plot(paper[column], paper["ratio"], "x", color=PAPER_COLOUR, markersize=10, markeredgewidth=2.2, label=said)
     ax.set_xticks(sorted({point[column] for point in points}))
     ax.set_xlim(right=1.22 * max(point[column] for point in points))
