@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+BENCH = SCRIPTS / "bench"
 
 
-def module(name: str) -> Iterator[ModuleType]:
-    """Import a script by its name; for a fixture's `yield from`."""
-    sys.path.insert(0, str(SCRIPTS))
+def module(name: str, folder: Path = BENCH) -> Any:
+    """Import a script by its name."""
+    sys.path.insert(0, str(folder))
     try:
-        yield importlib.import_module(name)
+        return importlib.import_module(name)
     finally:
-        sys.path.remove(str(SCRIPTS))
+        sys.path.remove(str(folder))

@@ -1,13 +1,12 @@
-"""What scripts/bench_convergence.py trains, in which order, and what it says about losses that it has stored."""
+"""What scripts/bench/convergence.py trains, in which order, and what it says about losses that it has stored."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,25 +15,9 @@ from script import module
 from commopt.errors import ConfigError
 from commopt.methods import METHODS
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    yield from module("bench_convergence")
-
-
-@pytest.fixture(scope="module")
-def cells() -> Iterator[ModuleType]:
-    yield from module("convergence_cells")
-
-
-@pytest.fixture(scope="module")
-def training() -> Iterator[ModuleType]:
-    yield from module("convergence_training")
-
-
-@pytest.fixture(scope="module")
-def says() -> Iterator[ModuleType]:
-    yield from module("convergence_results")
+Store, sheets = module("store").Store, module("sheets")
+bench, cells = module("convergence"), module("convergence_cells")
+training, says = module("convergence_training"), module("convergence_results")
 
 
 def result(loss: float | None, nbytes: float = 0.2) -> dict[str, Any]:
@@ -79,17 +62,17 @@ def bowl(best: float) -> Callable[[float, int], float]:
 # ---- the table of methods --------------------------------------------------------------------------------------------
 
 
-def test_every_entry_whose_method_is_there_can_be_trained(cells: ModuleType) -> None:
+def test_every_entry_whose_method_is_there_can_be_trained() -> None:
     reasons = {entry.label: (entry.method, cells.why_not(entry)) for entry in cells.ENTRIES}
     refused = {label: why for label, (method, why) in reasons.items() if method in METHODS and why is not None}
     assert not refused
 
 
-def test_every_method_has_an_entry_or_a_reason(cells: ModuleType) -> None:
+def test_every_method_has_an_entry_or_a_reason() -> None:
     assert set(METHODS) <= {entry.method for entry in cells.ENTRIES} | set(cells.LEFT_OUT)
 
 
-def test_every_parent_is_dense_and_trained_wherever_its_methods_are(cells: ModuleType) -> None:
+def test_every_parent_is_dense_and_trained_wherever_its_methods_are() -> None:
     for entry in cells.ENTRIES:
         parent = cells.BY_LABEL[entry.parent]
         assert parent.method == "dense"
@@ -97,13 +80,13 @@ def test_every_parent_is_dense_and_trained_wherever_its_methods_are(cells: Modul
         assert set(entry.targets) <= set(entry.tasks)
 
 
-def test_a_method_that_is_not_there_is_named_and_skipped(bench: ModuleType, cells: ModuleType) -> None:
-    entries, said = bench.notices([*cells.ENTRIES[:1], cells.Entry("x", "telepathy", "adam")])
+def test_a_method_that_is_not_there_is_named_and_skipped() -> None:
+    entries, said = cells.notices([*cells.ENTRIES[:1], cells.Entry("x", "telepathy", "adam")])
     assert [entry.label for entry in entries] == ["adam"]
     assert "x is skipped: there is no method telepathy" in said
 
 
-def test_an_option_that_is_refused_is_named_and_skipped(cells: ModuleType) -> None:
+def test_an_option_that_is_refused_is_named_and_skipped() -> None:
     why = cells.why_not(cells.Entry("x", "onebit_adam", "adam", {"freeze_stop": 3}))
     assert why is not None
     assert "freeze_stop" in why
@@ -113,13 +96,13 @@ def test_an_option_that_is_refused_is_named_and_skipped(cells: ModuleType) -> No
 # ---- the protocol ----------------------------------------------------------------------------------------------------
 
 
-def test_first_the_grid_and_then_the_other_seeds_at_the_best_rate(cells: ModuleType) -> None:
+def test_first_the_grid_and_then_the_other_seeds_at_the_best_rate() -> None:
     shelf = Shelf(cells.Protocol())
     order = shelf.train(cells.BY_LABEL["adam"], cells.TASKS["gpt"], bowl(1.0))
     assert order == [(0.5, 1), (1.0, 1), (2.0, 1), (1.0, 2), (1.0, 3)]
 
 
-def test_the_grid_is_extended_while_its_edge_is_best_and_never_for_ever(cells: ModuleType) -> None:
+def test_the_grid_is_extended_while_its_edge_is_best_and_never_for_ever() -> None:
     adam, task = cells.BY_LABEL["adam"], cells.TASKS["gpt"]
     up, down = Shelf(cells.Protocol()), Shelf(cells.Protocol())
     assert up.train(adam, task, bowl(4.0)) == [(0.5, 1), (1.0, 1), (2.0, 1), (4.0, 1), (8.0, 1), (4.0, 2), (4.0, 3)]
@@ -128,7 +111,7 @@ def test_the_grid_is_extended_while_its_edge_is_best_and_never_for_ever(cells: M
     assert down.protocol.is_at_edge(adam, task, down.find)
 
 
-def test_divergence_at_some_rates_is_worst_and_at_all_rates_ends_it(cells: ModuleType) -> None:
+def test_divergence_at_some_rates_is_worst_and_at_all_rates_ends_it() -> None:
     adam, task = cells.BY_LABEL["adam"], cells.TASKS["gpt"]
     some, every = Shelf(cells.Protocol()), Shelf(cells.Protocol())
     some.train(adam, task, lambda rate, seed: None if rate > 0.5 else 2.0 + rate)
@@ -139,7 +122,7 @@ def test_divergence_at_some_rates_is_worst_and_at_all_rates_ends_it(cells: Modul
     assert every.protocol.remaining(adam, task, every.find) == 0
 
 
-def test_long_runs_wait_for_the_rate_of_the_short_ones(cells: ModuleType) -> None:
+def test_long_runs_wait_for_the_rate_of_the_short_ones() -> None:
     adam, short, long = cells.BY_LABEL["adam"], cells.TASKS["gpt"], cells.TASKS["gpt_long"]
     shelf = Shelf(cells.Protocol())
     assert shelf.protocol.wanted(adam, long, shelf.find) == []
@@ -149,7 +132,7 @@ def test_long_runs_wait_for_the_rate_of_the_short_ones(cells: ModuleType) -> Non
     assert (cell.rate, cell.seed) == (2 * shelf.protocol.middle(adam, short), 1)
 
 
-def test_remaining_counts_down_to_zero(cells: ModuleType) -> None:
+def test_remaining_counts_down_to_zero() -> None:
     adam, task = cells.BY_LABEL["adam"], cells.TASKS["gpt"]
     shelf, counts = Shelf(cells.Protocol()), []
     while wanted := shelf.protocol.wanted(adam, task, shelf.find):
@@ -158,22 +141,22 @@ def test_remaining_counts_down_to_zero(cells: ModuleType) -> None:
     assert counts == [5, 4, 3, 2, 1]
 
 
-def test_a_label_brings_its_parent_and_a_long_run_the_task_of_its_rate(bench: ModuleType, cells: ModuleType) -> None:
-    pairs = bench.chosen_pairs(["dgc_1pct"], [cells.TASKS["gpt_long"]], cells.ENTRIES)
+def test_a_label_brings_its_parent_and_a_long_run_the_task_of_its_rate() -> None:
+    pairs = cells.chosen_pairs(["dgc_1pct"], [cells.TASKS["gpt_long"]], cells.ENTRIES)
     named = {(entry.label, task.name) for entry, task in pairs}
     assert named == {(label, task) for label in ("sgd", "dgc_1pct") for task in ("gpt", "gpt_long")}
 
 
-def test_a_task_is_trained_as_the_command_line_has_changed_it(bench: ModuleType, cells: ModuleType) -> None:
+def test_a_task_is_trained_as_the_command_line_has_changed_it() -> None:
     shorter = [replace(cells.TASKS[name], steps=7, seeds=(1,)) for name in cells.SHORT]
-    pairs = bench.chosen_pairs(["adam"], shorter, cells.ENTRIES)
+    pairs = cells.chosen_pairs(["adam"], shorter, cells.ENTRIES)
     assert [(task.name, task.steps, task.seeds) for _, task in pairs] == [("gpt", 7, (1,)), ("digits", 7, (1,))]
 
 
 # ---- what is stored --------------------------------------------------------------------------------------------------
 
 
-def test_shares_of_the_steps_become_numbers(cells: ModuleType) -> None:
+def test_shares_of_the_steps_become_numbers() -> None:
     cell = cells.Cell(replace(cells.TASKS["gpt"], steps=50), cells.BY_LABEL["onebit_adam"], 1e-3, 1)
     settings = cells.settings_of(cell)
     assert settings["options"] == {"freeze_step": 10}
@@ -181,36 +164,35 @@ def test_shares_of_the_steps_become_numbers(cells: ModuleType) -> None:
     assert json.loads(json.dumps(settings)) == settings
 
 
-def test_a_stored_cell_counts_only_with_the_same_settings(cells: ModuleType, tmp_path: Path) -> None:
-    cell = cells.Cell(cells.TASKS["gpt"], cells.BY_LABEL["adam"], 0.002, 1)
-    stored = {**result(2.0), "hash": cells.digest(cells.settings_of(cell))}
-    cells.Store(tmp_path).put(cell, stored)
-    assert (tmp_path / "gpt-adam-0.002-1.json").exists()
-    assert cells.Store(tmp_path).get(cell) == stored
-    assert cells.Store(tmp_path).get(replace(cell, task=replace(cell.task, steps=7))) is None
-    again = cells.Store(tmp_path, redo=[("gpt", "adam")])
-    assert again.get(cell) is None
-    again.put(cell, stored)
-    assert again.get(cell) == stored
+def test_a_stored_cell_counts_only_with_the_same_settings(tmp_path: Path) -> None:
+    cell, store = cells.Cell(cells.TASKS["gpt"], cells.BY_LABEL["adam"], 0.002, 1), Store(tmp_path / "cells.jsonl")
+    store.put(cell.name, cells.settings_of(cell), result(2.0))
+    find = cells.found_in(store)
+    assert find(cell)["loss"] == 2.0
+    assert find(replace(cell, task=replace(cell.task, steps=7))) is None
 
 
-def test_a_broken_file_is_no_cell(cells: ModuleType, tmp_path: Path) -> None:
-    cell = cells.Cell(cells.TASKS["gpt"], cells.BY_LABEL["adam"], 0.002, 1)
-    (tmp_path / f"{cell.name}.json").write_text('{"loss": 2')
-    assert cells.Store(tmp_path).get(cell) is None
+def test_the_page_says_what_is_stored() -> None:
+    find, pairs = (
+        cells.found_in(Store(bench.STORED)),
+        cells.chosen_pairs(cells.BY_LABEL, [*cells.TASKS.values()], cells.ENTRIES),
+    )
+    found = [says.row_of(entry, task, cells.Protocol(), find) for entry, task in pairs]
+    report, page = says.report([row for row in found if row is not None], []), bench.PAGE.read_text(encoding="utf-8")
+    assert sheets.with_tables(page, sheets.markdown(report.sheets, report.remarks)) == page
 
 
 # ---- a cell ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def tiny(cells: ModuleType) -> Any:
+def tiny() -> Any:
     return replace(
         cells.TASKS["digits"], sizes={"width": 16, "batch": 8, "noise": 0.5}, steps=60, ranks=2, decay_from=0.5
     )
 
 
-def test_a_cell_learns_counts_its_bytes_and_repeats_itself(cells: ModuleType, training: ModuleType, tiny: Any) -> None:
+def test_a_cell_learns_counts_its_bytes_and_repeats_itself(tiny: Any) -> None:
     settings = cells.settings_of(cells.Cell(tiny, cells.BY_LABEL["onebit_adam"], 1e-2, 1))
     assert settings["options"] == {"freeze_step": 12}
     first, second = (training.run_cell(settings) for _ in range(2))
@@ -221,11 +203,10 @@ def test_a_cell_learns_counts_its_bytes_and_repeats_itself(cells: ModuleType, tr
     assert first["steady_bytes"] == pytest.approx(0.125 + scales, abs=0.02)  # a bit each way for half of the elements
     assert first["mean_bytes"] == pytest.approx((12 * dense + 48 * first["steady_bytes"]) / 60)
     assert first["replicas_are_equal"] is True
-    assert first["hash"] == cells.digest(settings)
     json.dumps(first, allow_nan=False)
 
 
-def test_seeds_differ_and_the_held_out_windows_do_not(cells: ModuleType, training: ModuleType, tiny: Any) -> None:
+def test_seeds_differ_and_the_held_out_windows_do_not(tiny: Any) -> None:
     entry = cells.BY_LABEL["sgd"]
     losses = [training.run_cell(cells.settings_of(cells.Cell(tiny, entry, 0.1, seed)))["loss"] for seed in (1, 2)]
     assert losses[0] != losses[1]
@@ -234,7 +215,7 @@ def test_seeds_differ_and_the_held_out_windows_do_not(cells: ModuleType, trainin
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_a_cell_that_diverges_is_a_result(cells: ModuleType, training: ModuleType, tiny: Any) -> None:
+def test_a_cell_that_diverges_is_a_result(tiny: Any) -> None:
     task = replace(tiny, steps=20)
     made = training.run_cell(cells.settings_of(cells.Cell(task, cells.BY_LABEL["sgd"], 1e20, 1)))
     assert made["loss"] is None or made["loss"] > 1e3
@@ -244,7 +225,7 @@ def test_a_cell_that_diverges_is_a_result(cells: ModuleType, training: ModuleTyp
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
 
-def rows(cells: ModuleType, says: ModuleType, percent: float, label: str = "onebit_adam") -> list[Any]:
+def rows(percent: float, label: str = "onebit_adam") -> list[Any]:
     """Adam at 2.0 + 0.01 seed, and a method that is worse by so many percent, a little more on odd seeds."""
     task, shelf = cells.TASKS["gpt"], Shelf(cells.Protocol())
     adam, method = cells.BY_LABEL["adam"], cells.BY_LABEL[label]
@@ -259,21 +240,19 @@ def rows(cells: ModuleType, says: ModuleType, percent: float, label: str = "oneb
     return made
 
 
-def test_differences_are_paired_by_seed_and_judged_by_their_mean(cells: ModuleType, says: ModuleType) -> None:
-    good, _ = rows(cells, says, 0.5)
+def test_differences_are_paired_by_seed_and_judged_by_their_mean() -> None:
+    good, _ = rows(0.5)
     assert good.worse_by == pytest.approx((0.6, 0.5, 0.6))
     assert good.spread == pytest.approx(0.0577, abs=1e-3)
     assert (good.target, good.is_met) == (1, True)
-    bad, parent = rows(cells, says, 1.5)
+    bad, parent = rows(1.5)
     assert bad.is_met is False
     assert (parent.worse_by, parent.target, parent.is_met) == ((), None, None)
 
 
-def test_tables_name_losses_bytes_ratios_and_verdicts(
-    cells: ModuleType, says: ModuleType, bench: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = rows(cells, says, 1.5)
-    bench.show(made, ["a notice"], bench.parser().parse_args([]))
+def test_tables_name_losses_bytes_ratios_and_verdicts(capsys: pytest.CaptureFixture[str]) -> None:
+    made = rows(1.5)
+    bench.present(says.report(made, []), bench.parser().parse_args([]), notices=["a notice"])
     text = capsys.readouterr().out
     assert "+1.57 ± 0.06" in text
     assert "30x" in text  # 6 bytes of a ring all-reduce over 0.2
@@ -281,11 +260,11 @@ def test_tables_name_losses_bytes_ratios_and_verdicts(
     assert "Targets: 0 of 1 met; missed: onebit_adam on gpt" in text
     assert "a notice" in text
     assert text.index("adam ") < text.index("onebit_adam")  # the parent first
-    bench.show(made, [], bench.parser().parse_args(["--markdown"]))
+    bench.present(says.report(made, []), bench.parser().parse_args(["--markdown"]))
     assert "| onebit_adam | adam | 2.0" in capsys.readouterr().out
 
 
-def test_a_method_that_diverges_everywhere_misses_its_target(cells: ModuleType, says: ModuleType) -> None:
+def test_a_method_that_diverges_everywhere_misses_its_target() -> None:
     shelf, task, method = Shelf(cells.Protocol()), cells.TASKS["gpt"], cells.BY_LABEL["onebit_adam"]
     assert says.row_of(method, task, shelf.protocol, shelf.find) is None
     shelf.train(method, task, lambda rate, seed: None)
@@ -295,7 +274,7 @@ def test_a_method_that_diverges_everywhere_misses_its_target(cells: ModuleType, 
     assert json.dumps(says.document([row], []), allow_nan=False)
 
 
-def test_a_quick_look_says_what_diverged_at_its_only_rate(cells: ModuleType, says: ModuleType) -> None:
+def test_a_quick_look_says_what_diverged_at_its_only_rate() -> None:
     task = replace(cells.TASKS["gpt"], steps=7, seeds=(1,))
     shelf = Shelf(cells.Protocol(grid=(1.0,), extensions=0))
     adam, method = cells.BY_LABEL["adam"], cells.BY_LABEL["onebit_adam"]
@@ -306,12 +285,12 @@ def test_a_quick_look_says_what_diverged_at_its_only_rate(cells: ModuleType, say
     assert "-" not in says.words_of(made[1])[4:8]  # bytes and ratios are known all the same
 
 
-def test_the_figure_is_drawn_with_a_method_off_its_scale(cells: ModuleType, says: ModuleType, tmp_path: Path) -> None:
-    says.draw_figure([*rows(cells, says, 0.5), *rows(cells, says, 80.0, "zero_one_adam")[:1]], tmp_path / "made.png")
+def test_the_figure_is_drawn_with_a_method_off_its_scale(tmp_path: Path) -> None:
+    says.draw_figure([*rows(0.5), *rows(80.0, "zero_one_adam")[:1]], tmp_path / "made.png")
     assert (tmp_path / "made.png").stat().st_size > 10_000
 
 
-def test_labels_lie_on_no_other_label(says: ModuleType) -> None:
+def test_labels_lie_on_no_other_label() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -335,19 +314,11 @@ def test_labels_lie_on_no_other_label(says: ModuleType) -> None:
     [
         (["--only", "onebit_adan"], "--only: unknown name 'onebit_adan'.*onebit_adam"),
         (["--task", "imagenet"], "--task: unknown name 'imagenet'"),
-        (["--table", "--redo"], "--redo: has no effect"),
-        (["--jobs", "0"], "--jobs 0: write a number from 1"),
         (["--long-seeds", "6"], "--long-seeds 6: write a number from 1 to 5"),
         (["--seeds", "0"], "--seeds 0: write a number from 1 to 5"),
         (["--quick", "--task", "gpt_long"], "--task: long runs are left out by --quick"),
-        (["--table", "--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json: there is no folder"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(bench: ModuleType, words: list[str], said: str) -> None:
+def test_mistakes_are_told_before_anything_is_trained(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         bench.run(bench.parser().parse_args(words))
-
-
-def test_nothing_stored_is_said(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.run(bench.parser().parse_args(["--table", "--results", str(tmp_path)])) == 0
-    assert "no method has been trained" in capsys.readouterr().out

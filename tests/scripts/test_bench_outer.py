@@ -1,4 +1,4 @@
-"""What scripts/bench_outer.py trains, in which order, and what it says about losses that it has stored."""
+"""What scripts/bench/outer.py trains, in which order, and what it says about losses that it has stored."""
 
 from __future__ import annotations
 
@@ -7,38 +7,21 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from script import SCRIPTS, module
+from script import BENCH, module
 
 from commopt.errors import ConfigError
 from commopt.methods import OUTER_METHODS
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    yield from module("bench_outer")
-
-
-@pytest.fixture(scope="module")
-def cells() -> Iterator[ModuleType]:
-    yield from module("outer_cells")
-
-
-@pytest.fixture(scope="module")
-def training() -> Iterator[ModuleType]:
-    yield from module("outer_training")
-
-
-@pytest.fixture(scope="module")
-def says() -> Iterator[ModuleType]:
-    yield from module("outer_results")
+Store, sheets = module("store").Store, module("sheets")
+bench, cells = module("outer"), module("outer_cells")
+training, says = module("outer_training"), module("outer_results")
 
 
 class Shelf:
@@ -84,32 +67,32 @@ def bowl(best: float, **worse_by: float) -> Callable[[Any], float]:
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 
-def test_every_entry_can_be_trained_and_every_outer_method_has_one(cells: ModuleType) -> None:
+def test_every_entry_can_be_trained_and_every_outer_method_has_one() -> None:
     assert {entry.label: cells.why_not(entry) for entry in cells.ENTRIES} == dict.fromkeys(cells.BY_LABEL)
     assert set(OUTER_METHODS) <= {entry.method for entry in cells.ENTRIES}
 
 
-def test_an_option_that_is_refused_is_named(cells: ModuleType) -> None:
+def test_an_option_that_is_refused_is_named() -> None:
     why = cells.why_not(cells.Entry("x", "noloco", {"momemtum": 0.5}))
     assert "momemtum" in why
     assert "telepathy" in cells.why_not(cells.Entry("x", "telepathy"))
 
 
-def test_what_is_compared_differs_in_the_method_alone(cells: ModuleType) -> None:
+def test_what_is_compared_differs_in_the_method_alone() -> None:
     compared = [cells.settings_of(cells.Cell(e, 4, 1e-3, 1), cells.Task()) for e in cells.ENTRIES if not e.is_extra]
     for settings in compared:
         assert {**settings, "method": "", "options": {}} == {**compared[0], "method": "", "options": {}}
     assert {settings["options"]["every"] for settings in compared if settings["method"] != "dense"} == {20}
 
 
-def test_periods_and_overlaps_follow_the_task(cells: ModuleType) -> None:
+def test_periods_and_overlaps_follow_the_task() -> None:
     task = replace(cells.Task(), every=10)
     assert cells.BY_LABEL["noloco_delay"].options_of(task) == {"every": 10, "delay": 5}
     assert cells.BY_LABEL["diloco_rare"].options_of(task)["every"] == 20
     assert cells.BY_LABEL["choco"].options_of(task) == {}
 
 
-def test_rates_come_first_then_seeds_then_more_replicas_then_extras(cells: ModuleType) -> None:
+def test_rates_come_first_then_seeds_then_more_replicas_then_extras() -> None:
     entries = [cells.BY_LABEL[label] for label in ("dense", "diloco", "diloco_heavy", "noloco", "noloco_lr1")]
     order = Shelf(cells.Protocol(), entries).train(bowl(3e-3))
     first = [f"4-dense-{rate:g}-1" for rate in cells.RATES]
@@ -120,7 +103,7 @@ def test_rates_come_first_then_seeds_then_more_replicas_then_extras(cells: Modul
     assert [name for name in order if name.startswith("8-")] == [f"8-{e.label}-0.003-1" for e in entries[:-1]]
 
 
-def test_one_rate_for_all_outer_methods_is_chosen_by_their_mean(cells: ModuleType) -> None:
+def test_one_rate_for_all_outer_methods_is_chosen_by_their_mean() -> None:
     entries, protocol = [cells.BY_LABEL[label] for label in ("diloco", "diloco_heavy", "noloco")], cells.Protocol()
     shelf = Shelf(protocol, entries)
 
@@ -136,36 +119,31 @@ def test_one_rate_for_all_outer_methods_is_chosen_by_their_mean(cells: ModuleTyp
     assert protocol.best_rate("dense", shelf.find) is None
 
 
-def test_a_rate_at_the_edge_is_said(cells: ModuleType, says: ModuleType) -> None:
+def test_a_rate_at_the_edge_is_said() -> None:
     shelf = Shelf(cells.Protocol(), [cells.BY_LABEL["dense"]])
     shelf.train(bowl(1.0))
     results = says.Results(shelf.protocol, shelf.find, shelf.entries, cells.Task())
     assert "The best learning rate of dense, 0.012, is the last one tried on its side." in results.remarks()
 
 
-def test_a_stored_cell_counts_only_with_the_same_settings(cells: ModuleType, tmp_path: Path) -> None:
+def test_a_stored_cell_counts_only_with_the_same_settings(tmp_path: Path) -> None:
     cell, task = cells.Cell(cells.BY_LABEL["noloco"], 4, 0.003, 1), cells.Task()
-    stored = {"loss": 2.0, "hash": cells.digest(cells.settings_of(cell, task))}
-    cells.Store(tmp_path, task).put(cell, stored)
-    assert (tmp_path / "4-noloco-0.003-1.json").exists()
-    assert cells.Store(tmp_path, task).get(cell) == stored
-    assert cells.Store(tmp_path, replace(task, every=50)).get(cell) is None
-    again = cells.Store(tmp_path, task, redo=["noloco"])
-    assert again.get(cell) is None
-    again.put(cell, stored)
-    assert again.get(cell) == stored
+    store = Store(tmp_path / "cells.jsonl")
+    store.put(cell.name, cells.settings_of(cell, task), {"loss": 2.0})
+    assert cells.found_in(store, task)(cell)["loss"] == 2.0
+    assert cells.found_in(store, replace(task, every=50))(cell) is None
 
 
 # ---- a cell ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def tiny(cells: ModuleType) -> Any:
+def tiny() -> Any:
     sizes = {"layers": 1, "heads": 1, "width": 8, "context": 16, "batch": 2}
     return replace(cells.Task(), sizes=sizes, steps=12, every=4, held_out=4)
 
 
-def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth(cells: ModuleType, training: ModuleType) -> None:
+def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
     task = asdict(cells.Task())
     rates = [training.rate_at(step, task) for step in range(task["steps"])]
     assert rates[:2] == [1 / 80, 2 / 80]
@@ -175,14 +153,12 @@ def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth(cells: ModuleType, trai
     assert all(x > y for x, y in itertools.pairwise(rates[80:]))
 
 
-def test_spread_is_the_rms_distance_from_the_mean_over_its_norm(training: ModuleType) -> None:
+def test_spread_is_the_rms_distance_from_the_mean_over_its_norm() -> None:
     replicas = [torch.tensor([3.0, 4.0]), torch.tensor([3.0, 10.0]), torch.tensor([3.0, 1.0])]
     assert training.spread_of(replicas) == pytest.approx(math.sqrt((1 + 25 + 16) / 3) / math.hypot(3, 5))
 
 
-def test_replicas_are_apart_between_rounds_and_agree_after_one(
-    cells: ModuleType, training: ModuleType, tiny: Any
-) -> None:
+def test_replicas_are_apart_between_rounds_and_agree_after_one(tiny: Any) -> None:
     made = training.run_cell(cells.settings_of(cells.Cell(cells.BY_LABEL["diloco_heavy"], 3, 1e-2, 1), tiny))
     spreads = dict(made["spreads"])
     assert list(spreads) == [3, 4, 7, 8, 11, 12]
@@ -195,9 +171,7 @@ def test_replicas_are_apart_between_rounds_and_agree_after_one(
     json.dumps(made, allow_nan=False)
 
 
-def test_the_loss_of_the_mean_replica_is_what_a_final_average_ends_with(
-    cells: ModuleType, training: ModuleType, tiny: Any
-) -> None:
+def test_the_loss_of_the_mean_replica_is_what_a_final_average_ends_with(tiny: Any) -> None:
     without = training.run_cell(cells.settings_of(cells.Cell(cells.BY_LABEL["noloco"], 4, 1e-2, 1), tiny))
     averaging = cells.Entry("x", "noloco", {"final_average": True})
     made = training.run_cell(cells.settings_of(cells.Cell(averaging, 4, 1e-2, 1), tiny))
@@ -205,7 +179,7 @@ def test_the_loss_of_the_mean_replica_is_what_a_final_average_ends_with(
     assert made["losses"] == pytest.approx([without["averaged_loss"]] * 4, abs=1e-6)
 
 
-def test_dense_trains_one_replica_on_the_mean_gradient(cells: ModuleType, training: ModuleType, tiny: Any) -> None:
+def test_dense_trains_one_replica_on_the_mean_gradient(tiny: Any) -> None:
     settings = cells.settings_of(cells.Cell(cells.BY_LABEL["dense"], 2, 1e-2, 1), tiny)
     made = training.run_cell(settings)
     problem = training.gpt(**tiny.sizes)
@@ -225,7 +199,7 @@ def test_dense_trains_one_replica_on_the_mean_gradient(cells: ModuleType, traini
     assert made["spread_estimate"] is None
 
 
-def test_a_cell_repeats_itself_and_another_seed_does_not(cells: ModuleType, training: ModuleType, tiny: Any) -> None:
+def test_a_cell_repeats_itself_and_another_seed_does_not(tiny: Any) -> None:
     settings = [cells.settings_of(cells.Cell(cells.BY_LABEL["noloco"], 4, 1e-2, seed), tiny) for seed in (1, 1, 2)]
     losses = [training.run_cell(each)["losses"] for each in settings]
     assert losses[0] == losses[1] != losses[2]
@@ -235,7 +209,7 @@ def test_a_cell_repeats_itself_and_another_seed_does_not(cells: ModuleType, trai
 
 
 @pytest.fixture
-def shelf(cells: ModuleType) -> Shelf:
+def shelf() -> Shelf:
     """Everything trained; NoLoCo 0.6 % worse than the paper's DiLoCo, and 1.4 % worse than the heavy-ball one."""
     made = Shelf(cells.Protocol(), cells.ENTRIES)
     made.train(bowl(3e-3, diloco=10.0, diloco_heavy=9.13, noloco=10.66))
@@ -243,11 +217,11 @@ def shelf(cells: ModuleType) -> Shelf:
 
 
 @pytest.fixture
-def results(cells: ModuleType, says: ModuleType, shelf: Shelf) -> Any:
+def results(shelf: Shelf) -> Any:
     return says.Results(shelf.protocol, shelf.find, shelf.entries, cells.Task())
 
 
-def test_noloco_is_held_against_each_diloco_with_as_many_replicas(results: Any, says: ModuleType) -> None:
+def test_noloco_is_held_against_each_diloco_with_as_many_replicas(results: Any) -> None:
     rows = says.judged(results).rows
     assert [row[:5] for row in rows[:2]] == [
         ["4", "noloco", "diloco", "3", "+0.60 ± 0.00"],
@@ -257,14 +231,14 @@ def test_noloco_is_held_against_each_diloco_with_as_many_replicas(results: Any, 
     assert [row[:3] for row in rows if row[1] != "noloco"][:1] == [["4", "noloco_m0.3", "diloco"]]
 
 
-def test_the_verdict_is_about_the_papers_settings(results: Any, says: ModuleType) -> None:
+def test_the_verdict_is_about_the_papers_settings(results: Any) -> None:
     assert says.verdict(results) == (
         "NoLoCo within 1 % of DiLoCo: 3 of 6 met; missed against diloco_heavy on 4 replicas, "
         "diloco_heavy on 8 replicas, diloco_heavy on 16 replicas."
     )
 
 
-def test_losses_are_paired_by_seed(cells: ModuleType, says: ModuleType) -> None:
+def test_losses_are_paired_by_seed() -> None:
     dense, noloco = cells.BY_LABEL["dense"], cells.BY_LABEL["noloco"]
     own = says.Row(noloco, 4, {1: {"loss": 2.2}, 2: {"loss": 3.0}, 3: {"loss": 9.0}})
     other = says.Row(dense, 4, {1: {"loss": 2.0}, 2: {"loss": 2.5}})
@@ -272,8 +246,9 @@ def test_losses_are_paired_by_seed(cells: ModuleType, says: ModuleType) -> None:
     assert own.over(None) == []
 
 
-def test_tables_name_losses_spreads_and_machine_time(results: Any, says: ModuleType, shelf: Shelf) -> None:
-    text = says.markdown(results)
+def test_tables_name_losses_spreads_and_machine_time(results: Any, shelf: Shelf) -> None:
+    report = results.report()
+    text = sheets.markdown(report.sheets, report.remarks)
     assert "| 4 | noloco | pairs, lr 0.7, momentum 0.5 (its paper's) | 2.2353 ± 0.0111 | +10.66 ± 0.00 |" in text
     assert "| 4.00 | 2.00 | 0.0000 | 0.2 |" in text
     assert "| dense | 0.003  chosen | dense 2.0100 |" in text
@@ -283,21 +258,19 @@ def test_tables_name_losses_spreads_and_machine_time(results: Any, says: ModuleT
     assert "Not trained yet" not in text
 
 
-def test_what_is_missing_is_named(cells: ModuleType, says: ModuleType, shelf: Shelf) -> None:
+def test_what_is_missing_is_named(shelf: Shelf) -> None:
     del shelf.found["16-noloco-0.003-1"], shelf.found["4-noloco_int8-0.003-1"]
     results = says.Results(shelf.protocol, shelf.find, shelf.entries, cells.Task())
     assert "Not trained yet: 16-noloco-0.003-1, 4-noloco_int8-0.003-1." in results.remarks()
     assert {row[0] for row in says.judged(results).rows if row[1] == "noloco"} == {"4", "8"}
 
 
-def test_the_figure_is_drawn(results: Any, says: ModuleType, tmp_path: Path) -> None:
+def test_the_figure_is_drawn(results: Any, tmp_path: Path) -> None:
     says.draw_figure(results, tmp_path / "made.png")
     assert (tmp_path / "made.png").stat().st_size > 10_000
 
 
-def test_spread_that_falls_with_the_rate_correlates_with_it(
-    cells: ModuleType, training: ModuleType, says: ModuleType
-) -> None:
+def test_spread_that_falls_with_the_rate_correlates_with_it() -> None:
     task = cells.Task()
     spreads = [(step, 0.05 * training.rate_at(step, asdict(task))) for step in (119, 120, 399, 400, 799, 800)]
     assert says.correlation(spreads, task) == pytest.approx(1.0)
@@ -309,30 +282,25 @@ def test_spread_that_falls_with_the_rate_correlates_with_it(
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [
-        (["--only", "nolooco"], "did you mean 'noloco'"),
-        (["--ranks", "5"], "--ranks: unknown name '5'"),
-        (["--page", "--redo"], "--redo: has no effect"),
-        (["--jobs", "0"], "--jobs 0"),
-    ],
+    [(["--only", "nolooco"], "did you mean 'noloco'"), (["--ranks", "5"], "--ranks: unknown name '5'")],
 )
-def test_a_mistake_on_the_command_line_is_said_before_anything_is_trained(
-    line: list[str], said: str, bench: ModuleType
-) -> None:
+def test_a_mistake_on_the_command_line_is_said_before_anything_is_trained(line: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         bench.run(bench.parser().parse_args(line))
 
 
 def test_a_quick_look_trains_stores_and_shows(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "bench_outer.py"), "--quick", "--only", "dense", "--jobs", "1"]
-    command += ["--results", str(tmp_path)]
+    command = [sys.executable, str(BENCH / "outer.py"), "--quick", "--only", "dense", "--jobs", "1"]
+    command += ["--results", str(tmp_path / "cells.jsonl")]
     made = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["4-dense-0.003-1.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
+    assert Store(tmp_path / "cells.jsonl").names == ["4-dense-0.003-1"]
     assert "[1] 4-dense-0.003-1" in made.stdout
     assert "Validation loss at equal tokens" in made.stdout
 
 
-def test_the_page_says_what_is_stored(bench: ModuleType, cells: ModuleType, says: ModuleType) -> None:
-    find = cells.Store(bench.RESULTS, cells.Task()).get
+def test_the_page_says_what_is_stored() -> None:
+    find = cells.found_in(Store(bench.STORED), cells.Task())
+    report = says.Results(cells.Protocol(), find, cells.ENTRIES, cells.Task()).report()
     page = bench.PAGE.read_text(encoding="utf-8")
-    assert bench.with_tables(page, says.Results(cells.Protocol(), find, cells.ENTRIES, cells.Task())) == page
+    assert sheets.with_tables(page, sheets.markdown(report.sheets, report.remarks)) == page

@@ -1,33 +1,22 @@
-"""What scripts/bench_step.py says about numbers that it has stored, and what it refuses; nothing here is timed."""
+"""What scripts/bench/step.py says about numbers that it has stored, and what it refuses; nothing here is timed."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from script import SCRIPTS, module
+from script import module
 
 from commopt.cluster.run import Tick
 from commopt.errors import ConfigError
 from commopt.methods import METHODS
 from commopt.record.lines import RankRecord
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    yield from module("bench_step")
-
-
-@pytest.fixture(scope="module")
-def says() -> Iterator[ModuleType]:
-    yield from module("step_results")
+bench, says = module("step"), module("step_results")
+emulated, sheets, store = module("emulated"), module("sheets"), module("store")
 
 
 def cell(method: str = "ef_sign", cluster: str = "50mbit", **other: Any) -> dict[str, Any]:
@@ -60,8 +49,9 @@ def failed(method: str, why: str) -> dict[str, Any]:
     return cell(method, status="failed", failure=why, interface_bytes={}, **nothing)
 
 
-def drawn(results: list[dict[str, Any]], says: ModuleType, capsys: pytest.CaptureFixture[str]) -> str:
-    says.show(results)
+def drawn(results: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> str:
+    report = says.report(results)
+    sheets.show(report.sheets, report.remarks)
     return capsys.readouterr().out
 
 
@@ -70,19 +60,16 @@ def row(text: str, method: str) -> list[str]:
     return line.split()[1:]
 
 
-def test_the_floor_is_of_the_busiest_node_and_direction(says: ModuleType) -> None:
+def test_the_floor_is_of_the_busiest_node_and_direction() -> None:
     assert says.floor_s(cell()) == pytest.approx(0.08)
+    assert says.ratio_to_floor(cell()) == pytest.approx(0.1 / 0.08)
+    assert says.ratio_to_floor(cell(compute_s=0.09)) == pytest.approx(0.1 / 0.09)  # compute takes longer
 
 
-def test_without_a_rate_or_a_count_there_is_no_floor(says: ModuleType) -> None:
+def test_without_a_rate_or_a_count_there_is_no_floor() -> None:
     assert says.floor_s(cell(cluster="unshaped")) is None
     assert says.floor_s(cell(interface_bytes={})) is None
     assert says.floor_s(cell(interface_bytes={"node0": {"sent": None, "received": None}})) is None
-
-
-def test_the_ratio_is_to_the_slower_of_compute_and_link(says: ModuleType) -> None:
-    assert says.ratio_to_floor(cell()) == pytest.approx(0.1 / 0.08)
-    assert says.ratio_to_floor(cell(compute_s=0.09)) == pytest.approx(0.1 / 0.09)
 
 
 @pytest.mark.parametrize(
@@ -99,36 +86,31 @@ def test_the_ratio_is_to_the_slower_of_compute_and_link(says: ModuleType) -> Non
         (failed("ef_sign", "it died"), None),
     ],
 )
-def test_targets(says: ModuleType, result: dict[str, Any], expected: tuple[float, bool] | None) -> None:
+def test_targets(result: dict[str, Any], expected: tuple[float, bool] | None) -> None:
     assert says.verdict(result, cell("torch_ddp")) == expected
+    if result["rate"] is None:
+        assert says.verdict(result, None) is None
 
 
-def test_unshaped_there_is_no_verdict_without_ddp(says: ModuleType) -> None:
-    assert says.verdict(cell(cluster="unshaped"), None) is None
-
-
-def test_the_table_shows_each_cell_and_marks_the_peers(says: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_each_cell_and_marks_the_peers(capsys: pytest.CaptureFixture[str]) -> None:
     results = [cell(), cell("torch_ddp", step_s=0.2), failed("torch_powersgd", "sizes differ: 3264 vs 768")]
-    text = drawn(results, says, capsys)
+    text = drawn(results, capsys)
     assert "4 nodes, 50mbit, GPT of 1.07 M parameters" in text
     assert " ".join(row(text, "ef_sign")) == "100 50.0 80.0 1.25 0.50 500 kB 390 kB <= 1.2 missed"
     assert " ".join(row(text, "torch_ddp")) == "* 200 50.0 80.0 2.50 1.00 500 kB 390 kB"
     assert row(text, "torch_powersgd") == ["*", "failed"]
     assert "50mbit-1m-torch_powersgd failed: sizes differ: 3264 vs 768" in text
     assert "All 4 ranks shared 2 cores" in text
+    assert row(drawn([cell(others_cores=0.7)], capsys), "ef_sign")[-3:] == ["1.2", "missed", "?"]  # in doubt
 
 
-def test_a_verdict_on_a_disturbed_cell_is_in_doubt(says: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert row(drawn([cell(others_cores=0.7)], says, capsys), "ef_sign")[-3:] == ["1.2", "missed", "?"]
-
-
-def test_one_table_for_each_cluster_and_model(says: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    text = drawn([cell(), cell(cluster="unshaped"), cell(model="5m", parameters=4_900_000)], says, capsys)
+def test_one_table_for_each_cluster_and_model(capsys: pytest.CaptureFixture[str]) -> None:
+    text = drawn([cell(), cell(cluster="unshaped"), cell(model="5m", parameters=4_900_000)], capsys)
     titles = [line.split(", GPT")[0].strip() for line in text.splitlines() if ", GPT" in line]
     assert titles == ["4 nodes, 50mbit", "4 nodes, unshaped", "4 nodes, 50mbit"]
 
 
-def test_what_spoils_a_number_is_told(says: ModuleType) -> None:
+def test_what_spoils_a_number_is_told() -> None:
     drifted = cell("dgc", events=["replicas have drifted apart: no details (all ranks)"])
     lines = says.remarks([drifted, cell(others_cores=0.7), cell("fp16", step_mean_s=0.2), cell("dense", step_s=None)])
     assert any("up to 0.7 cores" in line and line.endswith(": 50mbit-1m-ef_sign") for line in lines)
@@ -138,13 +120,13 @@ def test_what_spoils_a_number_is_told(says: ModuleType) -> None:
     assert not any("cores meanwhile" in line for line in says.remarks([cell()]))
 
 
-def test_an_outcome_in_a_few_words(says: ModuleType) -> None:
-    assert says.outcome(cell(others_cores=None)) == "100 ms a step, 1.25 x max(compute, floor); took 20 s"
-    assert says.outcome(cell(others_cores=1.0)).endswith("other programs on 1.0 cores; took 20 s")
-    assert says.outcome(failed("ef_sign", "it died")) == "failed after 20 s: it died"
+def test_an_outcome_in_a_few_words() -> None:
+    assert says.outcome(cell(others_cores=None)) == "100 ms a step, 1.25 x max(compute, floor)"
+    assert says.outcome(cell(others_cores=1.0)).endswith("other programs on 1.0 cores")
+    assert says.outcome(failed("ef_sign", "it died")) == "failed: it died"
 
 
-def test_the_document_holds_what_follows_from_each_cell(says: ModuleType) -> None:
+def test_the_document_holds_what_follows_from_each_cell() -> None:
     found = json.loads(json.dumps(says.document([cell(), cell("torch_ddp", step_s=0.2)])))
     first = found["cells"][0]
     assert (first["ratio"], first["ratio_to_torch_ddp"]) == (pytest.approx(1.25), 0.5)
@@ -152,7 +134,7 @@ def test_the_document_holds_what_follows_from_each_cell(says: ModuleType) -> Non
     assert "target" not in found["cells"][1]
 
 
-def test_a_profile_adds_up(says: ModuleType) -> None:
+def test_a_profile_adds_up() -> None:
     whole, encode, gather = "method: EFSign.exchange", "encode: BlockSign.compress_", "exchange: TorchGroup.all_gather"
     rows = [
         [[whole], 10, 0.5],
@@ -172,7 +154,7 @@ def test_a_profile_adds_up(says: ModuleType) -> None:
     assert tree == [whole, gather, encode, "kernel: cpu.compress_signs_"]
 
 
-def test_bytes_of_a_window_are_per_step_and_each_way(bench: ModuleType) -> None:
+def test_bytes_of_a_window_are_per_step_and_each_way() -> None:
     ranks = {0: RankRecord(0)}
     traffic = {"payload_bytes": 0.0, "by_peer": {}, "by_operation": []}
     step = {"kind": "step", "loss": 1.0, "seconds": 0.1, "wait_s": 0.0, "tokens": 1, "steady": True, "at_s": 0.0}
@@ -192,7 +174,7 @@ def test_bytes_of_a_window_are_per_step_and_each_way(bench: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("method", [*METHODS, "torch_ddp", "torch_powersgd"])
-def test_every_method_can_be_made_and_has_steady_steps(bench: ModuleType, method: str) -> None:
+def test_every_method_can_be_made_and_has_steady_steps(method: str) -> None:
     settings = bench.settings_of(bench.Cell("50mbit", "1m", method))
     words = bench.program_words(bench.Cell("50mbit", "1m", method), settings)
     assert 15 <= settings["steps"] <= 40
@@ -200,18 +182,17 @@ def test_every_method_can_be_made_and_has_steady_steps(bench: ModuleType, method
     assert method in words
 
 
-def test_an_unknown_method_gets_a_short_warm_up(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_method_gets_a_short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "OPTIONS", {})
     settings = bench.settings_of(bench.Cell("50mbit", "1m", "onebit_adam"))
     assert settings["options"] == {"freeze_step": bench.FREEZE_STEP}
 
 
-def test_the_peers_are_those_that_the_program_knows(says: ModuleType) -> None:
-    for peer_step in module("peer_step"):
-        assert tuple(peer_step.PEERS) == says.PEERS
+def test_the_peers_are_those_that_the_program_knows() -> None:
+    assert tuple(module("step_peers").PEERS) == says.PEERS
 
 
-def test_a_stall_is_noticed_and_progress_is_none(bench: ModuleType, tmp_path: Path) -> None:
+def test_a_stall_is_noticed_and_progress_is_none(tmp_path: Path) -> None:
     watchdog, record = bench.Watchdog(tmp_path, 10.0), tmp_path / "rank0.jsonl"
     for second in (5, 14, 23):
         record.write_text("x" * second)
@@ -221,24 +202,14 @@ def test_a_stall_is_noticed_and_progress_is_none(bench: ModuleType, tmp_path: Pa
         watchdog(Tick(33.5, {}))
 
 
-def test_last_words_name_the_cause_before_what_followed(bench: ModuleType, tmp_path: Path) -> None:
+def test_last_words_name_the_cause_before_what_followed(tmp_path: Path) -> None:
     (tmp_path / "node0.log").write_text("terminate called\n  what():  Connection closed by peer [10.77.0.2]\n")
     (tmp_path / "node1.log").write_text("step 1\nterminate called\n  what():  sizes differ\n")
     assert bench.last_words(tmp_path) == ["sizes differ", "Connection closed by peer [10.77.0.2]"]
 
 
-def test_cells_are_chosen_by_name(bench: ModuleType) -> None:
-    methods = ["dense", "ef_sign", "torch_ddp"]
-    chosen = bench.chosen_cells(
-        ["50mbit", "unshaped"], ["1m", "5m"], methods, ["50mbit-*-torch_*", "unshaped-1m-dense"]
-    )
-    assert [one.name for one in chosen] == ["50mbit-1m-torch_ddp", "50mbit-5m-torch_ddp", "unshaped-1m-dense"]
-    with pytest.raises(ConfigError, match="matches no cell; a cell is CLUSTER-MODEL-METHOD, as 50mbit-1m-dense"):
-        bench.chosen_cells(["50mbit"], ["1m"], methods, ["50mbit-1m-nosuch"])
-
-
 def test_a_method_that_cannot_be_made_is_left_out_and_told(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "OPTIONS", {"ef_sign": {"block_size": 7}})
     assert bench.makeable(["dense", "ef_sign", "torch_ddp"]) == ["dense", "torch_ddp"]
@@ -246,39 +217,27 @@ def test_a_method_that_cannot_be_made_is_left_out_and_told(
     assert told.startswith("left out: method ef_sign: block_size: 7 is out of range")
 
 
-def test_a_method_with_a_long_warm_up_is_refused(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_with_a_long_warm_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "OPTIONS", {"onebit_adam": {"freeze_step": 5000}})
     with pytest.raises(ConfigError, match="method onebit_adam: is steady after 5000 steps only; give it OPTIONS"):
         bench.settings_of(bench.Cell("50mbit", "1m", "onebit_adam"))
-
-
-def test_a_method_may_be_named_with_its_codecs(bench: ModuleType) -> None:
-    known = ["two_way", "dense"]
-    assert bench.names("--methods", "dense, two_way(sign, int8),two_way", known) == [
-        "dense",
-        "two_way(sign,int8)",
-        "two_way",
-    ]
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         (["--methods", "densee"], "--methods: unknown name 'densee'; did you mean 'dense'?"),
-        (["--methods", "dense,dense"], "--methods: 'dense' stands twice"),
         (["--clusters", "10tbit"], "--clusters: unknown name '10tbit'"),
         (["--models", ""], "--models: unknown name ''"),
         (["--methods", "dense", "--only", "nosuch"], "--only nosuch: matches no cell"),
-        (["--table", "--redo"], "--redo: has no effect with --table"),
         (["--timeout", "0"], "--timeout 0.0: write a number of seconds above 0"),
-        (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: there is no folder /nowhere/at"),
         (["--profile", "torch_ddp"], "--profile torch_ddp: looks into commopt's methods only"),
         (["--profile", "dense,fp16"], "--profile dense,fp16: takes one method"),
         (["--profile", "dense", "--methods", "fp16"], "--methods: has no effect with --profile"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
+    monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)  # should a mistake go unseen
     with pytest.raises(ConfigError) as caught:
@@ -287,12 +246,21 @@ def test_mistakes_are_told_before_anything_starts(
 
 
 def test_stored_cells_are_drawn_and_not_measured_again(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     settings = bench.settings_of(bench.Cell("50mbit", "1m", "ef_sign"))
-    (tmp_path / "50mbit-1m-ef_sign.json").write_text(json.dumps(cell(settings=settings)))
-    place = ["--results", str(tmp_path), "--clusters", "50mbit", "--models", "1m", "--json", str(tmp_path / "all.json")]
+    store.Store(tmp_path / "cells.jsonl").put("50mbit-1m-ef_sign", settings, cell())
+    place = [
+        "--results",
+        str(tmp_path / "cells.jsonl"),
+        "--clusters",
+        "50mbit",
+        "--models",
+        "1m",
+        "--json",
+        str(tmp_path / "all.json"),
+    ]
     bench.run(bench.parser().parse_args([*place, "--methods", "ef_sign"]))
     text = capsys.readouterr().out
     assert text.startswith("0 cells to measure, 1 are stored already (--redo measures them again)")
@@ -302,33 +270,13 @@ def test_stored_cells_are_drawn_and_not_measured_again(
     assert row(capsys.readouterr().out, "ef_sign")[3] == "1.25"
 
 
-def test_a_cell_stored_with_other_settings_is_measured_again(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cell_stored_with_other_settings_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[dict[str, Any]] = []
-    monkeypatch.setattr(bench, "_run_child", plans.append)
+    monkeypatch.setattr(emulated, "run_child", plans.append)
     cells = [bench.Cell(cluster, "1m", "ef_sign") for cluster in ("50mbit", "unshaped")]
     for one in cells:
-        stored = cell(cluster=one.cluster, settings={**bench.settings_of(one), "steps": 3})
-        (tmp_path / f"{one.name}.json").write_text(json.dumps(stored))
-    bench.sweep(cells, folder=tmp_path, redo=False, timeout_s=60.0)
+        settings = {**bench.settings_of(one), "steps": 3}
+        store.Store(tmp_path / "cells.jsonl").put(one.name, settings, cell(cluster=one.cluster))
+    bench.sweep(cells, tmp_path / "cells.jsonl")
     assert [[entry["cell"]["cluster"] for entry in plan["cells"]] for plan in plans] == [["50mbit"], ["unshaped"]]
     assert [(plan["done"], plan["total"]) for plan in plans] == [(0, 2), (1, 2)]
-
-
-def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    words = [sys.executable, str(SCRIPTS / "bench_step.py"), "--table", "--methods", "nosuch"]
-    paths = os.pathsep.join([str(SCRIPTS.parent), *sys.path[1:]])
-    done = subprocess.run(
-        words,
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("bench_step: --methods: unknown name 'nosuch'")
-    assert len(done.stderr.splitlines()) == 1

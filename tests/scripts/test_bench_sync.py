@@ -1,15 +1,12 @@
-"""What scripts/bench_sync.py simulates, and what it says about seconds that it has stored; nothing here is timed."""
+"""What scripts/bench/sync.py simulates, and what it says about seconds that it has stored; nothing here is timed."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,24 +16,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import Pool
-from script import SCRIPTS, module
+from script import BENCH, module
 
 from commopt.errors import ConfigError
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    yield from module("bench_sync")
-
-
-@pytest.fixture(scope="module")
-def says() -> Iterator[ModuleType]:
-    yield from module("sync_results")
-
-
-@pytest.fixture(scope="module")
-def simulation() -> Iterator[ModuleType]:
-    yield from module("sync_simulation")
+sheets = module("sheets")
+bench, says, simulation = module("sync"), module("sync_results"), module("sync_simulation")
 
 
 # ---- figure 5, simulated ---------------------------------------------------------------------------------------------
@@ -44,26 +29,26 @@ def simulation() -> Iterator[ModuleType]:
 
 @settings(max_examples=20, derandomize=True)
 @given(spread=st.floats(0.01, 2.5))
-def test_a_swap_takes_what_equation_7_says(spread: float, simulation: ModuleType) -> None:
+def test_a_swap_takes_what_equation_7_says(spread: float) -> None:
     drawn = simulation.swap_times(np.random.default_rng(1), spread, 100_000)
     assert abs(drawn.mean() - simulation.swap_mean(spread)) < 4 * drawn.std() / math.sqrt(drawn.size)
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
-def test_messages_have_mean_1_and_the_std_that_was_asked_for(spread: float, simulation: ModuleType) -> None:
+def test_messages_have_mean_1_and_the_std_that_was_asked_for(spread: float) -> None:
     drawn = simulation.draw_messages(np.random.default_rng(1), (1_000_000,), spread)
     assert drawn.mean() == pytest.approx(1, rel=0.01)
     assert drawn.std() == pytest.approx(spread, rel=0.05)
 
 
 @pytest.mark.parametrize("nodes", [2, 4, 16, 1024])
-def test_without_spread_a_tree_takes_all_its_levels_twice(nodes: int, simulation: ModuleType) -> None:
+def test_without_spread_a_tree_takes_all_its_levels_twice(nodes: int) -> None:
     for times in (simulation.tree_times, simulation.binomial_times):
         assert times(np.random.default_rng(1), nodes, 0.0, 3) == pytest.approx(2 * math.log2(nodes))
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.5])
-def test_a_tree_of_two_leaves_costs_a_pair_average(spread: float, simulation: ModuleType) -> None:
+def test_a_tree_of_two_leaves_costs_a_pair_average(spread: float) -> None:
     assert simulation.message_point(2, spread, runs=100_000, seed=1)["ratio"] == pytest.approx(1, abs=0.02)
 
 
@@ -78,36 +63,30 @@ WAITS = {4: (1.06, 1.05, 1.04, 1.02), 64: (1.37, 1.23, 1.16, 1.11), 1024: (1.76,
 
 
 @pytest.mark.parametrize(("nodes", "expected"), TREES.items())
-def test_a_tree_costs_as_many_pair_averages_as_in_figure_5a(
-    nodes: int, expected: tuple[float, ...], simulation: ModuleType
-) -> None:
+def test_a_tree_costs_as_many_pair_averages_as_in_figure_5a(nodes: int, expected: tuple[float, ...]) -> None:
     found = [simulation.message_point(nodes, spread, runs=400, seed=1) for spread in simulation.SPREADS]
     for point, ratio in zip(found, expected, strict=True):
         assert abs(point["ratio"] - ratio) < 4 * math.sqrt(2) * point["standard_error"] + 0.05
 
 
 @pytest.mark.parametrize(("nodes", "expected"), WAITS.items())
-def test_waiting_for_all_costs_as_much_as_in_figure_5b(
-    nodes: int, expected: tuple[float, ...], simulation: ModuleType
-) -> None:
+def test_waiting_for_all_costs_as_much_as_in_figure_5b(nodes: int, expected: tuple[float, ...]) -> None:
     for inner, ratio in zip(simulation.INNER_STEPS[:3], expected, strict=False):
         found = simulation.blocking_point(nodes, inner, 100, replicas=1024, seed=1)["ratio"]
         assert found - 1 == pytest.approx(ratio - 1, rel=0.1, abs=0.01)
 
 
-def test_two_nodes_wait_for_each_other_in_any_case(simulation: ModuleType) -> None:
+def test_two_nodes_wait_for_each_other_in_any_case() -> None:
     assert simulation.blocking_ratios(2, 5, 20, runs=3, seed=1) == pytest.approx(1)
 
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), nodes=st.sampled_from([4, 6, 16]), inner=st.integers(1, 5), outer=st.integers(1, 9))
-def test_a_barrier_of_all_is_never_faster_than_one_of_pairs(
-    seed: int, nodes: int, inner: int, outer: int, simulation: ModuleType
-) -> None:
+def test_a_barrier_of_all_is_never_faster_than_one_of_pairs(seed: int, nodes: int, inner: int, outer: int) -> None:
     assert (simulation.blocking_ratios(nodes, inner, outer, runs=2, seed=seed) >= 1 - 1e-12).all()
 
 
-def test_a_tree_of_no_power_of_two_is_refused(simulation: ModuleType) -> None:
+def test_a_tree_of_no_power_of_two_is_refused() -> None:
     with pytest.raises(ValueError, match="6 nodes"):
         simulation.tree_times(np.random.default_rng(1), 6, 0.5, 1)
 
@@ -117,8 +96,7 @@ def test_a_tree_of_no_power_of_two_is_refused(simulation: ModuleType) -> None:
 
 def means(group: dist.ProcessGroup, mean_s: float) -> tuple[list[float], list[float]]:
     """The tree's mean of ranks' own numbers on rank r of 3 or 5, and the swap's of ranks 0 and 1."""
-    sys.path.insert(0, str(SCRIPTS))
-    exchange: Any = importlib.import_module("sync_exchange")
+    exchange = module("sync_exchange")
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     messages = exchange.Messages(rank, mean_s=mean_s, spread=1.0)
     x = torch.full((4,), float(rank), dtype=torch.float64)
@@ -157,19 +135,19 @@ def cell(*, mean_s: float = 0.0) -> dict[str, Any]:
     return {"name": "4-250kB", "settings": given_, "ranks": ranks, "others_cores": 0.3, "congestion_control": "bbr"}
 
 
-def test_a_swap_ends_when_both_of_a_pair_have_done_and_a_tree_when_all_have(says: ModuleType) -> None:
+def test_a_swap_ends_when_both_of_a_pair_have_done_and_a_tree_when_all_have() -> None:
     found = says.exchange_seconds(cell())
     assert found["swap"] * 1e3 == pytest.approx(np.array([[44, 20], [50, 60]]))
     assert found["tree"][:, 0] * 1e3 == pytest.approx([128, 220])
     assert found["ring"][:, 0] * 1e3 == pytest.approx([64, 82.5])
 
 
-def test_ratios_are_taken_within_a_repetition(says: ModuleType) -> None:
+def test_ratios_are_taken_within_a_repetition() -> None:
     assert says.ratios(cell(), "tree") == pytest.approx([4, 4])
     assert says.ratios(cell(), "ring") == pytest.approx([2, 1.5])
 
 
-def test_with_drawn_times_the_means_are_compared(says: ModuleType) -> None:
+def test_with_drawn_times_the_means_are_compared() -> None:
     ratio, error = says.mean_ratio(cell(mean_s=0.03))
     assert ratio == pytest.approx(174 / 43.5)
     tree, swap = np.array([128, 220]), np.array([44, 20, 50, 60])
@@ -177,7 +155,7 @@ def test_with_drawn_times_the_means_are_compared(says: ModuleType) -> None:
     assert error == pytest.approx(4 * math.sqrt(relative))
 
 
-def test_expected_ratios_are_those_of_the_bytes_and_of_the_same_tree(says: ModuleType, simulation: ModuleType) -> None:
+def test_expected_ratios_are_those_of_the_bytes_and_of_the_same_tree() -> None:
     assert [says.expected_ratio("tree", nodes) for nodes in (4, 8)] == [4, 6]
     assert [says.expected_ratio("ring", nodes) for nodes in (4, 8)] == [1.5, 1.75]
     assert says.expected_delayed_ratio(8, 0.0) == pytest.approx(6)
@@ -185,7 +163,7 @@ def test_expected_ratios_are_those_of_the_bytes_and_of_the_same_tree(says: Modul
     assert says.expected_delayed_ratio(16, 1.0) == pytest.approx(simulated, rel=0.02)
 
 
-def test_the_tables_show_medians_expectations_and_busy_neighbours(says: ModuleType) -> None:
+def test_the_tables_show_medians_expectations_and_busy_neighbours() -> None:
     linked, delayed = says.sheets(None, [cell(), cell(mean_s=0.03)])
     (row,) = linked.rows
     assert dict(zip(linked.headings, row, strict=True))["tree / swap"] == "4.00 (4.00-4.00)"
@@ -198,40 +176,26 @@ def test_the_tables_show_medians_expectations_and_busy_neighbours(says: ModuleTy
 # ---- the command and the page ----------------------------------------------------------------------------------------
 
 
-def test_the_page_holds_what_is_stored(bench: ModuleType) -> None:
-    simulated, cells = bench.known(bench.RESULTS, bench.CELLS)
-    page = bench.PAGE.read_text(encoding="utf-8")
-    assert simulated is not None
+def test_the_page_holds_what_is_stored() -> None:
+    simulated, cells = bench.known(bench.STORED)
+    page, report = bench.PAGE.read_text(encoding="utf-8"), says.report(simulated, cells)
     assert simulated["settings"] == bench.settings(quick=False, seed=bench.SEED)
     assert [found["name"] for found in cells] == [one.name for one in bench.CELLS]
-    assert bench.with_tables(page, bench.sheets(simulated, cells)) == page, "run scripts/bench_sync.py --page"
+    assert sheets.with_tables(page, sheets.markdown(report.sheets, [])) == page, "run scripts/bench/sync.py --page"
     assert bench.PAGE.with_suffix(".png").is_file()
 
 
-def test_a_page_without_its_marks_is_refused(bench: ModuleType) -> None:
-    with pytest.raises(ConfigError, match="are missing"):
-        bench.with_tables("# Nothing here\n", [])
-
-
-def test_a_pattern_that_matches_no_cell_is_refused(bench: ModuleType) -> None:
-    assert [one.name for one in bench.chosen_cells("8-*kB")] == ["8-250kB", "8-2000kB"]
-    with pytest.raises(ConfigError, match=r"--only 16-\*: matches none of 4-250kB"):
-        bench.chosen_cells("16-*")
-
-
-@pytest.mark.parametrize("words", [["--table", "--redo"], ["--quick", "--only", "8-*"], ["--json", "/nowhere/x.json"]])
-def test_options_without_effect_are_refused(words: list[str], bench: ModuleType) -> None:
-    with pytest.raises(ConfigError, match=words[-2]):
+@pytest.mark.parametrize("words", [["--redo", "--quick"], ["--quick", "--only", "8-*"]])
+def test_options_without_effect_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"{words[-2]}: "):
         bench.run(bench.parser().parse_args(words))
 
 
 def test_quick_simulates_both_panels_and_stores_nothing(tmp_path: Path) -> None:
-    words = ["--quick", "--results", str(tmp_path / "results"), "--json", str(tmp_path / "all.json")]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench_sync.py"), *words], capture_output=True, text=True, check=True
-    )
+    words = ["--quick", "--results", str(tmp_path / "cells.jsonl"), "--json", str(tmp_path / "all.json")]
+    done = subprocess.run([sys.executable, str(BENCH / "sync.py"), *words], capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "all.json").read_text())["simulation"]
     assert len(found["message"]) == 4 * 6
     assert len(found["blocking"]) == 4 * 4
     assert "figure 5A" in done.stdout
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "cells.jsonl").exists()

@@ -1,0 +1,353 @@
+"""Time one training step on four emulated nodes under every method and under torch's own hooks, and how far that is from the floor.
+
+python scripts/bench/step.py                                        all cells that are not stored yet: hours; Ctrl-C keeps what is done
+python scripts/bench/step.py --clusters 50mbit --models 1m --methods dense,ef_sign,torch_ddp
+python scripts/bench/step.py --only '*-5m-torch_*' --redo           again, whatever is stored
+python scripts/bench/step.py --table | --markdown                   show what is stored, and measure nothing
+python scripts/bench/step.py --profile ef_sign                      where the time of a step goes, on rank 0
+
+A cell is one cluster, model and method: a few warm-up steps, 12 steady ones, and 20 with communication switched off. The
+cells of one cluster run one after the other on the same emulated network. They are stored in scripts/bench/results/step.jsonl.
+
+floor   the bytes that the kernel counted on the busiest interface, in the direction with more of them, over the link's rate
+ratio   step / max(compute, floor): 1 is a step that hides all communication behind the computation, or the other way round.
+        The shaper lets up to max(16 KiB, 2 ms) of a link's rate pass at once, so a ratio can be a few percent below 1
+x DDP   the step over torch DDP's, of the same cluster and model
+
+All ranks share this machine's cores: compute is several times what it would be on a machine per rank, also where a method's
+arithmetic runs beside it, so unshaped ratios are harsher than on real nodes. Compare ratios within one table, never
+milliseconds of two machines. What other programs used of the cores is stored with each cell, and told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from command import base_name, main, matching, names, new_parser, only_shows, present
+from emulated import Entry, measure_all, start
+from step_results import NODES, PEERS, outcome, report, show_profile
+from store import RESULTS, Store
+
+from commopt.cluster.emulate import Emulation
+from commopt.cluster.run import Tick, run_job
+from commopt.cluster.spec import ClusterSpec
+from commopt.errors import ConfigError
+from commopt.plan.links import parse_rate
+from commopt.record.words import seconds_text
+
+STORED = RESULTS / "step.jsonl"
+PROGRAM = Path(__file__).parent / "step_peers.py"
+
+STEADY_STEPS, FREEZE_STEP, LONGEST_WARMUP = 12, 4, 100
+SETTLED = 3  # launch/train.py counts no step before as steady
+CLUSTERS: Mapping[str, str | None] = {"50mbit": "50mbit", "100mbit": "100mbit", "1gbit": "1gbit", "unshaped": None}
+MODELS: Mapping[str, Mapping[str, int]] = {"1m": {"layers": 5, "width": 128}, "5m": {"layers": 6, "width": 256}}
+PARAMETERS = {"1m": 1.07e6, "5m": 4.9e6}
+SIZES = {"heads": 4, "context": 64, "batch": 4, "seed": 1}
+BUCKET_MB = 1  # small enough that a compressed method's exchange overlaps with backward
+
+OPTIMIZER: Mapping[str, Any] = {"name": "adam", "lr": 1e-3}
+SGD: Mapping[str, Any] = {"name": "sgd", "lr": 0.01}
+# What brings a method into its steady phase soon, or makes it comparable with a peer; others run as they are.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "onebit_adam": {"freeze_step": FREEZE_STEP},
+    "zero_one_adam": {"var_freeze_step": FREEZE_STEP, "local_step_clipper": 1},  # every step communicates
+    "powersgd": {"rank": 1},
+    "qsgd": {"levels": 7},  # 4 bits
+    "threshold": {"threshold": 0.005},
+}
+# Adam applies what the others and the peers average, so that their arithmetic is the same; a method that refuses it gets SGD.
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {"dgc": SGD, "signum": SGD}
+
+START_S, COMPUTE_S = 20.0, {"1m": 0.15, "5m": 0.5}  # for the estimate only
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured: one method on one cluster and model. Peers are methods too."""
+
+    cluster: str
+    model: str
+    method: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.cluster}-{self.model}-{self.method}"
+
+    @property
+    def bytes_per_s(self) -> float:
+        rate = CLUSTERS[self.cluster]
+        return math.inf if rate is None else parse_rate(rate)
+
+
+# ---- what to measure -------------------------------------------------------------------------------------------------
+
+
+def all_methods() -> list[str]:
+    """commopt's methods, as they are registered, and the peers."""
+    from commopt.methods import METHODS
+
+    return [*METHODS, *PEERS]
+
+
+def makeable(methods: Iterable[str]) -> list[str]:
+    """The methods that can be made with what is known here about their options; says which ones cannot."""
+    found = []
+    for method in methods:
+        try:
+            settings_of(Cell(next(iter(CLUSTERS)), next(iter(MODELS)), method))
+        except ConfigError as error:
+            print(f"left out: {error}", flush=True)
+        else:
+            found.append(method)
+    return found
+
+
+def warmup_steps(method: str, options: Mapping[str, Any], optimizer: Mapping[str, Any]) -> int:
+    """Make the method once, on a model of no consequence, to see that it can be made and when it is steady."""
+    import torch
+    from building import build
+
+    settings = {"method": method, "options": options, "optimizer": optimizer}
+    return int(build(settings, torch.nn.Linear(2, 2))[0].warmup_steps)
+
+
+def settings_of(cell: Cell) -> dict[str, Any]:
+    """The options, optimizer, sizes and steps of a cell; one that is stored with others is measured again."""
+    options, optimizer, warmup = dict(OPTIONS.get(cell.method, {})), OPTIMIZERS.get(cell.method, OPTIMIZER), 0
+    if cell.method not in PEERS:
+        from commopt.methods import METHODS
+
+        kind = METHODS[base_name(cell.method)]
+        if cell.method not in OPTIONS and "freeze_step" in inspect.signature(kind.__init__).parameters:
+            options["freeze_step"] = FREEZE_STEP
+        try:
+            warmup = warmup_steps(cell.method, options, optimizer)
+        except ConfigError as error:
+            if cell.method in OPTIMIZERS:
+                raise ConfigError(f"{error}; look at OPTIONS and OPTIMIZERS in {Path(__file__).name}") from None
+            optimizer, warmup = SGD, warmup_steps(cell.method, options, SGD)
+    if warmup > LONGEST_WARMUP:
+        raise ConfigError(
+            f"method {cell.method}: is steady after {warmup} steps only; give it OPTIONS in {Path(__file__).name}"
+        )
+    sizes: dict[str, Any] = {**MODELS[cell.model], **SIZES}
+    if cell.method not in PEERS:  # which keep torch's own sizes
+        sizes["bucket-mb"] = BUCKET_MB
+    return {"options": options, "optimizer": dict(optimizer), "steps": max(SETTLED, warmup) + STEADY_STEPS, **sizes}
+
+
+def program_words(cell: Cell, settings: Mapping[str, Any], *, profile: bool = False) -> list[str]:
+    """The program of the ranks and its arguments."""
+    sizes = {key: value for key, value in settings.items() if key not in ("options", "optimizer")}
+    words = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    words += ["--optimizer", json.dumps(settings["optimizer"])]
+    if cell.method in PEERS:
+        return [str(PROGRAM), cell.method, *words]
+    words += ["--method", cell.method, "--options", json.dumps(settings["options"]), "--validation-batches", "1"]
+    return [str(PROGRAM), "profile" if profile else "train", *words]
+
+
+def estimate_s(cell: Cell, steps: int) -> float:
+    """Seconds that a cell takes at most, roughly: as dense does."""
+    compute_s = COMPUTE_S[cell.model]
+    step_s = max(compute_s, dense_payload_bytes(PARAMETERS[cell.model]) * 1.07 / cell.bytes_per_s)
+    return START_S + steps * step_s + 20 * compute_s
+
+
+def dense_payload_bytes(parameters: float) -> float:
+    """What a ring all-reduce of float32 sends per rank and step."""
+    return 2 * (NODES - 1) / NODES * 4 * parameters
+
+
+# ---- measuring: inside the namespaces of one cluster -----------------------------------------------------------------
+
+
+class StalledError(Exception):
+    """No rank got on."""
+
+
+class Watchdog:
+    """For `run_job`'s on_tick: raises StalledError when no rank has recorded anything for so many seconds."""
+
+    def __init__(self, records: Path, limit_s: float) -> None:
+        self._records, self._limit_s = records, limit_s
+        self._seen_bytes, self._seen_at_s = 0, 0.0
+
+    def __call__(self, tick: Tick) -> None:
+        recorded = sum(file.stat().st_size for file in self._records.glob("*.jsonl"))
+        if recorded != self._seen_bytes:
+            self._seen_bytes, self._seen_at_s = recorded, tick.elapsed_s
+        elif tick.elapsed_s - self._seen_at_s > self._limit_s:
+            raise StalledError(f"no rank got on for {seconds_text(self._limit_s)}")
+
+
+def measure(
+    entry: Entry, cluster: ClusterSpec, emulation: Emulation, *, timeout_s: float, profile: bool
+) -> dict[str, Any]:
+    """Run one cell. Whatever happens to its ranks is a result too."""
+    from commopt.record.lines import RankRecord, rank_files
+    from commopt.report.document import Environment
+    from commopt.report.results import collect
+    from commopt.report.table import event_texts
+
+    cell, failure, details = Cell(**entry["cell"]), None, ""
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
+        records = Path(scratch, "record")
+        try:
+            job = run_job(
+                cluster,
+                program_words(cell, entry["settings"], profile=profile),
+                emulation=emulation,
+                env={"COMMOPT_RECORD": str(records)},
+                log_dir=Path(scratch, "log"),
+                on_tick=Watchdog(records, timeout_s),
+            )
+        except StalledError as error:
+            failure = str(error)
+        else:
+            if job.failure is not None:
+                failure, details = str(job.failure).splitlines()[0], job.failure.message
+                if not details and (said := last_words(Path(scratch, "log"))):
+                    failure, details = said[0], "\n".join([failure, *said])
+        run = collect(records, method=cell.method, failure=failure, ranks_here=range(NODES))
+        ranks = {record.rank: record for record in map(RankRecord.read, rank_files(records))}
+    known = ("status", "parameters", "window_steps", "step_s", "step_mean_s", "compute_s", "nic_over_model")
+    return {
+        **asdict(cell),
+        **{name: getattr(run, name) for name in known},
+        "rate": CLUSTERS[cell.cluster],
+        "failure": failure or run.failure,
+        "details": details.splitlines()[-20:],
+        "wait_share": None if cell.method in PEERS else run.wait_share,
+        "interface_bytes": interface_bytes(ranks),
+        "payload_bytes": run.payload_bytes_per_step,
+        "events": event_texts(run),
+        "profile": [fields["rows"] for record in ranks.values() for kind, fields in record.events if kind == "profile"],
+        "environment": Environment.here().model_dump(),
+    }
+
+
+def last_words(log_dir: Path) -> list[str]:
+    """What C++ said before it aborted: first what no other rank's end explains."""
+    lines = [
+        line.strip() for log in sorted(log_dir.glob("*.log")) for line in log.read_text(errors="replace").splitlines()
+    ]
+    whats = dict.fromkeys(line.partition("what():")[2].strip() for line in lines if "what():" in line)
+    aborts = dict.fromkeys(line for line in lines if line.startswith("terminate called"))
+    return sorted(whats, key=lambda text: "closed by peer" in text or "reset by peer" in text) or list(aborts)
+
+
+def interface_bytes(ranks: Mapping[int, Any]) -> dict[str, dict[str, float | None]]:
+    """Bytes per step of the window that each node sent and received, by the kernel's count; empty without a whole window."""
+    counted: dict[str, dict[str, float | None]] = {}
+    for record in ranks.values():
+        begin, end = record.counters.get("begin"), record.counters.get("end")
+        if record.start is None or begin is None or end is None or end.steps <= begin.steps:
+            return {}
+        readings = {
+            "sent": (begin.nic_tx_bytes, end.nic_tx_bytes),
+            "received": (begin.traffic.get("nic_rx_bytes"), end.traffic.get("nic_rx_bytes")),
+        }
+        counted[str(record.start["node"])] = {
+            key: None if None in (first, last) else (last - first) / (end.steps - begin.steps)
+            for key, (first, last) in readings.items()
+        }
+    return counted
+
+
+# ---- the sweep -------------------------------------------------------------------------------------------------------
+
+
+def sweep(
+    cells: Sequence[Cell], file: Path, *, redo: bool = False, timeout_s: float = 60.0, profile: bool = False
+) -> None:
+    """Measure the cells that are not stored. Raises ConfigError for a bad option."""
+    store = Store(file, ["*"] if redo else ())
+    wanted = [(cell, settings) for cell in cells if store.get(cell.name, settings := settings_of(cell)) is None]
+    todo: list[Entry] = [
+        {
+            "name": cell.name,
+            "cell": asdict(cell),
+            "cluster": {"name": f"four-{cell.cluster}", "nodes": NODES, "links": {"rate": CLUSTERS[cell.cluster]}},
+            "settings": settings,
+            "estimate_s": estimate_s(cell, settings["steps"]),
+        }
+        for cell, settings in wanted
+    ]
+    if not profile:
+        kept = f", {len(cells) - len(todo)} are stored already (--redo measures them again)" * (len(todo) < len(cells))
+        about = f", about {seconds_text(sum(entry['estimate_s'] for entry in todo))} at most" if todo else ""
+        print(f"{len(todo)} cells to measure{about}{kept}", flush=True)
+    measure_all(todo, file, timeout_s=timeout_s, profile=profile)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    made, what = new_parser(__doc__, STORED, "only cells whose names match a pattern, such as '50mbit-*-torch_*'")
+    made.add_argument("--clusters", metavar="NAME,...", help=f"of {', '.join(CLUSTERS)}; all by default")
+    made.add_argument("--models", metavar="NAME,...", help=f"of {', '.join(MODELS)}; all by default")
+    made.add_argument("--methods", metavar="NAME,...", help=f"commopt's methods and {', '.join(PEERS)}; all by default")
+    made.add_argument("--timeout", type=float, metavar="SECONDS", default=60.0, help="end a cell whose ranks all stall")
+    what.add_argument(
+        "--profile", metavar="METHOD", help="where a step's time goes; on the first cluster and model chosen"
+    )
+    what.add_argument("--run-plan", type=Path, help=argparse.SUPPRESS)
+    return made
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line says. Raises ConfigError for a mistake in it, before anything is started."""
+    shows = only_shows(args)
+    if not args.timeout > 0:
+        raise ConfigError(f"--timeout {args.timeout}: write a number of seconds above 0")
+    clusters, models = names("--clusters", args.clusters, CLUSTERS), names("--models", args.models, MODELS)
+    if args.profile is not None:
+        profiled(args, clusters[0], models[0])
+        return
+    methods, file = names("--methods", args.methods, all_methods()), args.results or STORED
+    if args.methods is None and shows:  # cells of names with codecs, such as two_way(sign,int8), are shown too
+        methods += dict.fromkeys(name.split("-", 2)[-1] for name in sorted(Store(file).names) if "(" in name)
+    elif args.methods is None:  # one that has just been added does not keep the others from a sweep
+        methods = makeable(methods)
+    every = [Cell(cluster, model, method) for cluster in clusters for model in models for method in methods]
+    cells = matching(args.only, every)
+    try:
+        if not shows:
+            sweep(cells, file, redo=args.redo, timeout_s=args.timeout)
+    finally:
+        store = Store(file)
+        present(report([found for cell in cells if (found := store.get(cell.name)) is not None]), args)
+
+
+def profiled(args: argparse.Namespace, cluster: str, model: str) -> None:
+    """Measure one cell with rank 0's calls timed; it is not stored, since timing calls takes time itself."""
+    for option, given in (("--methods", args.methods), ("--only", args.only), ("--json", args.json)):
+        if given is not None:
+            raise ConfigError(f"{option}: has no effect with --profile; leave one of them out")
+    if args.profile in PEERS:
+        raise ConfigError(f"--profile {args.profile}: looks into commopt's methods only")
+    (method,) = names("--profile", args.profile, all_methods()) if "," not in args.profile else ("",)
+    if not method:
+        raise ConfigError(f"--profile {args.profile}: takes one method")
+    cell = Cell(cluster, model, method)
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
+        file = Path(scratch, "profile.jsonl")
+        sweep([cell], file, timeout_s=args.timeout, profile=True)
+        result = Store(file).get(cell.name)
+    if result is not None:
+        show_profile(result)
+
+
+if __name__ == "__main__":
+    main(parser(), lambda args: start(args, run, measure, outcome))

@@ -1,0 +1,211 @@
+"""What the stored cells of step.py say: floors, ratios, targets, tables, and where the time of a profiled step goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from command import Report
+from emulated import BUSY_CORES
+from rich.text import Text
+from sheets import Sheet, judged, wide_console
+
+from commopt.plan.links import parse_rate
+from commopt.record.words import bytes_text, milliseconds, seconds_text
+
+NODES = 4
+PEERS = ("torch_ddp", "torch_fp16", "torch_powersgd", "torch_powersgd_one_bucket")
+BASELINE = "torch_ddp"
+TARGET, TARGET_CLUSTERS, UNSHAPED_TARGET = 1.2, ("50mbit", "100mbit"), 1.3
+WITHOUT_TARGET = (  # others send signs, few values, or at most 4 bits of each
+    "dense", "fp16", "two_way", "natural", "powersgd", "dice_sgd", *PEERS,
+)  # fmt: skip
+HEADINGS = ("step\nms", "compute\nms", "floor\nms", "ratio", "x DDP", "interface\nper step", "payload\nper step")
+
+Result = Mapping[str, Any]  # a stored cell
+
+
+def floor_s(result: Result) -> float | None:
+    """Seconds that the link needs for a step's bytes: of the node and direction with most; None where not limited or counted."""
+    nodes, rate = result.get("interface_bytes") or {}, result.get("rate")
+    counts = [count for node in nodes.values() for count in (node["sent"], node["received"]) if count is not None]
+    return max(counts) / parse_rate(rate) if rate and counts else None
+
+
+def ratio_to_floor(result: Result) -> float | None:
+    """step / max(compute, floor), on shaped links."""
+    floor, step_s, compute_s = floor_s(result), result.get("step_s"), result.get("compute_s")
+    return step_s / max(compute_s, floor) if floor and step_s and compute_s else None
+
+
+def ratio_to_ddp(result: Result, baseline: Result | None) -> float | None:
+    """The step over torch DDP's."""
+    step_s, other_s = result.get("step_s"), (baseline or {}).get("step_s")
+    return step_s / other_s if step_s and other_s else None
+
+
+def verdict(result: Result, baseline: Result | None) -> tuple[float, bool] | None:
+    """The target that a cell has, and whether it is met; None where it has none, or no number."""
+    if result["method"] in PEERS:
+        return None
+    if result["rate"] is None:
+        ratio, target = ratio_to_ddp(result, baseline), UNSHAPED_TARGET
+    elif result["cluster"] in TARGET_CLUSTERS and result["method"] not in WITHOUT_TARGET:
+        ratio, target = ratio_to_floor(result), TARGET
+    else:
+        return None
+    return None if ratio is None else (target, ratio <= target)
+
+
+def is_uneven(result: Result) -> bool:
+    """Whether a median hides that some steps communicate and others do not."""
+    step_s, mean_s = result.get("step_s"), result.get("step_mean_s")
+    return bool(step_s and mean_s and abs(mean_s / step_s - 1) > 0.2)
+
+
+def is_disturbed(result: Result) -> bool:
+    """Whether other programs used the cores meanwhile."""
+    return float(result.get("others_cores") or 0.0) > BUSY_CORES
+
+
+def report(results: Sequence[Result]) -> Report:
+    """One table for each cluster and model, and the remarks."""
+    if not results:
+        return Report([])
+    places = dict.fromkeys((one["cluster"], one["model"]) for one in results)
+    sheets = [sheet([one for one in results if (one["cluster"], one["model"]) == place]) for place in places]
+    return Report(sheets, remarks(results), document=document(results))
+
+
+def sheet(results: Sequence[Result]) -> Sheet:
+    """The stored cells of one cluster and model."""
+    first = results[0]
+    baseline = next((one for one in results if one["method"] == BASELINE), None)
+    parameters = next((one["parameters"] for one in results if one.get("parameters")), None)
+    size = f"{parameters / 1e6:.2f} M parameters" if parameters else first["model"]
+    title = f"{NODES} nodes, {first['rate'] or 'unshaped'}, GPT of {size}"
+    rows = [row_of(one, baseline) for one in results]
+    return Sheet(title, ("method", *HEADINGS, "target"), rows, left=("method", "target"))
+
+
+def row_of(one: Result, baseline: Result | None) -> list[str | Text]:
+    name = Text(f"{one['method']} *", "dim") if one["method"] in PEERS else Text(one["method"], "bold")
+    if one["status"] != "finished":
+        return [name, Text("failed", "bold red"), *[""] * len(HEADINGS)]
+    target, is_met = verdict(one, baseline) or (0.0, None)
+    said = f"<= {target:.1f} {'met' if is_met else 'missed'}{' ?' * is_disturbed(one)}" if target else ""
+    return [
+        name,
+        _text(one.get("step_s"), milliseconds) + ("~" if is_uneven(one) else ""),
+        _text(one.get("compute_s"), milliseconds),
+        _text(floor_s(one), milliseconds),
+        _text(ratio_to_floor(one), "{:.2f}".format),
+        _text(ratio_to_ddp(one, baseline), "{:.2f}".format),
+        _text(busiest_bytes(one), bytes_text),
+        _text(one.get("payload_bytes"), bytes_text),
+        judged(said, is_met),
+    ]
+
+
+def _text(value: float | None, form: Callable[[float], str]) -> str:
+    return "-" if value is None else form(value)
+
+
+def busiest_bytes(result: Result) -> float | None:
+    """Bytes per step on the interface and in the direction with most."""
+    nodes = result.get("interface_bytes") or {}
+    return max((n for node in nodes.values() for n in node.values() if n is not None), default=None)
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """What the tables do not show, in sentences."""
+    lines = [f"{one['name']} failed: {one['failure']}" for one in results if one["status"] != "finished"]
+    for one in results:
+        if one["status"] == "finished" and one.get("step_s") is None:
+            lines.append(f"{one['name']}: no step was past the method's warm-up")
+        if is_uneven(one):
+            mean_ms = milliseconds(one["step_mean_s"])
+            lines.append(f"~ {one['name']}: its steps are not alike, and take {mean_ms} ms on average")
+        lines += [
+            f"{one['name']}: {text}" for text in one.get("events", [])
+        ]  # void buckets, replicas that have drifted
+    if any(one["method"] in PEERS for one in results):
+        hooks = "no hook, fp16_compress_hook, and powerSGD_hook of rank 1"
+        lines.append(f"* torch's own, in DDP's default buckets unless named otherwise: {hooks}")
+    cores = sorted({one["environment"]["cpu_count"] for one in results})
+    shared = " or ".join(map(str, cores))
+    lines.append(f"All {NODES} ranks shared {shared} cores: compute is that of a crowded machine.")
+    disturbed = [one for one in results if is_disturbed(one)]
+    if disturbed:
+        most, who = max(one["others_cores"] for one in disturbed), ", ".join(one["name"] for one in disturbed)
+        lines.append(f"? Not to be trusted, since other programs used up to {most:.1f} cores meanwhile: {who}")
+    return lines
+
+
+def document(results: Sequence[Result]) -> dict[str, Any]:
+    """What --json writes: every cell with what follows from it."""
+    cells = []
+    for one in results:
+        place = (one["cluster"], one["model"], BASELINE)
+        baseline = next((b for b in results if (b["cluster"], b["model"], b["method"]) == place), None)
+        found = verdict(one, baseline)
+        ratios = {"ratio": ratio_to_floor(one), "ratio_to_torch_ddp": ratio_to_ddp(one, baseline)}
+        target = {"target": found[0], "target_met": found[1]} if found else {}
+        cells.append({**one, "floor_s": floor_s(one), **ratios, **target})
+    return {"schema": 1, "nodes": NODES, "remarks": remarks(results), "cells": cells}
+
+
+def outcome(result: Result) -> str:
+    """A cell's result in a few words."""
+    if result["status"] != "finished":
+        return f"failed: {result['failure']}"
+    parts = ["no steady step" if result["step_s"] is None else f"{seconds_text(result['step_s'])} a step"]
+    if (ratio := ratio_to_floor(result)) is not None:
+        parts.append(f"{ratio:.2f} x max(compute, floor)")
+    if is_disturbed(result):
+        parts.append(f"other programs on {result['others_cores']:.1f} cores")
+    return ", ".join(parts)
+
+
+def show_profile(result: Result) -> None:
+    """Print where rank 0's time went, per step."""
+    console = wide_console()
+    if not result["profile"]:
+        console.print(f"{result['name']}: nothing was recorded; {result['failure']}", markup=False)
+        return
+    for line in profile_lines(result):
+        console.print(line, markup=False)
+
+
+def profile_lines(result: Result) -> list[str]:
+    """Milliseconds per step of rank 0: the training thread's, and the tree of calls of the thread that exchanges."""
+    steps = result["window_steps"]
+    spent = {tuple(path): (calls, seconds) for path, calls, seconds in result["profile"][-1]}
+    step_s, wait_s = result["step_mean_s"], result["step_mean_s"] * (result["wait_share"] or 0.0)
+    optimizer_s = spent.pop(("optimizer.step",), (0, 0.0))[1] / steps
+    compute_ms = milliseconds(result["compute_s"])
+    lines = [f"{result['name']}: {milliseconds(step_s)} ms a step on average (compute alone {compute_ms})", ""]
+    lines += ["training thread (all ranks' mean)", _line("forward, backward, the rest", step_s - wait_s - optimizer_s)]
+    lines += [_line("waiting for exchanges", wait_s), _line("optimizer.step (rank 0)", optimizer_s)]
+    spent = {path: found for path, found in spent.items() if path[0].startswith("method:")}  # without the barriers
+    whole_s = sum(seconds for path, (_, seconds) in spent.items() if len(path) == 1) / steps
+    shares: dict[str, float] = {}
+    for path, (_, seconds) in spent.items():
+        kind = path[-1].partition(":")[0]
+        if kind not in ("method", "kernel") and kind not in [label.partition(":")[0] for label in path[:-1]]:
+            shares[kind] = shares.get(kind, 0.0) + seconds / steps
+    lines += ["", "exchanging thread of rank 0, beside backward", _line("all of it", whole_s)]
+    lines += [_line(f"  {kind}", shares.get(kind, 0.0)) for kind in ("encode", "exchange", "decode")]
+    lines += [_line("  the rest", whole_s - sum(shares.values())), "", "by call, each with what it calls"]
+    for path, (calls, seconds) in sorted(spent.items(), key=lambda item: _order(item[0], spent)):
+        lines.append(f"{_line('  ' * (len(path) - 1) + path[-1], seconds / steps)}  {calls / steps:g} calls a step")
+    return lines
+
+
+def _order(path: tuple[str, ...], spent: Mapping[tuple[str, ...], tuple[int, float]]) -> list[tuple[float, str]]:
+    """Sorts a tree: below each call the longest first."""
+    return [(-spent.get(path[:k], (0, 0.0))[1], path[k - 1]) for k in range(1, len(path) + 1)]
+
+
+def _line(text: str, seconds: float) -> str:
+    return f"{text:50} {1e3 * seconds:9.2f} ms"

@@ -1,0 +1,158 @@
+"""What the command lines in scripts/bench share: options, checks, stored cells, and where results are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from script import BENCH, module
+
+from commopt.errors import ConfigError
+
+BENCHMARKS = [module(name) for name in ("convergence", "outer", "step", "sync")]
+command, sheets, Store = module("command"), module("sheets"), module("store").Store
+KNOWN = ["two_way", "dense"]
+
+
+@pytest.mark.parametrize("bench", BENCHMARKS)
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--table", "--redo"], "--redo: has no effect with --table; leave one of them out"),
+        (["--markdown", "--redo"], "--redo: has no effect with --markdown"),
+        (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: there is no folder /nowhere/at; make it"),
+    ],
+)
+def test_options_without_effect_are_refused(bench: Any, words: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        bench.run(bench.parser().parse_args(words))
+
+
+@pytest.mark.parametrize("bench", BENCHMARKS[:2])
+def test_no_jobs_are_refused(bench: Any) -> None:
+    with pytest.raises(ConfigError, match="--jobs 0: write a number from 1"):
+        bench.run(bench.parser().parse_args(["--jobs", "0"]))
+
+
+@pytest.mark.parametrize("bench", BENCHMARKS)
+def test_nothing_stored_is_said(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not bench.run(bench.parser().parse_args(["--table", "--results", str(tmp_path / "none.jsonl")]))
+    assert "nothing is stored yet" in capsys.readouterr().out
+
+
+def test_a_method_may_be_named_with_its_codecs() -> None:
+    given = "dense, two_way(sign, int8),two_way"
+    assert command.names("--methods", given, KNOWN) == ["dense", "two_way(sign,int8)", "two_way"]
+    assert command.names("--methods", None, KNOWN) == KNOWN
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("densee", "unknown name 'densee'; did you mean 'dense'?"), ("dense,dense", "duplicate name 'dense'")],
+)
+def test_names_that_are_unknown_or_repeated_are_refused(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command.names("--methods", text, KNOWN)
+    assert str(caught.value) == f"--methods: {complaint}"
+
+
+def test_cells_are_chosen_by_patterns() -> None:
+    cells = [Path(name) for name in ("50mbit-1m-dense", "50mbit-5m-torch_ddp", "unshaped-1m-dense")]
+    assert command.matching("50mbit-*-torch_*, unshaped-*", cells) == cells[1:]
+    assert command.matching(None, cells) == cells
+    with pytest.raises(ConfigError, match="--only 16: matches no cell; a cell is named like 50mbit-1m-dense"):
+        command.matching("16", cells)
+
+
+def test_a_mistake_is_told_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "step.py"), "--table", "--methods", "nosuch"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH.parents[1]), *sys.path[1:]])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("step.py: --methods: unknown name 'nosuch'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_kernels_are_timed_against_a_copy() -> None:
+    words = [sys.executable, str(BENCH / "kernels.py"), "--elements", "1000", "--repeats", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=110)
+    assert "1.00 x copy" in done.stdout
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_written_between_the_marks_of_a_page() -> None:
+    page = "# Title\n<!-- written by scripts/bench/x.py --page -->\nold\n<!-- end -->\nafter\n"
+    made = sheets.Sheet("Losses", ("method", "loss"), [["dense", "2.0"]], left=("method",))
+    text = sheets.markdown([made], ["a remark"])
+    assert text == "**Losses**\n\n| method | loss |\n| --- | ---: |\n| dense | 2.0 |\n\n- a remark"
+    assert sheets.with_tables(page, text) == page.replace("old", text)
+
+
+def test_a_page_without_its_marks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="are missing"):
+        sheets.with_tables("# Nothing here\n", "")
+
+
+# ---- stored cells ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_found_by_its_name_and_settings(tmp_path: Path) -> None:
+    store = Store(tmp_path / "made" / "cells.jsonl")
+    store.put("a", {"betas": (0.9, 0.95)}, {"loss": 2.0})
+    store.put("b", {}, {"loss": None})
+    again = Store(store.file)
+    assert again.get("a", {"betas": [0.9, 0.95]}) == {"name": "a", "settings": {"betas": [0.9, 0.95]}, "loss": 2.0}
+    assert again.get("a", {"betas": [0.9, 0.9]}) is None
+    assert again.get("a")["loss"] == 2.0
+    assert again.get("c") is None
+    assert again.names == ["a", "b"]
+
+
+def test_a_cell_replaces_the_one_of_its_name(tmp_path: Path) -> None:
+    store, other = (Store(tmp_path / "cells.jsonl") for _ in range(2))
+    store.put("a", {"steps": 1}, {})
+    other.put("b", {}, {})  # by another program
+    store.put("a", {"steps": 2}, {})
+    assert [json.loads(line)["name"] for line in store.file.read_text().splitlines()] == ["a", "b"]
+    assert Store(store.file).get("a", {"steps": 2}) is not None
+    assert [file.name for file in tmp_path.iterdir()] == ["cells.jsonl"]
+
+
+def test_a_cell_to_redo_counts_once_it_is_stored_anew(tmp_path: Path) -> None:
+    file = tmp_path / "cells.jsonl"
+    Store(file).put("gpt-adam-1", {}, {})
+    store = Store(file, redo=["gpt-adam-*"])
+    assert store.get("gpt-adam-1") is None
+    store.put("gpt-adam-1", {}, {})
+    assert store.get("gpt-adam-1") is not None
+
+
+def test_a_broken_line_is_no_cell_and_an_interrupted_put_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cells.jsonl"
+    Store(file).put("a", {}, {"loss": 2.0})
+    file.write_text(file.read_text() + '{"name": "b", "loss"')
+    store, before = Store(file), file.read_text()
+    assert store.names == ["a"]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.put("a", {}, {"loss": 3.0})
+    assert file.read_text() == before
