@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import annotated_types
@@ -45,6 +44,22 @@ def options(cls: type[T]) -> type[T]:
     return _pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)  # type: ignore[return-value]
 
 
+@dataclass_transform(frozen_default=True)
+def checked_dataclass(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass that pydantic checks when it is made; a wrong field raises ConfigError."""
+    made: Any = _pydantic_dataclass(frozen=True, config=_CONFIG)(cls)
+    check = made.__init__
+
+    def checked(self: T, *args: Any, **named: Any) -> None:
+        try:
+            check(self, **dict(zip(option_names(made), args, strict=False)), **named)
+        except ValidationError as error:
+            raise ConfigError(_first_mistake(made, error)) from None
+
+    made.__init__ = checked
+    return made  # type: ignore[no-any-return]
+
+
 @options
 class NoOptions:
     """What every `Options` begins with."""
@@ -59,7 +74,7 @@ def make_options(kind: type[T], given: Mapping[str, Any]) -> T:
     try:
         return kind(**given)
     except ValidationError as error:
-        raise ConfigError(_first_mistake(kind, error)) from None
+        raise ConfigError(_first_mistake(kind, given, error)) from None
 
 
 def option_names(kind: type) -> list[str]:
@@ -72,7 +87,7 @@ def wanted(kind: type, option: str) -> str:
     return _described(get_type_hints(kind, include_extras=True)[option])
 
 
-def _first_mistake(kind: type, error: ValidationError) -> str:
+def _first_mistake(kind: type, given: Mapping[str, Any], error: ValidationError) -> str:
     mistake = error.errors()[0]
     if not mistake["loc"]:  # a check of several options together
         return str(mistake["ctx"]["error"])
@@ -81,21 +96,8 @@ def _first_mistake(kind: type, error: ValidationError) -> str:
         return f"{option}: is missing, and has no default; write {{{option}: ...}}"
     if mistake["type"] == "value_error" and isinstance(mistake["ctx"]["error"], ConfigError):
         return str(mistake["ctx"]["error"])
-    value = mistake["input"]
-    for one in error.errors():  # of an element of a list, or a branch of a union, the whole is shown
-        if one["loc"] == (option,):
-            value = one["input"]
-    annotation = get_type_hints(kind, include_extras=True)[option]
-    close = get_close_matches(value, _words(annotation), n=1) if isinstance(value, str) else []
-    hint = f"did you mean {close[0]!r}? Write" if close else "write"
-    return f"{option}: {value!r:.80} is out of range; {hint} {_described(annotation)}"
-
-
-def _words(annotation: Any) -> list[str]:
-    """The texts that an option may be."""
-    if get_origin(annotation) is Literal:
-        return [value for value in get_args(annotation) if isinstance(value, str)]
-    return [word for one in get_args(annotation) for word in _words(one)]
+    value = given.get(option, mistake["input"])  # the whole, of a list or a branch of a union
+    return f"{option}: {value!r:.80} is out of range; write {wanted(kind, option)}"
 
 
 def _described(annotation: Any) -> str:

@@ -8,7 +8,7 @@ Gradient and update methods; ranks are simulated in threads.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from commopt.methods import resolve
 from commopt.optim import LAMB, Lion
 from commopt.optim.update import UpdateMethod
 from commopt.run.door import attach
+from commopt.wire.state import Saved
 
 __all__ = ["check_method"]
 
@@ -31,6 +32,7 @@ Factory = Callable[[], Method]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _SIZES = (1, 2, 3, 5)
 _STEPS = 12
+_ZERO_AT = _STEPS // 2 + 1  # a step in which all gradients are zero
 
 
 class _Model(nn.Module):
@@ -54,8 +56,9 @@ class _Trained:
     losses: list[float] = field(default_factory=list)
     voided: list[tuple[int, str]] = field(default_factory=list)
     payload_bytes: float = 0.0
-    state: dict[str, Tensor] = field(default_factory=dict)
-    has_seen_nan: bool = False
+    state: Saved = field(default_factory=lambda: {"shared": {}, "rank": {}})
+    is_synchronised: bool = True
+    void_steps: list[int] = field(default_factory=list)  # in which this rank must have heard of a NaN
 
 
 def default_optimizer(method: Method) -> MakeOptimizer:
@@ -109,10 +112,8 @@ def check_method(
         world = _train(case, start, n)
         _check_training(world, start, n)
         _check_buckets(case, start, n, world)
-        _check_zero_gradients(case, start, n)
         _check_resume(case, start, n, world)
-        for bad in sorted({0, n - 1}):
-            _check_nan(case, start, n, bad)
+        _check_nan(case, start, n)
     _check_resharding(case, start)
 
 
@@ -128,8 +129,7 @@ def _train_rank(
     group: SimGroup,
     *,
     bucket_bytes: int = 25 << 20,
-    nan_at: tuple[int, int] | None = None,
-    zero_at: int | None = None,
+    nan_at: Mapping[int, int] | None = None,
     resume_at: int | None = None,
 ) -> _Trained:
     run = _attach(case, model, group, bucket_bytes)
@@ -141,24 +141,38 @@ def _train_rank(
         x = torch.randn(16, 13, generator=data)
         loss = (model(x) - x[:, :5].tanh()).square().mean()
         run.optimizer.zero_grad()
-        (loss * 0 if step == zero_at else loss).backward()
-        if nan_at == (step, group.rank):
-            assert model.first.weight.grad is not None
-            model.first.weight.grad[3, 4] = float("nan")
-        before, is_local = model.first.weight.detach().clone(), run.method.is_local
-        run.optimizer.step()
+        (loss * 0 if step == _ZERO_AT else loss).backward()
+        if step in (nan_at or {}):
+            _step_with_nan(model, run, group, trained, step, nan_at[step])  # type: ignore[index]
+        else:
+            run.optimizer.step()
         if run.method.is_synchronised:
             trained.replica = _flat(model)
-        if nan_at is not None and step == nan_at[0]:
-            trained.has_seen_nan = group.rank == nan_at[1] or not is_local
-            assert is_local or torch.equal(model.first.weight, before), (
-                "a parameter with a NaN in its gradient was changed"
-            )
         trained.losses.append(loss.item())
     trained.parameters, trained.voided = _flat(model), run.voided
     trained.payload_bytes = group.traffic.payload_bytes
-    trained.state = {key: x.clone() for key, x in run.method.saved()["rank"].items()}
+    trained.state, trained.is_synchronised = copy.deepcopy(run.method.saved()), run.method.is_synchronised
     return trained
+
+
+def _step_with_nan(model: _Model, run: PlainRun, group: SimGroup, trained: _Trained, step: int, bad: int) -> None:
+    """Step with a NaN in the gradient of one rank, which may change nothing of its parameter on any rank that exchanges."""
+    weight, method = model.first.weight, run.method
+    if group.rank == bad:
+        assert weight.grad is not None
+        weight.grad[3, 4] = float("nan")
+    is_local, before = method.is_local, weight.detach().clone()
+    views = [] if is_local else method.state_views("first.weight")
+    kept = [view.clone() for view in views]
+    run.optimizer.step()
+    if group.rank == bad or not is_local:
+        trained.void_steps.append(step)
+    assert is_local or torch.equal(weight, before), "a parameter with a NaN in its gradient was changed"
+    for view, old in zip(views, kept, strict=True):
+        assert torch.allclose(view.double(), old.double(), rtol=1e-4, atol=1e-6), (
+            f"a NaN on rank {bad} changed the method's state of first.weight: an exchange that sets bucket.void must "
+            "leave all state as it was"
+        )
 
 
 def _attach(case: _Case, model: _Model, group: SimGroup, bucket_bytes: int) -> PlainRun:
@@ -190,6 +204,12 @@ def _check_training(world: list[_Trained], start: _Model, n: int) -> None:
     nn.utils.vector_to_parameters(world[0].parameters, model.parameters())
     assert torch.equal(model.unused, start.unused), f"a parameter that no rank uses was changed on {n} ranks"
     assert not any(one.voided for one in world), f"a step without a NaN was void on {n} ranks"
+    if all(one.is_synchronised for one in world):
+        for key, x in world[0].state["shared"].items():
+            assert all(_same(x, one.state["shared"][key]) for one in world), (
+                f"the state {key!r} differs between {n} ranks: declare it as held='rank', or compute it from what all ranks have"
+            )
+    assert all(bool(one.parameters.isfinite().all()) for one in world), f"zero gradients break {n} ranks"
     sent = [one.payload_bytes for one in world]
     assert (min(sent) > 0) if n > 1 else (sent == [0.0]), f"counted {sent} bytes on {n} ranks"
 
@@ -207,28 +227,30 @@ def _check_buckets(case: _Case, start: _Model, n: int, world: list[_Trained]) ->
     assert difference <= tolerance, f"smaller buckets change parameters by {difference:.2g} on {n} ranks"
 
 
-def _check_zero_gradients(case: _Case, start: _Model, n: int) -> None:
-    world = _train(case, start, n, zero_at=_STEPS // 2)
-    assert all(bool(one.parameters.isfinite().all()) for one in world), f"zero gradients break {n} ranks"
-    _check_replicas(world, n)
-
-
 def _check_resume(case: _Case, start: _Model, n: int, world: list[_Trained]) -> None:
     resumed = _train(case, start, n, resume_at=_STEPS // 2)
     for one, other in zip(world, resumed, strict=True):
         assert torch.equal(one.parameters, other.parameters), f"resuming is not bitwise on {n} ranks"
-        assert all(torch.equal(one.state[key], other.state[key]) for key in one.state), f"residuals differ on {n} ranks"
+        for held, tensors in one.state.items():
+            for key, x in tensors.items():
+                assert _same(x, other.state[held][key]), f"resuming on {n} ranks does not bring back the state {key!r}"
 
 
-def _check_nan(case: _Case, start: _Model, n: int, bad_rank: int) -> None:
-    for step in (1, _STEPS - 2):
-        world = _train(case, start, n, nan_at=(step, bad_rank))
-        expected = [[(step, "first.weight")] if one.has_seen_nan else [] for one in world]
-        seen = [one.voided for one in world]
-        assert seen == expected, f"NaN at step {step} on rank {bad_rank} of {n}: ranks saw {seen}"
-        assert all(bool(x.isfinite().all()) for one in world for x in one.state.values()), "a NaN reached a residual"
-        assert all(bool(one.parameters.isfinite().all()) for one in world), "a NaN reached a parameter"
-        _check_replicas(world, n)
+def _check_nan(case: _Case, start: _Model, n: int) -> None:
+    """A NaN early and a NaN late, on the first and on the last rank."""
+    nan_at = {1: 0, _STEPS - 2: n - 1} if n % 2 else {1: n - 1, _STEPS - 2: 0}
+    world = _train(case, start, n, nan_at=nan_at)
+    for rank, one in enumerate(world):
+        expected = [(step, "first.weight") for step in one.void_steps]
+        assert one.voided == expected, f"NaN at {{step: rank}} {nan_at} of {n}: rank {rank} saw {one.voided}"
+        for key, x in one.state["rank"].items():
+            assert bool(x.isfinite().all()), f"a NaN reached the state {key!r}, a residual or a momentum"
+        assert bool(one.parameters.isfinite().all()), "a NaN reached a parameter"
+    _check_replicas(world, n)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _check_resharding(case: _Case, start: _Model) -> None:

@@ -13,9 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from train import GPT, draw, read_corpus
 
-from commopt.frameworks import accelerate
-from commopt.methods import is_outer_method
-from commopt.run.outer import OuterAttachment
+import commopt
 
 
 def main(args: argparse.Namespace) -> None:
@@ -23,16 +21,15 @@ def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=is_on_cpu, gradient_accumulation_steps=args.accumulate)
     set_seed(args.seed)  # the same model on every rank
     text, held_out = read_corpus(None)
-    is_outer = is_outer_method(args.method)
+    method = commopt.build(args.method, **args.options)
     model: Any = GPT(args.layers, 4, args.width, args.context)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=args.lr)
     schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps * accelerator.num_processes)
-    model = accelerator.prepare_model(model, evaluation_mode=is_outer)  # outer methods do without DDP
+    model = accelerator.prepare_model(model, evaluation_mode=method.kind == "outer")  # which does without DDP
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
-    attachment = accelerate.attach(accelerator, model, {"name": args.method, **args.options})  # the one line to add
+    run = commopt.attach(model, method, optimizer)  # the one line to add
 
-    if isinstance(attachment, OuterAttachment):
-        attachment.join()
+    run.join()  # for outer methods
     batches = torch.Generator().manual_seed(args.seed * 1000 + accelerator.process_index)
     for step in range(args.steps):
         for _ in range(args.accumulate):
@@ -44,20 +41,16 @@ def main(args: argparse.Namespace) -> None:
                 schedule.step()
                 optimizer.zero_grad()
         if step % 10 == 9:
-            mb = attachment.group.traffic.payload_bytes / 1e6
+            mb = run.traffic.payload_bytes / 1e6
             accelerator.print(f"step {step + 1}: loss {loss.item():.3f}, {mb:.2f} MB sent by rank 0")
-    if isinstance(attachment, OuterAttachment):
-        attachment.finish()
-    else:
-        attachment.method.synchronise(attachment.group)  # for methods that take local steps
+    run.finish()
     accelerator.save_state(args.output)  # with what each rank still has to send
 
     with torch.no_grad():
         x, target = draw(held_out, 64, args.context, torch.Generator().manual_seed(1))
         loss = accelerator.unwrap_model(model)(x.to(accelerator.device), target.to(accelerator.device))
     accelerator.print(f"{args.method}: loss {loss.item():.3f} on held-out text after {args.steps} steps")
-    if isinstance(attachment, OuterAttachment):
-        attachment.close()
+    run.close()
     accelerator.end_training()
 
 

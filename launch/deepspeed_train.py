@@ -6,14 +6,13 @@ torchrun --nproc-per-node=2 launch/deepspeed_train.py --config configs/deepspeed
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from train import GPT, Stream, read_corpus
 
-from commopt.frameworks.deepspeed import initialize
-from commopt.run.outer import OuterAttachment
+from commopt import Run
+from commopt.deepspeed import initialize
 
 
 def main(args: argparse.Namespace) -> None:
@@ -21,14 +20,15 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(1)  # the same model on every rank
     gpt = GPT(args.layers, args.heads, args.width, args.context)
     engine, _, _, _ = initialize(model=gpt, model_parameters=gpt.parameters(), config=str(args.config))
-    attachment: Any = engine.commopt  # None where the configuration names no method
+    run: Run | None = getattr(engine, "commopt", None)  # None if the configuration names no method
     rank = dist.get_rank()
     batch = engine.train_micro_batch_size_per_gpu()
     stream = Stream(text, batch, args.context, 1000 + rank)
     if args.load:
         engine.load_checkpoint(args.load)
-    is_outer = isinstance(attachment, OuterAttachment)  # its rounds may leave steps out
-    steps = attachment.range(args.steps) if is_outer else range(engine.global_steps, args.steps)
+    is_outer = run is not None and run.method.kind == "outer"
+    # skipped steps count for the engine; an outer method's rounds may leave steps out
+    steps = run.range(args.steps) if run is not None and is_outer else range(engine.global_steps, args.steps)
     for step in steps:
         for micro_batch in range(accumulated := engine.gradient_accumulation_steps()):
             x, target = (part.to(engine.device) for part in stream.at(step * accumulated + micro_batch))
@@ -36,13 +36,13 @@ def main(args: argparse.Namespace) -> None:
             engine.backward(loss)
             engine.step()
         if rank == 0 and (step % args.log_every == 0 or step + 1 == args.steps):
-            sent = attachment.group.traffic.payload_bytes / 1e6 if attachment else float("nan")
+            sent = run.traffic.payload_bytes / 1e6 if run is not None else float("nan")
             print(f"step {step}: loss {loss.item():.3f}, {sent:.2f} MB sent", flush=True)
-    if is_outer:
-        attachment.finish()
-        attachment.close()
-    elif args.save:
+    if args.save:
         engine.save_checkpoint(args.save)  # with what every rank has still to send
+    if run is not None:
+        run.finish()
+        run.close()
     dist.destroy_process_group()
 
 

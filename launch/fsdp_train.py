@@ -42,11 +42,11 @@ def main(args: argparse.Namespace) -> None:
     fully_shard(model, mesh=mesh)
     assert isinstance(model, FSDPModule)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.0 if args.no_momentum else 0.9)
-    attachment = None if args.method is None else commopt.attach(model, args.method, optimizer)
+    run = None if args.method is None else commopt.attach(model, args.method, optimizer)
 
     train, held_out = read_corpus(None)
     stream = Stream(train, args.batch, args.context, 1000 + rank)
-    start, counted = time.perf_counter(), attachment.group.traffic.payload_bytes if attachment else 0
+    start, counted = time.perf_counter(), run.traffic.payload_bytes if run else 0
     for step in range(args.steps):
         x, y = (t.to(device) for t in stream.at(step))
         loss = model(x, y)
@@ -62,11 +62,11 @@ def main(args: argparse.Namespace) -> None:
         windows = torch.Generator().manual_seed(1)
         x, y = (t.to(device) for t in draw(held_out, 64, args.context, windows))
         validation = model(x, y).item()
-    if attachment is None:
+    if run is None:
         sent = "FSDP alone"
     else:
-        nbytes = attachment.group.traffic.payload_bytes - counted
-        equal = "equal" if attachment.replicas_are_equal() else "APART"
+        nbytes = run.traffic.payload_bytes - counted
+        equal = "equal" if run.replicas_are_equal() else "APART"
         sent = f"{nbytes / args.steps / 1e6:.3f} MB sent a step by rank 0, replicas {equal}"
     if rank == 0:
         print(f"validation loss {validation:.3f} after {args.steps} steps in {seconds:.1f} s; {sent}", flush=True)

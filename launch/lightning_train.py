@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from train import GPT, draw, read_corpus
 
 from commopt.frameworks.lightning import CommoptStrategy
-from commopt.methods import OPTIMIZERS
+from commopt.optim import OPTIMIZERS
 
 
 class Windows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -87,7 +87,8 @@ def main(args: argparse.Namespace) -> None:
         DataLoader(Windows(held_out, args.context, 8 * args.devices), 8),
         ckpt_path=args.resume,
     )
-    sent_mb = strategy.attachment.group.traffic.payload_bytes / 1e6
+    assert strategy.run is not None
+    sent_mb = strategy.run.traffic.payload_bytes / 1e6
     dense_mb = 4e-6 * sum(p.numel() for p in module.parameters()) * args.steps * 2 * (args.devices - 1) / args.devices
     if trainer.is_global_zero:
         print(f"{args.method}: rank 0 sent {sent_mb:.4f} MB; DDP's float32 gradients would be {dense_mb:.4f} MB")
@@ -95,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
         trainer.save_checkpoint(args.save, weights_only=False)  # on all ranks: each adds what it still has to send
         if trainer.is_global_zero:
             print(
-                f"saved {args.save} ({args.save.stat().st_size / 1e6:.1f} MB), with the method's state on {args.devices} ranks"
+                f"saved {args.save} ({args.save.stat().st_size / 1e6:.1f} MB), with the method's state on {args.devices} ranks beside it"
             )
 
 

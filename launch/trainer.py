@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from train import read_corpus
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
-from commopt.frameworks.transformers import CommoptCallback
+import commopt
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -58,12 +58,12 @@ def main(args: argparse.Namespace) -> None:
         arguments,
         train_dataset=Windows(text, args.context),
         eval_dataset=Windows(held_out[: 200 * args.context], args.context),
-        callbacks=[CommoptCallback({"name": args.method, **args.options})],
     )
+    run = commopt.attach(trainer, {"name": args.method, **args.options})  # the one line to add
     trainer.train(resume_from_checkpoint=args.resume or None)
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
-        steps, mb = trainer.state.global_step, trainer.state.log_history[-2]["commopt_payload_mb"]
+        steps, mb = trainer.state.global_step, run.traffic.payload_bytes / 1e6
         print(f"{args.method}: loss {loss:.3f} on held-out text after {steps} steps, {mb:.2f} MB sent by rank 0")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,18 @@ def test_what_is_no_option_may_stand_beside_a_block(tmp_path: Path) -> None:
     assert build(file).options.density == 0.5
     with pytest.raises(ConfigError, match="name: 'my-run' stands beside method: 'dgc'"):
         read_choice({"name": "my-run", "method": "dgc"})
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, True, "1"])
+def test_a_norm_to_clip_to_is_above_zero(value: Any) -> None:
+    model = model_of()
+    with pytest.raises(ConfigError, match=r"max_norm: .* out of range; write a number above 0, or leave it out"):
+        attach(model, "dense", torch.optim.SGD(model.parameters(), lr=0.1), max_norm=value)
+
+
+def test_a_scaler_must_be_one() -> None:
+    model = model_of()
+    with pytest.raises(
+        ConfigError, match=r"grad_scaler: float has no get_scale\(\); pass the torch\.amp\.GradScaler itself"
+    ):
+        attach(model, "dense", torch.optim.SGD(model.parameters(), lr=0.1), grad_scaler=65536.0)  # type: ignore[arg-type]

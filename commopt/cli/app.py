@@ -242,7 +242,7 @@ def size(count: float) -> str:
 
 
 def write_text(path: Path, text: str, *, option: str) -> None:
-    """Write a file that an option named. Raises ConfigError where that is impossible."""
+    """Write a file that an option named. Raises ConfigError if that is impossible."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -29,7 +29,7 @@ class State(str, Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: what was looked at, how it is, and what to do about it ("" where nothing)."""
+    """One line of the table: what was looked at, how it is, and what to do about it ("" if nothing)."""
 
     check: str
     state: State

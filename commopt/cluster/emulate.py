@@ -64,7 +64,7 @@ class Emulation:
         return ["ip", "netns", "exec", name] if self.network is not None else []
 
     def tx_bytes(self) -> dict[str, int]:
-        """Bytes each node has sent, by the kernel's counters; empty where nodes share the loopback interface."""
+        """Bytes each node has sent, by the kernel's counters; empty if nodes share the loopback interface."""
         if self.network is not None:
             return self.network.tx_bytes()
         if self.shares_loopback:
@@ -75,7 +75,7 @@ class Emulation:
     def members(self) -> tuple[tuple[str, int], ...]:
         """(ranks,) the address and the port that each rank listens on, where every node is on its own.
 
-        Raises ConfigError where the ports after the rendezvous port do not suffice.
+        Raises ConfigError if the ports after the rendezvous port do not suffice.
         """
         slots, addresses = self.cluster.slots, self.meeting.addresses
         if self.shares_loopback:
@@ -179,7 +179,7 @@ def preview(cluster: ClusterSpec, emulate: Emulate | None = None, node: str | No
 
 
 def this_node(cluster: ClusterSpec, name: str | None) -> int:
-    """Which node this machine is. Raises LaunchError where none, or more than one, is it."""
+    """Which node this machine is. Raises LaunchError if none, or more than one, is it."""
     names = [node.name for node in cluster.nodes]
     if name is not None:
         if name not in names:

@@ -1,6 +1,6 @@
 """Run one job: an agent per node, its output sorted, its bytes counted, and all of it ended when a part of it ends.
 
-Where nodes are independent, a part that ends leaves the others alone.
+If nodes are independent, a part that ends leaves the others alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Tick:
 class JobResult:
     """How a job ended.
 
-    tx_bytes is empty where nodes share an interface. log_dir holds `NODE.log`; None where none was asked for and the
+    tx_bytes is empty where nodes share an interface. log_dir holds `NODE.log`; None if none was asked for and the
     job ended well. notices concern the supervision itself.
     """
 

@@ -7,25 +7,27 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from commopt.wire.bucket import Blocks, BlockTable, Int64Array, ParameterIndex
+from commopt.kernels.reference.runs import element_indices
+from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, layout_bytes
+
+__all__ = ["Compressor", "element_indices", "equal_blocks"]
 
 
 class Compressor(ABC):
-    """A stateless codec for blocks of float32 values; a frozen dataclass of its hyper-parameters."""
+    """A stateless codec for blocks of float32 values; a `checked_dataclass` of its hyper-parameters."""
 
+    stochastic = False
     shared_scale: ClassVar[bool] = False  # the blocks of a parameter have one scale
     is_ragged: ClassVar[bool] = False  # how much travels is known only once it is compressed: through `encode`
-
     shares_keys: ClassVar[bool] = False  # all ranks have the same random keys, and decompressing takes them too
 
     @property
     def is_stochastic(self) -> bool:
         """Whether codes depend on the blocks' random keys."""
-        return False
+        return self.stochastic
 
     @abstractmethod
     def block_lengths(self, numel: int, ranks: int) -> list[int]:
@@ -81,9 +83,3 @@ def equal_blocks(numel: int, block_size: int) -> list[int]:
     """Blocks of `block_size`, and a shorter last one."""
     whole, rest = divmod(numel, block_size)
     return [block_size] * whole + ([rest] if rest else [])
-
-
-def element_indices(starts: Int64Array, lengths: Int64Array, device: torch.device) -> Tensor:
-    """(sum of lengths,) i64: the indices of all elements of some runs, in order."""
-    ends = np.cumsum(lengths)
-    return torch.from_numpy(np.arange(int(lengths.sum())) + np.repeat(starts - ends + lengths, lengths)).to(device)

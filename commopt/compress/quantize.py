@@ -7,16 +7,16 @@ A block whose scale would be below 2^-126 counts as a block of zeros, and one wh
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field, Strict
 from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor, equal_blocks
-from commopt.errors import check_flag, check_option
+from commopt.options import BlockSize, Flag, checked_dataclass
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout
 
@@ -24,12 +24,14 @@ from commopt.wire.payload import Layout
 class BlockScaled(Compressor):
     """What these codecs share. Payload: (B,) f32 scales, (sum of ceil(n bits/8),) u8 codes; a bad block's scale is NaN."""
 
+    kind: ClassVar[str]
+    levels: int
     block_size: int | None
 
     @property
-    @abstractmethod
     def code_bits(self) -> int:
         """Bits per element, from 2 to 8."""
+        return 8
 
     def block_lengths(self, numel: int, ranks: int) -> list[int]:
         return equal_blocks(numel, self.block_size or max(numel, 1))
@@ -38,6 +40,28 @@ class BlockScaled(Compressor):
         return (
             (torch.float32, len(blocks)),
             (torch.uint8, int(((blocks.lengths * self.code_bits + 7) // 8).sum())),
+        )
+
+    @property
+    def has_l2_norm(self) -> bool:
+        """The norm is the block's L2 norm, and not its largest magnitude."""
+        return False
+
+    def compress_(
+        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
+    ) -> None:
+        how = {"squared": self.has_l2_norm, "stochastic": self.is_stochastic}
+        for blocks, (scales, codes) in zip(parts, out, strict=True):
+            kernels.of("quantize", x.device).compress_(
+                x, residual, blocks, scales, codes, kind=self.kind, levels=self.levels, bits=self.code_bits, **how
+            )
+
+    def decompress_(
+        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
+    ) -> None:
+        scales, packed = codes
+        kernels.of("quantize", out.device).decompress_(
+            packed, scales, blocks, out, kind=self.kind, bits=self.code_bits, alpha=alpha, add=add
         )
 
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
@@ -50,43 +74,14 @@ class EvenLevels(BlockScaled):
     Codes are two's complement in `code_bits` bits, the first one in the lowest bits of the first byte; each block starts a byte.
     """
 
-    levels: int
+    kind = "levels"
 
     @property
     def code_bits(self) -> int:
         return bits_of(self.levels)
 
-    @property
-    def has_l2_norm(self) -> bool:
-        """The norm is the block's L2 norm, and not its largest magnitude."""
-        return False
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, (scales, codes) in zip(parts, out, strict=True):
-            kernels.of("quantize", x.device).compress_levels_(
-                x,
-                residual,
-                blocks,
-                scales,
-                codes,
-                levels=self.levels,
-                bits=self.code_bits,
-                squared=self.has_l2_norm,
-                stochastic=self.is_stochastic,
-            )
-
-    def decompress_(
-        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
-    ) -> None:
-        scales, packed = codes
-        kernels.of("quantize", out.device).decompress_levels_(
-            packed, scales, blocks, out, bits=self.code_bits, alpha=alpha, add=add
-        )
-
-
-@dataclass(frozen=True)
+@checked_dataclass
 class BlockInt(EvenLevels):
     """Integers of `bits` bits, scale = max|c| / (2^(bits-1) - 1): symmetric block quantisation.
 
@@ -94,25 +89,16 @@ class BlockInt(EvenLevels):
     stochastic rounding is unbiased.
     """
 
-    bits: int = 8
-    block_size: int = 256
-    stochastic: bool = True
-
-    def __post_init__(self) -> None:
-        check_option("bits", self.bits, lambda x: x in (2, 4, 8), "2, 4 or 8")
-        check_block_size(self.block_size)
-        check_flag("stochastic", self.stochastic)
+    bits: Literal[2, 4, 8] = 8
+    block_size: BlockSize = 256
+    stochastic: Flag = True
 
     @property
     def levels(self) -> int:  # type: ignore[override]
         return int(2 ** (self.bits - 1)) - 1
 
-    @property
-    def is_stochastic(self) -> bool:
-        return self.stochastic
 
-
-@dataclass(frozen=True)
+@checked_dataclass
 class QSGDLevels(EvenLevels):
     """norm / levels * sign(c) * level with level = levels |c| / norm, rounded stochastically: unbiased.
 
@@ -121,27 +107,17 @@ class QSGDLevels(EvenLevels):
     With "l2" the squared error is at most min(n / levels^2, sqrt(n) / levels) ||c||^2 on average.
     """
 
-    levels: int = 7
-    block_size: int = 512
-    norm: str = "l2"
-
-    def __post_init__(self) -> None:
-        check_option(
-            "levels", self.levels, lambda x: isinstance(x, int) and 1 <= x <= 127, "a whole number from 1 to 127"
-        )
-        check_block_size(self.block_size)
-        check_option("norm", self.norm, lambda x: x in ("l2", "max"), "'l2' or 'max'")
+    stochastic = True
+    levels: Annotated[int, Strict(), Field(ge=1, le=127)] = 7
+    block_size: BlockSize = 512
+    norm: Literal["l2", "max"] = "l2"
 
     @property
     def has_l2_norm(self) -> bool:
         return self.norm == "l2"
 
-    @property
-    def is_stochastic(self) -> bool:
-        return True
 
-
-@dataclass(frozen=True)
+@checked_dataclass
 class BlockFloat8(BlockScaled):
     """float8 e4m3 values (three bits of mantissa, up to 448), scale = max|c| / 448.
 
@@ -150,37 +126,13 @@ class BlockFloat8(BlockScaled):
     the format's subnormal numbers: scale / 512, below scale / 64.
     """
 
-    block_size: int = 256
-    stochastic: bool = True
-
-    def __post_init__(self) -> None:
-        check_block_size(self.block_size)
-        check_flag("stochastic", self.stochastic)
-
-    @property
-    def code_bits(self) -> int:
-        return 8
-
-    @property
-    def is_stochastic(self) -> bool:
-        return self.stochastic
-
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, (scales, codes) in zip(parts, out, strict=True):
-            kernels.of("quantize", x.device).compress_float8_(
-                x, residual, blocks, scales, codes, stochastic=self.stochastic
-            )
-
-    def decompress_(
-        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
-    ) -> None:
-        scales, values = codes
-        kernels.of("quantize", out.device).decompress_float8_(values, scales, blocks, out, alpha=alpha, add=add)
+    kind = "float8"
+    levels = 448
+    block_size: BlockSize = 256
+    stochastic: Flag = True
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Natural(BlockScaled):
     """Powers of two: sign and exponent, rounded stochastically between the two around |c|; unbiased.
 
@@ -190,42 +142,12 @@ class Natural(BlockScaled):
     or to zero, unbiased too. The one exception: beyond 2^127 there is no power of two in float32, so such values become 2^127.
     """
 
-    block_size: int = 2048
-
-    def __post_init__(self) -> None:
-        check_block_size(self.block_size)
-
-    @property
-    def code_bits(self) -> int:
-        return 8
-
-    @property
-    def is_stochastic(self) -> bool:
-        return True
-
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, (scales, codes) in zip(parts, out, strict=True):
-            kernels.of("quantize", x.device).compress_natural_(x, residual, blocks, scales, codes)
-
-    def decompress_(
-        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
-    ) -> None:
-        scales, powers = codes
-        kernels.of("quantize", out.device).decompress_natural_(powers, scales, blocks, out, alpha=alpha, add=add)
+    kind = "natural"
+    levels = 1
+    stochastic = True
+    block_size: BlockSize = 2048
 
 
 def bits_of(levels: int) -> int:
     """ceil(log2(2 levels + 1)): how many bits hold the integers -levels .. levels."""
     return (2 * levels).bit_length()
-
-
-def check_block_size(block_size: int) -> None:
-    """Raise ConfigError unless blocks of any number of bits per element fill whole bytes."""
-    check_option(
-        "block_size",
-        block_size,
-        lambda x: isinstance(x, int) and x >= 8 and x % 8 == 0,
-        "a positive multiple of 8, so that codes fill bytes",
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor, equal_blocks
-from commopt.errors import ConfigError, check_flag, check_option
+from commopt.errors import ConfigError, check_flag
+from commopt.options import BlockSize, checked_dataclass
 from commopt.wire.bucket import Blocks, Int64Array, ParameterIndex
 from commopt.wire.payload import Layout
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class BlockSign(Compressor):
     """scale * sign(c) with the mean magnitude of the block as its scale, scale = |c|_1 / n.
 
@@ -26,12 +26,7 @@ class BlockSign(Compressor):
     Payload: (B,) f32 scales, (sum of ceil(n/8),) u8 bits, the first element in the most significant bit.
     """
 
-    block_size: int = 2048
-
-    def __post_init__(self) -> None:
-        check_option(
-            "block_size", self.block_size, _is_whole_bytes, "a positive multiple of 8, so that bits fill bytes"
-        )
+    block_size: BlockSize = 2048
 
     def block_lengths(self, numel: int, ranks: int) -> list[int]:
         return equal_blocks(numel, self.block_size)
@@ -55,7 +50,7 @@ class BlockSign(Compressor):
         return ~codes[0].isfinite()
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class TensorSign(BlockSign):
     """scale * sign(c) with one scale per parameter that keeps its L2 norm, scale = ||c||_2 / sqrt(n).
 
@@ -101,7 +96,7 @@ class TensorSign(BlockSign):
             kernel.pack_signs_(x, residual, blocks, scales, bits)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ModelSign(TensorSign):
     """scale * sign(c) with one L2 scale for the whole model, as DeepSpeed has it for its flat fp16 buffer and 1-bit LAMB.
 
@@ -127,10 +122,6 @@ def equalising_factors(flat: Tensor, index: ParameterIndex) -> Tensor:
     live = [s for s in sizes if s > 0]
     united = sum(live) / max(1, len(live))
     return torch.tensor([united / s if s > 0 else 1.0 for s in sizes], device=flat.device)
-
-
-def _is_whole_bytes(block_size: int) -> bool:
-    return isinstance(block_size, int) and block_size >= 8 and block_size % 8 == 0
 
 
 def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:

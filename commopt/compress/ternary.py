@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from commopt.compress.quantize import EvenLevels
+from commopt.options import BlockSize, checked_dataclass
 
-from commopt.compress.quantize import EvenLevels, check_block_size
 
-
-@dataclass(frozen=True)
+@checked_dataclass
 class Ternary(EvenLevels):
     """scale * sign(c) * Bernoulli(|c| / scale) with scale = max|c|: unbiased, 2 bits per element.
 
@@ -16,16 +15,9 @@ class Ternary(EvenLevels):
     as in the paper. Without keys: +-scale above half of it, else zero.
     """
 
-    block_size: int | None = 2048
-
-    def __post_init__(self) -> None:
-        if self.block_size is not None:
-            check_block_size(self.block_size)
+    stochastic = True
+    block_size: BlockSize | None = 2048
 
     @property
     def levels(self) -> int:  # type: ignore[override]
         return 1
-
-    @property
-    def is_stochastic(self) -> bool:
-        return True

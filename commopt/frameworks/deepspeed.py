@@ -21,21 +21,13 @@ from commopt.frameworks import plain
 from commopt.frameworks.deepspeed_config import (
     Wanted,
     asks,
-    clipping_note,
     parameter_groups,
     read_wanted,
     settings_facts,
+    surprises,
     use_torch_adam,
-    without_effect,
 )
-from commopt.frameworks.deepspeed_engine import (
-    EngineRun,
-    Masters,
-    forget_dry_step,
-    hand_over,
-    has_masters,
-    is_half,
-)
+from commopt.frameworks.deepspeed_engine import EngineRun, Masters, forget_dry_step, hand_over, has_masters, is_half
 from commopt.frameworks.deepspeed_groups import PartlyFrozenAdam
 from commopt.gossip.loop import OuterMethod
 from commopt.groups import Group
@@ -127,7 +119,7 @@ def attach(engine: Any, request: Request) -> Run:
         group = request.group if isinstance(request.group, Group) else connect()
         run = EngineRun(engine, masters, replace(checked.prepared(), max_norm=max_norm), group)
     run._handles += hand_over(engine, run)
-    notes = [*without_effect(raw, method.name), *clipping_note(engine._config)]
+    notes = surprises(engine._config, method.name)
     if "commopt" in raw and not _has_read(engine):
         notes.append(
             'the "commopt" block of the configuration had no effect until now: make the engine by commopt.deepspeed.initialize, or '

@@ -17,12 +17,13 @@ from commopt.optim.update import UpdateMethod
 from commopt.options import option_names
 
 _ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-_FACTORS = {"coeff_beta": 0.9, "factor_max": 4.0, "factor_min": 0.5, "factor_threshold": 0.1}
+_LAMB = {**_ADAM, "max_coeff": 10.0, "min_coeff": 0.01}
+_FACTORS = {"freeze_step": 100000, "coeff_beta": 0.9, "factor_max": 4.0, "factor_min": 0.5, "factor_threshold": 0.1}
 _ZERO_ONE = {"var_freeze_step": 100000, "var_update_scaler": 16, "local_step_scaler": 32678, "local_step_clipper": 16}
 _BACKENDS = ("nccl", "gloo", "mpi", "hccl", "compressed", "ccl")
 _WITHOUT_EFFECT = ("bias_correction", "eps_inside_sqrt")
 _EXPLAINED = ("cuda_aware", "comm_backend_name")
-_KERNELS = ("torch_adam", "foreach", "adam_w_mode")  # which code computes Adam, where a method computes it
+_KERNELS = ("torch_adam", "foreach", "amsgrad", "adam_w_mode")  # which code computes Adam, where a method computes it
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,7 @@ LEGACY = {
     for legacy in (
         Legacy("OneBitAdam", "onebit_adam", "adamw", _ADAM, {"freeze_step": 100000}),
         Legacy("ZeroOneAdam", "zero_one_adam", "adamw", _ADAM, _ZERO_ONE),
-        Legacy(
-            "OneBitLamb",
-            "onebit_lamb",
-            "lamb",
-            {**_ADAM, "max_coeff": 10.0, "min_coeff": 0.01},
-            {"freeze_step": 100000, **_FACTORS},
-        ),
+        Legacy("OneBitLamb", "onebit_lamb", "lamb", _LAMB, _FACTORS),
     )
 }
 
@@ -170,15 +165,18 @@ def _in_place_of(method: UpdateMethod, kind: str, params: dict[str, Any]) -> Wan
             f"optimizer.type: {kind!r}: {method.name} computes the update itself, and can take the place of {' or '.join(kinds)} only; "
             "name that one"
         )
-    if "max_grad_norm" in params:
-        value = params["max_grad_norm"]
-        raise ConfigError(f'optimizer.params.max_grad_norm: {value!r}: write "gradient_clipping" at the top level')
-    if params.pop("amsgrad", False):
-        raise ConfigError(f"optimizer.params.amsgrad: true: {method.name} has no AMSGrad variant; leave it out")
-    if not params.get("adam_w_mode", True) and params.get("weight_decay"):
-        raise ConfigError(
-            f"optimizer.params.adam_w_mode: false: {method.name} subtracts weight decay from the parameters, as AdamW does; leave it out"
-        )
+    decays = not params.get("adam_w_mode", True) and params.get("weight_decay")
+    for key, is_wrong, fix in (
+        ("max_grad_norm", "max_grad_norm" in params, 'write "gradient_clipping" at the top level instead'),
+        ("amsgrad", params.get("amsgrad"), f"{method.name} has no AMSGrad variant; leave it out"),
+        (
+            "adam_w_mode",
+            decays,
+            f"{method.name} subtracts weight decay from the parameters, as AdamW does; leave it out",
+        ),
+    ):
+        if is_wrong:
+            raise ConfigError(f"optimizer.params.{key}: {_json(params[key])}: {fix}")
     settings = {key: value for key, value in params.items() if key not in _KERNELS}
     # DeepSpeed's optimizers have options that torch's lack, and methods have: bias_correction
     own = {key: settings.pop(key) for key in option_names(type(method).Options) if key in settings}
@@ -214,26 +212,22 @@ def settings_facts(parsed: Any, raw: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
-def without_effect(raw: Mapping[str, Any], method: str) -> list[str]:
-    """What is to be logged of settings that have no effect under a method, or a default that surprises."""
-    exact = f"{method} computes in float32 and decides what travels"
+def surprises(parsed: Any, method: str) -> list[str]:
+    """What is to be logged under a method: settings that have no effect, and clipping by default."""
+    raw, exact = parsed._param_dict, f"{method} computes in float32 and decides what travels"
     found = [(key, raw[key], exact) for key in ("prescale_gradients", "communication_data_type") if raw.get(key)]
     if raw.get("gradient_predivide_factor", 1.0) != 1.0:
         found.append(("gradient_predivide_factor", raw["gradient_predivide_factor"], exact))
     if section(raw, "comms_logger").get("enabled"):
         found.append(("comms_logger", True, "it sees DeepSpeed's messages only; ours are in engine.commopt.traffic"))
-    for key, value in section(raw, "zero_optimization").items():
-        if key != "stage" and value:
-            found.append((f"zero_optimization.{key}", value, "stage 0 has no use for it"))
-    return [f"{key}: {_json(value)} has no effect: {reason}" for key, value, reason in found]
-
-
-def clipping_note(parsed: Any) -> list[str]:
-    """What is to be logged if the configuration leaves the clipping to a default."""
-    default = float(parsed.gradient_clipping)
-    if "gradient_clipping" in parsed._param_dict or not default:
-        return []
-    return [f"gradient_clipping is not set, and DeepSpeed then clips to a norm of {default}: write 0.0 to clip nothing"]
+    zero = {key: value for key, value in section(raw, "zero_optimization").items() if key != "stage" and value}
+    found += [(f"zero_optimization.{key}", value, "stage 0 has no use for it") for key, value in zero.items()]
+    told = [f"{key}: {_json(value)} has no effect: {reason}" for key, value, reason in found]
+    if "gradient_clipping" not in raw and (norm := float(parsed.gradient_clipping)):
+        told.append(
+            f"gradient_clipping is not set, and DeepSpeed then clips to a norm of {norm}: write 0.0 to clip nothing"
+        )
+    return told
 
 
 def parameter_groups(

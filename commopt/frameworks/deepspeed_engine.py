@@ -67,7 +67,8 @@ class Masters(Module):
     def __init__(self, engine: Any) -> None:
         super().__init__()
         self._seen: dict[str, Any] = dict(engine.module.named_parameters())
-        self._model: tuple[Module] = (engine.module,)  # a tuple, so that it is no submodule
+        self.named_modules = engine.module.named_modules  # type: ignore[method-assign]
+        self.named_buffers = engine.module.named_buffers  # type: ignore[method-assign]
         self.low: dict[str, Parameter] = {}  # the parameters of which these are copies; empty in fp32
         if has_masters(engine):
             name_of = {id(p): name for name, p in engine.module.named_parameters()}
@@ -80,12 +81,6 @@ class Masters(Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Parameter]]:
         yield from ((f"{prefix}.{name}" if prefix else name, p) for name, p in self._seen.items())
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Module]]:
-        yield from self._model[0].named_modules(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        yield from self._model[0].named_buffers(*args, **kwargs)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
@@ -114,8 +109,11 @@ class EngineRun(PlainRun):
                 Replaced(holder, optimizer=self.optimizer),
                 Replaced(engine, basic_optimizer=self.optimizer),
             ]
-        if self._wrapper is not None:
-            self._handles += self._guard_wrapper()
+        if self._wrapper is not None:  # it hands over what every rank can use: finite, unscaled, and not yet clipped
+            self._handles.append(Replaced(self._wrapper, overflow_checker=_Overflow(self), clip_grad=0.0))
+            scaling = self._wrapper.loss_scale_config
+            if scaling.cur_scale != 1.0 or scaling.dynamic_loss_scale:
+                self._handles.append(Replaced(engine, backward=self._scaled_backward(engine.backward)))
 
     def finish(self) -> None:
         super().finish()
@@ -125,14 +123,6 @@ class EngineRun(PlainRun):
         raise CheckpointError(
             f"{folder}: write engine.save_checkpoint(...) and engine.load_checkpoint(...), which keep the method's state of every rank too"
         )
-
-    def _guard_wrapper(self) -> list[Replaced]:
-        """Let DeepSpeed's wrapper hand over what every rank can use: finite, unscaled, and not yet clipped."""
-        wrapper = self._wrapper
-        undo = [Replaced(wrapper, overflow_checker=_Overflow(self), clip_grad=0.0)]
-        if wrapper.loss_scale_config.cur_scale != 1.0 or wrapper.loss_scale_config.dynamic_loss_scale:
-            undo.append(Replaced(self._engine, backward=self._scaled_backward(self._engine.backward)))
-        return undo
 
     def _scaled_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         """The engine's backward, on a scaled loss: at stage 0 DeepSpeed (0.19.6 to 0.19.8) divides gradients by a scale that the
@@ -220,11 +210,10 @@ def hand_over(engine: Any, run: Run) -> list[Replaced]:
         given.apply_defaults()
         take_over = _block_of(engine, run, **given.arguments)
         found = load(*given.args, **given.kwargs)
-        if is_half(engine):
-            engine.optimizer.clip_grad = 0.0  # a checkpoint brings that of its own time
-        take_over()
-        if isinstance(run, EngineRun):
-            run.masters.copy_to_model()  # a rank between two exchanges of 0/1 Adam has parameters of its own
+        if take_over is not None:
+            take_over()
+            if isinstance(run, EngineRun):
+                run.masters.copy_to_model()  # a rank between two exchanges of 0/1 Adam has parameters of its own
         return found
 
     save, load = engine.save_checkpoint, engine.load_checkpoint
@@ -239,8 +228,8 @@ def hand_over(engine: Any, run: Run) -> list[Replaced]:
 
 def _block_of(
     engine: Any, run: Run, load_dir: Any, tag: Any, load_module_only: bool, load_optimizer_states: bool, **_: Any
-) -> Callable[[], None]:
-    """What takes the method's state over from a checkpoint, once the engine has loaded its own part.
+) -> Callable[[], None] | None:
+    """What takes the method's state over from a checkpoint, once the engine has loaded its own part; None if nothing does.
 
     Raises CheckpointError if an update method's is missing.
     """
@@ -248,7 +237,7 @@ def _block_of(
     if tag is None and latest.is_file():
         tag = latest.read_text(encoding="utf-8").strip()
     if tag is None:
-        return lambda: None  # DeepSpeed says that it has found nothing
+        return None  # DeepSpeed says that it has found nothing
     folder = Path(load_dir) / str(tag)
     if load_module_only or not load_optimizer_states:
         note = f"only part is loaded, and {name} goes on with the state it has"
@@ -262,4 +251,4 @@ def _block_of(
         note = f"was saved without commopt; {name} begins with the state that it has"
     if engine.global_rank == 0:
         _log.warning("%s: %s", folder, note)
-    return lambda: None
+    return None

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from commopt.choice import Choice
+from commopt.errors import ConfigError
 from commopt.gossip.loop import OuterMethod
 from commopt.groups import Group, LocalGroup, Peers, SimGroup
 from commopt.method import Method
+from commopt.methods import resolve
 from commopt.run.agree import meeting_group
 from commopt.run.checks import RefusesDDP, connect, connect_peers, has_closure
 from commopt.run.every_step import EveryStepRun, Prepared
@@ -121,9 +124,16 @@ def attach(model: Module, request: Request) -> Run:
             "plain scaler": request.grad_scaler is not None and meeting.size > 1,
         }
 
-    meets_later = come_and_go and not isinstance(group, Group)
+    meets_later = come_and_go and (not isinstance(group, Group) or _is_outer(request.method))
     checked = check_request("plain", model, request, LocalGroup() if meets_later else meeting, facts)
     return start(model, checked)
+
+
+def _is_outer(method: Method | type[Method] | Choice) -> bool:
+    try:
+        return resolve(method).kind == "outer"
+    except ConfigError:
+        return False  # which is told where all ranks hear of it
 
 
 def start(model: Module, checked: Checked) -> Run:

@@ -71,9 +71,10 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         self._is_closed = self._is_finished = False
         made = self._agreed(_facts(trainer))
         self._name, self._kind = made.name, made.kind
-        loading = "_load_optimizer_and_scheduler"
-        for name, ours in (("log", self._log), (loading, self._load), ("hyperparameter_search", self._search)):
-            _put_around(trainer, name, ours)
+        _put_around(trainer, "train", self._train)
+        _put_around(trainer, "hyperparameter_search", self._search)
+        _put_around(trainer, "_load_optimizer_and_scheduler", self._load)
+        _put_around(trainer, "log", self._log)
         if self._kind == "update":
             _put_around(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm)
         if self._kind == "outer":
@@ -105,13 +106,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         wrapped = accelerate.uncompiled(trainer.model_wrapped)
         is_alone = trainer.args.world_size > 1 and not isinstance(wrapped, DistributedDataParallel)
-        self._agreed(
-            {
-                "trainer left": self._is_closed,
-                "trainer without callback": self not in trainer.callback_handler.callbacks,
-                "trainer without ddp": is_alone,
-            }
-        )
+        self._agreed({"trainer without ddp": is_alone})
         self._is_finished = False
         if self.run is not None:
             if self.run.model is accelerate.uncompiled(trainer.model):
@@ -123,9 +118,8 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         request = replace(self._request, optimizer=trainer.optimizer, max_norm=max_norm)
         run: Any = accelerate.attach_to(trainer.accelerator, wrapped, request)
         if self._kind == "outer":
-            run.method.max_lag = (
-                sys.maxsize
-            )  # the Trainer counts its steps itself: no rank can leave any out to catch up
+            # the Trainer counts its steps itself: no rank can leave any out to catch up
+            run.method.max_lag = sys.maxsize
         self.run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -157,6 +151,14 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
 
     # -- what the Trainer does, and our part in it
 
+    def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        is_added = self in self._trainer.callback_handler.callbacks
+        self._agreed({"trainer left": self._is_closed, "trainer without callback": not is_added})
+        return original(*args, **kwargs)
+
+    def _search(self, *_: Any, **__: Any) -> None:
+        self._agreed({"trainer trial": True})
+
     def _log(self, original: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.run is not None and ("loss" in logs or "train_loss" in logs):
             logs["commopt_payload_mb"] = self.run.traffic.payload_bytes / 1e6
@@ -176,9 +178,6 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         take_over = accelerate.read(Path(checkpoint), self._at_work, meeting_group(None))
         original(checkpoint)
         take_over()
-
-    def _search(self, *_: Any, **__: Any) -> None:
-        self._agreed({"trainer trial": True})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not args.save_only_model:

@@ -6,10 +6,12 @@ import importlib
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 
+from commopt.wire.bucket import Blocks
+
 _CPU = torch.device("cpu")
-_NAMES = ("signs", "quantize", "select", "indices", "votes")
 
 
 def of(name: str, device: torch.device) -> ModuleType:
@@ -25,6 +27,22 @@ def _module(name: str, backend: str) -> ModuleType:
 @cache
 def warm_up(device: torch.device = _CPU) -> None:
     """Compile every kernel once, so that no step has to wait for it; quick where the cache on disk has them."""
-    if device.type == "cpu":
-        for name in _NAMES:
-            of(name, device).warm_up()
+    if device.type != "cpu":
+        return
+    one = np.zeros(1, dtype=np.int64)
+    blocks = Blocks(one, one, one + 8, one, one, one.astype(np.uint64))
+    x, residual, scales, codes = torch.ones(8), torch.zeros(8), torch.ones(1), torch.zeros(8, dtype=torch.uint8)
+    signs, quantize, select, indices, votes = (
+        of(name, device) for name in ("signs", "quantize", "select", "indices", "votes")
+    )
+    signs.block_sums(x, residual, blocks, squared=True)
+    signs.compress_signs_(x, residual, blocks, scales, codes[:1], squared=False)
+    signs.unpack_signs_(codes[:1], scales, blocks, x, alpha=1.0, add=True)
+    quantize.compress_(x, residual, blocks, scales, codes, kind="levels")
+    quantize.decompress_(codes, scales, blocks, x, kind="levels", alpha=1.0, add=True)
+    quantize.pack_codes_(quantize.unpack_codes(codes, 8, 8), 8, codes)
+    select.select_(x, residual, blocks, one + 2)
+    indices.encode_(torch.zeros(1, dtype=torch.int64), one + 8, one + 1, one, one + 1, codes[:1])
+    indices.decode(codes[:1], one + 8, one + 1, one, one + 1)
+    votes.pack_votes_(x, blocks, np.zeros(1, dtype=np.uint8), codes[:1])
+    votes.unpack_counts_(codes[:1], 1, blocks, torch.zeros(2), x)

@@ -42,7 +42,7 @@ class Choco(OuterMethod):
     and while a rank is missing, its share stays with oneself.
     Sends the compressed message to each neighbour: 0.52/every bytes a parameter and step with 4bit, twice that in a ring.
     State: copies of 8 for each neighbour.
-    Use it where a step's compute hides a compressed message, but not the parameters themselves, to a few neighbours.
+    Use it when a step's compute hides a compressed message, but not the parameters themselves, to a few neighbours.
     Not for topology: complete with many ranks, which takes (N-1) messages and copies of 8 (N-1) bytes a parameter.
 
     topology: ring, one_peer_exp or complete. gamma: the consensus step size, above 0 to 1: 1 suits exact messages, and too large a

@@ -46,7 +46,7 @@ class DecentralizedAdam(OuterMethod):
     round than this one's is used, one of an earlier round is not. Then the mean over ranks is no longer kept exactly.
     Sends 4/every bytes a parameter and step to each other member of its edge: 4 in pairs, 4 (N-1) with topology: complete.
     State: none (with a compressed message copies of 8 for each neighbour).
-    Use it where a step's compute hides a message to one peer, and an all-reduce over all would not be hidden.
+    Use it when a step's compute hides a message to one peer, and an all-reduce over all would not be hidden.
     Not for links that do not carry 4 bytes a parameter in a step: NoLoCo, or choco's compressed messages. complete is no all-reduce:
     gradients are not averaged, and parameters mix one step late.
 
@@ -83,7 +83,7 @@ class DecentralizedAdam(OuterMethod):
             self.copies.begin(x)
 
     def weights(self, number: int) -> dict[int, float]:
-        """What each other member of this round's edge counts here; empty where this rank sits the round out."""
+        """What each other member of this round's edge counts here; empty if this rank sits the round out."""
         edge = self.graph.edge(number, self.peers.rank)
         if edge is None:
             return {}

@@ -54,9 +54,9 @@ class DiceSGD(GradientMethod):
     operating system and can not be drawn again; it is rounded to float32, which is no defence against attacks on the lowest bits.
     Sends 2(N-1)/N x 4 bytes per parameter and step: it protects, and does not compress.
     State: 4 bytes per parameter.
-    Use it where the data is confidential and clipping has a bias that shows. Try error_norm 0 first: at epsilon 8 on digits
+    Use it when the data is confidential and clipping has a bias that shows. Try error_norm 0 first: at epsilon 8 on digits
     (launch/private_digits.py, 5 seeds) 92.9 % were right with error_norm 0, 93.1 % with 0.25 and 92.1 % with 1, where noise outweighs bias.
-    Not for less noise than DP-SGD with subsampling needs; and not where BatchNorm mixes samples.
+    Not for less noise than DP-SGD with subsampling needs; and not if BatchNorm mixes samples.
 
     clip_norm: C1, the largest L2 norm of one sample's gradient.
     error_norm: C2, the largest norm of the error that is sent, in the units of clip_norm; as clip_norm if left out, and 0 is DP-SGD.
@@ -228,7 +228,7 @@ def _accounting() -> Any:
 
 
 def _factor(norm: Tensor, largest: float) -> Tensor:
-    """What to multiply with so that no norm is above `largest`; 0 where it is not finite, so that only the bad elements stay bad."""
+    """What to multiply with so that no norm is above `largest`; 0 if it is not finite, so that only the bad elements stay bad."""
     return torch.where(norm.isfinite(), (largest / norm.clamp(min=1e-300)).clamp(max=1.0), 0.0)
 
 

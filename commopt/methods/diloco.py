@@ -66,14 +66,14 @@ class DiLoCo(OuterMethod):
 
     Douillard et al. 2023, arXiv:2311.08105, Algorithm 1; with fragments, Streaming DiLoCo (arXiv:2501.18512): a round is about one
     fragment of the parameters, in turn, and with `delay` it is sent while the next inner steps run. What these changed meanwhile is
-    kept in full, where the paper mixes it half and half.
+    kept in full; the paper mixes it half and half.
         Delta = mean over those present of (phi - theta_i);  phi <- OuterOpt(phi, Delta);  theta_i <- phi
     The lowest rank that is up convenes each round: it waits for those that are up, at most a quarter of timeout_s, and the round is
-    theirs. A rank that hears nobody makes its outer step alone. Every member says which slow weights it has; where they differ, after
+    theirs. A rank that hears nobody makes its outer step alone. Every member says which slow weights it has; if they differ, after
     a partition or a missed round, those of the latest round are averaged first (twice a round's bytes, once).
     Sends 8 (N-1)/N / every bytes a parameter and step; compressed, two_way's or (top_k and its like) a gather's share of it.
     State: slow weights 4, the outer optimizer's 4 or 8 (and residuals of 4 + 4/N with a compressed message).
-    Use it where hundreds of steps fit between two exchanges, and all machines are about equally fast.
+    Use it when hundreds of steps fit between two exchanges, and all machines are about equally fast.
     Not for a machine that is often late: all others wait for it, up to a quarter of timeout_s, in every second round, then every ninth.
 
     outer: nesterov, sgd, adagrad, adam or yogi (the last three of arXiv:2003.00295), or its name and options, as in
@@ -209,7 +209,7 @@ class DiLoCo(OuterMethod):
         return [self.state[key][part] for key in ("slow", *(f"outer {key}" for key in sorted(self._outer_state)))]
 
     def _reconciled(self, roll: Roll, fragment: int, group: PeerGroup) -> dict[str, Tensor]:
-        """Where members differ: the mean of what those have who took part last. Nothing where all agree, as they mostly do."""
+        """If members differ: the mean of what those have who took part last. Nothing if all agree, as they mostly do."""
         cards = [roll.cards[rank] for rank in roll.members]
         if all(torch.equal(card, cards[0]) for card in cards):
             return {}
@@ -222,7 +222,7 @@ class DiLoCo(OuterMethod):
         return {f"shared {key}": x for key, x in enumerate(agreed)}
 
     def _mean(self, delta: Tensor, round: Round, members: tuple[int, ...], group: PeerGroup) -> Tensor | None:
-        """The mean of the members' deltas; None where one of them is not finite."""
+        """The mean of the members' deltas; None if one of them is not finite."""
         if self._means.get(round.fragment, ((), None))[0] != members:
             self._carry_over(round.fragment, members, group)
         bucket, mean = Bucket(delta.clone(), *self._layout(round.fragment)), self._means[round.fragment][1]
@@ -279,7 +279,7 @@ def _by_number(values: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:
-    """Stretches of about equal size whose edges lie between parameters. Raises ConfigError where there are too few of them."""
+    """Stretches of about equal size whose edges lie between parameters. Raises ConfigError if there are too few of them."""
     edges = [0]
     for k in range(1, fragments + 1):
         wanted = offsets[-1] * k / fragments

@@ -37,7 +37,7 @@ class DistributedLion(UpdateMethod):
     A change of the number of ranks gives every rank the mean of the momenta. Each rank's own is in `comm_state`, not in `state_dict`.
     Sends (N-1)/N x (1 + ceil(log2(N+1)))/8 bytes per parameter and step, with vote="majority" (N-1)/N x 2/8.
     State: m, 4 bytes per parameter, and from backward to step another 4 for D.
-    Use it where Lion trains well and links are slow: from the first step on, without a warm-up.
+    Use it when Lion trains well and links are slow: from the first step on, without a warm-up.
     Not for a job that changes its number of ranks often.
 
     vote: "average", whose steps shrink where ranks disagree, so that its best rate may be above Lion's; or "majority".

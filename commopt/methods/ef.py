@@ -18,8 +18,8 @@ class EF(GradientMethod, GatherMean):
     Seide et al. 2014; Stich et al. 2018, arXiv:1809.07599; Karimireddy et al. 2019, arXiv:1901.09847, Algorithm 2:
         p_i = g_i + e_i;  q_i = C(p_i);  e_i <- p_i - q_i;  g = mean q_i
     The papers' p_i is lr g_i + e_i. Here the learning rate stays outside, so that any optimizer fits: a residual that was
-    collected at a high rate is replayed at the current one. Where the rate falls from a to b, the parameters miss (a - b) e_i of
-    what the papers' form would still apply, and where it rises they get more; a schedule in small steps loses little.
+    collected at a high rate is replayed at the current one. If the rate falls from a to b, the parameters miss (a - b) e_i of
+    what the papers' form would still apply, and if it rises they get more; a schedule in small steps loses little.
     Sends (N-1) x C bytes per parameter and step, C being what the compressor needs for one: 1/8 + 4/2048 for signs.
     State: 4 bytes per parameter, a half or a quarter of it with residual_bits 16 or 8.
     Use it with sparse codecs, or on few ranks: what it sends grows with their number, but has no second loss on the way back.

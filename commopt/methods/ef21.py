@@ -44,11 +44,11 @@ class EF21(GradientMethod, Compressed):
     (arXiv:2110.03294): the rank that keeps h sends C_s(h - w), all add it to w, and w is handed to the optimizer.
     EF21-BC does that to the parameters, which only the optimizer has; here it is done to h.
     h_i starts as this rank's first gradient, which travels uncompressed, so that h is the mean of h_i from the start; from then on
-    every rank adds the same messages to h, in rank order, or none where one of them is void.
+    every rank adds the same messages to h, in rank order, or none if one of them is void.
     Sends (N-1) x C bytes per parameter and step, C being what the compressor needs for one, after a first step with the exact mean;
     with `server` (N-1)/N x (C + C_s).
-    State: h_i and h, 4 bytes per parameter each, and 4 for v_i where eta is below 1; with `server` 4/N more.
-    Use it where the compressor is harsh and ranks see different data: it needs no bounded gradients, and no residual piles up.
+    State: h_i and h, 4 bytes per parameter each, and 4 for v_i if eta is below 1; with `server` 4/N more.
+    Use it when the compressor is harsh and ranks see different data: it needs no bounded gradients, and no residual piles up.
     Not for signs without `server` on many ranks, where an all-gather costs more than the exact mean; nor without eta in small batches.
 
     compressor: a name ("sign", "top_k", ...), or {"compressor": name, option: value}, best a contraction; `ef21(top_k)` names it.

@@ -24,7 +24,7 @@ class NaturalMean(GradientMethod, TwoWayMean):
     The variance grows by 1/8 in each direction, and no residual is needed. 8 bits instead of the paper's 9: see the codec.
     Sends 2(N-1)/N x (1 + 4/block_size) bytes per parameter and step.
     State: none.
-    Use it where no memory can be spared for residuals, for gradients of any size and spread.
+    Use it when no memory can be spared for residuals, for gradients of any size and spread.
     Not for the smallest loss at 8 bits: `two_way(int8)` with error feedback comes closer.
 
     block_size: elements per common exponent, a multiple of 8.

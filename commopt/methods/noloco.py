@@ -45,7 +45,7 @@ class NoLoCo(OuterMethod):
     Pairs are drawn by every rank from (seed, round), over all configured ranks, so that nobody has to agree on who is there.
     Sends 4/every bytes a parameter and step to one partner, 8/every with another gamma; 4 (group_size - 1)/every in larger groups.
     State: slow weights 4, momentum 4 (and a residual of 4 with a compressed message).
-    Use it where machines are far apart, differ in speed, or come and go: nobody waits for more than its partner.
+    Use it when machines are far apart, differ in speed, or come and go: nobody waits for more than its partner.
     Not for links that carry a compressed exchange of every step: the replicas differ, and end as an ensemble unless averaged.
 
     lr, momentum: of the outer step.
@@ -87,7 +87,7 @@ class NoLoCo(OuterMethod):
         self._send_slow(number)
 
     def group(self, number: int) -> tuple[int, ...]:
-        """The ranks that average in a round, this one among them; itself alone where it sits out."""
+        """The ranks that average in a round, this one among them; itself alone if it sits out."""
         return group_of(self.peers.rank, self.peers.size, self.options.group_size, self.seed, number)
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:

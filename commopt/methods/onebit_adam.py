@@ -30,7 +30,7 @@ class OnebitAdam(FrozenVariance):
         m_i = b1 m + (1 - b1) g_i;  m <- C(mean C(m_i));  x <- x - lr (m / (sqrt(v) + eps) + weight_decay x)
     Differs from the paper's code: bias correction is on by default, as in torch.optim.Adam; at the freeze v keeps the
     correction that it has, and m's goes on, so that no step jumps. Coordinates whose variance is zero at the freeze, which a sign
-    would move by lr * scale / eps, are masked: their momentum stays zero; and where the variance is so small that a sign would
+    would move by lr * scale / eps, are masked: their momentum stays zero; and if the variance is so small that a sign would
     move a coordinate by more than max_ratio * lr (units of a ReLU that have died, say), sqrt(v) + eps is raised to
     |m| / max_ratio. One rank alone does not compress.
     Sends 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step after the freeze, and as `dense` before it.

@@ -40,17 +40,17 @@ class PowerSGD(GradientMethod):
     rank keeps back is what its own factor Q_i left out (the hook subtracts the mean's): the mean of the residuals is the same, and they
     stay bounded where ranks differ for ever. Q's columns are normalised before the next step, so that no gradient is too
     small or too large to square, and one that is zero is drawn anew. The orthogonalisation is Householder's QR in float32, which
-    knows no bad case, on every rank for itself: replicas are equal bit for bit where ranks run the same code on the same kind
-    of machine, and may part by rounding errors where they do not (`replicas_are_equal` tells).
+    knows no bad case, on every rank for itself: replicas are equal bit for bit if ranks run the same code on the same kind
+    of machine, and may part by rounding errors if they do not (`replicas_are_equal` tells).
     One rank alone does not compress. Momentum stays in your optimizer, behind the exchange.
     Sends 8(N-1)/N x rank (n + m)/(n m) bytes per parameter and step, for an n x m matrix.
     State: 4 bytes per parameter of residual, and Q.
-    Use it where the network is slow and layers are wide: at rank 4 a 1024 x 1024 matrix shrinks 128 times, however many ranks there are.
+    Use it when the network is slow and layers are wide: at rank 4 a 1024 x 1024 matrix shrinks 128 times, however many ranks there are.
     Not for models of vectors and small matrices, which stay dense.
 
     rank: columns of P and Q; at most what the matrix has.
     start_step: average exactly for so many exchanges before the first compressed one.
-    min_compression_rate: a matrix is compressed where (n + m) rank times this is less than n m.
+    min_compression_rate: a matrix is compressed if (n + m) rank times this is less than n m.
     seed: of the first Q.
     """
 

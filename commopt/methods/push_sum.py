@@ -32,7 +32,7 @@ class PushSum(OuterMethod):
         z_i <- (w_i z_i / 2 + sum of what arrived of w_j z_j / 2) / (w_i / 2 + sum of their w_j / 2)
     The model holds z, at which gradients are taken; what travels is (w / 2, z). Rank i sends to i + 2^k mod N, k = 0, 1, ...,
     ceil(log2 N) - 1 in turn: in each round everybody sends one message and receives one, and without loss all weights stay 1, as in
-    the paper. Where they do not, an inner step moves z by itself, where the paper's moves it by 1/w of it: a rank with little weight would
+    the paper. If they do not, an inner step moves z by itself, while the paper's moves it by 1/w of it: a rank with little weight would
     leap. delay: 0 is the paper's synchronous SGP; 1 and more its overlapped OSGP.
     What is sent to a rank that is known to be down stays with the sender, and what comes late is added when it comes, so weights sum
     to N with what is on its way. That does not hold for what a rank that dies has or is being sent, for what is not delivered in time,
@@ -40,7 +40,7 @@ class PushSum(OuterMethod):
     another weighted mean. A rank that comes back starts with weight 1. What is on its way is in no checkpoint.
     Sends 4/every bytes a parameter and step to one rank.
     State: the weight.
-    Use it where messages come late or go one way only: no answer is waited for, and lateness loses nothing.
+    Use it when messages come late or go one way only: no answer is waited for, and lateness loses nothing.
     Not for links that need compressed messages: choco.
     """
 

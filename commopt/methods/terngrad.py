@@ -43,7 +43,7 @@ class TernGrad(GradientMethod, Compressed):
     one of integers from -N to N. Up to 127 ranks.
     Sends (N-1)/N x (2 + ceil(log2(2N + 1)))/8 bytes per parameter and step, and 4(N-1) per tensor.
     State: none.
-    Use it where no memory can be spared for residuals.
+    Use it when no memory can be spared for residuals.
     Not for the best loss: there is no error feedback, and three levels are rough; `ef_sign` costs less.
 
     clip: clamp to so many standard deviations of each tensor first; 0 for no clamp.

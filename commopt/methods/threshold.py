@@ -25,7 +25,7 @@ class ThresholdMean(GradientMethod, GatherMean):
     How much travels is the gradient's business, so lengths travel first, and links should not be planned by this method.
     Sends (N-1) x share x (value_bits/8 + places) bytes per parameter and step, share being that of elements that reach it.
     State: 4 bytes per parameter.
-    Use it where gradients keep their size, and quiet steps should cost little.
+    Use it when gradients keep their size, and quiet steps should cost little.
     Not for training from scratch, where gradients shrink by orders of magnitude; `top_k` adapts.
 
     threshold: above 0, in the gradient's own units.

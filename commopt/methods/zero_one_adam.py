@@ -52,7 +52,7 @@ class ZeroOneAdam(FrozenVariance):
     Sends in phase B at last 2(N-1)/N x (1/8 + 4/block_size) / local_step_clipper bytes per parameter and step.
     State: m, v, u, x', 4 bytes per parameter of worker residual and 4/N of server residual.
     Use it for long trainings on slow networks, where latency counts as well: most steps of phase B send nothing.
-    Not for short trainings (its schedules are made for 100,000 steps), or where replicas must be equal after every step.
+    Not for short trainings (its schedules are made for 100,000 steps), or if replicas must be equal after every step.
     Coordinates that hardly ever get a gradient have a tiny v, and signs move them far, local steps farther; a larger eps, such
     as 1e-5, holds them.
 

@@ -406,8 +406,8 @@ REFUSALS = (
         "transformers",
         "deepspeed= of the TrainingArguments",
         "DeepSpeed exchanges gradients itself",
-        'leave attach out, and write the method into its JSON, {{"commopt": {{"method": "dgc"}}}}, with '
-        "`import commopt.frameworks.deepspeed` in the script",
+        'leave attach out, write the method into its JSON, {{"commopt": {{"method": "dgc"}}}}, and call '
+        "commopt.deepspeed.install() first",
     ),
     Refusal(
         "trainer fsdp",
@@ -652,6 +652,67 @@ REFUSALS = (
         "{detail}: a custom reduce-scatter of your own",
         "FSDP takes only one",
         "leave it out",
+    ),
+    Refusal(
+        "lightning hook",
+        "lightning",
+        "{detail} with CommoptStrategy",
+        "the method is the communication hook",
+        "leave it out",
+    ),
+    Refusal(
+        "lightning ddp option",
+        "lightning",
+        "{detail} with {method}",
+        "an outer method trains without DDP, so that it has no effect",
+        "leave it out",
+        kinds=("outer",),
+    ),
+    Refusal(
+        "lightning overlap",
+        "lightning",
+        "overlap with {method}",
+        "an outer method exchanges no gradients",
+        "leave overlap out, and use the method's own option delay",
+        kinds=("outer",),
+    ),
+    Refusal(
+        "lightning manual optimization",
+        "lightning",
+        "manual optimization with CommoptStrategy",
+        "gradients are exchanged in backward, once before each step of one optimizer, which a training_step of your own need not keep to",
+        "use automatic optimization, or commopt.attach in a loop of your own",
+    ),
+    Refusal(
+        "lightning sync_batchnorm",
+        "lightning",
+        "sync_batchnorm with {method}",
+        "it exchanges in every step, and outer methods are there to do without that",
+        "leave sync_batchnorm out",
+        kinds=("outer",),
+    ),
+    Refusal(
+        "lightning scaler",
+        "lightning",
+        "precision='16-mixed' with {method}",
+        "a GradScaler skips steps on each rank alone, and rounds would come apart",
+        "use 'bf16-mixed'",
+        kinds=("outer",),
+    ),
+    Refusal(
+        "lightning gradient_clip_val",
+        "lightning",
+        "gradient_clip_val with {method}",
+        "it has exchanged its momentum when the Trainer clips",
+        "leave it out, and write CommoptStrategy(..., max_norm={detail})",
+        kinds=("update",),
+    ),
+    Refusal(
+        "lightning without an optimizer",
+        "lightning",
+        "configure_optimizers without an optimizer",
+        "a method needs the one that is to step",
+        "return it",
     ),
 )
 

@@ -54,7 +54,7 @@ class Payload:
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Bytes of a payload with this layout, padding included. Raises ValueError where a view would be misaligned."""
+    """Bytes of a payload with this layout, padding included. Raises ValueError if a view would be misaligned."""
     widths = [dtype.itemsize for dtype, _ in layout]
     if widths != sorted(widths, reverse=True):
         raise ValueError(f"a payload lists its widest dtype first, got {[str(dtype) for dtype, _ in layout]}")

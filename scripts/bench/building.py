@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from commopt.errors import ConfigError
-from commopt.frameworks import plain
+import commopt
+from commopt.errors import AttachError, ConfigError
 from commopt.groups import Group
-from commopt.methods import with_optimizer
+from commopt.optim import OPTIMIZERS, make_optimizer
+from commopt.optim.update import UpdateMethod
+from commopt.run.run import Run
 
 TRAIN = Path(__file__).parents[2] / "launch" / "train.py"
 
@@ -30,9 +32,23 @@ def training_program() -> Any:
     return module
 
 
-def build(settings: Mapping[str, Any], model: nn.Module) -> tuple[Any, torch.optim.Optimizer]:
-    """The method that a cell's settings name, and the optimizer that steps. Raises ConfigError if it refuses them."""
-    return with_optimizer(settings["method"], model, options=settings["options"], optimizer=settings["optimizer"])
+def build(settings: Mapping[str, Any], model: nn.Module) -> tuple[commopt.Method, torch.optim.Optimizer]:
+    """The method that a cell's settings name, and its optimizer. Raises ConfigError if they do not fit together."""
+    options = {key: value for key, value in settings["options"].items() if key != "max_norm"}  # which `attach` takes
+    method = commopt.build(settings["method"], **options)
+    optimizer = make_optimizer(fitting(method, settings["optimizer"]), model.parameters())
+    try:
+        method.check_optimizer(optimizer)
+    except AttachError as error:
+        raise ConfigError(f"optimizer: {error}") from None
+    return method, optimizer
+
+
+def fitting(method: commopt.Method, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's optimizer; for an update method one that it can stand in for, with the same learning rate."""
+    if isinstance(method, UpdateMethod) and OPTIMIZERS[optimizer["name"]].__name__ not in method.stands_for:
+        return {**optimizer, "name": method.stands_for[0].lower()}
+    return dict(optimizer)
 
 
 def why_not(settings: Mapping[str, Any]) -> str | None:
@@ -44,10 +60,8 @@ def why_not(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def attach(
-    settings: Mapping[str, Any], model: nn.Module, group: Group, **options: bool
-) -> tuple[Any, torch.optim.Optimizer, Any]:
-    """The method, the optimizer that steps, and their attachment to an unwrapped model."""
+def attach(settings: Mapping[str, Any], model: nn.Module, group: Group, max_norm: float | None = None) -> Run:
+    """Attach the method of a cell's settings to an unwrapped model. max_norm: if the settings' options have none."""
     method, optimizer = build(settings, model)
-    applies = None if isinstance(method, torch.optim.Optimizer) else optimizer
-    return method, optimizer, plain.attach(model, method, applies, group, **options)
+    max_norm = settings["options"].get("max_norm", max_norm)
+    return commopt.attach(model, method, optimizer, group=group, max_norm=max_norm)

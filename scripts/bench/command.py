@@ -29,12 +29,11 @@ Cell = TypeVar("Cell", bound=Named)
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to show. draw: writes the figure; document: what --json writes, the tables by default."""
+    """What there is to show. draw: writes the figure."""
 
     sheets: Sequence[Sheet]
     remarks: Sequence[str] = ()
     draw: Callable[[Path], None] | None = None
-    document: Any = None
 
 
 def new_parser(
@@ -124,8 +123,7 @@ def present(report: Report, args: argparse.Namespace, page: Path | None = None, 
             {"title": s.title, "headings": s.headings, "rows": [list(map(str, r)) for r in s.rows]}
             for s in report.sheets
         ]
-        document = report.document or {"schema": 1, "tables": tables, "remarks": report.remarks}
-        args.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        args.json.write_text(json.dumps({"schema": 1, "tables": tables, "remarks": report.remarks}, indent=1) + "\n")
 
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int | None]) -> None:

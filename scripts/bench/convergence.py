@@ -81,12 +81,10 @@ def run(args: argparse.Namespace) -> int:
                 run_cell,
                 store,
                 args.jobs,
-                lambda: sum(protocol.remaining_s(*pair, find) for pair in pairs),
             )
     finally:
         found = [row_of(entry, task, protocol, found_in(Store(file))) for entry, task in pairs]
-        notes = [*said, *failed]
-        present(report([row for row in found if row is not None], notes), args, PAGE, notes)
+        present(report([row for row in found if row is not None]), args, PAGE, [*said, *failed])
     return 1 if failed else 0
 
 

@@ -8,28 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import building
-import torch
 from losses import FACTOR, best_rate, loss_of, tried_rates
 from store import Store
 
-from commopt.compress import COMPRESSORS
 from commopt.methods import METHODS
 
 SCHEMA = 1
-CELL_S = 1.5  # of a cell beside its steps, for the estimate only
 EXTENSIONS = 2  # how many rates beyond the first three are tried
 SEEDS = (1, 2, 3, 4, 5)  # the first one chooses the rate; the first three unless more are asked for
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data, and how long how many ranks train it. step_ms: for the estimate only, one core."""
+    """A model, its data, and how long how many ranks train it."""
 
     name: str
     problem: str
     sizes: Mapping[str, Any]
     steps: int
-    step_ms: float
     ranks: int = 4
     seeds: tuple[int, ...] = SEEDS[:3]
     rates_from: str | None = None  # the task whose best rates this one takes
@@ -45,11 +41,9 @@ GPT = {"layers": 3, "heads": 4, "width": 64, "context": 64}
 TASKS = {
     task.name: task
     for task in (
-        Task(
-            "gpt_long", "gpt", {**GPT, "batch": 2}, steps=3000, step_ms=65, ranks=8, seeds=SEEDS[:1], rates_from="gpt"
-        ),
-        Task("gpt", "gpt", {**GPT, "batch": 4}, steps=600, step_ms=42),
-        Task("digits", "digits", {"width": 128, "batch": 32, "noise": 0.5}, steps=500, step_ms=5),
+        Task("gpt_long", "gpt", {**GPT, "batch": 2}, steps=3000, ranks=8, seeds=SEEDS[:1], rates_from="gpt"),
+        Task("gpt", "gpt", {**GPT, "batch": 4}, steps=600),
+        Task("digits", "digits", {"width": 128, "batch": 32, "noise": 0.5}, steps=500),
     )
 }
 SHORT = ("gpt", "digits")
@@ -67,8 +61,8 @@ class Entry:
     """A method with its options, and the parent that it is compared with: a label too.
 
     rates: the middle of the grid in each task, the parent's if left out; a long task named here has a grid of its own.
-    optimizer: what a gradient method goes with, of the parent's kind; an update method is its own. targets: by how many percent
-    it may be worse than its parent, by task.
+    optimizer: what the method goes with, the parent's if left out. targets: by how many percent it may be worse than its parent,
+    by task.
     """
 
     label: str
@@ -178,12 +172,6 @@ LEFT_OUT = {
 
 def why_not(entry: Entry) -> str | None:
     """Why an entry cannot be trained: its method is not there, or refuses its options. None if it can."""
-    if entry.method not in METHODS:
-        return f"there is no method {entry.method}"
-    for option, value in entry.options.items():
-        name = value.get("compressor") if isinstance(value, Mapping) else value
-        if option in ("worker", "server", "compressor") and name not in COMPRESSORS:
-            return f"there is no compressor {name}"
     return building.why_not(settings_of(Cell(TASKS[entry.tasks[0]], entry, 1e-3, 1)))
 
 
@@ -203,7 +191,8 @@ def notices(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     reasons = {entry.label: why_not(entry) for entry in entries}
     lines = [f"{label} is skipped: {reason}" for label, reason in reasons.items() if reason is not None]
     listed = {entry.method for entry in ENTRIES} | set(LEFT_OUT)
-    lines += [f"{name} has no entry in {Path(__file__).name}" for name in METHODS if name not in listed]
+    every_step = [name for name, method in METHODS.items() if method.kind != "outer"]
+    lines += [f"{name} has no entry in {Path(__file__).name}" for name in every_step if name not in listed]
     return [entry for entry in entries if reasons[entry.label] is None], lines
 
 
@@ -231,15 +220,12 @@ def settings_of(cell: Cell) -> dict[str, Any]:
         key: max(1, round(value.share * cell.task.steps)) if isinstance(value, Share) else value
         for key, value in cell.entry.options.items()
     }
-    optimizer = dict(cell.entry.optimizer or OPTIMIZERS[cell.entry.parent])
-    if cell.entry.method in METHODS and issubclass(METHODS[cell.entry.method], torch.optim.Optimizer):
-        optimizer = {"name": optimizer["name"]}  # it steps by itself
     return {
         "schema": SCHEMA,
         "task": cell.task.settings(),
         "method": cell.entry.method,
         "options": options,
-        "optimizer": {**optimizer, "lr": cell.rate},
+        "optimizer": {**(cell.entry.optimizer or OPTIMIZERS[cell.entry.parent]), "lr": cell.rate},
         "seed": cell.seed,
     }
 
@@ -302,14 +288,3 @@ class Protocol:
         if missing or rate is None:
             return missing
         return [cell for seed in task.seeds if find(cell := Cell(task, entry, rate, seed)) is None]
-
-    def remaining(self, entry: Entry, task: Task, find: Find) -> int:
-        """How many cells are still to be trained, if no grid has to be extended further."""
-        missing = sum(find(cell) is None for cell in self.choosing(entry, task, find))
-        if not missing:
-            return len(self.wanted(entry, task, find))
-        return missing + len(task.seeds) - 1 if self.tunes(entry, task) else len(task.seeds)
-
-    def remaining_s(self, entry: Entry, task: Task, find: Find) -> float:
-        """Seconds that those take one core, roughly."""
-        return self.remaining(entry, task, find) * (CELL_S + task.steps * task.step_ms / 1e3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command import Report
-from convergence_cells import BY_LABEL, ENTRIES, OPTIMIZERS, SCHEMA, SHORT, TASKS, Cell, Entry, Find, Protocol, Task
+from convergence_cells import BY_LABEL, ENTRIES, OPTIMIZERS, SHORT, TASKS, Cell, Entry, Find, Protocol, Task
 from losses import finite, loss_of
 from rich.text import Text
 from sheets import Sheet, figure, judged
@@ -160,10 +160,10 @@ def by_task(rows: Sequence[Row]) -> list[list[Row]]:
     return [sorted((row for row in rows if row.task.name == name), key=place) for name in dict.fromkeys(names)]
 
 
-def report(rows: Sequence[Row], notices: Sequence[str]) -> Report:
+def report(rows: Sequence[Row]) -> Report:
     """All that is stored, as tables, remarks and a figure."""
     sheets = [sheet(own) for own in by_task(rows)]
-    return Report(sheets, remarks(rows), lambda file: draw_figure(rows, file), document(rows, notices))
+    return Report(sheets, remarks(rows), lambda file: draw_figure(rows, file))
 
 
 def sheet(rows: Sequence[Row]) -> Sheet:
@@ -205,33 +205,6 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         if len(row.losses) < len(row.task.seeds) and row.rate is not None:
             lines.append(f"{where}: {len(row.losses)} of {len(row.task.seeds)} seeds so far")
     return lines
-
-
-def document(rows: Sequence[Row], notices: Sequence[str]) -> dict[str, Any]:
-    """What --json writes."""
-    made = [
-        {
-            "task": row.task.name,
-            "label": row.entry.label,
-            "method": row.entry.method,
-            "parent": row.entry.parent,
-            "ranks": row.task.ranks,
-            "steps": row.task.steps,
-            "parameters": row.parameters,
-            "rate": row.rate,
-            "rate_at_edge": row.is_at_edge,
-            "loss": row.loss,
-            "losses": {str(seed): finite(loss) for seed, loss in row.losses.items()},
-            "worse_by_percent": [finite(percent) for percent in row.worse_by],
-            "steady_bytes_per_parameter": row.steady_bytes,
-            "mean_bytes_per_parameter": row.mean_bytes,
-            "dense_bytes_per_parameter": row.dense_bytes,
-            "target_percent": row.target,
-            "target_met": row.is_met,
-        }
-        for row in rows
-    ]
-    return {"schema": SCHEMA, "rows": made, "notices": [*notices, *remarks(rows)]}
 
 
 # ---- the figure ------------------------------------------------------------------------------------------------------

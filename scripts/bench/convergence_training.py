@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from commopt.errors import ConfigError
 from commopt.groups import Group, SimWorld
+from commopt.method import EveryStep
+from commopt.run.run import Run
 
 CURVE_POINTS = 20
 
@@ -127,29 +129,35 @@ def train(
 ) -> dict[str, Any]:
     """What one rank does. Bytes are counted from the first step on, and again from the first steady one."""
     steps = settings["task"]["steps"]
-    method, optimizer, attachment = attach(settings, model, group, find_unused_parameters=False)
+    run = attach(settings, model, group)
     falling = steps * (1 - settings["task"]["decay_from"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / falling))
+    schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: min(1.0, (steps - step) / falling))
     data = torch.Generator().manual_seed(settings["seed"] * 1000 + group.rank)  # the same data whatever the method
-    begin, steady_from, losses = group.traffic.payload_bytes, None, []
+    begin, steady_from, losses = sent_bytes(run), None, []
     for step in range(steps):
-        if steady_from is None and method.is_steady:
-            steady_from = step, group.traffic.payload_bytes
+        if steady_from is None and run.method.is_steady:
+            steady_from = step, sent_bytes(run)
         with turn:
             loss = model(*problem.draw(data))
-            optimizer.zero_grad()
+            run.optimizer.zero_grad()
             loss.backward()
-        optimizer.step()
+        run.optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    end = group.traffic.payload_bytes
+    end = sent_bytes(run)
+    is_promised = isinstance(run.method, EveryStep) and run.method.is_synchronised
     return {
         "losses": losses,
         "bytes": end - begin,
         "steady_bytes": None if steady_from is None else (end - steady_from[1]) / (steps - steady_from[0]),
-        "void_steps": len({step for step, _ in attachment.voided}),
-        "replicas_are_equal": attachment.replicas_are_equal() if method.is_synchronised else None,
+        "void_steps": len({step for step, _ in run.voided}),
+        "replicas_are_equal": run.replicas_are_equal() if is_promised else None,
     }
+
+
+def sent_bytes(run: Run) -> float:
+    """What this rank has sent, without what plain models send to agree on which parameters a step used."""
+    return sum(n for (_, _, label), n in run.traffic.nbytes.items() if label != "which parameters are used")
 
 
 def curve(losses: Sequence[float]) -> list[tuple[int, float | None]]:

@@ -23,19 +23,19 @@ from commopt.record.words import seconds_text
 
 BUSY_CORES = 0.2  # of other programs: from here on a cell's numbers are not to be trusted
 
-Entry = Mapping[str, Any]  # name, settings, cell (its fields), cluster (a specification) and estimate_s of a cell
+Entry = Mapping[str, Any]  # name, settings, cell (its fields) and cluster (a specification) of a cell
 Measure = Callable[..., dict[str, Any]]  # of an entry, the cluster, the emulation and the options of `measure_all`
 Outcome = Callable[[Mapping[str, Any]], str]
 
 
 def measure_all(entries: Sequence[Entry], store_file: Path, **options: Any) -> None:
     """Measure the cells, one process of its own for each cluster. options: for the benchmark's `measure`."""
-    left_s, done = sum(entry["estimate_s"] for entry in entries), 0
+    done = 0
     for cluster in {entry["cluster"]["name"]: entry["cluster"] for entry in entries}.values():
         own = [entry for entry in entries if entry["cluster"] == cluster]
-        plan = {"cells": own, "cluster": cluster, "done": done, "total": len(entries), "estimate_s": left_s}
+        plan = {"cells": own, "cluster": cluster, "done": done, "total": len(entries)}
         run_child({**plan, "store": str(store_file.resolve()), "options": options})
-        done, left_s = done + len(own), left_s - sum(entry["estimate_s"] for entry in own)
+        done += len(own)
 
 
 def run_child(plan: Mapping[str, Any]) -> None:
@@ -78,8 +78,6 @@ def run_plan(plan_file: Path, measure: Measure, outcome: Outcome) -> None:
     from commopt import kernels
 
     kernels.warm_up()  # before the ranks start: all of them compiling at once would cost seconds of the first step
-    spent_s = estimated_s = 0.0
-    left_s = plan["estimate_s"]
     for position, entry in enumerate(plan["cells"], start=plan["done"] + 1):
         print(f"[{position}/{plan['total']}] {entry['name']} ...", end=" ", flush=True)
         before, start_s = cpu_seconds(), time.monotonic()
@@ -87,10 +85,7 @@ def run_plan(plan_file: Path, measure: Measure, outcome: Outcome) -> None:
         after, wall_s = cpu_seconds(), time.monotonic() - start_s
         others = None if before is None or after is None else round(max(0.0, after - before) / wall_s, 3)
         result = {"schema": 1, **result, "wall_s": round(wall_s, 1), "others_cores": others}
-        spent_s, estimated_s = spent_s + wall_s, estimated_s + entry["estimate_s"]
-        left_s -= entry["estimate_s"]
-        left = f"; about {seconds_text(left_s * spent_s / estimated_s)} left" if left_s > 0.5 else ""
-        print(f"{outcome(result)}; took {seconds_text(wall_s)}{left}", flush=True)
+        print(f"{outcome(result)}; took {seconds_text(wall_s)}", flush=True)
         Store(Path(plan["store"])).put(entry["name"], entry["settings"], result)
 
 

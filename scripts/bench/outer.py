@@ -17,11 +17,10 @@ scripts/bench/results/outer.jsonl with its settings, and trained again only if t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 from command import DOCS, main, names, new_parser, only_shows, present
-from outer_cells import BY_LABEL, SEEDS, Cell, Entry, Find, Protocol, Task, found_in, settings_of, why_not
+from outer_cells import BY_LABEL, SEEDS, Protocol, Task, found_in, settings_of, why_not
 from outer_results import Results
 from outer_training import run_cell
 from store import RESULTS, Store
@@ -29,17 +28,6 @@ from training import my_cores, train_all
 
 STORED = RESULTS / "outer.jsonl"
 PAGE = DOCS / "outer-convergence.md"
-STEP_S = 0.006  # of one replica, for the estimate only
-
-
-def remaining_s(entries: Sequence[Entry], protocol: Protocol, find: Find, task: Task) -> float:
-    """Seconds that the remaining cells take one core, about; as if a rate that is not known yet were the first of the grid."""
-    rates = {entry.family: protocol.best_rate(entry.family, find) for entry in entries}
-    cells = list(protocol.wanted(entries, find))
-    for entry in (entry for entry in entries if rates[entry.family] is None):
-        for ranks in (ranks for ranks in entry.ranks if ranks in protocol.seeds):
-            cells += [Cell(entry, ranks, protocol.grid[0], seed) for seed in protocol.seeds_of(entry, ranks)]
-    return sum(cell.ranks for cell in dict.fromkeys(cells)) * task.steps * STEP_S
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
                 run_cell,
                 store,
                 args.jobs,
-                lambda: remaining_s(entries, protocol, find, task),
             )
     finally:
         results = Results(protocol, found_in(Store(file), task), entries, task)

@@ -18,7 +18,7 @@ from losses import finite
 from torch import Tensor, nn
 
 from commopt.groups import SimGroup, SimWorld
-from commopt.run.outer import OuterAttachment
+from commopt.run.outer import OuterRun
 
 CURVE_POINTS, CURVE_BATCHES = 10, 4
 
@@ -118,31 +118,25 @@ class Training:
     def train(self, group: SimGroup) -> dict[str, Any]:
         """What one rank does; a step takes every rank one virtual second."""
         settings, task, model = self.settings, self.task, self.replicas[group.rank]
-        _, optimizer, attachment = attach(settings, model, group)
-        is_outer = isinstance(attachment, OuterAttachment)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(rate_at, task=task))
+        run = attach(settings, model, group, max_norm=task["clip"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, functools.partial(rate_at, task=task))
         data = torch.Generator().manual_seed(settings["seed"] * 1000 + group.rank)  # the same whatever the method
-        if is_outer:
-            attachment.join()
+        run.join()
         begin = group.traffic.payload_bytes
         for step in range(task["steps"]):
             with self.turn:
-                optimizer.zero_grad()
+                run.optimizer.zero_grad()
                 model(*self.problem.draw(data)).backward()
-            if not is_outer:
-                attachment.exchange()
-            nn.utils.clip_grad_norm_(model.parameters(), task["clip"])
-            optimizer.step()
+            run.optimizer.step()
             schedule.step()
-            if is_outer:
+            if isinstance(run, OuterRun):
                 group.advance(1.0)
             self.look(step + 1, group.rank)
-        if is_outer:
-            attachment.finish()
+        run.finish()
         return {
             "bytes": group.traffic.payload_bytes - begin,
-            "missed": sum(report.missed for report in attachment.reports) if is_outer else 0,
-            "spread_estimate": attachment.spread if is_outer else None,
+            "missed": sum(report.missed for report in run.reports),
+            "spread_estimate": run.spread if isinstance(run, OuterRun) else None,
         }
 
     def look(self, steps: int, rank: int) -> None:

@@ -4,7 +4,6 @@ python scripts/bench/step.py                                        all cells th
 python scripts/bench/step.py --clusters 50mbit --models 1m --methods dense,ef_sign,torch_ddp
 python scripts/bench/step.py --only '*-5m-torch_*' --redo           again, whatever is stored
 python scripts/bench/step.py --table | --markdown                   show what is stored, and measure nothing
-python scripts/bench/step.py --profile ef_sign                      where the time of a step goes, on rank 0
 
 A cell is one cluster, model and method: a few warm-up steps, 12 steady ones, and 20 with communication switched off. The
 cells of one cluster run one after the other on the same emulated network. They are stored in scripts/bench/results/step.jsonl.
@@ -22,9 +21,7 @@ milliseconds of two machines. What other programs used of the cores is stored wi
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,14 +30,13 @@ from typing import Any
 
 from command import base_name, main, matching, names, new_parser, only_shows, present
 from emulated import Entry, measure_all, start
-from step_results import NODES, PEERS, outcome, report, show_profile
+from step_results import NODES, PEERS, outcome, report
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.run import Tick, run_job
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError
-from commopt.plan.links import parse_rate
 from commopt.record.words import seconds_text
 
 STORED = RESULTS / "step.jsonl"
@@ -50,7 +46,6 @@ STEADY_STEPS, FREEZE_STEP, LONGEST_WARMUP = 12, 4, 100
 SETTLED = 3  # launch/train.py counts no step before as steady
 CLUSTERS: Mapping[str, str | None] = {"50mbit": "50mbit", "100mbit": "100mbit", "1gbit": "1gbit", "unshaped": None}
 MODELS: Mapping[str, Mapping[str, int]] = {"1m": {"layers": 5, "width": 128}, "5m": {"layers": 6, "width": 256}}
-PARAMETERS = {"1m": 1.07e6, "5m": 4.9e6}
 SIZES = {"heads": 4, "context": 64, "batch": 4, "seed": 1}
 BUCKET_MB = 1  # small enough that a compressed method's exchange overlaps with backward
 
@@ -67,8 +62,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 # Adam applies what the others and the peers average, so that their arithmetic is the same; a method that refuses it gets SGD.
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {"dgc": SGD, "signum": SGD}
 
-START_S, COMPUTE_S = 20.0, {"1m": 0.15, "5m": 0.5}  # for the estimate only
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -82,20 +75,15 @@ class Cell:
     def name(self) -> str:
         return f"{self.cluster}-{self.model}-{self.method}"
 
-    @property
-    def bytes_per_s(self) -> float:
-        rate = CLUSTERS[self.cluster]
-        return math.inf if rate is None else parse_rate(rate)
-
 
 # ---- what to measure -------------------------------------------------------------------------------------------------
 
 
 def all_methods() -> list[str]:
-    """commopt's methods, as they are registered, and the peers."""
+    """commopt's methods that exchange in every step, as they are registered, and the peers."""
     from commopt.methods import METHODS
 
-    return [*METHODS, *PEERS]
+    return [*(name for name, method in METHODS.items() if method.kind != "outer"), *PEERS]
 
 
 def makeable(methods: Iterable[str]) -> list[str]:
@@ -117,7 +105,7 @@ def warmup_steps(method: str, options: Mapping[str, Any], optimizer: Mapping[str
     from building import build
 
     settings = {"method": method, "options": options, "optimizer": optimizer}
-    return int(build(settings, torch.nn.Linear(2, 2))[0].warmup_steps)
+    return build(settings, torch.nn.Linear(2, 2))[0].warmup_steps
 
 
 def settings_of(cell: Cell) -> dict[str, Any]:
@@ -125,9 +113,10 @@ def settings_of(cell: Cell) -> dict[str, Any]:
     options, optimizer, warmup = dict(OPTIONS.get(cell.method, {})), OPTIMIZERS.get(cell.method, OPTIMIZER), 0
     if cell.method not in PEERS:
         from commopt.methods import METHODS
+        from commopt.options import option_names
 
         kind = METHODS[base_name(cell.method)]
-        if cell.method not in OPTIONS and "freeze_step" in inspect.signature(kind.__init__).parameters:
+        if cell.method not in OPTIONS and "freeze_step" in option_names(kind.Options):
             options["freeze_step"] = FREEZE_STEP
         try:
             warmup = warmup_steps(cell.method, options, optimizer)
@@ -145,27 +134,20 @@ def settings_of(cell: Cell) -> dict[str, Any]:
     return {"options": options, "optimizer": dict(optimizer), "steps": max(SETTLED, warmup) + STEADY_STEPS, **sizes}
 
 
-def program_words(cell: Cell, settings: Mapping[str, Any], *, profile: bool = False) -> list[str]:
+def program_words(cell: Cell, settings: Mapping[str, Any]) -> list[str]:
     """The program of the ranks and its arguments."""
     sizes = {key: value for key, value in settings.items() if key not in ("options", "optimizer")}
     words = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
-    words += ["--optimizer", json.dumps(settings["optimizer"])]
     if cell.method in PEERS:
-        return [str(PROGRAM), cell.method, *words]
-    words += ["--method", cell.method, "--options", json.dumps(settings["options"]), "--validation-batches", "1"]
-    return [str(PROGRAM), "profile" if profile else "train", *words]
+        return [str(PROGRAM), cell.method, *words, "--optimizer", json.dumps(settings["optimizer"])]
+    from building import fitting
 
+    from commopt.methods import build
 
-def estimate_s(cell: Cell, steps: int) -> float:
-    """Seconds that a cell takes at most, roughly: as dense does."""
-    compute_s = COMPUTE_S[cell.model]
-    step_s = max(compute_s, dense_payload_bytes(PARAMETERS[cell.model]) * 1.07 / cell.bytes_per_s)
-    return START_S + steps * step_s + 20 * compute_s
-
-
-def dense_payload_bytes(parameters: float) -> float:
-    """What a ring all-reduce of float32 sends per rank and step."""
-    return 2 * (NODES - 1) / NODES * 4 * parameters
+    optimizer = fitting(build(cell.method, **settings["options"]), settings["optimizer"])
+    words += ["--method", cell.method, "--options", json.dumps(settings["options"])]
+    words += ["--optimizer", json.dumps(optimizer), "--validation-batches", "1"]
+    return [str(PROGRAM), "train", *words]
 
 
 # ---- measuring: inside the namespaces of one cluster -----------------------------------------------------------------
@@ -190,9 +172,7 @@ class Watchdog:
             raise StalledError(f"no rank got on for {seconds_text(self._limit_s)}")
 
 
-def measure(
-    entry: Entry, cluster: ClusterSpec, emulation: Emulation, *, timeout_s: float, profile: bool
-) -> dict[str, Any]:
+def measure(entry: Entry, cluster: ClusterSpec, emulation: Emulation, *, timeout_s: float) -> dict[str, Any]:
     """Run one cell. Whatever happens to its ranks is a result too."""
     from commopt.record.lines import RankRecord, rank_files
     from commopt.report.document import Environment
@@ -205,7 +185,7 @@ def measure(
         try:
             job = run_job(
                 cluster,
-                program_words(cell, entry["settings"], profile=profile),
+                program_words(cell, entry["settings"]),
                 emulation=emulation,
                 env={"COMMOPT_RECORD": str(records)},
                 log_dir=Path(scratch, "log"),
@@ -231,7 +211,6 @@ def measure(
         "interface_bytes": interface_bytes(ranks),
         "payload_bytes": run.payload_bytes_per_step,
         "events": event_texts(run),
-        "profile": [fields["rows"] for record in ranks.values() for kind, fields in record.events if kind == "profile"],
         "environment": Environment.here().model_dump(),
     }
 
@@ -267,9 +246,7 @@ def interface_bytes(ranks: Mapping[int, Any]) -> dict[str, dict[str, float | Non
 # ---- the sweep -------------------------------------------------------------------------------------------------------
 
 
-def sweep(
-    cells: Sequence[Cell], file: Path, *, redo: bool = False, timeout_s: float = 60.0, profile: bool = False
-) -> None:
+def sweep(cells: Sequence[Cell], file: Path, *, redo: bool = False, timeout_s: float = 60.0) -> None:
     """Measure the cells that are not stored. Raises ConfigError for a bad option."""
     store = Store(file, ["*"] if redo else ())
     wanted = [(cell, settings) for cell in cells if store.get(cell.name, settings := settings_of(cell)) is None]
@@ -279,15 +256,12 @@ def sweep(
             "cell": asdict(cell),
             "cluster": {"name": f"four-{cell.cluster}", "nodes": NODES, "links": {"rate": CLUSTERS[cell.cluster]}},
             "settings": settings,
-            "estimate_s": estimate_s(cell, settings["steps"]),
         }
         for cell, settings in wanted
     ]
-    if not profile:
-        kept = f", {len(cells) - len(todo)} are stored already (--redo measures them again)" * (len(todo) < len(cells))
-        about = f", about {seconds_text(sum(entry['estimate_s'] for entry in todo))} at most" if todo else ""
-        print(f"{len(todo)} cells to measure{about}{kept}", flush=True)
-    measure_all(todo, file, timeout_s=timeout_s, profile=profile)
+    kept = f", {len(cells) - len(todo)} are stored already (--redo measures them again)" * (len(todo) < len(cells))
+    print(f"{len(todo)} cells to measure{kept}", flush=True)
+    measure_all(todo, file, timeout_s=timeout_s)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -299,9 +273,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", metavar="NAME,...", help=f"of {', '.join(MODELS)}; all by default")
     made.add_argument("--methods", metavar="NAME,...", help=f"commopt's methods and {', '.join(PEERS)}; all by default")
     made.add_argument("--timeout", type=float, metavar="SECONDS", default=60.0, help="end a cell whose ranks all stall")
-    what.add_argument(
-        "--profile", metavar="METHOD", help="where a step's time goes; on the first cluster and model chosen"
-    )
     what.add_argument("--run-plan", type=Path, help=argparse.SUPPRESS)
     return made
 
@@ -312,9 +283,6 @@ def run(args: argparse.Namespace) -> None:
     if not args.timeout > 0:
         raise ConfigError(f"--timeout {args.timeout}: write a number of seconds above 0")
     clusters, models = names("--clusters", args.clusters, CLUSTERS), names("--models", args.models, MODELS)
-    if args.profile is not None:
-        profiled(args, clusters[0], models[0])
-        return
     methods, file = names("--methods", args.methods, all_methods()), args.results or STORED
     if args.methods is None and shows:  # cells of names with codecs, such as two_way(sign,int8), are shown too
         methods += dict.fromkeys(name.split("-", 2)[-1] for name in sorted(Store(file).names) if "(" in name)
@@ -328,25 +296,6 @@ def run(args: argparse.Namespace) -> None:
     finally:
         store = Store(file)
         present(report([found for cell in cells if (found := store.get(cell.name)) is not None]), args)
-
-
-def profiled(args: argparse.Namespace, cluster: str, model: str) -> None:
-    """Measure one cell with rank 0's calls timed; it is not stored, since timing calls takes time itself."""
-    for option, given in (("--methods", args.methods), ("--only", args.only), ("--json", args.json)):
-        if given is not None:
-            raise ConfigError(f"{option}: has no effect with --profile; leave one of them out")
-    if args.profile in PEERS:
-        raise ConfigError(f"--profile {args.profile}: looks into commopt's methods only")
-    (method,) = names("--profile", args.profile, all_methods()) if "," not in args.profile else ("",)
-    if not method:
-        raise ConfigError(f"--profile {args.profile}: takes one method")
-    cell = Cell(cluster, model, method)
-    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
-        file = Path(scratch, "profile.jsonl")
-        sweep([cell], file, timeout_s=args.timeout, profile=True)
-        result = Store(file).get(cell.name)
-    if result is not None:
-        show_profile(result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What each rank of step.py runs: launch/train.py as it is, or its model and data under torch's own hooks.
 
 step_peers.py train --method ef_sign --steps 15 ...        launch/train.py, unchanged
-step_peers.py profile --method ef_sign --steps 15 ...      the same, timed inside on rank 0
 step_peers.py torch_ddp --steps 15 ...                     a peer, with launch/train.py's names for the sizes
 
 All of them record as launch/train.py does (commopt.record.recorder), and what the interface received too.
@@ -10,15 +9,12 @@ All of them record as launch/train.py does (commopt.record.recorder), and what t
 from __future__ import annotations
 
 import argparse
-import functools
-import inspect
 import json
 import os
 import runpy
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,16 +23,13 @@ from building import TRAIN, training_program
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt.compress.base import Compressor
-from commopt.frameworks import ddp
 from commopt.groups.base import Traffic
-from commopt.methods import OPTIMIZERS
+from commopt.optim import make_optimizer
 from commopt.plan.links import schedule
-from commopt.record import recorder as recorder_module
 from commopt.record.recorder import Recorder
+from commopt.run import log
 
 SETTLED = 3  # DDP makes its buckets anew in the first steps; launch/train.py waits as long
-OPERATIONS = ("all_reduce", "all_gather", "all_gather_ragged", "all_to_all", "swap", "broadcast")
 
 
 class TwoWayRecorder(Recorder):
@@ -101,8 +94,7 @@ def run_peer(peer: str, args: argparse.Namespace) -> None:
     buckets: dict[str, Any] = {"bucket_cap_mb": 1000} if peer.endswith("one_bucket") else {}  # else torch's own sizes
     model = DistributedDataParallel(page.GPT(args.layers, args.heads, args.width, args.context), **buckets)
     sent_bytes = PEERS[peer](model)
-    arguments = {key: value for key, value in args.optimizer.items() if key != "name"}
-    optimizer = OPTIMIZERS[args.optimizer["name"]](model.parameters(), **arguments)
+    optimizer = make_optimizer(args.optimizer, model.parameters())
 
     recorder = TwoWayRecorder.from_environment()
     recorder.start(method=peer, options={}, parameters=parameters_of(model), steps=args.steps)
@@ -138,105 +130,9 @@ def traffic_of(peer: str, nbytes: float, rank: int, world: int) -> dict[str, Any
     return traffic.as_dict()
 
 
-# ---- where the time of a step goes -----------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """Calls and seconds of functions, by the path of watched functions that they were called through."""
-
-    def __init__(self) -> None:
-        self.is_on = False
-        self.spent: dict[tuple[str, ...], tuple[int, float]] = {}
-        self._thread = threading.local()
-
-    def around(self, label: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed while the watch is on."""
-
-        @functools.wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            path = (*getattr(self._thread, "path", ()), label)
-            self._thread.path, start = path, time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self._thread.path = path[:-1]
-                self.add(path, time.perf_counter() - start)
-
-        return timed
-
-    def add(self, path: tuple[str, ...], seconds: float) -> None:
-        if self.is_on:
-            calls, before = self.spent.get(path, (0, 0.0))
-            self.spent[path] = (calls + 1, before + seconds)
-
-
-def watch_steps(watch: Stopwatch) -> None:
-    """Time what the next `ddp.attach` attaches: its method, its group's exchanges, codecs and kernels."""
-    attach = ddp.attach
-
-    def attach_and_watch(*args: Any, **kwargs: Any) -> ddp.DDPAttachment:
-        attachment = attach(*args, **kwargs)
-        for kind, owner, name in [
-            *(("exchange", attachment.group, name) for name in OPERATIONS),
-            ("method", attachment.method, "exchange"),
-            *codecs(Compressor),
-            *kernel_functions(),
-        ]:
-            label = f"{kind}: {getattr(owner, '__name__', type(owner).__name__).rpartition('.')[2]}.{name}"
-            setattr(owner, name, watch.around(label, getattr(owner, name)))
-        started_s = [0.0]
-
-        def before(*_: Any) -> None:
-            started_s[0] = time.perf_counter()
-
-        def after(*_: Any) -> None:
-            watch.add(("optimizer.step",), time.perf_counter() - started_s[0])
-
-        attachment.optimizer.register_step_pre_hook(before)
-        attachment.optimizer.register_step_post_hook(after)
-        return attachment
-
-    ddp.attach = attach_and_watch
-
-
-def codecs(kind: type[Any]) -> Iterator[tuple[str, object, str]]:
-    """Every compressor's own encoder and decoder."""
-    for sub in kind.__subclasses__():
-        for what, name in (("encode", "compress_"), ("decode", "decompress_")):
-            if name in vars(sub):
-                yield what, sub, name
-        yield from codecs(sub)
-
-
-def kernel_functions() -> Iterator[tuple[str, object, str]]:
-    """The public functions of the kernels that are loaded; methods look them up when they call them."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("commopt.kernels.") and ".reference" not in module_name:
-            for name, function in list(vars(module).items()):
-                if inspect.isfunction(function) and function.__module__ == module_name and not name.startswith("_"):
-                    yield "kernel", module, name
-
-
-class ProfilingRecorder(TwoWayRecorder):
-    """Switches the watch on for the steady steps, and writes down what it saw."""
-
-    watch = Stopwatch()
-
-    def counters(self, name: str, traffic: Mapping[str, Any]) -> None:
-        if name == "end":
-            self.watch.is_on = False
-            rows = [[list(path), calls, seconds] for path, (calls, seconds) in self.watch.spent.items()]
-            self.event("profile", rows=rows)
-        super().counters(name, traffic)
-        self.watch.is_on = name == "begin"
-
-
 def main(what: str, words: list[str]) -> None:
-    if what in ("train", "profile"):
-        is_profiled = what == "profile" and os.environ.get("RANK") == "0"  # one rank, the others run as ever
-        recorder_module.Recorder = ProfilingRecorder if is_profiled else TwoWayRecorder  # type: ignore[misc]
-        if is_profiled:
-            watch_steps(ProfilingRecorder.watch)
+    if what == "train":
+        log.Recorder = TwoWayRecorder  # type: ignore[attr-defined]
         sys.argv = [str(TRAIN), *words]
         runpy.run_path(str(TRAIN), run_name="__main__")
         return
@@ -249,6 +145,6 @@ def main(what: str, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("train", "profile", *PEERS):
-        sys.exit(f"step_peers.py: write one of train, profile, {', '.join(PEERS)} first; step.py starts it")
+    if len(sys.argv) < 2 or sys.argv[1] not in ("train", *PEERS):
+        sys.exit(f"step_peers.py: write one of train, {', '.join(PEERS)} first; step.py starts it")
     main(sys.argv[1], sys.argv[2:])

@@ -8,7 +8,7 @@ from typing import Any
 from command import Report
 from emulated import BUSY_CORES
 from rich.text import Text
-from sheets import Sheet, judged, wide_console
+from sheets import Sheet, judged
 
 from commopt.plan.links import parse_rate
 from commopt.record.words import bytes_text, milliseconds, seconds_text
@@ -74,7 +74,7 @@ def report(results: Sequence[Result]) -> Report:
         return Report([])
     places = dict.fromkeys((one["cluster"], one["model"]) for one in results)
     sheets = [sheet([one for one in results if (one["cluster"], one["model"]) == place]) for place in places]
-    return Report(sheets, remarks(results), document=document(results))
+    return Report(sheets, remarks(results))
 
 
 def sheet(results: Sequence[Result]) -> Sheet:
@@ -142,19 +142,6 @@ def remarks(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def document(results: Sequence[Result]) -> dict[str, Any]:
-    """What --json writes: every cell with what follows from it."""
-    cells = []
-    for one in results:
-        place = (one["cluster"], one["model"], BASELINE)
-        baseline = next((b for b in results if (b["cluster"], b["model"], b["method"]) == place), None)
-        found = verdict(one, baseline)
-        ratios = {"ratio": ratio_to_floor(one), "ratio_to_torch_ddp": ratio_to_ddp(one, baseline)}
-        target = {"target": found[0], "target_met": found[1]} if found else {}
-        cells.append({**one, "floor_s": floor_s(one), **ratios, **target})
-    return {"schema": 1, "nodes": NODES, "remarks": remarks(results), "cells": cells}
-
-
 def outcome(result: Result) -> str:
     """A cell's result in a few words."""
     if result["status"] != "finished":
@@ -165,47 +152,3 @@ def outcome(result: Result) -> str:
     if is_disturbed(result):
         parts.append(f"other programs on {result['others_cores']:.1f} cores")
     return ", ".join(parts)
-
-
-def show_profile(result: Result) -> None:
-    """Print where rank 0's time went, per step."""
-    console = wide_console()
-    if not result["profile"]:
-        console.print(f"{result['name']}: nothing was recorded; {result['failure']}", markup=False)
-        return
-    for line in profile_lines(result):
-        console.print(line, markup=False)
-
-
-def profile_lines(result: Result) -> list[str]:
-    """Milliseconds per step of rank 0: the training thread's, and the tree of calls of the thread that exchanges."""
-    steps = result["window_steps"]
-    spent = {tuple(path): (calls, seconds) for path, calls, seconds in result["profile"][-1]}
-    step_s, wait_s = result["step_mean_s"], result["step_mean_s"] * (result["wait_share"] or 0.0)
-    optimizer_s = spent.pop(("optimizer.step",), (0, 0.0))[1] / steps
-    compute_ms = milliseconds(result["compute_s"])
-    lines = [f"{result['name']}: {milliseconds(step_s)} ms a step on average (compute alone {compute_ms})", ""]
-    lines += ["training thread (all ranks' mean)", _line("forward, backward, the rest", step_s - wait_s - optimizer_s)]
-    lines += [_line("waiting for exchanges", wait_s), _line("optimizer.step (rank 0)", optimizer_s)]
-    spent = {path: found for path, found in spent.items() if path[0].startswith("method:")}  # without the barriers
-    whole_s = sum(seconds for path, (_, seconds) in spent.items() if len(path) == 1) / steps
-    shares: dict[str, float] = {}
-    for path, (_, seconds) in spent.items():
-        kind = path[-1].partition(":")[0]
-        if kind not in ("method", "kernel") and kind not in [label.partition(":")[0] for label in path[:-1]]:
-            shares[kind] = shares.get(kind, 0.0) + seconds / steps
-    lines += ["", "exchanging thread of rank 0, beside backward", _line("all of it", whole_s)]
-    lines += [_line(f"  {kind}", shares.get(kind, 0.0)) for kind in ("encode", "exchange", "decode")]
-    lines += [_line("  the rest", whole_s - sum(shares.values())), "", "by call, each with what it calls"]
-    for path, (calls, seconds) in sorted(spent.items(), key=lambda item: _order(item[0], spent)):
-        lines.append(f"{_line('  ' * (len(path) - 1) + path[-1], seconds / steps)}  {calls / steps:g} calls a step")
-    return lines
-
-
-def _order(path: tuple[str, ...], spent: Mapping[tuple[str, ...], tuple[int, float]]) -> list[tuple[float, str]]:
-    """Sorts a tree: below each call the longest first."""
-    return [(-spent.get(path[:k], (0, 0.0))[1], path[k - 1]) for k in range(1, len(path) + 1)]
-
-
-def _line(text: str, seconds: float) -> str:
-    return f"{text:50} {1e3 * seconds:9.2f} ms"

@@ -117,7 +117,6 @@ def sweep(cells: list[Cell], file: Path, *, redo: bool) -> None:
             "cell": asdict(cell),
             "cluster": {"name": f"sync-{cell.nodes}-{cell.rate}", "nodes": cell.nodes, "links": {"rate": cell.rate}},
             "settings": asdict(cell),
-            "estimate_s": 20.0,
         }
         for cell in cells
         if store.get(cell.name, asdict(cell)) is None

@@ -33,8 +33,7 @@ EXPECTED_RUNS = 100_000
 def report(simulation: Result | None, cells: Sequence[Result]) -> Report:
     """All that is stored, as tables and a figure."""
     draw = None if simulation is None else lambda file: draw_figure(simulation, file)
-    document = {"schema": 1, "simulation": simulation, "cells": cells}
-    return Report(sheets(simulation, cells), draw=draw, document=document)
+    return Report(sheets(simulation, cells), draw=draw)
 
 
 def sheets(simulation: Result | None, cells: Sequence[Result]) -> list[Sheet]:

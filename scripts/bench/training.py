@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from command import Cell
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from sheets import wide_console
 from store import Store
 
@@ -33,26 +32,22 @@ def train_all(
     train: Callable[[Settings], dict[str, Any]],
     store: Store,
     jobs: int,
-    left_s: Callable[[], float],
 ) -> list[str]:
     """Train what is wanted, `jobs` cells at a time, and tell each as it ends. Returns what failed.
 
-    wanted: the cells to train next, the running ones included; asked again after each. left_s: seconds that all cells that are
-    left take one core, about.
+    wanted: the cells to train next, the running ones included; asked again after each.
     """
     kernels.warm_up()  # once, before the processes start: they find the kernels in the cache
-    context, failures, done = multiprocessing.get_context("spawn"), dict[str, str](), 0
+    context, failures = multiprocessing.get_context("spawn"), dict[str, str]()
     cores = context.SimpleQueue()
     for core in itertools.islice(itertools.cycle(my_cores()), jobs):
         cores.put(core)
     running: dict[Future[dict[str, Any]], Cell] = {}
-    console, columns = wide_console(), (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console, columns = wide_console(), (TextColumn("{task.completed} cells"), TimeElapsedColumn())
     pool = ProcessPoolExecutor(jobs, context, start_worker, (cores,))
-    start_s, planned_s = time.monotonic(), left_s()
-    print(f"about {seconds_text(planned_s / jobs)} on {jobs} cores", flush=True)
     try:
         with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("", total=planned_s)
+            bar = progress.add_task("", total=None)
             while True:
                 taken = {cell.name for cell in running.values()} | set(failures)
                 free = (cell for cell in wanted() if cell.name not in taken)
@@ -61,14 +56,10 @@ def train_all(
                 if not running:
                     return [f"{name} failed: {failure}" for name, failure in failures.items()]
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell, done = running.pop(future), done + 1
+                    cell = running.pop(future)
                     said = keep(future, cell.name, settings_of(cell), store, failures)
-                    console.print(f"[{done}] {cell.name:44} {said}", markup=False)
-                to_do_s = left_s()
-                if planned_s > to_do_s:
-                    pace = (time.monotonic() - start_s) / (planned_s - to_do_s)
-                    said = f"{done} cells" + f", about {seconds_text(to_do_s * pace)} left" * (to_do_s > 0)
-                    progress.update(bar, completed=planned_s - to_do_s, total=planned_s, description=said)
+                    progress.advance(bar)
+                    console.print(f"{cell.name:44} {said}", markup=False)
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commopt.compress import BlockSign, Cast, Compressor, TensorSign
-from commopt.compress.feedback import ErrorFeedback, first_bad_parameter
+from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 
 CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast()]
@@ -20,8 +20,8 @@ SEEDS = st.integers(0, 2**31)
 
 def feedback_for(codec: Compressor, numels: list[int], ranks: int = 3) -> tuple[ErrorFeedback, tuple[Blocks, ...]]:
     tensors = [(f"p{k}", torch.zeros(n)) for k, n in enumerate(numels)]
-    parts = codec.table(ParameterIndex.of(tensors), ranks).parts(Bucket.of(tensors)).by_owner
-    return ErrorFeedback(codec, sum(numels)), parts
+    table = codec.table(ParameterIndex.of(tensors), ranks)
+    return ErrorFeedback(codec, Kept(), table.everything), table.parts(Bucket.of(tensors)).by_owner
 
 
 def draw(n: int, seed: int) -> torch.Tensor:

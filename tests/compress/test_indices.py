@@ -325,7 +325,7 @@ def test_a_damaged_block_among_good_ones_is_refused(either_kernel: ModuleType) -
 
 
 def test_after_warming_up_nothing_is_compiled() -> None:
-    cpu_indices.warm_up()
+    kernels.warm_up()
     compiled: list[Any] = [cpu_indices._encode, cpu_indices._decode]
     before = [len(kernel.signatures) for kernel in compiled]
     x, ns, ks = many_blocks()

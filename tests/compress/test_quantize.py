@@ -405,7 +405,7 @@ def test_every_float8_pattern_is_torchs() -> None:
         assert scales.tolist() == [1.0]
         assert torch.equal(codes[~expected.isnan()], patterns[~expected.isnan()])
     for kernel in (fast, plain):
-        kernel.decompress_float8_(patterns, torch.ones(1), blocks, out, alpha=1.0, add=False)
+        kernel.decompress_(patterns, torch.ones(1), blocks, out, kind="float8", alpha=1.0, add=False)
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -466,8 +466,8 @@ def test_scales_and_codes_are_the_two_halves_of_compressing(kernel: ModuleType) 
     x, residual = draw(blocks, 4)
     codes, other_codes = (torch.zeros(2 + 770 + 113, dtype=torch.uint8) for _ in range(2))
     scales, left, other_left = torch.empty(3), residual.clone(), residual.clone()
-    kernel.compress_levels_(x, left, blocks, scales, codes, levels=3, bits=3, squared=True, stochastic=True)
-    given_scales = kernel.block_scales(x, residual, blocks, levels=3, squared=True)
+    kernel.compress_(x, left, blocks, scales, codes, kind="levels", levels=3, bits=3, squared=True)
+    given_scales = scales.clone()
     kernel.encode_levels_(x, other_left, blocks, given_scales, other_codes, levels=3, bits=3, stochastic=True)
     assert torch.equal(scales, given_scales)
     assert torch.equal(codes, other_codes)

@@ -95,7 +95,7 @@ def _check_deepspeed(path: Path, documents: list[Any]) -> None:
         if key not in DEEPSPEED_KEYS:
             raise ConfigError(f"{key}: is no key of a DeepSpeed configuration that these pages use")
     optimizer = documents[0].get("optimizer", {}).get("type", "Adam")
-    read_wanted(documents[0], None)
+    read_wanted(documents[0], None if "optimizer" in documents[0] else "passed by the script")
     if optimizer.lower() not in LEGACY and optimizer not in DEEPSPEED_OPTIMIZERS:
         raise ConfigError(f"optimizer.type: {optimizer!r} is none of {', '.join(sorted(DEEPSPEED_OPTIMIZERS))}")
 

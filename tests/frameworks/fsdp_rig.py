@@ -110,12 +110,12 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, 12, generator=generator), torch.randn(8, 1, generator=generator)
 
 
-def sharded(mesh: Any, **options: Any) -> Any:
+def sharded(mesh: Any, layers: tuple[str, ...] = ("first", "second"), **options: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     model = Uneven()
-    for layer in (model.first, model.second):
-        fully_shard(layer, mesh=mesh, **options)
+    for layer in layers:
+        fully_shard(getattr(model, layer), mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 

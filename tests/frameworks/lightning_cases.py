@@ -7,6 +7,7 @@ import copy
 import io
 import os
 import runpy
+import shutil
 import sys
 import traceback
 import warnings
@@ -21,10 +22,11 @@ from rig import FREEZE, METHODS, flat, loss_of, make_batch, make_method, make_mo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
+from commopt import attach, build
 from commopt.errors import CommoptError
-from commopt.frameworks import ddp, plain
-from commopt.methods import is_update_method
+from commopt.groups import LocalGroup, SimWorld
+from commopt.optim import make_optimizer
+from commopt.run import storage
 
 RANKS, STEPS = 2, 6
 CASES: dict[str, Callable[[Path], Any]] = {}
@@ -106,16 +108,16 @@ def trainer_of(strategy: Any, **options: Any) -> Any:
     return Trainer(strategy=strategy, **given)
 
 
-def strategy_of(method: Any = None, **options: Any) -> Any:
+def strategy_of(method: Any, **options: Any) -> Any:
     from commopt.frameworks.lightning import CommoptStrategy
 
     return CommoptStrategy(method, timeout=timedelta(seconds=200), **options)
 
 
-def fit(method: Any, configure: Any, ckpt_path: Any = None, strategy: Any = None, **options: Any) -> tuple[Any, Any]:
-    """(module, trainer) after a fit."""
+def fit(method: Any, configure: Any, ckpt_path: Any = None, given: Any = None, **options: Any) -> tuple[Any, Any]:
+    """(module, trainer) after a fit; given: options of the strategy."""
     net = module_class()(configure)
-    trainer = trainer_of(strategy or strategy_of(method), **options)
+    trainer = trainer_of(strategy_of(method, **(given or {})), **options)
     trainer.fit(net, zeros(200), zeros(4), ckpt_path=ckpt_path)
     return net, trainer
 
@@ -130,24 +132,17 @@ def fit_and_write(folder: Path, method: Any, configure: Any, ckpt_path: Any = No
 
 def choice_of(name: str) -> tuple[dict[str, Any], Any]:
     """A case of the rig as a choice, and what `configure_optimizers` returns for it."""
-    method, options = METHODS[name]
-    if method == "distributed_lion":
-        return {"name": method, **options}, lambda net: build("distributed_lion", net.named_parameters(), **options)
-    if is_update_method(method):
-        return {"name": method, **options}, adam
-    momentum = 0.0 if method == "dgc" else 0.9
-    return {"name": method, **options}, lambda net: torch.optim.SGD(net.parameters(), lr=0.05, momentum=momentum)
+    method, options, block = METHODS[name]
+    return {"name": method, **options}, lambda net: make_optimizer(block, net.parameters())
 
 
 @contextlib.contextmanager
 def by_ddp(name: str, **options: Any) -> Iterator[Any]:
-    """(DDP model, optimizer that steps, attachment): the same by hand."""
-    overlap = options.pop("overlap", True)
+    """(DDP model, optimizer that steps, run): the same by hand."""
     model = DistributedDataParallel(make_model())
-    method, optimizer, steps = make_method(name, model.module, **options)
-    attachment = ddp.attach(model, method, optimizer, overlap=overlap)
-    yield model, steps, attachment
-    attachment.detach()
+    run = attach(model, *make_method(name, model.module), **options)
+    yield model, run.optimizer, run
+    run.close()
 
 
 @case
@@ -155,12 +150,12 @@ def equal_to_ddp(_: Path) -> Any:
     found = {}
     for name in COMPARED:
         choice, configure = choice_of(name)
-        net, trainer = fit(None if name == "distributed_lion" else choice, configure)
-        attachment = trainer.strategy.attachment
+        net, trainer = fit(choice, configure)
+        run = trainer.strategy.run
         with by_ddp(name) as (model, optimizer, by_hand):
             train(model, optimizer, dist.get_rank(), STEPS)
-        sent = [one.group.traffic.payload_bytes for one in (attachment, by_hand)]
-        found[name] = flat(net), flat(model.module), sent, net.payload_mb, attachment.replicas_are_equal()
+        sent = [one.traffic.payload_bytes for one in (run, by_hand)]
+        found[name] = flat(net), flat(model.module), sent, net.payload_mb, run.replicas_are_equal()
     return found
 
 
@@ -195,8 +190,8 @@ def clipped(_: Path) -> Any:
             nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             optimizer.step()
     choice, configure = choice_of("onebit_adam l1")
-    by_method, _trainer = fit({**choice, "max_norm": 0.05}, configure)
-    with by_ddp("onebit_adam l1", max_norm=0.05, overlap=False) as (other, optimizer, _by_hand):
+    by_method, _trainer = fit(choice, configure, given={"max_norm": 0.05})
+    with by_ddp("onebit_adam l1", max_norm=0.05) as (other, optimizer, _by_hand):
         train(other, optimizer, dist.get_rank(), STEPS)
     return {"trainer": (flat(by_trainer), flat(model.module)), "method": (flat(by_method), flat(other.module))}
 
@@ -231,7 +226,7 @@ def mixed(_: Path) -> Any:
                 other.scale(loss).backward()
                 other.step(optimizer)
                 other.update()
-        found[f"{name} scaled"] = flat(net), flat(model.module), trainer.strategy.attachment.replicas_are_equal()
+        found[f"{name} scaled"] = flat(net), flat(model.module), trainer.strategy.run.replicas_are_equal()
     return found
 
 
@@ -259,12 +254,10 @@ def rates(_: Path) -> Any:
     found = {}
     for kind in SCHEDULES:
         choice, _configure = choice_of("onebit_adam l1")
-        net, trainer = fit(
-            {key: x for key, x in choice.items() if key != "lr"}, lambda net, kind=kind: scheduled(net, kind)
-        )
-        acts_on_what_steps = (
-            trainer.lr_scheduler_configs[0].scheduler.optimizer is trainer.strategy.attachment.optimizer
-        )
+        net, trainer = fit(choice, lambda net, kind=kind: scheduled(net, kind))
+        stepping = trainer.strategy.run.optimizer
+        is_shared = stepping.param_groups is trainer.lr_scheduler_configs[0].scheduler.optimizer.param_groups
+        acts_on_what_steps = is_shared and stepping is trainer.optimizers[0]
         betas = trainer.optimizers[0].param_groups[0]["betas"]
         other = adam(make_model())
         schedule, expected = SCHEDULES[kind](other), []
@@ -285,31 +278,52 @@ def resumed(folder: Path) -> Any:
         place = folder / f"checkpoints of {name}"
         straight, trainer = fit_and_write(place, choice, configure)
         again, _trainer = fit_and_write(place, choice, configure, place / "step=3.ckpt")
-        stored = torch.load(place / "step=3.ckpt", weights_only=True)
-        del stored["commopt"]
         if dist.get_rank() == 0:
-            torch.save(stored, place / "without.ckpt")
+            rewrite(place, "without", None)
+            rewrite(place, "four", {"ranks": 4})
+            rewrite(place, "lonely", {})
+            (place / "link.ckpt").symlink_to("step=3.ckpt")
         dist.barrier()
-        try:
-            without: Any = flat(fit_and_write(place, choice, configure, place / "without.ckpt")[0])
-        except CommoptError as error:
-            without = str(error)
-        found[name] = flat(again), flat(straight), without, trainer.strategy.attachment.steps
+        without = attempt_to_resume(place / "without.ckpt", choice, configure)
+        found[name] = flat(again), flat(straight), without, trainer.strategy.run.steps
     place = folder / "checkpoints of ef_sign"
+    found["refused"] = {
+        "other method": attempt_to_resume(place / "step=3.ckpt", {"name": "top_k", "density": 0.1}, sgd),
+        "no folder": attempt_to_resume(place / "lonely.ckpt", RESUMED["ef_sign"], sgd),
+        "other ranks": attempt_to_resume(folder / "checkpoints of noloco" / "four.ckpt", RESUMED["noloco"], adam),
+    }
     if dist.get_rank() == 0:
-        rewrite(place, "four", ranks=4)
-        rewrite(folder / "checkpoints of noloco", "four", ranks=4)
+        shutil.move(place / "step=6.ckpt.commopt", place / "lonely.ckpt.commopt")
+        save_as_four(place)
     dist.barrier()
-    four = fit_and_write(place, RESUMED["ef_sign"], sgd, place / "four.ckpt")[0]
-    found["four ranks"] = flat(four), found["ef_sign"][2], dist.get_rank()
+    found["refused"]["other step"] = attempt_to_resume(place / "lonely.ckpt", RESUMED["ef_sign"], sgd)
+    linked, four = (attempt_to_resume(place / name, RESUMED["ef_sign"], sgd) for name in ("link.ckpt", "four.ckpt"))
+    found["linked"] = linked, found["ef_sign"][1]
+    found["four ranks"] = four, found["ef_sign"][2]
     return found
 
 
-def rewrite(folder: Path, name: str, ranks: int) -> None:
-    """The checkpoint of twice as many ranks, each of which has as much to send as another."""
+def attempt_to_resume(checkpoint: Path, choice: Any, configure: Any) -> Any:
+    """The parameters after a fit from a checkpoint, or the error."""
+    try:
+        return flat(fit_and_write(checkpoint.parent, choice, configure, checkpoint)[0])
+    except CommoptError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def rewrite(folder: Path, name: str, said: dict[str, Any] | None) -> None:
+    """A checkpoint that says something else of the folder beside it, or nothing, and has none."""
     stored = torch.load(folder / "step=3.ckpt", weights_only=True)
-    stored["commopt"] |= {"ranks": ranks, "parts": stored["commopt"]["parts"] * 2}
-    torch.save(stored, folder / f"{name}.ckpt")
+    own = stored.pop("commopt")
+    torch.save(stored if said is None else {**stored, "commopt": {**own, **said}}, folder / f"{name}.ckpt")
+
+
+def save_as_four(folder: Path) -> None:
+    """The method's state of twice as many ranks, each of which has as much to send as another."""
+    stored = storage.open_checkpoint(folder / "step=3.ckpt.commopt" / "commopt", LocalGroup())
+    content = [storage.Content(stored.shared(), stored.own(rank % 2), stored.meta) for rank in range(4)]
+    place = folder / "four.ckpt.commopt" / "commopt"
+    SimWorld[None](4).run(lambda group: storage.save(place, content[group.rank], group))
 
 
 @case
@@ -324,7 +338,21 @@ def interrupted(folder: Path) -> Any:
     with contextlib.suppress(ZeroDivisionError):
         trainer.fit(net, zeros(200), zeros(4))
     stored = torch.load(folder / "error.ckpt", weights_only=True)
-    return stored["global_step"], sorted(stored["optimizer_states"][0]), "commopt" in stored
+    has_state = "commopt" in stored or (folder / "error.ckpt.commopt").exists()
+    return stored["global_step"], sorted(stored["optimizer_states"][0]), has_state
+
+
+@case
+def kept(folder: Path) -> Any:
+    """What is left of the checkpoints of a training that keeps the best one alone."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    place = folder / "kept"
+    writer = ModelCheckpoint(
+        place, filename="{step}", every_n_train_steps=2, monitor="loss", mode="max", save_last=True
+    )
+    fit("ef_sign", sgd, callbacks=[writer], enable_checkpointing=True)
+    return sorted(one.name for one in place.iterdir()), Path(writer.best_model_path).name
 
 
 @case
@@ -341,20 +369,20 @@ def outer(_: Path) -> Any:
             net.net[0].bias.add_(dist.get_rank())  # which starting together undoes
         trainer = trainer_of(strategy_of({"name": name, **options}))
         trainer.fit(net, zeros(200), zeros(4))
-        model: Any = make_model()
-        attachment: Any = plain.attach(model, build({"name": name, **options}), optimizer := sgd(model))
-        attachment.join()
-        train(model, optimizer, dist.get_rank(), STEPS)
-        attachment.finish()
-        attachment.close()
-        rounds = [len(trainer.strategy.attachment.reports), len(attachment.reports)]
+        model = make_model()
+        run = attach(model, {"name": name, **options}, sgd(model))
+        run.join()
+        train(model, run.optimizer, dist.get_rank(), STEPS)
+        run.finish()
+        run.close()
+        rounds = [len(trainer.strategy.run.reports), len(run.reports)]
         is_wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
         found[name] = flat(net), flat(model), rounds, net.payload_mb, is_wrapped
     return found
 
 
 @case
-def refused(folder: Path) -> Any:
+def refused(_: Path) -> Any:
     """What each misuse is told, on every rank."""
 
     def manual(net: Any) -> Any:
@@ -382,7 +410,6 @@ def refused(folder: Path) -> Any:
     def one_fails(net: Any) -> Any:
         return sgd(net) if dist.get_rank() else adam(net)
 
-    update = build("onebit_adam", make_model().named_parameters())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*configure_optimizers. returned .None.")  # what is tried here
         answers = {"no optimizer": attempt(configure=lambda net: None)}
@@ -390,19 +417,16 @@ def refused(folder: Path) -> Any:
         "unknown": attempt(method="dcg"),
         "value": attempt(method={"name": "dgc", "density": 2}),
         "update option": attempt(method={"name": "onebit_adam", "freeze_step": -1}),
-        "instance": attempt(method=update),
+        "rate": attempt(method={"name": "onebit_adam", "lr": 0.1}),
         "hook": attempt(given={"ddp_comm_hook": print}),
         "option": attempt(given={"find_unused_parameter": True}),
         "outer option": attempt(method="noloco", given={"bucket_cap_mb": 1}),
         "outer overlap": attempt(method="noloco", given={"overlap": False}),
-        "nothing": attempt(method=None),
-        "both": attempt(configure=lambda net: build("onebit_adam", net.named_parameters())),
         "kind": attempt(configure=sgd),
         "clip": attempt(gradient_clip_val=1.0),
-        "norm": attempt(method={"name": "ef_sign", "max_norm": 1.0}, configure=sgd, given={"overlap": True}),
+        "norm": attempt(method="ef_sign", configure=sgd, given={"overlap": True, "max_norm": 1.0}),
         "manual": attempt(manual),
         "frozen": attempt(frozen),
-        "rate": attempt(method={"name": "onebit_adam", "lr": 0.1}, configure=lambda net: scheduled(net, "lambda")),
         "ranks": attempt(configure=differing),
         "one rank": attempt(configure=one_fails),
         "bn": attempt(method="noloco", configure=sgd, sync_batchnorm=True),
@@ -410,39 +434,28 @@ def refused(folder: Path) -> Any:
     }
     built = build("ef_sign")
     answers["first"], answers["second"] = (attempt(method=built, configure=sgd) for _ in range(2))
-    fit_and_write(folder / "other", "ef_sign", sgd)
-    try:
-        fit_and_write(folder / "other", {"name": "top_k", "density": 0.1}, sgd, folder / "other" / "step=3.ckpt")
-    except CommoptError as error:
-        answers["other method"] = f"{type(error).__name__}: {error}"
-    try:
-        place = folder / "checkpoints of noloco"
-        fit_and_write(place, RESUMED["noloco"], adam, place / "four.ckpt")
-    except CommoptError as error:
-        answers["other ranks"] = f"{type(error).__name__}: {error}"
     return answers
 
 
 @case
 def again(folder: Path) -> Any:
-    """A strategy by its name, for two fits, with a validation and a checkpoint in between."""
-    configure = lambda net: build("onebit_adam", net.named_parameters(), lr=0.01, freeze_step=FREEZE)  # noqa: E731
-    net, trainer = fit(None, configure, strategy="commopt")
-    first, sent = flat(net), trainer.strategy.attachment.group.traffic.payload_bytes
+    """A strategy for two fits, with a validation and a checkpoint in between."""
+    net, trainer = fit({"name": "onebit_adam", "freeze_step": FREEZE}, adam)
+    first, sent = flat(net), trainer.strategy.run.traffic.payload_bytes
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using .DistributedSampler.")  # advice for benchmarks
         trainer.validate(net, zeros(4), verbose=False)
     trainer.save_checkpoint(folder / "after.ckpt")
     stored = torch.load(folder / "after.ckpt", weights_only=True)["commopt"]
-    other = module_class()(configure)
+    other = module_class()(adam)
     trainer.fit_loop.epoch_loop.max_steps = 2 * STEPS
     trainer.fit(other, zeros(200), zeros(4))
     return (
         first,
         sent,
-        len(stored["parts"]),
+        stored["ranks"],
         stored["method"],
-        trainer.strategy.attachment.steps,
+        trainer.strategy.run.steps,
         len(trainer.callbacks),
     )
 

@@ -15,7 +15,7 @@ from rig import loss_of
 from torch import nn
 
 import commopt
-from commopt.errors import CheckpointError, CommoptError
+from commopt.errors import CheckpointError, CommoptError, GradientsChanged
 from commopt.groups import TorchGroup
 
 STEPS = 5
@@ -89,6 +89,37 @@ def train_dense(_: dist.ProcessGroup, options: dict[str, Any], micro_batches: st
 def test_dense_is_what_fsdp_does_between_replicas(pool: Pool, micro_batches: str) -> None:
     for ours, theirs in pool.run(5, train_dense, {}, micro_batches)[:4]:
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def train_a_small_unit(_: dist.ProcessGroup) -> Any:
+    """(with commopt, by FSDP alone), with a unit of which the second shard has nothing"""
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return None
+    model, other = (sharded(mesh, ("first", "second", "last")) for _ in range(2))
+    optimizer, others = sgd(model), sgd(other)
+    commopt.attach(model, "dense", optimizer)
+    train(model, optimizer, dist.get_rank(), 2)
+    train(other, others, dist.get_rank(), 2)
+    return shards(model), shards(other)
+
+
+def test_a_shard_may_have_nothing_of_a_unit(pool: Pool) -> None:
+    for ours, theirs in pool.run(5, train_a_small_unit)[:4]:
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def exchange_twice(_: dist.ProcessGroup) -> None:
+    if (mesh := mesh_of()) and dist.get_rank() > 3:
+        return
+    with attached(mesh, "two_way(int8)") as (model, _optimizer, _run):
+        x, y = batch(dist.get_rank(), 0)
+        loss_of(model(x), y).backward()
+        with pytest.raises(GradientsChanged, match=r"call model\.set_requires_gradient_sync\(False\)"):
+            loss_of(model(x), y).backward()
+
+
+def test_a_second_exchange_before_the_step_is_refused_where_state_is_kept(pool: Pool) -> None:
+    pool.run(5, exchange_twice)
 
 
 def train_in_bfloat16(_: dist.ProcessGroup) -> Any:

@@ -28,6 +28,11 @@ def attach(method: Any, model: Any = None, optimizer: Any = None, **options: Any
     commopt.attach(model, method, optimizer or sgd(model), **options)
 
 
+def flat_group() -> TorchGroup:
+    """The ranks that meet over a model without a mesh: all of a job, and four of these."""
+    return TorchGroup(flat_mesh().get_group())
+
+
 def one_dimension(method: Any) -> Callable[[], None]:
     return lambda: attach(method, sharded(flat_mesh()))
 
@@ -64,14 +69,14 @@ def on_a_part() -> None:
 
     model = Uneven()
     fully_shard(model.first, mesh=mesh_of())
-    attach("ef_sign", model)
+    attach("ef_sign", model, group=flat_group())
 
 
 def on_the_first_fsdp() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = FullyShardedDataParallel(Uneven(), mesh_of().get_group("shard"), device_id=torch.device("cpu"))
-    attach("ef_sign", model)
+    attach("ef_sign", model, group=flat_group())
 
 
 def on_one_replica() -> None:
@@ -81,14 +86,14 @@ def on_one_replica() -> None:
 def on_a_mesh_without_shards() -> None:
     from torch.distributed._composable.replicate_with_fsdp import replicate
 
-    attach("ef_sign", replicate(Uneven(), mesh=flat_mesh()))
+    attach("ef_sign", replicate(Uneven(), mesh=flat_mesh()), group=flat_group())
 
 
 def on_nothing() -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = fully_shard(nn.Tanh(), mesh=flat_mesh())
-    attach("ef_sign", model, optimizer=sgd(nn.Linear(1, 1)))
+    attach("ef_sign", model, sgd(nn.Linear(1, 1)), group=flat_group())
 
 
 def on_a_hook() -> None:
@@ -118,19 +123,19 @@ def on_a_frozen_model() -> None:
 def on_a_torch_without_a_private_name() -> None:
     model = sharded(mesh_of())
     del model.second._get_fsdp_state()._fsdp_param_groups[0]._all_reduce_hook
-    attach("ef_sign", model)
+    attach("ef_sign", model, group=flat_group())
 
 
 def on_a_torch_that_names_its_groups_otherwise() -> None:
     model = sharded(mesh_of())
     del model._get_fsdp_state()._fsdp_param_groups[0].mesh_info.replicate_process_group
-    attach("ef_sign", model)
+    attach("ef_sign", model, group=flat_group())
 
 
 def on_a_compiled_model() -> None:
     model, compiled = sharded(mesh_of()), nn.Module()
     compiled._orig_mod = model  # as torch.compile does, whose import takes seconds on every rank
-    commopt.attach(compiled, "ef_sign", sgd(model))
+    attach("ef_sign", compiled, sgd(model), group=flat_group())
 
 
 def without_an_optimizer() -> None:
@@ -178,9 +183,9 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "compiled": (on_a_compiled_model, "attach to the sharded model first, then compile it"),
     "no optimizer": (without_an_optimizer, "pass the optimizer"),
     "wrong group": (with_the_shards_as_group, "group: TorchGroup: its ranks are not those that hold this shard"),
-    "local group": (with_a_local_group, "pass TorchGroup"),
+    "local group": (with_a_local_group, "group: LocalGroup: .* pass TorchGroup"),
     "momentum": (with_momentum_twice, "torch.optim.SGD without"),
-    "dense alone": (one_dimension("dense"), "FSDP's own is exact"),
+    "dense alone": (one_dimension("dense"), "FSDP's own reduce-scatter is exact"),
     "sparse alone": (one_dimension("top_k"), "give FSDP a mesh with a replicate dimension"),
     "momentum alone": (
         one_dimension({"name": "powersgd"}),

@@ -15,7 +15,7 @@ from lightning_cases import CASES, COMPARED, RANKS, RESUMED, SCHEDULES, STEPS
 from rig import FREEZE, flat, make_model
 
 from commopt.errors import MissingExtra
-from commopt.methods import is_update_method
+from commopt.methods import METHODS
 
 pytestmark = pytest.mark.timeout(300)  # for the ranks of all cases together
 
@@ -104,7 +104,7 @@ def test_mixed_precision_is_that_of_autocast_and_scaler_by_hand(answers: dict[st
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_schedulers_act_on_the_optimizer_that_took_adams_place(answers: dict[str, list[Any]], kind: str) -> None:
+def test_schedulers_act_on_the_optimizer_that_stands_in_for_adam(answers: dict[str, list[Any]], kind: str) -> None:
     for found in answers["rates"]:
         rates, expected, acts_on_what_steps, betas_are_equal = found[kind]
         assert rates == pytest.approx(expected)
@@ -121,16 +121,25 @@ def test_a_checkpoint_holds_what_every_rank_needs_to_go_on_bit_for_bit(
     assert same(results)
     for _, straight, without, steps in results:
         assert steps == STEPS
-        if is_update_method(name):
+        if METHODS[name].kind == "update":
             assert f"holds no state of {name}" in without
         else:
             assert not torch.equal(without, straight)
 
 
 def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(answers: dict[str, list[Any]]) -> None:
-    (values, without, _), (others, _, _) = (found["four ranks"] for found in answers["resumed"])
+    (values, without), (others, _) = (found["four ranks"] for found in answers["resumed"])
     assert torch.equal(values, others)
     assert not torch.equal(values, without)
+
+
+def test_a_link_to_a_checkpoint_finds_the_state_beside_it(answers: dict[str, list[Any]]) -> None:
+    assert same(found["linked"] for found in answers["resumed"])
+
+
+def test_the_state_of_a_checkpoint_goes_with_it(answers: dict[str, list[Any]]) -> None:
+    for files, best in answers["kept"]:
+        assert files == sorted(f"{name}{end}" for name in (best, "last.ckpt") for end in ("", ".commopt"))
 
 
 def test_a_checkpoint_after_an_error_waits_for_nobodys_residuals(answers: dict[str, list[Any]]) -> None:
@@ -152,29 +161,38 @@ def test_an_outer_method_averages_replicas_without_ddp(answers: dict[str, list[A
 
 
 SAID = {
-    "no optimizer": "AttachError: configure_optimizers returned no optimizer",
+    "no optimizer": "AttachError: configure_optimizers without an optimizer",
     "unknown": "ConfigError: unknown method 'dcg'; did you mean 'dgc'?",
     "value": "ConfigError: method dgc: density: 2 is out of range",
     "update option": "ConfigError: method onebit_adam: freeze_step: -1 is out of range",
-    "instance": "AttachError: OnebitAdam is an optimizer: return it from configure_optimizers",
-    "hook": "ConfigError: ddp_comm_hook: the method is the communication hook here",
+    "rate": "ConfigError: method onebit_adam: unknown option 'lr'",
+    "hook": "AttachError: ddp_comm_hook with CommoptStrategy: the method is the communication hook",
     "option": "ConfigError: find_unused_parameter: unknown option of DDPStrategy; did you mean 'find_unused_parameters'?",
-    "outer option": "ConfigError: bucket_cap_mb: an outer method trains without DDP",
-    "outer overlap": "ConfigError: overlap: an outer method exchanges no gradients",
-    "nothing": "AttachError: CommoptStrategy has no method, and configure_optimizers returned Adam",
-    "both": "AttachError: configure_optimizers returned onebit_adam, which is a method itself",
-    "kind": "ConfigError: method onebit_adam is an optimizer itself and can stand in for Adam or AdamW, not for SGD",
-    "clip": "AttachError: gradient_clip_val: onebit_adam has exchanged its momentum when the Trainer clips",
-    "norm": "AttachError: max_norm needs the gradients of all buckets at once",
-    "manual": "AttachError: manual optimization: gradients are exchanged in backward",
+    "outer option": "AttachError: bucket_cap_mb with noloco: an outer method trains without DDP",
+    "outer overlap": "AttachError: overlap with noloco: an outer method exchanges no gradients",
+    "kind": "AttachError: onebit_adam stands in for Adam or AdamW, not for SGD",
+    "clip": "AttachError: gradient_clip_val with onebit_adam: it has exchanged its momentum when the Trainer clips; leave it out, and "
+    "write CommoptStrategy(..., max_norm=1.0)",
+    "norm": "AttachError: overlap=True with max_norm: it needs the gradients of all buckets at once",
+    "manual": "AttachError: manual optimization with CommoptStrategy: gradients are exchanged in backward",
     "frozen": "AttachError: the model has no trainable parameter",
-    "rate": "AttachError: lr: 0.1 of onebit_adam would be overwritten by the scheduler",
     "ranks": "AttachError: the ranks' configurations differ: optimizer.groups.0.lr is 0.02 on rank 0 and 0.01 on rank 1",
-    "bn": "AttachError: sync_batchnorm: it exchanges in every step",
+    "bn": "AttachError: sync_batchnorm with noloco: it exchanges in every step",
     "second": "AttachError: this ef_sign was attached to a model before; build another one",
-    "other ranks": "CheckpointError: the checkpoint holds 4 replicas under noloco, and there are 2 ranks",
-    "other method": "CheckpointError: the checkpoint was saved under ef_sign, not top_k",
 }
+NOT_RESUMED = {
+    "other ranks": "CheckpointError: the checkpoint holds 4 replicas under noloco, and there are 2 ranks",
+    "other method": "was saved under ef_sign, not top_k",
+    "no folder": "lonely.ckpt.commopt: is missing, and holds the method's state: move it along with its checkpoint",
+    "other step": "is of step 3, and",
+}
+
+
+@pytest.mark.parametrize("what", NOT_RESUMED)
+def test_a_checkpoint_that_does_not_belong_here_is_refused(answers: dict[str, list[Any]], what: str) -> None:
+    for found in answers["resumed"]:
+        assert NOT_RESUMED[what] in found["refused"][what]
+        assert found["refused"][what].startswith("CheckpointError: ")
 
 
 @pytest.mark.parametrize("what", SAID)
@@ -185,17 +203,15 @@ def test_what_does_not_fit_is_refused_with_the_reason_on_every_rank(answers: dic
 
 def test_what_fails_on_one_rank_fails_on_all(answers: dict[str, list[Any]]) -> None:
     told, failed = (found["one rank"] for found in answers["refused"])
-    assert failed.startswith("ConfigError: method onebit_adam is an optimizer itself")
-    assert told.startswith(
-        "AttachError: rank 1 could not attach: ConfigError: method onebit_adam is an optimizer itself"
-    )
+    assert failed.startswith("AttachError: onebit_adam stands in for Adam or AdamW, not for SGD")
+    assert told.startswith("AttachError: rank 1 could not attach: AttachError: onebit_adam stands in for Adam or AdamW")
 
 
 def test_training_goes_on_after_what_was_refused(answers: dict[str, list[Any]]) -> None:
     assert all(found["fine"] == found["first"] == "" for found in answers["refused"])
 
 
-def test_a_strategy_by_its_name_takes_the_method_from_configure_optimizers(answers: dict[str, list[Any]]) -> None:
+def test_a_strategy_serves_another_fit_with_a_method_of_its_own(answers: dict[str, list[Any]]) -> None:
     for (values, sent, parts, method, steps, callbacks), other in zip(
         answers["again"], answers["equal_to_ddp"], strict=True
     ):

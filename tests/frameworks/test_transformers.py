@@ -322,12 +322,16 @@ LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 1, "local_step_scaler
 def with_the_best(folder: str, method: dict[str, Any]) -> tuple[bool, bool]:
     """Whether the model of the first evaluation, the best by a rate that diverges, is there in the end, on every rank."""
     from safetensors.torch import load_file
+    from transformers import EarlyStoppingCallback
 
     optim = "sgd" if method["name"] == "diloco" else "adamw_torch"
     options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_steps": 1, "save_steps": 1}
     options |= {"eval_strategy": "steps", "save_strategy": "steps", "learning_rate": 5.0, "max_grad_norm": 0.0}
-    trainer, _ = attached(folder, method, eval_dataset=data(16), optim=optim, **options)
+    options |= {"label_names": ["y"], "callbacks": [EarlyStoppingCallback(early_stopping_patience=2)]}
+    trainer, run = attached(folder, method, eval_dataset=data(16), optim=optim, **options)
     trainer.train()
+    assert run.steps == 3
+    assert method["name"] == "diloco" or not run.method.is_synchronised  # what it would move the model by is left out
     best = load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
     is_best = all(torch.equal(x, best[name]) for name, x in trainer.model.state_dict().items())
     return is_best, trainer.state.best_global_step < STEPS
@@ -363,7 +367,7 @@ def test_an_outer_method_does_without_ddp(two: HuggingFaceRanks, tmp_path: Path)
         assert answer["equal"]  # after the round of the last step
         assert answer["rounds"] == 2
         assert answer["mb"] > 0
-        assert "diloco has left this Trainer's job: make another Trainer" in answer["again"]
+        assert "diloco has left this Trainer's job; make another Trainer" in answer["again"]
 
 
 def again(folder: str) -> tuple[bool, int]:

@@ -11,11 +11,11 @@ import torch
 from presets import PRESETS, Preset
 from pretend import DEVICES, working_on
 from rig import flat, loss_of, make_batch, make_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
-from commopt.methods import OUTER_METHODS
+from commopt.methods import METHODS
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -38,27 +38,21 @@ def on_cpu(state: Any) -> Any:
     return state.cpu() if isinstance(state, Tensor) else copy.deepcopy(state)
 
 
-def attach(preset: Preset, model: nn.Module, group: SimGroup) -> Any:
-    method = preset.method(model)
-    is_optimizer = isinstance(method, torch.optim.Optimizer)
-    return attach(model, method, None if is_optimizer else preset.optimizer(model), group=group)
-
-
 def train(preset: Preset, device: torch.device, resume_at: int | None = None) -> list[Trained]:
     """Some steps, with a NaN on rank 1 in the second one."""
 
     def rank_of(group: SimGroup) -> Trained:
         with working_on(device):
             model = make_model().to(device)
-            run = attach(preset, model, group)
+            run: Any = attach(model, preset.method(), preset.optimizer(model), group=group)
             trained = Trained(flat(model))
             for step in range(STEPS):
                 if step == resume_at:
-                    state, optimizer = run.saved(), run.optimizer.state_dict()
+                    state, optimizer = run.method.saved(), run.optimizer.state_dict()
                     run.close()
-                    run = attach(preset, model, group)
+                    run = attach(model, preset.method(), preset.optimizer(model), group=group)
                     run.optimizer.load_state_dict(optimizer)
-                    run.load(on_cpu(state))
+                    run.method.load(on_cpu(state))
                 x, y = (t.to(device) for t in make_batch(group.rank, step))
                 loss = loss_of(model(x), y)
                 run.optimizer.zero_grad()
@@ -90,7 +84,7 @@ def test_a_method_trains_survives_a_nan_and_resumes_as_on_the_cpu(preset: Preset
     assert ranks[1].voided == {1: "0.weight"}
 
 
-@pytest.mark.parametrize("name", OUTER_METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.kind == "outer"])
 def test_an_outer_method_averages_replicas_on_the_device(name: str, device: torch.device) -> None:
     options: dict[str, Any] = {} if name in ("decentralized_adam", "choco", "push_sum") else {"every": 3}
 
@@ -98,7 +92,7 @@ def test_an_outer_method_averages_replicas_on_the_device(name: str, device: torc
         with working_on(place):
             model = make_model().to(place)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-            run: Any = attach(model, build(name, None, **options), optimizer, group=group)
+            run: Any = attach(model, build(name, **options), optimizer, group=group)
             for step in run.range(STEPS):
                 x, y = (t.to(place) for t in make_batch(group.rank, step))
                 optimizer.zero_grad()

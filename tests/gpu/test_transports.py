@@ -15,6 +15,7 @@ from pretend import DEVICE, PLACES, working_on
 from rig import flat, loss_of, make_batch, make_method, make_model
 from torch.nn.parallel import DistributedDataParallel
 
+from commopt import attach
 from commopt.groups import TorchGroup
 from commopt.run.lane import Lane
 
@@ -55,8 +56,9 @@ def test_a_ddp_model_trains_as_on_the_cpu(alone: torch.device, place: torch.devi
         process_group = dist.new_group(backend="gloo" if device.type == "cpu" else None)
         inner = make_model().to(device)
         model = DistributedDataParallel(inner, process_group=process_group, bucket_cap_mb=0.002)
-        method, given, optimizer = make_method(case, inner)
+        method, given = make_method(case, inner)
         run = attach(model, method, given, overlap=overlap)
+        optimizer = run.optimizer
         for step in range(8):
             x, y = (t.to(device) for t in make_batch(0, step))
             loss = loss_of(model(x), y)

@@ -1,4 +1,4 @@
-"""What the tests of 0/1 Adam and 1-bit LAMB share: parameters with written gradients, and the 1-bit exchange in float64."""
+"""What the tests of 1-bit Adam, 0/1 Adam and 1-bit LAMB share: the 1-bit exchange in float64."""
 
 from __future__ import annotations
 
@@ -7,47 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-
-F64 = NDArray[np.float64]
+from synthetic import F64, Parameters, flat
 
 
-class Parameters(nn.Module):
-    """Parameters whose gradients the tests write themselves; the same on every rank."""
-
-    def __init__(self, *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes])
-
-    def set_gradients(self, rank: int, step: int) -> None:
-        """A mean of 0.5 with noise of each rank's own; the first two elements of the first parameter get none."""
-        for k, p in enumerate(self.all):
-            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(10_000 * rank + 10 * step + k))
-            gradient = (0.5 + noise) * 10.0 ** -(k % 3)
-            if k == 0:
-                gradient.view(-1)[:2] = 0.0
-            p.grad = gradient.to(p.dtype)
+def parameters(*shapes: tuple[int, ...]) -> Parameters:
+    """With two elements that never get a gradient, which the methods must leave alone."""
+    return Parameters(*shapes, mean=0.5, dead=2)
 
 
-def gradients(ranks: int, shapes: list[tuple[int, ...]], step: int) -> F64:
-    """(N, n)"""
-    rows = []
-    for rank in range(ranks):
-        model = Parameters(*shapes)
-        model.set_gradients(rank, step)
-        rows.append(flat([p.grad for p in model.all if p.grad is not None]))
-    return np.stack(rows)
-
-
-def flat(tensors: list[Tensor]) -> F64:
-    return np.asarray(torch.cat([x.detach().reshape(-1) for x in tensors]).double())
-
-
-def arena(method: Any, key: str) -> F64:
-    return np.asarray(method.arena[key].double())
+def snapshot(run: Any, *keys: str) -> dict[str, Any]:
+    """Parameters "x", the named state, and both residuals "e" and "server"; state per parameter only of those with elements."""
+    method = run.method
+    live = [p.numel() > 0 for p in run.parameters.values()]
+    states = {key: method.state[key].double().numpy().copy() for key in keys}
+    found = {key: x[live] if len(x) == len(live) else x for key, x in states.items()}
+    residuals = (method.saved()["rank"][f"{side}_residual"] for side in ("worker", "server"))
+    e, server = (flat([x.clone()]) for x in residuals)
+    return {"x": flat(run.parameters.values()), **found, "e": e, "server": server}
 
 
 def tensors_of(numels: list[int]) -> list[slice]:

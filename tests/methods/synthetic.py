@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from rig import start
+from torch import Tensor, nn
 
-from commopt import attach, build
 from commopt.groups import Group, SimWorld
 
 F64 = NDArray[np.float64]
@@ -20,30 +20,39 @@ Shapes = Sequence[tuple[int, ...]]
 
 
 class Parameters(nn.Module):
-    """The same on every rank."""
+    """The same on every rank; the first `dead` elements of the first parameter never get a gradient."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, *shapes: tuple[int, ...], mean: float = 0.3, dead: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)
         self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes])
+        self.mean, self.dead = mean, dead
 
     def set_gradients(self, rank: int, step: int) -> None:
-        """A mean of 0.3 with noise of each rank's own, of another size in each parameter."""
+        """A mean, with noise of each rank's own, of another size in each of three parameters."""
         generator = torch.Generator().manual_seed(1000 * rank + step)
         for k, p in enumerate(self.all):
-            p.grad = (0.3 + torch.randn(p.shape, generator=generator)) * 10.0**-k
+            gradient = (self.mean + torch.randn(p.shape, generator=generator)) * 10.0 ** -(k % 3)
+            if k == 0:
+                gradient.view(-1)[: self.dead] = 0.0
+            p.grad = gradient.to(p.dtype)
 
     def flat(self) -> F64:
-        return np.asarray(torch.cat([p.detach().reshape(-1) for p in self.all]).double())
+        return flat(self.all)
 
 
-def gradients(shapes: Shapes, ranks: int, step: int) -> F64:
+def flat(tensors: Iterable[Tensor | None]) -> F64:
+    """(n,) all of them in float64."""
+    return np.asarray(torch.cat([x.detach().reshape(-1) for x in tensors if x is not None]).double())
+
+
+def gradients(shapes: Shapes, ranks: int, step: int, **options: Any) -> F64:
     """(ranks, n) what `set_gradients` writes."""
     rows = []
     for rank in range(ranks):
-        model = Parameters(shapes)
+        model = Parameters(*shapes, **options)
         model.set_gradients(rank, step)
-        rows.append(torch.cat([p.grad.reshape(-1) for p in model.all if p.grad is not None]).double().numpy())
+        rows.append(flat(p.grad for p in model.all))
     return np.stack(rows)
 
 
@@ -54,21 +63,19 @@ def spans(shapes: Shapes) -> list[slice]:
 
 
 def train(group: Group, shapes: Shapes, steps: int, name: str, **options: Any) -> list[dict[str, F64]]:
-    """The parameters "x" and every tensor of `comm_state` before each step, and after the last. Plain SGD with rate 0.05 applies it."""
-    model = Parameters(shapes)
-    method: Any = build(name, **options)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-    attach(model, method, sgd, group=group)
+    """The parameters "x" and every tensor of `saved()` before each step, and after the last; options are those of `rig.start`."""
+    model = Parameters(*shapes)
+    run = start(model, name, group, **options)
 
     def snapshot() -> dict[str, F64]:
-        state = method.saved()
-        tensors = {**state["shared"], **state["rank"]}
+        saved = run.method.saved()
+        tensors = {**saved["shared"], **saved["rank"]}
         return {"x": model.flat(), **{key: np.asarray(x.double().clone()) for key, x in tensors.items()}}
 
     states = [snapshot()]
     for step in range(steps):
         model.set_gradients(group.rank, step)
-        sgd.step()
+        run.optimizer.step()
         states.append(snapshot())
     return states
 

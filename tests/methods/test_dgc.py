@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import synthetic
 import torch
-from numpy.typing import NDArray
+from rig import start
+from synthetic import F64, Parameters, gradients, spans
 from torch import nn
 
 from commopt import attach, build
 from commopt.errors import AttachError, ConfigError
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.methods import with_optimizer
 
-F64 = NDArray[np.float64]
 N, SHAPES, LR, MOMENTUM = 4, [(30, 21), (17,), (9, 5)], 0.05, 0.8
 
 
@@ -35,49 +35,17 @@ def reference(u: F64, v: F64, g: F64, spans: list[slice], density: float, nester
     return sent, np.where(sent != 0, 0.0, u), v - sent, margin
 
 
-class Parameters(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in SHAPES])
-
-    def set_gradients(self, rank: int, step: int) -> None:
-        generator = torch.Generator().manual_seed(1000 * rank + step)
-        for k, p in enumerate(self.all):
-            p.grad = (0.3 + torch.randn(p.shape, generator=generator)) * 10.0**-k
-
-    def flat(self, of_gradients: bool = False) -> F64:
-        tensors = [p.grad if of_gradients else p.detach() for p in self.all]
-        return np.asarray(torch.cat([x.reshape(-1) for x in tensors if x is not None]).double())
-
-
-def train(group: Group, steps: int, lr: float = LR, **options: Any) -> list[dict[str, F64]]:
+def train(group: Group, steps: int, **options: Any) -> list[dict[str, F64]]:
     """The state before each step, and after the last."""
-    model = Parameters()
-    method: Any = build("dgc", momentum=MOMENTUM, **options)
-    sgd = torch.optim.SGD(model.parameters(), lr=lr)
-    attach(model, method, sgd, group=group)
-
-    def snapshot() -> dict[str, F64]:
-        local = method.saved()["rank"]
-        flat = {"u": local["velocity"], "v": local["worker_residual"]}
-        return {"x": model.flat(), **{key: np.asarray(value.double()) for key, value in flat.items()}}
-
-    states = [snapshot()]
-    for step in range(steps):
-        model.set_gradients(group.rank, step)
-        sgd.step()
-        states.append(snapshot())
-    return states
+    states = synthetic.train(group, SHAPES, steps, "dgc", momentum=MOMENTUM, **options)
+    return [{"x": one["x"], "u": one["velocity"], "v": one.get("worker_residual", np.zeros(0))} for one in states]
 
 
 def local_gradient(rank: int, step: int) -> F64:
-    model = Parameters()
-    model.set_gradients(rank, step)
-    return model.flat(of_gradients=True)
+    return np.asarray(gradients(SHAPES, rank + 1, step)[rank])
 
 
-SPANS = [slice(a, a + n) for a, n in zip(np.cumsum([0, *map(math.prod, SHAPES)]), map(math.prod, SHAPES), strict=False)]
+SPANS = spans(SHAPES)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -103,7 +71,7 @@ def test_every_step_is_the_papers_from_the_state_before_it(nesterov: bool) -> No
 
 def free_run(steps: int, density: float) -> F64:
     """All of it in float64, from the same start."""
-    x, (u, v) = Parameters().flat(), np.zeros((2, N, SPANS[-1].stop))
+    x, (u, v) = Parameters(*SHAPES).flat(), np.zeros((2, N, SPANS[-1].stop))
     for step in range(steps):
         sent = np.empty_like(u)
         for rank in range(N):
@@ -124,12 +92,12 @@ def test_density_1_and_one_rank_are_sgd_with_momentum(ranks: int, nesterov: bool
     """Through the masked path the momentum would be gone at density 1."""
     options: dict[str, Any] = {"density": 1} if ranks > 1 else {"density": 0.01}
     ours = SimWorld[Any](ranks).run(lambda group: train(group, 12, nesterov=nesterov, **options))[0][-1]["x"]
-    model = Parameters()
+    model = Parameters(*SHAPES)
     sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=nesterov)
     for step in range(12):
         model.set_gradients(0, step)
         for rank in range(1, ranks):
-            other = Parameters()
+            other = Parameters(*SHAPES)
             other.set_gradients(rank, step)
             for p, q in zip(model.all, other.all, strict=True):
                 assert p.grad is not None
@@ -145,7 +113,7 @@ def test_density_1_and_one_rank_are_sgd_with_momentum(ranks: int, nesterov: bool
 def test_biases_are_averaged_exactly_and_take_their_momentum_afterwards() -> None:
     world = SimWorld[Any](3).run(lambda group: train(group, 5, density=0.01))
     u = np.zeros(17)
-    x = Parameters().flat()[SPANS[1]]
+    x = Parameters(*SHAPES).flat()[SPANS[1]]
     for step in range(5):
         u = MOMENTUM * u + np.mean([local_gradient(rank, step)[SPANS[1]] for rank in range(3)], axis=0)
         x = x - LR * u
@@ -156,17 +124,16 @@ def test_all_zero_tensors_send_nothing_that_counts_and_keep_their_momentum() -> 
     """The released code sends every element of a tensor of zeros: its threshold is 0."""
 
     def work(group: Group) -> tuple[float, int]:
-        model = Parameters()
-        method: Any = build("dgc", density=0.1, dense_1d=False)
-        sgd = torch.optim.SGD(model.parameters(), lr=LR)
-        attach(model, method, sgd, group=group)
+        model = Parameters(*SHAPES)
+        run = start(model, "dgc", group, density=0.1, dense_1d=False)
+        method = run.method
         before = model.flat()
         for p in model.all:
             p.grad = torch.zeros_like(p)
-        method.velocity.fill_(1.0)
+        method.state["velocity"].fill_(1.0)
         method.worker.residual.fill_(-0.9)  # so that v becomes exactly 0: momentum 0.9 times 1
-        sgd.step()
-        return float(np.abs(model.flat() - before).max()), int((method.velocity == 0).sum())
+        run.optimizer.step()
+        return float(np.abs(model.flat() - before).max()), int((method.state["velocity"] == 0).sum())
 
     for moved, masked in SimWorld[Any](2).run(work):
         assert moved < 1e-6
@@ -198,21 +165,19 @@ def test_a_density_above_those_of_the_warmup_leaves_them_out() -> None:
 
 def test_each_rank_clips_by_its_own_norm_without_communication() -> None:
     def work(group: Group) -> float:
-        model = Parameters()
-        method: Any = build("dgc", density=0.5, masking=False, max_norm=0.1, dense_1d=False)
-        sgd = torch.optim.SGD(model.parameters(), lr=LR)
-        attach(model, method, sgd, group=group)
+        model = Parameters(*SHAPES)
+        run = start(model, "dgc", group, max_norm=0.1, density=0.5, masking=False, dense_1d=False)
         model.set_gradients(group.rank, 0)
-        sgd.step()
+        run.optimizer.step()
         assert {operation for _, operation, bucket in group.traffic.nbytes if bucket == "bucket 0"} == {"all_gather"}
-        return float(method.velocity.norm())
+        return float(run.method.state["velocity"].norm())
 
     assert SimWorld[Any](4).run(work) == [pytest.approx(0.1 * math.sqrt(4), rel=1e-3)] * 4
 
 
 def test_weight_decay_stays_out_of_the_accumulators() -> None:
     def work(group: Group) -> tuple[F64, F64]:
-        model = Parameters()
+        model = Parameters(*SHAPES)
         method: Any = build("dgc", density=0.1, dense_1d=False)
         sgd = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=0.5)
         attach(model, method, sgd, group=group)
@@ -220,7 +185,7 @@ def test_weight_decay_stays_out_of_the_accumulators() -> None:
         for p in model.all:
             p.grad = torch.zeros_like(p)
         sgd.step()
-        assert not method.velocity.any()
+        assert not method.state["velocity"].any()
         assert not method.worker.residual.any()
         return before, model.flat()
 
@@ -230,12 +195,8 @@ def test_weight_decay_stays_out_of_the_accumulators() -> None:
 
 @pytest.mark.parametrize("optimizer", [{"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"name": "adam"}])
 def test_an_optimizer_with_a_momentum_of_its_own_is_refused_before_anything_starts(optimizer: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"dgc has the momentum itself.*SGD without momentum"):
-        with_optimizer("dgc", nn.Linear(2, 2), options={}, optimizer=optimizer)
-    model = nn.Linear(2, 2)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(AttachError, match="SGD without momentum"):
-        attach(model, build("dgc"), sgd, group=LocalGroup())
+    with pytest.raises(AttachError, match=r"dgc has the momentum itself.*SGD without momentum"):
+        start(nn.Linear(2, 2), "dgc", LocalGroup(), optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +209,7 @@ def test_an_optimizer_with_a_momentum_of_its_own_is_refused_before_anything_star
         ({"warmup_steps": -1}, r"warmup_steps: -1 is out of range"),
         ({"warmup_steps": 2.5}, r"warmup_steps: 2\.5 is out of range"),
         ({"warmup_densities": [0.5, 0]}, r"warmup_densities: \[0\.5, 0\] is out of range"),
-        ({"warmup_epochs": 4}, r"warmup_epochs: 4 goes with steps_per_epoch"),
+        ({"warmup_epochs": 4}, r"warmup_epochs: 4\.0 goes with steps_per_epoch"),
         ({"steps_per_epoch": 4}, r"steps_per_epoch: 4 has no effect"),
         ({"nesterov": "yes"}, r"nesterov: 'yes' is out of range; write true or false"),
         ({"densty": 0.1}, r"unknown option 'densty'; did you mean 'density'\?"),

@@ -96,7 +96,7 @@ def distances(gradient: Tensor, first: Tensor, steps: int, **options: Any) -> li
         method.exchange(Bucket.of([("x", first)]), group)
         found = []
         for _ in range(steps):
-            rest = (gradient * (group.rank + 1) - method.known).double()
+            rest = (gradient * (group.rank + 1) - method.state["known"]).double()
             found.append((float(rest.square().sum()), float(rest.abs().sum())))
             method.exchange(Bucket.of([("x", gradient * (group.rank + 1))]), group)
         return found

@@ -36,7 +36,6 @@ def moves(name: str, ranks: int = 3, **options: Any) -> Tensor:
         model = torch.nn.Linear(64, 1, bias=False)
         torch.nn.init.ones_(model.weight)
         run = start(model, name, group, lr=LR, eps=1e-12, **METHODS[name], **options)
-        method = run.method
         noise = torch.Generator().manual_seed(group.rank)
         places = [model.weight.detach().clone()]
         for _ in range(STEPS):
@@ -70,4 +69,4 @@ def test_a_bound_that_is_none_is_refused(name: str, value: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"max_ratio: .* is out of range; write a number above 0, or null for no bound"
     ):
-        build(name, torch.nn.Linear(2, 2).named_parameters(), max_ratio=value)
+        build(name, max_ratio=value)

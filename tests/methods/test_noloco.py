@@ -160,7 +160,9 @@ def test_compressed_pairs_lose_nothing(compressor: Any) -> None:
         total, sent = torch.zeros(300), torch.zeros(300)
         for number in range(10):
             round = method.round_after(number + 1)
-            x = method.state["slow"] + torch.randn(300, generator=torch.Generator().manual_seed(number + 100 * group.rank))
+            x = method.state["slow"] + torch.randn(
+                300, generator=torch.Generator().manual_seed(number + 100 * group.rank)
+            )
             total += x - method.state["slow"]
             exchanged = method.exchange(x, round)
             sent += exchanged.values["mean"]

@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from rig import start
-from torch import Tensor, nn
+from sign_reference import parameters, server_at_home, snapshot
+from synthetic import F64, gradients
+from torch import nn
 
-from commopt import attach, build
 from commopt.errors import AttachError
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.methods import OnebitAdam
 
-F64 = NDArray[np.float64]
 LR, B1, B2, EPS, DECAY, FREEZE = 0.01, 0.9, 0.99, 1e-6, 0.02, 10
 
 
@@ -80,95 +78,29 @@ class Reference:
         return margin
 
 
-class Parameters(nn.Module):
-    """Parameters whose gradients the tests write themselves; the same on every rank."""
-
-    def __init__(self, *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes])
-
-    def set_gradients(self, rank: int, step: int) -> None:
-        """A mean of 0.5 with noise of each rank's own; the first two elements of the first parameter get none."""
-        generator = torch.Generator().manual_seed(1000 * rank + step)
-        for k, p in enumerate(self.all):
-            noise = torch.randn(p.shape, generator=generator)
-            p.grad = (0.5 + noise) * 10.0 ** -(k % 3)
-        first = self.all[0].grad
-        assert first is not None
-        first.view(-1)[:2] = 0.0
-
-
-def flat(tensors: list[Tensor]) -> F64:
-    return np.asarray(torch.cat([x.detach().reshape(-1) for x in tensors]).double())
-
-
-def snapshot(model: Parameters, method: OnebitAdam) -> dict[str, Any]:
-    parameters = list(model.all)
-    local = method.saved()["rank"]
-    return {
-        "x": flat(parameters),
-        "m": flat([run.optimizer.state[p]["momentum"] for p in parameters]),
-        "v": flat([run.optimizer.state[p]["variance"] for p in parameters]),
-        "e": flat([local["worker_residual"]]),
-        "server": flat([local["server_residual"]]),
-    }
+KEYS = ("momentum", "variance")
+OF_STATE = {"x": "x", "m": "momentum", "v": "variance"}  # where the reference has them
 
 
 def options(scale: str, bias_correction: bool) -> dict[str, Any]:
-    return {
-        "lr": LR,
-        "betas": (B1, B2),
-        "eps": EPS,
-        "weight_decay": DECAY,
-        "freeze_step": FREEZE,
-        "scale": scale,
-        "bias_correction": bias_correction,
-    }
+    own = {"freeze_step": FREEZE, "scale": scale, "bias_correction": bias_correction}
+    return {"lr": LR, "betas": (B1, B2), "eps": EPS, "weight_decay": DECAY, **own}
 
 
 def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, **given: Any) -> list[list[dict[str, Any]]]:
     """[rank][step] the state before each step, and after the last."""
 
     def work(group: Group) -> list[dict[str, Any]]:
-        model = Parameters(*shapes)
+        model = parameters(*shapes)
         run = start(model, "onebit_adam", group, **given)
-        method = run.method
-        states = [snapshot(model, method)]
+        states = [snapshot(run, *KEYS)]
         for step in range(steps):
             model.set_gradients(group.rank, step)
             run.optimizer.step()
-            states.append(snapshot(model, method))
+            states.append(snapshot(run, *KEYS))
         return states
 
     return SimWorld[Any](ranks).run(work)
-
-
-def gradients(ranks: int, shapes: list[tuple[int, ...]], step: int) -> F64:
-    rows = []
-    for rank in range(ranks):
-        model = Parameters(*shapes)
-        model.set_gradients(rank, step)
-        rows.append(flat([p.grad for p in model.all if p.grad is not None]))
-    return np.stack(rows)
-
-
-def server_at_home(states: list[dict[str, Any]], numels: list[int], scale: str) -> F64:
-    """The servers' residuals in one tensor: block b is rank b mod N's (L1), chunk j of a tensor is rank j's (L2)."""
-    ranks = len(states)
-    rest = [list(state["server"]) for state in states]
-    whole: list[float] = []
-    b = 0
-    for n in numels:
-        size = 2048 if scale == "l1" else math.ceil(n / (8 * ranks)) * 8
-        for j, a in enumerate(range(0, n, size)):
-            owner = b % ranks if scale == "l1" else j
-            length = min(size, n - a)
-            whole += rest[owner][:length]
-            rest[owner] = rest[owner][length:]
-            b += 1
-    assert not any(rest)
-    return np.asarray(whole)
 
 
 @pytest.mark.parametrize("bias_correction", [True, False])
@@ -180,20 +112,26 @@ def test_every_step_is_the_papers_from_the_state_before_it(scale: str, bias_corr
     compared = 0
     for step in range(50):
         before, after = [run[step] for run in runs], [run[step + 1] for run in runs]
-        copies = {key: before[0][key].copy() for key in ("x", "m", "v")}
+        copies = {key: before[0][name].copy() for key, name in OF_STATE.items()}
         e = np.stack([state["e"] for state in before])
         reference = Reference(
-            numels, scale, bias_correction, e=e, s=server_at_home(before, numels, scale), t=step, **copies
+            numels,
+            scale,
+            bias_correction,
+            e=e,
+            s=server_at_home([one["server"] for one in before], numels, scale),
+            t=step,
+            **copies,
         )
-        margin = reference.step(gradients(ranks, shapes, step))
+        margin = reference.step(gradients(shapes, ranks, step, mean=0.5, dead=2))
         clear = margin > 1e-5
         compared += int(clear.sum())
         for rank, state in enumerate(after):
-            for key in ("x", "m", "v"):
-                assert np.array_equal(state[key], after[0][key]), f"{key} differs between ranks in step {step}"
-                np.testing.assert_allclose(state[key][clear], getattr(reference, key)[clear], rtol=2e-5, atol=2e-6)
+            for key, name in OF_STATE.items():
+                assert np.array_equal(state[name], after[0][name]), f"{name} differs between ranks in step {step}"
+                np.testing.assert_allclose(state[name][clear], getattr(reference, key)[clear], rtol=2e-5, atol=2e-6)
             np.testing.assert_allclose(state["e"][clear], reference.e[rank][clear], rtol=0, atol=1e-5)
-        s = server_at_home(after, numels, scale)
+        s = server_at_home([one["server"] for one in after], numels, scale)
         np.testing.assert_allclose(s[clear], reference.s[clear], rtol=0, atol=1e-5)
     assert compared > 0.99 * 50 * sum(numels)
 
@@ -207,16 +145,15 @@ def test_a_short_run_stays_with_the_reference(scale: str, bias_correction: bool)
         [5, 3], scale, bias_correction, runs[0][0]["x"], np.zeros(8), np.zeros(8), np.zeros((4, 8)), np.zeros(8)
     )
     for step in range(50):
-        reference.step(gradients(4, shapes, step))
+        reference.step(gradients(shapes, 4, step, mean=0.5, dead=2))
     np.testing.assert_allclose(runs[0][-1]["x"], reference.x, rtol=1e-4, atol=1e-5)
     assert float(np.abs(reference.x - runs[0][0]["x"]).max()) > 0.1
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_one_rank_that_never_freezes_is_torchs_adam(weight_decay: float) -> None:
-    ours, theirs = Parameters((50, 60), (7,)), Parameters((50, 60), (7,))
+    ours, theirs = parameters((50, 60), (7,)), parameters((50, 60), (7,))
     run = start(ours, "onebit_adam", LocalGroup(), freeze_step=1000, lr=0.01, weight_decay=weight_decay)
-    method = run.method
     kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
     adam = kind(theirs.parameters(), lr=0.01, weight_decay=weight_decay, foreach=False)
     for step in range(30):
@@ -249,22 +186,21 @@ def test_a_users_mask_stops_the_momentum_after_the_freeze() -> None:
 
 
 def test_a_mask_may_broadcast_and_must_belong_to_a_parameter() -> None:
-    model = Parameters((8, 5))
+    model = parameters((8, 5))
     rows = torch.tensor([[1.0]] * 4 + [[0.0]] * 4)
-    attach(model, build("onebit_adam", model.named_parameters(), momentum_mask={"all.0": rows}))
-    other = Parameters((8, 5))
-    method = build("onebit_adam", other.named_parameters(), momentum_mask={"all.7": rows})
+    start(model, "onebit_adam", momentum_mask={"all.0": rows})
     with pytest.raises(AttachError, match=r"momentum_mask: the model has no trainable parameter 'all\.7'"):
-        attach(other, method)
+        start(parameters((8, 5)), "onebit_adam", momentum_mask={"all.7": rows})
+    with pytest.raises(AttachError, match=r"momentum_mask: 'all\.0' is of shape \(8, 5\), its mask of \(3,\)"):
+        start(parameters((8, 5)), "onebit_adam", momentum_mask={"all.0": rows[:3, 0]})
 
 
 def test_update_sizes_do_not_jump_at_the_freeze() -> None:
     """With a constant gradient m and v are biased alike, so that bias correction gives steps of lr before and after."""
 
     def work(group: Group) -> list[float]:
-        model = Parameters((64,))
+        model = parameters((64,))
         run = start(model, "onebit_adam", group, lr=0.01, betas=(0.9, 0.999), freeze_step=5)
-        method = run.method
         sizes = []
         for _ in range(40):
             before = model.all[0].detach().clone()
@@ -281,7 +217,7 @@ def auto_freeze_steps(ranks: int, rates: list[float]) -> list[int]:
     """The number of steps that each rank had applied when it froze, under freeze_step="auto" and a window of 10 steps."""
 
     def work(group: Group) -> int:
-        model = Parameters((64,))
+        model = parameters((64,))
         run = start(model, "onebit_adam", group, betas=(0.9, 0.9), freeze_step="auto")
         method = run.method
         for step, rate in enumerate(rates):
@@ -309,7 +245,7 @@ def test_auto_does_not_freeze_while_the_learning_rate_rises() -> None:
 
 def test_auto_waits_while_the_variance_changes() -> None:
     def work(group: Group) -> bool:
-        model = Parameters((64,))
+        model = parameters((64,))
         run = start(model, "onebit_adam", group, betas=(0.9, 0.9), freeze_step="auto")
         method = run.method
         for step in range(40):
@@ -322,15 +258,14 @@ def test_auto_waits_while_the_variance_changes() -> None:
 
 def test_each_parameter_group_has_its_own_rate_betas_and_decay() -> None:
     groups: list[dict[str, Any]] = [{"lr": 0.1, "weight_decay": 0.5}, {"lr": 0.001, "betas": (0.5, 0.9)}]
-    ours, theirs = Parameters((30,), (20,)), Parameters((30,), (20,))
+    ours, theirs = parameters((30,), (20,)), parameters((30,), (20,))
 
-    def split(model: Parameters, named: bool) -> list[dict[str, Any]]:
-        parameters: list[Any] = list(model.named_parameters()) if named else list(model.parameters())
-        return [{"params": [p], **group} for p, group in zip(parameters, groups, strict=True)]
+    def adam_of(model: nn.Module) -> torch.optim.Optimizer:
+        split = [{"params": [p], **group} for p, group in zip(model.parameters(), groups, strict=True)]
+        return torch.optim.AdamW(split, weight_decay=0.0, foreach=False)
 
-    method: Any = build("onebit_adam", split(ours, True), freeze_step=100)
-    attach(ours, method, group=LocalGroup())
-    adam = torch.optim.AdamW(split(theirs, False), weight_decay=0.0, foreach=False)
+    run = start(ours, "onebit_adam", LocalGroup(), optimizer=adam_of(ours), freeze_step=100)
+    adam = adam_of(theirs)
     for step in range(10):
         ours.set_gradients(0, step)
         theirs.set_gradients(0, step)

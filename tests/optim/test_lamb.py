@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt.errors import ConfigError
-from commopt.optim import LAMB, trust_ratio
+from commopt.optim import LAMB
+from commopt.optim.lamb import trust_ratio
 
 F64 = NDArray[np.float64]
 LR, B1, B2, EPS, DECAY = 0.02, 0.9, 0.99, 1e-6, 0.1

@@ -15,14 +15,13 @@ from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commopt import build
-from commopt.errors import AttachError
-from commopt.frameworks import plain
+from commopt import attach, build
+from commopt.errors import AttachError, CommoptError
 from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
 from commopt.groups.tcp import TcpPeers
 from commopt.plan.links import LinkModel
-from commopt.run.base import connect_peers
-from commopt.run.outer import OuterAttachment
+from commopt.run.checks import connect_peers
+from commopt.run.outer import OuterRun
 
 
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
@@ -30,48 +29,53 @@ def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
 
 
 def attach_without_an_optimizer() -> None:
-    plain.attach(make_model(), build("noloco"))
+    attach(make_model(), "noloco")
 
 
 def attach_twice() -> None:
     model = make_model()
-    plain.attach(model, build("noloco"), sgd(model))
-    plain.attach(model, build("noloco"), sgd(model))
+    attach(model, build("noloco"), sgd(model))
+    attach(model, build("noloco"), sgd(model))
 
 
 def attach_one_method_to_two_models() -> None:
     method = build("noloco")
     for _ in range(2):
         model = make_model()
-        plain.attach(model, method, sgd(model))
+        attach(model, method, sgd(model))
 
 
 def attach_to_part_of_a_model() -> None:
     model = make_model()
-    plain.attach(model, build("diloco"), sgd(model[0]))
+    attach(model, build("diloco"), sgd(model[0]))
 
 
 def attach_a_frozen_model() -> None:
     model = make_model().requires_grad_(False)
-    plain.attach(model, build("noloco"), sgd(model))
+    attach(model, build("noloco"), sgd(model))
 
 
 def step_without_joining() -> None:
     model = make_model()
     optimizer = sgd(model)
-    plain.attach(model, build("local_sgd"), optimizer)
+    attach(model, build("local_sgd"), optimizer)
     step_once(model, optimizer, 0, 0)
 
 
 def give_peers_to_a_gradient_method() -> None:
     model = make_model()
     peers = SimGroup(SimWorld(1), 0).peers
-    plain.attach(model, build("dense"), sgd(model), peers)  # type: ignore[call-overload]
+    attach(model, "dense", sgd(model), group=peers)
 
 
-def cut_buckets_for_an_outer_method() -> None:
+def give_a_scaler_to_an_outer_method() -> None:
     model = make_model()
-    plain.attach(model, build("noloco"), sgd(model), bucket_bytes=1000)  # type: ignore[call-overload]
+    attach(model, "noloco", sgd(model), grad_scaler=torch.amp.GradScaler("cpu"))
+
+
+def overlap_an_outer_method() -> None:
+    model = make_model()
+    attach(model, "noloco", sgd(model), overlap=True)
 
 
 def average_state_that_is_not_there() -> None:
@@ -79,31 +83,29 @@ def average_state_that_is_not_there() -> None:
         model = make_model()
         optimizer = sgd(model, momentum=0.9)
         method = build("local_sgd", every=1, average_state=["exp_avg"])
-        for step in plain.attach(model, method, optimizer, group).range(2):
+        for step in attach(model, method, optimizer, group=group).range(2):
             step_once(model, optimizer, group.rank, step)
 
     SimWorld[None](2).run(train)
 
 
 REFUSED: list[tuple[Callable[[], None], str]] = [
-    (
-        attach_without_an_optimizer,
-        r"noloco goes with an optimizer for the inner steps: attach\(model, method, optimizer\)",
-    ),
-    (attach_twice, r"a method is attached to this model already; call detach\(\) on what attach returned first"),
+    (attach_without_an_optimizer, r"noloco: pass the optimizer of your training \(it is missing\)"),
+    (attach_twice, r"a method is attached to this model already; close\(\) what attach returned first"),
     (attach_to_part_of_a_model, r"does not hold the trainable parameter 2\.weight"),
     (attach_a_frozen_model, "the model has no trainable parameter"),
     (attach_one_method_to_two_models, "this noloco was attached to a model before; build another one"),
-    (step_without_joining, r"local_sgd: call attachment.join\(\) before the first step, or loop over attachment.range"),
-    (give_peers_to_a_gradient_method, "dense exchanges in every step, .* only outer methods take peers"),
-    (cut_buckets_for_an_outer_method, "bucket_bytes: noloco exchanges no gradients, so that it has no effect"),
+    (step_without_joining, r"local_sgd: call run.join\(\) before the first step, or loop over run.range"),
+    (give_peers_to_a_gradient_method, "group: Peers with dense: it exchanges in every step, .*use an outer method"),
+    (give_a_scaler_to_an_outer_method, "grad_scaler with noloco: it exchanges no gradients.*; leave grad_scaler out"),
+    (overlap_an_outer_method, "overlap=True with a model that is not wrapped in DDP"),
     (average_state_that_is_not_there, "average_state: SGD has no 'exp_avg' for each parameter; it has momentum_buffer"),
 ]
 
 
 @pytest.mark.parametrize(("attempt", "words"), REFUSED, ids=lambda one: getattr(one, "__name__", ""))
 def test_misuse_is_refused_in_words_that_name_the_fix(attempt: Callable[[], None], words: str) -> None:
-    with pytest.raises(AttachError, match=words):
+    with pytest.raises(CommoptError, match=words):
         attempt()
 
 
@@ -117,21 +119,20 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, ste
 def attach_ddp(process_group: dist.ProcessGroup) -> str:
     model = DistributedDataParallel(make_model(), process_group=process_group)
     with pytest.raises(AttachError) as caught:
-        plain.attach(model, build("noloco"), sgd(model), TorchGroup(process_group))
+        attach(model, "noloco", sgd(model), group=TorchGroup(process_group))
     return str(caught.value)
 
 
 def test_a_model_that_averages_gradients_itself_is_refused(pool: Pool) -> None:
-    expected = (
-        "DDP averages gradients in every step, which noloco is there to do without: attach it to the model itself"
-    )
-    assert pool.run(2, attach_ddp) == [expected] * 2
+    for said in pool.run(2, attach_ddp):
+        assert said.startswith("noloco on a DistributedDataParallel model: DDP averages gradients in every step")
+        assert said.endswith("attach to the model itself")
 
 
-def test_attach_returns_the_attachment_of_the_methods_kind() -> None:
+def test_attach_returns_the_run_of_the_methods_kind() -> None:
     model, other = make_model(), make_model()
-    assert isinstance(plain.attach(model, build("noloco"), sgd(model)), OuterAttachment)
-    assert not isinstance(plain.attach(other, build("dense"), sgd(other)), OuterAttachment)
+    assert isinstance(attach(model, "noloco", sgd(model)), OuterRun)
+    assert not isinstance(attach(other, "dense", sgd(other)), OuterRun)
 
 
 @pytest.mark.parametrize("group", [None, LocalGroup()], ids=["none", "local"])
@@ -139,14 +140,14 @@ def test_attach_returns_the_attachment_of_the_methods_kind() -> None:
 def test_one_rank_alone_trains_as_without_a_method(name: str, group: Any) -> None:
     with_method, without = make_model(), make_model()
     optimizers = sgd(with_method), sgd(without)
-    attachment: Any = plain.attach(with_method, build(name, every=2), optimizers[0], group)
-    for step in attachment.range(6):
+    run: Any = attach(with_method, build(name, every=2), optimizers[0], group=group)
+    for step in run.range(6):
         step_once(with_method, optimizers[0], 0, step)
         step_once(without, optimizers[1], 0, step)
-    attachment.finish()
+    run.finish()
     assert torch.equal(flat(with_method), flat(without))
-    assert attachment.reports == []
-    assert attachment.group.traffic.payload_bytes == 0.0
+    assert run.reports == []
+    assert run.traffic.payload_bytes == 0.0
 
 
 def test_all_start_with_the_parameters_and_buffers_of_rank_0() -> None:
@@ -154,8 +155,8 @@ def test_all_start_with_the_parameters_and_buffers_of_rank_0() -> None:
         model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
         for x in (*model.parameters(), *model.buffers()):
             x.data.fill_(group.rank + 1)
-        attachment: Any = plain.attach(model, build("noloco"), sgd(model), group)
-        assert attachment.join() == 0
+        run: Any = attach(model, build("noloco"), sgd(model), group=group)
+        assert run.join() == 0
         return torch.cat([x.detach().float().reshape(-1) for x in (*model.parameters(), *model.buffers())])
 
     assert all(bool((x == 1).all()) for x in SimWorld[Tensor](3).run(train))
@@ -212,34 +213,34 @@ def test_steps_with_communication_off_count_for_nothing() -> None:
     def train(group: SimGroup) -> tuple[int, float]:
         model = make_model()
         optimizer = sgd(model)
-        attachment: Any = plain.attach(model, build("noloco", every=2), optimizer, group)
-        attachment.join()
+        run: Any = attach(model, build("noloco", every=2), optimizer, group=group)
+        run.join()
         before = group.traffic.payload_bytes
-        with attachment.communication_off():
+        with run.communication_off():
             for step in range(4):
                 step_once(model, optimizer, group.rank, step)
-        return attachment.steps, group.traffic.payload_bytes - before
+        return run.steps, group.traffic.payload_bytes - before
 
     assert SimWorld[Any](2).run(train) == [(0, 0.0)] * 2
 
 
-def test_a_detached_model_trains_alone_and_can_be_attached_again() -> None:
+def test_a_closed_model_trains_alone_and_can_be_attached_again() -> None:
     model = make_model()
     optimizer = sgd(model)
-    attachment: Any = plain.attach(model, build("noloco"), optimizer)
-    attachment.join()
-    attachment.detach()
+    run: Any = attach(model, build("noloco"), optimizer)
+    run.join()
+    run.close()
     step_once(model, optimizer, 0, 0)
-    assert attachment.steps == 0
-    plain.attach(model, build("diloco"), optimizer)
+    assert run.steps == 0
+    attach(model, build("diloco"), optimizer)
 
 
 def test_half_precision_parameters_are_averaged_in_single() -> None:
     def train(group: SimGroup) -> Tensor:
         model = make_model(torch.bfloat16)
         optimizer = sgd(model)
-        attachment: Any = plain.attach(model, build("local_sgd", every=2), optimizer, group)
-        for step in attachment.range(4):
+        run: Any = attach(model, build("local_sgd", every=2), optimizer, group=group)
+        for step in run.range(4):
             x, y = make_batch(group.rank, step, torch.bfloat16)
             optimizer.zero_grad()
             loss_of(model(x), y).backward()
@@ -263,7 +264,7 @@ def train_on_gloo(process_group: dist.ProcessGroup, name: str, options: dict[str
     diary, group = Diary(), TorchGroup(process_group)
     train_diary(group, diary, name, {"timeout_s": 60.0, **options}, 12)
     peers = diary.attached.peers
-    diary.attached.wait_until_quiet()
+    diary.attached.quiet()
     dist.barrier(process_group)
     diary.attached.close()
     return diary.attached.flat(), type(peers).__name__, sum(report.missed for report in diary.reports)
@@ -313,17 +314,17 @@ def run_from(stored: list[Any] | None, name: str, options: dict[str, Any], steps
     def train(group: SimGroup) -> tuple[Tensor, Any]:
         model = make_model()
         optimizer = sgd(model, momentum=0.9)
-        attachment: Any = plain.attach(model, build(name, every=4, **options), optimizer, group)
+        run: Any = attach(model, build(name, every=4, **options), optimizer, group=group)
         if stored is not None:
             own = stored[group.rank]
             model.load_state_dict(own["model"])
             optimizer.load_state_dict(own["optimizer"])
-            attachment.load_comm_state(own["comm"])
-            attachment.steps = own["steps"]
-        for step in attachment.range(steps):
+            run.load_saved(own["method"])
+            run.steps = own["steps"]
+        for step in run.range(steps):
             step_once(model, optimizer, group.rank, step)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "comm": attachment.comm_state()}
-        return flat(model), copy.deepcopy({**state, "steps": attachment.steps})
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "method": run.saved()}
+        return flat(model), copy.deepcopy({**state, "steps": run.steps})
 
     return SimWorld[Any](3).run(train)
 
@@ -339,6 +340,6 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(name: str, options: dict
 
 def test_a_checkpoint_holds_the_residuals_of_compressed_messages() -> None:
     for _, state in run_from(None, "noloco", {"message": "int8"}, 9):
-        local = state["comm"]["local"]
+        local = state["method"]["rank"]
         assert {"slow", "velocity", "residual"} <= set(local)
         assert all(float(local[key].norm()) > 0 for key in ("slow", "velocity", "residual"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,12 @@ import torch
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
-from commopt import build
+from commopt import attach
 from commopt.errors import CheckpointError
-from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
-from commopt.methods.local_sgd import SAVIC
-from commopt.run import checkpoint
+from commopt.optim.savic import SAVIC
 
 STEPS, SAVED_AT = 40, 20
-ONE_AT_A_TIME = threading.Lock()  # ranks are processes elsewhere; torch's checkpoints are not made for threads
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("noloco", {"every": 6}),
@@ -45,25 +41,22 @@ def train(
     model = make_model()
     optimizer = optimizer_class(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 9, 0.7)
-    attachment: Any = plain.attach(model, build(name, **options), optimizer, group)
+    run = attach(model, {"name": name, **options}, optimizer, group=group)
     if resumes:
         assert folder is not None
-        with ONE_AT_A_TIME:
-            extra = checkpoint.load(folder, attachment)
-        schedule.load_state_dict(extra["schedule"])
-    assert attachment.join(schedule=schedule) == (SAVED_AT if resumes else 0)
-    for step in attachment.range(STEPS):
+        schedule.load_state_dict(run.load(folder)["schedule"])
+    assert run.join(schedule=schedule) == (SAVED_AT if resumes else 0)
+    for step in run.range(STEPS):
         if step == SAVED_AT and folder is not None and not resumes:
-            with ONE_AT_A_TIME:
-                checkpoint.save(folder, attachment, extra={"schedule": schedule.state_dict()})
-            attachment.detach()
+            run.save(folder, extra={"schedule": schedule.state_dict()})
+            run.close()
             return flat(model)
         x, y = make_batch(group.rank, step)
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
         optimizer.step()
         schedule.step()
-    attachment.finish()
+    run.finish()
     return flat(model)
 
 
@@ -89,10 +82,9 @@ def test_savic_takes_the_averaged_scale_where_a_checkpoint_lies_between_the_roun
 def test_a_rank_without_a_checkpoint_is_told_so(tmp_path: Path) -> None:
     def load(group: SimGroup) -> None:
         model = make_model()
-        attachment = plain.attach(model, build("noloco"), torch.optim.SGD(model.parameters(), lr=0.1), group)
-        checkpoint.load(tmp_path, attachment)
+        attach(model, "noloco", torch.optim.SGD(model.parameters(), lr=0.1), group=group).load(tmp_path)
 
-    with pytest.raises(CheckpointError, match="rank0: there is no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"rank0: there is no such folder; check the path, or start without a checkpoint"):
         SimWorld[None](1).run(load)
 
 
@@ -104,20 +96,41 @@ def test_a_rank_that_resumes_behind_the_others_catches_up(tmp_path: Path) -> Non
     def resume(group: SimGroup) -> tuple[int, Tensor]:
         model = make_model()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        attachment: Any = plain.attach(model, build("diloco", every=6), optimizer, group)
+        run = attach(model, {"name": "diloco", "every": 6}, optimizer, group=group)
         if group.rank != 1:
-            with ONE_AT_A_TIME:
-                checkpoint.load(tmp_path / "saved", attachment)
-        first = attachment.join()
-        for step in attachment.range(STEPS):
+            run.load(tmp_path / "saved")
+        first = run.join()
+        for step in run.range(STEPS):
             x, y = make_batch(group.rank, step)
             optimizer.zero_grad()
             loss_of(model(x), y).backward()
             optimizer.step()
             group.advance(0.01)
-        attachment.finish()
+        run.finish()
         return first, flat(model)
 
     results = SimWorld[tuple[int, Tensor]](3).run(resume)
     assert results[0][0] == results[2][0] == SAVED_AT
     assert results[1][0] > SAVED_AT
+
+
+def test_another_outer_method_or_form_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    SimWorld[Tensor](3).run(lambda group: train(group, ("diloco", {"every": 6}), tmp_path / "saved", False))
+
+    def load(group: SimGroup) -> list[str]:
+        said = []
+        for choice in ({"name": "noloco", "every": 6}, {"name": "diloco", "every": 6, "message": "int8"}):
+            model = make_model()
+            run = attach(model, choice, torch.optim.Adam(model.parameters()), group=group)
+            before = flat(model)
+            with pytest.raises(CheckpointError) as caught:
+                run.load(tmp_path / "saved")
+            assert torch.equal(flat(model), before)
+            assert run.steps == 0
+            said.append(str(caught.value))
+            run.close()
+        return said
+
+    for rank, (method, form) in enumerate(SimWorld[list[str]](3).run(load)):
+        assert f"saved/rank{rank}: was saved under diloco, not noloco" in method
+        assert "was saved with" in form

@@ -12,9 +12,8 @@ from outer_rig import Diary, play, run_world, train_diary
 from rig import make_model
 from torch import nn
 
-from commopt import build
+from commopt import attach
 from commopt.errors import GroupError
-from commopt.frameworks import plain
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.peers import call_roll
 from commopt.plan.links import LinkModel
@@ -146,7 +145,7 @@ def test_two_that_are_behind_ask_those_ahead_only_and_go_on_when_these_end() -> 
             return
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  # as train_diary has it
-        ahead = plain.attach(model, build("diloco", **options), optimizer, group)
+        ahead = attach(model, {"name": "diloco", **options}, optimizer, group=group)
         ahead.join()
         group.peers.announce(100)  # and is busy with what follows its last step
         group.peers.sleep(3.0)
@@ -168,9 +167,9 @@ def resume(group: SimGroup, steps: int, wait_s: float) -> tuple[int, float]:
     """Start as after loading a checkpoint of that step; the step that it goes on from, and the seconds it took."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    attachment = plain.attach(model, build("diloco", every=EVERY), optimizer, group)
-    attachment.steps = steps
-    return attachment.join(wait_s=wait_s), group.seconds
+    run = attach(model, {"name": "diloco", "every": EVERY}, optimizer, group=group)
+    run.steps = steps
+    return run.join(wait_s=wait_s), group.seconds
 
 
 def test_ranks_that_all_came_back_with_a_checkpoint_start_together() -> None:
@@ -187,8 +186,8 @@ def test_a_rank_that_resumes_behind_one_that_dies_before_it_trains_does_not_wait
             group.peers.announce(20, is_training=False)
             model = make_model()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-            configuration = plain.attach(model, build("diloco", every=EVERY), optimizer, group).configuration
-            words = torch.frombuffer(bytearray(digest(configuration)), dtype=torch.int64)
+            run: Any = attach(model, {"name": "diloco", "every": EVERY}, optimizer, group=group)
+            words = torch.frombuffer(bytearray(digest(run.configuration)), dtype=torch.int64)
             call_roll(group.peers, "start", 0, torch.cat([torch.tensor([20]), words]), 5.0)
         else:
             resume(group, 10, wait_s=5.0)

@@ -62,14 +62,13 @@ def bowl(best: float) -> Callable[[float, int], float]:
 # ---- the table of methods --------------------------------------------------------------------------------------------
 
 
-def test_every_entry_whose_method_is_there_can_be_trained() -> None:
-    reasons = {entry.label: (entry.method, cells.why_not(entry)) for entry in cells.ENTRIES}
-    refused = {label: why for label, (method, why) in reasons.items() if method in METHODS and why is not None}
-    assert not refused
+def test_every_entry_can_be_trained() -> None:
+    assert {entry.label: cells.why_not(entry) for entry in cells.ENTRIES} == dict.fromkeys(cells.BY_LABEL)
 
 
 def test_every_method_has_an_entry_or_a_reason() -> None:
-    assert set(METHODS) <= {entry.method for entry in cells.ENTRIES} | set(cells.LEFT_OUT)
+    every_step = {name for name, method in METHODS.items() if method.kind != "outer"}
+    assert every_step == {entry.method for entry in cells.ENTRIES} | set(cells.LEFT_OUT)
 
 
 def test_every_parent_is_dense_and_trained_wherever_its_methods_are() -> None:
@@ -83,14 +82,14 @@ def test_every_parent_is_dense_and_trained_wherever_its_methods_are() -> None:
 def test_a_method_that_is_not_there_is_named_and_skipped() -> None:
     entries, said = cells.notices([*cells.ENTRIES[:1], cells.Entry("x", "telepathy", "adam")])
     assert [entry.label for entry in entries] == ["adam"]
-    assert "x is skipped: there is no method telepathy" in said
+    assert any(line.startswith("x is skipped: unknown method 'telepathy'") for line in said)
 
 
 def test_an_option_that_is_refused_is_named_and_skipped() -> None:
     why = cells.why_not(cells.Entry("x", "onebit_adam", "adam", {"freeze_stop": 3}))
     assert why is not None
     assert "freeze_stop" in why
-    assert cells.why_not(cells.Entry("x", "two_way", "adam", {"worker": "int3"})) == "there is no compressor int3"
+    assert "int3" in cells.why_not(cells.Entry("x", "two_way", "adam", {"worker": "int3"}))
 
 
 # ---- the protocol ----------------------------------------------------------------------------------------------------
@@ -119,26 +118,15 @@ def test_divergence_at_some_rates_is_worst_and_at_all_rates_ends_it() -> None:
     order = every.train(adam, task, lambda rate, seed: None)
     assert len(order) == 5
     assert all(seed == 1 for _, seed in order)
-    assert every.protocol.remaining(adam, task, every.find) == 0
 
 
 def test_long_runs_wait_for_the_rate_of_the_short_ones() -> None:
     adam, short, long = cells.BY_LABEL["adam"], cells.TASKS["gpt"], cells.TASKS["gpt_long"]
     shelf = Shelf(cells.Protocol())
     assert shelf.protocol.wanted(adam, long, shelf.find) == []
-    assert shelf.protocol.remaining(adam, long, shelf.find) == 1
     shelf.train(adam, short, bowl(2.0))
     (cell,) = shelf.protocol.wanted(adam, long, shelf.find)
     assert (cell.rate, cell.seed) == (2 * shelf.protocol.middle(adam, short), 1)
-
-
-def test_remaining_counts_down_to_zero() -> None:
-    adam, task = cells.BY_LABEL["adam"], cells.TASKS["gpt"]
-    shelf, counts = Shelf(cells.Protocol()), []
-    while wanted := shelf.protocol.wanted(adam, task, shelf.find):
-        counts.append(shelf.protocol.remaining(adam, task, shelf.find))
-        shelf.found[shelf.key(wanted[0])] = result(bowl(1.0)(*shelf.key(wanted[0])[3:]))
-    assert counts == [5, 4, 3, 2, 1]
 
 
 def test_a_label_brings_its_parent_and_a_long_run_the_task_of_its_rate() -> None:
@@ -178,7 +166,7 @@ def test_the_page_says_what_is_stored() -> None:
         cells.chosen_pairs(cells.BY_LABEL, [*cells.TASKS.values()], cells.ENTRIES),
     )
     found = [says.row_of(entry, task, cells.Protocol(), find) for entry, task in pairs]
-    report, page = says.report([row for row in found if row is not None], []), bench.PAGE.read_text(encoding="utf-8")
+    report, page = says.report([row for row in found if row is not None]), bench.PAGE.read_text(encoding="utf-8")
     assert sheets.with_tables(page, sheets.markdown(report.sheets, report.remarks)) == page
 
 
@@ -252,7 +240,7 @@ def test_differences_are_paired_by_seed_and_judged_by_their_mean() -> None:
 
 def test_tables_name_losses_bytes_ratios_and_verdicts(capsys: pytest.CaptureFixture[str]) -> None:
     made = rows(1.5)
-    bench.present(says.report(made, []), bench.parser().parse_args([]), notices=["a notice"])
+    bench.present(says.report(made), bench.parser().parse_args([]), notices=["a notice"])
     text = capsys.readouterr().out
     assert "+1.57 ± 0.06" in text
     assert "30x" in text  # 6 bytes of a ring all-reduce over 0.2
@@ -260,7 +248,7 @@ def test_tables_name_losses_bytes_ratios_and_verdicts(capsys: pytest.CaptureFixt
     assert "Targets: 0 of 1 met; missed: onebit_adam on gpt" in text
     assert "a notice" in text
     assert text.index("adam ") < text.index("onebit_adam")  # the parent first
-    bench.present(says.report(made, []), bench.parser().parse_args(["--markdown"]))
+    bench.present(says.report(made), bench.parser().parse_args(["--markdown"]))
     assert "| onebit_adam | adam | 2.0" in capsys.readouterr().out
 
 
@@ -271,7 +259,6 @@ def test_a_method_that_diverges_everywhere_misses_its_target() -> None:
     row = says.row_of(method, task, shelf.protocol, shelf.find)
     assert (row.loss, row.is_met, row.mean_bytes) == (None, False, 0.4)
     assert "diverged" in says.words_of(row)
-    assert json.dumps(says.document([row], []), allow_nan=False)
 
 
 def test_a_quick_look_says_what_diverged_at_its_only_rate() -> None:

@@ -12,7 +12,6 @@ from script import module
 
 from commopt.cluster.run import Tick
 from commopt.errors import ConfigError
-from commopt.methods import METHODS
 from commopt.record.lines import RankRecord
 
 bench, says = module("step"), module("step_results")
@@ -126,34 +125,6 @@ def test_an_outcome_in_a_few_words() -> None:
     assert says.outcome(failed("ef_sign", "it died")) == "failed: it died"
 
 
-def test_the_document_holds_what_follows_from_each_cell() -> None:
-    found = json.loads(json.dumps(says.document([cell(), cell("torch_ddp", step_s=0.2)])))
-    first = found["cells"][0]
-    assert (first["ratio"], first["ratio_to_torch_ddp"]) == (pytest.approx(1.25), 0.5)
-    assert (first["target"], first["target_met"]) == (1.2, False)
-    assert "target" not in found["cells"][1]
-
-
-def test_a_profile_adds_up() -> None:
-    whole, encode, gather = "method: EFSign.exchange", "encode: BlockSign.compress_", "exchange: TorchGroup.all_gather"
-    rows = [
-        [[whole], 10, 0.5],
-        [[whole, encode], 20, 0.1],
-        [[whole, encode, "kernel: cpu.compress_signs_"], 20, 0.09],
-        [[whole, gather], 10, 0.3],
-        [["exchange: TorchGroup.all_reduce"], 1, 9.0],
-        [["optimizer.step"], 10, 0.02],
-    ]
-    lines = says.profile_lines(cell(window_steps=10, wait_share=0.4, profile=[rows]))
-    ms = {line[:50].strip(): float(line[50:].split()[0]) for line in lines if " ms" in line[50:]}
-    assert ms["waiting for exchanges"] == 40
-    assert ms["forward, backward, the rest"] == 58
-    assert ms["optimizer.step (rank 0)"] == 2
-    assert [ms[key] for key in ("all of it", "encode", "exchange", "decode", "the rest")] == [50, 10, 30, 0, 10]
-    tree = [line[:50].strip() for line in lines[lines.index("by call, each with what it calls") + 1 :]]
-    assert tree == [whole, gather, encode, "kernel: cpu.compress_signs_"]
-
-
 def test_bytes_of_a_window_are_per_step_and_each_way() -> None:
     ranks = {0: RankRecord(0)}
     traffic = {"payload_bytes": 0.0, "by_peer": {}, "by_operation": []}
@@ -173,7 +144,7 @@ def test_bytes_of_a_window_are_per_step_and_each_way() -> None:
     assert bench.interface_bytes({**ranks, 1: RankRecord(1)}) == {}
 
 
-@pytest.mark.parametrize("method", [*METHODS, "torch_ddp", "torch_powersgd"])
+@pytest.mark.parametrize("method", bench.all_methods())
 def test_every_method_can_be_made_and_has_steady_steps(method: str) -> None:
     settings = bench.settings_of(bench.Cell("50mbit", "1m", method))
     words = bench.program_words(bench.Cell("50mbit", "1m", method), settings)
@@ -231,9 +202,6 @@ def test_a_method_with_a_long_warm_up_is_refused(monkeypatch: pytest.MonkeyPatch
         (["--models", ""], "--models: unknown name ''"),
         (["--methods", "dense", "--only", "nosuch"], "--only nosuch: matches no cell"),
         (["--timeout", "0"], "--timeout 0.0: write a number of seconds above 0"),
-        (["--profile", "torch_ddp"], "--profile torch_ddp: looks into commopt's methods only"),
-        (["--profile", "dense,fp16"], "--profile dense,fp16: takes one method"),
-        (["--profile", "dense", "--methods", "fp16"], "--methods: has no effect with --profile"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(
@@ -251,21 +219,13 @@ def test_stored_cells_are_drawn_and_not_measured_again(
     monkeypatch.setattr(subprocess, "Popen", None)
     settings = bench.settings_of(bench.Cell("50mbit", "1m", "ef_sign"))
     store.Store(tmp_path / "cells.jsonl").put("50mbit-1m-ef_sign", settings, cell())
-    place = [
-        "--results",
-        str(tmp_path / "cells.jsonl"),
-        "--clusters",
-        "50mbit",
-        "--models",
-        "1m",
-        "--json",
-        str(tmp_path / "all.json"),
-    ]
+    place = ["--results", str(tmp_path / "cells.jsonl"), "--json", str(tmp_path / "all.json")]
+    place += ["--clusters", "50mbit", "--models", "1m"]
     bench.run(bench.parser().parse_args([*place, "--methods", "ef_sign"]))
     text = capsys.readouterr().out
     assert text.startswith("0 cells to measure, 1 are stored already (--redo measures them again)")
     assert row(text, "ef_sign")[3] == "1.25"
-    assert [one["name"] for one in json.loads((tmp_path / "all.json").read_text())["cells"]] == ["50mbit-1m-ef_sign"]
+    assert [table["rows"][0][0] for table in json.loads((tmp_path / "all.json").read_text())["tables"]] == ["ef_sign"]
     bench.run(bench.parser().parse_args([*place, "--table"]))
     assert row(capsys.readouterr().out, "ef_sign")[3] == "1.25"
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.kernels.cpu.signs import U8, _compiled
+from commopt.kernels.cpu.compiled import U8, fast
 from commopt.wire.bucket import Int64Array
 
 _DE_BRUIJN = 0x03F79D71B4CB0A89  # its 64 windows of six bits are all different
@@ -19,7 +19,7 @@ _PLACE_OF_BIT = np.zeros(64, dtype=np.int64)
 _PLACE_OF_BIT[[(_DE_BRUIJN << i & 0xFFFFFFFFFFFFFFFF) >> 58 for i in range(64)]] = np.arange(64)
 
 
-@_compiled
+@fast
 def _word(code: U8, byte: int) -> Any:
     """The 64 bits from this byte on; zeros beyond the end of the code."""
     word = np.uint64(0)
@@ -33,7 +33,7 @@ def _word(code: U8, byte: int) -> Any:
     return word
 
 
-@_compiled
+@fast
 def _encode_block(indices: Int64Array, n: int, width: int, code: U8) -> bool:
     code[:] = 0
     low_mask, high_start = (1 << width) - 1, indices.size * width
@@ -56,7 +56,7 @@ def _encode_block(indices: Int64Array, n: int, width: int, code: U8) -> bool:
     return True
 
 
-@_compiled
+@fast
 def _decode_block(code: U8, n: int, width: int, out: Int64Array, place_of_bit: Int64Array) -> bool:
     if code.size == 0:
         for i in range(out.size):
@@ -87,7 +87,7 @@ def _decode_block(code: U8, n: int, width: int, out: Int64Array, place_of_bit: I
         word = _word(code, byte)
 
 
-@_compiled
+@fast
 def _encode(
     indices: Int64Array, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array, out: U8
 ) -> bool:
@@ -100,7 +100,7 @@ def _encode(
     return True
 
 
-@_compiled
+@fast
 def _decode(
     code: U8,
     ns: Int64Array,
@@ -132,11 +132,3 @@ def decode(code: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, siz
     out = torch.empty(int(ks.sum()), dtype=torch.int64)
     is_code = _decode(code.numpy(), ns, ks, widths, sizes, out.numpy(), _PLACE_OF_BIT)
     return out if is_code else None
-
-
-def warm_up() -> None:
-    """Compile both kernels."""
-    n, k, width, size = np.asarray([[8], [1], [0], [1]])
-    code = torch.zeros(1, dtype=torch.uint8)
-    encode_(torch.zeros(1, dtype=torch.int64), n, k, width, size, code)
-    decode(code, n, k, width, size)

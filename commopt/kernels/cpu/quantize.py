@@ -12,66 +12,41 @@ take whole arrays and where to begin, as an unsigned number, since LLVM does not
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from commopt.kernels.cpu.compiled import F32, F64, I8, I32, U8, exact
 from commopt.kernels.reference.quantize import byte_starts, float8_values, natural_values
 from commopt.wire.bucket import Blocks, Int64Array, UInt64Array
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I8 = NDArray[np.int8]
-I32 = NDArray[np.int32]
-U8 = NDArray[np.uint8]
-U64 = NDArray[np.uint64]
-_F = TypeVar("_F", bound=Callable[..., Any])
 _SLICE = 2048
 _LARGEST, _SMALLEST = np.float32(np.finfo(np.float32).max), np.float32(2.0**-126)
 _LEVELS, _FLOAT8, _NATURAL = 0, 1, 2
 _ALL_BUT_SIGN, _MANTISSA = np.int32(0x7FFFFFFF), np.int32(0x7FFFFF)
 _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_log = logging.getLogger(__name__)
-
-
-def _exact(function: _F) -> _F:
-    """njit without fast-math, with a cache on disk where there is a writable place for one."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": False, "boundscheck": False, "error_model": "numpy"}
-    try:
-        return numba.njit(function, cache=True, **options)  # type: ignore[no-any-return]
-    except RuntimeError as error:  # numba's word for: neither the package's folder nor a home is writable
-        if not os.environ.get("COMMOPT_QUIET_CACHE"):
-            _log.warning(
-                "kernels are compiled anew in every process (%s); set NUMBA_CACHE_DIR to a writable folder", error
-            )
-            os.environ["COMMOPT_QUIET_CACHE"] = "1"
-        return numba.njit(function, **options)  # type: ignore[no-any-return]
 
 
 # --- values, norms, draws
 
 
-@_exact
+@exact
 def _copy(x: F32, start: np.uint64, n: int, c: F32) -> None:
     for i in range(n):
         c[i] = x[start + np.uint64(i)]
 
 
-@_exact
+@exact
 def _add(x: F32, start: np.uint64, e: F32, home: np.uint64, n: int, c: F32) -> None:
     for i in range(n):
         c[i] = x[start + np.uint64(i)] + e[home + np.uint64(i)]
 
 
-@_exact
+@exact
 def _largest_bits(c_bits: I32, n: int) -> Any:
     largest = np.int32(0)
     for i in range(n):
@@ -79,7 +54,7 @@ def _largest_bits(c_bits: I32, n: int) -> Any:
     return largest
 
 
-@_exact
+@exact
 def _sum_squares(c: F32, n: int, folded: F64) -> Any:
     """The sum of squares by halving, which vectorises and has one order only."""
     for i in range(n):
@@ -94,7 +69,7 @@ def _sum_squares(c: F32, n: int, folded: F64) -> Any:
     return folded[0]
 
 
-@_exact
+@exact
 def _draw(key: np.uint64, first: int, n: int, u: F32) -> None:
     """noise.uniform of n elements from `first` on."""
     counter = key + np.uint64(first + 1) * _GOLDEN
@@ -106,7 +81,7 @@ def _draw(key: np.uint64, first: int, n: int, u: F32) -> None:
         u[i] = np.float32(np.int32(z >> np.uint64(40))) * np.float32(2.0**-24)
 
 
-@_exact
+@exact
 def _scale_of(kind: int, norm: np.float32, levels: np.float32) -> Any:
     if not norm <= _LARGEST:
         return np.float32(np.nan)
@@ -124,7 +99,7 @@ def _scale_of(kind: int, norm: np.float32, levels: np.float32) -> Any:
 # --- one code per element
 
 
-@_exact
+@exact
 def _encode_levels(c: F32, u: F32, n: int, scale: np.float32, levels: np.float32, tie: np.int32, codes: I8) -> None:
     for i in range(n):
         a = min(abs(c[i]) / scale, levels)
@@ -135,7 +110,7 @@ def _encode_levels(c: F32, u: F32, n: int, scale: np.float32, levels: np.float32
         codes[i] = np.int8(np.int32(-level) if c[i] < np.float32(0.0) else level)
 
 
-@_exact
+@exact
 def _encode_float8(
     c: F32,
     c_bits: I32,
@@ -164,7 +139,7 @@ def _encode_float8(
         codes[i] = np.int8(magnitude | np.int32(np.int32(c_bits[i] >> np.int32(31)) & np.int32(128)))
 
 
-@_exact
+@exact
 def _encode_natural(c: F32, c_bits: I32, u: F32, n: int, scale: np.float32, codes: I8) -> None:
     top = np.int32(math.frexp(np.float64(scale))[1] + 126)  # exponents as float32 stores them
     lowest, zero = max(np.int32(top - 126), np.int32(1)), np.int32(top - 127)
@@ -181,13 +156,13 @@ def _encode_natural(c: F32, c_bits: I32, u: F32, n: int, scale: np.float32, code
         codes[i] = np.int8(code if level >= lowest else np.int32(0))
 
 
-@_exact
+@exact
 def _leave_levels(c: F32, codes: I8, n: int, scale: np.float32, e: F32, home: np.uint64) -> None:
     for i in range(n):
         e[home + np.uint64(i)] = c[i] - scale * np.float32(codes[i])
 
 
-@_exact
+@exact
 def _leave_values(c: F32, codes: I8, n: int, scale: np.float32, table: F32, e: F32, home: np.uint64) -> None:
     for i in range(n):
         e[home + np.uint64(i)] = c[i] - scale * table[np.uint8(codes[i])]
@@ -196,7 +171,7 @@ def _leave_values(c: F32, codes: I8, n: int, scale: np.float32, table: F32, e: F
 # --- b bits per code: eight codes are a 64-bit word of bytes, whose upper bits are squeezed out pair by pair
 
 
-@_exact
+@exact
 def _squeeze(word: np.uint64, bits: np.uint64) -> Any:
     shift = np.uint64(8) - bits
     word = word & (np.uint64(0x0101010101010101) * ((np.uint64(1) << bits) - np.uint64(1)))
@@ -207,7 +182,7 @@ def _squeeze(word: np.uint64, bits: np.uint64) -> Any:
     return (word & np.uint64(0x00000000FFFFFFFF)) | ((word & np.uint64(0xFFFFFFFF00000000)) >> shift)
 
 
-@_exact
+@exact
 def _spread(word: np.uint64, bits: np.uint64) -> Any:
     """Undo `_squeeze`, and extend the signs."""
     one = np.uint64(1)
@@ -222,21 +197,21 @@ def _spread(word: np.uint64, bits: np.uint64) -> Any:
     return word | (negative * (np.uint64(0x100) - (one << bits)))
 
 
-@_exact
+@exact
 def _pack_bytes(codes: I8, n: int, out: U8, first: np.uint64) -> None:
     for i in range(n):
         out[first + np.uint64(i)] = np.uint8(codes[i])
 
 
-@_exact
+@exact
 def _pack_halves(codes: I8, n: int, out: U8, first: np.uint64) -> None:
     for j in range((n + 1) // 2):
         i = np.uint64(2) * np.uint64(j)
         out[first + np.uint64(j)] = np.uint8((codes[i] & 15) | (codes[i + np.uint64(1)] << 4))
 
 
-@_exact
-def _pack_words(words: U64, n: int, bits: int, packed: U8, out: U8, first: np.uint64) -> None:
+@exact
+def _pack_words(words: UInt64Array, n: int, bits: int, packed: U8, out: U8, first: np.uint64) -> None:
     for j in range((n + 7) // 8):
         word = _squeeze(words[j], np.uint64(bits))
         for k in range(bits):
@@ -246,19 +221,19 @@ def _pack_words(words: U64, n: int, bits: int, packed: U8, out: U8, first: np.ui
         out[first + np.uint64(i)] = packed[i]
 
 
-@_exact
+@exact
 def _clear(codes: I8, first: int, end: int) -> None:
     for i in range(first, end):
         codes[i] = 0
 
 
-@_exact
+@exact
 def _unpack_bytes(source: U8, first: np.uint64, n: int, codes: I8) -> None:
     for i in range(n):
         codes[i] = np.int8(source[first + np.uint64(i)])
 
 
-@_exact
+@exact
 def _unpack_halves(source: U8, first: np.uint64, n: int, codes: I8) -> None:
     for j in range((n + 1) // 2):
         pair, i = np.int32(source[first + np.uint64(j)]), np.uint64(2) * np.uint64(j)
@@ -266,8 +241,8 @@ def _unpack_halves(source: U8, first: np.uint64, n: int, codes: I8) -> None:
         codes[i + np.uint64(1)] = np.int8(((pair >> 4) ^ 8) - 8)
 
 
-@_exact
-def _unpack_words(source: U8, first: np.uint64, n: int, bits: int, packed: U8, words: U64) -> None:
+@exact
+def _unpack_words(source: U8, first: np.uint64, n: int, bits: int, packed: U8, words: UInt64Array) -> None:
     """Up to 7 codes behind the first n are written too."""
     size, count = (n * bits + 7) // 8, (n + 7) // 8
     for i in range(size):
@@ -281,43 +256,29 @@ def _unpack_words(source: U8, first: np.uint64, n: int, bits: int, packed: U8, w
         words[j] = _spread(word, np.uint64(bits))
 
 
-@_exact
+@exact
 def _pack_all(values: I8, bits: int, out: U8) -> None:
     codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
-    words = codes.view(np.uint64)
     for a in range(0, values.size, _SLICE):
         n = min(_SLICE, values.size - a)
         codes[:n] = values[a : a + n]
-        first = np.uint64(a * bits // 8)
         _clear(codes, n, (n + 7) // 8 * 8)
-        if bits == 8:
-            _pack_bytes(codes, n, out, first)
-        elif bits == 4:
-            _pack_halves(codes, n, out, first)
-        else:
-            _pack_words(words, n, bits, packed, out, first)
+        _pack_words(codes.view(np.uint64), n, bits, packed, out, np.uint64(a * bits // 8))
 
 
-@_exact
+@exact
 def _unpack_all(source: U8, bits: int, values: I8) -> None:
     codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
-    words = codes.view(np.uint64)
     for a in range(0, values.size, _SLICE):
         n = min(_SLICE, values.size - a)
-        first = np.uint64(a * bits // 8)
-        if bits == 8:
-            _unpack_bytes(source, first, n, codes)
-        elif bits == 4:
-            _unpack_halves(source, first, n, codes)
-        else:
-            _unpack_words(source, first, n, bits, packed, words)
+        _unpack_words(source, np.uint64(a * bits // 8), n, bits, packed, codes.view(np.uint64))
         values[a : a + n] = codes[:n]
 
 
 # --- all blocks
 
 
-@_exact
+@exact
 def _compress(
     kind: int,
     x: F32,
@@ -332,7 +293,6 @@ def _compress(
     bits: int,
     squared: bool,
     is_given: bool,
-    is_scale_only: bool,
     table: F32,
     scales: F32,
     out: U8,
@@ -360,8 +320,6 @@ def _compress(
                 else:
                     largest_bits[0] = max(largest_bits[0], _largest_bits(c_bits, n))
             scales[b] = _scale_of(kind, np.float32(math.sqrt(total)) if squared else largest[0], levels)
-        if is_scale_only:
-            continue
         scale = scales[b]
         for a in range(0, length, _SLICE):
             n = min(_SLICE, length - a)
@@ -396,7 +354,7 @@ def _compress(
                 _pack_words(words, n, bits, packed, out, first)
 
 
-@_exact
+@exact
 def _put_levels(codes: I8, n: int, scale: np.float32, add: bool, out: F32, start: np.uint64) -> None:
     if add:
         for i in range(n):
@@ -406,7 +364,7 @@ def _put_levels(codes: I8, n: int, scale: np.float32, add: bool, out: F32, start
             out[start + np.uint64(i)] = scale * np.float32(codes[i])
 
 
-@_exact
+@exact
 def _put_values(
     source: U8, first: np.uint64, n: int, scale: np.float32, table: F32, add: bool, out: F32, start: np.uint64
 ) -> None:
@@ -418,7 +376,7 @@ def _put_values(
             out[start + np.uint64(i)] = scale * table[source[first + np.uint64(i)]]
 
 
-@_exact
+@exact
 def _decompress(
     kind: int,
     source: U8,
@@ -455,74 +413,52 @@ def _decompress(
 
 
 _NO_VALUES, _NO_KEYS = np.zeros(0, np.float32), np.zeros(0, np.uint64)
-_FLOAT8_VALUES, _NATURAL_VALUES = float8_values().numpy(), natural_values().numpy()
+_KINDS = {
+    "levels": (_LEVELS, _NO_VALUES),
+    "float8": (_FLOAT8, float8_values().numpy()),
+    "natural": (_NATURAL, natural_values().numpy()),
+}
 
 
-def block_scales(x: Tensor, residual: Tensor | None, blocks: Blocks, *, levels: int, squared: bool) -> Tensor:
-    """(B,) f32: norm / levels of c = x + residual, the L2 norm or the largest magnitude; NaN for a block that is not finite."""
-    scales, none = torch.empty(len(blocks)), torch.empty(0, dtype=torch.uint8)
-    _run(_LEVELS, x, residual, blocks, scales, none, levels, 8, squared, False, False, _NO_VALUES, is_scale_only=True)
-    return scales
-
-
-def compress_levels_(
+def compress_(
     x: Tensor,
     residual: Tensor | None,
     blocks: Blocks,
     scales: Tensor,
     codes: Tensor,
     *,
-    levels: int,
-    bits: int,
-    squared: bool,
-    stochastic: bool,
+    kind: str,
+    levels: int = 1,
+    bits: int = 8,
+    squared: bool = False,
+    stochastic: bool = True,
+    is_given: bool = False,
 ) -> None:
-    """Scales (`block_scales`), codes round(c / scale) of `bits` bits each, and residual <- c - scale * code."""
-    _run(_LEVELS, x, residual, blocks, scales, codes, levels, bits, squared, False, stochastic, _NO_VALUES)
+    """Scales of c = x + residual unless they `is_given`, codes of c / scale, and residual <- c - what they stand for.
+
+    kind: "levels", round(c / scale) in `bits` bits, scale = norm / levels with the L2 norm if `squared`, or else the largest
+    magnitude; "float8", e4m3 patterns, scale = max|c| / levels; "natural", powers of two as scales, signs and exponents below
+    the scale's as codes. A block that is not finite gets scale NaN, and keeps its residual.
+    """
+    number, table = _KINDS[kind]
+    e = _NO_VALUES if residual is None else residual.numpy()
+    keys = blocks.keys if stochastic and blocks.keys is not None else _NO_KEYS
+    own = (blocks.starts, blocks.homes, blocks.lengths, byte_starts(blocks, bits), keys)
+    how = (np.float32(levels), bits, squared, is_given, table)
+    _compress(number, x.numpy(), e, residual is not None, *own, *how, scales.numpy(), codes.numpy())
 
 
-def encode_levels_(
-    x: Tensor,
-    residual: Tensor | None,
-    blocks: Blocks,
-    scales: Tensor,
-    codes: Tensor,
-    *,
-    levels: int,
-    bits: int,
-    stochastic: bool,
+def decompress_(
+    codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, kind: str, bits: int = 8, alpha: float, add: bool
 ) -> None:
-    """The second half of `compress_levels_`, for scales that are given."""
-    _run(_LEVELS, x, residual, blocks, scales, codes, levels, bits, False, True, stochastic, _NO_VALUES)
+    """out <- (alpha * scale) * what a code stands for, or out <- out + that, at the blocks' starts."""
+    number, table = _KINDS[kind]
+    own = (blocks.starts, blocks.lengths, byte_starts(blocks, bits))
+    _decompress(number, codes.numpy(), scales.numpy(), *own, bits, table, np.float32(alpha), add, out.numpy())
 
 
-def compress_float8_(
-    x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, codes: Tensor, *, stochastic: bool
-) -> None:
-    """Scales max|c| / 448, c / scale as float8 e4m3, and residual <- c - scale * that."""
-    _run(_FLOAT8, x, residual, blocks, scales, codes, 448, 8, False, False, stochastic, _FLOAT8_VALUES)
-
-
-def compress_natural_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, codes: Tensor) -> None:
-    """Powers of two as scales, signs and exponents below the scale's as codes, and residual <- c - what they stand for."""
-    _run(_NATURAL, x, residual, blocks, scales, codes, 1, 8, False, False, True, _NATURAL_VALUES)
-
-
-def decompress_levels_(
-    codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, bits: int, alpha: float, add: bool
-) -> None:
-    """out <- (alpha * scale) * code, or out <- out + that, at the blocks' starts."""
-    _put(_LEVELS, codes, scales, blocks, out, bits, _NO_VALUES, alpha, add)
-
-
-def decompress_float8_(codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
-    """out <- (alpha * scale) * float8, or out <- out + that, at the blocks' starts."""
-    _put(_FLOAT8, codes, scales, blocks, out, 8, _FLOAT8_VALUES, alpha, add)
-
-
-def decompress_natural_(codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
-    """out <- (alpha * scale) * power of two, or out <- out + that, at the blocks' starts."""
-    _put(_NATURAL, codes, scales, blocks, out, 8, _NATURAL_VALUES, alpha, add)
+encode_levels_ = partial(compress_, kind="levels", is_given=True)
+decompress_levels_ = partial(decompress_, kind="levels")
 
 
 def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
@@ -535,79 +471,3 @@ def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
     values = torch.empty(n, dtype=torch.int8)
     _unpack_all(code.numpy(), bits, values.numpy())
     return values
-
-
-def warm_up() -> None:
-    """Compile every kernel of this file once."""
-    one = np.zeros(1, dtype=np.int64)
-    blocks = Blocks(one, one, one + 8, one, one, one.astype(np.uint64))
-    x, scales, codes = torch.ones(8), torch.ones(1), torch.zeros(8, dtype=torch.uint8)
-    block_scales(x, None, blocks, levels=1, squared=True)
-    compress_levels_(x, x.clone(), blocks, scales, codes, levels=1, bits=8, squared=False, stochastic=True)
-    decompress_levels_(codes, scales, blocks, x, bits=8, alpha=1.0, add=True)
-    pack_codes_(unpack_codes(codes, 8, 8), 8, codes)
-
-
-def _arrays(
-    x: Tensor, residual: Tensor | None, blocks: Blocks
-) -> tuple[F32, F32, bool, Int64Array, Int64Array, Int64Array]:
-    e = _NO_VALUES if residual is None else residual.numpy()
-    return x.numpy(), e, residual is not None, blocks.starts, blocks.homes, blocks.lengths
-
-
-def _run(
-    kind: int,
-    x: Tensor,
-    residual: Tensor | None,
-    blocks: Blocks,
-    scales: Tensor,
-    codes: Tensor,
-    levels: int,
-    bits: int,
-    squared: bool,
-    is_given: bool,
-    stochastic: bool,
-    table: F32,
-    is_scale_only: bool = False,
-) -> None:
-    keys = blocks.keys if stochastic and blocks.keys is not None else _NO_KEYS
-    _compress(
-        kind,
-        *_arrays(x, residual, blocks),
-        byte_starts(blocks, bits),
-        keys,
-        np.float32(levels),
-        bits,
-        squared,
-        is_given,
-        is_scale_only,
-        table,
-        scales.numpy(),
-        codes.numpy(),
-    )
-
-
-def _put(
-    kind: int,
-    codes: Tensor,
-    scales: Tensor,
-    blocks: Blocks,
-    out: Tensor,
-    bits: int,
-    table: F32,
-    alpha: float,
-    add: bool,
-) -> None:
-    _decompress(
-        kind,
-        codes.numpy(),
-        scales.numpy(),
-        blocks.starts,
-        blocks.lengths,
-        byte_starts(blocks, bits),
-        bits,
-        table,
-        np.float32(alpha),
-        add,
-        out.numpy(),
-    )

@@ -6,19 +6,18 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
-from commopt.kernels.cpu.signs import F32, _compiled, residual_arrays
+from commopt.kernels.cpu.compiled import F32, Bool, fast
+from commopt.kernels.cpu.signs import residual_arrays
 from commopt.wire.bucket import Blocks, Int64Array
 
-_LARGEST = np.float32(np.finfo(np.float32).max)
 _SLICE = 2048
 _STRIDE = 101  # one in a hundred is sampled; prime, so that rows of a matrix are not sampled in the same column
-Bool = NDArray[np.bool_]
 
 
-@_compiled
+@fast
 def _correct(x: F32, e: F32, c: F32) -> Any:
     total = np.float32(0.0)
     for i in range(x.size):
@@ -28,7 +27,7 @@ def _correct(x: F32, e: F32, c: F32) -> Any:
     return total
 
 
-@_compiled
+@fast
 def _candidates(c: F32, threshold: np.float32, out: Int64Array) -> int:
     count = 0
     for i in range(c.size):
@@ -38,7 +37,7 @@ def _candidates(c: F32, threshold: np.float32, out: Int64Array) -> int:
     return count
 
 
-@_compiled
+@fast
 def _sampled_threshold(c: F32, k: int) -> Any:
     """A magnitude that more than k elements very likely reach: that of a sample's top share, with a margin for the draw."""
     sample = np.abs(c[::_STRIDE])
@@ -49,7 +48,7 @@ def _sampled_threshold(c: F32, k: int) -> Any:
     return np.partition(sample, sample.size - rank)[sample.size - rank]
 
 
-@_compiled
+@fast
 def _top(c: F32, k: int, candidates: Int64Array, out: Int64Array) -> None:
     """The k largest by magnitude, in ascending order of index; of equal ones the first."""
     count = _candidates(c, _sampled_threshold(c, k), candidates)
@@ -71,7 +70,7 @@ def _top(c: F32, k: int, candidates: Int64Array, out: Int64Array) -> None:
             ties -= is_tie
 
 
-@_compiled
+@fast
 def _select(
     x: F32,
     e: F32,
@@ -123,8 +122,6 @@ def select_(
     Returns indices within each block (sum ks,) i64 in ascending order, their values (sum ks,) f32, and (B,) whether a block has
     neither NaN nor inf. residual <- c in good blocks. With a threshold, ks is overwritten by what was found.
     """
-    import torch
-
     e, homes = residual_arrays(residual, blocks)
     room = blocks.elements if threshold > 0 else int(ks.sum())
     indices, values, good = np.empty(room, np.int64), np.empty(room, np.float32), np.empty(len(blocks), np.bool_)
@@ -132,13 +129,3 @@ def select_(
     _select(x.numpy(), e, *arrays, indices, values, good)
     found = int(ks.sum())
     return torch.from_numpy(indices[:found]), torch.from_numpy(values[:found]), good
-
-
-def warm_up() -> None:
-    """Compile for what `select_` is called with."""
-    import torch
-
-    one = np.zeros(1, dtype=np.int64)
-    blocks = Blocks(one, one, one + 8, one, one)
-    for residual in (torch.zeros(8), None):
-        select_(torch.ones(8), residual, blocks, one + 2)

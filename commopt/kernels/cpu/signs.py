@@ -1,49 +1,25 @@
 """The kernels on a CPU: numba, one block at a time, so that sum and pack share the cache; the GIL is released.
 
 Sum and pack are two functions on one block of at most 2,048 elements: as one loop nest LLVM vectorises neither.
-nnan and ninf are left out of the fast-math flags: with them the test for finiteness would be deleted.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from commopt.kernels.cpu.compiled import F32, U8, fast
 from commopt.wire.bucket import Blocks, Int64Array
 
-F32 = NDArray[np.float32]
-U8 = NDArray[np.uint8]
-_F = TypeVar("_F", bound=Callable[..., Any])
 _SLICE = 2048
 _LARGEST = np.float32(np.finfo(np.float32).max)
-_FLAGS = {"reassoc", "contract", "arcp", "nsz"}
-_log = logging.getLogger(__name__)
 
 
-def _compiled(function: _F) -> _F:
-    """njit with a cache on disk where there is a writable place for one."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": _FLAGS, "boundscheck": False, "error_model": "numpy"}
-    try:
-        return numba.njit(function, cache=True, **options)  # type: ignore[no-any-return]
-    except RuntimeError as error:  # numba's word for: neither the package's folder nor a home is writable
-        if not os.environ.get("COMMOPT_QUIET_CACHE"):
-            _log.warning(
-                "kernels are compiled anew in every process (%s); set NUMBA_CACHE_DIR to a writable folder", error
-            )
-            os.environ["COMMOPT_QUIET_CACHE"] = "1"
-        return numba.njit(function, **options)  # type: ignore[no-any-return]
-
-
-@_compiled
+@fast
 def _sum_abs(x: F32, e: F32) -> Any:
     total = np.float32(0.0)
     for i in range(x.size):
@@ -51,7 +27,7 @@ def _sum_abs(x: F32, e: F32) -> Any:
     return total
 
 
-@_compiled
+@fast
 def _sum_squares(x: F32, e: F32) -> Any:
     total = np.float32(0.0)
     for i in range(x.size):
@@ -60,7 +36,7 @@ def _sum_squares(x: F32, e: F32) -> Any:
     return total
 
 
-@_compiled
+@fast
 def _residual(x: F32, e: F32, scale: np.float32, positive: U8) -> None:
     for i in range(x.size):
         c = x[i] + e[i]
@@ -69,13 +45,13 @@ def _residual(x: F32, e: F32, scale: np.float32, positive: U8) -> None:
         positive[i] = np.uint8(is_positive)
 
 
-@_compiled
+@fast
 def _signs(x: F32, e: F32, positive: U8) -> None:
     for i in range(x.size):
         positive[i] = np.uint8(x[i] + e[i] >= np.float32(0.0))
 
 
-@_compiled
+@fast
 def _gather_bits(positive: U8, bits: U8) -> None:
     words = positive.view(np.uint64)
     for j in range(
@@ -84,7 +60,7 @@ def _gather_bits(positive: U8, bits: U8) -> None:
         bits[j] = np.uint8((words[j] * np.uint64(0x8040201008040201)) >> np.uint64(56))
 
 
-@_compiled
+@fast
 def _block_sum(x: F32, e: F32, squared: bool) -> float:
     total = 0.0
     for a in range(0, x.size, _SLICE):
@@ -93,7 +69,7 @@ def _block_sum(x: F32, e: F32, squared: bool) -> float:
     return total
 
 
-@_compiled
+@fast
 def _pack_block(x: F32, e: F32, scale: np.float32, bits: U8, positive: U8) -> None:
     keep = abs(scale) <= _LARGEST
     for a in range(0, x.size, _SLICE):
@@ -108,7 +84,7 @@ def _pack_block(x: F32, e: F32, scale: np.float32, bits: U8, positive: U8) -> No
         _gather_bits(positive[: 8 * n_bytes], bits[a // 8 : a // 8 + n_bytes])
 
 
-@_compiled
+@fast
 def _compress(
     x: F32,
     e: F32,
@@ -119,12 +95,16 @@ def _compress(
     scales: F32,
     bits: U8,
     squared: bool,
+    is_given: bool,
 ) -> None:
     positive = np.empty(_SLICE, np.uint8)
     for b in range(lengths.size):
         n = lengths[b]
         part_x, part_e = x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n]
         part_bits = bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8]
+        if is_given:
+            _pack_block(part_x, part_e, scales[b], part_bits, positive)
+            continue
         is_usual = n == _SLICE and not squared  # such a block is not sliced again
         total = float(_sum_abs(part_x, part_e)) if is_usual else _block_sum(part_x, part_e, squared)
         mean = total / n
@@ -138,7 +118,7 @@ def _compress(
             _pack_block(part_x, part_e, scale, part_bits, positive)
 
 
-@_compiled
+@fast
 def _sums(
     x: F32, e: F32, starts: Int64Array, homes: Int64Array, lengths: Int64Array, squared: bool, out: NDArray[np.float64]
 ) -> None:
@@ -147,28 +127,10 @@ def _sums(
         out[b] = _block_sum(x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n], squared)
 
 
-@_compiled
-def _pack(
-    x: F32,
-    e: F32,
-    starts: Int64Array,
-    homes: Int64Array,
-    lengths: Int64Array,
-    byte_starts: Int64Array,
-    scales: F32,
-    bits: U8,
-) -> None:
-    positive = np.empty(_SLICE, np.uint8)
-    for b in range(lengths.size):
-        n = lengths[b]
-        part_bits = bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8]
-        _pack_block(x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n], scales[b], part_bits, positive)
-
-
 _SIGN_OF_BIT = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), 1.0, -1.0).astype(np.float32)
 
 
-@_compiled
+@fast
 def _unpack_add(bits: U8, scale: np.float32, out: F32, table: F32) -> None:
     for j in range(out.size // 8):
         signs, octet = table[bits[j]], out[8 * j : 8 * j + 8]
@@ -176,7 +138,7 @@ def _unpack_add(bits: U8, scale: np.float32, out: F32, table: F32) -> None:
             octet[k] += scale * signs[k]
 
 
-@_compiled
+@fast
 def _unpack_set(bits: U8, scale: np.float32, out: F32, table: F32) -> None:
     for j in range(out.size // 8):
         signs, octet = table[bits[j]], out[8 * j : 8 * j + 8]
@@ -184,7 +146,7 @@ def _unpack_set(bits: U8, scale: np.float32, out: F32, table: F32) -> None:
             octet[k] = scale * signs[k]
 
 
-@_compiled
+@fast
 def _unpack(
     bits: U8,
     scales: F32,
@@ -220,33 +182,34 @@ def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: b
 
 def pack_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor) -> None:
     """Write the sign bits of c = x + residual (1 for c >= 0), and residual <- c - scale * sign where the scale is finite."""
-    e, homes = residual_arrays(residual, blocks)
-    _pack(x.numpy(), e, blocks.starts, homes, blocks.lengths, blocks.byte_starts, scales.numpy(), bits.numpy())
+    _run(x, residual, blocks, scales, bits, is_given=True)
 
 
 def compress_signs_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool
 ) -> None:
     """Scale, bits and new residual of blocks that each have a scale of their own; a non-finite block gets scale NaN."""
-    e, homes = residual_arrays(residual, blocks)
-    _compress(
-        x.numpy(), e, blocks.starts, homes, blocks.lengths, blocks.byte_starts, scales.numpy(), bits.numpy(), squared
-    )
+    _run(x, residual, blocks, scales, bits, squared=squared)
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
     """out <- alpha * scale * sign, or out <- out + alpha * scale * sign, at the blocks' starts."""
-    _unpack(
-        bits.numpy(),
-        scales.numpy(),
-        blocks.starts,
-        blocks.lengths,
-        blocks.byte_starts,
-        out.numpy(),
-        np.float32(alpha),
-        add,
-        _SIGN_OF_BIT,
-    )
+    own = (blocks.starts, blocks.lengths, blocks.byte_starts)
+    _unpack(bits.numpy(), scales.numpy(), *own, out.numpy(), np.float32(alpha), add, _SIGN_OF_BIT)
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Blocks,
+    scales: Tensor,
+    bits: Tensor,
+    squared: bool = False,
+    is_given: bool = False,
+) -> None:
+    e, homes = residual_arrays(residual, blocks)
+    own = (blocks.starts, homes, blocks.lengths, blocks.byte_starts)
+    _compress(x.numpy(), e, *own, scales.numpy(), bits.numpy(), squared, is_given)
 
 
 def residual_arrays(residual: Tensor | None, blocks: Blocks) -> tuple[F32, Int64Array]:
@@ -255,15 +218,3 @@ def residual_arrays(residual: Tensor | None, blocks: Blocks) -> tuple[F32, Int64
         return residual.numpy(), blocks.homes
     ends = np.cumsum(blocks.lengths)
     return np.zeros(blocks.elements, np.float32), ends - blocks.lengths
-
-
-def warm_up() -> None:
-    """Compile each kernel of this file."""
-    one = np.zeros(1, dtype=np.int64)
-    blocks = Blocks(one, one, one + 8, one, one)
-    x, residual = torch.ones(8), torch.zeros(8)
-    scales, bits = torch.ones(1), torch.zeros(1, dtype=torch.uint8)
-    block_sums(x, residual, blocks, squared=True)
-    compress_signs_(x, residual, blocks, scales, bits, squared=False)
-    pack_signs_(x, residual, blocks, scales, bits)
-    unpack_signs_(bits, scales, blocks, x, alpha=1.0, add=True)

@@ -12,17 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt.kernels.cpu.signs import F32, U8, _compiled
+from commopt.kernels.cpu.compiled import F32, I32, U8, Bool, fast
 from commopt.wire.bucket import Blocks, Int64Array, UInt64Array
 
-I32 = NDArray[np.int32]
 _ALL_BUT_SIGN, _INFINITE = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # (256,) u64: the eight bits of a byte as eight bytes of 0 or 1, the most significant bit first
 _OCTETS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).copy().view(np.uint64).reshape(-1)
 
 
-@_compiled
+@fast
 def _largest(x: I32) -> Any:
     largest = np.int32(0)
     for i in range(x.size):
@@ -30,7 +29,7 @@ def _largest(x: I32) -> Any:
     return largest
 
 
-@_compiled
+@fast
 def _smallest(x: I32) -> Any:
     smallest = _ALL_BUT_SIGN
     for i in range(x.size):
@@ -38,25 +37,25 @@ def _smallest(x: I32) -> Any:
     return smallest
 
 
-@_compiled
+@fast
 def _note_positive(x: I32, noted: U8) -> None:
     for i in range(x.size):
         noted[i] = np.uint8(x[i] > np.int32(0))
 
 
-@_compiled
+@fast
 def _note_zeros(x: I32, noted: U8) -> None:
     for i in range(x.size):
         noted[i] = np.uint8((x[i] & _ALL_BUT_SIGN) == np.int32(0))
 
 
-@_compiled
-def _byte_of(octets: NDArray[np.uint64], j: int) -> Any:
+@fast
+def _byte_of(octets: UInt64Array, j: int) -> Any:
     # eight bytes of 0 or 1 become the top byte of the product, the first one its highest bit
     return np.uint8((octets[j] * np.uint64(0x8040201008040201)) >> np.uint64(56))
 
 
-@_compiled
+@fast
 def _coin_word(key: np.uint64, j: int) -> Any:
     z = key + np.uint64(j + 1) * _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * _FIRST
@@ -64,7 +63,7 @@ def _coin_word(key: np.uint64, j: int) -> Any:
     return z ^ (z >> np.uint64(31))
 
 
-@_compiled
+@fast
 def _pack(
     x: I32,
     starts: Int64Array,
@@ -74,7 +73,7 @@ def _pack(
     flips: U8,
     bits: U8,
     noted: U8,
-    is_bad: NDArray[np.bool_],
+    is_bad: Bool,
 ) -> None:
     octets = noted.view(np.uint64)
     for b in range(lengths.size):
@@ -97,7 +96,7 @@ def _pack(
         is_bad[b] = _largest(part) >= _INFINITE
 
 
-@_compiled
+@fast
 def _unpack(
     planes: U8,
     width: int,
@@ -106,8 +105,8 @@ def _unpack(
     byte_starts: Int64Array,
     values: F32,
     out: F32,
-    octets: NDArray[np.uint64],
-    counts: NDArray[np.uint64],
+    octets: UInt64Array,
+    counts: UInt64Array,
 ) -> None:
     row_bytes = planes.size // width
     each = counts.view(np.uint8)
@@ -151,12 +150,3 @@ def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, o
 def _padded(blocks: Blocks) -> int:
     """Elements of the longest block, in whole bytes of bits."""
     return int(blocks.lengths.max(initial=0) + 7) // 8 * 8
-
-
-def warm_up() -> None:
-    """Compile both kernels."""
-    one = np.zeros(1, dtype=np.int64)
-    blocks = Blocks(one, one, one + 8, one, one, np.zeros(1, dtype=np.uint64))
-    bits, x = torch.zeros(1, dtype=torch.uint8), torch.zeros(8)
-    pack_votes_(x, blocks, np.zeros(1, dtype=np.uint8), bits)
-    unpack_counts_(bits, 1, blocks, torch.zeros(2), x)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from commopt.kernels.reference.runs import bits_of_bytes, bytes_of_bits
 from commopt.wire.bucket import Int64Array
 
 
@@ -55,14 +56,14 @@ def encode_(
         ones.append((entries.start + entries.i * entries.width + j)[is_one & entries.coded])
     bits = torch.zeros(8 * out.numel(), dtype=torch.uint8, device=out.device)
     bits[torch.cat(ones)] = 1
-    out.copy_((bits.view(-1, 8) << _eight(out.device)).sum(1, dtype=torch.uint8))
+    out.copy_(bytes_of_bits(bits, first_is_lowest=True))
     return True
 
 
 def decode(code: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array) -> Tensor | None:
     """(sum of ks,) i64: the indices of all blocks; None where some block is not the code of any."""
     entries = _Entries.of(ns, ks, widths, sizes, code.device)
-    bits = (code.view(-1, 1) >> _eight(code.device) & 1).view(-1)
+    bits = bits_of_bytes(code, first_is_lowest=True)
     block_of_byte = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(code.device)
     high_starts = torch.from_numpy(8 * (np.cumsum(sizes) - sizes) + ks * widths).to(code.device)
 
@@ -81,7 +82,3 @@ def decode(code: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, siz
         rest[has_bit] |= bits[place].long() << j
     x = rest + entries.i
     return x if entries.are_valid(x) else None
-
-
-def _eight(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)

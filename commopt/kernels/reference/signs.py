@@ -4,49 +4,51 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.wire.bucket import Blocks, Int64Array
+from commopt.kernels.reference.runs import (
+    bits_of_bytes,
+    bytes_of_bits,
+    corrected,
+    element_indices,
+    keep_rest_,
+    put_,
+    run_of_element,
+)
+from commopt.wire.bucket import Blocks
 
-_BIT = (128, 64, 32, 16, 8, 4, 2, 1)  # the first element is the most significant bit, as in numpy.packbits
+
+def packed(flags: Tensor, blocks: Blocks, n_bytes: int) -> Tensor:
+    """(n_bytes,) u8: a bit for each element, every block padded with zeros to whole bytes."""
+    bits = torch.zeros(n_bytes * 8, dtype=torch.uint8, device=flags.device)
+    bits[_bit_places(blocks, flags.device)] = flags.to(torch.uint8)
+    return bytes_of_bits(bits)
 
 
-def _runs(starts: Int64Array, lengths: Int64Array, device: torch.device) -> Tensor:
-    """(sum of lengths,) the indices of all elements of the blocks."""
-    ends = np.cumsum(lengths)
-    indices = np.arange(int(lengths.sum())) - np.repeat(ends - lengths, lengths) + np.repeat(starts, lengths)
-    return torch.from_numpy(indices).to(device)
+def unpacked(code: Tensor, blocks: Blocks) -> Tensor:
+    """(elements,) bool: the bits that `packed` was given."""
+    return bits_of_bytes(code)[_bit_places(blocks, code.device)].bool()
 
 
 def _bit_places(blocks: Blocks, device: torch.device) -> Tensor:
-    return _runs(blocks.byte_starts * 8, blocks.lengths, device)
-
-
-def _per_block(blocks: Blocks, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.repeat(np.arange(len(blocks)), blocks.lengths)).to(device)
+    return element_indices(blocks.byte_starts * 8, blocks.lengths, device)
 
 
 def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: bool) -> Tensor:
     """(B,) f64: sum of |c| or of c squared per block, with c = x + residual."""
-    c = _corrected(x, residual, blocks).double()
+    c = corrected(x, residual, blocks).double()
     sums = torch.zeros(len(blocks), dtype=torch.float64, device=x.device)
-    return sums.index_add_(0, _per_block(blocks, x.device), c * c if squared else c.abs())
+    return sums.index_add_(0, run_of_element(blocks.lengths, x.device), c * c if squared else c.abs())
 
 
 def pack_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor) -> None:
     """Write the sign bits of c = x + residual (1 for c >= 0), and residual <- c - scale * sign where the scale is finite."""
-    c = _corrected(x, residual, blocks)
-    unpacked = torch.zeros(bits.numel() * 8, dtype=torch.uint8, device=x.device)
-    unpacked[_bit_places(blocks, x.device)] = (c >= 0).to(torch.uint8)
-    weights = torch.tensor(_BIT, dtype=torch.uint8, device=x.device)
-    bits.copy_((unpacked.view(-1, 8) * weights).sum(1, dtype=torch.uint8))
+    c = corrected(x, residual, blocks)
+    bits.copy_(packed(c >= 0, blocks, bits.numel()))
     if residual is not None:
-        scale = scales[_per_block(blocks, x.device)]
-        left = c - torch.where(c >= 0, scale, -scale)
-        homes = _runs(blocks.homes, blocks.lengths, x.device)
-        residual[homes] = torch.where(scale.isfinite(), left, residual[homes])
+        scale = scales[run_of_element(blocks.lengths, x.device)]
+        keep_rest_(residual, c - torch.where(c >= 0, scale, -scale), scales.isfinite(), blocks)
 
 
 def compress_signs_(
@@ -62,14 +64,5 @@ def compress_signs_(
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
     """out <- alpha * scale * sign, or out <- out + alpha * scale * sign, at the blocks' starts."""
-    weights = torch.tensor(_BIT, dtype=torch.uint8, device=bits.device)
-    unpacked = (bits.view(-1, 1) & weights).ne(0).view(-1)[_bit_places(blocks, bits.device)]
-    scale = (scales * alpha)[_per_block(blocks, bits.device)]
-    values = torch.where(unpacked, scale, -scale)
-    places = _runs(blocks.starts, blocks.lengths, bits.device)
-    out[places] = out[places] + values if add else values
-
-
-def _corrected(x: Tensor, residual: Tensor | None, blocks: Blocks) -> Tensor:
-    c = x[_runs(blocks.starts, blocks.lengths, x.device)]
-    return c if residual is None else c + residual[_runs(blocks.homes, blocks.lengths, x.device)]
+    scale = (scales * alpha)[run_of_element(blocks.lengths, bits.device)]
+    put_(torch.where(unpacked(bits, blocks), scale, -scale), blocks, out, add)

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt.kernels.reference.signs import _BIT, _bit_places, _per_block, _runs
+from commopt.kernels.reference.runs import bad_runs, corrected, put_
+from commopt.kernels.reference.signs import packed, unpacked
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks
 
@@ -19,11 +20,10 @@ def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tenso
 
     Returns (B,) bool: which blocks hold a NaN or an inf. blocks: with keys; flips: (B,) u8, 0 or 255; bits: (sign_bytes,) u8.
     """
-    values = x[_runs(blocks.starts, blocks.lengths, x.device)]
-    zeros = _packed(values.eq(0), blocks, bits.numel())
-    bits.copy_(_packed(values > 0, blocks, bits.numel()) | zeros & coin_bits(blocks, flips, x.device))
-    is_bad = torch.zeros(len(blocks), dtype=torch.int32, device=x.device)
-    return is_bad.index_add_(0, _per_block(blocks, x.device), (~values.isfinite()).int()).ne(0)
+    values = corrected(x, None, blocks)
+    zeros = packed(values.eq(0), blocks, bits.numel())
+    bits.copy_(packed(values > 0, blocks, bits.numel()) | zeros & coin_bits(blocks, flips, x.device))
+    return bad_runs(values, blocks.lengths)
 
 
 def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, out: Tensor) -> None:
@@ -31,11 +31,9 @@ def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, o
 
     planes: (width * sign_bytes,) u8, width at most 8; values: (2^width,) f32.
     """
-    weights = torch.tensor(_BIT, dtype=torch.uint8, device=planes.device)
-    unpacked = (planes.view(width, -1, 1) & weights).ne(0).view(width, -1)[:, _bit_places(blocks, planes.device)]
-    place_values = 2 ** torch.arange(width, device=planes.device)
-    counts = (unpacked * place_values.view(-1, 1)).sum(0)
-    out[_runs(blocks.starts, blocks.lengths, out.device)] = values[counts]
+    rows = planes.view(width, -1)
+    counts = torch.stack([unpacked(row, blocks).long() << k for k, row in enumerate(rows)]).sum(0)
+    put_(values[counts], blocks, out, add=False)
 
 
 def coin_bits(blocks: Blocks, flips: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -69,10 +67,3 @@ def count_votes(rows: Sequence[Tensor], width: int, start: int = 0) -> list[Tens
             plane ^= carry
             carry, spare = spare, carry
     return planes
-
-
-def _packed(flags: Tensor, blocks: Blocks, n_bytes: int) -> Tensor:
-    unpacked = torch.zeros(n_bytes * 8, dtype=torch.uint8, device=flags.device)
-    unpacked[_bit_places(blocks, flags.device)] = flags.to(torch.uint8)
-    weights = torch.tensor(_BIT, dtype=torch.uint8, device=flags.device)
-    return (unpacked.view(-1, 8) * weights).sum(1, dtype=torch.uint8)

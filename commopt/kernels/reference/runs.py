@@ -1,0 +1,60 @@
+"""Runs of elements in plain torch: where they lie, what is put into them, and bits to bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commopt.wire.bucket import Blocks, Int64Array
+
+
+def element_indices(starts: Int64Array, lengths: Int64Array, device: torch.device) -> Tensor:
+    """(sum of lengths,) i64: the indices of all elements of some runs, in order."""
+    ends = np.cumsum(lengths)
+    return torch.from_numpy(np.arange(int(lengths.sum())) + np.repeat(starts - ends + lengths, lengths)).to(device)
+
+
+def run_of_element(lengths: Int64Array, device: torch.device) -> Tensor:
+    """(sum of lengths,) i64: which run each element of some runs is in."""
+    return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
+
+
+def corrected(x: Tensor, residual: Tensor | None, blocks: Blocks) -> Tensor:
+    """(elements,) f32: c = x + residual of all blocks, end to end."""
+    c = x[element_indices(blocks.starts, blocks.lengths, x.device)]
+    return c if residual is None else c + residual[element_indices(blocks.homes, blocks.lengths, x.device)]
+
+
+def put_(values: Tensor, blocks: Blocks, out: Tensor, add: bool) -> None:
+    """out <- values, or out <- out + values, at the blocks' starts."""
+    places = element_indices(blocks.starts, blocks.lengths, out.device)
+    out[places] = out[places] + values if add else values
+
+
+def keep_rest_(residual: Tensor, left: Tensor, good: Tensor, blocks: Blocks) -> None:
+    """residual <- left in the good blocks; left: (elements,) f32, good: (B,) bool."""
+    is_good = good[run_of_element(blocks.lengths, residual.device)]
+    homes = element_indices(blocks.homes, blocks.lengths, residual.device)
+    residual[homes] = torch.where(is_good, left, residual[homes])
+
+
+def bad_runs(values: Tensor, lengths: Int64Array) -> Tensor:
+    """(B,) bool: which runs of (sum of lengths,) values hold a NaN or an inf."""
+    bad = torch.zeros(len(lengths), dtype=torch.int64, device=values.device)
+    return bad.index_add_(0, run_of_element(lengths, values.device), (~values.isfinite()).long()).ne(0)
+
+
+def bytes_of_bits(bits: Tensor, *, first_is_lowest: bool = False) -> Tensor:
+    """(n / 8,) u8 of (n,) bits of 0 or 1; the first of eight is the most significant, as in numpy.packbits."""
+    return (bits.view(-1, 8).to(torch.uint8) << _shifts(bits.device, first_is_lowest)).sum(1, dtype=torch.uint8)
+
+
+def bits_of_bytes(code: Tensor, *, first_is_lowest: bool = False) -> Tensor:
+    """(8 n,) u8 of 0 or 1: what `bytes_of_bits` was given."""
+    return (code.view(-1, 1) >> _shifts(code.device, first_is_lowest) & 1).view(-1)
+
+
+def _shifts(device: torch.device, first_is_lowest: bool) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=device)
+    return shifts if first_is_lowest else 7 - shifts

@@ -1,0 +1,136 @@
+"""The optimizer that steps for an update method: the groups, schedules and state_dict of the one whose place it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rig import loss_of, make_batch, make_model
+from torch import nn
+from torch.optim import lr_scheduler
+
+from commopt import Run, attach, build
+from commopt.errors import AttachError
+from commopt.groups import LocalGroup
+
+ONEBIT = {"name": "onebit_adam", "freeze_step": 2}
+STEPS = 6
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    first, *rest = model.parameters()
+    return torch.optim.Adam([{"params": [first], "lr": 0.02}, {"params": rest}], lr=0.01)
+
+
+def started(make: Callable[[nn.Module], torch.optim.Optimizer] = adam) -> tuple[nn.Module, torch.optim.Optimizer, Run]:
+    model = make_model()
+    optimizer = make(model)
+    return model, optimizer, attach(model, ONEBIT, optimizer, group=LocalGroup())
+
+
+def train(model: nn.Module, optimizer: Any, steps: int, schedule: Any = None) -> list[float]:
+    """The first group's rate before each step."""
+    rates = []
+    for step in range(steps):
+        x, y = make_batch(0, step)
+        loss_of(model(x), y).backward()
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        optimizer.zero_grad()
+    return rates
+
+
+def test_its_groups_are_those_of_the_optimizer() -> None:
+    _, optimizer, run = started()
+    assert run.optimizer.param_groups is optimizer.param_groups
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert run.optimizer.param_groups[0]["lr"] == 0.5
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.5, 0.01]
+
+
+def a_lambda(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=STEPS + 1)  # which moves betas, too
+
+
+def a_sequence(optimizer: torch.optim.Optimizer) -> Any:
+    parts = [lr_scheduler.ConstantLR(optimizer, 0.5, 2), lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)]
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
+
+
+@pytest.mark.parametrize("when", ["before", "after", "after, of run.optimizer"])
+@pytest.mark.parametrize("make_schedule", [a_lambda, one_cycle, a_sequence])
+def test_a_schedule_works_whenever_it_was_made(make_schedule: Callable[[Any], Any], when: str) -> None:
+    model, other = make_model(), make_model()
+    optimizer = adam(model)
+    schedule = make_schedule(optimizer) if when == "before" else None
+    run = attach(model, ONEBIT, optimizer, group=LocalGroup())
+    if schedule is None:
+        schedule = make_schedule(optimizer if when == "after" else run.optimizer)
+    alone = adam(other)
+    expected = train(other, alone, STEPS, make_schedule(alone))
+    assert train(model, run.optimizer, STEPS, schedule) == expected  # and no warning of a step that was not made
+    assert len(set(expected)) > 2
+
+
+def test_a_state_dict_brings_state_and_settings_back() -> None:
+    model, _, run = started()
+    train(model, run.optimizer, 3)
+    run.optimizer.param_groups[1]["lr"] = 0.003
+    saved, weights = run.optimizer.state_dict(), model.state_dict()
+    other, optimizer, twin = started()
+    twin.optimizer.load_state_dict(saved)
+    other.load_state_dict(weights)
+    assert optimizer.param_groups[1]["lr"] == 0.003
+    train(model, run.optimizer, 3)
+    train(other, twin.optimizer, 3)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_state_dict_of_another_optimizer_is_refused() -> None:
+    model, _, run = started()
+    alone = adam(model)
+    train(model, alone, 1)
+    with pytest.raises(ValueError, match="no state of onebit_adam"):
+        run.optimizer.load_state_dict(alone.state_dict())
+    *_, other = started(lambda model: torch.optim.Adam([{"params": [p]} for p in model.parameters()]))
+    with pytest.raises(ValueError, match="parameter group that doesn't match"):
+        run.optimizer.load_state_dict(other.optimizer.state_dict())
+
+
+def test_the_optimizer_refuses_to_step_and_to_load_until_close() -> None:
+    model, optimizer, run = started()
+    saved = optimizer.state_dict()
+    with pytest.raises(AttachError, match=r"onebit_adam has taken the place of this Adam: step run\.optimizer"):
+        optimizer.step()
+    with pytest.raises(AttachError, match=r"onebit_adam has taken the place of this Adam: load into run\.optimizer"):
+        optimizer.load_state_dict(saved)
+    run.close()
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, 1)
+    with pytest.raises(AttachError, match=r"step\(\) after close\(\)"):
+        run.optimizer.step()
+
+
+def test_an_optimizer_of_another_kind_is_told_first() -> None:
+    model = make_model()
+    adagrad = torch.optim.Adagrad(model.parameters())
+    assert adagrad.state  # before any step
+    with pytest.raises(AttachError, match="onebit_adam stands in for Adam or AdamW, not for Adagrad"):
+        attach(model, "onebit_adam", adagrad, group=LocalGroup())
+
+
+def test_dgc_claims_no_momentum_that_is_not_there() -> None:
+    params = list(make_model().parameters())
+    with pytest.raises(AttachError, match=r"not Adafactor"):
+        build("dgc").check_optimizer(torch.optim.Adafactor(params))
+    with pytest.raises(AttachError, match=r"not SGD with one"):
+        build("dgc").check_optimizer(torch.optim.SGD(params, lr=0.1, momentum=0.9))
