@@ -146,6 +146,21 @@ def test_a_node_that_ignores_sigterm_is_killed(write: Write, mark: str) -> None:
     wait_until(lambda: not processes(mark), "the end of every process", timeout_s=5)
 
 
+def test_the_cause_is_named_where_its_agent_reports_after_that_of_a_rank_that_follows(write: Write, mark: str) -> None:
+    """As agents do on a busy machine, here in the words of torchrun."""
+    report = "E1122 01:31:37.886000 57 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) "
+    report += "local_rank: 0 (pid: 60) of binary: python"
+    says = "print('[rank%d]: Traceback (most recent call last):\\n[rank%d]: %s\\n%s', flush=True)"
+    follows = says % (0, 0, "RuntimeError: Connection closed by peer", report)
+    cause = says % (1, 1, "ValueError: the data is gone", report)
+    commands = [
+        [sys.executable, "-c", f"{follows}; exit(1)", mark],
+        [sys.executable, "-c", f"import time; time.sleep(3); {cause}; exit(1)", mark],
+    ]
+    process, _ = drive(write("nodes: 2"), "none", mark, commands)
+    assert result(process)["failure"] == "rank 1 (node1) failed: ValueError: the data is gone"
+
+
 def test_a_rank_that_lost_its_agent_is_ended(write: Write, mark: str) -> None:
     orphan = f"sleep 300 {mark} || {sys.executable} -c 'import time; time.sleep(300)' {mark} & sleep 0.5; kill -9 $$"
     process, _ = drive(write("nodes: 1"), "none", mark, [["sh", "-c", orphan]])
