@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launchers import HERE, finish, processes, start, wait_until
+from launchers import HERE, LIMIT_S, finish, processes, start, wait_until
 
 from commopt.cli import app as cli
 from commopt.cli.training import check_methods, check_outputs, chosen_methods
@@ -33,7 +33,12 @@ def write(folder: Path, *, methods: str, arguments: str = SMALL, program: str = 
 
 def commopt(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "commopt", *words], cwd=folder, capture_output=True, text=True, timeout=110, check=False
+        [sys.executable, "-m", "commopt", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
     )
 
 
@@ -250,7 +255,7 @@ def test_ctrl_c_keeps_the_methods_that_finished(tmp_path: Path, mark: str) -> No
         str(tmp_path / "copy.json"),
     ]
     process = start(["-m", "commopt", *words], tmp_path)
-    wait_until((tmp_path / mark).exists, "the second method", timeout_s=100)
+    wait_until((tmp_path / mark).exists, "the second method")
     process.send_signal(signal.SIGINT)
     code, output, errors = finish(process)
     assert code == 130
