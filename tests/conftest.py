@@ -21,6 +21,9 @@ from commopt.cluster.emulate import unshare_words
 from commopt.errors import EmulationError
 
 WAITING = "tests/cluster/"  # mostly waits for what it started; one after another, beside all others
+WITH_TORCHRUN = tuple(
+    f"{WAITING}test_{name}" for name in ("compare", "elastic", "launch", "outer")
+)  # as long as the rest
 SINGLE = "tests/test_testing.py"  # long, and shares nothing between its tests
 PAGES = "tests/docs/test_pages.py"  # the same
 OVER_MPI = ("tests/groups/test_mpi.py", "tests/groups/test_contract.py")  # share the ranks that mpiexec starts
@@ -39,13 +42,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --dist loadfile: the emulated machines in one worker, from the start, and files in the others."""
+    """With --dist loadfile: the emulated machines in two workers, from the start, and files in the others."""
     from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(WAITING):
-                return WAITING
+                return f"{WAITING} with torchrun" if nodeid.startswith(WITH_TORCHRUN) else WAITING
             if nodeid.startswith(OVER_MPI):
                 return OVER_MPI[0]
             return nodeid if nodeid.startswith((SINGLE, PAGES)) else str(super()._split_scope(nodeid))
