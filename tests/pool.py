@@ -37,7 +37,7 @@ class Pool:
     def __init__(self) -> None:
         self._ranks: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
-    def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 100.0) -> list[Any]:
         assert n in SIZES
         if not self._ranks:
             self._start()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 LIMIT_S = 200.0  # for what takes seconds on a machine that does nothing else
 HERE = Path(__file__).parent
@@ -59,12 +60,12 @@ def end_all() -> None:
                 process.kill()
 
 
-def errors_until(process: subprocess.Popen[str], text: str) -> str:
-    """What a launcher writes to its errors, up to some text; `finish` returns the rest."""
-    assert process.stderr is not None
+def read_until(stream: IO[str] | None, text: str) -> str:
+    """What a launcher writes to its output or errors, up to some text; `finish` returns the rest."""
+    assert stream is not None
     found = b""
     while text.encode() not in found:
-        data = os.read(process.stderr.fileno(), 1 << 16)
+        data = os.read(stream.fileno(), 1 << 16)
         assert data, f"{text!r} was never written: {found.decode()}"
         found += data
     return found.decode()

@@ -25,6 +25,7 @@ from commopt.errors import ConfigError, GroupError, MissingExtra
 from commopt.groups import SimWorld
 from commopt.wire.payload import Payload
 
+pytestmark = pytest.mark.timeout(400)  # mpiexec's ranks import torch each, on a machine that may be busy
 ROOT = Path(__file__).parent.parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 
@@ -96,7 +97,7 @@ def mpirun(n: int, *words: str) -> subprocess.CompletedProcess[str]:
         pytest.skip(why)
     command = [str(mpi_pool.mpiexec()), "-n", str(n), sys.executable, *words]
     environment = {key: x for key, x in mpi_pool.environment().items() if key not in ("RANK", "COMMOPT_PEERS")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def fail(folder: str) -> None:
