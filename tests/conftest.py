@@ -21,7 +21,13 @@ from commopt.cluster.emulate import unshare_words
 from commopt.errors import EmulationError
 
 WAITING = "tests/cluster/"  # mostly waits for what it started; one after another, beside all others
+WITH_TORCHRUN = tuple(
+    f"{WAITING}test_{name}" for name in ("compare", "elastic", "launch", "outer")
+)  # as long as the rest
 SINGLE = "tests/test_testing.py"  # long, and shares nothing between its tests
+PAGES = "tests/docs/test_pages.py"  # the same
+OVER_MPI = ("tests/groups/test_mpi.py", "tests/groups/test_contract.py")  # share the ranks that mpiexec starts
+PATIENCE_S = 400  # for tests of many processes, which may have to share the machine
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("commopt", deadline=None, max_examples=60)
@@ -36,14 +42,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --dist loadfile: the emulated machines in one worker, from the start, and files in the others."""
+    """With --dist loadfile: the emulated machines in two workers, from the start, and files in the others."""
     from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(WAITING):
-                return WAITING
-            return nodeid if nodeid.startswith(SINGLE) else str(super()._split_scope(nodeid))
+                return f"{WAITING} with torchrun" if nodeid.startswith(WITH_TORCHRUN) else WAITING
+            if nodeid.startswith(OVER_MPI):
+                return OVER_MPI[0]
+            return nodeid if nodeid.startswith((SINGLE, PAGES)) else str(super()._split_scope(nodeid))
 
     if config.getvalue("dist") != "loadfile":
         return None
@@ -53,7 +61,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith(WAITING))
+    items.sort(key=lambda item: (not item.nodeid.startswith(WAITING), not item.nodeid.startswith(PAGES)))
+    for item in items:
+        if item.nodeid.startswith(WAITING) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(PATIENCE_S))
 
 
 @pytest.fixture(scope="session")
@@ -86,13 +97,14 @@ def namespaces(_namespaces: None) -> None:
 @pytest.fixture
 def mark() -> Iterator[str]:
     """A word for the command line of a test's processes; those that are left at the end are ended."""
-    from launchers import processes  # beside the cluster tests: importable when one of them is collected
+    from launchers import end_all, processes  # beside the cluster tests: importable when one of them is collected
 
     word = f"mark-{uuid.uuid4().hex}"
     yield word
     for pid in processes(word):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    end_all()
 
 
 @pytest.fixture

@@ -1,10 +1,15 @@
-"""Five ranks that are started once: processes with Gloo on loopback, which take functions over pipes."""
+"""Five ranks that are started once: processes with Gloo on loopback, which take functions over pipes.
+
+They are forks of one process that has imported everything, which takes longer than all else.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +20,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from commopt import kernels
 
 SIZES = (1, 2, 3, 5)
 GRACE_S = 5.0  # how long the other ranks may take to end a call in which one rank failed
@@ -30,7 +37,7 @@ class Pool:
     def __init__(self) -> None:
         self._ranks: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
-    def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 100.0) -> list[Any]:
         assert n in SIZES
         if not self._ranks:
             self._start()
@@ -62,11 +69,16 @@ class Pool:
         return [results[rank] for rank in range(n)]
 
     def close(self) -> None:
-        for process, connection in self._ranks:
-            connection.close()
+        for process in {process for process, _ in self._ranks}:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the ranks that are its forks
             process.kill()
-        for process, _ in self._ranks:
             process.wait()
+        for _, connection in self._ranks:
+            with contextlib.suppress(EOFError, OSError):  # a fork has nobody else who waits for its end
+                while connection.poll(GRACE_S):
+                    connection.recv_bytes()
+            connection.close()
         self._ranks = []
 
     def _start(self) -> None:
@@ -74,12 +86,40 @@ class Pool:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        for rank in range(max(SIZES)):
-            ours, theirs = multiprocessing.Pipe()
-            words = [sys.executable, "-c", f"import pool; pool.serve({rank}, {port}, {theirs.fileno()})"]
-            process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        pipes = [multiprocessing.Pipe() for _ in range(max(SIZES))]
+        descriptors = [theirs.fileno() for _, theirs in pipes]
+        words = [sys.executable, "-c", f"import pool; pool.fork_ranks({port}, {descriptors})"]
+        process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True
+        )
+        for ours, theirs in pipes:
             theirs.close()
             self._ranks.append((process, ours))
+
+
+def fork_ranks(port: int, descriptors: list[int]) -> None:
+    """Import what ranks want, become all of them, and end after the last one."""
+    import rig  # noqa: F401
+    import torch
+
+    import commopt.frameworks.ddp
+    import commopt.frameworks.plain  # noqa: F401
+
+    torch.set_num_threads(1)
+    kernels.warm_up()
+    for rank, own in enumerate(descriptors):
+        if os.fork() == 0:
+            for other in descriptors:
+                if other != own:
+                    os.close(other)
+            try:
+                serve(rank, port, own)
+            finally:
+                os._exit(0)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for _ in descriptors:
+        os.wait()
 
 
 _twins: dict[Any, Any] = {}

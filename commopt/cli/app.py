@@ -225,7 +225,7 @@ def report(result: JobResult) -> None:
     for notice in result.notices:
         note(notice)
     if result.failure is not None:
-        if result.failure.message:
+        if result.failure.message and not result.failure.is_told:
             typer.echo(result.failure.message, err=True)
         raise LaunchError(f"{result.failure}; all output is in {result.log_dir}")
     sent = "; sent " + ", ".join(f"{name} {size(count)}" for name, count in result.tx_bytes.items())

@@ -208,7 +208,7 @@ def _train(
         failure = str(job.failure)
         if job.failure.killed_at_step is not None:
             failure += f"; {name} needs every rank, and ends with it"
-        if job.failure.message:
+        if job.failure.message and not job.failure.is_told:
             live.note(job.failure.message)
         live.note(f"all output is in {log_dir}")
     live.end(failure)

@@ -20,7 +20,7 @@ class Failure:
     """What ended a job: the first rank that failed, or an agent (rank None).
 
     exit_code is None where a signal ended it, and signal_name otherwise. message: that rank's last traceback, or "".
-    killed_at_step: where the run's faults killed that node, and all ended with it.
+    killed_at_step: where the run's faults killed that node, and all ended with it. is_told: the user has seen the message.
     """
 
     node: str
@@ -29,6 +29,12 @@ class Failure:
     signal_name: str | None
     message: str = ""
     killed_at_step: int | None = None
+    is_told: bool = False
+
+    @property
+    def follows(self) -> bool:
+        """Whether its message is what a rank says when another one ends."""
+        return bool(_FOLLOWS.search(self.message))
 
     def __str__(self) -> str:
         if self.killed_at_step is not None:
@@ -66,14 +72,17 @@ def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | No
             rank = end.reader.rank_of_local.get(ended.local_rank, rank)
         traceback = _traceback(end, rank if is_one_job else ended.local_rank)
         said_why = ended.exit_code > 0 or ended.exit_code == -signal.SIGABRT  # torch may abort after an exception
-        message = traceback.text if traceback is not None and said_why else ""
-        return _described(end.node, rank, ended.exit_code, message)
+        if traceback is None or not said_why:
+            return _described(end.node, rank, ended.exit_code, "")
+        return _described(end.node, rank, ended.exit_code, traceback.text, is_told=traceback.is_shown)
     bad = [(end.at_s, k) for k, end in enumerate(ends) if end.exit_code and end.at_s is not None]
     if not bad:
         return None
     end = ends[min(bad)[1]]
-    blocks = end.reader.tracebacks
-    return _described(end.node, None, end.exit_code or 0, blocks[-1].text if blocks else end.last_lines)
+    if not end.reader.tracebacks:
+        return _described(end.node, None, end.exit_code or 0, end.last_lines)
+    last = end.reader.tracebacks[-1]
+    return _described(end.node, None, end.exit_code or 0, last.text, is_told=last.is_shown)
 
 
 def _order(end: AgentEnd, ended: Ended) -> tuple[int, float]:
@@ -93,11 +102,11 @@ def _traceback(end: AgentEnd, rank: int) -> Traceback | None:
     return own[-1] if own else None
 
 
-def _described(node: str, rank: int | None, code: int, message: str) -> Failure:
+def _described(node: str, rank: int | None, code: int, message: str, *, is_told: bool = False) -> Failure:
     if code >= 0:
-        return Failure(node, rank, code, None, message)
+        return Failure(node, rank, code, None, message, is_told=is_told)
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return Failure(node, rank, None, name, message)
+    return Failure(node, rank, None, name, message, is_told=is_told)

@@ -22,7 +22,7 @@ _RANK = re.compile(r"^\s*rank\s*: (\d+) \(local_rank: (\d+)\)")
 _OF_RANK = re.compile(r"^\[rank(\d+)\]: ?")
 _TRACEBACK = "Traceback (most recent call last):"
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
-_HELD_S = 2.0
+_HELD_S, _HELD_LAST_S = 2.0, 30.0  # a traceback that its process went on after; one that may be its last words
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _KEPT_BYTES = 1 << 20
 
@@ -38,11 +38,16 @@ class Ended:
 
 @dataclass
 class Traceback:
-    """One traceback; rank is None where the program had no process group yet."""
+    """One traceback; rank is None where the program had no process group yet.
+
+    went_on: its process has printed something since. is_shown: the user has seen it.
+    """
 
     at_s: float
     rank: int | None
     lines: list[str] = field(default_factory=list)
+    went_on: bool = False
+    is_shown: bool = False
 
     @property
     def text(self) -> str:
@@ -55,13 +60,18 @@ class Traceback:
 
 
 class Reader:
-    """Sorts the lines of one agent. Tracebacks are held back for 2 s: a rank that goes on afterwards wanted them shown."""
+    """Sorts the lines of one agent.
+
+    A rank that prints a traceback and goes on wanted it shown, and sees it 2 s later. One whose last words it may be can take long
+    to end on a busy machine, and its agent to say so: that traceback is held back for 30 s, because the end of the job shows it.
+    """
 
     def __init__(self) -> None:
         self.ended: list[Ended] = []
         self.tracebacks: list[Traceback] = []
         self.rank_of_local: dict[int, int] = {}
         self._open: dict[tuple[int, int | None], Traceback] = {}
+        self._rank_of_writer: dict[int, int | None] = {}
         self._is_in_stack = False
         self._rest: dict[int, bytes] = {}
 
@@ -87,9 +97,16 @@ class Reader:
         """Tracebacks that were printed a while ago and ended nothing."""
         if self.ended:
             return []
-        old = [block for block in self.tracebacks if at_s - block.at_s > _HELD_S and not _is_agents(block)]
-        self.tracebacks = [block for block in self.tracebacks if block not in old]
-        self._open = {place: block for place, block in self._open.items() if block not in old}
+        old = [
+            block
+            for block in self.tracebacks
+            if not block.is_shown
+            and at_s - block.at_s > (_HELD_S if block.went_on else _HELD_LAST_S)
+            and not _is_agents(block)
+        ]
+        for block in old:
+            block.is_shown = True
+        self.tracebacks = [block for block in self.tracebacks if not (block.is_shown and block.went_on)]
         return [line for block in old for line in block.lines]
 
     def _is_for_users(self, line: str, at_s: float, writer: int) -> bool:
@@ -103,24 +120,33 @@ class Reader:
         self._is_in_stack = bool(_STORE_CLOSED.match(line) or (self._is_in_stack and _STACK.match(line)))
         if self._is_in_stack or _LOGGED.match(line) or _NOISE.match(line):
             return False
-        return not self._belongs_to_traceback(line, at_s, writer)
+        block = self._traceback_of(line, at_s, writer)
+        return block is None or block.is_shown
 
-    def _belongs_to_traceback(self, line: str, at_s: float, writer: int) -> bool:
+    def _traceback_of(self, line: str, at_s: float, writer: int) -> Traceback | None:
+        """The traceback that a line belongs to, which has it from now on."""
         match = _OF_RANK.match(line)
         rank = int(match[1]) if match else None
+        if match:
+            self._rank_of_writer[writer] = rank
+        elif not line:  # torch puts no rank before the empty lines of its tracebacks
+            rank = self._rank_of_writer.get(writer)
         text = line[match.end() :] if match else line
         place = (writer, rank)
         block = self._open.get(place)
         if text.startswith(_TRACEBACK) and (block is None or not _is_chained(block)):
+            if block is not None:
+                block.went_on = True
             block = self._open[place] = Traceback(at_s, rank)
             self.tracebacks.append(block)
         elif block is None:
-            return False
+            return None
         elif rank is None and block.last_line != _TRACEBACK and not _continues(block, text):
+            block.went_on = True
             del self._open[place]
-            return False
+            return None
         block.lines.append(text)
-        return True
+        return block
 
 
 def _is_chained(block: Traceback) -> bool:

@@ -39,6 +39,7 @@ __all__ = ["Failure", "JobResult", "Tick", "run_job"]
 _TICK_S = 0.2
 _FAULTS_S = 0.05  # how often faults look whether they are due: small models do many steps between two ticks
 _OTHERS_S = 1.5  # for the other nodes to report what they saw, before they are ended
+_CAUSE_S = 15.0  # the same, while all that is known of follows from another's end, which a busy machine reports later
 _LAST_WORDS_S = 0.4  # for the output of an agent that ended to be read
 _GRACE_S = 4.0  # between SIGTERM and SIGKILL
 
@@ -232,7 +233,9 @@ class _Job:
             if failed_s is None and not self._is_independent and any(a.process.returncode for a in self._agents):
                 failed_s = now_s
             if failed_s is not None and now_s - failed_s > _OTHERS_S:
-                return
+                known = self._failure(self._agents)
+                if known is None or not known.follows or now_s - failed_s > _CAUSE_S:
+                    return
             until_s = min(next_tick_s, next_faults_s)
             self._read(timeout_s=0.05 if len(running) < len(self._agents) else max(0.0, until_s - now_s))
             for agent in running:

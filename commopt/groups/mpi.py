@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import stat
 import sys
+import termios
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -190,9 +196,20 @@ def _end_the_job_on_uncaught_errors() -> None:
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            _wait_until_read(stream)
         if not MPI.Is_finalized():
             MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = end
+
+
+def _wait_until_read(stream: Any, limit_s: float = 5.0) -> None:
+    """Return when mpiexec has read all that is in this pipe: it loses what it finds there after it has heard of an abort."""
+    left, end_s = array("i", [1]), time.monotonic() + limit_s
+    with contextlib.suppress(OSError, ValueError):  # ValueError: somebody has put an object without a descriptor there
+        pipe = stream.fileno()
+        while stat.S_ISFIFO(os.fstat(pipe).st_mode) and left[0] and time.monotonic() < end_s:
+            fcntl.ioctl(pipe, termios.FIONREAD, left)
+            time.sleep(0.002)

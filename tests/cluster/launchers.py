@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
+LIMIT_S = 200.0  # for what takes seconds on a machine that does nothing else
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
@@ -32,9 +34,12 @@ def environment(folder: Path) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "TMPDIR": str(folder)}
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
 def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     """Start a Python launcher whose temporary files go to `folder`."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *words],
         env=environment(folder),
         stdin=subprocess.DEVNULL,
@@ -43,9 +48,30 @@ def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str, str]:
+def end_all() -> None:
+    """End the launchers that a test which failed has left, so that the next one does not fail for it."""
+    while _started:
+        with _started.pop() as process:
+            if process.poll() is None:
+                process.kill()
+
+
+def read_until(stream: IO[str] | None, text: str) -> str:
+    """What a launcher writes to its output or errors, up to some text; `finish` returns the rest."""
+    assert stream is not None
+    found = b""
+    while text.encode() not in found:
+        data = os.read(stream.fileno(), 1 << 16)
+        assert data, f"{text!r} was never written: {found.decode()}"
+        found += data
+    return found.decode()
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = LIMIT_S) -> tuple[int, str, str]:
     """Exit code, output and errors of a launcher."""
     try:
         output, errors = process.communicate(timeout=timeout_s)
@@ -56,7 +82,7 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, 
     return process.returncode, output, errors
 
 
-def wait_until(is_true: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+def wait_until(is_true: Callable[[], bool], what: str, timeout_s: float = LIMIT_S) -> None:
     """Poll until something holds; fail with what was waited for."""
     deadline = time.monotonic() + timeout_s
     while not is_true():

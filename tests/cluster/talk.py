@@ -1,4 +1,4 @@
-"""Tiny programs for nodes: `talk.py receive COUNT` and `talk.py send ADDRESS BYTES...`; a sender prints seconds."""
+"""Tiny programs for nodes: `talk.py receive COUNT` and `talk.py send ADDRESS BYTES...`; a sender prints bytes, seconds, start."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def send(address: str, sizes: list[int]) -> None:
             started = time.monotonic()
             connection.sendall(payload)
             connection.recv(1)
-            print(nbytes, time.monotonic() - started, flush=True)
+            print(nbytes, time.monotonic() - started, started, flush=True)
 
 
 if sys.argv[1] == "receive":

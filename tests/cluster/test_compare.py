@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launchers import finish, processes, start, wait_until
+from launchers import HERE, LIMIT_S, finish, processes, start, wait_until
 
 from commopt.cli import app as cli
 from commopt.cli.training import check_methods, check_outputs, chosen_methods
@@ -18,6 +18,7 @@ from commopt.cluster.spec import load_run
 from commopt.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORDING = str(HERE / "recorded_steps.py")
 SMALL = "{steps: 16, layers: 1, heads: 2, width: 64, context: 32, batch: 2, validation-batches: 1}"
 
 
@@ -32,7 +33,12 @@ def write(folder: Path, *, methods: str, arguments: str = SMALL, program: str = 
 
 def commopt(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "commopt", *words], cwd=folder, capture_output=True, text=True, timeout=110, check=False
+        [sys.executable, "-m", "commopt", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
     )
 
 
@@ -134,12 +140,12 @@ def test_a_program_may_take_no_steps(tmp_path: Path) -> None:
     check_methods(run := load_run(write(tmp_path, methods="{onebit_adam: {}}", arguments="{}")), run.methods)
 
 
-def test_a_mistake_ends_the_command_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_mistake_ends_the_command_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path, methods="{dense: {}, onebit_adm: {}}")
-    done = commopt(tmp_path, "compare", str(run), "--emulate", "none")
-    assert done.returncode == 2
-    assert done.stderr.startswith("commopt: run.yaml: methods.onebit_adm: unknown method")
-    assert "Traceback" not in done.stderr
+    code, output, errors = commopt_here(tmp_path, capsys, "compare", str(run), "--emulate", "none")
+    assert code == 2
+    assert errors.startswith("commopt: run.yaml: methods.onebit_adm: unknown method")
+    assert "Traceback" not in output + errors
     assert not (tmp_path / "out").exists()
 
 
@@ -227,12 +233,10 @@ def test_an_option_without_effect_is_a_mistake(
 
 
 def program_with(folder: Path, line: str) -> str:
-    """The training program, with one line of Python before it."""
+    """A program that records steps, with one line of Python before it: torch would take most of the time."""
     path = folder / "train.py"
     path.write_text(
-        "import os, pathlib, runpy, sys, time\n"
-        f"{line}\n"
-        f"runpy.run_path({str(ROOT / 'launch/train.py')!r}, run_name='__main__')\n"
+        f"import os, pathlib, runpy, sys, time\n{line}\nrunpy.run_path({RECORDING!r}, run_name='__main__')\n"
     )
     return str(path)
 
@@ -251,7 +255,7 @@ def test_ctrl_c_keeps_the_methods_that_finished(tmp_path: Path, mark: str) -> No
         str(tmp_path / "copy.json"),
     ]
     process = start(["-m", "commopt", *words], tmp_path)
-    wait_until((tmp_path / mark).exists, "the second method", timeout_s=100)
+    wait_until((tmp_path / mark).exists, "the second method")
     process.send_signal(signal.SIGINT)
     code, output, errors = finish(process)
     assert code == 130
@@ -286,7 +290,7 @@ def test_a_run_that_fails_is_told_once_the_next_one_still_runs_and_a_lost_report
 
 
 def test_a_planned_kill_ends_a_method_that_needs_every_rank_by_name_and_the_next_one_still_runs(tmp_path: Path) -> None:
-    run = write(tmp_path, methods="{dense: {}, fp16: {}}")
+    run = write(tmp_path, methods="{dense: {}, fp16: {}}", arguments="{steps: 500}", program=RECORDING)
     with run.open("a") as file:
         file.write("faults: [{at_step: 4, kill: node1}, {at_step: 9, restart: node1}]\n")
     done = commopt(tmp_path, "compare", str(run), "--emulate", "none", "--json", "copy.json")

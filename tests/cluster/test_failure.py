@@ -28,6 +28,23 @@ def test_an_error_of_its_own_comes_before_those_that_follow_from_it() -> None:
     assert named(end(0, 1, 1.0, FOLLOWS), end(1, 1, 1.2, OWN)) == f"rank 1 (node1) failed: {OWN}"
 
 
+def test_a_failure_that_only_follows_says_so() -> None:
+    """Then the launcher waits for its cause."""
+    for line, follows in ((FOLLOWS, True), (OWN, False)):
+        failure = first_failure([end(0, 1, 1.0, line)], is_one_job=True)
+        assert failure is not None
+        assert failure.follows is follows
+
+
+def test_a_traceback_that_was_shown_before_the_end_is_not_to_be_shown_again() -> None:
+    for is_shown in (False, True):
+        failed = end(0, 1, 1.0, OWN)
+        failed.reader.tracebacks[0].is_shown = is_shown
+        failure = first_failure([failed], is_one_job=True)
+        assert failure is not None
+        assert (str(failure), failure.message, failure.is_told) == (f"rank 0 (node0) failed: {OWN}", OWN, is_shown)
+
+
 def test_a_kill_from_outside_comes_first() -> None:
     ends = end(0, 1, 1.0, OWN), end(1, -signal.SIGABRT, 1.1), end(2, -signal.SIGKILL, 1.2)
     assert named(*ends) == "rank 2 (node2) was killed by SIGKILL"

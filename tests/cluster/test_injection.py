@@ -59,8 +59,9 @@ def recorded(record: Path) -> list[dict[str, Any]]:
 
 
 def steps(record: Path, rank: int) -> list[float]:
-    """When each step of a rank was recorded."""
-    return [json.loads(line)["at_s"] for line in (record / f"rank{rank}.jsonl").read_text().splitlines()]
+    """When each step of a rank was recorded; none where it was killed before its first one."""
+    path = record / f"rank{rank}.jsonl"
+    return [json.loads(line)["at_s"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def within(times: list[float], begin_s: float, end_s: float) -> list[float]:

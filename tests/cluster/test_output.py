@@ -65,12 +65,46 @@ def test_a_chained_traceback_is_one() -> None:
     assert [block.text for block in reader.tracebacks] == [chained.rstrip()]
 
 
+def of_rank(rank: int, text: str) -> str:
+    """As torch writes it, for exceptions that nothing caught."""
+    return "".join(f"[rank{rank}]: {line}" if line.strip() else line for line in text.splitlines(keepends=True))
+
+
+def test_the_empty_lines_of_a_ranks_chained_traceback_belong_to_it() -> None:
+    reader = Reader()
+    chained = TRACEBACK + "\nDuring handling of the above exception, another exception occurred:\n\n" + TRACEBACK
+    assert feed(reader, of_rank(3, chained)) == []
+    assert [(block.rank, block.text) for block in reader.tracebacks] == [(3, chained.rstrip())]
+
+
 def test_a_traceback_that_ended_nothing_is_shown_after_a_while() -> None:
     reader = Reader()
     assert feed(reader, TRACEBACK + "going on\n", at_s=1) == ["going on"]
     assert reader.release(2) == []
     assert reader.release(4) == TRACEBACK.splitlines()
     assert reader.release(5) == []
+    assert reader.tracebacks == []
+
+
+@pytest.mark.parametrize("text", [TRACEBACK, of_rank(0, TRACEBACK)], ids=["no process group", "torch's"])
+def test_the_last_words_of_a_rank_that_takes_long_to_end_are_not_shown_as_those_of_one_that_goes_on(text: str) -> None:
+    reader = Reader()
+    assert feed(reader, text, at_s=1) == []
+    assert reader.release(11) == []
+    assert feed(reader, ENDED.format(code=1, local=0), at_s=12) == []
+    assert reader.release(1e9) == []
+    assert [(block.text, block.is_shown) for block in reader.tracebacks] == [(TRACEBACK.rstrip(), False)]
+
+
+def test_a_traceback_after_which_nothing_happens_is_shown_whole_and_once_and_still_known_at_the_end() -> None:
+    reader = Reader()
+    first, last = TRACEBACK[:-20], TRACEBACK[-20:]
+    assert feed(reader, first, at_s=1) == []
+    assert reader.release(40) == first.splitlines()[:-1]
+    assert feed(reader, last, at_s=41) == TRACEBACK.splitlines()[-2:]
+    assert reader.release(80) == []
+    feed(reader, ENDED.format(code=1, local=0), at_s=81)
+    assert [(block.text, block.is_shown) for block in reader.tracebacks] == [(TRACEBACK.rstrip(), True)]
 
 
 def test_logs_keep_the_last_of_a_long_output() -> None:

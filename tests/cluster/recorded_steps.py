@@ -1,0 +1,23 @@
+"""What `commopt compare` sees of a training, from a program without torch: a record of some steps of 20 ms each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+from commopt.record.recorder import Recorder
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--method")
+parser.add_argument("--steps", type=int)
+parser.add_argument("--options", type=json.loads)
+args, _ = parser.parse_known_args()
+recorder = Recorder.from_environment()
+recorder.start(method=args.method, options=args.options, parameters=100, steps=args.steps)
+for step in range(args.steps):
+    time.sleep(0.02)
+    recorder.step(step=step, loss=3.0 / (step + 1), seconds=0.02, wait_s=0.01, tokens=8, steady=step > 1)
+recorder.validation(step=args.steps, loss=0.5, tokens=64)
+recorder.compute([0.01] * 4)
+recorder.end()
