@@ -10,13 +10,17 @@ import torch
 from commopt.errors import ConfigError
 from commopt.exchange.base import Exchange
 from commopt.groups.base import Group
-from commopt.options import NoOptions, make_options, options
+from commopt.options import NoOptions, make_options, option_names, options
 from commopt.wire.bucket import Bucket
 from commopt.wire.state import State, Stateful
 
 __all__ = ["EveryStep", "GradientMethod", "Kind", "Method", "NoOptions", "options"]
 
 Kind = Literal["gradient", "update", "outer"]
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "set it on the optimizer that you pass to attach"),
+    **{key: f"write commopt.attach(..., {key}=...)" for key in ("max_norm", "grad_scaler")},
+}
 
 
 class Method(Stateful, ABC):
@@ -40,6 +44,9 @@ class Method(Stateful, ABC):
     def __init__(self, **given: Any) -> None:
         self.given = given  # as they were written, for records
         try:
+            for key in given:
+                if key in _ELSEWHERE and key not in option_names(type(self).Options):
+                    raise ConfigError(f"{key}: is not an option of this method; {_ELSEWHERE[key]}")
             self.options = make_options(type(self).Options, given)
             self.set_up()
         except ConfigError as error:

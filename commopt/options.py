@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import annotated_types
+import numpy as np
 from pydantic import ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
 
@@ -51,10 +53,11 @@ def checked_dataclass(cls: type[T]) -> type[T]:
     check = made.__init__
 
     def checked(self: T, *args: Any, **named: Any) -> None:
+        given = {**dict(zip(option_names(made), args, strict=False)), **named}
         try:
-            check(self, **dict(zip(option_names(made), args, strict=False)), **named)
+            check(self, **given)
         except ValidationError as error:
-            raise ConfigError(_first_mistake(made, error)) from None
+            raise ConfigError(_first_mistake(made, given, error)) from None
 
     made.__init__ = checked
     return made  # type: ignore[no-any-return]
@@ -70,7 +73,9 @@ def make_options(kind: type[T], given: Mapping[str, Any]) -> T:
     known = option_names(kind)
     for key in given:
         if key not in known:
-            raise ConfigError(f"unknown option {key!r}{did_you_mean(str(key), known)}")
+            takes = did_you_mean(str(key), known) if known else "; it takes none"
+            raise ConfigError(f"unknown option {key!r}{takes}")
+    given = {key: x.item() if isinstance(x, np.generic) else x for key, x in given.items()}
     try:
         return kind(**given)
     except ValidationError as error:
@@ -97,7 +102,17 @@ def _first_mistake(kind: type, given: Mapping[str, Any], error: ValidationError)
     if mistake["type"] == "value_error" and isinstance(mistake["ctx"]["error"], ConfigError):
         return str(mistake["ctx"]["error"])
     value = given.get(option, mistake["input"])  # the whole, of a list or a branch of a union
-    return f"{option}: {value!r:.80} is out of range; write {wanted(kind, option)}"
+    annotation = get_type_hints(kind, include_extras=True)[option]
+    close = get_close_matches(value, _words(annotation), n=1) if isinstance(value, str) else []
+    hint = f"did you mean {close[0]!r}? Write" if close else "write"
+    return f"{option}: {value!r:.80} is out of range; {hint} {_described(annotation)}"
+
+
+def _words(annotation: Any) -> list[str]:
+    """The texts that an option may be."""
+    if get_origin(annotation) is Literal:
+        return [value for value in get_args(annotation) if isinstance(value, str)]
+    return [word for one in get_args(annotation) for word in _words(one)]
 
 
 def _described(annotation: Any) -> str:

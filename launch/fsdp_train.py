@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from train import GPT, Stream, draw, read_corpus
 
 import commopt
@@ -40,7 +40,6 @@ def main(args: argparse.Namespace) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert isinstance(model, FSDPModule)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.0 if args.no_momentum else 0.9)
     run = None if args.method is None else commopt.attach(model, args.method, optimizer)
 

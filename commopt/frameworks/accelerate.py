@@ -82,9 +82,10 @@ def attach_to(accelerator: Any, model: Any, request: Request) -> Run:
         return _attach_to_engine(accelerator, model, request)
     ours = "fsdp" if accelerator.is_fsdp2 else "ddp" if is_ddp else "plain"
     run: Any = importlib.import_module(f"commopt.frameworks.{ours}").attach(model, request)
-    if is_ddp and method.kind != "outer":
+    if ours != "plain":
         run.repeat_hint = _HINT
-    run._handles.append(_Bond(accelerator, prepared, run))
+    if ours != "fsdp":  # whose state is by shard, and no part of checkpoints
+        run._handles.append(_Bond(accelerator, prepared, run))
     return run  # type: ignore[no-any-return]
 
 

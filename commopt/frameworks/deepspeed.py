@@ -107,9 +107,8 @@ def attach(engine: Any, request: Request) -> Run:
         }
 
     own = replace(request, optimizer=engine.basic_optimizer, max_norm=None)
-    configuration = {"gradient_clipping": clipping}
-    meeting = meeting_group(request.group)
-    checked = check_request("deepspeed", masters, own, meeting, facts, configuration=lambda: configuration)
+    meeting, common = meeting_group(request.group), {"gradient_clipping": clipping}
+    checked = check_request("deepspeed", masters, own, meeting, facts, configuration=lambda: common)
     method = checked.method
     run: Any  # whose handles we add to
     if isinstance(method, OuterMethod):

@@ -77,9 +77,7 @@ class Masters(Module):
                     self.low[name_of[id(low)]] = low
                     self._seen[name_of[id(low)]] = master
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Parameter]]:
+    def named_parameters(self, prefix: str = "", *_: Any, **__: Any) -> Iterator[tuple[str, Parameter]]:
         yield from ((f"{prefix}.{name}" if prefix else name, p) for name, p in self._seen.items())
 
     @torch.no_grad()

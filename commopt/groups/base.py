@@ -79,10 +79,6 @@ class Group(ABC):
         """
 
     @abstractmethod
-    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
-        """Exchange payloads of one layout with one peer, which calls this too."""
-
-    @abstractmethod
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         """Overwrite x with the tensor of rank `src`."""
 
@@ -125,9 +121,6 @@ class LocalGroup(Group):
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         return list(payloads)
-
-    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
-        raise ValueError("a group of one rank has no peer to swap with")
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         pass

@@ -103,15 +103,6 @@ class MPIGroup(Group):
         self._finish("all_to_all", lambda: [self.comm.Ialltoallv(send, receive)])
         return cut(received.to(own.buffer.device), [own.layout] * self.size)
 
-    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
-        self.traffic.record("swap", {peer: float(payload.nbytes)})
-        send, received = _message(payload.buffer), torch.empty(payload.nbytes, dtype=torch.uint8)
-        calls = lambda: [self.comm.Irecv(_message(received), peer), self.comm.Isend(send, peer)]  # noqa: E731
-        arrived = self._finish(f"swap with rank {peer}", calls, timeout_s)[0].Get_count(MPI.BYTE)
-        if arrived != payload.nbytes:
-            raise GroupError(f"swap: rank {peer} sent {arrived} bytes, rank {self.rank} expects {payload.nbytes}")
-        return Payload(received.to(payload.buffer.device), payload.layout)
-
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         self._count("broadcast", x.numel() * x.element_size(), root=src)
         host = x.detach().contiguous().cpu()
@@ -139,14 +130,14 @@ class MPIGroup(Group):
         self._finish(operation, lambda: [self.comm.Iallgatherv(send, receive)])
         return out.to(own.device)
 
-    def _finish(self, operation: str, start: Callable[[], list[Any]], timeout_s: float | None = None) -> list[Any]:
+    def _finish(self, operation: str, start: Callable[[], list[Any]]) -> None:
         """Start calls of MPI and wait until all are done; whatever prevents that breaks the group for good."""
         where = f"{operation} failed on rank {self.rank} of {self.size}"
         if self._failure:
             raise GroupError(f"{where}: {self._failure}")
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
             raise GroupError(f"{where}: MPI was initialised for its main thread alone, and another one calls")
-        limit_s, begin_s = self.timeout_s if timeout_s is None else timeout_s, time.monotonic()
+        limit_s, begin_s = self.timeout_s, time.monotonic()
         requests, statuses = list[Any](), list[Any]()
         try:
             requests = start()
@@ -163,7 +154,6 @@ class MPIGroup(Group):
             if isinstance(error, MPI.Exception | OverflowError | TimeoutError):
                 raise GroupError(f"{where}: {why}") from error
             raise
-        return statuses
 
 
 def _why(error: BaseException, statuses: list[Any]) -> str:

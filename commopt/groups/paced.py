@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -40,12 +40,6 @@ class PacedGroup(Group):
         sent = [{peer: mean for peer in range(self.size) if peer != rank} for rank in range(self.size)]
         with self._at_least(self.links.seconds(sent)):
             return self.inner.all_to_all(payloads)
-
-    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
-        sent: list[Mapping[int, float]] = [{} for _ in range(self.size)]
-        sent[self.rank], sent[peer] = {peer: float(payload.nbytes)}, {self.rank: float(payload.nbytes)}
-        with self._at_least(self.links.seconds(sent)):
-            return self.inner.swap(peer, payload, timeout_s)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         nbytes = x.numel() * x.element_size()

@@ -156,7 +156,6 @@ class PeerGroup(Group):
         self.peers, self.members, self.channel, self.sequence = peers, tuple(members), GROUP + channel, first
         self.rank, self.size = self.members.index(peers.rank), len(self.members)
         self.traffic = peers.traffic
-        self._first, self._swaps = first, [0] * self.size  # the others do not count them
         self._deadline_s = peers.seconds + timeout_s
 
     def all_reduce(self, x: Tensor) -> None:
@@ -179,12 +178,6 @@ class PeerGroup(Group):
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         return self._exchange(payloads)
-
-    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
-        sequence = self._first + self._swaps[peer]
-        self._swaps[peer] += 1
-        self._send(peer, sequence, payload, " swap")
-        return self._receive(peer, sequence, payload.layout, " swap")
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         sequence = self._next()
@@ -214,11 +207,11 @@ class PeerGroup(Group):
     def _left_s(self) -> float:
         return max(0.0, self._deadline_s - self.peers.seconds)
 
-    def _send(self, peer: int, sequence: int, payload: Payload, kind: str = "") -> None:
-        self.peers.send(self.members[peer], self.channel + kind, sequence, payload, expires_s=self._left_s())
+    def _send(self, peer: int, sequence: int, payload: Payload) -> None:
+        self.peers.send(self.members[peer], self.channel, sequence, payload, expires_s=self._left_s())
 
-    def _receive(self, peer: int, sequence: int, layout: Layout, kind: str = "") -> Payload:
-        letter = self.peers.receive(self.members[peer], self.channel + kind, sequence, self._left_s())
+    def _receive(self, peer: int, sequence: int, layout: Layout) -> Payload:
+        letter = self.peers.receive(self.members[peer], self.channel, sequence, self._left_s())
         if letter is None:
             raise GroupError(f"{self.channel}: rank {self.members[peer]} did not answer rank {self.peers.rank} in time")
         if letter.payload.layout != layout:

@@ -42,17 +42,12 @@ class SimWorld(Generic[T]):
         self.barrier = threading.Barrier(ranks)
         self.slots: list[Any] = [None] * ranks
         self.clocks = [0.0] * ranks
-        self.mail: dict[tuple[int, int], list[tuple[float, Payload]]] = {}
-        self.mail_arrived = threading.Condition()
-        self.is_broken = False
         self.office = PostOffice(self, faults)
 
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
         """Raises what the first failing rank raised; the others are released."""
         self._train, self._results, self._errors = train, dict[int, T](), dict[int, BaseException]()
         self.barrier.reset()
-        self.mail.clear()
-        self.is_broken = False
         self.office.reset()
         self._threads: list[threading.Thread] = []
         for rank in range(self.ranks):
@@ -81,9 +76,6 @@ class SimWorld(Generic[T]):
         except BaseException as error:
             self._errors[rank] = error
             self.barrier.abort()
-            with self.mail_arrived:
-                self.is_broken = True
-                self.mail_arrived.notify_all()
         with self.office.changed:
             self.office.is_broken = self.office.is_broken or rank in self._errors
             self.office.gone_s[rank] = self.clocks[rank]
@@ -137,31 +129,6 @@ class SimGroup(Group):
         received: list[Payload] = [row[self.rank] for row in everything]
         if any(one.layout != payloads[self.rank].layout for one in received):
             raise GroupError(f"all_to_all: ranks sent rank {self.rank} different layouts")
-        return received
-
-    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
-        self.traffic.record("swap", {peer: float(payload.nbytes)})
-        world = self.world
-        with world.mail_arrived:
-            world.mail.setdefault((self.rank, peer), []).append((self.seconds, _copy(payload)))
-            world.mail_arrived.notify_all()
-            box = world.mail.setdefault((peer, self.rank), [])
-            limit_s = world.timeout_s if timeout_s is None else timeout_s
-            self._park(True)
-            try:
-                if not world.mail_arrived.wait_for(lambda: bool(box) or world.is_broken, limit_s):
-                    raise GroupError(f"swap: rank {peer} did not answer rank {self.rank} in time")
-            finally:
-                self._park(False)
-            if not box:
-                raise GroupError("swap: another rank failed") from threading.BrokenBarrierError()
-            their_clock, received = box.pop(0)
-        if received.layout != payload.layout:
-            raise GroupError(f"swap: rank {peer} sent another layout than rank {self.rank}")
-        sent: list[Mapping[int, float]] = [{} for _ in range(self.size)]
-        sent[self.rank], sent[peer] = {peer: float(payload.nbytes)}, {self.rank: float(payload.nbytes)}
-        cost_s = world.links.seconds(sent) if world.links else 0.0
-        world.clocks[self.rank] = max(self.seconds, their_clock) + cost_s
         return received
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:

@@ -88,20 +88,6 @@ class TorchGroup(Group):
             "all_to_all", send, [p.nbytes for p in payloads], [payloads[self.rank].layout] * self.size
         )
 
-    def swap(self, peer: int, payload: Payload, timeout_s: float | None = None) -> Payload:
-        self.traffic.record("swap", {peer: float(payload.nbytes)})
-        own = self._staged(payload.buffer)
-        received = torch.empty_like(own)
-        wait = () if timeout_s is None else (timedelta(seconds=timeout_s),)
-        with self._named(f"swap with rank {peer}"):
-            operations = [
-                dist.P2POp(dist.isend, own, group=self.process_group, group_peer=peer),
-                dist.P2POp(dist.irecv, received, group=self.process_group, group_peer=peer),
-            ]
-            for work in dist.batch_isend_irecv(operations):
-                work.wait(*wait)
-        return Payload(received.to(payload.buffer.device), payload.layout)
-
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         self._count("broadcast", x.numel() * x.element_size(), root=src)
         here = self._staged(x)

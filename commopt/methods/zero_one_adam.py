@@ -163,6 +163,8 @@ class ZeroOneAdam(FrozenVariance):
         else:
             start = state["common"] if state["local_steps"] else p
             _move_(p, start, all_kept, state["momentum"], root, total)
+            if state["local_steps"]:
+                state["mean_momentum"].zero_()  # of each rank's own steps: from here on all ranks have the same state
             state |= {"local_steps": 0, "rate": 0.0, "kept": 1.0}
 
     def _root(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

@@ -64,8 +64,8 @@ def schedule(operation: str, nbytes: int, rank: int, size: int, *, root: int = 0
     """Bytes that `rank` hands to each peer in one collective of `size` ranks, with the algorithm that Gloo and NCCL use.
 
     `nbytes` is this rank's whole contribution: the tensor of an all-reduce (ring, 2(N-1)/N), the rank's own part of an
-    all-gather (ring, N-1), the tensor of a broadcast (binomial tree from `root`). All-to-all and swap name
-    their peers themselves and need no schedule.
+    all-gather (ring, N-1), the tensor of a broadcast (binomial tree from `root`). All-to-all names
+    its peers itself and needs no schedule.
     """
     if size == 1:
         return {}

@@ -7,12 +7,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict
+from pydantic.dataclasses import dataclass as checked
 
 from commopt.record.meter import Window, window
 
+_LENIENT = ConfigDict(extra="ignore")  # a later version may write more
 
-@dataclass(frozen=True)
+
+@checked(frozen=True, config=_LENIENT)
 class StepLine:
     """One optimizer step of one rank; `loss` is None where it was not finite."""
 
@@ -25,7 +30,7 @@ class StepLine:
     at_s: float
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_LENIENT)
 class ValidationLine:
     """A loss over `tokens` that were not trained on, after `steps` steps and `at_s` seconds of the record."""
 
@@ -35,7 +40,7 @@ class ValidationLine:
     at_s: float
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_LENIENT)
 class CountersLine:
     """The bytes so far, by the library and by the interface, after `steps` steps."""
 
@@ -44,7 +49,7 @@ class CountersLine:
     steps: int
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_LENIENT)
 class RoundLine:
     """One outer round of one rank: whose parameters it averaged, what it cost, and how far apart the replicas were.
 
@@ -59,7 +64,7 @@ class RoundLine:
     blocked_s: float
     exchange_s: float
     nbytes: float
-    spread: float | None
+    spread: Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
     at_s: float
 
 
@@ -151,18 +156,21 @@ class RankRecord:
         return None if self.start is None or self.start.get("epoch_s") is None else float(self.start["epoch_s"])
 
     def _take(self, line: dict[str, Any]) -> None:
-        kind = line["kind"]
+        kind, at_s = line["kind"], float(line["at_s"])
         if kind == "start":
             self._take_start(line)
-        elif kind == "step":
-            self._take_step(line)
+        line = {**line, "at_s": at_s + self._shift_s}
+        if kind == "step":
+            self.steps.append(StepLine(**line))
+            for who in ("payload_bytes", "nic_tx_bytes"):
+                if line.get(who) is not None:
+                    self.bytes_so_far.append((len(self.steps), who, float(line[who])))
         elif kind == "round":
-            self._take_round(line)
+            self.rounds.append(RoundLine(**line))
         elif kind == "validation":
-            at_s, steps = self._at_s(line), self.steps_done
-            self.validations.append(ValidationLine(_loss(line["loss"]), int(line["tokens"]), steps, at_s))
+            self.validations.append(ValidationLine(**line | {"steps": self.steps_done}))
         elif kind == "counters":
-            reading = CountersLine(line["traffic"], line["nic_tx_bytes"], len(self.steps))
+            reading = CountersLine(**line | {"steps": len(self.steps)})
             window(reading.traffic, reading.traffic)  # a line that cannot be subtracted is unreadable, now
             self.counters[str(line["name"])] = reading
         elif kind == "compute":
@@ -171,12 +179,9 @@ class RankRecord:
             self.events.append((str(line["event"]), dict(line["fields"])))
         elif kind == "end":
             self.ended = True
-        else:
+        elif kind != "start":
             raise ValueError(kind)
-        self.last_s = max(self.last_s, self._at_s(line))
-
-    def _at_s(self, line: Mapping[str, Any]) -> float:
-        return float(line["at_s"]) + self._shift_s
+        self.last_s = max(self.last_s, line["at_s"])
 
     def _take_start(self, line: dict[str, Any]) -> None:
         resumed_at, epoch_s = int(line.get("resumed_at") or 0), line.get("epoch_s")
@@ -186,44 +191,17 @@ class RankRecord:
             vars(self).update(vars(afresh))
             return
         self._shift_s = self.last_s if since_s is None else max(self.last_s, since_s)  # a machine's clock may be set
-        self.resumptions.append(Resumption(resumed_at, len(self.steps), self._at_s(line)))
+        at_s = float(line["at_s"]) + self._shift_s
+        self.resumptions.append(Resumption(resumed_at, len(self.steps), at_s))
         self.ended = False
         self.counters.clear()  # the bytes of the process that ended are not those of this one
         self.bytes_so_far.clear()
-
-    def _take_step(self, line: dict[str, Any]) -> None:
-        loss, seconds, wait_s = _loss(line["loss"]), float(line["seconds"]), float(line["wait_s"])
-        tokens, steady, at_s = int(line["tokens"]), bool(line["steady"]), self._at_s(line)
-        self.steps.append(StepLine(int(line["step"]), loss, seconds, wait_s, tokens, steady, at_s))
-        for who in ("payload_bytes", "nic_tx_bytes"):
-            if line.get(who) is not None:
-                self.bytes_so_far.append((len(self.steps), who, float(line[who])))
-
-    def _take_round(self, line: dict[str, Any]) -> None:
-        spread = None if line["spread"] is None else float(line["spread"])
-        self.rounds.append(
-            RoundLine(
-                step=int(line["step"]),
-                round=int(line["round"]),
-                members=tuple(int(rank) for rank in line["members"]),
-                missed=bool(line["missed"]),
-                blocked_s=float(line["blocked_s"]),
-                exchange_s=float(line["exchange_s"]),
-                nbytes=float(line["nbytes"]),
-                spread=spread if spread is not None and math.isfinite(spread) else None,
-                at_s=self._at_s(line),
-            )
-        )
 
 
 def _done(lines: Sequence[StepLine], at_least: int | None = None) -> int:
     """Steps from the first line to the last; more than there are lines where a rank left some out to go on with others."""
     span = lines[-1].step - lines[0].step + 1 if lines else 0
     return max(len(lines) if at_least is None else at_least, span)
-
-
-def _loss(value: float | None) -> float | None:
-    return None if value is None else float(value)
 
 
 def rank_of(path: Path) -> int:

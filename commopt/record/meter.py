@@ -37,7 +37,7 @@ class TrafficRow:
     operation: str
     bucket: str
     calls: int
-    payload_bytes: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,12 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def merge(rows: Sequence[TrafficRow]) -> tuple[TrafficRow, ...]:
     """Add up the rows of the same method, operation and bucket; the largest come first."""
-    total: dict[tuple[str, str, str], tuple[int, float]] = {}
+    total: dict[tuple[str, str, str], TrafficRow] = {}
     for row in rows:
         key = (row.method, row.operation, row.bucket)
-        calls, payload_bytes = total.get(key, (0, 0.0))
-        total[key] = (calls + row.calls, payload_bytes + row.payload_bytes)
-    merged = [TrafficRow(*key, calls, payload_bytes) for key, (calls, payload_bytes) in total.items()]
-    return tuple(sorted(merged, key=lambda row: -row.payload_bytes))
+        before = total.get(key, TrafficRow(*key, 0, 0.0))
+        total[key] = TrafficRow(*key, before.calls + row.calls, before.bytes + row.bytes)
+    return tuple(sorted(total.values(), key=lambda row: -row.bytes))
 
 
 @dataclass(frozen=True)
@@ -82,25 +81,25 @@ class CountCheck:
     """commopt's count for one node and one window beside the interface's.
 
     payload_bytes: what commopt says left the node. modelled_bytes: the same with segment headers and ACKs.
-    measured_bytes: what the interface transmitted. rows: what the node's ranks handed to the network, also to ranks of
+    nic_tx_bytes: what the interface transmitted. rows: what the node's ranks handed to the network, also to ranks of
     their own node, by method, operation and bucket.
     """
 
     node: str
     payload_bytes: float
     modelled_bytes: float
-    measured_bytes: float
+    nic_tx_bytes: float
     rows: tuple[TrafficRow, ...]
 
     @property
     def ratio(self) -> float | None:
         """Measured over modelled bytes: 1 when the count is right; None if by the count nothing left the node."""
-        return self.measured_bytes / self.modelled_bytes if self.modelled_bytes > 0 else None
+        return self.nic_tx_bytes / self.modelled_bytes if self.modelled_bytes > 0 else None
 
     @property
     def ok(self) -> bool:
         """Whether the two agree within 3 %, or within the little that a node sends anyway."""
-        difference = abs(self.measured_bytes - self.modelled_bytes)
+        difference = abs(self.nic_tx_bytes - self.modelled_bytes)
         return difference <= max(TOLERANCE * self.modelled_bytes, BACKGROUND_BYTES)
 
     @property
@@ -108,27 +107,25 @@ class CountCheck:
         """None, or the disagreement as a defect of commopt's count, with the rows that hold the wrong number."""
         if self.ok:
             return None
-        more_or_less = "more" if self.measured_bytes > self.modelled_bytes else "fewer"
+        more_or_less = "more" if self.nic_tx_bytes > self.modelled_bytes else "fewer"
         by = "" if self.ratio is None else f"{abs(self.ratio - 1):.1%} "
         lines = [
             f"defect in commopt's byte count: {by}{more_or_less} bytes left {self.node} than commopt counted: "
-            f"{self.measured_bytes:,.0f} by the interface, {self.modelled_bytes:,.0f} by the count "
+            f"{self.nic_tx_bytes:,.0f} by the interface, {self.modelled_bytes:,.0f} by the count "
             f"({self.payload_bytes:,.0f} of payload, and headers). {self._hint}Please report it with these lines:"
         ]
-        lines += [
-            f"  {r.method} {r.operation} {r.bucket}: {r.calls} calls, {r.payload_bytes:,.0f} bytes" for r in self.rows
-        ]
+        lines += [f"  {r.method} {r.operation} {r.bucket}: {r.calls} calls, {r.bytes:,.0f} bytes" for r in self.rows]
         return "\n".join(lines)
 
     @property
     def _hint(self) -> str:
-        if self.payload_bytes > 0 and abs(self.measured_bytes / self.payload_bytes - 1) < 0.01:
+        if self.payload_bytes > 0 and abs(self.nic_tx_bytes / self.payload_bytes - 1) < 0.01:
             return "The interface saw hardly a header, as where cutting segments is left to it (gso_max_segs above 1). "
         return ""
 
 
 def verify(
-    node: str, windows: Mapping[int, Window], node_of_rank: Mapping[int, str], measured_bytes: float, mtu: int = 1500
+    node: str, windows: Mapping[int, Window], node_of_rank: Mapping[int, str], nic_tx_bytes: float, mtu: int = 1500
 ) -> CountCheck:
     """Compare commopt's count for one node with what the node's interface transmitted in the same window.
 
@@ -140,4 +137,4 @@ def verify(
         nbytes for each in windows.values() for peer, nbytes in each.by_peer.items() if node_of_rank[peer] != node
     )
     rows = merge([row for each in windows.values() for row in each.rows])
-    return CountCheck(node, payload_bytes, wire_bytes(payload_bytes, mtu), measured_bytes, rows)
+    return CountCheck(node, payload_bytes, wire_bytes(payload_bytes, mtu), nic_tx_bytes, rows)

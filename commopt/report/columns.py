@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TextIO
 
 from commopt.record.words import megabytes, milliseconds
 from commopt.report.results import RunResult
@@ -44,7 +45,7 @@ def cells_of(columns: Sequence[Column], runs: Sequence[RunResult], dense: RunRes
     return [[column.cell(run, dense) or NOTHING for column in columns] for run in runs]
 
 
-def aligned(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> str:
+def aligned(columns: Sequence[Column], cells: Sequence[Sequence[str]], _: Sequence[bool] | None = None) -> str:
     """The rows under their headings in plain characters, for files and pipes."""
     rows = [[column.heading[line] for column in columns] for line in (0, 1)] + [list(row) for row in cells]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
@@ -56,7 +57,7 @@ def aligned(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> str:
 
 
 def rich_rows(
-    columns: Sequence[Column], cells: Sequence[Sequence[str]], *, is_last_bad: Sequence[bool] | None = None
+    columns: Sequence[Column], cells: Sequence[Sequence[str]], is_last_bad: Sequence[bool] | None = None
 ) -> Table:
     """The rows for a terminal; the last cell is red where `is_last_bad` says so."""
     from rich.table import Table
@@ -70,3 +71,10 @@ def rich_rows(
         styles[-1] = "bold red" if is_bad else styles[-1]
         table.add_row(*(Text(text, style) for text, style in zip(row, styles, strict=True)))
     return table
+
+
+def terminal(stream: TextIO) -> Callable[..., None]:
+    """Writes tables and lines to a terminal."""
+    from rich.console import Console
+
+    return partial(Console(file=stream).print, markup=False, highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from commopt.record.words import seconds_text, times_text
-from commopt.report.outer_document import Fault, FaultCost
+from commopt.report.document import Fault, FaultCost
 
 STOPPED = 2.0  # a stop of fewer median steps is called none
 

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from commopt.record.lines import RankRecord
-from commopt.report.outer_document import Fault, FaultCost, MissedRounds
+from commopt.report.document import DocumentPart, Fault, FaultCost, MissedRounds
 from commopt.report.rounds import clock_offset_s
 
 FAULTS_FILE = "faults.jsonl"  # the launcher's, beside the ranks' files
 
 
-@dataclass(frozen=True)
-class FaultLine:
+class FaultLine(DocumentPart, extra="ignore"):
     """A fault as the launcher wrote it, its end put to its beginning."""
 
     kind: str
+    phase: Literal["begin", "end"]
     nodes: tuple[str, ...]
     at_step: int
     epoch_s: float
-    for_s: float | None
-    factor: float | None
+    for_s: float | None = None
+    factor: float | None = None
     end_epoch_s: float | None = None
 
 
@@ -37,36 +35,16 @@ def read_faults(record_dir: Path) -> tuple[list[FaultLine], int]:
     unreadable = 0
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            _take(json.loads(text), faults)
-        except (ValueError, TypeError, KeyError):
+            line = FaultLine.model_validate_json(text)
+        except ValueError:
             unreadable += 1
+            continue
+        begun = [f for f in faults if (f.kind, f.nodes, f.end_epoch_s) == (line.kind, line.nodes, None)]
+        if line.phase == "begin":
+            faults.append(line)
+        elif begun:
+            begun[0].end_epoch_s = line.epoch_s
     return faults, unreadable
-
-
-def _take(line: Mapping[str, object], faults: list[FaultLine]) -> None:
-    kind, epoch_s, at_step = str(line["kind"]), _number(line["epoch_s"]), int(_number(line["at_step"]))
-    nodes = line["nodes"]
-    if not isinstance(nodes, list) or line["phase"] not in ("begin", "end"):
-        raise ValueError(line)
-    fault = FaultLine(
-        kind, tuple(map(str, nodes)), at_step, epoch_s, _optional(line.get("for_s")), _optional(line.get("factor"))
-    )
-    if line["phase"] == "begin":
-        faults.append(fault)
-        return
-    begun = [k for k, f in enumerate(faults) if (f.kind, f.nodes, f.end_epoch_s) == (kind, fault.nodes, None)]
-    if begun:
-        faults[begun[0]] = replace(faults[begun[0]], end_epoch_s=epoch_s)
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(value)
-    return float(value)
-
-
-def _optional(value: object) -> float | None:
-    return None if value is None else _number(value)
 
 
 def faults_of(lines: Sequence[FaultLine], started: Mapping[int, RankRecord]) -> list[Fault]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from commopt.report.outer_document import Progress, ProgressPart
+    from commopt.report.document import Progress, ProgressPart
 
 LANES_IN = 4.5  # of all ranks of a run together, if they would be higher at LANE_IN each
 LANE_IN, LEVEL_IN = 0.46, 0.21

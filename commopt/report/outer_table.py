@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from commopt.record.words import spread_text
 from commopt.report.columns import NOTHING, Column, cells_of, mb, ms
+from commopt.report.document import Fault, Rounds
 from commopt.report.fault_words import back_text, cost_text, fault_text, missed_text, stop_text
-from commopt.report.outer_document import Fault, Rounds
 from commopt.report.results import Results, RunResult
 
 

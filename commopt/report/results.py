@@ -9,21 +9,21 @@ from statistics import fmean, median
 from typing import Any
 
 from commopt.record.lines import RankRecord, StepLine, rank_files
-from commopt.record.meter import CountCheck, TrafficRow, Window, merge, verify
+from commopt.record.meter import CountCheck, Window, merge, verify
 from commopt.report.document import (
     Cluster,
+    EndedEarly,
     Environment,
     Event,
     Node,
     NodeBytes,
     Results,
+    Rounds,
     RunResult,
-    Traffic,
     TrainedModel,
     Validation,
 )
 from commopt.report.faults import FAULTS_FILE, faults_of, read_faults
-from commopt.report.outer_document import EndedEarly, Rounds
 from commopt.report.rounds import clock_offset_s, progress_of, rounds_of, validation_by_rank
 
 __all__ = ["Cluster", "Environment", "Node", "NodeBytes", "Results", "RunResult", "assemble", "collect"]
@@ -236,17 +236,16 @@ def _bytes(started: Mapping[int, RankRecord], ranks: int, rounds: Rounds | None,
     if not windows or set(windows) != set(range(ranks)):
         return {"payload_bytes_per_step": rounds.bytes_per_step if rounds else None}
     steps_of = {rank: steps for rank, (_, steps, _) in windows.items()}
-    rows = merge([row for each, _, _ in windows.values() for row in each.rows])
     checks = _checks(started, {rank: (each, nic) for rank, (each, _, nic) in windows.items()})
     shown = [] if has_faults else [check for _, check in checks]
     ratios = [check.ratio for check in shown if check.ratio is not None]
     return {
         "window_steps": min(steps_of.values()),
         "payload_bytes_per_step": fmean(each.payload_bytes / steps for each, steps, _ in windows.values()),
-        "nic_tx_bytes_per_step": max((check.measured_bytes / steps_of[rank] for rank, check in checks), default=None),
+        "nic_tx_bytes_per_step": max((check.nic_tx_bytes / steps_of[rank] for rank, check in checks), default=None),
         "nic_over_model": max(ratios, key=lambda ratio: abs(ratio - 1), default=None),
-        "nodes": [_node_bytes(check) for check in shown],
-        "traffic": [_traffic(row) for row in rows],
+        "nodes": shown,
+        "traffic": merge([row for each, _, _ in windows.values() for row in each.rows]),
         "defects": _defects(shown),
     }
 
@@ -272,30 +271,13 @@ def _checks(
 def _defects(checks: Sequence[CountCheck]) -> list[str]:
     """The worst disagreement in full, and the names of the other nodes that have one."""
     bad = [
-        (abs(check.modelled_bytes - check.measured_bytes), check.node, check.defect) for check in checks if check.defect
+        (abs(check.modelled_bytes - check.nic_tx_bytes), check.node, check.defect) for check in checks if check.defect
     ]
     if not bad:
         return []
     _, worst, text = max(bad)
     others = [node for _, node, _ in bad if node != worst]
     return [text] + ([f"the counts of {_listed(others)} disagree too"] if others else [])
-
-
-def _node_bytes(check: CountCheck) -> NodeBytes:
-    return NodeBytes(
-        node=check.node,
-        payload_bytes=check.payload_bytes,
-        modelled_bytes=check.modelled_bytes,
-        nic_tx_bytes=check.measured_bytes,
-        ratio=check.ratio,
-        ok=check.ok,
-    )
-
-
-def _traffic(row: TrafficRow) -> Traffic:
-    return Traffic(
-        method=row.method, operation=row.operation, bucket=row.bucket, calls=row.calls, bytes=row.payload_bytes
-    )
 
 
 def _events(records: Sequence[RankRecord]) -> list[Event]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from commopt.record.lines import RankRecord, RoundLine
-from commopt.report.outer_document import Progress, ProgressPart, RankRounds, RankValidation, Rounds, Spread
+from commopt.report.document import Progress, ProgressPart, RankRounds, RankValidation, Rounds, Spread
 
 SHOWN_STEPS = 160  # of a rank's progress: some steps evenly spaced, and the ends of its longest pauses
 SHOWN_PAUSES = 20
@@ -18,17 +19,13 @@ def rounds_of(records: Sequence[RankRecord]) -> Rounds | None:
     by_rank = [_of_one(record, clock_offset_s(records, record)) for record in records if record.rounds]
     if not by_rank:
         return None
-    lines = [line for record in records for line in record.rounds]
-    steps_s = sum(line.seconds for record in records for line in record.steps)
     sent = [rank.bytes_per_step for rank in by_rank if rank.bytes_per_step is not None]
     spread = _spread(records)
     return Rounds(
         rounds=max(rank.rounds for rank in by_rank),
         missed=sum(rank.missed for rank in by_rank),
-        blocked_s=fmean(line.blocked_s for line in lines),
+        **_costs(records),
         blocked_worst_s=max(rank.blocked_s for rank in by_rank),
-        blocked_share=sum(line.blocked_s for line in lines) / steps_s if steps_s > 0 else None,
-        exchange_s=fmean(line.exchange_s for line in lines),
         bytes_per_step=fmean(sent) if sent else None,
         by_rank=by_rank,
         spread=spread,
@@ -37,18 +34,27 @@ def rounds_of(records: Sequence[RankRecord]) -> Rounds | None:
 
 
 def _of_one(record: RankRecord, offset_s: float | None) -> RankRounds:
-    lines, steps_s = record.rounds, sum(line.seconds for line in record.steps)
+    lines = record.rounds
     return RankRounds(
         rank=record.rank,
         rounds=len(lines),
         missed=sum(line.missed for line in lines),
         missed_at_s=[] if offset_s is None else [round(line.at_s + offset_s, 3) for line in lines if line.missed],
         alone=sum(len(line.members) < 2 for line in lines),
-        blocked_s=fmean(line.blocked_s for line in lines),
-        blocked_share=sum(line.blocked_s for line in lines) / steps_s if steps_s > 0 else None,
-        exchange_s=fmean(line.exchange_s for line in lines),
+        **_costs([record]),
         bytes_per_step=sum(line.nbytes for line in lines) / len(record.steps) if record.steps else None,
     )
+
+
+def _costs(records: Sequence[RankRecord]) -> dict[str, Any]:
+    """Means over the rounds of some ranks."""
+    lines = [line for record in records for line in record.rounds]
+    steps_s = sum(line.seconds for record in records for line in record.steps)
+    return {
+        "blocked_s": fmean(line.blocked_s for line in lines),
+        "blocked_share": sum(line.blocked_s for line in lines) / steps_s if steps_s > 0 else None,
+        "exchange_s": fmean(line.exchange_s for line in lines),
+    }
 
 
 def _spread(records: Sequence[RankRecord]) -> list[Spread]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TextIO
 
 from commopt.record.words import milliseconds, times_text
-from commopt.report.columns import Column, aligned, cells_of, mb, ms, percent, rich_rows
+from commopt.report.columns import Column, aligned, cells_of, mb, ms, percent, rich_rows, terminal
 from commopt.report.outer_table import ROUND_COLUMNS, fault_lines, round_cells
 from commopt.report.results import Results, RunResult
 
@@ -94,30 +95,17 @@ def show(results: Results, stream: TextIO) -> None:
 
     Outer rounds have a table of their own, and faults a line each, where there are any.
     """
-    rounds = round_cells(results)
-    if stream.isatty():
-        from rich.console import Console
-
-        console = Console(file=stream)
-        failed = [run.status == "failed" for run in results.runs]
-        console.print(rich_rows(COLUMNS, cells(results), is_last_bad=failed))
-        console.print()
-        for sentence in readings(results):
-            console.print(sentence, markup=False, highlight=False)
-        if rounds:
-            console.print()
-            console.print(rich_rows(ROUND_COLUMNS, rounds))
-        for sentence in ["", *fault_lines(results)] if results.has_faults else []:
-            console.print(sentence, markup=False, highlight=False)
-        for sentence in remarks(results):
-            console.print(sentence, markup=False, highlight=False, style="yellow")
-    else:
-        sections = [plain_table(results), "", *readings(results)]
-        sections += ["", aligned(ROUND_COLUMNS, rounds)] if rounds else []
-        sections += ["", *fault_lines(results)] if results.has_faults else []
-        sections += [""] if rounds or results.has_faults else []
-        stream.write("\n".join([*sections, *remarks(results)]) + "\n")
-        stream.flush()
+    rounds, is_terminal = round_cells(results), stream.isatty()
+    write, rows = (terminal(stream), rich_rows) if is_terminal else (partial(print, file=stream), aligned)
+    write(rows(COLUMNS, cells(results), [run.status == "failed" for run in results.runs]))
+    sentences = ["", *readings(results), *(["", rows(ROUND_COLUMNS, rounds)] if rounds else [])]
+    sentences += ["", *fault_lines(results)] if results.has_faults else []
+    sentences += [""] if not is_terminal and (rounds or results.has_faults) else []
+    for sentence in sentences:
+        write(sentence)
+    for remark in remarks(results):
+        write(remark, style="yellow") if is_terminal else write(remark)
+    stream.flush()
 
 
 def remarks(results: Results) -> list[str]:

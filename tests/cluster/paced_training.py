@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from commopt.frameworks import plain
-from commopt.methods import with_optimizer
-from commopt.record.recorder import Recorder
+import commopt
+from commopt.optim import make_optimizer
 
 
 def loss_of(model: nn.Module, target: Tensor, batch: int, data: torch.Generator) -> Tensor:
@@ -26,34 +24,21 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4))
-    method, optimizer = with_optimizer(args.method, model, options=args.options, optimizer=args.optimizer)
-    attachment = plain.attach(model, method, optimizer)
-    rank, first = attachment.peers.rank, attachment.join()
-    recorder = Recorder.from_environment()
-    recorder.start(method=args.method, options=args.options, parameters=1348, steps=args.steps, resumed_at=first)
+    optimizer = make_optimizer(args.optimizer, model.parameters())
     data, target = torch.Generator(), torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-    for step in attachment.range(args.steps):
-        began_s, waited_s = time.perf_counter(), attachment.waited_s
-        data.manual_seed(rank * 100_003 + step)
-        loss = loss_of(model, target, 8, data)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        time.sleep(0.025)
-        seconds, wait_s = time.perf_counter() - began_s, attachment.waited_s - waited_s
-        recorder.step(step=step, loss=loss.item(), seconds=seconds, wait_s=wait_s, tokens=8, steady=step > 3)
-        for report in attachment.reports:
-            recorder.round(**asdict(report))
-        for kind, fields in attachment.events:
-            recorder.event(kind, **fields)
-        attachment.reports.clear()
-        attachment.events.clear()
-    attachment.finish()
-    with torch.no_grad():
-        loss = loss_of(model, target, 512, data.manual_seed(7))
-    recorder.validation(step=args.steps, loss=loss.item(), tokens=512)
-    recorder.end()
-    attachment.close()
+    with commopt.attach(model, {"name": args.method, **args.options}, optimizer) as run:
+        for step in run.range(args.steps):
+            data.manual_seed(run.rank * 100_003 + step)
+            loss = loss_of(model, target, 8, data)
+            run.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            run.optimizer.step()
+            time.sleep(0.025)
+            run.log(loss=loss.item(), tokens=8)
+        run.finish()
+        with torch.no_grad():
+            loss = loss_of(model, target, 512, data.manual_seed(7))
+        run.log(validation_loss=loss.item(), tokens=512)
 
 
 if __name__ == "__main__":

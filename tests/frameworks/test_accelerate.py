@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -513,6 +514,37 @@ def test_a_second_exchange_is_told_what_accelerate_has_for_it(two: HuggingFaceRa
     for answer in two.call(exchanging_twice):
         assert "GradientsChanged: " in answer
         assert "under accelerator.accumulate(model)" in answer
+
+
+def sharded(**options: Any) -> str:
+    """What a model by fully_shard is handed on to; on CPUs Accelerate itself shards nothing, so its state is set by hand."""
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import fully_shard
+
+    accelerator = new_accelerator()
+    model = make_model()
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+    optimizer = accelerator.prepare_optimizer(sgd(model), device_placement=False)
+    accelerator._models.append(model)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=2)
+    try:
+        run = attach(model, "two_way", optimizer, **options)
+    except CommoptError as error:
+        return str(error)
+    x, y = make_batch(dist.get_rank(), 0)
+    accelerator.backward(loss_of(model(x), y))
+    optimizer.step()
+    return f"{type(run).__name__}, {run.steps}"
+
+
+def sharded_with_overlap() -> str:
+    return sharded(overlap=True)
+
+
+def test_fsdp2_is_handed_on(two: HuggingFaceRanks) -> None:  # noqa: F811
+    assert two.call(sharded) == ["ShardRun, 1"] * 2
+    assert [text.partition(":")[0] for text in two.call(sharded_with_overlap)] == ["overlap=True with FSDP2"] * 2
 
 
 def after_a_refusal() -> tuple[bool, bool]:

@@ -52,7 +52,9 @@ def trainer_of(folder: str, *, model: Any = None, optimizers: Any = (None, None)
 
     new_accelerator()  # forget the states of the Trainer before
     set_seed(3)
-    kept = {key: options.pop(key) for key in ("model_init", "eval_dataset", "callbacks") if key in options}
+    kept: dict[str, Any] = {
+        key: options.pop(key) for key in ("model_init", "eval_dataset", "callbacks") if key in options
+    }
     settings: dict[str, Any] = {"max_steps": STEPS, "learning_rate": RATE, "save_strategy": "no", "logging_steps": 2}
     settings |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False, **options}
     arguments = TrainingArguments(folder, per_device_train_batch_size=4, **settings)
@@ -279,7 +281,7 @@ def residual_of(run: Any) -> Tensor:
 def resumed_alone(folder: str) -> tuple[Tensor, int]:
     from transformers import TrainerCallback
 
-    seen = []
+    seen: list[tuple[Tensor, int]] = []
 
     class Look(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -133,20 +133,6 @@ def test_all_to_all_delivers_parts_of_any_size(run: Run, n: int) -> None:
         assert received == [content(message(10 * sender + rank, rank, 2 * rank)) for sender in range(n)]
 
 
-def swap(group: Group) -> tuple[list[list[float]], float]:
-    if group.rank > 1:
-        return [], 0.0
-    return content(group.swap(1 - group.rank, message(group.rank, 3, 1))), group.traffic.payload_bytes
-
-
-@pytest.mark.parametrize("n", [2, 3, 5])
-def test_swap_exchanges_with_one_peer_and_leaves_the_others_alone(run: Run, n: int) -> None:
-    first, second, *rest = run(n, swap)
-    assert first == (content(message(1, 3, 1)), 16.0)
-    assert second == (content(message(0, 3, 1)), 16.0)
-    assert rest == [([], 0.0)] * (n - 2)
-
-
 def broadcast(group: Group) -> list[list[float]]:
     received = []
     for root in range(group.size):
@@ -226,10 +212,6 @@ def paced_seconds(group: Group) -> list[tuple[str, float, float]]:
         "all_to_all": (
             links.seconds([{j: 8000.0 for j in range(group.size) if j != i} for i in range(group.size)]),
             lambda: paced.all_to_all([message(0, 2000, 0)] * group.size),
-        ),
-        "swap": (
-            links.seconds([{1: 8000.0}, {0: 8000.0}]),
-            lambda: paced.swap(1 - group.rank, message(0, 2000, 0)),
         ),
     }
     taken = []

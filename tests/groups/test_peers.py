@@ -210,22 +210,6 @@ def test_gathers_and_broadcasts_deliver_what_each_rank_gave(run: Run, n: int) ->
         assert got["broadcast"] == [[float(root)] for root in range(n)]
 
 
-def swap_and_sum(peers: Peers) -> tuple[list[list[float]], float]:
-    group = group_of_all(peers)
-    swapped = content(group.swap(1 - group.rank, message(group.rank, 3, 1))) if group.rank < 2 else []
-    total = torch.ones(1)
-    group.all_reduce(total)
-    return swapped, float(total)
-
-
-@pytest.mark.parametrize("n", [2, 3, 5])
-def test_a_swap_of_two_leaves_the_others_in_step(run: Run, n: int) -> None:
-    first, second, *rest = run(n, swap_and_sum)
-    assert first == (content(message(1, 3, 1)), float(n))
-    assert second == (content(message(0, 3, 1)), float(n))
-    assert rest == [([], float(n))] * (n - 2)
-
-
 def some_of_all(peers: Peers) -> float | None:
     if peers.rank == 1:
         return None

@@ -36,31 +36,16 @@ def test_an_exchange_starts_when_the_slowest_rank_joins() -> None:
     assert world.run(train) == pytest.approx([4.02] * 3)
 
 
-def test_a_swap_waits_for_its_peer_only() -> None:
-    world: SimWorld[float] = SimWorld(3, LinkModel.uniform(3, "8mbit"))
-
-    def train(group: SimGroup) -> float:
-        group.advance(float(group.rank))
-        if group.rank < 2:
-            group.swap(1 - group.rank, Payload.of(torch.zeros(250_000)))
-        return group.seconds
-
-    assert world.run(train) == pytest.approx([2.0, 2.0, 2.0])
-
-
 def test_without_links_exchanges_are_free() -> None:
     world: SimWorld[None] = SimWorld(2)
     world.run(lambda group: group.barrier())
     assert world.seconds == 0.0
 
 
-@pytest.mark.parametrize("operation", ["all_reduce", "swap"])
-def test_a_failing_rank_releases_the_others(operation: str) -> None:
+def test_a_failing_rank_releases_the_others() -> None:
     def train(group: SimGroup) -> None:
         if group.rank == 1:
             raise KeyError("rank 1 is broken")
-        if operation == "swap" and group.rank == 0:
-            group.swap(1, Payload.of(torch.zeros(1)))
         group.barrier()
 
     start = time.monotonic()
@@ -87,23 +72,12 @@ def test_an_exchange_that_a_rank_never_joins_times_out() -> None:
         SimWorld[None](3, timeout_s=0.2).run(train)
 
 
-def test_a_swap_without_an_answer_times_out() -> None:
-    def train(group: SimGroup) -> None:
-        if group.rank == 0:
-            group.swap(1, Payload.of(torch.zeros(1)), timeout_s=0.1)
-
-    with pytest.raises(GroupError, match="rank 1 did not answer rank 0 in time"):
-        SimWorld[None](2).run(train)
-
-
-@pytest.mark.parametrize("operation", ["all_reduce", "broadcast", "all_gather", "all_to_all", "swap"])
+@pytest.mark.parametrize("operation", ["all_reduce", "broadcast", "all_gather", "all_to_all"])
 def test_tensors_that_do_not_fit_together_are_an_error(operation: str) -> None:
     def train(group: SimGroup) -> Any:
         x = torch.ones(1 + group.rank)  # (1,) on rank 0 would broadcast to (2,)
         if operation in ("all_reduce", "broadcast"):
             return getattr(group, operation)(x)
-        if operation == "swap":
-            return group.swap(1 - group.rank, Payload.of(x))
         return group.all_gather(Payload.of(x)) if operation == "all_gather" else group.all_to_all([Payload.of(x)] * 2)
 
     with pytest.raises(GroupError, match=operation):

@@ -134,7 +134,7 @@ def test_a_compressor_is_named_in_brackets() -> None:
         ({"compressor": "signn"}, ["compressor", "signn", "did you mean 'sign'"]),
         ({"compressor": {"compressor": "top_k", "density": 2}}, ["density", "2", "at most 1"]),
         ({"residual_decay": 0}, ["residual_decay", "0", "above 0"]),
-        ({"residual_bits": 12}, ["residual_bits", "12", "8, 16 or 32"]),
+        ({"residual_bits": 12}, ["residual_bits", "12", "32, 16 or 8"]),
         ({"reset_every": 0}, ["reset_every", "0", "from 1"]),
         ({"dense_1d": 1}, ["dense_1d", "1", "true or false"]),
         ({"error_feedback": False, "residual_bits": 8}, ["residual_bits", "no effect"]),

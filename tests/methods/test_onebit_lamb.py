@@ -373,7 +373,7 @@ def test_bytes_per_parameter_are_the_formula(ranks: int, scale: str) -> None:
         ("scale", "tensor", "'l1'"),
         ("block_size", 0, "a positive multiple of 8"),
         ("prescale", True, "scale: model"),
-        ("residual_bits", 4, "8, 16 or 32"),
+        ("residual_bits", 4, "32, 16 or 8"),
         ("momentum_mask", 3, "{parameter name: tensor of its shape}"),
     ],
 )

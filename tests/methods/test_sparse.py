@@ -104,7 +104,7 @@ def test_random_places_without_error_feedback_are_right_on_average() -> None:
         ("top_k", {"density": 0}, r"method top_k: density: 0 is out of range; write a number above 0, at most 1"),
         ("top_k", {"density": 2}, r"density: 2 is out of range"),
         ("top_k", {"value_bits": 3}, r"value_bits: 3 is out of range; write 32, 16, 8 or 1"),
-        ("top_k", {"residual_bits": 4}, r"residual_bits: 4 is out of range; write 8, 16 or 32"),
+        ("top_k", {"residual_bits": 4}, r"residual_bits: 4 is out of range; write 32, 16 or 8"),
         ("random_k", {"density": -0.1}, r"density: -0\.1 is out of range"),
         ("random_k", {"value_bits": 8}, r"value_bits: 8 is out of range; write 32 or 16"),
         ("random_k", {"seed": "a"}, r"seed: 'a' is out of range; write a whole number"),

@@ -704,7 +704,7 @@ def test_half_precision_parameters_are_equal_after_every_exchange(dtype: torch.d
         ("scale", "l3", "'l1'"),
         ("block_size", 12, "a positive multiple of 8"),
         ("prescale", True, "scale: model"),
-        ("residual_bits", 4, "8, 16 or 32"),
+        ("residual_bits", 4, "32, 16 or 8"),
         ("momentum_mask", {"all.0": 1}, "{parameter name: tensor of its shape}"),
     ],
 )

@@ -21,7 +21,8 @@ STEPS = 6
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
     first, *rest = model.parameters()
-    return torch.optim.Adam([{"params": [first], "lr": 0.02}, {"params": rest}], lr=0.01)
+    groups: list[dict[str, Any]] = [{"params": [first], "lr": 0.02}, {"params": rest}]
+    return torch.optim.Adam(groups, lr=0.01)
 
 
 def started(make: Callable[[nn.Module], torch.optim.Optimizer] = adam) -> tuple[nn.Module, torch.optim.Optimizer, Run]:

@@ -1,0 +1,312 @@
+"""What a gradient belongs to: what backward exchanges and no step applies leaves no trace, or raises at once with what to write."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool, twin_of
+from presets import PRESETS, Preset, sgd
+from rig import flat, loss_of, make_batch, make_model, state_of, train
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commopt import Run, attach
+from commopt.errors import AttachError
+from commopt.groups import SimGroup, SimWorld, TorchGroup
+
+WARM = 3  # steps before anything unusual
+every_preset = pytest.mark.parametrize("number", range(len(PRESETS)), ids=[str(preset) for preset in PRESETS])
+
+
+def attached(group: Any, number: int, model: nn.Module, **options: Any) -> Run:
+    preset = PRESETS[number]
+    return attach(model, preset.method(), preset.optimizer(model), group=group, **options)
+
+
+def in_ddp(process_group: dist.ProcessGroup, bucket_cap_mb: float = 25.0) -> tuple[DistributedDataParallel, TorchGroup]:
+    model = DistributedDataParallel(make_model(), process_group=process_group, bucket_cap_mb=bucket_cap_mb)
+    return model, TorchGroup(twin_of(process_group))
+
+
+def backward(model: nn.Module, rank: int, step: int, scale: float = 1.0) -> None:
+    x, y = make_batch(rank, step)
+    (loss_of(model(x), y) * scale).backward()
+
+
+# -- in DDP, which exchanges in backward
+
+
+def skip_a_batch(process_group: dist.ProcessGroup, number: int, scale: float | None) -> tuple[str, Tensor]:
+    """What the backward after a skipped batch says, and the parameters in the end; scale: of the skipped loss."""
+    rank, said = dist.get_rank(process_group), ""
+    model, group = in_ddp(process_group)
+    run = attached(group, number, model)
+    train(model, run.optimizer, rank, WARM)
+    try:
+        if scale is not None:
+            run.optimizer.zero_grad()
+            backward(model, rank, 50, scale)  # an outlier: no step
+        train(model, run.optimizer, rank, 2, WARM)
+    except Exception as error:  # what a hook raises comes out of backward as a RuntimeError
+        said = str(error)
+    run.close()
+    return said, flat(model.module)
+
+
+@every_preset
+def test_a_skipped_batch_leaves_no_trace_or_is_refused(pool: Pool, number: int) -> None:
+    outlier = pool.run(2, skip_a_batch, number, 1e4)
+    if is_refused(outlier, number):
+        return
+    other = pool.run(2, skip_a_batch, number, 1.0)
+    assert all(torch.equal(one, outlier[0][1]) for _, one in (*outlier, *other))
+    if PRESETS[number].method().is_linear:  # type: ignore[attr-defined]
+        assert torch.equal(outlier[0][1], pool.run(2, skip_a_batch, number, None)[0][1])
+
+
+def is_refused(results: list[tuple[str, Tensor]], number: int) -> bool:
+    """Whether all ranks raised; whether they have to follows from what the method keeps."""
+    model = make_model()
+    run: Any = attached(None, number, model)
+    is_repeatable = run.method.is_repeatable
+    run.close()
+    for said, _ in results:
+        if is_repeatable:
+            assert said == ""
+            continue
+        assert "GradientsChanged" in said
+        assert f"{PRESETS[number].name} exchanges a second time before optimizer.step()" in said
+        assert "run the other backwards under model.no_sync()" in said
+        assert "To skip a step, decide before backward" in said
+    return not is_repeatable
+
+
+def test_what_is_kept_decides_what_is_refused() -> None:
+    free = []
+    for number, preset in enumerate(PRESETS):
+        run: Any = attached(None, number, make_model())
+        free += [preset.name] if run.method.is_repeatable else []
+    assert set(free) >= {"dense", "fp16", "qsgd", "natural", "terngrad"}
+    kept = {"ef_sign", "ef", "ef21", "loco", "dice_sgd", "two_way", "top_k", "random_k", "threshold", "dgc", "powersgd"}
+    assert not set(free) & (
+        kept | {"onebit_adam", "demo", "zero_one_adam", "onebit_lamb", "distributed_lion", "signum"}
+    )
+
+
+def backward_twice(process_group: dist.ProcessGroup, number: int | None, is_quiet: bool) -> tuple[str, Tensor]:
+    """Steps after two backwards each; the first under no_sync if `is_quiet`. number: None for DDP without any method."""
+    rank, said = dist.get_rank(process_group), ""
+    model, group = in_ddp(process_group)
+    run = None if number is None else attached(group, number, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) if run is None else run.optimizer
+    try:
+        for step in range(WARM):
+            optimizer.zero_grad()
+            with model.no_sync() if is_quiet else contextlib.nullcontext():
+                backward(model, rank, 2 * step, 0.5)
+            backward(model, rank, 2 * step + 1, 0.5)
+            optimizer.step()
+    except Exception as error:
+        said = str(error)
+    if run is not None:
+        run.close()
+    return said, flat(model.module)
+
+
+@every_preset
+def test_a_second_backward_is_ddps_or_is_refused(pool: Pool, number: int) -> None:
+    results = pool.run(2, backward_twice, number, False)
+    if is_refused(results, number):
+        return
+    assert torch.equal(results[0][1], results[1][1])
+    expected = pool.run(2, backward_twice, None, False)[0][1]
+    if PRESETS[number].name == "dense":
+        assert torch.equal(results[0][1], expected)
+    if PRESETS[number].name == "fp16":
+        torch.testing.assert_close(results[0][1], expected, rtol=0, atol=1e-3)
+
+
+@every_preset
+def test_accumulation_under_no_sync_is_free(pool: Pool, number: int) -> None:
+    def work(group: SimGroup) -> Tensor:
+        model = make_model()
+        run = attached(group, number, model)
+        for step in range(WARM):
+            run.optimizer.zero_grad()
+            backward(model, group.rank, 2 * step, 0.5)
+            backward(model, group.rank, 2 * step + 1, 0.5)
+            run.optimizer.step()
+        return flat(model)
+
+    expected = SimWorld[Tensor](2).run(work)[0]
+    for said, got in pool.run(2, backward_twice, number, True):
+        assert said == ""
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def train_gan(process_group: dist.ProcessGroup, method: Any, is_quiet: bool) -> tuple[str, float]:
+    """A generator's step puts a gradient into the discriminator; how far that moves, whose own gradient is zero."""
+    torch.manual_seed(0)
+    generator = DistributedDataParallel(nn.Linear(8, 16), process_group=process_group)
+    critic = DistributedDataParallel(
+        nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1)), process_group=process_group
+    )
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (generator, critic)]
+    own, twin = TorchGroup(twin_of(process_group)), TorchGroup.like(process_group)
+    runs = [
+        attach(model, method, optimizer, group=group, overlap=False)
+        for model, optimizer, group in zip((generator, critic), optimizers, (own, twin), strict=True)
+    ]
+    before, said = flat(critic), ""
+    data = torch.Generator().manual_seed(dist.get_rank(process_group))
+    try:
+        for _ in range(4):
+            z, x = torch.randn(16, 8, generator=data), torch.randn(16, 16, generator=data)
+            optimizers[1].zero_grad()
+            (critic(x).mean() * 0.0).backward()
+            optimizers[1].step()
+            optimizers[0].zero_grad()
+            with critic.no_sync() if is_quiet else contextlib.nullcontext():
+                (-critic(generator(z)).mean()).backward()
+            optimizers[0].step()
+    except Exception as error:
+        said = str(error)
+    for run in runs:
+        run.close()
+    return said, float((flat(critic) - before).norm())
+
+
+@pytest.mark.parametrize("method", ["ef_sign", {"name": "dgc", "density": 0.1}, "dense"], ids=str)
+def test_another_loss_that_reaches_a_model_is_refused_or_leaves_no_trace(pool: Pool, method: Any) -> None:
+    assert pool.run(2, train_gan, method, True) == [("", 0.0)] * 2
+    for said, moved in pool.run(2, train_gan, method, False):
+        assert moved == 0.0
+        if method == "dense":
+            assert said == ""
+        else:
+            assert "if another loss reaches these parameters, run the other backwards under model.no_sync()" in said
+
+
+# -- in a plain script, which exchanges in the step
+
+
+@every_preset
+def test_a_plain_script_may_skip_and_accumulate(number: int) -> None:
+    def work(group: SimGroup, is_unusual: bool) -> Tensor:
+        model = make_model()
+        run = attached(group, number, model)
+        for step in range(8):
+            run.optimizer.zero_grad()
+            if is_unusual and step == 5:
+                backward(model, group.rank, 50, 1e4)  # and no step
+                run.optimizer.zero_grad()
+            if is_unusual:
+                backward(model, group.rank, step, 0.5)
+                backward(model, group.rank, step, 0.5)
+            else:
+                backward(model, group.rank, step)
+            run.optimizer.step()
+        return flat(model)
+
+    unusual = SimWorld[Tensor](2).run(lambda group: work(group, True))
+    usual = SimWorld[Tensor](2).run(lambda group: work(group, False))
+    assert all(torch.equal(one, other) for one, other in zip(unusual, usual, strict=True))
+
+
+# -- a momentum that reaches the optimizer after attach
+
+OWN_MOMENTUM = [
+    Preset("dgc", {"density": 1.0}, sgd(0.01)),
+    Preset("signum", {}, sgd(0.01)),
+    Preset("ef21", {}, sgd(0.01)),
+]
+
+
+@pytest.mark.parametrize("how", ["OneCycleLR", "load_state_dict", "by hand"])
+@pytest.mark.parametrize("preset", OWN_MOMENTUM, ids=str)
+def test_a_momentum_that_comes_later_is_refused_at_the_next_step(preset: Preset, how: str) -> None:
+    model = make_model()
+    optimizer = preset.optimizer(model)
+    attach(model, preset.method(), optimizer)
+    train(model, optimizer, 0, 2)
+    if how == "OneCycleLR":
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=80)
+    elif how == "load_state_dict":
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9).state_dict())
+    else:
+        optimizer.param_groups[0]["momentum"] = 0.5
+    before = flat(model)
+    with pytest.raises(AttachError, match="momentum"):
+        train(model, optimizer, 0, 1, 2)
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("preset", OWN_MOMENTUM, ids=str)
+def test_a_schedule_that_leaves_momentum_alone_may_come_later(preset: Preset) -> None:
+    model = make_model()
+    optimizer = preset.optimizer(model)
+    attach(model, preset.method(), optimizer)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=80, cycle_momentum=False)
+    for step in range(3):
+        train(model, optimizer, 0, 1, step)
+        schedule.step()
+
+
+# -- steps that a GradScaler skips; where nothing is kept, buckets are decided one by one
+
+KEEPING = [number for number, preset in enumerate(PRESETS) if preset.name not in ("dense", "fp16")]
+
+
+def overflow(process_group: dist.ProcessGroup, number: int, has_overflow: bool) -> tuple[str, Tensor, list[Tensor]]:
+    """Six steps in several buckets, and maybe a seventh with an inf in one parameter on rank 1; what that changed."""
+    rank, changed = dist.get_rank(process_group), ""
+    model, group = in_ddp(process_group, bucket_cap_mb=0.001)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    run: Any = attached(group, number, model, grad_scaler=scaler)
+
+    def step(number: int, spoils: bool = False) -> None:
+        x, y = make_batch(rank, number)
+        run.optimizer.zero_grad()
+        loss = loss_of(model(x), y)
+        bias = model.module.get_parameter("2.bias")
+        scaler.scale(loss + bias.sum() * (math.inf if spoils and rank == 1 else 0.0)).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+
+    for k in range(6):
+        if has_overflow and k >= WARM and not changed and not run.method.is_local:
+            before = copy.deepcopy([run.method.saved(), state_of(run), flat(model), run.steps])
+            step(90, spoils=True)
+            after = [run.method.saved(), state_of(run), flat(model), run.steps]
+            changed = "nothing" if equal(before, after) else "something"
+            assert scaler.get_scale() == 512.0
+            assert [name for _, name in run.voided] == ["2.bias"] * len(run.voided) != []
+        step(k)
+    state = [x.clone() for x in state_of(run)]
+    run.close()
+    return changed, flat(model.module), state
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("number", KEEPING, ids=[str(PRESETS[number]) for number in KEEPING])
+def test_a_step_that_a_scaler_skips_is_as_if_it_had_not_been(pool: Pool, number: int) -> None:
+    control = pool.run(2, overflow, number, False)
+    for (changed, values, state), (_, expected, kept) in zip(pool.run(2, overflow, number, True), control, strict=True):
+        assert changed == "nothing"
+        assert torch.equal(values, expected)
+        assert equal(state, kept)

@@ -1,0 +1,151 @@
+"""A method of a user's own: options, one declared state and an exchange, attached as those of the library and held to the same contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rig import loss_of, make_batch, make_model
+
+from commopt import attach
+from commopt.errors import ConfigError
+from commopt.exchange.base import first_bad, is_finite
+from commopt.groups import Group, SimWorld
+from commopt.method import GradientMethod, NoOptions, options
+from commopt.options import Fraction
+from commopt.testing import check_method
+from commopt.wire.bucket import Bucket
+from commopt.wire.state import State
+
+
+@options
+class SlowMeanOptions(NoOptions):
+    decay: Fraction = 0.9
+
+
+class SlowMean(GradientMethod):
+    """m_i <- decay m_i + g_i on each rank; the mean of all m_i is what the optimizer gets."""
+
+    name = "slow_mean"
+    Options = SlowMeanOptions
+    options: SlowMeanOptions
+    state_form = ""
+    states = (State("momentum", held="rank", on_resize="mean"),)
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        moments = torch.cat([self.options.decay * self.part("momentum", name) + g for name, g in bucket.views()])
+        bucket.flat.copy_(moments / group.size)
+        group.all_reduce(bucket.flat)
+        if not is_finite(bucket.flat):
+            bucket.void = first_bad(self.index, bucket)
+            return
+        for name, m in Bucket(moments, bucket.names, bucket.starts).views():
+            self.part("momentum", name).copy_(m)
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return 8 * (ranks - 1) / ranks
+
+
+def train(group: Group, method: Any) -> list[float]:
+    model = make_model()
+    run = attach(model, method, torch.optim.SGD(model.parameters(), lr=0.02), group=group)
+    losses = []
+    for step in range(8):
+        x, y = make_batch(group.rank, step % 2)
+        run.optimizer.zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()
+        run.optimizer.step()
+        losses.append(loss.item())
+    assert run.replicas_are_equal()
+    return losses
+
+
+def test_attach_takes_the_class_and_a_method_made_of_it() -> None:
+    of_class = SimWorld[list[float]](2).run(lambda group: train(group, SlowMean))
+    of_method = SimWorld[list[float]](2).run(lambda group: train(group, SlowMean(decay=0.9)))
+    plain = SimWorld[list[float]](2).run(lambda group: train(group, SlowMean(decay=0.0)))
+    dense = SimWorld[list[float]](2).run(lambda group: train(group, "dense"))
+    assert of_class == of_method != plain
+    assert plain[0] == pytest.approx(dense[0], rel=1e-5)
+    assert of_class[0][-1] < of_class[0][0]
+
+
+def test_its_options_are_checked() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^method slow_mean: decay: 1 is out of range; write a number from 0, below 1$"
+    ):
+        SlowMean(decay=1)
+    with pytest.raises(ConfigError, match=r"^method slow_mean: unknown option 'decoy'; did you mean 'decay'\?$"):
+        SlowMean(decoy=0.5)
+
+
+def test_it_keeps_the_contract() -> None:
+    check_method(SlowMean, ranks=(1, 3), max_norm=None, optimizer=slow)
+    check_method(lambda: SlowMean(decay=0.5), ranks=(2,), max_norm=0.5, optimizer=slow)
+
+
+def slow(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.02)
+
+
+class DoesNotRollBack(SlowMean):
+    """Takes a step's gradients into its momentum before it knows that they are good."""
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        for name, g in bucket.views():
+            self.part("momentum", name).mul_(self.options.decay).add_(g.nan_to_num(0.0))
+        self._answer(bucket, group)
+
+    def _answer(self, bucket: Bucket, group: Group) -> None:
+        bad = not is_finite(bucket.flat)
+        bucket.flat.copy_(torch.cat([self.part("momentum", name) for name in bucket.names]) / group.size)
+        if bad:
+            bucket.flat.fill_(float("nan"))
+        group.all_reduce(bucket.flat)
+        if not is_finite(bucket.flat):
+            bucket.void = next(name for name in self.index.names if name in bucket.names)
+
+
+class KeepsReplicasApart(SlowMean):
+    """Steps by each rank's own momentum."""
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        super().exchange(bucket, group)
+        if bucket.void is None:
+            for name, x in bucket.views():
+                x.copy_(self.part("momentum", name))
+
+
+class CallsItShared(SlowMean):
+    """Declares each rank's own momentum as everybody's."""
+
+    states = (State("momentum"),)
+
+
+class DoesNotDeclare(SlowMean):
+    """Keeps its momentum where no checkpoint finds it."""
+
+    states = ()
+
+    def bound(self) -> None:
+        super().bound()
+        self._momentum = torch.zeros(self.index.total)
+
+    def part(self, key: str, name: str) -> torch.Tensor:
+        return self.index.view(self._momentum, name)
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        (DoesNotRollBack, "must leave all state as it was"),
+        (KeepsReplicasApart, "replicas differ on 3 ranks"),
+        (CallsItShared, "the state 'momentum' differs between 3 ranks: declare it as held='rank'"),
+        (DoesNotDeclare, "resuming is not bitwise on 3 ranks"),
+    ],
+)
+def test_what_breaks_the_contract_is_told(broken: type[SlowMean], complaint: str) -> None:
+    with pytest.raises(AssertionError, match=complaint):
+        check_method(broken, ranks=(3,), optimizer=slow)
