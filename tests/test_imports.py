@@ -18,11 +18,10 @@ from commopt.errors import MissingExtra
 PACKAGE = Path(commopt.__file__).parent
 # each may import itself and what stands before it; the door of `run` finds frameworks by name
 ROOMS = (
-    *("errors", "reading", "wire", "kernels", "compress", "plan", "groups", "exchange", "optim", "gossip", "choice"),
-    *("methods", "record", "run", "frameworks", "deepspeed", "testing", "cluster", "report", "cli"),
+    *("errors", "options", "reading", "choice", "wire", "kernels", "compress", "plan", "groups", "exchange", "method"),
+    *("optim", "gossip", "methods", "record", "run", "frameworks", "deepspeed", "testing", "cluster", "report", "cli"),
 )
 MAY_USE_TORCH_DISTRIBUTED = ("groups/torch.py", "run/", "frameworks/", "cluster/doctor.py")  # doctor tries it out
-IS_ABOVE = {"choice.py": {"methods"}}
 
 
 def sources() -> list[str]:
@@ -52,7 +51,7 @@ def room_of(source: str) -> str:
 @pytest.mark.parametrize("source", [s for s in sources() if not room_of(s).startswith("__")])
 def test_rooms_import_only_what_lies_below_them(source: str) -> None:
     room = room_of(source)
-    below = {"__version__", *ROOMS[: ROOMS.index(room) + 1], *IS_ABOVE.get(source, ())}
+    below = {"__version__", *ROOMS[: ROOMS.index(room) + 1]}
     assert {name.split(".")[1] for name in imported(source) if name.startswith("commopt.")} <= below
 
 
@@ -80,18 +79,18 @@ def test_torch_distributed_stays_in_transports_runs_and_frameworks(source: str) 
     assert not [name for name in imported(source) if name.startswith(("torch.distributed", "torch._C._distributed"))]
 
 
+HEAVY = ("matplotlib", "typer", "rich", "pyroute2", "numba", "yaml", "triton")
 LIGHT = (
-    "import commopt, commopt.choice",
-    "import commopt; commopt.build, commopt.attach",
-    "import commopt.methods, commopt.groups",
-    "import commopt.frameworks.ddp",
+    ("import commopt, commopt.choice", ("torch", "pydantic")),
+    ("import commopt; commopt.build, commopt.attach, commopt.wrap", ()),
+    ("import commopt.methods, commopt.groups, commopt.frameworks.ddp", ()),
 )
 FRAMEWORKS = ("deepspeed", "lightning", "pytorch_lightning", "accelerate", "transformers", "mpi4py")
 
 
-@pytest.mark.parametrize("statement", LIGHT)
-def test_importing_brings_no_heavy_or_optional_package_along(statement: str) -> None:
-    unwanted = ["matplotlib", "typer", "rich", "pyroute2", "numba", "yaml", "pydantic", "triton", *FRAMEWORKS]
+@pytest.mark.parametrize(("statement", "more"), LIGHT)
+def test_importing_brings_no_heavy_or_optional_package_along(statement: str, more: tuple[str, ...]) -> None:
+    unwanted = [*HEAVY, *FRAMEWORKS, *more]
     code = f"import sys; {statement}; print(*(m for m in {unwanted!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == []

@@ -134,7 +134,18 @@ def test_every_methods_options_are_described_and_refuse_what_they_do_not_know(na
         build(name, **{"no such option": 1})
 
 
-@pytest.mark.parametrize("option", ["lr", "betas", "eps", "weight_decay", "max_norm", "grad_scaler"])
-def test_what_belongs_to_the_optimizer_or_the_run_is_no_option_of_a_method(option: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown option '{option}'"):
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        *(
+            (option, "set it on the optimizer that you pass to attach")
+            for option in ("lr", "betas", "eps", "weight_decay")
+        ),
+        *((option, rf"write commopt\.attach\(\.\.\., {option}=\.\.\.\)") for option in ("max_norm", "grad_scaler")),
+    ],
+)
+def test_what_belongs_to_the_optimizer_or_the_run_is_no_option_of_a_method(option: str, instead: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^method onebit_adam: {option}: is not an option of this method; {instead}$"
+    ):
         build("onebit_adam", **{option: 0.1})

@@ -27,8 +27,11 @@ def split(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
 
     def walk(x: Any, place: str) -> Any:
         if isinstance(x, Tensor):
-            tensors[f"{prefix}{place}"] = x.detach()
-            return {"tensor": f"{prefix}{place}"}
+            name = f"{prefix}{place}"
+            while name in tensors:  # keys may have a slash in them, or be 1 and "1"
+                name += "'"
+            tensors[name] = x.detach()
+            return {"tensor": name}
         if x is None or isinstance(x, bool | str):
             return x
         if isinstance(x, int) and not isinstance(x, bool):

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from command import base_name, main, matching, names, new_parser, only_shows, present
+from command import main, matching, names, new_parser, only_shows, present
 from emulated import Entry, measure_all, start
 from step_results import NODES, PEERS, outcome, report
 from store import RESULTS, Store
@@ -54,12 +54,13 @@ SGD: Mapping[str, Any] = {"name": "sgd", "lr": 0.01}
 # What brings a method into its steady phase soon, or makes it comparable with a peer; others run as they are.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "onebit_adam": {"freeze_step": FREEZE_STEP},
+    "onebit_lamb": {"freeze_step": FREEZE_STEP},
     "zero_one_adam": {"var_freeze_step": FREEZE_STEP, "local_step_clipper": 1},  # every step communicates
     "powersgd": {"rank": 1},
     "qsgd": {"levels": 7},  # 4 bits
     "threshold": {"threshold": 0.005},
 }
-# Adam applies what the others and the peers average, so that their arithmetic is the same; a method that refuses it gets SGD.
+# Adam applies what the others and the peers average, so that their arithmetic is the same; these refuse it.
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {"dgc": SGD, "signum": SGD}
 
 
@@ -99,39 +100,25 @@ def makeable(methods: Iterable[str]) -> list[str]:
     return found
 
 
-def warmup_steps(method: str, options: Mapping[str, Any], optimizer: Mapping[str, Any]) -> int:
-    """Make the method once, on a model of no consequence, to see that it can be made and when it is steady."""
-    import torch
-    from building import build
-
-    settings = {"method": method, "options": options, "optimizer": optimizer}
-    return build(settings, torch.nn.Linear(2, 2))[0].warmup_steps
-
-
 def settings_of(cell: Cell) -> dict[str, Any]:
     """The options, optimizer, sizes and steps of a cell; one that is stored with others is measured again."""
-    options, optimizer, warmup = dict(OPTIONS.get(cell.method, {})), OPTIMIZERS.get(cell.method, OPTIMIZER), 0
+    settings = {"options": OPTIONS.get(cell.method, {}), "optimizer": OPTIMIZERS.get(cell.method, OPTIMIZER)}
+    sizes: dict[str, Any] = {**MODELS[cell.model], **SIZES}
+    warmup = 0
     if cell.method not in PEERS:
-        from commopt.methods import METHODS
-        from commopt.options import option_names
+        import torch
+        from building import build
 
-        kind = METHODS[base_name(cell.method)]
-        if cell.method not in OPTIONS and "freeze_step" in option_names(kind.Options):
-            options["freeze_step"] = FREEZE_STEP
-        try:
-            warmup = warmup_steps(cell.method, options, optimizer)
+        try:  # on a model of no consequence
+            warmup = build({"method": cell.method, **settings}, torch.nn.Linear(2, 2))[0].warmup_steps
         except ConfigError as error:
-            if cell.method in OPTIMIZERS:
-                raise ConfigError(f"{error}; look at OPTIONS and OPTIMIZERS in {Path(__file__).name}") from None
-            optimizer, warmup = SGD, warmup_steps(cell.method, options, SGD)
+            raise ConfigError(f"{error}; look at OPTIONS and OPTIMIZERS in {Path(__file__).name}") from None
+        sizes["bucket-mb"] = BUCKET_MB  # peers keep torch's own sizes
     if warmup > LONGEST_WARMUP:
         raise ConfigError(
             f"method {cell.method}: is steady after {warmup} steps only; give it OPTIONS in {Path(__file__).name}"
         )
-    sizes: dict[str, Any] = {**MODELS[cell.model], **SIZES}
-    if cell.method not in PEERS:  # which keep torch's own sizes
-        sizes["bucket-mb"] = BUCKET_MB
-    return {"options": options, "optimizer": dict(optimizer), "steps": max(SETTLED, warmup) + STEADY_STEPS, **sizes}
+    return {**settings, "steps": max(SETTLED, warmup) + STEADY_STEPS, **sizes}
 
 
 def program_words(cell: Cell, settings: Mapping[str, Any]) -> list[str]:

@@ -75,6 +75,9 @@ def read_blocks(page: Path) -> list[Block]:
     return blocks
 
 
+GENERATED = ("methods.md", "refusals.md")  # written when the site is built
+
+
 def links(page: Path) -> list[str]:
     """Where the links and pictures of a page lead to."""
     found = []

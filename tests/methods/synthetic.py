@@ -14,6 +14,7 @@ from rig import start
 from torch import Tensor, nn
 
 from commopt.groups import Group, SimWorld
+from commopt.wire.bucket import Bucket
 
 F64 = NDArray[np.float64]
 Shapes = Sequence[tuple[int, ...]]
@@ -54,6 +55,13 @@ def gradients(shapes: Shapes, ranks: int, step: int, **options: Any) -> F64:
         model.set_gradients(rank, step)
         rows.append(flat(p.grad for p in model.all))
     return np.stack(rows)
+
+
+def exchange(method: Any, bucket: Bucket, group: Group) -> None:
+    """Exchange one bucket, and count it as a run does."""
+    method.exchange(bucket, group)
+    if bucket.void is None:
+        method.exchanges[[method.index.position[name] for name in bucket.names]] += 1
 
 
 def spans(shapes: Shapes) -> list[slice]:

@@ -331,10 +331,10 @@ def test_a_state_without_momentum_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ({"vote": "mean"}, "vote: 'mean' is out of range; write 'majority' or 'average'"),
-        ({"vote": True}, "vote: True is out of range; write 'majority' or 'average'"),
+        ({"vote": "mean"}, "vote: 'mean' is out of range; write 'average' or 'majority'"),
+        ({"vote": True}, "vote: True is out of range; write 'average' or 'majority'"),
         ({"seed": "x"}, "seed: 'x' is out of range; write a whole number"),
-        ({"lr": 0.1}, "unknown option 'lr'"),
+        ({"lr": 0.1}, "lr: is not an option of this method"),
     ],
 )
 def test_bad_options_are_refused(given: dict[str, Any], complaint: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from synthetic import gradients, simulate, spans
+from synthetic import exchange, gradients, simulate, spans
 from torch import Tensor
 
 from commopt import build
@@ -75,7 +75,7 @@ def sent_for(method_options: dict[str, Any], gradient: Tensor, steps: int, ranks
         out, residuals = [], [method.worker.residual.clone()]
         for _ in range(steps):
             bucket = Bucket.of([("x", gradient * (group.rank + 1))])
-            method.exchange(bucket, group)
+            exchange(method, bucket, group)
             out.append(bucket.flat)
             residuals.append(method.worker.residual.clone())
         return torch.stack(out), torch.stack(residuals)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from pool import Pool, twin_of
 from rig import loss_of, make_batch
+from synthetic import F64, exchange
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +21,6 @@ from commopt.errors import ConfigError
 from commopt.groups import Group, SimWorld, TorchGroup
 from commopt.wire.bucket import Bucket
 
-F64 = NDArray[np.float64]
 SHAPES = {"wide": (30, 70), "bias": (30,), "conv": (40, 5, 3, 3), "tall": (90, 20), "small": (3, 4)}
 RANK = 3
 
@@ -56,7 +55,7 @@ def random_gradients(rank: int, step: int) -> dict[str, Tensor]:
     return made
 
 
-def exchange(
+def exchanged(
     ranks: int, steps: int, gradients: Gradients, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **options: Any
 ) -> list[list[dict[str, Any]]]:
     """[rank][step]: the mean that the exchange gave, what it was void for, and the state before and after it."""
@@ -68,7 +67,7 @@ def exchange(
         for step in range(steps):
             bucket = Bucket.of(list(gradients(group.rank, step).items()))
             before = state_of(method)
-            method.exchange(bucket, group)
+            exchange(method, bucket, group)
             means = {name: x.clone() for name, x in bucket.views()}
             sent = group.traffic.payload_bytes
             done.append(
@@ -95,7 +94,7 @@ def rows(gradients: Gradients, name: str, step: int, ranks: int) -> F64:
 
 
 def test_every_step_is_the_papers_from_the_state_before_it() -> None:
-    runs = exchange(4, 25, random_gradients, rank=RANK)
+    runs = exchanged(4, 25, random_gradients, rank=RANK)
     assert sorted(runs[0][0]["before"]["q"]) == ["conv", "tall", "wide"]
     for step in range(25):
         now = [run[step] for run in runs]
@@ -119,7 +118,7 @@ def test_every_step_is_the_papers_from_the_state_before_it() -> None:
 
 
 def test_a_short_run_stays_with_the_reference() -> None:
-    runs = exchange(4, 25, random_gradients, rank=RANK)
+    runs = exchanged(4, 25, random_gradients, rank=RANK)
     for name, q in runs[0][0]["before"]["q"].items():
         n, m = SHAPES[name][0], math.prod(SHAPES[name][1:])
         reference = Reference(q, np.zeros((4, n, m)))
@@ -130,12 +129,12 @@ def test_a_short_run_stays_with_the_reference() -> None:
 
 
 def test_replicas_are_equal_and_start_from_one_q_of_the_seed() -> None:
-    runs = exchange(3, 5, random_gradients, rank=RANK)
+    runs = exchanged(3, 5, random_gradients, rank=RANK)
     for run in runs[1:]:
         for one, first in zip(run, runs[0], strict=True):
             assert all(torch.equal(one["mean"][name], first["mean"][name]) for name in SHAPES)
             assert all(np.array_equal(one["before"]["q"][name], q) for name, q in first["before"]["q"].items())
-    other = exchange(1, 1, random_gradients, rank=RANK, seed=1)[0][0]["before"]["q"]
+    other = exchanged(1, 1, random_gradients, rank=RANK, seed=1)[0][0]["before"]["q"]
     first = runs[0][0]["before"]["q"]
     assert not np.isclose(first["wide"], other["wide"]).all()
     assert not np.isclose(first["wide"][:20], first["tall"]).all()
@@ -153,7 +152,7 @@ def low_rank(rank: int, step: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_gradient_of_that_rank_is_reproduced_exactly(seed: int) -> None:
-    runs = exchange(4, 3, lambda rank, _: low_rank(rank, seed), rank=RANK, seed=seed)
+    runs = exchanged(4, 3, lambda rank, _: low_rank(rank, seed), rank=RANK, seed=seed)
     for step, one in enumerate(runs[0]):
         for name, mean in one["mean"].items():
             exact = torch.stack([low_rank(rank, seed)[name] for rank in range(4)]).mean(0).flatten()
@@ -163,7 +162,7 @@ def test_a_gradient_of_that_rank_is_reproduced_exactly(seed: int) -> None:
 
 def test_nothing_is_lost() -> None:
     steps = 15
-    runs = exchange(4, steps, random_gradients, rank=1)
+    runs = exchanged(4, steps, random_gradients, rank=1)
     for name in runs[0][0]["before"]["q"]:
         given = sum(rows(random_gradients, name, step, 4).mean(0) for step in range(steps))
         got = sum(one["mean"][name].double().numpy() for one in runs[0])
@@ -179,7 +178,7 @@ def test_residuals_stay_bounded_where_ranks_disagree_for_ever() -> None:
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         return {"x": directions[0] @ directions[1] / 40 + (100.0 if rank else -100.0) * torch.outer(*directions[2][:2])}
 
-    runs = exchange(2, 60, gradients, shape, rank=4)
+    runs = exchanged(2, 60, gradients, shape, rank=4)
     largest = [float(np.abs(run[-1]["after"]["e"]["x"]).max()) for run in runs]
     difference = float((gradients(0, 0)["x"] - gradients(1, 0)["x"]).abs().max())
     assert max(largest) < 10 * difference  # what the mean leaves out of each would be 30 times the difference by now
@@ -190,7 +189,7 @@ def test_gradients_too_small_or_too_large_to_square_are_like_others(scale: float
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         return {name: g * scale for name, g in random_gradients(rank, step).items()}
 
-    usual, scaled = (exchange(2, 4, make, rank=RANK)[0] for make in (random_gradients, gradients))
+    usual, scaled = (exchanged(2, 4, make, rank=RANK)[0] for make in (random_gradients, gradients))
     for one, other in zip(usual, scaled, strict=True):
         assert other["void"] is None
         for name, mean in one["mean"].items():
@@ -210,7 +209,7 @@ def test_a_column_that_has_become_zero_is_drawn_anew() -> None:
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         return {"x": torch.zeros(40, 40)} if step < 3 else one_element(*places[step - 3])
 
-    runs = exchange(2, 9, gradients, {"x": (40, 40)}, rank=4)[0]
+    runs = exchanged(2, 9, gradients, {"x": (40, 40)}, rank=4)[0]
     for step, one in enumerate(runs):
         assert np.isfinite(one["after"]["q"]["x"]).all()
         assert (np.linalg.norm(one["after"]["q"]["x"], axis=0) > 0.1).all()
@@ -230,7 +229,7 @@ def test_an_inf_that_meets_a_zero_of_q_voids_the_bucket_and_harms_nothing(bad: f
             g["wide"][7, 60] = bad
         return g
 
-    runs = exchange(3, 5, gradients, rank=RANK)
+    runs = exchanged(3, 5, gradients, rank=RANK)
     for run in runs:
         assert not run[3]["before"]["q"]["wide"][50:].any()
         assert [one["void"] for one in run] == [None, None, None, "wide", None]
@@ -245,20 +244,20 @@ def test_an_overflow_of_the_second_factor_voids_too() -> None:
         g[:, 3] = 3e38  # P is M Q, and |Q| is below 1; P^T M is 3e38 sqrt(40)
         return {"x": g if step == 1 else one_element(1, 3)["x"]}
 
-    for run in exchange(2, 3, gradients, {"x": (40, 40)}, rank=1):
+    for run in exchanged(2, 3, gradients, {"x": (40, 40)}, rank=1):
         assert [one["void"] for one in run] == [None, "x", None]
         assert np.array_equal(run[1]["after"]["e"]["x"], run[1]["before"]["e"]["x"])
 
 
 def test_gradients_are_averaged_exactly_before_start_step() -> None:
-    runs = exchange(2, 5, random_gradients, rank=1, start_step=3)
+    runs = exchanged(2, 5, random_gradients, rank=1, start_step=3)
     for step, one in enumerate(runs[0]):
         exact = torch.stack([random_gradients(rank, step)["wide"] for rank in range(2)]).mean(0).flatten()
         assert torch.allclose(one["mean"]["wide"], exact) == (step < 3)
 
 
 def test_one_rank_sends_nothing_and_keeps_its_gradient() -> None:
-    for step, one in enumerate(exchange(1, 3, random_gradients, rank=1)[0]):
+    for step, one in enumerate(exchanged(1, 3, random_gradients, rank=1)[0]):
         assert all(torch.equal(one["mean"][name], g.flatten()) for name, g in random_gradients(0, step).items())
         assert one["bytes"] == 0.0
 
@@ -266,7 +265,7 @@ def test_one_rank_sends_nothing_and_keeps_its_gradient() -> None:
 @pytest.mark.parametrize("ranks", [2, 4, 5])
 def test_it_sends_what_it_says(ranks: int) -> None:
     g = {"x": torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), "bias": torch.zeros(100)}
-    sent = [one["bytes"] for one in exchange(ranks, 2, lambda *_: g, {"x": (1024, 1024), "bias": (100,)})[0]]
+    sent = [one["bytes"] for one in exchanged(ranks, 2, lambda *_: g, {"x": (1024, 1024), "bias": (100,)})[0]]
     dense = 8 * (ranks - 1) / ranks * 100
     formula = build("powersgd").bytes_per_parameter(ranks)
     assert formula == pytest.approx(8 * (ranks - 1) / ranks * 4 * 2048 / 2**20)
@@ -277,7 +276,7 @@ def test_two_all_reduces_for_a_bucket() -> None:
     def work(group: Group) -> int:
         method: Any = build("powersgd", rank=1)
         method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        method.exchange(Bucket.of(list(random_gradients(group.rank, 0).items())), group)
+        exchange(method, Bucket.of(list(random_gradients(group.rank, 0).items())), group)
         return sum(group.traffic.calls.values())
 
     assert SimWorld[int](2).run(work) == [2, 2]
@@ -287,7 +286,7 @@ def test_another_number_of_ranks_takes_the_mean_residual() -> None:
     def leave(group: Group) -> Any:
         method: Any = build("powersgd", rank=1)
         method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        method.exchange(Bucket.of(list(random_gradients(group.rank, 0).items())), group)
+        exchange(method, Bucket.of(list(random_gradients(group.rank, 0).items())), group)
         return method.saved()
 
     states = SimWorld[Any](3).run(leave)

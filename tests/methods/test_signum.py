@@ -221,7 +221,7 @@ def test_a_later_parameter_groups_momentum_is_seen_too() -> None:
         ({"momentum": 1.0}, "momentum: 1.0 is out of range; write a number from 0, below 1"),
         ({"momentum": -0.1}, "momentum: -0.1 is out of range; write a number from 0, below 1"),
         ({"seed": 1.5}, "seed: 1.5 is out of range; write a whole number"),
-        ({"max_norm": 1.0}, "unknown option 'max_norm'"),
+        ({"max_norm": 1.0}, "max_norm: is not an option of this method"),
         ({"vote": "average"}, "unknown option 'vote'"),
     ],
 )

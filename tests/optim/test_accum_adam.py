@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt.errors import ConfigError
-from commopt.methods import with_optimizer
-from commopt.optim import AccumAdam
+from commopt.optim import AccumAdam, make_optimizer
 
 F64 = NDArray[np.float64]
 SHAPES = [(6, 5), (7,), (), (2, 3, 2)]
@@ -156,8 +155,7 @@ def test_what_has_no_gradient_stays_and_does_not_count_the_step() -> None:
 
 
 def test_a_run_names_it_accum_adam() -> None:
-    given = {"name": "accum_adam", "lr": 0.1, "accum_iter": 8}
-    _, optimizer = with_optimizer("dense", torch.nn.Linear(2, 2), options={}, optimizer=given)
+    optimizer = make_optimizer({"name": "accum_adam", "lr": 0.1, "accum_iter": 8}, torch.nn.Linear(2, 2).parameters())
     assert isinstance(optimizer, AccumAdam)
     assert optimizer.defaults["accum_iter"] == 8
 

@@ -53,8 +53,8 @@ def skip_a_batch(process_group: dist.ProcessGroup, number: int, scale: float | N
             run.optimizer.zero_grad()
             backward(model, rank, 50, scale)  # an outlier: no step
         train(model, run.optimizer, rank, 2, WARM)
-    except Exception as error:  # what a hook raises comes out of backward as a RuntimeError
-        said = str(error)
+    except Exception as error:  # what a hook raises may come out of backward as a RuntimeError
+        said = f"{type(error).__name__}: {error}"
     run.close()
     return said, flat(model.module)
 
@@ -113,7 +113,7 @@ def backward_twice(process_group: dist.ProcessGroup, number: int | None, is_quie
             backward(model, rank, 2 * step + 1, 0.5)
             optimizer.step()
     except Exception as error:
-        said = str(error)
+        said = f"{type(error).__name__}: {error}"
     if run is not None:
         run.close()
     return said, flat(model.module)
@@ -176,7 +176,7 @@ def train_gan(process_group: dist.ProcessGroup, method: Any, is_quiet: bool) -> 
                 (-critic(generator(z)).mean()).backward()
             optimizers[0].step()
     except Exception as error:
-        said = str(error)
+        said = f"{type(error).__name__}: {error}"
     for run in runs:
         run.close()
     return said, float((flat(critic) - before).norm())
@@ -281,16 +281,22 @@ def overflow(process_group: dist.ProcessGroup, number: int, has_overflow: bool) 
 
     for k in range(6):
         if has_overflow and k >= WARM and not changed and not run.method.is_local:
-            before = copy.deepcopy([run.method.saved(), state_of(run), flat(model), run.steps])
+            before = copy.deepcopy(everything(run))
             step(90, spoils=True)
-            after = [run.method.saved(), state_of(run), flat(model), run.steps]
-            changed = "nothing" if equal(before, after) else "something"
+            after = everything(run)
+            changed = ", ".join(key for key in before if not equal(before[key], after[key])) or "nothing"
             assert scaler.get_scale() == 512.0
             assert [name for _, name in run.voided] == ["2.bias"] * len(run.voided) != []
         step(k)
     state = [x.clone() for x in state_of(run)]
     run.close()
     return changed, flat(model.module), state
+
+
+def everything(run: Run) -> dict[str, Any]:
+    """All that a skipped step must leave alone."""
+    saved, parameters = run.method.saved(), dict(run.parameters)
+    return {"steps": run.steps, "state": state_of(run), **saved["shared"], **saved["rank"], **parameters}
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -153,12 +153,6 @@ def test_every_method_can_be_made_and_has_steady_steps(method: str) -> None:
     assert method in words
 
 
-def test_an_unknown_method_gets_a_short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "OPTIONS", {})
-    settings = bench.settings_of(bench.Cell("50mbit", "1m", "onebit_adam"))
-    assert settings["options"] == {"freeze_step": bench.FREEZE_STEP}
-
-
 def test_the_peers_are_those_that_the_program_knows() -> None:
     assert tuple(module("step_peers").PEERS) == says.PEERS
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-from script import module
+from script import SCRIPTS, module
 
 from commopt.methods import METHODS
 from commopt.run.refusals import REFUSALS
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    yield from module("site_pages")
+def script() -> ModuleType:
+    made: ModuleType = module("site_pages", SCRIPTS)
+    return made
 
 
 @pytest.fixture(scope="module")
