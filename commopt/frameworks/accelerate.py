@@ -54,7 +54,10 @@ def attach(model: Module, request: Request) -> Run:
 
 
 def accelerator_of(prepared: Any) -> Any:
-    """The Accelerator that has prepared this optimizer, or None. The optimizer doesn't know it, but it keeps a list of optimizers."""
+    """The Accelerator that has prepared this optimizer, or None.
+
+    An optimizer doesn't know its Accelerator, but every Accelerator lists its optimizers; those alive are found by the garbage collector.
+    """
     for one in gc.get_objects():
         if issubclass(type(one), Accelerator) and any(known is prepared for known in getattr(one, "_optimizers", ())):
             return one

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt.plan.links import schedule
-from commopt.wire.payload import Layout, Payload
+from commopt.wire.payload import Layout, Payload, layout_bytes
 
 Key = tuple[str, str, str]
 
@@ -103,8 +103,27 @@ class Group(ABC):
         """Return after every rank has called this."""
         self.all_reduce(torch.zeros(1))
 
-    def _count(self, operation: str, nbytes: int, root: int = 0) -> None:
-        self.traffic.record(operation, schedule(operation, nbytes, self.rank, self.size, root=root))
+    def _count(self, operation: str, nbytes: int, root: int = 0) -> dict[int, float]:
+        """Count a collective by its schedule; returns the bytes for each peer."""
+        sent = schedule(operation, nbytes, self.rank, self.size, root=root)
+        self.traffic.record(operation, sent)
+        return sent
+
+    def _count_direct(self, operation: str, payloads: Sequence[Payload]) -> dict[int, float]:
+        """Count payloads[j] for rank j, which goes straight there."""
+        sent = {peer: float(p.nbytes) for peer, p in enumerate(payloads) if peer != self.rank}
+        self.traffic.record(operation, sent)
+        return sent
+
+    def _count_gather(self, payload: Payload, layouts: Sequence[Layout] | None) -> tuple[list[Layout], bool]:
+        """The layout of every rank, and whether they differ in size: then payloads go straight to each rank, and not in a ring."""
+        layouts = [payload.layout] * self.size if layouts is None else list(layouts)
+        is_ragged = len({layout_bytes(layout) for layout in layouts}) > 1
+        if is_ragged:
+            self._count_direct("all_gather", [payload] * self.size)
+        else:
+            self._count("all_gather", payload.nbytes)
+        return layouts, is_ragged
 
 
 class LocalGroup(Group):

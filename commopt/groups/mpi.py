@@ -82,18 +82,17 @@ class MPIGroup(Group):
             x.copy_(host)
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        layouts = [payload.layout] * self.size if layouts is None else list(layouts)
-        sizes = [layout_bytes(layout) for layout in layouts]
-        if len(set(sizes)) > 1:
-            sent = {peer: float(payload.nbytes) for peer in range(self.size) if peer != self.rank}
-            self.traffic.record("all_gather", sent)
-        else:
-            self._count("all_gather", payload.nbytes)
-        return [payload] if self.size == 1 else cut(self._gather("all_gather", payload.buffer, sizes), layouts)
+        layouts, _ = self._count_gather(payload, layouts)
+        if self.size == 1:
+            return [payload]
+        sizes, own = [layout_bytes(layout) for layout in layouts], payload.buffer
+        out = torch.empty(sum(sizes), dtype=torch.uint8)
+        send, receive = _message(own), [_bytes(out), sizes, MPI.BYTE]
+        self._finish("all_gather", lambda: [self.comm.Iallgatherv(send, receive)])
+        return cut(out.to(own.device), layouts)
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        sent = {peer: float(p.nbytes) for peer, p in enumerate(payloads) if peer != self.rank}
-        self.traffic.record("all_to_all", sent)
+        self._count_direct("all_to_all", payloads)
         if self.size == 1:
             return list(payloads)
         own = payloads[self.rank]
@@ -110,25 +109,11 @@ class MPIGroup(Group):
         if _is_elsewhere(x):
             x.copy_(host)
 
-    def tell(self, text: str) -> list[str]:
-        """What each rank says, by rank, outside the counted traffic."""
-        said = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        length = torch.tensor([len(said)], dtype=torch.int64).view(torch.uint8)
-        lengths = self._gather("tell", length, [8] * self.size).view(torch.int64).tolist()
-        every = self._gather("tell", said, lengths)
-        return [bytes(one.tolist()).decode() for one in torch.split(every, lengths)]
-
     def close(self) -> None:
         """Give the duplicate of the communicator back; all ranks together, where groups are made again and again."""
         if not self._failure and self.comm != MPI.COMM_NULL:
             self._failure = "this group is closed"
             self.comm.Free()
-
-    def _gather(self, operation: str, own: Tensor, sizes: list[int]) -> Tensor:
-        out = torch.empty(sum(sizes), dtype=torch.uint8)
-        send, receive = _message(own), [_bytes(out), sizes, MPI.BYTE]
-        self._finish(operation, lambda: [self.comm.Iallgatherv(send, receive)])
-        return out.to(own.device)
 
     def _finish(self, operation: str, start: Callable[[], list[Any]]) -> None:
         """Start calls of MPI and wait until all are done; whatever prevents that breaks the group for good."""

@@ -28,11 +28,11 @@ class PacedGroup(Group):
         self.rank, self.size, self.traffic = inner.rank, inner.size, inner.traffic
 
     def all_reduce(self, x: Tensor) -> None:
-        with self._paced("all_reduce", x.numel() * x.element_size()):
+        with self._at_least(self.links.collective_seconds("all_reduce", x.nbytes)):
             self.inner.all_reduce(x)
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        with self._paced("all_gather", payload.nbytes):
+        with self._at_least(self.links.collective_seconds("all_gather", payload.nbytes)):
             return self.inner.all_gather(payload, layouts)
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
@@ -42,8 +42,7 @@ class PacedGroup(Group):
             return self.inner.all_to_all(payloads)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        nbytes = x.numel() * x.element_size()
-        sent = [schedule("broadcast", nbytes, rank, self.size, root=src) for rank in range(self.size)]
+        sent = [schedule("broadcast", x.nbytes, rank, self.size, root=src) for rank in range(self.size)]
         with self._at_least(self.links.seconds(sent, rounds("broadcast", self.size))):
             self.inner.broadcast(x, src)
 
@@ -52,11 +51,6 @@ class PacedGroup(Group):
 
     def barrier(self) -> None:
         self.inner.barrier()
-
-    @contextmanager
-    def _paced(self, operation: str, nbytes: int) -> Iterator[None]:
-        with self._at_least(self.links.collective_seconds(operation, nbytes)):
-            yield
 
     @contextmanager
     def _at_least(self, seconds: float) -> Iterator[None]:

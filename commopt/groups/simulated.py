@@ -11,7 +11,7 @@ from torch import Tensor
 from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic
 from commopt.groups.simulated_peers import Killed, PostOffice, SimPeers
-from commopt.plan.links import LinkModel, rounds, schedule
+from commopt.plan.links import LinkModel, rounds
 from commopt.wire.payload import Layout, Payload
 
 T = TypeVar("T")
@@ -107,24 +107,22 @@ class SimGroup(Group):
             office.changed.notify_all()
 
     def all_reduce(self, x: Tensor) -> None:
-        self._count("all_reduce", x.numel() * x.element_size())
-        parts = self._meet("all_reduce", x.clone(), self._ring("all_reduce", x))
+        parts = self._meet("all_reduce", x.clone(), self._count("all_reduce", x.nbytes))
         _check_alike("all_reduce", parts)
         x.copy_(parts[0])
         for part in parts[1:]:
             x.add_(part)
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        self._count("all_gather", payload.nbytes)
-        gathered: list[Payload] = self._meet("all_gather", _copy(payload), self._ring("all_gather", payload.buffer))
+        sent = self._count("all_gather", payload.nbytes)
+        gathered: list[Payload] = self._meet("all_gather", _copy(payload), sent)
         for rank, one in enumerate(gathered):
             if one.layout != (payload.layout if layouts is None else layouts[rank]):
                 raise GroupError(f"all_gather: rank {rank} sent another layout than rank {self.rank} expects")
         return gathered
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        sent = {peer: float(p.nbytes) for peer, p in enumerate(payloads) if peer != self.rank}
-        self.traffic.record("all_to_all", sent)
+        sent = self._count_direct("all_to_all", payloads)
         everything = self._meet("all_to_all", [_copy(p) for p in payloads], sent)
         received: list[Payload] = [row[self.rank] for row in everything]
         if any(one.layout != payloads[self.rank].layout for one in received):
@@ -132,33 +130,31 @@ class SimGroup(Group):
         return received
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        nbytes = x.numel() * x.element_size()
-        self._count("broadcast", nbytes, root=src)
-        parts = self._meet("broadcast", x.clone(), schedule("broadcast", nbytes, self.rank, self.size, root=src))
+        parts = self._meet("broadcast", x.clone(), self._count("broadcast", x.nbytes, root=src))
         _check_alike("broadcast", parts)
         x.copy_(parts[src])
 
     def tell(self, text: str) -> list[str]:
         """Free, and in no virtual time."""
-        self.world.slots[self.rank] = ("tell", text, {})
-        self._wait("tell")
-        said = list(self.world.slots)
-        self._wait("tell")
+        said, _ = self._put_down("tell", text, {})
         if any(operation != "tell" for operation, _, _ in said):
             raise GroupError("ranks ask for different exchanges at the same time: one of them is at attach")
         return [words for _, words, _ in said]
 
-    def _ring(self, operation: str, x: Tensor) -> dict[int, float]:
-        return schedule(operation, x.numel() * x.element_size(), self.rank, self.size)
-
-    def _meet(self, operation: str, contribution: Any, sent: Mapping[int, float]) -> list[Any]:
-        """Put one contribution down, take everybody's up, and move all clocks to the end of the exchange."""
+    def _put_down(
+        self, operation: str, contribution: Any, sent: Mapping[int, float]
+    ) -> tuple[list[tuple[str, Any, Mapping[int, float]]], float]:
+        """Put one contribution down and take everybody's up; with the clock of the slowest rank."""
         world = self.world
         world.slots[self.rank] = (operation, contribution, sent)
         self._wait(operation)
-        met = list(world.slots)
-        clock = max(world.clocks)
+        met, clock = list(world.slots), max(world.clocks)
         self._wait(operation)
+        return met, clock
+
+    def _meet(self, operation: str, contribution: Any, sent: Mapping[int, float]) -> list[Any]:
+        """Exchange contributions, and move all clocks to the end of the exchange."""
+        world, (met, clock) = self.world, self._put_down(operation, contribution, sent)
         asked = {name for name, _, _ in met}
         if len(asked) > 1:
             raise GroupError(f"ranks ask for different exchanges at the same time: {', '.join(sorted(asked))}")

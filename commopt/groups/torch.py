@@ -51,50 +51,35 @@ class TorchGroup(Group):
         return cls(new)
 
     def all_reduce(self, x: Tensor) -> None:
-        self._count("all_reduce", x.numel() * x.element_size())
-        here = self._staged(x)
-        with self._named("all_reduce"):
+        self._count("all_reduce", x.nbytes)
+        with self._in_place("all_reduce", x) as here:
             dist.all_reduce(here, group=self.process_group)
-        if here is not x:
-            x.copy_(here)
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        layouts, is_ragged = self._count_gather(payload, layouts)
         if self.size == 1:
-            self._count("all_gather", payload.nbytes)
             return [payload]
-        if layouts is not None and len({layout_bytes(layout) for layout in layouts}) > 1:
-            self.traffic.record(
-                "all_gather", {peer: float(payload.nbytes) for peer in range(self.size) if peer != self.rank}
-            )
+        if is_ragged:
             send = payload.buffer.repeat(self.size)
-            return self._exchange("all_gather", send, [payload.nbytes] * self.size, list(layouts))
-        self._count("all_gather", payload.nbytes)
+            return self._exchange("all_gather", send, [payload.nbytes] * self.size, layouts)
         own = self._staged(payload.buffer)
         out = own.new_empty(self.size * payload.nbytes)
         with self._named("all_gather"):
             gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
             gather(out, own, group=self.process_group)
-        out = out.to(payload.buffer.device)
-        return cut(out, list(layouts) if layouts is not None else [payload.layout] * self.size)
+        return cut(out.to(payload.buffer.device), layouts)
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        self.traffic.record(
-            "all_to_all", {peer: float(p.nbytes) for peer, p in enumerate(payloads) if peer != self.rank}
-        )
+        self._count_direct("all_to_all", payloads)
         if self.size == 1:
             return list(payloads)
-        send = torch.cat([p.buffer for p in payloads])
-        return self._exchange(
-            "all_to_all", send, [p.nbytes for p in payloads], [payloads[self.rank].layout] * self.size
-        )
+        send, layout = torch.cat([p.buffer for p in payloads]), payloads[self.rank].layout
+        return self._exchange("all_to_all", send, [p.nbytes for p in payloads], [layout] * self.size)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        self._count("broadcast", x.numel() * x.element_size(), root=src)
-        here = self._staged(x)
-        with self._named("broadcast"):
+        self._count("broadcast", x.nbytes, root=src)
+        with self._in_place("broadcast", x) as here:
             dist.broadcast(here, group=self.process_group, group_src=src)
-        if here is not x:
-            x.copy_(here)
 
     def tell(self, text: str) -> list[str]:
         """Through the job's store, so that ranks that are at different collectives are found out, and do not hang."""
@@ -132,6 +117,14 @@ class TorchGroup(Group):
     def _staged(self, x: Tensor) -> Tensor:
         """x where the backend can send it from: Gloo takes few kinds of exchange from a GPU, and gets a copy on the host for all."""
         return x.detach().cpu() if self.device.type == "cpu" and x.device.type != "cpu" else x
+
+    @contextmanager
+    def _in_place(self, operation: str, x: Tensor) -> Iterator[Tensor]:
+        here = self._staged(x)
+        with self._named(operation):
+            yield here
+        if here is not x:
+            x.copy_(here)
 
     @contextmanager
     def _named(self, operation: str) -> Iterator[None]:

@@ -106,6 +106,9 @@ def resolve(choice: Method | type[Method] | Choice, **options: Any) -> Method:
         kind, named = _find(name)
         if is_file(choice):
             _check_beside(kind, keys_beside(choice))  # type: ignore[arg-type]  # a path
+        for key in named:
+            if key in {**chosen, **options}:
+                raise ConfigError(f"method {name}: {key}: is named in the brackets already; leave one out")
         return kind(**{**named, **chosen, **options})
     except ConfigError as error:
         if is_file(choice):

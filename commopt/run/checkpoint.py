@@ -30,7 +30,8 @@ _BLOCK = "commopt"  # the folder of a block, in the folder of a framework's chec
 def save(folder: str | Path, run: Run, *, extra: Mapping[str, object] | None = None) -> None:
     """What `Run.save` does."""
     place = run.checkpoint_folder(Path(folder))
-    storage.save(place, _content(run, extra or {}, with_training=True), run.group)
+    content = together(run.group, lambda: _content(run, extra or {}, with_training=True))
+    storage.save(place, content, run.group)
 
 
 def load(folder: str | Path, run: Run) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def save_block(folder: str | Path, run: Run) -> None:
 
     Under an outer method each rank's block holds its replica too.
     """
-    storage.save(run.block_folder(Path(folder) / _BLOCK), _content(run, {}, with_training=run.is_replica), run.group)
+    content = together(run.group, lambda: _content(run, {}, with_training=run.is_replica))
+    storage.save(run.block_folder(Path(folder) / _BLOCK), content, run.group)
 
 
 def read_block(folder: str | Path, run: Run) -> Callable[[], None]:

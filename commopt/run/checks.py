@@ -125,8 +125,7 @@ def check_steps(optimizer: Any) -> None:
     """Raise AttachError for an optimizer whose steps cannot be followed."""
     if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         raise AttachError(
-            f"{type(optimizer).__name__} is a wrapper: use its framework's integration, as commopt.frameworks.accelerate.attach, or pass "
-            "the optimizer inside"
+            f"{type(optimizer).__name__} is a wrapper: use its framework's integration, or pass the optimizer inside"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise AttachError(

@@ -317,7 +317,9 @@ class EveryStepRun(Run):
         self._exchanged.clear()
         self._unapplied.clear()
         self._rollback.clear()
-        self.steps += 1
+        found_inf = getattr(self.optimizer, "found_inf", None)  # by which a GradScaler tells a stand-in of an overflow
+        if found_inf is None or not bool(found_inf):
+            self.steps += 1
 
 
 def _is_finite(grad: Tensor | None) -> bool:

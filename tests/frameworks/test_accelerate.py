@@ -404,6 +404,26 @@ def test_one_process_trains_as_without_accelerate(alone: HuggingFaceRanks, metho
     assert alone.call(in_one_process, method) == [True]
 
 
+def parameters_with(scale: float | None, method: dict[str, Any], clip: float) -> Tensor:
+    accelerator = new_accelerator()
+    if scale is not None:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    model: Any = make_model()
+    model = accelerator.prepare_model(model)
+    optimizer = accelerator.prepare_optimizer(optimizer_for(method, model))
+    if scale is not None:
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
+    attach(model, method, optimizer)
+    train(accelerator, model, optimizer, range(STEPS), clip)
+    return flat(model)
+
+
+@pytest.mark.parametrize(("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"])
+def test_one_process_trains_alike_with_a_scaler(alone: HuggingFaceRanks, method: Any, clip: float) -> None:  # noqa: F811
+    plain, scaled = (alone.call(parameters_with, scale, method, clip)[0] for scale in (None, 256.0))
+    assert torch.equal(plain, scaled)  # the scale is a power of two
+
+
 # -- what does not fit
 
 
@@ -519,11 +539,12 @@ def test_a_second_exchange_is_told_what_accelerate_has_for_it(two: HuggingFaceRa
 def sharded(**options: Any) -> str:
     """What a model by fully_shard is handed on to; on CPUs Accelerate itself shards nothing, so its state is set by hand."""
     from accelerate.utils import DistributedType
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     accelerator = new_accelerator()
     model = make_model()
-    fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = accelerator.prepare_optimizer(sgd(model), device_placement=False)
     accelerator._models.append(model)
     accelerator.state.distributed_type = DistributedType.FSDP

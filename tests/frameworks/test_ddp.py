@@ -156,7 +156,8 @@ def misuse(process_group: dist.ProcessGroup, case: str, what: str) -> str:
                 nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             if what == "scale by hand":
                 for p in model.parameters():
-                    p.grad /= 2
+                    if p.grad is not None:
+                        p.grad /= 2
             if what == "closure":
                 optimizer.step(lambda: 0.0)
             optimizer.step()

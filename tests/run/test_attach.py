@@ -17,7 +17,6 @@ from commopt import attach, build
 from commopt.errors import AttachError, CommoptError, ConfigError
 from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
 from commopt.methods import METHODS
-from commopt.optim import LAMB, Lion
 
 
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
@@ -177,52 +176,6 @@ def test_a_closed_model_can_have_another_method() -> None:
     second = attach(model, "dense", optimizer, group=LocalGroup())
     train(model, optimizer, 0, 2)
     assert (first.steps, second.steps) == (2, 2)
-
-
-def test_a_replaced_optimizer_refuses_to_step_or_load_until_the_run_is_closed() -> None:
-    model = make_model()
-    optimizer = adam(model)
-    state = optimizer.state_dict()
-    run = attach(model, "onebit_adam", optimizer)
-    with pytest.raises(AttachError, match=r"has taken the place of this Adam: step run\.optimizer"):
-        optimizer.step()
-    with pytest.raises(AttachError, match=r"has taken the place of this Adam: load into run\.optimizer"):
-        optimizer.load_state_dict(state)
-    run.close()
-    optimizer.load_state_dict(state)
-    train(model, optimizer, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("onebit_adam", torch.optim.AdamW), ("onebit_lamb", LAMB), ("distributed_lion", Lion), ("demo", torch.optim.SGD)],
-)
-def test_what_stands_in_shares_the_groups_of_the_optimizer_it_replaces(name: str, kind: Any) -> None:
-    model = make_model()
-    optimizer = kind(model.parameters(), lr=0.01)
-    before = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    run = attach(model, name, optimizer)
-    after = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.1)
-    assert run.optimizer.param_groups is optimizer.param_groups
-    train(model, run.optimizer, 0, 1)
-    before.step()
-    after.step()
-    assert run.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.5 * 0.1)
-
-
-def test_a_schedule_made_before_attach_moves_the_parameters_as_one_made_after() -> None:
-    def trained(is_before: bool) -> torch.Tensor:
-        model = make_model()
-        optimizer = adam(model, lr=0.01)
-        early = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1) if is_before else None
-        run = attach(model, {"name": "onebit_adam", "freeze_step": 3}, optimizer)
-        schedule = early or torch.optim.lr_scheduler.StepLR(run.optimizer, 2, 0.1)
-        for step in range(8):
-            train(model, run.optimizer, 0, 1, step)
-            schedule.step()
-        return flat(model)
-
-    assert torch.equal(trained(True), trained(False))
 
 
 def test_a_scaler_in_a_plain_script_of_several_ranks_is_refused() -> None:

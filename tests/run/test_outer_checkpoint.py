@@ -84,7 +84,9 @@ def test_a_rank_without_a_checkpoint_is_told_so(tmp_path: Path) -> None:
         model = make_model()
         attach(model, "noloco", torch.optim.SGD(model.parameters(), lr=0.1), group=group).load(tmp_path)
 
-    with pytest.raises(CheckpointError, match=r"rank0: there is no such folder; check the path, or start without a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"rank0: there is no such folder; check the path, or start without a checkpoint"
+    ):
         SimWorld[None](1).run(load)
 
 

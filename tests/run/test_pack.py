@@ -93,7 +93,7 @@ def test_numbers_of_numpy_become_pythons() -> None:
 def test_an_optimizers_state_is_packed() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([p], lr=0.1)
-    p.sum().backward()
+    (p * p).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     other = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.2)
     other.load_state_dict(unpack(pack(optimizer.state_dict())))

@@ -296,7 +296,7 @@ def overflow(process_group: dist.ProcessGroup, number: int, has_overflow: bool) 
 def everything(run: Run) -> dict[str, Any]:
     """All that a skipped step must leave alone."""
     saved, parameters = run.method.saved(), dict(run.parameters)
-    return {"steps": run.steps, "state": state_of(run), **saved["shared"], **saved["rank"], **parameters}
+    return {"run.steps": run.steps, "state": state_of(run), **saved["shared"], **saved["rank"], **parameters}
 
 
 def equal(a: Any, b: Any) -> bool:
