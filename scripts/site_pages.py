@@ -20,7 +20,7 @@ from commopt.method import Method
 from commopt.methods import METHODS, build
 from commopt.optim import LAMB, Lion
 from commopt.optim.update import UpdateMethod
-from commopt.run.refusals import REFUSALS
+from commopt.run.refusals import table
 
 RANKS = (4, 16, 64)
 REQUIRED: dict[str, dict[str, Any]] = {"threshold": {"threshold": 0.01}}  # options that have no default
@@ -193,7 +193,7 @@ def refusals_page() -> str:
         "| with | refused | for | because | instead |",
         "|---|---|---|---|---|",
     ]
-    for one in REFUSALS:
+    for one in table().values():
         kinds = "every method" if len(one.kinds) == 3 else f"{' and '.join(one.kinds)} methods"
         cells = (one.framework, one.what, kinds, one.why, one.instead)
         named = (cell.format(method="the method", detail="...").replace("|", "\\|") for cell in cells)

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ValidationInfo
 from commopt.compress import make_compressor
 from commopt.compress.base import Compressor
 from commopt.compress.feedback import NOTHING_KEPT, Kept
-from commopt.compress.sign import BlockSign, check_prescale, scaled_sign
+from commopt.compress.sign import BlockSign, scaled_sign
 from commopt.errors import ConfigError
 from commopt.options import BlockSize, Count, Flag, NoOptions, Share, Whole, options
 
@@ -33,7 +33,11 @@ class SignOptions(NoOptions):
     residual_bits: ResidualBits = 32
 
     def __post_init__(self) -> None:
-        check_prescale(self.prescale, self.scale)
+        if self.prescale and self.scale != "model":
+            raise ConfigError(
+                f"prescale: true has no effect with scale: {self.scale!r}, where every tensor has a scale of its own; "
+                "write scale: model"
+            )
 
     def compressor(self) -> BlockSign:
         """The codec that these options name."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor, equal_blocks
-from commopt.errors import ConfigError, check_flag
+from commopt.errors import ConfigError
 from commopt.options import BlockSize, checked_dataclass
 from commopt.wire.bucket import Blocks, Int64Array, ParameterIndex
 from commopt.wire.payload import Layout
@@ -133,12 +133,3 @@ def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:
             "(one for all parameters)"
         )
     return kinds[scale](block_size)
-
-
-def check_prescale(prescale: bool, scale: str) -> None:
-    """Raise ConfigError for a pre-scaling that would have no effect."""
-    check_flag("prescale", prescale)
-    if prescale and scale != "model":
-        raise ConfigError(
-            f"prescale: true has no effect with scale: {scale!r}, where every tensor has a scale of its own; write scale: model"
-        )

@@ -9,17 +9,18 @@ import pytest
 
 import commopt
 from commopt.errors import AttachError
-from commopt.run.refusals import REFUSALS, Refusal, refuse
+from commopt.run.refusals import Refusal, refuse, table
 
 SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in Path(commopt.__file__).parent.rglob("*.py"))
 
 
 def test_no_fact_is_listed_twice() -> None:
-    facts = [one.fact for one in REFUSALS]
-    assert len(facts) == len(set(facts))
+    text = (Path(commopt.__file__).parent / "run" / "refusals.yaml").read_text(encoding="utf-8")
+    facts = re.findall(r"^  (?! )(.+):$", text, flags=re.MULTILINE)
+    assert len(facts) == len(set(facts)) == len(table())
 
 
-@pytest.mark.parametrize("one", REFUSALS, ids=lambda one: one.fact)
+@pytest.mark.parametrize("one", table().values(), ids=lambda one: one.fact)
 def test_every_row_is_a_sentence_that_some_framework_can_report(one: Refusal) -> None:
     text = one.text("dgc", "a detail")
     assert re.fullmatch(r".+: .+; .+", text)

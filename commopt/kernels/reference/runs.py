@@ -34,7 +34,7 @@ def put_(values: Tensor, blocks: Blocks, out: Tensor, add: bool) -> None:
 
 def keep_rest_(residual: Tensor, left: Tensor, good: Tensor, blocks: Blocks) -> None:
     """residual <- left in the good blocks; left: (elements,) f32, good: (B,) bool."""
-    is_good = good[run_of_element(blocks.lengths, residual.device)]
+    is_good = good.repeat_interleave(torch.from_numpy(blocks.lengths).to(good.device))
     homes = element_indices(blocks.homes, blocks.lengths, residual.device)
     residual[homes] = torch.where(is_good, left, residual[homes])
 
