@@ -9,7 +9,6 @@ from pathlib import Path
 
 from commopt.errors import AttachError
 from commopt.method import Kind
-from commopt.reading import read_yaml
 
 _EVERY: tuple[Kind, ...] = ("gradient", "update", "outer")
 
@@ -37,6 +36,8 @@ class Refusal:
 @cache
 def table() -> dict[str, Refusal]:
     """Every refusal by its fact, from refusals.yaml."""
+    from commopt.reading import read_yaml  # PyYAML and pydantic take their time
+
     found = {}
     for framework, entries in read_yaml(Path(__file__).with_name("refusals.yaml")).items():
         for fact, entry in entries.items():
