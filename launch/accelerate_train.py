@@ -25,7 +25,8 @@ def main(args: argparse.Namespace) -> None:
     model: Any = GPT(args.layers, 4, args.width, args.context)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=args.lr)
     schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps * accelerator.num_processes)
-    model = accelerator.prepare_model(model, evaluation_mode=method.kind == "outer")  # which does without DDP
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP, which noloco and diloco do without
+    model = commopt.wrap(model, method)  # and with DDP for the others
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     run = commopt.attach(model, method, optimizer)  # the one line to add
 

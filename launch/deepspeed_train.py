@@ -26,9 +26,7 @@ def main(args: argparse.Namespace) -> None:
     stream = Stream(text, batch, args.context, 1000 + rank)
     if args.load:
         engine.load_checkpoint(args.load)
-    is_outer = run is not None and run.method.kind == "outer"
-    # skipped steps count for the engine; an outer method's rounds may leave steps out
-    steps = run.range(args.steps) if run is not None and is_outer else range(engine.global_steps, args.steps)
+    steps = range(engine.global_steps, args.steps) if run is None else run.range(args.steps)
     for step in steps:
         for micro_batch in range(accumulated := engine.gradient_accumulation_steps()):
             x, target = (part.to(engine.device) for part in stream.at(step * accumulated + micro_batch))

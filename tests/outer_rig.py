@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rig import loss_of, make_batch, make_model
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
+from commopt.groups.tcp import TcpPeers, local_memberships
 from commopt.plan.links import LinkModel
 from commopt.run.outer import OuterRun
 
@@ -39,6 +42,41 @@ def drift(rank: int, number: int, elements: int) -> Tensor:
     """What a rank's inner steps add between two rounds."""
     generator = torch.Generator().manual_seed(7919 * number + rank)
     return torch.randn(elements, generator=generator) * 0.1
+
+
+def gradient(model: torch.nn.Module, x: Tensor, rank: int, step: int) -> Tensor:
+    """(P,) f64: that of the small model in float64 at the parameters x, on a rank's batch."""
+    torch.nn.utils.vector_to_parameters(x, model.parameters())
+    model.zero_grad()
+    inputs, targets = make_batch(rank, step, torch.float64)
+    loss_of(model(inputs), targets).backward()
+    return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None])
+
+
+T = TypeVar("T")
+
+
+def over_tcp(ranks: int, work: Callable[[TcpPeers], T], limit_s: float = 120.0) -> list[T]:
+    """What `work` returns on each rank, in threads over real sockets on this machine."""
+    peers = [TcpPeers(membership, listener=listener) for membership, listener in local_memberships(ranks)]
+    results: dict[int, T] = {}
+
+    def rank_of(one: TcpPeers) -> None:
+        results[one.rank] = work(one)
+
+    threads = [threading.Thread(target=rank_of, args=(one,)) for one in peers]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(limit_s)
+        deadline_s = time.monotonic() + 10  # what was sent last is counted when it has left
+        while not all(one.is_quiet() for one in peers) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+    finally:
+        for one in peers:
+            one.close()
+    return [results[rank] for rank in range(ranks)]
 
 
 def play(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ class SlowMean(GradientMethod):
     Options = SlowMeanOptions
     options: SlowMeanOptions
     state_form = ""
-    states = (State("momentum", held="rank", on_resize="mean"),)
+    states: ClassVar[tuple[State, ...]] = (State("momentum", held="rank", on_resize="mean"),)
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         moments = torch.cat([self.options.decay * self.part("momentum", name) + g for name, g in bucket.views()])

@@ -113,6 +113,11 @@ class EngineRun(PlainRun):
             if scaling.cur_scale != 1.0 or scaling.dynamic_loss_scale:
                 self._handles.append(Replaced(engine, backward=self._scaled_backward(engine.backward)))
 
+    def range(self, stop: int) -> Iterator[int]:
+        """The steps that are left to do; those that the engine has skipped count as done."""
+        self._log.plan(stop)
+        return iter(range(self._engine.global_steps, stop))
+
     def finish(self) -> None:
         super().finish()
         self.masters.copy_to_model()  # local steps have been made equal

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from rig import start
 from synthetic import F64, Parameters, flat
+
+from commopt.groups import Group, LocalGroup, SimWorld
+from commopt.optim import make_optimizer
 
 
 def parameters(*shapes: tuple[int, ...]) -> Parameters:
@@ -24,6 +29,38 @@ def snapshot(run: Any, *keys: str) -> dict[str, Any]:
     residuals = (method.saved()["rank"][f"{side}_residual"] for side in ("worker", "server"))
     e, server = (flat([x.clone()]) for x in residuals)
     return {"x": flat(run.parameters.values()), **found, "e": e, "server": server}
+
+
+def trained(
+    ranks: int, shapes: list[tuple[int, ...]], steps: int, name: str, keys: tuple[str, ...], **options: Any
+) -> list[list[dict[str, Any]]]:
+    """[rank][step] `snapshot` before each step, and after the last; options are those of `rig.start`."""
+
+    def work(group: Group) -> list[dict[str, Any]]:
+        model = parameters(*shapes)
+        run = start(model, name, group, **options)
+        states = [snapshot(run, *keys)]
+        for step in range(steps):
+            model.set_gradients(group.rank, step)
+            run.optimizer.step()
+            states.append(snapshot(run, *keys))
+        return states
+
+    return SimWorld[Any](ranks).run(work)
+
+
+def is_its_parent_on_one_rank(name: str, parent: dict[str, Any], **options: Any) -> bool:
+    """Whether 30 steps of a method that never freezes equal those of the optimizer that it stands in for, bit for bit."""
+    ours, theirs = parameters((50, 60), (7,), (0,)), parameters((50, 60), (7,), (0,))
+    run, other = (
+        start(ours, name, LocalGroup(), optimizer=parent, **options),
+        make_optimizer(parent, theirs.parameters()),
+    )
+    for step in range(30):
+        for model, optimizer in ((ours, run.optimizer), (theirs, other)):
+            model.set_gradients(0, step)
+            optimizer.step()
+    return all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
 
 
 def tensors_of(numels: list[int]) -> list[slice]:

@@ -11,7 +11,6 @@ from outer_rig import Played, play, run_world, spread, start_values
 from torch import Tensor
 
 from commopt import build
-from commopt.errors import ConfigError
 from commopt.groups import SimGroup, SimWorld
 from commopt.methods.choco import mean_mixing
 from commopt.plan.links import LinkModel
@@ -261,18 +260,3 @@ def test_bytes_of_a_step(options: dict[str, Any], ranks: int, wanted: float) -> 
         return sent
 
     assert max(SimWorld[float](ranks).run(sent)) == pytest.approx(wanted, rel=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("options", "wanted"),
-    [
-        ({"message": None}, "choco compresses its messages"),
-        ({"message": {"compressor": "threshold", "threshold": 0.1}}, "write gamma: 0.1"),
-        ({"gamma": 1.5}, "gamma: 1.5"),
-        ({"topology": "star"}, "topology: 'star' is out of range; write 'ring'"),
-        ({"message": {"compressor": "sign", "error_feedback": False}}, "error_feedback has no effect"),
-    ],
-)
-def test_a_bad_option_is_named(options: dict[str, Any], wanted: str) -> None:
-    with pytest.raises(ConfigError, match=wanted):
-        build("choco", **options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from outer_rig import run_world, spread
+from outer_rig import gradient, run_world, spread
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
@@ -46,14 +46,6 @@ def reference(
         step = m / (1 - b1 ** (t + 1)) / ((v / (1 - b2 ** (t + 1))).sqrt() + EPS)
         x = mixed - LR * step
     return x
-
-
-def gradient(model: torch.nn.Module, x: Tensor, rank: int, step: int) -> Tensor:
-    torch.nn.utils.vector_to_parameters(x, model.parameters())
-    model.zero_grad()
-    inputs, targets = make_batch(rank, step, torch.float64)
-    loss_of(model(inputs), targets).backward()
-    return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None])
 
 
 def train(group: SimGroup, options: dict[str, Any], steps: int) -> Tensor:
@@ -236,21 +228,6 @@ def test_compressed_messages_pull_replicas_together_and_keep_their_mean(message:
     start, end = torch.stack([x for x, _ in before]), torch.stack([x for _, x in after])
     assert spread(list(end - start.mean(0) + 1)) < 0.2 * spread(list(start - start.mean(0) + 1))
     torch.testing.assert_close(end.double().mean(0), start.double().mean(0), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "wanted"),
-    [
-        ({"topology": "rin"}, "topology: 'rin' is out of range; did you mean 'ring'"),
-        ({"topology": "ring", "slots": 2}, "slots: has no effect"),
-        ({"adaptive_factor": 0.0}, "adaptive_factor: 0.0"),
-        ({"delay": 2}, "delay: 2"),
-        ({"message": {"compressor": "int8", "error_feedback": True}}, "error_feedback has no effect"),
-    ],
-)
-def test_a_bad_option_is_named(options: dict[str, Any], wanted: str) -> None:
-    with pytest.raises(ConfigError, match=wanted):
-        build("decentralized_adam", **options)
 
 
 def test_a_world_that_the_topology_cannot_serve_is_refused_at_attach() -> None:

@@ -14,7 +14,7 @@ from synthetic import F64, Parameters, gradients, spans
 from torch import nn
 
 from commopt import attach, build
-from commopt.errors import AttachError, ConfigError
+from commopt.errors import AttachError
 from commopt.groups import Group, LocalGroup, SimWorld
 
 N, SHAPES, LR, MOMENTUM = 4, [(30, 21), (17,), (9, 5)], 0.05, 0.8
@@ -197,24 +197,3 @@ def test_weight_decay_stays_out_of_the_accumulators() -> None:
 def test_an_optimizer_with_a_momentum_of_its_own_is_refused_before_anything_starts(optimizer: dict[str, Any]) -> None:
     with pytest.raises(AttachError, match=r"dgc has the momentum itself.*SGD without momentum"):
         start(nn.Linear(2, 2), "dgc", LocalGroup(), optimizer=optimizer)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"density": 0}, r"method dgc: density: 0 is out of range; write a number above 0, at most 1"),
-        ({"density": 1.01}, r"density: 1\.01 is out of range"),
-        ({"value_bits": 3}, r"value_bits: 3 is out of range; write 32, 16, 8 or 1"),
-        ({"momentum": 1}, r"momentum: 1 is out of range"),
-        ({"warmup_steps": -1}, r"warmup_steps: -1 is out of range"),
-        ({"warmup_steps": 2.5}, r"warmup_steps: 2\.5 is out of range"),
-        ({"warmup_densities": [0.5, 0]}, r"warmup_densities: \[0\.5, 0\] is out of range"),
-        ({"warmup_epochs": 4}, r"warmup_epochs: 4\.0 goes with steps_per_epoch"),
-        ({"steps_per_epoch": 4}, r"steps_per_epoch: 4 has no effect"),
-        ({"nesterov": "yes"}, r"nesterov: 'yes' is out of range; write true or false"),
-        ({"densty": 0.1}, r"unknown option 'densty'; did you mean 'density'\?"),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build("dgc", **options)

@@ -176,27 +176,6 @@ def test_participants_that_sat_out_take_over_what_the_last_ones_had() -> None:
         assert torch.equal(*together)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"outer": "nestrov"}, "outer: 'nestrov' is no outer optimizer; did you mean 'nesterov'"),
-        ({"outer": {"lr": 0.1}}, "outer: None is no outer optimizer"),
-        ({"outer": {"name": "adam", "momentum": 0.9}}, "outer: adam:"),
-        ({"outer": "adam", "momentum": 0.9}, "momentum: has no effect with outer: adam"),
-        ({"lr": -1.0}, "outer: nesterov: Invalid learning rate"),
-        ({"fragments": 0}, "fragments: 0 is out of range; write a whole number from 1"),
-        ({"fragments": 101}, "fragments: 101 is out of range; write a whole number from 1 to every, 100"),
-        ({"participation": 0.0}, "participation: 0.0 is out of range"),
-        ({"every": 0}, "every: 0 is out of range; write a whole number from 1"),
-        ({"timeout_s": 0}, "timeout_s: 0 is out of range"),
-        ({"final_average": "yes"}, "final_average: 'yes' is out of range; write true or false"),
-    ],
-)
-def test_bad_options_are_refused_in_words_that_name_the_fix(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        build("diloco", **options)
-
-
 def test_more_fragments_than_parameters_are_refused() -> None:
     with pytest.raises(ConfigError, match="fragments: 5 are too many for a model of 4 parameters"):
         play(2, "diloco", {"every": 5, "fragments": 5}, 1)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 import torch
-from outer_rig import spread
+from outer_rig import over_tcp, spread
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
 from commopt import attach, build
-from commopt.groups.tcp import TcpPeers, local_memberships
+from commopt.groups.tcp import TcpPeers
 
 RANKS, STEPS = 3, 25
 
 
-def train(peers: TcpPeers, name: str, options: dict[str, Any], results: dict[int, tuple[Tensor, list[Any]]]) -> None:
+def train(peers: TcpPeers, name: str, options: dict[str, Any]) -> tuple[Tensor, list[Any]]:
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     method: Any = build(name, timeout_s=30.0, **options)
@@ -28,7 +27,7 @@ def train(peers: TcpPeers, name: str, options: dict[str, Any], results: dict[int
         loss_of(model(x), y).backward()
         optimizer.step()
     run.finish()
-    results[peers.rank] = flat(model), run.reports
+    return flat(model), run.reports
 
 
 @pytest.mark.parametrize(
@@ -44,19 +43,8 @@ def train(peers: TcpPeers, name: str, options: dict[str, Any], results: dict[int
     ids=str,
 )
 def test_every_round_is_complete_and_replicas_stay_together(name: str, options: dict[str, Any]) -> None:
-    peers = [TcpPeers(membership, listener=listener) for membership, listener in local_memberships(RANKS)]
-    results: dict[int, tuple[Tensor, list[Any]]] = {}
-    threads = [threading.Thread(target=train, args=(one, name, options, results)) for one in peers]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120.0)
-    finally:
-        for one in peers:
-            one.close()
-    assert len(results) == RANKS
-    for _, reports in results.values():
+    results = over_tcp(RANKS, lambda peers: train(peers, name, options))
+    for _, reports in results:
         assert len(reports) == STEPS
         assert not any(report.missed for report in reports)
-    assert spread([x for x, _ in results.values()]) < 0.1
+    assert spread([x for x, _ in results]) < 0.1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from outer_rig import gradient
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
@@ -36,14 +37,6 @@ def reference(ranks: int, steps: int, weight_decay: float) -> Tensor:
             x, v = x.mean(0).repeat(ranks, 1), v.mean(0).repeat(ranks, 1)
             scale = (v / (1 - b2**t)).sqrt()
     return x
-
-
-def gradient(model: torch.nn.Module, x: Tensor, rank: int, step: int) -> Tensor:
-    torch.nn.utils.vector_to_parameters(x, model.parameters())
-    model.zero_grad()
-    inputs, targets = make_batch(rank, step, torch.float64)
-    loss_of(model(inputs), targets).backward()
-    return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None])
 
 
 def train(group: SimGroup, steps: int, weight_decay: float = 0.0, **options: Any) -> tuple[Tensor, list[Tensor]]:

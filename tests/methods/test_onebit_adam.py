@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rig import start
-from sign_reference import parameters, server_at_home, snapshot
+from sign_reference import is_its_parent_on_one_rank, parameters, server_at_home, trained
 from synthetic import F64, gradients
 from torch import nn
 
@@ -88,19 +88,7 @@ def options(scale: str, bias_correction: bool) -> dict[str, Any]:
 
 
 def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, **given: Any) -> list[list[dict[str, Any]]]:
-    """[rank][step] the state before each step, and after the last."""
-
-    def work(group: Group) -> list[dict[str, Any]]:
-        model = parameters(*shapes)
-        run = start(model, "onebit_adam", group, **given)
-        states = [snapshot(run, *KEYS)]
-        for step in range(steps):
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-            states.append(snapshot(run, *KEYS))
-        return states
-
-    return SimWorld[Any](ranks).run(work)
+    return trained(ranks, shapes, steps, "onebit_adam", KEYS, **given)
 
 
 @pytest.mark.parametrize("bias_correction", [True, False])
@@ -152,16 +140,8 @@ def test_a_short_run_stays_with_the_reference(scale: str, bias_correction: bool)
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_one_rank_that_never_freezes_is_torchs_adam(weight_decay: float) -> None:
-    ours, theirs = parameters((50, 60), (7,)), parameters((50, 60), (7,))
-    run = start(ours, "onebit_adam", LocalGroup(), freeze_step=1000, lr=0.01, weight_decay=weight_decay)
-    kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
-    adam = kind(theirs.parameters(), lr=0.01, weight_decay=weight_decay, foreach=False)
-    for step in range(30):
-        ours.set_gradients(0, step)
-        theirs.set_gradients(0, step)
-        run.optimizer.step()
-        adam.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
+    adam = {"name": "adamw" if weight_decay else "adam", "lr": 0.01, "weight_decay": weight_decay, "foreach": False}
+    assert is_its_parent_on_one_rank("onebit_adam", adam, freeze_step=1000)
 
 
 @pytest.mark.parametrize("scale", ["l1", "l2"])

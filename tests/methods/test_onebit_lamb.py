@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 import torch
 from rig import start
-from sign_reference import SignExchange, parameters, server_at_home, snapshot, tensors_of
+from sign_reference import (
+    SignExchange,
+    is_its_parent_on_one_rank,
+    parameters,
+    server_at_home,
+    snapshot,
+    tensors_of,
+    trained,
+)
 from synthetic import F64, gradients
 from torch import nn
 
-from commopt import build
-from commopt.errors import ConfigError
-from commopt.groups import Group, LocalGroup, SimWorld
+from commopt.groups import Group, SimWorld
 from commopt.optim import LAMB
 
 LR, B1, B2, EPS, DECAY, FREEZE, STEPS = 0.02, 0.9, 0.95, 1e-6, 0.1, 10, 40
@@ -79,19 +85,7 @@ KEYS = ("momentum", "variance", "fresh_variance", "coeff", "factor")
 
 
 def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **options: Any) -> list[list[dict[str, Any]]]:
-    """[rank][step] the state before each step, and after the last."""
-
-    def work(group: Group) -> list[dict[str, Any]]:
-        model = parameters(*shapes)
-        run = start(model, "onebit_lamb", group, **given(**options))
-        states = [snapshot(run, *KEYS)]
-        for step in range(steps):
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-            states.append(snapshot(run, *KEYS))
-        return states
-
-    return SimWorld[Any](ranks).run(work)
+    return trained(ranks, shapes, steps, "onebit_lamb", KEYS, **given(**options))
 
 
 def reference_of(states: list[dict[str, Any]], scale: str, corrects: bool, t: int) -> Reference:
@@ -144,15 +138,7 @@ def test_a_short_run_stays_with_the_reference() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"bias_correction": True, "max_coeff": 0.3}])
 def test_one_rank_that_never_freezes_is_lamb(options: dict[str, Any]) -> None:
-    ours, theirs = parameters((50, 60), (7,), (0,)), parameters((50, 60), (7,), (0,))
-    run = start(ours, "onebit_lamb", LocalGroup(), freeze_step=1000, lr=0.01, **options)
-    lamb = LAMB(theirs.parameters(), lr=0.01, **options)
-    for step in range(30):
-        ours.set_gradients(0, step)
-        theirs.set_gradients(0, step)
-        run.optimizer.step()
-        lamb.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.all, theirs.all, strict=True))
+    assert is_its_parent_on_one_rank("onebit_lamb", {"name": "lamb", "lr": 0.01, **options}, freeze_step=1000)
 
 
 def test_ranks_before_the_freeze_are_lamb_on_the_mean_gradient() -> None:
@@ -357,26 +343,3 @@ def test_bytes_per_parameter_are_the_formula(ranks: int, scale: str) -> None:
     if scale == "l1":
         assert results[0][1] == pytest.approx(2 * (ranks - 1) / ranks * (1 / 8 + 4 / 2048))
     assert results[0][2] == (scale == "model")
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "wanted"),
-    [
-        ("freeze_step", 0, "a whole number from 1, or 'auto'"),
-        ("max_coeff", 0.0, "a number above 0"),
-        ("min_coeff", 11.0, "a number from 0 to max_coeff, 10"),
-        ("coeff_beta", 1.0, "a number from 0, below 1"),
-        ("factor_min", 0.0, "a number above 0, at most 1"),
-        ("factor_max", 0.9, "a number from 1"),
-        ("factor_threshold", 1.0, "a number from 0, below 1"),
-        ("bias_correction", "no", "true or false"),
-        ("scale", "tensor", "'l1'"),
-        ("block_size", 0, "a positive multiple of 8"),
-        ("prescale", True, "scale: model"),
-        ("residual_bits", 4, "32, 16 or 8"),
-        ("momentum_mask", 3, "{parameter name: tensor of its shape}"),
-    ],
-)
-def test_a_bad_option_is_named_with_its_value_and_range(option: str, value: Any, wanted: str) -> None:
-    with pytest.raises(ConfigError, match=f"onebit_lamb: {option}: .*{wanted}"):
-        build("onebit_lamb", **{option: value})

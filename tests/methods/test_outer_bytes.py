@@ -7,19 +7,17 @@ which the spread is estimated; over TCP also the frames that say nothing but tha
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from outer_rig import over_tcp
 
 from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.base import Traffic
 from commopt.groups.peers import Peers
-from commopt.groups.tcp import TcpPeers, local_memberships
 
 ELEMENTS = 5 * 2**16
 EVERY, ROUNDS = 4, 16
@@ -135,28 +133,6 @@ def test_who_is_drawn_after_a_pause_gets_what_the_last_ones_shared(
     assert measured == pytest.approx(expected, rel=0.1)  # by how often the same ones were drawn
 
 
-def over_tcp(ranks: int, name: str, options: dict[str, Any]) -> list[tuple[Traffic, Any, int]]:
-    peers = [TcpPeers(membership, listener=listener) for membership, listener in local_memberships(ranks)]
-    results: dict[int, tuple[Traffic, Any, int]] = {}
-
-    def rank_of(rank: int) -> None:
-        results[rank] = train(peers[rank], name, options, 5)
-
-    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(ranks)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        deadline_s = time.monotonic() + 10  # what was sent last is counted when it has left
-        while not all(one.is_quiet() for one in peers) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-    finally:
-        for one in peers:
-            one.close()
-    return [results[rank] for rank in range(ranks)]
-
-
 @pytest.mark.parametrize(
     ("ranks", "name", "options", "expected"),
     [
@@ -170,5 +146,5 @@ def over_tcp(ranks: int, name: str, options: dict[str, Any]) -> list[tuple[Traff
 def test_over_tcp_frames_add_less_than_two_percent(
     ranks: int, name: str, options: dict[str, Any], expected: float
 ) -> None:
-    for traffic, _, steps in over_tcp(ranks, name, options):
+    for traffic, _, steps in over_tcp(ranks, lambda peers: train(peers, name, options, 5)):
         assert per_step(traffic, steps) == pytest.approx(expected, rel=0.02)

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from synthetic import F64, gradients, simulate, spans
 
-from commopt import build
 from commopt.compress import RandomK
-from commopt.errors import ConfigError
 from commopt.wire.bucket import Blocks
 from commopt.wire.noise import keys
 
@@ -96,22 +94,3 @@ def test_random_places_without_error_feedback_are_right_on_average() -> None:
     noise = np.sqrt((steps**2).mean() * 4 / 400)
     assert np.abs(moved - steps.mean(0)).max() < 5 * noise
     assert np.abs(moved - steps.mean(0)).std() > 0.1 * noise
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("top_k", {"density": 0}, r"method top_k: density: 0 is out of range; write a number above 0, at most 1"),
-        ("top_k", {"density": 2}, r"density: 2 is out of range"),
-        ("top_k", {"value_bits": 3}, r"value_bits: 3 is out of range; write 32, 16, 8 or 1"),
-        ("top_k", {"residual_bits": 4}, r"residual_bits: 4 is out of range; write 32, 16 or 8"),
-        ("random_k", {"density": -0.1}, r"density: -0\.1 is out of range"),
-        ("random_k", {"value_bits": 8}, r"value_bits: 8 is out of range; write 32 or 16"),
-        ("random_k", {"seed": "a"}, r"seed: 'a' is out of range; write a whole number"),
-        ("threshold", {"threshold": 0}, r"threshold: 0 is out of range; write a number above 0"),
-        ("threshold", {}, r"method threshold: threshold: is missing, and has no default"),
-    ],
-)
-def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build(name, **options)

@@ -10,8 +10,9 @@ import torch
 from synthetic import F64, gradients, simulate, spans
 
 from commopt import attach, build
-from commopt.errors import AttachError, ConfigError
+from commopt.errors import AttachError
 from commopt.groups import SimWorld
+from commopt.methods import TernGrad
 from commopt.wire.noise import keys, uniform
 
 N, STEPS, LR = 4, 20, 0.05
@@ -152,37 +153,6 @@ def test_terngrad_refuses_more_ranks_than_its_sums_have_bits_for() -> None:
     model = torch.nn.Linear(2, 2)
     group: Any = type("Many", (), {"rank": 0, "size": 128})()
     with pytest.raises(AttachError, match="up to 127 ranks, not 128"):
-        build("terngrad").bind(list(model.named_parameters()), group)
+        TernGrad().bind(list(model.named_parameters()), group)
     with pytest.raises(AttachError, match="no trainable parameter 'head'"):
-        build("terngrad", dense=["head"]).bind(list(model.named_parameters()), SimWorld[Any](1).run(lambda g: g)[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("terngrad", {"clip": -1}, r"method terngrad: clip: -1 is out of range"),
-        ("terngrad", {"dense": "head"}, r"dense: 'head' is out of range; write a list of parameter names"),
-        ("qsgd", {"levels": 0}, r"levels: 0 is out of range; write a whole number from 1 to 127"),
-        ("qsgd", {"levels": 128}, r"levels: 128 is out of range"),
-        ("qsgd", {"block_size": 100}, r"block_size: 100 is out of range; write a positive multiple of 8"),
-        ("qsgd", {"norm": "l1"}, r"norm: 'l1' is out of range; write 'max' or 'l2'"),
-        ("natural", {"block_size": 0}, r"block_size: 0 is out of range"),
-        ("two_way", {"worker": "int9"}, r"worker: 'int9' is no compressor; did you mean 'int8'\?"),
-        ("two_way", {"worker": "threshold"}, r"no length known beforehand"),
-        ("two_way", {"worker": "sign_l2", "server": "int8"}, r"cut parameters differently"),
-        ("two_way", {"worker": {"compressor": "top_k", "density": 0}}, r"worker: top_k: density: 0 is out of range"),
-        ("two_way", {"worker": {"compressor": "int8", "bits": 4}}, r"worker: int8: unknown option 'bits'"),
-        ("two_way", {"residual_decay": 0}, r"residual_decay: 0 is out of range; write a number above 0, at most 1"),
-        ("two_way", {"reset_every": 0.5}, r"reset_every: 0\.5 is out of range"),
-        ("two_way", {"error_feedback": False, "residual_bits": 8}, r"have no effect with error_feedback: false"),
-        ("two_way(int8, 4bit, sign)", {}, r"'two_way\(int8, 4bit, sign\)': write two_way\(worker, server\)"),
-        ("two_way(int8", {}, r"'two_way\(int8': write two_way\(worker, server\)"),
-        ("dense(int8)", {}, r"write dense, without brackets"),
-        ("two_way(int8)", {"worker": "sign"}, r"worker: is named in the brackets already; leave one out"),
-        ("ef_sign", {"prescale": True}, r"prescale: true has no effect with scale: 'l1'"),
-        ("ef_sign", {"scale": "l3"}, "scale: 'l3' is out of range; write 'l1', 'l2' or 'model'"),
-    ],
-)
-def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build(name, **options)
+        TernGrad(dense=["head"]).bind(list(model.named_parameters()), SimWorld[Any](1).run(lambda g: g)[0])
