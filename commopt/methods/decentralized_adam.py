@@ -35,24 +35,27 @@ class DecentralizedAdamOptions(MessageOptions):
 
 
 class DecentralizedAdam(OuterMethod):
-    """Mix parameters with those of this step's peers, and step by one's own gradient, taken where one was before.
+    """Mix parameters with those of this step's peers, and step by the local gradient, taken at the parameters before mixing.
 
-    Wang et al. 2024, arXiv:2410.11998, with any optimizer: Adam, or its AccumAdam (`accum_adam`, also for weight decay of weights only).
+    Wang et al. 2024, arXiv:2410.11998, with any optimizer: Adam, or its AccumAdam (`accum_adam`, also for weight decay
+    of weights only).
         x_i <- x_i + a sum over those present of share (x_j - x_i) - lr Adam(g_i(x_i))
-    A message leaves after a step and has the next forward and backward to arrive (`delay: 1`); the step made meanwhile stays as it
-    is, which is the equation, as Adam's step does not depend on x but for weight decay, taken from the unmixed x. With `delay: 0`
-    each step waits and the gradient is taken at the mixed x. Gradients are clipped by one norm over all parameters, where the
-    released code clips each bucket by its own. The share of a rank that is missing stays with oneself; a message of a later
-    round than this one's is used, one of an earlier round is not. Then the mean over ranks is no longer kept exactly.
-    Sends 4/every bytes a parameter and step to each other member of its edge: 4 in pairs, 4 (N-1) with topology: complete.
+    A message is sent after a step and may arrive during the next forward and backward (`delay: 1`). The step made in
+    the meantime stays as it is. This equals the equation, because Adam's step does not depend on x, except for weight
+    decay, which uses the unmixed x. With `delay: 0`, each step waits, and the gradient is taken at the mixed x. With
+    `max_norm` in `attach`, gradients are clipped by one norm over all parameters; the released code clips each bucket
+    by its own norm. If a rank is missing, each peer keeps its share. A message of a later round than the current one
+    is used, and one of an earlier round is not. The mean over ranks is then no longer kept exactly.
+    Sends 4/every bytes a parameter and step to each other member of its edge: 4 in pairs, 4 (N-1) with topology:
+    complete.
     State: none (with a compressed message copies of 8 for each neighbour).
-    Use it when a step's compute hides a message to one peer, and an all-reduce over all would not be hidden.
-    Not for links that do not carry 4 bytes a parameter in a step: NoLoCo, or choco's compressed messages. complete is no all-reduce:
-    gradients are not averaged, and parameters mix one step late.
+    Use it if a message to one peer overlaps with a step's compute, but an all-reduce over all ranks takes longer.
+    Not for links that cannot carry 4 bytes a parameter in a step: use NoLoCo, or choco's compressed messages. complete
+    is not an all-reduce: gradients are not averaged, and parameters mix one step late.
 
-    topology: one_peer_exp, ring, alternating_exp_ring or complete. slots: ranks on a node, for alternating_exp_ring. max_norm: of the
-    local gradient. adaptive_factor: a, from 0 to 1; with a compressed message 1 is too much for most compressors, and what choco
-    calls gamma is the default.
+    topology: one_peer_exp, ring, alternating_exp_ring or complete. slots: ranks on a node, for alternating_exp_ring.
+    adaptive_factor: a, from 0 to 1. With a compressed message, 1 is too much for most compressors, and the default is
+        what choco calls gamma.
     """
 
     name = "decentralized_adam"

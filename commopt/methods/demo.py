@@ -38,27 +38,30 @@ class DeMoOptions(NoOptions):
 
 
 class DeMo(UpdateMethod):
-    """Decoupled momentum: the largest cosine coefficients of each rank's own momentum travel, and the sign of their mean is the step.
+    """Decoupled momentum: send the largest cosine coefficients of each rank's own momentum, and step by the sign of their mean.
 
-    Peng et al. 2024, arXiv:2411.19870, Algorithm 1, with the sign of its released optimizer; C is the cosine transform (DCT-II,
-    orthonormal) of chunks, T the top_k coefficients of each chunk by magnitude:
+    Peng et al. 2024, arXiv:2411.19870, Algorithm 1, with the sign of its released optimizer. C is the cosine transform
+    (DCT-II, orthonormal) of chunks, T the top_k coefficients of each chunk by magnitude:
         d_i <- momentum_decay d_i + C g_i;  q_i = T(d_i);  d_i <- d_i - q_i
         x <- x - lr (sign(C^-1 mean q_i) + weight_decay x)
-    The momentum d_i is kept as coefficients, so that what is sent leaves it exactly, and only the mean is transformed back.
-    Differs from the released code: the gradient enters as it is, not times lr, so that a falling rate does not give old gradients more
-    weight than new ones (the same at a constant rate). The mean is over all ranks; there each coefficient's is over those
-    who sent it. Sizes that nothing divides are cut into chunks that differ by at most one in length; there, into divisors,
-    which may be 1. Values travel in 16 bits and indices near their entropy, not in 32 and 64, and what 16 bits leave out stays in d_i.
-    Sums are in rank order, without atomics. sign(0) is 0. One rank alone selects as well, since that is the optimizer, and sends nothing.
+    The momentum d_i is kept as coefficients, so that what is sent leaves it exactly, and only the mean is transformed
+    back. Differs from the released code: the gradient is not multiplied by lr, so that with a falling rate old
+    gradients do not get more weight than new ones (at a constant rate both are the same). The mean is over all ranks;
+    in the released code, each coefficient's mean is over the ranks that sent it. Sizes that cannot be divided evenly
+    are cut into chunks that differ by at most one in length; the released code cuts them into divisors, which may be
+    1. Values are sent in 16 bits and indices near their entropy, instead of 32 and 64 bits. What 16 bits leave out
+    stays in d_i. Sums are in rank order, without atomics. sign(0) is 0. One rank alone selects as well, since that is
+    the optimizer, and sends nothing.
     Sends (N-1) x (top_k value_bits/8 + index bytes)/chunk^2 bytes per parameter and step, (N-1) x 0.0244 by default.
     State: 4 bytes per parameter of momentum.
-    Use it for large matrices over slow links between few nodes, with rates as for signSGD or Lion.
-    Not for many ranks, since each hears all others, and not for embeddings most of whose rows get no gradient in a step: the
-    few coefficients of a chunk spread over all its rows, and the sign moves them all.
+    Use it for large matrices over slow links between few nodes, with learning rates as for signSGD or Lion.
+    Not for many ranks, since each receives from all others. Not for embeddings most of whose rows get no gradient in a
+    step: the few coefficients of a chunk spread over all its rows, and the sign moves them all.
 
     momentum_decay: what is left of the momentum from step to step.
-    chunk: matrices are cut into chunks of chunk x chunk, vectors into chunks of that length; more dimensions count as (first, rest).
-    top_k: coefficients that each chunk sends; all of a chunk that has fewer.
+    chunk: matrices are cut into chunks of chunk x chunk, vectors into chunks of that length; more dimensions count as
+        (first, rest).
+    top_k: coefficients that each chunk sends; a chunk that has fewer sends all.
     value_bits: 16 (bfloat16) or 32 (float32) bits for each coefficient.
     """
 

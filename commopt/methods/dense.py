@@ -13,9 +13,8 @@ class Dense(GradientMethod, Mean):
         y = mean g_i
     Sends 2(N-1)/N x 4 bytes per float32 parameter and step.
     State: none.
-    Use it as the baseline, and wherever the link is not what a step waits for.
-    Not for links on which gradients take longer than the arithmetic.
-
+    Use it as the baseline, and whenever a step does not wait for the link.
+    Not for links on which sending gradients takes longer than the arithmetic.
     """
 
     name = "dense"

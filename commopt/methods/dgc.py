@@ -53,29 +53,33 @@ class DGCOptions(NoOptions):
 
 
 class DGC(GradientMethod, GatherMean):
-    """Send the largest accumulated momentum updates, one in a thousand, and keep the rest growing until it is large.
+    """Send the largest accumulated momentum updates, such as one in a thousand, and accumulate the rest until it is large.
 
-    Lin et al. 2018, arXiv:1712.01887, Algorithms 1 and 2. Momentum is taken before the choice, and restarts where an element was sent:
+    Lin et al. 2018, arXiv:1712.01887, Algorithms 1 and 2. Momentum is applied before the choice, and restarts at the
+    elements that were sent:
         g_i <- clip(g_i, max_norm sqrt(N));  u_i <- momentum u_i + g_i;  v_i <- v_i + u_i
         q_i = top_k(v_i);  v_i <- v_i - q_i;  u_i <- 0 where q_i is not;  y = mean q_i
-    with nesterov u_i <- momentum (u_i + g_i), v_i <- v_i + u_i + g_i. Each rank clips by its own norm, without communication: what the
-    paper has for gradients divided by N, max_norm N^(-1/2). During the warm-up the density falls in steps of equal length, as in the paper
-    from 25 % by a factor of four. Unlike the released code the choice is exact (a sampled threshold leaves candidates, see `TopK`),
-    zeros do not count as sent, and at density 1 the momentum is that of the mean.
-    The optimizer must be SGD without momentum; its weight_decay acts on the weights, outside the accumulators.
-    Sends (N-1) x density x (value_bits/8 + places) bytes per parameter and step: 3.5 bytes an entry at density 0.1 % in 16 bits.
+    With nesterov, u_i <- momentum (u_i + g_i), v_i <- v_i + u_i + g_i. With `max_norm` in `attach`, each rank clips by
+    its own norm, without communication. The paper clips gradients divided by N to max_norm N^(-1/2), which is the
+    same. During the warm-up the density falls in steps of equal length, as in the paper from 25 % by a factor of four.
+    Differs from the released code: the choice is exact (a sampled threshold leaves candidates, see `TopK`), zeros do
+    not count as sent, and at density 1 the momentum is that of the mean. The optimizer must be SGD without momentum.
+    Its weight_decay acts on the weights, outside the accumulators.
+    Sends (N-1) x density x (value_bits/8 + places) bytes per parameter and step: 3.5 bytes an entry at density 0.1 %
+    in 16 bits.
     State: u and v, 8 bytes per parameter, in place of SGD's momentum of 4.
-    Use it for the smallest messages of all gradient methods, on long runs: at 0.1 % an element waits up to 1,000 steps.
-    Not for short runs, nor for very many ranks: what arrives grows with N, and breaks even with dense at about N = 2,300 at 0.1 %.
+    Use it for the smallest messages of all gradient methods, on long runs: at 0.1 % an element waits up to 1,000
+    steps.
+    Not for short runs, nor for very many ranks: what arrives grows with N, and breaks even with dense at about N =
+    2,300 at 0.1 %.
 
-    density: the share of elements that travels after the warm-up, above 0, at most 1; 1 is dense SGD with momentum.
+    density: the share of elements that is sent after the warm-up, above 0, at most 1; 1 is dense SGD with momentum.
     momentum, nesterov: of this method, before the choice.
-    warmup_steps: over how many steps the densities of the warm-up are gone through; or warmup_epochs with steps_per_epoch.
-    warmup_densities: those of the warm-up; the ones not above `density` are left out.
+    warmup_steps: the steps over which the warm-up's densities are applied; or warmup_epochs with steps_per_epoch.
+    warmup_densities: the densities of the warm-up; those not above `density` are left out.
     masking: restart the momentum of what was sent (momentum factor masking).
     value_bits: 32, 16, 8 or 1 for each value; what rounding loses stays in v.
-    dense_1d: average parameters with fewer than two dimensions exactly, and take their momentum afterwards.
-    max_norm: as above; None for no clipping.
+    dense_1d: average parameters with fewer than two dimensions exactly, and apply their momentum afterwards.
     """
 
     name = "dgc"

@@ -39,31 +39,35 @@ class DiceSGDOptions(NoOptions):
 class DiceSGD(GradientMethod):
     """Send clipped gradients with noise, and what clipping cut off in later steps: differential privacy without clipping bias.
 
-    Zhang et al. 2024, arXiv:2311.14632, Algorithm 1, with an error e_i on each of N ranks, and clip(x, C) = x min(1, C / ||x||_2):
+    Zhang et al. 2024, arXiv:2311.14632, Algorithm 1, with an error e_i on each of N ranks, and clip(x, C) = x min(1, C
+    / ||x||_2):
         v_i = (1/b) sum_j clip(g_ij, C1) + clip(e_i, C2/B)
         g = mean_i (v_i + w_i),  w_i ~ Normal(0, N sigma^2),  sigma = noise_multiplier 2 (C1 + C2) / B
         e_i <- e_i + (1/b) sum_j g_ij - v_i
-    for the b samples of a rank and the B = N b of a step. The paper writes clip(e, C2); its code divides C2 by B, as here.
-    The accounting is not the paper's theorem, which assumes bounded gradients and gains from subsampling, but a bound without
-    assumptions: given all outputs so far the parameters are known, so one sample replaced by another moves g by at most
-    2 C1/B through its gradient, and by 2 C2/B through all the errors that it ever went into. Each step is thus a Gaussian mechanism of
-    noise_multiplier, and steps compose exactly (Dong et al. 2022, arXiv:1905.02383). Nothing is gained from subsampling: the
-    error remembers every sample. It holds if the choice of samples does not look at them, and none comes twice in a step.
-    Trust: who sees the parameters, or all that was ever sent on the way to them as a sum, learns no more than epsilon says. Ranks
-    trust each other, and losses, BatchNorm's statistics, and that a NaN left out a step, are not covered. Noise comes from the
-    operating system and can not be drawn again; it is rounded to float32, which is no defence against attacks on the lowest bits.
-    Sends 2(N-1)/N x 4 bytes per parameter and step: it protects, and does not compress.
+    A rank has b samples, and a step has B = N b. The paper writes clip(e, C2); its code divides C2 by B, as here. The
+    accounting does not follow the paper's theorem, which assumes bounded gradients and gains from subsampling. It is a
+    bound without assumptions. Given all outputs so far, the parameters are known. Replacing one sample then moves g by
+    at most 2 C1/B through its gradient, and by 2 C2/B through all the errors that it ever entered. Each step is thus a
+    Gaussian mechanism of noise_multiplier, and steps compose exactly (Dong et al. 2022, arXiv:1905.02383). Subsampling
+    gains nothing, because the error contains every sample. The bound holds if the choice of samples does not depend on
+    them, and no sample comes twice in a step. Trust: somebody who sees the parameters, or all sums that were ever sent
+    to compute them, learns no more than epsilon says. Ranks trust each other. The bound does not cover losses,
+    BatchNorm's statistics, or the fact that a NaN left out a step. Noise comes from the operating system and cannot be
+    reproduced. It is rounded to float32, which does not protect against attacks on the lowest bits.
+    Sends 2(N-1)/N x 4 bytes per parameter and step: it protects data and does not compress.
     State: 4 bytes per parameter.
-    Use it when the data is confidential and clipping has a bias that shows. Try error_norm 0 first: at epsilon 8 on digits
-    (launch/private_digits.py, 5 seeds) 92.9 % were right with error_norm 0, 93.1 % with 0.25 and 92.1 % with 1, where noise outweighs bias.
-    Not for less noise than DP-SGD with subsampling needs; and not if BatchNorm mixes samples.
+    Use it if the data is confidential and the bias of clipping is visible. Try error_norm 0 first. At epsilon 8 on
+    digits (launch/private_digits.py, 5 seeds), 92.9 % were right with error_norm 0, 93.1 % with 0.25 and 92.1 % with
+    1, where noise outweighs bias.
+    Not for less noise than DP-SGD with subsampling needs. Not for models in which BatchNorm mixes samples.
 
     clip_norm: C1, the largest L2 norm of one sample's gradient.
-    error_norm: C2, the largest norm of the error that is sent, in the units of clip_norm; as clip_norm if left out, and 0 is DP-SGD.
+    error_norm: C2, the largest norm of the error that is sent, in the units of clip_norm. It defaults to clip_norm; 0
+        is DP-SGD.
     noise_multiplier: sigma in units of the sensitivity; `noise_multiplier_for` finds the one for a target epsilon.
-    samples_per_rank: b, for which gradients come from `backward`. With 1 the gradient of this rank's whole backward is clipped, and
-        the unit that is protected is all that went into it.
-    noise_seed: draw noise that can be drawn again; for tests only, because who knows the seed can take the noise away.
+    samples_per_rank: b, for which gradients come from `backward`. With 1, the gradient of this rank's whole backward
+        is clipped, and the protected unit is everything in that backward.
+    noise_seed: draw noise that can be reproduced. For tests only: anybody who knows the seed can subtract the noise.
     """
 
     name = "dice_sgd"

@@ -62,22 +62,25 @@ class DiLoCoOptions(AveragingOptions):
 
 
 class DiLoCo(OuterMethod):
-    """Average what `every` inner steps changed, and give it to an outer optimizer as a gradient.
+    """Average what `every` inner steps changed, and pass it to an outer optimizer as a gradient.
 
-    Douillard et al. 2023, arXiv:2311.08105, Algorithm 1; with fragments, Streaming DiLoCo (arXiv:2501.18512): a round is about one
-    fragment of the parameters, in turn, and with `delay` it is sent while the next inner steps run. What these changed meanwhile is
-    kept in full; the paper mixes it half and half.
+    Douillard et al. 2023, arXiv:2311.08105, Algorithm 1; with fragments, Streaming DiLoCo (arXiv:2501.18512). With
+    fragments, a round exchanges one fragment of the parameters, in turn. With `delay`, the fragment is sent while the
+    next inner steps run. What these steps change is kept in full; the paper mixes it half and half.
         Delta = mean over those present of (phi - theta_i);  phi <- OuterOpt(phi, Delta);  theta_i <- phi
-    The lowest rank that is up convenes each round: it waits for those that are up, at most a quarter of timeout_s, and the round is
-    theirs. A rank that hears nobody makes its outer step alone. Every member says which slow weights it has; if they differ, after
-    a partition or a missed round, those of the latest round are averaged first (twice a round's bytes, once).
-    Sends 8 (N-1)/N / every bytes a parameter and step; compressed, two_way's or (top_k and its like) a gather's share of it.
+    The lowest rank that is up convenes each round. It waits for the ranks that are up, at most a quarter of timeout_s,
+    and the round is theirs. A rank that hears from no other makes its outer step alone. Every member sends which slow
+    weights it has. If they differ, after a partition or a missed round, those of the latest round are averaged first
+    (twice a round's bytes, once).
+    Sends 8 (N-1)/N / every bytes a parameter and step; with a compressed message, the share of two_way or, for top_k
+    and similar compressors, of a gather.
     State: slow weights 4, the outer optimizer's 4 or 8 (and residuals of 4 + 4/N with a compressed message).
-    Use it when hundreds of steps fit between two exchanges, and all machines are about equally fast.
-    Not for a machine that is often late: all others wait for it, up to a quarter of timeout_s, in every second round, then every ninth.
+    Use it if hundreds of steps fit between two exchanges, and all machines are about equally fast.
+    Not for a machine that is often late. All others wait for it, up to a quarter of timeout_s, in every second round,
+    then every ninth.
 
     outer: nesterov, sgd, adagrad, adam or yogi (the last three of arXiv:2003.00295), or its name and options, as in
-    {name: adam, lr: 0.01}.
+        {name: adam, lr: 0.01}.
     lr, momentum: of nesterov and sgd; 0.7 and 0.9 if None (no momentum with sgd).
     fragments: parts of about equal size, cut between parameters.
     participation: the share of ranks, drawn by every rank from (seed, round), that takes part in a round.

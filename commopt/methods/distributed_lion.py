@@ -31,17 +31,18 @@ class DistributedLion(UpdateMethod):
         d_i = sign(b1 m_i + (1 - b1) g_i);  m_i <- b2 m_i + (1 - b2) g_i
         D = (1/N) sum d_i  (average)   or   sign(sum d_i)  (majority)
         x <- x - lr (D + weight_decay x)
-    The momentum stays on its rank. Differs from the paper's code: one bit travels as one bit; a tie, and a d_i that is
-    zero, take coins that make no element drift (see `SignVote`), where the code always takes -1. One rank alone
-    is Lion, with sign(0) = 0. An element without any gradient moves by lr at most, back and forth.
-    A change of the number of ranks gives every rank the mean of the momenta. Each rank's own is in `comm_state`, not in `state_dict`.
+    Each rank keeps its own momentum. b1 and b2 are the optimizer's betas. Differs from the paper's code: one bit is
+    sent as one bit. Coins decide a tie and a d_i that is zero, so that no element drifts (see `SignVote`); the code
+    always takes -1. One rank alone is Lion, with sign(0) = 0. An element without any gradient moves by lr at most,
+    back and forth. If the number of ranks changes, every rank gets the mean of the momenta. Each rank's own momentum
+    is in `saved()`, not in the optimizer's `state_dict`.
     Sends (N-1)/N x (1 + ceil(log2(N+1)))/8 bytes per parameter and step, with vote="majority" (N-1)/N x 2/8.
     State: m, 4 bytes per parameter, and from backward to step another 4 for D.
-    Use it when Lion trains well and links are slow: from the first step on, without a warm-up.
+    Use it if Lion trains well and links are slow. It compresses from the first step on, without a warm-up.
     Not for a job that changes its number of ranks often.
 
-    vote: "average", whose steps shrink where ranks disagree, so that its best rate may be above Lion's; or "majority".
-    betas: of the update and of the momentum. seed: of the coins.
+    vote: "average", whose steps shrink if ranks disagree, so its best rate may be above Lion's; or "majority".
+    seed: of the coins.
     """
 
     name = "distributed_lion"

@@ -13,22 +13,27 @@ class EFOptions(ErrorFeedbackOptions):
 
 
 class EF(GradientMethod, GatherMean):
-    """Send each rank's compressed gradient to all ranks, and what that left out with the next step's.
+    """Send each rank's compressed gradient to all ranks, and add what was left out to the next step's message.
 
     Seide et al. 2014; Stich et al. 2018, arXiv:1809.07599; Karimireddy et al. 2019, arXiv:1901.09847, Algorithm 2:
         p_i = g_i + e_i;  q_i = C(p_i);  e_i <- p_i - q_i;  g = mean q_i
-    The papers' p_i is lr g_i + e_i. Here the learning rate stays outside, so that any optimizer fits: a residual that was
-    collected at a high rate is replayed at the current one. If the rate falls from a to b, the parameters miss (a - b) e_i of
-    what the papers' form would still apply, and if it rises they get more; a schedule in small steps loses little.
-    Sends (N-1) x C bytes per parameter and step, C being what the compressor needs for one: 1/8 + 4/2048 for signs.
+    In the papers, p_i is lr g_i + e_i. Here the learning rate is applied outside, so that any optimizer fits. A
+    residual that was collected at a high rate is then applied at the current one. If the rate falls from a to b, the
+    parameters miss (a - b) e_i of what the papers' form would still apply. If it rises, they get more. A schedule in
+    small steps loses little.
+    Sends (N-1) x C bytes per parameter and step, where C is the compressor's bytes per parameter: 1/8 + 4/2048 for
+    signs.
     State: 4 bytes per parameter, a half or a quarter of it with residual_bits 16 or 8.
-    Use it with sparse codecs, or on few ranks: what it sends grows with their number, but has no second loss on the way back.
+    Use it with sparse codecs, or on few ranks. What it sends grows with their number, but the answer is not compressed
+    a second time.
     Not for signs or int8 on many ranks: `two_way` sends less from 3 ranks on.
 
-    compressor: a name ("sign", "top_k", "int8", ...), or {"compressor": name, option: value}; `ef(sign)` names it in a configuration.
-    error_feedback: keep what a message left out, and add it to the next one (default). Without it only unbiased codecs average out.
+    compressor: a name ("sign", "top_k", "int8", ...), or {"compressor": name, option: value}; `ef(sign)` names it in a
+        configuration.
+    error_feedback: keep what a message left out, and add it to the next one (default). Without it, only unbiased
+        codecs average out.
     residual_bits: 32, 16 (bfloat16) or 8 bits for each element of the residual (LoCo, arXiv:2407.04480).
-    residual_decay: the residual's factor from step to step. reset_every: forget the residual after so many steps.
+    residual_decay: the residual's factor from step to step. reset_every: forget the residual after this many steps.
     dense_1d: average parameters with fewer than two dimensions (biases, norms) exactly.
     seed: of stochastic rounding.
     """

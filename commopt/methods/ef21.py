@@ -36,26 +36,30 @@ class EF21Options(NoOptions):
 class EF21(GradientMethod, Compressed):
     """Send the compressed difference between a moving average of the gradient and the estimate of it that all ranks have.
 
-    Richtarik et al. 2021, arXiv:2106.05203, Algorithm 2 (EF21), and Fatkhullin et al. 2023, arXiv:2305.15155, Algorithm 1
-    (EF21-SGDM, which needs no large batches):
+    Richtarik et al. 2021, arXiv:2106.05203, Algorithm 2 (EF21), and Fatkhullin et al. 2023, arXiv:2305.15155,
+    Algorithm 1 (EF21-SGDM, which needs no large batches):
         v_i <- (1 - eta) v_i + eta g_i
         c_i = C(v_i - h_i);  h_i <- h_i + c_i;  h <- h + mean c_i
-    and h is handed to the optimizer. With `server` the answer is compressed in the same way, after EF21-BC
-    (arXiv:2110.03294): the rank that keeps h sends C_s(h - w), all add it to w, and w is handed to the optimizer.
-    EF21-BC does that to the parameters, which only the optimizer has; here it is done to h.
-    h_i starts as this rank's first gradient, which travels uncompressed, so that h is the mean of h_i from the start; from then on
-    every rank adds the same messages to h, in rank order, or none if one of them is void.
-    Sends (N-1) x C bytes per parameter and step, C being what the compressor needs for one, after a first step with the exact mean;
-    with `server` (N-1)/N x (C + C_s).
+    The optimizer then gets h. With `server`, the answer is compressed in the same way, after EF21-BC
+    (arXiv:2110.03294). The rank that keeps h sends C_s(h - w), all ranks add it to w, and the optimizer gets w.
+    EF21-BC compresses the parameters, which only the optimizer has; here h is compressed instead. h_i starts as this
+    rank's first gradient, which is sent uncompressed, so h is the mean of h_i from the start. From then on, every rank
+    adds the same messages to h, in rank order, or none if one of them is void.
+    Sends (N-1) x C bytes per parameter and step, where C is the compressor's bytes per parameter, after a first step
+    with the exact mean. With `server` it sends (N-1)/N x (C + C_s).
     State: h_i and h, 4 bytes per parameter each, and 4 for v_i if eta is below 1; with `server` 4/N more.
-    Use it when the compressor is harsh and ranks see different data: it needs no bounded gradients, and no residual piles up.
-    Not for signs without `server` on many ranks, where an all-gather costs more than the exact mean; nor without eta in small batches.
+    Use it if compression is strong and ranks see different data. It does not need bounded gradients, and residuals do
+    not accumulate.
+    Not for signs without `server` on many ranks, because an all-gather then costs more than the exact mean. Not
+    without eta in small batches.
 
-    compressor: a name ("sign", "top_k", ...), or {"compressor": name, option: value}, best a contraction; `ef21(top_k)` names it.
-    eta: weight of the new gradient in v_i, above 0 to 1 (default 0.1): 1 is EF21. Below 1 the optimizer must
-        have no momentum of its own; its rate is then 1 / (1 - momentum) times that of SGD with momentum.
-    server: how answers are compressed; none travel if left out, because every rank gets every message.
-    refresh_every: send v_i uncompressed again after so many exchanges, which also removes what rounding has added up in h; never if None.
+    compressor: a name ("sign", "top_k", ...), or {"compressor": name, option: value}, best a contraction;
+        `ef21(top_k)` names it.
+    eta: weight of the new gradient in v_i, above 0 to 1 (default 0.1): 1 is EF21. Below 1, the optimizer must have no
+        momentum of its own; its rate is then 1 / (1 - momentum) times that of SGD with momentum.
+    server: how answers are compressed. If left out, no answers are sent, because every rank gets every message.
+    refresh_every: send v_i uncompressed again after this many exchanges; never if None. This also removes accumulated
+        rounding errors from h.
     dense_1d: average parameters with fewer than two dimensions (biases, norms) exactly.
     seed: of stochastic rounding.
     """

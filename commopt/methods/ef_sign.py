@@ -21,21 +21,23 @@ class EFSignOptions(SignOptions):
 
 
 class EFSign(GradientMethod, TwoWayMean):
-    """Send one bit per gradient element each way, and what that left out with the next step's.
+    """Send one bit per gradient element each way, and add what was left out to the next step's message.
 
-    Karimireddy et al. 2019, arXiv:1901.09847 (error feedback for signs), with the server side of DoubleSqueeze, arXiv:1905.05957:
+    Karimireddy et al. 2019, arXiv:1901.09847 (error feedback for signs), with the server side of DoubleSqueeze,
+    arXiv:1905.05957:
         q_i = C(g_i + e_i);  e_i <- g_i + e_i - q_i;  y = C(mean q_i + s);  s <- mean q_i + s - y
-    The learning rate stays outside: the residual of a high rate is replayed at the current one.
+    The learning rate is applied outside: a residual that was collected at a high rate is applied at the current one.
     Sends 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step.
     State: 4 + 4/N bytes per parameter; a half or a quarter of it with residual_bits 16 or 8.
-    Use it with SGD at a low momentum (0.3, say), where 1 bit per gradient element is needed from the first step on.
-    Not for SGD with momentum 0.9: residuals delay gradients by some steps, and momentum amplifies that into oscillation.
+    Use it with SGD at a low momentum (such as 0.3), if you need 1 bit per gradient element from the first step on.
+    Not for SGD with momentum 0.9: residuals delay gradients by some steps, and momentum amplifies that into
+    oscillation.
 
-    scale: "l1", the mean magnitude of each block (default); "l2", one scale per tensor as DeepSpeed has it; or "model", one for
-        all parameters, whose buckets then travel as one after backward (overlap=False).
-    block_size: elements per scale, a multiple of 8; of no effect with another scale than "l1".
-    prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken from the
-        first step's exact mean (1-bit LAMB, arXiv:2104.06069).
+    scale: "l1", the mean magnitude of each block (default); "l2", one scale per tensor, as in DeepSpeed; or "model",
+        one scale for all parameters. With "model", all buckets are exchanged together after backward (overlap=False).
+    block_size: elements per scale, a multiple of 8; only used with scale="l1".
+    prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken
+        from the first step's exact mean (1-bit LAMB, arXiv:2104.06069).
     residual_bits, residual_decay: see `two_way`.
     """
 

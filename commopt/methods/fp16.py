@@ -18,13 +18,14 @@ class FP16Options(NoOptions):
 class FP16(GradientMethod, Mean):
     """Average gradients by a ring all-reduce in half precision: divide by N, cast, sum, cast back.
 
-    As PyTorch's fp16_compress_hook, whose bfloat16 form is refused off CUDA; this one is not:
+    This is PyTorch's fp16_compress_hook. PyTorch refuses the bfloat16 form off CUDA; commopt does not:
         y = cast(sum of cast(g_i / N))
     A gradient beyond the dtype's range voids its bucket in that step.
     Sends 2(N-1)/N x 2 bytes per parameter and step.
     State: none.
-    Use it first: it halves the bytes, and the loss does not notice.
-    Not for more than a factor of two, nor in float16 for gradients below 6e-8, which become zero; bfloat16 keeps those.
+    Use it first: it halves the bytes, with no measurable effect on the loss.
+    Not for more than a factor of two. Not in float16 for gradients below 6e-8, which become zero; bfloat16 keeps
+    those.
 
     dtype: "float16" or "bfloat16".
     """

@@ -23,17 +23,19 @@ class LocalSGDOptions(AveragingOptions):
 
 
 class LocalSGD(DiLoCo):
-    """Average the parameters every `every` steps; local Adam where the inner optimizer is Adam.
+    """Average the parameters every `every` steps; this is local Adam if the inner optimizer is Adam.
 
-    Stich 2018, arXiv:1805.09767; McMahan et al. 2016, arXiv:1602.05629 (FedAvg). As DiLoCo with SGD of rate 1 as its outer optimizer:
+    Stich 2018, arXiv:1805.09767; McMahan et al. 2016, arXiv:1602.05629 (FedAvg). It equals DiLoCo with SGD of rate 1
+    as its outer optimizer:
         theta_i <- mean over those present of theta_j
-    The variants of local adaptive methods differ in what becomes of the inner optimizer's moments: kept by each rank (the default);
-    averaged with the parameters, as in Chen et al. 2020, arXiv:2009.06675 (`average_state: [exp_avg_sq]`); or averaged, and held between
-    two averages as the scale that all ranks step by (the same with the optimizer `savic`).
+    Local adaptive methods differ in what happens to the inner optimizer's moments. By default each rank keeps its own.
+    They can be averaged with the parameters, as in Chen et al. 2020, arXiv:2009.06675 (`average_state: [exp_avg_sq]`).
+    With the optimizer `savic` they are averaged, and stay fixed between two averages as the scale that all ranks step
+    by.
     Sends 8 (N-1)/N / every bytes a parameter and step, and as much for each state that is averaged.
     State: the parameters of the last average 4 (and residuals with a compressed message).
-    Use it as the baseline that DiLoCo and NoLoCo are judged by, or for a few steps between averages.
-    Not for many steps between averages: DiLoCo's outer momentum makes up for them.
+    Use it as the baseline for DiLoCo and NoLoCo, or for a few steps between averages.
+    Not for many steps between averages: DiLoCo's outer momentum compensates for them.
 
     average_state: names of the inner optimizer's state that is averaged too, as torch calls it: exp_avg, exp_avg_sq.
     """

@@ -17,14 +17,15 @@ class NaturalOptions(NoOptions):
 
 
 class NaturalMean(GradientMethod, TwoWayMean):
-    """Send gradients rounded at random to powers of two, right on average, in both directions.
+    """Send gradients rounded at random to powers of two, without bias, in both directions.
 
     Horváth et al. 2019, arXiv:1905.10988, Algorithm 1 (bidirectional compression):
         y = C(mean C(g_i)),  C(t) = sign(t) 2^floor(log2 |t|) or twice that, with the chances that make it right on average
-    The variance grows by 1/8 in each direction, and no residual is needed. 8 bits instead of the paper's 9: see the codec.
+    The variance grows by 1/8 in each direction, and no residual is needed. It takes 8 bits instead of the paper's 9:
+    see the codec.
     Sends 2(N-1)/N x (1 + 4/block_size) bytes per parameter and step.
     State: none.
-    Use it when no memory can be spared for residuals, for gradients of any size and spread.
+    Use it if there is no memory for residuals, for gradients of any size and spread.
     Not for the smallest loss at 8 bits: `two_way(int8)` with error feedback comes closer.
 
     block_size: elements per common exponent, a multiple of 8.

@@ -37,24 +37,29 @@ class NoLoCoOptions(MessageOptions):
 class NoLoCo(OuterMethod):
     """Average with a random partner every `every` steps, and move by a momentum of the result.
 
-    Kolehmainen et al. 2025, arXiv:2506.10911, equations 1 to 3. Equation 2 has the sign of its second term wrong for the printed
-    Delta = theta - phi: its own appendix (eq. 32) and the released code have a plus, as here. It is heavy-ball momentum.
+    Kolehmainen et al. 2025, arXiv:2506.10911, equations 1 to 3. Equation 2 has the wrong sign in its second term for
+    the printed Delta = theta - phi. Its own appendix (eq. 32) and the released code have a plus, as here. It is
+    heavy-ball momentum.
         delta <- momentum delta + lr mean_j(theta_j - phi_j) + gamma (mean_j phi_j - phi)
         phi <- phi + delta;  theta <- phi
-    With gamma = lr, the default, lr mean_j theta_j - lr phi is all that is needed, and theta alone travels: half the bytes.
-    Pairs are drawn by every rank from (seed, round), over all configured ranks, so that nobody has to agree on who is there.
-    Sends 4/every bytes a parameter and step to one partner, 8/every with another gamma; 4 (group_size - 1)/every in larger groups.
+    With gamma = lr, the default, only lr mean_j theta_j - lr phi is needed. theta alone is then sent, which halves the
+    bytes. Every rank draws pairs from (seed, round), over all configured ranks, so ranks do not have to agree on who
+    is up.
+    Sends 4/every bytes a parameter and step to one partner, 8/every with another gamma; 4 (group_size - 1)/every in
+    larger groups.
     State: slow weights 4, momentum 4 (and a residual of 4 with a compressed message).
-    Use it when machines are far apart, differ in speed, or come and go: nobody waits for more than its partner.
-    Not for links that carry a compressed exchange of every step: the replicas differ, and end as an ensemble unless averaged.
+    Use it if machines are far apart, differ in speed, or come and go: each rank only waits for its partner.
+    Not for links that carry a compressed exchange in every step: the replicas differ, and end as an ensemble unless
+    averaged.
 
     lr, momentum: of the outer step.
     gamma: the pull of the slow weights towards each other; lr if None.
-    group_size: ranks that average together; a group that a dead rank is missing from goes on without it.
-    two_tensors: send the slow weights apart from the deltas even where gamma = lr, right after the last round, so that only the
-    deltas are late.
-    slow_share: with a compressed message, which suits deltas but not slow weights, so much of the slow weights travels beside it,
-    uncompressed, another part each round. Less saves bytes, and leaves replicas further apart.
+    group_size: ranks that average together; a group with a dead rank continues without it.
+    two_tensors: send the slow weights apart from the deltas even if gamma = lr, right after the last round, so that
+        only the deltas are late.
+    slow_share: the share of the slow weights that is sent uncompressed with each compressed message, another part each
+        round. Compression suits deltas but not slow weights. A smaller share saves bytes, and leaves replicas further
+        apart.
     """
 
     name = "noloco"

@@ -28,24 +28,27 @@ class OnebitAdam(FrozenVariance):
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  x <- x - lr (m / (sqrt(v) + eps) + weight_decay x)
     then v stays, and with g_i the local gradient and C scaled signs with error feedback on both sides:
         m_i = b1 m + (1 - b1) g_i;  m <- C(mean C(m_i));  x <- x - lr (m / (sqrt(v) + eps) + weight_decay x)
-    Differs from the paper's code: bias correction is on by default, as in torch.optim.Adam; at the freeze v keeps the
-    correction that it has, and m's goes on, so that no step jumps. Coordinates whose variance is zero at the freeze, which a sign
-    would move by lr * scale / eps, are masked: their momentum stays zero; and if the variance is so small that a sign would
-    move a coordinate by more than max_ratio * lr (units of a ReLU that have died, say), sqrt(v) + eps is raised to
-    |m| / max_ratio. One rank alone does not compress.
+    Differs from the paper's code: bias correction is on by default, as in torch.optim.Adam. At the freeze, v keeps its
+    current correction, and m's continues, so that no step jumps. A sign would move coordinates whose variance is zero
+    at the freeze by lr * scale / eps. They are masked: their momentum stays zero. If the variance is so small that a
+    sign would move a coordinate by more than max_ratio * lr (for example in dead units of a ReLU), sqrt(v) + eps is
+    raised to |m| / max_ratio. One rank alone does not compress.
     Sends 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step after the freeze, and as `dense` before it.
     State: 12 + 4/N bytes per parameter: m, v, the worker's and the server's residual.
-    Use it in place of Adam on slow links: 1 bit per element each way, and Adam's loss once the variance has settled.
+    Use it in place of Adam on slow links: it sends 1 bit per element each way, and reaches Adam's loss once the
+    variance has settled.
     Not for short fine-tuning runs, whose warm-up would be most of the run; `distributed_lion` needs none.
 
     freeze_step: the last step with the exact mean, best 15 to 25 % of all and not before the learning rate's own
-        warm-up ends; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and the rate no longer rises.
+        warm-up ends; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and the rate no longer
+        rises.
     scale, block_size, residual_bits: as in `ef_sign`.
-    prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken from the
-        momentum at the freeze (1-bit LAMB, arXiv:2104.06069).
-    max_ratio: as above; Adam's own steps stay below 7.3 lr at the default betas. None for the paper's form, without a bound.
-    momentum_mask: {parameter name: tensor of its shape}; momentum is multiplied by it after the freeze, for coordinates
-        that get gradients only later (positions beyond the sequence length).
+    prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken
+        from the momentum at the freeze (1-bit LAMB, arXiv:2104.06069).
+    max_ratio: as above; Adam's own steps stay below 7.3 lr at the default betas. None for the paper's form, without a
+        bound.
+    momentum_mask: {parameter name: tensor of its shape}; momentum is multiplied by it after the freeze, for
+        coordinates that get gradients only later (positions beyond the sequence length).
     """
 
     name = "onebit_adam"

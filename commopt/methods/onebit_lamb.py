@@ -44,30 +44,33 @@ class OnebitLambOptions(FrozenOptions):
 class OnebitLamb(FrozenVariance):
     """LAMB whose momentum is averaged with one bit per element each way once its variance has settled.
 
-    Li et al. 2021, arXiv:2104.06069, Algorithm 1. Steps 1 to freeze_step are LAMB on the exact mean gradient, per tensor:
+    Li et al. 2021, arXiv:2104.06069, Algorithm 1. Steps 1 to freeze_step are LAMB on the exact mean gradient, per
+    tensor:
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  d = m / (sqrt(v) + eps) + weight_decay x
         c = clamp(||x|| / ||d||, min_coeff, max_coeff);  c' <- coeff_beta c' + (1 - coeff_beta) c;  x <- x - lr c d
-    then v and c' stay, w goes on from v, and with g_i the local gradient and C scaled signs with error feedback on both sides:
+    then v and c' stay, w continues from v, and with g_i the local gradient and C scaled signs with error feedback on
+    both sides:
         m_i = b1 m + (1 - b1) g_i;  m <- C(mean C(m_i));  g' = (m - b1 m_before) / (1 - b1);  w <- b2 w + (1 - b2) g'^2
         d0 = m / (sqrt(v) + eps);  d = d0 + weight_decay x;  s = min(1, ||d0|| / ||d||)
         f = s max_j((sqrt(v_j) + eps) / (sqrt(w_j) + eps)) + 1 - s, in [factor_min, factor_max], and in [1 -+ factor_threshold] f_before
         x <- x - lr c' f d
-    Differs from the paper: scale="l1" is the default, a scale per block, with which buckets overlap with backward; the paper's
-    form is scale="model" with prescale=true, and trained no better (a small network, scikit-learn's digits, 4 ranks). c' is the
-    mean of its terms from the first on, where the paper's starts at 0; a tensor without any has 1. Coordinates whose variance is
-    zero at the freeze are masked, as in `onebit_adam`, and masked coordinates have no say in f: one alone would hold it at 1 or
-    above. One rank alone does not compress.
+    Differs from the paper: scale="l1" is the default, with a scale per block, so that buckets overlap with backward.
+    The paper's form is scale="model" with prescale=true. It trained no better (a small network, scikit-learn's digits,
+    4 ranks). c' is the mean of its terms from the first on, while the paper's starts at 0; a tensor without any has 1.
+    Coordinates whose variance is zero at the freeze are masked, as in `onebit_adam`. Masked coordinates do not count
+    in f: a single one would keep it at 1 or above. One rank alone does not compress.
     Sends after the freeze 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step.
     State: m, v, w, 4 bytes per parameter of worker residual and 4/N of server residual.
-    Use it for large batches, where LAMB's rate per layer is what makes them train.
+    Use it for large batches that need LAMB's rate per layer to train.
     Not for tensors whose gradients are mostly zero: signs move all of their coordinates.
 
     freeze_step: as in `onebit_adam`.
-    min_coeff, max_coeff, bias_correction: as in `commopt.optimizers.LAMB`; the paper has no bias correction.
-    coeff_beta: how slowly c' follows c. factor_min, factor_max, factor_threshold: the bounds of f, and of its change in a step.
+    min_coeff, max_coeff, bias_correction: as in `commopt.optim.LAMB`; the paper has no bias correction.
+    coeff_beta: how slowly c' follows c. factor_min, factor_max, factor_threshold: the bounds of f, and of its change
+        in a step.
     scale, block_size, residual_bits: as in `ef_sign`.
-    prescale: with scale="model", bring all tensors to one magnitude before they are compressed, by factors taken from the
-        momentum at the freeze.
+    prescale: with scale="model", bring all tensors to one magnitude before they are compressed, by factors taken from
+        the momentum at the freeze.
     momentum_mask: as in `onebit_adam`.
     """
 

@@ -29,27 +29,29 @@ class PowerSGDOptions(NoOptions):
 
 
 class PowerSGD(GradientMethod):
-    """Send two thin factors of each gradient matrix: one step of power iteration from where the last exchange ended.
+    """Send two thin factors of each gradient matrix: one step of power iteration that starts from the last exchange's factor.
 
-    Vogels et al. 2019, arXiv:1905.13727, Algorithms 1 and 2. A parameter of two or more dimensions is a matrix
-    (first, rest); Q is (m, rank) and the same on all ranks:
+    Vogels et al. 2019, arXiv:1905.13727, Algorithms 1 and 2. A parameter of two or more dimensions is a matrix (first,
+    rest); Q is (m, rank) and the same on all ranks:
         M_i = g_i + e_i;  P = mean M_i Q;  P <- orthogonalise(P)
         Q_i = M_i^T P;  Q = mean Q_i;  the mean gradient is P Q^T;  e_i <- M_i - P Q_i^T
-    Biases, norms, and matrices too small to gain are averaged exactly, in the same all-reduce as P: two all-reduces for a bucket.
-    Differs from torch's hook: state is kept by parameter, so that it may start in any step and runs on Gloo with any buckets. What a
-    rank keeps back is what its own factor Q_i left out (the hook subtracts the mean's): the mean of the residuals is the same, and they
-    stay bounded where ranks differ for ever. Q's columns are normalised before the next step, so that no gradient is too
-    small or too large to square, and one that is zero is drawn anew. The orthogonalisation is Householder's QR in float32, which
-    knows no bad case, on every rank for itself: replicas are equal bit for bit if ranks run the same code on the same kind
-    of machine, and may part by rounding errors if they do not (`replicas_are_equal` tells).
-    One rank alone does not compress. Momentum stays in your optimizer, behind the exchange.
+    Biases, norms, and matrices too small to gain are averaged exactly, in the same all-reduce as P: two all-reduces
+    for a bucket. Differs from torch's hook: state is kept by parameter, so it may start in any step and runs on Gloo
+    with any buckets. A rank's residual is what its own factor Q_i left out; the hook subtracts the mean's. The mean of
+    the residuals is the same, and they stay bounded even if ranks always differ. Q's columns are normalised before the
+    next step, so no gradient is too small or too large to square. A column of zeros is drawn anew. Every rank
+    orthogonalises for itself by Householder's QR in float32, which has no bad case. Replicas are equal bit for bit if
+    ranks run the same code on the same kind of machine. Otherwise they may differ by rounding errors
+    (`replicas_are_equal` tells). One rank alone does not compress. Momentum stays in your optimizer, after the
+    exchange.
     Sends 8(N-1)/N x rank (n + m)/(n m) bytes per parameter and step, for an n x m matrix.
     State: 4 bytes per parameter of residual, and Q.
-    Use it when the network is slow and layers are wide: at rank 4 a 1024 x 1024 matrix shrinks 128 times, however many ranks there are.
+    Use it if the network is slow and layers are wide: at rank 4 a 1024 x 1024 matrix shrinks 128 times, at any number
+    of ranks.
     Not for models of vectors and small matrices, which stay dense.
 
     rank: columns of P and Q; at most what the matrix has.
-    start_step: average exactly for so many exchanges before the first compressed one.
+    start_step: average exactly for this many exchanges before the first compressed one.
     min_compression_rate: a matrix is compressed if (n + m) rank times this is less than n m.
     seed: of the first Q.
     """

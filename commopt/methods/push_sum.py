@@ -26,22 +26,24 @@ class PushSumOptions(OuterOptions):
 
 
 class PushSum(OuterMethod):
-    """Send half of one's parameters and weight to the next rank of a directed exponential graph, and add what comes in.
+    """Send half of the parameters and weight to the next rank of a directed exponential graph, and add what arrives.
 
-    Assran et al. 2019, arXiv:1811.10792, Algorithm 1; push-sum is Kempe et al. 2003. With numerators w_i z_i and weights w_i:
+    Assran et al. 2019, arXiv:1811.10792, Algorithm 1; push-sum is Kempe et al. 2003. With numerators w_i z_i and
+    weights w_i:
         z_i <- (w_i z_i / 2 + sum of what arrived of w_j z_j / 2) / (w_i / 2 + sum of their w_j / 2)
-    The model holds z, at which gradients are taken; what travels is (w / 2, z). Rank i sends to i + 2^k mod N, k = 0, 1, ...,
-    ceil(log2 N) - 1 in turn: in each round everybody sends one message and receives one, and without loss all weights stay 1, as in
-    the paper. If they do not, an inner step moves z by itself, while the paper's moves it by 1/w of it: a rank with little weight would
-    leap. delay: 0 is the paper's synchronous SGP; 1 and more its overlapped OSGP.
-    What is sent to a rank that is known to be down stays with the sender, and what comes late is added when it comes, so weights sum
-    to N with what is on its way. That does not hold for what a rank that dies has or is being sent, for what is not delivered in time,
-    and for more than 8 unread messages of one sender: numerator and weight are lost alike, so that replicas still agree, on
-    another weighted mean. A rank that comes back starts with weight 1. What is on its way is in no checkpoint.
+    The model holds z, at which gradients are taken; (w / 2, z) is sent. Rank i sends to i + 2^k mod N, k = 0, 1, ...,
+    ceil(log2 N) - 1 in turn. In each round every rank sends one message and receives one. Without loss all weights
+    stay 1, as in the paper. If they do not, an inner step moves z directly, while the paper's step moves it by 1/w as
+    much, so that a rank with little weight would jump. delay: 0 is the paper's synchronous SGP; 1 and more is its
+    overlapped OSGP. Messages to a rank that is known to be down stay with the sender. Late messages are added when
+    they arrive. Weights, including those in transit, therefore sum to N. This does not hold in three cases: a rank
+    dies with what it has or is being sent, a message is not delivered in time, or a sender has more than 8 unread
+    messages. Numerator and weight are then both lost, so replicas still agree, but on another weighted mean. A rank
+    that comes back starts with weight 1. Checkpoints do not contain messages in transit.
     Sends 4/every bytes a parameter and step to one rank.
     State: the weight.
-    Use it when messages come late or go one way only: no answer is waited for, and lateness loses nothing.
-    Not for links that need compressed messages: choco.
+    Use it if messages come late or go one way only. Ranks do not wait for an answer, and late messages are not lost.
+    Not for links that need compressed messages: use choco.
     """
 
     name = "push_sum"

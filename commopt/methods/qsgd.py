@@ -23,20 +23,20 @@ class QSGDOptions(NoOptions):
 
 
 class QSGD(GradientMethod, GatherMean):
-    """Send gradients rounded at random to a few levels of each block's norm, right on average.
+    """Send gradients rounded at random to a few levels of each block's norm, without bias.
 
     Alistarh et al. 2017, arXiv:1610.02132, Theorem 3.2 (stochastic quantisation by blocks):
         q_i = norm_i sign(g_i) level_i / levels,  level_i = levels |g_i| / norm_i rounded at random;  y = mean q_i
-    Levels travel as whole bits instead of Elias codes. A block of zeros stays zero. There is no error feedback: rounding is right on
-    average; `two_way(qsgd)` has it, and both directions.
+    Levels are sent as whole bits instead of Elias codes. A block of zeros stays zero. There is no error feedback,
+    because rounding is unbiased. `two_way(qsgd)` has error feedback, and compresses both directions.
     Sends (N-1) x (ceil(log2(2 levels + 1))/8 + 4/block_size) bytes per parameter and step.
     State: none.
-    Use it on few ranks, where no memory can be spared for residuals.
+    Use it on few ranks, if there is no memory for residuals.
     Not for many ranks: what arrives grows with N, and 8 bits cost more than dense from 9 ranks on.
 
     levels: positive levels, 1 to 127: 7 takes 4 bits, 127 takes 8.
     block_size: elements per norm, a multiple of 8.
-    norm: "l2", the paper's, or "max", the largest magnitude, which wastes no level.
+    norm: "l2", the paper's, or "max", the largest magnitude, which uses all levels.
     dense_1d: average parameters with fewer than two dimensions exactly.
     seed: of the rounding.
     """

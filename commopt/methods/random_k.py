@@ -27,18 +27,20 @@ class RandomKOptions(NoOptions):
 
 
 class RandomKMean(GradientMethod, Compressed):
-    """Average a random share of the gradient elements by a ring all-reduce; all ranks draw the same places, which never travel.
+    """Average a random share of the gradient elements by a ring all-reduce; all ranks draw the same places, which are never sent.
 
-    Stich et al. 2018, arXiv:1809.07599, Algorithm 1 with random_k; one place is drawn from each 1/density consecutive elements:
+    Stich et al. 2018, arXiv:1809.07599, Algorithm 1 with random_k; one place is drawn from each 1/density consecutive
+    elements:
         c_i = g_i + e_i;  y = mean c_i at the drawn places, else 0;  e_i <- c_i elsewhere, 0 there
-    Without error feedback y is multiplied by 1/density, so that it is right on average (Wangni et al. 2017, arXiv:1710.09854).
-    Sends 2(N-1)/N x density x value_bits/8 bytes per parameter and step, as many ranks as there may be.
+    Without error feedback, y is multiplied by 1/density, which makes it unbiased (Wangni et al. 2017,
+    arXiv:1710.09854).
+    Sends 2(N-1)/N x density x value_bits/8 bytes per parameter and step, at any number of ranks.
     State: 4 bytes per parameter; none without error feedback.
-    Use it as the baseline that every cleverer choice has to beat, and for very many ranks.
+    Use it as the baseline for methods that choose elements by size, and for very many ranks.
     Not for the best loss at a density: large elements wait as long as small ones, 1/density steps.
 
-    density: the share of elements that travels, above 0, at most 1.
-    value_bits: 32 or 16, in which the sum is taken too.
+    density: the share of elements that is sent, above 0, at most 1.
+    value_bits: 32 or 16; the sum is taken in the same precision.
     error_feedback: keep what was not drawn (default). dense_1d: average biases and norms exactly.
     seed: of the places.
     """

@@ -24,17 +24,18 @@ class SignumOptions(NoOptions):
 class Signum(GradientMethod, SignVote):
     """Send the sign of each rank's momentum, one bit per element, and get the majority's sign back.
 
-    Bernstein et al. 2019, arXiv:1810.05291, Algorithm 1 (Signum with majority vote); with momentum=0 it is
-    signSGD with majority vote, arXiv:1802.04434, Algorithm 3:
+    Bernstein et al. 2019, arXiv:1810.05291, Algorithm 1 (Signum with majority vote). With momentum=0 it is signSGD
+    with majority vote, arXiv:1802.04434, Algorithm 3:
         m_i <- b m_i + (1 - b) g_i;  D = sign(sum sign(m_i));  x <- x - lr (D + weight_decay x)
-    of which the last is up to the optimizer: SGD without momentum, whose weight_decay is the paper's. Differs from the paper, where
-    sign(0) is left open: a tie, and an m_i that is zero, take coins that make no element drift (see `SignVote`).
-    One rank alone takes its own sign, of which sign(0) = 0. There is no error feedback: where ranks' gradients disagree, or
-    are heavy-tailed, the majority need not be the sign of the mean.
+    The last equation is the optimizer's: use SGD without momentum, whose weight_decay is the paper's. The paper leaves
+    sign(0) open. Here coins decide a tie and an m_i that is zero, so that no element drifts (see `SignVote`). One rank
+    alone takes its own sign, with sign(0) = 0. There is no error feedback. If ranks' gradients disagree, or are
+    heavy-tailed, the majority need not be the sign of the mean.
     Sends (N-1)/N x 2/8 bytes per parameter and step.
     State: m, 4 bytes per parameter; none with momentum=0.
-    Use it as the baseline of sign methods, or where state is scarce (momentum=0).
-    Not for Adam or Lion (a sign of a sign), or for a learning rate of SGD's size: every element moves by lr in every step.
+    Use it as the baseline of sign methods, or if memory for state is scarce (momentum=0).
+    Not for Adam or Lion (a sign of a sign), or for a learning rate of SGD's size: every element moves by lr in every
+    step.
 
     momentum: b. seed: of the coins.
     """

@@ -39,14 +39,14 @@ class TernGrad(GradientMethod, Compressed):
     Wen et al. 2017, arXiv:1705.07878, Algorithm 1 with scaler sharing and layer-wise ternarising:
         g_i <- clamp(g_i, -clip sigma_i, clip sigma_i);  s = max over ranks of max|g_i|
         t_i = sign(g_i) with chance |g_i| / s, else 0;  y = s/N sum t_i
-    Right on average but for the clamp. One scale per parameter, shared by all ranks before anything is rounded, is what makes the sum
-    one of integers from -N to N. Up to 127 ranks.
+    It is unbiased except for the clamp. All ranks agree on one scale per parameter before anything is rounded. The sum
+    is therefore one of integers from -N to N. It works with up to 127 ranks.
     Sends (N-1)/N x (2 + ceil(log2(2N + 1)))/8 bytes per parameter and step, and 4(N-1) per tensor.
     State: none.
-    Use it when no memory can be spared for residuals.
-    Not for the best loss: there is no error feedback, and three levels are rough; `ef_sign` costs less.
+    Use it if there is no memory for residuals.
+    Not for the best loss: there is no error feedback, and three levels are coarse; `ef_sign` costs less.
 
-    clip: clamp to so many standard deviations of each tensor first; 0 for no clamp.
+    clip: clamp to this many standard deviations of each tensor first; 0 for no clamp.
     dense_1d: average parameters with fewer than two dimensions exactly (default).
     dense: names of further parameters to average exactly, as the paper does with the last layer.
     seed: of the rounding.

@@ -17,15 +17,16 @@ class ThresholdOptions(ResidualOptions):
 
 
 class ThresholdMean(GradientMethod, GatherMean):
-    """Send every gradient element whose magnitude, with what earlier steps left of it, reaches a threshold.
+    """Send every gradient element whose magnitude, together with what earlier steps left of it, reaches a threshold.
 
-    Strom 2015, "Scalable distributed DNN training using commodity GPU cloud computing" (threshold with error feedback);
-    Aji and Heafield 2017, arXiv:1704.05021:
+    Strom 2015, "Scalable distributed DNN training using commodity GPU cloud computing" (threshold with error
+    feedback); Aji and Heafield 2017, arXiv:1704.05021:
         c_i = g_i + e_i;  q_i = c_i where |c_i| >= threshold, else 0;  e_i <- c_i - q_i;  y = mean q_i
-    How much travels is the gradient's business, so lengths travel first, and links should not be planned by this method.
-    Sends (N-1) x share x (value_bits/8 + places) bytes per parameter and step, share being that of elements that reach it.
+    The gradient decides how much is sent, so lengths are sent first. Do not use this method to plan links.
+    Sends (N-1) x share x (value_bits/8 + places) bytes per parameter and step, where share is that of elements that
+    reach the threshold.
     State: 4 bytes per parameter.
-    Use it when gradients keep their size, and quiet steps should cost little.
+    Use it if gradients keep their size, and steps with small gradients should cost little.
     Not for training from scratch, where gradients shrink by orders of magnitude; `top_k` adapts.
 
     threshold: above 0, in the gradient's own units.

@@ -33,34 +33,36 @@ class ZeroOneAdamOptions(FrozenOptions):
 class ZeroOneAdam(FrozenVariance):
     """Adam that sends signs from early on: of gradients between rare exact ones, and then of the momentum of local steps.
 
-    Lu et al. 2022, arXiv:2202.06009, Algorithm 1, as its released code has it. Phase A, steps t = 1 to var_freeze_step, with g_i
-    the local gradient and C scaled signs with error feedback on both sides:
+    Lu et al. 2022, arXiv:2202.06009, Algorithm 1, as in its released code. Phase A, steps t = 1 to var_freeze_step,
+    with g_i the local gradient and C scaled signs with error feedback on both sides:
         t divides by k: g = mean g_i;  v <- b2 v + (1 - b2) g^2;  k doubles after every var_update_scaler of these
         else:           g = C(mean C(g_i))
         m <- b1 m + (1 - b1) g;  x <- x - lr (m / (sqrt(v) + eps) + weight_decay x)
-    Then v stays and the residuals start anew. Phase B, with H = 1, doubled every local_step_scaler steps up to local_step_clipper:
+    Then v stays and the residuals restart at zero. Phase B, with H = 1, doubled every local_step_scaler steps up to
+    local_step_clipper:
         m_i <- b1 m_i + (1 - b1) g_i;  x_i <- x_i - lr (m_i / (sqrt(v) + eps) + weight_decay x_i);  R <- R + lr
         u_i <- u_i + lr (m_i - u_i) / R, the mean of m_i since the last exchange, each as long as it was stepped along
         t divides by H: m = C(mean C(u_i));  x = x' - R m / (sqrt(v) + eps), decayed like x_i;  x' <- x;  R <- 0
-    Replicas are equal, bit for bit, after each exchange, and differ between them (`is_synchronised`); `synchronise(group)`
-    exchanges at once: before an evaluation, at the end, and before a checkpoint whose model is used alone.
-    Differs from the code: what is exchanged is the mean momentum u and not R u, so that the residuals keep their unit and no rate
-    divides, not even 0; weight decay stays out of u; the common point x' is kept and not computed back; coordinates without
-    variance are masked in both phases; bias correction is on by default, as in torch.optim.Adam, with v's own count of updates.
-    A NaN at an exchange leaves the bucket out on all ranks: its parameters go on with their local steps until the next exchange.
-    A NaN in a local step is seen by its own rank alone, which steps along its momentum as it was. One rank takes no local steps.
-    Sends in phase B at last 2(N-1)/N x (1/8 + 4/block_size) / local_step_clipper bytes per parameter and step.
+    Replicas are equal, bit for bit, after each exchange, and differ between exchanges (`is_synchronised`).
+    `synchronise(group)` exchanges at once. Call it before an evaluation, at the end, and before a checkpoint whose
+    model is used alone. Differs from the code: the mean momentum u is exchanged and not R u, so that the residuals
+    keep their unit and no rate divides, not even 0. Weight decay stays out of u. The common point x' is kept and not
+    computed back. Coordinates without variance are masked in both phases. Bias correction is on by default, as in
+    torch.optim.Adam, with v's own count of updates. A NaN at an exchange leaves the bucket out on all ranks. Its
+    parameters continue with local steps until the next exchange. Only its own rank detects a NaN in a local step, and
+    steps along its old momentum. One rank alone takes no local steps.
+    Sends 2(N-1)/N x (1/8 + 4/block_size) / local_step_clipper bytes per parameter and step at the end of phase B.
     State: m, v, u, x', 4 bytes per parameter of worker residual and 4/N of server residual.
-    Use it for long trainings on slow networks, where latency counts as well: most steps of phase B send nothing.
+    Use it for long trainings on slow networks, also if latency is high: most steps of phase B send nothing.
     Not for short trainings (its schedules are made for 100,000 steps), or if replicas must be equal after every step.
-    Coordinates that hardly ever get a gradient have a tiny v, and signs move them far, local steps farther; a larger eps, such
-    as 1e-5, holds them.
+    Coordinates that hardly ever get a gradient have a tiny v. Signs move them far, and local steps farther; a larger
+    eps, such as 1e-5, prevents this.
 
-    var_freeze_step: the last step of phase A; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and the
-        rate no longer rises; or None: phase A only.
+    var_freeze_step: the last step of phase A; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2)
+        steps, and the rate no longer rises; or None: phase A only.
     var_update_scaler: exact gradients until the steps between them double.
-    local_step_scaler, local_step_clipper: steps until the interval of exchanges doubles, and the longest interval; 1 and H give a
-        constant interval of H, but for the first steps.
+    local_step_scaler, local_step_clipper: steps until the interval of exchanges doubles, and the longest interval; 1
+        and H give a constant interval of H, except for the first steps.
     scale, block_size, residual_bits: as in `ef_sign`.
     prescale, momentum_mask: as in `onebit_adam`.
     """
