@@ -1,4 +1,4 @@
-"""CHOCO-SGD: gossip over a fixed graph whose messages are compressed as coarsely as one likes."""
+"""CHOCO-SGD: gossip over a fixed graph with compressed messages, at any compression rate."""
 
 from __future__ import annotations
 

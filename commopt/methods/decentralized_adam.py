@@ -127,6 +127,6 @@ class DecentralizedAdam(OuterMethod):
 
 
 def neighbours(graph: Topology, rank: int) -> set[int]:
-    """Whom a rank meets in any round."""
+    """The ranks that a rank exchanges with in any round."""
     edges = (graph.edge(number, rank) for number in range(len(graph.rounds)))
     return {peer for edge in edges if edge is not None for peer in edge.members} - {rank}

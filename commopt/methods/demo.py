@@ -1,4 +1,4 @@
-"""DeMo: every rank keeps its own momentum, and sends the few components of it that move fastest."""
+"""DeMo: every rank keeps its own momentum, and sends the few components that change fastest."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def _runs(n: int, chunk: int) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of a bucket. starts, lengths: (B,) in the flat tensor of coefficients; counts: (B,) how many of each travel."""
+    """The chunks of a bucket. starts, lengths: (B,) in the flat tensor of coefficients; counts: (B,) how many of each are sent."""
 
     starts: Int64Array
     lengths: Int64Array

@@ -1,4 +1,4 @@
-"""DiceSGD: private gradients whose clipping has no bias, because what it cut off comes later."""
+"""DiceSGD: private gradients whose clipping has no bias, because what is cut off is sent later."""
 
 from __future__ import annotations
 

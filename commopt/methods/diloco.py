@@ -1,4 +1,4 @@
-"""DiLoCo: inner steps alone, then an outer optimizer's step on the mean of what they changed, over those who are there."""
+"""DiLoCo: inner steps alone, then an outer optimizer's step on the mean of what they changed, over the ranks that are up."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _CALLS = 1 << 12  # sequence numbers of one round's exchange
 
 @options
 class AveragingOptions(MessageOptions):
-    """What methods take that average over all who are there."""
+    """Options of methods that average over all ranks that are up."""
 
     every: Count = 100
     fragments: Count = 1
@@ -121,7 +121,7 @@ class DiLoCo(OuterMethod):
         self.state["slow"].copy_(x)
 
     def participants(self, number: int) -> list[int]:
-        """Who is drawn for a round; the same on all ranks."""
+        """The ranks drawn for a round; the same on all ranks."""
         ranks = self.peers.size
         if self.options.participation == 1.0:
             return list(range(ranks))
@@ -212,7 +212,7 @@ class DiLoCo(OuterMethod):
         return [self.state[key][part] for key in ("slow", *(f"outer {key}" for key in sorted(self._outer_state)))]
 
     def _reconciled(self, roll: Roll, fragment: int, group: PeerGroup) -> dict[str, Tensor]:
-        """If members differ: the mean of what those have who took part last. Nothing if all agree, as they mostly do."""
+        """If members differ, the mean over those of the latest round; empty if all agree, which is the usual case."""
         cards = [roll.cards[rank] for rank in roll.members]
         if all(torch.equal(card, cards[0]) for card in cards):
             return {}

@@ -1,4 +1,4 @@
-"""EF21: ranks send how their gradient differs from what the others already know of it."""
+"""EF21: ranks send how their gradient differs from the estimate that the others already have."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class EF21(GradientMethod, Compressed):
         return int(self.exchanges[self.index.position[name]])
 
     def _is_whole(self, name: str) -> bool:
-        """Whether v_i of this parameter travels uncompressed in this exchange."""
+        """Whether v_i of this parameter is sent uncompressed in this exchange."""
         count = self._count(name)
         return (
             count == 0

@@ -1,4 +1,4 @@
-"""Local SGD: every rank trains by itself, and now and then all take the mean of their parameters."""
+"""Local SGD: every rank trains by itself, and all ranks average their parameters every N steps."""
 
 from __future__ import annotations
 

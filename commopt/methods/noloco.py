@@ -1,4 +1,4 @@
-"""NoLoCo: replicas average with a random partner now and then; no step waits for all of them."""
+"""NoLoCo: replicas average with a random partner every N steps; no step waits for all of them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class NoLoCo(OuterMethod):
 
     @property
     def _turns(self) -> int:
-        """Rounds in which all slow weights have travelled once."""
+        """Rounds until all slow weights have been sent once."""
         return max(1, round(1 / self.slow_share))
 
     def begin(self, x: Tensor) -> None:
@@ -139,7 +139,7 @@ class NoLoCo(OuterMethod):
     def _collect(
         self, channel: str, others: Sequence[int], number: int, part: slice, timeout_s: float
     ) -> dict[int, Tensor]:
-        """What the others sent for this round (or, if they are ahead, for a later one), as far as it comes in time."""
+        """What the others sent for this round (or, if they are ahead, for a later one), if it arrives in time."""
         end_s, received = self.peers.seconds + timeout_s, {}
         for peer in others:
             left_s = max(0.0, end_s - self.peers.seconds)

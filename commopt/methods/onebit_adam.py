@@ -1,4 +1,4 @@
-"""1-bit Adam: after a warm-up the variance is frozen, and only signs of the momentum travel."""
+"""1-bit Adam: after a warm-up the variance is frozen, and only signs of the momentum are sent."""
 
 from __future__ import annotations
 

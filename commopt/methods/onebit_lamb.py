@@ -1,4 +1,4 @@
-"""1-bit LAMB: LAMB whose variance and layer-wise rates are carried on from the freeze, while signs of the momentum travel."""
+"""1-bit LAMB: LAMB whose variance and layer-wise rates continue from the freeze, while signs of the momentum are sent."""
 
 from __future__ import annotations
 

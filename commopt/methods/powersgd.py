@@ -127,7 +127,7 @@ class PowerSGD(GradientMethod):
         return {}
 
     def _next(self, name: str, q: Tensor) -> Tensor:
-        """(r, m) Q with columns of length 1; those that have become zero say nothing, and are drawn anew."""
+        """(r, m) Q with columns of length 1; columns that have become zero are drawn anew."""
         lengths = torch.linalg.vector_norm(q, dim=1, keepdim=True, dtype=torch.float64)
         unit = (q / lengths).float()
         return torch.where(lengths > 0, unit, self._draw(name)) if bool((lengths == 0).any()) else unit
@@ -141,7 +141,7 @@ class PowerSGD(GradientMethod):
         return (numbers - 0.5).view_as(self._q(name))
 
     def _q(self, name: str) -> Tensor:
-        """(r, m) view of Q, whose columns lie one behind the other: products are faster so."""
+        """(r, m) view of Q, whose columns are contiguous, which makes products faster."""
         return self.part("q", name).view(-1, self.shapes[name][1])
 
     def _width(self, n: int, m: int) -> int:

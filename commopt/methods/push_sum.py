@@ -1,4 +1,4 @@
-"""Stochastic Gradient Push: one message one way in each round, to a receiver that never has to answer."""
+"""Stochastic Gradient Push: one message in one direction per round; the receiver does not answer."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class PushSum(OuterMethod):
         return 4 / self.every if ranks > 1 else 0.0
 
     def _arrived(self, number: int, source: int) -> tuple[list[tuple[int, Letter]], bool]:
-        """What has come of this round and of earlier ones, in a fixed order, and whether this round's message is missing."""
+        """What has arrived of this round and earlier ones, in a fixed order, and whether this round's message is missing."""
         end_s = self.peers.seconds + self.timeout_s
         while True:
             self.early += [one for one in self.peers.drain(self.name) if self._fits(one[1])]

@@ -1,4 +1,4 @@
-"""0/1 Adam: the variance is updated ever more rarely, and then the momentum is exchanged ever more rarely."""
+"""0/1 Adam: the variance is updated less and less often, and then the momentum is exchanged less and less often."""
 
 from __future__ import annotations
 
