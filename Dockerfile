@@ -1,5 +1,5 @@
-# commopt for an ordinary user, on the CPU:    docker build -t commopt:0.1 .
-# With CUDA:    docker build -t commopt:0.1-cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+# commopt for an ordinary user, on the CPU:    docker build -t commopt:0.2 .
+# With CUDA:    docker build -t commopt:0.2-cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 # Emulated links need user namespaces, which Docker's default seccomp profile forbids: docker run --security-opt seccomp=unconfined
 # --security-opt apparmor=unconfined ..., or let `emulate: auto` fall back to pacing.
 FROM python:3.12-slim
