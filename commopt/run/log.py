@@ -24,7 +24,7 @@ class RunLog:
         self._planned = 0
         self._begun_at: int | None = None  # the first step of this start
         self._is_measuring = self._has_ended = self._is_finished = False
-        self._told = (0, 0, 0)
+        self._told, self._last_step = (0, 0, 0), -1
         self._mark = (time.perf_counter(), 0.0)  # when the last step was logged, and waited_s then
 
     def plan(self, steps: int) -> None:
@@ -49,7 +49,7 @@ class RunLog:
             return
         now, waited_s = time.perf_counter(), run.waited_s
         seconds, wait_s = now - self._mark[0], waited_s - self._mark[1]
-        step = run.steps - 1
+        self._last_step = step = max(self._last_step + 1, run.steps - 1)  # a scaler's skipped step counts here
         recorder.step(
             step=step, loss=values["loss"], seconds=seconds, wait_s=wait_s, tokens=tokens, steady=self._is_measuring
         )
@@ -124,6 +124,7 @@ class RunLog:
         parameters = sum(p.numel() for p in run.parameters.values())
         given: dict[str, Any] = dict(method.given)
         begun_at = max(0, run.steps - 1) if self._begun_at is None else self._begun_at
+        self._last_step = begun_at - 1
         recorder.start(
             method=method.name, options=given, parameters=parameters, steps=self._planned, resumed_at=begun_at
         )
