@@ -504,11 +504,11 @@ def test_options_out_of_range_are_refused() -> None:
             with pytest.raises(ConfigError, match=r"block_size: .* positive multiple of 8"):
                 make(block_size=block_size)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"bits: 3 .* write 2, 4 or 8"):
-        BlockInt(3)
+        BlockInt(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"stochastic: 1 .* write true or false"):
         BlockInt(stochastic=1)  # type: ignore[arg-type]
     for levels in (0, 128, 2.0, True):
         with pytest.raises(ConfigError, match=r"levels: .* from 1 to 127"):
             QSGDLevels(levels)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"norm: 'l1' .* write 'l2' or 'max'"):
-        QSGDLevels(norm="l1")
+        QSGDLevels(norm="l1")  # type: ignore[arg-type]

@@ -272,7 +272,7 @@ def rates(_: Path) -> Any:
 @case
 def resumed(folder: Path) -> Any:
     """Straight through; stopped after a checkpoint in the middle and resumed; and without what other ranks had to send."""
-    found: dict[str, tuple[Any, ...]] = {}
+    found: dict[str, Any] = {}
     for name, choice in RESUMED.items():
         configure = sgd if name in ("ef_sign", "dgc") else adam
         place = folder / f"checkpoints of {name}"

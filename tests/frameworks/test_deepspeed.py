@@ -230,9 +230,9 @@ def foreign_checkpoints(folder: str) -> list[str]:
     make_engine(adam, ours=False).save_checkpoint(folder, tag="dense")
     told = []
     engine = make_engine(CASES["OneBitAdam"][0])
-    for act in (lambda: engine.load_checkpoint(folder, tag="dense"), lambda: engine.commopt.save(folder)):
+    for act, options in ((engine.load_checkpoint, {"tag": "dense"}), (engine.commopt.save, {})):
         try:
-            act()
+            act(folder, **options)
         except CheckpointError as error:
             told.append(str(error))
     engine.load_checkpoint(folder, tag="dense", load_module_only=True)
