@@ -120,7 +120,6 @@ class RunLog:
     def _start(self) -> Recorder:
         run, method = self._run, self._run.method
         self._recorder = recorder = Recorder.from_environment(run.rank, run.ranks)
-        self._told = (len(run.voided), len(run.reports), len(run.events))
         parameters = sum(p.numel() for p in run.parameters.values())
         given: dict[str, Any] = dict(method.given)
         begun_at = max(0, run.steps - 1) if self._begun_at is None else self._begun_at
