@@ -84,9 +84,20 @@ VARIANTS: list[tuple[Preset, float | None]] = [
         None,
     ),
     (Preset("zero_one_adam", {"var_freeze_step": 2, **_LOCAL, "scale": "model", "prescale": True}, SLOW_ADAM), None),
-    (Preset("zero_one_adam", {"var_freeze_step": 2, **_LOCAL, "residual_bits": 8, "local_step_clipper": 3}, SLOW_ADAM), None),
-    (Preset("onebit_lamb", {"freeze_step": 4, "scale": "model", "prescale": True}, {**LAMB, "weight_decay": 0.1}), None),
-    (Preset("onebit_lamb", {"freeze_step": 4, "scale": "l2", "bias_correction": True, "residual_bits": 16}, LAMB), None),
+    (
+        Preset(
+            "zero_one_adam", {"var_freeze_step": 2, **_LOCAL, "residual_bits": 8, "local_step_clipper": 3}, SLOW_ADAM
+        ),
+        None,
+    ),
+    (
+        Preset("onebit_lamb", {"freeze_step": 4, "scale": "model", "prescale": True}, {**LAMB, "weight_decay": 0.1}),
+        None,
+    ),
+    (
+        Preset("onebit_lamb", {"freeze_step": 4, "scale": "l2", "bias_correction": True, "residual_bits": 16}, LAMB),
+        None,
+    ),
     (Preset("onebit_lamb", {"freeze_step": "auto"}, {**LAMB, "betas": (0.9, 0.7)}), 0.5),
     (Preset("distributed_lion", {"vote": "majority"}, {"name": "lion", "lr": 0.003, "weight_decay": 0.1}), 0.5),
     (Preset("signum", {"momentum": 0.0}, {**sgd(0.003), "weight_decay": 0.1}), None),

@@ -94,13 +94,12 @@ class Compressed(Exchange):
         return blocks.with_keys(noise.keys(self.seed, purpose, rank, counts, blocks.homes))
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
-        """Clear the residual of parameters whose time has come by `reset_every`."""
+        """Clear the residual of parameters whose time has come by `reset_every`, at the end of an exchange that is not void."""
         if self.kept.reset_every is None or not self.kept.bits:
             return
         counts = self.exchanges.numpy()
         for blocks in parts:
-            due = counts[blocks.parameters]
-            due = np.flatnonzero((due > 0) & (due % self.kept.reset_every == 0))
+            due = np.flatnonzero((counts[blocks.parameters] + 1) % self.kept.reset_every == 0)
             if len(due):
                 feedback.clear(blocks.only(due))
 

@@ -17,7 +17,6 @@ class GatherMean(Compressed):
         blocks = self.keyed(self.blocks_of(bucket), self.compressor)
         if not self.average_dense(bucket, group) or not len(blocks):
             return None
-        self.forget(self.worker, [blocks])
         own = self.worker.compress(bucket.flat, [blocks])
         gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
         bad = first_bad_parameter(gathered)
@@ -30,7 +29,7 @@ class GatherMean(Compressed):
             self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
         for x, mean in dense:
             x.copy_(mean)
-        return None
+        return self.forget(self.worker, [blocks])
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) * self.compressor.bytes_per_element(ranks)

@@ -82,8 +82,6 @@ class TwoWayMean(Compressed):
         by_owner = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
         served, answered = self._served(parts, by_owner)
         self._multiply(bucket)
-        self.forget(self.worker, by_owner)
-        self.forget(self.server, [answered])
         sent = self.worker.compress(bucket.flat, by_owner)
         received = group.all_to_all(sent)
         bad = first_bad_parameter(received)
@@ -100,6 +98,8 @@ class TwoWayMean(Compressed):
                     if self.server_compressor.shares_keys:
                         blocks = self.keyed(blocks, self.server_compressor, "server")
                     self.server_compressor.decompress_(payload.tensors[1:], blocks, bucket.flat)
+                self.forget(self.worker, by_owner)
+                self.forget(self.server, [answered])
                 return self._multiply(bucket, inverse=True)
             self.server.undo(mean, answer, [answered])
         self.worker.undo(bucket.flat, sent, by_owner)

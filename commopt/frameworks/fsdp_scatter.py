@@ -79,7 +79,6 @@ class ScatterMean(GradientMethod, Compressed):
         if group.size == 1:  # communication is off
             return self.exchange_alone(bucket)
         messages = [self.keyed(blocks, self.compressor) for blocks in self.messages[bucket.label]]
-        self.forget(self.worker, messages)
         sent = self.worker.compress(bucket.flat, messages)
         received = group.all_to_all(sent)
         bad = first_bad_parameter(received)  # of any rank's whole gradient, so that all shards decide alike
@@ -91,7 +90,7 @@ class ScatterMean(GradientMethod, Compressed):
             self.compressor.decompress_(
                 payload.tensors[1:], messages[group.rank], bucket.flat, alpha=1 / group.size, add=True
             )
-        return None
+        return self.forget(self.worker, messages)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) / ranks * self.compressor.bytes_per_element(ranks)

@@ -85,7 +85,10 @@ def test_a_comparison_leaves_its_report_and_counts_every_byte(tmp_path: Path) ->
             "run.yaml: methods.ef_sign: block_size: 9 is out of range; write a positive multiple of 8",
         ),
         ("{onebit_adam: {freeze_step: 16}}", "the warm-up of 16 steps does not end before the last of 16"),
-        ("{onebit_adam: {betas: [0.9, 1.0]}}", "methods.onebit_adam: betas: is not an option of this method; set it on"),
+        (
+            "{onebit_adam: {betas: [0.9, 1.0]}}",
+            "methods.onebit_adam: betas: is not an option of this method; set it on",
+        ),
         ("{dense: {optimizer: {name: sdg}}}", "unknown optimizer 'sdg'; did you mean 'sgd'?"),
         ("{dense: {optimizer: {name: sgd, lr: 0.1, momentun: 0.9}}}", "did you mean 'momentum'?"),
         (

@@ -165,7 +165,7 @@ SAID = {
     "unknown": "ConfigError: unknown method 'dcg'; did you mean 'dgc'?",
     "value": "ConfigError: method dgc: density: 2 is out of range",
     "update option": "ConfigError: method onebit_adam: freeze_step: -1 is out of range",
-    "rate": "ConfigError: method onebit_adam: unknown option 'lr'",
+    "rate": "ConfigError: method onebit_adam: lr: is not an option of this method; set it on the optimizer",
     "hook": "AttachError: ddp_comm_hook with CommoptStrategy: the method is the communication hook",
     "option": "ConfigError: find_unused_parameter: unknown option of DDPStrategy; did you mean 'find_unused_parameters'?",
     "outer option": "AttachError: bucket_cap_mb with noloco: an outer method trains without DDP",

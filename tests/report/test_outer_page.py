@@ -11,8 +11,8 @@ from outer_runs import STORM, STORM_FAULTS, Absence, OuterPlan, fault, outer_run
 from synthetic_runs import DENSE, results_of, run_of, short
 
 from commopt.report import drawing
-from commopt.report.fault_words import back_text, cost_text, fault_text, missed_text, stop_text
 from commopt.report.document import Fault
+from commopt.report.fault_words import back_text, cost_text, fault_text, missed_text, stop_text
 from commopt.report.outer_plots import PICTURE_NAMES, name_levels, outer_pictures
 from commopt.report.outer_table import fault_lines, round_cells
 from commopt.report.page import page, write_report
