@@ -34,7 +34,7 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
     if isinstance(choice, str):
         return choice, {}
     if not isinstance(choice, Mapping):
-        raise ConfigError(f"method: {choice!r} is no method; {_FORMS}")
+        raise ConfigError(f"method: {choice!r} is not a method; {_FORMS}")
     options = dict(choice)
     if "name" in options and "method" in options:
         raise ConfigError(
@@ -47,7 +47,7 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
         if key == "method" and isinstance(named, Mapping) and not options:
             return read_choice(named)
         if not isinstance(named, str):
-            raise ConfigError(f"{key}: {named!r} is no method's name; {_FORMS}")
+            raise ConfigError(f"{key}: {named!r} is not a method's name; {_FORMS}")
         return named, options
     if len(options) == 1:
         name, inner = next(iter(options.items()))

@@ -67,20 +67,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is no text in UTF-8; write YAML") from None
+        raise ConfigError(f"{path}: is not text in UTF-8; write YAML") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     try:
         data = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"{path}: {line}{error.problem or 'is no YAML'}") from None
+        raise ConfigError(f"{path}: {line}{error.problem or 'is not YAML'}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: is no YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from None
     if data is None:
         raise ConfigError(f"{path}: is empty; write keys and values, as in 'nodes: 4'")
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: is no set of keys and values; write one, as in 'nodes: 4'")
+        raise ConfigError(f"{path}: is not a set of keys and values; write one, as in 'nodes: 4'")
     return data
 
 
@@ -112,11 +112,11 @@ def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[s
     if value is None:
         return [(key, "is empty; write a value, or leave the key out")]
     wanted = {
-        "int": "whole number",
+        "int": "a whole number",
         "string": "text",
-        "list": "list",
-        "dict": "set of keys and values",
-        "model": "set of keys and values",
+        "list": "a list",
+        "dict": "a set of keys and values",
+        "model": "a set of keys and values",
     }
     if kind in ("enum", "literal_error"):
         choices = [choice.strip("' ") for choice in str(context["expected"]).replace(" or ", ",").split(",")]
@@ -128,7 +128,7 @@ def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[s
         return [(key, f"{shown(value)} is too large; write {context['le']} or less")]
     for prefix, words in wanted.items():
         if kind.startswith(prefix):
-            return [(key, f"{shown(value)} is no {words}; write one")]
+            return [(key, f"{shown(value)} is not {words}; write one")]
     return [(key, f"{shown(value)} does not fit: {detail['msg'].lower()}")]
 
 

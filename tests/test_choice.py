@@ -64,7 +64,7 @@ def test_a_file_holds_a_block(tmp_path: Path, text: str, suffix: str) -> None:
         (7, "method: got int, expected a name, a block, a file or a commopt.Method"),
         ({}, "names no method"),
         ({"density": 0.1}, "names no method"),
-        ({"name": 3}, "3 is no method's name"),
+        ({"name": 3}, "3 is not a method's name"),
         ({"name": "dgc", "densty": 0.1}, r"method dgc: unknown option 'densty'; did you mean 'density'\?"),
         ("dcg", r"unknown method 'dcg'; did you mean 'dgc'\?"),
         ("nowhere.yaml", "there is no such file"),
@@ -93,7 +93,7 @@ def test_a_run_takes_the_same_block(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml: method: stands beside methods; write one of the two"):
         load_run(run)
     run.write_text(f"{text}method: [dgc]\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml: method: \['dgc'\] is no method"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: method: \['dgc'\] is not a method"):
         load_run(run)
 
 

@@ -97,7 +97,7 @@ def _folder_mistake(folder: Path) -> str | None:
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not os.path.isdir(folder):
-        return f"{folder} is no folder"
+        return f"{folder} is not a folder"
     try:
         tempfile.TemporaryFile(dir=folder).close()  # os.access tells root that all is well, even in /proc
     except OSError as error:
@@ -163,7 +163,7 @@ def _split(run: RunSpec, options: Mapping[str, Any]) -> tuple[dict[str, Any], di
     optimizer = options.get("optimizer", run.optimizer)
     example = "write its name and arguments, as in {name: adam, lr: 0.001}"
     if not isinstance(optimizer, dict):
-        wrong = "is empty" if optimizer is None else f"{shown(optimizer)} is no set of keys and values"
+        wrong = "is empty" if optimizer is None else f"{shown(optimizer)} is not a set of keys and values"
         raise ConfigError(f"optimizer: {wrong}; {example}, or leave the key out")
     if "optimizer" in options and "name" not in optimizer:
         raise ConfigError(f"optimizer: {shown(optimizer)} has no name; {example}")

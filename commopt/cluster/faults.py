@@ -17,13 +17,13 @@ _EXAMPLE = "{at_step: 120, kill: node2}"
 
 def _checked_sides(value: object) -> object:
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(side, str) for side in value):
-        raise ValueError(f"{shown(value)} is no cut; write two names of nodes or sites, as in [node0, node1]")
+        raise ValueError(f"{shown(value)} is not a cut; write two names of nodes or sites, as in [node0, node1]")
     return value
 
 
 def _checked_seconds(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{shown(value)} is no time; write a number of seconds above 0")
+        raise ValueError(f"{shown(value)} is not a time; write a number of seconds above 0")
     return value
 
 

@@ -46,7 +46,7 @@ class Emulate(str, Enum):
 
 def _checked_name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is no name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'")
+        raise ValueError(f"{text!r} is not a name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'")
     return text
 
 
@@ -73,13 +73,13 @@ def _as_text(value: object) -> object:
 def _as_nodes(value: object) -> object:
     """Turn `4` into four names, and a list of names into a list of nodes."""
     if isinstance(value, bool) or not isinstance(value, int | list):
-        raise ValueError(f"{shown(value)} is no set of nodes; write how many (nodes: 4) or a list of {{name, host}}")
+        raise ValueError(f"{shown(value)} is not a set of nodes; write how many (nodes: 4) or a list of {{name, host}}")
     if isinstance(value, list):
         if not value:
             raise ValueError("[] has no node; write at least one")
         return [{"name": node} if isinstance(node, str) else node for node in value]
     if not 1 <= value <= 1000:
-        raise ValueError(f"{value} is no number of nodes; write 1 to 1000")
+        raise ValueError(f"{value} is not a number of nodes; write 1 to 1000")
     return [{"name": f"node{index}"} for index in range(value)]
 
 
@@ -300,7 +300,9 @@ class _RunFile(_Model):
         for key, value in self.arguments.items():
             items = value if isinstance(value, list) else [value]
             if any(isinstance(item, dict | list) for item in items):
-                found.append((f"arguments.{key}", f"{shown(value)} is no word; write a text, a number or a flat list"))
+                found.append(
+                    (f"arguments.{key}", f"{shown(value)} is not a word; write a text, a number or a flat list")
+                )
         if found:
             raise MistakesError(found)
         return self

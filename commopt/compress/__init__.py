@@ -64,7 +64,7 @@ def make_compressor(given: Any, option: str = "compressor") -> Compressor:
     options = dict(given) if isinstance(given, Mapping) else {"compressor": given}
     name = options.pop("compressor", None)
     if not isinstance(name, str) or name not in COMPRESSORS:
-        raise ConfigError(f"{option}: {name!r} is no compressor{did_you_mean(str(name), COMPRESSORS)}")
+        raise ConfigError(f"{option}: {name!r} is not a compressor{did_you_mean(str(name), COMPRESSORS)}")
     kind, preset = COMPRESSORS[name]
     known = [field.name for field in dataclasses.fields(kind) if field.name not in preset]  # type: ignore[arg-type]
     for key in options:

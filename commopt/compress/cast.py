@@ -19,7 +19,7 @@ from commopt.wire.payload import Layout
 
 def _half(dtype: torch.dtype) -> torch.dtype:
     if dtype not in (torch.float16, torch.bfloat16):
-        raise ConfigError(f"dtype: {dtype} is no half precision; write torch.float16 or torch.bfloat16")
+        raise ConfigError(f"dtype: {dtype} is not a half-precision type; write torch.float16 or torch.bfloat16")
     return dtype
 
 

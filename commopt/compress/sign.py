@@ -129,7 +129,7 @@ def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:
     kinds: dict[str, type[BlockSign]] = {"l1": BlockSign, "l2": TensorSign, "model": ModelSign}
     if not isinstance(scale, str) or scale not in kinds:
         raise ConfigError(
-            f"scale: {scale!r} is no scale; write 'l1' (mean magnitude per block), 'l2' (DeepSpeed's, per tensor) or 'model' "
+            f"scale: {scale!r} is not a scale; write 'l1' (mean magnitude per block), 'l2' (DeepSpeed's, per tensor) or 'model' "
             "(one for all parameters)"
         )
     return kinds[scale](block_size)

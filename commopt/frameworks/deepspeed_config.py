@@ -130,12 +130,12 @@ def _check_legacy(legacy: Legacy, params: Mapping[str, Any]) -> None:
     backend = params.get("comm_backend_name", "nccl")
     if backend not in _BACKENDS:
         hint = did_you_mean(str(backend), _BACKENDS)
-        raise ConfigError(f"{where}.comm_backend_name: {backend!r} is no backend{hint}")
+        raise ConfigError(f"{where}.comm_backend_name: {backend!r} is not a backend{hint}")
 
 
 def _read_block(block: Any, kind: str, params: dict[str, Any], client_optimizer: Any) -> Wanted:
     if block is None:
-        raise ConfigError('commopt: null is no method; write {"method": ...}, or leave the block out')
+        raise ConfigError('commopt: null is not a method; write {"method": ...}, or leave the block out')
     try:
         name, options = read_choice(block)
         known = option_names(METHODS[name].Options) if name in METHODS else options

@@ -164,7 +164,7 @@ class TcpPeers(Peers):
                 left_s = deadline_s - self.seconds
                 if letter is not None or left_s <= 0 or not self.is_up(peer):
                     return letter
-                self._changed.wait(min(left_s, 0.5))  # silence is no event that would wake it
+                self._changed.wait(min(left_s, 0.5))  # silence is not an event that would wake it
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
         with self._changed:
@@ -452,7 +452,7 @@ def _read_frame(
     """One frame; a long body counts as being heard of while it comes in. Without `route`, of a peer still unknown: no body."""
     magic, head_bytes, body_bytes = _FRAME.unpack(_exactly(source, _FRAME.size, deadline_s))
     if magic != _MAGIC or head_bytes > _HEAD_LIMIT or (route is None and body_bytes):
-        raise ValueError("this is no frame")
+        raise ValueError("this is not a frame")
     head = json.loads(bytes(_exactly(source, head_bytes, deadline_s)))
     body = torch.empty(body_bytes, dtype=torch.uint8)
     _fill(source, memoryview(cast(Any, body.numpy())), route)

@@ -298,7 +298,7 @@ def make_outer_optimizer(given: Any, lr: float | None, momentum: float | None) -
     options = dict(given) if isinstance(given, Mapping) else {"name": given}
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in OUTER:
-        raise ConfigError(f"outer: {name!r} is no outer optimizer{did_you_mean(str(name), OUTER)}")
+        raise ConfigError(f"outer: {name!r} is not an outer optimizer{did_you_mean(str(name), OUTER)}")
     kind, preset = OUTER[name]
     for key, value in (("lr", lr), ("momentum", momentum)):
         if value is not None:

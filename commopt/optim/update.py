@@ -94,7 +94,9 @@ class UpdateMethod(EveryStep):
         """Take over what `shown` gave. Raises ValueError for the state of another optimizer."""
         own = self.shown(name)
         if missing := [key for key in own if key not in entry]:
-            raise ValueError(f"{name}: this is no state of {self.name}: it has {', '.join(entry)}, and no {missing[0]}")
+            raise ValueError(
+                f"{name}: this is not the state of {self.name}: it has {', '.join(entry)}, and no {missing[0]}"
+            )
         numbers = {key: entry[key] for key, x in own.items() if not isinstance(x, Tensor)}
         for key, x in own.items():
             if isinstance(x, Tensor):

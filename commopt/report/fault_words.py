@@ -38,7 +38,7 @@ def missed_text(cost: FaultCost) -> str:
 
 
 def back_text(fault: Fault) -> str | None:
-    """`4.2 s, step 182`, or `never`; None where the fault is no restart."""
+    """`4.2 s, step 182`, or `never`; None where the fault is not a restart."""
     if fault.kind != "restart":
         return None
     if fault.cost.back_after_s is None:

@@ -60,7 +60,7 @@ def results_json(results: Results) -> str:
 
 
 def read_results(path: Path) -> Results:
-    """The document that `write_report` wrote. Raises ConfigError if the file is no such document."""
+    """The document that `write_report` wrote. Raises ConfigError if the file is not such a document."""
     from pydantic import ValidationError
 
     try:
@@ -68,7 +68,7 @@ def read_results(path: Path) -> Results:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: is no results document: {where + ': ' if where else ''}{first['msg']}") from None
+        raise ConfigError(f"{path}: is not a results document: {where + ': ' if where else ''}{first['msg']}") from None
 
 
 def page(results: Results) -> str:

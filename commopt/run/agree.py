@@ -64,7 +64,7 @@ def own_group(model: Any) -> dist.ProcessGroup | None:
 
 
 def check_group(group: Any) -> None:
-    """Raise AttachError for something that is no group, and for one rank alone in a job of several."""
+    """Raise AttachError for something that is not a group, and for one rank alone in a job of several."""
     ranks = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit())
     if group is None and ranks > 1 and not dist.is_initialized() and "COMMOPT_PEERS" not in os.environ:
         raise AttachError(

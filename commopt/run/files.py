@@ -104,14 +104,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> tuple[str, Manifest]:
-    """The checksum and the content of a manifest. Raises CheckpointError for a folder that is no checkpoint."""
+    """The checksum and the content of a manifest. Raises CheckpointError for a folder that is not a checkpoint."""
     path = folder / MANIFEST
     check_0_1(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder; give the folder of a checkpoint")
     if not os.path.lexists(path):
         what = "has no manifest.json" if os.listdir(folder) else "is an empty folder"
-        raise CheckpointError(f"{folder}: {what}, so it is no checkpoint of commopt; give another folder")
+        raise CheckpointError(f"{folder}: {what}, so it is not a checkpoint of commopt; give another folder")
     data = _read(path, None)
     head = _HEAD.match(data)
     if not head:
@@ -141,7 +141,7 @@ def read_tensors(path: Path, file: File) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except Exception as error:
-        raise CheckpointError(f"{path}: is no safetensors file that this version reads: {error}") from error
+        raise CheckpointError(f"{path}: is not a safetensors file that this version reads: {error}") from error
 
 
 def check_0_1(folder: Path) -> None:
@@ -182,17 +182,17 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
     """Raises ValueError, with the key, for what is not as it was written."""
     token, files, meta, own_metas = (fields.get(key) for key in ("token", "files", "meta", "own_metas"))
     if not isinstance(own_metas, list) or not own_metas or not all(isinstance(one, dict) for one in own_metas):
-        raise ValueError(f"own_metas: {short(own_metas)} is no list of a dict per rank")
+        raise ValueError(f"own_metas: {short(own_metas)} is not a list of a dict per rank")
     names = {SHARED, *(OWN.format(rank) for rank in range(len(own_metas)))}
     if not isinstance(files, dict) or set(files) != names:
         raise ValueError(f"files: {short(files)} are not those of {len(own_metas)} ranks")
     for name, file in files.items():
         is_file = isinstance(file, dict) and set(file) == {"bytes", "sha256"} and type(file["bytes"]) is int
         if not is_file or file["bytes"] < 0:
-            raise ValueError(f"files.{name}: {short(file)} is no size in bytes and SHA-256")
+            raise ValueError(f"files.{name}: {short(file)} is not a size in bytes with a SHA-256")
     if not isinstance(token, str) or not isinstance(meta, dict):
         raise ValueError(
-            f"token: {short(token)} is no text" if isinstance(meta, dict) else f"meta: {short(meta)} is no dict"
+            f"token: {short(token)} is not text" if isinstance(meta, dict) else f"meta: {short(meta)} is not a dict"
         )
     return Manifest(token, {name: File(**file) for name, file in files.items()}, meta, own_metas)
 
@@ -210,7 +210,7 @@ def _finite(text: str) -> float:
 
 
 def _refuse(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

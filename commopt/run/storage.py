@@ -175,7 +175,7 @@ def _met(group: Group, part: Callable[[], tuple[T, Any]]) -> tuple[T, list[Any]]
         text = json.dumps(["", done[1]])
     except (KeyboardInterrupt, SystemExit, GeneratorExit, Killed):
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         failure, text = error, json.dumps([_reason(error), None])
     try:
         replies = [json.loads(reply) for reply in group.tell(text)]
@@ -260,7 +260,7 @@ def _check_place(place: Path) -> None:
     foreign = sorted(set(os.listdir(place)) - {MANIFEST, *known})
     if foreign:
         raise CheckpointError(
-            f"{place}: holds {files.short(foreign[0])}, which is no part of a checkpoint; move it out"
+            f"{place}: holds {files.short(foreign[0])}, which is not part of a checkpoint; move it out"
         )
 
 

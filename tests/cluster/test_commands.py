@@ -137,7 +137,7 @@ def test_print_starts_nothing_and_shows_every_node(
         (["nope.yaml", "--", "hostname"], 2, "nope.yaml: there is no such file"),
         (["{cluster}", "--", "nope.py"], 1, "nope.py: there is no such file"),
         (["{cluster}", "--", "no-such-program"], 1, "no-such-program: there is no such program"),
-        (["{bad}", "--", "hostname"], 2, "nodes: 0 is no number of nodes; write 1 to 1000"),
+        (["{bad}", "--", "hostname"], 2, "nodes: 0 is not a number of nodes; write 1 to 1000"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(

@@ -16,27 +16,27 @@ UNITS = "write a number and one of"
 
 MISTAKES = {
     "": "is empty; write keys and values, as in 'nodes: 4'",
-    "- 4": "is no set of keys and values; write one, as in 'nodes: 4'",
+    "- 4": "is not a set of keys and values; write one, as in 'nodes: 4'",
     "slots: 2": "nodes: is missing; write it",
-    "nodes: 0": "nodes: 0 is no number of nodes; write 1 to 1000",
-    "nodes: four": "nodes: 'four' is no set of nodes; write how many (nodes: 4) or a list of {name, host}",
+    "nodes: 0": "nodes: 0 is not a number of nodes; write 1 to 1000",
+    "nodes: four": "nodes: 'four' is not a set of nodes; write how many (nodes: 4) or a list of {name, host}",
     "nodes: []": "nodes: [] has no node; write at least one",
     "nodes: 4\nnodez: 2": "nodez: unknown key; did you mean 'nodes'?",
     "nodes: 2\nslots: 0": "slots: 0 is too small; write 1 or more",
-    "nodes: 2\nslots: two": "slots: 'two' is no whole number; write one",
+    "nodes: 2\nslots: two": "slots: 'two' is not a whole number; write one",
     "nodes: 2\nslots:": "slots: is empty; write a value, or leave the key out",
     "nodes: 2\nbackend: mpi": "backend: 'mpi' is unknown; known: gloo, nccl",
     "nodes: 2\nbackend: glo": "backend: 'glo' is unknown; did you mean 'gloo'?",
     "nodes: 2\nemulate: no": "emulate: 'no' is unknown; did you mean 'none'?",
     "nodes: 2\nrendezvous: {port: 99999}": "rendezvous.port: 99999 is too large; write 65535 or less",
     "nodes: 2\nrendezvous: {port: 0}": "rendezvous.port: 0 is too small; write 1 or more",
-    "nodes: 2\nlinks: 50mbit": "links: '50mbit' is no set of keys and values; write one",
-    "nodes: 2\nlinks: {rate: 50mb}": f"links.rate: '50mb' is no rate; {UNITS} bit, kbit, mbit, gbit, tbit, bps, kbps, "
+    "nodes: 2\nlinks: 50mbit": "links: '50mbit' is not a set of keys and values; write one",
+    "nodes: 2\nlinks: {rate: 50mb}": f"links.rate: '50mb' is not a rate; {UNITS} bit, kbit, mbit, gbit, tbit, bps, kbps, "
     "mbps, gbps, as in '100mbit'",
-    "nodes: 2\nlinks: {rate: 0mbit}": "links.rate: '0mbit' is no rate: it must be above zero; "
+    "nodes: 2\nlinks: {rate: 0mbit}": "links.rate: '0mbit' is not a rate: it must be above zero; "
     "leave it out for an unlimited link",
-    "nodes: 2\nlinks: {delay: 5}": f"links.delay: '5' is no delay; {UNITS} us, usec, ms, msec, s, sec, as in '20ms'",
-    "nodes: 2\nlinks: {loss: 200%}": "links.loss: '200%' is no loss: at most 100%",
+    "nodes: 2\nlinks: {delay: 5}": f"links.delay: '5' is not a delay; {UNITS} us, usec, ms, msec, s, sec, as in '20ms'",
+    "nodes: 2\nlinks: {loss: 200%}": "links.loss: '200%' is not a loss rate: at most 100%",
     "nodes: 2\nlinks: {mtu: 100}": "links.mtu: 100 is too small; write 576 or more",
     "nodes: 2\nlinks: {nodes: {node2: {rate: 5mbit}}}": "links.nodes.node2: there is no such node; "
     "did you mean 'node1'?",
@@ -46,7 +46,7 @@ MISTAKES = {
     "nodes: 2\nlinks: {between: {rate: 5mbit}}": "links.between: has no effect without two sites; "
     "name them under 'sites'",
     "nodes: [a, a]": "nodes.1.name: 'a' names two nodes; give each its own name",
-    "nodes: [a b]": "nodes.0.name: 'a b' is no name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'",
+    "nodes: [a b]": "nodes.0.name: 'a b' is not a name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'",
     "nodes: [{name: a, hots: b}]": "nodes.0.hots: unknown key; did you mean 'host'?",
     "nodes: [{name: a, host: b}, {name: c}]": "nodes.1.host: is given for some nodes only; "
     "write it for all of them, or for none",
@@ -86,7 +86,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: is a directory"):
         load_cluster(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+    with pytest.raises(ConfigError, match="is not text in UTF-8"):
         load_cluster(tmp_path / "binary.yaml")
 
 
@@ -161,11 +161,11 @@ def test_yaml_words_and_numbers_are_what_they_look_like(tmp_path: Path) -> None:
         ("cluster: c.yaml\nprogram: p.py", "methods: is missing; write it"),
         (
             "cluster: c.yaml\nprogram: p.py\nmethods: [dense]",
-            "methods: ['dense'] is no set of keys and values; write one",
+            "methods: ['dense'] is not a set of keys and values; write one",
         ),
         (
             "cluster: c.yaml\nprogram: p.py\nmethods: {dense: 3}",
-            "methods.dense: 3 is no set of keys and values; write one",
+            "methods.dense: 3 is not a set of keys and values; write one",
         ),
         (
             "cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}\noptimizer: {lr: 1}",
@@ -173,7 +173,7 @@ def test_yaml_words_and_numbers_are_what_they_look_like(tmp_path: Path) -> None:
         ),
         (
             "cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}\narguments: {a: {b: c}}",
-            "arguments.a: {'b': 'c'} is no word; write a text, a number or a flat list",
+            "arguments.a: {'b': 'c'} is not a word; write a text, a number or a flat list",
         ),
         ("cluster: nope.yaml\nprogram: p.py\nmethods: {dense: {}}", "cluster: 'nope.yaml' does not exist"),
         ("cluster: c.yaml\nprogram: nope.py\nmethods: {dense: {}}", "program: 'nope.py' does not exist"),
@@ -194,7 +194,7 @@ def test_a_mistake_in_the_cluster_of_a_run_names_the_clusters_file(tmp_path: Pat
     (tmp_path / "c.yaml").write_text("nodes: 0\n")
     (tmp_path / "p.py").write_text("")
     (tmp_path / "run.yaml").write_text("cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}")
-    with pytest.raises(ConfigError, match=r"c\.yaml: nodes: 0 is no number of nodes"):
+    with pytest.raises(ConfigError, match=r"c\.yaml: nodes: 0 is not a number of nodes"):
         load_run(tmp_path / "run.yaml")
 
 
@@ -219,11 +219,11 @@ def run_with(faults: str, folder: Path, cluster: str = "nodes: 3", arguments: st
 
 
 FAULTS = {
-    "kill": "kill: 'kill' is no list; write one",
+    "kill": "kill: 'kill' is not a list; write one",
     "[{at_step: 5}]": "0: says nothing to do; write one of kill, restart, cut, slow, hang, as in {at_step: 120, kill: node2}",
     "[{kill: node1}]": "0.at_step: is missing; write it",
     "[{at_step: 0, kill: node1}]": "0.at_step: 0 is too small; write 1 or more",
-    "[{at_step: 5.5, kill: node1}]": "0.at_step: 5.5 is no whole number; write one",
+    "[{at_step: 5.5, kill: node1}]": "0.at_step: 5.5 is not a whole number; write one",
     "[{at_step: 80, kill: node1}]": "0.at_step: 80 is not reached in 80 steps; write less than arguments.steps",
     "[{at_step: 5, kil: node1}]": "0.kil: unknown key; did you mean 'kill'?",
     "[{at_step: 5, kill: }]": "0.kill: is empty; write a value, or leave the key out",
@@ -233,13 +233,13 @@ FAULTS = {
     "write a restart at a later step",
     "[{at_step: 5, kill: node1, factor: 3}]": "0.factor: has no effect on a kill; leave it out",
     "[{at_step: 5, hang: node1}]": "0.for_s: is missing; write for how many seconds the node hangs, as in 'for_s: 10'",
-    "[{at_step: 5, hang: node1, for_s: 0}]": "0.for_s: 0 is no time; write a number of seconds above 0",
-    "[{at_step: 5, hang: node1, for_s: .inf}]": "0.for_s: inf is no time; write a number of seconds above 0",
+    "[{at_step: 5, hang: node1, for_s: 0}]": "0.for_s: 0 is not a time; write a number of seconds above 0",
+    "[{at_step: 5, hang: node1, for_s: .inf}]": "0.for_s: inf is not a time; write a number of seconds above 0",
     "[{at_step: 5, slow: node1}]": "0.factor: is missing; write how many times slower the node gets, as in 'factor: 5'",
     "[{at_step: 5, slow: node1, factor: 1}]": "0.factor: 1 slows nothing down; write a number above 1",
     "[{at_step: 5, slow: node1, factor: yes}]": "0.factor: 'yes' slows nothing down; write a number above 1",
-    "[{at_step: 5, cut: node1}]": "0.cut: 'node1' is no cut; write two names of nodes or sites, as in [node0, node1]",
-    "[{at_step: 5, cut: [node1]}]": "0.cut: ['node1'] is no cut; write two names of nodes or sites, as in "
+    "[{at_step: 5, cut: node1}]": "0.cut: 'node1' is not a cut; write two names of nodes or sites, as in [node0, node1]",
+    "[{at_step: 5, cut: [node1]}]": "0.cut: ['node1'] is not a cut; write two names of nodes or sites, as in "
     "[node0, node1]",
     "[{at_step: 5, cut: [node1, node1]}]": "0.cut: 'node1' is on both sides; "
     "write two nodes or sites that have none in common",

@@ -119,7 +119,7 @@ def docker(words: Sequence[str]) -> None:
         file = next((words[k + 1] for k, word in enumerate(words[:-1]) if word in ("-f", "--file")), None)
         context = words[-1]
         if context.startswith("-") or not _place(context).is_dir():
-            raise fail(f"docker build: {context!r} is no folder to build in")
+            raise fail(f"docker build: {context!r} is not a folder to build in")
         text = _file(file or str(Path(context) / "Dockerfile")).read_text(encoding="utf-8")
         if not re.search(r"^FROM \S+", text, re.MULTILINE):
             raise fail("docker build: the Dockerfile has no FROM")

@@ -73,7 +73,7 @@ def test_a_failing_python_block_is_named_by_its_line(page: Path) -> None:
         ("sbatch --nodes=2 missing.sbatch", "'missing.sbatch': no such file"),
         ("srun -N 2 missing-program", "missing-program: no such program"),
         ("kubectl apply -f configs/clusters/lab.yaml", "is a cluster, no manifest"),
-        ("docker build -t commopt missing", "'missing' is no folder to build in"),
+        ("docker build -t commopt missing", "'missing' is not a folder to build in"),
         ("ssh a0 'if true'", "syntax error"),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_file_is_known_by_what_it_holds(tmp_path: Path, name: str, text: str, 
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("a.yaml", "nodes: 0\n", "0 is no number of nodes"),
+        ("a.yaml", "nodes: 0\n", "0 is not a number of nodes"),
         ("a.yaml", "method: {name: dgc, densty: 1}\n", "did you mean 'density'"),
         ("a.json", '{"train_batch_size": 4, "optimizer": {"type": "OneBitAdm"}}', "optimizer.type: 'OneBitAdm'"),
         ("a.json", '{"train_batch_size": 4, "zero": 1}', "zero: is no key"),

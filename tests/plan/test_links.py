@@ -33,13 +33,13 @@ def test_losses_are_percentages(text: str, probability: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "fast", "50", "50mb", "-1mbit", "0mbit", "1e3mbit", "nanmbit", "infmbit"])
 def test_what_is_no_rate_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no rate"):
+    with pytest.raises(ConfigError, match="is not a rate"):
         parse_rate(text)
 
 
 @pytest.mark.parametrize("text", ["0.1", "-1%", "101%", "1e-3%", "%"])
 def test_what_is_no_loss_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no loss"):
+    with pytest.raises(ConfigError, match="is not a loss rate"):
         parse_loss(text)
 
 

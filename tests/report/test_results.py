@@ -29,7 +29,7 @@ def test_the_document_survives_a_round_trip(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_results_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"schema": 2}')
-    with pytest.raises(ConfigError, match=r"x\.json: is no results document: schema"):
+    with pytest.raises(ConfigError, match=r"x\.json: is not a results document: schema"):
         read_results(tmp_path / "x.json")
 
 

@@ -205,7 +205,7 @@ def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path: Path, mo
 
 
 class Odd(BaseException):
-    """As torch.distributed.checkpoint's CheckpointException, which is no Exception."""
+    """As torch.distributed.checkpoint's CheckpointException, which is not an Exception."""
 
 
 def test_what_fails_on_one_rank_fails_on_all_with_its_reason() -> None:
