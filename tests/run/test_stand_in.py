@@ -100,7 +100,7 @@ def test_a_state_dict_of_another_optimizer_is_refused() -> None:
     model, _, run = started()
     alone = adam(model)
     train(model, alone, 1)
-    with pytest.raises(ValueError, match="no state of onebit_adam"):
+    with pytest.raises(ValueError, match="not the state of onebit_adam"):
         run.optimizer.load_state_dict(alone.state_dict())
     *_, other = started(lambda model: torch.optim.Adam([{"params": [p]} for p in model.parameters()]))
     with pytest.raises(ValueError, match="parameter group that doesn't match"):
