@@ -147,7 +147,10 @@ REFUSED: list[tuple[Callable[[], None], str]] = [
     (attach_to_what_stands_in_already, r"the optimizer is onebit_adam's already: pass the Adam that it stands in for"),
     # a second momentum
     (of("dgc", lambda model: sgd(model, momentum=0.9)), r"not SGD with one$"),
-    (of("dgc", lambda model: torch.optim.Adafactor(model.parameters())), r"not Adafactor$"),
+    (
+        of({"name": "dgc", "momentum": 0.9}, lambda model: torch.optim.Adafactor(model.parameters())),
+        r"Adafactor would apply its own on top: leave momentum and nesterov out with Adafactor",
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ from rig import loss_of, make_batch, make_model
 from torch import nn
 from torch.optim import lr_scheduler
 
-from commopt import Run, attach, build
+from commopt import Run, attach
 from commopt.errors import AttachError
 from commopt.groups import LocalGroup
 
@@ -127,11 +127,3 @@ def test_an_optimizer_of_another_kind_is_told_first() -> None:
     assert adagrad.state  # before any step
     with pytest.raises(AttachError, match="onebit_adam stands in for Adam or AdamW, not for Adagrad"):
         attach(model, "onebit_adam", adagrad, group=LocalGroup())
-
-
-def test_dgc_claims_no_momentum_that_is_not_there() -> None:
-    params = list(make_model().parameters())
-    with pytest.raises(AttachError, match=r"not Adafactor"):
-        build("dgc").check_optimizer(torch.optim.Adafactor(params))
-    with pytest.raises(AttachError, match=r"not SGD with one"):
-        build("dgc").check_optimizer(torch.optim.SGD(params, lr=0.1, momentum=0.9))
