@@ -40,10 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start what programs are forked from, once for all workers."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="commopt-tests-")
-        process = warm.start(Path(folder.name))
         config.add_cleanup(folder.cleanup)
-        config.add_cleanup(process.wait)
-        config.add_cleanup(process.stdin.close)
+        config.add_cleanup(warm.start(Path(folder.name)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -82,7 +82,7 @@ class MPIPool(Pool):
                 str(mpiexec()),
                 "-n",
                 str(n),
-                sys.executable,
+                "python",
                 "-c",
                 "import mpi_pool; mpi_pool.serve()",
                 f"{folder}/ranks",

@@ -88,7 +88,7 @@ class Pool:
             port = listener.getsockname()[1]
         pipes = [multiprocessing.Pipe() for _ in range(max(SIZES))]
         descriptors = [theirs.fileno() for _, theirs in pipes]
-        words = [sys.executable, "-c", f"import pool; pool.fork_ranks({port}, {descriptors})"]
+        words = ["python", "-c", f"import pool; pool.fork_ranks({port}, {descriptors})"]
         process = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True
         )

@@ -1,9 +1,8 @@
 """Programs that do not wait for their imports: a process that has torch imported forks, and the fork becomes the program.
 
-Tests that start many small programs put `commands(folder)` on their PATH. There, `python`, `torchrun`, `commopt` and
-`accelerate` hand their words, environment, folder and open files to that process, and end as the fork ends; the fork ends
-when they do. The fork enters the namespaces of its caller. Under mpiexec, or with an option that is not known here, the
-commands are the real thing.
+For tests, `python`, `torchrun`, `commopt` and `accelerate` on the PATH are commands that hand their words, environment,
+folder and open files to that process, and end as the fork ends; the fork ends when they do, and is in their namespaces.
+Where a process of its own matters, `sys.executable` is the real thing.
 """
 
 from __future__ import annotations
@@ -27,38 +26,26 @@ import sys
 import threading
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from warm_call import FORWARDED, NAMESPACES, namespaces
 
 ROOM = 4096  # bytes for the words that ps shows of a fork
-ADDRESS = "COMMOPT_TESTS_WARM"  # the environment variable that tells it to all workers
-FRAMEWORKS = {
+FRAMEWORKS = {  # what a program whose text has the word begins with
     "accelerate": ["accelerate"],
     "deepspeed": ["deepspeed"],
+    "huggingface": ["accelerate", "transformers.trainer"],
     "lightning": ["lightning.pytorch"],
     "transformers": ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"],
 }
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    """Start the process, which imports nothing before it is called. It ends when its standard input is closed."""
-    os.environ[ADDRESS] = str(folder / "warm")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.environ[ADDRESS])
-        listener.listen(64)
-        words = [sys.executable, __file__, str(listener.fileno()), " " * ROOM]
-        return subprocess.Popen(
-            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()]
-        )
-
-
-def commands(folder: Path) -> dict[str, str]:
-    """Write the commands into a folder; returns the environment in which programs find them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    real = Path(sys.executable).parent
+def start(folder: Path) -> Callable[[], None]:
+    """Start the process, which imports nothing before it is called, and put the commands on the PATH; returns what ends it."""
+    address, commands, real = str(folder / "warm"), folder / "bin", Path(sys.executable).parent
+    commands.mkdir()
     for name in ("python", "torchrun", "commopt", "accelerate"):
         program = [] if name == "python" else [str(real / name)]
         lines = [
@@ -66,12 +53,29 @@ def commands(folder: Path) -> dict[str, str]:
             "import sys",
             f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
             "from warm_call import call",
-            f"call({os.environ[ADDRESS]!r}, {str(folder / 'python')!r}, {program} + sys.argv[1:])",
+            f"call({address!r}, {str(commands / 'python')!r}, {program} + sys.argv[1:])",
         ]
-        (folder / name).write_text("\n".join(lines) + "\n")
-        (folder / name).chmod(0o755)
-    path = os.pathsep.join([str(folder), str(real), os.environ.get("PATH", os.defpath)])
-    return {"PATH": path, "PYTHON_EXEC": str(folder / "python")}  # by which torchrun starts its ranks
+        (commands / name).write_text("\n".join(lines) + "\n")
+        (commands / name).chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(listener.fileno()), " " * ROOM],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+        )
+    os.environ["PATH"] = os.pathsep.join([str(commands), str(real), os.environ.get("PATH", os.defpath)])
+    os.environ["PYTHON_EXEC"] = str(commands / "python")  # by which torchrun starts its ranks
+
+    def end() -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+
+    return end
 
 
 class Server:
@@ -89,7 +93,8 @@ class Server:
         signal.set_wakeup_fd(waker)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
-            ready, *_ = select.select([0, woken, self.listener, *filter(None, self.callers.values())], [], [])
+            waiting: list[Any] = [0, woken, self.listener, *filter(None, self.callers.values())]
+            ready, *_ = select.select(waiting, [], [])
             if 0 in ready:  # the tests are over
                 break
             if woken in ready:
@@ -147,10 +152,10 @@ class Server:
 
             import commopt
 
-            for module in pkgutil.walk_packages(commopt.__path__, "commopt."):
-                if not module.name.startswith(("commopt.frameworks.", "commopt.groups.mpi")):  # no fork of MPI lives
+            for found in pkgutil.walk_packages(commopt.__path__, "commopt."):
+                if not found.name.startswith(("commopt.frameworks.", "commopt.groups.mpi")):  # no fork of MPI lives
                     with contextlib.suppress(ImportError):
-                        importlib.import_module(module.name)
+                        importlib.import_module(found.name)
             importlib.import_module("commopt.frameworks.ddp")
             commopt.kernels.warm_up()
             torch.set_num_threads(1)
@@ -222,6 +227,7 @@ def show(words: list[str]) -> None:
 def run_as_program(words: list[str], folder: Path, executable: str) -> None:
     """Be `python words` in this folder, and end."""
     os.chdir(folder)
+    sys.path[:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     show([executable, *words])
     random.seed()
     sys.executable, sys.orig_argv = executable, [executable, *words]
@@ -258,6 +264,7 @@ def run_as_program(words: list[str], folder: Path, executable: str) -> None:
     finally:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
+        sys.stdout.flush()
         os._exit(status)
 
 

@@ -40,7 +40,7 @@ _started: list[subprocess.Popen[str]] = []
 def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     """Start a Python launcher whose temporary files go to `folder`."""
     process = subprocess.Popen(
-        [sys.executable, *words],
+        ["python", *words],
         env=environment(folder),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def write(folder: Path, *, methods: str, arguments: str = SMALL, program: str = 
 
 def commopt(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "commopt", *words],
+        ["commopt", *words],
         cwd=folder,
         capture_output=True,
         text=True,

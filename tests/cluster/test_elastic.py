@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def undisturbed(folder: Path, scratch: Path) -> list[subprocess.Popen[str]]:
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks.append(
             subprocess.Popen(
-                [sys.executable, str(ROOT / "launch/elastic_train.py"), "--checkpoints", str(folder), *TRAINING],
+                ["python", str(ROOT / "launch/elastic_train.py"), "--checkpoints", str(folder), *TRAINING],
                 env={**environment(scratch), **place, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -46,7 +45,7 @@ def on_each_node(folder: Path, flag: Path, mark: str) -> list[list[str]]:
     commands = []
     for node in range(2):
         place = [f"HEAD={address(0)}", "NODES=2", f"NODE={node}", "RESTARTS=1", "OMP_NUM_THREADS=1"]
-        cleared = ["-u", "GLOO_SOCKET_IFNAME", "-u", "COMMOPT_NIC", f"PYTHON={sys.executable}"]
+        cleared = ["-u", "GLOO_SOCKET_IFNAME", "-u", "COMMOPT_NIC", "PYTHON=python"]
         script = [str(ROOT / "launch/torchrun.sh"), str(HERE / "dying.py"), str(flag), "--checkpoints", str(folder)]
         commands.append(["env", *cleared, *place, f"JOB={mark}", *script, *TRAINING])
     return commands

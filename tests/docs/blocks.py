@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-import warm
 from checks import check_file
 from markdown_it import MarkdownIt
 
@@ -109,7 +108,7 @@ class Reader:
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
         bin_folder = folder.parent / f"{folder.name}.bin"
-        ready = warm.commands(bin_folder)
+        bin_folder.mkdir()
         stand_ins = Path(__file__).with_name("stand_ins.py")
         for name in STOOD_IN_FOR:
             script = bin_folder / name
@@ -120,7 +119,8 @@ class Reader:
         temporary = folder.parent / f"{folder.name}.tmp"
         temporary.mkdir()
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
-        given = {**ready, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", **offline}
+        path = os.pathsep.join([str(bin_folder), os.environ["PATH"]])
+        given = {"PATH": path, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", **offline}
         self._mark = f"COMMOPT_PAGE={uuid.uuid4().hex}"
         given |= dict([self._mark.split("=")])
         self._environment = {**os.environ, **given}

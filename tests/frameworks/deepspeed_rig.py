@@ -61,7 +61,7 @@ class Ranks:
             ours, theirs = Pipe()
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self._n), "PYTHONPATH": path}
             own |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            words = [sys.executable, "-c", f"import deepspeed_rig; deepspeed_rig.serve({theirs.fileno()})"]
+            words = ["python", "-c", f"import deepspeed_rig; deepspeed_rig.serve({theirs.fileno()})"]
             process = subprocess.Popen(words, env={**os.environ, **own}, pass_fds=[theirs.fileno()])
             theirs.close()
             self._ranks.append((process, ours))

@@ -45,7 +45,7 @@ class HuggingFaceRanks(Pool):
         for rank in range(self.size):
             ours, theirs = multiprocessing.Pipe()
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self.size > 1 else {}
-            words = [sys.executable, "-c", f"import huggingface_ranks as h; h.serve({theirs.fileno()})"]
+            words = ["python", "-c", f"import huggingface_ranks as h; h.serve({theirs.fileno()})"]
             with theirs:
                 process = subprocess.Popen(
                     words, env={**environment, **place}, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]

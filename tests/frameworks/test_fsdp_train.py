@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 PROGRAM = Path(__file__).parents[2] / "launch" / "fsdp_train.py"
@@ -26,7 +25,7 @@ def test_the_example_trains_two_replicas() -> None:
         "4",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words, "--method", '"ef_sign"'],
+        ["python", "-m", "torch.distributed.run", *words, "--method", '"ef_sign"'],
         capture_output=True,
         text=True,
         timeout=240,

@@ -33,7 +33,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    words = [sys.executable, "-c", "import lightning_cases; lightning_cases.main()", str(folder)]
+    words = ["python", "-c", "import lightning_cases; lightning_cases.main()", str(folder)]
     ranks, logs = [], [folder / f"log.{rank}" for rank in range(RANKS)]
     for rank, log in enumerate(logs):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo"}

@@ -94,7 +94,7 @@ def test_what_is_on_another_device_travels_through_the_host_and_back(mpi: MPIPoo
 def mpirun(n: int, *words: str) -> subprocess.CompletedProcess[str]:
     if why := mpi_pool.why_not():
         pytest.skip(why)
-    command = [str(mpi_pool.mpiexec()), "-n", str(n), sys.executable, *words]
+    command = [str(mpi_pool.mpiexec()), "-n", str(n), "python", *words]
     environment = {key: x for key, x in mpi_pool.environment().items() if key not in ("RANK", "COMMOPT_PEERS")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 

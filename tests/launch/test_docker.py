@@ -157,12 +157,11 @@ def test_the_containers_commands_train_together(compose: dict[str, Any], tmp_pat
     nodes = []
     for service in compose["services"].values():
         given = {key: value.replace("node0", "127.0.0.1") for key, value in service["environment"].items()}
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         python_path = os.pathsep.join([str(ROOT), *sys.path[1:]])
         nodes.append(
             subprocess.Popen(
                 [*service["entrypoint"], *service["command"], *short],
-                env={**os.environ, **given, "PORT": str(port), "PATH": path, "PYTHONPATH": python_path},
+                env={**os.environ, **given, "PORT": str(port), "PYTHONPATH": python_path},
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -179,4 +178,4 @@ def test_the_containers_commands_train_together(compose: dict[str, Any], tmp_pat
                 os.killpg(node.pid, signal.SIGKILL)
                 node.communicate()
     assert [node.returncode for node in nodes] == [0] * 4, outputs
-    assert "4 ranks" in outputs[0], outputs[0]
+    assert "4 ranks" in "".join(outputs), outputs  # from whichever container became rank 0

@@ -65,7 +65,7 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             "SLURM_JOB_NODELIST": "node[0-1]",
             "SLURM_CPUS_PER_TASK": "1",
             "STANDIN_LOG": str(tmp_path / "log"),
-            "PATH": os.pathsep.join([str(place), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PATH": os.pathsep.join([str(place), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
             "OMP_NUM_THREADS": "1",
         }

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -291,7 +290,7 @@ def test_a_mistake_on_the_command_line_is_said_before_anything_is_trained(line: 
 
 
 def test_a_quick_look_trains_stores_and_shows(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH / "outer.py"), "--quick", "--only", "dense", "--jobs", "1"]
+    command = ["python", str(BENCH / "outer.py"), "--quick", "--only", "dense", "--jobs", "1"]
     command += ["--results", str(tmp_path / "cells.jsonl")]
     made = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True)
     assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]

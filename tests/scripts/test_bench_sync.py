@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +192,7 @@ def test_options_without_effect_are_refused(words: list[str]) -> None:
 
 def test_quick_simulates_both_panels_and_stores_nothing(tmp_path: Path) -> None:
     words = ["--quick", "--results", str(tmp_path / "cells.jsonl"), "--json", str(tmp_path / "all.json")]
-    done = subprocess.run([sys.executable, str(BENCH / "sync.py"), *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(["python", str(BENCH / "sync.py"), *words], capture_output=True, text=True, check=True)
     tables = json.loads((tmp_path / "all.json").read_text())["tables"]
     assert [(len(one["rows"]), len(one["headings"]) - 1) for one in (tables[0], tables[-1])] == [(4, 6), (4, 4)]
     assert "figure 5A" in done.stdout
