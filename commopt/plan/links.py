@@ -76,13 +76,10 @@ def schedule(operation: str, nbytes: int, rank: int, size: int, *, root: int = 0
         return {following: float((size - 1) * nbytes)}
     if operation == "broadcast":
         place = (rank - root) % size
-        first = 1 << place.bit_length()  # a rank sends in the rounds after the one in which it was reached
-        return {(place + step + root) % size: float(nbytes) for step in _powers(first, size) if place + step < size}
+        first = place.bit_length()  # a rank sends in the rounds after the one in which it was reached
+        steps = [1 << k for k in range(first, size.bit_length())]
+        return {(place + step + root) % size: float(nbytes) for step in steps if place + step < size}
     raise ValueError(f"no schedule for operation {operation!r}")
-
-
-def _powers(first: int, stop: int) -> list[int]:
-    return [1 << k for k in range(first.bit_length() - 1, stop.bit_length()) if (1 << k) >= first]
 
 
 def rounds(operation: str, size: int) -> int:
@@ -129,10 +126,6 @@ class LinkModel:
     @property
     def ranks(self) -> int:
         return len(self.node_of_rank)
-
-    def between_nodes(self, sent: Mapping[int, float], rank: int) -> float:
-        """The share of `sent` (bytes by peer rank) that leaves the node of `rank`."""
-        return sum(n for peer, n in sent.items() if self.node_of_rank[peer] != self.node_of_rank[rank])
 
     def seconds(self, sent: Sequence[Mapping[int, float]], message_rounds: int = 1) -> float:
         """Seconds until the last of these messages has arrived. sent[i][j]: bytes that rank i hands to rank j."""

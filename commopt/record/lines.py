@@ -74,7 +74,6 @@ class Resumption:
 
     resumed_at: int
     steps_before: int
-    at_s: float
 
 
 @dataclass
@@ -134,14 +133,14 @@ class RankRecord:
     def steps_done(self) -> int:
         """Steps of training behind this rank, with those that it caught up on from others after it was away."""
         begin, resumed_at = self._begins[-1]
-        return resumed_at + _done(self.steps[begin:])
+        return resumed_at + _done(self.steps[begin:], len(self.steps) - begin)
 
     def parts(self) -> list[tuple[list[StepLine], list[int]]]:
         """For each start, its steps, and how many steps of training were behind this rank after each of them."""
         found = []
         for (begin, resumed_at), (end, _) in zip(self._begins, [*self._begins[1:], (len(self.steps), 0)], strict=True):
             lines = self.steps[begin:end]
-            found.append((lines, [resumed_at + _done(lines[:1] + lines[k : k + 1], k + 1) for k in range(len(lines))]))
+            found.append((lines, [resumed_at + _done(lines, k + 1) for k in range(len(lines))]))
         return found
 
     @property
@@ -191,17 +190,15 @@ class RankRecord:
             vars(self).update(vars(afresh))
             return
         self._shift_s = self.last_s if since_s is None else max(self.last_s, since_s)  # a machine's clock may be set
-        at_s = float(line["at_s"]) + self._shift_s
-        self.resumptions.append(Resumption(resumed_at, len(self.steps), at_s))
+        self.resumptions.append(Resumption(resumed_at, len(self.steps)))
         self.ended = False
         self.counters.clear()  # the bytes of the process that ended are not those of this one
         self.bytes_so_far.clear()
 
 
-def _done(lines: Sequence[StepLine], at_least: int | None = None) -> int:
-    """Steps from the first line to the last; more than there are lines where a rank left some out to go on with others."""
-    span = lines[-1].step - lines[0].step + 1 if lines else 0
-    return max(len(lines) if at_least is None else at_least, span)
+def _done(lines: Sequence[StepLine], k: int) -> int:
+    """Steps of training in the first k lines; more than k where the rank left some out to go on with others."""
+    return max(k, lines[k - 1].step - lines[0].step + 1) if k else 0
 
 
 def rank_of(path: Path) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from commopt.plan.links import wire_bytes
 
@@ -33,11 +35,11 @@ def transmitted_bytes(interface: str) -> int:
 class TrafficRow:
     """What one operation of one method handed to the network in a window, for one bucket; payload, without headers."""
 
-    method: str
-    operation: str
-    bucket: str
-    calls: int
-    bytes: float
+    method: Annotated[str, Field(description="the method that called it")]
+    operation: Annotated[str, Field(description="the collective or exchange")]
+    bucket: Annotated[str, Field(description="the bucket it was called for")]
+    calls: Annotated[int, Field(description="calls, over all ranks")]
+    bytes: Annotated[float, Field(description="payload bytes, counting the collective's schedule, over all ranks")]
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,16 @@ class CountCheck:
             return None
         more_or_less = "more" if self.nic_tx_bytes > self.modelled_bytes else "fewer"
         by = "" if self.ratio is None else f"{abs(self.ratio - 1):.1%} "
+        hint = ""
+        if self.payload_bytes > 0 and abs(self.nic_tx_bytes / self.payload_bytes - 1) < 0.01:
+            hint = "The interface saw hardly a header, as where cutting segments is left to it (gso_max_segs above 1). "
         lines = [
             f"defect in commopt's byte count: {by}{more_or_less} bytes left {self.node} than commopt counted: "
             f"{self.nic_tx_bytes:,.0f} by the interface, {self.modelled_bytes:,.0f} by the count "
-            f"({self.payload_bytes:,.0f} of payload, and headers). {self._hint}Please report it with these lines:"
+            f"({self.payload_bytes:,.0f} of payload, and headers). {hint}Please report it with these lines:"
         ]
         lines += [f"  {r.method} {r.operation} {r.bucket}: {r.calls} calls, {r.bytes:,.0f} bytes" for r in self.rows]
         return "\n".join(lines)
-
-    @property
-    def _hint(self) -> str:
-        if self.payload_bytes > 0 and abs(self.nic_tx_bytes / self.payload_bytes - 1) < 0.01:
-            return "The interface saw hardly a header, as where cutting segments is left to it (gso_max_segs above 1). "
-        return ""
 
 
 def verify(

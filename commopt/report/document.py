@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 import commopt
+from commopt.record.meter import TrafficRow
 
 if TYPE_CHECKING:
     from commopt.cluster.spec import ClusterSpec
@@ -131,17 +132,22 @@ class NodeBytes(DocumentPart):
     ok: bool = Field(description="whether the two counts agree within 3 %, or within 10 kB")
 
 
-class Traffic(DocumentPart):
-    """What one operation handed to the network in the measured window, over all ranks; payload, without headers."""
+class RoundCosts(DocumentPart):
+    """What outer rounds cost, over some ranks."""
 
-    method: str = Field(description="the method that called it")
-    operation: str = Field(description="the collective or exchange")
-    bucket: str = Field(description="the bucket it was called for")
-    calls: int = Field(description="calls, over all ranks")
-    bytes: float = Field(description="payload bytes, counting the collective's schedule, over all ranks")
+    blocked_s: float = Field(description="seconds that training stood still for a round, mean over rounds and ranks")
+    blocked_share: float | None = Field(
+        description="share of the steps' seconds that they stood still for rounds, over steps and ranks"
+    )
+    exchange_s: float = Field(
+        description="seconds from a round's start to its last message, mean over rounds and ranks"
+    )
+    bytes_per_step: float | None = Field(
+        description="bytes that a rank sent in rounds, over its optimizer steps, rounds or not; mean over the ranks"
+    )
 
 
-class RankRounds(DocumentPart):
+class RankRounds(RoundCosts):
     """One rank's outer rounds."""
 
     rank: int = Field(description="the rank")
@@ -149,10 +155,6 @@ class RankRounds(DocumentPart):
     missed: int = Field(description="those in which a scheduled peer's message did not come in time")
     missed_at_s: list[float] = Field([], description="when those ended, in seconds since the first rank's start")
     alone: int = Field(0, description="rounds in which it averaged with nobody, missed or sitting out")
-    blocked_s: float = Field(description="seconds that training stood still for a round, mean over its rounds")
-    blocked_share: float | None = Field(description="share of its steps' seconds that they stood still for rounds")
-    exchange_s: float = Field(description="seconds from a round's start to its last message, mean over its rounds")
-    bytes_per_step: float | None = Field(description="bytes that it sent in rounds, over its optimizer steps")
 
 
 class Spread(DocumentPart):
@@ -166,22 +168,12 @@ class Spread(DocumentPart):
     )
 
 
-class Rounds(DocumentPart):
+class Rounds(RoundCosts):
     """The outer rounds of a run, over all ranks."""
 
     rounds: int = Field(description="outer rounds of the rank that made most")
     missed: int = Field(description="rounds in which a scheduled peer's message did not come in time, over all ranks")
-    blocked_s: float = Field(description="seconds that training stood still for a round, mean over rounds and ranks")
-    blocked_worst_s: float = Field(description="the same of the rank with the largest mean")
-    blocked_share: float | None = Field(
-        description="share of the steps' seconds that they stood still for rounds, over steps and ranks"
-    )
-    exchange_s: float = Field(
-        description="seconds from a round's start to its last message, mean over rounds and ranks"
-    )
-    bytes_per_step: float | None = Field(
-        description="bytes that a rank sent in rounds, over its optimizer steps, rounds or not; mean over the ranks"
-    )
+    blocked_worst_s: float = Field(description="blocked_s of the rank with the largest mean")
     by_rank: list[RankRounds] = Field(description="the same for each rank")
     spread: list[Spread] = Field(
         [], description="the replicas' distance along the run; empty where no rank estimated it"
@@ -323,7 +315,7 @@ class RunResult(DocumentPart):
     nodes: list[NodeBytes] = Field(
         [], description="both byte counts of every node; empty where there is only commopt's"
     )
-    traffic: list[Traffic] = Field([], description="commopt's count of the window in detail, the largest first")
+    traffic: list[TrafficRow] = Field([], description="commopt's count of the window in detail, the largest first")
     defects: list[str] = Field([], description="disagreements of the two byte counts, worded for a bug report")
     events: list[Event] = Field([], description="what else the ranks recorded, in order")
     rounds: Rounds | None = Field(None, description="the outer rounds; null where the method has none")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,7 @@ from typing import Literal
 
 from commopt.record.lines import RankRecord
 from commopt.report.document import DocumentPart, Fault, FaultCost, MissedRounds
-from commopt.report.rounds import clock_offset_s
+from commopt.report.rounds import clock_offsets_s
 
 FAULTS_FILE = "faults.jsonl"  # the launcher's, beside the ranks' files
 
@@ -47,16 +47,13 @@ def read_faults(record_dir: Path) -> tuple[list[FaultLine], int]:
     return faults, unreadable
 
 
-def faults_of(lines: Sequence[FaultLine], started: Mapping[int, RankRecord]) -> list[Fault]:
+def faults_of(lines: Sequence[FaultLine], records: Sequence[RankRecord]) -> list[Fault]:
     """Each fault beside what the ranks did from its beginning to the next one's; none where ranks do not say when they started."""
-    timelines = [
-        _Timeline(record, offset_s)
-        for record in started.values()
-        if (offset_s := clock_offset_s(list(started.values()), record)) is not None
-    ]
+    offsets_s = clock_offsets_s(records)
+    timelines = [_Timeline(record, offsets_s[record.rank]) for record in records if record.rank in offsets_s]
     if not timelines or not lines:
         return []
-    zero_s = min(record.epoch_s for record in started.values() if record.epoch_s is not None)
+    zero_s = min(record.epoch_s for record in records if record.epoch_s is not None)
     ordered = sorted(lines, key=lambda line: line.epoch_s)
     begins = [line.epoch_s - zero_s for line in ordered]
     ends = [*begins[1:], max([timeline.end_s for timeline in timelines] + begins)]

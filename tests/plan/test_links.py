@@ -95,7 +95,6 @@ def test_ranks_of_one_node_share_its_link_and_reach_each_other_for_nothing() -> 
     links = LinkModel((0, 0, 1, 1), (1e6, 1e6), (0.0, 0.0), (0, 0))
     assert links.seconds([{1: 5e6}, {}, {}, {}]) == 0
     assert links.seconds([{2: 1e6}, {3: 1e6}, {}, {}]) == pytest.approx(2)
-    assert links.between_nodes({1: 5.0, 2: 3.0}, 0) == 3
 
 
 def test_a_nodes_pipe_in_is_shared_too() -> None:

@@ -46,7 +46,6 @@ def test_a_rank_that_returns_goes_on_with_its_record() -> None:
 def test_the_clock_of_a_record_goes_on_after_a_return() -> None:
     record = fed(outer_lines(RETURNED, 2))
     assert record.epoch_s == EPOCH_S
-    assert record.resumptions[0].at_s == pytest.approx(7.5)
     assert record.steps[25].at_s == pytest.approx(7.6)
     assert record.last_s == pytest.approx(9.0)
 
