@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from commopt.report.results import Results
+from commopt.report.document import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,6 +95,14 @@ def dress(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def name_lanes(axes: Axes, places: Sequence[int], names: Sequence[str]) -> None:
+    """Name lanes at the left, without an axis there."""
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
+
+
 def legend(axes: Axes, entries: Sequence[tuple[str, float | dict[str, str] | None]]) -> None:
     """What the marks mean, under the picture: a marker, or a bar that is solid, pale, or hatched where None."""
     from matplotlib.lines import Line2D
@@ -140,7 +148,10 @@ def name_at_the_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]])
         "annotation_clip": False,
         "linespacing": 1.1,
     }
-    for (name, colour, x, y), at in zip(*_moved_apart(late, [_height(axes, x, y) for _, _, x, y in late]), strict=True):
+    axes.get_ylim()  # settles the limits
+    points = axes.transData.transform([(x, y) for _, _, x, y in late]) if late else []
+    heights = [float(axes.transAxes.inverted().transform(point)[1]) for point in points]
+    for (name, colour, x, y), at in zip(*_moved_apart(late, heights), strict=True):
         axes.annotate(
             "", (x, y), xytext=(1.035, at), textcoords="axes fraction", annotation_clip=False, arrowprops=leader(colour)
         )
@@ -150,12 +161,6 @@ def name_at_the_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]])
             name.replace("\n", ": "), (x, y), xytext=(14, 20 + 18 * level), textcoords="offset points", color=colour,
             va="bottom", arrowprops=leader(colour), **style,
         )  # fmt: skip
-
-
-def _height(axes: Axes, x: float, y: float) -> float:
-    """How high a point lies in the picture's frame, from 0 to 1, whatever the scale of its axis."""
-    axes.get_ylim()  # settles the limits
-    return float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1])
 
 
 def _moved_apart(

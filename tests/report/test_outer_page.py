@@ -12,9 +12,16 @@ from synthetic_runs import DENSE, results_of, run_of, short
 
 from commopt.report import drawing
 from commopt.report.document import Fault
-from commopt.report.fault_words import back_text, cost_text, fault_text, missed_text, stop_text
 from commopt.report.outer_plots import PICTURE_NAMES, name_levels, outer_pictures
-from commopt.report.outer_table import fault_lines, round_cells
+from commopt.report.outer_table import (
+    back_text,
+    cost_text,
+    fault_lines,
+    fault_text,
+    missed_text,
+    round_cells,
+    stop_text,
+)
 from commopt.report.page import page, write_report
 from commopt.report.results import Results, RunResult, collect
 from commopt.report.table import cells, show

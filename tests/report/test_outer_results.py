@@ -8,8 +8,8 @@ import pytest
 from outer_runs import STORM, STORM_FAULTS, Absence, Lines, OuterPlan, outer_run, write_outer
 from synthetic_runs import DENSE, results_of, run_of, short
 
-from commopt.report.page import read_results, results_json
-from commopt.report.results import collect
+from commopt.report.page import results_json
+from commopt.report.results import Results, collect
 
 GONE = OuterPlan(absences={2: Absence(after=25)})
 
@@ -130,8 +130,7 @@ def test_progress_is_thinned_and_keeps_the_pauses(tmp_path: Path) -> None:
 
 def test_a_document_with_rounds_and_faults_survives_a_round_trip(tmp_path: Path) -> None:
     results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
-    (tmp_path / "results.json").write_text(results_json(results))
-    assert read_results(tmp_path / "results.json") == results
+    assert Results.model_validate_json(results_json(results)) == results
     assert len(results.runs[0].faults) == 4
 
 

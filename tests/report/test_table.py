@@ -9,8 +9,9 @@ import pytest
 from synthetic_runs import DENSE, EF_SIGN, FP16, ONEBIT, results_of, run_of, short
 
 from commopt.record.words import bytes_text, megabytes, milliseconds, seconds_text, times_text
+from commopt.report.columns import aligned
 from commopt.report.results import Results
-from commopt.report.table import COLUMNS, cells, plain_table, readings, show
+from commopt.report.table import COLUMNS, cells, readings, show
 
 Lines = list[dict[str, Any]]
 
@@ -36,13 +37,13 @@ def test_plain_output_has_no_escape_codes(results: Results) -> None:
     out = io.StringIO()
     show(results, out)
     assert all(character == "\n" or character.isprintable() for character in out.getvalue())
-    assert out.getvalue().startswith(plain_table(results))
+    assert out.getvalue().startswith(aligned(COLUMNS, cells(results)))
 
 
 def test_the_columns_of_the_plain_table_line_up(results: Results) -> None:
-    header, *_, last = plain_table(results).splitlines()
+    header, *_, last = aligned(COLUMNS, cells(results)).splitlines()
     assert len(last) == len(header) or last.endswith("43")
-    assert max(map(len, plain_table(results).splitlines())) <= 100
+    assert max(map(len, aligned(COLUMNS, cells(results)).splitlines())) <= 100
 
 
 def test_a_terminal_of_80_columns_cuts_nothing(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
