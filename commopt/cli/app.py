@@ -332,8 +332,6 @@ def _train_and_report(
         methods,
         emulation=emulation,
         out_dir=out_dir,
-        stream=sys.stdout,
-        on_line=typer.echo,
         report=lambda results: _report(results, out_dir, json_file) if reports else None,
     )
     failed = [result.name for result in runs if result.status != "finished"]

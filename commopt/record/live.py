@@ -6,7 +6,6 @@ import math
 import time
 from pathlib import Path
 from statistics import fmean, median
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from commopt.record.lines import RankRecord, rank_files, rank_of
@@ -152,9 +151,7 @@ class Live:
             self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end("interrupted")
         if self._bars:
             self._bars.refresh()

@@ -53,29 +53,29 @@ class Window:
 
 def window(begin: Mapping[str, Any], end: Mapping[str, Any]) -> Window:
     """The difference of two `Traffic.as_dict()`, which count from the start of the program."""
-    before = {_key(row): row for row in begin["by_operation"]}
-    rows = []
-    for row in end["by_operation"]:
-        earlier = before.get(_key(row), {"calls": 0, "bytes": 0.0})
-        calls = int(row["calls"]) - int(earlier["calls"])
-        if calls:
-            rows.append(TrafficRow(*_key(row), calls, float(row["bytes"]) - float(earlier["bytes"])))
+    rows = [
+        TrafficRow(
+            str(row["method"]),
+            str(row["operation"]),
+            str(row["bucket"]),
+            sign * int(row["calls"]),
+            sign * float(row["bytes"]),
+        )
+        for sign, reading in ((1, end), (-1, begin))
+        for row in reading["by_operation"]
+    ]
     by_peer = {int(peer): float(n) - float(begin["by_peer"].get(peer, 0.0)) for peer, n in end["by_peer"].items()}
-    return Window(float(end["payload_bytes"]) - float(begin["payload_bytes"]), by_peer, tuple(rows))
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return str(row["method"]), str(row["operation"]), str(row["bucket"])
+    return Window(float(end["payload_bytes"]) - float(begin["payload_bytes"]), by_peer, merge(rows))
 
 
 def merge(rows: Sequence[TrafficRow]) -> tuple[TrafficRow, ...]:
-    """Add up the rows of the same method, operation and bucket; the largest come first."""
+    """Add up the rows of the same method, operation and bucket; the largest come first, and without a call there is none."""
     total: dict[tuple[str, str, str], TrafficRow] = {}
     for row in rows:
         key = (row.method, row.operation, row.bucket)
         before = total.get(key, TrafficRow(*key, 0, 0.0))
         total[key] = TrafficRow(*key, before.calls + row.calls, before.bytes + row.bytes)
-    return tuple(sorted(total.values(), key=lambda row: -row.bytes))
+    return tuple(sorted((row for row in total.values() if row.calls), key=lambda row: -row.bytes))
 
 
 @dataclass(frozen=True)

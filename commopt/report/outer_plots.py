@@ -100,16 +100,14 @@ def progress_under_faults(results: Results) -> Figure:
         axes.set_xlim(0, end_s)
         _draw_lanes(axes, run, chosen[run.name])
         _mark_faults(axes, run, run_levels)
-        name_in = above_in - (0.28 if index else 0)
-        axes.annotate(
-            run.name, (0, 1), xycoords="axes fraction", xytext=(0, name_in * 72 - 16), textcoords="offset points",
-            color=chosen[run.name], fontweight="bold", fontsize=FONT_POINTS, annotation_clip=False,
-        )  # fmt: skip
+        offset = (0, (above_in - (0.28 if index else 0)) * 72 - 16)
+        style = {"xycoords": "axes fraction", "fontweight": "bold", "fontsize": FONT_POINTS}
+        drawing.note(axes, run.name, (0, 1), offset, chosen[run.name], **style)
         axes.xaxis.set_major_locator(MultipleLocator(scale * drawing.round_step(end_s / scale / 8)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
         top_in -= lanes_in
     axes.set_xlabel(f"{unit} since the first rank started; dotted: a fault was undone; grey: those it was done to")
-    drawing.legend(axes, [("steps done", 0.3), ("standing still", None), ("round missed", {"marker": "x"})])
+    drawing.legend(axes, [("steps done", 0.3), ("standing still", None), ("round missed", "x")])
     return figure
 
 
@@ -137,10 +135,8 @@ def _draw_lanes(axes: Axes, run: RunResult, colour: str) -> None:
         times = [at_s for at_s in missed.get(rank.rank, []) if at_s <= axes.get_xlim()[1]]
         axes.plot(times, [lane] * len(times), "x", ms=5.5, mew=1.6, color=INK, zorder=6)
         if rank.parts and len(run.progress) <= NAMED_LANES:
-            axes.annotate(
-                f"{rank.parts[-1].steps[-1]} steps", (1, lane), xycoords=("axes fraction", "data"), xytext=(9, 0),
-                textcoords="offset points", va="center", color=INK, fontsize=FONT_POINTS - 1.5, annotation_clip=False,
-            )  # fmt: skip
+            style = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": FONT_POINTS - 1.5}
+            drawing.note(axes, f"{rank.parts[-1].steps[-1]} steps", (1, lane), (9, 0), INK, **style)
     lanes = max(1, len(run.progress))
     named = range(0, len(run.progress), math.ceil(lanes / NAMED_LANES))
     axes.set_ylim(lanes - 0.5, -0.5)
@@ -198,12 +194,7 @@ def _mark_faults(axes: Axes, run: RunResult, levels: Sequence[int]) -> None:
         if fault.end_s is not None and fault.end_s <= right_s:
             axes.plot([fault.end_s] * 2, [-0.5, last], ":", color=INK, lw=1.1, zorder=4)
         axes.plot([fault.at_s] * 2, [-0.5, last], "-", color=INK, lw=1.1, zorder=4)
-        lift = 5 + LEVEL_IN * 72 * level
-        axes.annotate(
-            "", (fault.at_s, -0.5), xytext=(0, lift + 7), textcoords="offset points", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0},
-        )  # fmt: skip
-        axes.annotate(
-            fault_text(fault), (fault.at_s, -0.5), xytext=(4, lift), textcoords="offset points",
-            color=INK, fontsize=FONT_POINTS - 1.5, annotation_clip=False,
-        )  # fmt: skip
+        top, lift = (fault.at_s, -0.5), 5 + LEVEL_IN * 72 * level
+        line = {"arrowstyle": "-", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
+        drawing.note(axes, "", top, (0, lift + 7), INK, arrowprops=line)
+        drawing.note(axes, fault_text(fault), top, (4, lift), INK, fontsize=FONT_POINTS - 1.5)

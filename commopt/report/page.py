@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -96,7 +94,6 @@ def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
         palette=drawing.DARK,
         run_colours=drawing.colours(results),
         sites=sites(results.cluster),
-        link=link_text,
         mode=MODES.get(results.cluster.emulation, results.cluster.emulation),
         event_texts=event_texts,
         checked_nodes=checked_nodes,
@@ -181,12 +178,9 @@ def link_text(node: Node) -> str:
 
 def _write_whole(path: Path, content: bytes) -> None:
     """Write beside the file and rename, so that a reader never sees half of it."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -63,20 +63,16 @@ def bytes_per_step(results: Results) -> Figure:
             axes.plot([axes.get_xlim()[0], nbytes], [row + offset] * 2, color=chosen[run.name], lw=1.6, alpha=0.45)
             filled = chosen[run.name] if marker == "o" else PAPER
             axes.plot(nbytes, row + offset, marker, ms=size, mfc=filled, mec=chosen[run.name], mew=1.8, clip_on=False)
-            axes.annotate(
-                f"{bytes_text(nbytes)} {what}", (1, row + offset), xycoords=("axes fraction", "data"), xytext=(10, 0),
-                textcoords="offset points", va="center", fontsize=FONT_POINTS - 1.5,
-                color=INK if what == "payload" else QUIET, annotation_clip=False,
-            )  # fmt: skip
+            ink = INK if what == "payload" else QUIET
+            style = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": FONT_POINTS - 1.5}
+            drawing.note(axes, f"{bytes_text(nbytes)} {what}", (1, row + offset), (10, 0), ink, **style)
         if not payload and not wire:
             axes.text(axes.get_xlim()[0] * 1.1, row, "not counted", va="center", color=QUIET)
     _rows(axes, runs)
     axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value).replace(".0", ""))
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.tick_params(which="minor", colors=QUIET, length=2)
-    drawing.legend(
-        axes, [("payload, one rank", {"marker": "o", "mfc": QUIET}), ("on the wire, busiest node", {"marker": "D"})]
-    )
+    drawing.legend(axes, [("payload, one rank", "o"), ("on the wire, busiest node", "D")])
     return figure
 
 
@@ -106,9 +102,7 @@ def step_time(results: Results) -> Figure:
             else ""
         )
         text = f"{milliseconds(run.step_s)} ms" + (("\n" if left > 0.7 * longest else "  ") + times if times else "")
-        axes.annotate(
-            text, (left, row), xytext=(7, 0), textcoords="offset points", va="center", color=INK, annotation_clip=False
-        )
+        drawing.note(axes, text, (left, row), (7, 0), INK, va="center")
     axes.set_xlim(0, longest * 1.01)
     _rows(axes, runs)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value * 1e3:g}")
@@ -207,9 +201,9 @@ def _name_below(axes: Axes, ends: Sequence[tuple[str, str, float, float]], clock
         ]
         taken += [left] if level == len(taken) else []
         axes.annotate("", (x, y), xytext=(x, low - step * (level + 0.9)), arrowprops=drawing.leader(colour))
-        axes.annotate(
-            text, (x, low - step * (level + 0.75)), xytext=(4 if fits else -4, 0), textcoords="offset points", color=colour,
-            ha="left" if fits else "right", va="center", fontsize=FONT_POINTS - 0.5, fontweight="bold",
-            annotation_clip=False, zorder=40, bbox={"fc": PAPER, "ec": "none", "pad": 0.8},
+        drawing.note(
+            axes, text, (x, low - step * (level + 0.75)), (4 if fits else -4, 0), colour, ha="left" if fits else "right",
+            va="center", fontsize=FONT_POINTS - 0.5, fontweight="bold", zorder=40,
+            bbox={"fc": PAPER, "ec": "none", "pad": 0.8},
         )  # fmt: skip
     axes.set_ylim(low - step * (len(taken) + 0.45), high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -143,9 +144,7 @@ def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any
             by_step.setdefault(step, []).append(line)
     rows = [by_step[step] for step in sorted(by_step)]
     step_seconds = [fmean(line.seconds for line in row) for row in rows]
-    seconds = [0.0]
-    for each in step_seconds:
-        seconds.append(seconds[-1] + each)
+    seconds = list(accumulate(step_seconds, initial=0.0))
     steady = [all(line.steady for line in row) for row in rows]
     to_the_end = [record for record in records if record.ended]
     validations = _validations(to_the_end if is_outer and to_the_end else records, seconds)
@@ -250,9 +249,8 @@ def _events(records: Sequence[RankRecord]) -> list[Event]:
     merged: dict[str, Event] = {}
     for record in records:
         for kind, fields in record.events:
-            event = merged.setdefault(
-                f"{kind} {sorted(fields.items(), key=str)}", Event(kind=kind, ranks=[], fields={**fields})
-            )
+            key = f"{kind} {sorted(fields.items(), key=str)}"
+            event = merged.setdefault(key, Event(kind=kind, ranks=[], fields={**fields}))
             if record.rank not in event.ranks:
                 event.ranks.append(record.rank)
     return list(merged.values())
@@ -269,10 +267,10 @@ def _notices(records: Sequence[RankRecord], started: Sequence[RankRecord]) -> li
         verb = "was" if len(afresh) == 1 else "were"
         notices.append(f"{_ranks(afresh)} {verb} started again from the first step; only the last start is shown")
     for record in started:
-        for again in record.resumptions:
-            before = record.steps[again.steps_before - 1].step + 1 if again.steps_before else 0
+        for k, resumed_at in record.begins[1:]:
+            before = record.steps[k - 1].step + 1 if k else 0
             notices.append(
-                f"rank {record.rank} was started again after step {before}, and went on at step {again.resumed_at}"
+                f"rank {record.rank} was started again after step {before}, and went on at step {resumed_at}"
             )
     if started and not any(record.steady_steps for record in started):
         notices.append("no step was past the method's warm-up, so there is no speed in the steady phase")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TextIO
+from typing import Any, TextIO
 
 from commopt.record.words import megabytes, milliseconds, times_text
 from commopt.report.columns import Column, aligned, cells_of, rich_rows
@@ -98,7 +99,8 @@ def show(results: Results, stream: TextIO) -> None:
     Outer rounds have a table of their own, and faults a line each, where there are any.
     """
     rounds, is_terminal = round_cells(results), stream.isatty()
-    write, rows = partial(print, file=stream), aligned
+    write: Callable[..., None] = partial(print, file=stream)
+    rows: Callable[[Sequence[Column], Sequence[Sequence[str]]], Any] = aligned
     if is_terminal:
         from rich.console import Console
 
