@@ -31,10 +31,8 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:
             return super().invoke(ctx)
-        except ConfigError as error:
-            fail(str(error), code=2)
         except CommoptError as error:
-            fail(str(error), code=1)
+            fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
         except KeyboardInterrupt:
             fail("interrupted by Ctrl-C; all that was started has ended", code=130)
         except SystemExit as error:

@@ -76,15 +76,6 @@ class Follower:
                 return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
         return None
 
-    @property
-    def spread(self) -> float | None:
-        """How far apart the replicas were in the last round that a rank estimated it for: root mean square over the ranks."""
-        last_rounds = [line for record in self.records.values() for line in record.rounds[-RECENT_STEPS:]]
-        known = [line for line in last_rounds if line.spread is not None]
-        last = max((line.round for line in known), default=None)
-        squares = [line.spread**2 for line in known if line.round == last and line.spread is not None]
-        return math.sqrt(fmean(squares)) if squares else None
-
     def new_events(self) -> list[str]:
         """What ranks of a run with outer rounds recorded as events since the last call: `rank 2: caught up, step 180`."""
         told: dict[str, list[int]] = {}
@@ -121,8 +112,10 @@ class Follower:
             known.append(f"{bytes_text(self.bytes_per_step)}/step")
         if total_s > 0:
             known.append(f"{sum(line.wait_s for line in recent) / total_s * 100:.0f} % waiting")
-        if self.spread is not None:
-            known.append(f"spread {spread_text(self.spread)}")
+        rounds = [line for record in self.records.values() for line in record.rounds[-RECENT_STEPS:]]
+        last = max((line.round for line in rounds if line.spread is not None), default=None)
+        if squares := [line.spread**2 for line in rounds if line.round == last and line.spread is not None]:
+            known.append(f"spread {spread_text(math.sqrt(fmean(squares)))}")
         if missed := sum(line.missed for record in self.records.values() for line in record.rounds):
             known.append(f"missed {missed}")
         if recent and self.steps_planned is not None and self.steps_planned > self.steps:

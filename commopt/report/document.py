@@ -85,11 +85,12 @@ class Environment(DocumentPart):
     @classmethod
     def here(cls) -> Environment:
         """The environment of this process."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cls(
             python=platform.python_version(),
             torch=importlib.metadata.version("torch"),
             commopt=commopt.__version__,
-            cpu_count=len(os.sched_getaffinity(0)),
+            cpu_count=cores,
             platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         )
 

@@ -34,7 +34,7 @@ def test_the_worst_rank_is_the_one_that_stands_still_longest(tmp_path: Path) -> 
 
 
 def test_the_spread_of_a_round_is_the_root_mean_square_of_the_estimates(tmp_path: Path) -> None:
-    estimates = [[0.3, 0.1], [0.4, None]]
+    estimates: list[list[float | None]] = [[0.3, 0.1], [0.4, None]]
     edit = change("round", lambda rank, line: {"spread": estimates[rank][line["round"]]})
     rounds = outer_run(tmp_path, OuterPlan(ranks=2, steps=20), edit=edit).rounds
     assert rounds is not None
@@ -50,19 +50,13 @@ def test_without_a_window_the_payload_is_that_of_the_rounds(tmp_path: Path) -> N
     assert run.notices == []
 
 
-def test_a_run_goes_on_without_a_rank_that_leaves(tmp_path: Path) -> None:
-    run = outer_run(tmp_path, GONE)
-    assert (run.status, run.failure) == ("finished", None)
-    assert [(each.rank, each.steps) for each in run.ended_early] == [(2, 25)]
-    assert "rank 2 ended early, after 25 of 60 steps; the others went on without it" in run.notices
-
-
-def test_a_rank_that_never_wrote_ended_early_too(tmp_path: Path) -> None:
-    folder = write_outer(tmp_path / "r", OuterPlan())
+def test_a_run_goes_on_without_a_rank_that_leaves_or_never_wrote(tmp_path: Path) -> None:
+    folder = write_outer(tmp_path, GONE)
     (folder / "rank1.jsonl").unlink()
     run = collect(folder)
-    assert run.status == "finished"
-    assert [(each.rank, each.steps) for each in run.ended_early] == [(1, 0)]
+    assert (run.status, run.failure) == ("finished", None)
+    assert [(each.rank, each.steps) for each in run.ended_early] == [(1, 0), (2, 25)]
+    assert "rank 2 ended early, after 25 of 60 steps; the others went on without it" in run.notices
 
 
 def test_what_the_launcher_calls_a_failure_is_one(tmp_path: Path) -> None:

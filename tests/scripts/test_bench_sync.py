@@ -137,10 +137,7 @@ def test_a_swap_ends_when_both_of_a_pair_have_done_and_a_tree_when_all_have() ->
     assert found["swap"] * 1e3 == pytest.approx(np.array([[44, 20], [50, 60]]))
     assert found["tree"][:, 0] * 1e3 == pytest.approx([128, 220])
     assert found["ring"][:, 0] * 1e3 == pytest.approx([64, 82.5])
-
-
-def test_ratios_are_taken_within_a_repetition() -> None:
-    assert says.ratios(cell(), "tree") == pytest.approx([4, 4])
+    assert says.ratios(cell(), "tree") == pytest.approx([4, 4])  # within a repetition
     assert says.ratios(cell(), "ring") == pytest.approx([2, 1.5])
 
 
