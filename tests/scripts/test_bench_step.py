@@ -15,6 +15,7 @@ from commopt.record.lines import RankRecord
 
 bench, says = module("step"), module("step_results")
 emulated, sheets, store = module("emulated"), module("sheets"), module("store")
+module("building")  # which step.py imports when it needs it
 
 
 def cell(method: str = "ef_sign", cluster: str = "50mbit", **other: Any) -> dict[str, Any]:
