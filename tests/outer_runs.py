@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from synthetic_runs import Edit
+
 from commopt.report.results import RunResult, collect
 
 EPOCH_S = 1_800_000_000.0
@@ -98,11 +100,12 @@ def fault(kind: str, nodes: Sequence[str], *, at_step: int, at_s: float, phase: 
     }
 
 
-def write_outer(folder: Path, plan: OuterPlan, faults: Sequence[Any] = ()) -> Path:
-    """Write the ranks' files, and the launcher's if there are faults."""
+def write_outer(folder: Path, plan: OuterPlan, faults: Sequence[Any] = (), edit: Edit | None = None) -> Path:
+    """Write the ranks' files, and the launcher's if there are faults; `edit` may change a rank's lines before that."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(plan.ranks):
-        _write(folder / f"rank{rank}.jsonl", outer_lines(plan, rank))
+        lines = outer_lines(plan, rank)
+        _write(folder / f"rank{rank}.jsonl", edit(rank, lines) if edit else lines)
     if faults:
         _write(folder / "faults.jsonl", faults)
     return folder
@@ -112,8 +115,15 @@ def _write(path: Path, lines: Sequence[Any]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def outer_run(folder: Path, plan: OuterPlan, faults: Sequence[Any] = (), failure: str | None = None) -> RunResult:
-    return collect(write_outer(folder / plan.method, plan, faults), failure=failure)
+def outer_run(
+    folder: Path,
+    plan: OuterPlan,
+    faults: Sequence[Any] = (),
+    *,
+    edit: Edit | None = None,
+    failure: str | None = None,
+) -> RunResult:
+    return collect(write_outer(folder / plan.method, plan, faults, edit), failure=failure)
 
 
 STORM = OuterPlan(

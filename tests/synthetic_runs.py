@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -85,6 +86,11 @@ def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) 
 Edit = Callable[[int, list[dict[str, Any]]], list[dict[str, Any]]]
 
 
+def change(kind: str, fields: Callable[[int, dict[str, Any]], dict[str, Any]]) -> Edit:
+    """An edit of the lines of one kind: the fields that are to be others, by rank and line."""
+    return lambda rank, lines: [{**line, **fields(rank, line)} if line["kind"] == kind else line for line in lines]
+
+
 def write_run(
     folder: Path, plan: Plan, *, edit: Edit | None = None, nic: bool = True, overcount: float = 1.012
 ) -> Path:
@@ -115,6 +121,13 @@ CLUSTER = Cluster(
     emulation="netns",
 )
 ENVIRONMENT = Environment(python="3.11.7", torch="2.13.0", commopt="0.1.0", cpu_count=2, platform="Linux 6.1 x86_64")
+
+
+class Terminal(io.StringIO):
+    """A stream that is taken for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def results_of(runs: Sequence[RunResult], cluster: Cluster = CLUSTER) -> Results:

@@ -31,10 +31,8 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:
             return super().invoke(ctx)
-        except ConfigError as error:
-            fail(str(error), code=2)
         except CommoptError as error:
-            fail(str(error), code=1)
+            fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
         except KeyboardInterrupt:
             fail("interrupted by Ctrl-C; all that was started has ended", code=130)
         except SystemExit as error:
@@ -149,9 +147,15 @@ def launch(
     emulation = emulation_of.enter(spec, emulate=mode, node=node)
     for notice in emulation.notices:
         note(notice)
-    show = _print_labelled if len(emulation.nodes) > 1 else _print_plain
+    is_labelled = len(emulation.nodes) > 1
     result = run_job(
-        spec, words, emulation=emulation, log_dir=log_dir, on_line=show, on_note=note, independent=independent
+        spec,
+        words,
+        emulation=emulation,
+        log_dir=log_dir,
+        on_line=lambda label, line: typer.echo(f"[{label}] {line}" if is_labelled else line),
+        on_note=note,
+        independent=independent,
     )
     report(result)
 
@@ -185,32 +189,25 @@ def print_commands(
     spec: ClusterSpec, words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = ""
 ) -> None:
     """Print what `launch` would start on each node, as a shell would take it."""
-    from commopt.cluster.commands import (
-        agent_environment,
-        agent_words,
-        job_mark,
-        lone_agent_words,
-        peers_json,
-        program_words,
-    )
+    from commopt.cluster import commands
 
-    program = program_words(words[0], words[1:])
+    program = commands.program_words(words[0], words[1:])
     members = emulation.members() if independent else ()
     for node in emulation.nodes:
         name = spec.nodes[node].name
-        environment = agent_environment(
+        environment = commands.agent_environment(
             spec,
             node,
             interface=emulation.interfaces[node],
             ranks_here=spec.slots * (1 if spec.has_hosts and emulation.mode.value == "none" else len(spec.nodes)),
             links=emulation.links,
-            peers=peers_json(job_mark(spec, members, label), members) if independent else None,
+            peers=commands.peers_json(commands.job_mark(spec, members, label), members) if independent else None,
         )
         prefix = ["ip", "netns", "exec", name] if emulation.mode.value == "netns" else []
         argv = (
-            lone_agent_words(spec, program, port=emulation.own_port())
+            commands.lone_agent_words(spec, program, port=emulation.own_port())
             if independent
-            else agent_words(spec, node, program, meeting=emulation.meeting)
+            else commands.agent_words(spec, node, program, meeting=emulation.meeting)
         )
         typer.echo(f"# {name}")
         if spec.has_hosts and emulation.mode.value == "none" and emulation.interfaces[node] is None:
@@ -247,20 +244,6 @@ def write_text(path: Path, text: str, *, option: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
-
-
-def shown(path: Path) -> str:
-    """The path as a user would type it from here, where that is shorter."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def _print_labelled(label: str, line: str) -> None:
-    typer.echo(f"[{label}] {line}")
-
-
-def _print_plain(label: str, line: str) -> None:
-    typer.echo(line)
 
 
 @app.command(epilog="Example: [bold]commopt run configs/runs/demo.yaml --method onebit_adam[/bold]")
@@ -314,48 +297,39 @@ def _train_and_report(
     json_file: Path | None,
     print_only: bool,
 ) -> None:
-    from commopt.cli.training import (
-        check_methods,
-        check_outputs,
-        chosen_methods,
-        is_independent,
-        program_words,
-        train_each,
-    )
+    from commopt.cli import training
     from commopt.cluster import emulate as emulation_of
     from commopt.cluster.injection import check_faults
 
     mode = checked_mode(spec.cluster, emulate, node)
-    methods = chosen_methods(spec, names)
+    methods = training.chosen_methods(spec, names)
     if print_only:
-        check_methods(spec, methods)
+        training.check_methods(spec, methods)
         emulation = emulation_of.preview(spec.cluster, mode, node)
         check_faults(spec.faults, emulation, spec.path.name)
         for name, options in methods.items():
             typer.echo(f"# method {name}")
             print_commands(
                 spec.cluster,
-                program_words(spec, name, options),
+                training.program_words(spec, name, options),
                 emulation,
-                independent=is_independent(name),
+                independent=training.is_independent(name),
                 label=f"{spec.name} {name}",
             )
         return
     emulation = emulation_of.enter(spec.cluster, emulate=mode, node=node)
-    check_methods(spec, methods)
+    training.check_methods(spec, methods)
     check_faults(spec.faults, emulation, spec.path.name)
     out_dir = (out or Path("out") / spec.name).resolve()
     reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks have seen
-    check_outputs(methods, out_dir, json_file if reports else None)
+    training.check_outputs(methods, out_dir, json_file if reports else None)
     for notice in emulation.notices:
         note(notice)
-    runs = train_each(
+    runs = training.train_each(
         spec,
         methods,
         emulation=emulation,
         out_dir=out_dir,
-        stream=sys.stdout,
-        on_line=typer.echo,
         report=lambda results: _report(results, out_dir, json_file) if reports else None,
     )
     failed = [result.name for result in runs if result.status != "finished"]
@@ -373,9 +347,10 @@ def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
     finally:
         if json_file is not None:
             write_text(json_file, results_json(results), option="--json")
+    here = Path.cwd()
     for path in written:
         if path.suffix in (".html", ".json"):
-            note(f"wrote {shown(path)}")
+            note(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}")
 
 
 @app.command(epilog="Example: [bold]commopt doctor --json machine.json[/bold]")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.injection import Injection
@@ -111,11 +114,9 @@ def train_each(
     *,
     emulation: Emulation,
     out_dir: Path,
-    stream: TextIO,
-    on_line: Callable[[str], None],
     report: Callable[[Results], None],
 ) -> list[RunResult]:
-    """Train under each method in turn, showing progress on `stream`. A run that fails does not keep the next from starting.
+    """Train under each method in turn, showing progress. A run that fails does not keep the next from starting.
 
     out_dir gets record/METHOD/rank*.jsonl and log/METHOD/NODE.log. `report` gets all runs at the end. On Ctrl-C or an error it
     gets those that had ended, if any; then the exception goes on, and nothing is left running.
@@ -128,11 +129,9 @@ def train_each(
     kernels.warm_up()  # before the ranks start: four of them compiling at once would cost seconds of the first step
     results: list[RunResult] = []
     try:
-        with Live(stream) as live:
+        with Live(sys.stdout) as live:
             for name, options in methods.items():
-                results.append(
-                    _train(run, name, options, emulation=emulation, out_dir=out_dir, live=live, on_line=on_line)
-                )
+                results.append(_train(run, name, options, emulation=emulation, out_dir=out_dir, live=live))
     finally:
         missing = list(methods)[len(results) :]
         notices = [*emulation.notices, *([f"ended early, without {', '.join(missing)}"] if missing else [])]
@@ -178,7 +177,6 @@ def _train(
     emulation: Emulation,
     out_dir: Path,
     live: Live,
-    on_line: Callable[[str], None],
 ) -> RunResult:
     from commopt.report.results import collect
 
@@ -195,7 +193,7 @@ def _train(
         env={"COMMOPT_RECORD": str(record_dir)},
         log_dir=log_dir,
         on_tick=lambda _: live.tick(),
-        on_line=lambda label, line: on_line(f"[{name}, {label}] {line}"),
+        on_line=lambda label, line: typer.echo(f"[{name}, {label}] {line}"),
         on_note=tell,
         independent=is_independent(name),
         label=f"{run.name} {name}",

@@ -12,17 +12,8 @@ from typing import Any, cast
 from commopt.errors import ConfigError
 
 HEADER_BYTES = 66  # per segment on the interface: Ethernet 14, IPv4 20, TCP 32 with timestamps
-_RATE_UNITS = {
-    "bit": 1,
-    "kbit": 1e3,
-    "mbit": 1e6,
-    "gbit": 1e9,
-    "tbit": 1e12,
-    "bps": 8,
-    "kbps": 8e3,
-    "mbps": 8e6,
-    "gbps": 8e9,
-}
+_RATE_UNITS = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
+_RATE_UNITS |= {"bps": 8, "kbps": 8e3, "mbps": 8e6, "gbps": 8e9}
 _TIME_UNITS = {"us": 1e-6, "usec": 1e-6, "ms": 1e-3, "msec": 1e-3, "s": 1.0, "sec": 1.0}
 
 
@@ -76,13 +67,10 @@ def schedule(operation: str, nbytes: int, rank: int, size: int, *, root: int = 0
         return {following: float((size - 1) * nbytes)}
     if operation == "broadcast":
         place = (rank - root) % size
-        first = 1 << place.bit_length()  # a rank sends in the rounds after the one in which it was reached
-        return {(place + step + root) % size: float(nbytes) for step in _powers(first, size) if place + step < size}
+        first = place.bit_length()  # a rank sends in the rounds after the one in which it was reached
+        steps = [1 << k for k in range(first, size.bit_length())]
+        return {(place + step + root) % size: float(nbytes) for step in steps if place + step < size}
     raise ValueError(f"no schedule for operation {operation!r}")
-
-
-def _powers(first: int, stop: int) -> list[int]:
-    return [1 << k for k in range(first.bit_length() - 1, stop.bit_length()) if (1 << k) >= first]
 
 
 def rounds(operation: str, size: int) -> int:
@@ -130,10 +118,6 @@ class LinkModel:
     def ranks(self) -> int:
         return len(self.node_of_rank)
 
-    def between_nodes(self, sent: Mapping[int, float], rank: int) -> float:
-        """The share of `sent` (bytes by peer rank) that leaves the node of `rank`."""
-        return sum(n for peer, n in sent.items() if self.node_of_rank[peer] != self.node_of_rank[rank])
-
     def seconds(self, sent: Sequence[Mapping[int, float]], message_rounds: int = 1) -> float:
         """Seconds until the last of these messages has arrived. sent[i][j]: bytes that rank i hands to rank j."""
         load: dict[tuple[str, int], float] = {}
@@ -153,14 +137,12 @@ class LinkModel:
                 latency_s = max(latency_s, delay)
                 for pipe in pipes:
                     load[pipe] = load.get(pipe, 0.0) + nbytes
-        busiest = max((nbytes / self._rate(pipe) for pipe, nbytes in load.items()), default=0.0)
+        own, between = self.bytes_per_s, self.between_bytes_per_s
+        rates = {"out": own, "in": own, "site out": between, "site in": between}
+        busiest = max((nbytes / rates[kind][index] for (kind, index), nbytes in load.items()), default=0.0)
         return message_rounds * latency_s + busiest
 
     def collective_seconds(self, operation: str, nbytes: int) -> float:
         """Seconds of one collective of all ranks with `nbytes` from each."""
         sent = [schedule(operation, nbytes, rank, self.ranks) for rank in range(self.ranks)]
         return self.seconds(sent, rounds(operation, self.ranks))
-
-    def _rate(self, pipe: tuple[str, int]) -> float:
-        kind, index = pipe
-        return (self.between_bytes_per_s if kind.startswith("site") else self.bytes_per_s)[index]

@@ -68,15 +68,6 @@ class RoundLine:
     at_s: float
 
 
-@dataclass(frozen=True)
-class Resumption:
-    """A later start that went on with the record, at step `resumed_at`; `steps_before` step lines stand before it."""
-
-    resumed_at: int
-    steps_before: int
-    at_s: float
-
-
 @dataclass
 class RankRecord:
     """What one rank has written so far; `feed` takes it line by line.
@@ -89,7 +80,7 @@ class RankRecord:
     start: Mapping[str, Any] | None = None
     steps: list[StepLine] = field(default_factory=list)
     rounds: list[RoundLine] = field(default_factory=list)
-    resumptions: list[Resumption] = field(default_factory=list)
+    begins: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])  # of each start: index in steps, first step
     validations: list[ValidationLine] = field(default_factory=list)
     counters: dict[str, CountersLine] = field(default_factory=dict)
     compute_s: list[float] = field(default_factory=list)
@@ -133,22 +124,16 @@ class RankRecord:
     @property
     def steps_done(self) -> int:
         """Steps of training behind this rank, with those that it caught up on from others after it was away."""
-        begin, resumed_at = self._begins[-1]
-        return resumed_at + _done(self.steps[begin:])
+        begin, resumed_at = self.begins[-1]
+        return resumed_at + _done(self.steps[begin:], len(self.steps) - begin)
 
     def parts(self) -> list[tuple[list[StepLine], list[int]]]:
         """For each start, its steps, and how many steps of training were behind this rank after each of them."""
         found = []
-        for (begin, resumed_at), (end, _) in zip(self._begins, [*self._begins[1:], (len(self.steps), 0)], strict=True):
+        for (begin, resumed_at), (end, _) in zip(self.begins, [*self.begins[1:], (len(self.steps), 0)], strict=True):
             lines = self.steps[begin:end]
-            found.append((lines, [resumed_at + _done(lines[:1] + lines[k : k + 1], k + 1) for k in range(len(lines))]))
+            found.append((lines, [resumed_at + _done(lines, k + 1) for k in range(len(lines))]))
         return found
-
-    @property
-    def _begins(self) -> list[tuple[int, int]]:
-        """Where each start begins in `steps`, and at which step of training."""
-        first = 0 if self.start is None else int(self.start.get("resumed_at") or 0)
-        return [(0, first), *((again.steps_before, again.resumed_at) for again in self.resumptions)]
 
     @property
     def epoch_s(self) -> float | None:
@@ -188,20 +173,18 @@ class RankRecord:
         since_s = None if epoch_s is None or self.epoch_s is None else float(epoch_s) - self.epoch_s
         if self.start is None or resumed_at == 0:
             afresh = RankRecord(self.rank, line, starts=self.starts + 1, unreadable_lines=self.unreadable_lines)
-            vars(self).update(vars(afresh))
+            vars(self).update(vars(afresh) | {"begins": [(0, resumed_at)]})
             return
         self._shift_s = self.last_s if since_s is None else max(self.last_s, since_s)  # a machine's clock may be set
-        at_s = float(line["at_s"]) + self._shift_s
-        self.resumptions.append(Resumption(resumed_at, len(self.steps), at_s))
+        self.begins.append((len(self.steps), resumed_at))
         self.ended = False
         self.counters.clear()  # the bytes of the process that ended are not those of this one
         self.bytes_so_far.clear()
 
 
-def _done(lines: Sequence[StepLine], at_least: int | None = None) -> int:
-    """Steps from the first line to the last; more than there are lines where a rank left some out to go on with others."""
-    span = lines[-1].step - lines[0].step + 1 if lines else 0
-    return max(len(lines) if at_least is None else at_least, span)
+def _done(lines: Sequence[StepLine], k: int) -> int:
+    """Steps of training in the first k lines; more than k where the rank left some out to go on with others."""
+    return max(k, lines[k - 1].step - lines[0].step + 1) if k else 0
 
 
 def rank_of(path: Path) -> int:

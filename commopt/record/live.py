@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from pathlib import Path
 from statistics import fmean, median
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from commopt.record.lines import RankRecord, StepLine, rank_files, rank_of
+from commopt.record.lines import RankRecord, rank_files, rank_of
 from commopt.record.words import bytes_text, milliseconds, seconds_text, spread_text
 
 if TYPE_CHECKING:
@@ -58,16 +56,8 @@ class Follower:
     @property
     def steps(self) -> int:
         """Steps that every rank seen so far has done; with outer rounds, where one may be gone, that the furthest has."""
-        return self.furthest if self.is_outer else min((r.steps_done for r in self.records.values()), default=0)
-
-    @property
-    def furthest(self) -> int:
-        """Steps that the furthest rank has done."""
-        return max((record.steps_done for record in self.records.values()), default=0)
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.records) and all(record.ended for record in self.records.values())
+        done = [record.steps_done for record in self.records.values()]
+        return max(done, default=0) if self.is_outer else min(done, default=0)
 
     @property
     def loss(self) -> float | None:
@@ -77,44 +67,14 @@ class Follower:
         return fmean(finite) if finite and len(finite) == len(last) else None
 
     @property
-    def step_s(self) -> float | None:
-        """Median seconds of the last steps of all ranks."""
-        recent = self._recent()
-        return median(line.seconds for line in recent) if recent else None
-
-    @property
-    def wait_share(self) -> float | None:
-        """Share of the last steps spent waiting for the network."""
-        recent = self._recent()
-        total_s = sum(line.seconds for line in recent)
-        return sum(line.wait_s for line in recent) / total_s if total_s > 0 else None
-
-    @property
     def bytes_per_step(self) -> float | None:
         """Bytes per step of rank 0: by the interface where it is read, else by commopt; None until counted twice."""
         record = self.records.get(0)
         for who in ("nic_tx_bytes", "payload_bytes"):
-            seen = [(steps, n) for steps, by, n in (record.bytes_so_far if record else []) if by == who]
-            (from_step, from_bytes), (to_step, to_bytes) = (
-                (seen[-RECENT_STEPS:][0], seen[-1]) if seen else ((0, 0), (0, 0))
-            )
-            if to_step > from_step:
-                return (to_bytes - from_bytes) / (to_step - from_step)
+            seen = [(steps, n) for steps, by, n in (record.bytes_so_far if record else []) if by == who][-RECENT_STEPS:]
+            if seen and seen[-1][0] > seen[0][0]:
+                return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
         return None
-
-    @property
-    def spread(self) -> float | None:
-        """How far apart the replicas were in the last round that a rank estimated it for: root mean square over the ranks."""
-        last_rounds = [line for record in self.records.values() for line in record.rounds[-RECENT_STEPS:]]
-        known = [line for line in last_rounds if line.spread is not None]
-        last = max((line.round for line in known), default=None)
-        squares = [line.spread**2 for line in known if line.round == last and line.spread is not None]
-        return math.sqrt(fmean(squares)) if squares else None
-
-    @property
-    def missed(self) -> int:
-        """Rounds in which a scheduled peer's message did not come in time, over all ranks."""
-        return sum(line.missed for record in self.records.values() for line in record.rounds)
 
     def new_events(self) -> list[str]:
         """What ranks of a run with outer rounds recorded as events since the last call: `rank 2: caught up, step 180`."""
@@ -130,9 +90,6 @@ class Follower:
             for text, ranks in told.items()
         ]
 
-    def _recent(self) -> list[StepLine]:
-        return [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]
-
     def _present(self) -> list[RankRecord]:
         """The ranks that train: all of them, but with outer rounds without those that have fallen silent."""
         records = list(self.records.values())
@@ -144,23 +101,26 @@ class Follower:
     def facts(self) -> list[str]:
         """`loss 3.214`, `1242 ms a step`, `6.6 MB a step`, `92 % waiting`: what is known, for a bar or a line."""
         known = [] if self.steps == 0 else ["loss not finite" if self.loss is None else f"loss {self.loss:.3f}"]
-        if self.step_s is not None:
-            known.append(f"{milliseconds(self.step_s)} ms/step")
+        recent = [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]
+        step_s, total_s = (
+            median(line.seconds for line in recent) if recent else 0.0,
+            sum(line.seconds for line in recent),
+        )
+        if recent:
+            known.append(f"{milliseconds(step_s)} ms/step")
         if self.bytes_per_step is not None:
             known.append(f"{bytes_text(self.bytes_per_step)}/step")
-        if self.wait_share is not None:
-            known.append(f"{self.wait_share * 100:.0f} % waiting")
-        if self.spread is not None:
-            known.append(f"spread {spread_text(self.spread)}")
-        if self.missed:
-            known.append(f"missed {self.missed}")
+        if total_s > 0:
+            known.append(f"{sum(line.wait_s for line in recent) / total_s * 100:.0f} % waiting")
+        rounds = [line for record in self.records.values() for line in record.rounds[-RECENT_STEPS:]]
+        last = max((line.round for line in rounds if line.spread is not None), default=None)
+        if squares := [line.spread**2 for line in rounds if line.round == last and line.spread is not None]:
+            known.append(f"spread {spread_text(math.sqrt(fmean(squares)))}")
+        if missed := sum(line.missed for record in self.records.values() for line in record.rounds):
+            known.append(f"missed {missed}")
+        if recent and self.steps_planned is not None and self.steps_planned > self.steps:
+            known.append(f"{seconds_text((self.steps_planned - self.steps) * step_s)} left")  # too long in a warm-up
         return known
-
-    def left_s(self) -> float | None:
-        """Seconds that the steps still to do take at the speed of the last ones: a warm-up makes it too long."""
-        if self.step_s is None or self.steps_planned is None:
-            return None
-        return (self.steps_planned - self.steps) * self.step_s
 
 
 class Live:
@@ -175,7 +135,7 @@ class Live:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._bars = _Bars(stream) if stream.isatty() else None
+        self._bars = _bars(stream) if stream.isatty() else None
         self._follower: Follower | None = None
         self._name, self._began_s, self._lines, self._events_told = "", 0.0, 0, 0
 
@@ -184,12 +144,10 @@ class Live:
             self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._follower is not None:
-            self.end("interrupted")
+    def __exit__(self, *_: object) -> None:
+        self.end("interrupted")
         if self._bars:
+            self._bars.refresh()
             self._bars.stop()
 
     def begin(self, name: str, record_dir: Path) -> None:
@@ -197,7 +155,8 @@ class Live:
         self._name, self._follower, self._began_s = name, Follower(record_dir), time.monotonic()
         self._lines = self._events_told = 0
         if self._bars:
-            self._bars.add(name)
+            self._bars.add_task(name, total=None, facts="starting")
+            self._bars.refresh()
         else:
             self._say("starting")
 
@@ -207,16 +166,18 @@ class Live:
         if follower is None:
             return
         follower.poll()
-        self._tell_events(follower)
+        for text in follower.new_events():
+            self._events_told += 1
+            if self._events_told <= TOLD_EVENTS:
+                self._say(text)
+            elif self._events_told == TOLD_EVENTS + 1:
+                self._say("more events are in the report")
+        planned, steps = follower.steps_planned, follower.steps
         if self._bars:
-            self._bars.update(follower)
-            return
-        planned = follower.steps_planned
-        if planned and self._lines < (tenth := follower.steps * LINES_PER_RUN // planned) < LINES_PER_RUN:
+            self._draw(", ".join(follower.facts()) or "starting", total=planned, completed=steps)
+        elif planned and self._lines < (tenth := steps * LINES_PER_RUN // planned) < LINES_PER_RUN:
             self._lines = tenth
-            left_s = follower.left_s()
-            left = [] if left_s is None else [f"{seconds_text(left_s)} left"]
-            self._say(f"step {follower.steps}/{planned}, " + ", ".join([*follower.facts(), *left]))
+            self._say(f"step {steps}/{planned}, " + ", ".join(follower.facts()))
 
     def end(self, failure: str | None = None) -> None:
         """Show the last state of the run, and why it failed if it did."""
@@ -224,83 +185,47 @@ class Live:
         if follower is None:
             return
         follower.poll()
-        took = seconds_text(time.monotonic() - self._began_s)
+        took, facts, steps = seconds_text(time.monotonic() - self._began_s), follower.facts()[:1], follower.steps
         if self._bars:
-            self._bars.update(follower)
-            self._bars.finish(failure, took)
+            if failure:
+                self.note(f"{self._name} failed: {failure}")
+            last = f"failed after {took}" if failure else f"{facts[0] if facts else 'starting'}, took {took}"
+            self._draw(last, total=follower.steps_planned, completed=steps)
         elif failure is None:
-            self._say(", ".join([f"finished {follower.steps} steps in {took}", *follower.facts()[:1]]))
+            self._say(", ".join([f"finished {steps} steps in {took}", *facts]))
         else:
-            self._say(f"failed after {follower.steps} of {follower.steps_planned or '?'} steps and {took}: {failure}")
+            self._say(f"failed after {steps} of {follower.steps_planned or '?'} steps and {took}: {failure}")
         self._follower = None
 
     def note(self, text: str) -> None:
         """Write a line without disturbing the bar."""
         if self._bars:
-            self._bars.note(text)
+            self._bars.console.print(text, markup=False, highlight=False)
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
 
-    def _tell_events(self, follower: Follower) -> None:
-        """Say what ranks recorded beside their steps, and once that there is more of it than is said."""
-        for text in follower.new_events():
-            self._events_told += 1
-            if self._events_told <= TOLD_EVENTS:
-                self._say(text)
-            elif self._events_told == TOLD_EVENTS + 1:
-                self._say("more events are in the report")
-
     def _say(self, text: str) -> None:
         self.note(f"{self._name}: {text}")
 
+    def _draw(self, facts: str, *, total: int | None, completed: int) -> None:
+        """Bring the bar of the running run, which is the last one, up to date."""
+        assert self._bars is not None
+        self._bars.update(self._bars.tasks[-1].id, facts=facts, total=total, completed=completed, refresh=True)
 
-class _Bars:
+
+def _bars(stream: TextIO) -> Progress:
     """The bars of the runs, the running one at the bottom."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
 
-    def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.table import Column
-
-        console = Console(file=stream)
-        self.progress: Progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20 if console.width >= 110 else 6),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=console,
-            auto_refresh=False,
-        )
-        self._tasks: deque[Any] = deque()
-
-    def start(self) -> None:
-        self.progress.start()
-
-    def stop(self) -> None:
-        self.progress.refresh()
-        self.progress.stop()
-
-    def add(self, name: str) -> None:
-        self._tasks.append(self.progress.add_task(name, total=None, facts="starting"))
-        self.progress.refresh()
-
-    def update(self, follower: Follower) -> None:
-        left_s = follower.left_s()
-        left = [f"{seconds_text(left_s)} left"] if left_s else []
-        facts = ", ".join([*follower.facts(), *left]) or "starting"
-        self.progress.update(
-            self._tasks[-1], total=follower.steps_planned, completed=follower.steps, facts=facts, refresh=True
-        )
-
-    def finish(self, failure: str | None, took: str) -> None:
-        task = self._tasks[-1]
-        if failure:
-            self.note(f"{self.progress.tasks[-1].description} failed: {failure}")
-            facts = f"failed after {took}"
-        else:
-            facts = f"{self.progress.tasks[-1].fields['facts'].split(', ')[0]}, took {took}"
-        self.progress.update(task, facts=facts, refresh=True)
-
-    def note(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+    console = Console(file=stream)
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=20 if console.width >= 110 else 6),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=console,
+        auto_refresh=False,
+    )

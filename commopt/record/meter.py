@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from commopt.plan.links import wire_bytes
 
@@ -33,11 +35,11 @@ def transmitted_bytes(interface: str) -> int:
 class TrafficRow:
     """What one operation of one method handed to the network in a window, for one bucket; payload, without headers."""
 
-    method: str
-    operation: str
-    bucket: str
-    calls: int
-    bytes: float
+    method: Annotated[str, Field(description="the method that called it")]
+    operation: Annotated[str, Field(description="the collective or exchange")]
+    bucket: Annotated[str, Field(description="the bucket it was called for")]
+    calls: Annotated[int, Field(description="calls, over all ranks")]
+    bytes: Annotated[float, Field(description="payload bytes, counting the collective's schedule, over all ranks")]
 
 
 @dataclass(frozen=True)
@@ -51,29 +53,29 @@ class Window:
 
 def window(begin: Mapping[str, Any], end: Mapping[str, Any]) -> Window:
     """The difference of two `Traffic.as_dict()`, which count from the start of the program."""
-    before = {_key(row): row for row in begin["by_operation"]}
-    rows = []
-    for row in end["by_operation"]:
-        earlier = before.get(_key(row), {"calls": 0, "bytes": 0.0})
-        calls = int(row["calls"]) - int(earlier["calls"])
-        if calls:
-            rows.append(TrafficRow(*_key(row), calls, float(row["bytes"]) - float(earlier["bytes"])))
+    rows = [
+        TrafficRow(
+            str(row["method"]),
+            str(row["operation"]),
+            str(row["bucket"]),
+            sign * int(row["calls"]),
+            sign * float(row["bytes"]),
+        )
+        for sign, reading in ((1, end), (-1, begin))
+        for row in reading["by_operation"]
+    ]
     by_peer = {int(peer): float(n) - float(begin["by_peer"].get(peer, 0.0)) for peer, n in end["by_peer"].items()}
-    return Window(float(end["payload_bytes"]) - float(begin["payload_bytes"]), by_peer, tuple(rows))
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return str(row["method"]), str(row["operation"]), str(row["bucket"])
+    return Window(float(end["payload_bytes"]) - float(begin["payload_bytes"]), by_peer, merge(rows))
 
 
 def merge(rows: Sequence[TrafficRow]) -> tuple[TrafficRow, ...]:
-    """Add up the rows of the same method, operation and bucket; the largest come first."""
+    """Add up the rows of the same method, operation and bucket; the largest come first, and without a call there is none."""
     total: dict[tuple[str, str, str], TrafficRow] = {}
     for row in rows:
         key = (row.method, row.operation, row.bucket)
         before = total.get(key, TrafficRow(*key, 0, 0.0))
         total[key] = TrafficRow(*key, before.calls + row.calls, before.bytes + row.bytes)
-    return tuple(sorted(total.values(), key=lambda row: -row.bytes))
+    return tuple(sorted((row for row in total.values() if row.calls), key=lambda row: -row.bytes))
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,16 @@ class CountCheck:
             return None
         more_or_less = "more" if self.nic_tx_bytes > self.modelled_bytes else "fewer"
         by = "" if self.ratio is None else f"{abs(self.ratio - 1):.1%} "
+        hint = ""
+        if self.payload_bytes > 0 and abs(self.nic_tx_bytes / self.payload_bytes - 1) < 0.01:
+            hint = "The interface saw hardly a header, as where cutting segments is left to it (gso_max_segs above 1). "
         lines = [
             f"defect in commopt's byte count: {by}{more_or_less} bytes left {self.node} than commopt counted: "
             f"{self.nic_tx_bytes:,.0f} by the interface, {self.modelled_bytes:,.0f} by the count "
-            f"({self.payload_bytes:,.0f} of payload, and headers). {self._hint}Please report it with these lines:"
+            f"({self.payload_bytes:,.0f} of payload, and headers). {hint}Please report it with these lines:"
         ]
         lines += [f"  {r.method} {r.operation} {r.bucket}: {r.calls} calls, {r.bytes:,.0f} bytes" for r in self.rows]
         return "\n".join(lines)
-
-    @property
-    def _hint(self) -> str:
-        if self.payload_bytes > 0 and abs(self.nic_tx_bytes / self.payload_bytes - 1) < 0.01:
-            return "The interface saw hardly a header, as where cutting segments is left to it (gso_max_segs above 1). "
-        return ""
 
 
 def verify(

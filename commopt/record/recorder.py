@@ -124,8 +124,13 @@ class Recorder:
         self._write("step", step=step, **fields)
         self._steps_done += 1
         if self._steps_done % max(1, math.ceil(self._steps / PRINTED_LINES)) == 0 or self._steps_done == self._steps:
-            waiting = f", {wait_s / seconds:.0%} waiting for the network" if seconds > 0 else ""
-            self._print(f"step {step}: loss {float(loss):.3f}, {seconds * 1e3:.0f} ms{waiting}{self._round_facts()}")
+            missed, spread = self._rounds_missed, self._spread
+            self._rounds_missed, self._spread = 0, None
+            facts = [f"step {step}: loss {float(loss):.3f}", f"{seconds * 1e3:.0f} ms"]
+            facts += [f"{wait_s / seconds:.0%} waiting for the network"] if seconds > 0 else []
+            facts += [] if spread is None else [f"spread {spread_text(spread)}"]
+            facts += [f"{missed} {'round' if missed == 1 else 'rounds'} missed"] if missed else []
+            self._print(", ".join(facts))
 
     def round(
         self,
@@ -211,14 +216,6 @@ class Recorder:
     def _print(self, text: str) -> None:
         if self._prints:
             print(text, flush=True)
-
-    def _round_facts(self) -> str:
-        """What the rounds since the last printed step were like: `, spread 0.013, 2 rounds missed`."""
-        missed, spread = self._rounds_missed, self._spread
-        self._rounds_missed, self._spread = 0, None
-        facts = [] if spread is None else [f"spread {spread_text(spread)}"]
-        facts += [f"{missed} {'round' if missed == 1 else 'rounds'} missed"] if missed else []
-        return "".join(f", {fact}" for fact in facts)
 
     def _transmitted(self) -> int | None:
         if self._nic is None or self._file is None:

@@ -36,7 +36,8 @@ def bytes_text(nbytes: float) -> str:
     """`6.1 MB`, `190 kB`, `830 B`; powers of ten."""
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if nbytes >= 0.9995 * factor:
-            return f"{_digits(nbytes / factor)} {unit}"
+            value = nbytes / factor
+            return f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.1f} {unit}"
     return f"{nbytes:.0f} B"
 
 
@@ -50,7 +51,3 @@ def spread_text(spread: float) -> str:
     if spread >= 9.95 or spread == 0:
         return f"{spread:.0f}"
     return f"{spread:#.2g}" if spread >= 9.95e-5 else f"{spread:.1e}"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}"

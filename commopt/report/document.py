@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 import commopt
+from commopt.record.meter import TrafficRow
 
 if TYPE_CHECKING:
     from commopt.cluster.spec import ClusterSpec
@@ -76,7 +77,7 @@ class Environment(DocumentPart):
     """The machine and the software that the numbers depend on; no host name, no user, no path."""
 
     python: str = Field(description="version of Python")
-    torch: str | None = Field(description="version of torch; null where it is not installed")
+    torch: str = Field(description="version of torch")
     commopt: str = Field(description="version of commopt")
     cpu_count: int = Field(description="processors that this process may use")
     platform: str = Field(description="operating system, its release, and the machine's architecture")
@@ -84,15 +85,14 @@ class Environment(DocumentPart):
     @classmethod
     def here(cls) -> Environment:
         """The environment of this process."""
-        try:
-            torch = importlib.metadata.version("torch")
-        except importlib.metadata.PackageNotFoundError:
-            torch = None
-        affinity = getattr(os, "sched_getaffinity", None)
-        cpu_count = len(affinity(0)) if affinity else os.cpu_count() or 1
-        system = f"{platform.system()} {platform.release()} {platform.machine()}"
-        version = platform.python_version()
-        return cls(python=version, torch=torch, commopt=commopt.__version__, cpu_count=cpu_count, platform=system)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(
+            python=platform.python_version(),
+            torch=importlib.metadata.version("torch"),
+            commopt=commopt.__version__,
+            cpu_count=cores,
+            platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        )
 
 
 class TrainedModel(DocumentPart):
@@ -131,17 +131,20 @@ class NodeBytes(DocumentPart):
     ok: bool = Field(description="whether the two counts agree within 3 %, or within 10 kB")
 
 
-class Traffic(DocumentPart):
-    """What one operation handed to the network in the measured window, over all ranks; payload, without headers."""
+class RoundCosts(DocumentPart):
+    """What outer rounds cost, over some ranks."""
 
-    method: str = Field(description="the method that called it")
-    operation: str = Field(description="the collective or exchange")
-    bucket: str = Field(description="the bucket it was called for")
-    calls: int = Field(description="calls, over all ranks")
-    bytes: float = Field(description="payload bytes, counting the collective's schedule, over all ranks")
+    blocked_s: float = Field(description="seconds that training stood still for a round, mean over rounds and ranks")
+    blocked_share: float | None = Field(description="share of the steps' seconds that they stood still for rounds")
+    exchange_s: float = Field(
+        description="seconds from a round's start to its last message, mean over rounds and ranks"
+    )
+    bytes_per_step: float | None = Field(
+        description="bytes that a rank sent in rounds, over all its steps; mean over the ranks"
+    )
 
 
-class RankRounds(DocumentPart):
+class RankRounds(RoundCosts):
     """One rank's outer rounds."""
 
     rank: int = Field(description="the rank")
@@ -149,10 +152,6 @@ class RankRounds(DocumentPart):
     missed: int = Field(description="those in which a scheduled peer's message did not come in time")
     missed_at_s: list[float] = Field([], description="when those ended, in seconds since the first rank's start")
     alone: int = Field(0, description="rounds in which it averaged with nobody, missed or sitting out")
-    blocked_s: float = Field(description="seconds that training stood still for a round, mean over its rounds")
-    blocked_share: float | None = Field(description="share of its steps' seconds that they stood still for rounds")
-    exchange_s: float = Field(description="seconds from a round's start to its last message, mean over its rounds")
-    bytes_per_step: float | None = Field(description="bytes that it sent in rounds, over its optimizer steps")
 
 
 class Spread(DocumentPart):
@@ -166,26 +165,14 @@ class Spread(DocumentPart):
     )
 
 
-class Rounds(DocumentPart):
+class Rounds(RoundCosts):
     """The outer rounds of a run, over all ranks."""
 
     rounds: int = Field(description="outer rounds of the rank that made most")
     missed: int = Field(description="rounds in which a scheduled peer's message did not come in time, over all ranks")
-    blocked_s: float = Field(description="seconds that training stood still for a round, mean over rounds and ranks")
-    blocked_worst_s: float = Field(description="the same of the rank with the largest mean")
-    blocked_share: float | None = Field(
-        description="share of the steps' seconds that they stood still for rounds, over steps and ranks"
-    )
-    exchange_s: float = Field(
-        description="seconds from a round's start to its last message, mean over rounds and ranks"
-    )
-    bytes_per_step: float | None = Field(
-        description="bytes that a rank sent in rounds, over its optimizer steps, rounds or not; mean over the ranks"
-    )
+    blocked_worst_s: float = Field(description="blocked_s of the rank with the largest mean")
     by_rank: list[RankRounds] = Field(description="the same for each rank")
-    spread: list[Spread] = Field(
-        [], description="the replicas' distance along the run; empty where no rank estimated it"
-    )
+    spread: list[Spread] = Field([], description="the distance along the run; empty where no rank estimated it")
     spread_end: float | None = Field(None, description="the last of these; null where there is none")
 
 
@@ -248,19 +235,22 @@ class FaultCost(DocumentPart):
     back_at_step: int | None = Field(None, description="of a restart: the number of that step, as recorded")
 
 
-class Fault(DocumentPart):
-    """A fault that the launcher injected."""
+class InjectedFault(DocumentPart):
+    """A fault as it was planned and done."""
 
     kind: str = Field(description="kill, restart, cut, slow or hang")
     nodes: list[str] = Field(description="the nodes it was done to; of a cut, its two sides")
-    ranks: list[int] = Field(description="the ranks of these nodes; none of a site")
-    at_step: int = Field(
-        description="the step that it was planned for: it came when the furthest rank had done so many"
-    )
-    at_s: float = Field(description="when it began, in seconds since the first rank's start")
-    end_s: float | None = Field(None, description="when it was undone, by the same clock; null where it never was")
+    at_step: int = Field(description="the step it was planned for: it came when the furthest rank had done so many")
     for_s: float | None = Field(None, description="seconds that it was planned to last; null where to the end")
     factor: float | None = Field(None, description="of slow: the nodes got 1/factor of the processor's time")
+
+
+class Fault(InjectedFault):
+    """A fault that the launcher injected, and what it cost."""
+
+    ranks: list[int] = Field(description="the ranks of these nodes; none of a site")
+    at_s: float = Field(description="when it began, in seconds since the first rank's start")
+    end_s: float | None = Field(None, description="when it was undone, by the same clock; null where it never was")
     cost: FaultCost = Field(description="what it cost those who went on")
 
 
@@ -284,12 +274,10 @@ class RunResult(DocumentPart):
     val_loss: float | None = Field(None, description="the last validation's loss; null where none or not finite")
     validations: list[Validation] = Field([], description="every validation, in order")
     validation_by_rank: list[RankValidation] = Field(
-        [], description="with outer rounds, where ranks end with replicas of their own: each rank's last validation"
+        [], description="with outer rounds, each rank's last validation, of its own replica"
     )
     step_seconds: list[float] = Field(description="per step, its seconds, mean over the ranks")
-    seconds: list[float] = Field(
-        description="per step, training seconds until its end: the running sum of step_seconds"
-    )
+    seconds: list[float] = Field(description="training seconds until each step's end: the running sum of step_seconds")
     step_s: float | None = Field(
         None,
         description="seconds per step in the steady phase: the median of each rank's steady steps, of the slowest rank; "
@@ -297,14 +285,14 @@ class RunResult(DocumentPart):
     )
     step_mean_s: float | None = Field(None, description="mean seconds of the steady steps, over steps and ranks")
     compute_s: float | None = Field(
-        None, description="median of the same steps with communication switched off, of the slowest rank"
+        None, description="median of the same steps without communication, of the slowest rank"
     )
     wait_share: float | None = Field(
-        None, description="share of the steady steps' seconds spent waiting for the network, over steps and ranks"
+        None, description="share of the steady steps' seconds spent waiting for the network"
     )
     wall_s: float | None = Field(
         None,
-        description="seconds from the start of training to the end of the last step, with validations between them",
+        description="seconds from the start of training to the end of the last step, with validations",
     )
     window_steps: int = Field(0, description="steps of the measured window, which lies in the steady phase")
     payload_bytes_per_step: float | None = Field(
@@ -320,25 +308,19 @@ class RunResult(DocumentPart):
     nic_over_model: float | None = Field(
         None, description="the interface's count over commopt's with headers, of the node that is farthest from 1"
     )
-    nodes: list[NodeBytes] = Field(
-        [], description="both byte counts of every node; empty where there is only commopt's"
-    )
-    traffic: list[Traffic] = Field([], description="commopt's count of the window in detail, the largest first")
+    nodes: list[NodeBytes] = Field([], description="both byte counts of each node; empty where there is only commopt's")
+    traffic: list[TrafficRow] = Field([], description="commopt's count of the window in detail, the largest first")
     defects: list[str] = Field([], description="disagreements of the two byte counts, worded for a bug report")
     events: list[Event] = Field([], description="what else the ranks recorded, in order")
     rounds: Rounds | None = Field(None, description="the outer rounds; null where the method has none")
     faults: list[Fault] = Field([], description="the faults that were injected, in order, and what each cost")
     progress: list[Progress] = Field(
-        [], description="when each rank had done how many steps; only where there are outer rounds or faults"
+        [], description="when each rank had done how many steps; only with outer rounds or faults"
     )
-    ended_early: list[EndedEarly] = Field(
-        [], description="with outer rounds, the ranks that did not train to the end while others did"
-    )
-    notices: list[str] = Field(
-        [], description="what a reader should know about how this run was recorded, in sentences"
-    )
+    ended_early: list[EndedEarly] = Field([], description="with outer rounds, the ranks that others went on without")
+    notices: list[str] = Field([], description="what to know about how this run was recorded, in sentences")
     speedup_vs_dense: float | None = Field(
-        None, description="step_s of dense over this step_s; null without dense or without a steady phase"
+        None, description="step_s of dense over this; null without dense or a steady phase"
     )
 
 

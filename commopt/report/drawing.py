@@ -6,9 +6,10 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from commopt.report.results import Results
+from commopt.report.document import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,13 +18,7 @@ if TYPE_CHECKING:
 INK, FAINT, PAPER = "#1b1f24", "#d5dae0", "#ffffff"
 QUIET = "#5b6570"
 DENSE_COLOUR = "#7a828c"
-METHOD_COLOURS = ("#e08a00", "#0072b2", "#00926a", "#c4569a", "#c84a0c", "#3f9fd8", "#8a7a00")  # after Okabe and Ito
-DARK = {  # the same roles on a dark page
-    INK: "#e6e9ed",
-    FAINT: "#3a414a",
-    PAPER: "#15181c",
-    QUIET: "#a3adb8",
-    DENSE_COLOUR: "#9aa3ad",
+METHOD_COLOURS = {  # after Okabe and Ito, on a light and on a dark page
     "#e08a00": "#f0a830",
     "#0072b2": "#56b4e9",
     "#00926a": "#2fc79b",
@@ -32,6 +27,8 @@ DARK = {  # the same roles on a dark page
     "#3f9fd8": "#8fd0f5",
     "#8a7a00": "#d8c840",
 }
+DARK = {INK: "#e6e9ed", FAINT: "#3a414a", PAPER: "#15181c", QUIET: "#a3adb8", DENSE_COLOUR: "#9aa3ad"}
+DARK |= METHOD_COLOURS
 WIDTH_IN, DPI = 8.0, 200
 FONT_POINTS = 11.0
 
@@ -39,7 +36,7 @@ FONT_POINTS = 11.0
 def colours(results: Results) -> dict[str, str]:
     """A colour for each run's name; dense is grey, since the others are compared with it."""
     others = [run.name for run in results.runs if run.method != "dense"]
-    chosen = {name: METHOD_COLOURS[index % len(METHOD_COLOURS)] for index, name in enumerate(others)}
+    chosen = dict(zip(others, cycle(METHOD_COLOURS), strict=False))
     return {run.name: chosen.get(run.name, DENSE_COLOUR) for run in results.runs}
 
 
@@ -76,8 +73,7 @@ def new_figure(title: str, height_in: float) -> tuple[Figure, Axes]:
 
     with matplotlib.rc_context({"font.size": FONT_POINTS, "axes.edgecolor": QUIET, "hatch.linewidth": 1.0}):
         figure = Figure(figsize=(WIDTH_IN, height_in), facecolor=PAPER)
-        right = 0.82
-        axes = figure.add_axes((0.085, 0.62 / height_in, right - 0.085, 1 - 1.1 / height_in), facecolor="none")
+        axes = figure.add_axes((0.085, 0.62 / height_in, 0.82 - 0.085, 1 - 1.1 / height_in), facecolor="none")
     figure.text(
         0.012, 1 - 0.13 / height_in, title, ha="left", va="top", fontsize=FONT_POINTS + 3, fontweight="bold", color=INK
     )
@@ -95,18 +91,24 @@ def dress(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def legend(axes: Axes, entries: Sequence[tuple[str, float | dict[str, str] | None]]) -> None:
-    """What the marks mean, under the picture: a marker, or a bar that is solid, pale, or hatched where None."""
+def name_lanes(axes: Axes, places: Sequence[int], names: Sequence[str]) -> None:
+    """Name lanes at the left, without an axis there."""
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
+
+
+def legend(axes: Axes, entries: Sequence[tuple[str, str | float | None]]) -> None:
+    """What the marks mean, under the picture: a marker, of which "o" is filled, or a bar: solid, pale, or hatched where None."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Line2D | Patch] = []
     for label, look in entries:
-        if isinstance(look, dict):
-            style = {"mfc": "none", **look}
-            handles.append(
-                Line2D([], [], ls="", ms=7, mec=QUIET, mew=1.6, label=label, marker=style["marker"], mfc=style["mfc"])
-            )
+        if isinstance(look, str):
+            fill = QUIET if look == "o" else "none"
+            handles.append(Line2D([], [], ls="", ms=7, mec=QUIET, mew=1.6, label=label, marker=look, mfc=fill))
         else:
             hatch, fill = ("////", "none") if look is None else (None, mix(QUIET, look))
             handles.append(Patch(facecolor=fill, edgecolor=QUIET, hatch=hatch, label=label))
@@ -114,6 +116,13 @@ def legend(axes: Axes, entries: Sequence[tuple[str, float | dict[str, str] | Non
         handles=handles, loc="lower left", ncol=len(handles), frameon=False, fontsize=FONT_POINTS - 1,
         bbox_to_anchor=(axes.get_position().x0, 0), borderpad=0.2, handletextpad=0.5, labelcolor=INK, borderaxespad=0.3,
     )  # fmt: skip
+
+
+def note(
+    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **style: Any
+) -> None:
+    """Write a text so many points from a place."""
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", color=colour, annotation_clip=False, **style)
 
 
 def say_nothing(axes: Axes, text: str) -> Figure:
@@ -134,28 +143,26 @@ def name_at_the_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]])
     box = axes.get_position()
     right = min(0.82, 1 - (widest + 34) / (72 * WIDTH_IN))
     axes.set_position((box.x0, box.y0, right - box.x0, box.height))
-    style: dict[str, Any] = {
-        "fontsize": FONT_POINTS - 0.5,
-        "fontweight": "bold",
-        "annotation_clip": False,
-        "linespacing": 1.1,
-    }
-    for (name, colour, x, y), at in zip(*_moved_apart(late, [_height(axes, x, y) for _, _, x, y in late]), strict=True):
+    style: dict[str, Any] = {"fontsize": FONT_POINTS - 0.5, "fontweight": "bold", "linespacing": 1.1}
+    axes.get_ylim()  # settles the limits
+    to_frame = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_frame.transform((x, y))[1]) for _, _, x, y in late]
+    for (name, colour, x, y), at in zip(*_moved_apart(late, heights), strict=True):
         axes.annotate(
             "", (x, y), xytext=(1.035, at), textcoords="axes fraction", annotation_clip=False, arrowprops=leader(colour)
         )
-        axes.annotate(name, (1.04, at), xycoords="axes fraction", color=colour, va="center_baseline", **style)
-    for level, (name, colour, x, y) in enumerate(reversed(early)):
         axes.annotate(
-            name.replace("\n", ": "), (x, y), xytext=(14, 20 + 18 * level), textcoords="offset points", color=colour,
-            va="bottom", arrowprops=leader(colour), **style,
-        )  # fmt: skip
-
-
-def _height(axes: Axes, x: float, y: float) -> float:
-    """How high a point lies in the picture's frame, from 0 to 1, whatever the scale of its axis."""
-    axes.get_ylim()  # settles the limits
-    return float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1])
+            name,
+            (1.04, at),
+            xycoords="axes fraction",
+            color=colour,
+            va="center_baseline",
+            annotation_clip=False,
+            **style,
+        )
+    for level, (name, colour, x, y) in enumerate(reversed(early)):
+        words, offset = name.replace("\n", ": "), (14, 20 + 18 * level)
+        note(axes, words, (x, y), offset, colour, va="bottom", arrowprops=leader(colour), **style)
 
 
 def _moved_apart(

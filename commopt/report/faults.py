@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 from commopt.record.lines import RankRecord
-from commopt.report.document import DocumentPart, Fault, FaultCost, MissedRounds
-from commopt.report.rounds import clock_offset_s
+from commopt.report.document import Fault, FaultCost, InjectedFault, MissedRounds
+from commopt.report.rounds import clock_offsets_s
 
 FAULTS_FILE = "faults.jsonl"  # the launcher's, beside the ranks' files
 
 
-class FaultLine(DocumentPart, extra="ignore"):
+class FaultLine(InjectedFault, extra="ignore"):
     """A fault as the launcher wrote it, its end put to its beginning."""
 
-    kind: str
     phase: Literal["begin", "end"]
-    nodes: tuple[str, ...]
-    at_step: int
     epoch_s: float
-    for_s: float | None = None
-    factor: float | None = None
     end_epoch_s: float | None = None
 
 
@@ -47,16 +42,13 @@ def read_faults(record_dir: Path) -> tuple[list[FaultLine], int]:
     return faults, unreadable
 
 
-def faults_of(lines: Sequence[FaultLine], started: Mapping[int, RankRecord]) -> list[Fault]:
+def faults_of(lines: Sequence[FaultLine], records: Sequence[RankRecord]) -> list[Fault]:
     """Each fault beside what the ranks did from its beginning to the next one's; none where ranks do not say when they started."""
-    timelines = [
-        _Timeline(record, offset_s)
-        for record in started.values()
-        if (offset_s := clock_offset_s(list(started.values()), record)) is not None
-    ]
+    offsets_s = clock_offsets_s(records)
+    timelines = [_Timeline(record, offsets_s[record.rank]) for record in records if record.rank in offsets_s]
     if not timelines or not lines:
         return []
-    zero_s = min(record.epoch_s for record in started.values() if record.epoch_s is not None)
+    zero_s = min(record.epoch_s for record in records if record.epoch_s is not None)
     ordered = sorted(lines, key=lambda line: line.epoch_s)
     begins = [line.epoch_s - zero_s for line in ordered]
     ends = [*begins[1:], max([timeline.end_s for timeline in timelines] + begins)]
@@ -65,14 +57,10 @@ def faults_of(lines: Sequence[FaultLine], started: Mapping[int, RankRecord]) -> 
         dead = dead | set(line.nodes) if line.kind == "kill" else dead
         faults.append(
             Fault(
-                kind=line.kind,
-                nodes=list(line.nodes),
+                **line.model_dump(include=set(InjectedFault.model_fields)),
                 ranks=sorted(timeline.rank for timeline in timelines if timeline.node in line.nodes),
-                at_step=line.at_step,
                 at_s=round(begin_s, 3),
                 end_s=None if line.end_epoch_s is None else round(line.end_epoch_s - zero_s, 3),
-                for_s=line.for_s,
-                factor=line.factor,
                 cost=_cost(line, timelines, dead, begin_s, end_s),
             )
         )
@@ -88,7 +76,7 @@ class _Timeline:
         self.rank, self.node = record.rank, str(record.start["node"])
         self.is_through = record.ended or record.steps_done >= int(record.start.get("steps", 0))
         self.steps = [(line.at_s + offset_s, line) for line in record.steps]
-        self.first_after_away = {again.steps_before for again in record.resumptions}  # indices in steps
+        self.first_after_away = {k for k, _ in record.begins[1:]}  # indices in steps
         self.validated = [line.at_s + offset_s for line in record.validations]
         self.missed = [line.at_s + offset_s for line in record.rounds if line.missed]
         self.end_s = record.last_s + offset_s
@@ -108,18 +96,15 @@ class _Timeline:
         if self.steps and not self.is_through:
             yield end_s - max(self.steps[-1][0], begin_s)
 
-    def first_step_after(self, at_s: float) -> tuple[float, int] | None:
-        return next(((step_s, line.step) for step_s, line in self.steps if step_s > at_s), None)
-
 
 def _cost(line: FaultLine, timelines: Sequence[_Timeline], dead: set[str], begin_s: float, end_s: float) -> FaultCost:
-    done_to = set() if line.kind == "cut" else set(line.nodes)
-    survivors = [t for t in timelines if t.node not in dead | done_to and t.steps]
-    stops = {t: max([0.0, *t.pauses(begin_s, end_s)]) for t in survivors}
-    stopped = max(survivors, key=lambda t: stops[t], default=None)
+    away = dead if line.kind == "cut" else dead | set(line.nodes)
+    stops = {t: max([0.0, *t.pauses(begin_s, end_s)]) for t in timelines if t.node not in away and t.steps}
+    stopped = max(stops, key=lambda t: stops[t], default=None)
     missed = {t.rank: sum(begin_s <= at_s < end_s for at_s in t.missed) for t in timelines}
-    back = [t.first_step_after(begin_s) for t in timelines if t.node in line.nodes] if line.kind == "restart" else []
-    returned = max((step for step in back if step), default=None) if None not in back else None
+    restarted = [t for t in timelines if line.kind == "restart" and t.node in line.nodes]
+    after = [[(at_s, step.step) for at_s, step in t.steps if at_s > begin_s][:1] for t in restarted]
+    returned = max((step for steps in after for step in steps), default=None) if all(after) else None
     return FaultCost(
         longest_stop_s=None if stopped is None else round(stops[stopped], 3),
         stopped_rank=None if stopped is None else stopped.rank,

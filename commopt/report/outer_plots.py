@@ -8,31 +8,15 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from commopt.record.words import spread_text
-from commopt.report.drawing import (
-    FAINT,
-    FONT_POINTS,
-    INK,
-    PAPER,
-    QUIET,
-    WIDTH_IN,
-    colours,
-    dress,
-    legend,
-    mix,
-    name_at_the_right,
-    new_figure,
-    round_step,
-    say_nothing,
-    width_points,
-)
-from commopt.report.fault_words import fault_text
-from commopt.report.results import Results, RunResult
+from commopt.report import drawing
+from commopt.report.document import Progress, ProgressPart, Results, RunResult
+from commopt.report.drawing import FAINT, FONT_POINTS, INK, PAPER, QUIET, WIDTH_IN
+from commopt.report.outer_table import fault_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from commopt.report.document import Progress, ProgressPart
 
 LANES_IN = 4.5  # of all ranks of a run together, if they would be higher at LANE_IN each
 LANE_IN, LEVEL_IN = 0.46, 0.21
@@ -53,8 +37,8 @@ def outer_pictures(results: Results) -> dict[str, Callable[[Results], Figure]]:
 
 def spread_against_steps(results: Results) -> Figure:
     """The distance between the replicas along the steps, on a log scale."""
-    figure, axes = new_figure("How far apart the replicas are (log scale)", 3.8)
-    chosen, ends = colours(results), []
+    figure, axes = drawing.new_figure("How far apart the replicas are (log scale)", 3.8)
+    chosen, ends = drawing.colours(results), []
     for run in results.runs:
         points = [(point.step, point.spread) for point in run.rounds.spread if point.spread > 0] if run.rounds else []
         if not points:
@@ -64,79 +48,67 @@ def spread_against_steps(results: Results) -> Figure:
         axes.plot(x, y, marker=marker, ms=3, lw=1.6, color=chosen[run.name], zorder=3)
         axes.plot(x[-1], y[-1], "o", ms=7, color=chosen[run.name], mec=PAPER, zorder=30, clip_on=False)
         ends.append((f"{run.name}\n{spread_text(y[-1])}", chosen[run.name], x[-1], y[-1]))
-    if not ends:
-        return say_nothing(axes, "no rank estimated the spread")
     axes.set_yscale("log")
+
+    def is_shown(value: float) -> bool:
+        """Name 2 and 5 between powers of ten where the axis has hardly a power of ten."""
+        low, high = axes.get_ylim()
+        return high / low < 50 and round(value / 10.0 ** math.floor(math.log10(value) + 1e-9)) in (2, 5)
+
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _is_shown(axes, value) else "")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if is_shown(value) else "")
     axes.tick_params(which="minor", colors=QUIET, labelcolor=INK, labelsize=FONT_POINTS - 1, length=2)
     axes.set_ylabel("spread")
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max(run.steps for run in results.runs) or 1)
-    name_at_the_right(axes, ends)
+    drawing.name_at_the_right(axes, ends)
     box = axes.get_position()
     axes.set_position((0.105, box.y0, box.x1 - 0.105, box.height))
     return figure
 
 
-def _is_shown(axes: Axes, value: float) -> bool:
-    """Name 2 and 5 between powers of ten where the axis has hardly a power of ten."""
-    low, high = axes.get_ylim()
-    return high / low < 50 and round(value / 10.0 ** math.floor(math.log10(value) + 1e-9)) in (2, 5)
-
-
 def progress_under_faults(results: Results) -> Figure:
     """How far each rank came when, and when which fault began and ended."""
+    from matplotlib.ticker import MultipleLocator
+
     runs = [run for run in results.runs if run.faults]
-    left, width = _frame(runs)
-    end_s = _axis_end_s(runs, width)
+    longest = max((len(_lane_name(rank)) for run in runs for rank in run.progress), default=6)
+    left = (0.25 + longest * (FONT_POINTS - 1) * 0.6 / 72) / WIDTH_IN
+    width = 0.885 - left
+    names = [[drawing.width_points(fault_text(fault)) + 8 for fault in run.faults] for run in runs]
+    end_s = _axis_end_s(runs, names, width)
     points_per_s = width * WIDTH_IN * 72 / end_s
-    levels = [name_levels([f.at_s * points_per_s for f in run.faults], _name_widths(run)) for run in runs]
+    levels = [
+        name_levels([fault.at_s * points_per_s for fault in run.faults], widths)
+        for run, widths in zip(runs, names, strict=True)
+    ]
     heights = [
-        (_lanes_in(run), (0.62 if k else 0.34) + LEVEL_IN * (1 + max(run_levels, default=0)))
+        (min(LANE_IN * max(1, len(run.progress)), LANES_IN), (0.62 if k else 0.34) + LEVEL_IN * (1 + max(run_levels)))
         for k, (run, run_levels) in enumerate(zip(runs, levels, strict=True))
     ]
     height_in = 0.42 + sum(lanes + above for lanes, above in heights) + 0.95
-    figure, axes = new_figure("How far each rank came, under faults", max(height_in, 2.0))
-    if not runs:
-        return say_nothing(axes, "no fault was injected")
-    chosen, top_in = colours(results), height_in - 0.42
+    figure, axes = drawing.new_figure("How far each rank came, under faults", max(height_in, 2.0))
+    scale, unit = (60.0, "minutes") if end_s >= 600 else (1.0, "seconds")
+    chosen, top_in = drawing.colours(results), height_in - 0.42
     for index, (run, run_levels, (lanes_in, above_in)) in enumerate(zip(runs, levels, heights, strict=True)):
         top_in -= above_in
         box = (left, (top_in - lanes_in) / height_in, width, lanes_in / height_in)
         if index:
             axes = figure.add_axes(box, facecolor="none")
-            dress(axes)
+            drawing.dress(axes)
         axes.set_position(box)
         axes.set_xlim(0, end_s)
         _draw_lanes(axes, run, chosen[run.name])
         _mark_faults(axes, run, run_levels)
-        name_in = above_in - (0.28 if index else 0)
-        axes.annotate(
-            run.name, (0, 1), xycoords="axes fraction", xytext=(0, name_in * 72 - 16), textcoords="offset points",
-            color=chosen[run.name], fontweight="bold", fontsize=FONT_POINTS, annotation_clip=False,
-        )  # fmt: skip
-        _clock(axes, end_s, is_last=run is runs[-1])
+        offset = (0, (above_in - (0.28 if index else 0)) * 72 - 16)
+        style = {"xycoords": "axes fraction", "fontweight": "bold", "fontsize": FONT_POINTS}
+        drawing.note(axes, run.name, (0, 1), offset, chosen[run.name], **style)
+        axes.xaxis.set_major_locator(MultipleLocator(scale * drawing.round_step(end_s / scale / 8)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
         top_in -= lanes_in
-    legend(axes, [("steps done", 0.3), ("standing still", None), ("round missed", {"marker": "x"})])
+    axes.set_xlabel(f"{unit} since the first rank started; dotted: a fault was undone; grey: those it was done to")
+    drawing.legend(axes, [("steps done", 0.3), ("standing still", None), ("round missed", "x")])
     return figure
-
-
-def _end_s(run: RunResult) -> float:
-    """When the last step ended, or the last fault began."""
-    last = [part.at_s[-1] for rank in run.progress for part in rank.parts if part.at_s]
-    return max([*last, *(fault.at_s for fault in run.faults)], default=0.0)
-
-
-def _lanes_in(run: RunResult) -> float:
-    return min(LANE_IN * max(1, len(run.progress)), LANES_IN)
-
-
-def _frame(runs: Sequence[RunResult]) -> tuple[float, float]:
-    """Where the frames begin, as a share of the picture's width, and how wide they are."""
-    longest = max((len(_lane_name(rank)) for run in runs for rank in run.progress), default=6)
-    left = (0.25 + longest * (FONT_POINTS - 1) * 0.6 / 72) / WIDTH_IN
-    return left, 0.885 - left
 
 
 def _lane_name(rank: Progress) -> str:
@@ -151,37 +123,24 @@ def _draw_lanes(axes: Axes, run: RunResult, colour: str) -> None:
     for lane, rank in enumerate(run.progress):
         for number, part in enumerate(rank.parts):
             floor, heights = lane + 0.42, [lane + 0.42 - 0.84 * steps / planned for steps in part.steps]
-            axes.fill_between(part.at_s, heights, floor, color=mix(colour, 0.3), lw=0, zorder=2)
+            axes.fill_between(part.at_s, heights, floor, color=drawing.mix(colour, 0.3), lw=0, zorder=2)
             axes.plot(part.at_s, heights, color=colour, lw=1.5, zorder=3)
             for begin, end in _stops(part, shortest_s):
                 axes.fill_between(
                     [begin, end], lane - 0.42, floor, facecolor="none", edgecolor=colour, hatch="////", lw=0
                 )
             is_end = rank.ended and number == len(rank.parts) - 1
-            axes.plot(
-                part.at_s[-1],
-                heights[-1],
-                "o" if is_end else "X",
-                ms=6,
-                color=colour,
-                mec=PAPER,
-                zorder=5,
-                clip_on=False,
-            )
+            marker = "o" if is_end else "X"
+            axes.plot(part.at_s[-1], heights[-1], marker, ms=6, color=colour, mec=PAPER, zorder=5, clip_on=False)
         times = [at_s for at_s in missed.get(rank.rank, []) if at_s <= axes.get_xlim()[1]]
         axes.plot(times, [lane] * len(times), "x", ms=5.5, mew=1.6, color=INK, zorder=6)
         if rank.parts and len(run.progress) <= NAMED_LANES:
-            axes.annotate(
-                f"{rank.parts[-1].steps[-1]} steps", (1, lane), xycoords=("axes fraction", "data"), xytext=(9, 0),
-                textcoords="offset points", va="center", color=INK, fontsize=FONT_POINTS - 1.5, annotation_clip=False,
-            )  # fmt: skip
+            style = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": FONT_POINTS - 1.5}
+            drawing.note(axes, f"{rank.parts[-1].steps[-1]} steps", (1, lane), (9, 0), INK, **style)
     lanes = max(1, len(run.progress))
     named = range(0, len(run.progress), math.ceil(lanes / NAMED_LANES))
     axes.set_ylim(lanes - 0.5, -0.5)
-    axes.set_yticks(list(named), [_lane_name(run.progress[lane]) for lane in named])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
-    axes.spines["left"].set_visible(False)
+    drawing.name_lanes(axes, named, [_lane_name(run.progress[lane]) for lane in named])
 
 
 def _stops(part: ProgressPart, shortest_s: float) -> list[tuple[float, float]]:
@@ -209,16 +168,13 @@ def name_levels(starts: Sequence[float], widths: Sequence[float]) -> list[int]:
     return levels
 
 
-def _name_widths(run: RunResult) -> list[float]:
-    return [width_points(fault_text(fault)) + 8 for fault in run.faults]
-
-
-def _axis_end_s(runs: Sequence[RunResult], width: float) -> float:
-    """Where the axis ends, so that the names of faults near the end stay in the picture."""
-    end_s = max((_end_s(run) for run in runs), default=0.0) * 1.02 or 1.0
+def _axis_end_s(runs: Sequence[RunResult], names: Sequence[Sequence[float]], width: float) -> float:
+    """Where the axis ends: after the last step and fault, and so that the names of faults near the end stay in the picture."""
+    last = [part.at_s[-1] for run in runs for rank in run.progress for part in rank.parts if part.at_s]
+    end_s = max([*last, *(fault.at_s for run in runs for fault in run.faults)]) * 1.02 or 1.0
     frame, margin = width * WIDTH_IN * 72, 0.1 * WIDTH_IN * 72
-    for run in runs:
-        for fault, name in zip(run.faults, _name_widths(run), strict=True):
+    for run, widths in zip(runs, names, strict=True):
+        for fault, name in zip(run.faults, widths, strict=True):
             end_s = max(end_s, fault.at_s * min(frame / max(frame + margin - name, 1.0), 2.0))
     return end_s
 
@@ -238,22 +194,7 @@ def _mark_faults(axes: Axes, run: RunResult, levels: Sequence[int]) -> None:
         if fault.end_s is not None and fault.end_s <= right_s:
             axes.plot([fault.end_s] * 2, [-0.5, last], ":", color=INK, lw=1.1, zorder=4)
         axes.plot([fault.at_s] * 2, [-0.5, last], "-", color=INK, lw=1.1, zorder=4)
-        lift = 5 + LEVEL_IN * 72 * level
-        axes.annotate(
-            "", (fault.at_s, -0.5), xytext=(0, lift + 7), textcoords="offset points", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0},
-        )  # fmt: skip
-        axes.annotate(
-            fault_text(fault), (fault.at_s, -0.5), xytext=(4, lift), textcoords="offset points",
-            color=INK, fontsize=FONT_POINTS - 1.5, annotation_clip=False,
-        )  # fmt: skip
-
-
-def _clock(axes: Axes, end_s: float, *, is_last: bool) -> None:
-    scale, unit = (60.0, "minutes") if end_s >= 600 else (1.0, "seconds")
-    from matplotlib.ticker import MultipleLocator
-
-    axes.xaxis.set_major_locator(MultipleLocator(scale * round_step(end_s / scale / 8)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
-    if is_last:
-        axes.set_xlabel(f"{unit} since the first rank started; dotted: a fault was undone; grey: those it was done to")
+        top, lift = (fault.at_s, -0.5), 5 + LEVEL_IN * 72 * level
+        line = {"arrowstyle": "-", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
+        drawing.note(axes, "", top, (0, lift + 7), INK, arrowprops=line)
+        drawing.note(axes, fault_text(fault), top, (4, lift), INK, fontsize=FONT_POINTS - 1.5)

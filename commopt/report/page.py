@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from commopt.errors import ConfigError, LaunchError
+from commopt.errors import LaunchError
 from commopt.record.words import times_text
 from commopt.report import drawing, plots
 from commopt.report.columns import NOTHING
+from commopt.report.document import Cluster, Node, NodeBytes, Results, RunResult
 from commopt.report.outer_plots import PICTURE_NAMES, outer_pictures
 from commopt.report.outer_table import FAULT_COLUMNS, ROUND_COLUMNS, fault_cells, round_cells
-from commopt.report.results import Cluster, Node, NodeBytes, Results, RunResult
-from commopt.report.table import COLUMNS, cells, event_texts, loss_above_dense, readings
+from commopt.report.table import COLUMNS, cells, event_texts, loss_above_dense, readings, val_loss_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +37,8 @@ def write_report(results: Results, out_dir: Path) -> list[Path]:
 
     A picture of an older report that this one has not is removed. Raises LaunchError for a file that cannot be written.
     """
-    drawn = {name: draw(results) for name, draw in {**plots.PLOTS, **outer_pictures(results)}.items()}
-    contents = {"results.json": results_json(results).encode(), "report.html": page(results).encode()}
+    drawn = {name: draw(results) for name, draw in _draws(results).items()}
+    contents = {"results.json": results_json(results).encode(), "report.html": page(results, drawn).encode()}
     contents |= {f"{name}.png": drawing.png(figure) for name, figure in drawn.items()}
     path = out_dir
     try:
@@ -59,20 +58,13 @@ def results_json(results: Results) -> str:
     return results.model_dump_json(indent=1) + "\n"
 
 
-def read_results(path: Path) -> Results:
-    """The document that `write_report` wrote. Raises ConfigError if the file is not such a document."""
-    from pydantic import ValidationError
-
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: is not a results document: {where + ': ' if where else ''}{first['msg']}") from None
+def _draws(results: Results) -> dict[str, Callable[[Results], Figure]]:
+    """What draws the pictures that there is something for, by the names of their files."""
+    return {**plots.PLOTS, **outer_pictures(results)}
 
 
-def page(results: Results) -> str:
-    """The HTML page: the pictures are inline, and there is no script."""
+def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
+    """The HTML page: the pictures are inline, and there is no script. drawn: the pictures, if they are drawn already."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -82,10 +74,10 @@ def page(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pictures, outer = (
-        {name: _inline(draw, results) for name, draw in which.items()}
-        for which in (plots.PLOTS, outer_pictures(results))
-    )
+    inline = {
+        name: drawing.svg(drawn[name] if drawn else draw(results), (draw.__doc__ or name).splitlines()[0])
+        for name, draw in _draws(results).items()
+    }
     return environment.get_template("page.html").render(
         results=results,
         headline=headline(results),
@@ -93,8 +85,8 @@ def page(results: Results) -> str:
         rows=list(zip(results.runs, cells(results), strict=True)),
         nothing=NOTHING,
         readings=list(zip(results.runs, readings(results), strict=True)),
-        pictures=pictures,
-        outer_pictures=outer,
+        pictures=[inline[name] for name in plots.PLOTS],
+        outer_pictures=inline,
         round_columns=ROUND_COLUMNS,
         round_rows=list(zip([run for run in results.runs if run.rounds], round_cells(results), strict=True)),
         fault_columns=FAULT_COLUMNS,
@@ -102,7 +94,6 @@ def page(results: Results) -> str:
         palette=drawing.DARK,
         run_colours=drawing.colours(results),
         sites=sites(results.cluster),
-        link=link_text,
         mode=MODES.get(results.cluster.emulation, results.cluster.emulation),
         event_texts=event_texts,
         checked_nodes=checked_nodes,
@@ -111,21 +102,13 @@ def page(results: Results) -> str:
     )
 
 
-def _inline(draw: Callable[[Results], Figure], results: Results) -> str:
-    return drawing.svg(draw(results), (draw.__doc__ or draw.__name__).splitlines()[0])
-
-
 def headline(results: Results) -> str:
     """The comparison in a few words: the largest gain over dense, or what kept it from being told."""
     finished = [run for run in results.runs if run.status == "finished"]
     if not finished:
         return "No run finished"
     dense = results.dense
-    rivals = [
-        run
-        for run in finished
-        if run.method != "dense" and run.speedup_vs_dense is not None and None not in run.train_loss
-    ]
+    rivals = [run for run in finished if run.method != "dense" and run.speedup_vs_dense and None not in run.train_loss]
     if dense is None or not rivals:
         return f"{', '.join(run.name for run in results.runs)} on {results.cluster.name}"
     good = [run for run in rivals if (loss_above_dense(run, dense) or 0.0) <= GOOD_LOSS]
@@ -133,7 +116,7 @@ def headline(results: Results) -> str:
     if (best.speedup_vs_dense or 0.0) < 1.03:
         return f"No method beat dense on {results.cluster.name}"
     above = loss_above_dense(best, dense)
-    loss = "" if above is None else f", val loss {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"
+    loss = "" if above is None else f", {val_loss_text(above)}"
     return f"{best.name}: steps {times_text(best.speedup_vs_dense or 0.0)} faster than dense{loss}"
 
 
@@ -147,11 +130,8 @@ def checked_nodes(run: RunResult) -> list[tuple[str, NodeBytes]]:
 
 def options_text(run: RunResult) -> str:
     """`warmup: 24, scale: l2`, or `defaults`."""
-    return ", ".join(f"{key}: {_word(value)}" for key, value in run.options.items()) or "defaults"
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    words = {key: v if isinstance(v, str) else json.dumps(v, default=str) for key, v in run.options.items()}
+    return ", ".join(f"{key}: {word}" for key, word in words.items()) or "defaults"
 
 
 @dataclass(frozen=True)
@@ -164,38 +144,24 @@ class Box:
     link: str
 
 
-@dataclass(frozen=True)
-class Site:
-    """The boxes on one switch; `name` is None where there are no sites."""
+def sites(cluster: Cluster) -> dict[str | None, list[Box]]:
+    """What the drawing shows on each switch: every node, or neighbours that are alike in one box where there are many.
 
-    name: str | None
-    boxes: Sequence[Box]
-
-
-def sites(cluster: Cluster) -> list[Site]:
-    """What the drawing shows: every node, or neighbours that are alike in one box where there are many."""
+    The site is None where there are no sites.
+    """
     by_site: dict[str | None, list[Node]] = {}
     for node in cluster.nodes:
         by_site.setdefault(node.site, []).append(node)
-    return [Site(name, _boxes(nodes, SHOWN_NODES // len(by_site))) for name, nodes in by_site.items()]
+    return {site: _boxes(nodes, SHOWN_NODES // len(by_site)) for site, nodes in by_site.items()}
 
 
 def _boxes(nodes: Sequence[Node], limit: int) -> list[Box]:
-    groups: list[list[Node]] = []
-    for node in nodes:
-        alike = groups and (groups[-1][0].ranks, link_text(groups[-1][0])) == (node.ranks, link_text(node))
-        if alike and len(nodes) > limit:
-            groups[-1].append(node)
-        else:
-            groups.append([node])
+    groups = [[node] for node in nodes]
+    if len(nodes) > limit:
+        groups = [list(alike) for _, alike in groupby(nodes, key=lambda node: (node.ranks, link_text(node)))]
     return [
-        Box(
-            group[0].name if len(group) == 1 else f"{group[0].name} … {group[-1].name}",
-            len(group),
-            group[0].ranks,
-            link_text(group[0]),
-        )
-        for group in groups
+        Box(" … ".join(dict.fromkeys((alike[0].name, alike[-1].name))), len(alike), alike[0].ranks, link_text(alike[0]))
+        for alike in groups
     ]
 
 
@@ -212,17 +178,9 @@ def link_text(node: Node) -> str:
 
 def _write_whole(path: Path, content: bytes) -> None:
     """Write beside the file and rename, so that a reader never sees half of it."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def schema() -> Mapping[str, Any]:
-    """The JSON schema of the results document, every field described."""
-    return Results.model_json_schema(by_alias=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

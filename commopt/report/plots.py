@@ -7,23 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from commopt.record.words import bytes_text, milliseconds, times_text
-from commopt.report.drawing import (
-    FONT_POINTS,
-    INK,
-    PAPER,
-    QUIET,
-    WIDTH_IN,
-    colours,
-    leader,
-    legend,
-    mix,
-    name_at_the_right,
-    new_figure,
-    round_step,
-    say_nothing,
-    width_points,
-)
-from commopt.report.results import Results, RunResult
+from commopt.report import drawing
+from commopt.report.document import Results, RunResult
+from commopt.report.drawing import FONT_POINTS, INK, PAPER, QUIET, WIDTH_IN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,18 +18,18 @@ if TYPE_CHECKING:
 
 def loss_against_steps(results: Results) -> Figure:
     """The training loss along the steps: where methods are alike, their lines coincide."""
-    figure, axes = new_figure("Training loss against steps", 4.4)
+    figure, axes = drawing.new_figure("Training loss against steps", 4.4)
     lines = {run.name: [float(step + 1) for step in range(run.steps)] for run in results.runs}
     ends = _draw_losses(axes, results, lines)
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max((run.steps for run in results.runs), default=1) or 1)
-    name_at_the_right(axes, ends)
+    drawing.name_at_the_right(axes, ends)
     return figure
 
 
 def loss_against_seconds(results: Results) -> Figure:
     """The same losses along the clock: how long each method takes to get there."""
-    figure, axes = new_figure("The same losses against training time", 4.4)
+    figure, axes = drawing.new_figure("The same losses against training time", 4.4)
     ends = _draw_losses(axes, results, {run.name: run.seconds for run in results.runs})
     longest = max((run.seconds[-1] for run in results.runs if run.seconds), default=1.0)
     scale, unit = (60.0, "minutes") if longest >= 600 else (1.0, "seconds")
@@ -52,7 +38,7 @@ def loss_against_seconds(results: Results) -> Figure:
     if scale == 60.0:
         from matplotlib.ticker import MultipleLocator
 
-        axes.xaxis.set_major_locator(MultipleLocator(60.0 * round_step(longest / 60 / 6)))
+        axes.xaxis.set_major_locator(MultipleLocator(60.0 * drawing.round_step(longest / 60 / 6)))
     axes.set_xlim(0, longest * 1.02)
     _name_below(axes, ends, lambda x: f"{x / scale:.{0 if x >= 10 * scale else 1}f} {unit[:3] if scale > 1 else 's'}")
     return figure
@@ -61,68 +47,66 @@ def loss_against_seconds(results: Results) -> Figure:
 def bytes_per_step(results: Results) -> Figure:
     """Payload and bytes on the wire per step, on a log scale."""
     runs = results.runs
-    figure, axes = new_figure("Bytes per step in the steady phase (log scale)", 1.5 + 0.62 * max(1, len(runs)))
-    chosen = colours(results)
+    figure, axes = drawing.new_figure("Bytes per step in the steady phase (log scale)", 1.5 + 0.62 * max(1, len(runs)))
+    chosen = drawing.colours(results)
     known = [n for run in runs for n in (run.payload_bytes_per_step, run.nic_tx_bytes_per_step) if n]
     if not known:
-        return say_nothing(axes, "no bytes were counted")
+        return drawing.say_nothing(axes, "no bytes were counted")
     axes.set_xscale("log")
     axes.set_xlim(10 ** math.floor(math.log10(min(known)) - 0.1), 10 ** (math.log10(max(known)) + 0.1))
     for row, run in enumerate(runs):
         payload, wire = run.payload_bytes_per_step, run.nic_tx_bytes_per_step
-        for nbytes, marker, offset, size in ((payload, "o", -0.17, 7), (wire, "D", 0.17, 6)):
-            if nbytes:
-                axes.plot([axes.get_xlim()[0], nbytes], [row + offset] * 2, color=chosen[run.name], lw=1.6, alpha=0.45)
-                filled = chosen[run.name] if marker == "o" else PAPER
-                axes.plot(
-                    nbytes, row + offset, marker, ms=size, mfc=filled, mec=chosen[run.name], mew=1.8, clip_on=False
-                )
-        texts = _beside([("payload", payload, row - 0.17), ("wire", wire, row + 0.17)])
-        for text, y in texts:
-            axes.annotate(
-                text, (1, y), xycoords=("axes fraction", "data"), xytext=(10, 0), textcoords="offset points", va="center",
-                fontsize=FONT_POINTS - 1.5, color=INK if "payload" in text else QUIET, annotation_clip=False,
-            )  # fmt: skip
-        if not texts:
+        looks = (("payload", payload, "o", -0.17, 7), ("wire", wire, "D", 0.17, 6))
+        for what, nbytes, marker, offset, size in looks:
+            if not nbytes:
+                continue
+            axes.plot([axes.get_xlim()[0], nbytes], [row + offset] * 2, color=chosen[run.name], lw=1.6, alpha=0.45)
+            filled = chosen[run.name] if marker == "o" else PAPER
+            axes.plot(nbytes, row + offset, marker, ms=size, mfc=filled, mec=chosen[run.name], mew=1.8, clip_on=False)
+            ink = INK if what == "payload" else QUIET
+            style = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": FONT_POINTS - 1.5}
+            drawing.note(axes, f"{bytes_text(nbytes)} {what}", (1, row + offset), (10, 0), ink, **style)
+        if not payload and not wire:
             axes.text(axes.get_xlim()[0] * 1.1, row, "not counted", va="center", color=QUIET)
     _rows(axes, runs)
     axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value).replace(".0", ""))
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.tick_params(which="minor", colors=QUIET, length=2)
-    legend(axes, [("payload, one rank", {"marker": "o", "mfc": QUIET}), ("on the wire, busiest node", {"marker": "D"})])
+    drawing.legend(axes, [("payload, one rank", "o"), ("on the wire, busiest node", "D")])
     return figure
 
 
 def step_time(results: Results) -> Figure:
     """A steady step: computing, waiting for the network, and what is neither."""
     runs = results.runs
-    figure, axes = new_figure("A step in the steady phase, in milliseconds", 1.5 + 0.52 * max(1, len(runs)))
-    chosen = colours(results)
+    figure, axes = drawing.new_figure("A step in the steady phase, in milliseconds", 1.5 + 0.52 * max(1, len(runs)))
+    chosen = drawing.colours(results)
     longest = max((run.step_s or 0.0 for run in runs), default=0.0)
     if longest == 0.0:
-        return say_nothing(axes, "no run has a step in a steady phase")
+        return drawing.say_nothing(axes, "no run has a step in a steady phase")
     for row, run in enumerate(runs):
         if run.step_s is None:
             axes.text(longest * 0.01, row, "no steady phase", va="center", color=QUIET)
             continue
         left = 0.0
-        for seconds, style in zip(step_parts(run), ("compute", "rest", "wait"), strict=True):
-            fill = {"compute": chosen[run.name], "rest": mix(chosen[run.name], 0.45), "wait": PAPER}[style]
-            axes.barh(
-                row, seconds, left=left, height=0.56, color=fill, edgecolor=chosen[run.name], lw=1.2,
-                hatch="////" if style == "wait" else None,
-            )  # fmt: skip
+        looks = ((chosen[run.name], None), (drawing.mix(chosen[run.name], 0.45), None), (PAPER, "////"))
+        for seconds, (fill, hatch) in zip(step_parts(run), looks, strict=True):
+            axes.barh(row, seconds, left=left, height=0.56, color=fill, edgecolor=chosen[run.name], lw=1.2, hatch=hatch)
             left += seconds
-        dense = results.dense
-        times = "" if dense is None or run is dense else _times(run.speedup_vs_dense)
-        text = f"{milliseconds(run.step_s)} ms" + (("\n" if left > 0.7 * longest else "  ") + times if times else "")
-        axes.annotate(
-            text, (left, row), xytext=(7, 0), textcoords="offset points", va="center", color=INK, annotation_clip=False
+        ratio = 1.0 if run is results.dense else run.speedup_vs_dense or 1.0
+        times = (
+            f"{times_text(ratio)} faster"
+            if ratio >= 1.03
+            else f"{times_text(1 / ratio)} slower"
+            if ratio < 0.97
+            else ""
         )
+        text = f"{milliseconds(run.step_s)} ms" + (("\n" if left > 0.7 * longest else "  ") + times if times else "")
+        drawing.note(axes, text, (left, row), (7, 0), INK, va="center")
     axes.set_xlim(0, longest * 1.01)
     _rows(axes, runs)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value * 1e3:g}")
-    legend(axes, [("computing", 1.0), ("compressing and the rest", 0.45), ("waiting for the network", None)])
+    drawing.legend(axes, [("computing", 1.0), ("compressing and the rest", 0.45), ("waiting for the network", None)])
     return figure
 
 
@@ -158,19 +142,16 @@ def smooth(values: Sequence[float | None]) -> list[float]:
 def _rows(axes: Axes, runs: Sequence[RunResult]) -> None:
     """One row per run, the first on top, named at the left."""
     axes.set_ylim(len(runs) - 0.45, -0.55)
-    axes.set_yticks(range(len(runs)), [run.name + (" (failed)" if run.status == "failed" else "") for run in runs])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
-    axes.spines["left"].set_visible(False)
-    longest = max(len(label.get_text()) for label in axes.get_yticklabels())
-    left = (0.25 + longest * (FONT_POINTS - 1) * 0.62 / 72) / WIDTH_IN
+    names = [run.name + (" (failed)" if run.status == "failed" else "") for run in runs]
+    drawing.name_lanes(axes, range(len(runs)), names)
+    left = (0.25 + max(map(len, names)) * (FONT_POINTS - 1) * 0.62 / 72) / WIDTH_IN
     box = axes.get_position()
     axes.set_position((left, box.y0, 0.82 - left, box.height))
 
 
 def _draw_losses(axes: Axes, results: Results, along: dict[str, list[float]]) -> list[tuple[str, str, float, float]]:
     """Every run's loss, as measured behind and smoothed in front; returns (name, colour, x, y) of each line's end."""
-    chosen = colours(results)
+    chosen = drawing.colours(results)
     ends = []
     for order, run in enumerate(results.runs):
         x, y = along[run.name], smooth(run.train_loss)
@@ -184,28 +165,18 @@ def _draw_losses(axes: Axes, results: Results, along: dict[str, list[float]]) ->
         end = finite[-1]
         marker = "X" if end < len(y) - 1 or run.status == "failed" else "o"
         axes.plot(x[end], y[end], marker, ms=7, color=chosen[run.name], mec=PAPER, zorder=30, clip_on=False)
-        ends.append((run.name + _trouble(run), chosen[run.name], x[end], y[end]))
+        trouble = f"\nstopped at {run.steps}/{run.steps_planned}" if run.status == "failed" else ""
+        trouble = "\nloss not finite" if None in run.train_loss else trouble
+        ends.append((run.name + trouble, chosen[run.name], x[end], y[end]))
     if not ends:
-        say_nothing(axes, "no step with a finite loss")
+        drawing.say_nothing(axes, "no step with a finite loss")
         return []
     axes.set_ylabel("training loss")
-    _leave_out_spikes(axes, results)
-    return ends
-
-
-def _trouble(run: RunResult) -> str:
-    if None in run.train_loss:
-        return "\nloss not finite"
-    return f"\nstopped at {run.steps}/{run.steps_planned}" if run.status == "failed" else ""
-
-
-def _leave_out_spikes(axes: Axes, results: Results) -> None:
-    """Let the axis end at the highest start of a run, so that one diverging step does not flatten all lines."""
-    finite = [loss for run in results.runs for loss in run.train_loss if loss is not None]
     starts = [next(loss for loss in run.train_loss if loss is not None) for run in results.runs if any(run.train_loss)]
-    low, high = min(finite), max(starts)
-    if high > low:
+    low, high = min(loss for run in results.runs for loss in run.train_loss if loss is not None), max(starts)
+    if high > low:  # the axis ends at the highest start of a run, so that one diverging step does not flatten all lines
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    return ends
 
 
 def _name_below(axes: Axes, ends: Sequence[tuple[str, str, float, float]], clock: Callable[[float], str]) -> None:
@@ -221,7 +192,7 @@ def _name_below(axes: Axes, ends: Sequence[tuple[str, str, float, float]], clock
     step = (high - low) * 0.085
     for name, colour, x, y in sorted(ends, key=lambda end: -end[2]):
         text = f"{name.splitlines()[0]} {clock(x)}"
-        width = (width_points(text) + 8) / points_per_x
+        width = (drawing.width_points(text) + 8) / points_per_x
         fits = x + width < x_max * 1.24
         left, right = (x, x + width) if fits else (x - width, x)
         level = next((i for i, start in enumerate(taken) if right < start), len(taken))
@@ -229,20 +200,10 @@ def _name_below(axes: Axes, ends: Sequence[tuple[str, str, float, float]], clock
             level + 1 :
         ]
         taken += [left] if level == len(taken) else []
-        axes.annotate("", (x, y), xytext=(x, low - step * (level + 0.9)), arrowprops=leader(colour))
-        axes.annotate(
-            text, (x, low - step * (level + 0.75)), xytext=(4 if fits else -4, 0), textcoords="offset points", color=colour,
-            ha="left" if fits else "right", va="center", fontsize=FONT_POINTS - 0.5, fontweight="bold",
-            annotation_clip=False, zorder=40, bbox={"fc": PAPER, "ec": "none", "pad": 0.8},
+        axes.annotate("", (x, y), xytext=(x, low - step * (level + 0.9)), arrowprops=drawing.leader(colour))
+        drawing.note(
+            axes, text, (x, low - step * (level + 0.75)), (4 if fits else -4, 0), colour, ha="left" if fits else "right",
+            va="center", fontsize=FONT_POINTS - 0.5, fontweight="bold", zorder=40,
+            bbox={"fc": PAPER, "ec": "none", "pad": 0.8},
         )  # fmt: skip
     axes.set_ylim(low - step * (len(taken) + 0.45), high)
-
-
-def _beside(values: Sequence[tuple[str, float | None, float]]) -> list[tuple[str, float]]:
-    return [(f"{bytes_text(nbytes)} {what}", y) for what, nbytes, y in values if nbytes]
-
-
-def _times(ratio: float | None) -> str:
-    if ratio is None:
-        return ""
-    return f"{times_text(ratio)} faster" if ratio >= 1.03 else f"{times_text(1 / ratio)} slower" if ratio < 0.97 else ""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from commopt.record.lines import RankRecord, StepLine, rank_files
-from commopt.record.meter import CountCheck, Window, merge, verify
+from commopt.record.meter import CountCheck, merge, verify
 from commopt.report.document import (
     Cluster,
     EndedEarly,
@@ -17,6 +18,7 @@ from commopt.report.document import (
     Event,
     Node,
     NodeBytes,
+    RankValidation,
     Results,
     Rounds,
     RunResult,
@@ -24,7 +26,7 @@ from commopt.report.document import (
     Validation,
 )
 from commopt.report.faults import FAULTS_FILE, faults_of, read_faults
-from commopt.report.rounds import clock_offset_s, progress_of, rounds_of, validation_by_rank
+from commopt.report.rounds import clock_offsets_s, progress_of, rounds_of
 
 __all__ = ["Cluster", "Environment", "Node", "NodeBytes", "Results", "RunResult", "assemble", "collect"]
 
@@ -65,18 +67,24 @@ def collect(
     ranks_here: the ranks whose files can be here, where others write theirs on another machine; all of them if None.
     """
     records = [RankRecord.read(path) for path in rank_files(record_dir)]
-    started = {record.rank: record for record in records if record.start is not None}
-    first: Mapping[str, Any] = next((r.start for r in started.values() if r.start), {})
+    started = [record for record in records if record.start is not None]
+    first: Mapping[str, Any] = next((record.start for record in started if record.start), {})
     ranks, steps_planned = int(first.get("world_size", len(records))), int(first.get("steps", 0))
     expected = range(ranks) if ranks_here is None else ranks_here
-    rounds = rounds_of(list(started.values()))
-    ended_early = _ended_early(started, expected) if rounds else []
-    reasons = ([failure] if failure else []) + _missing(started, expected, steps_planned)
-    if failure is None and rounds and any(record.ended for record in started.values()):
-        reasons = []
+    rounds = rounds_of(started)
+    done = dict.fromkeys(expected, 0) | {record.rank: record.steps_done for record in started}
+    left = {rank: done[rank] for rank in sorted(set(done) - {record.rank for record in started if record.ended})}
+    reasons = [failure] if failure else []
+    if failure is not None or rounds is None or len(left) == len(done):
+        reasons += _missing(started, expected, steps_planned)
     fault_lines, unreadable_faults = read_faults(record_dir)
     faults = faults_of(fault_lines, started)
-    notices = [*_notices(records, list(started.values())), *_departures(ended_early, reasons, steps_planned)]
+    notices = _notices(records, started)
+    if rounds and not reasons:
+        notices += [
+            f"rank {rank} ended early, after {steps} of {steps_planned} steps; the others went on without it"
+            for rank, steps in left.items()
+        ]
     if unreadable_faults:
         notices.append(f"{_lines(unreadable_faults)} cut off or garbled in {FAULTS_FILE}, and left out")
     return RunResult(
@@ -88,47 +96,27 @@ def collect(
         ranks=ranks,
         parameters=first.get("parameters"),
         steps_planned=steps_planned,
-        events=_events(list(started.values())),
+        events=_events(started),
         notices=notices,
         rounds=rounds,
         faults=faults,
         progress=progress_of(started) if rounds or faults else [],
-        ended_early=ended_early,
-        **_training(list(started.values()), is_outer=rounds is not None),
-        **_speed(list(started.values()), is_outer=rounds is not None),
+        ended_early=[EndedEarly(rank=rank, steps=steps) for rank, steps in left.items()] if rounds else [],
+        **_training(started, is_outer=rounds is not None),
+        **_speed(started, is_outer=rounds is not None),
         **_bytes(started, ranks, rounds, has_faults=bool(faults)),
     )
 
 
-def _ended_early(started: Mapping[int, RankRecord], ranks: Sequence[int]) -> list[EndedEarly]:
-    """The ranks without an end line; one without a record has done no step."""
-    steps = {rank: started[rank].steps_done if rank in started else 0 for rank in sorted({*ranks, *started})}
-    return [
-        EndedEarly(rank=rank, steps=done)
-        for rank, done in steps.items()
-        if rank not in started or not started[rank].ended
-    ]
-
-
-def _departures(ended_early: Sequence[EndedEarly], reasons: Sequence[str], steps_planned: int) -> list[str]:
-    """The ranks that the others went on without, where that is not a failure, which names them itself."""
-    if reasons:
-        return []
-    return [
-        f"rank {each.rank} ended early, after {each.steps} of {steps_planned} steps; the others went on without it"
-        for each in ended_early
-    ]
-
-
-def _missing(started: Mapping[int, RankRecord], ranks: Sequence[int], steps_planned: int) -> list[str]:
+def _missing(started: Sequence[RankRecord], ranks: Sequence[int], steps_planned: int) -> list[str]:
     """What is not there that a finished run would have written, in short sentences."""
     if not started:
         return ["no rank wrote a record"]
-    silent = [rank for rank in ranks if rank not in started]
-    cut = {rank: record.steps_done for rank, record in started.items() if not record.ended}
+    silent = [rank for rank in ranks if rank not in {record.rank for record in started}]
     reasons = [f"{_ranks(silent)} wrote no record"] if silent else []
-    for steps in sorted(set(cut.values())):
-        who = _ranks([rank for rank, done in cut.items() if done == steps])
+    cut = [record for record in started if not record.ended]
+    for steps in sorted({record.steps_done for record in cut}):
+        who = _ranks([record.rank for record in cut if record.steps_done == steps])
         reasons.append(f"{who} stopped after {steps} of {steps_planned} steps")
     return reasons
 
@@ -156,12 +144,13 @@ def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any
             by_step.setdefault(step, []).append(line)
     rows = [by_step[step] for step in sorted(by_step)]
     step_seconds = [fmean(line.seconds for line in row) for row in rows]
-    seconds = [0.0]
-    for each in step_seconds:
-        seconds.append(seconds[-1] + each)
+    seconds = list(accumulate(step_seconds, initial=0.0))
     steady = [all(line.steady for line in row) for row in rows]
     to_the_end = [record for record in records if record.ended]
     validations = _validations(to_the_end if is_outer and to_the_end else records, seconds)
+    own = [(record.rank, record.validations[-1]) for record in records if is_outer and record.validations]
+    offsets_s = clock_offsets_s(records) if is_outer else {}  # without outer rounds, ranks start together
+    last_s = [record.steps[-1].at_s + offsets_s.get(record.rank, 0.0) for record in records if record.steps]
     return {
         "steps": len(rows),
         "warmup_steps": steady.index(True) if any(steady) else None,
@@ -170,19 +159,12 @@ def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any
         "step_seconds": step_seconds,
         "seconds": seconds[1:],
         "validations": validations,
-        "validation_by_rank": validation_by_rank(records) if is_outer else [],
+        "validation_by_rank": [
+            RankValidation(rank=rank, after_steps=line.steps, loss=line.loss, tokens=line.tokens) for rank, line in own
+        ],
         "val_loss": validations[-1].loss if validations else None,
-        "wall_s": max(_last_steps_s(records, is_outer=is_outer), default=None),
+        "wall_s": max(last_s, default=None),
     }
-
-
-def _last_steps_s(records: Sequence[RankRecord], *, is_outer: bool) -> list[float]:
-    """When each rank ended its last step; with outer rounds, where ranks start when they will, since the first one's start."""
-    return [
-        record.steps[-1].at_s + ((clock_offset_s(records, record) or 0.0) if is_outer else 0.0)
-        for record in records
-        if record.steps
-    ]
 
 
 def _mean_loss(weighted: Sequence[tuple[float | None, int]]) -> float | None:
@@ -216,77 +198,59 @@ def _speed(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any]:
     everything = [line for steps in steady for line in steps]
     total_s = sum(line.seconds for line in everything)
     mean_s = total_s / len(everything) if everything else None
+    slowest_s = max((median(line.seconds for line in steps) for steps in steady), default=None)
     return {
-        "step_s": mean_s
-        if is_outer
-        else max((median(line.seconds for line in steps) for steps in steady), default=None),
+        "step_s": mean_s if is_outer else slowest_s,
         "step_mean_s": mean_s,
         "compute_s": max(compute, default=None),
         "wait_share": sum(line.wait_s for line in everything) / total_s if total_s > 0 else None,
     }
 
 
-def _bytes(started: Mapping[int, RankRecord], ranks: int, rounds: Rounds | None, *, has_faults: bool) -> dict[str, Any]:
+def _bytes(started: Sequence[RankRecord], ranks: int, rounds: Rounds | None, *, has_faults: bool) -> dict[str, Any]:
     """Both byte counts of the measured window; where a rank did not write both ends of it, what the rounds sent.
 
     Under faults the two are not compared: what goes to a node that is gone is counted, but never transmitted, and what a
     cut swallows is transmitted more than once.
     """
-    windows = {rank: found for rank, record in started.items() if (found := record.window())}
+    windows = {record.rank: found for record in started if (found := record.window())}
     if not windows or set(windows) != set(range(ranks)):
         return {"payload_bytes_per_step": rounds.bytes_per_step if rounds else None}
-    steps_of = {rank: steps for rank, (_, steps, _) in windows.items()}
-    checks = _checks(started, {rank: (each, nic) for rank, (each, _, nic) in windows.items()})
-    shown = [] if has_faults else [check for _, check in checks]
+    starts = {record.rank: record.start for record in started if record.start}
+    node_of_rank = {rank: str(start["node"]) for rank, start in starts.items()}
+    checks: list[CountCheck] = []
+    transmitted: list[float] = []  # per step, of each node
+    for node in dict.fromkeys(node_of_rank.values()):
+        members = [rank for rank in windows if node_of_rank[rank] == node]
+        _, steps, nic_tx_bytes = windows[members[0]]  # a node's lowest rank comes with it, and reads its interface
+        if nic_tx_bytes is None:
+            checks, transmitted = [], []
+            break
+        mine = {rank: windows[rank][0] for rank in members}
+        checks.append(verify(node, mine, node_of_rank, nic_tx_bytes, int(starts[members[0]]["mtu"])))
+        transmitted.append(nic_tx_bytes / steps)
+    shown = [] if has_faults else checks
     ratios = [check.ratio for check in shown if check.ratio is not None]
+    bad = [(abs(c.modelled_bytes - c.nic_tx_bytes), c.node, c.defect) for c in shown if c.defect is not None]
+    _, worst, defect = max(bad, default=(0.0, "", ""))
+    others = [node for _, node, _ in bad if node != worst]
     return {
-        "window_steps": min(steps_of.values()),
+        "window_steps": min(steps for _, steps, _ in windows.values()),
         "payload_bytes_per_step": fmean(each.payload_bytes / steps for each, steps, _ in windows.values()),
-        "nic_tx_bytes_per_step": max((check.nic_tx_bytes / steps_of[rank] for rank, check in checks), default=None),
+        "nic_tx_bytes_per_step": max(transmitted, default=None),
         "nic_over_model": max(ratios, key=lambda ratio: abs(ratio - 1), default=None),
         "nodes": shown,
         "traffic": merge([row for each, _, _ in windows.values() for row in each.rows]),
-        "defects": _defects(shown),
+        "defects": [defect] * bool(bad) + [f"the counts of {_listed(others)} disagree too"] * bool(others),
     }
-
-
-def _checks(
-    started: Mapping[int, RankRecord], windows: Mapping[int, tuple[Window, int | None]]
-) -> list[tuple[int, CountCheck]]:
-    """Each node's count beside its interface's, as its lowest rank (which comes with it) read it; none if one has none."""
-    starts = {rank: record.start for rank, record in started.items() if record.start}
-    node_of_rank = {rank: str(start["node"]) for rank, start in starts.items()}
-    checks = []
-    for node in dict.fromkeys(node_of_rank[rank] for rank in sorted(node_of_rank)):
-        members = [rank for rank in sorted(windows) if node_of_rank[rank] == node]
-        nic_tx_bytes = windows[members[0]][1]
-        if nic_tx_bytes is None:
-            return []
-        mine = {rank: windows[rank][0] for rank in members}
-        check = verify(node, mine, node_of_rank, nic_tx_bytes, int(starts[members[0]]["mtu"]))
-        checks.append((members[0], check))
-    return checks
-
-
-def _defects(checks: Sequence[CountCheck]) -> list[str]:
-    """The worst disagreement in full, and the names of the other nodes that have one."""
-    bad = [
-        (abs(check.modelled_bytes - check.nic_tx_bytes), check.node, check.defect) for check in checks if check.defect
-    ]
-    if not bad:
-        return []
-    _, worst, text = max(bad)
-    others = [node for _, node, _ in bad if node != worst]
-    return [text] + ([f"the counts of {_listed(others)} disagree too"] if others else [])
 
 
 def _events(records: Sequence[RankRecord]) -> list[Event]:
     merged: dict[str, Event] = {}
     for record in records:
         for kind, fields in record.events:
-            event = merged.setdefault(
-                f"{kind} {sorted(fields.items(), key=str)}", Event(kind=kind, ranks=[], fields={**fields})
-            )
+            key = f"{kind} {sorted(fields.items(), key=str)}"
+            event = merged.setdefault(key, Event(kind=kind, ranks=[], fields={**fields}))
             if record.rank not in event.ranks:
                 event.ranks.append(record.rank)
     return list(merged.values())
@@ -303,10 +267,10 @@ def _notices(records: Sequence[RankRecord], started: Sequence[RankRecord]) -> li
         verb = "was" if len(afresh) == 1 else "were"
         notices.append(f"{_ranks(afresh)} {verb} started again from the first step; only the last start is shown")
     for record in started:
-        for again in record.resumptions:
-            before = record.steps[again.steps_before - 1].step + 1 if again.steps_before else 0
+        for k, resumed_at in record.begins[1:]:
+            before = record.steps[k - 1].step + 1 if k else 0
             notices.append(
-                f"rank {record.rank} was started again after step {before}, and went on at step {again.resumed_at}"
+                f"rank {record.rank} was started again after step {before}, and went on at step {resumed_at}"
             )
     if started and not any(record.steady_steps for record in started):
         notices.append("no step was past the method's warm-up, so there is no speed in the steady phase")

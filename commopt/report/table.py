@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TextIO
+from typing import Any, TextIO
 
-from commopt.record.words import milliseconds, times_text
-from commopt.report.columns import Column, aligned, cells_of, mb, ms, percent, rich_rows, terminal
+from commopt.record.words import megabytes, milliseconds, times_text
+from commopt.report.columns import Column, aligned, cells_of, rich_rows
+from commopt.report.document import Results, RunResult
 from commopt.report.outer_table import ROUND_COLUMNS, fault_lines, round_cells
-from commopt.report.results import Results, RunResult
 
 ALIKE = 0.03  # two speeds or byte counts that differ by less are called the same
-
-
-def _to_dense(run: RunResult, dense: RunResult | None) -> str | None:
-    above = loss_above_dense(run, dense)
-    return None if above is None or run is dense else f"{above * 100:+.1f}%"
-
-
-def _wall(run: RunResult, _: RunResult | None) -> str | None:
-    if run.status == "failed":
-        return "failed"
-    return None if run.wall_s is None else f"{run.wall_s:.0f}" if run.wall_s >= 9.95 else f"{run.wall_s:.1f}"
 
 
 COLUMNS = (
@@ -29,47 +19,65 @@ COLUMNS = (
     Column(
         ("val", "loss"),
         "loss of the last validation, on text that is not trained on",
-        lambda run, _: None if run.val_loss is None else f"{run.val_loss:.3f}",
+        lambda run, _: run.val_loss,
+        "{:.3f}".format,
     ),
-    Column(("to", "dense"), "its difference to the validation loss of dense after as many steps", _to_dense),
+    Column(
+        ("to", "dense"),
+        "its difference to the validation loss of dense after as many steps",
+        lambda run, dense: None if run is dense else loss_above_dense(run, dense),
+        "{:+.1%}".format,
+    ),
     Column(
         ("step", "ms"),
         "milliseconds of a step in the steady phase: the median, or the mean where a method has outer rounds, which few "
         "steps hold",
-        lambda run, _: ms(run.step_s),
+        lambda run, _: run.step_s,
+        milliseconds,
     ),
     Column(
         ("compute", "ms"),
         "milliseconds of the same step with communication switched off: no method can be faster",
-        lambda run, _: ms(run.compute_s),
+        lambda run, _: run.compute_s,
+        milliseconds,
     ),
     Column(
         ("wait", "%"),
         "share of the steady steps spent waiting for the network",
-        lambda run, _: percent(run.wait_share),
+        lambda run, _: run.wait_share,
+        "{:.0%}".format,
     ),
     Column(
         ("payload", "MB/step"),
         "megabytes (10^6) that one rank hands to the network per step of the steady phase, without headers; where only "
         "outer rounds were counted, what they sent over all steps",
-        lambda run, _: mb(run.payload_bytes_per_step),
+        lambda run, _: run.payload_bytes_per_step,
+        megabytes,
     ),
     Column(
         ("wire", "MB/step"),
         "megabytes per step that left the network interface of the busiest node, by the kernel's count",
-        lambda run, _: mb(run.nic_tx_bytes_per_step),
+        lambda run, _: run.nic_tx_bytes_per_step,
+        megabytes,
     ),
     Column(
         ("wire/", "count"),
         "the kernel's count over commopt's count with headers; 1.00 when commopt counts right",
-        lambda run, _: None if run.nic_over_model is None else f"{run.nic_over_model:.3f}",
+        lambda run, _: run.nic_over_model,
+        "{:.3f}".format,
     ),
     Column(
         ("times", "faster"),
         "step of dense over this step, both in their steady phase",
-        lambda run, _: None if run.speedup_vs_dense is None else times_text(run.speedup_vs_dense),
+        lambda run, _: run.speedup_vs_dense,
+        times_text,
     ),
-    Column(("run", "s"), "wall-clock seconds of all steps, warm-up and validations included", _wall),
+    Column(
+        ("run", "s"),
+        "wall-clock seconds of all steps, warm-up and validations included",
+        lambda run, _: "failed" if run.status == "failed" else run.wall_s,
+        lambda wall: wall if wall == "failed" else f"{wall:.0f}" if wall >= 9.95 else f"{wall:.1f}",
+    ),
 )
 
 
@@ -85,35 +93,30 @@ def loss_above_dense(run: RunResult, dense: RunResult | None) -> float | None:
     return run.val_loss / dense.val_loss - 1
 
 
-def plain_table(results: Results) -> str:
-    """The table in plain characters, for files and pipes."""
-    return aligned(COLUMNS, cells(results))
-
-
 def show(results: Results, stream: TextIO) -> None:
     """Write the table, a sentence on each run and what else must be known; colours only in a terminal.
 
     Outer rounds have a table of their own, and faults a line each, where there are any.
     """
     rounds, is_terminal = round_cells(results), stream.isatty()
-    write, rows = (terminal(stream), rich_rows) if is_terminal else (partial(print, file=stream), aligned)
-    write(rows(COLUMNS, cells(results), [run.status == "failed" for run in results.runs]))
+    write: Callable[..., None] = partial(print, file=stream)
+    rows: Callable[[Sequence[Column], Sequence[Sequence[str]]], Any] = aligned
+    if is_terminal:
+        from rich.console import Console
+
+        write, rows = partial(Console(file=stream).print, markup=False, highlight=False), rich_rows
+    write(rows(COLUMNS, cells(results)))
     sentences = ["", *readings(results), *(["", rows(ROUND_COLUMNS, rounds)] if rounds else [])]
     sentences += ["", *fault_lines(results)] if results.has_faults else []
     sentences += [""] if not is_terminal and (rounds or results.has_faults) else []
     for sentence in sentences:
         write(sentence)
-    for remark in remarks(results):
+    remarks = [f"cluster {results.cluster.name}: {notice}" for notice in results.cluster.notices]
+    for run in results.runs:
+        remarks += [f"{run.name}: {text}" for text in [*run.notices, *event_texts(run), *run.defects]]
+    for remark in remarks:
         write(remark, style="yellow") if is_terminal else write(remark)
     stream.flush()
-
-
-def remarks(results: Results) -> list[str]:
-    """Notices, defects of the byte count and events: what the table does not show."""
-    lines = [f"cluster {results.cluster.name}: {notice}" for notice in results.cluster.notices]
-    for run in results.runs:
-        lines += [f"{run.name}: {text}" for text in [*run.notices, *event_texts(run), *run.defects]]
-    return lines
 
 
 def event_texts(run: RunResult) -> list[str]:
@@ -129,41 +132,29 @@ def event_texts(run: RunResult) -> list[str]:
 
 
 def readings(results: Results) -> list[str]:
-    """What the table says, in one sentence per run."""
-    return [reading(run, results.dense) for run in results.runs]
+    """What the table says, in one sentence per run: `onebit_adam: steps 9.5x faster than dense after step 24; ...`"""
+    return [f"{run.name}: {'; '.join(filter(None, _parts(run, results.dense)))}." for run in results.runs]
 
 
-def reading(run: RunResult, dense: RunResult | None) -> str:
-    """`onebit_adam: steps 9.5x faster than dense after step 24, the whole run 5.7x faster; ...`"""
-    parts = [_outcome(run)] if run.status == "failed" else []
-    if run.status == "failed" and run.steps == 0:
-        pass
-    elif dense is None or run is dense or run == dense:
-        parts += _alone(run)
-    else:
-        parts += [*_speed(run, dense), *_loss(run, dense), *_fewer_bytes(run, dense)]
-    return f"{run.name}: {'; '.join(part for part in parts if part)}."
-
-
-def _outcome(run: RunResult) -> str:
-    if run.steps == 0:
-        return f"did not finish a step ({run.failure})"
-    return f"did not finish ({run.failure}), so this is of {run.steps} of {run.steps_planned} steps"
-
-
-def _alone(run: RunResult) -> list[str]:
-    waiting = f", {run.wait_share * 100:.0f} % of it waiting for the network" if run.wait_share is not None else ""
-    step = f"{milliseconds(run.step_s)} ms a step{waiting}" if run.step_s is not None else "no speed in a steady phase"
-    return [step, _uneven(run), _loss_itself(run)]
+def _parts(run: RunResult, dense: RunResult | None) -> list[str]:
+    parts = []
+    if run.status == "failed":
+        if run.steps == 0:
+            return [f"did not finish a step ({run.failure})"]
+        parts.append(f"did not finish ({run.failure}), so this is of {run.steps} of {run.steps_planned} steps")
+    if dense is not None and run is not dense and run != dense:
+        return [*parts, *_speed(run, dense), _loss(run, dense), _fewer_bytes(run, dense)]
+    waiting = "" if run.wait_share is None else f", {run.wait_share * 100:.0f} % of it waiting for the network"
+    step = "no speed in a steady phase" if run.step_s is None else f"{milliseconds(run.step_s)} ms a step{waiting}"
+    return [*parts, step, _uneven(run), _loss_itself(run)]
 
 
 def _speed(run: RunResult, dense: RunResult) -> list[str]:
     if run.step_s is None or dense.step_s is None:
         who = run.name if run.step_s is None else dense.name
         return [f"no speed-up to tell, since {who} has no step in a steady phase"]
-    text = f"steps {_faster(dense.step_s / run.step_s)} dense" + (
-        f" after step {run.warmup_steps}" if run.warmup_steps else ""
-    )
+    after = f" after step {run.warmup_steps}" if run.warmup_steps else ""
+    text = f"steps {_faster(dense.step_s / run.step_s)} dense{after}"
     both_finished = run.status == dense.status == "finished" and run.steps == dense.steps
     if both_finished and run.wall_s and dense.wall_s:
         text += f", the whole run {_faster(dense.wall_s / run.wall_s).removesuffix(' than').removesuffix(' as')}"
@@ -194,20 +185,23 @@ def _loss_itself(run: RunResult) -> str:
     return f"val loss {run.val_loss:.3f} after {run.steps} steps" if run.val_loss is not None else "no val loss"
 
 
-def _loss(run: RunResult, dense: RunResult) -> list[str]:
+def _loss(run: RunResult, dense: RunResult) -> str:
     above = loss_above_dense(run, dense)
     if above is None or None in run.train_loss:
         other = f", where dense did {dense.steps}" if run.steps != dense.steps and run.val_loss is not None else ""
-        return [_loss_itself(run) + other]
-    if abs(above) < 0.0005:
-        return ["the same val loss"]
-    return [f"val loss {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"]
+        return _loss_itself(run) + other
+    return "the same val loss" if abs(above) < 0.0005 else val_loss_text(above)
 
 
-def _fewer_bytes(run: RunResult, dense: RunResult) -> list[str]:
+def val_loss_text(above: float) -> str:
+    """`val loss 0.2 % above`: how far a validation loss is from that of dense, which is a share of it."""
+    return f"val loss {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"
+
+
+def _fewer_bytes(run: RunResult, dense: RunResult) -> str:
     if not run.payload_bytes_per_step or not dense.payload_bytes_per_step:
-        return []
+        return ""
     ratio = dense.payload_bytes_per_step / run.payload_bytes_per_step
     if abs(ratio - 1) < ALIKE:
-        return ["as many bytes a step"]
-    return [f"{_factor(ratio)} fewer bytes a step" if ratio > 1 else f"{_factor(1 / ratio)} more bytes a step"]
+        return "as many bytes a step"
+    return f"{_factor(ratio)} fewer bytes a step" if ratio > 1 else f"{_factor(1 / ratio)} more bytes a step"

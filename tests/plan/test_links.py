@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -14,33 +15,29 @@ operations = st.sampled_from(["all_reduce", "all_gather", "broadcast"])
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_per_s"),
-    [("8bit", 1), ("1kbit", 125), ("50mbit", 6.25e6), ("2.5gbit", 312.5e6), ("10 MBit", 1.25e6), ("1mbps", 1e6)],
+    ("parse", "text", "value"),
+    [
+        *((parse_rate, text, n) for text, n in (("8bit", 1), ("1kbit", 125), ("50mbit", 6.25e6), ("2.5gbit", 312.5e6))),
+        *((parse_rate, text, n) for text, n in (("10 MBit", 1.25e6), ("1mbps", 1e6))),
+        *((parse_delay, text, s) for text, s in (("20ms", 0.02), ("1.5s", 1.5), ("250us", 250e-6), (".5 ms", 0.0005))),
+        *((parse_loss, text, share) for text, share in (("0.1%", 0.001), ("0%", 0), ("100%", 1))),
+    ],
 )
-def test_rates_are_tcs(text: str, bytes_per_s: float) -> None:
-    assert parse_rate(text) == pytest.approx(bytes_per_s)
+def test_rates_delays_and_losses_are_tcs(parse: Callable[[str], float], text: str, value: float) -> None:
+    assert parse(text) == pytest.approx(value)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("20ms", 0.02), ("1.5s", 1.5), ("250us", 250e-6), (".5 ms", 0.0005)])
-def test_delays_are_tcs(text: str, seconds: float) -> None:
-    assert parse_delay(text) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize(("text", "probability"), [("0.1%", 0.001), ("0%", 0), ("100%", 1)])
-def test_losses_are_percentages(text: str, probability: float) -> None:
-    assert parse_loss(text) == pytest.approx(probability)
-
-
-@pytest.mark.parametrize("text", ["", "fast", "50", "50mb", "-1mbit", "0mbit", "1e3mbit", "nanmbit", "infmbit"])
-def test_what_is_no_rate_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a rate"):
-        parse_rate(text)
-
-
-@pytest.mark.parametrize("text", ["0.1", "-1%", "101%", "1e-3%", "%"])
-def test_what_is_no_loss_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a loss rate"):
-        parse_loss(text)
+@pytest.mark.parametrize(
+    ("parse", "text", "complaint"),
+    [
+        *((parse_rate, text, "is not a rate") for text in ("", "fast", "50", "50mb", "-1mbit", "0mbit", "1e3mbit")),
+        *((parse_rate, text, "is not a rate") for text in ("nanmbit", "infmbit")),
+        *((parse_loss, text, "is not a loss rate") for text in ("0.1", "-1%", "101%", "1e-3%", "%")),
+    ],
+)
+def test_what_is_none_is_refused(parse: Callable[[str], float], text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        parse(text)
 
 
 def test_headers_cost_seven_percent_of_small_segments_and_one_of_large() -> None:
@@ -95,15 +92,10 @@ def test_ranks_of_one_node_share_its_link_and_reach_each_other_for_nothing() -> 
     links = LinkModel((0, 0, 1, 1), (1e6, 1e6), (0.0, 0.0), (0, 0))
     assert links.seconds([{1: 5e6}, {}, {}, {}]) == 0
     assert links.seconds([{2: 1e6}, {3: 1e6}, {}, {}]) == pytest.approx(2)
-    assert links.between_nodes({1: 5.0, 2: 3.0}, 0) == 3
 
 
-def test_a_nodes_pipe_in_is_shared_too() -> None:
-    links = LinkModel.uniform(4, "8mbit")
-    assert links.seconds([{3: 1e6}, {3: 1e6}, {3: 1e6}, {}]) == pytest.approx(3)
-
-
-def test_the_slowest_link_decides() -> None:
+def test_a_nodes_pipe_in_is_shared_too_and_the_slowest_link_decides() -> None:
+    assert LinkModel.uniform(4, "8mbit").seconds([{3: 1e6}, {3: 1e6}, {3: 1e6}, {}]) == pytest.approx(3)
     links = LinkModel((0, 1), (1e7, 1e6), (0.001, 0.005), (0, 0))
     assert links.seconds([{1: 1e6}, {}]) == pytest.approx(0.001 + 1)
     assert links.seconds([{}, {0: 1e6}]) == pytest.approx(0.005 + 1)

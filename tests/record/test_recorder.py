@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_runs import ONEBIT, traffic
 
 from commopt.errors import ConfigError
 from commopt.record.recorder import Recorder
@@ -47,27 +47,45 @@ def test_what_is_recorded_is_collected(tmp_path: Path) -> None:
     assert run.events[0].ranks == [0, 1]
 
 
-def test_environment_says_who_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "COMMOPT_RECORD": str(tmp_path),
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "COMMOPT_NODE": "b",
-        "COMMOPT_NODE_RANK": "1",
-        "COMMOPT_NIC": "lo",
-        "COMMOPT_MTU": "9000",
-    }.items():
+PEERS = {
+    "job": "ab12",
+    "members": [[f"10.77.0.{node}", port] for node in (1, 2) for port in (29501, 29502)],
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "8"}, (5, 8)),
+        (  # the rank among peers counts over all nodes
+            {
+                "COMMOPT_PEERS": json.dumps(PEERS),
+                "LOCAL_WORLD_SIZE": "2",
+                "LOCAL_RANK": "1",
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+            },
+            (3, 4),
+        ),
+    ],
+)
+def test_environment_says_who_and_where(
+    variables: dict[str, str], place: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"COMMOPT_NODE": "b", "COMMOPT_NODE_RANK": "1", "COMMOPT_NIC": "lo", "COMMOPT_MTU": "9000"}
+    for name, value in {"COMMOPT_RECORD": str(tmp_path), **node, **variables}.items():
         monkeypatch.setenv(name, value)
     record(Recorder.from_environment())
-    lines = read(tmp_path / "rank5.jsonl")
-    start = {key: lines[0][key] for key in ("rank", "world_size", "node", "node_rank", "nic", "mtu")}
-    assert start == {"rank": 5, "world_size": 8, "node": "b", "node_rank": 1, "nic": "lo", "mtu": 9000}
+    lines = read(tmp_path / f"rank{place[0]}.jsonl")
+    assert [lines[0][key] for key in ("rank", "world_size")] == list(place)
+    assert [lines[0][key] for key in ("node", "node_rank", "nic", "mtu", "resumed_at")] == ["b", 1, "lo", 9000, 0]
     assert lines[1]["nic_tx_bytes"] > 0
 
 
-def test_a_rank_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "first")
-    with pytest.raises(ConfigError, match="RANK=first"):
+@pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("COMMOPT_PEERS", "[oops")])
+def test_a_place_that_nobody_can_read_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(f"{name}={value}")):
         Recorder.from_environment()
 
 
@@ -107,26 +125,14 @@ def test_an_unknown_interface_is_warned_about_once(tmp_path: Path, caplog: pytes
     assert collect(tmp_path).nic_tx_bytes_per_step is None
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_written_as_null(loss: float, tmp_path: Path) -> None:
+def test_lines_are_there_before_the_end_and_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
-    recorder.start(method="dense", options={}, parameters=1, steps=1)
-    recorder.step(step=0, loss=loss, seconds=0.1, wait_s=0.0, tokens=1, steady=True)
-    recorder.end()
-    assert '"loss": null' in (tmp_path / "rank0.jsonl").read_text()
-
-
-def test_lines_are_there_before_the_end(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
-    recorder.start(method="dense", options={}, parameters=1, steps=1)
-    assert len(read(tmp_path / "rank0.jsonl")) == 1
-    recorder.end()
-
-
-def test_a_window_has_a_begin_and_an_end_only(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
-    with pytest.raises(ValueError, match="middle"):
-        recorder.counters("middle", traffic(ONEBIT, 0, 1))
+    recorder.start(method="dense", options={}, parameters=1, steps=2)
+    for step, loss in enumerate((math.nan, math.inf)):
+        recorder.step(step=step, loss=loss, seconds=0.1, wait_s=0.0, tokens=1, steady=True)
+    assert [line.get("loss", "") for line in read(tmp_path / "rank0.jsonl")] == ["", None, None]
+    with pytest.raises(ValueError, match="middle"):  # a window has a begin and an end only
+        recorder.counters("middle", EMPTY)
     recorder.end()
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outer_runs import EPOCH_S, Absence, OuterPlan, fault, outer_run, write_outer
-from synthetic_runs import DENSE, short, write_run
+from outer_runs import EPOCH_S, Absence, Lines, OuterPlan, fault, outer_run, write_outer
+from synthetic_runs import DENSE, change, short, write_run
 
 from commopt.report.results import collect
 
@@ -34,10 +34,28 @@ def test_times_count_from_the_first_ranks_start(tmp_path: Path) -> None:
     assert collect(folder).faults[0].at_s == pytest.approx(2.05)
 
 
-def test_a_kill_costs_the_survivors_longest_stop(tmp_path: Path) -> None:
-    plan = OuterPlan(stops={(1, 27): 3.0, (3, 10): 1.0}, absences={2: Absence(after=25)})
-    cost = outer_run(tmp_path, plan, [KILL]).faults[0].cost
-    assert (cost.longest_stop_s, cost.stopped_rank) == pytest.approx((3.1, 1))
+@pytest.mark.parametrize(
+    ("plan", "line", "stop"),
+    [
+        (OuterPlan(stops={(1, 27): 3.0, (3, 10): 1.0}, absences={2: Absence(after=25)}), KILL, (1, 3.1)),
+        (OuterPlan(absences={1: Absence(after=30), 2: Absence(after=25)}), KILL, (1, 3.0)),  # to the end
+        (
+            OuterPlan(stops={(3, 27): 5.0, (1, 27): 0.2}),  # the nodes that a fault is done to are no survivors
+            fault("hang", ["node3"], at_step=25, at_s=2.55, for_s=5),
+            (1, 0.3),
+        ),
+        (  # of a cut, both sides survive
+            OuterPlan(stops={(1, 30): 2.0}),
+            fault("cut", ["node0", "node1"], at_step=30, at_s=3.0),
+            (1, 2.1),
+        ),
+    ],
+)
+def test_a_fault_costs_the_survivors_longest_stop(
+    plan: OuterPlan, line: Any, stop: tuple[int, float], tmp_path: Path
+) -> None:
+    cost = outer_run(tmp_path, plan, [line]).faults[0].cost
+    assert (cost.stopped_rank, cost.longest_stop_s) == pytest.approx(stop)
     assert cost.median_step_s == pytest.approx(0.1)
     assert (cost.back_after_s, cost.back_at_step) == (None, None)
 
@@ -50,18 +68,6 @@ def test_a_stop_counts_for_the_time_of_a_fault_only(tmp_path: Path) -> None:
     assert second.cost.longest_stop_s == pytest.approx(3.1)
 
 
-def test_the_nodes_that_a_fault_is_done_to_are_no_survivors(tmp_path: Path) -> None:
-    plan = OuterPlan(stops={(3, 27): 5.0, (1, 27): 0.2})
-    hang = outer_run(tmp_path, plan, [fault("hang", ["node3"], at_step=25, at_s=2.55, for_s=5)]).faults[0]
-    assert (hang.cost.stopped_rank, hang.cost.longest_stop_s) == pytest.approx((1, 0.3))
-
-
-def test_of_a_cut_both_sides_survive(tmp_path: Path) -> None:
-    plan = OuterPlan(stops={(1, 30): 2.0})
-    cut = outer_run(tmp_path, plan, [fault("cut", ["node0", "node1"], at_step=30, at_s=3.0)]).faults[0]
-    assert (cut.cost.stopped_rank, cut.cost.longest_stop_s) == pytest.approx((1, 2.1))
-
-
 def test_the_dead_are_not_counted_under_later_faults(tmp_path: Path) -> None:
     plan = OuterPlan(absences={2: RETURNED})
     lines = [KILL, fault("slow", ["node3"], at_step=30, at_s=3.0, factor=2), RESTART]
@@ -71,23 +77,16 @@ def test_the_dead_are_not_counted_under_later_faults(tmp_path: Path) -> None:
     )
 
 
-def test_a_survivor_that_never_steps_again_stands_still_to_the_end(tmp_path: Path) -> None:
-    plan = OuterPlan(absences={1: Absence(after=30), 2: Absence(after=25)})
-    cost = outer_run(tmp_path, plan, [KILL]).faults[0].cost
-    assert (cost.stopped_rank, cost.longest_stop_s) == pytest.approx((1, 3.0))
-
-
 def test_a_validation_between_two_steps_is_no_stop(tmp_path: Path) -> None:
-    folder = write_outer(tmp_path / "r", OuterPlan(ranks=3, absences={2: Absence(after=25)}), [KILL])
-    for rank in (0, 1):
-        path = folder / f"rank{rank}.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        k = next(k for k, line in enumerate(lines) if line.get("step") == 40)
-        for line in lines[k:]:
-            line["at_s"] += 5.0
-        lines.insert(k, {"kind": "validation", "at_s": lines[k]["at_s"] - 0.1, "step": 39, "loss": 2.0, "tokens": 1})
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert collect(folder).faults[0].cost.longest_stop_s == pytest.approx(0.1, abs=1e-3)
+    def validating(_: int, lines: Lines) -> Lines:
+        k = next((k for k, line in enumerate(lines) if line.get("step") == 40), len(lines))
+        after = [{**line, "at_s": line["at_s"] + 5.0} for line in lines[k:]]
+        validation = {"kind": "validation", "step": 39, "loss": 2.0, "tokens": 1}
+        return [*lines[:k], *({**validation, "at_s": line["at_s"] - 0.1} for line in after[:1]), *after]
+
+    plan = OuterPlan(ranks=3, absences={2: Absence(after=25)})
+    cost = outer_run(tmp_path, plan, [KILL], edit=validating).faults[0].cost
+    assert cost.longest_stop_s == pytest.approx(0.1, abs=1e-3)
 
 
 def test_missed_rounds_belong_to_the_fault_before_them(tmp_path: Path) -> None:
@@ -97,15 +96,11 @@ def test_missed_rounds_belong_to_the_fault_before_them(tmp_path: Path) -> None:
     assert [(each.rank, each.rounds) for each in second.cost.missed] == [(1, 1), (3, 1)]
 
 
-def test_a_restart_says_when_and_where_the_rank_steps_again(tmp_path: Path) -> None:
-    kill, restart = outer_run(tmp_path, OuterPlan(absences={2: RETURNED}), [KILL, RESTART]).faults
-    assert (restart.cost.back_after_s, restart.cost.back_at_step) == pytest.approx((1.6, 45))
+@pytest.mark.parametrize(("absence", "back"), [(RETURNED, (1.6, 45)), (Absence(after=25), (None, None))])
+def test_a_restart_says_when_and_where_the_rank_steps_again(absence: Absence, back: Any, tmp_path: Path) -> None:
+    kill, restart = outer_run(tmp_path, OuterPlan(absences={2: absence}), [KILL, RESTART]).faults
+    assert (restart.cost.back_after_s, restart.cost.back_at_step) == pytest.approx(back)
     assert kill.cost.back_after_s is None
-
-
-def test_a_rank_that_never_returns_has_no_time_of_return(tmp_path: Path) -> None:
-    restart = outer_run(tmp_path, OuterPlan(absences={2: Absence(after=25)}), [KILL, RESTART]).faults[1]
-    assert (restart.cost.back_after_s, restart.cost.back_at_step) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -130,21 +125,14 @@ def test_faults_of_a_run_without_rounds_are_told_too(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_say_when_they_started_have_no_faults(tmp_path: Path) -> None:
-    folder = write_outer(tmp_path / "r", OuterPlan(), [KILL])
-    for path in folder.glob("rank*.jsonl"):
-        lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-        lines[0].pop("epoch_s")
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = collect(folder)
+    run = outer_run(tmp_path, OuterPlan(), [KILL], edit=change("start", lambda *_: {"epoch_s": None}))
     assert (run.faults, run.progress) == ([], [])
     assert run.rounds is not None
 
 
 def test_byte_counts_are_not_compared_under_faults(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "r", short(DENSE), overcount=1.5)
-    for path in folder.glob("rank*.jsonl"):
-        first, *rest = path.read_text().splitlines()
-        path.write_text("\n".join([json.dumps({**json.loads(first), "epoch_s": EPOCH_S}), *rest]) + "\n")
+    edit = change("start", lambda *_: {"epoch_s": EPOCH_S})
+    folder = write_run(tmp_path / "r", short(DENSE), edit=edit, overcount=1.5)
     assert collect(folder).defects
     (folder / "faults.jsonl").write_text(json.dumps(KILL) + "\n")
     run = collect(folder)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from outer_runs import EPOCH_S, Absence, Lines, OuterPlan, outer_lines
 
-from commopt.errors import ConfigError
 from commopt.record.lines import RankRecord
 from commopt.record.recorder import Recorder
 from commopt.report.results import collect
@@ -34,32 +33,20 @@ def test_a_round_is_written_and_read_again(tmp_path: Path) -> None:
     assert (second.members, second.missed, second.spread) == ((0,), True, None)
 
 
-def test_a_rank_that_returns_goes_on_with_its_record() -> None:
+def test_a_rank_that_returns_goes_on_with_its_record_and_its_clock() -> None:
     record = fed(outer_lines(RETURNED, 2))
     assert len(record.steps) == 25 + 15
     assert [line.round for line in record.rounds] == [0, 1, 4, 5]
     assert record.steps_done == 60
     assert record.validations[-1].steps == 60
     assert (record.starts, record.ended) == (1, True)
-
-
-def test_the_clock_of_a_record_goes_on_after_a_return() -> None:
-    record = fed(outer_lines(RETURNED, 2))
     assert record.epoch_s == EPOCH_S
-    assert record.resumptions[0].at_s == pytest.approx(7.5)
-    assert record.steps[25].at_s == pytest.approx(7.6)
-    assert record.last_s == pytest.approx(9.0)
+    assert (record.steps[25].at_s, record.last_s) == pytest.approx((7.6, 9.0))
 
 
-def test_a_clock_that_was_set_back_does_not_turn_time_back() -> None:
-    lines = outer_lines(RETURNED, 2)
-    again = next(line for line in lines[1:] if line["kind"] == "start")
-    again["epoch_s"] -= 3600
-    assert fed(lines).steps[25].at_s == pytest.approx(2.5 + 0.1)
-
-
-def test_a_return_without_an_epoch_goes_on_where_the_record_stood() -> None:
-    lines = [{key: value for key, value in line.items() if key != "epoch_s"} for line in outer_lines(RETURNED, 2)]
+@pytest.mark.parametrize("epochs", [{EPOCH_S + 7.5: EPOCH_S - 3600}, {EPOCH_S: None, EPOCH_S + 7.5: None}])
+def test_a_clock_that_was_set_back_or_is_not_told_does_not_turn_time_back(epochs: dict[float, float | None]) -> None:
+    lines = [{**line, "epoch_s": epochs.get(line.get("epoch_s", 0.0), EPOCH_S)} for line in outer_lines(RETURNED, 2)]
     assert fed(lines).steps[25].at_s == pytest.approx(2.5 + 0.1)
 
 
@@ -94,33 +81,7 @@ def test_a_line_that_the_kill_tore_does_not_take_the_next_start_with_it(tmp_path
     recorder.start(method="noloco", options={}, parameters=1, steps=60, resumed_at=30)
     recorder.end()
     record = RankRecord.read(path)
-    assert (record.unreadable_lines, [again.resumed_at for again in record.resumptions]) == (1, [30])
-
-
-def test_the_rank_among_peers_counts_over_all_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    members = [["10.77.0.1", 29501], ["10.77.0.1", 29502], ["10.77.0.2", 29501], ["10.77.0.2", 29502]]
-    for name, value in {
-        "COMMOPT_RECORD": str(tmp_path),
-        "COMMOPT_PEERS": json.dumps({"job": "ab12", "members": members}),
-        "COMMOPT_NODE_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2",
-        "LOCAL_RANK": "1",
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-    }.items():
-        monkeypatch.setenv(name, value)
-    recorder = Recorder.from_environment()
-    recorder.start(method="noloco", options={}, parameters=1, steps=1)
-    recorder.end()
-    start = RankRecord.read(tmp_path / "rank3.jsonl").start
-    assert start is not None
-    assert (start["rank"], start["world_size"], start["resumed_at"]) == (3, 4, 0)
-
-
-def test_peers_that_nobody_can_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMOPT_PEERS", "[oops")
-    with pytest.raises(ConfigError, match=r"COMMOPT_PEERS=\[oops"):
-        Recorder.from_environment()
+    assert (record.unreadable_lines, [at for _, at in record.begins[1:]]) == (1, [30])
 
 
 def test_without_a_launcher_rounds_are_told_beside_steps(capsys: pytest.CaptureFixture[str]) -> None:

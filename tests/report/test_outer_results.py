@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 from outer_runs import STORM, STORM_FAULTS, Absence, Lines, OuterPlan, outer_run, write_outer
-from synthetic_runs import DENSE, results_of, run_of, short
+from synthetic_runs import DENSE, change, results_of, run_of, short
 
-from commopt.report.page import read_results, results_json
-from commopt.report.results import collect
+from commopt.report.page import results_json
+from commopt.report.results import Results, collect
 
 GONE = OuterPlan(absences={2: Absence(after=25)})
 
@@ -28,22 +27,16 @@ def test_rounds_are_merged_over_ranks(tmp_path: Path) -> None:
 
 
 def test_the_worst_rank_is_the_one_that_stands_still_longest(tmp_path: Path) -> None:
-    folder = write_outer(tmp_path / "r", OuterPlan())
-    path = folder / "rank3.jsonl"
-    path.write_text(path.read_text().replace('"blocked_s": 0.01', '"blocked_s": 0.05'))
-    rounds = collect(folder).rounds
+    edit = change("round", lambda rank, line: {"blocked_s": 0.05 if rank == 3 else line["blocked_s"]})
+    rounds = outer_run(tmp_path, OuterPlan(), edit=edit).rounds
     assert rounds is not None
     assert (rounds.blocked_s, rounds.blocked_worst_s) == pytest.approx((0.02, 0.05))
 
 
 def test_the_spread_of_a_round_is_the_root_mean_square_of_the_estimates(tmp_path: Path) -> None:
-    folder = write_outer(tmp_path / "r", OuterPlan(ranks=2, steps=20))
-    for rank, estimates in ((0, [0.3, 0.1]), (1, [0.4, None])):
-        lines = [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text().splitlines()]
-        for line, spread in zip([line for line in lines if line["kind"] == "round"], estimates, strict=True):
-            line["spread"] = spread
-        (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rounds = collect(folder).rounds
+    estimates: list[list[float | None]] = [[0.3, 0.1], [0.4, None]]
+    edit = change("round", lambda rank, line: {"spread": estimates[rank][line["round"]]})
+    rounds = outer_run(tmp_path, OuterPlan(ranks=2, steps=20), edit=edit).rounds
     assert rounds is not None
     assert [point.step for point in rounds.spread] == [10, 20]
     assert [point.at_s for point in rounds.spread] == pytest.approx([1.0, 2.0])
@@ -57,19 +50,13 @@ def test_without_a_window_the_payload_is_that_of_the_rounds(tmp_path: Path) -> N
     assert run.notices == []
 
 
-def test_a_run_goes_on_without_a_rank_that_leaves(tmp_path: Path) -> None:
-    run = outer_run(tmp_path, GONE)
-    assert (run.status, run.failure) == ("finished", None)
-    assert [(each.rank, each.steps) for each in run.ended_early] == [(2, 25)]
-    assert "rank 2 ended early, after 25 of 60 steps; the others went on without it" in run.notices
-
-
-def test_a_rank_that_never_wrote_ended_early_too(tmp_path: Path) -> None:
-    folder = write_outer(tmp_path / "r", OuterPlan())
+def test_a_run_goes_on_without_a_rank_that_leaves_or_never_wrote(tmp_path: Path) -> None:
+    folder = write_outer(tmp_path, GONE)
     (folder / "rank1.jsonl").unlink()
     run = collect(folder)
-    assert run.status == "finished"
-    assert [(each.rank, each.steps) for each in run.ended_early] == [(1, 0)]
+    assert (run.status, run.failure) == ("finished", None)
+    assert [(each.rank, each.steps) for each in run.ended_early] == [(1, 0), (2, 25)]
+    assert "rank 2 ended early, after 25 of 60 steps; the others went on without it" in run.notices
 
 
 def test_what_the_launcher_calls_a_failure_is_one(tmp_path: Path) -> None:
@@ -90,13 +77,8 @@ def test_a_synchronous_run_that_lacks_a_rank_stays_failed(tmp_path: Path) -> Non
 
 
 def test_validation_is_that_of_the_ranks_that_finished_and_each_ones_own(tmp_path: Path) -> None:
-    plan = OuterPlan(absences={3: Absence(after=60)})
-    folder = write_outer(tmp_path / "r", plan)
-    path = folder / "rank3.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines() if '"end"' not in line]
-    lines += [{"kind": "validation", "at_s": 6.0, "step": 60, "loss": 9.0, "tokens": 65536}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = collect(folder)
+    own = {"kind": "validation", "at_s": 6.0, "step": 60, "loss": 9.0, "tokens": 65536}
+    run = outer_run(tmp_path, OuterPlan(), edit=lambda rank, lines: [*lines[:-2], own] if rank == 3 else lines)
     assert run.val_loss == pytest.approx((2.4 + 2.41 + 2.42) / 3)
     assert [each.rank for each in run.validation_by_rank] == [0, 1, 2, 3]
     assert [each.loss for each in run.validation_by_rank] == pytest.approx([2.4, 2.41, 2.42, 9.0])
@@ -130,23 +112,17 @@ def test_progress_is_thinned_and_keeps_the_pauses(tmp_path: Path) -> None:
 
 def test_a_document_with_rounds_and_faults_survives_a_round_trip(tmp_path: Path) -> None:
     results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
-    (tmp_path / "results.json").write_text(results_json(results))
-    assert read_results(tmp_path / "results.json") == results
+    assert Results.model_validate_json(results_json(results)) == results
     assert len(results.runs[0].faults) == 4
 
 
 def test_a_node_that_did_fewer_steps_is_counted_per_its_own(tmp_path: Path) -> None:
     def late(rank: int, lines: Lines) -> Lines:
-        if rank != 1:
-            return lines
-        kept = [line for line in lines if line["kind"] != "step" or line["step"] >= 30]
-        return [
-            {**line, "nic_tx_bytes": line["nic_tx_bytes"] // 4} if line["kind"] == "counters" else line for line in kept
-        ]
+        quarter = change("counters", lambda _, line: {"nic_tx_bytes": line["nic_tx_bytes"] // 4})(rank, lines)
+        return [line for line in quarter if line["kind"] != "step" or line["step"] >= 30] if rank == 1 else lines
 
-    assert run_of(tmp_path, short(DENSE), edit=late).nic_tx_bytes_per_step == pytest.approx(
-        run_of(tmp_path / "all", short(DENSE)).nic_tx_bytes_per_step
-    )
+    run, whole = run_of(tmp_path, short(DENSE), edit=late), run_of(tmp_path / "all", short(DENSE))
+    assert run.nic_tx_bytes_per_step == pytest.approx(whole.nic_tx_bytes_per_step)
 
 
 def test_the_wall_clock_runs_until_the_last_rank_is_done(tmp_path: Path) -> None:

@@ -3,22 +3,28 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from synthetic_runs import DENSE, EF_SIGN, FP16, ONEBIT, results_of, run_of, short
+from outer_runs import STORM, STORM_FAULTS, Absence, OuterPlan, fault, outer_run
+from synthetic_runs import DENSE, EF_SIGN, FP16, ONEBIT, Terminal, change, results_of, run_of, short
 
 from commopt.record.words import bytes_text, megabytes, milliseconds, seconds_text, times_text
+from commopt.report.columns import aligned
+from commopt.report.outer_table import ROUND_COLUMNS, cost_text, fault_cells, fault_lines, fault_text, round_cells
 from commopt.report.results import Results
-from commopt.report.table import COLUMNS, cells, plain_table, readings, show
-
-Lines = list[dict[str, Any]]
+from commopt.report.table import COLUMNS, cells, readings, show
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("runs")
     return results_of([run_of(folder, plan) for plan in (DENSE, FP16, ONEBIT, EF_SIGN)])
+
+
+@pytest.fixture(scope="module")
+def storm(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("storm")
+    return results_of([run_of(folder, short(DENSE)), outer_run(folder, STORM, STORM_FAULTS)])
 
 
 def test_a_reading_says_speed_loss_and_bytes(results: Results) -> None:
@@ -32,29 +38,27 @@ def test_dense_is_read_by_itself(results: Results) -> None:
     assert readings(results)[0].startswith("dense: 1242 ms a step, 92 % of it waiting for the network; val loss 2.506")
 
 
-def test_plain_output_has_no_escape_codes(results: Results) -> None:
-    out = io.StringIO()
+@pytest.mark.parametrize("which", ["results", "storm"])
+def test_plain_output_has_no_escape_codes(which: str, request: pytest.FixtureRequest) -> None:
+    out, results = io.StringIO(), request.getfixturevalue(which)
     show(results, out)
     assert all(character == "\n" or character.isprintable() for character in out.getvalue())
-    assert out.getvalue().startswith(plain_table(results))
+    header, *rows = aligned(COLUMNS, cells(results)).splitlines()
+    assert out.getvalue().startswith("\n".join([header, *rows]))
+    assert len(rows[-1]) == len(header) or rows[-1].endswith("43")
+    assert max(map(len, [header, *rows, *(line for line in out.getvalue().splitlines() if "ms/round" in line)])) <= 100
 
 
-def test_the_columns_of_the_plain_table_line_up(results: Results) -> None:
-    header, *_, last = plain_table(results).splitlines()
-    assert len(last) == len(header) or last.endswith("43")
-    assert max(map(len, plain_table(results).splitlines())) <= 100
-
-
-def test_a_terminal_of_80_columns_cuts_nothing(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize(("which", "columns", "said"), [("results", 80, "onebit_adam"), ("storm", 100, "ms/round")])
+def test_a_terminal_cuts_nothing(
+    which: str, columns: int, said: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     out = Terminal()
-    show(results, out)
+    show(request.getfixturevalue(which), out)
     assert "…" not in out.getvalue()
-    assert "onebit_adam" in out.getvalue()
+    assert said in out.getvalue()
+    assert ("node0 cut from node1 for 4.0 s" in out.getvalue()) == (which == "storm")
 
 
 def test_a_slower_method_is_called_slower(tmp_path: Path) -> None:
@@ -75,9 +79,7 @@ def test_a_run_that_did_not_finish_says_so_first(tmp_path: Path) -> None:
 
 
 def test_a_diverged_run_is_not_compared_by_its_loss(tmp_path: Path) -> None:
-    def diverge(_: int, lines: Lines) -> Lines:
-        return [{**line, "loss": None} if line["kind"] == "step" and line["step"] > 29 else line for line in lines]
-
+    diverge = change("step", lambda _, line: {"loss": None} if line["step"] > 29 else {})
     results = results_of([run_of(tmp_path, short(DENSE)), run_of(tmp_path, short(ONEBIT), edit=diverge)])
     assert "training loss not finite in 10 steps, first in step 31" in readings(results)[1]
     assert "above" not in readings(results)[1]
@@ -90,12 +92,7 @@ def test_losses_after_other_numbers_of_steps_are_not_compared(tmp_path: Path) ->
 
 
 def test_steps_that_are_not_alike_are_told_by_their_mean(tmp_path: Path) -> None:
-    def every_fourth(_: int, lines: Lines) -> Lines:
-        return [
-            {**line, "seconds": 4.0 if line["step"] % 4 == 0 else 0.1} if line["kind"] == "step" else line
-            for line in lines
-        ]
-
+    every_fourth = change("step", lambda _, line: {"seconds": 4.0 if line["step"] % 4 == 0 else 0.1})
     results = results_of([run_of(tmp_path, short(DENSE)), run_of(tmp_path, short(FP16), edit=every_fourth)])
     assert "its steady steps are not alike, and take 1075 ms on average" in readings(results)[1]
 
@@ -107,7 +104,62 @@ def test_without_dense_a_run_is_read_by_itself(tmp_path: Path) -> None:
 
 
 def test_every_column_has_a_meaning() -> None:
-    assert all(column.meaning for column in COLUMNS)
+    assert all(column.meaning for column in (*COLUMNS, *ROUND_COLUMNS))
+
+
+def test_plain_output_tells_rounds_and_faults_where_there_are_any(storm: Results) -> None:
+    out, plain = io.StringIO(), io.StringIO()
+    show(storm, out)
+    assert "noloco, fault at step 120: node2 killed; longest stop " in out.getvalue()
+    assert any(line.split()[:3] == ["noloco", "30", "5"] for line in out.getvalue().splitlines())
+    show(results_of(storm.runs[:1]), plain)
+    assert not [words for words in ("outer", "fault", "spread") if words in plain.getvalue()]
+
+
+def test_only_runs_with_rounds_have_a_row_of_rounds(storm: Results) -> None:
+    assert round_cells(storm) == [["noloco", "30", "5", "10.0", "10.0", "0.9%", "0.21", "0.403", "0.0025"]]
+
+
+def test_the_step_of_a_run_with_rounds_is_the_mean(tmp_path: Path) -> None:
+    run = outer_run(tmp_path, OuterPlan(stops={(rank, step): 1.0 for rank in range(4) for step in range(9, 60, 10)}))
+    assert run.step_s == run.step_mean_s == pytest.approx(0.1 + 6 / 57)
+    assert cells(results_of([run]))[0][3] == "205"
+
+
+def test_faults_are_put_in_words(storm: Results) -> None:
+    kill, cut, slow, restart = storm.runs[1].faults
+    assert fault_text(kill) == "node2 killed"
+    assert fault_text(cut) == "node0 cut from node1 for 4.0 s"
+    assert fault_text(slow) == "node3 slowed 5.0x"
+    assert fault_text(restart) == "node2 started again"
+    assert fault_text(kill.model_copy(update={"kind": "hang", "for_s": 10.0})) == "node2 hung for 10 s"
+    assert fault_text(kill.model_copy(update={"kind": "flood"})) == "node2 flood"
+
+
+def test_what_a_fault_cost_is_put_in_words(tmp_path: Path) -> None:
+    returned = Absence(25, back_s=7.5, resumed_at=45)
+    plan = OuterPlan(stops={(1, 27): 3.0}, missed=[(0, 2), (0, 3), (3, 2)], absences={2: returned})
+    lines = [
+        fault("kill", ["node2"], at_step=25, at_s=2.55),
+        fault("restart", ["node2"], at_step=50, at_s=6.05),
+    ]
+    run = outer_run(tmp_path, plan, lines)
+    kill, restart = run.faults
+    assert [row[3:] for row in fault_cells(run)] == [
+        ["3.1 s (rank 1, 31 steps' time)", "3 (rank 0: 2, rank 3: 1)", "-"],
+        ["none", "0", "1.6 s, step 45"],
+    ]
+    assert cost_text(kill) == "longest stop 3.1 s (rank 1, 31 steps' time); rounds missed: 3 (rank 0: 2, rank 3: 1)"
+    assert cost_text(restart) == "no stop; stepped again after 1.6 s, step 45"
+    never = restart.model_copy(update={"cost": restart.cost.model_copy(update={"back_after_s": None})})
+    assert cost_text(never) == "no stop; never stepped again"
+
+
+def test_without_a_survivor_there_is_no_stop(tmp_path: Path) -> None:
+    kill = fault("kill", ["node0"], at_step=25, at_s=2.55)
+    run = outer_run(tmp_path, OuterPlan(ranks=1, absences={0: Absence(after=25)}), [kill], failure="gone")
+    assert fault_cells(run)[0][3] == "-"
+    assert fault_lines(results_of([run])) == ["noloco, fault at step 25: node0 killed; nobody left to see it"]
 
 
 @pytest.mark.parametrize(

@@ -7,42 +7,69 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from script import BENCH, module
 
 from commopt.errors import ConfigError
 
-BENCHMARKS = [module(name) for name in ("convergence", "outer", "step", "sync")]
+NAMES = ("convergence", "outer", "step", "sync")
+BENCHMARKS = {name: module(name) for name in NAMES}
 command, sheets, Store = module("command"), module("sheets"), module("store").Store
 KNOWN = ["two_way", "dense"]
 
 
-@pytest.mark.parametrize("bench", BENCHMARKS)
+def run(name: str, words: list[str]) -> int | None:
+    bench = BENCHMARKS[name]
+    code: int | None = bench.run(bench.parser().parse_args(words))
+    return code
+
+
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("name", "words", "complaint"),
     [
-        (["--table", "--redo"], "--redo: has no effect with --table; leave one of them out"),
-        (["--markdown", "--redo"], "--redo: has no effect with --markdown"),
-        (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: there is no folder /nowhere/at; make it"),
+        *((name, ["--table", "--redo"], "--redo: has no effect with --table; leave one of them out") for name in NAMES),
+        *((name, ["--markdown", "--redo"], "--redo: has no effect with --markdown") for name in NAMES),
+        *((name, ["--json", "/no/at/all.json"], "--json /no/at/all.json: there is no folder /no/at") for name in NAMES),
+        *((name, ["--jobs", "0"], "--jobs 0: write a number from 1") for name in NAMES[:2]),
+        ("convergence", ["--only", "onebit_adan"], "--only: unknown name 'onebit_adan'; did you mean 'onebit_adam'"),
+        ("convergence", ["--task", "imagenet"], "--task: unknown name 'imagenet'"),
+        ("convergence", ["--long-seeds", "6"], "--long-seeds 6: write a number from 1 to 5"),
+        ("convergence", ["--seeds", "0"], "--seeds 0: write a number from 1 to 5"),
+        ("convergence", ["--quick", "--task", "gpt_long"], "--task: long runs are left out by --quick"),
+        ("outer", ["--only", "nolooco"], "--only: unknown name 'nolooco'; did you mean 'noloco'"),
+        ("outer", ["--ranks", "5"], "--ranks: unknown name '5'"),
+        ("step", ["--methods", "densee"], "--methods: unknown name 'densee'; did you mean 'dense'"),
+        ("step", ["--clusters", "10tbit"], "--clusters: unknown name '10tbit'"),
+        ("step", ["--models", ""], "--models: unknown name ''"),
+        ("step", ["--methods", "dense", "--only", "nosuch"], "--only nosuch: matches no cell"),
+        ("step", ["--timeout", "0"], "--timeout 0.0: write a number of seconds above 0"),
+        ("sync", ["--redo", "--quick"], "--redo: "),
+        ("sync", ["--quick", "--only", "8-*"], "--only: "),
     ],
 )
-def test_options_without_effect_are_refused(bench: Any, words: list[str], complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        bench.run(bench.parser().parse_args(words))
+def test_mistakes_are_told_before_anything_starts(
+    name: str, words: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)  # should a mistake go unseen
+    with pytest.raises(ConfigError) as caught:
+        run(name, words)
+    assert str(caught.value).startswith(complaint)
 
 
-@pytest.mark.parametrize("bench", BENCHMARKS[:2])
-def test_no_jobs_are_refused(bench: Any) -> None:
-    with pytest.raises(ConfigError, match="--jobs 0: write a number from 1"):
-        bench.run(bench.parser().parse_args(["--jobs", "0"]))
-
-
-@pytest.mark.parametrize("bench", BENCHMARKS)
-def test_nothing_stored_is_said(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not bench.run(bench.parser().parse_args(["--table", "--results", str(tmp_path / "none.jsonl")]))
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_stored_is_said(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not run(name, ["--table", "--results", str(tmp_path / "none.jsonl")])
     assert "nothing is stored yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["convergence", "outer", "sync"])
+def test_the_page_says_what_is_stored(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not run(name, ["--markdown"])
+    page = BENCHMARKS[name].PAGE
+    text = page.read_text(encoding="utf-8")
+    assert sheets.with_tables(text, capsys.readouterr().out.removesuffix("\n")) == text, f"run {name}.py --page"
+    assert page.with_suffix(".png").is_file()
 
 
 def test_a_method_may_be_named_with_its_codecs() -> None:

@@ -17,9 +17,6 @@ from hypothesis import strategies as st
 from pool import Pool
 from script import BENCH, module
 
-from commopt.errors import ConfigError
-
-sheets = module("sheets")
 bench, says, simulation = module("sync"), module("sync_results"), module("sync_simulation")
 
 
@@ -139,10 +136,7 @@ def test_a_swap_ends_when_both_of_a_pair_have_done_and_a_tree_when_all_have() ->
     assert found["swap"] * 1e3 == pytest.approx(np.array([[44, 20], [50, 60]]))
     assert found["tree"][:, 0] * 1e3 == pytest.approx([128, 220])
     assert found["ring"][:, 0] * 1e3 == pytest.approx([64, 82.5])
-
-
-def test_ratios_are_taken_within_a_repetition() -> None:
-    assert says.ratios(cell(), "tree") == pytest.approx([4, 4])
+    assert says.ratios(cell(), "tree") == pytest.approx([4, 4])  # within a repetition
     assert says.ratios(cell(), "ring") == pytest.approx([2, 1.5])
 
 
@@ -175,19 +169,10 @@ def test_the_tables_show_medians_expectations_and_busy_neighbours() -> None:
 # ---- the command and the page ----------------------------------------------------------------------------------------
 
 
-def test_the_page_holds_what_is_stored() -> None:
+def test_all_cells_and_the_simulation_are_stored() -> None:
     simulated, cells = bench.known(bench.STORED)
-    page, report = bench.PAGE.read_text(encoding="utf-8"), says.report(simulated, cells)
     assert simulated["settings"] == bench.settings(quick=False, seed=bench.SEED)
     assert [found["name"] for found in cells] == [one.name for one in bench.CELLS]
-    assert sheets.with_tables(page, sheets.markdown(report.sheets, [])) == page, "run scripts/bench/sync.py --page"
-    assert bench.PAGE.with_suffix(".png").is_file()
-
-
-@pytest.mark.parametrize("words", [["--redo", "--quick"], ["--quick", "--only", "8-*"]])
-def test_options_without_effect_are_refused(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match=f"{words[-2]}: "):
-        bench.run(bench.parser().parse_args(words))
 
 
 def test_quick_simulates_both_panels_and_stores_nothing(tmp_path: Path) -> None:
