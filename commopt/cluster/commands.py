@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from commopt.cluster.spec import Backend, ClusterSpec, RendezvousBackend
@@ -16,14 +16,10 @@ LOOPBACK = ("lo", "lo0")
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the agents of one job meet: the address of node 0, its port, and the address of each node."""
+    """Where the agents of one job meet: the address of each node, and the port of node 0."""
 
     addresses: tuple[str, ...]
     port: int
-
-    @property
-    def host(self) -> str:
-        return self.addresses[0]
 
 
 def program_words(program: str, arguments: Sequence[str]) -> list[str]:
@@ -33,15 +29,16 @@ def program_words(program: str, arguments: Sequence[str]) -> list[str]:
 
 def agent_words(cluster: ClusterSpec, node: int, program: Sequence[str], *, meeting: Meeting) -> list[str]:
     """The torchrun agent of one node. `program` is what `program_words` returns."""
+    host = meeting.addresses[0]
     words = [sys.executable, "-m", "torch.distributed.run"]
     words += [f"--nnodes={len(cluster.nodes)}", f"--nproc-per-node={cluster.slots}"]
     if cluster.rendezvous.backend is RendezvousBackend.STATIC:
-        words += [f"--node-rank={node}", f"--master-addr={meeting.host}", f"--master-port={meeting.port}"]
+        words += [f"--node-rank={node}", f"--master-addr={host}", f"--master-port={meeting.port}"]
     else:
         words += [
             "--rdzv-backend=c10d",
             f"--rdzv-id={cluster.name}",
-            f"--rdzv-endpoint={meeting.host}:{meeting.port}",
+            f"--rdzv-endpoint={host}:{meeting.port}",
             f"--rdzv-conf=is_host={str(node == 0).lower()}",  # between namespaces nobody recognises the address as its own
             f"--local-addr={meeting.addresses[node]}",
         ]
@@ -80,17 +77,15 @@ def agent_environment(
     ranks_here: int,
     links: str | None = None,
     peers: str | None = None,
-    given: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The variables that commopt sets for the ranks of one node.
 
     interface: the one that peers are reached through, or None where it is not known. ranks_here: all ranks on this
-    machine, which share its cores. links: `COMMOPT_LINKS`, in paced mode. peers: `COMMOPT_PEERS`, where every node is on
-    its own. given: the user's environment, whose OMP_NUM_THREADS stays as it is.
+    machine, which share its cores: where the user has set OMP_NUM_THREADS, it stays. links: `COMMOPT_LINKS`, in paced mode.
+    peers: `COMMOPT_PEERS`, where every node is on its own.
     """
-    given = os.environ if given is None else given
     threads = max(1, (os.cpu_count() or 1) // max(1, ranks_here))
-    environment = {"OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", str(threads))}
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     if interface is not None:
         environment["GLOO_SOCKET_IFNAME"] = interface
         if cluster.backend is Backend.NCCL:

@@ -34,9 +34,6 @@ class _InForce:
     fault: Fault
     ends_s: float | None
 
-    def concerns(self, name: str) -> bool:
-        return self.fault.kind != "cut" and name in self.fault.names
-
 
 def check_faults(faults: Sequence[Fault], emulation: Emulation, file: str) -> None:
     """Raise ConfigError, before anything starts, for a fault that cannot be carried out where the job runs."""
@@ -135,9 +132,10 @@ class Injection:
         self._nodes.kill(name, fault.at_step)
         if self._network is not None:
             self._network.remove(name)
-        for one in [one for one in self._in_force if one.concerns(name)]:
-            self._in_force.remove(one)
-            self._write(one.fault, "end")
+        for one in list(self._in_force):
+            if one.fault.kind != "cut" and name in one.fault.names:
+                self._in_force.remove(one)
+                self._write(one.fault, "end")
         self._apply()
 
     def _end(self, one: _InForce) -> None:
