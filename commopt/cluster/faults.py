@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -129,11 +129,6 @@ class Members:
         return {frozenset((a, b)) for a in one for b in other}
 
 
-def in_order(faults: Iterable[Fault]) -> list[Fault]:
-    """By step; those of one step as the file has them."""
-    return sorted(faults, key=lambda fault: fault.at_step)
-
-
 def mistakes(faults: Sequence[Fault], members: Members, steps: object) -> Iterator[tuple[str, str]]:
     """What does not fit the cluster, the number of steps (where that is a number) or the faults before: (key, text) pairs."""
     for index, fault in enumerate(faults):
@@ -158,9 +153,8 @@ def mistakes(faults: Sequence[Fault], members: Members, steps: object) -> Iterat
 def _mistakes_of_life(faults: Sequence[Fault], members: Members) -> Iterator[tuple[str, str]]:
     """Faults of nodes that are dead then, and restarts of nodes that are not."""
     killed: dict[str, int] = {}  # name -> step
-    place = {id(fault): index for index, fault in enumerate(faults)}
-    for fault in in_order(faults):
-        key, name = f"faults.{place[id(fault)]}.{fault.kind}", fault.names[0]
+    for index, fault in sorted(enumerate(faults), key=lambda numbered: numbered[1].at_step):
+        key, name = f"faults.{index}.{fault.kind}", fault.names[0]
         if fault.kind == "cut" or name not in members.nodes:
             continue
         if fault.kind == "restart":

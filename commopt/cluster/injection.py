@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.faults import Fault, in_order
+from commopt.cluster.faults import Fault
 from commopt.cluster.processes import Throttle
 from commopt.cluster.spec import Emulate
 from commopt.errors import ConfigError
@@ -61,7 +61,7 @@ class Injection:
     def __init__(
         self, faults: Sequence[Fault], *, emulation: Emulation, record_dir: Path, tell: Callable[[str], None]
     ) -> None:
-        self._waiting = in_order(faults)
+        self._waiting = sorted(faults, key=lambda fault: fault.at_step)  # those of one step as the file has them
         self._emulation, self._network = emulation, emulation.network
         self._tell, self._follower = tell, Follower(record_dir)
         self._record = record_dir / "faults.jsonl"

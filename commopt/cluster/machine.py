@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+LOOPBACK = ("lo", "lo0")  # on Linux, and elsewhere
+
 
 def tried(words: Sequence[str], given: str = "", *, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
     """Run a short command on an input text; one that cannot be run, or takes too long, has exit code 1."""
@@ -27,9 +29,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def loopback_interface() -> str:
-    """`lo` on Linux, `lo0` elsewhere."""
     names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), "lo")
+    return next((name for name in LOOPBACK if name in names), "lo")
 
 
 def is_own(host: str | None) -> bool:

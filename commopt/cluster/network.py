@@ -138,7 +138,7 @@ class Network:
         for site, bridge in enumerate(bridges):
             inner, outer = f"s{site}", f"t{site}"
             self._root.link("add", ifname=inner, kind="veth", mtu=self._mtu, peer={"ifname": outer, "mtu": self._mtu})
-            for name, master, link in ((inner, bridge, between), (outer, core, _rate_only(between))):
+            for name, master, link in ((inner, bridge, between), (outer, core, Link(rate=between.rate))):
                 index = self._index(self._root, name)
                 self._shape(self._root, index, link)
                 self._root.link("set", index=index, master=master, state="up")
@@ -163,7 +163,7 @@ class Network:
         index = self._index(self._root, outer)
         self._outer[index] = name
         self._silence_ipv6(self._root, index)
-        self._shape(self._root, index, _rate_only(link))
+        self._shape(self._root, index, Link(rate=link.rate))
         self._root.link("set", index=index, master=bridge, state="up")
         inside: Any
         with NetNS(name, flags=0) as inside:
@@ -225,7 +225,3 @@ def _ip(namespace: str, lines: Sequence[str]) -> None:
 
 def _needs_netem(link: Link) -> bool:
     return link.delay_s > 0 or link.jitter_s > 0 or link.loss_probability > 0
-
-
-def _rate_only(link: Link) -> Link:
-    return Link(rate=link.rate)

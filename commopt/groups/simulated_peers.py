@@ -260,12 +260,6 @@ class SimPeers(Peers):
             self._office.play(self.rank, step)
             self._office.changed.notify_all()
 
-    def is_quiet(self) -> bool:
-        return True
-
-    def close(self, linger_s: float = 5.0) -> None:
-        pass
-
     def _sort_in(self) -> None:
         """Move what has arrived by this rank's clock into the mailbox."""
         coming = self._office.on_the_way[self.rank]

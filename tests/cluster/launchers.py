@@ -31,12 +31,6 @@ def processes(word: str) -> list[int]:
     return found
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """This process's environment, with this tree importable and temporary files in `folder`."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("COMMOPT_")}
-    return {**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "TMPDIR": str(folder)}
-
-
 def commopt_here(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     """Exit code, output and errors of a command that starts nothing: in this process, which has torch already."""
     from commopt.cli.app import app
@@ -49,11 +43,13 @@ def commopt_here(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[in
 _started: list[subprocess.Popen[str]] = []
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    """Start a Python launcher whose temporary files go to `folder`."""
+def start(words: list[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start a Python program whose temporary files go to `folder`, with these variables besides."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("COMMOPT_")}
+    ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "TMPDIR": str(folder)}
     process = subprocess.Popen(
         [sys.executable, *words],
-        env=environment(folder),
+        env={**inherited, **ours, **variables},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

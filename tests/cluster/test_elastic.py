@@ -11,35 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from launchers import HERE, ROOT, all_have_ended, drive, environment, finish, result
+from launchers import HERE, ROOT, all_have_ended, drive, finish, result, start
 from safetensors.torch import load_file
 from torch import Tensor
 
 from commopt.cluster.machine import free_ports
 from commopt.cluster.network import address
 
-OURS = ("GLOO_SOCKET_IFNAME", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-OURS += tuple(f"COMMOPT_{name}" for name in ("JOB", "MTU", "NIC", "NODE", "NODE_RANK", "RECORD"))
+OURS = ["GLOO_SOCKET_IFNAME", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+OURS += [f"COMMOPT_{name}" for name in ("JOB", "MTU", "NIC", "NODE", "NODE_RANK", "RECORD")]
 TRAINING = ["--method", "onebit_adam", "--options", '{"freeze_step": 4}', "--steps", "12", "--every", "3"]
 
 
 def undisturbed(folder: Path, scratch: Path) -> list[subprocess.Popen[str]]:
     """The same training as two bare ranks, without torchrun and without failures."""
     (port,) = free_ports(1)
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "launch/elastic_train.py"), "--checkpoints", str(folder), *TRAINING],
-                env={**environment(scratch), **place, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return ranks
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    words = [str(ROOT / "launch/elastic_train.py"), "--checkpoints", str(folder), *TRAINING]
+    return [start(words, scratch, RANK=str(rank), OMP_NUM_THREADS="1", **job) for rank in range(2)]
 
 
 def on_each_node(folder: Path, flag: Path, mark: str) -> list[list[str]]:
