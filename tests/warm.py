@@ -32,7 +32,7 @@ from typing import Any
 
 from warm_call import FORWARDED, NAMESPACES, namespaces
 
-ROOM = 4096  # bytes for the words that ps shows of a fork
+ROOM = 1 << 14  # bytes for the words that ps shows of a fork, and for its environment
 FRAMEWORKS = {  # what a program whose text has the word begins with
     "accelerate": ["accelerate"],
     "deepspeed": ["deepspeed"],
@@ -62,7 +62,7 @@ def start(folder: Path) -> Callable[[], None]:
         listener.listen(64)
         process = subprocess.Popen(
             [sys.executable, __file__, str(listener.fileno()), " " * ROOM],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ROOM": " " * ROOM},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=[listener.fileno()],
@@ -217,11 +217,13 @@ def enter(spaces: list[int]) -> None:
 
 
 def show(words: list[str]) -> None:
-    """Let ps, and whoever looks for a program in /proc, find these words in place of this process's own."""
-    start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
-    text = b"\0".join(word.encode() for word in words)[: end - start - 1]
-    ctypes.memset(start, 0, end - start)
-    ctypes.memmove(start, text, len(text))
+    """Let ps, and whoever looks into /proc, find these words and this environment in place of those of the first process."""
+    places = list(map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:49]))
+    variables = [f"{key}={value}" for key, value in os.environ.items()]
+    for (start, end), found in zip((places[:2], places[2:]), (words, variables), strict=True):
+        text = "\0".join(found).encode()[: end - start - 1]
+        ctypes.memset(start, 0, end - start)
+        ctypes.memmove(start, text, len(text))
 
 
 def run_as_program(words: list[str], folder: Path, executable: str) -> None:
@@ -245,7 +247,8 @@ def run_as_program(words: list[str], folder: Path, executable: str) -> None:
         elif words[0] == "-m":
             sys.argv = words[1:]
             sys.path[0] = str(folder)
-            sys.modules.pop(words[1], None)
+            for name in (words[1], f"{words[1]}.__main__"):
+                sys.modules.pop(name, None)
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = words

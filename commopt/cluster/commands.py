@@ -6,24 +6,19 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from commopt.cluster.machine import LOOPBACK
 from commopt.cluster.spec import Backend, ClusterSpec, RendezvousBackend
-
-LOOPBACK = ("lo", "lo0")
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the agents of one job meet: the address of node 0, its port, and the address of each node."""
+    """Where the agents of one job meet: the address of each node, and the port of node 0."""
 
     addresses: tuple[str, ...]
     port: int
-
-    @property
-    def host(self) -> str:
-        return self.addresses[0]
 
 
 def program_words(program: str, arguments: Sequence[str]) -> list[str]:
@@ -33,20 +28,18 @@ def program_words(program: str, arguments: Sequence[str]) -> list[str]:
 
 def agent_words(cluster: ClusterSpec, node: int, program: Sequence[str], *, meeting: Meeting) -> list[str]:
     """The torchrun agent of one node. `program` is what `program_words` returns."""
-    words = [sys.executable, "-m", "torch.distributed.run"]
-    words += [f"--nnodes={len(cluster.nodes)}", f"--nproc-per-node={cluster.slots}"]
+    host = meeting.addresses[0]
     if cluster.rendezvous.backend is RendezvousBackend.STATIC:
-        words += [f"--node-rank={node}", f"--master-addr={meeting.host}", f"--master-port={meeting.port}"]
+        place = [f"--node-rank={node}", f"--master-addr={host}", f"--master-port={meeting.port}"]
     else:
-        words += [
+        place = [
             "--rdzv-backend=c10d",
             f"--rdzv-id={cluster.name}",
-            f"--rdzv-endpoint={meeting.host}:{meeting.port}",
+            f"--rdzv-endpoint={host}:{meeting.port}",
             f"--rdzv-conf=is_host={str(node == 0).lower()}",  # between namespaces nobody recognises the address as its own
             f"--local-addr={meeting.addresses[node]}",
         ]
-    words.append(f"--log-dir={os.devnull}")  # or it leaves a temporary folder; the output comes through a pipe
-    return [*words, *program]
+    return _torchrun(len(cluster.nodes), cluster.slots, place, program)
 
 
 def lone_agent_words(cluster: ClusterSpec, program: Sequence[str], *, port: int) -> list[str]:
@@ -54,9 +47,17 @@ def lone_agent_words(cluster: ClusterSpec, program: Sequence[str], *, port: int)
 
     port: on that node's loopback interface, where the agent meets its own ranks.
     """
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={cluster.slots}"]
-    words += ["--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
-    return [*words, f"--log-dir={os.devnull}", *program]
+    place = ["--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
+    return _torchrun(1, cluster.slots, place, program)
+
+
+def _torchrun(nodes: int, slots: int, place: Sequence[str], program: Sequence[str]) -> list[str]:
+    words = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={slots}", *place]
+    return [
+        *words,
+        f"--log-dir={os.devnull}",
+        *program,
+    ]  # else a temporary folder is left; the output comes through a pipe
 
 
 def peers_json(job: str, members: Sequence[tuple[str, int]]) -> str:
@@ -80,28 +81,25 @@ def agent_environment(
     ranks_here: int,
     links: str | None = None,
     peers: str | None = None,
-    given: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The variables that commopt sets for the ranks of one node.
 
     interface: the one that peers are reached through, or None where it is not known. ranks_here: all ranks on this
-    machine, which share its cores. links: `COMMOPT_LINKS`, in paced mode. peers: `COMMOPT_PEERS`, where every node is on
-    its own. given: the user's environment, whose OMP_NUM_THREADS stays as it is.
+    machine, which share its cores: where the user has set OMP_NUM_THREADS, it stays. links: `COMMOPT_LINKS`, in paced mode.
+    peers: `COMMOPT_PEERS`, where every node is on its own.
     """
-    given = os.environ if given is None else given
     threads = max(1, (os.cpu_count() or 1) // max(1, ranks_here))
-    environment = {"OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", str(threads))}
-    if interface is not None:
-        environment["GLOO_SOCKET_IFNAME"] = interface
-        if cluster.backend is Backend.NCCL:
-            environment["NCCL_SOCKET_IFNAME"] = interface
-    environment["COMMOPT_NODE"] = cluster.nodes[node].name
-    environment["COMMOPT_NODE_RANK"] = str(node)
-    environment["COMMOPT_MTU"] = str(cluster.links.mtu)
-    if interface not in (None, *LOOPBACK):  # all nodes' bytes pass there, so that it says nothing about one of them
-        environment["COMMOPT_NIC"] = str(interface)
-    if links is not None:
-        environment["COMMOPT_LINKS"] = links
-    if peers is not None:
-        environment["COMMOPT_PEERS"] = peers
-    return environment
+    environment = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface if cluster.backend is Backend.NCCL else None,
+        "COMMOPT_NODE": cluster.nodes[node].name,
+        "COMMOPT_NODE_RANK": str(node),
+        "COMMOPT_MTU": str(cluster.links.mtu),
+        "COMMOPT_NIC": None
+        if interface in LOOPBACK
+        else interface,  # where all nodes' bytes pass, nothing is said of one
+        "COMMOPT_LINKS": links,
+        "COMMOPT_PEERS": peers,
+    }
+    return {key: value for key, value in environment.items() if value is not None}

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,10 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+from commopt.cluster.machine import tried
 from commopt.errors import EmulationError
+
+_LIMIT_S = 30.0  # for one attempt
 
 
 class State(str, Enum):
@@ -66,8 +68,7 @@ def as_json(checks: list[Check]) -> str:
 def _python() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Check("machine", State.OK, f"{platform.system()} {platform.release()}, {platform.machine()}, {cores} cores")
-    old = sys.version_info < (3, 10)
-    yield Check("python", State.MISSING if old else State.OK, platform.python_version(), "install 3.10+" if old else "")
+    yield Check("python", State.OK, platform.python_version())
 
 
 def _torch() -> Iterator[Check]:
@@ -102,13 +103,12 @@ def _mpi() -> Check:
     if importlib.util.find_spec("mpi4py") is None:
         return Check("mpi", State.LIMITED, "no mpi4py", "pip install 'commopt[mpi]' mpich, for mpirun only")
     words = [sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"]
-    try:
-        library = " ".join(subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.split())
-    except (OSError, subprocess.SubprocessError):
+    done = tried(words, timeout_s=_LIMIT_S)
+    if done.returncode != 0:
         return Check("mpi", State.LIMITED, "mpi4py, but no MPI library", "pip install mpich")
     if not ((Path(sys.executable).parent / "mpiexec").exists() or shutil.which("mpiexec")):
         return Check("mpi", State.LIMITED, "mpi4py, but no mpiexec", "pip install mpich")
-    return Check("mpi", State.OK, f"mpi4py {_version('mpi4py')}, {library}")
+    return Check("mpi", State.OK, f"mpi4py {_version('mpi4py')}, {' '.join(done.stdout.split())}")
 
 
 def _emulation() -> Iterator[Check]:
@@ -116,9 +116,7 @@ def _emulation() -> Iterator[Check]:
 
     for tool, package in (("unshare", "util-linux"), ("ip", "iproute2")):
         place = shutil.which(tool)
-        yield Check(
-            tool, State.OK if place else State.MISSING, place or "not found", "" if place else f"install {package}"
-        )
+        yield Check(tool, State.OK, place) if place else Check(tool, State.MISSING, "not found", f"install {package}")
     try:
         words = unshare_words()
     except EmulationError as error:
@@ -132,15 +130,15 @@ def _emulation() -> Iterator[Check]:
     if importlib.util.find_spec("pyroute2") is None:
         yield Check("pyroute2", State.MISSING, "not installed", "pip install pyroute2")
         return
-    tried = _run([*words, sys.executable, "-c", _TRY_QDISCS])
-    answers = dict(line.split(" ", 1) for line in tried.stdout.splitlines() if " " in line)
+    done = tried([*words, sys.executable, "-c", _TRY_QDISCS], timeout_s=_LIMIT_S)
+    answers = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
     cures = {
         "tbf": "modprobe sch_tbf; until then links are paced",
         "htb": "not needed: tbf does the shaping",
         "netem": "modprobe sch_netem (linux-modules-extra); until then delay is paced, jitter and loss left out",
     }
     for kind, cure in cures.items():
-        answer = answers.get(kind, tried.stderr.strip().rsplit("\n", 1)[-1] or "could not be tried")
+        answer = answers.get(kind, done.stderr.strip().rsplit("\n", 1)[-1] or "could not be tried")
         works = answer == "ok"
         state = State.OK if works else State.MISSING if kind == "tbf" else State.LIMITED
         yield Check(kind, state, "works" if works else answer.lower(), "" if works else cure)
@@ -149,26 +147,28 @@ def _emulation() -> Iterator[Check]:
 def _named_namespace(words: list[str]) -> Check:
     place = os.path.realpath("/var/run")
     script = f"mount -t tmpfs none {place} && ip netns add try && ip netns exec try true"
-    tried = _run([*words, "sh", "-c", script])
-    if tried.returncode == 0:
+    done = tried([*words, "sh", "-c", script], timeout_s=_LIMIT_S)
+    if done.returncode == 0:
         return Check("ip netns exec", State.OK, "works")
-    return Check("ip netns exec", State.MISSING, tried.stderr.strip()[:80], "links are paced instead (emulate: paced)")
+    return Check("ip netns exec", State.MISSING, done.stderr.strip()[:80], "links are paced instead (emulate: paced)")
 
 
 def _kernels() -> Iterator[Check]:
-    if importlib.util.find_spec("numba") is None:
-        yield Check("numba", State.LIMITED, "not installed", "pip install numba; until then kernels are plain torch")
-    else:
-        yield Check("numba", State.OK, _version("numba"))
+    numba = _package("numba", "pip install numba; until then kernels are plain torch")
+    yield numba
+    if numba.state is State.OK:
         place = _numba_cache()
         if place is not None:
             yield Check("numba cache", State.OK, str(place))
         else:
             yield Check("numba cache", State.LIMITED, "no folder can be written", "set NUMBA_CACHE_DIR to a folder")
-    if importlib.util.find_spec("triton") is None:
-        yield Check("triton", State.LIMITED, "not installed", "pip install triton, for GPUs only")
-    else:
-        yield Check("triton", State.OK, _version("triton"))
+    yield _package("triton", "pip install triton, for GPUs only")
+
+
+def _package(name: str, cure: str) -> Check:
+    if importlib.util.find_spec(name) is None:
+        return Check(name, State.LIMITED, "not installed", cure)
+    return Check(name, State.OK, _version(name))
 
 
 def _numba_cache() -> Path | None:
@@ -194,10 +194,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "installed"
-
-
-def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(words, 1, "", str(error))

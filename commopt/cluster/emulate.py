@@ -23,19 +23,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from commopt.cluster.commands import Meeting
-from commopt.cluster.machine import free_ports, interface_of, is_own, loopback_interface, nic_tx_bytes
+from commopt.cluster.machine import free_ports, interface_of, is_own, loopback_interface, nic_tx_bytes, tried
 from commopt.cluster.network import INTERFACE, Network, address
+from commopt.cluster.signals import SIGNALS, on_signals
 from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import ConfigError, EmulationError, LaunchError, did_you_mean
 from commopt.plan.links import LinkModel
 
 _INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
 _DEPTH = "_COMMOPT_DEPTH"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -119,7 +118,9 @@ def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | N
     if descriptors := os.environ.pop(_INSIDE, None):
         return _inside(cluster, mode, *map(int, descriptors.split(",")))
     if mode is Emulate.NONE:
-        return real(cluster, node) if cluster.has_hosts else on_loopback(cluster)
+        if cluster.has_hosts:
+            return on_hosts(cluster, (this_node(cluster, node),), os.environ.get("GLOO_SOCKET_IFNAME"))
+        return on_loopback(cluster)
     if mode is Emulate.PACED:
         return on_loopback(cluster, paced=True, why="as asked")
     why = _run_inside()
@@ -148,34 +149,28 @@ def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> 
     )
 
 
-def real(cluster: ClusterSpec, node: str | None = None) -> Emulation:
-    """One node of a cluster of real machines: this one."""
-    index = this_node(cluster, node)
-    hosts = [member.host or "" for member in cluster.nodes]
-    interfaces: list[str | None] = [None] * len(hosts)
-    interfaces[index] = os.environ.get("GLOO_SOCKET_IFNAME") or interface_of(hosts[index])
-    return Emulation(
-        cluster=cluster,
-        mode=Emulate.NONE,
-        nodes=(index,),
-        meeting=Meeting(tuple(hosts), cluster.rendezvous.port),
-        interfaces=tuple(interfaces),
-    )
+def on_hosts(cluster: ClusterSpec, nodes: tuple[int, ...], interface: str | None = None) -> Emulation:
+    """Some nodes of a cluster of real machines; `interface` where it is not to be found by their addresses."""
+    hosts = tuple(member.host or "" for member in cluster.nodes)
+    interfaces = tuple((interface or interface_of(host)) if k in nodes else None for k, host in enumerate(hosts))
+    return Emulation(cluster, Emulate.NONE, nodes, Meeting(hosts, cluster.rendezvous.port), interfaces)
+
+
+def in_namespaces(cluster: ClusterSpec) -> Emulation:
+    """All nodes in namespaces of this machine, with a network that is not made yet."""
+    nodes = tuple(range(len(cluster.nodes)))
+    meeting = Meeting(tuple(map(address, nodes)), cluster.rendezvous.port)
+    return Emulation(cluster, Emulate.NETNS, nodes, meeting, (INTERFACE,) * len(nodes))
 
 
 def preview(cluster: ClusterSpec, emulate: Emulate | None = None, node: str | None = None) -> Emulation:
     """What `enter` would choose, with nothing tried and nothing made; for `--print`."""
     mode = emulate or cluster.emulation
     if mode is Emulate.NONE and cluster.has_hosts:
-        hosts = tuple(member.host or "" for member in cluster.nodes)
-        nodes = (this_node(cluster, node),) if node else tuple(range(len(hosts)))
-        interfaces = tuple(interface_of(host) for host in hosts)
-        return Emulation(cluster, Emulate.NONE, nodes, Meeting(hosts, cluster.rendezvous.port), interfaces)
+        return on_hosts(cluster, (this_node(cluster, node),) if node else tuple(range(len(cluster.nodes))))
     if mode in (Emulate.NONE, Emulate.PACED):
         return on_loopback(cluster, paced=mode is Emulate.PACED, why="as asked")
-    count = len(cluster.nodes)
-    meeting = Meeting(tuple(address(index) for index in range(count)), cluster.rendezvous.port)
-    return Emulation(cluster, Emulate.NETNS, tuple(range(count)), meeting, (INTERFACE,) * count)
+    return in_namespaces(cluster)
 
 
 def this_node(cluster: ClusterSpec, name: str | None) -> int:
@@ -197,19 +192,12 @@ def this_node(cluster: ClusterSpec, name: str | None) -> int:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: through its `finally` blocks, with the usual exit code.
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: through its `finally` blocks, with the usual exit code."""
 
-    A fork of this process, as pyroute2 makes for a moment to enter a namespace and ends by SIGTERM, has nothing to clean up.
-    """
-    owner = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        if os.getpid() != owner:
-            os._exit(128 + number)
+    def end(number: int) -> NoReturn:
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+    on_signals((signal.SIGTERM, signal.SIGHUP), end)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 
 
@@ -233,12 +221,10 @@ def unshare_words() -> list[str]:
     words = ["unshare", "-Urnm", "--pid", "--fork", "--kill-child"]
     reason = ""
     for option in (["--mount-proc"], []):  # a container that masks parts of /proc refuses a new one
-        tried = subprocess.run(
-            [*words, *option, "true"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        if tried.returncode == 0:
+        done = tried([*words, *option, "true"])
+        if done.returncode == 0:
             return [*words, *option]
-        reason = tried.stderr.strip().removeprefix("unshare: ") or f"exit code {tried.returncode}"
+        reason = done.stderr.strip().removeprefix("unshare: ") or f"exit code {done.returncode}"
     if _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1" and os.geteuid() != 0:
         reason += "; AppArmor restricts user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0"
     elif _sysctl("kernel/unprivileged_userns_clone") == "0" and os.geteuid() != 0:
@@ -267,12 +253,7 @@ def _run_inside() -> str:
         start_new_session=True,  # a terminal's Ctrl-C reaches this process, which passes it on once
         preexec_fn=end_with_parent(),
     )
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        os.write(lifeline_end, bytes([number]))
-
-    for number in _SIGNALS:
-        signal.signal(number, pass_on)
+    on_signals(SIGNALS, lambda number: os.write(lifeline_end, bytes([number])))
     for descriptor in inner:
         os.close(descriptor)
     with os.fdopen(report, "rb") as stream:
@@ -321,16 +302,7 @@ def _inside(cluster: ClusterSpec, mode: Emulate, lifeline: int, report: int) -> 
     everything = [*(cluster.link(index) for index in range(count)), cluster.links.between]
     if not network.has_netem and any(link.jitter_s or link.loss_probability for link in everything):
         notices.append("this kernel has no netem: jitter and loss are left out")
-    return Emulation(
-        cluster=cluster,
-        mode=Emulate.NETNS,
-        nodes=tuple(range(count)),
-        meeting=Meeting(tuple(address(index) for index in range(count)), cluster.rendezvous.port),
-        interfaces=(INTERFACE,) * count,
-        notices=tuple(notices),
-        links=links,
-        network=network,
-    )
+    return replace(in_namespaces(cluster), notices=tuple(notices), links=links, network=network)
 
 
 def _build(cluster: ClusterSpec) -> Network:
@@ -341,7 +313,7 @@ def _build(cluster: ClusterSpec) -> Network:
 
 
 def _checked_run(words: list[str]) -> None:
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = tried(words)
     if done.returncode != 0:
         raise EmulationError(f"{' '.join(words[:3])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
 

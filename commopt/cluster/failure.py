@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from commopt.cluster.output import Ended, Reader, Traceback
 
@@ -19,14 +19,13 @@ _FOLLOWS = re.compile(
 class Failure:
     """What ended a job: the first rank that failed, or an agent (rank None).
 
-    exit_code is None where a signal ended it, and signal_name otherwise. message: that rank's last traceback, or "".
+    exit_code: minus the signal's number where one ended it. message: that rank's last traceback, or "".
     killed_at_step: where the run's faults killed that node, and all ended with it. is_told: the user has seen the message.
     """
 
     node: str
     rank: int | None
-    exit_code: int | None
-    signal_name: str | None
+    exit_code: int
     message: str = ""
     killed_at_step: int | None = None
     is_told: bool = False
@@ -41,24 +40,25 @@ class Failure:
             return f"{self.node} was killed at step {self.killed_at_step}, as the run's faults say"
         who = f"rank {self.rank} ({self.node})" if self.rank is not None else f"the torchrun agent of {self.node}"
         exception = next((line for line in reversed(self.message.splitlines()) if line and not line[0].isspace()), "")
-        if self.signal_name is not None and not (self.rank is not None and exception):
-            return f"{who} was killed by {self.signal_name}"
+        if self.exit_code < 0 and not (self.rank is not None and exception):
+            known = {one.value: one.name for one in signal.Signals}
+            return f"{who} was killed by {known.get(-self.exit_code, f'signal {-self.exit_code}')}"
         return f"{who} failed: {exception}" if exception else f"{who} ended with exit code {self.exit_code}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class AgentEnd:
-    """How one node's agent ended; at_s is None where it was the launcher that ended it.
+    """How one node's agent ended; at_s is None where it was the launcher that ended it, or it goes on.
 
     first_rank: of its node. reader: what it and its ranks printed. last_lines: of its log, for an agent that says nothing else.
     """
 
     node: str
     first_rank: int
-    exit_code: int | None
-    at_s: float | None
-    reader: Reader
-    last_lines: str
+    exit_code: int | None = None
+    at_s: float | None = None
+    reader: Reader = field(default_factory=Reader)
+    last_lines: str = ""
 
 
 def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | None:
@@ -73,16 +73,16 @@ def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | No
         traceback = _traceback(end, rank if is_one_job else ended.local_rank)
         said_why = ended.exit_code > 0 or ended.exit_code == -signal.SIGABRT  # torch may abort after an exception
         if traceback is None or not said_why:
-            return _described(end.node, rank, ended.exit_code, "")
-        return _described(end.node, rank, ended.exit_code, traceback.text, is_told=traceback.is_shown)
+            return Failure(end.node, rank, ended.exit_code)
+        return Failure(end.node, rank, ended.exit_code, traceback.text, is_told=traceback.is_shown)
     bad = [(end.at_s, k) for k, end in enumerate(ends) if end.exit_code and end.at_s is not None]
     if not bad:
         return None
     end = ends[min(bad)[1]]
     if not end.reader.tracebacks:
-        return _described(end.node, None, end.exit_code or 0, end.last_lines)
+        return Failure(end.node, None, end.exit_code or 0, end.last_lines)
     last = end.reader.tracebacks[-1]
-    return _described(end.node, None, end.exit_code or 0, last.text, is_told=last.is_shown)
+    return Failure(end.node, None, end.exit_code or 0, last.text, is_told=last.is_shown)
 
 
 def _order(end: AgentEnd, ended: Ended) -> tuple[int, float]:
@@ -100,13 +100,3 @@ def _order(end: AgentEnd, ended: Ended) -> tuple[int, float]:
 def _traceback(end: AgentEnd, rank: int) -> Traceback | None:
     own = [block for block in end.reader.tracebacks if block.rank in (rank, None)]
     return own[-1] if own else None
-
-
-def _described(node: str, rank: int | None, code: int, message: str, *, is_told: bool = False) -> Failure:
-    if code >= 0:
-        return Failure(node, rank, code, None, message, is_told=is_told)
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return Failure(node, rank, None, name, message, is_told=is_told)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,16 +21,13 @@ def _checked_sides(value: object) -> object:
     return value
 
 
-def _checked_seconds(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{shown(value)} is not a time; write a number of seconds above 0")
-    return value
+def _above(limit: float, mistake: str) -> BeforeValidator:
+    def checked(value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not limit < value < math.inf:
+            raise ValueError(f"{shown(value)} {mistake}")
+        return value
 
-
-def _checked_factor(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 < value < math.inf:
-        raise ValueError(f"{shown(value)} slows nothing down; write a number above 1")
-    return value
+    return BeforeValidator(checked)
 
 
 class Fault(BaseModel):
@@ -49,8 +46,8 @@ class Fault(BaseModel):
     cut: Annotated[list[str] | None, BeforeValidator(_checked_sides)] = None
     slow: str | None = None
     hang: str | None = None
-    for_s: Annotated[float | None, BeforeValidator(_checked_seconds)] = None
-    factor: Annotated[float | None, BeforeValidator(_checked_factor)] = None
+    for_s: Annotated[float | None, _above(0, "is not a time; write a number of seconds above 0")] = None
+    factor: Annotated[float | None, _above(1, "slows nothing down; write a number above 1")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -94,22 +91,21 @@ class Fault(BaseModel):
 
     def __str__(self) -> str:
         """What happens: `node2 killed`."""
-        for_s = "" if self.for_s is None else f" for {self.for_s:g} s"
-        if self.kind == "cut":
-            return f"{self.names[0]} and {self.names[1]} cut off from each other{for_s}"
         words = {
             "kill": "killed",
             "restart": "started again",
-            "slow": f"slowed down {self.factor or 1:g} times{for_s}",
-            "hang": f"hung up{for_s}",
+            "cut": "cut off from each other",
+            "slow": f"slowed down {self.factor or 1:g} times",
+            "hang": "hung up",
         }
-        return f"{self.names[0]} {words[self.kind]}"
+        for_s = "" if self.for_s is None else f" for {self.for_s:g} s"
+        return f"{' and '.join(self.names)} {words[self.kind]}{for_s}"
 
     @property
     def recovery(self) -> str:
         """What happens when it ends by itself: `node1 goes on`."""
         if self.kind == "cut":
-            return f"{self.names[0]} and {self.names[1]} reach each other again"
+            return f"{' and '.join(self.names)} reach each other again"
         return f"{self.names[0]} goes on{' at full speed' if self.kind == 'slow' else ''}"
 
 
@@ -131,11 +127,6 @@ class Members:
         """Every pair of nodes that a cut separates."""
         one, other = map(self.side, cut.names)
         return {frozenset((a, b)) for a in one for b in other}
-
-
-def in_order(faults: Iterable[Fault]) -> list[Fault]:
-    """By step; those of one step as the file has them."""
-    return sorted(faults, key=lambda fault: fault.at_step)
 
 
 def mistakes(faults: Sequence[Fault], members: Members, steps: object) -> Iterator[tuple[str, str]]:
@@ -162,9 +153,8 @@ def mistakes(faults: Sequence[Fault], members: Members, steps: object) -> Iterat
 def _mistakes_of_life(faults: Sequence[Fault], members: Members) -> Iterator[tuple[str, str]]:
     """Faults of nodes that are dead then, and restarts of nodes that are not."""
     killed: dict[str, int] = {}  # name -> step
-    place = {id(fault): index for index, fault in enumerate(faults)}
-    for fault in in_order(faults):
-        key, name = f"faults.{place[id(fault)]}.{fault.kind}", fault.names[0]
+    for index, fault in sorted(enumerate(faults), key=lambda numbered: numbered[1].at_step):
+        key, name = f"faults.{index}.{fault.kind}", fault.names[0]
         if fault.kind == "cut" or name not in members.nodes:
             continue
         if fault.kind == "restart":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.faults import Fault, in_order
+from commopt.cluster.faults import Fault
 from commopt.cluster.processes import Throttle
 from commopt.cluster.spec import Emulate
 from commopt.errors import ConfigError
@@ -33,9 +33,6 @@ class _InForce:
 
     fault: Fault
     ends_s: float | None
-
-    def concerns(self, name: str) -> bool:
-        return self.fault.kind != "cut" and name in self.fault.names
 
 
 def check_faults(faults: Sequence[Fault], emulation: Emulation, file: str) -> None:
@@ -64,7 +61,7 @@ class Injection:
     def __init__(
         self, faults: Sequence[Fault], *, emulation: Emulation, record_dir: Path, tell: Callable[[str], None]
     ) -> None:
-        self._waiting = in_order(faults)
+        self._waiting = sorted(faults, key=lambda fault: fault.at_step)  # those of one step as the file has them
         self._emulation, self._network = emulation, emulation.network
         self._tell, self._follower = tell, Follower(record_dir)
         self._record = record_dir / "faults.jsonl"
@@ -135,9 +132,10 @@ class Injection:
         self._nodes.kill(name, fault.at_step)
         if self._network is not None:
             self._network.remove(name)
-        for one in [one for one in self._in_force if one.concerns(name)]:
-            self._in_force.remove(one)
-            self._write(one.fault, "end")
+        for one in list(self._in_force):
+            if one.fault.kind != "cut" and name in one.fault.names:
+                self._in_force.remove(one)
+                self._write(one.fault, "end")
         self._apply()
 
     def _end(self, one: _InForce) -> None:

@@ -1,12 +1,22 @@
-"""This machine's own addresses, interfaces, ports and byte counters."""
+"""This machine's own commands, addresses, interfaces, ports and byte counters."""
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+LOOPBACK = ("lo", "lo0")  # on Linux, and elsewhere
+
+
+def tried(words: Sequence[str], given: str = "", *, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a short command on an input text; one that cannot be run, or takes too long, has exit code 1."""
+    try:
+        return subprocess.run(words, input=given, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(words, 1, "", str(error))
 
 
 def free_ports(count: int) -> list[int]:
@@ -19,9 +29,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def loopback_interface() -> str:
-    """`lo` on Linux, `lo0` elsewhere."""
     names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), "lo")
+    return next((name for name in LOOPBACK if name in names), "lo")
 
 
 def is_own(host: str | None) -> bool:
@@ -50,18 +59,11 @@ def interface_of(host: str | None) -> str | None:
         wanted = socket.gethostbyname(host)
     except OSError:
         return None
-    listed = (
-        subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True, check=False) if _has_ip() else None
-    )
-    for line in listed.stdout.splitlines() if listed else []:
+    for line in tried(["ip", "-o", "-4", "addr"]).stdout.splitlines():
         words = line.split()
         if len(words) > 3 and words[3].split("/")[0] == wanted and not wanted.startswith("127."):
             return words[1]
     return None
-
-
-def _has_ip() -> bool:
-    return shutil.which("ip") is not None
 
 
 def nic_tx_bytes(interface: str | None) -> int | None:

@@ -10,11 +10,10 @@ of the calling process, which therefore has to be one of its own: see `commopt.c
 from __future__ import annotations
 
 import math
-import subprocess
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
+from commopt.cluster.machine import tried
 from commopt.cluster.signals import deferred_signals
 from commopt.cluster.spec import ClusterSpec, Link
 from commopt.errors import EmulationError
@@ -139,7 +138,7 @@ class Network:
         for site, bridge in enumerate(bridges):
             inner, outer = f"s{site}", f"t{site}"
             self._root.link("add", ifname=inner, kind="veth", mtu=self._mtu, peer={"ifname": outer, "mtu": self._mtu})
-            for name, master, link in ((inner, bridge, between), (outer, core, _rate_only(between))):
+            for name, master, link in ((inner, bridge, between), (outer, core, Link(rate=between.rate))):
                 index = self._index(self._root, name)
                 self._shape(self._root, index, link)
                 self._root.link("set", index=index, master=master, state="up")
@@ -164,10 +163,10 @@ class Network:
         index = self._index(self._root, outer)
         self._outer[index] = name
         self._silence_ipv6(self._root, index)
-        self._shape(self._root, index, _rate_only(link))
+        self._shape(self._root, index, Link(rate=link.rate))
         self._root.link("set", index=index, master=bridge, state="up")
-        with ExitStack() as stack:
-            inside: Any = stack.enter_context(NetNS(name, flags=0))
+        inside: Any
+        with NetNS(name, flags=0) as inside:
             index = self._index(inside, INTERFACE)
             inside.link("set", index=1, state="up")
             inside.addr("add", index=index, address=address(number), prefixlen=16)
@@ -188,7 +187,10 @@ class Network:
             held_s = 1.0 + link.delay_s + link.jitter_s
             packets = max(1000, math.ceil(held_s * min(rate, _FASTEST_BYTES_PER_S) / self._mtu))
             place = {} if parent is None else {"parent": parent}
-            route.tc("add", "netem", index, handle="10:", **place, **_netem_options(link), limit=packets)
+            # microseconds, and a percentage that has to stay below its 32-bit end
+            times = {"delay": link.delay_s * 1e6, "jitter": link.jitter_s * 1e6}
+            loss = min(link.loss_probability * 100, 99.9999)
+            route.tc("add", "netem", index, handle="10:", **place, **times, loss=loss, limit=packets)
 
     def _netem_works(self) -> bool:
         """Whether this kernel has sch_netem, tried on the loopback interface."""
@@ -209,34 +211,17 @@ class Network:
 
     @staticmethod
     def _index(route: Any, name: str) -> int:
-        found: Sequence[int] = route.link_lookup(ifname=name)
-        if not found:
-            raise EmulationError(f"the interface {name} was not made")
-        return found[0]
+        return int(route.link_lookup(ifname=name)[0])
 
 
 def _ip(namespace: str, lines: Sequence[str]) -> None:
     """Give `ip` these lines in a node's namespace. Raises EmulationError."""
     if not lines:
         return
-    words = ["ip", "-n", namespace, "-batch", "-"]
-    done = subprocess.run(words, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+    done = tried(["ip", "-n", namespace, "-batch", "-"], "\n".join(lines) + "\n")
     if done.returncode != 0:
-        raise EmulationError(f"{' '.join(words[:3])} {lines[0]}: {done.stderr.strip()}")
+        raise EmulationError(f"ip -n {namespace} {lines[0]}: {done.stderr.strip()}")
 
 
 def _needs_netem(link: Link) -> bool:
     return link.delay_s > 0 or link.jitter_s > 0 or link.loss_probability > 0
-
-
-def _rate_only(link: Link) -> Link:
-    return Link(rate=link.rate)
-
-
-def _netem_options(link: Link) -> dict[str, float]:
-    """pyroute2's options: microseconds, and a percentage that has to stay below its 32-bit end."""
-    return {
-        "delay": link.delay_s * 1e6,
-        "jitter": link.jitter_s * 1e6,
-        "loss": min(link.loss_probability * 100, 99.9999),
-    }

@@ -59,6 +59,27 @@ class Traceback:
         return next((line for line in reversed(self.lines) if line and not line[0].isspace()), "")
 
 
+class Lines:
+    """What several processes write to one place, each put together to whole lines."""
+
+    def __init__(self) -> None:
+        self._rests: dict[int, bytes] = {}
+
+    def whole(self, data: bytes, writer: int = 0) -> bytes:
+        """What is whole with this new part of what one process writes; very long lines come in pieces."""
+        data = self._rests.pop(writer, b"") + data
+        end = data.rfind(b"\n") + 1
+        if len(data) - end > 1 << 16:
+            return data
+        if end < len(data):
+            self._rests[writer] = data[end:]
+        return data[:end]
+
+    def last(self) -> list[tuple[bytes, int]]:
+        """The last line of each process that had no line feed, with one, and its writer."""
+        return [(rest + b"\n", writer) for writer, rest in self._rests.items()]
+
+
 class Reader:
     """Sorts the lines of one agent.
 
@@ -73,25 +94,13 @@ class Reader:
         self._open: dict[tuple[int, int | None], Traceback] = {}
         self._rank_of_writer: dict[int, int | None] = {}
         self._is_in_stack = False
-        self._rest: dict[int, bytes] = {}
 
     def feed(self, data: bytes, at_s: float, writer: int = 0) -> list[str]:
-        """Take what one process wrote; return the lines that a user should see now."""
-        *lines, rest = (self._rest.pop(writer, b"") + data).split(b"\n")
-        if len(rest) > 1 << 16:
-            lines.append(rest)
-        elif rest:
-            self._rest[writer] = rest
-        shown = []
-        for raw in lines:
-            line = raw.decode("utf-8", "replace").rstrip("\r")
-            if self._is_for_users(line, at_s, writer):
-                shown.append(line)
-        return shown
-
-    def close(self, at_s: float) -> list[str]:
-        """The last lines that had no line feed."""
-        return [line for writer in list(self._rest) for line in self.feed(b"\n", at_s, writer)]
+        """Take whole lines of one process; return those that a user should see now."""
+        lines = [line.rstrip("\r") for line in data.decode("utf-8", "replace").split("\n")]
+        if not lines[-1]:  # after the last line feed
+            lines.pop()
+        return [line for line in lines if self._is_for_users(line, at_s, writer)]
 
     def release(self, at_s: float) -> list[str]:
         """Tracebacks that were printed a while ago and ended nothing."""
@@ -192,7 +201,6 @@ class Logs:
         self.problem: str | None = None
         self._folder = folder
         self._kept = {name: bytearray() for name in names}
-        self._rests: dict[tuple[str, int], bytes] = {}
         self._files: dict[str, BinaryIO] = {}
         if folder is not None:
             try:
@@ -201,15 +209,8 @@ class Logs:
             except OSError as error:
                 self._stop(error)
 
-    def write(self, name: str, data: bytes, writer: int = 0) -> None:
-        """Add what one process wrote; its last line waits for its line feed."""
-        data = self._rests.pop((name, writer), b"") + data
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            self._rests[name, writer] = data[whole:]
-        self._append(name, data[:whole])
-
-    def _append(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes) -> None:
+        """Add whole lines of one node."""
         kept = self._kept[name]
         kept += data
         if len(kept) > 2 * _KEPT_BYTES:
@@ -236,17 +237,11 @@ class Logs:
             self._stop(error)
 
     def close(self) -> None:
-        """Write the last lines that had no line feed, and close the files."""
-        for (name, _), rest in self._rests.items():
-            self._append(name, rest + b"\n")
-        self._rests = {}
-        self._close_files()
-
-    def _close_files(self) -> None:
+        """Close the files."""
         for file in self._files.values():
             file.close()
         self._files = {}
 
     def _stop(self, error: OSError) -> None:
-        self._close_files()
+        self.close()
         self.problem = f"{self._folder}: the logs are incomplete: {(error.strerror or str(error)).lower()}"

@@ -29,7 +29,7 @@ from commopt.cluster.commands import (
 from commopt.cluster.emulate import Emulation, end_with_parent
 from commopt.cluster.failure import AgentEnd, Failure, first_failure
 from commopt.cluster.injection import Injection
-from commopt.cluster.output import Logs, Reader, output_pair, read_from
+from commopt.cluster.output import Lines, Logs, output_pair, read_from
 from commopt.cluster.processes import kill_all
 from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import LaunchError
@@ -69,17 +69,15 @@ class JobResult:
     notices: tuple[str, ...] = ()
 
 
-@dataclass
-class _Agent:
+@dataclass(kw_only=True)
+class _Agent(AgentEnd):
     """One start of a node's agent; is_killed: a fault ended it, is_told: its bad end has been told."""
 
-    node: int
-    name: str
+    index: int
     process: subprocess.Popen[bytes]
     output: socket.socket
-    reader: Reader = field(default_factory=Reader)
+    lines: Lines = field(default_factory=Lines)
     is_open: bool = True
-    ended_s: float | None = None
     is_killed: bool = False
     is_told: bool = False
 
@@ -126,8 +124,7 @@ def run_job(
             return lone_agent_words(cluster, words, port=emulation.own_port())
         return agent_words(cluster, node, words, meeting=emulation.meeting)
 
-    job = _Job(cluster, emulation, mark, words_of, variables, log_dir=log_dir, independent=independent, faults=faults)
-    job.on_tick, job.on_line, job.on_note = on_tick, on_line, on_note
+    job = _Job(emulation, mark, words_of, variables, independent, log_dir, faults, on_tick, on_line, on_note)
     try:
         for node in emulation.nodes:
             job.start(node)
@@ -137,34 +134,31 @@ def run_job(
     return job.result()
 
 
+@dataclass
 class _Job:
-    on_tick: Callable[[Tick], None] | None = None
-    on_line: Callable[[str, str], None] | None = None
-    on_note: Callable[[str], None] | None = None
+    """A job under way. words_of: the command of a node. env: what the ranks' environment gets besides."""
 
-    def __init__(
-        self,
-        cluster: ClusterSpec,
-        emulation: Emulation,
-        mark: str,
-        words_of: Callable[[int], Sequence[str]],
-        env: Mapping[str, str],
-        *,
-        log_dir: Path | None,
-        independent: bool,
-        faults: Injection | None,
-    ) -> None:
-        self._cluster, self._emulation, self._log_dir = cluster, emulation, log_dir
-        self.mark, self._words_of, self._env = mark, words_of, env
-        self._is_independent, self._faults = independent, faults
+    _emulation: Emulation
+    mark: str
+    _words_of: Callable[[int], Sequence[str]]
+    _env: Mapping[str, str]
+    _is_independent: bool
+    _log_dir: Path | None
+    _faults: Injection | None
+    _on_tick: Callable[[Tick], None] | None
+    _on_line: Callable[[str, str], None] | None
+    _on_note: Callable[[str], None] | None
+
+    def __post_init__(self) -> None:
+        self._cluster = self._emulation.cluster
         self._planned: Failure | None = None
         self._agents: list[_Agent] = []
         self._selector = selectors.DefaultSelector()
-        self._logs = Logs(log_dir, [cluster.nodes[node].name for node in emulation.nodes])
-        self._sent_before = emulation.tx_bytes()
+        self._logs = Logs(self._log_dir, [self._cluster.nodes[node].name for node in self._emulation.nodes])
+        self._sent_before = self._emulation.tx_bytes()
         self._started_s = time.monotonic()
         self._wall_s = 0.0
-        self._sent: dict[str, int] = {}
+        self._sent: Mapping[str, int] = {}
 
     def start(self, node: int, *, returns: bool = False) -> None:
         """Start a node's agent; `returns`: in a job that goes on, which its ranks are told, so that they do not begin anew."""
@@ -200,7 +194,7 @@ class _Job:
             raise LaunchError(f"{command[0]}: cannot be started: {(error.strerror or str(error)).lower()}") from None
         finally:
             inherited.close()
-        agent = _Agent(node, name, process, output)
+        agent = _Agent(name, node * self._cluster.slots, index=node, process=process, output=output)
         self._agents.append(agent)
         self._selector.register(agent.output, selectors.EVENT_READ, agent)
 
@@ -208,16 +202,16 @@ class _Job:
         """End every process of a node at once, for a fault."""
         agent = self._last_agent(name)
         kill_all(self.mark, name)
-        if agent.ended_s is None and agent.process.poll() in (None, -signal.SIGKILL):
+        if agent.at_s is None and agent.process.poll() in (None, -signal.SIGKILL):
             agent.process.kill()
             agent.process.wait()
-            agent.ended_s, agent.is_killed = self._elapsed(), True
+            agent.at_s, agent.is_killed = self._elapsed(), True
             if not self._is_independent:
-                self._planned = Failure(name, None, None, "SIGKILL", killed_at_step=at_step)
+                self._planned = Failure(name, None, -signal.SIGKILL, killed_at_step=at_step)
 
     def restart(self, name: str) -> None:
         """Start the agent of a killed node again."""
-        self.start(self._last_agent(name).node, returns=True)
+        self.start(self._last_agent(name).index, returns=True)
 
     def watch(self) -> None:
         """Return when every agent has ended, or where they need each other, a while after the first that ended badly."""
@@ -226,7 +220,7 @@ class _Job:
             self._faults.begin(self)
             next_faults_s = 0.0
         while True:
-            running = [agent for agent in self._agents if agent.ended_s is None]
+            running = [agent for agent in self._agents if agent.at_s is None]
             if not running or self._planned is not None:
                 return
             now_s = self._elapsed()
@@ -240,7 +234,7 @@ class _Job:
             self._read(timeout_s=0.05 if len(running) < len(self._agents) else max(0.0, until_s - now_s))
             for agent in running:
                 if agent.process.poll() is not None:
-                    agent.ended_s = self._elapsed()
+                    agent.at_s = self._elapsed()
             if self._faults is not None and self._elapsed() >= next_faults_s:
                 next_faults_s = self._elapsed() + _FAULTS_S
                 self._faults.tick()
@@ -264,15 +258,15 @@ class _Job:
             agent.process.wait()
         kill_all(self.mark)
         self._wall_s = self._elapsed()
-        after = self._emulation.tx_bytes()
-        self._sent = {name: count - self._sent_before.get(name, 0) for name, count in after.items()}
+        self._sent = self._sent_so_far()
         if self._faults is not None:
             self._faults.restore()
         drained_s = self._elapsed() + 0.5  # a pipe that something else holds open never ends
         while any(agent.is_open for agent in self._agents) and self._elapsed() < drained_s:
             self._read(timeout_s=0.05)
         for agent in self._agents:
-            self._show(agent, agent.reader.close(self._elapsed()))
+            for line, writer in agent.lines.last():
+                self._take(agent, line, writer)
             agent.output.close()
         self._logs.close()
         self._selector.close()
@@ -306,10 +300,12 @@ class _Job:
             self._show(agent, agent.reader.release(self._elapsed()))
         if self._is_independent:
             self._tell_bad_ends()
-        if self.on_tick is not None:
-            now = self._emulation.tx_bytes()
-            sent = {name: count - self._sent_before.get(name, 0) for name, count in now.items()}
-            self.on_tick(Tick(self._elapsed(), sent))
+        if self._on_tick is not None:
+            self._on_tick(Tick(self._elapsed(), self._sent_so_far()))
+
+    def _sent_so_far(self) -> Mapping[str, int]:
+        now = self._emulation.tx_bytes()
+        return {name: count - self._sent_before.get(name, 0) for name, count in now.items()}
 
     def _read(self, *, timeout_s: float) -> None:
         if not self._selector.get_map():
@@ -325,39 +321,33 @@ class _Job:
                 self._selector.unregister(agent.output)
                 agent.is_open = False
                 continue
-            self._logs.write(agent.name, data, writer)
-            self._show(agent, agent.reader.feed(data, self._elapsed(), writer))
+            self._take(agent, agent.lines.whole(data, writer), writer)
+
+    def _take(self, agent: _Agent, lines: bytes, writer: int) -> None:
+        self._logs.write(agent.node, lines)
+        self._show(agent, agent.reader.feed(lines, self._elapsed(), writer))
 
     def _show(self, agent: _Agent, lines: Sequence[str]) -> None:
-        if self.on_line is not None:
+        if self._on_line is not None:
             for line in lines:
-                self.on_line(agent.name, line)
+                self._on_line(agent.node, line)
 
     def _tell_bad_ends(self) -> None:
         """Say which nodes have ended badly while others go on."""
-        is_over = all(agent.ended_s is not None for agent in self._agents)  # then the failure is told, in full
+        is_over = all(agent.at_s is not None for agent in self._agents)  # then the failure is told, in full
         for agent in self._agents:
-            if agent.is_told or agent.is_killed or agent.ended_s is None or is_over:
+            if agent.is_told or agent.is_killed or agent.at_s is None or is_over:
                 continue
-            if self._elapsed() - agent.ended_s > _LAST_WORDS_S:
+            if self._elapsed() - agent.at_s > _LAST_WORDS_S:
                 agent.is_told = True
                 failure = self._failure([agent])
-                if failure is not None and self.on_note is not None:
-                    self.on_note(f"{failure}; the other nodes go on")
+                if failure is not None and self._on_note is not None:
+                    self._on_note(f"{failure}; the other nodes go on")
 
     def _last_agent(self, name: str) -> _Agent:
-        return next(agent for agent in reversed(self._agents) if agent.name == name)
+        return next(agent for agent in reversed(self._agents) if agent.node == name)
 
     def _failure(self, agents: Sequence[_Agent]) -> Failure | None:
-        ends = [
-            AgentEnd(
-                node=agent.name,
-                first_rank=agent.node * self._cluster.slots,
-                exit_code=agent.process.returncode,
-                at_s=agent.ended_s,
-                reader=agent.reader,
-                last_lines=self._logs.tail(agent.name, 10),
-            )
-            for agent in agents
-        ]
-        return first_failure(ends, is_one_job=not self._is_independent)
+        for agent in agents:
+            agent.exit_code, agent.last_lines = agent.process.returncode, self._logs.tail(agent.node, 10)
+        return first_failure(agents, is_one_job=not self._is_independent)

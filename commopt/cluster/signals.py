@@ -1,33 +1,42 @@
-"""Signals that wait until something is whole again."""
+"""What the launcher does on SIGINT, SIGTERM and SIGHUP, at once or when something is whole again."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def on_signals(numbers: Iterable[signal.Signals], act: Callable[[int], object]) -> dict[signal.Signals, Any]:
+    """Let these signals call `act`; returns the handlers that there were.
+
+    A fork of this process, as pyroute2 makes for a moment to enter a namespace and ends by SIGTERM, has nothing to clean up: it
+    ends at once.
+    """
+    owner = os.getpid()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        act(number)
+
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Deliver SIGINT, SIGTERM and SIGHUP when the block has ended; for pyroute2, whose event loop does not survive them.
-
-    A fork that ends within the block, as pyroute2 makes and ends by SIGTERM, ends at once.
-    """
+    """Deliver signals when the block has ended; for pyroute2, whose event loop does not survive them."""
     if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
         yield
         return
-    owner = os.getpid()
     waiting: list[int] = []
-
-    def keep(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            os._exit(128 + number)
-        waiting.append(number)
-
-    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = on_signals(SIGNALS, waiting.append)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,19 +50,14 @@ def _checked_name(text: str) -> str:
     return text
 
 
-def _checked_rate(text: str) -> str:
-    parse_rate(text)
-    return text
+def _checked_by(parse: Callable[[str], float]) -> AfterValidator:
+    """A text stays as it is, once its parser has taken it."""
 
+    def checked(text: str) -> str:
+        parse(text)
+        return text
 
-def _checked_delay(text: str) -> str:
-    parse_delay(text)
-    return text
-
-
-def _checked_loss(text: str) -> str:
-    parse_loss(text)
-    return text
+    return AfterValidator(checked)
 
 
 def _as_text(value: object) -> object:
@@ -84,9 +79,9 @@ def _as_nodes(value: object) -> object:
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
-Rate = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_rate)]
-Delay = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_delay)]
-Loss = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_loss)]
+Rate = Annotated[str, BeforeValidator(_as_text), _checked_by(parse_rate)]
+Delay = Annotated[str, BeforeValidator(_as_text), _checked_by(parse_delay)]
+Loss = Annotated[str, BeforeValidator(_as_text), _checked_by(parse_loss)]
 
 
 class _Model(BaseModel):
@@ -133,8 +128,8 @@ class Link(_Model):
 
     def over(self, base: Link) -> Link:
         """This link, with what it leaves open taken from `base`."""
-        given = {key: value for key in Link.model_fields if (value := getattr(self, key)) is not None}
-        return Link(**{**{key: getattr(base, key) for key in Link.model_fields}, **given})
+        fields = set(Link.model_fields)
+        return Link(**{**base.model_dump(include=fields), **self.model_dump(include=fields, exclude_none=True)})
 
 
 class Links(Link):
@@ -251,21 +246,26 @@ def _mistakes(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
         yield "links.between", "has no effect without two sites; name them under 'sites'"
 
 
-class RunSpec(_Model):
+class _Run(_Model):
+    """What a run's YAML and the run that is made of it have in common."""
+
+    name: Name = "run"
+    arguments: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    methods: dict[str, Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]]
+    faults: list[Fault] = []
+
+
+class RunSpec(_Run):
     """A program, its arguments, and the methods to run it with; paths are absolute, whatever the file says.
 
     `optimizer` and each value of `methods` are passed on as they are: the method checks its own options.
     """
 
-    name: Name = "run"
     path: Path = Field(exclude=True)
     cluster_path: Path
     cluster: ClusterSpec
     program: Path
-    arguments: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    methods: dict[str, dict[str, Any]]
-    faults: list[Fault] = []
 
     def argument_words(self) -> list[str]:
         """`arguments` as command-line words: {layers: 4, no_bias: true} -> --layers 4 --no-bias."""
@@ -279,16 +279,11 @@ class RunSpec(_Model):
         return words
 
 
-class _RunFile(_Model):
+class _RunFile(_Run):
     """The keys of a run's YAML."""
 
-    name: Name = "run"
     cluster: str
     program: str
-    arguments: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    methods: dict[str, Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]]
-    faults: list[Fault] = []
 
     @model_validator(mode="after")
     def _is_complete(self) -> _RunFile:
@@ -334,8 +329,7 @@ def load_run(path: str | Path) -> RunSpec:
     given = Path(path)
     folder = given.resolve().parent
     file = validated(_RunFile, _with_methods(read_yaml(given), folder, str(path)), str(path))
-    mistakes = []
-    places = {}
+    mistakes, places = [], {}
     for key, text in (("cluster", file.cluster), ("program", file.program)):
         places[key] = (folder / text).resolve()
         if not places[key].is_file():
@@ -345,17 +339,8 @@ def load_run(path: str | Path) -> RunSpec:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     fields = {**file.model_dump(exclude={"cluster", "program"}), "faults": file.faults}
-    cluster = load_cluster(_short(places["cluster"]))
+    place, here = places["cluster"], Path.cwd()
+    cluster = load_cluster(place.relative_to(here) if place.is_relative_to(here) else place)  # as a user would type it
     if found := list(faults_of.mistakes(file.faults, cluster.members, file.arguments.get("steps"))):
         raise ConfigError("\n".join(f"{path}: {key}: {text}" for key, text in found))
-    return RunSpec(
-        path=given.resolve(), cluster_path=places["cluster"], cluster=cluster, program=places["program"], **fields
-    )
-
-
-def _short(path: Path) -> Path:
-    """The path as a user would type it from here, where that is shorter."""
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
+    return RunSpec(path=given.resolve(), cluster_path=place, cluster=cluster, program=places["program"], **fields)

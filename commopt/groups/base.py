@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt.plan.links import schedule
-from commopt.wire.payload import Layout, Payload, layout_bytes
+from commopt.wire.payload import Layout, Payload, cut, layout_bytes
 
 Key = tuple[str, str, str]
 
@@ -115,15 +115,34 @@ class Group(ABC):
         self.traffic.record(operation, sent)
         return sent
 
-    def _count_gather(self, payload: Payload, layouts: Sequence[Layout] | None) -> tuple[list[Layout], bool]:
-        """The layout of every rank, and whether they differ in size: then payloads go straight to each rank, and not in a ring."""
+
+class BufferGroup(Group):
+    """A group over a library that exchanges flat buffers."""
+
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         layouts = [payload.layout] * self.size if layouts is None else list(layouts)
-        is_ragged = len({layout_bytes(layout) for layout in layouts}) > 1
-        if is_ragged:
+        sizes = [layout_bytes(layout) for layout in layouts]
+        if len(set(sizes)) > 1:  # then payloads go straight to each rank, and not in a ring
             self._count_direct("all_gather", [payload] * self.size)
         else:
             self._count("all_gather", payload.nbytes)
-        return layouts, is_ragged
+        return [payload] if self.size == 1 else cut(self._gather(payload.buffer, sizes), layouts)
+
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        self._count_direct("all_to_all", payloads)
+        if self.size == 1:
+            return list(payloads)
+        send, layouts = torch.cat([p.buffer for p in payloads]), [payloads[self.rank].layout] * self.size
+        sizes = [layout_bytes(layout) for layout in layouts]
+        return cut(self._exchange("all_to_all", send, [p.nbytes for p in payloads], sizes), layouts)
+
+    @abstractmethod
+    def _gather(self, own: Tensor, sizes: list[int]) -> Tensor:
+        """(sum of sizes,) u8: the buffers of all ranks; own is the one of this rank."""
+
+    @abstractmethod
+    def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:
+        """(sum of sizes,) u8: what the ranks sent here; send_sizes[j] bytes of `send` go to rank j."""
 
 
 class LocalGroup(Group):
@@ -142,10 +161,4 @@ class LocalGroup(Group):
         return list(payloads)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        pass
-
-    def tell(self, text: str) -> list[str]:
-        return [text]
-
-    def barrier(self) -> None:
         pass

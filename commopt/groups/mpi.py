@@ -10,7 +10,7 @@ import sys
 import termios
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from commopt.errors import GroupError, MissingExtra, check_option
-from commopt.groups.base import Group, Traffic
-from commopt.wire.payload import Layout, Payload, cut, layout_bytes
+from commopt.groups.base import BufferGroup, Traffic
 
 try:
     from mpi4py import MPI
@@ -37,7 +36,7 @@ _unfinished: list[Any] = []  # exchanges that were given up, whose memory the li
 _ends_jobs = False
 
 
-class MPIGroup(Group):
+class MPIGroup(BufferGroup):
     """The ranks of an MPI communicator; all that mpirun started if None is given. They make the group together.
 
     Works on a duplicate of the communicator, so that its order of calls is nobody else's concern. Sums are taken in rank order, each
@@ -81,27 +80,6 @@ class MPIGroup(Group):
         if _is_elsewhere(x):
             x.copy_(host)
 
-    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        layouts, _ = self._count_gather(payload, layouts)
-        if self.size == 1:
-            return [payload]
-        sizes, own = [layout_bytes(layout) for layout in layouts], payload.buffer
-        out = torch.empty(sum(sizes), dtype=torch.uint8)
-        send, receive = _message(own), [_bytes(out), sizes, MPI.BYTE]
-        self._finish("all_gather", lambda: [self.comm.Iallgatherv(send, receive)])
-        return cut(out.to(own.device), layouts)
-
-    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        self._count_direct("all_to_all", payloads)
-        if self.size == 1:
-            return list(payloads)
-        own = payloads[self.rank]
-        send = [_bytes(torch.cat([p.buffer for p in payloads])), [p.nbytes for p in payloads], MPI.BYTE]
-        received = torch.empty(self.size * own.nbytes, dtype=torch.uint8)
-        receive = [_bytes(received), [own.nbytes] * self.size, MPI.BYTE]
-        self._finish("all_to_all", lambda: [self.comm.Ialltoallv(send, receive)])
-        return cut(received.to(own.buffer.device), [own.layout] * self.size)
-
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         self._count("broadcast", x.numel() * x.element_size(), root=src)
         host = x.detach().contiguous().cpu()
@@ -114,6 +92,18 @@ class MPIGroup(Group):
         if not self._failure and self.comm != MPI.COMM_NULL:
             self._failure = "this group is closed"
             self.comm.Free()
+
+    def _gather(self, own: Tensor, sizes: list[int]) -> Tensor:
+        out = torch.empty(sum(sizes), dtype=torch.uint8)
+        send, receive = _message(own), [_bytes(out), sizes, MPI.BYTE]
+        self._finish("all_gather", lambda: [self.comm.Iallgatherv(send, receive)])
+        return out.to(own.device)
+
+    def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:
+        out = torch.empty(sum(sizes), dtype=torch.uint8)
+        given, receive = [_bytes(send), send_sizes, MPI.BYTE], [_bytes(out), sizes, MPI.BYTE]
+        self._finish(operation, lambda: [self.comm.Ialltoallv(given, receive)])
+        return out.to(send.device)
 
     def _finish(self, operation: str, start: Callable[[], list[Any]]) -> None:
         """Start calls of MPI and wait until all are done; whatever prevents that breaks the group for good."""

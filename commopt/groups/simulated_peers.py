@@ -191,7 +191,7 @@ class SimPeers(Peers):
         return self._office.clock(self.rank)
 
     def sleep(self, seconds: float) -> None:
-        self._wait(seconds, lambda: None, lambda: False)
+        self._wait(seconds, lambda: None)
 
     def start(self, job: Callable[[], T]) -> Callable[[], T]:
         """The job runs now, on a clock of its own: what it waits for is in the past of the thread that waits for the job."""
@@ -225,10 +225,10 @@ class SimPeers(Peers):
     def receive(
         self, peer: int, channel: str, sequence: int, timeout_s: float, *, or_newer: bool = False
     ) -> Letter | None:
-        def wanted() -> list[tuple[float, int]]:
-            """(arrival, sequence) of what would do."""
+        def arrivals_s() -> list[float]:
+            """When what would do arrives."""
             return [
-                (at_s, letter.sequence)
+                at_s
                 for at_s, sender, name, letter in self._office.on_the_way[self.rank]
                 if (sender, name) == (peer, channel)
                 and letter.sequence >= sequence
@@ -239,7 +239,7 @@ class SimPeers(Peers):
             self._sort_in()
             return self._mailbox.take(peer, channel, sequence, or_newer=or_newer)
 
-        return self._wait(timeout_s, take, lambda: bool(wanted()), peer=peer, arrivals=wanted)
+        return self._wait(timeout_s, take, peer=peer, arrivals_s=arrivals_s)
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
         with self._office.changed:
@@ -260,12 +260,6 @@ class SimPeers(Peers):
             self._office.play(self.rank, step)
             self._office.changed.notify_all()
 
-    def is_quiet(self) -> bool:
-        return True
-
-    def close(self, linger_s: float = 5.0) -> None:
-        pass
-
     def _sort_in(self) -> None:
         """Move what has arrived by this rank's clock into the mailbox."""
         coming = self._office.on_the_way[self.rank]
@@ -278,10 +272,9 @@ class SimPeers(Peers):
         self,
         timeout_s: float,
         take: Callable[[], Letter | None],
-        may_take: Callable[[], bool],
         *,
         peer: int | None = None,
-        arrivals: Callable[[], list[tuple[float, int]]] = list,
+        arrivals_s: Callable[[], list[float]] = list,
     ) -> Letter | None:
         """Advance this rank's clock to the arrival that it waits for, to the peer's end being known, or to the deadline."""
         office, rank = self._office, self.rank
@@ -293,7 +286,7 @@ class SimPeers(Peers):
 
             def next_s() -> float:
                 """The earliest moment at which this wait is over by what is known now."""
-                known_s = [at_s for at_s, _ in arrivals()] if may_take() else []
+                known_s = arrivals_s()
                 if peer is not None:
                     known_s.append(max(self.seconds, office.down_s(rank, peer)))
                 return min(known_s, default=float("inf"))

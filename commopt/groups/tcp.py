@@ -130,7 +130,7 @@ class TcpPeers(Peers):
         ]
         for thread in self._threads:
             thread.start()
-        atexit.register(self._close_at_exit)
+        atexit.register(self.close, 0.0)
 
     @property
     def seconds(self) -> float:
@@ -189,14 +189,13 @@ class TcpPeers(Peers):
 
     def is_quiet(self) -> bool:
         with self._changed:
-            if any(route.unsent for route in self._routes.values()):
-                return False
-            return not any(_unacknowledged(route.socket) for route in self._routes.values() if route.socket)
+            routes = self._routes.values()
+            return not any(r.unsent or (r.socket and _unacknowledged(r.socket)) for r in routes)
 
     def close(self, linger_s: float = 5.0) -> None:
         if self._is_closed:
             return
-        atexit.unregister(self._close_at_exit)
+        atexit.unregister(self.close)
         end_s = self.seconds + linger_s
         while self.seconds < end_s and any(r.unsent for peer, r in self._routes.items() if self.is_up(peer)):
             time.sleep(0.01)
@@ -220,9 +219,6 @@ class TcpPeers(Peers):
         for thread in (*readers, *self._threads):  # one that is in torch's code when the interpreter ends, aborts it
             if thread is not threading.current_thread():
                 thread.join(2.0)
-
-    def _close_at_exit(self) -> None:
-        self.close(0.0)
 
     def _beat(self) -> _Frame:
         return _Frame({"kind": "beat", "step": self._own.step, "is_training": self._own.is_training})
@@ -303,11 +299,9 @@ class TcpPeers(Peers):
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # what nobody acknowledges for so long breaks the connection, instead of a minute of the kernel's retries
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.silence_s * 1000))
+        hello = {"kind": "hello", "job": self._job, "rank": self.rank, "incarnation": self._incarnation}
         try:
-            _write(
-                dialled,
-                _Frame({"kind": "hello", "job": self._job, "rank": self.rank, "incarnation": self._incarnation}),
-            )
+            _write(dialled, _Frame(hello))
             _write(dialled, self._beat())
         except OSError:
             dialled.close()
@@ -323,16 +317,18 @@ class TcpPeers(Peers):
             except OSError as error:  # of one connection that broke, or of too many: not the listener's end
                 self._note_refusal(error)
                 continue
+            reader = threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True)
             try:
-                reader = threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True)
-                with self._changed:
+                with (
+                    self._changed
+                ):  # `close` takes its sockets and threads under this lock, and joins none before its start
+                    if self._is_closed:
+                        accepted.close()
+                        return
+                    reader.start()
                     self._incoming.add(accepted)
                     self._readers.add(reader)
-                reader.start()
             except RuntimeError as error:
-                with self._changed:
-                    self._incoming.discard(accepted)
-                    self._readers.discard(reader)
                 accepted.close()
                 self._note_refusal(error)
 
@@ -413,8 +409,7 @@ def _listen(address: tuple[str, int]) -> socket.socket:
 
 def listen_anywhere() -> tuple[socket.socket, tuple[str, int]]:
     """A listening socket on a free port, and the address that other ranks reach it by: of GLOO_SOCKET_IFNAME, or of this host's name."""
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    host = _address_of(interface) if interface else None
+    host = _address_of(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0])
     if host is None:
         try:
             host = socket.gethostbyname(socket.gethostname())
@@ -455,19 +450,17 @@ def _read_frame(
         raise ValueError("this is not a frame")
     head = json.loads(bytes(_exactly(source, head_bytes, deadline_s)))
     body = torch.empty(body_bytes, dtype=torch.uint8)
-    _fill(source, memoryview(cast(Any, body.numpy())), route)
+    _fill(source, memoryview(cast(Any, body.numpy())), route, None)
     return head, body
 
 
 def _exactly(source: socket.socket, n: int, deadline_s: float | None) -> bytearray:
     buffer = bytearray(n)
-    _fill(source, memoryview(buffer), deadline_s=deadline_s)
+    _fill(source, memoryview(buffer), None, deadline_s)
     return buffer
 
 
-def _fill(
-    source: socket.socket, view: memoryview, route: _Route | None = None, deadline_s: float | None = None
-) -> None:
+def _fill(source: socket.socket, view: memoryview, route: _Route | None, deadline_s: float | None) -> None:
     while len(view):
         if deadline_s is not None:  # for all of it: one byte now and then keeps nobody's place
             source.settimeout(max(0.01, deadline_s - time.monotonic()))

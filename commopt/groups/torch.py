@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -12,13 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commopt.errors import GroupError
-from commopt.groups.base import Group, Traffic
-from commopt.wire.payload import Layout, Payload, cut, layout_bytes
+from commopt.groups.base import BufferGroup, Traffic
 
 _told: dict[str, int] = {}  # by process group: how often its ranks have told each other something
 
 
-class TorchGroup(Group):
+class TorchGroup(BufferGroup):
     """The ranks of a torch.distributed process group; the default group if None is given.
 
     Raises GroupError if torch.distributed has not been initialised, or an exchange fails.
@@ -55,27 +54,6 @@ class TorchGroup(Group):
         with self._in_place("all_reduce", x) as here:
             dist.all_reduce(here, group=self.process_group)
 
-    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        layouts, is_ragged = self._count_gather(payload, layouts)
-        if self.size == 1:
-            return [payload]
-        if is_ragged:
-            send = payload.buffer.repeat(self.size)
-            return self._exchange("all_gather", send, [payload.nbytes] * self.size, layouts)
-        own = self._staged(payload.buffer)
-        out = own.new_empty(self.size * payload.nbytes)
-        with self._named("all_gather"):
-            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-            gather(out, own, group=self.process_group)
-        return cut(out.to(payload.buffer.device), layouts)
-
-    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        self._count_direct("all_to_all", payloads)
-        if self.size == 1:
-            return list(payloads)
-        send, layout = torch.cat([p.buffer for p in payloads]), payloads[self.rank].layout
-        return self._exchange("all_to_all", send, [p.nbytes for p in payloads], [layout] * self.size)
-
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         self._count("broadcast", x.nbytes, root=src)
         with self._in_place("broadcast", x) as here:
@@ -106,13 +84,22 @@ class TorchGroup(Group):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], layouts: list[Layout]) -> list[Payload]:
-        receive_sizes = [layout_bytes(layout) for layout in layouts]
-        own = self._staged(send)
-        out = own.new_empty(sum(receive_sizes))
+    def _gather(self, own: Tensor, sizes: list[int]) -> Tensor:
+        if len(set(sizes)) > 1:
+            return self._exchange("all_gather", own.repeat(self.size), [own.nbytes] * self.size, sizes)
+        here = self._staged(own)
+        out = here.new_empty(sum(sizes))
+        with self._named("all_gather"):
+            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+            gather(out, here, group=self.process_group)
+        return out.to(own.device)
+
+    def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:
+        here = self._staged(send)
+        out = here.new_empty(sum(sizes))
         with self._named(operation):
-            dist.all_to_all_single(out, own, receive_sizes, send_sizes, group=self.process_group)
-        return cut(out.to(send.device), layouts)
+            dist.all_to_all_single(out, here, sizes, send_sizes, group=self.process_group)
+        return out.to(send.device)
 
     def _staged(self, x: Tensor) -> Tensor:
         """x where the backend can send it from: Gloo takes few kinds of exchange from a GPU, and gets a copy on the host for all."""

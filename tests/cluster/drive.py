@@ -1,8 +1,7 @@
-"""A launcher without torchrun: `drive.py CLUSTER MODE MARK JSON`, where JSON lists each node's command.
+"""A launcher without torchrun: `drive.py CLUSTER MODE MARK JSON`.
 
-A fifth word is a folder for logs, or "". A sixth is JSON: {"faults": [...], "record": FOLDER, "independent": true,
-"then": [commands of a second job in the same network]}. Prints one JSON object: the nodes' lines, the result of the
-(last) job, the ticks.
+JSON: {"commands": [of each node], "record": FOLDER, "log_dir": FOLDER, "faults": [...], "independent": true, "then": [the commands
+of a second job in the same network]}. Prints one JSON object: the nodes' lines, the result of the (last) job, the ticks.
 """
 
 from __future__ import annotations
@@ -22,34 +21,33 @@ from commopt.errors import CommoptError
 
 
 def main() -> None:
-    path, mode, mark, commands, logs, text = sys.argv[1:] + ["", "{}"][len(sys.argv) - 5 :]
+    path, mode, mark, text = sys.argv[1:]
     cluster = load_cluster(path)
     options: dict[str, Any] = json.loads(text)
+    record, log_dir = Path(options["record"]), options.get("log_dir")
     faults = [Fault.model_validate(fault) for fault in options.get("faults", [])]
-    jobs: list[list[list[str]]] = [json.loads(commands), *([options["then"]] if "then" in options else [])]
     lines: list[tuple[str, str]] = []
     ticks: list[Tick] = []
     told: list[str] = []
     try:
         emulation = enter(cluster, emulate=Emulate(mode))
         check_faults(faults, emulation, "run.yaml")
-        for words in jobs:
-            injection = None
-            if faults and words is jobs[0]:
-                record = Path(options["record"])
-                injection = Injection(faults, emulation=emulation, record_dir=record, tell=told.append)
+        injection = Injection(faults, emulation=emulation, record_dir=record, tell=told.append) if faults else None
+        for words, now in ((options["commands"], injection), (options.get("then"), None)):
+            if words is None:
+                continue
             result = run_job(
                 cluster,
                 [],
                 emulation=emulation,
-                env={"TEST_MARK": mark, "COMMOPT_RECORD": options.get("record", "")},
-                log_dir=Path(logs) if logs else None,
+                env={"TEST_MARK": mark, "COMMOPT_RECORD": str(record)},
+                log_dir=Path(log_dir) if log_dir else None,
                 agent=lambda node, words=words: words[node % len(words)],  # type: ignore[misc]
                 on_line=lambda label, line: lines.append((label, line)),
                 on_note=told.append,
                 on_tick=ticks.append,
                 independent=options.get("independent", False),
-                faults=injection,
+                faults=now,
             )
     except CommoptError as error:
         sys.exit(f"{type(error).__name__}: {error}")
@@ -64,7 +62,6 @@ def main() -> None:
         "mode": result.mode.value,
         "failure": str(result.failure) if result.failure else None,
         "notices": [*emulation.notices, *result.notices],
-        "log_dir": str(result.log_dir) if result.log_dir else None,
         "links": emulation.links,
     }
     print(json.dumps(found))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import pytest
 
 LIMIT_S = 200.0  # for what takes seconds on a machine that does nothing else
 HERE = Path(__file__).parent
@@ -28,20 +31,25 @@ def processes(word: str) -> list[int]:
     return found
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """This process's environment, with this tree importable and temporary files in `folder`."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("COMMOPT_")}
-    return {**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "TMPDIR": str(folder)}
+def commopt_here(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command that starts nothing: in this process, which has torch already."""
+    from commopt.cli.app import app
+
+    with pytest.raises(SystemExit) as ended:
+        app(list(map(str, words)), prog_name="commopt")
+    return (int(ended.value.code or 0), *capsys.readouterr())
 
 
 _started: list[subprocess.Popen[str]] = []
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    """Start a Python launcher whose temporary files go to `folder`."""
+def start(words: list[str], folder: Path, python: str = "python", **variables: str) -> subprocess.Popen[str]:
+    """Start a Python program whose temporary files go to `folder`, with these variables besides."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("COMMOPT_")}
+    ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "TMPDIR": str(folder)}
     process = subprocess.Popen(
-        ["python", *words],
-        env=environment(folder),
+        [python, *words],
+        env={**inherited, **ours, **variables},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,6 +58,40 @@ def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     )
     _started.append(process)
     return process
+
+
+def member(mark: str, *words: object) -> list[str]:
+    """The command of one of member.py's programs."""
+    return [sys.executable, str(HERE / "member.py"), mark, *map(str, words)]
+
+
+def drive(
+    cluster: Path, mode: str, mark: str, commands: Sequence[Sequence[str]], **options: Any
+) -> subprocess.Popen[str]:
+    """Start drive.py on the nodes' commands, with the folders `scratch` and `record` beside the cluster's file."""
+    folder = cluster.parent
+    for name in ("scratch", "record"):
+        (folder / name).mkdir(exist_ok=True)
+    text = json.dumps({"commands": commands, "record": str(folder / "record"), **options})
+    return start([str(HERE / "drive.py"), str(cluster), mode, mark, text], folder / "scratch", sys.executable)
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What a drive.py that ended well has printed."""
+    code, output, errors = finish(process)
+    assert code == 0, errors
+    found: dict[str, Any] = json.loads(output)
+    return found
+
+
+def printed(found: dict[str, Any], *labels: str) -> list[str]:
+    """The lines of some nodes."""
+    return [line for name, line in found["lines"] if name in labels]
+
+
+def all_have_ended(mark: str) -> None:
+    """Fail if something of a test is alive after 10 s."""
+    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=10)
 
 
 def end_all() -> None:

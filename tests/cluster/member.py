@@ -1,10 +1,12 @@
-"""Tiny programs for nodes that live through faults: `member.py MARK WHAT COUNT ...` records COUNT steps of 50 ms.
+"""Tiny programs for nodes: `member.py MARK WHAT ...`. Those with a COUNT record so many steps of 50 ms.
 
 steps COUNT           from where an earlier start of the same node ended
 listen COUNT          also, answer every byte that a connection brings
 ask COUNT ADDRESS...  also, exchange a byte with each of these every 20 ms; print when answers came, as JSON
 dial COUNT ADDRESS    then, when a node has come back, connect to this one
 spin COUNT SECONDS    then, when a node is slow, let a new process count for so long
+receive SENDERS       no steps: take what so many senders send, one after another
+send ADDRESS BYTES... no steps: send so many bytes each time; print bytes, seconds, start
 """
 
 from __future__ import annotations
@@ -61,16 +63,18 @@ def connected(address: str, for_s: float) -> socket.socket | None:
     deadline = time.monotonic() + for_s
     while time.monotonic() < deadline:
         try:
-            return socket.create_connection((address, PORT), timeout=0.5)
+            connection = socket.create_connection((address, PORT), timeout=0.5)
         except OSError:
             time.sleep(0.05)
+        else:
+            connection.settimeout(None)
+            return connection
     return None
 
 
 def ask(address: str, answers: list[float]) -> None:
     connection = connected(address, 20)
     assert connection is not None
-    connection.settimeout(None)
     while True:
         connection.sendall(b"?")
         if not connection.recv(1):
@@ -80,14 +84,43 @@ def ask(address: str, answers: list[float]) -> None:
         time.sleep(0.02)
 
 
-what, count, words = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+def receive(senders: int) -> None:
+    with socket.create_server(("", PORT)) as server:
+        for _ in range(senders):
+            connection, _ = server.accept()
+            while header := connection.recv(8, socket.MSG_WAITALL):
+                left = int.from_bytes(header, "big")
+                while left:
+                    left -= len(connection.recv(min(left, 1 << 16)))
+                connection.sendall(b"!")
+
+
+def send(address: str, sizes: list[int]) -> None:
+    connection = connected(address, 20)
+    assert connection is not None
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for nbytes in sizes:
+        time.sleep(0.1)
+        payload = nbytes.to_bytes(8, "big") + bytes(nbytes)
+        started = time.monotonic()
+        connection.sendall(payload)
+        connection.recv(1)
+        print(nbytes, time.monotonic() - started, started, flush=True)
+
+
+what, first, words = sys.argv[2], sys.argv[3], sys.argv[4:]
+if what == "receive":
+    receive(int(first))
+if what == "send":
+    send(first, [int(word) for word in words])
 if what == "listen":
     threading.Thread(target=serve, daemon=True).start()
 if what == "ask":
     times: dict[str, list[float]] = {address: [] for address in words}
     for one in words:
         threading.Thread(target=ask, args=(one, times[one]), daemon=True).start()
-train(count)
+if what not in ("receive", "send"):
+    train(int(first))
 if what == "ask":
     print(json.dumps(times), flush=True)
 if what == "dial":

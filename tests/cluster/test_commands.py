@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launchers import commopt_here
 
 from commopt.cluster.commands import (
     Meeting,
@@ -55,10 +56,14 @@ def test_only_python_files_are_run_by_python() -> None:
     assert program_words("hostname", ["-f"]) == ["--no-python", "hostname", "-f"]
 
 
+@pytest.fixture(autouse=True)
+def _no_threads_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 def test_ranks_learn_their_node_and_share_the_cores() -> None:
     cluster = ClusterSpec.model_validate({**TWO, "links": {"mtu": 9000}})
-    environment = agent_environment(cluster, 1, interface="eth7", ranks_here=4, given={})
-    assert environment == {
+    assert agent_environment(cluster, 1, interface="eth7", ranks_here=4) == {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4)),
         "GLOO_SOCKET_IFNAME": "eth7",
         "COMMOPT_NODE": "a1",
@@ -68,22 +73,23 @@ def test_ranks_learn_their_node_and_share_the_cores() -> None:
     }
 
 
-def test_a_loopback_interface_counts_no_nodes_bytes() -> None:
-    environment = agent_environment(ClusterSpec.model_validate(TWO), 0, interface="lo", ranks_here=2, given={})
-    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
-    assert "COMMOPT_NIC" not in environment
-
-
-def test_the_users_thread_count_stays() -> None:
+@pytest.mark.parametrize(
+    ("interface", "variables"),
+    [
+        ("eth7", {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "eth7", "COMMOPT_NIC": "eth7"}),
+        ("lo", {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}),  # which counts the bytes of all nodes
+        (None, {}),  # it is left to the library
+    ],
+)
+def test_ranks_learn_their_interface_and_the_users_thread_count_stays(
+    interface: str | None, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     cluster = ClusterSpec.model_validate({**TWO, "backend": "nccl"})
-    environment = agent_environment(cluster, 0, interface="eth7", ranks_here=2, given={"OMP_NUM_THREADS": "7"})
-    assert environment["OMP_NUM_THREADS"] == "7"
-    assert environment["NCCL_SOCKET_IFNAME"] == "eth7"
-
-
-def test_an_unknown_interface_is_left_to_the_library() -> None:
-    environment = agent_environment(ClusterSpec.model_validate(TWO), 0, interface=None, ranks_here=2, given={})
-    assert not {"GLOO_SOCKET_IFNAME", "COMMOPT_NIC", "COMMOPT_LINKS"} & set(environment)
+    environment = agent_environment(cluster, 0, interface=interface, ranks_here=2)
+    assert environment.pop("OMP_NUM_THREADS") == "7"
+    always = {"COMMOPT_NODE": "a0", "COMMOPT_NODE_RANK": "0", "COMMOPT_MTU": "1500"}
+    assert environment == {**always, **variables}
 
 
 def test_links_survive_json() -> None:
@@ -113,21 +119,25 @@ def test_this_machine_is_found_by_address_or_by_name() -> None:
         this_node(ClusterSpec.model_validate({"nodes": nodes[:1]}), None)
 
 
+@pytest.mark.parametrize("independent", [False, True])
 def test_print_starts_nothing_and_shows_every_node(
-    write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    independent: bool, write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from commopt.cli.app import app
-
     path = write("nodes: 2\nlinks: {rate: 50mbit}")
-    program = str(path.with_name("my train.py"))
-    Path(program).write_text("")
-    with pytest.raises(SystemExit) as ended:
-        app(["launch", str(path), "--emulate", "netns", "--print", "--", program, "--steps", "5"])
-    assert ended.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
+    program = path.with_name("my train.py")
+    program.touch()
+    options = ["--emulate", "netns", "--print", *(["--independent"] if independent else [])]
+    code, output, _ = commopt_here(capsys, "launch", path, *options, "--", program, "--steps", "5")
+    assert code == 0
+    lines = output.splitlines()
     assert [lines[0], lines[2]] == ["# node0", "# node1"]
     assert "ip netns exec node1" in lines[3]
-    assert "--node-rank=1 --master-addr=10.77.0.1 --master-port=29500" in lines[3]
+    if independent:
+        assert '"members": [["10.77.0.1", 29501], ["10.77.0.2", 29501]]' in lines[3]
+        assert "--node-rank=0 --master-addr=127.0.0.1 --master-port=29500 --max-restarts=0" in lines[3]
+    else:
+        assert "--node-rank=1 --master-addr=10.77.0.1 --master-port=29500" in lines[3]
+    assert f"--nnodes={1 if independent else 2} " in lines[3]
     assert lines[3].endswith(f"'{program}' --steps 5")
 
 
@@ -148,18 +158,12 @@ def test_a_mistake_is_one_line_before_anything_starts(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from commopt.cli.app import app
-
     places = {"{cluster}": str(write("nodes: 2")), "{bad}": str(tmp_path / "bad.yaml")}
     (tmp_path / "bad.yaml").write_text("nodes: 0")
-    with pytest.raises(SystemExit) as ended:
-        app(["launch", *(places.get(word, word) for word in words)])
-    assert ended.value.code == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("commopt: ")
-    assert captured.err.rstrip().endswith(message)
-    assert captured.err.count("\n") == 1
+    ended, output, errors = commopt_here(capsys, "launch", *(places.get(word, word) for word in words))
+    assert (ended, output, errors.count("\n")) == (code, "", 1)
+    assert errors.startswith("commopt: ")
+    assert errors.rstrip().endswith(message)
 
 
 def test_an_independent_node_is_a_job_of_its_own() -> None:
@@ -173,9 +177,7 @@ def test_ranks_of_independent_nodes_are_told_where_each_rank_listens() -> None:
     members = preview(ClusterSpec.model_validate(TWO)).members()
     assert members == (("10.1.0.5", 29501), ("10.1.0.5", 29502), ("10.1.0.6", 29501), ("10.1.0.6", 29502))
     peers = peers_json("ab12", members)
-    environment = agent_environment(
-        ClusterSpec.model_validate(TWO), 0, interface=None, ranks_here=2, peers=peers, given={}
-    )
+    environment = agent_environment(ClusterSpec.model_validate(TWO), 0, interface=None, ranks_here=2, peers=peers)
     assert json.loads(environment["COMMOPT_PEERS"]) == {"job": "ab12", "members": [list(one) for one in members]}
 
 
@@ -207,15 +209,3 @@ def test_every_machine_finds_the_same_mark_for_a_job() -> None:
     assert len(bytes.fromhex(mark)) == 16
     assert mark != job_mark(cluster, members, "small diloco")
     assert mark != job_mark(cluster, members[:2], "small noloco")
-
-
-def test_print_shows_independent_nodes(write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
-    from commopt.cli.app import app
-
-    path = write("nodes: 2")
-    with pytest.raises(SystemExit):
-        app(["launch", str(path), "--emulate", "netns", "--independent", "--print", "--", "hostname"])
-    lines = capsys.readouterr().out.splitlines()
-    assert '"members": [["10.77.0.1", 29501], ["10.77.0.2", 29501]]' in lines[3]
-    assert "--nnodes=1" in lines[3]
-    assert "--node-rank=0 --master-addr=127.0.0.1 --master-port=29500 --max-restarts=0" in lines[3]

@@ -4,18 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from launchers import commopt_here
 
 from commopt.cluster.doctor import State, as_json, examine
 
 
 def test_every_problem_comes_with_something_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from commopt.cli.app import app
-
     file = tmp_path / "machine.json"
-    with pytest.raises(SystemExit) as ended:
-        app(["doctor", "--json", str(file)])
-    assert ended.value.code == 0
-    table = capsys.readouterr().out
+    code, table, _ = commopt_here(capsys, "doctor", "--json", file)
+    assert code == 0
     checks = json.loads(file.read_text())
     names = [check["check"] for check in checks]
     assert len(names) == len(set(names))
@@ -34,9 +31,6 @@ def test_namespaces_are_missing_without_unshare(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_table_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from commopt.cli.app import app
-
-    with pytest.raises(SystemExit) as ended:
-        app(["doctor", "--json", str(tmp_path / "nowhere" / "machine.json")])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith("machine.json: cannot be written: no such file or directory\n")
+    code, _, errors = commopt_here(capsys, "doctor", "--json", tmp_path / "nowhere" / "machine.json")
+    assert code == 2
+    assert errors.endswith("machine.json: cannot be written: no such file or directory\n")

@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launchers import HERE, finish, processes, start, wait_until
+from launchers import all_have_ended, drive, finish, member, printed, result
 
 from commopt.cluster.network import address, burst_bytes, queue_bytes
 from commopt.plan.links import wire_bytes
 
-TALK = [sys.executable, str(HERE / "talk.py")]
 Write = Callable[[str], Path]
-
-
-def drive(
-    cluster: Path, mode: str, mark: str, commands: list[list[str]], *more: str
-) -> tuple[subprocess.Popen[str], Path]:
-    scratch = cluster.parent / "scratch"
-    scratch.mkdir(exist_ok=True)
-    return start([str(HERE / "drive.py"), str(cluster), mode, mark, json.dumps(commands), *more], scratch), scratch
-
-
-def result(process: subprocess.Popen[str]) -> dict[str, Any]:
-    code, output, errors = finish(process)
-    assert code == 0, errors
-    found: dict[str, Any] = json.loads(output)
-    return found
 
 
 def seconds(found: dict[str, Any], label: str) -> list[tuple[int, float]]:
     """What a sender printed: (bytes, seconds) pairs."""
-    lines = [line.split() for name, line in found["lines"] if name == label]
+    lines = map(str.split, printed(found, label))
     return [(int(nbytes), float(duration)) for nbytes, duration, _ in lines]
 
 
 def span_s(found: dict[str, Any], *labels: str) -> float:
     """From when the first of some senders began until the last one's end, on the clock that all share."""
-    lines = [line.split() for name, line in found["lines"] if name in labels]
+    lines = [line.split() for line in printed(found, *labels)]
     return max(float(began) + float(took) for _, took, began in lines) - min(float(began) for *_, began in lines)
 
 
@@ -54,9 +35,8 @@ def span_s(found: dict[str, Any], *labels: str) -> float:
 def test_a_link_is_as_fast_as_the_file_says_and_no_faster(write: Write, mark: str) -> None:
     cluster, rate = write("nodes: 2\nlinks: {rate: 50mbit}"), 6.25e6
     sizes = [200_000, 200_000, 200_000, 4_000_000]
-    send = [*TALK, "send", address(1), *map(str, sizes)]
-    process, _ = drive(cluster, "netns", mark, [send, [*TALK, "receive", "1"]])
-    found = result(process)
+    send = member(mark, "send", address(1), *sizes)
+    found = result(drive(cluster, "netns", mark, [send, member(mark, "receive", 1)]))
     assert found["mode"] == "netns"
     *short, (long_bytes, long_s) = seconds(found, "node0")
     assert [nbytes for nbytes, _ in short] == sizes[:-1]
@@ -68,13 +48,9 @@ def test_a_link_is_as_fast_as_the_file_says_and_no_faster(write: Write, mark: st
 @pytest.mark.usefixtures("namespaces")
 def test_the_counters_see_what_crossed_the_wire(write: Write, mark: str) -> None:
     nbytes = 2_000_000
-    process, _ = drive(
-        write("nodes: 2\nlinks: {rate: 500mbit, mtu: 9000}"),
-        "netns",
-        mark,
-        [[*TALK, "send", address(1), str(nbytes)], [*TALK, "receive", "1"]],
-    )
-    found = result(process)
+    cluster = write("nodes: 2\nlinks: {rate: 500mbit, mtu: 9000}")
+    commands = [member(mark, "send", address(1), nbytes), member(mark, "receive", 1)]
+    found = result(drive(cluster, "netns", mark, commands))
     both = sum(found["tx_bytes"].values())
     assert nbytes < found["tx_bytes"]["node0"] < 1.02 * wire_bytes(nbytes, 9000)
     assert both < 1.05 * wire_bytes(nbytes, 9000)
@@ -89,68 +65,32 @@ def test_sites_share_one_pipe(write: Write, mark: str) -> None:
         "nodes: 4\nsites: {east: [node0, node1], west: [node2, node3]}\nlinks: {rate: 800mbit, between: {rate: 40mbit}}"
     )
     nbytes = 1_000_000
-    send = [[*TALK, "send", address(node + 2), str(nbytes)] for node in (0, 1)]
-    process, _ = drive(cluster, "netns", mark, [*send, [*TALK, "receive", "1"], [*TALK, "receive", "1"]])
-    found = result(process)
+    send = [member(mark, "send", address(node + 2), nbytes) for node in (0, 1)]
+    found = result(drive(cluster, "netns", mark, [*send, member(mark, "receive", 1), member(mark, "receive", 1)]))
     last_s = max(duration for label in ("node0", "node1") for _, duration in seconds(found, label))
     assert last_s <= 1.25 * wire_bytes(2 * nbytes) / 5e6
     assert span_s(found, "node0", "node1") >= 0.9 * 2 * nbytes / 5e6  # one may begin when the other has sent a part
-    inside = [[*TALK, "send", address(1), str(nbytes)], [*TALK, "receive", "1"], ["true"], ["true"]]
-    process, _ = drive(cluster, "netns", mark, inside)
-    [(_, duration_s)] = seconds(result(process), "node0")
+    inside = [member(mark, "send", address(1), nbytes), member(mark, "receive", 1), ["true"], ["true"]]
+    [(_, duration_s)] = seconds(result(drive(cluster, "netns", mark, inside)), "node0")
     assert duration_s < 0.5 * nbytes / 5e6
 
 
 @pytest.mark.usefixtures("namespaces")
 def test_two_runs_at_once_do_not_meet(write: Write, mark: str) -> None:
     cluster = write("nodes: 2\nlinks: {rate: 100mbit}")
-    commands = [[*TALK, "send", address(1), "1000000"], [*TALK, "receive", "1"]]
-    runs = [drive(cluster, "netns", mark, commands)[0] for _ in range(2)]
+    commands = [member(mark, "send", address(1), "1000000"), member(mark, "receive", 1)]
+    runs = [drive(cluster, "netns", mark, commands) for _ in range(2)]
     for found in map(result, runs):
         [(_, duration_s)] = seconds(found, "node0")
         assert duration_s >= 0.9 * 1_000_000 / 12.5e6
 
 
-def sleeping(mark: str) -> list[str]:
-    return [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(300)", mark]
-
-
-def namespaces_outside() -> str:
-    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
-
-
-@pytest.mark.parametrize("mode", ["netns", "none"])
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"]
-)
-def test_an_ended_launcher_leaves_nothing(
-    mode: str, number: signal.Signals, code: int, write: Write, mark: str, request: pytest.FixtureRequest
-) -> None:
-    if mode == "netns":
-        request.getfixturevalue("namespaces")
-    cluster, before = (
-        write("nodes: 3\nlinks: {rate: 100mbit}"),
-        (namespaces_outside(), Path("/proc/mounts").read_text()),
-    )
-    process, scratch = drive(cluster, mode, mark, [sleeping(mark)])
-    launchers = 3 if mode == "netns" else 1  # with unshare, and the launcher inside
-    wait_until(lambda: len(processes(mark)) == launchers + 3, "three nodes that sleep")
-    process.send_signal(number)
-    started = time.monotonic()
-    assert finish(process)[0] == code
-    assert time.monotonic() - started < 10
-    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=10)
-    assert (namespaces_outside(), Path("/proc/mounts").read_text()) == before
-    assert os.listdir(scratch) == []
-
-
 def test_a_node_that_ignores_sigterm_is_killed(write: Write, mark: str) -> None:
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
     commands = [[sys.executable, "-c", stubborn, mark], ["sh", "-c", "sleep 1; exit 3"]]
-    process, _ = drive(write("nodes: 2"), "none", mark, commands)
-    found = result(process)
+    found = result(drive(write("nodes: 2"), "none", mark, commands))
     assert found["failure"] == "the torchrun agent of node1 ended with exit code 3"
-    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=5)
+    all_have_ended(mark)
 
 
 def test_the_cause_is_named_where_its_agent_reports_after_that_of_a_rank_that_follows(write: Write, mark: str) -> None:
@@ -164,15 +104,17 @@ def test_the_cause_is_named_where_its_agent_reports_after_that_of_a_rank_that_fo
         [sys.executable, "-c", f"{follows}; exit(1)", mark],
         [sys.executable, "-c", f"import time; time.sleep(3); {cause}; exit(1)", mark],
     ]
-    process, _ = drive(write("nodes: 2"), "none", mark, commands)
-    assert result(process)["failure"] == "rank 1 (node1) failed: ValueError: the data is gone"
+    assert (
+        result(drive(write("nodes: 2"), "none", mark, commands))["failure"]
+        == "rank 1 (node1) failed: ValueError: the data is gone"
+    )
 
 
 def test_a_rank_that_lost_its_agent_is_ended(write: Write, mark: str) -> None:
     orphan = f"sleep 300 {mark} || {sys.executable} -c 'import time; time.sleep(300)' {mark} & sleep 0.5; kill -9 $$"
-    process, _ = drive(write("nodes: 1"), "none", mark, [["sh", "-c", orphan]])
-    assert result(process)["failure"] == "the torchrun agent of node0 was killed by SIGKILL"
-    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=5)
+    found = result(drive(write("nodes: 1"), "none", mark, [["sh", "-c", orphan]]))
+    assert found["failure"] == "the torchrun agent of node0 was killed by SIGKILL"
+    all_have_ended(mark)
 
 
 def test_a_full_disk_does_not_stop_a_job(write: Write, mark: str, tmp_path: Path) -> None:
@@ -181,8 +123,7 @@ def test_a_full_disk_does_not_stop_a_job(write: Write, mark: str, tmp_path: Path
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "node0.log").symlink_to("/dev/full")
-    process, _ = drive(write("nodes: 1"), "none", mark, [["echo", "hello"]], str(logs))
-    found = result(process)
+    found = result(drive(write("nodes: 1"), "none", mark, [["echo", "hello"]], log_dir=str(logs)))
     assert found["ok"]
     assert found["lines"] == [["node0", "hello"]]
     assert found["notices"] == [f"{logs}: the logs are incomplete: no space left on device"]
@@ -192,27 +133,23 @@ def test_lines_of_processes_that_print_at_once_stay_whole(write: Write, mark: st
     """As `python -u` does, each line and its line feed are written separately."""
     writer = "import os\nfor k in range(300): os.write(1, b'%s %d' % (os.fsencode(NAME), k)); os.write(1, b'\\n')"
     program = f"import os\nNAME = 'ab'[os.fork() == 0]\n{writer}\nif NAME == 'a': os.wait()"
-    process, _ = drive(write("nodes: 1"), "none", mark, [[sys.executable, "-c", program]])
-    found = result(process)
+    found = result(drive(write("nodes: 1"), "none", mark, [[sys.executable, "-c", program]]))
     assert sorted(line for _, line in found["lines"]) == sorted(f"{name} {k}" for name in "ab" for k in range(300))
 
 
 def test_a_program_that_cannot_be_started_is_named(write: Write, mark: str) -> None:
-    process, _ = drive(write("nodes: 2"), "none", mark, [["true"], ["/nonexistent/program"]])
-    code, _, errors = finish(process)
+    code, _, errors = finish(drive(write("nodes: 2"), "none", mark, [["true"], ["/nonexistent/program"]]))
     assert code == 1
     assert errors == "LaunchError: /nonexistent/program: cannot be started: no such file or directory\n"
 
 
 def test_without_unshare_links_are_paced(write: Write, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    process, _ = drive(write("nodes: 2\nlinks: {rate: 8mbit, delay: 1ms}"), "auto", mark, [["/bin/true"]])
-    found = result(process)
+    found = result(drive(write("nodes: 2\nlinks: {rate: 8mbit, delay: 1ms}"), "auto", mark, [["/bin/true"]]))
     assert found["mode"] == "paced"
     assert json.loads(found["links"])["bytes_per_s"] == [1e6, 1e6]
     assert "there is no 'unshare' command; install util-linux" in found["notices"][0]
-    process, _ = drive(write("nodes: 2"), "netns", mark, [["/bin/true"]])
-    code, _, errors = finish(process)
+    code, _, errors = finish(drive(write("nodes: 2"), "netns", mark, [["/bin/true"]]))
     assert code == 1
     assert "EmulationError" in errors
     assert "there is no 'unshare' command" in errors

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 from commopt.cluster.failure import AgentEnd, first_failure
-from commopt.cluster.output import Ended, Reader, Traceback
+from commopt.cluster.output import Ended, Traceback
 
 
 def end(node: int, code: int, at_s: float, *lines: str, rank: int | None = None) -> AgentEnd:
     """The end of a node with one rank, whose last traceback had these lines."""
-    reader = Reader()
-    reader.ended = [Ended(at_s, 0, code)]
+    ended = AgentEnd(f"node{node}", node, 1, at_s + 0.1)
+    ended.reader.ended = [Ended(at_s, 0, code)]
     if lines:
-        reader.tracebacks = [Traceback(at_s, node if rank is None else rank, list(lines))]
-    return AgentEnd(f"node{node}", node, 1, at_s + 0.1, reader, "")
+        ended.reader.tracebacks = [Traceback(at_s, node if rank is None else rank, list(lines))]
+    return ended
 
 
 def named(*ends: AgentEnd, is_one_job: bool = True) -> str:
@@ -22,10 +24,6 @@ def named(*ends: AgentEnd, is_one_job: bool = True) -> str:
 
 
 OWN, FOLLOWS = "ValueError: the data is gone", "RuntimeError: Connection closed by peer [10.77.0.2]"
-
-
-def test_an_error_of_its_own_comes_before_those_that_follow_from_it() -> None:
-    assert named(end(0, 1, 1.0, FOLLOWS), end(1, 1, 1.2, OWN)) == f"rank 1 (node1) failed: {OWN}"
 
 
 def test_a_failure_that_only_follows_says_so() -> None:
@@ -45,14 +43,21 @@ def test_a_traceback_that_was_shown_before_the_end_is_not_to_be_shown_again() ->
         assert (str(failure), failure.message, failure.is_told) == (f"rank 0 (node0) failed: {OWN}", OWN, is_shown)
 
 
+@pytest.mark.parametrize(
+    ("code", "lines", "text"),
+    [
+        (1, [OWN], f"failed: {OWN}"),  # comes before what follows from it
+        (-signal.SIGABRT, [OWN], f"failed: {OWN}"),
+        (-signal.SIGABRT, [], "was killed by SIGABRT"),
+    ],
+)
+def test_the_cause_is_named_and_not_what_follows_from_it(code: int, lines: list[str], text: str) -> None:
+    assert named(end(0, 1, 1.0, FOLLOWS), end(1, code, 1.2, *lines)) == f"rank 1 (node1) {text}"
+
+
 def test_a_kill_from_outside_comes_first() -> None:
     ends = end(0, 1, 1.0, OWN), end(1, -signal.SIGABRT, 1.1), end(2, -signal.SIGKILL, 1.2)
     assert named(*ends) == "rank 2 (node2) was killed by SIGKILL"
-
-
-def test_an_exception_is_named_where_the_rank_aborted_after_it() -> None:
-    assert named(end(0, 1, 1.0, FOLLOWS), end(1, -signal.SIGABRT, 1.2, OWN)) == f"rank 1 (node1) failed: {OWN}"
-    assert named(end(0, 1, 1.0, FOLLOWS), end(1, -signal.SIGABRT, 1.2)) == "rank 1 (node1) was killed by SIGABRT"
 
 
 def test_of_independent_nodes_the_earliest_is_named_with_its_own_traceback() -> None:
@@ -63,7 +68,6 @@ def test_of_independent_nodes_the_earliest_is_named_with_its_own_traceback() -> 
 
 
 def test_nobody_failed() -> None:
-    assert first_failure([AgentEnd("node0", 0, 0, 1.0, Reader(), "")], is_one_job=True) is None
-    assert (
-        first_failure([AgentEnd("node0", 0, -15, None, Reader(), "")], is_one_job=True) is None
-    )  # ended by the launcher
+    by_the_launcher = AgentEnd("node0", 0, -15)
+    for one in (AgentEnd("node0", 0, 0, 1.0), by_the_launcher):
+        assert first_failure([one], is_one_job=True) is None

@@ -6,13 +6,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import launchers
 import pytest
-from launchers import HERE, finish, processes, start, wait_until
+from launchers import all_have_ended, finish, member, printed, result, wait_until
 
 from commopt.cluster.emulate import preview
 from commopt.cluster.faults import Fault
@@ -23,33 +24,19 @@ from commopt.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 Write = Callable[[str], Path]
+Driven = subprocess.Popen[str]
 
 
-def member(mark: str, *words: object) -> list[str]:
-    return [sys.executable, str(HERE / "member.py"), mark, *map(str, words)]
-
-
-def drive(
-    cluster: Path, mode: str, mark: str, commands: list[list[str]], *, independent: bool = True, **options: Any
-) -> tuple[subprocess.Popen[str], Path]:
+def drive(cluster: Path, mode: str, mark: str, commands: list[list[str]], **options: Any) -> tuple[Driven, Path]:
     """A started launcher, and the folder of its record."""
-    scratch, record = cluster.parent / "scratch", cluster.parent / "record"
-    scratch.mkdir()
-    record.mkdir()
-    text = json.dumps({"record": str(record), "independent": independent, **options})
-    words = [str(HERE / "drive.py"), str(cluster), mode, mark, json.dumps(commands), str(cluster.parent / "log"), text]
-    return start(words, scratch), record
+    options = {"independent": True, **options}
+    return launchers.drive(cluster, mode, mark, commands, **options), cluster.parent / "record"
 
 
-def result(process: subprocess.Popen[str]) -> dict[str, Any]:
-    code, output, errors = finish(process)
-    assert code == 0, errors
-    found: dict[str, Any] = json.loads(output)
-    return found
-
-
-def printed(found: dict[str, Any], label: str) -> list[str]:
-    return [line for name, line in found["lines"] if name == label]
+def driven(*args: Any, **options: Any) -> tuple[dict[str, Any], Path]:
+    """What a launcher that ended well has printed, and the folder of its record."""
+    process, record = drive(*args, **options)
+    return result(process), record
 
 
 def recorded(record: Path) -> list[dict[str, Any]]:
@@ -72,14 +59,15 @@ def within(times: list[float], begin_s: float, end_s: float) -> list[float]:
 def test_a_killed_machine_falls_silent_and_comes_back_while_the_others_go_on(write: Write, mark: str) -> None:
     ask, plain = member(mark, "ask", 80, address(2)), member(mark, "steps", 80)
     faults = [{"at_step": 20, "kill": "node2"}, {"at_step": 40, "restart": "node2"}]
-    process, record = drive(write("nodes: 3"), "netns", mark, [ask, plain, member(mark, "listen", 80)], faults=faults)
-    found = result(process)
+    cluster, commands = write("nodes: 3"), [ask, plain, member(mark, "listen", 80)]
+    logs = cluster.with_name("log")
+    found, record = driven(cluster, "netns", mark, commands, faults=faults, log_dir=str(logs))
     assert (found["ok"], found["failure"]) == (True, None)
     assert [len(steps(record, rank)) for rank in range(3)] == [80, 80, 80]
     first, second = printed(found, "node2")
     assert first == "from step 0"
     assert 10 <= int(second.split()[-1]) <= 35
-    assert (record.parent / "log" / "node2.log").read_text().splitlines() == [first, second]
+    assert (logs / "node2.log").read_text().splitlines() == [first, second]
     assert f"{address(2)} has hung up" not in printed(
         found, "node0"
     )  # a dying process says goodbye, a machine does not
@@ -98,14 +86,13 @@ def test_a_killed_machine_falls_silent_and_comes_back_while_the_others_go_on(wri
 @pytest.mark.usefixtures("namespaces")
 def test_a_cut_stalls_a_connection_that_goes_on_after_healing(write: Write, mark: str) -> None:
     listen = member(mark, "listen", 150)
-    process, record = drive(
+    found, record = driven(
         write("nodes: 3"),
         "netns",
         mark,
         [member(mark, "ask", 150, address(1), address(2)), listen, listen],
         faults=[{"at_step": 30, "cut": ["node1", "node0"], "for_s": 1.5}],
     )
-    found = result(process)
     begin, end = recorded(record)
     assert (begin["kind"], begin["nodes"], begin["for_s"]) == ("cut", ["node1", "node0"], 1.5)
     assert (begin["phase"], end["phase"]) == ("begin", "end")
@@ -127,24 +114,25 @@ def test_a_restarted_machine_is_still_cut_off(write: Write, mark: str) -> None:
         {"at_step": 20, "restart": "node2"},
     ]
     cluster = write("nodes: 3\nsites: {here: [node0], there: [node1, node2]}")
-    process, _ = drive(cluster, "netns", mark, [dial, dial, member(mark, "listen", 150)], faults=faults)
-    found = result(process)
+    found, _ = driven(cluster, "netns", mark, [dial, dial, member(mark, "listen", 150)], faults=faults)
     assert [printed(found, name)[-1] for name in ("node0", "node1")] == ["no answer", "answered"]
 
 
 @pytest.mark.usefixtures("namespaces")
 def test_the_next_job_finds_a_whole_network(write: Write, mark: str) -> None:
-    talk = [sys.executable, str(HERE / "talk.py")]
     plain = member(mark, "steps", 20)
-    process, _ = drive(
+    found, _ = driven(
         write("nodes: 3"),
         "netns",
         mark,
         [plain],
         faults=[{"at_step": 3, "cut": ["node0", "node1"]}, {"at_step": 6, "kill": "node2"}],
-        then=[[*talk, "send", address(1), "1000"], [*talk, "receive", "2"], [*talk, "send", address(1), "2000"]],
+        then=[
+            member(mark, "send", address(1), 1000),
+            member(mark, "receive", 2),
+            member(mark, "send", address(1), 2000),
+        ],
     )
-    found = result(process)
     assert found["ok"]
     assert [printed(found, name)[-1].split()[0] for name in ("node0", "node2")] == ["1000", "2000"]
 
@@ -152,8 +140,7 @@ def test_the_next_job_finds_a_whole_network(write: Write, mark: str) -> None:
 @pytest.mark.alone
 def test_a_slow_node_gets_its_share_of_the_time_and_so_do_its_new_processes(write: Write, mark: str) -> None:
     faults = [{"at_step": 2, "slow": "node1", "factor": 20}]
-    process, record = drive(write("nodes: 2"), "none", mark, [member(mark, "spin", 10, 3)], faults=faults)
-    found = result(process)
+    found, record = driven(write("nodes: 2"), "none", mark, [member(mark, "spin", 10, 3)], faults=faults)
     free, slow = (int(printed(found, name)[-1]) for name in ("node0", "node1"))
     assert 0 < 3 * slow < free
     assert [line["phase"] for line in recorded(record)] == ["begin"]
@@ -162,14 +149,19 @@ def test_a_slow_node_gets_its_share_of_the_time_and_so_do_its_new_processes(writ
 
 def test_a_hung_node_stands_still_and_goes_on(write: Write, mark: str) -> None:
     faults = [{"at_step": 10, "hang": "node1", "for_s": 2.5}]
-    process, record = drive(write("nodes: 2"), "none", mark, [member(mark, "steps", 70)], faults=faults)
-    found = result(process)
+    found, record = driven(write("nodes: 2"), "none", mark, [member(mark, "steps", 70)], faults=faults)
     assert found["ok"]
     begin, end = (line["epoch_s"] for line in recorded(record))
     assert not within(steps(record, 1), begin + 1, end)
     assert within(steps(record, 0), begin + 1, end)
     assert len(steps(record, 1)) == 70
     assert found["told"][1] == "fault of step 10 is over: node1 goes on"
+
+
+def mounts() -> tuple[str, str]:
+    """The network namespaces that have a name, and all that is mounted."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    return listed.stdout, Path("/proc/mounts").read_text()
 
 
 @pytest.mark.parametrize("mode", ["netns", "none"])
@@ -182,21 +174,24 @@ def test_a_launcher_that_ends_in_the_middle_of_a_fault_leaves_nothing(
     if mode == "netns":
         request.getfixturevalue("namespaces")
     faults = [{"at_step": 2, "hang": "node1", "for_s": 100}, {"at_step": 3, "slow": "node0", "factor": 5}]
-    process, record = drive(write("nodes: 2"), mode, mark, [member(mark, "steps", 6000)], faults=faults)
+    before = mounts()
+    process, record = drive(write("nodes: 3"), mode, mark, [member(mark, "steps", 6000)], faults=faults)
     wait_until(lambda: len(recorded(record)) == 2, "two faults")
     process.send_signal(number)
+    started = time.monotonic()
     assert finish(process)[0] == code
-    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=10)
+    assert time.monotonic() - started < 10
+    all_have_ended(mark)
+    assert mounts() == before
     assert os.listdir(record.parent / "scratch") == []
 
 
 def test_a_kill_ends_a_job_that_needs_every_rank(write: Write, mark: str) -> None:
     faults = [{"at_step": 5, "kill": "node1"}, {"at_step": 9, "restart": "node1"}]
-    process, _ = drive(write("nodes: 3"), "none", mark, [member(mark, "steps", 6000)], faults=faults, independent=False)
-    found = result(process)
+    found, _ = driven(write("nodes: 3"), "none", mark, [member(mark, "steps", 6000)], faults=faults, independent=False)
     assert found["failure"] == "node1 was killed at step 5, as the run's faults say"
     assert found["notices"] == []
-    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=5)
+    all_have_ended(mark)
 
 
 def test_a_node_that_ends_badly_is_told_at_once_and_fails_the_job_when_the_others_are_done(
@@ -204,10 +199,9 @@ def test_a_node_that_ends_badly_is_told_at_once_and_fails_the_job_when_the_other
 ) -> None:
     fails = ["sh", "-c", f"sleep 0.3; echo gone; exit 3 # {mark}"]
     faults = [{"at_step": 10, "kill": "node2"}]
-    process, record = drive(
+    found, record = driven(
         write("nodes: 3"), "none", mark, [member(mark, "steps", 60), fails, member(mark, "steps", 60)], faults=faults
     )
-    found = result(process)
     failure = "the torchrun agent of node1 failed: gone"
     assert (found["ok"], found["failure"]) == (False, failure)
     assert f"{failure}; the other nodes go on" in found["told"]
@@ -217,8 +211,7 @@ def test_a_node_that_ends_badly_is_told_at_once_and_fails_the_job_when_the_other
 
 def test_a_fault_that_never_came_is_told(write: Write, mark: str) -> None:
     faults = [{"at_step": 500, "hang": "node1", "for_s": 2.5}]
-    process, record = drive(write("nodes: 2"), "none", mark, [member(mark, "steps", 2)], faults=faults)
-    found = result(process)
+    found, record = driven(write("nodes: 2"), "none", mark, [member(mark, "steps", 2)], faults=faults)
     assert found["ok"]
     assert found["notices"] == ["the fault at step 500 was not reached: node1 hung up for 2.5 s"]
     assert recorded(record) == []

@@ -11,7 +11,6 @@ from commopt.cluster.spec import ClusterSpec, Emulate, load_cluster, load_run
 from commopt.errors import ConfigError
 from commopt.plan.links import LinkModel
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 UNITS = "write a number and one of"
 
 MISTAKES = {
@@ -33,27 +32,21 @@ MISTAKES = {
     "nodes: 2\nlinks: 50mbit": "links: '50mbit' is not a set of keys and values; write one",
     "nodes: 2\nlinks: {rate: 50mb}": f"links.rate: '50mb' is not a rate; {UNITS} bit, kbit, mbit, gbit, tbit, bps, kbps, "
     "mbps, gbps, as in '100mbit'",
-    "nodes: 2\nlinks: {rate: 0mbit}": "links.rate: '0mbit' is not a rate: it must be above zero; "
-    "leave it out for an unlimited link",
+    "nodes: 2\nlinks: {rate: 0mbit}": "links.rate: '0mbit' is not a rate: it must be above zero; leave it out for an unlimited link",
     "nodes: 2\nlinks: {delay: 5}": f"links.delay: '5' is not a delay; {UNITS} us, usec, ms, msec, s, sec, as in '20ms'",
     "nodes: 2\nlinks: {loss: 200%}": "links.loss: '200%' is not a loss rate: at most 100%",
     "nodes: 2\nlinks: {mtu: 100}": "links.mtu: 100 is too small; write 576 or more",
-    "nodes: 2\nlinks: {nodes: {node2: {rate: 5mbit}}}": "links.nodes.node2: there is no such node; "
-    "did you mean 'node1'?",
+    "nodes: 2\nlinks: {nodes: {node2: {rate: 5mbit}}}": "links.nodes.node2: there is no such node; did you mean 'node1'?",
     "nodes: 2\nlinks: {nodes: {node1: {rat: 5mbit}}}": "links.nodes.node1.rat: unknown key; did you mean 'rate'?",
-    "nodes: 2\nlinks: {sites: {west: {rate: 5mbit}}}": "links.sites.west: there is no such site; "
-    "name the sites under 'sites' first",
-    "nodes: 2\nlinks: {between: {rate: 5mbit}}": "links.between: has no effect without two sites; "
-    "name them under 'sites'",
+    "nodes: 2\nlinks: {sites: {west: {rate: 5mbit}}}": "links.sites.west: there is no such site; name the sites under 'sites' first",
+    "nodes: 2\nlinks: {between: {rate: 5mbit}}": "links.between: has no effect without two sites; name them under 'sites'",
     "nodes: [a, a]": "nodes.1.name: 'a' names two nodes; give each its own name",
     "nodes: [a b]": "nodes.0.name: 'a b' is not a name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'",
     "nodes: [{name: a, hots: b}]": "nodes.0.hots: unknown key; did you mean 'host'?",
-    "nodes: [{name: a, host: b}, {name: c}]": "nodes.1.host: is given for some nodes only; "
-    "write it for all of them, or for none",
+    "nodes: [{name: a, host: b}, {name: c}]": "nodes.1.host: is given for some nodes only; write it for all of them, or for none",
     "nodes: [{name: a, host: h}, {name: b, host: h}]": "nodes.1.host: 'h' is the host of two nodes; "
     "use 'slots' for several ranks on one machine",
-    "nodes: 2\nsites: {a: [node0], b: [node0, node1]}": "sites.b: 'node0' is in site 'a' too; "
-    "a node belongs to one site",
+    "nodes: 2\nsites: {a: [node0], b: [node0, node1]}": "sites.b: 'node0' is in site 'a' too; a node belongs to one site",
     "nodes: 2\nsites: {a: [node0]}": "sites: 'node1' is in no site; put every node in one",
     "nodes: 1\nsites: {a: [nod0]}": "sites.a: there is no node 'nod0'; did you mean 'node0'?",
     "nodes: 2\nnodes: 3": "line 2: the key 'nodes' stands twice",
@@ -134,13 +127,11 @@ def test_real_machines_are_used_as_they_are() -> None:
 
 
 def test_yaml_words_and_numbers_are_what_they_look_like(tmp_path: Path) -> None:
-    cluster, program, run = tmp_path / "c.yaml", tmp_path / "p.py", tmp_path / "run.yaml"
-    cluster.write_text("nodes: [no, on, y]\n")
-    program.write_text("")
-    run.write_text(
-        "cluster: c.yaml\nprogram: p.py\n"
+    run = run_file(
+        tmp_path,
         "arguments: {max_steps: 80, lr: 2e-3, betas: [0.9, 0.99], amp: true, bias: false, mode: on, port: 0x10}\n"
-        "optimizer: {name: adam, lr: 2e-3}\nmethods: {dense: , onebit_adam: {freeze_step: 24}}\n"
+        "optimizer: {name: adam, lr: 2e-3}\nmethods: {dense: , onebit_adam: {freeze_step: 24}}\n",
+        "nodes: [no, on, y]",
     )
     spec = load_run(run)
     assert [node.name for node in spec.cluster.nodes] == ["no", "on", "y"]
@@ -148,74 +139,48 @@ def test_yaml_words_and_numbers_are_what_they_look_like(tmp_path: Path) -> None:
     assert spec.argument_words() == words.split()
     assert spec.optimizer == {"name": "adam", "lr": 0.002}
     assert list(spec.methods.items()) == [("dense", {}), ("onebit_adam", {"freeze_step": 24})]
-    assert (spec.path, spec.program, spec.cluster_path) == (run, program, cluster)
+    assert (spec.path, spec.program, spec.cluster_path) == (run, tmp_path / "p.py", tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "cluster: c.yaml\nprogram: p.py\nmethods: {}",
-            "methods: {} names no method; write at least one, as in 'dense: {}'",
-        ),
-        ("cluster: c.yaml\nprogram: p.py", "methods: is missing; write it"),
-        (
-            "cluster: c.yaml\nprogram: p.py\nmethods: [dense]",
-            "methods: ['dense'] is not a set of keys and values; write one",
-        ),
-        (
-            "cluster: c.yaml\nprogram: p.py\nmethods: {dense: 3}",
-            "methods.dense: 3 is not a set of keys and values; write one",
-        ),
-        (
-            "cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}\noptimizer: {lr: 1}",
-            "optimizer.name: is missing; write the optimizer's name, as in 'name: adam'",
-        ),
-        (
-            "cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}\narguments: {a: {b: c}}",
-            "arguments.a: {'b': 'c'} is not a word; write a text, a number or a flat list",
-        ),
-        ("cluster: nope.yaml\nprogram: p.py\nmethods: {dense: {}}", "cluster: 'nope.yaml' does not exist"),
-        ("cluster: c.yaml\nprogram: nope.py\nmethods: {dense: {}}", "program: 'nope.py' does not exist"),
-        ("cluster: c.yaml\nprogram: p.py\nmetods: {dense: {}}", "metods: unknown key; did you mean 'methods'?"),
-    ],
-)
-def test_a_mistake_in_a_run_is_named(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("nodes: 2\n")
-    (tmp_path / "p.py").write_text("")
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
+RUN_MISTAKES = {
+    "methods: {}": "methods: {} names no method; write at least one, as in 'dense: {}'",
+    "": "methods: is missing; write it",
+    "methods: [dense]": "methods: ['dense'] is not a set of keys and values; write one",
+    "methods: {dense: 3}": "methods.dense: 3 is not a set of keys and values; write one",
+    "methods: {dense: {}}\noptimizer: {lr: 1}": "optimizer.name: is missing; write the optimizer's name, as in 'name: adam'",
+    "methods: {dense: {}}\narguments: {a: {b: c}}": "arguments.a: {'b': 'c'} is not a word; write a text, a number or a flat list",
+    "cluster: nope.yaml\nmethods: {dense: {}}": "cluster: 'nope.yaml' does not exist",
+    "program: nope.py\nmethods: {dense: {}}": "program: 'nope.py' does not exist",
+    "metods: {dense: {}}": "metods: unknown key; did you mean 'methods'?",
+}
+
+
+def run_file(folder: Path, text: str, cluster: str = "nodes: 3") -> Path:
+    """A run of this text, whose cluster and program exist unless the text names others."""
+    (folder / "c.yaml").write_text(cluster)
+    (folder / "p.py").touch()
+    path = folder / "run.yaml"
+    usual = {"cluster": "cluster: c.yaml\n", "program": "program: p.py\n"}
+    path.write_text("".join(line for key, line in usual.items() if f"{key}: " not in text) + text)
+    return path
+
+
+@pytest.mark.parametrize("text", RUN_MISTAKES)
+def test_a_mistake_in_a_run_is_named(text: str, tmp_path: Path) -> None:
+    path = run_file(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_run(path)
-    assert any(line.startswith(f"{path}: {message}") for line in str(caught.value).splitlines()), str(caught.value)
+    lines = str(caught.value).splitlines()
+    assert any(line.startswith(f"{path}: {RUN_MISTAKES[text]}") for line in lines), lines
 
 
 def test_a_mistake_in_the_cluster_of_a_run_names_the_clusters_file(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("nodes: 0\n")
-    (tmp_path / "p.py").write_text("")
-    (tmp_path / "run.yaml").write_text("cluster: c.yaml\nprogram: p.py\nmethods: {dense: {}}")
     with pytest.raises(ConfigError, match=r"c\.yaml: nodes: 0 is not a number of nodes"):
-        load_run(tmp_path / "run.yaml")
-
-
-@pytest.mark.parametrize("path", sorted((CONFIGS / "clusters").glob("*.yaml")), ids=lambda path: path.stem)
-def test_our_clusters_load(path: Path) -> None:
-    assert load_cluster(path).name == path.stem
-
-
-@pytest.mark.parametrize("path", sorted((CONFIGS / "runs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_our_runs_load(path: Path) -> None:
-    assert load_run(path).methods
+        load_run(run_file(tmp_path, "methods: {dense: {}}", "nodes: 0"))
 
 
 def run_with(faults: str, folder: Path, cluster: str = "nodes: 3", arguments: str = "{steps: 80}") -> Path:
-    (folder / "c.yaml").write_text(cluster)
-    (folder / "p.py").write_text("")
-    path = folder / "run.yaml"
-    path.write_text(
-        f"cluster: c.yaml\nprogram: p.py\narguments: {arguments}\nmethods: {{dense: {{}}}}\nfaults: {faults}\n"
-    )
-    return path
+    return run_file(folder, f"arguments: {arguments}\nmethods: {{dense: {{}}}}\nfaults: {faults}\n", cluster)
 
 
 FAULTS = {
@@ -229,8 +194,7 @@ FAULTS = {
     "[{at_step: 5, kill: }]": "0.kill: is empty; write a value, or leave the key out",
     "[{at_step: 5, kill: nod1}]": "0.kill: there is no node 'nod1'; did you mean 'node1'?",
     "[{at_step: 5, kill: node1, slow: node2, factor: 2}]": "0: kill and slow are 2 faults; write an entry for each",
-    "[{at_step: 5, kill: node1, for_s: 3}]": "0.for_s: has no effect on a kill; leave it out; "
-    "write a restart at a later step",
+    "[{at_step: 5, kill: node1, for_s: 3}]": "0.for_s: has no effect on a kill; leave it out; write a restart at a later step",
     "[{at_step: 5, kill: node1, factor: 3}]": "0.factor: has no effect on a kill; leave it out",
     "[{at_step: 5, hang: node1}]": "0.for_s: is missing; write for how many seconds the node hangs, as in 'for_s: 10'",
     "[{at_step: 5, hang: node1, for_s: 0}]": "0.for_s: 0 is not a time; write a number of seconds above 0",
@@ -239,18 +203,14 @@ FAULTS = {
     "[{at_step: 5, slow: node1, factor: 1}]": "0.factor: 1 slows nothing down; write a number above 1",
     "[{at_step: 5, slow: node1, factor: yes}]": "0.factor: 'yes' slows nothing down; write a number above 1",
     "[{at_step: 5, cut: node1}]": "0.cut: 'node1' is not a cut; write two names of nodes or sites, as in [node0, node1]",
-    "[{at_step: 5, cut: [node1]}]": "0.cut: ['node1'] is not a cut; write two names of nodes or sites, as in "
-    "[node0, node1]",
-    "[{at_step: 5, cut: [node1, node1]}]": "0.cut: 'node1' is on both sides; "
-    "write two nodes or sites that have none in common",
+    "[{at_step: 5, cut: [node1]}]": "0.cut: ['node1'] is not a cut; write two names of nodes or sites, as in [node0, node1]",
+    "[{at_step: 5, cut: [node1, node1]}]": "0.cut: 'node1' is on both sides; write two nodes or sites that have none in common",
     "[{at_step: 5, cut: [node1, node4]}]": "0.cut: there is no node 'node4'; did you mean 'node2'?",
     "[{at_step: 5, restart: node1}]": "0.restart: node1 is up at step 5; kill it at an earlier step, or leave this out",
     "[{at_step: 5, restart: node1}, {at_step: 6, kill: node1}]": "0.restart: node1 is up at step 5; "
     "kill it at an earlier step, or leave this out",
-    "[{at_step: 5, kill: node1}, {at_step: 5, restart: node1}]": "1.restart: node1 is killed at step 5 too; "
-    "restart it at a later one",
-    "[{at_step: 5, kill: node1}, {at_step: 9, kill: node1}]": "1.kill: node1 is dead since step 5; "
-    "restart it before, or leave this out",
+    "[{at_step: 5, kill: node1}, {at_step: 5, restart: node1}]": "1.restart: node1 is killed at step 5 too; restart it at a later one",
+    "[{at_step: 5, kill: node1}, {at_step: 9, kill: node1}]": "1.kill: node1 is dead since step 5; restart it before, or leave this out",
     "[{at_step: 5, kill: node1}, {at_step: 9, hang: node1, for_s: 2}]": "1.hang: node1 is dead since step 5; "
     "restart it before, or leave this out",
     "[{at_step: 5, kill: node1}, {at_step: 6, kill: node2}, {at_step: 7, kill: node0}]": "2.kill: node0 is the last "

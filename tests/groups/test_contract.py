@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
+from transports import RANKS, Run, content, message, over_simulated_peers, over_tcp_peers, values
 
-from commopt.groups import Group, PacedGroup, SimWorld, TorchGroup
+from commopt.groups import Group, PacedGroup, PeerGroup, SimWorld, TorchGroup
+from commopt.groups.peers import Peers
 from commopt.plan.links import LinkModel, schedule
-from commopt.wire.payload import Layout, Payload
+from commopt.wire.payload import Layout
 
-RANKS = (1, 2, 3, 5)
-Run = Callable[..., list[Any]]
+COLLECTIVE = ["simulated", "gloo", "mpi"]
+on_every_transport = pytest.mark.parametrize(
+    "run", [*COLLECTIVE, "simulated peers", "tcp peers"], indirect=True
+)  # a group of peers counts its bytes as they are sent
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64]
 
 
 def on_gloo(process_group: dist.ProcessGroup, function: Callable[..., Any], *args: Any) -> Any:
@@ -32,7 +38,11 @@ def on_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-@pytest.fixture(params=["simulated", "gloo", "mpi"])
+def on_peers(peers: Peers, function: Callable[..., Any], *args: Any) -> Any:
+    return function(PeerGroup(peers, range(peers.size), "test", 0, 20.0), *args)
+
+
+@pytest.fixture(params=COLLECTIVE)
 def run(request: pytest.FixtureRequest) -> Run:
     """run(n, function, *args): function(group, *args) on n ranks of one transport."""
     if request.param == "simulated":
@@ -40,136 +50,87 @@ def run(request: pytest.FixtureRequest) -> Run:
     if request.param == "mpi":
         ranks = mpi_pool.shared()
         return lambda n, function, *args: ranks.run(n, on_mpi, function, *args)
-    pool: Pool = request.getfixturevalue("pool")
-    return lambda n, function, *args: pool.run(n, on_gloo, function, *args)
+    if request.param == "gloo":
+        pool: Pool = request.getfixturevalue("pool")
+        return lambda n, function, *args: pool.run(n, on_gloo, function, *args)
+    over = over_tcp_peers if request.param == "tcp peers" else over_simulated_peers
+    return lambda n, function, *args: over(n, on_peers, function, *args)
 
 
-def values(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def summands(rank: int) -> list[torch.Tensor]:
+    """None, one, some and many elements of each dtype: up to 1 KB a group of peers gathers, beyond it scatters."""
+    return [values(rank, elements).mul(10).to(dtype) for dtype in DTYPES for elements in (0, 1, 5, 1001)]
 
 
-def message(rank: int, n_floats: int, n_bytes: int) -> Payload:
-    return Payload.of(torch.full((n_floats,), rank + 0.5), torch.full((n_bytes,), rank, dtype=torch.uint8))
+def all_reduce(group: Group) -> list[torch.Tensor]:
+    sums = summands(group.rank)
+    for x in sums:
+        group.all_reduce(x)
+    return sums
 
 
-def content(payload: Payload) -> list[list[float]]:
-    return [x.tolist() for x in payload.tensors]
-
-
-def all_reduce(group: Group, dtype: torch.dtype) -> torch.Tensor:
-    x = values(group.rank, 1001).to(dtype)
-    group.all_reduce(x)
-    return x
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32])
+@on_every_transport
 @pytest.mark.parametrize("n", RANKS)
-def test_all_reduce_gives_every_rank_the_same_sum(run: Run, n: int, dtype: torch.dtype) -> None:
-    sums = run(n, all_reduce, dtype)
-    exact = sum(values(rank, 1001).to(dtype).double() for rank in range(n))
-    assert all(torch.equal(sums[0], other) for other in sums)
-    tolerance = 0.0 if dtype == torch.int32 else n * n * torch.finfo(dtype).eps
-    torch.testing.assert_close(sums[0].double(), exact, rtol=0, atol=4 * tolerance)
+def test_all_reduce_gives_every_rank_the_same_sum(run: Run, n: int) -> None:
+    parts = [summands(rank) for rank in range(n)]
+    for sums, *terms in zip(zip(*run(n, all_reduce), strict=True), *parts, strict=True):
+        assert all(torch.equal(sums[0], other) for other in sums)
+        eps = torch.finfo(sums[0].dtype).eps if sums[0].is_floating_point() else 0.0
+        exact = torch.stack(terms).double().sum(0)
+        torch.testing.assert_close(sums[0].double(), exact, rtol=0, atol=40 * n * n * eps)
 
 
-def all_gather(group: Group) -> list[list[list[float]]]:
-    return [content(one) for one in group.all_gather(message(group.rank, 3, 5))]
-
-
-@pytest.mark.parametrize("n", RANKS)
-def test_all_gather_returns_every_payload_by_rank(run: Run, n: int) -> None:
-    expected = [content(message(rank, 3, 5)) for rank in range(n)]
-    assert run(n, all_gather) == [expected] * n
-
-
-def all_gather_by_layout(group: Group, shift: int) -> list[list[list[float]]]:
-    sizes = [(rank + shift, 3 * rank) for rank in range(group.size)]
-    layouts: list[Layout] = [((torch.float32, floats), (torch.uint8, extra)) for floats, extra in sizes]
-    return [content(one) for one in group.all_gather(message(group.rank, *sizes[group.rank]), layouts)]
-
-
-@pytest.mark.parametrize("shift", [0, 2], ids=["rank 0 sends nothing", "all send"])
-@pytest.mark.parametrize("n", RANKS)
-def test_all_gather_takes_a_layout_for_each_rank(run: Run, n: int, shift: int) -> None:
-    expected = [content(message(rank, rank + shift, 3 * rank)) for rank in range(n)]
-    assert run(n, all_gather_by_layout, shift) == [expected] * n
-
-
-def all_gather_of_equal_size(group: Group) -> list[list[list[float]]]:
-    layouts: list[Layout] = [
-        ((torch.float32, 1 + rank % 2), (torch.uint8, 4 * (1 - rank % 2))) for rank in range(group.size)
-    ]
-    own = message(group.rank, 1 + group.rank % 2, 4 * (1 - group.rank % 2))
-    return [content(one) for one in group.all_gather(own, layouts)]
-
-
-@pytest.mark.parametrize("n", RANKS)
-def test_all_gather_tells_layouts_of_the_same_size_apart(run: Run, n: int) -> None:
-    expected = [content(message(rank, 1 + rank % 2, 4 * (1 - rank % 2))) for rank in range(n)]
-    assert run(n, all_gather_of_equal_size) == [expected] * n
-
-
-def all_gather_ragged(group: Group, empty: bool) -> list[list[list[float]]]:
-    count = 0 if empty else 2 * group.rank
-    return [content(one) for one in group.all_gather_ragged(message(group.rank, count, count))]
-
-
-@pytest.mark.parametrize("empty", [False, True], ids=["some", "all empty"])
-@pytest.mark.parametrize("n", RANKS)
-def test_ragged_all_gather_needs_no_layouts(run: Run, n: int, empty: bool) -> None:
-    counts = [0 if empty else 2 * rank for rank in range(n)]
-    expected = [content(message(rank, count, count)) for rank, count in enumerate(counts)]
-    assert run(n, all_gather_ragged, empty) == [expected] * n
-
-
-def all_to_all(group: Group) -> list[list[list[float]]]:
-    received = group.all_to_all([message(10 * group.rank + peer, peer, 2 * peer) for peer in range(group.size)])
-    return [content(one) for one in received]
-
-
-@pytest.mark.parametrize("n", RANKS)
-def test_all_to_all_delivers_parts_of_any_size(run: Run, n: int) -> None:
-    for rank, received in enumerate(run(n, all_to_all)):
-        assert received == [content(message(10 * sender + rank, rank, 2 * rank)) for sender in range(n)]
-
-
-def broadcast(group: Group) -> list[list[float]]:
-    received = []
-    for root in range(group.size):
-        x = torch.full((3,), float(group.rank))
-        group.broadcast(x, src=root)
-        received.append(x.tolist())
-    return received
-
-
-@pytest.mark.parametrize("n", RANKS)
-def test_broadcast_spreads_the_values_of_any_root(run: Run, n: int) -> None:
-    assert run(n, broadcast) == [[[float(root)] * 3 for root in range(n)]] * n
-
-
-def barrier(group: Group) -> bool:
+def deliveries(group: Group) -> dict[str, Any]:
+    """Payloads of different sizes, of the same size but different layouts, and empty ones; from every root; twice what ranks say."""
+    rank, n = group.rank, group.size
+    received = {"alike": group.all_gather(message(rank, 3, 5))}
+    for name, sizes in by_layout(n).items():
+        layouts: list[Layout] = [((torch.float32, floats), (torch.uint8, extra)) for floats, extra in sizes]
+        received[name] = group.all_gather(message(rank, *sizes[rank]), layouts)
+    received["ragged"] = group.all_gather_ragged(message(rank, 2 * rank, rank))
+    received["ragged, empty"] = group.all_gather_ragged(message(rank, 0, 0))
+    received["all to all"] = group.all_to_all([message(10 * rank + peer, peer, 2 * peer) for peer in range(n)])
     group.barrier()
-    return True
+    broadcasts = []
+    for root in range(n):
+        x = torch.full((2, 3), float(rank))
+        group.broadcast(x, src=root)
+        broadcasts.append(x.tolist())
+    said = [group.tell(f"räng {rank}" * rank), group.tell("again")]
+    return {**{name: [content(one) for one in got] for name, got in received.items()}, "root": broadcasts, "said": said}
 
 
+def by_layout(n: int) -> dict[str, list[tuple[int, int]]]:
+    """Floats and bytes of each rank's payload."""
+    return {
+        "rank 0 sends nothing": [(rank, 3 * rank) for rank in range(n)],
+        "all send": [(rank + 2, 3 * rank) for rank in range(n)],
+        "of the same size": [(1 + rank % 2, 4 * (1 - rank % 2)) for rank in range(n)],
+    }
+
+
+@on_every_transport
 @pytest.mark.parametrize("n", RANKS)
-def test_barrier_returns_on_all_ranks(run: Run, n: int) -> None:
-    assert run(n, barrier) == [True] * n
-
-
-def tell(group: Group) -> tuple[list[str], list[str], float]:
-    first = group.tell(f"räng {group.rank}" * group.rank)
-    return first, group.tell("again"), group.traffic.payload_bytes
-
-
-@pytest.mark.parametrize("n", RANKS)
-def test_what_ranks_tell_each_other_arrives_whole_and_is_not_counted(run: Run, n: int) -> None:
-    assert run(n, tell) == [([f"räng {rank}" * rank for rank in range(n)], ["again"] * n, 0.0)] * n
+def test_every_rank_receives_what_each_gave(run: Run, n: int) -> None:
+    for rank, received in enumerate(run(n, deliveries)):
+        assert received == {
+            "alike": [content(message(peer, 3, 5)) for peer in range(n)],
+            **{
+                name: [content(message(peer, *size)) for peer, size in enumerate(sizes)]
+                for name, sizes in by_layout(n).items()
+            },
+            "ragged": [content(message(peer, 2 * peer, peer)) for peer in range(n)],
+            "ragged, empty": [content(message(peer, 0, 0)) for peer in range(n)],
+            "all to all": [content(message(10 * peer + rank, rank, 2 * rank)) for peer in range(n)],
+            "root": [[[float(root)] * 3] * 2 for root in range(n)],
+            "said": [[f"räng {peer}" * peer for peer in range(n)], ["again"] * n],
+        }
 
 
 def everything(group: Group) -> dict[str, Any]:
     traffic = group.traffic
     traffic.method, traffic.bucket = "m", "b"
+    group.tell("outside the count")
     group.all_reduce(torch.zeros(7))
     group.all_gather(message(group.rank, 2, 3))
     group.all_gather_ragged(message(group.rank, group.rank, 0))
@@ -200,8 +161,6 @@ def test_traffic_is_counted_by_the_schedule_of_each_collective(run: Run, n: int)
 
 def paced_seconds(group: Group) -> list[tuple[str, float, float]]:
     """(operation, seconds by the model, seconds taken)"""
-    import time
-
     links = LinkModel.uniform(group.size, "8mbit", "2ms")
     paced = PacedGroup(group, links)
     ring = links.collective_seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transports import RANKS, Run, over_simulated_peers, over_tcp_peers
 
 from commopt.errors import GroupError
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.peers import GROUP, KEPT, Latecomers, Letter, Mailbox, PeerGroup, Peers, Roll, call_roll
-from commopt.groups.tcp import TcpPeers, local_memberships
 from commopt.plan.links import LinkModel
-from commopt.wire.payload import Layout, Payload
-
-RANKS = (1, 2, 3, 5)
-Run = Callable[..., list[Any]]
+from commopt.wire.payload import Payload
 
 
 def letter(sequence: int) -> Letter:
@@ -91,123 +87,7 @@ def test_forgetting_a_peer_leaves_the_others_mail() -> None:
 @pytest.fixture(params=["simulated", "tcp"])
 def run(request: pytest.FixtureRequest) -> Run:
     """run(n, function, *args): function(peers, *args) on n ranks of one transport."""
-    return on_simulated if request.param == "simulated" else on_tcp
-
-
-def on_simulated(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    world: SimWorld[Any] = SimWorld(n, LinkModel.uniform(n, "100mbit", "1ms"), timeout_s=30)
-    return world.run(lambda group: function(group.peers, *args))
-
-
-def on_tcp(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    peers = [TcpPeers(membership, listener=listener) for membership, listener in local_memberships(n)]
-    results: dict[int, Any] = {}
-    errors: list[BaseException] = []
-    everybody_is_done = threading.Barrier(n)
-
-    def rank_of(rank: int) -> None:
-        try:
-            wait_for_all(peers[rank])
-            results[rank] = function(peers[rank], *args)
-        except BaseException as error:
-            errors.append(error)
-        everybody_is_done.wait(30)
-
-    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(n)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(40)
-    finally:
-        for one in peers:
-            one.close(0.0)
-    if errors:
-        raise errors[0]
-    return [results[rank] for rank in range(n)]
-
-
-def wait_for_all(peers: Peers) -> None:
-    """TCP members find each other in their first seconds."""
-    end_s = peers.seconds + 20
-    peers.announce(0, is_training=True)
-    while not all(peers.is_up(peer) for peer in peers.others):
-        assert peers.seconds < end_s, "the members did not find each other"
-        peers.sleep(0.01)
-
-
-def values(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def message(rank: int, n_floats: int, n_bytes: int) -> Payload:
-    return Payload.of(torch.full((n_floats,), rank + 0.5), torch.full((n_bytes,), rank, dtype=torch.uint8))
-
-
-def content(payload: Payload) -> list[list[float]]:
-    return [x.tolist() for x in payload.tensors]
-
-
-def group_of_all(peers: Peers, first: int = 0) -> PeerGroup:
-    return PeerGroup(peers, range(peers.size), "test", first, 20.0)
-
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64]
-
-
-def every_all_reduce(peers: Peers) -> list[torch.Tensor]:
-    group, sums = group_of_all(peers), []
-    for dtype in DTYPES:
-        for elements in (0, 1, 5, 1001):  # up to 1 KB it gathers, beyond it scatters
-            x = (10 * values(peers.rank, elements)).to(dtype)
-            group.all_reduce(x)
-            sums.append(x)
-    return sums
-
-
-@pytest.mark.parametrize("n", RANKS)
-def test_all_reduce_gives_every_rank_the_same_bits(run: Run, n: int) -> None:
-    sums = run(n, every_all_reduce)
-    k = 0
-    for dtype in DTYPES:
-        for elements in (0, 1, 5, 1001):
-            exact = sum((10 * values(rank, elements)).to(dtype).double() for rank in range(n))
-            assert all(torch.equal(sums[0][k], other[k]) for other in sums)
-            eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-            torch.testing.assert_close(sums[0][k].double(), exact, rtol=0, atol=40 * n * n * eps)
-            k += 1
-
-
-def every_gather(peers: Peers) -> dict[str, Any]:
-    group = group_of_all(peers)
-    rank, n = group.rank, group.size
-    sizes = [(peer, 3 * peer) for peer in range(n)]
-    layouts: list[Layout] = [((torch.float32, floats), (torch.uint8, extra)) for floats, extra in sizes]
-    broadcasts = []
-    for root in range(n):
-        x = torch.full((2, 3), float(rank))
-        group.broadcast(x, src=root)
-        broadcasts.append(sorted(set(x.view(-1).tolist())))
-    group.barrier()
-    return {
-        "alike": [content(one) for one in group.all_gather(message(rank, 3, 5))],
-        "by layout": [content(one) for one in group.all_gather(message(rank, *sizes[rank]), layouts)],
-        "ragged": [content(one) for one in group.all_gather_ragged(message(rank, 2 * rank, rank))],
-        "empty": [content(one) for one in group.all_gather_ragged(message(rank, 0, 0))],
-        "all to all": [content(one) for one in group.all_to_all([message(10 * rank + j, j, 2 * j) for j in range(n)])],
-        "broadcast": broadcasts,
-    }
-
-
-@pytest.mark.parametrize("n", RANKS)
-def test_gathers_and_broadcasts_deliver_what_each_rank_gave(run: Run, n: int) -> None:
-    for rank, got in enumerate(run(n, every_gather)):
-        assert got["alike"] == [content(message(j, 3, 5)) for j in range(n)]
-        assert got["by layout"] == [content(message(j, j, 3 * j)) for j in range(n)]
-        assert got["ragged"] == [content(message(j, 2 * j, j)) for j in range(n)]
-        assert got["empty"] == [content(message(j, 0, 0)) for j in range(n)]
-        assert got["all to all"] == [content(message(10 * j + rank, rank, 2 * rank)) for j in range(n)]
-        assert got["broadcast"] == [[float(root)] for root in range(n)]
+    return over_simulated_peers if request.param == "simulated" else over_tcp_peers
 
 
 def some_of_all(peers: Peers) -> float | None:
@@ -282,7 +162,7 @@ def simulated(n: int, function: Callable[[SimGroup], Any], **options: Any) -> tu
     return world, world.run(function)
 
 
-@pytest.mark.parametrize("dead", [1, 3])
+@pytest.mark.parametrize("dead", [0, 1, 3])  # without rank 0 the next one convenes
 def test_one_known_to_be_dead_is_not_waited_for(dead: int) -> None:
     def rank_of(group: SimGroup) -> tuple[Roll, float] | None:
         group.peers.announce(1)  # where it is killed
@@ -306,19 +186,6 @@ def test_one_whose_death_is_not_known_yet_costs_its_detection() -> None:
     _, results = simulated(4, rank_of, faults=[{"at_step": 1, "kill": 2}])
     assert [results[rank][0].members for rank in (0, 1, 3)] == [(0, 1, 3)] * 3
     assert all(0.9 < results[rank][1] < 1.1 for rank in (0, 1, 3))
-
-
-def test_without_the_convener_the_next_one_convenes() -> None:
-    def rank_of(group: SimGroup) -> tuple[Roll, float] | None:
-        group.peers.announce(1)
-        group.peers.sleep(3.0)
-        begun_s = group.seconds
-        return roll_of(group.peers), group.seconds - begun_s
-
-    _, results = simulated(4, rank_of, faults=[{"at_step": 1, "kill": 0}])
-    for rank in (1, 2, 3):
-        assert results[rank][0].members == (1, 2, 3)
-        assert results[rank][1] < 0.1
 
 
 def test_a_convener_that_dies_unnoticed_leaves_each_alone_for_one_round() -> None:

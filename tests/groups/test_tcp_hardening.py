@@ -1,4 +1,4 @@
-"""Members over TCP that meet port scans, full tables, clocks that go back and links that are slower than silence is long."""
+"""Members over TCP that meet port scans, full tables and links that are slower than silence is long."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tcp import HELLO, Members, connect, ends, frame, got, membership_of, number, until, vanish
+from test_tcp import HELLO, Members, connect, ends, frame, got, number, until
 
 from commopt.groups import tcp
 from commopt.groups.peers import GROUP, KEPT
@@ -70,6 +70,24 @@ def test_a_member_that_could_not_start_a_thread_for_a_connection_hears_the_next_
     assert b.is_up(0)
 
 
+def test_a_thread_is_known_to_close_only_once_it_can_be_joined(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = members.start(2)
+    was_known = list[bool]()
+
+    class Watched(threading.Thread):
+        def start(self) -> None:
+            if self.name == "commopt reader":
+                was_known.append(self in a._readers)
+            super().start()
+
+    monkeypatch.setattr(threading, "Thread", Watched)
+    connect(a).close()
+    until(lambda: bool(was_known))
+    assert was_known == [False]
+
+
 def test_a_stranger_that_says_one_byte_at_a_time_is_hung_up_on(members: Members) -> None:
     (place, listener), (_, unused) = local_memberships(2)
     with unused:
@@ -88,27 +106,6 @@ def test_a_stranger_that_says_one_byte_at_a_time_is_hung_up_on(members: Members)
                     break
         assert said < len(hello) - 1
         assert a._routes[1].incarnation == -1
-
-
-def test_a_member_whose_clock_went_back_while_it_was_down_is_heard_and_its_old_messages_are_gone(
-    members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tcp, "_BEAT_S", 0.1)
-    a, b = members.start(2)
-    b.send(0, "c", 3, number(1))
-    until(lambda: bool(a._mailbox._letters))
-    place = membership_of([a, b], 1)
-    vanish(b)
-    until(lambda: not a.is_up(1))
-    monkeypatch.setattr(tcp.time, "time_ns", lambda: 10)  # type: ignore[attr-defined]
-    again = members.add(place)
-    until(lambda: a.is_up(1) and again.is_up(0))
-    assert got(a, 1, 3, 0.2) is None
-    older = connect(a)
-    older.sendall(frame({**HELLO, "incarnation": 9}))  # of a start before this one, which is up
-    assert ends(older)
-    again.send(0, "c", 1, number(2))
-    assert got(a, 1, 1) == 2.0
 
 
 def test_no_more_waits_for_a_dead_member_than_it_would_keep(members: Members) -> None:

@@ -6,36 +6,31 @@ Kubernetes pod template as far as the manifest uses it.
 
 from __future__ import annotations
 
-import copy
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from pydantic import ConfigDict, Field, ValidationError, create_model
 from torch.distributed.run import config_from_args, get_args_parser
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "launch" / "kubernetes.yaml"
 
 
-class Each(dict[str, Any]):
-    """A mapping with any keys, whose values are all of the kind under ''."""
-
-
-QUANTITY = re.compile(r"\d+(\.\d+)?(m|[KMGTPE]i?)?")
+QUANTITIES = dict[str, Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[KMGTPE]i?)?$")] | int]
+WORDS = dict[str, str]
 CONTAINER = {
     "name!": str,
     "image!": str,
-    "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
+    "imagePullPolicy": Literal["Always", "IfNotPresent", "Never"],
     "workingDir": str,
     "command": [str],
     "args": [str],
     "env": [{"name!": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath!": str}}}],
-    "ports": [{"name": str, "containerPort!": int, "protocol": {"TCP", "UDP"}}],
-    "resources": {"requests": Each({"": QUANTITY}), "limits": Each({"": QUANTITY})},
+    "ports": [{"name": str, "containerPort!": int, "protocol": Literal["TCP", "UDP"]}],
+    "resources": {"requests": QUANTITIES, "limits": QUANTITIES},
     "volumeMounts": [{"name!": str, "mountPath!": str}],
     "securityContext": {
         "allowPrivilegeEscalation": bool,
@@ -45,28 +40,28 @@ CONTAINER = {
 }
 POD = {
     "containers!": [CONTAINER],
-    "volumes": [{"name!": str, "persistentVolumeClaim": {"claimName!": str}, "emptyDir": Each({"": str})}],
-    "nodeSelector": Each({"": str}),
+    "volumes": [{"name!": str, "persistentVolumeClaim": {"claimName!": str}, "emptyDir": WORDS}],
+    "nodeSelector": WORDS,
     "securityContext": {
         "runAsNonRoot": bool,
         "runAsUser": int,
         "fsGroup": int,
-        "seccompProfile": {"type!": {"RuntimeDefault", "Unconfined", "Localhost"}},
+        "seccompProfile": {"type!": Literal["RuntimeDefault", "Unconfined", "Localhost"]},
     },
 }
 REPLICAS = {
     "replicas": int,
-    "restartPolicy": {"Always", "OnFailure", "Never", "ExitCode"},
-    "template": {"metadata": {"labels": Each({"": str}), "annotations": Each({"": str})}, "spec": POD},
+    "restartPolicy": Literal["Always", "OnFailure", "Never", "ExitCode"],
+    "template": {"metadata": {"labels": WORDS, "annotations": WORDS}, "spec": POD},
 }
 JOB = {
-    "apiVersion!": {"kubeflow.org/v1"},
-    "kind!": {"PyTorchJob"},
-    "metadata!": {"name!": str, "namespace": str, "labels": Each({"": str})},
+    "apiVersion!": Literal["kubeflow.org/v1"],
+    "kind!": Literal["PyTorchJob"],
+    "metadata!": {"name!": str, "namespace": str, "labels": WORDS},
     "spec!": {
         "nprocPerNode": str,
         "runPolicy": {
-            "cleanPodPolicy": {"All", "Running", "None"},
+            "cleanPodPolicy": Literal["All", "Running", "None"],
             "ttlSecondsAfterFinished": int,
             "activeDeadlineSeconds": int,
             "backoffLimit": int,
@@ -75,7 +70,7 @@ JOB = {
             "minReplicas": int,
             "maxReplicas": int,
             "maxRestarts": int,
-            "rdzvBackend": {"c10d", "etcd", "etcd-v2"},
+            "rdzvBackend": Literal["c10d", "etcd", "etcd-v2"],
             "rdzvPort": int,
             "rdzvHost": str,
             "rdzvId": str,
@@ -86,35 +81,16 @@ JOB = {
 }
 
 
-def mistakes(value: Any, kind: Any, place: str = "") -> Iterator[str]:
-    """What of a manifest is not of this kind: a type, a set of words, a pattern, [items] or {key: kind}, where key! must be there."""
-    if isinstance(kind, type):
-        if type(value) is not kind:
-            yield f"{place}: {value!r} is no {kind.__name__}"
-    elif isinstance(kind, set):
-        if value not in kind:
-            yield f"{place}: {value!r} is none of {sorted(kind)}"
-    elif isinstance(kind, re.Pattern):
-        if not isinstance(value, str | int) or not kind.fullmatch(str(value)):
-            yield f"{place}: {value!r} is no quantity"
-    elif isinstance(kind, list):
-        if not isinstance(value, list):
-            yield f"{place}: {value!r} is no list"
-            return
-        for index, item in enumerate(value):
-            yield from mistakes(item, kind[0], f"{place}[{index}]")
-    elif not isinstance(value, dict):
-        yield f"{place}: {value!r} is no mapping"
-    else:
-        known = {key.rstrip("!"): inner for key, inner in kind.items()}
-        for key, inner in value.items():
-            if isinstance(kind, Each):
-                yield from mistakes(inner, kind[""], f"{place}.{key}")
-            elif key in known:
-                yield from mistakes(inner, known[key], f"{place}.{key}")
-            else:
-                yield f"{place}.{key}: unknown field"
-        yield from (f"{place}.{key[:-1]}: is missing" for key in kind if key.endswith("!") and key[:-1] not in value)
+def model_of(kind: Any) -> Any:
+    """What pydantic understands of {key: kind}, where key! must be there, and of [kind]."""
+    if isinstance(kind, list):
+        return list[model_of(kind[0])]  # type: ignore[misc]
+    if not isinstance(kind, dict):
+        return kind
+    fields: dict[str, Any] = {
+        key.rstrip("!"): (model_of(inner), ... if key.endswith("!") else None) for key, inner in kind.items()
+    }
+    return create_model("Part", __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
 
 @pytest.fixture
@@ -122,29 +98,13 @@ def job() -> Any:
     return yaml.safe_load(MANIFEST.read_text())
 
 
-def test_the_manifest_has_the_operators_fields_and_types(job: Any) -> None:
-    assert list(mistakes(job, JOB)) == []
-
-
-def test_a_wrong_manifest_is_found_out(job: Any) -> None:
-    worker = ("spec", "pytorchReplicaSpecs", "Worker")
-    for path, value, expected in [
-        (("spec", "elasticPolicy", "rdzvBackend"), "mpi", "rdzvBackend: 'mpi' is none of"),
-        (("spec", "nprocPerNode"), 1, "nprocPerNode: 1 is no str"),
-        ((*worker, "replica"), 4, "Worker.replica: unknown field"),
-        ((*worker, "template", "spec", "containers", 0, "resources", "limits", "memory"), "4 GB", "is no quantity"),
-        ((*worker, "template", "spec", "containers", 0, "env", 1, "value"), 2, "env[1].value: 2 is no str"),
-        ((*worker, "template", "spec", "containers"), None, "containers: None is no list"),
-    ]:
-        wrong = copy.deepcopy(job)
-        inner = wrong
-        for key in path[:-1]:
-            inner = inner[key]
-        inner[path[-1]] = value
-        (found,) = mistakes(wrong, JOB)
-        assert expected in found
+def test_the_manifest_has_the_operators_fields_and_types_and_no_others(job: Any) -> None:
+    known = model_of(JOB)
+    known.model_validate(job)
     del job["metadata"]["name"]
-    assert list(mistakes(job, JOB)) == [".metadata.name: is missing"]
+    job["spec"]["pytorchReplicaSpecs"]["Worker"] |= {"replica": 4, "restartPolicy": "Sometimes"}
+    with pytest.raises(ValidationError, match="3 validation errors"):
+        known.model_validate(job)
 
 
 def operators_environment(job: Any) -> dict[str, str]:

@@ -1,0 +1,55 @@
+"""Transports for the tests of groups and of peers, and what they are given to carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from outer_rig import over_tcp
+
+from commopt.groups import SimWorld
+from commopt.groups.peers import Peers
+from commopt.groups.tcp import TcpPeers
+from commopt.plan.links import LinkModel
+from commopt.wire.payload import Payload
+
+RANKS = (1, 2, 3, 5)
+Run = Callable[..., list[Any]]
+
+
+def values(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def message(rank: int, n_floats: int, n_bytes: int) -> Payload:
+    return Payload.of(torch.full((n_floats,), rank + 0.5), torch.full((n_bytes,), rank, dtype=torch.uint8))
+
+
+def content(payload: Payload) -> list[list[float]]:
+    return [x.tolist() for x in payload.tensors]
+
+
+def over_simulated_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """function(peers, *args) on n ranks."""
+    world: SimWorld[Any] = SimWorld(n, LinkModel.uniform(n, "100mbit", "1ms"), timeout_s=30)
+    return world.run(lambda group: function(group.peers, *args))
+
+
+def over_tcp_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """The same over TCP on this machine, once all have heard of each other."""
+
+    def work(peers: TcpPeers) -> Any:
+        wait_for_all(peers)
+        return function(peers, *args)
+
+    return over_tcp(n, work, 40)
+
+
+def wait_for_all(peers: Peers) -> None:
+    """TCP members find each other in their first seconds."""
+    end_s = peers.seconds + 20
+    peers.announce(0, is_training=True)
+    while not all(peers.is_up(peer) for peer in peers.others):
+        assert peers.seconds < end_s, "the members did not find each other"
+        peers.sleep(0.01)
