@@ -26,7 +26,12 @@ WITH_TORCHRUN = tuple(
 )  # as long as the rest
 SINGLE = "tests/test_testing.py"  # long, and shares nothing between its tests
 PAGES = "tests/docs/test_pages.py"  # the same
-OVER_MPI = ("tests/groups/test_mpi.py", "tests/groups/test_contract.py")  # share the ranks that mpiexec starts
+SHARING = (  # files of which each kind shares its ranks: what mpiexec starts, or what has a framework imported
+    ("tests/groups/test_mpi.py", "tests/groups/test_contract.py"),
+    ("tests/frameworks/test_deepspeed",),
+    ("tests/frameworks/test_fsdp",),
+    ("tests/frameworks/test_accelerate.py", "tests/frameworks/test_transformers.py"),
+)
 PATIENCE_S = 400  # for tests of many processes, which may have to share the machine
 
 torch.set_num_threads(1)
@@ -49,8 +54,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(WAITING):
                 return f"{WAITING} with torchrun" if nodeid.startswith(WITH_TORCHRUN) else WAITING
-            if nodeid.startswith(OVER_MPI):
-                return OVER_MPI[0]
+            for files in SHARING:
+                if nodeid.startswith(files):
+                    return files[0]
             return nodeid if nodeid.startswith((SINGLE, PAGES)) else str(super()._split_scope(nodeid))
 
     if config.getvalue("dist") != "loadfile":
@@ -74,6 +80,25 @@ def pool() -> Iterator[Pool]:
     ranks = Pool()
     yield ranks
     ranks.close()
+
+
+def _warm_ranks(kind: str) -> Any:
+    """A fixture: ranks with a framework, started at the first use."""
+
+    @pytest.fixture(scope="session", name=f"{kind.lower()}_ranks")
+    def started() -> Iterator[Pool]:
+        import framework_ranks  # beside the tests of the frameworks: importable when one of them is collected
+
+        ranks = getattr(framework_ranks, f"{kind}Ranks")()
+        yield ranks
+        ranks.close()
+
+    return started
+
+
+fsdp_ranks, deepspeed_ranks, huggingface_ranks, lightning_ranks = map(
+    _warm_ranks, ("FSDP", "DeepSpeed", "HuggingFace", "Lightning")
+)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,17 @@
-"""A small model sharded over four of the pool's ranks, and the same training on one process; what the ranks are sent."""
+"""A small model sharded over four ranks, and the same training on one process; what the ranks are sent."""
 
 from __future__ import annotations
 
-import atexit
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pool import Pool
 from rig import loss_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from commopt import attach, build
 from commopt.groups import Group, SimWorld
@@ -18,59 +19,12 @@ from commopt.wire.bucket import Bucket
 
 REPLICAS = SHARDS = 2
 Flats = dict[str, Tensor]
-_meshes: list[Any] = []
 
 
-class _Ranks(Pool):
-    @property
-    def is_started(self) -> bool:
-        return bool(self._ranks)
-
-
-_ranks = _Ranks()
-atexit.register(_ranks.close)
-
-
-def mesh_of(ranks: int = 4) -> Any:
-    """The (2, 2) mesh of ranks 0 to 3, and the flat one of them; None on the fifth, which has to help to make them."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if not _meshes:
-        _meshes.append(DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard")))
-        _meshes.append(DeviceMesh("cpu", torch.arange(4), mesh_dim_names=("shard",)))
-        _meshes.append(DeviceMesh("cpu", torch.arange(4).view(1, 4), mesh_dim_names=("replicate", "shard")))
-    return _meshes[0] if ranks == 4 else _meshes[1]
-
-
-def warm_up(_: Any) -> None:
-    """What takes seconds, once: importing FSDP and what it imports at the first backward."""
-    mesh_of()
-    if torch.distributed.get_rank() < 4:
-        with attached(_meshes[0], "dense") as (model, optimizer, _run):
-            train(model, optimizer, 0, 1)
-
-
-def fsdp_pool(is_last: bool = False) -> Iterator[Pool]:
-    """Warm ranks for the modules that test FSDP: four of the five make groups of their own, and must be in as many as each other.
-
-    is_last: whether a module is the last of them, with which the ranks end.
-    """
-    if not _ranks.is_started:
-        _ranks.run(5, warm_up, timeout_s=240)
-    yield _ranks
-    if is_last:
-        _ranks.close()
-
-
-def flat_mesh() -> Any:
-    """The mesh of ranks 0 to 3 in one dimension."""
-    return mesh_of(1)
-
-
-def mesh_of_one_replica() -> Any:
-    """The mesh of ranks 0 to 3 with one replica."""
-    mesh_of()
-    return _meshes[2]
+@functools.cache
+def mesh_of(*shape: int) -> DeviceMesh:
+    """A mesh of the four ranks: (2, 2) has two replicas of two shards, (1, 4) one of four, and (4,) shards alone."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 class Uneven(nn.Module):
@@ -111,8 +65,6 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def sharded(mesh: Any, layers: tuple[str, ...] = ("first", "second"), **options: Any) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
     model = Uneven()
     for layer in layers:
         fully_shard(getattr(model, layer), mesh=mesh, **options)

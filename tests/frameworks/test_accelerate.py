@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from huggingface_ranks import HuggingFaceRanks, alone, new_accelerator, two  # noqa: F401
+from framework_ranks import new_accelerator
+from pool import Pool
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -136,8 +137,8 @@ def against_ddp(method: dict[str, Any], options: dict[str, Any], built: bool) ->
     ],
     ids=["onebit_adam", "ef_sign, clipped", "dgc", "onebit_adam, accumulated", "ef_sign, accumulated"],
 )
-def test_training_is_that_of_ddp(two: HuggingFaceRanks, method: Any, options: Any, built: bool) -> None:  # noqa: F811
-    for same, same_bytes, nbytes, equal in two.call(against_ddp, method, options, built):
+def test_training_is_that_of_ddp(huggingface_ranks: Pool, method: Any, options: Any, built: bool) -> None:
+    for same, same_bytes, nbytes, equal in huggingface_ranks.run(2, against_ddp, method, options, built):
         assert same
         assert equal
         assert same_bytes
@@ -159,8 +160,8 @@ def sequence(optimizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("make_schedule", [lambda_schedule, one_cycle, sequence])
-def test_a_schedule_goes_on_with_the_method_that_took_adams_place(two: HuggingFaceRanks, make_schedule: Any) -> None:  # noqa: F811
-    for same, *_ in two.call(against_ddp, ONEBIT, {"make_schedule": make_schedule}, False):
+def test_a_schedule_goes_on_with_the_method_that_took_adams_place(huggingface_ranks: Pool, make_schedule: Any) -> None:
+    for same, *_ in huggingface_ranks.run(2, against_ddp, ONEBIT, {"make_schedule": make_schedule}, False):
         assert same
 
 
@@ -183,8 +184,8 @@ def with_a_scaler(method: dict[str, Any], clip: float) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize(("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"])
-def test_accelerates_scaler_is_found(two: HuggingFaceRanks, method: Any, clip: float) -> None:  # noqa: F811
-    for is_known, same in two.call(with_a_scaler, method, clip):
+def test_accelerates_scaler_is_found(huggingface_ranks: Pool, method: Any, clip: float) -> None:
+    for is_known, same in huggingface_ranks.run(2, with_a_scaler, method, clip):
         assert is_known
         assert same
 
@@ -199,8 +200,8 @@ def in_bf16() -> tuple[bool, bool, str]:
     return run.replicas_are_equal(), torch.equal(before, flat(model.module)), str(next(model.parameters()).dtype)
 
 
-def test_autocast_leaves_replicas_equal(two: HuggingFaceRanks) -> None:  # noqa: F811
-    assert two.call(in_bf16) == [(True, False, "torch.float32")] * 2
+def test_autocast_leaves_replicas_equal(huggingface_ranks: Pool) -> None:
+    assert huggingface_ranks.run(2, in_bf16) == [(True, False, "torch.float32")] * 2
 
 
 # -- checkpoints
@@ -245,8 +246,8 @@ LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler
     [ONEBIT, EF, LOCAL_STEPS, {"name": "noloco", "every": 2, "delay": 1}],
     ids=["onebit_adam", "ef_sign", "zero_one_adam", "noloco"],
 )
-def test_training_goes_on_bit_for_bit_from_save_state(two: HuggingFaceRanks, method: Any, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(resumed, method, str(tmp_path)) == [(True, True)] * 2
+def test_training_goes_on_bit_for_bit_from_save_state(huggingface_ranks: Pool, method: Any, tmp_path: Path) -> None:
+    assert huggingface_ranks.run(2, resumed, method, str(tmp_path)) == [(True, True)] * 2
     assert (tmp_path / "commopt").is_dir()
     assert not list(tmp_path.glob("custom_checkpoint_*"))  # which Accelerate would unpickle without a safeguard
 
@@ -276,12 +277,11 @@ def loaded(folder: str) -> Tensor:
 
 
 def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(
-    two: HuggingFaceRanks,  # noqa: F811
-    alone: HuggingFaceRanks,  # noqa: F811
+    huggingface_ranks: Pool,
     tmp_path: Path,
 ) -> None:
-    first, second = two.call(saved, str(tmp_path))
-    (own,) = alone.call(loaded, str(tmp_path))
+    first, second = huggingface_ranks.run(2, saved, str(tmp_path))
+    (own,) = huggingface_ranks.run(1, loaded, str(tmp_path))
     assert first.any()
     assert torch.equal(own, (first + second) / 2)
 
@@ -299,12 +299,12 @@ def load_refused(folder: str, method: dict[str, Any]) -> str:
     return ""
 
 
-def test_a_missing_state_is_an_error_on_every_rank(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    two.call(saved, str(tmp_path))
-    for answer in two.call(load_refused, str(tmp_path), EF):
+def test_a_missing_state_is_an_error_on_every_rank(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    huggingface_ranks.run(2, saved, str(tmp_path))
+    for answer in huggingface_ranks.run(2, load_refused, str(tmp_path), EF):
         assert re.match("CheckpointError: .* was saved under top_k, not ef_sign", answer), answer
     (tmp_path / "commopt" / "rank1.safetensors").unlink()
-    for answer in two.call(load_refused, str(tmp_path), TOP_K):
+    for answer in huggingface_ranks.run(2, load_refused, str(tmp_path), TOP_K):
         assert re.match("CheckpointError: .*rank1.safetensors", answer), answer
 
 
@@ -317,8 +317,8 @@ def saved_without(folder: str) -> str:
     return load_refused(folder, TOP_K)
 
 
-def test_a_state_without_a_method_is_an_error(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    for answer in two.call(saved_without, str(tmp_path)):
+def test_a_state_without_a_method_is_an_error(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    for answer in huggingface_ranks.run(2, saved_without, str(tmp_path)):
         assert re.match("CheckpointError: .* was saved without a method; take another", answer), answer
 
 
@@ -347,8 +347,8 @@ def two_models(folder: str) -> list[bool]:
     ]
 
 
-def test_each_of_two_models_has_a_block_of_its_own(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(two_models, str(tmp_path)) == [[True, True]] * 2
+def test_each_of_two_models_has_a_block_of_its_own(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    assert huggingface_ranks.run(2, two_models, str(tmp_path)) == [[True, True]] * 2
 
 
 # -- outer methods, and one process
@@ -376,8 +376,8 @@ def by_an_outer_method(method: dict[str, Any]) -> tuple[bool, float]:
     return torch.equal(parameters, flat(other)), run.traffic.payload_bytes
 
 
-def test_an_outer_method_trains_as_without_accelerate(two: HuggingFaceRanks) -> None:  # noqa: F811
-    for same, nbytes in two.call(by_an_outer_method, {"name": "diloco", "every": 3}):
+def test_an_outer_method_trains_as_without_accelerate(huggingface_ranks: Pool) -> None:
+    for same, nbytes in huggingface_ranks.run(2, by_an_outer_method, {"name": "diloco", "every": 3}):
         assert same
         assert nbytes > 0
 
@@ -400,8 +400,8 @@ def in_one_process(method: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("method", [ONEBIT, EF], ids=["onebit_adam", "ef_sign"])
-def test_one_process_trains_as_without_accelerate(alone: HuggingFaceRanks, method: Any) -> None:  # noqa: F811
-    assert alone.call(in_one_process, method) == [True]
+def test_one_process_trains_as_without_accelerate(huggingface_ranks: Pool, method: Any) -> None:
+    assert huggingface_ranks.run(1, in_one_process, method) == [True]
 
 
 def parameters_with(scale: float | None, method: dict[str, Any], clip: float) -> Tensor:
@@ -419,8 +419,8 @@ def parameters_with(scale: float | None, method: dict[str, Any], clip: float) ->
 
 
 @pytest.mark.parametrize(("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"])
-def test_one_process_trains_alike_with_a_scaler(alone: HuggingFaceRanks, method: Any, clip: float) -> None:  # noqa: F811
-    plain, scaled = (alone.call(parameters_with, scale, method, clip)[0] for scale in (None, 256.0))
+def test_one_process_trains_alike_with_a_scaler(huggingface_ranks: Pool, method: Any, clip: float) -> None:
+    plain, scaled = (huggingface_ranks.run(1, parameters_with, scale, method, clip)[0] for scale in (None, 256.0))
     assert torch.equal(plain, scaled)  # the scale is a power of two
 
 
@@ -511,8 +511,8 @@ CASES: dict[str, tuple[Callable[..., None], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_does_not_fit_is_refused_on_every_rank(two: HuggingFaceRanks, case: str) -> None:  # noqa: F811
-    for answer in two.call(refused, case):
+def test_what_does_not_fit_is_refused_on_every_rank(huggingface_ranks: Pool, case: str) -> None:
+    for answer in huggingface_ranks.run(2, refused, case):
         assert re.match(CASES[case][1], answer), answer
 
 
@@ -530,8 +530,8 @@ def exchanging_twice() -> str:
     return ""
 
 
-def test_a_second_exchange_is_told_what_accelerate_has_for_it(two: HuggingFaceRanks) -> None:  # noqa: F811
-    for answer in two.call(exchanging_twice):
+def test_a_second_exchange_is_told_what_accelerate_has_for_it(huggingface_ranks: Pool) -> None:
+    for answer in huggingface_ranks.run(2, exchanging_twice):
         assert "exchanges a second time" in answer
         assert "under accelerator.accumulate(model)" in answer
 
@@ -563,9 +563,11 @@ def sharded_with_overlap() -> str:
     return sharded(overlap=True)
 
 
-def test_fsdp2_is_handed_on(two: HuggingFaceRanks) -> None:  # noqa: F811
-    assert two.call(sharded) == ["ShardRun, 1"] * 2
-    assert [text.partition(":")[0] for text in two.call(sharded_with_overlap)] == ["overlap=True with FSDP2"] * 2
+def test_fsdp2_is_handed_on(huggingface_ranks: Pool) -> None:
+    assert huggingface_ranks.run(2, sharded) == ["ShardRun, 1"] * 2
+    assert [text.partition(":")[0] for text in huggingface_ranks.run(2, sharded_with_overlap)] == [
+        "overlap=True with FSDP2"
+    ] * 2
 
 
 def after_a_refusal() -> tuple[bool, bool]:
@@ -585,8 +587,8 @@ def after_a_refusal() -> tuple[bool, bool]:
     return is_restored, not torch.equal(before, flat(model))
 
 
-def test_a_refusal_leaves_optimizer_and_schedule_as_they_were(two: HuggingFaceRanks) -> None:  # noqa: F811
-    assert two.call(after_a_refusal) == [(True, True)] * 2
+def test_a_refusal_leaves_optimizer_and_schedule_as_they_were(huggingface_ranks: Pool) -> None:
+    assert huggingface_ranks.run(2, after_a_refusal) == [(True, True)] * 2
 
 
 def test_without_the_package_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_rig import Ranks, engine_run, make_engine, plain_run, train, two_ranks
+from deepspeed_rig import engine_run, make_engine, plain_run, train
+from pool import Pool
 from rig import flat, make_model
 from torch import Tensor
 
@@ -50,13 +51,6 @@ def simulated(n: int, *arguments: Any, **options: Any) -> list[Tensor]:
     return SimWorld[Tensor](n, timeout_s=60).run(lambda group: plain_run(group, *arguments, **options))
 
 
-@pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    ranks = two_ranks()  # the same ones in all files
-    yield ranks
-    ranks.close()
-
-
 def all_runs(cases: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: engine_run(case[0], STEPS) for name, case in cases.items()}
 
@@ -70,14 +64,9 @@ def both_runs(cases: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_parameters_equal_those_of_the_plain_integration_bit_for_bit(n: int, two: Ranks) -> None:
-    ranks = two if n == 2 else Ranks(n)
-    try:
-        cases = CASES if n == 2 else {name: CASES[name] for name in ("OneBitAdam", "OneBitLamb", "dgc")}
-        runs = ranks.run(both_runs, cases)
-    finally:
-        if ranks is not two:
-            ranks.close()
+def test_parameters_equal_those_of_the_plain_integration_bit_for_bit(n: int, deepspeed_ranks: Pool) -> None:
+    cases = CASES if n == 2 else {name: CASES[name] for name in ("OneBitAdam", "OneBitLamb", "dgc")}
+    runs = deepspeed_ranks.run(n, both_runs, cases)
     for own in runs:
         assert [name for name, (engine, plain) in own.items() if not torch.equal(engine, plain)] == []
         assert all(not torch.equal(engine, flat(make_model())) for engine, _ in own.values())
@@ -125,10 +114,10 @@ def other_doors() -> dict[str, Tensor]:
     return found
 
 
-def test_every_door_leads_to_the_same_training(two: Ranks) -> None:
+def test_every_door_leads_to_the_same_training(deepspeed_ranks: Pool) -> None:
     expected = simulated(2, "onebit_adam", {**UNCORRECTED, "freeze_step": 3}, STEPS)[0]
     signs = simulated(2, "ef_sign", {}, STEPS)[0]
-    for found in two.run(other_doors):
+    for found in deepspeed_ranks.run(2, other_doors):
         assert [name for name, x in found.items() if not torch.equal(x, signs if "ef" in name else expected)] == []
 
 
@@ -145,10 +134,10 @@ CLIPPED = {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.parametrize("half", HALF)
-def test_masters_take_unscaled_float32_gradients(half: str, two: Ranks) -> None:
+def test_masters_take_unscaled_float32_gradients(half: str, deepspeed_ranks: Pool) -> None:
     own, dtype, scale = HALF[half]
     cases = {name: ({**CASES[name][0], **own},) for name in ("OneBitAdam", "OneBitLamb", "dgc")}
-    runs = two.run(all_runs, cases)
+    runs = deepspeed_ranks.run(2, all_runs, cases)
     for name in cases:
         _, method, options = CASES[name]
         expected = simulated(2, method, options, STEPS, dtype, scale)
@@ -157,10 +146,10 @@ def test_masters_take_unscaled_float32_gradients(half: str, two: Ranks) -> None:
             assert torch.allclose(run[name], other, atol=0.02) if close else torch.equal(run[name], other), name
 
 
-def test_clipping_is_by_the_norm_of_the_mean_and_only_at_the_boundary(two: Ranks) -> None:
+def test_clipping_is_by_the_norm_of_the_mean_and_only_at_the_boundary(deepspeed_ranks: Pool) -> None:
     dense = {"optimizer": SGD, "commopt": "dense", **CLIPPED}
     adam = {**old("OneBitAdam", freeze_step=3), **CLIPPED}
-    runs = two.run(all_runs, {"dense": (dense,), "onebit_adam": (adam,)})
+    runs = deepspeed_ranks.run(2, all_runs, {"dense": (dense,), "onebit_adam": (adam,)})
     expected = simulated(2, "dense", {}, STEPS, clip=0.5, micro_batches=2)
     assert torch.equal(runs[0]["dense"], expected[0])
     options = {**UNCORRECTED, "freeze_step": 3, "max_norm": 0.5}
@@ -186,8 +175,8 @@ def local(engine: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", ["OneBitAdam", "ef_sign"])
-def test_an_overflow_on_one_rank_is_skipped_on_all_and_harms_no_residual(case: str, two: Ranks) -> None:
-    assert two.run(overflown, CASES[case][0]) == [(True, 1, 128.0, 1, True, 6)] * 2
+def test_an_overflow_on_one_rank_is_skipped_on_all_and_harms_no_residual(case: str, deepspeed_ranks: Pool) -> None:
+    assert deepspeed_ranks.run(2, overflown, CASES[case][0]) == [(True, 1, 128.0, 1, True, 6)] * 2
 
 
 def resumed(own: dict[str, Any], folder: str, first: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -216,8 +205,8 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_a_loaded_checkpoint_goes_on_bit_for_bit(case: str, two: Ranks, tmp_path: Path) -> None:
-    for on, again, client_state in two.run(resumed, CHECKPOINTS[case], str(tmp_path), 5):
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(case: str, deepspeed_ranks: Pool, tmp_path: Path) -> None:
+    for on, again, client_state in deepspeed_ranks.run(2, resumed, CHECKPOINTS[case], str(tmp_path), 5):
         assert torch.equal(on, again)
         assert client_state["note"] == 7
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("commopt*")] == ["global_step5/commopt"]
@@ -240,8 +229,8 @@ def foreign_checkpoints(folder: str) -> list[str]:
     return told
 
 
-def test_a_checkpoint_without_the_methods_state_is_refused(two: Ranks, tmp_path: Path) -> None:
-    for missing, other in two.run(foreign_checkpoints, str(tmp_path)):
+def test_a_checkpoint_without_the_methods_state_is_refused(deepspeed_ranks: Pool, tmp_path: Path) -> None:
+    for missing, other in deepspeed_ranks.run(2, foreign_checkpoints, str(tmp_path)):
         assert "saved without onebit_adam's state" in missing
         assert "engine.save_checkpoint" in other
 
@@ -281,10 +270,10 @@ def counted(own: dict[str, Any]) -> tuple[list[str], float, bool]:
 
 
 @pytest.mark.parametrize("half", ["fp32", "bf16"])
-def test_deepspeed_itself_exchanges_nothing(half: str, two: Ranks) -> None:
+def test_deepspeed_itself_exchanges_nothing(half: str, deepspeed_ranks: Pool) -> None:
     own = {**old("OneBitAdam", freeze_step=3), **(HALF[half][0] if half in HALF else {})}
     nbytes = 4 * flat(make_model()).numel()
-    for calls, sent, is_equal in two.run(counted, own):
+    for calls, sent, is_equal in deepspeed_ranks.run(2, counted, own):
         assert calls == []
         assert nbytes <= sent < nbytes + 64  # the mean gradient, which parameters are used, and whether one overflowed
         assert is_equal
@@ -303,9 +292,9 @@ def outer(own: dict[str, Any]) -> tuple[int, int, Tensor]:
 
 
 @pytest.mark.parametrize("method", ["diloco", "noloco"])
-def test_outer_methods_average_an_engines_replicas(method: str, two: Ranks) -> None:
+def test_outer_methods_average_an_engines_replicas(method: str, deepspeed_ranks: Pool) -> None:
     block = {"method": method, "every": 3, "final_average": True}
-    first, second = two.run(outer, {"optimizer": SGD, "commopt": block})
+    first, second = deepspeed_ranks.run(2, outer, {"optimizer": SGD, "commopt": block})
     assert torch.allclose(first[2], second[2], atol=1e-6)
     assert not torch.equal(first[2], flat(make_model()))
     assert all(rounds >= 2 and steps == 7 for rounds, steps, _ in (first, second))
@@ -330,8 +319,8 @@ def resumed_replicas(folder: str) -> tuple[Tensor, Tensor, Tensor]:
     return saved, on, flat(again.module)
 
 
-def test_under_an_outer_method_a_checkpoint_keeps_every_ranks_replica(two: Ranks, tmp_path: Path) -> None:
-    first, second = two.run(resumed_replicas, str(tmp_path))
+def test_under_an_outer_method_a_checkpoint_keeps_every_ranks_replica(deepspeed_ranks: Pool, tmp_path: Path) -> None:
+    first, second = deepspeed_ranks.run(2, resumed_replicas, str(tmp_path))
     assert not torch.equal(first[0], second[0])
     assert all(torch.equal(on, again) for _, on, again in (first, second))
 
@@ -349,8 +338,8 @@ def never_joined() -> str:
     return ""
 
 
-def test_an_outer_method_that_nobody_joins_raises_at_the_first_step(two: Ranks) -> None:
-    assert all("run.join()" in told for told in two.run(never_joined))
+def test_an_outer_method_that_nobody_joins_raises_at_the_first_step(deepspeed_ranks: Pool) -> None:
+    assert all("run.join()" in told for told in deepspeed_ranks.run(2, never_joined))
 
 
 def masked() -> dict[str, Any]:
@@ -364,8 +353,8 @@ def masked() -> dict[str, Any]:
     return {"momentum": engine.commopt.method.entry("0.weight")["momentum"].clone()}
 
 
-def test_exp_avg_mask_holds_the_momentum_at_zero(two: Ranks) -> None:
-    for state in two.run(masked):
+def test_exp_avg_mask_holds_the_momentum_at_zero(deepspeed_ranks: Pool) -> None:
+    for state in deepspeed_ranks.run(2, masked):
         assert not state["momentum"][:, :4].any()
         assert state["momentum"][:, 4:].all()
 
@@ -383,10 +372,10 @@ def logged(own: dict[str, Any]) -> list[str]:
     return told
 
 
-def test_what_has_no_effect_is_told_once_and_by_rank_0_alone(two: Ranks) -> None:
+def test_what_has_no_effect_is_told_once_and_by_rank_0_alone(deepspeed_ranks: Pool) -> None:
     own = old("OneBitAdam", freeze_step=9, bias_correction=True, eps_inside_sqrt=True, comm_backend_name="mpi")
     own |= {"prescale_gradients": True, "communication_data_type": "fp16"}
-    told, nothing = two.run(logged, own)
+    told, nothing = deepspeed_ranks.run(2, logged, own)
     assert nothing == []
     for word in (
         "bias_correction: true",
@@ -396,4 +385,6 @@ def test_what_has_no_effect_is_told_once_and_by_rank_0_alone(two: Ranks) -> None
         "communication",
     ):
         assert len([line for line in told if word in line]) == 1, word
-    assert any("names no communication method" in line for line in two.run(logged, {"optimizer": SGD})[0])
+    assert any(
+        "names no communication method" in line for line in deepspeed_ranks.run(2, logged, {"optimizer": SGD})[0]
+    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from deepspeed_rig import Ranks, make_engine, train, two_ranks
+from deepspeed_rig import make_engine, train
+from pool import Pool
 from rig import make_model
 
 from commopt.errors import AttachError, ConfigError
@@ -199,19 +199,12 @@ def refused_of_engines() -> list[str]:
     return told
 
 
-@pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    ranks = two_ranks()  # the same ones in all files
-    yield ranks
-    ranks.close()
-
-
-def test_what_cannot_work_is_refused_at_the_start_on_every_rank(two: Ranks) -> None:
-    for told in two.run(refused):
+def test_what_cannot_work_is_refused_at_the_start_on_every_rank(deepspeed_ranks: Pool) -> None:
+    for told in deepspeed_ranks.run(2, refused):
         assert {name for name, (_, words) in REFUSED.items() if words not in told.get(name, "")} == set()
 
 
-def test_misuse_of_an_engine_is_refused(two: Ranks) -> None:
+def test_misuse_of_an_engine_is_refused(deepspeed_ranks: Pool) -> None:
     words = [
         "at engine.step()",
         "dgc is attached to this engine already",
@@ -225,7 +218,7 @@ def test_misuse_of_an_engine_is_refused(two: Ranks) -> None:
         "method.rank is 1 on rank 0 and 2 on rank 1",
         "powersdg",
     ]
-    for told in two.run(refused_of_engines):
+    for told in deepspeed_ranks.run(2, refused_of_engines):
         assert len(told) == len(words)
         assert [word for word, text in zip(words, told, strict=True) if word not in text] == []
 

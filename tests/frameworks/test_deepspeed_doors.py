@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_rig import Ranks, make_engine, train, two_ranks
+from deepspeed_rig import make_engine, train
+from pool import Pool
 from rig import loss_of, make_batch, make_model
 
 import commopt
@@ -20,13 +21,6 @@ from commopt.errors import CommoptError
 STEPS = 3
 ADAM = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
 SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.05}}}
-
-
-@pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    ranks = two_ranks()  # the same ones in all files
-    yield ranks
-    ranks.close()
 
 
 @contextmanager
@@ -66,8 +60,8 @@ def clipping() -> list[tuple[float | None, str]]:
     return found
 
 
-def test_gradient_clipping_is_the_max_norm_of_an_update_method(two: Ranks) -> None:
-    found = two.run(clipping)[0]
+def test_gradient_clipping_is_the_max_norm_of_an_update_method(deepspeed_ranks: Pool) -> None:
+    found = deepspeed_ranks.run(2, clipping)[0]
     assert [norm for norm, _ in found] == [1.0, 0.5, None]
     assert "DeepSpeed then clips to a norm of 1.0" in found[0][1]
     assert found[1][1] == found[2][1] == ""
@@ -88,8 +82,8 @@ def after_dry_step(half: str) -> tuple[bool, int, str]:
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
-def test_deepspeeds_dry_step_leaves_nothing_behind(half: str, two: Ranks) -> None:
-    assert two.run(after_dry_step, half) == [(True, 1, "StandIn")] * 2
+def test_deepspeeds_dry_step_leaves_nothing_behind(half: str, deepspeed_ranks: Pool) -> None:
+    assert deepspeed_ranks.run(2, after_dry_step, half) == [(True, 1, "StandIn")] * 2
 
 
 # -- a block that nobody read
@@ -112,8 +106,8 @@ def unread_blocks() -> tuple[list[str], list[str], list[str]]:
     return told, late, again
 
 
-def test_a_block_that_was_read_too_late_is_not_passed_over(two: Ranks) -> None:
-    for rank, (told, late, again) in enumerate(two.run(unread_blocks)):
+def test_a_block_that_was_read_too_late_is_not_passed_over(deepspeed_ranks: Pool) -> None:
+    for rank, (told, late, again) in enumerate(deepspeed_ranks.run(2, unread_blocks)):
         for text in told:
             assert "'dgc', 'density': 0.1} in the configuration has had no effect" in text
             assert "commopt.deepspeed.install() was not called" in text
@@ -172,13 +166,13 @@ def by_accelerate() -> tuple[list[float], bool, str, list[str]]:
     return rates, equal, kind, told
 
 
-def test_accelerates_schedule_goes_on_in_an_engine_and_nothing_is_passed_over(two: Ranks) -> None:
+def test_accelerates_schedule_goes_on_in_an_engine_and_nothing_is_passed_over(deepspeed_ranks: Pool) -> None:
     words = (
         "has taken the place of this AdamW",
         "this optimizer is not the engine's",
         "overlap=True with a DeepSpeed engine",
     )
-    for rates, equal, kind, told in two.run(by_accelerate):
+    for rates, equal, kind, told in deepspeed_ranks.run(2, by_accelerate):
         assert rates == [0.01 * 0.5**step for step in range(1, STEPS + 1)]
         assert equal
         assert kind == "StandIn"
@@ -205,5 +199,5 @@ def installed_under_accelerate() -> tuple[str, str, str]:
     return engine.commopt.method.name, type(engine.optimizer).__name__, type(optimizer.optimizer).__name__
 
 
-def test_after_install_accelerates_own_engine_reads_the_block(two: Ranks) -> None:
-    assert two.run(installed_under_accelerate) == [("onebit_adam", "StandIn", "StandIn")] * 2
+def test_after_install_accelerates_own_engine_reads_the_block(deepspeed_ranks: Pool) -> None:
+    assert deepspeed_ranks.run(2, installed_under_accelerate) == [("onebit_adam", "StandIn", "StandIn")] * 2

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_rig import Ranks, two_ranks
+from pool import Pool
 from torch import Tensor, nn
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
-
-
-@pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    ranks = two_ranks()  # the same ones in all files
-    yield ranks
-    ranks.close()
 
 
 class Bert(nn.Module):
@@ -60,10 +52,10 @@ TUTORIALS = sorted(path.name for path in CONFIGS.glob("*.json") if path.name.sta
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_configurations_of_the_old_tutorials_load_and_train(name: str, two: Ranks) -> None:
+def test_configurations_of_the_old_tutorials_load_and_train(name: str, deepspeed_ranks: Pool) -> None:
     assert len(TUTORIALS) == 4
     accumulation = json.loads((CONFIGS / name).read_text())["train_batch_size"] // (3 if "squad" in name else 2) // 2
-    for first, last, is_equal, steps in two.run(tutorial, str(CONFIGS / name)):
+    for first, last, is_equal, steps in deepspeed_ranks.run(2, tutorial, str(CONFIGS / name)):
         assert last < first
         assert is_equal
         assert 60 // accumulation - 20 < steps <= 60 // accumulation  # at a scale of 2^16 the first ones overflow

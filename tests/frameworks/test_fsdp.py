@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import TwoReplicas, attached, batch, cut, fsdp_pool, mesh_of, sgd, sharded, shards, train, train_alone
+from fsdp_rig import TwoReplicas, attached, batch, cut, mesh_of, sgd, sharded, shards, train, train_alone
 from pool import Pool
 from rig import loss_of
 from torch import nn
@@ -31,15 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    yield from fsdp_pool()
-
-
-def train_sharded(_: dist.ProcessGroup, method: dict[str, Any], momentum: float) -> Any:
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
+def train_sharded(method: dict[str, Any], momentum: float) -> Any:
+    mesh = mesh_of(2, 2)
     with attached(mesh, method, lambda model: sgd(model, momentum)) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
         assert run.replicas_are_equal()
@@ -47,19 +39,17 @@ def train_sharded(_: dist.ProcessGroup, method: dict[str, Any], momentum: float)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_method_between_replicas_is_the_method_on_each_shard(pool: Pool, case: str) -> None:
+def test_a_method_between_replicas_is_the_method_on_each_shard(fsdp_ranks: Pool, case: str) -> None:
     momentum = 0.0 if case == "dgc" else 0.9
     expected = train_alone(TwoReplicas(CASES[case]).mean, STEPS, momentum)
-    for rank, found in enumerate(pool.run(5, train_sharded, CASES[case], momentum)[:4]):
+    for rank, found in enumerate(fsdp_ranks.run(4, train_sharded, CASES[case], momentum)):
         for name, p in expected.named_parameters():
             assert torch.equal(found[name], cut(p.detach(), 2, rank % 2)), f"{name} on rank {rank}"
 
 
-def train_dense(_: dist.ProcessGroup, options: dict[str, Any], micro_batches: str) -> Any:
+def train_dense(options: dict[str, Any], micro_batches: str) -> Any:
     """(with commopt, by FSDP alone)"""
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
+    mesh = mesh_of(2, 2)
     results = []
     for is_ours in (True, False):
         model = sharded(mesh, **options)
@@ -86,15 +76,14 @@ def train_dense(_: dist.ProcessGroup, options: dict[str, Any], micro_batches: st
 
 
 @pytest.mark.parametrize("micro_batches", ["", "every backward", "no sync", "no all-reduce"])
-def test_dense_is_what_fsdp_does_between_replicas(pool: Pool, micro_batches: str) -> None:
-    for ours, theirs in pool.run(5, train_dense, {}, micro_batches)[:4]:
+def test_dense_is_what_fsdp_does_between_replicas(fsdp_ranks: Pool, micro_batches: str) -> None:
+    for ours, theirs in fsdp_ranks.run(4, train_dense, {}, micro_batches):
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
-def train_a_small_unit(_: dist.ProcessGroup) -> Any:
+def train_a_small_unit() -> Any:
     """(with commopt, by FSDP alone), with a unit of which the second shard has nothing"""
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
+    mesh = mesh_of(2, 2)
     model, other = (sharded(mesh, ("first", "second", "last")) for _ in range(2))
     optimizer, others = sgd(model), sgd(other)
     commopt.attach(model, "dense", optimizer)
@@ -103,14 +92,13 @@ def train_a_small_unit(_: dist.ProcessGroup) -> Any:
     return shards(model), shards(other)
 
 
-def test_a_shard_may_have_nothing_of_a_unit(pool: Pool) -> None:
-    for ours, theirs in pool.run(5, train_a_small_unit)[:4]:
+def test_a_shard_may_have_nothing_of_a_unit(fsdp_ranks: Pool) -> None:
+    for ours, theirs in fsdp_ranks.run(4, train_a_small_unit):
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
-def exchange_twice(_: dist.ProcessGroup) -> None:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return
+def exchange_twice() -> None:
+    mesh = mesh_of(2, 2)
     with attached(mesh, "two_way(int8)") as (model, _optimizer, _run):
         x, y = batch(dist.get_rank(), 0)
         loss_of(model(x), y).backward()
@@ -118,39 +106,37 @@ def exchange_twice(_: dist.ProcessGroup) -> None:
             loss_of(model(x), y).backward()
 
 
-def test_a_second_exchange_before_the_step_is_refused_where_state_is_kept(pool: Pool) -> None:
-    pool.run(5, exchange_twice)
+def test_a_second_exchange_before_the_step_is_refused_where_state_is_kept(fsdp_ranks: Pool) -> None:
+    fsdp_ranks.run(4, exchange_twice)
 
 
-def train_in_bfloat16(_: dist.ProcessGroup) -> Any:
+def train_in_bfloat16() -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    return train_dense(_, {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)}, "")
+    return train_dense({"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)}, "")
 
 
-def test_dense_follows_the_mixed_precision_policy(pool: Pool) -> None:
-    for ours, theirs in pool.run(5, train_in_bfloat16)[:4]:
+def test_dense_follows_the_mixed_precision_policy(fsdp_ranks: Pool) -> None:
+    for ours, theirs in fsdp_ranks.run(4, train_in_bfloat16):
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
-def compress_half_precision(_: dist.ProcessGroup) -> Any:
+def compress_half_precision() -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
+    mesh = mesh_of(2, 2)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
     with attached(mesh, "two_way(int8)", mp_policy=policy) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), 3)
         return run.replicas_are_equal(), run.method.worker.residual.abs().max().item()
 
 
-def test_half_precision_gradients_are_compressed_with_float32_residuals(pool: Pool) -> None:
-    assert all(equal and residual > 0 for equal, residual in pool.run(5, compress_half_precision)[:4])
+def test_half_precision_gradients_are_compressed_with_float32_residuals(fsdp_ranks: Pool) -> None:
+    assert all(equal and residual > 0 for equal, residual in fsdp_ranks.run(4, compress_half_precision))
 
 
-def give_back(_: dist.ProcessGroup) -> Any:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
+def give_back() -> Any:
+    mesh = mesh_of(2, 2)
     model, other = sharded(mesh), sharded(mesh)
     optimizer, others = sgd(model), sgd(other)
     commopt.attach(model, "ef_sign", optimizer).close()
@@ -159,16 +145,14 @@ def give_back(_: dist.ProcessGroup) -> Any:
     return shards(model), shards(other)
 
 
-def test_close_gives_the_exchange_back_to_fsdp(pool: Pool) -> None:
-    for ours, theirs in pool.run(5, give_back)[:4]:
+def test_close_gives_the_exchange_back_to_fsdp(fsdp_ranks: Pool) -> None:
+    for ours, theirs in fsdp_ranks.run(4, give_back):
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
-def train_over_a_group(_: dist.ProcessGroup) -> Any:
+def train_over_a_group() -> Any:
     """Shard over two ranks alone, and give attach the other dimension as a group."""
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
+    mesh = mesh_of(2, 2)
     group = TorchGroup(mesh.get_group("replicate"))
     with attached(mesh["shard"], "two_way(int8)", group=group) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
@@ -179,17 +163,16 @@ def train_over_a_group(_: dist.ProcessGroup) -> Any:
         return found, run.group is group
 
 
-def test_replicas_may_be_a_group_that_fsdp_does_not_know(pool: Pool) -> None:
+def test_replicas_may_be_a_group_that_fsdp_does_not_know(fsdp_ranks: Pool) -> None:
     expected = train_alone(TwoReplicas(CASES["two_way"]).mean, STEPS)
-    for rank, (found, is_ours) in enumerate(pool.run(5, train_over_a_group)[:4]):
+    for rank, (found, is_ours) in enumerate(fsdp_ranks.run(4, train_over_a_group)):
         assert is_ours
         for name, p in expected.named_parameters():
             assert torch.equal(found[name], cut(p.detach(), 2, rank % 2))
 
 
-def resume(_: dist.ProcessGroup) -> Any:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
+def resume() -> Any:
+    mesh = mesh_of(2, 2)
     rank = dist.get_rank()
     with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, run):
         train(model, optimizer, rank, 3)
@@ -208,15 +191,13 @@ def resume(_: dist.ProcessGroup) -> Any:
         return straight, shards(model)
 
 
-def test_training_goes_on_from_a_saved_state_bit_for_bit(pool: Pool) -> None:
-    for straight, resumed in pool.run(5, resume)[:4]:
+def test_training_goes_on_from_a_saved_state_bit_for_bit(fsdp_ranks: Pool) -> None:
+    for straight, resumed in fsdp_ranks.run(4, resume):
         assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
 
 
-def start_apart(_: dist.ProcessGroup) -> Any:
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
+def start_apart() -> Any:
+    mesh = mesh_of(2, 2)
     model = sharded(mesh)
     with torch.no_grad():
         for p in model.parameters():
@@ -231,17 +212,16 @@ def start_apart(_: dist.ProcessGroup) -> Any:
     return equal, run.replicas_are_equal(), before, after
 
 
-def test_replicas_start_as_the_first_and_every_rank_hears_of_a_drift(pool: Pool) -> None:
-    answers = pool.run(5, start_apart)[:4]
+def test_replicas_start_as_the_first_and_every_rank_hears_of_a_drift(fsdp_ranks: Pool) -> None:
+    answers = fsdp_ranks.run(4, start_apart)
     assert [(equal, later) for equal, later, *_ in answers] == [(True, False)] * 4
     for rank, (*_, after) in enumerate(answers):
         assert all(torch.equal(x, answers[rank % 2][2][name]) for name, x in after.items())
 
 
-def train_with_nan(_: dist.ProcessGroup, is_clipped: bool) -> Any:
+def train_with_nan(is_clipped: bool) -> Any:
     """In step 1 one rank has a NaN in one row of one weight, of which only the second shard hears."""
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
+    mesh = mesh_of(2, 2)
     with attached(mesh, "two_way(int8)") as (model, optimizer, run):
         rank, history = dist.get_rank(), [shards(model)]
         for step in range(3):
@@ -257,8 +237,8 @@ def train_with_nan(_: dist.ProcessGroup, is_clipped: bool) -> Any:
 
 
 @pytest.mark.parametrize("is_clipped", [False, True], ids=["", "clipped"])
-def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(pool: Pool, is_clipped: bool) -> None:
-    for rank, (history, voided, equal) in enumerate(pool.run(5, train_with_nan, is_clipped)[:4]):
+def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(fsdp_ranks: Pool, is_clipped: bool) -> None:
+    for rank, (history, voided, equal) in enumerate(fsdp_ranks.run(4, train_with_nan, is_clipped)):
         assert equal
         assert voided == ([(1, "second.weight")] if rank % 2 else [])
         first, second, third = history[1:]
@@ -269,10 +249,9 @@ def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(pool: Pool, is
             assert third[name].numel() == 0 or not torch.equal(second[name], third[name])
 
 
-def accumulate_with_nan(_: dist.ProcessGroup) -> Any:
+def accumulate_with_nan() -> Any:
     """The first of two exchanged backwards has a NaN, the second has none."""
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
+    mesh = mesh_of(2, 2)
     with attached(mesh, "dense") as (model, optimizer, _run):
         before = shards(model)
         for scale in (float("inf"), 1.0):
@@ -288,16 +267,15 @@ def accumulate_with_nan(_: dist.ProcessGroup) -> Any:
         return before, skipped, shards(model)
 
 
-def test_a_void_backward_stays_void_until_the_step_or_zero_grad(pool: Pool) -> None:
-    for before, skipped, after in pool.run(5, accumulate_with_nan)[:4]:
+def test_a_void_backward_stays_void_until_the_step_or_zero_grad(fsdp_ranks: Pool) -> None:
+    for before, skipped, after in fsdp_ranks.run(4, accumulate_with_nan):
         assert all(torch.equal(x, skipped[name]) for name, x in before.items())
         assert all(not torch.equal(x, after[name]) for name, x in before.items() if x.numel())
 
 
-def use_a_part(_: dist.ProcessGroup) -> Any:
+def use_a_part() -> Any:
     """`scale` is used by all, then on one replica, then nowhere."""
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
+    mesh = mesh_of(2, 2)
     with attached(mesh, "ef_sign", lambda model: sgd(model, 0.0)) as (model, optimizer, run):
         for step, uses in enumerate([range(4), range(2), range(0)]):
             x, y = batch(dist.get_rank(), step)
@@ -307,29 +285,27 @@ def use_a_part(_: dist.ProcessGroup) -> Any:
         return model.scale.grad is not None, run.replicas_are_equal()
 
 
-def test_a_parameter_that_is_not_used_gets_zeros(pool: Pool) -> None:
-    assert pool.run(5, use_a_part)[:4] == [(True, True)] * 4
+def test_a_parameter_that_is_not_used_gets_zeros(fsdp_ranks: Pool) -> None:
+    assert fsdp_ranks.run(4, use_a_part) == [(True, True)] * 4
 
 
-def count_bytes(_: dist.ProcessGroup) -> Any:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
+def count_bytes() -> Any:
+    mesh = mesh_of(2, 2)
     with attached(mesh, {"name": "two_way(int8)"}) as (model, optimizer, run):
         sent = run.traffic.payload_bytes
         train(model, optimizer, dist.get_rank(), 2)
         return (run.traffic.payload_bytes - sent) / 2, sum(x.numel() for x in shards(model).values())
 
 
-def test_a_rank_sends_what_its_shard_takes(pool: Pool) -> None:
-    for sent, elements in pool.run(5, count_bytes)[
-        :4
-    ]:  # half of the shard out, the other half's answer back; a scale a block
+def test_a_rank_sends_what_its_shard_takes(fsdp_ranks: Pool) -> None:
+    for sent, elements in fsdp_ranks.run(
+        4, count_bytes
+    ):  # half of the shard out, the other half's answer back; a scale a block
         assert elements <= sent <= elements * 1.1 + 8 * 2 * 7
 
 
-def change_after_attach(_: dist.ProcessGroup) -> None:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return
+def change_after_attach() -> None:
+    mesh = mesh_of(2, 2)
     with attached(mesh, "ef_sign") as (model, optimizer, _run):
         model.set_force_sum_reduction_for_comms(True)
         with pytest.raises(CommoptError, match="come before attach"):
@@ -343,5 +319,5 @@ def change_after_attach(_: dist.ProcessGroup) -> None:
             train(model, optimizer, dist.get_rank(), 1)
 
 
-def test_changes_after_attach_are_refused_in_the_next_backward(pool: Pool) -> None:
-    pool.run(5, change_after_attach)
+def test_changes_after_attach_are_refused_in_the_next_backward(fsdp_ranks: Pool) -> None:
+    fsdp_ranks.run(4, change_after_attach)

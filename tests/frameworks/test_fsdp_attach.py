@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import Uneven, flat_mesh, fsdp_pool, mesh_of, mesh_of_one_replica, sgd, sharded, shards, train
+from fsdp_rig import Uneven, mesh_of, sgd, sharded, shards, train
 from pool import Pool
 from torch import nn
 
@@ -18,132 +18,127 @@ from commopt.errors import CommoptError
 from commopt.groups import LocalGroup, TorchGroup
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    yield from fsdp_pool()
-
-
 def attach(method: Any, model: Any = None, optimizer: Any = None, **options: Any) -> None:
-    model = sharded(mesh_of()) if model is None else model
+    model = sharded(mesh_of(2, 2)) if model is None else model
     commopt.attach(model, method, optimizer or sgd(model), **options)
 
 
 def flat_group() -> TorchGroup:
     """The ranks that meet over a model without a mesh: all of a job, and four of these."""
-    return TorchGroup(flat_mesh().get_group())
+    return TorchGroup(mesh_of(4).get_group())
 
 
 def one_dimension(method: Any) -> Callable[[], None]:
-    return lambda: attach(method, sharded(flat_mesh()))
+    return lambda: attach(method, sharded(mesh_of(4)))
 
 
 def on_half_precision() -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    attach("ef_sign", sharded(mesh_of(), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float16)))
+    attach("ef_sign", sharded(mesh_of(2, 2), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float16)))
 
 
 def on_two_meshes() -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = Uneven()
-    fully_shard(model.first, mesh=flat_mesh())
-    attach("ef_sign", fully_shard(model, mesh=mesh_of()))
+    fully_shard(model.first, mesh=mesh_of(4))
+    attach("ef_sign", fully_shard(model, mesh=mesh_of(2, 2)))
 
 
 def on_ignored_parameters() -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = Uneven()
-    attach("ef_sign", fully_shard(model, mesh=mesh_of(), ignored_params={model.scale}))
+    attach("ef_sign", fully_shard(model, mesh=mesh_of(2, 2), ignored_params={model.scale}))
 
 
 def on_an_empty_shard() -> None:
     from torch.distributed.fsdp import fully_shard
 
-    attach("two_way(int8)", fully_shard(nn.Linear(8, 3), mesh=flat_mesh()))
+    attach("two_way(int8)", fully_shard(nn.Linear(8, 3), mesh=mesh_of(4)))
 
 
 def on_a_part() -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = Uneven()
-    fully_shard(model.first, mesh=mesh_of())
+    fully_shard(model.first, mesh=mesh_of(2, 2))
     attach("ef_sign", model, group=flat_group())
 
 
 def on_the_first_fsdp() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = FullyShardedDataParallel(Uneven(), mesh_of().get_group("shard"), device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(Uneven(), mesh_of(2, 2).get_group("shard"), device_id=torch.device("cpu"))
     attach("ef_sign", model, group=flat_group())
 
 
 def on_one_replica() -> None:
-    attach("ef_sign", sharded(mesh_of_one_replica()))
+    attach("ef_sign", sharded(mesh_of(1, 4)))
 
 
 def on_a_mesh_without_shards() -> None:
     from torch.distributed._composable.replicate_with_fsdp import replicate
 
-    attach("ef_sign", replicate(Uneven(), mesh=flat_mesh()), group=flat_group())
+    attach("ef_sign", replicate(Uneven(), mesh=mesh_of(4)), group=flat_group())
 
 
 def on_nothing() -> None:
     from torch.distributed.fsdp import fully_shard
 
-    model = fully_shard(nn.Tanh(), mesh=flat_mesh())
+    model = fully_shard(nn.Tanh(), mesh=mesh_of(4))
     attach("ef_sign", model, sgd(nn.Linear(1, 1)), group=flat_group())
 
 
 def on_a_hook() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     model.first.set_all_reduce_hook(lambda _: None)
     attach("ef_sign", model)
 
 
 def on_a_sum() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     model.set_force_sum_reduction_for_comms(True)
     attach("ef_sign", model)
 
 
 def on_another_factor() -> None:
-    model = sharded(flat_mesh())
+    model = sharded(mesh_of(4))
     model.first.set_gradient_divide_factor(1.0)
     attach("two_way(int8)", model)
 
 
 def on_a_frozen_model() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     model.requires_grad_(False)
     attach("ef_sign", model)
 
 
 def on_a_torch_without_a_private_name() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     del model.second._get_fsdp_state()._fsdp_param_groups[0]._all_reduce_hook
     attach("ef_sign", model, group=flat_group())
 
 
 def on_a_torch_that_names_its_groups_otherwise() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     del model._get_fsdp_state()._fsdp_param_groups[0].mesh_info.replicate_process_group
     attach("ef_sign", model, group=flat_group())
 
 
 def on_a_compiled_model() -> None:
-    model, compiled = sharded(mesh_of()), nn.Module()
+    model, compiled = sharded(mesh_of(2, 2)), nn.Module()
     compiled._orig_mod = model  # as torch.compile does, whose import takes seconds on every rank
     attach("ef_sign", compiled, sgd(model), group=flat_group())
 
 
 def without_an_optimizer() -> None:
-    commopt.attach(sharded(mesh_of()), "ef_sign")
+    commopt.attach(sharded(mesh_of(2, 2)), "ef_sign")
 
 
 def with_the_shards_as_group() -> None:
-    attach("ef_sign", group=TorchGroup(mesh_of().get_group("shard")))
+    attach("ef_sign", group=TorchGroup(mesh_of(2, 2).get_group("shard")))
 
 
 def with_a_local_group() -> None:
@@ -197,8 +192,8 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
 }
 
 
-def refuse(_: dist.ProcessGroup) -> dict[str, str]:
-    mesh_of()
+def refuse() -> dict[str, str]:
+    mesh_of(2, 2)
     said = {}
     for case, (work, _pattern) in CASES.items() if dist.get_rank() < 4 else ():
         try:
@@ -208,15 +203,13 @@ def refuse(_: dist.ProcessGroup) -> dict[str, str]:
     return said
 
 
-def test_what_does_not_fit_is_refused_on_every_rank(pool: Pool) -> None:
-    for said in pool.run(5, refuse)[:4]:
+def test_what_does_not_fit_is_refused_on_every_rank(fsdp_ranks: Pool) -> None:
+    for said in fsdp_ranks.run(4, refuse):
         assert {c: said.get(c) for c, (_, pattern) in CASES.items() if not re.search(pattern, said.get(c, ""))} == {}
 
 
-def go_on_after_a_refusal(_: dist.ProcessGroup) -> Any:
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
+def go_on_after_a_refusal() -> Any:
+    mesh = mesh_of(2, 2)
     model, other = sharded(mesh), sharded(mesh)
     optimizer, others = sgd(model), sgd(other)
     with pytest.raises(CommoptError):
@@ -226,15 +219,13 @@ def go_on_after_a_refusal(_: dist.ProcessGroup) -> Any:
     return shards(model), shards(other)
 
 
-def test_a_refusal_changes_nothing(pool: Pool) -> None:
-    for ours, theirs in pool.run(5, go_on_after_a_refusal)[:4]:
+def test_a_refusal_changes_nothing(fsdp_ranks: Pool) -> None:
+    for ours, theirs in fsdp_ranks.run(4, go_on_after_a_refusal):
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
-def after_steps(_: dist.ProcessGroup) -> float:
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return 1.0
+def after_steps() -> float:
+    mesh = mesh_of(2, 2)
     model = sharded(mesh)
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer, dist.get_rank(), 2)  # as after a checkpoint: each rank has state of its own shards
@@ -245,5 +236,5 @@ def after_steps(_: dist.ProcessGroup) -> float:
     return sent
 
 
-def test_an_optimizer_may_have_state_before_attach(pool: Pool) -> None:
-    assert min(pool.run(5, after_steps)) > 0
+def test_an_optimizer_may_have_state_before_attach(fsdp_ranks: Pool) -> None:
+    assert min(fsdp_ranks.run(4, after_steps)) > 0

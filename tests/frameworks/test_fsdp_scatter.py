@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from fsdp_rig import (
     attached,
     batch,
     cut,
-    flat_mesh,
-    fsdp_pool,
     mesh_of,
     sgd,
     shards,
@@ -80,42 +77,36 @@ CASES: dict[str, tuple[Any, Any, int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    yield from fsdp_pool(is_last=True)
-
-
-def train_sharded(_: dist.ProcessGroup, method: Any) -> Any:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return None
+def train_sharded(method: Any) -> Any:
+    mesh = mesh_of(4)
     with attached(mesh, method) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
         return shards(model), run.traffic.payload_bytes
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_shard_is_the_mean_of_what_was_sent_to_it(pool: Pool, case: str) -> None:
+def test_each_shard_is_the_mean_of_what_was_sent_to_it(fsdp_ranks: Pool, case: str) -> None:
     method, codec, bits = CASES[case]
     expected = train_alone(Scatter(make_compressor(codec), bits).mean, STEPS)
-    for rank, (found, _) in enumerate(pool.run(5, train_sharded, method)[:4]):
+    for rank, (found, _) in enumerate(fsdp_ranks.run(4, train_sharded, method)):
         for name, p in expected.named_parameters():
             assert torch.equal(found[name], cut(p.detach(), RANKS, rank)), f"{name} on rank {rank}"
 
 
 @pytest.mark.parametrize("method", ["natural", "qsgd", {"name": "two_way(int8)", "residual_bits": 8}])
-def test_stochastic_codecs_stay_close_to_the_exact_mean(pool: Pool, method: Any) -> None:
+def test_stochastic_codecs_stay_close_to_the_exact_mean(fsdp_ranks: Pool, method: Any) -> None:
     def exactly(step: list[Flats]) -> Flats:
         return {name: sum(one[name] for one in step) / RANKS for name in step[0]}  # type: ignore[misc]
 
     expected, first = train_alone(exactly, STEPS), dict(Uneven().named_parameters())
-    for rank, (found, _) in enumerate(pool.run(5, train_sharded, method)[:4]):
+    for rank, (found, _) in enumerate(fsdp_ranks.run(4, train_sharded, method)):
         for name, p in expected.named_parameters():
             moved = torch.linalg.vector_norm(p.detach() - first[name])
             assert torch.linalg.vector_norm(found[name] - cut(p.detach(), RANKS, rank)) < 0.3 * moved + 1e-6
 
 
-def test_a_rank_sends_the_other_shards_parts(pool: Pool) -> None:
-    for rank, (_, sent) in enumerate(pool.run(5, train_sharded, "fp16")[:4]):
+def test_a_rank_sends_the_other_shards_parts(fsdp_ranks: Pool) -> None:
+    for rank, (_, sent) in enumerate(fsdp_ranks.run(4, train_sharded, "fp16")):
         parameters = dict(Uneven().named_parameters())
         payloads = 0
         for names in UNITS.values():
@@ -125,9 +116,8 @@ def test_a_rank_sends_the_other_shards_parts(pool: Pool) -> None:
         assert sent == STEPS * payloads
 
 
-def train_with_nan(_: dist.ProcessGroup) -> Any:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return None
+def train_with_nan() -> Any:
+    mesh = mesh_of(4)
     with attached(mesh, "two_way(int8)") as (model, optimizer, run):
         history = [shards(model)]
         for step in range(3):
@@ -143,8 +133,8 @@ def train_with_nan(_: dist.ProcessGroup) -> Any:
         return history, run.voided
 
 
-def test_a_nan_on_one_rank_leaves_its_unit_out_on_all(pool: Pool) -> None:
-    for history, voided in pool.run(5, train_with_nan)[:4]:
+def test_a_nan_on_one_rank_leaves_its_unit_out_on_all(fsdp_ranks: Pool) -> None:
+    for history, voided in fsdp_ranks.run(4, train_with_nan):
         assert voided == [(1, "second.weight")]
         _, first, second, third = history
         for name, x in first.items():
@@ -154,9 +144,8 @@ def test_a_nan_on_one_rank_leaves_its_unit_out_on_all(pool: Pool) -> None:
                 assert not torch.equal(second[name], third[name])
 
 
-def resume(_: dist.ProcessGroup) -> Any:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return None
+def resume() -> Any:
+    mesh = mesh_of(4)
     rank, runs = dist.get_rank(), []
 
     def plain_sgd(model: nn.Module) -> torch.optim.SGD:
@@ -179,40 +168,38 @@ def resume(_: dist.ProcessGroup) -> Any:
     return runs
 
 
-def test_residuals_of_the_whole_gradient_resume(pool: Pool) -> None:
-    for straight, resumed in pool.run(5, resume)[:4]:
+def test_residuals_of_the_whole_gradient_resume(fsdp_ranks: Pool) -> None:
+    for straight, resumed in fsdp_ranks.run(4, resume):
         assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
 
 
-def close_and_train(_: dist.ProcessGroup) -> Any:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return None
+def close_and_train() -> Any:
+    mesh = mesh_of(4)
     with attached(mesh, "two_way(int8)") as (model, optimizer, run):
         run.close()
         train(model, optimizer, dist.get_rank(), STEPS)
         return shards(model), run.traffic.payload_bytes
 
 
-def test_close_gives_the_reduce_scatter_back(pool: Pool) -> None:
-    for _, sent in pool.run(5, close_and_train)[:4]:
+def test_close_gives_the_reduce_scatter_back(fsdp_ranks: Pool) -> None:
+    for _, sent in fsdp_ranks.run(4, close_and_train):
         assert sent == 0
 
 
-def average_by_another_factor(_: dist.ProcessGroup) -> None:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return
+def average_by_another_factor() -> None:
+    mesh = mesh_of(4)
     with attached(mesh, "two_way(int8)") as (model, optimizer, _run):
         model.set_gradient_divide_factor(1.0)
         with pytest.raises(CommoptError, match="set_gradient_divide_factor"):
             train(model, optimizer, dist.get_rank(), 1)
 
 
-def test_another_factor_after_attach_is_refused(pool: Pool) -> None:
-    pool.run(5, average_by_another_factor)
+def test_another_factor_after_attach_is_refused(fsdp_ranks: Pool) -> None:
+    fsdp_ranks.run(4, average_by_another_factor)
 
 
-def train_without_communication(_: dist.ProcessGroup) -> Any:
-    flat, square = flat_mesh(), mesh_of()
+def train_without_communication() -> Any:
+    flat, square = mesh_of(4), mesh_of(2, 2)
     sent = []
     for mesh in (flat, square) if dist.get_rank() < 4 else ():
         with attached(mesh, "two_way(int8)") as (model, optimizer, run):
@@ -225,5 +212,5 @@ def train_without_communication(_: dist.ProcessGroup) -> Any:
     return sent
 
 
-def test_with_communication_off_nothing_is_sent_and_training_goes_on(pool: Pool) -> None:
-    assert pool.run(5, train_without_communication)[:4] == [[(0.0, True)] * 2] * 4
+def test_with_communication_off_nothing_is_sent_and_training_goes_on(fsdp_ranks: Pool) -> None:
+    assert fsdp_ranks.run(4, train_without_communication) == [[(0.0, True)] * 2] * 4

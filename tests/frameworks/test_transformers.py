@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from huggingface_ranks import HuggingFaceRanks, alone, new_accelerator, two  # noqa: F401
+from framework_ranks import new_accelerator
+from pool import Pool
 from rig import flat, make_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -140,14 +141,14 @@ def against_ddp(method: dict[str, Any], every: int, options: dict[str, Any]) -> 
     ids=["onebit_adam", "onebit_adam, unclipped", "ef_sign", "onebit_adam, accumulated", "ef_sign, accumulated"],
 )
 def test_training_is_that_of_ddp(
-    two: HuggingFaceRanks,  # noqa: F811
+    huggingface_ranks: Pool,
     method: Any,
     every: int,
     options: Any,
     tmp_path: Path,
 ) -> None:
     is_update = method["name"] == "onebit_adam"
-    for answer in two.call(in_folder, str(tmp_path), against_ddp, method, every, options):
+    for answer in huggingface_ranks.run(2, in_folder, str(tmp_path), against_ddp, method, every, options):
         assert answer["same"]
         assert answer["equal"]
         assert answer["bytes"]
@@ -187,8 +188,8 @@ def by_each_door(folder: str) -> list[bool]:
     return [torch.equal(results[0], other) for other in results[1:]]
 
 
-def test_every_door_leads_to_the_same_training(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(by_each_door, str(tmp_path)) == [[True, True, True]] * 2
+def test_every_door_leads_to_the_same_training(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    assert huggingface_ranks.run(2, by_each_door, str(tmp_path)) == [[True, True, True]] * 2
 
 
 def before_and_after(folder: str) -> tuple[bool, str, str, bool, str]:
@@ -209,8 +210,8 @@ def before_and_after(folder: str) -> tuple[bool, str, str, bool, str]:
     return isinstance(run, Run), texts[0], "".join(set(texts) - {texts[0]}), is_his, again
 
 
-def test_attach_returns_the_run_that_begins_with_training(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    for is_run, text, others, is_his, again in two.call(before_and_after, str(tmp_path)):
+def test_attach_returns_the_run_that_begins_with_training(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    for is_run, text, others, is_his, again in huggingface_ranks.run(2, before_and_after, str(tmp_path)):
         assert is_run
         assert text == "ef_sign: its run begins with training; call trainer.train() first"
         assert not others
@@ -227,12 +228,12 @@ def with_max_norm(folder: str, max_norm: float | None) -> tuple[float, bool]:
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 0.5), (2.0, 2.0)])
 def test_max_grad_norm_is_the_runs_unless_it_has_one(
-    two: HuggingFaceRanks,  # noqa: F811
+    huggingface_ranks: Pool,
     given: float | None,
     expected: float,
     tmp_path: Path,
 ) -> None:
-    assert two.call(with_max_norm, str(tmp_path), given) == [(expected, True)] * 2
+    assert huggingface_ranks.run(2, with_max_norm, str(tmp_path), given) == [(expected, True)] * 2
 
 
 def resumed(folder: str, method: dict[str, Any], optim: str) -> tuple[bool, bool, int]:
@@ -258,12 +259,12 @@ def state_of(run: Any) -> Tensor:
     ids=["onebit_adam", "ef_sign", "noloco"],
 )
 def test_training_goes_on_bit_for_bit_from_a_checkpoint(
-    two: HuggingFaceRanks,  # noqa: F811
+    huggingface_ranks: Pool,
     method: Any,
     optim: str,
     tmp_path: Path,
 ) -> None:
-    assert two.call(resumed, str(tmp_path), method, optim) == [(True, True, STEPS)] * 2
+    assert huggingface_ranks.run(2, resumed, str(tmp_path), method, optim) == [(True, True, STEPS)] * 2
     assert (tmp_path / "checkpoint-4" / "commopt").is_dir()
 
 
@@ -294,12 +295,11 @@ def resumed_alone(folder: str) -> tuple[Tensor, int]:
 
 
 def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(
-    two: HuggingFaceRanks,  # noqa: F811
-    alone: HuggingFaceRanks,  # noqa: F811
+    huggingface_ranks: Pool,
     tmp_path: Path,
 ) -> None:
-    first, second = two.call(trained_with_residuals, str(tmp_path))
-    ((own, steps),) = alone.call(resumed_alone, str(tmp_path))
+    first, second = huggingface_ranks.run(2, trained_with_residuals, str(tmp_path))
+    ((own, steps),) = huggingface_ranks.run(1, resumed_alone, str(tmp_path))
     assert first.any()
     assert torch.equal(own, (first + second) / 2)
     assert steps == STEPS
@@ -314,8 +314,8 @@ def with_model_init(folder: str) -> tuple[bool, bool, int]:
     return torch.equal(first, flat(trainer.model)), trainer.model is model, run.steps
 
 
-def test_model_init_begins_a_run_for_each_model(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(with_model_init, str(tmp_path)) == [(True, False, STEPS)] * 2
+def test_model_init_begins_a_run_for_each_model(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    assert huggingface_ranks.run(2, with_model_init, str(tmp_path)) == [(True, False, STEPS)] * 2
 
 
 LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 1, "local_step_scaler": 1, "local_step_clipper": 4}
@@ -340,8 +340,8 @@ def with_the_best(folder: str, method: dict[str, Any]) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("method", [LOCAL_STEPS, DILOCO], ids=["zero_one_adam", "diloco"])
-def test_the_best_model_is_there_in_the_end(two: HuggingFaceRanks, method: Any, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(with_the_best, str(tmp_path), method) == [(True, True)] * 2
+def test_the_best_model_is_there_in_the_end(huggingface_ranks: Pool, method: Any, tmp_path: Path) -> None:
+    assert huggingface_ranks.run(2, with_the_best, str(tmp_path), method) == [(True, True)] * 2
 
 
 def by_an_outer_method(folder: str) -> dict[str, Any]:
@@ -363,8 +363,8 @@ def by_an_outer_method(folder: str) -> dict[str, Any]:
     }
 
 
-def test_an_outer_method_does_without_ddp(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    for answer in two.call(by_an_outer_method, str(tmp_path)):
+def test_an_outer_method_does_without_ddp(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    for answer in huggingface_ranks.run(2, by_an_outer_method, str(tmp_path)):
         assert answer["wrapped"] == "Net"
         assert answer["equal"]  # after the round of the last step
         assert answer["rounds"] == 2
@@ -380,8 +380,8 @@ def again(folder: str) -> tuple[bool, int]:
     return run.callback.run is first, run.steps
 
 
-def test_a_trainer_can_train_again(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(again, str(tmp_path)) == [(True, 2 * STEPS)] * 2
+def test_a_trainer_can_train_again(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    assert huggingface_ranks.run(2, again, str(tmp_path)) == [(True, 2 * STEPS)] * 2
 
 
 def with_a_model_of_transformers(folder: str) -> tuple[bool, bool, float]:
@@ -411,8 +411,8 @@ def with_a_model_of_transformers(folder: str) -> tuple[bool, bool, float]:
     return run.replicas_are_equal(), torch.equal(before, flat(model)), loss
 
 
-def test_a_model_of_transformers_trains_with_default_arguments(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    for equal, unchanged, loss in two.call(with_a_model_of_transformers, str(tmp_path)):
+def test_a_model_of_transformers_trains_with_default_arguments(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    for equal, unchanged, loss in huggingface_ranks.run(2, with_a_model_of_transformers, str(tmp_path)):
         assert equal
         assert not unchanged
         assert 0 < loss < 10
@@ -431,8 +431,8 @@ def _half(step: int) -> float:
     return float(0.5**step)
 
 
-def test_a_schedule_of_the_users_goes_on_with_the_method(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(schedule_of_the_users, str(tmp_path)) == [(RATE * 0.5**STEPS, True)] * 2
+def test_a_schedule_of_the_users_goes_on_with_the_method(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    assert huggingface_ranks.run(2, schedule_of_the_users, str(tmp_path)) == [(RATE * 0.5**STEPS, True)] * 2
 
 
 def in_one_process(folder: str, method: dict[str, Any], optim: str) -> tuple[int, bool, str]:
@@ -451,8 +451,8 @@ def in_one_process(folder: str, method: dict[str, Any], optim: str) -> tuple[int
     ],
     ids=["onebit_adam", "ef_sign", "diloco"],
 )
-def test_one_process_trains_too(alone: HuggingFaceRanks, method: Any, optim: str, kind: str, tmp_path: Path) -> None:  # noqa: F811
-    assert alone.call(in_one_process, str(tmp_path), method, optim) == [(STEPS, False, kind)]
+def test_one_process_trains_too(huggingface_ranks: Pool, method: Any, optim: str, kind: str, tmp_path: Path) -> None:
+    assert huggingface_ranks.run(1, in_one_process, str(tmp_path), method, optim) == [(STEPS, False, kind)]
 
 
 # -- what does not fit
@@ -560,8 +560,8 @@ CASES: dict[str, tuple[Callable[[str], None], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_does_not_fit_is_refused_on_every_rank(two: HuggingFaceRanks, case: str, tmp_path: Path) -> None:  # noqa: F811
-    for answer in two.call(refused, str(tmp_path), case):
+def test_what_does_not_fit_is_refused_on_every_rank(huggingface_ranks: Pool, case: str, tmp_path: Path) -> None:
+    for answer in huggingface_ranks.run(2, refused, str(tmp_path), case):
         assert re.match(CASES[case][1], answer), answer
 
 
