@@ -73,6 +73,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(PATIENCE_S))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "ranks(kind, n): the test runs on each of n ranks with a framework, by `kind`_ranks"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test on ranks, if it is marked so; it fails if it fails on any."""
+    marker = pyfuncitem.get_closest_marker("ranks")
+    if marker is None:
+        return None
+    kind, n = marker.args
+    ranks: Pool = pyfuncitem._request.getfixturevalue(f"{kind}_ranks")
+    ranks.run(n, pyfuncitem.obj, *[pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames])
+    return True
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Five ranks with Gloo, started at the first use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt.choice import Choice
 from commopt.errors import AttachError, CheckpointError, ConfigError, MissingExtra, did_you_mean
+from commopt.frameworks.plain import broadcast_
 from commopt.method import Method
 from commopt.methods import resolve
 from commopt.run.agree import agree, meeting_group
@@ -143,12 +145,8 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         """Wrap the model in DDP, but not under an outer method, which only starts from rank 0's parameters."""
         if self.kind != "outer":
             super().configure_ddp()
-            return
-        with torch.no_grad():
-            for x in (*self.model.parameters(), *self.model.buffers()):
-                flat = x.detach().contiguous().view(-1)
-                dist.broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat, 0)
-                x.copy_(flat.view_as(x))
+        else:
+            broadcast_((*self.model.parameters(), *self.model.buffers()), functools.partial(dist.broadcast, src=0))
 
     def _register_ddp_hooks(self) -> None:
         """Leave DDP's hook to the method, which is attached once there is an optimizer."""

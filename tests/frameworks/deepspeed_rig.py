@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,19 @@ def make_engine(own: Mapping[str, Any], *, ours: bool = True, model: nn.Module |
     model = model or make_model()
     arguments.setdefault("model_parameters", list(model.parameters()))
     return make(model=model, config=configuration(own), **arguments)[0]
+
+
+@contextmanager
+def log() -> Iterator[list[str]]:
+    """What this rank is told by commopt."""
+    told: list[str] = []
+    ours, handler = logging.getLogger("commopt"), logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    ours.addHandler(handler)
+    try:
+        yield told
+    finally:
+        ours.removeHandler(handler)
 
 
 def train(engine: Any, steps: int, *, first: int = 0, poison: Mapping[int, float] | None = None) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+import torch
+import torch.distributed as dist
 from pool import Pool
+from torch import Tensor
 
 
 class FrameworkRanks(Pool):
@@ -30,19 +38,24 @@ class FrameworkRanks(Pool):
     @classmethod
     def join_job(cls) -> None:
         """Initialise torch.distributed."""
-        import torch.distributed as dist
-
         dist.init_process_group("gloo")
 
 
 class FSDPRanks(FrameworkRanks):
-    jobs = (4,)
+    """Four ranks, and two that initialise torch.distributed themselves."""
+
+    jobs = (4, 2)
 
     @classmethod
     def load(cls) -> None:
         import fsdp_rig  # noqa: F401
 
         import commopt.frameworks.fsdp  # noqa: F401
+
+    @classmethod
+    def join_job(cls) -> None:
+        if os.environ["WORLD_SIZE"] == "4":
+            super().join_job()
 
 
 class DeepSpeedRanks(FrameworkRanks):
@@ -130,3 +143,20 @@ def new_accelerator(**options: Any) -> Any:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     return Accelerator(cpu=True, **options)
+
+
+def gathered(x: Tensor) -> list[Tensor]:
+    """A tensor of every rank."""
+    every = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, x)
+    return every
+
+
+def run_program(name: str, *words: str) -> str:
+    """What a program of launch/ prints on this rank."""
+    launch = Path(__file__).parents[2] / "launch"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [name, *words])
+        patch.syspath_prepend(str(launch))
+        runpy.run_path(str(launch / name), run_name="__main__")
+    return printed.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,18 +11,20 @@ from fsdp_rig import (
     UNITS,
     Flats,
     Uneven,
+    assert_close_gives_back,
+    assert_resumes,
+    assert_shards_of,
     attached,
     batch,
     cut,
     mesh_of,
-    sgd,
     shards,
     train,
     train_alone,
 )
 from pool import Pool
 from rig import loss_of
-from torch import Tensor, nn
+from torch import Tensor
 
 from commopt.compress import Compressor, make_compressor
 from commopt.compress.feedback import ErrorFeedback, Kept
@@ -31,6 +32,7 @@ from commopt.errors import CommoptError
 from commopt.wire.bucket import ParameterIndex
 
 STEPS, RANKS = 4, 4
+on_four_ranks = pytest.mark.ranks("fsdp", 4)
 
 
 class Scatter:
@@ -78,8 +80,7 @@ CASES: dict[str, tuple[Any, Any, int]] = {
 
 
 def train_sharded(method: Any) -> Any:
-    mesh = mesh_of(4)
-    with attached(mesh, method) as (model, optimizer, run):
+    with attached(mesh_of(4), method) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
         return shards(model), run.traffic.payload_bytes
 
@@ -88,9 +89,7 @@ def train_sharded(method: Any) -> Any:
 def test_each_shard_is_the_mean_of_what_was_sent_to_it(fsdp_ranks: Pool, case: str) -> None:
     method, codec, bits = CASES[case]
     expected = train_alone(Scatter(make_compressor(codec), bits).mean, STEPS)
-    for rank, (found, _) in enumerate(fsdp_ranks.run(4, train_sharded, method)):
-        for name, p in expected.named_parameters():
-            assert torch.equal(found[name], cut(p.detach(), RANKS, rank)), f"{name} on rank {rank}"
+    assert_shards_of(expected, [found for found, _ in fsdp_ranks.run(4, train_sharded, method)], RANKS)
 
 
 @pytest.mark.parametrize("method", ["natural", "qsgd", {"name": "two_way(int8)", "residual_bits": 8}])
@@ -116,10 +115,10 @@ def test_a_rank_sends_the_other_shards_parts(fsdp_ranks: Pool) -> None:
         assert sent == STEPS * payloads
 
 
-def train_with_nan() -> Any:
-    mesh = mesh_of(4)
-    with attached(mesh, "two_way(int8)") as (model, optimizer, run):
-        history = [shards(model)]
+@on_four_ranks
+def test_a_nan_on_one_rank_leaves_its_unit_out_on_all() -> None:
+    history = []
+    with attached(mesh_of(4), "two_way(int8)") as (model, optimizer, run):
         for step in range(3):
             x, y = batch(dist.get_rank(), step)
             optimizer.zero_grad()
@@ -130,87 +129,39 @@ def train_with_nan() -> Any:
                 torch.testing.assert_close(run.method.part("worker_residual", "second.weight"), before)
             optimizer.step()
             history.append(shards(model))
-        return history, run.voided
+    assert run.voided == [(1, "second.weight")]
+    first, second, third = history
+    for name, x in first.items():
+        if x.numel():
+            assert torch.equal(x, second[name]) == name.startswith("second"), name
+            assert third[name].isfinite().all()
+            assert not torch.equal(second[name], third[name])
 
 
-def test_a_nan_on_one_rank_leaves_its_unit_out_on_all(fsdp_ranks: Pool) -> None:
-    for history, voided in fsdp_ranks.run(4, train_with_nan):
-        assert voided == [(1, "second.weight")]
-        _, first, second, third = history
-        for name, x in first.items():
-            if x.numel():
-                assert torch.equal(x, second[name]) == name.startswith("second"), name
-                assert third[name].isfinite().all()
-                assert not torch.equal(second[name], third[name])
+@on_four_ranks
+def test_residuals_of_the_whole_gradient_resume() -> None:
+    assert_resumes(mesh_of(4), {"name": "two_way(4bit)", "residual_bits": 8})
 
 
-def resume() -> Any:
-    mesh = mesh_of(4)
-    rank, runs = dist.get_rank(), []
-
-    def plain_sgd(model: nn.Module) -> torch.optim.SGD:
-        return sgd(model, 0.0)
-
-    method = {"name": "two_way(4bit)", "residual_bits": 8}
-    with attached(mesh, method, plain_sgd) as (model, optimizer, run):
-        train(model, optimizer, rank, 3)
-        kept = copy.deepcopy(run.method.saved())
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        train(model, optimizer, rank, 3, first=3)
-        runs.append(shards(model))
-    with attached(mesh, method, plain_sgd) as (model, optimizer, run):
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(weights[name])
-        run.method.load(kept)
-        train(model, optimizer, rank, 3, first=3)
-        runs.append(shards(model))
-    return runs
+@on_four_ranks
+def test_close_gives_the_reduce_scatter_back() -> None:
+    assert_close_gives_back(mesh_of(4), "two_way(int8)")
 
 
-def test_residuals_of_the_whole_gradient_resume(fsdp_ranks: Pool) -> None:
-    for straight, resumed in fsdp_ranks.run(4, resume):
-        assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
-
-
-def close_and_train() -> Any:
-    mesh = mesh_of(4)
-    with attached(mesh, "two_way(int8)") as (model, optimizer, run):
-        run.close()
-        train(model, optimizer, dist.get_rank(), STEPS)
-        return shards(model), run.traffic.payload_bytes
-
-
-def test_close_gives_the_reduce_scatter_back(fsdp_ranks: Pool) -> None:
-    for _, sent in fsdp_ranks.run(4, close_and_train):
-        assert sent == 0
-
-
-def average_by_another_factor() -> None:
-    mesh = mesh_of(4)
-    with attached(mesh, "two_way(int8)") as (model, optimizer, _run):
+@on_four_ranks
+def test_another_factor_after_attach_is_refused() -> None:
+    with attached(mesh_of(4), "two_way(int8)") as (model, optimizer, _run):
         model.set_gradient_divide_factor(1.0)
         with pytest.raises(CommoptError, match="set_gradient_divide_factor"):
             train(model, optimizer, dist.get_rank(), 1)
 
 
-def test_another_factor_after_attach_is_refused(fsdp_ranks: Pool) -> None:
-    fsdp_ranks.run(4, average_by_another_factor)
-
-
-def train_without_communication() -> Any:
-    flat, square = mesh_of(4), mesh_of(2, 2)
-    sent = []
-    for mesh in (flat, square) if dist.get_rank() < 4 else ():
-        with attached(mesh, "two_way(int8)") as (model, optimizer, run):
-            before, traffic = shards(model), run.traffic
-            counted = traffic.payload_bytes
-            with run.communication_off():
-                train(model, optimizer, dist.get_rank(), 2)
-            moved = all(not torch.equal(x, before[name]) for name, x in shards(model).items() if x.numel())
-            sent.append((traffic.payload_bytes - counted, moved))
-    return sent
-
-
-def test_with_communication_off_nothing_is_sent_and_training_goes_on(fsdp_ranks: Pool) -> None:
-    assert fsdp_ranks.run(4, train_without_communication) == [[(0.0, True)] * 2] * 4
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["shards", "replicas"])
+@on_four_ranks
+def test_with_communication_off_nothing_is_sent_and_training_goes_on(shape: tuple[int, ...]) -> None:
+    with attached(mesh_of(*shape), "two_way(int8)") as (model, optimizer, run):
+        before, sent = shards(model), run.traffic.payload_bytes
+        with run.communication_off():
+            train(model, optimizer, dist.get_rank(), 2)
+        assert run.traffic.payload_bytes == sent
+        assert all(not torch.equal(x, before[name]) for name, x in shards(model).items() if x.numel())
