@@ -69,7 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
     items.sort(key=lambda item: (not item.nodeid.startswith(WAITING), not item.nodeid.startswith(PAGES)))
     for item in items:
-        if item.nodeid.startswith(WAITING) and item.get_closest_marker("timeout") is None:
+        is_long = item.nodeid.startswith(WAITING) or item.get_closest_marker("ranks") is not None
+        if is_long and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(PATIENCE_S))
 
 
@@ -87,7 +88,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     kind, n = marker.args
     ranks: Pool = pyfuncitem._request.getfixturevalue(f"{kind}_ranks")
-    ranks.run(n, pyfuncitem.obj, *[pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames])
+    arguments = [pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames]
+    ranks.run(n, pyfuncitem.obj, *arguments, timeout_s=PATIENCE_S - 100)  # imports take long on a busy machine
     return True
 
 

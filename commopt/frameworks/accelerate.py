@@ -6,7 +6,7 @@ import functools
 import gc
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt.errors import CheckpointError, MissingExtra
 from commopt.groups import Group
-from commopt.method import Method
-from commopt.methods import resolve
-from commopt.run.agree import agree, meeting_group
+from commopt.run.agree import meeting_group
 from commopt.run.checkpoint import has_block, read_block, save_block
-from commopt.run.prepare import Request
-from commopt.run.refusals import refuse
+from commopt.run.prepare import Request, agree_on_method
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
 from commopt.run.storage import together
@@ -89,17 +86,6 @@ def attach_to(accelerator: Any, model: Any, request: Request) -> Run:
     if ours != "fsdp":  # whose state is by shard, and no part of checkpoints
         run._handles.append(_Bond(accelerator, prepared, run))
     return run  # type: ignore[no-any-return]
-
-
-def agree_on_method(request: Request, facts: Mapping[str, object]) -> Method:
-    """The method, if nothing that it is used with is refused on any rank."""
-
-    def check() -> tuple[Method, dict[str, Any]]:
-        method = resolve(request.method)
-        refuse(facts, method.name, method.kind)
-        return method, {"method": {"name": method.name}}
-
-    return agree(meeting_group(request.group), check)
 
 
 def uncompiled(model: Any) -> Any:

@@ -21,9 +21,10 @@ from commopt.errors import AttachError, CheckpointError, ConfigError, MissingExt
 from commopt.frameworks.plain import broadcast_
 from commopt.method import Method
 from commopt.methods import resolve
-from commopt.run.agree import agree, meeting_group
+from commopt.run.agree import meeting_group
 from commopt.run.checkpoint import read_block, save_block
 from commopt.run.door import attach
+from commopt.run.prepare import Request, agree_on_method
 from commopt.run.refusals import refuse
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
@@ -156,12 +157,8 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         self.run = None
         super().setup_optimizers(trainer)
         returned = self.optimizers[0]  # with automatic optimization Lightning allows one
-
-        def check() -> tuple[None, Any]:
-            self._refuse({"lightning without an optimizer": type(returned).__name__ == "_MockOptimizer"})
-            return None, {}
-
-        agree(meeting_group(None), check)
+        has_none = type(returned).__name__ == "_MockOptimizer"
+        agree_on_method(Request(self.method), {"lightning without an optimizer": has_none})
         run = attach(
             self.model,
             self.method,

@@ -18,7 +18,7 @@ from commopt.groups import Group, Peers
 from commopt.method import Method
 from commopt.run.agree import meeting_group
 from commopt.run.checkpoint import save_block
-from commopt.run.prepare import Request
+from commopt.run.prepare import Request, agree_on_method
 from commopt.run.run import Run
 
 try:
@@ -66,7 +66,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
         self._request = Request(method, group=group, max_norm=max_norm, overlap=overlap)
         self._is_closed = self._is_finished = False
-        made = accelerate.agree_on_method(self._request, _facts(trainer))
+        made = agree_on_method(self._request, _facts(trainer))
         self._name, self._kind = made.name, made.kind
         _put_around(trainer, "train", self._train)
         _put_around(trainer, "hyperparameter_search", self._search)
@@ -93,7 +93,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         wrapped = accelerate.uncompiled(trainer.model_wrapped)
         is_alone = trainer.args.world_size > 1 and not isinstance(wrapped, DistributedDataParallel)
-        accelerate.agree_on_method(self._request, {"trainer without ddp": is_alone})
+        agree_on_method(self._request, {"trainer without ddp": is_alone})
         self._is_finished = False
         if self.run is not None:
             if self.run.model is accelerate.uncompiled(trainer.model):
@@ -140,13 +140,11 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
 
     def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         is_added = self in self._trainer.callback_handler.callbacks
-        accelerate.agree_on_method(
-            self._request, {"trainer left": self._is_closed, "trainer without callback": not is_added}
-        )
+        agree_on_method(self._request, {"trainer left": self._is_closed, "trainer without callback": not is_added})
         return original(*args, **kwargs)
 
     def _search(self, *_: Any, **__: Any) -> None:
-        accelerate.agree_on_method(self._request, {"trainer trial": True})
+        agree_on_method(self._request, {"trainer trial": True})
 
     def _log(self, original: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.run is not None and ("loss" in logs or "train_loss" in logs):
@@ -211,7 +209,7 @@ def attach(trainer: Any, request: Request) -> Run:
         "trainer optimizer": request.optimizer is not None and type(request.optimizer).__name__,
         "accelerate scaler": request.grad_scaler is not None,
     }
-    accelerate.agree_on_method(request, facts)
+    agree_on_method(request, facts)
     callback = CommoptCallback(
         trainer, request.method, group=request.group, max_norm=request.max_norm, overlap=request.overlap
     )

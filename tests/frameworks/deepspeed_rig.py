@@ -15,10 +15,6 @@ from torch import Tensor, nn
 from commopt.groups import Group
 
 
-def configuration(own: Mapping[str, Any]) -> dict[str, Any]:
-    return {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0, **own}
-
-
 def make_engine(own: Mapping[str, Any], *, ours: bool = True, model: nn.Module | None = None, **arguments: Any) -> Any:
     """An engine around the model of the rig, by our `initialize` or by DeepSpeed's own."""
     import deepspeed
@@ -27,8 +23,9 @@ def make_engine(own: Mapping[str, Any], *, ours: bool = True, model: nn.Module |
 
     make: Any = initialize if ours else deepspeed.initialize
     model = model or make_model()
+    config = {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0, **own}
     arguments.setdefault("model_parameters", list(model.parameters()))
-    return make(model=model, config=configuration(own), **arguments)[0]
+    return make(model=model, config=config, **arguments)[0]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from by_hand import train_by_ddp
+from ddp_by_hand import train_by_ddp
 from framework_ranks import new_accelerator
 from pool import Pool
 from rig import flat, loss_of, make_batch, make_model
@@ -363,51 +363,46 @@ def test_one_process_trains_as_without_accelerate(method: Any) -> None:
 # -- what does not fit
 
 
-def go(choice: Any, **options: Any) -> Callable[..., None]:
-    def attempt(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-        attach(wrapped, choice, accelerator.prepare(optimizer), **options)
-
-    return attempt
+def go(choice: Any, **options: Any) -> Callable[..., object]:
+    return lambda _, wrapped, optimizer: attach(wrapped, choice, optimizer, **options)
 
 
-def after_a_step(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    optimizer = accelerator.prepare(optimizer)
+def after_a_step(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     train(accelerator, wrapped, optimizer, range(1))
     attach(wrapped, ONEBIT, optimizer)
 
 
-def unprepared_model(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(make_model(), EF, accelerator.prepare(optimizer))
-
-
-def unprepared_optimizer(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+def unprepared_optimizer(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     from accelerate.optimizer import AcceleratedOptimizer
 
-    attach(wrapped, EF, AcceleratedOptimizer(optimizer))
+    attach(wrapped, EF, AcceleratedOptimizer(optimizer.optimizer))
 
 
-def another_on_rank_1(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(wrapped, "onebit_adm" if dist.get_rank() == 1 else EF, accelerator.prepare(optimizer))
-
-
-def clipping_an_update(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    optimizer = accelerator.prepare(optimizer)
+def clipping_an_update(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     attach(wrapped, ONEBIT, optimizer)
     train(accelerator, wrapped, optimizer, range(1), clip=0.1)
 
 
-def stepping_what_was_replaced(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(wrapped, ONEBIT, accelerator.prepare(optimizer))
-    optimizer.step()
+def stepping_what_was_replaced(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
+    replaced = optimizer.optimizer
+    attach(wrapped, ONEBIT, optimizer)
+    replaced.step()
 
 
-def twice(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    optimizer = accelerator.prepare(optimizer)
+def twice(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     attach(wrapped, EF, optimizer)
     attach(wrapped, EF, optimizer)
 
 
-CASES: dict[str, tuple[Callable[..., None], str]] = {
+def unprepared_model(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
+    attach(make_model(), EF, optimizer)
+
+
+def another_on_rank_1(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
+    attach(wrapped, "onebit_adm" if dist.get_rank() == 1 else EF, optimizer)
+
+
+CASES: dict[str, tuple[Callable[..., object], str]] = {
     "hook": (go(EF), r"AttachError: DistributedDataParallelKwargs\(comm_hook='fp16'\): .* leave it out"),
     "sync_each_batch": (go(EF), "AttachError: sync_each_batch: it exchanges"),
     "optimizer": (unprepared_optimizer, "AttachError: an AcceleratedOptimizer without its Accelerator: .*prepare"),
@@ -438,12 +433,12 @@ def test_what_does_not_fit_is_refused_on_every_rank(case: str) -> None:
         plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
         options["gradient_accumulation_plugin"] = plugin
     accelerator = new_accelerator(**options)
-    own = make_model()
-    optimizer: Any = adamw(own)
-    wrapped = accelerator.prepare_model(own, evaluation_mode=case == "without ddp")
+    model: Any = make_model()
+    optimizer = accelerator.prepare(adamw(model))
+    wrapped = accelerator.prepare_model(model, evaluation_mode=case == "without ddp")
     work, said = CASES[case]
     with pytest.raises(CommoptError) as caught:
-        work(accelerator, wrapped, own, optimizer)
+        work(accelerator, wrapped, optimizer)
     assert re.match(said, f"{type(caught.value).__name__}: {caught.value}"), caught.value
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from by_hand import train_by_ddp
+from ddp_by_hand import train_by_ddp
 from framework_ranks import gathered, run_program
 from pool import Pool
 from rig import FREEZE, METHODS, flat, loss_of, make_batch, make_method, make_model, train

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from by_hand import train_by_ddp
+from ddp_by_hand import train_by_ddp
 from framework_ranks import gathered, new_accelerator
 from rig import flat, make_model
 from torch import Tensor, nn
@@ -314,22 +314,21 @@ def another_optimizer(folder: Path) -> None:
     attach(trainer_of(folder, model=model), EF, torch.optim.AdamW(model.parameters()))
 
 
-def without_the_state(folder: Path) -> None:
-    trainer_of(folder, optim="sgd", save_strategy="steps", save_steps=4).train()
-    dist.barrier()
-    attached(folder, EF, optim="sgd")[0].train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+def resumed_from(theirs: Any, ours: dict[str, Any]) -> Callable[[Path], None]:
+    """From a checkpoint of another method, or of none."""
 
+    def work(folder: Path) -> None:
+        kinds = {"ef_sign": "sgd", "onebit_adam": "adamw_torch"}
+        optim = kinds[(theirs or ours)["name"]]
+        trainer = trainer_of(folder, optim=optim, save_strategy="steps", save_steps=4)
+        if theirs is not None:
+            attach(trainer, theirs)
+        trainer.train()
+        dist.barrier()
+        again, _ = attached(folder, ours, optim=kinds[ours["name"]])
+        again.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
 
-def with_anothers_state(folder: Path) -> None:
-    trainer_of(folder, save_strategy="steps", save_steps=4).train()  # AdamW's
-    dist.barrier()
-    attached(folder, ONEBIT)[0].train(resume_from_checkpoint=f"{folder}/checkpoint-4")
-
-
-def with_another_methods_state(folder: Path) -> None:
-    attached(folder, EF, optim="sgd", save_strategy="steps", save_steps=4)[0].train()
-    dist.barrier()
-    attached(folder, ONEBIT)[0].train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+    return work
 
 
 def evaluated_before(folder: Path) -> None:
@@ -365,9 +364,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: attached(folder, EF, optim="sgd", model_init=Net)[0].hyperparameter_search(),
         "AttachError: hyperparameter_search",
     ),
-    "state": (without_the_state, "CheckpointError: .* was saved without a method; take another .* its model alone"),
-    "AdamW's state": (with_anothers_state, "CheckpointError: .* was saved without a method; take another"),
-    "another's state": (with_another_methods_state, "CheckpointError: .* saved under ef_sign, not onebit_adam"),
+    "state": (
+        resumed_from(None, EF),
+        "CheckpointError: .* was saved without a method; take another .* its model alone",
+    ),
+    "AdamW's state": (resumed_from(None, ONEBIT), "CheckpointError: .* was saved without a method; take another"),
+    "another's state": (resumed_from(EF, ONEBIT), "CheckpointError: .* saved under ef_sign, not onebit_adam"),
     "evaluated": (evaluated_before, r"AttachError: evaluate\(\) or predict\(\) before .* DDP .* eval_on_start"),
     "trained": (trained_before, r"AttachError: a Trainer that has trained already: .*before the first train\(\)"),
     "one rank": (
