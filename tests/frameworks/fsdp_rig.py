@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch.distributed.fsdp import fully_shard
 
 from commopt import attach, build
 from commopt.errors import CheckpointError
-from commopt.groups import Group, SimWorld
+from commopt.groups import Group
 from commopt.wire.bucket import Bucket
 
-REPLICAS = SHARDS = 2
+SHARDS = 2
 Flats = dict[str, Tensor]
 
 
@@ -159,69 +159,35 @@ def cut(x: Tensor, shards: int, shard: int) -> Tensor:
     return pieces[shard].reshape(-1) if shard < len(pieces) else x.new_empty(0)
 
 
-def gradients(model: nn.Module, step: int) -> list[Flats]:
-    """[rank][name]: the gradient that each of four ranks' batches gives."""
-    found = []
-    for rank in range(4):
-        model.zero_grad()
-        x, y = batch(rank, step)
-        loss_of(model(x), y).backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    return found
+def gradient(model: nn.Module, rank: int, step: int) -> Flats:
+    """What one rank's batch gives, by parameter."""
+    model.zero_grad()
+    x, y = batch(rank, step)
+    loss_of(model(x), y).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-class TwoReplicas:
-    """A method between two replicas, on each of two shards alone: what FSDP's replicas should do, on one process."""
-
-    def __init__(self, method: dict[str, Any]) -> None:
-        self.worlds = [SimWorld[Flats](REPLICAS) for _ in range(SHARDS)]
-        self.methods: Any = [[build(method) for _ in range(REPLICAS)] for _ in range(SHARDS)]
-        named = list(Uneven().named_parameters())
-        for shard, world in enumerate(self.worlds):
-            pieces = [(name, cut(p, SHARDS, shard)) for name, p in named]
-
-            def bind(group: Group, shard: int = shard, pieces: Any = pieces) -> Flats:
-                rows = dict(named)
-                local = [
-                    (name, x.view(-1, *rows[name].shape[1:]) if x.numel() else x) for name, x in pieces if x.numel()
-                ]
-                self.methods[shard][group.rank].bind(local, group)
-                return {}
-
-            world.run(bind)
-
-    def mean(self, step: list[Flats]) -> Flats:
-        """Each parameter's averaged gradient, from those of four ranks: (replica, shard) by rank."""
-        out: dict[str, list[Tensor]] = {name: [] for name in step[0]}
-        for shard, world in enumerate(self.worlds):
-
-            def exchange(group: Group, shard: int = shard) -> Flats:
-                own, other = step[2 * group.rank], step[2 * group.rank + 1]
-                reduced = {name: cut((own[name] + other[name]) / 2, SHARDS, shard) for name in own}
-                result = {name: x for name, x in reduced.items() if not x.numel()}
-                for names in UNITS.values():
-                    bucket = Bucket.of([(name, reduced[name]) for name in names if reduced[name].numel()])
-                    method: Any = self.methods[shard][group.rank]
-                    method.exchange(bucket, group)
-                    method.receive(bucket)
-                    method.exchanges[[method.index.position[name] for name in bucket.names]] += 1
-                    result |= dict(bucket.views())
-                return result
-
-            first, second = world.run(exchange)
-            for name, parts in out.items():
-                assert torch.equal(first[name], second[name])
-                parts.append(first[name])
-        return {name: torch.cat(parts) for name, parts in out.items()}
-
-
-def train_alone(mean: Callable[[list[Flats]], Flats], steps: int, momentum: float = 0.9) -> nn.Module:
-    """The unsharded model after steps with gradients averaged by `mean`."""
+def train_replica(group: Group, method: dict[str, Any], steps: int, momentum: float) -> nn.Module:
+    """What FSDP's replica of two shards should do, on one process: a method for each shard, alone."""
     model = Uneven()
     optimizer = sgd(model, momentum)
+    methods: list[Any] = [build(method) for _ in range(SHARDS)]
+    for shard, one in enumerate(methods):
+        cuts = ((name, p, cut(p, SHARDS, shard)) for name, p in model.named_parameters())
+        one.bind([(name, x.view(-1, *p.shape[1:])) for name, p, x in cuts if x.numel()], group)
     for step in range(steps):
-        averaged = mean(gradients(model, step))
+        own, other = (gradient(model, SHARDS * group.rank + shard, step) for shard in range(SHARDS))
+        averaged = []
+        for shard, one in enumerate(methods):
+            parts = {name: cut((own[name] + other[name]) / 2, SHARDS, shard) for name in own}
+            for names in UNITS.values():
+                bucket = Bucket.of([(name, parts[name]) for name in names if parts[name].numel()])
+                one.exchange(bucket, group)
+                one.receive(bucket)
+                one.exchanges[[one.index.position[name] for name in bucket.names]] += 1
+                parts |= dict(bucket.views())
+            averaged.append(parts)
         for name, p in model.named_parameters():
-            p.grad = averaged[name].view_as(p).clone()
+            p.grad = torch.cat([parts[name] for parts in averaged]).view_as(p)
         optimizer.step()
     return model

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from fsdp_rig import (
     Flats,
-    TwoReplicas,
     assert_close_gives_back,
     assert_equal,
     assert_resumes,
@@ -22,7 +21,7 @@ from fsdp_rig import (
     sharded,
     shards,
     train,
-    train_alone,
+    train_replica,
 )
 from pool import Pool
 from rig import loss_of
@@ -31,7 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commopt
 from commopt.errors import CommoptError, GradientsChanged
-from commopt.groups import TorchGroup
+from commopt.groups import SimWorld, TorchGroup
 
 STEPS = 5
 CASES: dict[str, dict[str, Any]] = {
@@ -72,7 +71,9 @@ def train_over_a_group() -> Any:
 def test_a_method_between_replicas_is_the_method_on_each_shard(fsdp_ranks: Pool, case: str) -> None:
     momentum = 0.0 if case == "dgc" else 0.9
     work = partial(train_sharded, case, momentum) if case in CASES else train_over_a_group
-    expected = train_alone(TwoReplicas(CASES[case.partition(" over")[0]]).mean, STEPS, momentum)
+    method = CASES[case.partition(" over")[0]]
+    world = SimWorld[nn.Module](2)
+    expected, _ = world.run(lambda group: train_replica(group, method, STEPS, momentum))
     assert_shards_of(expected, fsdp_ranks.run(4, work), 2)
 
 

@@ -109,7 +109,7 @@ def on_a_compiled_model() -> None:
     attach("ef_sign", compiled, sgd(model))
 
 
-CASES: dict[str, tuple[Callable[[], None], str]] = {
+CASES: dict[str, tuple[Callable[[], object], str]] = {
     "only a part is sharded": (on_a_part, "first is sharded by FSDP2.*use fully_shard for the whole model"),
     "update method": (lambda: attach("onebit_adam"), "it keeps an optimizer's state for whole parameters"),
     "outer method": (lambda: attach("diloco"), "averages whole parameters every few steps"),

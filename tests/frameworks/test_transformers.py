@@ -107,7 +107,7 @@ def test_training_is_that_of_ddp(method: Any, every: int, max_norm: float, tmp_p
     model = make_model()
     optimizer = optimizer_for(method, model)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
-    clipping = {"max_norm" if is_update else "clip": max_norm or None}
+    clipping: dict[str, Any] = {"max_norm" if is_update else "clip": max_norm or None}
     expected, nbytes = train_by_ddp(
         model, method, optimizer, trainer.model.seen, every=every, schedule=schedule.step, **clipping
     )
