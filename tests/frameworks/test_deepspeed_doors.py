@@ -127,7 +127,7 @@ def test_accelerates_schedule_goes_on_in_an_engine() -> None:
 
 @on_two_ranks
 def test_an_engine_of_accelerates_refuses_what_it_would_pass_over() -> None:
-    _, engine, optimizer, _ = prepared()
+    _accelerator, engine, optimizer, _ = prepared()
     other = torch.optim.AdamW(make_model().parameters())
     with pytest.raises(AttachError, match="this optimizer is not the engine's"):
         commopt.attach(engine, "ef_sign", other)
