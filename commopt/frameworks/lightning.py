@@ -96,7 +96,6 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         self.overlap, self.max_norm = overlap, max_norm
         self.run: Run | None = None
         self._payload_log = _PayloadLog()
-        self._closure_hook: Any = None
         self._loaded_from = ""
         unknown = [key for key in ddp_options if key not in (*_ddp_options, *_HOOK_OPTIONS)]
         if unknown:
@@ -159,7 +158,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         returned = self.optimizers[0]  # with automatic optimization Lightning allows one
         has_none = type(returned).__name__ == "_MockOptimizer"
         agree_on_method(Request(self.method), {"lightning without an optimizer": has_none})
-        run = attach(
+        run: Any = attach(
             self.model,
             self.method,
             returned,
@@ -169,9 +168,10 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         )
         self.run, self.optimizers = run, [run.optimizer]
         if run.method.kind == "outer":
-            run.method.max_lag = sys.maxsize  # type: ignore[attr-defined]  # the Trainer counts steps: none can be left out to catch up
-        self._closure_hook = run.optimizer.register_step_pre_hook(_run_closure)
-        run.optimizer._optimizer_step_pre_hooks.move_to_end(self._closure_hook.id, last=False)  # type: ignore[attr-defined]
+            run.method.max_lag = sys.maxsize  # the Trainer counts steps: none can be left out to catch up
+        hook = run.optimizer.register_step_pre_hook(_run_closure)
+        run.optimizer._optimizer_step_pre_hooks.move_to_end(hook.id, last=False)
+        run._handles.append(hook)
         self._payload_log.follow(run)
 
     def on_train_start(self) -> None:
@@ -186,9 +186,6 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
 
     def teardown(self) -> None:
         """Take the method out of the optimizer; `run` keeps its state and its counts."""
-        if self._closure_hook is not None:
-            self._closure_hook.remove()
-            self._closure_hook = None
         if self.run is not None and not self.run.is_closed:
             self.run.close()
         super().teardown()
