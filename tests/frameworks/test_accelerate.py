@@ -35,14 +35,6 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=0.01)
-
-
-def half(step: int) -> float:
-    return float(0.9**step)
-
-
 def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: float = 0.0, schedule: Any = None) -> None:
     for step in steps:
         with accelerator.accumulate(model):
@@ -57,7 +49,7 @@ def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: floa
 
 
 def optimizer_for(method: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    return adam(model) if method["name"].endswith("_adam") else sgd(model)
+    return adamw(model) if method["name"].endswith("_adam") else sgd(model)
 
 
 def reference(
@@ -114,7 +106,7 @@ def test_training_is_that_of_ddp(method: Any, options: Any) -> None:
 
 
 def lambda_schedule(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, half)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(0.9**step))
 
 
 def one_cycle(optimizer: Any) -> Any:
@@ -123,7 +115,7 @@ def one_cycle(optimizer: Any) -> Any:
 
 def sequence(optimizer: Any) -> Any:
     kinds = torch.optim.lr_scheduler
-    parts = [kinds.ConstantLR(optimizer, 0.5, 2), kinds.LambdaLR(optimizer, half)]
+    parts = [kinds.ConstantLR(optimizer, 0.5, 2), kinds.LambdaLR(optimizer, lambda step: float(0.9**step))]
     return kinds.SequentialLR(optimizer, parts, milestones=[4])
 
 
@@ -196,7 +188,7 @@ def prepared(method: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     accelerator = new_accelerator()
     is_outer = method["name"] in ("noloco", "diloco")
     model: Any = make_model()
-    optimizer: Any = adamw(model) if method["name"].endswith("_adam") else sgd(model)
+    optimizer: Any = optimizer_for(method, model)
     model = accelerator.prepare_model(model, evaluation_mode=is_outer)
     optimizer = accelerator.prepare(optimizer)
     return accelerator, model, optimizer, attach(model, method, optimizer)
