@@ -28,7 +28,12 @@ WITH_TORCHRUN = tuple(
 )  # as long as the rest
 SINGLE = "tests/test_testing.py"  # long, and shares nothing between its tests
 PAGES = "tests/docs/test_pages.py"  # the same
-OVER_MPI = ("tests/groups/test_mpi.py", "tests/groups/test_contract.py")  # share the ranks that mpiexec starts
+SHARING = (  # files of which each kind shares its ranks: what mpiexec starts, or what has a framework imported
+    ("tests/groups/test_mpi.py", "tests/groups/test_contract.py"),
+    ("tests/frameworks/test_deepspeed",),
+    ("tests/frameworks/test_fsdp",),
+    ("tests/frameworks/test_accelerate.py", "tests/frameworks/test_transformers.py"),
+)
 PATIENCE_S = 400  # for tests of many processes, which may have to share the machine
 
 torch.set_num_threads(1)
@@ -59,8 +64,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(WAITING):
                 return f"{WAITING} with torchrun" if nodeid.startswith(WITH_TORCHRUN) else WAITING
-            if nodeid.startswith(OVER_MPI):
-                return OVER_MPI[0]
+            for files in SHARING:
+                if nodeid.startswith(files):
+                    return files[0]
             return nodeid if nodeid.startswith((SINGLE, PAGES)) else str(super()._split_scope(nodeid))
 
     if config.getvalue("dist") != "loadfile":
@@ -73,8 +79,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
     items.sort(key=lambda item: (not item.nodeid.startswith(WAITING), not item.nodeid.startswith(PAGES)))
     for item in items:
-        if item.nodeid.startswith(WAITING) and item.get_closest_marker("timeout") is None:
+        is_long = item.nodeid.startswith(WAITING) or item.get_closest_marker("ranks") is not None
+        if is_long and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(PATIENCE_S))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "ranks(kind, n): the test runs on each of n ranks with a framework, by `kind`_ranks"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test on ranks, if it is marked so; it fails if it fails on any."""
+    marker = pyfuncitem.get_closest_marker("ranks")
+    if marker is None:
+        return None
+    kind, n = marker.args
+    ranks: Pool = pyfuncitem._request.getfixturevalue(f"{kind}_ranks")
+    arguments = [pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames]
+    ranks.run(n, pyfuncitem.obj, *arguments, timeout_s=PATIENCE_S - 100)  # imports take long on a busy machine
+    return True
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +110,25 @@ def pool() -> Iterator[Pool]:
     ranks = Pool()
     yield ranks
     ranks.close()
+
+
+def _warm_ranks(kind: str) -> Any:
+    """A fixture: ranks with a framework, started at the first use."""
+
+    @pytest.fixture(scope="session", name=f"{kind.lower()}_ranks")
+    def started() -> Iterator[Pool]:
+        import framework_ranks  # beside the tests of the frameworks: importable when one of them is collected
+
+        ranks = getattr(framework_ranks, f"{kind}Ranks")()
+        yield ranks
+        ranks.close()
+
+    return started
+
+
+fsdp_ranks, deepspeed_ranks, huggingface_ranks, lightning_ranks = map(
+    _warm_ranks, ("FSDP", "DeepSpeed", "HuggingFace", "Lightning")
+)
 
 
 @pytest.fixture(scope="session")

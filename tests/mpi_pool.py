@@ -5,13 +5,10 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
-import warnings
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 
 import pytest
 from pool import SIZES, Pool
+from pool import serve as serve_calls
 
 from commopt import kernels
 
@@ -107,16 +105,4 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     communicators = {n: world.Split(world.rank // n) for n in SIZES}
-    while True:
-        try:
-            message = connection.recv_bytes()
-        except (EOFError, ConnectionError):
-            return
-        try:
-            with warnings.catch_warnings():
-                n, function, args = pickle.loads(message)
-                warnings.simplefilter("error")
-                answer = (True, function(communicators[n], *args))
-        except BaseException:
-            answer = (False, traceback.format_exc())
-        connection.send_bytes(pickle.dumps(answer))
+    serve_calls(connection, lambda n: (communicators[n],))

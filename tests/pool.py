@@ -16,10 +16,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, ClassVar
 
 from commopt import kernels
 
@@ -32,19 +32,55 @@ class Pool:
 
     Functions travel by their names; warnings are errors in them. After a failure or a timeout the
     ranks are ended, and the next call starts new ones.
+
+    jobs: how many ranks each of its jobs of torch.distributed has. environment: of all its processes.
+    their_warnings: (category, text) of those that are no errors.
     """
+
+    jobs: ClassVar[tuple[int, ...]] = (max(SIZES),)
+    environment: ClassVar[dict[str, str]] = {}
+    their_warnings: ClassVar[tuple[tuple[type[Warning], str], ...]] = ()
 
     def __init__(self) -> None:
         self._ranks: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
-    def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 100.0) -> list[Any]:
+    @classmethod
+    def load(cls) -> None:
+        """Import what all ranks want, in the process whose forks they are."""
+        import rig  # noqa: F401
+
+        import commopt.frameworks.ddp
+        import commopt.frameworks.plain  # noqa: F401
+
+    @classmethod
+    def begin(cls, rank: int, size: int, port: int) -> Callable[[int], tuple[Any, ...]]:
+        """Become a rank of a job; returns by a call's number of ranks what functions get before their arguments."""
+        import torch.distributed as dist
+
+        limit = timedelta(seconds=60)
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=limit, rank=rank, world_size=size)
+        groups = {}
+        for n in SIZES:
+            # every rank is in as many groups as any other, which groups made later by some of them need
+            for first in range(0, size, n):
+                ranks = list(range(first, min(first + n, size)))
+                own, twin = (dist.new_group(ranks, timeout=limit) for _ in range(2))
+                if rank in ranks:
+                    groups[n], _twins[own] = own, twin
+        return lambda n: (groups[n],)
+
+    def _members(self, n: int) -> range:
+        """The ranks that a call with n of them goes to."""
         assert n in SIZES
+        return range(n)
+
+    def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 100.0) -> list[Any]:
         if not self._ranks:
             self._start()
         deadline = time.monotonic() + timeout_s
         waiting: dict[Connection, int] = {}
-        for rank in range(n):
-            connection = self._ranks[rank][1]
+        for rank, member in enumerate(self._members(n)):
+            connection = self._ranks[member][1]
             connection.send_bytes(pickle.dumps((n, function, args)))
             waiting[connection] = rank
         results: dict[int, Any] = {}
@@ -83,39 +119,47 @@ class Pool:
 
     def _start(self) -> None:
         # not multiprocessing.Process: its resource tracker lives on for seconds after the tests
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-        pipes = [multiprocessing.Pipe() for _ in range(max(SIZES))]
+        environment = {**os.environ, **self.environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment |= {"GLOO_SOCKET_IFNAME": "lo"}
+        pipes = [multiprocessing.Pipe() for _ in range(sum(self.jobs))]
         descriptors = [theirs.fileno() for _, theirs in pipes]
-        words = ["python", "-c", f"import pool; pool.fork_ranks({port}, {descriptors})"]
+        own = type(self)
+        script = f"import pool, {own.__module__} as own; pool.fork_ranks(own.{own.__name__}, {descriptors})"
         process = subprocess.Popen(
-            words, env=environment, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True
+            ["python", "-c", script],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            start_new_session=True,
         )
         for ours, theirs in pipes:
             theirs.close()
             self._ranks.append((process, ours))
 
 
-def fork_ranks(port: int, descriptors: list[int]) -> None:
+def fork_ranks(kind: type[Pool], descriptors: list[int]) -> None:
     """Import what ranks want, become all of them, and end after the last one."""
-    import rig  # noqa: F401
     import torch
 
-    import commopt.frameworks.ddp
-    import commopt.frameworks.plain  # noqa: F401
-
     torch.set_num_threads(1)
+    kind.load()
     kernels.warm_up()
-    for rank, own in enumerate(descriptors):
-        if os.fork() == 0:
-            for other in descriptors:
-                if other != own:
-                    os.close(other)
-            try:
-                serve(rank, port, own)
-            finally:
-                os._exit(0)
+    own = iter(descriptors)
+    for size in kind.jobs:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        for rank in range(size):
+            descriptor = next(own)
+            if os.fork() == 0:
+                for other in descriptors:
+                    if other != descriptor:
+                        os.close(other)
+                try:
+                    serve(Connection(descriptor), kind.begin(rank, size, port), kind.their_warnings)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)
     for descriptor in descriptors:
         os.close(descriptor)
     for _ in descriptors:
@@ -130,34 +174,24 @@ def twin_of(process_group: Any) -> Any:
     return _twins[process_group]
 
 
-def serve(rank: int, port: int, descriptor: int) -> None:
-    """Be one rank, until the other end of the pipe is closed."""
-    connection = Connection(descriptor)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    world, limit = max(SIZES), timedelta(seconds=60)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=limit, rank=rank, world_size=world)
-    groups = {}
-    for n in SIZES:
-        # every rank is in as many groups as any other, which groups made later by some of them need
-        for first in range(0, world, n):
-            ranks = list(range(first, min(first + n, world)))
-            own, twin = (dist.new_group(ranks, timeout=limit) for _ in range(2))
-            if rank in ranks:
-                groups[n], _twins[own] = own, twin
+def serve(
+    connection: Connection,
+    first: Callable[[int], tuple[Any, ...]],
+    their_warnings: Iterable[tuple[type[Warning], str]] = (),
+) -> None:
+    """Be one rank, until the other end of the connection is closed."""
     while True:
         try:
             message = connection.recv_bytes()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             with warnings.catch_warnings():
                 n, function, args = pickle.loads(message)  # functions by their module's name, which this imports
                 warnings.simplefilter("error")
-                answer = (True, function(groups[n], *args))
+                for category, text in their_warnings:
+                    warnings.filterwarnings("ignore", text, category)
+                answer = (True, function(*first(n), *args))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))

@@ -36,6 +36,7 @@ ROOM = 1 << 14  # bytes for the words that ps shows of a fork, and for its envir
 FRAMEWORKS = {  # what a program whose text has the word begins with
     "accelerate": ["accelerate"],
     "deepspeed": ["deepspeed"],
+    "fsdp": ["torch.distributed.fsdp"],
     "huggingface": ["accelerate", "transformers.trainer"],
     "lightning": ["lightning.pytorch"],
     "transformers": ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"],
@@ -106,7 +107,7 @@ class Server:
             if self.listener in ready:
                 self._answer(self.listener.accept()[0])
         for pid in self.callers:
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -120,9 +121,12 @@ class Server:
 
     def _forward(self, pid: int, caller: socket.socket) -> None:
         numbers = caller.recv(16)
-        for number in numbers or [signal.SIGKILL]:
+        for number in numbers:
             os.kill(pid, number)
         if not numbers:
+            with contextlib.suppress(ProcessLookupError):  # not a group's leader yet
+                os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             caller.close()
             self.callers[pid] = None
 
@@ -163,7 +167,7 @@ class Server:
         with contextlib.suppress(OSError):
             program += Path(program).read_text(encoding="utf-8")
         for name, modules in FRAMEWORKS.items():
-            if name in program:
+            if name in program.lower():
                 for module in modules:
                     with contextlib.suppress(ImportError):
                         importlib.import_module(module)

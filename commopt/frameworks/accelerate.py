@@ -17,12 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt.errors import CheckpointError, MissingExtra
 from commopt.groups import Group
-from commopt.method import Method
-from commopt.methods import resolve
-from commopt.run.agree import agree, meeting_group
+from commopt.run.agree import meeting_group
 from commopt.run.checkpoint import has_block, read_block, save_block
-from commopt.run.prepare import Request
-from commopt.run.refusals import refuse
+from commopt.run.prepare import Request, agree_on_method
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
 from commopt.run.storage import together
@@ -68,38 +65,27 @@ def attach_to(accelerator: Any, model: Any, request: Request) -> Run:
     """What `attach` does, for an Accelerator that is known."""
     prepared: Any = request.optimizer
     model = uncompiled(model)
-
-    def check() -> tuple[Method, dict[str, Any]]:
-        method = resolve(request.method)
-        refuse(_facts(accelerator, model, request), method.name, method.kind)
-        return method, {}
-
-    method = agree(meeting_group(request.group), check)
+    method = agree_on_method(request, _facts(accelerator, model, request))
     scaler = accelerator.scaler
     is_ddp = isinstance(model, DistributedDataParallel)
     is_sharded = accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED
     if method.kind == "outer" or (method.kind == "gradient" and not is_ddp and not is_sharded):
         scaler = None  # alone, gradients are exchanged in the step, when the scaler has unscaled them
     request = replace(request, method=method, optimizer=prepared.optimizer, grad_scaler=scaler)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _attach_to_engine(accelerator, model, request)
-    ours = "fsdp" if accelerator.is_fsdp2 else "ddp" if is_ddp else "plain"
+    is_engine = accelerator.distributed_type == DistributedType.DEEPSPEED
+    before = model.optimizer if is_engine else None
+    ours = "deepspeed" if is_engine else "fsdp" if accelerator.is_fsdp2 else "ddp" if is_ddp else "plain"
     run: Any = importlib.import_module(f"commopt.frameworks.{ours}").attach(model, request)
+    if is_engine:  # whose checkpoints, which Accelerate writes and loads, carry the block
+        for one in accelerator._optimizers:
+            if one.optimizer is before:
+                one.optimizer = model.optimizer  # an update method's, if it has taken the place of the engine's
+        return run  # type: ignore[no-any-return]
     if ours != "plain":
         run.repeat_hint = _HINT
     if ours != "fsdp":  # whose state is by shard, and no part of checkpoints
         run._handles.append(_Bond(accelerator, prepared, run))
     return run  # type: ignore[no-any-return]
-
-
-def _attach_to_engine(accelerator: Any, engine: Any, request: Request) -> Run:
-    """Hand over to DeepSpeed's module; the engine's checkpoints, which Accelerate writes and loads, carry the block."""
-    before = engine.optimizer
-    run: Run = importlib.import_module("commopt.frameworks.deepspeed").attach(engine, request)
-    for one in accelerator._optimizers:
-        if one.optimizer is before:
-            one.optimizer = engine.optimizer  # an update method's, if it has taken the place of the engine's
-    return run
 
 
 def uncompiled(model: Any) -> Any:

@@ -34,13 +34,12 @@ class DDPRun(EveryStepRun):
 
     def __init__(self, model: DistributedDataParallel, prepared: Prepared, group: Group, overlap: bool) -> None:
         super().__init__(model.module, prepared, group)
-        ddps_own = list(_ddps_own(model))
         self._name_of = {id(p): name for name, p in self.parameters.items()}
         self._lane = Lane(next(iter(self.parameters.values())).device) if overlap else None
         self._collected: list[tuple[Bucket, Future[torch.Tensor]]] = []
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._last_hook_s = 0.0
-        self._ddps_own = ddps_own
+        self._ddps_own = list(_ddps_own(model))
         self._layout: dict[int, tuple[str, ...]] = {}
         self._resumed_layout: list[list[str]] = []
         model.register_comm_hook(self, DDPRun._hook)
@@ -71,7 +70,12 @@ class DDPRun(EveryStepRun):
             if bucket.is_last():
                 self._exchange_collected()
             return future.then(lambda f: f.value())
-        return self._lane.submit(lambda: self._exchange_one(ours)).then(lambda f: f.value())
+
+        def exchange() -> torch.Tensor:
+            self._exchange_buckets([ours])
+            return ours.flat
+
+        return self._lane.submit(exchange).then(lambda f: f.value())
 
     def _count_ddps_own(self) -> None:
         """Count what DDP itself sends in this step: rank 0's buffers, and which parameters were used."""
@@ -89,8 +93,11 @@ class DDPRun(EveryStepRun):
         self._layout[bucket.index()] = names
         return Bucket(flat, names, starts, f"bucket {bucket.index()}")
 
+    @torch.no_grad()
     def _exchange_buckets(self, buckets: list[Bucket]) -> None:
         """Run buckets; DDP's first ones after a resume as those that it had made before, and will make again."""
+        for bucket in buckets if self._may_be_unused else ():
+            self.save_for_rollback(bucket)
         if any(bucket.label == "bucket 0" for bucket in buckets):  # once a step, on the thread that counts everything
             self._count_ddps_own()
         layout, self._resumed_layout = self._resumed_layout, []
@@ -105,21 +112,10 @@ class DDPRun(EveryStepRun):
         for name, x in (view for bucket in regrouped for view in bucket.views()):
             views[name].copy_(x)
 
-    def _exchange_one(self, bucket: Bucket) -> torch.Tensor:
-        with torch.no_grad():
-            if self._may_be_unused:
-                self.save_for_rollback(bucket)
-            self._exchange_buckets([bucket])
-        return bucket.flat
-
     def _exchange_collected(self) -> None:
         collected, self._collected = self._collected, []
         try:
-            with torch.no_grad():
-                for bucket, _ in collected:
-                    if self._may_be_unused:
-                        self.save_for_rollback(bucket)
-                self._exchange_buckets([bucket for bucket, _ in collected])
+            self._exchange_buckets([bucket for bucket, _ in collected])
         except Exception as error:
             for _, future in collected:
                 future.set_exception(error)  # type: ignore[arg-type]  # typed as a result, wrongly

@@ -119,12 +119,12 @@ def attach(engine: Any, request: Request) -> Run:
         run = EngineRun(engine, masters, replace(checked.prepared(), max_norm=max_norm), group)
     run._handles += hand_over(engine, run)
     notes = surprises(engine._config, method.name)
-    if "commopt" in raw and not _has_read(engine):
+    if "commopt" in raw and not hasattr(engine, "_commopt_has_read"):
         notes.append(
             'the "commopt" block of the configuration had no effect until now: make the engine by commopt.deepspeed.initialize, or '
             "call commopt.deepspeed.install() first"
         )
-    engine._commopt_has_read = True
+    engine._commopt_has_read = True  # the block, when the engine was made, or answered by an attach
     _tell(engine, notes)
     return run  # type: ignore[no-any-return]
 
@@ -134,7 +134,7 @@ def _engine_facts(engine: Any, method: Method) -> dict[str, object]:
     present, block = getattr(engine, "commopt", None), engine._config._param_dict.get("commopt")
     autotp_size = engine.autotp_size() if hasattr(engine, "autotp_size") else 1
     adam = type(engine.basic_optimizer).__name__
-    unread = None if block is None or _has_read(engine) else resolve(block)
+    unread = None if block is None or hasattr(engine, "_commopt_has_read") else resolve(block)
     is_another = unread is not None and (type(unread), unread.options) != (type(method), method.options)
     return {
         "deepspeed attached": present is not None and present.method.name,
@@ -149,11 +149,6 @@ def _engine_facts(engine: Any, method: Method) -> dict[str, object]:
         "deepspeed flat parameters": is_half(engine) and not has_masters(engine) and type(engine.optimizer).__name__,
         "deepspeed's own Adam": adam in ("FusedAdam", "DeepSpeedCPUAdam") and adam,
     }
-
-
-def _has_read(engine: Any) -> bool:
-    """Whether the configuration's block was read when the engine was made, or answered by an attach."""
-    return bool(getattr(engine, "_commopt_has_read", False))
 
 
 def _tell(engine: Any, notes: list[str]) -> None:

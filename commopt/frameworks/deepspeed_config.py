@@ -123,10 +123,7 @@ def _check_legacy(legacy: Legacy, params: Mapping[str, Any]) -> None:
     if params.get("amsgrad"):
         raise ConfigError(f"{where}.amsgrad: true: {legacy.name} has no AMSGrad variant; leave it out")
     for key in (*_WITHOUT_EFFECT, "cuda_aware"):
-        try:
-            check_flag(key, params.get(key, False))
-        except ConfigError as error:
-            raise ConfigError(f"{where}.{error}") from None
+        check_flag(f"{where}.{key}", params.get(key, False))
     backend = params.get("comm_backend_name", "nccl")
     if backend not in _BACKENDS:
         hint = did_you_mean(str(backend), _BACKENDS)

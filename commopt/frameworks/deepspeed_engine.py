@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -77,8 +78,8 @@ class Masters(Module):
                     self.low[name_of[id(low)]] = low
                     self._seen[name_of[id(low)]] = master
 
-    def named_parameters(self, prefix: str = "", *_: Any, **__: Any) -> Iterator[tuple[str, Parameter]]:
-        yield from ((f"{prefix}.{name}" if prefix else name, p) for name, p in self._seen.items())
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Parameter]]:
+        yield from self._seen.items()
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
@@ -108,7 +109,8 @@ class EngineRun(PlainRun):
                 Replaced(engine, basic_optimizer=self.optimizer),
             ]
         if self._wrapper is not None:  # it hands over what every rank can use: finite, unscaled, and not yet clipped
-            self._handles.append(Replaced(self._wrapper, overflow_checker=_Overflow(self), clip_grad=0.0))
+            checker = SimpleNamespace(check=self._overflows)
+            self._handles.append(Replaced(self._wrapper, overflow_checker=checker, clip_grad=0.0))
             scaling = self._wrapper.loss_scale_config
             if scaling.cur_scale != 1.0 or scaling.dynamic_loss_scale:
                 self._handles.append(Replaced(engine, backward=self._scaled_backward(engine.backward)))
@@ -147,6 +149,20 @@ class EngineRun(PlainRun):
 
         return scaled
 
+    def _overflows(self, param_groups: Any = None) -> bool:
+        """Whether on any rank a gradient, or their norm, is not finite; the same answer on all. Sends 4 bytes."""
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+            for p in self.masters.low.values()
+            if p.grad is not None
+        ]
+        device = next(iter(self.parameters.values())).device
+        total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+        flag = (~total.isfinite()).to(torch.int32).reshape(1)
+        self.group.traffic.bucket = "overflow"
+        self.group.all_reduce(flag)
+        return bool(flag)
+
     def _used_anywhere(self) -> list[str]:
         for name, low in self.masters.low.items():
             if low.grad is None:  # of which DeepSpeed has made zeros
@@ -175,24 +191,6 @@ class EngineRun(PlainRun):
         self._engine._global_grad_norm = norm
         if self._wrapper is not None:
             self._wrapper._global_grad_norm = norm
-
-
-class _Overflow:
-    """In the place of DeepSpeed's check: whether on any rank a gradient, or their norm, is not finite. Sends 4 bytes."""
-
-    def __init__(self, run: EngineRun) -> None:
-        self._run = run
-
-    def check(self, param_groups: Any = None) -> bool:
-        """Whether this step is to be skipped; the same answer on all ranks."""
-        lows = self._run.masters.low.values()
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in lows if p.grad is not None]
-        group, device = self._run.group, next(iter(self._run.parameters.values())).device
-        total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-        flag = (~total.isfinite()).to(torch.int32).reshape(1)
-        group.traffic.bucket = "overflow"
-        group.all_reduce(flag)
-        return bool(flag)
 
 
 def hand_over(engine: Any, run: Run) -> list[Replaced]:

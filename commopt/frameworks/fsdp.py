@@ -17,6 +17,7 @@ from torch.nn import Module
 from commopt.errors import AttachError, CheckpointError
 from commopt.frameworks.fsdp_scatter import CompressedReduceScatter, ScatterMean, scatter_facts
 from commopt.frameworks.fsdp_units import Mesh, Sharding, Unit, local, sharding_of
+from commopt.frameworks.plain import broadcast_
 from commopt.groups import Group, LocalGroup, TorchGroup
 from commopt.method import Method
 from commopt.run.agree import Configuration, agree, meeting_group
@@ -120,13 +121,7 @@ class ReplicaRun(FSDPRun):
     def __init__(self, model: Module, *arguments: Any) -> None:
         self._alone: dist.ProcessGroup | None = None
         super().__init__(model, *arguments)
-        with torch.no_grad():
-            for x in (*model.parameters(), *model.buffers()):
-                own = local(x)
-                if own.numel():
-                    flat = own.contiguous().view(-1)
-                    self.group.broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
-                    own.copy_(flat.view_as(own))
+        broadcast_(map(local, (*model.parameters(), *model.buffers())), self.group.broadcast)
 
     def served(self) -> list[tuple[str, Tensor]]:
         """This rank's shards, instead of the DTensors that they are part of; a parameter that has none here is left out."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -17,27 +18,14 @@ from commopt.groups import PacedGroup, TorchGroup
 from commopt.wire.bucket import Bucket
 
 Way = Literal["replicas", "shards"]
-# what is read and set of torch's FSDP2, most of it private
-_OF_MODULES = (
-    "_get_fsdp_state",
+# what is only needed later, most of it private too
+_OF_MODULES = attrgetter(
     "set_all_reduce_hook",
     "set_custom_reduce_scatter",
     "set_gradient_divide_factor",
     "set_reduce_scatter_unused_params",
 )
-_OF_GROUPS = (
-    "_all_reduce_hook",
-    "_reduce_scatter_comm",
-    "all_reduce_grads",
-    "device",
-    "force_sum_reduction_for_comms",
-    "fsdp_params",
-    "gradient_divide_factor",
-    "mesh_info",
-    "mp_policy",
-    "reduce_scatter_unused_params",
-)
-_OF_PARAMETERS = ("_orig_size", "fsdp_placement", "is_dtensor", "offload_to_cpu", "sharded_param")
+_OF_GROUPS = attrgetter("all_reduce_grads", "reduce_scatter_unused_params")
 _FSDPS_OWN = ("DefaultReduceScatter", "ProcessGroupAllocReduceScatter")
 
 
@@ -136,92 +124,62 @@ class Sharding:
 
 def sharding_of(model: Module) -> Sharding:
     """Look at a model, in the order of its modules; nothing is raised for what cannot be served."""
-    found = Sharding({"fsdp 1": isinstance(model, FullyShardedDataParallel), "fsdp of another torch": _missing(model)})
-    if any(found.facts.values()):
-        return found
-    for _, module in _modules(model):
+    if isinstance(model, FullyShardedDataParallel):
+        return Sharding({"fsdp 1": True})
+    try:
+        return _sharding_of(model)
+    except AttributeError as error:
+        missing = f"{torch.__version__}, which has no {type(error.obj).__name__}.{error.name}"
+        return Sharding({"fsdp of another torch": missing})
+
+
+def _sharding_of(model: Module) -> Sharding:
+    found = Sharding({})
+    modules = [(name or "root", one) for name, one in model.named_modules() if isinstance(one, FSDPModule)]
+    for _, module in modules:
         module.reshard()  # the root keeps its parameters whole between forward and backward
     name_of = {id(p): name for name, p in model.named_parameters()}
     meshes: dict[tuple[Any, ...], Mesh] = {}
     seen: set[int] = set()
-    for label, module, group in _groups(model):
-        if id(group) in seen:  # fully_shard([a, b]) is one unit of two modules
-            continue
-        seen.add(id(group))
-        found.note(label, _facts_of(group))
-        info = group.mesh_info
-        if (shard_group := getattr(info, "shard_process_group", None)) is None:
-            found.note(label, {"fsdp without shards": True})
-            continue
-        mesh = Mesh(shard_group, getattr(info, "replicate_process_group", None))
-        meshes[tuple(tuple(_ranks(one)) for one in (mesh.shard_group, mesh.replicate_group) if one)] = mesh
-        trainable = [fp for fp in group.fsdp_params if fp.sharded_param.requires_grad]
-        if trainable:
-            pieces = tuple(_piece(name_of[id(fp.sharded_param)], fp, mesh.shards) for fp in trainable)
-            found.units.append(Unit(label, module, group, pieces))
+    for label, module in modules:
+        _OF_MODULES(module)
+        groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
+        found.note(label, {"fsdp on several meshes": len(groups) > 1})
+        for group in groups:
+            if id(group) in seen:  # fully_shard([a, b]) is one unit of two modules
+                continue
+            seen.add(id(group))
+            _OF_GROUPS(group)
+            found.note(label, _facts_of(group))
+            info = group.mesh_info
+            if info.shard_mesh_dim is None:
+                found.note(label, {"fsdp without shards": True})
+                continue
+            mesh = Mesh(
+                info.shard_process_group,
+                info.replicate_process_group if info.replicate_mesh_dim is not None else None,
+            )
+            meshes[tuple(tuple(_ranks(one)) for one in (mesh.shard_group, mesh.replicate_group) if one)] = mesh
+            trainable = [fp for fp in group.fsdp_params if fp.sharded_param.requires_grad]
+            if trainable:
+                pieces = tuple(_piece(name_of[id(fp.sharded_param)], fp, mesh.shards) for fp in trainable)
+                found.units.append(Unit(label, module, group, pieces))
     found.mesh = next(iter(meshes.values()), None)
-    _look_at_all(model, found, len(meshes))
-    return found
-
-
-def _look_at_all(model: Module, found: Sharding, meshes: int) -> None:
-    """Note what units say only together."""
-    several = [name or "root" for name, module in _modules(model) if len(_groups_of(module)) > 1]
+    found.note("its modules", {"fsdp on several meshes": len(meshes) > 1})
     sharded = {piece.name for unit in found.units for piece in unit.pieces}
-    ignored = [name for name, p in model.named_parameters() if p.requires_grad and name not in sharded]
-    empty: list[str] = []
-    if found.mesh is not None and found.units:
-        shards = range(found.mesh.shards)
-        filled = {r for unit in found.units for piece in unit.pieces for r in shards if piece.numels[r]}
-        empty = [f"shard {r} of {len(shards)}" for r in shards if r not in filled]
-    found.facts |= {
-        "fsdp on several meshes": several[0] if several else meshes > 1 and "its modules",
-        "fsdp ignored_params": ignored and ignored[0],
-        "fsdp with an empty shard": empty and empty[0],
-    }
+    for name, p in model.named_parameters():
+        found.note(name, {"fsdp ignored_params": p.requires_grad and name not in sharded})
+    shards = found.mesh.shards if found.mesh is not None and found.units else 0
+    for shard in range(shards):
+        is_empty = not any(piece.numels[shard] for unit in found.units for piece in unit.pieces)
+        found.note(f"shard {shard} of {shards}", {"fsdp with an empty shard": is_empty})
+    return found
 
 
 def local(x: Tensor) -> Tensor:
     """The shard of this rank, as a view; the whole of what is not sharded."""
     own = x.detach()
     return own.to_local() if isinstance(own, DTensor) else own
-
-
-def _missing(model: Module) -> str:
-    """What this torch's FSDP2 lacks of what is read or set here, of which most is private; "" for nothing."""
-    for kind, thing, names in _read_of(model):
-        for name in names:
-            if not hasattr(thing, name):
-                return f"{torch.__version__}, which has no {kind}.{name}"
-    return ""
-
-
-def _read_of(model: Module) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-    """(class, object, names): what is read of each object; the next is looked for by what was found in the last."""
-    for _, module in _modules(model):
-        yield "FSDPModule", module, _OF_MODULES
-        yield "FSDPState", module._get_fsdp_state(), ("_fsdp_param_groups",)
-        for group in _groups_of(module):
-            yield "FSDPParamGroup", group, _OF_GROUPS
-            info = group.mesh_info
-            yield type(info).__name__, info, ("shard_mesh_dim", "replicate_mesh_dim")
-            dimensions = [one for one in ("shard", "replicate") if getattr(info, f"{one}_mesh_dim") is not None]
-            yield type(info).__name__, info, tuple(f"{one}_process_group" for one in dimensions)
-            for fp in group.fsdp_params:
-                yield "FSDPParam", fp, _OF_PARAMETERS
-
-
-def _modules(model: Module) -> Iterator[tuple[str, FSDPModule]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule))
-
-
-def _groups_of(module: FSDPModule) -> list[Any]:
-    found: list[Any] = module._get_fsdp_state()._fsdp_param_groups
-    return found
-
-
-def _groups(model: Module) -> Iterator[tuple[str, FSDPModule, Any]]:
-    return ((name or "root", module, group) for name, module in _modules(model) for group in _groups_of(module))
 
 
 def _facts_of(group: Any) -> dict[str, object]:

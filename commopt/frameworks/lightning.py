@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -17,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt.choice import Choice
 from commopt.errors import AttachError, CheckpointError, ConfigError, MissingExtra, did_you_mean
+from commopt.frameworks.plain import broadcast_
 from commopt.method import Method
 from commopt.methods import resolve
-from commopt.run.agree import agree, meeting_group
+from commopt.run.agree import meeting_group
 from commopt.run.checkpoint import read_block, save_block
 from commopt.run.door import attach
+from commopt.run.prepare import Request, agree_on_method
 from commopt.run.refusals import refuse
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
@@ -93,7 +96,6 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         self.overlap, self.max_norm = overlap, max_norm
         self.run: Run | None = None
         self._payload_log = _PayloadLog()
-        self._closure_hook: Any = None
         self._loaded_from = ""
         unknown = [key for key in ddp_options if key not in (*_ddp_options, *_HOOK_OPTIONS)]
         if unknown:
@@ -143,12 +145,8 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         """Wrap the model in DDP, but not under an outer method, which only starts from rank 0's parameters."""
         if self.kind != "outer":
             super().configure_ddp()
-            return
-        with torch.no_grad():
-            for x in (*self.model.parameters(), *self.model.buffers()):
-                flat = x.detach().contiguous().view(-1)
-                dist.broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat, 0)
-                x.copy_(flat.view_as(x))
+        else:
+            broadcast_((*self.model.parameters(), *self.model.buffers()), functools.partial(dist.broadcast, src=0))
 
     def _register_ddp_hooks(self) -> None:
         """Leave DDP's hook to the method, which is attached once there is an optimizer."""
@@ -158,13 +156,9 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         self.run = None
         super().setup_optimizers(trainer)
         returned = self.optimizers[0]  # with automatic optimization Lightning allows one
-
-        def check() -> tuple[None, Any]:
-            self._refuse({"lightning without an optimizer": type(returned).__name__ == "_MockOptimizer"})
-            return None, {}
-
-        agree(meeting_group(None), check)
-        run = attach(
+        has_none = type(returned).__name__ == "_MockOptimizer"
+        agree_on_method(Request(self.method), {"lightning without an optimizer": has_none})
+        run: Any = attach(
             self.model,
             self.method,
             returned,
@@ -174,9 +168,10 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         )
         self.run, self.optimizers = run, [run.optimizer]
         if run.method.kind == "outer":
-            run.method.max_lag = sys.maxsize  # type: ignore[attr-defined]  # the Trainer counts steps: none can be left out to catch up
-        self._closure_hook = run.optimizer.register_step_pre_hook(_run_closure)
-        run.optimizer._optimizer_step_pre_hooks.move_to_end(self._closure_hook.id, last=False)  # type: ignore[attr-defined]
+            run.method.max_lag = sys.maxsize  # the Trainer counts steps: none can be left out to catch up
+        hook = run.optimizer.register_step_pre_hook(_run_closure)
+        run.optimizer._optimizer_step_pre_hooks.move_to_end(hook.id, last=False)
+        run._handles.append(hook)
         self._payload_log.follow(run)
 
     def on_train_start(self) -> None:
@@ -191,9 +186,6 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
 
     def teardown(self) -> None:
         """Take the method out of the optimizer; `run` keeps its state and its counts."""
-        if self._closure_hook is not None:
-            self._closure_hook.remove()
-            self._closure_hook = None
         if self.run is not None and not self.run.is_closed:
             self.run.close()
         super().teardown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,6 +29,16 @@ from commopt.wire.bucket import Bucket
 _log = logging.getLogger(__name__)
 
 
+@torch.no_grad()
+def broadcast_(tensors: Iterable[Tensor], broadcast: Callable[[Tensor], object]) -> None:
+    """Make tensors those of the first rank, in place."""
+    for x in tensors:
+        if x.numel():
+            flat = x.detach().contiguous().view(-1)
+            broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
+            x.copy_(flat.view_as(x))
+
+
 class PlainRun(EveryStepRun):
     """Averages when the optimizer steps; gradients accumulate freely until then."""
 
@@ -42,11 +53,7 @@ class PlainRun(EveryStepRun):
         for p in self.parameters.values():
             hook = p.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
             self._handles.append(hook)
-        with torch.no_grad():
-            for x in (*model.parameters(), *model.buffers()):
-                flat = x.detach().contiguous().view(-1)
-                group.broadcast(flat.view(torch.uint8) if flat.numel() and flat.dtype == torch.bool else flat)
-                x.copy_(flat.view_as(x))
+        broadcast_((*model.parameters(), *model.buffers()), group.broadcast)
 
     def _after_step(self, *_: Any) -> None:
         super()._after_step()

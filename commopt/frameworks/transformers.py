@@ -6,7 +6,6 @@ import functools
 import math
 import sys
 import weakref
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +16,9 @@ from commopt.choice import Choice
 from commopt.errors import AttachError, MissingExtra
 from commopt.groups import Group, Peers
 from commopt.method import Method
-from commopt.methods import resolve
-from commopt.run.agree import agree, meeting_group
+from commopt.run.agree import meeting_group
 from commopt.run.checkpoint import save_block
-from commopt.run.prepare import Request
-from commopt.run.refusals import refuse
+from commopt.run.prepare import Request, agree_on_method
 from commopt.run.run import Run
 
 try:
@@ -69,7 +66,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
         self._request = Request(method, group=group, max_norm=max_norm, overlap=overlap)
         self._is_closed = self._is_finished = False
-        made = self._agreed(_facts(trainer))
+        made = agree_on_method(self._request, _facts(trainer))
         self._name, self._kind = made.name, made.kind
         _put_around(trainer, "train", self._train)
         _put_around(trainer, "hyperparameter_search", self._search)
@@ -89,16 +86,6 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         if self.run is not None:
             self.run.close()
 
-    def _agreed(self, facts: Mapping[str, object]) -> Method:
-        """The method, if nothing that it is used with is refused on any rank."""
-
-        def check() -> tuple[Method, dict[str, Any]]:
-            made = resolve(self._request.method)
-            refuse(facts, made.name, made.kind)
-            return made, {"method": {"name": made.name}}
-
-        return agree(meeting_group(self._request.group), check)
-
     # -- training
 
     def _start(self) -> None:
@@ -106,7 +93,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         wrapped = accelerate.uncompiled(trainer.model_wrapped)
         is_alone = trainer.args.world_size > 1 and not isinstance(wrapped, DistributedDataParallel)
-        self._agreed({"trainer without ddp": is_alone})
+        agree_on_method(self._request, {"trainer without ddp": is_alone})
         self._is_finished = False
         if self.run is not None:
             if self.run.model is accelerate.uncompiled(trainer.model):
@@ -153,11 +140,11 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
 
     def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         is_added = self in self._trainer.callback_handler.callbacks
-        self._agreed({"trainer left": self._is_closed, "trainer without callback": not is_added})
+        agree_on_method(self._request, {"trainer left": self._is_closed, "trainer without callback": not is_added})
         return original(*args, **kwargs)
 
     def _search(self, *_: Any, **__: Any) -> None:
-        self._agreed({"trainer trial": True})
+        agree_on_method(self._request, {"trainer trial": True})
 
     def _log(self, original: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.run is not None and ("loss" in logs or "train_loss" in logs):
@@ -222,13 +209,7 @@ def attach(trainer: Any, request: Request) -> Run:
         "trainer optimizer": request.optimizer is not None and type(request.optimizer).__name__,
         "accelerate scaler": request.grad_scaler is not None,
     }
-
-    def check() -> tuple[None, dict[str, Any]]:
-        made = resolve(request.method)
-        refuse(facts, made.name, made.kind)
-        return None, {}
-
-    agree(meeting_group(request.group), check)
+    agree_on_method(request, facts)
     callback = CommoptCallback(
         trainer, request.method, group=request.group, max_norm=request.max_norm, overlap=request.overlap
     )

@@ -15,7 +15,7 @@ from commopt.groups import Group, Peers
 from commopt.method import EveryStep, Method
 from commopt.methods import resolve
 from commopt.optim.update import UpdateMethod
-from commopt.run.agree import Configuration, agree, check_group, configuration_of
+from commopt.run.agree import Configuration, agree, check_group, configuration_of, meeting_group
 from commopt.run.checks import check_parameters, check_steps, check_wrapping
 from commopt.run.every_step import Prepared
 from commopt.run.refusals import refuse
@@ -91,6 +91,17 @@ def check_request(
         return Checked(method, optimizer, request, others), others
 
     return agree(meeting, check)
+
+
+def agree_on_method(request: Request, facts: Mapping[str, object]) -> Method:
+    """The method, if nothing that it is used with is refused on any rank."""
+
+    def check() -> tuple[Method, Configuration]:
+        method = resolve(request.method)
+        refuse(facts, method.name, method.kind)
+        return method, {"method": {"name": method.name}}
+
+    return agree(meeting_group(request.group), check)
 
 
 def _general_facts(method: Method, request: Request, model: Module) -> dict[str, object]:

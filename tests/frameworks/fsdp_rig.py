@@ -1,76 +1,34 @@
-"""A small model sharded over four of the pool's ranks, and the same training on one process; what the ranks are sent."""
+"""A small model sharded over four ranks, and the same training on one process; what the ranks are sent."""
 
 from __future__ import annotations
 
-import atexit
-from collections.abc import Callable, Iterator
+import copy
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
-from pool import Pool
+import torch.distributed as dist
 from rig import loss_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from commopt import attach, build
-from commopt.groups import Group, SimWorld
+from commopt.errors import CheckpointError
+from commopt.groups import Group
 from commopt.wire.bucket import Bucket
 
-REPLICAS = SHARDS = 2
+SHARDS = 2
 Flats = dict[str, Tensor]
-_meshes: list[Any] = []
 
 
-class _Ranks(Pool):
-    @property
-    def is_started(self) -> bool:
-        return bool(self._ranks)
-
-
-_ranks = _Ranks()
-atexit.register(_ranks.close)
-
-
-def mesh_of(ranks: int = 4) -> Any:
-    """The (2, 2) mesh of ranks 0 to 3, and the flat one of them; None on the fifth, which has to help to make them."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if not _meshes:
-        _meshes.append(DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard")))
-        _meshes.append(DeviceMesh("cpu", torch.arange(4), mesh_dim_names=("shard",)))
-        _meshes.append(DeviceMesh("cpu", torch.arange(4).view(1, 4), mesh_dim_names=("replicate", "shard")))
-    return _meshes[0] if ranks == 4 else _meshes[1]
-
-
-def warm_up(_: Any) -> None:
-    """What takes seconds, once: importing FSDP and what it imports at the first backward."""
-    mesh_of()
-    if torch.distributed.get_rank() < 4:
-        with attached(_meshes[0], "dense") as (model, optimizer, _run):
-            train(model, optimizer, 0, 1)
-
-
-def fsdp_pool(is_last: bool = False) -> Iterator[Pool]:
-    """Warm ranks for the modules that test FSDP: four of the five make groups of their own, and must be in as many as each other.
-
-    is_last: whether a module is the last of them, with which the ranks end.
-    """
-    if not _ranks.is_started:
-        _ranks.run(5, warm_up, timeout_s=240)
-    yield _ranks
-    if is_last:
-        _ranks.close()
-
-
-def flat_mesh() -> Any:
-    """The mesh of ranks 0 to 3 in one dimension."""
-    return mesh_of(1)
-
-
-def mesh_of_one_replica() -> Any:
-    """The mesh of ranks 0 to 3 with one replica."""
-    mesh_of()
-    return _meshes[2]
+@functools.cache
+def mesh_of(*shape: int) -> DeviceMesh:
+    """A mesh of the four ranks: (2, 2) has two replicas of two shards, (1, 4) one of four, and (4,) shards alone."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 class Uneven(nn.Module):
@@ -111,8 +69,6 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def sharded(mesh: Any, layers: tuple[str, ...] = ("first", "second"), **options: Any) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
     model = Uneven()
     for layer in layers:
         fully_shard(getattr(model, layer), mesh=mesh, **options)
@@ -139,6 +95,52 @@ def shards(model: nn.Module) -> Flats:
     return {name: local(p).reshape(-1).clone() for name, p in model.named_parameters()}
 
 
+def assert_equal(found: Flats, expected: Flats) -> None:
+    assert [name for name, x in expected.items() if not torch.equal(found[name], x)] == []
+
+
+def assert_shards_of(model: nn.Module, found: list[Flats], shards: int) -> None:
+    """Each rank has its shard of the parameters of an unsharded model."""
+    for rank, own in enumerate(found):
+        assert_equal(own, {name: cut(p.detach(), shards, rank % shards) for name, p in model.named_parameters()})
+
+
+def assert_close_gives_back(mesh: DeviceMesh, method: str) -> None:
+    """A model trains as without a method once its run is closed."""
+    results = []
+    for is_ours in (True, False):
+        model = sharded(mesh)
+        optimizer = sgd(model)
+        if is_ours:
+            attach(model, method, optimizer).close()
+        train(model, optimizer, dist.get_rank(), 3)
+        results.append(shards(model))
+    assert_equal(*results)
+
+
+def assert_resumes(mesh: DeviceMesh, method: dict[str, Any]) -> None:
+    """Training goes on bit for bit from a saved state."""
+    rank, ends = dist.get_rank(), []
+    kept: Any = None
+    weights: Flats = {}
+    for is_resumed in (False, True):
+        with attached(mesh, method, functools.partial(sgd, momentum=0.0)) as (model, optimizer, run):
+            if is_resumed:
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        p.copy_(weights[name])
+                run.method.load(kept)
+            else:
+                train(model, optimizer, rank, 3)
+                kept = copy.deepcopy(run.method.saved())
+                weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+                with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
+                    run.save("nowhere")
+            train(model, optimizer, rank, 3, first=3)
+            ends.append(shards(model))
+    assert_equal(*ends)
+
+
 @contextmanager
 def attached(mesh: Any, method: Any, optimizer: Any = None, group: Any = None, **options: Any) -> Iterator[Any]:
     """(model, optimizer, run)"""
@@ -157,69 +159,35 @@ def cut(x: Tensor, shards: int, shard: int) -> Tensor:
     return pieces[shard].reshape(-1) if shard < len(pieces) else x.new_empty(0)
 
 
-def gradients(model: nn.Module, step: int) -> list[Flats]:
-    """[rank][name]: the gradient that each of four ranks' batches gives."""
-    found = []
-    for rank in range(4):
-        model.zero_grad()
-        x, y = batch(rank, step)
-        loss_of(model(x), y).backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    return found
+def gradient(model: nn.Module, rank: int, step: int) -> Flats:
+    """What one rank's batch gives, by parameter."""
+    model.zero_grad()
+    x, y = batch(rank, step)
+    loss_of(model(x), y).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-class TwoReplicas:
-    """A method between two replicas, on each of two shards alone: what FSDP's replicas should do, on one process."""
-
-    def __init__(self, method: dict[str, Any]) -> None:
-        self.worlds = [SimWorld[Flats](REPLICAS) for _ in range(SHARDS)]
-        self.methods: Any = [[build(method) for _ in range(REPLICAS)] for _ in range(SHARDS)]
-        named = list(Uneven().named_parameters())
-        for shard, world in enumerate(self.worlds):
-            pieces = [(name, cut(p, SHARDS, shard)) for name, p in named]
-
-            def bind(group: Group, shard: int = shard, pieces: Any = pieces) -> Flats:
-                rows = dict(named)
-                local = [
-                    (name, x.view(-1, *rows[name].shape[1:]) if x.numel() else x) for name, x in pieces if x.numel()
-                ]
-                self.methods[shard][group.rank].bind(local, group)
-                return {}
-
-            world.run(bind)
-
-    def mean(self, step: list[Flats]) -> Flats:
-        """Each parameter's averaged gradient, from those of four ranks: (replica, shard) by rank."""
-        out: dict[str, list[Tensor]] = {name: [] for name in step[0]}
-        for shard, world in enumerate(self.worlds):
-
-            def exchange(group: Group, shard: int = shard) -> Flats:
-                own, other = step[2 * group.rank], step[2 * group.rank + 1]
-                reduced = {name: cut((own[name] + other[name]) / 2, SHARDS, shard) for name in own}
-                result = {name: x for name, x in reduced.items() if not x.numel()}
-                for names in UNITS.values():
-                    bucket = Bucket.of([(name, reduced[name]) for name in names if reduced[name].numel()])
-                    method: Any = self.methods[shard][group.rank]
-                    method.exchange(bucket, group)
-                    method.receive(bucket)
-                    method.exchanges[[method.index.position[name] for name in bucket.names]] += 1
-                    result |= dict(bucket.views())
-                return result
-
-            first, second = world.run(exchange)
-            for name, parts in out.items():
-                assert torch.equal(first[name], second[name])
-                parts.append(first[name])
-        return {name: torch.cat(parts) for name, parts in out.items()}
-
-
-def train_alone(mean: Callable[[list[Flats]], Flats], steps: int, momentum: float = 0.9) -> nn.Module:
-    """The unsharded model after steps with gradients averaged by `mean`."""
+def train_replica(group: Group, method: dict[str, Any], steps: int, momentum: float) -> nn.Module:
+    """What FSDP's replica of two shards should do, on one process: a method for each shard, alone."""
     model = Uneven()
     optimizer = sgd(model, momentum)
+    methods: list[Any] = [build(method) for _ in range(SHARDS)]
+    for shard, one in enumerate(methods):
+        cuts = ((name, p, cut(p, SHARDS, shard)) for name, p in model.named_parameters())
+        one.bind([(name, x.view(-1, *p.shape[1:])) for name, p, x in cuts if x.numel()], group)
     for step in range(steps):
-        averaged = mean(gradients(model, step))
+        own, other = (gradient(model, SHARDS * group.rank + shard, step) for shard in range(SHARDS))
+        averaged = []
+        for shard, one in enumerate(methods):
+            parts = {name: cut((own[name] + other[name]) / 2, SHARDS, shard) for name in own}
+            for names in UNITS.values():
+                bucket = Bucket.of([(name, parts[name]) for name in names if parts[name].numel()])
+                one.exchange(bucket, group)
+                one.receive(bucket)
+                one.exchanges[[one.index.position[name] for name in bucket.names]] += 1
+                parts |= dict(bucket.views())
+            averaged.append(parts)
         for name, p in model.named_parameters():
-            p.grad = averaged[name].view_as(p).clone()
+            p.grad = torch.cat([parts[name] for parts in averaged]).view_as(p)
         optimizer.step()
     return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from huggingface_ranks import HuggingFaceRanks, alone, new_accelerator, two  # noqa: F401
+from ddp_by_hand import train_by_ddp
+from framework_ranks import new_accelerator
+from pool import Pool
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from commopt import attach, build
-from commopt.errors import CommoptError, MissingExtra
+from commopt.errors import CheckpointError, CommoptError
 from commopt.run.stand_in import StandIn
 
 ONEBIT = {"name": "onebit_adam", "freeze_step": 3, "scale": "l1", "block_size": 64}
 EF = {"name": "ef_sign", "scale": "l1", "block_size": 64}
 STEPS = 7
+on_two_ranks, alone = (pytest.mark.ranks("huggingface", n) for n in (2, 1))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -32,14 +33,6 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
-
-
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=0.01)
-
-
-def half(step: int) -> float:
-    return float(0.9**step)
 
 
 def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: float = 0.0, schedule: Any = None) -> None:
@@ -56,54 +49,28 @@ def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: floa
 
 
 def optimizer_for(method: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    return adam(model) if method["name"].endswith("_adam") else sgd(model)
+    return adamw(model) if method["name"].endswith("_adam") else sgd(model)
 
 
 def reference(
-    method: dict[str, Any],
-    *,
-    clip: float = 0.0,
-    every: int = 1,
-    make_schedule: Any = None,
-    scaler: Any = None,
-    steps: int = STEPS,
+    method: dict[str, Any], *, clip: float = 0.0, every: int = 1, make_schedule: Any = None, scaler: Any = None
 ) -> tuple[Tensor, float]:
     """The same training by DDP in a loop of its own: parameters, and bytes sent."""
     model = make_model()
     optimizer = optimizer_for(method, model)
     schedule: Any = make_schedule(optimizer) if make_schedule else None
-    wrapped = DistributedDataParallel(model)
-    run = attach(wrapped, method, optimizer, grad_scaler=scaler)
-    optimizer = run.optimizer
-    for step in range(steps):
-        x, y = make_batch(dist.get_rank(), step)
-        is_last = (step + 1) % every == 0
-        wrapped.require_backward_grad_sync = is_last
-        loss = loss_of(wrapped(x), y) / every
-        (scaler.scale(loss) if scaler else loss).backward()
-        if not is_last:
-            continue
-        if clip:
-            if scaler:
-                scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
-        for _ in range(2 if schedule is not None else 0):  # as Accelerate, which counts every rank's batch
+
+    def step_twice() -> None:  # as Accelerate, which counts every rank's batch
+        for _ in range(2 if schedule else 0):
             schedule.step()
-        optimizer.zero_grad()
-    run.close()
-    return flat(model), run.traffic.payload_bytes
+
+    batches = [make_batch(dist.get_rank(), step) for step in range(STEPS)]
+    return train_by_ddp(model, method, optimizer, batches, every=every, clip=clip, scaler=scaler, schedule=step_twice)
 
 
-def trained(
-    method: dict[str, Any], *, built: bool = True, clip: float = 0.0, every: int = 1, make_schedule: Any = None
-) -> tuple[Tensor, float, bool]:
-    """By Accelerate: parameters, bytes, and whether replicas are equal."""
-    accelerator = new_accelerator(gradient_accumulation_steps=every)
+def against_ddp(method: dict[str, Any], *, built: bool = False, make_schedule: Any = None, **options: Any) -> None:
+    """Parameters and bytes are those of DDP."""
+    accelerator = new_accelerator(gradient_accumulation_steps=options.get("every", 1))
     model: Any = make_model()
     optimizer: Any = optimizer_for(method, model)
     schedule = make_schedule(optimizer) if make_schedule else None
@@ -111,41 +78,35 @@ def trained(
     run = attach(model, build(method) if built else method, optimizer)
     assert optimizer.optimizer is run.optimizer
     assert isinstance(run.optimizer, StandIn) == (run.method.kind == "update")
-    train(accelerator, model, optimizer, range(STEPS), clip, schedule)
-    equal = run.replicas_are_equal()
+    train(accelerator, model, optimizer, range(STEPS), options.get("clip", 0.0), schedule)
+    nbytes = run.traffic.payload_bytes
+    assert run.replicas_are_equal()
     run.close()
     assert not isinstance(optimizer.optimizer, StandIn)
-    return flat(model.module), run.traffic.payload_bytes - 32, equal
+    expected, expected_nbytes = reference(method, make_schedule=make_schedule, **options)
+    assert torch.equal(flat(model.module), expected)
+    assert nbytes == expected_nbytes > 0
 
 
-def against_ddp(method: dict[str, Any], options: dict[str, Any], built: bool) -> tuple[bool, bool, float, bool]:
-    parameters, nbytes, equal = trained(method, built=built, **options)
-    expected, expected_nbytes = reference(method, **options)
-    return torch.equal(parameters, expected), nbytes == expected_nbytes, nbytes, equal
-
-
-@pytest.mark.parametrize("built", [True, False], ids=["built", "named"])
 @pytest.mark.parametrize(
     ("method", "options"),
     [
         (ONEBIT, {}),
         (EF, {"clip": 0.5}),
+        (EF, {"clip": 0.5, "built": True}),
         ({"name": "dgc", "density": 0.1, "warmup_steps": 2}, {}),
-        (ONEBIT, {"every": 2}),
+        (ONEBIT, {"every": 2, "built": True}),
         (EF, {"every": 3}),
     ],
-    ids=["onebit_adam", "ef_sign, clipped", "dgc", "onebit_adam, accumulated", "ef_sign, accumulated"],
+    ids=["onebit_adam", "ef_sign, clipped", "built", "dgc", "onebit_adam, built, accumulated", "ef_sign, accumulated"],
 )
-def test_training_is_that_of_ddp(two: HuggingFaceRanks, method: Any, options: Any, built: bool) -> None:  # noqa: F811
-    for same, same_bytes, nbytes, equal in two.call(against_ddp, method, options, built):
-        assert same
-        assert equal
-        assert same_bytes
-        assert nbytes > 0
+@on_two_ranks
+def test_training_is_that_of_ddp(method: Any, options: Any) -> None:
+    against_ddp(method, **options)
 
 
 def lambda_schedule(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, half)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(0.9**step))
 
 
 def one_cycle(optimizer: Any) -> Any:
@@ -154,53 +115,69 @@ def one_cycle(optimizer: Any) -> Any:
 
 def sequence(optimizer: Any) -> Any:
     kinds = torch.optim.lr_scheduler
-    parts = [kinds.ConstantLR(optimizer, 0.5, 2), kinds.LambdaLR(optimizer, half)]
+    parts = [kinds.ConstantLR(optimizer, 0.5, 2), kinds.LambdaLR(optimizer, lambda step: float(0.9**step))]
     return kinds.SequentialLR(optimizer, parts, milestones=[4])
 
 
 @pytest.mark.parametrize("make_schedule", [lambda_schedule, one_cycle, sequence])
-def test_a_schedule_goes_on_with_the_method_that_took_adams_place(two: HuggingFaceRanks, make_schedule: Any) -> None:  # noqa: F811
-    for same, *_ in two.call(against_ddp, ONEBIT, {"make_schedule": make_schedule}, False):
-        assert same
+@on_two_ranks
+def test_a_schedule_goes_on_with_the_method_that_took_adams_place(make_schedule: Any) -> None:
+    against_ddp(ONEBIT, make_schedule=make_schedule)
 
 
-def with_a_scaler(method: dict[str, Any], clip: float) -> tuple[bool, bool]:
-    def scaler() -> Any:
-        return torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+CLIPPED = pytest.mark.parametrize(
+    ("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"]
+)
 
+
+def with_scaler(method: dict[str, Any], scaler: torch.amp.GradScaler | None) -> tuple[Any, Any, Any, Any]:
+    """(accelerator, model, optimizer, run); Accelerate itself makes a scaler on devices with float16 only."""
     accelerator = new_accelerator()
-    accelerator.scaler = scaler()  # which Accelerate makes on devices with float16 only
+    accelerator.scaler = scaler
     model: Any = make_model()
     model = accelerator.prepare_model(model)
-    optimizer = accelerator.prepare_optimizer(adam(model) if method == ONEBIT else sgd(model))
-    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
-    run: Any = attach(model, method, optimizer)
+    optimizer = accelerator.prepare_optimizer(optimizer_for(method, model))
+    if scaler is not None:
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
+    return accelerator, model, optimizer, attach(model, method, optimizer)
+
+
+def new_scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+
+
+@CLIPPED
+@on_two_ranks
+def test_accelerates_scaler_is_found(method: Any, clip: float) -> None:
+    accelerator, model, optimizer, run = with_scaler(method, new_scaler())
     train(accelerator, model, optimizer, range(STEPS), clip)
-    is_known = run.grad_scaler is accelerator.scaler
+    assert run.grad_scaler is accelerator.scaler
     run.close()
-    expected, _ = reference(method, clip=clip, scaler=scaler())
-    return is_known, torch.equal(flat(model.module), expected)
+    assert torch.equal(flat(model.module), reference(method, clip=clip, scaler=new_scaler())[0])
 
 
-@pytest.mark.parametrize(("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"])
-def test_accelerates_scaler_is_found(two: HuggingFaceRanks, method: Any, clip: float) -> None:  # noqa: F811
-    for is_known, same in two.call(with_a_scaler, method, clip):
-        assert is_known
-        assert same
+@CLIPPED
+@alone
+def test_one_process_trains_alike_with_a_scaler(method: Any, clip: float) -> None:
+    results = []
+    for scaler in (None, new_scaler()):  # whose scale is a power of two
+        accelerator, model, optimizer, _ = with_scaler(method, scaler)
+        train(accelerator, model, optimizer, range(STEPS), clip)
+        results.append(flat(model))
+    assert torch.equal(*results)
 
 
-def in_bf16() -> tuple[bool, bool, str]:
+@on_two_ranks
+def test_autocast_leaves_replicas_equal() -> None:
     accelerator = new_accelerator(mixed_precision="bf16")
     model: Any = make_model()
     model, optimizer = accelerator.prepare(model, adamw(model))
     run = attach(model, ONEBIT, optimizer)
     before = flat(model.module)
     train(accelerator, model, optimizer, range(STEPS))
-    return run.replicas_are_equal(), torch.equal(before, flat(model.module)), str(next(model.parameters()).dtype)
-
-
-def test_autocast_leaves_replicas_equal(two: HuggingFaceRanks) -> None:  # noqa: F811
-    assert two.call(in_bf16) == [(True, False, "torch.float32")] * 2
+    assert run.replicas_are_equal()
+    assert not torch.equal(before, flat(model.module))
+    assert next(model.parameters()).dtype == torch.float32
 
 
 # -- checkpoints
@@ -211,30 +188,10 @@ def prepared(method: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     accelerator = new_accelerator()
     is_outer = method["name"] in ("noloco", "diloco")
     model: Any = make_model()
-    optimizer: Any = adamw(model) if method["name"].endswith("_adam") else sgd(model)
+    optimizer: Any = optimizer_for(method, model)
     model = accelerator.prepare_model(model, evaluation_mode=is_outer)
     optimizer = accelerator.prepare(optimizer)
     return accelerator, model, optimizer, attach(model, method, optimizer)
-
-
-def resumed(method: dict[str, Any], folder: str) -> tuple[bool, bool]:
-    """Whether training goes on bit for bit, and whether it had anything to go on with."""
-    accelerator, model, optimizer, run = prepared(method)
-    run.join()
-    train(accelerator, model, optimizer, range(5))
-    accelerator.save_state(folder)
-    accelerator.wait_for_everyone()
-    train(accelerator, model, optimizer, range(5, 11))
-    after = flat(model)
-    run.close()
-    accelerator, model, optimizer, run = prepared(method)
-    untouched = flat(model)
-    accelerator.load_state(folder)
-    has_moved = not torch.equal(untouched, flat(model))
-    run.join()
-    train(accelerator, model, optimizer, range(5, 11))
-    run.close()
-    return torch.equal(after, flat(model)), has_moved and run.steps == 11
 
 
 LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler": 2, "local_step_clipper": 4}
@@ -245,16 +202,33 @@ LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler
     [ONEBIT, EF, LOCAL_STEPS, {"name": "noloco", "every": 2, "delay": 1}],
     ids=["onebit_adam", "ef_sign", "zero_one_adam", "noloco"],
 )
-def test_training_goes_on_bit_for_bit_from_save_state(two: HuggingFaceRanks, method: Any, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(resumed, method, str(tmp_path)) == [(True, True)] * 2
+@on_two_ranks
+def test_training_goes_on_bit_for_bit_from_save_state(method: Any, tmp_path: Path) -> None:
+    accelerator, model, optimizer, run = prepared(method)
+    run.join()
+    train(accelerator, model, optimizer, range(5))
+    accelerator.save_state(tmp_path)
+    accelerator.wait_for_everyone()
     assert (tmp_path / "commopt").is_dir()
     assert not list(tmp_path.glob("custom_checkpoint_*"))  # which Accelerate would unpickle without a safeguard
+    train(accelerator, model, optimizer, range(5, 11))
+    after = flat(model)
+    run.close()
+    accelerator, model, optimizer, run = prepared(method)
+    untouched = flat(model)
+    accelerator.load_state(tmp_path)
+    assert not torch.equal(untouched, flat(model))
+    run.join()
+    train(accelerator, model, optimizer, range(5, 11))
+    run.close()
+    assert torch.equal(after, flat(model))
+    assert run.steps == 11
 
 
 TOP_K = {"name": "top_k", "density": 0.1}
 
 
-def saved(folder: str) -> Tensor:
+def saved(folder: Path) -> Tensor:
     accelerator, model, optimizer, run = prepared(TOP_K)
     train(accelerator, model, optimizer, range(5))
     accelerator.save_state(folder)
@@ -268,98 +242,80 @@ def residuals(run: Any) -> Tensor:
     return saved["worker_residual"].reshape(-1).clone()
 
 
-def loaded(folder: str) -> Tensor:
+def loaded(folder: Path) -> Tensor:
     accelerator, _, _, run = prepared(TOP_K)
     accelerator.load_state(folder)
     run.close()
     return residuals(run)
 
 
-def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(
-    two: HuggingFaceRanks,  # noqa: F811
-    alone: HuggingFaceRanks,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    first, second = two.call(saved, str(tmp_path))
-    (own,) = alone.call(loaded, str(tmp_path))
+def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(huggingface_ranks: Pool, tmp_path: Path) -> None:
+    first, second = huggingface_ranks.run(2, saved, tmp_path)
+    (own,) = huggingface_ranks.run(1, loaded, tmp_path)
     assert first.any()
     assert torch.equal(own, (first + second) / 2)
 
 
-def load_refused(folder: str, method: dict[str, Any]) -> str:
+def assert_load_refused(folder: Path, method: dict[str, Any], said: str) -> None:
     accelerator, model, _, run = prepared(method)
     before = flat(model)
-    try:
+    with pytest.raises(CheckpointError, match=said):
         accelerator.load_state(folder)
-    except CommoptError as error:
-        assert torch.equal(before, flat(model))
-        return f"{type(error).__name__}: {error}"
-    finally:
-        run.close()
-    return ""
+    assert torch.equal(before, flat(model))
+    run.close()
 
 
-def test_a_missing_state_is_an_error_on_every_rank(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    two.call(saved, str(tmp_path))
-    for answer in two.call(load_refused, str(tmp_path), EF):
-        assert re.match("CheckpointError: .* was saved under top_k, not ef_sign", answer), answer
-    (tmp_path / "commopt" / "rank1.safetensors").unlink()
-    for answer in two.call(load_refused, str(tmp_path), TOP_K):
-        assert re.match("CheckpointError: .*rank1.safetensors", answer), answer
+@on_two_ranks
+def test_a_missing_state_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    saved(tmp_path)
+    assert_load_refused(tmp_path, EF, "was saved under top_k, not ef_sign")
+    if dist.get_rank() == 0:
+        (tmp_path / "commopt" / "rank1.safetensors").unlink()
+    dist.barrier()
+    assert_load_refused(tmp_path, TOP_K, "rank1.safetensors")
 
 
-def saved_without(folder: str) -> str:
+@on_two_ranks
+def test_a_state_without_a_method_is_an_error(tmp_path: Path) -> None:
     accelerator = new_accelerator()
     model: Any = make_model()
     accelerator.prepare(model, sgd(model))
-    accelerator.save_state(folder)
+    accelerator.save_state(tmp_path)
     accelerator.wait_for_everyone()
-    return load_refused(folder, TOP_K)
+    assert_load_refused(tmp_path, TOP_K, "was saved without a method; take another")
 
 
-def test_a_state_without_a_method_is_an_error(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    for answer in two.call(saved_without, str(tmp_path)):
-        assert re.match("CheckpointError: .* was saved without a method; take another", answer), answer
-
-
-def two_models(folder: str) -> list[bool]:
-    """Whether each of two runs of one Accelerator gets its own block back."""
-
-    def make() -> tuple[Any, list[Any]]:
-        accelerator = new_accelerator()
-        runs = []
+@on_two_ranks
+def test_each_of_two_models_has_a_block_of_its_own(tmp_path: Path) -> None:
+    states = []
+    for is_loaded in (False, True):
+        accelerator, runs = new_accelerator(), []
         for method in (TOP_K, ONEBIT):
             model: Any = make_model()
             model, optimizer = accelerator.prepare(model, optimizer_for(method, model))
             runs.append(attach(model, method, optimizer))
-            train(accelerator, model, optimizer, range(2 if folder else 0))
-        return accelerator, runs
-
-    accelerator, runs = make()
-    accelerator.save_state(folder)
-    accelerator.wait_for_everyone()
-    before = [run.method.saved() for run in runs]
-    accelerator, others = make()
-    accelerator.load_state(folder)
-    return [
-        all(torch.equal(x, other.method.saved()[held][key]) for held in saved for key, x in saved[held].items())
-        for saved, other in zip(before, others, strict=True)
-    ]
-
-
-def test_each_of_two_models_has_a_block_of_its_own(two: HuggingFaceRanks, tmp_path: Path) -> None:  # noqa: F811
-    assert two.call(two_models, str(tmp_path)) == [[True, True]] * 2
+            train(accelerator, model, optimizer, range(0 if is_loaded else 2))
+        if is_loaded:
+            accelerator.load_state(tmp_path)
+        else:
+            accelerator.save_state(tmp_path)
+            accelerator.wait_for_everyone()
+        states.append([run.method.saved() for run in runs])
+    for before, after in zip(*states, strict=True):
+        for held, tensors in before.items():
+            assert all(torch.equal(x, after[held][key]) for key, x in tensors.items())
 
 
 # -- outer methods, and one process
 
 
-def by_an_outer_method(method: dict[str, Any]) -> tuple[bool, float]:
+@on_two_ranks
+def test_an_outer_method_trains_as_without_accelerate() -> None:
+    method = {"name": "diloco", "every": 3}
     accelerator, model, optimizer, run = prepared(method)
     run.join()
     train(accelerator, model, optimizer, range(STEPS))
     run.finish()
-    parameters = flat(model)
     run.close()
     dist.barrier()
     other = make_model()
@@ -373,16 +329,13 @@ def by_an_outer_method(method: dict[str, Any]) -> tuple[bool, float]:
     twin.finish()
     twin.close()
     dist.barrier()
-    return torch.equal(parameters, flat(other)), run.traffic.payload_bytes
+    assert torch.equal(flat(model), flat(other))
+    assert run.traffic.payload_bytes > 0
 
 
-def test_an_outer_method_trains_as_without_accelerate(two: HuggingFaceRanks) -> None:  # noqa: F811
-    for same, nbytes in two.call(by_an_outer_method, {"name": "diloco", "every": 3}):
-        assert same
-        assert nbytes > 0
-
-
-def in_one_process(method: dict[str, Any]) -> bool:
+@pytest.mark.parametrize("method", [ONEBIT, EF], ids=["onebit_adam", "ef_sign"])
+@alone
+def test_one_process_trains_as_without_accelerate(method: Any) -> None:
     accelerator = new_accelerator(gradient_accumulation_steps=2)
     model: Any = make_model()
     model, optimizer = accelerator.prepare(model, optimizer_for(method, model))
@@ -396,102 +349,52 @@ def in_one_process(method: dict[str, Any]) -> bool:
         if step % 2:
             run.optimizer.step()
             run.optimizer.zero_grad()
-    return torch.equal(flat(model), flat(other))
-
-
-@pytest.mark.parametrize("method", [ONEBIT, EF], ids=["onebit_adam", "ef_sign"])
-def test_one_process_trains_as_without_accelerate(alone: HuggingFaceRanks, method: Any) -> None:  # noqa: F811
-    assert alone.call(in_one_process, method) == [True]
-
-
-def parameters_with(scale: float | None, method: dict[str, Any], clip: float) -> Tensor:
-    accelerator = new_accelerator()
-    if scale is not None:
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
-    model: Any = make_model()
-    model = accelerator.prepare_model(model)
-    optimizer = accelerator.prepare_optimizer(optimizer_for(method, model))
-    if scale is not None:
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
-    attach(model, method, optimizer)
-    train(accelerator, model, optimizer, range(STEPS), clip)
-    return flat(model)
-
-
-@pytest.mark.parametrize(("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"])
-def test_one_process_trains_alike_with_a_scaler(alone: HuggingFaceRanks, method: Any, clip: float) -> None:  # noqa: F811
-    plain, scaled = (alone.call(parameters_with, scale, method, clip)[0] for scale in (None, 256.0))
-    assert torch.equal(plain, scaled)  # the scale is a power of two
+    assert torch.equal(flat(model), flat(other))
 
 
 # -- what does not fit
 
 
-def refused(case: str) -> str:
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
-
-    options: dict[str, Any] = {}
-    if case == "hook":
-        options["kwargs_handlers"] = [DistributedDataParallelKwargs(comm_hook="fp16")]
-    if case == "sync_each_batch":
-        plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
-        options["gradient_accumulation_plugin"] = plugin
-    accelerator = new_accelerator(**options)
-    own = make_model()
-    optimizer: Any = adamw(own)
-    wrapped = accelerator.prepare_model(own, evaluation_mode=case == "without ddp")
-    try:
-        CASES[case][0](accelerator, wrapped, own, optimizer)
-    except CommoptError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+def go(choice: Any, **options: Any) -> Callable[..., object]:
+    return lambda _, wrapped, optimizer: attach(wrapped, choice, optimizer, **options)
 
 
-def go(choice: Any, **options: Any) -> Callable[..., None]:
-    def attempt(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-        attach(wrapped, choice, accelerator.prepare(optimizer), **options)
-
-    return attempt
-
-
-def after_a_step(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    optimizer = accelerator.prepare(optimizer)
+def after_a_step(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     train(accelerator, wrapped, optimizer, range(1))
     attach(wrapped, ONEBIT, optimizer)
 
 
-def unprepared_model(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(make_model(), EF, accelerator.prepare(optimizer))
-
-
-def unprepared_optimizer(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
+def unprepared_optimizer(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     from accelerate.optimizer import AcceleratedOptimizer
 
-    attach(wrapped, EF, AcceleratedOptimizer(optimizer))
+    attach(wrapped, EF, AcceleratedOptimizer(optimizer.optimizer))
 
 
-def another_on_rank_1(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(wrapped, "onebit_adm" if dist.get_rank() == 1 else EF, accelerator.prepare(optimizer))
-
-
-def clipping_an_update(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    optimizer = accelerator.prepare(optimizer)
+def clipping_an_update(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     attach(wrapped, ONEBIT, optimizer)
     train(accelerator, wrapped, optimizer, range(1), clip=0.1)
 
 
-def stepping_what_was_replaced(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    attach(wrapped, ONEBIT, accelerator.prepare(optimizer))
-    optimizer.step()
+def stepping_what_was_replaced(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
+    replaced = optimizer.optimizer
+    attach(wrapped, ONEBIT, optimizer)
+    replaced.step()
 
 
-def twice(accelerator: Any, wrapped: Any, own: Any, optimizer: Any) -> None:
-    optimizer = accelerator.prepare(optimizer)
+def twice(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     attach(wrapped, EF, optimizer)
     attach(wrapped, EF, optimizer)
 
 
-CASES: dict[str, tuple[Callable[..., None], str]] = {
+def unprepared_model(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
+    attach(make_model(), EF, optimizer)
+
+
+def another_on_rank_1(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
+    attach(wrapped, "onebit_adm" if dist.get_rank() == 1 else EF, optimizer)
+
+
+CASES: dict[str, tuple[Callable[..., object], str]] = {
     "hook": (go(EF), r"AttachError: DistributedDataParallelKwargs\(comm_hook='fp16'\): .* leave it out"),
     "sync_each_batch": (go(EF), "AttachError: sync_each_batch: it exchanges"),
     "optimizer": (unprepared_optimizer, "AttachError: an AcceleratedOptimizer without its Accelerator: .*prepare"),
@@ -511,33 +414,43 @@ CASES: dict[str, tuple[Callable[..., None], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_does_not_fit_is_refused_on_every_rank(two: HuggingFaceRanks, case: str) -> None:  # noqa: F811
-    for answer in two.call(refused, case):
-        assert re.match(CASES[case][1], answer), answer
+@on_two_ranks
+def test_what_does_not_fit_is_refused_on_every_rank(case: str) -> None:
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    options: dict[str, Any] = {}
+    if case == "hook":
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(comm_hook="fp16")]
+    if case == "sync_each_batch":
+        plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
+        options["gradient_accumulation_plugin"] = plugin
+    accelerator = new_accelerator(**options)
+    model: Any = make_model()
+    optimizer = accelerator.prepare(adamw(model))
+    wrapped = accelerator.prepare_model(model, evaluation_mode=case == "without ddp")
+    work, said = CASES[case]
+    with pytest.raises(CommoptError) as caught:
+        work(accelerator, wrapped, optimizer)
+    assert re.match(said, f"{type(caught.value).__name__}: {caught.value}"), caught.value
 
 
-def exchanging_twice() -> str:
+@on_two_ranks
+def test_a_second_exchange_is_told_what_accelerate_has_for_it() -> None:
     accelerator = new_accelerator()
     model: Any = make_model()
     model, optimizer = accelerator.prepare(model, sgd(model))
     attach(model, EF, optimizer)
-    try:
-        for step in range(2):
-            x, y = make_batch(dist.get_rank(), step)
-            accelerator.backward(loss_of(model(x), y))
-    except RuntimeError as error:  # autograd's own, around ours
-        return str(error)
-    return ""
+    x, y = make_batch(dist.get_rank(), 0)
+    accelerator.backward(loss_of(model(x), y))
+    loss = loss_of(model(x), y)
+    # RuntimeError is autograd's own, around ours
+    with pytest.raises(RuntimeError, match=r"exchanges a second time(.|\n)*under accelerator.accumulate\(model\)"):
+        accelerator.backward(loss)
 
 
-def test_a_second_exchange_is_told_what_accelerate_has_for_it(two: HuggingFaceRanks) -> None:  # noqa: F811
-    for answer in two.call(exchanging_twice):
-        assert "exchanges a second time" in answer
-        assert "under accelerator.accumulate(model)" in answer
-
-
-def sharded(**options: Any) -> str:
-    """What a model by fully_shard is handed on to; on CPUs Accelerate itself shards nothing, so its state is set by hand."""
+@on_two_ranks
+def test_fsdp2_is_handed_on() -> None:
+    """On CPUs Accelerate itself shards nothing, so its state is set by hand."""
     from accelerate.utils import DistributedType
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -549,48 +462,27 @@ def sharded(**options: Any) -> str:
     accelerator._models.append(model)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=2)
-    try:
-        run = attach(model, "two_way", optimizer, **options)
-    except CommoptError as error:
-        return str(error)
+    with pytest.raises(CommoptError, match=r"^overlap=True with FSDP2:"):
+        attach(model, "two_way", optimizer, overlap=True)
+    run = attach(model, "two_way", optimizer)
     x, y = make_batch(dist.get_rank(), 0)
     accelerator.backward(loss_of(model(x), y))
     optimizer.step()
-    return f"{type(run).__name__}, {run.steps}"
+    assert type(run).__name__ == "ShardRun"
+    assert run.steps == 1
 
 
-def sharded_with_overlap() -> str:
-    return sharded(overlap=True)
-
-
-def test_fsdp2_is_handed_on(two: HuggingFaceRanks) -> None:  # noqa: F811
-    assert two.call(sharded) == ["ShardRun, 1"] * 2
-    assert [text.partition(":")[0] for text in two.call(sharded_with_overlap)] == ["overlap=True with FSDP2"] * 2
-
-
-def after_a_refusal() -> tuple[bool, bool]:
-    """Whether the prepared optimizer and its schedule are as they were, and can be used."""
+@on_two_ranks
+def test_a_refusal_leaves_optimizer_and_schedule_as_they_were() -> None:
     accelerator = new_accelerator()
     model: Any = make_model()
     adam = adamw(model)
     wrapped, optimizer, schedule = accelerator.prepare(model, adam, lambda_schedule(adam))
-    try:
+    with pytest.raises(CommoptError):
         attach(wrapped, "onebit_adam", optimizer, max_norm=1.0, overlap=True)
-    except CommoptError:
-        is_restored = optimizer.optimizer is adam and schedule.scheduler.optimizer is adam
+    assert optimizer.optimizer is schedule.scheduler.optimizer is adam
     x, y = make_batch(accelerator.process_index, 0)
     accelerator.backward(loss_of(wrapped.module(x), y))
     before = flat(model)
     optimizer.step()
-    return is_restored, not torch.equal(before, flat(model))
-
-
-def test_a_refusal_leaves_optimizer_and_schedule_as_they_were(two: HuggingFaceRanks) -> None:  # noqa: F811
-    assert two.call(after_a_refusal) == [(True, True)] * 2
-
-
-def test_without_the_package_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    monkeypatch.delitem(sys.modules, "commopt.frameworks.accelerate", raising=False)
-    with pytest.raises(MissingExtra, match=r"accelerate, which is not installed: pip install 'commopt\[accelerate\]'"):
-        import commopt.frameworks.accelerate  # noqa: F401
+    assert not torch.equal(before, flat(model))

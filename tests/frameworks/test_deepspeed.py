@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_rig import Ranks, engine_run, make_engine, plain_run, train, two_ranks
+from deepspeed_rig import engine_run, log, make_engine, plain_run, train
+from framework_ranks import gathered
 from rig import flat, make_model
 from torch import Tensor
 
-from commopt.groups import SimWorld, TorchGroup
+from commopt.errors import AttachError, CheckpointError
+from commopt.groups import TorchGroup
 
 STEPS = 6
+on_two_ranks = pytest.mark.ranks("deepspeed", 2)
 SGD = {"type": "SGD", "params": {"lr": 0.05}}
 
 
@@ -46,50 +47,30 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
-def simulated(n: int, *arguments: Any, **options: Any) -> list[Tensor]:
-    return SimWorld[Tensor](n, timeout_s=60).run(lambda group: plain_run(group, *arguments, **options))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=on_two_ranks) for case in CASES]
+    + [
+        pytest.param(case, marks=pytest.mark.ranks("deepspeed", 4), id=f"{case} on 4 ranks")
+        for case in ("OneBitAdam", "OneBitLamb", "dgc")
+    ],
+)
+def test_parameters_equal_those_of_the_plain_integration_bit_for_bit(case: str) -> None:
+    own, method, options = CASES[case]
+    run = engine_run(own, STEPS)
+    assert torch.equal(run, plain_run(TorchGroup.like(), method, options, STEPS))
+    assert not torch.equal(run, flat(make_model()))
 
 
-@pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    ranks = two_ranks()  # the same ones in all files
-    yield ranks
-    ranks.close()
-
-
-def all_runs(cases: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: engine_run(case[0], STEPS) for name, case in cases.items()}
-
-
-def both_runs(cases: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    group = TorchGroup.like()  # sums of four ranks depend on who carries them
-    return {
-        name: (engine_run(own, STEPS), plain_run(group, method, options, STEPS))
-        for name, (own, method, options) in cases.items()
-    }
-
-
-@pytest.mark.parametrize("n", [2, 4])
-def test_parameters_equal_those_of_the_plain_integration_bit_for_bit(n: int, two: Ranks) -> None:
-    ranks = two if n == 2 else Ranks(n)
-    try:
-        cases = CASES if n == 2 else {name: CASES[name] for name in ("OneBitAdam", "OneBitLamb", "dgc")}
-        runs = ranks.run(both_runs, cases)
-    finally:
-        if ranks is not two:
-            ranks.close()
-    for own in runs:
-        assert [name for name, (engine, plain) in own.items() if not torch.equal(engine, plain)] == []
-        assert all(not torch.equal(engine, flat(make_model())) for engine, _ in own.values())
-
-
-def other_doors() -> dict[str, Tensor]:
+@on_two_ranks
+def test_every_door_leads_to_the_same_training() -> None:
     import deepspeed
 
     import commopt
     from commopt.deepspeed import install
 
-    found = {}
+    group = TorchGroup.like()
+    expected = plain_run(group, "onebit_adam", {**UNCORRECTED, "freeze_step": 3}, STEPS)
     options = {"freeze_step": 3, "bias_correction": False}
     adam = {"lr": 0.01, "torch_adam": True, "weight_decay": 0.0}
     engine = make_engine({"optimizer": {"type": "Adam", "params": adam}}, ours=False)
@@ -98,8 +79,8 @@ def other_doors() -> dict[str, Tensor]:
     assert run is engine.commopt
     assert run.optimizer is engine.optimizer
     train(engine, STEPS)
-    found["attach by name"] = flat(engine.module)
-    with pytest.raises(commopt.errors.AttachError, match="has taken the place"):
+    assert torch.equal(flat(engine.module), expected)
+    with pytest.raises(AttachError, match="has taken the place"):
         was.step()
     run.close()
     assert engine.optimizer is engine.basic_optimizer is was
@@ -110,26 +91,17 @@ def other_doors() -> dict[str, Tensor]:
     block = {"commopt": {"method": "onebit_adam", **options}}
     engine = make_engine(block, model=model, optimizer=own, lr_scheduler=schedule)
     train(engine, STEPS)
-    found["client Adam with a scheduler"] = flat(engine.module)
+    assert torch.equal(flat(engine.module), expected)
+    original: Any = deepspeed.DeepSpeedEngine.__init__
+    install()
+    try:
+        assert torch.equal(engine_run(old("OnebitAdam", freeze_step=3), STEPS, False), expected)
+    finally:
+        deepspeed.DeepSpeedEngine.__init__ = original
     engine = make_engine({"optimizer": SGD}, ours=False)
     commopt.attach(engine, "ef_sign", engine.optimizer)
     train(engine, STEPS)
-    found["ef_sign by attach"] = flat(engine.module)
-    original: Any = deepspeed.DeepSpeedEngine.__init__
-    assert install() == ("deepspeed.DeepSpeedEngine.__init__",)
-    assert install() == ()
-    try:
-        found["install"] = engine_run(old("OnebitAdam", freeze_step=3), STEPS, False)
-    finally:
-        deepspeed.DeepSpeedEngine.__init__ = original
-    return found
-
-
-def test_every_door_leads_to_the_same_training(two: Ranks) -> None:
-    expected = simulated(2, "onebit_adam", {**UNCORRECTED, "freeze_step": 3}, STEPS)[0]
-    signs = simulated(2, "ef_sign", {}, STEPS)[0]
-    for found in two.run(other_doors):
-        assert [name for name, x in found.items() if not torch.equal(x, signs if "ef" in name else expected)] == []
+    assert torch.equal(flat(engine.module), plain_run(group, "ef_sign", {}, STEPS))
 
 
 HALF: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
@@ -144,40 +116,26 @@ HALF: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
 CLIPPED = {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2}
 
 
+@pytest.mark.parametrize("case", ["OneBitAdam", "OneBitLamb", "dgc"])
 @pytest.mark.parametrize("half", HALF)
-def test_masters_take_unscaled_float32_gradients(half: str, two: Ranks) -> None:
-    own, dtype, scale = HALF[half]
-    cases = {name: ({**CASES[name][0], **own},) for name in ("OneBitAdam", "OneBitLamb", "dgc")}
-    runs = two.run(all_runs, cases)
-    for name in cases:
-        _, method, options = CASES[name]
-        expected = simulated(2, method, options, STEPS, dtype, scale)
-        close = "grows" in half  # where float16 rounds at another scale
-        for run, other in zip(runs, expected, strict=True):
-            assert torch.allclose(run[name], other, atol=0.02) if close else torch.equal(run[name], other), name
+@on_two_ranks
+def test_masters_take_unscaled_float32_gradients(half: str, case: str) -> None:
+    settings, dtype, scale = HALF[half]
+    own, method, options = CASES[case]
+    run = engine_run({**own, **settings}, STEPS)
+    expected = plain_run(TorchGroup.like(), method, options, STEPS, dtype, scale)
+    close = "grows" in half  # where float16 rounds at another scale
+    assert torch.allclose(run, expected, atol=0.02) if close else torch.equal(run, expected)
 
 
-def test_clipping_is_by_the_norm_of_the_mean_and_only_at_the_boundary(two: Ranks) -> None:
-    dense = {"optimizer": SGD, "commopt": "dense", **CLIPPED}
-    adam = {**old("OneBitAdam", freeze_step=3), **CLIPPED}
-    runs = two.run(all_runs, {"dense": (dense,), "onebit_adam": (adam,)})
-    expected = simulated(2, "dense", {}, STEPS, clip=0.5, micro_batches=2)
-    assert torch.equal(runs[0]["dense"], expected[0])
+@on_two_ranks
+def test_clipping_is_by_the_norm_of_the_mean_and_only_at_the_boundary() -> None:
+    group = TorchGroup.like()
+    run = engine_run({"optimizer": SGD, "commopt": "dense", **CLIPPED}, STEPS)
+    assert torch.equal(run, plain_run(group, "dense", {}, STEPS, clip=0.5, micro_batches=2))
+    run = engine_run({**old("OneBitAdam", freeze_step=3), **CLIPPED}, STEPS)
     options = {**UNCORRECTED, "freeze_step": 3, "max_norm": 0.5}
-    expected = simulated(2, "onebit_adam", options, STEPS, micro_batches=2)
-    assert torch.equal(runs[0]["onebit_adam"], expected[0])
-
-
-def overflown(own: dict[str, Any]) -> tuple[Any, ...]:
-    engine = make_engine({**own, "fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}})
-    train(engine, 4)
-    before = [flat(engine.module), *(x.clone() for x in local(engine))]
-    train(engine, 1, first=4, poison={4: 1e9})
-    after = [flat(engine.module), *local(engine)]
-    unharmed = all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-    skipped, scale = engine.skipped_steps, engine.optimizer.loss_scale_config.cur_scale
-    train(engine, 2, first=5)
-    return unharmed, skipped, scale, engine.skipped_steps, engine.commopt.replicas_are_equal(), engine.commopt.steps
+    assert torch.equal(run, plain_run(group, "onebit_adam", options, STEPS, micro_batches=2))
 
 
 def local(engine: Any) -> list[Tensor]:
@@ -186,24 +144,17 @@ def local(engine: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", ["OneBitAdam", "ef_sign"])
-def test_an_overflow_on_one_rank_is_skipped_on_all_and_harms_no_residual(case: str, two: Ranks) -> None:
-    assert two.run(overflown, CASES[case][0]) == [(True, 1, 128.0, 1, True, 6)] * 2
-
-
-def resumed(own: dict[str, Any], folder: str, first: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    engine = make_engine(own)
-    train(engine, first)
-    engine.save_checkpoint(folder, client_state={"note": 7})
-    train(engine, 3, first=first)
-    on = flat(engine.module).float()
-    engine.commopt.close()
-    again = make_engine(own, model=make_model().apply(lambda module: None))
-    with torch.no_grad():
-        for p in again.module.parameters():
-            p.add_(1.0)
-    _, client_state = again.load_checkpoint(folder)
-    train(again, 3, first=first)
-    return on, flat(again.module).float(), client_state
+@on_two_ranks
+def test_an_overflow_on_one_rank_is_skipped_on_all_and_harms_no_residual(case: str) -> None:
+    engine = make_engine({**CASES[case][0], "fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}})
+    train(engine, 4)
+    before = [flat(engine.module), *(x.clone() for x in local(engine))]
+    train(engine, 1, first=4, poison={4: 1e9})
+    assert all(torch.equal(x, y) for x, y in zip(before, [flat(engine.module), *local(engine)], strict=True))
+    assert (engine.skipped_steps, engine.optimizer.loss_scale_config.cur_scale) == (1, 128.0)
+    train(engine, 2, first=5)
+    assert (engine.skipped_steps, engine.commopt.steps) == (1, 6)
+    assert engine.commopt.replicas_are_equal()
 
 
 CHECKPOINTS = {
@@ -216,144 +167,110 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_a_loaded_checkpoint_goes_on_bit_for_bit(case: str, two: Ranks, tmp_path: Path) -> None:
-    for on, again, client_state in two.run(resumed, CHECKPOINTS[case], str(tmp_path), 5):
-        assert torch.equal(on, again)
-        assert client_state["note"] == 7
+@on_two_ranks
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(case: str, tmp_path: Path) -> None:
+    engine = make_engine(CHECKPOINTS[case])
+    train(engine, 5)
+    engine.save_checkpoint(tmp_path, client_state={"note": 7})
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("commopt*")] == ["global_step5/commopt"]
+    train(engine, 3, first=5)
+    engine.commopt.close()
+    again = make_engine(CHECKPOINTS[case])
+    with torch.no_grad():
+        for p in again.module.parameters():
+            p.add_(1.0)
+    _, client_state = again.load_checkpoint(tmp_path)
+    train(again, 3, first=5)
+    assert torch.equal(flat(engine.module), flat(again.module))
+    assert client_state["note"] == 7
 
 
-def foreign_checkpoints(folder: str) -> list[str]:
-    from commopt.errors import CheckpointError
-
+@on_two_ranks
+def test_a_checkpoint_without_the_methods_state_is_refused(tmp_path: Path) -> None:
     adam = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
-    make_engine(adam, ours=False).save_checkpoint(folder, tag="dense")
-    told = []
+    make_engine(adam, ours=False).save_checkpoint(tmp_path, tag="dense")
     engine = make_engine(CASES["OneBitAdam"][0])
-    for act, options in ((engine.load_checkpoint, {"tag": "dense"}), (engine.commopt.save, {})):
-        try:
-            act(folder, **options)
-        except CheckpointError as error:
-            told.append(str(error))
-    engine.load_checkpoint(folder, tag="dense", load_module_only=True)
+    with pytest.raises(CheckpointError, match="saved without onebit_adam's state"):
+        engine.load_checkpoint(tmp_path, tag="dense")
+    with pytest.raises(CheckpointError, match=r"engine\.save_checkpoint"):
+        engine.commopt.save(tmp_path)
+    engine.load_checkpoint(tmp_path, tag="dense", load_module_only=True)
     train(engine, 1)
-    return told
-
-
-def test_a_checkpoint_without_the_methods_state_is_refused(two: Ranks, tmp_path: Path) -> None:
-    for missing, other in two.run(foreign_checkpoints, str(tmp_path)):
-        assert "saved without onebit_adam's state" in missing
-        assert "engine.save_checkpoint" in other
-
-
-def counted(own: dict[str, Any]) -> tuple[list[str], float, bool]:
-    """What DeepSpeed and torch are asked to send while an engine trains: names of calls, our own bytes, equal replicas."""
-    from deepspeed import comm
-
-    engine = make_engine(own)
-    calls: list[str] = []
-
-    def spy(name: str) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return originals[name](*args, **kwargs)
-
-        return called
-
-    names = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_gather_into_tensor", "reduce")
-    originals = {name: getattr(comm, name) for name in names}
-    ours = dist.all_reduce
-    sent: list[int] = []
-
-    def count(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(x.nbytes)
-        return ours(x, *args, **kwargs)
-
-    for name in names:
-        setattr(comm, name, spy(name))
-    before, dist.all_reduce = engine.commopt.traffic.payload_bytes, count  # type: ignore[assignment]
-    train(engine, 1)
-    dist.all_reduce = ours
-    for name in names:
-        setattr(comm, name, originals[name])
-    assert sum(sent) == engine.commopt.traffic.payload_bytes - before  # of 2 ranks each sends its part once
-    return calls, sum(sent), engine.commopt.replicas_are_equal()
 
 
 @pytest.mark.parametrize("half", ["fp32", "bf16"])
-def test_deepspeed_itself_exchanges_nothing(half: str, two: Ranks) -> None:
-    own = {**old("OneBitAdam", freeze_step=3), **(HALF[half][0] if half in HALF else {})}
+@on_two_ranks
+def test_deepspeed_itself_exchanges_nothing(half: str) -> None:
+    from deepspeed import comm
+
+    engine = make_engine({**old("OneBitAdam", freeze_step=3), **(HALF[half][0] if half in HALF else {})})
+    sent: list[int] = []
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a call of DeepSpeed's")
+
+    def counted(x: Tensor, *args: Any, all_reduce: Any = dist.all_reduce, **kwargs: Any) -> Any:
+        sent.append(x.nbytes)
+        return all_reduce(x, *args, **kwargs)
+
+    before = engine.commopt.traffic.payload_bytes
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_gather_into_tensor", "reduce"):
+            patch.setattr(comm, name, refused)
+        patch.setattr(dist, "all_reduce", counted)
+        train(engine, 1)
+    assert sum(sent) == engine.commopt.traffic.payload_bytes - before  # of 2 ranks each sends its part once
     nbytes = 4 * flat(make_model()).numel()
-    for calls, sent, is_equal in two.run(counted, own):
-        assert calls == []
-        assert nbytes <= sent < nbytes + 64  # the mean gradient, which parameters are used, and whether one overflowed
-        assert is_equal
+    assert nbytes <= sum(sent) < nbytes + 64  # the mean gradient, which parameters are used, and whether one overflowed
+    assert engine.commopt.replicas_are_equal()
 
 
-def outer(own: dict[str, Any]) -> tuple[int, int, Tensor]:
-    engine = make_engine(own)
+@pytest.mark.parametrize("method", ["diloco", "noloco"])
+@on_two_ranks
+def test_outer_methods_average_an_engines_replicas(method: str) -> None:
+    engine = make_engine({"optimizer": SGD, "commopt": {"method": method, "every": 3, "final_average": True}})
     run = engine.commopt
     run.join()
     for step in run.range(7):
         train(engine, 1, first=step)
     run.finish()
-    rounds = len(run.reports)
+    assert len(run.reports) >= 2
+    assert run.steps == 7
     run.close()
-    return rounds, run.steps, flat(engine.module)
+    first, second = gathered(flat(engine.module))
+    assert torch.allclose(first, second, atol=1e-6)
+    assert not torch.equal(first, flat(make_model()))
 
 
-@pytest.mark.parametrize("method", ["diloco", "noloco"])
-def test_outer_methods_average_an_engines_replicas(method: str, two: Ranks) -> None:
-    block = {"method": method, "every": 3, "final_average": True}
-    first, second = two.run(outer, {"optimizer": SGD, "commopt": block})
-    assert torch.allclose(first[2], second[2], atol=1e-6)
-    assert not torch.equal(first[2], flat(make_model()))
-    assert all(rounds >= 2 and steps == 7 for rounds, steps, _ in (first, second))
-
-
-def resumed_replicas(folder: str) -> tuple[Tensor, Tensor, Tensor]:
+@on_two_ranks
+def test_under_an_outer_method_a_checkpoint_keeps_every_ranks_replica(tmp_path: Path) -> None:
     adam = {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}
     own = {"optimizer": adam, "commopt": {"method": "diloco", "every": 3}}
     engine = make_engine(own)
     engine.commopt.join()
     train(engine, 5)  # two steps after a round: replicas differ
-    engine.save_checkpoint(folder)
-    saved = flat(engine.module)
+    assert not torch.equal(*gathered(flat(engine.module)))
+    engine.save_checkpoint(tmp_path)
     train(engine, 4, first=5)
-    on = flat(engine.module)
     engine.commopt.close()
     again = make_engine(own)
-    again.load_checkpoint(folder)
+    again.load_checkpoint(tmp_path)
     again.commopt.join()
     train(again, 4, first=5)
     again.commopt.close()
-    return saved, on, flat(again.module)
+    assert torch.equal(flat(engine.module), flat(again.module))
 
 
-def test_under_an_outer_method_a_checkpoint_keeps_every_ranks_replica(two: Ranks, tmp_path: Path) -> None:
-    first, second = two.run(resumed_replicas, str(tmp_path))
-    assert not torch.equal(first[0], second[0])
-    assert all(torch.equal(on, again) for _, on, again in (first, second))
-
-
-def never_joined() -> str:
-    from commopt.errors import AttachError
-
+@on_two_ranks
+def test_an_outer_method_that_nobody_joins_raises_at_the_first_step() -> None:
     engine = make_engine({"optimizer": SGD, "commopt": "noloco"})
-    try:
+    with pytest.raises(AttachError, match=r"run\.join\(\)"):
         train(engine, 1)
-    except AttachError as error:
-        return str(error)
-    finally:
-        engine.commopt.close()
-    return ""
+    engine.commopt.close()
 
 
-def test_an_outer_method_that_nobody_joins_raises_at_the_first_step(two: Ranks) -> None:
-    assert all("run.join()" in told for told in two.run(never_joined))
-
-
-def masked() -> dict[str, Any]:
+@on_two_ranks
+def test_exp_avg_mask_holds_the_momentum_at_zero() -> None:
     model = make_model()
     first, *others = model.parameters()
     mask = torch.ones_like(first)
@@ -361,39 +278,21 @@ def masked() -> dict[str, Any]:
     groups = [{"params": [first], "exp_avg_mask": mask.flatten()}, {"params": others, "weight_decay": 0.0}]
     engine = make_engine(old("OneBitAdam", freeze_step=2), model=model, model_parameters=groups)
     train(engine, 5)
-    return {"momentum": engine.commopt.method.entry("0.weight")["momentum"].clone()}
+    momentum = engine.commopt.method.entry("0.weight")["momentum"]
+    assert not momentum[:, :4].any()
+    assert momentum[:, 4:].all()
 
 
-def test_exp_avg_mask_holds_the_momentum_at_zero(two: Ranks) -> None:
-    for state in two.run(masked):
-        assert not state["momentum"][:, :4].any()
-        assert state["momentum"][:, 4:].all()
-
-
-def logged(own: dict[str, Any]) -> list[str]:
-    told: list[str] = []
-    log = logging.getLogger("commopt")
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
-        train(make_engine(own), 2)
-    finally:
-        log.removeHandler(handler)
-    return told
-
-
-def test_what_has_no_effect_is_told_once_and_by_rank_0_alone(two: Ranks) -> None:
+@on_two_ranks
+def test_what_has_no_effect_is_told_once_and_by_rank_0_alone() -> None:
     own = old("OneBitAdam", freeze_step=9, bias_correction=True, eps_inside_sqrt=True, comm_backend_name="mpi")
     own |= {"prescale_gradients": True, "communication_data_type": "fp16"}
-    told, nothing = two.run(logged, own)
-    assert nothing == []
-    for word in (
-        "bias_correction: true",
-        "eps_inside_sqrt: true",
-        "comm_backend_name: 'mpi'",
-        "prescale",
-        "communication",
-    ):
+    with log() as told:
+        train(make_engine(own), 2)
+    words = ("bias_correction: true", "eps_inside_sqrt: true", "comm_backend_name: 'mpi'", "prescale", "communication")
+    for word in words if dist.get_rank() == 0 else ():
         assert len([line for line in told if word in line]) == 1, word
-    assert any("names no communication method" in line for line in two.run(logged, {"optimizer": SGD})[0])
+    assert not (told and dist.get_rank())
+    with log() as told:
+        make_engine({"optimizer": SGD})
+    assert any("names no communication method" in line for line in told) == (dist.get_rank() == 0)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from deepspeed_rig import Ranks, make_engine, train, two_ranks
+import torch.distributed as dist
+from deepspeed_rig import make_engine, train
 from rig import make_model
 
+from commopt import attach
 from commopt.errors import AttachError, ConfigError
 from commopt.frameworks.deepspeed_config import LEGACY, parameter_groups, read_legacy, read_wanted
 
@@ -113,28 +113,28 @@ def test_the_configurations_adam_is_what_an_update_method_stands_in_for() -> Non
         read_wanted(own, None)
 
 
-CHANGED = """
-import warnings; warnings.simplefilter("ignore")
-import deepspeed, torch
-init, names, ops = deepspeed.DeepSpeedEngine.__init__, dir(torch.optim), dict(deepspeed.ops.__compatible_ops__)
-import commopt.deepspeed
-from commopt.deepspeed import initialize, install
-import commopt
-assert commopt.deepspeed.install is install
-try:
-    initialize(model=None)
-except AssertionError:
-    pass
-assert deepspeed.DeepSpeedEngine.__init__ is init
-assert dir(torch.optim) == names
-assert deepspeed.ops.__compatible_ops__ == ops
-assert install() and not install()
-assert deepspeed.DeepSpeedEngine.__init__ is not init
-"""
-
-
+@pytest.mark.ranks("deepspeed", 2)
 def test_only_install_changes_deepspeed_for_good() -> None:
-    subprocess.run([sys.executable, "-c", CHANGED], check=True, timeout=100)
+    import deepspeed
+
+    from commopt.deepspeed import initialize, install
+
+    engine, ops = deepspeed.DeepSpeedEngine, deepspeed.ops.__compatible_ops__
+    init: Any = engine.__init__
+    assert not hasattr(init, "_is_commopts")
+    ops["deepspeed_shm_comm"] = True
+    before = dir(torch.optim), dict(ops)
+    with pytest.raises(AssertionError):
+        initialize(model=None)
+    assert engine.__init__ is init
+    assert (dir(torch.optim), ops) == before
+    ops["deepspeed_shm_comm"] = False
+    try:
+        assert install() == ("deepspeed.DeepSpeedEngine.__init__",)
+        assert install() == ()
+        assert engine.__init__ is not init
+    finally:
+        engine.__init__ = init
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -155,82 +155,38 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def refused() -> dict[str, str]:
-    told = {}
-    for name, (own, _) in REFUSED.items():
-        try:
-            make_engine({**({} if name == "a bad rate" else DGC), **own})
-        except (AttachError, ConfigError) as error:
-            told[name] = str(error)
-    return told
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.ranks("deepspeed", 2)
+def test_what_cannot_work_is_refused_at_the_start_on_every_rank(case: str) -> None:
+    own, words = REFUSED[case]
+    with pytest.raises((AttachError, ConfigError), match=re.escape(words)):
+        make_engine({**({} if case == "a bad rate" else DGC), **own})
 
 
-def refused_of_engines() -> list[str]:
-    """Misuse of an engine that is fine in itself."""
-    import torch.distributed as dist
-
-    import commopt
-
+@pytest.mark.ranks("deepspeed", 2)
+def test_misuse_of_an_engine_that_is_fine_in_itself_is_refused() -> None:
     engine, adam = make_engine(DGC), make_engine(ADAM, ours=False)
     trained = make_engine(ADAM, ours=False)
     train(trained, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what ZeRO's imports say of torch
         sharded = make_engine({**ADAM, **REFUSED["stage 1"][0]}, ours=False)
-    told = []
-    for act in (
-        engine.allreduce_gradients,
-        lambda: commopt.attach(engine, "ef_sign"),
-        lambda: commopt.attach(adam, "powersgd", torch.optim.SGD(make_model().parameters(), lr=1.0)),
-        lambda: commopt.attach(adam, "onebit_adam", max_norm=0.5),
-        lambda: commopt.attach(adam, "ef_sign", grad_scaler=torch.amp.GradScaler("cpu")),
-        lambda: commopt.attach(adam, "ef_sign", overlap=True),
-        lambda: commopt.attach(adam, "distributed_lion"),
-        lambda: commopt.attach(trained, "onebit_adam"),
-        lambda: commopt.attach(sharded, "onebit_adam"),
-        lambda: commopt.attach(adam, {"name": "powersgd", "rank": 1 + dist.get_rank()}),
-        lambda: commopt.attach(adam, "powersgd" if dist.get_rank() else "powersdg"),
+    sgd = torch.optim.SGD(make_model().parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    rank = dist.get_rank()
+    for words, act in (
+        ("at engine.step()", engine.allreduce_gradients),
+        ("dgc is attached to this engine already", lambda: attach(engine, "ef_sign")),
+        ("is not the engine's", lambda: attach(adam, "powersgd", sgd)),
+        ('write "gradient_clipping": 0.5 into', lambda: attach(adam, "onebit_adam", max_norm=0.5)),
+        ("an engine scales the loss itself", lambda: attach(adam, "ef_sign", grad_scaler=scaler)),
+        ("overlap=True with a DeepSpeed engine", lambda: attach(adam, "ef_sign", overlap=True)),
+        ("stands in for Lion, not for Adam", lambda: attach(adam, "distributed_lion")),
+        ("after steps", lambda: attach(trained, "onebit_adam")),
+        ("zero_optimization.stage: 1 with onebit_adam", lambda: attach(sharded, "onebit_adam")),
+        ("method.rank is 1 on rank 0 and 2 on rank 1", lambda: attach(adam, {"name": "powersgd", "rank": 1 + rank})),
+        ("powersdg", lambda: attach(adam, "powersgd" if rank else "powersdg")),
     ):
-        try:
+        with pytest.raises((AttachError, ConfigError), match=re.escape(words)):
             act()
-        except (AttachError, ConfigError) as error:
-            told.append(str(error))
-    assert commopt.attach(adam, "powersgd") is adam.commopt  # no refusal has left anything behind
-    return told
-
-
-@pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    ranks = two_ranks()  # the same ones in all files
-    yield ranks
-    ranks.close()
-
-
-def test_what_cannot_work_is_refused_at_the_start_on_every_rank(two: Ranks) -> None:
-    for told in two.run(refused):
-        assert {name for name, (_, words) in REFUSED.items() if words not in told.get(name, "")} == set()
-
-
-def test_misuse_of_an_engine_is_refused(two: Ranks) -> None:
-    words = [
-        "at engine.step()",
-        "dgc is attached to this engine already",
-        "is not the engine's",
-        'write "gradient_clipping": 0.5 into the configuration',
-        "an engine scales the loss itself",
-        "overlap=True with a DeepSpeed engine",
-        "stands in for Lion, not for Adam",
-        "after steps",
-        "zero_optimization.stage: 1 with onebit_adam",
-        "method.rank is 1 on rank 0 and 2 on rank 1",
-        "powersdg",
-    ]
-    for told in two.run(refused_of_engines):
-        assert len(told) == len(words)
-        assert [word for word, text in zip(words, told, strict=True) if word not in text] == []
-
-
-def test_without_deepspeed_the_import_says_what_to_install() -> None:
-    code = "import sys; sys.modules['deepspeed'] = None; import commopt.frameworks.deepspeed"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "pip install 'commopt[deepspeed]'" in done.stderr.splitlines()[-1]
+    assert attach(adam, "powersgd") is adam.commopt  # no refusal has left anything behind

@@ -17,14 +17,14 @@ from commopt.groups import Group, SimWorld
 from commopt.methods import OnebitAdam
 
 
-def run(group: Group, live: int, freeze_step: int, nan_at: int = -1) -> tuple[Tensor, list[Tensor]]:
+def run(group: Group, live: int, nan_at: int = -1, method: Any = PartlyFrozenAdam) -> tuple[Tensor, list[Tensor]]:
     """Six steps with the first `live` parameters out of the freeze: all parameters, and each one's variance."""
     model = make_model()
     named = list(model.named_parameters())
     params = [p for _, p in named]
     groups: list[dict[str, Any]] = [{"params": params[:live], "non_freeze": True}, {"params": params[live:]}]
     adam = torch.optim.Adam([g for g in groups if g["params"]], lr=0.01)
-    attached = attach(model, PartlyFrozenAdam(freeze_step=freeze_step), adam, group=group)
+    attached = attach(model, method(freeze_step=3 if method is PartlyFrozenAdam else 100), adam, group=group)
     for step in range(6):
         x, y = make_batch(group.rank, step)
         attached.optimizer.zero_grad()
@@ -36,34 +36,24 @@ def run(group: Group, live: int, freeze_step: int, nan_at: int = -1) -> tuple[Te
     return flat(model), [attached.method.part("variance", name).clone() for name, _ in named]
 
 
-def exact(group: Group) -> Tensor:
-    model = make_model()
-    adam = torch.optim.Adam(model.parameters(), lr=0.01)
-    attached = attach(model, OnebitAdam(freeze_step=100), adam, group=group)
-    for step in range(6):
-        x, y = make_batch(group.rank, step)
-        attached.optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        attached.optimizer.step()
-    return flat(model)
+def on_two_ranks(live: int, **options: Any) -> list[tuple[Tensor, list[Tensor]]]:
+    return SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, live, **options))
 
 
 def test_groups_out_of_the_freeze_go_on_as_adam() -> None:
-    expected = SimWorld[Tensor](2).run(exact)[0]
-    (everything, _), _ = SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, 6, 3))
-    assert torch.equal(everything, expected)
+    assert torch.equal(on_two_ranks(6)[0][0], on_two_ranks(0, method=OnebitAdam)[0][0])
 
 
 def test_only_their_variance_adapts_after_the_freeze_and_replicas_stay_equal() -> None:
-    short, other = SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, 2, 3))
-    (_, frozen), _ = SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, 0, 3))
+    short, other = on_two_ranks(2)
+    (_, frozen), _ = on_two_ranks(0)
     assert torch.equal(short[0], other[0])
     same = [torch.equal(a, b) for a, b in zip(short[1], frozen, strict=True)]
     assert same == [False, False, True, True, True, True]
 
 
 def test_a_nan_in_one_of_them_leaves_the_bucket_out_everywhere() -> None:
-    first, second = SimWorld[tuple[Tensor, list[Tensor]]](2).run(lambda group: run(group, 2, 3, 4))
+    first, second = on_two_ranks(2, nan_at=4)
     assert torch.equal(first[0], second[0])
     assert first[0].isfinite().all()
 

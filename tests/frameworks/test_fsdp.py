@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import TwoReplicas, attached, batch, cut, fsdp_pool, mesh_of, sgd, sharded, shards, train, train_alone
+from fsdp_rig import (
+    Flats,
+    assert_close_gives_back,
+    assert_equal,
+    assert_resumes,
+    assert_shards_of,
+    attached,
+    batch,
+    mesh_of,
+    sgd,
+    sharded,
+    shards,
+    train,
+    train_replica,
+)
 from pool import Pool
 from rig import loss_of
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commopt
-from commopt.errors import CheckpointError, CommoptError, GradientsChanged
-from commopt.groups import TorchGroup
+from commopt.errors import CommoptError, GradientsChanged
+from commopt.groups import SimWorld, TorchGroup
 
 STEPS = 5
 CASES: dict[str, dict[str, Any]] = {
@@ -29,40 +43,53 @@ CASES: dict[str, dict[str, Any]] = {
     "powersgd": {"name": "powersgd", "rank": 2},
     "fp16": {"name": "fp16"},
 }
+on_four_ranks = pytest.mark.ranks("fsdp", 4)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    yield from fsdp_pool()
-
-
-def train_sharded(_: dist.ProcessGroup, method: dict[str, Any], momentum: float) -> Any:
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
-    with attached(mesh, method, lambda model: sgd(model, momentum)) as (model, optimizer, run):
+def train_sharded(case: str, momentum: float) -> Any:
+    with attached(mesh_of(2, 2), CASES[case], partial(sgd, momentum=momentum)) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
         assert run.replicas_are_equal()
         return shards(model)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_method_between_replicas_is_the_method_on_each_shard(pool: Pool, case: str) -> None:
+def train_over_a_group() -> Any:
+    """Shard over two ranks alone, and give attach the other dimension as a group."""
+    mesh = mesh_of(2, 2)
+    group = TorchGroup(mesh.get_group("replicate"))
+    with attached(mesh["shard"], CASES["two_way"], group=group) as (model, optimizer, run):
+        train(model, optimizer, dist.get_rank(), STEPS)
+        found = shards(model)
+        assert run.group is group
+        model.set_requires_all_reduce(False)
+        with pytest.raises(CommoptError, match="set_requires_gradient_sync"):
+            train(model, optimizer, dist.get_rank(), 1)
+        return found
+
+
+@pytest.mark.parametrize("case", [*CASES, "two_way over a group that FSDP does not know"])
+def test_a_method_between_replicas_is_the_method_on_each_shard(fsdp_ranks: Pool, case: str) -> None:
     momentum = 0.0 if case == "dgc" else 0.9
-    expected = train_alone(TwoReplicas(CASES[case]).mean, STEPS, momentum)
-    for rank, found in enumerate(pool.run(5, train_sharded, CASES[case], momentum)[:4]):
-        for name, p in expected.named_parameters():
-            assert torch.equal(found[name], cut(p.detach(), 2, rank % 2)), f"{name} on rank {rank}"
+    work = partial(train_sharded, case, momentum) if case in CASES else train_over_a_group
+    method = CASES[case.partition(" over")[0]]
+    world = SimWorld[nn.Module](2)
+    expected, _ = world.run(lambda group: train_replica(group, method, STEPS, momentum))
+    assert_shards_of(expected, fsdp_ranks.run(4, work), 2)
 
 
-def train_dense(_: dist.ProcessGroup, options: dict[str, Any], micro_batches: str) -> Any:
-    """(with commopt, by FSDP alone)"""
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
+HALF = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("options", "micro_batches"),
+    [({}, ""), ({}, "every backward"), ({}, "no sync"), ({}, "no all-reduce"), ({"mp_policy": HALF}, "")],
+    ids=["", "every backward", "no sync", "no all-reduce", "mixed precision"],
+)
+@on_four_ranks
+def test_dense_is_what_fsdp_does_between_replicas(options: dict[str, Any], micro_batches: str) -> None:
     results = []
     for is_ours in (True, False):
-        model = sharded(mesh, **options)
+        model = sharded(mesh_of(2, 2), **options)
         optimizer = sgd(model)
         run = commopt.attach(model, "dense", optimizer) if is_ours else None
         for step in range(3):
@@ -82,168 +109,69 @@ def train_dense(_: dist.ProcessGroup, options: dict[str, Any], micro_batches: st
             calls = sum(n for (_, operation, _), n in run.traffic.calls.items() if operation == "all_reduce")
             assert calls == 3 * 3 * (3 if micro_batches == "every backward" else 1)
             run.close()
-    return results
+    assert_equal(*results)
 
 
-@pytest.mark.parametrize("micro_batches", ["", "every backward", "no sync", "no all-reduce"])
-def test_dense_is_what_fsdp_does_between_replicas(pool: Pool, micro_batches: str) -> None:
-    for ours, theirs in pool.run(5, train_dense, {}, micro_batches)[:4]:
-        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
-
-
-def train_a_small_unit(_: dist.ProcessGroup) -> Any:
-    """(with commopt, by FSDP alone), with a unit of which the second shard has nothing"""
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
-    model, other = (sharded(mesh, ("first", "second", "last")) for _ in range(2))
+@on_four_ranks
+def test_a_shard_may_have_nothing_of_a_unit() -> None:
+    model, other = (sharded(mesh_of(2, 2), ("first", "second", "last")) for _ in range(2))
     optimizer, others = sgd(model), sgd(other)
     commopt.attach(model, "dense", optimizer)
     train(model, optimizer, dist.get_rank(), 2)
     train(other, others, dist.get_rank(), 2)
-    return shards(model), shards(other)
+    assert_equal(shards(model), shards(other))
 
 
-def test_a_shard_may_have_nothing_of_a_unit(pool: Pool) -> None:
-    for ours, theirs in pool.run(5, train_a_small_unit)[:4]:
-        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
-
-
-def exchange_twice(_: dist.ProcessGroup) -> None:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return
-    with attached(mesh, "two_way(int8)") as (model, _optimizer, _run):
+@on_four_ranks
+def test_a_second_exchange_before_the_step_is_refused_where_state_is_kept() -> None:
+    with attached(mesh_of(2, 2), "two_way(int8)") as (model, _optimizer, _run):
         x, y = batch(dist.get_rank(), 0)
         loss_of(model(x), y).backward()
         with pytest.raises(GradientsChanged, match=r"call model\.set_requires_gradient_sync\(False\)"):
             loss_of(model(x), y).backward()
 
 
-def test_a_second_exchange_before_the_step_is_refused_where_state_is_kept(pool: Pool) -> None:
-    pool.run(5, exchange_twice)
-
-
-def train_in_bfloat16(_: dist.ProcessGroup) -> Any:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    return train_dense(_, {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)}, "")
-
-
-def test_dense_follows_the_mixed_precision_policy(pool: Pool) -> None:
-    for ours, theirs in pool.run(5, train_in_bfloat16)[:4]:
-        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
-
-
-def compress_half_precision(_: dist.ProcessGroup) -> Any:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
-    with attached(mesh, "two_way(int8)", mp_policy=policy) as (model, optimizer, run):
+@on_four_ranks
+def test_half_precision_gradients_are_compressed_with_float32_residuals() -> None:
+    with attached(mesh_of(2, 2), "two_way(int8)", mp_policy=HALF) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), 3)
-        return run.replicas_are_equal(), run.method.worker.residual.abs().max().item()
+        assert run.replicas_are_equal()
+        assert run.method.worker.residual.abs().max() > 0
 
 
-def test_half_precision_gradients_are_compressed_with_float32_residuals(pool: Pool) -> None:
-    assert all(equal and residual > 0 for equal, residual in pool.run(5, compress_half_precision)[:4])
+@on_four_ranks
+def test_close_gives_the_exchange_back_to_fsdp() -> None:
+    assert_close_gives_back(mesh_of(2, 2), "ef_sign")
 
 
-def give_back(_: dist.ProcessGroup) -> Any:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
-    model, other = sharded(mesh), sharded(mesh)
-    optimizer, others = sgd(model), sgd(other)
-    commopt.attach(model, "ef_sign", optimizer).close()
-    train(model, optimizer, dist.get_rank(), 3)
-    train(other, others, dist.get_rank(), 3)
-    return shards(model), shards(other)
+@on_four_ranks
+def test_training_goes_on_from_a_saved_state_bit_for_bit() -> None:
+    assert_resumes(mesh_of(2, 2), CASES["dgc"])
 
 
-def test_close_gives_the_exchange_back_to_fsdp(pool: Pool) -> None:
-    for ours, theirs in pool.run(5, give_back)[:4]:
-        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
-
-
-def train_over_a_group(_: dist.ProcessGroup) -> Any:
-    """Shard over two ranks alone, and give attach the other dimension as a group."""
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
-    group = TorchGroup(mesh.get_group("replicate"))
-    with attached(mesh["shard"], "two_way(int8)", group=group) as (model, optimizer, run):
-        train(model, optimizer, dist.get_rank(), STEPS)
-        found = shards(model)
-        model.set_requires_all_reduce(False)
-        with pytest.raises(CommoptError, match="set_requires_gradient_sync"):
-            train(model, optimizer, dist.get_rank(), 1)
-        return found, run.group is group
-
-
-def test_replicas_may_be_a_group_that_fsdp_does_not_know(pool: Pool) -> None:
-    expected = train_alone(TwoReplicas(CASES["two_way"]).mean, STEPS)
-    for rank, (found, is_ours) in enumerate(pool.run(5, train_over_a_group)[:4]):
-        assert is_ours
-        for name, p in expected.named_parameters():
-            assert torch.equal(found[name], cut(p.detach(), 2, rank % 2))
-
-
-def resume(_: dist.ProcessGroup) -> Any:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
-    rank = dist.get_rank()
-    with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, run):
-        train(model, optimizer, rank, 3)
-        kept = copy.deepcopy(run.method.saved())
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
-            run.save("nowhere")
-        train(model, optimizer, rank, 3, first=3)
-        straight = shards(model)
-    with attached(mesh, CASES["dgc"], lambda model: sgd(model, 0.0)) as (model, optimizer, run):
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(weights[name])
-        run.method.load(kept)
-        train(model, optimizer, rank, 3, first=3)
-        return straight, shards(model)
-
-
-def test_training_goes_on_from_a_saved_state_bit_for_bit(pool: Pool) -> None:
-    for straight, resumed in pool.run(5, resume)[:4]:
-        assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
-
-
-def start_apart(_: dist.ProcessGroup) -> Any:
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
+@on_four_ranks
+def test_replicas_start_as_the_first_and_every_rank_hears_of_a_drift() -> None:
+    mesh, every = mesh_of(2, 2), [Flats()] * 4
     model = sharded(mesh)
     with torch.no_grad():
         for p in model.parameters():
             p.to_local().add_(mesh.get_local_rank("replicate"))
-    before = shards(model)
+    dist.all_gather_object(every, shards(model))
     run = commopt.attach(model, "ef_sign", sgd(model))
-    equal = run.replicas_are_equal()
-    after = shards(model)
+    assert run.replicas_are_equal()
+    assert_equal(shards(model), every[dist.get_rank() % 2])
     with torch.no_grad():
         if dist.get_rank() == 3:
             next(model.parameters()).to_local().add_(1)
-    return equal, run.replicas_are_equal(), before, after
+    assert not run.replicas_are_equal()
 
 
-def test_replicas_start_as_the_first_and_every_rank_hears_of_a_drift(pool: Pool) -> None:
-    answers = pool.run(5, start_apart)[:4]
-    assert [(equal, later) for equal, later, *_ in answers] == [(True, False)] * 4
-    for rank, (*_, after) in enumerate(answers):
-        assert all(torch.equal(x, answers[rank % 2][2][name]) for name, x in after.items())
-
-
-def train_with_nan(_: dist.ProcessGroup, is_clipped: bool) -> Any:
+@pytest.mark.parametrize("is_clipped", [False, True], ids=["", "clipped"])
+@on_four_ranks
+def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(is_clipped: bool) -> None:
     """In step 1 one rank has a NaN in one row of one weight, of which only the second shard hears."""
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
-    with attached(mesh, "two_way(int8)") as (model, optimizer, run):
-        rank, history = dist.get_rank(), [shards(model)]
+    rank, history = dist.get_rank(), []
+    with attached(mesh_of(2, 2), "two_way(int8)") as (model, optimizer, run):
         for step in range(3):
             x, y = batch(rank, step)
             optimizer.zero_grad()
@@ -253,95 +181,67 @@ def train_with_nan(_: dist.ProcessGroup, is_clipped: bool) -> Any:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             history.append(shards(model))
-        return history, run.voided, run.replicas_are_equal()
+        assert run.replicas_are_equal()
+    assert run.voided == ([(1, "second.weight")] if rank % 2 else [])
+    first, second, third = history
+    for name, x in first.items():
+        is_out = is_clipped or name.startswith("second")
+        assert x.numel() == 0 or torch.equal(x, second[name]) == is_out, name
+        assert third[name].isfinite().all()
+        assert x.numel() == 0 or not torch.equal(second[name], third[name])
 
 
-@pytest.mark.parametrize("is_clipped", [False, True], ids=["", "clipped"])
-def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(pool: Pool, is_clipped: bool) -> None:
-    for rank, (history, voided, equal) in enumerate(pool.run(5, train_with_nan, is_clipped)[:4]):
-        assert equal
-        assert voided == ([(1, "second.weight")] if rank % 2 else [])
-        first, second, third = history[1:]
-        for name in first:
-            is_out = is_clipped or name.startswith("second")
-            assert first[name].numel() == 0 or torch.equal(first[name], second[name]) == is_out, name
-            assert third[name].isfinite().all()
-            assert third[name].numel() == 0 or not torch.equal(second[name], third[name])
-
-
-def accumulate_with_nan(_: dist.ProcessGroup) -> Any:
-    """The first of two exchanged backwards has a NaN, the second has none."""
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
-    with attached(mesh, "dense") as (model, optimizer, _run):
+@on_four_ranks
+def test_a_void_backward_stays_void_until_the_step_or_zero_grad() -> None:
+    with attached(mesh_of(2, 2), "dense") as (model, optimizer, _run):
         before = shards(model)
+        x, y = batch(dist.get_rank(), 0)
         for scale in (float("inf"), 1.0):
-            x, y = batch(dist.get_rank(), 0)
             loss_of(model(x), y).mul(scale).backward()
         optimizer.step()
-        skipped = shards(model)
+        assert_equal(before, shards(model))
         optimizer.zero_grad()
         loss_of(model(x), y).mul(float("inf")).backward()  # and is given up
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
         optimizer.step()
-        return before, skipped, shards(model)
+        after = shards(model)
+    assert all(not torch.equal(x, after[name]) for name, x in before.items() if x.numel())
 
 
-def test_a_void_backward_stays_void_until_the_step_or_zero_grad(pool: Pool) -> None:
-    for before, skipped, after in pool.run(5, accumulate_with_nan)[:4]:
-        assert all(torch.equal(x, skipped[name]) for name, x in before.items())
-        assert all(not torch.equal(x, after[name]) for name, x in before.items() if x.numel())
-
-
-def use_a_part(_: dist.ProcessGroup) -> Any:
+@on_four_ranks
+def test_a_parameter_that_is_not_used_gets_zeros() -> None:
     """`scale` is used by all, then on one replica, then nowhere."""
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
-    with attached(mesh, "ef_sign", lambda model: sgd(model, 0.0)) as (model, optimizer, run):
+    with attached(mesh_of(2, 2), "ef_sign", partial(sgd, momentum=0.0)) as (model, optimizer, run):
         for step, uses in enumerate([range(4), range(2), range(0)]):
             x, y = batch(dist.get_rank(), step)
             optimizer.zero_grad()
             loss_of(model(x, dist.get_rank() in uses), y).backward()
             optimizer.step()
-        return model.scale.grad is not None, run.replicas_are_equal()
+        assert model.scale.grad is not None
+        assert run.replicas_are_equal()
 
 
-def test_a_parameter_that_is_not_used_gets_zeros(pool: Pool) -> None:
-    assert pool.run(5, use_a_part)[:4] == [(True, True)] * 4
-
-
-def count_bytes(_: dist.ProcessGroup) -> Any:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return None
-    with attached(mesh, {"name": "two_way(int8)"}) as (model, optimizer, run):
-        sent = run.traffic.payload_bytes
+@on_four_ranks
+def test_a_rank_sends_what_its_shard_takes() -> None:
+    with attached(mesh_of(2, 2), "two_way(int8)") as (model, optimizer, run):
+        before = run.traffic.payload_bytes
         train(model, optimizer, dist.get_rank(), 2)
-        return (run.traffic.payload_bytes - sent) / 2, sum(x.numel() for x in shards(model).values())
+        sent, elements = (run.traffic.payload_bytes - before) / 2, sum(x.numel() for x in shards(model).values())
+    # half of the shard out, the other half's answer back; a scale a block
+    assert elements <= sent <= elements * 1.1 + 8 * 2 * 7
 
 
-def test_a_rank_sends_what_its_shard_takes(pool: Pool) -> None:
-    for sent, elements in pool.run(5, count_bytes)[
-        :4
-    ]:  # half of the shard out, the other half's answer back; a scale a block
-        assert elements <= sent <= elements * 1.1 + 8 * 2 * 7
-
-
-def change_after_attach(_: dist.ProcessGroup) -> None:
-    if (mesh := mesh_of()) and dist.get_rank() > 3:
-        return
-    with attached(mesh, "ef_sign") as (model, optimizer, _run):
+@on_four_ranks
+def test_changes_after_attach_are_refused_in_the_next_backward() -> None:
+    with attached(mesh_of(2, 2), "ef_sign") as (model, optimizer, _run):
         model.set_force_sum_reduction_for_comms(True)
         with pytest.raises(CommoptError, match="come before attach"):
             train(model, optimizer, dist.get_rank(), 1)
-    with attached(mesh, "ef_sign") as (model, optimizer, _run):
+    with attached(mesh_of(2, 2), "ef_sign") as (model, optimizer, _run):
         train(model, optimizer, dist.get_rank(), 1)
         with pytest.raises(CommoptError, match="attached to this model already"):
             commopt.attach(model, "ef_sign", optimizer)
         model.first.bias.requires_grad_(False)
         with pytest.raises(CommoptError, match="frozen or thawed"):
             train(model, optimizer, dist.get_rank(), 1)
-
-
-def test_changes_after_attach_are_refused_in_the_next_backward(pool: Pool) -> None:
-    pool.run(5, change_after_attach)

@@ -3,158 +3,113 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_rig import Uneven, flat_mesh, fsdp_pool, mesh_of, mesh_of_one_replica, sgd, sharded, shards, train
-from pool import Pool
+from fsdp_rig import Uneven, assert_equal, mesh_of, sgd, sharded, shards, train
 from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 import commopt
 from commopt.errors import CommoptError
 from commopt.groups import LocalGroup, TorchGroup
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    yield from fsdp_pool()
-
-
 def attach(method: Any, model: Any = None, optimizer: Any = None, **options: Any) -> None:
-    model = sharded(mesh_of()) if model is None else model
+    model = sharded(mesh_of(2, 2)) if model is None else model
     commopt.attach(model, method, optimizer or sgd(model), **options)
 
 
-def flat_group() -> TorchGroup:
-    """The ranks that meet over a model without a mesh: all of a job, and four of these."""
-    return TorchGroup(flat_mesh().get_group())
-
-
 def one_dimension(method: Any) -> Callable[[], None]:
-    return lambda: attach(method, sharded(flat_mesh()))
+    return lambda: attach(method, sharded(mesh_of(4)))
 
 
 def on_half_precision() -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    attach("ef_sign", sharded(mesh_of(), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float16)))
+    attach("ef_sign", sharded(mesh_of(2, 2), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float16)))
 
 
 def on_two_meshes() -> None:
-    from torch.distributed.fsdp import fully_shard
-
     model = Uneven()
-    fully_shard(model.first, mesh=flat_mesh())
-    attach("ef_sign", fully_shard(model, mesh=mesh_of()))
+    fully_shard(model.first, mesh=mesh_of(4))
+    attach("ef_sign", fully_shard(model, mesh=mesh_of(2, 2)))
 
 
 def on_ignored_parameters() -> None:
-    from torch.distributed.fsdp import fully_shard
-
     model = Uneven()
-    attach("ef_sign", fully_shard(model, mesh=mesh_of(), ignored_params={model.scale}))
-
-
-def on_an_empty_shard() -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    attach("two_way(int8)", fully_shard(nn.Linear(8, 3), mesh=flat_mesh()))
+    attach("ef_sign", fully_shard(model, mesh=mesh_of(2, 2), ignored_params={model.scale}))
 
 
 def on_a_part() -> None:
-    from torch.distributed.fsdp import fully_shard
-
     model = Uneven()
-    fully_shard(model.first, mesh=mesh_of())
-    attach("ef_sign", model, group=flat_group())
+    fully_shard(model.first, mesh=mesh_of(2, 2))
+    attach("ef_sign", model)
 
 
 def on_the_first_fsdp() -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = FullyShardedDataParallel(Uneven(), mesh_of().get_group("shard"), device_id=torch.device("cpu"))
-    attach("ef_sign", model, group=flat_group())
-
-
-def on_one_replica() -> None:
-    attach("ef_sign", sharded(mesh_of_one_replica()))
+    model = FullyShardedDataParallel(Uneven(), mesh_of(2, 2).get_group("shard"), device_id=torch.device("cpu"))
+    attach("ef_sign", model)
 
 
 def on_a_mesh_without_shards() -> None:
-    from torch.distributed._composable.replicate_with_fsdp import replicate
+    attach("ef_sign", replicate(Uneven(), mesh=mesh_of(4)))
 
-    attach("ef_sign", replicate(Uneven(), mesh=flat_mesh()), group=flat_group())
+
+def with_the_shards_as_group() -> None:
+    attach("ef_sign", group=TorchGroup(mesh_of(2, 2).get_group("shard")))
 
 
 def on_nothing() -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model = fully_shard(nn.Tanh(), mesh=flat_mesh())
-    attach("ef_sign", model, sgd(nn.Linear(1, 1)), group=flat_group())
+    model = fully_shard(nn.Tanh(), mesh=mesh_of(4))
+    attach("ef_sign", model, sgd(nn.Linear(1, 1)))
 
 
 def on_a_hook() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     model.first.set_all_reduce_hook(lambda _: None)
     attach("ef_sign", model)
 
 
 def on_a_sum() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     model.set_force_sum_reduction_for_comms(True)
     attach("ef_sign", model)
 
 
 def on_another_factor() -> None:
-    model = sharded(flat_mesh())
+    model = sharded(mesh_of(4))
     model.first.set_gradient_divide_factor(1.0)
     attach("two_way(int8)", model)
 
 
 def on_a_frozen_model() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     model.requires_grad_(False)
     attach("ef_sign", model)
 
 
 def on_a_torch_without_a_private_name() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     del model.second._get_fsdp_state()._fsdp_param_groups[0]._all_reduce_hook
-    attach("ef_sign", model, group=flat_group())
+    attach("ef_sign", model)
 
 
 def on_a_torch_that_names_its_groups_otherwise() -> None:
-    model = sharded(mesh_of())
+    model = sharded(mesh_of(2, 2))
     del model._get_fsdp_state()._fsdp_param_groups[0].mesh_info.replicate_process_group
-    attach("ef_sign", model, group=flat_group())
+    attach("ef_sign", model)
 
 
 def on_a_compiled_model() -> None:
-    model, compiled = sharded(mesh_of()), nn.Module()
+    model, compiled = sharded(mesh_of(2, 2)), nn.Module()
     compiled._orig_mod = model  # as torch.compile does, whose import takes seconds on every rank
-    attach("ef_sign", compiled, sgd(model), group=flat_group())
+    attach("ef_sign", compiled, sgd(model))
 
 
-def without_an_optimizer() -> None:
-    commopt.attach(sharded(mesh_of()), "ef_sign")
-
-
-def with_the_shards_as_group() -> None:
-    attach("ef_sign", group=TorchGroup(mesh_of().get_group("shard")))
-
-
-def with_a_local_group() -> None:
-    attach("ef_sign", group=LocalGroup())
-
-
-def with_momentum_twice() -> None:
-    attach("dgc")
-
-
-CASES: dict[str, tuple[Callable[[], None], str]] = {
+CASES: dict[str, tuple[Callable[[], object], str]] = {
     "only a part is sharded": (on_a_part, "first is sharded by FSDP2.*use fully_shard for the whole model"),
     "update method": (lambda: attach("onebit_adam"), "it keeps an optimizer's state for whole parameters"),
     "outer method": (lambda: attach("diloco"), "averages whole parameters every few steps"),
@@ -163,14 +118,23 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     "overlap": (lambda: attach("ef_sign", overlap=False), "overlap=False with FSDP2.*leave overlap out"),
     "one scale": (lambda: attach("dice_sgd"), "one norm or scale for the whole model"),
     "first FSDP": (on_the_first_fsdp, "use torch.distributed.fsdp.fully_shard instead"),
-    "one replica": (on_one_replica, "a mesh with one replica: there is nothing to average"),
-    "replicated": (on_a_mesh_without_shards, "root: a mesh without a shard dimension.*use DistributedDataParallel"),
+    "one replica": (
+        lambda: attach("ef_sign", sharded(mesh_of(1, 4))),
+        "a mesh with one replica: there is nothing to average",
+    ),
+    "replicated": (
+        on_a_mesh_without_shards,
+        "root: a mesh without a shard dimension.*use DistributedDataParallel",
+    ),
     "no parameter": (on_nothing, "no trainable parameter"),
     "unknown": (lambda: attach("ef_sing"), "did you mean 'ef_sign'"),
     "half precision": (on_half_precision, "root: float16 gradients.*divides them in two parts"),
     "two meshes": (on_two_meshes, "several meshes in its modules.*with the same mesh everywhere"),
     "ignored": (on_ignored_parameters, "scale among ignored_params"),
-    "empty shard": (on_an_empty_shard, "shard 3 of 4 without an element"),
+    "empty shard": (
+        lambda: attach("two_way(int8)", fully_shard(nn.Linear(8, 3), mesh=mesh_of(4))),
+        "shard 3 of 4 without an element",
+    ),
     "hook": (on_a_hook, "first: an all-reduce hook of your own"),
     "sum": (on_a_sum, "set_force_sum_reduction_for_comms"),
     "factor": (on_another_factor, "first: set_gradient_divide_factor"),
@@ -181,10 +145,13 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
     ),
     "other meshes": (on_a_torch_that_names_its_groups_otherwise, r"has no HSDPMeshInfo\.replicate_process_group"),
     "compiled": (on_a_compiled_model, "attach to the sharded model first, then compile it"),
-    "no optimizer": (without_an_optimizer, "pass the optimizer"),
-    "wrong group": (with_the_shards_as_group, "group: TorchGroup: its ranks are not those that hold this shard"),
-    "local group": (with_a_local_group, "group: LocalGroup: .* pass TorchGroup"),
-    "momentum": (with_momentum_twice, "torch.optim.SGD without"),
+    "no optimizer": (lambda: commopt.attach(sharded(mesh_of(2, 2)), "ef_sign"), "pass the optimizer"),
+    "wrong group": (
+        with_the_shards_as_group,
+        "group: TorchGroup: its ranks are not those that hold this shard",
+    ),
+    "local group": (lambda: attach("ef_sign", group=LocalGroup()), "group: LocalGroup: .* pass TorchGroup"),
+    "momentum": (lambda: attach("dgc"), "torch.optim.SGD without"),
     "dense alone": (one_dimension("dense"), "FSDP's own reduce-scatter is exact"),
     "sparse alone": (one_dimension("top_k"), "give FSDP a mesh with a replicate dimension"),
     "momentum alone": (
@@ -197,53 +164,33 @@ CASES: dict[str, tuple[Callable[[], None], str]] = {
 }
 
 
-def refuse(_: dist.ProcessGroup) -> dict[str, str]:
-    mesh_of()
-    said = {}
-    for case, (work, _pattern) in CASES.items() if dist.get_rank() < 4 else ():
-        try:
-            work()
-        except CommoptError as error:
-            said[case] = str(error)
-    return said
+@pytest.mark.ranks("fsdp", 4)
+@pytest.mark.parametrize("case", CASES)
+def test_what_does_not_fit_is_refused_on_every_rank(case: str) -> None:
+    work, pattern = CASES[case]
+    with pytest.raises(CommoptError, match=pattern):
+        work()
 
 
-def test_what_does_not_fit_is_refused_on_every_rank(pool: Pool) -> None:
-    for said in pool.run(5, refuse)[:4]:
-        assert {c: said.get(c) for c, (_, pattern) in CASES.items() if not re.search(pattern, said.get(c, ""))} == {}
+@pytest.mark.ranks("fsdp", 4)
+def test_a_refusal_changes_nothing() -> None:
+    results = []
+    for is_tried in (True, False):
+        model = sharded(mesh_of(2, 2))
+        optimizer = sgd(model)
+        if is_tried:
+            with pytest.raises(CommoptError):
+                commopt.attach(model, "ef_sign", optimizer, max_norm=1.0)
+        train(model, optimizer, dist.get_rank(), 2)
+        results.append(shards(model))
+    assert_equal(*results)
 
 
-def go_on_after_a_refusal(_: dist.ProcessGroup) -> Any:
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return None
-    model, other = sharded(mesh), sharded(mesh)
-    optimizer, others = sgd(model), sgd(other)
-    with pytest.raises(CommoptError):
-        commopt.attach(model, "ef_sign", optimizer, max_norm=1.0)
-    train(model, optimizer, dist.get_rank(), 2)
-    train(other, others, dist.get_rank(), 2)
-    return shards(model), shards(other)
-
-
-def test_a_refusal_changes_nothing(pool: Pool) -> None:
-    for ours, theirs in pool.run(5, go_on_after_a_refusal)[:4]:
-        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
-
-
-def after_steps(_: dist.ProcessGroup) -> float:
-    mesh = mesh_of()
-    if dist.get_rank() > 3:
-        return 1.0
-    model = sharded(mesh)
+@pytest.mark.ranks("fsdp", 4)
+def test_an_optimizer_may_have_state_before_attach() -> None:
+    model = sharded(mesh_of(2, 2))
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer, dist.get_rank(), 2)  # as after a checkpoint: each rank has state of its own shards
-    run = commopt.attach(model, "ef_sign", optimizer)
-    train(model, optimizer, dist.get_rank(), 1)
-    sent = run.traffic.payload_bytes
-    run.close()
-    return sent
-
-
-def test_an_optimizer_may_have_state_before_attach(pool: Pool) -> None:
-    assert min(pool.run(5, after_steps)) > 0
+    with commopt.attach(model, "ef_sign", optimizer) as run:
+        train(model, optimizer, dist.get_rank(), 1)
+        assert run.traffic.payload_bytes > 0

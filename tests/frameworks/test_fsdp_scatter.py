@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,16 +12,17 @@ from fsdp_rig import (
     UNITS,
     Flats,
     Uneven,
+    assert_close_gives_back,
+    assert_resumes,
+    assert_shards_of,
     attached,
     batch,
     cut,
-    flat_mesh,
-    fsdp_pool,
+    gradient,
     mesh_of,
     sgd,
     shards,
     train,
-    train_alone,
 )
 from pool import Pool
 from rig import loss_of
@@ -34,6 +34,7 @@ from commopt.errors import CommoptError
 from commopt.wire.bucket import ParameterIndex
 
 STEPS, RANKS = 4, 4
+on_four_ranks = pytest.mark.ranks("fsdp", 4)
 
 
 class Scatter:
@@ -70,6 +71,18 @@ class Scatter:
         }
 
 
+def train_alone(mean: Callable[[list[Flats]], Flats]) -> nn.Module:
+    """The unsharded model after steps with gradients averaged by `mean`."""
+    model = Uneven()
+    optimizer = sgd(model)
+    for step in range(STEPS):
+        averaged = mean([gradient(model, rank, step) for rank in range(RANKS)])
+        for name, p in model.named_parameters():
+            p.grad = averaged[name].view_as(p).clone()
+        optimizer.step()
+    return model
+
+
 INT8, INT4, FP8 = ({"compressor": name, "stochastic": False} for name in ("int8", "4bit", "fp8"))
 CASES: dict[str, tuple[Any, Any, int]] = {
     "two_way": ({"name": "two_way", "worker": INT8}, INT8, 32),
@@ -80,42 +93,33 @@ CASES: dict[str, tuple[Any, Any, int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    yield from fsdp_pool(is_last=True)
-
-
-def train_sharded(_: dist.ProcessGroup, method: Any) -> Any:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return None
-    with attached(mesh, method) as (model, optimizer, run):
+def train_sharded(method: Any) -> Any:
+    with attached(mesh_of(4), method) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
         return shards(model), run.traffic.payload_bytes
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_shard_is_the_mean_of_what_was_sent_to_it(pool: Pool, case: str) -> None:
+def test_each_shard_is_the_mean_of_what_was_sent_to_it(fsdp_ranks: Pool, case: str) -> None:
     method, codec, bits = CASES[case]
-    expected = train_alone(Scatter(make_compressor(codec), bits).mean, STEPS)
-    for rank, (found, _) in enumerate(pool.run(5, train_sharded, method)[:4]):
-        for name, p in expected.named_parameters():
-            assert torch.equal(found[name], cut(p.detach(), RANKS, rank)), f"{name} on rank {rank}"
+    expected = train_alone(Scatter(make_compressor(codec), bits).mean)
+    assert_shards_of(expected, [found for found, _ in fsdp_ranks.run(4, train_sharded, method)], RANKS)
 
 
 @pytest.mark.parametrize("method", ["natural", "qsgd", {"name": "two_way(int8)", "residual_bits": 8}])
-def test_stochastic_codecs_stay_close_to_the_exact_mean(pool: Pool, method: Any) -> None:
+def test_stochastic_codecs_stay_close_to_the_exact_mean(fsdp_ranks: Pool, method: Any) -> None:
     def exactly(step: list[Flats]) -> Flats:
         return {name: sum(one[name] for one in step) / RANKS for name in step[0]}  # type: ignore[misc]
 
-    expected, first = train_alone(exactly, STEPS), dict(Uneven().named_parameters())
-    for rank, (found, _) in enumerate(pool.run(5, train_sharded, method)[:4]):
+    expected, first = train_alone(exactly), dict(Uneven().named_parameters())
+    for rank, (found, _) in enumerate(fsdp_ranks.run(4, train_sharded, method)):
         for name, p in expected.named_parameters():
             moved = torch.linalg.vector_norm(p.detach() - first[name])
             assert torch.linalg.vector_norm(found[name] - cut(p.detach(), RANKS, rank)) < 0.3 * moved + 1e-6
 
 
-def test_a_rank_sends_the_other_shards_parts(pool: Pool) -> None:
-    for rank, (_, sent) in enumerate(pool.run(5, train_sharded, "fp16")[:4]):
+def test_a_rank_sends_the_other_shards_parts(fsdp_ranks: Pool) -> None:
+    for rank, (_, sent) in enumerate(fsdp_ranks.run(4, train_sharded, "fp16")):
         parameters = dict(Uneven().named_parameters())
         payloads = 0
         for names in UNITS.values():
@@ -125,11 +129,10 @@ def test_a_rank_sends_the_other_shards_parts(pool: Pool) -> None:
         assert sent == STEPS * payloads
 
 
-def train_with_nan(_: dist.ProcessGroup) -> Any:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return None
-    with attached(mesh, "two_way(int8)") as (model, optimizer, run):
-        history = [shards(model)]
+@on_four_ranks
+def test_a_nan_on_one_rank_leaves_its_unit_out_on_all() -> None:
+    history = []
+    with attached(mesh_of(4), "two_way(int8)") as (model, optimizer, run):
         for step in range(3):
             x, y = batch(dist.get_rank(), step)
             optimizer.zero_grad()
@@ -140,90 +143,39 @@ def train_with_nan(_: dist.ProcessGroup) -> Any:
                 torch.testing.assert_close(run.method.part("worker_residual", "second.weight"), before)
             optimizer.step()
             history.append(shards(model))
-        return history, run.voided
+    assert run.voided == [(1, "second.weight")]
+    first, second, third = history
+    for name, x in first.items():
+        if x.numel():
+            assert torch.equal(x, second[name]) == name.startswith("second"), name
+            assert third[name].isfinite().all()
+            assert not torch.equal(second[name], third[name])
 
 
-def test_a_nan_on_one_rank_leaves_its_unit_out_on_all(pool: Pool) -> None:
-    for history, voided in pool.run(5, train_with_nan)[:4]:
-        assert voided == [(1, "second.weight")]
-        _, first, second, third = history
-        for name, x in first.items():
-            if x.numel():
-                assert torch.equal(x, second[name]) == name.startswith("second"), name
-                assert third[name].isfinite().all()
-                assert not torch.equal(second[name], third[name])
+@on_four_ranks
+def test_residuals_of_the_whole_gradient_resume() -> None:
+    assert_resumes(mesh_of(4), {"name": "two_way(4bit)", "residual_bits": 8})
 
 
-def resume(_: dist.ProcessGroup) -> Any:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return None
-    rank, runs = dist.get_rank(), []
-
-    def plain_sgd(model: nn.Module) -> torch.optim.SGD:
-        return sgd(model, 0.0)
-
-    method = {"name": "two_way(4bit)", "residual_bits": 8}
-    with attached(mesh, method, plain_sgd) as (model, optimizer, run):
-        train(model, optimizer, rank, 3)
-        kept = copy.deepcopy(run.method.saved())
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        train(model, optimizer, rank, 3, first=3)
-        runs.append(shards(model))
-    with attached(mesh, method, plain_sgd) as (model, optimizer, run):
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(weights[name])
-        run.method.load(kept)
-        train(model, optimizer, rank, 3, first=3)
-        runs.append(shards(model))
-    return runs
+@on_four_ranks
+def test_close_gives_the_reduce_scatter_back() -> None:
+    assert_close_gives_back(mesh_of(4), "two_way(int8)")
 
 
-def test_residuals_of_the_whole_gradient_resume(pool: Pool) -> None:
-    for straight, resumed in pool.run(5, resume)[:4]:
-        assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
-
-
-def close_and_train(_: dist.ProcessGroup) -> Any:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return None
-    with attached(mesh, "two_way(int8)") as (model, optimizer, run):
-        run.close()
-        train(model, optimizer, dist.get_rank(), STEPS)
-        return shards(model), run.traffic.payload_bytes
-
-
-def test_close_gives_the_reduce_scatter_back(pool: Pool) -> None:
-    for _, sent in pool.run(5, close_and_train)[:4]:
-        assert sent == 0
-
-
-def average_by_another_factor(_: dist.ProcessGroup) -> None:
-    if (mesh := flat_mesh()) and dist.get_rank() > 3:
-        return
-    with attached(mesh, "two_way(int8)") as (model, optimizer, _run):
+@on_four_ranks
+def test_another_factor_after_attach_is_refused() -> None:
+    with attached(mesh_of(4), "two_way(int8)") as (model, optimizer, _run):
         model.set_gradient_divide_factor(1.0)
         with pytest.raises(CommoptError, match="set_gradient_divide_factor"):
             train(model, optimizer, dist.get_rank(), 1)
 
 
-def test_another_factor_after_attach_is_refused(pool: Pool) -> None:
-    pool.run(5, average_by_another_factor)
-
-
-def train_without_communication(_: dist.ProcessGroup) -> Any:
-    flat, square = flat_mesh(), mesh_of()
-    sent = []
-    for mesh in (flat, square) if dist.get_rank() < 4 else ():
-        with attached(mesh, "two_way(int8)") as (model, optimizer, run):
-            before, traffic = shards(model), run.traffic
-            counted = traffic.payload_bytes
-            with run.communication_off():
-                train(model, optimizer, dist.get_rank(), 2)
-            moved = all(not torch.equal(x, before[name]) for name, x in shards(model).items() if x.numel())
-            sent.append((traffic.payload_bytes - counted, moved))
-    return sent
-
-
-def test_with_communication_off_nothing_is_sent_and_training_goes_on(pool: Pool) -> None:
-    assert pool.run(5, train_without_communication)[:4] == [[(0.0, True)] * 2] * 4
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["shards", "replicas"])
+@on_four_ranks
+def test_with_communication_off_nothing_is_sent_and_training_goes_on(shape: tuple[int, ...]) -> None:
+    with attached(mesh_of(*shape), "two_way(int8)") as (model, optimizer, run):
+        before, sent = shards(model), run.traffic.payload_bytes
+        with run.communication_off():
+            train(model, optimizer, dist.get_rank(), 2)
+        assert run.traffic.payload_bytes == sent
+        assert all(not torch.equal(x, before[name]) for name, x in shards(model).items() if x.numel())

@@ -1,229 +1,489 @@
-"""Lightning's own Trainer on two ranks, which are started once and write down what each case did."""
+"""Lightning's own Trainer on two ranks, and the same training by hand."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import socket
-import subprocess
-import sys
+import contextlib
+import copy
+import shutil
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning_cases import CASES, COMPARED, RANKS, RESUMED, SCHEDULES, STEPS
-from rig import FREEZE, flat, make_model
+import torch.distributed as dist
+from ddp_by_hand import train_by_ddp
+from framework_ranks import gathered, run_program
+from pool import Pool
+from rig import FREEZE, METHODS, flat, loss_of, make_batch, make_method, make_model, train
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from commopt.errors import MissingExtra
-from commopt.methods import METHODS
+from commopt import attach, build
+from commopt.errors import CommoptError
+from commopt.methods import METHODS as METHODS_BY_NAME
+from commopt.optim import make_optimizer
 
-pytestmark = pytest.mark.timeout(300)  # for the ranks of all cases together
+STEPS = 6
+on_two_ranks = pytest.mark.ranks("lightning", 2)
+DENSE_MB = 4e-6 * flat(make_model()).numel()
+# case: method, options of the Trainer and the strategy, and what they are by hand
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{name: (name, {}, {}) for name in ("dense", "ef_sign l1", "two_way int8", "dgc", "distributed_lion")},
+    "onebit_adam l1": ("onebit_adam l1", {}, {}),
+    "clipped by the Trainer": ("ef_sign l1", {"gradient_clip_val": 0.05}, {"clip": 0.05}),
+    "clipped by the method": ("onebit_adam l1", {"given": {"max_norm": 0.05}}, {"max_norm": 0.05}),
+    **{
+        f"{name}, {what}": (name, options, by_hand)
+        for name in ("ef_sign l1", "onebit_adam l1")
+        for what, options, by_hand in (
+            ("accumulated", {"accumulate_grad_batches": 3}, {"every": 3}),
+            ("bfloat16", {"precision": "bf16-mixed"}, {"dtype": torch.bfloat16}),
+            ("float16", {}, {"dtype": torch.float16}),
+        )
+    },
+}
+RESUMED: dict[str, dict[str, Any]] = {
+    "ef_sign": {"name": "ef_sign"},
+    "dgc": {"name": "dgc", "density": 0.1},
+    "onebit_adam": {"name": "onebit_adam", "freeze_step": 2},
+    "zero_one_adam": {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": 2},
+    "noloco": {"name": "noloco", "every": 2, "delay": 1},
+    "diloco": {"name": "diloco", "every": 2},
+}
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What each case returned, by rank."""
-    folder = tmp_path_factory.mktemp("lightning")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": RANKS,
-        "LOCAL_WORLD_SIZE": RANKS,
-        "GROUP_RANK": 0,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+def module_class() -> Any:
+    from lightning.pytorch import LightningModule
+
+    class Net(LightningModule):  # type: ignore[misc]
+        """The rig's model and batches; what differs between cases is given."""
+
+        def __init__(self, configure: Any) -> None:
+            super().__init__()
+            self.net, self.configure = make_model(), configure
+            self.rates: list[float] = []
+            self.payload_mb: list[float] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.net(x)
+            return y
+
+        def configure_optimizers(self) -> Any:
+            return self.configure(self)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            accumulates = self.trainer.accumulate_grad_batches > 1
+            x, y = make_batch(self.global_rank, batch_idx if accumulates else self.trainer.global_step)
+            loss: Tensor = loss_of(self(x), y)
+            self.log("loss", loss.detach(), on_step=True)
+            return loss
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.payload_mb.append(float(self.trainer.callback_metrics.get("commopt/payload_mb", -1.0)))
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("val", loss_of(self(make_batch(0, 99)[0]), make_batch(0, 99)[1]), sync_dist=True)
+
+    return Net
+
+
+def zeros(n: int) -> Any:
+    return torch.utils.data.DataLoader(torch.zeros(n, 1))  # type: ignore[arg-type]
+
+
+def sgd(net: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.05)
+
+
+def adam(net: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(net.parameters(), lr=0.01)
+
+
+def trainer_of(strategy: Any, **options: Any) -> Any:
+    from lightning.pytorch import Trainer
+
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
     }
-    words = ["python", "-c", "import lightning_cases; lightning_cases.main()", str(folder)]
-    ranks, logs = [], [folder / f"log.{rank}" for rank in range(RANKS)]
-    for rank, log in enumerate(logs):
-        own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo"}
-        environment = {**os.environ, **{key: str(x) for key, x in own.items()}}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        with log.open("wb") as file:
-            ranks.append(subprocess.Popen(words, env=environment, cwd=folder, stdout=file, stderr=file))
-    try:
-        for process in ranks:
-            process.wait(timeout=280)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    tails = "".join(log.read_text(encoding="utf-8", errors="replace")[-3000:] for log in logs)
-    assert [process.returncode for process in ranks] == [0] * RANKS, tails
-    return {name: [torch.load(folder / f"{name}.{rank}") for rank in range(RANKS)] for name in CASES}
+    return Trainer(strategy=strategy, **{"accelerator": "cpu", "devices": 2, "max_steps": STEPS, **quiet, **options})
 
 
-def same(results: Any) -> bool:
-    return all(torch.equal(one[0], one[1]) for one in results)
+def strategy_of(method: Any, **options: Any) -> Any:
+    from commopt.frameworks.lightning import CommoptStrategy
+
+    return CommoptStrategy(method, timeout=timedelta(seconds=200), **options)
 
 
-@pytest.mark.parametrize("name", COMPARED)
-def test_training_is_bit_for_bit_that_of_ddp_with_the_method(answers: dict[str, list[Any]], name: str) -> None:
-    results = [found[name] for found in answers["equal_to_ddp"]]
-    assert same(results)
-    assert torch.equal(results[0][0], results[1][0])
-    assert not torch.equal(results[0][0], flat(make_model()))
-    for _, _, (sent, by_hand), payload_mb, are_equal in results:
-        assert are_equal
-        assert sent == by_hand > 0
-        assert sum(payload_mb) == pytest.approx(sent / 1e6)
+def fit(method: Any, configure: Any, ckpt_path: Any = None, given: Any = None, **options: Any) -> tuple[Any, Any]:
+    """(module, trainer) after a fit; given: options of the strategy."""
+    net = module_class()(configure)
+    trainer = trainer_of(strategy_of(method, **(given or {})), **options)
+    trainer.fit(net, zeros(200), zeros(4), ckpt_path=ckpt_path)
+    return net, trainer
 
 
-def test_one_bit_adam_sends_a_32nd_once_frozen(answers: dict[str, list[Any]]) -> None:
-    found = answers["equal_to_ddp"][0]
-    dense, frozen = (found[name][3] for name in ("dense", "onebit_adam l1"))
-    parameters = sum(p.numel() for p in make_model().parameters())
-    assert dense == pytest.approx([4 * parameters / 1e6] * STEPS)
-    assert frozen[:FREEZE] == pytest.approx(dense[:FREEZE])
-    a_scale_for_each_block = 4 / 64  # bytes an element; a sign is 1 / 8, and an element of dense 4
-    assert frozen[FREEZE] / dense[FREEZE] == pytest.approx((1 / 8 + a_scale_for_each_block) / 4, rel=0.1)
+def fit_and_write(folder: Path, method: Any, configure: Any, ckpt_path: Any = None) -> tuple[Any, Any]:
+    """A fit with a checkpoint at every third step."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    writer = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    return fit(method, configure, ckpt_path, callbacks=[writer], enable_checkpointing=True)
 
 
-@pytest.mark.parametrize("name", ["ef_sign l1", "onebit_adam l1"])
-def test_accumulated_gradients_are_exchanged_once_a_step(answers: dict[str, list[Any]], name: str) -> None:
-    results = [found[name] for found in answers["accumulated"]]
-    assert same(results)
-    assert torch.equal(results[0][0], results[1][0])
-    assert len(results[0][2]) == 3 * STEPS
+def choice_of(name: str) -> tuple[dict[str, Any], Any]:
+    """A case of the rig as a choice, and what `configure_optimizers` returns for it."""
+    method, options, block = METHODS[name]
+    return {"name": method, **options}, lambda net: make_optimizer(block, net.parameters())
 
 
-def test_the_trainer_clips_what_a_gradient_method_leaves(answers: dict[str, list[Any]]) -> None:
-    assert same(found["trainer"] for found in answers["clipped"])
+@pytest.mark.parametrize("case", CASES)
+@on_two_ranks
+def test_training_is_bit_for_bit_that_of_ddp_with_the_method(case: str) -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    name, options, by_hand = CASES[case]
+    if by_hand.get("dtype") == torch.float16:  # whose scaler the Trainer makes for GPUs only
+        scaler, other = (torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2))
+        options, by_hand = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}, {**by_hand, "scaler": other}
+    net, trainer = fit(*choice_of(name), **options)
+    sent, every = trainer.strategy.run.traffic.payload_bytes, by_hand.get("every", 1)
+    assert trainer.strategy.run.replicas_are_equal()
+    model = make_model()
+    batches = [make_batch(dist.get_rank(), k) for k in range(every * STEPS)]
+    expected, expected_bytes = train_by_ddp(model, *make_method(name, model), batches, **by_hand)
+    assert torch.equal(flat(net), expected)
+    assert bool(expected.isfinite().all())
+    assert not torch.equal(expected, flat(make_model()))
+    assert sent == expected_bytes > 0
+    assert len(net.payload_mb) == every * STEPS
+    payload_mb = net.payload_mb[every - 1 :: every]
+    assert sum(payload_mb) == pytest.approx(sent / 1e6)
+    if case == "dense":
+        assert payload_mb == pytest.approx([DENSE_MB] * STEPS)
+    if case == "onebit_adam l1":
+        assert payload_mb[:FREEZE] == pytest.approx([DENSE_MB] * FREEZE)
+        a_scale_for_each_block = 4 / 64  # bytes an element; a sign is 1 / 8, and an element of dense 4
+        assert payload_mb[FREEZE] / DENSE_MB == pytest.approx((1 / 8 + a_scale_for_each_block) / 4, rel=0.1)
 
 
-def test_max_norm_clips_before_the_exchange_without_overlap(answers: dict[str, list[Any]]) -> None:
-    assert same(found["method"] for found in answers["clipped"])
-
-
-@pytest.mark.parametrize("name", ["ef_sign l1", "onebit_adam l1", "ef_sign l1 scaled", "onebit_adam l1 scaled"])
-def test_mixed_precision_is_that_of_autocast_and_scaler_by_hand(answers: dict[str, list[Any]], name: str) -> None:
-    results = [found[name] for found in answers["mixed"]]
-    assert same(results)
-    assert torch.equal(results[0][0], results[1][0])
-    assert bool(results[0][0].isfinite().all())
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.02, total_steps=STEPS + 1),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0, threshold=1e9),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.ConstantLR(o, 0.1, 2), torch.optim.lr_scheduler.ExponentialLR(o, 0.5)],
+        milestones=[3],
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_schedulers_act_on_the_optimizer_that_stands_in_for_adam(answers: dict[str, list[Any]], kind: str) -> None:
-    for found in answers["rates"]:
-        rates, expected, acts_on_what_steps, betas_are_equal = found[kind]
-        assert rates == pytest.approx(expected)
-        assert len(set(expected)) > 1
-        assert acts_on_what_steps
-        assert betas_are_equal
+@on_two_ranks
+def test_schedulers_act_on_the_optimizer_that_stands_in_for_adam(kind: str) -> None:
+    def scheduled(net: Any) -> Any:
+        optimizer = adam(net)
+        config = {"scheduler": SCHEDULES[kind](optimizer), "interval": "step", "monitor": "loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    net, trainer = fit(choice_of("onebit_adam l1")[0], scheduled)
+    stepping = trainer.strategy.run.optimizer
+    assert stepping is trainer.optimizers[0]
+    assert stepping.param_groups is trainer.lr_scheduler_configs[0].scheduler.optimizer.param_groups
+    other = adam(make_model())
+    schedule, expected = SCHEDULES[kind](other), []
+    for _ in range(STEPS):
+        expected.append(other.param_groups[0]["lr"])
+        other.step()
+        schedule.step(*([1.0] if kind == "plateau" else []))
+    assert net.rates == pytest.approx(expected)
+    assert len(set(expected)) > 1
+    assert stepping.param_groups[0]["betas"] == other.param_groups[0]["betas"]
+
+
+# -- checkpoints
+
+
+def configure_for(choice: dict[str, Any]) -> Any:
+    return sgd if choice["name"] in ("ef_sign", "dgc") else adam
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_holds_what_every_rank_needs_to_go_on_bit_for_bit(
-    answers: dict[str, list[Any]], name: str
-) -> None:
-    results = [found[name] for found in answers["resumed"]]
-    assert same(results)
-    for _, straight, without, steps in results:
-        assert steps == STEPS
-        if METHODS[name].kind == "update":
-            assert f"holds no state of {name}" in without
-        else:
-            assert not torch.equal(without, straight)
+@on_two_ranks
+def test_a_checkpoint_holds_what_every_rank_needs_to_go_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    choice, configure = RESUMED[name], configure_for(RESUMED[name])
+    straight, trainer = fit_and_write(tmp_path, choice, configure)
+    assert trainer.strategy.run.steps == STEPS
+    again, _ = fit_and_write(tmp_path, choice, configure, tmp_path / "step=3.ckpt")
+    assert torch.equal(flat(again), flat(straight))
+    rewrite(tmp_path, "without", None)
+    without = attempt_to_resume(tmp_path / "without.ckpt", choice)
+    if METHODS_BY_NAME[name].kind == "update":
+        assert f"holds no state of {name}" in without
+    else:
+        assert not torch.equal(without, flat(straight))
 
 
-def test_another_number_of_ranks_takes_the_mean_of_what_was_to_be_sent(answers: dict[str, list[Any]]) -> None:
-    (values, without), (others, _) = (found["four ranks"] for found in answers["resumed"])
-    assert torch.equal(values, others)
-    assert not torch.equal(values, without)
+def attempt_to_resume(checkpoint: Path, choice: dict[str, Any]) -> Any:
+    """The parameters after a fit from a checkpoint, or the error."""
+    try:
+        return flat(fit_and_write(checkpoint.parent, choice, configure_for(choice), checkpoint)[0])
+    except CommoptError as error:
+        return f"{type(error).__name__}: {error}"
 
 
-def test_a_link_to_a_checkpoint_finds_the_state_beside_it(answers: dict[str, list[Any]]) -> None:
-    assert same(found["linked"] for found in answers["resumed"])
+def rewrite(folder: Path, name: str, said: dict[str, Any] | None) -> None:
+    """Write a checkpoint that says something else of the folder beside it, or nothing, and has none."""
+    if dist.get_rank() == 0:
+        stored = torch.load(folder / "step=3.ckpt", weights_only=True)
+        own = stored.pop("commopt")
+        torch.save(stored if said is None else {**stored, "commopt": {**own, **said}}, folder / f"{name}.ckpt")
+    dist.barrier()
 
 
-def test_the_state_of_a_checkpoint_goes_with_it(answers: dict[str, list[Any]]) -> None:
-    for files, best in answers["kept"]:
-        assert files == sorted(f"{name}{end}" for name in (best, "last.ckpt") for end in ("", ".commopt"))
-
-
-def test_a_checkpoint_after_an_error_waits_for_nobodys_residuals(answers: dict[str, list[Any]]) -> None:
-    for step, optimizer, has_residuals in answers["interrupted"]:
-        assert step == 3
-        assert optimizer == ["param_groups", "state"]
-        assert not has_residuals
-
-
-@pytest.mark.parametrize("name", ["noloco", "diloco", "local_sgd"])
-def test_an_outer_method_averages_replicas_without_ddp(answers: dict[str, list[Any]], name: str) -> None:
-    results = [found[name] for found in answers["outer"]]
-    assert same(results)
-    for _, _, (rounds, by_hand), payload_mb, is_wrapped in results:
-        assert rounds == by_hand > 0
-        assert 0 < sum(payload_mb) < sum(answers["equal_to_ddp"][0]["dense"][3])
-        assert not is_wrapped
-    assert torch.equal(results[0][0], results[1][0])
-
-
-SAID = {
-    "no optimizer": "AttachError: configure_optimizers without an optimizer",
-    "unknown": "ConfigError: unknown method 'dcg'; did you mean 'dgc'?",
-    "value": "ConfigError: method dgc: density: 2 is out of range",
-    "update option": "ConfigError: method onebit_adam: freeze_step: -1 is out of range",
-    "rate": "ConfigError: method onebit_adam: lr: is not an option of this method; set it on the optimizer",
-    "hook": "AttachError: ddp_comm_hook with CommoptStrategy: the method is the communication hook",
-    "option": "ConfigError: find_unused_parameter: unknown option of DDPStrategy; did you mean 'find_unused_parameters'?",
-    "outer option": "AttachError: bucket_cap_mb with noloco: an outer method trains without DDP",
-    "outer overlap": "AttachError: overlap with noloco: an outer method exchanges no gradients",
-    "kind": "AttachError: onebit_adam stands in for Adam or AdamW, not for SGD",
-    "clip": "AttachError: gradient_clip_val with onebit_adam: it has exchanged its momentum when the Trainer clips; leave it out, and "
-    "write CommoptStrategy(..., max_norm=1.0)",
-    "norm": "AttachError: overlap=True with max_norm: it needs the gradients of all buckets at once",
-    "manual": "AttachError: manual optimization with CommoptStrategy: gradients are exchanged in backward",
-    "frozen": "AttachError: the model has no trainable parameter",
-    "ranks": "AttachError: the ranks' configurations differ: optimizer.groups.0.lr is 0.02 on rank 0 and 0.01 on rank 1",
-    "bn": "AttachError: sync_batchnorm with noloco: it exchanges in every step",
-    "second": "AttachError: this ef_sign was attached to a model before; build another one",
-}
 NOT_RESUMED = {
-    "other ranks": "CheckpointError: the checkpoint holds 4 replicas under noloco, and there are 2 ranks",
+    "other ranks": "the checkpoint holds 4 replicas under noloco, and there are 2 ranks",
     "other method": "was saved under ef_sign, not top_k",
     "no folder": "lonely.ckpt.commopt: is missing, and holds the method's state: move it along with its checkpoint",
     "other step": "is of step 3, and",
 }
 
 
-@pytest.mark.parametrize("what", NOT_RESUMED)
-def test_a_checkpoint_that_does_not_belong_here_is_refused(answers: dict[str, list[Any]], what: str) -> None:
-    for found in answers["resumed"]:
-        assert NOT_RESUMED[what] in found["refused"][what]
-        assert found["refused"][what].startswith("CheckpointError: ")
+@on_two_ranks
+def test_a_checkpoint_is_resumed_with_what_belongs_to_it_or_refused(tmp_path: Path) -> None:
+    """Checkpoints that were moved, linked, or written by another job."""
+    folder = tmp_path
+    ef_sign = RESUMED["ef_sign"]
+    straight = flat(fit_and_write(folder, ef_sign, sgd)[0])
+    rewrite(folder, "lonely", {})
+    rewrite(folder, "noloco", {"ranks": 4, "method": "noloco"})
+    refused = {
+        "other method": attempt_to_resume(folder / "step=3.ckpt", {"name": "top_k", "density": 0.1}),
+        "no folder": attempt_to_resume(folder / "lonely.ckpt", ef_sign),
+        "other ranks": attempt_to_resume(folder / "noloco.ckpt", RESUMED["noloco"]),
+    }
+    if dist.get_rank() == 0:
+        (folder / "link.ckpt").symlink_to("step=3.ckpt")
+        shutil.move(folder / "step=6.ckpt.commopt", folder / "lonely.ckpt.commopt")
+    dist.barrier()
+    refused["other step"] = attempt_to_resume(folder / "lonely.ckpt", ef_sign)
+    assert {what for what, text in NOT_RESUMED.items() if text not in refused[what]} == set()
+    assert all(text.startswith("CheckpointError: ") for text in refused.values())
+    assert torch.equal(attempt_to_resume(folder / "link.ckpt", ef_sign), straight)
 
 
-@pytest.mark.parametrize("what", SAID)
-def test_what_does_not_fit_is_refused_with_the_reason_on_every_rank(answers: dict[str, list[Any]], what: str) -> None:
-    for found in answers["refused"]:
-        assert found[what].startswith(SAID[what])
+@on_two_ranks
+def test_the_state_of_a_checkpoint_goes_with_it(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    options = {"every_n_train_steps": 2, "monitor": "loss", "mode": "max", "save_last": True}
+    writer = ModelCheckpoint(tmp_path, filename="{step}", **options)
+    fit("ef_sign", sgd, callbacks=[writer], enable_checkpointing=True)
+    dist.barrier()
+    kept = (Path(writer.best_model_path).name, "last.ckpt")
+    assert sorted(one.name for one in tmp_path.iterdir()) == sorted(
+        f"{k}{end}" for k in kept for end in ("", ".commopt")
+    )
 
 
-def test_what_fails_on_one_rank_fails_on_all(answers: dict[str, list[Any]]) -> None:
-    told, failed = (found["one rank"] for found in answers["refused"])
-    assert failed.startswith("AttachError: onebit_adam stands in for Adam or AdamW, not for SGD")
-    assert told.startswith("AttachError: rank 1 could not attach: AttachError: onebit_adam stands in for Adam or AdamW")
+@on_two_ranks
+def test_a_checkpoint_after_an_error_waits_for_nobodys_residuals(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    path = tmp_path / "error.ckpt"
+    net = module_class()(sgd)
+    net.on_before_zero_grad = lambda _: 1 / (3 - net.trainer.global_step)
+    writer = LambdaCallback(on_exception=lambda trainer, *_: trainer.save_checkpoint(path, False))
+    trainer = trainer_of(strategy_of("ef_sign"), callbacks=[writer])
+    with contextlib.suppress(ZeroDivisionError):
+        trainer.fit(net, zeros(200), zeros(4))
+    dist.barrier()
+    stored = torch.load(path, weights_only=True)
+    assert stored["global_step"] == 3
+    assert sorted(stored["optimizer_states"][0]) == ["param_groups", "state"]
+    assert "commopt" not in stored
+    assert not (tmp_path / "error.ckpt.commopt").exists()
 
 
-def test_training_goes_on_after_what_was_refused(answers: dict[str, list[Any]]) -> None:
-    assert all(found["fine"] == found["first"] == "" for found in answers["refused"])
+# -- outer methods
 
 
-def test_a_strategy_serves_another_fit_with_a_method_of_its_own(answers: dict[str, list[Any]]) -> None:
-    for (values, sent, parts, method, steps, callbacks), other in zip(
-        answers["again"], answers["equal_to_ddp"], strict=True
-    ):
-        assert not torch.equal(values, flat(make_model()))
-        assert 0 < sent < other["dense"][2][0]
-        assert (parts, method) == (RANKS, "onebit_adam")  # written after the fit had ended
-        assert steps == STEPS
-        assert callbacks == 1
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("noloco", {"every": 2, "final_average": True}), ("diloco", {"every": 3}), ("local_sgd", {"every": 2})],
+)
+@on_two_ranks
+def test_an_outer_method_averages_replicas_without_ddp(name: str, options: dict[str, Any]) -> None:
+    """Replicas that differ at first, and the same by hand."""
+    net = module_class()(sgd)
+    with torch.no_grad():
+        net.net[0].bias.add_(dist.get_rank())  # which starting together undoes
+    trainer = trainer_of(strategy_of({"name": name, **options}))
+    trainer.fit(net, zeros(200), zeros(4))
+    model = make_model()
+    run = attach(model, {"name": name, **options}, sgd(model))
+    run.join()
+    train(model, run.optimizer, dist.get_rank(), STEPS)
+    run.finish()
+    run.close()
+    assert torch.equal(flat(net), flat(model))
+    assert len(trainer.strategy.run.reports) == len(run.reports) > 0
+    assert 0 < sum(net.payload_mb) < STEPS * DENSE_MB
+    assert not isinstance(trainer.strategy.model, DistributedDataParallel)
+    assert torch.equal(*gathered(flat(net)))
 
 
-def test_the_example_prints_losses_bytes_and_what_it_saved(answers: dict[str, list[Any]]) -> None:
-    first, second = answers["example"]
+# -- what does not fit
+
+
+def manual(net: Any) -> Any:
+    net.automatic_optimization = False
+    return net
+
+
+def frozen(net: Any) -> Any:
+    return net.requires_grad_(False)
+
+
+def at_another_rate(net: Any) -> Any:
+    return adam(net) if dist.get_rank() else torch.optim.Adam(net.parameters(), lr=0.02)
+
+
+def other_on_rank_1(net: Any) -> Any:
+    return sgd(net) if dist.get_rank() else adam(net)
+
+
+def attempt(
+    change: Any = None, method: Any = "onebit_adam", configure: Any = adam, given: Any = None, **options: Any
+) -> str:
+    try:
+        strategy = strategy_of(method, **(given or {}))
+        net = module_class()(configure)
+        trainer_of(strategy, **options).fit((change or copy.copy)(net), zeros(200), zeros(4))
+    except (CommoptError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+SGD: dict[str, Any] = {"configure": sgd}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"method": "dcg"}, "ConfigError: unknown method 'dcg'; did you mean 'dgc'?"),
+    "value": (
+        {"method": {"name": "dgc", "density": 2}},
+        "ConfigError: method dgc: density: 2 is out of range",
+    ),
+    "update option": (
+        {"method": {"name": "onebit_adam", "freeze_step": -1}},
+        "ConfigError: method onebit_adam: freeze_step: -1 is out of range",
+    ),
+    "rate": (
+        {"method": {"name": "onebit_adam", "lr": 0.1}},
+        "ConfigError: method onebit_adam: lr: is not an option of this method; set it on the optimizer",
+    ),
+    "hook": (
+        {"given": {"ddp_comm_hook": print}},
+        "AttachError: ddp_comm_hook with CommoptStrategy: the method is the communication hook",
+    ),
+    "option": (
+        {"given": {"find_unused_parameter": True}},
+        "ConfigError: find_unused_parameter: unknown option of DDPStrategy; did you mean 'find_unused_parameters'?",
+    ),
+    "outer option": (
+        {"method": "noloco", "given": {"bucket_cap_mb": 1}},
+        "AttachError: bucket_cap_mb with noloco: an outer method trains without DDP",
+    ),
+    "outer overlap": (
+        {"method": "noloco", "given": {"overlap": False}},
+        "AttachError: overlap with noloco: an outer method exchanges no gradients",
+    ),
+    "kind": (SGD, "AttachError: onebit_adam stands in for Adam or AdamW, not for SGD"),
+    "clip": (
+        {"gradient_clip_val": 1.0},
+        "AttachError: gradient_clip_val with onebit_adam: it has exchanged its momentum when the Trainer clips; leave it out, "
+        "and write CommoptStrategy(..., max_norm=1.0)",
+    ),
+    "norm": (
+        {"method": "ef_sign", **SGD, "given": {"overlap": True, "max_norm": 1.0}},
+        "AttachError: overlap=True with max_norm: it needs the gradients of all buckets at once",
+    ),
+    "manual": (
+        {"change": manual},
+        "AttachError: manual optimization with CommoptStrategy: gradients are exchanged in backward",
+    ),
+    "frozen": ({"change": frozen}, "AttachError: the model has no trainable parameter"),
+    "ranks": (
+        {"configure": at_another_rate},
+        "AttachError: the ranks' configurations differ: optimizer.groups.0.lr is 0.02 on rank 0 and 0.01 on rank 1",
+    ),
+    "bn": (
+        {"method": "noloco", **SGD, "sync_batchnorm": True},
+        "AttachError: sync_batchnorm with noloco: it exchanges in every step",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@on_two_ranks
+def test_what_does_not_fit_is_refused_with_the_reason_on_every_rank(case: str) -> None:
+    options, said = REFUSED[case]
+    assert attempt(**options).startswith(said)
+
+
+@on_two_ranks
+def test_what_fails_on_one_rank_fails_on_all_and_training_goes_on_after_it() -> None:
+    wrong = "AttachError: onebit_adam stands in for Adam or AdamW"
+    of_rank_1 = wrong if dist.get_rank() else f"AttachError: rank 1 could not attach: {wrong}"
+    assert attempt(configure=other_on_rank_1).startswith(of_rank_1)
+    assert attempt() == ""
+
+
+@on_two_ranks
+def test_a_model_without_an_optimizer_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*configure_optimizers. returned .None.")  # what is tried here
+        told = attempt(configure=lambda net: None)
+    assert told.startswith("AttachError: configure_optimizers without an optimizer")
+
+
+@on_two_ranks
+def test_a_method_that_was_built_serves_one_fit() -> None:
+    built = build("ef_sign")
+    assert attempt(method=built, configure=sgd) == ""
+    second = attempt(method=built, configure=sgd)
+    assert second.startswith("AttachError: this ef_sign was attached to a model before; build another one")
+
+
+@on_two_ranks
+def test_a_strategy_serves_another_fit_with_a_method_of_its_own(tmp_path: Path) -> None:
+    """With a validation and a checkpoint in between."""
+    net, trainer = fit({"name": "onebit_adam", "freeze_step": FREEZE}, adam)
+    assert not torch.equal(flat(net), flat(make_model()))
+    assert 0 < trainer.strategy.run.traffic.payload_bytes / 1e6 < STEPS * DENSE_MB
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using .DistributedSampler.")  # advice for benchmarks
+        trainer.validate(net, zeros(4), verbose=False)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    stored = torch.load(tmp_path / "after.ckpt", weights_only=True)["commopt"]
+    assert (stored["ranks"], stored["method"]) == (2, "onebit_adam")  # written after the fit had ended
+    trainer.fit_loop.epoch_loop.max_steps = 2 * STEPS
+    trainer.fit(module_class()(adam), zeros(200), zeros(4))
+    assert trainer.strategy.run.steps == STEPS
+    assert len(trainer.callbacks) == 1
+
+
+def test_the_example_prints_losses_bytes_and_what_it_saved(lightning_ranks: Pool, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.write_bytes(bytes(range(32, 127)) * 900)
+    words = ["--steps", "6", "--layers", "1", "--width", "16", "--options", '{"freeze_step": 3}']
+    words += ["--save", f"{tmp_path}/example.ckpt", "--corpus", str(corpus)]
+    first, second = lightning_ranks.run(2, run_program, "lightning_train.py", *words)
     lines = first.splitlines()
     losses = [float(line.split()[3]) for line in lines[:2]]
     sent, dense = (float(lines[2].split()[k]) for k in (4, 11))
@@ -231,10 +491,3 @@ def test_the_example_prints_losses_bytes_and_what_it_saved(answers: dict[str, li
     assert 0.5 * dense < sent < 0.6 * dense  # three of six steps are dense
     assert "with the method's state on 2 ranks" in lines[3]
     assert second == ""
-
-
-def test_without_lightning_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("lightning", "lightning.pytorch", "pytorch_lightning"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtra, match=r"pip install 'commopt\[lightning\]'"):
-        importlib.import_module("commopt.frameworks.lightning")

@@ -1,0 +1,162 @@
+"""Warm ranks for each framework, whose import is what costs: forks of one process, for all files that ask for them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+from torch import Tensor
+
+
+class FrameworkRanks(Pool):
+    """`ranks.run(2, function, *args)` calls function(*args) on the ranks of its job of two, as torchrun would start them."""
+
+    def _members(self, n: int) -> range:
+        before = sum(self.jobs[: self.jobs.index(n)])
+        return range(before, before + n)
+
+    @classmethod
+    def begin(cls, rank: int, size: int, port: int) -> Callable[[int], tuple[Any, ...]]:
+        if size > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(size)}
+        cls.join_job()
+        return lambda _: ()
+
+    @classmethod
+    def join_job(cls) -> None:
+        """Initialise torch.distributed."""
+        dist.init_process_group("gloo")
+
+
+class FSDPRanks(FrameworkRanks):
+    """Four ranks, and two that initialise torch.distributed themselves."""
+
+    jobs = (4, 2)
+
+    @classmethod
+    def load(cls) -> None:
+        import fsdp_rig  # noqa: F401
+
+        import commopt.frameworks.fsdp  # noqa: F401
+
+    @classmethod
+    def join_job(cls) -> None:
+        if os.environ["WORLD_SIZE"] == "4":
+            super().join_job()
+
+
+class DeepSpeedRanks(FrameworkRanks):
+    jobs = (2, 4)
+    environment: ClassVar = {"OMP_NUM_THREADS": "1"}  # or Accelerate would change the threads of these ranks
+
+    @classmethod
+    def load(cls) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what DeepSpeed's imports say of torch is not ours to mend
+            import accelerate  # noqa: F401
+            import deepspeed
+            from deepspeed.accelerator import get_accelerator
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # an extension that it would compile, and not use
+        )
+        get_accelerator().is_fp16_supported = lambda: True  # torch has it on every CPU; DeepSpeed asks for fast ones
+        logging.getLogger("DeepSpeed").setLevel(logging.CRITICAL)
+        import deepspeed_rig  # noqa: F401
+
+
+class HuggingFaceRanks(FrameworkRanks):
+    """Two ranks with Accelerate and transformers, and one process that is no part of a job."""
+
+    jobs = (2, 1)
+    environment: ClassVar = {
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    # what the frameworks say about themselves, not about what they are given here
+    their_warnings = (
+        (DeprecationWarning, ""),  # of what they import
+        (FutureWarning, ""),
+        (UserWarning, ".*find_unused_parameters=True was specified"),
+        (UserWarning, ".*'pin_memory' argument is set as true but no accelerator is found"),
+    )
+
+    @classmethod
+    def load(cls) -> None:
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]  # Accelerate imports it where it is, which takes seconds
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import transformers  # noqa: F401
+            from accelerate import Accelerator  # noqa: F401
+        super().load()
+
+    @classmethod
+    def join_job(cls) -> None:
+        from accelerate import PartialState
+
+        PartialState(cpu=True)
+
+
+class LightningRanks(FrameworkRanks):
+    jobs = (2,)
+    environment: ClassVar = {"TORCHELASTIC_RUN_ID": "test"}
+    their_warnings = (
+        (Warning, ".*does not have many workers"),  # advice on speed, which tiny runs do not need
+        (Warning, ".*number of training batches"),
+        (Warning, ".*LeafSpec.*deprecated"),  # Lightning's own use of torch's trees
+        (Warning, ".*your dataloader is not resumable"),  # the cases draw a batch by its step, which needs no state
+        (Warning, "Checkpoint directory .* is not empty"),
+    )
+
+    @classmethod
+    def load(cls) -> None:
+        import lightning.pytorch  # noqa: F401
+
+        super().load()
+
+    @classmethod
+    def join_job(cls) -> None:
+        """Leave it to Lightning."""
+
+
+def new_accelerator(**options: Any) -> Any:
+    """An Accelerator with nothing left of the one before."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return Accelerator(cpu=True, **options)
+
+
+def gathered(x: Tensor) -> list[Tensor]:
+    """A tensor of every rank."""
+    every = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, x)
+    return every
+
+
+def run_program(name: str, *words: str) -> str:
+    """What a program of launch/ prints on this rank."""
+    launch = Path(__file__).parents[2] / "launch"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [name, *words])
+        patch.syspath_prepend(str(launch))
+        runpy.run_path(str(launch / name), run_name="__main__")
+    return printed.getvalue()
