@@ -43,6 +43,7 @@ hypothesis.settings.load_profile("commopt")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start what programs are forked from, once for all workers."""
+    config.addinivalue_line("markers", "ranks(kind, n): the test runs on n ranks with a framework, by `kind`_ranks")
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="commopt-tests-")
         config.add_cleanup(folder.cleanup)
@@ -82,12 +83,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_long = item.nodeid.startswith(WAITING) or item.get_closest_marker("ranks") is not None
         if is_long and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(PATIENCE_S))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "ranks(kind, n): the test runs on each of n ranks with a framework, by `kind`_ranks"
-    )
 
 
 @pytest.hookimpl(tryfirst=True)
