@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import synthetic
 import torch
+from codes import largest
 from rig import start
 from synthetic import F64, Parameters, gradients, spans
 from torch import nn
@@ -20,18 +21,11 @@ from commopt.groups import Group, LocalGroup, SimWorld
 N, SHAPES, LR, MOMENTUM = 4, [(30, 21), (17,), (9, 5)], 0.05, 0.8
 
 
-def reference(u: F64, v: F64, g: F64, spans: list[slice], density: float, nesterov: bool) -> tuple[F64, F64, F64, F64]:
+def reference(u: F64, v: F64, g: F64, density: float, nesterov: bool) -> tuple[F64, F64, F64, F64]:
     """Lin et al. 2018, Algorithm 2 on one rank: what is sent, u and v after it, and how clear the choice was."""
     u = MOMENTUM * (u + g) if nesterov else MOMENTUM * u + g
     v = v + u + g if nesterov else v + u
-    sent, margin = np.zeros_like(v), np.zeros_like(v)
-    for span in spans:
-        size = np.abs(v[span])
-        k = math.ceil(density * len(size) - 1e-9)
-        chosen = np.argsort(-size, kind="stable")[:k]
-        sent[span][chosen] = v[span][chosen]
-        cut = np.sort(size)[::-1]
-        margin[span] = np.inf if k == len(size) else (cut[k - 1] - cut[k]) / cut[k - 1]
+    sent, margin = largest(v, density, NUMELS)
     return sent, np.where(sent != 0, 0.0, u), v - sent, margin
 
 
@@ -46,6 +40,7 @@ def local_gradient(rank: int, step: int) -> F64:
 
 
 SPANS = spans(SHAPES)
+NUMELS = [math.prod(shape) for shape in SHAPES]
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -56,7 +51,7 @@ def test_every_step_is_the_papers_from_the_state_before_it(nesterov: bool) -> No
     compared = 0
     for step in range(steps):
         ranks = [
-            reference(states[step]["u"], states[step]["v"], local_gradient(rank, step), SPANS, density, nesterov)
+            reference(states[step]["u"], states[step]["v"], local_gradient(rank, step), density, nesterov)
             for rank, states in enumerate(worlds)
         ]
         clear = np.all([margin > 1e-5 for *_, margin in ranks], axis=0)
@@ -76,7 +71,7 @@ def free_run(steps: int, density: float) -> F64:
         sent = np.empty_like(u)
         for rank in range(N):
             g = local_gradient(rank, step)
-            sent[rank], u[rank], v[rank], _ = reference(u[rank], v[rank], g, SPANS, density, False)
+            sent[rank], u[rank], v[rank], _ = reference(u[rank], v[rank], g, density, False)
         x = x - LR * sent.mean(0)
     return x
 

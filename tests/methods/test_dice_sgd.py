@@ -257,16 +257,3 @@ def test_without_dp_accounting_the_error_says_what_to_install(monkeypatch: pytes
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'commopt\[privacy\]'"):
         noise_multiplier_for(1.0, 1e-5, 10)
-
-
-@pytest.mark.parametrize("ranks", [2, 4, 5])
-def test_payload_is_that_of_a_dense_ring(ranks: int) -> None:
-    def work(group: Group) -> float:
-        method = DiceSGD(noise_seed=1)
-        method.bind([("x", torch.zeros(512, 512))], group)
-        exchange(method, Bucket.of([("x", torch.ones(512, 512))]), group)
-        return float(group.traffic.payload_bytes) / 512**2
-
-    sent = SimWorld[float](ranks).run(work)
-    assert sum(sent) / ranks == pytest.approx(8 * (ranks - 1) / ranks, rel=0.02)
-    assert DiceSGD().bytes_per_parameter(ranks) == 8 * (ranks - 1) / ranks

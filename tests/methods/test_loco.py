@@ -95,8 +95,3 @@ def test_state_takes_a_byte_per_parameter_and_one_shared_among_the_servers() -> 
         worker = sum(x.nbytes for x in (method.worker.residual, method.worker.scales))
         assert worker == 600 + 4 * 3
     assert sum(x.nbytes for method in methods for x in (method.server.residual, method.server.scales)) == 600 + 4 * 3
-
-
-def test_one_rank_is_uncompressed_sgd() -> None:
-    alone, dense = (simulate(1, SHAPES, 5, name)[0][-1]["x"] for name in ("loco", "dense"))
-    assert np.array_equal(alone, dense)

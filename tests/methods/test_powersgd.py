@@ -282,28 +282,6 @@ def test_two_all_reduces_for_a_bucket() -> None:
     assert SimWorld[int](2).run(work) == [2, 2]
 
 
-def test_another_number_of_ranks_takes_the_mean_residual() -> None:
-    def leave(group: Group) -> Any:
-        method: Any = build("powersgd", rank=1)
-        method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        exchange(method, Bucket.of(list(random_gradients(group.rank, 0).items())), group)
-        return method.saved()
-
-    states = SimWorld[Any](3).run(leave)
-
-    def join(group: Group) -> Any:
-        method: Any = build("powersgd", rank=1)
-        method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        method.resize(states)
-        return method.saved()
-
-    expected = torch.stack([state["rank"]["residual"] for state in states]).mean(0)
-    for state in SimWorld[Any](2).run(join):
-        torch.testing.assert_close(state["rank"]["residual"], expected)
-        assert torch.equal(state["shared"]["q"], states[0]["shared"]["q"])
-        assert torch.equal(state["shared"]["exchanges"], states[0]["shared"]["exchanges"])
-
-
 def many_buckets(process_group: dist.ProcessGroup) -> tuple[bool, int, float, float]:
     """20 steps of a convolutional network in DDP with a bucket for each parameter."""
     rank = dist.get_rank(process_group)

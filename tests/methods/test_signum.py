@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 from synthetic import F64, Parameters, gradients, simulate
 
 from commopt import attach, build
-from commopt.errors import AttachError, CheckpointError
+from commopt.errors import AttachError
 from commopt.groups import Group, LocalGroup, SimWorld
 from commopt.optim import LAMB, Lion
 
@@ -101,49 +99,6 @@ def test_a_coordinate_without_any_gradient_stays_within_one_step() -> None:
             assert used == pytest.approx(0.31, rel=1e-4)
 
 
-def test_a_nan_on_one_rank_leaves_every_momentum_as_it_was() -> None:
-    def work(group: Group) -> bool:
-        model = Parameters((40, 60), (7,))
-        method: Any = build("signum")
-        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-        run = attach(model, method, sgd, group=group)
-        for step in range(3):
-            model.set_gradients(group.rank, step)
-            sgd.step()
-        before = [x.clone() for x in (method.state["momentum"], *model.all, method.exchanges)]
-        model.set_gradients(group.rank, 3)
-        if group.rank == 1:
-            assert model.all[0].grad is not None
-            model.all[0].grad[3, 4] = math.nan
-        sgd.step()
-        after = (method.state["momentum"], *model.all, method.exchanges)
-        return run.voided == [(3, "all.0")] and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-    assert SimWorld[Any](3).run(work) == [True] * 3
-
-
-def test_another_number_of_ranks_takes_the_mean_momentum() -> None:
-    def leave(group: Group) -> Any:
-        model = Parameters((40,))
-        method = build("signum")
-        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-        attach(model, method, sgd, group=group)
-        model.set_gradients(group.rank, 0)
-        sgd.step()
-        return copy.deepcopy(method.saved())
-
-    states = SimWorld[Any](3).run(leave)
-    each = torch.stack([state["rank"]["momentum"] for state in states])
-    assert not torch.equal(each[0], each[1])
-    model, method = Parameters((40,)), build("signum")
-    attach(model, method, torch.optim.SGD(model.parameters(), lr=0.01), group=LocalGroup())
-    method.resize(states)
-    torch.testing.assert_close(method.saved()["rank"]["momentum"], each.mean(0))
-    del states[1]["rank"]["momentum"]
-    with pytest.raises(CheckpointError, match="momentum: expected a tensor of shape"):
-        method.resize(states)
-
-
 def test_momentum_zero_has_no_state_and_another_form() -> None:
     def states(b: float) -> Any:
         model, method = Parameters((40,)), build("signum", momentum=b)
@@ -152,22 +107,6 @@ def test_momentum_zero_has_no_state_and_another_form() -> None:
 
     assert states(0.0) == ({}, 1, "no momentum")
     assert states(0.9)[1:] == (2, "")
-
-
-@pytest.mark.parametrize("ranks", [2, 4, 5])
-def test_it_sends_what_it_says(ranks: int) -> None:
-    def work(group: Group) -> tuple[float, float]:
-        model, method = Parameters((512, 512)), build("signum")
-        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-        attach(model, method, sgd, group=group)
-        at_attach = group.traffic.payload_bytes
-        model.set_gradients(group.rank, 0)
-        sgd.step()
-        return (group.traffic.payload_bytes - at_attach) / 512**2, method.bytes_per_parameter(ranks)
-
-    both = SimWorld[Any](ranks).run(work)
-    assert both[0][1] == (ranks - 1) / ranks * 2 / 8
-    assert sum(sent for sent, _ in both) / ranks == pytest.approx(both[0][1], rel=0.02)
 
 
 @pytest.mark.parametrize(
