@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from codes import parameters, trained
 from rig import start
+from synthetic import flat
 from torch import Tensor
 
 from commopt.errors import AttachError
@@ -157,3 +160,34 @@ def test_a_freeze_while_the_learning_rate_rises_is_warned_of(
     assert [message.partition(" is too early")[0] for message in warned] == (
         [f"{name}: {option}: 5"] if is_rising else []
     )
+
+
+@pytest.mark.parametrize(("name", "options"), [*FROZEN[3:6], ("zero_one_adam", {**FROZEN[5][1], "residual_bits": 8})])
+@pytest.mark.parametrize("at", [7, FREEZE, 26])
+def test_a_checkpoint_is_bitwise_before_and_after_the_freeze(
+    name: str, options: dict[str, Any], at: int, tmp_path: Path
+) -> None:
+    """It has model and optimizer once, though between exchanges of 0/1 Adam (at 26) ranks differ."""
+
+    def trained_from(group: Group, begin: int, end: int, *, loads: bool = False) -> Any:
+        model = parameters((40, 30), (7,), (0,), (9,))
+        run = start(model, name, group, **options)
+        if loads:
+            run.load(tmp_path)
+        for step in range(begin, end):
+            run.optimizer.param_groups[0]["lr"] = 0.01 * (1 + 0.5 * math.sin(step))
+            model.set_gradients(group.rank, step)
+            run.optimizer.step()
+        return run
+
+    def work(group: Group) -> None:
+        run = trained_from(group, 0, at)
+        is_apart = name == "zero_one_adam" and at > FREEZE
+        assert run.method.is_synchronised == run.replicas_are_equal() == (not is_apart)
+        run.save(tmp_path)
+        whole, resumed = trained_from(group, 0, 34), trained_from(group, at, 34, loads=True)
+        assert np.array_equal(flat(whole.parameters.values()), flat(resumed.parameters.values()))
+        for held, tensors in whole.method.saved().items():
+            assert all(torch.equal(x, resumed.method.saved()[held][key]) for key, x in tensors.items())
+
+    SimWorld[None](3).run(work)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from synthetic import exchange, gradients, simulate
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from commopt.groups import Group, SimWorld
 from commopt.methods import LoCo
 from commopt.wire.bucket import Bucket
 
-F64 = NDArray[np.float64]
 SHAPES: list[tuple[int, ...]] = [(30, 21), (17,), (256,)]
 BETA = 0.8
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from codes import (
     SignExchange,
     parameters,
-    snapshot,
     tensors_of,
     trained,
 )
@@ -238,31 +236,3 @@ def test_pre_scaling_keeps_small_tensors_from_being_drowned_by_one_scale() -> No
 
     assert size(True) < 0.05
     assert size(False) > 0.1
-
-
-@pytest.mark.parametrize("at", [5, FREEZE, 17])
-@pytest.mark.parametrize("options", [{}, {"scale": "model", "prescale": True, "residual_bits": 8}])
-def test_a_resume_is_bitwise_with_coefficients_factors_and_fresh_variance(at: int, options: dict[str, Any]) -> None:
-    """In the released code, loading before the freeze resets them."""
-
-    def work(group: Group, resumes: bool) -> Any:
-        def make() -> Any:
-            model = parameters((30, 20), (0,), (7,))
-            return model, start(model, "onebit_lamb", group, **given(**options))
-
-        model, run = make()
-        for step in range(25):
-            if resumes and step == at:
-                saved = copy.deepcopy((model.state_dict(), run.optimizer.state_dict(), run.method.saved()))
-                model, run = make()
-                model.load_state_dict(saved[0])
-                run.optimizer.load_state_dict(saved[1])
-                run.method.load(saved[2])
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-        return snapshot(run, *KEYS)
-
-    whole = SimWorld[Any](3).run(lambda group: work(group, False))
-    resumed = SimWorld[Any](3).run(lambda group: work(group, True))
-    for one, other in zip(whole, resumed, strict=True):
-        assert all(np.array_equal(one[key], other[key]) for key in one)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -224,61 +223,37 @@ def test_with_an_interval_of_1_phase_b_is_one_bit_adam() -> None:
         assert np.array_equal(ours, theirs)
 
 
-def trained_from(group: Group, begin: int, end: int, loads: Any = None, **options: Any) -> tuple[nn.Module, Any]:
-    """The model and the run after the steps from begin to end; loads(model, run) comes before the first."""
-    model = parameters((40, 30), (7,), (0,), (9,))
-    run = start(model, "zero_one_adam", group, **given(**options))
-    if loads is not None:
-        loads(model, run)
-    for step in range(begin, end):
-        run.optimizer.param_groups[0]["lr"] = rate_of(step)
-        model.set_gradients(group.rank, step)
-        run.optimizer.step()
-    return model, run
-
-
-@pytest.mark.parametrize("residual_bits", [32, 8])
-@pytest.mark.parametrize("at", [7, 17, 26])  # in phase A, after 1 local step, after 2 of 3
-def test_a_checkpoint_is_bitwise_between_two_exchanges_too(at: int, residual_bits: int, tmp_path: Path) -> None:
-    """It has model and optimizer once, though ranks differ, and each rank's own state."""
-
-    def work(group: Group) -> None:
-        _, run = trained_from(group, 0, at, residual_bits=residual_bits)
-        assert run.method.is_synchronised == run.replicas_are_equal() == (at == 7)
-        run.save(tmp_path)
-        whole, one = trained_from(group, 0, 40, residual_bits=residual_bits)
-        again, other = trained_from(group, at, 40, lambda _, run: run.load(tmp_path), residual_bits=residual_bits)
-        assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), again.parameters(), strict=True))
-        saved = other.method.saved()["rank"]
-        assert all(torch.equal(x, saved[key]) for key, x in one.method.saved()["rank"].items())
-
-    SimWorld[None](3).run(work)
-
-
 def test_another_number_of_ranks_goes_on_from_the_mean_of_the_local_steps() -> None:
+    def attached(group: Group) -> tuple[nn.Module, Any]:
+        model = parameters((40, 30), (7,), (0,), (9,))
+        return model, start(model, "zero_one_adam", group, **given())
+
+    def train(model: Any, run: Any, steps: range) -> None:
+        for step in steps:
+            model.set_gradients(run.group.rank, step)
+            run.optimizer.step()
+
     def leave(group: Group) -> Any:
-        model, run = trained_from(group, 0, 26)
-        return copy.deepcopy(
-            (model.state_dict(), run.optimizer.state_dict(), run.method.saved()["rank"], run.method.saved())
-        )
+        model, run = attached(group)
+        train(model, run, range(26))
+        return copy.deepcopy((model.state_dict(), run.optimizer.state_dict(), run.method.saved()))
 
     states = SimWorld[Any](3).run(leave)
 
-    def join(model: nn.Module, run: Any) -> None:
+    def join(group: Group) -> tuple[F64, bool]:
+        model, run = attached(group)
         model.load_state_dict(states[0][0])
         run.optimizer.load_state_dict(copy.deepcopy(states[0][1]))
         run.method.resize([copy.deepcopy(saved) for *_, saved in states])
         joined = {key: run.method.state[key] for key in ("momentum", "mean_momentum")}
         joined["parameters"] = torch.from_numpy(flat(run.parameters.values()))
         for key, x in joined.items():
-            mean = torch.stack([rank[f"own {key}"].double() for _, _, rank, _ in states]).mean(0)
+            mean = torch.stack([saved["rank"][f"own {key}"].double() for *_, saved in states]).mean(0)
             torch.testing.assert_close(x.double(), mean, rtol=1e-6, atol=1e-12)
-
-    def work(group: Group) -> tuple[F64, bool]:
-        _, run = trained_from(group, 26, 28, join)
+        train(model, run, range(26, 28))
         return flat(run.parameters.values()), run.method.is_synchronised
 
-    (one, is_synchronised), (other, _) = SimWorld[Any](2).run(work)
+    (one, is_synchronised), (other, _) = SimWorld[Any](2).run(join)
     assert is_synchronised
     assert np.array_equal(one, other)
 
@@ -287,47 +262,32 @@ def test_replicas_are_made_equal_at_any_time_and_train_on() -> None:
     def work(group: Group) -> Any:
         model = parameters((40, 30), (7,), (0,), (9,))
         run = start(model, "zero_one_adam", group, lr=0.01, **given())
-        method = run.method
         seen = []
         for step in range(40):
             model.set_gradients(group.rank, step)
             run.optimizer.step()
             if step in (24, 25, 27):  # after 1 local step, 1 more, and an exchange
-                before = model.flat(), sent_by(group)
-                sums = {
-                    key: np.asarray(method.state[key].double()).copy()
-                    for key in ("common", "mean_momentum", "variance")
-                }
-                rate, kept = (run.method.entry("all.0")[key] for key in ("rate", "kept"))
-                method.synchronise(group)
-                nbytes = sent_by(group) - before[1]
-                seen.append(
-                    (
-                        before[0],
-                        model.flat(),
-                        nbytes,
-                        sums,
-                        rate,
-                        kept,
-                        np.asarray(method.state["momentum"].double()).copy(),
-                    )
-                )
-                assert method.is_synchronised
-        return seen, model.flat(), method.is_synchronised, run.method.entry("all.0")["variance_step"]
+                before, sent = state_of(run), sent_by(group)
+                run.method.synchronise(group)
+                seen.append((before, state_of(run), sent_by(group) - sent))
+        assert run.method.is_synchronised
+        return seen, model.flat()
 
     results = SimWorld[Any](3).run(work)
     for k in range(3):
-        rows = [seen[k] for seen, *_ in results]
-        for before, after, sent, sums, rate, kept, m in rows:
-            assert np.array_equal(after, rows[0][1])
-            assert (sent == 0) == np.array_equal(before, after) == (k == 2)
+        rows = [seen[k] for seen, _ in results]
+        mean = np.mean([before["mean_momentum"] for before, _, _ in rows], axis=0)
+        for before, after, sent in rows:
+            assert after["is_synchronised"]
+            assert np.array_equal(after["x"], rows[0][1]["x"])
+            assert (sent == 0) == np.array_equal(before["x"], after["x"]) == (k == 2)
             if k < 2:
-                assert 0.009 < rate < 0.011
-                root = np.sqrt(sums["variance"] / (1 - B2 ** results[0][3])) + EPS
-                np.testing.assert_allclose(after, kept * sums["common"] - rate * m / root, rtol=1e-5, atol=1e-6)
-                mean = np.mean([row[3]["mean_momentum"] for row in rows], axis=0)
+                assert 0.009 < before["rate"] < 0.011
+                m, root = after["momentum"], np.sqrt(before["variance"] / (1 - B2 ** before["variance_step"])) + EPS
+                expected = before["kept"] * before["common"] - before["rate"] * m / root
+                np.testing.assert_allclose(after["x"], expected, rtol=1e-5, atol=1e-6)
                 assert float((m * mean).sum()) / np.linalg.norm(m) / np.linalg.norm(mean) > 0.3
-    assert all(done and np.array_equal(x, results[0][1]) for _, x, done, _ in results)
+    assert all(np.array_equal(x, results[0][1]) for _, x in results)
 
 
 def trained_with_nan(nan_at: int, bad_rank: int, steps: int, **options: Any) -> list[Any]:
