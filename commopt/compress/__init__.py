@@ -10,10 +10,9 @@ import torch
 
 from commopt.compress.base import Compressor
 from commopt.compress.cast import Cast
-from commopt.compress.quantize import BlockFloat8, BlockInt, Natural, QSGDLevels
+from commopt.compress.quantize import BlockFloat8, BlockInt, Natural, QSGDLevels, Ternary
 from commopt.compress.sign import BlockSign, ModelSign, TensorSign, scaled_sign
 from commopt.compress.sparse import RandomK, Threshold, TopK
-from commopt.compress.ternary import Ternary
 from commopt.errors import ConfigError, did_you_mean
 
 __all__ = [

@@ -19,15 +19,10 @@ __all__ = ["Compressor", "element_indices", "equal_blocks"]
 class Compressor(ABC):
     """A stateless codec for blocks of float32 values; a `checked_dataclass` of its hyper-parameters."""
 
-    stochastic = False
+    stochastic = False  # whether codes depend on the blocks' random keys
     shared_scale: ClassVar[bool] = False  # the blocks of a parameter have one scale
     is_ragged: ClassVar[bool] = False  # how much travels is known only once it is compressed: through `encode`
     shares_keys: ClassVar[bool] = False  # all ranks have the same random keys, and decompressing takes them too
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether codes depend on the blocks' random keys."""
-        return self.stochastic
 
     @abstractmethod
     def block_lengths(self, numel: int, ranks: int) -> list[int]:

@@ -161,7 +161,10 @@ class ErrorFeedback:
         ends = np.cumsum([0, *(blocks.elements for blocks in parts)])
         before = torch.cat([self.values(blocks) for blocks in parts])
         residual = before * self.kept.decay
-        moved = [blocks.moved_home(int(start)) for blocks, start in zip(parts, ends, strict=False)]
+        moved = [
+            blocks.having(homes=start + np.cumsum(blocks.lengths) - blocks.lengths)
+            for blocks, start in zip(parts, ends, strict=False)
+        ]
         payloads = self._encode(x, residual, moved)
         residual.lerp_(before, self.kept.average)
         for payload, blocks, part in zip(payloads, parts, torch.split(residual, np.diff(ends).tolist()), strict=True):

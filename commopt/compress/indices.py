@@ -59,16 +59,6 @@ def _bit_lengths(x: Int64Array) -> Int64Array:
     return np.frexp(x.astype(np.float64))[1].astype(np.int64)  # exact below 2**53
 
 
-def encode_indices_(indices: Tensor, n: int, out: Tensor) -> None:
-    """Write the code of ascending indices. indices: (k,) i64 in [0, n), out: (index_bytes(n, k),) u8."""
-    encode_all_(indices, np.asarray([n]), np.asarray([indices.numel()]), out)
-
-
-def decode_indices(code: Tensor, n: int, k: int) -> Tensor:
-    """(k,) i64: the ascending indices in [0, n) whose code this is. Raises ValueError where it is the code of none."""
-    return decode_all(code, np.asarray([n]), np.asarray([k]))
-
-
 def encode_all_(indices: Tensor, ns: Int64Array, ks: Int64Array, out: Tensor) -> None:
     """Write the codes of many blocks, one behind the other, each from a whole byte on.
 

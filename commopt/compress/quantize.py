@@ -50,7 +50,7 @@ class BlockScaled(Compressor):
     def compress_(
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
-        how = {"squared": self.has_l2_norm, "stochastic": self.is_stochastic}
+        how = {"squared": self.has_l2_norm, "stochastic": self.stochastic}
         for blocks, (scales, codes) in zip(parts, out, strict=True):
             kernels.of("quantize", x.device).compress_(
                 x, residual, blocks, scales, codes, kind=self.kind, levels=self.levels, bits=self.code_bits, **how
@@ -115,6 +115,20 @@ class QSGDLevels(EvenLevels):
     @property
     def has_l2_norm(self) -> bool:
         return self.norm == "l2"
+
+
+@checked_dataclass
+class Ternary(EvenLevels):
+    """scale * sign(c) * Bernoulli(|c| / scale) with scale = max|c|: unbiased, 2 bits per element.
+
+    Wen et al. 2017, arXiv:1705.07878 (TernGrad's quantiser). Each block has the scale of its own rank; the paper shares the
+    largest one among ranks, so that codes can be summed as integers, and clips beforehand. block_size: None for whole parameters,
+    as in the paper. Without keys: +-scale above half of it, else zero.
+    """
+
+    levels = 1
+    stochastic = True
+    block_size: BlockSize | None = 2048
 
 
 @checked_dataclass

@@ -80,6 +80,14 @@ def first_bad(index: ParameterIndex, bucket: Bucket) -> str:
     )
 
 
+def average_(bucket: Bucket, index: ParameterIndex, group: Group) -> None:
+    """Overwrite a bucket by its exact mean over ranks, which makes it void unless all of that is finite."""
+    bucket.flat /= group.size
+    group.all_reduce(bucket.flat)
+    if not is_finite(bucket.flat):
+        bucket.void = first_bad(index, bucket)
+
+
 def is_finite(x: Tensor) -> bool:
     """Whether no element is a NaN or an inf; one pass, and a second one only where the sum overflows."""
     return math.isfinite(float(x.sum(dtype=torch.float32))) or bool(x.isfinite().all())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Compressor, element_indices
 from commopt.compress.feedback import ErrorFeedback, Kept
-from commopt.exchange.base import Exchange, first_bad, is_finite
+from commopt.exchange.base import Exchange, average_
 from commopt.groups.base import Group
 from commopt.wire import noise
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex, Parts
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 from commopt.wire.state import Saved, State
 
 
@@ -38,7 +37,6 @@ class Compressed(Exchange):
         self.dense_names = frozenset(name for name, p in named_parameters if self.stays_dense(name, p))
         self.table = self.compressor.table(self.index, group.size, self.dense_names)
         self.everything = self.table.everything  # what this side will ever compress
-        self._cut: dict[Any, Any] = {}
 
     def declare(self) -> list[State]:
         return [*super().declare(), *self.residual("worker_residual", self.everything, self.index)]
@@ -67,27 +65,9 @@ class Compressed(Exchange):
         """Whether a parameter is averaged exactly."""
         return self.dense_1d and p.dim() < 2
 
-    def parts_of(self, bucket: Bucket) -> Parts:
-        """The bucket's blocks by owner, cut once for each bucket layout."""
-        parts: Parts = self._once(bucket, self.table.parts)
-        return parts
-
-    def blocks_of(self, bucket: Bucket) -> Blocks:
-        """All blocks of the bucket, cut once for each bucket layout."""
-        blocks: Blocks = self._once(bucket, self.table.all_of)
-        return blocks
-
-    def _once(self, bucket: Bucket, cut: Callable[[Bucket], Any]) -> Any:
-        key = (cut.__name__, bucket.names, bucket.starts)
-        if len(self._cut) > 64:
-            self._cut.clear()
-        if key not in self._cut:
-            self._cut[key] = cut(bucket)
-        return self._cut[key]
-
     def keyed(self, blocks: Blocks, compressor: Compressor, purpose: str = "worker") -> Blocks:
         """The blocks with this exchange's random keys, if the codec or the residual needs them."""
-        if not compressor.is_stochastic and self.kept.bits != 8:
+        if not compressor.stochastic and self.kept.bits != 8:
             return blocks
         counts = self.exchanges.numpy()[blocks.parameters]
         rank = 0 if compressor.shares_keys else self.rank
@@ -109,14 +89,12 @@ class Compressed(Exchange):
         if not views:
             return True
         dense = Bucket.of(views)
-        dense.flat /= group.size
-        group.all_reduce(dense.flat)
-        if not is_finite(dense.flat):
-            bucket.void = first_bad(self.index, dense)
-            return False
-        for (_, x), (_, mean) in zip(views, dense.views(), strict=True):
-            x.copy_(mean)
-        return True
+        average_(dense, self.index, group)
+        bucket.void = dense.void
+        if dense.void is None:
+            for (_, x), (_, mean) in zip(views, dense.views(), strict=True):
+                x.copy_(mean)
+        return dense.void is None
 
     @property
     def state_form(self) -> str:

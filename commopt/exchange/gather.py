@@ -14,7 +14,7 @@ class GatherMean(Compressed):
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
             return self.exchange_alone(bucket)
-        blocks = self.keyed(self.blocks_of(bucket), self.compressor)
+        blocks = self.keyed(self.table.all_of(bucket), self.compressor)
         if not self.average_dense(bucket, group) or not len(blocks):
             return None
         own = self.worker.compress(bucket.flat, [blocks])

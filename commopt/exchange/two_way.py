@@ -76,7 +76,7 @@ class TwoWayMean(Compressed):
             return self.exchange_alone(bucket)
         if not self.average_dense(bucket, group):
             return None
-        parts = self.parts_of(bucket)
+        parts = self.table.parts(bucket)
         if not any(len(blocks) for blocks in parts.by_owner):
             return None
         by_owner = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +51,6 @@ class SignVote(Exchange):
             raise AttachError(f"vote: 'average' counts up to {_MOST_RANKS} ranks, not {group.size}; write 'majority'")
         kernels.warm_up(self.device)  # now, and not in the first step
         self._table = BlockTable.cut(self.index, group.size, lambda n, _: equal_blocks(n, _BLOCK), shared_scale=False)
-        self._cut: dict[Any, tuple[Blocks, ...]] = {}
         self._width = 1 if self.is_majority else group.size.bit_length()  # bits of an answer
         top = 1 if self.is_majority else group.size
         counts = torch.arange(2**self._width, dtype=torch.float32, device=self.device)
@@ -72,7 +70,7 @@ class SignVote(Exchange):
             else:
                 bucket.void = first_bad(self.index, bucket.with_flat(x))
             return bucket.void is None
-        by_owner = self._by_owner(bucket)
+        by_owner = self._table.parts(bucket).by_owner
         if not any(len(blocks) for blocks in by_owner):
             return True
         received = group.all_to_all(self._ballots(x, by_owner, group.rank))
@@ -88,15 +86,6 @@ class SignVote(Exchange):
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) / ranks * (1 + (1 if self.is_majority else ranks.bit_length())) / 8
-
-    def _by_owner(self, bucket: Bucket) -> tuple[Blocks, ...]:
-        """The bucket's blocks by the rank that serves them, cut once for each bucket layout."""
-        key = (bucket.names, bucket.starts)
-        if len(self._cut) > 64:
-            self._cut.clear()
-        if key not in self._cut:
-            self._cut[key] = self._table.parts(bucket).by_owner
-        return self._cut[key]
 
     def _ballots(self, x: Tensor, by_owner: Sequence[Blocks], rank: int) -> list[Payload]:
         """One for each owner: the index of the first parameter with a NaN or an inf, or -1, and a bit per element."""

@@ -51,7 +51,7 @@ class PublicCopies(Stateful):
     def bind(self, index: ParameterIndex, neighbours: Collection[int]) -> None:
         """Allocate the copies; all begin with zeros, or with what `begin` says."""
         self.index, self.device = index, torch.device("cpu")
-        self.everything, self._neighbours = slice(0, index.total), sorted(neighbours)
+        self._neighbours = sorted(neighbours)
         self.allocate()
         self.pairs = {
             peer: _Pair(self.state[f"copy for {peer}"], self.state[f"copy of {peer}"], self.state[f"marks of {peer}"])
@@ -137,9 +137,9 @@ class PublicCopies(Stateful):
             pair.mine.copy_(x)
             pair.marks[0] = _checksum(_body(payload).buffer)
         else:
-            codes = self.message.pack(x - pair.mine, self.everything, number)
+            codes = self.message.pack(x - pair.mine, number)
             payload = Payload.of(header, *codes.tensors)
-            change = self.message.unpack(_body(payload), self.everything, number)  # as the peer will
+            change = self.message.unpack(_body(payload), number)  # as the peer will
             if change is not None:
                 pair.mine.add_(change, alpha=self.scale)
             pair.marks[0] = _checksum(_body(payload).buffer, base)
@@ -162,7 +162,7 @@ class PublicCopies(Stateful):
                 pair.theirs.copy_(x)
                 base = 0
         elif base == int(pair.marks[1]):
-            change = self.message.unpack(body, self.everything, letter.sequence)
+            change = self.message.unpack(body, letter.sequence)
             is_good = change is not None
             if change is not None:
                 pair.theirs.add_(change, alpha=self.scale)
@@ -195,8 +195,7 @@ def quality(message: Message) -> tuple[float, float]:
     probe = copy.copy(message)
     probe.bind(ParameterIndex(("x",), (_SAMPLE,)), 0)
     x = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0))
-    everything = slice(0, _SAMPLE)
-    c = probe.unpack(probe.pack(x, everything, 0), everything, 0)
+    c = probe.unpack(probe.pack(x, 0), 0)
     assert c is not None
     scale = min(1.0, round(float(x @ c / (c @ c)), 2))
     return scale, 1 - float((x - scale * c).square().sum() / x.square().sum())

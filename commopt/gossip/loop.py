@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -102,16 +102,13 @@ class OuterMethod(Method):
         self.index, self.peers, self.device = ParameterIndex.of(named_parameters), peers, torch.device("cpu")
         self.message.bind(self.index, peers.rank)
         self.fragment_parts = self.cut()
-        if any(part.stop <= part.start for part in self.fragment_parts):
-            raise ConfigError(f"fragments: {self.fragments} are too many for a model of {self.index.total} parameters")
-        self.everything = slice(0, self.index.total)
         self.lay_out(peers)
         self.allocate()
         self.bound()
 
     def cut(self) -> list[slice]:
         """The stretches of the parameters that rounds are about, in turn."""
-        return self.message.cut(self.fragments)
+        return [slice(0, self.index.total)]
 
     def lay_out(self, peers: Peers) -> None:
         """Work out what the declared state depends on; before state is allocated."""
@@ -144,6 +141,16 @@ class OuterMethod(Method):
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         """The new value of x; may change state."""
 
+    def collect(self, others: Iterable[int], number: int) -> dict[int, Tensor]:
+        """What others sent for this round (or, if they are ahead, for a later one), if it arrives within `timeout_s`."""
+        end_s, received = self.peers.seconds + self.timeout_s, {}
+        for peer in others:
+            letter = self.peers.receive(peer, self.name, number, max(0.0, end_s - self.peers.seconds), or_newer=True)
+            x = None if letter is None else self.message.unpack(letter.payload, letter.sequence)
+            if x is not None:
+                received[peer] = x
+        return received
+
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called when an optimizer step begins, gradients and all: what a method does to gradients of its own, as clipping them."""
 
@@ -157,9 +164,10 @@ class OuterMethod(Method):
         return f"fragments {self.fragments}, message {self.message.compressor}"
 
 
-def mean_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean, summed in the order given; of one tensor, that tensor itself."""
-    total = tensors[0].clone()
-    for x in tensors[1:]:
+def mean_of(by_rank: Mapping[int, Tensor]) -> Tensor:
+    """The mean, summed in the order of ranks."""
+    first, *others = (by_rank[rank] for rank in sorted(by_rank))
+    total = first.clone()
+    for x in others:
         total += x
-    return total.div_(len(tensors)) if len(tensors) > 1 else total
+    return total.div_(len(by_rank)) if others else total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ _HEADER: Layout = ((torch.int32, 1),)  # of ErrorFeedback's payloads: the first 
 
 
 class Message(Stateful):
-    """Packs and unpacks parts of a flat tensor of all parameters, in registration order.
+    """Packs and unpacks a flat tensor of all parameters, in registration order.
 
     given: `{compressor: int8, error_feedback: true}` with the compressor's own options, or its name alone; None sends float32. What
     compression left out of a message goes into the next one (`error_feedback`, true by default), whoever gets that.
@@ -58,45 +57,29 @@ class Message(Stateful):
         has_residual = self.compressor is not None and self.has_feedback
         return [State("residual", held="rank", on_resize="mean")] if has_residual else []
 
-    def cut(self, parts: int) -> list[slice]:
-        """`parts` stretches of about the same size, which no block of the compressor, and without one no element, crosses."""
-        total = self.index.total
-        if self.compressor is None:
-            edges = [total * k // parts for k in range(parts + 1)]
-        else:
-            starts = np.append(np.sort(self._everything.starts), total)
-            edges = [int(starts[np.searchsorted(starts, total * k // parts)]) for k in range(parts + 1)]
-        return [slice(a, b) for a, b in itertools.pairwise(edges)]
+    def pack(self, x: Tensor, sequence: int) -> Payload:
+        """The payload of (elements,) f32."""
+        return Payload.of(x) if self.feedback is None else self.feedback.compress(x, [self._blocks(sequence)])[0]
 
-    def pack(self, x: Tensor, part: slice, sequence: int) -> Payload:
-        """The payload of one part; x: (elements of the part,) f32."""
-        if self.feedback is None:
-            return Payload.of(x)
-        return self.feedback.compress(x, [self._blocks(part, sequence)])[0]
-
-    def unpack(self, payload: Payload, part: slice, sequence: int) -> Tensor | None:
-        """(elements of the part,) f32: what somebody packed; None where it is not finite, or not of this size."""
-        n = part.stop - part.start
+    def unpack(self, payload: Payload, sequence: int) -> Tensor | None:
+        """(elements,) f32: what somebody packed; None where it is not finite, or not of this size."""
         if self.compressor is None:
-            return (
-                payload.tensors[0]
-                if payload.layout == ((torch.float32, n),) and is_finite(payload.tensors[0])
-                else None
-            )
-        blocks = self._blocks(part, sequence)
+            fits = payload.layout == ((torch.float32, self.index.total),) and is_finite(payload.tensors[0])
+            return payload.tensors[0] if fits else None
+        blocks = self._blocks(sequence)
         if not self._fits(payload, blocks) or int(payload.tensors[0]) >= 0:
             return None
-        out = torch.zeros(n, dtype=torch.float32)
+        out = torch.zeros(self.index.total, dtype=torch.float32)
         try:
             self.compressor.decompress_(payload.tensors[1:], blocks, out)
         except ValueError:  # codes of no length known beforehand, from a rank with another model or other options
             return None
         return out
 
-    def take_back(self, x: Tensor, payload: Payload, part: slice, sequence: int) -> None:
+    def take_back(self, x: Tensor, payload: Payload, sequence: int) -> None:
         """Undo the last `pack`, of a message that nobody got: the residual is what it was before."""
         if self.feedback is not None:
-            self.feedback.undo(x, [payload], [self._blocks(part, sequence)])
+            self.feedback.undo(x, [payload], [self._blocks(sequence)])
 
     def bytes_per_element(self) -> float:
         return 4.0 if self.compressor is None else self.compressor.bytes_per_element()
@@ -108,14 +91,12 @@ class Message(Stateful):
             return len(payload.layout) > 1 and payload.layout[:1] == _HEADER
         return payload.layout == _HEADER + self.compressor.layout(blocks)
 
-    def _blocks(self, part: slice, sequence: int) -> Blocks:
+    def _blocks(self, sequence: int) -> Blocks:
+        """All blocks, with a message's random keys."""
+        blocks = self._everything
         assert self.compressor is not None
-        everything = self._everything
-        inside = np.flatnonzero((everything.starts >= part.start) & (everything.starts < part.stop))
-        blocks = everything.only(inside)
+        if not self.compressor.stochastic:
+            return blocks
         rank = 0 if self.compressor.shares_keys else self.rank
-        keys = None
-        if self.compressor.is_stochastic:
-            counts = np.full(len(blocks), sequence, dtype=np.int64)
-            keys = noise.keys(self.seed, "message", rank, counts, blocks.homes)
-        return Blocks(blocks.starts - part.start, blocks.homes, blocks.lengths, blocks.parameters, blocks.groups, keys)
+        counts = np.full(len(blocks), sequence, dtype=np.int64)
+        return blocks.with_keys(noise.keys(self.seed, "message", rank, counts, blocks.homes))

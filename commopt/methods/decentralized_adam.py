@@ -96,16 +96,10 @@ class DecentralizedAdam(OuterMethod):
         weights = self.weights(round.number)
         if self.copies is not None:
             return self.copies.mix(self.peers, self.name, x, round.number, weights, self.timeout_s)
-        end_s, payload = self.peers.seconds + self.timeout_s, Payload.of(x)
+        payload = Payload.of(x)
         for peer in weights:
             self.peers.send(peer, self.name, round.number, payload, expires_s=self.timeout_s)
-        present = {}
-        for peer in weights:
-            left_s = max(0.0, end_s - self.peers.seconds)
-            letter = self.peers.receive(peer, self.name, round.number, left_s, or_newer=True)
-            theirs = None if letter is None else self.message.unpack(letter.payload, self.everything, letter.sequence)
-            if theirs is not None:
-                present[peer] = theirs
+        present = self.collect(weights, round.number)
         own = 1 - sum(weights[peer] for peer in present)
         members = tuple(sorted([self.peers.rank, *present]))
         mixed = torch.zeros_like(x)

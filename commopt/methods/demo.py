@@ -21,7 +21,7 @@ from commopt.groups.base import Group
 from commopt.method import NoOptions, options
 from commopt.optim.update import UpdateMethod, move_
 from commopt.options import Count, Fraction, Whole
-from commopt.wire.bucket import Bucket, Int64Array
+from commopt.wire.bucket import Bucket, Int64Array, once_per_layout
 from commopt.wire.payload import Layout, Payload
 from commopt.wire.state import State
 
@@ -79,7 +79,6 @@ class DeMo(UpdateMethod):
         self._grids = {name: grids(_matrix(p).shape, self.options.chunk) for name, p in named_parameters}
         self._shapes = {name: _matrix(p).shape for name, p in named_parameters}
         self._directions: dict[str, Tensor] = {}  # (n,) i8 signs that `step` is about to apply
-        self._chunks: dict[Any, Chunks] = {}
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         chunks = self._chunks_of(bucket)
@@ -155,15 +154,9 @@ class DeMo(UpdateMethod):
         which = np.searchsorted(d.starts, places.cpu().numpy(), side="right") - 1
         return min(self.index.position[d.names[k]] for k in which)
 
+    @once_per_layout
     def _chunks_of(self, bucket: Bucket) -> Chunks:
-        key = (bucket.names, bucket.starts)
-        if len(self._chunks) > 64:
-            self._chunks.clear()
-        if key not in self._chunks:
-            self._chunks[key] = Chunks.of(
-                [grid for name in bucket.names for grid in self._grids[name]], self.options.top_k
-            )
-        return self._chunks[key]
+        return Chunks.of([grid for name in bucket.names for grid in self._grids[name]], self.options.top_k)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         n = self.options.chunk**2

@@ -144,7 +144,7 @@ class DGC(GradientMethod, GatherMean):
             return self.exchange_alone(bucket)
         if self.options.density == 1:
             return self._exactly.exchange(bucket, group)
-        blocks = self.blocks_of(bucket)
+        blocks = self.table.all_of(bucket)
         if not self.average_dense(bucket, group) or not len(blocks):
             return None
         moved, grown = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
@@ -197,17 +197,14 @@ class DGC(GradientMethod, GatherMean):
 
     def _stages(self, blocks: Blocks) -> list[tuple[TopK, Blocks]]:
         """The blocks by the choice that is made of them; one part, unless some parameters were left out of earlier steps."""
-        counts = self.exchanges.numpy()[blocks.parameters]
-        codecs = {int(count): self.codec(int(count)) for count in np.unique(counts)}
-        if len(set(codecs.values())) == 1:
-            return [(next(iter(codecs.values())), blocks)]
-        of_block = np.asarray([codecs[int(count)].density for count in counts])
+        counts, place = np.unique(self.exchanges.numpy()[blocks.parameters], return_inverse=True)
+        of_block = np.asarray([self.codec(int(count)).density for count in counts])[place]
         return [
             (
                 TopK(density=density, value_bits=self.options.value_bits),
                 blocks.only(np.flatnonzero(of_block == density)),
             )
-            for density in sorted(set(of_block.tolist()))
+            for density in np.unique(of_block).tolist()
         ]
 
     def bytes_per_parameter(self, ranks: int) -> float:

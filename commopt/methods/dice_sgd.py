@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from commopt.errors import ConfigError, GradientsChanged, check_option
-from commopt.exchange.base import first_bad, is_finite
+from commopt.exchange.base import average_
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Number, Positive, Whole
@@ -158,16 +158,15 @@ class DiceSGD(GradientMethod):
         )
         v = clipped + sent  # v_i
         sigma = self.options.noise_multiplier * self.sensitivity
-        mean = (v + math.sqrt(group.size) * sigma * self._noise(bucket)) / group.size
-        group.all_reduce(mean)
+        mean = bucket.with_flat(v + math.sqrt(group.size) * sigma * self._noise(bucket))
+        average_(mean, self.index, group)
         self.samples = 0
         self.state["releases"] += 1
-        if not is_finite(mean):
-            bucket.void = first_bad(self.index, bucket.with_flat(mean))
-            return
-        for name, x in bucket.with_flat(error - sent + cut).views():  # e_i + mean_j g_ij - v_i
-            self.part("error", name).copy_(x)
-        bucket.flat.copy_(mean)
+        bucket.void = mean.void
+        if mean.void is None:
+            for name, x in bucket.with_flat(error - sent + cut).views():  # e_i + mean_j g_ij - v_i
+                self.part("error", name).copy_(x)
+            bucket.flat.copy_(mean.flat)
 
     def _clipped(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """(n,) (1/b) sum_j clip(g_ij, C1), and (n,) what clipping cut off of the mean."""

@@ -156,8 +156,8 @@ class DiLoCo(OuterMethod):
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         if "delta" not in exchanged.values:  # not drawn: on with the inner steps
             return x
-        for own, agreed in zip(self._shared(round.fragment), _by_number(exchanged.values), strict=False):
-            own.copy_(agreed)
+        for k, own in enumerate(self._shared(round.fragment)):
+            own.copy_(exchanged.values.get(f"shared {k}", own))
         optimizer = self.outer[round.fragment]
         (parameter,) = optimizer.param_groups[0]["params"]
         parameter.grad = exchanged.values["delta"]
@@ -188,8 +188,9 @@ class DiLoCo(OuterMethod):
                 own: Saved = {"shared": {}, "rank": {}}
                 for held, tensors in own.items():
                     prefix = f"mean {k} {held} "
-                    found = {key.removeprefix(prefix): x for key, x in saved["rank"].items() if key.startswith(prefix)}
-                    tensors.update(found)
+                    tensors |= {
+                        key.removeprefix(prefix): x for key, x in saved["rank"].items() if key.startswith(prefix)
+                    }
                 mean.load(own)
                 self._means[k] = (members, mean)
         super().load(saved)
@@ -275,10 +276,6 @@ def checksum(tensors: Sequence[Tensor]) -> int:
         places = torch.arange(1, words.numel() + 1, dtype=torch.int64)
         total = (total * 1000003 + int((words * places).sum()) + 31 * int(words.sum())) % (1 << 62)
     return total
-
-
-def _by_number(values: Mapping[str, Tensor]) -> list[Tensor]:
-    return [values[key] for key in sorted(values) if key.startswith("shared ")]
 
 
 def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:

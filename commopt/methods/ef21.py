@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from commopt.compress.base import Compressor, element_indices
 from commopt.compress.feedback import NOTHING_KEPT, ErrorFeedback, first_bad_parameter
 from commopt.compress.options import Codec
 from commopt.errors import AttachError, ConfigError
-from commopt.exchange.base import first_bad, is_finite
+from commopt.exchange.base import average_
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
@@ -124,10 +123,10 @@ class EF21(GradientMethod, Compressed):
         whole = {name for name, _ in v.views() if self._is_whole(name)}
         exact = None
         if whole:
-            exact = Bucket.of([(name, x / group.size) for name, x in v.views() if name in whole])
-            group.all_reduce(exact.flat)
-            if not is_finite(exact.flat):
-                v.void = first_bad(self.index, exact)
+            exact = Bucket.of([(name, x) for name, x in v.views() if name in whole])
+            average_(exact, self.index, group)
+            if exact.void is not None:
+                v.void = exact.void
                 return None
         if len(whole) < len(v.names):
             difference = v.with_flat(v.flat.clone())
@@ -145,14 +144,14 @@ class EF21(GradientMethod, Compressed):
 
     def _one_way(self, difference: Bucket, whole: set[str], group: Group) -> int:
         """h_i <- h_i + c_i;  h <- h + mean c_i. The first bad parameter, or -1; then nothing has changed."""
-        blocks = self._coded(self.keyed(self.blocks_of(difference), self.compressor), whole)
+        blocks = self._coded(self.keyed(self.table.all_of(difference), self.compressor), whole)
         if not len(blocks):
             return -1
         own = self.worker.compress(difference.flat, [blocks])[0]
         messages = group.all_gather_ragged(own) if self.compressor.is_ragged else group.all_gather(own)
         bad = first_bad_parameter(messages)
         if bad < 0:
-            at_home = _placed(blocks, blocks.homes)
+            at_home = blocks.having(starts=blocks.homes)
             self._decode(own, at_home, self.state["known"])
             for message in messages:  # in rank order: float sums depend on it
                 self._decode(message, at_home, self.state["estimate"], 1 / group.size)
@@ -161,7 +160,7 @@ class EF21(GradientMethod, Compressed):
     def _two_ways(self, difference: Bucket, whole: set[str], group: Group) -> int:
         """h_i <- h_i + c_i;  h <- h + mean c_i;  w <- w + C_s(h - w), each block by the rank that serves it."""
         assert self.server_compressor is not None
-        parts = self.parts_of(difference)
+        parts = self.table.parts(difference)
         by_owner = [self._coded(self.keyed(blocks, self.compressor), whole) for blocks in parts.by_owner]
         served = [self._coded(blocks, whole) for blocks in parts.served]
         if not any(len(blocks) for blocks in by_owner):
@@ -172,7 +171,7 @@ class EF21(GradientMethod, Compressed):
         if bad >= 0:
             return bad
         mine, rank = self.keyed(served[group.rank], self.server_compressor, "server"), group.rank
-        mine = _placed(mine, np.cumsum(mine.lengths) - mine.lengths)
+        mine = mine.having(starts=np.cumsum(mine.lengths) - mine.lengths)
         served_places = element_indices(mine.homes, mine.lengths, self.device)
         h = self.state["served"][served_places]
         for message in received:  # in rank order
@@ -185,7 +184,7 @@ class EF21(GradientMethod, Compressed):
         if bad < 0:
             self.state["served"][served_places] = h
             for message, reply, blocks in zip(own, answers, by_owner, strict=True):
-                at_home = _placed(blocks, blocks.homes)
+                at_home = blocks.having(starts=blocks.homes)
                 self._decode(message, at_home, self.state["known"])
                 self.server_compressor.decompress_(reply.tensors[1:], at_home, self.state["estimate"], add=True)
         return bad
@@ -222,7 +221,7 @@ class EF21(GradientMethod, Compressed):
     def _serve(self, exact: Bucket) -> None:
         """Take an exact mean into h of the blocks that this rank serves."""
         if self.server_compressor and not self.dense_names.issuperset(exact.names):
-            parts = self.parts_of(exact)
+            parts = self.table.parts(exact)
             blocks, served = parts.by_owner[self.rank], parts.served[self.rank]
             values = exact.flat[element_indices(blocks.starts, blocks.lengths, self.device)]
             self.state["served"][element_indices(served.homes, served.lengths, self.device)] = values
@@ -272,11 +271,6 @@ def _check_two_ways(worker: Compressor, server: Compressor) -> None:
             )
     if worker.shared_scale != server.shared_scale:
         raise ConfigError(f"server: {worker} and {server} cut parameters differently; use a scale per block")
-
-
-def _placed(blocks: Blocks, starts: Any) -> Blocks:
-    """The same blocks of a tensor in which they begin elsewhere."""
-    return Blocks(starts, blocks.homes, blocks.lengths, blocks.parameters, blocks.groups, blocks.keys)
 
 
 def _home_places(blocks: Blocks, device: torch.device) -> Tensor:

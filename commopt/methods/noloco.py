@@ -99,19 +99,19 @@ class NoLoCo(OuterMethod):
         group = self.group(round.number)
         others = [peer for peer in group if peer != self.peers.rank]
         what = x - self.state["slow"] if self.sends_slow else x
-        payload = self.message.pack(what, self.everything, round.number)
+        payload = self.message.pack(what, round.number)
         for peer in others:
             self.peers.send(peer, "noloco", round.number, payload, expires_s=self.timeout_s)
-        received = self._collect("noloco", others, round.number, self.everything, self.timeout_s)
+        received = self.collect(others, round.number)
         own = what
         if self.message.compressor is not None:
-            decoded = self.message.unpack(payload, self.everything, round.number)
+            decoded = self.message.unpack(payload, round.number)
             if received and decoded is not None:
                 own = decoded  # as the partner sees it: what is missing goes into the next message
             else:
-                self.message.take_back(what, payload, self.everything, round.number)
+                self.message.take_back(what, payload, round.number)
         members = tuple(sorted([self.peers.rank, *received]))
-        values = {"mean": mean_of([own if rank == self.peers.rank else received[rank] for rank in members])}
+        values = {"mean": mean_of({**received, self.peers.rank: own})}
         if self.sends_slow and received:
             values |= self._slow_mean(round.number, list(received))
         return Exchanged(members, is_missed=len(received) < len(others), values=values)
@@ -136,25 +136,6 @@ class NoLoCo(OuterMethod):
         slow = 4 / self._turns if self.sends_slow else 0.0
         return others * (self.message.bytes_per_element() + slow) / self.every
 
-    def _collect(
-        self, channel: str, others: Sequence[int], number: int, part: slice, timeout_s: float
-    ) -> dict[int, Tensor]:
-        """What the others sent for this round (or, if they are ahead, for a later one), if it arrives in time."""
-        end_s, received = self.peers.seconds + timeout_s, {}
-        for peer in others:
-            left_s = max(0.0, end_s - self.peers.seconds)
-            letter = self.peers.receive(peer, channel, number, left_s, or_newer=True)
-            if letter is None:
-                continue
-            x = (
-                self.message.unpack(letter.payload, part, letter.sequence)
-                if channel == "noloco"
-                else _plain(letter.payload, part)
-            )
-            if x is not None:
-                received[peer] = x
-        return received
-
     def _slow_part(self, number: int) -> slice:
         return self.slow_parts[number % len(self.slow_parts)]
 
@@ -169,20 +150,13 @@ class NoLoCo(OuterMethod):
     def _slow_mean(self, number: int, members: Sequence[int]) -> dict[str, Tensor]:
         """The mean of the slow weights of those whose deltas came; they were sent long before, so that none is waited for."""
         part = self._slow_part(number)
-        received = {}
+        slow = {self.peers.rank: self.state["slow"][part]}
         for peer in members:
             letter = self.peers.receive(peer, "noloco slow", number, 1.0)
-            x = None if letter is None else _plain(letter.payload, part)
-            if x is not None:
-                received[peer] = x
-        everyone = sorted([self.peers.rank, *received])
-        own = self.state["slow"][part]
-        return {"slow mean": mean_of([own if rank == self.peers.rank else received[rank] for rank in everyone])}
-
-
-def _plain(payload: Payload, part: slice) -> Tensor | None:
-    x = payload.tensors[0]
-    return x if x.numel() == part.stop - part.start and bool(x.isfinite().all()) else None
+            x = None if letter is None else letter.payload.tensors[0]
+            if x is not None and x.numel() == part.stop - part.start and bool(x.isfinite().all()):
+                slow[peer] = x
+        return {"slow mean": mean_of(slow)}
 
 
 def _check_gamma(gamma: float, momentum: float, group_size: int) -> None:

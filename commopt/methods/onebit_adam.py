@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.nn import Parameter
 
 from commopt.method import options
-from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
+from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance, move_along_
 from commopt.options import Flag
 from commopt.wire.bucket import Bucket
 
@@ -58,28 +56,16 @@ class OnebitAdam(FrozenVariance):
 
     def receive(self, bucket: Bucket) -> None:
         for name, x in bucket.views():
-            m, v = self.part("momentum", name), self.part("variance", name)
             if self.is_frozen:
-                m.copy_(self.masked_(x, name))
+                self.part("momentum", name).copy_(self.masked_(x, name))
             else:
-                b1, b2 = self.settings(name)["betas"]
-                m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
-                v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+                self.take_in(name, x)
 
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        b1, b2 = group["betas"]
-        root, step_size, lacking = state["variance"].sqrt(), group["lr"], 1.0
-        if state["variance_step"]:
-            lacking = math.sqrt(1 - b2 ** state["variance_step"])
+        step_size = group["lr"]
         if self.options.bias_correction:
-            root /= lacking
-            step_size /= 1 - b1 ** state["step"]
-        root += group["eps"]
-        if self.is_frozen and self.ranks > 1:
-            root = self.bounded(root, state["momentum"], 1.0 if self.options.bias_correction else lacking)
+            step_size /= 1 - group["betas"][0] ** state["step"]
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-        if p.dtype == torch.float32:
-            p.addcdiv_(state["momentum"], root, value=-step_size)  # x <- x - lr m / (sqrt(v) + eps)
-        else:
-            p.copy_(p.float().addcdiv_(state["momentum"], root, value=-step_size))
+        _, root = self.roots(state, group)
+        move_along_(p, p, 1.0, state["momentum"], root, step_size)  # x <- x - lr m / (sqrt(v) + eps)

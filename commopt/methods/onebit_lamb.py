@@ -100,28 +100,19 @@ class OnebitLamb(FrozenVariance):
 
     def receive(self, bucket: Bucket) -> None:
         for name, x in bucket.views():
-            m, v, w = (self.part(key, name) for key in ("momentum", "variance", "fresh_variance"))
-            b1, b2 = self.settings(name)["betas"]
             if self.is_frozen:
+                b1, b2 = self.settings(name)["betas"]
+                m, w = self.part("momentum", name), self.part("fresh_variance", name)
                 self.masked_(x, name)
                 g = torch.sub(x, m, alpha=b1).div_(1 - b1)  # g' = (m - b1 m_before) / (1 - b1)
                 w.mul_(b2).addcmul_(g, g, value=1 - b2)  # w <- b2 w + (1 - b2) g'^2
                 m.copy_(x)
             else:
-                m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
-                v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+                self.take_in(name, x)
 
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        root, size = state["variance"].sqrt(), 1.0
-        lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
-        if self.corrects_bias(group):
-            root /= lacking
-            size = 1 / (1 - group["betas"][0] ** state["step"])
-        root += group["eps"]
-        if self.is_frozen and self.ranks > 1:
-            bounded = self.bounded(root, state["momentum"], 1.0 if self.corrects_bias(group) else lacking)
-        else:
-            bounded = root
+        root, bounded = self.roots(state, group)
+        size = 1 / (1 - group["betas"][0] ** state["step"]) if self.corrects_bias(group) else 1.0
         adam = size * state["momentum"] / bounded
         direction = adam + group["weight_decay"] * p.float() if group["weight_decay"] else adam
         if self.is_frozen:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from commopt.exchange.base import first_bad, is_finite
+from commopt.exchange.base import average_, is_finite
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Number, Whole
@@ -119,12 +119,9 @@ class PowerSGD(GradientMethod):
     def _mean(self, tensors: Sequence[tuple[str, Tensor]], bucket: Bucket, group: Group) -> dict[str, Tensor]:
         """The means over ranks by parameter; none, and the bucket void, where one is not finite."""
         mean = Bucket.of(tensors)
-        mean.flat /= group.size
-        group.all_reduce(mean.flat)
-        if is_finite(mean.flat):
-            return dict(mean.views())
-        bucket.void = first_bad(self.index, mean)
-        return {}
+        average_(mean, self.index, group)
+        bucket.void = mean.void
+        return {} if mean.void else dict(mean.views())
 
     def _next(self, name: str, q: Tensor) -> Tensor:
         """(r, m) Q with columns of length 1; columns that have become zero are drawn anew."""

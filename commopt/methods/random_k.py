@@ -58,7 +58,7 @@ class RandomKMean(GradientMethod, Compressed):
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
             return self.exchange_alone(bucket)
-        blocks = self.keyed(self.blocks_of(bucket), self.choice)
+        blocks = self.keyed(self.table.all_of(bucket), self.choice)
         if not self.average_dense(bucket, group) or not len(blocks):
             return None
         device, ks = self.device, self.choice.ks(blocks)

@@ -12,8 +12,7 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import element_indices
 from commopt.compress.feedback import NOTHING_KEPT
-from commopt.compress.quantize import bits_of
-from commopt.compress.ternary import Ternary
+from commopt.compress.quantize import Ternary, bits_of
 from commopt.errors import AttachError
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
@@ -73,35 +72,25 @@ class TernGrad(GradientMethod, Compressed):
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
             return self.exchange_alone(bucket)
-        if not self.average_dense(bucket, group) or not len(self.blocks_of(bucket)):
+        if not self.average_dense(bucket, group) or not len(self.table.all_of(bucket)):
             return None
         clamped = bucket.with_flat(bucket.flat.clone())
         scales = self._shared_scales(clamped, group)
         if not bool(scales.isfinite().all()):
             return self._void(bucket, int((~scales.isfinite()).nonzero()[0]))
-        kernel, parts = kernels.of("quantize", self.device), self.parts_of(bucket)
+        kernel, parts = kernels.of("quantize", self.device), self.table.parts(bucket)
         sent = []
         for blocks in parts.by_owner:
             payload = Payload.allocate(self.compressor.layout(blocks)[1:], self.device)
             keyed = self.keyed(blocks, self.compressor)
-            kernel.encode_levels_(
-                clamped.flat,
-                None,
-                keyed,
-                self._of(scales, blocks),
-                payload.tensors[0],
-                levels=1,
-                bits=2,
-                stochastic=True,
-            )
+            own, codes = self._of(scales, blocks), payload.tensors[0]
+            kernel.compress_(clamped.flat, None, keyed, own, codes, kind="levels", bits=2, is_given=True)
             sent.append(payload)
         served = parts.served[group.rank]
-        one, total = (
-            torch.ones(len(served), device=self.device, dtype=torch.float32),
-            bucket.flat.new_zeros(served.elements),
-        )
+        one = torch.ones(len(served), device=self.device, dtype=torch.float32)
+        total = bucket.flat.new_zeros(served.elements)
         for payload in group.all_to_all(sent):
-            kernel.decompress_levels_(payload.tensors[0], one, served, total, bits=2, alpha=1.0, add=True)
+            kernel.decompress_(payload.tensors[0], one, served, total, kind="levels", bits=2, alpha=1.0, add=True)
         bits = bits_of(group.size)
         layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
         answer = Payload.allocate(layouts[group.rank], self.device)

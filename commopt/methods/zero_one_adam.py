@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from torch.nn import Parameter
 from commopt.errors import GroupError
 from commopt.groups.base import Group
 from commopt.method import options
-from commopt.optim.frozen import FrozenOptions, FrozenVariance
+from commopt.optim.frozen import FrozenOptions, FrozenVariance, move_along_
 from commopt.options import Count, Flag, Wanted
 from commopt.wire.bucket import Bucket
 from commopt.wire.state import Saved, State, load_mean, load_tensor
@@ -107,6 +106,10 @@ class ZeroOneAdam(FrozenVariance):
         return not bool(self.state["local_steps"].any())
 
     @property
+    def has_signs(self) -> bool:
+        return self.ranks > 1 and (self.is_frozen or self.variance_interval > 1)
+
+    @property
     def warmup_steps(self) -> int:
         return self.options.var_update_scaler if self.options.var_freeze_step is None else super().warmup_steps
 
@@ -154,31 +157,20 @@ class ZeroOneAdam(FrozenVariance):
 
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         rate, kept, weight = self._step(state, group, state["step"])
-        root = self._root(state, group)
+        _, root = self.roots(state, group)
         total, all_kept = state["rate"] * kept + rate, state["kept"] * kept
         if self.is_local:
             if not state["local_steps"]:
                 state["common"].copy_(p)  # x' <- x
             state["mean_momentum"].lerp_(state["momentum"], weight)  # u_i <- u_i + lr (m_i - u_i) / R
-            _move_(p, p, kept, state["momentum"], root, rate)
+            move_along_(p, p, kept, state["momentum"], root, rate)
             state |= {"local_steps": state["local_steps"] + 1, "rate": total, "kept": all_kept}
         else:
             start = state["common"] if state["local_steps"] else p
-            _move_(p, start, all_kept, state["momentum"], root, total)
+            move_along_(p, start, all_kept, state["momentum"], root, total)
             if state["local_steps"]:
                 state["mean_momentum"].zero_()  # of each rank's own steps: from here on all ranks have the same state
             state |= {"local_steps": 0, "rate": 0.0, "kept": 1.0}
-
-    def _root(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-        """sqrt(v) + eps, bounded once signs have come in"""
-        root: Tensor = state["variance"].sqrt()
-        lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
-        if self.options.bias_correction:
-            root /= lacking
-        root += group["eps"]
-        if self.ranks > 1 and (self.is_frozen or self.variance_interval > 1):
-            root = self.bounded(root, state["momentum"], 1.0 if self.options.bias_correction else lacking)
-        return root
 
     @torch.no_grad()
     def synchronise(self, group: Group) -> None:
@@ -193,7 +185,8 @@ class ZeroOneAdam(FrozenVariance):
         for name, x in bucket.views():
             p, settings, state = self.parameters[name], self.settings(name), self.entry(name)
             self.part("momentum", name).copy_(self.masked_(x, name))
-            _move_(p, state["common"], state["kept"], state["momentum"], self._root(state, settings), state["rate"])
+            _, root = self.roots(state, settings)
+            move_along_(p, state["common"], state["kept"], state["momentum"], root, state["rate"])
             self.keep(name, {"local_steps": 0, "rate": 0.0, "kept": 1.0})
         self.exchanges[[self.index.position[name] for name in apart]] += 1
 
@@ -250,27 +243,11 @@ class ZeroOneAdam(FrozenVariance):
     def _own(self) -> dict[str, Tensor]:
         """What the ranks have of their own between two exchanges, in float32."""
         parameters = torch.cat([p.detach().reshape(-1).float() for p in self.parameters.values()])
-        return {
-            "parameters": parameters,
-            "momentum": self.state["momentum"],
-            "mean_momentum": self.state["mean_momentum"],
-        }
+        return {"parameters": parameters, **{key: self.state[key] for key in ("momentum", "mean_momentum")}}
 
     @torch.no_grad()
     def _set_own(self, own: Mapping[str, Tensor]) -> None:
-        self.state["momentum"].copy_(own["momentum"])
-        self.state["mean_momentum"].copy_(own["mean_momentum"])
+        for key in ("momentum", "mean_momentum"):
+            self.state[key].copy_(own[key])
         for name, p in self.parameters.items():
             p.copy_(self.index.view(own["parameters"], name).view(p.shape))
-
-
-def _move_(p: Tensor, start: Tensor, kept: float, momentum: Tensor, root: Tensor, rate: float) -> None:
-    """p <- kept start - rate momentum / root, computed in float32 and rounded once."""
-    x = p if p.dtype == torch.float32 else p.float()
-    if start is not p:
-        x.copy_(start)
-    if kept != 1.0:
-        x.mul_(kept)
-    x.addcdiv_(momentum, root, value=-rate)
-    if x is not p:
-        p.copy_(x)

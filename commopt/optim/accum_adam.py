@@ -34,8 +34,7 @@ class AccumAdam(Parent):
         accum_iter: int = 4,
         decay_1d: bool = False,
     ) -> None:
-        check_adam(lr, betas, weight_decay)
-        check_option("eps", eps, lambda x: x > 0, "a number above 0")
+        check_adam(lr, betas, weight_decay, eps=eps)
         check_option("accum_iter", accum_iter, lambda s: isinstance(s, int) and s >= 1, "a whole number from 1")
         check_flag("decay_1d", decay_1d)
         kept = {"weight_decay": weight_decay, "accum_iter": accum_iter, "decay_1d": decay_1d}

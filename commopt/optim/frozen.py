@@ -152,6 +152,27 @@ class FrozenVariance(UpdateMethod):
         """x with zeros where the momentum of the parameter `name` is masked."""
         return x if self.mask is None else x.mul_(self.index.view(self.mask, name))
 
+    @property
+    def has_signs(self) -> bool:
+        """Whether the momentum is made of signs by now, which do not shrink where the variance does."""
+        return self.is_frozen and self.ranks > 1
+
+    def roots(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """sqrt(v) + eps, and the same bounded by `max_ratio` once signs have come in."""
+        root: Tensor = state["variance"].sqrt()
+        lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
+        if self.corrects_bias(group):
+            root /= lacking
+            lacking = 1.0
+        root += group["eps"]
+        return root, self.bounded(root, state["momentum"], lacking) if self.has_signs else root
+
+    def take_in(self, name: str, g: Tensor) -> None:
+        """Update momentum and variance by an exact mean gradient."""
+        b1, b2 = self.settings(name)["betas"]
+        self.part("momentum", name).lerp_(g, 1 - b1)  # m <- b1 m + (1 - b1) g
+        self.part("variance", name).mul_(b2).addcmul_(g, g, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+
     def bounded(self, root: Tensor, momentum: Tensor, uncorrected: float = 1.0) -> Tensor:
         """root, raised where |momentum| / root would exceed `max_ratio`; the root lacks the factor 1 / uncorrected of its bias."""
         if self.options.max_ratio is None:
@@ -190,3 +211,15 @@ class FrozenVariance(UpdateMethod):
             own = torch.as_tensor(given, device=mask.device).ne(0).expand(self.parameters[name].shape)
             self.index.view(mask, name).logical_and_(own.reshape(-1))
         self.mask = None if bool(mask.all()) else mask
+
+
+def move_along_(p: Tensor, start: Tensor, kept: float, momentum: Tensor, root: Tensor, rate: float) -> None:
+    """p <- kept start - rate momentum / root, computed in float32 and rounded once."""
+    x = p if p.dtype == torch.float32 else p.float()
+    if start is not p:
+        x.copy_(start)
+    if kept != 1.0:
+        x.mul_(kept)
+    x.addcdiv_(momentum, root, value=-rate)
+    if x is not p:
+        p.copy_(x)

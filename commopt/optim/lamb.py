@@ -31,8 +31,7 @@ class LAMB(Parent):
         max_coeff: float = 10.0,
         bias_correction: bool = False,
     ) -> None:
-        check_adam(lr, betas, weight_decay)
-        check_option("eps", eps, lambda x: x > 0, "a number above 0")
+        check_adam(lr, betas, weight_decay, eps=eps)
         check_option(
             "min_coeff", min_coeff, lambda x: 0 <= x <= max_coeff, f"a number from 0 to max_coeff, {max_coeff}"
         )

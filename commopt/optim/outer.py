@@ -62,13 +62,8 @@ class FedAdam(_FedOpt):
         v.mul_(group["beta2"]).add_(square, alpha=1 - group["beta2"])
 
 
-class FedYogi(_FedOpt):
+class FedYogi(FedAdam):
     """v <- v - (1 - b2) D^2 sign(v - D^2) (Reddi et al. 2020, arXiv:2003.00295, Algorithm 2), so v grows as D^2 does. State: m, v."""
-
-    def __init__(
-        self, params: Iterable[Any], lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
-    ) -> None:
-        super().__init__(params, lr, tau, beta1=beta1, beta2=beta2)
 
     def _take_in_(self, v: Tensor, square: Tensor, group: dict[str, Any]) -> None:
         v.addcmul_(square, (v - square).sign_(), value=-(1 - group["beta2"]))

@@ -37,8 +37,11 @@ class Parent(torch.optim.Optimizer):
         """Move one parameter."""
 
 
-def check_adam(lr: float, betas: Sequence[float], weight_decay: float) -> None:
+def check_adam(lr: float, betas: Sequence[float], weight_decay: float, **above_0: float) -> None:
+    """Raise ConfigError for a value out of range; above_0: further options, which must be positive."""
     check_option("lr", lr, lambda x: x >= 0, "a number of at least 0")
     wanted = "two numbers in [0, 1), as in [0.9, 0.99]"
     check_option("betas", betas, lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), wanted)
     check_option("weight_decay", weight_decay, lambda x: x >= 0, "a number of at least 0")
+    for option, value in above_0.items():
+        check_option(option, value, lambda x: x > 0, "a number above 0")

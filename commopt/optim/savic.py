@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commopt.errors import check_option
 from commopt.optim.parent import Parent, check_adam
 
 
@@ -32,12 +31,9 @@ class SAVIC(Parent):
         alpha: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        check_adam(lr, betas, weight_decay)
-        check_option("alpha", alpha, lambda x: x > 0, "a number above 0")
-        super().__init__(
-            params,
-            {"lr": lr, "betas": tuple(betas), "alpha": alpha, "weight_decay": weight_decay, "has_scale": False},
-        )
+        check_adam(lr, betas, weight_decay, alpha=alpha)
+        kept = {"alpha": alpha, "weight_decay": weight_decay, "has_scale": False}
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), **kept})
 
     def take_scale(self) -> None:
         """Step by the averaged v from now on."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 Int64Array = NDArray[np.int64]
 UInt64Array = NDArray[np.uint64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,22 @@ class Bucket:
         return Bucket(flat, self.names, self.starts, self.label)
 
 
+def once_per_layout(cut: Callable[[Any, Bucket], T]) -> Callable[[Any, Bucket], T]:
+    """Keep what a method makes of a bucket, which follows from the bucket's layout alone; for up to 64 of them."""
+
+    @functools.wraps(cut)
+    def kept(self: Any, bucket: Bucket) -> T:
+        found: dict[Any, T] = vars(self).setdefault(f"_{cut.__name__}_by_layout", {})
+        key = (bucket.names, bucket.starts)
+        if len(found) > 64:
+            found.clear()
+        if key not in found:
+            found[key] = cut(self, bucket)
+        return found[key]
+
+    return kept
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Runs of consecutive elements that are compressed one by one: the unit of scale, ownership, residual and finiteness.
@@ -119,11 +137,7 @@ class Blocks:
 
     def with_keys(self, keys: UInt64Array | None) -> Blocks:
         """The same blocks with random keys."""
-        return self._with(keys=keys)
-
-    def moved_home(self, start: int) -> Blocks:
-        """The same blocks with their homes end to end from `start` on."""
-        return self._with(homes=start + np.cumsum(self.lengths) - self.lengths)
+        return self.having(keys=keys)
 
     def only(self, which: Int64Array) -> Blocks:
         """Some of the blocks, by their number."""
@@ -131,8 +145,8 @@ class Blocks:
         starts, homes, lengths = self.starts[which], self.homes[which], self.lengths[which]
         return Blocks(starts, homes, lengths, self.parameters[which], self.groups[which], keys)
 
-    def _with(self, **fields: Any) -> Blocks:
-        """A copy with other fields; what has been derived from the lengths stays derived."""
+    def having(self, **fields: Any) -> Blocks:
+        """The same blocks at other starts or homes, or with other keys; what has been derived from the lengths stays derived."""
         new = copy.copy(self)
         new.__dict__.update(fields)
         return new
@@ -208,10 +222,6 @@ class BlockTable:
         homes = self.index.offsets[self.parameters] + self.offsets
         return Blocks(homes, homes, self.lengths, self.parameters, self.groups)
 
-    def served_elements(self, rank: int) -> int:
-        """Elements of the server residual of `rank`."""
-        return int(self.lengths[self.owners == rank].sum())
-
     def served_by(self, rank: int) -> Blocks:
         """All blocks that `rank` serves: values and homes in its server residual, which lies in block order."""
         own = np.flatnonzero(self.owners == rank)
@@ -220,34 +230,33 @@ class BlockTable:
 
     def at_home(self, rank: int) -> Blocks:
         """All blocks that `rank` serves, where they lie in a flat tensor of all parameters."""
-        own = np.flatnonzero(self.owners == rank)
-        homes = self.index.offsets[self.parameters[own]] + self.offsets[own]
-        return Blocks(homes, homes, self.lengths[own], self.parameters[own], own)
+        return self.everything.only(np.flatnonzero(self.owners == rank))
 
-    def _of(self, bucket: Bucket) -> tuple[Int64Array, Int64Array]:
-        """The bucket's blocks, and (P,) where each of its parameters starts in it."""
+    def _of(self, bucket: Bucket) -> tuple[Int64Array, Blocks]:
+        """The numbers of a bucket's blocks, and the blocks."""
         order = [self.index.position[name] for name in bucket.names]
         start_of = np.zeros(len(self.index.names), dtype=np.int64)
         start_of[order] = bucket.starts
-        return np.concatenate([np.zeros(0, np.int64), *(self._blocks_of[k] for k in order)]), start_of
+        own = np.concatenate([np.zeros(0, np.int64), *(self._blocks_of[k] for k in order)])
+        p, within = self.parameters[own], self.offsets[own]
+        return own, Blocks(start_of[p] + within, self.index.offsets[p] + within, self.lengths[own], p, self.groups[own])
 
+    @once_per_layout
     def all_of(self, bucket: Bucket) -> Blocks:
         """All blocks of a bucket."""
-        own, start_of = self._of(bucket)
-        p, within = self.parameters[own], self.offsets[own]
-        return Blocks(start_of[p] + within, self.index.offsets[p] + within, self.lengths[own], p, self.groups[own])
+        return self._of(bucket)[1]
 
+    @once_per_layout
     def parts(self, bucket: Bucket) -> Parts:
         """The blocks of a bucket, by the rank that serves them."""
-        own, start_of = self._of(bucket)
+        own, blocks = self._of(bucket)
         by_owner, served = [], []
         for rank in range(self.ranks):
-            mine = own[self.owners[own] == rank]
-            p, lengths = self.parameters[mine], self.lengths[mine]
-            within = self.offsets[mine]
-            by_owner.append(Blocks(start_of[p] + within, self.index.offsets[p] + within, lengths, p, self.groups[mine]))
-            local = np.cumsum(lengths) - lengths
-            served.append(Blocks(local, self._served_homes[mine], lengths, p, mine))
+            which = np.flatnonzero(self.owners[own] == rank)
+            mine, numbers = blocks.only(which), own[which]
+            by_owner.append(mine)
+            local = np.cumsum(mine.lengths) - mine.lengths
+            served.append(Blocks(local, self._served_homes[numbers], mine.lengths, mine.parameters, numbers))
         return Parts(tuple(by_owner), tuple(served))
 
 

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from block_values import SEEDS, blocks_in, heavy_tailed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commopt.compress import BlockSign, Cast, Compressor, TensorSign, scaled_sign
+from commopt.compress import (
+    BlockFloat8,
+    BlockInt,
+    BlockSign,
+    Cast,
+    Compressor,
+    Natural,
+    QSGDLevels,
+    RandomK,
+    TensorSign,
+    Ternary,
+    Threshold,
+    TopK,
+    scaled_sign,
+)
 from commopt.errors import ConfigError
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 from commopt.wire.payload import Payload
 
 CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast(), Cast(torch.bfloat16)]
 NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), min_size=1, max_size=4)
-SEEDS = st.integers(0, 2**31)
-
-
-def blocks_of(codec: Compressor, numels: list[int], ranks: int = 3) -> Blocks:
-    tensors = [(f"p{k}", torch.zeros(n)) for k, n in enumerate(numels)]
-    return codec.table(ParameterIndex.of(tensors), ranks).all_of(Bucket.of(tensors))
-
-
-def heavy_tailed(n: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(2).exp()
 
 
 def compress(codec: Compressor, x: torch.Tensor, residual: torch.Tensor | None, blocks: Blocks) -> Payload:
@@ -38,8 +43,8 @@ def compress(codec: Compressor, x: torch.Tensor, residual: torch.Tensor | None, 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 @given(numels=NUMELS, seed=SEEDS)
 def test_the_residual_is_what_was_not_sent(codec: Compressor, numels: list[int], seed: int) -> None:
-    blocks = blocks_of(codec, numels)
-    x, residual = heavy_tailed(sum(numels), seed), heavy_tailed(sum(numels), seed + 1)
+    blocks = blocks_in(codec, numels)
+    x, residual = (heavy_tailed(sum(numels), k).clamp(-3e4, 3e4) for k in (seed, seed + 1))  # within float16
     e, sent = residual.clone(), torch.empty_like(x)
     payload = compress(codec, x, e, blocks)
     codec.decompress_(payload.tensors, blocks, sent)
@@ -51,7 +56,7 @@ def test_the_residual_is_what_was_not_sent(codec: Compressor, numels: list[int],
 @pytest.mark.parametrize("codec", [BlockSign(), BlockSign(8), Cast(), Cast(torch.bfloat16)], ids=repr)
 @given(numels=NUMELS, seed=SEEDS)
 def test_block_signs_and_casts_never_leave_more_than_there_was(codec: Compressor, numels: list[int], seed: int) -> None:
-    blocks = blocks_of(codec, numels)
+    blocks = blocks_in(codec, numels)
     x, left = heavy_tailed(sum(numels), seed).clamp(-6e4, 6e4), torch.zeros(sum(numels))
     compress(codec, x, left, blocks)
     for home, length in zip(blocks.homes, blocks.lengths, strict=True):
@@ -64,7 +69,7 @@ def test_block_signs_and_casts_never_leave_more_than_there_was(codec: Compressor
 def test_adding_a_message_up_is_adding_its_values(
     codec: Compressor, numels: list[int], seed: int, alpha: float
 ) -> None:
-    blocks = blocks_of(codec, numels)
+    blocks = blocks_in(codec, numels)
     payload = compress(codec, heavy_tailed(sum(numels), seed), None, blocks)
     values, total = torch.empty(sum(numels)), torch.ones(sum(numels))
     codec.decompress_(payload.tensors, blocks, values)
@@ -75,7 +80,7 @@ def test_adding_a_message_up_is_adding_its_values(
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_value_marks_its_block_and_no_other(codec: Compressor, bad: float) -> None:
-    blocks = blocks_of(codec, [5, 2050, 3], ranks=1)
+    blocks = blocks_in(codec, [5, 2050, 3], ranks=1)
     x, residual = torch.ones(2058), torch.full((2058,), 0.5)
     x[7] = bad
     payload = compress(codec, x, residual, blocks)
@@ -90,14 +95,14 @@ def test_a_bad_value_marks_its_block_and_no_other(codec: Compressor, bad: float)
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_good_values_mark_nothing(codec: Compressor) -> None:
-    blocks = blocks_of(codec, [5, 2050, 3])
+    blocks = blocks_in(codec, [5, 2050, 3])
     payload = compress(codec, torch.zeros(2058), None, blocks)
     assert codec.first_bad(payload.tensors, blocks) == -1
 
 
 def test_a_value_beyond_float16_is_bad_there_and_not_in_bfloat16() -> None:
     for dtype, first_bad in ((torch.float16, 0), (torch.bfloat16, -1)):
-        blocks = blocks_of(Cast(dtype), [3])
+        blocks = blocks_in(Cast(dtype), [3])
         payload = compress(Cast(dtype), torch.tensor([1.0, 7e4, 1.0]), None, blocks)
         assert Cast(dtype).first_bad(payload.tensors, blocks) == first_bad
 
@@ -105,7 +110,7 @@ def test_a_value_beyond_float16_is_bad_there_and_not_in_bfloat16() -> None:
 @given(n=st.integers(1, 300), seed=SEEDS)
 def test_a_cast_rounds_as_torch_does(n: int, seed: int) -> None:
     x, out = heavy_tailed(n, seed).clamp(-6e4, 6e4), torch.empty(n)
-    blocks = blocks_of(Cast(), [n])
+    blocks = blocks_in(Cast(), [n])
     Cast().decompress_(compress(Cast(), x, None, blocks).tensors, blocks, out)
     assert torch.equal(out, x.half().float())
 
@@ -113,7 +118,7 @@ def test_a_cast_rounds_as_torch_does(n: int, seed: int) -> None:
 @given(numels=NUMELS, seed=SEEDS, ranks=st.integers(1, 5))
 def test_a_tensor_sign_keeps_each_parameters_norm(numels: list[int], seed: int, ranks: int) -> None:
     codec = TensorSign()
-    blocks = blocks_of(codec, numels, ranks)
+    blocks = blocks_in(codec, numels, ranks)
     x, sent = heavy_tailed(sum(numels), seed), torch.empty(sum(numels))
     payload = compress(codec, x, None, blocks)
     codec.decompress_(payload.tensors, blocks, sent)
@@ -124,7 +129,7 @@ def test_a_tensor_sign_keeps_each_parameters_norm(numels: list[int], seed: int, 
 
 @given(n=st.integers(1, 5000), seed=SEEDS)
 def test_a_block_sign_sends_the_mean_magnitude_of_each_block(n: int, seed: int) -> None:
-    blocks = blocks_of(BlockSign(64), [n])
+    blocks = blocks_in(BlockSign(64), [n])
     x = heavy_tailed(n, seed)
     scales, _ = compress(BlockSign(64), x, None, blocks).tensors
     torch.testing.assert_close(scales, torch.stack([part.abs().mean() for part in torch.split(x, 64)]))
@@ -140,14 +145,30 @@ def test_a_parts_scale_is_the_whole_tensors_when_it_is_cut_for_its_servers() -> 
     assert [payload.tensors[0].tolist() for payload in payloads] == [[pytest.approx(expected)]] * 3
 
 
-@pytest.mark.parametrize("block_size", [0, 7, 12, -8])
-def test_a_block_is_whole_bytes_of_bits(block_size: int) -> None:
-    with pytest.raises(ConfigError, match="positive multiple of 8"):
-        BlockSign(block_size)
+OF_BLOCKS: list[Any] = [BlockSign, Cast, BlockInt, BlockFloat8, Natural, QSGDLevels, Ternary, TopK, RandomK, Threshold]
+BAD: list[tuple[list[Any], str, list[Any], str]] = [
+    (OF_BLOCKS, "block_size", [0, 7, 12, -8, 256.0, True], "write a positive multiple of 8"),
+    ([BlockInt], "bits", [3], "write 2, 4 or 8"),
+    ([BlockInt, BlockFloat8], "stochastic", [1], "write true or false"),
+    ([QSGDLevels], "levels", [0, 128, 2.0, True], "from 1 to 127"),
+    ([QSGDLevels], "norm", ["l1"], "write 'l2' or 'max'"),
+    ([TopK, RandomK], "density", [0, 1.5, math.nan], "write a number above 0, at most 1"),
+    ([TopK, RandomK, Threshold], "value_bits", [3], "write 32, 16, 8 or 1"),
+    ([Threshold], "threshold", [0], "write a number above 0"),
+    ([Cast], "dtype", [torch.float32], "write torch.float16 or torch.bfloat16"),
+]
 
 
-def test_unknown_scales_and_dtypes_are_refused() -> None:
+@pytest.mark.parametrize(("kinds", "option", "values", "wanted"), BAD, ids=str)
+def test_a_bad_option_is_named_with_its_range(kinds: list[Any], option: str, values: list[Any], wanted: str) -> None:
+    for kind in kinds:
+        for value in values:
+            with pytest.raises(ConfigError) as caught:
+                kind(**{option: value})
+            assert str(caught.value).startswith(f"{option}: {value!r} is")
+            assert wanted in str(caught.value)
+
+
+def test_an_unknown_scale_is_refused() -> None:
     with pytest.raises(ConfigError, match="write 'l1'"):
         scaled_sign("l3")
-    with pytest.raises(ConfigError, match=r"write torch\.float16"):
-        Cast(torch.float32)

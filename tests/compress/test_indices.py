@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +21,7 @@ from commopt.compress.indices import (
     MAX_N,
     all_index_bytes,
     decode_all,
-    decode_indices,
     encode_all_,
-    encode_indices_,
     index_bytes,
 )
 from commopt.kernels.cpu import indices as cpu_indices
@@ -43,6 +42,14 @@ def either_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     kernel: ModuleType = request.param
     monkeypatch.setattr(kernels, "of", lambda name, device: kernel)
     return kernel
+
+
+def encode_indices_(indices: Tensor, n: int, out: Tensor) -> None:
+    encode_all_(indices, np.asarray([n]), np.asarray([indices.numel()]), out)
+
+
+def decode_indices(code: Tensor, n: int, k: int) -> Tensor:
+    return decode_all(code, np.asarray([n]), np.asarray([k]))
 
 
 def encoded(indices: list[int] | Tensor, n: int) -> Tensor:
@@ -170,28 +177,23 @@ def test_any_set_comes_back_from_the_same_bytes_of_both_kernels(case: tuple[int,
     assert torch.equal(from_plain, x)
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 63, 64, 65, 1000, 4096, 100_003])
-def test_none_one_all_but_one_all_and_runs_come_back(either_kernel: ModuleType, n: int) -> None:
-    every = torch.arange(n)
-    runs = [every[a:z] for a in (0, n // 3, n - n // 10) for z in (n // 2, n)]
-    one = [every[i : i + 1] for i in (0, n // 2, n - 1)]
-    all_but_one = [every[every != i] for i in (0, n // 2, n - 1)]
-    combs = [every[::2].contiguous(), every[::700].contiguous()]
-    for x in [every[:0], every, *combs, *runs, *one, *all_but_one]:
+def corner_cases() -> Iterator[tuple[int, Tensor]]:
+    """None, one, all but one, all, runs and combs; large draws; and indices beyond 32 bits."""
+    for n in (1, 2, 7, 8, 9, 63, 64, 65, 1000, 4096, 100_003):
+        every = torch.arange(n)
+        yield from ((n, every[a:z]) for a in (0, n // 3, n - n // 10) for z in (0, n // 2, n))
+        yield from ((n, x) for i in (0, n // 2, n - 1) for x in (every[i : i + 1], every[every != i]))
+        yield from ((n, every[::stride].contiguous()) for stride in (2, 700))
+    for density in (0.001, 0.01, 0.1, 0.3, 0.4, 0.9):
+        yield 200_000, draw(200_000, round(200_000 * density), 3)
+    for n in (2**31 - 1, 2**31 + 7, 2**33, MAX_N):
+        for indices in ([n - 1], [0], [0, n - 1], list(range(n - 200, n)), [2**31 - 4, 2**31 - 3, n - 1]):
+            yield n, torch.tensor(indices)
+
+
+def test_corner_cases_come_back(either_kernel: ModuleType) -> None:
+    for n, x in corner_cases():
         assert torch.equal(decode_indices(encoded(x, n), n, len(x)), x)
-
-
-@pytest.mark.parametrize("density", [0.001, 0.01, 0.1, 0.3, 0.4, 0.9])
-def test_large_draws_come_back(either_kernel: ModuleType, density: float) -> None:
-    n = 200_000
-    x = draw(n, round(n * density), 3)
-    assert torch.equal(decode_indices(encoded(x, n), n, len(x)), x)
-
-
-@pytest.mark.parametrize("n", [2**31 - 1, 2**31 + 7, 2**33, MAX_N])
-def test_indices_beyond_32_bits_come_back(either_kernel: ModuleType, n: int) -> None:
-    for x in [[n - 1], [0], [0, n - 1], list(range(n - 200, n)), [2**31 - 4, 2**31 - 3, n - 1]]:
-        assert decode_indices(encoded(x, n), n, len(x)).tolist() == x
 
 
 # many blocks

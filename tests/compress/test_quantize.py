@@ -10,15 +10,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from block_values import LENGTHS, SEEDS, blocks_of, draw, heavy_tailed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from commopt import kernels
 from commopt.compress import quantize
-from commopt.compress.quantize import BlockFloat8, BlockInt, BlockScaled, EvenLevels, Natural, QSGDLevels
-from commopt.compress.ternary import Ternary
-from commopt.errors import ConfigError
+from commopt.compress.quantize import BlockFloat8, BlockInt, BlockScaled, EvenLevels, Natural, QSGDLevels, Ternary
 from commopt.kernels.cpu import quantize as fast
 from commopt.kernels.reference import quantize as plain
 from commopt.wire import noise
@@ -33,48 +32,10 @@ EVEN = [
     Ternary(),
 ]
 CODECS = [*EVEN, BlockFloat8(), BlockFloat8(stochastic=False), Natural()]
-UNBIASED = [codec for codec in CODECS if codec.is_stochastic]
-LENGTHS = st.lists(
-    st.one_of(st.integers(1, 30), st.sampled_from([255, 256, 2047, 2048, 2049, 5001])), min_size=1, max_size=4
-)
-SEEDS = st.integers(0, 2**31)
+UNBIASED = [codec for codec in CODECS if codec.stochastic]
 LARGEST = float(np.finfo(np.float32).max)
 KERNELS = pytest.mark.parametrize("kernel", [fast, plain], ids=["numba", "plain"])
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=repr)
-
-
-def blocks_of(lengths: list[int], gap: int = 3, seed: int | None = 0) -> Blocks:
-    """Blocks that lie apart in the values and in reverse order in the residual, with random keys unless `seed` is None."""
-    n = np.asarray(lengths, dtype=np.int64)
-    starts, homes = np.cumsum(n + gap) - n, np.cumsum(n[::-1])[::-1] - n
-    number = np.arange(len(n))
-    keys = None if seed is None else noise.keys(seed, "test", 0, np.zeros_like(n), homes)
-    return Blocks(starts, homes, n, number, number, keys)
-
-
-def part_of(blocks: Blocks, these: list[int]) -> Blocks:
-    keys = None if blocks.keys is None else blocks.keys[these]
-    return Blocks(
-        blocks.starts[these],
-        blocks.homes[these],
-        blocks.lengths[these],
-        blocks.parameters[these],
-        blocks.groups[these],
-        keys,
-    )
-
-
-def heavy_tailed(n: int, seed: int, spread: float = 2.0) -> Tensor:
-    """Values over many magnitudes, a tenth of them 0.0 and a tenth -0.0."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(spread).exp()
-    u = torch.rand(n, generator=generator)
-    return torch.where(u < 0.1, 0.0, torch.where(u > 0.9, -0.0, x))
-
-
-def draw(blocks: Blocks, seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:
-    n = int(blocks.starts[-1] + blocks.lengths[-1]) + 5
-    return heavy_tailed(n, seed, spread), heavy_tailed(blocks.elements, seed + 1, spread)
 
 
 def compress(codec: BlockScaled, x: Tensor, residual: Tensor | None, blocks: Blocks) -> tuple[Tensor, ...]:
@@ -179,7 +140,7 @@ def test_a_value_goes_to_a_level_beside_it(codec: BlockScaled, lengths: list[int
     out = torch.empty_like(x)
     scales, codes = compress(codec, x, None, blocks)
     codec.decompress_((scales, codes), blocks, out)
-    share = 1.0 if has_keys and codec.is_stochastic else 0.5
+    share = 1.0 if has_keys and codec.stochastic else 0.5
     for c, sent, scale in zip(elements_of(x, blocks), elements_of(out, blocks), scales.tolist(), strict=True):
         slack = 1e-6 * c.abs().double().max()  # c / scale is rounded
         assert ((sent.double() - c.double()).abs() <= share * steps_around(codec, c, scale) + slack).all()
@@ -236,7 +197,7 @@ def test_even_levels_are_those_of_the_papers(codec: EvenLevels, has_keys: bool) 
     norm = l2 if codec.has_l2_norm else largest
     a = codec.levels * np.abs(c) / norm
     u = np.full_like(a, 0.5)
-    if blocks.keys is not None and codec.is_stochastic:
+    if blocks.keys is not None and codec.stochastic:
         u = noise.uniform(blocks.keys, blocks.lengths).double().numpy().reshape(40, 512)
     expected = norm / codec.levels * np.sign(c) * (np.floor(a) + (u < a - np.floor(a)))
     out = sent_by(codec, x, blocks).double().numpy().reshape(40, 512)
@@ -268,7 +229,7 @@ def test_a_blocks_codes_do_not_depend_on_its_neighbours(codec: BlockScaled, leng
     together, apart = residual.clone(), residual.clone()
     scales, codes = compress(codec, x, together, blocks)
     starts = np.append(plain.byte_starts(blocks, codec.code_bits), len(codes))
-    parts = [part_of(blocks, [b]) for b in reversed(range(len(blocks)))]
+    parts = [blocks.only(np.asarray([b])) for b in reversed(range(len(blocks)))]
     payloads = [Payload.allocate(codec.layout(part)) for part in parts]
     codec.compress_(x, apart, parts, [payload.tensors for payload in payloads])
     for b, payload in zip(reversed(range(len(blocks))), payloads, strict=True):
@@ -283,7 +244,7 @@ def test_equal_blocks_with_different_keys_are_drawn_apart_and_with_the_same_alik
     out = sent_by(codec, x, blocks_of([256, 256], gap=0))
     again = sent_by(codec, x, blocks_of([256, 256], gap=0))
     assert torch.equal(out, again)
-    assert torch.equal(out[:256], out[256:]) != codec.is_stochastic
+    assert torch.equal(out[:256], out[256:]) != codec.stochastic
 
 
 @each_codec
@@ -467,15 +428,15 @@ def test_scales_and_codes_are_the_two_halves_of_compressing(kernel: ModuleType) 
     codes, other_codes = (torch.zeros(2 + 770 + 113, dtype=torch.uint8) for _ in range(2))
     scales, left, other_left = torch.empty(3), residual.clone(), residual.clone()
     kernel.compress_(x, left, blocks, scales, codes, kind="levels", levels=3, bits=3, squared=True)
-    given_scales = scales.clone()
-    kernel.encode_levels_(x, other_left, blocks, given_scales, other_codes, levels=3, bits=3, stochastic=True)
+    given_scales, how = scales.clone(), {"kind": "levels", "levels": 3, "bits": 3, "is_given": True}
+    kernel.compress_(x, other_left, blocks, given_scales, other_codes, **how)
     assert torch.equal(scales, given_scales)
     assert torch.equal(codes, other_codes)
     assert torch.equal(bits(left), bits(other_left))
     given_scales /= 1000  # values beyond the last level are cut off there
-    kernel.encode_levels_(x, None, blocks, given_scales, other_codes, levels=3, bits=3, stochastic=True)
+    kernel.compress_(x, None, blocks, given_scales, other_codes, **how)
     out = torch.zeros_like(x)
-    kernel.decompress_levels_(other_codes, given_scales, blocks, out, bits=3, alpha=1.0, add=False)
+    kernel.decompress_(other_codes, given_scales, blocks, out, kind="levels", bits=3, alpha=1.0, add=False)
     assert float(out.abs().max()) == pytest.approx(3 * float(given_scales.max()))
 
 
@@ -488,27 +449,3 @@ def test_no_blocks_are_no_work(codec: BlockScaled) -> None:
             out = torch.ones(3)
             codec.decompress_(compress(codec, torch.ones(3), torch.ones(3), blocks), blocks, out)
             assert out.tolist() == [1, 1, 1]
-
-
-def test_only_codecs_that_draw_ask_for_keys() -> None:
-    assert [codec.is_stochastic for codec in (BlockInt(), BlockFloat8(), Natural(), QSGDLevels(), Ternary())] == [
-        True
-    ] * 5
-    assert not BlockInt(stochastic=False).is_stochastic
-    assert not BlockFloat8(stochastic=False).is_stochastic
-
-
-def test_options_out_of_range_are_refused() -> None:
-    for make in (BlockInt, BlockFloat8, Natural, QSGDLevels, Ternary):
-        for block_size in (0, 12, -8, 7, 256.0, True):
-            with pytest.raises(ConfigError, match=r"block_size: .* positive multiple of 8"):
-                make(block_size=block_size)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"bits: 3 .* write 2, 4 or 8"):
-        BlockInt(3)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"stochastic: 1 .* write true or false"):
-        BlockInt(stochastic=1)  # type: ignore[arg-type]
-    for levels in (0, 128, 2.0, True):
-        with pytest.raises(ConfigError, match=r"levels: .* from 1 to 127"):
-            QSGDLevels(levels)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"norm: 'l1' .* write 'l2' or 'max'"):
-        QSGDLevels(norm="l1")  # type: ignore[arg-type]

@@ -1,19 +1,21 @@
-"""Residuals in 32, 16 and 8 bits, decayed, averaged and forgotten: against float64, and against each other."""
+"""Residuals, taken back and kept in 32, 16 and 8 bits, decayed, averaged and forgotten: against float64, and each other."""
 
 from __future__ import annotations
 
-import copy
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from commopt import attach
-from commopt.compress import BlockSign, Compressor
-from commopt.compress.feedback import ErrorFeedback, Kept
+from commopt.compress import BlockSign, Cast, Compressor, TensorSign
+from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.compress.quantize import BlockInt
 from commopt.exchange.gather import GatherMean
 from commopt.exchange.two_way import TwoWayMean
@@ -24,16 +26,20 @@ from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 
 NUMELS = [1, 700, 2049, 33]
 TOTAL = sum(NUMELS)
+CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast()]
+ANY_NUMELS = st.lists(st.one_of(st.integers(1, 40), st.just(2049)), min_size=1, max_size=4)
 
 
 def draw(seed: int, n: int = TOTAL) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
-def feedback_for(codec: Compressor, **options: Any) -> tuple[ErrorFeedback, tuple[Blocks, ...]]:
-    """Two parts, as for two servers."""
-    tensors = [(f"p{k}", torch.zeros(n)) for k, n in enumerate(NUMELS)]
-    table = codec.table(ParameterIndex.of(tensors), 2)
+def feedback_for(
+    codec: Compressor, numels: list[int] = NUMELS, **options: Any
+) -> tuple[ErrorFeedback, tuple[Blocks, ...]]:
+    """Three parts, as for three servers."""
+    tensors = [(f"p{k}", torch.zeros(n)) for k, n in enumerate(numels)]
+    table = codec.table(ParameterIndex.of(tensors), 3)
     return ErrorFeedback(codec, Kept(**options), table.everything), table.parts(Bucket.of(tensors)).by_owner
 
 
@@ -58,6 +64,45 @@ def decoded(feedback: ErrorFeedback, payloads: Any, parts: Any) -> np.ndarray[An
     for payload, blocks in zip(payloads, parts, strict=True):
         feedback.compressor.decompress_(payload.tensors[1:], blocks, out)
     return out.double().numpy()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@given(numels=ANY_NUMELS, seed=st.integers(0, 2**31))
+def test_undo_takes_a_message_back_to_about_one_ulp(codec: Compressor, numels: list[int], seed: int) -> None:
+    feedback, parts = feedback_for(codec, numels)
+    n = sum(numels)
+    for step in range(3):
+        feedback.compress(draw(seed + step, n), parts)
+    before, x = feedback.residual.clone(), draw(seed + 9, n)
+    payloads = feedback.compress(x, parts)
+    feedback.undo(x, payloads, parts)
+    ulp = torch.finfo(torch.float32).eps * float(before.abs().max() + x.abs().max() + feedback.residual.abs().max())
+    assert float((feedback.residual - before).abs().max()) <= 2 * ulp
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_undo_leaves_blocks_alone_that_were_not_written(codec: Compressor, bad: float) -> None:
+    feedback, parts = feedback_for(codec, [10, 3000, 20])
+    feedback.compress(draw(1, 3030), parts)
+    before, x = feedback.residual.clone(), draw(2, 3030)
+    x[500] = bad
+    payloads = feedback.compress(x, parts)
+    feedback.undo(x, payloads, parts)
+    torch.testing.assert_close(feedback.residual, before, rtol=0, atol=2e-6)
+    b = next(b for blocks in parts for b in zip(blocks.homes, blocks.lengths, strict=True) if 0 <= 500 - b[0] < b[1])
+    assert torch.equal(feedback.residual[b[0] : sum(b)], before[b[0] : sum(b)])
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_every_message_names_the_first_bad_parameter_of_all(codec: Compressor) -> None:
+    feedback, parts = feedback_for(codec, [10, 3000, 20])
+    x = draw(1, 3030)
+    assert [first_bad_parameter([payload]) for payload in feedback.compress(x, parts)] == [-1] * 3
+    x[3015], x[2000] = math.nan, math.inf
+    payloads = feedback.compress(x, parts)
+    assert [first_bad_parameter([payload]) for payload in payloads] == [1] * 3
+    assert first_bad_parameter([feedback.compress(draw(2, 3030), parts)[0], payloads[0]]) == 1
 
 
 @pytest.mark.parametrize("codec", [BlockSign(256), BlockInt(bits=4)], ids=repr)
@@ -176,33 +221,6 @@ def test_residuals_are_forgotten_after_every_so_many_exchanges_of_their_own_para
                 assert same == (count % 3 == 0), (name, count)
 
     SimWorld[None](2).run(work)
-
-
-@pytest.mark.parametrize("kept", [Kept(16), Kept(8, decay=0.9, reset_every=4)], ids=str)
-@pytest.mark.parametrize("kind", [GatherMean, TwoWayMean])
-def test_resuming_is_bitwise_in_few_bits_too(kind: Any, kept: Kept) -> None:
-    def work(group: Group) -> tuple[Tensor, Tensor]:
-        def bound() -> Any:
-            method = kind(BlockInt(bits=4), kept)
-            method.bind([("a", torch.zeros(300)), ("b", torch.zeros(100))], group)
-            return method
-
-        def run(method: Any, steps: range) -> Tensor:
-            for step in steps:
-                bucket = Bucket.of([("a", draw(10 * step + group.rank, 300)), ("b", draw(500 + step, 100))])
-                method.exchange(bucket, group)
-                method.exchanges += 1
-            return bucket.flat
-
-        method = bound()
-        run(method, range(5))
-        again = bound()
-        again.exchanges.copy_(method.exchanges)
-        again.load(copy.deepcopy(method.saved()))
-        return run(method, range(5, 10)), run(again, range(5, 10))
-
-    for one, other in SimWorld[Any](3).run(work):
-        assert torch.equal(one, other)
 
 
 def train_on_digits(group: Group, make: Any) -> float:

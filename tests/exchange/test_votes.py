@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from block_values import LENGTHS, SEEDS, blocks_of, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,26 +25,6 @@ from commopt.wire.bucket import Blocks, Bucket
 
 NUMELS = [1, 7, 2049, 130, 4100]
 TOTAL = sum(NUMELS)
-LENGTHS = st.lists(
-    st.one_of(st.integers(1, 140), st.sampled_from([2047, 2048, 2049, 4096, 5001])), min_size=1, max_size=4
-)
-SEEDS = st.integers(0, 2**31)
-
-
-def blocks_of(lengths: list[int], gap: int = 3) -> Blocks:
-    """Blocks with keys, apart from each other."""
-    n = np.asarray(lengths, dtype=np.int64)
-    starts = np.cumsum(n + gap) - n
-    keys = noise.keys(0, "zero", 0, np.zeros(len(n), np.int64), starts)
-    return Blocks(starts, starts, n, np.arange(len(n)), np.arange(len(n)), keys)
-
-
-def draw(blocks: Blocks, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(int(blocks.starts[-1] + blocks.lengths[-1]) + 5, generator=generator)
-    x[torch.rand(x.shape, generator=generator) < 0.1] = -0.0
-    x[torch.rand(x.shape, generator=generator) < 0.1] = 0.0
-    return x
 
 
 def flips_of(blocks: Blocks, seed: int) -> Any:
@@ -64,7 +45,7 @@ def bits_of(row: Tensor, blocks: Blocks) -> list[Any]:
 @given(LENGTHS, SEEDS)
 def test_packing_gives_the_plain_kernels_bits(lengths: list[int], seed: int) -> None:
     blocks = blocks_of(lengths)
-    x, flips = draw(blocks, seed), flips_of(blocks, seed)
+    (x, _), flips = draw(blocks, seed), flips_of(blocks, seed)
     before = x.clone()
     bits, plain_bits = (torch.full((blocks.sign_bytes,), fill, dtype=torch.uint8) for fill in (255, 0))
     is_bad = cpu_votes.pack_votes_(x, blocks, flips, bits)
@@ -78,7 +59,7 @@ def test_packing_gives_the_plain_kernels_bits(lengths: list[int], seed: int) -> 
 @given(LENGTHS, SEEDS)
 def test_a_bit_is_the_sign_and_for_zero_the_coin(lengths: list[int], seed: int) -> None:
     blocks = blocks_of(lengths)
-    x, flips = draw(blocks, seed), flips_of(blocks, seed)
+    (x, _), flips = draw(blocks, seed), flips_of(blocks, seed)
     bits = torch.empty(blocks.sign_bytes, dtype=torch.uint8)
     cpu_votes.pack_votes_(x, blocks, flips, bits)
     coins = bits_of(coin_bits(blocks, flips, torch.device("cpu")), blocks)
@@ -93,7 +74,7 @@ def test_only_the_block_with_a_bad_value_is_named(kernel: Any, bad: float) -> No
     blocks = blocks_of([5, 2048, 9])
     for b in range(3):
         for i in (0, int(blocks.lengths[b]) - 1):
-            x = draw(blocks, 0)
+            x, _ = draw(blocks, 0)
             x[[int(blocks.starts[k]) - 1 for k in range(3)]] = bad  # between the blocks
             x[int(blocks.starts[b]) + i] = bad
             bits = torch.empty(blocks.sign_bytes, dtype=torch.uint8)
@@ -286,22 +267,6 @@ def test_buckets_and_their_order_do_not_matter() -> None:
 
     for one, other in SimWorld[Any](4).run(zeros_and_ties):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("kind", ["majority", "average"])
-@pytest.mark.parametrize("ranks", [2, 4, 5])
-def test_it_sends_what_it_says(ranks: int, kind: str) -> None:
-    def work(group: SimGroup) -> tuple[float, float]:
-        method = SignVote(is_majority=kind == "majority")
-        x = torch.ones(512, 512)
-        method.bind([("x", x)], group)
-        method.exchange(Bucket.of([("x", x)]), group)
-        return group.traffic.payload_bytes / x.numel(), method.bytes_per_parameter(ranks)
-
-    down = 1 if kind == "majority" else math.ceil(math.log2(ranks + 1))
-    both = SimWorld[Any](ranks).run(work)
-    assert both[0][1] == pytest.approx((ranks - 1) / ranks * (1 + down) / 8)
-    assert sum(sent for sent, _ in both) / ranks == pytest.approx(both[0][1], rel=0.02)
 
 
 def test_one_rank_alone_takes_the_sign_and_sends_nothing() -> None:

@@ -17,7 +17,6 @@ from commopt.wire.payload import Payload
 
 SHAPES = ((40, 30), (40,), (17, 40), (3,))
 TOTAL = 40 * 30 + 40 + 17 * 40 + 3
-ALL = slice(0, TOTAL)
 COMPRESSED: list[Any] = [
     "int8",
     "4bit",
@@ -45,8 +44,8 @@ def residual(message: Message) -> Tensor:
 def test_without_a_compressor_a_message_is_the_tensor_itself() -> None:
     message = bound(None)
     x = values(1)
-    assert torch.equal(message.unpack(message.pack(x, ALL, 0), ALL, 0), x)  # type: ignore[arg-type]
-    assert message.pack(x, ALL, 0).nbytes == 4 * TOTAL
+    assert torch.equal(message.unpack(message.pack(x, 0), 0), x)  # type: ignore[arg-type]
+    assert message.pack(x, 0).nbytes == 4 * TOTAL
     assert message.state == {}
     assert message.bytes_per_element() == 4.0
 
@@ -56,7 +55,7 @@ def test_what_was_sent_and_what_is_kept_make_up_what_was_given(form: Any) -> Non
     message, total, sent = bound(form), torch.zeros(TOTAL), torch.zeros(TOTAL)
     for sequence in range(10):
         x = values(sequence)
-        decoded = message.unpack(message.pack(x, ALL, sequence), ALL, sequence)
+        decoded = message.unpack(message.pack(x, sequence), sequence)
         assert decoded is not None
         total, sent = total + x, sent + decoded
     torch.testing.assert_close(sent + residual(message), total, rtol=1e-4, atol=1e-4)
@@ -67,7 +66,7 @@ def test_what_was_sent_and_what_is_kept_make_up_what_was_given(form: Any) -> Non
 def test_without_error_feedback_nothing_is_kept(form: Any) -> None:
     options = {**(form if isinstance(form, dict) else {"compressor": form}), "error_feedback": False}
     message = bound(options)
-    first, second = (message.pack(values(1), ALL, 0) for _ in range(2))
+    first, second = (message.pack(values(1), 0) for _ in range(2))
     assert torch.equal(first.buffer, second.buffer)
     assert message.state == {}
 
@@ -75,41 +74,13 @@ def test_without_error_feedback_nothing_is_kept(form: Any) -> None:
 @pytest.mark.parametrize("form", COMPRESSED, ids=str)
 def test_taking_a_message_back_restores_the_residual(form: Any) -> None:
     message = bound(form)
-    message.pack(values(1), ALL, 0)
+    message.pack(values(1), 0)
     before = residual(message)
     x = values(2)
-    payload = message.pack(x, ALL, 1)
+    payload = message.pack(x, 1)
     assert not torch.allclose(residual(message), before)
-    message.take_back(x, payload, ALL, 1)
+    message.take_back(x, payload, 1)
     torch.testing.assert_close(residual(message), before, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("form", [None, *COMPRESSED], ids=str)
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_parts_are_packed_one_by_one_and_cover_everything(form: Any, parts: int) -> None:
-    message = bound(form)
-    cut = message.cut(parts)
-    assert [part.start for part in cut] == [0, *(part.stop for part in cut[:-1])]
-    assert cut[-1].stop == TOTAL
-    x = values(3)
-    pieces = []
-    for part in cut:
-        payload = message.pack(x[part], part, 5)
-        piece = message.unpack(payload, part, 5)
-        assert piece is not None
-        pieces.append(piece)
-    whole = bound(form)
-    assert torch.equal(torch.cat(pieces), whole.unpack(whole.pack(x, ALL, 5), ALL, 5))  # type: ignore[arg-type]
-    if form is not None:
-        assert torch.equal(residual(message), residual(whole))
-
-
-def test_a_part_leaves_the_residual_of_the_others_alone() -> None:
-    message = bound("int8")
-    first, second = message.cut(2)
-    message.pack(values(1)[first], first, 0)
-    assert float(residual(message)[second].norm()) == 0.0
-    assert float(residual(message)[first].norm()) > 0.0
 
 
 @pytest.mark.parametrize("form", [None, *COMPRESSED], ids=str)
@@ -119,10 +90,10 @@ def test_a_message_that_is_not_finite_is_refused(form: Any, bad: float) -> None:
     x = values(1)
     x[500] = bad
     before = residual(message) if form is not None else torch.zeros(0)
-    payload = message.pack(x, ALL, 0)
-    assert message.unpack(payload, ALL, 0) is None
+    payload = message.pack(x, 0)
+    assert message.unpack(payload, 0) is None
     if form is not None:
-        message.take_back(x, payload, ALL, 0)
+        message.take_back(x, payload, 0)
         torch.testing.assert_close(residual(message), before, rtol=1e-5, atol=1e-6)
 
 
@@ -130,21 +101,21 @@ def test_a_message_that_is_not_finite_is_refused(form: Any, bad: float) -> None:
 @pytest.mark.parametrize("other", [None, *COMPRESSED], ids=str)
 def test_a_message_of_another_form_or_size_is_refused(form: Any, other: Any) -> None:
     """From a rank that was started with other options, or another model."""
-    message, sender = bound(form), bound(other)
-    small = sender.cut(2)[0]
-    assert message.unpack(sender.pack(values(1)[small], small, 0), ALL, 0) is None
+    message, sender, smaller = bound(form), bound(other), Message(other)
+    smaller.bind(ParameterIndex(("x",), (900,)), 0)
+    assert message.unpack(smaller.pack(values(1, 900), 0), 0) is None
     if str(form) != str(other):
-        assert message.unpack(sender.pack(values(1), ALL, 0), ALL, 0) is None
-    assert message.unpack(Payload.of(), ALL, 0) is None
-    assert message.unpack(Payload.of(torch.zeros(TOTAL, dtype=torch.uint8)), ALL, 0) is None
-    assert message.unpack(Payload.of(torch.tensor([-1], dtype=torch.int32)), ALL, 0) is None
+        assert message.unpack(sender.pack(values(1), 0), 0) is None
+    assert message.unpack(Payload.of(), 0) is None
+    assert message.unpack(Payload.of(torch.zeros(TOTAL, dtype=torch.uint8)), 0) is None
+    assert message.unpack(Payload.of(torch.tensor([-1], dtype=torch.int32)), 0) is None
 
 
 @given(st.integers(0, 2**31 - 1), st.sampled_from(COMPRESSED), st.integers(0, 50))
 def test_what_one_rank_packs_another_unpacks_alike(seed: int, form: Any, sequence: int) -> None:
     sender, receiver = bound(form, rank=0), bound(form, rank=1)
-    payload = sender.pack(values(seed), ALL, sequence)
-    mine, theirs = sender.unpack(payload, ALL, sequence), receiver.unpack(payload, ALL, sequence)
+    payload = sender.pack(values(seed), sequence)
+    mine, theirs = sender.unpack(payload, sequence), receiver.unpack(payload, sequence)
     assert mine is not None
     assert theirs is not None
     assert torch.equal(mine, theirs)

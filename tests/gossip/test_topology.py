@@ -37,6 +37,8 @@ def period(topology: Topology) -> F64:
 def test_every_round_keeps_the_mean(topology: Topology) -> None:
     for k in range(len(topology.rounds)):
         matrix = topology.mixing_matrix(k)
+        members = [rank for edge in topology.rounds[k] for rank in edge.members]
+        assert len(members) == len(set(members))
         assert (matrix >= 0).all()
         np.testing.assert_allclose(matrix.sum(axis=0), 1, rtol=0, atol=1e-12)
         np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=0, atol=1e-12)
@@ -149,13 +151,6 @@ def test_a_single_rank_sits_every_round_out(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ({"name": "rng", "ranks": 4}, r"unknown topology 'rng'; did you mean 'ring'\?"),
-        (
-            {"name": ["ring"], "ranks": 4},
-            r"unknown topology \['ring'\]; did you mean 'ring'\?",
-        ),
-        ({"name": "ring", "ranks": 0}, "ranks: 0 is out of range; write a whole number from 1"),
-        ({"name": "ring", "ranks": 4, "slots": 0}, "slots: 0 is out of range; write a whole number from 1"),
         (
             {"name": "one_peer_exp", "ranks": 6},
             r"2, 4, 8, 16, \.\.\. ranks, and here are 6; start 4 or 8 of them, or write ring",
@@ -170,35 +165,8 @@ def test_ranks_that_a_topology_has_no_rounds_for_are_refused(given: dict[str, An
         make_topology(**given)
 
 
-@pytest.mark.parametrize(
-    ("edges", "complaint"),
-    [
-        ([Edge((0, 1), 0.5), Edge((1, 2), 0.5)], r"\(1, 2\): rank 1 is in \(0, 1\) too; put it into at most one"),
-        ([Edge((0, 4), 0.5)], "write one or more ranks from 0 to 3"),
-        ([Edge((-1, 2), 0.5)], "write one or more ranks from 0 to 3"),
-        ([Edge((), 0.5)], "write one or more ranks from 0 to 3"),
-        ([Edge((2, 1), 0.5)], r"write each rank once, in order: \(1, 2\)"),
-        ([Edge((1, 1), 0.5)], r"write each rank once, in order: \(1,\)"),
-        ([Edge((0, 1), 1.5)], "weight: 1.5 is out of range; write a number from 0 to 1"),
-        ([Edge((0, 1), -0.1)], "weight: -0.1 is out of range; write a number from 0 to 1"),
-        ([Edge((0, 1), float("nan"))], "weight: nan is out of range"),
-        ([Edge((0,), 0.5)], "weight: 0.5 does not sum to one with nobody else's; write 1"),
-    ],
-)
-def test_an_edge_that_does_not_fit_is_named_with_its_round(edges: list[Edge], complaint: str) -> None:
-    with pytest.raises(ConfigError, match=f"topology mine: round 1: edge .*{complaint}"):
-        Topology("mine", 4, ((), tuple(edges)))
-
-
-def test_a_topology_needs_a_round_and_knows_its_ranks() -> None:
-    with pytest.raises(ConfigError, match="topology mine: has no round"):
-        Topology("mine", 2, ())
-    with pytest.raises(ConfigError, match="rank: 4 is out of range; write a whole number from 0 to 3"):
-        make_topology("ring", 4).edge(0, 4)
-
-
 def test_an_edge_of_one_rank_keeps_its_parameters() -> None:
-    alone = Topology("mine", 2, ((Edge((0,), 1.0),),))
+    alone = Topology(2, ((Edge((0,), 1.0),),))
     assert alone.mixing_matrix(0).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
@@ -257,26 +225,6 @@ def test_one_round_says_nothing_about_the_next() -> None:
     assert abs(again - 400) < 90  # probability 1/5, standard deviation 18
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "wanted"),
-    [
-        ("ranks", 0, "a whole number from 1"),
-        ("size", 1, "a whole number from 2"),
-        ("size", 2.0, "a whole number from 2"),
-        ("round", -1, "a whole number from 0"),
-    ],
-)
-def test_bad_arguments_of_random_groups_are_refused(option: str, value: Any, wanted: str) -> None:
-    arguments: dict[str, Any] = {"ranks": 4, "size": 2, "seed": 0, "round": 0, option: value}
-    with pytest.raises(ConfigError, match=f"{option}: {value} is out of range; write {wanted}"):
-        random_groups(**arguments)
-
-
-def test_a_rank_outside_has_no_group() -> None:
-    with pytest.raises(ConfigError, match="rank: 4 is out of range; write a whole number from 0 to 3"):
-        group_of(4, 4, 2, 0, 0)
-
-
 @given(st.integers(2, 70), st.integers(0, 30))
 def test_in_the_directed_graph_everybody_sends_to_one_other_and_hears_from_one(ranks: int, round: int) -> None:
     targets = [directed_exponential(ranks, round, rank) for rank in range(ranks)]
@@ -301,5 +249,3 @@ def test_pushing_half_along_the_directed_graph_averages(ranks: int) -> None:
 
 def test_the_directed_graph_hops_1_2_4_and_starts_again() -> None:
     assert [directed_exponential(6, k, 4) for k in range(5)] == [5, 0, 2, 5, 0]
-    with pytest.raises(ConfigError, match="ranks: 1 is out of range; write a whole number from 2"):
-        directed_exponential(1, 0, 0)

@@ -28,7 +28,7 @@ OPTIONS = {"top_k": {"density": 0.05}, "random_k": {"density": 0.05}, "threshold
 def blocks_of(codec: Compressor) -> Blocks:
     index = ParameterIndex(("a", "b", "c"), SIZES)
     blocks = codec.table(index, 2).everything
-    if not codec.is_stochastic and not codec.shares_keys:
+    if not codec.stochastic and not codec.shares_keys:
         return blocks
     keys = noise.keys(0, "test", 0, np.zeros(len(blocks), np.int64), blocks.starts)
     return Blocks(blocks.starts, blocks.homes, blocks.lengths, blocks.parameters, blocks.groups, keys)

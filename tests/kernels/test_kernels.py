@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from block_values import LENGTHS, SEEDS, blocks_of, draw
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,27 +16,6 @@ from commopt.kernels.reference import signs as reference
 from commopt.wire.bucket import Blocks
 
 cpu = kernels.of("signs", torch.device("cpu"))
-LENGTHS = st.lists(
-    st.one_of(st.integers(1, 30), st.sampled_from([2047, 2048, 2049, 4096, 5001])), min_size=1, max_size=4
-)
-SEEDS = st.integers(0, 2**31)
-
-
-def blocks_of(lengths: list[int], gap: int = 3) -> Blocks:
-    """Blocks that lie apart in the values, and in reverse order in the residual."""
-    n = np.asarray(lengths, dtype=np.int64)
-    starts = np.cumsum(n + gap) - n
-    homes = np.cumsum(n[::-1])[::-1] - n
-    return Blocks(starts, homes, n, np.arange(len(n)), np.arange(len(n)))
-
-
-def draw(blocks: Blocks, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(int(blocks.starts[-1] + blocks.lengths[-1]) + 5, generator=generator)
-    x[torch.rand(x.shape, generator=generator) < 0.1] = -0.0
-    x[torch.rand(x.shape, generator=generator) < 0.1] = 0.0
-    residual = torch.randn(blocks.elements, generator=generator)
-    return x, residual * (torch.rand(residual.shape, generator=generator) < 0.7)
 
 
 def empty_codes(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +27,7 @@ def test_compressing_gives_the_plain_kernels_bits_scales_and_residual(
     lengths: list[int], seed: int, squared: bool, has_residual: bool
 ) -> None:
     blocks = blocks_of(lengths)
-    x, residual = draw(blocks, seed)
+    x, residual = draw(blocks, seed, 0.0)
     given_x = x.clone()
     results = []
     for kernel in (cpu, reference):
@@ -66,7 +46,7 @@ def test_compressing_gives_the_plain_kernels_bits_scales_and_residual(
 @given(LENGTHS, SEEDS, st.booleans())
 def test_sums_and_packing_are_the_two_halves_of_compressing(lengths: list[int], seed: int, squared: bool) -> None:
     blocks = blocks_of(lengths)
-    x, residual = draw(blocks, seed)
+    x, residual = draw(blocks, seed, 0.0)
     sums = torch.as_tensor(cpu.block_sums(x, residual, blocks, squared=squared))
     torch.testing.assert_close(sums, reference.block_sums(x, residual, blocks, squared=squared), rtol=1e-6, atol=0)
     scales, bits = empty_codes(blocks)
@@ -82,7 +62,7 @@ def test_sums_and_packing_are_the_two_halves_of_compressing(lengths: list[int], 
 @given(LENGTHS, SEEDS, st.sampled_from([1.0, 0.25, 1 / 3]), st.booleans())
 def test_unpacking_gives_the_plain_kernels_values(lengths: list[int], seed: int, alpha: float, add: bool) -> None:
     blocks = blocks_of(lengths)
-    x, _ = draw(blocks, seed)
+    x, _ = draw(blocks, seed, 0.0)
     generator = torch.Generator().manual_seed(seed)
     scales = torch.rand(len(blocks), generator=generator)
     bits = torch.randint(0, 256, (blocks.sign_bytes,), dtype=torch.uint8, generator=generator)
@@ -114,7 +94,7 @@ def test_a_bad_block_gets_scale_nan_and_keeps_its_residual(
     kernel: object, squared: bool, bad: float, place: int
 ) -> None:
     blocks = blocks_of([20, 2051, 20])
-    x, residual = draw(blocks, 1)
+    x, residual = draw(blocks, 1, 0.0)
     x[int(blocks.starts[1]) + place] = bad
     clean_x = x.nan_to_num(0.0, 0.0, 0.0)
     scales, bits = empty_codes(blocks)
@@ -133,7 +113,7 @@ def test_a_bad_block_gets_scale_nan_and_keeps_its_residual(
 @pytest.mark.parametrize("squared", [False, True])
 def test_a_bad_residual_makes_its_block_bad_too(squared: bool) -> None:
     blocks = blocks_of([9, 9])
-    x, residual = draw(blocks, 2)
+    x, residual = draw(blocks, 2, 0.0)
     residual[int(blocks.homes[0])] = math.inf
     scales, bits = empty_codes(blocks)
     cpu.compress_signs_(x, residual, blocks, scales, bits, squared=squared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,3 +91,33 @@ def train(group: Group, shapes: Shapes, steps: int, name: str, **options: Any) -
 def simulate(ranks: int, shapes: Shapes, steps: int, name: str, **options: Any) -> list[list[dict[str, F64]]]:
     """[rank][step] as `train` gives it."""
     return SimWorld[Any](ranks).run(lambda group: train(group, shapes, steps, name, **options))
+
+
+def check_steps(
+    runs: list[list[dict[str, F64]]],
+    paper: Callable[[int, list[dict[str, F64]]], tuple[dict[str, F64], NDArray[np.bool_]]],
+    *,
+    share: float = 0.9,
+    rtol: float = 1e-5,
+    atol: float = 2e-6,
+) -> None:
+    """Hold every step to the paper's from the state before it.
+
+    paper: from a step and each rank's state before it, what the state should be by its keys, (n,) alike on all ranks or (N, n), and
+        (n,) which elements are far enough from another choice or sign to be compared. share: how many must be.
+    """
+    compared, steps = 0, len(runs[0]) - 1
+    for step in range(steps):
+        expected, clear = paper(step, [run[step] for run in runs])
+        compared += int(clear.sum())
+        for key, value in expected.items():
+            found = np.stack([run[step + 1][key] for run in runs])
+            assert value.ndim == 2 or (found == found[0]).all(), f"{key} differs between ranks in step {step}"
+            wanted = np.broadcast_to(value, found.shape)
+            np.testing.assert_allclose(found[:, clear], wanted[:, clear], rtol, atol, err_msg=f"{key} in step {step}")
+    assert compared > share * steps * len(clear)
+
+
+def stacked(states: list[dict[str, F64]], key: str) -> F64:
+    """(N, n) what each rank has."""
+    return np.stack([state[key] for state in states])

@@ -237,26 +237,3 @@ def test_resumed_ranks_go_on_bit_for_bit(name: str, options: dict[str, Any]) -> 
 
     for one, other in zip(SimWorld[Tensor](4).run(resumed), whole, strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize(
-    ("options", "ranks", "wanted"),
-    [
-        ({}, 4, 2 * (1 / 2 + 4 / 256)),
-        ({}, 2, 1 / 2 + 4 / 256),
-        ({"message": "sign", "topology": "complete"}, 4, 3 * (1 / 8 + 4 / 2048)),
-        ({"topology": "one_peer_exp"}, 8, 3 * (1 / 2 + 4 / 256)),
-        ({"every": 4}, 4, 2 * (1 / 2 + 4 / 256) / 4),
-    ],
-    ids=str,
-)
-def test_bytes_of_a_step(options: dict[str, Any], ranks: int, wanted: float) -> None:
-    every, elements = options.get("every", 1), 2**16
-    assert build("choco", **options).bytes_per_parameter(ranks) == pytest.approx(wanted, rel=1e-3)
-
-    def sent(group: SimGroup) -> float:
-        gossip(group, {**options, "every": 1}, 8, elements)
-        sent: float = group.traffic.payload_bytes / elements / 8 / every
-        return sent
-
-    assert max(SimWorld[float](ranks).run(sent)) == pytest.approx(wanted, rel=1e-2)

@@ -189,37 +189,6 @@ def test_a_message_that_is_spoilt_is_left_out(bad: list[float]) -> None:
     assert SimWorld[Any](2).run(one_round)[0] == (0,)
 
 
-@pytest.mark.parametrize(
-    ("options", "ranks", "wanted"),
-    [
-        ({"topology": "one_peer_exp"}, 4, 4.0),
-        ({"topology": "ring"}, 6, 4.0),
-        ({"topology": "ring"}, 5, 4.0 * 4 / 5),
-        ({"topology": "complete"}, 5, 16.0),
-        ({"topology": "alternating_exp_ring", "slots": 2}, 4, 8.0),  # 4 within a node and 12 over two, in turn
-        ({"topology": "ring", "every": 4}, 4, 1.0),
-        ({"topology": "ring", "message": "int8"}, 4, 1 + 4 / 256),
-    ],
-    ids=str,
-)
-def test_bytes_of_a_step(options: dict[str, Any], ranks: int, wanted: float) -> None:
-    every, elements = options.get("every", 1), 2**16
-
-    def steps(group: SimGroup) -> float:
-        method: Any = build("decentralized_adam", **options)
-        method.bind([("x", torch.zeros(elements))], group.peers)
-        x = torch.randn(elements, generator=torch.Generator().manual_seed(group.rank))
-        for step in range(20 * every):
-            round = method.round_after(step + 1)
-            if round is not None:
-                x = method.apply(x, round, method.exchange(x, round))
-        assert method.bytes_per_parameter(ranks) == pytest.approx(wanted, rel=1e-3)
-        sent: float = group.traffic.payload_bytes / elements / 20 / every
-        return sent
-
-    assert sum(SimWorld[float](ranks).run(steps)) / ranks == pytest.approx(wanted, rel=1e-2)
-
-
 @pytest.mark.parametrize("message", ["int8", "sign", {"compressor": "top_k", "density": 0.1}])
 def test_compressed_messages_pull_replicas_together_and_keep_their_mean(message: Any) -> None:
     options = {"topology": "one_peer_exp", "message": message, "delay": 0}
@@ -233,22 +202,3 @@ def test_compressed_messages_pull_replicas_together_and_keep_their_mean(message:
 def test_a_world_that_the_topology_cannot_serve_is_refused_at_attach() -> None:
     with pytest.raises(ConfigError, match="one_peer_exp works with 2, 4, 8"):
         run_world(6, "decentralized_adam", {}, 1)
-
-
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
-def test_it_trains_with_any_optimizer(kind: Any) -> None:
-    def run(group: SimGroup) -> tuple[float, float]:
-        model = make_model()
-        optimizer = kind(model.parameters(), lr=0.01)
-        run: Any = attach(model, build("decentralized_adam"), optimizer, group=group)
-        losses = []
-        for step in run.range(40):
-            x, y = make_batch(group.rank, step % 2)
-            optimizer.zero_grad()
-            loss = loss_of(model(x), y)
-            loss.backward()
-            losses.append(loss.item())
-            optimizer.step()
-        return sum(losses[:4]), sum(losses[-4:])
-
-    assert all(last < 0.9 * first for first, last in SimWorld[tuple[float, float]](4).run(run))

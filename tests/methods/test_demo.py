@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from pool import Pool, twin_of
-from rig import loss_of, make_batch, make_model, start
+from rig import start
 from synthetic import F64, Parameters
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from commopt import build
-from commopt.errors import CheckpointError
-from commopt.groups import Group, LocalGroup, SimWorld, TorchGroup
+from commopt.groups import Group, LocalGroup, SimWorld
 from commopt.methods.demo import cosines, grids, largest
 
 LR, BETA, DECAY, CHUNK, K = 0.01, 0.9, 0.1, 16, 6
@@ -209,24 +203,6 @@ def test_the_rate_does_not_change_what_the_momentum_holds() -> None:
     assert np.array_equal(slow["d"][0], fast["d"][0])
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 5])
-@pytest.mark.parametrize("options", [{}, {"value_bits": 32}, {"chunk": 32, "top_k": 8}], ids=str)
-def test_it_sends_what_it_says(ranks: int, options: dict[str, Any]) -> None:
-    def work(group: Group) -> float:
-        model = Parameters((512, 512))
-        run = start(model, "demo", group, **options)
-        before = group.traffic.payload_bytes
-        model.set_gradients(group.rank, 0)
-        run.optimizer.step()
-        return (group.traffic.payload_bytes - before) / 512**2
-
-    formula = build("demo", **options).bytes_per_parameter(ranks)
-    if not options:
-        assert formula == pytest.approx((ranks - 1) * 100 / 4096)
-    for sent in SimWorld[float](ranks).run(work):
-        assert sent == pytest.approx(formula, rel=0.005)
-
-
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3.4e38])
 def test_a_bad_value_voids_the_step_on_all_ranks_and_harms_nothing(bad: float) -> None:
     def work(group: Group) -> None:
@@ -248,67 +224,3 @@ def test_a_bad_value_voids_the_step_on_all_ranks_and_harms_nothing(bad: float) -
         assert run.voided == [(1, "all.2")]
 
     SimWorld[None](3).run(work)
-
-
-def test_another_number_of_ranks_takes_the_mean_momentum() -> None:
-    def leave(group: Group) -> Any:
-        model = Parameters((40, 40))
-        run = start(model, "demo", group)
-        method = run.method
-        model.set_gradients(group.rank, 0)
-        run.optimizer.step()
-        return method.saved()
-
-    states = SimWorld[Any](3).run(leave)
-    assert not torch.equal(states[0]["rank"]["momentum"], states[1]["rank"]["momentum"])
-
-    def join(group: Group) -> Tensor:
-        model = Parameters((40, 40))
-        run = start(model, "demo", group)
-        method = run.method
-        method.resize(states)
-        return torch.as_tensor(method.state["momentum"])
-
-    expected = torch.stack([state["rank"]["momentum"] for state in states]).mean(0)
-    for momentum in SimWorld[Tensor](2).run(join):
-        torch.testing.assert_close(momentum, expected)
-
-
-def resume_in_ddp(process_group: dist.ProcessGroup, folder: str) -> list[bool]:
-    """Six steps, and three, a checkpoint, and three: the momentum is each rank's own, and rank 0's is nobody else's."""
-    rank = dist.get_rank(process_group)
-
-    def attached(chunk: int = 16) -> tuple[Any, nn.Module]:
-        model = DistributedDataParallel(make_model(), process_group=process_group, bucket_cap_mb=1e-3)
-        run = start(model, "demo", TorchGroup(twin_of(process_group)), lr=0.01, chunk=chunk, top_k=4)
-        return run, model
-
-    first, model = attached()
-    train_in(first, model, rank, range(3))
-    first.save(folder)
-    train_in(first, model, rank, range(3, 6))
-    equal = first.replicas_are_equal()
-    first.close()
-    second, again = attached()
-    train_in(second, again, rank, range(10, 11))
-    second.load(folder)
-    train_in(second, again, rank, range(3, 6))
-    second.close()
-    same = [torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)]
-    third, _ = attached(chunk=8)
-    with pytest.raises(CheckpointError, match="chunks of 16"):
-        third.load(folder)
-    third.close()
-    return [equal, all(same), torch.equal(first.method.state["momentum"], second.method.state["momentum"])]
-
-
-def train_in(run: Any, model: nn.Module, rank: int, steps: range) -> None:
-    for step in steps:
-        x, y = make_batch(rank, step)
-        run.optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        run.optimizer.step()
-
-
-def test_a_resumed_run_is_the_uninterrupted_one_on_every_rank(pool: Pool, tmp_path: Path) -> None:
-    assert pool.run(2, resume_in_ddp, str(tmp_path / "checkpoint")) == [[True] * 3] * 2

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import synthetic
 import torch
+from codes import largest
 from rig import start
-from synthetic import F64, Parameters, gradients, spans
+from synthetic import F64, Parameters, check_steps, gradients, simulate, spans
 from torch import nn
 
 from commopt import attach, build
@@ -21,25 +21,16 @@ N, SHAPES, LR, MOMENTUM = 4, [(30, 21), (17,), (9, 5)], 0.05, 0.8
 ADAM = {"name": "adam", "lr": LR}
 
 
-def reference(u: F64, v: F64, g: F64, spans: list[slice], density: float, nesterov: bool) -> tuple[F64, F64, F64, F64]:
+def reference(u: F64, v: F64, g: F64, density: float, nesterov: bool) -> tuple[F64, F64, F64, F64]:
     """Lin et al. 2018, Algorithm 2 on one rank: what is sent, u and v after it, and how clear the choice was."""
     u = MOMENTUM * (u + g) if nesterov else MOMENTUM * u + g
     v = v + u + g if nesterov else v + u
-    sent, margin = np.zeros_like(v), np.zeros_like(v)
-    for span in spans:
-        size = np.abs(v[span])
-        k = math.ceil(density * len(size) - 1e-9)
-        chosen = np.argsort(-size, kind="stable")[:k]
-        sent[span][chosen] = v[span][chosen]
-        cut = np.sort(size)[::-1]
-        margin[span] = np.inf if k == len(size) else (cut[k - 1] - cut[k]) / cut[k - 1]
+    sent, margin = largest(v, density, NUMELS)
     return sent, np.where(sent != 0, 0.0, u), v - sent, margin
 
 
-def train(group: Group, steps: int, **options: Any) -> list[dict[str, F64]]:
-    """The state before each step, and after the last."""
-    states = synthetic.train(group, SHAPES, steps, "dgc", momentum=MOMENTUM, **options)
-    return [{"x": one["x"], "u": one["velocity"], "v": one.get("worker_residual", np.zeros(0))} for one in states]
+def trained(ranks: int, steps: int, **options: Any) -> list[list[dict[str, F64]]]:
+    return simulate(ranks, SHAPES, steps, "dgc", momentum=MOMENTUM, **options)
 
 
 def local_gradient(rank: int, step: int) -> F64:
@@ -47,27 +38,20 @@ def local_gradient(rank: int, step: int) -> F64:
 
 
 SPANS = spans(SHAPES)
+NUMELS = [math.prod(shape) for shape in SHAPES]
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_every_step_is_the_papers_from_the_state_before_it(nesterov: bool) -> None:
-    steps, density = 24, 0.1
-    options = {"density": density, "value_bits": 32, "dense_1d": False, "nesterov": nesterov}
-    worlds = SimWorld[Any](N).run(lambda group: train(group, steps, **options))
-    compared = 0
-    for step in range(steps):
-        ranks = [
-            reference(states[step]["u"], states[step]["v"], local_gradient(rank, step), SPANS, density, nesterov)
-            for rank, states in enumerate(worlds)
+    def paper(step: int, before: list[dict[str, F64]]) -> Any:
+        rows = [
+            reference(one["velocity"], one["worker_residual"], local_gradient(rank, step), 0.1, nesterov)
+            for rank, one in enumerate(before)
         ]
-        clear = np.all([margin > 1e-5 for *_, margin in ranks], axis=0)
-        compared += int(clear.sum())
-        x = worlds[0][step]["x"] - LR * np.mean([sent for sent, *_ in ranks], axis=0)
-        np.testing.assert_allclose(worlds[0][step + 1]["x"][clear], x[clear], rtol=0, atol=2e-6)
-        for states, (_, u, v, _) in zip(worlds, ranks, strict=True):
-            np.testing.assert_allclose(states[step + 1]["u"][clear], u[clear], rtol=0, atol=2e-6)
-            np.testing.assert_allclose(states[step + 1]["v"][clear], v[clear], rtol=0, atol=2e-6)
-    assert compared > 0.9 * steps * SPANS[-1].stop
+        sent, u, v, margin = (np.stack(x) for x in zip(*rows, strict=True))
+        return {"x": before[0]["x"] - LR * sent.mean(0), "velocity": u, "worker_residual": v}, margin.min(0) > 1e-5
+
+    check_steps(trained(N, 24, density=0.1, value_bits=32, dense_1d=False, nesterov=nesterov), paper, rtol=0.0)
 
 
 def free_run(steps: int, density: float) -> F64:
@@ -77,13 +61,13 @@ def free_run(steps: int, density: float) -> F64:
         sent = np.empty_like(u)
         for rank in range(N):
             g = local_gradient(rank, step)
-            sent[rank], u[rank], v[rank], _ = reference(u[rank], v[rank], g, SPANS, density, False)
+            sent[rank], u[rank], v[rank], _ = reference(u[rank], v[rank], g, density, False)
         x = x - LR * sent.mean(0)
     return x
 
 
 def test_a_free_run_is_the_papers() -> None:
-    worlds = SimWorld[Any](N).run(lambda group: train(group, 6, density=0.1, value_bits=32, dense_1d=False))
+    worlds = trained(N, 6, density=0.1, value_bits=32, dense_1d=False)
     np.testing.assert_allclose(worlds[0][-1]["x"], free_run(6, 0.1), rtol=0, atol=1e-5)
 
 
@@ -92,27 +76,19 @@ def test_a_free_run_is_the_papers() -> None:
 def test_density_1_and_one_rank_are_sgd_with_momentum(ranks: int, nesterov: bool) -> None:
     """Through the masked path the momentum would be gone at density 1."""
     options: dict[str, Any] = {"density": 1} if ranks > 1 else {"density": 0.01}
-    ours = SimWorld[Any](ranks).run(lambda group: train(group, 12, nesterov=nesterov, **options))[0][-1]["x"]
+    ours = trained(ranks, 12, nesterov=nesterov, **options)[0][-1]["x"]
     model = Parameters(*SHAPES)
     sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=nesterov)
     for step in range(12):
-        model.set_gradients(0, step)
-        for rank in range(1, ranks):
-            other = Parameters(*SHAPES)
-            other.set_gradients(rank, step)
-            for p, q in zip(model.all, other.all, strict=True):
-                assert p.grad is not None
-                assert q.grad is not None
-                p.grad += q.grad
-        for p in model.all:
-            assert p.grad is not None
-            p.grad /= ranks
+        mean = torch.from_numpy(gradients(SHAPES, ranks, step).mean(0)).float()
+        for p, g in zip(model.all, torch.split(mean, NUMELS), strict=True):
+            p.grad = g.view(p.shape)
         sgd.step()
     np.testing.assert_allclose(ours, model.flat(), rtol=0, atol=2e-6)
 
 
 def test_biases_are_averaged_exactly_and_take_their_momentum_afterwards() -> None:
-    world = SimWorld[Any](3).run(lambda group: train(group, 5, density=0.01))
+    world = trained(3, 5, density=0.01)
     u = np.zeros(17)
     x = Parameters(*SHAPES).flat()[SPANS[1]]
     for step in range(5):
@@ -143,10 +119,10 @@ def test_all_zero_tensors_send_nothing_that_counts_and_keep_their_momentum() -> 
 
 def test_momentum_restarts_where_an_element_was_sent() -> None:
     options = {"density": 0.1, "dense_1d": False}
-    masked = SimWorld[Any](2).run(lambda group: train(group, 3, **options))[0][-1]
-    kept = SimWorld[Any](2).run(lambda group: train(group, 3, masking=False, **options))[0][-1]
-    assert 0.05 < (masked["u"] == 0).mean() < 0.15
-    assert (kept["u"] == 0).mean() < 0.01
+    masked = trained(2, 3, **options)[0][-1]
+    kept = trained(2, 3, masking=False, **options)[0][-1]
+    assert 0.05 < (masked["velocity"] == 0).mean() < 0.15
+    assert (kept["velocity"] == 0).mean() < 0.01
 
 
 @pytest.mark.parametrize(

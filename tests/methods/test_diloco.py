@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from outer_rig import SHAPES, Played, play, run_world, start_values
-from rig import flat, make_model
+from rig import make_model
 from torch import Tensor
 
 from commopt import attach, build
 from commopt.errors import ConfigError
 from commopt.groups import SimGroup, SimWorld
+from commopt.methods import METHODS
 from commopt.methods.diloco import checksum
 
 MESSAGES: list[Any] = [None, "int8", "sign", "4bit", {"compressor": "top_k", "density": 0.2}]
@@ -85,23 +86,33 @@ def test_fragments_take_turns_and_each_has_its_own_momentum() -> None:
             torch.testing.assert_close(played[1][3 * t + k].new.double(), phi, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"fragments": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), [("noloco", {}), ("diloco", {}), ("diloco", {"fragments": 2}), ("push_sum", {})], ids=str
+)
 @pytest.mark.parametrize("delay", [1, 4])
-def test_what_inner_steps_add_during_the_exchange_is_kept(delay: int, options: dict[str, Any]) -> None:
-    every, steps = 4, 20
-    _, diaries = run_world(3, "diloco", {"every": every, "delay": delay, **options}, steps)
-    fragments = options.get("fragments", 1)
-    method: Any = diaries[0].attached.method
-    start = flat(make_model())
-    for k, part in enumerate(method.fragment_parts):
-        begun = range((k + 1) * every // fragments, steps - delay + 1, every)
+def test_what_inner_steps_add_during_the_exchange_is_kept(
+    delay: int, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, steps, fragments, applied = 4, 20, options.get("fragments", 1), dict[tuple[int, int], Any]()
+    kind: Any = METHODS[name]
+    apply = kind.apply
+
+    def noted(method: Any, x: Tensor, round: Any, exchanged: Any) -> Tensor:
+        given, new = x.clone(), apply(method, x, round, exchanged)
+        applied[method.peers.rank, round.number] = given, new.clone(), round.part
+        return new  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(kind, "apply", noted)
+    _, diaries = run_world(4, name, {"every": every, "delay": delay, **options}, steps)
+    for (rank, number), (x, new, part) in applied.items():
+        begun = number // fragments * every + (number % fragments + 1) * every // fragments
+        diary, end = diaries[rank], begun + delay
         # a copy is taken after the step, and after what an earlier round brings at the same time
-        thetas = [[diary.after[step][part] for diary in diaries] for step in begun]
-        for t, phi in enumerate(reference(thetas, start[part], 0.7, 0.9, True)):
-            end = begun[t] + delay
-            for i, diary in enumerate(diaries):
-                expected = phi + diary.before[end][part].double() - thetas[t][i].double()
-                torch.testing.assert_close(diary.after[end][part].double(), expected, rtol=2e-5, atol=2e-5)
+        assert torch.equal(x, diary.after[begun][part])
+        if end <= steps:
+            expected = new + diary.before[end][part] - x
+            torch.testing.assert_close(diary.after[end][part], expected, rtol=2e-5, atol=2e-5)
+    assert len(applied) >= 4 * (steps // every - 1)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])

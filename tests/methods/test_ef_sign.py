@@ -7,60 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic import F64, gradients, simulate, spans
+from codes import SignExchange
+from synthetic import gradients, simulate, spans
 
 N, STEPS, LR = 4, 22, 0.05
 SHAPES = [(30, 21), (17,), (9, 5)]
 SPANS = spans(SHAPES)
-
-
-def cut(span: slice, size: int) -> list[slice]:
-    return [slice(a, min(a + size, span.stop)) for a in range(span.start, span.stop, size)]
-
-
-def chunks(scale: str) -> list[list[slice]]:
-    """The runs of elements that share a server's scale, each a list of blocks: by block, by chunk, or by the rank that serves."""
-    if scale == "l1":
-        return [[block] for span in SPANS for block in cut(span, 64)]
-    of_rank = [cut(span, 8 * math.ceil((span.stop - span.start) / (8 * N))) for span in SPANS]
-    if scale == "l2":
-        return [[block] for blocks in of_rank for block in blocks]
-    return [[blocks[rank] for blocks in of_rank if rank < len(blocks)] for rank in range(N)]
-
-
-def signs(c: F64, groups: list[list[slice]], scale: str) -> tuple[F64, F64]:
-    """C(c) with one scale for each group of blocks, and |c| in units of its scale."""
-    q, distance = np.empty_like(c), np.empty_like(c)
-    for group in groups:
-        whole = np.concatenate([c[block] for block in group])
-        size = np.abs(whole).mean() if scale == "l1" else np.sqrt((whole**2).mean())
-        for block in group:
-            q[block], distance[block] = np.where(c[block] >= 0, size, -size), np.abs(c[block]) / size
-    return q, distance
-
-
-def two_way(g: F64, e: F64, s: F64, scale: str) -> tuple[F64, F64, F64, F64]:
-    """Karimireddy et al. 2019 with DoubleSqueeze's server: the result, both residuals, and how clear the signs were."""
-    workers = {"l1": chunks("l1"), "l2": [[span] for span in SPANS], "model": [[slice(0, g.shape[1])]]}[scale]
-    sent, clear = zip(*(signs(c, workers, scale) for c in g + e), strict=True)
-    a = np.mean(sent, axis=0) + s
-    y, distance = signs(a, chunks(scale), scale)
-    return y, g + e - np.stack(sent), a - y, np.min([*clear, distance], axis=0)
-
-
-def server_residual(states: list[dict[str, F64]], scale: str) -> F64:
-    """(n,) the servers' residuals where their elements lie: block b is rank b mod N's, a parameter's chunk j is rank j's."""
-    if scale == "l1":
-        owned = [(number % N, block) for number, (block,) in enumerate(chunks("l1"))]
-    else:
-        size = [8 * math.ceil((span.stop - span.start) / (8 * N)) for span in SPANS]
-        owned = [(rank, b) for span, n in zip(SPANS, size, strict=True) for rank, b in enumerate(cut(span, n))]
-    whole, place = np.zeros(SPANS[-1].stop), [0] * N
-    for rank, block in owned:
-        n = block.stop - block.start
-        whole[block] = states[rank]["server_residual"][place[rank] : place[rank] + n]
-        place[rank] += n
-    return whole
+NUMELS = [math.prod(shape) for shape in SHAPES]
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,14 +41,15 @@ def test_every_step_is_the_papers_from_the_state_before_it(case: str) -> None:
                 np.testing.assert_allclose(worlds[0][1]["factors"], np.mean(sizes) / sizes, rtol=1e-5)
                 continue
             k = np.repeat(before[0]["factors"], [span.stop - span.start for span in SPANS])
-        e = np.stack([state["worker_residual"] for state in before])
-        y, left, served, clear = two_way(g * k, e, server_residual(before, scale), scale)
-        good = clear > 1e-4
+        exchange = SignExchange.of(before, NUMELS, scale, 64)
+        y = exchange.mean(g * k)
+        good = exchange.margin > 1e-4
         compared += int(good.sum())
         after = [states[step + 1] for states in worlds]
         np.testing.assert_allclose(after[0]["x"][good], (before[0]["x"] - LR * y / k)[good], rtol=0, atol=2e-6)
-        np.testing.assert_allclose(np.stack([s["worker_residual"] for s in after])[:, good], left[:, good], atol=5e-6)
-        np.testing.assert_allclose(server_residual(after, scale)[good], served[good], atol=5e-6)
+        found = SignExchange.of(after, NUMELS, scale, 64)
+        np.testing.assert_allclose(found.e[:, good], exchange.e[:, good], atol=5e-6)
+        np.testing.assert_allclose(found.s[good], exchange.s[good], atol=5e-6)
     assert compared > 0.9 * (STEPS - 1) * SPANS[-1].stop
 
 
@@ -103,7 +57,8 @@ def test_every_step_is_the_papers_from_the_state_before_it(case: str) -> None:
 def test_a_free_run_is_the_papers(case: str) -> None:
     scale, options = CASES[case]
     x = simulate(1, SHAPES, 0, "dense")[0][0]["x"]
-    e, s, k = np.zeros((N, x.size)), np.zeros(x.size), np.ones(x.size)
+    exchange = SignExchange(NUMELS, scale, np.zeros((N, x.size)), np.zeros(x.size), 64)
+    k = np.ones(x.size)
     for step in range(4):
         g = gradients(SHAPES, N, step)
         if step == 0 and "prescale" in options:
@@ -111,8 +66,7 @@ def test_a_free_run_is_the_papers(case: str) -> None:
             k = np.repeat(np.mean(sizes) / sizes, [span.stop - span.start for span in SPANS])
             x = x - LR * g.mean(0)
             continue
-        y, e, s, _ = two_way(g * k, e, s, scale)
-        x = x - LR * y / k
+        x = x - LR * exchange.mean(g * k) / k
     ours = simulate(N, SHAPES, 4, "ef_sign", **options)[0][-1]["x"]
     assert np.median(np.abs(ours - x)) < 1e-6
     assert (np.abs(ours - x) < 1e-5).mean() > 0.97  # a sign or two may have been a coin's toss

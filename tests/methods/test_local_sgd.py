@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from commopt import attach, build
 from commopt.errors import AttachError
 from commopt.groups import SimGroup, SimWorld
-from commopt.optim import SAVIC, make_optimizer
+from commopt.optim import SAVIC
 
 LR, BETAS, ALPHA, EVERY = 0.01, (0.8, 0.99), 1e-3, 4
 
@@ -86,30 +85,6 @@ def test_savic_by_itself_is_adam() -> None:
     torch.testing.assert_close(flat(savic), flat(adam), rtol=1e-5, atol=1e-6)
 
 
-def test_a_resumed_savic_keeps_its_scale() -> None:
-    def optimizer_of(model: torch.nn.Module) -> SAVIC:
-        return SAVIC(model.parameters(), lr=LR)
-
-    def step(model: torch.nn.Module, optimizer: SAVIC, number: int) -> None:
-        x, y = make_batch(0, number)
-        optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
-
-    model, resumed = make_model(), make_model()
-    optimizer, other = optimizer_of(model), optimizer_of(resumed)
-    for number in range(3):
-        step(model, optimizer, number)
-    optimizer.take_scale()
-    step(model, optimizer, 3)
-    resumed.load_state_dict(model.state_dict())
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for number in (4, 5):
-        step(model, optimizer, number)
-        step(resumed, other, number)
-    assert torch.equal(flat(model), flat(resumed))
-
-
 def test_a_compressed_average_below_zero_is_no_nan() -> None:
     trained = SimWorld[Any](2).run(lambda group: train(group, 20, message="2bit"))
     assert all(bool(x.isfinite().all()) for x, _ in trained)
@@ -123,7 +98,3 @@ def test_savic_without_an_averaged_scale_is_refused(options: dict[str, Any]) -> 
     model = make_model()
     with pytest.raises(AttachError, match=r"write average_state: \[exp_avg_sq\]"):
         attach(model, build("local_sgd", **options), SAVIC(model.parameters()))
-
-
-def test_savic_is_known_to_configurations() -> None:
-    assert isinstance(make_optimizer({"name": "savic", "lr": 0.1}, make_model().parameters()), SAVIC)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from synthetic import exchange, gradients, simulate
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from commopt.groups import Group, SimWorld
 from commopt.methods import LoCo
 from commopt.wire.bucket import Bucket
 
-F64 = NDArray[np.float64]
 SHAPES: list[tuple[int, ...]] = [(30, 21), (17,), (256,)]
 BETA = 0.8
 
@@ -95,8 +93,3 @@ def test_state_takes_a_byte_per_parameter_and_one_shared_among_the_servers() -> 
         worker = sum(x.nbytes for x in (method.worker.residual, method.worker.scales))
         assert worker == 600 + 4 * 3
     assert sum(x.nbytes for method in methods for x in (method.server.residual, method.server.scales)) == 600 + 4 * 3
-
-
-def test_one_rank_is_uncompressed_sgd() -> None:
-    alone, dense = (simulate(1, SHAPES, 5, name)[0][-1]["x"] for name in ("loco", "dense"))
-    assert np.array_equal(alone, dense)

@@ -114,30 +114,6 @@ def test_who_sits_out_moves_by_its_own_momentum_and_misses_nothing() -> None:
         assert not any(report.missed for report in diary.reports)
 
 
-@pytest.mark.parametrize("delay", [1, 3])
-def test_what_inner_steps_add_during_the_exchange_is_kept(delay: int) -> None:
-    every, steps = 3, 15
-    _, diaries = run_world(4, "noloco", {"every": every, "delay": delay}, steps)
-    begun = range(every, steps - delay + 1, every)
-    # a copy is taken after the step, and after what an earlier round brings at the same time
-    thetas = [[diary.after[step] for diary in diaries] for step in begun]
-    phi = slow_after(thetas)
-    for t, step in enumerate(begun):
-        for i, diary in enumerate(diaries):
-            before, after = diary.before[step + delay].double(), diary.after[step + delay].double()
-            torch.testing.assert_close(after, phi[t][i] + before - thetas[t][i].double(), rtol=2e-5, atol=2e-5)
-
-
-def slow_after(thetas: list[list[Tensor]]) -> list[list[Tensor]]:
-    """The equations from the model's own start."""
-    from rig import flat, make_model
-
-    start = flat(make_model()).double()
-    shifted = [[x.double() - start + start_values(len(x)) for x in row] for row in thetas]
-    phi = reference(shifted, lambda t, i: group_of(i, len(thetas[0]), 2, 0, t), 0.7, 0.5, 0.7)
-    return [[x + start - start_values(len(x)) for x in row] for row in phi]
-
-
 def apart_after(rounds: int, **options: Any) -> float:
     return spread([rank[-1].new for rank in play(4, "noloco", options, rounds)])
 

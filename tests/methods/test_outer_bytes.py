@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from outer_rig import over_tcp
+from test_bytes import entry
 
 from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
@@ -28,7 +29,7 @@ def train(peers: Peers | SimGroup, name: str, options: dict[str, Any], rounds: i
     """Zero gradients: what is sent does not depend on what is learnt."""
     model = torch.nn.Linear(1024, ELEMENTS // 1024, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    method: Any = build(name, every=EVERY, timeout_s=60.0, **options)
+    method: Any = build(name, **{"every": EVERY, "timeout_s": 60.0, **options})
     run: Any = attach(model, method, optimizer, group=peers)
     run.join()
     for p in model.parameters():
@@ -83,21 +84,36 @@ def test_uncompressed_rounds_cost_what_the_paper_says(
     assert method.bytes_per_parameter(ranks) == pytest.approx(formula(ranks))
 
 
-def test_a_group_of_four_sends_to_three() -> None:
-    measured, method = mean_per_step(8, "noloco", {"group_size": 4}, rounds=4)
-    assert measured == pytest.approx(3 * 4 / EVERY, rel=0.02)
-    assert method.bytes_per_parameter(8) == pytest.approx(3 * 4 / EVERY)
-
-
-def entry(density: float, value_bytes: float) -> float:
-    """One entry of a sparse message: the value, and Elias-Fano's place at about 2 + log2(1/density) bits."""
-    low = math.floor(math.log2(1 / density))
-    bits = min(width + 1 + (1 / density - 1) / 2**width for width in range(low + 2))
-    return density * (value_bytes + float(bits) / 8)
-
-
 CODES = {"int8": 1 + 4 / 256, "4bit": 1 / 2 + 4 / 256, "sign": 1 / 8 + 4 / 2048, "top_k": entry(0.05, 2)}
 TOP_K = {"compressor": "top_k", "density": 0.05}
+PAIRS, GRID = "one_peer_exp", "alternating_exp_ring"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ranks", "wanted"),
+    [
+        ("noloco", {"group_size": 4}, 8, 3 * 4),
+        ("decentralized_adam", {"topology": PAIRS}, 4, 4.0),
+        ("decentralized_adam", {"topology": "ring"}, 6, 4.0),
+        ("decentralized_adam", {"topology": "ring"}, 5, 4.0 * 4 / 5),
+        ("decentralized_adam", {"topology": "complete"}, 5, 16.0),
+        ("decentralized_adam", {"topology": GRID, "slots": 2}, 4, 8.0),  # 4 within a node and 12 over two, in turn
+        ("decentralized_adam", {"topology": "ring", "message": "int8"}, 4, CODES["int8"]),
+        ("choco", {}, 4, 2 * CODES["4bit"]),
+        ("choco", {}, 2, CODES["4bit"]),
+        ("choco", {"message": "sign", "topology": "complete"}, 4, 3 * CODES["sign"]),
+        ("choco", {"topology": PAIRS}, 8, 3 * CODES["4bit"]),
+        ("push_sum", {}, 2, 4.0),
+        ("push_sum", {}, 5, 4.0),
+    ],
+    ids=str,
+)
+def test_a_round_of_gossip_costs_what_the_topology_says(
+    name: str, options: dict[str, Any], ranks: int, wanted: float
+) -> None:
+    measured, method = mean_per_step(ranks, name, options, rounds=20)
+    assert measured == pytest.approx(wanted / EVERY, rel=0.02)
+    assert method.bytes_per_parameter(ranks) == pytest.approx(wanted / EVERY, rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

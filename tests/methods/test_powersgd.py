@@ -9,15 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from pool import Pool, twin_of
-from rig import loss_of, make_batch
 from synthetic import F64, exchange
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from commopt import attach, build
-from commopt.groups import Group, SimWorld, TorchGroup
+from commopt import build
+from commopt.groups import Group, SimWorld
 from commopt.wire.bucket import Bucket
 
 SHAPES = {"wide": (30, 70), "bias": (30,), "conv": (40, 5, 3, 3), "tall": (90, 20), "small": (3, 4)}
@@ -280,56 +276,3 @@ def test_two_all_reduces_for_a_bucket() -> None:
         return sum(group.traffic.calls.values())
 
     assert SimWorld[int](2).run(work) == [2, 2]
-
-
-def test_another_number_of_ranks_takes_the_mean_residual() -> None:
-    def leave(group: Group) -> Any:
-        method: Any = build("powersgd", rank=1)
-        method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        exchange(method, Bucket.of(list(random_gradients(group.rank, 0).items())), group)
-        return method.saved()
-
-    states = SimWorld[Any](3).run(leave)
-
-    def join(group: Group) -> Any:
-        method: Any = build("powersgd", rank=1)
-        method.bind([(name, torch.zeros(shape)) for name, shape in SHAPES.items()], group)
-        method.resize(states)
-        return method.saved()
-
-    expected = torch.stack([state["rank"]["residual"] for state in states]).mean(0)
-    for state in SimWorld[Any](2).run(join):
-        torch.testing.assert_close(state["rank"]["residual"], expected)
-        assert torch.equal(state["shared"]["q"], states[0]["shared"]["q"])
-        assert torch.equal(state["shared"]["exchanges"], states[0]["shared"]["exchanges"])
-
-
-def many_buckets(process_group: dist.ProcessGroup) -> tuple[bool, int, float, float]:
-    """20 steps of a convolutional network in DDP with a bucket for each parameter."""
-    rank = dist.get_rank(process_group)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers = [nn.Linear(12, 256), nn.Unflatten(1, (4, 8, 8)), nn.Conv2d(4, 32, 3), nn.Tanh(), nn.Conv2d(32, 16, 3)]
-        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 4))
-    model = DistributedDataParallel(net, process_group=process_group, bucket_cap_mb=1e-4)
-    sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    run = attach(model, build("powersgd", rank=2), sgd, group=TorchGroup(twin_of(process_group)))
-    losses = []
-    for step in range(20):
-        x, y = make_batch(rank, step % 3)
-        sgd.zero_grad()
-        loss = loss_of(model(x), y)
-        loss.backward()
-        sgd.step()
-        losses.append(loss.item())
-    labels = {bucket for _, _, bucket in run.group.traffic.calls}
-    equal = run.replicas_are_equal()
-    run.close()
-    return equal, len(labels), losses[0], losses[18]  # the same batch
-
-
-def test_it_runs_on_gloo_with_many_buckets(pool: Pool) -> None:
-    for equal, buckets, first, last in pool.run(2, many_buckets):
-        assert equal
-        assert buckets >= 8
-        assert last < first

@@ -206,10 +206,3 @@ def test_one_rank_alone_trains() -> None:
         optimizer.step()
     assert loss_of(model(x), y).item() < before
     assert run.peers.traffic.payload_bytes == 0
-
-
-@pytest.mark.parametrize("ranks", [2, 5])
-def test_bytes_of_a_step(ranks: int) -> None:
-    results = SimWorld[Any](ranks).run(lambda group: (gossip(group, 10), group.traffic.payload_bytes)[1])
-    assert set(results) == {10 * (4 * 74 + 8)}
-    assert build("push_sum", every=4).bytes_per_parameter(ranks) == 1.0

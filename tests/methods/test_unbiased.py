@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import F64, gradients, simulate, spans
+from synthetic import F64, check_steps, gradients, simulate, spans
 
 from commopt import attach, build
 from commopt.errors import AttachError
@@ -80,47 +80,13 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_step_is_the_papers_with_the_same_draws(name: str) -> None:
-    paper, options = CASES[name]
-    states = simulate(N, SHAPES, STEPS, name, **options)[0]
-    compared = 0
-    for step in range(STEPS):
-        y, margin = paper(gradients(SHAPES, N, step), step)
-        clear = margin > 1e-4
-        compared += int(clear.sum())
-        expected = states[step]["x"] - LR * y
-        np.testing.assert_allclose(states[step + 1]["x"][clear], expected[clear], rtol=0, atol=2e-6)
-    assert compared > 0.9 * STEPS * SPANS[-1].stop
+    code, options = CASES[name]
 
+    def paper(step: int, before: list[dict[str, F64]]) -> Any:
+        y, margin = code(gradients(SHAPES, N, step), step)
+        return {"x": before[0]["x"] - LR * y}, margin > 1e-4
 
-@pytest.mark.parametrize(
-    ("name", "options", "variance"),
-    [
-        ("terngrad", {"clip": 0, "dense_1d": False}, 4.0),
-        ("qsgd", {"levels": 3, "norm": "max"}, 1.0),
-        ("qsgd", {"levels": 3, "norm": "l2"}, 10.0),
-        ("natural", {}, 0.3),
-    ],
-)
-def test_what_is_received_is_right_on_average(name: str, options: dict[str, Any], variance: float) -> None:
-    """The same gradients again and again: the mean of 600 results is their mean, though no single one is."""
-    g = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
-
-    def work(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        model = torch.nn.Linear(300, 1, bias=False)
-        torch.nn.init.zeros_(model.weight)
-        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-        attach(model, build(name, **options), sgd, group=group)
-        first = torch.zeros(0)
-        for step in range(600):
-            model.weight.grad = g[group.rank].clone().view(1, -1)
-            sgd.step()
-            first = model.weight.detach().clone() if step == 0 else first
-        return -first.view(-1), -model.weight.detach().view(-1) / 600
-
-    first, mean = SimWorld[Any](2).run(work)[0]
-    off = mean - g.mean(0)
-    assert float(off.pow(2).mean()) < 2 * variance / 600
-    assert float((first - g.mean(0)).pow(2).mean()) > 20 * float(off.pow(2).mean())
+    check_steps(simulate(N, SHAPES, STEPS, name, **options), paper, rtol=0.0)
 
 
 def test_terngrad_shares_one_scale_so_that_sums_are_whole_numbers() -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from codes import SignExchange, parameters, snapshot
 from pool import Pool, twin_of
 from rig import loss_of, make_batch, make_model, start
-from sign_reference import SignExchange, is_its_parent_on_one_rank, parameters, server_at_home, snapshot
 from synthetic import F64, flat, gradients
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -129,9 +127,9 @@ def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **opti
 
 def reference_of(states: list[dict[str, Any]], numels: list[int], scale: str, t: int) -> Reference:
     """The reference in the state that the ranks are in after t steps."""
-    rows = {key: np.stack([state[key] for state in states]) for key in ("x", "momentum", "mean_momentum", "e")}
+    rows = {key: np.stack([state[key] for state in states]) for key in ("x", "momentum", "mean_momentum")}
     one = states[0]
-    exchange = SignExchange(numels, scale, rows["e"], server_at_home([s["server"] for s in states], numels, scale))
+    exchange = SignExchange.of(states, numels, scale)
     common = one["common"].copy() if one["local_steps"] else one["x"].copy()
     rate, kept, updates = one["rate"], one["kept"], one["variance_step"]
     total = rows["mean_momentum"] * rate
@@ -148,13 +146,14 @@ def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects:
         before, after = [run[step] for run in runs], [run[step + 1] for run in runs]
         reference = reference_of(before, numels, scale, step)
         if step == FREEZE:
-            assert not any(np.any(state["e"]) or np.any(state["server"]) for state in before)
+            assert not any(state[f"{side}_residual"].any() for state in before for side in ("worker", "server"))
         margin = reference.step(kind, gradients(SHAPES, ranks, step, mean=0.5, dead=2), rate_of(step), corrects)
         clear = margin > 1e-4
         compared += int(clear.sum())
-        s = server_at_home([state["server"] for state in after], numels, scale)
+        found = SignExchange.of(after, numels, scale)
         if step + 1 != FREEZE:  # where the residuals start anew
-            np.testing.assert_allclose(s[clear], reference.exchange.s[clear], rtol=0, atol=2e-5)
+            np.testing.assert_allclose(found.s[clear], reference.exchange.s[clear], rtol=0, atol=2e-5)
+            np.testing.assert_allclose(found.e[:, clear], reference.exchange.e[:, clear], rtol=0, atol=2e-5)
         for rank, state in enumerate(after):
             sent = state["sent"] - before[rank]["sent"]
             assert (sent == 0) == (kind == "local"), f"step {step + 1}, {kind}, sent {sent} bytes"
@@ -167,8 +166,6 @@ def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects:
             for key, expected in (("x", reference.x), ("momentum", reference.m)):
                 np.testing.assert_allclose(state[key][clear], expected[rank][clear], rtol=2e-5, atol=5e-6)
             np.testing.assert_allclose(state["variance"], reference.v, rtol=2e-5, atol=1e-9)
-            if step + 1 != FREEZE:
-                np.testing.assert_allclose(state["e"][clear], reference.exchange.e[rank][clear], rtol=0, atol=2e-5)
     assert compared > 0.99 * STEPS * sum(numels)
 
 
@@ -190,12 +187,6 @@ def test_the_plan_of_the_oracle_has_every_kind_of_step() -> None:
     kinds = planned(STEPS)
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"exact": 6, "compressed": 4, "sync": 18, "local": 32}
     assert kinds[10:24] == ["sync"] * 6 + ["local", "sync"] * 2 + ["local"] * 3 + ["sync"]
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_one_rank_whose_variance_is_always_updated_is_torchs_adam(weight_decay: float) -> None:
-    adam = {"name": "adamw" if weight_decay else "adam", "lr": 0.01, "weight_decay": weight_decay, "foreach": False}
-    assert is_its_parent_on_one_rank("zero_one_adam", adam, var_freeze_step=None, var_update_scaler=1000)
 
 
 def test_one_rank_uses_its_gradient_in_every_step_of_both_phases_and_takes_no_local_ones() -> None:
@@ -232,124 +223,71 @@ def test_with_an_interval_of_1_phase_b_is_one_bit_adam() -> None:
         assert np.array_equal(ours, theirs)
 
 
-def run_and_resume(ranks: int, at: int, steps: int, options: dict[str, Any], loaded: Callable[..., Any]) -> list[Any]:
-    """[rank] the parameters after `steps`, where at step `at` a new method continues from what `loaded` does with the old."""
-
-    def first(group: Group) -> Any:
-        return part(group, None, 0, at)
-
-    def part(group: Group, old: Any, begin: int, end: int) -> Any:
-        model = parameters((40, 30), (7,), (0,), (9,))
-        run = start(model, "zero_one_adam", group, **given(**options))
-        method = run.method
-        if old is not None:
-            loaded(model, run, old, group.rank)
-        for step in range(begin, end):
-            run.optimizer.param_groups[0]["lr"] = rate_of(step)
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-        return copy.deepcopy((model.state_dict(), run.optimizer.state_dict(), method.saved(), method.is_synchronised))
-
-    old = SimWorld[Any](ranks).run(first)
-    return [old, SimWorld[Any](ranks).run(lambda group: part(group, old, at, steps))]
-
-
-@pytest.mark.parametrize("residual_bits", [32, 8])
-@pytest.mark.parametrize("saver", [0, 2])
-@pytest.mark.parametrize("at", [7, 17, 26])  # in phase A, after 1 local step, after 2 of 3
-def test_a_resume_is_bitwise_from_one_ranks_model_and_optimizer(at: int, saver: int, residual_bits: int) -> None:
-    """As a checkpoint has it: model and optimizer once, from any rank, and each rank's own state."""
-
-    def loaded(model: nn.Module, run: Any, old: Any, rank: int) -> None:
-        model.load_state_dict(old[saver][0])
-        run.optimizer.load_state_dict(copy.deepcopy(old[saver][1]))
-        run.method.load(copy.deepcopy(old[rank][2]))
-
-    options = {"residual_bits": residual_bits}
-    old, resumed = run_and_resume(3, at, 40, options, loaded)
-    whole, _ = run_and_resume(3, 40, 40, options, lambda *_: None)
-    assert old[0][3] == (at == 7)
-    if at != 7:
-        assert not torch.equal(old[0][0]["all.0"], old[1][0]["all.0"])
-    for one, other in zip(whole, resumed, strict=True):
-        assert all(torch.equal(one[0][key], other[0][key]) for key in one[0])
-        assert all(torch.equal(x, other[2]["rank"][key]) for key, x in one[2]["rank"].items())
-
-
 def test_another_number_of_ranks_goes_on_from_the_mean_of_the_local_steps() -> None:
-    states = run_and_resume(3, 26, 26, {}, lambda *_: None)[0]
-
-    def work(group: Group) -> Any:
+    def attached(group: Group) -> tuple[nn.Module, Any]:
         model = parameters((40, 30), (7,), (0,), (9,))
-        run = start(model, "zero_one_adam", group, **given())
-        method = run.method
+        return model, start(model, "zero_one_adam", group, **given())
+
+    def train(model: Any, run: Any, steps: range) -> None:
+        for step in steps:
+            model.set_gradients(run.group.rank, step)
+            run.optimizer.step()
+
+    def leave(group: Group) -> Any:
+        model, run = attached(group)
+        train(model, run, range(26))
+        return copy.deepcopy((model.state_dict(), run.optimizer.state_dict(), run.method.saved()))
+
+    states = SimWorld[Any](3).run(leave)
+
+    def join(group: Group) -> tuple[F64, bool]:
+        model, run = attached(group)
         model.load_state_dict(states[0][0])
         run.optimizer.load_state_dict(copy.deepcopy(states[0][1]))
-        method.resize([copy.deepcopy(state[2]) for state in states])
-        joined = (
-            model.flat(),
-            np.asarray(method.state["momentum"].double()),
-            np.asarray(method.state["mean_momentum"].double()),
-        )
-        for step in range(26, 28):
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-        return joined, model.flat(), method.is_synchronised
+        run.method.resize([copy.deepcopy(saved) for *_, saved in states])
+        joined = {key: run.method.state[key] for key in ("momentum", "mean_momentum")}
+        joined["parameters"] = torch.from_numpy(flat(run.parameters.values()))
+        for key, x in joined.items():
+            mean = torch.stack([saved["rank"][f"own {key}"].double() for *_, saved in states]).mean(0)
+            torch.testing.assert_close(x.double(), mean, rtol=1e-6, atol=1e-12)
+        train(model, run, range(26, 28))
+        return flat(run.parameters.values()), run.method.is_synchronised
 
-    results = SimWorld[Any](2).run(work)
-    for values, _, is_synchronised in results:
-        for value, key in zip(values, ("parameters", "momentum", "mean_momentum"), strict=True):
-            old = [state[2]["rank"][f"own {key}"].double() for state in states]
-            np.testing.assert_allclose(value, torch.stack(old).mean(0), rtol=1e-6, atol=1e-12)
-        assert is_synchronised
-    assert np.array_equal(results[0][1], results[1][1])
+    (one, is_synchronised), (other, _) = SimWorld[Any](2).run(join)
+    assert is_synchronised
+    assert np.array_equal(one, other)
 
 
 def test_replicas_are_made_equal_at_any_time_and_train_on() -> None:
     def work(group: Group) -> Any:
         model = parameters((40, 30), (7,), (0,), (9,))
         run = start(model, "zero_one_adam", group, lr=0.01, **given())
-        method = run.method
         seen = []
         for step in range(40):
             model.set_gradients(group.rank, step)
             run.optimizer.step()
             if step in (24, 25, 27):  # after 1 local step, 1 more, and an exchange
-                before = model.flat(), sent_by(group)
-                sums = {
-                    key: np.asarray(method.state[key].double()).copy()
-                    for key in ("common", "mean_momentum", "variance")
-                }
-                rate, kept = (run.method.entry("all.0")[key] for key in ("rate", "kept"))
-                method.synchronise(group)
-                nbytes = sent_by(group) - before[1]
-                seen.append(
-                    (
-                        before[0],
-                        model.flat(),
-                        nbytes,
-                        sums,
-                        rate,
-                        kept,
-                        np.asarray(method.state["momentum"].double()).copy(),
-                    )
-                )
-                assert method.is_synchronised
-        return seen, model.flat(), method.is_synchronised, run.method.entry("all.0")["variance_step"]
+                before, sent = state_of(run), sent_by(group)
+                run.method.synchronise(group)
+                seen.append((before, state_of(run), sent_by(group) - sent))
+        assert run.method.is_synchronised
+        return seen, model.flat()
 
     results = SimWorld[Any](3).run(work)
     for k in range(3):
-        rows = [seen[k] for seen, *_ in results]
-        for before, after, sent, sums, rate, kept, m in rows:
-            assert np.array_equal(after, rows[0][1])
-            assert (sent == 0) == np.array_equal(before, after) == (k == 2)
+        rows = [seen[k] for seen, _ in results]
+        mean = np.mean([before["mean_momentum"] for before, _, _ in rows], axis=0)
+        for before, after, sent in rows:
+            assert after["is_synchronised"]
+            assert np.array_equal(after["x"], rows[0][1]["x"])
+            assert (sent == 0) == np.array_equal(before["x"], after["x"]) == (k == 2)
             if k < 2:
-                assert 0.009 < rate < 0.011
-                root = np.sqrt(sums["variance"] / (1 - B2 ** results[0][3])) + EPS
-                np.testing.assert_allclose(after, kept * sums["common"] - rate * m / root, rtol=1e-5, atol=1e-6)
-                mean = np.mean([row[3]["mean_momentum"] for row in rows], axis=0)
+                assert 0.009 < before["rate"] < 0.011
+                m, root = after["momentum"], np.sqrt(before["variance"] / (1 - B2 ** before["variance_step"])) + EPS
+                expected = before["kept"] * before["common"] - before["rate"] * m / root
+                np.testing.assert_allclose(after["x"], expected, rtol=1e-5, atol=1e-6)
                 assert float((m * mean).sum()) / np.linalg.norm(m) / np.linalg.norm(mean) > 0.3
-    assert all(done and np.array_equal(x, results[0][1]) for _, x, done, _ in results)
+    assert all(np.array_equal(x, results[0][1]) for _, x in results)
 
 
 def trained_with_nan(nan_at: int, bad_rank: int, steps: int, **options: Any) -> list[Any]:
@@ -457,27 +395,6 @@ def test_a_rate_of_0_for_whole_intervals_moves_nothing_and_divides_nothing() -> 
         assert not np.array_equal(run[43]["x"], run[44]["x"])
 
 
-@pytest.mark.parametrize("var_freeze_step", [FREEZE, None])
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_coordinates_without_variance_never_move(ranks: int, var_freeze_step: int | None) -> None:
-    runs = train(ranks, 32, [(40,), (7,)], weight_decay=0.0, var_freeze_step=var_freeze_step)
-    first, last = runs[0][0]["x"], runs[0][-1]["x"]
-    assert np.array_equal(first[:2], last[:2])
-    assert (first[2:] != last[2:]).all()
-
-
-def test_a_users_mask_stops_the_momentum_in_phase_b() -> None:
-    mask = torch.ones(8, 5)
-    mask[4:] = 0.0
-    states = train(2, 32, [(8, 5), (7,)], weight_decay=0.0, momentum_mask={"all.0": mask})[0]
-    at_freeze, last = states[FREEZE]["x"], states[-1]["x"]
-    moved = at_freeze != last
-    assert moved[2:20].all()
-    assert moved[40:].all()
-    assert not moved[20:40].any() or float(np.abs(last - at_freeze)[20:40].max()) == 0.0
-    assert (states[0]["x"][20:40] != at_freeze[20:40]).all()
-
-
 def test_in_local_steps_every_rank_clips_its_own_norm_and_still_sends_nothing() -> None:
     def work(group: Group) -> Any:
         model = parameters((40,))
@@ -549,21 +466,6 @@ def test_phase_a_alone_sends_signs_but_for_its_rare_exact_steps() -> None:
         assert rest == pytest.approx([formula] * len(rest), rel=0.02)
 
 
-def test_auto_freezes_all_ranks_after_the_same_step() -> None:
-    def work(group: Group) -> list[int]:
-        model = parameters((64,))
-        options: dict[str, Any] = {"betas": (0.9, 0.9), "var_freeze_step": "auto", "local_step_scaler": 4}
-        run = start(model, "zero_one_adam", group, **options)
-        method = run.method
-        for step in range(40):
-            noise = torch.randn(64, generator=torch.Generator().manual_seed(1000 * group.rank + step))
-            model.all[0].grad = 1.0 + 0.01 * noise
-            run.optimizer.step()
-        return [int(method.state["frozen_at"]), method.local_interval]
-
-    assert SimWorld[Any](3).run(work) == [[11, 16]] * 3  # a full window of 10 after the first
-
-
 def train_network(run: Any, model: nn.Module, steps: int) -> tuple[F64, list[bool]]:
     """The network's parameters, and in which steps this rank sent more than which parameters are used."""
     sends = []
@@ -629,36 +531,6 @@ def test_with_a_grad_scaler_an_overflow_on_one_rank_leaves_all_ranks_in_step(poo
             assert steps == applied
             assert scales[-1] == last_scale
             assert voided == [step for step in bad_steps if rank == 1 or step == 27]
-
-
-def train_over_a_checkpoint(process_group: dist.ProcessGroup, folder: str, at: int | None) -> F64:
-    """40 steps; at step `at` another model and method go on from a checkpoint."""
-
-    def make() -> tuple[nn.Module, Any]:
-        model = make_model()
-        return model, start(model, "zero_one_adam", TorchGroup(process_group), lr=0.01, **given())
-
-    model, run = make()
-    for step in range(40):
-        if step == at:
-            run.save(folder)
-            run.close()
-            model, run = make()
-            run.load(folder)
-        x, y = make_batch(dist.get_rank(process_group), step)
-        run.optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        run.optimizer.step()
-    assert run.replicas_are_equal()
-    return flat(run.parameters.values())
-
-
-def test_a_checkpoint_between_two_exchanges_is_bitwise(pool: Pool, tmp_path: Path) -> None:
-    whole = pool.run(2, train_over_a_checkpoint, str(tmp_path / "unused"), None)
-    resumed = pool.run(2, train_over_a_checkpoint, str(tmp_path / "checkpoint"), 26)
-    assert planned(40)[25] == "local"
-    assert planned(40)[-1] == "sync"
-    assert all(np.array_equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

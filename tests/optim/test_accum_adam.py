@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from draws import F64, f64, gradient, parameters, step
 
-from commopt.errors import ConfigError
-from commopt.optim import AccumAdam, make_optimizer
+from commopt.optim import AccumAdam
 
-F64 = NDArray[np.float64]
 SHAPES = [(6, 5), (7,), (), (2, 3, 2)]
 LR, B1, B2, EPS, DECAY = 0.02, 0.9, 0.97, 1e-6, 0.1
 
@@ -35,35 +30,14 @@ def accum_adam(x: F64, gradients: list[F64], s: int, decay: float) -> Iterator[F
         yield x
 
 
-def gradient(k: int, step: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(100 * step + k)
-    return (0.3 + torch.randn(SHAPES[k], generator=generator, dtype=torch.float64)).to(dtype) * 10.0 ** -(k % 3)
-
-
-def parameters(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(3)
-    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-    return [torch.nn.Parameter(x.to(dtype)) for x in drawn]
-
-
-def step(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
-    for k, p in enumerate(params):
-        p.grad = gradient(k, number, p.dtype)
-    optimizer.step()
-
-
-def f64(x: Tensor) -> F64:
-    return np.asarray(x.detach().double()).copy()
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("s", [2, 4, 7])
 def test_every_step_is_the_papers(s: int, dtype: torch.dtype, tolerance: float) -> None:
-    params = parameters(dtype)
+    params = parameters(SHAPES, dtype)
     optimizer = AccumAdam(params, LR, (B1, B2), EPS, DECAY, s)
     # of the shapes, only those of two or more dimensions decay
     expected = [
-        accum_adam(f64(p), [f64(gradient(k, t)) for t in range(30)], s, DECAY if p.ndim >= 2 else 0.0)
+        accum_adam(f64(p), [f64(gradient(k, SHAPES[k], t)) for t in range(30)], s, DECAY if p.ndim >= 2 else 0.0)
         for k, p in enumerate(params)
     ]
     for number in range(30):
@@ -74,7 +48,7 @@ def test_every_step_is_the_papers(s: int, dtype: torch.dtype, tolerance: float) 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_without_accumulation_it_is_torchs_adamw(decay: float) -> None:
-    ours, theirs = parameters(), parameters()
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
     own = AccumAdam(ours, LR, (B1, B2), EPS, decay, accum_iter=1, decay_1d=True)
     other = torch.optim.AdamW(theirs, LR, (B1, B2), EPS, decay)
     for number in range(50):
@@ -85,7 +59,7 @@ def test_without_accumulation_it_is_torchs_adamw(decay: float) -> None:
 
 
 def test_without_accumulation_or_decay_it_is_torchs_adam_with_its_defaults() -> None:
-    ours, theirs = parameters(), parameters()
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
     own, other = AccumAdam(ours, accum_iter=1), torch.optim.Adam(theirs)
     for number in range(50):
         step(ours, own, number)
@@ -128,51 +102,3 @@ def test_opposite_gradients_in_a_window_leave_no_trace_in_the_moments() -> None:
         optimizer.step()
     assert optimizer.state[p]["variance"].tolist() == [0.0, 0.0]
     assert optimizer.state[p]["momentum"].tolist() == [0.0, 0.0]
-
-
-def test_a_resume_inside_a_window_goes_on_as_if_uninterrupted() -> None:
-    straight, again = parameters(), parameters()
-    first = AccumAdam(straight, LR, accum_iter=4, weight_decay=DECAY)
-    for number in range(6):
-        step(straight, first, number)
-    second = AccumAdam(again)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))  # else both would share their state
-    with torch.no_grad():
-        for p, q in zip(again, straight, strict=True):
-            p.copy_(q)
-    for number in range(6, 15):
-        step(straight, first, number)
-        step(again, second, number)
-    assert all(torch.equal(p, q) for p, q in zip(straight, again, strict=True))
-
-
-def test_what_has_no_gradient_stays_and_does_not_count_the_step() -> None:
-    p = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = AccumAdam([p], weight_decay=0.5)
-    optimizer.step()
-    assert p.tolist() == [[1.0, 1.0], [1.0, 1.0]]
-    assert not optimizer.state[p]
-
-
-def test_a_run_names_it_accum_adam() -> None:
-    optimizer = make_optimizer({"name": "accum_adam", "lr": 0.1, "accum_iter": 8}, torch.nn.Linear(2, 2).parameters())
-    assert isinstance(optimizer, AccumAdam)
-    assert optimizer.defaults["accum_iter"] == 8
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "wanted"),
-    [
-        ("lr", -1.0, "a number of at least 0"),
-        ("betas", (0.9, 1.0), r"two numbers in \[0, 1\)"),
-        ("eps", 0.0, "a number above 0"),
-        ("weight_decay", -0.1, "a number of at least 0"),
-        ("accum_iter", 0, "a whole number from 1"),
-        ("accum_iter", 2.0, "a whole number from 1"),
-        ("accum_iter", True, "a whole number from 1"),
-        ("decay_1d", 1, "true or false"),
-    ],
-)
-def test_a_bad_option_is_named_with_its_range(option: str, value: Any, wanted: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{option}: .* is out of range; write {wanted}"):
-        AccumAdam([torch.nn.Parameter(torch.ones(2))], **{option: value})

@@ -1,4 +1,4 @@
-"""Lion, the uncompressed parent of Distributed Lion, against its paper in float64."""
+"""What all optimizers here do alike; and Lion against its paper in float64."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from draws import F64, parameters, step
 
 from commopt.errors import ConfigError
-from commopt.optim import Lion
+from commopt.optim import LAMB, SAVIC, AccumAdam, Lion, make_optimizer
+from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 
-F64 = NDArray[np.float64]
+KINDS: list[Any] = [Lion, LAMB, AccumAdam, SAVIC, FedAdagrad, FedAdam, FedYogi]
+EACH = pytest.mark.parametrize("kind", KINDS)
 
 
 def lion(x: F64, m: F64, g: F64, lr: float, b1: float, b2: float, decay: float) -> tuple[F64, F64, F64]:
@@ -38,40 +40,6 @@ def test_lion_is_the_papers_over_a_run(betas: tuple[float, float], decay: float)
         np.testing.assert_allclose(optimizer.state[p]["momentum"].numpy(), m, rtol=0, atol=1e-6)
 
 
-def test_lion_leaves_what_has_no_gradient_where_it_is() -> None:
-    used, unused = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(3))
-    optimizer = Lion([used, unused], lr=0.5)
-    used.grad = torch.tensor([2.0, 0.0, -0.0, -1e-30])
-    optimizer.step()
-    assert used.tolist() == [0.5, 1.0, 1.0, 1.5]
-    assert unused.tolist() == [1.0, 1.0, 1.0]
-    assert not optimizer.state[unused]
-
-
-def test_each_parameter_group_of_lion_has_its_own_rate_and_resumes() -> None:
-    def make() -> tuple[list[torch.nn.Parameter], Lion]:
-        both = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(5))]
-        return both, Lion([{"params": both[:1], "lr": 0.1}, {"params": both[1:], "lr": 0.2}])
-
-    def step(both: list[torch.nn.Parameter], optimizer: Lion, k: int) -> None:
-        for p in both:
-            p.grad = torch.randn(5, generator=torch.Generator().manual_seed(k))
-        optimizer.step()
-
-    both, optimizer = make()
-    step(both, optimizer, 0)
-    torch.testing.assert_close(both[1].detach(), 2 * both[0].detach())
-    again, other = make()
-    with torch.no_grad():
-        for p, q in zip(again, both, strict=True):
-            p.copy_(q)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else both would share their momentum
-    for k in range(1, 6):
-        step(both, optimizer, k)
-        step(again, other, k)
-    assert all(torch.equal(p, q) for p, q in zip(both, again, strict=True))
-
-
 def test_lion_returns_the_closures_loss() -> None:
     p = torch.nn.Parameter(torch.full((2,), 3.0))
     optimizer = Lion([p], lr=0.1)
@@ -86,16 +54,83 @@ def test_lion_returns_the_closures_loss() -> None:
     torch.testing.assert_close(p.detach(), torch.full((2,), 2.9))
 
 
-@pytest.mark.parametrize(
-    ("given", "complaint"),
-    [
-        ({"lr": -1.0}, "lr: -1.0 is out of range; write a number of at least 0"),
-        ({"betas": (0.9,)}, "betas: (0.9,) is out of range; write two numbers in [0, 1), as in [0.9, 0.99]"),
-        ({"betas": (0.9, 1.0)}, "betas: (0.9, 1.0) is out of range; write two numbers in [0, 1), as in [0.9, 0.99]"),
-        ({"weight_decay": -0.1}, "weight_decay: -0.1 is out of range; write a number of at least 0"),
-    ],
-)
-def test_bad_options_of_lion_are_refused(given: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Lion([torch.nn.Parameter(torch.zeros(2))], **given)
-    assert str(caught.value) == complaint
+@EACH
+def test_what_has_no_gradient_stays_and_has_no_state(kind: Any) -> None:
+    used, unused = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(3))
+    optimizer = kind([used, unused], lr=0.5)
+    used.grad = torch.ones(4)
+    optimizer.step()
+    assert (used != 1).all()
+    assert unused.tolist() == [1.0, 1.0, 1.0]
+    assert not optimizer.state[unused]
+
+
+def test_lion_has_zeros() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.tensor([2.0, 0.0, -0.0, -1e-30])
+    Lion([p], lr=0.5).step()
+    assert p.tolist() == [0.5, 1.0, 1.0, 1.5]
+
+
+@EACH
+def test_each_parameter_group_has_its_own_rate(kind: Any) -> None:
+    both = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
+    optimizer = kind([{"params": both[:1], "lr": 0.1}, {"params": both[1:], "lr": 0.2}], lr=1.0)
+    for p in both:
+        p.grad = torch.ones(5)
+    optimizer.step()
+    torch.testing.assert_close(both[1].detach(), 2 * both[0].detach())
+
+
+@EACH
+def test_a_resumed_optimizer_goes_on_as_if_uninterrupted(kind: Any) -> None:
+    """AccumAdam inside a window of four steps; SAVIC by the scale of an average."""
+    straight, again = parameters([(6, 5), (7,)]), parameters([(6, 5), (7,)])
+    first, second = kind(straight, lr=0.02), kind(again, lr=0.5)
+    for number in range(6):
+        step(straight, first, number)
+    if kind is SAVIC:
+        first.take_scale()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # else both would share their state
+    with torch.no_grad():
+        for p, q in zip(again, straight, strict=True):
+            p.copy_(q)
+    for number in range(6, 15):
+        step(straight, first, number)
+        step(again, second, number)
+    assert all(torch.equal(p, q) for p, q in zip(straight, again, strict=True))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("accum_adam", AccumAdam), ("savic", SAVIC)])
+def test_configurations_know_it(name: str, kind: Any) -> None:
+    optimizer = make_optimizer({"name": name, "lr": 0.1}, parameters([(2, 2)]))
+    assert isinstance(optimizer, kind)
+    assert optimizer.defaults["lr"] == 0.1
+
+
+ADAMS: list[Any] = [LAMB, AccumAdam]
+FEDS: list[Any] = [FedAdagrad, FedAdam, FedYogi]
+TWO_NUMBERS = "two numbers in [0, 1), as in [0.9, 0.99]"
+BAD: list[tuple[list[Any], str, Any, str]] = [
+    (KINDS, "lr", -1.0, "a number of at least 0"),
+    ([*ADAMS, Lion, SAVIC], "betas", (0.9, 1.0), TWO_NUMBERS),
+    ([*ADAMS, Lion, SAVIC], "betas", (0.9,), TWO_NUMBERS),
+    ([*ADAMS, Lion, SAVIC], "weight_decay", -0.1, "a number of at least 0"),
+    (ADAMS, "eps", 0.0, "a number above 0"),
+    ([SAVIC], "alpha", 0.0, "a number above 0"),
+    ([LAMB], "min_coeff", 11.0, "a number from 0 to max_coeff, 10.0"),
+    *(([AccumAdam], "accum_iter", value, "a whole number from 1") for value in (0, 2.0, True)),
+    ([AccumAdam], "decay_1d", 1, "true or false"),
+    (FEDS, "beta1", 1.0, "a number in [0, 1), as in 0.9"),
+    (FEDS, "beta1", (0.9, 0.99), "a number in [0, 1), as in 0.9"),
+    (FEDS[1:], "beta2", -0.1, "a number in [0, 1), as in 0.9"),
+    (FEDS, "tau", 0.0, "a number above 0"),
+]
+
+
+@pytest.mark.parametrize(("kinds", "option", "value", "wanted"), BAD, ids=str)
+def test_a_bad_option_is_named_with_its_range(kinds: list[Any], option: str, value: Any, wanted: str) -> None:
+    for kind in kinds:
+        with pytest.raises(ConfigError) as caught:
+            kind([torch.nn.Parameter(torch.ones(2))], **{option: value})
+        assert str(caught.value) == f"{option}: {value!r} is out of range; write {wanted}"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from draws import F64, f64
 
-from commopt.errors import ConfigError
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 
-F64 = NDArray[np.float64]
 LR, B1, B2, TAU = 0.03, 0.8, 0.95, 1e-2
 EACH = pytest.mark.parametrize("kind", [FedAdagrad, FedAdam, FedYogi])
 
@@ -37,10 +33,6 @@ def make(kind: type, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     made = kind(params, **given)
     assert isinstance(made, torch.optim.Optimizer)
     return made
-
-
-def f64(x: Tensor) -> F64:
-    return np.asarray(x.detach().double()).copy()
 
 
 @EACH
@@ -78,25 +70,6 @@ def test_parameters_move_towards_the_replicas(kind: type) -> None:
     assert p[2] < 0
 
 
-@EACH
-def test_a_resumed_optimizer_goes_on_as_if_uninterrupted(kind: type) -> None:
-    straight, again = torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(5))
-    first, second = make(kind, [straight]), make(kind, [again])
-
-    def step(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer, k: int) -> None:
-        p.grad = 0.01 * torch.randn(5, generator=torch.Generator().manual_seed(k))
-        optimizer.step()
-
-    for k in range(3):
-        step(straight, first, k)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))  # else both would share their state
-    again.data.copy_(straight.data)
-    for k in range(3, 8):
-        step(straight, first, k)
-        step(again, second, k)
-    assert torch.equal(straight, again)
-
-
 def test_fed_adagrad_has_no_momentum_unless_asked_for() -> None:
     p = torch.nn.Parameter(torch.zeros(1))
     optimizer = FedAdagrad([p], lr=1.0, tau=0.5)
@@ -107,33 +80,3 @@ def test_fed_adagrad_has_no_momentum_unless_asked_for() -> None:
     p.grad = torch.zeros(1)
     optimizer.step()
     assert float(p.detach()) == moved
-
-
-@EACH
-def test_what_has_no_gradient_stays(kind: type) -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = make(kind, [p])
-    optimizer.step()
-    assert p.tolist() == [1.0, 1.0]
-    assert not optimizer.state[p]
-
-
-@EACH
-@pytest.mark.parametrize(
-    ("option", "value", "wanted"),
-    [
-        ("lr", -1.0, "a number of at least 0"),
-        ("beta1", 1.0, r"a number in \[0, 1\), as in 0.9"),
-        ("beta1", (0.9, 0.99), r"a number in \[0, 1\), as in 0.9"),
-        ("tau", 0.0, "a number above 0"),
-    ],
-)
-def test_a_bad_option_is_named_with_its_range(kind: type, option: str, value: Any, wanted: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{option}: .* is out of range; write {wanted}"):
-        kind([torch.nn.Parameter(torch.ones(2))], **{option: value})
-
-
-@pytest.mark.parametrize("kind", [FedAdam, FedYogi])
-def test_a_bad_beta2_is_named_with_its_range(kind: type) -> None:
-    with pytest.raises(ConfigError, match=r"beta2: -0.1 is out of range; write a number in \[0, 1\)"):
-        kind([torch.nn.Parameter(torch.ones(2))], beta2=-0.1)

@@ -45,7 +45,7 @@ def test_blocks_cover_every_element_once_and_never_cross_parameters(
         assert 0 <= within < within + length <= numels[k]
         times_covered[index.offsets[k] + within :][:length] += 1
     assert (times_covered == 1).all()
-    assert sum(table.served_elements(rank) for rank in range(ranks)) == index.total
+    assert sum(table.served_by(rank).elements for rank in range(ranks)) == index.total
 
 
 @given(NUMELS, RANKS)
@@ -94,7 +94,7 @@ def test_a_blocks_place_does_not_depend_on_the_bucket_it_is_in(
         assert sorted(covered) == list(range(len(flat)))
         assert whole.elements == len(flat)
     for rank in range(ranks):
-        assert sorted(seen[rank]) == list(range(table.served_elements(rank)))
+        assert sorted(seen[rank]) == list(range(table.served_by(rank).elements))
 
 
 @given(NUMELS, RANKS, COMPRESSORS)

@@ -13,7 +13,6 @@ take whole arrays and where to begin, as an unsigned number, since LLVM does not
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -455,10 +454,6 @@ def decompress_(
     number, table = _KINDS[kind]
     own = (blocks.starts, blocks.lengths, byte_starts(blocks, bits))
     _decompress(number, codes.numpy(), scales.numpy(), *own, bits, table, np.float32(alpha), add, out.numpy())
-
-
-encode_levels_ = partial(compress_, kind="levels", is_given=True)
-decompress_levels_ = partial(decompress_, kind="levels")
 
 
 def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:

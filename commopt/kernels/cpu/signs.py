@@ -182,34 +182,24 @@ def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: b
 
 def pack_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor) -> None:
     """Write the sign bits of c = x + residual (1 for c >= 0), and residual <- c - scale * sign where the scale is finite."""
-    _run(x, residual, blocks, scales, bits, is_given=True)
+    e, homes = residual_arrays(residual, blocks)
+    own = (blocks.starts, homes, blocks.lengths, blocks.byte_starts)
+    _compress(x.numpy(), e, *own, scales.numpy(), bits.numpy(), False, True)
 
 
 def compress_signs_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool
 ) -> None:
     """Scale, bits and new residual of blocks that each have a scale of their own; a non-finite block gets scale NaN."""
-    _run(x, residual, blocks, scales, bits, squared=squared)
+    e, homes = residual_arrays(residual, blocks)
+    own = (blocks.starts, homes, blocks.lengths, blocks.byte_starts)
+    _compress(x.numpy(), e, *own, scales.numpy(), bits.numpy(), squared, False)
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
     """out <- alpha * scale * sign, or out <- out + alpha * scale * sign, at the blocks' starts."""
     own = (blocks.starts, blocks.lengths, blocks.byte_starts)
     _unpack(bits.numpy(), scales.numpy(), *own, out.numpy(), np.float32(alpha), add, _SIGN_OF_BIT)
-
-
-def _run(
-    x: Tensor,
-    residual: Tensor | None,
-    blocks: Blocks,
-    scales: Tensor,
-    bits: Tensor,
-    squared: bool = False,
-    is_given: bool = False,
-) -> None:
-    e, homes = residual_arrays(residual, blocks)
-    own = (blocks.starts, homes, blocks.lengths, blocks.byte_starts)
-    _compress(x.numpy(), e, *own, scales.numpy(), bits.numpy(), squared, is_given)
 
 
 def residual_arrays(residual: Tensor | None, blocks: Blocks) -> tuple[F32, Int64Array]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import torch
@@ -85,10 +84,6 @@ def decompress_(
     """out <- (alpha * scale) * what a code stands for, or out <- out + that, at the blocks' starts."""
     scale = (scales * alpha)[run_of_element(blocks.lengths, out.device)]
     put_(scale * _values_of(codes, blocks, kind, bits), blocks, out, add)
-
-
-encode_levels_ = partial(compress_, kind="levels", is_given=True)
-decompress_levels_ = partial(decompress_, kind="levels")
 
 
 def _values_of(codes: Tensor, blocks: Blocks, kind: str, bits: int) -> Tensor:

@@ -13,11 +13,7 @@ from commopt.wire.bucket import Blocks, Int64Array
 def select_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0
 ) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
-    """Of c = x + residual, per block, the ks[b] elements of largest magnitude, or all that reach a threshold above 0.
-
-    Returns indices within each block (sum ks,) i64 in ascending order, their values (sum ks,) f32, and (B,) whether a block has
-    neither NaN nor inf. residual <- c in good blocks. With a threshold, ks is overwritten by what was found.
-    """
+    """What `kernels.cpu.select.select_` says."""
     indices, values, good = [], [], []
     for b, (start, home, n) in enumerate(zip(blocks.starts, blocks.homes, blocks.lengths, strict=True)):
         c = x[start : start + n] if residual is None else x[start : start + n] + residual[home : home + n]

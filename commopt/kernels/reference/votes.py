@@ -16,10 +16,7 @@ from commopt.wire.bucket import Blocks
 
 
 def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tensor) -> Tensor:
-    """Write a bit for each sign, 1 for x > 0, and the block's coin, turned over where flips is 255, for x = 0.
-
-    Returns (B,) bool: which blocks hold a NaN or an inf. blocks: with keys; flips: (B,) u8, 0 or 255; bits: (sign_bytes,) u8.
-    """
+    """What `kernels.cpu.votes.pack_votes_` says."""
     values = corrected(x, None, blocks)
     zeros = packed(values.eq(0), blocks, bits.numel())
     bits.copy_(packed(values > 0, blocks, bits.numel()) | zeros & coin_bits(blocks, flips, x.device))
@@ -27,10 +24,7 @@ def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tenso
 
 
 def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, out: Tensor) -> None:
-    """out <- values[count] at the blocks' starts; plane k of `width`, one behind the other, holds bit k of each count.
-
-    planes: (width * sign_bytes,) u8, width at most 8; values: (2^width,) f32.
-    """
+    """What `kernels.cpu.votes.unpack_counts_` says."""
     rows = planes.view(width, -1)
     counts = torch.stack([unpacked(row, blocks).long() << k for k, row in enumerate(rows)]).sum(0)
     put_(values[counts], blocks, out, add=False)

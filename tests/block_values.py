@@ -1,0 +1,45 @@
+"""Blocks, and values for them: for codecs and kernels under test."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from commopt.compress import Compressor
+from commopt.wire import noise
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+
+LENGTHS = st.lists(
+    st.one_of(st.integers(1, 140), st.sampled_from([255, 256, 2047, 2048, 2049, 4096, 5001])), min_size=1, max_size=4
+)
+SEEDS = st.integers(0, 2**31)
+
+
+def blocks_in(codec: Compressor, numels: list[int], ranks: int = 3) -> Blocks:
+    """Those that a codec cuts parameters of these sizes into."""
+    tensors = [(f"p{k}", torch.zeros(n)) for k, n in enumerate(numels)]
+    return codec.table(ParameterIndex.of(tensors), ranks).all_of(Bucket.of(tensors))
+
+
+def blocks_of(lengths: list[int], gap: int = 3, seed: int | None = 0) -> Blocks:
+    """Blocks that lie apart in the values and in reverse order in the residual, with random keys unless `seed` is None."""
+    n = np.asarray(lengths, dtype=np.int64)
+    starts, homes = np.cumsum(n + gap) - n, np.cumsum(n[::-1])[::-1] - n
+    number = np.arange(len(n))
+    keys = None if seed is None else noise.keys(seed, "test", 0, np.zeros_like(n), homes)
+    return Blocks(starts, homes, n, number, number, keys)
+
+
+def heavy_tailed(n: int, seed: int, spread: float = 2.0) -> Tensor:
+    """Values over many magnitudes, a tenth of them 0.0 and a tenth -0.0."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(spread).exp()
+    u = torch.rand(n, generator=generator)
+    return torch.where(u < 0.1, 0.0, torch.where(u > 0.9, -0.0, x))
+
+
+def draw(blocks: Blocks, seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    n = int(blocks.starts[-1] + blocks.lengths[-1]) + 5
+    return heavy_tailed(n, seed, spread), heavy_tailed(blocks.elements, seed + 1, spread)

@@ -1,0 +1,136 @@
+"""Codes in float64, the 1-bit exchange, and what the tests of 1-bit Adam, 0/1 Adam and 1-bit LAMB share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rig import start
+from synthetic import F64, Parameters, flat
+
+from commopt.groups import Group, SimWorld
+
+
+def parameters(*shapes: tuple[int, ...]) -> Parameters:
+    """With two elements that never get a gradient, which the methods must leave alone."""
+    return Parameters(*shapes, mean=0.5, dead=2)
+
+
+def snapshot(run: Any, *keys: str) -> dict[str, Any]:
+    """Parameters "x", the named state, and both residuals; state per parameter only of those with elements."""
+    method = run.method
+    live = [p.numel() > 0 for p in run.parameters.values()]
+    states = {key: method.state[key].double().numpy().copy() for key in keys}
+    found = {key: x[live] if len(x) == len(live) else x for key, x in states.items()}
+    residuals = {key: flat([method.saved()["rank"][key].clone()]) for key in ("worker_residual", "server_residual")}
+    return {"x": flat(run.parameters.values()), **found, **residuals}
+
+
+def trained(
+    ranks: int, shapes: list[tuple[int, ...]], steps: int, name: str, keys: tuple[str, ...], **options: Any
+) -> list[list[dict[str, Any]]]:
+    """[rank][step] `snapshot` before each step, and after the last; options are those of `rig.start`."""
+
+    def work(group: Group) -> list[dict[str, Any]]:
+        model = parameters(*shapes)
+        run = start(model, name, group, **options)
+        states = [snapshot(run, *keys)]
+        for step in range(steps):
+            model.set_gradients(group.rank, step)
+            run.optimizer.step()
+            states.append(snapshot(run, *keys))
+        return states
+
+    return SimWorld[Any](ranks).run(work)
+
+
+def tensors_of(numels: list[int]) -> list[slice]:
+    starts = np.cumsum([0, *numels])
+    return [slice(a, a + n) for a, n in zip(starts, numels, strict=False) if n]
+
+
+def blocks_of(numels: list[int], ranks: int, scale: str, block_size: int = 2048) -> list[tuple[slice, int]]:
+    """Each block and the rank that serves it: blocks of one size in turn ("l1"), or N chunks of each tensor."""
+    blocks: list[tuple[slice, int]] = []
+    for t in tensors_of(numels):
+        size = block_size if scale == "l1" else math.ceil((t.stop - t.start) / (8 * ranks)) * 8
+        for j, a in enumerate(range(t.start, t.stop, size)):
+            blocks.append((slice(a, min(a + size, t.stop)), len(blocks) % ranks if scale == "l1" else j))
+    return blocks
+
+
+def server_at_home(residuals: list[F64], numels: list[int], scale: str, block_size: int = 2048) -> F64:
+    """(n,) the servers' residuals, each where its parameter lies."""
+    rest = [list(x) for x in residuals]
+    whole: list[float] = []
+    for block, owner in blocks_of(numels, len(residuals), scale, block_size):
+        length = block.stop - block.start
+        whole += rest[owner][:length]
+        rest[owner] = rest[owner][length:]
+    assert not any(rest)
+    return np.asarray(whole)
+
+
+def signs(c: F64, groups: list[list[slice]], scale: str = "l1") -> tuple[F64, F64]:
+    """C(c) with one scale for each group of blocks, and |c| in units of its scale: how far from a change of sign it is."""
+    q, distance = np.zeros_like(c), np.full_like(c, np.inf)
+    for group in groups:
+        whole = np.concatenate([c[block] for block in group])
+        size = np.abs(whole).mean() if scale == "l1" else np.sqrt((whole**2).mean())
+        for block in group:
+            q[block] = np.where(c[block] >= 0, size, -size)
+            distance[block] = np.abs(c[block]) / size if size else 0.0
+    return q, distance
+
+
+def block_signs(c: F64, numels: list[int]) -> tuple[F64, F64]:
+    """`signs` with one scale for each block of 2,048."""
+    return signs(c, [[block] for block, _ in blocks_of(numels, 1, "l1")])
+
+
+def largest(c: F64, density: float, numels: list[int]) -> tuple[F64, F64]:
+    """The share `density` of each tensor with the largest magnitudes, and how clear the choice was."""
+    q, margin = np.zeros_like(c), np.full_like(c, np.inf)
+    for span in tensors_of(numels):
+        size = np.abs(c[span])
+        k = math.ceil(density * len(size) - 1e-9)
+        chosen = np.argsort(-size, kind="stable")[:k]
+        q[span][chosen] = c[span][chosen]
+        if k < len(size):
+            cut = np.sort(size)[::-1]
+            margin[span] = (cut[k - 1] - cut[k]) / cut[k - 1]
+    return q, margin
+
+
+@dataclass
+class SignExchange:
+    """C(mean C(x_i)) with error feedback on both sides (Tang et al. 2021, arXiv:2102.02888), in float64."""
+
+    numels: list[int]
+    scale: str
+    e: F64  # (N, n) worker residuals
+    s: F64  # (n,) server residuals, each where its owner has it
+    block_size: int = 2048
+    margin: F64 = field(default_factory=lambda: np.zeros(0))  # how far from a change of sign everything was, in scales
+
+    @classmethod
+    def of(cls, states: list[dict[str, Any]], numels: list[int], scale: str, block_size: int = 2048) -> SignExchange:
+        """In the state that the ranks are in."""
+        server = server_at_home([state["server_residual"] for state in states], numels, scale, block_size)
+        return cls(numels, scale, np.stack([state["worker_residual"] for state in states]), server, block_size)
+
+    def mean(self, x: F64) -> F64:
+        """x: (N, n)"""
+        blocks = blocks_of(self.numels, len(x), self.scale, self.block_size)
+        each = [[block] for block, _ in blocks]
+        served = [[block for block, owner in blocks if owner == rank] for rank in range(len(x))]
+        workers = {"l1": each, "l2": [[t] for t in tensors_of(self.numels)], "model": [[b for b, _ in blocks]]}
+        servers = [group for group in served if group] if self.scale == "model" else each
+        c = x + self.e
+        q, clear = zip(*(signs(row, workers[self.scale], self.scale) for row in c), strict=True)
+        a = np.mean(q, axis=0) + self.s
+        y, distance = signs(a, servers, self.scale)
+        self.e, self.s, self.margin = c - np.stack(q), a - y, np.min([*clear, distance], axis=0)
+        return y

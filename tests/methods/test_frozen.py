@@ -1,0 +1,193 @@
+"""What the methods share that freeze the variance: when they do, and what no sign may move afterwards."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from codes import parameters, trained
+from rig import start
+from synthetic import flat
+from torch import Tensor
+
+from commopt.errors import AttachError
+from commopt.groups import Group, SimWorld
+
+LR, STEPS = 0.01, 12
+METHODS: dict[str, dict[str, Any]] = {
+    "onebit_adam": {"freeze_step": 4},
+    "onebit_lamb": {
+        "freeze_step": 4,
+        "bias_correction": True,
+        "max_coeff": 1.0,
+        "min_coeff": 1.0,
+        "factor_max": 1.0,
+        "factor_min": 1.0,
+    },
+    "zero_one_adam": {"var_freeze_step": 4, "var_update_scaler": 1},
+}
+
+
+def moves(name: str, ranks: int = 3, **options: Any) -> Tensor:
+    """(steps, 64) how far each coordinate moved in each step after the freeze. The first one's gradients are 1e-9, the others' about 1."""
+
+    def work(group: Group) -> Tensor:
+        model = torch.nn.Linear(64, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        run = start(model, name, group, lr=LR, eps=1e-12, **METHODS[name], **options)
+        noise = torch.Generator().manual_seed(group.rank)
+        places = [model.weight.detach().clone()]
+        for _ in range(STEPS):
+            model.weight.grad = 0.5 + torch.randn(1, 64, generator=noise)
+            model.weight.grad[0, 0] *= 1e-9
+            run.optimizer.step()
+            places.append(model.weight.detach().clone())
+        return torch.stack(places).diff(dim=0)[4:, 0].abs()
+
+    return SimWorld[Tensor](ranks).run(work)[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_coordinate_whose_variance_has_died_moves_no_farther_than_the_bound(name: str) -> None:
+    largest = 1.0 / (1 - 0.9**5)  # of the rate, by the bias correction of the first step after the freeze
+    bounded = moves(name)
+    assert float(bounded[:, 0].max()) <= 3 * LR * largest * 1.001
+    assert float(bounded[:, 0].max()) > LR  # it does move
+    assert float(moves(name, max_ratio=0.5).max()) <= 0.5 * LR * largest * 1.001
+    assert float(moves(name, max_ratio=None)[:, 0].max()) > 1e5 * LR  # what signs would do without it
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_bound_leaves_ordinary_coordinates_alone(name: str) -> None:
+    torch.testing.assert_close(moves(name)[:2, 1:], moves(name, max_ratio=None)[:2, 1:])
+
+
+FREEZE = 10
+INTERVALS = {"var_update_scaler": 3, "local_step_scaler": 5, "local_step_clipper": 4}
+FROZEN: list[tuple[str, dict[str, Any]]] = [
+    *(("onebit_adam", {"freeze_step": FREEZE, "scale": scale}) for scale in ("l1", "l2")),
+    *(("onebit_lamb", {"freeze_step": FREEZE, "scale": scale}) for scale in ("l1", "l2")),
+    ("onebit_lamb", {"freeze_step": FREEZE, "scale": "model", "prescale": True}),
+    *(("zero_one_adam", {**INTERVALS, "var_freeze_step": at}) for at in (FREEZE, None)),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), FROZEN)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_coordinates_without_variance_never_move(ranks: int, name: str, options: dict[str, Any]) -> None:
+    runs = trained(ranks, [(40,), (7,)], 25, name, (), weight_decay=0.0, **options)
+    first, last = runs[0][0]["x"], runs[0][-1]["x"]
+    assert np.array_equal(first[:2], last[:2])
+    assert (first[2:] != last[2:]).all()
+
+
+@pytest.mark.parametrize(("name", "options"), [FROZEN[0], FROZEN[2], FROZEN[5]])
+def test_a_users_mask_stops_the_momentum_after_the_freeze(name: str, options: dict[str, Any]) -> None:
+    mask = torch.ones(8, 5)
+    mask[4:] = 0.0
+    masked = {"weight_decay": 0.0, "momentum_mask": {"all.0": mask}}
+    states = trained(2, [(8, 5), (7,)], 25, name, (), **masked, **options)[0]
+    at_freeze, last = states[FREEZE]["x"], states[-1]["x"]
+    assert np.array_equal(at_freeze[20:40], last[20:40])
+    assert (states[0]["x"][20:40] != at_freeze[20:40]).all()
+    assert (at_freeze[2:20] != last[2:20]).all()
+    assert (at_freeze[40:] != last[40:]).all()
+
+
+def test_a_mask_may_broadcast_and_must_belong_to_a_parameter() -> None:
+    model = parameters((8, 5))
+    rows = torch.tensor([[1.0]] * 4 + [[0.0]] * 4)
+    start(model, "onebit_adam", momentum_mask={"all.0": rows})
+    with pytest.raises(AttachError, match=r"momentum_mask: the model has no trainable parameter 'all\.7'"):
+        start(parameters((8, 5)), "onebit_adam", momentum_mask={"all.7": rows})
+    with pytest.raises(AttachError, match=r"momentum_mask: 'all\.0' is of shape \(8, 5\), its mask of \(3,\)"):
+        start(parameters((8, 5)), "onebit_adam", momentum_mask={"all.0": rows[:3, 0]})
+
+
+def frozen_after(
+    ranks: int, name: str, options: dict[str, Any], rates: list[float], growth: float = 1.0, noise: float = 0.01
+) -> list[int]:
+    """The steps that each rank had applied when it froze; -1 if it has not. Gradients grow by a factor each step."""
+
+    def work(group: Group) -> int:
+        model = parameters((64,))
+        run = start(model, name, group, betas=(0.9, 0.9), **options)
+        for step, rate in enumerate(rates):
+            run.optimizer.param_groups[0]["lr"] = rate
+            own = torch.randn(64, generator=torch.Generator().manual_seed(1000 * group.rank + step))
+            model.all[0].grad = growth**step + noise * own
+            run.optimizer.step()
+            if run.method.is_frozen:
+                assert run.method.is_steady
+                return int(run.method.applied_steps)
+        return -1
+
+    return SimWorld[Any](ranks).run(work)
+
+
+AUTO = pytest.mark.parametrize(
+    ("name", "options"), [("onebit_adam", {"freeze_step": "auto"}), ("zero_one_adam", {"var_freeze_step": "auto"})]
+)
+RISING = [0.001 * step for step in range(1, 26)]
+
+
+@AUTO
+def test_auto_freezes_all_ranks_after_the_same_step_once_the_variance_has_settled(
+    name: str, options: dict[str, Any]
+) -> None:
+    assert frozen_after(3, name, options, [0.01] * 40) == [11] * 3  # a full window of 10 after the first
+    assert frozen_after(2, name, options, [0.01] * 40, growth=1.05, noise=0.0) == [-1] * 2
+
+
+@AUTO
+def test_auto_does_not_freeze_while_the_learning_rate_rises(name: str, options: dict[str, Any]) -> None:
+    assert frozen_after(2, name, options, RISING) == [-1] * 2
+    assert frozen_after(2, name, options, [*RISING, 0.025, 0.025]) == [26] * 2
+
+
+@pytest.mark.parametrize("is_rising", [True, False])
+@pytest.mark.parametrize(("name", "option"), [("onebit_lamb", "freeze_step"), ("zero_one_adam", "var_freeze_step")])
+def test_a_freeze_while_the_learning_rate_rises_is_warned_of(
+    name: str, option: str, is_rising: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rates = RISING[:7] if is_rising else [0.01] * 7
+    assert frozen_after(2, name, {option: 5}, rates) == [5, 5]
+    warned = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" is too early")[0] for message in warned] == (
+        [f"{name}: {option}: 5"] if is_rising else []
+    )
+
+
+@pytest.mark.parametrize(("name", "options"), [*FROZEN[3:6], ("zero_one_adam", {**FROZEN[5][1], "residual_bits": 8})])
+@pytest.mark.parametrize("at", [7, FREEZE, 26])
+def test_a_checkpoint_is_bitwise_before_and_after_the_freeze(
+    name: str, options: dict[str, Any], at: int, tmp_path: Path
+) -> None:
+    """It has model and optimizer once, though between exchanges of 0/1 Adam (at 26) ranks differ."""
+
+    def trained_from(group: Group, begin: int, end: int, *, loads: bool = False) -> Any:
+        model = parameters((40, 30), (7,), (0,), (9,))
+        run = start(model, name, group, **options)
+        if loads:
+            run.load(tmp_path)
+        for step in range(begin, end):
+            run.optimizer.param_groups[0]["lr"] = 0.01 * (1 + 0.5 * math.sin(step))
+            model.set_gradients(group.rank, step)
+            run.optimizer.step()
+        return run
+
+    def work(group: Group) -> None:
+        run = trained_from(group, 0, at)
+        is_apart = name == "zero_one_adam" and at > FREEZE
+        assert run.method.is_synchronised == run.replicas_are_equal() == (not is_apart)
+        run.save(tmp_path)
+        whole, resumed = trained_from(group, 0, 34), trained_from(group, at, 34, loads=True)
+        assert np.array_equal(flat(whole.parameters.values()), flat(resumed.parameters.values()))
+        for held, tensors in whole.method.saved().items():
+            assert all(torch.equal(x, resumed.method.saved()[held][key]) for key, x in tensors.items())
+
+    SimWorld[None](3).run(work)

@@ -1,0 +1,50 @@
+"""What each rank holds of its own: not shown in the optimizer's state, and its mean where a world of another size goes on."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from rig import start
+from synthetic import Parameters
+
+from commopt.groups import Group, SimWorld
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("signum", "momentum"),
+        ("distributed_lion", "momentum"),
+        ("demo", "momentum"),
+        ("powersgd", "residual"),
+        ("ef21", "average"),
+        ("dice_sgd", "error"),
+    ],
+)
+def test_another_number_of_ranks_takes_the_mean_of_what_each_had(name: str, key: str) -> None:
+    def bound(group: Group) -> Any:
+        model = Parameters((40, 40), (7,))
+        return model, start(model, name, group)
+
+    def leave(group: Group) -> Any:
+        model, run = bound(group)
+        for step in range(2):
+            model.set_gradients(group.rank, step)
+            run.optimizer.step()
+        assert all(key not in entry for entry in run.optimizer.state_dict()["state"].values())
+        return copy.deepcopy(run.method.saved())
+
+    def join(group: Group) -> Any:
+        method = bound(group)[1].method
+        method.resize(states)
+        return method.saved()
+
+    states = SimWorld[Any](3).run(leave)
+    each = torch.stack([state["rank"][key] for state in states])
+    assert not torch.equal(each[0], each[1])
+    for state in SimWorld[Any](2).run(join):
+        torch.testing.assert_close(state["rank"][key], each.mean(0))
+        assert all(torch.equal(x, states[0]["shared"][shared]) for shared, x in state["shared"].items())
