@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+import warm
 from pool import Pool
 
 from commopt import kernels
@@ -32,6 +34,16 @@ PATIENCE_S = 400  # for tests of many processes, which may have to share the mac
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("commopt", deadline=None, max_examples=60)
 hypothesis.settings.load_profile("commopt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start what programs are forked from, once for all workers."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="commopt-tests-")
+        process = warm.start(Path(folder.name))
+        config.add_cleanup(folder.cleanup)
+        config.add_cleanup(process.wait)
+        config.add_cleanup(process.stdin.close)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,9 +9,11 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from commopt.choice import Choice
 from commopt.errors import AttachError
 from commopt.groups import Group
 from commopt.method import EveryStep, Method
+from commopt.methods import resolve
 from commopt.plan.links import schedule
 from commopt.run.agree import meeting_group
 from commopt.run.checks import connect
@@ -160,13 +162,13 @@ def _other_ranks(model: DistributedDataParallel, group: object) -> str:
     return "" if same else f"{type(group).__name__} of {group.size} ranks"
 
 
-def wrap(model: torch.nn.Module, method: Method, **ddp_options: object) -> torch.nn.Module:
+def wrap(model: torch.nn.Module, method: Method | type[Method] | Choice, **ddp_options: object) -> torch.nn.Module:
     """The model as `attach` wants it: in DistributedDataParallel if that can exchange for the method, else as it is.
 
-    DDP exchanges during backward, for methods that exchange in every step, if torch.distributed is initialised. ddp_options: what
-    DistributedDataParallel takes.
+    DDP exchanges during backward, for methods that exchange in every step, if torch.distributed is initialised. method: as for
+    `attach`. ddp_options: what DistributedDataParallel takes. Raises ConfigError for a method that cannot be made.
     """
-    if method.kind == "outer" or not dist.is_initialized():
+    if resolve(method).kind == "outer" or not dist.is_initialized():
         return model
     return DistributedDataParallel(model, **ddp_options)  # type: ignore[arg-type]
 

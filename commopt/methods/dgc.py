@@ -25,10 +25,13 @@ from commopt.wire.state import State
 Densities = Annotated[tuple[Share, ...], Wanted("a list of numbers above 0, at most 1, as in [0.25, 0.0625]")]
 
 
+MOMENTUM = 0.9  # the paper's
+
+
 @options
 class DGCOptions(NoOptions):
     density: Share = 0.001
-    momentum: Fraction = 0.9
+    momentum: Fraction | None = None
     nesterov: Flag = False
     warmup_steps: Annotated[Whole, Field(ge=0)] = 0
     warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
@@ -48,7 +51,7 @@ class DGCOptions(NoOptions):
             raise ConfigError(
                 f"steps_per_epoch: {self.steps_per_epoch!r} has no effect without warmup_epochs; leave it out"
             )
-        if self.nesterov and not self.momentum:
+        if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov: true has no effect with momentum: 0; leave it out")
 
 
@@ -63,8 +66,10 @@ class DGC(GradientMethod, GatherMean):
     its own norm, without communication. The paper clips gradients divided by N to max_norm N^(-1/2), which is the
     same. During the warm-up the density falls in steps of equal length, as in the paper from 25 % by a factor of four.
     Differs from the released code: the choice is exact (a sampled threshold leaves candidates, see `TopK`), zeros do
-    not count as sent, and at density 1 the momentum is that of the mean. The optimizer must be SGD without momentum.
-    Its weight_decay acts on the weights, outside the accumulators.
+    not count as sent, and at density 1 the momentum is that of the mean. SGD must have no momentum of its own, and its
+    weight_decay acts on the weights, outside the accumulators. Any other optimizer, such as AdamW, averages what
+    arrives by itself: the momentum before the choice is then 0, which is Gradient Dropping (Aji and Heafield 2017,
+    arXiv:1704.05021).
     Sends (N-1) x density x (value_bits/8 + places) bytes per parameter and step: 3.5 bytes an entry at density 0.1 %
     in 16 bits.
     State: u and v, 8 bytes per parameter, in place of SGD's momentum of 4.
@@ -74,7 +79,7 @@ class DGC(GradientMethod, GatherMean):
     2,300 at 0.1 %.
 
     density: the share of elements that is sent after the warm-up, above 0, at most 1; 1 is dense SGD with momentum.
-    momentum, nesterov: of this method, before the choice.
+    momentum, nesterov: of this method, before the choice; by default 0.9 with SGD, and none with other optimizers.
     warmup_steps: the steps over which the warm-up's densities are applied; or warmup_epochs with steps_per_epoch.
     warmup_densities: the densities of the warm-up; those not above `density` are left out.
     masking: restart the momentum of what was sent (momentum factor masking).
@@ -95,17 +100,26 @@ class DGC(GradientMethod, GatherMean):
         self.densities = [d for d in o.warmup_densities if d > o.density] if self._warmup_steps else []
         self._exactly = Mean()
         self.parts = (self._exactly,)
+        self.momentum = MOMENTUM if o.momentum is None else o.momentum
 
     def declare(self) -> list[State]:
         return [State("velocity", held="rank", on_resize="mean"), *super().declare()]  # u; v is the residual
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        is_sgd = isinstance(optimizer, torch.optim.SGD)
-        if not is_sgd or any(group["momentum"] for group in optimizer.param_groups):
+        given, kind = self.options.momentum, type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.SGD):
+            if any(group["momentum"] for group in optimizer.param_groups):
+                raise AttachError(
+                    f"dgc has the momentum itself, before it chooses (momentum: {self.momentum}): give it torch.optim.SGD without "
+                    "momentum, not SGD with one"
+                )
+        elif given or self.options.nesterov:
             raise AttachError(
-                f"dgc has the momentum itself, before it chooses (momentum: {self.options.momentum}): give it torch.optim.SGD without "
-                f"momentum, not {type(optimizer).__name__}{' with one' if is_sgd else ''}"
+                f"dgc applies its momentum (momentum: {self.momentum}) before it chooses, and {kind} would apply its own on top: "
+                f"leave momentum and nesterov out with {kind}, or give it torch.optim.SGD without momentum"
             )
+        else:
+            self.momentum = 0.0
 
     @property
     def warmup_steps(self) -> int:
@@ -175,10 +189,10 @@ class DGC(GradientMethod, GatherMean):
     def _accumulate(self, u: Tensor, g: Tensor, u_out: Tensor, x_out: Tensor) -> None:
         """u_out and x_out, what v grows by; may be u and g themselves."""
         if self.options.nesterov:
-            torch.add(u, g, out=u_out).mul_(self.options.momentum)  # u <- momentum (u + g)
+            torch.add(u, g, out=u_out).mul_(self.momentum)  # u <- momentum (u + g)
             torch.add(u_out, g, out=x_out)
         else:
-            torch.add(g, u, alpha=self.options.momentum, out=u_out)  # u <- momentum u + g
+            torch.add(g, u, alpha=self.momentum, out=u_out)  # u <- momentum u + g
             x_out.copy_(u_out)
 
     def _stages(self, blocks: Blocks) -> list[tuple[TopK, Blocks]]:

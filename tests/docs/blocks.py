@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+import warm
 from checks import check_file
 from markdown_it import MarkdownIt
 
@@ -108,7 +109,7 @@ class Reader:
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
         bin_folder = folder.parent / f"{folder.name}.bin"
-        bin_folder.mkdir()
+        ready = warm.commands(bin_folder)
         stand_ins = Path(__file__).with_name("stand_ins.py")
         for name in STOOD_IN_FOR:
             script = bin_folder / name
@@ -118,9 +119,8 @@ class Reader:
             script.chmod(0o755)
         temporary = folder.parent / f"{folder.name}.tmp"
         temporary.mkdir()
-        path = [str(bin_folder), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
-        given = {"PATH": os.pathsep.join(path), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", **offline}
+        given = {**ready, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", **offline}
         self._mark = f"COMMOPT_PAGE={uuid.uuid4().hex}"
         given |= dict([self._mark.split("=")])
         self._environment = {**os.environ, **given}
@@ -217,7 +217,7 @@ class Reader:
         ours, theirs = Pipe()
         with (self.folder.parent / f"{self.folder.name}.python.output").open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("interpreter.py")), str(theirs.fileno())],
+                ["python", str(Path(__file__).with_name("interpreter.py")), str(theirs.fileno())],
                 cwd=self.folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

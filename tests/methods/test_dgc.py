@@ -18,6 +18,7 @@ from commopt.errors import AttachError
 from commopt.groups import Group, LocalGroup, SimWorld
 
 N, SHAPES, LR, MOMENTUM = 4, [(30, 21), (17,), (9, 5)], 0.05, 0.8
+ADAM = {"name": "adam", "lr": LR}
 
 
 def reference(u: F64, v: F64, g: F64, spans: list[slice], density: float, nesterov: bool) -> tuple[F64, F64, F64, F64]:
@@ -193,7 +194,26 @@ def test_weight_decay_stays_out_of_the_accumulators() -> None:
         np.testing.assert_allclose(after, before * (1 - LR * 0.5), rtol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [{"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"name": "adam"}])
-def test_an_optimizer_with_a_momentum_of_its_own_is_refused_before_anything_starts(optimizer: dict[str, Any]) -> None:
-    with pytest.raises(AttachError, match=r"dgc has the momentum itself.*SGD without momentum"):
-        start(nn.Linear(2, 2), "dgc", LocalGroup(), optimizer=optimizer)
+@pytest.mark.parametrize(
+    ("options", "optimizer"),
+    [({}, {"name": "sgd", "lr": 0.1, "momentum": 0.9}), ({"momentum": 0.9}, ADAM), ({"nesterov": True}, ADAM)],
+    ids=["SGD's", "dgc's", "nesterov"],
+)
+def test_two_momentums_are_refused_before_anything_starts(options: dict[str, Any], optimizer: Any) -> None:
+    with pytest.raises(AttachError, match=r"dgc .* before it chooses.*SGD without momentum"):
+        start(nn.Linear(2, 2), "dgc", LocalGroup(), optimizer=optimizer, **options)
+
+
+def test_under_adam_there_is_no_momentum_before_the_choice() -> None:
+    """At density 1 Adam gets the mean of the gradients; below, what waits in v is what has not been sent of their sum."""
+    for dense, all_of_it in zip(
+        synthetic.simulate(2, SHAPES, 4, "dense", optimizer=ADAM),
+        synthetic.simulate(2, SHAPES, 4, "dgc", optimizer=ADAM, density=1.0),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(all_of_it[-1]["x"], dense[-1]["x"])
+    few = {"density": 1e-6, "value_bits": 32, "dense_1d": False}  # one element of each parameter and step
+    for rank, states in enumerate(synthetic.simulate(2, SHAPES, 3, "dgc", optimizer=ADAM, **few)):
+        waiting, total = states[-1]["worker_residual"], sum(local_gradient(rank, step) for step in range(3))
+        is_kept = np.isclose(waiting, total, rtol=1e-5)
+        assert is_kept.sum() >= SPANS[-1].stop - 3 * len(SHAPES)

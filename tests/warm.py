@@ -1,0 +1,265 @@
+"""Programs that do not wait for their imports: a process that has torch imported forks, and the fork becomes the program.
+
+Tests that start many small programs put `commands(folder)` on their PATH. There, `python`, `torchrun`, `commopt` and
+`accelerate` hand their words, environment, folder and open files to that process, and end as the fork ends; the fork ends
+when they do. The fork enters the namespaces of its caller. Under mpiexec, or with an option that is not known here, the
+commands are the real thing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import importlib
+import io
+import json
+import os
+import pkgutil
+import random
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+from warm_call import FORWARDED, NAMESPACES, namespaces
+
+ROOM = 4096  # bytes for the words that ps shows of a fork
+ADDRESS = "COMMOPT_TESTS_WARM"  # the environment variable that tells it to all workers
+FRAMEWORKS = {
+    "accelerate": ["accelerate"],
+    "deepspeed": ["deepspeed"],
+    "lightning": ["lightning.pytorch"],
+    "transformers": ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"],
+}
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the process, which imports nothing before it is called. It ends when its standard input is closed."""
+    os.environ[ADDRESS] = str(folder / "warm")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.environ[ADDRESS])
+        listener.listen(64)
+        words = [sys.executable, __file__, str(listener.fileno()), " " * ROOM]
+        return subprocess.Popen(
+            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()]
+        )
+
+
+def commands(folder: Path) -> dict[str, str]:
+    """Write the commands into a folder; returns the environment in which programs find them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    real = Path(sys.executable).parent
+    for name in ("python", "torchrun", "commopt", "accelerate"):
+        program = [] if name == "python" else [str(real / name)]
+        lines = [
+            f"#!{sys.executable} -IS",
+            "import sys",
+            f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
+            "from warm_call import call",
+            f"call({os.environ[ADDRESS]!r}, {str(folder / 'python')!r}, {program} + sys.argv[1:])",
+        ]
+        (folder / name).write_text("\n".join(lines) + "\n")
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), str(real), os.environ.get("PATH", os.defpath)])
+    return {"PATH": path, "PYTHON_EXEC": str(folder / "python")}  # by which torchrun starts its ranks
+
+
+class Server:
+    """Forks for callers, tells them how their forks ended, and ends forks whose callers are gone."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.callers: dict[int, socket.socket | None] = {}  # by the fork's pid; None once the caller is gone
+        self.namespaces = namespaces()
+        self.is_warm = False
+
+    def serve(self) -> None:
+        woken, waker = os.pipe()
+        os.set_blocking(waker, False)
+        signal.set_wakeup_fd(waker)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        while True:
+            ready, *_ = select.select([0, woken, self.listener, *filter(None, self.callers.values())], [], [])
+            if 0 in ready:  # the tests are over
+                break
+            if woken in ready:
+                os.read(woken, 4096)
+                self._reap()
+            for pid, caller in list(self.callers.items()):
+                if caller is not None and caller in ready:
+                    self._forward(pid, caller)
+            if self.listener in ready:
+                self._answer(self.listener.accept()[0])
+        for pid in self.callers:
+            os.kill(pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if caller := self.callers.pop(pid):
+                    with caller, contextlib.suppress(OSError):
+                        caller.sendall(status.to_bytes(8, "big"))
+
+    def _forward(self, pid: int, caller: socket.socket) -> None:
+        numbers = caller.recv(16)
+        for number in numbers or [signal.SIGKILL]:
+            os.kill(pid, number)
+        if not numbers:
+            caller.close()
+            self.callers[pid] = None
+
+    def _answer(self, caller: socket.socket) -> None:
+        try:
+            length, files, *_ = socket.recv_fds(caller, 8, 250)
+            with caller.makefile("rb") as stream:
+                request = json.loads(stream.read(int.from_bytes(length, "big")))
+        except (OSError, ValueError):
+            caller.close()
+            return
+        self._warm_up(request["words"])
+        pid = os.fork()
+        if pid == 0:
+            self._become(request, files, caller)
+        self.callers[pid] = caller
+        for file in files:
+            os.close(file)
+
+    def _warm_up(self, words: list[str]) -> None:
+        """Import what programs like this one begin with."""
+        if not self.is_warm:
+            self.is_warm = True
+            import torch
+            import torch._dynamo
+            import torch.distributed.run
+
+            import commopt
+
+            for module in pkgutil.walk_packages(commopt.__path__, "commopt."):
+                if not module.name.startswith(("commopt.frameworks.", "commopt.groups.mpi")):  # no fork of MPI lives
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module(module.name)
+            importlib.import_module("commopt.frameworks.ddp")
+            commopt.kernels.warm_up()
+            torch.set_num_threads(1)
+        program = next((word for word in words if not word.startswith("-")), "")
+        with contextlib.suppress(OSError):
+            program += Path(program).read_text(encoding="utf-8")
+        for name, modules in FRAMEWORKS.items():
+            if name in program:
+                for module in modules:
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module(module)
+
+    def _become(self, request: dict[str, Any], files: list[int], caller: socket.socket) -> None:
+        for number in (signal.SIGCHLD, *FORWARDED):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        for open_one in (self.listener, caller, *filter(None, self.callers.values())):
+            open_one.close()
+        files = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]
+        spaces, given = files[: len(NAMESPACES)], files[len(NAMESPACES) :]
+        for file, number in zip(given, request["files"], strict=True):
+            os.dup2(file, number)
+        os.setsid()
+        enter(
+            [
+                space
+                for space, theirs, own in zip(spaces, request["namespaces"], self.namespaces, strict=True)
+                if theirs != own
+            ]
+        )
+        for file in files:
+            os.close(file)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        words = [word for word in request["words"] if word != "-u"]
+        run_as_program(words, Path(request["folder"]), request["python"])
+
+
+def enter(spaces: list[int]) -> None:
+    """Go into these namespaces. Another one of processes is entered by a fork, for which this process stands from then on."""
+    if not spaces:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    for space in spaces:
+        if libc.setns(space, 0) != 0:
+            print(f"warm: setns: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
+            os._exit(71)
+    pid = os.fork()
+    if pid == 0:
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        return
+    for number in FORWARDED:
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def show(words: list[str]) -> None:
+    """Let ps, and whoever looks for a program in /proc, find these words in place of this process's own."""
+    start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+    text = b"\0".join(word.encode() for word in words)[: end - start - 1]
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, len(text))
+
+
+def run_as_program(words: list[str], folder: Path, executable: str) -> None:
+    """Be `python words` in this folder, and end."""
+    os.chdir(folder)
+    show([executable, *words])
+    random.seed()
+    sys.executable, sys.orig_argv = executable, [executable, *words]
+    for file, name in enumerate(("stdout", "stderr"), start=1):
+        raw = io.BufferedWriter(io.FileIO(file, "wb", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True))
+    status = 0
+    try:
+        if words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            sys.path[0] = ""
+            main = types.ModuleType("__main__")
+            sys.modules["__main__"] = main
+            exec(compile(words[1], "<string>", "exec"), main.__dict__)
+        elif words[0] == "-m":
+            sys.argv = words[1:]
+            sys.path[0] = str(folder)
+            sys.modules.pop(words[1], None)
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path[0] = str(Path(words[0]).resolve().parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException as error:
+        traceback.print_exc()
+        status = 1
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    Server(socket.socket(fileno=int(sys.argv[1]))).serve()
