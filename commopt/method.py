@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch.nn import Parameter
 
 from commopt.errors import ConfigError
 from commopt.exchange.base import Exchange
@@ -31,7 +33,8 @@ class Method(Stateful, ABC):
 
     kind: "gradient" replaces the gradients that an optimizer gets, in every step; "update" computes the optimizer's own update too;
         "outer" averages parameters every so many steps. positional: the options that `name(a, b)` stands for.
-    warmup_option: what a message about a warm-up that is too long says to lower.
+    warmup_option: what a message about a warm-up that is too long says to lower. stands_for: the optimizers whose place it can take.
+    needs_float32: works on float32 only. takes_max_norm: goes with `attach(..., max_norm=...)`.
     """
 
     name: ClassVar[str]
@@ -40,6 +43,9 @@ class Method(Stateful, ABC):
     options: Any
     positional: ClassVar[tuple[str, ...]] = ()
     warmup_option: ClassVar[str] = ""
+    stands_for: ClassVar[tuple[str, ...]] = ()
+    needs_float32 = False
+    takes_max_norm = True
 
     def __init__(self, **given: Any) -> None:
         self.given = given  # as they were written, for records
@@ -54,6 +60,9 @@ class Method(Stateful, ABC):
 
     def set_up(self) -> None:
         """Make what the options ask for; called once they have been checked. Raises ConfigError if they contradict each other."""
+
+    def follow(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> None:
+        """Take hyper-parameters from this optimizer's groups from now on, if the method uses any; called before `bind`."""
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise AttachError for an optimizer that would undo what the method does, as a second momentum would."""
@@ -112,14 +121,11 @@ class EveryStep(Exchange, Method):
     @property
     def is_repeatable(self) -> bool:
         """Whether an exchange that no step applies does no harm: nothing is kept of it."""
-        return self.is_linear or not self._keeps()
+        kept = {name for tensors in self.saved().values() for name, x in tensors.items() if x.numel()}
+        return self.is_linear or kept <= {"exchanges", "factors"}
 
     def synchronise(self, group: Group) -> None:
         """Make replicas equal now, if local steps have moved them apart; all ranks call it, between steps."""
-
-    def _keeps(self) -> set[str]:
-        names = {name for tensors in self.saved().values() for name, x in tensors.items() if x.numel()}
-        return names - {"exchanges", "factors"}
 
 
 class GradientMethod(EveryStep):

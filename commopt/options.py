@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import annotated_types
 import numpy as np
 from pydantic import ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
@@ -139,17 +138,8 @@ def _described(annotation: Any) -> str:
 
 
 def _range(metadata: list[Any]) -> str:
-    bounds: dict[str, Any] = {}
-    for one in metadata:
-        for part in getattr(one, "metadata", [one]):  # pydantic's Field holds several
-            for key, kind in (
-                ("ge", annotated_types.Ge),
-                ("gt", annotated_types.Gt),
-                ("le", annotated_types.Le),
-                ("lt", annotated_types.Lt),
-            ):
-                if isinstance(part, kind):
-                    bounds[key] = getattr(part, key)
+    parts = [part for one in metadata for part in getattr(one, "metadata", [one])]  # pydantic's Field holds several
+    bounds = {key: getattr(part, key) for part in parts for key in ("ge", "gt", "le", "lt") if hasattr(part, key)}
     low = f" from {bounds['ge']}" if "ge" in bounds else f" above {bounds['gt']}" if "gt" in bounds else ""
     if "le" in bounds:
         return f"{low} to {bounds['le']}" if "ge" in bounds else f"{low}, at most {bounds['le']}"

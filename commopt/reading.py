@@ -85,6 +85,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 _Spec = TypeVar("_Spec", bound=BaseModel)
+_SET = "a set of keys and values"
+_KINDS = {"int": "a whole number", "string": "text", "list": "a list", "dict": _SET, "model": _SET}
 
 
 def validated(model: type[_Spec], data: Mapping[str, Any], file: str) -> _Spec:
@@ -111,13 +113,6 @@ def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[s
         return [(key, f"unknown key{did_you_mean(str(location[-1]), _known_keys(model, location[:-1]))}")]
     if value is None:
         return [(key, "is empty; write a value, or leave the key out")]
-    wanted = {
-        "int": "a whole number",
-        "string": "text",
-        "list": "a list",
-        "dict": "a set of keys and values",
-        "model": "a set of keys and values",
-    }
     if kind in ("enum", "literal_error"):
         choices = [choice.strip("' ") for choice in str(context["expected"]).replace(" or ", ",").split(",")]
         hint = did_you_mean(str(value), choices)
@@ -126,7 +121,7 @@ def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[s
         return [(key, f"{shown(value)} is too small; write {context['ge']} or more")]
     if kind == "less_than_equal":
         return [(key, f"{shown(value)} is too large; write {context['le']} or less")]
-    for prefix, words in wanted.items():
+    for prefix, words in _KINDS.items():
         if kind.startswith(prefix):
             return [(key, f"{shown(value)} is not {words}; write one")]
     return [(key, f"{shown(value)} does not fit: {detail['msg'].lower()}")]

@@ -22,7 +22,6 @@ from commopt.groups import SimGroup, SimWorld
 from commopt.method import Method
 from commopt.methods import resolve
 from commopt.optim import LAMB, Lion
-from commopt.optim.update import UpdateMethod
 from commopt.run.door import attach
 from commopt.wire.state import Saved
 
@@ -31,7 +30,7 @@ __all__ = ["check_method"]
 Factory = Callable[[], Method]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _SIZES = (1, 2, 3, 5)
-_STEPS = 12
+_STEPS, _BUCKET_BYTES = 12, 25 << 20
 _ZERO_AT = _STEPS // 2 + 1  # a step in which all gradients are zero
 
 
@@ -64,7 +63,7 @@ class _Trained:
 def default_optimizer(method: Method) -> MakeOptimizer:
     """SGD with momentum, or one whose place an update method takes."""
     kinds: dict[str, Any] = {"AdamW": torch.optim.AdamW, "LAMB": LAMB, "Lion": Lion, "SGD": torch.optim.SGD}
-    if not isinstance(method, UpdateMethod):
+    if not method.stands_for:
         return lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     kind = next((kinds[name] for name in kinds if name in method.stands_for), torch.optim.AdamW)
     return lambda model: kind(model.parameters(), lr=0.003)
@@ -77,6 +76,12 @@ class _Case:
     make: Factory
     optimizer: MakeOptimizer
     max_norm: float | None
+
+    def attach(self, model: _Model, group: SimGroup, bucket_bytes: int = _BUCKET_BYTES) -> PlainRun:
+        run = attach(model, self.make(), self.optimizer(model), group=group, max_norm=self.max_norm)
+        assert isinstance(run, PlainRun)
+        run.bucket_bytes = bucket_bytes
+        return run
 
 
 def check_method(
@@ -128,18 +133,21 @@ def _train_rank(
     model: _Model,
     group: SimGroup,
     *,
-    bucket_bytes: int = 25 << 20,
+    bucket_bytes: int = _BUCKET_BYTES,
     nan_at: Mapping[int, int] | None = None,
     resume_at: int | None = None,
 ) -> _Trained:
-    run = _attach(case, model, group, bucket_bytes)
+    run = case.attach(model, group, bucket_bytes)
     trained = _Trained(torch.empty(0))
     for step in range(_STEPS):
         if step == resume_at:
-            model, run = _resumed(case, model, run, group, bucket_bytes)
-        data = torch.Generator().manual_seed(1000 * step + group.rank)
-        x = torch.randn(16, 13, generator=data)
-        loss = (model(x) - x[:, :5].tanh()).square().mean()
+            state, optimizer = copy.deepcopy(run.method.saved()), copy.deepcopy(run.optimizer.state_dict())
+            run.close()
+            model = copy.deepcopy(model)
+            run = case.attach(model, group, bucket_bytes)
+            run.optimizer.load_state_dict(optimizer)
+            run.method.load(state)
+        loss = _loss(model, 1000 * step + group.rank)
         run.optimizer.zero_grad()
         (loss * 0 if step == _ZERO_AT else loss).backward()
         if step in (nan_at or {}):
@@ -173,23 +181,6 @@ def _step_with_nan(model: _Model, run: PlainRun, group: SimGroup, trained: _Trai
             f"a NaN on rank {bad} changed the method's state of first.weight: an exchange that sets bucket.void must "
             "leave all state as it was"
         )
-
-
-def _attach(case: _Case, model: _Model, group: SimGroup, bucket_bytes: int) -> PlainRun:
-    run = attach(model, case.make(), case.optimizer(model), group=group, max_norm=case.max_norm)
-    assert isinstance(run, PlainRun)
-    run.bucket_bytes = bucket_bytes
-    return run
-
-
-def _resumed(case: _Case, model: _Model, run: PlainRun, group: SimGroup, bucket_bytes: int) -> tuple[_Model, PlainRun]:
-    state, optimizer = copy.deepcopy(run.method.saved()), copy.deepcopy(run.optimizer.state_dict())
-    run.close()
-    model = copy.deepcopy(model)
-    again = _attach(case, model, group, bucket_bytes)
-    again.optimizer.load_state_dict(optimizer)
-    again.method.load(state)
-    return model, again
 
 
 def _flat(model: nn.Module) -> Tensor:
@@ -255,29 +246,22 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _check_resharding(case: _Case, start: _Model) -> None:
     """What three ranks still have to send, two ranks still have to send."""
-    states: list[Any] = []
 
-    def leave(group: SimGroup) -> Any:
+    def step(group: SimGroup, states: list[Saved] | None = None) -> tuple[Saved, Tensor]:
         model = copy.deepcopy(start)
-        run = _attach(case, model, group, 25 << 20)
-        _step(model, run, group)
-        return run.method.saved()
+        run = case.attach(model, group)
+        if states is not None:
+            run.method.resize(copy.deepcopy(states))
+        _loss(model, group.rank).backward()
+        run.optimizer.step()
+        return run.method.saved(), _flat(model)
 
-    def join(group: SimGroup) -> Tensor:
-        model = copy.deepcopy(start)
-        run = _attach(case, model, group, 25 << 20)
-        run.method.resize(copy.deepcopy(states))
-        _step(model, run, group)
-        return _flat(model)
-
-    states = SimWorld[Any](3).run(leave)
-    ranks = SimWorld[Tensor](2).run(join)
-    assert torch.equal(ranks[0], ranks[1]), "replicas differ after a change from 3 ranks to 2"
-    assert bool(ranks[0].isfinite().all()), "a change from 3 ranks to 2 broke the parameters"
+    states = [saved for saved, _ in SimWorld[tuple[Saved, Tensor]](3).run(step)]
+    (_, first), (_, second) = SimWorld[tuple[Saved, Tensor]](2).run(lambda group: step(group, states))
+    assert torch.equal(first, second), "replicas differ after a change from 3 ranks to 2"
+    assert bool(first.isfinite().all()), "a change from 3 ranks to 2 broke the parameters"
 
 
-def _step(model: _Model, run: PlainRun, group: SimGroup) -> None:
-    x = torch.randn(16, 13, generator=torch.Generator().manual_seed(group.rank))
-    run.optimizer.zero_grad()
-    (model(x) - x[:, :5].tanh()).square().mean().backward()
-    run.optimizer.step()
+def _loss(model: _Model, seed: int) -> Any:
+    x = torch.randn(16, 13, generator=torch.Generator().manual_seed(seed))
+    return (model(x) - x[:, :5].tanh()).square().mean()

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from commopt import Method, build
+from commopt import Method, Run, attach, build
 from commopt.optim import make_optimizer
 
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """A method, its options, and the optimizer that it goes with, or stands in for."""
 
     name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    optimizer_block: dict[str, Any] = field(default_factory=lambda: SGD)
+    options: dict[str, Any] = {}  # noqa: RUF012
+    optimizer_block: dict[str, Any] = SGD
 
     def method(self) -> Method:
         return build(self.name, **self.options)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return make_optimizer(self.optimizer_block, model.parameters())
+
+    def attach(self, model: nn.Module, group: Any = None, **options: Any) -> Run:
+        return attach(model, self.method(), self.optimizer(model), group=group, **options)
 
     def __str__(self) -> str:
         return f"{self.name} {self.options}" if self.options else self.name

@@ -14,7 +14,6 @@ from pool import Pool
 from presets import ADAM, PRESETS, SGD, Preset, sgd
 from rig import flat, loss_of, make_batch, make_model
 
-import commopt
 from commopt.groups import SimWorld, TorchGroup
 
 STEPS = 20
@@ -43,7 +42,7 @@ def train(group: Any, case: int) -> tuple[list[str], str]:
     """(losses as hexadecimal, SHA-256 of the parameters) of this rank."""
     preset = CASES[case]
     model = make_model()
-    run = commopt.attach(model, preset.method(), preset.optimizer(model), group=group, max_norm=MAX_NORM.get(case))
+    run = preset.attach(model, group, max_norm=MAX_NORM.get(case))
     run.join()
     losses = []
     for step in range(STEPS):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pool import twin_of
-from presets import ADAM, SGD, sgd
+from presets import ADAM, Preset, sgd
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,17 +21,16 @@ from commopt.optim.update import UpdateMethod
 
 FREEZE = 3
 loss_of: Callable[..., Any] = nn.functional.mse_loss
-# case -> (method, options, optimizer)
-METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "dense": ("dense", {}, SGD),
-    "fp16": ("fp16", {}, SGD),
-    "ef_sign l1": ("ef_sign", {"scale": "l1", "block_size": 64}, SGD),
-    "ef_sign l2": ("ef_sign", {"scale": "l2"}, SGD),
-    "two_way int8": ("two_way", {"worker": "int8", "residual_bits": 8}, SGD),
-    "dgc": ("dgc", {"density": 0.1, "warmup_steps": 2}, sgd(0.05)),
-    "distributed_lion": ("distributed_lion", {}, {"name": "lion", "lr": 0.003}),
-    "onebit_adam l1": ("onebit_adam", {"scale": "l1", "block_size": 64, "freeze_step": FREEZE}, ADAM),
-    "onebit_adam l2": ("onebit_adam", {"scale": "l2", "freeze_step": FREEZE}, ADAM),
+METHODS = {
+    "dense": Preset("dense"),
+    "fp16": Preset("fp16"),
+    "ef_sign l1": Preset("ef_sign", {"scale": "l1", "block_size": 64}),
+    "ef_sign l2": Preset("ef_sign", {"scale": "l2"}),
+    "two_way int8": Preset("two_way", {"worker": "int8", "residual_bits": 8}),
+    "dgc": Preset("dgc", {"density": 0.1, "warmup_steps": 2}, sgd(0.05)),
+    "distributed_lion": Preset("distributed_lion", {}, {"name": "lion", "lr": 0.003}),
+    "onebit_adam l1": Preset("onebit_adam", {"scale": "l1", "block_size": 64, "freeze_step": FREEZE}, ADAM),
+    "onebit_adam l2": Preset("onebit_adam", {"scale": "l2", "freeze_step": FREEZE}, ADAM),
 }
 COMPRESSED = [name for name in METHODS if "l" in name.split()[-1] and " " in name]
 UPDATE = [name for name in METHODS if name.startswith("onebit_adam")]
@@ -53,11 +52,9 @@ def make_batch(rank: int, step: int, dtype: torch.dtype = torch.float32) -> tupl
     return x.to(dtype), y.to(dtype)
 
 
-def make_method(case: str, model: nn.Module, **options: Any) -> tuple[Method, torch.optim.Optimizer]:
-    """The method, and the optimizer to attach it with; `lr` among the options is the optimizer's."""
-    name, preset, block = METHODS[case]
-    block = {**block, "lr": options.pop("lr", block["lr"])}
-    return build(name, **{**preset, **options}), make_optimizer(block, model.parameters())
+def make_method(case: str, model: nn.Module) -> tuple[Method, torch.optim.Optimizer]:
+    """The method, and the optimizer to attach it with."""
+    return METHODS[case].method(), METHODS[case].optimizer(model)
 
 
 def start(
@@ -76,8 +73,8 @@ def start(
     kind = METHODS_BY_NAME[method.partition("(")[0]] if isinstance(method, str) else type(method)
     if not isinstance(optimizer, torch.optim.Optimizer):
         block = dict(optimizer or default_block(kind))
-        if issubclass(kind, UpdateMethod):
-            block |= {key: options.pop(key) for key in kind.takes if key in options}
+        takes = kind.takes if issubclass(kind, UpdateMethod) else ("lr",)
+        block |= {key: options.pop(key) for key in takes if key in options}
         optimizer = make_optimizer(block, model.parameters())
     made = build(method, **options) if isinstance(method, str) else method
     return attach(model, made, optimizer, group=group, **given)
@@ -93,7 +90,6 @@ def default_block(kind: type[Method]) -> dict[str, Any]:
 
 def _start_case(model: nn.Module, case: str, group: Group, options: dict[str, Any]) -> Any:
     name, preset, block = METHODS[case]
-    block = {**block, "lr": options.pop("lr", block["lr"])}
     return start(model, name, group, optimizer=block, **{**preset, **options})
 
 

@@ -18,7 +18,7 @@ from commopt.run.storage import Content, Stored, open_checkpoint, save
 
 def content(value: float, rank: int = 0) -> Content:
     own = {"residual": torch.full((3,), value + rank, dtype=torch.bfloat16)}
-    return Content({"w": torch.full((2, 2), value)}, own, {"value": value}, {"rank": rank})
+    return Content({"w": torch.full((2, 2), value)}, own, {"value": value})
 
 
 def saved(folder: Path, value: float = 1.0, ranks: int = 1) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +13,9 @@ from commopt import attach
 from commopt.errors import ConfigError
 from commopt.exchange.base import first_bad, is_finite
 from commopt.groups import Group, SimWorld
-from commopt.method import GradientMethod, NoOptions, options
+from commopt.method import GradientMethod, Method, NoOptions, options
+from commopt.methods.dense import Dense
+from commopt.methods.ef_sign import EFSign
 from commopt.options import Fraction
 from commopt.testing import check_method
 from commopt.wire.bucket import Bucket
@@ -47,9 +50,9 @@ class SlowMean(GradientMethod):
         return 8 * (ranks - 1) / ranks
 
 
-def train(group: Group, method: Any) -> list[float]:
+def trained(group: Group, method: Any) -> list[float]:
     model = make_model()
-    run = attach(model, method, torch.optim.SGD(model.parameters(), lr=0.02), group=group)
+    run = attach(model, method, slow(model), group=group)
     losses = []
     for step in range(8):
         x, y = make_batch(group.rank, step % 2)
@@ -62,11 +65,16 @@ def train(group: Group, method: Any) -> list[float]:
     return losses
 
 
+def slow(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.02)
+
+
 def test_attach_takes_the_class_and_a_method_made_of_it() -> None:
-    of_class = SimWorld[list[float]](2).run(lambda group: train(group, SlowMean))
-    of_method = SimWorld[list[float]](2).run(lambda group: train(group, SlowMean(decay=0.9)))
-    plain = SimWorld[list[float]](2).run(lambda group: train(group, SlowMean(decay=0.0)))
-    dense = SimWorld[list[float]](2).run(lambda group: train(group, "dense"))
+    def losses(method: Callable[[], Any]) -> list[list[float]]:
+        return SimWorld[list[float]](2).run(lambda group: trained(group, method()))
+
+    of_class, of_method = losses(lambda: SlowMean), losses(lambda: SlowMean(decay=0.9))
+    plain, dense = losses(lambda: SlowMean(decay=0.0)), losses(lambda: "dense")
     assert of_class == of_method != plain
     assert plain[0] == pytest.approx(dense[0], rel=1e-5)
     assert of_class[0][-1] < of_class[0][0]
@@ -86,26 +94,19 @@ def test_it_keeps_the_contract() -> None:
     check_method(lambda: SlowMean(decay=0.5), ranks=(2,), max_norm=0.5, optimizer=slow)
 
 
-def slow(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.02)
-
-
 class DoesNotRollBack(SlowMean):
     """Takes a step's gradients into its momentum before it knows that they are good."""
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         for name, g in bucket.views():
             self.part("momentum", name).mul_(self.options.decay).add_(g.nan_to_num(0.0))
-        self._answer(bucket, group)
-
-    def _answer(self, bucket: Bucket, group: Group) -> None:
         bad = not is_finite(bucket.flat)
         bucket.flat.copy_(torch.cat([self.part("momentum", name) for name in bucket.names]) / group.size)
         if bad:
             bucket.flat.fill_(float("nan"))
         group.all_reduce(bucket.flat)
         if not is_finite(bucket.flat):
-            bucket.void = next(name for name in self.index.names if name in bucket.names)
+            bucket.void = first_bad(self.index, bucket)
 
 
 class KeepsReplicasApart(SlowMean):
@@ -137,15 +138,33 @@ class DoesNotDeclare(SlowMean):
         return self.index.view(self._momentum, name)
 
 
+class LetsNaNThrough(EFSign):
+    """Does not look at the header."""
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        super().exchange(bucket, group)
+        bucket.void = None
+
+
+class DependsOnBuckets(Dense):
+    """Scales by the bucket's own size."""
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        super().exchange(bucket, group)
+        bucket.flat.mul_(1 + 1e-3 * len(bucket.names))
+
+
 @pytest.mark.parametrize(
     ("broken", "complaint"),
     [
+        (LetsNaNThrough, "NaN"),
+        (DependsOnBuckets, "smaller buckets"),
         (DoesNotRollBack, "must leave all state as it was"),
         (KeepsReplicasApart, "replicas differ on 3 ranks"),
         (CallsItShared, "the state 'momentum' differs between 3 ranks: declare it as held='rank'"),
         (DoesNotDeclare, "resuming is not bitwise on 3 ranks"),
     ],
 )
-def test_what_breaks_the_contract_is_told(broken: type[SlowMean], complaint: str) -> None:
+def test_what_breaks_the_contract_is_told(broken: type[Method], complaint: str) -> None:
     with pytest.raises(AssertionError, match=complaint):
         check_method(broken, ranks=(3,), optimizer=slow)

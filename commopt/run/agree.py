@@ -37,7 +37,8 @@ def agree(group: Group, check: Callable[[], tuple[T, Configuration]]) -> T:
     except Exception as error:
         if group.size > 1:
             line = (str(error) or "no reason given").splitlines()[0]
-            _tell_of_failure(group, f"{type(error).__name__}: {line}")
+            with contextlib.suppress(GroupError):  # what went wrong here is told by its own error
+                group.tell(json.dumps({"error": f"{type(error).__name__}: {line}"}))
         raise
     if group.size == 1:
         return result
@@ -58,11 +59,6 @@ def meeting_group(group: Any, process_group: dist.ProcessGroup | None = None) ->
     return TorchGroup(process_group) if dist.is_initialized() else LocalGroup()
 
 
-def own_group(model: Any) -> dist.ProcessGroup | None:
-    """The process group that a DDP model brings along."""
-    return model.process_group if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
-
-
 def check_group(group: Any) -> None:
     """Raise AttachError for something that is not a group, and for one rank alone in a job of several."""
     ranks = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit())
@@ -81,8 +77,7 @@ def configuration_of(
     method: Method,
     named_parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    *,
-    model: Module | None = None,
+    model: Module,
     **options: Any,
 ) -> Configuration:
     """What ranks must have in common: version, method, model, optimizer and how they are put together, as JSON.
@@ -103,21 +98,17 @@ def configuration_of(
             for group in optimizer.param_groups
         ]
     kind = type(getattr(optimizer, "replaced", optimizer)).__name__
+    others = {
+        name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if name not in named_parameters
+    }
+    trained = enumerate(named_parameters.items())
     return {
         "commopt": commopt.__version__,
         "framework": framework,
         "method": {"name": method.name, **_attributes(method.options)},
         "optimizer": {"name": kind, "groups": groups, **_plain(dict(optimizer.defaults))},
-        "parameters": {
-            name: f"{_kind(p, is_every_step)}, number {k}" for k, (name, p) in enumerate(named_parameters.items())
-        },
-        "others": {
-            name: _kind(x, is_every_step)
-            for name, x in (*model.named_parameters(), *model.named_buffers())
-            if name not in named_parameters
-        }
-        if model is not None
-        else {},
+        "parameters": {name: f"{_kind(p, is_every_step)}, number {k}" for k, (name, p) in trained},
+        "others": {name: _kind(x, is_every_step) for name, x in others.items()},
         **options,
     }
 
@@ -142,7 +133,7 @@ def difference(configurations: Mapping[int, Configuration]) -> str:
         if len(ranks_of) > 1:
             if key in ("method.name", "optimizer.name"):  # whose other settings differ then, too
                 of_another_kind.append(key.removesuffix("name"))
-            told.append(f"{key} is " + " and ".join(f"{_short(value)} on {_ranks(r)}" for value, r in ranks_of.items()))
+            told.append(f"{key} is " + " and ".join(f"{_short(value)} on {listed(r)}" for value, r in ranks_of.items()))
     more = f"; and {len(told) - _SHOWN} more differences" if len(told) > _SHOWN else ""
     return f"the ranks' configurations differ: {'; '.join(told[:_SHOWN])}{more}; give every rank the same"
 
@@ -164,19 +155,13 @@ def _kind(x: Tensor, with_device: bool) -> str:
     return f"{kind} on {x.device.type}" if with_device else kind
 
 
-def _tell_of_failure(group: Group, text: str) -> None:
-    with contextlib.suppress(GroupError):  # what went wrong here is told by its own error
-        group.tell(json.dumps({"error": text}))
-
-
 def _canonical(configuration: Configuration) -> str:
     return json.dumps(configuration, sort_keys=True)
 
 
 def _attributes(thing: Any) -> Configuration:
     """The settings of a method or a codec."""
-    found = vars(thing)
-    return {key.lstrip("_"): _plain(value) for key, value in sorted(found.items()) if not callable(value)}
+    return {key.lstrip("_"): _plain(value) for key, value in sorted(vars(thing).items()) if not callable(value)}
 
 
 def _plain(value: Any) -> Any:
@@ -212,5 +197,6 @@ def _short(value: str) -> str:
     return value if len(value) <= _LONG else f"{value[:_LONG]}..."
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def listed(ranks: Sequence[int]) -> str:
+    """Ranks as a message names them: "ranks 0, 2"."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

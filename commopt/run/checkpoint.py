@@ -6,7 +6,7 @@ optimizer itself, carry a block of the same form with the method's state beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from torch import Tensor
 from commopt.errors import CheckpointError
 from commopt.run import storage
 from commopt.run.pack import join, split
-from commopt.run.stand_in import StandIn
 from commopt.run.storage import Content, Stored, together
 from commopt.wire.state import Saved
 
@@ -29,15 +28,13 @@ _BLOCK = "commopt"  # the folder of a block, in the folder of a framework's chec
 
 def save(folder: str | Path, run: Run, *, extra: Mapping[str, object] | None = None) -> None:
     """What `Run.save` does."""
-    place = run.checkpoint_folder(Path(folder))
     content = together(run.group, lambda: _content(run, extra or {}, with_training=True))
-    storage.save(place, content, run.group)
+    storage.save(run.checkpoint_folder(Path(folder)), content, run.group)
 
 
 def load(folder: str | Path, run: Run) -> dict[str, Any]:
     """What `Run.load` does."""
-    place = run.checkpoint_folder(Path(folder))
-    return take_over(run, open_for(run, place, with_training=True))
+    return take_over(run, open_for(run, run.checkpoint_folder(Path(folder)), with_training=True))
 
 
 def save_block(folder: str | Path, run: Run) -> None:
@@ -52,7 +49,11 @@ def save_block(folder: str | Path, run: Run) -> None:
 def read_block(folder: str | Path, run: Run) -> Callable[[], None]:
     """Verify the block of a framework's checkpoint; returns what takes it over, once the framework has loaded its part."""
     stored = open_for(run, run.block_folder(Path(folder) / _BLOCK), with_training=run.is_replica)
-    return lambda: (take_over(run, stored), None)[1]
+
+    def go_on() -> None:
+        take_over(run, stored)
+
+    return go_on
 
 
 def has_block(folder: str | Path) -> bool:
@@ -92,14 +93,14 @@ def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> C
         "method": run.method.name,
         "form": run.method.state_form,
         "steps": run.steps,
-        "parameters": [[name, list(p.shape)] for name, p in run.parameters.items()],
+        "parameters": _parameters(run),
         "buckets": run.bucket_layout(),
     }
     described: dict[str, Any] = {"extra": dict(extra)}
     own = {f"method/{key}": x for key, x in saved["rank"].items()}
     if with_training:
-        meta["optimizer_type"] = _kind(run.optimizer)
-        described |= {"model": dict(run.model.state_dict()), "optimizer": _optimizer_state(run.optimizer)}
+        meta["optimizer_type"] = type(run.replaced).__name__
+        described |= {"model": dict(run.model.state_dict()), "optimizer": run.optimizer_state()}
         own["rng"] = torch.get_rng_state()
     for key, value in described.items():
         meta[key], tensors = split(value, key)
@@ -108,21 +109,11 @@ def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> C
     return Content(shared, own, meta)
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state_dict; without what a method's own state has already."""
-    state: dict[str, Any] = optimizer.state_dict()
-    return {**state, "state": {}} if isinstance(optimizer, StandIn) else state
-
-
 def _saved(stored: Stored, rank: int) -> Saved:
     def of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key.removeprefix("method/"): x for key, x in tensors.items() if key.startswith("method/")}
 
     return {"shared": of_method(stored.shared()), "rank": of_method(stored.own(rank))}
-
-
-def _kind(optimizer: torch.optim.Optimizer) -> str:
-    return type(optimizer.replaced if isinstance(optimizer, StandIn) else optimizer).__name__
 
 
 def _check(folder: Path, stored: Stored, run: Run, *, with_training: bool) -> None:
@@ -139,18 +130,18 @@ def _check(folder: Path, stored: Stored, run: Run, *, with_training: bool) -> No
         )
     for what, saved, own in (
         ("under", meta["method"], run.method.name),
-        ("with the optimizer", meta.get("optimizer_type"), _kind(run.optimizer) if with_training else None),
+        ("with the optimizer", meta.get("optimizer_type"), type(run.replaced).__name__ if with_training else None),
         ("with", meta["form"], run.method.state_form),
     ):
         if saved != own:
             raise CheckpointError(f"{folder}: was saved {what} {saved or 'no options'}, not {own or 'none'}")
-    pairs = [*_pairs(meta["parameters"], [[name, list(p.shape)] for name, p in run.parameters.items()])]
+    pairs: list[tuple[Any, Any]] = [*zip_longest(meta["parameters"], _parameters(run))]
     if with_training:
-        pairs += _pairs(_shapes(join(meta["model"], stored.shared())), _shapes(run.model.state_dict()))
-    for saved, own in pairs:
-        if saved != own:
+        pairs += zip_longest(_shapes(join(meta["model"], stored.shared())), _shapes(run.model.state_dict()))
+    for theirs, ours in pairs:
+        if theirs != ours:
             raise CheckpointError(
-                f"{folder}: is of another model: it has {_described(saved)} where this one has {_described(own)}"
+                f"{folder}: is of another model: it has {_described(theirs)} where this one has {_described(ours)}"
             )
     if with_training:
         groups = join(meta["optimizer"], stored.shared())["param_groups"]
@@ -167,8 +158,8 @@ def _shapes(state: Mapping[str, Any]) -> list[list[Any]]:
     return [[key, list(x.shape) if isinstance(x, Tensor) else []] for key, x in sorted(state.items())]
 
 
-def _pairs(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip_longest(a, b))
+def _parameters(run: Run) -> list[list[Any]]:
+    return [[name, list(p.shape)] for name, p in run.parameters.items()]
 
 
 def _described(parameter: Any) -> str:

@@ -15,7 +15,7 @@ from torch.nn import Module, Parameter
 from commopt.errors import AttachError
 from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWorld, TcpPeers, TorchGroup
 from commopt.groups.tcp import Membership, listen_anywhere
-from commopt.method import EveryStep, Method
+from commopt.method import Method
 from commopt.plan.links import LinkModel
 
 ATTACHED: weakref.WeakSet[Module] = weakref.WeakSet()  # not an attribute of the model, which must stay picklable
@@ -161,7 +161,7 @@ def check_parameters(model: Module, method: Method, optimizer: torch.optim.Optim
     for name, p in named.items():
         if not p.dtype.is_floating_point:
             raise AttachError(f"{name}: {p.dtype} parameters are not supported")
-        if isinstance(method, EveryStep) and method.needs_float32 and p.dtype not in (torch.float32, *HALF):
+        if method.needs_float32 and p.dtype not in (torch.float32, *HALF):
             raise AttachError(
                 f"{name}: {method.name} works in float32, and would lose precision of {p.dtype}; use dense"
             )

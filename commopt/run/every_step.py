@@ -18,7 +18,7 @@ from commopt.errors import AttachError, GradientsChanged
 from commopt.exchange.clip import clip_by_mean_square_, clip_joint_norm_
 from commopt.groups import Group, LocalGroup
 from commopt.method import EveryStep
-from commopt.run.checks import HALF, check_parameters, has_closure, note_attached, note_detached
+from commopt.run.checks import HALF, has_closure
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
 from commopt.wire.bucket import Bucket
@@ -52,35 +52,21 @@ class EveryStepRun(Run):
     )
 
     def __init__(self, model: Module, prepared: Prepared, group: Group) -> None:
-        super().__init__()
-        self.method, self.group = prepared.method, group
+        super().__init__(model, prepared.method, prepared.optimizer)
+        self.prepared, self.group = prepared, group
         self.max_norm, self.grad_scaler = prepared.max_norm, prepared.grad_scaler
-        self.prepared, self.model, self.optimizer = prepared, model, prepared.optimizer
-        self.parameters = check_parameters(model, self.method, self.optimizer)
         self._voids = 0
         self._void_names: set[str] = set()
         self._unapplied: set[str] = set()  # exchanged into state that is kept, and not stepped by yet
         # parameter name -> its gradient when backward had ended, and the version of that
         self._exchanged: dict[str, tuple[Tensor | None, int]] = {}
-        self._known = {id(p) for p in self.parameters.values()}
         self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._handles: list[Any] = []
+        stand_in = self.optimizer if isinstance(self.optimizer, StandIn) else None
+        self._is_update = stand_in is not None  # gradients are only a copy of what it steps by
         group.traffic.method = self.method.name
-        if isinstance(self.optimizer, StandIn):
-            self.optimizer.method.follow(self.optimizer.replaced, self.parameters)
+        self.method.follow(self.replaced, self.parameters)
         self.method.bind(self.served(), group)
-        if isinstance(self.optimizer, StandIn):
-            self._handles += self.optimizer.take_place(self.parameters)
-        note_attached(model)
-        self._handles += [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
-
-    @property
-    def _is_update(self) -> bool:
-        """Whether gradients are only a copy of what the optimizer steps by."""
-        return isinstance(self.optimizer, StandIn)
+        self._attached(*(stand_in.take_place(self.parameters) if stand_in is not None else ()))
 
     def served(self) -> list[tuple[str, Tensor]]:
         """What the method keeps state for: the parameters by name, in registration order."""
@@ -91,14 +77,9 @@ class EveryStepRun(Run):
         self.method.synchronise(self.group)  # for methods that take local steps
         super().finish()
 
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if isinstance(self.optimizer, StandIn):
-            self.optimizer.leave()
-        note_detached(self.model)
-        super().close()
+    def optimizer_state(self) -> dict[str, Any]:
+        state = super().optimizer_state()
+        return {**state, "state": {}} if self._is_update else state  # which the method's own state has already
 
     @contextmanager
     def communication_off(self) -> Iterator[None]:
@@ -118,9 +99,6 @@ class EveryStepRun(Run):
         every = self.group.all_gather(Payload.of(own))
         return all(torch.equal(own, other.tensors[0]) for other in every)
 
-    def are_replicas_as_promised(self) -> bool:
-        return self.replicas_are_equal()
-
     # -- the exchange
 
     def exchange(self, buckets: Sequence[Bucket]) -> None:
@@ -137,14 +115,12 @@ class EveryStepRun(Run):
         for bucket, done in zip(buckets, work, strict=True):
             for name in bucket.names:
                 self._exchanged[name] = (None, -1)
-            if done.void is not None and is_local:
-                self._record_local(bucket, done.void)
-                bucket.flat.zero_()  # finite, so that no rank skips a step that the others take
-                continue
             if done.void is not None:
-                self._record_void(bucket, done.void)
-                # a GradScaler, known to us or not, finds the NaN on every rank alike, skips the step and lowers its scale
-                bucket.flat.fill_(0.0 if self._is_update and self.grad_scaler is None else math.nan)
+                self._record_void(bucket, done.void, is_local)
+                # a GradScaler, known to us or not, finds the NaN on every rank alike, skips the step and lowers its scale;
+                # a local step is finite, so that no rank skips a step that the others take
+                is_zero = is_local or (self._is_update and self.grad_scaler is None)
+                bucket.flat.fill_(0.0 if is_zero else math.nan)
                 continue
             self._unapplied.update(bucket.names)
             if done is not bucket:
@@ -240,29 +216,19 @@ class EveryStepRun(Run):
         dtype = torch.float32 if self.method.needs_float32 else bucket.flat.dtype
         return bucket.with_flat(bucket.flat.to(dtype) / scale)
 
-    def _record_void(self, bucket: Bucket, name: str) -> None:
-        bucket.void = name
-        self._void_names.update(bucket.names)
+    def _record_void(self, bucket: Bucket, name: str, is_local: bool) -> None:
         self.voided.append((self.steps, name))
-        self._voids += 1
-        if self.group.rank == 0 and (self._voids & (self._voids - 1)) == 0:  # the 1st, 2nd, 4th, 8th ...
-            _log.warning(
-                "step %d: %s has a NaN or an inf in its gradient on some rank; %s is left out of this step on all ranks%s",
-                self.steps,
-                name,
-                bucket.label,
-                f" (the {self._voids}th time; has the training diverged?)" if self._voids > 2 else "",
-            )
-
-    def _record_local(self, bucket: Bucket, name: str) -> None:
-        self.voided.append((self.steps, name))
-        _log.warning(
-            "step %d: %s has a NaN or an inf in its gradient on rank %d; %s is left out of this local step there",
-            self.steps,
-            name,
-            self.group.rank,
-            bucket.label,
-        )
+        where, what, more = f"rank {self.group.rank}", "this local step there", ""
+        if not is_local:
+            bucket.void = name
+            self._void_names.update(bucket.names)
+            self._voids += 1
+            if self.group.rank != 0 or (self._voids & (self._voids - 1)) != 0:  # told the 1st, 2nd, 4th, 8th ... time
+                return
+            where, what = "some rank", "this step on all ranks"
+            more = f" (the {self._voids}th time; has the training diverged?)" if self._voids > 2 else ""
+        told = "step %d: %s has a NaN or an inf in its gradient on %s; %s is left out of %s%s"
+        _log.warning(told, self.steps, name, where, bucket.label, what, more)
 
     # -- the optimizer's step
 
@@ -271,11 +237,8 @@ class EveryStepRun(Run):
             raise AttachError(
                 "optimizer.step() takes no closure here: gradients are exchanged before it; call backward, then step()"
             )
-        for group in self.optimizer.param_groups:
-            if any(p.grad is not None and id(p) not in self._known for p in group["params"]):
-                raise AttachError("a parameter that was frozen at attach has a gradient: close(), and attach again")
-        replaced = self.optimizer.replaced if isinstance(self.optimizer, StandIn) else self.optimizer
-        self.method.check_optimizer(replaced)  # a schedule, or a loaded state, may have brought a momentum
+        super()._before_step(optimizer, args, kwargs)
+        self.method.check_optimizer(self.replaced)  # a schedule, or a loaded state, may have brought a momentum
         if self._is_update:
             self._check_gradients()
         for name, saved in self._rollback.items():

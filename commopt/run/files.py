@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -30,8 +29,7 @@ NAME = re.compile(r"manifest\.(json|lock)|shared\.safetensors|rank[0-9]+\.safete
 _VERSION = 2  # commopt 0.1 wrote other formats
 # how a manifest begins; the checksum is that of all bytes after it
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ("format": "commopt checkpoint", "version": ([0-9]{1,9}), )')
-_MAX_MANIFEST_BYTES, _MAX_DEPTH, _MAX_BITS = 1 << 30, 64, 4096
-_FLOAT = "$float"  # {"$float": "inf"} is the infinity that JSON lacks
+_MAX_MANIFEST_BYTES = 1 << 30
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _SMALL = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL", torch.complex64: "C64"}
 _SIGNED = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
@@ -49,7 +47,7 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one save left: its files, and the metas of its ranks."""
+    """What one save left: its files, and its JSON. own_metas: an entry for each rank that saved."""
 
     token: str
     files: Mapping[str, File]
@@ -57,32 +55,11 @@ class Manifest:
     own_metas: list[dict[str, Any]]
 
 
-def as_json(value: Any, where: str, depth: int = 0) -> Any:
-    """The value as JSON. Raises CheckpointError, with the path of keys that leads there, for what is none."""
-    if depth > _MAX_DEPTH:
-        raise CheckpointError(f"{where[:80]}...: is nested more than {_MAX_DEPTH} deep; save it flatter")
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {_FLOAT: float.__repr__(value)}
-    if value is None or (isinstance(value, int) and value.bit_length() <= _MAX_BITS) or _is_text(value):
-        return value
-    if isinstance(value, list | tuple):
-        return [as_json(one, f"{where}[{k}]", depth + 1) for k, one in enumerate(value)]
-    if not isinstance(value, Mapping):
-        hint = "tensors go into shared or own" if isinstance(value, Tensor) else "save numbers, text, lists and dicts"
-        raise CheckpointError(f"{where}: a {type(value).__name__} ({short(value)}) cannot be saved as JSON; {hint}")
-    for key in value:
-        if not _is_text(key) or key == _FLOAT:
-            raise CheckpointError(f"{where}: {short(key)} cannot be a key in JSON; use a text")
-    return {key: as_json(one, f"{where}.{key}", depth + 1) for key, one in value.items()}
-
-
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError, with its name, for a tensor that safetensors cannot store."""
     for name, x in tensors.items():
-        if not _is_text(name) or name == "__metadata__":
+        if any("\ud800" <= c <= "\udfff" for c in name):
             raise CheckpointError(f"{short(name)} cannot be a tensor's name in safetensors; use another text")
-        if not isinstance(x, Tensor):
-            raise CheckpointError(f"{name}: got {type(x).__name__}, expected a tensor; save it in meta or own_meta")
         if x.layout != torch.strided or x.is_nested or x.is_meta or hasattr(x, "to_local"):
             raise CheckpointError(f"{name}: only whole, dense tensors can be saved; gather it, or call to_dense()")
         if x.dtype not in _DTYPES:
@@ -99,7 +76,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps(asdict(manifest), allow_nan=False).encode()[1:]
     text = b'"format": "commopt checkpoint", "version": %d, ' % _VERSION + text
     if len(text) > _MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"meta and own_meta come to {len(text)} bytes; save tensors in shared or own instead")
+        raise CheckpointError(f"meta comes to {len(text)} bytes; save tensors in shared or own instead")
     _write(folder / MANIFEST, [b'{"sha256": "%s", ' % hashlib.sha256(text).hexdigest().encode(), text])
 
 
@@ -124,8 +101,7 @@ def read_manifest(folder: Path) -> tuple[str, Manifest]:
             f"{path}: is of format {int(head[3])}, and this version reads {_VERSION}; load it with the commopt that saved it"
         )
     try:
-        fields = json.loads(data.decode(), object_hook=_with_floats, parse_constant=_refuse, parse_float=_finite)
-        manifest = _manifest(fields)
+        manifest = _manifest(json.loads(data.decode()))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid: {str(error).splitlines()[0]}; take another checkpoint") from error
     return digest, manifest
@@ -195,22 +171,6 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
             f"token: {short(token)} is not text" if isinstance(meta, dict) else f"meta: {short(meta)} is not a dict"
         )
     return Manifest(token, {name: File(**file) for name, file in files.items()}, meta, own_metas)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def _with_floats(entry: dict[str, Any]) -> Any:
-    return float(entry[_FLOAT]) if list(entry) == [_FLOAT] and isinstance(entry[_FLOAT], str) else entry
-
-
-def _finite(text: str) -> float:
-    return float(text) if math.isfinite(float(text)) else _refuse(text)
-
-
-def _refuse(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number")
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

@@ -88,7 +88,7 @@ class RunLog:
         self._is_finished = True
         self.tell()
         self.end_window()
-        if not self._run.are_replicas_as_promised():
+        if not self._run.replicas_are_equal():
             self._recorder.event("replicas have drifted apart")
 
     def measure_compute(self, step: Callable[[], object], repeats: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from commopt.errors import AttachError, GroupError
 from commopt.exchange.base import is_finite
 from commopt.groups.peers import PeerGroup, Progress, call_roll
-from commopt.run.agree import difference, digest
+from commopt.run.agree import difference, digest, listed
 from commopt.run.pack import pack, unpack
 from commopt.wire.payload import Payload
 
@@ -54,7 +54,7 @@ class Members:
                 f"rank {peers.rank} came back, and found nobody who trains to catch up from; resume from a checkpoint"
             )
         if missing:
-            _log.warning("rank %d starts without %s, which did not come", peers.rank, _listed(missing))
+            _log.warning("rank %d starts without %s, which did not come", peers.rank, listed(missing))
         self._start_together(wait_s)
 
     def catch_up(self, *, tensors: bool = True, in_step: bool = True, donors: Sequence[int] | None = None) -> bool:
@@ -103,13 +103,10 @@ class Members:
     def before_step(self) -> None:
         """Bring the schedule into force that was taken over in the last step, and answer those who asked for this rank's state.
 
-        When a step begins, all belongs together: parameters, optimizer and schedule after as many steps as are counted.
+        When a step begins, all belongs together: parameters, optimizer and schedule after as many steps as are counted. A copy is
+        made now, and travels beside the training.
         """
         self._settle()
-        self._answer()
-
-    def _answer(self) -> None:
-        """Send this rank's state to those who asked for it; a copy is made now, and travels beside the training."""
         training = self._training
         for peer, letter in self._peers.drain("ask"):
             if not is_finite(training.flat()):
@@ -239,7 +236,3 @@ class Members:
 
     def _step_of(self, peer: int) -> int:
         return (self._peers.progress(peer) or Progress(0, False)).step
-
-
-def _listed(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -20,7 +20,7 @@ from commopt.gossip.spread import Spread
 from commopt.groups import LocalGroup
 from commopt.groups.peers import PeerGroup, Peers, call_roll
 from commopt.run.agree import Configuration
-from commopt.run.checks import RefusesDDP, check_parameters, note_attached, note_detached
+from commopt.run.checks import RefusesDDP
 from commopt.run.members import Members
 from commopt.run.run import HasState, RoundReport, Run
 from commopt.wire.state import Saved
@@ -61,30 +61,22 @@ class OuterRun(Run):
         configuration: Configuration,
         max_norm: float | None = None,
     ) -> None:
-        super().__init__()
-        self.model, self.method, self.optimizer, self.peers = model, method, optimizer, peers
-        self.max_norm, self.configuration = max_norm, configuration
+        super().__init__(model, method, optimizer)
+        self.peers, self.max_norm, self.configuration = peers, max_norm, configuration
         self.group = LocalGroup()  # nothing here concerns all ranks at once
         self.group.traffic = peers.traffic
-        self.parameters = check_parameters(model, method, optimizer)
         self.averaged_state = method.averaged_state
         self.spread: float | None = None
         self._is_off = self._has_joined = False
-        self._known = {id(p) for p in self.parameters.values()}
         self._pending: list[_Pending] = []
         self._members = Members(self)
         peers.traffic.method = method.name
-        named = [(name, p) for name, p in self.parameters.items()]
+        named: list[tuple[str, Tensor]] = [*self.parameters.items()]
         named += [(f"{name}:{key}", p) for key in self.averaged_state for name, p in self.parameters.items()]
         method.bind(named, peers)
         self._sketch = Spread(method.index.total, peers.rank)
-        note_attached(model)
         self._refuses_ddp = RefusesDDP(model, method.name)
-        self._handles: list[Any] = [
-            self._refuses_ddp,
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._attached(self._refuses_ddp)
 
     # -- the training script's side
 
@@ -128,10 +120,6 @@ class OuterRun(Run):
         self.peers.announce(self.steps, is_training=False)
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        note_detached(self.model)
         super().close()
         self.peers.close()
 
@@ -196,10 +184,8 @@ class OuterRun(Run):
 
     # -- rounds
 
-    def _before_step(self, *_: Any) -> None:
-        for group in self.optimizer.param_groups:
-            if any(p.grad is not None and id(p) not in self._known for p in group["params"]):
-                raise AttachError("a parameter that was frozen at attach has a gradient: close(), and attach again")
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        super()._before_step(optimizer, args, kwargs)
         if self._has_joined and not self._is_off:
             self._members.before_step()
         if self.max_norm is not None:
@@ -242,8 +228,7 @@ class OuterRun(Run):
 
         sent = self.peers.traffic.payload_bytes
         wait = self.peers.start(job)
-        pending = _Pending(round, x, self.steps, wait, self.peers.seconds - begun_s, sent)
-        self._pending.append(pending)
+        self._pending.append(_Pending(round, x, self.steps, wait, self.peers.seconds - begun_s, sent))
         if self.method.delay == 0:
             self._end_round(self._pending.pop(0))
 
@@ -257,19 +242,9 @@ class OuterRun(Run):
         blocked_s = pending.blocked_s + self.peers.seconds - begun_s
         self.waited_s += blocked_s
         nbytes = self.peers.traffic.payload_bytes - pending.sent
-        members = list(exchanged.members)
-        self.reports.append(
-            RoundReport(
-                self.steps,
-                pending.round.number,
-                members,
-                exchanged.is_missed,
-                blocked_s,
-                exchange_s,
-                nbytes,
-                self.spread,
-            )
-        )
+        round, members, missed = pending.round.number, list(exchanged.members), exchanged.is_missed
+        report = RoundReport(self.steps, round, members, missed, blocked_s, exchange_s, nbytes, self.spread)
+        self.reports.append(report)
 
     def _replace(self, pending: _Pending, new: Tensor) -> None:
         part = pending.round.part
@@ -282,19 +257,18 @@ class OuterRun(Run):
 
     def flat(self) -> Tensor:
         """(elements,) f32 on the CPU: the parameters in registration order, and the inner optimizer's state that is averaged too."""
-        tensors = [p.detach().reshape(-1) for p in self.parameters.values()]
-        for key in self.averaged_state:
-            tensors += [self._state(p, key).reshape(-1) for p in self.parameters.values()]
-        return torch.cat([x.to("cpu", torch.float32) for x in tensors])
+        return torch.cat([x.reshape(-1).to("cpu", torch.float32) for x in self._averaged()])
 
     def set_flat(self, flat: Tensor) -> None:
         """Overwrite parameters, and averaged state, by what `flat` would give."""
-        targets = [p.detach() for p in self.parameters.values()]
-        for key in self.averaged_state:
-            targets += [self._state(p, key) for p in self.parameters.values()]
+        targets = self._averaged()
         with torch.no_grad():
             for target, x in zip(targets, torch.split(flat, [t.numel() for t in targets]), strict=True):
                 target.copy_(x.view_as(target))
+
+    def _averaged(self) -> list[Tensor]:
+        states = [self._state(p, key) for key in self.averaged_state for p in self.parameters.values()]
+        return [*(p.detach() for p in self.parameters.values()), *states]
 
     def _state(self, p: Tensor, key: str) -> Tensor:
         state = self.optimizer.state.get(p, {})

@@ -78,17 +78,9 @@ def check_request(
         named = check_parameters(model, method, optimizer)
         if look is not None:
             look(method, optimizer)
-        others = configuration_of(
-            framework,
-            method,
-            named,
-            optimizer,
-            model=model,
-            max_norm=request.max_norm,
-            overlap=request.overlap,
-            **configuration(),
-        )
-        return Checked(method, optimizer, request, others), others
+        options = {"max_norm": request.max_norm, "overlap": request.overlap, **configuration()}
+        told = configuration_of(framework, method, named, optimizer, model, **options)
+        return Checked(method, optimizer, request, told), told
 
     return agree(meeting, check)
 
@@ -113,10 +105,9 @@ def _general_facts(method: Method, request: Request, model: Module) -> dict[str,
         )
     if request.overlap not in (None, True, False):
         raise ConfigError(f"overlap: {request.overlap!r} is out of range; write True, False, or leave it out")
-    takes_max_norm = getattr(method, "takes_max_norm", True)
     compiled = [base.__name__ for base in type(getattr(model, "_orig_mod", None)).__mro__]
     return {
-        "max_norm of a private method": request.max_norm is not None and not takes_max_norm,
+        "max_norm of a private method": request.max_norm is not None and not method.takes_max_norm,
         "outer method and max_norm with a scaler": request.grad_scaler is not None,
         "peers for a synchronous method": isinstance(request.group, Peers),
         "compiled ddp": "DistributedDataParallel" in compiled,

@@ -11,10 +11,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
+from commopt.errors import AttachError
 from commopt.groups import Group, Traffic
 from commopt.method import Method
+from commopt.run import checkpoint
+from commopt.run.checks import check_parameters, note_attached, note_detached
 from commopt.run.log import RunLog
 from commopt.wire.state import Saved
 
@@ -69,12 +72,13 @@ class Run(ABC):
     """
 
     method: Method
-    model: Module
-    optimizer: torch.optim.Optimizer
-    parameters: dict[str, Parameter]
     group: Group
 
-    def __init__(self) -> None:
+    def __init__(self, model: Module, method: Method, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.method, self.optimizer = model, method, optimizer
+        self.parameters = check_parameters(model, method, optimizer)
+        self._known = {id(p) for p in self.parameters.values()}
+        self._handles: list[Any] = []
         self.voided: list[tuple[int, str]] = []
         self.waited_s = 0.0
         self.steps = 0
@@ -118,6 +122,10 @@ class Run(ABC):
 
     def close(self) -> None:
         """Take the method out of the training script, and leave the job; what still has to be sent has a few seconds."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        note_detached(self.model)
         self.is_closed = True
         self._log.close()
 
@@ -127,9 +135,7 @@ class Run(ABC):
         extra: what else belongs to the checkpoint, as a schedule's state_dict: numbers, texts, lists, dicts and tensors. Rank 0's
             is kept. A crash or a full disk leaves the checkpoint that was there. Raises CheckpointError, on all ranks alike.
         """
-        from commopt.run.checkpoint import save
-
-        save(folder, self, extra=extra)
+        checkpoint.save(folder, self, extra=extra)
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Go on from a checkpoint; returns the `extra` that was saved with it. Call it after attach, and before `join`.
@@ -138,9 +144,7 @@ class Run(ABC):
         had to send. Raises CheckpointError, on all ranks and before anything is changed, if the checkpoint is damaged, or belongs to
         another model or method.
         """
-        from commopt.run.checkpoint import load
-
-        return load(folder, self)
+        return checkpoint.load(folder, self)
 
     def log(self, **values: float) -> None:
         """Record what this step came to, where the launcher wants it, or print some of it: `run.log(loss=..., tokens=...)`.
@@ -162,7 +166,7 @@ class Run(ABC):
 
     @abstractmethod
     def replicas_are_equal(self) -> bool:
-        """Whether every rank holds the same parameters, bit for bit; all ranks must ask. Sends 32 bytes."""
+        """Whether every rank holds the same parameters, bit for bit, if the method promises that; all ranks must ask. Sends 32 bytes."""
 
     def __enter__(self) -> Self:
         return self
@@ -176,11 +180,35 @@ class Run(ABC):
         finally:
             self.close()
 
+    def _attached(self, *handles: Any) -> None:
+        """Follow the optimizer's steps from now on; handles: what else `close` removes."""
+        note_attached(self.model)
+        self._handles += [
+            *handles,
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        for group in self.optimizer.param_groups:
+            if any(p.grad is not None and id(p) not in self._known for p in group["params"]):
+                raise AttachError("a parameter that was frozen at attach has a gradient: close(), and attach again")
+
+    @abstractmethod
+    def _after_step(self, *_: Any) -> None:
+        """Called when the optimizer has stepped."""
+
     # -- for checkpoints and the log
 
-    def are_replicas_as_promised(self) -> bool:
-        """Whether replicas are equal if the method promises that; all ranks must ask."""
-        return True
+    @property
+    def replaced(self) -> torch.optim.Optimizer:
+        """The user's optimizer, whoever steps in its place."""
+        replaced: torch.optim.Optimizer = getattr(self.optimizer, "replaced", self.optimizer)
+        return replaced
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of the optimizer."""
+        return self.optimizer.state_dict()
 
     is_replica = False  # whether this rank's model is its own, and is saved by itself
 

@@ -39,7 +39,7 @@ class StandIn(torch.optim.Optimizer):
         self.replaced.param_groups = groups
 
     def take_place(self, parameters: Mapping[str, Parameter]) -> list[Any]:
-        """Show the method's state, and let the replaced optimizer refuse to step; returns handles that undo the latter."""
+        """Show the method's state, and let the replaced optimizer refuse to step; returns handles that undo this."""
         self.is_attached, self.parameters = True, dict(parameters)
         self._show_state()
         name, kind = self.method.name, type(self.replaced).__name__
@@ -53,9 +53,10 @@ class StandIn(torch.optim.Optimizer):
         return [
             self.replaced.register_step_pre_hook(refuse_step),
             self.replaced.register_load_state_dict_pre_hook(refuse_load),
+            self,
         ]
 
-    def leave(self) -> None:
+    def remove(self) -> None:
         """Refuse to step from now on."""
         self.is_attached = False
 

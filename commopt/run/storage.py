@@ -1,6 +1,6 @@
 """Named tensors and JSON of several ranks in one folder: replaced as a whole, and verified before anything is returned.
 
-    manifest.json        the ranks' JSON, a token of this save, the size and SHA-256 of each file, and of the manifest itself
+    manifest.json        JSON, a token of this save, the size and SHA-256 of each file, and of the manifest itself
     shared.safetensors   what all ranks have in common
     rank0.safetensors    what rank 0 has for itself; one file per rank
 
@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -39,22 +39,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Content:
-    """What one rank saves. Of `shared` and `meta`, rank 0's are kept.
-
-    meta, own_meta: JSON, with inf and nan; keys are text, and tuples come back as lists.
-    """
+    """What one rank saves. Of `shared` and `meta`, which is JSON, rank 0's are kept."""
 
     shared: Mapping[str, Tensor]
     own: Mapping[str, Tensor]
-    meta: Mapping[str, Any]
-    own_meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A save that has been verified: the metas of its ranks, and the tensors that this rank needs of it."""
+    """A save that has been verified: its JSON, and the tensors that this rank needs of it."""
 
-    folder: Path
     manifest: Manifest
     tensors: Mapping[str, dict[str, Tensor]]  # by file
 
@@ -67,16 +62,11 @@ class Stored:
     def meta(self) -> dict[str, Any]:
         return self.manifest.meta
 
-    def own_meta(self, rank: int) -> dict[str, Any]:
-        return self.manifest.own_metas[rank]
-
     def shared(self) -> dict[str, Tensor]:
         return self.tensors[SHARED]
 
     def own(self, rank: int) -> dict[str, Tensor]:
         """What a rank had for itself: any rank if another number of ranks saved than loads, else only this one."""
-        if OWN.format(rank) not in self.tensors:
-            raise CheckpointError(f"{self.folder}: what rank {rank} saved was not read on this rank")
         return self.tensors[OWN.format(rank)]
 
 
@@ -98,23 +88,18 @@ def save(folder: str | Path, content: Content, group: Group) -> None:
     is_first = group.rank == 0
     mine = {OWN.format(group.rank): content.own} | ({SHARED: content.shared} if is_first else {})
 
-    def prepare() -> tuple[tuple[Path, Any, Any], str]:
+    def prepare() -> tuple[Path, str]:
         place = Path(os.path.realpath(folder))
         for tensors in mine.values():
             files.check_tensors(tensors)
-        metas = files.as_json(dict(content.meta), "meta"), files.as_json(dict(content.own_meta), "own_meta")
-        return (place, *metas), _begin(place, at_end) if is_first else ""
+        return place, _begin(place, at_end) if is_first else ""
 
     def write() -> tuple[None, Any]:
-        return None, [
-            {name: asdict(files.write_tensors(partial / name, x)) for name, x in mine.items()},
-            own_meta,
-        ]
+        return None, {name: asdict(files.write_tensors(partial / name, x)) for name, x in mine.items()}
 
     def finish() -> None:
-        sizes = {name: files.File(**file) for written, _ in told for name, file in written.items()}
-        own_metas = [one for _, one in told]
-        _finish(partial, Manifest(token, sizes, meta, own_metas))
+        sizes = {name: files.File(**file) for written in told for name, file in written.items()}
+        _finish(partial, Manifest(token, sizes, content.meta, [{}] * group.size))
         _swap(partial, place)
         for old in _siblings(place, "old"):
             with contextlib.suppress(CheckpointError, OSError):
@@ -124,7 +109,7 @@ def save(folder: str | Path, content: Content, group: Group) -> None:
 
     with contextlib.ExitStack() as at_end:
         try:
-            (place, meta, own_meta), (token, *_) = _met(group, prepare)
+            place, (token, *_) = _met(group, prepare)
             partial = _beside(place, token, "partial")
             _, told = _met(group, write)
             together(group, lambda: finish() if is_first else None)
@@ -154,7 +139,7 @@ def open_checkpoint(folder: str | Path, group: Group) -> Stored:
             else:
                 if place != target and group.rank == 0:
                     _log.warning("%s is missing: a job was killed while it replaced it; %s is loaded", target, place)
-                return Stored(place, manifest, tensors), digest
+                return Stored(manifest, tensors), digest
 
     stored, digests = _met(group, read)
     for rank, digest in enumerate(digests):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from typing import Any
@@ -31,70 +32,44 @@ def poison(model: nn.Sequential, bad: float) -> Any:
     return parameter.register_hook(hook)
 
 
-def one_bad_step(
-    model: nn.Module, inner: nn.Sequential, optimizer: Any, run: Any, rank: int, *, first: int, bad: float
-) -> dict[str, Any]:
-    """Train, take a step that is bad on rank 1, and train on; what changed, by parameter."""
-    train(model, optimizer, rank, first)
-    views = {name: run.method.state_views(name) for name in run.parameters}
-    before = {name: [view.clone() for view in parts] for name, parts in views.items()}
-    values = {name: p.detach().clone() for name, p in inner.named_parameters()}
-    handle = poison(inner, bad) if rank == 1 else None
-    train(model, optimizer, rank, 1, first)
-    moved = {name for name, p in inner.named_parameters() if not torch.equal(p, values[name])}
-    drift = {
-        name: max(
-            (float((a - b).abs().max()) for a, b in zip(views[name], before[name], strict=True) if len(a)), default=0
-        )
-        for name in views
-    }
-    if handle is not None:
-        handle.remove()
-    voided = list(run.voided)
-    after_void = flat(inner)
-    train(model, optimizer, rank, 2, first + 1)
-    return {
-        "voided": voided,
-        "moved": moved,
-        "drift": drift,
-        "goes on": not torch.equal(after_void, flat(inner)) and bool(flat(inner).isfinite().all()),
-        "finite": all(bool(x.isfinite().all()) for x in state_of(run)),
-        "equal": run.replicas_are_equal(),
-        "void after": run.voided[len(voided) :],
-    }
-
-
-def check(results: list[dict[str, Any]], step: int, bucket_of_the_bad: set[str], names: set[str]) -> None:
-    for result in results:
-        assert result["voided"] == [(step, POISONED)]
-        assert result["moved"] == names - bucket_of_the_bad
-        assert all(result["drift"][name] <= 3e-6 for name in bucket_of_the_bad)
-        assert result["goes on"]
-        assert result["finite"]
-        assert result["equal"]
-        assert result["void after"] == []
-
-
 NAMES = {"0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"}
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-@pytest.mark.parametrize("first", [0, FREEZE, FREEZE + 3])
+def one_bad_step(model: nn.Module, inner: nn.Sequential, run: Any, *, first: int, bad: float, void: set[str]) -> None:
+    """Train, take a step that is bad on rank 1 and leaves out `void`, and train on."""
+    train(model, run.optimizer, run.rank, first)
+    views = {name: run.method.state_views(name) for name in void}
+    before = {name: [view.clone() for view in parts] for name, parts in views.items()}
+    values = {name: p.detach().clone() for name, p in inner.named_parameters()}
+    with poison(inner, bad) if run.rank == 1 else contextlib.nullcontext():
+        train(model, run.optimizer, run.rank, 1, first)
+    assert {name for name, p in inner.named_parameters() if not torch.equal(p, values[name])} == NAMES - void
+    for name in void:
+        for view, old in zip(views[name], before[name], strict=True):
+            torch.testing.assert_close(view, old, rtol=0, atol=3e-6)
+    after_void = flat(inner)
+    train(model, run.optimizer, run.rank, 2, first + 1)
+    assert not torch.equal(after_void, flat(inner))
+    assert all(bool(x.isfinite().all()) for x in (flat(inner), *state_of(run)))
+    assert run.voided == [(first, POISONED)]
+    assert run.replicas_are_equal()
+
+
+@pytest.mark.parametrize(("first", "bad"), [(0, math.nan), (FREEZE, -math.inf), (FREEZE + 3, math.nan)])
 @pytest.mark.parametrize("case", METHODS)
 def test_plain_ranks_leave_the_bad_bucket_out_together(case: str, first: int, bad: float) -> None:
-    def work(group: Group) -> dict[str, Any]:
-        with attached(group, case, bucket_bytes=1) as (model, optimizer, run):
-            return one_bad_step(model, model, optimizer, run, group.rank, first=first, bad=bad)
+    def work(group: Group) -> None:
+        with attached(group, case, bucket_bytes=1) as (model, _, run):
+            one_bad_step(model, model, run, first=first, bad=bad, void={POISONED})
 
-    check(SimWorld[Any](RANKS, timeout_s=60).run(work), first, {POISONED}, NAMES)
+    SimWorld[None](RANKS, timeout_s=60).run(work)
 
 
 def bad_step_in_ddp(
-    process_group: dist.ProcessGroup, case: str, first: int, bad: float, options: dict[str, Any]
-) -> dict[str, Any]:
-    rank = dist.get_rank(process_group)
-    with wrapped(process_group, case, **options) as (model, optimizer, run):
-        return one_bad_step(model, model.module, optimizer, run, rank, first=first, bad=bad)
+    process_group: dist.ProcessGroup, case: str, first: int, bad: float, void: set[str], options: dict[str, Any]
+) -> None:
+    with wrapped(process_group, case, **options) as (model, _, run):
+        one_bad_step(model, model.module, run, first=first, bad=bad, void=void)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -102,14 +77,12 @@ def bad_step_in_ddp(
 def test_ddp_ranks_leave_the_bad_bucket_out_together(pool: Pool, case: str, overlap: bool) -> None:
     first = FREEZE + 2  # DDP has its final buckets by then
     options = {"bucket_cap_mb": 0.0001, "overlap": overlap}
-    results = pool.run(RANKS, bad_step_in_ddp, case, first, math.inf, options)
-    check(results, first, {POISONED, "2.bias"}, NAMES)
+    pool.run(RANKS, bad_step_in_ddp, case, first, math.inf, {POISONED, "2.bias"}, options)
 
 
 @pytest.mark.parametrize("case", METHODS)
 def test_ddp_survives_a_bad_value_in_the_very_first_step(pool: Pool, case: str) -> None:
-    results = pool.run(RANKS, bad_step_in_ddp, case, 0, math.nan, {})
-    check(results, 0, NAMES, NAMES)  # one bucket of all
+    pool.run(RANKS, bad_step_in_ddp, case, 0, math.nan, NAMES, {})  # one bucket of all
 
 
 @pytest.mark.parametrize("case", COMPRESSED)
@@ -137,9 +110,8 @@ def test_a_step_in_which_everything_is_void_is_no_step(case: str) -> None:
     def work(group: Group) -> list[int]:
         with attached(group, case) as (model, optimizer, run):
             train(model, optimizer, group.rank, 2)
-            handle = poison(model, math.nan)
-            train(model, optimizer, group.rank, 1, 2)
-            handle.remove()
+            with poison(model, math.nan):
+                train(model, optimizer, group.rank, 1, 2)
             counts = [run.method.applied_steps]
             train(model, optimizer, group.rank, 1, 3)
             return [*counts, run.method.applied_steps]
@@ -150,10 +122,8 @@ def test_a_step_in_which_everything_is_void_is_no_step(case: str) -> None:
 def test_rank_0_says_once_which_parameter_it_was(caplog: pytest.LogCaptureFixture) -> None:
     def work(group: Group) -> None:
         with attached(group, "ef_sign l1") as (model, optimizer, _):
-            handle = poison(model, math.nan) if group.rank == 1 else None
-            train(model, optimizer, group.rank, 1)
-            if handle is not None:
-                handle.remove()
+            with poison(model, math.nan) if group.rank == 1 else contextlib.nullcontext():
+                train(model, optimizer, group.rank, 1)
             train(model, optimizer, group.rank, 2, 1)
 
     with caplog.at_level(logging.WARNING):

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from storage_rig import bits, content, errors, loaded, make_file, make_folder, make_loop, refused, saved
+from storage_rig import bits, errors, loaded, make_file, make_folder, make_loop, refused, saved
 from torch import Tensor
 
 from commopt.errors import CheckpointError
@@ -44,31 +44,25 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-KEYS = TEXT.filter(lambda key: key != "$float")
 NAMED = st.dictionaries(TEXT, tensors(), max_size=4)
-SCALARS = st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats() | TEXT
-METAS = st.dictionaries(KEYS, st.recursive(SCALARS, lambda x: st.lists(x) | st.dictionaries(KEYS, x), max_leaves=6))
 
 
-@given(NAMED, NAMED, METAS, METAS)
-def test_everything_comes_back_bit_for_bit(
-    shared: dict[str, Tensor], own: dict[str, Tensor], meta: dict[str, Any], own_meta: dict[str, Any]
-) -> None:
+@given(NAMED, NAMED)
+def test_everything_comes_back_bit_for_bit(shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save(folder, Content(shared, own, meta, own_meta), LocalGroup())
+        save(folder, Content(shared, own, {"names": [*shared]}), LocalGroup())
         stored = open_checkpoint(folder, LocalGroup())
     assert (bits(stored.shared()), bits(stored.own(0))) == (bits(shared), bits(own))
-    assert repr((stored.meta, stored.own_meta(0))) == repr((meta, own_meta))
+    assert stored.meta == {"names": [*shared]}
 
 
 def test_views_are_saved_as_copies_and_other_programs_can_read_them(tmp_path: Path) -> None:
     x = torch.arange(12.0).view(3, 4)
     views = {"x": x, "again": x, "turned": x.T, "every": x[:, ::2], "spread": x[0, 0].expand(5)}
     views |= {"conj": torch.tensor([1 + 2j]).conj(), "parameter": torch.nn.Parameter(x[1])}
-    save(tmp_path / "c", Content(views, {}, {"pair": (1, 2)}), LocalGroup())
+    save(tmp_path / "c", Content(views, {}, {}), LocalGroup())
     stored = open_checkpoint(tmp_path / "c", LocalGroup())
     assert bits(stored.shared()) == bits(views) == bits(load_file(tmp_path / "c" / "shared.safetensors"))
-    assert stored.meta == {"pair": [1, 2]}
     stored.shared()["x"].zero_()  # is nobody else's
     assert bits({"": stored.shared()["again"]}) == bits({"": x})
 
@@ -152,13 +146,11 @@ HOSTILE: dict[str, Callable[[str], str]] = {
     "is of format 3": lambda text: text.replace('"version": 2', '"version": 3'),
     "is not valid: ": lambda text: text[:-1],
     "is not valid: maximum recursion": lambda text: text.replace('"meta": {', f'"meta": {{"deep": {DEEP}, '),
-    "NaN is no": lambda text: text.replace('"meta": {', '"meta": {"x": NaN, '),
-    "1e999 is no": lambda text: text.replace('"meta": {', '"meta": {"x": 1e999, '),
     "digits": lambda text: text.replace('"bytes": ', '"bytes": ' + "9" * 5000),
     "{'bytes': -": lambda text: text.replace('"bytes": ', '"bytes": -'),
     "files.rank0.safetensors: ": lambda text: text.replace('"bytes": ', '"bytes": true, "x": '),
     "meta: ": lambda text: text.replace('"meta": {', '"meta": 3, "x": {'),
-    "own_metas: ": lambda text: text.replace('"own_metas": [{"rank": 0}]', '"own_metas": []'),
+    "own_metas: ": lambda text: text.replace('"own_metas": [{}]', '"own_metas": []'),
     "files: {": lambda text: text.replace('"rank0.safetensors"', '"../rank0.safetensors"'),
     "surrogate|decode": lambda text: text.replace('"value"', '"\udcff"'),
 }
@@ -176,40 +168,12 @@ def test_a_manifest_with_the_right_checksum_is_checked_all_the_same(tmp_path: Pa
     assert any(part in text for part in reason.split("|")), text
 
 
-CYCLE: list[Any] = []
-CYCLE.append(CYCLE)
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        ({1: 2}, "meta.a[1].b: 1 cannot be a key in JSON"),
-        ({"$float": "inf"}, "meta.a[1].b: '$float' cannot be a key"),
-        (
-            {"c": torch.ones(1)},
-            "meta.a[1].b.c: a Tensor (tensor([1.])) cannot be saved as JSON; tensors go into shared",
-        ),
-        ({1, 2}, "meta.a[1].b: a set ({1, 2}) cannot"),
-        ("\udcff", "meta.a[1].b: a str"),
-        (1 << 5000, "meta.a[1].b: a int"),
-        (CYCLE, "is nested more than 64 deep"),
-    ],
-)
-def test_what_is_no_json_is_refused_with_its_path(tmp_path: Path, value: Any, reason: str) -> None:
-    wrong = Content({}, {}, {"a": [0, {"b": value}]})
-    for text in errors(2, lambda group: save(tmp_path / "c", wrong if group.rank else content(1.0), group)):
-        assert f"rank 1: {reason}" in text or "rank 1: meta.a[1].b[0]" in text
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize(
     ("name", "x", "reason"),
     [
         ("w", torch.ones(2, dtype=torch.complex128), "w: safetensors cannot store torch.complex128"),
         ("w", torch.eye(2).to_sparse(), "w: only whole, dense tensors"),
         ("w", torch.empty(2, device="meta"), "w: only whole, dense tensors"),
-        ("w", [1.0], "w: got list, expected a tensor"),
-        ("__metadata__", torch.ones(1), "'__metadata__' cannot be a tensor's name"),
         ("\udcff", torch.ones(1), "cannot be a tensor's name"),
     ],
 )

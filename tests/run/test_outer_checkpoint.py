@@ -7,82 +7,97 @@ from typing import Any
 
 import pytest
 import torch
-from rig import flat, loss_of, make_batch, make_model
-from torch import Tensor
+from rig import flat, make_model, train
+from torch import Tensor, nn
 
-from commopt import attach
+from commopt import Run, attach
 from commopt.errors import CheckpointError
 from commopt.groups import SimGroup, SimWorld
 from commopt.optim.savic import SAVIC
 
-STEPS, SAVED_AT = 40, 20
-
+STEPS, SAVED_AT = 24, 14
+TOP_K = {"compressor": "top_k", "density": 0.1}
+DILOCO: tuple[str, dict[str, Any]] = ("diloco", {})
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("noloco", {"every": 6}),
-    ("noloco", {"every": 6, "delay": 4}),  # the round that began after step 18 is under way at 20
-    ("noloco", {"every": 6, "gamma": 0.9, "delay": 4}),
-    ("noloco", {"every": 6, "message": "int8"}),
-    ("diloco", {"every": 6, "delay": 4}),
-    ("diloco", {"every": 6, "fragments": 2, "delay": 2}),
-    ("diloco", {"every": 6, "outer": "yogi"}),
-    ("diloco", {"every": 6, "message": "sign"}),
-    ("local_sgd", {"every": 6, "average_state": ["exp_avg_sq"]}),
+    ("noloco", {}),
+    ("noloco", {"delay": 4}),  # the round that began after step 12 is under way at 14
+    ("noloco", {"gamma": 0.9, "delay": 4}),
+    ("noloco", {"gamma": 1.0}),
+    ("noloco", {"two_tensors": True}),
+    ("noloco", {"group_size": 3}),
+    ("noloco", {"message": "int8"}),
+    ("noloco", {"message": TOP_K}),
+    ("noloco", {"message": "sign", "delay": 4}),
+    DILOCO,
+    ("diloco", {"delay": 4}),
+    ("diloco", {"outer": "yogi"}),
+    ("diloco", {"outer": "adam"}),
+    ("diloco", {"fragments": 2}),
+    ("diloco", {"fragments": 2, "delay": 3, "message": "int8"}),
+    ("diloco", {"message": "sign"}),
+    ("diloco", {"message": "4bit", "fragments": 2}),
+    ("diloco", {"message": TOP_K}),
+    ("diloco", {"participation": 0.67}),
+    ("local_sgd", {"average_state": ["exp_avg_sq"]}),
 ]
 
 
-def train(
-    group: SimGroup,
-    case: tuple[str, dict[str, Any]],
-    folder: Path | None,
-    resumes: bool,
-    optimizer_class: type[torch.optim.Adam] | type[SAVIC] = torch.optim.Adam,
-) -> Tensor:
+def start(
+    group: SimGroup, case: tuple[str, dict[str, Any]], kind: type[torch.optim.Adam] | type[SAVIC] = torch.optim.Adam
+) -> tuple[nn.Module, Run]:
     name, options = case
     model = make_model()
-    optimizer = optimizer_class(model.parameters(), lr=0.01)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 9, 0.7)
-    run = attach(model, {"name": name, **options}, optimizer, group=group)
-    if resumes:
-        assert folder is not None
-        schedule.load_state_dict(run.load(folder)["schedule"])
-    assert run.join(schedule=schedule) == (SAVED_AT if resumes else 0)
+    return model, attach(model, {"name": name, "every": 6, **options}, kind(model.parameters(), lr=0.01), group=group)
+
+
+def trained(
+    group: SimGroup,
+    case: tuple[str, dict[str, Any]],
+    kind: type[torch.optim.Adam] | type[SAVIC] = torch.optim.Adam,
+    save_to: Path | None = None,
+    load_from: Path | None = None,
+    saved_at: int = SAVED_AT,
+) -> Tensor:
+    model, run = start(group, case, kind)
+    schedule = torch.optim.lr_scheduler.StepLR(run.optimizer, 9, 0.7)
+    if load_from is not None:
+        schedule.load_state_dict(run.load(load_from)["schedule"])
+    assert run.join(schedule=schedule) == (0 if load_from is None else saved_at)
     for step in run.range(STEPS):
-        if step == SAVED_AT and folder is not None and not resumes:
-            run.save(folder, extra={"schedule": schedule.state_dict()})
+        if step == saved_at and save_to is not None:
+            run.save(save_to, extra={"schedule": schedule.state_dict()})
             run.close()
             return flat(model)
-        x, y = make_batch(group.rank, step)
-        optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
+        train(model, run.optimizer, group.rank, 1, step)
         schedule.step()
     run.finish()
     return flat(model)
 
 
+def check(case: tuple[str, dict[str, Any]], folder: Path, kind: Any = torch.optim.Adam, *moments: int) -> None:
+    uninterrupted = SimWorld[Tensor](3).run(lambda group: trained(group, case, kind))
+    for at in moments or (12, SAVED_AT):  # a round has just ended, or is two steps old
+        SimWorld[Tensor](3).run(lambda group, at=at: trained(group, case, kind, save_to=folder, saved_at=at))  # type: ignore[misc]
+        resumed = SimWorld[Tensor](3).run(
+            lambda group, at=at: trained(group, case, kind, load_from=folder, saved_at=at)  # type: ignore[misc]
+        )
+        assert all(map(torch.equal, resumed, uninterrupted)), at
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
-    uninterrupted = SimWorld[Tensor](3).run(lambda group: train(group, case, None, False))
-    SimWorld[Tensor](3).run(lambda group: train(group, case, tmp_path / "saved", False))
-    resumed = SimWorld[Tensor](3).run(lambda group: train(group, case, tmp_path / "saved", True))
-    for rank in range(3):
-        assert torch.equal(resumed[rank], uninterrupted[rank]), f"rank {rank}"
+    check(case, tmp_path / "saved")
 
 
 def test_savic_takes_the_averaged_scale_where_a_checkpoint_lies_between_the_round_and_the_next_step(
     tmp_path: Path,
 ) -> None:
-    case: tuple[str, dict[str, Any]] = ("local_sgd", {"every": 5, "average_state": ["exp_avg_sq"]})
-    uninterrupted = SimWorld[Tensor](3).run(lambda group: train(group, case, None, False, SAVIC))
-    SimWorld[Tensor](3).run(lambda group: train(group, case, tmp_path / "saved", False, SAVIC))
-    resumed = SimWorld[Tensor](3).run(lambda group: train(group, case, tmp_path / "saved", True, SAVIC))
-    assert all(torch.equal(a, b) for a, b in zip(resumed, uninterrupted, strict=True))
+    check(("local_sgd", {"every": 7, "average_state": ["exp_avg_sq"]}), tmp_path / "saved", SAVIC, 14)
 
 
 def test_a_rank_without_a_checkpoint_is_told_so(tmp_path: Path) -> None:
     def load(group: SimGroup) -> None:
-        model = make_model()
-        attach(model, "noloco", torch.optim.SGD(model.parameters(), lr=0.1), group=group).load(tmp_path)
+        start(group, ("noloco", {}))[1].load(tmp_path)
 
     with pytest.raises(
         CheckpointError, match=r"rank0: there is no such folder; check the path, or start without a checkpoint"
@@ -92,38 +107,30 @@ def test_a_rank_without_a_checkpoint_is_told_so(tmp_path: Path) -> None:
 
 def test_a_rank_that_resumes_behind_the_others_catches_up(tmp_path: Path) -> None:
     """One rank lost its checkpoint: it starts at step 0, sees where the others are, and takes over their place."""
-    case: tuple[str, dict[str, Any]] = ("diloco", {"every": 6})
-    SimWorld[Tensor](3).run(lambda group: train(group, case, tmp_path / "saved", False))
+    SimWorld[Tensor](3).run(lambda group: trained(group, DILOCO, save_to=tmp_path / "saved"))
 
-    def resume(group: SimGroup) -> tuple[int, Tensor]:
-        model = make_model()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        run = attach(model, {"name": "diloco", "every": 6}, optimizer, group=group)
+    def resume(group: SimGroup) -> int:
+        model, run = start(group, DILOCO)
         if group.rank != 1:
             run.load(tmp_path / "saved")
         first = run.join()
         for step in run.range(STEPS):
-            x, y = make_batch(group.rank, step)
-            optimizer.zero_grad()
-            loss_of(model(x), y).backward()
-            optimizer.step()
+            train(model, run.optimizer, group.rank, 1, step)
             group.advance(0.01)
         run.finish()
-        return first, flat(model)
+        return first
 
-    results = SimWorld[tuple[int, Tensor]](3).run(resume)
-    assert results[0][0] == results[2][0] == SAVED_AT
-    assert results[1][0] > SAVED_AT
+    first, late, third = SimWorld[int](3).run(resume)
+    assert first == third == SAVED_AT < late
 
 
 def test_another_outer_method_or_form_is_refused_before_anything_changes(tmp_path: Path) -> None:
-    SimWorld[Tensor](3).run(lambda group: train(group, ("diloco", {"every": 6}), tmp_path / "saved", False))
+    SimWorld[Tensor](3).run(lambda group: trained(group, DILOCO, save_to=tmp_path / "saved"))
 
     def load(group: SimGroup) -> list[str]:
         said = []
-        for choice in ({"name": "noloco", "every": 6}, {"name": "diloco", "every": 6, "message": "int8"}):
-            model = make_model()
-            run = attach(model, choice, torch.optim.Adam(model.parameters()), group=group)
+        for case in (("noloco", {}), ("diloco", {"message": "int8"})):
+            model, run = start(group, case)
             before = flat(model)
             with pytest.raises(CheckpointError) as caught:
                 run.load(tmp_path / "saved")

@@ -90,16 +90,6 @@ def test_numbers_of_numpy_become_pythons() -> None:
     assert same(found, {"a": 0.5, "b": 3, "c": True})
 
 
-def test_an_optimizers_state_is_packed() -> None:
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.Adam([p], lr=0.1)
-    (p * p).sum().backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    other = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.2)
-    other.load_state_dict(unpack(pack(optimizer.state_dict())))
-    assert same(other.state_dict(), optimizer.state_dict())
-
-
 @pytest.mark.parametrize(
     ("value", "place"), [({"a": [1, print]}, "/a/1: builtin"), ({1, 2}, "this: set"), (1j, "this: c")]
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,12 +21,7 @@ from commopt.errors import AttachError
 from commopt.groups import SimGroup, SimWorld, TorchGroup
 
 WARM = 3  # steps before anything unusual
-every_preset = pytest.mark.parametrize("number", range(len(PRESETS)), ids=[str(preset) for preset in PRESETS])
-
-
-def attached(group: Any, number: int, model: nn.Module, **options: Any) -> Run:
-    preset = PRESETS[number]
-    return attach(model, preset.method(), preset.optimizer(model), group=group, **options)
+every_preset = pytest.mark.parametrize("preset", PRESETS, ids=str)
 
 
 def in_ddp(process_group: dist.ProcessGroup, bucket_cap_mb: float = 25.0) -> tuple[DistributedDataParallel, TorchGroup]:
@@ -42,56 +37,61 @@ def backward(model: nn.Module, rank: int, step: int, scale: float = 1.0) -> None
 # -- in DDP, which exchanges in backward
 
 
-def skip_a_batch(process_group: dist.ProcessGroup, number: int, scale: float | None) -> tuple[str, Tensor]:
-    """What the backward after a skipped batch says, and the parameters in the end; scale: of the skipped loss."""
-    rank, said = dist.get_rank(process_group), ""
-    model, group = in_ddp(process_group)
-    run = attached(group, number, model)
-    train(model, run.optimizer, rank, WARM)
+@contextlib.contextmanager
+def noted(said: list[str]) -> Iterator[None]:
+    """Note what is raised: what a hook raises may come out of backward as a RuntimeError."""
     try:
+        yield
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+
+
+def skip_a_batch(process_group: dist.ProcessGroup, preset: Preset, scale: float | None) -> tuple[list[str], Tensor]:
+    """What the backward after a skipped batch says, and the parameters in the end; scale: of the skipped loss."""
+    said: list[str] = []
+    model, group = in_ddp(process_group)
+    run = preset.attach(model, group)
+    train(model, run.optimizer, run.rank, WARM)
+    with noted(said):
         if scale is not None:
             run.optimizer.zero_grad()
-            backward(model, rank, 50, scale)  # an outlier: no step
-        train(model, run.optimizer, rank, 2, WARM)
-    except Exception as error:  # what a hook raises may come out of backward as a RuntimeError
-        said = f"{type(error).__name__}: {error}"
+            backward(model, run.rank, 50, scale)  # an outlier: no step
+        train(model, run.optimizer, run.rank, 2, WARM)
     run.close()
     return said, flat(model.module)
 
 
 @every_preset
-def test_a_skipped_batch_leaves_no_trace_or_is_refused(pool: Pool, number: int) -> None:
-    outlier = pool.run(2, skip_a_batch, number, 1e4)
-    if is_refused(outlier, number):
+def test_a_skipped_batch_leaves_no_trace_or_is_refused(pool: Pool, preset: Preset) -> None:
+    outlier = pool.run(2, skip_a_batch, preset, 1e4)
+    if is_refused(outlier, preset):
         return
-    other = pool.run(2, skip_a_batch, number, 1.0)
+    other = pool.run(2, skip_a_batch, preset, 1.0)
     assert all(torch.equal(one, outlier[0][1]) for _, one in (*outlier, *other))
-    if PRESETS[number].method().is_linear:  # type: ignore[attr-defined]
-        assert torch.equal(outlier[0][1], pool.run(2, skip_a_batch, number, None)[0][1])
+    if preset.method().is_linear:  # type: ignore[attr-defined]
+        assert torch.equal(outlier[0][1], pool.run(2, skip_a_batch, preset, None)[0][1])
 
 
-def is_refused(results: list[tuple[str, Tensor]], number: int) -> bool:
+def is_repeatable(preset: Preset) -> bool:
+    run: Any = preset.attach(make_model())
+    return bool(run.method.is_repeatable)
+
+
+def is_refused(results: list[tuple[list[str], Tensor]], preset: Preset) -> bool:
     """Whether all ranks raised; whether they have to follows from what the method keeps."""
-    model = make_model()
-    run: Any = attached(None, number, model)
-    is_repeatable = run.method.is_repeatable
-    run.close()
     for said, _ in results:
-        if is_repeatable:
-            assert said == ""
+        if is_repeatable(preset):
+            assert said == []
             continue
-        assert "GradientsChanged" in said
-        assert f"{PRESETS[number].name} exchanges a second time before optimizer.step()" in said
-        assert "run the other backwards under model.no_sync()" in said
-        assert "To skip a step, decide before backward" in said
-    return not is_repeatable
+        assert "GradientsChanged" in said[0]
+        assert f"{preset.name} exchanges a second time before optimizer.step()" in said[0]
+        assert "run the other backwards under model.no_sync()" in said[0]
+        assert "To skip a step, decide before backward" in said[0]
+    return not is_repeatable(preset)
 
 
 def test_what_is_kept_decides_what_is_refused() -> None:
-    free = []
-    for number, preset in enumerate(PRESETS):
-        run: Any = attached(None, number, make_model())
-        free += [preset.name] if run.method.is_repeatable else []
+    free = [preset.name for preset in PRESETS if is_repeatable(preset)]
     assert set(free) >= {"dense", "fp16", "qsgd", "natural", "terngrad"}
     kept = {"ef_sign", "ef", "ef21", "loco", "dice_sgd", "two_way", "top_k", "random_k", "threshold", "dgc", "powersgd"}
     assert not set(free) & (
@@ -99,44 +99,42 @@ def test_what_is_kept_decides_what_is_refused() -> None:
     )
 
 
-def backward_twice(process_group: dist.ProcessGroup, number: int | None, is_quiet: bool) -> tuple[str, Tensor]:
-    """Steps after two backwards each; the first under no_sync if `is_quiet`. number: None for DDP without any method."""
-    rank, said = dist.get_rank(process_group), ""
+def backward_twice(process_group: dist.ProcessGroup, preset: Preset | None, is_quiet: bool) -> tuple[list[str], Tensor]:
+    """Steps after two backwards each; the first under no_sync if `is_quiet`. preset: None for DDP without any method."""
+    rank, said = dist.get_rank(process_group), list[str]()
     model, group = in_ddp(process_group)
-    run = None if number is None else attached(group, number, model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) if run is None else run.optimizer
-    try:
+    run = None if preset is None else preset.attach(model, group)
+    optimizer = Preset("dense").optimizer(model) if run is None else run.optimizer
+    with noted(said):
         for step in range(WARM):
             optimizer.zero_grad()
             with model.no_sync() if is_quiet else contextlib.nullcontext():
                 backward(model, rank, 2 * step, 0.5)
             backward(model, rank, 2 * step + 1, 0.5)
             optimizer.step()
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
     if run is not None:
         run.close()
     return said, flat(model.module)
 
 
 @every_preset
-def test_a_second_backward_is_ddps_or_is_refused(pool: Pool, number: int) -> None:
-    results = pool.run(2, backward_twice, number, False)
-    if is_refused(results, number):
+def test_a_second_backward_is_ddps_or_is_refused(pool: Pool, preset: Preset) -> None:
+    results = pool.run(2, backward_twice, preset, False)
+    if is_refused(results, preset):
         return
     assert torch.equal(results[0][1], results[1][1])
     expected = pool.run(2, backward_twice, None, False)[0][1]
-    if PRESETS[number].name == "dense":
+    if preset.name == "dense":
         assert torch.equal(results[0][1], expected)
-    if PRESETS[number].name == "fp16":
+    if preset.name == "fp16":
         torch.testing.assert_close(results[0][1], expected, rtol=0, atol=1e-3)
 
 
 @every_preset
-def test_accumulation_under_no_sync_is_free(pool: Pool, number: int) -> None:
+def test_accumulation_under_no_sync_is_free(pool: Pool, preset: Preset) -> None:
     def work(group: SimGroup) -> Tensor:
         model = make_model()
-        run = attached(group, number, model)
+        run = preset.attach(model, group)
         for step in range(WARM):
             run.optimizer.zero_grad()
             backward(model, group.rank, 2 * step, 0.5)
@@ -145,38 +143,35 @@ def test_accumulation_under_no_sync_is_free(pool: Pool, number: int) -> None:
         return flat(model)
 
     expected = SimWorld[Tensor](2).run(work)[0]
-    for said, got in pool.run(2, backward_twice, number, True):
-        assert said == ""
+    for said, got in pool.run(2, backward_twice, preset, True):
+        assert said == []
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def train_gan(process_group: dist.ProcessGroup, method: Any, is_quiet: bool) -> tuple[str, float]:
+def train_gan(process_group: dist.ProcessGroup, method: Any, is_quiet: bool) -> tuple[list[str], float]:
     """A generator's step puts a gradient into the discriminator; how far that moves, whose own gradient is zero."""
     torch.manual_seed(0)
-    generator = DistributedDataParallel(nn.Linear(8, 16), process_group=process_group)
-    critic = DistributedDataParallel(
-        nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1)), process_group=process_group
+    generator, critic = (
+        DistributedDataParallel(model, process_group=process_group)
+        for model in (nn.Linear(8, 16), nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1)))
     )
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (generator, critic)]
-    own, twin = TorchGroup(twin_of(process_group)), TorchGroup.like(process_group)
+    groups = TorchGroup(twin_of(process_group)), TorchGroup.like(process_group)
     runs = [
-        attach(model, method, optimizer, group=group, overlap=False)
-        for model, optimizer, group in zip((generator, critic), optimizers, (own, twin), strict=True)
+        attach(model, method, torch.optim.SGD(model.parameters(), lr=0.05), group=group, overlap=False)
+        for model, group in zip((generator, critic), groups, strict=True)
     ]
-    before, said = flat(critic), ""
+    before, said = flat(critic), list[str]()
     data = torch.Generator().manual_seed(dist.get_rank(process_group))
-    try:
+    with noted(said):
         for _ in range(4):
             z, x = torch.randn(16, 8, generator=data), torch.randn(16, 16, generator=data)
-            optimizers[1].zero_grad()
+            runs[1].optimizer.zero_grad()
             (critic(x).mean() * 0.0).backward()
-            optimizers[1].step()
-            optimizers[0].zero_grad()
+            runs[1].optimizer.step()
+            runs[0].optimizer.zero_grad()
             with critic.no_sync() if is_quiet else contextlib.nullcontext():
                 (-critic(generator(z)).mean()).backward()
-            optimizers[0].step()
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
+            runs[0].optimizer.step()
     for run in runs:
         run.close()
     return said, float((flat(critic) - before).norm())
@@ -184,23 +179,23 @@ def train_gan(process_group: dist.ProcessGroup, method: Any, is_quiet: bool) -> 
 
 @pytest.mark.parametrize("method", ["ef_sign", {"name": "dgc", "density": 0.1}, "dense"], ids=str)
 def test_another_loss_that_reaches_a_model_is_refused_or_leaves_no_trace(pool: Pool, method: Any) -> None:
-    assert pool.run(2, train_gan, method, True) == [("", 0.0)] * 2
+    assert pool.run(2, train_gan, method, True) == [([], 0.0)] * 2
     for said, moved in pool.run(2, train_gan, method, False):
         assert moved == 0.0
         if method == "dense":
-            assert said == ""
+            assert said == []
         else:
-            assert "if another loss reaches these parameters, run the other backwards under model.no_sync()" in said
+            assert "if another loss reaches these parameters, run the other backwards under model.no_sync()" in said[0]
 
 
 # -- in a plain script, which exchanges in the step
 
 
 @every_preset
-def test_a_plain_script_may_skip_and_accumulate(number: int) -> None:
+def test_a_plain_script_may_skip_and_accumulate(preset: Preset) -> None:
     def work(group: SimGroup, is_unusual: bool) -> Tensor:
         model = make_model()
-        run = attached(group, number, model)
+        run = preset.attach(model, group)
         for step in range(8):
             run.optimizer.zero_grad()
             if is_unusual and step == 5:
@@ -232,8 +227,7 @@ OWN_MOMENTUM = [
 @pytest.mark.parametrize("preset", OWN_MOMENTUM, ids=str)
 def test_a_momentum_that_comes_later_is_refused_at_the_next_step(preset: Preset, how: str) -> None:
     model = make_model()
-    optimizer = preset.optimizer(model)
-    attach(model, preset.method(), optimizer)
+    optimizer = preset.attach(model).optimizer
     train(model, optimizer, 0, 2)
     if how == "OneCycleLR":
         torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=80)
@@ -250,8 +244,7 @@ def test_a_momentum_that_comes_later_is_refused_at_the_next_step(preset: Preset,
 @pytest.mark.parametrize("preset", OWN_MOMENTUM, ids=str)
 def test_a_schedule_that_leaves_momentum_alone_may_come_later(preset: Preset) -> None:
     model = make_model()
-    optimizer = preset.optimizer(model)
-    attach(model, preset.method(), optimizer)
+    optimizer = preset.attach(model).optimizer
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=80, cycle_momentum=False)
     for step in range(3):
         train(model, optimizer, 0, 1, step)
@@ -260,59 +253,56 @@ def test_a_schedule_that_leaves_momentum_alone_may_come_later(preset: Preset) ->
 
 # -- steps that a GradScaler skips; where nothing is kept, buckets are decided one by one
 
-KEEPING = [number for number, preset in enumerate(PRESETS) if preset.name not in ("dense", "fp16")]
+KEEPING = [preset for preset in PRESETS if preset.name not in ("dense", "fp16")]
 
 
-def overflow(process_group: dist.ProcessGroup, number: int, has_overflow: bool) -> tuple[str, Tensor, list[Tensor]]:
+def overflow(
+    process_group: dist.ProcessGroup, preset: Preset, has_overflow: bool
+) -> tuple[list[str], dict[str, Tensor]]:
     """Six steps in several buckets, and maybe a seventh with an inf in one parameter on rank 1; what that changed."""
-    rank, changed = dist.get_rank(process_group), ""
+    changed: list[str] | None = None
     model, group = in_ddp(process_group, bucket_cap_mb=0.001)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
-    run: Any = attached(group, number, model, grad_scaler=scaler)
+    run: Any = preset.attach(model, group, grad_scaler=scaler)
 
     def step(number: int, spoils: bool = False) -> None:
-        x, y = make_batch(rank, number)
+        x, y = make_batch(run.rank, number)
         run.optimizer.zero_grad()
         loss = loss_of(model(x), y)
         bias = model.module.get_parameter("2.bias")
-        scaler.scale(loss + bias.sum() * (math.inf if spoils and rank == 1 else 0.0)).backward()
+        scaler.scale(loss + bias.sum() * (math.inf if spoils and run.rank == 1 else 0.0)).backward()
         scaler.step(run.optimizer)
         scaler.update()
 
     for k in range(6):
-        if has_overflow and k >= WARM and not changed and not run.method.is_local:
-            before = copy.deepcopy(everything(run))
+        if has_overflow and k >= WARM and changed is None and not run.method.is_local:
+            before = everything(run)
             step(90, spoils=True)
-            after = everything(run)
-            changed = ", ".join(key for key in before if not equal(before[key], after[key])) or "nothing"
+            changed = differing(before, everything(run))
             assert scaler.get_scale() == 512.0
             assert [name for _, name in run.voided] == ["2.bias"] * len(run.voided) != []
         step(k)
-    state = [x.clone() for x in state_of(run)]
+    result = everything(run)
     run.close()
-    return changed, flat(model.module), state
+    assert not has_overflow or changed is not None
+    return changed or [], result
 
 
-def everything(run: Run) -> dict[str, Any]:
+def everything(run: Run) -> dict[str, Tensor]:
     """All that a skipped step must leave alone."""
-    saved, parameters = run.method.saved(), dict(run.parameters)
-    return {"run.steps": run.steps, "state": state_of(run), **saved["shared"], **saved["rank"], **parameters}
+    saved, kept = run.method.saved(), {f"state {k}": x for k, x in enumerate(state_of(run))}
+    tensors = {**saved["shared"], **saved["rank"], **run.parameters, **kept, "run.steps": torch.tensor(run.steps)}
+    return {key: x.detach().clone() for key, x in tensors.items()}
 
 
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    assert a.keys() == b.keys()
+    return [key for key in a if not torch.equal(a[key], b[key])]
 
 
-@pytest.mark.parametrize("number", KEEPING, ids=[str(PRESETS[number]) for number in KEEPING])
-def test_a_step_that_a_scaler_skips_is_as_if_it_had_not_been(pool: Pool, number: int) -> None:
-    control = pool.run(2, overflow, number, False)
-    for (changed, values, state), (_, expected, kept) in zip(pool.run(2, overflow, number, True), control, strict=True):
-        assert changed == "nothing"
-        assert torch.equal(values, expected)
-        assert equal(state, kept)
+@pytest.mark.parametrize("preset", KEEPING, ids=str)
+def test_a_step_that_a_scaler_skips_is_as_if_it_had_not_been(pool: Pool, preset: Preset) -> None:
+    control = pool.run(2, overflow, preset, False)
+    for (changed, result), (_, expected) in zip(pool.run(2, overflow, preset, True), control, strict=True):
+        assert changed == []
+        assert differing(result, expected) == []
