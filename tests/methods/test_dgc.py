@@ -183,13 +183,13 @@ def test_two_momentums_are_refused_before_anything_starts(options: dict[str, Any
 def test_under_adam_there_is_no_momentum_before_the_choice() -> None:
     """At density 1 Adam gets the mean of the gradients; below, what waits in v is what has not been sent of their sum."""
     for dense, all_of_it in zip(
-        synthetic.simulate(2, SHAPES, 4, "dense", optimizer=ADAM),
-        synthetic.simulate(2, SHAPES, 4, "dgc", optimizer=ADAM, density=1.0),
+        simulate(2, SHAPES, 4, "dense", optimizer=ADAM),
+        simulate(2, SHAPES, 4, "dgc", optimizer=ADAM, density=1.0),
         strict=True,
     ):
         np.testing.assert_array_equal(all_of_it[-1]["x"], dense[-1]["x"])
     few = {"density": 1e-6, "value_bits": 32, "dense_1d": False}  # one element of each parameter and step
-    for rank, states in enumerate(synthetic.simulate(2, SHAPES, 3, "dgc", optimizer=ADAM, **few)):
+    for rank, states in enumerate(simulate(2, SHAPES, 3, "dgc", optimizer=ADAM, **few)):
         waiting, total = states[-1]["worker_residual"], sum(local_gradient(rank, step) for step in range(3))
         is_kept = np.isclose(waiting, total, rtol=1e-5)
         assert is_kept.sum() >= SPANS[-1].stop - 3 * len(SHAPES)
