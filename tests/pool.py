@@ -166,6 +166,18 @@ def fork_ranks(kind: type[Pool], descriptors: list[int]) -> None:
         os.wait()
 
 
+def end_groups() -> None:
+    """End the process groups that attach has made in calls that are over on all ranks: each wakes a hundred times a second."""
+    import torch.distributed as dist
+
+    world = dist.distributed_c10d._world
+    for group in list(world.pg_map):
+        if group.group_desc == "commopt":
+            name = world.pg_names[group]
+            dist.destroy_process_group(group)
+            world.pg_names[object()] = name  # type: ignore[index]  # torch counts these, and would give a name twice
+
+
 _twins: dict[Any, Any] = {}
 
 
@@ -185,6 +197,7 @@ def serve(
             message = connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
+        end_groups()
         try:
             with warnings.catch_warnings():
                 n, function, args = pickle.loads(message)  # functions by their module's name, which this imports

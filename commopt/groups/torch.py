@@ -45,7 +45,11 @@ class TorchGroup(BufferGroup):
         if not everyone:
             _check_group_counts(parent)
         new = dist.new_group(
-            None if everyone else ranks, timeout, dist.get_backend(parent), use_local_synchronization=not everyone
+            None if everyone else ranks,
+            timeout,
+            dist.get_backend(parent),
+            use_local_synchronization=not everyone,
+            group_desc="commopt",
         )
         return cls(new)
 
