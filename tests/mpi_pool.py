@@ -6,6 +6,7 @@ import atexit
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,8 @@ class MPIPool(Pool):
     """`pool.run(3, function, *args)` calls function(communicator, *args) on ranks 0 to 2 and returns what each returned."""
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._pids = set()
         for _, connection in self._ranks:
             connection.close()  # each rank returns from `serve`
         for process in {process for process, _ in self._ranks}:

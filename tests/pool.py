@@ -43,6 +43,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._ranks: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._pids: set[int] = set()  # of ranks that are stopped between calls, as idle process groups wake all the time
 
     @classmethod
     def load(cls) -> None:
@@ -77,6 +78,7 @@ class Pool:
     def run(self, n: int, function: Callable[..., Any], *args: Any, timeout_s: float = 100.0) -> list[Any]:
         if not self._ranks:
             self._start()
+        self._signal(signal.SIGCONT)
         deadline = time.monotonic() + timeout_s
         waiting: dict[Connection, int] = {}
         for rank, member in enumerate(self._members(n)):
@@ -92,8 +94,9 @@ class Pool:
             for connection in [one for one in waiting if one in ready]:
                 rank = waiting.pop(connection)
                 try:
-                    ok, value = pickle.loads(connection.recv_bytes())
-                except EOFError:
+                    ok, value, pid = pickle.loads(connection.recv_bytes())
+                    self._pids.add(pid)
+                except (EOFError, ConnectionError):
                     ok, value = False, "the process ended"
                 (results if ok else failures)[rank] = value
                 if not ok:
@@ -102,9 +105,17 @@ class Pool:
             self.close()
             failures.update(dict.fromkeys(waiting.values(), "no answer in time"))
             raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        self._signal(signal.SIGSTOP)
         return [results[rank] for rank in range(n)]
 
+    def _signal(self, number: int) -> None:
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._pids = set()
         for process in {process for process, _ in self._ranks}:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with the ranks that are its forks
@@ -207,4 +218,4 @@ def serve(
                 answer = (True, function(*first(n), *args))
         except BaseException:
             answer = (False, traceback.format_exc())
-        connection.send_bytes(pickle.dumps(answer))
+        connection.send_bytes(pickle.dumps((*answer, os.getpid())))
