@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -236,6 +237,7 @@ def run_as_program(words: list[str], folder: Path, executable: str) -> None:
     sys.path[:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     show([executable, *words])
     random.seed()
+    tempfile.tempdir = None  # to look at TMPDIR again
     sys.executable, sys.orig_argv = executable, [executable, *words]
     for file, name in enumerate(("stdout", "stderr"), start=1):
         raw = io.BufferedWriter(io.FileIO(file, "wb", closefd=False))
