@@ -43,7 +43,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._ranks: list[tuple[subprocess.Popen[bytes], Connection]] = []
-        self._pids: set[int] = set()  # of ranks that are stopped between calls, as idle process groups wake all the time
+        self._pids: set[int] = set()  # of ranks, which stop between calls, as idle process groups wake all the time
 
     @classmethod
     def load(cls) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
@@ -23,7 +24,7 @@ class SimWorld(Generic[T]):
     Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
     faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...): each at
     that step of the rank that it hits (a cut: of the first), a restart at that step of the lowest rank that is up. Who is killed
-    returns None.
+    returns None. One rank computes at a time: threads that compete for the interpreter take twice as long.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class SimWorld(Generic[T]):
             raise ValueError(f"the link model describes {links.ranks} ranks, the world has {ranks}")
         self.ranks, self.links, self.timeout_s = ranks, links, timeout_s
         self.barrier = threading.Barrier(ranks)
+        self._turn, self._computing = threading.Lock(), 0
         self.slots: list[Any] = [None] * ranks
         self.clocks = [0.0] * ranks
         self.office = PostOffice(self, faults)
@@ -68,9 +70,34 @@ class SimWorld(Generic[T]):
         self._threads.append(thread)
         thread.start()
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Wait for this thread's turn, and end it."""
+        with self._turn:
+            self._computing = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._computing = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let others compute while this rank waits for them."""
+        if self._computing != threading.get_ident():
+            yield
+            return
+        self._computing = 0
+        self._turn.release()
+        try:
+            yield
+        finally:
+            self._turn.acquire()
+            self._computing = threading.get_ident()
+
     def _work(self, rank: int) -> None:
         try:
-            self._results[rank] = self._train(SimGroup(self, rank))
+            with self.computing():
+                self._results[rank] = self._train(SimGroup(self, rank))
         except Killed:
             pass
         except BaseException as error:
@@ -165,7 +192,8 @@ class SimGroup(Group):
     def _wait(self, operation: str) -> None:
         self._park(True)
         try:
-            self.world.barrier.wait(self.world.timeout_s)
+            with self.world.waiting():
+                self.world.barrier.wait(self.world.timeout_s)
         except threading.BrokenBarrierError as error:
             raise GroupError(
                 f"{operation}: another rank failed, or did not join within {self.world.timeout_s:g} s"

@@ -242,7 +242,7 @@ class SimPeers(Peers):
         return self._wait(timeout_s, take, peer=peer, arrivals_s=arrivals_s)
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
-        with self._office.changed:
+        with self._office.world.waiting(), self._office.changed:
             self._office.wait_for_slower(self.rank, self._office.reached[self.rank])
             self._sort_in()
             return self._mailbox.drain(channel)
@@ -254,7 +254,7 @@ class SimPeers(Peers):
         return self._office.progress[peer] if self.is_up(peer) else None
 
     def announce(self, step: int, *, is_training: bool = True) -> None:
-        with self._office.changed:
+        with self._office.world.waiting(), self._office.changed:
             self._office.wait_for_slower(self.rank, step)
             self._office.progress[self.rank] = Progress(step, is_training)
             self._office.play(self.rank, step)
@@ -278,7 +278,7 @@ class SimPeers(Peers):
     ) -> Letter | None:
         """Advance this rank's clock to the arrival that it waits for, to the peer's end being known, or to the deadline."""
         office, rank = self._office, self.rank
-        with office.changed:
+        with office.world.waiting(), office.changed:
             letter = take()
             if letter is not None or timeout_s <= 0:
                 return letter
