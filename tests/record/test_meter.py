@@ -54,6 +54,13 @@ def test_disagreement_is_a_defect_of_the_count_with_its_rows() -> None:
     assert "gso_max_segs" in str(verify("a", windows, NODE_OF_RANK, 1.002 * 5e6).defect)  # it saw no headers
 
 
+def test_packets_of_their_own_with_many_small_exchanges_are_no_defect() -> None:
+    row = TrafficRow("onebit_adam", "all_gather", "bucket0", 24, 1.2e5)
+    check = verify("a", {0: Window(1.2e5, {2: 1.2e5}, (row,))}, NODE_OF_RANK, 1.09 * wire_bytes(1.2e5))
+    assert check.ok
+    assert not verify("a", {0: Window(1.2e5, {2: 1.2e5}, (row,))}, NODE_OF_RANK, 1.3 * wire_bytes(1.2e5)).ok
+
+
 def test_background_traffic_of_a_silent_node_is_no_defect() -> None:
     silent = {0: Window(0.0, {}, ())}
     assert verify("a", silent, NODE_OF_RANK, BACKGROUND_BYTES).ok
