@@ -24,7 +24,7 @@ class SimWorld(Generic[T]):
     Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
     faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...): each at
     that step of the rank that it hits (a cut: of the first), a restart at that step of the lowest rank that is up. Who is killed
-    returns None. One rank computes at a time: threads that compete for the interpreter take twice as long.
+    returns None. One rank computes at a time: threads that compete for the interpreter take up to twice as long.
     """
 
     def __init__(

@@ -319,9 +319,8 @@ class TcpPeers(Peers):
                 continue
             reader = threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True)
             try:
-                with (
-                    self._changed
-                ):  # `close` takes its sockets and threads under this lock, and joins none before its start
+                # `close` takes sockets and threads under this lock: it must not find a thread that has not started
+                with self._changed:
                     if self._is_closed:
                         accepted.close()
                         return

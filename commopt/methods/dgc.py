@@ -107,19 +107,19 @@ class DGC(GradientMethod, GatherMean):
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         given, kind = self.options.momentum, type(optimizer).__name__
-        if isinstance(optimizer, torch.optim.SGD):
-            if any(group["momentum"] for group in optimizer.param_groups):
+        if not isinstance(optimizer, torch.optim.SGD):
+            if given or self.options.nesterov:
                 raise AttachError(
-                    f"dgc has the momentum itself, before it chooses (momentum: {self.momentum}): give it torch.optim.SGD without "
-                    "momentum, not SGD with one"
+                    f"dgc applies its momentum (momentum: {self.momentum}) before it chooses, and {kind} would apply its own on top: "
+                    f"leave momentum and nesterov out with {kind}, or give it torch.optim.SGD without momentum"
                 )
-        elif given or self.options.nesterov:
+        elif any(group["momentum"] for group in optimizer.param_groups):
             raise AttachError(
-                f"dgc applies its momentum (momentum: {self.momentum}) before it chooses, and {kind} would apply its own on top: "
-                f"leave momentum and nesterov out with {kind}, or give it torch.optim.SGD without momentum"
+                f"dgc has the momentum itself, before it chooses (momentum: {self.momentum}): give it torch.optim.SGD without "
+                "momentum, not SGD with one"
             )
-        else:
-            self.momentum = 0.0
+        if given is None:
+            self.momentum = MOMENTUM if isinstance(optimizer, torch.optim.SGD) else 0.0
 
     @property
     def warmup_steps(self) -> int:

@@ -180,6 +180,14 @@ def test_two_momentums_are_refused_before_anything_starts(options: dict[str, Any
         start(nn.Linear(2, 2), "dgc", LocalGroup(), optimizer=optimizer, **options)
 
 
+def test_a_method_that_was_checked_with_adam_has_its_momentum_with_sgd() -> None:
+    method: Any = build("dgc")
+    parameters = list(nn.Linear(2, 2).parameters())
+    for optimizer, momentum in ((torch.optim.AdamW(parameters), 0.0), (torch.optim.SGD(parameters, lr=0.1), 0.9)):
+        method.check_optimizer(optimizer)
+        assert method.momentum == momentum
+
+
 def test_under_adam_there_is_no_momentum_before_the_choice() -> None:
     """At density 1 Adam gets the mean of the gradients; below, what waits in v is what has not been sent of their sum."""
     for dense, all_of_it in zip(
