@@ -160,6 +160,7 @@ def _train_rank(
     trained.parameters, trained.voided = _flat(model), run.voided
     trained.payload_bytes = group.traffic.payload_bytes
     trained.state, trained.is_synchronised = copy.deepcopy(run.method.saved()), run.method.is_synchronised
+    run.close()
     return trained
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import threading
-import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import Module, Parameter
+from torch.utils.weak import WeakIdKeyDictionary
 
 from commopt.errors import AttachError
 from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWorld, TcpPeers, TorchGroup
@@ -18,7 +18,7 @@ from commopt.groups.tcp import Membership, listen_anywhere
 from commopt.method import Method
 from commopt.plan.links import LinkModel
 
-ATTACHED: weakref.WeakSet[Module] = weakref.WeakSet()  # not an attribute of the model, which must stay picklable
+ATTACHED = WeakIdKeyDictionary()  # models and their parameters; not an attribute of the model, which must stay picklable
 _attaching = threading.Lock()  # simulated ranks attach at the same time
 HALF = (torch.float16, torch.bfloat16)
 
@@ -62,13 +62,14 @@ def connect_peers(group: Group | Peers | None = None) -> Peers:
 def note_attached(model: Module) -> None:
     """Remember that a method is attached to this model."""
     with _attaching:
-        ATTACHED.add(model)
+        ATTACHED.update(dict.fromkeys((model, *model.parameters())))
 
 
 def note_detached(model: Module) -> None:
     """Forget it again."""
     with _attaching:
-        ATTACHED.discard(model)
+        for one in (model, *model.parameters()):
+            ATTACHED.pop(one, None)
 
 
 def check_wrapping(model: Module) -> None:
@@ -137,10 +138,9 @@ def check_parameters(model: Module, method: Method, optimizer: torch.optim.Optim
     """The trainable parameters by name, in registration order. Raises AttachError for any that the method cannot serve."""
     if hasattr(method, "state"):
         raise AttachError(f"this {method.name} was attached to a model before; build another one")
-    own = {id(p) for p in model.parameters()}
     with _attaching:
-        others = list(ATTACHED)
-    if any(other is model or not own.isdisjoint(map(id, other.parameters())) for other in others):
+        is_attached = any(one in ATTACHED for one in (model, *model.parameters()))
+    if is_attached:
         raise AttachError("a method is attached to this model already; close() what attach returned first")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Payload:
             view.copy_(x.reshape(-1))
         return payload
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         views, offset = [], 0
         for dtype, length in self.layout:

@@ -14,7 +14,7 @@ from commopt import attach
 from commopt.groups import Group, SimWorld
 from commopt.methods import METHODS
 
-SIDE, STEPS = 512, 4  # one matrix of 2^18 elements
+SIDE, STEPS = 512, 2  # one matrix of 2^18 elements
 
 
 def ring(nbytes: float) -> Callable[[int], float]:
@@ -105,7 +105,7 @@ def measured(preset: Preset, ranks: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("preset", "formula"), FORMULAS, ids=[str(preset) for preset, _ in FORMULAS])
 def test_payload_is_the_formulas(preset: Preset, formula: Callable[[int], float]) -> None:
-    for ranks in (2, 4, 5):
+    for ranks in (2, 5):
         sent, own_word = measured(preset, ranks)
         assert sent == pytest.approx(formula(ranks), rel=0.02), f"{ranks} ranks"
         if not preset.name.startswith("powersgd"):  # whose formula depends on the shape

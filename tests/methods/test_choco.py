@@ -96,17 +96,16 @@ def distances(ranks: int, options: dict[str, Any], rounds: int) -> list[float]:
 
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_a_tenth_of_the_entries_reaches_consensus_on_a_ring_linearly(ranks: int) -> None:
-    distance = distances(ranks, {"message": {**TOP_K, "value_bits": 32}}, 240)
-    assert distance[60] < 0.5 * distance[0]
-    assert distance[120] < 0.5 * distance[60]
-    assert distance[240] < 0.1 * distance[120]
-    assert distance[240] < 0.02 * distance[0]
+    distance = distances(ranks, {"message": {**TOP_K, "value_bits": 32}}, 120)
+    assert distance[40] < 0.3 * distance[0]
+    assert distance[80] < 0.5 * distance[40]
+    assert distance[120] < 0.5 * distance[80]
 
 
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_signs_reach_consensus_on_a_ring(ranks: int) -> None:
-    distance = distances(ranks, {"message": {"compressor": "sign", "block_size": 64}}, 400)
-    average = [sum(distance[k : k + 20]) / 20 for k in (20, 140, 260, 380)]  # signs make single rounds uneven
+    distance = distances(ranks, {"message": {"compressor": "sign", "block_size": 64}}, 200)
+    average = [sum(distance[k : k + 20]) / 20 for k in (20, 80, 140, 180)]  # signs make single rounds uneven
     assert average[0] < 0.8 * distance[0]
     assert all(later < 0.5 * earlier for earlier, later in itertools.pairwise(average)), average
 
@@ -114,8 +113,8 @@ def test_signs_reach_consensus_on_a_ring(ranks: int) -> None:
 @pytest.mark.parametrize(("topology", "ranks"), [("ring", 6), ("complete", 4)])
 @pytest.mark.parametrize("message", MESSAGES, ids=str)
 def test_the_default_step_size_lets_every_compressor_converge(message: Any, topology: str, ranks: int) -> None:
-    distance = distances(ranks, {"message": message, "topology": topology}, 120)
-    assert distance[-1] < 0.6 * distance[0]
+    distance = distances(ranks, {"message": message, "topology": topology}, 40)
+    assert distance[-1] < 0.5 * distance[0]
     assert max(distance) < 1.2 * distance[0]
 
 
