@@ -31,7 +31,8 @@ Factory = Callable[[], Method]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _SIZES = (1, 2, 3, 5)
 _STEPS, _BUCKET_BYTES = 12, 25 << 20
-_ZERO_AT = _STEPS // 2 + 1  # a step in which all gradients are zero
+_HALF = _STEPS // 2
+_ZERO_AT = _HALF + 1  # a step in which all gradients are zero
 
 
 class _Model(nn.Module):
@@ -56,6 +57,7 @@ class _Trained:
     voided: list[tuple[int, str]] = field(default_factory=list)
     payload_bytes: float = 0.0
     state: Saved = field(default_factory=lambda: {"shared": {}, "rank": {}})
+    half: tuple[_Model, Any, Saved] | None = None  # model, optimizer and method after half of the steps
     is_synchronised: bool = True
     void_steps: list[int] = field(default_factory=list)  # in which this rank must have heard of a NaN
 
@@ -122,31 +124,30 @@ def check_method(
     _check_resharding(case, start)
 
 
-def _train(case: _Case, start: _Model, n: int, **options: Any) -> list[_Trained]:
+def _train(case: _Case, start: _Model, n: int, halves: list[_Trained] | None = None, **options: Any) -> list[_Trained]:
+    """Train on n ranks, or go on where `halves` had done half of the steps."""
     world: SimWorld[_Trained] = SimWorld(n)
-    models = [copy.deepcopy(start) for _ in range(n)]
-    return world.run(lambda group: _train_rank(case, models[group.rank], group, **options))
+    starts = [(copy.deepcopy(start), None, None) if halves is None else halves[rank].half for rank in range(n)]
+    return world.run(lambda group: _train_rank(case, starts[group.rank], group, **options))
 
 
 def _train_rank(
     case: _Case,
-    model: _Model,
+    start: Any,
     group: SimGroup,
     *,
     bucket_bytes: int = _BUCKET_BYTES,
     nan_at: Mapping[int, int] | None = None,
-    resume_at: int | None = None,
 ) -> _Trained:
+    model, optimizer, state = start
     run = case.attach(model, group, bucket_bytes)
     trained = _Trained(torch.empty(0))
-    for step in range(_STEPS):
-        if step == resume_at:
-            state, optimizer = copy.deepcopy(run.method.saved()), copy.deepcopy(run.optimizer.state_dict())
-            run.close()
-            model = copy.deepcopy(model)
-            run = case.attach(model, group, bucket_bytes)
-            run.optimizer.load_state_dict(optimizer)
-            run.method.load(state)
+    if state is not None:
+        run.optimizer.load_state_dict(optimizer)
+        run.method.load(state)
+    for step in range(0 if state is None else _HALF, _STEPS):
+        if step == _HALF:
+            trained.half = copy.deepcopy((model, run.optimizer.state_dict(), run.method.saved()))
         loss = _loss(model, 1000 * step + group.rank)
         run.optimizer.zero_grad()
         (loss * 0 if step == _ZERO_AT else loss).backward()
@@ -220,7 +221,7 @@ def _check_buckets(case: _Case, start: _Model, n: int, world: list[_Trained]) ->
 
 
 def _check_resume(case: _Case, start: _Model, n: int, world: list[_Trained]) -> None:
-    resumed = _train(case, start, n, resume_at=_STEPS // 2)
+    resumed = _train(case, start, n, world)
     for one, other in zip(world, resumed, strict=True):
         assert torch.equal(one.parameters, other.parameters), f"resuming is not bitwise on {n} ranks"
         for held, tensors in one.state.items():

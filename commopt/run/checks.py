@@ -69,7 +69,7 @@ def note_detached(model: Module) -> None:
     """Forget it again."""
     with _attaching:
         for one in (model, *model.parameters()):
-            ATTACHED.pop(one, None)
+            ATTACHED.pop(one, None)  # type: ignore[no-untyped-call]
 
 
 def check_wrapping(model: Module) -> None:
