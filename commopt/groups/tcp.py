@@ -235,11 +235,13 @@ class TcpPeers(Peers):
 
     def _serve(self, peer: int) -> None:
         route = self._routes[peer]
+        pause_s = 0.02  # short at first: ranks that start together find each other as soon as they are there
         while not self._is_closed:
             try:
-                frame = route.waiting.get(timeout=_BEAT_S)
+                frame = route.waiting.get(timeout=pause_s)
             except queue.Empty:
-                self._transmit(peer, route, self._beat())
+                is_told = self._transmit(peer, route, self._beat())
+                pause_s = _BEAT_S if is_told else min(2 * pause_s, _BEAT_S)
                 continue
             if frame is None:
                 break
