@@ -13,7 +13,7 @@ from torch import Tensor
 
 from commopt.groups import Group, SimWorld, TorchGroup
 
-STEPS = 10
+STEPS = 6
 DDP_CASES: dict[str, dict[str, Any]] = {
     "overlap": {},
     "overlap, a bucket per parameter": {"bucket_cap_mb": 0.0001},
