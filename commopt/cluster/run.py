@@ -18,23 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from commopt.cluster.commands import (
-    agent_environment,
-    agent_words,
-    job_mark,
-    lone_agent_words,
-    peers_json,
-    program_words,
-)
+from commopt.cluster.commands import agent_environment, agent_words, job_mark, peers_json
 from commopt.cluster.emulate import Emulation, end_with_parent
 from commopt.cluster.failure import AgentEnd, Failure, first_failure
 from commopt.cluster.injection import Injection
 from commopt.cluster.output import Lines, Logs, output_pair, read_from
 from commopt.cluster.processes import kill_all
-from commopt.cluster.spec import ClusterSpec, Emulate
+from commopt.cluster.spec import ClusterSpec
 from commopt.errors import LaunchError
 
-__all__ = ["Failure", "JobResult", "Tick", "run_job"]
+__all__ = ["Failure", "JobResult", "run_job"]
 
 _TICK_S = 0.2
 _FAULTS_S = 0.05  # how often faults look whether they are due: small models do many steps between two ticks
@@ -45,14 +38,6 @@ _GRACE_S = 4.0  # between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
-class Tick:
-    """The state of a running job: seconds since its start, and the bytes each node has sent since then."""
-
-    elapsed_s: float
-    tx_bytes: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class JobResult:
     """How a job ended.
 
@@ -60,13 +45,15 @@ class JobResult:
     job ended well. notices concern the supervision itself.
     """
 
-    ok: bool
     wall_s: float
     tx_bytes: Mapping[str, int]
-    mode: Emulate
     log_dir: Path | None
     failure: Failure | None = None
     notices: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return self.failure is None
 
 
 @dataclass(kw_only=True)
@@ -89,7 +76,7 @@ def run_job(
     emulation: Emulation,
     env: Mapping[str, str] | None = None,
     log_dir: Path | None = None,
-    on_tick: Callable[[Tick], None] | None = None,
+    on_tick: Callable[[float], object] | None = None,
     on_line: Callable[[str, str], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     agent: Callable[[int], Sequence[str]] | None = None,
@@ -101,7 +88,8 @@ def run_job(
 
     env: variables added to the ranks' environment. log_dir: made if needed; gets `NODE.log` with all that was printed.
     Without it the last of it is kept in memory, and written to a temporary folder if the job fails.
-    on_tick: called about five times a second. on_line: called with a label ("node2") and a line of a rank's output.
+    on_tick: called about five times a second, with the seconds since the start. on_line: called with a label ("node2") and
+    a line of a rank's output.
     on_note: called with what a user should know now. agent: the command to run on a node instead of torchrun.
     independent: every node is a torchrun job of its own, and goes on when others end; ranks find each other by
     `COMMOPT_PEERS`. label: tells such jobs apart that follow one another on real machines. faults: what shall happen to the
@@ -110,21 +98,16 @@ def run_job(
     nothing could be started, ConfigError where there are too few ports.
     """
     emulation = emulation.fresh_port()
-    words = program_words(argv[0], argv[1:]) if argv else []
     variables, mark = dict(env or {}), uuid.uuid4().hex
     if independent:
         members = emulation.members()
-        is_elsewhere = not emulation.shares_loopback and emulation.mode is Emulate.NONE
-        variables["COMMOPT_PEERS"] = peers_json(job_mark(cluster, members, label) if is_elsewhere else mark, members)
+        name = job_mark(cluster, members, label) if emulation.is_elsewhere else mark
+        variables["COMMOPT_PEERS"] = peers_json(name, members)
 
     def words_of(node: int) -> Sequence[str]:
-        if agent is not None:
-            return agent(node)
-        if independent:
-            return lone_agent_words(cluster, words, port=emulation.own_port())
-        return agent_words(cluster, node, words, meeting=emulation.meeting)
+        return agent_words(emulation, node, argv, independent=independent) if agent is None else agent(node)
 
-    job = _Job(emulation, mark, words_of, variables, independent, log_dir, faults, on_tick, on_line, on_note)
+    job = Job(emulation, mark, words_of, variables, independent, log_dir, faults, on_tick, on_line, on_note)
     try:
         for node in emulation.nodes:
             job.start(node)
@@ -135,7 +118,7 @@ def run_job(
 
 
 @dataclass
-class _Job:
+class Job:
     """A job under way. words_of: the command of a node. env: what the ranks' environment gets besides."""
 
     _emulation: Emulation
@@ -145,7 +128,7 @@ class _Job:
     _is_independent: bool
     _log_dir: Path | None
     _faults: Injection | None
-    _on_tick: Callable[[Tick], None] | None
+    _on_tick: Callable[[float], object] | None
     _on_line: Callable[[str, str], None] | None
     _on_note: Callable[[str], None] | None
 
@@ -166,13 +149,7 @@ class _Job:
         environment = {
             **os.environ,
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3",
-            **agent_environment(
-                self._cluster,
-                node,
-                interface=emulation.interfaces[node],
-                ranks_here=len(emulation.nodes) * self._cluster.slots,
-                links=emulation.links,
-            ),
+            **agent_environment(emulation, node, ranks_here=len(emulation.nodes) * self._cluster.slots),
             **self._env,
             "COMMOPT_JOB": self.mark,
             **({"COMMOPT_RETURNS": "1"} if returns else {}),
@@ -283,10 +260,8 @@ class _Job:
             self._log_dir = Path(tempfile.mkdtemp(prefix="commopt-"))
             self._logs.keep(self._log_dir)
         return JobResult(
-            ok=failure is None,
             wall_s=self._wall_s,
             tx_bytes=self._sent,
-            mode=self._emulation.mode,
             log_dir=self._log_dir,
             failure=failure,
             notices=tuple(notices),
@@ -301,7 +276,7 @@ class _Job:
         if self._is_independent:
             self._tell_bad_ends()
         if self._on_tick is not None:
-            self._on_tick(Tick(self._elapsed(), self._sent_so_far()))
+            self._on_tick(self._elapsed())
 
     def _sent_so_far(self) -> Mapping[str, int]:
         now = self._emulation.tx_bytes()

@@ -34,7 +34,7 @@ from step_results import NODES, PEERS, outcome, report
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.run import Tick, run_job
+from commopt.cluster.run import run_job
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError
 from commopt.record.words import seconds_text
@@ -151,11 +151,11 @@ class Watchdog:
         self._records, self._limit_s = records, limit_s
         self._seen_bytes, self._seen_at_s = 0, 0.0
 
-    def __call__(self, tick: Tick) -> None:
+    def __call__(self, elapsed_s: float) -> None:
         recorded = sum(file.stat().st_size for file in self._records.glob("*.jsonl"))
         if recorded != self._seen_bytes:
-            self._seen_bytes, self._seen_at_s = recorded, tick.elapsed_s
-        elif tick.elapsed_s - self._seen_at_s > self._limit_s:
+            self._seen_bytes, self._seen_at_s = recorded, elapsed_s
+        elif elapsed_s - self._seen_at_s > self._limit_s:
             raise StalledError(f"no rank got on for {seconds_text(self._limit_s)}")
 
 

@@ -4,11 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
-from outer_runs import STORM, STORM_FAULTS, Absence, Lines, OuterPlan, outer_run, write_outer
-from synthetic_runs import DENSE, change, results_of, run_of, short
+from outer_runs import Absence, Lines, OuterPlan, outer_run, write_outer
+from synthetic_runs import DENSE, change, run_of, short
 
-from commopt.report.page import results_json
-from commopt.report.results import Results, collect
+from commopt.report.results import collect
 
 GONE = OuterPlan(absences={2: Absence(after=25)})
 
@@ -108,12 +107,6 @@ def test_progress_is_thinned_and_keeps_the_pauses(tmp_path: Path) -> None:
     assert part.steps[pause + 1] == 1235
     assert part.at_s[pause] == pytest.approx(0.5 + 123.4)
     assert part.at_s[pause + 1] - part.at_s[pause] == pytest.approx(5.1)
-
-
-def test_a_document_with_rounds_and_faults_survives_a_round_trip(tmp_path: Path) -> None:
-    results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
-    assert Results.model_validate_json(results_json(results)) == results
-    assert len(results.runs[0].faults) == 4
 
 
 def test_a_node_that_did_fewer_steps_is_counted_per_its_own(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from outer_runs import STORM, STORM_FAULTS, outer_run
 from synthetic_runs import DENSE, FP16, ONEBIT, change, results_of, run_of, short, write_run
 
 from commopt.cluster.spec import load_cluster
@@ -15,10 +16,10 @@ from commopt.report.results import Cluster, Environment, Results, collect
 
 
 def test_the_document_survives_a_round_trip(tmp_path: Path) -> None:
-    results = results_of([run_of(tmp_path, short(plan)) for plan in (DENSE, ONEBIT)])
+    results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
     assert Results.model_validate_json(results_json(results)) == results
     document = json.loads(results_json(results), parse_constant=pytest.fail)  # no NaN and no infinity
-    assert document["schema"] == 1
+    assert (document["schema"], len(document["runs"][0]["faults"])) == (1, 4)
 
 
 def test_every_field_of_the_json_is_described() -> None:
