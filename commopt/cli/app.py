@@ -131,17 +131,16 @@ def launch(
 
     spec = load_cluster(cluster)
     check_node(spec, emulate, node)
-    words = checked_program(command)
+    check_program(command[0])
     emulation = (emulation_of.preview if print_only else emulation_of.enter)(spec, emulate=emulate, node=node)
     if print_only:
-        print_commands(words, emulation, independent=independent)
+        print_commands(command, emulation, independent=independent)
         return
     for notice in emulation.notices:
         note(notice)
     is_labelled = len(emulation.nodes) > 1
     result = run_job(
-        spec,
-        words,
+        command,
         emulation=emulation,
         log_dir=log_dir,
         on_line=lambda label, line: typer.echo(f"[{label}] {line}" if is_labelled else line),
@@ -157,19 +156,13 @@ def check_node(spec: ClusterSpec, emulate: Emulate | None, node: str | None) -> 
         raise ConfigError(f"--node {node}: has no effect where this machine runs all nodes; leave it out")
 
 
-def checked_program(command: Sequence[str]) -> list[str]:
-    """The program and its arguments, with the program found. Raises LaunchError if there is none of that name."""
-    words = list(command)
-    if not words:
-        raise LaunchError("no program; write it after --, as in: commopt launch CLUSTER.yaml -- train.py")
-    program = words[0]
-    if program.endswith(".py"):
-        if not Path(program).is_file():
-            raise LaunchError(f"{program}: there is no such file")
-    elif shutil.which(program) is None:
-        hint = "it is not executable" if Path(program).is_file() else "there is no such program"
-        raise LaunchError(f"{program}: {hint}")
-    return words
+def check_program(program: str) -> None:
+    """Raise LaunchError if there is no program of that name."""
+    is_python, is_file = program.endswith(".py"), Path(program).is_file()
+    if is_python and not is_file:
+        raise LaunchError(f"{program}: there is no such file")
+    if not is_python and shutil.which(program) is None:
+        raise LaunchError(f"{program}: {'it is not executable' if is_file else 'there is no such program'}")
 
 
 def print_commands(words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = "") -> None:

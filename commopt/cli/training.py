@@ -181,7 +181,6 @@ def _train(
         live.note(f"{name}: {text}")
 
     job = run_job(
-        run.cluster,
         program_words(run, name, options),
         emulation=emulation,
         env={"COMMOPT_RECORD": str(record_dir)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -14,6 +14,7 @@ from commopt.record.words import fault_text
 if TYPE_CHECKING:
     from commopt.cluster.spec import ClusterSpec
 
+_LEFT_OUT: Any = None  # of a key; one without a value is a mistake
 _EXAMPLE = "{at_step: 120, kill: node2}"
 
 
@@ -34,21 +35,13 @@ class Fault(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     at_step: int = Field(ge=1, strict=True)
-    kill: str | None = None
-    restart: str | None = None
-    cut: Annotated[list[str] | None, BeforeValidator(_checked_sides)] = None
-    slow: str | None = None
-    hang: str | None = None
-    for_s: float | None = Field(None, gt=0, strict=True, allow_inf_nan=False)
-    factor: float | None = Field(None, gt=1, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_empty_key(cls, data: object) -> object:
-        empty = [key for key, value in data.items() if value is None] if isinstance(data, dict) else []
-        if empty:
-            raise MistakesError([(key, "is empty; write a value, or leave the key out") for key in empty])
-        return data
+    kill: str = _LEFT_OUT
+    restart: str = _LEFT_OUT
+    cut: Annotated[list[str], BeforeValidator(_checked_sides)] = _LEFT_OUT
+    slow: str = _LEFT_OUT
+    hang: str = _LEFT_OUT
+    for_s: float = Field(_LEFT_OUT, gt=0, strict=True, allow_inf_nan=False)
+    factor: float = Field(_LEFT_OUT, gt=1, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _is_one_fault(self) -> Fault:

@@ -24,7 +24,6 @@ from commopt.cluster.failure import AgentEnd, Failure, first_failure
 from commopt.cluster.injection import Injection
 from commopt.cluster.output import Lines, Logs, output_pair, read_from
 from commopt.cluster.processes import kill_all
-from commopt.cluster.spec import ClusterSpec
 from commopt.errors import LaunchError
 
 __all__ = ["Failure", "JobResult", "run_job"]
@@ -51,10 +50,6 @@ class JobResult:
     failure: Failure | None = None
     notices: tuple[str, ...] = ()
 
-    @property
-    def ok(self) -> bool:
-        return self.failure is None
-
 
 @dataclass(kw_only=True)
 class _Agent(AgentEnd):
@@ -70,7 +65,6 @@ class _Agent(AgentEnd):
 
 
 def run_job(
-    cluster: ClusterSpec,
     argv: Sequence[str],
     *,
     emulation: Emulation,
@@ -101,7 +95,7 @@ def run_job(
     variables, mark = dict(env or {}), uuid.uuid4().hex
     if independent:
         members = emulation.members()
-        name = job_mark(cluster, members, label) if emulation.is_elsewhere else mark
+        name = job_mark(emulation.cluster, members, label) if emulation.is_elsewhere else mark
         variables["COMMOPT_PEERS"] = peers_json(name, members)
 
     def words_of(node: int) -> Sequence[str]:

@@ -136,11 +136,9 @@ class RoundCosts(DocumentPart):
 
     blocked_s: float = Field(description="seconds that training stood still for a round, mean over rounds and ranks")
     blocked_share: float | None = Field(description="share of the steps' seconds that they stood still for rounds")
-    exchange_s: float = Field(
-        description="seconds from a round's start to its last message, mean over rounds and ranks"
-    )
+    exchange_s: float = Field(description="seconds from a round's start to its last message, mean of rounds and ranks")
     bytes_per_step: float | None = Field(
-        description="bytes that a rank sent in rounds, over all its steps; mean over the ranks"
+        description="bytes sent in rounds, over all steps of a rank; mean of the ranks"
     )
 
 
@@ -167,9 +165,7 @@ class Rounds(RoundCosts):
 
     rounds: int = Field(description="outer rounds of the rank that made most")
     missed: int = Field(description="rounds in which a scheduled peer's message did not come in time, over all ranks")
-    blocked_worst_s: float = Field(
-        description="seconds that training stood still for one, of the rank with the largest mean"
-    )
+    blocked_worst_s: float = Field(description="seconds that training stood still for one, of the worst rank")
     by_rank: list[RankRounds] = Field(description="the same for each rank")
     spread: list[Spread] = Field([], description="the distance along the run; empty where no rank estimated it")
     spread_end: float | None = Field(
@@ -232,8 +228,7 @@ class FaultCost(DocumentPart):
     median_step_s: float | None = Field(description="that rank's median step, of the whole run, to compare it with")
     missed: list[MissedRounds] = Field(description="outer rounds that ranks missed up to the next fault")
     back_after_s: float | None = Field(
-        None,
-        description="of a restart: seconds until the last of its ranks had ended a step again; null where one never did",
+        None, description="of a restart: seconds until its last rank had ended a step again; null where one never did"
     )
     back_at_step: int | None = Field(None, description="of a restart: the number of that step, as recorded")
 
@@ -277,13 +272,9 @@ class RunResult(DocumentPart):
     warmup_steps: int | None = Field(None, description="steps before the first steady one; null where none was steady")
     tokens: int = Field(description="tokens trained on, over all ranks")
     train_loss: list[float | None] = Field(description="per step, mean over the ranks; null where not finite")
-    val_loss: float | None = Field(
-        None, description="loss of the last validation, on text that is not trained on; null where none or not finite"
-    )
+    val_loss: float | None = Field(None, description="loss of the last validation; null where none or not finite")
     validations: list[Validation] = Field([], description="every validation, in order")
-    validation_by_rank: list[RankValidation] = Field(
-        [], description="with outer rounds, each rank's last validation, of its own replica"
-    )
+    validation_by_rank: list[RankValidation] = Field([], description="with outer rounds, each rank's last validation")
     step_seconds: list[float] = Field(description="per step, its seconds, mean over the ranks")
     seconds: list[float] = Field(description="training seconds until each step's end: the running sum of step_seconds")
     step_s: float | None = Field(
@@ -293,16 +284,10 @@ class RunResult(DocumentPart):
     )
     step_mean_s: float | None = Field(None, description="mean seconds of the steady steps, over steps and ranks")
     compute_s: float | None = Field(
-        None,
-        description="seconds of the same steps without communication, which no method can beat: the median, of the slowest rank",
+        None, description="seconds of such steps without communication, of the slowest rank"
     )
-    wait_share: float | None = Field(
-        None, description="share of the steady steps' seconds spent waiting for the network"
-    )
-    wall_s: float | None = Field(
-        None,
-        description="seconds from the start of training to the end of the last step, with validations",
-    )
+    wait_share: float | None = Field(None, description="share of the steady steps' time spent waiting for the network")
+    wall_s: float | None = Field(None, description="seconds from start to the last step's end, with validations")
     window_steps: int = Field(0, description="steps of the measured window, which lies in the steady phase")
     payload_bytes_per_step: float | None = Field(
         None,
@@ -315,8 +300,7 @@ class RunResult(DocumentPart):
         "headers; null where nodes have no interface of their own",
     )
     nic_over_model: float | None = Field(
-        None,
-        description="the interface's count over commopt's with headers, of the node that is farthest from 1",
+        None, description="the interface's count over commopt's with headers, of the node that is farthest from 1"
     )
     nodes: list[NodeBytes] = Field([], description="both byte counts of each node; empty where there is only commopt's")
     traffic: list[TrafficRow] = Field([], description="commopt's count of the window in detail, the largest first")
@@ -324,14 +308,10 @@ class RunResult(DocumentPart):
     events: list[Event] = Field([], description="what else the ranks recorded, in order")
     rounds: Rounds | None = Field(None, description="the outer rounds; null where the method has none")
     faults: list[Fault] = Field([], description="the faults that were injected, in order, and what each cost")
-    progress: list[Progress] = Field(
-        [], description="when each rank had done how many steps; only with outer rounds or faults"
-    )
+    progress: list[Progress] = Field([], description="when each rank had done how many steps; with rounds or faults")
     ended_early: list[EndedEarly] = Field([], description="with outer rounds, the ranks that others went on without")
     notices: list[str] = Field([], description="what to know about how this run was recorded, in sentences")
-    speedup_vs_dense: float | None = Field(
-        None, description="a step of dense over one of this run, both in their steady phase; null without either"
-    )
+    speedup_vs_dense: float | None = Field(None, description="a step of dense over one of this run; null without one")
 
 
 class Results(DocumentPart):

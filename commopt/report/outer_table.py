@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from commopt.record.words import megabytes, milliseconds, seconds_text, spread_text
 from commopt.report.columns import AS_MEGABYTES, AS_MS, NOTHING, cells_of, column_of, described
 from commopt.report.document import Fault, FaultCost, Results, RunResult
@@ -35,17 +37,22 @@ def round_cells(results: Results) -> list[list[str]]:
 
 def fault_cells(run: RunResult) -> list[list[str]]:
     """One row per fault, one text per column."""
-    return [
-        [
-            str(fault.at_step),
-            f"{fault.at_s:.1f}",
-            str(fault),
-            stop_text(fault.cost) or NOTHING,
-            missed_text(fault.cost),
-            back_text(fault) or NOTHING,
-        ]
-        for fault in run.faults
-    ]
+    return [fault_row(fault) for fault in run.faults]
+
+
+def fault_row(fault: Fault) -> list[str]:
+    """`120`, `12.4`, `node2 killed`, `3.1 s (rank 0, 31 steps' time)`, `3 (rank 0: 2, rank 1: 1)`, `4.2 s, step 182`."""
+    cost, stop, back = fault.cost, NOTHING, NOTHING
+    if cost.longest_stop_s is not None:
+        steps = cost.longest_stop_s / (cost.median_step_s or math.inf)
+        who = f"rank {cost.stopped_rank}, {steps:.0f} steps' time"
+        stop = f"{seconds_text(cost.longest_stop_s)} ({who})" if steps >= STOPPED else "none"
+    missed = ", ".join(f"rank {each.rank}: {each.rounds}" for each in cost.missed)
+    missed = f"{sum(each.rounds for each in cost.missed)} ({missed})" if missed else "0"
+    if fault.kind == "restart":
+        after_s = cost.back_after_s
+        back = "never" if after_s is None else f"{seconds_text(after_s)}, step {cost.back_at_step}"
+    return [str(fault.at_step), f"{fault.at_s:.1f}", str(fault), stop, missed, back]
 
 
 def fault_lines(results: Results) -> list[str]:
@@ -57,34 +64,7 @@ def fault_lines(results: Results) -> list[str]:
     ]
 
 
-def stop_text(cost: FaultCost) -> str | None:
-    """`3.1 s (rank 0, 31 steps' time)`, or `none` where no survivor stood still; None where there was no survivor."""
-    if cost.longest_stop_s is None:
-        return None
-    if not cost.median_step_s or cost.longest_stop_s < STOPPED * cost.median_step_s:
-        return "none" if cost.median_step_s else seconds_text(cost.longest_stop_s)
-    steps = cost.longest_stop_s / cost.median_step_s
-    return f"{seconds_text(cost.longest_stop_s)} (rank {cost.stopped_rank}, {steps:.0f} steps' time)"
-
-
-def missed_text(cost: FaultCost) -> str:
-    """`3 (rank 0: 2, rank 1: 1)`, or `0`."""
-    total = sum(each.rounds for each in cost.missed)
-    who = ", ".join(f"rank {each.rank}: {each.rounds}" for each in cost.missed)
-    return f"{total} ({who})" if total else "0"
-
-
-def back_text(fault: Fault) -> str | None:
-    """`4.2 s, step 182`, or `never`; None where the fault is not a restart."""
-    if fault.kind != "restart":
-        return None
-    if fault.cost.back_after_s is None:
-        return "never"
-    return f"{seconds_text(fault.cost.back_after_s)}, step {fault.cost.back_at_step}"
-
-
 def cost_text(fault: Fault) -> str:
     """`longest stop: 3.1 s (rank 0, 31 steps' time); rounds missed: 3 (...)`."""
-    texts = (stop_text(fault.cost), missed_text(fault.cost).removeprefix("0"), back_text(fault))
-    said = zip(("longest stop", "rounds missed", "stepped again"), texts, strict=True)
-    return "; ".join(f"{what}: {text}" for what, text in said if text) or "nobody left to see it"
+    said = zip(("longest stop", "rounds missed", "stepped again"), fault_row(fault)[3:], strict=True)
+    return "; ".join(f"{what}: {text}" for what, text in said if text not in (NOTHING, "0")) or "nobody left to see it"

@@ -171,7 +171,6 @@ def measure(entry: Entry, cluster: ClusterSpec, emulation: Emulation, *, timeout
         records = Path(scratch, "record")
         try:
             job = run_job(
-                cluster,
                 program_words(cell, entry["settings"]),
                 emulation=emulation,
                 env={"COMMOPT_RECORD": str(records)},

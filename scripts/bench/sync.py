@@ -93,9 +93,7 @@ def measure(entry: Entry, cluster: ClusterSpec, emulation: Emulation) -> dict[st
         out = Path(scratch, "seconds.json")
         words = ["--elements", str(cell.elements), "--repeats", str(cell.repeats), "--out", str(out)]
         words += ["--mean-s", str(cell.mean_s), "--spread", str(cell.spread)]
-        job = run_job(
-            cluster, [str(PROGRAM), *words], emulation=emulation, log_dir=Path(scratch, "log"), on_tick=give_up
-        )
+        job = run_job([str(PROGRAM), *words], emulation=emulation, log_dir=Path(scratch, "log"), on_tick=give_up)
         if job.failure is not None:
             raise CommoptError(f"{cell.name}: {job.failure}\n{job.failure.message}".rstrip())
         ranks = json.loads(out.read_text())

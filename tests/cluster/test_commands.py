@@ -5,12 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launchers import commopt_here
 
 from commopt.cluster.commands import agent_environment, agent_words, job_mark, peers_json
-from commopt.cluster.emulate import links_json, on_hosts, preview, this_node
+from commopt.cluster.emulate import on_hosts, preview, this_node
 from commopt.cluster.machine import Emulate
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError, LaunchError
@@ -42,23 +43,6 @@ def test_only_python_files_are_run_by_python() -> None:
     assert agent_words(preview(cluster_of()), 0, ["hostname", "-f"])[-3:] == ["--no-python", "hostname", "-f"]
 
 
-@pytest.fixture(autouse=True)
-def _no_threads_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
-def test_ranks_learn_their_node_and_share_the_cores() -> None:
-    emulation = on_hosts(cluster_of(links={"mtu": 9000}), (1,), "eth7")
-    assert agent_environment(emulation, 1, ranks_here=4) == {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4)),
-        "GLOO_SOCKET_IFNAME": "eth7",
-        "COMMOPT_NODE": "a1",
-        "COMMOPT_NODE_RANK": "1",
-        "COMMOPT_MTU": "9000",
-        "COMMOPT_NIC": "eth7",
-    }
-
-
 @pytest.mark.parametrize(
     ("interface", "variables"),
     [
@@ -67,29 +51,24 @@ def test_ranks_learn_their_node_and_share_the_cores() -> None:
         (None, {}),  # it is left to the library
     ],
 )
-def test_ranks_learn_their_interface_and_the_users_thread_count_stays(
+def test_ranks_learn_their_node_and_interface_and_share_the_cores_unless_the_user_says_otherwise(
     interface: str | None, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    environment = agent_environment(on_hosts(cluster_of(backend="nccl"), (0,), interface), 0, ranks_here=2)
+    emulation = on_hosts(cluster_of(backend="nccl", links={"mtu": 9000}), (1,), interface)
+    environment = agent_environment(emulation, 1, ranks_here=4)
     assert environment.pop("OMP_NUM_THREADS") == "7"
-    always = {"COMMOPT_NODE": "a0", "COMMOPT_NODE_RANK": "0", "COMMOPT_MTU": "1500"}
-    assert environment == {**always, **variables}
+    assert environment == {"COMMOPT_NODE": "a1", "COMMOPT_NODE_RANK": "1", "COMMOPT_MTU": "9000", **variables}
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    shared = agent_environment(emulation, 1, ranks_here=4)
+    assert shared["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 4))
 
 
-def test_links_survive_json() -> None:
-    links = {"rate": "50mbit", "delay": "3ms", "between": {"rate": "10mbit"}}
-    spec = {"nodes": 3, "sites": {"a": ["node0"], "b": ["node1", "node2"]}}
-    for model in (spec, {**spec, "links": links}):
-        written = ClusterSpec.model_validate(model).link_model()
-        assert LinkModel.from_json(links_json(written)) == written
-
-
-def test_paced_ranks_are_told_their_links() -> None:
-    cluster = ClusterSpec.model_validate({"nodes": 2, "links": {"rate": "8mbit"}})
+@pytest.mark.parametrize("links", [{}, {"rate": "50mbit", "delay": "3ms", "between": {"rate": "10mbit"}}])
+def test_paced_ranks_are_told_their_links(links: dict[str, Any]) -> None:
+    cluster = cluster_of(nodes=3, sites={"a": ["node0"], "b": ["node1", "node2"]}, links=links)
     paced, plain = preview(cluster, Emulate.PACED), preview(cluster, Emulate.NONE)
-    assert paced.links is not None
-    assert LinkModel.from_json(paced.links) == cluster.link_model()
+    assert LinkModel.from_json(str(paced.links)) == cluster.link_model()
     assert plain.links is None
 
 

@@ -73,7 +73,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(write: Callable[[str], Path], m
 def test_a_ranks_traceback_is_shown_once(write: Callable[[str], Path], mark: str) -> None:
     logs = write("nodes: 2").parent / "logs"
     words, scratch = launch(
-        write("nodes: 2"), "--emulate", "none", "--log-dir", str(logs), "--", RANKS, mark, "300", "1", "raise"
+        write("nodes: 2"), "--emulate", "none", "--log-dir", str(logs), "--", RANKS, mark, "300", "1"
     )
     code, output, errors = finish(start(words, scratch))
     assert code == 1

@@ -102,27 +102,24 @@ def test_without_a_launcher_rank_0_prints_some_lines(
         assert "dense: 1000 steps, 1,000 parameters" in lines[0]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_warned_about_once_and_training_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("target", "nic", "warning"),
+    [
+        ("/dev/full", None, "goes on training"),
+        ("/dev/null/x", None, "records nothing"),
+        (None, "nowhere0", "no bytes of the"),
+    ],
+)
+def test_what_cannot_be_recorded_is_warned_about_once_and_training_goes_on(
+    target: str | None, nic: str | None, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "rank0.jsonl").symlink_to("/dev/full")
+    if target:
+        (tmp_path / "rank0.jsonl").symlink_to(target)
     with caplog.at_level(logging.WARNING):
-        record(Recorder(tmp_path))
+        record(Recorder(tmp_path, nic=nic))
     assert len(caplog.records) == 1
-    assert "goes on training" in caplog.text
-
-
-def test_a_folder_that_cannot_be_made_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("")
-    record(Recorder(tmp_path / "file" / "folder"))
-    assert "records nothing" in caplog.text
-
-
-def test_an_unknown_interface_is_warned_about_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    record(Recorder(tmp_path, nic="nowhere0"))
-    assert len(caplog.records) == 1
-    assert collect(tmp_path).nic_tx_bytes_per_step is None
+    assert warning in caplog.text
+    assert target or collect(tmp_path).nic_tx_bytes_per_step is None
 
 
 def test_lines_are_there_before_the_end_and_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
