@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import launchers
 import pytest
-from launchers import all_have_ended, finish, member, printed, result, wait_until
+from launchers import all_have_ended, drive, finish, member, printed, result, wait_until
 
 from commopt.cluster.emulate import preview
 from commopt.cluster.faults import Fault
@@ -25,18 +24,11 @@ from commopt.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 Write = Callable[[str], Path]
-Driven = subprocess.Popen[str]
 
 
-def drive(cluster: Path, mode: str, mark: str, commands: list[list[str]], **options: Any) -> tuple[Driven, Path]:
-    """A started launcher, and the folder of its record."""
-    return launchers.drive(cluster, mode, mark, commands, independent=True, **options), cluster.parent / "record"
-
-
-def driven(*args: Any, **options: Any) -> tuple[dict[str, Any], Path]:
+def driven(cluster: Path, *args: Any, **options: Any) -> tuple[dict[str, Any], Path]:
     """What a launcher that ended well has printed, and the folder of its record."""
-    process, record = drive(*args, **options)
-    return result(process), record
+    return result(drive(cluster, *args, independent=True, **options)), cluster.parent / "record"
 
 
 def recorded(record: Path, name: str = "faults") -> list[dict[str, Any]]:
@@ -175,7 +167,9 @@ def test_a_launcher_that_ends_in_the_middle_of_a_fault_leaves_nothing(
         request.getfixturevalue("namespaces")
     faults = [{"at_step": 2, "hang": "node1", "for_s": 100}, {"at_step": 3, "slow": "node0", "factor": 5}]
     before = mounts()
-    process, record = drive(write("nodes: 3"), mode, mark, [member(mark, "steps", 6000)], faults=faults)
+    cluster = write("nodes: 3")
+    process = drive(cluster, mode, mark, [member(mark, "steps", 6000)], faults=faults, independent=True)
+    record = cluster.with_name("record")
     wait_until(lambda: len(recorded(record)) == 2, "two faults")
     process.send_signal(number)
     started = time.monotonic()

@@ -6,13 +6,14 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launchers import HERE, finish, processes, read_until, start, wait_until
+from launchers import HERE, all_have_ended, finish, processes, read_until, start, wait_until
+
+from commopt.cluster.machine import free_ports
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for ranks in /proc")
 RANKS = str(HERE / "ranks.py")
@@ -66,7 +67,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(write: Callable[[str], Path], m
     logs = Path(last.rpartition(" ")[2])
     assert sorted(path.name for path in logs.iterdir()) == ["node0.log", "node1.log", "node2.log"]
     assert "SIGKILL" in (logs / "node2.log").read_text()
-    wait_until(lambda: not processes(mark), "the end of every process", timeout_s=10)
+    all_have_ended(mark)
     assert os.listdir(scratch) == [logs.name]
 
 
@@ -87,9 +88,7 @@ def test_a_ranks_traceback_is_shown_once(write: Callable[[str], Path], mark: str
 
 
 def test_each_real_machine_starts_its_own_node(write: Callable[[str], Path], mark: str) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    (port,) = free_ports(1)
     hosts = "[{name: a, host: 127.0.0.1}, {name: b, host: 127.0.0.2}]"
     cluster = write(f"nodes: {hosts}\nrendezvous: {{port: {port}}}")
     started = [start(*launch(cluster, "--node", name, "--", RANKS, mark, "0.1")) for name in "ab"]
@@ -130,12 +129,8 @@ def test_an_independent_node_that_fails_leaves_the_others_alone(
     code, output, errors = finish(process)
     errors = told + errors
     assert code == 1
-    assert sorted(line for line in output.splitlines() if line[8].isdecimal()) == [
-        "[node0] 0 0 2 4",
-        "[node0] 1 1 2 4",
-        "[node1] 2 0 2 4",
-        "[node1] 3 1 2 4",
-    ]
+    said = sorted(line for line in output.splitlines() if line[8].isdecimal())
+    assert said == [f"[node{rank // 2}] {rank} {rank % 2} 2 4" for rank in range(4)]
     assert output.count("[node0] done") == 2
     failure = "rank 2 (node1) failed: ValueError: the disk is gone"
     assert f"commopt: {failure}; the other nodes go on" in errors.splitlines()

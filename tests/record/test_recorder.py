@@ -47,28 +47,13 @@ def test_what_is_recorded_is_collected(tmp_path: Path) -> None:
     assert run.events[0].ranks == [0, 1]
 
 
-PEERS = {
-    "job": "ab12",
-    "members": [[f"10.77.0.{node}", port] for node in (1, 2) for port in (29501, 29502)],
-}
+MEMBERS = [[f"10.77.0.{node}", port] for node in (1, 2) for port in (29501, 29502)]
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8"}
+LONE_TORCHRUN = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
+PEERS = {"COMMOPT_PEERS": json.dumps({"job": "ab12", "members": MEMBERS}), **LONE_TORCHRUN}  # counts over all nodes
 
 
-@pytest.mark.parametrize(
-    ("variables", "place"),
-    [
-        ({"RANK": "5", "WORLD_SIZE": "8"}, (5, 8)),
-        (  # the rank among peers counts over all nodes
-            {
-                "COMMOPT_PEERS": json.dumps(PEERS),
-                "LOCAL_WORLD_SIZE": "2",
-                "LOCAL_RANK": "1",
-                "RANK": "1",
-                "WORLD_SIZE": "2",
-            },
-            (3, 4),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("variables", "place"), [(TORCHRUN, (5, 8)), (PEERS, (3, 4))], ids=["torchrun", "peers"])
 def test_environment_says_who_and_where(
     variables: dict[str, str], place: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,16 +58,11 @@ def test_a_run_goes_on_without_a_rank_that_leaves_or_never_wrote(tmp_path: Path)
     assert "rank 2 ended early, after 25 of 60 steps; the others went on without it" in run.notices
 
 
-def test_what_the_launcher_calls_a_failure_is_one(tmp_path: Path) -> None:
-    run = outer_run(tmp_path, GONE, failure="node2 ended with code 1")
-    assert run.status == "failed"
-    assert run.failure == "node2 ended with code 1; rank 2 stopped after 25 of 60 steps"
-
-
-def test_a_run_that_no_rank_finished_is_failed(tmp_path: Path) -> None:
-    run = outer_run(tmp_path, OuterPlan(absences={rank: Absence(after=30 + rank) for rank in range(4)}))
-    assert run.status == "failed"
-    assert len(run.ended_early) == 4
+def test_a_run_is_failed_if_the_launcher_says_so_or_no_rank_finished(tmp_path: Path) -> None:
+    told = outer_run(tmp_path, GONE, failure="node2 ended with code 1")
+    assert told.failure == "node2 ended with code 1; rank 2 stopped after 25 of 60 steps"
+    ended = outer_run(tmp_path, OuterPlan(absences={rank: Absence(after=30 + rank) for rank in range(4)}))
+    assert (told.status, ended.status, len(ended.ended_early)) == ("failed", "failed", 4)
 
 
 def test_a_synchronous_run_that_lacks_a_rank_stays_failed(tmp_path: Path) -> None:
