@@ -169,10 +169,7 @@ def print_commands(words: Sequence[str], emulation: Emulation, *, independent: b
     """Print what `launch` would start on each node, as a shell would take it."""
     from commopt.cluster import commands
 
-    spec, peers = emulation.cluster, None
-    if independent:
-        members = emulation.members()
-        peers = commands.peers_json(commands.job_mark(spec, members, label), members)
+    spec, peers = emulation.cluster, commands.peers_json(emulation, label) if independent else None
     ranks_here = spec.slots if emulation.is_elsewhere else spec.ranks
     for node in emulation.nodes:
         environment = commands.agent_environment(emulation, node, ranks_here=ranks_here, peers=peers)

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from commopt.cluster.machine import LOOPBACK
-from commopt.cluster.spec import ClusterSpec
+from commopt.cluster.machine import LOOPBACK, Emulate, free_ports
 
 if TYPE_CHECKING:
     from commopt.cluster.emulate import Emulation
@@ -23,12 +22,8 @@ def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, indepen
     """
     cluster, host = emulation.cluster, emulation.addresses[0]
     if independent:
-        place = [
-            "--node-rank=0",
-            "--master-addr=127.0.0.1",
-            f"--master-port={emulation.own_port()}",
-            "--max-restarts=0",
-        ]
+        port = emulation.port if emulation.mode is Emulate.NETNS else free_ports(1)[0]  # on each node's own loopback
+        place = ["--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
     elif cluster.rendezvous.backend == "static":
         place = [f"--node-rank={node}", f"--master-addr={host}", f"--master-port={emulation.port}"]
     else:
@@ -45,17 +40,15 @@ def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, indepen
     return [*words, *([] if argv[0].endswith(".py") else ["--no-python"]), *argv]
 
 
-def peers_json(job: str, members: Sequence[tuple[str, int]]) -> str:
-    """`COMMOPT_PEERS`: what tells this job from others, and where each rank listens, in rank order."""
-    return json.dumps({"job": job, "members": members})
+def peers_json(emulation: Emulation, label: str = "", mark: str | None = None) -> str:
+    """`COMMOPT_PEERS`: what tells this job from others, and where each rank listens, in rank order.
 
-
-def job_mark(cluster: ClusterSpec, members: Sequence[tuple[str, int]], label: str = "") -> str:
-    """A job's mark that every machine finds by itself, so that one that comes back finds its job again; 32 hex digits.
-
-    label: tells the jobs of one cluster apart that follow one another, as those of a comparison.
+    mark: 32 hex digits; by default those that every machine finds by itself, so that one that comes back finds its job
+    again. label: tells the jobs of one cluster apart that follow one another, as those of a comparison.
     """
-    return hashlib.sha256(json.dumps([cluster.name, members, label]).encode()).hexdigest()[:32]
+    members = emulation.members()
+    told = json.dumps([emulation.cluster.name, members, label])
+    return json.dumps({"job": mark or hashlib.sha256(told.encode()).hexdigest()[:32], "members": members})
 
 
 def agent_environment(emulation: Emulation, node: int, *, ranks_here: int, peers: str | None = None) -> dict[str, str]:

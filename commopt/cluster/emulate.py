@@ -92,14 +92,6 @@ class Emulation:
             )
         return tuple((address, first + slot) for address in addresses for slot in range(slots))
 
-    def own_port(self) -> int:
-        """Where the agent of a node that is on its own meets its ranks, on that node's loopback interface."""
-        return self.port if self.mode is Emulate.NETNS else free_ports(1)[0]
-
-    def fresh_port(self) -> Emulation:
-        """The same, with a port that is free now, where it is not the file's that counts."""
-        return replace(self, port=free_ports(1)[0]) if self.shares_loopback else self
-
 
 def links_json(links: LinkModel) -> str:
     """The model as the JSON that `LinkModel.from_json` reads; an unlimited rate is null."""

@@ -15,13 +15,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from commopt.cluster.commands import agent_environment, agent_words, job_mark, peers_json
+from commopt.cluster.commands import agent_environment, agent_words, peers_json
 from commopt.cluster.emulate import Emulation, end_with_parent
 from commopt.cluster.failure import AgentEnd, Failure, first_failure
 from commopt.cluster.injection import Injection
+from commopt.cluster.machine import free_ports
 from commopt.cluster.output import Lines, Logs, output_pair, read_from
 from commopt.cluster.processes import kill_all
 from commopt.errors import LaunchError
@@ -91,12 +92,11 @@ def run_job(
     On Ctrl-C, SIGTERM or an error in a callback, every process is ended and the exception goes on. Raises LaunchError if
     nothing could be started, ConfigError where there are too few ports.
     """
-    emulation = emulation.fresh_port()
+    if emulation.shares_loopback:  # where it is not the file's port that counts
+        emulation = replace(emulation, port=free_ports(1)[0])
     variables, mark = dict(env or {}), uuid.uuid4().hex
     if independent:
-        members = emulation.members()
-        name = job_mark(emulation.cluster, members, label) if emulation.is_elsewhere else mark
-        variables["COMMOPT_PEERS"] = peers_json(name, members)
+        variables["COMMOPT_PEERS"] = peers_json(emulation, label, None if emulation.is_elsewhere else mark)
 
     def words_of(node: int) -> Sequence[str]:
         return agent_words(emulation, node, argv, independent=independent) if agent is None else agent(node)

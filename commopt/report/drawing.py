@@ -143,13 +143,10 @@ def note(
     axes.annotate(text, at, xytext=offset, textcoords="offset points", color=colour, annotation_clip=False, **style)
 
 
-def say_nothing(axes: Axes, text: str) -> Figure:
+def say_nothing(axes: Axes, text: str) -> None:
     """Write why there is no picture in its place."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=QUIET)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
 
 
 def mix(colour: str, share: float) -> str:

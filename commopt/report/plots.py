@@ -45,7 +45,8 @@ def bytes_per_step(results: Results) -> Figure:
     chosen = drawing.colours(results)
     known = [n for run in runs for n in (run.payload_bytes_per_step, run.nic_tx_bytes_per_step) if n]
     if not known:
-        return drawing.say_nothing(axes, "no bytes were counted")
+        drawing.say_nothing(axes, "no bytes were counted")
+        return figure
     axes.set_xscale("log")
     axes.set_xlim(10 ** math.floor(math.log10(min(known)) - 0.1), 10 ** (math.log10(max(known)) + 0.1))
     for row, run in enumerate(runs):
@@ -77,7 +78,8 @@ def step_time(results: Results) -> Figure:
     chosen = drawing.colours(results)
     longest = max((run.step_s or 0.0 for run in runs), default=0.0)
     if longest == 0.0:
-        return drawing.say_nothing(axes, "no run has a step in a steady phase")
+        drawing.say_nothing(axes, "no run has a step in a steady phase")
+        return figure
     for row, run in enumerate(runs):
         if run.step_s is None:
             axes.text(longest * 0.01, row, "no steady phase", va="center", color=QUIET)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from launchers import commopt_here
 
-from commopt.cluster.commands import agent_environment, agent_words, job_mark, peers_json
+from commopt.cluster.commands import agent_environment, agent_words, peers_json
 from commopt.cluster.emulate import on_hosts, preview, this_node
 from commopt.cluster.machine import Emulate
 from commopt.cluster.spec import ClusterSpec
@@ -140,7 +140,7 @@ def test_ranks_of_independent_nodes_are_told_where_each_rank_listens() -> None:
     emulation = preview(cluster_of())
     members = emulation.members()
     assert members == (("10.1.0.5", 29501), ("10.1.0.5", 29502), ("10.1.0.6", 29501), ("10.1.0.6", 29502))
-    environment = agent_environment(emulation, 0, ranks_here=2, peers=peers_json("ab12", members))
+    environment = agent_environment(emulation, 0, ranks_here=2, peers=peers_json(emulation, mark="ab12"))
     assert json.loads(environment["COMMOPT_PEERS"]) == {"job": "ab12", "members": [list(one) for one in members]}
 
 
@@ -151,7 +151,6 @@ def test_ranks_that_share_a_loopback_interface_listen_on_ports_of_their_own() ->
     assert len(set(ports)) == 6
     emulated = preview(cluster_of(nodes=3, slots=1), Emulate.NETNS)
     assert emulated.members() == tuple((f"10.77.0.{node}", 29501) for node in (1, 2, 3))
-    assert emulated.own_port() == 29500
 
 
 def test_a_rendezvous_port_without_room_after_it_is_a_mistake() -> None:
@@ -165,10 +164,10 @@ def test_a_rendezvous_port_without_room_after_it_is_a_mistake() -> None:
 
 
 def test_every_machine_finds_the_same_mark_for_a_job() -> None:
-    cluster = cluster_of()
-    members = preview(cluster).members()
-    mark = job_mark(cluster, members, "small noloco")
-    assert mark == job_mark(cluster_of(), preview(cluster).members(), "small noloco")
-    assert len(bytes.fromhex(mark)) == 16
-    assert mark != job_mark(cluster, members, "small diloco")
-    assert mark != job_mark(cluster, members[:2], "small noloco")
+    jobs = [
+        json.loads(peers_json(preview(cluster_of()), f"small {name}"))["job"] for name in ("noloco",) * 2 + ("diloco",)
+    ]
+    jobs.append(json.loads(peers_json(preview(cluster_of(slots=1)), "small noloco"))["job"])
+    assert jobs[0] == jobs[1]
+    assert len(set(jobs)) == 3
+    assert len(bytes.fromhex(jobs[0])) == 16

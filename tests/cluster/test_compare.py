@@ -92,15 +92,6 @@ def test_a_mistake_in_a_method_names_file_key_value_and_fix(tmp_path: Path, meth
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("steps", ["0", "true", "-3", "many", "2.5"])
-def test_a_number_of_steps_that_is_none_is_a_mistake(tmp_path: Path, steps: str) -> None:
-    run = write(tmp_path, methods="{onebit_adam: {freeze_step: 5}}", arguments=f"{{steps: {steps}}}")
-    with pytest.raises(
-        ConfigError, match=r"run\.yaml: arguments\.steps: .* is out of range; write a whole number from 1$"
-    ):
-        load_run(run)
-
-
 def test_a_program_may_take_no_steps(tmp_path: Path) -> None:
     check_methods(run := load_run(write(tmp_path, methods="{onebit_adam: {}}", arguments="{}")), run.methods)
 

@@ -150,6 +150,10 @@ RUN_MISTAKES = {
     "methods: {dense: 3}": "methods.dense: 3 is not a set of keys and values; write one",
     "methods: {dense: {}}\noptimizer: {lr: 1}": "optimizer.name: is missing; write the optimizer's name, as in 'name: adam'",
     "methods: {dense: {}}\narguments: {a: {b: c}}": "arguments.a: {'b': 'c'} is not a word; write a text, a number or a flat list",
+    **{
+        f"methods: {{dense: {{}}}}\narguments: {{steps: {steps}}}": f"arguments.steps: {shown} is out of range; write a whole"
+        for steps, shown in (("0", "0"), ("true", "true"), ("-3", "-3"), ("many", "'many'"), ("2.5", "2.5"))
+    },
     "cluster: nope.yaml\nmethods: {dense: {}}": "cluster: 'nope.yaml' does not exist",
     "program: nope.py\nmethods: {dense: {}}": "program: 'nope.py' does not exist",
     "metods: {dense: {}}": "metods: unknown key; did you mean 'methods'?",
