@@ -216,6 +216,7 @@ def test_a_run_that_fails_is_told_once_the_next_one_still_runs_and_a_lost_report
     )
     assert code == 1
     assert (output + errors).count("Traceback (most recent call last)") == 1
+    assert "ChildFailedError" not in output + errors
     runs: list[dict[str, Any]] = json.loads((tmp_path / "copy.json").read_text())["runs"]
     assert [one["status"] for one in runs] == ["failed", "finished"]
     assert "rank 1" in runs[0]["failure"]
