@@ -111,7 +111,8 @@ class LinkModel:
     def from_json(cls, text: str) -> LinkModel:
         """Read the fields of a model from a JSON object; null stands for an unlimited rate."""
         fields: dict[str, Any] = json.loads(text)
-        return cls(**{key: tuple(math.inf if x is None else x for x in column) for key, column in fields.items()})
+        values: Any = {key: tuple(math.inf if x is None else x for x in column) for key, column in fields.items()}
+        return cls(**values)
 
     @property
     def ranks(self) -> int:

@@ -29,6 +29,8 @@ def test_a_static_rendezvous_names_the_rank_of_each_node() -> None:
     words = agent_words(preview(cluster_of()), 1, ["train.py", "--steps", "5"])
     expected = ["--nnodes=2", "--nproc-per-node=2", "--node-rank=1", "--master-addr=10.1.0.5", "--master-port=29500"]
     assert words == [*TORCHRUN, *expected, "--log-dir=/dev/null", "train.py", "--steps", "5"]
+    words = agent_words(preview(cluster_of()), 0, ["hostname", "-f"])
+    assert words[-3:] == ["--no-python", "hostname", "-f"]  # only Python files are run by Python
 
 
 @pytest.mark.parametrize(("node", "is_host"), [(0, "true"), (1, "false")])
@@ -37,10 +39,6 @@ def test_only_node_0_hosts_the_store_of_c10d(node: int, is_host: str) -> None:
     expected = ["--rdzv-backend=c10d", "--rdzv-id=lab", "--rdzv-endpoint=10.1.0.5:1234"]
     expected += [f"--rdzv-conf=is_host={is_host}", f"--local-addr=10.1.0.{5 + node}"]
     assert agent_words(emulation, node, ["train.py"])[5:-2] == expected
-
-
-def test_only_python_files_are_run_by_python() -> None:
-    assert agent_words(preview(cluster_of()), 0, ["hostname", "-f"])[-3:] == ["--no-python", "hostname", "-f"]
 
 
 @pytest.mark.parametrize(

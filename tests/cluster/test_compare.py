@@ -23,11 +23,12 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def write(folder: Path, *, methods: str, arguments: str = SMALL, program: str = "", rate: str = "100mbit") -> Path:
-    (folder / "cluster.yaml").write_text(f"name: two\nnodes: 2\nlinks: {{rate: {rate}}}\n")
+def write(folder: Path, *, methods: str, arguments: str = SMALL, program: str = "", faults: str = "[]") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "cluster.yaml").write_text("name: two\nnodes: 2\nlinks: {rate: 100mbit}\n")
     (folder / "run.yaml").write_text(
         f"name: small\ncluster: cluster.yaml\nprogram: {program or ROOT / 'launch/train.py'}\narguments: {arguments}\n"
-        f"optimizer: {{name: adam, lr: 1e-2}}\nmethods: {methods}\n"
+        f"optimizer: {{name: adam, lr: 1e-2}}\nmethods: {methods}\nfaults: {faults}\n"
     )
     return folder / "run.yaml"
 
@@ -160,12 +161,12 @@ NO_NAME = "a name is empty; write NAME,NAME,... as in dense,fp16"
 def test_a_mistake_is_one_line_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
 ) -> None:
-    run, cut = write(tmp_path, methods="{dense: {}}"), tmp_path / "cut" / "run.yaml"
-    cut.parent.mkdir()
-    cut.write_text(
-        run.read_text().replace("cluster.yaml", "../cluster.yaml") + "faults: [{at_step: 4, cut: [node0, node1]}]\n"
-    )
-    files = {"RUN": str(run), "CLUSTER": str(tmp_path / "cluster.yaml"), "CUT": str(cut)}
+    cut = write(tmp_path / "cut", methods="{dense: {}}", faults="[{at_step: 4, cut: [node0, node1]}]")
+    files = {
+        "RUN": str(write(tmp_path, methods="{dense: {}}")),
+        "CLUSTER": str(tmp_path / "cluster.yaml"),
+        "CUT": str(cut),
+    }
     # --emulate none: should the mistake go unseen, namespaces would run this whole pytest again
     words = [words[0], "--emulate", "none", *(files.get(word, word) for word in words[1:])]
     code, output, errors = commopt_here(capsys, *words)
@@ -226,9 +227,8 @@ def test_a_run_that_fails_is_told_once_the_next_one_still_runs_and_a_lost_report
 
 
 def test_a_planned_kill_ends_a_method_that_needs_every_rank_by_name_and_the_next_one_still_runs(tmp_path: Path) -> None:
-    run = write(tmp_path, methods="{dense: {}, fp16: {}}", arguments="{steps: 500}", program=RECORDING)
-    with run.open("a") as file:
-        file.write("faults: [{at_step: 4, kill: node1}, {at_step: 9, restart: node1}]\n")
+    faults = "[{at_step: 4, kill: node1}, {at_step: 9, restart: node1}]"
+    run = write(tmp_path, methods="{dense: {}, fp16: {}}", arguments="{steps: 500}", program=RECORDING, faults=faults)
     code, output, errors = commopt(tmp_path, "compare", str(run), "--emulate", "none", "--json", "copy.json")
     assert code == 1
     for name in ("dense", "fp16"):

@@ -4,8 +4,6 @@ import json
 import logging
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +96,8 @@ def test_without_a_launcher_rank_0_prints_some_lines(
 def test_what_cannot_be_recorded_is_warned_about_once_and_training_goes_on(
     target: str | None, nic: str | None, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if target == "/dev/full" and not Path(target).exists():
+        pytest.skip("no /dev/full on this machine")
     if target:
         (tmp_path / "rank0.jsonl").symlink_to(target)
     with caplog.at_level(logging.WARNING):
@@ -116,10 +116,3 @@ def test_lines_are_there_before_the_end_and_a_loss_that_is_not_finite_is_null(tm
     with pytest.raises(ValueError, match="middle"):  # a window has a begin and an end only
         recorder.counters("middle", EMPTY)
     recorder.end()
-
-
-def test_importing_the_recorder_is_light() -> None:
-    heavy = ("matplotlib", "jinja2", "rich", "pyroute2", "pydantic")
-    program = f"import sys, commopt.record.recorder; print(*(m for m in {heavy} if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

@@ -50,9 +50,7 @@ def test_a_report_takes_the_place_of_an_older_one_and_leaves_nothing_else(
 
 def test_a_file_that_cannot_be_written_is_named(results: Results, tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(
-        LaunchError, match=rf"^{re.escape(str(tmp_path))}/report\.html: cannot be written: is a directory$"
-    ):
+    with pytest.raises(LaunchError, match=r"/report\.html: cannot be written: is a directory$"):
         write_report(results, tmp_path)
     assert Results.model_validate_json((tmp_path / "results.json").read_bytes()) == results
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]

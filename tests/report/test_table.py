@@ -67,19 +67,9 @@ UNEVEN = change("step", lambda _, line: {"seconds": 4.0 if line["step"] % 4 == 0
 @pytest.mark.parametrize(
     ("plan", "edit", "said", "unsaid"),
     [
-        (
-            replace(short(FP16), step_s=1.86),
-            None,
-            "fp16: steps 1.5x slower than dense, the whole run 1.5x slower",
-            "fail",
-        ),
+        (replace(short(FP16), step_s=1.86), None, "steps 1.5x slower than dense, the whole run 1.5x slower", "fail"),
         (replace(short(FP16), payload_bytes=7.32e6), None, "; 1.2x more bytes a step", "fewer"),
-        (
-            short(ONEBIT),
-            killed,
-            "onebit_adam: did not finish (ranks 0, 1, 2, 3 stopped after 28 of 40 steps)",
-            "whole run",
-        ),
+        (short(ONEBIT), killed, "did not finish (ranks 0, 1, 2, 3 stopped after 28 of 40 steps)", "whole run"),
         (short(ONEBIT), DIVERGED, "training loss not finite in 10 steps, first in step 31", "above"),
         (short(FP16, 30), None, "after 30 steps, where dense did 40", "val loss 0"),
         (short(FP16), UNEVEN, "its steady steps are not alike, and take 1075 ms on average", "fail"),
