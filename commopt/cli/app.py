@@ -126,7 +126,7 @@ def launch(
     file gives. Where it lists real machines, run the same command on each of them.
     """
     from commopt.cluster import emulate as emulation_of
-    from commopt.cluster.run import run_job
+    from commopt.cluster.run import Job
     from commopt.cluster.spec import load_cluster
 
     spec = load_cluster(cluster)
@@ -139,14 +139,14 @@ def launch(
     for notice in emulation.notices:
         note(notice)
     is_labelled = len(emulation.nodes) > 1
-    result = run_job(
+    result = Job(
         command,
         emulation=emulation,
         log_dir=log_dir,
         on_line=lambda label, line: typer.echo(f"[{label}] {line}" if is_labelled else line),
         on_note=note,
         independent=independent,
-    )
+    ).run()
     report(result)
 
 
@@ -323,7 +323,9 @@ def doctor(
     table = Table("check", "state", "found", "what to do", box=None, pad_edge=False)
     colors = {"ok": "green", "limited": "yellow", "missing": "red"}
     for check in checks:
-        table.add_row(check.check, Text(check.state, colors[check.state]), Text(check.found), Text(check.cure))
+        table.add_row(
+            check.check, Text(check.state, colors[check.state]), Text(check.found, overflow="fold"), Text(check.cure)
+        )
     Console().print(table)
     if json_file is not None:
         write_text(json_file, as_json(checks), option="--json")

@@ -15,7 +15,7 @@ import typer
 
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.injection import Injection
-from commopt.cluster.run import run_job
+from commopt.cluster.run import Job
 from commopt.cluster.spec import RunSpec
 from commopt.errors import ConfigError
 from commopt.reading import shown
@@ -180,7 +180,7 @@ def _train(
     def tell(text: str) -> None:
         live.note(f"{name}: {text}")
 
-    job = run_job(
+    job = Job(
         program_words(run, name, options),
         emulation=emulation,
         env={"COMMOPT_RECORD": str(record_dir)},
@@ -191,7 +191,7 @@ def _train(
         independent=is_independent(name),
         label=f"{run.name} {name}",
         faults=Injection(run.faults, emulation=emulation, record_dir=record_dir, tell=tell) if run.faults else None,
-    )
+    ).run()
     for notice in job.notices:
         tell(notice)
     failure = None

@@ -37,7 +37,7 @@ def check_faults(faults: Sequence[Fault], emulation: Emulation, file: str) -> No
 
 
 class Injection:
-    """The faults of one job: give it to `run_job`.
+    """The faults of one job: give it to a `Job`.
 
     A fault is due when the furthest rank has recorded `at_step` steps in `record_dir`. `faults.jsonl` there gets a line
     when one begins and when it ends; `tell` gets a sentence.

@@ -34,7 +34,7 @@ from step_results import NODES, PEERS, outcome, report
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.run import run_job
+from commopt.cluster.run import Job
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError
 from commopt.record.words import seconds_text
@@ -145,7 +145,7 @@ class StalledError(Exception):
 
 
 class Watchdog:
-    """For `run_job`'s on_tick: raises StalledError when no rank has recorded anything for so many seconds."""
+    """For a `Job`'s on_tick: raises StalledError when no rank has recorded anything for so many seconds."""
 
     def __init__(self, records: Path, limit_s: float) -> None:
         self._records, self._limit_s = records, limit_s
@@ -170,13 +170,13 @@ def measure(entry: Entry, cluster: ClusterSpec, emulation: Emulation, *, timeout
     with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
         records = Path(scratch, "record")
         try:
-            job = run_job(
+            job = Job(
                 program_words(cell, entry["settings"]),
                 emulation=emulation,
                 env={"COMMOPT_RECORD": str(records)},
                 log_dir=Path(scratch, "log"),
                 on_tick=Watchdog(records, timeout_s),
-            )
+            ).run()
         except StalledError as error:
             failure = str(error)
         else:

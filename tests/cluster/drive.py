@@ -15,7 +15,7 @@ from commopt.cluster.emulate import enter
 from commopt.cluster.faults import Fault
 from commopt.cluster.injection import Injection
 from commopt.cluster.machine import Emulate
-from commopt.cluster.run import run_job
+from commopt.cluster.run import Job
 from commopt.cluster.spec import load_cluster
 from commopt.errors import CommoptError
 
@@ -34,7 +34,7 @@ def main() -> None:
         for words, now in ((options["commands"], injection), (options.get("then"), None)):
             if words is None:
                 continue
-            result = run_job(
+            result = Job(
                 [],
                 emulation=emulation,
                 env={"TEST_MARK": mark, "COMMOPT_RECORD": str(record)},
@@ -44,7 +44,7 @@ def main() -> None:
                 on_note=told.append,
                 independent=options.get("independent", False),
                 faults=now,
-            )
+            ).run()
     except CommoptError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
