@@ -221,8 +221,8 @@ class FaultCost(DocumentPart):
     """
 
     longest_stop_s: float | None = Field(
-        description="the survivors' longest time between the ends of two steps, up to the next fault, without "
-        "validations; null where there is no survivor with a step"
+        description="the longest time between two steps of a rank that is alive and not hit, or only cut off, up to the "
+        "next fault and without validations; null where there is no such rank"
     )
     stopped_rank: int | None = Field(description="the rank with that stop")
     median_step_s: float | None = Field(description="that rank's median step, of the whole run, to compare it with")
@@ -272,7 +272,9 @@ class RunResult(DocumentPart):
     warmup_steps: int | None = Field(None, description="steps before the first steady one; null where none was steady")
     tokens: int = Field(description="tokens trained on, over all ranks")
     train_loss: list[float | None] = Field(description="per step, mean over the ranks; null where not finite")
-    val_loss: float | None = Field(None, description="loss of the last validation; null where none or not finite")
+    val_loss: float | None = Field(
+        None, description="loss of the last validation, on text that is not trained on; null where none or not finite"
+    )
     validations: list[Validation] = Field([], description="every validation, in order")
     validation_by_rank: list[RankValidation] = Field([], description="with outer rounds, each rank's last validation")
     step_seconds: list[float] = Field(description="per step, its seconds, mean over the ranks")
@@ -284,10 +286,11 @@ class RunResult(DocumentPart):
     )
     step_mean_s: float | None = Field(None, description="mean seconds of the steady steps, over steps and ranks")
     compute_s: float | None = Field(
-        None, description="seconds of such steps without communication, of the slowest rank"
+        None,
+        description="seconds of the same steps with communication switched off, which no method can beat; of the slowest rank",
     )
     wait_share: float | None = Field(None, description="share of the steady steps' time spent waiting for the network")
-    wall_s: float | None = Field(None, description="seconds from start to the last step's end, with validations")
+    wall_s: float | None = Field(None, description="wall-clock seconds of all steps, warm-up and validations included")
     window_steps: int = Field(0, description="steps of the measured window, which lies in the steady phase")
     payload_bytes_per_step: float | None = Field(
         None,
@@ -300,7 +303,7 @@ class RunResult(DocumentPart):
         "headers; null where nodes have no interface of their own",
     )
     nic_over_model: float | None = Field(
-        None, description="the interface's count over commopt's with headers, of the node that is farthest from 1"
+        None, description="the interface's count over commopt's with headers: 1 when it counts right; of the worst node"
     )
     nodes: list[NodeBytes] = Field([], description="both byte counts of each node; empty where there is only commopt's")
     traffic: list[TrafficRow] = Field([], description="commopt's count of the window in detail, the largest first")
@@ -311,7 +314,9 @@ class RunResult(DocumentPart):
     progress: list[Progress] = Field([], description="when each rank had done how many steps; with rounds or faults")
     ended_early: list[EndedEarly] = Field([], description="with outer rounds, the ranks that others went on without")
     notices: list[str] = Field([], description="what to know about how this run was recorded, in sentences")
-    speedup_vs_dense: float | None = Field(None, description="a step of dense over one of this run; null without one")
+    speedup_vs_dense: float | None = Field(
+        None, description="a step of dense over one of this run, both in their steady phase; null without either"
+    )
 
 
 class Results(DocumentPart):
