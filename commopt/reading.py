@@ -86,13 +86,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 _Spec = TypeVar("_Spec", bound=BaseModel)
 _SET = "a set of keys and values"
-_KINDS = {"int": "a whole number", "string": "text", "list": "a list", "dict": _SET, "model": _SET}
+_KINDS = {"int": "a whole number", "float": "a number", "finite": "a finite number", "string": "text"}
+_KINDS |= {"list": "a list", "dict": _SET, "model": _SET}
 
 
-def validated(model: type[_Spec], data: Mapping[str, Any], file: str) -> _Spec:
-    """The model of this data. Raises ConfigError, one line for each mistake."""
+def validated(model: type[_Spec], data: Mapping[str, Any], file: str, context: Any = None) -> _Spec:
+    """The model of this data; context: for its validators. Raises ConfigError, one line for each mistake."""
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         lines = [f"{file}: {key}: {text}" for detail in error.errors() for key, text in _explained(model, detail)]
         raise ConfigError("\n".join(lines)) from None
@@ -119,6 +120,8 @@ def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[s
         return [(key, f"{shown(value)} is unknown{hint}")]
     if kind == "greater_than_equal":
         return [(key, f"{shown(value)} is too small; write {context['ge']} or more")]
+    if kind == "greater_than":
+        return [(key, f"{shown(value)} is too small; write a number above {context['gt']:g}")]
     if kind == "less_than_equal":
         return [(key, f"{shown(value)} is too large; write {context['le']} or less")]
     for prefix, words in _KINDS.items():

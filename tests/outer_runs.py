@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synthetic_runs import Edit
+from synthetic_runs import Edit, write_lines
 
 from commopt.report.results import RunResult, collect
 
@@ -89,39 +89,20 @@ def _one_start(plan: OuterPlan, rank: int, start_s: float, begin: int, end: int)
 
 def fault(kind: str, nodes: Sequence[str], *, at_step: int, at_s: float, phase: str = "begin", **fields: Any) -> Any:
     """One line of the launcher's `faults.jsonl`, `at_s` seconds after the first rank's start."""
-    given = {"for_s": None, "factor": None, **fields}
-    return {
-        "epoch_s": EPOCH_S + at_s,
-        "at_step": at_step,
-        "kind": kind,
-        "nodes": list(nodes),
-        "phase": phase,
-        **given,
-    }
+    when = {"epoch_s": EPOCH_S + at_s, "at_step": at_step, "phase": phase}
+    return {"for_s": None, "factor": None, **fields, **when, "kind": kind, "nodes": list(nodes)}
 
 
 def write_outer(folder: Path, plan: OuterPlan, faults: Sequence[Any] = (), edit: Edit | None = None) -> Path:
     """Write the ranks' files, and the launcher's if there are faults; `edit` may change a rank's lines before that."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for rank in range(plan.ranks):
-        lines = outer_lines(plan, rank)
-        _write(folder / f"rank{rank}.jsonl", edit(rank, lines) if edit else lines)
+    write_lines(folder, [outer_lines(plan, rank) for rank in range(plan.ranks)], edit)
     if faults:
-        _write(folder / "faults.jsonl", faults)
+        (folder / "faults.jsonl").write_text("".join(json.dumps(line) + "\n" for line in faults))
     return folder
 
 
-def _write(path: Path, lines: Sequence[Any]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def outer_run(
-    folder: Path,
-    plan: OuterPlan,
-    faults: Sequence[Any] = (),
-    *,
-    edit: Edit | None = None,
-    failure: str | None = None,
+    folder: Path, plan: OuterPlan, faults: Sequence[Any] = (), *, edit: Edit | None = None, failure: str | None = None
 ) -> RunResult:
     return collect(write_outer(folder / plan.method, plan, faults, edit), failure=failure)
 

@@ -52,10 +52,7 @@ def traffic(plan: Plan, rank: int, calls: int) -> dict[str, Any]:
 def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) -> list[dict[str, Any]]:
     """The lines of one rank of a finished run."""
     noise, shared = random.Random(f"{plan.seed} {rank}"), random.Random(plan.seed)
-    tx = [
-        0.0,
-        wire_bytes(plan.payload_bytes * (plan.steps - plan.warmup), plan.mtu) * overcount if plan.ranks > 1 else 0,
-    ]
+    tx_bytes = wire_bytes(plan.payload_bytes * (plan.steps - plan.warmup), plan.mtu) * overcount * (plan.ranks > 1)
     at_s, out = 0.0, []
 
     def say(kind: str, **fields: Any) -> None:
@@ -77,7 +74,7 @@ def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) 
         if (step + 1) % 100 == 0 or step + 1 == plan.steps:
             say("validation", step=step, loss=plan.loss(step, random.Random(1)) + 0.03, tokens=65536)
     end = traffic(plan, rank, plan.steps - plan.warmup)
-    say("counters", name="end", traffic=end, nic_tx_bytes=round(tx[1]) if nic else None)
+    say("counters", name="end", traffic=end, nic_tx_bytes=round(tx_bytes) if nic else None)
     say("compute", seconds=[plan.compute_s * noise.gauss(1, 0.02) for _ in range(10)])
     say("end")
     return out
@@ -91,23 +88,21 @@ def change(kind: str, fields: Callable[[int, dict[str, Any]], dict[str, Any]]) -
     return lambda rank, lines: [{**line, **fields(rank, line)} if line["kind"] == kind else line for line in lines]
 
 
-def write_run(
-    folder: Path, plan: Plan, *, edit: Edit | None = None, nic: bool = True, overcount: float = 1.012
-) -> Path:
+def write_run(folder: Path, plan: Plan, *, edit: Edit | None = None, **how: Any) -> Path:
     """Write a run's files; `edit` may change a rank's lines before that, and drops the rank by returning none."""
+    return write_lines(folder, [lines(plan, rank, **how) for rank in range(plan.ranks)], edit)
+
+
+def write_lines(folder: Path, of_ranks: Sequence[list[dict[str, Any]]], edit: Edit | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for rank in range(plan.ranks):
-        written = lines(plan, rank, nic=nic, overcount=overcount)
-        written = edit(rank, written) if edit else written
-        if written:
-            (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    for rank, written in enumerate(of_ranks):
+        if kept := edit(rank, written) if edit else written:
+            (folder / f"rank{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     return folder
 
 
-def run_of(
-    folder: Path, plan: Plan, *, edit: Edit | None = None, nic: bool = True, overcount: float = 1.012
-) -> RunResult:
-    return collect(write_run(folder / plan.method, plan, edit=edit, nic=nic, overcount=overcount))
+def run_of(folder: Path, plan: Plan, **how: Any) -> RunResult:
+    return collect(write_run(folder / plan.method, plan, **how))
 
 
 def short(plan: Plan, steps: int = 40) -> Plan:

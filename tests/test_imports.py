@@ -71,6 +71,7 @@ LIGHT = (
     ("import commopt, commopt.choice", ("torch", "pydantic")),
     ("import commopt; commopt.build, commopt.attach, commopt.wrap", ()),
     ("import commopt.methods, commopt.groups, commopt.frameworks.ddp", ()),
+    ("import commopt.record.recorder", ("jinja2", "pydantic")),
 )
 FRAMEWORKS = ("deepspeed", "lightning", "pytorch_lightning", "accelerate", "transformers", "mpi4py")
 

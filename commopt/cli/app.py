@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -16,12 +15,13 @@ import typer
 import typer.core
 
 import commopt
+from commopt.cluster.machine import Emulate
 from commopt.errors import CommoptError, ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from commopt.cluster.emulate import Emulation
     from commopt.cluster.run import JobResult
-    from commopt.cluster.spec import ClusterSpec, Emulate, RunSpec
+    from commopt.cluster.spec import ClusterSpec, RunSpec
     from commopt.report.document import Results
 
 
@@ -51,15 +51,6 @@ app = typer.Typer(
 )
 
 
-class EmulateOption(str, Enum):
-    """`--emulate`; spelled out here so that `--help` imports nothing."""
-
-    auto = "auto"
-    netns = "netns"
-    paced = "paced"
-    none = "none"
-
-
 def _show_version(is_wanted: bool) -> None:
     if is_wanted:
         typer.echo(f"commopt {commopt.__version__}")
@@ -76,7 +67,7 @@ def options(
 
 
 EmulateAnnotated = Annotated[
-    EmulateOption | None,
+    Emulate | None,
     typer.Option(
         "--emulate",
         help="Impose the links by the kernel (netns) or by pacing, or not at all; auto takes what works.",
@@ -135,107 +126,75 @@ def launch(
     file gives. Where it lists real machines, run the same command on each of them.
     """
     from commopt.cluster import emulate as emulation_of
-    from commopt.cluster.run import run_job
+    from commopt.cluster.run import Job
     from commopt.cluster.spec import load_cluster
 
     spec = load_cluster(cluster)
-    mode = checked_mode(spec, emulate, node)
-    words = checked_program(command)
+    check_node(spec, emulate, node)
+    check_program(command[0])
+    emulation = (emulation_of.preview if print_only else emulation_of.enter)(spec, emulate=emulate, node=node)
     if print_only:
-        print_commands(spec, words, emulation_of.preview(spec, mode, node), independent=independent)
+        print_commands(command, emulation, independent=independent)
         return
-    emulation = emulation_of.enter(spec, emulate=mode, node=node)
     for notice in emulation.notices:
         note(notice)
     is_labelled = len(emulation.nodes) > 1
-    result = run_job(
-        spec,
-        words,
+    result = Job(
+        command,
         emulation=emulation,
         log_dir=log_dir,
         on_line=lambda label, line: typer.echo(f"[{label}] {line}" if is_labelled else line),
         on_note=note,
         independent=independent,
-    )
+    ).run()
     report(result)
 
 
-def checked_mode(spec: ClusterSpec, emulate: EmulateOption | None, node: str | None) -> Emulate | None:
-    """The mode that was asked for, if any. Raises ConfigError for a --node that would have no effect."""
-    from commopt.cluster.spec import Emulate
-
-    mode = None if emulate is None else Emulate(emulate.value)
-    if node is not None and not (spec.has_hosts and (mode or spec.emulation) is Emulate.NONE):
+def check_node(spec: ClusterSpec, emulate: Emulate | None, node: str | None) -> None:
+    """Raise ConfigError for a --node that would have no effect."""
+    if node is not None and not (spec.has_hosts and (emulate or spec.emulation) is Emulate.NONE):
         raise ConfigError(f"--node {node}: has no effect where this machine runs all nodes; leave it out")
-    return mode
 
 
-def checked_program(command: Sequence[str]) -> list[str]:
-    """The program and its arguments, with the program found. Raises LaunchError if there is none of that name."""
-    words = list(command)
-    if not words:
-        raise LaunchError("no program; write it after --, as in: commopt launch CLUSTER.yaml -- train.py")
-    program = words[0]
-    if program.endswith(".py"):
-        if not Path(program).is_file():
-            raise LaunchError(f"{program}: there is no such file")
-    elif shutil.which(program) is None:
-        hint = "it is not executable" if Path(program).is_file() else "there is no such program"
-        raise LaunchError(f"{program}: {hint}")
-    return words
+def check_program(program: str) -> None:
+    """Raise LaunchError if there is no program of that name."""
+    is_python, is_file = program.endswith(".py"), Path(program).is_file()
+    if is_python and not is_file:
+        raise LaunchError(f"{program}: there is no such file")
+    if not is_python and shutil.which(program) is None:
+        raise LaunchError(f"{program}: {'it is not executable' if is_file else 'there is no such program'}")
 
 
-def print_commands(
-    spec: ClusterSpec, words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = ""
-) -> None:
+def print_commands(words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = "") -> None:
     """Print what `launch` would start on each node, as a shell would take it."""
     from commopt.cluster import commands
 
-    program = commands.program_words(words[0], words[1:])
-    members = emulation.members() if independent else ()
+    spec, peers = emulation.cluster, commands.peers_json(emulation, label) if independent else None
+    ranks_here = spec.slots if emulation.is_elsewhere else spec.ranks
     for node in emulation.nodes:
-        name = spec.nodes[node].name
-        environment = commands.agent_environment(
-            spec,
-            node,
-            interface=emulation.interfaces[node],
-            ranks_here=spec.slots * (1 if spec.has_hosts and emulation.mode.value == "none" else len(spec.nodes)),
-            links=emulation.links,
-            peers=commands.peers_json(commands.job_mark(spec, members, label), members) if independent else None,
-        )
-        prefix = ["ip", "netns", "exec", name] if emulation.mode.value == "netns" else []
-        argv = (
-            commands.lone_agent_words(spec, program, port=emulation.own_port())
-            if independent
-            else commands.agent_words(spec, node, program, meeting=emulation.meeting)
-        )
-        typer.echo(f"# {name}")
-        if spec.has_hosts and emulation.mode.value == "none" and emulation.interfaces[node] is None:
+        environment = commands.agent_environment(emulation, node, ranks_here=ranks_here, peers=peers)
+        argv = commands.agent_words(emulation, node, words, independent=independent)
+        typer.echo(f"# {spec.names[node]}")
+        if emulation.is_elsewhere and emulation.interfaces[node] is None:
             typer.echo(
                 "# there, add GLOO_SOCKET_IFNAME=its interface to the others; `commopt launch` finds it on that machine"
             )
-        typer.echo(shlex.join(["env", *(f"{key}={value}" for key, value in environment.items()), *prefix, *argv]))
+        variables = (f"{key}={value}" for key, value in environment.items())
+        typer.echo(shlex.join(["env", *variables, *emulation.prefix(spec.names[node]), *argv]))
 
 
 def report(result: JobResult) -> None:
     """Say how a job ended. Raises LaunchError, with the first failure, if it did not end well."""
+    from commopt.record.words import bytes_text
+
     for notice in result.notices:
         note(notice)
     if result.failure is not None:
         if result.failure.message and not result.failure.is_told:
             typer.echo(result.failure.message, err=True)
         raise LaunchError(f"{result.failure}; all output is in {result.log_dir}")
-    sent = "; sent " + ", ".join(f"{name} {size(count)}" for name, count in result.tx_bytes.items())
+    sent = "; sent " + ", ".join(f"{name} {bytes_text(count)}" for name, count in result.tx_bytes.items())
     note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1,000: 12.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def write_text(path: Path, text: str, *, option: str) -> None:
@@ -291,7 +250,7 @@ def compare(
 def _train_and_report(
     spec: RunSpec,
     names: list[str],
-    emulate: EmulateOption | None,
+    emulate: Emulate | None,
     node: str | None,
     out: Path | None,
     json_file: Path | None,
@@ -301,25 +260,21 @@ def _train_and_report(
     from commopt.cluster import emulate as emulation_of
     from commopt.cluster.injection import check_faults
 
-    mode = checked_mode(spec.cluster, emulate, node)
+    check_node(spec.cluster, emulate, node)
     methods = training.chosen_methods(spec, names)
+    emulation = (emulation_of.preview if print_only else emulation_of.enter)(spec.cluster, emulate=emulate, node=node)
+    training.check_methods(spec, methods)
+    check_faults(spec.faults, emulation, spec.path.name)
     if print_only:
-        training.check_methods(spec, methods)
-        emulation = emulation_of.preview(spec.cluster, mode, node)
-        check_faults(spec.faults, emulation, spec.path.name)
         for name, options in methods.items():
             typer.echo(f"# method {name}")
             print_commands(
-                spec.cluster,
                 training.program_words(spec, name, options),
                 emulation,
                 independent=training.is_independent(name),
                 label=f"{spec.name} {name}",
             )
         return
-    emulation = emulation_of.enter(spec.cluster, emulate=mode, node=node)
-    training.check_methods(spec, methods)
-    check_faults(spec.faults, emulation, spec.path.name)
     out_dir = (out or Path("out") / spec.name).resolve()
     reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks have seen
     training.check_outputs(methods, out_dir, json_file if reports else None)
@@ -355,9 +310,7 @@ def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
 
 @app.command(epilog="Example: [bold]commopt doctor --json machine.json[/bold]")
 def doctor(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the table there.")
-    ] = None,
+    json_file: JsonAnnotated = None,
 ) -> None:
     """Show what this machine can do, and what to do about what it cannot."""
     from rich.console import Console
@@ -371,7 +324,7 @@ def doctor(
     colors = {"ok": "green", "limited": "yellow", "missing": "red"}
     for check in checks:
         table.add_row(
-            check.check, Text(check.state.value, colors[check.state.value]), Text(check.found), Text(check.cure)
+            check.check, Text(check.state, colors[check.state]), Text(check.found, overflow="fold"), Text(check.cure)
         )
     Console().print(table)
     if json_file is not None:

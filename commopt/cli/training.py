@@ -15,9 +15,9 @@ import typer
 
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.injection import Injection
-from commopt.cluster.run import run_job
+from commopt.cluster.run import Job
 from commopt.cluster.spec import RunSpec
-from commopt.errors import ConfigError, check_option
+from commopt.errors import ConfigError
 from commopt.reading import shown
 
 if TYPE_CHECKING:
@@ -45,12 +45,6 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
 
     mistakes = []
     steps = run.arguments.get("steps")
-    if steps is not None:
-        try:
-            check_option("steps", steps, lambda x: isinstance(x, int) and x >= 1, "a whole number from 1")
-        except ConfigError as error:
-            mistakes.append(f"{run.path.name}: arguments.{error}")
-            steps = None
     for name, options in methods.items():
         try:
             plain, optimizer = _split(run, options)
@@ -144,7 +138,7 @@ def train_each(
 def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[str]:
     """The training program and its arguments for one method."""
     plain, optimizer = _split(run, options)
-    words = [str(run.program), *run.argument_words(), "--backend", run.cluster.backend.value, "--method", name]
+    words = [str(run.program), *run.argument_words(), "--backend", run.cluster.backend, "--method", name]
     words += ["--options", json.dumps(plain)]
     return words + (["--optimizer", json.dumps(optimizer)] if optimizer else [])
 
@@ -186,8 +180,7 @@ def _train(
     def tell(text: str) -> None:
         live.note(f"{name}: {text}")
 
-    job = run_job(
-        run.cluster,
+    job = Job(
         program_words(run, name, options),
         emulation=emulation,
         env={"COMMOPT_RECORD": str(record_dir)},
@@ -198,7 +191,7 @@ def _train(
         independent=is_independent(name),
         label=f"{run.name} {name}",
         faults=Injection(run.faults, emulation=emulation, record_dir=record_dir, tell=tell) if run.faults else None,
-    )
+    ).run()
     for notice in job.notices:
         tell(notice)
     failure = None

@@ -7,99 +7,67 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from commopt.cluster.machine import LOOPBACK
-from commopt.cluster.spec import Backend, ClusterSpec, RendezvousBackend
+from commopt.cluster.machine import LOOPBACK, Emulate, free_ports
 
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where the agents of one job meet: the address of each node, and the port of node 0."""
-
-    addresses: tuple[str, ...]
-    port: int
+if TYPE_CHECKING:
+    from commopt.cluster.emulate import Emulation
 
 
-def program_words(program: str, arguments: Sequence[str]) -> list[str]:
-    """What torchrun is given to run: a Python file as it is, anything else without an interpreter."""
-    return [program, *arguments] if program.endswith(".py") else ["--no-python", program, *arguments]
+def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, independent: bool = False) -> list[str]:
+    """The torchrun agent of one node, which runs a Python file as it is and anything else without an interpreter.
 
-
-def agent_words(cluster: ClusterSpec, node: int, program: Sequence[str], *, meeting: Meeting) -> list[str]:
-    """The torchrun agent of one node. `program` is what `program_words` returns."""
-    host = meeting.addresses[0]
-    if cluster.rendezvous.backend is RendezvousBackend.STATIC:
-        place = [f"--node-rank={node}", f"--master-addr={host}", f"--master-port={meeting.port}"]
+    independent: the node is a job of its own, whose agent needs no other node, and ends none.
+    """
+    cluster, host = emulation.cluster, emulation.addresses[0]
+    if independent:
+        port = emulation.port if emulation.mode is Emulate.NETNS else free_ports(1)[0]  # on each node's own loopback
+        place = ["--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
+    elif cluster.rendezvous.backend == "static":
+        place = [f"--node-rank={node}", f"--master-addr={host}", f"--master-port={emulation.port}"]
     else:
         place = [
             "--rdzv-backend=c10d",
             f"--rdzv-id={cluster.name}",
-            f"--rdzv-endpoint={host}:{meeting.port}",
+            f"--rdzv-endpoint={host}:{emulation.port}",
             f"--rdzv-conf=is_host={str(node == 0).lower()}",  # between namespaces nobody recognises the address as its own
-            f"--local-addr={meeting.addresses[node]}",
+            f"--local-addr={emulation.addresses[node]}",
         ]
-    return _torchrun(len(cluster.nodes), cluster.slots, place, program)
+    words = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={1 if independent else len(cluster.nodes)}"]
+    words += [f"--nproc-per-node={cluster.slots}", *place]
+    words += [f"--log-dir={os.devnull}"]  # else a temporary folder is left; the output comes through a pipe
+    return [*words, *([] if argv[0].endswith(".py") else ["--no-python"]), *argv]
 
 
-def lone_agent_words(cluster: ClusterSpec, program: Sequence[str], *, port: int) -> list[str]:
-    """The torchrun agent of a node that is a job of its own: it needs no other node, and ends none.
+def peers_json(emulation: Emulation, label: str = "", mark: str | None = None) -> str:
+    """`COMMOPT_PEERS`: what tells this job from others, and where each rank listens, in rank order.
 
-    port: on that node's loopback interface, where the agent meets its own ranks.
+    mark: 32 hex digits; by default those that every machine finds by itself, so that one that comes back finds its job
+    again. label: tells the jobs of one cluster apart that follow one another, as those of a comparison.
     """
-    place = ["--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0"]
-    return _torchrun(1, cluster.slots, place, program)
+    members = emulation.members()
+    told = json.dumps([emulation.cluster.name, members, label])
+    return json.dumps({"job": mark or hashlib.sha256(told.encode()).hexdigest()[:32], "members": members})
 
 
-def _torchrun(nodes: int, slots: int, place: Sequence[str], program: Sequence[str]) -> list[str]:
-    words = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={slots}", *place]
-    return [
-        *words,
-        f"--log-dir={os.devnull}",
-        *program,
-    ]  # else a temporary folder is left; the output comes through a pipe
-
-
-def peers_json(job: str, members: Sequence[tuple[str, int]]) -> str:
-    """`COMMOPT_PEERS`: what tells this job from others, and where each rank listens, in rank order."""
-    return json.dumps({"job": job, "members": members})
-
-
-def job_mark(cluster: ClusterSpec, members: Sequence[tuple[str, int]], label: str = "") -> str:
-    """A job's mark that every machine finds by itself, so that one that comes back finds its job again; 32 hex digits.
-
-    label: tells the jobs of one cluster apart that follow one another, as those of a comparison.
-    """
-    return hashlib.sha256(json.dumps([cluster.name, members, label]).encode()).hexdigest()[:32]
-
-
-def agent_environment(
-    cluster: ClusterSpec,
-    node: int,
-    *,
-    interface: str | None,
-    ranks_here: int,
-    links: str | None = None,
-    peers: str | None = None,
-) -> dict[str, str]:
+def agent_environment(emulation: Emulation, node: int, *, ranks_here: int, peers: str | None = None) -> dict[str, str]:
     """The variables that commopt sets for the ranks of one node.
 
-    interface: the one that peers are reached through, or None where it is not known. ranks_here: all ranks on this
-    machine, which share its cores: where the user has set OMP_NUM_THREADS, it stays. links: `COMMOPT_LINKS`, in paced mode.
+    ranks_here: all ranks on this machine, which share its cores: where the user has set OMP_NUM_THREADS, it stays.
     peers: `COMMOPT_PEERS`, where every node is on its own.
     """
+    cluster, interface = emulation.cluster, emulation.interfaces[node]
     threads = max(1, (os.cpu_count() or 1) // max(1, ranks_here))
     environment = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "GLOO_SOCKET_IFNAME": interface,
-        "NCCL_SOCKET_IFNAME": interface if cluster.backend is Backend.NCCL else None,
+        "NCCL_SOCKET_IFNAME": interface if cluster.backend == "nccl" else None,
         "COMMOPT_NODE": cluster.nodes[node].name,
         "COMMOPT_NODE_RANK": str(node),
         "COMMOPT_MTU": str(cluster.links.mtu),
-        "COMMOPT_NIC": None
-        if interface in LOOPBACK
-        else interface,  # where all nodes' bytes pass, nothing is said of one
-        "COMMOPT_LINKS": links,
+        "COMMOPT_NIC": None if interface in LOOPBACK else interface,  # the bytes there are not those of one node
+        "COMMOPT_LINKS": emulation.links,
         "COMMOPT_PEERS": peers,
     }
     return {key: value for key, value in environment.items() if value is not None}

@@ -25,11 +25,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from commopt.cluster.commands import Meeting
-from commopt.cluster.machine import free_ports, interface_of, is_own, loopback_interface, nic_tx_bytes, tried
-from commopt.cluster.network import INTERFACE, Network, address
+from commopt.cluster.machine import Emulate, free_ports, interface_of, is_own, loopback_interface, nic_tx_bytes, tried
+from commopt.cluster.network import INTERFACE, Network, address, checked_run
 from commopt.cluster.signals import SIGNALS, on_signals
-from commopt.cluster.spec import ClusterSpec, Emulate
+from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError, EmulationError, LaunchError, did_you_mean
 from commopt.plan.links import LinkModel
 
@@ -44,14 +43,16 @@ class Emulation:
 
     cluster: what is run. mode: netns, paced or none; never auto. notices: what a user should know about it, one line each.
     nodes: indices of the nodes that are run here; all of them but on real machines. links: `COMMOPT_LINKS` for the
-    ranks, or None. meeting: where the agents meet. interfaces: for each node, the interface its peers reach it by.
+    ranks, or None. addresses, port: of each node, and where the agents meet on node 0. interfaces: for each node, the one
+    that its peers reach it by.
     shares_loopback: whether all nodes use this machine's loopback interface, whose counters cannot tell them apart.
     """
 
     cluster: ClusterSpec
     mode: Emulate
     nodes: tuple[int, ...]
-    meeting: Meeting
+    addresses: tuple[str, ...]
+    port: int
     interfaces: tuple[str | None, ...]
     notices: tuple[str, ...] = ()
     links: str | None = None
@@ -60,7 +61,12 @@ class Emulation:
 
     def prefix(self, name: str) -> list[str]:
         """The words before a command that make it run on the node of that name."""
-        return ["ip", "netns", "exec", name] if self.network is not None else []
+        return ["ip", "netns", "exec", name] if self.mode is Emulate.NETNS else []
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the nodes are real machines."""
+        return self.mode is Emulate.NONE and self.cluster.has_hosts
 
     def tx_bytes(self) -> dict[str, int]:
         """Bytes each node has sent, by the kernel's counters; empty if nodes share the loopback interface."""
@@ -76,7 +82,7 @@ class Emulation:
 
         Raises ConfigError if the ports after the rendezvous port do not suffice.
         """
-        slots, addresses = self.cluster.slots, self.meeting.addresses
+        slots, addresses = self.cluster.slots, self.addresses
         if self.shares_loopback:
             return tuple(zip((addresses[0],) * self.cluster.ranks, free_ports(self.cluster.ranks), strict=True))
         first = self.cluster.rendezvous.port + 1
@@ -86,24 +92,11 @@ class Emulation:
             )
         return tuple((address, first + slot) for address in addresses for slot in range(slots))
 
-    def own_port(self) -> int:
-        """Where the agent of a node that is on its own meets its ranks, on that node's loopback interface."""
-        return self.meeting.port if self.mode is Emulate.NETNS else free_ports(1)[0]
-
-    def fresh_port(self) -> Emulation:
-        """The same, with a port that is free now, where it is not the file's that counts."""
-        if not self.shares_loopback:
-            return self
-        return replace(self, meeting=replace(self.meeting, port=free_ports(1)[0]))
-
 
 def links_json(links: LinkModel) -> str:
     """The model as the JSON that `LinkModel.from_json` reads; an unlimited rate is null."""
-
-    def plain(value: float) -> float | None:
-        return None if math.isinf(value) else value
-
-    return json.dumps({key: [plain(value) for value in values] for key, values in asdict(links).items()})
+    fields = asdict(links).items()
+    return json.dumps({key: [None if math.isinf(value) else value for value in values] for key, values in fields})
 
 
 def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | None = None) -> Emulation:
@@ -116,17 +109,15 @@ def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | N
     mode = emulate or cluster.emulation
     end_on_signals()
     if descriptors := os.environ.pop(_INSIDE, None):
-        return _inside(cluster, mode, *map(int, descriptors.split(",")))
-    if mode is Emulate.NONE:
-        if cluster.has_hosts:
-            return on_hosts(cluster, (this_node(cluster, node),), os.environ.get("GLOO_SOCKET_IFNAME"))
-        return on_loopback(cluster)
-    if mode is Emulate.PACED:
-        return on_loopback(cluster, paced=True, why="as asked")
-    why = _run_inside()
+        return _inside(cluster, *map(int, descriptors.split(",")))
+    why = "as asked"
+    if mode in (Emulate.AUTO, Emulate.NETNS):
+        why = f"network namespaces do not work here: {_run_inside()}"
     if mode is Emulate.NETNS:
-        raise EmulationError(f"this machine cannot emulate links with network namespaces: {why}; try --emulate paced")
-    return on_loopback(cluster, paced=True, why=f"network namespaces do not work here: {why}")
+        raise EmulationError(f"this machine cannot emulate links, as {why}; try --emulate paced")
+    if mode is Emulate.NONE and cluster.has_hosts:
+        return on_hosts(cluster, (this_node(cluster, node),), os.environ.get("GLOO_SOCKET_IFNAME"))
+    return on_loopback(cluster, paced=mode is not Emulate.NONE, why=why)
 
 
 def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> Emulation:
@@ -141,7 +132,8 @@ def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> 
         cluster=cluster,
         mode=Emulate.PACED if paced else Emulate.NONE,
         nodes=tuple(range(count)),
-        meeting=Meeting(("127.0.0.1",) * count, free_ports(1)[0]),
+        addresses=("127.0.0.1",) * count,
+        port=free_ports(1)[0],
         interfaces=(loopback_interface(),) * count,
         notices=tuple(notices),
         links=links_json(cluster.link_model()) if paced else None,
@@ -153,14 +145,14 @@ def on_hosts(cluster: ClusterSpec, nodes: tuple[int, ...], interface: str | None
     """Some nodes of a cluster of real machines; `interface` where it is not to be found by their addresses."""
     hosts = tuple(member.host or "" for member in cluster.nodes)
     interfaces = tuple((interface or interface_of(host)) if k in nodes else None for k, host in enumerate(hosts))
-    return Emulation(cluster, Emulate.NONE, nodes, Meeting(hosts, cluster.rendezvous.port), interfaces)
+    return Emulation(cluster, Emulate.NONE, nodes, hosts, cluster.rendezvous.port, interfaces)
 
 
 def in_namespaces(cluster: ClusterSpec) -> Emulation:
     """All nodes in namespaces of this machine, with a network that is not made yet."""
     nodes = tuple(range(len(cluster.nodes)))
-    meeting = Meeting(tuple(map(address, nodes)), cluster.rendezvous.port)
-    return Emulation(cluster, Emulate.NETNS, nodes, meeting, (INTERFACE,) * len(nodes))
+    places = tuple(map(address, nodes))
+    return Emulation(cluster, Emulate.NETNS, nodes, places, cluster.rendezvous.port, (INTERFACE,) * len(nodes))
 
 
 def preview(cluster: ClusterSpec, emulate: Emulate | None = None, node: str | None = None) -> Emulation:
@@ -175,7 +167,7 @@ def preview(cluster: ClusterSpec, emulate: Emulate | None = None, node: str | No
 
 def this_node(cluster: ClusterSpec, name: str | None) -> int:
     """Which node this machine is. Raises LaunchError if none, or more than one, is it."""
-    names = [node.name for node in cluster.nodes]
+    names = cluster.names
     if name is not None:
         if name not in names:
             raise LaunchError(f"--node {name}: there is no such node{did_you_mean(name, names)}")
@@ -267,7 +259,7 @@ def _run_inside() -> str:
     return reason or "the launcher ended early in its namespaces"
 
 
-def _inside(cluster: ClusterSpec, mode: Emulate, lifeline: int, report: int) -> Emulation:
+def _inside(cluster: ClusterSpec, lifeline: int, report: int) -> Emulation:
     """Build the network in these new namespaces; if that fails, tell the outer launcher why, and end."""
     main = threading.main_thread().ident
     assert main is not None
@@ -292,12 +284,8 @@ def _inside(cluster: ClusterSpec, mode: Emulate, lifeline: int, report: int) -> 
     notices, links = [f"links are emulated by the kernel, {count} network namespaces"], None
     model = cluster.link_model()
     if not network.has_netem and (any(model.latency_s) or any(model.between_latency_s)):
-        unlimited = replace(
-            model,
-            bytes_per_s=(math.inf,) * len(model.bytes_per_s),
-            between_bytes_per_s=(math.inf,) * len(model.between_bytes_per_s),
-        )
-        links = links_json(unlimited)
+        own, between = ((math.inf,) * len(rates) for rates in (model.bytes_per_s, model.between_bytes_per_s))
+        links = links_json(replace(model, bytes_per_s=own, between_bytes_per_s=between))
         notices.append("this kernel has no netem: rates are the kernel's, delays are imposed by pacing")
     everything = [*(cluster.link(index) for index in range(count)), cluster.links.between]
     if not network.has_netem and any(link.jitter_s or link.loss_probability for link in everything):
@@ -306,16 +294,10 @@ def _inside(cluster: ClusterSpec, mode: Emulate, lifeline: int, report: int) -> 
 
 
 def _build(cluster: ClusterSpec) -> Network:
-    _checked_run(["mount", "-t", "tmpfs", "none", os.path.realpath("/var/run")])
+    checked_run(["mount", "-t", "tmpfs", "none", os.path.realpath("/var/run")])
     network = Network(cluster)
-    _checked_run(["ip", "netns", "exec", cluster.nodes[0].name, "true"])  # it mounts /sys, which a container may forbid
+    checked_run(["ip", "netns", "exec", cluster.nodes[0].name, "true"])  # it mounts /sys, which a container may forbid
     return network
-
-
-def _checked_run(words: list[str]) -> None:
-    done = tried(words)
-    if done.returncode != 0:
-        raise EmulationError(f"{' '.join(words[:3])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
 
 
 def _sysctl(name: str) -> str | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from commopt.errors import did_you_mean
 from commopt.reading import MistakesError, shown
+from commopt.record.words import fault_text
 
+if TYPE_CHECKING:
+    from commopt.cluster.spec import ClusterSpec
+
+_LEFT_OUT: Any = None  # of a key; one without a value is a mistake
 _EXAMPLE = "{at_step: 120, kill: node2}"
 
 
@@ -19,15 +22,6 @@ def _checked_sides(value: object) -> object:
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(side, str) for side in value):
         raise ValueError(f"{shown(value)} is not a cut; write two names of nodes or sites, as in [node0, node1]")
     return value
-
-
-def _above(limit: float, mistake: str) -> BeforeValidator:
-    def checked(value: object) -> object:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not limit < value < math.inf:
-            raise ValueError(f"{shown(value)} {mistake}")
-        return value
-
-    return BeforeValidator(checked)
 
 
 class Fault(BaseModel):
@@ -41,21 +35,13 @@ class Fault(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     at_step: int = Field(ge=1, strict=True)
-    kill: str | None = None
-    restart: str | None = None
-    cut: Annotated[list[str] | None, BeforeValidator(_checked_sides)] = None
-    slow: str | None = None
-    hang: str | None = None
-    for_s: Annotated[float | None, _above(0, "is not a time; write a number of seconds above 0")] = None
-    factor: Annotated[float | None, _above(1, "slows nothing down; write a number above 1")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_empty_key(cls, data: object) -> object:
-        empty = [key for key, value in data.items() if value is None] if isinstance(data, dict) else []
-        if empty:
-            raise MistakesError([(key, "is empty; write a value, or leave the key out") for key in empty])
-        return data
+    kill: str = _LEFT_OUT
+    restart: str = _LEFT_OUT
+    cut: Annotated[list[str], BeforeValidator(_checked_sides)] = _LEFT_OUT
+    slow: str = _LEFT_OUT
+    hang: str = _LEFT_OUT
+    for_s: float = Field(_LEFT_OUT, gt=0, strict=True, allow_inf_nan=False)
+    factor: float = Field(_LEFT_OUT, gt=1, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _is_one_fault(self) -> Fault:
@@ -91,15 +77,7 @@ class Fault(BaseModel):
 
     def __str__(self) -> str:
         """What happens: `node2 killed`."""
-        words = {
-            "kill": "killed",
-            "restart": "started again",
-            "cut": "cut off from each other",
-            "slow": f"slowed down {self.factor or 1:g} times",
-            "hang": "hung up",
-        }
-        for_s = "" if self.for_s is None else f" for {self.for_s:g} s"
-        return f"{' and '.join(self.names)} {words[self.kind]}{for_s}"
+        return fault_text(self.kind, self.names, self.for_s, self.factor)
 
     @property
     def recovery(self) -> str:
@@ -112,34 +90,17 @@ class Fault(BaseModel):
 KINDS = ("kill", "restart", "cut", "slow", "hang")
 
 
-@dataclass(frozen=True)
-class Members:
-    """Which names there are: nodes in order, and the nodes of each site."""
-
-    nodes: Sequence[str]
-    sites: Mapping[str, Sequence[str]]
-
-    def side(self, name: str) -> list[str]:
-        """The nodes that a name stands for."""
-        return [name] if name in self.nodes else list(self.sites[name])
-
-    def pairs(self, cut: Fault) -> set[frozenset[str]]:
-        """Every pair of nodes that a cut separates."""
-        one, other = map(self.side, cut.names)
-        return {frozenset((a, b)) for a in one for b in other}
-
-
-def mistakes(faults: Sequence[Fault], members: Members, steps: object) -> Iterator[tuple[str, str]]:
+def mistakes(faults: Sequence[Fault], cluster: ClusterSpec, steps: object) -> Iterator[tuple[str, str]]:
     """What does not fit the cluster, the number of steps (where that is a number) or the faults before: (key, text) pairs."""
     for index, fault in enumerate(faults):
-        known = [*members.nodes, *(members.sites if fault.kind == "cut" else [])]
-        what = "node or site" if fault.kind == "cut" and members.sites else "node"
+        known = [*cluster.names, *(cluster.sites if fault.kind == "cut" else [])]
+        what = "node or site" if fault.kind == "cut" and cluster.sites else "node"
         key = f"faults.{index}.{fault.kind}"
         unknown = [name for name in fault.names if name not in known]
         for name in unknown:
             yield key, f"there is no {what} {name!r}{did_you_mean(name, known)}"
         if fault.kind == "cut" and not unknown:
-            one, other = map(members.side, fault.names)
+            one, other = map(cluster.side, fault.names)
             if both := [name for name in one if name in other]:
                 yield key, f"{both[0]!r} is on both sides; write two nodes or sites that have none in common"
         if isinstance(steps, int) and not isinstance(steps, bool) and fault.at_step >= steps >= 1:
@@ -147,15 +108,15 @@ def mistakes(faults: Sequence[Fault], members: Members, steps: object) -> Iterat
                 f"faults.{index}.at_step",
                 f"{fault.at_step} is not reached in {steps} steps; write less than arguments.steps",
             )
-    yield from _mistakes_of_life(faults, members)
+    yield from _mistakes_of_life(faults, cluster)
 
 
-def _mistakes_of_life(faults: Sequence[Fault], members: Members) -> Iterator[tuple[str, str]]:
+def _mistakes_of_life(faults: Sequence[Fault], cluster: ClusterSpec) -> Iterator[tuple[str, str]]:
     """Faults of nodes that are dead then, and restarts of nodes that are not."""
     killed: dict[str, int] = {}  # name -> step
     for index, fault in sorted(enumerate(faults), key=lambda numbered: numbered[1].at_step):
         key, name = f"faults.{index}.{fault.kind}", fault.names[0]
-        if fault.kind == "cut" or name not in members.nodes:
+        if fault.kind == "cut" or name not in cluster.names:
             continue
         if fault.kind == "restart":
             if name not in killed:
@@ -166,5 +127,5 @@ def _mistakes_of_life(faults: Sequence[Fault], members: Members) -> Iterator[tup
             yield key, f"{name} is dead since step {killed[name]}; restart it before, or leave this out"
         elif fault.kind == "kill":
             killed[name] = fault.at_step
-            if len(killed) == len(members.nodes):
+            if len(killed) == len(cluster.names):
                 yield key, f"{name} is the last node that is up at step {fault.at_step}, and nobody could go on"

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.faults import Fault
+from commopt.cluster.machine import Emulate
 from commopt.cluster.processes import Throttle
-from commopt.cluster.spec import Emulate
 from commopt.errors import ConfigError
 from commopt.record.live import Follower
 
-
-class Nodes(Protocol):
-    """What a running job lets faults do to it."""
-
-    mark: str
-
-    def kill(self, name: str, at_step: int) -> None: ...
-
-    def restart(self, name: str) -> None: ...
-
-
-@dataclass
-class _InForce:
-    """A fault that lasts; ends_s on the monotonic clock, or None where it lasts to the end."""
-
-    fault: Fault
-    ends_s: float | None
+if TYPE_CHECKING:
+    from commopt.cluster.run import Job
 
 
 def check_faults(faults: Sequence[Fault], emulation: Emulation, file: str) -> None:
@@ -52,7 +37,7 @@ def check_faults(faults: Sequence[Fault], emulation: Emulation, file: str) -> No
 
 
 class Injection:
-    """The faults of one job: give it to `run_job`.
+    """The faults of one job: give it to a `Job`.
 
     A fault is due when the furthest rank has recorded `at_step` steps in `record_dir`. `faults.jsonl` there gets a line
     when one begins and when it ends; `tell` gets a sentence.
@@ -65,9 +50,9 @@ class Injection:
         self._emulation, self._network = emulation, emulation.network
         self._tell, self._follower = tell, Follower(record_dir)
         self._record = record_dir / "faults.jsonl"
-        self._in_force: list[_InForce] = []
+        self._in_force: list[tuple[Fault, float]] = []  # and when it ends, on the monotonic clock
         self._killed: dict[str, Fault] = {}
-        self._nodes: Nodes | None = None
+        self._job: Job | None = None
         self._throttle: Throttle | None = None
 
     @property
@@ -75,15 +60,17 @@ class Injection:
         """A line for each fault that never came."""
         return [f"the fault at step {fault.at_step} was not reached: {fault}" for fault in self._waiting]
 
-    def begin(self, nodes: Nodes) -> None:
+    def begin(self, job: Job) -> None:
         """Take charge of a job that has been started."""
-        self._nodes, self._throttle = nodes, Throttle(nodes.mark)
+        self._job, self._throttle = job, Throttle(job.mark)
 
     def tick(self) -> None:
         """End what is over and begin what is due; call it some times a second."""
         now_s = time.monotonic()
-        for one in [one for one in self._in_force if one.ends_s is not None and one.ends_s <= now_s]:
-            self._end(one)
+        for fault, ends_s in list(self._in_force):
+            if ends_s <= now_s:
+                self._end(fault)
+                self._tell(f"fault of step {fault.at_step} is over: {fault.recovery}")
         if not self._waiting:
             return
         self._follower.poll()
@@ -106,7 +93,7 @@ class Injection:
         self._killed = {}
 
     def _begin(self, fault: Fault) -> None:
-        assert self._nodes is not None
+        assert self._job is not None
         self._tell(f"fault at step {fault.at_step}: {fault}")
         name = fault.names[0]
         if fault.kind == "restart":
@@ -117,41 +104,38 @@ class Injection:
         elif fault.kind == "restart":
             if self._network is not None:
                 self._network.restore(name)
-            self._nodes.restart(name)
+            self._job.restart(name)
         else:
-            ends_s = None if fault.for_s is None else time.monotonic() + fault.for_s
-            self._in_force.append(_InForce(fault, ends_s))
+            ends_s = math.inf if fault.for_s is None else time.monotonic() + fault.for_s
+            self._in_force.append((fault, ends_s))
             self._apply()
 
     def _kill(self, fault: Fault, name: str) -> None:
         """First the link, so that no farewell of a dying connection reaches the peers; then the processes."""
-        assert self._nodes is not None
+        assert self._job is not None
         self._killed[name] = fault
         if self._network is not None:
             self._network.unplug(name)
-        self._nodes.kill(name, fault.at_step)
+        self._job.kill(name, fault.at_step)
         if self._network is not None:
             self._network.remove(name)
-        for one in list(self._in_force):
-            if one.fault.kind != "cut" and name in one.fault.names:
-                self._in_force.remove(one)
-                self._write(one.fault, "end")
-        self._apply()
+        for other, _ in list(self._in_force):
+            if other.kind != "cut" and name in other.names:
+                self._end(other)
 
-    def _end(self, one: _InForce) -> None:
-        self._in_force.remove(one)
+    def _end(self, fault: Fault) -> None:
+        self._in_force = [one for one in self._in_force if one[0] is not fault]
         self._apply()
-        self._write(one.fault, "end")
-        self._tell(f"fault of step {one.fault.at_step} is over: {one.fault.recovery}")
+        self._write(fault, "end")
 
     def _apply(self) -> None:
         """Bring the nodes into the state that the faults in force ask for, all together."""
         assert self._throttle is not None
         pairs: set[frozenset[str]] = set()
         shares: dict[str, float] = {}
-        for fault in (one.fault for one in self._in_force):
+        for fault, _ in self._in_force:
             if fault.kind == "cut":
-                pairs |= self._emulation.cluster.members.pairs(fault)
+                pairs |= self._emulation.cluster.separated(fault)
             else:
                 share = 0.0 if fault.factor is None else 1 / fault.factor
                 shares[fault.names[0]] = min(share, shares.get(fault.names[0], 1.0))

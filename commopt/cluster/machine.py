@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
 
 LOOPBACK = ("lo", "lo0")  # on Linux, and elsewhere
+
+
+class Emulate(str, Enum):
+    """How the links are imposed: by the kernel, by pacing, not at all, or by the best that works."""
+
+    AUTO = "auto"
+    NETNS = "netns"
+    PACED = "paced"
+    NONE = "none"
+
+
+def usable_cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tried(words: Sequence[str], given: str = "", *, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:

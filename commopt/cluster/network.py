@@ -214,13 +214,17 @@ class Network:
         return int(route.link_lookup(ifname=name)[0])
 
 
-def _ip(namespace: str, lines: Sequence[str]) -> None:
-    """Give `ip` these lines in a node's namespace. Raises EmulationError."""
-    if not lines:
-        return
-    done = tried(["ip", "-n", namespace, "-batch", "-"], "\n".join(lines) + "\n")
+def checked_run(words: Sequence[str], given: str = "") -> None:
+    """Run a short command on an input text. Raises EmulationError, with what it says, if it fails."""
+    done = tried(words, given)
     if done.returncode != 0:
-        raise EmulationError(f"ip -n {namespace} {lines[0]}: {done.stderr.strip()}")
+        raise EmulationError(f"{' '.join(words[:3])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+
+
+def _ip(namespace: str, lines: Sequence[str]) -> None:
+    """Give `ip` these lines in a node's namespace."""
+    if lines:
+        checked_run(["ip", "-n", namespace, "-batch", "-"], "\n".join(lines) + "\n")
 
 
 def _needs_netem(link: Link) -> bool:

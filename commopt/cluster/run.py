@@ -15,26 +15,17 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
-from commopt.cluster.commands import (
-    agent_environment,
-    agent_words,
-    job_mark,
-    lone_agent_words,
-    peers_json,
-    program_words,
-)
+from commopt.cluster.commands import agent_environment, agent_words, peers_json
 from commopt.cluster.emulate import Emulation, end_with_parent
 from commopt.cluster.failure import AgentEnd, Failure, first_failure
 from commopt.cluster.injection import Injection
+from commopt.cluster.machine import free_ports
 from commopt.cluster.output import Lines, Logs, output_pair, read_from
 from commopt.cluster.processes import kill_all
-from commopt.cluster.spec import ClusterSpec, Emulate
 from commopt.errors import LaunchError
-
-__all__ = ["Failure", "JobResult", "Tick", "run_job"]
 
 _TICK_S = 0.2
 _FAULTS_S = 0.05  # how often faults look whether they are due: small models do many steps between two ticks
@@ -45,14 +36,6 @@ _GRACE_S = 4.0  # between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
-class Tick:
-    """The state of a running job: seconds since its start, and the bytes each node has sent since then."""
-
-    elapsed_s: float
-    tx_bytes: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class JobResult:
     """How a job ended.
 
@@ -60,10 +43,8 @@ class JobResult:
     job ended well. notices concern the supervision itself.
     """
 
-    ok: bool
     wall_s: float
     tx_bytes: Mapping[str, int]
-    mode: Emulate
     log_dir: Path | None
     failure: Failure | None = None
     notices: tuple[str, ...] = ()
@@ -82,102 +63,78 @@ class _Agent(AgentEnd):
     is_told: bool = False
 
 
-def run_job(
-    cluster: ClusterSpec,
-    argv: Sequence[str],
-    *,
-    emulation: Emulation,
-    env: Mapping[str, str] | None = None,
-    log_dir: Path | None = None,
-    on_tick: Callable[[Tick], None] | None = None,
-    on_line: Callable[[str, str], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
-    agent: Callable[[int], Sequence[str]] | None = None,
-    independent: bool = False,
-    label: str = "",
-    faults: Injection | None = None,
-) -> JobResult:
-    """Run `argv` (a program and its arguments) on every rank, and return when all of it has ended.
+@dataclass
+class Job:
+    """Runs `argv` (a program and its arguments) on every rank; `run` returns when all of it has ended.
 
     env: variables added to the ranks' environment. log_dir: made if needed; gets `NODE.log` with all that was printed.
     Without it the last of it is kept in memory, and written to a temporary folder if the job fails.
-    on_tick: called about five times a second. on_line: called with a label ("node2") and a line of a rank's output.
-    on_note: called with what a user should know now. agent: the command to run on a node instead of torchrun.
-    independent: every node is a torchrun job of its own, and goes on when others end; ranks find each other by
+    on_tick: called about five times a second, with the seconds since the start. on_line: called with a label ("node2") and
+    a line of a rank's output. on_note: called with what a user should know now. agent: the command to run on a node instead
+    of torchrun. independent: every node is a torchrun job of its own, and goes on when others end; ranks find each other by
     `COMMOPT_PEERS`. label: tells such jobs apart that follow one another on real machines. faults: what shall happen to the
     nodes. A node that a fault killed has not failed, unless the others need it.
-    On Ctrl-C, SIGTERM or an error in a callback, every process is ended and the exception goes on. Raises LaunchError if
-    nothing could be started, ConfigError where there are too few ports.
     """
-    emulation = emulation.fresh_port()
-    words = program_words(argv[0], argv[1:]) if argv else []
-    variables, mark = dict(env or {}), uuid.uuid4().hex
-    if independent:
-        members = emulation.members()
-        is_elsewhere = not emulation.shares_loopback and emulation.mode is Emulate.NONE
-        variables["COMMOPT_PEERS"] = peers_json(job_mark(cluster, members, label) if is_elsewhere else mark, members)
 
-    def words_of(node: int) -> Sequence[str]:
-        if agent is not None:
-            return agent(node)
-        if independent:
-            return lone_agent_words(cluster, words, port=emulation.own_port())
-        return agent_words(cluster, node, words, meeting=emulation.meeting)
-
-    job = _Job(emulation, mark, words_of, variables, independent, log_dir, faults, on_tick, on_line, on_note)
-    try:
-        for node in emulation.nodes:
-            job.start(node)
-        job.watch()
-    finally:
-        job.end()
-    return job.result()
-
-
-@dataclass
-class _Job:
-    """A job under way. words_of: the command of a node. env: what the ranks' environment gets besides."""
-
-    _emulation: Emulation
-    mark: str
-    _words_of: Callable[[int], Sequence[str]]
-    _env: Mapping[str, str]
-    _is_independent: bool
-    _log_dir: Path | None
-    _faults: Injection | None
-    _on_tick: Callable[[Tick], None] | None
-    _on_line: Callable[[str, str], None] | None
-    _on_note: Callable[[str], None] | None
+    argv: Sequence[str]
+    _: KW_ONLY
+    emulation: Emulation
+    env: Mapping[str, str] = field(default_factory=dict)
+    log_dir: Path | None = None
+    on_tick: Callable[[float], object] | None = None
+    on_line: Callable[[str, str], None] | None = None
+    on_note: Callable[[str], None] | None = None
+    agent: Callable[[int], Sequence[str]] | None = None
+    independent: bool = False
+    label: str = ""
+    faults: Injection | None = None
 
     def __post_init__(self) -> None:
-        self._cluster = self._emulation.cluster
+        if self.emulation.shares_loopback:  # where it is not the file's port that counts
+            self.emulation = replace(self.emulation, port=free_ports(1)[0])
+        self.mark = uuid.uuid4().hex
+        self._cluster = self.emulation.cluster
+        self._peers: str | None = None
+        if self.independent:
+            self._peers = peers_json(self.emulation, self.label, None if self.emulation.is_elsewhere else self.mark)
         self._planned: Failure | None = None
         self._agents: list[_Agent] = []
         self._selector = selectors.DefaultSelector()
-        self._logs = Logs(self._log_dir, [self._cluster.nodes[node].name for node in self._emulation.nodes])
-        self._sent_before = self._emulation.tx_bytes()
+        self._logs = Logs(self.log_dir, [self._cluster.names[node] for node in self.emulation.nodes])
+        self._sent_before = self.emulation.tx_bytes()
         self._started_s = time.monotonic()
         self._wall_s = 0.0
         self._sent: Mapping[str, int] = {}
 
+    def run(self) -> JobResult:
+        """On Ctrl-C, SIGTERM or an error in a callback, every process is ended and the exception goes on.
+
+        Raises LaunchError if nothing could be started.
+        """
+        try:
+            for node in self.emulation.nodes:
+                self.start(node)
+            self.watch()
+        finally:
+            self.end()
+        return self.result()
+
     def start(self, node: int, *, returns: bool = False) -> None:
         """Start a node's agent; `returns`: in a job that goes on, which its ranks are told, so that they do not begin anew."""
-        emulation, name = self._emulation, self._cluster.nodes[node].name
+        emulation, name = self.emulation, self._cluster.names[node]
+        ranks_here = len(emulation.nodes) * self._cluster.slots
         environment = {
             **os.environ,
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3",
-            **agent_environment(
-                self._cluster,
-                node,
-                interface=emulation.interfaces[node],
-                ranks_here=len(emulation.nodes) * self._cluster.slots,
-                links=emulation.links,
-            ),
-            **self._env,
+            **agent_environment(emulation, node, ranks_here=ranks_here, peers=self._peers),
+            **self.env,
             "COMMOPT_JOB": self.mark,
             **({"COMMOPT_RETURNS": "1"} if returns else {}),
         }
-        command = [*emulation.prefix(name), *self._words_of(node)]
+        words = (
+            self.agent(node) if self.agent else agent_words(emulation, node, self.argv, independent=self.independent)
+        )
+        command = [*emulation.prefix(name), *words]
         output, inherited = output_pair()
         try:
             process = subprocess.Popen(
@@ -206,7 +163,7 @@ class _Job:
             agent.process.kill()
             agent.process.wait()
             agent.at_s, agent.is_killed = self._elapsed(), True
-            if not self._is_independent:
+            if not self.independent:
                 self._planned = Failure(name, None, -signal.SIGKILL, killed_at_step=at_step)
 
     def restart(self, name: str) -> None:
@@ -216,15 +173,15 @@ class _Job:
     def watch(self) -> None:
         """Return when every agent has ended, or where they need each other, a while after the first that ended badly."""
         next_tick_s, next_faults_s, failed_s = 0.0, math.inf, None
-        if self._faults is not None:
-            self._faults.begin(self)
+        if self.faults is not None:
+            self.faults.begin(self)
             next_faults_s = 0.0
         while True:
             running = [agent for agent in self._agents if agent.at_s is None]
             if not running or self._planned is not None:
                 return
             now_s = self._elapsed()
-            if failed_s is None and not self._is_independent and any(a.process.returncode for a in self._agents):
+            if failed_s is None and not self.independent and any(a.process.returncode for a in self._agents):
                 failed_s = now_s
             if failed_s is not None and now_s - failed_s > _OTHERS_S:
                 known = self._failure(self._agents)
@@ -235,17 +192,17 @@ class _Job:
             for agent in running:
                 if agent.process.poll() is not None:
                     agent.at_s = self._elapsed()
-            if self._faults is not None and self._elapsed() >= next_faults_s:
+            if self.faults is not None and self._elapsed() >= next_faults_s:
                 next_faults_s = self._elapsed() + _FAULTS_S
-                self._faults.tick()
+                self.faults.tick()
             if self._elapsed() >= next_tick_s:
                 next_tick_s = self._elapsed() + _TICK_S
                 self._tick()
 
     def end(self) -> None:
         """End what still runs: SIGTERM, then SIGKILL after a grace; also ranks that lost their agent."""
-        if self._faults is not None:
-            self._faults.release()
+        if self.faults is not None:
+            self.faults.release()
         deadline_s = self._elapsed() + _GRACE_S
         for agent in self._agents:
             if agent.process.poll() is None:
@@ -259,8 +216,8 @@ class _Job:
         kill_all(self.mark)
         self._wall_s = self._elapsed()
         self._sent = self._sent_so_far()
-        if self._faults is not None:
-            self._faults.restore()
+        if self.faults is not None:
+            self.faults.restore()
         drained_s = self._elapsed() + 0.5  # a pipe that something else holds open never ends
         while any(agent.is_open for agent in self._agents) and self._elapsed() < drained_s:
             self._read(timeout_s=0.05)
@@ -273,21 +230,19 @@ class _Job:
 
     def result(self) -> JobResult:
         notices = [] if self._logs.problem is None else [self._logs.problem]
-        if self._faults is not None and self._planned is None:
-            notices += self._faults.unreached
+        if self.faults is not None and self._planned is None:
+            notices += self.faults.unreached
         failure = self._planned or self._failure([agent for agent in self._agents if not agent.is_killed])
         if failure is None:
             for agent in self._agents:
                 self._show(agent, agent.reader.release(float("inf")))
-        elif self._log_dir is None:
-            self._log_dir = Path(tempfile.mkdtemp(prefix="commopt-"))
-            self._logs.keep(self._log_dir)
+        elif self.log_dir is None:
+            self.log_dir = Path(tempfile.mkdtemp(prefix="commopt-"))
+            self._logs.keep(self.log_dir)
         return JobResult(
-            ok=failure is None,
             wall_s=self._wall_s,
             tx_bytes=self._sent,
-            mode=self._emulation.mode,
-            log_dir=self._log_dir,
+            log_dir=self.log_dir,
             failure=failure,
             notices=tuple(notices),
         )
@@ -298,13 +253,13 @@ class _Job:
     def _tick(self) -> None:
         for agent in self._agents:
             self._show(agent, agent.reader.release(self._elapsed()))
-        if self._is_independent:
+        if self.independent:
             self._tell_bad_ends()
-        if self._on_tick is not None:
-            self._on_tick(Tick(self._elapsed(), self._sent_so_far()))
+        if self.on_tick is not None:
+            self.on_tick(self._elapsed())
 
     def _sent_so_far(self) -> Mapping[str, int]:
-        now = self._emulation.tx_bytes()
+        now = self.emulation.tx_bytes()
         return {name: count - self._sent_before.get(name, 0) for name, count in now.items()}
 
     def _read(self, *, timeout_s: float) -> None:
@@ -328,9 +283,9 @@ class _Job:
         self._show(agent, agent.reader.feed(lines, self._elapsed(), writer))
 
     def _show(self, agent: _Agent, lines: Sequence[str]) -> None:
-        if self._on_line is not None:
+        if self.on_line is not None:
             for line in lines:
-                self._on_line(agent.node, line)
+                self.on_line(agent.node, line)
 
     def _tell_bad_ends(self) -> None:
         """Say which nodes have ended badly while others go on."""
@@ -341,8 +296,8 @@ class _Job:
             if self._elapsed() - agent.at_s > _LAST_WORDS_S:
                 agent.is_told = True
                 failure = self._failure([agent])
-                if failure is not None and self._on_note is not None:
-                    self._on_note(f"{failure}; the other nodes go on")
+                if failure is not None and self.on_note is not None:
+                    self.on_note(f"{failure}; the other nodes go on")
 
     def _last_agent(self, name: str) -> _Agent:
         return next(agent for agent in reversed(self._agents) if agent.node == name)
@@ -350,4 +305,4 @@ class _Job:
     def _failure(self, agents: Sequence[_Agent]) -> Failure | None:
         for agent in agents:
             agent.exit_code, agent.last_lines = agent.process.returncode, self._logs.tail(agent.node, 10)
-        return first_failure(agents, is_one_job=not self._is_independent)
+        return first_failure(agents, is_one_job=not self.independent)

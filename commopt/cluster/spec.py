@@ -5,43 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from commopt.choice import read_choice
-from commopt.cluster import faults as faults_of
-from commopt.cluster.faults import Fault, Members
+from commopt.cluster.faults import Fault, mistakes
+from commopt.cluster.machine import Emulate
 from commopt.errors import ConfigError, did_you_mean
 from commopt.plan.links import LinkModel, parse_delay, parse_loss, parse_rate
 from commopt.reading import MistakesError, read_yaml, shown, validated
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-
-
-class Backend(str, Enum):
-    """The library that moves tensors."""
-
-    GLOO = "gloo"
-    NCCL = "nccl"
-
-
-class RendezvousBackend(str, Enum):
-    """How the agents of a job find each other."""
-
-    STATIC = "static"
-    C10D = "c10d"
-
-
-class Emulate(str, Enum):
-    """How the links are imposed: by the kernel, by pacing, not at all, or by the best that works."""
-
-    AUTO = "auto"
-    NETNS = "netns"
-    PACED = "paced"
-    NONE = "none"
 
 
 def _checked_name(text: str) -> str:
@@ -50,19 +26,16 @@ def _checked_name(text: str) -> str:
     return text
 
 
-def _checked_by(parse: Callable[[str], float]) -> AfterValidator:
-    """A text stays as it is, once its parser has taken it."""
+def _checked_by(parse: Callable[[str], float]) -> BeforeValidator:
+    """A text that its parser takes; `rate: 100` reaches it too, since its message says what is missing."""
 
-    def checked(text: str) -> str:
-        parse(text)
+    def checked(value: object) -> object:
+        text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        if isinstance(text, str):
+            parse(text)
         return text
 
-    return AfterValidator(checked)
-
-
-def _as_text(value: object) -> object:
-    """Let `rate: 100` reach the parser of the unit, whose message says what is missing."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return BeforeValidator(checked)
 
 
 def _as_nodes(value: object) -> object:
@@ -79,9 +52,9 @@ def _as_nodes(value: object) -> object:
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
-Rate = Annotated[str, BeforeValidator(_as_text), _checked_by(parse_rate)]
-Delay = Annotated[str, BeforeValidator(_as_text), _checked_by(parse_delay)]
-Loss = Annotated[str, BeforeValidator(_as_text), _checked_by(parse_loss)]
+Rate = Annotated[str, _checked_by(parse_rate)]
+Delay = Annotated[str, _checked_by(parse_delay)]
+Loss = Annotated[str, _checked_by(parse_loss)]
 
 
 class _Model(BaseModel):
@@ -98,7 +71,7 @@ class Node(_Model):
 class Rendezvous(_Model):
     """Where the agents of a job meet: on node 0, at `port`."""
 
-    backend: RendezvousBackend = RendezvousBackend.STATIC
+    backend: Literal["static", "c10d"] = "static"
     port: int = Field(29500, ge=1, le=65535, strict=True)
 
 
@@ -147,7 +120,7 @@ class ClusterSpec(_Model):
     name: Name = "cluster"
     nodes: Annotated[list[Node], BeforeValidator(_as_nodes)]
     slots: int = Field(1, ge=1, le=1024, strict=True)
-    backend: Backend = Backend.GLOO
+    backend: Literal["gloo", "nccl"] = "gloo"
     rendezvous: Rendezvous = Rendezvous()
     sites: dict[Name, list[str]] = {}
     links: Links = Links()
@@ -159,6 +132,10 @@ class ClusterSpec(_Model):
         if found:
             raise MistakesError(found)
         return self
+
+    @property
+    def names(self) -> list[str]:
+        return [node.name for node in self.nodes]
 
     @property
     def ranks(self) -> int:
@@ -180,10 +157,14 @@ class ClusterSpec(_Model):
         place = {node: index for index, members in enumerate(self.sites.values()) for node in members}
         return tuple(place.get(node.name, 0) for node in self.nodes)
 
-    @property
-    def members(self) -> Members:
-        """The names of the nodes, and of the sites that they are in."""
-        return Members([node.name for node in self.nodes], self.sites)
+    def side(self, name: str) -> list[str]:
+        """The nodes that the name of a node or of a site stands for."""
+        return list(self.sites[name]) if name in self.sites and name not in self.names else [name]
+
+    def separated(self, cut: Fault) -> set[frozenset[str]]:
+        """Every pair of nodes that a cut separates."""
+        one, other = map(self.side, cut.names)
+        return {frozenset((a, b)) for a in one for b in other}
 
     def link(self, node: int) -> Link:
         """The link of one node: its own override, then its site's, then everybody's."""
@@ -210,7 +191,7 @@ class ClusterSpec(_Model):
 
 
 def _mistakes(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
-    names = [node.name for node in spec.nodes]
+    names = spec.names
     for index, node in enumerate(spec.nodes):
         if node.name in names[:index]:
             yield f"nodes.{index}.name", f"{node.name!r} names two nodes; give each its own name"
@@ -246,26 +227,43 @@ def _mistakes(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
         yield "links.between", "has no effect without two sites; name them under 'sites'"
 
 
-class _Run(_Model):
-    """What a run's YAML and the run that is made of it have in common."""
-
-    name: Name = "run"
-    arguments: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    methods: dict[str, Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]]
-    faults: list[Fault] = []
+def _placed(path: Path, info: ValidationInfo) -> Path:
+    """A file that the run's file names, relative to its own folder."""
+    folder = Path(info.context or "").parent
+    if not (folder / path).is_file():
+        raise ValueError(f"{str(path)!r} does not exist; paths are relative to the file's folder, {folder}")
+    return Path(folder / path).resolve()
 
 
-class RunSpec(_Run):
+def _loaded(path: object, info: ValidationInfo) -> ClusterSpec:
+    if not isinstance(path, str):
+        raise ValueError(f"{shown(path)} is not text; write one")
+    place, here = _placed(Path(path), info), Path.cwd()
+    return load_cluster(place.relative_to(here) if place.is_relative_to(here) else place)  # as a user would type it
+
+
+class RunSpec(_Model):
     """A program, its arguments, and the methods to run it with; paths are absolute, whatever the file says.
 
     `optimizer` and each value of `methods` are passed on as they are: the method checks its own options.
     """
 
-    path: Path = Field(exclude=True)
-    cluster_path: Path
-    cluster: ClusterSpec
-    program: Path
+    name: Name = "run"
+    cluster: Annotated[ClusterSpec, BeforeValidator(_loaded)]
+    program: Annotated[Path, AfterValidator(_placed)]
+    arguments: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    methods: dict[str, Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]]
+    faults: list[Fault] = []
+    _path: Path
+
+    @property
+    def path(self) -> Path:
+        """The file that it was read from."""
+        return self._path
+
+    def model_post_init(self, context: Any) -> None:
+        self._path = context
 
     def argument_words(self) -> list[str]:
         """`arguments` as command-line words: {layers: 4, no_bias: true} -> --layers 4 --no-bias."""
@@ -278,20 +276,16 @@ class RunSpec(_Run):
                 words += [str(word) for word in (value if isinstance(value, list) else [value])]
         return words
 
-
-class _RunFile(_Run):
-    """The keys of a run's YAML."""
-
-    cluster: str
-    program: str
-
     @model_validator(mode="after")
-    def _is_complete(self) -> _RunFile:
-        found = []
+    def _is_complete(self) -> RunSpec:
+        steps = self.arguments.get("steps")
+        found = list(mistakes(self.faults, self.cluster, steps))
         if not self.methods:
             found.append(("methods", "{} names no method; write at least one, as in 'dense: {}'"))
         if self.optimizer and not isinstance(self.optimizer.get("name"), str):
             found.append(("optimizer.name", "is missing; write the optimizer's name, as in 'name: adam'"))
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            found.append(("arguments.steps", f"{shown(steps)} is out of range; write a whole number from 1"))
         for key, value in self.arguments.items():
             items = value if isinstance(value, list) else [value]
             if any(isinstance(item, dict | list) for item in items):
@@ -326,21 +320,6 @@ def load_cluster(path: str | Path) -> ClusterSpec:
 
 def load_run(path: str | Path) -> RunSpec:
     """Read a run's YAML and the cluster it names. Raises ConfigError as `load_cluster` does."""
-    given = Path(path)
-    folder = given.resolve().parent
-    file = validated(_RunFile, _with_methods(read_yaml(given), folder, str(path)), str(path))
-    mistakes, places = [], {}
-    for key, text in (("cluster", file.cluster), ("program", file.program)):
-        places[key] = (folder / text).resolve()
-        if not places[key].is_file():
-            mistakes.append(
-                f"{path}: {key}: {text!r} does not exist; paths are relative to the file's folder, {folder}"
-            )
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    fields = {**file.model_dump(exclude={"cluster", "program"}), "faults": file.faults}
-    place, here = places["cluster"], Path.cwd()
-    cluster = load_cluster(place.relative_to(here) if place.is_relative_to(here) else place)  # as a user would type it
-    if found := list(faults_of.mistakes(file.faults, cluster.members, file.arguments.get("steps"))):
-        raise ConfigError("\n".join(f"{path}: {key}: {text}" for key, text in found))
-    return RunSpec(path=given.resolve(), cluster_path=place, cluster=cluster, program=places["program"], **fields)
+    given = Path(path).resolve()
+    data = _with_methods(read_yaml(Path(path)), given.parent, str(path))
+    return validated(RunSpec, data, str(path), context=given)

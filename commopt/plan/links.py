@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from commopt.errors import ConfigError
 
@@ -111,8 +111,8 @@ class LinkModel:
     def from_json(cls, text: str) -> LinkModel:
         """Read the fields of a model from a JSON object; null stands for an unlimited rate."""
         fields: dict[str, Any] = json.loads(text)
-        values = {key: tuple(math.inf if x is None else x for x in column) for key, column in fields.items()}
-        return cls(**cast(Any, values))
+        values: Any = {key: tuple(math.inf if x is None else x for x in column) for key, column in fields.items()}
+        return cls(**values)
 
     @property
     def ranks(self) -> int:

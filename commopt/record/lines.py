@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as checked
 
 from commopt.record.meter import Window, window
 
-_LENIENT = ConfigDict(extra="ignore")  # a later version may write more
 
-
-@checked(frozen=True, config=_LENIENT)
+@checked(frozen=True)
 class StepLine:
     """One optimizer step of one rank; `loss` is None where it was not finite."""
 
@@ -30,7 +28,7 @@ class StepLine:
     at_s: float
 
 
-@checked(frozen=True, config=_LENIENT)
+@checked(frozen=True)
 class ValidationLine:
     """A loss over `tokens` that were not trained on, after `steps` steps and `at_s` seconds of the record."""
 
@@ -40,7 +38,7 @@ class ValidationLine:
     at_s: float
 
 
-@checked(frozen=True, config=_LENIENT)
+@checked(frozen=True)
 class CountersLine:
     """The bytes so far, by the library and by the interface, after `steps` steps."""
 
@@ -49,7 +47,7 @@ class CountersLine:
     steps: int
 
 
-@checked(frozen=True, config=_LENIENT)
+@checked(frozen=True)
 class RoundLine:
     """One outer round of one rank: whose parameters it averaged, what it cost, and how far apart the replicas were.
 

@@ -102,10 +102,8 @@ class Follower:
         """`loss 3.214`, `1242 ms a step`, `6.6 MB a step`, `92 % waiting`: what is known, for a bar or a line."""
         known = [] if self.steps == 0 else ["loss not finite" if self.loss is None else f"loss {self.loss:.3f}"]
         recent = [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]
-        step_s, total_s = (
-            median(line.seconds for line in recent) if recent else 0.0,
-            sum(line.seconds for line in recent),
-        )
+        step_s = median(line.seconds for line in recent) if recent else 0.0
+        total_s = sum(line.seconds for line in recent)
         if recent:
             known.append(f"{milliseconds(step_s)} ms/step")
         if self.bytes_per_step is not None:

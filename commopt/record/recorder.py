@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ PRINTED_LINES = 20
 NIC_EVERY_S = 1.0  # how often step() also reads the interface, for the live display
 
 
+@dataclass(eq=False)
 class Recorder:
     """Writes `rank{r}.jsonl` in the folder that the launcher named; prints some lines where there is no launcher.
 
@@ -33,22 +35,18 @@ class Recorder:
     record with a warning, never the training.
     """
 
-    def __init__(
-        self,
-        folder: Path | None,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        node: str = "node0",
-        node_rank: int = 0,
-        nic: str | None = None,
-        mtu: int = 1500,
-    ) -> None:
-        self.rank = rank
-        self._place = {"rank": rank, "world_size": world_size, "node": node, "node_rank": node_rank}
-        self._nic, self._mtu = nic, mtu
-        self._prints = folder is None and rank == 0
-        self._file = self._open(folder / f"rank{rank}.jsonl") if folder is not None else None
+    folder: Path | None
+    _: KW_ONLY
+    rank: int = 0
+    world_size: int = 1
+    node: str = "node0"
+    node_rank: int = 0
+    nic: str | None = None
+    mtu: int = 1500
+
+    def __post_init__(self) -> None:
+        self._prints = self.folder is None and self.rank == 0
+        self._file = None if self.folder is None else self._open(self.folder / f"rank{self.rank}.jsonl")
         self._started_s = self._nic_read_s = time.monotonic()
         self._method, self._steps, self._steps_done = "", 0, 0
         self._rounds_missed = 0  # of the rounds since the last printed step
@@ -96,9 +94,10 @@ class Recorder:
         self._method, self._steps, self._steps_done = method, steps, resumed_at
         what = {"method": method, "options": dict(options), "parameters": parameters, "steps": steps}
         when = {"epoch_s": round(time.time(), 6), "resumed_at": resumed_at}
-        self._write("start", **self._place, nic=self._nic, mtu=self._mtu, **what, **when)
-        ranks, goes_on = self._place["world_size"], f", going on at step {resumed_at}" if resumed_at else ""
-        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {ranks} ranks{goes_on}")
+        who = {"rank": self.rank, "world_size": self.world_size, "node": self.node, "node_rank": self.node_rank}
+        self._write("start", **who, nic=self.nic, mtu=self.mtu, **what, **when)
+        goes_on = f", going on at step {resumed_at}" if resumed_at else ""
+        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {self.world_size} ranks{goes_on}")
 
     def step(
         self,
@@ -218,16 +217,16 @@ class Recorder:
             print(text, flush=True)
 
     def _transmitted(self) -> int | None:
-        if self._nic is None or self._file is None:
+        if self.nic is None or self._file is None:
             return None
         from commopt.record.meter import transmitted_bytes
 
         self._nic_read_s = time.monotonic()
         try:
-            return transmitted_bytes(self._nic)
+            return transmitted_bytes(self.nic)
         except (ImportError, OSError) as error:
             LOG.warning("rank %d records no bytes of the interface: %s", self.rank, error)
-            self._nic = None
+            self.nic = None
             return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def seconds_text(seconds: float) -> str:
     """`131 ms`, `9.4 s`, `6 min 13 s`, `2 h 5 min`."""
@@ -51,3 +53,15 @@ def spread_text(spread: float) -> str:
     if spread >= 9.95 or spread == 0:
         return f"{spread:.0f}"
     return f"{spread:#.2g}" if spread >= 9.95e-5 else f"{spread:.1e}"
+
+
+def fault_text(kind: str, names: Sequence[str], for_s: float | None, factor: float | None) -> str:
+    """`node2 killed`, `node0 cut from node1 for 20 s`, `node3 slowed 5.0x`."""
+    words = {
+        "kill": "killed",
+        "restart": "started again",
+        "hang": "hung",
+        "slow": f"slowed {times_text(factor or 1.0)}",
+    }
+    done = f"{names[0]} cut from {names[-1]}" if kind == "cut" else f"{' and '.join(names)} {words.get(kind, kind)}"
+    return done if for_s is None else f"{done} for {seconds_text(for_s)}"

@@ -6,7 +6,6 @@ Times `at_s` are seconds since the first rank's start, by the clocks of the rank
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 import commopt
+from commopt.cluster.machine import usable_cores
 from commopt.record.meter import TrafficRow
+from commopt.record.words import fault_text
 
 if TYPE_CHECKING:
     from commopt.cluster.spec import ClusterSpec
@@ -63,7 +64,7 @@ class Cluster(DocumentPart):
         between = spec.links.between
         return cls(
             name=spec.name,
-            backend=spec.backend.value,
+            backend=spec.backend,
             nodes=nodes,
             mtu=spec.links.mtu,
             between_rate=between.rate,
@@ -85,12 +86,11 @@ class Environment(DocumentPart):
     @classmethod
     def here(cls) -> Environment:
         """The environment of this process."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cls(
             python=platform.python_version(),
             torch=importlib.metadata.version("torch"),
             commopt=commopt.__version__,
-            cpu_count=cores,
+            cpu_count=usable_cores(),
             platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         )
 
@@ -136,11 +136,9 @@ class RoundCosts(DocumentPart):
 
     blocked_s: float = Field(description="seconds that training stood still for a round, mean over rounds and ranks")
     blocked_share: float | None = Field(description="share of the steps' seconds that they stood still for rounds")
-    exchange_s: float = Field(
-        description="seconds from a round's start to its last message, mean over rounds and ranks"
-    )
+    exchange_s: float = Field(description="seconds from a round's start to its last message, mean of rounds and ranks")
     bytes_per_step: float | None = Field(
-        description="bytes that a rank sent in rounds, over all its steps; mean over the ranks"
+        description="bytes sent in rounds, over all steps of a rank; mean of the ranks"
     )
 
 
@@ -159,10 +157,7 @@ class Spread(DocumentPart):
 
     step: int = Field(description="optimizer steps done when the round ended, of the rank that was farthest")
     at_s: float | None = Field(description="seconds since the first rank's start; null where the ranks do not say")
-    spread: float = Field(
-        description="consensus distance, the root mean square over replicas of ||x_i - mean|| / ||mean||, as the ranks "
-        "estimated it last: the root mean square of their estimates"
-    )
+    spread: float = Field(description="consensus distance, as in spread_end: the root mean square of the estimates")
 
 
 class Rounds(RoundCosts):
@@ -170,10 +165,14 @@ class Rounds(RoundCosts):
 
     rounds: int = Field(description="outer rounds of the rank that made most")
     missed: int = Field(description="rounds in which a scheduled peer's message did not come in time, over all ranks")
-    blocked_worst_s: float = Field(description="blocked_s of the rank with the largest mean")
+    blocked_worst_s: float = Field(description="seconds that training stood still for one, of the worst rank")
     by_rank: list[RankRounds] = Field(description="the same for each rank")
     spread: list[Spread] = Field([], description="the distance along the run; empty where no rank estimated it")
-    spread_end: float | None = Field(None, description="the last of these; null where there is none")
+    spread_end: float | None = Field(
+        None,
+        description="how far apart the replicas were in the last round: root mean square over replicas of "
+        "||x_i - mean|| / ||mean||, as the ranks estimate it; null where none did",
+    )
 
 
 class RankValidation(DocumentPart):
@@ -222,15 +221,14 @@ class FaultCost(DocumentPart):
     """
 
     longest_stop_s: float | None = Field(
-        description="the survivors' longest time between the ends of two steps, as far as it lies in that window, "
-        "without validations; null where there is no survivor with a step"
+        description="the longest time between two steps of a rank that is alive and not hit, or only cut off, up to the "
+        "next fault and without validations; null where there is no such rank"
     )
     stopped_rank: int | None = Field(description="the rank with that stop")
     median_step_s: float | None = Field(description="that rank's median step, of the whole run, to compare it with")
-    missed: list[MissedRounds] = Field(description="outer rounds that ranks missed in that window")
+    missed: list[MissedRounds] = Field(description="outer rounds that ranks missed up to the next fault")
     back_after_s: float | None = Field(
-        None,
-        description="of a restart: seconds until the last of its ranks had ended a step again; null where one never did",
+        None, description="of a restart: seconds until its last rank had ended a step again; null where one never did"
     )
     back_at_step: int | None = Field(None, description="of a restart: the number of that step, as recorded")
 
@@ -243,6 +241,9 @@ class InjectedFault(DocumentPart):
     at_step: int = Field(description="the step it was planned for: it came when the furthest rank had done so many")
     for_s: float | None = Field(None, description="seconds that it was planned to last; null where to the end")
     factor: float | None = Field(None, description="of slow: the nodes got 1/factor of the processor's time")
+
+    def __str__(self) -> str:
+        return fault_text(self.kind, self.nodes, self.for_s, self.factor)
 
 
 class Fault(InjectedFault):
@@ -271,11 +272,11 @@ class RunResult(DocumentPart):
     warmup_steps: int | None = Field(None, description="steps before the first steady one; null where none was steady")
     tokens: int = Field(description="tokens trained on, over all ranks")
     train_loss: list[float | None] = Field(description="per step, mean over the ranks; null where not finite")
-    val_loss: float | None = Field(None, description="the last validation's loss; null where none or not finite")
-    validations: list[Validation] = Field([], description="every validation, in order")
-    validation_by_rank: list[RankValidation] = Field(
-        [], description="with outer rounds, each rank's last validation, of its own replica"
+    val_loss: float | None = Field(
+        None, description="loss of the last validation, on text that is not trained on; null where none or not finite"
     )
+    validations: list[Validation] = Field([], description="every validation, in order")
+    validation_by_rank: list[RankValidation] = Field([], description="with outer rounds, each rank's last validation")
     step_seconds: list[float] = Field(description="per step, its seconds, mean over the ranks")
     seconds: list[float] = Field(description="training seconds until each step's end: the running sum of step_seconds")
     step_s: float | None = Field(
@@ -285,15 +286,11 @@ class RunResult(DocumentPart):
     )
     step_mean_s: float | None = Field(None, description="mean seconds of the steady steps, over steps and ranks")
     compute_s: float | None = Field(
-        None, description="median of the same steps without communication, of the slowest rank"
-    )
-    wait_share: float | None = Field(
-        None, description="share of the steady steps' seconds spent waiting for the network"
-    )
-    wall_s: float | None = Field(
         None,
-        description="seconds from the start of training to the end of the last step, with validations",
+        description="seconds of the same steps with communication switched off, which no method can beat; of the slowest rank",
     )
+    wait_share: float | None = Field(None, description="share of the steady steps' time spent waiting for the network")
+    wall_s: float | None = Field(None, description="wall-clock seconds of all steps, warm-up and validations included")
     window_steps: int = Field(0, description="steps of the measured window, which lies in the steady phase")
     payload_bytes_per_step: float | None = Field(
         None,
@@ -306,7 +303,7 @@ class RunResult(DocumentPart):
         "headers; null where nodes have no interface of their own",
     )
     nic_over_model: float | None = Field(
-        None, description="the interface's count over commopt's with headers, of the node that is farthest from 1"
+        None, description="the interface's count over commopt's with headers: 1 when it counts right; of the worst node"
     )
     nodes: list[NodeBytes] = Field([], description="both byte counts of each node; empty where there is only commopt's")
     traffic: list[TrafficRow] = Field([], description="commopt's count of the window in detail, the largest first")
@@ -314,13 +311,11 @@ class RunResult(DocumentPart):
     events: list[Event] = Field([], description="what else the ranks recorded, in order")
     rounds: Rounds | None = Field(None, description="the outer rounds; null where the method has none")
     faults: list[Fault] = Field([], description="the faults that were injected, in order, and what each cost")
-    progress: list[Progress] = Field(
-        [], description="when each rank had done how many steps; only with outer rounds or faults"
-    )
+    progress: list[Progress] = Field([], description="when each rank had done how many steps; with rounds or faults")
     ended_early: list[EndedEarly] = Field([], description="with outer rounds, the ranks that others went on without")
     notices: list[str] = Field([], description="what to know about how this run was recorded, in sentences")
     speedup_vs_dense: float | None = Field(
-        None, description="step_s of dense over this; null without dense or a steady phase"
+        None, description="a step of dense over one of this run, both in their steady phase; null without either"
     )
 
 

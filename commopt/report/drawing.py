@@ -66,29 +66,25 @@ def svg(figure: Figure, label: str) -> str:
     return text.strip()
 
 
-def new_figure(title: str, height_in: float) -> tuple[Figure, Axes]:
-    """An empty picture with its title, and a frame that leaves room for names at the right."""
+def new_figure(title: str, height_in: float, ratios: Sequence[float] = (1.0,)) -> tuple[Figure, list[Axes]]:
+    """An empty picture with its title, and a frame for each of the ratios, one below the other."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context({"font.size": FONT_POINTS, "axes.edgecolor": QUIET, "hatch.linewidth": 1.0}):
-        figure = Figure(figsize=(WIDTH_IN, height_in), facecolor=PAPER)
-        axes = figure.add_axes((0.085, 0.62 / height_in, 0.82 - 0.085, 1 - 1.1 / height_in), facecolor="none")
-    figure.text(
-        0.012, 1 - 0.13 / height_in, title, ha="left", va="top", fontsize=FONT_POINTS + 3, fontweight="bold", color=INK
-    )
-    dress(axes)
-    return figure, axes
-
-
-def dress(axes: Axes) -> None:
-    """Give a frame the report's colours, sizes and grid."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=QUIET, labelcolor=INK, labelsize=FONT_POINTS - 1, length=3)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.grid(True, color=FAINT, lw=0.8)
-    axes.set_axisbelow(True)
+        layout = ConstrainedLayoutEngine(w_pad=0.11, h_pad=0.11)
+        figure = Figure(figsize=(WIDTH_IN, height_in), facecolor=PAPER, layout=layout)
+        frames = figure.subplots(len(ratios), squeeze=False, height_ratios=ratios, subplot_kw={"facecolor": "none"})
+    figure.suptitle(title, x=0.014, ha="left", fontsize=FONT_POINTS + 3, fontweight="bold", color=INK)
+    for axes in frames.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=QUIET, labelcolor=INK, labelsize=FONT_POINTS - 1, length=3)
+        axes.xaxis.label.set_color(INK)
+        axes.yaxis.label.set_color(INK)
+        axes.grid(True, color=FAINT, lw=0.8)
+        axes.set_axisbelow(True)
+    return figure, list(frames.flat)
 
 
 def name_lanes(axes: Axes, places: Sequence[int], names: Sequence[str]) -> None:
@@ -113,9 +109,31 @@ def legend(axes: Axes, entries: Sequence[tuple[str, str | float | None]]) -> Non
             hatch, fill = ("////", "none") if look is None else (None, mix(QUIET, look))
             handles.append(Patch(facecolor=fill, edgecolor=QUIET, hatch=hatch, label=label))
     axes.figure.legend(
-        handles=handles, loc="lower left", ncol=len(handles), frameon=False, fontsize=FONT_POINTS - 1,
-        bbox_to_anchor=(axes.get_position().x0, 0), borderpad=0.2, handletextpad=0.5, labelcolor=INK, borderaxespad=0.3,
+        handles=handles, loc="outside lower left", ncol=len(handles), frameon=False, fontsize=FONT_POINTS - 1,
+        borderpad=0.2, handletextpad=0.5, labelcolor=INK, borderaxespad=0.3,
     )  # fmt: skip
+
+
+def name_lines(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> None:
+    """Name each line at the right, in its colour, in the order of their ends: (name, colour, y)."""
+    from matplotlib.lines import Line2D
+
+    ordered = sorted(ends, key=lambda end: -end[2])
+    handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour, _ in ordered]
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(1.01, 0.0), frameon=False, labelcolor="linecolor",
+        handlelength=1.0, labelspacing=0.7, prop={"size": FONT_POINTS - 0.5, "weight": "bold"},
+    )  # fmt: skip
+
+
+def count_time(axes: Axes, end_s: float) -> str:
+    """Let an axis of seconds that ends there count minutes where these are many; returns the unit."""
+    from matplotlib.ticker import MultipleLocator
+
+    scale, unit = (60.0, "minutes") if end_s >= 600 else (1.0, "seconds")
+    axes.xaxis.set_major_locator(MultipleLocator(scale * round_step(end_s / scale / 9)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
+    return unit
 
 
 def note(
@@ -125,72 +143,10 @@ def note(
     axes.annotate(text, at, xytext=offset, textcoords="offset points", color=colour, annotation_clip=False, **style)
 
 
-def say_nothing(axes: Axes, text: str) -> Figure:
+def say_nothing(axes: Axes, text: str) -> None:
     """Write why there is no picture in its place."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=QUIET)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
-
-
-def name_at_the_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """Name each line beside its end, moved apart where ends are close; one that ends early is named above its end."""
-    x_max = axes.get_xlim()[1]
-    early = sorted((end for end in ends if end[2] < 0.85 * x_max), key=lambda end: end[2])
-    late = [end for end in ends if end[2] >= 0.85 * x_max]
-    widest = max((width_points(line) for end in late for line in end[0].splitlines()), default=0.0)
-    box = axes.get_position()
-    right = min(0.82, 1 - (widest + 34) / (72 * WIDTH_IN))
-    axes.set_position((box.x0, box.y0, right - box.x0, box.height))
-    style: dict[str, Any] = {"fontsize": FONT_POINTS - 0.5, "fontweight": "bold", "linespacing": 1.1}
-    axes.get_ylim()  # settles the limits
-    to_frame = axes.transData + axes.transAxes.inverted()
-    heights = [float(to_frame.transform((x, y))[1]) for _, _, x, y in late]
-    for (name, colour, x, y), at in zip(*_moved_apart(late, heights), strict=True):
-        axes.annotate(
-            "", (x, y), xytext=(1.035, at), textcoords="axes fraction", annotation_clip=False, arrowprops=leader(colour)
-        )
-        axes.annotate(
-            name,
-            (1.04, at),
-            xycoords="axes fraction",
-            color=colour,
-            va="center_baseline",
-            annotation_clip=False,
-            **style,
-        )
-    for level, (name, colour, x, y) in enumerate(reversed(early)):
-        words, offset = name.replace("\n", ": "), (14, 20 + 18 * level)
-        note(axes, words, (x, y), offset, colour, va="bottom", arrowprops=leader(colour), **style)
-
-
-def _moved_apart(
-    ends: Sequence[tuple[str, str, float, float]], heights: Sequence[float], gap: float = 0.062
-) -> tuple[list[tuple[str, str, float, float]], list[float]]:
-    """The ends from the lowest up, and how high their names go: as near as `gap` for each line of text allows."""
-    order = sorted(range(len(ends)), key=lambda k: heights[k])
-    ordered, wanted = [ends[k] for k in order], [heights[k] for k in order]
-    half = [gap * (1 + name.count("\n")) / 2 for name, _, _, _ in ordered]
-    placed: list[float] = []
-    for index, height in enumerate(wanted):
-        placed.append(height if not placed else max(height, placed[-1] + half[index - 1] + half[index]))
-    shift = sum(at - height for at, height in zip(placed, wanted, strict=True)) / max(1, len(placed))
-    shift = min(shift, placed[0] - half[0]) if placed else 0.0
-    return ordered, [at - shift for at in placed]
-
-
-def width_points(text: str) -> float:
-    """How wide a name is in points."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-
-    return float(TextPath((0, 0), text, prop=FontProperties(weight="bold", size=FONT_POINTS - 0.5)).get_extents().width)
-
-
-def leader(colour: str) -> dict[str, Any]:
-    """The thin line from a name to what it names."""
-    return {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 3}
 
 
 def mix(colour: str, share: float) -> str:

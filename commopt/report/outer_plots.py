@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 from commopt.record.words import spread_text
 from commopt.report import drawing
 from commopt.report.document import Progress, ProgressPart, Results, RunResult
-from commopt.report.drawing import FAINT, FONT_POINTS, INK, PAPER, QUIET, WIDTH_IN
-from commopt.report.outer_table import fault_text
+from commopt.report.drawing import FAINT, FONT_POINTS, INK, PAPER, QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,23 +19,12 @@ if TYPE_CHECKING:
 LANES_IN = 4.5  # of all ranks of a run together, if they would be higher at LANE_IN each
 LANE_IN, LEVEL_IN = 0.46, 0.21
 NAMED_LANES = 16
-PICTURE_NAMES = ("spread", "faults")
 STOP_STEPS, STOP_SHARE = 4.0, 0.02  # what is drawn as a stop: so many median steps, and so much of the width
-
-
-def outer_pictures(results: Results) -> dict[str, Callable[[Results], Figure]]:
-    """The pictures that there is something for, by the names of their files."""
-    chosen: dict[str, Callable[[Results], Figure]] = {}
-    if any(run.rounds and any(point.spread > 0 for point in run.rounds.spread) for run in results.runs):
-        chosen["spread"] = spread_against_steps
-    if any(run.faults for run in results.runs):
-        chosen["faults"] = progress_under_faults
-    return chosen
 
 
 def spread_against_steps(results: Results) -> Figure:
     """The distance between the replicas along the steps, on a log scale."""
-    figure, axes = drawing.new_figure("How far apart the replicas are (log scale)", 3.8)
+    figure, (axes,) = drawing.new_figure("How far apart the replicas are (log scale)", 3.8)
     chosen, ends = drawing.colours(results), []
     for run in results.runs:
         points = [(point.step, point.spread) for point in run.rounds.spread if point.spread > 0] if run.rounds else []
@@ -47,7 +34,7 @@ def spread_against_steps(results: Results) -> Figure:
         marker = "o" if len(points) <= 60 else ""
         axes.plot(x, y, marker=marker, ms=3, lw=1.6, color=chosen[run.name], zorder=3)
         axes.plot(x[-1], y[-1], "o", ms=7, color=chosen[run.name], mec=PAPER, zorder=30, clip_on=False)
-        ends.append((f"{run.name}\n{spread_text(y[-1])}", chosen[run.name], x[-1], y[-1]))
+        ends.append((f"{run.name}\n{spread_text(y[-1])}", chosen[run.name], y[-1]))
     axes.set_yscale("log")
 
     def is_shown(value: float) -> bool:
@@ -61,53 +48,30 @@ def spread_against_steps(results: Results) -> Figure:
     axes.set_ylabel("spread")
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max(run.steps for run in results.runs) or 1)
-    drawing.name_at_the_right(axes, ends)
-    box = axes.get_position()
-    axes.set_position((0.105, box.y0, box.x1 - 0.105, box.height))
+    drawing.name_lines(axes, ends)
     return figure
 
 
 def progress_under_faults(results: Results) -> Figure:
     """How far each rank came when, and when which fault began and ended."""
-    from matplotlib.ticker import MultipleLocator
-
     runs = [run for run in results.runs if run.faults]
-    longest = max((len(_lane_name(rank)) for run in runs for rank in run.progress), default=6)
-    left = (0.25 + longest * (FONT_POINTS - 1) * 0.6 / 72) / WIDTH_IN
-    width = 0.885 - left
-    names = [[drawing.width_points(fault_text(fault)) + 8 for fault in run.faults] for run in runs]
-    end_s = _axis_end_s(runs, names, width)
-    points_per_s = width * WIDTH_IN * 72 / end_s
-    levels = [
-        name_levels([fault.at_s * points_per_s for fault in run.faults], widths)
-        for run, widths in zip(runs, names, strict=True)
-    ]
-    heights = [
-        (min(LANE_IN * max(1, len(run.progress)), LANES_IN), (0.62 if k else 0.34) + LEVEL_IN * (1 + max(run_levels)))
-        for k, (run, run_levels) in enumerate(zip(runs, levels, strict=True))
-    ]
-    height_in = 0.42 + sum(lanes + above for lanes, above in heights) + 0.95
-    figure, axes = drawing.new_figure("How far each rank came, under faults", max(height_in, 2.0))
-    scale, unit = (60.0, "minutes") if end_s >= 600 else (1.0, "seconds")
-    chosen, top_in = drawing.colours(results), height_in - 0.42
-    for index, (run, run_levels, (lanes_in, above_in)) in enumerate(zip(runs, levels, heights, strict=True)):
-        top_in -= above_in
-        box = (left, (top_in - lanes_in) / height_in, width, lanes_in / height_in)
-        if index:
-            axes = figure.add_axes(box, facecolor="none")
-            drawing.dress(axes)
-        axes.set_position(box)
+    heights = [min(LANE_IN * max(1, len(run.progress)), LANES_IN) for run in runs]
+    names_in = sum(0.4 + LEVEL_IN * len(run.faults) for run in runs)
+    figure, frames = drawing.new_figure("How far each rank came, under faults", 1.2 + sum(heights) + names_in, heights)
+    last = [part.at_s[-1] for run in runs for rank in run.progress for part in rank.parts]
+    end_s = max([*last, *(fault.at_s for run in runs for fault in run.faults)]) * 1.02 or 1.0
+    chosen, unit = drawing.colours(results), ""
+    for axes, run in zip(frames, runs, strict=True):
         axes.set_xlim(0, end_s)
+        unit = drawing.count_time(axes, end_s)
         _draw_lanes(axes, run, chosen[run.name])
-        _mark_faults(axes, run, run_levels)
-        offset = (0, (above_in - (0.28 if index else 0)) * 72 - 16)
-        style = {"xycoords": "axes fraction", "fontweight": "bold", "fontsize": FONT_POINTS}
-        drawing.note(axes, run.name, (0, 1), offset, chosen[run.name], **style)
-        axes.xaxis.set_major_locator(MultipleLocator(scale * drawing.round_step(end_s / scale / 8)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
-        top_in -= lanes_in
-    axes.set_xlabel(f"{unit} since the first rank started; dotted: a fault was undone; grey: those it was done to")
-    drawing.legend(axes, [("steps done", 0.3), ("standing still", None), ("round missed", "x")])
+        _mark_faults(axes, run)
+        named = axes.set_title(run.name, loc="left", pad=10 + LEVEL_IN * 72 * len(run.faults))
+        named.set(fontweight="bold", fontsize=FONT_POINTS, color=chosen[run.name])
+    frames[-1].set_xlabel(
+        f"{unit} since the first rank started; dotted: a fault was undone; grey: those it was done to"
+    )
+    drawing.legend(frames[-1], [("steps done", 0.3), ("standing still", None), ("round missed", "x")])
     return figure
 
 
@@ -156,35 +120,15 @@ def _stops(part: ProgressPart, shortest_s: float) -> list[tuple[float, float]]:
     ]
 
 
-def name_levels(starts: Sequence[float], widths: Sequence[float]) -> list[int]:
-    """How high above the lanes the name at each start stands, so that it passes above the lines of those it reaches.
+def _mark_faults(axes: Axes, run: RunResult) -> None:
+    """A line where each fault began, with its name, a dotted one where it ended, and a shade over those it was done to.
 
-    A line comes up from each start, in order, to its name, which runs to the right of it.
+    The names stand above each other, the first one highest, so that no line runs through one.
     """
-    levels = [0] * len(starts)
-    for k in reversed(range(len(starts))):
-        reached = [levels[j] for j in range(k + 1, len(starts)) if starts[j] < starts[k] + widths[k]]
-        levels[k] = 1 + max(reached, default=-1)
-    return levels
-
-
-def _axis_end_s(runs: Sequence[RunResult], names: Sequence[Sequence[float]], width: float) -> float:
-    """Where the axis ends: after the last step and fault, and so that the names of faults near the end stay in the picture."""
-    last = [part.at_s[-1] for run in runs for rank in run.progress for part in rank.parts if part.at_s]
-    end_s = max([*last, *(fault.at_s for run in runs for fault in run.faults)]) * 1.02 or 1.0
-    frame, margin = width * WIDTH_IN * 72, 0.1 * WIDTH_IN * 72
-    for run, widths in zip(runs, names, strict=True):
-        for fault, name in zip(run.faults, widths, strict=True):
-            end_s = max(end_s, fault.at_s * min(frame / max(frame + margin - name, 1.0), 2.0))
-    return end_s
-
-
-def _mark_faults(axes: Axes, run: RunResult, levels: Sequence[int]) -> None:
-    """A line where each fault began, with its name, a dotted one where it ended, and a shade over those it was done to."""
     last = len(run.progress) - 0.5
     lanes = {rank.rank: lane for lane, rank in enumerate(run.progress)}
     right_s = axes.get_xlim()[1]
-    for fault, level in zip(run.faults, levels, strict=True):
+    for level, fault in enumerate(reversed(run.faults)):
         until_s = fault.end_s if fault.end_s is not None else right_s
         if fault.kind in ("cut", "slow", "hang"):
             for rank in fault.ranks:
@@ -197,4 +141,4 @@ def _mark_faults(axes: Axes, run: RunResult, levels: Sequence[int]) -> None:
         top, lift = (fault.at_s, -0.5), 5 + LEVEL_IN * 72 * level
         line = {"arrowstyle": "-", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
         drawing.note(axes, "", top, (0, lift + 7), INK, arrowprops=line)
-        drawing.note(axes, fault_text(fault), top, (4, lift), INK, fontsize=FONT_POINTS - 1.5)
+        drawing.note(axes, str(fault), top, (4, lift), INK, fontsize=FONT_POINTS - 1.5)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commopt.errors import LaunchError
 from commopt.record.words import times_text
-from commopt.report import drawing, plots
+from commopt.report import drawing, outer_plots, plots
 from commopt.report.columns import NOTHING
 from commopt.report.document import Cluster, Node, NodeBytes, Results, RunResult
-from commopt.report.outer_plots import PICTURE_NAMES, outer_pictures
 from commopt.report.outer_table import FAULT_COLUMNS, ROUND_COLUMNS, fault_cells, round_cells
 from commopt.report.table import COLUMNS, cells, event_texts, loss_above_dense, readings, val_loss_text
 
@@ -28,7 +26,14 @@ MODES = {
     "paced": "by pacing: a message is delivered no earlier than the link would have; the kernel shapes nothing",
     "none": "not at all: the links are those of the machines themselves",
 }
-PICTURES = (*plots.PLOTS, *PICTURE_NAMES)
+PICTURES = {
+    "loss_steps": plots.loss_against_steps,
+    "loss_seconds": plots.loss_against_seconds,
+    "bytes": plots.bytes_per_step,
+    "step_time": plots.step_time,
+    "spread": outer_plots.spread_against_steps,
+    "faults": outer_plots.progress_under_faults,
+}
 FILES = ("results.json", "report.html", *(f"{name}.png" for name in PICTURES))
 
 
@@ -37,7 +42,7 @@ def write_report(results: Results, out_dir: Path) -> list[Path]:
 
     A picture of an older report that this one has not is removed. Raises LaunchError for a file that cannot be written.
     """
-    drawn = {name: draw(results) for name, draw in _draws(results).items()}
+    drawn = draw(results)
     contents = {"results.json": results_json(results).encode(), "report.html": page(results, drawn).encode()}
     contents |= {f"{name}.png": drawing.png(figure) for name, figure in drawn.items()}
     path = out_dir
@@ -58,9 +63,12 @@ def results_json(results: Results) -> str:
     return results.model_dump_json(indent=1) + "\n"
 
 
-def _draws(results: Results) -> dict[str, Callable[[Results], Figure]]:
-    """What draws the pictures that there is something for, by the names of their files."""
-    return {**plots.PLOTS, **outer_pictures(results)}
+def draw(results: Results) -> dict[str, Figure]:
+    """The pictures that there is something for, by the names of their files."""
+    rounds = [run.rounds for run in results.runs if run.rounds]
+    has_spread = any(point.spread > 0 for each in rounds for point in each.spread)
+    without = {name for name, has in (("spread", has_spread), ("faults", results.has_faults)) if not has}
+    return {name: picture(results) for name, picture in PICTURES.items() if name not in without}
 
 
 def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
@@ -74,10 +82,8 @@ def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    inline = {
-        name: drawing.svg(drawn[name] if drawn else draw(results), (draw.__doc__ or name).splitlines()[0])
-        for name, draw in _draws(results).items()
-    }
+    labels = {name: (picture.__doc__ or name).splitlines()[0] for name, picture in PICTURES.items()}
+    inline = {name: drawing.svg(figure, labels[name]) for name, figure in (drawn or draw(results)).items()}
     return environment.get_template("page.html").render(
         results=results,
         headline=headline(results),
@@ -85,8 +91,7 @@ def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
         rows=list(zip(results.runs, cells(results), strict=True)),
         nothing=NOTHING,
         readings=list(zip(results.runs, readings(results), strict=True)),
-        pictures=[inline[name] for name in plots.PLOTS],
-        outer_pictures=inline,
+        pictures=inline,
         round_columns=ROUND_COLUMNS,
         round_rows=list(zip([run for run in results.runs if run.rounds], round_cells(results), strict=True)),
         fault_columns=FAULT_COLUMNS,
@@ -98,6 +103,7 @@ def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
         event_texts=event_texts,
         checked_nodes=checked_nodes,
         options_text=options_text,
+        link_text=link_text,
         parameters=None if results.model.parameters is None else f"{results.model.parameters:,}",
     )
 
@@ -134,35 +140,17 @@ def options_text(run: RunResult) -> str:
     return ", ".join(f"{key}: {word}" for key, word in words.items()) or "defaults"
 
 
-@dataclass(frozen=True)
-class Box:
-    """One box of the drawing: a node, or several that are alike."""
-
-    name: str
-    nodes: int
-    ranks: int
-    link: str
-
-
-def sites(cluster: Cluster) -> dict[str | None, list[Box]]:
-    """What the drawing shows on each switch: every node, or neighbours that are alike in one box where there are many.
+def sites(cluster: Cluster) -> dict[str | None, list[list[Node]]]:
+    """What the drawing shows on each switch: every node, or neighbours that are alike together where there are many.
 
     The site is None where there are no sites.
     """
     by_site: dict[str | None, list[Node]] = {}
     for node in cluster.nodes:
         by_site.setdefault(node.site, []).append(node)
-    return {site: _boxes(nodes, SHOWN_NODES // len(by_site)) for site, nodes in by_site.items()}
-
-
-def _boxes(nodes: Sequence[Node], limit: int) -> list[Box]:
-    groups = [[node] for node in nodes]
-    if len(nodes) > limit:
-        groups = [list(alike) for _, alike in groupby(nodes, key=lambda node: (node.ranks, link_text(node)))]
-    return [
-        Box(" … ".join(dict.fromkeys((alike[0].name, alike[-1].name))), len(alike), alike[0].ranks, link_text(alike[0]))
-        for alike in groups
-    ]
+    is_large = max(map(len, by_site.values()), default=0) > SHOWN_NODES // max(1, len(by_site))
+    alike = (lambda node: (node.ranks, link_text(node))) if is_large else (lambda node: node.name)
+    return {site: [list(boxed) for _, boxed in groupby(nodes, key=alike)] for site, nodes in by_site.items()}
 
 
 def link_text(node: Node) -> str:

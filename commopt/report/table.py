@@ -2,79 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TextIO
+from typing import TextIO
 
 from commopt.record.words import megabytes, milliseconds, times_text
-from commopt.report.columns import Column, aligned, cells_of, rich_rows
+from commopt.report.columns import AS_MEGABYTES, AS_MS, Column, cells_of, column_of, described, table_of
 from commopt.report.document import Results, RunResult
 from commopt.report.outer_table import ROUND_COLUMNS, fault_lines, round_cells
 
 ALIKE = 0.03  # two speeds or byte counts that differ by less are called the same
-
-
 COLUMNS = (
-    Column(("method", ""), "the method; a number where it ran more than once", lambda run, _: run.name),
-    Column(
-        ("val", "loss"),
-        "loss of the last validation, on text that is not trained on",
-        lambda run, _: run.val_loss,
-        "{:.3f}".format,
-    ),
+    column_of(("method", ""), "name"),
+    column_of(("val", "loss"), "val_loss", "{:.3f}".format),
     Column(
         ("to", "dense"),
         "its difference to the validation loss of dense after as many steps",
         lambda run, dense: None if run is dense else loss_above_dense(run, dense),
         "{:+.1%}".format,
     ),
-    Column(
-        ("step", "ms"),
-        "milliseconds of a step in the steady phase: the median, or the mean where a method has outer rounds, which few "
-        "steps hold",
-        lambda run, _: run.step_s,
-        milliseconds,
-    ),
-    Column(
-        ("compute", "ms"),
-        "milliseconds of the same step with communication switched off: no method can be faster",
-        lambda run, _: run.compute_s,
-        milliseconds,
-    ),
-    Column(
-        ("wait", "%"),
-        "share of the steady steps spent waiting for the network",
-        lambda run, _: run.wait_share,
-        "{:.0%}".format,
-    ),
-    Column(
-        ("payload", "MB/step"),
-        "megabytes (10^6) that one rank hands to the network per step of the steady phase, without headers; where only "
-        "outer rounds were counted, what they sent over all steps",
-        lambda run, _: run.payload_bytes_per_step,
-        megabytes,
-    ),
-    Column(
-        ("wire", "MB/step"),
-        "megabytes per step that left the network interface of the busiest node, by the kernel's count",
-        lambda run, _: run.nic_tx_bytes_per_step,
-        megabytes,
-    ),
-    Column(
-        ("wire/", "count"),
-        "the kernel's count over commopt's count with headers; 1.00 when commopt counts right",
-        lambda run, _: run.nic_over_model,
-        "{:.3f}".format,
-    ),
-    Column(
-        ("times", "faster"),
-        "step of dense over this step, both in their steady phase",
-        lambda run, _: run.speedup_vs_dense,
-        times_text,
-    ),
+    column_of(("step", "ms"), "step_s", milliseconds, AS_MS),
+    column_of(("compute", "ms"), "compute_s", milliseconds, AS_MS),
+    column_of(("wait", "%"), "wait_share", "{:.0%}".format),
+    column_of(("payload", "MB/step"), "payload_bytes_per_step", megabytes, AS_MEGABYTES),
+    column_of(("wire", "MB/step"), "nic_tx_bytes_per_step", megabytes, AS_MEGABYTES),
+    column_of(("wire/", "count"), "nic_over_model", "{:.3f}".format),
+    column_of(("times", "faster"), "speedup_vs_dense", times_text),
     Column(
         ("run", "s"),
-        "wall-clock seconds of all steps, warm-up and validations included",
+        described(RunResult, "wall_s"),
         lambda run, _: "failed" if run.status == "failed" else run.wall_s,
         lambda wall: wall if wall == "failed" else f"{wall:.0f}" if wall >= 9.95 else f"{wall:.1f}",
     ),
@@ -98,24 +52,22 @@ def show(results: Results, stream: TextIO) -> None:
 
     Outer rounds have a table of their own, and faults a line each, where there are any.
     """
-    rounds, is_terminal = round_cells(results), stream.isatty()
-    write: Callable[..., None] = partial(print, file=stream)
-    rows: Callable[[Sequence[Column], Sequence[Sequence[str]]], Any] = aligned
-    if is_terminal:
-        from rich.console import Console
+    from rich.console import Console
 
-        write, rows = partial(Console(file=stream).print, markup=False, highlight=False), rich_rows
-    write(rows(COLUMNS, cells(results)))
-    sentences = ["", *readings(results), *(["", rows(ROUND_COLUMNS, rounds)] if rounds else [])]
-    sentences += ["", *fault_lines(results)] if results.has_faults else []
-    sentences += [""] if not is_terminal and (rounds or results.has_faults) else []
-    for sentence in sentences:
-        write(sentence)
+    width, gap = (None, 1) if stream.isatty() else (200, 2)
+    console = Console(file=stream, width=width, markup=False, highlight=False)
+    console.print(table_of(COLUMNS, cells(results), gap))
+    for sentence in ["", *readings(results)]:
+        console.print(sentence, soft_wrap=True)
+    if rounds := round_cells(results):
+        console.print("", table_of(ROUND_COLUMNS, rounds, gap), sep="\n")
+    for sentence in ["", *fault_lines(results)] if results.has_faults else []:
+        console.print(sentence, soft_wrap=True)
     remarks = [f"cluster {results.cluster.name}: {notice}" for notice in results.cluster.notices]
     for run in results.runs:
         remarks += [f"{run.name}: {text}" for text in [*run.notices, *event_texts(run), *run.defects]]
-    for remark in remarks:
-        write(remark, style="yellow") if is_terminal else write(remark)
+    for remark in ["", *remarks] if remarks else []:
+        console.print(remark, style="yellow", soft_wrap=True)
     stream.flush()
 
 
@@ -162,9 +114,13 @@ def _speed(run: RunResult, dense: RunResult) -> list[str]:
 
 
 def _faster(ratio: float) -> str:
+    return _compared(ratio, "as fast as", "faster than", "slower than")
+
+
+def _compared(ratio: float, alike: str, above: str, below: str) -> str:
     if abs(ratio - 1) < ALIKE:
-        return "as fast as"
-    return f"{_factor(ratio)} faster than" if ratio > 1 else f"{_factor(1 / ratio)} slower than"
+        return alike
+    return f"{_factor(ratio)} {above}" if ratio > 1 else f"{_factor(1 / ratio)} {below}"
 
 
 def _factor(ratio: float) -> str:
@@ -202,6 +158,4 @@ def _fewer_bytes(run: RunResult, dense: RunResult) -> str:
     if not run.payload_bytes_per_step or not dense.payload_bytes_per_step:
         return ""
     ratio = dense.payload_bytes_per_step / run.payload_bytes_per_step
-    if abs(ratio - 1) < ALIKE:
-        return "as many bytes a step"
-    return f"{_factor(ratio)} fewer bytes a step" if ratio > 1 else f"{_factor(1 / ratio)} more bytes a step"
+    return _compared(ratio, "as many bytes a step", "fewer bytes a step", "more bytes a step")

@@ -18,7 +18,8 @@ from typing import Any
 from store import Store
 
 from commopt.cluster.emulate import end_on_signals, end_with_parent, enter
-from commopt.cluster.spec import ClusterSpec, Emulate
+from commopt.cluster.machine import Emulate
+from commopt.cluster.spec import ClusterSpec
 from commopt.record.words import seconds_text
 
 BUSY_CORES = 0.2  # of other programs: from here on a cell's numbers are not to be trusted

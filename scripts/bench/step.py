@@ -34,7 +34,7 @@ from step_results import NODES, PEERS, outcome, report
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.run import Tick, run_job
+from commopt.cluster.run import Job
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError
 from commopt.record.words import seconds_text
@@ -145,17 +145,17 @@ class StalledError(Exception):
 
 
 class Watchdog:
-    """For `run_job`'s on_tick: raises StalledError when no rank has recorded anything for so many seconds."""
+    """For a `Job`'s on_tick: raises StalledError when no rank has recorded anything for so many seconds."""
 
     def __init__(self, records: Path, limit_s: float) -> None:
         self._records, self._limit_s = records, limit_s
         self._seen_bytes, self._seen_at_s = 0, 0.0
 
-    def __call__(self, tick: Tick) -> None:
+    def __call__(self, elapsed_s: float) -> None:
         recorded = sum(file.stat().st_size for file in self._records.glob("*.jsonl"))
         if recorded != self._seen_bytes:
-            self._seen_bytes, self._seen_at_s = recorded, tick.elapsed_s
-        elif tick.elapsed_s - self._seen_at_s > self._limit_s:
+            self._seen_bytes, self._seen_at_s = recorded, elapsed_s
+        elif elapsed_s - self._seen_at_s > self._limit_s:
             raise StalledError(f"no rank got on for {seconds_text(self._limit_s)}")
 
 
@@ -170,14 +170,13 @@ def measure(entry: Entry, cluster: ClusterSpec, emulation: Emulation, *, timeout
     with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
         records = Path(scratch, "record")
         try:
-            job = run_job(
-                cluster,
+            job = Job(
                 program_words(cell, entry["settings"]),
                 emulation=emulation,
                 env={"COMMOPT_RECORD": str(records)},
                 log_dir=Path(scratch, "log"),
                 on_tick=Watchdog(records, timeout_s),
-            )
+            ).run()
         except StalledError as error:
             failure = str(error)
         else:

@@ -28,7 +28,7 @@ from sync_results import report
 from sync_simulation import POINTS, points, settings
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.run import Tick, run_job
+from commopt.cluster.run import Job
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import CommoptError, ConfigError
 from commopt.record.words import seconds_text
@@ -85,17 +85,15 @@ def measure(entry: Entry, cluster: ClusterSpec, emulation: Emulation) -> dict[st
     """Run one cell. Raises CommoptError if it fails, with what a rank said."""
     cell = Cell(**entry["cell"])
 
-    def give_up(tick: Tick) -> None:
-        if tick.elapsed_s > LONGEST_S:
+    def give_up(elapsed_s: float) -> None:
+        if elapsed_s > LONGEST_S:
             raise CommoptError(f"{cell.name}: not done after {seconds_text(LONGEST_S)}")
 
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as scratch:
         out = Path(scratch, "seconds.json")
         words = ["--elements", str(cell.elements), "--repeats", str(cell.repeats), "--out", str(out)]
         words += ["--mean-s", str(cell.mean_s), "--spread", str(cell.spread)]
-        job = run_job(
-            cluster, [str(PROGRAM), *words], emulation=emulation, log_dir=Path(scratch, "log"), on_tick=give_up
-        )
+        job = Job([str(PROGRAM), *words], emulation=emulation, log_dir=Path(scratch, "log"), on_tick=give_up).run()
         if job.failure is not None:
             raise CommoptError(f"{cell.name}: {job.failure}\n{job.failure.message}".rstrip())
         ranks = json.loads(out.read_text())

@@ -1,22 +1,22 @@
 """A launcher without torchrun: `drive.py CLUSTER MODE MARK JSON`.
 
 JSON: {"commands": [of each node], "record": FOLDER, "log_dir": FOLDER, "faults": [...], "independent": true, "then": [the commands
-of a second job in the same network]}. Prints one JSON object: the nodes' lines, the result of the (last) job, the ticks.
+of a second job in the same network]}. Prints one JSON object: the nodes' lines, the result of the (last) job.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from commopt.cluster.emulate import enter
 from commopt.cluster.faults import Fault
-from commopt.cluster.injection import Injection, check_faults
-from commopt.cluster.run import Tick, run_job
-from commopt.cluster.spec import Emulate, load_cluster
+from commopt.cluster.injection import Injection
+from commopt.cluster.machine import Emulate
+from commopt.cluster.run import Job
+from commopt.cluster.spec import load_cluster
 from commopt.errors import CommoptError
 
 
@@ -27,17 +27,14 @@ def main() -> None:
     record, log_dir = Path(options["record"]), options.get("log_dir")
     faults = [Fault.model_validate(fault) for fault in options.get("faults", [])]
     lines: list[tuple[str, str]] = []
-    ticks: list[Tick] = []
     told: list[str] = []
     try:
         emulation = enter(cluster, emulate=Emulate(mode))
-        check_faults(faults, emulation, "run.yaml")
         injection = Injection(faults, emulation=emulation, record_dir=record, tell=told.append) if faults else None
         for words, now in ((options["commands"], injection), (options.get("then"), None)):
             if words is None:
                 continue
-            result = run_job(
-                cluster,
+            result = Job(
                 [],
                 emulation=emulation,
                 env={"TEST_MARK": mark, "COMMOPT_RECORD": str(record)},
@@ -45,21 +42,19 @@ def main() -> None:
                 agent=lambda node, words=words: words[node % len(words)],  # type: ignore[misc]
                 on_line=lambda label, line: lines.append((label, line)),
                 on_note=told.append,
-                on_tick=ticks.append,
                 independent=options.get("independent", False),
                 faults=now,
-            )
+            ).run()
     except CommoptError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     found = {
         "lines": lines,
-        "ticks": [asdict(tick) for tick in ticks],
         "told": told,
-        "ok": result.ok,
+        "ok": result.failure is None,
         "tx_bytes": dict(result.tx_bytes),
-        "mode": result.mode.value,
+        "mode": emulation.mode.value,
         "failure": str(result.failure) if result.failure else None,
         "notices": [*emulation.notices, *result.notices],
         "links": emulation.links,

@@ -42,10 +42,10 @@ def train(count: int) -> None:
         time.sleep(0.05)
 
 
-def has_begun(kind: str) -> bool:
+def wait_for(kind: str) -> None:
     path = RECORD / "faults.jsonl"
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
-    return any(line["kind"] == kind and line["phase"] == "begin" for line in lines)
+    while not path.exists() or f'"kind": "{kind}"' not in path.read_text():
+        time.sleep(0.05)
 
 
 def serve() -> None:
@@ -124,10 +124,8 @@ if what not in ("receive", "send"):
 if what == "ask":
     print(json.dumps(times), flush=True)
 if what == "dial":
-    while not has_begun("restart"):
-        time.sleep(0.05)
+    wait_for("restart")
     print("answered" if connected(words[0], 4) else "no answer", flush=True)
 if what == "spin":
-    while not has_begun("slow"):
-        time.sleep(0.05)
+    wait_for("slow")
     subprocess.run([sys.executable, "-c", COUNTER, words[0]], check=True)

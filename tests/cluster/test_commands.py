@@ -5,72 +5,40 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launchers import commopt_here
 
-from commopt.cluster.commands import (
-    Meeting,
-    agent_environment,
-    agent_words,
-    job_mark,
-    lone_agent_words,
-    peers_json,
-    program_words,
-)
-from commopt.cluster.emulate import links_json, preview, this_node
-from commopt.cluster.spec import ClusterSpec, Emulate
+from commopt.cluster.commands import agent_environment, agent_words, peers_json
+from commopt.cluster.emulate import on_hosts, preview, this_node
+from commopt.cluster.machine import Emulate
+from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError, LaunchError
 from commopt.plan.links import LinkModel
 
 TWO = {"nodes": [{"name": "a0", "host": "10.1.0.5"}, {"name": "a1", "host": "10.1.0.6"}], "slots": 2}
-MEETING = Meeting(("10.1.0.5", "10.1.0.6"), 29500)
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
-NO_LOGS = "--log-dir=/dev/null"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def cluster_of(**keys: object) -> ClusterSpec:
+    return ClusterSpec.model_validate({**TWO, **keys})
 
 
 def test_a_static_rendezvous_names_the_rank_of_each_node() -> None:
-    words = agent_words(ClusterSpec.model_validate(TWO), 1, ["train.py", "--steps", "5"], meeting=MEETING)
-    expected = ["--node-rank=1", "--master-addr=10.1.0.5", "--master-port=29500", NO_LOGS]
-    assert words == [*TORCHRUN, *expected, "train.py", "--steps", "5"]
+    words = agent_words(preview(cluster_of()), 1, ["train.py", "--steps", "5"])
+    expected = ["--nnodes=2", "--nproc-per-node=2", "--node-rank=1", "--master-addr=10.1.0.5", "--master-port=29500"]
+    assert words == [*TORCHRUN, *expected, "--log-dir=/dev/null", "train.py", "--steps", "5"]
+    words = agent_words(preview(cluster_of()), 0, ["hostname", "-f"])
+    assert words[-3:] == ["--no-python", "hostname", "-f"]  # only Python files are run by Python
 
 
 @pytest.mark.parametrize(("node", "is_host"), [(0, "true"), (1, "false")])
 def test_only_node_0_hosts_the_store_of_c10d(node: int, is_host: str) -> None:
-    cluster = ClusterSpec.model_validate({**TWO, "name": "lab", "rendezvous": {"backend": "c10d", "port": 1234}})
-    words = agent_words(cluster, node, ["train.py"], meeting=Meeting(MEETING.addresses, 1234))
-    assert words == [
-        *TORCHRUN,
-        "--rdzv-backend=c10d",
-        "--rdzv-id=lab",
-        "--rdzv-endpoint=10.1.0.5:1234",
-        f"--rdzv-conf=is_host={is_host}",
-        f"--local-addr={MEETING.addresses[node]}",
-        NO_LOGS,
-        "train.py",
-    ]
-
-
-def test_only_python_files_are_run_by_python() -> None:
-    assert program_words("train.py", ["-x"]) == ["train.py", "-x"]
-    assert program_words("hostname", ["-f"]) == ["--no-python", "hostname", "-f"]
-
-
-@pytest.fixture(autouse=True)
-def _no_threads_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
-def test_ranks_learn_their_node_and_share_the_cores() -> None:
-    cluster = ClusterSpec.model_validate({**TWO, "links": {"mtu": 9000}})
-    assert agent_environment(cluster, 1, interface="eth7", ranks_here=4) == {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4)),
-        "GLOO_SOCKET_IFNAME": "eth7",
-        "COMMOPT_NODE": "a1",
-        "COMMOPT_NODE_RANK": "1",
-        "COMMOPT_MTU": "9000",
-        "COMMOPT_NIC": "eth7",
-    }
+    emulation = preview(cluster_of(name="lab", rendezvous={"backend": "c10d", "port": 1234}))
+    expected = ["--rdzv-backend=c10d", "--rdzv-id=lab", "--rdzv-endpoint=10.1.0.5:1234"]
+    expected += [f"--rdzv-conf=is_host={is_host}", f"--local-addr=10.1.0.{5 + node}"]
+    assert agent_words(emulation, node, ["train.py"])[5:-2] == expected
 
 
 @pytest.mark.parametrize(
@@ -81,30 +49,24 @@ def test_ranks_learn_their_node_and_share_the_cores() -> None:
         (None, {}),  # it is left to the library
     ],
 )
-def test_ranks_learn_their_interface_and_the_users_thread_count_stays(
+def test_ranks_learn_their_node_and_interface_and_share_the_cores_unless_the_user_says_otherwise(
     interface: str | None, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    cluster = ClusterSpec.model_validate({**TWO, "backend": "nccl"})
-    environment = agent_environment(cluster, 0, interface=interface, ranks_here=2)
+    emulation = on_hosts(cluster_of(backend="nccl", links={"mtu": 9000}), (1,), interface)
+    environment = agent_environment(emulation, 1, ranks_here=4)
     assert environment.pop("OMP_NUM_THREADS") == "7"
-    always = {"COMMOPT_NODE": "a0", "COMMOPT_NODE_RANK": "0", "COMMOPT_MTU": "1500"}
-    assert environment == {**always, **variables}
+    assert environment == {"COMMOPT_NODE": "a1", "COMMOPT_NODE_RANK": "1", "COMMOPT_MTU": "9000", **variables}
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    shared = agent_environment(emulation, 1, ranks_here=4)
+    assert shared["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 4))
 
 
-def test_links_survive_json() -> None:
-    links = {"rate": "50mbit", "delay": "3ms", "between": {"rate": "10mbit"}}
-    spec = {"nodes": 3, "sites": {"a": ["node0"], "b": ["node1", "node2"]}}
-    for model in (spec, {**spec, "links": links}):
-        written = ClusterSpec.model_validate(model).link_model()
-        assert LinkModel.from_json(links_json(written)) == written
-
-
-def test_paced_ranks_are_told_their_links() -> None:
-    cluster = ClusterSpec.model_validate({"nodes": 2, "links": {"rate": "8mbit"}})
+@pytest.mark.parametrize("links", [{}, {"rate": "50mbit", "delay": "3ms", "between": {"rate": "10mbit"}}])
+def test_paced_ranks_are_told_their_links(links: dict[str, Any]) -> None:
+    cluster = cluster_of(nodes=3, sites={"a": ["node0"], "b": ["node1", "node2"]}, links=links)
     paced, plain = preview(cluster, Emulate.PACED), preview(cluster, Emulate.NONE)
-    assert paced.links is not None
-    assert LinkModel.from_json(paced.links) == cluster.link_model()
+    assert LinkModel.from_json(str(paced.links)) == cluster.link_model()
     assert plain.links is None
 
 
@@ -145,67 +107,61 @@ def test_print_starts_nothing_and_shows_every_node(
     ("words", "code", "message"),
     [
         (["nope.yaml", "--", "hostname"], 2, "nope.yaml: there is no such file"),
-        (["{cluster}", "--", "nope.py"], 1, "nope.py: there is no such file"),
-        (["{cluster}", "--", "no-such-program"], 1, "no-such-program: there is no such program"),
-        (["{bad}", "--", "hostname"], 2, "nodes: 0 is not a number of nodes; write 1 to 1000"),
+        (["cluster.yaml", "--", "nope.py"], 1, "nope.py: there is no such file"),
+        (["cluster.yaml", "--", "no-such-program"], 1, "no-such-program: there is no such program"),
+        (["bad.yaml", "--", "hostname"], 2, "nodes: 0 is not a number of nodes; write 1 to 1000"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(
-    words: list[str],
-    code: int,
-    message: str,
-    write: Callable[[str], Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], code: int, message: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = {"{cluster}": str(write("nodes: 2")), "{bad}": str(tmp_path / "bad.yaml")}
-    (tmp_path / "bad.yaml").write_text("nodes: 0")
-    ended, output, errors = commopt_here(capsys, "launch", *(places.get(word, word) for word in words))
+    monkeypatch.chdir(tmp_path)
+    for name, nodes in (("cluster", 2), ("bad", 0)):
+        (tmp_path / f"{name}.yaml").write_text(f"nodes: {nodes}")
+    ended, output, errors = commopt_here(capsys, "launch", *words)
     assert (ended, output, errors.count("\n")) == (code, "", 1)
     assert errors.startswith("commopt: ")
     assert errors.rstrip().endswith(message)
 
 
 def test_an_independent_node_is_a_job_of_its_own() -> None:
-    words = lone_agent_words(ClusterSpec.model_validate(TWO), ["train.py"], port=1234)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"]
-    place = ["--node-rank=0", "--master-addr=127.0.0.1", "--master-port=1234", "--max-restarts=0"]
-    assert words == [*torchrun, *place, NO_LOGS, "train.py"]
+    words = agent_words(preview(cluster_of(), Emulate.NETNS), 1, ["train.py"], independent=True)
+    place = ["--node-rank=0", "--master-addr=127.0.0.1", "--master-port=29500", "--max-restarts=0"]
+    assert words[3:] == ["--nnodes=1", "--nproc-per-node=2", *place, "--log-dir=/dev/null", "train.py"]
 
 
 def test_ranks_of_independent_nodes_are_told_where_each_rank_listens() -> None:
-    members = preview(ClusterSpec.model_validate(TWO)).members()
+    emulation = preview(cluster_of())
+    members = emulation.members()
     assert members == (("10.1.0.5", 29501), ("10.1.0.5", 29502), ("10.1.0.6", 29501), ("10.1.0.6", 29502))
-    peers = peers_json("ab12", members)
-    environment = agent_environment(ClusterSpec.model_validate(TWO), 0, interface=None, ranks_here=2, peers=peers)
+    environment = agent_environment(emulation, 0, ranks_here=2, peers=peers_json(emulation, mark="ab12"))
     assert json.loads(environment["COMMOPT_PEERS"]) == {"job": "ab12", "members": [list(one) for one in members]}
 
 
 def test_ranks_that_share_a_loopback_interface_listen_on_ports_of_their_own() -> None:
-    emulation = preview(ClusterSpec.model_validate({"nodes": 3, "slots": 2}), Emulate.NONE)
+    emulation = preview(cluster_of(nodes=3), Emulate.NONE)
     addresses, ports = zip(*emulation.members(), strict=True)
     assert set(addresses) == {"127.0.0.1"}
     assert len(set(ports)) == 6
-    emulated = preview(ClusterSpec.model_validate({"nodes": 3}), Emulate.NETNS)
+    emulated = preview(cluster_of(nodes=3, slots=1), Emulate.NETNS)
     assert emulated.members() == tuple((f"10.77.0.{node}", 29501) for node in (1, 2, 3))
-    assert emulated.own_port() == 29500
 
 
 def test_a_rendezvous_port_without_room_after_it_is_a_mistake() -> None:
     nodes = [{"name": "a", "host": "192.0.2.1"}]
-    cluster = ClusterSpec.model_validate({"nodes": nodes, "slots": 8, "rendezvous": {"port": 65530}})
+    cluster = cluster_of(nodes=nodes, slots=8, rendezvous={"port": 65530})
     wanted = r"rendezvous\.port: 65530 leaves no port for 8 ranks after it; write 65527 or less"
     with pytest.raises(ConfigError, match=wanted):
         preview(cluster).members()
-    fits = cluster.model_copy(update={"rendezvous": cluster.rendezvous.model_copy(update={"port": 65527})})
+    fits = cluster_of(nodes=nodes, slots=8, rendezvous={"port": 65527})
     assert max(port for _, port in preview(fits).members()) == 65535
 
 
 def test_every_machine_finds_the_same_mark_for_a_job() -> None:
-    cluster = ClusterSpec.model_validate(TWO)
-    members = preview(cluster).members()
-    mark = job_mark(cluster, members, "small noloco")
-    assert mark == job_mark(ClusterSpec.model_validate(TWO), preview(cluster).members(), "small noloco")
-    assert len(bytes.fromhex(mark)) == 16
-    assert mark != job_mark(cluster, members, "small diloco")
-    assert mark != job_mark(cluster, members[:2], "small noloco")
+    jobs = [
+        json.loads(peers_json(preview(cluster_of()), f"small {name}"))["job"] for name in ("noloco",) * 2 + ("diloco",)
+    ]
+    jobs.append(json.loads(peers_json(preview(cluster_of(slots=1)), "small noloco"))["job"])
+    assert jobs[0] == jobs[1]
+    assert len(set(jobs)) == 3
+    assert len(bytes.fromhex(jobs[0])) == 16

@@ -11,44 +11,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import launchers
 import pytest
-from launchers import all_have_ended, finish, member, printed, result, wait_until
+from launchers import all_have_ended, drive, finish, member, printed, result, wait_until
 
 from commopt.cluster.emulate import preview
 from commopt.cluster.faults import Fault
 from commopt.cluster.injection import check_faults
+from commopt.cluster.machine import Emulate
 from commopt.cluster.network import address
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 Write = Callable[[str], Path]
-Driven = subprocess.Popen[str]
 
 
-def drive(cluster: Path, mode: str, mark: str, commands: list[list[str]], **options: Any) -> tuple[Driven, Path]:
-    """A started launcher, and the folder of its record."""
-    options = {"independent": True, **options}
-    return launchers.drive(cluster, mode, mark, commands, **options), cluster.parent / "record"
-
-
-def driven(*args: Any, **options: Any) -> tuple[dict[str, Any], Path]:
+def driven(cluster: Path, *args: Any, **options: Any) -> tuple[dict[str, Any], Path]:
     """What a launcher that ended well has printed, and the folder of its record."""
-    process, record = drive(*args, **options)
-    return result(process), record
+    return result(drive(cluster, *args, independent=True, **options)), cluster.parent / "record"
 
 
-def recorded(record: Path) -> list[dict[str, Any]]:
-    """The lines of faults.jsonl."""
-    path = record / "faults.jsonl"
+def recorded(record: Path, name: str = "faults") -> list[dict[str, Any]]:
+    """The lines of a record; none where there is no file."""
+    path = record / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def steps(record: Path, rank: int) -> list[float]:
-    """When each step of a rank was recorded; none where it was killed before its first one."""
-    path = record / f"rank{rank}.jsonl"
-    return [json.loads(line)["at_s"] for line in path.read_text().splitlines()] if path.exists() else []
+    """When each step of a rank was recorded."""
+    return [line["at_s"] for line in recorded(record, f"rank{rank}")]
 
 
 def within(times: list[float], begin_s: float, end_s: float) -> list[float]:
@@ -144,13 +135,14 @@ def test_a_slow_node_gets_its_share_of_the_time_and_so_do_its_new_processes(writ
     free, slow = (int(printed(found, name)[-1]) for name in ("node0", "node1"))
     assert 0 < 3 * slow < free
     assert [line["phase"] for line in recorded(record)] == ["begin"]
-    assert found["told"] == ["fault at step 2: node1 slowed down 20 times"]
+    assert found["told"] == ["fault at step 2: node1 slowed 20x"]
 
 
-def test_a_hung_node_stands_still_and_goes_on(write: Write, mark: str) -> None:
-    faults = [{"at_step": 10, "hang": "node1", "for_s": 2.5}]
+def test_a_hung_node_stands_still_and_goes_on_and_a_fault_that_never_came_is_told(write: Write, mark: str) -> None:
+    faults = [{"at_step": 10, "hang": "node1", "for_s": 2.5}, {"at_step": 500, "hang": "node1", "for_s": 2.5}]
     found, record = driven(write("nodes: 2"), "none", mark, [member(mark, "steps", 70)], faults=faults)
     assert found["ok"]
+    assert found["notices"] == ["the fault at step 500 was not reached: node1 hung for 2.5 s"]
     begin, end = (line["epoch_s"] for line in recorded(record))
     assert not within(steps(record, 1), begin + 1, end)
     assert within(steps(record, 0), begin + 1, end)
@@ -175,7 +167,9 @@ def test_a_launcher_that_ends_in_the_middle_of_a_fault_leaves_nothing(
         request.getfixturevalue("namespaces")
     faults = [{"at_step": 2, "hang": "node1", "for_s": 100}, {"at_step": 3, "slow": "node0", "factor": 5}]
     before = mounts()
-    process, record = drive(write("nodes: 3"), mode, mark, [member(mark, "steps", 6000)], faults=faults)
+    cluster = write("nodes: 3")
+    process = drive(cluster, mode, mark, [member(mark, "steps", 6000)], faults=faults, independent=True)
+    record = cluster.with_name("record")
     wait_until(lambda: len(recorded(record)) == 2, "two faults")
     process.send_signal(number)
     started = time.monotonic()
@@ -184,14 +178,6 @@ def test_a_launcher_that_ends_in_the_middle_of_a_fault_leaves_nothing(
     all_have_ended(mark)
     assert mounts() == before
     assert os.listdir(record.parent / "scratch") == []
-
-
-def test_a_kill_ends_a_job_that_needs_every_rank(write: Write, mark: str) -> None:
-    faults = [{"at_step": 5, "kill": "node1"}, {"at_step": 9, "restart": "node1"}]
-    found, _ = driven(write("nodes: 3"), "none", mark, [member(mark, "steps", 6000)], faults=faults, independent=False)
-    assert found["failure"] == "node1 was killed at step 5, as the run's faults say"
-    assert found["notices"] == []
-    all_have_ended(mark)
 
 
 def test_a_node_that_ends_badly_is_told_at_once_and_fails_the_job_when_the_others_are_done(
@@ -209,24 +195,13 @@ def test_a_node_that_ends_badly_is_told_at_once_and_fails_the_job_when_the_other
     assert len(steps(record, 2)) < 60
 
 
-def test_a_fault_that_never_came_is_told(write: Write, mark: str) -> None:
-    faults = [{"at_step": 500, "hang": "node1", "for_s": 2.5}]
-    found, record = driven(write("nodes: 2"), "none", mark, [member(mark, "steps", 2)], faults=faults)
-    assert found["ok"]
-    assert found["notices"] == ["the fault at step 500 was not reached: node1 hung up for 2.5 s"]
-    assert recorded(record) == []
-
-
-def test_a_cut_without_emulated_links_is_refused_before_anything_starts(write: Write, mark: str) -> None:
+def test_a_cut_without_emulated_links_is_refused() -> None:
     faults = [{"at_step": 1, "hang": "node1", "for_s": 1}, {"at_step": 2, "cut": ["node0", "node1"]}]
-    process, record = drive(write("nodes: 2"), "paced", mark, [member(mark, "steps", 5)], faults=faults)
-    code, _, errors = finish(process)
-    assert code == 1
-    assert errors == (
-        "ConfigError: run.yaml: faults.1.cut: needs links that the kernel emulates, and here they are not "
-        "(--emulate paced); add --emulate netns, or leave the cut out\n"
-    )
-    assert list(record.iterdir()) == []
+    emulation = preview(ClusterSpec.model_validate({"nodes": 2}), Emulate.PACED)
+    with pytest.raises(
+        ConfigError, match=r"^run\.yaml: faults\.1\.cut: needs links that .* \(--emulate paced\); add --emul"
+    ):
+        check_faults([Fault.model_validate(fault) for fault in faults], emulation, "run.yaml")
 
 
 def test_real_machines_get_no_faults() -> None:

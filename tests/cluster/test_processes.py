@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +37,13 @@ def nodes(mark: str) -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
+@pytest.fixture
+def throttle(mark: str) -> Iterator[Throttle]:
+    made = Throttle(mark)
+    yield made
+    made.close()
+
+
 def test_only_the_node_that_is_named_is_ended(nodes: list[subprocess.Popen[bytes]], mark: str) -> None:
     assert list(marked(mark, "node1")) == [nodes[1].pid]
     assert sorted(marked(mark)) == sorted(process.pid for process in nodes)
@@ -47,8 +53,7 @@ def test_only_the_node_that_is_named_is_ended(nodes: list[subprocess.Popen[bytes
     assert list(marked(mark)) == [nodes[0].pid]
 
 
-def test_only_the_node_that_is_named_stands_still(nodes: list[subprocess.Popen[bytes]], mark: str) -> None:
-    throttle = Throttle(mark)
+def test_only_the_node_that_is_named_stands_still(nodes: list[subprocess.Popen[bytes]], throttle: Throttle) -> None:
     throttle.set({"node1": 0.0})
     wait_until(lambda: state(nodes[1]) == "T", "a stopped process")
     assert state(nodes[0]) != "T"
@@ -58,8 +63,7 @@ def test_only_the_node_that_is_named_stands_still(nodes: list[subprocess.Popen[b
     assert "T" not in [state(process) for process in nodes]
 
 
-def test_a_slow_node_stops_and_goes_on_in_turns(nodes: list[subprocess.Popen[bytes]], mark: str) -> None:
-    throttle = Throttle(mark)
+def test_a_slow_node_stops_and_goes_on_in_turns(nodes: list[subprocess.Popen[bytes]], throttle: Throttle) -> None:
     throttle.set({"node1": 0.5})
     for _ in range(3):
         wait_until(lambda: state(nodes[1]) == "T", "a stopped process")
@@ -69,9 +73,8 @@ def test_a_slow_node_stops_and_goes_on_in_turns(nodes: list[subprocess.Popen[byt
 
 
 def test_everything_goes_on_where_the_program_that_stopped_it_was_killed(
-    nodes: list[subprocess.Popen[bytes]], mark: str
+    nodes: list[subprocess.Popen[bytes]], throttle: Throttle
 ) -> None:
-    throttle = Throttle(mark)
     throttle.set({"node1": 0.0})
     wait_until(lambda: state(nodes[1]) == "T", "a stopped process")
     assert throttle._program is not None
@@ -101,15 +104,12 @@ def test_processes_are_found_in_the_proc_of_another_namespace(mark: str) -> None
     assert done.stdout == "True True\n-9\n"
 
 
-def test_a_new_process_of_a_stopped_node_is_stopped_too(mark: str) -> None:
-    throttle = Throttle(mark)
+def test_a_new_process_of_a_stopped_node_is_stopped_too(
+    nodes: list[subprocess.Popen[bytes]], throttle: Throttle, mark: str
+) -> None:
     throttle.set({"node0": 0.0})
-    time.sleep(0.2)
-    process = started(mark, "node0")
-    try:
-        wait_until(lambda: state(process) == "T", "a stopped process")
-        throttle.close()
-        assert state(process) != "T"
-    finally:
-        process.kill()
-        process.wait()
+    wait_until(lambda: state(nodes[0]) == "T", "a stopped process")
+    nodes.append(started(mark, "node0"))
+    wait_until(lambda: state(nodes[-1]) == "T", "the new process, stopped too")
+    throttle.close()
+    assert state(nodes[-1]) != "T"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from commopt.cluster.spec import ClusterSpec, Emulate, load_cluster, load_run
+from commopt.cluster.machine import Emulate
+from commopt.cluster.spec import ClusterSpec, load_cluster, load_run
 from commopt.errors import ConfigError
 from commopt.plan.links import LinkModel
 
@@ -139,7 +140,7 @@ def test_yaml_words_and_numbers_are_what_they_look_like(tmp_path: Path) -> None:
     assert spec.argument_words() == words.split()
     assert spec.optimizer == {"name": "adam", "lr": 0.002}
     assert list(spec.methods.items()) == [("dense", {}), ("onebit_adam", {"freeze_step": 24})]
-    assert (spec.path, spec.program, spec.cluster_path) == (run, tmp_path / "p.py", tmp_path / "c.yaml")
+    assert (spec.path, spec.program) == (run, tmp_path / "p.py")
 
 
 RUN_MISTAKES = {
@@ -149,6 +150,10 @@ RUN_MISTAKES = {
     "methods: {dense: 3}": "methods.dense: 3 is not a set of keys and values; write one",
     "methods: {dense: {}}\noptimizer: {lr: 1}": "optimizer.name: is missing; write the optimizer's name, as in 'name: adam'",
     "methods: {dense: {}}\narguments: {a: {b: c}}": "arguments.a: {'b': 'c'} is not a word; write a text, a number or a flat list",
+    **{
+        f"methods: {{dense: {{}}}}\narguments: {{steps: {steps}}}": f"arguments.steps: {shown} is out of range; write a whole"
+        for steps, shown in (("0", "0"), ("true", "true"), ("-3", "-3"), ("many", "'many'"), ("2.5", "2.5"))
+    },
     "cluster: nope.yaml\nmethods: {dense: {}}": "cluster: 'nope.yaml' does not exist",
     "program: nope.py\nmethods: {dense: {}}": "program: 'nope.py' does not exist",
     "metods: {dense: {}}": "metods: unknown key; did you mean 'methods'?",
@@ -197,11 +202,11 @@ FAULTS = {
     "[{at_step: 5, kill: node1, for_s: 3}]": "0.for_s: has no effect on a kill; leave it out; write a restart at a later step",
     "[{at_step: 5, kill: node1, factor: 3}]": "0.factor: has no effect on a kill; leave it out",
     "[{at_step: 5, hang: node1}]": "0.for_s: is missing; write for how many seconds the node hangs, as in 'for_s: 10'",
-    "[{at_step: 5, hang: node1, for_s: 0}]": "0.for_s: 0 is not a time; write a number of seconds above 0",
-    "[{at_step: 5, hang: node1, for_s: .inf}]": "0.for_s: inf is not a time; write a number of seconds above 0",
+    "[{at_step: 5, hang: node1, for_s: 0}]": "0.for_s: 0 is too small; write a number above 0",
+    "[{at_step: 5, hang: node1, for_s: .inf}]": "0.for_s: inf is not a finite number; write one",
     "[{at_step: 5, slow: node1}]": "0.factor: is missing; write how many times slower the node gets, as in 'factor: 5'",
-    "[{at_step: 5, slow: node1, factor: 1}]": "0.factor: 1 slows nothing down; write a number above 1",
-    "[{at_step: 5, slow: node1, factor: yes}]": "0.factor: 'yes' slows nothing down; write a number above 1",
+    "[{at_step: 5, slow: node1, factor: 1}]": "0.factor: 1 is too small; write a number above 1",
+    "[{at_step: 5, slow: node1, factor: yes}]": "0.factor: 'yes' is not a number; write one",
     "[{at_step: 5, cut: node1}]": "0.cut: 'node1' is not a cut; write two names of nodes or sites, as in [node0, node1]",
     "[{at_step: 5, cut: [node1]}]": "0.cut: ['node1'] is not a cut; write two names of nodes or sites, as in [node0, node1]",
     "[{at_step: 5, cut: [node1, node1]}]": "0.cut: 'node1' is on both sides; write two nodes or sites that have none in common",
@@ -233,7 +238,7 @@ def test_a_site_on_one_side_of_a_cut_holds_no_node_of_the_other(tmp_path: Path) 
     with pytest.raises(ConfigError, match="there is no node or site 'wets'; did you mean 'west'"):
         load_run(run_with("[{at_step: 5, cut: [east, wets]}]", tmp_path, sites))
     run = load_run(run_with("[{at_step: 5, cut: [east, west]}]", tmp_path, sites))
-    assert run.cluster.members.pairs(run.faults[0]) == {frozenset(("node0", "node2")), frozenset(("node1", "node2"))}
+    assert run.cluster.separated(run.faults[0]) == {frozenset(("node0", "node2")), frozenset(("node1", "node2"))}
 
 
 def test_faults_may_stand_in_any_order(tmp_path: Path) -> None:

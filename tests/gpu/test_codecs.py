@@ -11,9 +11,7 @@ import torch
 from pretend import DEVICES, working_on
 from torch import Tensor
 
-from commopt import kernels
 from commopt.compress import COMPRESSORS, Compressor, make_compressor
-from commopt.compress.indices import all_index_bytes, decode_all, encode_all_
 from commopt.kernels.cpu import votes as cpu_votes
 from commopt.kernels.reference import votes as reference_votes
 from commopt.wire import noise
@@ -77,24 +75,6 @@ def test_codes_residuals_and_values_are_those_of_the_cpu(name: str, has_nan: boo
     torch.testing.assert_close(found[2], expected[2], rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
-def test_signs_and_their_residuals_are_those_of_the_cpu(device: torch.device) -> None:
-    blocks = blocks_of(make_compressor("sign"))
-    results: list[list[Tensor]] = []
-    for place in (CPU, device):
-        with working_on(place):
-            kernel = kernels.of("signs", place)
-            x, residual = values(1).to(place), values(2).to(place)
-            sums = torch.as_tensor(kernel.block_sums(x, residual, blocks, squared=True)).cpu()
-            scales = torch.empty(len(blocks), device=place)
-            bits = torch.empty(blocks.sign_bytes, dtype=torch.uint8, device=place)
-            kernel.compress_signs_(x, residual, blocks, scales, bits, squared=False)
-            kernel.unpack_signs_(bits, scales, blocks, x, alpha=0.5, add=True)
-            results.append([t.cpu() for t in (bits, sums, scales, residual, x)])
-    assert torch.equal(results[0][0], results[1][0])
-    for one, other in zip(results[0][1:], results[1][1:], strict=True):
-        torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-6, atol=1e-5)
-
-
 def test_votes_are_those_of_the_cpu(device: torch.device) -> None:
     lengths = np.asarray(SIZES, dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -115,21 +95,3 @@ def test_votes_are_those_of_the_cpu(device: torch.device) -> None:
             kernel.unpack_counts_(planes, 2, blocks, torch.arange(4.0).to(place), out)
             results.append([planes.cpu(), out.cpu()])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-
-
-def test_indices_are_coded_as_on_the_cpu(device: torch.device) -> None:
-    ns, ks = np.asarray([5000, 40, 9], np.int64), np.asarray([100, 40, 0], np.int64)
-    drawn = [
-        torch.randperm(int(n), generator=torch.Generator().manual_seed(3))[:k].sort().values
-        for n, k in zip(ns, ks, strict=True)
-    ]
-    sizes = all_index_bytes(ns, ks)
-    codes = []
-    for place in (CPU, device):
-        with working_on(place):
-            code = torch.zeros(int(sizes.sum()), dtype=torch.uint8, device=place)
-            encode_all_(torch.cat(drawn).to(place), ns, ks, code)
-            back = decode_all(code, ns, ks)
-            assert torch.equal(back.cpu(), torch.cat(drawn))
-            codes.append(code.cpu())
-    assert torch.equal(*codes)

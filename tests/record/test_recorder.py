@@ -4,8 +4,6 @@ import json
 import logging
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +45,13 @@ def test_what_is_recorded_is_collected(tmp_path: Path) -> None:
     assert run.events[0].ranks == [0, 1]
 
 
-PEERS = {
-    "job": "ab12",
-    "members": [[f"10.77.0.{node}", port] for node in (1, 2) for port in (29501, 29502)],
-}
+MEMBERS = [[f"10.77.0.{node}", port] for node in (1, 2) for port in (29501, 29502)]
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8"}
+LONE_TORCHRUN = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
+PEERS = {"COMMOPT_PEERS": json.dumps({"job": "ab12", "members": MEMBERS}), **LONE_TORCHRUN}  # counts over all nodes
 
 
-@pytest.mark.parametrize(
-    ("variables", "place"),
-    [
-        ({"RANK": "5", "WORLD_SIZE": "8"}, (5, 8)),
-        (  # the rank among peers counts over all nodes
-            {
-                "COMMOPT_PEERS": json.dumps(PEERS),
-                "LOCAL_WORLD_SIZE": "2",
-                "LOCAL_RANK": "1",
-                "RANK": "1",
-                "WORLD_SIZE": "2",
-            },
-            (3, 4),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("variables", "place"), [(TORCHRUN, (5, 8)), (PEERS, (3, 4))], ids=["torchrun", "peers"])
 def test_environment_says_who_and_where(
     variables: dict[str, str], place: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,27 +85,26 @@ def test_without_a_launcher_rank_0_prints_some_lines(
         assert "dense: 1000 steps, 1,000 parameters" in lines[0]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_warned_about_once_and_training_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("target", "nic", "warning"),
+    [
+        ("/dev/full", None, "goes on training"),
+        ("/dev/null/x", None, "records nothing"),
+        (None, "nowhere0", "no bytes of the"),
+    ],
+)
+def test_what_cannot_be_recorded_is_warned_about_once_and_training_goes_on(
+    target: str | None, nic: str | None, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "rank0.jsonl").symlink_to("/dev/full")
+    if target == "/dev/full" and not Path(target).exists():
+        pytest.skip("no /dev/full on this machine")
+    if target:
+        (tmp_path / "rank0.jsonl").symlink_to(target)
     with caplog.at_level(logging.WARNING):
-        record(Recorder(tmp_path))
+        record(Recorder(tmp_path, nic=nic))
     assert len(caplog.records) == 1
-    assert "goes on training" in caplog.text
-
-
-def test_a_folder_that_cannot_be_made_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("")
-    record(Recorder(tmp_path / "file" / "folder"))
-    assert "records nothing" in caplog.text
-
-
-def test_an_unknown_interface_is_warned_about_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    record(Recorder(tmp_path, nic="nowhere0"))
-    assert len(caplog.records) == 1
-    assert collect(tmp_path).nic_tx_bytes_per_step is None
+    assert warning in caplog.text
+    assert target or collect(tmp_path).nic_tx_bytes_per_step is None
 
 
 def test_lines_are_there_before_the_end_and_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
@@ -134,10 +116,3 @@ def test_lines_are_there_before_the_end_and_a_loss_that_is_not_finite_is_null(tm
     with pytest.raises(ValueError, match="middle"):  # a window has a begin and an end only
         recorder.counters("middle", EMPTY)
     recorder.end()
-
-
-def test_importing_the_recorder_is_light() -> None:
-    heavy = ("matplotlib", "jinja2", "rich", "pyroute2", "pydantic")
-    program = f"import sys, commopt.record.recorder; print(*(m for m in {heavy} if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

@@ -34,7 +34,10 @@ def test_a_round_is_written_and_read_again(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_returns_goes_on_with_its_record_and_its_clock() -> None:
-    record = fed(outer_lines(RETURNED, 2))
+    lines = outer_lines(RETURNED, 2)
+    just_back = fed(lines[: 1 + max(k for k, line in enumerate(lines) if line["kind"] == "start")])
+    assert (just_back.steps_done, [done[-1:] for _, done in just_back.parts()]) == (45, [[25], []])
+    record = fed(lines)
     assert len(record.steps) == 25 + 15
     assert [line.round for line in record.rounds] == [0, 1, 4, 5]
     assert record.steps_done == 60
@@ -121,11 +124,3 @@ def test_a_rank_that_left_steps_out_is_as_far_as_its_last_step() -> None:
 def test_steps_that_are_numbered_oddly_are_counted() -> None:
     lines = [{**line, "step": 7} if line["kind"] == "step" else line for line in outer_lines(OuterPlan(), 2)]
     assert fed(lines).steps_done == 60
-
-
-def test_a_rank_that_has_just_returned_is_where_it_goes_on() -> None:
-    lines = outer_lines(RETURNED, 2)
-    again = max(k for k, line in enumerate(lines) if line["kind"] == "start")
-    record = fed(lines[: again + 1])
-    assert record.steps_done == 45
-    assert [done[-1:] for _, done in record.parts()] == [[25], []]

@@ -4,11 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
-from outer_runs import STORM, STORM_FAULTS, Absence, Lines, OuterPlan, outer_run, write_outer
-from synthetic_runs import DENSE, change, results_of, run_of, short
+from outer_runs import Absence, Lines, OuterPlan, outer_run, write_outer
+from synthetic_runs import DENSE, change, run_of, short
 
-from commopt.report.page import results_json
-from commopt.report.results import Results, collect
+from commopt.report.results import collect
 
 GONE = OuterPlan(absences={2: Absence(after=25)})
 
@@ -59,16 +58,11 @@ def test_a_run_goes_on_without_a_rank_that_leaves_or_never_wrote(tmp_path: Path)
     assert "rank 2 ended early, after 25 of 60 steps; the others went on without it" in run.notices
 
 
-def test_what_the_launcher_calls_a_failure_is_one(tmp_path: Path) -> None:
-    run = outer_run(tmp_path, GONE, failure="node2 ended with code 1")
-    assert run.status == "failed"
-    assert run.failure == "node2 ended with code 1; rank 2 stopped after 25 of 60 steps"
-
-
-def test_a_run_that_no_rank_finished_is_failed(tmp_path: Path) -> None:
-    run = outer_run(tmp_path, OuterPlan(absences={rank: Absence(after=30 + rank) for rank in range(4)}))
-    assert run.status == "failed"
-    assert len(run.ended_early) == 4
+def test_a_run_is_failed_if_the_launcher_says_so_or_no_rank_finished(tmp_path: Path) -> None:
+    told = outer_run(tmp_path, GONE, failure="node2 ended with code 1")
+    assert told.failure == "node2 ended with code 1; rank 2 stopped after 25 of 60 steps"
+    ended = outer_run(tmp_path, OuterPlan(absences={rank: Absence(after=30 + rank) for rank in range(4)}))
+    assert (told.status, ended.status, len(ended.ended_early)) == ("failed", "failed", 4)
 
 
 def test_a_synchronous_run_that_lacks_a_rank_stays_failed(tmp_path: Path) -> None:
@@ -108,12 +102,6 @@ def test_progress_is_thinned_and_keeps_the_pauses(tmp_path: Path) -> None:
     assert part.steps[pause + 1] == 1235
     assert part.at_s[pause] == pytest.approx(0.5 + 123.4)
     assert part.at_s[pause + 1] - part.at_s[pause] == pytest.approx(5.1)
-
-
-def test_a_document_with_rounds_and_faults_survives_a_round_trip(tmp_path: Path) -> None:
-    results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
-    assert Results.model_validate_json(results_json(results)) == results
-    assert len(results.runs[0].faults) == 4
 
 
 def test_a_node_that_did_fewer_steps_is_counted_per_its_own(tmp_path: Path) -> None:

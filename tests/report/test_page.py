@@ -2,19 +2,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from outer_runs import STORM, STORM_FAULTS, Absence, OuterPlan, fault, outer_run, write_outer
 from synthetic_runs import CLUSTER, DENSE, FP16, ONEBIT, change, results_of, run_of, short
 
 from commopt.errors import LaunchError
 from commopt.report import drawing, plots
-from commopt.report.outer_plots import name_levels
 from commopt.report.page import FILES, headline, page, sites, write_report
 from commopt.report.results import Cluster, Node, Results, RunResult, collect
 from commopt.report.table import readings
@@ -54,38 +50,19 @@ def test_a_report_takes_the_place_of_an_older_one_and_leaves_nothing_else(
 
 def test_a_file_that_cannot_be_written_is_named(results: Results, tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(
-        LaunchError, match=rf"^{re.escape(str(tmp_path))}/report\.html: cannot be written: is a directory$"
-    ):
+    with pytest.raises(LaunchError, match=r"/report\.html: cannot be written: is a directory$"):
         write_report(results, tmp_path)
     assert Results.model_validate_json((tmp_path / "results.json").read_bytes()) == results
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
 
 
-class Addresses(HTMLParser):
-    """Collects what a page would load, and the tags that are open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.ids: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.found += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href", "data", "action")]
-        self.ids += [value or "" for key, value in attrs if key == "id"]
-
-
 def test_the_page_needs_no_network_and_its_pictures_do_not_share_ids(html: str) -> None:
-    addresses = Addresses()
-    addresses.feed(html)
-    assert [address for address in addresses.found if not address.startswith("#")] == []
-    assert not {"script", "link", "iframe", "img"} & addresses.tags
-    assert re.findall(r"url\((?!#)", html) == []
-    assert "@import" not in html
-    assert len(addresses.ids) == len(set(addresses.ids))
-    assert {address[1:] for address in addresses.found} <= set(addresses.ids)
+    addresses = re.findall(r'\s(?:src|href|xlink:href|data|action)="([^"]*)"', html)
+    ids = re.findall(r'\sid="([^"]*)"', html)
+    assert [address for address in addresses if not address.startswith("#")] == []
+    assert re.findall(r"<(?:script|link|iframe|img)\b|@import|url\((?!#)", html) == []
+    assert len(ids) == len(set(ids)) > 0
+    assert {address[1:] for address in addresses} <= set(ids)
 
 
 def test_the_page_follows_light_and_dark(html: str) -> None:
@@ -163,7 +140,9 @@ def test_the_headline_is_the_largest_gain(results: Results, tmp_path: Path) -> N
 def test_many_equal_nodes_share_a_box() -> None:
     nodes = [Node(name=f"node{i}", ranks=2, rate="1gbit" if i != 7 else "100mbit") for i in range(20)]
     boxes = sites(Cluster(name="big", nodes=nodes))[None]
-    assert [(box.name, box.nodes) for box in boxes] == [("node0 … node6", 7), ("node7", 1), ("node8 … node19", 12)]
+    assert [(box[0].name, len(box)) for box in boxes] == [("node0", 7), ("node7", 1), ("node8", 12)]
+    html = page(results_of([], Cluster(name="big", nodes=nodes)))
+    assert "<b>node8 … node19</b>" in html
 
 
 def test_parts_of_a_step_add_up(results: Results) -> None:
@@ -177,14 +156,3 @@ def test_smoothing_keeps_gaps_and_means() -> None:
     wide = plots.smooth([1.0] * 100 + [None] * 60)
     assert wide[:100] == [1.0] * 100
     assert all(value != value for value in wide[100:])
-
-
-@given(
-    st.lists(st.integers(0, 400), min_size=1, max_size=9).map(sorted),
-    st.lists(st.integers(20, 200), min_size=9, max_size=9),
-)
-def test_no_line_runs_through_the_name_of_a_fault(starts: list[int], widths: list[int]) -> None:
-    names = list(zip(starts, widths, name_levels(starts, widths[: len(starts)]), strict=False))
-    for k, (start, width, level) in enumerate(names):
-        for later_start, _, later_level in names[k + 1 :]:
-            assert later_start >= start + width or later_level < level

@@ -5,9 +5,11 @@ import os
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from synthetic_runs import DENSE, FP16, ONEBIT, change, results_of, run_of, short, write_run
+from outer_runs import STORM, STORM_FAULTS, outer_run
+from synthetic_runs import DENSE, FP16, ONEBIT, Edit, Plan, change, results_of, run_of, short, write_run
 
 from commopt.cluster.spec import load_cluster
 from commopt.report.page import results_json
@@ -15,10 +17,10 @@ from commopt.report.results import Cluster, Environment, Results, collect
 
 
 def test_the_document_survives_a_round_trip(tmp_path: Path) -> None:
-    results = results_of([run_of(tmp_path, short(plan)) for plan in (DENSE, ONEBIT)])
+    results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
     assert Results.model_validate_json(results_json(results)) == results
     document = json.loads(results_json(results), parse_constant=pytest.fail)  # no NaN and no infinity
-    assert document["schema"] == 1
+    assert (document["schema"], len(document["runs"][0]["faults"])) == (1, 4)
 
 
 def test_every_field_of_the_json_is_described() -> None:
@@ -43,13 +45,6 @@ def test_speed_is_of_the_steady_phase_and_speedups_are_over_dense(tmp_path: Path
     assert run.payload_bytes_per_step == pytest.approx(0.19e6)
 
 
-def test_the_slowest_rank_gives_the_step_time(tmp_path: Path) -> None:
-    slow = change("step", lambda rank, _: {"seconds": 0.3 if rank == 2 else 0.1})
-    run = run_of(tmp_path, short(DENSE), edit=slow)
-    assert run.step_s == 0.3
-    assert run.step_mean_s == pytest.approx(0.15)
-
-
 def test_without_dense_there_is_no_speedup_and_what_ran_twice_has_two_names(tmp_path: Path) -> None:
     run = run_of(tmp_path, short(ONEBIT))
     results = results_of([run, run])
@@ -60,34 +55,18 @@ def test_without_dense_there_is_no_speedup_and_what_ran_twice_has_two_names(tmp_
     ]
 
 
-def test_a_torn_last_line_is_left_out_and_the_run_failed(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "r", short(DENSE))
-    path = folder / "rank1.jsonl"
-    path.write_bytes(path.read_bytes()[:-700])
-    run = collect(folder)
-    assert run.status == "failed"
-    assert run.failure is not None
-    assert run.failure.startswith("rank 1 stopped after ")
-    assert any("1 line was cut off or garbled in the record of rank 1" in notice for notice in run.notices)
-    assert run.steps == 40
-
-
 @pytest.mark.parametrize(
-    "garbage", [b"\xff\x00\n", b"[1, 2]\n", b'{"kind": "step"}\n', b'{"kind": "dance"}\n', b"null\n"]
+    "garbage", [b"\xff\x00\n", b"[1, 2]\n", b'{"kind": "step"}\n', b'{"kind": "dance"}\n', b"null\n", b'{"kind": "en']
 )
-def test_garbage_is_counted_and_left_out(garbage: bytes, tmp_path: Path) -> None:
+def test_what_is_garbled_or_torn_is_counted_and_left_out(garbage: bytes, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "r", short(DENSE))
-    path = folder / "rank0.jsonl"
-    path.write_bytes(path.read_bytes() + garbage)
+    for rank, lost in ((0, 0), (1, 700)):
+        path = folder / f"rank{rank}.jsonl"
+        path.write_bytes(path.read_bytes()[: -lost or None] + garbage)
     run = collect(folder)
-    assert run.status == "finished"
-    assert len(run.notices) == 1
-
-
-def test_a_missing_rank_fails_the_run_and_the_others_are_shown(tmp_path: Path) -> None:
-    run = run_of(tmp_path, short(DENSE), edit=lambda rank, lines: [] if rank == 3 else lines)
-    assert (run.status, run.failure) == ("failed", "rank 3 wrote no record")
-    assert (run.steps, run.payload_bytes_per_step) == (40, None)
+    assert str(run.failure).startswith("rank 1 stopped after ")
+    assert run.notices[0] == ("2 lines were cut off or garbled in the record of ranks 0, 1, and left out")
+    assert (run.status, run.steps) == ("failed", 40)
 
 
 def test_a_run_that_the_launcher_failed_is_failed_with_or_without_a_record(tmp_path: Path) -> None:
@@ -98,36 +77,45 @@ def test_a_run_that_the_launcher_failed_is_failed_with_or_without_a_record(tmp_p
     assert run.failure == "rank 0 was killed; no rank wrote a record"
 
 
+NO_SPEED = ["no step was past the method's warm-up, so there is no speed in the steady phase"]
+STARTED_AGAIN = ["ranks 0, 1, 2, 3 were started again from the first step; only the last start is shown"]
+LOSSES = ({"loss": 3.0, "tokens": 300}, {"loss": 1.0, "tokens": 100})
+NO_COUNT: dict[str, Any] = {"nic_tx_bytes_per_step": None, "nic_over_model": None, "nodes": []}
+
+
+def edited(edit: Edit, plan: Plan = DENSE, /, **expected: Any) -> Any:
+    """A run with edited lines, and some of its fields."""
+    return short(plan), {"edit": edit}, expected
+
+
+@pytest.mark.parametrize(
+    ("plan", "how", "expected"),
+    [
+        edited(change("step", lambda rank, _: {"seconds": 0.3 if rank == 2 else 0.1}), step_s=0.3, step_mean_s=0.15),
+        edited(lambda rank, lines: [] if rank == 3 else lines, status="failed", failure="rank 3 wrote no record",
+               steps=40, payload_bytes_per_step=None),
+        edited(change("step", lambda *_: {"steady": False}), ONEBIT, status="finished", step_s=None, wait_share=None,
+               warmup_steps=None, notices=NO_SPEED),
+        edited(lambda _, lines: [*lines[:20], *lines], steps=40, notices=STARTED_AGAIN),
+        edited(change("validation", lambda rank, _: LOSSES[rank > 0]), val_loss=2.0),  # weighted by tokens
+        (short(DENSE), {"nic": False}, {"payload_bytes_per_step": 6.1e6, **NO_COUNT}),
+        (replace(short(DENSE), ranks=1, payload_bytes=0.0), {}, {"payload_bytes_per_step": 0.0, "defects": []}),
+    ],
+    ids=("the slowest rank gives the step time", "without a rank the others are shown", "without a steady step",
+         "started again", "uneven validation", "without interfaces", "one rank alone"),
+)  # fmt: skip
+def test_a_run_is_what_its_ranks_wrote(plan: Plan, how: Any, expected: dict[str, Any], tmp_path: Path) -> None:
+    run = run_of(tmp_path, plan, **how)
+    for key, value in expected.items():
+        assert getattr(run, key) == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_is_not_finite(tmp_path: Path) -> None:
     diverge = change("step", lambda rank, line: {"loss": None} if rank == 1 and line["step"] >= 30 else {})
     run = run_of(tmp_path, short(DENSE), edit=diverge)
     assert run.train_loss.index(None) == 30
     assert run.train_loss.count(None) == 10
     assert "NaN" not in results_json(results_of([run]))
-
-
-def test_without_a_steady_step_there_is_no_speed(tmp_path: Path) -> None:
-    run = run_of(tmp_path, short(ONEBIT), edit=change("step", lambda *_: {"steady": False}))
-    assert (run.status, run.step_s, run.wait_share, run.warmup_steps) == ("finished", None, None, None)
-    assert any("no speed in the steady phase" in notice for notice in run.notices)
-
-
-def test_a_second_start_takes_the_place_of_the_first(tmp_path: Path) -> None:
-    run = run_of(tmp_path, short(DENSE), edit=lambda _, lines: [*lines[:20], *lines])
-    assert run.steps == 40
-    assert any("started again" in notice for notice in run.notices)
-
-
-def test_validation_is_weighted_by_tokens(tmp_path: Path) -> None:
-    lines = ({"loss": 3.0, "tokens": 300}, {"loss": 1.0, "tokens": 100})
-    uneven = change("validation", lambda rank, _: lines[rank > 0])
-    assert run_of(tmp_path, short(DENSE), edit=uneven).val_loss == pytest.approx(2.0)
-
-
-def test_without_interfaces_there_is_commopts_count_only(tmp_path: Path) -> None:
-    run = run_of(tmp_path, short(DENSE), nic=False)
-    assert run.payload_bytes_per_step == pytest.approx(6.1e6)
-    assert (run.nic_tx_bytes_per_step, run.nic_over_model, run.nodes) == (None, None, [])
 
 
 def test_counts_that_disagree_are_a_defect(tmp_path: Path) -> None:
@@ -137,11 +125,6 @@ def test_counts_that_disagree_are_a_defect(tmp_path: Path) -> None:
     assert "8.0% more bytes left node" in run.defects[0]
     assert "dense all_reduce bucket0" in run.defects[0]
     assert len(run.defects) == 2
-
-
-def test_one_rank_alone_sends_nothing(tmp_path: Path) -> None:
-    run = run_of(tmp_path, replace(short(DENSE), ranks=1, payload_bytes=0.0))
-    assert (run.status, run.payload_bytes_per_step, run.nic_over_model, run.defects) == ("finished", 0.0, None, [])
 
 
 def test_ranks_of_one_node_share_its_interface(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from script import module
 
-from commopt.cluster.run import Tick
 from commopt.record.lines import RankRecord
 
 bench, says = module("step"), module("step_results")
@@ -155,10 +154,10 @@ def test_a_stall_is_noticed_and_progress_is_none(tmp_path: Path) -> None:
     watchdog, record = bench.Watchdog(tmp_path, 10.0), tmp_path / "rank0.jsonl"
     for second in (5, 14, 23):
         record.write_text("x" * second)
-        watchdog(Tick(second, {}))
-    watchdog(Tick(33, {}))
+        watchdog(second)
+    watchdog(33.0)
     with pytest.raises(bench.StalledError, match="no rank got on for 10 s"):
-        watchdog(Tick(33.5, {}))
+        watchdog(33.5)
 
 
 def test_last_words_name_the_cause_before_what_followed(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import ModuleType
 
 import pytest
 from script import SCRIPTS, module
@@ -11,17 +10,12 @@ from script import SCRIPTS, module
 from commopt.methods import METHODS
 from commopt.run.refusals import table
 
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    made: ModuleType = module("site_pages", SCRIPTS)
-    return made
+script = module("site_pages", SCRIPTS)
 
 
 @pytest.fixture(scope="module")
-def methods_page(script: ModuleType) -> str:
-    page: str = script.methods_page()
-    return page
+def methods_page() -> str:
+    return str(script.methods_page())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -47,7 +41,7 @@ def test_bytes_of_state_come_from_the_declaration(methods_page: str, name: str, 
     assert float(row.split("|")[-2]) == expected
 
 
-def test_a_docstring_without_a_part_is_an_error(script: ModuleType) -> None:
+def test_a_docstring_without_a_part_is_an_error() -> None:
     class Nothing:
         """Does nothing.
 
@@ -58,6 +52,6 @@ def test_a_docstring_without_a_part_is_an_error(script: ModuleType) -> None:
         script.read_docstring(Nothing)
 
 
-def test_every_refusal_has_a_row(script: ModuleType) -> None:
+def test_every_refusal_has_a_row() -> None:
     rows = [line for line in script.refusals_page().splitlines() if line.startswith("| ")]
     assert len(rows) == len(table()) + 1
