@@ -9,7 +9,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from commopt.compress.base import Compressor, equal_blocks
+from commopt.compress.base import Compressor
 from commopt.errors import ConfigError
 from commopt.kernels.reference.runs import bad_runs, corrected, keep_rest_, put_
 from commopt.options import BlockSize, checked_dataclass
@@ -29,9 +29,6 @@ class Cast(Compressor):
 
     dtype: Annotated[torch.dtype, AfterValidator(_half)] = torch.float16
     block_size: BlockSize = 2048
-
-    def block_lengths(self, numel: int, ranks: int) -> list[int]:
-        return equal_blocks(numel, self.block_size)
 
     def layout(self, blocks: Blocks) -> Layout:
         return ((self.dtype, blocks.elements),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +83,7 @@ class ErrorFeedback:
         else:
             payloads = self._encode_with_copy(x, parts)
         bad = [self.compressor.first_bad(p.tensors[1:], blocks) for p, blocks in zip(payloads, parts, strict=True)]
-        first = min((k for k in bad if k >= 0), default=-1)
+        first = first_of(bad)
         for payload in payloads:
             payload.tensors[0].fill_(first)
         return payloads
@@ -184,5 +184,9 @@ class ErrorFeedback:
 
 def first_bad_parameter(payloads: Sequence[Payload]) -> int:
     """What the headers of some ranks' messages say: the first bad parameter's index, or -1; the same on all who read the same."""
-    heads = torch.stack([payload.tensors[0][0] for payload in payloads]).tolist()
-    return min((head for head in heads if head >= 0), default=-1)
+    return first_of(torch.stack([payload.tensors[0][0] for payload in payloads]).tolist())
+
+
+def first_of(found: Iterable[int]) -> int:
+    """The lowest index of a bad parameter, or -1 where all are -1."""
+    return min((k for k in found if k >= 0), default=-1)

@@ -15,7 +15,7 @@ from pydantic import Field, Strict
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor, equal_blocks
+from commopt.compress.base import Compressor
 from commopt.options import BlockSize, Flag, checked_dataclass
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout
@@ -26,26 +26,14 @@ class BlockScaled(Compressor):
 
     kind: ClassVar[str]
     levels: int
-    block_size: int | None
-
-    @property
-    def code_bits(self) -> int:
-        """Bits per element, from 2 to 8."""
-        return 8
-
-    def block_lengths(self, numel: int, ranks: int) -> list[int]:
-        return equal_blocks(numel, self.block_size or max(numel, 1))
+    code_bits = 8  # for each element, from 2 to 8
+    has_l2_norm = False  # the norm is the block's L2 norm, and not its largest magnitude
 
     def layout(self, blocks: Blocks) -> Layout:
         return (
             (torch.float32, len(blocks)),
             (torch.uint8, int(((blocks.lengths * self.code_bits + 7) // 8).sum())),
         )
-
-    @property
-    def has_l2_norm(self) -> bool:
-        """The norm is the block's L2 norm, and not its largest magnitude."""
-        return False
 
     def compress_(
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
@@ -64,9 +52,6 @@ class BlockScaled(Compressor):
             packed, scales, blocks, out, kind=self.kind, bits=self.code_bits, alpha=alpha, add=add
         )
 
-    def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
-        return ~codes[0].isfinite()
-
 
 class EvenLevels(BlockScaled):
     """scale * code with integers -levels .. levels as codes, scale = norm / levels, code = round(c / scale).
@@ -77,7 +62,7 @@ class EvenLevels(BlockScaled):
     kind = "levels"
 
     @property
-    def code_bits(self) -> int:
+    def code_bits(self) -> int:  # type: ignore[override]
         return bits_of(self.levels)
 
 
@@ -113,7 +98,7 @@ class QSGDLevels(EvenLevels):
     norm: Literal["l2", "max"] = "l2"
 
     @property
-    def has_l2_norm(self) -> bool:
+    def has_l2_norm(self) -> bool:  # type: ignore[override]
         return self.norm == "l2"
 
 

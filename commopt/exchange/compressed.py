@@ -14,7 +14,7 @@ from commopt.compress.feedback import ErrorFeedback, Kept
 from commopt.exchange.base import Exchange, average_
 from commopt.groups.base import Group
 from commopt.wire import noise
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
 from commopt.wire.state import Saved, State
 
 
@@ -37,6 +37,7 @@ class Compressed(Exchange):
         self.dense_names = frozenset(name for name, p in named_parameters if self.stays_dense(name, p))
         self.table = self.compressor.table(self.index, group.size, self.dense_names)
         self.everything = self.table.everything  # what this side will ever compress
+        self.served = self.table.served_by(group.rank)
 
     def declare(self) -> list[State]:
         return [*super().declare(), *self.residual("worker_residual", self.everything, self.index)]
@@ -45,14 +46,23 @@ class Compressed(Exchange):
         super().bound()
         self.worker = self.feedback("worker_residual", self.compressor, self.everything)
 
+    @property
+    def served_index(self) -> ParameterIndex:
+        """The layout of what this rank serves, whose blocks lie parameter after parameter."""
+        return self.index_of(self.served, self.served.lengths)
+
+    def index_of(self, blocks: Blocks, numbers: Int64Array | None) -> ParameterIndex:
+        """The layout of state that has so many numbers for each block; one if None."""
+        numels = np.bincount(blocks.parameters, numbers, len(self.index.names)).astype(np.int64)
+        return ParameterIndex(self.index.names, tuple(numels.tolist()))
+
     def residual(self, name: str, blocks: Blocks, index: ParameterIndex) -> list[State]:
         """The state of one side's residual: its elements, and in 8 bits a scale for each block."""
         if not self.kept.bits:
             return []
         found = [State(name, index=index, held="rank", on_resize="own", dtype=self.kept.dtype)]
         if self.kept.bits == 8:
-            counts = np.bincount(blocks.parameters, minlength=len(self.index.names))
-            scales = ParameterIndex(self.index.names, tuple(counts.tolist()))
+            scales = self.index_of(blocks, None)
             found.append(State(f"{name}_scales", index=scales, held="rank", on_resize="own"))
         return found
 
@@ -71,7 +81,7 @@ class Compressed(Exchange):
             return blocks
         counts = self.exchanges.numpy()[blocks.parameters]
         rank = 0 if compressor.shares_keys else self.rank
-        return blocks.with_keys(noise.keys(self.seed, purpose, rank, counts, blocks.homes))
+        return blocks.having(keys=noise.keys(self.seed, purpose, rank, counts, blocks.homes))
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
         """Clear the residual of parameters whose time has come by `reset_every`, at the end of an exchange that is not void."""
@@ -82,6 +92,16 @@ class Compressed(Exchange):
             due = np.flatnonzero((counts[blocks.parameters] + 1) % self.kept.reset_every == 0)
             if len(due):
                 feedback.clear(blocks.only(due))
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        if group.size == 1:
+            self.exchange_alone(bucket)
+        elif self.average_dense(bucket, group) and len(self.table.all_of(bucket)):
+            self.exchange_blocks(bucket, self.table.all_of(bucket), group)
+
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        """Exchange the blocks of a bucket, of which there are some, between two ranks or more; the rest has been averaged."""
+        raise NotImplementedError
 
     def average_dense(self, bucket: Bucket, group: Group) -> bool:
         """Average the parameters that are not compressed, exactly; False if that made the bucket void."""

@@ -5,18 +5,14 @@ from __future__ import annotations
 from commopt.compress.feedback import first_bad_parameter
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
-from commopt.wire.bucket import Bucket
+from commopt.wire.bucket import Blocks, Bucket
 
 
 class GatherMean(Compressed):
     """The mean of every rank's compressed bucket, by all-gather: (N-1) payloads, for codecs that cannot be summed on the way."""
 
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        if group.size == 1:
-            return self.exchange_alone(bucket)
-        blocks = self.keyed(self.table.all_of(bucket), self.compressor)
-        if not self.average_dense(bucket, group) or not len(blocks):
-            return None
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        blocks = self.keyed(blocks, self.compressor)
         own = self.worker.compress(bucket.flat, [blocks])
         gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
         bad = first_bad_parameter(gathered)

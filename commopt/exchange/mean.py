@@ -20,9 +20,7 @@ class Mean(Exchange):
 
     is_linear: ClassVar[bool] = True
     needs_float32 = False
-
-    def __init__(self, *, wire_dtype: torch.dtype | None = None) -> None:
-        self.wire_dtype = wire_dtype
+    wire_dtype: torch.dtype | None = None
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         mean = (bucket.flat / group.size).to(self.wire_dtype or bucket.flat.dtype)

@@ -92,11 +92,10 @@ class Message(Stateful):
         return payload.layout == _HEADER + self.compressor.layout(blocks)
 
     def _blocks(self, sequence: int) -> Blocks:
-        """All blocks, with a message's random keys."""
         blocks = self._everything
         assert self.compressor is not None
         if not self.compressor.stochastic:
             return blocks
         rank = 0 if self.compressor.shares_keys else self.rank
         counts = np.full(len(blocks), sequence, dtype=np.int64)
-        return blocks.with_keys(noise.keys(self.seed, "message", rank, counts, blocks.homes))
+        return blocks.having(keys=noise.keys(self.seed, "message", rank, counts, blocks.homes))

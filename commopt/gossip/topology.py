@@ -22,18 +22,13 @@ TopologyName = Literal["ring", "one_peer_exp", "alternating_exp_ring", "complete
 
 @dataclass(frozen=True)
 class Edge:
-    """Ranks that mix in one round: x_i <- weight x_i + share * sum of x_j over the other members (arXiv:2410.11998).
+    """Ranks that mix in one round: x_i <- weight x_i + (1 - weight) mean of x_j over the other members (arXiv:2410.11998).
 
     members: sorted ranks. weight: of a member's own parameters.
     """
 
     members: tuple[int, ...]
     weight: float
-
-    @property
-    def share(self) -> float:
-        """What the parameters of each other member count: (1 - weight) / (n - 1), and 0 where there is no other."""
-        return (1 - self.weight) / (len(self.members) - 1) if len(self.members) > 1 else 0.0
 
 
 Rounds = tuple[tuple[Edge, ...], ...]
@@ -46,15 +41,12 @@ class Topology:
     ranks: int
     rounds: Rounds
 
-    def edge(self, round: int, rank: int) -> Edge | None:
-        """The edge of this rank in this round, counted modulo the period; None: the rank sits the round out."""
-        return next((edge for edge in self.rounds[round % len(self.rounds)] if rank in edge.members), None)
-
     def mixing_matrix(self, round: int) -> F64:
         """(N, N) float64: row i says what each rank's parameters count in rank i's after this round."""
         matrix = np.eye(self.ranks)
         for edge in self.rounds[round % len(self.rounds)]:
-            matrix[np.ix_(edge.members, edge.members)] = edge.share
+            share = (1 - edge.weight) / max(1, len(edge.members) - 1)
+            matrix[np.ix_(edge.members, edge.members)] = share
             matrix[edge.members, edge.members] = edge.weight
         return matrix
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from commopt.errors import GroupError, MissingExtra, check_option
-from commopt.groups.base import BufferGroup, Traffic
+from commopt.groups.base import BufferGroup, Traffic, summed
 
 try:
     from mpi4py import MPI
@@ -73,9 +73,7 @@ class MPIGroup(BufferGroup):
         parts = host.new_empty(self.size, sizes[self.rank] // x.element_size())
         received = [_bytes(parts), [sizes[self.rank]] * self.size, MPI.BYTE]
         self._finish("all_reduce", lambda: [self.comm.Ialltoallv([_bytes(host), sizes, MPI.BYTE], received)])
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
+        total = summed(list(parts))
         self._finish("all_reduce", lambda: [self.comm.Iallgatherv(_message(total), [_bytes(host), sizes, MPI.BYTE])])
         if _is_elsewhere(x):
             x.copy_(host)

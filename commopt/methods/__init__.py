@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ METHODS: Mapping[str, type[Method]] = {
 }
 
 
-def resolve(choice: Method | type[Method] | Choice, **options: Any) -> Method:
-    """The method that a choice names, with its options checked.
+def build(choice: Method | type[Method] | Choice, **options: Any) -> Method:
+    """Make a method by name, block or file; `commopt.attach` then puts it into a training script, and takes choices as well.
 
     choice: a name ("dgc", or "two_way(sign, int8)"), a `method:` block ({"name": "dgc", "density": 0.001}), the path of a YAML or JSON file
         that holds one, a `Method` class, or a `Method`, which is returned as it is. options: in addition to the choice's own.
@@ -104,8 +104,11 @@ def resolve(choice: Method | type[Method] | Choice, **options: Any) -> Method:
     name, chosen = read_choice(choice)
     try:
         kind, named = _find(name)
-        if is_file(choice):
-            _check_beside(kind, keys_beside(choice))  # type: ignore[arg-type]  # a path
+        for key in keys_beside(choice) if is_file(choice) else ():  # type: ignore[arg-type]  # a path
+            if key in option_names(kind.Options):
+                raise ConfigError(
+                    f"{key}: stands beside the block of {kind.name}, where it has no effect; write it into the block"
+                )
         for key in named:
             if key in {**chosen, **options}:
                 raise ConfigError(f"method {name}: {key}: is named in the brackets already; leave one out")
@@ -116,20 +119,7 @@ def resolve(choice: Method | type[Method] | Choice, **options: Any) -> Method:
         raise
 
 
-def build(choice: Choice, **options: Any) -> Method:
-    """Make a method by name, block or file; `commopt.attach` then puts it into a training script, and takes choices as well.
-
-    Raises ConfigError for an unknown name or option, or a value out of range.
-    """
-    return resolve(choice, **options)
-
-
-def _check_beside(kind: type[Method], keys: Sequence[str]) -> None:
-    for key in keys:
-        if key in option_names(kind.Options):
-            raise ConfigError(
-                f"{key}: stands beside the block of {kind.name}, where it has no effect; write it into the block"
-            )
+resolve = build  # of what may be a method already
 
 
 def _find(name: str) -> tuple[type[Method], dict[str, str]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from commopt.compress.base import element_indices
 from commopt.compress.feedback import NOTHING_KEPT, Kept
-from commopt.errors import ConfigError, GroupError, did_you_mean
+from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
 from commopt.exchange.base import Exchange
 from commopt.exchange.compressed import Compressed
 from commopt.exchange.gather import GatherMean
@@ -26,6 +27,7 @@ from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 from commopt.options import Count, Number, Share
 from commopt.wire import noise
 from commopt.wire.bucket import Bucket
+from commopt.wire.payload import checksum
 from commopt.wire.state import Saved, State
 
 OUTER: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
@@ -40,18 +42,14 @@ _CALLS = 1 << 12  # sequence numbers of one round's exchange
 
 @options
 class AveragingOptions(MessageOptions):
-    """Options of methods that average over all ranks that are up."""
-
     every: Count = 100
     fragments: Count = 1
     participation: Share = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fragments > self.every:
-            raise ConfigError(
-                f"fragments: {self.fragments!r} is out of range; write a whole number from 1 to every, {self.every}"
-            )
+        wanted = f"a whole number from 1 to every, {self.every}"
+        check_option("fragments", self.fragments, lambda n: n <= self.every, wanted)
 
 
 @options
@@ -133,7 +131,8 @@ class DiLoCo(OuterMethod):
         if me not in expected:
             return Exchanged((me,))
         start_s, part = self.peers.seconds, round.part
-        card = torch.tensor([int(self.state["version"][round.fragment]), checksum(self._shared(round.fragment))])
+        mark = functools.reduce(lambda before, own: checksum(own, before), self._shared(round.fragment), 0)
+        card = torch.tensor([int(self.state["version"][round.fragment]), mark])
         roll = call_roll(
             self.peers, "diloco", round.number, card, self.timeout_s / 2, expected=expected, late=self.late
         )
@@ -203,7 +202,6 @@ class DiLoCo(OuterMethod):
         return drawn / ranks * (sent + is_new * dense * (1 + len(self._outer_state))) / self.every
 
     def _drawn(self, ranks: int) -> int:
-        """How many take part in a round."""
         share: float = self.options.participation
         return max(1, round(share * ranks))
 
@@ -230,9 +228,8 @@ class DiLoCo(OuterMethod):
         if self._means.get(round.fragment, ((), None))[0] != members:
             self._carry_over(round.fragment, members, group)
         bucket, mean = Bucket(delta.clone(), *self._layout(round.fragment)), self._means[round.fragment][1]
-        mean.exchanges.fill_(
-            round.number
-        )  # what random keys are drawn by: members may have met in other rounds than each other
+        # what random keys are drawn by: members may have met in other rounds than each other
+        mean.exchanges.fill_(round.number)
         mean.exchange(bucket, group)
         return bucket.flat if bucket.void is None else None
 
@@ -266,16 +263,6 @@ class DiLoCo(OuterMethod):
         part, offsets = self.fragment_parts[fragment], self.index.offsets[:-1].tolist()
         inside = [k for k, start in enumerate(offsets) if part.start <= start < part.stop and self.index.numels[k]]
         return tuple(self.index.names[k] for k in inside), tuple(offsets[k] - part.start for k in inside)
-
-
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """64 bits that differ wherever two lists of tensors of the same shapes differ by a bit, but for 1 in 2^32 or so."""
-    total = 0
-    for x in tensors:
-        words = x.detach().contiguous().view(torch.int32).to(torch.int64)
-        places = torch.arange(1, words.numel() + 1, dtype=torch.int64)
-        total = (total * 1000003 + int((words * places).sum()) + 31 * int(words.sum())) % (1 << 62)
-    return total
 
 
 def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:

@@ -69,11 +69,7 @@ class TernGrad(GradientMethod, Compressed):
     def stays_dense(self, name: str, p: Tensor) -> bool:
         return name in self.options.dense or super().stays_dense(name, p)
 
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        if group.size == 1:
-            return self.exchange_alone(bucket)
-        if not self.average_dense(bucket, group) or not len(self.table.all_of(bucket)):
-            return None
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         clamped = bucket.with_flat(bucket.flat.clone())
         scales = self._shared_scales(clamped, group)
         if not bool(scales.isfinite().all()):

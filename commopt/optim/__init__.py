@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from commopt.errors import ConfigError, did_you_mean
-from commopt.optim.accum_adam import AccumAdam
-from commopt.optim.lamb import LAMB
-from commopt.optim.lion import Lion
+from commopt.optim.adam import LAMB, AccumAdam, Lion
 from commopt.optim.savic import SAVIC
 
 __all__ = ["LAMB", "OPTIMIZERS", "SAVIC", "AccumAdam", "Lion", "make_optimizer"]

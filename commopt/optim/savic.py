@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commopt.optim.parent import Parent, check_adam
+from commopt.optim.adam import AdamLike
 
 
-class SAVIC(Parent):
+class SAVIC(AdamLike):
     """Adam whose local steps have the same scale on all ranks: that of the last average.
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  x <- x - lr (m / (1 - b1^t)) / max(D, alpha)
@@ -31,9 +31,7 @@ class SAVIC(Parent):
         alpha: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        check_adam(lr, betas, weight_decay, alpha=alpha)
-        kept = {"alpha": alpha, "weight_decay": weight_decay, "has_scale": False}
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), **kept})
+        super().__init__(params, lr, betas, weight_decay, alpha=alpha, has_scale=False)
 
     def take_scale(self) -> None:
         """Step by the averaged v from now on."""
@@ -58,6 +56,5 @@ class SAVIC(Parent):
 
     def _set_scale(self, state: dict[str, Any], group: dict[str, Any]) -> None:
         root = (1 - group["betas"][1] ** state["step"]) ** 0.5
-        torch.div(
-            state["exp_avg_sq"].clamp(min=0).sqrt_(), root, out=state["scale"]
-        )  # compressed averages may be below 0
+        # compressed averages may be below 0
+        torch.div(state["exp_avg_sq"].clamp(min=0).sqrt_(), root, out=state["scale"])

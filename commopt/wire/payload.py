@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,6 +53,11 @@ class Payload:
     @property
     def nbytes(self) -> int:
         return self.buffer.numel()
+
+
+def checksum(x: Tensor, start: int = 0) -> int:
+    """CRC-32 of a tensor's bytes, or of those behind what has the checksum `start`."""
+    return zlib.crc32(cast(Any, x.detach().contiguous().view(torch.uint8).numpy()), start)
 
 
 def layout_bytes(layout: Layout) -> int:

@@ -44,7 +44,7 @@ def feedback_for(
 
 
 def keyed(parts: tuple[Blocks, ...], step: int) -> list[Blocks]:
-    return [blocks.with_keys(noise.keys(0, "test", 0, np.full(len(blocks), step), blocks.homes)) for blocks in parts]
+    return [blocks.having(keys=noise.keys(0, "test", 0, np.full(len(blocks), step), blocks.homes)) for blocks in parts]
 
 
 def values(feedback: ErrorFeedback, parts: tuple[Blocks, ...]) -> np.ndarray[Any, Any]:

@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt.kernels.reference.runs import bad_runs, corrected, put_
-from commopt.kernels.reference.signs import packed, unpacked
+from commopt.kernels.reference.runs import bad_runs, corrected, packed, put_, unpacked
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks
 
@@ -18,15 +17,17 @@ from commopt.wire.bucket import Blocks
 def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tensor) -> Tensor:
     """What `kernels.cpu.votes.pack_votes_` says."""
     values = corrected(x, None, blocks)
-    zeros = packed(values.eq(0), blocks, bits.numel())
-    bits.copy_(packed(values > 0, blocks, bits.numel()) | zeros & coin_bits(blocks, flips, x.device))
+    where = (blocks.byte_starts * 8, blocks.lengths, bits.numel())
+    zeros = packed(values.eq(0), *where)
+    bits.copy_(packed(values > 0, *where) | zeros & coin_bits(blocks, flips, x.device))
     return bad_runs(values, blocks.lengths)
 
 
 def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, out: Tensor) -> None:
     """What `kernels.cpu.votes.unpack_counts_` says."""
     rows = planes.view(width, -1)
-    counts = torch.stack([unpacked(row, blocks).long() << k for k, row in enumerate(rows)]).sum(0)
+    digits = [unpacked(row, blocks.byte_starts * 8, blocks.lengths).long() << k for k, row in enumerate(rows)]
+    counts = torch.stack(digits).sum(0)
     put_(values[counts], blocks, out, add=False)
 
 
