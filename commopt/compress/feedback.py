@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from commopt.compress.base import Compressor, element_indices
+from commopt.kernels.reference.runs import run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Payload
@@ -115,12 +116,14 @@ class ErrorFeedback:
     def values(self, blocks: Blocks) -> Tensor:
         """(elements of blocks,) f32: the residual of some blocks, end to end."""
         stored = self.residual[self._places(blocks)].float()
-        return stored * self._per_element(self.scales[self._slots(blocks)], blocks) if self.bits == 8 else stored
+        if self.bits != 8:
+            return stored
+        return stored * self.scales[self._slots(blocks)][run_of_element(blocks.lengths, stored.device)]
 
     def set_values(self, values: Tensor, blocks: Blocks) -> None:
         """Overwrite the residual of some blocks; `values` as `values()` gives them."""
         if self.bits == 8:
-            per_element = self._per_element(torch.arange(len(blocks), device=values.device), blocks)
+            per_element = run_of_element(blocks.lengths, values.device)
             largest = torch.zeros(len(blocks), device=values.device)
             largest.scatter_reduce_(0, per_element, values.abs(), "amax")
             scales = largest / 127
@@ -177,9 +180,6 @@ class ErrorFeedback:
 
     def _slots(self, blocks: Blocks) -> Tensor:
         return torch.from_numpy(np.searchsorted(self._homes, blocks.homes)).to(self.residual.device)
-
-    def _per_element(self, per_block: Tensor, blocks: Blocks) -> Tensor:
-        return per_block.repeat_interleave(torch.from_numpy(blocks.lengths).to(per_block.device))
 
 
 def first_bad_parameter(payloads: Sequence[Payload]) -> int:

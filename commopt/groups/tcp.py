@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -420,8 +421,6 @@ def listen_anywhere() -> tuple[socket.socket, tuple[str, int]]:
 
 def _address_of(interface: str) -> str | None:
     """The IPv4 address of an interface, or None."""
-    import fcntl
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
@@ -473,8 +472,6 @@ def _fill(source: socket.socket, view: memoryview, route: _Route | None, deadlin
 
 def _unacknowledged(connection: socket.socket) -> int:
     """Bytes that the other end has not acknowledged yet."""
-    import fcntl
-
     try:
         return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), _SIOCOUTQ, b"\0" * 4))[0])
     except (OSError, ValueError):

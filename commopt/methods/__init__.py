@@ -9,69 +9,35 @@ from typing import Any
 from commopt.choice import Choice, is_file, keys_beside, read_choice
 from commopt.errors import ConfigError, did_you_mean
 from commopt.method import Method
-from commopt.methods.choco import Choco
-from commopt.methods.decentralized_adam import DecentralizedAdam
-from commopt.methods.demo import DeMo
-from commopt.methods.dense import Dense
-from commopt.methods.dgc import DGC
-from commopt.methods.dice_sgd import DiceSGD
-from commopt.methods.diloco import DiLoCo
-from commopt.methods.distributed_lion import DistributedLion
-from commopt.methods.ef import EF
-from commopt.methods.ef21 import EF21
-from commopt.methods.ef_sign import EFSign
-from commopt.methods.fp16 import FP16
-from commopt.methods.local_sgd import LocalSGD
-from commopt.methods.loco import LoCo
-from commopt.methods.natural import NaturalMean
-from commopt.methods.noloco import NoLoCo
-from commopt.methods.onebit_adam import OnebitAdam
-from commopt.methods.onebit_lamb import OnebitLamb
-from commopt.methods.powersgd import PowerSGD
-from commopt.methods.push_sum import PushSum
-from commopt.methods.qsgd import QSGD
-from commopt.methods.random_k import RandomKMean
-from commopt.methods.signum import Signum
-from commopt.methods.terngrad import TernGrad
-from commopt.methods.threshold import ThresholdMean
-from commopt.methods.top_k import TopKMean
-from commopt.methods.two_way import TwoWay
-from commopt.methods.zero_one_adam import ZeroOneAdam
+from commopt.methods.choco import Choco as Choco
+from commopt.methods.decentralized_adam import DecentralizedAdam as DecentralizedAdam
+from commopt.methods.demo import DeMo as DeMo
+from commopt.methods.dense import Dense as Dense
+from commopt.methods.dgc import DGC as DGC
+from commopt.methods.dice_sgd import DiceSGD as DiceSGD
+from commopt.methods.diloco import DiLoCo as DiLoCo
+from commopt.methods.distributed_lion import DistributedLion as DistributedLion
+from commopt.methods.ef import EF as EF
+from commopt.methods.ef21 import EF21 as EF21
+from commopt.methods.ef_sign import EFSign as EFSign
+from commopt.methods.fp16 import FP16 as FP16
+from commopt.methods.local_sgd import LocalSGD as LocalSGD
+from commopt.methods.loco import LoCo as LoCo
+from commopt.methods.natural import NaturalMean as NaturalMean
+from commopt.methods.noloco import NoLoCo as NoLoCo
+from commopt.methods.onebit_adam import OnebitAdam as OnebitAdam
+from commopt.methods.onebit_lamb import OnebitLamb as OnebitLamb
+from commopt.methods.powersgd import PowerSGD as PowerSGD
+from commopt.methods.push_sum import PushSum as PushSum
+from commopt.methods.qsgd import QSGD as QSGD
+from commopt.methods.random_k import RandomKMean as RandomKMean
+from commopt.methods.signum import Signum as Signum
+from commopt.methods.terngrad import TernGrad as TernGrad
+from commopt.methods.threshold import ThresholdMean as ThresholdMean
+from commopt.methods.top_k import TopKMean as TopKMean
+from commopt.methods.two_way import TwoWay as TwoWay
+from commopt.methods.zero_one_adam import ZeroOneAdam as ZeroOneAdam
 from commopt.options import option_names
-
-__all__ = [
-    "DGC",
-    "EF",
-    "EF21",
-    "FP16",
-    "METHODS",
-    "QSGD",
-    "Choco",
-    "DeMo",
-    "DecentralizedAdam",
-    "Dense",
-    "DiLoCo",
-    "DiceSGD",
-    "DistributedLion",
-    "EFSign",
-    "LoCo",
-    "LocalSGD",
-    "NaturalMean",
-    "NoLoCo",
-    "OnebitAdam",
-    "OnebitLamb",
-    "PowerSGD",
-    "PushSum",
-    "RandomKMean",
-    "Signum",
-    "TernGrad",
-    "ThresholdMean",
-    "TopKMean",
-    "TwoWay",
-    "ZeroOneAdam",
-    "build",
-    "resolve",
-]
 
 METHODS: Mapping[str, type[Method]] = {
     method.name: method

@@ -227,7 +227,7 @@ class DiLoCo(OuterMethod):
         """The mean of the members' deltas; None if one of them is not finite."""
         if self._means.get(round.fragment, ((), None))[0] != members:
             self._carry_over(round.fragment, members, group)
-        bucket, mean = Bucket(delta.clone(), *self._layout(round.fragment)), self._means[round.fragment][1]
+        bucket, mean = Bucket.of(self._named(round.fragment, delta)), self._means[round.fragment][1]
         # what random keys are drawn by: members may have met in other rounds than each other
         mean.exchanges.fill_(round.number)
         mean.exchange(bucket, group)
@@ -247,9 +247,7 @@ class DiLoCo(OuterMethod):
 
     def _new_mean(self, fragment: int, group: PeerGroup) -> Exchange:
         mean: Exchange = Mean() if self.message.compressor is None else self._compressed()
-        part = self.state["slow"][self.fragment_parts[fragment]]
-        names, starts = self._layout(fragment)
-        mean.bind(list(zip(names, torch.tensor_split(part, starts[1:]), strict=True)), group)
+        mean.bind(self._named(fragment, self.state["slow"][self.fragment_parts[fragment]]), group)
         return mean
 
     def _compressed(self) -> Compressed:
@@ -258,11 +256,11 @@ class DiLoCo(OuterMethod):
         is_sparse = hasattr(compressor, "density") or compressor.is_ragged
         return (GatherMean if is_sparse else TwoWayMean)(compressor, kept, seed=self.seed)
 
-    def _layout(self, fragment: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The names of a fragment's parameters, and where each starts in it."""
-        part, offsets = self.fragment_parts[fragment], self.index.offsets[:-1].tolist()
-        inside = [k for k, start in enumerate(offsets) if part.start <= start < part.stop and self.index.numels[k]]
-        return tuple(self.index.names[k] for k in inside), tuple(offsets[k] - part.start for k in inside)
+    def _named(self, fragment: int, flat: Tensor) -> list[tuple[str, Tensor]]:
+        """The parameters of a fragment that have elements, as views of a flat tensor of the fragment."""
+        part, offsets = self.fragment_parts[fragment], self.index.offsets.tolist()
+        inside = [k for k, n in enumerate(self.index.numels) if n and part.start <= offsets[k] < part.stop]
+        return [(self.index.names[k], flat[offsets[k] - part.start : offsets[k + 1] - part.start]) for k in inside]
 
 
 def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:

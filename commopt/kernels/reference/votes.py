@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt.kernels.reference.runs import bad_runs, corrected, packed, put_, unpacked
+from commopt.kernels.reference.runs import bad_runs, corrected, element_indices, packed, put_, unpacked
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks
 
@@ -39,11 +39,8 @@ def coin_bits(blocks: Blocks, flips: NDArray[np.uint8], device: torch.device) ->
     assert blocks.keys is not None
     n_bytes = (blocks.lengths + 7) // 8
     words = (n_bytes + 7) // 8
-    within = np.arange(int(words.sum())) - np.repeat(np.cumsum(words) - words, words) + 1
-    drawn = noise.mix(np.repeat(blocks.keys, words) + within.astype(np.uint64) * np.uint64(noise.GOLDEN))
-    of_words = drawn.astype("<u8").view(np.uint8)
-    first = 8 * np.repeat(np.cumsum(words) - words, n_bytes)
-    kept = first + np.arange(int(n_bytes.sum())) - np.repeat(np.cumsum(n_bytes) - n_bytes, n_bytes)
+    of_words = noise.bits(blocks.keys, words).astype("<u8").view(np.uint8)
+    kept = element_indices(8 * (np.cumsum(words) - words), n_bytes, torch.device("cpu")).numpy()
     return torch.from_numpy(of_words[kept] ^ np.repeat(flips, n_bytes)).to(device)
 
 
