@@ -8,7 +8,7 @@ import numpy as np
 
 from commopt.errors import ConfigError
 from commopt.gossip.loop import MessageOptions
-from commopt.gossip.topology import F64, TopologyName, make_topology
+from commopt.gossip.topology import F64, TopologyName, make_topology, mixing_matrix
 from commopt.method import options
 from commopt.methods.decentralized_adam import DecentralizedAdam
 from commopt.options import Count, Share
@@ -63,6 +63,5 @@ class Choco(DecentralizedAdam):
 
 def mean_mixing(topology: str, ranks: int) -> F64:
     """(N, N): the mean over a topology's rounds of its mixing matrices; symmetric, and its rows sum to one. Raises ConfigError."""
-    graph = make_topology(topology, ranks)
-    mean: F64 = np.mean([graph.mixing_matrix(number) for number in range(len(graph.rounds))], axis=0)
+    mean: F64 = np.mean([mixing_matrix(groups, ranks) for groups in make_topology(topology, ranks)], axis=0)
     return mean

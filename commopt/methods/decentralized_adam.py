@@ -11,7 +11,7 @@ from torch import Tensor
 from commopt.errors import ConfigError
 from commopt.gossip.copies import PublicCopies, consensus_step, without_feedback
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
-from commopt.gossip.topology import F64, TopologyName, make_topology
+from commopt.gossip.topology import F64, TopologyName, make_topology, mixing_matrix
 from commopt.groups.peers import Peers
 from commopt.method import options
 from commopt.options import Count, Share, Whole
@@ -80,8 +80,8 @@ class DecentralizedAdam(OuterMethod):
 
     def matrices(self, ranks: int) -> list[F64]:
         """(N, N) of each round in turn: what each rank's parameters count in the others'."""
-        graph = make_topology(self.options.topology, ranks, self.options.slots)
-        return [graph.mixing_matrix(number) for number in range(len(graph.rounds))]
+        rounds = make_topology(self.options.topology, ranks, self.options.slots)
+        return [mixing_matrix(groups, ranks) for groups in rounds]
 
     def lay_out(self, peers: Peers) -> None:
         self.weights = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from commopt import attach, build
 from commopt.errors import ConfigError
-from commopt.gossip.topology import make_topology
+from commopt.gossip.topology import make_topology, mixing_matrix
 from commopt.groups import SimGroup, SimWorld
 from commopt.wire.payload import Payload
 
@@ -32,14 +32,14 @@ def reference(
 
     a: W is mixed with 1 - a of the identity. is_mixed_first: the gradient is taken at the mixed x instead.
     """
-    graph, (b1, b2) = make_topology(topology, ranks, slots), BETAS
+    rounds, (b1, b2) = make_topology(topology, ranks, slots), BETAS
     models = [make_model(torch.float64) for _ in range(ranks)]
     x = torch.stack([flat(model) for model in models])
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     for t in range(steps):
         mixing = torch.eye(ranks, dtype=torch.float64)
         if t > 0:
-            mixing = (1 - a) * mixing + a * torch.from_numpy(graph.mixing_matrix(t - 1))
+            mixing = (1 - a) * mixing + a * torch.from_numpy(mixing_matrix(rounds[(t - 1) % len(rounds)], ranks))
         mixed = mixing @ x
         g = torch.stack([gradient(models[i], (mixed if is_mixed_first else x)[i], i, t) for i in range(ranks)])
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
