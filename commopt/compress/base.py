@@ -33,7 +33,6 @@ class Compressor(ABC):
     def layout(self, blocks: Blocks) -> Layout:
         """The tensors that these blocks travel as, widest dtype first."""
 
-    @abstractmethod
     def compress_(
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
@@ -42,6 +41,12 @@ class Compressor(ABC):
         x: (n,) f32, left as it is. A block with a NaN or an inf is marked by a non-finite scale or value in
         its codes, and its residual is not touched.
         """
+        for blocks, codes in zip(parts, out, strict=True):
+            self.write_(x, residual, blocks, codes)
+
+    @abstractmethod
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+        """`compress_` for one part, whose blocks share no scale with those of others."""
 
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Sequence[Tensor]:
         """What `compress_` does, for a codec whose codes have no length beforehand: the tensors that travel, widest dtype first."""

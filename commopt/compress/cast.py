@@ -33,14 +33,11 @@ class Cast(Compressor):
     def layout(self, blocks: Blocks) -> Layout:
         return ((self.dtype, blocks.elements),)
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, (codes,) in zip(parts, out, strict=True):
-            c = corrected(x, residual, blocks)
-            codes.copy_(c)
-            if residual is not None:
-                keep_rest_(residual, c - codes.float(), ~self.is_bad([codes], blocks), blocks)
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+        c = corrected(x, residual, blocks)
+        codes[0].copy_(c)
+        if residual is not None:
+            keep_rest_(residual, c - codes[0].float(), ~self.is_bad(codes, blocks), blocks)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False

@@ -35,14 +35,11 @@ class BlockScaled(Compressor):
             (torch.uint8, int(((blocks.lengths * self.code_bits + 7) // 8).sum())),
         )
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
         how = {"squared": self.has_l2_norm, "stochastic": self.stochastic}
-        for blocks, (scales, codes) in zip(parts, out, strict=True):
-            kernels.of("quantize", x.device).compress_(
-                x, residual, blocks, scales, codes, kind=self.kind, levels=self.levels, bits=self.code_bits, **how
-            )
+        kernels.of("quantize", x.device).compress_(
+            x, residual, blocks, *codes, kind=self.kind, levels=self.levels, bits=self.code_bits, **how
+        )
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False

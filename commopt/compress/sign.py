@@ -31,11 +31,8 @@ class BlockSign(Compressor):
     def layout(self, blocks: Blocks) -> Layout:
         return ((torch.float32, len(blocks)), (torch.uint8, blocks.sign_bytes))
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, (scales, bits) in zip(parts, out, strict=True):
-            kernels.of("signs", x.device).compress_signs_(x, residual, blocks, scales, bits, squared=False)
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+        kernels.of("signs", x.device).compress_signs_(x, residual, blocks, *codes, squared=False)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False

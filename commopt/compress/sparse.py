@@ -125,12 +125,9 @@ class _Sparse(Compressor):
             codes.insert(0, torch.where(good, counts, -1 - counts).int())
         return codes
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, codes in zip(parts, out, strict=True):
-            for target, code in zip(codes, self.encode(x, residual, blocks), strict=True):
-                target.copy_(code)
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+        for target, code in zip(codes, self.encode(x, residual, blocks), strict=True):
+            target.copy_(code)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False

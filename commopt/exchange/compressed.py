@@ -1,4 +1,4 @@
-"""What the exchanges of compressed buckets share."""
+"""What the exchanges of compressed buckets share, and the one by an all-gather."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor, element_indices
-from commopt.compress.feedback import ErrorFeedback, Kept
+from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.exchange.base import Exchange, average_
 from commopt.groups.base import Group
 from commopt.wire import noise
@@ -125,10 +125,11 @@ class Compressed(Exchange):
         """Every new rank takes the mean of what the old ranks still had to send: the update depends on residuals only through it."""
         super().resize(every)
         if self.kept.bits:
-            self._set_worker_residual(self._mean_residual(every))
+            blocks, total = self.keyed(self.everything, self.compressor, "load"), self.unsent(every)
+            self.worker.set_values(total[element_indices(blocks.homes, blocks.lengths, self.device)], blocks)
 
-    def _mean_residual(self, every: Sequence[Saved]) -> Tensor:
-        """(total,) f32"""
+    def unsent(self, every: Sequence[Saved]) -> Tensor:
+        """(total,) f32: what the ranks of another world still had to send, as a mean over them."""
         total = torch.zeros(self.index.total, device=self.device, dtype=torch.float32)
         table = self.compressor.table(self.index, len(every), self.dense_names)
         places = element_indices(table.everything.homes, table.everything.lengths, self.device)
@@ -136,9 +137,28 @@ class Compressed(Exchange):
             total[places] += self.worker.dense(saved["rank"], "worker_residual", table.everything)
         return total / len(every)
 
-    def _set_worker_residual(self, total: Tensor) -> None:
-        blocks = self.keyed(self.everything, self.compressor, "load")
-        self.worker.set_values(total[element_indices(blocks.homes, blocks.lengths, self.device)], blocks)
-
     def _void(self, bucket: Bucket, bad: int) -> None:
         bucket.void = self.index.names[bad]
+
+
+class GatherMean(Compressed):
+    """The mean of every rank's compressed bucket, by all-gather: (N-1) payloads, for codecs that cannot be summed on the way."""
+
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        blocks = self.keyed(blocks, self.compressor)
+        own = self.worker.compress(bucket.flat, [blocks])
+        gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
+        bad = first_bad_parameter(gathered)
+        if bad >= 0:
+            self.worker.undo(bucket.flat, own, [blocks])
+            return self._void(bucket, bad)
+        dense = [(x, x.clone()) for name, x in bucket.views() if name in self.dense_names]
+        bucket.flat.zero_()
+        for payload in gathered:
+            self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
+        for x, mean in dense:
+            x.copy_(mean)
+        return self.forget(self.worker, [blocks])
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return (ranks - 1) * self.compressor.bytes_per_element(ranks)

@@ -117,15 +117,12 @@ class TwoWayMean(Compressed):
     def state_form(self) -> str:
         return f"{super().state_form}, {self.server_compressor}"
 
-    def resize(self, every: Sequence[Saved]) -> None:
-        super().resize(every)
-        if not self.kept.bits:
-            return
-        total = self._mean_residual(every)
+    def unsent(self, every: Sequence[Saved]) -> Tensor:
+        total = super().unsent(every)
         old = self.compressor.table(self.index, len(every), self.dense_names)
         for rank, saved in enumerate(every):
             blocks, served = old.at_home(rank), old.served_by(rank)
             places = element_indices(blocks.starts, blocks.lengths, self.device)
             total[places] += self.server.dense(saved["rank"], "server_residual", served)
-        self._set_worker_residual(total)
         self.state["server_residual"].zero_()
+        return total

@@ -83,7 +83,7 @@ def snapshot(run: Any) -> dict[str, F64]:
 
 
 def simulate(
-    ranks: int, shapes: Shapes, steps: int, name: str, make: Callable[..., Parameters] = Parameters, **options: Any
+    ranks: int, shapes: Shapes, steps: int, name: str, make: Any = Parameters, **options: Any
 ) -> list[list[dict[str, F64]]]:
     """[rank][step] `snapshot` before each step, and after the last; options are those of `rig.start`."""
 

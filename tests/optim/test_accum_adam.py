@@ -47,11 +47,11 @@ def test_every_step_is_the_papers(s: int, dtype: torch.dtype, tolerance: float) 
             np.testing.assert_allclose(f64(p), next(xs), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("given", [(), (LR, (B1, B2), EPS, 0.3)], ids=["by default", "with decay"])
-def test_without_accumulation_it_is_torchs_adam_or_adamw(given: Any) -> None:
+@pytest.mark.parametrize("given", [{}, {"lr": LR, "betas": (B1, B2), "eps": EPS, "weight_decay": 0.3}])
+def test_without_accumulation_it_is_torchs_adam_or_adamw(given: dict[str, Any]) -> None:
     ours, theirs = parameters(SHAPES), parameters(SHAPES)
-    own = AccumAdam(ours, *given, accum_iter=1, decay_1d=True)
-    other = (torch.optim.AdamW if given else torch.optim.Adam)(theirs, *given)
+    own = AccumAdam(ours, **given, accum_iter=1, decay_1d=True)
+    other = (torch.optim.AdamW if given else torch.optim.Adam)(theirs, **given)
     for number in range(50):
         step(ours, own, number)
         step(theirs, other, number)
