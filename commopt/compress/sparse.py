@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -26,73 +25,18 @@ _Chosen = tuple[Int64Array, Tensor, Tensor, Tensor]
 _VALUE_DTYPES = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}
 
 
-@dataclass(frozen=True)
-class Values:
-    """How chosen values travel: as float32, or with one float32 scale per block as float16, int8 or signs.
-
-    bits: 32, 16 (v / max|v|), 8 (127 v / max|v|, rounded) or 1 (the sign, times mean|v|). A bad block is marked by NaN:
-    its values with 32 bits, its scale otherwise.
-    """
-
-    bits: int
-
-    def sizes(self, ks: Int64Array) -> Int64Array:
-        """(B,) elements that each block's values travel as."""
-        return (ks + 7) // 8 if self.bits == 1 else ks
-
-    def layout(self, ks: Int64Array) -> Layout:
-        values = (_VALUE_DTYPES[self.bits], int(self.sizes(ks).sum()))
-        return (values,) if self.bits == 32 else ((torch.float32, len(ks)), values)
-
-    def encode(self, values: Tensor, ks: Int64Array, good: Tensor) -> list[Tensor]:
-        """values: (sum ks,) f32; good: (B,) bool. The tensors of `layout`."""
-        counts = torch.from_numpy(ks).to(values.device)
-        if self.bits == 32:
-            return [torch.where(good.repeat_interleave(counts), values, math.nan)]
-        block = runs.run_of_element(ks, values.device)
-        size = values.abs().nan_to_num(0.0, 0.0)
-        if self.bits == 1:
-            scales = torch.zeros(len(ks), dtype=torch.float64, device=values.device).index_add_(0, block, size.double())
-            scales = (scales / counts.clamp(min=1)).float()
-            sizes = self.sizes(ks)
-            codes = runs.packed(values >= 0, 8 * (np.cumsum(sizes) - sizes), ks, int(sizes.sum()), lowest=True)
-        else:
-            scales = torch.zeros(len(ks), device=values.device).scatter_reduce_(0, block, size, "amax")
-            ratio = values / torch.where(scales > 0, scales, 1.0)[block]
-            codes = ratio.half() if self.bits == 16 else (ratio.nan_to_num(0.0) * _LEVELS).round().to(torch.int8)
-        return [torch.where(good, scales, math.nan), codes]
-
-    def decode(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
-        """(sum ks,) f32"""
-        if self.bits == 32:
-            return codes[0]
-        scales, values = codes[:2]
-        scales = scales.repeat_interleave(torch.from_numpy(ks).to(scales.device))
-        if self.bits == 1:
-            sizes = self.sizes(ks)
-            bits = runs.unpacked(values, 8 * (np.cumsum(sizes) - sizes), ks, lowest=True)
-            return torch.where(bits.bool(), scales, -scales)
-        return values.float() * (scales if self.bits == 16 else scales / _LEVELS)
-
-    def is_bad(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
-        return runs.bad_runs(codes[0], ks) if self.bits == 32 else ~codes[0].isfinite()
-
-
 @checked_dataclass
 class _Sparse(Compressor):
     """What the sparse codecs share: some elements of each block, the rest stays in the residual.
 
-    value_bits: 32, 16, 8 or 1 for each value; what rounding loses stays in the residual.
+    value_bits: 32 for float32, or with one float32 scale per block 16 (v / max|v|), 8 (127 v / max|v|, rounded) or 1 (the sign,
+    times mean|v|); what rounding loses stays in the residual. A bad block is marked by NaN: its values with 32 bits, else its scale.
     block_size: a multiple of 8, or None for whole parameters.
     """
 
     sends_places: ClassVar[bool] = True
     value_bits: Literal[32, 16, 8, 1] = 16
     block_size: BlockSize | None = None
-
-    @property
-    def values(self) -> Values:
-        return Values(self.value_bits)
 
     @abstractmethod
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
@@ -111,11 +55,11 @@ class _Sparse(Compressor):
 
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> list[Tensor]:
         ks, indices, values, good = self.choose(x, residual, blocks)
-        codes = self.values.encode(values, ks, good)
+        codes = self.encode_values(values, ks, good)
         if residual is not None:
             is_good = good.repeat_interleave(torch.from_numpy(ks).to(x.device))
             homes = runs.places_in(blocks.homes, ks, indices)[is_good]
-            residual[homes] -= self.values.decode(codes, ks)[is_good]
+            residual[homes] -= self.decode_values(codes, ks)[is_good]
         if self.sends_places:
             places = torch.empty(int(all_index_bytes(blocks.lengths, ks).sum()), dtype=torch.uint8, device=x.device)
             encode_all_(indices, blocks.lengths, ks, places)
@@ -138,7 +82,48 @@ class _Sparse(Compressor):
             for start, n in zip(blocks.starts.tolist(), blocks.lengths.tolist(), strict=True):
                 out[start : start + n] = 0
         places = runs.places_in(blocks.starts, ks, indices)  # no two are equal
-        out[places] += self.values.decode(codes[1:] if self.is_ragged else codes, ks) * alpha
+        out[places] += self.decode_values(codes[1:] if self.is_ragged else codes, ks) * alpha
+
+    def _sizes(self, ks: Int64Array) -> Int64Array:
+        """(B,) elements that each block's values travel as."""
+        return (ks + 7) // 8 if self.value_bits == 1 else ks
+
+    def values_layout(self, ks: Int64Array) -> Layout:
+        values = (_VALUE_DTYPES[self.value_bits], int(self._sizes(ks).sum()))
+        return (values,) if self.value_bits == 32 else ((torch.float32, len(ks)), values)
+
+    def encode_values(self, values: Tensor, ks: Int64Array, good: Tensor) -> list[Tensor]:
+        """values: (sum ks,) f32; good: (B,) bool. The tensors of `values_layout`."""
+        counts = torch.from_numpy(ks).to(values.device)
+        if self.value_bits == 32:
+            return [torch.where(good.repeat_interleave(counts), values, math.nan)]
+        block = runs.run_of_element(ks, values.device)
+        size = values.abs().nan_to_num(0.0, 0.0)
+        if self.value_bits == 1:
+            scales = torch.zeros(len(ks), dtype=torch.float64, device=values.device).index_add_(0, block, size.double())
+            scales = (scales / counts.clamp(min=1)).float()
+            sizes = self._sizes(ks)
+            codes = runs.packed(values >= 0, 8 * (np.cumsum(sizes) - sizes), ks, int(sizes.sum()), lowest=True)
+        else:
+            scales = torch.zeros(len(ks), device=values.device).scatter_reduce_(0, block, size, "amax")
+            ratio = values / torch.where(scales > 0, scales, 1.0)[block]
+            codes = ratio.half() if self.value_bits == 16 else (ratio.nan_to_num(0.0) * _LEVELS).round().to(torch.int8)
+        return [torch.where(good, scales, math.nan), codes]
+
+    def decode_values(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
+        """(sum ks,) f32"""
+        if self.value_bits == 32:
+            return codes[0]
+        scales, values = codes[:2]
+        scales = scales.repeat_interleave(torch.from_numpy(ks).to(scales.device))
+        if self.value_bits == 1:
+            sizes = self._sizes(ks)
+            bits = runs.unpacked(values, 8 * (np.cumsum(sizes) - sizes), ks, lowest=True)
+            return torch.where(bits.bool(), scales, -scales)
+        return values.float() * (scales if self.value_bits == 16 else scales / _LEVELS)
+
+    def are_bad(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
+        return runs.bad_runs(codes[0], ks) if self.value_bits == 32 else ~codes[0].isfinite()
 
 
 @checked_dataclass
@@ -157,10 +142,10 @@ class _Density(_Sparse):
     def layout(self, blocks: Blocks) -> Layout:
         ks = self.ks(blocks)
         places = ((torch.uint8, int(all_index_bytes(blocks.lengths, ks).sum())),) if self.sends_places else ()
-        return self.values.layout(ks) + places
+        return self.values_layout(ks) + places
 
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
-        return self.values.is_bad(codes, self.ks(blocks))
+        return self.are_bad(codes, self.ks(blocks))
 
 
 @checked_dataclass

@@ -84,14 +84,6 @@ class OnebitLamb(FrozenVariance):
         State("factor", of="parameter", dtype=torch.float64, initial=1.0),
     )
 
-    def _bounds(self, group: Mapping[str, Any]) -> tuple[float, float]:
-        """min_coeff and max_coeff: the options, or else the LAMB's own."""
-        low, high = self.options.min_coeff, self.options.max_coeff
-        return (
-            group.get("min_coeff", 0.01) if low is None else low,
-            group.get("max_coeff", 10.0) if high is None else high,
-        )
-
     def corrects_bias(self, group: Mapping[str, Any]) -> bool:
         given = self.options.bias_correction
         return bool(group.get("bias_correction", False)) if given is None else given
@@ -114,7 +106,9 @@ class OnebitLamb(FrozenVariance):
             mean = state["coeff"] / (1 - self.options.coeff_beta ** state["coeffs"]) if state["coeffs"] else 1.0
             coeff = mean * state["factor"]
         else:
-            coeff = trust_ratio(p, direction, *self._bounds(group))
+            low, high = self.options.min_coeff, self.options.max_coeff  # or else the LAMB's own
+            low = group.get("min_coeff", 0.01) if low is None else low
+            coeff = trust_ratio(p, direction, low, group.get("max_coeff", 10.0) if high is None else high)
             if coeff != 1.0:  # 1 is what it is where a norm is 0
                 state["coeff"] += (1 - self.options.coeff_beta) * (coeff - state["coeff"])
                 state["coeffs"] += 1

@@ -102,20 +102,12 @@ def _compress(
         n = lengths[b]
         part_x, part_e = x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n]
         part_bits = bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8]
-        if is_given:
-            _pack_block(part_x, part_e, scales[b], part_bits, positive)
-            continue
-        is_usual = n == _SLICE and not squared  # such a block is not sliced again
-        total = float(_sum_abs(part_x, part_e)) if is_usual else _block_sum(part_x, part_e, squared)
-        mean = total / n
-        scale = np.float32(math.sqrt(mean) if squared else mean)
-        keep = abs(scale) <= _LARGEST  # false for NaN and inf; isfinite may be folded away under reassoc
-        scales[b] = scale if keep else np.float32(np.nan)
-        if is_usual and keep:
-            _residual(part_x, part_e, scale, positive)
-            _gather_bits(positive, part_bits)
-        else:
-            _pack_block(part_x, part_e, scale, part_bits, positive)
+        if not is_given:
+            mean = _block_sum(part_x, part_e, squared) / n
+            scale = np.float32(math.sqrt(mean) if squared else mean)
+            # false for NaN and inf; isfinite may be folded away under reassoc
+            scales[b] = scale if abs(scale) <= _LARGEST else np.float32(np.nan)
+        _pack_block(part_x, part_e, scales[b], part_bits, positive)
 
 
 @fast
