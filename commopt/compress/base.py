@@ -8,11 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from commopt.kernels.reference.runs import element_indices, first_bad
+from commopt.kernels.reference.runs import first_bad
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, layout_bytes
-
-__all__ = ["Compressor", "element_indices", "equal_blocks"]
 
 
 class Compressor(ABC):

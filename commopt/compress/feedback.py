@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress.base import Compressor, element_indices
-from commopt.kernels.reference.runs import run_of_element
+from commopt.compress.base import Compressor
+from commopt.kernels.reference.runs import element_indices, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Payload

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor, element_indices
+from commopt.compress.base import Compressor
 from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.exchange.base import Exchange, average_
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import element_indices
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
 from commopt.wire.state import Saved, State
@@ -152,12 +153,11 @@ class GatherMean(Compressed):
         if bad >= 0:
             self.worker.undo(bucket.flat, own, [blocks])
             return self._void(bucket, bad)
-        dense = [(x, x.clone()) for name, x in bucket.views() if name in self.dense_names]
-        bucket.flat.zero_()
+        for name, x in bucket.views():
+            if name not in self.dense_names:
+                x.zero_()
         for payload in gathered:
             self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
-        for x, mean in dense:
-            x.copy_(mean)
         return self.forget(self.worker, [blocks])
 
     def bytes_per_parameter(self, ranks: int) -> float:

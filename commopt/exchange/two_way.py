@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from commopt.compress.base import Compressor, element_indices
+from commopt.compress.base import Compressor
 from commopt.compress.feedback import Kept, first_bad_parameter
 from commopt.errors import ConfigError
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import element_indices
 from commopt.wire.bucket import Blocks, Bucket, Parts
 from commopt.wire.state import Saved, State
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress.base import element_indices
 from commopt.compress.feedback import NOTHING_KEPT, Kept
 from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
 from commopt.exchange.base import Exchange, Mean
@@ -20,6 +19,7 @@ from commopt.exchange.compressed import Compressed, GatherMean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
 from commopt.groups.peers import Latecomers, PeerGroup, Roll, call_roll
+from commopt.kernels.reference.runs import element_indices
 from commopt.method import options
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 from commopt.options import Count, Number, Share

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress.base import Compressor, element_indices
+from commopt.compress.base import Compressor
 from commopt.compress.feedback import NOTHING_KEPT, ErrorFeedback, first_bad_parameter
 from commopt.compress.options import Codec
 from commopt.errors import AttachError, ConfigError
 from commopt.exchange.base import average_
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import element_indices
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Flag, Share, Whole
 from commopt.wire.bucket import Blocks, Bucket

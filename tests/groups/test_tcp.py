@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from outer_rig import local_memberships
 
 from commopt.errors import ConfigError, GroupError
 from commopt.groups import tcp
 from commopt.groups.peers import GROUP, KEPT
-from commopt.groups.tcp import Membership, TcpPeers, local_memberships
+from commopt.groups.tcp import Membership, TcpPeers
 from commopt.plan.links import LinkModel
 from commopt.wire.payload import Payload
 
