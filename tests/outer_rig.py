@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
-from commopt.groups.tcp import TcpPeers, local_memberships
+from commopt.groups.tcp import Membership, TcpPeers
 from commopt.plan.links import LinkModel
 from commopt.run.outer import OuterRun
 
@@ -54,6 +55,13 @@ def gradient(model: torch.nn.Module, x: Tensor, rank: int, step: int) -> Tensor:
 
 
 T = TypeVar("T")
+
+
+def local_memberships(ranks: int) -> Sequence[tuple[Membership, socket.socket]]:
+    """Members on this machine's loopback, each with a socket that listens already."""
+    listeners = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in range(ranks)]
+    addresses = tuple(("127.0.0.1", int(one.getsockname()[1])) for one in listeners)
+    return [(Membership(rank, addresses, "local"), listener) for rank, listener in enumerate(listeners)]
 
 
 def over_tcp(ranks: int, work: Callable[[TcpPeers], T], limit_s: float = 120.0) -> list[T]:

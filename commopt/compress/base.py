@@ -6,14 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
-from commopt.kernels.reference.runs import element_indices
+from commopt.kernels.reference.runs import first_bad
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, layout_bytes
-
-__all__ = ["Compressor", "element_indices", "equal_blocks"]
 
 
 class Compressor(ABC):
@@ -24,15 +21,16 @@ class Compressor(ABC):
     is_ragged: ClassVar[bool] = False  # how much travels is known only once it is compressed: through `encode`
     shares_keys: ClassVar[bool] = False  # all ranks have the same random keys, and decompressing takes them too
 
-    @abstractmethod
+    block_size: int | None  # a multiple of 8, or None for whole parameters
+
     def block_lengths(self, numel: int, ranks: int) -> list[int]:
         """Lengths of the blocks that one parameter is cut into; all but the last are multiples of 8."""
+        return equal_blocks(numel, self.block_size or max(1, numel))
 
     @abstractmethod
     def layout(self, blocks: Blocks) -> Layout:
         """The tensors that these blocks travel as, widest dtype first."""
 
-    @abstractmethod
     def compress_(
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
     ) -> None:
@@ -41,6 +39,12 @@ class Compressor(ABC):
         x: (n,) f32, left as it is. A block with a NaN or an inf is marked by a non-finite scale or value in
         its codes, and its residual is not touched.
         """
+        for blocks, codes in zip(parts, out, strict=True):
+            self.write_(x, residual, blocks, codes)
+
+    @abstractmethod
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+        """`compress_` for one part, whose blocks share no scale with those of others."""
 
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Sequence[Tensor]:
         """What `compress_` does, for a codec whose codes have no length beforehand: the tensors that travel, widest dtype first."""
@@ -52,9 +56,9 @@ class Compressor(ABC):
     ) -> None:
         """out <- alpha * values (or out + alpha * values) at the blocks' starts; the same bits on every rank."""
 
-    @abstractmethod
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
-        """(B,) bool: which blocks were marked as non-finite."""
+        """(B,) bool: which blocks were marked as non-finite; by their scale, where that is what travels first."""
+        return ~codes[0].isfinite()
 
     def table(self, index: ParameterIndex, ranks: int, without: frozenset[str] = frozenset()) -> BlockTable:
         """Every block of a model but for the parameters in `without`, and the rank that serves it."""
@@ -68,10 +72,7 @@ class Compressor(ABC):
 
     def first_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> int:
         """The index of the first parameter, in registration order, with a bad block; -1 where there is none."""
-        bad = self.is_bad(codes, blocks)
-        if not bool(bad.any()):
-            return -1
-        return int(blocks.parameters[np.flatnonzero(bad.cpu().numpy())].min())
+        return first_bad(self.is_bad(codes, blocks), blocks)
 
 
 def equal_blocks(numel: int, block_size: int) -> list[int]:

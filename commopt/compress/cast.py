@@ -9,7 +9,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from commopt.compress.base import Compressor, equal_blocks
+from commopt.compress.base import Compressor
 from commopt.errors import ConfigError
 from commopt.kernels.reference.runs import bad_runs, corrected, keep_rest_, put_
 from commopt.options import BlockSize, checked_dataclass
@@ -30,20 +30,14 @@ class Cast(Compressor):
     dtype: Annotated[torch.dtype, AfterValidator(_half)] = torch.float16
     block_size: BlockSize = 2048
 
-    def block_lengths(self, numel: int, ranks: int) -> list[int]:
-        return equal_blocks(numel, self.block_size)
-
     def layout(self, blocks: Blocks) -> Layout:
         return ((self.dtype, blocks.elements),)
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, (codes,) in zip(parts, out, strict=True):
-            c = corrected(x, residual, blocks)
-            codes.copy_(c)
-            if residual is not None:
-                keep_rest_(residual, c - codes.float(), ~self.is_bad([codes], blocks), blocks)
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+        c = corrected(x, residual, blocks)
+        codes[0].copy_(c)
+        if residual is not None:
+            keep_rest_(residual, c - codes[0].float(), ~self.is_bad(codes, blocks), blocks)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress.base import Compressor, element_indices
+from commopt.compress.base import Compressor
+from commopt.kernels.reference.runs import element_indices, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Payload
@@ -83,7 +84,7 @@ class ErrorFeedback:
         else:
             payloads = self._encode_with_copy(x, parts)
         bad = [self.compressor.first_bad(p.tensors[1:], blocks) for p, blocks in zip(payloads, parts, strict=True)]
-        first = min((k for k in bad if k >= 0), default=-1)
+        first = first_of(bad)
         for payload in payloads:
             payload.tensors[0].fill_(first)
         return payloads
@@ -115,12 +116,14 @@ class ErrorFeedback:
     def values(self, blocks: Blocks) -> Tensor:
         """(elements of blocks,) f32: the residual of some blocks, end to end."""
         stored = self.residual[self._places(blocks)].float()
-        return stored * self._per_element(self.scales[self._slots(blocks)], blocks) if self.bits == 8 else stored
+        if self.bits != 8:
+            return stored
+        return stored * self.scales[self._slots(blocks)][run_of_element(blocks.lengths, stored.device)]
 
     def set_values(self, values: Tensor, blocks: Blocks) -> None:
         """Overwrite the residual of some blocks; `values` as `values()` gives them."""
         if self.bits == 8:
-            per_element = self._per_element(torch.arange(len(blocks), device=values.device), blocks)
+            per_element = run_of_element(blocks.lengths, values.device)
             largest = torch.zeros(len(blocks), device=values.device)
             largest.scatter_reduce_(0, per_element, values.abs(), "amax")
             scales = largest / 127
@@ -178,11 +181,12 @@ class ErrorFeedback:
     def _slots(self, blocks: Blocks) -> Tensor:
         return torch.from_numpy(np.searchsorted(self._homes, blocks.homes)).to(self.residual.device)
 
-    def _per_element(self, per_block: Tensor, blocks: Blocks) -> Tensor:
-        return per_block.repeat_interleave(torch.from_numpy(blocks.lengths).to(per_block.device))
-
 
 def first_bad_parameter(payloads: Sequence[Payload]) -> int:
     """What the headers of some ranks' messages say: the first bad parameter's index, or -1; the same on all who read the same."""
-    heads = torch.stack([payload.tensors[0][0] for payload in payloads]).tolist()
-    return min((head for head in heads if head >= 0), default=-1)
+    return first_of(torch.stack([payload.tensors[0][0] for payload in payloads]).tolist())
+
+
+def first_of(found: Iterable[int]) -> int:
+    """The lowest index of a bad parameter, or -1 where all are -1."""
+    return min((k for k in found if k >= 0), default=-1)

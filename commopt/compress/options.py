@@ -46,8 +46,6 @@ class SignOptions(NoOptions):
 
 @options
 class ResidualOptions(NoOptions):
-    """How a residual is kept."""
-
     residual_bits: ResidualBits = 32
     residual_decay: Share = 1.0
 

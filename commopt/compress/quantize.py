@@ -15,7 +15,7 @@ from pydantic import Field, Strict
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor, equal_blocks
+from commopt.compress.base import Compressor
 from commopt.options import BlockSize, Flag, checked_dataclass
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout
@@ -26,15 +26,8 @@ class BlockScaled(Compressor):
 
     kind: ClassVar[str]
     levels: int
-    block_size: int | None
-
-    @property
-    def code_bits(self) -> int:
-        """Bits per element, from 2 to 8."""
-        return 8
-
-    def block_lengths(self, numel: int, ranks: int) -> list[int]:
-        return equal_blocks(numel, self.block_size or max(numel, 1))
+    code_bits = 8  # for each element, from 2 to 8
+    has_l2_norm = False  # the norm is the block's L2 norm, and not its largest magnitude
 
     def layout(self, blocks: Blocks) -> Layout:
         return (
@@ -42,19 +35,11 @@ class BlockScaled(Compressor):
             (torch.uint8, int(((blocks.lengths * self.code_bits + 7) // 8).sum())),
         )
 
-    @property
-    def has_l2_norm(self) -> bool:
-        """The norm is the block's L2 norm, and not its largest magnitude."""
-        return False
-
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
         how = {"squared": self.has_l2_norm, "stochastic": self.stochastic}
-        for blocks, (scales, codes) in zip(parts, out, strict=True):
-            kernels.of("quantize", x.device).compress_(
-                x, residual, blocks, scales, codes, kind=self.kind, levels=self.levels, bits=self.code_bits, **how
-            )
+        kernels.of("quantize", x.device).compress_(
+            x, residual, blocks, *codes, kind=self.kind, levels=self.levels, bits=self.code_bits, **how
+        )
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
@@ -63,9 +48,6 @@ class BlockScaled(Compressor):
         kernels.of("quantize", out.device).decompress_(
             packed, scales, blocks, out, kind=self.kind, bits=self.code_bits, alpha=alpha, add=add
         )
-
-    def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
-        return ~codes[0].isfinite()
 
 
 class EvenLevels(BlockScaled):
@@ -77,7 +59,7 @@ class EvenLevels(BlockScaled):
     kind = "levels"
 
     @property
-    def code_bits(self) -> int:
+    def code_bits(self) -> int:  # type: ignore[override]
         return bits_of(self.levels)
 
 
@@ -113,7 +95,7 @@ class QSGDLevels(EvenLevels):
     norm: Literal["l2", "max"] = "l2"
 
     @property
-    def has_l2_norm(self) -> bool:
+    def has_l2_norm(self) -> bool:  # type: ignore[override]
         return self.norm == "l2"
 
 

@@ -28,26 +28,17 @@ class BlockSign(Compressor):
 
     block_size: BlockSize = 2048
 
-    def block_lengths(self, numel: int, ranks: int) -> list[int]:
-        return equal_blocks(numel, self.block_size)
-
     def layout(self, blocks: Blocks) -> Layout:
         return ((torch.float32, len(blocks)), (torch.uint8, blocks.sign_bytes))
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, (scales, bits) in zip(parts, out, strict=True):
-            kernels.of("signs", x.device).compress_signs_(x, residual, blocks, scales, bits, squared=False)
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+        kernels.of("signs", x.device).compress_signs_(x, residual, blocks, *codes, squared=False)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
     ) -> None:
         scales, bits = codes
         kernels.of("signs", out.device).unpack_signs_(bits, scales, blocks, out, alpha=alpha, add=add)
-
-    def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
-        return ~codes[0].isfinite()
 
 
 @checked_dataclass
@@ -93,7 +84,7 @@ class TensorSign(BlockSign):
         )
         for blocks, (scales, bits), own in zip(parts, out, of_block, strict=True):
             scales.copy_(torch.from_numpy(own))
-            kernel.pack_signs_(x, residual, blocks, scales, bits)
+            kernel.compress_signs_(x, residual, blocks, scales, bits, squared=None)
 
 
 @checked_dataclass

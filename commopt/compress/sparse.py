@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -13,96 +12,25 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor, equal_blocks
+from commopt.compress.base import Compressor
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all_
-from commopt.kernels.reference.runs import (
-    bad_runs,
-    bits_of_bytes,
-    bytes_of_bits,
-    corrected,
-    element_indices,
-    keep_rest_,
-    run_of_element,
-)
+from commopt.kernels.reference import runs
 from commopt.options import BlockSize, Flag, Positive, Share, checked_dataclass
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Layout
 
 _LEVELS = 127
+_Chosen = tuple[Int64Array, Tensor, Tensor, Tensor]
 _VALUE_DTYPES = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}
-
-
-@dataclass(frozen=True)
-class Values:
-    """How chosen values travel: as float32, or with one float32 scale per block as float16, int8 or signs.
-
-    bits: 32, 16 (v / max|v|), 8 (127 v / max|v|, rounded) or 1 (the sign, times mean|v|). A bad block is marked by NaN:
-    its values with 32 bits, its scale otherwise.
-    """
-
-    bits: int
-
-    def sizes(self, ks: Int64Array) -> Int64Array:
-        """(B,) elements that each block's values travel as."""
-        return (ks + 7) // 8 if self.bits == 1 else ks
-
-    def layout(self, ks: Int64Array) -> Layout:
-        values = (_VALUE_DTYPES[self.bits], int(self.sizes(ks).sum()))
-        return (values,) if self.bits == 32 else ((torch.float32, len(ks)), values)
-
-    def encode(self, values: Tensor, ks: Int64Array, good: Tensor) -> list[Tensor]:
-        """values: (sum ks,) f32; good: (B,) bool. The tensors of `layout`."""
-        counts = torch.from_numpy(ks).to(values.device)
-        if self.bits == 32:
-            return [torch.where(good.repeat_interleave(counts), values, math.nan)]
-        block = run_of_element(ks, values.device)
-        size = values.abs().nan_to_num(0.0, 0.0)
-        if self.bits == 1:
-            scales = torch.zeros(len(ks), dtype=torch.float64, device=values.device).index_add_(0, block, size.double())
-            scales = (scales / counts.clamp(min=1)).float()
-            unpacked = torch.zeros(int(self.sizes(ks).sum()) * 8, dtype=torch.uint8, device=values.device)
-            unpacked[self._bit_places(ks, values.device)] = (values >= 0).to(torch.uint8)
-            codes = bytes_of_bits(unpacked, first_is_lowest=True)
-        else:
-            scales = torch.zeros(len(ks), device=values.device).scatter_reduce_(0, block, size, "amax")
-            ratio = values / torch.where(scales > 0, scales, 1.0)[block]
-            codes = ratio.half() if self.bits == 16 else (ratio.nan_to_num(0.0) * _LEVELS).round().to(torch.int8)
-        return [torch.where(good, scales, math.nan), codes]
-
-    def decode(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
-        """(sum ks,) f32"""
-        if self.bits == 32:
-            return codes[0]
-        scales, values = codes[:2]
-        scales = scales.repeat_interleave(torch.from_numpy(ks).to(scales.device))
-        if self.bits == 1:
-            bits = bits_of_bytes(values, first_is_lowest=True)[self._bit_places(ks, values.device)]
-            return torch.where(bits.bool(), scales, -scales)
-        return values.float() * (scales if self.bits == 16 else scales / _LEVELS)
-
-    def is_bad(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
-        return bad_runs(codes[0], ks) if self.bits == 32 else ~codes[0].isfinite()
-
-    def _bit_places(self, ks: Int64Array, device: torch.device) -> Tensor:
-        return element_indices(8 * (np.cumsum(self.sizes(ks)) - self.sizes(ks)), ks, device)
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """ks: (B,) how many elements of each block travel. indices: (sum ks,) i64 within their blocks, values: theirs. good: (B,) bool."""
-
-    ks: Int64Array
-    indices: Tensor
-    values: Tensor
-    good: Tensor
 
 
 @checked_dataclass
 class _Sparse(Compressor):
     """What the sparse codecs share: some elements of each block, the rest stays in the residual.
 
-    value_bits: 32, 16, 8 or 1 for each value; what rounding loses stays in the residual.
+    value_bits: 32 for float32, or with one float32 scale per block 16 (v / max|v|), 8 (127 v / max|v|, rounded) or 1 (the sign,
+    times mean|v|); what rounding loses stays in the residual. A bad block is marked by NaN: its values with 32 bits, else its scale.
     block_size: a multiple of 8, or None for whole parameters.
     """
 
@@ -110,13 +38,12 @@ class _Sparse(Compressor):
     value_bits: Literal[32, 16, 8, 1] = 16
     block_size: BlockSize | None = None
 
-    @property
-    def values(self) -> Values:
-        return Values(self.value_bits)
-
     @abstractmethod
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
-        """Which elements of c = x + residual travel; residual <- c in good blocks."""
+        """Which elements of c = x + residual travel; residual <- c in good blocks.
+
+        Returns ks (B,), how many of each block; (sum ks,) i64 their indices within their blocks; their values; and (B,) bool good.
+        """
 
     @abstractmethod
     def ks_of(self, codes: Sequence[Tensor], blocks: Blocks) -> Int64Array:
@@ -126,32 +53,25 @@ class _Sparse(Compressor):
         """(sum ks,) i64: the places that a message names."""
         return decode_all(codes[-1], blocks.lengths, ks)
 
-    def block_lengths(self, numel: int, ranks: int) -> list[int]:
-        return equal_blocks(numel, self.block_size or max(1, numel))
-
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> list[Tensor]:
-        chosen = self.choose(x, residual, blocks)
-        ks = chosen.ks
-        codes = self.values.encode(chosen.values, ks, chosen.good)
+        ks, indices, values, good = self.choose(x, residual, blocks)
+        codes = self.encode_values(values, ks, good)
         if residual is not None:
-            is_good = chosen.good.repeat_interleave(torch.from_numpy(ks).to(x.device))
-            homes = _element_places(blocks.homes, ks, chosen.indices)[is_good]
-            residual[homes] -= self.values.decode(codes, ks)[is_good]
+            is_good = good.repeat_interleave(torch.from_numpy(ks).to(x.device))
+            homes = runs.places_in(blocks.homes, ks, indices)[is_good]
+            residual[homes] -= self.decode_values(codes, ks)[is_good]
         if self.sends_places:
             places = torch.empty(int(all_index_bytes(blocks.lengths, ks).sum()), dtype=torch.uint8, device=x.device)
-            encode_all_(chosen.indices, blocks.lengths, ks, places)
+            encode_all_(indices, blocks.lengths, ks, places)
             codes.append(places)
         if self.is_ragged:
             counts = torch.from_numpy(ks).to(x.device)
-            codes.insert(0, torch.where(chosen.good, counts, -1 - counts).int())
+            codes.insert(0, torch.where(good, counts, -1 - counts).int())
         return codes
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for blocks, codes in zip(parts, out, strict=True):
-            for target, code in zip(codes, self.encode(x, residual, blocks), strict=True):
-                target.copy_(code)
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+        for target, code in zip(codes, self.encode(x, residual, blocks), strict=True):
+            target.copy_(code)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
@@ -161,8 +81,49 @@ class _Sparse(Compressor):
         if not add:
             for start, n in zip(blocks.starts.tolist(), blocks.lengths.tolist(), strict=True):
                 out[start : start + n] = 0
-        places = _element_places(blocks.starts, ks, indices)  # no two are equal
-        out[places] += self.values.decode(codes[1:] if self.is_ragged else codes, ks) * alpha
+        places = runs.places_in(blocks.starts, ks, indices)  # no two are equal
+        out[places] += self.decode_values(codes[1:] if self.is_ragged else codes, ks) * alpha
+
+    def _sizes(self, ks: Int64Array) -> Int64Array:
+        """(B,) elements that each block's values travel as."""
+        return (ks + 7) // 8 if self.value_bits == 1 else ks
+
+    def values_layout(self, ks: Int64Array) -> Layout:
+        values = (_VALUE_DTYPES[self.value_bits], int(self._sizes(ks).sum()))
+        return (values,) if self.value_bits == 32 else ((torch.float32, len(ks)), values)
+
+    def encode_values(self, values: Tensor, ks: Int64Array, good: Tensor) -> list[Tensor]:
+        """values: (sum ks,) f32; good: (B,) bool. The tensors of `values_layout`."""
+        counts = torch.from_numpy(ks).to(values.device)
+        if self.value_bits == 32:
+            return [torch.where(good.repeat_interleave(counts), values, math.nan)]
+        block = runs.run_of_element(ks, values.device)
+        size = values.abs().nan_to_num(0.0, 0.0)
+        if self.value_bits == 1:
+            scales = torch.zeros(len(ks), dtype=torch.float64, device=values.device).index_add_(0, block, size.double())
+            scales = (scales / counts.clamp(min=1)).float()
+            sizes = self._sizes(ks)
+            codes = runs.packed(values >= 0, 8 * (np.cumsum(sizes) - sizes), ks, int(sizes.sum()), lowest=True)
+        else:
+            scales = torch.zeros(len(ks), device=values.device).scatter_reduce_(0, block, size, "amax")
+            ratio = values / torch.where(scales > 0, scales, 1.0)[block]
+            codes = ratio.half() if self.value_bits == 16 else (ratio.nan_to_num(0.0) * _LEVELS).round().to(torch.int8)
+        return [torch.where(good, scales, math.nan), codes]
+
+    def decode_values(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
+        """(sum ks,) f32"""
+        if self.value_bits == 32:
+            return codes[0]
+        scales, values = codes[:2]
+        scales = scales.repeat_interleave(torch.from_numpy(ks).to(scales.device))
+        if self.value_bits == 1:
+            sizes = self._sizes(ks)
+            bits = runs.unpacked(values, 8 * (np.cumsum(sizes) - sizes), ks, lowest=True)
+            return torch.where(bits.bool(), scales, -scales)
+        return values.float() * (scales if self.value_bits == 16 else scales / _LEVELS)
+
+    def are_bad(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
+        return runs.bad_runs(codes[0], ks) if self.value_bits == 32 else ~codes[0].isfinite()
 
 
 @checked_dataclass
@@ -181,10 +142,10 @@ class _Density(_Sparse):
     def layout(self, blocks: Blocks) -> Layout:
         ks = self.ks(blocks)
         places = ((torch.uint8, int(all_index_bytes(blocks.lengths, ks).sum())),) if self.sends_places else ()
-        return self.values.layout(ks) + places
+        return self.values_layout(ks) + places
 
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
-        return self.values.is_bad(codes, self.ks(blocks))
+        return self.are_bad(codes, self.ks(blocks))
 
 
 @checked_dataclass
@@ -227,15 +188,15 @@ class RandomK(_Density):
 
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
         ks, (places, drawn_from) = self.ks(blocks), self.places(blocks)
-        c = corrected(x, residual, blocks)
-        good = ~bad_runs(c, blocks.lengths)
+        c = runs.corrected(x, residual, blocks)
+        good = ~runs.bad_runs(c, blocks.lengths)
         if residual is not None:
-            keep_rest_(residual, c, good, blocks)
+            runs.keep_rest_(residual, c, good, blocks)
         indices = torch.from_numpy(places).to(x.device)
-        values = c[_element_places(np.cumsum(blocks.lengths) - blocks.lengths, ks, indices)]
+        values = c[runs.places_in(np.cumsum(blocks.lengths) - blocks.lengths, ks, indices)]
         if self.is_unbiased:
             values = values * torch.from_numpy(drawn_from).to(x.device)
-        return _Chosen(ks, indices, values, good)
+        return ks, indices, values, good
 
     def places_of(self, codes: Sequence[Tensor], blocks: Blocks, ks: Int64Array) -> Tensor:
         return torch.from_numpy(self.places(blocks)[0]).to(codes[0].device)
@@ -267,8 +228,4 @@ class Threshold(_Sparse):
 
 def _largest(x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0) -> _Chosen:
     indices, values, good = kernels.of("select", x.device).select_(x, residual, blocks, ks, threshold)
-    return _Chosen(ks, indices, values, torch.from_numpy(good).to(x.device))
-
-
-def _element_places(starts: Int64Array, ks: Int64Array, indices: Tensor) -> Tensor:
-    return indices + torch.from_numpy(np.repeat(starts, ks)).to(indices.device)
+    return ks, indices, values, torch.from_numpy(good).to(x.device)

@@ -1,4 +1,4 @@
-"""What the exchanges of compressed buckets share."""
+"""What the exchanges of compressed buckets share, and the one by an all-gather."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor, element_indices
-from commopt.compress.feedback import ErrorFeedback, Kept
+from commopt.compress.base import Compressor
+from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.exchange.base import Exchange, average_
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import element_indices
 from commopt.wire import noise
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
 from commopt.wire.state import Saved, State
 
 
@@ -37,6 +38,7 @@ class Compressed(Exchange):
         self.dense_names = frozenset(name for name, p in named_parameters if self.stays_dense(name, p))
         self.table = self.compressor.table(self.index, group.size, self.dense_names)
         self.everything = self.table.everything  # what this side will ever compress
+        self.served = self.table.served_by(group.rank)
 
     def declare(self) -> list[State]:
         return [*super().declare(), *self.residual("worker_residual", self.everything, self.index)]
@@ -45,14 +47,23 @@ class Compressed(Exchange):
         super().bound()
         self.worker = self.feedback("worker_residual", self.compressor, self.everything)
 
+    @property
+    def served_index(self) -> ParameterIndex:
+        """The layout of what this rank serves, whose blocks lie parameter after parameter."""
+        return self.index_of(self.served, self.served.lengths)
+
+    def index_of(self, blocks: Blocks, numbers: Int64Array | None) -> ParameterIndex:
+        """The layout of state that has so many numbers for each block; one if None."""
+        numels = np.bincount(blocks.parameters, numbers, len(self.index.names)).astype(np.int64)
+        return ParameterIndex(self.index.names, tuple(numels.tolist()))
+
     def residual(self, name: str, blocks: Blocks, index: ParameterIndex) -> list[State]:
         """The state of one side's residual: its elements, and in 8 bits a scale for each block."""
         if not self.kept.bits:
             return []
         found = [State(name, index=index, held="rank", on_resize="own", dtype=self.kept.dtype)]
         if self.kept.bits == 8:
-            counts = np.bincount(blocks.parameters, minlength=len(self.index.names))
-            scales = ParameterIndex(self.index.names, tuple(counts.tolist()))
+            scales = self.index_of(blocks, None)
             found.append(State(f"{name}_scales", index=scales, held="rank", on_resize="own"))
         return found
 
@@ -71,7 +82,7 @@ class Compressed(Exchange):
             return blocks
         counts = self.exchanges.numpy()[blocks.parameters]
         rank = 0 if compressor.shares_keys else self.rank
-        return blocks.with_keys(noise.keys(self.seed, purpose, rank, counts, blocks.homes))
+        return blocks.having(keys=noise.keys(self.seed, purpose, rank, counts, blocks.homes))
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
         """Clear the residual of parameters whose time has come by `reset_every`, at the end of an exchange that is not void."""
@@ -82,6 +93,16 @@ class Compressed(Exchange):
             due = np.flatnonzero((counts[blocks.parameters] + 1) % self.kept.reset_every == 0)
             if len(due):
                 feedback.clear(blocks.only(due))
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        if group.size == 1:
+            self.exchange_alone(bucket)
+        elif self.average_dense(bucket, group) and len(self.table.all_of(bucket)):
+            self.exchange_blocks(bucket, self.table.all_of(bucket), group)
+
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        """Exchange the blocks of a bucket, of which there are some, between two ranks or more; the rest has been averaged."""
+        raise NotImplementedError
 
     def average_dense(self, bucket: Bucket, group: Group) -> bool:
         """Average the parameters that are not compressed, exactly; False if that made the bucket void."""
@@ -105,10 +126,11 @@ class Compressed(Exchange):
         """Every new rank takes the mean of what the old ranks still had to send: the update depends on residuals only through it."""
         super().resize(every)
         if self.kept.bits:
-            self._set_worker_residual(self._mean_residual(every))
+            blocks, total = self.keyed(self.everything, self.compressor, "load"), self.unsent(every)
+            self.worker.set_values(total[element_indices(blocks.homes, blocks.lengths, self.device)], blocks)
 
-    def _mean_residual(self, every: Sequence[Saved]) -> Tensor:
-        """(total,) f32"""
+    def unsent(self, every: Sequence[Saved]) -> Tensor:
+        """(total,) f32: what the ranks of another world still had to send, as a mean over them."""
         total = torch.zeros(self.index.total, device=self.device, dtype=torch.float32)
         table = self.compressor.table(self.index, len(every), self.dense_names)
         places = element_indices(table.everything.homes, table.everything.lengths, self.device)
@@ -116,9 +138,27 @@ class Compressed(Exchange):
             total[places] += self.worker.dense(saved["rank"], "worker_residual", table.everything)
         return total / len(every)
 
-    def _set_worker_residual(self, total: Tensor) -> None:
-        blocks = self.keyed(self.everything, self.compressor, "load")
-        self.worker.set_values(total[element_indices(blocks.homes, blocks.lengths, self.device)], blocks)
-
     def _void(self, bucket: Bucket, bad: int) -> None:
         bucket.void = self.index.names[bad]
+
+
+class GatherMean(Compressed):
+    """The mean of every rank's compressed bucket, by all-gather: (N-1) payloads, for codecs that cannot be summed on the way."""
+
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        blocks = self.keyed(blocks, self.compressor)
+        own = self.worker.compress(bucket.flat, [blocks])
+        gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
+        bad = first_bad_parameter(gathered)
+        if bad >= 0:
+            self.worker.undo(bucket.flat, own, [blocks])
+            return self._void(bucket, bad)
+        for name, x in bucket.views():
+            if name not in self.dense_names:
+                x.zero_()
+        for payload in gathered:
+            self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
+        return self.forget(self.worker, [blocks])
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return (ranks - 1) * self.compressor.bytes_per_element(ranks)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress.base import Compressor, element_indices
+from commopt.compress.base import Compressor
 from commopt.compress.feedback import Kept, first_bad_parameter
 from commopt.errors import ConfigError
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex, Parts
+from commopt.kernels.reference.runs import element_indices
+from commopt.wire.bucket import Blocks, Bucket, Parts
 from commopt.wire.state import Saved, State
 
 
@@ -47,16 +47,9 @@ class TwoWayMean(Compressed):
             )
         self.merges_buckets = getattr(compressor, "merges_buckets", False)
 
-    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
-        super().lay_out(named_parameters, group)
-        self.served = self.table.served_by(group.rank)
-
     def declare(self) -> list[State]:
-        # the blocks that this rank serves lie parameter after parameter
-        numels = np.bincount(self.served.parameters, self.served.lengths, len(self.index.names)).astype(np.int64)
-        index = ParameterIndex(self.index.names, tuple(numels.tolist()))
         factors = State("factors", of="parameter", initial=0.0)  # 0 stands for none
-        return [*super().declare(), *self.residual("server_residual", self.served, index), factors]
+        return [*super().declare(), *self.residual("server_residual", self.served, self.served_index), factors]
 
     def bound(self) -> None:
         super().bound()
@@ -71,14 +64,8 @@ class TwoWayMean(Compressed):
     def factors(self, factors: Tensor) -> None:
         self.state["factors"].copy_(factors)
 
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        if group.size == 1:
-            return self.exchange_alone(bucket)
-        if not self.average_dense(bucket, group):
-            return None
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         parts = self.table.parts(bucket)
-        if not any(len(blocks) for blocks in parts.by_owner):
-            return None
         by_owner = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
         served, answered = self._served(parts, by_owner)
         self._multiply(bucket)
@@ -111,8 +98,8 @@ class TwoWayMean(Compressed):
         answered = self.keyed(served, self.server_compressor, "server")
         if self.server_compressor.shares_keys:
             keys = self.keyed(parts.by_owner[self.rank], self.server_compressor, "server").keys
-            answered = answered.with_keys(keys)
-        return (served.with_keys(by_owner[self.rank].keys) if self.compressor.shares_keys else served), answered
+            answered = answered.having(keys=keys)
+        return (served.having(keys=by_owner[self.rank].keys) if self.compressor.shares_keys else served), answered
 
     def _multiply(self, bucket: Bucket, *, inverse: bool = False) -> None:
         factors = self.factors
@@ -131,15 +118,12 @@ class TwoWayMean(Compressed):
     def state_form(self) -> str:
         return f"{super().state_form}, {self.server_compressor}"
 
-    def resize(self, every: Sequence[Saved]) -> None:
-        super().resize(every)
-        if not self.kept.bits:
-            return
-        total = self._mean_residual(every)
+    def unsent(self, every: Sequence[Saved]) -> Tensor:
+        total = super().unsent(every)
         old = self.compressor.table(self.index, len(every), self.dense_names)
         for rank, saved in enumerate(every):
             blocks, served = old.at_home(rank), old.served_by(rank)
             places = element_indices(blocks.starts, blocks.lengths, self.device)
             total[places] += self.server.dense(saved["rank"], "server_residual", served)
-        self._set_worker_residual(total)
         self.state["server_residual"].zero_()
+        return total

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import equal_blocks
-from commopt.compress.feedback import first_bad_parameter
+from commopt.compress.feedback import first_bad_parameter, first_of
 from commopt.errors import AttachError
 from commopt.exchange.base import Exchange, first_bad, is_finite
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import first_bad as first_bad_block
 from commopt.kernels.reference.votes import coin_bits, count_votes
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, Bucket
@@ -89,15 +90,14 @@ class SignVote(Exchange):
 
     def _ballots(self, x: Tensor, by_owner: Sequence[Blocks], rank: int) -> list[Payload]:
         """One for each owner: the index of the first parameter with a NaN or an inf, or -1, and a bit per element."""
-        ballots, first = [], len(self.index.names)
+        ballots, bad = [], []
         for blocks in by_owner:
             ballot = Payload.allocate(((torch.int32, 1), (torch.uint8, blocks.sign_bytes)), x.device)
             is_bad = kernels.of("votes", x.device).pack_votes_(x, *self._coins("zero", rank, blocks), ballot.tensors[1])
-            if bool(is_bad.any()):
-                first = min(first, int(blocks.parameters[is_bad.cpu().numpy()].min()))
+            bad.append(first_bad_block(is_bad, blocks))
             ballots.append(ballot)
         for ballot in ballots:
-            ballot.tensors[0].fill_(first if first < len(self.index.names) else -1)
+            ballot.tensors[0].fill_(first_of(bad))
         return ballots
 
     def _count(self, rows: list[Tensor], blocks: Blocks) -> Payload:
@@ -113,4 +113,4 @@ class SignVote(Exchange):
         """The blocks with their keys, and (B,) u8: 255 where it is the second toss with this key, which is the opposite."""
         counts = self.exchanges.numpy()[blocks.parameters]
         keys = noise.keys(self.seed, purpose, rank, counts // 2, blocks.homes)
-        return blocks.with_keys(keys), np.where(counts % 2 == 1, 255, 0).astype(np.uint8)
+        return blocks.having(keys=keys), np.where(counts % 2 == 1, 255, 0).astype(np.uint8)

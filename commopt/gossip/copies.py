@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from commopt.gossip.loop import Exchanged
 from commopt.gossip.messages import Message
 from commopt.groups.peers import KEPT, Letter, Peers
 from commopt.wire.bucket import ParameterIndex
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Payload, checksum
 from commopt.wire.state import Saved, State, Stateful
 
 _HEADER = 3  # i64: whether this is a full message, the checksum of the copy that it changes, whether the sender wants a full one
@@ -106,7 +105,7 @@ class PublicCopies(Stateful):
         if self._start is None:
             return
         start, self._start = self._start, None
-        mark = _checksum(start)
+        mark = checksum(start)
         for pair in self.pairs.values():
             pair.mine.copy_(start)
             pair.theirs.copy_(start)
@@ -135,14 +134,14 @@ class PublicCopies(Stateful):
         if is_full:
             payload = Payload.of(header, x)
             pair.mine.copy_(x)
-            pair.marks[0] = _checksum(_body(payload).buffer)
+            pair.marks[0] = checksum(_body(payload).buffer)
         else:
             codes = self.message.pack(x - pair.mine, number)
             payload = Payload.of(header, *codes.tensors)
             change = self.message.unpack(_body(payload), number)  # as the peer will
             if change is not None:
                 pair.mine.add_(change, alpha=self.scale)
-            pair.marks[0] = _checksum(_body(payload).buffer, base)
+            pair.marks[0] = checksum(_body(payload).buffer, base)
         pair.marks[2] = 0
         return payload
 
@@ -167,7 +166,7 @@ class PublicCopies(Stateful):
             if change is not None:
                 pair.theirs.add_(change, alpha=self.scale)
         if is_good:
-            pair.marks[1] = _checksum(body.buffer, base)
+            pair.marks[1] = checksum(body.buffer, base)
         pair.marks[3] = 0 if is_good else 1
         return is_good
 
@@ -215,7 +214,3 @@ def consensus_step(message: Message, delta: float) -> float:
 def _body(payload: Payload) -> Payload:
     """What follows the header."""
     return Payload(payload.buffer[8 * _HEADER :], payload.layout[1:])
-
-
-def _checksum(x: Tensor, start: int = 0) -> int:
-    return zlib.crc32(cast(Any, x.contiguous().view(torch.uint8).numpy()), start)

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from commopt.errors import ConfigError
+from commopt.errors import check_option
 from commopt.gossip.messages import Message
+from commopt.groups.base import summed
 from commopt.groups.peers import Peers
 from commopt.method import Method, NoOptions, options
 from commopt.options import Count, Flag, Positive, Whole
@@ -42,8 +43,6 @@ class Round:
 
 @options
 class OuterOptions(NoOptions):
-    """What every outer method takes."""
-
     every: Count = 50
     delay: Annotated[Whole, Field(ge=0)] = 0
     timeout_s: Positive = 20.0
@@ -51,17 +50,12 @@ class OuterOptions(NoOptions):
     seed: Whole = 0
 
     def __post_init__(self) -> None:
-        if self.delay > self.every:
-            raise ConfigError(
-                f"delay: {self.delay!r} is out of range; write a whole number from 0 to every, {self.every}"
-            )
+        check_option("delay", self.delay, lambda n: n <= self.every, f"a whole number from 0 to every, {self.every}")
 
 
 @options
 class MessageOptions(OuterOptions):
-    """What outer methods with compressed messages take: see `Message`."""
-
-    message: Any = None
+    message: Any = None  # see `Message`
 
 
 class OuterMethod(Method):
@@ -166,8 +160,4 @@ class OuterMethod(Method):
 
 def mean_of(by_rank: Mapping[int, Tensor]) -> Tensor:
     """The mean, summed in the order of ranks."""
-    first, *others = (by_rank[rank] for rank in sorted(by_rank))
-    total = first.clone()
-    for x in others:
-        total += x
-    return total.div_(len(by_rank)) if others else total
+    return summed([by_rank[rank] for rank in sorted(by_rank)]).div_(len(by_rank))

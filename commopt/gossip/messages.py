@@ -66,8 +66,10 @@ class Message(Stateful):
         if self.compressor is None:
             fits = payload.layout == ((torch.float32, self.index.total),) and is_finite(payload.tensors[0])
             return payload.tensors[0] if fits else None
-        blocks = self._blocks(sequence)
-        if not self._fits(payload, blocks) or int(payload.tensors[0]) >= 0:
+        blocks, layout = self._blocks(sequence), payload.layout
+        is_ragged = self.compressor.is_ragged
+        fits = len(layout) > 1 if is_ragged else layout == _HEADER + self.compressor.layout(blocks)
+        if not fits or layout[:1] != _HEADER or int(payload.tensors[0]) >= 0:
             return None
         out = torch.zeros(self.index.total, dtype=torch.float32)
         try:
@@ -84,19 +86,11 @@ class Message(Stateful):
     def bytes_per_element(self) -> float:
         return 4.0 if self.compressor is None else self.compressor.bytes_per_element()
 
-    def _fits(self, payload: Payload, blocks: Blocks) -> bool:
-        """Whether a payload has the layout of these blocks' codes; of ragged ones, whether it has a header."""
-        assert self.compressor is not None
-        if self.compressor.is_ragged:
-            return len(payload.layout) > 1 and payload.layout[:1] == _HEADER
-        return payload.layout == _HEADER + self.compressor.layout(blocks)
-
     def _blocks(self, sequence: int) -> Blocks:
-        """All blocks, with a message's random keys."""
         blocks = self._everything
         assert self.compressor is not None
         if not self.compressor.stochastic:
             return blocks
         rank = 0 if self.compressor.shares_keys else self.rank
         counts = np.full(len(blocks), sequence, dtype=np.int64)
-        return blocks.with_keys(noise.keys(self.seed, "message", rank, counts, blocks.homes))
+        return blocks.having(keys=noise.keys(self.seed, "message", rank, counts, blocks.homes))

@@ -7,7 +7,6 @@ stochastic gradient push (arXiv:1811.10792). Nothing here communicates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,54 +19,28 @@ F64 = NDArray[np.float64]
 TopologyName = Literal["ring", "one_peer_exp", "alternating_exp_ring", "complete"]
 
 
-@dataclass(frozen=True)
-class Edge:
-    """Ranks that mix in one round: x_i <- weight x_i + share * sum of x_j over the other members (arXiv:2410.11998).
-
-    members: sorted ranks. weight: of a member's own parameters.
-    """
-
-    members: tuple[int, ...]
-    weight: float
-
-    @property
-    def share(self) -> float:
-        """What the parameters of each other member count: (1 - weight) / (n - 1), and 0 where there is no other."""
-        return (1 - self.weight) / (len(self.members) - 1) if len(self.members) > 1 else 0.0
+Round = tuple[
+    tuple[int, ...], ...
+]  # groups of ranks, sorted, that average in one round; a rank in none of them sits it out
 
 
-Rounds = tuple[tuple[Edge, ...], ...]
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Rounds of edges, repeated without end; a rank in no edge of a round sits it out, and none is in two."""
-
-    ranks: int
-    rounds: Rounds
-
-    def edge(self, round: int, rank: int) -> Edge | None:
-        """The edge of this rank in this round, counted modulo the period; None: the rank sits the round out."""
-        return next((edge for edge in self.rounds[round % len(self.rounds)] if rank in edge.members), None)
-
-    def mixing_matrix(self, round: int) -> F64:
-        """(N, N) float64: row i says what each rank's parameters count in rank i's after this round."""
-        matrix = np.eye(self.ranks)
-        for edge in self.rounds[round % len(self.rounds)]:
-            matrix[np.ix_(edge.members, edge.members)] = edge.share
-            matrix[edge.members, edge.members] = edge.weight
-        return matrix
-
-
-def make_topology(name: str, ranks: int, slots: int = 1) -> Topology:
-    """A topology by name; on a single rank each of them is one round without an edge.
+def make_topology(name: str, ranks: int, slots: int = 1) -> tuple[Round, ...]:
+    """The rounds of a topology by name, repeated without end; on a single rank each topology is one round without a group.
 
     complete: all ranks average in every round. ring: pairs of neighbours; with an odd number of ranks one sits out in turn.
     one_peer_exp: rank j pairs with j XOR 2^k. alternating_exp_ring: the same between nodes, alternating with averages inside them.
     slots: ranks on a node, of consecutive numbers; only alternating_exp_ring looks at it.
     Raises ConfigError for a number of ranks that the topology has no rounds for.
     """
-    return Topology(ranks, _BUILDERS[name](ranks, slots) if ranks > 1 else ((),))
+    return _BUILDERS[name](ranks, slots) if ranks > 1 else ((),)
+
+
+def mixing_matrix(round: Round, ranks: int) -> F64:
+    """(N, N) float64: row i says what each rank's parameters count in rank i's after a round (arXiv:2410.11998)."""
+    matrix = np.eye(ranks)
+    for members in round:
+        matrix[np.ix_(members, members)] = 1 / len(members)
+    return matrix
 
 
 def random_groups(ranks: int, size: int, seed: int, round: int) -> list[tuple[int, ...]]:
@@ -96,21 +69,22 @@ def directed_exponential(ranks: int, round: int, rank: int) -> int:
     return int((rank + 2 ** (round % (ranks - 1).bit_length())) % ranks)
 
 
-def _complete(ranks: int, slots: int) -> Rounds:
-    return ((Edge(tuple(range(ranks)), 1 / ranks),),)
+def _complete(ranks: int, slots: int) -> tuple[Round, ...]:
+    return ((tuple(range(ranks)),),)
 
 
-def _ring(ranks: int, slots: int) -> Rounds:
+def _ring(ranks: int, slots: int) -> tuple[Round, ...]:
     """Even rounds pair (2k, 2k + 1), odd ones (2k, 2k - 1); an odd number of ranks has N rounds, and rank r - 1 sits round r out.
 
     The ranks after the one that sits out pair up along the ring, so in N rounds each sits out once, each edge is used (N - 1) / 2
     times, and a rank still turns to its other neighbour from round to round.
     """
     period = 2 if ranks % 2 == 0 else ranks
-    return tuple(tuple(_pair(r + k, r + k + 1, ranks) for k in range(0, ranks - 1, 2)) for r in range(period))
+    pairs = [[((r + k) % ranks, (r + k + 1) % ranks) for k in range(0, ranks - 1, 2)] for r in range(period)]
+    return tuple(tuple((min(pair), max(pair)) for pair in round) for round in pairs)
 
 
-def _one_peer_exp(ranks: int, slots: int) -> Rounds:
+def _one_peer_exp(ranks: int, slots: int) -> tuple[Round, ...]:
     """Rank j pairs with j XOR 2^k, which is a perfect matching where j + 2^k mod N is not, so log2 N rounds average exactly."""
     if not _is_power_of_two(ranks):
         below = 1 << ranks.bit_length() - 1
@@ -119,10 +93,10 @@ def _one_peer_exp(ranks: int, slots: int) -> Rounds:
             f"start {below} or {2 * below} of them, or write ring or complete, which work with any number"
         )
     hops = [1 << k for k in range(ranks.bit_length() - 1)]
-    return tuple(tuple(Edge((j, j | hop), 0.5) for j in range(ranks) if not j & hop) for hop in hops)
+    return tuple(tuple((j, j | hop) for j in range(ranks) if not j & hop) for hop in hops)
 
 
-def _alternating_exp_ring(ranks: int, slots: int) -> Rounds:
+def _alternating_exp_ring(ranks: int, slots: int) -> tuple[Round, ...]:
     """Two rounds for each hop 2^k between nodes: even pairs of nodes average inside each node first, odd ones over both first.
 
     So about half of the pairs use the network at any time. A node of one rank has nothing to average inside: one_peer_exp.
@@ -140,15 +114,15 @@ def _alternating_exp_ring(ranks: int, slots: int) -> Rounds:
         return _complete(ranks, slots)
     rounds = []
     for matching in _one_peer_exp(nodes, slots):
-        inside = [[_average(node, slots=slots) for node in pair.members] for pair in matching]
-        over_both = [[_average(*pair.members, slots=slots)] for pair in matching]
+        inside = [[_ranks_of(node, slots=slots) for node in pair] for pair in matching]
+        over_both = [[_ranks_of(*pair, slots=slots)] for pair in matching]
         for turn in range(2):
             halves = [(inside, over_both)[(turn + k) % 2][k] for k in range(len(matching))]
-            rounds.append(tuple(edge for edges in halves for edge in edges))
+            rounds.append(tuple(group for groups in halves for group in groups))
     return tuple(rounds)
 
 
-_BUILDERS: Mapping[str, Callable[[int, int], Rounds]] = {
+_BUILDERS: Mapping[str, Callable[[int, int], tuple[Round, ...]]] = {
     "complete": _complete,
     "ring": _ring,
     "one_peer_exp": _one_peer_exp,
@@ -156,15 +130,8 @@ _BUILDERS: Mapping[str, Callable[[int, int], Rounds]] = {
 }
 
 
-def _pair(a: int, b: int, ranks: int) -> Edge:
-    first, second = sorted((a % ranks, b % ranks))
-    return Edge((first, second), 0.5)
-
-
-def _average(*nodes: int, slots: int) -> Edge:
-    """The plain average over all ranks of these nodes."""
-    members = tuple(node * slots + slot for node in sorted(nodes) for slot in range(slots))
-    return Edge(members, 1 / len(members))
+def _ranks_of(*nodes: int, slots: int) -> tuple[int, ...]:
+    return tuple(node * slots + slot for node in sorted(nodes) for slot in range(slots))
 
 
 def _permutation(ranks: int, seed: int, purpose: str, count: int) -> list[int]:

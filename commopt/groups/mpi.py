@@ -11,6 +11,7 @@ import termios
 import time
 from array import array
 from collections.abc import Callable
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from commopt.errors import GroupError, MissingExtra, check_option
-from commopt.groups.base import BufferGroup, Traffic
+from commopt.groups.base import BufferGroup, Traffic, summed
 
 try:
     from mpi4py import MPI
@@ -33,7 +34,6 @@ except RuntimeError as missing:
 
 _LOOKS, _PAUSE_S = 50, 5e-5  # MPI works only while it is looked at; the pause leaves the core to other ranks
 _unfinished: list[Any] = []  # exchanges that were given up, whose memory the library may still read and write
-_ends_jobs = False
 
 
 class MPIGroup(BufferGroup):
@@ -73,9 +73,7 @@ class MPIGroup(BufferGroup):
         parts = host.new_empty(self.size, sizes[self.rank] // x.element_size())
         received = [_bytes(parts), [sizes[self.rank]] * self.size, MPI.BYTE]
         self._finish("all_reduce", lambda: [self.comm.Ialltoallv([_bytes(host), sizes, MPI.BYTE], received)])
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
+        total = summed(list(parts))
         self._finish("all_reduce", lambda: [self.comm.Iallgatherv(_message(total), [_bytes(host), sizes, MPI.BYTE])])
         if _is_elsewhere(x):
             x.copy_(host)
@@ -152,12 +150,12 @@ def _message(x: Tensor) -> list[Any]:
     return [_bytes(x), x.nbytes, MPI.BYTE]
 
 
+@cache
 def _end_the_job_on_uncaught_errors() -> None:
     """MPI waits at the end of a rank for all others, which wait for this one's next exchange: an exception must end them all."""
-    global _ends_jobs
-    if _ends_jobs or hasattr(sys, "ps1"):  # not where an exception is only the answer to a line that was typed
+    if hasattr(sys, "ps1"):  # not where an exception is only the answer to a line that was typed
         return
-    _ends_jobs, before = True, sys.excepthook
+    before = sys.excepthook
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)

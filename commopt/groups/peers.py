@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from commopt.errors import GroupError
-from commopt.groups.base import Group, Traffic
+from commopt.groups.base import Group, Traffic, summed
 from commopt.wire.payload import Layout, Payload
 
 KEPT = 8  # unread messages of one channel and peer; the newest stay
@@ -163,11 +163,11 @@ class PeerGroup(Group):
         flat = x.detach().reshape(-1)
         if flat.nbytes <= _SMALL:
             gathered = [one.tensors[0] for one in self._exchange([Payload.of(flat)] * self.size)]
-            x.copy_(_sum(gathered).view_as(x))
+            x.copy_(summed(gathered).view_as(x))
             return
         parts = torch.tensor_split(flat, self.size)
         received = self._exchange([Payload.of(part) for part in parts])
-        own = Payload.of(_sum([one.tensors[0] for one in received]))
+        own = Payload.of(summed([one.tensors[0] for one in received]))
         layouts = [((flat.dtype, part.numel()),) for part in parts]
         answers = self._exchange([own] * self.size, layouts)
         x.copy_(torch.cat([one.tensors[0] for one in answers]).view_as(x))
@@ -302,10 +302,3 @@ def call_roll(
         if peer != peers.rank and (peer in cards or peers.is_up(peer)):
             peers.send(peer, f"{channel} roll", sequence, Payload.of(rows), expires_s=timeout_s)
     return Roll(members, {rank: cards[rank] for rank in members})
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total

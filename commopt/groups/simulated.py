@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 from torch import Tensor
 
 from commopt.errors import GroupError
-from commopt.groups.base import Group, Traffic
+from commopt.groups.base import Group, Traffic, summed
 from commopt.groups.simulated_peers import Killed, PostOffice, SimPeers
 from commopt.plan.links import LinkModel, rounds
 from commopt.wire.payload import Layout, Payload
@@ -136,9 +136,7 @@ class SimGroup(Group):
     def all_reduce(self, x: Tensor) -> None:
         parts = self._meet("all_reduce", x.clone(), self._count("all_reduce", x.nbytes))
         _check_alike("all_reduce", parts)
-        x.copy_(parts[0])
-        for part in parts[1:]:
-            x.add_(part)
+        x.copy_(summed(parts))
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         sent = self._count("all_gather", payload.nbytes)

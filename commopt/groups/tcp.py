@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -422,8 +423,6 @@ def listen_anywhere() -> tuple[socket.socket, tuple[str, int]]:
 
 def _address_of(interface: str) -> str | None:
     """The IPv4 address of an interface, or None."""
-    import fcntl
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
@@ -446,22 +445,17 @@ def _read_frame(
     source: socket.socket, route: _Route | None = None, deadline_s: float | None = None
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """One frame; a long body counts as being heard of while it comes in. Without `route`, of a peer still unknown: no body."""
-    magic, head_bytes, body_bytes = _FRAME.unpack(_exactly(source, _FRAME.size, deadline_s))
+    magic, head_bytes, body_bytes = _FRAME.unpack(_filled(source, bytearray(_FRAME.size), deadline_s=deadline_s))
     if magic != _MAGIC or head_bytes > _HEAD_LIMIT or (route is None and body_bytes):
         raise ValueError("this is not a frame")
-    head = json.loads(bytes(_exactly(source, head_bytes, deadline_s)))
+    head = json.loads(_filled(source, bytearray(head_bytes), deadline_s=deadline_s))
     body = torch.empty(body_bytes, dtype=torch.uint8)
-    _fill(source, memoryview(cast(Any, body.numpy())), route, None)
+    _filled(source, body.numpy(), route)
     return head, body
 
 
-def _exactly(source: socket.socket, n: int, deadline_s: float | None) -> bytearray:
-    buffer = bytearray(n)
-    _fill(source, memoryview(buffer), None, deadline_s)
-    return buffer
-
-
-def _fill(source: socket.socket, view: memoryview, route: _Route | None, deadline_s: float | None) -> None:
+def _filled(source: socket.socket, buffer: Any, route: _Route | None = None, deadline_s: float | None = None) -> Any:
+    view = memoryview(buffer)
     while len(view):
         if deadline_s is not None:  # for all of it: one byte now and then keeps nobody's place
             source.settimeout(max(0.01, deadline_s - time.monotonic()))
@@ -471,20 +465,12 @@ def _fill(source: socket.socket, view: memoryview, route: _Route | None, deadlin
         if route is not None:
             route.heard_s = time.monotonic()
         view = view[n:]
+    return buffer
 
 
 def _unacknowledged(connection: socket.socket) -> int:
     """Bytes that the other end has not acknowledged yet."""
-    import fcntl
-
     try:
         return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), _SIOCOUTQ, b"\0" * 4))[0])
     except (OSError, ValueError):
         return 0
-
-
-def local_memberships(ranks: int, *, job: str = "local") -> Sequence[tuple[Membership, socket.socket]]:
-    """Members on this machine's loopback, each with a socket that listens already."""
-    listeners = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in range(ranks)]
-    addresses = tuple(("127.0.0.1", int(one.getsockname()[1])) for one in listeners)
-    return [(Membership(rank, addresses, job), listener) for rank, listener in enumerate(listeners)]

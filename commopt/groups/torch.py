@@ -33,20 +33,19 @@ class TorchGroup(BufferGroup):
         self.device = torch.device("cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu")
 
     @classmethod
-    def like(cls, process_group: dist.ProcessGroup | None = None, timeout: timedelta | None = None) -> TorchGroup:
+    def like(cls, process_group: dist.ProcessGroup | None = None) -> TorchGroup:
         """A new process group of the same ranks and backend, so that its order of calls is nobody else's concern.
 
         Raises GroupError where torch could not bring the ranks of a sub-group together.
         """
         parent = process_group or dist.group.WORLD
-        timeout = timeout or _timeout(parent)
         ranks = dist.get_process_group_ranks(parent)
         everyone = len(ranks) == dist.get_world_size()
         if not everyone:
             _check_group_counts(parent)
         new = dist.new_group(
             None if everyone else ranks,
-            timeout,
+            _timeout(parent),
             dist.get_backend(parent),
             use_local_synchronization=not everyone,
             group_desc="commopt",

@@ -14,14 +14,10 @@ from commopt.wire.bucket import Blocks
 _CPU = torch.device("cpu")
 
 
+@cache
 def of(name: str, device: torch.device) -> ModuleType:
     """The kernels `name` (signs, quantize, select, indices or votes) for this device: numba on the CPU, plain torch elsewhere."""
-    return _module(name, "cpu" if device.type == "cpu" else "reference")
-
-
-@cache
-def _module(name: str, backend: str) -> ModuleType:
-    return importlib.import_module(f"commopt.kernels.{backend}.{name}")
+    return importlib.import_module(f"commopt.kernels.{'cpu' if device.type == 'cpu' else 'reference'}.{name}")
 
 
 @cache

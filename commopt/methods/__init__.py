@@ -2,76 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from commopt.choice import Choice, is_file, keys_beside, read_choice
 from commopt.errors import ConfigError, did_you_mean
 from commopt.method import Method
-from commopt.methods.choco import Choco
-from commopt.methods.decentralized_adam import DecentralizedAdam
-from commopt.methods.demo import DeMo
-from commopt.methods.dense import Dense
-from commopt.methods.dgc import DGC
-from commopt.methods.dice_sgd import DiceSGD
-from commopt.methods.diloco import DiLoCo
-from commopt.methods.distributed_lion import DistributedLion
-from commopt.methods.ef import EF
-from commopt.methods.ef21 import EF21
-from commopt.methods.ef_sign import EFSign
-from commopt.methods.fp16 import FP16
-from commopt.methods.local_sgd import LocalSGD
-from commopt.methods.loco import LoCo
-from commopt.methods.natural import NaturalMean
-from commopt.methods.noloco import NoLoCo
-from commopt.methods.onebit_adam import OnebitAdam
-from commopt.methods.onebit_lamb import OnebitLamb
-from commopt.methods.powersgd import PowerSGD
-from commopt.methods.push_sum import PushSum
-from commopt.methods.qsgd import QSGD
-from commopt.methods.random_k import RandomKMean
-from commopt.methods.signum import Signum
-from commopt.methods.terngrad import TernGrad
-from commopt.methods.threshold import ThresholdMean
-from commopt.methods.top_k import TopKMean
-from commopt.methods.two_way import TwoWay
-from commopt.methods.zero_one_adam import ZeroOneAdam
+from commopt.methods.choco import Choco as Choco
+from commopt.methods.decentralized_adam import DecentralizedAdam as DecentralizedAdam
+from commopt.methods.demo import DeMo as DeMo
+from commopt.methods.dense import Dense as Dense
+from commopt.methods.dgc import DGC as DGC
+from commopt.methods.dice_sgd import DiceSGD as DiceSGD
+from commopt.methods.diloco import DiLoCo as DiLoCo
+from commopt.methods.distributed_lion import DistributedLion as DistributedLion
+from commopt.methods.ef import EF as EF
+from commopt.methods.ef21 import EF21 as EF21
+from commopt.methods.ef_sign import EFSign as EFSign
+from commopt.methods.fp16 import FP16 as FP16
+from commopt.methods.local_sgd import LocalSGD as LocalSGD
+from commopt.methods.loco import LoCo as LoCo
+from commopt.methods.natural import NaturalMean as NaturalMean
+from commopt.methods.noloco import NoLoCo as NoLoCo
+from commopt.methods.onebit_adam import OnebitAdam as OnebitAdam
+from commopt.methods.onebit_lamb import OnebitLamb as OnebitLamb
+from commopt.methods.powersgd import PowerSGD as PowerSGD
+from commopt.methods.push_sum import PushSum as PushSum
+from commopt.methods.qsgd import QSGD as QSGD
+from commopt.methods.random_k import RandomKMean as RandomKMean
+from commopt.methods.signum import Signum as Signum
+from commopt.methods.terngrad import TernGrad as TernGrad
+from commopt.methods.threshold import ThresholdMean as ThresholdMean
+from commopt.methods.top_k import TopKMean as TopKMean
+from commopt.methods.two_way import TwoWay as TwoWay
+from commopt.methods.zero_one_adam import ZeroOneAdam as ZeroOneAdam
 from commopt.options import option_names
-
-__all__ = [
-    "DGC",
-    "EF",
-    "EF21",
-    "FP16",
-    "METHODS",
-    "QSGD",
-    "Choco",
-    "DeMo",
-    "DecentralizedAdam",
-    "Dense",
-    "DiLoCo",
-    "DiceSGD",
-    "DistributedLion",
-    "EFSign",
-    "LoCo",
-    "LocalSGD",
-    "NaturalMean",
-    "NoLoCo",
-    "OnebitAdam",
-    "OnebitLamb",
-    "PowerSGD",
-    "PushSum",
-    "RandomKMean",
-    "Signum",
-    "TernGrad",
-    "ThresholdMean",
-    "TopKMean",
-    "TwoWay",
-    "ZeroOneAdam",
-    "build",
-    "resolve",
-]
 
 METHODS: Mapping[str, type[Method]] = {
     method.name: method
@@ -84,8 +50,8 @@ METHODS: Mapping[str, type[Method]] = {
 }
 
 
-def resolve(choice: Method | type[Method] | Choice, **options: Any) -> Method:
-    """The method that a choice names, with its options checked.
+def build(choice: Method | type[Method] | Choice, **options: Any) -> Method:
+    """Make a method by name, block or file; `commopt.attach` then puts it into a training script, and takes choices as well.
 
     choice: a name ("dgc", or "two_way(sign, int8)"), a `method:` block ({"name": "dgc", "density": 0.001}), the path of a YAML or JSON file
         that holds one, a `Method` class, or a `Method`, which is returned as it is. options: in addition to the choice's own.
@@ -104,8 +70,11 @@ def resolve(choice: Method | type[Method] | Choice, **options: Any) -> Method:
     name, chosen = read_choice(choice)
     try:
         kind, named = _find(name)
-        if is_file(choice):
-            _check_beside(kind, keys_beside(choice))  # type: ignore[arg-type]  # a path
+        for key in keys_beside(choice) if is_file(choice) else ():  # type: ignore[arg-type]  # a path
+            if key in option_names(kind.Options):
+                raise ConfigError(
+                    f"{key}: stands beside the block of {kind.name}, where it has no effect; write it into the block"
+                )
         for key in named:
             if key in {**chosen, **options}:
                 raise ConfigError(f"method {name}: {key}: is named in the brackets already; leave one out")
@@ -116,20 +85,7 @@ def resolve(choice: Method | type[Method] | Choice, **options: Any) -> Method:
         raise
 
 
-def build(choice: Choice, **options: Any) -> Method:
-    """Make a method by name, block or file; `commopt.attach` then puts it into a training script, and takes choices as well.
-
-    Raises ConfigError for an unknown name or option, or a value out of range.
-    """
-    return resolve(choice, **options)
-
-
-def _check_beside(kind: type[Method], keys: Sequence[str]) -> None:
-    for key in keys:
-        if key in option_names(kind.Options):
-            raise ConfigError(
-                f"{key}: stands beside the block of {kind.name}, where it has no effect; write it into the block"
-            )
+resolve = build  # of what may be a method already
 
 
 def _find(name: str) -> tuple[type[Method], dict[str, str]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from commopt.errors import ConfigError
-from commopt.gossip.copies import PublicCopies, consensus_step, without_feedback
-from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
-from commopt.gossip.topology import F64, TopologyName, make_topology
-from commopt.groups.peers import Peers
+from commopt.gossip.loop import MessageOptions
+from commopt.gossip.topology import F64, TopologyName, make_topology, mixing_matrix
 from commopt.method import options
+from commopt.methods.decentralized_adam import DecentralizedAdam
 from commopt.options import Count, Share
 
 
@@ -30,7 +27,7 @@ class ChocoOptions(MessageOptions):
             raise ConfigError("message: choco compresses its messages; name a compressor, or use decentralized_adam")
 
 
-class Choco(OuterMethod):
+class Choco(DecentralizedAdam):
     """Move towards the public copies of the neighbours, which compressed messages keep near their parameters.
 
     Koloskova et al. 2019, arXiv:1902.00340, Algorithms 1 and 2 (CHOCO-Gossip and CHOCO-SGD), and 2020,
@@ -57,44 +54,14 @@ class Choco(OuterMethod):
 
     name = "choco"
     Options = ChocoOptions
-    options: ChocoOptions
+    step_option = "gamma"
+    graph_options = ("topology",)
 
-    def set_up(self) -> None:
-        super().set_up()
-        self.copies = PublicCopies(self.message)
-        self.parts = (self.message, self.copies)
-        given = self.options.gamma
-        self.gamma = consensus_step(self.message, self.copies.delta) if given is None else given
-        self.max_lag = max(3, math.ceil(50 / self.every))
-
-    def message_option(self) -> Any:
-        return without_feedback(self.options.message)
-
-    def lay_out(self, peers: Peers) -> None:
-        row = mean_mixing(self.options.topology, peers.size)[peers.rank]
-        self.weights = {peer: self.gamma * float(row[peer]) for peer in peers.others if row[peer] > 0}
-        self.copies.bind(self.index, self.weights)
-
-    def begin(self, x: Tensor) -> None:
-        self.copies.begin(x)
-
-    def exchange(self, x: Tensor, round: Round) -> Exchanged:
-        return self.copies.mix(self.peers, self.name, x, round.number, self.weights, self.timeout_s)
-
-    def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
-        return x if len(exchanged.members) == 1 else exchanged.values["mixed"]
-
-    def bytes_per_parameter(self, ranks: int) -> float:
-        neighbours = (mean_mixing(self.options.topology, ranks) > 0).sum() / ranks - 1
-        return self.message.bytes_per_element() * float(neighbours) / self.every
-
-    @property
-    def state_form(self) -> str:
-        return f"{super().state_form}, topology {self.options.topology}"
+    def matrices(self, ranks: int) -> list[F64]:
+        return [mean_mixing(self.options.topology, ranks)]
 
 
 def mean_mixing(topology: str, ranks: int) -> F64:
     """(N, N): the mean over a topology's rounds of its mixing matrices; symmetric, and its rows sum to one. Raises ConfigError."""
-    graph = make_topology(topology, ranks)
-    mean: F64 = np.mean([graph.mixing_matrix(number) for number in range(len(graph.rounds))], axis=0)
+    mean: F64 = np.mean([mixing_matrix(groups, ranks) for groups in make_topology(topology, ranks)], axis=0)
     return mean

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from commopt.errors import ConfigError
 from commopt.gossip.copies import PublicCopies, consensus_step, without_feedback
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
-from commopt.gossip.topology import Topology, TopologyName, make_topology
+from commopt.gossip.topology import F64, TopologyName, make_topology, mixing_matrix
 from commopt.groups.peers import Peers
 from commopt.method import options
 from commopt.options import Count, Share, Whole
@@ -59,41 +59,48 @@ class DecentralizedAdam(OuterMethod):
     """
 
     name = "decentralized_adam"
-    Options = DecentralizedAdamOptions
-    options: DecentralizedAdamOptions
+    Options: ClassVar[type[MessageOptions]] = DecentralizedAdamOptions
+    options: Any
+    step_option: ClassVar[str] = "adaptive_factor"
+    graph_options: ClassVar[tuple[str, ...]] = ("topology", "slots")
 
     def set_up(self) -> None:
         super().set_up()
-        self.copies = None if self.options.message is None else PublicCopies(self.message)
-        factor = self.options.adaptive_factor
-        if factor is None:
-            factor = 1.0 if self.copies is None else consensus_step(self.message, self.copies.delta)
+        self.copies = None if self.message.compressor is None else PublicCopies(self.message)
+        given = getattr(self.options, self.step_option)
+        if given is None:
+            given = 1.0 if self.copies is None else consensus_step(self.message, self.copies.delta)
+        self.step_size: float = given
         if self.copies is not None:
             self.parts = (self.message, self.copies)
-        self.adaptive_factor = factor
         self.max_lag = max(3, math.ceil(50 / self.every))
 
     def message_option(self) -> Any:
         return without_feedback(self.options.message)
 
+    def matrices(self, ranks: int) -> list[F64]:
+        """(N, N) of each round in turn: what each rank's parameters count in the others'."""
+        rounds = make_topology(self.options.topology, ranks, self.options.slots)
+        return [mixing_matrix(groups, ranks) for groups in rounds]
+
     def lay_out(self, peers: Peers) -> None:
-        self.graph = make_topology(self.options.topology, peers.size, self.options.slots)
+        self.weights = [
+            {
+                peer: self.step_size * float(matrix[peers.rank, peer])
+                for peer in peers.others
+                if matrix[peers.rank, peer]
+            }
+            for matrix in self.matrices(peers.size)
+        ]
         if self.copies is not None:
-            self.copies.bind(self.index, neighbours(self.graph, peers.rank))
+            self.copies.bind(self.index, {peer for weights in self.weights for peer in weights})
 
     def begin(self, x: Tensor) -> None:
         if self.copies is not None:
             self.copies.begin(x)
 
-    def weights(self, number: int) -> dict[int, float]:
-        """What each other member of this round's edge counts here; empty if this rank sits the round out."""
-        edge = self.graph.edge(number, self.peers.rank)
-        if edge is None:
-            return {}
-        return {peer: self.adaptive_factor * edge.share for peer in edge.members if peer != self.peers.rank}
-
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
-        weights = self.weights(round.number)
+        weights = self.weights[round.number % len(self.weights)]
         if self.copies is not None:
             return self.copies.mix(self.peers, self.name, x, round.number, weights, self.timeout_s)
         payload = Payload.of(x)
@@ -111,16 +118,10 @@ class DecentralizedAdam(OuterMethod):
         return x if len(exchanged.members) == 1 else exchanged.values["mixed"]
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        graph = make_topology(self.options.topology, ranks, self.options.slots)
-        sent = [len(edge.members) * (len(edge.members) - 1) for edges in graph.rounds for edge in edges]
-        return self.message.bytes_per_element() * sum(sent) / ranks / len(graph.rounds) / self.every
+        matrices = self.matrices(ranks)
+        messages = sum(float((matrix > 0).sum()) - ranks for matrix in matrices) / len(matrices)
+        return self.message.bytes_per_element() * messages / ranks / self.every
 
     @property
     def state_form(self) -> str:
-        return f"{super().state_form}, topology {self.options.topology}, slots {self.options.slots}"
-
-
-def neighbours(graph: Topology, rank: int) -> set[int]:
-    """The ranks that a rank exchanges with in any round."""
-    edges = (graph.edge(number, rank) for number in range(len(graph.rounds)))
-    return {peer for edge in edges if edge is not None for peer in edge.members} - {rank}
+        return super().state_form + "".join(f", {key} {getattr(self.options, key)}" for key in self.graph_options)

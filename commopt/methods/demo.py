@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from functools import cache
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import Parameter
 
 from commopt import kernels
 from commopt.compress.feedback import first_bad_parameter
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all_, index_bytes
-from commopt.exchange.base import is_finite
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import bad_runs, first_bad, places_in
 from commopt.method import NoOptions, options
-from commopt.optim.update import UpdateMethod, move_
+from commopt.optim.update import DirectionMethod
 from commopt.options import Count, Fraction, Whole
-from commopt.wire.bucket import Bucket, Int64Array, once_per_layout
+from commopt.wire.bucket import Blocks, Bucket, Int64Array, once_per_layout
 from commopt.wire.payload import Layout, Payload
-from commopt.wire.state import State
 
 _WIRE = {16: torch.bfloat16, 32: torch.float32}
 _PLACE_BITS = 21  # of the largest chunk, 1024 x 1024
@@ -37,7 +35,7 @@ class DeMoOptions(NoOptions):
     value_bits: Literal[16, 32] = 16
 
 
-class DeMo(UpdateMethod):
+class DeMo(DirectionMethod):
     """Decoupled momentum: send the largest cosine coefficients of each rank's own momentum, and step by the sign of their mean.
 
     Peng et al. 2024, arXiv:2411.19870, Algorithm 1, with the sign of its released optimizer. C is the cosine transform
@@ -70,23 +68,20 @@ class DeMo(UpdateMethod):
     options: DeMoOptions
     stands_for = ("SGD",)
     takes = ("lr", "weight_decay")
-    counters = ()
-    states: ClassVar[tuple[State, ...]] = (State("momentum", held="rank", on_resize="mean"),)
 
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
         kernels.warm_up(self.device)
         self._grids = {name: grids(_matrix(p).shape, self.options.chunk) for name, p in named_parameters}
         self._shapes = {name: _matrix(p).shape for name, p in named_parameters}
-        self._directions: dict[str, Tensor] = {}  # (n,) i8 signs that `step` is about to apply
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        chunks = self._chunks_of(bucket)
+        chunks, counts = self._chunks_of(bucket)
         d = bucket.with_flat(torch.empty_like(bucket.flat))
         for (name, g), (_, c) in zip(bucket.views(), d.views(), strict=True):
             decay = self.options.momentum_decay
             torch.add(self._forward(name, g), self.part("momentum", name), alpha=decay, out=c)  # decay d_i + C g_i
-        payloads = group.all_gather(self._largest(d, chunks))
+        payloads = group.all_gather(self._largest(d, chunks, counts))
         bad = first_bad_parameter(payloads)
         if bad >= 0:
             bucket.void = self.index.names[bad]
@@ -94,7 +89,7 @@ class DeMo(UpdateMethod):
         mean = bucket.with_flat(torch.zeros_like(bucket.flat))
         for rank, payload in enumerate(payloads):  # in rank order: float sums depend on it
             _, values, codes = payload.tensors
-            places = chunks.decode(codes)
+            places = places_in(chunks.starts, counts, decode_all(codes, chunks.lengths, counts))
             mean.flat[places] += values.float()
             if rank == group.rank:
                 d.flat[places] -= values.float()  # d_i <- d_i - q_i
@@ -102,21 +97,12 @@ class DeMo(UpdateMethod):
         for (name, x), (_, c), (_, q) in zip(bucket.views(), d.views(), mean.views(), strict=True):
             self.part("momentum", name).copy_(c)
             x.copy_(self._inverse(name, q).sign_())
-            self._directions[name] = x.to(torch.int8)
-
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        move_(p, self._directions[name], group["lr"])
-
-    def after_step(self) -> None:
-        self._directions.clear()
+            self.directions[name] = x.to(torch.int8)
 
     def _forward(self, name: str, x: Tensor) -> Tensor:
         """(n,) C x: the coefficients of one parameter, chunk after chunk."""
-        matrix = x.clone().view(
-            self._shapes[name]
-        )  # how a product rounds may depend on where its factors lie in memory
+        # a clone: how a product rounds may depend on where its factors lie in memory
+        matrix = x.clone().view(self._shapes[name])
         return torch.cat([x[:0], *(grid.forward(matrix).view(-1) for grid in self._grids[name])])
 
     def _inverse(self, name: str, coefficients: Tensor) -> Tensor:
@@ -131,7 +117,7 @@ class DeMo(UpdateMethod):
         parts = torch.split(coefficients, [grid.numel for grid in self._grids[name]])
         return zip(self._grids[name], parts, strict=True)
 
-    def _largest(self, d: Bucket, chunks: Chunks) -> Payload:
+    def _largest(self, d: Bucket, chunks: Blocks, counts: Int64Array) -> Payload:
         """The top_k coefficients of each chunk: a header as in `ErrorFeedback`, values, and the code of their places."""
         selected = [
             largest(x.view(grid.count, -1), self.options.top_k)
@@ -139,24 +125,24 @@ class DeMo(UpdateMethod):
             for grid, x in self._cut(name, c)
         ]
         within = torch.cat([torch.empty(0, dtype=torch.int64, device=d.flat.device), *(x.view(-1) for x in selected)])
-        places = chunks.places(within)
-        values = d.flat[places].to(_WIRE[self.options.value_bits])
-        layout: Layout = ((torch.int32, 1), (values.dtype, values.numel()), (torch.uint8, chunks.code_bytes))
+        values = d.flat[places_in(chunks.starts, counts, within)].to(_WIRE[self.options.value_bits])
+        code_bytes = int(all_index_bytes(chunks.lengths, counts).sum())
+        layout: Layout = ((torch.int32, 1), (values.dtype, values.numel()), (torch.uint8, code_bytes))
         payload = Payload.allocate(layout, values.device)
         header, out, code = payload.tensors
-        header.fill_(-1 if is_finite(values) else self._first_bad(d, places[~values.isfinite()]))
+        header.fill_(first_bad(bad_runs(values, counts), chunks))
         out.copy_(values)
-        encode_all_(within, chunks.lengths, chunks.counts, code)
+        encode_all_(within, chunks.lengths, counts, code)
         return payload
 
-    def _first_bad(self, d: Bucket, places: Tensor) -> int:
-        """The index of the first parameter, in registration order, that has one of these places."""
-        which = np.searchsorted(d.starts, places.cpu().numpy(), side="right") - 1
-        return min(self.index.position[d.names[k]] for k in which)
-
     @once_per_layout
-    def _chunks_of(self, bucket: Bucket) -> Chunks:
-        return Chunks.of([grid for name in bucket.names for grid in self._grids[name]], self.options.top_k)
+    def _chunks_of(self, bucket: Bucket) -> tuple[Blocks, Int64Array]:
+        """The chunks of a bucket, in the flat tensor of its coefficients, and (B,) how many coefficients of each are sent."""
+        each = [(self.index.position[name], grid) for name in bucket.names for grid in self._grids[name]]
+        table = np.asarray([(k, grid.height * grid.width, grid.count) for k, grid in each], np.int64).reshape(-1, 3)
+        parameters, lengths = (np.repeat(table[:, column], table[:, 2]) for column in (0, 1))
+        starts = np.cumsum(lengths) - lengths
+        return Blocks(starts, starts, lengths, parameters, parameters), np.minimum(lengths, self.options.top_k)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         n = self.options.chunk**2
@@ -218,33 +204,6 @@ def _runs(n: int, chunk: int) -> list[tuple[int, int, int]]:
     length, longer = divmod(n, max(count, 1))
     runs = [(0, longer, length + 1), (longer * (length + 1), count - longer, length)]
     return [run for run in runs if run[1]]
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """The chunks of a bucket. starts, lengths: (B,) in the flat tensor of coefficients; counts: (B,) how many of each are sent."""
-
-    starts: Int64Array
-    lengths: Int64Array
-    counts: Int64Array
-
-    @classmethod
-    def of(cls, grids: Sequence[Grid], top_k: int) -> Chunks:
-        sizes = np.asarray([grid.height * grid.width for grid in grids], dtype=np.int64)
-        lengths = np.repeat(sizes, [grid.count for grid in grids])
-        return cls(np.cumsum(lengths) - lengths, lengths, np.minimum(lengths, top_k))
-
-    @cached_property
-    def code_bytes(self) -> int:
-        return int(all_index_bytes(self.lengths, self.counts).sum())
-
-    def places(self, within: Tensor) -> Tensor:
-        """(sum of counts,) i64: where indices within their chunks are in the flat tensor."""
-        return within + torch.from_numpy(np.repeat(self.starts, self.counts)).to(within.device)
-
-    def decode(self, code: Tensor) -> Tensor:
-        """(sum of counts,) i64: the places whose code this is."""
-        return self.places(decode_all(code, self.lengths, self.counts))
 
 
 def largest(x: Tensor, k: int) -> Tensor:

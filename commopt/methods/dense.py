@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from commopt.exchange.mean import Mean
+from commopt.exchange.base import Mean
 from commopt.method import GradientMethod
 
 
@@ -18,10 +18,4 @@ class Dense(GradientMethod, Mean):
     """
 
     name = "dense"
-
-    def set_up(self) -> None:
-        Mean.__init__(self)
-
-    @property
-    def is_exact(self) -> bool:
-        return True
+    is_exact = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -14,8 +15,8 @@ from commopt.compress.feedback import first_bad_parameter
 from commopt.compress.options import ValueBits
 from commopt.compress.sparse import TopK
 from commopt.errors import AttachError, ConfigError
-from commopt.exchange.gather import GatherMean
-from commopt.exchange.mean import Mean
+from commopt.exchange.base import Mean
+from commopt.exchange.compressed import GatherMean
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Fraction, Number, Share, Wanted, Whole
@@ -92,10 +93,12 @@ class DGC(GradientMethod, GatherMean):
     options: DGCOptions
     warmup_option = "warmup_steps"
     clips_alone = True
+    state_form = name
 
     def set_up(self) -> None:
         o = self.options
-        GatherMean.__init__(self, TopK(density=o.density, value_bits=o.value_bits), dense_1d=o.dense_1d)
+        self.choice = TopK(density=o.density, value_bits=o.value_bits)
+        GatherMean.__init__(self, self.choice, dense_1d=o.dense_1d)
         self._warmup_steps = o.warmup_steps or math.ceil(o.warmup_epochs * o.steps_per_epoch)
         self.densities = [d for d in o.warmup_densities if d > o.density] if self._warmup_steps else []
         self._exactly = Mean()
@@ -133,20 +136,18 @@ class DGC(GradientMethod, GatherMean):
         """The choice that a parameter makes after so many exchanges."""
         stage = exchanges * len(self.densities) // max(1, self.warmup_steps)
         density = self.densities[stage] if stage < len(self.densities) else self.options.density
-        return TopK(density=density, value_bits=self.options.value_bits)
+        return replace(self.choice, density=density)
 
     @property
     def is_exact(self) -> bool:
         return self.options.density == 1
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        if group.size == 1:
-            return self.exchange_alone(bucket)
-        if self.options.density == 1:
+        if self.options.density == 1 and group.size > 1:
             return self._exactly.exchange(bucket, group)
-        blocks = self.table.all_of(bucket)
-        if not self.average_dense(bucket, group) or not len(blocks):
-            return None
+        return super().exchange(bucket, group)
+
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         moved, grown = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
         for (name, g), (_, u), (_, x) in zip(
             bucket.views(), bucket.with_flat(moved).views(), bucket.with_flat(grown).views(), strict=True
@@ -200,16 +201,9 @@ class DGC(GradientMethod, GatherMean):
         counts, place = np.unique(self.exchanges.numpy()[blocks.parameters], return_inverse=True)
         of_block = np.asarray([self.codec(int(count)).density for count in counts])[place]
         return [
-            (
-                TopK(density=density, value_bits=self.options.value_bits),
-                blocks.only(np.flatnonzero(of_block == density)),
-            )
+            (replace(self.choice, density=density), blocks.only(np.flatnonzero(of_block == density)))
             for density in np.unique(of_block).tolist()
         ]
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 8 * (ranks - 1) / ranks if self.options.density == 1 else super().bytes_per_parameter(ranks)
-
-    @property
-    def state_form(self) -> str:
-        return self.name

@@ -197,17 +197,11 @@ class DiceSGD(GradientMethod):
         return torch.from_numpy(np.concatenate(parts)).to(bucket.flat.device, torch.float32)
 
     def _words(self, name: str, n: int) -> NDArray[np.uint64]:
-        """(n,) random 64-bit words."""
         if self.options.noise_seed is None:
             return np.frombuffer(os.urandom(8 * n), dtype=np.uint64)
         k = self.index.position[name]
-        keys = noise.keys(
-            self.options.noise_seed,
-            "privacy",
-            self.rank,
-            self.exchanges.numpy()[k : k + 1],
-            self.index.offsets[k : k + 1],
-        )
+        count, place = self.exchanges.numpy()[k : k + 1], self.index.offsets[k : k + 1]
+        keys = noise.keys(self.options.noise_seed, "privacy", self.rank, count, place)
         return noise.bits(keys, np.asarray([n], dtype=np.int64))
 
     def bytes_per_parameter(self, ranks: int) -> float:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress.base import element_indices
 from commopt.compress.feedback import NOTHING_KEPT, Kept
-from commopt.errors import ConfigError, GroupError, did_you_mean
-from commopt.exchange.base import Exchange
-from commopt.exchange.compressed import Compressed
-from commopt.exchange.gather import GatherMean
-from commopt.exchange.mean import Mean
+from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
+from commopt.exchange.base import Exchange, Mean
+from commopt.exchange.compressed import Compressed, GatherMean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
 from commopt.groups.peers import Latecomers, PeerGroup, Roll, call_roll
+from commopt.kernels.reference.runs import element_indices
 from commopt.method import options
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 from commopt.options import Count, Number, Share
 from commopt.wire import noise
 from commopt.wire.bucket import Bucket
+from commopt.wire.payload import checksum
 from commopt.wire.state import Saved, State
 
 OUTER: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
@@ -40,18 +40,14 @@ _CALLS = 1 << 12  # sequence numbers of one round's exchange
 
 @options
 class AveragingOptions(MessageOptions):
-    """Options of methods that average over all ranks that are up."""
-
     every: Count = 100
     fragments: Count = 1
     participation: Share = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fragments > self.every:
-            raise ConfigError(
-                f"fragments: {self.fragments!r} is out of range; write a whole number from 1 to every, {self.every}"
-            )
+        wanted = f"a whole number from 1 to every, {self.every}"
+        check_option("fragments", self.fragments, lambda n: n <= self.every, wanted)
 
 
 @options
@@ -133,7 +129,8 @@ class DiLoCo(OuterMethod):
         if me not in expected:
             return Exchanged((me,))
         start_s, part = self.peers.seconds, round.part
-        card = torch.tensor([int(self.state["version"][round.fragment]), checksum(self._shared(round.fragment))])
+        mark = functools.reduce(lambda before, own: checksum(own, before), self._shared(round.fragment), 0)
+        card = torch.tensor([int(self.state["version"][round.fragment]), mark])
         roll = call_roll(
             self.peers, "diloco", round.number, card, self.timeout_s / 2, expected=expected, late=self.late
         )
@@ -203,7 +200,6 @@ class DiLoCo(OuterMethod):
         return drawn / ranks * (sent + is_new * dense * (1 + len(self._outer_state))) / self.every
 
     def _drawn(self, ranks: int) -> int:
-        """How many take part in a round."""
         share: float = self.options.participation
         return max(1, round(share * ranks))
 
@@ -229,10 +225,9 @@ class DiLoCo(OuterMethod):
         """The mean of the members' deltas; None if one of them is not finite."""
         if self._means.get(round.fragment, ((), None))[0] != members:
             self._carry_over(round.fragment, members, group)
-        bucket, mean = Bucket(delta.clone(), *self._layout(round.fragment)), self._means[round.fragment][1]
-        mean.exchanges.fill_(
-            round.number
-        )  # what random keys are drawn by: members may have met in other rounds than each other
+        bucket, mean = Bucket.of(self._named(round.fragment, delta)), self._means[round.fragment][1]
+        # what random keys are drawn by: members may have met in other rounds than each other
+        mean.exchanges.fill_(round.number)
         mean.exchange(bucket, group)
         return bucket.flat if bucket.void is None else None
 
@@ -250,9 +245,7 @@ class DiLoCo(OuterMethod):
 
     def _new_mean(self, fragment: int, group: PeerGroup) -> Exchange:
         mean: Exchange = Mean() if self.message.compressor is None else self._compressed()
-        part = self.state["slow"][self.fragment_parts[fragment]]
-        names, starts = self._layout(fragment)
-        mean.bind(list(zip(names, torch.tensor_split(part, starts[1:]), strict=True)), group)
+        mean.bind(self._named(fragment, self.state["slow"][self.fragment_parts[fragment]]), group)
         return mean
 
     def _compressed(self) -> Compressed:
@@ -261,21 +254,11 @@ class DiLoCo(OuterMethod):
         is_sparse = hasattr(compressor, "density") or compressor.is_ragged
         return (GatherMean if is_sparse else TwoWayMean)(compressor, kept, seed=self.seed)
 
-    def _layout(self, fragment: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The names of a fragment's parameters, and where each starts in it."""
-        part, offsets = self.fragment_parts[fragment], self.index.offsets[:-1].tolist()
-        inside = [k for k, start in enumerate(offsets) if part.start <= start < part.stop and self.index.numels[k]]
-        return tuple(self.index.names[k] for k in inside), tuple(offsets[k] - part.start for k in inside)
-
-
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """64 bits that differ wherever two lists of tensors of the same shapes differ by a bit, but for 1 in 2^32 or so."""
-    total = 0
-    for x in tensors:
-        words = x.detach().contiguous().view(torch.int32).to(torch.int64)
-        places = torch.arange(1, words.numel() + 1, dtype=torch.int64)
-        total = (total * 1000003 + int((words * places).sum()) + 31 * int(words.sum())) % (1 << 62)
-    return total
+    def _named(self, fragment: int, flat: Tensor) -> list[tuple[str, Tensor]]:
+        """The parameters of a fragment that have elements, as views of a flat tensor of the fragment."""
+        part, offsets = self.fragment_parts[fragment], self.index.offsets.tolist()
+        inside = [k for k, n in enumerate(self.index.numels) if n and part.start <= offsets[k] < part.stop]
+        return [(self.index.names[k], flat[offsets[k] - part.start : offsets[k + 1] - part.start]) for k in inside]
 
 
 def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:

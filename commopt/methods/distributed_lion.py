@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
 
 from commopt.exchange.vote import SignVote
 from commopt.groups.base import Group
 from commopt.method import NoOptions, options
-from commopt.optim.update import UpdateMethod, move_
+from commopt.optim.update import DirectionMethod
 from commopt.options import Whole
 from commopt.wire.bucket import Bucket
-from commopt.wire.state import State
 
 
 @options
@@ -24,7 +20,7 @@ class DistributedLionOptions(NoOptions):
     seed: Whole = 0
 
 
-class DistributedLion(UpdateMethod):
+class DistributedLion(DirectionMethod):
     """Send the sign of each rank's Lion update, one bit per element, and get their average or majority back.
 
     Liu et al. 2024, arXiv:2404.00438, Algorithm 1:
@@ -51,13 +47,11 @@ class DistributedLion(UpdateMethod):
     options: DistributedLionOptions
     stands_for = ("Lion",)
     takes = ("lr", "betas", "weight_decay")
-    counters = ()
-    states: ClassVar[tuple[State, ...]] = (State("momentum", held="rank", on_resize="mean"),)
 
     def set_up(self) -> None:
+        super().set_up()
         self._votes = SignVote(is_majority=self.options.vote == "majority", seed=self.options.seed)
         self.parts = (self._votes,)
-        self._directions: dict[str, Tensor] = {}  # from an exchange to its step
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         update = bucket.with_flat(torch.empty_like(bucket.flat))
@@ -70,18 +64,7 @@ class DistributedLion(UpdateMethod):
             _, b2 = self.settings(name)["betas"]
             self.part("momentum", name).lerp_(g, 1 - b2)  # m <- b2 m + (1 - b2) g
         bucket.flat.copy_(update.flat)
-        self._directions.update(update.views())
-
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        move_(p, self._directions[name], group["lr"])
-
-    def after_step(self) -> None:
-        self._directions.clear()
+        self.directions.update(update.views())
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return self._votes.bytes_per_parameter(ranks)
-
-    @property
-    def state_form(self) -> str:
-        return ""

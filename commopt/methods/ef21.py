@@ -8,16 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress.base import Compressor, element_indices
+from commopt.compress.base import Compressor
 from commopt.compress.feedback import NOTHING_KEPT, ErrorFeedback, first_bad_parameter
 from commopt.compress.options import Codec
 from commopt.errors import AttachError, ConfigError
 from commopt.exchange.base import average_
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import element_indices
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Flag, Share, Whole
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.bucket import Blocks, Bucket
 from commopt.wire.payload import Payload
 from commopt.wire.state import Saved, State
 
@@ -67,6 +68,7 @@ class EF21(GradientMethod, Compressed):
     positional = ("compressor", "server")
     Options = EF21Options
     options: EF21Options
+    warmup_steps = 1
 
     def set_up(self) -> None:
         o = self.options
@@ -83,18 +85,14 @@ class EF21(GradientMethod, Compressed):
         ]
         if self.options.eta < 1:
             own.append(State("average", held="rank", on_resize="mean"))  # v_i
-        if self.server_compressor is not None:
-            served = self.table.served_by(self.rank)
-            numels = np.bincount(served.parameters, served.lengths, len(self.index.names)).astype(np.int64)
-            index = ParameterIndex(self.index.names, tuple(numels.tolist()))
-            own.append(State("served", index=index, held="rank", on_resize="own"))  # h of the blocks served here
+        if self.server_compressor is not None:  # h of the blocks served here
+            own.append(State("served", index=self.served_index, held="rank", on_resize="own"))
         return [*own, *super().declare()]
 
     def bound(self) -> None:
         super().bound()
         if self.server_compressor is not None:
-            served = self.table.served_by(self.rank)
-            self.answerer = ErrorFeedback(self.server_compressor, NOTHING_KEPT, served, self.device)
+            self.answerer = ErrorFeedback(self.server_compressor, NOTHING_KEPT, self.served, self.device)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self.options.eta < 1 and any(group.get("momentum") for group in optimizer.param_groups):
@@ -229,10 +227,6 @@ class EF21(GradientMethod, Compressed):
     @property
     def is_steady(self) -> bool:
         return bool(self.exchanges.any())
-
-    @property
-    def warmup_steps(self) -> int:
-        return 1
 
     def bytes_per_parameter(self, ranks: int) -> float:
         whole = 1 / self.options.refresh_every if self.options.refresh_every else 0.0

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from commopt.exchange.mean import Mean
+from commopt.exchange.base import Mean
 from commopt.method import GradientMethod, NoOptions, options
 
 
@@ -33,10 +33,7 @@ class FP16(GradientMethod, Mean):
     name = "fp16"
     Options = FP16Options
     options: FP16Options
+    is_exact = True
 
     def set_up(self) -> None:
-        Mean.__init__(self, wire_dtype=getattr(torch, self.options.dtype))
-
-    @property
-    def is_exact(self) -> bool:
-        return True
+        self.wire_dtype = getattr(torch, self.options.dtype)

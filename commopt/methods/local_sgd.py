@@ -11,7 +11,7 @@ from commopt.errors import AttachError
 from commopt.gossip.loop import Exchanged, Round
 from commopt.method import options
 from commopt.methods.diloco import AveragingOptions, DiLoCo, make_outer_optimizer
-from commopt.optim.savic import SAVIC
+from commopt.optim import SAVIC
 from commopt.options import Count, Names, Wanted
 from commopt.wire.state import State
 

@@ -31,7 +31,14 @@ class NoLoCoOptions(MessageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_gamma(self.lr if self.gamma is None else self.gamma, self.momentum, self.group_size)
+        gamma, ratio = self.lr if self.gamma is None else self.gamma, self.group_size / (2 * (self.group_size - 1))
+        low, high = math.sqrt(ratio) * self.momentum, math.sqrt(ratio * (2 + self.momentum**2))  # equation 74
+        if not low < gamma < high:
+            raise ConfigError(
+                f"gamma: {gamma} lets replicas drift apart: sqrt(n / (2 (n - 1))) momentum < gamma < sqrt(n / (2 (n - 1)) (2 + "
+                f"momentum^2)) is {low:.3g} < gamma < {high:.3g} for momentum {self.momentum} and group_size n = {self.group_size} "
+                "(arXiv:2506.10911, eq. 74)"
+            )
 
 
 class NoLoCo(OuterMethod):
@@ -157,14 +164,3 @@ class NoLoCo(OuterMethod):
             if x is not None and x.numel() == part.stop - part.start and bool(x.isfinite().all()):
                 slow[peer] = x
         return {"slow mean": mean_of(slow)}
-
-
-def _check_gamma(gamma: float, momentum: float, group_size: int) -> None:
-    """Equation 74: sqrt(n / (2 (n - 1))) momentum < gamma < sqrt(n / (2 (n - 1)) (2 + momentum^2))."""
-    ratio = group_size / (2 * (group_size - 1))
-    low, high = math.sqrt(ratio) * momentum, math.sqrt(ratio * (2 + momentum**2))
-    if not low < gamma < high:
-        raise ConfigError(
-            f"gamma: {gamma} lets replicas drift apart: sqrt(n / (2 (n - 1))) momentum < gamma < sqrt(n / (2 (n - 1)) (2 + momentum^2)) "
-            f"is {low:.3g} < gamma < {high:.3g} for momentum {momentum} and group_size n = {group_size} (arXiv:2506.10911, eq. 74)"
-        )

@@ -10,7 +10,6 @@ from torch.nn import Parameter
 from commopt.method import options
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance, move_along_
 from commopt.options import Flag
-from commopt.wire.bucket import Bucket
 
 
 @options
@@ -53,13 +52,6 @@ class OnebitAdam(FrozenVariance):
     Options = OnebitAdamOptions
     options: OnebitAdamOptions
     stands_for = ("Adam", "AdamW")
-
-    def receive(self, bucket: Bucket) -> None:
-        for name, x in bucket.views():
-            if self.is_frozen:
-                self.part("momentum", name).copy_(self.masked_(x, name))
-            else:
-                self.take_in(name, x)
 
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         step_size = group["lr"]

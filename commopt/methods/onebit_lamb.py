@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.errors import ConfigError
+from commopt.errors import check_option
 from commopt.method import options
+from commopt.optim.adam import trust_ratio
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
-from commopt.optim.lamb import trust_ratio
 from commopt.optim.update import move_
 from commopt.options import Flag, Fraction, Number, Positive, Share
 from commopt.wire.bucket import Bucket
@@ -35,10 +35,8 @@ class OnebitLambOptions(FrozenOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         highest = 10.0 if self.max_coeff is None else self.max_coeff
-        if (self.min_coeff or 0.0) > highest:
-            raise ConfigError(
-                f"min_coeff: {self.min_coeff!r} is out of range; write a number from 0 to max_coeff, {highest}"
-            )
+        wanted = f"a number from 0 to max_coeff, {highest}"
+        check_option("min_coeff", self.min_coeff, lambda low: (low or 0.0) <= highest, wanted)
 
 
 class OnebitLamb(FrozenVariance):
@@ -86,29 +84,17 @@ class OnebitLamb(FrozenVariance):
         State("factor", of="parameter", dtype=torch.float64, initial=1.0),
     )
 
-    def _bounds(self, group: Mapping[str, Any]) -> tuple[float, float]:
-        """min_coeff and max_coeff: the options, or else the LAMB's own."""
-        low, high = self.options.min_coeff, self.options.max_coeff
-        return (
-            group.get("min_coeff", 0.01) if low is None else low,
-            group.get("max_coeff", 10.0) if high is None else high,
-        )
-
     def corrects_bias(self, group: Mapping[str, Any]) -> bool:
         given = self.options.bias_correction
         return bool(group.get("bias_correction", False)) if given is None else given
 
     def receive(self, bucket: Bucket) -> None:
-        for name, x in bucket.views():
-            if self.is_frozen:
-                b1, b2 = self.settings(name)["betas"]
-                m, w = self.part("momentum", name), self.part("fresh_variance", name)
-                self.masked_(x, name)
-                g = torch.sub(x, m, alpha=b1).div_(1 - b1)  # g' = (m - b1 m_before) / (1 - b1)
-                w.mul_(b2).addcmul_(g, g, value=1 - b2)  # w <- b2 w + (1 - b2) g'^2
-                m.copy_(x)
-            else:
-                self.take_in(name, x)
+        for name, x in bucket.views() if self.is_frozen else ():
+            b1, b2 = self.settings(name)["betas"]
+            m, w = self.part("momentum", name), self.part("fresh_variance", name)
+            g = torch.sub(self.masked_(x, name), m, alpha=b1).div_(1 - b1)  # g' = (m - b1 m_before) / (1 - b1)
+            w.mul_(b2).addcmul_(g, g, value=1 - b2)  # w <- b2 w + (1 - b2) g'^2
+        super().receive(bucket)
 
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         root, bounded = self.roots(state, group)
@@ -120,7 +106,9 @@ class OnebitLamb(FrozenVariance):
             mean = state["coeff"] / (1 - self.options.coeff_beta ** state["coeffs"]) if state["coeffs"] else 1.0
             coeff = mean * state["factor"]
         else:
-            coeff = trust_ratio(p, direction, *self._bounds(group))
+            low, high = self.options.min_coeff, self.options.max_coeff  # or else the LAMB's own
+            low = group.get("min_coeff", 0.01) if low is None else low
+            coeff = trust_ratio(p, direction, low, group.get("max_coeff", 10.0) if high is None else high)
             if coeff != 1.0:  # 1 is what it is where a norm is 0
                 state["coeff"] += (1 - self.options.coeff_beta) * (coeff - state["coeff"])
                 state["coeffs"] += 1

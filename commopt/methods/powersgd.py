@@ -86,7 +86,8 @@ class PowerSGD(GradientMethod):
             if self._is_due(name):
                 m = torch.add(g, self.part("residual", name)).view(self.shapes[name])  # M_i = g_i + e_i
                 matrices[name] = m
-                first.append((name, _poisoned(self._q(name) @ m.T, m)))
+                p = self._q(name) @ m.T  # which may lose an inf that meets a zero
+                first.append((name, p if is_finite(m) else p.fill_(math.nan)))
             else:
                 first.append((name, g))
         means = self._mean(first, bucket, group)
@@ -101,8 +102,10 @@ class PowerSGD(GradientMethod):
         self, matrices: dict[str, Tensor], means: dict[str, Tensor], bucket: Bucket, group: Group
     ) -> dict[str, Tensor]:
         """The second half of the exchange: (n m,) P Q^T of each matrix, from the mean of M_i Q."""
-        # clones: how a product rounds may depend on where its factors lie in memory
-        ps = {name: _orthogonal(means[name].clone().view(-1, len(m))) for name, m in matrices.items()}
+        # rows of length 1, at right angles, that span those of the mean, and some others where those are dependent or zero;
+        # clones, as how a product rounds may depend on where its factors lie in memory
+        means = {name: means[name].clone().view(-1, len(m)) for name, m in matrices.items()}
+        ps = {name: torch.linalg.qr(p.T).Q.T.contiguous() for name, p in means.items()}
         qs = {name: ps[name] @ m for name, m in matrices.items()}  # Q_i = M_i^T P
         mean_qs = self._mean(list(qs.items()), bucket, group)
         if bucket.void is not None:
@@ -170,14 +173,3 @@ class PowerSGD(GradientMethod):
     @property
     def state_form(self) -> str:
         return f"rank {self.options.rank}, min_compression_rate {self.options.min_compression_rate:g}"
-
-
-def _poisoned(p: Tensor, m: Tensor) -> Tensor:
-    """p, or NaN where m is not finite: a product may lose an inf that meets a zero."""
-    return p if is_finite(m) else p.fill_(math.nan)
-
-
-def _orthogonal(p: Tensor) -> Tensor:
-    """(r, n) rows of length 1, at right angles, that span the rows of p, and some others where those are dependent or zero."""
-    q: Tensor = torch.linalg.qr(p.T).Q
-    return q.T.contiguous()

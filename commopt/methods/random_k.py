@@ -7,14 +7,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from commopt.compress.base import element_indices
 from commopt.compress.feedback import NOTHING_KEPT, Kept
 from commopt.compress.sparse import RandomK
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import bad_runs, element_indices, first_bad, places_in, run_of_element
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Share, Whole
-from commopt.wire.bucket import Bucket
+from commopt.wire.bucket import Blocks, Bucket
 
 
 @options
@@ -55,30 +55,25 @@ class RandomKMean(GradientMethod, Compressed):
         kept = Kept() if o.error_feedback else NOTHING_KEPT
         Compressed.__init__(self, self.choice, kept, dense_1d=o.dense_1d, seed=o.seed)
 
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        if group.size == 1:
-            return self.exchange_alone(bucket)
-        blocks = self.keyed(self.table.all_of(bucket), self.choice)
-        if not self.average_dense(bucket, group) or not len(blocks):
-            return None
-        device, ks = self.device, self.choice.ks(blocks)
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        blocks, device = self.keyed(blocks, self.choice), self.device
         elements = element_indices(blocks.starts, blocks.lengths, device)
         homes = element_indices(blocks.homes, blocks.lengths, device)
         c = bucket.flat[elements]
-        block = torch.arange(len(blocks), device=device).repeat_interleave(torch.from_numpy(blocks.lengths).to(device))
-        bad = torch.zeros(len(blocks), device=device, dtype=torch.float32).index_add_(0, block, (~c.isfinite()).float())
+        block, bad = run_of_element(blocks.lengths, device), bad_runs(c, blocks.lengths)
         if self.kept.bits:
             c += self.worker.residual[homes]
         within, drawn_from = self.choice.places(blocks)
-        chosen = torch.from_numpy(within + np.repeat(np.cumsum(blocks.lengths) - blocks.lengths, ks)).to(device)
+        ends, ks = np.cumsum(blocks.lengths), self.choice.ks(blocks)
+        chosen = places_in(ends - blocks.lengths, ks, torch.from_numpy(within).to(device))
         scale = 1.0 if self.kept.bits else torch.from_numpy(drawn_from).to(device)
         sent = (c[chosen] * scale / group.size).to(torch.float16 if self.choice.value_bits == 16 else torch.float32)
-        summed = torch.cat([sent, bad.clamp(max=1).to(sent.dtype)])  # a NaN that was not drawn is told of
+        summed = torch.cat([sent, bad.to(sent.dtype)])  # a NaN that was not drawn is told of
         group.all_reduce(summed)
         mean, bad = summed[: len(sent)], summed[len(sent) :]
         bad[block[chosen[~mean.isfinite()]]] = 1  # beyond what half precision holds
         if bool(bad.any()):
-            return self._void(bucket, int(blocks.parameters[np.flatnonzero(bad.cpu().numpy())].min()))
+            return self._void(bucket, first_bad(bad.ne(0), blocks))
         bucket.flat[elements] = 0
         bucket.flat[elements[chosen]] = mean.float()
         if self.kept.bits:

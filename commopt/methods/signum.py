@@ -43,6 +43,7 @@ class Signum(GradientMethod, SignVote):
     name = "signum"
     Options = SignumOptions
     options: SignumOptions
+    is_repeatable = False  # the first exchange's signs would drown a second gradient
 
     def set_up(self) -> None:
         SignVote.__init__(self, is_majority=True, seed=self.options.seed)
@@ -59,10 +60,6 @@ class Signum(GradientMethod, SignVote):
             for key in ("betas", "eps", "etas"):  # Adam and its kin; Lion; Rprop
                 if key in group:
                     raise AttachError(f"{kind} scales what it gets by itself, and a sign has no size: {_FIX}")
-
-    @property
-    def is_repeatable(self) -> bool:
-        return False  # the first exchange's signs would drown a second gradient
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         b = self.options.momentum

@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import element_indices
 from commopt.compress.feedback import NOTHING_KEPT
 from commopt.compress.quantize import Ternary, bits_of
 from commopt.errors import AttachError
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
+from commopt.kernels.reference.runs import put_, run_of_element
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Names, Number, Wanted, Whole
 from commopt.wire.bucket import Blocks, Bucket
@@ -69,11 +69,7 @@ class TernGrad(GradientMethod, Compressed):
     def stays_dense(self, name: str, p: Tensor) -> bool:
         return name in self.options.dense or super().stays_dense(name, p)
 
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        if group.size == 1:
-            return self.exchange_alone(bucket)
-        if not self.average_dense(bucket, group) or not len(self.table.all_of(bucket)):
-            return None
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         clamped = bucket.with_flat(bucket.flat.clone())
         scales = self._shared_scales(clamped, group)
         if not bool(scales.isfinite().all()):
@@ -95,12 +91,10 @@ class TernGrad(GradientMethod, Compressed):
         layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
         answer = Payload.allocate(layouts[group.rank], self.device)
         kernel.pack_codes_(total.to(torch.int8), bits, answer.tensors[0])
-        for blocks, served, payload in zip(
-            parts.by_owner, parts.served, group.all_gather(answer, layouts), strict=True
-        ):
-            sums = kernel.unpack_codes(payload.tensors[0], bits, served.elements).float()
-            per_element = self._of(scales, blocks).repeat_interleave(torch.from_numpy(blocks.lengths).to(self.device))
-            bucket.flat[element_indices(blocks.starts, blocks.lengths, self.device)] = sums * (per_element / group.size)
+        for blocks, payload in zip(parts.by_owner, group.all_gather(answer, layouts), strict=True):
+            sums = kernel.unpack_codes(payload.tensors[0], bits, blocks.elements).float()
+            per_element = self._of(scales, blocks)[run_of_element(blocks.lengths, self.device)]
+            put_(sums * (per_element / group.size), blocks, bucket.flat, add=False)
         return None
 
     def _shared_scales(self, bucket: Bucket, group: Group) -> Tensor:

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 
 from commopt.errors import ConfigError, did_you_mean
-from commopt.optim.accum_adam import AccumAdam
-from commopt.optim.lamb import LAMB
-from commopt.optim.lion import Lion
-from commopt.optim.savic import SAVIC
+from commopt.optim.adam import LAMB, SAVIC, AccumAdam, Lion
 
 __all__ = ["LAMB", "OPTIMIZERS", "SAVIC", "AccumAdam", "Lion", "make_optimizer"]
 

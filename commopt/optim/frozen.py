@@ -14,7 +14,7 @@ from commopt.compress.feedback import Kept
 from commopt.compress.options import SignOptions
 from commopt.compress.sign import equalising_factors
 from commopt.errors import AttachError
-from commopt.exchange.mean import Mean
+from commopt.exchange.base import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
 from commopt.optim.update import UpdateMethod
@@ -31,8 +31,6 @@ Masks = Annotated[Mapping[str, Tensor], Wanted("{parameter name: tensor of its s
 
 @options
 class FrozenOptions(SignOptions):
-    """What all methods with a frozen variance take."""
-
     momentum_mask: Masks | None = None
     max_ratio: Annotated[Positive | None, Wanted("a number above 0, or null for no bound")] = 3.0
 
@@ -167,11 +165,14 @@ class FrozenVariance(UpdateMethod):
         root += group["eps"]
         return root, self.bounded(root, state["momentum"], lacking) if self.has_signs else root
 
-    def take_in(self, name: str, g: Tensor) -> None:
-        """Update momentum and variance by an exact mean gradient."""
-        b1, b2 = self.settings(name)["betas"]
-        self.part("momentum", name).lerp_(g, 1 - b1)  # m <- b1 m + (1 - b1) g
-        self.part("variance", name).mul_(b2).addcmul_(g, g, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+    def receive(self, bucket: Bucket) -> None:
+        for name, x in bucket.views():
+            b1, b2 = self.settings(name)["betas"]
+            if self.is_frozen:
+                self.part("momentum", name).copy_(self.masked_(x, name))
+            else:
+                self.part("momentum", name).lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
+                self.part("variance", name).mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
 
     def bounded(self, root: Tensor, momentum: Tensor, uncorrected: float = 1.0) -> Tensor:
         """root, raised where |momentum| / root would exceed `max_ratio`; the root lacks the factor 1 / uncorrected of its bias."""

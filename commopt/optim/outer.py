@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from commopt.errors import check_option
-from commopt.optim.parent import Parent
+from commopt.optim.adam import Parent
 
 
 class _FedOpt(Parent):

@@ -137,6 +137,23 @@ class UpdateMethod(EveryStep):
         """What is decided once all parameters have moved, from what all ranks share."""
 
 
+class DirectionMethod(UpdateMethod):
+    """Steps along a direction D that the exchange makes of each rank's own momentum: x <- x - lr (D + weight_decay x)."""
+
+    counters = ()
+    states: ClassVar[tuple[State, ...]] = (State("momentum", held="rank", on_resize="mean"),)
+
+    def set_up(self) -> None:
+        self.directions: dict[str, Tensor] = {}  # (n,) by parameter, from an exchange to its step
+
+    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        move_(p, self.directions[name], group["lr"])
+
+    def after_step(self) -> None:
+        self.directions.clear()
+
+
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group as numbers: learning rates may be tensors."""
     return {

@@ -135,10 +135,6 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def with_keys(self, keys: UInt64Array | None) -> Blocks:
-        """The same blocks with random keys."""
-        return self.having(keys=keys)
-
     def only(self, which: Int64Array) -> Blocks:
         """Some of the blocks, by their number."""
         keys = None if self.keys is None else self.keys[which]

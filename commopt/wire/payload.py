@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Payload:
             view.copy_(x.reshape(-1))
         return payload
 
-    @cached_property
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         views, offset = [], 0
         for dtype, length in self.layout:
@@ -52,6 +53,11 @@ class Payload:
     @property
     def nbytes(self) -> int:
         return self.buffer.numel()
+
+
+def checksum(x: Tensor, start: int = 0) -> int:
+    """CRC-32 of a tensor's bytes, or of those behind what has the checksum `start`."""
+    return zlib.crc32(cast(Any, x.detach().contiguous().view(torch.uint8).numpy()), start)
 
 
 def layout_bytes(layout: Layout) -> int:

@@ -130,7 +130,7 @@ def test_a_threshold_sends_what_reaches_it(numels: list[int], bits: Any, seed: i
 
 
 def random_blocks(codec: Compressor, n: int, key: int) -> Blocks:
-    return blocks_in(codec, [n], 1).with_keys(np.asarray([key], dtype=np.uint64))
+    return blocks_in(codec, [n], 1).having(keys=np.asarray([key], dtype=np.uint64))
 
 
 @given(n=st.integers(1, 3000), density=DENSITY, bits=BITS, key=st.integers(0, 2**64 - 1))

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from commopt.compress import BlockSign, Cast, TensorSign
 from commopt.errors import CheckpointError
-from commopt.exchange.base import Exchange
+from commopt.exchange.base import Exchange, Mean
 from commopt.exchange.clip import clip_joint_norm_
-from commopt.exchange.gather import GatherMean
-from commopt.exchange.mean import Mean
+from commopt.exchange.compressed import GatherMean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
+from commopt.methods import FP16
 from commopt.wire.bucket import Bucket
 
 NUMELS = [1, 7, 2049, 130]
@@ -25,7 +25,7 @@ TOTAL = sum(NUMELS)
 
 MAKERS: dict[str, Callable[[], Exchange]] = {
     "mean": Mean,
-    "fp16": lambda: Mean(wire_dtype=torch.float16),
+    "fp16": FP16,
     "gather l1": lambda: GatherMean(BlockSign()),
     "gather l2": lambda: GatherMean(TensorSign()),
     "gather cast": lambda: GatherMean(Cast()),

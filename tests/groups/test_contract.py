@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from transports import RANKS, Run, content, message, over_simulated_peers, over_tcp_peers, values
+from transports import RANKS, Run, content, message, on_mpi, over_simulated_peers, over_tcp_peers, values
 
 from commopt.groups import Group, PacedGroup, PeerGroup, SimWorld, TorchGroup
 from commopt.groups.peers import Peers
@@ -27,15 +27,6 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 
 def on_gloo(process_group: dist.ProcessGroup, function: Callable[..., Any], *args: Any) -> Any:
     return function(TorchGroup(process_group), *args)
-
-
-def on_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
-    from commopt.groups import MPIGroup
-
-    group = MPIGroup(communicator, timeout_s=60)
-    result = function(group, *args)
-    group.close()
-    return result
 
 
 def on_peers(peers: Peers, function: Callable[..., Any], *args: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 from exchanges import every_operation, expected
 from mpi_pool import MPIPool
 from rig import run_plain
+from transports import on_mpi
 
 from commopt.errors import ConfigError, GroupError, MissingExtra
 from commopt.groups import SimWorld
@@ -32,15 +33,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 @pytest.fixture
 def mpi() -> MPIPool:
     return mpi_pool.shared()
-
-
-def over_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
-    from commopt.groups import MPIGroup
-
-    group = MPIGroup(communicator, timeout_s=60)
-    result = function(group, *args)
-    group.close()
-    return result
 
 
 def sums(group: Any) -> list[torch.Tensor]:
@@ -58,16 +50,16 @@ def sums(group: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_sums_are_bit_for_bit_those_of_simulated_ranks(mpi: MPIPool, n: int) -> None:
     simulated = SimWorld[Any](n).run(sums)[0]
-    for rank in mpi.run(n, over_mpi, sums):
+    for rank in mpi.run(n, on_mpi, sums):
         for ours, theirs in zip(rank, simulated, strict=True):
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("case", ["onebit_adam l2", "dgc", "distributed_lion"])
-def test_training_over_mpi_ends_bit_for_bit_as_over_simulated_ranks(mpi: MPIPool, case: str) -> None:
+def test_training_on_mpi_ends_bit_for_bit_as_over_simulated_ranks(mpi: MPIPool, case: str) -> None:
     simulated = SimWorld[torch.Tensor](3).run(lambda group: run_plain(group, case, 8))
-    assert all(torch.equal(rank, simulated[0]) for rank in mpi.run(3, over_mpi, run_plain, case, 8))
+    assert all(torch.equal(rank, simulated[0]) for rank in mpi.run(3, on_mpi, run_plain, case, 8))
 
 
 def in_a_thread(group: Any) -> float:
@@ -78,7 +70,7 @@ def in_a_thread(group: Any) -> float:
 
 
 def test_exchanges_may_run_in_a_thread_as_those_of_ddp_do(mpi: MPIPool) -> None:
-    assert mpi.run(2, over_mpi, in_a_thread) == [2.0, 2.0]
+    assert mpi.run(2, on_mpi, in_a_thread) == [2.0, 2.0]
 
 
 def on_device(group: Any, device: torch.device) -> list[list[float]]:
@@ -88,7 +80,7 @@ def on_device(group: Any, device: torch.device) -> list[list[float]]:
 
 @pytest.mark.parametrize("device", pretend.DEVICES)
 def test_what_is_on_another_device_travels_through_the_host_and_back(mpi: MPIPool, device: torch.device) -> None:
-    assert mpi.run(2, over_mpi, on_device, device) == [expected(rank, 2) for rank in range(2)]
+    assert mpi.run(2, on_mpi, on_device, device) == [expected(rank, 2) for rank in range(2)]
 
 
 def mpirun(n: int, *words: str) -> subprocess.CompletedProcess[str]:

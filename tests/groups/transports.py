@@ -30,6 +30,15 @@ def content(payload: Payload) -> list[list[float]]:
     return [x.tolist() for x in payload.tensors]
 
 
+def on_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
+    from commopt.groups import MPIGroup
+
+    group = MPIGroup(communicator, timeout_s=60)
+    result = function(group, *args)
+    group.close()
+    return result
+
+
 def over_simulated_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(peers, *args) on n ranks."""
     world: SimWorld[Any] = SimWorld(n, LinkModel.uniform(n, "100mbit", "1ms"), timeout_s=30)

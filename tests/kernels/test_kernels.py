@@ -53,8 +53,8 @@ def test_sums_and_packing_are_the_two_halves_of_compressing(lengths: list[int], 
     _, plain_bits = empty_codes(blocks)
     e, plain_e = residual.clone(), residual.clone()
     scales.copy_(sums)
-    cpu.pack_signs_(x, e, blocks, scales, bits)
-    reference.pack_signs_(x, plain_e, blocks, scales, plain_bits)
+    cpu.compress_signs_(x, e, blocks, scales, bits, squared=None)
+    reference.compress_signs_(x, plain_e, blocks, scales, plain_bits, squared=None)
     assert torch.equal(bits, plain_bits)
     assert torch.equal(e, plain_e)
 

@@ -1,4 +1,4 @@
-"""Codes in float64, the 1-bit exchange, and what the tests of 1-bit Adam, 0/1 Adam and 1-bit LAMB share."""
+"""Codes and the 1-bit exchange in float64."""
 
 from __future__ import annotations
 
@@ -7,43 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rig import start
-from synthetic import F64, Parameters, flat
-
-from commopt.groups import Group, SimWorld
-
-
-def parameters(*shapes: tuple[int, ...]) -> Parameters:
-    """With two elements that never get a gradient, which the methods must leave alone."""
-    return Parameters(*shapes, mean=0.5, dead=2)
-
-
-def snapshot(run: Any, *keys: str) -> dict[str, Any]:
-    """Parameters "x", the named state, and both residuals; state per parameter only of those with elements."""
-    method = run.method
-    live = [p.numel() > 0 for p in run.parameters.values()]
-    states = {key: method.state[key].double().numpy().copy() for key in keys}
-    found = {key: x[live] if len(x) == len(live) else x for key, x in states.items()}
-    residuals = {key: flat([method.saved()["rank"][key].clone()]) for key in ("worker_residual", "server_residual")}
-    return {"x": flat(run.parameters.values()), **found, **residuals}
-
-
-def trained(
-    ranks: int, shapes: list[tuple[int, ...]], steps: int, name: str, keys: tuple[str, ...], **options: Any
-) -> list[list[dict[str, Any]]]:
-    """[rank][step] `snapshot` before each step, and after the last; options are those of `rig.start`."""
-
-    def work(group: Group) -> list[dict[str, Any]]:
-        model = parameters(*shapes)
-        run = start(model, name, group, **options)
-        states = [snapshot(run, *keys)]
-        for step in range(steps):
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-            states.append(snapshot(run, *keys))
-        return states
-
-    return SimWorld[Any](ranks).run(work)
+from synthetic import F64
 
 
 def tensors_of(numels: list[int]) -> list[slice]:

@@ -42,6 +42,11 @@ class Parameters(nn.Module):
         return flat(self.all)
 
 
+def parameters(*shapes: tuple[int, ...]) -> Parameters:
+    """With two elements that never get a gradient, which the methods must leave alone."""
+    return Parameters(*shapes, mean=0.5, dead=2)
+
+
 def flat(tensors: Iterable[Tensor | None]) -> F64:
     """(n,) all of them in float64."""
     return np.asarray(torch.cat([x.detach().reshape(-1) for x in tensors if x is not None]).double())
@@ -70,27 +75,29 @@ def spans(shapes: Shapes) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(starts)]
 
 
-def train(group: Group, shapes: Shapes, steps: int, name: str, **options: Any) -> list[dict[str, F64]]:
-    """The parameters "x" and every tensor of `saved()` before each step, and after the last; options are those of `rig.start`."""
-    model = Parameters(*shapes)
-    run = start(model, name, group, **options)
-
-    def snapshot() -> dict[str, F64]:
-        saved = run.method.saved()
-        tensors = {**saved["shared"], **saved["rank"]}
-        return {"x": model.flat(), **{key: np.asarray(x.double().clone()) for key, x in tensors.items()}}
-
-    states = [snapshot()]
-    for step in range(steps):
-        model.set_gradients(group.rank, step)
-        run.optimizer.step()
-        states.append(snapshot())
-    return states
+def snapshot(run: Any) -> dict[str, F64]:
+    """The parameters "x" and every tensor of `saved()`."""
+    saved = run.method.saved()
+    tensors = {**saved["shared"], **saved["rank"]}
+    return {"x": flat(run.parameters.values()), **{key: np.asarray(x.double().clone()) for key, x in tensors.items()}}
 
 
-def simulate(ranks: int, shapes: Shapes, steps: int, name: str, **options: Any) -> list[list[dict[str, F64]]]:
-    """[rank][step] as `train` gives it."""
-    return SimWorld[Any](ranks).run(lambda group: train(group, shapes, steps, name, **options))
+def simulate(
+    ranks: int, shapes: Shapes, steps: int, name: str, make: Any = Parameters, **options: Any
+) -> list[list[dict[str, F64]]]:
+    """[rank][step] `snapshot` before each step, and after the last; options are those of `rig.start`."""
+
+    def work(group: Group) -> list[dict[str, F64]]:
+        model = make(*shapes)
+        run = start(model, name, group, **options)
+        states = [snapshot(run)]
+        for step in range(steps):
+            model.set_gradients(group.rank, step)
+            run.optimizer.step()
+            states.append(snapshot(run))
+        return states
+
+    return SimWorld[Any](ranks).run(work)
 
 
 def check_steps(

@@ -72,6 +72,13 @@ def test_a_free_run_is_the_papers(case: str) -> None:
     assert (np.abs(ours - x) < 1e-5).mean() > 0.97  # a sign or two may have been a coin's toss
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_residuals_in_few_bits_move_alike(bits: int) -> None:
+    few, all_of_it = (simulate(2, SHAPES, 6, "ef_sign", residual_bits=each)[0] for each in (bits, 32))
+    moved, wanted = few[-1]["x"] - few[0]["x"], all_of_it[-1]["x"] - all_of_it[0]["x"]
+    assert 0 < np.linalg.norm(moved - wanted) < 0.2 * np.linalg.norm(wanted)
+
+
 def test_one_scale_for_all_drowns_small_parameters_unless_they_are_pre_scaled() -> None:
     """The third parameter's gradients are a hundredth of the first one's."""
     moved = {}

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from codes import parameters, trained
 from rig import start
-from synthetic import flat
+from synthetic import flat, parameters, simulate
 from torch import Tensor
 
 from commopt.errors import AttachError
@@ -79,7 +78,7 @@ FROZEN: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "options"), FROZEN)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_coordinates_without_variance_never_move(ranks: int, name: str, options: dict[str, Any]) -> None:
-    runs = trained(ranks, [(40,), (7,)], 25, name, (), weight_decay=0.0, **options)
+    runs = simulate(ranks, [(40,), (7,)], 25, name, parameters, weight_decay=0.0, **options)
     first, last = runs[0][0]["x"], runs[0][-1]["x"]
     assert np.array_equal(first[:2], last[:2])
     assert (first[2:] != last[2:]).all()
@@ -90,7 +89,7 @@ def test_a_users_mask_stops_the_momentum_after_the_freeze(name: str, options: di
     mask = torch.ones(8, 5)
     mask[4:] = 0.0
     masked = {"weight_decay": 0.0, "momentum_mask": {"all.0": mask}}
-    states = trained(2, [(8, 5), (7,)], 25, name, (), **masked, **options)[0]
+    states = simulate(2, [(8, 5), (7,)], 25, name, parameters, **masked, **options)[0]
     at_freeze, last = states[FREEZE]["x"], states[-1]["x"]
     assert np.array_equal(at_freeze[20:40], last[20:40])
     assert (states[0]["x"][20:40] != at_freeze[20:40]).all()

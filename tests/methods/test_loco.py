@@ -85,11 +85,3 @@ def test_errors_are_forgotten_every_so_many_steps() -> None:
         assert float(one.worker.residual.abs().max()) < 1.5 * largest  # one step's error and not an average of nine
         before = run_constant(BETA, 32, 9)[2][one.rank].worker.residual
         assert float(one.worker.residual.norm()) < 0.7 * float(before.norm())
-
-
-def test_state_takes_a_byte_per_parameter_and_one_shared_among_the_servers() -> None:
-    _, _, methods = run_constant(BETA, 8, 1)
-    for method in methods:
-        worker = sum(x.nbytes for x in (method.worker.residual, method.worker.scales))
-        assert worker == 600 + 4 * 3
-    assert sum(x.nbytes for method in methods for x in (method.server.residual, method.server.scales)) == 600 + 4 * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -77,35 +76,6 @@ def test_groups_of_three_follow_the_equations(ranks: int) -> None:
     check_against_reference(play(ranks, "noloco", options, 20), options, lr=0.5, momentum=0.3, gamma=0.6)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_one_tensor_does_what_two_do_where_gamma_is_lr(ranks: int) -> None:
-    one, two = (play(ranks, "noloco", {"two_tensors": flag}, 20) for flag in (False, True))
-    for i in range(ranks):
-        torch.testing.assert_close(one[i][-1].new, two[i][-1].new, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_group_of_all_is_diloco_with_heavy_ball_momentum(ranks: int) -> None:
-    noloco = play(ranks, "noloco", {"group_size": ranks}, 20)
-    diloco = play(ranks, "diloco", {"outer": {"name": "sgd", "momentum": 0.5}}, 20)
-    for i in range(ranks):
-        torch.testing.assert_close(noloco[i][-1].new, diloco[i][-1].new, rtol=2e-5, atol=2e-5)
-
-
-def test_all_ranks_draw_the_same_disjoint_pairs() -> None:
-    played = play(6, "noloco", {}, 12)
-    for t in range(12):
-        pairs = {played[i][t].members for i in range(6)}
-        assert sorted(rank for pair in pairs for rank in pair) == list(range(6))
-    assert len({played[0][t].members for t in range(12)}) > 2
-
-
-def test_each_of_an_odd_number_sits_out_once_in_so_many_rounds() -> None:
-    played = play(5, "noloco", {}, 20)
-    alone = Counter(i for i in range(5) for t in range(20) if len(played[i][t].members) == 1)
-    assert alone == Counter(dict.fromkeys(range(5), 4))
-
-
 def test_who_sits_out_moves_by_its_own_momentum_and_misses_nothing() -> None:
     _, diaries = run_world(3, "noloco", {"every": 2}, 12)
     for diary in diaries:
@@ -157,14 +127,10 @@ def test_a_group_larger_than_the_job_is_refused() -> None:
 
 @pytest.mark.parametrize("gamma", [0.55, 0.7, 1.45])
 def test_inside_the_bounds_of_equation_74_differences_die_out(gamma: float) -> None:
-    assert final_difference(gamma, 0.5) < 1e-6
-
-
-def final_difference(gamma: float, momentum: float) -> float:
-    """How far slow weights are apart after 200 rounds of a pair in which nothing is learnt, relative to their start."""
+    """200 rounds of a pair in which nothing is learnt."""
 
     def rank_of(group: SimGroup) -> float:
-        method: Any = build("noloco", every=1, gamma=gamma, momentum=momentum)
+        method: Any = build("noloco", every=1, gamma=gamma, momentum=0.5)
         method.bind([("a", torch.zeros(1))], group.peers)
         method.begin(torch.tensor([1.0 - 2.0 * group.rank]))
         method.ready(0)
@@ -174,4 +140,4 @@ def final_difference(gamma: float, momentum: float) -> float:
             method.apply(x, round, method.exchange(x, round))
         return float(method.state["slow"].abs())
 
-    return max(SimWorld[float](2).run(rank_of))
+    assert max(SimWorld[float](2).run(rank_of)) < 1e-6

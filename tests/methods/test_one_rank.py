@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from codes import parameters
 from presets import Preset, sgd
+from synthetic import parameters
 
 from commopt import attach
 from commopt.groups import LocalGroup

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from codes import SignExchange, parameters, trained
+from codes import SignExchange
 from rig import start
-from synthetic import F64, gradients
+from synthetic import F64, gradients, parameters, simulate
 
 from commopt.groups import Group, SimWorld
 
@@ -51,8 +51,7 @@ def train(
     ranks: int, shapes: list[tuple[int, ...]], steps: int, scale: str, corrects: bool
 ) -> list[list[dict[str, Any]]]:
     options = {"freeze_step": FREEZE, "scale": scale, "bias_correction": corrects, "lr": LR, "betas": (B1, B2)}
-    keys = ("momentum", "variance")
-    return trained(ranks, shapes, steps, "onebit_adam", keys, eps=EPS, weight_decay=DECAY, **options)
+    return simulate(ranks, shapes, steps, "onebit_adam", parameters, eps=EPS, weight_decay=DECAY, **options)
 
 
 def reference_of(states: list[dict[str, Any]], numels: list[int], scale: str, corrects: bool, t: int) -> Reference:

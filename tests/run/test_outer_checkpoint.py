@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from commopt import Run, attach
 from commopt.errors import CheckpointError
 from commopt.groups import SimGroup, SimWorld
-from commopt.optim.savic import SAVIC
+from commopt.optim import SAVIC
 
 STEPS, SAVED_AT = 18, 8
 TOP_K = {"compressor": "top_k", "density": 0.1}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commopt.wire.payload import Layout, Payload, cut, layout_bytes
+from commopt.wire.payload import Layout, Payload, checksum, cut, layout_bytes
 
 DTYPES = [torch.float64, torch.int64, torch.float32, torch.int32, torch.float16, torch.bfloat16, torch.int8]
 DTYPES += [torch.uint8, torch.bool]
@@ -62,3 +62,12 @@ def test_views_write_into_the_buffer_that_travels() -> None:
 def test_a_narrow_dtype_before_a_wide_one_is_refused() -> None:
     with pytest.raises(ValueError, match="widest dtype first"):
         Payload.of(torch.zeros(3, dtype=torch.uint8), torch.zeros(1))
+
+
+def test_a_checksum_tells_apart_what_differs_by_one_bit() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    y, swapped = x.clone(), x.clone()
+    y.view(torch.int32)[500] ^= 1
+    swapped[[3, 4]] = x[[4, 3]]
+    assert len({checksum(x), checksum(y), checksum(swapped), checksum(x, checksum(x))}) == 4
+    assert checksum(x[500:], checksum(x[:500])) == checksum(x.clone())

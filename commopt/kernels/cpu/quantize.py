@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from commopt.kernels.cpu.compiled import F32, F64, I8, I32, U8, exact
-from commopt.kernels.reference.quantize import byte_starts, float8_values, natural_values
+from commopt.kernels.reference.quantize import byte_starts, float8_values, natural_values, one_block
 from commopt.wire.bucket import Blocks, Int64Array, UInt64Array
 
 _SLICE = 2048
@@ -255,25 +255,6 @@ def _unpack_words(source: U8, first: np.uint64, n: int, bits: int, packed: U8, w
         words[j] = _spread(word, np.uint64(bits))
 
 
-@exact
-def _pack_all(values: I8, bits: int, out: U8) -> None:
-    codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
-    for a in range(0, values.size, _SLICE):
-        n = min(_SLICE, values.size - a)
-        codes[:n] = values[a : a + n]
-        _clear(codes, n, (n + 7) // 8 * 8)
-        _pack_words(codes.view(np.uint64), n, bits, packed, out, np.uint64(a * bits // 8))
-
-
-@exact
-def _unpack_all(source: U8, bits: int, values: I8) -> None:
-    codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
-    for a in range(0, values.size, _SLICE):
-        n = min(_SLICE, values.size - a)
-        _unpack_words(source, np.uint64(a * bits // 8), n, bits, packed, codes.view(np.uint64))
-        values[a : a + n] = codes[:n]
-
-
 # --- all blocks
 
 
@@ -458,11 +439,12 @@ def decompress_(
 
 def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
     """(n,) i8 in -2^(bits-1) .. 2^(bits-1) - 1 to (ceil(n bits/8),) u8: two's complement, the first one in the lowest bits."""
-    _pack_all(values.numpy(), bits, out.numpy())
+    x, blocks, levels = values.float(), one_block(len(values)), 2 ** (bits - 1)
+    compress_(x, None, blocks, torch.ones(1), out, kind="levels", levels=levels, bits=bits, is_given=True)
 
 
 def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
     """(n,) i8: what `pack_codes_` was given."""
-    values = torch.empty(n, dtype=torch.int8)
-    _unpack_all(code.numpy(), bits, values.numpy())
-    return values
+    values = torch.empty(n)
+    decompress_(code, torch.ones(1), one_block(n), values, kind="levels", bits=bits, alpha=1.0, add=False)
+    return values.to(torch.int8)

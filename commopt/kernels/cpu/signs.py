@@ -102,20 +102,12 @@ def _compress(
         n = lengths[b]
         part_x, part_e = x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n]
         part_bits = bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8]
-        if is_given:
-            _pack_block(part_x, part_e, scales[b], part_bits, positive)
-            continue
-        is_usual = n == _SLICE and not squared  # such a block is not sliced again
-        total = float(_sum_abs(part_x, part_e)) if is_usual else _block_sum(part_x, part_e, squared)
-        mean = total / n
-        scale = np.float32(math.sqrt(mean) if squared else mean)
-        keep = abs(scale) <= _LARGEST  # false for NaN and inf; isfinite may be folded away under reassoc
-        scales[b] = scale if keep else np.float32(np.nan)
-        if is_usual and keep:
-            _residual(part_x, part_e, scale, positive)
-            _gather_bits(positive, part_bits)
-        else:
-            _pack_block(part_x, part_e, scale, part_bits, positive)
+        if not is_given:
+            mean = _block_sum(part_x, part_e, squared) / n
+            scale = np.float32(math.sqrt(mean) if squared else mean)
+            # false for NaN and inf; isfinite may be folded away under reassoc
+            scales[b] = scale if abs(scale) <= _LARGEST else np.float32(np.nan)
+        _pack_block(part_x, part_e, scales[b], part_bits, positive)
 
 
 @fast
@@ -131,19 +123,11 @@ _SIGN_OF_BIT = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], a
 
 
 @fast
-def _unpack_add(bits: U8, scale: np.float32, out: F32, table: F32) -> None:
+def _unpack_octets(bits: U8, scale: np.float32, out: F32, table: F32, add: bool) -> None:
     for j in range(out.size // 8):
         signs, octet = table[bits[j]], out[8 * j : 8 * j + 8]
         for k in range(8):
-            octet[k] += scale * signs[k]
-
-
-@fast
-def _unpack_set(bits: U8, scale: np.float32, out: F32, table: F32) -> None:
-    for j in range(out.size // 8):
-        signs, octet = table[bits[j]], out[8 * j : 8 * j + 8]
-        for k in range(8):
-            octet[k] = scale * signs[k]
+            octet[k] = octet[k] + scale * signs[k] if add else scale * signs[k]
 
 
 @fast
@@ -163,10 +147,7 @@ def _unpack(
         values = out[starts[b] : starts[b] + n]
         part = bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8]
         whole = n // 8
-        if add:
-            _unpack_add(part, scale, values, table)
-        else:
-            _unpack_set(part, scale, values, table)
+        _unpack_octets(part, scale, values, table, add)
         for i in range(8 * whole, n):
             value = scale * table[part[whole]][i - 8 * whole]
             values[i] = values[i] + value if add else value
@@ -180,20 +161,16 @@ def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: b
     return out
 
 
-def pack_signs_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor) -> None:
-    """Write the sign bits of c = x + residual (1 for c >= 0), and residual <- c - scale * sign where the scale is finite."""
-    e, homes = residual_arrays(residual, blocks)
-    own = (blocks.starts, homes, blocks.lengths, blocks.byte_starts)
-    _compress(x.numpy(), e, *own, scales.numpy(), bits.numpy(), False, True)
-
-
 def compress_signs_(
-    x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool
+    x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool | None
 ) -> None:
-    """Scale, bits and new residual of blocks that each have a scale of their own; a non-finite block gets scale NaN."""
+    """Write the sign bits of c = x + residual (1 for c >= 0), and residual <- c - scale * sign where the scale is finite.
+
+    A block's scale is its mean magnitude, or its root mean square if `squared`, and NaN if it is not finite; None: scales are given.
+    """
     e, homes = residual_arrays(residual, blocks)
     own = (blocks.starts, homes, blocks.lengths, blocks.byte_starts)
-    _compress(x.numpy(), e, *own, scales.numpy(), bits.numpy(), squared, False)
+    _compress(x.numpy(), e, *own, scales.numpy(), bits.numpy(), bool(squared), squared is None)
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:

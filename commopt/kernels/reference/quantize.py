@@ -8,15 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.kernels.reference.runs import (
-    bits_of_bytes,
-    bytes_of_bits,
-    corrected,
-    element_indices,
-    keep_rest_,
-    put_,
-    run_of_element,
-)
+from commopt.kernels.reference import runs
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 
@@ -57,7 +49,7 @@ def compress_(
     is_given: bool = False,
 ) -> None:
     """What `kernels.cpu.quantize.compress_` says."""
-    c, block = corrected(x, residual, blocks), run_of_element(blocks.lengths, x.device)
+    c, block = runs.corrected(x, residual, blocks), runs.run_of_element(blocks.lengths, x.device)
     if not is_given:
         norm = _squares(c, blocks).sqrt().float() if squared else _largest(c, blocks)
         scales.copy_(_powers_above(norm) if kind == "natural" else _even_scales(norm, levels))
@@ -75,15 +67,15 @@ def compress_(
         codes.copy_(_to_powers(torch.where(is_coded, c, 0.0).double(), torch.where(scale > 0, scale, 1.0), u))
     if residual is not None:
         sent = level if kind == "levels" else _values_of(codes, blocks, kind, bits)
-        keep_rest_(residual, c - scale * sent, scales.isfinite(), blocks)
+        runs.keep_rest_(residual, c - scale * sent, scales.isfinite(), blocks)
 
 
 def decompress_(
     codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, kind: str, bits: int = 8, alpha: float, add: bool
 ) -> None:
     """out <- (alpha * scale) * what a code stands for, or out <- out + that, at the blocks' starts."""
-    scale = (scales * alpha)[run_of_element(blocks.lengths, out.device)]
-    put_(scale * _values_of(codes, blocks, kind, bits), blocks, out, add)
+    scale = (scales * alpha)[runs.run_of_element(blocks.lengths, out.device)]
+    runs.put_(scale * _values_of(codes, blocks, kind, bits), blocks, out, add)
 
 
 def _values_of(codes: Tensor, blocks: Blocks, kind: str, bits: int) -> Tensor:
@@ -129,29 +121,27 @@ def _to_powers(c: Tensor, scale: Tensor, u: Tensor | None) -> Tensor:
 
 def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
     """(n,) i8 in -2^(bits-1) .. 2^(bits-1) - 1 to (ceil(n bits/8),) u8: two's complement, the first one in the lowest bits."""
-    _write_codes_(values, bits, np.zeros(1, np.int64), _one_block(len(values)), out)
+    _write_codes_(values, bits, np.zeros(1, np.int64), one_block(len(values)), out)
 
 
 def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
     """(n,) i8: what `pack_codes_` was given."""
-    return _read_codes(code, bits, np.zeros(1, np.int64), _one_block(n))
+    return _read_codes(code, bits, np.zeros(1, np.int64), one_block(n))
 
 
-def _one_block(n: int) -> Blocks:
+def one_block(n: int) -> Blocks:
+    """All of n elements as one block."""
     zero = np.zeros(1, np.int64)
     return Blocks(zero, zero, zero + n, zero, zero)
 
 
 def _write_codes_(values: Tensor, bits: int, bit_starts: Int64Array, blocks: Blocks, out: Tensor) -> None:
-    stream = torch.zeros(out.numel() * 8, dtype=torch.uint8, device=out.device)
-    places = element_indices(bit_starts, blocks.lengths * bits, out.device)
-    stream[places] = bits_of_bytes(values.view(torch.uint8), first_is_lowest=True).view(-1, 8)[:, :bits].reshape(-1)
-    out.copy_(bytes_of_bits(stream, first_is_lowest=True))
+    digits = runs.bits_of_bytes(values.view(torch.uint8), first_is_lowest=True).view(-1, 8)[:, :bits].reshape(-1)
+    out.copy_(runs.packed(digits, bit_starts, blocks.lengths * bits, out.numel(), lowest=True))
 
 
 def _read_codes(code: Tensor, bits: int, bit_starts: Int64Array, blocks: Blocks) -> Tensor:
-    stream = bits_of_bytes(code, first_is_lowest=True)
-    digits = stream[element_indices(bit_starts, blocks.lengths * bits, code.device)].view(-1, bits)
+    digits = runs.unpacked(code, bit_starts, blocks.lengths * bits, lowest=True).view(-1, bits)
     values = (digits.int() << torch.arange(bits, dtype=torch.uint8, device=code.device)).sum(1)
     return torch.where(values >= 2 ** (bits - 1), values - 2**bits, values).to(torch.int8)
 
@@ -160,7 +150,7 @@ def _largest(c: Tensor, blocks: Blocks) -> Tensor:
     """(B,) f32 max|c|; as bit patterns, which are ordered as the magnitudes are, with inf and NaN above all others."""
     bits = c.view(torch.int32) & 0x7FFFFFFF
     largest = torch.zeros(len(blocks), dtype=torch.int32, device=c.device)
-    return largest.scatter_reduce_(0, run_of_element(blocks.lengths, c.device), bits, "amax").view(torch.float32)
+    return largest.scatter_reduce_(0, runs.run_of_element(blocks.lengths, c.device), bits, "amax").view(torch.float32)
 
 
 def _squares(c: Tensor, blocks: Blocks) -> Tensor:
@@ -172,7 +162,7 @@ def _squares(c: Tensor, blocks: Blocks) -> Tensor:
     while 2 * half < widths.max(initial=1):
         half *= 2
     table = torch.zeros(len(widths), 2 * half, dtype=torch.float64, device=c.device)
-    table.view(-1)[element_indices(np.arange(len(widths)) * 2 * half, widths, c.device)] = c.double() * c.double()
+    table.view(-1)[runs.element_indices(np.arange(len(widths)) * 2 * half, widths, c.device)] = c.double() * c.double()
     while table.shape[1] > 1:
         half = table.shape[1] // 2
         table = table[:, :half] + table[:, half:]

@@ -45,6 +45,16 @@ def bad_runs(values: Tensor, lengths: Int64Array) -> Tensor:
     return bad.index_add_(0, run_of_element(lengths, values.device), (~values.isfinite()).long()).ne(0)
 
 
+def first_bad(bad: Tensor, blocks: Blocks) -> int:
+    """The index of the first parameter, in registration order, with a bad block; -1 where there is none. bad: (B,) bool."""
+    return int(blocks.parameters[bad.cpu().numpy()].min()) if bool(bad.any()) else -1
+
+
+def places_in(starts: Int64Array, ks: Int64Array, indices: Tensor) -> Tensor:
+    """(sum of ks,) i64: where elements with these indices in their runs are; ks: (B,) how many of each run."""
+    return indices + torch.from_numpy(np.repeat(starts, ks)).to(indices.device)
+
+
 def bytes_of_bits(bits: Tensor, *, first_is_lowest: bool = False) -> Tensor:
     """(n / 8,) u8 of (n,) bits of 0 or 1; the first of eight is the most significant, as in numpy.packbits."""
     return (bits.view(-1, 8).to(torch.uint8) << _shifts(bits.device, first_is_lowest)).sum(1, dtype=torch.uint8)
@@ -53,6 +63,18 @@ def bytes_of_bits(bits: Tensor, *, first_is_lowest: bool = False) -> Tensor:
 def bits_of_bytes(code: Tensor, *, first_is_lowest: bool = False) -> Tensor:
     """(8 n,) u8 of 0 or 1: what `bytes_of_bits` was given."""
     return (code.view(-1, 1) >> _shifts(code.device, first_is_lowest) & 1).view(-1)
+
+
+def packed(flags: Tensor, starts: Int64Array, lengths: Int64Array, n_bytes: int, *, lowest: bool = False) -> Tensor:
+    """(n_bytes,) u8: bits of 0 or 1 end to end, of runs that begin at these bits; what lies between them is zero."""
+    bits = torch.zeros(n_bytes * 8, dtype=torch.uint8, device=flags.device)
+    bits[element_indices(starts, lengths, flags.device)] = flags.to(torch.uint8)
+    return bytes_of_bits(bits, first_is_lowest=lowest)
+
+
+def unpacked(code: Tensor, starts: Int64Array, lengths: Int64Array, *, lowest: bool = False) -> Tensor:
+    """(sum of lengths,) u8: the bits that `packed` was given."""
+    return bits_of_bytes(code, first_is_lowest=lowest)[element_indices(starts, lengths, code.device)]
 
 
 def _shifts(device: torch.device, first_is_lowest: bool) -> Tensor:

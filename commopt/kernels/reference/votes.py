@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt.kernels.reference.runs import bad_runs, corrected, put_
-from commopt.kernels.reference.signs import packed, unpacked
+from commopt.kernels.reference.runs import bad_runs, corrected, element_indices, packed, put_, unpacked
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks
 
@@ -18,15 +17,17 @@ from commopt.wire.bucket import Blocks
 def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tensor) -> Tensor:
     """What `kernels.cpu.votes.pack_votes_` says."""
     values = corrected(x, None, blocks)
-    zeros = packed(values.eq(0), blocks, bits.numel())
-    bits.copy_(packed(values > 0, blocks, bits.numel()) | zeros & coin_bits(blocks, flips, x.device))
+    where = (blocks.byte_starts * 8, blocks.lengths, bits.numel())
+    zeros = packed(values.eq(0), *where)
+    bits.copy_(packed(values > 0, *where) | zeros & coin_bits(blocks, flips, x.device))
     return bad_runs(values, blocks.lengths)
 
 
 def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, out: Tensor) -> None:
     """What `kernels.cpu.votes.unpack_counts_` says."""
     rows = planes.view(width, -1)
-    counts = torch.stack([unpacked(row, blocks).long() << k for k, row in enumerate(rows)]).sum(0)
+    digits = [unpacked(row, blocks.byte_starts * 8, blocks.lengths).long() << k for k, row in enumerate(rows)]
+    counts = torch.stack(digits).sum(0)
     put_(values[counts], blocks, out, add=False)
 
 
@@ -38,11 +39,8 @@ def coin_bits(blocks: Blocks, flips: NDArray[np.uint8], device: torch.device) ->
     assert blocks.keys is not None
     n_bytes = (blocks.lengths + 7) // 8
     words = (n_bytes + 7) // 8
-    within = np.arange(int(words.sum())) - np.repeat(np.cumsum(words) - words, words) + 1
-    drawn = noise.mix(np.repeat(blocks.keys, words) + within.astype(np.uint64) * np.uint64(noise.GOLDEN))
-    of_words = drawn.astype("<u8").view(np.uint8)
-    first = 8 * np.repeat(np.cumsum(words) - words, n_bytes)
-    kept = first + np.arange(int(n_bytes.sum())) - np.repeat(np.cumsum(n_bytes) - n_bytes, n_bytes)
+    of_words = noise.bits(blocks.keys, words).astype("<u8").view(np.uint8)
+    kept = element_indices(8 * (np.cumsum(words) - words), n_bytes, torch.device("cpu")).numpy()
     return torch.from_numpy(of_words[kept] ^ np.repeat(flips, n_bytes)).to(device)
 
 
