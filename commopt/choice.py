@@ -27,8 +27,10 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
         data = read_yaml(path)
         if "method" not in data:
             raise ConfigError(f"{path}: method: is missing; {_FORMS} under it")
+        if isinstance(data["method"], str):  # beside a name stand its options
+            return data["method"], {key: value for key, value in data.items() if key != "method"}
         try:
-            return _of_file(data)
+            return read_choice(data["method"])
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     if isinstance(choice, str):
@@ -67,10 +69,3 @@ def keys_beside(path: str | Path) -> list[str]:
 
     data = read_yaml(Path(path))
     return [] if isinstance(data["method"], str) else [key for key in data if key != "method"]
-
-
-def _of_file(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The choice under `method`: beside a name stand its options; a block holds its own, beside which a run's other keys may stand."""
-    if isinstance(data["method"], str):
-        return data["method"], {key: value for key, value in data.items() if key != "method"}
-    return read_choice(data["method"])

@@ -90,9 +90,7 @@ class Method(Stateful, ABC):
 class EveryStep(Exchange, Method):
     """A method that exchanges in every step: gradients, or what an update is made of."""
 
-    clips_alone: ClassVar[bool] = (
-        False  # before an inexact exchange each rank clips by its own norm, to max_norm sqrt(N)
-    )
+    clips_alone: ClassVar[bool] = False  # to max_norm sqrt(N), by its own norm, before an inexact exchange
 
     def __init__(self, **given: Any) -> None:
         Method.__init__(self, **given)

@@ -42,17 +42,21 @@ _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_defa
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def options(cls: type[T]) -> type[T]:
-    """Make a class a frozen dataclass of keyword-only fields that pydantic checks."""
-    return _pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)  # type: ignore[return-value]
+    """Make a class a frozen dataclass of keyword-only fields that pydantic checks; a wrong field raises ConfigError."""
+    return _checked(_pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls))  # type: ignore[no-any-return]
 
 
 @dataclass_transform(frozen_default=True)
 def checked_dataclass(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass that pydantic checks when it is made; a wrong field raises ConfigError."""
-    made: Any = _pydantic_dataclass(frozen=True, config=_CONFIG)(cls)
+    return _checked(_pydantic_dataclass(frozen=True, config=_CONFIG)(cls))  # type: ignore[no-any-return]
+
+
+def _checked(made: Any) -> Any:
+    """Let a pydantic dataclass raise ConfigError for its first mistake."""
     check = made.__init__
 
-    def checked(self: T, *args: Any, **named: Any) -> None:
+    def checked(self: Any, *args: Any, **named: Any) -> None:
         given = {**dict(zip(option_names(made), args, strict=False)), **named}
         try:
             check(self, **given)
@@ -60,7 +64,7 @@ def checked_dataclass(cls: type[T]) -> type[T]:
             raise ConfigError(_first_mistake(made, given, error)) from None
 
     made.__init__ = checked
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 @options
@@ -75,11 +79,7 @@ def make_options(kind: type[T], given: Mapping[str, Any]) -> T:
         if key not in known:
             takes = did_you_mean(str(key), known) if known else "; it takes none"
             raise ConfigError(f"unknown option {key!r}{takes}")
-    given = {key: x.item() if isinstance(x, np.generic) else x for key, x in given.items()}
-    try:
-        return kind(**given)
-    except ValidationError as error:
-        raise ConfigError(_first_mistake(kind, given, error)) from None
+    return kind(**{key: x.item() if isinstance(x, np.generic) else x for key, x in given.items()})
 
 
 def option_names(kind: type) -> list[str]:
@@ -109,7 +109,6 @@ def _first_mistake(kind: type, given: Mapping[str, Any], error: ValidationError)
 
 
 def _words(annotation: Any) -> list[str]:
-    """The texts that an option may be."""
     if get_origin(annotation) is Literal:
         return [value for value in get_args(annotation) if isinstance(value, str)]
     return [word for one in get_args(annotation) for word in _words(one)]

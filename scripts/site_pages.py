@@ -20,7 +20,7 @@ from commopt.method import Method
 from commopt.methods import METHODS, build
 from commopt.optim import LAMB, Lion
 from commopt.optim.update import UpdateMethod
-from commopt.run.refusals import table
+from commopt.run.checks import table
 
 RANKS = (4, 16, 64)
 REQUIRED: dict[str, dict[str, Any]] = {"threshold": {"threshold": 0.01}}  # options that have no default

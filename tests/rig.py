@@ -46,6 +46,10 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return model.to(dtype)
 
 
+def sgd_of(model: nn.Module, lr: float = 0.05, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
 def make_batch(rank: int, step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * rank + step)
     x, y = torch.randn(8, 12, generator=generator), torch.randn(8, 4, generator=generator)

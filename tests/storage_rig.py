@@ -13,7 +13,7 @@ from torch import Tensor
 
 from commopt.errors import CheckpointError
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.run.storage import Content, Stored, open_checkpoint, save
+from commopt.run.checkpoint import Content, Stored, open_checkpoint, save
 
 
 def content(value: float, rank: int = 0) -> Content:
@@ -28,7 +28,7 @@ def saved(folder: Path, value: float = 1.0, ranks: int = 1) -> Path:
 
 def value_of(stored: Stored) -> float:
     """What was saved, once all parts agree on it."""
-    values = {stored.meta["value"], *stored.shared()["w"].view(-1).tolist(), *stored.own(0)["residual"].tolist()}
+    values = {stored.meta["value"], *stored.shared["w"].view(-1).tolist(), *stored.own[0]["residual"].tolist()}
     (value,) = values
     return float(value)
 

@@ -2,29 +2,58 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist  # initialises the module below
+from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt.choice import Choice
-from commopt.errors import AttachError
 from commopt.groups import Group
 from commopt.method import EveryStep, Method
 from commopt.methods import resolve
 from commopt.plan.links import schedule
 from commopt.run.agree import meeting_group
-from commopt.run.checks import connect
-from commopt.run.every_step import EveryStepRun, Prepared
-from commopt.run.lane import Lane
-from commopt.run.prepare import Request, check_request
-from commopt.run.refusals import refuse
+from commopt.run.checks import Checked, Request, check_request, connect, refuse
+from commopt.run.every_step import EveryStepRun
 from commopt.run.run import Run
 from commopt.wire.bucket import Bucket
 
-_CLOSED = "this run is closed, and DDP keeps its hook for good: make a new DistributedDataParallel(model.module), and attach to that"
+
+class Lane:
+    """One thread that runs exchanges in the order in which they were handed in, on every rank the same.
+
+    For tensors on a GPU, jobs run on a side stream that waits for the stream that submitted them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")  # ends before the interpreter does
+
+    def submit(self, job: Callable[[], Tensor]) -> Future[Tensor]:
+        """A future of the job's result; what the job raises, its value() raises."""
+        future: Future[Tensor] = Future(devices=[self.device] if self._stream else [])
+        ready = torch.cuda.current_stream(self.device).record_event() if self._stream else None
+
+        def run() -> None:
+            try:
+                with torch.cuda.stream(self._stream):
+                    if self._stream is not None and ready is not None:
+                        self._stream.wait_event(ready)
+                    future.set_result(job())
+            except Exception as error:
+                future.set_exception(error)  # type: ignore[arg-type]  # typed as a result, wrongly
+
+        self._thread.submit(run)
+        return future
+
+    def close(self) -> None:
+        """End the thread after what was submitted."""
+        self._thread.shutdown()
 
 
 class DDPRun(EveryStepRun):
@@ -32,11 +61,11 @@ class DDPRun(EveryStepRun):
 
     repeat_hint = "run the other backwards under model.no_sync()"
 
-    def __init__(self, model: DistributedDataParallel, prepared: Prepared, group: Group, overlap: bool) -> None:
-        super().__init__(model.module, prepared, group)
+    def __init__(self, model: DistributedDataParallel, checked: Checked, group: Group, overlap: bool) -> None:
+        super().__init__(model.module, checked, group)
         self._name_of = {id(p): name for name, p in self.parameters.items()}
         self._lane = Lane(next(iter(self.parameters.values())).device) if overlap else None
-        self._collected: list[tuple[Bucket, Future[torch.Tensor]]] = []
+        self._collected: list[tuple[Bucket, Future[Tensor]]] = []
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._last_hook_s = 0.0
         self._ddps_own = list(_ddps_own(model))
@@ -57,21 +86,20 @@ class DDPRun(EveryStepRun):
         self._resumed_layout = layout
 
     # DDP checks the parameter's name and annotation, which is why this file does without postponed annotations
-    def _hook(self, bucket: GradBucket) -> Future[torch.Tensor]:
-        if self.is_closed:
-            raise AttachError(_CLOSED)
+    def _hook(self, bucket: GradBucket) -> Future[Tensor]:
+        refuse({"ddp detached": self.is_closed}, self.method.name, self.method.kind)
         ours = self._wrap(bucket)
         self._refuse_repeat([ours])  # here, and not in the lane, whose errors DDP turns into a RuntimeError
         if bucket.is_last():
             self._after_backward()
         if self._lane is None:
-            future: Future[torch.Tensor] = Future()
+            future: Future[Tensor] = Future()
             self._collected.append((ours, future))
             if bucket.is_last():
                 self._exchange_collected()
             return future.then(lambda f: f.value())
 
-        def exchange() -> torch.Tensor:
+        def exchange() -> Tensor:
             self._exchange_buckets([ours])
             return ours.flat
 
@@ -189,22 +217,17 @@ def attach(model: DistributedDataParallel, request: Request) -> Run:
             "ddp hook": bool(hooks),
             "ddp mixed precision": getattr(model, "mixed_precision", None) is not None,
             "ddp shared group": shares and own and own[0],
+            "overlap with a joint decision": request.overlap
+            and isinstance(method, EveryStep)
+            and request.joint_decision(method),
         }
 
-    def look(method: Method, optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(method, EveryStep) and request.overlap:
-            needs = Prepared(method, optimizer, request.max_norm, request.grad_scaler).needs_all_buckets
-            what = "max_norm" if request.max_norm is not None else f"{method.name} in this form"
-            what = "grad_scaler" if request.grad_scaler is not None and request.max_norm is None else what
-            refuse({"overlap with a joint decision": needs and what}, method.name, method.kind)
-
     meeting = meeting_group(group, model.process_group)
-    checked = check_request("ddp", model.module, request, meeting, facts, look=look)
+    checked = check_request("ddp", model.module, request, meeting, facts)
     if not isinstance(checked.method, EveryStep):
         from commopt.frameworks import plain
 
         return plain.start(model.module, checked)  # one rank
-    prepared = checked.prepared()
-    overlap = not prepared.needs_all_buckets if request.overlap is None else request.overlap
+    overlap = not request.joint_decision(checked.method) if request.overlap is None else request.overlap
     ours = group if isinstance(group, Group) else connect(model.process_group)
-    return DDPRun(model, prepared, ours, overlap)
+    return DDPRun(model, checked, ours, overlap)

@@ -1,16 +1,11 @@
-"""A method in a DeepSpeed engine: the exchange is the method's, and everything else stays DeepSpeed's.
-
-Nothing happens at import. `initialize` here, or `install()` and then `deepspeed.initialize` wherever it is called, understands the
-three optimizers that DeepSpeed 0.19.7 deleted, and a `"commopt"` block in the configuration.
-"""
+"""A method in a DeepSpeed engine: the exchange is the method's, and everything else stays DeepSpeed's. Nothing happens at import."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +14,7 @@ import torch
 from commopt.errors import MissingExtra
 from commopt.frameworks import plain
 from commopt.frameworks.deepspeed_config import (
+    PartlyFrozenAdam,
     Wanted,
     asks,
     parameter_groups,
@@ -28,7 +24,6 @@ from commopt.frameworks.deepspeed_config import (
     use_torch_adam,
 )
 from commopt.frameworks.deepspeed_engine import EngineRun, Masters, forget_dry_step, hand_over, has_masters, is_half
-from commopt.frameworks.deepspeed_groups import PartlyFrozenAdam
 from commopt.gossip.loop import OuterMethod
 from commopt.groups import Group
 from commopt.method import Method
@@ -36,9 +31,7 @@ from commopt.methods import resolve
 from commopt.optim import make_optimizer
 from commopt.optim.update import UpdateMethod
 from commopt.run.agree import agree, meeting_group
-from commopt.run.checks import connect
-from commopt.run.prepare import Request, check_request
-from commopt.run.refusals import refuse
+from commopt.run.checks import Request, check_request, connect, refuse
 from commopt.run.run import Run
 
 try:
@@ -63,8 +56,17 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     DeepSpeed is as it was once this returns. Raises ConfigError for a wrong option, and AttachError, with the reason, for what cannot
     work; on every rank.
     """
-    with _installed_for_one_call():
+    original, ops = DeepSpeedEngine.__init__, deepspeed.ops.__compatible_ops__
+    had = dict(ops)
+    install()
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile an extension for all-reduces in shared memory, minutes on a first start, which only inference uses
+        ops["deepspeed_shm_comm"] = False
+    try:
         engine, *others = deepspeed.initialize(*args, **kwargs)
+    finally:
+        DeepSpeedEngine.__init__ = original
+        ops.update(had)
     if getattr(engine, "commopt", None) is None and engine.global_rank == 0:
         _log.warning(
             "the configuration names no communication method, and DeepSpeed averages gradients uncompressed: add "
@@ -107,25 +109,19 @@ def attach(engine: Any, request: Request) -> Run:
         }
 
     own = replace(request, optimizer=engine.basic_optimizer, max_norm=None)
-    meeting, common = meeting_group(request.group), {"gradient_clipping": clipping}
-    checked = check_request("deepspeed", masters, own, meeting, facts, configuration=lambda: common)
+    common = {"gradient_clipping": clipping}
+    checked = check_request("deepspeed", masters, own, meeting_group(request.group), facts, common)
     method = checked.method
     run: Any  # whose handles we add to
     if isinstance(method, OuterMethod):
         run = plain.start(engine.module, checked)
     else:
-        max_norm = clipping or None if isinstance(method, UpdateMethod) else None
-        group = request.group if isinstance(request.group, Group) else connect()
-        run = EngineRun(engine, masters, replace(checked.prepared(), max_norm=max_norm), group)
-    run._handles += hand_over(engine, run)
-    notes = surprises(engine._config, method.name)
-    if "commopt" in raw and not hasattr(engine, "_commopt_has_read"):
-        notes.append(
-            'the "commopt" block of the configuration had no effect until now: make the engine by commopt.deepspeed.initialize, or '
-            "call commopt.deepspeed.install() first"
-        )
+        if isinstance(method, UpdateMethod):
+            checked = replace(checked, request=replace(own, max_norm=clipping or None))
+        run = EngineRun(engine, masters, checked, request.group if isinstance(request.group, Group) else connect())
+    run._handles.append(hand_over(engine, run))
     engine._commopt_has_read = True  # the block, when the engine was made, or answered by an attach
-    _tell(engine, notes)
+    _tell(engine, surprises(engine._config, method.name))
     return run  # type: ignore[no-any-return]
 
 
@@ -207,18 +203,3 @@ def _prepare(arguments: dict[str, Any]) -> Wanted:
         kind = PartlyFrozenAdam if is_partly_frozen else type(method)
         wanted.method = kind(**{**method.given, **({"momentum_mask": masks} if masks else {})})
     return wanted
-
-
-@contextmanager
-def _installed_for_one_call() -> Iterator[None]:
-    original, ops = DeepSpeedEngine.__init__, deepspeed.ops.__compatible_ops__
-    install()
-    had = dict(ops)
-    if not torch.cuda.is_available():
-        # DeepSpeed would compile an extension for all-reduces in shared memory, minutes on a first start, which only inference uses
-        ops["deepspeed_shm_comm"] = False
-    try:
-        yield
-    finally:
-        DeepSpeedEngine.__init__ = original
-        ops.update(had)

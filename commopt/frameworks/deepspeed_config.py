@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from commopt.choice import read_choice
 from commopt.errors import ConfigError, check_flag, did_you_mean
+from commopt.groups import Group
 from commopt.method import Method
-from commopt.methods import METHODS, resolve
+from commopt.methods import METHODS, OnebitAdam, resolve
 from commopt.optim.update import UpdateMethod
 from commopt.options import option_names
+from commopt.reading import shown
+from commopt.wire.bucket import Bucket
 
 _ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 _LAMB = {**_ADAM, "max_coeff": 10.0, "min_coeff": 0.01}
@@ -22,7 +26,7 @@ _FACTORS = {"freeze_step": 100000, "coeff_beta": 0.9, "factor_max": 4.0, "factor
 _ZERO_ONE = {"var_freeze_step": 100000, "var_update_scaler": 16, "local_step_scaler": 32678, "local_step_clipper": 16}
 _BACKENDS = ("nccl", "gloo", "mpi", "hccl", "compressed", "ccl")
 _WITHOUT_EFFECT = ("bias_correction", "eps_inside_sqrt")
-_EXPLAINED = ("cuda_aware", "comm_backend_name")
+_NOT_NEEDED = ("cuda_aware", "comm_backend_name")
 _KERNELS = ("torch_adam", "foreach", "amsgrad", "adam_w_mode")  # which code computes Adam, where a method computes it
 
 
@@ -41,12 +45,9 @@ class Legacy:
 
 
 LEGACY = {
-    legacy.name.lower(): legacy
-    for legacy in (
-        Legacy("OneBitAdam", "onebit_adam", "adamw", _ADAM, {"freeze_step": 100000}),
-        Legacy("ZeroOneAdam", "zero_one_adam", "adamw", _ADAM, _ZERO_ONE),
-        Legacy("OneBitLamb", "onebit_lamb", "lamb", _LAMB, _FACTORS),
-    )
+    "onebitadam": Legacy("OneBitAdam", "onebit_adam", "adamw", _ADAM, {"freeze_step": 100000}),
+    "zerooneadam": Legacy("ZeroOneAdam", "zero_one_adam", "adamw", _ADAM, _ZERO_ONE),
+    "onebitlamb": Legacy("OneBitLamb", "onebit_lamb", "lamb", _LAMB, _FACTORS),
 }
 
 
@@ -89,16 +90,20 @@ def read_legacy(legacy: Legacy, params: Mapping[str, Any]) -> Wanted:
     """What an old optimizer's "params" mean now. Raises ConfigError for unknown knobs, amsgrad and max_grad_norm."""
     _check_legacy(legacy, params)
     notes = []
-    if without := [f"{key}: {_json(params[key])}" for key in _WITHOUT_EFFECT if key in params]:
-        notes.append(
-            f"{legacy.name}: {', '.join(without)} has no effect, as it had none in DeepSpeed: moments are not corrected for their bias, "
-            f'and eps is added outside the root; "commopt": {{"method": "{legacy.method}", "bias_correction": true}} corrects them'
-        )
-    if explained := [f"{key}: {_json(params[key])}" for key in _EXPLAINED if key in params]:
-        notes.append(
-            f"{legacy.name}: {', '.join(explained)} is accepted and not needed: messages go through the backend that torch.distributed was "
-            "initialised with, and bits are packed without cupy or MPI"
-        )
+    for keys, said in (
+        (
+            _WITHOUT_EFFECT,
+            "has no effect, as it had none in DeepSpeed: moments are not corrected for their bias, and eps is added outside the root; "
+            f'"commopt": {{"method": "{legacy.method}", "bias_correction": true}} corrects them',
+        ),
+        (
+            _NOT_NEEDED,
+            "is accepted and not needed: messages go through the backend that torch.distributed was initialised with, and bits are "
+            "packed without cupy or MPI",
+        ),
+    ):
+        if given := [f"{key}: {shown(params[key])}" for key in keys if key in params]:
+            notes.append(f"{legacy.name}: {', '.join(given)} {said}")
     settings = {key: params.get(key, default) for key, default in legacy.settings.items()}
     options = {key: params.get(key, default) for key, default in legacy.options.items()}
     try:
@@ -111,23 +116,29 @@ def read_legacy(legacy: Legacy, params: Mapping[str, Any]) -> Wanted:
 
 def _check_legacy(legacy: Legacy, params: Mapping[str, Any]) -> None:
     where = "optimizer.params"
-    if "max_grad_norm" in params:
-        raise ConfigError(
-            f"{where}.max_grad_norm: {params['max_grad_norm']!r}: had no effect in {legacy.name}; "
-            f'write "gradient_clipping": {params["max_grad_norm"]!r} at the top level of the configuration instead'
-        )
-    known = (*legacy.settings, *legacy.options, *_WITHOUT_EFFECT, *_EXPLAINED, "amsgrad")
+    _refuse(params, where, legacy.name)
+    known = (*legacy.settings, *legacy.options, *_WITHOUT_EFFECT, *_NOT_NEEDED, "amsgrad")
     for key in params:
         if key not in known:
             raise ConfigError(f"{where}.{key}: {legacy.name} has no such option{did_you_mean(str(key), known)}")
-    if params.get("amsgrad"):
-        raise ConfigError(f"{where}.amsgrad: true: {legacy.name} has no AMSGrad variant; leave it out")
     for key in (*_WITHOUT_EFFECT, "cuda_aware"):
         check_flag(f"{where}.{key}", params.get(key, False))
     backend = params.get("comm_backend_name", "nccl")
     if backend not in _BACKENDS:
         hint = did_you_mean(str(backend), _BACKENDS)
         raise ConfigError(f"{where}.comm_backend_name: {backend!r} is not a backend{hint}")
+
+
+def _refuse(params: Mapping[str, Any], where: str, who: str) -> None:
+    """Raise ConfigError for what DeepSpeed's optimizers may be asked for, and none that computes the update here does."""
+    decays = not params.get("adam_w_mode", True) and params.get("weight_decay")
+    for key, is_wrong, fix in (
+        ("max_grad_norm", "max_grad_norm" in params, 'write "gradient_clipping" at the top level instead'),
+        ("amsgrad", params.get("amsgrad"), f"{who} has no AMSGrad variant; leave it out"),
+        ("adam_w_mode", decays, f"{who} subtracts weight decay from the parameters, as AdamW does; leave it out"),
+    ):
+        if is_wrong:
+            raise ConfigError(f"{where}.{key}: {shown(params[key])}: {fix}")
 
 
 def _read_block(block: Any, kind: str, params: dict[str, Any], client_optimizer: Any) -> Wanted:
@@ -155,25 +166,13 @@ def _read_block(block: Any, kind: str, params: dict[str, Any], client_optimizer:
 
 
 def _in_place_of(method: UpdateMethod, kind: str, params: dict[str, Any]) -> Wanted:
-    """An update method, and the optimizer of the configuration that it stands in for."""
     kinds = dict.fromkeys(one.lower() for one in method.stands_for)
     if kind.lower() not in kinds:
         raise ConfigError(
             f"optimizer.type: {kind!r}: {method.name} computes the update itself, and can take the place of {' or '.join(kinds)} only; "
             "name that one"
         )
-    decays = not params.get("adam_w_mode", True) and params.get("weight_decay")
-    for key, is_wrong, fix in (
-        ("max_grad_norm", "max_grad_norm" in params, 'write "gradient_clipping" at the top level instead'),
-        ("amsgrad", params.get("amsgrad"), f"{method.name} has no AMSGrad variant; leave it out"),
-        (
-            "adam_w_mode",
-            decays,
-            f"{method.name} subtracts weight decay from the parameters, as AdamW does; leave it out",
-        ),
-    ):
-        if is_wrong:
-            raise ConfigError(f"optimizer.params.{key}: {_json(params[key])}: {fix}")
+    _refuse(params, "optimizer.params", method.name)
     settings = {key: value for key, value in params.items() if key not in _KERNELS}
     # DeepSpeed's optimizers have options that torch's lack, and methods have: bias_correction
     own = {key: settings.pop(key) for key in option_names(type(method).Options) if key in settings}
@@ -219,7 +218,7 @@ def surprises(parsed: Any, method: str) -> list[str]:
         found.append(("comms_logger", True, "it sees DeepSpeed's messages only; ours are in engine.commopt.traffic"))
     zero = {key: value for key, value in section(raw, "zero_optimization").items() if key != "stage" and value}
     found += [(f"zero_optimization.{key}", value, "stage 0 has no use for it") for key, value in zero.items()]
-    told = [f"{key}: {_json(value)} has no effect: {reason}" for key, value, reason in found]
+    told = [f"{key}: {shown(value)} has no effect: {reason}" for key, value, reason in found]
     if "gradient_clipping" not in raw and (norm := float(parsed.gradient_clipping)):
         told.append(
             f"gradient_clipping is not set, and DeepSpeed then clips to a norm of {norm}: write 0.0 to clip nothing"
@@ -249,9 +248,7 @@ def parameter_groups(
         params = [p for p in params if p.requires_grad]
         if not params:
             continue
-        for key in ("amsgrad", "max_grad_norm"):
-            if group.get(key):
-                raise ConfigError(f"{where}: {key}: {group[key]!r} is not supported; leave it out")
+        _refuse(group, where, method.name)
         if group.get("non_freeze") and method.name != "onebit_adam":
             raise ConfigError(f"{where}: non_freeze: true: only OneBitAdam has it; leave it out")
         if group.get("exp_avg_mask") is not None:
@@ -289,6 +286,56 @@ def use_torch_adam(parsed: Any) -> list[str]:
     return [f"{parsed.optimizer_name}: torch's own is used instead of DeepSpeed's, {why}"]
 
 
+class PartlyFrozenAdam(OnebitAdam):
+    """1-bit Adam whose groups with `non_freeze: True` go on with the exact mean gradient, and a variance that adapts, for ever."""
+
+    _is_live = False  # whether the parameter that moves now stays out of the freeze
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        live, frozen = self._split(bucket)
+        if live is None:
+            return super().exchange(bucket, group)
+        self.mean.exchange(live, group)  # first: it keeps nothing, should the bucket be void
+        if live.void is None and frozen is not None:
+            super().exchange(frozen, group)
+        bucket.void = live.void or (frozen.void if frozen is not None else None)
+        if bucket.void is None:
+            found = dict(live.views()) | dict(frozen.views() if frozen is not None else ())
+            for name, x in bucket.views():
+                x.copy_(found[name])
+        return None
+
+    def receive(self, bucket: Bucket) -> None:
+        live, frozen = self._split(bucket)
+        if live is None:
+            return super().receive(bucket)
+        for name, g in live.views():
+            b1, b2 = self.settings(name)["betas"]
+            self.part("momentum", name).lerp_(g, 1 - b1)  # m <- b1 m + (1 - b1) g
+            self.part("variance", name).mul_(b2).addcmul_(g, g, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+        return super().receive(frozen) if frozen is not None else None
+
+    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        self._is_live = self.is_frozen and bool(group.get("non_freeze"))
+        state["variance_step"] += self._is_live
+        super().update(p, name, state, group)
+
+    def bounded(self, root: Tensor, momentum: Tensor, uncorrected: float = 1.0) -> Tensor:
+        return root if self._is_live else super().bounded(root, momentum, uncorrected)  # the bound is for signs
+
+    def _split(self, bucket: Bucket) -> tuple[Bucket | None, Bucket | None]:
+        """The parts of a bucket that are not frozen, if anything is, and that are; None for an empty one."""
+        if not self.is_frozen:
+            return None, bucket
+        parts: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
+        for name, x in bucket.views():
+            parts[bool(self.settings(name).get("non_freeze"))].append((name, x))
+        live, frozen = (
+            Bucket.of(parts[is_live], bucket.label) if parts[is_live] else None for is_live in (True, False)
+        )
+        return live, frozen
+
+
 def section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A part of a configuration; empty if it is missing."""
     value = raw.get(key)
@@ -297,7 +344,3 @@ def section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _kind(config: Mapping[str, Any]) -> str:
     return str(section(config, "optimizer").get("type") or "")
-
-
-def _json(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)

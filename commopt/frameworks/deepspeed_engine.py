@@ -14,32 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from commopt.errors import AttachError, CheckpointError
+from commopt.errors import AttachError
 from commopt.frameworks.plain import PlainRun
 from commopt.groups import Group
 from commopt.optim.update import UpdateMethod
 from commopt.run.checkpoint import has_block, read_block, save_block
-from commopt.run.every_step import EveryStepRun, Prepared
-from commopt.run.run import Run
+from commopt.run.checks import Checked
+from commopt.run.every_step import EveryStepRun
+from commopt.run.run import Replaced, Run
 from commopt.run.stand_in import StandIn
 
 _log = logging.getLogger(__name__)
-
-
-class Replaced:
-    """Other attributes of an object, until `remove` gives it back those that it had, its class's own ones included."""
-
-    def __init__(self, target: Any, **attributes: Any) -> None:
-        self._target, self._names = target, tuple(attributes)
-        self._had = {name: vars(target)[name] for name in attributes if name in vars(target)}
-        for name, value in attributes.items():
-            setattr(target, name, value)
-
-    def remove(self) -> None:
-        for name in self._names:
-            delattr(self._target, name)
-        for name, value in self._had.items():
-            setattr(self._target, name, value)
 
 
 def is_half(engine: Any) -> bool:
@@ -96,10 +81,12 @@ class EngineRun(PlainRun):
     the step is skipped everywhere.
     """
 
-    def __init__(self, engine: Any, masters: Masters, prepared: Prepared, group: Group) -> None:
+    saved_by = "write engine.save_checkpoint(...) and engine.load_checkpoint(...), which keep the method's state of every rank too"
+
+    def __init__(self, engine: Any, masters: Masters, checked: Checked, group: Group) -> None:
         self._engine, self.masters = engine, masters
         self._wrapper: Any = engine.optimizer if is_half(engine) else None
-        super().__init__(masters, prepared, group)
+        super().__init__(masters, checked, group)
         self._clip = 0.0 if self._is_update else float(engine.gradient_clipping())
         self._scale = 1.0  # by which the loss of the gradients at hand was multiplied
         if isinstance(self.optimizer, StandIn):
@@ -123,11 +110,6 @@ class EngineRun(PlainRun):
     def finish(self) -> None:
         super().finish()
         self.masters.copy_to_model()  # local steps have been made equal
-
-    def checkpoint_folder(self, folder: Path) -> Path:
-        raise CheckpointError(
-            f"{folder}: write engine.save_checkpoint(...) and engine.load_checkpoint(...), which keep the method's state of every rank too"
-        )
 
     def _scaled_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         """The engine's backward, on a scaled loss: at stage 0 DeepSpeed (0.19.6 to 0.19.8) divides gradients by a scale that the
@@ -183,7 +165,6 @@ class EngineRun(PlainRun):
             self._wrapper._global_grad_norm = None  # it was that of this rank's own gradients
 
     def _clip_mean(self) -> None:
-        """Clip the mean to `gradient_clipping`, and tell the engine its norm."""
         used = [p for p in self.parameters.values() if p.grad is not None]
         if not used or not (self._clip or self._wrapper is not None):
             return
@@ -193,7 +174,7 @@ class EngineRun(PlainRun):
             self._wrapper._global_grad_norm = norm
 
 
-def hand_over(engine: Any, run: Run) -> list[Replaced]:
+def hand_over(engine: Any, run: Run) -> Replaced:
     """Switch the engine's own exchange off, and its clipping before ours, and let its checkpoints carry the method's state."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -218,18 +199,15 @@ def hand_over(engine: Any, run: Run) -> list[Replaced]:
         return found
 
     save, load = engine.save_checkpoint, engine.load_checkpoint
-    undo = [
-        Replaced(engine, enable_backward_allreduce=False, allreduce_gradients=refuse, commopt=run),
-        Replaced(engine, save_checkpoint=save_checkpoint, load_checkpoint=load_checkpoint),
-    ]
+    ours: dict[str, Any] = {"save_checkpoint": save_checkpoint, "load_checkpoint": load_checkpoint, "commopt": run}
     if isinstance(run, EveryStepRun):  # before the exchange a norm is this rank's own: clipped after it
-        undo.append(Replaced(engine, clip_fp32_gradients=lambda: None))
-    return undo
+        ours["clip_fp32_gradients"] = lambda: None
+    return Replaced(engine, enable_backward_allreduce=False, allreduce_gradients=refuse, **ours)
 
 
 def _block_of(
     engine: Any, run: Run, load_dir: Any, tag: Any, load_module_only: bool, load_optimizer_states: bool, **_: Any
-) -> Callable[[], None] | None:
+) -> Callable[[], object] | None:
     """What takes the method's state over from a checkpoint, once the engine has loaded its own part; None if nothing does.
 
     Raises CheckpointError if an update method's is missing.
@@ -242,12 +220,8 @@ def _block_of(
     folder = Path(load_dir) / str(tag)
     if load_module_only or not load_optimizer_states:
         note = f"only part is loaded, and {name} goes on with the state it has"
-    elif has_block(folder):
+    elif has_block(folder) or isinstance(run.method, UpdateMethod):
         return read_block(folder, run)
-    elif isinstance(run.method, UpdateMethod):
-        raise CheckpointError(
-            f"{folder}: was saved without {name}'s state; load_checkpoint(..., load_module_only=True) takes the model alone"
-        )
     else:
         note = f"was saved without commopt; {name} begins with the state that it has"
     if engine.global_rank == 0:

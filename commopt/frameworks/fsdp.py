@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
+from commopt.compress import Cast
+from commopt.compress.feedback import NOTHING_KEPT, first_bad_parameter
 from commopt.errors import AttachError, CheckpointError
-from commopt.frameworks.fsdp_scatter import CompressedReduceScatter, ScatterMean, scatter_facts
-from commopt.frameworks.fsdp_units import Mesh, Sharding, Unit, local, sharding_of
-from commopt.frameworks.plain import broadcast_
+from commopt.exchange.compressed import Compressed
+from commopt.frameworks.fsdp_units import Mesh, Unit, Way, local, sharding_of
 from commopt.groups import Group, LocalGroup, TorchGroup
-from commopt.method import Method
+from commopt.method import GradientMethod, Method
+from commopt.methods import FP16, QSGD, NaturalMean, TwoWay
 from commopt.run.agree import Configuration, agree, meeting_group
-from commopt.run.checks import ATTACHED, connect
-from commopt.run.every_step import EveryStepRun, Prepared
-from commopt.run.prepare import Checked, Request, check_request
-from commopt.run.run import Run
-from commopt.wire.bucket import Bucket
+from commopt.run.checks import ATTACHED, Checked, Request, check_request, connect
+from commopt.run.every_step import EveryStepRun
+from commopt.run.run import Replaced, Run, broadcast_
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.state import Saved
 
+_ONE_WAY = (TwoWay, NaturalMean, QSGD)
 _CHANGED = ("_all_reduce_hook", "_reduce_scatter_comm", "gradient_divide_factor", "reduce_scatter_unused_params")
 
 
@@ -38,15 +41,19 @@ class FSDPRun(EveryStepRun):
     """
 
     repeat_hint = "call model.set_requires_gradient_sync(False) before the other backwards"
+    saved_by = (
+        "run.save does not write sharded models: save model and optimizer by torch.distributed.checkpoint, and run.method.saved() of "
+        "each rank beside them, which run.method.load(...) takes back; see docs/fsdp.md"
+    )
 
-    def __init__(self, model: Module, prepared: Prepared, group: Group, units: Sequence[Unit], mesh: Mesh) -> None:
+    def __init__(self, model: Module, checked: Checked, group: Group, units: Sequence[Unit], mesh: Mesh) -> None:
         self.units, self.mesh = units, mesh
         self._left_out: set[str] = set()
-        super().__init__(model, prepared, group)
-        groups = [unit.param_group for unit in units]
-        self._before = [(one, key, getattr(one, key)) for one in groups for key in _CHANGED]
-        if mesh.replicate_group is not None:
-            self._before += [(one.mesh_info, "replicate_process_group", mesh.replicate_group) for one in groups]
+        super().__init__(model, checked, group)
+        for one in [unit.param_group for unit in units]:  # close gives every exchange back to FSDP
+            self._handles.append(Replaced(one, **{key: getattr(one, key) for key in _CHANGED}))
+            if mesh.replicate_group is not None:
+                self._handles.append(Replaced(one.mesh_info, replicate_process_group=mesh.replicate_group))
         for unit in units:
             self._take_over(unit)
             # without it the flat gradient would hold only the parameters that were used, and not say which
@@ -55,19 +62,6 @@ class FSDPRun(EveryStepRun):
     def _take_over(self, unit: Unit) -> None:
         """Exchange in place of FSDP."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        """Give every exchange back to FSDP."""
-        for owner, key, value in self._before:
-            setattr(owner, key, value)
-        self._before.clear()
-        super().close()
-
-    def checkpoint_folder(self, folder: Path) -> Path:
-        raise CheckpointError(
-            f"{folder}: run.save does not write sharded models: save model and optimizer by torch.distributed.checkpoint, and "
-            "run.method.saved() of each rank beside them, which run.method.load(...) takes back; see docs/fsdp.md"
-        )
 
     def _exchange_unit(self, unit: Unit, bucket: Bucket, divisor: float | None) -> None:
         """Exchange a unit's gradient, and note what the step has to leave out."""
@@ -94,18 +88,19 @@ class FSDPRun(EveryStepRun):
 
     def _left_out_anywhere(self) -> list[str]:
         """Parameters that some shard has to leave out, and those that clipping by their norm has spread a NaN to."""
-        device = next(iter(self.parameters.values())).device
-        is_any = torch.tensor([len(self._left_out)], dtype=torch.int32, device=device)
-        dist.all_reduce(is_any, dist.ReduceOp.MAX, group=self.mesh.shard_group)
-        if not int(is_any):
+        if not self._on_any_shard([bool(self._left_out)])[0]:
             return []
         is_bad = [
             name in self._left_out or (p.grad is not None and not bool(local(p.grad).isfinite().all()))
             for name, p in self.parameters.items()
         ]
-        flags = torch.tensor(is_bad, dtype=torch.int32, device=device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.mesh.shard_group)
-        return [name for name, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
+        return [name for name, flag in zip(self.parameters, self._on_any_shard(is_bad), strict=True) if flag]
+
+    def _on_any_shard(self, flags: list[bool]) -> list[int]:
+        """Flags of 4 bytes each, of which one is set if it is on any shard of this replica."""
+        found = torch.tensor(flags, dtype=torch.int32, device=next(iter(self.parameters.values())).device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.shard_group)
+        return found.tolist()
 
     def _after_step(self, *_: Any) -> None:
         self._left_out.clear()
@@ -134,7 +129,7 @@ class ReplicaRun(FSDPRun):
                 self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
             group.mesh_info.replicate_process_group = self._alone
             factor = group.gradient_divide_factor
-            total = self.mesh.shards * self.group.size if factor is None else factor
+            total = self.mesh.shard_group.size() * self.group.size if factor is None else factor
             unit.module.set_gradient_divide_factor(total / self.group.size)
         unit.module.set_all_reduce_hook(partial(self._hook, unit, group.gradient_divide_factor))
 
@@ -145,15 +140,114 @@ class ReplicaRun(FSDPRun):
                 f"{unit.label}: set_requires_all_reduce(False) takes a mesh with a replicate dimension; use "
                 "set_requires_gradient_sync(False)"
             )
-        bucket = unit.bucket(flat, self.mesh.shard)
+        shard = self.mesh.shard_group.rank()
+        bucket = unit.bucket(flat, shard)
         self._exchange_unit(unit, bucket, divisor)
-        unit.fill(flat, bucket, self.mesh.shard)
+        unit.fill(flat, bucket, shard)
 
     def replicas_are_equal(self) -> bool:
-        differ = torch.tensor([not super().replicas_are_equal()], dtype=torch.int32)
-        differ = differ.to(next(iter(self.parameters.values())).device)
-        dist.all_reduce(differ, dist.ReduceOp.MAX, group=self.mesh.shard_group)
-        return not int(differ)
+        return not self._on_any_shard([not super().replicas_are_equal()])[0]
+
+
+class ScatterMean(GradientMethod, Compressed):
+    """The mean of compressed gradients, of which each rank keeps its shard: the first half of a two-way mean, and no answer.
+
+        q_ij = C(g_ij + e_ij) to rank j;  e_ij <- g_ij + e_ij - q_ij;  rank j keeps mean_i q_ij
+    Sends (N-1)/N compressed gradients. State: with error feedback a residual of the whole gradient on every rank, 4 bytes per
+    parameter of the model, or 2 or 1 with residual_bits 16 or 8; it lies as the gradient does, in registration order.
+
+    method: whose name, options and codec it has.
+    """
+
+    def __init__(self, method: Method, units: Sequence[Unit]) -> None:
+        self.name, self.options, self.given = method.name, method.options, method.given  # type: ignore[misc]
+        self.units = {unit.label: unit for unit in units}
+        if isinstance(method, FP16):
+            assert method.wire_dtype is not None
+            Compressed.__init__(self, Cast(method.wire_dtype), NOTHING_KEPT)
+        else:
+            assert isinstance(method, Compressed)
+            Compressed.__init__(self, method.compressor, method.kept, seed=method.seed)
+
+    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().lay_out(named_parameters, group)
+        self.messages = {
+            label: [self._message(unit, shard) for shard in range(group.size)] for label, unit in self.units.items()
+        }
+        every = [blocks for messages in self.messages.values() for blocks in messages]
+        fields = ("starts", "homes", "lengths", "parameters", "groups")
+        self.everything = Blocks(*(np.concatenate([getattr(blocks, key) for blocks in every]) for key in fields))
+
+    def bucket(self, unit: Unit, flat: Tensor) -> Bucket:
+        """A unit's gradient for all shards: names and where they begin in the first one's."""
+        found = unit.starts(0)
+        return Bucket(flat, tuple(name for name, _, _ in found), tuple(start for _, start, _ in found), unit.label)
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        """Overwrite this rank's part of bucket.flat, (S n,), by the mean over ranks."""
+        if group.size == 1:  # communication is off
+            return self.exchange_alone(bucket)
+        messages = [self.keyed(blocks, self.compressor) for blocks in self.messages[bucket.label]]
+        sent = self.worker.compress(bucket.flat, messages)
+        received = group.all_to_all(sent)
+        bad = first_bad_parameter(received)  # of any rank's whole gradient, so that all shards decide alike
+        if bad >= 0:
+            self.worker.undo(bucket.flat, sent, messages)
+            return self._void(bucket, bad)
+        bucket.flat.view(group.size, -1)[group.rank].zero_()
+        for payload in received:  # in rank order: float sums depend on it
+            self.compressor.decompress_(
+                payload.tensors[1:], messages[group.rank], bucket.flat, alpha=1 / group.size, add=True
+            )
+        return self.forget(self.worker, messages)
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return (ranks - 1) / ranks * self.compressor.bytes_per_element(ranks)
+
+    def resize(self, every: Sequence[Saved]) -> None:
+        raise CheckpointError(
+            f"{self.name}: the residuals of a reduce-scatter continue only at the same number of ranks"
+        )
+
+    def _message(self, unit: Unit, shard: int) -> Blocks:
+        """The blocks of what goes to one shard: where they begin in the unit's gradient, and in the residual of the whole model."""
+        numels, firsts = np.zeros(len(self.index.names), np.int64), np.zeros(len(self.index.names), np.int64)
+        for piece in unit.pieces:
+            k = self.index.position[piece.name]
+            numels[k], firsts[k] = piece.numels[shard], sum(piece.numels[:shard])
+        index = ParameterIndex(self.index.names, tuple(numels.tolist()))
+        empty = frozenset(name for name, n in zip(index.names, index.numels, strict=True) if not n)
+        found = unit.starts(shard)
+        row = shard * unit.numel
+        bucket = Bucket(torch.empty(0), tuple(name for name, _, _ in found), tuple(row + s for _, s, _ in found))
+        blocks = self.compressor.table(index, 1, empty).all_of(bucket)
+        within = blocks.homes - index.offsets[blocks.parameters]
+        return dataclasses.replace(blocks, homes=(self.index.offsets[:-1] + firsts)[blocks.parameters] + within)
+
+
+class CompressedReduceScatter:
+    """What FSDP calls in place of its reduce-scatter: scatter(output, input).
+
+    It has the methods of torch's ReduceScatter without being one: a torch without that is refused at attach, not at import.
+    """
+
+    def __init__(self, scatter: Callable[[Tensor, Tensor], None]) -> None:
+        self.scatter = scatter
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        if op != dist.ReduceOp.AVG:
+            raise AttachError(f"FSDP asks for a reduce-scatter by {op}; leave out set_gradient_divide_factor")
+        self.scatter(output_tensor, input_tensor)
 
 
 class ShardRun(FSDPRun):
@@ -168,7 +262,8 @@ class ShardRun(FSDPRun):
         """flat: (S n,) this rank's gradient for each shard; output: (n,) the mean of what all ranks have for this one."""
         _check_size(unit, output)
         self._exchange_unit(unit, self.method.bucket(unit, flat), None)
-        output.copy_(flat.view(self.mesh.shards, -1)[self.mesh.shard])
+        group = self.mesh.shard_group
+        output.copy_(flat.view(group.size(), -1)[group.rank()])
 
     def replicas_are_equal(self) -> bool:
         return True  # there is one
@@ -180,13 +275,8 @@ def attach(model: Module, request: Request) -> Run:
     On a mesh with a replicate and a shard dimension, any gradient method averages between the replicas, shard by shard; within a
     replica FSDP reduces as ever. On a mesh of one dimension `two_way`, `natural`, `qsgd` and `fp16` compress the
     reduce-scatter itself; or, with a group of the ranks that hold the same shard elsewhere, any gradient method averages over that group.
-    The optimizer is made from model.parameters() after fully_shard. Shards and buffers are first made those of the first replica.
-    Parameters without a gradient in a step get one of zeros, as their units are exchanged as a whole.
-
-    Gradient accumulation: model.set_requires_gradient_sync(False) or set_requires_all_reduce(False) for all but the last backward.
     """
-    found, group = sharding_of(model), request.group
-    mesh, units = found.mesh, found.units
+    (found, units, mesh), group = sharding_of(model), request.group
     way = None if mesh is None else mesh.way(group)
 
     def check() -> tuple[Checked, Configuration]:
@@ -196,25 +286,24 @@ def attach(model: Module, request: Request) -> Run:
             model,
             request,
             within,
-            lambda method: {} if model in ATTACHED else _facts(method, request, found),
-            configuration=lambda: {"way": way, "units": [unit.label for unit in units]},
-            may_be_wrapped=True,
+            lambda method: {} if model in ATTACHED else _facts(method, request, found, mesh, way),
+            {"way": way, "units": [unit.label for unit in units]},
         )
         return checked, checked.configuration
 
     process_group = None if mesh is None else mesh.replicate_group or mesh.shard_group
     checked = agree(meeting_group(group, process_group), check)  # within a replica, and between them
     assert mesh is not None
-    ours, prepared = group if isinstance(group, Group) else connect(process_group), checked.prepared()
+    ours = group if isinstance(group, Group) else connect(process_group)
     if way == "replicas":
-        return ReplicaRun(model, prepared, ours, units, mesh)
-    scatter = dataclasses.replace(prepared, method=ScatterMean(checked.method, units))
+        return ReplicaRun(model, checked, ours, units, mesh)
+    scatter = dataclasses.replace(checked, method=ScatterMean(checked.method, units))
     return ShardRun(model, scatter, ours, units, mesh)
 
 
-def _facts(method: Method, request: Request, found: Sharding) -> dict[str, object]:
-    mesh, group = found.mesh, request.group
-    way = None if mesh is None else mesh.way(group)
+def _facts(
+    method: Method, request: Request, found: dict[str, object], mesh: Mesh | None, way: Way | None
+) -> dict[str, object]:
     replicas = None if mesh is None else mesh.replicate_group
     facts: dict[str, object] = {
         "fsdp update method": True,
@@ -223,13 +312,28 @@ def _facts(method: Method, request: Request, found: Sharding) -> dict[str, objec
         "fsdp grad_scaler": request.grad_scaler is not None,
         "fsdp overlap": request.overlap is not None and f"{request.overlap}",
         "fsdp joint decision": getattr(method, "merges_buckets", False),
-        **found.facts,
-        "fsdp group": mesh is not None and way is None and type(group).__name__,
+        **found,
+        "fsdp group": mesh is not None and way is None and type(request.group).__name__,
         "fsdp one replica": way == "replicas" and replicas is not None and replicas.size() == 1,
     }
     if way == "shards":
-        return {**facts, **scatter_facts(method)}
+        return {**facts, **_scatter_facts(method)}
     return {key: detail for key, detail in facts.items() if not key.startswith("scatter")}
+
+
+def _scatter_facts(method: Method) -> dict[str, object]:
+    """Why a method cannot compress a reduce-scatter, for `refuse`."""
+    if not isinstance(method, _ONE_WAY):
+        return {
+            "scatter exact": method.name == "dense",
+            "scatter of another method": type(method) is not FP16 and ", ".join(one.name for one in (*_ONE_WAY, FP16)),
+        }
+    codec = method.compressor
+    return {
+        "scatter server": getattr(method, "server_compressor", codec) != codec,
+        "scatter dense_1d": method.dense_1d,
+        "scatter codec": (codec.is_ragged or codec.shared_scale or codec.shares_keys) and str(codec),
+    }
 
 
 def _check_size(unit: Unit, flat: Tensor) -> None:

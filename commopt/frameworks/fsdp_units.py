@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -85,14 +85,6 @@ class Mesh:
     shard_group: dist.ProcessGroup
     replicate_group: dist.ProcessGroup | None
 
-    @property
-    def shards(self) -> int:
-        return self.shard_group.size()
-
-    @property
-    def shard(self) -> int:
-        return self.shard_group.rank()
-
     def way(self, group: object) -> Way | None:
         """Whether a method averages between replicas, or within the shard group; None for a group that does neither."""
         if group is None:
@@ -108,33 +100,25 @@ class Mesh:
         return "replicas" if set(ranks) & set(shards) == {dist.get_rank()} else None
 
 
-@dataclass
-class Sharding:
-    """What a model is sharded into. facts: for `refuse`; mesh and units can be relied on if none of them holds."""
-
-    facts: dict[str, object]
-    units: list[Unit] = field(default_factory=list)
-    mesh: Mesh | None = None
-
-    def note(self, label: str, facts: Mapping[str, object]) -> None:
-        """Keep where facts hold first; a fact that is True is told by its label."""
-        for fact, detail in facts.items():
-            self.facts[fact] = self.facts.get(fact) or (label if detail is True else detail)
-
-
-def sharding_of(model: Module) -> Sharding:
-    """Look at a model, in the order of its modules; nothing is raised for what cannot be served."""
+def sharding_of(model: Module) -> tuple[dict[str, object], list[Unit], Mesh | None]:
+    """Facts for `refuse`; and the units and the mesh, which can be relied on if none of the facts holds."""
     if isinstance(model, FullyShardedDataParallel):
-        return Sharding({"fsdp 1": True})
+        return {"fsdp 1": True}, [], None
     try:
         return _sharding_of(model)
     except AttributeError as error:
         missing = f"{torch.__version__}, which has no {type(error.obj).__name__}.{error.name}"
-        return Sharding({"fsdp of another torch": missing})
+        return {"fsdp of another torch": missing}, [], None
 
 
-def _sharding_of(model: Module) -> Sharding:
-    found = Sharding({})
+def _sharding_of(model: Module) -> tuple[dict[str, object], list[Unit], Mesh | None]:
+    found, units = dict[str, object](), list[Unit]()
+
+    def note(label: str, facts: Mapping[str, object]) -> None:
+        """Keep where facts hold first; a fact that is True is told by its label."""
+        for fact, detail in facts.items():
+            found[fact] = found.get(fact) or (label if detail is True else detail)
+
     modules = [(name or "root", one) for name, one in model.named_modules() if isinstance(one, FSDPModule)]
     for _, module in modules:
         module.reshard()  # the root keeps its parameters whole between forward and backward
@@ -144,16 +128,16 @@ def _sharding_of(model: Module) -> Sharding:
     for label, module in modules:
         _OF_MODULES(module)
         groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
-        found.note(label, {"fsdp on several meshes": len(groups) > 1})
+        note(label, {"fsdp on several meshes": len(groups) > 1})
         for group in groups:
             if id(group) in seen:  # fully_shard([a, b]) is one unit of two modules
                 continue
             seen.add(id(group))
             _OF_GROUPS(group)
-            found.note(label, _facts_of(group))
+            note(label, _facts_of(group))
             info = group.mesh_info
             if info.shard_mesh_dim is None:
-                found.note(label, {"fsdp without shards": True})
+                note(label, {"fsdp without shards": True})
                 continue
             mesh = Mesh(
                 info.shard_process_group,
@@ -162,18 +146,18 @@ def _sharding_of(model: Module) -> Sharding:
             meshes[tuple(tuple(_ranks(one)) for one in (mesh.shard_group, mesh.replicate_group) if one)] = mesh
             trainable = [fp for fp in group.fsdp_params if fp.sharded_param.requires_grad]
             if trainable:
-                pieces = tuple(_piece(name_of[id(fp.sharded_param)], fp, mesh.shards) for fp in trainable)
-                found.units.append(Unit(label, module, group, pieces))
-    found.mesh = next(iter(meshes.values()), None)
-    found.note("its modules", {"fsdp on several meshes": len(meshes) > 1})
-    sharded = {piece.name for unit in found.units for piece in unit.pieces}
+                pieces = tuple(_piece(name_of[id(fp.sharded_param)], fp, mesh.shard_group.size()) for fp in trainable)
+                units.append(Unit(label, module, group, pieces))
+    first = next(iter(meshes.values()), None)
+    note("its modules", {"fsdp on several meshes": len(meshes) > 1})
+    sharded = {piece.name for unit in units for piece in unit.pieces}
     for name, p in model.named_parameters():
-        found.note(name, {"fsdp ignored_params": p.requires_grad and name not in sharded})
-    shards = found.mesh.shards if found.mesh is not None and found.units else 0
+        note(name, {"fsdp ignored_params": p.requires_grad and name not in sharded})
+    shards = first.shard_group.size() if first is not None and units else 0
     for shard in range(shards):
-        is_empty = not any(piece.numels[shard] for unit in found.units for piece in unit.pieces)
-        found.note(f"shard {shard} of {shards}", {"fsdp with an empty shard": is_empty})
-    return found
+        is_empty = not any(piece.numels[shard] for unit in units for piece in unit.pieces)
+        note(f"shard {shard} of {shards}", {"fsdp with an empty shard": is_empty})
+    return found, units, first
 
 
 def local(x: Tensor) -> Tensor:

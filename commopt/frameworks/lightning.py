@@ -17,18 +17,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt.choice import Choice
-from commopt.errors import AttachError, CheckpointError, ConfigError, MissingExtra, did_you_mean
-from commopt.frameworks.plain import broadcast_
+from commopt.errors import CheckpointError, ConfigError, MissingExtra, did_you_mean
 from commopt.method import Method
 from commopt.methods import resolve
-from commopt.run.agree import meeting_group
 from commopt.run.checkpoint import read_block, save_block
+from commopt.run.checks import Request, agree_on_method, refuse
 from commopt.run.door import attach
-from commopt.run.prepare import Request, agree_on_method
-from commopt.run.refusals import refuse
-from commopt.run.run import Run
+from commopt.run.run import Run, broadcast_
 from commopt.run.stand_in import StandIn
-from commopt.run.storage import together
 
 __all__ = ["CommoptStrategy"]
 
@@ -74,9 +70,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
     run: from `fit` on, what `commopt.attach` returns; `run.traffic` counts the bytes that this rank sends. Each step's are logged as
         `commopt/payload_mb` (10^6 bytes).
 
-    Gradient methods and update methods exchange in DDP's hook; outer methods (NoLoCo, DiLoCo ...) train without DDP's exchange, join
-    before the first step and finish after the last. Beside each checkpoint `name.ckpt` a folder `name.ckpt.commopt` holds the
-    method's state of every rank.
+    Beside each checkpoint `name.ckpt` a folder `name.ckpt.commopt` holds the method's state of every rank.
     Raises ConfigError for a method or an option that does not exist, here; AttachError for what does not fit, here or in `fit`.
     """
 
@@ -109,11 +103,8 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         )
         super().__init__(**ddp_options)
 
-    def __repr__(self) -> str:
-        return (  # which a Trainer of the other package shows, as it refuses this one
-            f"<CommoptStrategy of {pl.__name__}; for the Trainer of another package, import that package before "
-            "commopt.frameworks.lightning>"
-        )
+    def __repr__(self) -> str:  # which a Trainer of the other package shows, as it refuses this one
+        return f"<CommoptStrategy of {pl.__name__}; for the Trainer of another package, import that before this one>"
 
     def _refuse(self, facts: dict[str, object]) -> None:
         refuse(facts, self.name, self.kind)
@@ -129,10 +120,9 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
                     "lightning sync_batchnorm": self._layer_sync is not None,
                     "lightning scaler": self._scaler is not None,
                     "lightning gradient_clip_val": trainer.gradient_clip_val,
+                    "no parameter": not any(p.requires_grad for p in self.lightning_module.parameters()),
                 }
             )
-            if not any(p.requires_grad for p in self.lightning_module.parameters()):
-                raise AttachError("the model has no trainable parameter")
             if not trainer.barebones and self._payload_log not in trainer.callbacks:
                 trainer.callbacks.insert(0, self._payload_log)  # before callbacks that read what is logged
         super().setup(trainer)
@@ -206,7 +196,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
                     "save_weights_only=True"
                 )
             else:
-                together(meeting_group(None), lambda: save_block(_beside(filepath), run))
+                save_block(_beside(filepath), run)
                 checkpoint[_KEY] = {"method": run.method.name, "steps": run.steps, "ranks": dist.get_world_size()}
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
@@ -226,16 +216,16 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         if run is None or not checkpoint["optimizer_states"]:
             super().load_optimizer_state_dict(checkpoint)
             return
-        take_over = None if said is None else together(meeting_group(None), lambda: self._read(run, said))
-        if take_over is None and isinstance(run.optimizer, StandIn):
-            raise CheckpointError(
-                f"the checkpoint holds no state of {self.name}, and that of another optimizer is of no use to it; load its weights only, "
-                "and fit without ckpt_path"
-            )
-        super().load_optimizer_state_dict(checkpoint)
-        if take_over is None:
+        if said is None and not isinstance(run.optimizer, StandIn):
             _log.warning("the checkpoint holds no state of %s, which begins anew", self.name)
+            super().load_optimizer_state_dict(checkpoint)
             return
+        if self.kind == "outer" and said["ranks"] != dist.get_world_size():
+            raise CheckpointError(
+                f"the checkpoint holds {said['ranks']} replicas under {said['method']}, and there are {dist.get_world_size()} ranks"
+            )
+        take_over = read_block(_beside(os.path.realpath(self._loaded_from)), run)  # `save_last="link"` makes links
+        super().load_optimizer_state_dict(checkpoint)
         take_over()
         if run.steps != said["steps"]:
             raise CheckpointError(
@@ -243,24 +233,8 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
                 "killed between the two; resume another checkpoint"
             )
 
-    def _read(self, run: Run, said: dict[str, Any]) -> Any:
-        folder = _beside(os.path.realpath(self._loaded_from))  # `save_last="link"` makes links
-        if "parts" in said:
-            raise CheckpointError(f"{self._loaded_from}: was written by commopt 0.1, which has to resume it")
-        if self.kind == "outer" and said["ranks"] != dist.get_world_size():
-            raise CheckpointError(
-                f"the checkpoint holds {said['ranks']} replicas under {said['method']}, and there are {dist.get_world_size()} ranks"
-            )
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder}: is missing, and holds the method's state: move it along with its checkpoint"
-            )
-        return read_block(folder, run)
-
 
 class _PayloadLog(pl.Callback):  # type: ignore[misc,name-defined]
-    """Logs what this rank has sent in each step."""
-
     def follow(self, run: Run) -> None:
         self._run, self._steps, self._sent = run, 0, run.traffic.payload_bytes
 
@@ -273,7 +247,6 @@ class _PayloadLog(pl.Callback):  # type: ignore[misc,name-defined]
 
 
 def _beside(filepath: Any) -> Path:
-    """The folder that holds what belongs to a checkpoint file."""
     return Path(f"{filepath}.commopt")
 
 

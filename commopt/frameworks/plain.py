@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,24 +18,13 @@ from commopt.groups import Group, LocalGroup, Peers, SimGroup
 from commopt.method import Method
 from commopt.methods import resolve
 from commopt.run.agree import meeting_group
-from commopt.run.checks import RefusesDDP, connect, connect_peers, has_closure
-from commopt.run.every_step import EveryStepRun, Prepared
+from commopt.run.checks import Checked, Request, check_request, connect, connect_peers, has_closure, refuse_ddp
+from commopt.run.every_step import EveryStepRun
 from commopt.run.outer import OuterRun
-from commopt.run.prepare import Checked, Request, check_request
-from commopt.run.run import Run
+from commopt.run.run import Run, broadcast_
 from commopt.wire.bucket import Bucket
 
 _log = logging.getLogger(__name__)
-
-
-@torch.no_grad()
-def broadcast_(tensors: Iterable[Tensor], broadcast: Callable[[Tensor], object]) -> None:
-    """Make tensors those of the first rank, in place."""
-    for x in tensors:
-        if x.numel():
-            flat = x.detach().contiguous().view(-1)
-            broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
-            x.copy_(flat.view_as(x))
 
 
 class PlainRun(EveryStepRun):
@@ -44,12 +32,12 @@ class PlainRun(EveryStepRun):
 
     bucket_bytes = 25 << 20  # at most so much is exchanged at once
 
-    def __init__(self, model: Module, prepared: Prepared, group: Group) -> None:
-        super().__init__(model, prepared, group)
+    def __init__(self, model: Module, checked: Checked, group: Group) -> None:
+        super().__init__(model, checked, group)
         self._has_new_gradients = self._has_warned = False
         self._versions: dict[int, int] = {}  # of the parameters in their first backward
-        self._refuses_ddp = RefusesDDP(model, self.method.name)
-        self._handles.append(self._refuses_ddp)
+        self._until_first_step = refuse_ddp(model, self.method.name)
+        self._handles += self._until_first_step
         for p in self.parameters.values():
             hook = p.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
             self._handles.append(hook)
@@ -57,7 +45,8 @@ class PlainRun(EveryStepRun):
 
     def _after_step(self, *_: Any) -> None:
         super()._after_step()
-        self._refuses_ddp.remove()
+        while self._until_first_step:
+            self._until_first_step.pop().remove()
 
     def exchange_gradients(self) -> None:
         """Average the gradients now; `optimizer.step()` does it otherwise."""
@@ -147,8 +136,5 @@ def start(model: Module, checked: Checked) -> Run:
     """The run of a request that has been checked."""
     group = checked.request.group
     if isinstance(checked.method, OuterMethod):
-        peers = connect_peers(group)
-        return OuterRun(
-            model, checked.method, checked.optimizer, peers, checked.configuration, checked.request.max_norm
-        )
-    return PlainRun(model, checked.prepared(), group if isinstance(group, Group) else connect())
+        return OuterRun(model, checked, connect_peers(group))
+    return PlainRun(model, checked, group if isinstance(group, Group) else connect())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +15,8 @@ from commopt.choice import Choice
 from commopt.errors import AttachError, MissingExtra
 from commopt.groups import Group, Peers
 from commopt.method import Method
-from commopt.run.agree import meeting_group
-from commopt.run.checkpoint import save_block
-from commopt.run.prepare import Request, agree_on_method
+from commopt.run.checkpoint import read_block, save_block
+from commopt.run.checks import Request, agree_on_method
 from commopt.run.run import Run
 
 try:
@@ -32,11 +30,10 @@ except ModuleNotFoundError as error:
         raise
     raise MissingExtra("commopt.frameworks.transformers", package, "transformers") from None
 
-_CONNECTED: weakref.WeakSet[Any] = weakref.WeakSet()  # Trainers that have a callback
 
-
+@Run.register
 class CommoptCallback(TrainerCallback):  # type: ignore[misc]
-    """Exchanges by any method while a Trainer trains; `commopt.attach(trainer, method)` makes one and adds it.
+    """Exchanges by any method while a Trainer trains; `commopt.attach(trainer, method)` makes one, adds and returns it.
 
     callback = CommoptCallback(trainer, "onebit_adam")
     trainer.add_callback(callback)
@@ -45,13 +42,12 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
     DDP out, join when training begins and finish after its last step. max_norm: of an update method; the TrainingArguments'
     `max_grad_norm` if None. group, overlap: see `commopt.attach`.
 
-    Clipping what an update method has exchanged would do nothing, so the Trainer's own clipping is left out, and the log holds
-    no `grad_norm`. Checkpoints hold what each rank still has to send, and the log holds `commopt_payload_mb`: megabytes that this rank
-    has sent.
-
-    run: what is at work, from the beginning of training on; None before.
+    run: what is at work, from the beginning of training on; None before. What the callback itself lacks is that run's, and an AttachError
+        before. finish: does nothing, as the callback does it after the last step.
     Raises AttachError if the Trainer cannot train so, on every rank, and ConfigError for a wrong option.
     """
+
+    run: Run | None = None
 
     def __init__(
         self,
@@ -62,7 +58,6 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         max_norm: float | None = None,
         overlap: bool | None = None,
     ) -> None:
-        self.run: Run | None = None
         self._trainer = trainer
         self._request = Request(method, group=group, max_norm=max_norm, overlap=overlap)
         self._is_closed = self._is_finished = False
@@ -78,7 +73,20 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
             trainer.accelerator.prepare_model = functools.partial(
                 trainer.accelerator.prepare_model, evaluation_mode=True
             )
-        _CONNECTED.add(trainer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._at_work, name)
+
+    def __enter__(self) -> CommoptCallback:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def finish(self) -> None:
+        pass
 
     def close(self) -> None:
         """Take the method out: this Trainer trains no more."""
@@ -103,7 +111,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         if max_norm is None and self._kind == "update" and trainer.args.max_grad_norm:
             max_norm = float(trainer.args.max_grad_norm)
         request = replace(self._request, optimizer=trainer.optimizer, max_norm=max_norm)
-        run: Any = accelerate.attach_to(trainer.accelerator, wrapped, request)
+        run: Any = accelerate.attach(wrapped, request)
         if self._kind == "outer":
             # the Trainer counts its steps itself: no rank can leave any out to catch up
             run.method.max_lag = sys.maxsize
@@ -162,42 +170,13 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         if checkpoint is None:
             return
         self._start()
-        take_over = accelerate.read(Path(checkpoint), self._at_work, meeting_group(None))
+        take_over = read_block(Path(checkpoint), self._at_work)
         original(checkpoint)
         take_over()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not args.save_only_model:
             save_block(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", self._at_work)
-
-
-@Run.register
-class TrainerRun:
-    """The run that a Trainer makes when it begins to train: everything is that run's, and an AttachError before.
-
-    callback: the CommoptCallback at work. finish: does nothing, as the callback does it after the last step.
-    """
-
-    def __init__(self, callback: CommoptCallback) -> None:
-        self.callback = callback
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.callback._at_work, name)
-
-    def finish(self) -> None:
-        pass
-
-    def close(self) -> None:
-        """Take the method out: the Trainer trains no more."""
-        self.callback.close()
-
-    def __enter__(self) -> TrainerRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def attach(trainer: Any, request: Request) -> Run:
@@ -214,14 +193,13 @@ def attach(trainer: Any, request: Request) -> Run:
         trainer, request.method, group=request.group, max_norm=request.max_norm, overlap=request.overlap
     )
     trainer.add_callback(callback)
-    return cast("Run", TrainerRun(callback))
+    return cast("Run", callback)
 
 
 def _facts(trainer: Any) -> dict[str, object]:
-    """What a Trainer asks for that does not go with a method."""
     args = trainer.args
     return {
-        "trainer callbacks": trainer in _CONNECTED,
+        "trainer callbacks": isinstance(trainer.train, functools.partial),  # which a callback has put there
         "trainer deepspeed": trainer.is_deepspeed_enabled or args.deepspeed,
         "trainer fsdp": trainer.is_fsdp_enabled or args.fsdp,
         "trainer devices": args.n_gpu > 1,

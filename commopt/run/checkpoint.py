@@ -1,84 +1,121 @@
 """Save and resume a training, residuals included, at the same number of ranks or at another.
 
 One format for all: `run.save` writes model, optimizer and the method's state; the checkpoints of a framework, which keeps model and
-optimizer itself, carry a block of the same form with the method's state beside its own files.
+optimizer itself, carry a block of the same form with the method's state beside its own files. It is named tensors and JSON of several
+ranks in one folder, replaced as a whole, and verified before anything is returned:
+
+    manifest.json        JSON, a token of this save, the size and SHA-256 of each file, and of the manifest itself
+    shared.safetensors   what all ranks have in common
+    rank0.safetensors    what rank 0 has for itself; one file per rank
+
+All ranks must see the same folder. A symlink to it is followed, when saving and when loading.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from commopt.errors import CheckpointError
-from commopt.run import storage
-from commopt.run.pack import join, split
-from commopt.run.storage import Content, Stored, together
+from commopt.groups import Group
+from commopt.run import files
+from commopt.run.agree import meeting_group, met, together
+from commopt.run.files import MANIFEST, OWN, SHARED, Manifest, join, split
 from commopt.wire.state import Saved
 
 if TYPE_CHECKING:
     from commopt.run.run import Run
 
 _BLOCK = "commopt"  # the folder of a block, in the folder of a framework's checkpoint
+_HEAD = b'{"sha256": "'  # of a manifest, as far as it has been written
+_TRIES = 8  # if other jobs save to the same place at the same moment
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
-def save(folder: str | Path, run: Run, *, extra: Mapping[str, object] | None = None) -> None:
-    """What `Run.save` does."""
-    content = together(run.group, lambda: _content(run, extra or {}, with_training=True))
-    storage.save(run.checkpoint_folder(Path(folder)), content, run.group)
+def save_run(folder: Path, run: Run, extra: Mapping[str, object], *, with_training: bool = True) -> None:
+    """What `Run.save` does; without `with_training` only the method's state is saved."""
+    place = _place(folder, run, with_training)
+    content = together(run.group, lambda: _content(run, extra, with_training=with_training))
+    save(place, content, run.group)
 
 
-def load(folder: str | Path, run: Run) -> dict[str, Any]:
+def load_run(folder: Path, run: Run) -> dict[str, Any]:
     """What `Run.load` does."""
-    return take_over(run, open_for(run, run.checkpoint_folder(Path(folder)), with_training=True))
+    return _take_over(run, _open(folder, run, with_training=True))
 
 
-def save_block(folder: str | Path, run: Run) -> None:
+def save_block(folder: Path, run: Run) -> None:
     """Add the method's state to the checkpoint that a framework writes into `folder`; all ranks call it.
 
     Under an outer method each rank's block holds its replica too.
     """
-    content = together(run.group, lambda: _content(run, {}, with_training=run.is_replica))
-    storage.save(run.block_folder(Path(folder) / _BLOCK), content, run.group)
+    together(meeting_group(None), lambda: save_run(folder / _BLOCK, run, {}, with_training=run.is_replica))
 
 
-def read_block(folder: str | Path, run: Run) -> Callable[[], None]:
-    """Verify the block of a framework's checkpoint; returns what takes it over, once the framework has loaded its part."""
-    stored = open_for(run, run.block_folder(Path(folder) / _BLOCK), with_training=run.is_replica)
+def read_block(folder: Path, run: Run) -> Callable[[], object]:
+    """Verify the block of a framework's checkpoint; returns what takes it over, once the framework has loaded its part.
 
-    def go_on() -> None:
-        take_over(run, stored)
+    Raises CheckpointError on all ranks of the job, even if each has a block of its own.
+    """
 
-    return go_on
+    def look() -> None:
+        if not has_block(folder):
+            raise CheckpointError(
+                f"{folder}: holds no state of {run.method.name}: it was saved without a method, or moved without its state; "
+                "take another checkpoint, or start anew from its model alone"
+            )
+
+    meeting = meeting_group(None)
+    together(meeting, look)
+    stored = together(meeting, lambda: _open(folder / _BLOCK, run, with_training=run.is_replica))
+    return lambda: _take_over(run, stored)
 
 
-def has_block(folder: str | Path) -> bool:
+def has_block(folder: Path) -> bool:
     """Whether a framework's checkpoint carries a block."""
-    return (Path(folder) / _BLOCK).is_dir()
+    return (folder / _BLOCK).is_dir()
 
 
-def open_for(run: Run, place: Path, *, with_training: bool) -> Stored:
+def _place(folder: Path, run: Run, with_training: bool) -> Path:
+    """Where this rank's part is: all ranks write one checkpoint together, unless each has a replica of its own."""
+    if with_training and run.saved_by:
+        raise CheckpointError(f"{folder}: {run.saved_by}")
+    return folder / f"rank{run.rank}" if run.is_replica else folder
+
+
+def _open(folder: Path, run: Run, *, with_training: bool) -> Stored:
     """A verified checkpoint that belongs to this run. Raises CheckpointError, on all ranks, if it does not."""
-    stored = storage.open_checkpoint(place, run.group)
+    place = _place(folder, run, with_training)
+    stored = open_checkpoint(place, run.group)
     together(run.group, lambda: _check(place, stored, run, with_training=with_training))
     return stored
 
 
-def take_over(run: Run, stored: Stored) -> dict[str, Any]:
+def _take_over(run: Run, stored: Stored) -> dict[str, Any]:
     """Continue from a checkpoint that has been checked; returns its `extra`."""
-    meta, tensors, rank, group = stored.meta, stored.shared(), run.group.rank, run.group
+    meta, tensors, rank = stored.meta, stored.shared, run.group.rank
     with torch.no_grad():
         if "model" in meta:
             run.model.load_state_dict(join(meta["model"], tensors))
             run.optimizer.load_state_dict(join(meta["optimizer"], tensors))
-        if stored.ranks == group.size:
+        if stored.ranks == run.group.size:
             run.load_saved(_saved(stored, rank))
-            if "rng" in stored.own(rank):
-                torch.set_rng_state(stored.own(rank)["rng"])
+            if "rng" in stored.own[rank]:
+                torch.set_rng_state(stored.own[rank]["rng"])
             run.resume_bucket_layout(meta["buckets"])
         else:
             run.method.resize([_saved(stored, k) for k in range(stored.ranks)])
@@ -93,7 +130,7 @@ def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> C
         "method": run.method.name,
         "form": run.method.state_form,
         "steps": run.steps,
-        "parameters": _parameters(run),
+        "parameters": _shapes(run.parameters),
         "buckets": run.bucket_layout(),
     }
     described: dict[str, Any] = {"extra": dict(extra)}
@@ -113,17 +150,13 @@ def _saved(stored: Stored, rank: int) -> Saved:
     def of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key.removeprefix("method/"): x for key, x in tensors.items() if key.startswith("method/")}
 
-    return {"shared": of_method(stored.shared()), "rank": of_method(stored.own(rank))}
+    return {"shared": of_method(stored.shared), "rank": of_method(stored.own[rank])}
 
 
 def _check(folder: Path, stored: Stored, run: Run, *, with_training: bool) -> None:
-    """Raise CheckpointError unless all that was saved has its place here."""
     meta = stored.meta
-    known = ("method", "form", "steps", "parameters", "buckets", "extra")
-    for key in (*known, *(("model", "optimizer", "optimizer_type") if with_training else ())):
-        if key not in meta:
-            what = "a checkpoint of run.save" if with_training else "a block of a framework's checkpoint"
-            raise CheckpointError(f"{folder}: holds no {key}, so it is not {what}")
+    if with_training and "model" not in meta:
+        raise CheckpointError(f"{folder}: holds no model, so it is not a checkpoint of run.save")
     if run.is_replica and stored.ranks != 1:
         raise CheckpointError(
             f"{folder}: was saved by {stored.ranks} ranks together; {run.method.name} saves each alone"
@@ -135,16 +168,17 @@ def _check(folder: Path, stored: Stored, run: Run, *, with_training: bool) -> No
     ):
         if saved != own:
             raise CheckpointError(f"{folder}: was saved {what} {saved or 'no options'}, not {own or 'none'}")
-    pairs: list[tuple[Any, Any]] = [*zip_longest(meta["parameters"], _parameters(run))]
+    pairs: list[tuple[Any, Any]] = [*zip_longest(meta["parameters"], _shapes(run.parameters))]
     if with_training:
-        pairs += zip_longest(_shapes(join(meta["model"], stored.shared())), _shapes(run.model.state_dict()))
+        states = join(meta["model"], stored.shared), run.model.state_dict()
+        pairs += zip_longest(*(sorted(_shapes(state)) for state in states))
     for theirs, ours in pairs:
         if theirs != ours:
             raise CheckpointError(
                 f"{folder}: is of another model: it has {_described(theirs)} where this one has {_described(ours)}"
             )
     if with_training:
-        groups = join(meta["optimizer"], stored.shared())["param_groups"]
+        groups = join(meta["optimizer"], stored.shared)["param_groups"]
         sizes = [[len(group["params"]) for group in one] for one in (groups, run.optimizer.param_groups)]
         if sizes[0] != sizes[1]:
             raise CheckpointError(
@@ -155,12 +189,197 @@ def _check(folder: Path, stored: Stored, run: Run, *, with_training: bool) -> No
 
 
 def _shapes(state: Mapping[str, Any]) -> list[list[Any]]:
-    return [[key, list(x.shape) if isinstance(x, Tensor) else []] for key, x in sorted(state.items())]
-
-
-def _parameters(run: Run) -> list[list[Any]]:
-    return [[name, list(p.shape)] for name, p in run.parameters.items()]
+    return [[key, list(x.shape) if isinstance(x, Tensor) else []] for key, x in state.items()]
 
 
 def _described(parameter: Any) -> str:
     return "nothing" if parameter is None else f"{parameter[0]} of shape {tuple(parameter[1])}"
+
+
+# -- the folder
+
+
+class Content(NamedTuple):
+    """What one rank saves. Of `shared` and `meta`, which is JSON, rank 0's are kept."""
+
+    shared: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+    meta: dict[str, Any]
+
+
+class Stored(NamedTuple):
+    """A save that has been verified: its JSON, and the tensors that this rank needs of it.
+
+    ranks: how many saved. own: what each of them had for itself, if another number of ranks loads; else this rank's alone.
+    """
+
+    ranks: int
+    meta: dict[str, Any]
+    shared: dict[str, Tensor]
+    own: dict[int, dict[str, Tensor]]
+
+
+def save(folder: str | Path, content: Content, group: Group) -> None:
+    """Write what every rank hands in; all ranks call it. A rank that saves alone passes a LocalGroup.
+
+    The folder is replaced as a whole, after everything has been written: a crash or a full disk leaves the checkpoint that was
+    there. Raises CheckpointError, on all ranks, if it cannot be written, or if its place holds anything but a checkpoint; an empty
+    folder is taken.
+    """
+    is_first = group.rank == 0
+    mine = {OWN.format(group.rank): content.own} | ({SHARED: content.shared} if is_first else {})
+
+    def prepare() -> tuple[Path, str]:
+        place = Path(os.path.realpath(folder))
+        for tensors in mine.values():
+            files.check_tensors(tensors)
+        return place, _begin(place, at_end) if is_first else ""
+
+    def write() -> tuple[None, Any]:
+        return None, {name: files.write_tensors(partial / name, x).model_dump() for name, x in mine.items()}
+
+    def finish() -> None:
+        written = {name: files.File(**file) for one in told for name, file in one.items()}
+        for name, file in written.items():
+            if not (partial / name).is_file() or (partial / name).stat().st_size != file.bytes:
+                raise CheckpointError(f"rank 0 does not see {name} as it was written; give all ranks one shared folder")
+        metas: list[dict[str, Any]] = [{}] * group.size
+        files.write_manifest(partial, Manifest(token=token, files=written, meta=content.meta, own_metas=metas))
+        files.sync_folder(partial)
+        _swap(partial, place)
+        for old in _siblings(place, "old"):
+            with contextlib.suppress(CheckpointError, OSError):
+                if not old.with_suffix(".partial").exists():  # else its job is about to fill the place
+                    _check_place(old)
+                    files.remove_folder(old)
+
+    with contextlib.ExitStack() as at_end:
+        try:
+            place, (token, *_) = met(group, prepare)
+            partial = _beside(place, token, "partial")
+            _, told = met(group, write)
+            together(group, lambda: finish() if is_first else None)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: the checkpoint was not saved: {error}") from error
+
+
+def open_checkpoint(folder: str | Path, group: Group) -> Stored:
+    """Read and verify what this rank needs; all ranks call it, and get it once all of them have verified the same save.
+
+    A rank needs what all share and its own; if another number of ranks saved, what each of those had. What is returned is what was
+    verified, whatever another job writes meanwhile. Raises CheckpointError, on all ranks.
+    """
+
+    def read() -> tuple[Stored, str]:
+        target, tried = Path(os.path.realpath(folder)), list[str]()
+        while True:
+            place, digest, manifest = _steady(lambda: _found(target))
+            ranks = len(manifest.own_metas)
+            owners = [group.rank] if ranks == group.size else range(ranks)
+            names = [SHARED, *map(OWN.format, owners)]
+            try:
+                shared, *own = (files.read_tensors(place / name, manifest.files[name]) for name in names)
+            except CheckpointError:
+                if tried.count(digest) > (
+                    0 if place == target else _TRIES
+                ):  # else a job that saves may just have replaced it
+                    raise
+                tried.append(digest)
+            else:
+                if place != target and group.rank == 0:
+                    _log.warning("%s is missing: a job was killed while it replaced it; %s is loaded", target, place)
+                return Stored(ranks, manifest.meta, shared, dict(zip(owners, own, strict=True))), digest
+
+    stored, digests = met(group, read)
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise CheckpointError(
+                f"{folder}: rank {rank} sees another {MANIFEST} than rank 0; give all ranks one shared folder, and load while no job "
+                "saves there"
+            )
+    return stored
+
+
+def _begin(place: Path, at_end: contextlib.ExitStack) -> str:
+    """Make the folder that is written to, with a manifest that is locked while this job lives; return the token in its name."""
+    _steady(lambda: _check_place(place))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in _siblings(place, "partial"):
+        with contextlib.suppress(OSError), open(left_over / MANIFEST, "r+b") as manifest:
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its job lives
+            if _HEAD.startswith(manifest.read(len(_HEAD))):
+                files.remove_folder(left_over)
+    token = secrets.token_hex(8)
+    partial = _beside(place, token, "partial")
+    partial.mkdir()
+    at_end.callback(files.remove_folder, partial)  # finds nothing once it has been renamed
+    lock = os.open(partial / files.LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    at_end.callback(os.close, lock)
+    with contextlib.suppress(OSError):  # this file system has no locks: nobody else will remove the folder either
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.replace(partial / files.LOCK, partial / MANIFEST)  # so that nobody sees it without its lock
+    return token
+
+
+def _swap(partial: Path, place: Path) -> None:
+    """Put the new folder in its place; if several jobs save there, the last one wins."""
+    old = partial.with_suffix(".old")
+    for _ in range(_TRIES):
+        _steady(lambda: _check_place(place))
+        if os.path.lexists(place):
+            files.remove_folder(old)  # of the try before this one, which another job's took the place of
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(place, old)
+        try:
+            os.replace(partial, place)
+            break
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.replace(old, place)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    else:
+        raise CheckpointError("other jobs save to the same place; give each a folder of its own")
+    files.sync_folder(place.parent)
+
+
+def _check_place(place: Path) -> None:
+    if not os.path.lexists(place) or (place.is_dir() and not os.listdir(place)):
+        return
+    known = files.read_manifest(place)[1].files
+    foreign = sorted(set(os.listdir(place)) - {MANIFEST, *known})
+    if foreign:
+        raise CheckpointError(f"{place}: holds {foreign[0]!r:.60}, which is not part of a checkpoint; move it out")
+
+
+def _beside(place: Path, token: str, kind: str) -> Path:
+    return place.with_name(f"{place.name}.commopt-{token}.{kind}")
+
+
+def _siblings(place: Path, kind: str) -> list[Path]:
+    name = re.compile(rf"{re.escape(place.name)}\.commopt-[0-9a-f]{{16}}\.{kind}")
+    entries = list(os.scandir(place.parent)) if place.parent.is_dir() else []
+    return [Path(one.path) for one in entries if name.fullmatch(one.name) and one.is_dir(follow_symlinks=False)]
+
+
+def _steady(look: Callable[[], T]) -> T:
+    """What `look` sees; it looks again if it fails, because another job may replace the folder meanwhile."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(CheckpointError, OSError):
+            return look()
+    return look()
+
+
+def _found(place: Path) -> tuple[Path, str, Manifest]:
+    """The folder and its manifest; or what is left of it if a job was killed between two renames."""
+    if os.path.lexists(place):
+        return place, *files.read_manifest(place)
+    olds: list[tuple[int, Path]] = []
+    for old in _siblings(place, "old"):
+        with contextlib.suppress(CheckpointError, OSError):
+            files.read_manifest(old)
+            olds.append(((old / MANIFEST).stat().st_mtime_ns, old))
+    if not olds:
+        files.check_0_1(place)
+        raise CheckpointError(f"{place}: there is no such folder; check the path, or start without a checkpoint")
+    return max(olds)[1], *files.read_manifest(max(olds)[1])

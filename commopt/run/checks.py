@@ -1,26 +1,190 @@
-"""What is looked at before anything is attached, and how a run finds the other ranks."""
+"""What every framework's attach does first: the method, the optimizer, all checks, and how a run finds the other ranks."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import Module, Parameter
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from commopt.errors import AttachError
+from commopt.choice import Choice
+from commopt.errors import AttachError, ConfigError, check_option
 from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWorld, TcpPeers, TorchGroup
 from commopt.groups.tcp import Membership, listen_anywhere
-from commopt.method import Method
+from commopt.method import EveryStep, Kind, Method
+from commopt.methods import resolve
+from commopt.optim.update import UpdateMethod
 from commopt.plan.links import LinkModel
+from commopt.run.agree import Configuration, agree, configuration_of, meeting_group
+from commopt.run.stand_in import StandIn
 
 ATTACHED = WeakIdKeyDictionary()  # models and their parameters; not an attribute of the model, which must stay picklable
-_attaching = threading.Lock()  # simulated ranks attach at the same time
+_BARE: weakref.WeakKeyDictionary[Module, str] = weakref.WeakKeyDictionary()  # modules, and the method that wants no DDP
+ATTACHING = threading.Lock()  # held where that set changes: simulated ranks attach at the same time
 HALF = (torch.float16, torch.bfloat16)
+_JOB_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # as torchrun and mpirun say it
+_EVERY: tuple[Kind, ...] = ("gradient", "update", "outer")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One combination that cannot work: a row of the table, from which the errors and a page of the docs come.
+
+    fact: by which a framework reports it. framework: where it is looked for. what, why, instead: the error; {method} is the
+        method's name, and {detail} what the framework found. kinds: of methods that it concerns.
+    """
+
+    fact: str
+    framework: str
+    what: str
+    why: str
+    instead: str
+    kinds: tuple[Kind, ...] = _EVERY
+
+    def text(self, method: str, detail: object = "") -> str:
+        """The error's text."""
+        return f"{self.what}: {self.why}; {self.instead}".format(method=method, detail=detail)
+
+
+@cache
+def table() -> dict[str, Refusal]:
+    """Every refusal by its fact, from refusals.yaml."""
+    from commopt.reading import read_yaml  # PyYAML and pydantic take their time
+
+    found = {}
+    for framework, entries in read_yaml(Path(__file__).with_name("refusals.yaml")).items():
+        for fact, entry in entries.items():
+            kinds = tuple(entry.get("kinds", _EVERY))
+            found[fact] = Refusal(fact, framework, entry["what"], entry["why"], entry["instead"], kinds)
+    return found
+
+
+def refuse(facts: Mapping[str, object], method: str, kind: Kind) -> None:
+    """Raise AttachError for the first fact that holds and concerns a method of this kind.
+
+    facts: by the table's names; the value is falsy, or the detail that the error shows.
+    """
+    for fact, detail in facts.items():
+        if detail and kind in table()[fact].kinds:
+            raise AttachError(table()[fact].text(method, detail))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `attach` was asked for."""
+
+    method: Method | type[Method] | Choice
+    optimizer: torch.optim.Optimizer | None = None
+    group: Group | Peers | None = None
+    max_norm: float | None = None
+    grad_scaler: torch.amp.GradScaler | None = None
+    overlap: bool | None = None
+
+    def joint_decision(self, method: EveryStep) -> str:
+        """For what a step's buckets must come together, after backward: a norm over all, or one decision; "" if they need not."""
+        if self.max_norm is not None:
+            return "max_norm"
+        if self.grad_scaler is not None and not method.is_linear:
+            return "grad_scaler"
+        return f"{method.name} in this form" if method.merges_buckets else ""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of a request, with the optimizer that will step: nothing has been changed yet."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    request: Request
+    configuration: Configuration
+
+
+def check_request(
+    framework: str,
+    model: Module,
+    request: Request,
+    meeting: Group,
+    facts: Callable[[Method], Mapping[str, object]],
+    configuration: Mapping[str, Any] | None = None,
+) -> Checked:
+    """Resolve and check everything, on every rank; what fails on one fails on all.
+
+    model: whose parameters are trained. facts: what the framework knows, for `refuse`. configuration: what else ranks must have in
+    common. Raises ConfigError and AttachError.
+    """
+
+    def check() -> tuple[Checked, Configuration]:
+        method = resolve(request.method)
+        inside = _wrappers_inside(model) if framework != "fsdp" else {}
+        refuse({**_general_facts(method, request, model), **facts(method), **inside}, method.name, method.kind)
+        optimizer = _stepping(method, request.optimizer)
+        named = check_parameters(model, method, optimizer)
+        options = {"max_norm": request.max_norm, "overlap": request.overlap, **(configuration or {})}
+        told = configuration_of(framework, method, named, optimizer, model, **options)
+        return Checked(method, optimizer, request, told), told
+
+    return agree(meeting, check)
+
+
+def agree_on_method(request: Request, facts: Mapping[str, object]) -> Method:
+    """The method, if nothing that it is used with is refused on any rank."""
+
+    def check() -> tuple[Method, Configuration]:
+        method = resolve(request.method)
+        refuse(facts, method.name, method.kind)
+        return method, {"method.name": method.name}
+
+    return agree(meeting_group(request.group), check)
+
+
+def _general_facts(method: Method, request: Request, model: Module) -> dict[str, object]:
+    if request.max_norm is not None:
+        check_option("max_norm", request.max_norm, lambda x: x > 0, "a number above 0, or leave it out")
+    if request.grad_scaler is not None and not hasattr(request.grad_scaler, "get_scale"):
+        raise ConfigError(
+            f"grad_scaler: {type(request.grad_scaler).__name__} has no get_scale(); pass the torch.amp.GradScaler itself"
+        )
+    if request.overlap not in (None, True, False):
+        raise ConfigError(f"overlap: {request.overlap!r} is out of range; write True, False, or leave it out")
+    compiled = [base.__name__ for base in type(getattr(model, "_orig_mod", None)).__mro__]
+    ranks, group = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit()), request.group
+    is_alone = group is None and not dist.is_initialized() and "COMMOPT_PEERS" not in os.environ
+    return {
+        "one of several processes": is_alone and ranks > 1 and ranks,
+        "group of another kind": group is not None and not isinstance(group, Group | Peers) and type(group).__name__,
+        "max_norm of a private method": request.max_norm is not None and not method.takes_max_norm,
+        "outer method and max_norm with a scaler": request.grad_scaler is not None,
+        "peers for a synchronous method": isinstance(request.group, Peers),
+        "compiled ddp": "DistributedDataParallel" in compiled,
+        "compiled fsdp": "FSDPModule" in compiled,
+    }
+
+
+def _stepping(method: Method, optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that will step. Raises AttachError if it is missing, or does not go with the method."""
+    kind = type(optimizer).__name__
+    given = "it is missing" if optimizer is None else f"got {kind}"
+    facts = {
+        "optimizer of a method": isinstance(optimizer, StandIn) and f"{optimizer.method.name}'s",
+        "wrapped optimizer": isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer) and kind,
+        "LBFGS": isinstance(optimizer, torch.optim.LBFGS),
+        "no optimizer": not isinstance(optimizer, torch.optim.Optimizer) and given,
+    }
+    refuse(facts, method.name, method.kind)
+    method.check_optimizer(optimizer)
+    refuse({"optimizer after steps": optimizer.state and kind}, method.name, method.kind)
+    return StandIn(method, optimizer) if isinstance(method, UpdateMethod) else optimizer
 
 
 def has_closure(args: Any, kwargs: Any) -> bool:
@@ -59,121 +223,63 @@ def connect_peers(group: Group | Peers | None = None) -> Peers:
     return TcpPeers(Membership(group.rank, members, told[0]), listener=listener)
 
 
-def note_attached(model: Module) -> None:
-    """Remember that a method is attached to this model."""
-    with _attaching:
-        ATTACHED.update(dict.fromkeys((model, *model.parameters())))
-
-
-def note_detached(model: Module) -> None:
-    """Forget it again."""
-    with _attaching:
-        for one in (model, *model.parameters()):
-            ATTACHED.pop(one, None)  # type: ignore[no-untyped-call]
-
-
-def check_wrapping(model: Module) -> None:
-    """Raise AttachError for a model inside which another wrapper averages gradients already."""
+def _wrappers_inside(model: Module) -> dict[str, object]:
+    """Where inside a model gradients are averaged already."""
+    found: dict[str, object] = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
-            where = f"{type(model).__name__} has a {kind} inside ({name or 'itself'})"
-            fix = "attach to that one, before anything else is wrapped around it (torch.compile too)"
+            found.setdefault("ddp inside", f"{type(model).__name__} has a {kind} inside ({name or 'itself'})")
         elif kind.startswith("FSDP") or any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
-            where = f"{name or type(model).__name__} is sharded by {'FSDP1' if kind == 'FullyShardedDataParallel' else 'FSDP2'}"
-            fix = "use fully_shard for the whole model, and commopt.frameworks.fsdp"
-        else:
-            continue
-        raise AttachError(f"{where}, which averages gradients itself; {fix}")
+            which = "FSDP1" if kind == "FullyShardedDataParallel" else "FSDP2"
+            found.setdefault("fsdp inside", f"{name or type(model).__name__} is sharded by {which}")
+    return found
 
 
-class RefusesDDP:
-    """Raises AttachError in a forward inside a DDP that was put around the model, or around what holds it, after attach.
+def refuse_ddp(model: Module, method: str) -> list[RemovableHandle]:
+    """Let a forward inside a DDP that was put around the model, or around what holds it, after attach raise AttachError.
 
-    By forward pre-hooks of all modules with parameters, until `remove` after the first step. A copy of the model gets none.
+    By pre-hooks of all modules with parameters, whose handles are returned. In a copy of the model they do nothing.
     """
-
-    def __init__(self, model: Module, method: str) -> None:
-        self._method = method
-        owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-        self._handles = [module.register_forward_pre_hook(self) for module in owners]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __call__(self, module: Module, _: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        active = torch.nn.parallel.DistributedDataParallel._active_ddp_module
-        if active is not None and active.process_group.size() > 1 and any(one is module for one in active.modules()):
-            raise AttachError(
-                f"this model was wrapped in DDP after {self._method} had been attached to it, and gradients would be averaged twice: "
-                "wrap it first, and attach to the wrapped model"
-            )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Nothing, ()
+    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    _BARE.update(dict.fromkeys(owners, method))
+    return [module.register_forward_pre_hook(_check_ddp) for module in owners]
 
 
-class _Nothing:
-    def __call__(self, *_: Any) -> None:
-        pass
-
-
-def check_steps(optimizer: Any) -> None:
-    """Raise AttachError for an optimizer whose steps cannot be followed."""
-    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+def _check_ddp(module: Module, _: Any) -> None:
+    if torch.compiler.is_compiling() or module not in _BARE:
+        return
+    active = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+    if active is not None and active.process_group.size() > 1 and any(one is module for one in active.modules()):
         raise AttachError(
-            f"{type(optimizer).__name__} is a wrapper: use its framework's integration, or pass the optimizer inside"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise AttachError(
-            "LBFGS evaluates the loss several times in a step, by a closure, and gradients are exchanged once: use another optimizer"
+            f"this model was wrapped in DDP after {_BARE[module]} had been attached to it, and gradients would be averaged twice: "
+            "wrap it first, and attach to the wrapped model"
         )
 
 
 def check_parameters(model: Module, method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Parameter]:
     """The trainable parameters by name, in registration order. Raises AttachError for any that the method cannot serve."""
-    if hasattr(method, "state"):
-        raise AttachError(f"this {method.name} was attached to a model before; build another one")
-    with _attaching:
+    own = {id(p) for p in model.parameters()}
+    with ATTACHING:
         is_attached = any(one in ATTACHED for one in (model, *model.parameters()))
-    if is_attached:
-        raise AttachError("a method is attached to this model already; close() what attach returned first")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise AttachError("the model has no trainable parameter")
-    if len(devices := {p.device for p in named.values()}) > 1:
-        raise AttachError(
-            f"the parameters are on several devices ({', '.join(sorted(map(str, devices)))}); one per rank is supported"
-        )
-    if any(x.device.type == "meta" for x in (*model.parameters(), *model.buffers())):
-        raise AttachError(
-            "parameters or buffers are on the meta device: give them storage first, as by model.to_empty(device='cpu')"
-        )
-    for module_name, module in model.named_modules():
-        if getattr(module, "sparse", False) is True:
-            raise AttachError(
-                f"{module_name}: sparse gradients are not supported; build the embedding with sparse=False"
-            )
-    for name, p in named.items():
-        if not p.dtype.is_floating_point:
-            raise AttachError(f"{name}: {p.dtype} parameters are not supported")
-        if method.needs_float32 and p.dtype not in (torch.float32, *HALF):
-            raise AttachError(
-                f"{name}: {method.name} works in float32, and would lose precision of {p.dtype}; use dense"
-            )
-        if not p.is_contiguous():
-            raise AttachError(f"{name} is not contiguous in memory (channels_last?); call .contiguous() on the model")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    strangers = known - {id(p) for p in model.parameters()}
-    if strangers:
-        raise AttachError("the optimizer holds parameters that are not this model's; build it from model.parameters()")
-    for name, p in named.items():
-        if id(p) not in known:
-            raise AttachError(
-                f"the optimizer does not hold the trainable parameter {name}; attach takes one optimizer with all of them"
-            )
+    devices = sorted({str(p.device) for p in named.values()})
+    sparse = [name or "the model" for name, one in model.named_modules() if getattr(one, "sparse", False) is True]
+    whole = [f"{name}: {p.dtype}" for name, p in named.items() if not p.dtype.is_floating_point]
+    precise = [f"{name}: {p.dtype}" for name, p in named.items() if p.dtype not in (torch.float32, *HALF)]
+    facts = {
+        "used method": hasattr(method, "state"),
+        "second method": is_attached,
+        "no parameter": not named,
+        "several devices": len(devices) > 1 and ", ".join(devices),
+        "meta device": any(x.device.type == "meta" for x in (*model.parameters(), *model.buffers())),
+        "sparse gradients": next(iter(sparse), None),
+        "parameters of another type": next(iter(whole), None),
+        "parameters of high precision": method.needs_float32 and next(iter(precise), None),
+        "order in memory": next((name for name, p in named.items() if not p.is_contiguous()), None),
+        "foreign parameters": bool(known - own),
+        "missing parameter": next((name for name, p in named.items() if id(p) not in known), None),
+    }
+    refuse(facts, method.name, method.kind)
     return named

@@ -14,7 +14,7 @@ from commopt.errors import AttachError
 from commopt.groups import Group, Peers
 from commopt.method import Method
 from commopt.run.agree import agree, meeting_group
-from commopt.run.prepare import Request
+from commopt.run.checks import Request
 from commopt.run.run import Run
 
 # (module that defines the class, class, our module): looked at only if that module has been imported
@@ -34,8 +34,6 @@ class TrainerLike(Protocol):
 
     @property
     def callback_handler(self) -> object: ...
-    @property
-    def args(self) -> object: ...
 
 
 def attach(
@@ -63,19 +61,23 @@ def attach(
 
     Raises AttachError if they do not fit together, and ConfigError for a wrong option: on every rank, and before anything is changed.
     """
-    request = Request(method, optimizer, group, max_norm, grad_scaler, overlap)
+    return dispatch(model, Request(method, optimizer, group, max_norm, grad_scaler, overlap))
+
+
+def dispatch(model: Any, request: Request) -> Run:
+    """What `attach` does, by the module for this kind of model or optimizer."""
+    optimizer = request.optimizer
     for known, value in ((_OPTIMIZERS, optimizer), (_MODELS, model)):
         for module, kind, ours in known:
             found = getattr(sys.modules.get(module), kind, None)
             if found is not None and isinstance(value, found):
                 run: Run = importlib.import_module(f"commopt.frameworks.{ours}").attach(model, request)
                 return run
-    error = AttachError(
-        f"model: got {type(model).__name__}, expected a module (plain, DDP or FSDP2), a DeepSpeed engine, a transformers Trainer or a "
-        "model that Accelerate has prepared; Lightning takes commopt.frameworks.lightning.CommoptStrategy"
-    )
 
-    def refuse() -> Any:
-        raise error
+    def refuse() -> tuple[Run, Any]:
+        raise AttachError(
+            f"model: got {type(model).__name__}, expected a module (plain, DDP or FSDP2), a DeepSpeed engine, a transformers Trainer or a "
+            "model that Accelerate has prepared; Lightning takes commopt.frameworks.lightning.CommoptStrategy"
+        )
 
-    return agree(meeting_group(group), refuse)  # type: ignore[no-any-return]  # so that ranks with a model hear of it
+    return agree(meeting_group(request.group), refuse)  # so that ranks with a model hear of it

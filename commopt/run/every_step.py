@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +13,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from commopt.errors import AttachError, GradientsChanged
+from commopt.exchange.base import is_finite
 from commopt.exchange.clip import clip_by_mean_square_, clip_joint_norm_
 from commopt.groups import Group, LocalGroup
 from commopt.method import EveryStep
-from commopt.run.checks import HALF, has_closure
-from commopt.run.run import Run
+from commopt.run.checks import HALF, Checked, has_closure
+from commopt.run.run import Replaced, Run
 from commopt.run.stand_in import StandIn
 from commopt.wire.bucket import Bucket
 from commopt.wire.payload import Payload
@@ -27,34 +26,15 @@ from commopt.wire.payload import Payload
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What `attach` has checked: a method, the optimizer that will step, and what belongs to the run rather than the method."""
-
-    method: EveryStep
-    optimizer: torch.optim.Optimizer
-    max_norm: float | None = None
-    grad_scaler: torch.amp.GradScaler | None = None
-
-    @property
-    def needs_all_buckets(self) -> bool:
-        """Whether a step's buckets must come together, after backward: for a norm over all, or one decision about all."""
-        is_scaled = self.grad_scaler is not None and not self.method.is_linear
-        return self.max_norm is not None or self.method.merges_buckets or is_scaled
-
-
 class EveryStepRun(Run):
     """Gradient and update methods at work, whatever hands the gradients over."""
 
     method: EveryStep
-    repeat_hint = (
-        "run the other backwards with gradient synchronisation off"  # what to write instead of a second exchange
-    )
+    repeat_hint = "run the other backwards with gradient synchronisation off"  # instead of a second exchange
 
-    def __init__(self, model: Module, prepared: Prepared, group: Group) -> None:
-        super().__init__(model, prepared.method, prepared.optimizer)
-        self.prepared, self.group = prepared, group
-        self.max_norm, self.grad_scaler = prepared.max_norm, prepared.grad_scaler
+    def __init__(self, model: Module, checked: Checked, group: Group) -> None:
+        super().__init__(model, checked.method, checked.optimizer)
+        self.group, self.max_norm, self.grad_scaler = group, checked.request.max_norm, checked.request.grad_scaler
         self._voids = 0
         self._void_names: set[str] = set()
         self._unapplied: set[str] = set()  # exchanged into state that is kept, and not stepped by yet
@@ -81,13 +61,8 @@ class EveryStepRun(Run):
         state = super().optimizer_state()
         return {**state, "state": {}} if self._is_update else state  # which the method's own state has already
 
-    @contextmanager
-    def communication_off(self) -> Iterator[None]:
-        group, self.group = self.group, LocalGroup()
-        try:
-            yield
-        finally:
-            self.group = group
+    def communication_off(self) -> Replaced:
+        return Replaced(self, group=LocalGroup())
 
     def replicas_are_equal(self) -> bool:
         digest = hashlib.sha256()
@@ -218,17 +193,17 @@ class EveryStepRun(Run):
 
     def _record_void(self, bucket: Bucket, name: str, is_local: bool) -> None:
         self.voided.append((self.steps, name))
-        where, what, more = f"rank {self.group.rank}", "this local step there", ""
+        where, what = f"rank {self.group.rank}", "this local step there"
         if not is_local:
             bucket.void = name
             self._void_names.update(bucket.names)
             self._voids += 1
             if self.group.rank != 0 or (self._voids & (self._voids - 1)) != 0:  # told the 1st, 2nd, 4th, 8th ... time
                 return
-            where, what = "some rank", "this step on all ranks"
             more = f" (the {self._voids}th time; has the training diverged?)" if self._voids > 2 else ""
-        told = "step %d: %s has a NaN or an inf in its gradient on %s; %s is left out of %s%s"
-        _log.warning(told, self.steps, name, where, bucket.label, what, more)
+            where, what = "some rank", f"this step on all ranks{more}"
+        told = "step %d: %s has a NaN or an inf in its gradient on %s; %s is left out of %s"
+        _log.warning(told, self.steps, name, where, bucket.label, what)
 
     # -- the optimizer's step
 
@@ -247,7 +222,8 @@ class EveryStepRun(Run):
                 for view, value in saved:
                     view.copy_(value)
         if self._void_names and not self._is_update:  # a norm with NaN in it, and clipping by it, has spread them
-            self._void_names.update(n for n, p in self.parameters.items() if not _is_finite(p.grad))
+            grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+            self._void_names.update(name for name, grad in grads.items() if not is_finite(grad))
         for name in self._void_names:
             self.parameters[name].grad = None
 
@@ -283,7 +259,3 @@ class EveryStepRun(Run):
         found_inf = getattr(self.optimizer, "found_inf", None)  # by which a GradScaler tells a stand-in of an overflow
         if found_inf is None or not bool(found_inf):
             self.steps += 1
-
-
-def _is_finite(grad: Tensor | None) -> bool:
-    return grad is None or bool(grad.isfinite().all())

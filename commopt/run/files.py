@@ -1,6 +1,7 @@
 """The files of a checkpoint: tensors as safetensors, JSON in a manifest with the size and the SHA-256 of every file.
 
-Nothing is unpickled. Each file is read once, and what is returned comes from the bytes that were verified.
+Nested state, in checkpoints and in letters, is JSON and named tensors. Nothing is unpickled. Each file is read once, and what is
+returned comes from the bytes that were verified.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import safetensors.torch
 import torch
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from commopt.errors import CheckpointError
@@ -29,37 +32,42 @@ NAME = re.compile(r"manifest\.(json|lock)|shared\.safetensors|rank[0-9]+\.safete
 _VERSION = 2  # commopt 0.1 wrote other formats
 # how a manifest begins; the checksum is that of all bytes after it
 _HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ("format": "commopt checkpoint", "version": ([0-9]{1,9}), )')
-_MAX_MANIFEST_BYTES = 1 << 30
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _SMALL = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL", torch.complex64: "C64"}
 _SIGNED = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
 _UNSIGNED = {torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"}
 _DTYPES = _FLOATS | _SMALL | _SIGNED | _UNSIGNED
+_KINDS = ("tensor", "tuple", "dict", "float", "bytes")  # marks: a dict with one of these keys stands for something else
+_JSON = "json"
 
 
-@dataclass(frozen=True)
-class File:
+class File(BaseModel, strict=True):
     """What a manifest says of a file."""
 
-    bytes: int
+    bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What one save left: its files, and its JSON. own_metas: an entry for each rank that saved."""
+class Manifest(BaseModel, strict=True):
+    """What one save left: its files, and its JSON. own_metas: an empty entry for each rank that saved."""
 
     token: str
-    files: Mapping[str, File]
+    files: dict[str, File]
     meta: dict[str, Any]
-    own_metas: list[dict[str, Any]]
+    own_metas: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Manifest:
+        if set(self.files) != {SHARED, *(OWN.format(rank) for rank in range(len(self.own_metas)))}:
+            raise ValueError(f"{[*self.files]} are not those of {len(self.own_metas)} ranks")
+        return self
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError, with its name, for a tensor that safetensors cannot store."""
     for name, x in tensors.items():
         if any("\ud800" <= c <= "\udfff" for c in name):
-            raise CheckpointError(f"{short(name)} cannot be a tensor's name in safetensors; use another text")
+            raise CheckpointError(f"{name!r:.60} cannot be a tensor's name in safetensors; use another text")
         if x.layout != torch.strided or x.is_nested or x.is_meta or hasattr(x, "to_local"):
             raise CheckpointError(f"{name}: only whole, dense tensors can be saved; gather it, or call to_dense()")
         if x.dtype not in _DTYPES:
@@ -73,10 +81,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> File:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest, and sync it to the disk."""
-    text = json.dumps(asdict(manifest), allow_nan=False).encode()[1:]
+    text = json.dumps(manifest.model_dump(), allow_nan=False).encode()[1:]
     text = b'"format": "commopt checkpoint", "version": %d, ' % _VERSION + text
-    if len(text) > _MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"meta comes to {len(text)} bytes; save tensors in shared or own instead")
     _write(folder / MANIFEST, [b'{"sha256": "%s", ' % hashlib.sha256(text).hexdigest().encode(), text])
 
 
@@ -101,10 +107,13 @@ def read_manifest(folder: Path) -> tuple[str, Manifest]:
             f"{path}: is of format {int(head[3])}, and this version reads {_VERSION}; load it with the commopt that saved it"
         )
     try:
-        manifest = _manifest(json.loads(data.decode()))
+        return digest, Manifest.model_validate(json.loads(data.decode()))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid: {str(error).splitlines()[0]}; take another checkpoint") from error
-    return digest, manifest
+        what = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc'])) or 'files'}: {first['msg']}"
+        raise CheckpointError(f"{path}: is not valid: {what}; take another checkpoint") from error
 
 
 def read_tensors(path: Path, file: File) -> dict[str, Tensor]:
@@ -115,7 +124,7 @@ def read_tensors(path: Path, file: File) -> dict[str, Tensor]:
             f"{path}: is damaged, or of another save: its SHA-256 is not the manifest's; take another checkpoint"
         )
     try:
-        return safetensors.torch.load(data)
+        return load_tensors(data)
     except Exception as error:
         raise CheckpointError(f"{path}: is not a safetensors file that this version reads: {error}") from error
 
@@ -148,29 +157,82 @@ def sync_folder(folder: Path) -> None:
             os.close(file)
 
 
-def short(value: object) -> str:
-    """A value as a message quotes it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def split(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """JSON that stands for `value`, and its tensors by name. Raises CheckpointError, with the place, for what has no such form.
 
+    Takes numbers, texts, None, lists, tuples, dicts with texts or numbers as keys, bytes, and tensors.
+    """
+    tensors: dict[str, Tensor] = {}
 
-def _manifest(fields: dict[str, Any]) -> Manifest:
-    """Raises ValueError, with the key, for what is not as it was written."""
-    token, files, meta, own_metas = (fields.get(key) for key in ("token", "files", "meta", "own_metas"))
-    if not isinstance(own_metas, list) or not own_metas or not all(isinstance(one, dict) for one in own_metas):
-        raise ValueError(f"own_metas: {short(own_metas)} is not a list of a dict per rank")
-    names = {SHARED, *(OWN.format(rank) for rank in range(len(own_metas)))}
-    if not isinstance(files, dict) or set(files) != names:
-        raise ValueError(f"files: {short(files)} are not those of {len(own_metas)} ranks")
-    for name, file in files.items():
-        is_file = isinstance(file, dict) and set(file) == {"bytes", "sha256"} and type(file["bytes"]) is int
-        if not is_file or file["bytes"] < 0:
-            raise ValueError(f"files.{name}: {short(file)} is not a size in bytes with a SHA-256")
-    if not isinstance(token, str) or not isinstance(meta, dict):
-        raise ValueError(
-            f"token: {short(token)} is not text" if isinstance(meta, dict) else f"meta: {short(meta)} is not a dict"
+    def walk(x: Any, place: str) -> Any:
+        if isinstance(x, Tensor):
+            name = f"{prefix}{place}"
+            while name in tensors:  # keys may have a slash in them, or be 1 and "1"
+                name += "'"
+            tensors[name] = x.detach()
+            return {"tensor": name}
+        if x is None or isinstance(x, str | int):
+            return x
+        if isinstance(x, float):
+            return float(x) if math.isfinite(x) else {"float": repr(float(x))}
+        if hasattr(x, "item") and getattr(x, "shape", None) == ():  # a numpy scalar
+            return walk(x.item(), place)
+        if isinstance(x, bytes):
+            return {"bytes": x.hex()}
+        if isinstance(x, list):
+            return [walk(one, f"{place}/{k}") for k, one in enumerate(x)]
+        if isinstance(x, tuple):
+            return {"tuple": [walk(one, f"{place}/{k}") for k, one in enumerate(x)]}
+        if isinstance(x, Mapping):
+            if all(isinstance(key, str) for key in x) and not (len(x) == 1 and next(iter(x)) in _KINDS):
+                return {key: walk(one, f"{place}/{key}") for key, one in x.items()}
+            return {"dict": [[walk(key, place), walk(one, f"{place}/{key}")] for key, one in x.items()]}
+        raise CheckpointError(
+            f"{place or 'this'}: {type(x).__name__} cannot be stored; use numbers, texts, lists, dicts and tensors"
         )
-    return Manifest(token, {name: File(**file) for name, file in files.items()}, meta, own_metas)
+
+    return walk(value, ""), tensors
+
+
+def join(described: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `split` was given. Raises CheckpointError for a tensor that is missing."""
+    if isinstance(described, list):
+        return [join(one, tensors) for one in described]
+    if not isinstance(described, dict):
+        return described
+    if len(described) == 1:
+        ((kind, inside),) = described.items()
+        if kind == "tensor":
+            if inside not in tensors:
+                raise CheckpointError(f"{inside}: this tensor is missing")
+            return tensors[inside]
+        if kind == "tuple":
+            return tuple(join(one, tensors) for one in inside)
+        if kind == "float":
+            return float(inside)
+        if kind == "bytes":
+            return bytes.fromhex(inside)
+        if kind == "dict":
+            return {join(key, tensors): join(one, tensors) for key, one in inside}
+    return {key: join(one, tensors) for key, one in described.items()}
+
+
+def pack(value: Any) -> Tensor:
+    """(n,) u8: a nested value as one safetensors file."""
+    described, tensors = split(value)
+    stored = {f"t{name}": x.to("cpu").contiguous().clone() for name, x in tensors.items()}
+    stored[_JSON] = torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(save_tensors(stored)), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Any:
+    """What `pack` was given. Raises CheckpointError for bytes that it did not make."""
+    try:
+        stored = load_tensors(packed.numpy().tobytes())
+        described = json.loads(stored[_JSON].numpy().tobytes())
+        return join(described, {name[1:]: x for name, x in stored.items()})
+    except Exception as error:
+        raise CheckpointError(f"not a packed state: {error}") from error
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -218,9 +280,9 @@ def _read(path: Path, nbytes: int | None) -> bytes:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode):
                 raise CheckpointError(f"{path}: is not a file; take another checkpoint")
-            if found.st_size != nbytes if nbytes is not None else found.st_size > _MAX_MANIFEST_BYTES + 1000:
-                wanted = "fewer" if nbytes is None else f"the {nbytes} of its manifest"
-                raise CheckpointError(f"{path}: has {found.st_size} bytes, not {wanted}; take another checkpoint")
+            if nbytes not in (None, found.st_size):
+                what = f"has {found.st_size} bytes, not the {nbytes} of its manifest"
+                raise CheckpointError(f"{path}: {what}; take another checkpoint")
             return stream.read(found.st_size)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; take another checkpoint") from None

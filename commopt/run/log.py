@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from commopt.record.recorder import Recorder
 
@@ -121,10 +121,13 @@ class RunLog:
         run, method = self._run, self._run.method
         self._recorder = recorder = Recorder.from_environment(run.rank, run.ranks)
         parameters = sum(p.numel() for p in run.parameters.values())
-        given: dict[str, Any] = dict(method.given)
         begun_at = max(0, run.steps - 1) if self._begun_at is None else self._begun_at
         self._last_step = begun_at - 1
         recorder.start(
-            method=method.name, options=given, parameters=parameters, steps=self._planned, resumed_at=begun_at
+            method=method.name,
+            options=dict(method.given),
+            parameters=parameters,
+            steps=self._planned,
+            resumed_at=begun_at,
         )
         return recorder

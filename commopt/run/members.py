@@ -13,7 +13,8 @@ from commopt.errors import AttachError, GroupError
 from commopt.exchange.base import is_finite
 from commopt.groups.peers import PeerGroup, Progress, call_roll
 from commopt.run.agree import difference, digest, listed
-from commopt.run.pack import pack, unpack
+from commopt.run.files import pack, unpack
+from commopt.run.run import broadcast_
 from commopt.wire.payload import Payload
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ class Members:
         self._training, self._peers = training, training.peers
         self.stateful: dict[str, Any] = {}
         self._asked = 0
-        self._schedule: dict[str, Any] | None = (
-            None  # what was taken over inside a step, and holds from the next one on
-        )
+        self._schedule: dict[str, Any] | None = None  # taken over inside a step, and holds from the next one on
         self._was_up = set(training.peers.others)
 
     def join(self, wait_s: float) -> None:
@@ -78,9 +77,8 @@ class Members:
             if not in_step:
                 self._settle()
             kind = "caught up" if tensors else "went on with the others"
-            took_s = round(peers.seconds - begun_s, 3)
-            fields = {"from": donor, "left_out": training.steps - before, "step": training.steps, "seconds": took_s}
-            training.events.append((kind, fields))
+            fields = {"from": donor, "left_out": training.steps - before, "step": training.steps}
+            training.events.append((kind, {**fields, "seconds": round(peers.seconds - begun_s, 3)}))
             _log.info("rank %d %s at step %d, from rank %d", peers.rank, kind, training.steps, donor)
             break
         else:
@@ -196,22 +194,21 @@ class Members:
             card = torch.cat([torch.tensor([training.steps]), words])
             roll = call_roll(peers, "start", 0, card, wait_s)
             if any(not torch.equal(roll.cards[rank][1:], words) for rank in roll.members):
-                self._tell_the_difference(PeerGroup(peers, roll.members, "differ", 0, max(wait_s, 60.0)))
+                group = PeerGroup(peers, roll.members, "differ", 0, max(wait_s, 60.0))
+                every = [json.loads(text) for text in group.tell(json.dumps(training.configuration))]
+                raise AttachError(difference(dict(zip(group.members, every, strict=True))))
             steps = [int(roll.cards[rank][0]) for rank in roll.members]
             if training.steps < max(steps):
                 self._catch_up_at_start(max(steps), wait_s)
                 return
             if len(roll.members) > 1 and max(steps) == 0:
                 try:
-                    self._copy_from_first(PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0)))
+                    group = PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0))
+                    broadcast_((*training.model.parameters(), *training.model.buffers()), group.broadcast, "cpu")
                 except GroupError as error:
                     _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
         if training.steps == 0:
             training.method.begin(training.flat())
-
-    def _tell_the_difference(self, group: PeerGroup) -> None:
-        every = [json.loads(text) for text in group.tell(json.dumps(self._training.configuration))]
-        raise AttachError(difference(dict(zip(group.members, every, strict=True))))
 
     def _catch_up_at_start(self, step: int, wait_s: float) -> None:
         peers, end_s = self._peers, self._peers.seconds + max(wait_s, 60.0)
@@ -221,14 +218,6 @@ class Members:
                     f"rank {peers.rank} resumes at step {self._training.steps}, others said {step}, and none of those trains"
                 )
             peers.sleep(0.1)
-
-    def _copy_from_first(self, group: PeerGroup) -> None:
-        model = self._training.model
-        with torch.no_grad():
-            for x in (*model.parameters(), *model.buffers()):
-                cpu = x.detach().to("cpu").contiguous()
-                group.broadcast(cpu)
-                x.copy_(cpu)
 
     def _trains(self, peer: int) -> bool:
         progress = self._peers.progress(peer)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +17,9 @@ from commopt.gossip.loop import Exchanged, OuterMethod, Round
 from commopt.gossip.spread import Spread
 from commopt.groups import LocalGroup
 from commopt.groups.peers import PeerGroup, Peers, call_roll
-from commopt.run.agree import Configuration
-from commopt.run.checks import RefusesDDP
+from commopt.run.checks import Checked, refuse_ddp
 from commopt.run.members import Members
-from commopt.run.run import HasState, RoundReport, Run
+from commopt.run.run import HasState, Replaced, RoundReport, Run
 from commopt.wire.state import Saved
 
 _log = logging.getLogger(__name__)
@@ -41,28 +38,15 @@ class _Pending:
 class OuterRun(Run):
     """An outer method at work; its ranks may come and go.
 
-    start = run.join(schedule=schedule)       # the step to go on from: 0 in a new job
-    for step in run.range(steps):
-        ...
-        run.optimizer.step()                  # every `every`-th begins a round
-    run.finish()
-
     waited_s: seconds for which rounds have stopped this rank. spread: the last estimate of the replicas' distance from their mean.
     """
 
     method: OuterMethod
 
-    def __init__(
-        self,
-        model: Module,
-        method: OuterMethod,
-        optimizer: torch.optim.Optimizer,
-        peers: Peers,
-        configuration: Configuration,
-        max_norm: float | None = None,
-    ) -> None:
-        super().__init__(model, method, optimizer)
-        self.peers, self.max_norm, self.configuration = peers, max_norm, configuration
+    def __init__(self, model: Module, checked: Checked, peers: Peers) -> None:
+        super().__init__(model, checked.method, checked.optimizer)
+        method = self.method
+        self.peers, self.max_norm, self.configuration = peers, checked.request.max_norm, checked.configuration
         self.group = LocalGroup()  # nothing here concerns all ranks at once
         self.group.traffic = peers.traffic
         self.averaged_state = method.averaged_state
@@ -75,8 +59,8 @@ class OuterRun(Run):
         named += [(f"{name}:{key}", p) for key in self.averaged_state for name, p in self.parameters.items()]
         method.bind(named, peers)
         self._sketch = Spread(method.index.total, peers.rank)
-        self._refuses_ddp = RefusesDDP(model, method.name)
-        self._attached(self._refuses_ddp)
+        self._until_first_step = refuse_ddp(model, method.name)
+        self._attached(*self._until_first_step)
 
     # -- the training script's side
 
@@ -89,13 +73,6 @@ class OuterRun(Run):
         return self.peers.size
 
     def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
-        """Start with the others, or catch up with them if they train already; returns the step to go on from.
-
-        In a new job it waits until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. If somebody
-        trains already, this rank takes over parameters, the method's and the optimizer's state and the step from a live peer, and
-        the state of everything in `stateful` (a learning-rate schedule: anything with state_dict and load_state_dict).
-        Raises GroupError if a rank that is known to have come back finds nobody.
-        """
         self._members.stateful, self._has_joined = stateful, True
         self._members.join(wait_s)
         if not self._pending:
@@ -127,14 +104,8 @@ class OuterRun(Run):
         """True: replicas of an outer method train by themselves, and nobody promises that they are equal."""
         return True
 
-    @contextmanager
-    def communication_off(self) -> Iterator[None]:
-        """Train alone inside the block: no round begins."""
-        self._is_off = True
-        try:
-            yield
-        finally:
-            self._is_off = False
+    def communication_off(self) -> Replaced:
+        return Replaced(self, _is_off=True)
 
     def quiet(self, limit_s: float = 10.0) -> None:
         """Return when all that was sent has been acknowledged: bytes counted and bytes on the interface then belong together."""
@@ -145,11 +116,6 @@ class OuterRun(Run):
     # -- checkpoints
 
     is_replica = True
-
-    def checkpoint_folder(self, folder: Path) -> Path:
-        return folder / f"rank{self.peers.rank}"
-
-    block_folder = checkpoint_folder
 
     def saved(self) -> Saved:
         """The method's state, and the rounds under way, which are waited for."""
@@ -201,7 +167,8 @@ class OuterRun(Run):
                 "the Trainer's callback do that themselves"
             )
         self.steps += 1
-        self._refuses_ddp.remove()
+        while self._until_first_step:
+            self._until_first_step.pop().remove()
         self.peers.announce(self.steps)
         while self._pending and self.steps - self._pending[0].begun_at >= self.method.delay:
             self._end_round(self._pending.pop(0))
@@ -238,22 +205,18 @@ class OuterRun(Run):
         with torch.no_grad():
             new = self.method.apply(pending.x, pending.round, exchanged)
             if new is not pending.x:
-                self._replace(pending, new)
+                flat = self.flat()
+                if self.steps == pending.begun_at:
+                    flat[pending.round.part] = new
+                else:
+                    flat[pending.round.part] += new - pending.x  # what the inner steps have added since stays
+                self.set_flat(flat)
         blocked_s = pending.blocked_s + self.peers.seconds - begun_s
         self.waited_s += blocked_s
         nbytes = self.peers.traffic.payload_bytes - pending.sent
         round, members, missed = pending.round.number, list(exchanged.members), exchanged.is_missed
         report = RoundReport(self.steps, round, members, missed, blocked_s, exchange_s, nbytes, self.spread)
         self.reports.append(report)
-
-    def _replace(self, pending: _Pending, new: Tensor) -> None:
-        part = pending.round.part
-        flat = self.flat()
-        if self.steps == pending.begun_at:
-            flat[part] = new
-        else:
-            flat[part] += new - pending.x  # what the inner steps have added since stays
-        self.set_flat(flat)
 
     def flat(self) -> Tensor:
         """(elements,) f32 on the CPU: the parameters in registration order, and the inner optimizer's state that is averaged too."""

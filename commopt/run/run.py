@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from commopt.errors import AttachError
 from commopt.groups import Group, Traffic
 from commopt.method import Method
 from commopt.run import checkpoint
-from commopt.run.checks import check_parameters, note_attached, note_detached
+from commopt.run.checks import ATTACHED, ATTACHING, check_parameters
 from commopt.run.log import RunLog
 from commopt.wire.state import Saved
 
@@ -34,12 +34,7 @@ class HasState(Protocol):
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round as this rank saw it; the fields of `Recorder.round`.
-
-    step: optimizer steps done when it ended. members: ranks that were averaged. missed: a member that was due did not answer in time.
-    blocked_s: how long training stood still for it. exchange_s: from its start to its result. nbytes: what this rank sent meanwhile.
-    spread: estimated distance of the replicas from their mean, relative to it, as far as known.
-    """
+    """One round as this rank saw it; the fields are those of `Recorder.round`, which explains them."""
 
     step: int
     round: int
@@ -49,6 +44,38 @@ class RoundReport:
     exchange_s: float
     nbytes: float
     spread: float | None
+
+
+@torch.no_grad()
+def broadcast_(tensors: Iterable[Tensor], broadcast: Callable[[Tensor], object], device: str | None = None) -> None:
+    """Make tensors those of the first rank, in place; by way of a device, if one is given."""
+    for x in tensors:
+        if x.numel():
+            flat = x.detach().to(device or x.device).contiguous().view(-1)
+            broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
+            x.copy_(flat.view_as(x))
+
+
+class Replaced:
+    """Other attributes of an object, until `remove`, or the end of its block, gives back what it had, its class's own included."""
+
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self._target, self._names = target, tuple(attributes)
+        self._had = {name: vars(target)[name] for name in attributes if name in vars(target)}
+        for name, value in attributes.items():
+            setattr(target, name, value)
+
+    def remove(self) -> None:
+        for name in self._names:
+            delattr(self._target, name)
+        for name, value in self._had.items():
+            setattr(self._target, name, value)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 class Run(ABC):
@@ -108,10 +135,12 @@ class Run(ABC):
         return iter(range(self.steps, stop))
 
     def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
-        """Start with the other ranks; returns the step to go on from.
+        """Start with the other ranks; returns the step to go on from. Only outer methods wait for anybody.
 
-        stateful: what else moves along with the training, anything with state_dict and load_state_dict, as a learning-rate
-            schedule. Only outer methods wait for anybody, and take over what others have.
+        In a new job they wait until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. If somebody
+        trains already, this rank takes over parameters, the method's and the optimizer's state and the step from a live peer, and
+        the state of everything in `stateful` (a learning-rate schedule: anything with state_dict and load_state_dict).
+        Raises GroupError if a rank that is known to have come back finds nobody.
         """
         return self.steps
 
@@ -125,7 +154,9 @@ class Run(ABC):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        note_detached(self.model)
+        with ATTACHING:
+            for one in (self.model, *self.model.parameters()):
+                ATTACHED.pop(one, None)  # type: ignore[no-untyped-call]
         self.is_closed = True
         self._log.close()
 
@@ -135,7 +166,7 @@ class Run(ABC):
         extra: what else belongs to the checkpoint, as a schedule's state_dict: numbers, texts, lists, dicts and tensors. Rank 0's
             is kept. A crash or a full disk leaves the checkpoint that was there. Raises CheckpointError, on all ranks alike.
         """
-        checkpoint.save(folder, self, extra=extra)
+        checkpoint.save_run(Path(folder), self, extra or {})
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Go on from a checkpoint; returns the `extra` that was saved with it. Call it after attach, and before `join`.
@@ -144,7 +175,7 @@ class Run(ABC):
         had to send. Raises CheckpointError, on all ranks and before anything is changed, if the checkpoint is damaged, or belongs to
         another model or method.
         """
-        return checkpoint.load(folder, self)
+        return checkpoint.load_run(Path(folder), self)
 
     def log(self, **values: float) -> None:
         """Record what this step came to, where the launcher wants it, or print some of it: `run.log(loss=..., tokens=...)`.
@@ -171,9 +202,7 @@ class Run(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and not self.is_finished:
                 self.finish()
@@ -182,7 +211,8 @@ class Run(ABC):
 
     def _attached(self, *handles: Any) -> None:
         """Follow the optimizer's steps from now on; handles: what else `close` removes."""
-        note_attached(self.model)
+        with ATTACHING:
+            ATTACHED.update(dict.fromkeys((self.model, *self.model.parameters())))
         self._handles += [
             *handles,
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -211,14 +241,7 @@ class Run(ABC):
         return self.optimizer.state_dict()
 
     is_replica = False  # whether this rank's model is its own, and is saved by itself
-
-    def checkpoint_folder(self, folder: Path) -> Path:
-        """Where this rank's checkpoint goes: all ranks write one together."""
-        return folder
-
-    def block_folder(self, folder: Path) -> Path:
-        """Where the block in a framework's checkpoint goes."""
-        return folder
+    saved_by = ""  # what writes checkpoints instead of `save`, if anything does
 
     def quiet(self) -> None:
         """Return when nothing is on its way on any rank, so that bytes counted here and on the interface belong together."""

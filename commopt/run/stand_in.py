@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -26,9 +27,8 @@ class StandIn(torch.optim.Optimizer):
 
     def __init__(self, method: UpdateMethod, replaced: torch.optim.Optimizer) -> None:
         self.method, self.replaced = method, replaced
-        self.__setstate__(
-            {"defaults": replaced.defaults, "state": defaultdict(dict)}
-        )  # hooks and profiling, as in torch
+        # hooks and profiling, as in torch
+        self.__setstate__({"defaults": replaced.defaults, "state": defaultdict(dict)})
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -44,15 +44,12 @@ class StandIn(torch.optim.Optimizer):
         self._show_state()
         name, kind = self.method.name, type(self.replaced).__name__
 
-        def refuse_step(*_: Any) -> None:
-            raise AttachError(f"{name} has taken the place of this {kind}: step run.optimizer")
-
-        def refuse_load(*_: Any) -> None:
-            raise AttachError(f"{name} has taken the place of this {kind}: load into run.optimizer")
+        def refuse(instead: str, *_: Any) -> None:
+            raise AttachError(f"{name} has taken the place of this {kind}: {instead} run.optimizer")
 
         return [
-            self.replaced.register_step_pre_hook(refuse_step),
-            self.replaced.register_load_state_dict_pre_hook(refuse_load),
+            self.replaced.register_step_pre_hook(partial(refuse, "step")),
+            self.replaced.register_load_state_dict_pre_hook(partial(refuse, "load into")),
             self,
         ]
 
@@ -89,17 +86,12 @@ class StandIn(torch.optim.Optimizer):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
-        ids = {
-            k: p
-            for group, other in zip(groups, saved, strict=True)
-            for k, p in zip(other["params"], group["params"], strict=True)
-        }
+        name_of = {id(p): name for name, p in self.parameters.items()}
         for group, other in zip(groups, saved, strict=True):
             group.update({key: x for key, x in other.items() if key not in ("params", "param_names")})
-        name_of = {id(p): name for name, p in self.parameters.items()}
-        for k, entry in state_dict["state"].items():
-            if k in ids and id(ids[k]) in name_of:
-                self.method.load_entry(name_of[id(ids[k])], entry)
+            for k, p in zip(other["params"], group["params"], strict=True):
+                if k in state_dict["state"] and id(p) in name_of:
+                    self.method.load_entry(name_of[id(p)], state_dict["state"][k])
         self.method.restored()
         self._show_state()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -41,7 +42,7 @@ class Payload:
             view.copy_(x.reshape(-1))
         return payload
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         views, offset = [], 0
         for dtype, length in self.layout:

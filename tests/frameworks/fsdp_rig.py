@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
 from rig import loss_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from commopt import attach, build
-from commopt.errors import CheckpointError
 from commopt.groups import Group
 from commopt.wire.bucket import Bucket
 
@@ -103,42 +99,6 @@ def assert_shards_of(model: nn.Module, found: list[Flats], shards: int) -> None:
     """Each rank has its shard of the parameters of an unsharded model."""
     for rank, own in enumerate(found):
         assert_equal(own, {name: cut(p.detach(), shards, rank % shards) for name, p in model.named_parameters()})
-
-
-def assert_close_gives_back(mesh: DeviceMesh, method: str) -> None:
-    """A model trains as without a method once its run is closed."""
-    results = []
-    for is_ours in (True, False):
-        model = sharded(mesh)
-        optimizer = sgd(model)
-        if is_ours:
-            attach(model, method, optimizer).close()
-        train(model, optimizer, dist.get_rank(), 3)
-        results.append(shards(model))
-    assert_equal(*results)
-
-
-def assert_resumes(mesh: DeviceMesh, method: dict[str, Any]) -> None:
-    """Training goes on bit for bit from a saved state."""
-    rank, ends = dist.get_rank(), []
-    kept: Any = None
-    weights: Flats = {}
-    for is_resumed in (False, True):
-        with attached(mesh, method, functools.partial(sgd, momentum=0.0)) as (model, optimizer, run):
-            if is_resumed:
-                with torch.no_grad():
-                    for name, p in model.named_parameters():
-                        p.copy_(weights[name])
-                run.method.load(kept)
-            else:
-                train(model, optimizer, rank, 3)
-                kept = copy.deepcopy(run.method.saved())
-                weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-                with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
-                    run.save("nowhere")
-            train(model, optimizer, rank, 3, first=3)
-            ends.append(shards(model))
-    assert_equal(*ends)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""DDP's own ways: accumulation, unused parameters, parameter groups; and gradients that others touch."""
+"""DDP's own ways with unused parameters and several buckets, and gradients that others touch."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,48 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool, twin_of
-from rig import METHODS, UPDATE, attached, flat, loss_of, make_batch, make_method, make_model, state_of, train, wrapped
+from pool import Pool
+from rig import METHODS, UPDATE, flat, loss_of, make_batch, make_method, make_model, state_of, train, wrapped
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from commopt import attach
 from commopt.errors import AttachError, CommoptError, GroupError
-from commopt.groups import Group, SimWorld, TorchGroup
+from commopt.groups import Group, SimWorld
 from commopt.run.checks import connect
 
 STEPS = 6
-FROZEN_AT_3 = {"name": "onebit_adam", "freeze_step": 3}
-
-
-def accumulate(model: Any, optimizer: torch.optim.Optimizer, rank: int) -> None:
-    """Two micro-batches under no_sync, where the model has it, and a synced third."""
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        for micro in range(3):
-            x, y = make_batch(rank, 10 * step + micro)
-            quiet = hasattr(model, "no_sync") and micro < 2
-            with model.no_sync() if quiet else contextlib.nullcontext():
-                loss_of(model(x), y).div(3).backward()
-        optimizer.step()
-
-
-def accumulate_in_ddp(process_group: dist.ProcessGroup, case: str, options: dict[str, Any]) -> Tensor:
-    with wrapped(process_group, case, **options) as (model, optimizer, _):
-        accumulate(model, optimizer, dist.get_rank(process_group))
-        return flat(model.module)
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001}], ids=["", "views"])
-@pytest.mark.parametrize("case", METHODS)
-def test_accumulated_gradients_are_exchanged_once(pool: Pool, case: str, options: dict[str, Any]) -> None:
-    def work(group: Group) -> Tensor:
-        with attached(group, case) as (model, optimizer, _):
-            accumulate(model, optimizer, group.rank)
-            return flat(model)
-
-    expected = SimWorld[Tensor](2).run(work)[0]
-    assert all(torch.equal(run, expected) for run in pool.run(2, accumulate_in_ddp, case, options))
 
 
 class Branches(nn.Module):
@@ -105,35 +72,6 @@ def test_unused_parameters_and_their_state_are_as_without_ddp(pool: Pool, case: 
         never = 12 * 3 + 3
         assert torch.equal(values[:never], first[:never])
         assert (values[never:] != first[never:]).any()
-
-
-def two_groups_in_ddp(process_group: dist.ProcessGroup) -> Tensor:
-    model = DistributedDataParallel(make_model(), process_group=process_group)
-    run = attach(model, FROZEN_AT_3, two_groups(model.module), group=TorchGroup(twin_of(process_group)))
-    train(model, run.optimizer, dist.get_rank(process_group), STEPS)
-    run.close()
-    return flat(model.module)
-
-
-def two_groups(model: nn.Module) -> torch.optim.Optimizer:
-    named = list(model.named_parameters())
-    return torch.optim.AdamW(
-        [
-            {"params": [p for name, p in named if "weight" in name], "lr": 0.01, "weight_decay": 0.1},
-            {"params": [p for name, p in named if "bias" in name], "lr": 0.1, "betas": (0.5, 0.9)},
-        ]
-    )
-
-
-def test_parameter_groups_keep_their_options_in_ddp(pool: Pool) -> None:
-    def work(group: Group) -> Tensor:
-        model = make_model()
-        run = attach(model, FROZEN_AT_3, two_groups(model), group=group)
-        train(model, run.optimizer, group.rank, STEPS)
-        return flat(model)
-
-    expected = SimWorld[Tensor](2).run(work)[0]
-    assert all(torch.equal(run, expected) for run in pool.run(2, two_groups_in_ddp))
 
 
 def misuse(process_group: dist.ProcessGroup, case: str, what: str) -> str:
@@ -223,17 +161,16 @@ def test_signs_are_clipped_by_one_norm_for_all_ranks(pool: Pool) -> None:
         torch.testing.assert_close(got, whole * (0.05 / rms), rtol=1e-4, atol=1e-8)
 
 
-def overlapping_clip(process_group: dist.ProcessGroup, case: str) -> None:
+def overlapping_clip(process_group: dist.ProcessGroup) -> None:
     with (
         pytest.raises(AttachError, match=r"overlap=True with max_norm: it needs .* of all buckets.*leave overlap out"),
-        wrapped(process_group, case, max_norm=1.0, overlap=True),
+        wrapped(process_group, "ef_sign l1", max_norm=1.0, overlap=True),
     ):
         pass
 
 
-@pytest.mark.parametrize("case", METHODS)
-def test_clipping_with_overlap_is_refused(pool: Pool, case: str) -> None:
-    pool.run(2, overlapping_clip, case)
+def test_clipping_with_overlap_is_refused(pool: Pool) -> None:
+    pool.run(2, overlapping_clip)
 
 
 def train_scaled(

@@ -190,7 +190,7 @@ def test_a_checkpoint_without_the_methods_state_is_refused(tmp_path: Path) -> No
     adam = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
     make_engine(adam, ours=False).save_checkpoint(tmp_path, tag="dense")
     engine = make_engine(CASES["OneBitAdam"][0])
-    with pytest.raises(CheckpointError, match="saved without onebit_adam's state"):
+    with pytest.raises(CheckpointError, match="holds no state of onebit_adam"):
         engine.load_checkpoint(tmp_path, tag="dense")
     with pytest.raises(CheckpointError, match=r"engine\.save_checkpoint"):
         engine.commopt.save(tmp_path)
@@ -259,14 +259,6 @@ def test_under_an_outer_method_a_checkpoint_keeps_every_ranks_replica(tmp_path: 
     train(again, 4, first=5)
     again.commopt.close()
     assert torch.equal(flat(engine.module), flat(again.module))
-
-
-@on_two_ranks
-def test_an_outer_method_that_nobody_joins_raises_at_the_first_step() -> None:
-    engine = make_engine({"optimizer": SGD, "commopt": "noloco"})
-    with pytest.raises(AttachError, match=r"run\.join\(\)"):
-        train(engine, 1)
-    engine.commopt.close()
 
 
 @on_two_ranks

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from framework_ranks import run_program
 from fsdp_rig import (
     Flats,
-    assert_close_gives_back,
     assert_equal,
-    assert_resumes,
     assert_shards_of,
     attached,
     batch,
@@ -29,7 +30,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commopt
-from commopt.errors import CommoptError, GradientsChanged
+from commopt.errors import CheckpointError, CommoptError, GradientsChanged
 from commopt.groups import SimWorld, TorchGroup
 
 STEPS = 5
@@ -139,14 +140,48 @@ def test_half_precision_gradients_are_compressed_with_float32_residuals() -> Non
         assert run.method.worker.residual.abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("shape", "method"), [((2, 2), "ef_sign"), ((4,), "two_way(int8)")], ids=["replicas", "shards"]
+)
 @on_four_ranks
-def test_close_gives_the_exchange_back_to_fsdp() -> None:
-    assert_close_gives_back(mesh_of(2, 2), "ef_sign")
+def test_close_gives_the_exchange_back_to_fsdp(shape: tuple[int, ...], method: str) -> None:
+    results = []
+    for is_ours in (True, False):
+        model = sharded(mesh_of(*shape))
+        optimizer = sgd(model)
+        if is_ours:
+            commopt.attach(model, method, optimizer).close()
+        train(model, optimizer, dist.get_rank(), 3)
+        results.append(shards(model))
+    assert_equal(*results)
 
 
+@pytest.mark.parametrize(
+    ("shape", "method"),
+    [((2, 2), CASES["dgc"]), ((4,), {"name": "two_way(4bit)", "residual_bits": 8})],
+    ids=["replicas", "shards"],
+)
 @on_four_ranks
-def test_training_goes_on_from_a_saved_state_bit_for_bit() -> None:
-    assert_resumes(mesh_of(2, 2), CASES["dgc"])
+def test_training_goes_on_from_a_saved_state_bit_for_bit(shape: tuple[int, ...], method: dict[str, Any]) -> None:
+    rank, ends = dist.get_rank(), []
+    kept: Any = None
+    weights: Flats = {}
+    for is_resumed in (False, True):
+        with attached(mesh_of(*shape), method, partial(sgd, momentum=0.0)) as (model, optimizer, run):
+            if is_resumed:
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        p.copy_(weights[name])
+                run.method.load(kept)
+            else:
+                train(model, optimizer, rank, 3)
+                kept = copy.deepcopy(run.method.saved())
+                weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+                with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
+                    run.save("nowhere")
+            train(model, optimizer, rank, 3, first=3)
+            ends.append(shards(model))
+    assert_equal(*ends)
 
 
 @on_four_ranks
@@ -245,3 +280,15 @@ def test_changes_after_attach_are_refused_in_the_next_backward() -> None:
         model.first.bias.requires_grad_(False)
         with pytest.raises(CommoptError, match="frozen or thawed"):
             train(model, optimizer, dist.get_rank(), 1)
+
+
+def test_the_example_trains_two_replicas(fsdp_ranks: Pool) -> None:
+    words = ("--shards", "1", "--layers", "1", "--steps", "4", "--method", '"ef_sign"')
+    printed, nothing = fsdp_ranks.run(2, run_program, "fsdp_train.py", *words)
+    assert nothing == ""
+    found = re.search(
+        r"validation loss (\S+) after 4 steps .*; (\S+) MB sent a step by rank 0, replicas equal", printed
+    )
+    assert found is not None, printed
+    assert 2.0 < float(found[1]) < 6.0
+    assert 0.03 < float(found[2]) < 0.05  # an eighth of a byte for each of 272,640 parameters, twice over half of them

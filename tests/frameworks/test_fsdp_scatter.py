@@ -12,8 +12,6 @@ from fsdp_rig import (
     UNITS,
     Flats,
     Uneven,
-    assert_close_gives_back,
-    assert_resumes,
     assert_shards_of,
     attached,
     batch,
@@ -150,16 +148,6 @@ def test_a_nan_on_one_rank_leaves_its_unit_out_on_all() -> None:
             assert torch.equal(x, second[name]) == name.startswith("second"), name
             assert third[name].isfinite().all()
             assert not torch.equal(second[name], third[name])
-
-
-@on_four_ranks
-def test_residuals_of_the_whole_gradient_resume() -> None:
-    assert_resumes(mesh_of(4), {"name": "two_way(4bit)", "residual_bits": 8})
-
-
-@on_four_ranks
-def test_close_gives_the_reduce_scatter_back() -> None:
-    assert_close_gives_back(mesh_of(4), "two_way(int8)")
 
 
 @on_four_ranks

@@ -16,8 +16,8 @@ from rig import flat, loss_of, make_batch, make_method, make_model
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt import attach
+from commopt.frameworks.ddp import Lane
 from commopt.groups import TorchGroup
-from commopt.run.lane import Lane
 
 pytestmark = pytest.mark.parametrize("place", PLACES)
 

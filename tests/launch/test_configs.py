@@ -15,6 +15,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 CLUSTERS = sorted((CONFIGS / "clusters").glob("*.yaml"))
 RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
 METHOD_FILES = sorted((CONFIGS / "methods").glob("*.yaml"))
+assert CLUSTERS
+assert RUNS
+assert METHOD_FILES
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
@@ -36,9 +39,3 @@ def test_a_method_file_is_named_after_the_method_that_it_makes(path: Path) -> No
     method = commopt.build(path)
     assert path.stem == "_".join([method.name, *([options["worker"]] if "worker" in options else [])])
     assert path.read_text().startswith("# ")
-
-
-def test_there_are_some() -> None:
-    assert METHOD_FILES
-    assert CLUSTERS
-    assert RUNS

@@ -74,15 +74,14 @@ def test_every_method_resumes_bitwise(tmp_path: Path, preset: Preset) -> None:
         assert found == [[]] * n
 
 
-def resumed_in_a_job(pg: Any, folder: str, preset: Preset, in_ddp: bool) -> list[str]:
-    return continued_and_resumed(TorchGroup(pg), Path(folder), preset, pg if in_ddp else None)
+def resumed_in_ddp(pg: Any, folder: str, preset: Preset) -> list[str]:
+    return continued_and_resumed(TorchGroup(pg), Path(folder), preset, pg)
 
 
-@pytest.mark.parametrize("in_ddp", [False, True], ids=["plain", "ddp"])
 @pytest.mark.parametrize("preset", IN_JOBS, ids=str)
-def test_a_job_resumes_bitwise(pool: Pool, tmp_path: Path, preset: Preset, in_ddp: bool) -> None:
+def test_a_job_resumes_bitwise(pool: Pool, tmp_path: Path, preset: Preset) -> None:
     for n in (1, 3):
-        assert pool.run(n, resumed_in_a_job, str(tmp_path / f"c{n}"), preset, in_ddp) == [[]] * n
+        assert pool.run(n, resumed_in_ddp, str(tmp_path / f"c{n}"), preset) == [[]] * n
 
 
 # -- another number of ranks

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from outer_rig import Diary, run_world, train_diary
 from pool import Pool
 from rig import flat, make_model, train
-from torch import Tensor, nn
+from rig import sgd_of as sgd
+from torch import Tensor
 
 from commopt import attach, build
 from commopt.errors import AttachError
@@ -18,10 +19,6 @@ from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
 from commopt.groups.tcp import TcpPeers
 from commopt.plan.links import LinkModel
 from commopt.run.checks import connect_peers
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.05)
 
 
 def test_a_step_before_join_is_refused() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from torch import Tensor
 
 from commopt.errors import CheckpointError
-from commopt.run.pack import join, pack, split, unpack
+from commopt.run.files import join, pack, split, unpack
 
 MARKS = ["tensor", "tuple", "dict", "float", "bytes", "json", "t", ""]
 texts = st.one_of(st.sampled_from(MARKS), st.text(max_size=4))

@@ -9,7 +9,7 @@ import pytest
 
 import commopt
 from commopt.errors import AttachError
-from commopt.run.refusals import Refusal, refuse, table
+from commopt.run.checks import Refusal, refuse, table
 
 SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in Path(commopt.__file__).parent.rglob("*.py"))
 

@@ -15,7 +15,8 @@ from storage_rig import content, errors, loaded, make_file, make_folder, make_lo
 
 from commopt.errors import CheckpointError
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.run.storage import open_checkpoint, save, together
+from commopt.run.agree import together
+from commopt.run.checkpoint import open_checkpoint, save
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -26,8 +27,8 @@ def test_any_number_of_ranks_can_load(tmp_path: Path, ranks: int) -> None:
         stored = open_checkpoint(tmp_path / "c", group)
         own = [group.rank] if ranks == 3 else range(stored.ranks)
         assert stored.ranks == 3
-        assert stored.shared()["w"].tolist() == [[1, 1], [1, 1]]
-        return [stored.own(rank)["residual"][0].item() for rank in own]
+        assert stored.shared["w"].tolist() == [[1, 1], [1, 1]]
+        return [stored.own[rank]["residual"][0].item() for rank in own]
 
     assert SimWorld[list[float]](ranks).run(load) == ([[1], [2], [3]] if ranks == 3 else [[1, 2, 3]] * ranks)
 
@@ -204,18 +205,14 @@ def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path: Path, mo
     assert loaded(tmp_path / "c") == 2
 
 
-class Odd(BaseException):
-    """As torch.distributed.checkpoint's CheckpointException, which is not an Exception."""
-
-
 def test_what_fails_on_one_rank_fails_on_all_with_its_reason() -> None:
     def part(group: Group) -> int:
         if group.rank == 1:
-            raise Odd("\n first line \udcff\nsecond line")
+            raise LookupError("\n first line \udcff\nsecond line")
         return group.rank
 
     for text in errors(3, lambda group: together(group, lambda: part(group))):
-        assert text == "rank 1: Odd: first line \udcff"
+        assert text == "rank 1: LookupError: first line \udcff"
     assert SimWorld[int](3).run(lambda group: together(group, lambda: group.rank)) == [0, 1, 2]
     with pytest.raises(KeyboardInterrupt):
         together(LocalGroup(), lambda: (_ for _ in ()).throw(KeyboardInterrupt()))

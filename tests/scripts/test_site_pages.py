@@ -8,7 +8,7 @@ import pytest
 from script import SCRIPTS, module
 
 from commopt.methods import METHODS
-from commopt.run.refusals import table
+from commopt.run.checks import table
 
 script = module("site_pages", SCRIPTS)
 
