@@ -29,7 +29,7 @@ from commopt.plan.links import LinkModel
 from commopt.run.agree import Configuration, agree, configuration_of, meeting_group
 from commopt.run.stand_in import StandIn
 
-ATTACHED = WeakIdKeyDictionary()  # models and their parameters; not an attribute of the model, which must stay picklable
+ATTACHED = WeakIdKeyDictionary()  # models and their parameters; an attribute of a model would be pickled with it
 _BARE: weakref.WeakKeyDictionary[Module, str] = weakref.WeakKeyDictionary()  # modules, and the method that wants no DDP
 ATTACHING = threading.Lock()  # held where that set changes: simulated ranks attach at the same time
 HALF = (torch.float16, torch.bfloat16)
