@@ -74,7 +74,7 @@ class Emulation:
             return self.network.tx_bytes()
         if self.shares_loopback:
             return {}
-        counters = {self.cluster.nodes[node].name: nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
+        counters = {self.cluster.names[node]: nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
         return {name: count for name, count in counters.items() if count is not None}
 
     def members(self) -> tuple[tuple[str, int], ...]:

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 def check_faults(faults: Sequence[Fault], emulation: Emulation, file: str) -> None:
     """Raise ConfigError, before anything starts, for a fault that cannot be carried out where the job runs."""
-    if not faults:
-        return
-    if emulation.mode is Emulate.NONE and emulation.cluster.has_hosts:
+    if faults and emulation.is_elsewhere:
         raise ConfigError(f"{file}: faults: real machines get none; add --emulate netns, or leave the key out")
     found = [
         f"{file}: faults.{index}.cut: needs links that the kernel emulates, and here they are not "

@@ -52,7 +52,7 @@ class Network:
     def __init__(self, cluster: ClusterSpec) -> None:
         from pyroute2 import IPRoute
 
-        self._names = [node.name for node in cluster.nodes]
+        self._names = cluster.names
         self._mtu = cluster.links.mtu
         self._outer: dict[int, str] = {}  # index of a veth's outer end -> name of its node
         self._sent_before = dict.fromkeys(self._names, 0)  # through veths that are gone

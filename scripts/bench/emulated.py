@@ -25,7 +25,7 @@ from commopt.record.words import seconds_text
 BUSY_CORES = 0.2  # of other programs: from here on a cell's numbers are not to be trusted
 
 Entry = Mapping[str, Any]  # name, settings, cell (its fields) and cluster (a specification) of a cell
-Measure = Callable[..., dict[str, Any]]  # of an entry, the cluster, the emulation and the options of `measure_all`
+Measure = Callable[..., dict[str, Any]]  # of an entry, the emulation and the options of `measure_all`
 Outcome = Callable[[Mapping[str, Any]], str]
 
 
@@ -82,7 +82,7 @@ def run_plan(plan_file: Path, measure: Measure, outcome: Outcome) -> None:
     for position, entry in enumerate(plan["cells"], start=plan["done"] + 1):
         print(f"[{position}/{plan['total']}] {entry['name']} ...", end=" ", flush=True)
         before, start_s = cpu_seconds(), time.monotonic()
-        result = measure(entry, cluster, emulation, **plan["options"])
+        result = measure(entry, emulation, **plan["options"])
         after, wall_s = cpu_seconds(), time.monotonic() - start_s
         others = None if before is None or after is None else round(max(0.0, after - before) / wall_s, 3)
         result = {"schema": 1, **result, "wall_s": round(wall_s, 1), "others_cores": others}

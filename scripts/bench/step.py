@@ -35,7 +35,6 @@ from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.run import Job
-from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError
 from commopt.record.words import seconds_text
 
@@ -159,7 +158,7 @@ class Watchdog:
             raise StalledError(f"no rank got on for {seconds_text(self._limit_s)}")
 
 
-def measure(entry: Entry, cluster: ClusterSpec, emulation: Emulation, *, timeout_s: float) -> dict[str, Any]:
+def measure(entry: Entry, emulation: Emulation, *, timeout_s: float) -> dict[str, Any]:
     """Run one cell. Whatever happens to its ranks is a result too."""
     from commopt.record.lines import RankRecord, rank_files
     from commopt.report.document import Environment

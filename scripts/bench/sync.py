@@ -29,7 +29,6 @@ from sync_simulation import POINTS, points, settings
 
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.run import Job
-from commopt.cluster.spec import ClusterSpec
 from commopt.errors import CommoptError, ConfigError
 from commopt.record.words import seconds_text
 
@@ -81,7 +80,7 @@ def simulate(given: dict[str, Any]) -> dict[str, Any]:
 # ---- measuring: inside the namespaces of one cluster -----------------------------------------------------------------
 
 
-def measure(entry: Entry, cluster: ClusterSpec, emulation: Emulation) -> dict[str, Any]:
+def measure(entry: Entry, emulation: Emulation) -> dict[str, Any]:
     """Run one cell. Raises CommoptError if it fails, with what a rank said."""
     cell = Cell(**entry["cell"])
 

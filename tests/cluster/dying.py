@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-PROGRAM = Path(__file__).parents[2] / "launch" / "elastic_train.py"
-specification = importlib.util.spec_from_file_location("elastic_train", PROGRAM)
-assert specification is not None
-assert specification.loader is not None
-training: Any = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(training)
+from script import module
 
+training = module("elastic_train", Path(__file__).parents[2] / "launch")
 rank = int(os.environ["RANK"])
 flag, draw = Path(sys.argv[1]), training.draw
 
