@@ -209,9 +209,8 @@ class ZeroOneAdam(FrozenVariance):
             self._make_mask()
 
     def variance_correction(self, group: Mapping[str, Any]) -> float:
-        return (
-            1 - float(group["betas"][1]) ** int(self.state["variance_updates"]) if self.options.bias_correction else 1.0
-        )
+        updates = int(self.state["variance_updates"])
+        return 1 - float(group["betas"][1]) ** updates if self.options.bias_correction else 1.0
 
     def bytes_per_parameter(self, ranks: int) -> float:
         each = self.two_way.bytes_per_parameter(ranks)
