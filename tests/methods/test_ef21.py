@@ -101,18 +101,6 @@ def test_with_a_constant_gradient_h_i_comes_nearer_by_the_compressors_delta_in_e
     assert by_top_k[10][0] < 1e-9 * by_top_k[0][0]  # ten steps of a tenth have sent everything
 
 
-def test_the_servers_w_comes_to_a_constant_mean_as_well() -> None:
-    def work(group: Group) -> float:
-        method, g = EF21(compressor=TOP_K, server=TOP_K, eta=1.0), draw(500, 3)
-        method.bind([("x", g)], group)
-        for step in range(60):
-            bucket = Bucket.of([("x", g * (group.rank if step else 5.0))])
-            exchange(method, bucket, group)
-        return float((bucket.flat - g).norm() / g.norm())
-
-    assert max(SimWorld[float](3).run(work)) < 1e-5
-
-
 @pytest.mark.parametrize("server", [None, "sign"])
 @pytest.mark.parametrize("bad_step", [0, 3])
 def test_a_void_message_moves_nobody(server: str | None, bad_step: int) -> None:
