@@ -86,7 +86,8 @@ class EF21(GradientMethod, Compressed):
         if self.options.eta < 1:
             own.append(State("average", held="rank", on_resize="mean"))  # v_i
         if self.server_compressor is not None:  # h of the blocks served here
-            own.append(State("served", index=self.served_index, held="rank", on_resize="own"))
+            index = self.index_of(self.served, self.served.lengths)
+            own.append(State("served", index=index, held="rank", on_resize="own"))
         return [*own, *super().declare()]
 
     def bound(self) -> None:

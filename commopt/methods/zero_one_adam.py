@@ -151,10 +151,6 @@ class ZeroOneAdam(FrozenVariance):
         total = state["rate"] * kept + rate
         return rate, kept, rate / total if total > 0 else 1.0
 
-    def count(self, entry: dict[str, Any]) -> None:
-        entry["step"] += 1
-        entry["variance_step"] += self.is_exact
-
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         rate, kept, weight = self._step(state, group, state["step"])
         _, root = self.roots(state, group)
