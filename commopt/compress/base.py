@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from commopt.kernels.reference.runs import first_bad
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, layout_bytes
 
@@ -69,10 +68,6 @@ class Compressor(ABC):
         index = ParameterIndex(("x",), (1 << 20,))
         blocks = self.table(index, ranks).everything
         return layout_bytes(self.layout(blocks)) / blocks.elements
-
-    def first_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> int:
-        """The index of the first parameter, in registration order, with a bad block; -1 where there is none."""
-        return first_bad(self.is_bad(codes, blocks), blocks)
 
 
 def equal_blocks(numel: int, block_size: int) -> list[int]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from commopt.compress.base import Compressor
-from commopt.kernels.reference.runs import element_indices, run_of_element
+from commopt.kernels.reference.runs import element_indices, first_bad, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Layout, Payload
 
-_HEADER = ((torch.int32, 1),)
+HEADER: Layout = ((torch.int32, 1),)  # of every payload: the first parameter that is not finite, or -1
 _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
 
 
@@ -83,8 +83,10 @@ class ErrorFeedback:
             payloads = self._encode(x, self.residual, parts)
         else:
             payloads = self._encode_with_copy(x, parts)
-        bad = [self.compressor.first_bad(p.tensors[1:], blocks) for p, blocks in zip(payloads, parts, strict=True)]
-        first = first_of(bad)
+        first = first_of(
+            first_bad(self.compressor.is_bad(payload.tensors[1:], blocks), blocks)
+            for payload, blocks in zip(payloads, parts, strict=True)
+        )
         for payload in payloads:
             payload.tensors[0].fill_(first)
         return payloads
@@ -151,7 +153,7 @@ class ErrorFeedback:
         if self.compressor.is_ragged:
             header = torch.zeros(1, dtype=torch.int32, device=x.device)
             return [Payload.of(header, *self.compressor.encode(x, residual, blocks)) for blocks in parts]
-        payloads = [Payload.allocate(_HEADER + self.compressor.layout(blocks), x.device) for blocks in parts]
+        payloads = [Payload.allocate(HEADER + self.compressor.layout(blocks), x.device) for blocks in parts]
         self.compressor.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
         return payloads
 

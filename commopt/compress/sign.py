@@ -66,13 +66,11 @@ class TensorSign(BlockSign):
         if len(parts) == 1 and len(np.unique(self.scale_groups(parts[0]))) == len(parts[0]):
             kernel.compress_signs_(x, residual, parts[0], *out[0], squared=True)
             return
-        squares = [
-            np.asarray(torch.as_tensor(kernel.block_sums(x, residual, blocks, squared=True)).cpu()) for blocks in parts
-        ]
+        squares = [torch.as_tensor(kernel.block_sums(x, residual, blocks, squared=True)).cpu() for blocks in parts]
         groups = np.concatenate([self.scale_groups(blocks) for blocks in parts])
         lengths = np.concatenate([blocks.lengths for blocks in parts])
         which, place = np.unique(groups, return_inverse=True)
-        sums = np.concatenate(squares)
+        sums = torch.cat(squares).numpy()
         is_good = np.isfinite(sums)  # only the blocks that hold a NaN or an inf are marked, so that they can be named
         total = np.bincount(place, np.where(is_good, sums, 0.0), len(which))
         count = np.bincount(place, lengths, len(which))

@@ -47,13 +47,8 @@ class Compressed(Exchange):
         super().bound()
         self.worker = self.feedback("worker_residual", self.compressor, self.everything)
 
-    @property
-    def served_index(self) -> ParameterIndex:
-        """The layout of what this rank serves, whose blocks lie parameter after parameter."""
-        return self.index_of(self.served, self.served.lengths)
-
     def index_of(self, blocks: Blocks, numbers: Int64Array | None) -> ParameterIndex:
-        """The layout of state that has so many numbers for each block; one if None."""
+        """The layout of state that has so many numbers for each block, one if None; blocks lie parameter after parameter."""
         numels = np.bincount(blocks.parameters, numbers, len(self.index.names)).astype(np.int64)
         return ParameterIndex(self.index.names, tuple(numels.tolist()))
 

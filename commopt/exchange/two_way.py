@@ -48,8 +48,8 @@ class TwoWayMean(Compressed):
         self.merges_buckets = getattr(compressor, "merges_buckets", False)
 
     def declare(self) -> list[State]:
-        factors = State("factors", of="parameter", initial=0.0)  # 0 stands for none
-        return [*super().declare(), *self.residual("server_residual", self.served, self.served_index), factors]
+        factors, index = State("factors", of="parameter"), self.index_of(self.served, self.served.lengths)
+        return [*super().declare(), *self.residual("server_residual", self.served, index), factors]  # 0: no factors
 
     def bound(self) -> None:
         super().bound()

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from commopt.compress import make_compressor
-from commopt.compress.feedback import NOTHING_KEPT, ErrorFeedback, Kept
+from commopt.compress.feedback import HEADER, NOTHING_KEPT, ErrorFeedback, Kept
 from commopt.errors import ConfigError, check_flag
 from commopt.exchange.base import is_finite
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, ParameterIndex
-from commopt.wire.payload import Layout, Payload
+from commopt.wire.payload import Payload
 from commopt.wire.state import State, Stateful
-
-_HEADER: Layout = ((torch.int32, 1),)  # of ErrorFeedback's payloads: the first parameter that is not finite, or -1
 
 
 class Message(Stateful):
@@ -68,8 +66,8 @@ class Message(Stateful):
             return payload.tensors[0] if fits else None
         blocks, layout = self._blocks(sequence), payload.layout
         is_ragged = self.compressor.is_ragged
-        fits = len(layout) > 1 if is_ragged else layout == _HEADER + self.compressor.layout(blocks)
-        if not fits or layout[:1] != _HEADER or int(payload.tensors[0]) >= 0:
+        fits = len(layout) > 1 if is_ragged else layout == HEADER + self.compressor.layout(blocks)
+        if not fits or layout[:1] != HEADER or int(payload.tensors[0]) >= 0:
             return None
         out = torch.zeros(self.index.total, dtype=torch.float32)
         try:

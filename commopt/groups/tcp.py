@@ -145,15 +145,12 @@ class TcpPeers(Peers):
 
     def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:
         layout = [[str(dtype).removeprefix("torch."), n] for dtype, n in payload.layout]
-        if not channel.startswith(GROUP) and self._is_clogged(peer):
+        # more than the peer would keep when it comes is not queued: of what one sends to the dead, memory must not fill up
+        most = 4 * KEPT if self.is_up(peer) else KEPT
+        if not channel.startswith(GROUP) and self._routes[peer].unsent >= most:
             return
         head = {**self._beat().head, "kind": "letter", "channel": channel, "sequence": sequence, "layout": layout}
         self._queue(peer, _Frame(head, payload.buffer.detach().cpu(), self.seconds + expires_s))
-
-    def _is_clogged(self, peer: int) -> bool:
-        """Whether more waits for this peer than it would keep when it comes: of what one sends to the dead, memory must not fill up."""
-        waiting = self._routes[peer].unsent
-        return waiting >= 4 * KEPT or (waiting >= KEPT and not self.is_up(peer))
 
     def receive(
         self, peer: int, channel: str, sequence: int, timeout_s: float, *, or_newer: bool = False

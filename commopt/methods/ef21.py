@@ -86,7 +86,8 @@ class EF21(GradientMethod, Compressed):
         if self.options.eta < 1:
             own.append(State("average", held="rank", on_resize="mean"))  # v_i
         if self.server_compressor is not None:  # h of the blocks served here
-            own.append(State("served", index=self.served_index, held="rank", on_resize="own"))
+            index = self.index_of(self.served, self.served.lengths)
+            own.append(State("served", index=index, held="rank", on_resize="own"))
         return [*own, *super().declare()]
 
     def bound(self) -> None:
@@ -170,11 +171,11 @@ class EF21(GradientMethod, Compressed):
             return bad
         mine, rank = self.keyed(served[group.rank], self.server_compressor, "server"), group.rank
         mine = mine.having(starts=np.cumsum(mine.lengths) - mine.lengths)
-        served_places = element_indices(mine.homes, mine.lengths, self.device)
+        served_places = self._homes(mine)
         h = self.state["served"][served_places]
         for message in received:  # in rank order
             self._decode(message, mine, h, 1 / group.size)
-        w = self.state["estimate"][element_indices(by_owner[rank].homes, mine.lengths, self.device)]
+        w = self.state["estimate"][self._homes(by_owner[rank])]
         answer = self.answerer.compress(h - w, [mine])[0]
         layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in served]
         answers = group.all_gather(answer, layouts)
@@ -189,6 +190,9 @@ class EF21(GradientMethod, Compressed):
 
     def _decode(self, message: Payload, blocks: Blocks, out: Tensor, alpha: float = 1.0) -> None:
         self.compressor.decompress_(message.tensors[1:], blocks, out, alpha=alpha, add=True)
+
+    def _homes(self, blocks: Blocks) -> Tensor:
+        return element_indices(blocks.homes, blocks.lengths, self.device)
 
     def _count(self, name: str) -> int:
         return int(self.exchanges[self.index.position[name]])
@@ -222,7 +226,7 @@ class EF21(GradientMethod, Compressed):
             parts = self.table.parts(exact)
             blocks, served = parts.by_owner[self.rank], parts.served[self.rank]
             values = exact.flat[element_indices(blocks.starts, blocks.lengths, self.device)]
-            self.state["served"][element_indices(served.homes, served.lengths, self.device)] = values
+            self.state["served"][self._homes(served)] = values
 
     @property
     def is_steady(self) -> bool:
@@ -249,8 +253,8 @@ class EF21(GradientMethod, Compressed):
         if self.server_compressor:
             old = self.compressor.table(self.index, len(every), self.dense_names)
             for rank, saved in enumerate(every):
-                known[_home_places(old.at_home(rank), self.device)] = saved["rank"]["served"].to(self.device)
-            self.state["served"].copy_(known[_home_places(self.table.at_home(self.rank), self.device)])
+                known[self._homes(old.at_home(rank))] = saved["rank"]["served"].to(self.device)
+            self.state["served"].copy_(known[self._homes(self.table.at_home(self.rank))])
 
 
 def _check_two_ways(worker: Compressor, server: Compressor) -> None:
@@ -265,7 +269,3 @@ def _check_two_ways(worker: Compressor, server: Compressor) -> None:
             )
     if worker.shared_scale != server.shared_scale:
         raise ConfigError(f"server: {worker} and {server} cut parameters differently; use a scale per block")
-
-
-def _home_places(blocks: Blocks, device: torch.device) -> Tensor:
-    return element_indices(blocks.homes, blocks.lengths, device)

@@ -102,7 +102,11 @@ class OnebitLamb(FrozenVariance):
         adam = size * state["momentum"] / bounded
         direction = adam + group["weight_decay"] * p.float() if group["weight_decay"] else adam
         if self.is_frozen:
-            state["factor"] = self._factor(name, state, group, root, adam, direction)
+            share = None  # of the direction that is not decay
+            if group["weight_decay"]:
+                whole = float(direction.norm())
+                share = min(1.0, float(adam.norm()) / whole) if whole > 0 else 1.0
+            state["factor"] = self._factor(name, state, group, root, share)
             mean = state["coeff"] / (1 - self.options.coeff_beta ** state["coeffs"]) if state["coeffs"] else 1.0
             coeff = mean * state["factor"]
         else:
@@ -115,13 +119,7 @@ class OnebitLamb(FrozenVariance):
         move_(p, direction, group["lr"] * coeff)
 
     def _factor(
-        self,
-        name: str,
-        state: Mapping[str, Any],
-        group: Mapping[str, Any],
-        root: Tensor,
-        adam: Tensor,
-        direction: Tensor,
+        self, name: str, state: Mapping[str, Any], group: Mapping[str, Any], root: Tensor, share: float | None
     ) -> float:
         """f, by which the rate of a tensor goes on from that of the warm-up as its variance would."""
         fresh = state["fresh_variance"].sqrt()
@@ -131,9 +129,7 @@ class OnebitLamb(FrozenVariance):
         factor = float(ratio.max()) if ratio.numel() else 0.0
         if factor == 0.0:  # no element, or all of them masked
             return float(state["factor"])
-        if group["weight_decay"]:
-            whole = float(direction.norm())
-            share = min(1.0, float(adam.norm()) / whole) if whole > 0 else 1.0
+        if share is not None:
             factor = factor * share + 1 - share
         factor = min(max(factor, self.options.factor_min), self.options.factor_max)
         threshold, before = self.options.factor_threshold, state["factor"]

@@ -151,10 +151,6 @@ class ZeroOneAdam(FrozenVariance):
         total = state["rate"] * kept + rate
         return rate, kept, rate / total if total > 0 else 1.0
 
-    def count(self, entry: dict[str, Any]) -> None:
-        entry["step"] += 1
-        entry["variance_step"] += self.is_exact
-
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         rate, kept, weight = self._step(state, group, state["step"])
         _, root = self.roots(state, group)
@@ -209,9 +205,8 @@ class ZeroOneAdam(FrozenVariance):
             self._make_mask()
 
     def variance_correction(self, group: Mapping[str, Any]) -> float:
-        return (
-            1 - float(group["betas"][1]) ** int(self.state["variance_updates"]) if self.options.bias_correction else 1.0
-        )
+        updates = int(self.state["variance_updates"])
+        return 1 - float(group["betas"][1]) ** updates if self.options.bias_correction else 1.0
 
     def bytes_per_parameter(self, ranks: int) -> float:
         each = self.two_way.bytes_per_parameter(ranks)

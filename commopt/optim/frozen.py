@@ -123,7 +123,7 @@ class FrozenVariance(UpdateMethod):
 
     def count(self, entry: dict[str, Any]) -> None:
         entry["step"] += 1
-        entry["variance_step"] += not self.is_frozen
+        entry["variance_step"] += self.is_exact
 
     def after_step(self) -> None:
         if self.is_frozen:

@@ -43,9 +43,11 @@ class UpdateMethod(EveryStep):
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         kind = type(optimizer).__name__
         if not any(base.__name__ in self.stands_for for base in type(optimizer).__mro__):
+            here = next((name for name in self.stands_for if name in ("LAMB", "Lion")), None)
+            example = f"commopt.optim.{here}" if here else f"torch.optim.{self.stands_for[-1]}"
             raise AttachError(
                 f"{self.name} stands in for {' or '.join(self.stands_for)}, not for {kind}: pass "
-                f"{example_of(self.stands_for)}"
+                f"{example}(model.parameters(), ...)"
             )
         for group in optimizer.param_groups:
             for key in ("amsgrad", "maximize", "momentum", "dampening", "nesterov"):
@@ -161,13 +163,6 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
         for key, x in group.items()
         if key not in ("params", "param_names")
     }
-
-
-def example_of(stands_for: tuple[str, ...]) -> str:
-    """An optimizer to pass, as code."""
-    here = {"LAMB": "commopt.optim.LAMB", "Lion": "commopt.optim.Lion"}
-    name = next((name for name in stands_for if name in here), stands_for[-1])
-    return f"{here.get(name, f'torch.optim.{name}')}(model.parameters(), ...)"
 
 
 def move_(p: Tensor, direction: Tensor, step_size: float) -> None:

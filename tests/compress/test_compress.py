@@ -27,6 +27,7 @@ from commopt.compress import (
     scaled_sign,
 )
 from commopt.errors import ConfigError
+from commopt.kernels.reference.runs import first_bad
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 from commopt.wire.payload import Payload
 
@@ -89,7 +90,7 @@ def test_a_bad_value_marks_its_block_and_no_other(codec: Compressor, bad: float)
     first = blocks.homes.tolist().index(5)
     assert marked == [1]
     assert is_bad[first]
-    assert codec.first_bad(payload.tensors, blocks) == 1
+    assert first_bad(codec.is_bad(payload.tensors, blocks), blocks) == 1
     assert residual[5 : 5 + int(blocks.lengths[first])].eq(0.5).all()
 
 
@@ -97,14 +98,14 @@ def test_a_bad_value_marks_its_block_and_no_other(codec: Compressor, bad: float)
 def test_good_values_mark_nothing(codec: Compressor) -> None:
     blocks = blocks_in(codec, [5, 2050, 3])
     payload = compress(codec, torch.zeros(2058), None, blocks)
-    assert codec.first_bad(payload.tensors, blocks) == -1
+    assert first_bad(codec.is_bad(payload.tensors, blocks), blocks) == -1
 
 
 def test_a_value_beyond_float16_is_bad_there_and_not_in_bfloat16() -> None:
-    for dtype, first_bad in ((torch.float16, 0), (torch.bfloat16, -1)):
+    for dtype, first in ((torch.float16, 0), (torch.bfloat16, -1)):
         blocks = blocks_in(Cast(dtype), [3])
         payload = compress(Cast(dtype), torch.tensor([1.0, 7e4, 1.0]), None, blocks)
-        assert Cast(dtype).first_bad(payload.tensors, blocks) == first_bad
+        assert first_bad(Cast(dtype).is_bad(payload.tensors, blocks), blocks) == first
 
 
 @given(n=st.integers(1, 300), seed=SEEDS)

@@ -14,7 +14,7 @@ from synthetic import F64, Parameters
 from torch import Tensor
 
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.methods.demo import cosines, grids, largest
+from commopt.methods.demo import grids, largest
 
 LR, BETA, DECAY, CHUNK, K = 0.01, 0.9, 0.1, 16, 6
 SHAPES: list[tuple[int, ...]] = [(50, 33), (32, 48), (7,), (1,), (129,), (6, 5, 3, 3), (1, 40)]
@@ -128,13 +128,6 @@ def test_what_16_bits_leave_out_stays_in_the_momentum() -> None:
     left = rounded - exact  # q in float32 - q in bfloat16
     assert 0 < float(np.abs(left).max()) < 2.0**-7 * float(np.abs(g - exact).max())
     assert float(np.linalg.norm(left)) < 2.0**-8 * float(np.linalg.norm(g - exact))
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 45, 64])
-def test_the_transform_is_orthonormal(n: int) -> None:
-    rows = cosines(n, torch.device("cpu"))
-    torch.testing.assert_close(rows @ rows.T, torch.eye(n), rtol=0, atol=1e-5)
-    assert (rows[0] - n**-0.5).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 173), (65, 64), (63, 200), (129, 1), (0, 5)])

@@ -195,9 +195,8 @@ def test_epsilon_is_what_accountants_for_composed_gaussians_say(
     event = dp_event.SelfComposedDpEvent(dp_event.GaussianDpEvent(noise_multiplier), steps)
     assert epsilon == pytest.approx(PLDAccountant().compose(event).get_epsilon(delta), rel=5e-3)
     assert epsilon < RdpAccountant().compose(event).get_epsilon(delta)  # which is an upper bound
-    mu = (
-        math.sqrt(steps) / noise_multiplier
-    )  # Balle and Wang 2018: delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu)
+    # Balle and Wang 2018: delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu)
+    mu = math.sqrt(steps) / noise_multiplier
     phi = torch.special.ndtr
     a, b = (torch.tensor(s * mu / 2 - epsilon / mu, dtype=torch.float64) for s in (1, -1))
     assert float(phi(a) - math.exp(epsilon) * phi(b)) == pytest.approx(delta, rel=1e-4)

@@ -189,8 +189,3 @@ def test_participants_that_sat_out_take_over_what_the_last_ones_had() -> None:
 def test_more_fragments_than_parameters_are_refused() -> None:
     with pytest.raises(ConfigError, match="fragments: 5 are too many for a model of 4 parameters"):
         play(2, "diloco", {"every": 5, "fragments": 5}, 1)
-
-
-def test_a_word_for_average_state_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"average_state: 'exp_avg' is out of range; write a list of names"):
-        build("local_sgd", average_state="exp_avg")

@@ -61,18 +61,12 @@ def gossip(group: SimGroup, rounds: int, weight: float = 1.0, **options: Any) ->
     return z, weights, method
 
 
-@pytest.mark.parametrize("ranks", [3, 5, 8])
-def test_replicas_that_do_not_learn_reach_their_mean(ranks: int) -> None:
-    results = SimWorld[Any](ranks).run(lambda group: gossip(group, 80))
-    for z, weights, _ in results:
+@pytest.mark.parametrize(("ranks", "rounds"), [(3, 80), (5, 80), (8, 3)])
+def test_replicas_that_do_not_learn_reach_their_mean(ranks: int, rounds: int) -> None:
+    """Eight ranks after three rounds, exactly."""
+    for z, weights, _ in SimWorld[Any](ranks).run(lambda group: gossip(group, rounds)):
         torch.testing.assert_close(z, start_values(74) * (ranks + 1) / 2, rtol=1e-5, atol=1e-5)
         assert set(weights) == {1.0}
-
-
-def test_eight_ranks_agree_after_three_rounds() -> None:
-    results = SimWorld[Any](8).run(lambda group: gossip(group, 3))
-    for z, _, _ in results:
-        torch.testing.assert_close(z, start_values(74) * 4.5, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [3, 5])
@@ -179,19 +173,6 @@ def test_it_trains_and_others_go_on_when_a_rank_dies(delay: int) -> None:
     survivors = [diaries[rank] for rank in (0, 1, 2, 4)]
     assert all(diary.attached.steps == 60 for diary in survivors)
     assert spread([diary.attached.flat() for diary in survivors]) < 0.2
-
-
-def test_a_resumed_rank_keeps_its_weight() -> None:
-    def rank_of(group: SimGroup) -> float:
-        first: Any = build("push_sum")
-        second: Any = build("push_sum")
-        for method in (first, second):
-            method.bind([("x", torch.zeros(3))], group.peers)
-        first.state["weight"].fill_(0.375)
-        second.load(first.saved())
-        return float(second.state["weight"])
-
-    assert SimWorld[float](2).run(rank_of) == [0.375, 0.375]
 
 
 def test_one_rank_alone_trains() -> None:

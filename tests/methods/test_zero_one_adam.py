@@ -202,24 +202,6 @@ def test_one_rank_uses_its_gradient_in_every_step_of_both_phases_and_takes_no_lo
     assert states[-1]["sent"] == 0.0
 
 
-def test_with_an_interval_of_1_phase_b_is_one_bit_adam() -> None:
-    """With a freeze before the first 16 variance updates, both have a warm-up of exact means."""
-
-    def work(group: Group) -> list[Any]:
-        models = [parameters((40, 30), (7,)) for _ in range(2)]
-        options: dict[str, Any] = {"lr": 0.01, "betas": (B1, B2), "weight_decay": DECAY}
-        freezes: Any = (("zero_one_adam", {"var_freeze_step": 8}), ("onebit_adam", {"freeze_step": 8}))
-        for model, (name, freeze) in zip(models, freezes, strict=True):
-            run = start(model, name, group, **options, **freeze)
-            for step in range(20):
-                model.set_gradients(group.rank, step)
-                run.optimizer.step()
-        return [model.flat() for model in models]
-
-    for ours, theirs in SimWorld[Any](3).run(work):
-        assert np.array_equal(ours, theirs)
-
-
 def test_another_number_of_ranks_goes_on_from_the_mean_of_the_local_steps() -> None:
     def attached(group: Group) -> tuple[nn.Module, Any]:
         model = parameters((40, 30), (7,), (0,), (9,))
@@ -344,29 +326,6 @@ def test_a_step_void_in_every_bucket_is_taken_again_and_ranks_stay_in_step() -> 
     results = trained_with_nan(27, 2, 29, bucket_bytes=2**20)
     assert all((len(voided), applied, done) == (1, 28, True) for voided, _, _, done, applied in results)
     assert all(np.array_equal(results[0][2], x) for _, _, x, _, _ in results)
-
-
-def test_weight_decay_stays_out_of_the_momentum() -> None:
-    """Without gradients but with decay, in the released code the momentum becomes weight_decay sqrt(v) x at an exchange."""
-
-    def work(group: Group) -> Any:
-        model = parameters((40,))
-        run = start(model, "zero_one_adam", group, lr=0.01, **given(weight_decay=0.5))
-        method = run.method
-        for step in range(FREEZE):
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-        method.state["momentum"].zero_()
-        first = model.flat()
-        for _ in range(FREEZE, 32):
-            model.all[0].grad = torch.zeros(40)
-            run.optimizer.step()
-        assert method.is_synchronised
-        return first, model.flat(), np.asarray(method.state["momentum"].double())
-
-    for first, end, momentum in SimWorld[Any](2).run(work):
-        assert not momentum.any()
-        np.testing.assert_allclose(end, first * (1 - 0.01 * 0.5) ** 22, rtol=1e-5)
 
 
 def test_in_local_steps_every_rank_clips_its_own_norm_and_still_sends_nothing() -> None:

@@ -57,39 +57,3 @@ def test_without_accumulation_it_is_torchs_adam_or_adamw(given: dict[str, Any]) 
         step(theirs, other, number)
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
-
-
-def test_weights_decay_and_biases_do_not_unless_asked_for() -> None:
-    for decay_1d in (False, True):
-        weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-        optimizer = AccumAdam([weight, bias], lr=0.5, weight_decay=0.1, decay_1d=decay_1d)
-        for p in (weight, bias):
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        torch.testing.assert_close(weight.detach(), torch.full((2, 2), 0.95))
-        torch.testing.assert_close(bias.detach(), torch.full((2,), 0.95 if decay_1d else 1.0))
-
-
-def test_moments_move_at_the_last_step_of_each_window_only() -> None:
-    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    optimizer = AccumAdam([p], accum_iter=3)
-    seen = []
-    for number, g in enumerate([1.0, 2.0, 6.0, 5.0]):
-        p.grad = torch.full((3,), g, dtype=torch.float64)
-        optimizer.step()
-        state = optimizer.state[p]
-        seen.append([float(state[name][0]) for name in ("momentum", "variance", "accumulated")])
-        assert state["step"] == number + 1
-    expected = [[0.0, 0.0, 1 / 3], [0.0, 0.0, 1.0], [0.1 * 3, 0.001 * 9, 0.0], [0.1 * 3, 0.001 * 9, 5 / 3]]
-    np.testing.assert_allclose(np.asarray(seen), np.asarray(expected), rtol=1e-12)
-
-
-def test_opposite_gradients_in_a_window_leave_no_trace_in_the_moments() -> None:
-    """What Adam takes for variance, and what averaging gradients over ranks would have cancelled."""
-    p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = AccumAdam([p], accum_iter=2)
-    for g in (1.0, -1.0):
-        p.grad = torch.full((2,), g)
-        optimizer.step()
-    assert optimizer.state[p]["variance"].tolist() == [0.0, 0.0]
-    assert optimizer.state[p]["momentum"].tolist() == [0.0, 0.0]

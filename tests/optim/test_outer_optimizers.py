@@ -60,16 +60,6 @@ def test_every_round_is_the_papers(kind: type, dtype: torch.dtype, tolerance: fl
     assert np.abs(x - start).max() > 0.1
 
 
-@EACH
-def test_parameters_move_towards_the_replicas(kind: type) -> None:
-    p = torch.nn.Parameter(torch.zeros(3))
-    p.grad = torch.tensor([-1.0, 0.0, 1.0])  # replicas are at 1, 0 and -1 on average
-    make(kind, [p]).step()
-    assert p[0] > 0
-    assert p[1] == 0
-    assert p[2] < 0
-
-
 def test_fed_adagrad_has_no_momentum_unless_asked_for() -> None:
     p = torch.nn.Parameter(torch.zeros(1))
     optimizer = FedAdagrad([p], lr=1.0, tau=0.5)

@@ -53,10 +53,9 @@ def _signs(x: F32, e: F32, positive: U8) -> None:
 
 @fast
 def _gather_bits(positive: U8, bits: U8) -> None:
+    # eight bytes of 0 or 1 become the top byte of the product, the first one its highest bit
     words = positive.view(np.uint64)
-    for j in range(
-        bits.size
-    ):  # eight bytes of 0 or 1 become the top byte of the product, the first one its highest bit
+    for j in range(bits.size):
         bits[j] = np.uint8((words[j] * np.uint64(0x8040201008040201)) >> np.uint64(56))
 
 
