@@ -69,7 +69,6 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
 
     run: from `fit` on, what `commopt.attach` returns; `run.traffic` counts the bytes that this rank sends. Each step's are logged as
         `commopt/payload_mb` (10^6 bytes).
-
     Beside each checkpoint `name.ckpt` a folder `name.ckpt.commopt` holds the method's state of every rank.
     Raises ConfigError for a method or an option that does not exist, here; AttachError for what does not fit, here or in `fit`.
     """

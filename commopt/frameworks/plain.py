@@ -51,8 +51,7 @@ class PlainRun(EveryStepRun):
     def exchange_gradients(self) -> None:
         """Average the gradients now; `optimizer.step()` does it otherwise."""
         start = time.perf_counter()
-        used = self._used_anywhere()
-        buckets = self._buckets(used)
+        buckets = self._buckets(self._used_anywhere())
         with torch.no_grad():
             self.exchange(buckets)
             for bucket in buckets:

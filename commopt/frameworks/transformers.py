@@ -63,6 +63,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         self._is_closed = self._is_finished = False
         made = agree_on_method(self._request, _facts(trainer))
         self._name, self._kind = made.name, made.kind
+        trainer._commopt = self
         _put_around(trainer, "train", self._train)
         _put_around(trainer, "hyperparameter_search", self._search)
         _put_around(trainer, "_load_optimizer_and_scheduler", self._load)
@@ -199,7 +200,7 @@ def attach(trainer: Any, request: Request) -> Run:
 def _facts(trainer: Any) -> dict[str, object]:
     args = trainer.args
     return {
-        "trainer callbacks": isinstance(trainer.train, functools.partial),  # which a callback has put there
+        "trainer callbacks": hasattr(trainer, "_commopt"),
         "trainer deepspeed": trainer.is_deepspeed_enabled or args.deepspeed,
         "trainer fsdp": trainer.is_fsdp_enabled or args.fsdp,
         "trainer devices": args.n_gpu > 1,

@@ -158,14 +158,15 @@ def _general_facts(method: Method, request: Request, model: Module) -> dict[str,
     if request.overlap not in (None, True, False):
         raise ConfigError(f"overlap: {request.overlap!r} is out of range; write True, False, or leave it out")
     compiled = [base.__name__ for base in type(getattr(model, "_orig_mod", None)).__mro__]
-    ranks, group = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit()), request.group
+    group = request.group
+    ranks = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit())
     is_alone = group is None and not dist.is_initialized() and "COMMOPT_PEERS" not in os.environ
     return {
         "one of several processes": is_alone and ranks > 1 and ranks,
         "group of another kind": group is not None and not isinstance(group, Group | Peers) and type(group).__name__,
         "max_norm of a private method": request.max_norm is not None and not method.takes_max_norm,
         "outer method and max_norm with a scaler": request.grad_scaler is not None,
-        "peers for a synchronous method": isinstance(request.group, Peers),
+        "peers for a synchronous method": isinstance(group, Peers),
         "compiled ddp": "DistributedDataParallel" in compiled,
         "compiled fsdp": "FSDPModule" in compiled,
     }

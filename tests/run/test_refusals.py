@@ -37,8 +37,3 @@ def test_the_first_fact_that_holds_is_raised_for_methods_that_it_concerns() -> N
     with pytest.raises(AttachError, match="overlap=True with a plain model"):
         refuse(facts, "noloco", "outer")
     refuse({"plain scaler": False, "overlap without backward": ""}, "dgc", "gradient")
-
-
-def test_an_unknown_fact_is_a_mistake_of_ours() -> None:
-    with pytest.raises(KeyError):
-        refuse({"no such fact": True}, "dgc", "gradient")
