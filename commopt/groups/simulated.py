@@ -42,7 +42,7 @@ class SimWorld(Generic[T]):
         self.ranks, self.links, self.timeout_s = ranks, links, timeout_s
         self.barrier = threading.Barrier(ranks)
         self._turn, self._computing = threading.Lock(), 0
-        self.slots: list[Any] = [None] * ranks
+        self.slots: list[list[Any]] = [[None] * ranks, [None] * ranks]  # of this meeting, and of the one before
         self.clocks = [0.0] * ranks
         self.office = PostOffice(self, faults)
 
@@ -120,6 +120,7 @@ class SimGroup(Group):
     def __init__(self, world: SimWorld[Any], rank: int) -> None:
         self.world, self.rank, self.size, self.traffic = world, rank, world.ranks, Traffic()
         self.peers = SimPeers(world.office, rank, self.traffic)
+        self._meetings = 0
 
     @property
     def seconds(self) -> float:
@@ -170,12 +171,12 @@ class SimGroup(Group):
         self, operation: str, contribution: Any, sent: Mapping[int, float]
     ) -> tuple[list[tuple[str, Any, Mapping[int, float]]], float]:
         """Put one contribution down and take everybody's up; with the clock of the slowest rank."""
-        world = self.world
-        world.slots[self.rank] = (operation, contribution, sent)
+        world, self._meetings = self.world, self._meetings + 1
+        slots = world.slots[self._meetings % 2]  # nobody puts anything there again before all have met once more
+        slots[self.rank] = ((operation, contribution, sent), world.clocks[self.rank])
         self._wait(operation)
-        met, clock = list(world.slots), max(world.clocks)
-        self._wait(operation)
-        return met, clock
+        met, clocks = zip(*slots, strict=True)
+        return list(met), max(clocks)
 
     def _meet(self, operation: str, contribution: Any, sent: Mapping[int, float]) -> list[Any]:
         """Exchange contributions, and move all clocks to the end of the exchange."""
