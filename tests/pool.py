@@ -6,6 +6,7 @@ They are forks of one process that has imported everything, which takes longer t
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -155,6 +156,7 @@ def fork_ranks(kind: type[Pool], descriptors: list[int]) -> None:
     torch.set_num_threads(1)
     kind.load()
     kernels.warm_up()
+    gc.freeze()  # a collection in a rank would write to, and so copy, all that has been imported
     own = iter(descriptors)
     for size in kind.jobs:
         with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib
 import io
 import json
@@ -172,6 +173,7 @@ class Server:
                 for module in modules:
                     with contextlib.suppress(ImportError):
                         importlib.import_module(module)
+        gc.freeze()  # a collection in a fork would write to, and so copy, all of this
 
     def _become(self, request: dict[str, Any], files: list[int], caller: socket.socket) -> None:
         for number in (signal.SIGCHLD, *FORWARDED):
