@@ -68,10 +68,7 @@ def continued_and_resumed(group: Group, folder: Path, preset: Preset, in_ddp: An
 
 @pytest.mark.parametrize("preset", PRESETS, ids=str)
 def test_every_method_resumes_bitwise(tmp_path: Path, preset: Preset) -> None:
-    for n in (1, 3):
-        folder = tmp_path / f"c{n}"
-        found = SimWorld[list[str]](n).run(lambda group, folder=folder: continued_and_resumed(group, folder, preset))  # type: ignore[misc]
-        assert found == [[]] * n
+    assert SimWorld[list[str]](3).run(lambda group: continued_and_resumed(group, tmp_path / "c", preset)) == [[]] * 3
 
 
 def resumed_in_ddp(pg: Any, folder: str, preset: Preset) -> list[str]:
