@@ -111,9 +111,6 @@ def test_kernels_are_timed_against_a_copy() -> None:
     assert "1.00 x copy" in done.stdout
 
 
-# ---- pages -----------------------------------------------------------------------------------------------------------
-
-
 def test_tables_are_written_between_the_marks_of_a_page() -> None:
     page = "# Title\n<!-- written by scripts/bench/x.py --page -->\nold\n<!-- end -->\nafter\n"
     made = sheets.Sheet("Losses", ("method", "loss"), [["dense", "2.0"]], left=("method",))
@@ -125,9 +122,6 @@ def test_tables_are_written_between_the_marks_of_a_page() -> None:
 def test_a_page_without_its_marks_is_refused() -> None:
     with pytest.raises(ConfigError, match="are missing"):
         sheets.with_tables("# Nothing here\n", "")
-
-
-# ---- stored cells ----------------------------------------------------------------------------------------------------
 
 
 def test_a_cell_is_found_by_its_name_and_settings(tmp_path: Path) -> None:

@@ -53,9 +53,6 @@ def bowl(best: float) -> Callable[[float, int], float]:
     return lambda rate, seed: 2.0 + abs(math.log2(rate / best)) + 0.01 * seed
 
 
-# ---- the table of methods --------------------------------------------------------------------------------------------
-
-
 def test_every_entry_can_be_trained() -> None:
     assert {entry.label: cells.why_not(entry) for entry in cells.ENTRIES} == dict.fromkeys(cells.BY_LABEL)
 
@@ -80,9 +77,6 @@ def test_what_cannot_be_made_is_named_and_skipped() -> None:
     assert [entry.label for entry in entries] == ["adam"]
     assert [word in line for word, line in zip(("freeze_stop", "int3"), said, strict=False)] == [True, True]
     assert said[2].startswith("x is skipped: unknown method 'telepathy'")
-
-
-# ---- the protocol ----------------------------------------------------------------------------------------------------
 
 
 def test_first_the_grid_and_then_the_other_seeds_at_the_best_rate() -> None:
@@ -131,9 +125,6 @@ def test_a_task_is_trained_as_the_command_line_has_changed_it() -> None:
     assert [(task.name, task.steps, task.seeds) for _, task in pairs] == [("gpt", 7, (1,)), ("digits", 7, (1,))]
 
 
-# ---- what is stored --------------------------------------------------------------------------------------------------
-
-
 def test_shares_of_the_steps_become_numbers() -> None:
     cell = cells.Cell(replace(cells.TASKS["gpt"], steps=50), cells.BY_LABEL["onebit_adam"], 1e-3, 1)
     settings = cells.settings_of(cell)
@@ -148,9 +139,6 @@ def test_a_stored_cell_counts_only_with_the_same_settings(tmp_path: Path) -> Non
     find = cells.found_in(store)
     assert find(cell)["loss"] == 2.0
     assert find(replace(cell, task=replace(cell.task, steps=7))) is None
-
-
-# ---- a cell ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -182,9 +170,6 @@ def test_a_cell_that_diverges_is_a_result(tiny: Any) -> None:
     made = training.run_cell(cells.settings_of(cells.Cell(task, cells.BY_LABEL["sgd"], 1e20, 1)))
     assert made["loss"] is None or made["loss"] > 1e3
     json.dumps(made, allow_nan=False)
-
-
-# ---- what is said ----------------------------------------------------------------------------------------------------
 
 
 def rows(percent: float, label: str = "onebit_adam") -> list[Any]:

@@ -62,9 +62,6 @@ def bowl(best: float, **worse_by: float) -> Callable[[Any], float]:
     return loss
 
 
-# ---- what is trained -------------------------------------------------------------------------------------------------
-
-
 def test_every_entry_can_be_trained_and_every_outer_method_has_one() -> None:
     assert {entry.label: cells.why_not(entry) for entry in cells.ENTRIES} == dict.fromkeys(cells.BY_LABEL)
     outer = {name for name, method in METHODS.items() if method.kind == "outer"}
@@ -117,9 +114,6 @@ def test_a_stored_cell_counts_only_with_the_same_settings(tmp_path: Path) -> Non
     store.put(cell.name, cells.settings_of(cell, task), {"loss": 2.0})
     assert cells.found_in(store, task)(cell)["loss"] == 2.0
     assert cells.found_in(store, replace(task, every=50))(cell) is None
-
-
-# ---- a cell ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -185,9 +179,6 @@ def test_dense_trains_one_replica_on_the_mean_gradient(tiny: Any) -> None:
     assert made["loss"] == pytest.approx(training.validation(model, problem, 4), rel=1e-4)
     assert [spread for _, spread in made["spreads"]] == [0.0] * 6
     assert made["spread_estimate"] is None
-
-
-# ---- what is said ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -258,9 +249,6 @@ def test_spread_that_falls_with_the_rate_correlates_with_it() -> None:
     spreads = [(step, 0.05 * training.rate_at(step, asdict(task))) for step in (119, 120, 399, 400, 799, 800)]
     assert says.correlation(spreads, task) == pytest.approx(1.0)
     assert says.correlation(spreads[:4], task) is None
-
-
-# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_a_quick_look_trains_stores_and_shows(tmp_path: Path) -> None:

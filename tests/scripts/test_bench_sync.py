@@ -20,9 +20,6 @@ from script import BENCH, module
 bench, says, simulation = module("sync"), module("sync_results"), module("sync_simulation")
 
 
-# ---- figure 5, simulated ---------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=20, derandomize=True)
 @given(spread=st.floats(0.01, 2.5))
 def test_a_swap_takes_what_equation_7_says(spread: float) -> None:
@@ -87,9 +84,6 @@ def test_a_tree_of_no_power_of_two_is_refused() -> None:
         simulation.tree_times(np.random.default_rng(1), 6, 0.5, 1)
 
 
-# ---- the exchanges that are timed ------------------------------------------------------------------------------------
-
-
 def means(group: dist.ProcessGroup, mean_s: float) -> tuple[list[float], list[float]]:
     """The tree's mean of ranks' own numbers on rank r of 3 or 5, and the swap's of ranks 0 and 1."""
     exchange = module("sync_exchange")
@@ -110,9 +104,6 @@ def test_tree_and_swap_end_with_the_mean_on_all_ranks(mean_s: float, pool: Pool)
         answers = pool.run(ranks, means, mean_s)
         assert [tree for tree, _ in answers] == [[(ranks - 1) / 2] * 3] * ranks
         assert [swap for _, swap in answers[:2]] == [[0.5] * 3] * 2
-
-
-# ---- what is said about stored seconds -------------------------------------------------------------------------------
 
 
 def cell(*, mean_s: float = 0.0) -> dict[str, Any]:
@@ -164,9 +155,6 @@ def test_the_tables_show_medians_expectations_and_busy_neighbours() -> None:
     assert row[-1] == "0.30!"
     assert delayed.rows[0][5].startswith("4.00 ± ")
     assert all(len(line.split("|")) == len(linked.headings) + 2 for line in linked.markdown().splitlines()[2:])
-
-
-# ---- the command and the page ----------------------------------------------------------------------------------------
 
 
 def test_all_cells_and_the_simulation_are_stored() -> None:
