@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import warm
 from pool import Pool
 
 from commopt import kernels
+from commopt.cluster.doctor import _named_namespace
 from commopt.cluster.emulate import unshare_words
 from commopt.errors import EmulationError
 
@@ -129,14 +129,11 @@ fsdp_ranks, deepspeed_ranks, huggingface_ranks, lightning_ranks = map(
 @pytest.fixture(scope="session")
 def _namespaces() -> None:
     try:
-        words = unshare_words()
+        named = _named_namespace(unshare_words())
     except EmulationError as error:
         pytest.skip(f"no network namespaces on this machine: {error}")
-    place = os.path.realpath("/var/run")
-    script = f"mount -t tmpfs none {place} && ip netns add try && ip netns exec try true"
-    tried = subprocess.run([*words, "sh", "-c", script], capture_output=True, text=True, check=False)
-    if tried.returncode != 0:
-        pytest.skip(f"no named network namespaces on this machine: {tried.stderr.strip()}")
+    if named.state != "ok":
+        pytest.skip(f"no named network namespaces on this machine: {named.found}")
 
 
 @pytest.fixture

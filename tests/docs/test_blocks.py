@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
-from blocks import ROOT, BlockError, links, read_blocks, run_page
+from blocks import BlockError, links, read_blocks, run_page
 from checks import check_file
 
 from commopt.errors import ConfigError
@@ -80,38 +79,6 @@ def test_a_failing_python_block_is_named_by_its_line(page: Path) -> None:
 def test_a_failing_bash_block_fails(page: Path, code: str, why: str) -> None:
     with pytest.raises(BlockError, match=rf"page\.md:2: (?s:.*){why}"):
         _run(page, f"\n```bash\n{code}\n```\n")
-
-
-def test_stand_ins_take_what_is_right(page: Path) -> None:
-    ran = _run(
-        page,
-        """
-        ```bash
-        pip install 'commopt[lightning]'
-        pip install -e '.[dev]' -c scripts/constraints.txt
-        pip install torch --index-url https://download.pytorch.org/whl/cpu
-        printf '#!/bin/sh\\n#SBATCH --nodes=2\\nsrun true\\n' > job.sbatch
-        sbatch -N 2 --time=10 job.sbatch argument
-        srun --ntasks-per-node=1 python launch/train.py --steps 3
-        ssh -p 22 user@a0 'cd work && commopt launch configs/clusters/lab.yaml -- train.py'
-        docker build -t commopt .
-        docker run --rm --cap-add NET_ADMIN commopt scripts/demo
-        ```
-
-        ```yaml title="job.yaml"
-        apiVersion: batch/v1
-        kind: Job
-        metadata: {name: train}
-        spec: {template: {spec: {containers: [{name: rank, image: commopt}]}}}
-        ```
-
-        ```bash
-        kubectl apply -f job.yaml
-        kubectl logs -f job/train
-        ```
-        """,
-    )
-    assert ran == 3
 
 
 def test_a_page_that_hangs_is_ended_with_all_that_it_started(page: Path) -> None:
@@ -200,22 +167,3 @@ def test_a_file_with_a_mistake_is_refused(tmp_path: Path, name: str, text: str, 
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=why):
         check_file(tmp_path / name)
-
-
-def test_python_blocks_see_the_repository(page: Path) -> None:
-    assert (
-        _run(
-            page,
-            f"```python\nimport commopt, os\nassert os.path.realpath(commopt.__file__).startswith({str(ROOT)!r})\n```\n",
-        )
-        == 1
-    )
-
-
-def test_stand_ins_say_what_is_wrong_by_themselves() -> None:
-    stand_ins = Path(__file__).with_name("stand_ins.py")
-    done = subprocess.run(
-        [sys.executable, str(stand_ins), "pip", "uninstall", "x"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "only 'pip install' is known" in done.stderr
