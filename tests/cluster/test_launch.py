@@ -88,6 +88,8 @@ mine = int(os.environ["COMMOPT_NODE_RANK"]) * int(os.environ["LOCAL_WORLD_SIZE"]
 print(mine, os.environ["RANK"], os.environ["WORLD_SIZE"], len(peers["members"]), flush=True)
 here.joinpath(f"up{mine}").touch()
 if mine == 2:
+    while not here.joinpath("up3").exists():  # or its agent would end it before it is there
+        time.sleep(0.05)
     raise ValueError("the disk is gone")
 if mine != 3:
     while not here.joinpath("go").exists():
