@@ -18,7 +18,7 @@ import warm
 from pool import Pool
 
 from commopt import kernels
-from commopt.cluster.doctor import _named_namespace
+from commopt.cluster.doctor import named_namespace
 from commopt.cluster.emulate import unshare_words
 from commopt.errors import EmulationError
 
@@ -129,7 +129,7 @@ fsdp_ranks, deepspeed_ranks, huggingface_ranks, lightning_ranks = map(
 @pytest.fixture(scope="session")
 def _namespaces() -> None:
     try:
-        named = _named_namespace(unshare_words())
+        named = named_namespace(unshare_words())
     except EmulationError as error:
         pytest.skip(f"no network namespaces on this machine: {error}")
     if named.state != "ok":

@@ -120,7 +120,7 @@ def _emulation() -> Iterator[Check]:
     yield Check("namespaces", "ok", "as root" if os.geteuid() == 0 else "as an ordinary user")
     if "--mount-proc" not in words:
         yield Check("/proc", "limited", "masked, as in a container", "works without; ps shows outer processes")
-    yield _named_namespace(words)
+    yield named_namespace(words)
     if importlib.util.find_spec("pyroute2") is None:
         yield Check("pyroute2", "missing", "not installed", "pip install pyroute2")
         return
@@ -138,7 +138,7 @@ def _emulation() -> Iterator[Check]:
         yield Check(kind, state, "works" if works else answer.lower(), "" if works else cure)
 
 
-def _named_namespace(words: list[str]) -> Check:
+def named_namespace(words: list[str]) -> Check:
     place = os.path.realpath("/var/run")
     script = f"mount -t tmpfs none {place} && ip netns add try && ip netns exec try true"
     done = tried([*words, "sh", "-c", script], timeout_s=_LIMIT_S)

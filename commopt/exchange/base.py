@@ -1,4 +1,4 @@
-"""What replaces the mean over ranks: a bucket in, the estimate of its mean out; and the exact mean."""
+"""What replaces the mean over ranks: a bucket in, the estimate of its mean out."""
 
 from __future__ import annotations
 
@@ -71,29 +71,6 @@ class Exchange(Stateful, ABC):
         """One rank is its own mean, and still does not let a NaN through."""
         if not is_finite(bucket.flat):
             bucket.void = first_bad(self.index, bucket)
-
-
-class Mean(Exchange):
-    """The exact mean by a ring all-reduce in the bucket's dtype, or in `wire_dtype`.
-
-    With a half precision `wire_dtype` values are divided by N, cast, summed in that dtype and cast back, as PyTorch's
-    fp16_compress_hook does. Payload: 2(N-1)/N elements.
-    """
-
-    is_linear: ClassVar[bool] = True
-    needs_float32 = False
-    wire_dtype: torch.dtype | None = None
-
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        mean = (bucket.flat / group.size).to(self.wire_dtype or bucket.flat.dtype)
-        group.all_reduce(mean)
-        if is_finite(mean):
-            bucket.flat.copy_(mean)
-        else:
-            bucket.void = first_bad(self.index, bucket.with_flat(mean))
-
-    def bytes_per_parameter(self, ranks: int) -> float:
-        return 2 * (ranks - 1) / ranks * (self.wire_dtype or torch.float32).itemsize
 
 
 def first_bad(index: ParameterIndex, bucket: Bucket) -> str:

@@ -1,4 +1,4 @@
-"""What the exchanges of compressed buckets share, and the one by an all-gather."""
+"""What the exchanges of compressed buckets share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor
-from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
+from commopt.compress.feedback import ErrorFeedback, Kept
 from commopt.exchange.base import Exchange, average_
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
@@ -135,25 +135,3 @@ class Compressed(Exchange):
 
     def _void(self, bucket: Bucket, bad: int) -> None:
         bucket.void = self.index.names[bad]
-
-
-class GatherMean(Compressed):
-    """The mean of every rank's compressed bucket, by all-gather: (N-1) payloads, for codecs that cannot be summed on the way."""
-
-    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
-        blocks = self.keyed(blocks, self.compressor)
-        own = self.worker.compress(bucket.flat, [blocks])
-        gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
-        bad = first_bad_parameter(gathered)
-        if bad >= 0:
-            self.worker.undo(bucket.flat, own, [blocks])
-            return self._void(bucket, bad)
-        for name, x in bucket.views():
-            if name not in self.dense_names:
-                x.zero_()
-        for payload in gathered:
-            self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
-        return self.forget(self.worker, [blocks])
-
-    def bytes_per_parameter(self, ranks: int) -> float:
-        return (ranks - 1) * self.compressor.bytes_per_element(ranks)

@@ -14,7 +14,6 @@ import torch
 from commopt.errors import MissingExtra
 from commopt.frameworks import plain
 from commopt.frameworks.deepspeed_config import (
-    PartlyFrozenAdam,
     Wanted,
     asks,
     parameter_groups,
@@ -24,6 +23,7 @@ from commopt.frameworks.deepspeed_config import (
     use_torch_adam,
 )
 from commopt.frameworks.deepspeed_engine import EngineRun, Masters, forget_dry_step, hand_over, has_masters, is_half
+from commopt.frameworks.deepspeed_groups import PartlyFrozenAdam
 from commopt.gossip.loop import OuterMethod
 from commopt.groups import Group
 from commopt.method import Method

@@ -8,17 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from commopt.choice import read_choice
 from commopt.errors import ConfigError, check_flag, did_you_mean
-from commopt.groups import Group
 from commopt.method import Method
-from commopt.methods import METHODS, OnebitAdam, resolve
+from commopt.methods import METHODS, resolve
 from commopt.optim.update import UpdateMethod
 from commopt.options import option_names
 from commopt.reading import shown
-from commopt.wire.bucket import Bucket
 
 _ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 _LAMB = {**_ADAM, "max_coeff": 10.0, "min_coeff": 0.01}
@@ -284,56 +281,6 @@ def use_torch_adam(parsed: Any) -> list[str]:
     parsed.optimizer_params = {"weight_decay": 0.0, **params, "torch_adam": True}  # torch's default decay is not 0
     why = "whose wrapper flattens parameters that have names" if half else "which is an extension to be compiled"
     return [f"{parsed.optimizer_name}: torch's own is used instead of DeepSpeed's, {why}"]
-
-
-class PartlyFrozenAdam(OnebitAdam):
-    """1-bit Adam whose groups with `non_freeze: True` go on with the exact mean gradient, and a variance that adapts, for ever."""
-
-    _is_live = False  # whether the parameter that moves now stays out of the freeze
-
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        live, frozen = self._split(bucket)
-        if live is None:
-            return super().exchange(bucket, group)
-        self.mean.exchange(live, group)  # first: it keeps nothing, should the bucket be void
-        if live.void is None and frozen is not None:
-            super().exchange(frozen, group)
-        bucket.void = live.void or (frozen.void if frozen is not None else None)
-        if bucket.void is None:
-            found = dict(live.views()) | dict(frozen.views() if frozen is not None else ())
-            for name, x in bucket.views():
-                x.copy_(found[name])
-        return None
-
-    def receive(self, bucket: Bucket) -> None:
-        live, frozen = self._split(bucket)
-        if live is None:
-            return super().receive(bucket)
-        for name, g in live.views():
-            b1, b2 = self.settings(name)["betas"]
-            self.part("momentum", name).lerp_(g, 1 - b1)  # m <- b1 m + (1 - b1) g
-            self.part("variance", name).mul_(b2).addcmul_(g, g, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
-        return super().receive(frozen) if frozen is not None else None
-
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        self._is_live = self.is_frozen and bool(group.get("non_freeze"))
-        state["variance_step"] += self._is_live
-        super().update(p, name, state, group)
-
-    def bounded(self, root: Tensor, momentum: Tensor, uncorrected: float = 1.0) -> Tensor:
-        return root if self._is_live else super().bounded(root, momentum, uncorrected)  # the bound is for signs
-
-    def _split(self, bucket: Bucket) -> tuple[Bucket | None, Bucket | None]:
-        """The parts of a bucket that are not frozen, if anything is, and that are; None for an empty one."""
-        if not self.is_frozen:
-            return None, bucket
-        parts: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
-        for name, x in bucket.views():
-            parts[bool(self.settings(name).get("non_freeze"))].append((name, x))
-        live, frozen = (
-            Bucket.of(parts[is_live], bucket.label) if parts[is_live] else None for is_live in (True, False)
-        )
-        return live, frozen
 
 
 def section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:

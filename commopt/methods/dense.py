@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from commopt.exchange.base import Mean
+from commopt.exchange.mean import Mean
 from commopt.method import GradientMethod
 
 

@@ -15,8 +15,8 @@ from commopt.compress.feedback import first_bad_parameter
 from commopt.compress.options import ValueBits
 from commopt.compress.sparse import TopK
 from commopt.errors import AttachError, ConfigError
-from commopt.exchange.base import Mean
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
+from commopt.exchange.mean import Mean
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Fraction, Number, Share, Wanted, Whole

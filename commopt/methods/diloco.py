@@ -14,8 +14,10 @@ from torch import Tensor
 
 from commopt.compress.feedback import NOTHING_KEPT, Kept
 from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
-from commopt.exchange.base import Exchange, Mean
-from commopt.exchange.compressed import Compressed, GatherMean
+from commopt.exchange.base import Exchange
+from commopt.exchange.compressed import Compressed
+from commopt.exchange.gather import GatherMean
+from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
 from commopt.groups.peers import Latecomers, PeerGroup, Roll, call_roll

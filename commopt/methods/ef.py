@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from commopt.compress.options import Codec, ErrorFeedbackOptions
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
 from commopt.method import GradientMethod, options
 
 

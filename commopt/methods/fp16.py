@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from commopt.exchange.base import Mean
+from commopt.exchange.mean import Mean
 from commopt.method import GradientMethod, NoOptions, options
 
 

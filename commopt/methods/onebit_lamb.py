@@ -13,8 +13,8 @@ from torch.nn import Parameter
 
 from commopt.errors import check_option
 from commopt.method import options
-from commopt.optim.adam import trust_ratio
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
+from commopt.optim.optimizers import trust_ratio
 from commopt.optim.update import move_
 from commopt.options import Flag, Fraction, Number, Positive, Share
 from commopt.wire.bucket import Bucket

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from commopt.compress.feedback import NOTHING_KEPT
 from commopt.compress.quantize import QSGDLevels
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import BlockSize, Flag, Whole
 

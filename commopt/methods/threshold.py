@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from commopt.compress.options import ResidualOptions, ValueBits
 from commopt.compress.sparse import Threshold
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
 from commopt.method import GradientMethod, options
 from commopt.options import Flag, Positive
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from commopt.errors import ConfigError, did_you_mean
-from commopt.optim.adam import LAMB, SAVIC, AccumAdam, Lion
+from commopt.optim.optimizers import LAMB, SAVIC, AccumAdam, Lion
 
 __all__ = ["LAMB", "OPTIMIZERS", "SAVIC", "AccumAdam", "Lion", "make_optimizer"]
 

@@ -14,7 +14,7 @@ from commopt.compress.feedback import Kept
 from commopt.compress.options import SignOptions
 from commopt.compress.sign import equalising_factors
 from commopt.errors import AttachError
-from commopt.exchange.base import Mean
+from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
 from commopt.optim.update import UpdateMethod

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from commopt.errors import check_option
-from commopt.optim.adam import Parent
+from commopt.optim.optimizers import PerParameterOptimizer
 
 
-class _FedOpt(Parent):
+class _FedOpt(PerParameterOptimizer):
     """Reddi et al. 2020, arXiv:2003.00295, Algorithm 2, for D, the mean over replicas of their change, which is -p.grad.
 
         m <- b1 m + (1 - b1) D;  v <- as each class says;  x <- x + lr m / (sqrt(v) + tau)

@@ -15,7 +15,7 @@ from torch import Tensor
 from commopt.compress import BlockSign, Cast, Compressor, TensorSign
 from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.compress.quantize import BlockInt
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups import Group, SimWorld
 from commopt.wire import noise

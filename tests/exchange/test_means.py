@@ -12,9 +12,10 @@ from torch import Tensor
 
 from commopt.compress import BlockSign, Cast, TensorSign
 from commopt.errors import CheckpointError
-from commopt.exchange.base import Exchange, Mean
+from commopt.exchange.base import Exchange
 from commopt.exchange.clip import clip_joint_norm_
-from commopt.exchange.compressed import GatherMean
+from commopt.exchange.gather import GatherMean
+from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
 from commopt.methods import FP16

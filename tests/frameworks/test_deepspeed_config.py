@@ -15,7 +15,8 @@ from torch import Tensor
 
 from commopt import attach
 from commopt.errors import AttachError, ConfigError
-from commopt.frameworks.deepspeed_config import LEGACY, PartlyFrozenAdam, parameter_groups, read_legacy, read_wanted
+from commopt.frameworks.deepspeed_config import LEGACY, parameter_groups, read_legacy, read_wanted
+from commopt.frameworks.deepspeed_groups import PartlyFrozenAdam
 from commopt.groups import Group, SimWorld
 from commopt.methods import OnebitAdam
 

@@ -10,7 +10,7 @@ import torch
 from draws import F64, f64, gradient, parameters
 
 from commopt.optim import LAMB
-from commopt.optim.adam import trust_ratio
+from commopt.optim.optimizers import trust_ratio
 
 LR, B1, B2, EPS, DECAY = 0.02, 0.9, 0.99, 1e-6, 0.1
 SHAPES = [(30, 20), (7,), (1,), (3, 5, 3)]

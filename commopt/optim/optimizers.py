@@ -13,7 +13,7 @@ from torch import Tensor
 from commopt.errors import check_flag, check_option
 
 
-class Parent(torch.optim.Optimizer):
+class PerParameterOptimizer(torch.optim.Optimizer):
     """A step over all parameters that have a gradient."""
 
     @overload
@@ -37,7 +37,7 @@ class Parent(torch.optim.Optimizer):
     def _update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None: ...
 
 
-class AdamLike(Parent):
+class AdamLike(PerParameterOptimizer):
     """An optimizer with two betas and weight decay. Raises ConfigError for a value out of range; `eps` and `alpha` must be positive."""
 
     def __init__(

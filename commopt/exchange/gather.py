@@ -1,0 +1,30 @@
+"""The mean of compressed buckets that every rank sends to every other."""
+
+from __future__ import annotations
+
+from commopt.compress.feedback import first_bad_parameter
+from commopt.exchange.compressed import Compressed
+from commopt.groups.base import Group
+from commopt.wire.bucket import Blocks, Bucket
+
+
+class GatherMean(Compressed):
+    """The mean of every rank's compressed bucket, by all-gather: (N-1) payloads, for codecs that cannot be summed on the way."""
+
+    def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        blocks = self.keyed(blocks, self.compressor)
+        own = self.worker.compress(bucket.flat, [blocks])
+        gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
+        bad = first_bad_parameter(gathered)
+        if bad >= 0:
+            self.worker.undo(bucket.flat, own, [blocks])
+            return self._void(bucket, bad)
+        for name, x in bucket.views():
+            if name not in self.dense_names:
+                x.zero_()
+        for payload in gathered:
+            self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
+        return self.forget(self.worker, [blocks])
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return (ranks - 1) * self.compressor.bytes_per_element(ranks)
