@@ -19,7 +19,7 @@ from commopt.groups import LocalGroup
 from commopt.groups.peers import PeerGroup, Peers, call_roll
 from commopt.run.checks import Checked, refuse_ddp
 from commopt.run.members import Members
-from commopt.run.run import HasState, Replaced, RoundReport, Run
+from commopt.run.run import HasState, RoundReport, Run
 from commopt.wire.state import Saved
 
 _log = logging.getLogger(__name__)
@@ -104,8 +104,8 @@ class OuterRun(Run):
         """True: replicas of an outer method train by themselves, and nobody promises that they are equal."""
         return True
 
-    def communication_off(self) -> Replaced:
-        return Replaced(self, _is_off=True)
+    def _silenced(self) -> dict[str, Any]:
+        return {"_is_off": True}
 
     def quiet(self, limit_s: float = 10.0) -> None:
         """Return when all that was sent has been acknowledged: bytes counted and bytes on the interface then belong together."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,7 +57,7 @@ def broadcast_(tensors: Iterable[Tensor], broadcast: Callable[[Tensor], object],
 
 
 class Replaced:
-    """Other attributes of an object, until `remove`, or the end of its block, gives back what it had, its class's own included."""
+    """Other attributes of an object, until `remove` gives back what it had, its class's own included."""
 
     def __init__(self, target: Any, **attributes: Any) -> None:
         self._target, self._names = target, tuple(attributes)
@@ -70,12 +70,6 @@ class Replaced:
             delattr(self._target, name)
         for name, value in self._had.items():
             setattr(self._target, name, value)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 class Run(ABC):
@@ -188,12 +182,21 @@ class Run(ABC):
         """Time the same steps without communication, at a rate of 0, and record it: what a step costs without a network."""
         self._log.measure_compute(step, repeats)
 
-    @abstractmethod
-    def communication_off(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def communication_off(self) -> Iterator[None]:
         """Train this rank alone inside the block, to time arithmetic without the network.
 
         Replicas drift apart, and an update method's momentum with them: use it at the end of a run, or before loading a checkpoint.
         """
+        alone = Replaced(self, **self._silenced())
+        try:
+            yield
+        finally:
+            alone.remove()
+
+    @abstractmethod
+    def _silenced(self) -> dict[str, Any]:
+        """The attributes of a run that exchanges nothing."""
 
     @abstractmethod
     def replicas_are_equal(self) -> bool:
