@@ -11,6 +11,7 @@ send ADDRESS BYTES... no steps: send so many bytes each time; print bytes, secon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -75,13 +76,14 @@ def connected(address: str, for_s: float) -> socket.socket | None:
 def ask(address: str, answers: list[float]) -> None:
     connection = connected(address, 20)
     assert connection is not None
-    while True:
-        connection.sendall(b"?")
-        if not connection.recv(1):
-            print(f"{address} has hung up", flush=True)
-            return
-        answers.append(time.time())
-        time.sleep(0.02)
+    with contextlib.suppress(ConnectionError):  # where a machine has come back, or its process was quicker
+        while True:
+            connection.sendall(b"?")
+            if not connection.recv(1):
+                print(f"{address} has hung up", flush=True)
+                return
+            answers.append(time.time())
+            time.sleep(0.02)
 
 
 def receive(senders: int) -> None:
