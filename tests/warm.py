@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -267,7 +266,7 @@ def run_as_program(words: list[str], folder: Path, executable: str) -> None:
             print(error.code, file=sys.stderr)
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         status = 1
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -276,6 +275,9 @@ def run_as_program(words: list[str], folder: Path, executable: str) -> None:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
+        if mpi := sys.modules.get("mpi4py.MPI"):  # which says goodbye to mpiexec below Python's atexit
+            mpi.Finalize()
+            ctypes.CDLL(None).exit(status)
         os._exit(status)
 
 

@@ -10,7 +10,6 @@ import sys
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 NAMESPACES = [f"/proc/self/ns/{kind}" for kind in ("user", "net", "mnt", "pid")]  # in the order of entering
-REALLY = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # mpiexec looks after processes of its own
 
 
 def namespaces() -> list[str]:
@@ -31,7 +30,7 @@ def call(address: str, python: str, words: list[str]) -> None:
     inherited = [number for number in map(int, os.listdir("/proc/self/fd")) if is_open(number)]
     connection = socket.socket(socket.AF_UNIX)
     try:
-        if not is_simple or any(name in os.environ for name in REALLY):
+        if not is_simple:
             raise OSError
         connection.connect(address)
         own = {"words": words, "environment": dict(os.environ), "folder": os.getcwd(), "python": python}
