@@ -97,7 +97,7 @@ def check_method(
 
     - trains: the loss falls, on 1, 2, 3 and 5 ranks, with sizes that nothing divides;
     - keeps replicas equal, bit for bit, wherever it `is_synchronised`, and leaves a parameter alone that no rank uses;
-    - does not depend on how gradients are bucketed;
+    - does not depend on how gradients are bucketed, on the most ranks;
     - survives a NaN on one rank: every rank sees it in that step, or in a local step that rank alone, nothing is harmed, and
       training goes on;
     - survives a step of zero gradients;
@@ -118,7 +118,8 @@ def check_method(
     for n in ranks:
         world = _train(case, start, n)
         _check_training(world, start, n)
-        _check_buckets(case, start, n, world)
+        if n == max(ranks):
+            _check_buckets(case, start, n, world)
         _check_resume(case, start, n, world)
         _check_nan(case, start, n)
     _check_resharding(case, start)

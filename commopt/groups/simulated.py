@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from commopt.errors import GroupError
@@ -18,13 +18,17 @@ from commopt.wire.payload import Layout, Payload
 T = TypeVar("T")
 
 
+class _Released(GroupError):
+    """Of a rank that waits for what another rank will not do."""
+
+
 class SimWorld(Generic[T]):
     """`SimWorld(64, links).run(train)` calls train(group) on 64 threads and returns what each returned, by rank.
 
     Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
     faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...): each at
     that step of the rank that it hits (a cut: of the first), a restart at that step of the lowest rank that is up. Who is killed
-    returns None. One rank computes at a time: threads that compete for the interpreter take up to twice as long.
+    returns None. One rank computes at a time, until it waits for others: threads that compete for the interpreter take up to twice as long.
     """
 
     def __init__(
@@ -40,73 +44,77 @@ class SimWorld(Generic[T]):
         if links is not None and links.ranks != ranks:
             raise ValueError(f"the link model describes {links.ranks} ranks, the world has {ranks}")
         self.ranks, self.links, self.timeout_s = ranks, links, timeout_s
-        self.barrier = threading.Barrier(ranks)
-        self._turn, self._computing = threading.Lock(), 0
-        self.slots: list[list[Any]] = [[None] * ranks, [None] * ranks]  # of this meeting, and of the one before
         self.clocks = [0.0] * ranks
         self.office = PostOffice(self, faults)
 
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
         """Raises what the first failing rank raised; the others are released."""
         self._train, self._results, self._errors = train, dict[int, T](), dict[int, BaseException]()
-        self.barrier.reset()
+        self.slots: list[list[Any]] = [
+            [None] * self.ranks,
+            [None] * self.ranks,
+        ]  # of this meeting, and of the one before
+        self.meetings, self.present = 0, 0  # how many are over, and how many ranks have come to the next
+        self._waits: dict[int, tuple[Callable[[], bool], threading.Lock]] = {}
         self.office.reset()
         self._threads: list[threading.Thread] = []
         for rank in range(self.ranks):
             self.start(rank)
+        self._pass_on(-1)
         for thread in self._threads:  # grows while ranks are started again
             thread.join()
         errors = self._errors
         if errors:
-            caused = [
-                error for error in errors.values() if not isinstance(error.__cause__, threading.BrokenBarrierError)
-            ]
+            caused = [error for error in errors.values() if not isinstance(error, _Released)]
             raise (caused or list(errors.values()))[0]
         return [cast(T, self._results.get(rank)) for rank in range(self.ranks)]
 
     def start(self, rank: int) -> None:
-        """Start the thread of a rank; for `run`, and for a fault that starts one again."""
-        thread = threading.Thread(target=self._work, args=(rank,), name=f"rank {rank}", daemon=True)
+        """Make the thread of a rank, which waits for its turn; for `run`, and for a fault that starts one again."""
+        turn = threading.Lock()
+        turn.acquire()
+        self._waits[rank] = (lambda: True), turn
+        thread = threading.Thread(target=self._work, args=(rank, turn), name=f"rank {rank}", daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Wait for this thread's turn, and end it."""
-        with self._turn:
-            self._computing = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._computing = 0
+    def wait(self, rank: int, is_over: Callable[[], bool], what: str = "peers") -> None:
+        """Let others compute until this holds. Raises GroupError if it never will."""
+        if not is_over():
+            turn = threading.Lock()
+            turn.acquire()
+            self._waits[rank] = is_over, turn
+            self._pass_on(rank)
+            if not turn.acquire(timeout=self.timeout_s):
+                self.office.is_broken = True
+                self._waits.pop(rank, None)
+        if self.office.is_broken:
+            raise _Released(f"{what}: another rank failed, has ended, or did not join within {self.timeout_s:g} s")
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Let others compute while this rank waits for them."""
-        if self._computing != threading.get_ident():
-            yield
-            return
-        self._computing = 0
-        self._turn.release()
-        try:
-            yield
-        finally:
-            self._turn.acquire()
-            self._computing = threading.get_ident()
+    def _pass_on(self, rank: int) -> None:
+        """Give the turn to the next rank that can go on; to all of them, to fail, if none can."""
+        for other in sorted(self._waits, key=lambda other: (other <= rank, other)):
+            is_over, turn = self._waits[other]
+            if self.office.is_broken or is_over():
+                del self._waits[other]
+                turn.release()
+                return
+        if self._waits:
+            self.office.is_broken = True
+            self._pass_on(rank)
 
-    def _work(self, rank: int) -> None:
+    def _work(self, rank: int, turn: threading.Lock) -> None:
+        turn.acquire()
+        torch.set_num_threads(torch.get_num_threads())  # a new thread's MKL does not know what was chosen
         try:
-            with self.computing():
-                self._results[rank] = self._train(SimGroup(self, rank))
+            self._results[rank] = self._train(SimGroup(self, rank))
         except Killed:
             pass
         except BaseException as error:
             self._errors[rank] = error
-            self.barrier.abort()
-        with self.office.changed:
-            self.office.is_broken = self.office.is_broken or rank in self._errors
-            self.office.gone_s[rank] = self.clocks[rank]
-            self.office.changed.notify_all()
+            self.office.is_broken = True
+        self.office.gone_s[rank] = self.clocks[rank]
+        self._pass_on(rank)
 
     @property
     def seconds(self) -> float:
@@ -120,7 +128,6 @@ class SimGroup(Group):
     def __init__(self, world: SimWorld[Any], rank: int) -> None:
         self.world, self.rank, self.size, self.traffic = world, rank, world.ranks, Traffic()
         self.peers = SimPeers(world.office, rank, self.traffic)
-        self._meetings = 0
 
     @property
     def seconds(self) -> float:
@@ -129,10 +136,7 @@ class SimGroup(Group):
 
     def advance(self, seconds: float) -> None:
         """Spend virtual time, as a training step's arithmetic does."""
-        office = self.world.office
-        with office.changed:
-            self.world.clocks[self.rank] += seconds * office.slowness(self.rank)
-            office.changed.notify_all()
+        self.world.clocks[self.rank] += seconds * self.world.office.slowness(self.rank)
 
     def all_reduce(self, x: Tensor) -> None:
         parts = self._meet("all_reduce", x.clone(), self._count("all_reduce", x.nbytes))
@@ -171,10 +175,16 @@ class SimGroup(Group):
         self, operation: str, contribution: Any, sent: Mapping[int, float]
     ) -> tuple[list[tuple[str, Any, Mapping[int, float]]], float]:
         """Put one contribution down and take everybody's up; with the clock of the slowest rank."""
-        world, self._meetings = self.world, self._meetings + 1
-        slots = world.slots[self._meetings % 2]  # nobody puts anything there again before all have met once more
+        world, meeting = self.world, self.world.meetings
+        slots = world.slots[meeting % 2]  # nobody puts anything there again before all have met once more
         slots[self.rank] = ((operation, contribution, sent), world.clocks[self.rank])
-        self._wait(operation)
+        world.present += 1
+        if world.present < world.ranks:
+            world.office.parked.add(self.rank)
+            world.wait(self.rank, lambda: world.meetings > meeting, operation)
+        else:
+            world.meetings, world.present = meeting + 1, 0
+            world.office.parked.clear()
         met, clocks = zip(*slots, strict=True)
         return list(met), max(clocks)
 
@@ -187,25 +197,6 @@ class SimGroup(Group):
         cost_s = world.links.seconds([s for _, _, s in met], rounds(operation, self.size)) if world.links else 0.0
         world.clocks[self.rank] = clock + cost_s
         return [contribution for _, contribution, _ in met]
-
-    def _wait(self, operation: str) -> None:
-        self._park(True)
-        try:
-            with self.world.waiting():
-                self.world.barrier.wait(self.world.timeout_s)
-        except threading.BrokenBarrierError as error:
-            raise GroupError(
-                f"{operation}: another rank failed, or did not join within {self.world.timeout_s:g} s"
-            ) from error
-        finally:
-            self._park(False)
-
-    def _park(self, is_parked: bool) -> None:
-        """Tell ranks that are ahead in virtual time that this one cannot move before they do."""
-        office = self.world.office
-        with office.changed:
-            (office.parked.add if is_parked else office.parked.discard)(self.rank)
-            office.changed.notify_all()
 
 
 def _check_alike(operation: str, parts: Sequence[Tensor]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from commopt.errors import ConfigError, GroupError
+from commopt.errors import ConfigError
 from commopt.groups.base import Traffic
 from commopt.groups.peers import Letter, Mailbox, Peers, Progress
 from commopt.wire.payload import Payload
@@ -63,7 +62,6 @@ class PostOffice:
     def __init__(self, world: SimWorld[Any], faults: Sequence[Mapping[str, Any]]) -> None:
         self.world = world
         self.faults = [SimFault.of(entry, world.ranks) for entry in faults]
-        self.changed = threading.Condition()
         self.reset()
 
     def reset(self) -> None:
@@ -107,11 +105,8 @@ class PostOffice:
     def wait_for_slower(self, rank: int, step: int) -> None:
         """Let those run first whose clock is behind this rank's, so that what they are seen to do does not depend on real time."""
         self.reached[rank] = step
-        self.changed.notify_all()
-        while any(self._comes_before(other, rank) for other in range(self.world.ranks) if other != rank):
-            if self.is_broken:
-                raise GroupError("another rank failed") from threading.BrokenBarrierError()
-            self.changed.wait(self.world.timeout_s)
+        others = [other for other in range(self.world.ranks) if other != rank]
+        self.world.wait(rank, lambda: not any(self._comes_before(other, rank) for other in others))
 
     def _comes_before(self, other: int, rank: int) -> bool:
         if other in self.gone_s or other in self.parked:
@@ -196,31 +191,24 @@ class SimPeers(Peers):
     def start(self, job: Callable[[], T]) -> Callable[[], T]:
         """The job runs now, on a clock of its own: what it waits for is in the past of the thread that waits for the job."""
         clocks, begin_s = self._office.world.clocks, self.seconds
-        with self._office.changed:
-            clocks[self.rank] = max(begin_s, self._background_s)
+        clocks[self.rank] = max(begin_s, self._background_s)
         result = job()
-        with self._office.changed:
-            self._background_s = end_s = self.seconds
-            clocks[self.rank] = begin_s
-            self._office.changed.notify_all()
+        self._background_s = end_s = self.seconds
+        clocks[self.rank] = begin_s
 
         def wait() -> T:
-            with self._office.changed:
-                clocks[self.rank] = max(self.seconds, end_s)
-                self._office.changed.notify_all()
+            clocks[self.rank] = max(self.seconds, end_s)
             return result
 
         return wait
 
     def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:
         office = self._office
-        with office.changed:
-            self.traffic.record(channel, {peer: float(payload.nbytes)})
-            arrival_s = office.deliver_s(self.rank, peer, payload.nbytes, expires_s)
-            if arrival_s is not None and peer not in office.gone_s:
-                letter = Letter(sequence, Payload(payload.buffer.clone(), payload.layout))
-                office.on_the_way[peer].append((arrival_s, self.rank, channel, letter))
-                office.changed.notify_all()
+        self.traffic.record(channel, {peer: float(payload.nbytes)})
+        arrival_s = office.deliver_s(self.rank, peer, payload.nbytes, expires_s)
+        if arrival_s is not None and peer not in office.gone_s:
+            letter = Letter(sequence, Payload(payload.buffer.clone(), payload.layout))
+            office.on_the_way[peer].append((arrival_s, self.rank, channel, letter))
 
     def receive(
         self, peer: int, channel: str, sequence: int, timeout_s: float, *, or_newer: bool = False
@@ -242,10 +230,9 @@ class SimPeers(Peers):
         return self._wait(timeout_s, take, peer=peer, arrivals_s=arrivals_s)
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
-        with self._office.world.waiting(), self._office.changed:
-            self._office.wait_for_slower(self.rank, self._office.reached[self.rank])
-            self._sort_in()
-            return self._mailbox.drain(channel)
+        self._office.wait_for_slower(self.rank, self._office.reached[self.rank])
+        self._sort_in()
+        return self._mailbox.drain(channel)
 
     def is_up(self, peer: int) -> bool:
         return self.seconds < self._office.down_s(self.rank, peer)
@@ -254,11 +241,9 @@ class SimPeers(Peers):
         return self._office.progress[peer] if self.is_up(peer) else None
 
     def announce(self, step: int, *, is_training: bool = True) -> None:
-        with self._office.world.waiting(), self._office.changed:
-            self._office.wait_for_slower(self.rank, step)
-            self._office.progress[self.rank] = Progress(step, is_training)
-            self._office.play(self.rank, step)
-            self._office.changed.notify_all()
+        self._office.wait_for_slower(self.rank, step)
+        self._office.progress[self.rank] = Progress(step, is_training)
+        self._office.play(self.rank, step)
 
     def _sort_in(self) -> None:
         """Move what has arrived by this rank's clock into the mailbox."""
@@ -278,27 +263,22 @@ class SimPeers(Peers):
     ) -> Letter | None:
         """Advance this rank's clock to the arrival that it waits for, to the peer's end being known, or to the deadline."""
         office, rank = self._office, self.rank
-        with office.world.waiting(), office.changed:
-            letter = take()
-            if letter is not None or timeout_s <= 0:
-                return letter
-            deadline_s = self.seconds + timeout_s
+        letter = take()
+        if letter is not None or timeout_s <= 0:
+            return letter
+        deadline_s = self.seconds + timeout_s
 
-            def next_s() -> float:
-                """The earliest moment at which this wait is over by what is known now."""
-                known_s = arrivals_s()
-                if peer is not None:
-                    known_s.append(max(self.seconds, office.down_s(rank, peer)))
-                return min(known_s, default=float("inf"))
+        def next_s() -> float:
+            """The earliest moment at which this wait is over by what is known now."""
+            known_s = arrivals_s()
+            if peer is not None:
+                known_s.append(max(self.seconds, office.down_s(rank, peer)))
+            return min(known_s, default=float("inf"))
 
-            office.waiting[rank] = _Waiting(deadline_s, lambda: next_s() <= deadline_s)
-            office.changed.notify_all()
-            while next_s() > deadline_s and not office.may_time_out(rank):
-                if office.is_broken:
-                    del office.waiting[rank]
-                    raise GroupError("another rank failed") from threading.BrokenBarrierError()
-                office.changed.wait(office.world.timeout_s)
+        office.waiting[rank] = _Waiting(deadline_s, lambda: next_s() <= deadline_s)
+        try:
+            office.world.wait(rank, lambda: next_s() <= deadline_s or office.may_time_out(rank))
+        finally:
             del office.waiting[rank]
-            office.world.clocks[rank] = max(self.seconds, min(next_s(), deadline_s))
-            office.changed.notify_all()
-            return take()
+        office.world.clocks[rank] = max(self.seconds, min(next_s(), deadline_s))
+        return take()

@@ -73,8 +73,8 @@ class Bucket:
     def of(cls, tensors: Sequence[tuple[str, Tensor]], label: str = "bucket 0") -> Bucket:
         """Copy named tensors into one flat bucket."""
         flat = torch.cat([x.detach().reshape(-1) for _, x in tensors])
-        starts = np.concatenate([[0], np.cumsum([x.numel() for _, x in tensors])[:-1]])
-        return cls(flat, tuple(name for name, _ in tensors), tuple(int(s) for s in starts), label)
+        starts = itertools.accumulate((x.numel() for _, x in tensors[:-1]), initial=0)
+        return cls(flat, tuple(name for name, _ in tensors), tuple(starts), label)
 
     def views(self) -> list[tuple[str, Tensor]]:
         """(name, (n,) view) of each parameter, in the order they lie in."""
