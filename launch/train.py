@@ -19,6 +19,7 @@ from commopt.groups import connect
 from commopt.optim import make_optimizer
 
 STDLIB, PAGE = Path(sysconfig.get_path("stdlib")), 4096
+NOT_READ = ("site-packages", "dist-packages", "test")
 
 
 def read_corpus(path: Path | None) -> tuple[Tensor, Tensor]:
@@ -26,10 +27,9 @@ def read_corpus(path: Path | None) -> tuple[Tensor, Tensor]:
 
     Without a path, what every Python has: the standard library's sources and its language reference.
     """
-    files = [path] if path is not None and path.is_file() else sorted((path or STDLIB).rglob("*" if path else "*.py"))
-    files = [
-        f for f in files if f.is_file() and (path or not {"site-packages", "dist-packages", "test"} & set(f.parts))
-    ]
+    tops = [path] if path else [top for top in STDLIB.iterdir() if top.name not in NOT_READ]
+    found = sorted(f for top in tops for f in (top, *top.rglob("*" if path else "*.py")) if f.is_file())
+    files = [f for f in found if path or (f.suffix == ".py" and "test" not in f.parts)]
     text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)) or bytearray(1), dtype=torch.uint8)
     pages = text[: len(text) // (20 * PAGE) * 20 * PAGE].view(-1, 20, PAGE)
     if len(pages) == 0:

@@ -79,15 +79,8 @@ class MPIPool(Pool):
     def _start(self) -> None:
         n = max(SIZES)
         with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/ranks", "AF_UNIX", n) as listener:
-            words = [
-                str(mpiexec()),
-                "-n",
-                str(n),
-                "python",
-                "-c",
-                "import mpi_pool; mpi_pool.serve()",
-                f"{folder}/ranks",
-            ]
+            script = "import mpi_pool; mpi_pool.serve()"
+            words = [str(mpiexec()), "-n", str(n), "python", "-c", script, f"{folder}/ranks"]
             process = subprocess.Popen(words, env=environment(), stdin=subprocess.DEVNULL)
             listener._listener._socket.settimeout(START_S)  # type: ignore[attr-defined]
             by_rank: dict[int, Connection] = {}
