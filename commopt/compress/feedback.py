@@ -186,7 +186,7 @@ class ErrorFeedback:
 
 def first_bad_parameter(payloads: Sequence[Payload]) -> int:
     """What the headers of some ranks' messages say: the first bad parameter's index, or -1; the same on all who read the same."""
-    return first_of(torch.stack([payload.tensors[0][0] for payload in payloads]).tolist())
+    return first_of(torch.cat([payload.tensors[0] for payload in payloads]).tolist())
 
 
 def first_of(found: Iterable[int]) -> int:

@@ -93,11 +93,9 @@ class SimWorld(Generic[T]):
 
     def _pass_on(self, rank: int) -> None:
         """Give the turn to the next rank that can go on; to all of them, to fail, if none can."""
-        for other in sorted(self._waits, key=lambda other: (other <= rank, other)):
-            is_over, turn = self._waits[other]
-            if self.office.is_broken or is_over():
-                del self._waits[other]
-                turn.release()
+        for other in (*range(rank + 1, self.ranks), *range(rank + 1)):
+            if other in self._waits and (self.office.is_broken or self._waits[other][0]()):
+                self._waits.pop(other)[1].release()
                 return
         if self._waits:
             self.office.is_broken = True

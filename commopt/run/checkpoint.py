@@ -243,8 +243,7 @@ def save(folder: str | Path, content: Content, group: Group) -> None:
         for name, file in written.items():
             if not (partial / name).is_file() or (partial / name).stat().st_size != file.bytes:
                 raise CheckpointError(f"rank 0 does not see {name} as it was written; give all ranks one shared folder")
-        metas: list[dict[str, Any]] = [{}] * group.size
-        files.write_manifest(partial, Manifest(token=token, files=written, meta=content.meta, own_metas=metas))
+        files.write_manifest(partial, Manifest(token=token, files=written, meta=content.meta, ranks=group.size))
         files.sync_folder(partial)
         _swap(partial, place)
         for old in _siblings(place, "old"):
@@ -274,8 +273,7 @@ def open_checkpoint(folder: str | Path, group: Group) -> Stored:
         target, tried = Path(os.path.realpath(folder)), list[str]()
         while True:
             place, digest, manifest = _steady(lambda: _found(target))
-            ranks = len(manifest.own_metas)
-            owners = [group.rank] if ranks == group.size else range(ranks)
+            owners = [group.rank] if manifest.ranks == group.size else range(manifest.ranks)
             names = [SHARED, *map(OWN.format, owners)]
             try:
                 shared, *own = (files.read_tensors(place / name, manifest.files[name]) for name in names)
@@ -288,7 +286,7 @@ def open_checkpoint(folder: str | Path, group: Group) -> Stored:
             else:
                 if place != target and group.rank == 0:
                     _log.warning("%s is missing: a job was killed while it replaced it; %s is loaded", target, place)
-                return Stored(ranks, manifest.meta, shared, dict(zip(owners, own, strict=True))), digest
+                return Stored(manifest.ranks, manifest.meta, shared, dict(zip(owners, own, strict=True))), digest
 
     stored, digests = met(group, read)
     for rank, digest in enumerate(digests):

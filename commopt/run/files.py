@@ -49,17 +49,18 @@ class File(BaseModel, strict=True):
 
 
 class Manifest(BaseModel, strict=True):
-    """What one save left: its files, and its JSON. own_metas: an empty entry for each rank that saved."""
+    """What one save left: its files, its JSON, and how many ranks saved."""
 
     token: str
     files: dict[str, File]
     meta: dict[str, Any]
-    own_metas: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    ranks: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
     def _check_files(self) -> Manifest:
-        if set(self.files) != {SHARED, *(OWN.format(rank) for rank in range(len(self.own_metas)))}:
-            raise ValueError(f"{[*self.files]} are not those of {len(self.own_metas)} ranks")
+        wanted = {SHARED, *(OWN.format(rank) for rank in range(min(self.ranks, len(self.files))))}
+        if len(self.files) != self.ranks + 1 or set(self.files) != wanted:
+            raise ValueError(f"{[*self.files]} are not those of {self.ranks} ranks")
         return self
 
 

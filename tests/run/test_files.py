@@ -150,7 +150,8 @@ HOSTILE: dict[str, Callable[[str], str]] = {
     "files.rank0.safetensors.bytes: ": lambda text: text.replace('"bytes": ', '"bytes": -'),
     "files.rank0.safetensors.sha256: ": lambda text: text.replace('"sha256": ', '"sha256": true, "x": '),
     "meta: ": lambda text: text.replace('"meta": {', '"meta": 3, "x": {'),
-    "own_metas: ": lambda text: text.replace('"own_metas": [{}]', '"own_metas": []'),
+    "ranks: ": lambda text: text.replace('"ranks": 1', '"ranks": 0'),
+    "of 1000000000 ranks": lambda text: text.replace('"ranks": 1', '"ranks": 1000000000'),
     "files: Value error, [": lambda text: text.replace('"rank0.safetensors"', '"../rank0.safetensors"'),
     "surrogate|decode": lambda text: text.replace('"value"', '"\udcff"'),
 }
