@@ -37,7 +37,7 @@ SHARING = (  # files of which each kind shares its ranks: what mpiexec starts, o
 PATIENCE_S = 400  # for tests of many processes, which may have to share the machine
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("commopt", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("commopt", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("commopt")
 
 

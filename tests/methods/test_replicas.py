@@ -16,7 +16,7 @@ from commopt import attach
 from commopt.groups import TorchGroup
 from commopt.method import EveryStep
 
-STEPS, EVERY = 30, 10
+STEPS, EVERY = 20, 10
 
 
 def train(process_group: dist.ProcessGroup, preset: Preset) -> tuple[list[str | None], float, float]:
@@ -44,7 +44,7 @@ def train(process_group: dist.ProcessGroup, preset: Preset) -> tuple[list[str | 
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=str)
-def test_replicas_stay_equal_over_30_steps(pool: Pool, preset: Preset) -> None:
+def test_replicas_stay_equal_over_20_steps(pool: Pool, preset: Preset) -> None:
     ranks = pool.run(3, train, preset)
     first, *others = [hashes for hashes, _, _ in ranks]
     assert all(hashes == first for hashes in others)
