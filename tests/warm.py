@@ -276,7 +276,8 @@ def run_as_program(words: list[str], folder: Path, executable: str) -> None:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         if mpi := sys.modules.get("mpi4py.MPI"):  # which says goodbye to mpiexec below Python's atexit
-            mpi.Finalize()
+            if not mpi.Is_finalized():
+                mpi.Finalize()
             ctypes.CDLL(None).exit(status)
         os._exit(status)
 

@@ -28,7 +28,8 @@ class SimWorld(Generic[T]):
     Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
     faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...): each at
     that step of the rank that it hits (a cut: of the first), a restart at that step of the lowest rank that is up. Who is killed
-    returns None. One rank computes at a time, until it waits for others: threads that compete for the interpreter take up to twice as long.
+    returns None. One rank computes at a time, until it waits for others: threads that compete for the interpreter take up to twice as
+    long. Only a rank's own thread may use its group. timeout_s: real seconds that a rank may compute while others wait for it.
     """
 
     def __init__(
@@ -50,12 +51,10 @@ class SimWorld(Generic[T]):
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
         """Raises what the first failing rank raised; the others are released."""
         self._train, self._results, self._errors = train, dict[int, T](), dict[int, BaseException]()
-        self.slots: list[list[Any]] = [
-            [None] * self.ranks,
-            [None] * self.ranks,
-        ]  # of this meeting, and of the one before
+        self.slots: list[list[Any]] = [[None] * self.ranks for _ in range(2)]  # of this meeting, and the one before
         self.meetings, self.present = 0, 0  # how many are over, and how many ranks have come to the next
-        self._waits: dict[int, tuple[Callable[[], bool], threading.Lock]] = {}
+        self._waits: dict[int, tuple[Callable[[], bool], threading.Lock]] = {}  # what for, and what wakes the rank
+        self._turns = 0
         self.office.reset()
         self._threads: list[threading.Thread] = []
         for rank in range(self.ranks):
@@ -79,15 +78,19 @@ class SimWorld(Generic[T]):
         thread.start()
 
     def wait(self, rank: int, is_over: Callable[[], bool], what: str = "peers") -> None:
-        """Let others compute until this holds. Raises GroupError if it never will."""
+        """Let others compute until this holds. Raises GroupError if it never will, or if one turn takes `timeout_s` of real time."""
         if not is_over():
             turn = threading.Lock()
             turn.acquire()
             self._waits[rank] = is_over, turn
             self._pass_on(rank)
-            if not turn.acquire(timeout=self.timeout_s):
-                self.office.is_broken = True
-                self._waits.pop(rank, None)
+            turns = -1
+            while not turn.acquire(timeout=self.timeout_s):
+                if turns == self._turns:
+                    self.office.is_broken = True
+                    self._waits.pop(rank, None)
+                    break
+                turns = self._turns
         if self.office.is_broken:
             raise _Released(f"{what}: another rank failed, has ended, or did not join within {self.timeout_s:g} s")
 
@@ -95,6 +98,7 @@ class SimWorld(Generic[T]):
         """Give the turn to the next rank that can go on; to all of them, to fail, if none can."""
         for other in (*range(rank + 1, self.ranks), *range(rank + 1)):
             if other in self._waits and (self.office.is_broken or self._waits[other][0]()):
+                self._turns += 1
                 self._waits.pop(other)[1].release()
                 return
         if self._waits:

@@ -58,8 +58,8 @@ class Manifest(BaseModel, strict=True):
 
     @model_validator(mode="after")
     def _check_files(self) -> Manifest:
-        wanted = {SHARED, *(OWN.format(rank) for rank in range(min(self.ranks, len(self.files))))}
-        if len(self.files) != self.ranks + 1 or set(self.files) != wanted:
+        is_whole = len(self.files) == self.ranks + 1  # first, as `ranks` may be any number
+        if not is_whole or set(self.files) != {SHARED, *(OWN.format(rank) for rank in range(self.ranks))}:
             raise ValueError(f"{[*self.files]} are not those of {self.ranks} ranks")
         return self
 

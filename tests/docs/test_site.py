@@ -14,19 +14,8 @@ from blocks import GENERATED, ROOT
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    words = [
-        "python",
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        "-f",
-        str(ROOT / "mkdocs.yml"),
-        "-d",
-        str(folder),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=110)
+    words = ["-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml"), "-d", str(folder)]
+    done = subprocess.run(["python", *words], capture_output=True, text=True, check=False, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

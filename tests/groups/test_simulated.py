@@ -71,13 +71,25 @@ def test_different_operations_at_once_are_an_error() -> None:
         SimWorld[Any](3, timeout_s=30).run(train)
 
 
-def test_an_exchange_that_a_rank_never_joins_times_out() -> None:
+@pytest.mark.parametrize(("timeout_s", "real_s"), [(60, 0.0), (0.1, 1.0)], ids=["ends", "computes for too long"])
+def test_who_waits_for_a_rank_that_never_joins_is_told(timeout_s: float, real_s: float) -> None:
     def train(group: SimGroup) -> None:
-        if group.rank:
+        time.sleep(real_s if group.rank == 2 else 0.0)
+        if group.rank < 2 or real_s:
             group.barrier()
 
-    with pytest.raises(GroupError, match=r"all_reduce: another rank failed, has ended, or did not join within 0\.2 s"):
-        SimWorld[None](3, timeout_s=0.2).run(train)
+    begin_s = time.monotonic()
+    with pytest.raises(GroupError, match=rf"another rank failed, has ended, or did not join within {timeout_s} s"):
+        SimWorld[None](3, timeout_s=timeout_s).run(train)
+    assert time.monotonic() - begin_s < 30
+
+
+def test_turns_of_many_ranks_may_take_longer_than_the_timeout_together() -> None:
+    def train(group: SimGroup) -> None:
+        time.sleep(0.15)
+        group.barrier()
+
+    SimWorld[None](5, timeout_s=0.5).run(train)
 
 
 @pytest.mark.parametrize("operation", ["all_reduce", "broadcast", "all_gather", "all_to_all"])
