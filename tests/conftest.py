@@ -23,9 +23,6 @@ from commopt.cluster.emulate import unshare_words
 from commopt.errors import EmulationError
 
 WAITING = "tests/cluster/"  # mostly waits for what it started; one after another, beside all others
-WITH_TORCHRUN = tuple(
-    f"{WAITING}test_{name}" for name in ("compare", "elastic", "launch", "outer")
-)  # as long as the rest
 SINGLE = "tests/test_testing.py"  # long, and shares nothing between its tests
 PAGES = "tests/docs/test_pages.py"  # the same
 SHARING = (  # files of which each kind shares its ranks: what mpiexec starts, or what has a framework imported
@@ -58,13 +55,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --dist loadfile: the emulated machines in two workers, from the start, and files in the others."""
+    """With --dist loadfile: the emulated machines in one worker, from the start, and files in the others."""
     from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(WAITING):
-                return f"{WAITING} with torchrun" if nodeid.startswith(WITH_TORCHRUN) else WAITING
+                return WAITING
             for files in SHARING:
                 if nodeid.startswith(files):
                     return files[0]
