@@ -1,10 +1,10 @@
-"""A method as a user names it, the same everywhere: a word, a `method:` block, or a file that holds one."""
+"""How users name a method, the same everywhere: a word, a `method:` block, or a file that holds one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from commopt.errors import ConfigError
 
@@ -18,16 +18,16 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
     """The name and the options of a choice.
 
     `"dgc"`, `{"name": "dgc", "density": 0.001}`, `{"method": "dgc", "density": 0.001}`, `{"dgc": {"density": 0.001}}`, or the path of
-    a YAML or JSON file whose key `method` holds one of these. Raises ConfigError for anything else; options are not looked at.
+    a YAML or JSON file whose key `method` holds one of these. Raises ConfigError for anything else; options are not checked.
     """
     if is_file(choice):
-        from commopt.reading import read_yaml  # PyYAML, and pydantic, take their time
+        from commopt.reading import read_yaml  # importing PyYAML and pydantic takes time
 
-        path = Path(choice)  # type: ignore[arg-type]  # it is one
+        path = Path(choice)
         data = read_yaml(path)
         if "method" not in data:
             raise ConfigError(f"{path}: method: is missing; {_FORMS} under it")
-        if isinstance(data["method"], str):  # beside a name stand its options
+        if isinstance(data["method"], str):  # the file's other keys are its options
             return data["method"], {key: value for key, value in data.items() if key != "method"}
         try:
             return read_choice(data["method"])
@@ -42,9 +42,7 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
         raise ConfigError(
             f"name: {options['name']!r} stands beside method: {options['method']!r}; write one of the two"
         )
-    for key in ("name", "method"):
-        if key not in options:
-            continue
+    for key in {"name", "method"} & options.keys():  # one of them, or none
         named = options.pop(key)
         if key == "method" and isinstance(named, Mapping) and not options:
             return read_choice(named)
@@ -58,13 +56,13 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
     raise ConfigError(f"method: {options!r} names no method; {_FORMS}")
 
 
-def is_file(choice: Choice) -> bool:
+def is_file(choice: Choice) -> TypeGuard[str | Path]:
     """Whether a choice is the path of a file that holds it."""
     return isinstance(choice, Path) or (isinstance(choice, str) and choice.endswith(_SUFFIXES))
 
 
 def keys_beside(path: str | Path) -> list[str]:
-    """What stands in a file beside a block under `method`: a run's other keys, none of which may be an option of the method."""
+    """The other keys of a file with a block under `method`: a run's, none of which may be an option of the method."""
     from commopt.reading import read_yaml
 
     data = read_yaml(Path(path))

@@ -7,12 +7,13 @@ CommoptError
 ├── GroupError         an exchange failed: a peer died, timed out, or sent another layout
 ├── CheckpointError    a checkpoint does not belong to this model, method or world
 ├── MissingExtra       a package that only this integration needs is not installed
-└── LaunchError        a job could not be started, or did not end well
+└── LaunchError        a job could not be started, or failed
     └── EmulationError this machine cannot emulate the links that were asked for
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -50,7 +51,7 @@ class MissingExtra(CommoptError, ImportError):
 
 
 class LaunchError(CommoptError, RuntimeError):
-    """A job could not be started, or did not end well."""
+    """A job could not be started, or failed."""
 
 
 class EmulationError(LaunchError):
@@ -59,12 +60,10 @@ class EmulationError(LaunchError):
 
 def check_option(option: str, value: Any, is_valid: Callable[[Any], bool], wanted: str) -> None:
     """Raise ConfigError, with the value and what to write instead, unless `is_valid(value)`; a wrong type is not valid."""
-    try:
-        good = not isinstance(value, bool) and is_valid(value)
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise ConfigError(f"{option}: {value!r} is out of range; write {wanted}")
+    with contextlib.suppress(TypeError, ValueError):
+        if not isinstance(value, bool) and is_valid(value):
+            return
+    raise ConfigError(f"{option}: {value!r} is out of range; write {wanted}")
 
 
 def check_flag(option: str, value: Any) -> None:

@@ -117,6 +117,11 @@ class EveryStep(Exchange, Method):
         return True
 
     @property
+    def can_be_cut(self) -> bool:
+        """Whether a machine's ranks can share out what is exchanged."""
+        return not self.merges_buckets
+
+    @property
     def is_repeatable(self) -> bool:
         """Whether an exchange that no step applies does no harm: nothing is kept of it."""
         kept = {name for tensors in self.saved().values() for name, x in tensors.items() if x.numel()}

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What an option takes, in words, where its type does not say it."""
+    """What an option takes, in words, if its type does not say it."""
 
     text: str
 
@@ -31,7 +31,7 @@ Count = Annotated[int, Strict(), Field(ge=1)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Strict(), Field(gt=0, le=1)]
-Fraction = Annotated[float, Strict(), Field(ge=0, lt=1)]  # from 0 to below 1, as a momentum
+Fraction = Annotated[float, Strict(), Field(ge=0, lt=1)]  # from 0 to below 1, such as a momentum
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
 BlockSize = Annotated[
     int, Strict(), Field(ge=8, multiple_of=8), Wanted("a positive multiple of 8, so that bits fill bytes")
@@ -53,7 +53,7 @@ def checked_dataclass(cls: type[T]) -> type[T]:
 
 
 def _checked(made: Any) -> Any:
-    """Let a pydantic dataclass raise ConfigError for its first mistake."""
+    """Make a pydantic dataclass raise ConfigError for its first mistake."""
     check = made.__init__
 
     def checked(self: Any, *args: Any, **named: Any) -> None:
@@ -69,7 +69,7 @@ def _checked(made: Any) -> Any:
 
 @options
 class NoOptions:
-    """What every `Options` begins with."""
+    """Base of every `Options` class."""
 
 
 def make_options(kind: type[T], given: Mapping[str, Any]) -> T:
@@ -87,11 +87,6 @@ def option_names(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def wanted(kind: type, option: str) -> str:
-    """What an option takes, in words: "a number above 0, at most 1"."""
-    return _described(get_type_hints(kind, include_extras=True)[option])
-
-
 def _first_mistake(kind: type, given: Mapping[str, Any], error: ValidationError) -> str:
     mistake = error.errors()[0]
     if not mistake["loc"]:  # a check of several options together
@@ -101,11 +96,11 @@ def _first_mistake(kind: type, given: Mapping[str, Any], error: ValidationError)
         return f"{option}: is missing, and has no default; write {{{option}: ...}}"
     if mistake["type"] == "value_error" and isinstance(mistake["ctx"]["error"], ConfigError):
         return str(mistake["ctx"]["error"])
-    value = given.get(option, mistake["input"])  # the whole, of a list or a branch of a union
+    value = given.get(option, mistake["input"])  # the whole value, not the item of a list or the branch of a union
     annotation = get_type_hints(kind, include_extras=True)[option]
     close = get_close_matches(value, _words(annotation), n=1) if isinstance(value, str) else []
     hint = f"did you mean {close[0]!r}? Write" if close else "write"
-    return f"{option}: {value!r:.80} is out of range; {hint} {_described(annotation)}"
+    return f"{option}: {value!r:.80} is out of range; {hint} {wanted(annotation)}"
 
 
 def _words(annotation: Any) -> list[str]:
@@ -114,7 +109,8 @@ def _words(annotation: Any) -> list[str]:
     return [word for one in get_args(annotation) for word in _words(one)]
 
 
-def _described(annotation: Any) -> str:
+def wanted(annotation: Any) -> str:
+    """What an option of this type takes, in words: "a number above 0, at most 1"."""
     metadata: list[Any] = []
     while get_origin(annotation) is Annotated:
         annotation, *more = get_args(annotation)
@@ -124,7 +120,7 @@ def _described(annotation: Any) -> str:
             return one.text
     if get_origin(annotation) in (Union, types.UnionType):
         kinds = [one for one in get_args(annotation) if one is not type(None)]
-        text = ", or ".join(map(_described, kinds))
+        text = ", or ".join(map(wanted, kinds))
         return f"{text}, or leave it out" if len(kinds) < len(get_args(annotation)) else text
     if get_origin(annotation) is Literal:
         *others, last = (repr(value) for value in get_args(annotation))

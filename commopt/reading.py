@@ -1,4 +1,4 @@
-"""Reading YAML: the scalars of YAML 1.2, no key twice, and mistakes as lines that name the key, the value and the fix."""
+"""Read YAML with the scalars of YAML 1.2 and no duplicate keys; errors name the key, the value and the fix."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
+from typing_extensions import Self
 
 from commopt.errors import ConfigError, did_you_mean
 
@@ -24,6 +25,22 @@ class MistakesError(ValueError):
         self.found = found
 
 
+class SpecModel(BaseModel):
+    """A part of a YAML file: frozen, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def mistakes(self) -> Iterable[tuple[str, str]]:
+        """(key, what is wrong) pairs for keys that are valid one by one, but not together."""
+        return ()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if found := list(self.mistakes()):
+            raise MistakesError(found)
+        return self
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2."""
 
@@ -34,9 +51,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str | int | float):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -88,6 +103,11 @@ _Spec = TypeVar("_Spec", bound=BaseModel)
 _SET = "a set of keys and values"
 _KINDS = {"int": "a whole number", "float": "a number", "finite": "a finite number", "string": "text"}
 _KINDS |= {"list": "a list", "dict": _SET, "model": _SET}
+_BOUNDS = {
+    "greater_than_equal": "too small; write {ge} or more",
+    "greater_than": "too small; write a number above {gt:g}",
+    "less_than_equal": "too large; write {le} or less",
+}
 
 
 def validated(model: type[_Spec], data: Mapping[str, Any], file: str, context: Any = None) -> _Spec:
@@ -116,14 +136,9 @@ def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[s
         return [(key, "is empty; write a value, or leave the key out")]
     if kind in ("enum", "literal_error"):
         choices = [choice.strip("' ") for choice in str(context["expected"]).replace(" or ", ",").split(",")]
-        hint = did_you_mean(str(value), choices)
-        return [(key, f"{shown(value)} is unknown{hint}")]
-    if kind == "greater_than_equal":
-        return [(key, f"{shown(value)} is too small; write {context['ge']} or more")]
-    if kind == "greater_than":
-        return [(key, f"{shown(value)} is too small; write a number above {context['gt']:g}")]
-    if kind == "less_than_equal":
-        return [(key, f"{shown(value)} is too large; write {context['le']} or less")]
+        return [(key, f"{shown(value)} is unknown{did_you_mean(str(value), choices)}")]
+    if kind in _BOUNDS:
+        return [(key, f"{shown(value)} is {_BOUNDS[kind].format(**context)}")]
     for prefix, words in _KINDS.items():
         if kind.startswith(prefix):
             return [(key, f"{shown(value)} is not {words}; write one")]

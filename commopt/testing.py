@@ -1,4 +1,4 @@
-"""The contract that every method keeps, as one call: for the methods here and for those of others.
+"""The contract that every method keeps, as one call, for commopt's methods and your own.
 
     check_method(MyMethod)
 
@@ -8,12 +8,13 @@ Gradient and update methods; ranks are simulated in threads.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from commopt.choice import Choice
 from commopt.errors import ConfigError
@@ -27,16 +28,14 @@ from commopt.wire.state import Saved
 
 __all__ = ["check_method"]
 
-Factory = Callable[[], Method]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-_SIZES = (1, 2, 3, 5)
-_STEPS, _BUCKET_BYTES = 12, 25 << 20
+_STEPS = 12
 _HALF = _STEPS // 2
 _ZERO_AT = _HALF + 1  # a step in which all gradients are zero
 
 
 class _Model(nn.Module):
-    """Sizes that nothing divides, a parameter of one element, and one that no step uses."""
+    """Sizes that do not divide evenly, a parameter of one element, and one that no step uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,19 +50,23 @@ class _Model(nn.Module):
 
 @dataclass
 class _Trained:
-    parameters: Tensor
+    run: PlainRun
     replica: Tensor | None = None  # the parameters after the last step that left all ranks with the same
     losses: list[float] = field(default_factory=list)
-    voided: list[tuple[int, str]] = field(default_factory=list)
-    payload_bytes: float = 0.0
-    state: Saved = field(default_factory=lambda: {"shared": {}, "rank": {}})
     half: tuple[_Model, Any, Saved] | None = None  # model, optimizer and method after half of the steps
-    is_synchronised: bool = True
-    void_steps: list[int] = field(default_factory=list)  # in which this rank must have heard of a NaN
+    void_steps: list[int] = field(default_factory=list)  # in which this rank must detect a NaN
+
+    @property
+    def state(self) -> Saved:
+        return self.run.method.saved()
+
+    @property
+    def parameters(self) -> Tensor:
+        return parameters_to_vector(self.run.model.parameters()).detach()
 
 
 def default_optimizer(method: Method) -> MakeOptimizer:
-    """SGD with momentum, or one whose place an update method takes."""
+    """SGD with momentum, or an optimizer that the update method can replace."""
     kinds: dict[str, Any] = {"AdamW": torch.optim.AdamW, "LAMB": LAMB, "Lion": Lion, "SGD": torch.optim.SGD}
     if not method.stands_for:
         return lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -71,31 +74,19 @@ def default_optimizer(method: Method) -> MakeOptimizer:
     return lambda model: kind(model.parameters(), lr=0.003)
 
 
-@dataclass(frozen=True)
-class _Case:
-    """A method under test, and the optimizer that it goes with."""
-
-    make: Factory
-    optimizer: MakeOptimizer
-    max_norm: float | None
-
-    def attach(self, model: _Model, group: SimGroup, bucket_bytes: int = _BUCKET_BYTES) -> PlainRun:
-        run = attach(model, self.make(), self.optimizer(model), group=group, max_norm=self.max_norm)
-        assert isinstance(run, PlainRun)
-        run.bucket_bytes = bucket_bytes
-        return run
+_Begin = Callable[[_Model, SimGroup], PlainRun]  # by the method under test, and its optimizer
 
 
 def check_method(
-    method: type[Method] | Choice | Factory,
+    method: type[Method] | Choice | Callable[[], Method],
     *,
     optimizer: MakeOptimizer | None = None,
     max_norm: float | None = None,
-    ranks: tuple[int, ...] = _SIZES,
+    ranks: tuple[int, ...] = (1, 2, 3, 5),
 ) -> None:
     """Raise AssertionError, saying what broke and on how many ranks, unless the method
 
-    - trains: the loss falls, on 1, 2, 3 and 5 ranks, with sizes that nothing divides;
+    - trains: the loss falls, on 1, 2, 3 and 5 ranks, with sizes that do not divide evenly;
     - keeps replicas equal, bit for bit, wherever it `is_synchronised`, and leaves a parameter alone that no rank uses;
     - does not depend on how gradients are bucketed, on the most ranks;
     - survives a NaN on one rank: every rank sees it in that step, or in a local step that rank alone, nothing is harmed, and
@@ -107,69 +98,79 @@ def check_method(
     method: a class, a name or block, or a function that makes one. optimizer: makes the one that the method goes with, or stands
         in for; `default_optimizer` if None. max_norm: as `attach` takes it. Raises ConfigError for an outer method.
     """
-    factory: Factory = method if callable(method) and not isinstance(method, type) else lambda: resolve(method)
-    first = factory()
+    make = method if callable(method) and not isinstance(method, type) else lambda: resolve(method)
+    first = make()
     if first.kind == "outer":
         raise ConfigError(f"{first.name}: check_method is for methods that exchange in every step")
-    case = _Case(factory, optimizer or default_optimizer(first), max_norm)
+    optimizer = optimizer or default_optimizer(first)
+
+    def begin(model: _Model, group: SimGroup) -> PlainRun:
+        run = attach(model, make(), optimizer(model), group=group, max_norm=max_norm)
+        assert isinstance(run, PlainRun)
+        return run
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         start = _Model()
     for n in ranks:
-        world = _train(case, start, n)
+        world = _train(begin, start, n)
         _check_training(world, start, n)
         if n == max(ranks):
-            _check_buckets(case, start, n, world)
-        _check_resume(case, start, n, world)
-        _check_nan(case, start, n)
-    _check_resharding(case, start)
+            _check_buckets(begin, start, n, world)
+        _check_resume(begin, start, n, world)
+        _check_nan(begin, start, n)
+    _check_resharding(begin, start)
 
 
-def _train(case: _Case, start: _Model, n: int, halves: list[_Trained] | None = None, **options: Any) -> list[_Trained]:
-    """Train on n ranks, or go on where `halves` had done half of the steps."""
+def _train(begin: _Begin, start: _Model, n: int, halves: Sequence[_Trained] = (), **options: Any) -> list[_Trained]:
+    """Train on n ranks, from the start or from half of the steps, as `halves` kept it."""
     world: SimWorld[_Trained] = SimWorld(n)
-    starts = [(copy.deepcopy(start), None, None) if halves is None else halves[rank].half for rank in range(n)]
-    return world.run(lambda group: _train_rank(case, starts[group.rank], group, **options))
+    starts = [halves[rank].half if halves else (copy.deepcopy(start), None, None) for rank in range(n)]
+    return world.run(lambda group: _train_rank(begin, starts[group.rank], group, **options))
 
 
 def _train_rank(
-    case: _Case,
+    begin: _Begin,
     start: Any,
     group: SimGroup,
     *,
     steps: int = _STEPS,
-    bucket_bytes: int = _BUCKET_BYTES,
+    bucket_bytes: int = PlainRun.bucket_bytes,
     nan_at: Mapping[int, int] | None = None,
+    resized: Sequence[Saved] = (),
 ) -> _Trained:
+    """resized: the states of a world of another size, to continue from."""
     model, optimizer, state = start
-    run = case.attach(model, group, bucket_bytes)
-    trained = _Trained(torch.empty(0))
+    run = begin(model, group)
+    run.bucket_bytes = bucket_bytes
+    trained = _Trained(run)
     if state is not None:
         run.optimizer.load_state_dict(optimizer)
         run.method.load(state)
+    if resized:
+        run.method.resize(copy.deepcopy(resized))
     for step in range(0 if state is None else _HALF, steps):
         if step == _HALF:
             trained.half = copy.deepcopy((model, run.optimizer.state_dict(), run.method.saved()))
-        loss = _loss(model, 1000 * step + group.rank)
+        x = torch.randn(16, 13, generator=torch.Generator().manual_seed(1000 * step + group.rank))
+        loss = (model(x) - x[:, :5].tanh()).square().mean()
         run.optimizer.zero_grad()
         (loss * 0 if step == _ZERO_AT else loss).backward()
         if step in (nan_at or {}):
-            _step_with_nan(model, run, group, trained, step, nan_at[step])  # type: ignore[index]
+            _step_with_nan(trained, group, step, nan_at[step])  # type: ignore[index]
         else:
             run.optimizer.step()
         if run.method.is_synchronised:
-            trained.replica = _flat(model)
+            trained.replica = trained.parameters
         trained.losses.append(loss.item())
-    trained.parameters, trained.voided = _flat(model), run.voided
-    trained.payload_bytes = group.traffic.payload_bytes
-    trained.state, trained.is_synchronised = copy.deepcopy(run.method.saved()), run.method.is_synchronised
     run.close()
     return trained
 
 
-def _step_with_nan(model: _Model, run: PlainRun, group: SimGroup, trained: _Trained, step: int, bad: int) -> None:
-    """Step with a NaN in the gradient of one rank, which may change nothing of its parameter on any rank that exchanges."""
-    weight, method = model.first.weight, run.method
+def _step_with_nan(trained: _Trained, group: SimGroup, step: int, bad: int) -> None:
+    """Step with a NaN in one rank's gradient; no rank that exchanges may change that parameter or its state."""
+    run, method = trained.run, trained.run.method
+    weight = run.parameters["first.weight"]
     if group.rank == bad:
         assert weight.grad is not None
         weight.grad[3, 4] = float("nan")
@@ -187,58 +188,54 @@ def _step_with_nan(model: _Model, run: PlainRun, group: SimGroup, trained: _Trai
         )
 
 
-def _flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
 def _check_training(world: list[_Trained], start: _Model, n: int) -> None:
     _check_replicas(world, n)
     losses = [sum(one.losses[step] for one in world) / n for step in range(_STEPS)]
     assert losses[-1] < losses[0], f"the loss did not fall on {n} ranks: {losses[0]:.4f} to {losses[-1]:.4f}"
-    model = copy.deepcopy(start)
-    nn.utils.vector_to_parameters(world[0].parameters, model.parameters())
-    assert torch.equal(model.unused, start.unused), f"a parameter that no rank uses was changed on {n} ranks"
-    assert not any(one.voided for one in world), f"a step without a NaN was void on {n} ranks"
-    if all(one.is_synchronised for one in world):
+    unused = world[0].run.parameters["unused"]
+    assert torch.equal(unused, start.unused), f"a parameter that no rank uses was changed on {n} ranks"
+    assert not any(one.run.voided for one in world), f"a step without a NaN was void on {n} ranks"
+    if all(one.run.method.is_synchronised for one in world):
         for key, x in world[0].state["shared"].items():
             assert all(_same(x, one.state["shared"][key]) for one in world), (
                 f"the state {key!r} differs between {n} ranks: declare it as held='rank', or compute it from what all ranks have"
             )
-    assert all(bool(one.parameters.isfinite().all()) for one in world), f"zero gradients break {n} ranks"
-    sent = [one.payload_bytes for one in world]
+    assert all(bool(one.parameters.isfinite().all()) for one in world), f"zero gradients broke parameters on {n} ranks"
+    sent = [one.run.traffic.payload_bytes for one in world]
     assert (min(sent) > 0) if n > 1 else (sent == [0.0]), f"counted {sent} bytes on {n} ranks"
 
 
 def _check_replicas(world: list[_Trained], n: int) -> None:
     replicas = [one.replica for one in world if one.replica is not None]
-    assert len(replicas) == n, f"{n} ranks have never been synchronised"
+    assert len(replicas) == n, f"replicas were never synchronised on {n} ranks"
     assert all(torch.equal(replicas[0], replica) for replica in replicas), f"replicas differ on {n} ranks"
 
 
-def _check_buckets(case: _Case, start: _Model, n: int, world: list[_Trained]) -> None:
-    small = _train(case, start, n, steps=_HALF, bucket_bytes=1000)
+def _check_buckets(begin: _Begin, start: _Model, n: int, world: list[_Trained]) -> None:
+    small = _train(begin, start, n, steps=_HALF, bucket_bytes=1000)
     assert world[0].half is not None
-    difference = float((small[0].parameters - _flat(world[0].half[0])).abs().max())
-    tolerance = 1e-6 if case.max_norm is None else 1e-5  # a norm's rounding depends on buckets
+    large = parameters_to_vector(world[0].half[0].parameters()).detach()
+    difference = float((small[0].parameters - large).abs().max())
+    tolerance = 1e-6 if world[0].run.max_norm is None else 1e-5  # a norm's rounding depends on buckets
     assert difference <= tolerance, f"smaller buckets change parameters by {difference:.2g} on {n} ranks"
 
 
-def _check_resume(case: _Case, start: _Model, n: int, world: list[_Trained]) -> None:
-    resumed = _train(case, start, n, world)
+def _check_resume(begin: _Begin, start: _Model, n: int, world: list[_Trained]) -> None:
+    resumed = _train(begin, start, n, world)
     for one, other in zip(world, resumed, strict=True):
         assert torch.equal(one.parameters, other.parameters), f"resuming is not bitwise on {n} ranks"
         for held, tensors in one.state.items():
             for key, x in tensors.items():
-                assert _same(x, other.state[held][key]), f"resuming on {n} ranks does not bring back the state {key!r}"
+                assert _same(x, other.state[held][key]), f"resuming on {n} ranks does not restore the state {key!r}"
 
 
-def _check_nan(case: _Case, start: _Model, n: int) -> None:
+def _check_nan(begin: _Begin, start: _Model, n: int) -> None:
     """A NaN early and a NaN late, on the first and on the last rank."""
     nan_at = {1: 0, _STEPS - 2: n - 1} if n % 2 else {1: n - 1, _STEPS - 2: 0}
-    world = _train(case, start, n, nan_at=nan_at)
+    world = _train(begin, start, n, nan_at=nan_at)
     for rank, one in enumerate(world):
         expected = [(step, "first.weight") for step in one.void_steps]
-        assert one.voided == expected, f"NaN at {{step: rank}} {nan_at} of {n}: rank {rank} saw {one.voided}"
+        assert one.run.voided == expected, f"NaN at {{step: rank}} {nan_at} of {n}: rank {rank} saw {one.run.voided}"
         for key, x in one.state["rank"].items():
             assert bool(x.isfinite().all()), f"a NaN reached the state {key!r}, a residual or a momentum"
         assert bool(one.parameters.isfinite().all()), "a NaN reached a parameter"
@@ -249,24 +246,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _check_resharding(case: _Case, start: _Model) -> None:
-    """What three ranks still have to send, two ranks still have to send."""
-
-    def step(group: SimGroup, states: list[Saved] | None = None) -> tuple[Saved, Tensor]:
-        model = copy.deepcopy(start)
-        run = case.attach(model, group)
-        if states is not None:
-            run.method.resize(copy.deepcopy(states))
-        _loss(model, group.rank).backward()
-        run.optimizer.step()
-        return run.method.saved(), _flat(model)
-
-    states = [saved for saved, _ in SimWorld[tuple[Saved, Tensor]](3).run(step)]
-    (_, first), (_, second) = SimWorld[tuple[Saved, Tensor]](2).run(lambda group: step(group, states))
+def _check_resharding(begin: _Begin, start: _Model) -> None:
+    """Two ranks that continue from the states of three stay equal and finite."""
+    states = [one.state for one in _train(begin, start, 3, steps=1)]
+    first, second = (one.parameters for one in _train(begin, start, 2, steps=1, resized=states))
     assert torch.equal(first, second), "replicas differ after a change from 3 ranks to 2"
     assert bool(first.isfinite().all()), "a change from 3 ranks to 2 broke the parameters"
-
-
-def _loss(model: _Model, seed: int) -> Any:
-    x = torch.randn(16, 13, generator=torch.Generator().manual_seed(seed))
-    return (model(x) - x[:, :5].tanh()).square().mean()

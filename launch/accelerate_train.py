@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
     model: Any = GPT(args.layers, 4, args.width, args.context)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=args.lr)
     schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps * accelerator.num_processes)
-    model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP, which noloco and diloco do without
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP, which noloco and diloco do not use
     model = commopt.wrap(model, method)  # and with DDP for the others
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     run = commopt.attach(model, method, optimizer)  # the one line to add
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--options", type=json.loads, default={}, help="the method's options, as JSON")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--output", default="out/accelerate", help="the folder of the checkpoint")
-    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     sizes = {"steps": 60, "batch": 8, "accumulate": 1, "context": 64, "layers": 2, "width": 64, "seed": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)

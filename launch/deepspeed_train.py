@@ -1,4 +1,4 @@
-"""Train the byte-level GPT of train.py by a DeepSpeed engine, with the communication that its JSON names.
+"""Train the byte-level GPT of train.py by a DeepSpeed engine, with the communication method that its JSON names.
 
 torchrun --nproc-per-node=2 launch/deepspeed_train.py --config configs/deepspeed/onebit_adam.json --steps 20
 torchrun --nproc-per-node=2 launch/deepspeed_train.py --config configs/deepspeed/noloco.json --steps 20
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
             sent = run.traffic.payload_bytes / 1e6 if run is not None else float("nan")
             print(f"step {step}: loss {loss.item():.3f}, {sent:.2f} MB sent", flush=True)
     if args.save:
-        engine.save_checkpoint(args.save)  # with what every rank has still to send
+        engine.save_checkpoint(args.save)  # with what each rank still has to send
     if run is not None:
         run.finish()
         run.close()
@@ -49,9 +49,9 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, required=True, help="a DeepSpeed configuration, as in configs/deepspeed")
     parser.add_argument("--corpus", type=Path, help="a file or a folder of text; default: Python's own sources")
     parser.add_argument("--save", help="a folder for a checkpoint after the last step")
-    parser.add_argument("--load", help="a folder with a checkpoint to go on from")
+    parser.add_argument("--load", help="a folder with a checkpoint to resume from")
     sizes = {"steps": 100, "context": 64, "layers": 2, "heads": 4, "width": 64, "log_every": 5}
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # which DeepSpeed's own launcher passes
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's own launcher
     main(parser.parse_args())

@@ -1,4 +1,4 @@
-"""Train through failures: every rank that dies is started again, and goes on from the last checkpoint, residuals included.
+"""Train through failures: torchrun restarts ranks that die, and training resumes from the last checkpoint, residuals included.
 
 torchrun --nproc-per-node=2 --max-restarts=3 launch/elastic_train.py --checkpoints /tmp/elastic --method dgc
 """
@@ -27,7 +27,7 @@ def make_model(seed: int = 1) -> nn.Module:
 
 
 def draw(rank: int, step: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """The batch of a rank and a step, the same whenever it is drawn: x (size, 64) f32, and which of ten corners it is nearest to."""
+    """The batch of a rank and a step, always the same: x (size, 64) f32, and the nearest of ten corners, (size,) i64."""
     corners = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1_000_003 * (rank + 1) + step)
     x = torch.randn(size, FEATURES, generator=generator)
@@ -43,7 +43,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, run: commopt.Run, schedule: Any) -> None:
-    """Write a checkpoint of its own for this step, and only then remove those before it."""
+    """Write a checkpoint for this step, and only then remove the earlier ones."""
     run.save(folder / f"step-{run.steps}", extra={"schedule": schedule.state_dict()})
     if dist.get_rank() == 0:
         for path in folder.glob("step-*"):
@@ -84,18 +84,10 @@ def main(args: argparse.Namespace) -> None:
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=Path, required=True, help="a folder that all nodes see")
-    parser.add_argument(
-        "--every", type=int, default=10, help="steps between two checkpoints: what a failure costs at most"
-    )
+    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints; a failure costs no more")
     parser.add_argument("--method", default="onebit_adam", help="a name from docs/methods.md")
-    parser.add_argument(
-        "--options", type=json.loads, default={}, help='the method\'s options, as JSON: {"freeze_step": 20}'
-    )
-    parser.add_argument(
-        "--optimizer",
-        default="adam",
-        help="adam, sgd, ...: whose gradients the method replaces, or whose place it takes",
-    )
+    parser.add_argument("--options", type=json.loads, default={}, help='the method\'s, as JSON: {"freeze_step": 20}')
+    parser.add_argument("--optimizer", default="adam", help="adam, sgd, ...; a method may stand in for it")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=100)
     return parser.parse_args(words)

@@ -1,4 +1,4 @@
-"""Train the byte-level GPT of train.py with FSDP2: sharded within a node, and averaged between nodes by any gradient method.
+"""Train the byte-level GPT of train.py with FSDP2: sharded within a node, averaged between nodes by any gradient method.
 
 torchrun --nproc-per-node=4 launch/fsdp_train.py --shards 2 --method '{"name": "two_way(int8)"}'
 torchrun --nproc-per-node=4 launch/fsdp_train.py --shards 4 --method '"two_way(int8)"'      # one replica: compress its reduce-scatter
@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
     dist.init_process_group(args.backend)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if ranks % args.shards:
-        raise SystemExit(f"--shards {args.shards}: {ranks} processes cannot be cut into replicas of as many shards")
+        raise SystemExit(f"--shards {args.shards}: {ranks} processes do not divide into replicas of that many shards")
     device = "cuda" if is_gpu else "cpu"
     if args.shards == ranks:
         mesh = init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"step {step:4d}  loss {loss.item():.3f}", flush=True)
     seconds = time.perf_counter() - start
 
-    with torch.no_grad():  # every rank the same windows: a sharded model takes all of them to run
+    with torch.no_grad():  # the same windows on every rank: all ranks run a sharded model together
         windows = torch.Generator().manual_seed(1)
         x, y = (t.to(device) for t in draw(held_out, 64, args.context, windows))
         validation = model(x, y).item()
@@ -74,9 +74,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--method", type=json.loads, default="two_way(int8)", help="a name or a block, as JSON; null for none"
-    )
+    parser.add_argument("--method", type=json.loads, default="two_way(int8)", help="name or block as JSON, or null")
     parser.add_argument("--shards", type=int, default=2, help="processes that share one copy of the model")
     parser.add_argument("--backend", default="gloo", choices=["gloo", "nccl"])
     parser.add_argument("--lr", type=float, default=0.1)

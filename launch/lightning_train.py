@@ -1,9 +1,7 @@
-"""Train launch/train.py's GPT as a LightningModule, by any method; a page to copy from.
+"""Train launch/train.py's GPT as a LightningModule, by any method; an example to copy.
 
 python launch/lightning_train.py --method onebit_adam --options '{"freeze_step": 8}'
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -21,7 +19,7 @@ from commopt.optim import OPTIMIZERS
 
 
 class Windows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Windows of the text by their number, always the same ones; Lightning gives each rank its share."""
+    """Windows of the text by number, always the same; Lightning gives each rank its share."""
 
     def __init__(self, data: Tensor, context: int, size: int) -> None:
         self.data, self.context, self.size = data, context, size
@@ -35,7 +33,7 @@ class Windows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 class Language(pl.LightningModule):
-    """What any LightningModule is: nothing in it knows of the method."""
+    """An ordinary LightningModule: nothing in it depends on the method."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
@@ -56,7 +54,7 @@ class Language(pl.LightningModule):
 
 
 class Printed(pl.Callback):
-    """Prints every fifth step's loss and what this rank has sent in it."""
+    """Prints every fifth step's loss, and what this rank sent in that step."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step, seen = trainer.global_step, trainer.callback_metrics
@@ -104,14 +102,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="onebit_adam", help="a name from docs/methods.md")
     parser.add_argument("--options", type=json.loads, default={}, help="the method's options, as JSON")
-    parser.add_argument(
-        "--optimizer", default="adam", choices=sorted(OPTIMIZERS), help="what configure_optimizers returns"
-    )
+    parser.add_argument("--optimizer", default="adam", choices=sorted(OPTIMIZERS), help="for configure_optimizers")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--corpus", type=Path, help="a file or a folder of text; default: Python's own sources")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--save", type=Path, help="write a checkpoint at the end")
-    parser.add_argument("--resume", type=Path, help="go on from a checkpoint")
+    parser.add_argument("--resume", type=Path, help="resume from a checkpoint")
     sizes = {"devices": 2, "steps": 20, "batch": 4, "context": 64, "layers": 2, "heads": 4, "width": 64, "seed": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)

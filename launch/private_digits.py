@@ -46,9 +46,8 @@ def main(args: argparse.Namespace) -> None:
     sgd = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     run = commopt.attach(model, method, sgd)
 
-    samples = torch.Generator().manual_seed(
-        1000 * args.seed + rank
-    )  # which samples come does not depend on what is in them
+    # which samples are drawn does not depend on their content
+    samples = torch.Generator().manual_seed(1000 * args.seed + rank)
     for _ in range(args.steps):
         which = torch.randperm(len(x), generator=samples)[:batch]
         method.backward(model, F.cross_entropy, x[which], y[which])  # instead of loss.backward()
@@ -72,9 +71,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=1500, help="samples of a step, over all ranks")
     parser.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient of one sample")
-    parser.add_argument(
-        "--error-norm", type=float, default=0.25, help="largest part of the error in a step; 0 is DP-SGD"
-    )
+    parser.add_argument("--error-norm", type=float, default=0.25, help="largest error sent; 0 is DP-SGD")
     parser.add_argument("--lr", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=1)
     main(parser.parse_args())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start this machine's part of a training on several machines, with torchrun. Run it on every one of them, in any order:
+# Start this machine's part of a training on several machines, with torchrun. Run it on each of them, in any order:
 #
 #   HEAD=10.1.0.5 NODES=2 NODE=0 launch/torchrun.sh launch/train.py --method onebit_adam     # on 10.1.0.5
 #   HEAD=10.1.0.5 NODES=2 NODE=1 launch/torchrun.sh launch/train.py --method onebit_adam     # on the other
@@ -20,7 +20,7 @@ fail() {
 is_number() { [[ $1 =~ ^(0|[1-9][0-9]{0,5})$ ]]; }
 
 PORT=${PORT:-29500} SLOTS=${SLOTS:-1} JOB=${JOB:-commopt} RENDEZVOUS=${RENDEZVOUS:-c10d} RESTARTS=${RESTARTS:-0} WAIT_S=${WAIT_S:-600}
-(($# > 0)) || fail "no program; write it behind, as in: HEAD=10.1.0.5 NODES=2 NODE=0 launch/torchrun.sh train.py --steps 100"
+(($# > 0)) || fail "no program; append it, as in: HEAD=10.1.0.5 NODES=2 NODE=0 launch/torchrun.sh train.py --steps 100"
 [[ -n ${HEAD:-} ]] || fail "HEAD is not set; write the address of node 0, as in HEAD=10.1.0.5"
 is_number "${NODES:-}" && ((NODES >= 1)) || fail "NODES=${NODES:-} is no number of machines; write it, as in NODES=2"
 is_number "${NODE:-}" && ((NODE < NODES)) || fail "NODE=${NODE:-} is none of $NODES machines; write 0 on the one that is HEAD, and another number below $NODES on each of the others"
@@ -29,27 +29,27 @@ is_number "$PORT" && ((PORT >= 1 && PORT <= 65535)) || fail "PORT=$PORT is no po
 is_number "$RESTARTS" || fail "RESTARTS=$RESTARTS is no number; write 0 or more"
 is_number "$WAIT_S" && ((WAIT_S >= 1)) || fail "WAIT_S=$WAIT_S is no number of seconds; write 1 or more"
 [[ $RENDEZVOUS == c10d || $RENDEZVOUS == static ]] || fail "RENDEZVOUS=$RENDEZVOUS is unknown; write c10d or static"
-[[ $RENDEZVOUS == c10d || $RESTARTS == 0 ]] || fail "RESTARTS=$RESTARTS needs RENDEZVOUS=c10d: with static, the others do not hear of a restart"
+[[ $RENDEZVOUS == c10d || $RESTARTS == 0 ]] || fail "RESTARTS=$RESTARTS needs RENDEZVOUS=c10d: with static, the others are not told of a restart"
 
-# Gloo takes the interface that this machine's own name leads to, which is often the loopback one: name the one that leads to HEAD.
+# Gloo uses the interface of this machine's host name, which is often loopback: name the one that leads to HEAD.
 if [[ -z ${ADDRESS:-} || -z ${INTERFACE:-} ]]; then
   command -v ip > /dev/null || fail "there is no 'ip' command; install iproute2, or set ADDRESS and INTERFACE to this machine's own"
   head=$(getent ahostsv4 "$HEAD") || true
   head=${head%%[[:space:]]*}
   [[ -n $head ]] || fail "HEAD=$HEAD: no address is known for this name here; write the address itself"
   [[ $head != 127.* || $HEAD == 127.* || $HEAD == localhost || $NODES == 1 ]] ||
-    fail "HEAD=$HEAD is $head on this machine, where no other reaches it; write the address that the others use"
+    fail "HEAD=$HEAD is $head on this machine, which no other can reach; write the address that the others use"
   route=$(ip -4 -o route get "$head") || fail "HEAD=$HEAD: no route leads to $head; is the network up?"
   [[ $NODE != 0 || -n ${ADDRESS:-} || $route == local* ]] ||
     fail "NODE=0 is the machine that is HEAD, and $head is not an address of this one; write another NODE here, or another HEAD"
   ADDRESS=${ADDRESS:-$(sed 's/.* src \([0-9.]*\).*/\1/' <<< "$route")}
   INTERFACE=${INTERFACE:-$(ip -4 -o addr show | awk -v own="$ADDRESS" '$4 == own || index($4, own "/") == 1 { print $2 }')}
-  INTERFACE=${INTERFACE%%$'\n'*} INTERFACE=${INTERFACE:-lo} # 127.0.0.2 is nowhere listed
+  INTERFACE=${INTERFACE%%$'\n'*} INTERFACE=${INTERFACE:-lo} # no interface lists 127.0.0.2
 fi
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) - 1) / SLOTS) + 1))}
 export COMMOPT_NODE=${COMMOPT_NODE:-node$NODE} COMMOPT_NODE_RANK=$NODE
-[[ $INTERFACE == lo ]] || export COMMOPT_NIC=${COMMOPT_NIC:-$INTERFACE} # its counter is read beside commopt's own
+[[ $INTERFACE == lo ]] || export COMMOPT_NIC=${COMMOPT_NIC:-$INTERFACE} # its byte count is compared with commopt's own
 
 words=("${PYTHON:-python}" -m torch.distributed.run "--nnodes=$NODES" "--nproc-per-node=$SLOTS")
 words+=(--log-dir=/dev/null) # or torchrun leaves an empty folder in /tmp; all output is printed here
@@ -60,8 +60,8 @@ else
   is_host=$([[ $NODE == 0 ]] && echo true || echo false)
   words+=(--rdzv-backend=c10d "--rdzv-id=$JOB" "--rdzv-endpoint=$HEAD:$PORT" "--rdzv-conf=is_host=$is_host,read_timeout=$WAIT_S")
   words+=("--local-addr=$ADDRESS" "--max-restarts=$RESTARTS")
-  # torchrun would keep one store for the ranks of all restarts, in which they find addresses of ranks that are gone
-  # (pytorch/pytorch#135712, still so in 2.13); told so, rank 0 opens a new one for each.
+  # By default, torchrun keeps one store over all restarts, where ranks find addresses of ranks that are gone
+  # (pytorch/pytorch#135712, still so in 2.13); with this, rank 0 opens a new one for each.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 words+=("$@")

@@ -1,4 +1,4 @@
-"""Train a byte-level GPT on real text with any communication method; a page to read and to copy from.
+"""Train a byte-level GPT on real text with any communication method; an example to read and copy.
 
 torchrun --nproc-per-node=4 launch/train.py --method onebit_adam --options '{"freeze_step": 24}'
 mpirun -n 4 python launch/train.py --method onebit_adam --options '{"freeze_step": 24}'
@@ -33,7 +33,7 @@ def read_corpus(path: Path | None) -> tuple[Tensor, Tensor]:
     text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)) or bytearray(1), dtype=torch.uint8)
     pages = text[: len(text) // (20 * PAGE) * 20 * PAGE].view(-1, 20, PAGE)
     if len(pages) == 0:
-        raise SystemExit(f"--corpus {path}: {len(text)} bytes are too few; it takes at least {20 * PAGE}")
+        raise SystemExit(f"--corpus {path}: {len(text)} bytes are too few; at least {20 * PAGE} are needed")
     return pages[:, :19].reshape(-1), pages[:, 19].reshape(-1)
 
 
@@ -45,14 +45,14 @@ def draw(data: Tensor, batch: int, context: int, generator: torch.Generator) -> 
 
 
 class Stream:
-    """The batches of one rank by step: the same wherever training starts and whatever the method, and none of them twice."""
+    """One rank's batches by step, no batch twice: the same for every method, and wherever training starts."""
 
     def __init__(self, data: Tensor, batch: int, context: int, seed: int) -> None:
         self.data, self.batch, self.context = data, batch, context
         self.generator, self.drawn = torch.Generator().manual_seed(seed), 0
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step; those of steps that were left out are passed over."""
+        """The batch of a step; batches of skipped steps are drawn and dropped."""
         for _ in range(self.drawn, step):
             draw(self.data, self.batch, self.context, self.generator)
         self.drawn = step + 1
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     method = commopt.build(args.method, **args.options)
     model = commopt.wrap(gpt, method, bucket_cap_mb=args.bucket_mb)
     with commopt.attach(model, method, optimizer, group=group) as run:
-        run.join(schedule=schedule)  # in a new job at step 0, or with the others if they train already
+        run.join(schedule=schedule)  # at step 0 in a new job, or with ranks that are already training
         stream = Stream(train, args.batch, args.context, args.seed * 1000 + run.rank)
         for step in run.range(args.steps):
             loss = train_step(model, run.optimizer, stream.at(step))
@@ -119,9 +119,8 @@ def main(args: argparse.Namespace) -> None:
             run.log(loss=loss, tokens=args.batch * args.context)
         run.finish()
 
-        windows = torch.Generator().manual_seed(
-            1 + (0 if run.is_replica else run.rank)
-        )  # equal replicas share the text
+        # ranks with equal replicas validate on different windows
+        windows = torch.Generator().manual_seed(1 + (0 if run.is_replica else run.rank))
         with torch.no_grad():
             losses = [gpt(*draw(held_out, 16, args.context, windows)).item() for _ in range(args.validation_batches)]
         run.log(validation_loss=sum(losses) / len(losses), tokens=16 * args.context * len(losses))

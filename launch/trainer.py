@@ -9,7 +9,7 @@ import json
 import os
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is made here, and nothing is to be downloaded
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is made here; nothing needs downloading
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
@@ -75,8 +75,8 @@ if __name__ == "__main__":
     parser.add_argument("--options", type=json.loads, default={}, help="the method's options, as JSON")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--output", default="out/trainer", help="the folder of checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint there")
-    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint there")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     sizes = {"steps": 60, "batch": 8, "accumulate": 1, "context": 64, "layers": 2, "width": 64, "seed": 1}
     for name, default in {**sizes, "save-steps": 500}.items():
         parser.add_argument(f"--{name}", type=int, default=default)

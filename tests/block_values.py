@@ -1,6 +1,8 @@
-"""Blocks, and values for them: for codecs and kernels under test."""
+"""Blocks and their values, for the tests of codecs and kernels."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from commopt.compress import Compressor
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.payload import Payload
 
 LENGTHS = st.lists(
     st.one_of(st.integers(1, 140), st.sampled_from([255, 256, 2047, 2048, 2049, 4096, 5001])), min_size=1, max_size=4
@@ -18,13 +21,13 @@ SEEDS = st.integers(0, 2**31)
 
 
 def blocks_in(codec: Compressor, numels: list[int], ranks: int = 3) -> Blocks:
-    """Those that a codec cuts parameters of these sizes into."""
+    """The blocks that a codec cuts parameters of these sizes into."""
     tensors = [(f"p{k}", torch.zeros(n)) for k, n in enumerate(numels)]
     return codec.table(ParameterIndex.of(tensors), ranks).all_of(Bucket.of(tensors))
 
 
 def blocks_of(lengths: list[int], gap: int = 3, seed: int | None = 0) -> Blocks:
-    """Blocks that lie apart in the values and in reverse order in the residual, with random keys unless `seed` is None."""
+    """Blocks with gaps in the values, and in reverse order in the residual; with random keys unless `seed` is None."""
     n = np.asarray(lengths, dtype=np.int64)
     starts, homes = np.cumsum(n + gap) - n, np.cumsum(n[::-1])[::-1] - n
     number = np.arange(len(n))
@@ -38,6 +41,24 @@ def heavy_tailed(n: int, seed: int, spread: float = 2.0) -> Tensor:
     x = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(spread).exp()
     u = torch.rand(n, generator=generator)
     return torch.where(u < 0.1, 0.0, torch.where(u > 0.9, -0.0, x))
+
+
+def compress(codec: Compressor, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Payload:
+    payload = Payload.allocate(codec.layout(blocks))
+    payload.buffer.fill_(171)  # all of it has to be written
+    codec.compress_(x, residual, [blocks], [payload.tensors])
+    return payload
+
+
+def server_residual(exchanges: list[Any], elements: int) -> Tensor:
+    """(elements,) every rank's server residual, at the places of its parameters."""
+    whole = torch.zeros(elements)
+    for rank, one in enumerate(exchanges):
+        blocks = one.table.at_home(rank)
+        parts = torch.split(one.server.residual, blocks.lengths.tolist())
+        for start, part in zip(blocks.starts, parts, strict=True):
+            whole[start : start + len(part)] = part
+    return whole
 
 
 def draw(blocks: Blocks, seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:

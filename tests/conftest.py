@@ -28,7 +28,7 @@ PAGES = "tests/docs/test_pages.py"  # the same
 SHARING = (  # files of which each kind shares its ranks: what mpiexec starts, or what has a framework imported
     ("tests/groups/test_mpi.py", "tests/groups/test_contract.py"),
     ("tests/frameworks/test_deepspeed",),
-    ("tests/frameworks/test_fsdp",),
+    ("tests/frameworks/test_fsdp", "tests/frameworks/test_ddp_levels"),
     ("tests/frameworks/test_accelerate.py", "tests/frameworks/test_transformers.py"),
 )
 PATIENCE_S = 400  # for tests of many processes, which may have to share the machine
@@ -39,7 +39,7 @@ hypothesis.settings.load_profile("commopt")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start what programs are forked from, once for all workers."""
+    """Start the process that programs are forked from, once for all workers."""
     config.addinivalue_line("markers", "ranks(kind, n): the test runs on n ranks with a framework, by `kind`_ranks")
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="commopt-tests-")
@@ -55,7 +55,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --dist loadfile: the emulated machines in one worker, from the start, and files in the others."""
+    """With --dist loadfile: one worker runs the emulated machines, from the start, and the others run files."""
     from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]
@@ -124,7 +124,8 @@ fsdp_ranks, deepspeed_ranks, huggingface_ranks, lightning_ranks = map(
 
 
 @pytest.fixture(scope="session")
-def _namespaces() -> None:
+def namespaces() -> None:
+    """Skip, with the reason, if network namespaces are not allowed."""
     try:
         named = named_namespace(unshare_words())
     except EmulationError as error:
@@ -134,13 +135,8 @@ def _namespaces() -> None:
 
 
 @pytest.fixture
-def namespaces(_namespaces: None) -> None:
-    """Skip, with the reason, where network namespaces are not allowed."""
-
-
-@pytest.fixture
 def mark() -> Iterator[str]:
-    """A word for the command line of a test's processes; those that are left at the end are ended."""
+    """A word for the command line of a test's processes; those left at the end are killed."""
     from launchers import end_all, processes  # beside the cluster tests: importable when one of them is collected
 
     word = f"mark-{uuid.uuid4().hex}"
@@ -153,7 +149,7 @@ def mark() -> Iterator[str]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str], Path]:
-    """Write a YAML file of the given text, and return its path."""
+    """Write a YAML file, and return its path."""
 
     def write_yaml(text: str) -> Path:
         path = tmp_path / "cluster.yaml"

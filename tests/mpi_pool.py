@@ -1,4 +1,4 @@
-"""Five ranks that mpiexec starts once, which take functions over sockets: as the pool of Gloo ranks, over MPI."""
+"""Five ranks that mpiexec starts once, which receive functions over sockets: the pool of Gloo ranks, over MPI."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pool import serve as serve_calls
 from commopt import kernels
 
 START_S, END_S = 60.0, 10.0
-# what Open MPI wants before it starts more ranks than there are cores, or any as root; others do not look at it
+# Open MPI needs these to start more ranks than there are cores, or any as root; other MPIs ignore them
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -38,20 +38,20 @@ def mpiexec() -> str | None:
 
 
 def why_not() -> str:
-    """What is missing to run ranks over MPI here; "" where nothing is."""
+    """What is missing to run ranks over MPI here, or ""."""
     if importlib.util.find_spec("mpi4py") is None:
         return "mpi4py is not installed"
     return "" if mpiexec() else "there is no mpiexec: pip install mpich"
 
 
 def environment() -> dict[str, str]:
-    """For what mpiexec starts: this Python's modules, and no word of other launchers."""
+    """For mpiexec's ranks: Open MPI's settings and this Python's module path."""
     return {**os.environ, **OPEN_MPI, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 @cache
 def shared() -> MPIPool:
-    """The ranks of all tests of this process, until it ends; skips the test, with the reason, where MPI is missing."""
+    """The ranks of all tests of this process, until it ends; skips the test, with the reason, if MPI is missing."""
     if why := why_not():
         pytest.skip(why)
     kernels.warm_up()

@@ -1,4 +1,4 @@
-"""Outer methods in tests: rounds without a training around them, and a small model's training in a SimWorld."""
+"""Outer methods in tests: single rounds without any training, and a small model's training in a SimWorld."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from rig import loss_of, make_batch, make_model
+from rig import loss_of, make_batch, make_model, normal
 from torch import Tensor
 
 from commopt import attach, build
@@ -24,7 +24,7 @@ SHAPES = {"a": (5, 7), "b": (7,), "c": (7, 4), "d": (4,)}  # 74 elements
 
 @dataclass(frozen=True)
 class Played:
-    """One round of one rank: what its inner steps arrived at, what the method made of it, and who took part."""
+    """One round of one rank: x after its inner steps, what the method made of it, and the members."""
 
     x: Tensor
     new: Tensor
@@ -36,17 +36,16 @@ def parameters(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> list[tuple[str
 
 
 def start_values(elements: int) -> Tensor:
-    return torch.randn(elements, generator=torch.Generator().manual_seed(11))
+    return normal(elements, 11)
 
 
 def drift(rank: int, number: int, elements: int) -> Tensor:
     """What a rank's inner steps add between two rounds."""
-    generator = torch.Generator().manual_seed(7919 * number + rank)
-    return torch.randn(elements, generator=generator) * 0.1
+    return normal(elements, 7919 * number + rank) * 0.1
 
 
 def gradient(model: torch.nn.Module, x: Tensor, rank: int, step: int) -> Tensor:
-    """(P,) f64: that of the small model in float64 at the parameters x, on a rank's batch."""
+    """(P,) f64: the small model's gradient at the parameters x, on a rank's batch."""
     torch.nn.utils.vector_to_parameters(x, model.parameters())
     model.zero_grad()
     inputs, targets = make_batch(rank, step, torch.float64)
@@ -58,14 +57,14 @@ T = TypeVar("T")
 
 
 def local_memberships(ranks: int) -> Sequence[tuple[Membership, socket.socket]]:
-    """Members on this machine's loopback, each with a socket that listens already."""
+    """Members on the loopback interface, each with a socket that listens already."""
     listeners = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in range(ranks)]
     addresses = tuple(("127.0.0.1", int(one.getsockname()[1])) for one in listeners)
     return [(Membership(rank, addresses, "local"), listener) for rank, listener in enumerate(listeners)]
 
 
 def over_tcp(ranks: int, work: Callable[[TcpPeers], T], limit_s: float = 120.0) -> list[T]:
-    """What `work` returns on each rank, in threads over real sockets on this machine."""
+    """What `work` returns on each rank; ranks are threads with real sockets on this machine."""
     peers = [TcpPeers(membership, listener=listener) for membership, listener in local_memberships(ranks)]
     results: dict[int, T] = {}
 
@@ -78,7 +77,7 @@ def over_tcp(ranks: int, work: Callable[[TcpPeers], T], limit_s: float = 120.0) 
             thread.start()
         for thread in threads:
             thread.join(limit_s)
-        deadline_s = time.monotonic() + 10  # what was sent last is counted when it has left
+        deadline_s = time.monotonic() + 10  # the last messages are counted when they have left
         while not all(one.is_quiet() for one in peers) and time.monotonic() < deadline_s:
             time.sleep(0.01)
     finally:
@@ -90,7 +89,7 @@ def over_tcp(ranks: int, work: Callable[[TcpPeers], T], limit_s: float = 120.0) 
 def play(
     ranks: int, name: str, options: Mapping[str, Any], rounds: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES
 ) -> list[list[Played]]:
-    """Rounds on a flat tensor that drifts apart in between; by rank, by round."""
+    """[rank][round] of a method, on flat tensors that drift apart between the rounds."""
 
     def rank_of(group: SimGroup) -> list[Played]:
         method: Any = build(name, **{"every": 1, **options})
@@ -115,9 +114,28 @@ def play(
     return SimWorld[list[Played]](ranks).run(rank_of)
 
 
+def thetas_of(played: list[list[Played]]) -> list[list[Tensor]]:
+    """[round][rank] x after the inner steps."""
+    return [[rank[t].x for rank in played] for t in range(len(played[0]))]
+
+
+def bound(name: str, group: SimGroup, elements: int, **options: Any) -> Any:
+    """A method for one parameter of so many elements."""
+    method: Any = build(name, **options)
+    method.bind([("x", torch.zeros(elements))], group.peers)
+    return method
+
+
+def after_round(method: Any, x: Tensor, number: int) -> tuple[Tensor, Any]:
+    """What round `number` makes of x, and what was exchanged in it."""
+    round = method.round_after(number + 1)
+    exchanged = method.exchange(x, round)
+    return method.apply(x, round, exchanged), exchanged
+
+
 @dataclass
 class Diary:
-    """What one rank did: the data steps in order (of all its lives), and copies of its parameters."""
+    """What one rank did: its data steps in order, across restarts, and copies of its parameters."""
 
     seen: list[int] = field(default_factory=list)
     begun_at: list[int] = field(default_factory=list)
@@ -125,7 +143,7 @@ class Diary:
     after: dict[int, Tensor] = field(default_factory=dict)
     learning_rate: dict[int, float] = field(default_factory=dict)  # by steps done before
     momentum: dict[int, list[Tensor]] = field(default_factory=dict)  # of the inner optimizer, by steps done before
-    started: list[Tensor] = field(default_factory=list)  # the parameters at the begin of each life
+    started: list[Tensor] = field(default_factory=list)  # the parameters at each start
     run: OuterRun | None = None
 
     @property
@@ -149,12 +167,11 @@ def train_diary(
     steps: int,
     *,
     step_s: float = 0.0,
-    lr: float = 0.05,
     poison: Callable[[int, torch.nn.Module], None] | None = None,
 ) -> Diary:
-    """Train the small model on this rank's data; `poison(step, model)` may spoil it before a step."""
+    """Train the small model on this rank's data; `poison(step, model)` may change it before a step."""
     model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
     method: Any = build(name, **options)
     run: Any = None
@@ -200,15 +217,14 @@ def run_world(
     links: LinkModel | None = None,
     step_s: float = 0.0,
     poison: Callable[[int, int, torch.nn.Module], None] | None = None,
-    lr: float = 0.05,
 ) -> tuple[SimWorld[Any], list[Diary]]:
-    """Train on all ranks of a simulated world with faults; a rank that is killed leaves its diary behind."""
+    """Train on all ranks of a simulated world with faults; a killed rank's diary is returned too."""
     diaries = [Diary() for _ in range(ranks)]
     world: SimWorld[Any] = SimWorld(ranks, links, faults=faults)
 
     def train(group: SimGroup) -> None:
         spoil = None if poison is None else lambda step, model: poison(group.rank, step, model)
-        train_diary(group, diaries[group.rank], name, options, steps, step_s=step_s, poison=spoil, lr=lr)
+        train_diary(group, diaries[group.rank], name, options, steps, step_s=step_s, poison=spoil)
 
     world.run(train)
     return world, diaries

@@ -12,7 +12,8 @@ from typing import Any
 
 from synthetic_runs import Edit, write_lines
 
-from commopt.report.results import RunResult, collect
+from commopt.report.document import RunResult
+from commopt.report.results import collect
 
 EPOCH_S = 1_800_000_000.0
 Lines = list[dict[str, Any]]
@@ -20,7 +21,7 @@ Lines = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Absence:
-    """A rank is killed after `after` steps, and goes on at step `resumed_at`, `back_s` seconds after the first start."""
+    """A rank is killed after `after` steps, and resumes at step `resumed_at`, `back_s` seconds after the first start."""
 
     after: int
     back_s: float | None = None
@@ -37,7 +38,7 @@ class OuterPlan:
     every: int = 10
     step_s: float = 0.1
     noise: float = 0.0
-    start_s: float = 0.0  # rank r starts r times as late
+    start_s: float = 0.0  # rank r starts r times this later
     stops: Mapping[tuple[int, int], float] = field(default_factory=dict)
     slow: Mapping[int, tuple[int, int, float]] = field(default_factory=dict)  # rank: from step, to step, factor
     missed: Sequence[tuple[int, int]] = ()  # (rank, round)

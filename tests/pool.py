@@ -1,6 +1,6 @@
-"""Five ranks that are started once: processes with Gloo on loopback, which take functions over pipes.
+"""Five ranks that are started once: processes with Gloo on the loopback interface, which receive functions over pipes.
 
-They are forks of one process that has imported everything, which takes longer than all else.
+They are forks of one process that has imported everything, because imports take longest.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Pool:
     Functions travel by their names; warnings are errors in them. After a failure or a timeout the
     ranks are ended, and the next call starts new ones.
 
-    jobs: how many ranks each of its jobs of torch.distributed has. environment: of all its processes.
-    their_warnings: (category, text) of those that are no errors.
+    jobs: the number of ranks of each torch.distributed job. environment: of all its processes.
+    their_warnings: (category, text) of the warnings that are not errors.
     """
 
     jobs: ClassVar[tuple[int, ...]] = (max(SIZES),)
@@ -44,11 +44,11 @@ class Pool:
 
     def __init__(self) -> None:
         self._ranks: list[tuple[subprocess.Popen[bytes], Connection]] = []
-        self._pids: set[int] = set()  # of ranks, which stop between calls, as idle process groups wake all the time
+        self._pids: set[int] = set()  # of ranks, stopped between calls because idle process groups keep waking
 
     @classmethod
     def load(cls) -> None:
-        """Import what all ranks want, in the process whose forks they are."""
+        """Import what all ranks need, in the process that they are forked from."""
         import rig  # noqa: F401
 
         import commopt.frameworks.ddp
@@ -56,14 +56,14 @@ class Pool:
 
     @classmethod
     def begin(cls, rank: int, size: int, port: int) -> Callable[[int], tuple[Any, ...]]:
-        """Become a rank of a job; returns by a call's number of ranks what functions get before their arguments."""
+        """Become a rank of a job; returns a function from a call's number of ranks to the first arguments of its function."""
         import torch.distributed as dist
 
         limit = timedelta(seconds=60)
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=limit, rank=rank, world_size=size)
         groups = {}
         for n in SIZES:
-            # every rank is in as many groups as any other, which groups made later by some of them need
+            # groups that some ranks make later need every rank to be in equally many groups
             for first in range(0, size, n):
                 ranks = list(range(first, min(first + n, size)))
                 own, twin = (dist.new_group(ranks, timeout=limit) for _ in range(2))
@@ -123,7 +123,7 @@ class Pool:
             process.kill()
             process.wait()
         for _, connection in self._ranks:
-            with contextlib.suppress(EOFError, OSError):  # a fork has nobody else who waits for its end
+            with contextlib.suppress(EOFError, OSError):  # nobody else waits for a fork to end
                 while connection.poll(GRACE_S):
                     connection.recv_bytes()
             connection.close()
@@ -150,13 +150,13 @@ class Pool:
 
 
 def fork_ranks(kind: type[Pool], descriptors: list[int]) -> None:
-    """Import what ranks want, become all of them, and end after the last one."""
+    """Import what ranks need, fork all of them, and end after the last one."""
     import torch
 
     torch.set_num_threads(1)
     kind.load()
     kernels.warm_up()
-    gc.freeze()  # a collection in a rank would write to, and so copy, all that has been imported
+    gc.freeze()  # a collection in a rank would write to all imported objects, and so copy them
     own = iter(descriptors)
     for size in kind.jobs:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -180,7 +180,7 @@ def fork_ranks(kind: type[Pool], descriptors: list[int]) -> None:
 
 
 def end_groups() -> None:
-    """End the process groups that attach has made in calls that are over on all ranks: each wakes a hundred times a second."""
+    """End the process groups that attach made in earlier calls: each wakes a hundred times a second."""
     import torch.distributed as dist
 
     world = dist.distributed_c10d._world
@@ -188,7 +188,7 @@ def end_groups() -> None:
         if group.group_desc == "commopt":
             name = world.pg_names[group]
             dist.destroy_process_group(group)
-            world.pg_names[object()] = name  # type: ignore[index]  # torch counts these, and would give a name twice
+            world.pg_names[object()] = name  # type: ignore[index]  # torch counts these to make names, and would repeat one
 
 
 _twins: dict[Any, Any] = {}

@@ -1,4 +1,4 @@
-"""Every method with options that suit a short test: what the tests that run over all methods use."""
+"""Every method with options that suit a short test, for the tests that run over all methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 
 
 class Preset(NamedTuple):
-    """A method, its options, and the optimizer that it goes with, or stands in for."""
+    """A method, its options, and the optimizer that it is attached with."""
 
     name: str
     options: dict[str, Any] = {}  # noqa: RUF012

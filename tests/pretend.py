@@ -1,7 +1,7 @@
-"""A device that is not there: tensors that live in the CPU's memory and behave as those of another device.
+"""A pretended device: tensors in the CPU's memory that behave like those of another device.
 
-Operations that mix them with tensors of the CPU fail, as on a GPU, and so does `numpy()`. So the code's paths for GPUs run where
-there is none. Arithmetic is the CPU's, and of a GPU's streams, timing and rounding nothing is seen.
+Operations that mix them with tensors of the CPU fail, as on a GPU, and so does `numpy()`. So the code's paths for GPUs run on machines
+without one. Arithmetic is the CPU's; a GPU's streams, timing and rounding are not covered.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = torch.device(
-    "lazy"
-)  # a name that torch knows, without anything behind it; autograd runs it on the CPU's thread
+# a name that torch knows, without anything behind it; autograd runs it on the CPU's thread
+DEVICE = torch.device("lazy")
 GPU = pytest.param(
     torch.device("cuda"),
     marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU that torch can use"),
@@ -60,7 +59,7 @@ class _Fresh(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Numbers(TorchFunctionMode):
-    """Brings numbers there and back, which torch does outside of operations: `torch.tensor([1, 2], device=DEVICE).tolist()`."""
+    """Moves numbers there and back, which torch does outside of operations: `torch.tensor([1, 2], device=DEVICE).tolist()`."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -103,13 +102,13 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _each(change: Any, x: Any) -> Any:
-    """Change what stands in lists and tuples too; torch's `tree_map` takes longer than the operations."""
+    """Change x, also inside lists and tuples; torch's `tree_map` takes longer than the operations."""
     return type(x)(_each(change, one) for one in x) if type(x) in (tuple, list) else change(x)
 
 
 @contextmanager
 def working_on(device: torch.device) -> Iterator[None]:
-    """In this thread, tensors may be made on that device, should it be the pretended one."""
+    """Let this thread make tensors on that device, if it is the pretended one."""
     if device.type != DEVICE.type:
         yield
         return

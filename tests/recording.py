@@ -1,4 +1,4 @@
-"""Twenty steps of every method: losses and a hash of the parameters, on simulated ranks and on Gloo's."""
+"""Twenty steps of every method: losses and a hash of the parameters, on simulated ranks and over Gloo."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pool import Pool
-from presets import ADAM, PRESETS, SGD, Preset, sgd
-from rig import flat, loss_of, make_batch, make_model
+from presets import ADAM, PRESETS, Preset, sgd
+from rig import flat, loss_of, make_batch, make_model, train_step
 
 from commopt.groups import SimWorld, TorchGroup
 
@@ -35,7 +35,6 @@ OUTER = [
     Preset("push_sum", {"every": 2}),
 ]
 CASES = [*PRESETS, *MORE, *OUTER]
-assert all(preset.optimizer_block == SGD for preset in OUTER)
 
 
 def train(group: Any, case: int) -> tuple[list[str], str]:
@@ -44,14 +43,7 @@ def train(group: Any, case: int) -> tuple[list[str], str]:
     model = make_model()
     run = preset.attach(model, group, max_norm=MAX_NORM.get(case))
     run.join()
-    losses = []
-    for step in range(STEPS):
-        x, y = make_batch(group.rank, step)
-        loss = loss_of(model(x), y)
-        run.optimizer.zero_grad()
-        loss.backward()
-        run.optimizer.step()
-        losses.append(loss.item().hex())
+    losses = [train_step(model, run.optimizer, group.rank, step).hex() for step in range(STEPS)]
     if run.method.kind == "outer":
         run.finish()
     digest = hashlib.sha256(flat(model).numpy().tobytes()).hexdigest()
@@ -71,7 +63,7 @@ def label(case: int) -> str:
 
 
 def plain_digest() -> str:
-    """The hash of plain torch's parameters after the steps of `dense` on three ranks: what bits depend on, beside the code."""
+    """The hash of plain torch's parameters after the steps of `dense` on three ranks; it depends on CPU and torch only."""
     model = make_model()
     optimizer = CASES[0].optimizer(model)
     for step in range(STEPS):
@@ -94,7 +86,7 @@ def summary(ranks: list[tuple[list[str], str]]) -> list[list[Any]]:
 
 
 def main() -> None:
-    """Record anew, after a change that is meant to change results: `python tests/recording.py`."""
+    """Record again after a change that is meant to change results: `python tests/recording.py`."""
     torch.set_num_threads(1)
     pool, cases = Pool(), {}
     for case in range(len(CASES)):

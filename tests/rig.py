@@ -1,4 +1,4 @@
-"""A small model, its data, and one training loop for all integrations; what the ranks of the pool are sent."""
+"""A small model, its data, and one training loop for all integrations; functions that the pool's ranks run."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return model.to(dtype)
 
 
+def normal(n: int, seed: int) -> Tensor:
+    """(n,) draws from the normal distribution."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
 def sgd_of(model: nn.Module, lr: float = 0.05, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=lr, **options)
 
@@ -69,9 +74,9 @@ def start(
     optimizer: torch.optim.Optimizer | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Attach a method; options are those of `attach`, settings of the optimizer it stands in for (lr, betas ...), or its own.
+    """Attach a method; options are those of `attach`, of the optimizer it stands in for (lr, betas ...), or its own.
 
-    optimizer: or a block that names it; if None, what an update method stands in for, or SGD with a rate of 0.05.
+    optimizer: itself or its block; if None, the one an update method stands in for, or SGD with a rate of 0.05.
     """
     given = {key: options.pop(key) for key in ("max_norm", "grad_scaler", "overlap") if key in options}
     kind = METHODS_BY_NAME[method.partition("(")[0]] if isinstance(method, str) else type(method)
@@ -146,14 +151,19 @@ def wrapped(
         run.close()
 
 
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int) -> float:
+    """One step on the rank's batch of that number; returns the loss."""
+    x, y = make_batch(rank, step, next(model.parameters()).dtype)
+    loss = loss_of(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: int, first: int = 0) -> None:
-    dtype = next(model.parameters()).dtype
     for step in range(first, first + steps):
-        x, y = make_batch(rank, step, dtype)
-        loss = loss_of(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        train_step(model, optimizer, rank, step)
 
 
 def run_plain(group: Group, case: str, steps: int, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:

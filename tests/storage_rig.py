@@ -1,4 +1,4 @@
-"""Small checkpoints, what they hold, and what is in their way."""
+"""Small checkpoints, their contents, and obstacles at their paths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def saved(folder: Path, value: float = 1.0, ranks: int = 1) -> Path:
 
 def value_of(stored: Stored) -> float:
     """What was saved, once all parts agree on it."""
-    values = {stored.meta["value"], *stored.shared["w"].view(-1).tolist(), *stored.own[0]["residual"].tolist()}
+    values = {stored.manifest.meta["value"], *stored.shared["w"].view(-1).tolist(), *stored.own[0]["residual"].tolist()}
     (value,) = values
     return float(value)
 
@@ -60,7 +60,7 @@ def refused(folder: Path) -> str:
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """Every entry below a folder, with its bytes or where it points to."""
+    """Every entry below a folder, with its bytes or its link's target."""
     entries = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
     return {
         name: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Runs that look like real ones, written line by line as ranks would write them."""
+"""Synthetic runs, written line by line as ranks would write them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from commopt.plan.links import wire_bytes
-from commopt.report.results import Cluster, Environment, Node, Results, RunResult, assemble, collect
+from commopt.report.document import Cluster, Environment, Node, Results, RunResult
+from commopt.report.results import assemble, collect
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ Edit = Callable[[int, list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 def change(kind: str, fields: Callable[[int, dict[str, Any]], dict[str, Any]]) -> Edit:
-    """An edit of the lines of one kind: the fields that are to be others, by rank and line."""
+    """An edit of the lines of one kind; `fields` returns the changed fields of a rank's line."""
     return lambda rank, lines: [{**line, **fields(rank, line)} if line["kind"] == kind else line for line in lines]
 
 
@@ -119,7 +120,7 @@ ENVIRONMENT = Environment(python="3.11.7", torch="2.13.0", commopt="0.1.0", cpu_
 
 
 class Terminal(io.StringIO):
-    """A stream that is taken for a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""One way to name a method, wherever it stands: a word, a block, a file; and one door to put it in."""
+"""Naming a method by a word, a block or a file, the same everywhere; and attaching it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(commopt.__file__).parent.parent
         {"method": {"name": "top_k", "density": 0.02}},
     ],
 )
-def test_every_form_of_a_block_names_the_same_method(choice: dict[str, Any], tmp_path: Path) -> None:
+def test_every_form_of_a_block_names_the_same_method(choice: dict[str, Any]) -> None:
     assert read_choice(choice) == ("top_k", {"density": 0.02})
     made: Any = build(choice)
     assert (made.name, made.compressor.density) == ("top_k", 0.02)
@@ -68,13 +68,6 @@ def test_what_is_no_choice_is_refused_with_what_to_write(choice: Any, said: str)
         build(choice)
 
 
-def test_a_file_without_a_block_is_refused_by_its_name(tmp_path: Path) -> None:
-    file = tmp_path / "other.yaml"
-    file.write_text("nodes: 4")
-    with pytest.raises(ConfigError, match=r"other\.yaml: method: is missing"):
-        build(file)
-
-
 def test_a_run_takes_the_same_block(tmp_path: Path) -> None:
     text = f"cluster: {ROOT}/configs/clusters/four-50mbit.yaml\nprogram: {ROOT}/launch/train.py\n"
     run = tmp_path / "run.yaml"
@@ -95,10 +88,10 @@ def test_options_add_to_a_block() -> None:
     assert made.compressor.density == 0.03
 
 
-# -- the door
+# -- attach
 
 
-def test_the_door_takes_names_blocks_files_classes_and_methods() -> None:
+def test_attach_takes_names_blocks_files_classes_and_methods() -> None:
     file = ROOT / "configs" / "methods" / "ef_sign.yaml"
     choices: list[Any] = ["ef_sign", {"name": "ef_sign"}, file, EFSign, build("ef_sign")]
     for choice in choices:
@@ -118,27 +111,28 @@ def test_a_gradient_or_an_outer_method_leaves_the_optimizer() -> None:
 
 
 def test_a_method_that_is_made_takes_no_more_options() -> None:
-    with pytest.raises(ConfigError, match="method ef_sign: is made already, and takes no more options: seed"):
+    with pytest.raises(ConfigError, match="method ef_sign: is already built; it takes no options: seed"):
         resolve(build("ef_sign"), seed=1)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("nodes: 4", r"m\.yaml: method: is missing"),
         ("method: {name: dgc}\ndensity: 0.5", r"m\.yaml: density: stands beside the block of dgc"),
         ("method:\n  dgc:\ndensity: 0.5", r"m\.yaml: density: stands beside the block of dgc"),
         ("method: dgc\nname: my-run", r"m\.yaml: method dgc: unknown option 'name'"),
         ("method: dgc\ndensty: 0.5", r"m\.yaml: method dgc: unknown option 'densty'; did you mean 'density'"),
     ],
 )
-def test_an_option_in_the_wrong_place_is_not_passed_over(tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_without_a_method_or_with_a_misplaced_option_is_refused(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "m.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=said):
         build(file)
 
 
-def test_what_is_no_option_may_stand_beside_a_block(tmp_path: Path) -> None:
+def test_keys_that_are_no_options_may_stand_beside_a_block(tmp_path: Path) -> None:
     file = tmp_path / "m.yaml"
     file.write_text("method: {name: dgc, density: 0.5}\nepochs: 3")
     assert read_choice(file) == ("dgc", {"density": 0.5})

@@ -1,8 +1,8 @@
-"""What is said of an option that is wrong: its name, its value, and what to write instead."""
+"""The message about a wrong option: its name, its value, and what to write instead."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import numpy as np
 import pytest
@@ -127,25 +127,20 @@ def test_options_do_not_change() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_methods_options_are_described_and_refuse_what_they_do_not_know(name: str) -> None:
     kind = METHODS[name].Options
+    annotations = get_type_hints(kind, include_extras=True)
     for option in option_names(kind):
-        assert not wanted(kind, option).startswith("a Any | "), option
-        assert "typing." not in wanted(kind, option), option
+        text = wanted(annotations[option])
+        assert not text.startswith("a Any | "), option
+        assert "typing." not in text, option
     with pytest.raises(ConfigError, match=f"^method {name}: unknown option 'no such option'; (known: |it takes none)"):
         build(name, **{"no such option": 1})
 
 
-@pytest.mark.parametrize(
-    ("option", "instead"),
-    [
-        *(
-            (option, "set it on the optimizer that you pass to attach")
-            for option in ("lr", "betas", "eps", "weight_decay")
-        ),
-        *((option, rf"write commopt\.attach\(\.\.\., {option}=\.\.\.\)") for option in ("max_norm", "grad_scaler")),
-    ],
-)
-def test_what_belongs_to_the_optimizer_or_the_run_is_no_option_of_a_method(option: str, instead: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"^method onebit_adam: {option}: is not an option of this method; {instead}$"
-    ):
+@pytest.mark.parametrize("option", ["lr", "betas", "eps", "weight_decay", "max_norm", "grad_scaler"])
+def test_what_belongs_to_the_optimizer_or_the_run_is_no_option_of_a_method(option: str) -> None:
+    fix = "set it on the optimizer that you pass to attach"
+    if option in ("max_norm", "grad_scaler"):
+        fix = f"write commopt.attach(..., {option}=...)"
+    with pytest.raises(ConfigError) as caught:
         build("onebit_adam", **{option: 0.1})
+    assert str(caught.value) == f"method onebit_adam: {option}: is not an option of this method; {fix}"

@@ -1,4 +1,4 @@
-"""A method of a user's own: options, one declared state and an exchange, attached as those of the library and held to the same contract."""
+"""A user's own method: options, one declared state and an exchange; attached like the library's, under the same contract."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from rig import loss_of, make_batch, make_model
+from rig import make_model, train_step
 
 from commopt import attach
 from commopt.errors import ConfigError
@@ -28,7 +28,7 @@ class SlowMeanOptions(NoOptions):
 
 
 class SlowMean(GradientMethod):
-    """m_i <- decay m_i + g_i on each rank; the mean of all m_i is what the optimizer gets."""
+    """m_i <- decay m_i + g_i on each rank; the optimizer gets the mean of all m_i."""
 
     name = "slow_mean"
     Options = SlowMeanOptions
@@ -40,8 +40,7 @@ class SlowMean(GradientMethod):
         moments = torch.cat([self.options.decay * self.part("momentum", name) + g for name, g in bucket.views()])
         bucket.flat.copy_(moments / group.size)
         group.all_reduce(bucket.flat)
-        if not is_finite(bucket.flat):
-            bucket.void = first_bad(self.index, bucket)
+        if self.is_void(bucket, first_bad(self.index, bucket), group):
             return
         for name, m in Bucket(moments, bucket.names, bucket.starts).views():
             self.part("momentum", name).copy_(m)
@@ -53,14 +52,7 @@ class SlowMean(GradientMethod):
 def trained(group: Group, method: Any) -> list[float]:
     model = make_model()
     run = attach(model, method, slow(model), group=group)
-    losses = []
-    for step in range(8):
-        x, y = make_batch(group.rank, step % 2)
-        run.optimizer.zero_grad()
-        loss = loss_of(model(x), y)
-        loss.backward()
-        run.optimizer.step()
-        losses.append(loss.item())
+    losses = [train_step(model, run.optimizer, group.rank, step % 2) for step in range(8)]
     assert run.replicas_are_equal()
     return losses
 
@@ -95,7 +87,7 @@ def test_it_keeps_the_contract() -> None:
 
 
 class DoesNotRollBack(SlowMean):
-    """Takes a step's gradients into its momentum before it knows that they are good."""
+    """Adds a step's gradients to its momentum before it knows that they are finite."""
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         for name, g in bucket.views():
@@ -105,8 +97,7 @@ class DoesNotRollBack(SlowMean):
         if bad:
             bucket.flat.fill_(float("nan"))
         group.all_reduce(bucket.flat)
-        if not is_finite(bucket.flat):
-            bucket.void = first_bad(self.index, bucket)
+        self.is_void(bucket, first_bad(self.index, bucket), group)
 
 
 class KeepsReplicasApart(SlowMean):
@@ -120,13 +111,13 @@ class KeepsReplicasApart(SlowMean):
 
 
 class CallsItShared(SlowMean):
-    """Declares each rank's own momentum as everybody's."""
+    """Declares each rank's own momentum as shared."""
 
     states = (State("momentum"),)
 
 
 class DoesNotDeclare(SlowMean):
-    """Keeps its momentum where no checkpoint finds it."""
+    """Keeps its momentum outside the declared state, so no checkpoint has it."""
 
     states = ()
 
@@ -139,7 +130,7 @@ class DoesNotDeclare(SlowMean):
 
 
 class LetsNaNThrough(EFSign):
-    """Does not look at the header."""
+    """Ignores that the exchange was void."""
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         super().exchange(bucket, group)
@@ -165,6 +156,6 @@ class DependsOnBuckets(Dense):
         (DoesNotDeclare, "resuming is not bitwise on 3 ranks"),
     ],
 )
-def test_what_breaks_the_contract_is_told(broken: type[Method], complaint: str) -> None:
+def test_a_broken_contract_is_reported(broken: type[Method], complaint: str) -> None:
     with pytest.raises(AssertionError, match=complaint):
         check_method(broken, ranks=(3,), optimizer=slow)

@@ -1,8 +1,8 @@
-"""Every method's results are those that were recorded with version 0.1, bit for bit.
+"""Every method's results are those recorded with version 0.1, bit for bit.
 
-Bits depend on the processor and on torch's version. Where plain torch does not end with the bits that were recorded, losses are
+Bits depend on the processor and on torch's version. If plain torch does not reproduce its recorded bits here, losses are
 compared instead: the first to 1e-4 and the last to 2 %, because one rounding may flip a sign on the way.
-After a change that is meant to change results, `python tests/recording.py` records anew.
+After a change that is meant to change results, run `python tests/recording.py` to record again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Programs that do not wait for their imports: a process that has torch imported forks, and the fork becomes the program.
+"""Programs that start without waiting for imports: a process that has imported torch forks, and the fork becomes the program.
 
-For tests, `python`, `torchrun`, `commopt` and `accelerate` on the PATH are commands that hand their words, environment,
-folder and open files to that process, and end as the fork ends; the fork ends when they do, and is in their namespaces.
-Where a process of its own matters, `sys.executable` is the real thing.
+In tests, `python`, `torchrun`, `commopt` and `accelerate` on the PATH are commands that pass their arguments, environment, folder
+and open files to that process. The fork runs in their namespaces; each ends when the other does, with the same status.
+A test that needs a real Python process uses `sys.executable`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from typing import Any
 
 from warm_call import FORWARDED, NAMESPACES, namespaces
 
-ROOM = 1 << 14  # bytes for the words that ps shows of a fork, and for its environment
-FRAMEWORKS = {  # what a program whose text has the word begins with
+ROOM = 1 << 14  # bytes for a fork's command line, as ps shows it, and for its environment
+FRAMEWORKS = {  # by a word in a program's text: what to import first
     "accelerate": ["accelerate"],
     "deepspeed": ["deepspeed"],
     "fsdp": ["torch.distributed.fsdp"],
@@ -45,7 +45,7 @@ FRAMEWORKS = {  # what a program whose text has the word begins with
 
 
 def start(folder: Path) -> Callable[[], None]:
-    """Start the process, which imports nothing before it is called, and put the commands on the PATH; returns what ends it."""
+    """Start the process, which imports nothing before its first call, and put the commands on the PATH. Returns a function that ends it."""
     address, commands, real = str(folder / "warm"), folder / "bin", Path(sys.executable).parent
     commands.mkdir()
     for name in ("python", "torchrun", "commopt", "accelerate"):
@@ -81,7 +81,7 @@ def start(folder: Path) -> Callable[[], None]:
 
 
 class Server:
-    """Forks for callers, tells them how their forks ended, and ends forks whose callers are gone."""
+    """Forks for callers, reports how each fork ended, and kills forks whose callers are gone."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
@@ -148,7 +148,7 @@ class Server:
             os.close(file)
 
     def _warm_up(self, words: list[str]) -> None:
-        """Import what programs like this one begin with."""
+        """Import what such a program imports first."""
         if not self.is_warm:
             self.is_warm = True
             import torch
@@ -185,13 +185,8 @@ class Server:
         for file, number in zip(given, request["files"], strict=True):
             os.dup2(file, number)
         os.setsid()
-        enter(
-            [
-                space
-                for space, theirs, own in zip(spaces, request["namespaces"], self.namespaces, strict=True)
-                if theirs != own
-            ]
-        )
+        pairs = zip(spaces, request["namespaces"], self.namespaces, strict=True)
+        enter([space for space, theirs, own in pairs if theirs != own])
         for file in files:
             os.close(file)
         os.environ.clear()
@@ -201,7 +196,7 @@ class Server:
 
 
 def enter(spaces: list[int]) -> None:
-    """Go into these namespaces. Another one of processes is entered by a fork, for which this process stands from then on."""
+    """Enter these namespaces. A process namespace applies to children only, so a fork goes on, and this process forwards signals to it."""
     if not spaces:
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -223,7 +218,7 @@ def enter(spaces: list[int]) -> None:
 
 
 def show(words: list[str]) -> None:
-    """Let ps, and whoever looks into /proc, find these words and this environment in place of those of the first process."""
+    """Make ps and /proc show these words and this environment instead of those of the first process."""
     places = list(map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:49]))
     variables = [f"{key}={value}" for key, value in os.environ.items()]
     for (start, end), found in zip((places[:2], places[2:]), (words, variables), strict=True):
@@ -233,7 +228,7 @@ def show(words: list[str]) -> None:
 
 
 def run_as_program(words: list[str], folder: Path, executable: str) -> None:
-    """Be `python words` in this folder, and end."""
+    """Run `python words` in this folder, and exit."""
     os.chdir(folder)
     sys.path[:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     show([executable, *words])

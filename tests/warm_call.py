@@ -1,4 +1,4 @@
-"""What stands for a program that a warm process runs: it imports next to nothing. See `warm`."""
+"""The command that stands in for a program run by the warm process; it imports next to nothing. See `warm`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def namespaces() -> list[str]:
 
 
 def is_open(number: int) -> bool:
-    """Whether a descriptor is a file still, which that of a listing that is over isn't."""
+    """Whether a descriptor is still open; that of the directory listing itself no longer is."""
     try:
         return os.fstat(number) is not None
     except OSError:
@@ -25,7 +25,7 @@ def is_open(number: int) -> bool:
 
 
 def call(address: str, python: str, words: list[str]) -> None:
-    """Be what others see of `python words`: its end, and the signals that are sent to it."""
+    """Stand in for `python words`: forward the signals sent to it, and end as it ends."""
     is_simple = words and (not words[0].startswith("-") or words[0] in ("-m", "-c", "-u"))
     inherited = [number for number in map(int, os.listdir("/proc/self/fd")) if is_open(number)]
     connection = socket.socket(socket.AF_UNIX)

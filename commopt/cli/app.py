@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Commands(typer.core.TyperGroup):
-    """Turns what commopt raises on purpose into one line and an exit code."""
+    """Turns commopt's own exceptions into one line per mistake and an exit code."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:
@@ -69,8 +69,7 @@ def options(
 EmulateAnnotated = Annotated[
     Emulate | None,
     typer.Option(
-        "--emulate",
-        help="Impose the links by the kernel (netns) or by pacing, or not at all; auto takes what works.",
+        "--emulate", help="Emulate the links by the kernel (netns), by pacing, or not at all; auto takes what works."
     ),
 ]
 NodeAnnotated = Annotated[str | None, typer.Option("--node", help="Which of the real machines this one is.")]
@@ -93,14 +92,13 @@ def fail(message: str, *, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def note(message: str) -> None:
-    """Print a line about the run itself, beside the output of the ranks."""
-    typer.secho(f"commopt: {message}", dim=True, err=True)
+def note(*messages: str) -> None:
+    """Print lines about the run itself, beside the output of the ranks."""
+    for message in messages:
+        typer.secho(f"commopt: {message}", dim=True, err=True)
 
 
-@app.command(
-    epilog="Example: [bold]commopt launch configs/clusters/four-50mbit.yaml -- train.py --steps 100[/bold]",
-)
+@app.command(epilog="Example: [bold]commopt launch configs/clusters/four-50mbit.yaml -- train.py --steps 100[/bold]")
 def launch(
     cluster: Annotated[Path, typer.Argument(metavar="CLUSTER.yaml", help="The nodes and their links.")],
     command: Annotated[
@@ -115,15 +113,15 @@ def launch(
         bool,
         typer.Option(
             "--independent",
-            help="Every node on its own: any may die, and be started again alone, while the others go on; "
-            "for noloco, diloco and other methods that exchange parameters now and then.",
+            help="Start each node on its own: any may die and be restarted alone while the others continue; "
+            "for noloco, diloco and other methods that exchange parameters every N steps.",
         ),
     ] = False,
 ) -> None:
     """Run a program on every rank of a cluster.
 
-    Where the file only counts its nodes, all of them run on this machine, over links of the rate and delay that the
-    file gives. Where it lists real machines, run the same command on each of them.
+    If the file only counts its nodes, all of them run on this machine, over links of the rate and delay that the
+    file gives. If it lists real machines, run the same command on each of them.
     """
     from commopt.cluster import emulate as emulation_of
     from commopt.cluster.run import Job
@@ -136,8 +134,7 @@ def launch(
     if print_only:
         print_commands(command, emulation, independent=independent)
         return
-    for notice in emulation.notices:
-        note(notice)
+    note(*emulation.notices)
     is_labelled = len(emulation.nodes) > 1
     result = Job(
         command,
@@ -166,7 +163,7 @@ def check_program(program: str) -> None:
 
 
 def print_commands(words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = "") -> None:
-    """Print what `launch` would start on each node, as a shell would take it."""
+    """Print what would be started on each node, as shell commands."""
     from commopt.cluster import commands
 
     spec, peers = emulation.cluster, commands.peers_json(emulation, label) if independent else None
@@ -184,11 +181,10 @@ def print_commands(words: Sequence[str], emulation: Emulation, *, independent: b
 
 
 def report(result: JobResult) -> None:
-    """Say how a job ended. Raises LaunchError, with the first failure, if it did not end well."""
+    """Print how a job ended. Raises LaunchError, with the first failure, if it failed."""
     from commopt.record.words import bytes_text
 
-    for notice in result.notices:
-        note(notice)
+    note(*result.notices)
     if result.failure is not None:
         if result.failure.message and not result.failure.is_told:
             typer.echo(result.failure.message, err=True)
@@ -197,12 +193,12 @@ def report(result: JobResult) -> None:
     note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
 
 
-def write_text(path: Path, text: str, *, option: str) -> None:
-    """Write a file that an option named. Raises ConfigError if that is impossible."""
+def write_json(path: Path, text: str) -> None:
+    """Write the file that --json names. Raises ConfigError if that is impossible."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
+        raise ConfigError(f"--json {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
 
 
 @app.command(epilog="Example: [bold]commopt run configs/runs/demo.yaml --method onebit_adam[/bold]")
@@ -268,18 +264,13 @@ def _train_and_report(
     if print_only:
         for name, options in methods.items():
             typer.echo(f"# method {name}")
-            print_commands(
-                training.program_words(spec, name, options),
-                emulation,
-                independent=training.is_independent(name),
-                label=f"{spec.name} {name}",
-            )
+            words, independent = training.program_words(spec, name, options), training.is_independent(name)
+            print_commands(words, emulation, independent=independent, label=f"{spec.name} {name}")
         return
     out_dir = (out or Path("out") / spec.name).resolve()
-    reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks have seen
+    reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks recorded
     training.check_outputs(methods, out_dir, json_file if reports else None)
-    for notice in emulation.notices:
-        note(notice)
+    note(*emulation.notices)
     runs = training.train_each(
         spec,
         methods,
@@ -301,7 +292,7 @@ def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
         written = write_report(results, out_dir)
     finally:
         if json_file is not None:
-            write_text(json_file, results_json(results), option="--json")
+            write_json(json_file, results_json(results))
     here = Path.cwd()
     for path in written:
         if path.suffix in (".html", ".json"):
@@ -309,10 +300,8 @@ def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
 
 
 @app.command(epilog="Example: [bold]commopt doctor --json machine.json[/bold]")
-def doctor(
-    json_file: JsonAnnotated = None,
-) -> None:
-    """Show what this machine can do, and what to do about what it cannot."""
+def doctor(json_file: JsonAnnotated = None) -> None:
+    """Show what this machine can do, and how to fix the rest."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -328,4 +317,4 @@ def doctor(
         )
     Console().print(table)
     if json_file is not None:
-        write_text(json_file, as_json(checks), option="--json")
+        write_json(json_file, as_json(checks))

@@ -1,4 +1,4 @@
-"""One training program under several methods, one after the other, on the same cluster: what `run` and `compare` do."""
+"""Trains one program under several methods in turn, on the same cluster, for `run` and `compare`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -17,12 +17,12 @@ from commopt.cluster.emulate import Emulation
 from commopt.cluster.injection import Injection
 from commopt.cluster.run import Job
 from commopt.cluster.spec import RunSpec
-from commopt.errors import ConfigError
+from commopt.errors import AttachError, ConfigError
 from commopt.reading import shown
-
-if TYPE_CHECKING:
-    from commopt.record.live import Live
-    from commopt.report.document import Results, RunResult
+from commopt.record.live import Live
+from commopt.report.document import Cluster, Results, RunResult
+from commopt.report.page import FILES
+from commopt.report.results import assemble, collect
 
 
 def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -36,10 +36,9 @@ def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, An
 
 
 def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make every method once, on a model of no consequence. Raises ConfigError with all mistakes, file and key first."""
+    """Build every method once, on a tiny model. Raises ConfigError with all mistakes, each with its file and key."""
     import torch
 
-    from commopt.errors import AttachError
     from commopt.methods import build
     from commopt.optim import make_optimizer
 
@@ -65,15 +64,12 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def check_outputs(methods: Iterable[str], out_dir: Path, json_file: Path | None) -> None:
-    """Look at every place that training and the report will write to. Raises ConfigError with all that cannot be written."""
-    from commopt.report.page import FILES
-
-    mistakes = []
+    """Check every place that training and the report will write to. Raises ConfigError with all that cannot be written."""
     folders = [out_dir, *(out_dir / kind / name for kind in ("record", "log") for name in methods)]
-    wrong = dict.fromkeys(filter(None, map(_folder_mistake, folders)))  # a file in the way of several is told once
+    wrong = dict.fromkeys(filter(None, map(_folder_mistake, folders)))  # a file that blocks several is named once
     wrong |= dict.fromkeys(f"{folder} is a link" for folder in folders[1:] if folder.is_symlink())
     wrong |= dict.fromkeys(f"{out_dir / name} is a folder" for name in FILES if os.path.isdir(out_dir / name))
-    mistakes += [f"--out {out_dir}: {text}; remove it, or write another folder" for text in wrong]
+    mistakes = [f"--out {out_dir}: {text}; remove it, or write another folder" for text in wrong]
     if json_file is not None:
         folder = json_file.resolve().parent
         if os.path.isdir(json_file):
@@ -90,13 +86,13 @@ def check_outputs(methods: Iterable[str], out_dir: Path, json_file: Path | None)
 
 
 def _folder_mistake(folder: Path) -> str | None:
-    """Why there can be no folder to write in: the folder itself, or the nearest one that exists above it."""
+    """Why a folder, or the nearest existing one above it, cannot be written in; None if it can."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not os.path.isdir(folder):
         return f"{folder} is not a folder"
     try:
-        tempfile.TemporaryFile(dir=folder).close()  # os.access tells root that all is well, even in /proc
+        tempfile.TemporaryFile(dir=folder).close()  # os.access allows root everything, even in /proc
     except OSError as error:
         return f"{folder} cannot be written: {(error.strerror or str(error)).lower()}"
     return None
@@ -110,15 +106,12 @@ def train_each(
     out_dir: Path,
     report: Callable[[Results], None],
 ) -> list[RunResult]:
-    """Train under each method in turn, showing progress. A run that fails does not keep the next from starting.
+    """Train under each method in turn, showing progress. After a run that fails, the next one still starts.
 
     out_dir gets record/METHOD/rank*.jsonl and log/METHOD/NODE.log. `report` gets all runs at the end. On Ctrl-C or an error it
-    gets those that had ended, if any; then the exception goes on, and nothing is left running.
+    gets those that had ended, if any; then the exception is raised again, and nothing is left running.
     """
     from commopt import kernels
-    from commopt.record.live import Live
-    from commopt.report.document import Cluster
-    from commopt.report.results import assemble
 
     kernels.warm_up()  # before the ranks start: four of them compiling at once would cost seconds of the first step
     results: list[RunResult] = []
@@ -144,14 +137,14 @@ def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[s
 
 
 def is_independent(name: str) -> bool:
-    """Whether every node is a job of its own under this method: its members may come and go."""
+    """Whether every node is a job of its own under this method, so that nodes may come and go."""
     from commopt.methods import METHODS
 
     return METHODS[name.partition("(")[0]].kind == "outer"
 
 
 def _split(run: RunSpec, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A method's own options, and the optimizer: the run's, or the one that stands among the options."""
+    """A method's own options, and the optimizer: the one among the options, or else the run's."""
     plain = {key: value for key, value in options.items() if key != "optimizer"}
     optimizer = options.get("optimizer", run.optimizer)
     example = "write its name and arguments, as in {name: adam, lr: 0.001}"
@@ -164,16 +157,8 @@ def _split(run: RunSpec, options: Mapping[str, Any]) -> tuple[dict[str, Any], di
 
 
 def _train(
-    run: RunSpec,
-    name: str,
-    options: Mapping[str, Any],
-    *,
-    emulation: Emulation,
-    out_dir: Path,
-    live: Live,
+    run: RunSpec, name: str, options: Mapping[str, Any], *, emulation: Emulation, out_dir: Path, live: Live
 ) -> RunResult:
-    from commopt.report.results import collect
-
     record_dir, log_dir = (_emptied(out_dir / kind / name) for kind in ("record", "log"))
     live.begin(name, record_dir)
 
@@ -214,7 +199,6 @@ def _emptied(folder: Path) -> Path:
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(
-            f"--out {folder.parents[1]}: cannot be written: {(error.strerror or str(error)).lower()}"
-        ) from None
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"--out {folder.parents[1]}: cannot be written: {why}") from None
     return folder.resolve()

@@ -1,4 +1,4 @@
-"""From a cluster to the processes of a job: the words and the environment of each node's torchrun agent. Pure."""
+"""The command line and the environment of each node's torchrun agent. Starts nothing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from commopt.cluster.emulate import Emulation
 from commopt.cluster.machine import LOOPBACK, Emulate, free_ports
-
-if TYPE_CHECKING:
-    from commopt.cluster.emulate import Emulation
 
 
 def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, independent: bool = False) -> list[str]:
-    """The torchrun agent of one node, which runs a Python file as it is and anything else without an interpreter.
+    """The command line of one node's torchrun agent; a program that is not a .py file is run without an interpreter.
 
-    independent: the node is a job of its own, whose agent needs no other node, and ends none.
+    independent: the node is a job of its own, which neither needs nor ends other nodes.
     """
     cluster, host = emulation.cluster, emulation.addresses[0]
     if independent:
@@ -31,20 +28,20 @@ def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, indepen
             "--rdzv-backend=c10d",
             f"--rdzv-id={cluster.name}",
             f"--rdzv-endpoint={host}:{emulation.port}",
-            f"--rdzv-conf=is_host={str(node == 0).lower()}",  # between namespaces nobody recognises the address as its own
+            f"--rdzv-conf=is_host={str(node == 0).lower()}",  # torchrun can't tell by itself across namespaces
             f"--local-addr={emulation.addresses[node]}",
         ]
     words = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={1 if independent else len(cluster.nodes)}"]
     words += [f"--nproc-per-node={cluster.slots}", *place]
-    words += [f"--log-dir={os.devnull}"]  # else a temporary folder is left; the output comes through a pipe
+    words += [f"--log-dir={os.devnull}"]  # else torchrun leaves a temporary folder; output goes through a socket
     return [*words, *([] if argv[0].endswith(".py") else ["--no-python"]), *argv]
 
 
 def peers_json(emulation: Emulation, label: str = "", mark: str | None = None) -> str:
-    """`COMMOPT_PEERS`: what tells this job from others, and where each rank listens, in rank order.
+    """`COMMOPT_PEERS`: the job's identifier, and the address and port of each rank, in rank order.
 
-    mark: 32 hex digits; by default those that every machine finds by itself, so that one that comes back finds its job
-    again. label: tells the jobs of one cluster apart that follow one another, as those of a comparison.
+    mark: the identifier, 32 hex digits; by default a hash that is the same on every machine, so that a restarted one
+    finds its job. label: part of that hash, to distinguish successive jobs of one cluster, such as those of a comparison.
     """
     members = emulation.members()
     told = json.dumps([emulation.cluster.name, members, label])
@@ -54,8 +51,8 @@ def peers_json(emulation: Emulation, label: str = "", mark: str | None = None) -
 def agent_environment(emulation: Emulation, node: int, *, ranks_here: int, peers: str | None = None) -> dict[str, str]:
     """The variables that commopt sets for the ranks of one node.
 
-    ranks_here: all ranks on this machine, which share its cores: where the user has set OMP_NUM_THREADS, it stays.
-    peers: `COMMOPT_PEERS`, where every node is on its own.
+    ranks_here: number of ranks on this machine, which share its cores, unless the user has set OMP_NUM_THREADS.
+    peers: the value of `COMMOPT_PEERS`, for independent nodes.
     """
     cluster, interface = emulation.cluster, emulation.interfaces[node]
     threads = max(1, (os.cpu_count() or 1) // max(1, ranks_here))
@@ -66,7 +63,7 @@ def agent_environment(emulation: Emulation, node: int, *, ranks_here: int, peers
         "COMMOPT_NODE": cluster.nodes[node].name,
         "COMMOPT_NODE_RANK": str(node),
         "COMMOPT_MTU": str(cluster.links.mtu),
-        "COMMOPT_NIC": None if interface in LOOPBACK else interface,  # the bytes there are not those of one node
+        "COMMOPT_NIC": None if interface in LOOPBACK else interface,  # its counters don't belong to one node
         "COMMOPT_LINKS": emulation.links,
         "COMMOPT_PEERS": peers,
     }

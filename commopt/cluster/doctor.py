@@ -1,4 +1,4 @@
-"""What this machine can do: every answer comes from trying it, and every problem comes with what to do about it."""
+"""Checks what this machine can do by trying it, and says how to fix each problem."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from commopt.cluster.machine import tried, usable_cores
 from commopt.errors import EmulationError
 
 _LIMIT_S = 30.0  # for one attempt
-
-
 State = Literal["ok", "limited", "missing"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: what was looked at, how it is, and what to do about it ("" if nothing)."""
+    """One row of the table: what was checked, its state, what was found, and what to do about it ("" if nothing)."""
 
     check: str
     state: State
@@ -33,7 +31,7 @@ class Check:
     cure: str = ""
 
 
-# Run by the Python of this process inside namespaces of its own; prints one line for each queueing discipline.
+# Run by this process's Python in new namespaces; prints one line for each queueing discipline.
 _TRY_QDISCS = """
 import sys
 from pyroute2 import IPRoute, NetlinkError
@@ -50,19 +48,15 @@ with IPRoute() as route:
 
 
 def examine() -> list[Check]:
-    """Look at everything that commopt can use on this machine. Starts a few short processes; changes nothing."""
-    return [*_python(), *_torch(), *_emulation(), *_kernels()]
+    """Check everything that commopt can use on this machine. Starts a few short processes; changes nothing."""
+    machine = f"{platform.system()} {platform.release()}, {platform.machine()}, {usable_cores()} cores"
+    checks = [Check("machine", "ok", machine), Check("python", "ok", platform.python_version())]
+    return [*checks, *_torch(), *_emulation(), *_kernels()]
 
 
 def as_json(checks: list[Check]) -> str:
     """The table as a JSON list of objects with check, state, found and cure."""
     return json.dumps([asdict(check) for check in checks], indent=2) + "\n"
-
-
-def _python() -> Iterator[Check]:
-    kind = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    yield Check("machine", "ok", f"{kind}, {usable_cores()} cores")
-    yield Check("python", "ok", platform.python_version())
 
 
 def _torch() -> Iterator[Check]:
@@ -82,8 +76,7 @@ def _torch() -> Iterator[Check]:
         yield Check("GPUs", "ok", f"{gpus}: {', '.join(names)}")
     else:
         yield Check("GPUs", "limited", "none", "ranks run on the CPU")
-    gloo = dist.is_gloo_available()
-    yield Check("gloo", "ok" if gloo else "missing", "built in" if gloo else "not built in")
+    yield Check("gloo", "ok", "built in") if dist.is_gloo_available() else Check("gloo", "missing", "not built in")
     nccl = dist.is_nccl_available()
     if nccl and gpus:
         yield Check("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
@@ -119,7 +112,7 @@ def _emulation() -> Iterator[Check]:
         return
     yield Check("namespaces", "ok", "as root" if os.geteuid() == 0 else "as an ordinary user")
     if "--mount-proc" not in words:
-        yield Check("/proc", "limited", "masked, as in a container", "works without; ps shows outer processes")
+        yield Check("/proc", "limited", "masked, as in a container", "works anyway; ps shows outer processes")
     yield named_namespace(words)
     if importlib.util.find_spec("pyroute2") is None:
         yield Check("pyroute2", "missing", "not installed", "pip install pyroute2")

@@ -1,15 +1,16 @@
-"""Where a job's nodes live: in network namespaces with shaped links, on loopback with paced exchanges, or on real machines.
+"""Where a job's nodes run: in network namespaces with shaped links, on loopback with paced exchanges, or on real machines.
 
 Namespaces are made inside a re-executed launcher, so that nothing can be left behind:
 
 launcher            waits, and passes signals on through a pipe, because unshare ignores SIGINT and SIGTERM
 └── unshare -Urnm --pid --fork --kill-child --mount-proc        ended by the kernel when the launcher ends
-    └── the same command again, process 1 of its own world      when it ends, the kernel ends what it started
+    └── the same command again, process 1 of its namespace      when it ends, the kernel ends what it started
         └── ip netns exec node0 python -m torch.distributed.run ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -35,16 +36,20 @@ from commopt.plan.links import LinkModel
 _INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
 _DEPTH = "_COMMOPT_DEPTH"
 _PR_SET_PDEATHSIG = 1
+_RESTRICTIONS = (  # setting, the value that forbids namespaces, one that allows them, the reason, whether root is concerned
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "0", "AppArmor restricts user namespaces", False),
+    ("kernel/unprivileged_userns_clone", "0", "1", "user namespaces are off", False),
+    ("user/max_user_namespaces", "0", "10000", "user namespaces are off", True),
+)
 
 
 @dataclass(frozen=True)
 class Emulation:
     """How the nodes of one cluster are run on this machine.
 
-    cluster: what is run. mode: netns, paced or none; never auto. notices: what a user should know about it, one line each.
-    nodes: indices of the nodes that are run here; all of them but on real machines. links: `COMMOPT_LINKS` for the
-    ranks, or None. addresses, port: of each node, and where the agents meet on node 0. interfaces: for each node, the one
-    that its peers reach it by.
+    mode: netns, paced or none; never auto. nodes: indices of the nodes that run here: all of them, except on real machines.
+    addresses: of each node. port: where the agents meet on node 0. interfaces: for each node, the one that its peers
+    reach. notices: what a user should know, one line each. links: `COMMOPT_LINKS` for the ranks, or None.
     shares_loopback: whether all nodes use this machine's loopback interface, whose counters cannot tell them apart.
     """
 
@@ -60,7 +65,7 @@ class Emulation:
     shares_loopback: bool = False
 
     def prefix(self, name: str) -> list[str]:
-        """The words before a command that make it run on the node of that name."""
+        """The words to put before a command to run it on a node."""
         return ["ip", "netns", "exec", name] if self.mode is Emulate.NETNS else []
 
     @property
@@ -78,9 +83,9 @@ class Emulation:
         return {name: count for name, count in counters.items() if count is not None}
 
     def members(self) -> tuple[tuple[str, int], ...]:
-        """(ranks,) the address and the port that each rank listens on, where every node is on its own.
+        """(ranks,) the address and the port that each rank listens on, for independent nodes.
 
-        Raises ConfigError if the ports after the rendezvous port do not suffice.
+        Raises ConfigError if there are too few ports after the rendezvous port.
         """
         slots, addresses = self.cluster.slots, self.addresses
         if self.shares_loopback:
@@ -100,10 +105,10 @@ def links_json(links: LinkModel) -> str:
 
 
 def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | None = None) -> Emulation:
-    """Choose how this cluster is run here, and make its network.
+    """Choose how to run this cluster here, and build its network.
 
     For namespaces, this runs the whole command again inside `unshare` and exits with its exit code: call it before
-    anything is printed or made. Raises EmulationError if a mode that was asked for does not work on this machine.
+    anything is printed or made. Raises EmulationError if the mode that was asked for does not work on this machine.
     `node` names this machine among real ones; by default it is recognised by its address or host name.
     """
     mode = emulate or cluster.emulation
@@ -121,13 +126,13 @@ def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | N
 
 
 def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> Emulation:
-    """All nodes share this machine's loopback interface; paced, the ranks slow their own exchanges down."""
+    """All nodes share this machine's loopback interface; if paced, ranks slow down their own exchanges."""
     count = len(cluster.nodes)
     notices = []
     if paced:
         notices.append(f"links are imposed by pacing, not by the kernel ({why})")
         if any(cluster.link(n).loss or cluster.link(n).jitter for n in range(count)):
-            notices.append("pacing knows rates and delays; jitter and loss are left out")
+            notices.append("pacing imposes rates and delays; jitter and loss are left out")
     return Emulation(
         cluster=cluster,
         mode=Emulate.PACED if paced else Emulate.NONE,
@@ -142,21 +147,21 @@ def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> 
 
 
 def on_hosts(cluster: ClusterSpec, nodes: tuple[int, ...], interface: str | None = None) -> Emulation:
-    """Some nodes of a cluster of real machines; `interface` where it is not to be found by their addresses."""
+    """Some nodes of a cluster of real machines. interface: by default the one that owns each node's address."""
     hosts = tuple(member.host or "" for member in cluster.nodes)
     interfaces = tuple((interface or interface_of(host)) if k in nodes else None for k, host in enumerate(hosts))
     return Emulation(cluster, Emulate.NONE, nodes, hosts, cluster.rendezvous.port, interfaces)
 
 
 def in_namespaces(cluster: ClusterSpec) -> Emulation:
-    """All nodes in namespaces of this machine, with a network that is not made yet."""
+    """All nodes in namespaces of this machine; the network is not built yet."""
     nodes = tuple(range(len(cluster.nodes)))
     places = tuple(map(address, nodes))
     return Emulation(cluster, Emulate.NETNS, nodes, places, cluster.rendezvous.port, (INTERFACE,) * len(nodes))
 
 
 def preview(cluster: ClusterSpec, emulate: Emulate | None = None, node: str | None = None) -> Emulation:
-    """What `enter` would choose, with nothing tried and nothing made; for `--print`."""
+    """What `enter` would choose, without trying or building anything; for `--print`."""
     mode = emulate or cluster.emulation
     if mode is Emulate.NONE and cluster.has_hosts:
         return on_hosts(cluster, (this_node(cluster, node),) if node else tuple(range(len(cluster.nodes))))
@@ -166,7 +171,7 @@ def preview(cluster: ClusterSpec, emulate: Emulate | None = None, node: str | No
 
 
 def this_node(cluster: ClusterSpec, name: str | None) -> int:
-    """Which node this machine is. Raises LaunchError if none, or more than one, is it."""
+    """The index of this machine's node. Raises LaunchError if it is none of the nodes, or more than one."""
     names = cluster.names
     if name is not None:
         if name not in names:
@@ -211,25 +216,22 @@ def unshare_words() -> list[str]:
         if shutil.which(tool) is None:
             raise EmulationError(f"there is no {tool!r} command; install {package}")
     words = ["unshare", "-Urnm", "--pid", "--fork", "--kill-child"]
-    reason = ""
     for option in (["--mount-proc"], []):  # a container that masks parts of /proc refuses a new one
         done = tried([*words, *option, "true"])
         if done.returncode == 0:
             return [*words, *option]
         reason = done.stderr.strip().removeprefix("unshare: ") or f"exit code {done.returncode}"
-    if _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1" and os.geteuid() != 0:
-        reason += "; AppArmor restricts user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0"
-    elif _sysctl("kernel/unprivileged_userns_clone") == "0" and os.geteuid() != 0:
-        reason += "; user namespaces are off: sysctl kernel.unprivileged_userns_clone=1"
-    elif _sysctl("user/max_user_namespaces") == "0":
-        reason += "; user namespaces are off: sysctl user.max_user_namespaces=10000"
+    for name, bad, good, why, concerns_root in _RESTRICTIONS:
+        with contextlib.suppress(OSError):
+            if Path("/proc/sys", name).read_text().strip() == bad and (concerns_root or os.geteuid() != 0):
+                raise EmulationError(f"{reason}; {why}: sysctl {name.replace('/', '.')}={good}")
     raise EmulationError(reason)
 
 
 def _run_inside() -> str:
-    """Run this command again in namespaces of its own and exit as it does; return only the reason why it cannot."""
+    """Run this command again in new namespaces and exit with its exit code; return only if that fails, with the reason."""
     depth = int(os.environ.get(_DEPTH, "0"))
-    if depth >= 2:  # a program that enters whenever it is run would start itself for ever
+    if depth >= 2:  # a program that always calls `enter` would start itself forever
         return f"commopt is running inside itself, {depth} levels deep"
     try:
         words = unshare_words()
@@ -252,7 +254,7 @@ def _run_inside() -> str:
         reason = stream.read().decode()
     if reason == "ok":
         code = process.wait()
-        os._exit(128 - code if code < 0 else code)  # what there was to say has been said inside
+        os._exit(128 - code if code < 0 else code)  # the process inside has printed everything
     process.wait()
     end_on_signals()
     os.close(lifeline_end)
@@ -260,21 +262,21 @@ def _run_inside() -> str:
 
 
 def _inside(cluster: ClusterSpec, lifeline: int, report: int) -> Emulation:
-    """Build the network in these new namespaces; if that fails, tell the outer launcher why, and end."""
-    main = threading.main_thread().ident
-    assert main is not None
+    """Build the network in these new namespaces; if that fails, send the reason to the outer launcher, and exit."""
+    main = threading.get_ident()
     for descriptor in (lifeline, report):
         os.set_inheritable(descriptor, False)
 
     def listen() -> None:
         while number := os.read(lifeline, 1):
             signal.pthread_kill(main, number[0])
-        os.kill(os.getpid(), signal.SIGKILL)  # no effect on process 1; the next line is what ends it
         os._exit(128 + signal.SIGKILL)
 
     threading.Thread(target=listen, daemon=True).start()
     try:
-        network = _build(cluster)
+        checked_run(["mount", "-t", "tmpfs", "none", os.path.realpath("/var/run")])
+        network = Network(cluster)
+        checked_run(["ip", "netns", "exec", cluster.nodes[0].name, "true"])  # mounts /sys, which a container may forbid
     except Exception as error:  # whatever it is, the outer launcher can still pace
         os.write(report, f"{type(error).__name__}: {error}".encode())
         os._exit(1)
@@ -291,17 +293,3 @@ def _inside(cluster: ClusterSpec, lifeline: int, report: int) -> Emulation:
     if not network.has_netem and any(link.jitter_s or link.loss_probability for link in everything):
         notices.append("this kernel has no netem: jitter and loss are left out")
     return replace(in_namespaces(cluster), notices=tuple(notices), links=links, network=network)
-
-
-def _build(cluster: ClusterSpec) -> Network:
-    checked_run(["mount", "-t", "tmpfs", "none", os.path.realpath("/var/run")])
-    network = Network(cluster)
-    checked_run(["ip", "netns", "exec", cluster.nodes[0].name, "true"])  # it mounts /sys, which a container may forbid
-    return network
-
-
-def _sysctl(name: str) -> str | None:
-    try:
-        return Path("/proc/sys", name).read_text().strip()
-    except OSError:
-        return None

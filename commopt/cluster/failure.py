@@ -1,13 +1,13 @@
-"""Which of the ends of a job's processes is the one that the others follow from."""
+"""Finds the failure that ended a job, among those that followed from it."""
 
 from __future__ import annotations
 
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from commopt.cluster.output import Ended, Reader, Traceback
+from commopt.cluster.output import Ended, Reader, Traceback, exception_in
 
 _FOLLOWS = re.compile(
     r"closed by peer|reset by peer|Connection refused|Broken pipe|remote process exited|ncclRemoteError|ncclSystemError"
@@ -19,8 +19,8 @@ _FOLLOWS = re.compile(
 class Failure:
     """What ended a job: the first rank that failed, or an agent (rank None).
 
-    exit_code: minus the signal's number where one ended it. message: that rank's last traceback, or "".
-    killed_at_step: where the run's faults killed that node, and all ended with it. is_told: the user has seen the message.
+    exit_code: minus the signal's number if one ended it. message: that rank's last traceback, or "".
+    killed_at_step: when a fault of the run killed this node, and the job with it. is_told: the user has seen the message.
     """
 
     node: str
@@ -32,14 +32,14 @@ class Failure:
 
     @property
     def follows(self) -> bool:
-        """Whether its message is what a rank says when another one ends."""
+        """Whether its message is that of a rank whose peer has ended."""
         return bool(_FOLLOWS.search(self.message))
 
     def __str__(self) -> str:
         if self.killed_at_step is not None:
             return f"{self.node} was killed at step {self.killed_at_step}, as the run's faults say"
         who = f"rank {self.rank} ({self.node})" if self.rank is not None else f"the torchrun agent of {self.node}"
-        exception = next((line for line in reversed(self.message.splitlines()) if line and not line[0].isspace()), "")
+        exception = exception_in(self.message.splitlines())
         if self.exit_code < 0 and not (self.rank is not None and exception):
             known = {one.value: one.name for one in signal.Signals}
             return f"{who} was killed by {known.get(-self.exit_code, f'signal {-self.exit_code}')}"
@@ -48,9 +48,9 @@ class Failure:
 
 @dataclass
 class AgentEnd:
-    """How one node's agent ended; at_s is None where it was the launcher that ended it, or it goes on.
+    """How one node's agent ended; at_s is None while it runs, or if the launcher ended it.
 
-    first_rank: of its node. reader: what it and its ranks printed. last_lines: of its log, for an agent that says nothing else.
+    first_rank: of its node. reader: of what it and its ranks print. last_lines: of its log, the message if there is no traceback.
     """
 
     node: str
@@ -62,31 +62,29 @@ class AgentEnd:
 
 
 def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | None:
-    """The failure that the others follow from, or where every node is a job of its own, the earliest."""
-    # an agent that ended well has started again what died on its node
+    """The failure that caused the others; the earliest one if every node is a job of its own."""
+    # an agent that ended well has restarted the ranks that died on its node
     found = [(end, ended) for end in ends if end.exit_code != 0 for ended in end.reader.ended]
     if found:
         end, ended = min(found, key=lambda pair: _order(*pair) if is_one_job else (0, pair[1].at_s))
         rank = end.first_rank + ended.local_rank
         if is_one_job:
             rank = end.reader.rank_of_local.get(ended.local_rank, rank)
-        traceback = _traceback(end, rank if is_one_job else ended.local_rank)
+        failure = Failure(end.node, rank, ended.exit_code)
         said_why = ended.exit_code > 0 or ended.exit_code == -signal.SIGABRT  # torch may abort after an exception
-        if traceback is None or not said_why:
-            return Failure(end.node, rank, ended.exit_code)
-        return Failure(end.node, rank, ended.exit_code, traceback.text, is_told=traceback.is_shown)
-    bad = [(end.at_s, k) for k, end in enumerate(ends) if end.exit_code and end.at_s is not None]
-    if not bad:
-        return None
-    end = ends[min(bad)[1]]
-    if not end.reader.tracebacks:
-        return Failure(end.node, None, end.exit_code or 0, end.last_lines)
-    last = end.reader.tracebacks[-1]
-    return Failure(end.node, None, end.exit_code or 0, last.text, is_told=last.is_shown)
+        traceback = _traceback(end, rank if is_one_job else ended.local_rank) if said_why else None
+    else:
+        bad = [(end.at_s, k) for k, end in enumerate(ends) if end.exit_code and end.at_s is not None]
+        if not bad:
+            return None
+        end = ends[min(bad)[1]]
+        failure = Failure(end.node, None, end.exit_code or 0, end.last_lines)
+        traceback = end.reader.tracebacks[-1] if end.reader.tracebacks else None
+    return failure if traceback is None else replace(failure, message=traceback.text, is_told=traceback.is_shown)
 
 
 def _order(end: AgentEnd, ended: Ended) -> tuple[int, float]:
-    """Killed from outside first, then errors of its own, then what follows from another's end; then by time."""
+    """Sort key: killed from outside, then the rank's own errors, then consequences of another rank's end; then by time."""
     traceback = _traceback(end, end.first_rank + ended.local_rank)
     if ended.exit_code == -signal.SIGABRT and traceback is None:
         kind = 2
@@ -98,5 +96,4 @@ def _order(end: AgentEnd, ended: Ended) -> tuple[int, float]:
 
 
 def _traceback(end: AgentEnd, rank: int) -> Traceback | None:
-    own = [block for block in end.reader.tracebacks if block.rank in (rank, None)]
-    return own[-1] if own else None
+    return next((block for block in reversed(end.reader.tracebacks) if block.rank in (rank, None)), None)

@@ -1,20 +1,20 @@
-"""What a run's `faults` say: machines that are killed, come back, hang, slow down or lose sight of each other, at given steps."""
+"""A run's `faults`: nodes that are killed, restarted, cut off, slowed down or stopped at given steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from commopt.errors import did_you_mean
-from commopt.reading import MistakesError, shown
+from commopt.reading import SpecModel, shown
 from commopt.record.words import fault_text
 
 if TYPE_CHECKING:
     from commopt.cluster.spec import ClusterSpec
 
-_LEFT_OUT: Any = None  # of a key; one without a value is a mistake
+_LEFT_OUT: Any = None  # default of a key that is left out; a key without a value is a mistake
 _EXAMPLE = "{at_step: 120, kill: node2}"
 
 
@@ -24,15 +24,13 @@ def _checked_sides(value: object) -> object:
     return value
 
 
-class Fault(BaseModel):
+class Fault(SpecModel):
     """One fault: exactly one of `kill`, `restart`, `cut`, `slow` and `hang`, when the furthest rank has done `at_step` steps.
 
-    kill: a node disappears, silently where the kernel emulates its link. restart: a killed node is started again.
-    cut: two nodes, or two sites, or a node and a site, do not reach each other for `for_s` seconds, or to the end.
-    slow: a node's processes run for 1/`factor` of the time. hang: a node's processes stand still for `for_s` seconds.
+    kill: a node disappears, silently if the kernel emulates its link. restart: a killed node is started again.
+    cut: two nodes, or two sites, or a node and a site, cannot reach each other for `for_s` seconds, or until the end.
+    slow: a node's processes run 1/`factor` of the time. hang: a node's processes stop for `for_s` seconds.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     at_step: int = Field(ge=1, strict=True)
     kill: str = _LEFT_OUT
@@ -43,10 +41,8 @@ class Fault(BaseModel):
     for_s: float = Field(_LEFT_OUT, gt=0, strict=True, allow_inf_nan=False)
     factor: float = Field(_LEFT_OUT, gt=1, strict=True, allow_inf_nan=False)
 
-    @model_validator(mode="after")
-    def _is_one_fault(self) -> Fault:
+    def mistakes(self) -> Iterator[tuple[str, str]]:
         kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
-        found = []
         if not kinds:
             raise ValueError(f"says nothing to do; write one of {', '.join(KINDS)}, as in {_EXAMPLE}")
         if len(kinds) > 1:
@@ -54,16 +50,13 @@ class Fault(BaseModel):
         kind = kinds[0]
         if self.for_s is not None and kind in ("kill", "restart"):
             instead = "; write a restart at a later step" if kind == "kill" else ""
-            found.append(("for_s", f"has no effect on a {kind}; leave it out{instead}"))
+            yield "for_s", f"has no effect on a {kind}; leave it out{instead}"
         if self.for_s is None and kind == "hang":
-            found.append(("for_s", "is missing; write for how many seconds the node hangs, as in 'for_s: 10'"))
+            yield "for_s", "is missing; write for how many seconds the node hangs, as in 'for_s: 10'"
         if self.factor is not None and kind != "slow":
-            found.append(("factor", f"has no effect on a {kind}; leave it out"))
+            yield "factor", f"has no effect on a {kind}; leave it out"
         if self.factor is None and kind == "slow":
-            found.append(("factor", "is missing; write how many times slower the node gets, as in 'factor: 5'"))
-        if found:
-            raise MistakesError(found)
-        return self
+            yield "factor", "is missing; write how many times slower the node gets, as in 'factor: 5'"
 
     @property
     def kind(self) -> str:
@@ -81,7 +74,7 @@ class Fault(BaseModel):
 
     @property
     def recovery(self) -> str:
-        """What happens when it ends by itself: `node1 goes on`."""
+        """What happens when its time is over: `node1 goes on`."""
         if self.kind == "cut":
             return f"{' and '.join(self.names)} reach each other again"
         return f"{self.names[0]} goes on{' at full speed' if self.kind == 'slow' else ''}"
@@ -90,8 +83,8 @@ class Fault(BaseModel):
 KINDS = ("kill", "restart", "cut", "slow", "hang")
 
 
-def mistakes(faults: Sequence[Fault], cluster: ClusterSpec, steps: object) -> Iterator[tuple[str, str]]:
-    """What does not fit the cluster, the number of steps (where that is a number) or the faults before: (key, text) pairs."""
+def mistakes_among(faults: Sequence[Fault], cluster: ClusterSpec, steps: object) -> Iterator[tuple[str, str]]:
+    """(key, text) pairs: faults that contradict the cluster, the number of steps (if it is one) or earlier faults."""
     for index, fault in enumerate(faults):
         known = [*cluster.names, *(cluster.sites if fault.kind == "cut" else [])]
         what = "node or site" if fault.kind == "cut" and cluster.sites else "node"
@@ -104,15 +97,13 @@ def mistakes(faults: Sequence[Fault], cluster: ClusterSpec, steps: object) -> It
             if both := [name for name in one if name in other]:
                 yield key, f"{both[0]!r} is on both sides; write two nodes or sites that have none in common"
         if isinstance(steps, int) and not isinstance(steps, bool) and fault.at_step >= steps >= 1:
-            yield (
-                f"faults.{index}.at_step",
-                f"{fault.at_step} is not reached in {steps} steps; write less than arguments.steps",
-            )
+            late = f"{fault.at_step} is not reached in {steps} steps; write less than arguments.steps"
+            yield f"faults.{index}.at_step", late
     yield from _mistakes_of_life(faults, cluster)
 
 
 def _mistakes_of_life(faults: Sequence[Fault], cluster: ClusterSpec) -> Iterator[tuple[str, str]]:
-    """Faults of nodes that are dead then, and restarts of nodes that are not."""
+    """Faults of dead nodes, and restarts of nodes that are up."""
     killed: dict[str, int] = {}  # name -> step
     for index, fault in sorted(enumerate(faults), key=lambda numbered: numbered[1].at_step):
         key, name = f"faults.{index}.{fault.kind}", fault.names[0]

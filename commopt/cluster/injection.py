@@ -1,4 +1,4 @@
-"""Faults carried out: the nodes of one running job are killed, restarted, stopped, slowed down and cut off, as its file says."""
+"""Carries out a run's faults: kills, restarts, stops, slows down and cuts off nodes of a running job."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ if TYPE_CHECKING:
 
 
 def check_faults(faults: Sequence[Fault], emulation: Emulation, file: str) -> None:
-    """Raise ConfigError, before anything starts, for a fault that cannot be carried out where the job runs."""
+    """Raise ConfigError, before anything starts, for faults that this emulation cannot carry out."""
     if faults and emulation.is_elsewhere:
         raise ConfigError(f"{file}: faults: real machines get none; add --emulate netns, or leave the key out")
-    found = [
-        f"{file}: faults.{index}.cut: needs links that the kernel emulates, and here they are not "
-        f"(--emulate {emulation.mode.value}); add --emulate netns, or leave the cut out"
-        for index, fault in enumerate(faults)
-        if fault.kind == "cut" and emulation.mode is not Emulate.NETNS
-    ]
-    if found:
-        raise ConfigError("\n".join(found))
+    cuts = [index for index, fault in enumerate(faults) if fault.kind == "cut"]
+    if cuts and emulation.mode is not Emulate.NETNS:
+        text = "needs links that the kernel emulates, and here they are not "
+        text += f"(--emulate {emulation.mode.value}); add --emulate netns, or leave the cut out"
+        raise ConfigError("\n".join(f"{file}: faults.{index}.cut: {text}" for index in cuts))
 
 
 class Injection:
@@ -44,26 +41,23 @@ class Injection:
     def __init__(
         self, faults: Sequence[Fault], *, emulation: Emulation, record_dir: Path, tell: Callable[[str], None]
     ) -> None:
-        self._waiting = sorted(faults, key=lambda fault: fault.at_step)  # those of one step as the file has them
+        self._waiting = sorted(faults, key=lambda fault: fault.at_step)  # within a step in the file's order
         self._emulation, self._network = emulation, emulation.network
         self._tell, self._follower = tell, Follower(record_dir)
         self._record = record_dir / "faults.jsonl"
-        self._in_force: list[tuple[Fault, float]] = []  # and when it ends, on the monotonic clock
+        self._in_force: list[tuple[Fault, float]] = []  # each with its end on the monotonic clock
         self._killed: dict[str, Fault] = {}
-        self._job: Job | None = None
         self._throttle: Throttle | None = None
 
     @property
     def unreached(self) -> list[str]:
-        """A line for each fault that never came."""
+        """A line for each fault whose step was not reached."""
         return [f"the fault at step {fault.at_step} was not reached: {fault}" for fault in self._waiting]
 
-    def begin(self, job: Job) -> None:
-        """Take charge of a job that has been started."""
-        self._job, self._throttle = job, Throttle(job.mark)
-
-    def tick(self) -> None:
-        """End what is over and begin what is due; call it some times a second."""
+    def tick(self, job: Job) -> None:
+        """End and begin the faults of this running job that are due; call it several times a second."""
+        if self._throttle is None:
+            self._throttle = Throttle(job.mark)
         now_s = time.monotonic()
         for fault, ends_s in list(self._in_force):
             if ends_s <= now_s:
@@ -74,15 +68,15 @@ class Injection:
         self._follower.poll()
         done = max((r.steps[-1].step + 1 for r in self._follower.records.values() if r.steps), default=0)
         while self._waiting and self._waiting[0].at_step <= done:
-            self._begin(self._waiting.pop(0))
+            self._begin(job, self._waiting.pop(0))
 
     def release(self) -> None:
-        """Let every process go on, so that it can end in order."""
+        """Resume every process, so that it can end in order."""
         if self._throttle is not None:
             self._throttle.close()
 
     def restore(self) -> None:
-        """Heal the network, for the next job on it; call it when the processes have ended."""
+        """Restore the network for the next job; call it when the processes have ended."""
         self._in_force = []
         if self._network is not None:
             self._network.cut([])
@@ -90,31 +84,29 @@ class Injection:
                 self._network.restore(name)
         self._killed = {}
 
-    def _begin(self, fault: Fault) -> None:
-        assert self._job is not None
+    def _begin(self, job: Job, fault: Fault) -> None:
         self._tell(f"fault at step {fault.at_step}: {fault}")
         name = fault.names[0]
         if fault.kind == "restart":
             self._write(self._killed.pop(name), "end")
         self._write(fault, "begin")
         if fault.kind == "kill":
-            self._kill(fault, name)
+            self._kill(job, fault, name)
         elif fault.kind == "restart":
             if self._network is not None:
                 self._network.restore(name)
-            self._job.restart(name)
+            job.restart(name)
         else:
             ends_s = math.inf if fault.for_s is None else time.monotonic() + fault.for_s
             self._in_force.append((fault, ends_s))
             self._apply()
 
-    def _kill(self, fault: Fault, name: str) -> None:
-        """First the link, so that no farewell of a dying connection reaches the peers; then the processes."""
-        assert self._job is not None
+    def _kill(self, job: Job, fault: Fault, name: str) -> None:
+        """Unplug the node first, so that peers don't see its connections close; then kill its processes."""
         self._killed[name] = fault
         if self._network is not None:
             self._network.unplug(name)
-        self._job.kill(name, fault.at_step)
+        job.kill(name, fault.at_step)
         if self._network is not None:
             self._network.remove(name)
         for other, _ in list(self._in_force):
@@ -127,7 +119,7 @@ class Injection:
         self._write(fault, "end")
 
     def _apply(self) -> None:
-        """Bring the nodes into the state that the faults in force ask for, all together."""
+        """Set the cuts and the shares of time that the faults in force add up to."""
         assert self._throttle is not None
         pairs: set[frozenset[str]] = set()
         shares: dict[str, float] = {}
@@ -147,5 +139,5 @@ class Injection:
         try:
             with self._record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # a full disk costs the record, not the training
+        except OSError as error:  # a full disk must not end the training
             self._tell(f"{self._record}: cannot be written: {(error.strerror or str(error)).lower()}")

@@ -28,7 +28,7 @@ def usable_cores() -> int:
 
 
 def tried(words: Sequence[str], given: str = "", *, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a short command on an input text; one that cannot be run, or takes too long, has exit code 1."""
+    """Run a short command with an input text; the exit code is 1 if it cannot be run, or takes too long."""
     try:
         return subprocess.run(words, input=given, capture_output=True, text=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -36,7 +36,7 @@ def tried(words: Sequence[str], given: str = "", *, timeout_s: float | None = No
 
 
 def free_ports(count: int) -> list[int]:
-    """So many different ports that nothing listens on now."""
+    """Different ports that nothing listens on now."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in listeners:
@@ -65,7 +65,7 @@ def is_own(host: str | None) -> bool:
 def interface_of(host: str | None) -> str | None:
     """The interface that owns a host's address on this machine, or None.
 
-    A name that only /etc/hosts turns into a loopback address leads other machines elsewhere, and gives None.
+    None too for a name that /etc/hosts maps to a loopback address, because other machines resolve it differently.
     """
     if not host or not is_own(host):
         return None

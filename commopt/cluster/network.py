@@ -4,7 +4,7 @@ node0 [eth0] ---- v0 |bridge b0| s0 ---- t0 |bridge core| t1 ---- s1 |bridge b1|
 
 A node's egress is shaped in its namespace (eth0) and its ingress on the bridge's side (v0). With sites there is a
 bridge per site; what a site sends is shaped at s0, what it receives at t0. Everything is made in the network namespace
-of the calling process, which therefore has to be one of its own: see `commopt.cluster.emulate`.
+of the calling process, which must therefore have one of its own: see `commopt.cluster.emulate`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from commopt.cluster.spec import ClusterSpec, Link
 from commopt.errors import EmulationError
 
 INTERFACE = "eth0"  # of every node, in its own namespace
-_FASTEST_BYTES_PER_S = 30e9 / 8  # tbf's rate field ends at 4 GiB/s; a veth pair on one machine ends before
+_FASTEST_BYTES_PER_S = 30e9 / 8  # tbf's rate field ends at 4 GiB/s; a veth pair is slower than that
 _ETHERNET_BYTES = 14
-_NOWHERE = "01:80:c2:00:00:01"  # IEEE 802.1D: a bridge never forwards a frame for this address, and says nothing
+_NOWHERE = "01:80:c2:00:00:01"  # IEEE 802.1D: bridges silently drop frames for this address
 
 
 def address(node: int) -> str:
@@ -29,24 +29,20 @@ def address(node: int) -> str:
     return f"10.77.{(node + 1) // 256}.{(node + 1) % 256}"
 
 
-def _hardware_address(node: int) -> str:
-    return f"02:00:0a:4d:{(node + 1) // 256:02x}:{(node + 1) % 256:02x}"
-
-
 def burst_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
-    """What a shaper lets pass at once: 2 ms of its rate, at least 16 KiB and one segment, never a step's payload."""
+    """What a shaper lets pass at once: 2 ms at its rate, at least 16 KiB and one segment; far less than a step's payload."""
     return max(16 * 1024, mtu + _ETHERNET_BYTES, math.ceil(0.002 * bytes_per_s))
 
 
 def queue_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
-    """What a shaper holds before it drops: 200 ms, at least 1 MiB, so that several senders to one node lose little."""
+    """What a shaper queues before it drops: 200 ms at its rate, at least 1 MiB, so that several senders to one node lose little."""
     return burst_bytes(bytes_per_s, mtu) + max(1 << 20, math.ceil(0.2 * bytes_per_s))
 
 
 class Network:
-    """The emulated network of one cluster; it lives until the process that made it ends.
+    """The emulated network of one cluster; it exists until the process that made it ends.
 
-    has_netem: whether the kernel imposes delay, jitter and loss; where it cannot, the links have their rates only.
+    has_netem: whether the kernel imposes delay, jitter and loss; without it, links only have their rates.
     """
 
     def __init__(self, cluster: ClusterSpec) -> None:
@@ -55,13 +51,11 @@ class Network:
         self._names = cluster.names
         self._mtu = cluster.links.mtu
         self._outer: dict[int, str] = {}  # index of a veth's outer end -> name of its node
-        self._sent_before = dict.fromkeys(self._names, 0)  # through veths that are gone
+        self._sent_before = dict.fromkeys(self._names, 0)  # through veths that were removed
         self._cut: set[frozenset[str]] = set()
-        self.has_netem = False
         self._root: Any = IPRoute()
         links = [cluster.link(index) for index in range(len(self._names))]
-        if any(_needs_netem(link) for link in [*links, cluster.links.between]):
-            self.has_netem = self._netem_works()
+        self.has_netem = any(map(_needs_netem, [*links, cluster.links.between])) and self._netem_works()
         self._root.link("set", index=1, state="up")
         bridges = self._add_bridges(cluster)
         self._places = [(link, bridges[site]) for link, site in zip(links, cluster.site_of_node, strict=True)]
@@ -70,7 +64,7 @@ class Network:
 
     @deferred_signals()
     def tx_bytes(self) -> dict[str, int]:
-        """Bytes that each node has sent since it was made, headers included: what the other end of its veth received."""
+        """Bytes that each node has sent since the start, headers included, as received by the outer end of its veth."""
         sent = dict(self._sent_before)
         for message in self._root.get_links(*self._outer) if self._outer else []:
             sent[self._outer[message["index"]]] += int(message.get_attr("IFLA_STATS64")["rx_bytes"])
@@ -78,12 +72,12 @@ class Network:
 
     @deferred_signals()
     def unplug(self, name: str) -> None:
-        """Silence a node: nothing that it still sends arrives, and its programs get no error from their own interface."""
+        """Cut a node off: nothing that it still sends arrives, but its own interface reports no error to its programs."""
         self._root.link("set", index=self._outer_of(name), state="down")
 
     @deferred_signals()
     def remove(self, name: str) -> None:
-        """Remove a node whose programs have ended: its kernel's connections go with it, as a machine's memory does."""
+        """Remove a node whose programs have ended, with the connections that its kernel still keeps, as a machine would lose them."""
         from pyroute2 import netns
 
         index = self._outer_of(name)
@@ -94,36 +88,33 @@ class Network:
 
     @deferred_signals()
     def restore(self, name: str) -> None:
-        """Bring a node back that was unplugged or removed, with the same addresses; what it was cut off from, it still is."""
+        """Bring back a node that was unplugged or removed, with the same addresses; cuts stay in force."""
         if name in self._outer.values():
             self._root.link("set", index=self._outer_of(name), state="up")
             return
         self._add_node(name)
-        for pair in self._cut:
-            if name in pair:
-                self._block(name, pair - {name})
+        self._set_cuts(name, healed=set(), new=self._cut)
 
     @deferred_signals()
     def cut(self, pairs: Iterable[Collection[str]]) -> None:
-        """Lose what passes between the two nodes of each of these pairs, without a word to either; heal all other pairs.
+        """Silently drop everything between the two nodes of each of these pairs; heal all other pairs.
 
-        Connections stall, and go on after healing: each node takes the other's hardware address for one that leads nowhere.
+        Connections stall, and continue after healing: each node maps the other's address to a hardware address of nobody.
         """
         wanted = {frozenset(pair) for pair in pairs}
         healed, new = self._cut - wanted, wanted - self._cut
         self._cut = wanted
         for name in self._outer.values():
-            self._unblock(name, {other for pair in healed if name in pair for other in pair - {name}})
-            self._block(name, {other for pair in new if name in pair for other in pair - {name}})
+            self._set_cuts(name, healed=healed, new=new)
 
-    def _block(self, name: str, others: Collection[str]) -> None:
-        _ip(name, [f"neigh replace {self._address(o)} lladdr {_NOWHERE} nud permanent dev {INTERFACE}" for o in others])
-
-    def _unblock(self, name: str, others: Collection[str]) -> None:
-        _ip(name, [f"neigh del {self._address(other)} dev {INTERFACE}" for other in others])
-
-    def _address(self, name: str) -> str:
-        return address(self._names.index(name))
+    def _set_cuts(self, name: str, *, healed: set[frozenset[str]], new: set[frozenset[str]]) -> None:
+        """Tell a node's kernel of those pairs that it is in."""
+        lines = []
+        for pairs, verb, where in ((healed, "del", ""), (new, "replace", f" lladdr {_NOWHERE} nud permanent")):
+            others = [address(self._names.index(other)) for pair in pairs if name in pair for other in pair - {name}]
+            lines += [f"neigh {verb} {other}{where} dev {INTERFACE}\n" for other in others]
+        if lines:
+            checked_run(["ip", "-n", name, "-batch", "-"], "".join(lines))
 
     def _outer_of(self, name: str) -> int:
         return next(index for index, owner in self._outer.items() if owner == name)
@@ -170,8 +161,9 @@ class Network:
             index = self._index(inside, INTERFACE)
             inside.link("set", index=1, state="up")
             inside.addr("add", index=index, address=address(number), prefixlen=16)
-            inside.link("set", index=index, address=_hardware_address(number))  # others may know it from before
-            inside.link("set", index=index, gso_max_segs=1)  # segments on the wire are real, and their headers count
+            hardware = f"02:00:0a:4d:{(number + 1) // 256:02x}:{(number + 1) % 256:02x}"
+            inside.link("set", index=index, address=hardware)  # the others may have cached it
+            inside.link("set", index=index, gso_max_segs=1)  # no offload: every segment has its headers, as on a wire
             self._silence_ipv6(inside, index)
             self._shape(inside, index, link)
             inside.link("set", index=index, state="up")
@@ -187,7 +179,7 @@ class Network:
             held_s = 1.0 + link.delay_s + link.jitter_s
             packets = max(1000, math.ceil(held_s * min(rate, _FASTEST_BYTES_PER_S) / self._mtu))
             place = {} if parent is None else {"parent": parent}
-            # microseconds, and a percentage that has to stay below its 32-bit end
+            # microseconds; and a percentage, which overflows 32 bits at 100
             times = {"delay": link.delay_s * 1e6, "jitter": link.jitter_s * 1e6}
             loss = min(link.loss_probability * 100, 99.9999)
             route.tc("add", "netem", index, handle="10:", **place, **times, loss=loss, limit=packets)
@@ -205,7 +197,7 @@ class Network:
 
     @staticmethod
     def _silence_ipv6(route: Any, index: int) -> None:
-        """Keep the kernel from announcing link-local addresses, which the counters would show."""
+        """Keep the kernel from announcing link-local addresses, which would be counted as traffic."""
         mode = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}
         route.link("set", index=index, IFLA_AF_SPEC=mode)
 
@@ -215,16 +207,10 @@ class Network:
 
 
 def checked_run(words: Sequence[str], given: str = "") -> None:
-    """Run a short command on an input text. Raises EmulationError, with what it says, if it fails."""
+    """Run a short command with an input text. Raises EmulationError, with its error output, if it fails."""
     done = tried(words, given)
     if done.returncode != 0:
         raise EmulationError(f"{' '.join(words[:3])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-
-
-def _ip(namespace: str, lines: Sequence[str]) -> None:
-    """Give `ip` these lines in a node's namespace."""
-    if lines:
-        checked_run(["ip", "-n", namespace, "-batch", "-"], "\n".join(lines) + "\n")
 
 
 def _needs_netem(link: Link) -> bool:

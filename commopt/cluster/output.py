@@ -1,10 +1,12 @@
-"""What a node's agent and ranks print, told apart: lines for the user, tracebacks, and torchrun's own reports."""
+"""Sorts what a node's agent and ranks print: lines for the user, tracebacks, and torchrun's own reports."""
 
 from __future__ import annotations
 
 import re
 import socket
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -13,23 +15,22 @@ _LOGGED = re.compile(
     r"^(?:\[\w+\]:)?[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?:\S*/)?torch/distributed/(?:run|elastic|launcher)"
 )
 _NOISE = re.compile(r"^NOTE: Redirects|.*\[c10d\] The hostname of the client socket cannot be retrieved")
-_STORE_CLOSED = re.compile(
-    r"^\[[WE]\d{4} .*TCPStore\.cpp:\d+\] \[c10d\]"
-)  # an agent that outlives the one with the store
+# printed by an agent that outlives the one with the store
+_STORE_CLOSED = re.compile(r"^\[[WE]\d{4} .*TCPStore\.cpp:\d+\] \[c10d\]")
 _STACK = re.compile(r"^(?:Exception raised from|frame #\d+:|<omitting python frames>|$)")
 _ENDED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: \d+\)")
 _RANK = re.compile(r"^\s*rank\s*: (\d+) \(local_rank: (\d+)\)")
 _OF_RANK = re.compile(r"^\[rank(\d+)\]: ?")
 _TRACEBACK = "Traceback (most recent call last):"
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
-_HELD_S, _HELD_LAST_S = 2.0, 30.0  # a traceback that its process went on after; one that may be its last words
+_HELD_S, _HELD_LAST_S = 2.0, 30.0  # a traceback after which its process went on; one that may be its last output
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _KEPT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A rank that its agent saw end badly: exit_code is minus the signal's number where one killed it."""
+    """A rank that failed, as its agent reports; exit_code is minus the signal's number if one killed it."""
 
     at_s: float
     local_rank: int
@@ -38,7 +39,7 @@ class Ended:
 
 @dataclass
 class Traceback:
-    """One traceback; rank is None where the program had no process group yet.
+    """One traceback; rank is None if the program had no process group yet.
 
     went_on: its process has printed something since. is_shown: the user has seen it.
     """
@@ -53,20 +54,20 @@ class Traceback:
     def text(self) -> str:
         return "\n".join(self.lines).rstrip()
 
-    @property
-    def last_line(self) -> str:
-        """The exception itself: the last line that starts where the first did."""
-        return next((line for line in reversed(self.lines) if line and not line[0].isspace()), "")
+
+def exception_in(lines: Sequence[str]) -> str:
+    """The exception itself: a traceback's last line that is not indented."""
+    return next((line for line in reversed(lines) if line and not line[0].isspace()), "")
 
 
 class Lines:
-    """What several processes write to one place, each put together to whole lines."""
+    """Assembles whole lines from what several processes write to one place."""
 
     def __init__(self) -> None:
         self._rests: dict[int, bytes] = {}
 
     def whole(self, data: bytes, writer: int = 0) -> bytes:
-        """What is whole with this new part of what one process writes; very long lines come in pieces."""
+        """Add what one process wrote; return the lines that are now complete, very long ones in pieces."""
         data = self._rests.pop(writer, b"") + data
         end = data.rfind(b"\n") + 1
         if len(data) - end > 1 << 16:
@@ -76,15 +77,15 @@ class Lines:
         return data[:end]
 
     def last(self) -> list[tuple[bytes, int]]:
-        """The last line of each process that had no line feed, with one, and its writer."""
+        """The unfinished last line of each process, with a line feed added, and its writer."""
         return [(rest + b"\n", writer) for writer, rest in self._rests.items()]
 
 
 class Reader:
     """Sorts the lines of one agent.
 
-    A rank that prints a traceback and goes on wanted it shown, and sees it 2 s later. One whose last words it may be can take long
-    to end on a busy machine, and its agent to say so: that traceback is held back for 30 s, because the end of the job shows it.
+    The traceback of a rank that goes on is shown after 2 s. One that may be the rank's last output is held back for 30 s: the report
+    of the job's end shows it too, but on a busy machine it takes long until the rank has ended and its agent says so.
     """
 
     def __init__(self) -> None:
@@ -103,7 +104,7 @@ class Reader:
         return [line for line in lines if self._is_for_users(line, at_s, writer)]
 
     def release(self, at_s: float) -> list[str]:
-        """Tracebacks that were printed a while ago and ended nothing."""
+        """Held-back tracebacks that are due: no rank has ended since."""
         if self.ended:
             return []
         old = [
@@ -111,7 +112,7 @@ class Reader:
             for block in self.tracebacks
             if not block.is_shown
             and at_s - block.at_s > (_HELD_S if block.went_on else _HELD_LAST_S)
-            and not _is_agents(block)
+            and not ("torch/distributed/run.py" in block.text and "elastic_launch(" in block.text)  # torchrun's own
         ]
         for block in old:
             block.is_shown = True
@@ -133,7 +134,7 @@ class Reader:
         return block is None or block.is_shown
 
     def _traceback_of(self, line: str, at_s: float, writer: int) -> Traceback | None:
-        """The traceback that a line belongs to, which has it from now on."""
+        """Add a line to the traceback that it belongs to, and return that; None if there is none."""
         match = _OF_RANK.match(line)
         rank = int(match[1]) if match else None
         if match:
@@ -150,7 +151,7 @@ class Reader:
             self.tracebacks.append(block)
         elif block is None:
             return None
-        elif rank is None and block.last_line != _TRACEBACK and not _continues(block, text):
+        elif rank is None and exception_in(block.lines) != _TRACEBACK and not _continues(block, text):
             block.went_on = True
             del self._open[place]
             return None
@@ -166,15 +167,11 @@ def _continues(block: Traceback, text: str) -> bool:
     return not text or text[0].isspace() or text.startswith(_CHAINED) or _is_chained(block)
 
 
-def _is_agents(block: Traceback) -> bool:
-    return "torch/distributed/run.py" in block.text and "elastic_launch(" in block.text
-
-
 def output_pair() -> tuple[socket.socket, socket.socket]:
-    """Where to read what a node prints, and what its processes inherit.
+    """The socket to read a node's output from, and the one that its processes inherit.
 
-    A pipe would glue lines together: `python -u` writes a line and its line feed separately, and ranks of one node
-    print at the same time. A socket names the process that wrote.
+    In a pipe lines would get mixed: `python -u` writes a line and its line feed separately, and ranks of one node
+    print at the same time. A socket identifies the process that wrote.
     """
     output, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     output.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -183,7 +180,7 @@ def output_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def read_from(output: socket.socket) -> tuple[bytes, int]:
-    """What one process wrote, and which."""
+    """What one process wrote, and its process id (0 if unknown)."""
     data, ancillary, _, _ = output.recvmsg(1 << 16, socket.CMSG_SPACE(_CREDENTIALS.size))
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
@@ -192,9 +189,9 @@ def read_from(output: socket.socket) -> tuple[bytes, int]:
 
 
 class Logs:
-    """All that the agents printed: a file per node, or without a folder the last MiB of each in memory.
+    """Everything that the agents printed: a file per node, or without a folder the last MiB of each in memory.
 
-    A folder that cannot be written to (a full disk) costs its logs, not the job: `problem` says what happened.
+    If the folder cannot be written (a full disk), the job goes on without the logs, and `problem` says why.
     """
 
     def __init__(self, folder: Path | None, names: list[str]) -> None:
@@ -203,45 +200,40 @@ class Logs:
         self._kept = {name: bytearray() for name in names}
         self._files: dict[str, BinaryIO] = {}
         if folder is not None:
-            try:
+            with self._stopped_by_errors():
                 folder.mkdir(parents=True, exist_ok=True)
                 self._files = {name: (folder / f"{name}.log").open("wb", buffering=0) for name in names}
-            except OSError as error:
-                self._stop(error)
 
     def write(self, name: str, data: bytes) -> None:
-        """Add whole lines of one node."""
         kept = self._kept[name]
         kept += data
         if len(kept) > 2 * _KEPT_BYTES:
             del kept[:-_KEPT_BYTES]
         if file := self._files.get(name):
-            try:
+            with self._stopped_by_errors():
                 rest = memoryview(data)
                 while rest:
                     rest = rest[file.write(rest) :]
-            except OSError as error:
-                self._stop(error)
 
     def tail(self, name: str, lines: int) -> str:
-        """The last lines of one node."""
         return "\n".join(self._kept[name].decode("utf-8", "replace").rstrip().split("\n")[-lines:])
 
     def keep(self, folder: Path) -> None:
         """Write what is in memory to a folder."""
-        try:
+        with self._stopped_by_errors():
             folder.mkdir(parents=True, exist_ok=True)
             for name, kept in self._kept.items():
                 (folder / f"{name}.log").write_bytes(kept)
-        except OSError as error:
-            self._stop(error)
 
     def close(self) -> None:
-        """Close the files."""
         for file in self._files.values():
             file.close()
         self._files = {}
 
-    def _stop(self, error: OSError) -> None:
-        self.close()
-        self.problem = f"{self._folder}: the logs are incomplete: {(error.strerror or str(error)).lower()}"
+    @contextmanager
+    def _stopped_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            self.problem = f"{self._folder}: the logs are incomplete: {(error.strerror or str(error)).lower()}"

@@ -1,9 +1,9 @@
-"""The processes of a job, found by the mark in their environment; run as a program, it slows nodes down or stops them.
+"""Finds the processes of a job by the mark in their environment; run as a program, slows nodes down or stops them.
 
-`python -I -S processes.py MARK` takes a JSON line for each change: {"node3": 0.2, "node1": 0} are the shares of the time
-that these nodes may run. When the launcher ends, however it ends, so does the input; then every process goes on, and
-the program ends. It is apart from the launcher because a stopped process does not end on SIGTERM, and nobody would
-continue those that a killed launcher left behind. Imports nothing of ours.
+`python -I -S processes.py MARK` reads a JSON line for each change: {"node3": 0.2, "node1": 0} are the shares of the time
+that these nodes may run. When the launcher ends, however it ends, so does the input; then the program resumes every
+process and ends. It is not part of the launcher, because a killed launcher could not resume the processes that it had
+stopped, and a stopped process does not end on SIGTERM. Imports nothing of commopt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOOK_S = 0.4  # how often new processes of a node are looked for
 
 
 def marked(mark: str, node: str | None = None) -> Iterator[int]:
-    """Processes whose environment has this job's mark (and this node's name), whoever their parent is now."""
+    """Processes whose environment has this job's mark (and this node's name), whatever their parent is now."""
     wanted = [f"COMMOPT_JOB={mark}".encode(), *([f"COMMOPT_NODE={node}".encode()] if node is not None else [])]
     try:
         own_namespace = os.readlink("/proc/self/ns/pid")
@@ -41,7 +41,7 @@ def marked(mark: str, node: str | None = None) -> Iterator[int]:
 
 
 def _pid_here(entry: Path) -> int:
-    """The number of a process in its own PID namespace: a container may show the /proc of another one."""
+    """The id of a process in its own PID namespace: a container may show the /proc of another one."""
     for line in (entry / "status").read_text().splitlines():
         if line.startswith("NSpid:"):
             return int(line.split()[-1])
@@ -49,7 +49,7 @@ def _pid_here(entry: Path) -> int:
 
 
 def kill_all(mark: str, node: str | None = None) -> None:
-    """SIGKILL to every process of a job, or of one node of it, until none is left."""
+    """Send SIGKILL to every process of a job, or of one of its nodes, until none is left; at most for 5 s."""
     deadline_s = time.monotonic() + 5
     while (found := list(marked(mark, node))) and time.monotonic() < deadline_s:  # one may just have started another
         _signal(found, signal.SIGKILL)
@@ -63,7 +63,7 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
 
 
 class Throttle:
-    """Lets the processes of some nodes run for a share of the time only. `close` lets all of them go on."""
+    """Lets the processes of some nodes run for only a share of the time. `close` resumes all of them."""
 
     def __init__(self, mark: str) -> None:
         self._mark = mark
@@ -81,18 +81,18 @@ class Throttle:
                 words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
             )
         assert self._program.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # somebody killed it: `close` will say the last word
+        with contextlib.suppress(BrokenPipeError):  # it was killed: `close` resumes what it has stopped
             self._program.stdin.write(json.dumps(self._shares).encode() + b"\n")
             self._program.stdin.flush()
 
     def close(self) -> None:
-        """Return when every process goes on."""
+        """Resume every process, and return when that is done."""
         if self._program is None:
             return
         assert self._program.stdin is not None
         with contextlib.suppress(OSError):
             self._program.stdin.close()
-        if self._program.wait() != 0:  # somebody killed it, and it may have left them stopped
+        if self._program.wait() != 0:  # it was killed, and may have left them stopped
             _signal(list(marked(self._mark)), signal.SIGCONT)
         self._program, self._shares = None, {}
 
@@ -114,12 +114,12 @@ class _Cycle:
         self._shares, self._looked_s = shares, -_LOOK_S
 
     def advance(self) -> float:
-        """Stop and continue what is due; return the seconds until the next time."""
+        """Stop and resume the nodes that are due; return the seconds until the next change."""
         now_s = time.monotonic()
         if now_s - self._looked_s >= _LOOK_S:
             self._looked_s = now_s
             found = {node: list(marked(self._mark, node)) for node in self._shares}
-            for node in self._stopped & set(found):  # what was started since
+            for node in self._stopped & set(found):  # processes started since
                 _signal(found[node], signal.SIGSTOP)
             self._found = found
         phase_s = now_s % _PERIOD_S

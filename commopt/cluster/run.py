@@ -1,7 +1,4 @@
-"""Run one job: an agent per node, its output sorted, its bytes counted, and all of it ended when a part of it ends.
-
-If nodes are independent, a part that ends leaves the others alone.
-"""
+"""Runs one job: an agent per node, with sorted output and counted bytes; if one fails, ends all but independent nodes."""
 
 from __future__ import annotations
 
@@ -28,9 +25,9 @@ from commopt.cluster.processes import kill_all
 from commopt.errors import LaunchError
 
 _TICK_S = 0.2
-_FAULTS_S = 0.05  # how often faults look whether they are due: small models do many steps between two ticks
+_FAULTS_S = 0.05  # how often due faults are looked for: small models do many steps between two ticks
 _OTHERS_S = 1.5  # for the other nodes to report what they saw, before they are ended
-_CAUSE_S = 15.0  # the same, while all that is known of follows from another's end, which a busy machine reports later
+_CAUSE_S = 15.0  # the same, if all known failures follow from another one, which a busy machine reports later
 _LAST_WORDS_S = 0.4  # for the output of an agent that ended to be read
 _GRACE_S = 4.0  # between SIGTERM and SIGKILL
 
@@ -39,8 +36,8 @@ _GRACE_S = 4.0  # between SIGTERM and SIGKILL
 class JobResult:
     """How a job ended.
 
-    tx_bytes is empty where nodes share an interface. log_dir holds `NODE.log`; None if none was asked for and the
-    job ended well. notices concern the supervision itself.
+    tx_bytes: empty if nodes share an interface. log_dir: holds `NODE.log`; None if none was asked for and the job ended
+    well. notices: about faults that were not reached, and logs that could not be written.
     """
 
     wall_s: float
@@ -52,13 +49,11 @@ class JobResult:
 
 @dataclass(kw_only=True)
 class _Agent(AgentEnd):
-    """One start of a node's agent; is_killed: a fault ended it, is_told: its bad end has been told."""
+    """One start of a node's agent. is_killed: a fault ended it. is_told: its failure has been reported."""
 
-    index: int
     process: subprocess.Popen[bytes]
     output: socket.socket
     lines: Lines = field(default_factory=Lines)
-    is_open: bool = True
     is_killed: bool = False
     is_told: bool = False
 
@@ -68,12 +63,12 @@ class Job:
     """Runs `argv` (a program and its arguments) on every rank; `run` returns when all of it has ended.
 
     env: variables added to the ranks' environment. log_dir: made if needed; gets `NODE.log` with all that was printed.
-    Without it the last of it is kept in memory, and written to a temporary folder if the job fails.
+    Without it the last MiB of each node is kept in memory, and written to a temporary folder if the job fails.
     on_tick: called about five times a second, with the seconds since the start. on_line: called with a label ("node2") and
     a line of a rank's output. on_note: called with what a user should know now. agent: the command to run on a node instead
     of torchrun. independent: every node is a torchrun job of its own, and goes on when others end; ranks find each other by
-    `COMMOPT_PEERS`. label: tells such jobs apart that follow one another on real machines. faults: what shall happen to the
-    nodes. A node that a fault killed has not failed, unless the others need it.
+    `COMMOPT_PEERS`. label: distinguishes successive independent jobs on real machines. faults: what happens to the nodes; one
+    that they kill has failed only if the others need it.
     """
 
     argv: Sequence[str]
@@ -90,13 +85,12 @@ class Job:
     faults: Injection | None = None
 
     def __post_init__(self) -> None:
-        if self.emulation.shares_loopback:  # where it is not the file's port that counts
+        if self.emulation.shares_loopback:  # the file's port is for nodes with addresses of their own
             self.emulation = replace(self.emulation, port=free_ports(1)[0])
         self.mark = uuid.uuid4().hex
         self._cluster = self.emulation.cluster
-        self._peers: str | None = None
-        if self.independent:
-            self._peers = peers_json(self.emulation, self.label, None if self.emulation.is_elsewhere else self.mark)
+        mark = None if self.emulation.is_elsewhere else self.mark
+        self._peers = peers_json(self.emulation, self.label, mark) if self.independent else None
         self._planned: Failure | None = None
         self._agents: list[_Agent] = []
         self._selector = selectors.DefaultSelector()
@@ -107,9 +101,9 @@ class Job:
         self._sent: Mapping[str, int] = {}
 
     def run(self) -> JobResult:
-        """On Ctrl-C, SIGTERM or an error in a callback, every process is ended and the exception goes on.
+        """Start every node, and return when all have ended. On Ctrl-C, SIGTERM or an error in a callback, end them and raise it again.
 
-        Raises LaunchError if nothing could be started.
+        Raises LaunchError if an agent cannot be started.
         """
         try:
             for node in self.emulation.nodes:
@@ -120,7 +114,7 @@ class Job:
         return self.result()
 
     def start(self, node: int, *, returns: bool = False) -> None:
-        """Start a node's agent; `returns`: in a job that goes on, which its ranks are told, so that they do not begin anew."""
+        """Start a node's agent. returns: in a job that is under way, as its ranks are told, so that they don't start a new one."""
         emulation, name = self.emulation, self._cluster.names[node]
         ranks_here = len(emulation.nodes) * self._cluster.slots
         environment = {
@@ -151,13 +145,13 @@ class Job:
             raise LaunchError(f"{command[0]}: cannot be started: {(error.strerror or str(error)).lower()}") from None
         finally:
             inherited.close()
-        agent = _Agent(name, node * self._cluster.slots, index=node, process=process, output=output)
+        agent = _Agent(name, node * self._cluster.slots, process=process, output=output)
         self._agents.append(agent)
         self._selector.register(agent.output, selectors.EVENT_READ, agent)
 
     def kill(self, name: str, at_step: int) -> None:
         """End every process of a node at once, for a fault."""
-        agent = self._last_agent(name)
+        agent = next(agent for agent in reversed(self._agents) if agent.node == name)
         kill_all(self.mark, name)
         if agent.at_s is None and agent.process.poll() in (None, -signal.SIGKILL):
             agent.process.kill()
@@ -168,14 +162,11 @@ class Job:
 
     def restart(self, name: str) -> None:
         """Start the agent of a killed node again."""
-        self.start(self._last_agent(name).index, returns=True)
+        self.start(self._cluster.names.index(name), returns=True)
 
     def watch(self) -> None:
-        """Return when every agent has ended, or where they need each other, a while after the first that ended badly."""
-        next_tick_s, next_faults_s, failed_s = 0.0, math.inf, None
-        if self.faults is not None:
-            self.faults.begin(self)
-            next_faults_s = 0.0
+        """Return when every agent has ended, or if they need each other, a while after the first one failed."""
+        next_tick_s, next_faults_s, failed_s = 0.0, 0.0 if self.faults else math.inf, None
         while True:
             running = [agent for agent in self._agents if agent.at_s is None]
             if not running or self._planned is not None:
@@ -194,13 +185,13 @@ class Job:
                     agent.at_s = self._elapsed()
             if self.faults is not None and self._elapsed() >= next_faults_s:
                 next_faults_s = self._elapsed() + _FAULTS_S
-                self.faults.tick()
+                self.faults.tick(self)
             if self._elapsed() >= next_tick_s:
                 next_tick_s = self._elapsed() + _TICK_S
                 self._tick()
 
     def end(self) -> None:
-        """End what still runs: SIGTERM, then SIGKILL after a grace; also ranks that lost their agent."""
+        """End what still runs, also ranks that lost their agent: SIGTERM, and SIGKILL after a grace period."""
         if self.faults is not None:
             self.faults.release()
         deadline_s = self._elapsed() + _GRACE_S
@@ -215,11 +206,12 @@ class Job:
             agent.process.wait()
         kill_all(self.mark)
         self._wall_s = self._elapsed()
-        self._sent = self._sent_so_far()
+        sent = self.emulation.tx_bytes()
+        self._sent = {name: count - self._sent_before.get(name, 0) for name, count in sent.items()}
         if self.faults is not None:
             self.faults.restore()
-        drained_s = self._elapsed() + 0.5  # a pipe that something else holds open never ends
-        while any(agent.is_open for agent in self._agents) and self._elapsed() < drained_s:
+        drained_s = self._elapsed() + 0.5  # a socket that another process holds open never ends
+        while self._selector.get_map() and self._elapsed() < drained_s:
             self._read(timeout_s=0.05)
         for agent in self._agents:
             for line, writer in agent.lines.last():
@@ -239,13 +231,7 @@ class Job:
         elif self.log_dir is None:
             self.log_dir = Path(tempfile.mkdtemp(prefix="commopt-"))
             self._logs.keep(self.log_dir)
-        return JobResult(
-            wall_s=self._wall_s,
-            tx_bytes=self._sent,
-            log_dir=self.log_dir,
-            failure=failure,
-            notices=tuple(notices),
-        )
+        return JobResult(self._wall_s, self._sent, self.log_dir, failure, tuple(notices))
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._started_s
@@ -258,10 +244,6 @@ class Job:
         if self.on_tick is not None:
             self.on_tick(self._elapsed())
 
-    def _sent_so_far(self) -> Mapping[str, int]:
-        now = self.emulation.tx_bytes()
-        return {name: count - self._sent_before.get(name, 0) for name, count in now.items()}
-
     def _read(self, *, timeout_s: float) -> None:
         if not self._selector.get_map():
             time.sleep(timeout_s)
@@ -272,11 +254,10 @@ class Job:
                 data, writer = read_from(agent.output)
             except BlockingIOError:
                 continue
-            if not data:
+            if data:
+                self._take(agent, agent.lines.whole(data, writer), writer)
+            else:
                 self._selector.unregister(agent.output)
-                agent.is_open = False
-                continue
-            self._take(agent, agent.lines.whole(data, writer), writer)
 
     def _take(self, agent: _Agent, lines: bytes, writer: int) -> None:
         self._logs.write(agent.node, lines)
@@ -288,19 +269,16 @@ class Job:
                 self.on_line(agent.node, line)
 
     def _tell_bad_ends(self) -> None:
-        """Say which nodes have ended badly while others go on."""
-        is_over = all(agent.at_s is not None for agent in self._agents)  # then the failure is told, in full
+        """Report nodes that have failed while others go on."""
+        if all(agent.at_s is not None for agent in self._agents):  # then the result has the failure, in full
+            return
         for agent in self._agents:
-            if agent.is_told or agent.is_killed or agent.at_s is None or is_over:
-                continue
-            if self._elapsed() - agent.at_s > _LAST_WORDS_S:
+            is_ended = agent.at_s is not None and self._elapsed() - agent.at_s > _LAST_WORDS_S
+            if is_ended and not agent.is_told and not agent.is_killed:
                 agent.is_told = True
                 failure = self._failure([agent])
                 if failure is not None and self.on_note is not None:
                     self.on_note(f"{failure}; the other nodes go on")
-
-    def _last_agent(self, name: str) -> _Agent:
-        return next(agent for agent in reversed(self._agents) if agent.node == name)
 
     def _failure(self, agents: Sequence[_Agent]) -> Failure | None:
         for agent in agents:

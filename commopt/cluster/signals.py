@@ -1,4 +1,4 @@
-"""What the launcher does on SIGINT, SIGTERM and SIGHUP, at once or when something is whole again."""
+"""Handling of SIGINT, SIGTERM and SIGHUP in the launcher, at once or at the end of a block."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def on_signals(numbers: Iterable[signal.Signals], act: Callable[[int], object]) -> dict[signal.Signals, Any]:
-    """Let these signals call `act`; returns the handlers that there were.
+    """Let these signals call `act`; return the previous handlers.
 
-    A fork of this process, as pyroute2 makes for a moment to enter a namespace and ends by SIGTERM, has nothing to clean up: it
-    ends at once.
+    A fork of this process has nothing to clean up and ends at once: pyroute2 forks to enter a namespace, and ends that by SIGTERM.
     """
     owner = os.getpid()
 
@@ -31,7 +30,7 @@ def on_signals(numbers: Iterable[signal.Signals], act: Callable[[int], object]) 
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Deliver signals when the block has ended; for pyroute2, whose event loop does not survive them."""
+    """Hold signals back until the block has ended; for pyroute2, whose event loop does not survive them."""
     if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
         yield
         return

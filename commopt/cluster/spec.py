@@ -1,4 +1,4 @@
-"""What the YAML says: the nodes and links of a cluster, and the program, optimizer and methods of a run."""
+"""The YAML files: the nodes and links of a cluster, and the program, optimizer and methods of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
-from commopt.choice import read_choice
-from commopt.cluster.faults import Fault, mistakes
+from commopt.choice import is_file, read_choice
+from commopt.cluster.faults import Fault, mistakes_among
 from commopt.cluster.machine import Emulate
 from commopt.errors import ConfigError, did_you_mean
 from commopt.plan.links import LinkModel, parse_delay, parse_loss, parse_rate
-from commopt.reading import MistakesError, read_yaml, shown, validated
+from commopt.reading import SpecModel, read_yaml, shown, validated
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
@@ -27,7 +27,7 @@ def _checked_name(text: str) -> str:
 
 
 def _checked_by(parse: Callable[[str], float]) -> BeforeValidator:
-    """A text that its parser takes; `rate: 100` reaches it too, since its message says what is missing."""
+    """A text that `parse` accepts; `rate: 100` reaches it too, since its message says what is missing."""
 
     def checked(value: object) -> object:
         text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -57,26 +57,22 @@ Delay = Annotated[str, _checked_by(parse_delay)]
 Loss = Annotated[str, _checked_by(parse_loss)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Node(_Model):
-    """One machine, or one emulated machine where `host` is None."""
+class Node(SpecModel):
+    """One machine; an emulated one if `host` is None."""
 
     name: Name
     host: str | None = None
 
 
-class Rendezvous(_Model):
+class Rendezvous(SpecModel):
     """Where the agents of a job meet: on node 0, at `port`."""
 
     backend: Literal["static", "c10d"] = "static"
     port: int = Field(29500, ge=1, le=65535, strict=True)
 
 
-class Link(_Model):
-    """One link, in tc's units. What is None is not limited, or left to the setting that this one overrides."""
+class Link(SpecModel):
+    """One link, in tc's units. None means no limit, or the value of the link that this one overrides."""
 
     rate: Rate | None = None
     delay: Delay | None = None
@@ -100,21 +96,21 @@ class Link(_Model):
         return 0.0 if self.loss is None else parse_loss(self.loss)
 
     def over(self, base: Link) -> Link:
-        """This link, with what it leaves open taken from `base`."""
+        """This link, with unset fields taken from `base`."""
         fields = set(Link.model_fields)
         return Link(**{**base.model_dump(include=fields), **self.model_dump(include=fields, exclude_none=True)})
 
 
 class Links(Link):
-    """Each node's own link, overrides of it, and the pipe of each site to the others."""
+    """Every node's link, overrides of it by node and by site, and the link of each site to the others."""
 
     mtu: int = Field(1500, ge=576, le=65535, strict=True)
     between: Link = Link()
-    nodes: dict[str, Link] = {}
-    sites: dict[str, Link] = {}
+    nodes: dict[str, Link] = Field({})
+    sites: dict[str, Link] = Field({})
 
 
-class ClusterSpec(_Model):
+class ClusterSpec(SpecModel):
     """The nodes of a cluster, how many ranks each holds, and the links between them."""
 
     name: Name = "cluster"
@@ -122,16 +118,9 @@ class ClusterSpec(_Model):
     slots: int = Field(1, ge=1, le=1024, strict=True)
     backend: Literal["gloo", "nccl"] = "gloo"
     rendezvous: Rendezvous = Rendezvous()
-    sites: dict[Name, list[str]] = {}
+    sites: dict[Name, list[str]] = Field({})
     links: Links = Links()
     emulate: Emulate | None = None
-
-    @model_validator(mode="after")
-    def _names_belong_together(self) -> ClusterSpec:
-        found = list(_mistakes(self))
-        if found:
-            raise MistakesError(found)
-        return self
 
     @property
     def names(self) -> list[str]:
@@ -148,7 +137,7 @@ class ClusterSpec(_Model):
 
     @property
     def emulation(self) -> Emulate:
-        """The `emulate` of the file; by default real machines stay as they are, and others get the best that works."""
+        """The `emulate` of the file; by default none for real machines, and the best that works otherwise."""
         return self.emulate or (Emulate.NONE if self.has_hosts else Emulate.AUTO)
 
     @property
@@ -167,17 +156,16 @@ class ClusterSpec(_Model):
         return {frozenset((a, b)) for a in one for b in other}
 
     def link(self, node: int) -> Link:
-        """The link of one node: its own override, then its site's, then everybody's."""
-        name, sites = self.nodes[node].name, list(self.sites)
+        """The link of one node: its own override, then its site's, then the common one."""
+        name = self.nodes[node].name
+        of_site = next((self.links.sites.get(site) for site, members in self.sites.items() if name in members), None)
         link: Link = self.links
-        if sites and (override := self.links.sites.get(sites[self.site_of_node[node]])):
-            link = override.over(link)
-        if own := self.links.nodes.get(name):
-            link = own.over(link)
+        for override in (of_site, self.links.nodes.get(name)):
+            link = link if override is None else override.over(link)
         return link
 
     def link_model(self) -> LinkModel:
-        """The same links as arithmetic: what pacing imposes and the planner computes with."""
+        """The same links for calculation: pacing imposes this model, and the planner computes with it."""
         links = [self.link(index) for index in range(len(self.nodes))]
         sites, between = max(1, len(self.sites)), self.links.between
         return LinkModel(
@@ -189,42 +177,39 @@ class ClusterSpec(_Model):
             between_latency_s=(between.delay_s,) * sites,
         )
 
-
-def _mistakes(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
-    names = spec.names
-    for index, node in enumerate(spec.nodes):
-        if node.name in names[:index]:
-            yield f"nodes.{index}.name", f"{node.name!r} names two nodes; give each its own name"
-        if (node.host is None) != (spec.nodes[0].host is None):
-            yield f"nodes.{index}.host", "is given for some nodes only; write it for all of them, or for none"
-    hosts = [node.host for node in spec.nodes if node.host is not None]
-    for index, host in enumerate(hosts):
-        if host in hosts[:index]:
-            yield (
-                f"nodes.{index}.host",
-                f"{host!r} is the host of two nodes; use 'slots' for several ranks on one machine",
-            )
-    place: dict[str, str] = {}
-    for site, members in spec.sites.items():
-        if not members:
-            yield f"sites.{site}", "[] has no node; write at least one, or leave the site out"
-        for member in members:
-            if member not in names:
-                yield f"sites.{site}", f"there is no node {member!r}{did_you_mean(member, names)}"
-            elif member in place:
-                yield f"sites.{site}", f"{member!r} is in site {place[member]!r} too; a node belongs to one site"
-            place[member] = site
-    if spec.sites and (homeless := [name for name in names if name not in place]):
-        yield "sites", f"{homeless[0]!r} is in no site; put every node in one"
-    for node_name in spec.links.nodes:
-        if node_name not in names:
-            yield f"links.nodes.{node_name}", f"there is no such node{did_you_mean(node_name, names)}"
-    for site in spec.links.sites:
-        if site not in spec.sites:
-            hint = did_you_mean(site, spec.sites) if spec.sites else "; name the sites under 'sites' first"
-            yield f"links.sites.{site}", f"there is no such site{hint}"
-    if spec.links.between != Link() and len(spec.sites) < 2:
-        yield "links.between", "has no effect without two sites; name them under 'sites'"
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        names = self.names
+        for index, node in enumerate(self.nodes):
+            if node.name in names[:index]:
+                yield f"nodes.{index}.name", f"{node.name!r} names two nodes; give each its own name"
+            if (node.host is None) != (self.nodes[0].host is None):
+                yield f"nodes.{index}.host", "is given for some nodes only; write it for all of them, or for none"
+        hosts = [node.host for node in self.nodes if node.host is not None]
+        for index, host in enumerate(hosts):
+            if host in hosts[:index]:
+                twice = f"{host!r} is the host of two nodes; use 'slots' for several ranks on one machine"
+                yield f"nodes.{index}.host", twice
+        place: dict[str, str] = {}
+        for site, members in self.sites.items():
+            if not members:
+                yield f"sites.{site}", "[] has no node; write at least one, or leave the site out"
+            for member in members:
+                if member not in names:
+                    yield f"sites.{site}", f"there is no node {member!r}{did_you_mean(member, names)}"
+                elif member in place:
+                    yield f"sites.{site}", f"{member!r} is in site {place[member]!r} too; a node belongs to one site"
+                place[member] = site
+        if self.sites and (homeless := [name for name in names if name not in place]):
+            yield "sites", f"{homeless[0]!r} is in no site; put every node in one"
+        for node_name in self.links.nodes:
+            if node_name not in names:
+                yield f"links.nodes.{node_name}", f"there is no such node{did_you_mean(node_name, names)}"
+        for site in self.links.sites:
+            if site not in self.sites:
+                hint = did_you_mean(site, self.sites) if self.sites else "; name the sites under 'sites' first"
+                yield f"links.sites.{site}", f"there is no such site{hint}"
+        if self.links.between != Link() and len(self.sites) < 2:
+            yield "links.between", "has no effect without two sites; name them under 'sites'"
 
 
 def _placed(path: Path, info: ValidationInfo) -> Path:
@@ -232,7 +217,7 @@ def _placed(path: Path, info: ValidationInfo) -> Path:
     folder = Path(info.context or "").parent
     if not (folder / path).is_file():
         raise ValueError(f"{str(path)!r} does not exist; paths are relative to the file's folder, {folder}")
-    return Path(folder / path).resolve()
+    return (folder / path).resolve()
 
 
 def _loaded(path: object, info: ValidationInfo) -> ClusterSpec:
@@ -242,19 +227,19 @@ def _loaded(path: object, info: ValidationInfo) -> ClusterSpec:
     return load_cluster(place.relative_to(here) if place.is_relative_to(here) else place)  # as a user would type it
 
 
-class RunSpec(_Model):
+class RunSpec(SpecModel):
     """A program, its arguments, and the methods to run it with; paths are absolute, whatever the file says.
 
-    `optimizer` and each value of `methods` are passed on as they are: the method checks its own options.
+    `optimizer` and each value of `methods` are passed on unchecked: the method checks its own options.
     """
 
     name: Name = "run"
     cluster: Annotated[ClusterSpec, BeforeValidator(_loaded)]
     program: Annotated[Path, AfterValidator(_placed)]
-    arguments: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field({})
+    optimizer: dict[str, Any] = Field({})
     methods: dict[str, Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]]
-    faults: list[Fault] = []
+    faults: list[Fault] = Field([])
     _path: Path
 
     @property
@@ -276,50 +261,41 @@ class RunSpec(_Model):
                 words += [str(word) for word in (value if isinstance(value, list) else [value])]
         return words
 
-    @model_validator(mode="after")
-    def _is_complete(self) -> RunSpec:
+    def mistakes(self) -> Iterator[tuple[str, str]]:
         steps = self.arguments.get("steps")
-        found = list(mistakes(self.faults, self.cluster, steps))
+        yield from mistakes_among(self.faults, self.cluster, steps)
         if not self.methods:
-            found.append(("methods", "{} names no method; write at least one, as in 'dense: {}'"))
+            yield "methods", "{} names no method; write at least one, as in 'dense: {}'"
         if self.optimizer and not isinstance(self.optimizer.get("name"), str):
-            found.append(("optimizer.name", "is missing; write the optimizer's name, as in 'name: adam'"))
+            yield "optimizer.name", "is missing; write the optimizer's name, as in 'name: adam'"
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            found.append(("arguments.steps", f"{shown(steps)} is out of range; write a whole number from 1"))
+            yield "arguments.steps", f"{shown(steps)} is out of range; write a whole number from 1"
         for key, value in self.arguments.items():
             items = value if isinstance(value, list) else [value]
             if any(isinstance(item, dict | list) for item in items):
-                found.append(
-                    (f"arguments.{key}", f"{shown(value)} is not a word; write a text, a number or a flat list")
-                )
-        if found:
-            raise MistakesError(found)
-        return self
-
-
-def _with_methods(data: dict[str, Any], folder: Path, file: str) -> dict[str, Any]:
-    """The keys of a run whose `method:` block, as every integration takes it, stands among `methods`."""
-    if "method" not in data:
-        return data
-    if "methods" in data:
-        raise ConfigError(f"{file}: method: stands beside methods; write one of the two")
-    choice = data["method"]
-    if isinstance(choice, str) and choice.endswith((".yaml", ".yml", ".json")):
-        choice = folder / choice
-    try:
-        name, options = read_choice(choice)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
-    return {**{key: value for key, value in data.items() if key != "method"}, "methods": {name: options}}
+                yield f"arguments.{key}", f"{shown(value)} is not a word; write a text, a number or a flat list"
 
 
 def load_cluster(path: str | Path) -> ClusterSpec:
-    """Read a cluster's YAML. Raises ConfigError, one line a mistake: `FILE: key: what is wrong; what to write`."""
+    """Read a cluster's YAML. Raises ConfigError, one line per mistake: `FILE: key: what is wrong; what to write`."""
     return validated(ClusterSpec, read_yaml(Path(path)), str(path))
 
 
 def load_run(path: str | Path) -> RunSpec:
-    """Read a run's YAML and the cluster it names. Raises ConfigError as `load_cluster` does."""
-    given = Path(path).resolve()
-    data = _with_methods(read_yaml(Path(path)), given.parent, str(path))
+    """Read a run's YAML and the cluster it names. Raises ConfigError as `load_cluster` does.
+
+    A `method:` block, as every integration takes it, becomes an entry of `methods`.
+    """
+    given, data = Path(path).resolve(), read_yaml(Path(path))
+    if "method" in data:
+        if "methods" in data:
+            raise ConfigError(f"{path}: method: stands beside methods; write one of the two")
+        choice = data.pop("method")
+        if isinstance(choice, str) and is_file(choice):
+            choice = given.parent / choice
+        try:
+            name, options = read_choice(choice)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        data["methods"] = {name: options}
     return validated(RunSpec, data, str(path), context=given)

@@ -1,4 +1,4 @@
-"""Codecs: values to what travels, and back; and the names that configurations have for them."""
+"""Codecs, which turn values into messages and back, and their names in configurations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
     "scaled_sign",
 ]
 
-# name -> what makes it, and the options that the name stands for
+# name -> class, and the options that the name sets
 COMPRESSORS: Mapping[str, tuple[Callable[..., Compressor], Mapping[str, Any]]] = {
     "sign": (BlockSign, {}),
     "sign_l2": (TensorSign, {}),

@@ -17,7 +17,7 @@ class Compressor(ABC):
 
     stochastic = False  # whether codes depend on the blocks' random keys
     shared_scale: ClassVar[bool] = False  # the blocks of a parameter have one scale
-    is_ragged: ClassVar[bool] = False  # how much travels is known only once it is compressed: through `encode`
+    is_ragged: ClassVar[bool] = False  # sizes are known only after compression: see `encode`
     shares_keys: ClassVar[bool] = False  # all ranks have the same random keys, and decompressing takes them too
 
     block_size: int | None  # a multiple of 8, or None for whole parameters
@@ -28,7 +28,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def layout(self, blocks: Blocks) -> Layout:
-        """The tensors that these blocks travel as, widest dtype first."""
+        """Dtypes and lengths of the tensors that these blocks are sent as, widest dtype first."""
 
     def compress_(
         self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
@@ -46,7 +46,7 @@ class Compressor(ABC):
         """`compress_` for one part, whose blocks share no scale with those of others."""
 
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Sequence[Tensor]:
-        """What `compress_` does, for a codec whose codes have no length beforehand: the tensors that travel, widest dtype first."""
+        """`compress_` for a codec whose sizes are not known beforehand; returns the tensors to send, widest dtype first."""
         raise NotImplementedError(f"{type(self).__name__} has a fixed layout")
 
     @abstractmethod
@@ -56,15 +56,15 @@ class Compressor(ABC):
         """out <- alpha * values (or out + alpha * values) at the blocks' starts; the same bits on every rank."""
 
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
-        """(B,) bool: which blocks were marked as non-finite; by their scale, where that is what travels first."""
+        """(B,) bool: which blocks are marked as non-finite; here by their scales, which come first."""
         return ~codes[0].isfinite()
 
     def table(self, index: ParameterIndex, ranks: int, without: frozenset[str] = frozenset()) -> BlockTable:
-        """Every block of a model but for the parameters in `without`, and the rank that serves it."""
+        """Every block of a model, except for the parameters in `without`, and the rank that serves it."""
         return BlockTable.cut(index, ranks, self.block_lengths, shared_scale=self.shared_scale, without=without)
 
     def bytes_per_element(self, ranks: int = 2) -> float:
-        """What one element of a parameter of 2^20 costs in a message, scales and padding included."""
+        """Bytes of a message per element, scales and padding included, for a parameter of 2^20 elements."""
         index = ParameterIndex(("x",), (1 << 20,))
         blocks = self.table(index, ranks).everything
         return layout_bytes(self.layout(blocks)) / blocks.elements

@@ -1,4 +1,4 @@
-"""Error feedback: what a compressor left out of this message goes into the next."""
+"""Error feedback: what a compressor left out of this message is added to the next."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from commopt.compress.base import Compressor
-from commopt.kernels.reference.runs import element_indices, first_bad, run_of_element
+from commopt.kernels.reference.runs import corrected, element_indices, first_bad, keep_rest_, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Layout, Payload
@@ -21,10 +21,10 @@ _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
 
 @dataclass(frozen=True)
 class Kept:
-    """What becomes of what a message left out.
+    """How the residual is kept, which is what messages left out.
 
     bits: 32, 16 (bfloat16) or 8 for each element of the residual; 0 for no residual. decay: its factor from step to step.
-    average: LoCo's moving average. reset_every: forget it after so many exchanges; never if None.
+    average: LoCo's moving average. reset_every: forget it after this many exchanges; never if None.
     """
 
     bits: int = 32
@@ -34,7 +34,6 @@ class Kept:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the residual is stored as."""
         return _STORED_AS.get(self.bits, torch.float32)
 
 
@@ -45,14 +44,14 @@ class ErrorFeedback:
     """A compressor and the residual of what it has not sent yet, e <- (x + decay e) - decompressed.
 
     Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847. `decay` below 1 and 8-bit storage are LoCo's
-    (Xie et al. 2024, arXiv:2407.04480), as is forgetting the residual from time to time, which is up to the caller (`clear`).
-    residual: (elements,) f32, bf16 or i8, laid out as the blocks' homes say. In 8 bits every block has a scale of
-    its own, max |e| / 127, and is rounded stochastically; in 0 bits there is no residual, and the compressor stands alone.
+    (Xie et al. 2024, arXiv:2407.04480), as is forgetting the residual from time to time, which the caller does (`clear`).
+    residual: (elements,) f32, bf16 or i8, laid out by the blocks' homes. In 8 bits every block has a scale of
+    its own, max |e| / 127, and is rounded stochastically; with 0 bits there is no residual.
     Each payload starts with an int32: the index of the first parameter with a non-finite value in any of the message's
     blocks, or -1.
 
-    kept: how; with `average` e <- average e + (1 - average) (x + decay e - decompressed), instead of the last error alone.
-    blocks: every block that this side will ever compress. residual, scales: where it is stored; made here if None.
+    kept: with `average` e <- average e + (1 - average) (x + decay e - decompressed), instead of the last error alone.
+    blocks: every block that this side will ever compress. residual, scales: the storage; allocated if None.
     """
 
     def __init__(
@@ -77,10 +76,8 @@ class ErrorFeedback:
 
     def compress(self, x: Tensor, parts: Sequence[Blocks]) -> list[Payload]:
         """The payloads of x + residual, one for each of `parts`; x is left as it is."""
-        if self.bits == 0:
-            payloads = self._encode(x, None, parts)
-        elif self.bits == 32 and self.kept.decay == 1.0 and self.kept.average == 0.0:
-            payloads = self._encode(x, self.residual, parts)
+        if self.bits == 0 or (self.bits == 32 and self.kept.decay == 1.0 and self.kept.average == 0.0):
+            payloads = self._encode(x, self.residual if self.bits else None, parts)
         else:
             payloads = self._encode_with_copy(x, parts)
         first = first_of(
@@ -92,9 +89,9 @@ class ErrorFeedback:
         return payloads
 
     def undo(self, x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks]) -> None:
-        """Take the last `compress` of x back: e <- (e + decompressed) - x where it was written, exact to about one ulp.
+        """Undo the last `compress` of x: e <- (e + decompressed) - x in good blocks, exact to about one ulp.
 
-        Exact where the residual is decayed, averaged or stored in fewer than 32 bits: it was copied then.
+        If the residual is decayed, averaged or stored in fewer than 32 bits, it is restored from a copy, exactly.
         """
         if self.bits == 0:
             return
@@ -106,14 +103,10 @@ class ErrorFeedback:
             self._before = []
             return
         for payload, blocks in zip(payloads, parts, strict=True):
-            sent = torch.zeros_like(x)
-            codes = payload.tensors[1:]
+            sent, codes = torch.zeros_like(x), payload.tensors[1:]
             self.compressor.decompress_(codes, blocks, sent)
-            good = (~self.compressor.is_bad(codes, blocks)).tolist()
-            for is_good, start, home, n in zip(good, blocks.starts, blocks.homes, blocks.lengths, strict=True):
-                if is_good:
-                    e = self.residual[home : home + n]
-                    e.add_(sent[start : start + n]).sub_(x[start : start + n])
+            before = corrected(sent, self.residual, blocks) - corrected(x, None, blocks)
+            keep_rest_(self.residual, before, ~self.compressor.is_bad(codes, blocks), blocks)
 
     def values(self, blocks: Blocks) -> Tensor:
         """(elements of blocks,) f32: the residual of some blocks, end to end."""
@@ -127,22 +120,20 @@ class ErrorFeedback:
         if self.bits == 8:
             per_element = run_of_element(blocks.lengths, values.device)
             largest = torch.zeros(len(blocks), device=values.device)
-            largest.scatter_reduce_(0, per_element, values.abs(), "amax")
-            scales = largest / 127
+            scales = largest.scatter_reduce_(0, per_element, values.abs(), "amax") / 127
             steps = torch.where(scales > 0, 1 / scales, 0.0).nan_to_num(0.0, 0.0, 0.0)[per_element]
-            round_up = 0.5
+            round_up: Tensor | float = 0.5
             if blocks.keys is not None:
-                round_up = noise.uniform(noise.mix(blocks.keys), blocks.lengths, values.device)  # type: ignore[assignment]
+                round_up = noise.uniform(noise.mix(blocks.keys), blocks.lengths, values.device)
             values = (values * steps + round_up).floor().clamp(-127, 127)
             self.scales[self._slots(blocks)] = scales
         self.residual[self._places(blocks)] = values.to(self.residual.dtype)
 
     def clear(self, blocks: Blocks) -> None:
-        """Forget the residual of some blocks."""
         self.residual[self._places(blocks)] = 0
 
     def dense(self, state: Mapping[str, Tensor], name: str, blocks: Blocks) -> Tensor:
-        """(elements of blocks,) f32: the residual `name` that was saved, by another rank perhaps."""
+        """(elements of blocks,) f32: the saved residual `name`, of this rank or another."""
         stored = {key: x.to(self.residual.device) for key, x in state.items() if key.startswith(name)}
         other = ErrorFeedback(
             self.compressor, self.kept, blocks, residual=stored[name], scales=stored.get(f"{name}_scales")
@@ -158,7 +149,7 @@ class ErrorFeedback:
         return payloads
 
     def _encode_with_copy(self, x: Tensor, parts: Sequence[Blocks]) -> list[Payload]:
-        """Compress with the residual in float32 beside its storage, of which a copy is kept for `undo`."""
+        """Compress with the residual as float32; keep a copy of what is stored, for `undo`."""
         self._before = [
             (self.residual[self._places(blocks)], self.scales[self._slots(blocks)] if self.bits == 8 else self.scales)
             for blocks in parts
@@ -173,7 +164,7 @@ class ErrorFeedback:
         payloads = self._encode(x, residual, moved)
         residual.lerp_(before, self.kept.average)
         for payload, blocks, part in zip(payloads, parts, torch.split(residual, np.diff(ends).tolist()), strict=True):
-            if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else it is void, and taken back
+            if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else void: it is undone
                 self.set_values(part, blocks)
         return payloads
 
@@ -185,10 +176,10 @@ class ErrorFeedback:
 
 
 def first_bad_parameter(payloads: Sequence[Payload]) -> int:
-    """What the headers of some ranks' messages say: the first bad parameter's index, or -1; the same on all who read the same."""
-    return first_of(torch.cat([payload.tensors[0] for payload in payloads]).tolist())
+    """The index of the first bad parameter in the headers of messages, or -1; equal on all ranks that read the same messages."""
+    return first_of(torch.cat([payload.tensors[0] for payload in payloads]).tolist()) if payloads else -1
 
 
 def first_of(found: Iterable[int]) -> int:
-    """The lowest index of a bad parameter, or -1 where all are -1."""
+    """The lowest index of a bad parameter, or -1 if all are -1."""
     return min((k for k in found if k >= 0), default=-1)

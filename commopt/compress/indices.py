@@ -3,7 +3,7 @@
 Elias-Fano codes (Elias 1974; Fano 1971) of what an index x_i, the i-th of its block, leaves after the i smaller ones:
 
     r_i  = x_i - i                                 in [0, n - k], ascending, possibly repeated
-    low  = the l lower bits of each r_i            k l bits, one behind the other
+    low  = the l lower bits of each r_i            k l bits, one after the other
     high = ones at places (r_i >> l) + i           k + ((n - k) >> l) bits
 
 with the l that makes the sum smallest: the smallest one with (n - k) >> l <= 2 k. With l = 0, from density 1/3 on,
@@ -53,26 +53,26 @@ def _bit_lengths(x: Int64Array) -> Int64Array:
     return np.frexp(x.astype(np.float64))[1].astype(np.int64)  # exact below 2**53
 
 
-def encode_all_(indices: Tensor, ns: Int64Array, ks: Int64Array, out: Tensor) -> None:
-    """Write the codes of many blocks, one behind the other, each from a whole byte on.
+def encode_all(indices: Tensor, ns: Int64Array, ks: Int64Array) -> Tensor:
+    """(sum of all_index_bytes(ns, ks),) u8: the codes of many blocks, one after the other, each starting at a byte.
 
-    indices: (sum of ks,) i64, ascending within each block; out: (sum of all_index_bytes(ns, ks),) u8; both contiguous.
-    Raises ValueError where indices are not ascending, repeated or outside [0, n); what is in `out` then is undefined.
+    indices: (sum of ks,) i64, contiguous. Raises ValueError unless they ascend without repeats in [0, n) within each block.
     """
     widths, sizes = _widths_and_sizes(ns, ks)
     _check("indices", indices, torch.int64, int(ks.sum()))
-    _check("out", out, torch.uint8, int(sizes.sum()))
+    out = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=indices.device)
     if not kernels.of("indices", out.device).encode_(indices, ns, ks, widths, sizes, out):
         raise ValueError("indices must ascend without repeats in [0, n)")
+    return out
 
 
 def decode_all(code: Tensor, ns: Int64Array, ks: Int64Array) -> Tensor:
-    """(sum of ks,) i64: the indices of many blocks. Raises ValueError where a block's bytes are the code of no indices."""
+    """(sum of ks,) i64: the indices of many blocks. Raises ValueError if a block's bytes are not the code of any."""
     widths, sizes = _widths_and_sizes(ns, ks)
     _check("code", code, torch.uint8, int(sizes.sum()))
     indices: Tensor | None = kernels.of("indices", code.device).decode(code, ns, ks, widths, sizes)
     if indices is None:
-        raise ValueError("these bytes are not the code of any indices: they were damaged, or n or k is another")
+        raise ValueError("these bytes are not the code of any indices: they are damaged, or n or k is wrong")
     return indices
 
 

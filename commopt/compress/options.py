@@ -1,4 +1,4 @@
-"""Options that many methods share: how signs are scaled, what becomes of what a message left out, and the codec itself."""
+"""Options that many methods share: the scales of signs, how residuals are kept, and the codec itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ class SignOptions(NoOptions):
             )
 
     def compressor(self) -> BlockSign:
-        """The codec that these options name."""
         return scaled_sign(self.scale, self.block_size)
 
 
@@ -50,7 +49,6 @@ class ResidualOptions(NoOptions):
     residual_decay: Share = 1.0
 
     def kept(self) -> Kept:
-        """What becomes of what a message left out."""
         return Kept(self.residual_bits, self.residual_decay)
 
 

@@ -30,10 +30,7 @@ class BlockScaled(Compressor):
     has_l2_norm = False  # the norm is the block's L2 norm, and not its largest magnitude
 
     def layout(self, blocks: Blocks) -> Layout:
-        return (
-            (torch.float32, len(blocks)),
-            (torch.uint8, int(((blocks.lengths * self.code_bits + 7) // 8).sum())),
-        )
+        return ((torch.float32, len(blocks)), (torch.uint8, int(((blocks.lengths * self.code_bits + 7) // 8).sum())))
 
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
         how = {"squared": self.has_l2_norm, "stochastic": self.stochastic}
@@ -118,8 +115,8 @@ class BlockFloat8(BlockScaled):
     """float8 e4m3 values (three bits of mantissa, up to 448), scale = max|c| / 448.
 
     Micikevicius et al. 2022, arXiv:2209.05433 (the format). Codes are the bit patterns of torch.float8_e4m3fn, as bytes;
-    to the nearest they are torch's own cast of c / scale. |c - C(c)| <= |c| / 8 and half of that to the nearest, but in
-    the format's subnormal numbers: scale / 512, below scale / 64.
+    rounded to the nearest, they are torch's own cast of c / scale. |c - C(c)| <= |c| / 8, and half of that to the nearest, except
+    for the format's subnormal numbers, below scale / 64: scale / 512.
     """
 
     kind = "float8"

@@ -75,11 +75,9 @@ class TensorSign(BlockSign):
         total = np.bincount(place, np.where(is_good, sums, 0.0), len(which))
         count = np.bincount(place, lengths, len(which))
         with np.errstate(over="ignore", invalid="ignore"):
-            scale = np.sqrt(total / count).astype(np.float32)
-        scale = np.where(np.isfinite(scale), scale, np.float32(np.nan))
-        of_block = np.split(
-            np.where(is_good, scale[place], np.float32(np.nan)), np.cumsum([len(b) for b in parts])[:-1]
-        )
+            scale = np.sqrt(total / count).astype(np.float32)[place]
+        scale = np.where(is_good & np.isfinite(scale), scale, np.float32(np.nan))
+        of_block = np.split(scale, np.cumsum([len(blocks) for blocks in parts])[:-1])
         for blocks, (scales, bits), own in zip(parts, out, of_block, strict=True):
             scales.copy_(torch.from_numpy(own))
             kernel.compress_signs_(x, residual, blocks, scales, bits, squared=None)
@@ -87,10 +85,10 @@ class TensorSign(BlockSign):
 
 @checked_dataclass
 class ModelSign(TensorSign):
-    """scale * sign(c) with one L2 scale for the whole model, as DeepSpeed has it for its flat fp16 buffer and 1-bit LAMB.
+    """scale * sign(c) with one L2 scale for the whole model, as in DeepSpeed for its flat fp16 buffer and 1-bit LAMB.
 
-    All buckets of a step travel as one. Workers have one scale, and the server of each rank one for all it serves. Small
-    parameters with large values are drowned, or drown others, unless they are pre-scaled (`equalising_factors`).
+    All buckets of a step travel as one. Workers have one scale, and the server of each rank one for all it serves.
+    Parameters much smaller or larger than the rest are badly scaled unless they are pre-scaled (`equalising_factors`).
     """
 
     merges_buckets: ClassVar[bool] = True
@@ -100,7 +98,7 @@ class ModelSign(TensorSign):
 
 
 def equalising_factors(flat: Tensor, index: ParameterIndex) -> Tensor:
-    """(P,) f32 factors that bring all parameters to the same root mean square, the mean of theirs; 1 where there is only zero.
+    """(P,) f32 factors that bring all parameters to the same root mean square, the mean of theirs; 1 for parameters that are all zero.
 
     1-bit LAMB, arXiv:2104.06069: k_p = mean_q(s_q) / s_p with s_p = ||m_p||_2 / sqrt(n_p).
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor
-from commopt.compress.indices import all_index_bytes, decode_all, encode_all_
+from commopt.compress.indices import all_index_bytes, decode_all, encode_all
 from commopt.kernels.reference import runs
 from commopt.options import BlockSize, Flag, Positive, Share, checked_dataclass
 from commopt.wire import noise
@@ -40,7 +40,7 @@ class _Sparse(Compressor):
 
     @abstractmethod
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
-        """Which elements of c = x + residual travel; residual <- c in good blocks.
+        """Choose the elements of c = x + residual to send; residual <- c in good blocks.
 
         Returns ks (B,), how many of each block; (sum ks,) i64 their indices within their blocks; their values; and (B,) bool good.
         """
@@ -61,9 +61,7 @@ class _Sparse(Compressor):
             homes = runs.places_in(blocks.homes, ks, indices)[is_good]
             residual[homes] -= self.decode_values(codes, ks)[is_good]
         if self.sends_places:
-            places = torch.empty(int(all_index_bytes(blocks.lengths, ks).sum()), dtype=torch.uint8, device=x.device)
-            encode_all_(indices, blocks.lengths, ks, places)
-            codes.append(places)
+            codes.append(encode_all(indices, blocks.lengths, ks))
         if self.is_ragged:
             counts = torch.from_numpy(ks).to(x.device)
             codes.insert(0, torch.where(good, counts, -1 - counts).int())
@@ -85,7 +83,7 @@ class _Sparse(Compressor):
         out[places] += self.decode_values(codes[1:] if self.is_ragged else codes, ks) * alpha
 
     def _sizes(self, ks: Int64Array) -> Int64Array:
-        """(B,) elements that each block's values travel as."""
+        """(B,) elements that each block's values are sent as."""
         return (ks + 7) // 8 if self.value_bits == 1 else ks
 
     def values_layout(self, ks: Int64Array) -> Layout:
@@ -122,9 +120,6 @@ class _Sparse(Compressor):
             return torch.where(bits.bool(), scales, -scales)
         return values.float() * (scales if self.value_bits == 16 else scales / _LEVELS)
 
-    def are_bad(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
-        return runs.bad_runs(codes[0], ks) if self.value_bits == 32 else ~codes[0].isfinite()
-
 
 @checked_dataclass
 class _Density(_Sparse):
@@ -133,7 +128,7 @@ class _Density(_Sparse):
     density: Share = 0.01
 
     def ks(self, blocks: Blocks) -> Int64Array:
-        """(B,) how many elements of each block travel."""
+        """(B,) how many elements of each block are sent."""
         return np.asarray(np.ceil(self.density * blocks.lengths * (1 - 1e-12)), dtype=np.int64)
 
     def ks_of(self, codes: Sequence[Tensor], blocks: Blocks) -> Int64Array:
@@ -145,7 +140,7 @@ class _Density(_Sparse):
         return self.values_layout(ks) + places
 
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
-        return self.are_bad(codes, self.ks(blocks))
+        return runs.bad_runs(codes[0], self.ks(blocks)) if self.value_bits == 32 else super().is_bad(codes, blocks)
 
 
 @checked_dataclass
@@ -154,7 +149,7 @@ class TopK(_Density):
 
     Aji and Heafield 2017, arXiv:1704.05021; Stich et al. 2018, arXiv:1809.07599: a contraction with delta >= density.
     A sample of each block gives a threshold that leaves few candidates (Lin et al. 2018, arXiv:1712.01887, section 3.1), among
-    which the exact cut is made; where the sample misleads, among all. Of equal magnitudes the first is taken.
+    which the exact cut is made, or among all if the sample was misleading. The first of equal magnitudes is taken.
     Payload: scales (B,) f32 unless value_bits is 32, values, and the Elias-Fano code of the places (`compress/indices.py`).
     """
 
@@ -164,7 +159,7 @@ class TopK(_Density):
 
 @checked_dataclass
 class RandomK(_Density):
-    """The share `density` of each block at random places that all ranks draw alike, so that they never travel.
+    """The share `density` of each block at random places that all ranks draw alike, and that are never sent.
 
     Stich et al. 2018, arXiv:1809.07599. Of each n/k consecutive elements one is taken, uniformly: the chance of an element is k/n,
     but for the rounding of n/k. With `is_unbiased` values are multiplied by n/k, for use without error feedback.
@@ -204,7 +199,7 @@ class RandomK(_Density):
 
 @checked_dataclass
 class Threshold(_Sparse):
-    """Every element whose magnitude reaches `threshold`: how much travels is the gradient's business.
+    """Every element whose magnitude reaches `threshold`; the gradient decides how many are sent.
 
     Strom 2015 (with error feedback). Payload: counts (B,) i32, then as `TopK`. Lengths travel first.
     """
@@ -213,7 +208,7 @@ class Threshold(_Sparse):
     threshold: Positive = 0.01
 
     def layout(self, blocks: Blocks) -> Layout:
-        raise NotImplementedError("a threshold's payload has no length beforehand; use encode")
+        raise NotImplementedError("the size of a threshold's payload is not known beforehand; use encode")
 
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
         return _largest(x, residual, blocks, np.zeros(len(blocks), dtype=np.int64), self.threshold)

@@ -12,8 +12,11 @@ from commopt.wire.bucket import Bucket
 
 
 def clip_joint_norm_(buckets: Sequence[Bucket], max_norm: float, squares: Tensor | None = None) -> None:
-    """Scale buckets to a joint norm of at most max_norm, as torch's clip_grad_norm_ does; one that will be void has no say."""
-    squares = _squares(buckets) if squares is None else squares
+    """Scale buckets to a joint norm of at most max_norm, as torch's clip_grad_norm_ does; those that will be void are left out of it.
+
+    squares: (buckets,) f64, as `joint_squares` gives them, where the buckets are not all that counts.
+    """
+    squares = joint_squares(buckets) if squares is None else squares
     norm = float(squares[squares.isfinite()].sum().sqrt())
     scale = min(1.0, max_norm / (norm + 1e-6))
     if scale < 1.0:
@@ -21,24 +24,25 @@ def clip_joint_norm_(buckets: Sequence[Bucket], max_norm: float, squares: Tensor
             bucket.flat.mul_(scale)
 
 
-def clip_by_mean_square_(buckets: Sequence[Bucket], max_norm: float, group: Group) -> None:
+def clip_by_mean_square_(buckets: Sequence[Bucket], max_norm: float, squares: Tensor, group: Group) -> None:
     """Clip gradients before they are exchanged, by one norm for all ranks: the root mean square of theirs.
 
     It is an upper bound of the norm of the mean, which nobody knows before the exchange. Sends 8 bytes per bucket.
     """
-    squares = _squares(buckets)
     group.all_reduce(squares)
     clip_joint_norm_(buckets, max_norm, squares / group.size)
 
 
-def _squares(buckets: Sequence[Bucket]) -> Tensor:
-    """(buckets,) f64: each bucket's squared L2 norm."""
+def joint_squares(buckets: Sequence[Bucket], inside: Group | None = None) -> Tensor:
+    """(buckets,) f64: each bucket's squared L2 norm; inside: the ranks of this machine, if each of them has a share of the buckets."""
     norms = [
         torch.linalg.vector_norm(bucket.flat, dtype=torch.promote_types(bucket.flat.dtype, torch.float32))
         for bucket in buckets
     ]
     squares = torch.stack(norms).double().square() if norms else torch.zeros(0, dtype=torch.float64)
-    if bool(squares.isfinite().all()):
-        return squares
-    # squares beyond float32 are of huge gradients, which need clipping most, or of NaN
-    return torch.stack([torch.linalg.vector_norm(bucket.flat, dtype=torch.float64) for bucket in buckets]).square()
+    if not bool(squares.isfinite().all()):  # beyond float32: of huge gradients, which need clipping most, or of NaN
+        norms = [torch.linalg.vector_norm(bucket.flat, dtype=torch.float64) for bucket in buckets]
+        squares = torch.stack(norms).square()
+    if inside is not None:
+        inside.all_reduce(squares)
+    return squares

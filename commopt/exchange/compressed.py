@@ -11,10 +11,9 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.compress.feedback import ErrorFeedback, Kept
-from commopt.exchange.base import Exchange, average_
+from commopt.exchange.base import Exchange
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
-from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
 from commopt.wire.state import Saved, State
 
@@ -37,11 +36,13 @@ class Compressed(Exchange):
         kernels.warm_up(self.device)  # now, and not in the first step that compresses
         self.dense_names = frozenset(name for name, p in named_parameters if self.stays_dense(name, p))
         self.table = self.compressor.table(self.index, group.size, self.dense_names)
+        if self.share is not None:
+            self.table = self.table.of_share(self.share)
         self.everything = self.table.everything  # what this side will ever compress
         self.served = self.table.served_by(group.rank)
 
     def declare(self) -> list[State]:
-        return [*super().declare(), *self.residual("worker_residual", self.everything, self.index)]
+        return [*super().declare(), *self.residual("worker_residual", self.everything, self.own_index)]
 
     def bound(self) -> None:
         super().bound()
@@ -71,13 +72,16 @@ class Compressed(Exchange):
         """Whether a parameter is averaged exactly."""
         return self.dense_1d and p.dim() < 2
 
+    def compressed_views(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
+        """(name, (n,) view) of each parameter of a bucket that is compressed."""
+        return [(name, x) for name, x in bucket.views() if name not in self.dense_names]
+
     def keyed(self, blocks: Blocks, compressor: Compressor, purpose: str = "worker") -> Blocks:
         """The blocks with this exchange's random keys, if the codec or the residual needs them."""
         if not compressor.stochastic and self.kept.bits != 8:
             return blocks
-        counts = self.exchanges.numpy()[blocks.parameters]
         rank = 0 if compressor.shares_keys else self.rank
-        return blocks.having(keys=noise.keys(self.seed, purpose, rank, counts, blocks.homes))
+        return blocks.having(keys=blocks.drawn(self.seed, purpose, rank, self.exchanges.numpy()))
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
         """Clear the residual of parameters whose time has come by `reset_every`, at the end of an exchange that is not void."""
@@ -91,12 +95,15 @@ class Compressed(Exchange):
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
-            self.exchange_alone(bucket)
-        elif self.average_dense(bucket, group) and len(self.table.all_of(bucket)):
+            self.exchange_alone(bucket, group)
+        elif self.average_dense(bucket, group) and not self.dense_names.issuperset(bucket.names):
             self.exchange_blocks(bucket, self.table.all_of(bucket), group)
 
+    def pieces(self, numel: int, ranks: int) -> Sequence[int]:
+        return [numel] if self.compressor.shared_scale else self.compressor.block_lengths(numel, ranks)
+
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
-        """Exchange the blocks of a bucket, of which there are some, between two ranks or more; the rest has been averaged."""
+        """Exchange the blocks of a bucket between two ranks or more; the rest has been averaged."""
         raise NotImplementedError
 
     def average_dense(self, bucket: Bucket, group: Group) -> bool:
@@ -105,12 +112,11 @@ class Compressed(Exchange):
         if not views:
             return True
         dense = Bucket.of(views)
-        average_(dense, self.index, group)
+        is_good = self.average_(dense, group)
         bucket.void = dense.void
-        if dense.void is None:
-            for (_, x), (_, mean) in zip(views, dense.views(), strict=True):
-                x.copy_(mean)
-        return dense.void is None
+        for (_, x), (_, mean) in zip(views, dense.views(), strict=True) if is_good else ():
+            x.copy_(mean)
+        return is_good
 
     @property
     def state_form(self) -> str:
@@ -132,6 +138,3 @@ class Compressed(Exchange):
         for saved in every:
             total[places] += self.worker.dense(saved["rank"], "worker_residual", table.everything)
         return total / len(every)
-
-    def _void(self, bucket: Bucket, bad: int) -> None:
-        bucket.void = self.index.names[bad]

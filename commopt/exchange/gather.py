@@ -15,13 +15,10 @@ class GatherMean(Compressed):
         blocks = self.keyed(blocks, self.compressor)
         own = self.worker.compress(bucket.flat, [blocks])
         gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
-        bad = first_bad_parameter(gathered)
-        if bad >= 0:
-            self.worker.undo(bucket.flat, own, [blocks])
-            return self._void(bucket, bad)
-        for name, x in bucket.views():
-            if name not in self.dense_names:
-                x.zero_()
+        if self.is_void(bucket, first_bad_parameter(gathered), group):
+            return self.worker.undo(bucket.flat, own, [blocks])
+        for _, x in self.compressed_views(bucket):
+            x.zero_()
         for payload in gathered:
             self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
         return self.forget(self.worker, [blocks])

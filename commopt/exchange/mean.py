@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from commopt.exchange.base import Exchange, first_bad, is_finite
+from commopt.exchange.base import Exchange, first_bad
 from commopt.groups.base import Group
 from commopt.wire.bucket import Bucket
 
@@ -24,11 +24,10 @@ class Mean(Exchange):
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         mean = (bucket.flat / group.size).to(self.wire_dtype or bucket.flat.dtype)
-        group.all_reduce(mean)
-        if is_finite(mean):
+        if mean.numel():
+            group.all_reduce(mean)
+        if not self.is_void(bucket, first_bad(self.index, bucket.with_flat(mean)), group):
             bucket.flat.copy_(mean)
-        else:
-            bucket.void = first_bad(self.index, bucket.with_flat(mean))
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * (self.wire_dtype or torch.float32).itemsize

@@ -71,16 +71,14 @@ class TwoWayMean(Compressed):
         self._multiply(bucket)
         sent = self.worker.compress(bucket.flat, by_owner)
         received = group.all_to_all(sent)
-        bad = first_bad_parameter(received)
-        if bad < 0:
+        if not self.is_void(bucket, first_bad_parameter(received), group):
             mean = bucket.flat.new_zeros(served.elements)
             for payload in received:  # in rank order: float sums depend on it
                 self.compressor.decompress_(payload.tensors[1:], served, mean, alpha=1 / group.size, add=True)
             answer = self.server.compress(mean, [answered])
             layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in parts.served]
             answers = group.all_gather(answer[0], layouts)
-            bad = first_bad_parameter(answers)
-            if bad < 0:
+            if not self.is_void(bucket, first_bad_parameter(answers), group):
                 for blocks, payload in zip(parts.by_owner, answers, strict=True):
                     if self.server_compressor.shares_keys:
                         blocks = self.keyed(blocks, self.server_compressor, "server")
@@ -89,8 +87,7 @@ class TwoWayMean(Compressed):
                 self.forget(self.server, [answered])
                 return self._multiply(bucket, inverse=True)
             self.server.undo(mean, answer, [answered])
-        self.worker.undo(bucket.flat, sent, by_owner)
-        return self._void(bucket, bad)
+        return self.worker.undo(bucket.flat, sent, by_owner)
 
     def _served(self, parts: Parts, by_owner: Sequence[Blocks]) -> tuple[Blocks, Blocks]:
         """What this rank serves: with the keys that the workers had, and with those of its answer."""
@@ -105,10 +102,9 @@ class TwoWayMean(Compressed):
         factors = self.factors
         if factors is None:
             return
-        for name, x in bucket.views():
-            if name not in self.dense_names:
-                factor = factors[self.index.position[name]].to(x.device)
-                x.div_(factor) if inverse else x.mul_(factor)
+        for name, x in self.compressed_views(bucket):
+            factor = factors[self.index.position[name]].to(x.device)
+            x.div_(factor) if inverse else x.mul_(factor)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         both = self.compressor.bytes_per_element(ranks) + self.server_compressor.bytes_per_element(ranks)

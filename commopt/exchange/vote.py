@@ -10,18 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import equal_blocks
 from commopt.compress.feedback import first_bad_parameter, first_of
 from commopt.errors import AttachError
-from commopt.exchange.base import Exchange, first_bad, is_finite
+from commopt.exchange.base import Exchange, first_bad
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import first_bad as first_bad_block
 from commopt.kernels.reference.votes import coin_bits, count_votes
-from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, Bucket
 from commopt.wire.payload import Payload
 
-_BLOCK = 2048  # elements that are served by one rank
 _MOST_RANKS = 255  # a count is a byte while it is unpacked
 
 
@@ -51,7 +48,9 @@ class SignVote(Exchange):
         if group.size > _MOST_RANKS and not self.is_majority:
             raise AttachError(f"vote: 'average' counts up to {_MOST_RANKS} ranks, not {group.size}; write 'majority'")
         kernels.warm_up(self.device)  # now, and not in the first step
-        self._table = BlockTable.cut(self.index, group.size, lambda n, _: equal_blocks(n, _BLOCK), shared_scale=False)
+        self._table = BlockTable.cut(self.index, group.size, self.pieces, shared_scale=False)
+        if self.share is not None:
+            self._table = self._table.of_share(self.share)
         self._width = 1 if self.is_majority else group.size.bit_length()  # bits of an answer
         top = 1 if self.is_majority else group.size
         counts = torch.arange(2**self._width, dtype=torch.float32, device=self.device)
@@ -66,18 +65,12 @@ class SignVote(Exchange):
         x, out: laid out as bucket.flat is; they may be one tensor, which a void vote leaves as it was.
         """
         if group.size == 1:
-            if is_finite(x):
+            if not self.is_void(bucket, first_bad(self.index, bucket.with_flat(x)), group):
                 torch.sign(x, out=out)
-            else:
-                bucket.void = first_bad(self.index, bucket.with_flat(x))
             return bucket.void is None
         by_owner = self._table.parts(bucket).by_owner
-        if not any(len(blocks) for blocks in by_owner):
-            return True
         received = group.all_to_all(self._ballots(x, by_owner, group.rank))
-        bad = first_bad_parameter(received)
-        if bad >= 0:
-            bucket.void = self.index.names[bad]
+        if self.is_void(bucket, first_bad_parameter(received), group):
             return False
         answer = self._count([payload.tensors[1] for payload in received], by_owner[group.rank])
         layouts = [((torch.uint8, self._width * blocks.sign_bytes),) for blocks in by_owner]
@@ -111,6 +104,6 @@ class SignVote(Exchange):
 
     def _coins(self, purpose: str, rank: int, blocks: Blocks) -> tuple[Blocks, NDArray[np.uint8]]:
         """The blocks with their keys, and (B,) u8: 255 where it is the second toss with this key, which is the opposite."""
-        counts = self.exchanges.numpy()[blocks.parameters]
-        keys = noise.keys(self.seed, purpose, rank, counts // 2, blocks.homes)
-        return blocks.having(keys=keys), np.where(counts % 2 == 1, 255, 0).astype(np.uint8)
+        counts = self.exchanges.numpy()
+        keys = blocks.drawn(self.seed, purpose, rank, counts // 2)
+        return blocks.having(keys=keys), np.where(counts[blocks.parameters] % 2 == 1, 255, 0).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A method in a loop of Hugging Face Accelerate: one call after `accelerator.prepare`."""
+"""A method in a Hugging Face Accelerate loop: one call after `accelerator.prepare`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt.errors import MissingExtra
 from commopt.run.checkpoint import read_block, save_block
 from commopt.run.checks import Request, agree_on_method
 from commopt.run.door import dispatch
-from commopt.run.run import Run
+from commopt.run.run import Replaced, Run
 from commopt.run.stand_in import StandIn
 
 try:
@@ -34,11 +32,10 @@ _log = logging.getLogger(__name__)
 
 
 def attach(model: Any, request: Request) -> Run:
-    """Exchange by any method in a loop of Accelerate; FSDP2 and DeepSpeed are handed on to their own modules.
+    """Attach any method in an Accelerate loop; FSDP2 and DeepSpeed models are passed on to their own modules.
 
     model, request.optimizer: what `accelerator.prepare` returned; for an outer method the model comes from
-    `accelerator.prepare_model(model, evaluation_mode=True)`, which leaves DDP out.
-    Raises AttachError if they do not fit together, on every rank, and ConfigError for a wrong option.
+    `accelerator.prepare_model(model, evaluation_mode=True)`, which does not wrap it in DDP.
     """
     prepared: Any = request.optimizer
     accelerator, model = _accelerator_of(prepared), uncompiled(model)
@@ -47,17 +44,17 @@ def attach(model: Any, request: Request) -> Run:
     is_engine = accelerator.distributed_type == DistributedType.DEEPSPEED
     is_plain = not (isinstance(model, DistributedDataParallel) or accelerator.is_fsdp2 or is_engine)
     if method.kind == "outer" or (method.kind == "gradient" and is_plain):
-        scaler = None  # alone, gradients are exchanged in the step, when the scaler has unscaled them
+        scaler = None  # without DDP, gradients are exchanged in the step, when the scaler has unscaled them
     before = model.optimizer if is_engine else None
     run: Any = dispatch(model, replace(request, method=method, optimizer=prepared.optimizer, grad_scaler=scaler))
-    if is_engine:  # whose checkpoints, which Accelerate writes and loads, carry the block
+    if is_engine:  # the method's state is part of its checkpoints, which Accelerate writes and loads
         for one in accelerator._optimizers:
             if one.optimizer is before:
-                one.optimizer = model.optimizer  # an update method's, if it has taken the place of the engine's
+                one.optimizer = model.optimizer  # the stand-in, under an update method
         return run  # type: ignore[no-any-return]
     if not is_plain:
         run.repeat_hint = "run the other backwards under accelerator.accumulate(model), or accelerator.no_sync(model)"
-    if not accelerator.is_fsdp2:  # whose state is by shard, and no part of checkpoints
+    if not accelerator.is_fsdp2:  # its state is by shard, and not part of checkpoints
         run._handles += _tie(accelerator, prepared, run)
     return run  # type: ignore[no-any-return]
 
@@ -65,16 +62,14 @@ def attach(model: Any, request: Request) -> Run:
 def _accelerator_of(prepared: Any) -> Any:
     """The Accelerator that has prepared this optimizer, or None.
 
-    An optimizer doesn't know its Accelerator, but every Accelerator lists its optimizers; those alive are found by the garbage collector.
+    An optimizer doesn't know its Accelerator, but every Accelerator lists its optimizers; the garbage collector lists the Accelerators.
     """
-    for one in gc.get_objects():
-        if issubclass(type(one), Accelerator) and any(known is prepared for known in getattr(one, "_optimizers", ())):
-            return one
-    return None
+    every = (one for one in gc.get_objects() if issubclass(type(one), Accelerator))
+    return next((one for one in every if any(x is prepared for x in getattr(one, "_optimizers", ()))), None)
 
 
 def uncompiled(model: Any) -> Any:
-    """The module inside torch.compile's wrapper: DDP's hook goes to DDP itself."""
+    """The module inside torch.compile's wrapper: the hook must go to DDP itself."""
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod
     return model
@@ -104,10 +99,10 @@ def _facts(accelerator: Any, model: Any, request: Request) -> dict[str, object]:
 
 
 def _tie(accelerator: Any, prepared: Any, run: Run) -> list[Any]:
-    """Let the Accelerator's checkpoints carry a block, and its optimizer step what the run steps; returns what undoes it.
+    """Add the method's state to the Accelerator's checkpoints, and let its optimizer step the run's; return handles that undo it.
 
-    Accelerate has no hook for the moment after it has loaded, and an object that is registered for checkpointing would be unpickled
-    without any safeguard; so `load_state` itself is wrapped.
+    `load_state` is wrapped, because Accelerate has no hook that runs after loading, and objects registered for checkpointing are
+    unpickled without any safeguard.
     """
     earlier = sum(getattr(hook, "func", None) is _save for hook in accelerator._save_model_state_pre_hook.values())
     name = f"model{earlier}" if earlier else ""  # each of several runs has a block of its own
@@ -119,7 +114,7 @@ def _tie(accelerator: Any, prepared: Any, run: Run) -> list[Any]:
 
     @functools.wraps(load_state)
     def load_ours_too(*args: Any, **kwargs: Any) -> Any:
-        take_overs.clear()  # what a load that failed has left
+        take_overs.clear()  # left by a failed load
         result = load_state(*args, **kwargs)
         for take_over in take_overs:
             take_over()
@@ -131,20 +126,14 @@ def _tie(accelerator: Any, prepared: Any, run: Run) -> list[Any]:
         accelerator.register_load_state_pre_hook(read),
     ]
     if isinstance(run.optimizer, StandIn):
-        replaced = run.optimizer.replaced
-        _put(prepared, run.optimizer)
-        handles.append(SimpleNamespace(remove=functools.partial(_put, prepared, replaced)))
-        _log.info("%s stands in for %s", run.method.name, type(replaced).__name__)
+        ours: dict[str, Any] = {"optimizer": run.optimizer}
+        if prepared.scaler is not None:  # then it keeps two versions of `step`
+            ours["_optimizer_original_step_method"] = run.optimizer.step
+            ours["_optimizer_patched_step_method"] = patch_optimizer_step(prepared, run.optimizer.step)
+        handles.append(Replaced(prepared, **ours))
+        _log.info("%s stands in for %s", run.method.name, type(run.optimizer.replaced).__name__)
     return handles
 
 
 def _save(run: Run, name: str, _models: Any, _weights: Any, folder: str) -> None:
     save_block(Path(folder) / name, run)
-
-
-def _put(prepared: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Let an AcceleratedOptimizer step this optimizer; with a scaler it keeps two forms of its `step`."""
-    prepared.optimizer = optimizer
-    if prepared.scaler is not None:
-        prepared._optimizer_original_step_method = optimizer.step
-        prepared._optimizer_patched_step_method = patch_optimizer_step(prepared, optimizer.step)

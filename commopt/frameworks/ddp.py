@@ -24,7 +24,7 @@ from commopt.wire.bucket import Bucket
 
 
 class Lane:
-    """One thread that runs exchanges in the order in which they were handed in, on every rank the same.
+    """One thread that runs exchanges in the order of submission, the same on every rank.
 
     For tensors on a GPU, jobs run on a side stream that waits for the stream that submitted them.
     """
@@ -57,7 +57,7 @@ class Lane:
 
 
 class DDPRun(EveryStepRun):
-    """Averages bucket by bucket while backward goes on (overlap), or all buckets together when it reaches the last."""
+    """Averages bucket by bucket during backward (overlap), or all buckets together when backward reaches the last."""
 
     repeat_hint = "run the other backwards under model.no_sync()"
 
@@ -67,7 +67,6 @@ class DDPRun(EveryStepRun):
         self._lane = Lane(next(iter(self.parameters.values())).device) if overlap else None
         self._collected: list[tuple[Bucket, Future[Tensor]]] = []
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
-        self._last_hook_s = 0.0
         self._ddps_own = list(_ddps_own(model))
         self._layout: dict[int, tuple[str, ...]] = {}
         self._resumed_layout: list[list[str]] = []
@@ -85,7 +84,7 @@ class DDPRun(EveryStepRun):
     def resume_bucket_layout(self, layout: list[list[str]]) -> None:
         self._resumed_layout = layout
 
-    # DDP checks the parameter's name and annotation, which is why this file does without postponed annotations
+    # DDP checks the hook's parameter name and annotation, so this file can't postpone annotations
     def _hook(self, bucket: GradBucket) -> Future[Tensor]:
         refuse({"ddp detached": self.is_closed}, self.method.name, self.method.kind)
         ours = self._wrap(bucket)
@@ -105,13 +104,6 @@ class DDPRun(EveryStepRun):
 
         return self._lane.submit(exchange).then(lambda f: f.value())
 
-    def _count_ddps_own(self) -> None:
-        """Count what DDP itself sends in this step: rank 0's buffers, and which parameters were used."""
-        traffic = self.group.traffic
-        for label, operation, nbytes in self._ddps_own:
-            traffic.bucket = label
-            traffic.record(operation, schedule(operation, nbytes, self.group.rank, self.group.size))
-
     def _wrap(self, bucket: GradBucket) -> Bucket:
         flat, views = bucket.buffer(), bucket.gradients()
         names = tuple(self._name_of[id(p)] for p in bucket.parameters())
@@ -123,11 +115,14 @@ class DDPRun(EveryStepRun):
 
     @torch.no_grad()
     def _exchange_buckets(self, buckets: list[Bucket]) -> None:
-        """Run buckets; DDP's first ones after a resume as those that it had made before, and will make again."""
+        """Exchange buckets; right after a resume, regrouped into those of the checkpoint, which DDP will build again."""
         for bucket in buckets if self._may_be_unused else ():
             self.save_for_rollback(bucket)
         if any(bucket.label == "bucket 0" for bucket in buckets):  # once a step, on the thread that counts everything
-            self._count_ddps_own()
+            for label, operation, nbytes in self._ddps_own:
+                self.group.traffic.bucket = label
+                sent = schedule(operation, nbytes, self.group.rank, self.group.size)
+                self.group.traffic.record(operation, sent, by_rank=True)
         layout, self._resumed_layout = self._resumed_layout, []
         views = dict(view for bucket in buckets for view in bucket.views())
         if not layout or sorted(views) != sorted(name for names in layout for name in names):
@@ -156,10 +151,10 @@ class DDPRun(EveryStepRun):
 
         DDP queues its own end of backward after this hook returns; a callback queued by a callback runs after that.
         """
-        self._last_hook_s = time.perf_counter()
+        start = time.perf_counter()
 
         def finished() -> None:
-            self.waited_s += time.perf_counter() - self._last_hook_s
+            self.waited_s += time.perf_counter() - start
             self.note_versions()
 
         queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
@@ -175,19 +170,8 @@ def _ddps_own(model: DistributedDataParallel) -> Iterator[tuple[str, str, int]]:
         yield "DDP's unused parameters", "all_reduce", 4 * sum(p.requires_grad for p in model.module.parameters())
 
 
-def _other_ranks(model: DistributedDataParallel, group: object) -> str:
-    """What a group is called whose ranks are not those of DDP; "" if they are."""
-    if not isinstance(group, Group):
-        return ""
-    own, ours = model.process_group, getattr(group, "process_group", None)
-    same = group.size == own.size()
-    if ours is not None:
-        same = dist.get_process_group_ranks(ours) == dist.get_process_group_ranks(own)
-    return "" if same else f"{type(group).__name__} of {group.size} ranks"
-
-
 def wrap(model: torch.nn.Module, method: Method | type[Method] | Choice, **ddp_options: object) -> torch.nn.Module:
-    """The model as `attach` wants it: in DistributedDataParallel if that can exchange for the method, else as it is.
+    """The model as `attach` needs it: in DistributedDataParallel if that can exchange for the method, else as it is.
 
     DDP exchanges during backward, for methods that exchange in every step, if torch.distributed is initialised. method: as for
     `attach`. ddp_options: what DistributedDataParallel takes. Raises ConfigError for a method that cannot be made.
@@ -200,34 +184,34 @@ def wrap(model: torch.nn.Module, method: Method | type[Method] | Choice, **ddp_o
 def attach(model: DistributedDataParallel, request: Request) -> Run:
     """Average the gradients of a DDP model bucket by bucket, while backward computes the next, if the method allows it.
 
-    The group is a new process group of the model's ranks unless given, because DDP's own must not see calls in between.
+    Unless a group is passed, it is a new process group of the model's ranks, because other calls in DDP's own would disturb it.
     Gradient accumulation: `model.no_sync()` for all but the last micro-batch, as with DDP itself.
     """
-    group = request.group
+    group, theirs = request.group, model.process_group
+    meeting = meeting_group(group, theirs)
 
     def facts(method: Method) -> dict[str, object]:
         hooks = [state for _, state in getattr(model, "_comm_hooks", None) or ()]
-        is_closed = any(isinstance(state, DDPRun) and state.is_closed for state in hooks)
         own = [label for label, _, _ in _ddps_own(model)] if request.overlap is not False else []
-        shares = getattr(group, "process_group", None) is model.process_group
+        joint = isinstance(method, EveryStep) and request.joint_decision(method)
+        ours, ranks = getattr(group, "process_group", None), dist.get_process_group_ranks
+        same = meeting.size == theirs.size() if ours is None else ranks(ours) == ranks(theirs)
+        other = isinstance(group, Group) and not same and f"{type(group).__name__} of {group.size} ranks"
         return {
-            "ddp around an outer method": model.process_group.size() > 1,
-            "ddp other ranks": _other_ranks(model, group),
-            "ddp detached": is_closed,
+            "ddp around an outer method": theirs.size() > 1,
+            "ddp other ranks": other,
+            "ddp detached": any(isinstance(state, DDPRun) and state.is_closed for state in hooks),
             "ddp hook": bool(hooks),
             "ddp mixed precision": getattr(model, "mixed_precision", None) is not None,
-            "ddp shared group": shares and own and own[0],
-            "overlap with a joint decision": request.overlap
-            and isinstance(method, EveryStep)
-            and request.joint_decision(method),
+            "ddp shared group": ours is theirs and own and own[0],
+            "overlap with a joint decision": request.overlap and joint,
         }
 
-    meeting = meeting_group(group, model.process_group)
     checked = check_request("ddp", model.module, request, meeting, facts)
     if not isinstance(checked.method, EveryStep):
         from commopt.frameworks import plain
 
         return plain.start(model.module, checked)  # one rank
     overlap = not request.joint_decision(checked.method) if request.overlap is None else request.overlap
-    ours = group if isinstance(group, Group) else connect(model.process_group)
+    ours = group if isinstance(group, Group) else connect(theirs, checked.method)
     return DDPRun(model, checked, ours, overlap)

@@ -7,21 +7,14 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from commopt.errors import MissingExtra
+from commopt.frameworks import deepspeed_config as config
 from commopt.frameworks import plain
-from commopt.frameworks.deepspeed_config import (
-    Wanted,
-    asks,
-    parameter_groups,
-    read_wanted,
-    settings_facts,
-    surprises,
-    use_torch_adam,
-)
 from commopt.frameworks.deepspeed_engine import EngineRun, Masters, forget_dry_step, hand_over, has_masters, is_half
 from commopt.frameworks.deepspeed_groups import PartlyFrozenAdam
 from commopt.gossip.loop import OuterMethod
@@ -49,18 +42,18 @@ _PATCHED = "deepspeed.DeepSpeedEngine.__init__"
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize`, with the communication that the configuration names; the run is `engine.commopt`.
+    """`deepspeed.initialize`, with the communication method that the configuration names; the run is `engine.commopt`.
 
     "optimizer": {"type": "OneBitAdam" | "ZeroOneAdam" | "OneBitLamb", "params": {...}} as DeepSpeed had them until 0.19.6, or
     "commopt": {"method": "dgc", "density": 0.001, ...} with any optimizer; an update method, such as "onebit_adam", stands in for it.
-    DeepSpeed is as it was once this returns. Raises ConfigError for a wrong option, and AttachError, with the reason, for what cannot
-    work; on every rank.
+    DeepSpeed itself is unchanged once this returns. Raises on every rank: ConfigError for a wrong option, and AttachError, with the
+    reason, for what cannot work.
     """
     original, ops = DeepSpeedEngine.__init__, deepspeed.ops.__compatible_ops__
     had = dict(ops)
     install()
     if not torch.cuda.is_available():
-        # DeepSpeed would compile an extension for all-reduces in shared memory, minutes on a first start, which only inference uses
+        # only inference uses this extension, for all-reduces in shared memory, and compiling it on a first start takes minutes
         ops["deepspeed_shm_comm"] = False
     try:
         engine, *others = deepspeed.initialize(*args, **kwargs)
@@ -76,10 +69,10 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def install() -> tuple[str, ...]:
-    """Let every engine that is made from now on understand what `initialize` does, whoever makes it: Accelerate, the Trainer, Lightning.
+    """Let every new engine read what `initialize` reads, also if Accelerate, the Trainer or Lightning makes it.
 
-    Returns the names of what it has changed in DeepSpeed: nothing the second time. An engine whose configuration asks for no method
-    is made as ever.
+    Returns the names of what it has changed in DeepSpeed: nothing the second time. Does not affect an engine whose configuration
+    names no method.
     """
     if getattr(DeepSpeedEngine.__init__, "_is_commopts", False):
         return ()
@@ -89,28 +82,15 @@ def install() -> tuple[str, ...]:
 
 
 def attach(engine: Any, request: Request) -> Run:
-    """Hand the exchange of an engine that exists over to a method; `engine.commopt` is what it returns.
+    """Attach a method to an existing engine; the run that this returns is also `engine.commopt`.
 
     An update method stands in for the engine's Adam, before the first step, and takes its `gradient_clipping` as max_norm.
     """
     forget_dry_step(engine)
-    raw, given = engine._config._param_dict, request.optimizer
     masters, clipping = Masters(engine), float(engine.gradient_clipping())
-
-    def facts(method: Method) -> dict[str, object]:
-        is_stranger = given is not None and given is not engine.optimizer and given is not engine.basic_optimizer
-        return {
-            **settings_facts(engine._config, raw),
-            **_engine_facts(engine, method),
-            "overlap without backward": request.overlap and "a DeepSpeed engine",
-            "deepspeed other optimizer": is_stranger and type(given).__name__,
-            "deepspeed max_norm": request.max_norm,
-            "deepspeed scaler": request.grad_scaler is not None,
-        }
-
-    own = replace(request, optimizer=engine.basic_optimizer, max_norm=None)
-    common = {"gradient_clipping": clipping}
-    checked = check_request("deepspeed", masters, own, meeting_group(request.group), facts, common)
+    own, meeting = replace(request, optimizer=engine.basic_optimizer, max_norm=None), meeting_group(request.group)
+    facts = partial(_facts, engine, request)
+    checked = check_request("deepspeed", masters, own, meeting, facts, {"gradient_clipping": clipping})
     method = checked.method
     run: Any  # whose handles we add to
     if isinstance(method, OuterMethod):
@@ -120,19 +100,22 @@ def attach(engine: Any, request: Request) -> Run:
             checked = replace(checked, request=replace(own, max_norm=clipping or None))
         run = EngineRun(engine, masters, checked, request.group if isinstance(request.group, Group) else connect())
     run._handles.append(hand_over(engine, run))
-    engine._commopt_has_read = True  # the block, when the engine was made, or answered by an attach
-    _tell(engine, surprises(engine._config, method.name))
+    engine._commopt_has_read = True  # the block: when the engine was made, or by this attach
+    _tell(engine, config.surprises(engine._config, method.name))
     return run  # type: ignore[no-any-return]
 
 
-def _engine_facts(engine: Any, method: Method) -> dict[str, object]:
-    """What an engine is made for, where its gradients are not one mean over all ranks, or out of a method's reach."""
+def _facts(engine: Any, request: Request, method: Method) -> dict[str, object]:
+    """Facts for `refuse`: also engines whose gradients are not one mean over all ranks, or that a method cannot access."""
+    given = request.optimizer
+    is_stranger = given is not None and given is not engine.optimizer and given is not engine.basic_optimizer
     present, block = getattr(engine, "commopt", None), engine._config._param_dict.get("commopt")
     autotp_size = engine.autotp_size() if hasattr(engine, "autotp_size") else 1
     adam = type(engine.basic_optimizer).__name__
     unread = None if block is None or hasattr(engine, "_commopt_has_read") else resolve(block)
     is_another = unread is not None and (type(unread), unread.options) != (type(method), method.options)
     return {
+        **config.settings_facts(engine._config),
         "deepspeed attached": present is not None and present.method.name,
         "deepspeed unread block": is_another and repr(block),
         "deepspeed pipeline": engine.pipeline_parallelism,
@@ -144,6 +127,10 @@ def _engine_facts(engine: Any, method: Method) -> dict[str, object]:
         "deepspeed without an optimizer": engine.basic_optimizer is None,
         "deepspeed flat parameters": is_half(engine) and not has_masters(engine) and type(engine.optimizer).__name__,
         "deepspeed's own Adam": adam in ("FusedAdam", "DeepSpeedCPUAdam") and adam,
+        "overlap without backward": request.overlap and "a DeepSpeed engine",
+        "deepspeed other optimizer": is_stranger and type(given).__name__,
+        "deepspeed max_norm": request.max_norm,
+        "deepspeed scaler": request.grad_scaler is not None,
     }
 
 
@@ -156,18 +143,18 @@ def _tell(engine: Any, notes: list[str]) -> None:
 
 
 def _understanding(original: Callable[..., None]) -> Callable[..., None]:
-    """The engine's constructor, which reads what the configuration says of communication.
+    """The engine's constructor, which also reads the communication method of the configuration.
 
-    There configuration, parameter names and optimizer are together, for `deepspeed.initialize`, Accelerate, the Trainer and
-    Lightning alike. An optimizer by an old name on torch.optim alone would not do: DeepSpeed gives it parameters without names, and
-    goes on averaging gradients itself.
+    It has configuration, parameter names and optimizer together, for `deepspeed.initialize`, Accelerate, the Trainer and Lightning
+    alike. Adding optimizers with the old names to torch.optim would not do: DeepSpeed gives them parameters without names, and still
+    averages gradients itself.
     """
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         bound = inspect.signature(original).bind(self, *args, **kwargs)
         raw = getattr(bound.arguments.get("config_class"), "_param_dict", None)
-        if raw is None or not asks(raw):
+        if raw is None or not config.asks(raw):
             original(self, *args, **kwargs)
             return
         told = {"configuration": repr((raw.get("optimizer"), raw.get("commopt")))}
@@ -181,21 +168,20 @@ def _understanding(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _prepare(arguments: dict[str, Any]) -> Wanted:
-    """What the configuration wants of an engine; makes the optimizer that an update method stands in for."""
+def _prepare(arguments: dict[str, Any]) -> config.Wanted:
+    """Read what the configuration asks for; put the optimizer that an update method stands in for into the arguments."""
     parsed, model = arguments["config_class"], arguments["model"]
-    raw = parsed._param_dict
-    wanted = read_wanted(raw, arguments.get("optimizer"))
+    wanted = config.read_wanted(parsed._param_dict, arguments.get("optimizer"))
     assert wanted is not None
     method = wanted.method
     is_pipeline = isinstance(model, deepspeed.PipelineModule)
-    refuse({"deepspeed pipeline": is_pipeline, **settings_facts(parsed, raw)}, method.name, method.kind)
+    refuse({"deepspeed pipeline": is_pipeline, **config.settings_facts(parsed)}, method.name, method.kind)
     if wanted.optimizer is None:
         if not isinstance(method, UpdateMethod):
-            wanted.notes += use_torch_adam(parsed)
+            wanted.notes += config.use_torch_adam(parsed)
         return wanted
     given = arguments.get("model_parameters")
-    groups, masks = parameter_groups(model, model.parameters() if given is None else given, method)
+    groups, masks = config.parameter_groups(model, model.parameters() if given is None else given, method)
     arguments["optimizer"] = make_optimizer(wanted.optimizer, groups)
     arguments["model_parameters"] = [p for group in groups for p in group["params"]]
     is_partly_frozen = any(group.get("non_freeze") for group in groups)

@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration says of communication: the three old optimizers, the "commopt" block, and what goes with neither."""
+"""The communication part of a DeepSpeed configuration: three old optimizers, the "commopt" block, and what neither supports."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ZERO_ONE = {"var_freeze_step": 100000, "var_update_scaler": 16, "local_step_sca
 _BACKENDS = ("nccl", "gloo", "mpi", "hccl", "compressed", "ccl")
 _WITHOUT_EFFECT = ("bias_correction", "eps_inside_sqrt")
 _NOT_NEEDED = ("cuda_aware", "comm_backend_name")
-_KERNELS = ("torch_adam", "foreach", "amsgrad", "adam_w_mode")  # which code computes Adam, where a method computes it
+_KERNELS = ("torch_adam", "foreach", "amsgrad", "adam_w_mode")  # they choose DeepSpeed's code for Adam
 
 
 @dataclass(frozen=True)
 class Legacy:
-    """An optimizer that DeepSpeed had until 0.19.6: its knobs, with their values there.
+    """An optimizer that DeepSpeed had until 0.19.6: its options, with their defaults there.
 
-    optimizer: the one that holds its hyper-parameters now, `settings`. options: the method's.
+    optimizer: the one that takes its hyper-parameters now, `settings`. options: the method's.
     """
 
     name: str
@@ -52,7 +52,7 @@ LEGACY = {
 class Wanted:
     """What a configuration asks for. optimizer: for `make_optimizer`, what an update method stands in for, unless one was passed.
 
-    notes: what is to be logged about it, once.
+    notes: warnings to log once.
     """
 
     method: Method
@@ -61,12 +61,12 @@ class Wanted:
 
 
 def asks(config: Mapping[str, Any]) -> bool:
-    """Whether a DeepSpeed configuration names a method at all, rightly or wrongly."""
+    """Whether a DeepSpeed configuration names a method at all, valid or not."""
     return "commopt" in config or _kind(config).lower() in LEGACY
 
 
 def read_wanted(config: Mapping[str, Any], client_optimizer: Any) -> Wanted | None:
-    """The method that a DeepSpeed configuration asks for, or None. Raises ConfigError for a wrong option, or two that contradict."""
+    """The method that a DeepSpeed configuration asks for, or None. Raises ConfigError for wrong or contradictory options."""
     kind, params = _kind(config), dict(section(config, "optimizer").get("params") or {})
     legacy = LEGACY.get(kind.lower())
     if legacy is None:
@@ -84,37 +84,9 @@ def read_wanted(config: Mapping[str, Any], client_optimizer: Any) -> Wanted | No
 
 
 def read_legacy(legacy: Legacy, params: Mapping[str, Any]) -> Wanted:
-    """What an old optimizer's "params" mean now. Raises ConfigError for unknown knobs, amsgrad and max_grad_norm."""
-    _check_legacy(legacy, params)
-    notes = []
-    for keys, said in (
-        (
-            _WITHOUT_EFFECT,
-            "has no effect, as it had none in DeepSpeed: moments are not corrected for their bias, and eps is added outside the root; "
-            f'"commopt": {{"method": "{legacy.method}", "bias_correction": true}} corrects them',
-        ),
-        (
-            _NOT_NEEDED,
-            "is accepted and not needed: messages go through the backend that torch.distributed was initialised with, and bits are "
-            "packed without cupy or MPI",
-        ),
-    ):
-        if given := [f"{key}: {shown(params[key])}" for key in keys if key in params]:
-            notes.append(f"{legacy.name}: {', '.join(given)} {said}")
-    settings = {key: params.get(key, default) for key, default in legacy.settings.items()}
-    options = {key: params.get(key, default) for key, default in legacy.options.items()}
-    try:
-        # the old ones never corrected a bias, whatever the knob said
-        method = resolve(legacy.method, **options, bias_correction=False)
-    except ConfigError as error:
-        raise ConfigError(f"optimizer.type: {legacy.name}: {error}") from None
-    return Wanted(method, {"name": legacy.optimizer, **settings}, notes)
-
-
-def _check_legacy(legacy: Legacy, params: Mapping[str, Any]) -> None:
-    where = "optimizer.params"
+    """What an old optimizer's "params" mean now. Raises ConfigError for unknown options, amsgrad and max_grad_norm."""
+    where, known = "optimizer.params", (*legacy.settings, *legacy.options, *_WITHOUT_EFFECT, *_NOT_NEEDED, "amsgrad")
     _refuse(params, where, legacy.name)
-    known = (*legacy.settings, *legacy.options, *_WITHOUT_EFFECT, *_NOT_NEEDED, "amsgrad")
     for key in params:
         if key not in known:
             raise ConfigError(f"{where}.{key}: {legacy.name} has no such option{did_you_mean(str(key), known)}")
@@ -124,10 +96,26 @@ def _check_legacy(legacy: Legacy, params: Mapping[str, Any]) -> None:
     if backend not in _BACKENDS:
         hint = did_you_mean(str(backend), _BACKENDS)
         raise ConfigError(f"{where}.comm_backend_name: {backend!r} is not a backend{hint}")
+    reasons = {
+        _WITHOUT_EFFECT: "has no effect, as it had none in DeepSpeed: moments are not corrected for their bias, and eps is added outside "
+        f'the root; "commopt": {{"method": "{legacy.method}", "bias_correction": true}} corrects them',
+        _NOT_NEEDED: "is accepted but not needed: messages go through the backend that torch.distributed was initialised with, and bits "
+        "are packed without cupy or MPI",
+    }
+    given = {keys: [f"{key}: {shown(params[key])}" for key in keys if key in params] for keys in reasons}
+    notes = [f"{legacy.name}: {', '.join(given[keys])} {reason}" for keys, reason in reasons.items() if given[keys]]
+    settings = {key: params.get(key, default) for key, default in legacy.settings.items()}
+    options = {key: params.get(key, default) for key, default in legacy.options.items()}
+    try:
+        # the old ones never corrected a bias, whatever bias_correction was
+        method = resolve(legacy.method, **options, bias_correction=False)
+    except ConfigError as error:
+        raise ConfigError(f"optimizer.type: {legacy.name}: {error}") from None
+    return Wanted(method, {"name": legacy.optimizer, **settings}, notes)
 
 
 def _refuse(params: Mapping[str, Any], where: str, who: str) -> None:
-    """Raise ConfigError for what DeepSpeed's optimizers may be asked for, and none that computes the update here does."""
+    """Raise ConfigError for options of DeepSpeed's optimizers that no update method has."""
     decays = not params.get("adam_w_mode", True) and params.get("weight_decay")
     for key, is_wrong, fix in (
         ("max_grad_norm", "max_grad_norm" in params, 'write "gradient_clipping" at the top level instead'),
@@ -171,16 +159,16 @@ def _in_place_of(method: UpdateMethod, kind: str, params: dict[str, Any]) -> Wan
         )
     _refuse(params, "optimizer.params", method.name)
     settings = {key: value for key, value in params.items() if key not in _KERNELS}
-    # DeepSpeed's optimizers have options that torch's lack, and methods have: bias_correction
+    # bias_correction is an option of DeepSpeed's optimizers and of methods, but not of torch's
     own = {key: settings.pop(key) for key in option_names(type(method).Options) if key in settings}
     made = type(method)(**{**own, **method.given}) if own else method
     name = "adamw" if kind.lower() == "adam" else kind.lower().removeprefix("fused")
     return Wanted(made, {"name": name, "weight_decay": 0.0, **settings})
 
 
-def settings_facts(parsed: Any, raw: Mapping[str, Any]) -> dict[str, object]:
-    """What a configuration turns on that a method may not go with, for `refuse`. parsed: DeepSpeed's DeepSpeedConfig of `raw`."""
-    stage = int(parsed.zero_optimization_stage)
+def settings_facts(parsed: Any) -> dict[str, object]:
+    """Facts for `refuse`: settings in a DeepSpeedConfig that methods may not support."""
+    raw, stage = parsed._param_dict, int(parsed.zero_optimization_stage)
     half = "fp16" if parsed.float16_config.enabled else "bf16" if parsed.bfloat16_config.enabled else ""
     zero, autocast = section(raw, "zero_optimization"), section(raw, "torch_autocast")
     offloads = [
@@ -206,15 +194,15 @@ def settings_facts(parsed: Any, raw: Mapping[str, Any]) -> dict[str, object]:
 
 
 def surprises(parsed: Any, method: str) -> list[str]:
-    """What is to be logged under a method: settings that have no effect, and clipping by default."""
-    raw, exact = parsed._param_dict, f"{method} computes in float32 and decides what travels"
+    """Warnings to log: settings that have no effect under a method, and clipping by default."""
+    raw, exact = parsed._param_dict, f"{method} computes in float32 and decides what is sent"
     found = [(key, raw[key], exact) for key in ("prescale_gradients", "communication_data_type") if raw.get(key)]
     if raw.get("gradient_predivide_factor", 1.0) != 1.0:
         found.append(("gradient_predivide_factor", raw["gradient_predivide_factor"], exact))
     if section(raw, "comms_logger").get("enabled"):
-        found.append(("comms_logger", True, "it sees DeepSpeed's messages only; ours are in engine.commopt.traffic"))
+        found.append(("comms_logger", True, "it counts DeepSpeed's messages only; ours are in engine.commopt.traffic"))
     zero = {key: value for key, value in section(raw, "zero_optimization").items() if key != "stage" and value}
-    found += [(f"zero_optimization.{key}", value, "stage 0 has no use for it") for key, value in zero.items()]
+    found += [(f"zero_optimization.{key}", value, "stage 0 does not use it") for key, value in zero.items()]
     told = [f"{key}: {shown(value)} has no effect: {reason}" for key, value, reason in found]
     if "gradient_clipping" not in raw and (norm := float(parsed.gradient_clipping)):
         told.append(
@@ -226,16 +214,15 @@ def surprises(parsed: Any, method: str) -> list[str]:
 def parameter_groups(
     model: torch.nn.Module, model_parameters: Iterable[Any], method: Method
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Parameter groups from what `deepspeed.initialize` takes, without frozen parameters; and their masks ("exp_avg_mask"), by name.
+    """Parameter groups of what `deepspeed.initialize` takes, without frozen parameters; and masks ("exp_avg_mask") by parameter name.
 
     Raises ConfigError for parameters that are not the model's.
     """
     name_of = {id(p): name for name, p in model.named_parameters()}
     given = list(model_parameters)
-    given = given if given and isinstance(given[0], Mapping) else [{"params": given}]
     groups: list[dict[str, Any]] = []
     masks: dict[str, Tensor] = {}
-    for number, group in enumerate(given):
+    for number, group in enumerate(given if given and isinstance(given[0], Mapping) else [{"params": given}]):
         where = f"model_parameters: group {number}"
         raw = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         params = [p[1] if isinstance(p, tuple) else p for p in raw]
@@ -256,7 +243,7 @@ def parameter_groups(
 
 
 def _split_mask(mask: Any, named: list[tuple[str, Tensor]], where: str) -> dict[str, Tensor]:
-    """A group's "exp_avg_mask" by parameter: one of the parameter's shape, or flattened, of all of them end to end."""
+    """A group's "exp_avg_mask" by parameter: it has the parameters' shape, or covers all of them, flattened end to end."""
     mask, sizes = torch.as_tensor(mask), [p.numel() for _, p in named]
     if mask.numel() == sum(sizes):
         parts = torch.split(mask.reshape(-1), sizes)
@@ -269,7 +256,7 @@ def _split_mask(mask: Any, named: list[tuple[str, Tensor]], where: str) -> dict[
 
 
 def use_torch_adam(parsed: Any) -> list[str]:
-    """Let the engine use torch's Adam if DeepSpeed's would compile an extension for the CPU, or flatten what has names; returns notes."""
+    """Let the engine use torch's Adam if DeepSpeed's would compile a CPU extension, or flatten named parameters; return notes."""
     name, params = str(parsed.optimizer_name or "").lower(), dict(parsed.optimizer_params or {})
     half = parsed.float16_config.enabled or parsed.bfloat16_config.enabled
     if name not in ("adam", "adamw") or params.get("torch_adam") or not (half or not torch.cuda.is_available()):
@@ -279,7 +266,7 @@ def use_torch_adam(parsed: Any) -> list[str]:
             "optimizer.params.bias_correction: false: torch's Adam, which is used here, has no such option; leave it out"
         )
     parsed.optimizer_params = {"weight_decay": 0.0, **params, "torch_adam": True}  # torch's default decay is not 0
-    why = "whose wrapper flattens parameters that have names" if half else "which is an extension to be compiled"
+    why = "whose wrapper flattens parameters that have names" if half else "which would have to be compiled"
     return [f"{parsed.optimizer_name}: torch's own is used instead of DeepSpeed's, {why}"]
 
 

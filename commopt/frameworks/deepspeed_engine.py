@@ -1,4 +1,4 @@
-"""What stands between a DeepSpeed engine's backward and its optimizer's step, in fp32 and around the wrappers of fp16 and bf16."""
+"""The exchange between a DeepSpeed engine's backward and its optimizer's step: fp32, and the wrappers of fp16 and bf16."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -33,14 +34,14 @@ def is_half(engine: Any) -> bool:
 
 
 def has_masters(engine: Any) -> bool:
-    """Whether those copies are tensors of their own, and not parts of a flat one."""
+    """Whether these copies are separate tensors, and not parts of a flat one."""
     return hasattr(engine.optimizer, "fp32_groups") and hasattr(engine.optimizer, "fp16_groups")
 
 
 def forget_dry_step(engine: Any) -> None:
     """Undo the step on zeros by which DeepSpeed's wrappers make an optimizer allocate its state.
 
-    It counts as one for Adam's bias correction, and decays weights.
+    It counts in Adam's bias correction, and decays weights.
     """
     if has_masters(engine) and engine.global_steps == 0 and not hasattr(engine, "commopt"):
         engine.basic_optimizer.state.clear()
@@ -55,13 +56,13 @@ class Masters(Module):
         self._seen: dict[str, Any] = dict(engine.module.named_parameters())
         self.named_modules = engine.module.named_modules  # type: ignore[method-assign]
         self.named_buffers = engine.module.named_buffers  # type: ignore[method-assign]
-        self.low: dict[str, Parameter] = {}  # the parameters of which these are copies; empty in fp32
+        self.low: dict[str, Parameter] = {}  # the parameters that have float32 copies; empty in fp32
         if has_masters(engine):
-            name_of = {id(p): name for name, p in engine.module.named_parameters()}
-            for lows, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
-                for low, master in zip(lows, masters, strict=True):
-                    self.low[name_of[id(low)]] = low
-                    self._seen[name_of[id(low)]] = master
+            name_of = {id(p): name for name, p in self._seen.items()}
+            lows, masters = engine.optimizer.fp16_groups, engine.optimizer.fp32_groups
+            for low, master in zip(chain(*lows), chain(*masters), strict=True):
+                name = name_of[id(low)]
+                self.low[name], self._seen[name] = low, master
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Parameter]]:
         yield from self._seen.items()
@@ -76,9 +77,9 @@ class Masters(Module):
 class EngineRun(PlainRun):
     """Exchanges at the step of the engine's basic optimizer, on unscaled float32 gradients, after the last micro-batch.
 
-    As DeepSpeed's old optimizers did; its own all-reduce is off. Gradients are clipped to `gradient_clipping` after the exchange;
-    for update methods it is `max_norm`. An overflow under fp16 on any rank is seen on all ranks before anything is exchanged, and
-    the step is skipped everywhere.
+    DeepSpeed's old optimizers did so too; the engine's own all-reduce is off. Gradients are clipped to `gradient_clipping` after
+    the exchange; for update methods it is `max_norm`. If a gradient overflows on any rank under fp16, all ranks skip the step
+    before anything is exchanged.
     """
 
     saved_by = "write engine.save_checkpoint(...) and engine.load_checkpoint(...), which keep the method's state of every rank too"
@@ -88,14 +89,12 @@ class EngineRun(PlainRun):
         self._wrapper: Any = engine.optimizer if is_half(engine) else None
         super().__init__(masters, checked, group)
         self._clip = 0.0 if self._is_update else float(engine.gradient_clipping())
-        self._scale = 1.0  # by which the loss of the gradients at hand was multiplied
+        self._scale = 1.0  # of the loss that the current gradients come from
         if isinstance(self.optimizer, StandIn):
             holder = engine if self._wrapper is None else self._wrapper
-            self._handles += [
-                Replaced(holder, optimizer=self.optimizer),
-                Replaced(engine, basic_optimizer=self.optimizer),
-            ]
-        if self._wrapper is not None:  # it hands over what every rank can use: finite, unscaled, and not yet clipped
+            self._handles.append(Replaced(holder, optimizer=self.optimizer))
+            self._handles.append(Replaced(engine, basic_optimizer=self.optimizer))
+        if self._wrapper is not None:  # leaves gradients finite on all ranks, unscaled, and unclipped
             checker = SimpleNamespace(check=self._overflows)
             self._handles.append(Replaced(self._wrapper, overflow_checker=checker, clip_grad=0.0))
             scaling = self._wrapper.loss_scale_config
@@ -109,11 +108,11 @@ class EngineRun(PlainRun):
 
     def finish(self) -> None:
         super().finish()
-        self.masters.copy_to_model()  # local steps have been made equal
+        self.masters.copy_to_model()  # finish makes ranks equal after local steps
 
     def _scaled_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        """The engine's backward, on a scaled loss: at stage 0 DeepSpeed (0.19.6 to 0.19.8) divides gradients by a scale that the
-        loss never had. Where it has, nothing is done."""
+        """The engine's backward, on a scaled loss: at stage 0 DeepSpeed (0.19.6 to 0.19.8) divides gradients by a scale that it
+        never multiplied the loss by. If it has, the loss is left as it is."""
 
         def scaled(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             scale = self._scale = float(self._wrapper.loss_scale_config.cur_scale)
@@ -147,13 +146,13 @@ class EngineRun(PlainRun):
 
     def _used_anywhere(self) -> list[str]:
         for name, low in self.masters.low.items():
-            if low.grad is None:  # of which DeepSpeed has made zeros
+            if low.grad is None:  # DeepSpeed has made zeros of it
                 self.masters._seen[name].grad = None
         return super()._used_anywhere()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
         if self._wrapper is not None:
-            # the wrapper may have raised its scale just before it divided by it
+            # the wrapper may have raised its scale just before dividing by it
             ratio = float(self._wrapper.loss_scale_config.cur_scale) / self._scale
             for p in self.parameters.values() if ratio != 1.0 else ():
                 if p.grad is not None:
@@ -162,7 +161,7 @@ class EngineRun(PlainRun):
         if not self._is_update:
             self._clip_mean()
         elif self._wrapper is not None:
-            self._wrapper._global_grad_norm = None  # it was that of this rank's own gradients
+            self._wrapper._global_grad_norm = None  # it was the norm of this rank's own gradients
 
     def _clip_mean(self) -> None:
         used = [p for p in self.parameters.values() if p.grad is not None]
@@ -175,7 +174,7 @@ class EngineRun(PlainRun):
 
 
 def hand_over(engine: Any, run: Run) -> Replaced:
-    """Switch the engine's own exchange off, and its clipping before ours, and let its checkpoints carry the method's state."""
+    """Switch off the engine's own exchange and its clipping before ours, and add the method's state to its checkpoints."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise AttachError(
@@ -184,7 +183,7 @@ def hand_over(engine: Any, run: Run) -> Replaced:
 
     def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-        save_block(Path(save_dir) / tag, run)  # first: `latest` is written when all is there
+        save_block(Path(save_dir) / tag, run)  # first: the engine writes `latest` when all is there
         return save(save_dir, tag, *args, **kwargs)
 
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
@@ -200,7 +199,7 @@ def hand_over(engine: Any, run: Run) -> Replaced:
 
     save, load = engine.save_checkpoint, engine.load_checkpoint
     ours: dict[str, Any] = {"save_checkpoint": save_checkpoint, "load_checkpoint": load_checkpoint, "commopt": run}
-    if isinstance(run, EveryStepRun):  # before the exchange a norm is this rank's own: clipped after it
+    if isinstance(run, EveryStepRun):  # clipped after the exchange: before it, a norm is this rank's own
         ours["clip_fp32_gradients"] = lambda: None
     return Replaced(engine, enable_backward_allreduce=False, allreduce_gradients=refuse, **ours)
 
@@ -208,22 +207,22 @@ def hand_over(engine: Any, run: Run) -> Replaced:
 def _block_of(
     engine: Any, run: Run, load_dir: Any, tag: Any, load_module_only: bool, load_optimizer_states: bool, **_: Any
 ) -> Callable[[], object] | None:
-    """What takes the method's state over from a checkpoint, once the engine has loaded its own part; None if nothing does.
+    """A function that loads the method's state from a checkpoint, to call once the engine has loaded its part; None if there is none.
 
-    Raises CheckpointError if an update method's is missing.
+    Raises CheckpointError if an update method's state is missing.
     """
     latest, name = Path(load_dir) / "latest", run.method.name
     if tag is None and latest.is_file():
         tag = latest.read_text(encoding="utf-8").strip()
     if tag is None:
-        return None  # DeepSpeed says that it has found nothing
+        return None  # DeepSpeed warns that it has found nothing
     folder = Path(load_dir) / str(tag)
     if load_module_only or not load_optimizer_states:
-        note = f"only part is loaded, and {name} goes on with the state it has"
+        note = f"only part is loaded; {name} keeps the state that it has"
     elif has_block(folder) or isinstance(run.method, UpdateMethod):
         return read_block(folder, run)
     else:
-        note = f"was saved without commopt; {name} begins with the state that it has"
+        note = f"was saved without commopt; {name} keeps the state that it has"
     if engine.global_rank == 0:
         _log.warning("%s: %s", folder, note)
     return None

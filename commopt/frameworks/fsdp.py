@@ -17,6 +17,7 @@ from torch.nn import Module
 from commopt.compress import Cast
 from commopt.compress.feedback import NOTHING_KEPT, first_bad_parameter
 from commopt.errors import AttachError, CheckpointError
+from commopt.exchange.base import is_finite
 from commopt.exchange.compressed import Compressed
 from commopt.frameworks.fsdp_units import Mesh, Unit, Way, local, sharding_of
 from commopt.groups import Group, LocalGroup, TorchGroup
@@ -34,7 +35,7 @@ _CHANGED = ("_all_reduce_hook", "_reduce_scatter_comm", "gradient_divide_factor"
 
 
 class FSDPRun(EveryStepRun):
-    """What FSDP's two ways to average have in common: state by shard, and one decision on every shard about what is left out.
+    """What both FSDP runs have in common: state by shard, and one decision of all shards about what is left out.
 
     A gradient with a NaN or an inf is void in the shards that hold it. Before the optimizer steps, the shards of a replica agree
     in one all-reduce of 4 bytes whether there is any, and then leave the same parameters out everywhere.
@@ -56,11 +57,11 @@ class FSDPRun(EveryStepRun):
                 self._handles.append(Replaced(one.mesh_info, replicate_process_group=mesh.replicate_group))
         for unit in units:
             self._take_over(unit)
-            # without it the flat gradient would hold only the parameters that were used, and not say which
+            # otherwise the flat gradient would hold only the parameters that were used, without saying which
             unit.module.set_reduce_scatter_unused_params(True, recurse=False)
 
     def _take_over(self, unit: Unit) -> None:
-        """Exchange in place of FSDP."""
+        """Set up our exchange of a unit in place of FSDP's."""
         raise NotImplementedError
 
     def _exchange_unit(self, unit: Unit, bucket: Bucket, divisor: float | None) -> None:
@@ -71,7 +72,7 @@ class FSDPRun(EveryStepRun):
                 f"{unit.label}: set_gradient_divide_factor and set_force_sum_reduction_for_comms come before attach, which builds on them"
             )
         names = [piece.name for piece in unit.pieces]
-        # a gradient that is there was exchanged in an earlier backward of this step, and stays void if it was
+        # an existing gradient was exchanged in an earlier backward of this step, and stays void if it was
         self._left_out.difference_update(name for name in names if self.parameters[name].grad is None)
         if bucket.names:
             with torch.no_grad():
@@ -81,23 +82,19 @@ class FSDPRun(EveryStepRun):
         self.waited_s += time.perf_counter() - start
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        for name in self._left_out_anywhere():
-            self.parameters[name].grad = None
+        if self._on_any_shard([bool(self._left_out)])[0]:
+            is_bad = [  # left out, or clipping by their norm has spread a NaN to it
+                name in self._left_out or (p.grad is not None and not is_finite(local(p.grad)))
+                for name, p in self.parameters.items()
+            ]
+            for p, flag in zip(self.parameters.values(), self._on_any_shard(is_bad), strict=True):
+                if flag:
+                    p.grad = None
         self._void_names.clear()
         super()._before_step(optimizer, args, kwargs)
 
-    def _left_out_anywhere(self) -> list[str]:
-        """Parameters that some shard has to leave out, and those that clipping by their norm has spread a NaN to."""
-        if not self._on_any_shard([bool(self._left_out)])[0]:
-            return []
-        is_bad = [
-            name in self._left_out or (p.grad is not None and not bool(local(p.grad).isfinite().all()))
-            for name, p in self.parameters.items()
-        ]
-        return [name for name, flag in zip(self.parameters, self._on_any_shard(is_bad), strict=True) if flag]
-
     def _on_any_shard(self, flags: list[bool]) -> list[int]:
-        """Flags of 4 bytes each, of which one is set if it is on any shard of this replica."""
+        """Each flag, set if it is set on any shard of this replica. Sends 4 bytes for each."""
         found = torch.tensor(flags, dtype=torch.int32, device=next(iter(self.parameters.values())).device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.shard_group)
         return found.tolist()
@@ -110,7 +107,7 @@ class FSDPRun(EveryStepRun):
 class ReplicaRun(FSDPRun):
     """Averages each shard's gradient with the same shard of the other replicas, as soon as FSDP has reduced it within its own.
 
-    FSDP's own all-reduce between replicas is left with one rank, and the all-reduce hook exchanges in its place.
+    FSDP's own all-reduce between replicas is given a group of one rank, and the all-reduce hook exchanges in its place.
     """
 
     def __init__(self, model: Module, *arguments: Any) -> None:
@@ -119,7 +116,7 @@ class ReplicaRun(FSDPRun):
         broadcast_(map(local, (*model.parameters(), *model.buffers())), self.group.broadcast)
 
     def served(self) -> list[tuple[str, Tensor]]:
-        """This rank's shards, instead of the DTensors that they are part of; a parameter that has none here is left out."""
+        """This rank's shards, instead of the DTensors that they are part of; without parameters that have none here."""
         return [(name, shard) for name, p in self.parameters.items() if (shard := local(p).detach()).numel()]
 
     def _take_over(self, unit: Unit) -> None:
@@ -150,13 +147,13 @@ class ReplicaRun(FSDPRun):
 
 
 class ScatterMean(GradientMethod, Compressed):
-    """The mean of compressed gradients, of which each rank keeps its shard: the first half of a two-way mean, and no answer.
+    """The mean of compressed gradients, of which each rank keeps its shard: a two-way mean without the answer.
 
         q_ij = C(g_ij + e_ij) to rank j;  e_ij <- g_ij + e_ij - q_ij;  rank j keeps mean_i q_ij
     Sends (N-1)/N compressed gradients. State: with error feedback a residual of the whole gradient on every rank, 4 bytes per
     parameter of the model, or 2 or 1 with residual_bits 16 or 8; it lies as the gradient does, in registration order.
 
-    method: whose name, options and codec it has.
+    method: the one whose name, options and codec it uses.
     """
 
     def __init__(self, method: Method, units: Sequence[Unit]) -> None:
@@ -178,22 +175,16 @@ class ScatterMean(GradientMethod, Compressed):
         fields = ("starts", "homes", "lengths", "parameters", "groups")
         self.everything = Blocks(*(np.concatenate([getattr(blocks, key) for blocks in every]) for key in fields))
 
-    def bucket(self, unit: Unit, flat: Tensor) -> Bucket:
-        """A unit's gradient for all shards: names and where they begin in the first one's."""
-        found = unit.starts(0)
-        return Bucket(flat, tuple(name for name, _, _ in found), tuple(start for _, start, _ in found), unit.label)
-
     def exchange(self, bucket: Bucket, group: Group) -> None:
         """Overwrite this rank's part of bucket.flat, (S n,), by the mean over ranks."""
         if group.size == 1:  # communication is off
-            return self.exchange_alone(bucket)
+            return self.exchange_alone(bucket, group)
         messages = [self.keyed(blocks, self.compressor) for blocks in self.messages[bucket.label]]
         sent = self.worker.compress(bucket.flat, messages)
         received = group.all_to_all(sent)
-        bad = first_bad_parameter(received)  # of any rank's whole gradient, so that all shards decide alike
-        if bad >= 0:
-            self.worker.undo(bucket.flat, sent, messages)
-            return self._void(bucket, bad)
+        first = first_bad_parameter(received)  # of any rank's whole gradient: all shards decide alike
+        if self.is_void(bucket, first, group):
+            return self.worker.undo(bucket.flat, sent, messages)
         bucket.flat.view(group.size, -1)[group.rank].zero_()
         for payload in received:  # in rank order: float sums depend on it
             self.compressor.decompress_(
@@ -210,17 +201,15 @@ class ScatterMean(GradientMethod, Compressed):
         )
 
     def _message(self, unit: Unit, shard: int) -> Blocks:
-        """The blocks of what goes to one shard: where they begin in the unit's gradient, and in the residual of the whole model."""
+        """The blocks sent to one shard: where they begin in the unit's gradient, and in the residual of the whole model."""
         numels, firsts = np.zeros(len(self.index.names), np.int64), np.zeros(len(self.index.names), np.int64)
         for piece in unit.pieces:
             k = self.index.position[piece.name]
             numels[k], firsts[k] = piece.numels[shard], sum(piece.numels[:shard])
         index = ParameterIndex(self.index.names, tuple(numels.tolist()))
         empty = frozenset(name for name, n in zip(index.names, index.numels, strict=True) if not n)
-        found = unit.starts(shard)
-        row = shard * unit.numel
-        bucket = Bucket(torch.empty(0), tuple(name for name, _, _ in found), tuple(row + s for _, s, _ in found))
-        blocks = self.compressor.table(index, 1, empty).all_of(bucket)
+        own = unit.over(torch.empty(0), shard, shard * unit.numel)
+        blocks = self.compressor.table(index, 1, empty).all_of(own)
         within = blocks.homes - index.offsets[blocks.parameters]
         return dataclasses.replace(blocks, homes=(self.index.offsets[:-1] + firsts)[blocks.parameters] + within)
 
@@ -228,7 +217,7 @@ class ScatterMean(GradientMethod, Compressed):
 class CompressedReduceScatter:
     """What FSDP calls in place of its reduce-scatter: scatter(output, input).
 
-    It has the methods of torch's ReduceScatter without being one: a torch without that is refused at attach, not at import.
+    Has the methods of torch's ReduceScatter, but does not import it: a torch without it is refused at attach, not at import.
     """
 
     def __init__(self, scatter: Callable[[Tensor, Tensor], None]) -> None:
@@ -238,12 +227,7 @@ class CompressedReduceScatter:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
         if op != dist.ReduceOp.AVG:
             raise AttachError(f"FSDP asks for a reduce-scatter by {op}; leave out set_gradient_divide_factor")
@@ -251,7 +235,7 @@ class CompressedReduceScatter:
 
 
 class ShardRun(FSDPRun):
-    """Compresses the reduce-scatter: each rank sends every other its shard's gradient in compressed form, and averages what it gets."""
+    """Compresses the reduce-scatter: each rank sends every other its shard's gradient in compressed form, and averages what it receives."""
 
     method: ScatterMean
 
@@ -261,7 +245,7 @@ class ShardRun(FSDPRun):
     def _scatter(self, unit: Unit, output: Tensor, flat: Tensor) -> None:
         """flat: (S n,) this rank's gradient for each shard; output: (n,) the mean of what all ranks have for this one."""
         _check_size(unit, output)
-        self._exchange_unit(unit, self.method.bucket(unit, flat), None)
+        self._exchange_unit(unit, unit.over(flat, 0), None)  # names and starts are those of the first shard
         group = self.mesh.shard_group
         output.copy_(flat.view(group.size(), -1)[group.rank()])
 
@@ -273,7 +257,7 @@ def attach(model: Module, request: Request) -> Run:
     """Average the gradients of a model that `fully_shard` has sharded.
 
     On a mesh with a replicate and a shard dimension, any gradient method averages between the replicas, shard by shard; within a
-    replica FSDP reduces as ever. On a mesh of one dimension `two_way`, `natural`, `qsgd` and `fp16` compress the
+    replica FSDP reduces as usual. On a mesh of one dimension `two_way`, `natural`, `qsgd` and `fp16` compress the
     reduce-scatter itself; or, with a group of the ranks that hold the same shard elsewhere, any gradient method averages over that group.
     """
     (found, units, mesh), group = sharding_of(model), request.group

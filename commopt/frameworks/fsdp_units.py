@@ -1,4 +1,4 @@
-"""What FSDP2 communicates together, and where each parameter's shard lies in it; the only file that reads torch's private fields."""
+"""The units that FSDP2 communicates, and where each parameter's shard lies in them, read from torch's private fields."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import get_process_group_ranks as ranks_of
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
@@ -18,7 +19,7 @@ from commopt.groups import PacedGroup, TorchGroup
 from commopt.wire.bucket import Bucket
 
 Way = Literal["replicas", "shards"]
-# what is only needed later, most of it private too
+# needed only later, most of it private too: looked up once, so that a torch without it is refused at attach
 _OF_MODULES = attrgetter(
     "set_all_reduce_hook",
     "set_custom_reduce_scatter",
@@ -31,7 +32,7 @@ _FSDPS_OWN = ("DefaultReduceScatter", "ProcessGroupAllocReduceScatter")
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter in a unit. numels: (S,) elements of each shard; padded: elements that each takes in the flat gradient."""
+    """One parameter in a unit. numels: (S,) elements of each shard; padded: elements that each shard takes in the flat gradient."""
 
     name: str
     numels: tuple[int, ...]
@@ -64,15 +65,22 @@ class Unit:
             start += piece.padded
         return found
 
+    def over(self, flat: Tensor, rank: int, row: int = 0) -> Bucket:
+        """What a shard rank has in its flat gradient, which begins at `row` of `flat`."""
+        found = self.starts(rank)
+        return Bucket(
+            flat, tuple(name for name, _, _ in found), tuple(row + start for _, start, _ in found), self.label
+        )
+
     def bucket(self, flat: Tensor, rank: int) -> Bucket:
-        """The shard's gradient without padding: over `flat` itself if there is none, or nothing else, else a copy."""
+        """The shard's gradient without padding: over `flat` itself if that is all or no padding, else a copy."""
         found = self.starts(rank)
         if not found or sum(n for _, _, n in found) == flat.numel():
-            return Bucket(flat, tuple(name for name, _, _ in found), tuple(start for _, start, _ in found), self.label)
+            return self.over(flat, rank)
         return Bucket.of([(name, flat[start : start + n]) for name, start, n in found], self.label)
 
     def fill(self, flat: Tensor, bucket: Bucket, rank: int) -> None:
-        """Write a bucket of `bucket` back to where it came from."""
+        """Write a bucket that `bucket` returned back to where it came from."""
         if bucket.flat is not flat:
             for (_, start, n), (_, x) in zip(self.starts(rank), bucket.views(), strict=True):
                 flat[start : start + n] = x
@@ -92,16 +100,16 @@ class Mesh:
         inner = group.inner if isinstance(group, PacedGroup) else group
         if not isinstance(inner, TorchGroup) or inner.process_group is None:
             return None
-        ranks, shards = _ranks(inner.process_group), _ranks(self.shard_group)
+        ranks, shards = ranks_of(inner.process_group), ranks_of(self.shard_group)
         if self.replicate_group is not None:
-            return "replicas" if ranks == _ranks(self.replicate_group) else None
+            return "replicas" if ranks == ranks_of(self.replicate_group) else None
         if sorted(ranks) == sorted(shards):
             return "shards"
         return "replicas" if set(ranks) & set(shards) == {dist.get_rank()} else None
 
 
 def sharding_of(model: Module) -> tuple[dict[str, object], list[Unit], Mesh | None]:
-    """Facts for `refuse`; and the units and the mesh, which can be relied on if none of the facts holds."""
+    """Facts for `refuse`; and the units and the mesh, which are valid if none of the facts holds."""
     if isinstance(model, FullyShardedDataParallel):
         return {"fsdp 1": True}, [], None
     try:
@@ -115,7 +123,7 @@ def _sharding_of(model: Module) -> tuple[dict[str, object], list[Unit], Mesh | N
     found, units = dict[str, object](), list[Unit]()
 
     def note(label: str, facts: Mapping[str, object]) -> None:
-        """Keep where facts hold first; a fact that is True is told by its label."""
+        """Keep the detail of the first place where a fact holds: its label if the fact is True."""
         for fact, detail in facts.items():
             found[fact] = found.get(fact) or (label if detail is True else detail)
 
@@ -143,7 +151,7 @@ def _sharding_of(model: Module) -> tuple[dict[str, object], list[Unit], Mesh | N
                 info.shard_process_group,
                 info.replicate_process_group if info.replicate_mesh_dim is not None else None,
             )
-            meshes[tuple(tuple(_ranks(one)) for one in (mesh.shard_group, mesh.replicate_group) if one)] = mesh
+            meshes[tuple(tuple(ranks_of(one)) for one in (mesh.shard_group, mesh.replicate_group) if one)] = mesh
             trainable = [fp for fp in group.fsdp_params if fp.sharded_param.requires_grad]
             if trainable:
                 pieces = tuple(_piece(name_of[id(fp.sharded_param)], fp, mesh.shard_group.size()) for fp in trainable)
@@ -189,7 +197,3 @@ def _piece(name: str, fp: Any, shards: int) -> Piece:
     chunk, width = -(-rows // shards), numel // max(rows, 1)
     numels = tuple(max(0, min(chunk, rows - rank * chunk)) * width for rank in range(shards))
     return Piece(name, numels, chunk * width)
-
-
-def _ranks(process_group: dist.ProcessGroup) -> list[int]:
-    return dist.get_process_group_ranks(process_group)

@@ -1,4 +1,4 @@
-"""A method in a Lightning Trainer: a DDPStrategy that exchanges gradients, or averages replicas, in the method's way, on CPUs too."""
+"""A method in a Lightning Trainer: a DDPStrategy whose gradients or replicas the method averages, on CPUs too."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
     """Train by a communication method in Lightning: `Trainer(strategy=CommoptStrategy("dgc"), devices=2)`.
 
     method: what `commopt.attach` takes: a name, a `method:` block, a file that holds one, or a `Method`. `configure_optimizers` returns
-        an optimizer as ever; an update method, such as "onebit_adam", stands in for it, with its parameter groups and schedulers.
+        an optimizer as usual; an update method, such as "onebit_adam", stands in for it, with its parameter groups and schedulers.
     overlap: exchange each bucket while backward computes the next; by default wherever the method allows it.
     max_norm: clip gradients to this global L2 norm, as `commopt.attach` does; update methods need it instead of `gradient_clip_val`.
     ddp_options: what `DDPStrategy` takes (`find_unused_parameters`, `process_group_backend`, `timeout` ...), but no hook of its own.
@@ -93,35 +93,30 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         unknown = [key for key in ddp_options if key not in (*_ddp_options, *_HOOK_OPTIONS)]
         if unknown:
             raise ConfigError(f"{unknown[0]}: unknown option of DDPStrategy{did_you_mean(unknown[0], _ddp_options)}")
-        self._refuse(
-            {
-                "lightning hook": next((key for key in ddp_options if key in _HOOK_OPTIONS), None),
-                "lightning ddp option": next((key for key in ddp_options if key not in _launch_options), None),
-                "lightning overlap": overlap is not None,
-            }
-        )
+        facts: dict[str, object] = {
+            "lightning hook": next((key for key in ddp_options if key in _HOOK_OPTIONS), None),
+            "lightning ddp option": next((key for key in ddp_options if key not in _launch_options), None),
+            "lightning overlap": overlap is not None,
+        }
+        refuse(facts, self.name, self.kind)
         super().__init__(**ddp_options)
 
-    def __repr__(self) -> str:  # which a Trainer of the other package shows, as it refuses this one
+    def __repr__(self) -> str:  # shown by a Trainer of the other package, which refuses this one
         return f"<CommoptStrategy of {pl.__name__}; for the Trainer of another package, import that before this one>"
-
-    def _refuse(self, facts: dict[str, object]) -> None:
-        refuse(facts, self.name, self.kind)
 
     # -- fit
 
     def setup(self, trainer: Any) -> None:
         """Check what can be checked before DDP wraps the model; then as DDPStrategy does."""
         if trainer.state.fn == "fit":
-            self._refuse(
-                {
-                    "lightning manual optimization": not self.lightning_module.automatic_optimization,
-                    "lightning sync_batchnorm": self._layer_sync is not None,
-                    "lightning scaler": self._scaler is not None,
-                    "lightning gradient_clip_val": trainer.gradient_clip_val,
-                    "no parameter": not any(p.requires_grad for p in self.lightning_module.parameters()),
-                }
-            )
+            facts = {
+                "lightning manual optimization": not self.lightning_module.automatic_optimization,
+                "lightning sync_batchnorm": self._layer_sync is not None,
+                "lightning scaler": self._scaler is not None,
+                "lightning gradient_clip_val": trainer.gradient_clip_val,
+                "no parameter": not any(p.requires_grad for p in self.lightning_module.parameters()),
+            }
+            refuse(facts, self.name, self.kind)
             if not trainer.barebones and self._payload_log not in trainer.callbacks:
                 trainer.callbacks.insert(0, self._payload_log)  # before callbacks that read what is logged
         super().setup(trainer)
@@ -131,7 +126,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         return getattr(self.precision_plugin, "scaler", None)
 
     def configure_ddp(self) -> None:
-        """Wrap the model in DDP, but not under an outer method, which only starts from rank 0's parameters."""
+        """Wrap the model in DDP; under an outer method only start from rank 0's parameters and buffers."""
         if self.kind != "outer":
             super().configure_ddp()
         else:
@@ -141,35 +136,30 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         """Leave DDP's hook to the method, which is attached once there is an optimizer."""
 
     def setup_optimizers(self, trainer: Any) -> None:
-        """Attach the method to the optimizer of `configure_optimizers`; what steps is the run's."""
+        """Attach the method to the optimizer of `configure_optimizers`; the run's optimizer steps from now on."""
         self.run = None
         super().setup_optimizers(trainer)
         returned = self.optimizers[0]  # with automatic optimization Lightning allows one
         has_none = type(returned).__name__ == "_MockOptimizer"
         agree_on_method(Request(self.method), {"lightning without an optimizer": has_none})
         run: Any = attach(
-            self.model,
-            self.method,
-            returned,
-            max_norm=self.max_norm,
-            grad_scaler=self._scaler,
-            overlap=self.overlap,
+            self.model, self.method, returned, max_norm=self.max_norm, grad_scaler=self._scaler, overlap=self.overlap
         )
         self.run, self.optimizers = run, [run.optimizer]
         if run.method.kind == "outer":
-            run.method.max_lag = sys.maxsize  # the Trainer counts steps: none can be left out to catch up
+            run.method.max_lag = sys.maxsize  # the Trainer counts the steps: a rank can't leave any out to catch up
         hook = run.optimizer.register_step_pre_hook(_run_closure)
         run.optimizer._optimizer_step_pre_hooks.move_to_end(hook.id, last=False)
         run._handles.append(hook)
         self._payload_log.follow(run)
 
     def on_train_start(self) -> None:
-        """Start together, under an outer method."""
+        """Join the other replicas, under an outer method."""
         super().on_train_start()
         self.run.join()  # type: ignore[union-attr]
 
     def on_train_end(self) -> None:
-        """End with equal replicas if local steps have moved them apart, or as the outer method has it."""
+        """Finish the run: replicas that local steps have moved apart become equal again."""
         super().on_train_end()
         self.run.finish()  # type: ignore[union-attr]
 
@@ -200,7 +190,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Delete a checkpoint, and what is beside it."""
+        """Delete a checkpoint, and the folder beside it."""
         super().remove_checkpoint(filepath)
         if self.is_global_zero:
             shutil.rmtree(_beside(filepath), ignore_errors=True)
@@ -211,12 +201,11 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizer's state and this rank's part of the method's. Raises CheckpointError if it does not belong here."""
-        run, said = self.run, checkpoint.get(_KEY)
-        if run is None or not checkpoint["optimizer_states"]:
-            super().load_optimizer_state_dict(checkpoint)
-            return
-        if said is None and not isinstance(run.optimizer, StandIn):
-            _log.warning("the checkpoint holds no state of %s, which begins anew", self.name)
+        run, said = self.run if checkpoint["optimizer_states"] else None, checkpoint.get(_KEY)
+        if run is not None and said is None and not isinstance(run.optimizer, StandIn):
+            _log.warning("the checkpoint holds no state of %s, which starts with an empty one", self.name)
+            run = None
+        if run is None:
             super().load_optimizer_state_dict(checkpoint)
             return
         if self.kind == "outer" and said["ranks"] != dist.get_world_size():
@@ -250,7 +239,7 @@ def _beside(filepath: Any) -> Path:
 
 
 def _run_closure(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """Run forward and backward, which Lightning hands to `step` as a closure, ahead of it: gradients are exchanged in backward."""
+    """Run the closure (forward and backward) that Lightning passes to `step` before it: gradients are exchanged in backward."""
     rest = dict(kwargs)
     closure = rest.pop("closure", args[1] if len(args) > 1 else None)
     if closure is not None:

@@ -30,12 +30,12 @@ _log = logging.getLogger(__name__)
 class PlainRun(EveryStepRun):
     """Averages when the optimizer steps; gradients accumulate freely until then."""
 
-    bucket_bytes = 25 << 20  # at most so much is exchanged at once
+    bucket_bytes = 25 << 20  # the most that is exchanged at once
 
     def __init__(self, model: Module, checked: Checked, group: Group) -> None:
         super().__init__(model, checked, group)
         self._has_new_gradients = self._has_warned = False
-        self._versions: dict[int, int] = {}  # of the parameters in their first backward
+        self._versions: dict[int, int] = {}  # of each parameter, in its first backward
         self._until_first_step = refuse_ddp(model, self.method.name)
         self._handles += self._until_first_step
         for p in self.parameters.values():
@@ -58,9 +58,8 @@ class PlainRun(EveryStepRun):
                 for name, x in bucket.views():
                     p = self.parameters[name]
                     if p.grad is None:
-                        p.grad = x.view_as(p).clone()
-                    else:
-                        p.grad.copy_(x.view_as(p))
+                        p.grad = torch.empty_like(p)
+                    p.grad.copy_(x.view_as(p))
         self.note_versions()
         self._has_new_gradients = False
         self.waited_s += time.perf_counter() - start
@@ -87,18 +86,17 @@ class PlainRun(EveryStepRun):
         return [name for name, count in zip(self.parameters, flags.tolist(), strict=True) if count]
 
     def _buckets(self, names: list[str]) -> list[Bucket]:
-        buckets: list[Bucket] = []
-        pending: list[tuple[str, Tensor]] = []
+        parts: list[list[tuple[str, Tensor]]] = []
         nbytes = 0
         for name in names:
             p = self.parameters[name]
             grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if pending and (nbytes + grad.nbytes > self.bucket_bytes or pending[0][1].dtype != grad.dtype):
-                buckets.append(Bucket.of(pending, f"bucket {len(buckets)}"))
-                pending, nbytes = [], 0
-            pending.append((name, grad))
             nbytes += grad.nbytes
-        return [*buckets, Bucket.of(pending, f"bucket {len(buckets)}")] if pending else buckets
+            if not parts or nbytes > self.bucket_bytes or parts[-1][0][1].dtype != grad.dtype:
+                parts.append([])
+                nbytes = grad.nbytes
+            parts[-1].append((name, grad))
+        return [Bucket.of(part, f"bucket {k}") for k, part in enumerate(parts)]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
         if (self._has_new_gradients or not self._exchanged) and not has_closure(args, kwargs):
@@ -107,20 +105,17 @@ class PlainRun(EveryStepRun):
 
 
 def attach(model: Module, request: Request) -> Run:
-    """Average gradients at `optimizer.step()`, or parameters now and then; parameters and buffers are first made those of rank 0."""
+    """Average gradients at `optimizer.step()`, or parameters every N steps; all ranks start with the same parameters and buffers."""
     group = request.group
     # members that come and go compare their configurations when they join
     come_and_go = isinstance(group, Peers | SimGroup) or (group is None and "COMMOPT_PEERS" in os.environ)
     meeting = meeting_group(group)
-
-    def facts(method: Method) -> dict[str, object]:
-        return {
-            "overlap without backward": request.overlap and "a model that is not wrapped in DDP",
-            "plain scaler": request.grad_scaler is not None and meeting.size > 1,
-        }
-
+    facts = {
+        "overlap without backward": request.overlap and "a model that is not wrapped in DDP",
+        "plain scaler": request.grad_scaler is not None and meeting.size > 1,
+    }
     meets_later = come_and_go and (not isinstance(group, Group) or _is_outer(request.method))
-    checked = check_request("plain", model, request, LocalGroup() if meets_later else meeting, facts)
+    checked = check_request("plain", model, request, LocalGroup() if meets_later else meeting, lambda _: facts)
     return start(model, checked)
 
 
@@ -128,7 +123,7 @@ def _is_outer(method: Method | type[Method] | Choice) -> bool:
     try:
         return resolve(method).kind == "outer"
     except ConfigError:
-        return False  # which is told where all ranks hear of it
+        return False  # `check_request` raises it on all ranks
 
 
 def start(model: Module, checked: Checked) -> Run:
@@ -136,4 +131,4 @@ def start(model: Module, checked: Checked) -> Run:
     group = checked.request.group
     if isinstance(checked.method, OuterMethod):
         return OuterRun(model, checked, connect_peers(group))
-    return PlainRun(model, checked, group if isinstance(group, Group) else connect())
+    return PlainRun(model, checked, group if isinstance(group, Group) else connect(method=checked.method))

@@ -33,18 +33,18 @@ except ModuleNotFoundError as error:
 
 @Run.register
 class CommoptCallback(TrainerCallback):  # type: ignore[misc]
-    """Exchanges by any method while a Trainer trains; `commopt.attach(trainer, method)` makes one, adds and returns it.
+    """Exchanges by any method while a Trainer trains; `commopt.attach(trainer, method)` makes, adds and returns one.
 
     callback = CommoptCallback(trainer, "onebit_adam")
     trainer.add_callback(callback)
 
-    The Trainer makes its optimizer as ever, or is given yours; when training begins, an update method stands in for it. Outer methods leave
-    DDP out, join when training begins and finish after its last step. max_norm: of an update method; the TrainingArguments'
+    The Trainer makes its optimizer as usual, or takes yours; when training begins, an update method stands in for it. Outer methods run
+    without DDP, join when training begins and finish after its last step. max_norm: of an update method; the TrainingArguments'
     `max_grad_norm` if None. group, overlap: see `commopt.attach`.
 
-    run: what is at work, from the beginning of training on; None before. What the callback itself lacks is that run's, and an AttachError
-        before. finish: does nothing, as the callback does it after the last step.
-    Raises AttachError if the Trainer cannot train so, on every rank, and ConfigError for a wrong option.
+    run: the run, from the beginning of training on; None before. Attributes that the callback lacks are those of the run; before
+        training they raise AttachError. finish: does nothing, because the callback finishes the run after the last step.
+    Raises AttachError on every rank if the Trainer does not fit, and ConfigError for a wrong option.
     """
 
     run: Run | None = None
@@ -68,12 +68,11 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         _put_around(trainer, "hyperparameter_search", self._search)
         _put_around(trainer, "_load_optimizer_and_scheduler", self._load)
         _put_around(trainer, "log", self._log)
+        accelerator = trainer.accelerator
         if self._kind == "update":
-            _put_around(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm)
+            _put_around(accelerator, "clip_grad_norm_", self._clip_grad_norm)
         if self._kind == "outer":
-            trainer.accelerator.prepare_model = functools.partial(
-                trainer.accelerator.prepare_model, evaluation_mode=True
-            )
+            accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -90,7 +89,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         pass
 
     def close(self) -> None:
-        """Take the method out: this Trainer trains no more."""
+        """Take the method out; this Trainer cannot train again."""
         self._is_closed = True
         if self.run is not None:
             self.run.close()
@@ -114,8 +113,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         request = replace(self._request, optimizer=trainer.optimizer, max_norm=max_norm)
         run: Any = accelerate.attach(wrapped, request)
         if self._kind == "outer":
-            # the Trainer counts its steps itself: no rank can leave any out to catch up
-            run.method.max_lag = sys.maxsize
+            run.method.max_lag = sys.maxsize  # the Trainer counts the steps: a rank can't leave any out to catch up
         self.run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -130,7 +128,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
             self._finish()
         elif self._kind == "outer":
-            cast("Any", self.run).forget_rounds()  # the model is another one now
+            cast("Any", self.run).forget_rounds()  # the best model has been loaded
         if self._kind == "outer":
             self.close()
 
@@ -145,7 +143,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
             raise AttachError(f"{self._name}: its run begins with training; call trainer.train() first")
         return self.run
 
-    # -- what the Trainer does, and our part in it
+    # -- what is put around the Trainer's own methods
 
     def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         is_added = self in self._trainer.callback_handler.callbacks
@@ -161,13 +159,13 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         original(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, original: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        """None if the method clips itself: gradients are what it has exchanged, and must stay."""
+        """Leave clipping by the Trainer's own norm to the method: gradients are what it has exchanged, and must stay; return None."""
         if max_norm in (math.inf, self._trainer.args.max_grad_norm):
             return None
         return original(parameters, max_norm, norm_type)
 
     def _load(self, original: Any, checkpoint: str | None) -> None:
-        """Attach before the optimizer's state is loaded, which is the method's, and take over the block after it."""
+        """Attach before the optimizer's state is loaded into the method's stand-in; then load the method's own state."""
         if checkpoint is None:
             return
         self._start()
@@ -181,10 +179,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def attach(trainer: Any, request: Request) -> Run:
-    """Give a Trainer a method before it trains; the run's attributes are there once training begins.
-
-    Raises AttachError if the Trainer cannot train so, on every rank, and ConfigError for a wrong option.
-    """
+    """Give a Trainer a method before it trains; the run's attributes exist once training begins."""
     facts = {
         "trainer optimizer": request.optimizer is not None and type(request.optimizer).__name__,
         "accelerate scaler": request.grad_scaler is not None,

@@ -1,4 +1,4 @@
-"""Parameters in compressed messages: each side of a pair keeps a copy of what the other knows, and only its change travels."""
+"""Parameters in compressed messages: both ranks of a pair keep copies of each other's, and only changes to these are sent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAMPLE = 1 << 14  # elements of the Gaussian vector that a compressor is judged
 
 @dataclass(eq=False)
 class _Pair:
-    """What two ranks know of each other. marks: (4,) i64: checksums of `mine` and `theirs`, is a full message due, is one wanted."""
+    """The copies of two ranks. marks: (4,) i64: checksums of `mine` and `theirs`, is a full message due, is one wanted."""
 
     mine: Tensor  # (P,) f32: what the peer has of this rank
     theirs: Tensor  # (P,) f32: what this rank has of the peer
@@ -34,12 +34,12 @@ class _Pair:
 
 
 class PublicCopies(Stateful):
-    """Copies x^ that change by q = C(x - x^) on both sides of a pair, so that they draw near x however coarse C is.
+    """Copies x^ that change by q = C(x - x^) on both sides of a pair, so that they approach x with any compressor C.
 
     Koloskova et al. 2019, arXiv:1902.00340, Algorithm 1. The paper has one x^_i for all neighbours; here each pair has its own, so
-    that a lost message concerns one pair only. A message names the copy that it changes by a checksum of its whole history. Where
-    that does not fit (a message lost, a rank started again), it is dropped, and the next answer asks for the parameters in full,
-    from which both go on: a pair mixes again three of its rounds after the loss.
+    that a lost message affects one pair only. A message names the copy that it changes by a checksum of that copy's history. If it
+    does not match (a message was lost, a rank restarted), the message is dropped, and the next answer asks for the parameters in
+    full. A pair mixes again three of its rounds after the loss.
     State: 8 bytes a parameter for each neighbour. C may be unbiased: `scale` then makes it a contraction.
     """
 
@@ -48,7 +48,7 @@ class PublicCopies(Stateful):
         self.scale, self.delta = quality(message)
 
     def bind(self, index: ParameterIndex, neighbours: Collection[int]) -> None:
-        """Allocate the copies; all begin with zeros, or with what `begin` says."""
+        """Allocate the copies, which start at zero, or at what `begin` gets."""
         self.index, self.device = index, torch.device("cpu")
         self._neighbours = sorted(neighbours)
         self.allocate()
@@ -76,13 +76,13 @@ class PublicCopies(Stateful):
         super().load(saved)
 
     def begin(self, x: Tensor) -> None:
-        """Start all copies, with the next round, from (P,) f32 that all ranks have alike; where they do not, full messages follow."""
+        """Set all copies to x, (P,) f32, at the next round; full messages follow between ranks whose x differ."""
         self._start = x.clone()
 
     def mix(
         self, peers: Peers, channel: str, x: Tensor, number: int, weights: Mapping[int, float], timeout_s: float
     ) -> Exchanged:
-        """One round with the neighbours in `weights`: x + sum of weight (theirs - mine) over those whose message came and fitted."""
+        """One round with the neighbours in `weights`: x + sum of weight (theirs - mine) over those whose message came and matched."""
         self._restart()
         end_s, answered_in_full = peers.seconds + timeout_s, set()
         for peer in weights:
@@ -113,14 +113,14 @@ class PublicCopies(Stateful):
             pair.late.clear()
 
     def _receive(self, peers: Peers, channel: str, number: int, peer: int, end_s: float, *, has_answered: bool) -> bool:
-        """Take what came from a peer up to this round, in order, as changes build on each other; whether this round's fitted."""
+        """Apply a peer's messages up to this round, in order, as each builds on the last; whether this round's matched."""
         pair = self.pairs[peer]
         pair.late = [*pair.late, number][-KEPT:]
         for target in list(pair.late):
             letter = peers.receive(peer, channel, target, max(0.0, end_s - peers.seconds), or_newer=True)
             if letter is None:
                 return False
-            pair.late.remove(target)  # it is here, or lost: a later one is here, and none overtakes another
+            pair.late.remove(target)  # it came, or it is lost: a later one came, and none overtakes another
             if letter.sequence == target:
                 is_last = target == number
                 fits = self._take(pair, letter, has_answered=has_answered or not is_last)
@@ -146,7 +146,7 @@ class PublicCopies(Stateful):
         return payload
 
     def _take(self, pair: _Pair, letter: Letter, *, has_answered: bool) -> bool:
-        """Bring the copy of the peer up to date; whether the message fitted. has_answered: a wish in it has been met already."""
+        """Update the copy of the peer; whether the message matched. has_answered: a full message that it asks for was sent already."""
         layout = letter.payload.layout
         if len(layout) < 2 or layout[0] != (torch.int64, _HEADER):
             return False
@@ -172,7 +172,7 @@ class PublicCopies(Stateful):
 
 
 def without_feedback(given: Any) -> Any:
-    """The `message` option for copies, which keep what a message left out without a residual. Raises ConfigError."""
+    """The `message` option without a residual, as copies keep what a message left out. Raises ConfigError if it asks for one."""
     if given is None:
         return None
     options = dict(given) if isinstance(given, Mapping) else {"compressor": given}
@@ -203,8 +203,8 @@ def quality(message: Message) -> tuple[float, float]:
 def consensus_step(message: Message, delta: float) -> float:
     """delta / (4 - 3 delta): 1 for exact messages, delta / 4 for coarse ones; rings, hypercubes and complete graphs converge with it.
 
-    What the paper's theorem 2 grants is far smaller, and what it tunes is of this size (arXiv:1902.00340, table 4; 1907.09356).
-    Raises ConfigError for a threshold, whose quality depends on what it is given.
+    The step of the paper's theorem 2 is far smaller; those that it tunes are of this size (arXiv:1902.00340, table 4; 1907.09356).
+    Raises ConfigError for a threshold, whose quality depends on the size of its input.
     """
     if message.compressor is not None and message.compressor.is_ragged:
         raise ConfigError("gamma: a threshold's quality depends on the size of what it is given; write gamma: 0.1, say")

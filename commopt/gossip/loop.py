@@ -1,4 +1,4 @@
-"""Outer methods: parameters or deltas travel every `every` optimizer steps, between machines that may leave and come back."""
+"""Outer methods: exchange parameters or deltas every `every` optimizer steps, between machines that may leave and rejoin."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from commopt.wire.bucket import ParameterIndex
 
 @dataclass
 class Exchanged:
-    """What one round's exchange brought: its members (ranks, this one included), and the tensors that `apply` needs.
+    """The result of one round's exchange: its members (ranks, this one included), and the tensors that `apply` needs.
 
-    is_missed: a member that was due did not answer in time, and the round goes on without it.
+    is_missed: whether a member that was due did not answer in time.
     """
 
     members: tuple[int, ...]
@@ -34,7 +34,7 @@ class Exchanged:
 
 @dataclass(frozen=True)
 class Round:
-    """When and what: the round's number, and the stretch of the flat parameters that it is about."""
+    """A round's number, and the slice of the flat parameters that it exchanges."""
 
     number: int
     part: slice
@@ -59,24 +59,24 @@ class MessageOptions(OuterOptions):
 
 
 class OuterMethod(Method):
-    """Averages replicas that train by themselves in between, with any optimizer.
+    """Averages replicas that train independently between rounds, with any optimizer.
 
-    A round begins after every `every` optimizer steps with a copy x of the parameters (flat, f32, registration order). `exchange`
-    talks to the peers, beside the training where `delay` > 0; `apply` makes the new value of x. What the inner steps added to the
-    parameters meanwhile stays: theta <- apply(...) + (theta - x).
+    A round begins every `every` optimizer steps with a copy x of the parameters (flat, f32, registration order). `exchange` sends
+    and receives, in the background if `delay` > 0; `apply` computes the new value of x. What inner steps add meanwhile is kept:
+    theta <- apply(...) + (theta - x).
 
     every: optimizer steps between two rounds. delay: steps after which a round's result is applied; 0 waits for it at once.
-    timeout_s: what a peer that does not answer may cost a round. message: how messages are compressed, as {compressor: int8,
-    error_feedback: true}. final_average: average the replicas once more at the end. seed: of draws that all ranks make alike.
+    timeout_s: how long a round waits for a peer that does not answer. message: how messages are compressed, such as {compressor:
+    int8, error_feedback: true}. final_average: average the replicas once more at the end. seed: of draws that all ranks share.
     """
 
     kind = "outer"
     Options = OuterOptions
     options: Any
     warmup_option = "every"
-    fragments = 1  # a round is about one of so many stretches of the parameters, in turn
+    fragments = 1  # each round exchanges one of so many slices of the parameters, in turn
     averaged_state: tuple[str, ...] = ()  # state of the inner optimizer that is averaged with the parameters
-    max_lag = 3  # rounds that a rank may be behind before it leaves out steps to go on with the others
+    max_lag = 3  # rounds that a rank may be behind before it skips steps to catch up
 
     def set_up(self) -> None:
         o = self.options
@@ -92,7 +92,7 @@ class OuterMethod(Method):
         return getattr(self.options, "message", None)
 
     def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
-        """Allocate this rank's state; called once, at attach. Raises ConfigError for a world that the method cannot serve."""
+        """Allocate this rank's state; called once, at attach. Raises ConfigError for a world that the method does not support."""
         self.index, self.peers, self.device = ParameterIndex.of(named_parameters), peers, torch.device("cpu")
         self.message.bind(self.index, peers.rank)
         self.fragment_parts = self.cut()
@@ -101,7 +101,7 @@ class OuterMethod(Method):
         self.bound()
 
     def cut(self) -> list[slice]:
-        """The stretches of the parameters that rounds are about, in turn."""
+        """The slices of the parameters that rounds exchange, in turn."""
         return [slice(0, self.index.total)]
 
     def lay_out(self, peers: Peers) -> None:
@@ -114,10 +114,10 @@ class OuterMethod(Method):
         """Take (P,) f32 parameters that all ranks start with."""
 
     def ready(self, number: int) -> None:
-        """Called when this rank has what it starts or goes on with; `number` is that of its next round."""
+        """Called when this rank has started, resumed or caught up; number: of its next round."""
 
     def skipped_to(self, steps: int) -> None:
-        """Called when this rank has left out steps to go on with a few that are ahead, and its own state counts as much as theirs."""
+        """Called when this rank has skipped steps to catch up with a minority, so that its own state counts as much as theirs."""
 
     def round_after(self, steps: int) -> Round | None:
         """The round that begins after so many optimizer steps, if any."""
@@ -129,7 +129,7 @@ class OuterMethod(Method):
 
     @abstractmethod
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
-        """Send what the peers need of x, and wait for theirs, no longer than `timeout_s`; changes no state but of messages."""
+        """Send what the peers need of x, and wait for theirs, at most `timeout_s`; changes only the state of messages."""
 
     @abstractmethod
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
@@ -146,15 +146,14 @@ class OuterMethod(Method):
         return received
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called when an optimizer step begins, gradients and all: what a method does to gradients of its own, as clipping them."""
+        """Called when an optimizer step begins and gradients are ready, for a method that changes them, such as by clipping."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """State that a rank which comes back takes over from another one: what all have alike."""
+        """The state that all ranks share, which a rejoining rank takes over from another one."""
         return {key: self.state[key] for key, one in self._declared.items() if one.held == "shared"}
 
     @property
     def state_form(self) -> str:
-        """What the layout of `comm_state` depends on beside the model; a checkpoint of another form is refused."""
         return f"fragments {self.fragments}, message {self.message.compressor}"
 
 

@@ -1,4 +1,4 @@
-"""What travels of a flat tensor of parameters or deltas: as it is, or compressed with error feedback."""
+"""Messages of a flat tensor of parameters or deltas: in float32, or compressed with error feedback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Message(Stateful):
     """Packs and unpacks a flat tensor of all parameters, in registration order.
 
     given: `{compressor: int8, error_feedback: true}` with the compressor's own options, or its name alone; None sends float32. What
-    compression left out of a message goes into the next one (`error_feedback`, true by default), whoever gets that.
+    compression left out of a message goes into the next one (`error_feedback`, true by default), whichever peer gets that.
     """
 
     def __init__(self, given: Any, *, seed: int = 0) -> None:
@@ -60,24 +60,23 @@ class Message(Stateful):
         return Payload.of(x) if self.feedback is None else self.feedback.compress(x, [self._blocks(sequence)])[0]
 
     def unpack(self, payload: Payload, sequence: int) -> Tensor | None:
-        """(elements,) f32: what somebody packed; None where it is not finite, or not of this size."""
+        """(elements,) f32 that a rank packed; None if it is not finite, or of another size."""
         if self.compressor is None:
             fits = payload.layout == ((torch.float32, self.index.total),) and is_finite(payload.tensors[0])
             return payload.tensors[0] if fits else None
         blocks, layout = self._blocks(sequence), payload.layout
-        is_ragged = self.compressor.is_ragged
-        fits = len(layout) > 1 if is_ragged else layout == HEADER + self.compressor.layout(blocks)
+        fits = len(layout) > 1 if self.compressor.is_ragged else layout == HEADER + self.compressor.layout(blocks)
         if not fits or layout[:1] != HEADER or int(payload.tensors[0]) >= 0:
             return None
         out = torch.zeros(self.index.total, dtype=torch.float32)
         try:
             self.compressor.decompress_(payload.tensors[1:], blocks, out)
-        except ValueError:  # codes of no length known beforehand, from a rank with another model or other options
+        except ValueError:  # codes of variable length, from a rank with another model or other options
             return None
         return out
 
     def take_back(self, x: Tensor, payload: Payload, sequence: int) -> None:
-        """Undo the last `pack`, of a message that nobody got: the residual is what it was before."""
+        """Undo the last `pack`, of a message that no peer received: restores the residual."""
         if self.feedback is not None:
             self.feedback.undo(x, [payload], [self._blocks(sequence)])
 

@@ -1,4 +1,4 @@
-"""How far replicas are apart, from a few hundred numbers of each: a random projection instead of a full exchange."""
+"""How far apart replicas are, from a few hundred numbers of each: a random projection instead of a full exchange."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Spread:
 
     Charikar et al. 2002 (count sketch), Alon et al. 1996: each element is added to one of WIDTH sums with a random sign; the squared
     norm of a sketch is an unbiased estimate of that of x, and sketches of differences are differences of sketches. Signs are the same
-    on every rank. A sketch of 2 KB goes to each peer at most once in ten steps. Only sketches of the same step are put together: what
-    replicas move from one round to the next is more than they are apart. Mostly that is the round before, as the others' sketches of
-    this one are still on their way.
+    on every rank. A sketch of 2 KB goes to each peer at most once in ten steps. Only sketches of the same step are compared, as
+    replicas move further in one round than they are apart. That is mostly the round before, as the others' sketches of this one are
+    still on their way.
     """
 
     def __init__(self, elements: int, rank: int) -> None:
@@ -45,7 +45,7 @@ class Spread:
         return padded.view(-1, WIDTH).sum(0)
 
     def exchange(self, peers: Peers, x: Tensor, step: int) -> float | None:
-        """Send this replica's sketch to those that are up, and estimate from the newest step of which most are here."""
+        """Send this replica's sketch to the peers that are up; estimate from the step with the most sketches, the newest of several."""
         oldest = step - 3 * min(max(step - self._last_step, _EVERY_STEPS), step)  # three of this rank's own intervals
         self._last_step = step
         own = self.sketch(x)
@@ -66,7 +66,7 @@ class Spread:
 
 
 def spread_of(sketches: list[Tensor]) -> float | None:
-    """The spread of what these are sketches of; None of fewer than two."""
+    """The spread of the replicas that these are sketches of; None if there are fewer than two, or if it is not finite."""
     if len(sketches) < 2:
         return None
     stacked = torch.stack(sketches).double()

@@ -1,4 +1,4 @@
-"""Who averages with whom in which round: a topology is data, and random groups are drawn alike on every rank.
+"""Which ranks average in which round: topologies as data, and random groups that every rank draws alike.
 
 After Decent-DP's topologies (arXiv:2410.11998), NoLoCo's random groups (arXiv:2506.10911) and the directed exponential graph of
 stochastic gradient push (arXiv:1811.10792). Nothing here communicates.
@@ -17,11 +17,8 @@ from commopt.wire.noise import keys
 
 F64 = NDArray[np.float64]
 TopologyName = Literal["ring", "one_peer_exp", "alternating_exp_ring", "complete"]
-
-
-Round = tuple[
-    tuple[int, ...], ...
-]  # groups of ranks, sorted, that average in one round; a rank in none of them sits it out
+# sorted groups of ranks that average in one round; a rank in none of them sits it out
+Round = tuple[tuple[int, ...], ...]
 
 
 def make_topology(name: str, ranks: int, slots: int = 1) -> tuple[Round, ...]:
@@ -29,14 +26,14 @@ def make_topology(name: str, ranks: int, slots: int = 1) -> tuple[Round, ...]:
 
     complete: all ranks average in every round. ring: pairs of neighbours; with an odd number of ranks one sits out in turn.
     one_peer_exp: rank j pairs with j XOR 2^k. alternating_exp_ring: the same between nodes, alternating with averages inside them.
-    slots: ranks on a node, of consecutive numbers; only alternating_exp_ring looks at it.
+    slots: ranks on a node, of consecutive numbers; only alternating_exp_ring uses it.
     Raises ConfigError for a number of ranks that the topology has no rounds for.
     """
     return _BUILDERS[name](ranks, slots) if ranks > 1 else ((),)
 
 
 def mixing_matrix(round: Round, ranks: int) -> F64:
-    """(N, N) float64: row i says what each rank's parameters count in rank i's after a round (arXiv:2410.11998)."""
+    """(N, N) float64: row i has the weights of all ranks' parameters in rank i's after a round (arXiv:2410.11998)."""
     matrix = np.eye(ranks)
     for members in round:
         matrix[np.ix_(members, members)] = 1 / len(members)
@@ -46,9 +43,9 @@ def mixing_matrix(round: Round, ranks: int) -> F64:
 def random_groups(ranks: int, size: int, seed: int, round: int) -> list[tuple[int, ...]]:
     """NoLoCo's random groups of a round (arXiv:2506.10911), the same on every rank from (seed, round) only.
 
-    A permutation of the ranks, cut into groups of `size`; members are sorted. What is left over makes a smaller group (the paper wants
-    ranks to be divisible by size). A single rank that is left over sits the round out and is in no group: from round cN to cN + N - 1
-    each of N ranks does so once, and none does twice in a row.
+    A permutation of the ranks, cut into groups of `size`; members are sorted. Ranks that are left over make a smaller group (the
+    paper wants ranks to be divisible by size). A single one sits the round out and is in no group: from round cN to cN + N - 1 each of
+    N ranks does so once, and none does twice in a row.
     """
     order = _permutation(ranks, seed, "random groups", round)
     if ranks % size == 1:
@@ -57,7 +54,7 @@ def random_groups(ranks: int, size: int, seed: int, round: int) -> list[tuple[in
 
 
 def group_of(rank: int, ranks: int, size: int, seed: int, round: int) -> tuple[int, ...]:
-    """The group of this rank in `random_groups`, and (rank,) where it sits the round out."""
+    """The group of this rank in `random_groups`, and (rank,) if it sits the round out."""
     return next((group for group in random_groups(ranks, size, seed, round) if rank in group), (rank,))
 
 
@@ -86,7 +83,7 @@ def _ring(ranks: int, slots: int) -> tuple[Round, ...]:
 
 def _one_peer_exp(ranks: int, slots: int) -> tuple[Round, ...]:
     """Rank j pairs with j XOR 2^k, which is a perfect matching where j + 2^k mod N is not, so log2 N rounds average exactly."""
-    if not _is_power_of_two(ranks):
+    if ranks.bit_count() != 1:
         below = 1 << ranks.bit_length() - 1
         raise ConfigError(
             f"topology: one_peer_exp works with 2, 4, 8, 16, ... ranks, and here are {ranks}; "
@@ -103,7 +100,7 @@ def _alternating_exp_ring(ranks: int, slots: int) -> tuple[Round, ...]:
     Exact after 2 log2(nodes) rounds.
     """
     nodes = ranks // slots
-    if ranks % slots or not _is_power_of_two(nodes):
+    if ranks % slots or nodes.bit_count() != 1:
         raise ConfigError(
             f"topology: alternating_exp_ring works with 1, 2, 4, 8, ... nodes of equally many ranks, and here are {ranks} ranks, "
             f"{slots} to a node; change the number of nodes, or write ring or complete, which work with any number"
@@ -112,10 +109,11 @@ def _alternating_exp_ring(ranks: int, slots: int) -> tuple[Round, ...]:
         return _one_peer_exp(ranks, slots)
     if nodes == 1:
         return _complete(ranks, slots)
+    own = [tuple(range(node * slots, (node + 1) * slots)) for node in range(nodes)]
     rounds = []
     for matching in _one_peer_exp(nodes, slots):
-        inside = [[_ranks_of(node, slots=slots) for node in pair] for pair in matching]
-        over_both = [[_ranks_of(*pair, slots=slots)] for pair in matching]
+        inside = [[own[a], own[b]] for a, b in matching]
+        over_both = [[own[a] + own[b]] for a, b in matching]
         for turn in range(2):
             halves = [(inside, over_both)[(turn + k) % 2][k] for k in range(len(matching))]
             rounds.append(tuple(group for groups in halves for group in groups))
@@ -130,10 +128,6 @@ _BUILDERS: Mapping[str, Callable[[int, int], tuple[Round, ...]]] = {
 }
 
 
-def _ranks_of(*nodes: int, slots: int) -> tuple[int, ...]:
-    return tuple(node * slots + slot for node in sorted(nodes) for slot in range(slots))
-
-
 def _permutation(ranks: int, seed: int, purpose: str, count: int) -> list[int]:
     """The ranks in the order of their keys, which differ: for one count, a key is a bijection of the place."""
     drawn = keys(seed, purpose, 0, np.asarray([count]), np.arange(ranks))  # (N,) u64
@@ -141,13 +135,9 @@ def _permutation(ranks: int, seed: int, purpose: str, count: int) -> list[int]:
 
 
 def _sits_out(ranks: int, seed: int, round: int) -> int:
-    """Who is left over: the ranks take turns, in an order drawn anew for each cycle of N rounds."""
+    """The rank that sits a round out: they take turns, in an order drawn anew for each cycle of N rounds."""
     cycle, turn = divmod(round, ranks)
     order = _permutation(ranks, seed, "sits out", cycle)
     if turn < 2 and cycle > 0 and ranks > 2 and order[0] == _permutation(ranks, seed, "sits out", cycle - 1)[-1]:
         order[:2] = order[1::-1]  # else it would sit out twice in a row; the last turn stays, so cycles do not chain
     return order[turn]
-
-
-def _is_power_of_two(n: int) -> bool:
-    return n >= 1 and n & (n - 1) == 0

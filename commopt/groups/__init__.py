@@ -11,11 +11,12 @@ from commopt.groups.peers import PeerGroup, Peers
 from commopt.groups.simulated import SimGroup, SimWorld
 from commopt.groups.tcp import TcpPeers
 from commopt.groups.torch import TorchGroup
+from commopt.groups.world import World
 
 if TYPE_CHECKING:
     from commopt.groups.mpi import MPIGroup as MPIGroup
 
-# MPIGroup is not listed: `import *` would start MPI
+# MPIGroup is imported on first use, and not listed: importing mpi4py starts MPI
 __all__ = [
     "Group",
     "LocalGroup",
@@ -27,12 +28,13 @@ __all__ = [
     "TcpPeers",
     "TorchGroup",
     "Traffic",
+    "World",
     "connect",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "MPIGroup":  # only for those who ask: importing mpi4py starts MPI
+    if name == "MPIGroup":
         from commopt.groups.mpi import MPIGroup
 
         return MPIGroup

@@ -1,4 +1,4 @@
-"""The transport seam: what a method may ask of the other ranks, and the count of what that sends."""
+"""The transport interface: the collectives that a method may call, and the count of the bytes that they send."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ Key = tuple[str, str, str]
 
 @dataclass
 class Traffic:
-    """Bytes that one rank handed to the network, counted where they are sent and nowhere else.
+    """Bytes that one rank handed to the network, counted by the group that sends them.
 
-    `method` and `bucket` label what is counted next; integrations set them. A collective counts with its schedule
+    `method` and `bucket` label what is counted next; integrations set them. A collective is counted by its schedule
     (`links.schedule`): a ring all-reduce of n bytes is 2(N-1)/N n.
     """
 
     method: str = ""
     bucket: str = ""
     by_peer: dict[int, float] = field(default_factory=dict)
+    ranks: Sequence[int] | None = None  # the job's ranks that this rank's peers are, if those are some of them
     calls: dict[Key, int] = field(default_factory=dict)
     nbytes: dict[Key, float] = field(default_factory=dict)
 
-    def record(self, operation: str, sent: Mapping[int, float]) -> None:
-        """Count one call that sends sent[peer] bytes to each peer."""
+    def record(self, operation: str, sent: Mapping[int, float], *, by_rank: bool = False) -> None:
+        """Count one call that sends sent[peer] bytes to each peer; by_rank: these are ranks of the job already."""
+        if self.ranks is not None and not by_rank:
+            sent = {self.ranks[peer]: n for peer, n in sent.items()}
         key = (self.method, operation, self.bucket)
         self.calls[key] = self.calls.get(key, 0) + 1
         self.nbytes[key] = self.nbytes.get(key, 0.0) + sum(sent.values())
@@ -45,23 +48,28 @@ class Traffic:
     def as_dict(self) -> dict[str, Any]:
         """The cumulative count as JSON: payload_bytes, by_peer, and rows by method, operation and bucket."""
         rows = [
-            {"method": method, "operation": operation, "bucket": bucket, "calls": self.calls[key], "bytes": n}
+            {"method": key[0], "operation": key[1], "bucket": key[2], "calls": self.calls[key], "bytes": n}
             for key, n in sorted(dict(self.nbytes).items())
-            for method, operation, bucket in [key]
         ]
         by_peer = {str(peer): n for peer, n in sorted(dict(self.by_peer).items())}
         return {"payload_bytes": self.payload_bytes, "by_peer": by_peer, "by_operation": rows}
 
 
 class Group(ABC):
-    """Some ranks that call the same operations in the same order; every call blocks until this rank's part is done.
+    """Ranks that call the same operations in the same order; every call blocks until this rank's part is done.
 
-    Raises GroupError where a peer is gone, times out, or asks for something else.
+    Raises GroupError if a peer is gone, times out, or calls another operation.
     """
 
     rank: int
     size: int
     traffic: Traffic
+    inside: Group | None = None  # this machine's ranks, if each of them has a group like this one for its share
+
+    @property
+    def per_machine(self) -> int:
+        """How many ranks share out what their machine exchanges."""
+        return 1 if self.inside is None else self.inside.size
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> None:
@@ -69,13 +77,13 @@ class Group(ABC):
 
     @abstractmethod
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        """The payload of every rank, by rank. `layouts` where they differ by rank; every rank then knows all of them."""
+        """Return the payload of every rank, by rank. layouts: of all ranks' payloads, if they differ."""
 
     @abstractmethod
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         """Send payloads[j] to rank j; return what each rank sent here.
 
-        What ranks send to rank j has the same layout on all of them, so rank j knows it from its own payloads[j].
+        All ranks send rank j the same layout, so rank j knows it from its own payloads[j].
         """
 
     @abstractmethod
@@ -83,7 +91,7 @@ class Group(ABC):
         """Overwrite x with the tensor of rank `src`."""
 
     def all_gather_ragged(self, payload: Payload) -> list[Payload]:
-        """The payload of every rank where only this rank knows its lengths: they travel first, and are counted."""
+        """Like `all_gather`, if each rank knows only its own lengths: they are sent first, and counted."""
         lengths = torch.tensor([n for _, n in payload.layout], dtype=torch.int64, device=payload.buffer.device)
         dtypes = [dtype for dtype, _ in payload.layout]
         gathered = self.all_gather(Payload.of(lengths))
@@ -91,7 +99,7 @@ class Group(ABC):
         return self.all_gather(payload, layouts)
 
     def tell(self, text: str) -> list[str]:
-        """What every rank says, by rank; for checks before training, and outside the counted traffic."""
+        """Return every rank's text, by rank. For checks before training; traffic does not count it."""
         counted, self.traffic = self.traffic, Traffic()
         try:
             every = self.all_gather_ragged(Payload.of(torch.tensor(list(text.encode()), dtype=torch.uint8)))
@@ -104,13 +112,13 @@ class Group(ABC):
         self.all_reduce(torch.zeros(1))
 
     def _count(self, operation: str, nbytes: int, root: int = 0) -> dict[int, float]:
-        """Count a collective by its schedule; returns the bytes for each peer."""
+        """Count a collective by its schedule; return the bytes for each peer."""
         sent = schedule(operation, nbytes, self.rank, self.size, root=root)
         self.traffic.record(operation, sent)
         return sent
 
     def _count_direct(self, operation: str, payloads: Sequence[Payload]) -> dict[int, float]:
-        """Count payloads[j] for rank j, which goes straight there."""
+        """Count payloads[j] as sent directly to rank j; return the bytes for each peer."""
         sent = {peer: float(p.nbytes) for peer, p in enumerate(payloads) if peer != self.rank}
         self.traffic.record(operation, sent)
         return sent
@@ -122,7 +130,7 @@ class BufferGroup(Group):
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         layouts = [payload.layout] * self.size if layouts is None else list(layouts)
         sizes = [layout_bytes(layout) for layout in layouts]
-        if len(set(sizes)) > 1:  # then payloads go straight to each rank, and not in a ring
+        if len(set(sizes)) > 1:  # sent directly to each rank, not around a ring
             self._count_direct("all_gather", [payload] * self.size)
         else:
             self._count("all_gather", payload.nbytes)
@@ -138,7 +146,7 @@ class BufferGroup(Group):
 
     @abstractmethod
     def _gather(self, own: Tensor, sizes: list[int]) -> Tensor:
-        """(sum of sizes,) u8: the buffers of all ranks; own is the one of this rank."""
+        """(sum of sizes,) u8: the buffers of all ranks; own: this rank's."""
 
     @abstractmethod
     def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:
@@ -146,7 +154,7 @@ class BufferGroup(Group):
 
 
 class LocalGroup(Group):
-    """One rank alone: every exchange is the identity and sends nothing. What communication switched off means."""
+    """One rank alone: every exchange is the identity and sends nothing. Also stands in while communication is off."""
 
     def __init__(self) -> None:
         self.rank, self.size, self.traffic = 0, 1, Traffic()
@@ -165,7 +173,7 @@ class LocalGroup(Group):
 
 
 def summed(parts: Sequence[Tensor]) -> Tensor:
-    """The sum in order, in a new tensor: float sums depend on it."""
+    """The sum in the given order, which float sums depend on; a new tensor."""
     total = parts[0].clone()
     for part in parts[1:]:
         total += part

@@ -1,4 +1,4 @@
-"""How a training program finds the other ranks of its job, whoever has started it."""
+"""How a training program finds the other ranks of its job, whichever launcher started it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _OF_MPIRUN = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 def connect(backend: str | None = None) -> Group | None:
-    """The group of this job, for `attach(..., group=...)`; None if attach finds it by itself.
+    """Return the group of this job, for `attach(..., group=...)`; None if attach finds it by itself.
 
-    Under mpirun it is an MPIGroup; under torchrun (or any launcher that sets RANK) torch.distributed is initialised with `backend`, Gloo if
-    None; members that `commopt launch --independent` has started find each other; a program started by hand is one rank alone.
-    backend: "gloo", "nccl", "mpi", or what torch.distributed takes. Raises ConfigError for "mpi" where nobody has started MPI ranks.
+    Under mpirun it is an MPIGroup. Under torchrun, or any launcher that sets RANK, it is None, and torch.distributed is initialised with
+    `backend` (Gloo if None). Under `commopt launch --independent` it is None. A program started by hand is one rank alone.
+    backend: "gloo", "nccl", "mpi", or another one of torch.distributed. Raises ConfigError for "mpi" under `commopt launch --independent`.
     """
     by_mpirun = "RANK" not in os.environ and any(key in os.environ for key in _OF_MPIRUN)
     if "COMMOPT_PEERS" in os.environ:
         if backend == "mpi":
-            raise ConfigError("backend: 'mpi': commopt launch has started these ranks, and not mpirun; leave it out")
+            raise ConfigError("backend: 'mpi': commopt launch has started these ranks, not mpirun; leave it out")
         return None
     if backend == "mpi" or (backend is None and by_mpirun):
         from commopt.groups.mpi import MPIGroup

@@ -1,4 +1,4 @@
-"""Slows another group down to what a LinkModel allows: emulation where the kernel may not shape anything."""
+"""Slows another group down to a LinkModel: emulation for machines whose kernel may not shape traffic."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from commopt.groups.base import Group
-from commopt.plan.links import LinkModel, rounds, schedule
+from commopt.plan.links import LinkModel
 from commopt.wire.payload import Layout, Payload
 
 
 class PacedGroup(Group):
-    """Each exchange takes at least the seconds of the model, for the bytes that its schedule sends.
+    """Each exchange takes at least the seconds that the model predicts for the bytes of its schedule.
 
-    Where several nodes share an inter-site pipe, the model divides it among the senders of one exchange. An approximation:
-    other programs' traffic, TCP's own behaviour and two exchanges at once are not in it.
+    If several nodes share an inter-site pipe, the model divides it among the senders of one exchange. It is an approximation:
+    it leaves out other programs' traffic, TCP's own behaviour and concurrent exchanges.
     """
 
     def __init__(self, inner: Group, links: LinkModel) -> None:
@@ -42,8 +42,7 @@ class PacedGroup(Group):
             return self.inner.all_to_all(payloads)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        sent = [schedule("broadcast", x.nbytes, rank, self.size, root=src) for rank in range(self.size)]
-        with self._at_least(self.links.seconds(sent, rounds("broadcast", self.size))):
+        with self._at_least(self.links.collective_seconds("broadcast", x.nbytes, root=src)):
             self.inner.broadcast(x, src)
 
     def tell(self, text: str) -> list[str]:

@@ -1,11 +1,12 @@
-"""Members that come and go: a mailbox between any two of them, and a group of those that are there now.
+"""Members that come and go: a mailbox between any two of them, and a group of those that are up.
 
-A `Group` needs every rank in every call. `Peers` needs nobody: a message waits in the receiver's mailbox until it is asked for,
-so a rank may be ahead, behind, dead or unreachable, and costs another one no more than the timeout of one `receive`.
+A `Group` needs every rank in every call. `Peers` does not: a message waits in the receiver's mailbox until it is read.
+So a rank that is ahead, behind, dead or unreachable costs another one at most the timeout of one `receive`.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,15 @@ from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic, summed
 from commopt.wire.payload import Layout, Payload
 
-KEPT = 8  # unread messages of one channel and peer; the newest stay
-GROUP = "group "  # how the channels of a PeerGroup begin, whose messages are all wanted
+KEPT = 8  # unread messages that are kept per channel and peer, the newest
+GROUP = "group "  # prefix of the channels of a PeerGroup, whose messages are all kept
 T = TypeVar("T")
-_SMALL = 1024  # bytes up to which an all-reduce gathers, in one message round instead of two
+_SMALL = 1024  # bytes up to which an all-reduce is a gather: one message round instead of two
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a peer last said of itself: `step` optimizer steps done, and whether it trains (or still joins, or has left)."""
+    """What a peer last reported: optimizer steps done, and whether it trains (not if it still joins, or has left)."""
 
     step: int
     is_training: bool
@@ -34,7 +35,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Letter:
-    """A message as it lies in a mailbox."""
+    """A message in a mailbox."""
 
     sequence: int
     payload: Payload
@@ -47,7 +48,7 @@ class Mailbox:
         self._letters: dict[tuple[int, str], dict[int, Letter]] = {}
 
     def put(self, peer: int, channel: str, letter: Letter) -> None:
-        """Keep a message; of more than KEPT on one channel the oldest are forgotten."""
+        """Keep a message; drop the oldest of more than KEPT per channel and peer."""
         box = self._letters.setdefault((peer, channel), {})
         box[letter.sequence] = letter
         if not channel.startswith(GROUP):
@@ -55,36 +56,31 @@ class Mailbox:
                 del box[sequence]
 
     def take(self, peer: int, channel: str, sequence: int, *, or_newer: bool = False) -> Letter | None:
-        """The message with this sequence number, or the newest later one; earlier ones are out of date, and dropped."""
+        """The message with this sequence number, or with `or_newer` the newest later one; drops earlier ones as out of date."""
         box = self._letters.get((peer, channel), {})
         for old in [s for s in box if s < sequence]:
             del box[old]
         if sequence in box:
             return box.pop(sequence)
-        return box[max(box)] if box and or_newer else None  # a newer one stays: its own round may still come
+        return box[max(box)] if box and or_newer else None  # stays in the box, as its own round may still come
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
-        """Take everything on a channel, by peer and sequence."""
-        found = [key for key in self._letters if key[1] == channel]
-        return [
-            (peer, box[s])
-            for peer, _ in sorted(found)
-            for box in [self._letters.pop((peer, channel))]
-            for s in sorted(box)
-        ]
+        """Take all messages of a channel, sorted by peer and sequence."""
+        found = sorted(key for key in self._letters if key[1] == channel)
+        return [(peer, letter) for peer, _ in found for _, letter in sorted(self._letters.pop((peer, channel)).items())]
 
     def forget(self, peer: int) -> None:
-        """Drop what a peer sent before it was started again."""
+        """Drop what a peer sent before it was restarted."""
         for key in [key for key in self._letters if key[0] == peer]:
             del self._letters[key]
 
 
 class Peers(ABC):
-    """The configured members of a job, from the place of one of them.
+    """The configured members of a job, as one of them sees them.
 
-    rank, size: this member, and how many there are whether or not they are up. traffic: bytes that this member has sent.
-    returns: whether this member was here before, and has to catch up; known only where a launcher says so.
-    Who is up is only a hint, from what has been heard: it saves a timeout, and nothing else depends on it.
+    rank, size: this member, and how many there are, up or not. traffic: bytes that this member has sent.
+    returns: whether this member was restarted and has to catch up; known only if the launcher says so.
+    Which peers are up is only a hint, from their last messages: it saves a timeout, and nothing else depends on it.
     """
 
     rank: int
@@ -94,13 +90,13 @@ class Peers(ABC):
 
     @abstractmethod
     def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:
-        """Hand a message over and return at once; what could not be delivered within `expires_s` is forgotten."""
+        """Queue a message and return at once; it is dropped if it cannot be delivered within `expires_s`."""
 
     @abstractmethod
     def receive(
         self, peer: int, channel: str, sequence: int, timeout_s: float, *, or_newer: bool = False
     ) -> Letter | None:
-        """The message of that sequence number (or the newest later one), or None after `timeout_s`; at once if the peer is down."""
+        """The message with this sequence number (or the newest later one); None after `timeout_s`, or at once if the peer is down."""
 
     @abstractmethod
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
@@ -108,11 +104,11 @@ class Peers(ABC):
 
     @abstractmethod
     def is_up(self, peer: int) -> bool:
-        """Whether this peer has been heard of lately; true for oneself."""
+        """Whether this peer has been heard from lately; true for this member itself."""
 
     @abstractmethod
     def progress(self, peer: int) -> Progress | None:
-        """What a peer that is up last said of itself; None for one that is not."""
+        """What a peer last reported; None if it is down."""
 
     @abstractmethod
     def announce(self, step: int, *, is_training: bool = True) -> None:
@@ -124,19 +120,19 @@ class Peers(ABC):
 
     @abstractmethod
     def start(self, job: Callable[[], T]) -> Callable[[], T]:
-        """Run a job beside the training, after those started before; the returned function waits for its result."""
+        """Run a job in the background, after those started before; the returned function waits for its result."""
 
     @property
     @abstractmethod
     def seconds(self) -> float:
-        """The clock that timeouts run by, real or virtual."""
+        """The clock of timeouts, real or virtual."""
 
     def is_quiet(self) -> bool:
-        """Whether all that was sent has left this machine and been acknowledged."""
+        """Whether everything sent has left this machine and been acknowledged."""
         return True
 
     def close(self, linger_s: float = 5.0) -> None:
-        """Leave: the others are told, after at most `linger_s` for what is still to be sent."""
+        """Leave, and tell the others; waits at most `linger_s` for unsent messages."""
 
     @property
     def others(self) -> list[int]:
@@ -144,33 +140,32 @@ class Peers(ABC):
 
 
 class PeerGroup(Group):
-    """The members that are there for one exchange, as a `Group`: messages go straight from sender to receiver.
+    """The members of one exchange as a `Group`; messages go directly from sender to receiver.
 
-    An all-reduce is a reduce-scatter and an all-gather, 2(N-1)/N of the tensor in two message rounds; sums are taken in rank
-    order by the one member that owns the part, so that all get the same bits. `timeout_s` is for all calls together.
-    Every group of a channel has its own range of sequence numbers, from `first` on. Raises GroupError when a member does not answer.
+    An all-reduce is a reduce-scatter and an all-gather, 2(N-1)/N of the tensor in two message rounds. One member sums each part, in
+    rank order, so that all get the same bits. `timeout_s` is for all calls together. Each group of a channel needs its own range of
+    sequence numbers, from `first` on. Raises GroupError if a member does not answer.
     """
 
     def __init__(self, peers: Peers, members: Sequence[int], channel: str, first: int, timeout_s: float) -> None:
-        self.peers, self.members, self.channel, self.sequence = peers, tuple(members), GROUP + channel, first
+        self.peers, self.members, self.channel = peers, tuple(members), GROUP + channel
         self.rank, self.size = self.members.index(peers.rank), len(self.members)
         self.traffic = peers.traffic
-        self._deadline_s = peers.seconds + timeout_s
+        self._numbers, self._deadline_s = itertools.count(first), peers.seconds + timeout_s
 
     def all_reduce(self, x: Tensor) -> None:
         if self.size == 1:
             return
         flat = x.detach().reshape(-1)
         if flat.nbytes <= _SMALL:
-            gathered = [one.tensors[0] for one in self._exchange([Payload.of(flat)] * self.size)]
-            x.copy_(summed(gathered).view_as(x))
-            return
-        parts = torch.tensor_split(flat, self.size)
-        received = self._exchange([Payload.of(part) for part in parts])
-        own = Payload.of(summed([one.tensors[0] for one in received]))
-        layouts = [((flat.dtype, part.numel()),) for part in parts]
-        answers = self._exchange([own] * self.size, layouts)
-        x.copy_(torch.cat([one.tensors[0] for one in answers]).view_as(x))
+            total = summed([one.tensors[0] for one in self.all_gather(Payload.of(flat))])
+        else:
+            parts = torch.tensor_split(flat, self.size)
+            received = self._exchange([Payload.of(part) for part in parts])
+            own = Payload.of(summed([one.tensors[0] for one in received]))
+            answers = self.all_gather(own, [((flat.dtype, part.numel()),) for part in parts])
+            total = torch.cat([one.tensors[0] for one in answers])
+        x.copy_(total.view_as(x))
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         return self._exchange([payload] * self.size, layouts or [payload.layout] * self.size)
@@ -179,7 +174,7 @@ class PeerGroup(Group):
         return self._exchange(payloads)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        sequence = self._next()
+        sequence = next(self._numbers)
         if self.rank != src:
             layout = ((x.dtype, x.numel()),)
             x.copy_(self._receive(src, sequence, layout).tensors[0].view_as(x))
@@ -189,19 +184,15 @@ class PeerGroup(Group):
                 self._send(peer, sequence, Payload.of(x))
 
     def _exchange(self, payloads: Sequence[Payload], layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        """payloads[j] goes to member j; what each member sent here, by rank."""
-        sequence, own = self._next(), payloads[self.rank]
-        order = [(self.rank + k) % self.size for k in range(1, self.size)]  # not all to the same one first
+        """Send payloads[j] to member j; return what each member sent here, by rank."""
+        sequence, own = next(self._numbers), payloads[self.rank]
+        order = [(self.rank + k) % self.size for k in range(1, self.size)]  # else all would send to one member first
         for peer in order:
             self._send(peer, sequence, payloads[peer])
         received = {self.rank: own}
         for peer in order:
             received[peer] = self._receive(peer, sequence, own.layout if layouts is None else layouts[peer])
         return [received[rank] for rank in range(self.size)]
-
-    def _next(self) -> int:
-        self.sequence += 1
-        return self.sequence - 1
 
     def _left_s(self) -> float:
         return max(0.0, self._deadline_s - self.peers.seconds)
@@ -222,14 +213,14 @@ class PeerGroup(Group):
 
 @dataclass(frozen=True)
 class Roll:
-    """Who takes part in a round, and the card that each of them handed in: (k,) i64, by rank."""
+    """The members of a round, and the card that each of them sent: (k,) i64, by rank."""
 
     members: tuple[int, ...]
     cards: Mapping[int, Tensor]
 
 
 class Latecomers:
-    """Who was too late for a roll, and for how many rolls nobody waits for them: 1 after the first time, then 2, 4 and at most 8."""
+    """Peers that were late for a roll. The next roll does not wait for them; later, the next 2, 4 and at most 8 rolls do not."""
 
     def __init__(self) -> None:
         self._pause: dict[int, int] = {}
@@ -242,11 +233,11 @@ class Latecomers:
         return left == 0
 
     def note_late(self, peer: int) -> None:
-        """It was waited for, and did not come."""
+        """Note that the roll waited for this peer, and it did not come."""
         self._left[peer] = self._pause[peer] = min(8, 2 * self._pause.get(peer, 0) or 1)
 
     def forget(self, peer: int) -> None:
-        """It was in time, or is down: the next roll waits for it as for any other that is up."""
+        """Note that this peer was in time, or is down; the next roll waits for it again if it is up."""
         self._pause.pop(peer, None)
         self._left.pop(peer, None)
 
@@ -261,12 +252,12 @@ def call_roll(
     expected: Sequence[int] | None = None,
     late: Latecomers | None = None,
 ) -> Roll:
-    """Agree with those that are up on who takes part in this round; alone where nobody answers.
+    """Agree with the peers that are up on the members of this round; this rank alone if no peer answers.
 
-    The lowest rank that is up convenes: everybody sends it a card, it waits for those that it takes to be up (at most half of
-    `timeout_s`) and sends the list to all that are up. A member whose card comes too late is not in the list, and goes on alone as
-    soon as it reads that. card: (k,) i64. expected: the ranks that should take part; all of them if None. late: kept by the caller
-    from round to round: who was up and too late is not waited for in every round.
+    The lowest rank that is up convenes: the others send it a card, it waits for peers that it sees as up (at most half of
+    `timeout_s`) and sends the list to all that are up. A member whose card comes too late is not in the list, and continues alone
+    when it reads that. card: (k,) i64. expected: the ranks that should take part; all of them if None. late: kept by the caller
+    between rounds, so that not every round waits for a peer that is up but slow.
     """
     late = Latecomers() if late is None else late
     start_s, alone = peers.seconds, Roll((peers.rank,), {peers.rank: card})
@@ -275,12 +266,12 @@ def call_roll(
     if convener != peers.rank:
         peers.send(convener, f"{channel} card", sequence, Payload.of(card), expires_s=timeout_s)
         letter = peers.receive(convener, f"{channel} roll", sequence, timeout_s)
-        if letter is None:  # take the card back: a convener that comes now must not count on this rank
+        if letter is None:  # withdraw the card: a convener that comes up now must not count on this rank
             peers.send(convener, f"{channel} card", sequence, Payload.of(card[:0]), expires_s=timeout_s)
             return alone
         rows = letter.payload.tensors[0].view(-1, 1 + card.numel())
         cards = {int(row[0]): row[1:].clone() for row in rows}
-        for peer in wanted:  # who cannot reach the convener took somebody else for it, and need not wait any longer
+        for peer in wanted:  # a peer without a card cannot reach the convener, and need not wait for it
             if peer not in (peers.rank, convener) and peer not in cards and peers.is_up(peer):
                 peers.send(peer, f"{channel} roll", sequence, letter.payload, expires_s=timeout_s)
         return Roll(tuple(cards), cards) if peers.rank in cards else alone

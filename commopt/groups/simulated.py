@@ -1,9 +1,10 @@
-"""Ranks as threads of one process, with a virtual clock that runs by a LinkModel: 64 ranks on a laptop, no network."""
+"""Ranks as threads of one process, with virtual time from a LinkModel: 64 ranks on a laptop, no network."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic, summed
-from commopt.groups.simulated_peers import Killed, PostOffice, SimPeers
+from commopt.groups.simulated_peers import Killed, PostOffice, SimFault, SimPeers
+from commopt.groups.world import World
 from commopt.plan.links import LinkModel, rounds
 from commopt.wire.payload import Layout, Payload
 
@@ -19,17 +21,25 @@ T = TypeVar("T")
 
 
 class _Released(GroupError):
-    """Of a rank that waits for what another rank will not do."""
+    """Raised on a rank that waits for what another rank will not do."""
+
+
+class _Circle:
+    """Ranks that meet: how often they have met, how many have come to the next time, and what they put down, then and the time before."""
+
+    def __init__(self, size: int) -> None:
+        self.meetings = self.present = 0
+        self.slots: list[list[Any]] = [[None] * size for _ in range(2)]
 
 
 class SimWorld(Generic[T]):
     """`SimWorld(64, links).run(train)` calls train(group) on 64 threads and returns what each returned, by rank.
 
     Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
-    faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...): each at
-    that step of the rank that it hits (a cut: of the first), a restart at that step of the lowest rank that is up. Who is killed
-    returns None. One rank computes at a time, until it waits for others: threads that compete for the interpreter take up to twice as
-    long. Only a rank's own thread may use its group. timeout_s: real seconds that a rank may compute while others wait for it.
+    faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...). Each
+    begins at that step of the rank that it hits (a cut: of the first), a restart at that step of the lowest rank that is up. A killed
+    rank returns None. One rank computes at a time, until it waits for others, as threads that compete for the interpreter take up to
+    twice as long. Only a rank's own thread may use its group. timeout_s: real seconds that a rank may compute while others wait for it.
     """
 
     def __init__(
@@ -46,30 +56,28 @@ class SimWorld(Generic[T]):
             raise ValueError(f"the link model describes {links.ranks} ranks, the world has {ranks}")
         self.ranks, self.links, self.timeout_s = ranks, links, timeout_s
         self.clocks = [0.0] * ranks
-        self.office = PostOffice(self, faults)
+        self.faults = [SimFault.of(entry, ranks) for entry in faults]
+        self.office = PostOffice(self, self.faults)
 
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
-        """Raises what the first failing rank raised; the others are released."""
+        """Run `train` on every rank. Raises what the first failing rank raised; the others stop."""
         self._train, self._results, self._errors = train, dict[int, T](), dict[int, BaseException]()
-        self.slots: list[list[Any]] = [[None] * self.ranks for _ in range(2)]  # of this meeting, and the one before
-        self.meetings, self.present = 0, 0  # how many are over, and how many ranks have come to the next
-        self._waits: dict[int, tuple[Callable[[], bool], threading.Lock]] = {}  # what for, and what wakes the rank
+        self.circles: dict[tuple[int, ...], _Circle] = {}
+        self._waits: dict[int, tuple[Callable[[], bool], threading.Lock]] = {}  # when a rank may go on, what wakes it
         self._turns = 0
-        self.office.reset()
+        self.office = PostOffice(self, self.faults)
         self._threads: list[threading.Thread] = []
         for rank in range(self.ranks):
             self.start(rank)
         self._pass_on(-1)
-        for thread in self._threads:  # grows while ranks are started again
+        for thread in self._threads:  # grows while faults restart ranks
             thread.join()
-        errors = self._errors
-        if errors:
-            caused = [error for error in errors.values() if not isinstance(error, _Released)]
-            raise (caused or list(errors.values()))[0]
+        if self._errors:
+            raise min(self._errors.values(), key=lambda error: isinstance(error, _Released))
         return [cast(T, self._results.get(rank)) for rank in range(self.ranks)]
 
     def start(self, rank: int) -> None:
-        """Make the thread of a rank, which waits for its turn; for `run`, and for a fault that starts one again."""
+        """Start the thread of a rank, which waits for its turn; for `run`, and for a fault that restarts a rank."""
         turn = threading.Lock()
         turn.acquire()
         self._waits[rank] = (lambda: True), turn
@@ -78,7 +86,7 @@ class SimWorld(Generic[T]):
         thread.start()
 
     def wait(self, rank: int, is_over: Callable[[], bool], what: str = "peers") -> None:
-        """Let others compute until this holds. Raises GroupError if it never will, or if one turn takes `timeout_s` of real time."""
+        """Let others compute until `is_over`. Raises GroupError if it never is, or if one turn takes `timeout_s` of real time."""
         if not is_over():
             turn = threading.Lock()
             turn.acquire()
@@ -95,7 +103,7 @@ class SimWorld(Generic[T]):
             raise _Released(f"{what}: another rank failed, has ended, or did not join within {self.timeout_s:g} s")
 
     def _pass_on(self, rank: int) -> None:
-        """Give the turn to the next rank that can go on; to all of them, to fail, if none can."""
+        """Give the turn to the next rank that can go on; if none can, all of them fail."""
         for other in (*range(rank + 1, self.ranks), *range(rank + 1)):
             if other in self._waits and (self.office.is_broken or self._waits[other][0]()):
                 self._turns += 1
@@ -107,7 +115,7 @@ class SimWorld(Generic[T]):
 
     def _work(self, rank: int, turn: threading.Lock) -> None:
         turn.acquire()
-        torch.set_num_threads(torch.get_num_threads())  # a new thread's MKL does not know what was chosen
+        torch.set_num_threads(torch.get_num_threads())  # a new thread's MKL does not know the number
         try:
             self._results[rank] = self._train(SimGroup(self, rank))
         except Killed:
@@ -125,20 +133,37 @@ class SimWorld(Generic[T]):
 
 
 class SimGroup(Group):
-    """One rank's view of a SimWorld."""
+    """One rank's view of a SimWorld, or of some of its ranks."""
 
-    def __init__(self, world: SimWorld[Any], rank: int) -> None:
-        self.world, self.rank, self.size, self.traffic = world, rank, world.ranks, Traffic()
+    def __init__(
+        self, world: SimWorld[Any], rank: int, members: Sequence[int] | None = None, links: LinkModel | None = None
+    ) -> None:
+        self.members = tuple(range(world.ranks) if members is None else members)
+        self.world, self.place, self.traffic = world, rank, Traffic()
+        self.links = world.links if members is None else links
+        self.rank, self.size = self.members.index(rank), len(self.members)
         self.peers = SimPeers(world.office, rank, self.traffic)
+
+    def by_machine(self, ranks: int) -> World:
+        """The ranks on machines of `ranks` each, which take no time among themselves; the world's links are between machines.
+
+        Raises ValueError if the ranks, or the nodes of the links, are not such machines.
+        """
+        machines = tuple(rank // ranks for rank in range(self.size))
+        if self.size % ranks or (self.links is not None and self.links.node_of_rank != machines):
+            raise ValueError(f"{self.size} ranks, or the nodes of their links, are not machines of {ranks} ranks")
+        first, links = self.rank - self.rank % ranks, self.links and self.links.of_one_rank(ranks)
+        inside = SimGroup(self.world, self.place, range(first, first + ranks))
+        return World(inside, SimGroup(self.world, self.place, range(self.rank % ranks, self.size, ranks), links))
 
     @property
     def seconds(self) -> float:
         """This rank's virtual clock."""
-        return self.world.clocks[self.rank]
+        return self.world.clocks[self.place]
 
     def advance(self, seconds: float) -> None:
-        """Spend virtual time, as a training step's arithmetic does."""
-        self.world.clocks[self.rank] += seconds * self.world.office.slowness(self.rank)
+        """Spend virtual time, such as that of a training step's arithmetic."""
+        self.world.clocks[self.place] += seconds * self.world.office.slowness(self.place)
 
     def all_reduce(self, x: Tensor) -> None:
         parts = self._meet("all_reduce", x.clone(), self._count("all_reduce", x.nbytes))
@@ -147,7 +172,8 @@ class SimGroup(Group):
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         sent = self._count("all_gather", payload.nbytes)
-        gathered: list[Payload] = self._meet("all_gather", _copy(payload), sent)
+        copied = replace(payload, buffer=payload.buffer.clone())
+        gathered: list[Payload] = self._meet("all_gather", copied, sent)
         for rank, one in enumerate(gathered):
             if one.layout != (payload.layout if layouts is None else layouts[rank]):
                 raise GroupError(f"all_gather: rank {rank} sent another layout than rank {self.rank} expects")
@@ -155,7 +181,8 @@ class SimGroup(Group):
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         sent = self._count_direct("all_to_all", payloads)
-        everything = self._meet("all_to_all", [_copy(p) for p in payloads], sent)
+        copied = [replace(payload, buffer=payload.buffer.clone()) for payload in payloads]
+        everything = self._meet("all_to_all", copied, sent)
         received: list[Payload] = [row[self.rank] for row in everything]
         if any(one.layout != payloads[self.rank].layout for one in received):
             raise GroupError(f"all_to_all: ranks sent rank {self.rank} different layouts")
@@ -167,7 +194,7 @@ class SimGroup(Group):
         x.copy_(parts[src])
 
     def tell(self, text: str) -> list[str]:
-        """Free, and in no virtual time."""
+        """Takes no virtual time."""
         said, _ = self._put_down("tell", text, {})
         if any(operation != "tell" for operation, _, _ in said):
             raise GroupError("ranks ask for different exchanges at the same time: one of them is at attach")
@@ -177,16 +204,18 @@ class SimGroup(Group):
         self, operation: str, contribution: Any, sent: Mapping[int, float]
     ) -> tuple[list[tuple[str, Any, Mapping[int, float]]], float]:
         """Put one contribution down and take everybody's up; with the clock of the slowest rank."""
-        world, meeting = self.world, self.world.meetings
-        slots = world.slots[meeting % 2]  # nobody puts anything there again before all have met once more
-        slots[self.rank] = ((operation, contribution, sent), world.clocks[self.rank])
-        world.present += 1
-        if world.present < world.ranks:
-            world.office.parked.add(self.rank)
-            world.wait(self.rank, lambda: world.meetings > meeting, operation)
+        world = self.world
+        circle = world.circles.setdefault(self.members, _Circle(self.size))
+        meeting = circle.meetings
+        slots = circle.slots[meeting % 2]  # nobody puts anything there again before all have met once more
+        slots[self.rank] = ((operation, contribution, sent), world.clocks[self.place])
+        circle.present += 1
+        if circle.present < self.size:
+            world.office.parked.add(self.place)
+            world.wait(self.place, lambda: circle.meetings > meeting, operation)
         else:
-            world.meetings, world.present = meeting + 1, 0
-            world.office.parked.clear()
+            circle.meetings, circle.present = meeting + 1, 0
+            world.office.parked.difference_update(self.members)
         met, clocks = zip(*slots, strict=True)
         return list(met), max(clocks)
 
@@ -196,8 +225,8 @@ class SimGroup(Group):
         asked = {name for name, _, _ in met}
         if len(asked) > 1:
             raise GroupError(f"ranks ask for different exchanges at the same time: {', '.join(sorted(asked))}")
-        cost_s = world.links.seconds([s for _, _, s in met], rounds(operation, self.size)) if world.links else 0.0
-        world.clocks[self.rank] = clock + cost_s
+        cost_s = self.links.seconds([s for _, _, s in met], rounds(operation, self.size)) if self.links else 0.0
+        world.clocks[self.place] = clock + cost_s
         return [contribution for _, contribution, _ in met]
 
 
@@ -207,7 +236,3 @@ def _check_alike(operation: str, parts: Sequence[Tensor]) -> None:
             raise GroupError(
                 f"{operation}: rank {rank} has {tuple(part.shape)} {part.dtype}, rank 0 {tuple(parts[0].shape)} {parts[0].dtype}"
             )
-
-
-def _copy(payload: Payload) -> Payload:
-    return Payload(payload.buffer.clone(), payload.layout)

@@ -1,7 +1,7 @@
-"""Peers over plain TCP: no store, no leader, no process group; any member may die, and be started again alone.
+"""Peers over plain TCP: no store, no leader, no process group; any member may die, and be restarted alone.
 
-Every member listens on its own address and dials every other one, so that there are two connections for each pair, each used one way.
-A thread for each peer sends what is queued for it, or once a second how far this member is; a broken connection is dialled again.
+Every member listens on its own address and dials every other one, so each pair has two connections, each used in one direction.
+A thread per peer sends its queued messages, or once a second this member's progress; it dials again when a connection breaks.
 
 Frame: "!4sIQ" (magic, bytes of the head, bytes of the body); the head is JSON, the body a payload's buffer. Nothing is unpickled.
 """
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Membership:
-    """The members of a job as the launcher names them: [address, port] of every rank, and a word that only this job's members know."""
+    """The members of a job as the launcher lists them: (address, port) of every rank, and a word that only its members know."""
 
     rank: int
     addresses: tuple[tuple[str, int], ...]
@@ -55,9 +55,7 @@ class Membership:
     def from_environment(cls) -> Membership | None:
         """Read COMMOPT_PEERS, and this rank's place from COMMOPT_NODE_RANK, LOCAL_WORLD_SIZE and LOCAL_RANK; None without COMMOPT_PEERS.
 
-        COMMOPT_RETURNS=1 says that this rank was started again in a job that goes on.
-
-        Raises ConfigError for a value that the launcher did not write.
+        COMMOPT_RETURNS=1 says that this rank was restarted in a running job. Raises ConfigError for a value that is not the launcher's.
         """
         text = os.environ.get("COMMOPT_PEERS")
         if not text:
@@ -83,12 +81,11 @@ class _Frame:
 
 @dataclass
 class _Route:
-    """What this member knows of one peer, and what waits to be sent to it."""
+    """What this member knows of one peer, and the frames to be sent to it."""
 
     address: tuple[str, int]
-    waiting: queue.SimpleQueue[_Frame | None] = field(default_factory=queue.SimpleQueue)
+    unsent: queue.Queue[_Frame | None] = field(default_factory=queue.Queue)
     socket: socket.socket | None = None
-    unsent: int = 0
     heard_s: float = float("-inf")
     readers: int = 0
     incarnation: int = -1
@@ -98,10 +95,10 @@ class _Route:
 class TcpPeers(Peers):
     """The members of a job over TCP.
 
-    silence_s: a peer that has not been heard of for so long is taken to be down until it is heard again; all say something every second.
-    listener: a socket that listens already, where the port had to be known before; else one is bound to this member's address.
-    links: what is sent is slowed down to this model, where the kernel does not do it.
-    Raises GroupError where that address cannot be had.
+    silence_s: a peer that is silent for so long is down until it is heard again; all members send something every second.
+    listener: a listening socket, if the port had to be known before; else one is bound to this member's address.
+    links: messages are slowed down to this model, if the kernel does not do that.
+    Raises GroupError if the address cannot be bound.
     """
 
     def __init__(
@@ -120,8 +117,7 @@ class TcpPeers(Peers):
         self._own = Progress(0, False)
         self._is_closed = False
         self._listener = listener or _listen(membership.addresses[self.rank])
-        self._incoming: set[socket.socket] = set()
-        self._readers: set[threading.Thread] = set()
+        self._readers: dict[threading.Thread, socket.socket] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")
         self._links, self._link_is_busy = links, threading.Lock()
         self._threads = [threading.Thread(target=self._accept, name="commopt listener", daemon=True)]
@@ -145,9 +141,9 @@ class TcpPeers(Peers):
 
     def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:
         layout = [[str(dtype).removeprefix("torch."), n] for dtype, n in payload.layout]
-        # more than the peer would keep when it comes is not queued: of what one sends to the dead, memory must not fill up
+        # a peer keeps no more than KEPT: messages to one that is down must not fill memory
         most = 4 * KEPT if self.is_up(peer) else KEPT
-        if not channel.startswith(GROUP) and self._routes[peer].unsent >= most:
+        if not channel.startswith(GROUP) and self._routes[peer].unsent.unfinished_tasks >= most:
             return
         head = {**self._beat().head, "kind": "letter", "channel": channel, "sequence": sequence, "layout": layout}
         self._queue(peer, _Frame(head, payload.buffer.detach().cpu(), self.seconds + expires_s))
@@ -162,7 +158,7 @@ class TcpPeers(Peers):
                 left_s = deadline_s - self.seconds
                 if letter is not None or left_s <= 0 or not self.is_up(peer):
                     return letter
-                self._changed.wait(min(left_s, 0.5))  # silence is not an event that would wake it
+                self._changed.wait(min(left_s, 0.5))  # no event wakes it when a peer falls silent
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
         with self._changed:
@@ -186,35 +182,32 @@ class TcpPeers(Peers):
                 self._queue(peer, self._beat())
 
     def is_quiet(self) -> bool:
-        with self._changed:
-            routes = self._routes.values()
-            return not any(r.unsent or (r.socket and _unacknowledged(r.socket)) for r in routes)
+        routes = self._routes.values()
+        is_sent = not any(route.unsent.unfinished_tasks for route in routes)
+        return is_sent and not any(one and _unacknowledged(one) for one in [route.socket for route in routes])
 
     def close(self, linger_s: float = 5.0) -> None:
         if self._is_closed:
             return
         atexit.unregister(self.close)
         end_s = self.seconds + linger_s
-        while self.seconds < end_s and any(r.unsent for peer, r in self._routes.items() if self.is_up(peer)):
+        while self.seconds < end_s and any(r.unsent.unfinished_tasks for k, r in self._routes.items() if self.is_up(k)):
             time.sleep(0.01)
         self._is_closed = True
         self._background.shutdown(wait=False, cancel_futures=True)
         for route in self._routes.values():
-            route.waiting.put(None)
+            route.unsent.put(None)
         for thread in self._threads[1:]:
             thread.join(max(0.1, min(1.0, end_s - self.seconds)))
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
         with self._changed:
-            sockets = [*self._incoming, *(route.socket for route in self._routes.values() if route.socket)]
-            readers = [*self._readers]
+            readers = dict(self._readers)
             self._changed.notify_all()
-        for one in sockets:
+        outgoing = [route.socket for route in self._routes.values()]
+        for one in (self._listener, *readers.values(), *filter(None, outgoing)):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
-        for thread in (*readers, *self._threads):  # one that is in torch's code when the interpreter ends, aborts it
+        for thread in (*readers, *self._threads):  # a thread in torch's code aborts an interpreter that ends
             if thread is not threading.current_thread():
                 thread.join(2.0)
 
@@ -224,19 +217,16 @@ class TcpPeers(Peers):
     def _queue(self, peer: int, frame: _Frame) -> None:
         if self._is_closed:
             raise GroupError("these peers have been closed")
-        route = self._routes[peer]
-        with self._changed:
-            route.unsent += 1
-        route.waiting.put(frame)
+        self._routes[peer].unsent.put(frame)
 
     # -- sending: one thread for each peer
 
     def _serve(self, peer: int) -> None:
         route = self._routes[peer]
-        pause_s = 0.02  # short at first: ranks that start together find each other as soon as they are there
+        pause_s = 0.02  # short at first, so that ranks that start together soon find each other
         while not self._is_closed:
             try:
-                frame = route.waiting.get(timeout=pause_s)
+                frame = route.unsent.get(timeout=pause_s)
             except queue.Empty:
                 is_told = self._transmit(peer, route, self._beat())
                 pause_s = _BEAT_S if is_told else min(2 * pause_s, _BEAT_S)
@@ -245,20 +235,20 @@ class TcpPeers(Peers):
                 break
             while self.seconds < frame.expires_s and not self._is_closed and not self._transmit(peer, route, frame):
                 if frame.body is None:
-                    break  # the next beat says it as well
+                    break  # the next beat replaces it
                 time.sleep(0.2)
-            with self._changed:
-                route.unsent -= 1
+            route.unsent.task_done()
         with contextlib.suppress(OSError):
             if route.socket is not None:
                 route.socket.settimeout(0.5)
                 _write(route.socket, _Frame({"kind": "bye"}))
 
     def _transmit(self, peer: int, route: _Route, frame: _Frame) -> bool:
-        """Send one frame, dialling first where there is no connection; whether it was handed to the kernel as a whole."""
+        """Send one frame, dialling first if there is no connection; whether the kernel took all of it."""
         try:
             if route.socket is None:
-                route.socket = self._dial(route.address)
+                self._dial(route)
+            assert route.socket is not None
             if self._links is not None and frame.body is not None:
                 self._pace(self._links, peer, route.socket, frame.body.numel())
             sent = _write(route.socket, frame)
@@ -273,15 +263,12 @@ class TcpPeers(Peers):
         return True
 
     def _pace(self, links: LinkModel, peer: int, to: socket.socket, nbytes: int) -> None:
-        """Hold a message back for as long as the link would take: one after the other, and then its delay; beats go on."""
-        sent: list[dict[int, float]] = [{} for _ in range(self.size)]
-        sent[self.rank] = {peer: 0.0}
-        delay_s = links.seconds(sent)
-        sent[self.rank] = {peer: float(nbytes)}
+        """Delay a message as the link would: for its bytes, one message after the other, and then for its latency; beats go on."""
+        delay_s, all_s = (links.message_seconds(self.rank, peer, n) for n in (0, nbytes))
         while not self._link_is_busy.acquire(timeout=_BEAT_S):
             _write(to, self._beat())
         try:
-            self._sleep_and_beat(to, links.seconds(sent) - delay_s)
+            self._sleep_and_beat(to, all_s - delay_s)
         finally:
             self._link_is_busy.release()
         self._sleep_and_beat(to, delay_s)
@@ -293,85 +280,70 @@ class TcpPeers(Peers):
             _write(to, self._beat())
         time.sleep(max(0.0, left_s))
 
-    def _dial(self, address: tuple[str, int]) -> socket.socket:
-        dialled = socket.create_connection(address, timeout=_DIAL_S)
+    def _dial(self, route: _Route) -> None:
+        route.socket = dialled = socket.create_connection(route.address, timeout=_DIAL_S)
         dialled.settimeout(None)
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # what nobody acknowledges for so long breaks the connection, instead of a minute of the kernel's retries
+        # a connection breaks after this long without an acknowledgement, not after a minute of the kernel's retries
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.silence_s * 1000))
         hello = {"kind": "hello", "job": self._job, "rank": self.rank, "incarnation": self._incarnation}
-        try:
-            _write(dialled, _Frame(hello))
-            _write(dialled, self._beat())
-        except OSError:
-            dialled.close()
-            raise
-        return dialled
+        _write(dialled, _Frame(hello))
+        _write(dialled, self._beat())
 
     # -- receiving: one thread for each connection that was accepted
 
     def _accept(self) -> None:
         while not self._is_closed:
+            accepted = None
             try:
                 accepted, _ = self._listener.accept()
-            except OSError as error:  # of one connection that broke, or of too many: not the listener's end
-                self._note_refusal(error)
-                continue
-            reader = threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True)
-            try:
-                # `close` takes sockets and threads under this lock: it must not find a thread that has not started
+                reader = threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True)
+                # `close` reads the readers under this lock, and can only join threads that have started
                 with self._changed:
                     if self._is_closed:
-                        accepted.close()
-                        return
+                        raise ConnectionAbortedError
                     reader.start()
-                    self._incoming.add(accepted)
-                    self._readers.add(reader)
-            except RuntimeError as error:
-                accepted.close()
-                self._note_refusal(error)
-
-    def _note_refusal(self, error: Exception) -> None:
-        if not self._is_closed:
-            _log.warning("rank %d could not accept a connection: %s", self.rank, error)
-            time.sleep(0.2)
+                    self._readers[reader] = accepted
+            except (OSError, RuntimeError) as error:  # one broke, or too many are open; the listener still works
+                if accepted is not None:
+                    accepted.close()
+                if not self._is_closed:
+                    _log.warning("rank %d could not accept a connection: %s", self.rank, error)
+                    time.sleep(0.2)
 
     def _read(self, accepted: socket.socket) -> None:
         peer: int | None = None
         try:
             hello, _ = _read_frame(accepted, deadline_s=self.seconds + self.silence_s)
-            peer = self._checked_hello(hello)
-            incarnation = hello.get("incarnation")
-            if peer is None:
-                return
-            accepted.settimeout(max(30.0, 4 * self.silence_s))  # all beat every second: this one is gone without a word
+            peer = self._greet(hello)
+            accepted.settimeout(max(30.0, 4 * self.silence_s))  # peers beat every second: a silent one is gone
             while True:
-                self._take(peer, incarnation, *_read_frame(accepted, self._routes[peer]))
+                self._take(peer, hello["incarnation"], *_read_frame(accepted, self._routes[peer]))
+        except PermissionError as error:
+            _log.warning("rank %d turned away %s", self.rank, error)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             if not self._is_closed and peer is not None:
                 _log.info("rank %d no longer hears rank %d: %s", self.rank, peer, error)
         finally:
             accepted.close()
             with self._changed:
-                self._incoming.discard(accepted)
-                self._readers.discard(threading.current_thread())
+                self._readers.pop(threading.current_thread(), None)
                 if peer is not None:
                     self._routes[peer].readers -= 1
                 self._changed.notify_all()
 
-    def _checked_hello(self, head: dict[str, Any]) -> int | None:
-        peer = head.get("rank")
-        if head.get("kind") != "hello" or head.get("job") != self._job or peer not in self._routes:
-            _log.warning("rank %d turned away a connection that is not of this job", self.rank)
-            return None
+    def _greet(self, hello: dict[str, Any]) -> int:
+        """The rank at the other end of a new connection. Raises PermissionError if it is not to be heard."""
+        peer = hello.get("rank")
+        if hello.get("kind") != "hello" or hello.get("job") != self._job or peer not in self._routes:
+            raise PermissionError("a connection that is not of this job")
         route = self._routes[peer]
         with self._changed:
-            if head["incarnation"] < route.incarnation and self.is_up(peer):  # late, of a process that was replaced
-                _log.warning("rank %d turned away an older start of rank %d than the one that is up", self.rank, peer)
-                return None
-            if head["incarnation"] != route.incarnation:  # lower where the machine's clock went back meanwhile
+            if hello["incarnation"] < route.incarnation and self.is_up(peer):  # late, of a process since replaced
+                raise PermissionError(f"an older start of rank {peer} than the one that is up")
+            if hello["incarnation"] != route.incarnation:  # lower if the machine's clock was set back
                 self._mailbox.forget(peer)
-            route.incarnation = head["incarnation"]
+            route.incarnation = hello["incarnation"]
             route.readers += 1
             route.heard_s = self.seconds
             self._changed.notify_all()
@@ -407,25 +379,20 @@ def _listen(address: tuple[str, int]) -> socket.socket:
 
 
 def listen_anywhere() -> tuple[socket.socket, tuple[str, int]]:
-    """A listening socket on a free port, and the address that other ranks reach it by: of GLOO_SOCKET_IFNAME, or of this host's name."""
-    host = _address_of(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0])
-    if host is None:
-        try:
-            host = socket.gethostbyname(socket.gethostname())
-        except OSError:
-            host = "127.0.0.1"
+    """A listening socket on a free port, and its address for other ranks: that of GLOO_SOCKET_IFNAME, or of the host's name."""
+    host = _own_address()
     listener = _listen((host, 0))
     return listener, (host, int(listener.getsockname()[1]))
 
 
-def _address_of(interface: str) -> str | None:
-    """The IPv4 address of an interface, or None."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError:
-            return None
-    return socket.inet_ntoa(found[20:24])
+def _own_address() -> str:
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0].encode()
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface[:15]))
+        return socket.inet_ntoa(found[20:24])
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(socket.gethostname())
+    return "127.0.0.1"
 
 
 def _write(to: socket.socket, frame: _Frame) -> int:
@@ -441,7 +408,7 @@ def _write(to: socket.socket, frame: _Frame) -> int:
 def _read_frame(
     source: socket.socket, route: _Route | None = None, deadline_s: float | None = None
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """One frame; a long body counts as being heard of while it comes in. Without `route`, of a peer still unknown: no body."""
+    """Read one frame; its peer counts as heard while a long body comes in. Without `route` (an unknown peer) it must have no body."""
     magic, head_bytes, body_bytes = _FRAME.unpack(_filled(source, bytearray(_FRAME.size), deadline_s=deadline_s))
     if magic != _MAGIC or head_bytes > _HEAD_LIMIT or (route is None and body_bytes):
         raise ValueError("this is not a frame")
@@ -454,7 +421,7 @@ def _read_frame(
 def _filled(source: socket.socket, buffer: Any, route: _Route | None = None, deadline_s: float | None = None) -> Any:
     view = memoryview(buffer)
     while len(view):
-        if deadline_s is not None:  # for all of it: one byte now and then keeps nobody's place
+        if deadline_s is not None:  # for all of it, so that a slow trickle does not keep the connection
             source.settimeout(max(0.01, deadline_s - time.monotonic()))
         n = source.recv_into(view)
         if n == 0:

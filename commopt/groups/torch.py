@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from torch import Tensor
 from commopt.errors import GroupError
 from commopt.groups.base import BufferGroup, Traffic
 
-_told: dict[str, int] = {}  # by process group: how often its ranks have told each other something
+_told: dict[str, int] = {}  # by process group: calls of `tell` so far
 
 
 class TorchGroup(BufferGroup):
@@ -33,24 +32,32 @@ class TorchGroup(BufferGroup):
         self.device = torch.device("cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu")
 
     @classmethod
-    def like(cls, process_group: dist.ProcessGroup | None = None) -> TorchGroup:
-        """A new process group of the same ranks and backend, so that its order of calls is nobody else's concern.
+    def like(
+        cls, process_group: dist.ProcessGroup | None = None, parts: Sequence[Sequence[int]] | None = None
+    ) -> TorchGroup:
+        """A group over a new process group of the same ranks and backend, so its calls never mix with others.
 
-        Raises GroupError where torch could not bring the ranks of a sub-group together.
+        parts: of the process group's ranks, by their numbers in it, of which this rank gets its own; the same on all of them. Raises
+        GroupError if torch could not bring the ranks of a sub-group together.
         """
         parent = process_group or dist.group.WORLD
         ranks = dist.get_process_group_ranks(parent)
         everyone = len(ranks) == dist.get_world_size()
         if not everyone:
             _check_group_counts(parent)
-        new = dist.new_group(
-            None if everyone else ranks,
-            _timeout(parent),
-            dist.get_backend(parent),
-            use_local_synchronization=not everyone,
-            group_desc="commopt",
-        )
-        return cls(new)
+        own = None
+        for part in parts or [range(len(ranks))]:
+            members, limit = [ranks[k] for k in part], _timeout(parent)
+            if everyone or dist.get_rank() in members:  # all ranks of a job make each group, or only its members
+                new = dist.new_group(
+                    members,
+                    limit,
+                    dist.get_backend(parent),
+                    use_local_synchronization=not everyone,
+                    group_desc="commopt",
+                )
+                own = new if dist.get_rank() in members else own
+        return cls(own)
 
     def all_reduce(self, x: Tensor) -> None:
         self._count("all_reduce", x.nbytes)
@@ -63,7 +70,7 @@ class TorchGroup(BufferGroup):
             dist.broadcast(here, group=self.process_group, group_src=src)
 
     def tell(self, text: str) -> list[str]:
-        """Through the job's store, so that ranks that are at different collectives are found out, and do not hang."""
+        """Goes through the job's store, so that ranks that are at different collectives get an error and do not hang."""
         if self.size == 1:
             return [text]
         ranks = dist.get_process_group_ranks(self.process_group)
@@ -75,10 +82,13 @@ class TorchGroup(BufferGroup):
         try:
             store.wait(keys, _timeout(self.process_group) or dist.default_pg_timeout)
         except RuntimeError as error:
-            missing = ", ".join(str(ranks[rank]) for rank, key in enumerate(keys) if not _has(store, key))
+            missing = ranks
+            with suppress(RuntimeError):  # the store's own rank is gone
+                missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+            named = ", ".join(map(str, missing)) or "?"
             raise GroupError(
-                f"rank {ranks[self.rank]} waited at attach for rank {missing or '?'}, which did not come in time: every rank must call "
-                "attach, and as often as the others; has it failed before? its output says why"
+                f"rank {ranks[self.rank]} waited at attach for rank {named}, which did not come in time: every rank must call "
+                "attach equally often; if that rank failed before, its output says why"
             ) from error
         return [store.get(key).decode() for key in keys]
 
@@ -105,7 +115,7 @@ class TorchGroup(BufferGroup):
         return out.to(send.device)
 
     def _staged(self, x: Tensor) -> Tensor:
-        """x where the backend can send it from: Gloo takes few kinds of exchange from a GPU, and gets a copy on the host for all."""
+        """x, or a copy on the host for Gloo, which supports few collectives on GPU tensors."""
         return x.detach().cpu() if self.device.type == "cpu" and x.device.type != "cpu" else x
 
     @contextmanager
@@ -122,25 +132,18 @@ class TorchGroup(BufferGroup):
             yield
         except RuntimeError as error:
             raise GroupError(
-                f"{operation} failed on rank {self.rank} of {self.size}; if another has ended or is stuck, its output says why: {error}"
+                f"{operation} failed on rank {self.rank} of {self.size}; if another rank ended or is stuck, its output says why: {error}"
             ) from error
 
 
 def initialise(backend: str) -> None:
-    """Let this process take part in the torch.distributed job that a launcher has described in the environment, once."""
+    """Initialise torch.distributed from the launcher's environment variables, unless that is done."""
     if not dist.is_initialized():
         dist.init_process_group(backend)
 
 
-def _has(store: Any, key: str) -> bool:
-    try:
-        return bool(store.check([key]))
-    except RuntimeError:  # the store's own rank is gone
-        return False
-
-
 def _check_group_counts(parent: dist.ProcessGroup | None) -> None:
-    """torch names a group that only its members make after how many groups a member is in: they must agree, or wait for ever."""
+    """Raise GroupError if ranks are in different numbers of groups, from which torch makes the new group's name: they would hang."""
     counts: list[int | None] = [None] * dist.get_world_size(parent)
     dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=parent)
     if len(set(counts)) > 1:
@@ -151,7 +154,7 @@ def _check_group_counts(parent: dist.ProcessGroup | None) -> None:
 
 
 def _timeout(process_group: dist.ProcessGroup | None) -> timedelta | None:
-    """How long the calls of a process group may take; torch's default where it does not say."""
+    """The timeout of a process group's calls; None, for torch's default, if it does not tell."""
     if process_group is None:
         return None
     device = torch.device("cuda" if dist.get_backend(process_group) == "nccl" else "cpu")

@@ -1,4 +1,4 @@
-"""The hot loops, one function each, chosen by where the tensors live."""
+"""The hot loops, one function each, chosen by the tensors' device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def of(name: str, device: torch.device) -> ModuleType:
 
 @cache
 def warm_up(device: torch.device = _CPU) -> None:
-    """Compile every kernel once, so that no step has to wait for it; quick where the cache on disk has them."""
+    """Compile every kernel once, so that no step waits for it; quick if the cache on disk has them."""
     if device.type != "cpu":
         return
     one = np.zeros(1, dtype=np.int64)

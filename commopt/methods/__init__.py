@@ -59,7 +59,7 @@ def build(choice: Method | type[Method] | Choice, **options: Any) -> Method:
     """
     if isinstance(choice, Method):
         if options:
-            raise ConfigError(f"method {choice.name}: is made already, and takes no more options: {', '.join(options)}")
+            raise ConfigError(f"method {choice.name}: is already built; it takes no options: {', '.join(options)}")
         return choice
     if isinstance(choice, type) and issubclass(choice, Method):
         return choice(**options)
@@ -70,7 +70,7 @@ def build(choice: Method | type[Method] | Choice, **options: Any) -> Method:
     name, chosen = read_choice(choice)
     try:
         kind, named = _find(name)
-        for key in keys_beside(choice) if is_file(choice) else ():  # type: ignore[arg-type]  # a path
+        for key in keys_beside(choice) if is_file(choice) else ():
             if key in option_names(kind.Options):
                 raise ConfigError(
                     f"{key}: stands beside the block of {kind.name}, where it has no effect; write it into the block"
@@ -85,7 +85,7 @@ def build(choice: Method | type[Method] | Choice, **options: Any) -> Method:
         raise
 
 
-resolve = build  # of what may be a method already
+resolve = build  # for choices that may be a `Method` already
 
 
 def _find(name: str) -> tuple[type[Method], dict[str, str]]:

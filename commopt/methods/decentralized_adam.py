@@ -79,19 +79,13 @@ class DecentralizedAdam(OuterMethod):
         return without_feedback(self.options.message)
 
     def matrices(self, ranks: int) -> list[F64]:
-        """(N, N) of each round in turn: what each rank's parameters count in the others'."""
+        """(N, N) for each round in turn: the weights of all ranks' parameters in each rank's mean."""
         rounds = make_topology(self.options.topology, ranks, self.options.slots)
         return [mixing_matrix(groups, ranks) for groups in rounds]
 
     def lay_out(self, peers: Peers) -> None:
-        self.weights = [
-            {
-                peer: self.step_size * float(matrix[peers.rank, peer])
-                for peer in peers.others
-                if matrix[peers.rank, peer]
-            }
-            for matrix in self.matrices(peers.size)
-        ]
+        rows = [self.step_size * matrix[peers.rank] for matrix in self.matrices(peers.size)]
+        self.weights = [{peer: float(row[peer]) for peer in peers.others if row[peer]} for row in rows]
         if self.copies is not None:
             self.copies.bind(self.index, {peer for weights in self.weights for peer in weights})
 

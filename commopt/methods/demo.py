@@ -14,14 +14,14 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.feedback import first_bad_parameter
-from commopt.compress.indices import all_index_bytes, decode_all, encode_all_, index_bytes
+from commopt.compress.indices import decode_all, encode_all, index_bytes
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import bad_runs, first_bad, places_in
 from commopt.method import NoOptions, options
 from commopt.optim.update import DirectionMethod
 from commopt.options import Count, Fraction, Whole
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, once_per_layout
-from commopt.wire.payload import Layout, Payload
+from commopt.wire.payload import Payload
 
 _WIRE = {16: torch.bfloat16, 32: torch.float32}
 _PLACE_BITS = 21  # of the largest chunk, 1024 x 1024
@@ -68,12 +68,16 @@ class DeMo(DirectionMethod):
     options: DeMoOptions
     stands_for = ("SGD",)
     takes = ("lr", "weight_decay")
+    direction_dtype = torch.int8
+
+    def pieces(self, numel: int, ranks: int) -> Sequence[int]:
+        return [numel]  # its chunks depend on all of it
 
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
         kernels.warm_up(self.device)
-        self._grids = {name: grids(_matrix(p).shape, self.options.chunk) for name, p in named_parameters}
-        self._shapes = {name: _matrix(p).shape for name, p in named_parameters}
+        self._shapes = {name: _matrix(p).shape if self.own_index.size(name) else (1, 0) for name, p in named_parameters}
+        self._grids = {name: grids(shape, self.options.chunk) for name, shape in self._shapes.items()}
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         chunks, counts = self._chunks_of(bucket)
@@ -82,9 +86,7 @@ class DeMo(DirectionMethod):
             decay = self.options.momentum_decay
             torch.add(self._forward(name, g), self.part("momentum", name), alpha=decay, out=c)  # decay d_i + C g_i
         payloads = group.all_gather(self._largest(d, chunks, counts))
-        bad = first_bad_parameter(payloads)
-        if bad >= 0:
-            bucket.void = self.index.names[bad]
+        if self.is_void(bucket, first_bad_parameter(payloads), group):
             return
         mean = bucket.with_flat(torch.zeros_like(bucket.flat))
         for rank, payload in enumerate(payloads):  # in rank order: float sums depend on it
@@ -97,7 +99,6 @@ class DeMo(DirectionMethod):
         for (name, x), (_, c), (_, q) in zip(bucket.views(), d.views(), mean.views(), strict=True):
             self.part("momentum", name).copy_(c)
             x.copy_(self._inverse(name, q).sign_())
-            self.directions[name] = x.to(torch.int8)
 
     def _forward(self, name: str, x: Tensor) -> Tensor:
         """(n,) C x: the coefficients of one parameter, chunk after chunk."""
@@ -113,7 +114,7 @@ class DeMo(DirectionMethod):
         return matrix.view(-1)
 
     def _cut(self, name: str, coefficients: Tensor) -> Iterator[tuple[Grid, Tensor]]:
-        """The grids of one parameter, and the part of its coefficients that is theirs."""
+        """The grids of one parameter, each with its part of the coefficients."""
         parts = torch.split(coefficients, [grid.numel for grid in self._grids[name]])
         return zip(self._grids[name], parts, strict=True)
 
@@ -126,14 +127,8 @@ class DeMo(DirectionMethod):
         ]
         within = torch.cat([torch.empty(0, dtype=torch.int64, device=d.flat.device), *(x.view(-1) for x in selected)])
         values = d.flat[places_in(chunks.starts, counts, within)].to(_WIRE[self.options.value_bits])
-        code_bytes = int(all_index_bytes(chunks.lengths, counts).sum())
-        layout: Layout = ((torch.int32, 1), (values.dtype, values.numel()), (torch.uint8, code_bytes))
-        payload = Payload.allocate(layout, values.device)
-        header, out, code = payload.tensors
-        header.fill_(first_bad(bad_runs(values, counts), chunks))
-        out.copy_(values)
-        encode_all_(within, chunks.lengths, counts, code)
-        return payload
+        header = torch.tensor([first_bad(bad_runs(values, counts), chunks)], dtype=torch.int32, device=values.device)
+        return Payload.of(header, values, encode_all(within, chunks.lengths, counts))
 
     @once_per_layout
     def _chunks_of(self, bucket: Bucket) -> tuple[Blocks, Int64Array]:
@@ -207,15 +202,15 @@ def _runs(n: int, chunk: int) -> list[tuple[int, int, int]]:
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """(rows, k) i64, ascending: where each row of x is largest by magnitude; NaN counts as most, and of equals the first.
+    """(rows, k) i64, ascending: where each row of x is largest by magnitude; NaN counts as largest, and the first of equals is taken.
 
-    All of a row that has no more than k.
+    Rows of no more than k elements are taken whole.
     """
     n = x.shape[1]
     place = torch.arange(n, device=x.device)
     if k >= n:
         return place.repeat(len(x), 1)
-    # magnitudes order as their bits do; the place makes every key another, so that there are no ties to leave to the sort
+    # magnitudes are ordered as their bits are; with the place in it, no key equals another, so there are no ties
     keys = (x.abs().view(torch.int32).long() << _PLACE_BITS) | (n - 1 - place)
     best = keys.topk(k, dim=1, sorted=False).values & ((1 << _PLACE_BITS) - 1)
     return (n - 1 - best).sort(dim=1).values

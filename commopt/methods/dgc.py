@@ -16,16 +16,13 @@ from commopt.compress.options import ValueBits
 from commopt.compress.sparse import TopK
 from commopt.errors import AttachError, ConfigError
 from commopt.exchange.gather import GatherMean
-from commopt.exchange.mean import Mean
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Fraction, Number, Share, Wanted, Whole
-from commopt.wire.bucket import Blocks, Bucket
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 from commopt.wire.state import State
 
 Densities = Annotated[tuple[Share, ...], Wanted("a list of numbers above 0, at most 1, as in [0.25, 0.0625]")]
-
-
 MOMENTUM = 0.9  # the paper's
 
 
@@ -101,12 +98,14 @@ class DGC(GradientMethod, GatherMean):
         GatherMean.__init__(self, self.choice, dense_1d=o.dense_1d)
         self._warmup_steps = o.warmup_steps or math.ceil(o.warmup_epochs * o.steps_per_epoch)
         self.densities = [d for d in o.warmup_densities if d > o.density] if self._warmup_steps else []
-        self._exactly = Mean()
-        self.parts = (self._exactly,)
         self.momentum = MOMENTUM if o.momentum is None else o.momentum
 
     def declare(self) -> list[State]:
-        return [State("velocity", held="rank", on_resize="mean"), *super().declare()]  # u; v is the residual
+        sizes = zip(self.index.names, self.index.numels, self.own_index.numels, strict=True)
+        whole = self.ranks == 1 or self.options.density == 1  # momentum is applied to the mean, which all ranks have
+        numels = tuple(n if whole or name in self.dense_names else own for name, n, own in sizes)
+        u = State("velocity", index=ParameterIndex(self.index.names, numels), held="rank", on_resize="mean")
+        return [u, *super().declare()]  # v is the residual
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         given, kind = self.options.momentum, type(optimizer).__name__
@@ -118,8 +117,7 @@ class DGC(GradientMethod, GatherMean):
                 )
         elif any(group["momentum"] for group in optimizer.param_groups):
             raise AttachError(
-                f"dgc has the momentum itself, before it chooses (momentum: {self.momentum}): give it torch.optim.SGD without "
-                "momentum, not SGD with one"
+                f"dgc applies momentum itself, before it chooses (momentum: {self.momentum}): use torch.optim.SGD without momentum"
             )
         if given is None:
             self.momentum = MOMENTUM if isinstance(optimizer, torch.optim.SGD) else 0.0
@@ -132,11 +130,10 @@ class DGC(GradientMethod, GatherMean):
     def is_steady(self) -> bool:
         return int(self.exchanges.max()) >= self.warmup_steps
 
-    def codec(self, exchanges: int) -> TopK:
-        """The choice that a parameter makes after so many exchanges."""
+    def density(self, exchanges: int) -> float:
+        """The share of a parameter's elements that is sent once it has been exchanged so many times."""
         stage = exchanges * len(self.densities) // max(1, self.warmup_steps)
-        density = self.densities[stage] if stage < len(self.densities) else self.options.density
-        return replace(self.choice, density=density)
+        return self.densities[stage] if stage < len(self.densities) else float(self.options.density)
 
     @property
     def is_exact(self) -> bool:
@@ -144,51 +141,47 @@ class DGC(GradientMethod, GatherMean):
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if self.options.density == 1 and group.size > 1:
-            return self._exactly.exchange(bucket, group)
-        return super().exchange(bucket, group)
+            self.average_(bucket, group)
+        else:
+            super().exchange(bucket, group)
 
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         moved, grown = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
-        for (name, g), (_, u), (_, x) in zip(
-            bucket.views(), bucket.with_flat(moved).views(), bucket.with_flat(grown).views(), strict=True
-        ):
-            if name not in self.dense_names:
-                self._accumulate(self.part("velocity", name), g, u, x)
+        of_moved, of_grown = (self.compressed_views(bucket.with_flat(x)) for x in (moved, grown))
+        for (name, g), (_, u), (_, x) in zip(self.compressed_views(bucket), of_moved, of_grown, strict=True):
+            self._accumulate(self.part("velocity", name), g, u, x)
         stages = []
         for codec, part in self._stages(blocks):
             self.worker.compressor = codec
             own = self.worker.compress(grown, [part])
             stages.append((codec, part, own, group.all_gather(own[0])))
         bad = first_bad_parameter([payload for *_, gathered in stages for payload in gathered])
-        if bad >= 0:
+        if self.is_void(bucket, bad, group):
             for codec, part, own, _ in stages:
                 self.worker.compressor = codec
                 self.worker.undo(grown, own, [part])
-            return self._void(bucket, bad)
+            return
         sent = torch.zeros_like(grown)
-        for name, x in bucket.views():
-            if name not in self.dense_names:
-                x.zero_()
+        for _, x in self.compressed_views(bucket):
+            x.zero_()
         for codec, part, own, gathered in stages:
             codec.decompress_(own[0].tensors[1:], part, sent)
             for payload in gathered:  # in rank order: float sums depend on it
                 codec.decompress_(payload.tensors[1:], part, bucket.flat, alpha=1 / group.size, add=True)
         if self.options.masking:
             moved.mul_(sent.eq(0))  # u <- 0 where q is not
-        for name, u in bucket.with_flat(moved).views():
-            if name not in self.dense_names:
-                self.part("velocity", name).copy_(u)
-        return None
+        for name, u in of_moved:
+            self.part("velocity", name).copy_(u)
 
     def receive(self, bucket: Bucket) -> None:
-        """Take the momentum of exact means, which had none before the exchange."""
+        """Apply momentum to exact means, which had none before the exchange."""
         for name, x in bucket.views():
             if self.ranks == 1 or self.options.density == 1 or name in self.dense_names:
                 u = self.part("velocity", name)
                 self._accumulate(u, x, u, x)
 
     def _accumulate(self, u: Tensor, g: Tensor, u_out: Tensor, x_out: Tensor) -> None:
-        """u_out and x_out, what v grows by; may be u and g themselves."""
+        """Write the new u into u_out, and what is added to v into x_out; they may be u and g themselves."""
         if self.options.nesterov:
             torch.add(u, g, out=u_out).mul_(self.momentum)  # u <- momentum (u + g)
             torch.add(u_out, g, out=x_out)
@@ -197,12 +190,11 @@ class DGC(GradientMethod, GatherMean):
             x_out.copy_(u_out)
 
     def _stages(self, blocks: Blocks) -> list[tuple[TopK, Blocks]]:
-        """The blocks by the choice that is made of them; one part, unless some parameters were left out of earlier steps."""
-        counts, place = np.unique(self.exchanges.numpy()[blocks.parameters], return_inverse=True)
-        of_block = np.asarray([self.codec(int(count)).density for count in counts])[place]
+        """The blocks by the density of their codec; all have one, unless some parameters were left out of earlier steps."""
+        densities = np.asarray([self.density(count) for count in self.exchanges.tolist()])[blocks.parameters]
         return [
-            (replace(self.choice, density=density), blocks.only(np.flatnonzero(of_block == density)))
-            for density in np.unique(of_block).tolist()
+            (replace(self.choice, density=density), blocks.only(np.flatnonzero(densities == density)))
+            for density in np.unique(densities).tolist()
         ]
 
     def bytes_per_parameter(self, ranks: int) -> float:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from commopt.errors import ConfigError, GradientsChanged, check_option
-from commopt.exchange.base import average_
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Number, Positive, Whole
@@ -75,6 +74,7 @@ class DiceSGD(GradientMethod):
     options: DiceSGDOptions
     merges_buckets = True  # norms are those of the whole gradient
     takes_max_norm = False  # it clips by itself
+    can_be_cut = False  # it clips by the norm of a whole gradient
     states: ClassVar[tuple[State, ...]] = (
         State("error", held="rank", on_resize="mean"),
         State("releases", of="run", dtype=torch.int64),  # how often noisy sums have been sent; void steps count too
@@ -109,7 +109,7 @@ class DiceSGD(GradientMethod):
 
         loss(model(x), y) is called with batches of one sample. `chunk` samples are differentiated at once, all if None. Can be called
         several times in a step, for at most samples_per_rank samples; the mean is over samples_per_rank. Returns the mean loss, which
-        is not private. For models without a wrapper (`integrations.plain`).
+        is not private. For models without a wrapper (`frameworks.plain`).
         """
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.samples += len(inputs)
@@ -122,9 +122,8 @@ class DiceSGD(GradientMethod):
             self.cut.zero_()
             for p in named.values():
                 p.grad = torch.zeros_like(p)
-        fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad} | dict(
-            model.named_buffers()
-        )
+        fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+        fixed |= dict(model.named_buffers())
 
         def one(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return loss(functional_call(model, (parameters, fixed), (x.unsqueeze(0),)), y.unsqueeze(0))
@@ -153,13 +152,12 @@ class DiceSGD(GradientMethod):
     def exchange(self, bucket: Bucket, group: Group) -> None:
         clipped, cut = self._clipped(bucket)
         error = self._views(self.state["error"], bucket)
-        sent = error * _factor(
-            error.norm(dtype=torch.float64), self.error_norm / (group.size * self.options.samples_per_rank)
-        )
+        largest = self.error_norm / (group.size * self.options.samples_per_rank)  # C2/B
+        sent = error * _factor(error.norm(dtype=torch.float64), largest)
         v = clipped + sent  # v_i
         sigma = self.options.noise_multiplier * self.sensitivity
         mean = bucket.with_flat(v + math.sqrt(group.size) * sigma * self._noise(bucket))
-        average_(mean, self.index, group)
+        self.average_(mean, group)
         self.samples = 0
         self.state["releases"] += 1
         bucket.void = mean.void

@@ -93,10 +93,10 @@ class DiLoCo(OuterMethod):
         super().set_up()
         self.fragments = self.options.fragments
         self.make_outer = self.outer_optimizer()
-        self._outer_state = _initial_state(self.make_outer(torch.zeros(1)))  # a bad option shows now
+        self._outer_state = _initial_state(self.make_outer(torch.zeros(1)))  # raises for a bad option now
 
     def outer_optimizer(self) -> Any:
-        """What makes the outer optimizer over one flat tensor. Raises ConfigError."""
+        """A function that makes the outer optimizer: see `make_outer_optimizer`."""
         return make_outer_optimizer(self.options.outer, self.options.lr, self.options.momentum)
 
     def cut(self) -> list[slice]:
@@ -121,8 +121,6 @@ class DiLoCo(OuterMethod):
     def participants(self, number: int) -> list[int]:
         """The ranks drawn for a round; the same on all ranks."""
         ranks = self.peers.size
-        if self.options.participation == 1.0:
-            return list(range(ranks))
         drawn = noise.keys(self.seed, "participation", 0, np.asarray([number]), np.arange(ranks))
         return sorted(int(rank) for rank in np.argsort(drawn)[: self._drawn(ranks)])
 
@@ -153,7 +151,7 @@ class DiLoCo(OuterMethod):
         return Exchanged(roll.members, is_missed, {"delta": mean, **shared})
 
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
-        if "delta" not in exchanged.values:  # not drawn: on with the inner steps
+        if "delta" not in exchanged.values:  # not drawn: continue with the inner steps
             return x
         for k, own in enumerate(self._shared(round.fragment)):
             own.copy_(exchanged.values.get(f"shared {k}", own))
@@ -198,7 +196,7 @@ class DiLoCo(OuterMethod):
         drawn = self._drawn(ranks)
         dense = 8 * (drawn - 1) / drawn
         sent = dense if self.message.compressor is None else self._compressed().bytes_per_parameter(drawn)
-        is_new = 1 - 1 / math.comb(ranks, drawn)  # others than last time are drawn: they get what those had
+        is_new = 1 - 1 / math.comb(ranks, drawn)  # chance that others than last time are drawn, and get the state
         return drawn / ranks * (sent + is_new * dense * (1 + len(self._outer_state))) / self.every
 
     def _drawn(self, ranks: int) -> int:
@@ -206,7 +204,7 @@ class DiLoCo(OuterMethod):
         return max(1, round(share * ranks))
 
     def _shared(self, fragment: int) -> list[Tensor]:
-        """What all ranks hold alike of a fragment: its slow weights, and the outer optimizer's state."""
+        """The state of a fragment that all ranks share: its slow weights, and the outer optimizer's state."""
         part = self.fragment_parts[fragment]
         return [self.state[key][part] for key in ("slow", *(f"outer {key}" for key in sorted(self._outer_state)))]
 
@@ -228,13 +226,13 @@ class DiLoCo(OuterMethod):
         if self._means.get(round.fragment, ((), None))[0] != members:
             self._carry_over(round.fragment, members, group)
         bucket, mean = Bucket.of(self._named(round.fragment, delta)), self._means[round.fragment][1]
-        # what random keys are drawn by: members may have met in other rounds than each other
+        # random keys depend on it, and members may have taken part in different rounds
         mean.exchanges.fill_(round.number)
         mean.exchange(bucket, group)
         return bucket.flat if bucket.void is None else None
 
     def _carry_over(self, fragment: int, members: tuple[int, ...], group: PeerGroup) -> None:
-        """A mean over other members than before; what this rank had still to send, as a worker or for others, goes along."""
+        """Make a mean over new members; it takes over what this rank had still to send, as a worker and as a server."""
         mean = self._new_mean(fragment, group)
         before = self._means.get(fragment)
         if before is not None and isinstance(mean, Compressed) and isinstance(before[1], Compressed):
@@ -276,19 +274,20 @@ def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:
 
 
 def make_outer_optimizer(given: Any, lr: float | None, momentum: float | None) -> Any:
-    """What makes an outer optimizer over one flat tensor, with its state there from the start. Raises ConfigError."""
+    """A function that makes an outer optimizer over one flat tensor. Raises ConfigError, as that function does."""
     options = dict(given) if isinstance(given, Mapping) else {"name": given}
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in OUTER:
         raise ConfigError(f"outer: {name!r} is not an outer optimizer{did_you_mean(str(name), OUTER)}")
     kind, preset = OUTER[name]
+    if momentum is not None and kind is not torch.optim.SGD:
+        raise ConfigError(f"momentum: has no effect with outer: {name}; write outer: {{name: {name}, beta1: ...}}")
     for key, value in (("lr", lr), ("momentum", momentum)):
+        if value is not None and key in options:
+            twice = f"outer: {{name: {name}, {key}: {options[key]}}}"
+            raise ConfigError(f"{key}: {value} has no effect with {twice}; leave one of the two out")
         if value is not None:
-            if key == "momentum" and kind is not torch.optim.SGD:
-                raise ConfigError(
-                    f"momentum: has no effect with outer: {name}; write outer: {{name: {name}, beta1: ...}}"
-                )
-            options.setdefault(key, value)
+            options[key] = value
 
     def make(x: Tensor) -> torch.optim.Optimizer:
         parameter = torch.nn.Parameter(x)
@@ -302,7 +301,7 @@ def make_outer_optimizer(given: Any, lr: float | None, momentum: float | None) -
 
 
 def _initial_state(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The tensors that an outer optimizer keeps, and what they start with."""
+    """The tensors that an outer optimizer keeps, and their initial values."""
     group = optimizer.param_groups[0]
     if isinstance(optimizer, torch.optim.SGD):
         return {"momentum_buffer": 0.0} if group["momentum"] else {}

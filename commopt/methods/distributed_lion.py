@@ -58,13 +58,11 @@ class DistributedLion(DirectionMethod):
         for (name, g), (_, c) in zip(bucket.views(), update.views(), strict=True):
             b1, _ = self.settings(name)["betas"]
             torch.lerp(self.part("momentum", name), g, 1 - b1, out=c)  # b1 m + (1 - b1) g
-        if not self._votes.vote(update.flat, update.flat, bucket, group):
-            return
-        for name, g in bucket.views():
-            _, b2 = self.settings(name)["betas"]
-            self.part("momentum", name).lerp_(g, 1 - b2)  # m <- b2 m + (1 - b2) g
-        bucket.flat.copy_(update.flat)
-        self.directions.update(update.views())
+        if self._votes.vote(update.flat, update.flat, bucket, group):
+            for name, g in bucket.views():
+                _, b2 = self.settings(name)["betas"]
+                self.part("momentum", name).lerp_(g, 1 - b2)  # m <- b2 m + (1 - b2) g
+            bucket.flat.copy_(update.flat)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return self._votes.bytes_per_parameter(ranks)

@@ -12,7 +12,6 @@ from commopt.compress.base import Compressor
 from commopt.compress.feedback import NOTHING_KEPT, ErrorFeedback, first_bad_parameter
 from commopt.compress.options import Codec
 from commopt.errors import AttachError, ConfigError
-from commopt.exchange.base import average_
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
@@ -81,7 +80,7 @@ class EF21(GradientMethod, Compressed):
     def declare(self) -> list[State]:
         own = [
             State("known", held="rank", on_resize="own"),  # h_i: what the others know of v_i
-            State("estimate"),  # h, or with a server w: the same on all ranks
+            State("estimate", is_cut=True),  # h, or with a server w: the same on all ranks
         ]
         if self.options.eta < 1:
             own.append(State("average", held="rank", on_resize="mean"))  # v_i
@@ -98,7 +97,7 @@ class EF21(GradientMethod, Compressed):
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self.options.eta < 1 and any(group.get("momentum") for group in optimizer.param_groups):
             raise AttachError(
-                f"ef21 has the momentum itself (eta: {self.options.eta}), and a second one makes it swing: give it "
+                f"ef21 applies momentum itself (eta: {self.options.eta}), and oscillates with a second one: give it "
                 f"{type(optimizer).__name__} without momentum, or write eta: 1"
             )
 
@@ -108,7 +107,7 @@ class EF21(GradientMethod, Compressed):
             if self.options.eta < 1 and self._count(name):
                 torch.lerp(self.part("average", name), x, self.options.eta, out=x)
         if group.size == 1:
-            self.exchange_alone(bucket)
+            self.exchange_alone(bucket, group)
         else:
             self._bring_up_to_date(v, group)
         if bucket.void is None:
@@ -119,56 +118,44 @@ class EF21(GradientMethod, Compressed):
 
     def _bring_up_to_date(self, v: Bucket, group: Group) -> None:
         """Bring h_i and h up to date with v_i, or set v.void."""
-        whole = {name for name, _ in v.views() if self._is_whole(name)}
+        whole = {name for name in v.names if self._is_whole(name)}
         exact = None
         if whole:
             exact = Bucket.of([(name, x) for name, x in v.views() if name in whole])
-            average_(exact, self.index, group)
-            if exact.void is not None:
+            if not self.average_(exact, group):
                 v.void = exact.void
-                return None
+                return
         if len(whole) < len(v.names):
-            difference = v.with_flat(v.flat.clone())
-            for name, x in difference.views():
+            difference = v.flat.clone()
+            for name, x in v.with_flat(difference).views():
                 x -= self.part("known", name)  # v_i - h_i
-            exchange = self._two_ways if self.server_compressor else self._one_way
-            bad = exchange(difference, whole, group)
-            if bad >= 0:
-                return self._void(v, bad)
-        if exact is not None:
+            (self._two_ways if self.server_compressor else self._one_way)(v, difference, whole, group)
+        if exact is not None and v.void is None:
             self._keep("known", v, whole)
             self._keep("estimate", exact)
             self._serve(exact)
-        return None
 
-    def _one_way(self, difference: Bucket, whole: set[str], group: Group) -> int:
-        """h_i <- h_i + c_i;  h <- h + mean c_i. The first bad parameter, or -1; then nothing has changed."""
-        blocks = self._coded(self.keyed(self.table.all_of(difference), self.compressor), whole)
-        if not len(blocks):
-            return -1
-        own = self.worker.compress(difference.flat, [blocks])[0]
+    def _one_way(self, v: Bucket, difference: Tensor, whole: set[str], group: Group) -> None:
+        """h_i <- h_i + c_i;  h <- h + mean c_i. Nothing changes if that is void."""
+        blocks = self._coded(self.keyed(self.table.all_of(v), self.compressor), whole)
+        own = self.worker.compress(difference, [blocks])[0]
         messages = group.all_gather_ragged(own) if self.compressor.is_ragged else group.all_gather(own)
-        bad = first_bad_parameter(messages)
-        if bad < 0:
+        if not self.is_void(v, first_bad_parameter(messages), group):
             at_home = blocks.having(starts=blocks.homes)
             self._decode(own, at_home, self.state["known"])
             for message in messages:  # in rank order: float sums depend on it
                 self._decode(message, at_home, self.state["estimate"], 1 / group.size)
-        return bad
 
-    def _two_ways(self, difference: Bucket, whole: set[str], group: Group) -> int:
+    def _two_ways(self, v: Bucket, difference: Tensor, whole: set[str], group: Group) -> None:
         """h_i <- h_i + c_i;  h <- h + mean c_i;  w <- w + C_s(h - w), each block by the rank that serves it."""
         assert self.server_compressor is not None
-        parts = self.table.parts(difference)
+        parts = self.table.parts(v)
         by_owner = [self._coded(self.keyed(blocks, self.compressor), whole) for blocks in parts.by_owner]
         served = [self._coded(blocks, whole) for blocks in parts.served]
-        if not any(len(blocks) for blocks in by_owner):
-            return -1
-        own = self.worker.compress(difference.flat, by_owner)
+        own = self.worker.compress(difference, by_owner)
         received = group.all_to_all(own)
-        bad = first_bad_parameter(received)
-        if bad >= 0:
-            return bad
+        if self.is_void(v, first_bad_parameter(received), group):
+            return
         mine, rank = self.keyed(served[group.rank], self.server_compressor, "server"), group.rank
         mine = mine.having(starts=np.cumsum(mine.lengths) - mine.lengths)
         served_places = self._homes(mine)
@@ -179,14 +166,12 @@ class EF21(GradientMethod, Compressed):
         answer = self.answerer.compress(h - w, [mine])[0]
         layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in served]
         answers = group.all_gather(answer, layouts)
-        bad = first_bad_parameter(answers)
-        if bad < 0:
+        if not self.is_void(v, first_bad_parameter(answers), group):
             self.state["served"][served_places] = h
             for message, reply, blocks in zip(own, answers, by_owner, strict=True):
                 at_home = blocks.having(starts=blocks.homes)
                 self._decode(message, at_home, self.state["known"])
                 self.server_compressor.decompress_(reply.tensors[1:], at_home, self.state["estimate"], add=True)
-        return bad
 
     def _decode(self, message: Payload, blocks: Blocks, out: Tensor, alpha: float = 1.0) -> None:
         self.compressor.decompress_(message.tensors[1:], blocks, out, alpha=alpha, add=True)
@@ -199,12 +184,8 @@ class EF21(GradientMethod, Compressed):
 
     def _is_whole(self, name: str) -> bool:
         """Whether v_i of this parameter is sent uncompressed in this exchange."""
-        count = self._count(name)
-        return (
-            count == 0
-            or name in self.dense_names
-            or bool(self.options.refresh_every and count % self.options.refresh_every == 0)
-        )
+        count, every = self._count(name), self.options.refresh_every
+        return count == 0 or name in self.dense_names or (every is not None and count % every == 0)
 
     def _coded(self, blocks: Blocks, whole: set[str]) -> Blocks:
         """The blocks whose differences are sent."""
@@ -214,14 +195,14 @@ class EF21(GradientMethod, Compressed):
         return blocks.only(np.asarray([b for b, p in enumerate(blocks.parameters) if names[p] not in whole], np.int64))
 
     def _keep(self, key: str, bucket: Bucket, names: set[str] | None = None) -> None:
-        """Copy a bucket into a flat tensor of state, if that is kept at all."""
+        """Copy a bucket into the state `key`, if there is one."""
         if key in self.state:
             for name, x in bucket.views():
                 if names is None or name in names:
                     self.part(key, name).copy_(x)
 
     def _serve(self, exact: Bucket) -> None:
-        """Take an exact mean into h of the blocks that this rank serves."""
+        """Copy an exact mean into h of the blocks that this rank serves."""
         if self.server_compressor and not self.dense_names.issuperset(exact.names):
             parts = self.table.parts(exact)
             blocks, served = parts.by_owner[self.rank], parts.served[self.rank]

@@ -7,7 +7,6 @@ import torch
 from commopt.compress.feedback import Kept
 from commopt.compress.options import SignOptions
 from commopt.compress.sign import equalising_factors
-from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, options
@@ -48,8 +47,6 @@ class EFSign(GradientMethod, TwoWayMean):
 
     def set_up(self) -> None:
         o = self.options
-        self._exactly = Mean()
-        self.parts = (self._exactly,)
         TwoWayMean.__init__(self, o.compressor(), Kept(o.residual_bits, o.residual_decay))
 
     @property
@@ -66,11 +63,9 @@ class EFSign(GradientMethod, TwoWayMean):
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if not self.is_exact:
-            return super().exchange(bucket, group)
-        self._exactly.exchange(bucket, group)
-        if bucket.void is None:
+            super().exchange(bucket, group)
+        elif self.average_(bucket, group):
             mean = torch.zeros(self.index.total, device=self.device, dtype=torch.float32)
             for name, x in bucket.views():
                 self.index.view(mean, name).copy_(x)
             self.factors = equalising_factors(mean, self.index)
-        return None

@@ -57,9 +57,8 @@ class LocalSGD(DiLoCo):
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         super().check_optimizer(optimizer)
-        if isinstance(optimizer, SAVIC) and (
-            "exp_avg_sq" not in self.averaged_state or self.delay > 0 or self.fragments > 1
-        ):
+        has_scale = "exp_avg_sq" in self.averaged_state and self.delay == 0 and self.fragments == 1
+        if isinstance(optimizer, SAVIC) and not has_scale:
             raise AttachError(
                 "savic steps by the averaged scale: write average_state: [exp_avg_sq], without delay and fragments, or use adam"
             )

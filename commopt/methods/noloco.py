@@ -99,12 +99,11 @@ class NoLoCo(OuterMethod):
         self._send_slow(number)
 
     def group(self, number: int) -> tuple[int, ...]:
-        """The ranks that average in a round, this one among them; itself alone if it sits out."""
+        """The ranks that average in a round, including this one; this rank alone if it sits out."""
         return group_of(self.peers.rank, self.peers.size, self.options.group_size, self.seed, number)
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
-        group = self.group(round.number)
-        others = [peer for peer in group if peer != self.peers.rank]
+        others = [peer for peer in self.group(round.number) if peer != self.peers.rank]
         what = x - self.state["slow"] if self.sends_slow else x
         payload = self.message.pack(what, round.number)
         for peer in others:
@@ -114,7 +113,7 @@ class NoLoCo(OuterMethod):
         if self.message.compressor is not None:
             decoded = self.message.unpack(payload, round.number)
             if received and decoded is not None:
-                own = decoded  # as the partner sees it: what is missing goes into the next message
+                own = decoded  # what the partner decodes; the rest goes into the next message
             else:
                 self.message.take_back(what, payload, round.number)
         members = tuple(sorted([self.peers.rank, *received]))
@@ -125,13 +124,11 @@ class NoLoCo(OuterMethod):
 
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         mean, slow, velocity = exchanged.values["mean"], self.state["slow"], self.state["velocity"]
-        if not self.sends_slow:
-            velocity.mul_(self.options.momentum).add_(mean - slow, alpha=self.options.lr)  # eq. 2 with gamma = lr
-        else:
-            velocity.mul_(self.options.momentum).add_(mean, alpha=self.options.lr)  # eq. 2, its first two terms
-            if "slow mean" in exchanged.values:
-                part = self._slow_part(round.number)
-                velocity[part].add_(exchanged.values["slow mean"] - slow[part], alpha=self.gamma)  # its third
+        moved = mean if self.sends_slow else mean - slow  # which makes for all of eq. 2, with gamma = lr
+        velocity.mul_(self.options.momentum).add_(moved, alpha=self.options.lr)  # eq. 2, its first two terms
+        if "slow mean" in exchanged.values:
+            part = self._slow_part(round.number)
+            velocity[part].add_(exchanged.values["slow mean"] - slow[part], alpha=self.gamma)  # its third
         slow.add_(velocity)  # eq. 3
         self._send_slow(round.number + 1)
         return slow
@@ -155,7 +152,7 @@ class NoLoCo(OuterMethod):
                     self.peers.send(peer, "noloco slow", number, payload, expires_s=max(self.timeout_s, 60.0))
 
     def _slow_mean(self, number: int, members: Sequence[int]) -> dict[str, Tensor]:
-        """The mean of the slow weights of those whose deltas came; they were sent long before, so that none is waited for."""
+        """The mean of the slow weights of those whose deltas came; they were sent long before, so a short wait is enough."""
         part = self._slow_part(number)
         slow = {self.peers.rank: self.state["slow"][part]}
         for peer in members:

@@ -110,10 +110,10 @@ class OnebitLamb(FrozenVariance):
             mean = state["coeff"] / (1 - self.options.coeff_beta ** state["coeffs"]) if state["coeffs"] else 1.0
             coeff = mean * state["factor"]
         else:
-            low, high = self.options.min_coeff, self.options.max_coeff  # or else the LAMB's own
+            low, high = self.options.min_coeff, self.options.max_coeff  # if None, those of the optimizer
             low = group.get("min_coeff", 0.01) if low is None else low
             coeff = trust_ratio(p, direction, low, group.get("max_coeff", 10.0) if high is None else high)
-            if coeff != 1.0:  # 1 is what it is where a norm is 0
+            if coeff != 1.0:  # it is 1 if a norm is 0
                 state["coeff"] += (1 - self.options.coeff_beta) * (coeff - state["coeff"])
                 state["coeffs"] += 1
         move_(p, direction, group["lr"] * coeff)
@@ -121,7 +121,7 @@ class OnebitLamb(FrozenVariance):
     def _factor(
         self, name: str, state: Mapping[str, Any], group: Mapping[str, Any], root: Tensor, share: float | None
     ) -> float:
-        """f, by which the rate of a tensor goes on from that of the warm-up as its variance would."""
+        """f, which adapts a tensor's rate from the warm-up to its variance since then."""
         fresh = state["fresh_variance"].sqrt()
         if self.corrects_bias(group):
             fresh /= math.sqrt(1 - group["betas"][1] ** state["step"])

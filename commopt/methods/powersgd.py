@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from commopt.exchange.base import average_, is_finite
+from commopt.exchange.base import is_finite
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Number, Whole
@@ -63,14 +63,19 @@ class PowerSGD(GradientMethod):
 
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
-        self.shapes = {name: (len(p), p.numel() // len(p)) for name, p in named_parameters if self._is_compressed(p)}
+        self.compressed = {name for name, p in named_parameters if self._is_compressed(p)}
+        own = [(name, p) for name, p in named_parameters if name in self.compressed and self.own_index.size(name)]
+        self.shapes = {name: (len(p), p.numel() // len(p)) for name, p in own}  # of what this rank exchanges
 
     def declare(self) -> list[State]:
         names, shapes = tuple(self.shapes), self.shapes.values()
         matrices = ParameterIndex(names, tuple(n * m for n, m in shapes))
         factors = ParameterIndex(names, tuple(m * self._width(n, m) for n, m in shapes))
         residual = State("residual", index=matrices, held="rank", on_resize="mean")
-        return [residual, State("q", index=factors), *super().declare()]
+        return [residual, State("q", index=factors, is_cut=True), *super().declare()]
+
+    def pieces(self, numel: int, ranks: int) -> Sequence[int]:
+        return [numel]  # a matrix is not cut
 
     def bound(self) -> None:
         super().bound()
@@ -79,19 +84,19 @@ class PowerSGD(GradientMethod):
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
-            return self.exchange_alone(bucket)
-        matrices: dict[str, Tensor] = {}
+            return self.exchange_alone(bucket, group)
+        has_second, matrices = any(self._is_due(name) for name in bucket.names), dict[str, Tensor]()
         first = []
         for name, g in bucket.views():
-            if self._is_due(name):
+            if self._is_due(name) and name in self.shapes:
                 m = torch.add(g, self.part("residual", name)).view(self.shapes[name])  # M_i = g_i + e_i
                 matrices[name] = m
-                p = self._q(name) @ m.T  # which may lose an inf that meets a zero
+                p = self._q(name) @ m.T  # which may lose an inf that is multiplied by zero
                 first.append((name, p if is_finite(m) else p.fill_(math.nan)))
             else:
                 first.append((name, g))
         means = self._mean(first, bucket, group)
-        if bucket.void is None and matrices:
+        if bucket.void is None and has_second:
             means |= self._decompressed(matrices, means, bucket, group)
         if bucket.void is None:
             for name, x in bucket.views():
@@ -102,8 +107,8 @@ class PowerSGD(GradientMethod):
         self, matrices: dict[str, Tensor], means: dict[str, Tensor], bucket: Bucket, group: Group
     ) -> dict[str, Tensor]:
         """The second half of the exchange: (n m,) P Q^T of each matrix, from the mean of M_i Q."""
-        # rows of length 1, at right angles, that span those of the mean, and some others where those are dependent or zero;
-        # clones, as how a product rounds may depend on where its factors lie in memory
+        # orthonormal rows that span those of the mean, and others in place of dependent or zero ones;
+        # clones, because how a product rounds may depend on where its factors lie in memory
         means = {name: means[name].clone().view(-1, len(m)) for name, m in matrices.items()}
         ps = {name: torch.linalg.qr(p.T).Q.T.contiguous() for name, p in means.items()}
         qs = {name: ps[name] @ m for name, m in matrices.items()}  # Q_i = M_i^T P
@@ -120,11 +125,11 @@ class PowerSGD(GradientMethod):
         return results
 
     def _mean(self, tensors: Sequence[tuple[str, Tensor]], bucket: Bucket, group: Group) -> dict[str, Tensor]:
-        """The means over ranks by parameter; none, and the bucket void, where one is not finite."""
-        mean = Bucket.of(tensors)
-        average_(mean, self.index, group)
+        """The means over ranks by parameter; none, with the bucket void, if one is not finite."""
+        mean = Bucket.of(tensors) if tensors else Bucket(bucket.flat[:0], (), ())
+        is_good = self.average_(mean, group)
         bucket.void = mean.void
-        return {} if mean.void else dict(mean.views())
+        return dict(mean.views()) if is_good and tensors else {}
 
     def _next(self, name: str, q: Tensor) -> Tensor:
         """(r, m) Q with columns of length 1; columns that have become zero are drawn anew."""
@@ -152,7 +157,7 @@ class PowerSGD(GradientMethod):
         return (n + m) * self._width(n, m) * self.options.min_compression_rate < n * m
 
     def _is_due(self, name: str) -> bool:
-        return name in self.shapes and int(self.exchanges[self.index.position[name]]) >= self.options.start_step
+        return name in self.compressed and int(self.exchanges[self.index.position[name]]) >= self.options.start_step
 
     @property
     def is_exact(self) -> bool:

@@ -97,7 +97,7 @@ class PushSum(OuterMethod):
             self.early += [one for one in self.peers.drain(self.name) if self._fits(one[1])]
             is_missed = all((sender, letter.sequence) != (source, number) for sender, letter in self.early)
             left_s = end_s - self.peers.seconds
-            # -1 is nobody's number: the message stays where it is, and `drain` takes it
+            # no message has the number -1: this only waits for one, and `drain` takes it
             if not is_missed or not self.peers.receive(source, self.name, -1, max(0.0, left_s), or_newer=True):
                 break
         due = sorted(
@@ -107,8 +107,7 @@ class PushSum(OuterMethod):
         return due, is_missed
 
     def _fits(self, letter: Letter) -> bool:
-        layout = letter.payload.layout
-        if layout != ((torch.float64, 1), (torch.float32, self.index.total)):
+        if letter.payload.layout != ((torch.float64, 1), (torch.float32, self.index.total)):
             return False
         share, theirs = letter.payload.tensors
         return 0 < float(share) < float("inf") and is_finite(theirs)

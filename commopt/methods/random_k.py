@@ -68,19 +68,18 @@ class RandomKMean(GradientMethod, Compressed):
         chosen = places_in(ends - blocks.lengths, ks, torch.from_numpy(within).to(device))
         scale = 1.0 if self.kept.bits else torch.from_numpy(drawn_from).to(device)
         sent = (c[chosen] * scale / group.size).to(torch.float16 if self.choice.value_bits == 16 else torch.float32)
-        summed = torch.cat([sent, bad.to(sent.dtype)])  # a NaN that was not drawn is told of
-        group.all_reduce(summed)
+        summed = torch.cat([sent, bad.to(sent.dtype)])  # so that ranks learn of a NaN that was not drawn
+        if len(summed):
+            group.all_reduce(summed)
         mean, bad = summed[: len(sent)], summed[len(sent) :]
         bad[block[chosen[~mean.isfinite()]]] = 1  # beyond what half precision holds
-        if bool(bad.any()):
-            return self._void(bucket, first_bad(bad.ne(0), blocks))
+        if self.is_void(bucket, first_bad(bad.ne(0), blocks), group):
+            return
         bucket.flat[elements] = 0
         bucket.flat[elements[chosen]] = mean.float()
         if self.kept.bits:
             c[chosen] -= sent.float() * group.size
             self.worker.residual[homes] = c
-        return None
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        values: float = self.choice.density * self.choice.value_bits / 8
-        return 2 * (ranks - 1) / ranks * values
+        return 2 * (ranks - 1) / ranks * (self.choice.density * self.choice.value_bits / 8)

@@ -12,7 +12,7 @@ from commopt.options import Fraction, Whole
 from commopt.wire.bucket import Bucket
 from commopt.wire.state import State
 
-_FIX = "signum is made for torch.optim.SGD(parameters, lr=1e-4) without momentum, which is signum's own option"
+_FIX = "use signum with torch.optim.SGD(parameters, lr=1e-4) without momentum, which is an option of signum"
 
 
 @options
@@ -57,9 +57,9 @@ class Signum(GradientMethod, SignVote):
         for group in optimizer.param_groups:
             if group.get("momentum"):
                 raise AttachError(f"{kind} with momentum {group['momentum']} would smooth signs: {_FIX}")
-            for key in ("betas", "eps", "etas"):  # Adam and its kin; Lion; Rprop
+            for key in ("betas", "eps", "etas"):  # Adam and its variants; Lion; Rprop
                 if key in group:
-                    raise AttachError(f"{kind} scales what it gets by itself, and a sign has no size: {_FIX}")
+                    raise AttachError(f"{kind} scales what it gets, and a sign has no magnitude: {_FIX}")
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         b = self.options.momentum

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.feedback import NOTHING_KEPT
+from commopt.compress.feedback import NOTHING_KEPT, first_of
 from commopt.compress.quantize import Ternary, bits_of
 from commopt.errors import AttachError
 from commopt.exchange.compressed import Compressed
@@ -66,14 +66,17 @@ class TernGrad(GradientMethod, Compressed):
             raise AttachError(f"dense: the model has no trainable parameter {name!r}")
         super().lay_out(named_parameters, group)
 
+    def pieces(self, numel: int, ranks: int) -> Sequence[int]:
+        return [numel]  # which has one scale
+
     def stays_dense(self, name: str, p: Tensor) -> bool:
         return name in self.options.dense or super().stays_dense(name, p)
 
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         clamped = bucket.with_flat(bucket.flat.clone())
         scales = self._shared_scales(clamped, group)
-        if not bool(scales.isfinite().all()):
-            return self._void(bucket, int((~scales.isfinite()).nonzero()[0]))
+        if self.is_void(bucket, first_of((~scales.isfinite()).nonzero().flatten().tolist()), group):
+            return
         kernel, parts = kernels.of("quantize", self.device), self.table.parts(bucket)
         sent = []
         for blocks in parts.by_owner:
@@ -95,18 +98,16 @@ class TernGrad(GradientMethod, Compressed):
             sums = kernel.unpack_codes(payload.tensors[0], bits, blocks.elements).float()
             per_element = self._of(scales, blocks)[run_of_element(blocks.lengths, self.device)]
             put_(sums * (per_element / group.size), blocks, bucket.flat, add=False)
-        return None
 
     def _shared_scales(self, bucket: Bucket, group: Group) -> Tensor:
         """(P,) f32: the largest magnitude of each of the bucket's parameters on any rank, after clamping it in place."""
         own = torch.zeros(len(self.index.names), device=self.device, dtype=torch.float32)
-        for name, g in bucket.views():
-            if name not in self.dense_names:
-                if self.options.clip and g.numel() > 1:
-                    bound = self.options.clip * g.std(correction=0)
-                    g.clamp_(-bound, bound)
-                own[self.index.position[name]] = g.abs().max()
-        of_bucket = [self.index.position[name] for name in bucket.names if name not in self.dense_names]
+        for name, g in self.compressed_views(bucket):
+            if self.options.clip and g.numel() > 1:
+                bound = self.options.clip * g.std(correction=0)
+                g.clamp_(-bound, bound)
+            own[self.index.position[name]] = g.abs().max() if g.numel() else 0.0
+        of_bucket = [self.index.position[name] for name, _ in self.compressed_views(bucket)]
         every = group.all_gather(Payload.of(own[of_bucket]))
         own[of_bucket] = torch.stack([payload.tensors[0] for payload in every]).amax(0)
         return own

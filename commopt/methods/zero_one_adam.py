@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from commopt.errors import GroupError
+from commopt.exchange.two_level import own_share, put_together
 from commopt.groups.base import Group
 from commopt.method import options
 from commopt.optim.frozen import FrozenOptions, FrozenVariance, move_along_
@@ -124,9 +125,9 @@ class ZeroOneAdam(FrozenVariance):
         if self.is_frozen:
             for name, g in bucket.views():
                 state, settings = self.entry(name), self.settings(name)
-                torch.lerp(self.part("momentum", name), g, 1 - settings["betas"][0], out=g)  # m_i
+                torch.lerp(self.own_part("momentum", name), g, 1 - settings["betas"][0], out=g)  # m_i
                 weight = self._step(state, settings, state["step"] + 1)[2]
-                torch.lerp(self.part("mean_momentum", name), g, weight, out=g)  # u_i
+                torch.lerp(self.own_part("mean_momentum", name), g, weight, out=g)  # u_i
         return self.two_way.exchange(bucket, group)
 
     def receive(self, bucket: Bucket) -> None:
@@ -175,9 +176,11 @@ class ZeroOneAdam(FrozenVariance):
             return
         bucket = Bucket.of([(name, self.part("mean_momentum", name)) for name in apart], "local steps")
         group.traffic.bucket = bucket.label
-        self.two_way.exchange(bucket, group)
+        own = own_share(bucket, self.share)
+        self.two_way.exchange(own, group)
+        bucket = put_together(own, bucket, self.share, group.inside)
         if bucket.void is not None:
-            raise GroupError(f"{bucket.void}: the momentum of its local steps has overflown; replicas stay apart")
+            raise GroupError(f"{bucket.void}: the momentum of its local steps has overflowed; replicas stay different")
         for name, x in bucket.views():
             p, settings, state = self.parameters[name], self.settings(name), self.entry(name)
             self.part("momentum", name).copy_(self.masked_(x, name))
@@ -227,7 +230,7 @@ class ZeroOneAdam(FrozenVariance):
             self._set_own(own)
 
     def resize(self, every: Sequence[Saved]) -> None:
-        """As the parents do; between two exchanges every new rank goes on from the mean of the old ranks' local steps."""
+        """As the parents do; between two exchanges every new rank starts from the mean of the old ranks' local steps."""
         super().resize(every)
         if "own parameters" in every[0]["rank"]:
             own = {key: x.double() for key, x in self._own().items()}
@@ -236,7 +239,7 @@ class ZeroOneAdam(FrozenVariance):
             self._set_own({key: x.float() for key, x in own.items()})
 
     def _own(self) -> dict[str, Tensor]:
-        """What the ranks have of their own between two exchanges, in float32."""
+        """What differs between ranks between two exchanges, in float32."""
         parameters = torch.cat([p.detach().reshape(-1).float() for p in self.parameters.values()])
         return {"parameters": parameters, **{key: self.state[key] for key in ("momentum", "mean_momentum")}}
 

@@ -75,7 +75,6 @@ class FrozenVariance(UpdateMethod):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the variance is frozen."""
         return bool(self.state["frozen"])
 
     @property
@@ -97,6 +96,9 @@ class FrozenVariance(UpdateMethod):
     def bytes_per_parameter(self, ranks: int) -> float:
         return self.two_way.bytes_per_parameter(ranks)
 
+    def pieces(self, numel: int, ranks: int) -> Sequence[int]:
+        return self.two_way.pieces(numel, ranks)
+
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
         self._window = max(1, round(1 / (1 - self.optimizer.param_groups[0]["betas"][1])))
@@ -117,7 +119,7 @@ class FrozenVariance(UpdateMethod):
         if not self.is_frozen:
             return self.mean.exchange(bucket, group)
         for name, g in bucket.views():
-            m, b1 = self.part("momentum", name), self.settings(name)["betas"][0]
+            m, b1 = self.own_part("momentum", name), self.settings(name)["betas"][0]
             torch.lerp(m, g, 1 - b1, out=g)  # m_i = b1 m + (1 - b1) g_i
         return self.two_way.exchange(bucket, group)
 
@@ -128,15 +130,13 @@ class FrozenVariance(UpdateMethod):
     def after_step(self) -> None:
         if self.is_frozen:
             return
-        is_rising = self._is_rate_rising()
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        is_rising = rate > float(self.state["last_lr"])  # no rate is above nan
+        self.state["last_lr"].fill_(rate)
         if self._is_settled(is_rising):
             if is_rising and self.rank == 0:
-                _log.warning(
-                    "%s: %s: %s is too early: the learning rate still rises, and the variance will not follow what comes",
-                    self.name,
-                    self.warmup_option,
-                    self.freeze_at,
-                )
+                why = "the learning rate still rises, and the variance will not follow what comes"
+                _log.warning("%s: %s: %s is too early: %s", self.name, self.warmup_option, self.freeze_at, why)
             self.freeze()
 
     def freeze(self) -> None:
@@ -188,11 +188,6 @@ class FrozenVariance(UpdateMethod):
         """1 - b2^t of the variance's own bias, 1.0 if the method corrects none."""
         return 1 - float(group["betas"][1]) ** self.applied_steps if self.corrects_bias(group) else 1.0
 
-    def _is_rate_rising(self) -> bool:
-        rate, last = float(self.optimizer.param_groups[0]["lr"]), float(self.state["last_lr"])
-        self.state["last_lr"].fill_(rate)
-        return rate > last  # no rate is above nan
-
     def _is_settled(self, is_rising: bool) -> bool:
         """Whether the warm-up ends after this step; the same on all ranks, since it reads only what they share."""
         if self.freeze_at is None:
@@ -216,11 +211,7 @@ class FrozenVariance(UpdateMethod):
 
 def move_along_(p: Tensor, start: Tensor, kept: float, momentum: Tensor, root: Tensor, rate: float) -> None:
     """p <- kept start - rate momentum / root, computed in float32 and rounded once."""
-    x = p if p.dtype == torch.float32 else p.float()
-    if start is not p:
-        x.copy_(start)
+    x = p.float().copy_(start)  # p itself if it is float32
     if kept != 1.0:
         x.mul_(kept)
-    x.addcdiv_(momentum, root, value=-rate)
-    if x is not p:
-        p.copy_(x)
+    p.copy_(x.addcdiv_(momentum, root, value=-rate))

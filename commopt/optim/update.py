@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from commopt.errors import AttachError
 from commopt.method import EveryStep, Kind
+from commopt.wire.bucket import Bucket
 from commopt.wire.state import State
 
 
@@ -69,11 +70,11 @@ class UpdateMethod(EveryStep):
         return int(self.state["steps"])
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What the method keeps for one parameter: views of its shape, and numbers."""
+        """What the method keeps for one whole parameter: views of its shape, and numbers."""
         k, shape = self.index.position[name], self.parameters[name].shape
         entry: dict[str, Any] = {}
         for key, one in self._declared.items():
-            if one.of == "element":
+            if one.of == "element" and (self.share is None or not self._is_cut(one)):
                 entry[key] = self.part(key, name).view(shape)
             elif one.of == "parameter" and key != "exchanges":
                 entry[key] = self.state[key][k].item()
@@ -99,14 +100,12 @@ class UpdateMethod(EveryStep):
             raise ValueError(
                 f"{name}: this is not the state of {self.name}: it has {', '.join(entry)}, and no {missing[0]}"
             )
-        numbers = {key: entry[key] for key, x in own.items() if not isinstance(x, Tensor)}
         for key, x in own.items():
             if isinstance(x, Tensor):
                 x.copy_(entry[key])
-        self.keep(name, numbers)
-        for key, x in numbers.items():
-            if self._declared[key].of == "run":
-                self.state[key].fill_(x)
+            elif self._declared[key].of == "run":
+                self.state[key].fill_(entry[key])
+        self.keep(name, {key: entry[key] for key in own})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -143,10 +142,15 @@ class DirectionMethod(UpdateMethod):
     """Steps along a direction D that the exchange makes of each rank's own momentum: x <- x - lr (D + weight_decay x)."""
 
     counters = ()
+    direction_dtype: ClassVar[torch.dtype] = torch.float32
     states: ClassVar[tuple[State, ...]] = (State("momentum", held="rank", on_resize="mean"),)
 
     def set_up(self) -> None:
         self.directions: dict[str, Tensor] = {}  # (n,) by parameter, from an exchange to its step
+
+    def receive(self, bucket: Bucket) -> None:
+        for name, x in bucket.views():
+            self.directions[name] = x.to(self.direction_dtype, copy=True)
 
     def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -167,7 +171,4 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def move_(p: Tensor, direction: Tensor, step_size: float) -> None:
     """p <- p - step_size * direction, computed in float32 and rounded once."""
-    if p.dtype == torch.float32:
-        p.add_(direction.view(p.shape), alpha=-step_size)
-    else:
-        p.copy_(p.float().add_(direction.view(p.shape), alpha=-step_size))
+    p.copy_(p.float().add_(direction.view(p.shape), alpha=-step_size))  # copies nothing if p is float32

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from commopt.errors import ConfigError
@@ -86,11 +86,11 @@ class LinkModel:
     """Seconds for a set of simultaneous messages: latency plus bytes over bandwidth, for the most loaded pipe.
 
     A node has one pipe out and one pipe in, both of `bytes_per_s[node]`. Nodes of different sites also share one
-    pipe per site and direction, of `between_bytes_per_s[site]`. Ranks of one node reach each other for nothing.
+    pipe per site and direction, of `between_bytes_per_s[site]`. Messages within a node take no time.
 
-    node_of_rank: (ranks,) node index of each rank. site_of_node: (nodes,) site index; all 0 where there is one site.
+    node_of_rank: (ranks,) node index of each rank. site_of_node: (nodes,) site index; all 0 if there is one site.
     bytes_per_s, latency_s: (nodes,) rate of each node's link and the delay it adds to what the node sends;
-    `math.inf` and 0.0 where unlimited.
+    `math.inf` and 0.0 if unlimited.
     between_bytes_per_s, between_latency_s: (sites,) the same for each site's link to the others.
     """
 
@@ -118,6 +118,12 @@ class LinkModel:
     def ranks(self) -> int:
         return len(self.node_of_rank)
 
+    def of_one_rank(self, ranks: int) -> LinkModel:
+        """The links as one of the `ranks` of each node finds them: the others send as much at the same time."""
+        own, between = (tuple(rate / ranks for rate in rates) for rates in (self.bytes_per_s, self.between_bytes_per_s))
+        nodes = tuple(range(len(self.bytes_per_s)))
+        return replace(self, node_of_rank=nodes, bytes_per_s=own, between_bytes_per_s=between)
+
     def seconds(self, sent: Sequence[Mapping[int, float]], message_rounds: int = 1) -> float:
         """Seconds until the last of these messages has arrived. sent[i][j]: bytes that rank i hands to rank j."""
         load: dict[tuple[str, int], float] = {}
@@ -142,7 +148,11 @@ class LinkModel:
         busiest = max((nbytes / rates[kind][index] for (kind, index), nbytes in load.items()), default=0.0)
         return message_rounds * latency_s + busiest
 
-    def collective_seconds(self, operation: str, nbytes: int) -> float:
-        """Seconds of one collective of all ranks with `nbytes` from each."""
-        sent = [schedule(operation, nbytes, rank, self.ranks) for rank in range(self.ranks)]
+    def message_seconds(self, sender: int, receiver: int, nbytes: float) -> float:
+        """Seconds of one message, while nobody else sends."""
+        return self.seconds([*[{}] * sender, {receiver: nbytes}])
+
+    def collective_seconds(self, operation: str, nbytes: int, *, root: int = 0) -> float:
+        """Seconds of one collective of all ranks with `nbytes` from each, or of a broadcast from `root`."""
+        sent = [schedule(operation, nbytes, rank, self.ranks, root=root) for rank in range(self.ranks)]
         return self.seconds(sent, rounds(operation, self.ranks))

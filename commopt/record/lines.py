@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,13 @@ from pydantic.dataclasses import dataclass as checked
 
 from commopt.record.meter import Window, window
 
+# the types of a start line's fields, of which it may lack some
+_START = {"world_size": int, "steps": int, "node": str, "mtu": int, "method": str, "options": dict}
+
 
 @checked(frozen=True)
 class StepLine:
-    """One optimizer step of one rank; `loss` is None where it was not finite."""
+    """One optimizer step of one rank; `loss` is None if it was not finite."""
 
     step: int
     loss: float | None
@@ -30,7 +34,7 @@ class StepLine:
 
 @checked(frozen=True)
 class ValidationLine:
-    """A loss over `tokens` that were not trained on, after `steps` steps and `at_s` seconds of the record."""
+    """A loss over `tokens` held-out tokens, after `steps` steps and `at_s` seconds of the record."""
 
     loss: float | None
     tokens: int
@@ -40,7 +44,7 @@ class ValidationLine:
 
 @checked(frozen=True)
 class CountersLine:
-    """The bytes so far, by the library and by the interface, after `steps` steps."""
+    """The bytes so far, by commopt's count and by the interface's, after `steps` steps."""
 
     traffic: Mapping[str, Any]
     nic_tx_bytes: int | None
@@ -49,11 +53,7 @@ class CountersLine:
 
 @checked(frozen=True)
 class RoundLine:
-    """One outer round of one rank: whose parameters it averaged, what it cost, and how far apart the replicas were.
-
-    `step`: optimizer steps done when it ended. `missed`: a scheduled peer's message did not come in time. `spread` is
-    None where the rank did not know it.
-    """
+    """One outer round of one rank; the fields are those of `Recorder.round`, which explains them."""
 
     step: int
     round: int
@@ -70,12 +70,12 @@ class RoundLine:
 class RankRecord:
     """What one rank has written so far; `feed` takes it line by line.
 
-    A second start line that resumes at a step goes on with the record, on the same clock; one that resumes at none
-    starts it afresh.
+    A later start line that resumes at a step continues the record on the same clock; one that does not starts it afresh.
     """
 
     rank: int
-    start: Mapping[str, Any] | None = None
+    start: Mapping[str, Any] = field(default_factory=dict)  # the first start line; empty until it is read
+    epoch_s: float | None = None  # when the record's clock began, by the machine's clock, if the start line says so
     steps: list[StepLine] = field(default_factory=list)
     rounds: list[RoundLine] = field(default_factory=list)
     begins: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])  # of each start: index in steps, first step
@@ -92,7 +92,7 @@ class RankRecord:
 
     @classmethod
     def read(cls, path: Path) -> RankRecord:
-        """Everything in a rank's file; a line that was cut off or garbled is counted and left out."""
+        """Everything in a rank's file; lines that were cut off or garbled are counted and left out."""
         record = cls(rank_of(path))
         for line in path.read_bytes().splitlines():
             record.feed(line)
@@ -104,11 +104,11 @@ class RankRecord:
             return
         try:
             self._take(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             self.unreadable_lines += 1
 
     def window(self) -> tuple[Window, int, int | None] | None:
-        """The measured window: what the library counted, in how many steps, and what the interface transmitted."""
+        """The measured window: commopt's count, the number of steps, and the bytes that the interface transmitted."""
         begin, end = self.counters.get("begin"), self.counters.get("end")
         if begin is None or end is None or end.steps <= begin.steps:
             return None
@@ -116,27 +116,16 @@ class RankRecord:
         return window(begin.traffic, end.traffic), end.steps - begin.steps, nic
 
     @property
-    def steady_steps(self) -> list[StepLine]:
-        return [line for line in self.steps if line.steady]
-
-    @property
     def steps_done(self) -> int:
-        """Steps of training behind this rank, with those that it caught up on from others after it was away."""
+        """Steps that this rank has trained, including those that it caught up on from others after an absence."""
         begin, resumed_at = self.begins[-1]
         return resumed_at + _done(self.steps[begin:], len(self.steps) - begin)
 
     def parts(self) -> list[tuple[list[StepLine], list[int]]]:
-        """For each start, its steps, and how many steps of training were behind this rank after each of them."""
-        found = []
-        for (begin, resumed_at), (end, _) in zip(self.begins, [*self.begins[1:], (len(self.steps), 0)], strict=True):
-            lines = self.steps[begin:end]
-            found.append((lines, [resumed_at + _done(lines, k + 1) for k in range(len(lines))]))
-        return found
-
-    @property
-    def epoch_s(self) -> float | None:
-        """When this record's clock began, by the machine's own; None in a record that does not say."""
-        return None if self.start is None or self.start.get("epoch_s") is None else float(self.start["epoch_s"])
+        """For each start, its steps, and how many steps this rank had trained after each of them."""
+        begins = pairwise([*self.begins, (len(self.steps), 0)])
+        found = [(self.steps[begin:end], resumed_at) for (begin, resumed_at), (end, _) in begins]
+        return [(lines, [at + _done(lines, k + 1) for k in range(len(lines))]) for lines, at in found]
 
     def _take(self, line: dict[str, Any]) -> None:
         kind, at_s = line["kind"], float(line["at_s"])
@@ -154,7 +143,7 @@ class RankRecord:
             self.validations.append(ValidationLine(**line | {"steps": self.steps_done}))
         elif kind == "counters":
             reading = CountersLine(**line | {"steps": len(self.steps)})
-            window(reading.traffic, reading.traffic)  # a line that cannot be subtracted is unreadable, now
+            window(reading.traffic, reading.traffic)  # raises now if the line cannot be subtracted later
             self.counters[str(line["name"])] = reading
         elif kind == "compute":
             self.compute_s = [float(seconds) for seconds in line["seconds"]]
@@ -167,21 +156,24 @@ class RankRecord:
         self.last_s = max(self.last_s, line["at_s"])
 
     def _take_start(self, line: dict[str, Any]) -> None:
-        resumed_at, epoch_s = int(line.get("resumed_at") or 0), line.get("epoch_s")
-        since_s = None if epoch_s is None or self.epoch_s is None else float(epoch_s) - self.epoch_s
-        if self.start is None or resumed_at == 0:
-            afresh = RankRecord(self.rank, line, starts=self.starts + 1, unreadable_lines=self.unreadable_lines)
+        start = line | {key: kind(line[key]) for key, kind in _START.items() if key in line}
+        epoch_s = None if line.get("epoch_s") is None else float(line["epoch_s"])
+        resumed_at = int(line.get("resumed_at") or 0)
+        if not self.start or resumed_at == 0:
+            starts, unreadable = self.starts + 1, self.unreadable_lines
+            afresh = RankRecord(self.rank, start, epoch_s, starts=starts, unreadable_lines=unreadable)
             vars(self).update(vars(afresh) | {"begins": [(0, resumed_at)]})
             return
-        self._shift_s = self.last_s if since_s is None else max(self.last_s, since_s)  # a machine's clock may be set
+        since_s = 0.0 if epoch_s is None or self.epoch_s is None else epoch_s - self.epoch_s
+        self._shift_s = max(self.last_s, since_s)  # a machine's clock may have been set back
         self.begins.append((len(self.steps), resumed_at))
         self.ended = False
-        self.counters.clear()  # the bytes of the process that ended are not those of this one
+        self.counters.clear()  # the new process counts from zero
         self.bytes_so_far.clear()
 
 
 def _done(lines: Sequence[StepLine], k: int) -> int:
-    """Steps of training in the first k lines; more than k where the rank left some out to go on with others."""
+    """Steps of training in the first k lines; more than k if the rank skipped some to catch up with others."""
     return max(k, lines[k - 1].step - lines[0].step + 1) if k else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, TextIO
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 RECENT_STEPS = 10  # the step time, the wait and the time left are those of the last steps
-LINES_PER_RUN = 10  # where stdout is no terminal
+LINES_PER_RUN = 10  # if stdout is not a terminal
 SILENT_S = 10.0  # with outer rounds, a rank this far behind the newest step is left out of loss, step time and wait
-TOLD_EVENTS = 20  # of one run with outer rounds
-UNTOLD = ("helped to catch up", "final average")  # the rank that caught up tells the first, and every rank the second
+TOLD_EVENTS = 20  # at most, of a run with outer rounds
+UNTOLD = ("helped to catch up", "final average")  # the rank that caught up records the first, all record the second
 
 
 class Follower:
@@ -27,35 +28,35 @@ class Follower:
     def __init__(self, record_dir: Path) -> None:
         self.record_dir = record_dir
         self.records: dict[int, RankRecord] = {}
-        self._offsets: dict[int, int] = {}
-        self._events: dict[int, int] = {}
+        self._offsets = Counter[int]()  # by rank: the bytes that were taken
+        self._events = Counter[int]()  # by rank: the events that were told
 
     def poll(self) -> None:
-        """Take the lines that were completed since the last call; half a line waits for its rest."""
+        """Take the lines completed since the last call; an incomplete one is read again next time."""
         for path in rank_files(self.record_dir):
             rank = rank_of(path)
             record = self.records.setdefault(rank, RankRecord(rank))
             with path.open("rb") as file:
-                file.seek(self._offsets.get(rank, 0))
-                new = file.read()
-            complete = new.rfind(b"\n") + 1
-            self._offsets[rank] = self._offsets.get(rank, 0) + complete
-            for line in new[:complete].splitlines():
-                record.feed(line)
+                file.seek(self._offsets[rank])
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offsets[rank] += len(line)
+                    record.feed(line)
 
     @property
     def steps_planned(self) -> int | None:
-        """The steps that were asked for; None before the first rank has said it."""
-        return next((int(r.start.get("steps", 0)) for r in self.records.values() if r.start), None)
+        """The steps that were asked for; None until a rank has recorded it."""
+        return next((r.start.get("steps", 0) for r in self.records.values() if r.start), None)
 
     @property
     def is_outer(self) -> bool:
-        """Whether a rank has made an outer round: then ranks go on without those that leave."""
+        """Whether a rank has made an outer round; if so, ranks continue without those that leave."""
         return any(record.rounds for record in self.records.values())
 
     @property
     def steps(self) -> int:
-        """Steps that every rank seen so far has done; with outer rounds, where one may be gone, that the furthest has."""
+        """Steps that every rank seen so far has done; with outer rounds, those of the furthest, since others may be gone."""
         done = [record.steps_done for record in self.records.values()]
         return max(done, default=0) if self.is_outer else min(done, default=0)
 
@@ -68,7 +69,7 @@ class Follower:
 
     @property
     def bytes_per_step(self) -> float | None:
-        """Bytes per step of rank 0: by the interface where it is read, else by commopt; None until counted twice."""
+        """Bytes per step of rank 0: by its interface if it is read, else by commopt's count; None until counted twice."""
         record = self.records.get(0)
         for who in ("nic_tx_bytes", "payload_bytes"):
             seen = [(steps, n) for steps, by, n in (record.bytes_so_far if record else []) if by == who][-RECENT_STEPS:]
@@ -77,10 +78,10 @@ class Follower:
         return None
 
     def new_events(self) -> list[str]:
-        """What ranks of a run with outer rounds recorded as events since the last call: `rank 2: caught up, step 180`."""
+        """The events of a run with outer rounds since the last call: `rank 2: caught up, step 180`."""
         told: dict[str, list[int]] = {}
         for rank, record in sorted(self.records.items()) if self.is_outer else []:
-            for kind, fields in record.events[self._events.get(rank, 0) :]:
+            for kind, fields in record.events[self._events[rank] :]:
                 if kind not in UNTOLD:
                     text = ", ".join([kind, *(f"{key} {value}" for key, value in fields.items())])
                     told.setdefault(text, []).append(rank)
@@ -91,7 +92,7 @@ class Follower:
         ]
 
     def _present(self) -> list[RankRecord]:
-        """The ranks that train: all of them, but with outer rounds without those that have fallen silent."""
+        """The ranks that train: all of them, except, with outer rounds, those that have fallen silent."""
         records = list(self.records.values())
         if not self.is_outer:
             return records
@@ -99,7 +100,7 @@ class Follower:
         return [r for r in records if stepped_s.get(r.rank, 0.0) >= max(stepped_s.values()) - SILENT_S]
 
     def facts(self) -> list[str]:
-        """`loss 3.214`, `1242 ms a step`, `6.6 MB a step`, `92 % waiting`: what is known, for a bar or a line."""
+        """`loss 3.214`, `1242 ms/step`, `6.6 MB/step`, `92 % waiting`: what is known, for a bar or a line."""
         known = [] if self.steps == 0 else ["loss not finite" if self.loss is None else f"loss {self.loss:.3f}"]
         recent = [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]
         step_s = median(line.seconds for line in recent) if recent else 0.0
@@ -122,13 +123,13 @@ class Follower:
 
 
 class Live:
-    """One bar per run in a terminal; elsewhere plain lines, at the start, at every tenth of the steps and at the end.
+    """One bar per run in a terminal; otherwise plain lines at the start, at every tenth of the steps and at the end.
 
     with Live(sys.stdout) as live:
         for each run:
             live.begin("onebit_adam", record_dir)
             ...                                     # live.tick() about five times a second
-            live.end(failure)                       # None when it went well
+            live.end(failure)                       # None if it went well
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -166,10 +167,8 @@ class Live:
         follower.poll()
         for text in follower.new_events():
             self._events_told += 1
-            if self._events_told <= TOLD_EVENTS:
-                self._say(text)
-            elif self._events_told == TOLD_EVENTS + 1:
-                self._say("more events are in the report")
+            if self._events_told <= TOLD_EVENTS + 1:
+                self._say(text if self._events_told <= TOLD_EVENTS else "more events are in the report")
         planned, steps = follower.steps_planned, follower.steps
         if self._bars:
             self._draw(", ".join(follower.facts()) or "starting", total=planned, completed=steps)
@@ -207,13 +206,13 @@ class Live:
         self.note(f"{self._name}: {text}")
 
     def _draw(self, facts: str, *, total: int | None, completed: int) -> None:
-        """Bring the bar of the running run, which is the last one, up to date."""
+        """Update the last bar, which is that of the current run."""
         assert self._bars is not None
         self._bars.update(self._bars.tasks[-1].id, facts=facts, total=total, completed=completed, refresh=True)
 
 
 def _bars(stream: TextIO) -> Progress:
-    """The bars of the runs, the running one at the bottom."""
+    """The bars of the runs, the current one at the bottom."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Column

@@ -1,4 +1,4 @@
-"""What a training program tells the world: one JSON object per line, one file per rank."""
+"""Records a training run: one JSON object per line, one file per rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NIC_EVERY_S = 1.0  # how often step() also reads the interface, for the live dis
 
 @dataclass(eq=False)
 class Recorder:
-    """Writes `rank{r}.jsonl` in the folder that the launcher named; prints some lines where there is no launcher.
+    """Writes `rank{r}.jsonl` in the folder that the launcher named; without a launcher, rank 0 prints some lines.
 
     recorder = Recorder.from_environment()
     recorder.start(method="onebit_adam", options={"warmup": 24}, parameters=1_000_000, steps=300)
@@ -59,15 +59,15 @@ class Recorder:
 
     @property
     def is_recording(self) -> bool:
-        """Whether there is a file, and not only what is printed."""
+        """Whether lines go to a file."""
         return self._file is not None
 
     @classmethod
     def from_environment(cls, rank: int | None = None, world_size: int | None = None) -> Recorder:
         """Read COMMOPT_RECORD (a folder), and COMMOPT_NODE, _NODE_RANK, _NIC, _MTU.
 
-        rank, world_size: if they are not given, those of COMMOPT_PEERS, as torchrun knows one node only; else RANK and WORLD_SIZE.
-        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError for a number that is none.
+        rank, world_size: by default those of COMMOPT_PEERS, since torchrun then knows one node only; else RANK and WORLD_SIZE.
+        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError for a value that is no number.
         """
         folder = os.environ.get("COMMOPT_RECORD")
         if rank is None or world_size is None:
@@ -85,10 +85,9 @@ class Recorder:
     def start(
         self, *, method: str, options: Mapping[str, Any], parameters: int, steps: int, resumed_at: int = 0
     ) -> None:
-        """Say what is about to be trained; the clock of this record starts here.
+        """Record what is about to be trained, and start the clock of this record.
 
-        resumed_at: the first step of this start, where training goes on that was begun before: what this rank recorded
-        of it so far is kept.
+        resumed_at: the first step, if an earlier training is resumed; what this rank recorded of it is kept.
         """
         self._started_s = self._nic_read_s = time.monotonic()
         self._method, self._steps, self._steps_done = method, steps, resumed_at
@@ -96,8 +95,8 @@ class Recorder:
         when = {"epoch_s": round(time.time(), 6), "resumed_at": resumed_at}
         who = {"rank": self.rank, "world_size": self.world_size, "node": self.node, "node_rank": self.node_rank}
         self._write("start", **who, nic=self.nic, mtu=self.mtu, **what, **when)
-        goes_on = f", going on at step {resumed_at}" if resumed_at else ""
-        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {self.world_size} ranks{goes_on}")
+        resumed = f", resumed at step {resumed_at}" if resumed_at else ""
+        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {self.world_size} ranks{resumed}")
 
     def step(
         self,
@@ -110,7 +109,7 @@ class Recorder:
         steady: bool,
         payload_bytes: float | None = None,
     ) -> None:
-        """One optimizer step of this rank.
+        """Record one optimizer step of this rank.
 
         wait_s: the part of `seconds` spent waiting for the network. tokens: what this rank trained on. steady: the
         method is past its warm-up. payload_bytes: the library's count so far, if the live display is to show it.
@@ -143,14 +142,14 @@ class Recorder:
         nbytes: float,
         spread: float | None,
     ) -> None:
-        """One outer round of this rank.
+        """Record one outer round of this rank.
 
         step: optimizer steps done when it ended. members: the ranks whose parameters were averaged, with this one.
-        missed: a scheduled peer's message did not come in time. blocked_s: how long training stood still for it.
+        missed: a scheduled peer's message did not arrive in time. blocked_s: how long training stopped for it.
         exchange_s: from its start to the last message. nbytes: what this rank sent for it. spread: estimated root mean
         square over replicas of ||x_i - mean|| / ||mean||, or None.
         """
-        spread = None if spread is None else _finite(spread)
+        spread = _finite(spread)
         times = {"blocked_s": float(blocked_s), "exchange_s": float(exchange_s)}
         who = {"members": [int(rank) for rank in members], "missed": bool(missed)}
         self._write("round", step=step, round=round, **who, **times, nbytes=float(nbytes), spread=spread)
@@ -158,30 +157,30 @@ class Recorder:
         self._spread = spread if spread is not None else self._spread
 
     def counters(self, name: str, traffic: Mapping[str, Any]) -> None:
-        """The bytes so far, at the "begin" or the "end" of the measured steady window; call right after a barrier.
+        """Record the bytes so far, at the "begin" or the "end" of the measured steady window; call right after a barrier.
 
-        traffic: `Traffic.as_dict()`. The interface's own count is written beside it.
+        traffic: `Traffic.as_dict()`. The interface's own count is written with it.
         """
         if name not in ("begin", "end"):
             raise ValueError(f"counters({name!r}): the window has a 'begin' and an 'end'")
         self._write("counters", name=name, traffic=dict(traffic), nic_tx_bytes=self._transmitted())
 
     def validation(self, *, step: int, loss: float, tokens: int) -> None:
-        """The loss on text that is not trained on, over `tokens` of this rank."""
+        """Record the loss on held-out text, over `tokens` of this rank."""
         self._write("validation", step=step, loss=_finite(loss), tokens=tokens)
         self._print(f"validation after step {step}: loss {float(loss):.3f}")
 
     def compute(self, seconds: Sequence[float]) -> None:
-        """The times of the same steps with communication switched off."""
+        """Record the times of the same steps with communication switched off."""
         self._write("compute", seconds=[float(s) for s in seconds])
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Anything else that a reader of the report should know, such as a voided step with the parameter's name."""
+        """Record anything else that a reader of the report should know, such as a voided step with the parameter's name."""
         self._write("event", event=kind, fields=fields)
         self._print(f"{kind}: " + ", ".join(f"{key} {value}" for key, value in fields.items()))
 
     def end(self) -> None:
-        """Say that training ended as planned: a record without this line is one of a run that did not."""
+        """Record that training ended as planned; without this line, the run counts as cut short."""
         self._write("end")
         self._print(f"{self._method}: finished after {time.monotonic() - self._started_s:.1f} s")
         if self._file is not None:
@@ -193,7 +192,7 @@ class Recorder:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("ab", buffering=0)  # unbuffered: one system call per line, nothing left to fail at exit
             if file.tell() and not path.read_bytes().endswith(b"\n"):
-                file.write(b"\n")  # what was killed in the middle of a line must not take the next start with it
+                file.write(b"\n")  # a line that a kill cut off must not garble the next one
             return file
         except OSError as error:
             LOG.warning("rank %d records nothing: %s", self.rank, error)
@@ -231,7 +230,7 @@ class Recorder:
 
 
 def _place() -> tuple[int, int]:
-    """This process's rank in the whole job, and how many there are."""
+    """This process's rank in the whole job, and the number of ranks."""
     if not os.environ.get("COMMOPT_PEERS"):
         return _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     from commopt.groups.tcp import Membership
@@ -249,7 +248,6 @@ def _integer(name: str, default: int) -> int:
         raise ConfigError(f"environment: {name}={text}: no whole number") from None
 
 
-def _finite(loss: float) -> float | None:
-    """A loss as JSON can hold it: None where it is not finite."""
-    loss = float(loss)
-    return loss if math.isfinite(loss) else None
+def _finite(number: float | None) -> float | None:
+    """A number that JSON can hold: None if it is not finite."""
+    return None if number is None or not math.isfinite(number) else float(number)

@@ -1,4 +1,4 @@
-"""Quantities as a reader wants them: three digits and a unit."""
+"""Quantities as text, with about three digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns of a table, and its rows as texts."""
+"""The columns of a table, and the text of its cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AS_MS, AS_MEGABYTES = ("seconds", "milliseconds"), ("bytes", "megabytes (10^6)")
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, what it means, its value for a run beside dense (None for nothing), and how that is written."""
+    """One column: its heading, its meaning, its value for a run and the dense run (None if there is none), and that value as text."""
 
     heading: tuple[str, str]
     meaning: str
@@ -29,9 +29,9 @@ class Column:
 def column_of(
     heading: tuple[str, str], field: str, text: Callable[[Any], str] = str, units: tuple[str, str] = ("", "")
 ) -> Column:
-    """The column of a field of a run or of its rounds, which means what the document says of it.
+    """The column for a field of a run, or of its rounds (`rounds.missed`); its meaning is the field's description.
 
-    units: the field's, and what the column has instead.
+    units: the unit in that description, and the column's unit to replace it.
     """
     model = Rounds if field.startswith("rounds.") else RunResult
     meaning = described(model, field.rpartition(".")[2]).replace(*units, 1)
@@ -39,18 +39,18 @@ def column_of(
 
 
 def described(model: type[DocumentPart], field: str) -> str:
-    """What the document says of a field, without when it is null."""
+    """The description of a field in the results document, without the part on null."""
     return (model.model_fields[field].description or "").partition("; null ")[0]
 
 
 def cells_of(columns: Sequence[Column], runs: Sequence[RunResult], dense: RunResult | None) -> list[list[str]]:
-    """One row per run, one text per column; `-` where there is nothing to say."""
+    """One row per run, one text per column; `-` for a value of None."""
     values = [[(column, column.value(run, dense)) for column in columns] for run in runs]
     return [[NOTHING if value is None else column.text(value) for column, value in row] for row in values]
 
 
 def table_of(columns: Sequence[Column], cells: Sequence[Sequence[str]], gap: int = 1) -> Table:
-    """The rows under their headings, so many spaces apart; in a terminal, the word failed is red."""
+    """The rows under their headings, with `gap` spaces between columns; in a terminal, the word failed is red."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""How every picture of the report looks: its size, colours, frame and names, and its SVG and PNG."""
+"""What the report's pictures share: size, colours, frames and labels, and how they become SVG and PNG."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, label: str) -> str:
-    """The picture as an <svg> element for a page that names its colours `--c1b1f24`, so that it follows light and dark."""
+    """The picture as an <svg> element; its colours are the page's variables (`--c1b1f24`), so that it follows light and dark."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": label, "svg.id": None}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # everything has its place, for a file in another format too
+    figure.set_layout_engine("none")  # the layout is done; a file in another format keeps it
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text)
     text = text.replace("xlink:href", "href")
     prefix = re.sub(r"\W+", "-", label)
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)  # ids are of the page, which holds several pictures
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)  # ids must be unique in a page of several pictures
     text = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", text)
     for colour in DARK:
         text = text.replace(colour, f"var(--c{colour[1:]})")
@@ -97,7 +97,7 @@ def name_lanes(axes: Axes, places: Sequence[int], names: Sequence[str]) -> None:
 
 
 def legend(axes: Axes, entries: Sequence[tuple[str, str | float | None]]) -> None:
-    """What the marks mean, under the picture: a marker, of which "o" is filled, or a bar: solid, pale, or hatched where None."""
+    """Explain the marks under the picture. A mark is a marker ("o" is filled), or the opacity of a bar (None: hatched)."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -116,7 +116,7 @@ def legend(axes: Axes, entries: Sequence[tuple[str, str | float | None]]) -> Non
 
 
 def name_lines(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> None:
-    """Name each line at the right, in its colour, in the order of their ends: (name, colour, y)."""
+    """Name each line at the right, in its colour, sorted by the y at which it ends: (name, colour, y)."""
     from matplotlib.lines import Line2D
 
     ordered = sorted(ends, key=lambda end: -end[2])
@@ -128,7 +128,7 @@ def name_lines(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> None:
 
 
 def count_time(axes: Axes, end_s: float) -> str:
-    """Let an axis of seconds that ends there count minutes where these are many; returns the unit."""
+    """Scale the ticks of an axis of seconds; they count minutes if it ends at 10 minutes or later. Returns the unit."""
     from matplotlib.ticker import MultipleLocator
 
     scale, unit = (60.0, "minutes") if end_s >= 600 else (1.0, "seconds")
@@ -140,22 +140,22 @@ def count_time(axes: Axes, end_s: float) -> str:
 def note(
     axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **style: Any
 ) -> None:
-    """Write a text so many points from a place."""
+    """Write a text at an offset, in points, from a place."""
     axes.annotate(text, at, xytext=offset, textcoords="offset points", color=colour, annotation_clip=False, **style)
 
 
 def say_nothing(axes: Axes, text: str) -> None:
-    """Write why there is no picture in its place."""
+    """Write why there is no picture, in its place."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=QUIET)
 
 
 def mix(colour: str, share: float) -> str:
-    """The colour, paler: `share` of it over nothing, so that it suits a light and a dark page."""
+    """The colour at an opacity of `share`, which suits light and dark pages."""
     return f"{colour}{round(share * 255):02x}"
 
 
 def round_step(value: float) -> float:
-    """The next of 1, 2, 5, 10, ... from `value` on."""
+    """The smallest of 1, 2, 5, 10, ... that is at least `value`."""
     power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value)

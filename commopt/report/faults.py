@@ -1,4 +1,4 @@
-"""The faults that the launcher injected, and what the ranks' records say that each cost."""
+"""The faults that the launcher injected, and what each cost by the ranks' records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAULTS_FILE = "faults.jsonl"  # the launcher's, beside the ranks' files
 
 
 class FaultLine(InjectedFault, extra="ignore"):
-    """A fault as the launcher wrote it, its end put to its beginning."""
+    """A fault as the launcher wrote it, with the time of its end."""
 
     phase: Literal["begin", "end"]
     epoch_s: float
@@ -24,7 +24,7 @@ class FaultLine(InjectedFault, extra="ignore"):
 
 
 def read_faults(record_dir: Path) -> tuple[list[FaultLine], int]:
-    """The faults of a run in their order, and how many lines were cut off or garbled; none if there is no such file."""
+    """The faults of a run in order, and how many lines were cut off or garbled; no faults if there is no file."""
     path = record_dir / FAULTS_FILE
     faults: list[FaultLine] = []
     unreadable = 0
@@ -43,7 +43,7 @@ def read_faults(record_dir: Path) -> tuple[list[FaultLine], int]:
 
 
 def faults_of(lines: Sequence[FaultLine], records: Sequence[RankRecord]) -> list[Fault]:
-    """Each fault beside what the ranks did from its beginning to the next one's; none where ranks do not say when they started."""
+    """Each fault with its cost until the next one began; none if no rank recorded when it started."""
     offsets_s = clock_offsets_s(records)
     timelines = [_Timeline(record, offsets_s[record.rank]) for record in records if record.rank in offsets_s]
     if not timelines or not lines:
@@ -72,9 +72,8 @@ class _Timeline:
     """One rank's steps in seconds since the first rank's start."""
 
     def __init__(self, record: RankRecord, offset_s: float) -> None:
-        assert record.start is not None
-        self.rank, self.node = record.rank, str(record.start["node"])
-        self.is_through = record.ended or record.steps_done >= int(record.start.get("steps", 0))
+        self.rank, self.node = record.rank, record.start["node"]
+        self.is_through = record.ended or record.steps_done >= record.start.get("steps", 0)
         self.steps = [(line.at_s + offset_s, line) for line in record.steps]
         self.first_after_away = {k for k, _ in record.begins[1:]}  # indices in steps
         self.validated = [line.at_s + offset_s for line in record.validations]
@@ -83,9 +82,9 @@ class _Timeline:
         self.median_s = median(line.seconds for line in record.steps) if record.steps else None
 
     def pauses(self, begin_s: float, end_s: float) -> Iterator[float]:
-        """The time between the ends of two steps, as far as it lies in the window, without validations and absences.
+        """The times between the ends of two steps, as far as they lie in the window, without validations and absences.
 
-        A rank that stopped for good has stood still since its last step; one that trained to the end has not.
+        A rank that did not train to the end has also been stopped since its last step.
         """
         for k, ((before_s, _), (after_s, line)) in enumerate(pairwise(self.steps), start=1):
             if after_s <= begin_s or before_s >= end_s or k in self.first_after_away:

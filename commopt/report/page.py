@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 
 from commopt.errors import LaunchError
 from commopt.record.words import times_text
-from commopt.report import drawing, outer_plots, plots
+from commopt.report import drawing, plots, table
 from commopt.report.columns import NOTHING
 from commopt.report.document import Cluster, Node, NodeBytes, Results, RunResult
-from commopt.report.outer_table import FAULT_COLUMNS, ROUND_COLUMNS, fault_cells, round_cells
-from commopt.report.table import COLUMNS, cells, event_texts, loss_above_dense, readings, val_loss_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +29,8 @@ PICTURES = {
     "loss_seconds": plots.loss_against_seconds,
     "bytes": plots.bytes_per_step,
     "step_time": plots.step_time,
-    "spread": outer_plots.spread_against_steps,
-    "faults": outer_plots.progress_under_faults,
+    "spread": plots.spread_against_steps,
+    "faults": plots.progress_under_faults,
 }
 FILES = ("results.json", "report.html", *(f"{name}.png" for name in PICTURES))
 
@@ -40,7 +38,7 @@ FILES = ("results.json", "report.html", *(f"{name}.png" for name in PICTURES))
 def write_report(results: Results, out_dir: Path) -> list[Path]:
     """Write results.json, report.html and the pictures in `out_dir`, each whole or not at all; returns their paths.
 
-    A picture of an older report that this one has not is removed. Raises LaunchError for a file that cannot be written.
+    Removes pictures that only an older report there had. Raises LaunchError for a file that cannot be written.
     """
     drawn = draw(results)
     contents = {"results.json": results_json(results).encode(), "report.html": page(results, drawn).encode()}
@@ -64,52 +62,41 @@ def results_json(results: Results) -> str:
 
 
 def draw(results: Results) -> dict[str, Figure]:
-    """The pictures that there is something for, by the names of their files."""
-    rounds = [run.rounds for run in results.runs if run.rounds]
-    has_spread = any(point.spread > 0 for each in rounds for point in each.spread)
-    without = {name for name, has in (("spread", has_spread), ("faults", results.has_faults)) if not has}
-    return {name: picture(results) for name, picture in PICTURES.items() if name not in without}
+    """The pictures that these results have data for, by file name without suffix."""
+    spreads = [point.spread for run in results.runs if run.rounds for point in run.rounds.spread]
+    has = {"spread": any(spread > 0 for spread in spreads), "faults": results.has_faults}
+    return {name: picture(results) for name, picture in PICTURES.items() if has.get(name, True)}
 
 
 def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
-    """The HTML page: the pictures are inline, and there is no script. drawn: the pictures, if they are drawn already."""
+    """The HTML page: the pictures are inline, and there is no script. drawn: the pictures, if they exist already."""
     import jinja2
 
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    called = (headline, table.event_texts, table.fault_row, checked_nodes, options_text, link_text, sites)
     labels = {name: (picture.__doc__ or name).splitlines()[0] for name, picture in PICTURES.items()}
     inline = {name: drawing.svg(figure, labels[name]) for name, figure in (drawn or draw(results)).items()}
     return environment.get_template("page.html").render(
+        {function.__name__: function for function in called},
         results=results,
-        headline=headline(results),
-        columns=COLUMNS,
-        rows=list(zip(results.runs, cells(results), strict=True)),
+        columns=table.COLUMNS,
+        rows=list(zip(results.runs, table.cells(results), table.readings(results), strict=True)),
         nothing=NOTHING,
-        readings=list(zip(results.runs, readings(results), strict=True)),
         pictures=inline,
-        round_columns=ROUND_COLUMNS,
-        round_rows=list(zip([run for run in results.runs if run.rounds], round_cells(results), strict=True)),
-        fault_columns=FAULT_COLUMNS,
-        fault_rows=[(run, fault_cells(run)) for run in results.runs if run.faults],
+        round_columns=table.ROUND_COLUMNS,
+        round_rows=list(zip([run for run in results.runs if run.rounds], table.round_cells(results), strict=True)),
+        fault_columns=table.FAULT_COLUMNS,
         palette=drawing.DARK,
         run_colours=drawing.colours(results),
-        sites=sites(results.cluster),
         mode=MODES.get(results.cluster.emulation, results.cluster.emulation),
-        event_texts=event_texts,
-        checked_nodes=checked_nodes,
-        options_text=options_text,
-        link_text=link_text,
-        parameters=None if results.model.parameters is None else f"{results.model.parameters:,}",
     )
 
 
 def headline(results: Results) -> str:
-    """The comparison in a few words: the largest gain over dense, or what kept it from being told."""
+    """The comparison in a few words: the largest gain over dense, or why there is none."""
     finished = [run for run in results.runs if run.status == "finished"]
     if not finished:
         return "No run finished"
@@ -117,17 +104,17 @@ def headline(results: Results) -> str:
     rivals = [run for run in finished if run.method != "dense" and run.speedup_vs_dense and None not in run.train_loss]
     if dense is None or not rivals:
         return f"{', '.join(run.name for run in results.runs)} on {results.cluster.name}"
-    good = [run for run in rivals if (loss_above_dense(run, dense) or 0.0) <= GOOD_LOSS]
+    good = [run for run in rivals if (table.loss_above_dense(run, dense) or 0.0) <= GOOD_LOSS]
     best = max(good or rivals, key=lambda run: run.speedup_vs_dense or 0.0)
     if (best.speedup_vs_dense or 0.0) < 1.03:
         return f"No method beat dense on {results.cluster.name}"
-    above = loss_above_dense(best, dense)
-    loss = "" if above is None else f", {val_loss_text(above)}"
+    above = table.loss_above_dense(best, dense)
+    loss = "" if above is None else f", {table.val_loss_text(above)}"
     return f"{best.name}: steps {times_text(best.speedup_vs_dense or 0.0)} faster than dense{loss}"
 
 
 def checked_nodes(run: RunResult) -> list[tuple[str, NodeBytes]]:
-    """The nodes whose two byte counts are shown, with their names: of many, the one that is farthest from 1."""
+    """The nodes whose byte counts are shown, with their names; of more than SHOWN_NODES, the one whose ratio is farthest from 1."""
     if len(run.nodes) <= SHOWN_NODES:
         return [(node.node, node) for node in run.nodes]
     farthest = max(run.nodes, key=lambda node: abs((1.0 if node.ratio is None else node.ratio) - 1))
@@ -141,10 +128,7 @@ def options_text(run: RunResult) -> str:
 
 
 def sites(cluster: Cluster) -> dict[str | None, list[list[Node]]]:
-    """What the drawing shows on each switch: every node, or neighbours that are alike together where there are many.
-
-    The site is None where there are no sites.
-    """
+    """The boxes drawn on the switch of each site (None: no sites): one per node or, of many, per group of equal neighbours."""
     by_site: dict[str | None, list[Node]] = {}
     for node in cluster.nodes:
         by_site.setdefault(node.site, []).append(node)
@@ -155,17 +139,12 @@ def sites(cluster: Cluster) -> dict[str | None, list[list[Node]]]:
 
 def link_text(node: Node) -> str:
     """`50mbit, 1ms`: the link in tc's units, or `unlimited`."""
-    parts = [
-        node.rate or "unlimited",
-        node.delay and f"{node.delay} delay",
-        node.jitter and f"±{node.jitter}",
-        node.loss and f"{node.loss} loss",
-    ]
-    return ", ".join(part for part in parts if part)
+    extras = {"{} delay": node.delay, "±{}": node.jitter, "{} loss": node.loss}
+    return ", ".join([node.rate or "unlimited", *(text.format(value) for text, value in extras.items() if value)])
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside the file and rename, so that a reader never sees half of it."""
+    """Write a temporary file beside it and rename that, so that a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)

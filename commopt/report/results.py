@@ -1,4 +1,4 @@
-"""What the ranks of each run wrote, merged into the results document."""
+"""Merges what the ranks of each run wrote into the results document."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from statistics import fmean, median
 from typing import Any
 
 from commopt.record.lines import RankRecord, StepLine, rank_files
-from commopt.record.meter import CountCheck, merge, verify
+from commopt.record.meter import CountCheck, leaving, merge, verify
 from commopt.report.document import (
     Cluster,
     EndedEarly,
     Environment,
     Event,
-    Node,
-    NodeBytes,
     RankValidation,
     Results,
     Rounds,
@@ -28,11 +26,9 @@ from commopt.report.document import (
 from commopt.report.faults import FAULTS_FILE, faults_of, read_faults
 from commopt.report.rounds import clock_offsets_s, progress_of, rounds_of
 
-__all__ = ["Cluster", "Environment", "Node", "NodeBytes", "Results", "RunResult", "assemble", "collect"]
-
 
 def assemble(runs: Sequence[RunResult], cluster: Cluster, *, environment: Environment | None = None) -> Results:
-    """Put runs side by side: names that differ, and each run's speed-up over dense."""
+    """The results document of several runs, which get distinct names and their speed-up over dense."""
     dense = next((run for run in runs if run.method == "dense"), None)
     named: list[RunResult] = []
     for run in runs:
@@ -60,16 +56,15 @@ def collect(
 ) -> RunResult:
     """Merge the ranks' files of one run.
 
-    method, options: used where no rank lived to write them. failure: why the launcher says that the run did not end
-    well. A run that lacks a rank or an end line is failed too; what its ranks did write is merged all the same. With
-    outer rounds, where ranks go on without those that leave, it is finished if no `failure` is given and one rank ended.
-    Faults are read from the same folder.
-    ranks_here: the ranks whose files can be here, where others write theirs on another machine; all of them if None.
+    method, options: used if no rank wrote them. failure: why the run failed, according to the launcher. A run that
+    lacks a rank or an end line has failed too; what its ranks did write is merged anyway. With outer rounds, ranks
+    continue without those that leave: the run is finished if there is no `failure` and one rank trained to the end.
+    Faults are read from the same folder. ranks_here: the ranks whose files are on this machine; None for all.
     """
     records = [RankRecord.read(path) for path in rank_files(record_dir)]
-    started = [record for record in records if record.start is not None]
-    first: Mapping[str, Any] = next((record.start for record in started if record.start), {})
-    ranks, steps_planned = int(first.get("world_size", len(records))), int(first.get("steps", 0))
+    started = [record for record in records if record.start]
+    first: Mapping[str, Any] = started[0].start if started else {}
+    ranks, steps_planned = first.get("world_size", len(records)), first.get("steps", 0)
     expected = range(ranks) if ranks_here is None else ranks_here
     rounds = rounds_of(started)
     done = dict.fromkeys(expected, 0) | {record.rank: record.steps_done for record in started}
@@ -88,9 +83,9 @@ def collect(
     if unreadable_faults:
         notices.append(f"{_lines(unreadable_faults)} cut off or garbled in {FAULTS_FILE}, and left out")
     return RunResult(
-        name=str(first.get("method", method)),
-        method=str(first.get("method", method)),
-        options=dict(first.get("options", options or {})),
+        name=first.get("method", method),
+        method=first.get("method", method),
+        options=first.get("options", options or {}),
         status="failed" if reasons else "finished",
         failure="; ".join(reasons) or None,
         ranks=ranks,
@@ -109,7 +104,7 @@ def collect(
 
 
 def _missing(started: Sequence[RankRecord], ranks: Sequence[int], steps_planned: int) -> list[str]:
-    """What is not there that a finished run would have written, in short sentences."""
+    """What a finished run would have written and this one did not, in short sentences."""
     if not started:
         return ["no rank wrote a record"]
     silent = [rank for rank in ranks if rank not in {record.rank for record in started}]
@@ -134,10 +129,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any]:
-    """Loss and time along the run; at each step, the mean over the ranks that did it.
-
-    A step that a rank did again, after it was started again, is as it was the last time.
-    """
+    """Loss and time along the run: at each step, the mean over the ranks that did it; of a repeated step the last attempt counts."""
     by_step: dict[int, list[StepLine]] = {}
     for record in records:
         for step, line in {line.step: line for line in record.steps}.items():
@@ -168,7 +160,7 @@ def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any
 
 
 def _mean_loss(weighted: Sequence[tuple[float | None, int]]) -> float | None:
-    """Weighted mean; None if any is None, since the mean over ranks would not be finite either."""
+    """Weighted mean; None if any loss is None, since the mean would not be finite either."""
     weight = sum(tokens for _, tokens in weighted)
     if weight <= 0 or any(loss is None for loss, _ in weighted):
         return None
@@ -189,11 +181,11 @@ def _validations(records: Sequence[RankRecord], seconds: Sequence[float]) -> lis
 def _speed(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any]:
     """Times of the steady phase.
 
-    The median is taken per rank, and then the slowest rank's: the maximum over ranks at each step would count a delay
-    twice that one rank has in this step and another in the next. Outer rounds fall into few steps, which a median never
-    sees, and ranks do not wait for the slowest in every step: there it is the mean.
+    step_s is the largest of the ranks' medians. The maximum over ranks at each step would count a delay twice that one
+    rank has in this step and another in the next. With outer rounds step_s is the mean: the rounds fall into few steps,
+    which a median ignores, and ranks do not wait for the slowest in every step.
     """
-    steady = [steps for record in records if (steps := record.steady_steps)]
+    steady = [steps for record in records if (steps := [line for line in record.steps if line.steady])]
     compute = [median(record.compute_s) for record in records if record.compute_s]
     everything = [line for steps in steady for line in steps]
     total_s = sum(line.seconds for line in everything)
@@ -208,7 +200,7 @@ def _speed(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any]:
 
 
 def _bytes(started: Sequence[RankRecord], ranks: int, rounds: Rounds | None, *, has_faults: bool) -> dict[str, Any]:
-    """Both byte counts of the measured window; where a rank did not write both ends of it, what the rounds sent.
+    """Both byte counts of the measured window; if a rank did not write both ends of it, what the rounds sent.
 
     Under faults the two are not compared: what goes to a node that is gone is counted, but never transmitted, and what a
     cut swallows is transmitted more than once.
@@ -216,18 +208,24 @@ def _bytes(started: Sequence[RankRecord], ranks: int, rounds: Rounds | None, *, 
     windows = {record.rank: found for record in started if (found := record.window())}
     if not windows or set(windows) != set(range(ranks)):
         return {"payload_bytes_per_step": rounds.bytes_per_step if rounds else None}
-    starts = {record.rank: record.start for record in started if record.start}
-    node_of_rank = {rank: str(start["node"]) for rank, start in starts.items()}
+    starts = {record.rank: record.start for record in started}
+    node_of_rank = {rank: start["node"] for rank, start in starts.items()}
     checks: list[CountCheck] = []
     transmitted: list[float] = []  # per step, of each node
-    for node in dict.fromkeys(node_of_rank.values()):
-        members = [rank for rank in windows if node_of_rank[rank] == node]
-        _, steps, nic_tx_bytes = windows[members[0]]  # a node's lowest rank comes with it, and reads its interface
+    members_of = {node: [rank for rank in windows if node_of_rank[rank] == node] for node in node_of_rank.values()}
+    payload = [each.payload_bytes / steps for each, steps, _ in windows.values()]
+    if len(members_of) > 1:
+        payload = [
+            leaving(node, [windows[rank][0] for rank in members], node_of_rank) / windows[members[0]][1]
+            for node, members in members_of.items()
+        ]
+    for node, members in members_of.items():
+        _, steps, nic_tx_bytes = windows[members[0]]  # the node's lowest rank, which reads the interface
         if nic_tx_bytes is None:
             checks, transmitted = [], []
             break
         mine = {rank: windows[rank][0] for rank in members}
-        checks.append(verify(node, mine, node_of_rank, nic_tx_bytes, int(starts[members[0]]["mtu"])))
+        checks.append(verify(node, mine, node_of_rank, nic_tx_bytes, starts[members[0]]["mtu"]))
         transmitted.append(nic_tx_bytes / steps)
     shown = [] if has_faults else checks
     ratios = [check.ratio for check in shown if check.ratio is not None]
@@ -236,7 +234,7 @@ def _bytes(started: Sequence[RankRecord], ranks: int, rounds: Rounds | None, *, 
     others = [node for _, node, _ in bad if node != worst]
     return {
         "window_steps": min(steps for _, steps, _ in windows.values()),
-        "payload_bytes_per_step": fmean(each.payload_bytes / steps for each, steps, _ in windows.values()),
+        "payload_bytes_per_step": fmean(payload),
         "nic_tx_bytes_per_step": max(transmitted, default=None),
         "nic_over_model": max(ratios, key=lambda ratio: abs(ratio - 1), default=None),
         "nodes": shown,
@@ -272,7 +270,7 @@ def _notices(records: Sequence[RankRecord], started: Sequence[RankRecord]) -> li
             notices.append(
                 f"rank {record.rank} was started again after step {before}, and went on at step {resumed_at}"
             )
-    if started and not any(record.steady_steps for record in started):
+    if started and not any(line.steady for record in started for line in record.steps):
         notices.append("no step was past the method's warm-up, so there is no speed in the steady phase")
     is_counted = all(record.window() for record in started) or any(record.rounds for record in started)
     if started and not is_counted:

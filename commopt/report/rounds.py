@@ -1,4 +1,4 @@
-"""Merges the ranks' outer rounds, and says how far each rank came when."""
+"""Merges the ranks' outer rounds, and collects each rank's steps over time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from commopt.record.lines import RankRecord, RoundLine
 from commopt.report.document import Progress, ProgressPart, RankRounds, Rounds, Spread
 
-SHOWN_STEPS = 160  # of a rank's progress: some steps evenly spaced, and the ends of its longest pauses
+SHOWN_STEPS = 160  # evenly spaced, of a rank's progress; the ends of its longest pauses are added
 SHOWN_PAUSES = 20
 
 
 def rounds_of(records: Sequence[RankRecord]) -> Rounds | None:
-    """The outer rounds of all ranks; None where no rank made one."""
+    """The outer rounds of all ranks; None if no rank made one."""
     offsets_s = clock_offsets_s(records)
     by_rank = [
         RankRounds(
@@ -61,7 +61,7 @@ def _costs(records: Sequence[RankRecord]) -> dict[str, Any]:
 
 
 def _spread(records: Sequence[RankRecord]) -> list[Spread]:
-    """Of each round, what the ranks that knew the spread make of it together."""
+    """The spread in each round: the root mean square of the ranks' estimates."""
     offsets_s = clock_offsets_s(records)
     by_round: dict[int, list[tuple[int, RoundLine, float]]] = {}
     for record in records:
@@ -79,24 +79,23 @@ def _spread(records: Sequence[RankRecord]) -> list[Spread]:
 
 
 def clock_offsets_s(records: Sequence[RankRecord]) -> dict[int, float]:
-    """What to add to each rank's times to have seconds since the first rank's start; not of ranks that say no epoch."""
+    """What to add to a rank's times to get seconds since the first rank's start; only for ranks that recorded an epoch."""
     epochs_s = {record.rank: record.epoch_s for record in records if record.epoch_s is not None}
     return {rank: round(epoch_s - min(epochs_s.values()), 6) for rank, epoch_s in epochs_s.items()}
 
 
 def progress_of(records: Sequence[RankRecord]) -> list[Progress]:
-    """When each rank had done how many steps, thinned out; not of ranks that do not say when they started."""
+    """Each rank's steps over time, thinned out; only for ranks that recorded an epoch."""
     offsets_s, shown = clock_offsets_s(records), []
     for record in records:
-        if record.start is None or record.rank not in offsets_s:
+        if record.rank not in offsets_s:
             continue
         parts = []
         for lines, done in record.parts():
             at_s = [line.at_s + offsets_s[record.rank] for line in lines]
             if chosen := _thinned(at_s):
                 parts.append(ProgressPart(at_s=[round(at_s[k], 3) for k in chosen], steps=[done[k] for k in chosen]))
-        node = str(record.start["node"])
-        shown.append(Progress(rank=record.rank, node=node, parts=parts, ended=record.ended))
+        shown.append(Progress(rank=record.rank, node=record.start["node"], parts=parts, ended=record.ended))
     return shown
 
 

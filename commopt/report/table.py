@@ -1,21 +1,22 @@
-"""The comparison as a table, and in one sentence per run."""
+"""The comparison as a table and in one sentence per run; what outer rounds and faults cost, in tables and words."""
 
 from __future__ import annotations
 
+import math
 from typing import TextIO
 
-from commopt.record.words import megabytes, milliseconds, times_text
-from commopt.report.columns import AS_MEGABYTES, AS_MS, Column, cells_of, column_of, described, table_of
-from commopt.report.document import Results, RunResult
-from commopt.report.outer_table import ROUND_COLUMNS, fault_lines, round_cells
+from commopt.record.words import megabytes, milliseconds, seconds_text, spread_text, times_text
+from commopt.report.columns import AS_MEGABYTES, AS_MS, NOTHING, Column, cells_of, column_of, described, table_of
+from commopt.report.document import Fault, FaultCost, Results, RunResult
 
+STOPPED = 2.0  # a stop of fewer median steps counts as none
 ALIKE = 0.03  # two speeds or byte counts that differ by less are called the same
 COLUMNS = (
     column_of(("method", ""), "name"),
     column_of(("val", "loss"), "val_loss", "{:.3f}".format),
     Column(
         ("to", "dense"),
-        "its difference to the validation loss of dense after as many steps",
+        "its difference from dense's validation loss after the same number of steps",
         lambda run, dense: None if run is dense else loss_above_dense(run, dense),
         "{:+.1%}".format,
     ),
@@ -33,25 +34,41 @@ COLUMNS = (
         lambda wall: wall if wall == "failed" else f"{wall:.0f}" if wall >= 9.95 else f"{wall:.1f}",
     ),
 )
+ROUND_COLUMNS = (
+    column_of(("outer", "rounds"), "name"),
+    column_of(("", "rounds"), "rounds.rounds"),
+    column_of(("", "missed"), "rounds.missed"),
+    column_of(("blocked", "ms/round"), "rounds.blocked_s", milliseconds, AS_MS),
+    column_of(("worst", "rank"), "rounds.blocked_worst_s", milliseconds, AS_MS),
+    column_of(("blocked", "%"), "rounds.blocked_share", "{:.1%}".format),
+    column_of(("exchange", "s"), "rounds.exchange_s", "{:.2f}".format),
+    column_of(("sent", "MB/step"), "rounds.bytes_per_step", megabytes, AS_MEGABYTES),
+    column_of(("spread", "at end"), "rounds.spread_end", spread_text),
+)
+FAULT_COLUMNS = (
+    ("at step", described(Fault, "at_step")),
+    ("second", described(Fault, "at_s")),
+    ("fault", "what was done to which nodes"),
+    ("survivors' longest stop", f"{described(FaultCost, 'longest_stop_s')}; none if it is less than two median steps"),
+    ("rounds missed", described(FaultCost, "missed")),
+    ("stepped again", described(FaultCost, "back_after_s")),
+)
 
 
 def cells(results: Results) -> list[list[str]]:
-    """One row per run, one text per column; `-` where there is nothing to say."""
+    """One row per run, one text per column; `-` for a value of None."""
     return cells_of(COLUMNS, results.runs, results.dense)
 
 
 def loss_above_dense(run: RunResult, dense: RunResult | None) -> float | None:
-    """How far the validation loss is above dense's, as a share of it; None unless both did as many steps."""
+    """How far the validation loss is above dense's, as a share of it; None unless both did the same number of steps."""
     if dense is None or run.steps != dense.steps or run.val_loss is None or not dense.val_loss:
         return None
     return run.val_loss / dense.val_loss - 1
 
 
 def show(results: Results, stream: TextIO) -> None:
-    """Write the table, a sentence on each run and what else must be known; colours only in a terminal.
-
-    Outer rounds have a table of their own, and faults a line each, where there are any.
-    """
+    """Write the table, a sentence on each run, a table of outer rounds, a line on each fault, and notices; colours only in a terminal."""
     from rich.console import Console
 
     width, gap = (None, 1) if stream.isatty() else (200, 2)
@@ -72,7 +89,7 @@ def show(results: Results, stream: TextIO) -> None:
 
 
 def event_texts(run: RunResult) -> list[str]:
-    """The run's events, one text for each kind, with the first of them in words."""
+    """One text for each kind of the run's events: the first of them, and how many more there are."""
     texts = []
     for kind in dict.fromkeys(event.kind for event in run.events):
         same = [event for event in run.events if event.kind == kind]
@@ -84,7 +101,7 @@ def event_texts(run: RunResult) -> list[str]:
 
 
 def readings(results: Results) -> list[str]:
-    """What the table says, in one sentence per run: `onebit_adam: steps 9.5x faster than dense after step 24; ...`"""
+    """The table in words, one sentence per run: `onebit_adam: steps 9.5x faster than dense after step 24; ...`"""
     return [f"{run.name}: {'; '.join(filter(None, _parts(run, results.dense)))}." for run in results.runs]
 
 
@@ -104,31 +121,25 @@ def _parts(run: RunResult, dense: RunResult | None) -> list[str]:
 def _speed(run: RunResult, dense: RunResult) -> list[str]:
     if run.step_s is None or dense.step_s is None:
         who = run.name if run.step_s is None else dense.name
-        return [f"no speed-up to tell, since {who} has no step in a steady phase"]
+        return [f"no speed-up: {who} has no step in a steady phase"]
     after = f" after step {run.warmup_steps}" if run.warmup_steps else ""
-    text = f"steps {_faster(dense.step_s / run.step_s)} dense{after}"
+    text = f"steps {_compared(dense.step_s / run.step_s, 'as fast as', 'faster than', 'slower than')} dense{after}"
     both_finished = run.status == dense.status == "finished" and run.steps == dense.steps
     if both_finished and run.wall_s and dense.wall_s:
-        text += f", the whole run {_faster(dense.wall_s / run.wall_s).removesuffix(' than').removesuffix(' as')}"
+        text += f", the whole run {_compared(dense.wall_s / run.wall_s, 'as fast', 'faster', 'slower')}"
     return [text, _uneven(run)]
-
-
-def _faster(ratio: float) -> str:
-    return _compared(ratio, "as fast as", "faster than", "slower than")
 
 
 def _compared(ratio: float, alike: str, above: str, below: str) -> str:
     if abs(ratio - 1) < ALIKE:
         return alike
-    return f"{_factor(ratio)} {above}" if ratio > 1 else f"{_factor(1 / ratio)} {below}"
-
-
-def _factor(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio < 1.095 else times_text(ratio)
+    factor = max(ratio, 1 / ratio)
+    times = f"{factor:.2f}x" if factor < 1.095 else times_text(factor)
+    return f"{times} {above if ratio > 1 else below}"
 
 
 def _uneven(run: RunResult) -> str:
-    """A median hides that some steps communicate and others do not; the mean tells."""
+    """Report a mean far from the median: some steps communicate and others do not."""
     if run.step_s is None or run.step_mean_s is None or abs(run.step_mean_s / run.step_s - 1) < 0.2:
         return ""
     return f"its steady steps are not alike, and take {milliseconds(run.step_mean_s)} ms on average"
@@ -150,7 +161,7 @@ def _loss(run: RunResult, dense: RunResult) -> str:
 
 
 def val_loss_text(above: float) -> str:
-    """`val loss 0.2 % above`: how far a validation loss is from that of dense, which is a share of it."""
+    """`val loss 0.2 % above`: how far a validation loss is from dense's, as a share of it."""
     return f"val loss {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"
 
 
@@ -159,3 +170,38 @@ def _fewer_bytes(run: RunResult, dense: RunResult) -> str:
         return ""
     ratio = dense.payload_bytes_per_step / run.payload_bytes_per_step
     return _compared(ratio, "as many bytes a step", "fewer bytes a step", "more bytes a step")
+
+
+def round_cells(results: Results) -> list[list[str]]:
+    """One row per run that has outer rounds, one text per column."""
+    return cells_of(ROUND_COLUMNS, [run for run in results.runs if run.rounds is not None], results.dense)
+
+
+def fault_row(fault: Fault) -> list[str]:
+    """`120`, `12.4`, `node2 killed`, `3.1 s (rank 0, 31 steps' time)`, `3 (rank 0: 2, rank 1: 1)`, `4.2 s, step 182`."""
+    cost, stop, back = fault.cost, NOTHING, NOTHING
+    if cost.longest_stop_s is not None:
+        steps = cost.longest_stop_s / (cost.median_step_s or math.inf)
+        who = f"rank {cost.stopped_rank}, {steps:.0f} steps' time"
+        stop = f"{seconds_text(cost.longest_stop_s)} ({who})" if steps >= STOPPED else "none"
+    missed = ", ".join(f"rank {each.rank}: {each.rounds}" for each in cost.missed)
+    missed = f"{sum(each.rounds for each in cost.missed)} ({missed})" if missed else "0"
+    if fault.kind == "restart":
+        after_s = cost.back_after_s
+        back = "never" if after_s is None else f"{seconds_text(after_s)}, step {cost.back_at_step}"
+    return [str(fault.at_step), f"{fault.at_s:.1f}", str(fault), stop, missed, back]
+
+
+def fault_lines(results: Results) -> list[str]:
+    """`noloco, fault at step 120: node2 killed; longest stop: 3.1 s (rank 0, 31 steps' time)`."""
+    return [
+        f"{run.name}, fault at step {fault.at_step}: {fault}; {cost_text(fault)}"
+        for run in results.runs
+        for fault in run.faults
+    ]
+
+
+def cost_text(fault: Fault) -> str:
+    """`longest stop: 3.1 s (rank 0, 31 steps' time); rounds missed: 3 (...)`."""
+    said = zip(("longest stop", "rounds missed", "stepped again"), fault_row(fault)[3:], strict=True)
+    return "; ".join(f"{what}: {text}" for what, text in said if text not in (NOTHING, "0")) or "nobody left to see it"

@@ -1,4 +1,4 @@
-"""Every rank checks for itself, and all ranks hear how it went: what fails on one rank fails on all, and nobody waits for it."""
+"""Collective checks: every rank runs its own, and one rank's failure raises on all of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _SHOWN = 3  # differences that an error names
 def agree(group: Group, check: Callable[[], tuple[T, Configuration]]) -> T:
     """Run `check` on this rank; return its result once all ranks have passed theirs with the same configuration.
 
-    Before anything is changed, and outside the counted traffic. Raises what `check` raised; on the other ranks AttachError with that,
-    or, on all ranks, AttachError with what the configurations differ in. GroupError where a rank did not come.
+    Changes nothing, and traffic does not count it. Raises what `check` raised, and on the other ranks AttachError with that reason. If
+    configurations differ, raises AttachError with the differences on all ranks. Raises GroupError if a rank did not come.
     """
     try:
         result, configuration = check()
     except Exception as error:
         if group.size > 1:
-            with contextlib.suppress(GroupError):  # what went wrong here is told by its own error
+            with contextlib.suppress(GroupError):  # what `check` raised matters more
                 group.tell(json.dumps({"error": _reason(error)}))
         raise
     if group.size == 1:
@@ -49,15 +49,12 @@ def agree(group: Group, check: Callable[[], tuple[T, Configuration]]) -> T:
 
 
 def together(group: Group, part: Callable[[], T]) -> T:
-    """Do one part on every rank. Raises CheckpointError on all ranks, with the reason, if it failed on any.
-
-    Raises GroupError if a rank is gone.
-    """
+    """Run `part` on every rank. Raises CheckpointError on all ranks if it fails on any, and GroupError if a rank is gone."""
     return met(group, lambda: (part(), None))[0]
 
 
 def met(group: Group, part: Callable[[], tuple[T, Any]]) -> tuple[T, list[Any]]:
-    """Do one part on every rank; return its result on this rank, and what it says on each of them, which is JSON."""
+    """Like `together`, for a `part` that also returns JSON: return its result on this rank, and the JSON of every rank."""
     failure: Exception | None = None
     done: tuple[T, Any] | None = None
     try:
@@ -89,7 +86,7 @@ def _reason(error: Exception) -> str:
 
 
 def meeting_group(group: Any, process_group: dist.ProcessGroup | None = None) -> Group:
-    """Where ranks meet before their attach has a group of its own: the group that was given, if it is one."""
+    """The group for checks, before attach has made one of its own: the group that was given, if it is one."""
     if isinstance(group, Group):
         return group
     return TorchGroup(process_group) if dist.is_initialized() else LocalGroup()
@@ -103,23 +100,21 @@ def configuration_of(
     model: Module,
     **options: Any,
 ) -> Configuration:
-    """What ranks must have in common: version, method, model, optimizer and how they are put together.
+    """What must be equal on all ranks: version, framework, method, model, optimizer and options.
 
-    model: whose frozen parameters and buffers are made those of rank 0, too.
+    model: its frozen parameters and buffers are checked too, as they become those of rank 0.
     """
     name_of = {id(p): name for name, p in named_parameters.items()}
-    groups: Any = None
-    # outer methods: messages leave from the CPU, and ranks may have come at different moments of a schedule
+    # outer methods send from the CPU, and ranks may join at different points of a schedule
     is_every_step = method.kind != "outer"
-    if is_every_step:
-        groups = [
-            {
-                "state": _state(optimizer, group["params"]),
-                "parameters": [name_of.get(id(p), "frozen") for p in group["params"]],
-                **{k: v for k, v in group.items() if k not in ("params", "param_names")},
-            }
-            for group in optimizer.param_groups
-        ]
+    groups = [
+        {
+            "state": _state(optimizer, group["params"]),
+            "parameters": [name_of.get(id(p), "frozen") for p in group["params"]],
+            **{k: v for k, v in group.items() if k not in ("params", "param_names")},
+        }
+        for group in optimizer.param_groups
+    ]
     kind = type(getattr(optimizer, "replaced", optimizer)).__name__
     others = {
         name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if name not in named_parameters
@@ -130,7 +125,7 @@ def configuration_of(
             "commopt": commopt.__version__,
             "framework": framework,
             "method": {"name": method.name, **_attributes(method.options)},
-            "optimizer": {"name": kind, "groups": groups, **optimizer.defaults},
+            "optimizer": {"name": kind, "groups": groups if is_every_step else None, **optimizer.defaults},
             "parameters": {name: f"{_kind(p, is_every_step)}, number {k}" for k, (name, p) in trained},
             "others": {name: _kind(x, is_every_step) for name, x in others.items()},
             **options,
@@ -144,7 +139,7 @@ def digest(configuration: Configuration) -> bytes:
 
 
 def difference(configurations: Mapping[int, Configuration]) -> str:
-    """What differs between ranks, in a line: which key, and who has which value."""
+    """The differences between ranks in one line: which key, and which ranks have which value."""
     every = dict.fromkeys(key for one in configurations.values() for key in one)
     told: list[str] = []
     of_another_kind: list[str] = []
@@ -155,7 +150,7 @@ def difference(configurations: Mapping[int, Configuration]) -> str:
         for rank, one in configurations.items():
             ranks_of.setdefault(one.get(key, "missing"), []).append(rank)
         if len(ranks_of) > 1:
-            if key in ("method.name", "optimizer.name"):  # whose other settings differ then, too
+            if key in ("method.name", "optimizer.name"):  # its other settings then differ, too
                 of_another_kind.append(key.removesuffix("name"))
             told.append(f"{key} is " + " and ".join(f"{value:.80} on {listed(r)}" for value, r in ranks_of.items()))
     more = f"; and {len(told) - _SHOWN} more differences" if len(told) > _SHOWN else ""
@@ -203,5 +198,5 @@ def _flattened(value: Any, key: str = "") -> Configuration:
 
 
 def listed(ranks: Sequence[int]) -> str:
-    """Ranks as a message names them: "ranks 0, 2"."""
+    """Ranks for a message: "rank 1", "ranks 0, 2"."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -1,12 +1,12 @@
 """Save and resume a training, residuals included, at the same number of ranks or at another.
 
-One format for all: `run.save` writes model, optimizer and the method's state; the checkpoints of a framework, which keeps model and
-optimizer itself, carry a block of the same form with the method's state beside its own files. It is named tensors and JSON of several
-ranks in one folder, replaced as a whole, and verified before anything is returned:
+One format for all: `run.save` writes model, optimizer and the method's state. A framework saves model and optimizer itself; its
+checkpoint carries a block of the same format with the method's state. A checkpoint is one folder with tensors and JSON of all ranks.
+It is replaced as a whole, and verified before anything is returned:
 
     manifest.json        JSON, a token of this save, the size and SHA-256 of each file, and of the manifest itself
-    shared.safetensors   what all ranks have in common
-    rank0.safetensors    what rank 0 has for itself; one file per rank
+    shared.safetensors   what all ranks share
+    rank0.safetensors    what only rank 0 has; one file per rank
 
 All ranks must see the same folder. A symlink to it is followed, when saving and when loading.
 """
@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -33,13 +33,14 @@ from commopt.groups import Group
 from commopt.run import files
 from commopt.run.agree import meeting_group, met, together
 from commopt.run.files import MANIFEST, OWN, SHARED, Manifest, join, split
+from commopt.run.reshare import resize
 from commopt.wire.state import Saved
 
 if TYPE_CHECKING:
     from commopt.run.run import Run
 
 _BLOCK = "commopt"  # the folder of a block, in the folder of a framework's checkpoint
-_HEAD = b'{"sha256": "'  # of a manifest, as far as it has been written
+_HEAD = b'{"sha256": "'  # how a manifest begins; one that is being written may be shorter
 _TRIES = 8  # if other jobs save to the same place at the same moment
 T = TypeVar("T")
 
@@ -53,11 +54,6 @@ def save_run(folder: Path, run: Run, extra: Mapping[str, object], *, with_traini
     save(place, content, run.group)
 
 
-def load_run(folder: Path, run: Run) -> dict[str, Any]:
-    """What `Run.load` does."""
-    return _take_over(run, _open(folder, run, with_training=True))
-
-
 def save_block(folder: Path, run: Run) -> None:
     """Add the method's state to the checkpoint that a framework writes into `folder`; all ranks call it.
 
@@ -67,7 +63,7 @@ def save_block(folder: Path, run: Run) -> None:
 
 
 def read_block(folder: Path, run: Run) -> Callable[[], object]:
-    """Verify the block of a framework's checkpoint; returns what takes it over, once the framework has loaded its part.
+    """Verify the block of a framework's checkpoint; returns what loads it, once the framework has loaded its part.
 
     Raises CheckpointError on all ranks of the job, even if each has a block of its own.
     """
@@ -76,13 +72,13 @@ def read_block(folder: Path, run: Run) -> Callable[[], object]:
         if not has_block(folder):
             raise CheckpointError(
                 f"{folder}: holds no state of {run.method.name}: it was saved without a method, or moved without its state; "
-                "take another checkpoint, or start anew from its model alone"
+                "take another checkpoint, or start again from its model alone"
             )
 
     meeting = meeting_group(None)
     together(meeting, look)
-    stored = together(meeting, lambda: _open(folder / _BLOCK, run, with_training=run.is_replica))
-    return lambda: _take_over(run, stored)
+    stored = together(meeting, lambda: open_run(folder / _BLOCK, run, with_training=run.is_replica))
+    return lambda: take_over(run, stored)
 
 
 def has_block(folder: Path) -> bool:
@@ -91,37 +87,43 @@ def has_block(folder: Path) -> bool:
 
 
 def _place(folder: Path, run: Run, with_training: bool) -> Path:
-    """Where this rank's part is: all ranks write one checkpoint together, unless each has a replica of its own."""
+    """This rank's folder: all ranks write one checkpoint together, unless each has a replica of its own."""
     if with_training and run.saved_by:
         raise CheckpointError(f"{folder}: {run.saved_by}")
     return folder / f"rank{run.rank}" if run.is_replica else folder
 
 
-def _open(folder: Path, run: Run, *, with_training: bool) -> Stored:
+def open_run(folder: Path, run: Run, *, with_training: bool = True) -> Stored:
     """A verified checkpoint that belongs to this run. Raises CheckpointError, on all ranks, if it does not."""
     place = _place(folder, run, with_training)
     stored = open_checkpoint(place, run.group)
-    together(run.group, lambda: _check(place, stored, run, with_training=with_training))
+
+    def check() -> None:
+        for problem in _problems(stored, run, with_training):
+            raise CheckpointError(f"{place}: {problem}")
+        if stored.manifest.fits(run.group):
+            run.check_saved(_saved(stored, run.group.rank))
+
+    together(run.group, check)
     return stored
 
 
-def _take_over(run: Run, stored: Stored) -> dict[str, Any]:
+def take_over(run: Run, stored: Stored) -> dict[str, Any]:
     """Continue from a checkpoint that has been checked; returns its `extra`."""
-    meta, tensors, rank = stored.meta, stored.shared, run.group.rank
+    manifest, meta, tensors, rank = stored.manifest, stored.manifest.meta, stored.shared, run.group.rank
     with torch.no_grad():
         if "model" in meta:
             run.model.load_state_dict(join(meta["model"], tensors))
             run.optimizer.load_state_dict(join(meta["optimizer"], tensors))
-        if stored.ranks == run.group.size:
+        if manifest.fits(run.group):
             run.load_saved(_saved(stored, rank))
             if "rng" in stored.own[rank]:
                 torch.set_rng_state(stored.own[rank]["rng"])
             run.resume_bucket_layout(meta["buckets"])
         else:
-            run.method.resize([_saved(stored, k) for k in range(stored.ranks)])
+            resize(run, [_saved(stored, k) for k in range(manifest.ranks)], manifest.per_machine)
     run.steps = int(meta["steps"])
-    extra: dict[str, Any] = join(meta["extra"], tensors)
-    return extra
+    return dict(join(meta["extra"], tensors))
 
 
 def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> Content:
@@ -153,39 +155,32 @@ def _saved(stored: Stored, rank: int) -> Saved:
     return {"shared": of_method(stored.shared), "rank": of_method(stored.own[rank])}
 
 
-def _check(folder: Path, stored: Stored, run: Run, *, with_training: bool) -> None:
-    meta = stored.meta
+def _problems(stored: Stored, run: Run, with_training: bool) -> Iterator[str]:
+    """Why a checkpoint does not belong to this run."""
+    meta = stored.manifest.meta
     if with_training and "model" not in meta:
-        raise CheckpointError(f"{folder}: holds no model, so it is not a checkpoint of run.save")
-    if run.is_replica and stored.ranks != 1:
-        raise CheckpointError(
-            f"{folder}: was saved by {stored.ranks} ranks together; {run.method.name} saves each alone"
-        )
+        yield "holds no model, so it is not a checkpoint of run.save"
+    if run.is_replica and stored.manifest.ranks != 1:
+        yield f"was saved by {stored.manifest.ranks} ranks together; {run.method.name} saves each alone"
     for what, saved, own in (
         ("under", meta["method"], run.method.name),
         ("with the optimizer", meta.get("optimizer_type"), type(run.replaced).__name__ if with_training else None),
         ("with", meta["form"], run.method.state_form),
     ):
         if saved != own:
-            raise CheckpointError(f"{folder}: was saved {what} {saved or 'no options'}, not {own or 'none'}")
+            yield f"was saved {what} {saved or 'no options'}, not {own or 'none'}"
     pairs: list[tuple[Any, Any]] = [*zip_longest(meta["parameters"], _shapes(run.parameters))]
     if with_training:
         states = join(meta["model"], stored.shared), run.model.state_dict()
         pairs += zip_longest(*(sorted(_shapes(state)) for state in states))
     for theirs, ours in pairs:
         if theirs != ours:
-            raise CheckpointError(
-                f"{folder}: is of another model: it has {_described(theirs)} where this one has {_described(ours)}"
-            )
+            yield f"is of another model: it has {_described(theirs)} where this one has {_described(ours)}"
     if with_training:
-        groups = join(meta["optimizer"], stored.shared)["param_groups"]
-        sizes = [[len(group["params"]) for group in one] for one in (groups, run.optimizer.param_groups)]
-        if sizes[0] != sizes[1]:
-            raise CheckpointError(
-                f"{folder}: its optimizer has parameter groups of {sizes[0]} parameters, this one of {sizes[1]}"
-            )
-    if stored.ranks == run.group.size:
-        run.check_saved(_saved(stored, run.group.rank))
+        groups = join(meta["optimizer"], stored.shared)["param_groups"], run.optimizer.param_groups
+        sizes, own_sizes = ([len(group["params"]) for group in one] for one in groups)
+        if sizes != own_sizes:
+            yield f"its optimizer has parameter groups of {sizes} parameters, this one of {own_sizes}"
 
 
 def _shapes(state: Mapping[str, Any]) -> list[list[Any]]:
@@ -208,23 +203,21 @@ class Content(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A save that has been verified: its JSON, and the tensors that this rank needs of it.
+    """A save that has been verified: its manifest, and the tensors that this rank needs of it.
 
-    ranks: how many saved. own: what each of them had for itself, if another number of ranks loads; else this rank's alone.
+    own: of each rank that saved, if another number loads; else of this rank alone.
     """
 
-    ranks: int
-    meta: dict[str, Any]
+    manifest: Manifest
     shared: dict[str, Tensor]
     own: dict[int, dict[str, Tensor]]
 
 
 def save(folder: str | Path, content: Content, group: Group) -> None:
-    """Write what every rank hands in; all ranks call it. A rank that saves alone passes a LocalGroup.
+    """Write the content of every rank; all ranks call it. A rank that saves alone passes a LocalGroup.
 
-    The folder is replaced as a whole, after everything has been written: a crash or a full disk leaves the checkpoint that was
-    there. Raises CheckpointError, on all ranks, if it cannot be written, or if its place holds anything but a checkpoint; an empty
-    folder is taken.
+    The folder is replaced as a whole, after everything has been written: a crash or a full disk leaves the previous checkpoint as it
+    was. Raises CheckpointError, on all ranks, if it cannot be written, or if the folder is neither empty nor a checkpoint.
     """
     is_first = group.rank == 0
     mine = {OWN.format(group.rank): content.own} | ({SHARED: content.shared} if is_first else {})
@@ -236,19 +229,22 @@ def save(folder: str | Path, content: Content, group: Group) -> None:
         return place, _begin(place, at_end) if is_first else ""
 
     def write() -> tuple[None, Any]:
-        return None, {name: files.write_tensors(partial / name, x).model_dump() for name, x in mine.items()}
+        return None, {name: files.write(partial / name, files.pieces_of(x)).model_dump() for name, x in mine.items()}
 
     def finish() -> None:
         written = {name: files.File(**file) for one in told for name, file in one.items()}
         for name, file in written.items():
             if not (partial / name).is_file() or (partial / name).stat().st_size != file.bytes:
                 raise CheckpointError(f"rank 0 does not see {name} as it was written; give all ranks one shared folder")
-        files.write_manifest(partial, Manifest(token=token, files=written, meta=content.meta, ranks=group.size))
+        manifest = Manifest(
+            token=token, files=written, meta=content.meta, ranks=group.size, per_machine=group.per_machine
+        )
+        files.write_manifest(partial, manifest)
         files.sync_folder(partial)
         _swap(partial, place)
         for old in _siblings(place, "old"):
             with contextlib.suppress(CheckpointError, OSError):
-                if not old.with_suffix(".partial").exists():  # else its job is about to fill the place
+                if not old.with_suffix(".partial").exists():  # else its job is about to replace the checkpoint
                     _check_place(old)
                     files.remove_folder(old)
 
@@ -265,7 +261,7 @@ def save(folder: str | Path, content: Content, group: Group) -> None:
 def open_checkpoint(folder: str | Path, group: Group) -> Stored:
     """Read and verify what this rank needs; all ranks call it, and get it once all of them have verified the same save.
 
-    A rank needs what all share and its own; if another number of ranks saved, what each of those had. What is returned is what was
+    A rank needs the shared tensors and its own; if another number of ranks saved, those of each of them. It gets the bytes that were
     verified, whatever another job writes meanwhile. Raises CheckpointError, on all ranks.
     """
 
@@ -273,20 +269,19 @@ def open_checkpoint(folder: str | Path, group: Group) -> Stored:
         target, tried = Path(os.path.realpath(folder)), list[str]()
         while True:
             place, digest, manifest = _steady(lambda: _found(target))
-            owners = [group.rank] if manifest.ranks == group.size else range(manifest.ranks)
+            owners = [group.rank] if manifest.fits(group) else range(manifest.ranks)
             names = [SHARED, *map(OWN.format, owners)]
             try:
                 shared, *own = (files.read_tensors(place / name, manifest.files[name]) for name in names)
             except CheckpointError:
-                if tried.count(digest) > (
-                    0 if place == target else _TRIES
-                ):  # else a job that saves may just have replaced it
+                # another job may just have replaced it
+                if tried.count(digest) > (0 if place == target else _TRIES):
                     raise
                 tried.append(digest)
             else:
                 if place != target and group.rank == 0:
                     _log.warning("%s is missing: a job was killed while it replaced it; %s is loaded", target, place)
-                return Stored(manifest.ranks, manifest.meta, shared, dict(zip(owners, own, strict=True))), digest
+                return Stored(manifest, shared, dict(zip(owners, own, strict=True))), digest
 
     stored, digests = met(group, read)
     for rank, digest in enumerate(digests):
@@ -313,9 +308,9 @@ def _begin(place: Path, at_end: contextlib.ExitStack) -> str:
     at_end.callback(files.remove_folder, partial)  # finds nothing once it has been renamed
     lock = os.open(partial / files.LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     at_end.callback(os.close, lock)
-    with contextlib.suppress(OSError):  # this file system has no locks: nobody else will remove the folder either
+    with contextlib.suppress(OSError):  # this file system has no locks: no other job will remove the folder either
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.replace(partial / files.LOCK, partial / MANIFEST)  # so that nobody sees it without its lock
+    os.replace(partial / files.LOCK, partial / MANIFEST)  # so that it never exists without its lock
     return token
 
 
@@ -325,7 +320,7 @@ def _swap(partial: Path, place: Path) -> None:
     for _ in range(_TRIES):
         _steady(lambda: _check_place(place))
         if os.path.lexists(place):
-            files.remove_folder(old)  # of the try before this one, which another job's took the place of
+            files.remove_folder(old)  # of the last try, if another job was faster
             with contextlib.suppress(FileNotFoundError):
                 os.replace(place, old)
         try:
@@ -361,7 +356,7 @@ def _siblings(place: Path, kind: str) -> list[Path]:
 
 
 def _steady(look: Callable[[], T]) -> T:
-    """What `look` sees; it looks again if it fails, because another job may replace the folder meanwhile."""
+    """Return `look()`; try again if it fails, because another job may replace the folder meanwhile."""
     for _ in range(_TRIES - 1):
         with contextlib.suppress(CheckpointError, OSError):
             return look()
@@ -369,7 +364,7 @@ def _steady(look: Callable[[], T]) -> T:
 
 
 def _found(place: Path) -> tuple[Path, str, Manifest]:
-    """The folder and its manifest; or what is left of it if a job was killed between two renames."""
+    """The folder and its manifest; or the old folder, if a job was killed between two renames."""
     if os.path.lexists(place):
         return place, *files.read_manifest(place)
     olds: list[tuple[int, Path]] = []

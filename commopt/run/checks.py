@@ -1,4 +1,4 @@
-"""What every framework's attach does first: the method, the optimizer, all checks, and how a run finds the other ranks."""
+"""What every framework's attach does first: resolve the method and optimizer, check everything, and find the other ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from commopt.choice import Choice
 from commopt.errors import AttachError, ConfigError, check_option
-from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWorld, TcpPeers, TorchGroup
+from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWorld, TcpPeers, TorchGroup, World
 from commopt.groups.tcp import Membership, listen_anywhere
 from commopt.method import EveryStep, Kind, Method
 from commopt.methods import resolve
@@ -30,18 +30,17 @@ from commopt.run.agree import Configuration, agree, configuration_of, meeting_gr
 from commopt.run.stand_in import StandIn
 
 ATTACHED = WeakIdKeyDictionary()  # models and their parameters; an attribute of a model would be pickled with it
-_BARE: weakref.WeakKeyDictionary[Module, str] = weakref.WeakKeyDictionary()  # modules, and the method that wants no DDP
-ATTACHING = threading.Lock()  # held where that set changes: simulated ranks attach at the same time
+_BARE: weakref.WeakKeyDictionary[Module, str] = weakref.WeakKeyDictionary()  # modules and the method that refuses DDP
+ATTACHING = threading.Lock()  # held while ATTACHED changes: simulated ranks attach at the same time
 HALF = (torch.float16, torch.bfloat16)
-_JOB_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # as torchrun and mpirun say it
-_EVERY: tuple[Kind, ...] = ("gradient", "update", "outer")
+_JOB_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # as torchrun and mpirun set it
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One combination that cannot work: a row of the table, from which the errors and a page of the docs come.
+    """One combination that cannot work: a row of the table behind the errors and a page of the docs.
 
-    fact: by which a framework reports it. framework: where it is looked for. what, why, instead: the error; {method} is the
+    fact: the name by which a framework reports it. framework: which looks for it. what, why, instead: the error; {method} is the
         method's name, and {detail} what the framework found. kinds: of methods that it concerns.
     """
 
@@ -50,7 +49,7 @@ class Refusal:
     what: str
     why: str
     instead: str
-    kinds: tuple[Kind, ...] = _EVERY
+    kinds: Sequence[Kind] = ("gradient", "update", "outer")
 
     def text(self, method: str, detail: object = "") -> str:
         """The error's text."""
@@ -60,14 +59,14 @@ class Refusal:
 @cache
 def table() -> dict[str, Refusal]:
     """Every refusal by its fact, from refusals.yaml."""
-    from commopt.reading import read_yaml  # PyYAML and pydantic take their time
+    from commopt.reading import read_yaml  # slow to import
 
-    found = {}
-    for framework, entries in read_yaml(Path(__file__).with_name("refusals.yaml")).items():
-        for fact, entry in entries.items():
-            kinds = tuple(entry.get("kinds", _EVERY))
-            found[fact] = Refusal(fact, framework, entry["what"], entry["why"], entry["instead"], kinds)
-    return found
+    by_framework = read_yaml(Path(__file__).with_name("refusals.yaml"))
+    return {
+        fact: Refusal(fact, framework, **entry)
+        for framework, entries in by_framework.items()
+        for fact, entry in entries.items()
+    }
 
 
 def refuse(facts: Mapping[str, object], method: str, kind: Kind) -> None:
@@ -82,7 +81,7 @@ def refuse(facts: Mapping[str, object], method: str, kind: Kind) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What `attach` was asked for."""
+    """The arguments of `attach`."""
 
     method: Method | type[Method] | Choice
     optimizer: torch.optim.Optimizer | None = None
@@ -92,7 +91,7 @@ class Request:
     overlap: bool | None = None
 
     def joint_decision(self, method: EveryStep) -> str:
-        """For what a step's buckets must come together, after backward: a norm over all, or one decision; "" if they need not."""
+        """Why a step's buckets must be exchanged together, after backward: a norm or a decision over all; "" if they need not."""
         if self.max_norm is not None:
             return "max_norm"
         if self.grad_scaler is not None and not method.is_linear:
@@ -102,7 +101,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of a request, with the optimizer that will step: nothing has been changed yet."""
+    """A checked request, with the optimizer that will step. Nothing has been changed yet."""
 
     method: Method
     optimizer: torch.optim.Optimizer
@@ -118,16 +117,18 @@ def check_request(
     facts: Callable[[Method], Mapping[str, object]],
     configuration: Mapping[str, Any] | None = None,
 ) -> Checked:
-    """Resolve and check everything, on every rank; what fails on one fails on all.
+    """Resolve and check everything, on every rank; one rank's failure raises on all of them.
 
-    model: whose parameters are trained. facts: what the framework knows, for `refuse`. configuration: what else ranks must have in
-    common. Raises ConfigError and AttachError.
+    model: whose parameters are trained. facts: what the framework knows, for `refuse`. configuration: what else must be equal on
+    all ranks. Raises ConfigError and AttachError.
     """
 
     def check() -> tuple[Checked, Configuration]:
         method = resolve(request.method)
-        inside = _wrappers_inside(model) if framework != "fsdp" else {}
-        refuse({**_general_facts(method, request, model), **facts(method), **inside}, method.name, method.kind)
+        of_model = _wrappers_inside(model) if framework != "fsdp" else {}
+        if isinstance(request.group, World) and framework not in ("plain", "ddp"):
+            of_model["machines under another framework"] = framework
+        refuse({**_general_facts(method, request, model), **facts(method), **of_model}, method.name, method.kind)
         optimizer = _stepping(method, request.optimizer)
         named = check_parameters(model, method, optimizer)
         options = {"max_norm": request.max_norm, "overlap": request.overlap, **(configuration or {})}
@@ -138,7 +139,7 @@ def check_request(
 
 
 def agree_on_method(request: Request, facts: Mapping[str, object]) -> Method:
-    """The method, if nothing that it is used with is refused on any rank."""
+    """Resolve the method. Raises on all ranks if that fails, or a fact is refused, on any of them."""
 
     def check() -> tuple[Method, Configuration]:
         method = resolve(request.method)
@@ -167,13 +168,17 @@ def _general_facts(method: Method, request: Request, model: Module) -> dict[str,
         "max_norm of a private method": request.max_norm is not None and not method.takes_max_norm,
         "outer method and max_norm with a scaler": request.grad_scaler is not None,
         "peers for a synchronous method": isinstance(group, Peers),
+        "outer method between machines": isinstance(group, World),
+        "method that cannot be cut": isinstance(group, World)
+        and isinstance(method, EveryStep)
+        and not method.can_be_cut,
         "compiled ddp": "DistributedDataParallel" in compiled,
         "compiled fsdp": "FSDPModule" in compiled,
     }
 
 
 def _stepping(method: Method, optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that will step. Raises AttachError if it is missing, or does not go with the method."""
+    """The optimizer that will step. Raises AttachError if it is missing, or does not fit the method."""
     kind = type(optimizer).__name__
     given = "it is missing" if optimizer is None else f"got {kind}"
     facts = {
@@ -189,20 +194,41 @@ def _stepping(method: Method, optimizer: Any) -> torch.optim.Optimizer:
 
 
 def has_closure(args: Any, kwargs: Any) -> bool:
-    """Whether `step` was called with one, by what its hooks get; args[0] is the optimizer, and wrappers pass None on."""
+    """Whether `step` was called with a closure, from what its hooks get: args[0] is the optimizer, and wrappers pass None."""
     return any(x is not None for x in (*args[1:], *(kwargs or {}).values()))
 
 
-def connect(process_group: dist.ProcessGroup | None = None) -> Group:
-    """The group that integrations use unless they are given one: ranks of the job, in a process group of its own.
+def connect(process_group: dist.ProcessGroup | None = None, method: Method | None = None) -> Group:
+    """The group that integrations use unless they are given one: the job's ranks, in process groups of its own.
 
-    One rank alone where torch.distributed is not initialised. Under `emulate: paced`, the launcher's links slow it down.
+    One rank alone if torch.distributed is not initialised. Under `emulate: paced`, the launcher's links slow it down.
+    method: makes it a World, if the launcher has started several ranks on each of several machines, and the method can be cut.
     """
     if not dist.is_initialized():
         return LocalGroup()
+    text = os.environ.get("COMMOPT_LINKS")
+    links = LinkModel.from_json(text) if text else None
+    machines = machines_of(process_group) if isinstance(method, EveryStep) else []
+    if isinstance(method, EveryStep) and machines and method.can_be_cut:
+        inside = TorchGroup.like(process_group, machines)
+        between: Group = TorchGroup.like(process_group, list(zip(*machines, strict=True)))
+        return World(inside, PacedGroup(between, links.of_one_rank(inside.size)) if links else between)
     group: Group = TorchGroup.like(process_group)
-    links = os.environ.get("COMMOPT_LINKS")
-    return PacedGroup(group, LinkModel.from_json(links)) if links else group
+    return PacedGroup(group, links) if links else group
+
+
+def machines_of(process_group: dist.ProcessGroup | None = None) -> list[list[int]]:
+    """The ranks of each machine, as torchrun has numbered machines (GROUP_RANK), if there are two levels; otherwise an empty list.
+
+    There are two levels if several machines have the same number of ranks, and more than one.
+    """
+    numbers = TorchGroup(process_group).tell(os.environ.get("GROUP_RANK", ""))
+    machines: dict[str, list[int]] = {}
+    for rank, number in enumerate(numbers):
+        machines.setdefault(number, []).append(rank)
+    sizes = {len(machine) for machine in machines.values()}
+    has_levels = "" not in machines and len(machines) > 1 and len(sizes) == 1 and sizes != {1}
+    return list(machines.values()) if has_levels else []
 
 
 def connect_peers(group: Group | Peers | None = None) -> Peers:
@@ -215,8 +241,7 @@ def connect_peers(group: Group | Peers | None = None) -> Peers:
         links = os.environ.get("COMMOPT_LINKS")
         return TcpPeers(membership, links=LinkModel.from_json(links) if links else None)
     if isinstance(group, LocalGroup) or (group is None and not dist.is_initialized()):
-        alone: SimWorld[None] = SimWorld(1)
-        return SimGroup(alone, 0).peers
+        return SimGroup(SimWorld[None](1), 0).peers
     group = group or TorchGroup()
     listener, address = listen_anywhere()
     told = group.tell(json.dumps([*address, os.getpid()]))
@@ -225,7 +250,7 @@ def connect_peers(group: Group | Peers | None = None) -> Peers:
 
 
 def _wrappers_inside(model: Module) -> dict[str, object]:
-    """Where inside a model gradients are averaged already."""
+    """Modules inside a model that average gradients already."""
     found: dict[str, object] = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -238,9 +263,9 @@ def _wrappers_inside(model: Module) -> dict[str, object]:
 
 
 def refuse_ddp(model: Module, method: str) -> list[RemovableHandle]:
-    """Let a forward inside a DDP that was put around the model, or around what holds it, after attach raise AttachError.
+    """Make forward raise AttachError if the model, or a module that holds it, was wrapped in DDP after attach.
 
-    By pre-hooks of all modules with parameters, whose handles are returned. In a copy of the model they do nothing.
+    Adds pre-hooks to all modules with parameters, and returns their handles. In a copy of the model they do nothing.
     """
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     _BARE.update(dict.fromkeys(owners, method))
@@ -259,7 +284,7 @@ def _check_ddp(module: Module, _: Any) -> None:
 
 
 def check_parameters(model: Module, method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Parameter]:
-    """The trainable parameters by name, in registration order. Raises AttachError for any that the method cannot serve."""
+    """The trainable parameters by name, in registration order. Raises AttachError for any that the method does not support."""
     own = {id(p) for p in model.parameters()}
     with ATTACHING:
         is_attached = any(one in ATTACHED for one in (model, *model.parameters()))

@@ -17,8 +17,9 @@ from commopt.run.agree import agree, meeting_group
 from commopt.run.checks import Request
 from commopt.run.run import Run
 
-# (module that defines the class, class, our module): looked at only if that module has been imported
-_MODELS = (
+# (module that defines the class of model or optimizer, class, our module): checked only if that module has been imported
+_KNOWN = (
+    ("accelerate.optimizer", "AcceleratedOptimizer", "accelerate"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "deepspeed"),
     ("transformers", "Trainer", "transformers"),
     ("torch.distributed.fsdp", "FSDPModule", "fsdp"),
@@ -26,7 +27,6 @@ _MODELS = (
     ("torch.nn.parallel", "DistributedDataParallel", "ddp"),
     ("torch.nn", "Module", "plain"),
 )
-_OPTIMIZERS = (("accelerate.optimizer", "AcceleratedOptimizer", "accelerate"),)
 
 
 class TrainerLike(Protocol):
@@ -46,33 +46,31 @@ def attach(
     grad_scaler: torch.amp.GradScaler | None = None,
     overlap: bool | None = None,
 ) -> Run:
-    """Put a communication method into a training script, whatever it trains with.
+    """Put a communication method into a training script, with any of the supported frameworks.
 
     model: a plain module, a DistributedDataParallel or FSDP2 model, a DeepSpeed engine, a transformers Trainer, or what
         `Accelerator.prepare` returned. Lightning takes `commopt.frameworks.lightning.CommoptStrategy` instead.
     method: its name, a `method:` block, a file that holds one, or a `Method`.
-    optimizer: yours. Gradient and outer methods leave it as it is; an update method, such as onebit_adam, stands in for it (Adam or AdamW;
-        LAMB for onebit_lamb, Lion for distributed_lion, SGD for demo), with its parameter groups and its schedulers. `run.optimizer`
-        is what steps. Engines and Trainers bring their own.
-    group: the ranks that exchange; all ranks of the job if None, and one rank without torch.distributed.
+    optimizer: yours. Gradient and outer methods keep it; an update method, such as onebit_adam, stands in for it (Adam or AdamW;
+        LAMB for onebit_lamb, Lion for distributed_lion, SGD for demo), with its parameter groups and its schedulers. Step
+        `run.optimizer`. Engines and Trainers bring their own.
+    group: the ranks that exchange; if None, all ranks of the job, or one rank alone without torch.distributed.
     max_norm: clip gradients to this global L2 norm: that of the mean if the method yields it, else before the exchange.
     grad_scaler: the scaler of the loss, if there is one.
-    overlap: exchange during backward; whatever is possible if None.
+    overlap: exchange during backward; if None, whenever possible.
 
-    Raises AttachError if they do not fit together, and ConfigError for a wrong option: on every rank, and before anything is changed.
+    Raises AttachError if these do not fit together, and ConfigError for a wrong option: on every rank, before anything is changed.
     """
     return dispatch(model, Request(method, optimizer, group, max_norm, grad_scaler, overlap))
 
 
 def dispatch(model: Any, request: Request) -> Run:
-    """What `attach` does, by the module for this kind of model or optimizer."""
-    optimizer = request.optimizer
-    for known, value in ((_OPTIMIZERS, optimizer), (_MODELS, model)):
-        for module, kind, ours in known:
-            found = getattr(sys.modules.get(module), kind, None)
-            if found is not None and isinstance(value, found):
-                run: Run = importlib.import_module(f"commopt.frameworks.{ours}").attach(model, request)
-                return run
+    """Attach by the framework's module for this kind of model or optimizer."""
+    for module, kind, ours in _KNOWN:
+        found = getattr(sys.modules.get(module), kind, None)
+        if found is not None and isinstance(request.optimizer if ours == "accelerate" else model, found):
+            run: Run = importlib.import_module(f"commopt.frameworks.{ours}").attach(model, request)
+            return run
 
     def refuse() -> tuple[Run, Any]:
         raise AttachError(
@@ -80,4 +78,4 @@ def dispatch(model: Any, request: Request) -> Run:
             "model that Accelerate has prepared; Lightning takes commopt.frameworks.lightning.CommoptStrategy"
         )
 
-    return agree(meeting_group(request.group), refuse)  # so that ranks with a model hear of it
+    return agree(meeting_group(request.group), refuse)  # so that it raises on ranks with a model, too

@@ -1,4 +1,4 @@
-"""A run that exchanges in every step: units, void buckets, clipping and the optimizer's step around a method's exchange."""
+"""A run that exchanges in every step: loss scales, void buckets, clipping and the optimizer's step around a method's exchange."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from commopt.compress.feedback import first_of
 from commopt.errors import AttachError, GradientsChanged
 from commopt.exchange.base import is_finite
-from commopt.exchange.clip import clip_by_mean_square_, clip_joint_norm_
-from commopt.groups import Group, LocalGroup
+from commopt.exchange.clip import clip_by_mean_square_, clip_joint_norm_, joint_squares
+from commopt.exchange.two_level import machine_mean, put_together
+from commopt.groups import Group, LocalGroup, World
 from commopt.method import EveryStep
 from commopt.run.checks import HALF, Checked, has_closure
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
-from commopt.wire.bucket import Bucket
+from commopt.wire.bucket import Bucket, ParameterIndex, Share
 from commopt.wire.payload import Payload
 
 _log = logging.getLogger(__name__)
 
 
 class EveryStepRun(Run):
-    """Gradient and update methods at work, whatever hands the gradients over."""
+    """A run of a gradient or update method, whichever framework computes the gradients."""
 
     method: EveryStep
     repeat_hint = "run the other backwards with gradient synchronisation off"  # instead of a second exchange
@@ -35,34 +37,45 @@ class EveryStepRun(Run):
     def __init__(self, model: Module, checked: Checked, group: Group) -> None:
         super().__init__(model, checked.method, checked.optimizer)
         self.group, self.max_norm, self.grad_scaler = group, checked.request.max_norm, checked.request.grad_scaler
+        self.between = group.between if isinstance(group, World) else group
         self._voids = 0
         self._void_names: set[str] = set()
-        self._unapplied: set[str] = set()  # exchanged into state that is kept, and not stepped by yet
-        # parameter name -> its gradient when backward had ended, and the version of that
+        self._unapplied: set[str] = set()  # exchanged, but not stepped by yet
+        # parameter name -> its gradient after backward, and its version then
         self._exchanged: dict[str, tuple[Tensor | None, int]] = {}
         self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
         stand_in = self.optimizer if isinstance(self.optimizer, StandIn) else None
-        self._is_update = stand_in is not None  # gradients are only a copy of what it steps by
+        self._is_update = stand_in is not None  # then gradients are only a copy of what it steps by
         group.traffic.method = self.method.name
         self.method.follow(self.replaced, self.parameters)
-        self.method.bind(self.served(), group)
+        served = self.served()
+        self.method.bind(served, self.between, share=self._share(served))
         self._attached(*(stand_in.take_place(self.parameters) if stand_in is not None else ()))
 
     def served(self) -> list[tuple[str, Tensor]]:
-        """What the method keeps state for: the parameters by name, in registration order."""
+        """The parameters that the method keeps state for, by name, in registration order."""
         return list(self.parameters.items())
+
+    def _share(self, served: list[tuple[str, Tensor]]) -> Share | None:
+        """What this rank exchanges, if its machine has others."""
+        inside, machines = self.between.inside, self.between.size
+        if inside is None:
+            return None
+        index = ParameterIndex.of(served)
+        return Share.cut(index, inside.size, inside.rank, lambda numel: self.method.pieces(numel, machines))
 
     def finish(self) -> None:
         self._log.end_window()
-        self.method.synchronise(self.group)  # for methods that take local steps
+        self.method.synchronise(self.between)  # for methods that take local steps
         super().finish()
 
     def optimizer_state(self) -> dict[str, Any]:
         state = super().optimizer_state()
-        return {**state, "state": {}} if self._is_update else state  # which the method's own state has already
+        return {**state, "state": {}} if self._is_update else state  # the method's own state has it already
 
     def _silenced(self) -> dict[str, Any]:
-        return {"group": LocalGroup()}
+        alone = LocalGroup()
+        return {"group": alone if self.group.inside is None else World(self.group.inside, alone), "between": alone}
 
     def replicas_are_equal(self) -> bool:
         digest = hashlib.sha256()
@@ -77,26 +90,31 @@ class EveryStepRun(Run):
     # -- the exchange
 
     def exchange(self, buckets: Sequence[Bucket]) -> None:
-        """Exchange buckets: what is in them afterwards is the method's mean, or what says that the bucket is void."""
+        """Exchange buckets in place: afterwards they hold the method's mean, or NaN or zeros if the bucket is void."""
         self._refuse_repeat(buckets)
-        for bucket in buckets:
-            self._void_names.difference_update(bucket.names)
-        scale = float(self.grad_scaler.get_scale()) if self.grad_scaler is not None else 1.0
-        if self.method.is_linear:
-            scale = 1.0  # nothing is kept from step to step, and half precision on the wire needs the scale
-        work = [self._unscaled(bucket, scale) for bucket in buckets]
-        is_local = self.method.is_local
+        self._void_names.difference_update(*(bucket.names for bucket in buckets))
+        method, share, inside = self.method, self.method.share, self.between.inside
+        loss_scale = float(self.grad_scaler.get_scale()) if self.grad_scaler is not None else 1.0
+        # a linear method keeps no state, and half precision on the wire needs the scale
+        scale = 1.0 if method.is_linear else loss_scale
+        is_local, is_exact = method.is_local, method.is_exact
+        work = [self._unscaled(machine_mean(bucket, share, inside), scale) for bucket in buckets]
         self._exchange_work(work)
-        for bucket, done in zip(buckets, work, strict=True):
-            for name in bucket.names:
-                self._exchanged[name] = (None, -1)
+        every = [put_together(own, bucket, share, inside) for own, bucket in zip(work, buckets, strict=True)]
+        if self.max_norm is not None and is_exact:
+            good = [done for done in every if done.void is None]
+            clip_joint_norm_(good, self.max_norm * (loss_scale if method.is_linear else 1.0))
+        for bucket, done in zip(buckets, every, strict=True):
+            self._exchanged.update(dict.fromkeys(bucket.names, (None, -1)))
             if done.void is not None:
                 self._record_void(bucket, done.void, is_local)
-                # a GradScaler, known to us or not, finds the NaN on every rank alike, skips the step and lowers its scale;
-                # a local step is finite, so that no rank skips a step that the others take
+                # NaN: a GradScaler, known to us or not, finds it on every rank, skips the step and lowers its scale;
+                # zeros in a local step, so that no rank skips a step that the others take
                 is_zero = is_local or (self._is_update and self.grad_scaler is None)
                 bucket.flat.fill_(0.0 if is_zero else math.nan)
                 continue
+            method.receive(done)
+            method.exchanges[[method.index.position[name] for name in done.names]] += 1
             self._unapplied.update(bucket.names)
             if done is not bucket:
                 bucket.flat.copy_(done.flat)
@@ -104,43 +122,30 @@ class EveryStepRun(Run):
                 bucket.flat.mul_(scale)
 
     def _exchange_work(self, work: Sequence[Bucket]) -> None:
-        """Exchange unscaled buckets, and let the method receive what is good.
-
-        With max_norm the mean is clipped if the exchange is exact. Otherwise local gradients are clipped first.
-        """
-        method, group = self.method, self.group
-        is_exact, max_norm = method.is_exact, self.max_norm
-        if method.is_local:
-            if max_norm is not None:
-                clip_joint_norm_(work, max_norm)
+        """Exchange unscaled buckets; if that is not exact, and there is a max_norm, local gradients are clipped first."""
+        method, group, max_norm = self.method, self.between, self.max_norm
+        is_local = method.is_local
+        if max_norm is not None and (is_local or not method.is_exact):
+            squares = joint_squares(work, group.inside)
+            if is_local or method.clips_alone:
+                clip_joint_norm_(work, max_norm * (1.0 if is_local else math.sqrt(group.size)), squares)
+            else:
+                clip_by_mean_square_(work, max_norm, squares, group)
+        if is_local:
             for bucket in work:
-                method.exchange_alone(bucket)
-        else:
-            if max_norm is not None and not is_exact:
-                if method.clips_alone:
-                    clip_joint_norm_(work, max_norm * math.sqrt(group.size))
-                else:
-                    clip_by_mean_square_(work, max_norm, group)
-            if self.grad_scaler is None or method.is_linear or not self._void_together(work):
-                self._exchange_good(work)
-        good = [bucket for bucket in work if bucket.void is None]
-        if max_norm is not None and is_exact:
-            is_scaled = self.grad_scaler is not None and method.is_linear
-            clip_joint_norm_(good, max_norm * (float(self.grad_scaler.get_scale()) if is_scaled else 1.0))  # type: ignore[union-attr]
-        for bucket in good:
-            method.receive(bucket)
-            method.exchanges[[method.index.position[name] for name in bucket.names]] += 1
+                method.exchange_alone(bucket, group)
+        elif self.grad_scaler is None or method.is_linear or not self._void_together(work):
+            self._exchange_good(work)
 
     def _exchange_good(self, work: Sequence[Bucket]) -> None:
-        method, group = self.method, self.group
+        method, group = self.method, self.between
         if not method.merges_buckets:
             for bucket in work:
                 group.traffic.bucket = bucket.label
                 method.exchange(bucket, group)
             return
         views = dict(view for bucket in work for view in bucket.views())
-        names = sorted(views, key=lambda name: method.index.position[name])
-        merged = Bucket.of([(name, views[name]) for name in names])
+        merged = Bucket.of(sorted(views.items(), key=lambda view: method.index.position[view[0]]))
         group.traffic.bucket = merged.label
         method.exchange(merged, group)
         for bucket in work:
@@ -153,17 +158,16 @@ class EveryStepRun(Run):
         """Make all buckets void if a GradScaler is going to skip this step: a NaN on any rank. Sends 4 bytes."""
         position = self.method.index.position
         bad = [position[name] for bucket in work for name, x in bucket.views() if not bool(x.isfinite().all())]
-        own = torch.tensor([min(bad, default=-1)], dtype=torch.int32, device=work[0].flat.device)
-        self.group.traffic.bucket = "overflow"
-        every = [int(one.tensors[0]) for one in self.group.all_gather(Payload.of(own))]
-        first = min((k for k in every if k >= 0), default=-1)
-        if first >= 0:
-            for bucket in work:
-                bucket.void = self.method.index.names[first]
-        return first >= 0
+        own = torch.tensor([first_of(bad)], dtype=torch.int32, device=work[0].flat.device)
+        self.between.traffic.bucket = "overflow"
+        first = first_of(int(one.tensors[0]) for one in self.between.all_gather(Payload.of(own)))
+        is_void = self.method.is_void(work[0], first, self.between)
+        for bucket in work:
+            bucket.void = work[0].void
+        return is_void
 
     def _refuse_repeat(self, buckets: Sequence[Bucket]) -> None:
-        """Raise GradientsChanged if what an earlier exchange has left in the state was never stepped by."""
+        """Raise GradientsChanged if the state still holds an earlier exchange that no step has applied."""
         if self.method.is_repeatable:
             return
         for name in (name for bucket in buckets for name in bucket.names if name in self._unapplied):
@@ -174,13 +178,13 @@ class EveryStepRun(Run):
             )
 
     def note_versions(self) -> None:
-        """Remember the gradients as backward left them, so that `step` sees a change."""
+        """Remember the gradients as backward left them, so that `step` detects a change."""
         for name in self._exchanged:
             grad = self.parameters[name].grad
             self._exchanged[name] = (grad, -1 if grad is None else grad._version)
 
     def save_for_rollback(self, bucket: Bucket) -> None:
-        """Keep the state of parameters without any gradient here, in case that no rank has one."""
+        """Keep the state of parameters without any gradient here, in case no rank has one."""
         for name, x in bucket.views():
             if name not in self._rollback and not bool(x[:8].any()) and not bool(x.any()):
                 self._rollback[name] = [(view, view.clone()) for view in self.method.state_views(name)]
@@ -213,15 +217,15 @@ class EveryStepRun(Run):
                 "optimizer.step() takes no closure here: gradients are exchanged before it; call backward, then step()"
             )
         super()._before_step(optimizer, args, kwargs)
-        self.method.check_optimizer(self.replaced)  # a schedule, or a loaded state, may have brought a momentum
+        self.method.check_optimizer(self.replaced)  # a schedule or a loaded state may have set a momentum
         if self._is_update:
             self._check_gradients()
         for name, saved in self._rollback.items():
             grad = self.parameters[name].grad  # None, or the zeros that the user left: used on no rank
-            if grad is None or not (self._is_update or bool(grad.any())):  # as if it had never been exchanged
+            if grad is None or not (self._is_update or bool(grad.any())):  # undo its exchange
                 for view, value in saved:
                     view.copy_(value)
-        if self._void_names and not self._is_update:  # a norm with NaN in it, and clipping by it, has spread them
+        if self._void_names and not self._is_update:  # clipping by a norm that is NaN has spread them
             grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
             self._void_names.update(name for name, grad in grads.items() if not is_finite(grad))
         for name in self._void_names:
@@ -256,6 +260,6 @@ class EveryStepRun(Run):
         self._exchanged.clear()
         self._unapplied.clear()
         self._rollback.clear()
-        found_inf = getattr(self.optimizer, "found_inf", None)  # by which a GradScaler tells a stand-in of an overflow
+        found_inf = getattr(self.optimizer, "found_inf", None)  # a GradScaler sets it on a stand-in
         if found_inf is None or not bool(found_inf):
             self.steps += 1

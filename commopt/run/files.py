@@ -1,6 +1,6 @@
 """The files of a checkpoint: tensors as safetensors, JSON in a manifest with the size and the SHA-256 of every file.
 
-Nested state, in checkpoints and in letters, is JSON and named tensors. Nothing is unpickled. Each file is read once, and what is
+Nested state, in checkpoints and in messages, is JSON and named tensors. Nothing is unpickled. Each file is read once, and what is
 returned comes from the bytes that were verified.
 """
 
@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +25,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from commopt.errors import CheckpointError
+from commopt.groups import Group
 
 MANIFEST, SHARED, OWN = "manifest.json", "shared.safetensors", "rank{}.safetensors"
-LOCK = "manifest.lock"  # before it is locked
+LOCK = "manifest.lock"  # the name of a manifest before it is locked
 NAME = re.compile(r"manifest\.(json|lock)|shared\.safetensors|rank[0-9]+\.safetensors")
 _VERSION = 2  # commopt 0.1 wrote other formats
 # how a manifest begins; the checksum is that of all bytes after it
@@ -37,30 +38,38 @@ _SMALL = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bo
 _SIGNED = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
 _UNSIGNED = {torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"}
 _DTYPES = _FLOATS | _SMALL | _SIGNED | _UNSIGNED
-_KINDS = ("tensor", "tuple", "dict", "float", "bytes")  # marks: a dict with one of these keys stands for something else
+_READ: dict[str, Callable[[Any], Any]] = {"tuple": tuple, "dict": dict, "float": float, "bytes": bytes.fromhex}
+_KINDS = ("tensor", *_READ)  # an object with one such key alone is of that type
 _JSON = "json"
 
 
 class File(BaseModel, strict=True):
-    """What a manifest says of a file."""
+    """A file in a manifest."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
 
 class Manifest(BaseModel, strict=True):
-    """What one save left: its files, its JSON, and how many ranks saved."""
+    """One save: its files, its JSON, and how many ranks saved, in all and on each machine."""
 
     token: str
     files: dict[str, File]
     meta: dict[str, Any]
     ranks: Annotated[int, Field(ge=1)]
+    per_machine: Annotated[int, Field(ge=1)] = 1
+
+    def fits(self, group: Group) -> bool:
+        """Whether as many ranks saved, on as many machines."""
+        return (self.ranks, self.per_machine) == (group.size, group.per_machine)
 
     @model_validator(mode="after")
     def _check_files(self) -> Manifest:
-        is_whole = len(self.files) == self.ranks + 1  # first, as `ranks` may be any number
+        is_whole = len(self.files) == self.ranks + 1  # first, as `ranks` may be huge
         if not is_whole or set(self.files) != {SHARED, *(OWN.format(rank) for rank in range(self.ranks))}:
             raise ValueError(f"{[*self.files]} are not those of {self.ranks} ranks")
+        if self.ranks % self.per_machine:
+            raise ValueError(f"{self.ranks} ranks are not {self.per_machine} on each machine")
         return self
 
 
@@ -75,16 +84,11 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name}: safetensors cannot store {x.dtype}; save it in another dtype")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> File:
-    """Write a safetensors file, and sync it to the disk."""
-    return _write(path, _pieces(tensors))
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest, and sync it to the disk."""
     text = json.dumps(manifest.model_dump(), allow_nan=False).encode()[1:]
     text = b'"format": "commopt checkpoint", "version": %d, ' % _VERSION + text
-    _write(folder / MANIFEST, [b'{"sha256": "%s", ' % hashlib.sha256(text).hexdigest().encode(), text])
+    write(folder / MANIFEST, [b'{"sha256": "%s", ' % hashlib.sha256(text).hexdigest().encode(), text])
 
 
 def read_manifest(folder: Path) -> tuple[str, Manifest]:
@@ -118,7 +122,7 @@ def read_manifest(folder: Path) -> tuple[str, Manifest]:
 
 
 def read_tensors(path: Path, file: File) -> dict[str, Tensor]:
-    """The tensors of a file that is as its manifest says. Raises CheckpointError if it is not."""
+    """The tensors of a file. Raises CheckpointError if it does not match its manifest."""
     data = _read(path, file.bytes)
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise CheckpointError(
@@ -140,7 +144,7 @@ def check_0_1(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a checkpoint's files, the manifest last. Whatever else is in the folder stays, and the folder with it."""
+    """Delete a checkpoint's files, the manifest last, and the folder unless it holds anything else."""
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(folder), key=lambda name: name == MANIFEST):
             if NAME.fullmatch(name):
@@ -149,7 +153,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder written to the disk."""
+    """Sync the names in a folder to the disk."""
     with contextlib.suppress(OSError):  # some file systems sync no folders
         file = os.open(folder, os.O_RDONLY)
         try:
@@ -159,7 +163,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def split(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """JSON that stands for `value`, and its tensors by name. Raises CheckpointError, with the place, for what has no such form.
+    """JSON that stands for `value`, and its tensors by name. Raises CheckpointError, with the place, for values of other types.
 
     Takes numbers, texts, None, lists, tuples, dicts with texts or numbers as keys, bytes, and tensors.
     """
@@ -180,10 +184,9 @@ def split(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
             return walk(x.item(), place)
         if isinstance(x, bytes):
             return {"bytes": x.hex()}
-        if isinstance(x, list):
-            return [walk(one, f"{place}/{k}") for k, one in enumerate(x)]
-        if isinstance(x, tuple):
-            return {"tuple": [walk(one, f"{place}/{k}") for k, one in enumerate(x)]}
+        if isinstance(x, list | tuple):
+            items = [walk(one, f"{place}/{k}") for k, one in enumerate(x)]
+            return {"tuple": items} if isinstance(x, tuple) else items
         if isinstance(x, Mapping):
             if all(isinstance(key, str) for key in x) and not (len(x) == 1 and next(iter(x)) in _KINDS):
                 return {key: walk(one, f"{place}/{key}") for key, one in x.items()}
@@ -207,14 +210,8 @@ def join(described: Any, tensors: Mapping[str, Tensor]) -> Any:
             if inside not in tensors:
                 raise CheckpointError(f"{inside}: this tensor is missing")
             return tensors[inside]
-        if kind == "tuple":
-            return tuple(join(one, tensors) for one in inside)
-        if kind == "float":
-            return float(inside)
-        if kind == "bytes":
-            return bytes.fromhex(inside)
-        if kind == "dict":
-            return {join(key, tensors): join(one, tensors) for key, one in inside}
+        if kind in _READ:
+            return _READ[kind](join(inside, tensors))
     return {key: join(one, tensors) for key, one in described.items()}
 
 
@@ -236,7 +233,7 @@ def unpack(packed: Tensor) -> Any:
         raise CheckpointError(f"not a packed state: {error}") from error
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def pieces_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """A safetensors file, tensor by tensor: memory holds one copy of one tensor. Widest elements first, so that all are aligned."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {}
@@ -253,11 +250,12 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield flat.view(torch.uint8).numpy().data  # (bytes,) u8
 
 
-def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> File:
+def write(path: Path, pieces: Iterable[bytes | memoryview]) -> File:
+    """Write a file, and sync it to the disk."""
     digest, nbytes = hashlib.sha256(), 0
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
+        with open(file, "wb", buffering=0):
             for piece in pieces:
                 digest.update(piece)
                 nbytes += len(piece)
@@ -265,8 +263,6 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> File:
                 while left:
                     left = left[os.write(file, left) :]
             os.fsync(file)
-        finally:
-            os.close(file)
     except OSError as error:
         error.filename = str(path)  # which a full disk does not name
         raise
@@ -276,7 +272,7 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> File:
 def _read(path: Path, nbytes: int | None) -> bytes:
     """All bytes of a regular file, of this length if it is known."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe that nobody writes to
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe without a writer would block
         with open(file, "rb") as stream:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode):

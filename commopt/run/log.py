@@ -1,9 +1,10 @@
-"""What a run records of itself: its steps, rounds and events, and the bytes of the steady part."""
+"""A run's record: its steps, rounds and events, and the bytes of the steady part."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,13 @@ class RunLog:
         self._run = run
         self._recorder: Recorder | None = None
         self._planned = 0
-        self._begun_at: int | None = None  # the first step of this start
+        self._begun_at: int | None = None  # the step at which this process began
         self._is_measuring = self._has_ended = self._is_finished = False
         self._told, self._last_step = (0, 0, 0), -1
         self._mark = (time.perf_counter(), 0.0)  # when the last step was logged, and waited_s then
 
     def plan(self, steps: int) -> None:
-        """Say how many steps are going to be made."""
+        """Record how many steps are planned, and start the record if the launcher wants one."""
         self._planned, self._begun_at = steps, self._run.steps
         self._mark = (time.perf_counter(), self._run.waited_s)
         if self._recorder is None and Recorder.is_wanted():
@@ -47,8 +48,7 @@ class RunLog:
         if "validation_loss" in values:
             recorder.validation(step=run.steps, loss=values["validation_loss"], tokens=tokens)
             return
-        now, waited_s = time.perf_counter(), run.waited_s
-        seconds, wait_s = now - self._mark[0], waited_s - self._mark[1]
+        seconds, wait_s = time.perf_counter() - self._mark[0], run.waited_s - self._mark[1]
         self._last_step = step = max(self._last_step + 1, run.steps - 1)  # a scaler's skipped step counts here
         recorder.step(
             step=step, loss=values["loss"], seconds=seconds, wait_s=wait_s, tokens=tokens, steady=self._is_measuring
@@ -61,7 +61,7 @@ class RunLog:
         self._mark = (time.perf_counter(), run.waited_s)
 
     def tell(self) -> None:
-        """Record what the method had to say since the last step."""
+        """Record voids, rounds and events since the last call."""
         if self._recorder is None:
             return
         run, recorder = self._run, self._recorder
@@ -82,7 +82,7 @@ class RunLog:
             self._recorder.counters("end", self._run.traffic.as_dict())
 
     def finish(self) -> None:
-        """End the measured window, and say whether replicas have drifted apart."""
+        """End the measured window, and record it if replicas have drifted apart."""
         if self._recorder is None or self._is_finished:
             return
         self._is_finished = True
@@ -95,24 +95,19 @@ class RunLog:
         """Time steps with communication switched off, and record all but the first two."""
         run, seconds = self._run, list[float]()
         run.quiet()
-        groups = run.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        with run.communication_off():
-            for group in groups:
+        with run.communication_off(), ExitStack() as at_end:
+            for group in run.optimizer.param_groups:
+                at_end.callback(group.update, lr=group["lr"])
                 group["lr"] = 0.0
-            try:
-                for _ in range(repeats):
-                    start = time.perf_counter()
-                    step()
-                    seconds.append(time.perf_counter() - start)
-            finally:
-                for group, rate in zip(groups, rates, strict=True):
-                    group["lr"] = rate
+            for _ in range(repeats):
+                start = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - start)
         if self._recorder is not None:
             self._recorder.compute(seconds[2:])
 
     def close(self) -> None:
-        """Say that training ended as planned, if it did."""
+        """Record that training ended as planned, if it did."""
         if self._recorder is not None and self._is_finished:
             self._recorder.end()
         self._recorder = None
@@ -124,10 +119,6 @@ class RunLog:
         begun_at = max(0, run.steps - 1) if self._begun_at is None else self._begun_at
         self._last_step = begun_at - 1
         recorder.start(
-            method=method.name,
-            options=dict(method.given),
-            parameters=parameters,
-            steps=self._planned,
-            resumed_at=begun_at,
+            method=method.name, options=method.given, parameters=parameters, steps=self._planned, resumed_at=begun_at
         )
         return recorder

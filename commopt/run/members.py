@@ -24,25 +24,25 @@ _log = logging.getLogger(__name__)
 
 
 class Members:
-    """One rank's dealings with the others beside the rounds, for an `OuterRun`.
+    """Everything between one rank and the others but the rounds, for an `OuterRun`.
 
-    stateful: what else moves along with the training, by name: anything with state_dict and load_state_dict.
+    stateful: what else a rank takes over with the training, by name: anything with state_dict and load_state_dict.
     """
 
     def __init__(self, training: OuterRun) -> None:
         self._training, self._peers = training, training.peers
         self.stateful: dict[str, Any] = {}
         self._asked = 0
-        self._schedule: dict[str, Any] | None = None  # taken over inside a step, and holds from the next one on
+        self._schedule: dict[str, Any] | None = None  # taken over inside a step, for the next one on
         self._was_up = set(training.peers.others)
 
     def join(self, wait_s: float) -> None:
-        """Start with the others, or catch up with them where they train already; see `OuterRun.join`."""
+        """Start with the others, or catch up with them if they train already; see `OuterRun.join`."""
         training, peers = self._training, self._peers
         end_s, must_catch_up = peers.seconds + wait_s, peers.returns and training.steps == 0
         peers.announce(training.steps, is_training=False)
         while True:
-            if any(self._trains(peer) for peer in peers.others) and self.catch_up(in_step=False):
+            if self.catch_up(in_step=False):
                 return
             missing = [peer for peer in peers.others if not peers.is_up(peer)]
             if (not missing and not must_catch_up) or peers.seconds >= end_s:
@@ -50,21 +50,21 @@ class Members:
             peers.sleep(0.05)
         if must_catch_up:
             raise GroupError(
-                f"rank {peers.rank} came back, and found nobody who trains to catch up from; resume from a checkpoint"
+                f"rank {peers.rank} was restarted, and found no peer that trains to catch up from; resume from a checkpoint"
             )
         if missing:
             _log.warning("rank %d starts without %s, which did not come", peers.rank, listed(missing))
         self._start_together(wait_s)
 
     def catch_up(self, *, tensors: bool = True, in_step: bool = True, donors: Sequence[int] | None = None) -> bool:
-        """Take over a live peer's place in the training; whether one answered. Without `tensors`, its step and schedule only.
+        """Take over a live peer's state; whether one answered. Without `tensors`, its step and schedule only.
 
         in_step: an optimizer step is just ending; the script's own schedule will step too before the next one begins.
-        donors: whom to ask, the most advanced first; all who train if None.
+        donors: peers to ask, the most advanced first; all that train if None.
         """
         training, peers, begun_s = self._training, self._peers, self._peers.seconds
-        asked = [peer for peer in peers.others if self._trains(peer)] if donors is None else list(donors)
-        for donor in sorted(asked, key=lambda peer: (-self._step_of(peer), peer)):
+        asked = [peer for peer in peers.others if self._progress(peer).is_training] if donors is None else list(donors)
+        for donor in sorted(asked, key=lambda peer: (-self._progress(peer).step, peer)):
             payload = self._ask(donor, tensors=tensors)
             if payload is None:
                 continue
@@ -87,28 +87,28 @@ class Members:
         return donor is not None
 
     def _ask(self, donor: int, *, tensors: bool) -> Payload | None:
-        """A peer's state; None once it trains no more, or after a while: timeout_s for the few bytes of a step and a schedule."""
+        """A peer's state; None if it stops training, or after a timeout: timeout_s without tensors, at least 60 s with them."""
         peers, self._asked = self._peers, self._asked + 1
         peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
         timeout_s = self._training.method.timeout_s
         end_s = peers.seconds + (max(60.0, 3 * timeout_s) if tensors else timeout_s)
-        while self._trains(donor) and peers.seconds < end_s:
+        while self._progress(donor).is_training and peers.seconds < end_s:
             letter = peers.receive(donor, "state", self._asked, 1.0)
             if letter is not None:
                 return letter.payload
         return None
 
     def before_step(self) -> None:
-        """Bring the schedule into force that was taken over in the last step, and answer those who asked for this rank's state.
+        """Load a schedule that was taken over in the last step, and answer peers that asked for this rank's state.
 
-        When a step begins, all belongs together: parameters, optimizer and schedule after as many steps as are counted. A copy is
-        made now, and travels beside the training.
+        When a step begins, parameters, optimizer and schedule all belong to the same step. They are copied now, and sent in the
+        background.
         """
         self._settle()
         training = self._training
         for peer, letter in self._peers.drain("ask"):
             if not is_finite(training.flat()):
-                continue  # it has nothing to give, and will soon ask itself
+                continue  # it has nothing to give, and will soon have to ask
             stateful = {key: value.state_dict() for key, value in self.stateful.items()}
             groups = [{k: x for k, x in group.items() if k != "params"} for group in training.optimizer.param_groups]
             stored: dict[str, Any] = {"steps": training.steps, "stateful": stateful, "groups": groups}
@@ -125,15 +125,15 @@ class Members:
             training.events.append(("helped to catch up", fields))
 
     def follow(self) -> bool:
-        """Leave out steps to go on with the others, where this rank fell far behind; whether it did.
+        """Skip steps to catch up with the others if this rank fell far behind; whether it did.
 
-        No parameters travel for it. Under DiLoCo this rank adopts what the others share in the next round, where most are ahead. Where
-        only some are, as after a partition in which they were faster, theirs and its own are averaged then.
+        No parameters are sent for that. Under DiLoCo this rank adopts what the others share in the next round if most are ahead. If
+        only some are, such as after a partition in which they were faster, theirs and its own are averaged then.
         """
         training, method = self._training, self._training.method
         limit = method.max_lag * method.every
-        active = [peer for peer in self._peers.others if self._trains(peer)]
-        ahead = [peer for peer in active if self._step_of(peer) - training.steps >= limit]
+        active = [peer for peer in self._peers.others if self._progress(peer).is_training]
+        ahead = [peer for peer in active if self._progress(peer).step - training.steps >= limit]
         if not ahead:
             return False
         training.end_rounds()
@@ -145,7 +145,7 @@ class Members:
         return True
 
     def recover(self) -> None:
-        """Take over what another replica has: this one holds a NaN or an inf, and must not spread it."""
+        """Take over another replica: this one holds a NaN or an inf, and must not spread it."""
         training, rank = self._training, self._peers.rank
         _log.warning("rank %d: its parameters are not finite after step %d", rank, training.steps)
         training.events.append(("parameters not finite", {"step": training.steps}))
@@ -155,7 +155,7 @@ class Members:
             )
 
     def note_who_is_up(self) -> None:
-        """Tell of peers that were lost or came back since the last call."""
+        """Record peers that were lost or came back since the last call."""
         training = self._training
         up = {peer for peer in self._peers.others if self._peers.is_up(peer)}
         for kind, ranks in (("peer lost", self._was_up - up), ("peer back", up - self._was_up)):
@@ -175,7 +175,7 @@ class Members:
         self._schedule = {key: stored[key] for key in ("stateful", "groups")}
 
     def _settle(self) -> None:
-        """Load the schedule that was taken over, and the learning rates and the like that it has set."""
+        """Load the schedule that was taken over, and the learning rates and other settings that it made."""
         if self._schedule is None:
             return
         for key, value in self._schedule["stateful"].items():
@@ -187,7 +187,7 @@ class Members:
         self._schedule = None
 
     def _start_together(self, wait_s: float) -> None:
-        """All begin with the parameters and buffers of the lowest rank, but for a job that resumes, whose replicas differ."""
+        """Start all members with the parameters and buffers of the lowest rank, except if a job resumes, whose replicas differ."""
         training, peers = self._training, self._peers
         if peers.size > 1:
             words = torch.frombuffer(bytearray(digest(training.configuration)), dtype=torch.int64)
@@ -219,9 +219,5 @@ class Members:
                 )
             peers.sleep(0.1)
 
-    def _trains(self, peer: int) -> bool:
-        progress = self._peers.progress(peer)
-        return progress is not None and progress.is_training
-
-    def _step_of(self, peer: int) -> int:
-        return (self._peers.progress(peer) or Progress(0, False)).step
+    def _progress(self, peer: int) -> Progress:
+        return self._peers.progress(peer) or Progress(0, False)

@@ -1,4 +1,4 @@
-"""An outer method at work in a training script: its rounds hang on the optimizer's steps, and ranks may leave and come back."""
+"""An outer method in a training script: its rounds follow the optimizer's steps, and ranks may leave and rejoin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 @dataclass
 class _Pending:
     round: Round
-    x: Tensor  # what the round is about, as it was when it began
+    x: Tensor  # the parameters of the round, as it began
     begun_at: int  # optimizer steps done then
     wait: Callable[[], tuple[Exchanged, float]]
     blocked_s: float
@@ -36,9 +36,9 @@ class _Pending:
 
 
 class OuterRun(Run):
-    """An outer method at work; its ranks may come and go.
+    """A run of an outer method; its ranks may leave and rejoin.
 
-    waited_s: seconds for which rounds have stopped this rank. spread: the last estimate of the replicas' distance from their mean.
+    waited_s: seconds that this rank has waited for rounds. spread: the last estimate of the replicas' distance from their mean.
     """
 
     method: OuterMethod
@@ -47,16 +47,15 @@ class OuterRun(Run):
         super().__init__(model, checked.method, checked.optimizer)
         method = self.method
         self.peers, self.max_norm, self.configuration = peers, checked.request.max_norm, checked.configuration
-        self.group = LocalGroup()  # nothing here concerns all ranks at once
+        self.group = LocalGroup()  # nothing here needs all ranks at once
         self.group.traffic = peers.traffic
-        self.averaged_state = method.averaged_state
         self.spread: float | None = None
         self._is_off = self._has_joined = False
         self._pending: list[_Pending] = []
         self._members = Members(self)
         peers.traffic.method = method.name
         named: list[tuple[str, Tensor]] = [*self.parameters.items()]
-        named += [(f"{name}:{key}", p) for key in self.averaged_state for name, p in self.parameters.items()]
+        named += [(f"{name}:{key}", p) for key in method.averaged_state for name, p in self.parameters.items()]
         method.bind(named, peers)
         self._sketch = Spread(method.index.total, peers.rank)
         self._until_first_step = refuse_ddp(model, method.name)
@@ -81,7 +80,7 @@ class OuterRun(Run):
         return self.steps
 
     def range(self, stop: int) -> Iterator[int]:
-        """The steps that are left to do; a rank that fell far behind leaves some out to go on with the others."""
+        """The steps that are left to do; a rank that fell far behind skips some to catch up."""
         if not self._has_joined:
             self.join()
         self._log.plan(stop)
@@ -89,7 +88,7 @@ class OuterRun(Run):
             yield self.steps
 
     def finish(self) -> None:
-        """End what is under way, and with `final_average` average the replicas that are still there; call it after the last step."""
+        """End rounds under way, and with `final_average` average the replicas that are still up; call it after the last step."""
         self.end_rounds()
         if self.method.options.final_average and self.peers.size > 1 and not self._is_off:
             self._average_once()
@@ -101,14 +100,14 @@ class OuterRun(Run):
         self.peers.close()
 
     def replicas_are_equal(self) -> bool:
-        """True: replicas of an outer method train by themselves, and nobody promises that they are equal."""
+        """True: an outer method does not promise that replicas are equal."""
         return True
 
     def _silenced(self) -> dict[str, Any]:
         return {"_is_off": True}
 
     def quiet(self, limit_s: float = 10.0) -> None:
-        """Return when all that was sent has been acknowledged: bytes counted and bytes on the interface then belong together."""
+        """Wait until everything sent has been acknowledged, so that counted bytes and those on the interface match."""
         end_s = self.peers.seconds + limit_s
         while not self.peers.is_quiet() and self.peers.seconds < end_s:
             self.peers.sleep(0.01)
@@ -122,8 +121,7 @@ class OuterRun(Run):
         saved = self.method.saved()
         local = {**saved["shared"], **saved["rank"]}
         for k, pending in enumerate(self._pending):
-            exchanged, exchange_s = pending.wait()
-            pending.wait = _known(exchanged, exchange_s)
+            exchanged, _ = pending.wait()
             when = [pending.round.number, pending.round.fragment, pending.begun_at, int(exchanged.is_missed)]
             local[f"round {k}"] = torch.tensor([*when, *exchanged.members])
             local[f"round {k} x"] = pending.x
@@ -143,10 +141,8 @@ class OuterRun(Run):
             values = {name.removeprefix(prefix): x.clone() for name, x in local.items() if name.startswith(prefix)}
             exchanged = Exchanged(tuple(members), bool(is_missed), values)
             round = Round(number, self.method.fragment_parts[fragment], fragment)
-            wait = _known(exchanged, 0.0)
-            self._pending.append(
-                _Pending(round, local[f"{key} x"].clone(), begun_at, wait, 0.0, self.peers.traffic.payload_bytes)
-            )
+            x, sent = local[f"{key} x"].clone(), self.peers.traffic.payload_bytes
+            self._pending.append(_Pending(round, x, begun_at, _known(exchanged), 0.0, sent))
 
     # -- rounds
 
@@ -209,41 +205,39 @@ class OuterRun(Run):
                 if self.steps == pending.begun_at:
                     flat[pending.round.part] = new
                 else:
-                    flat[pending.round.part] += new - pending.x  # what the inner steps have added since stays
+                    flat[pending.round.part] += new - pending.x  # keeps what inner steps have added since
                 self.set_flat(flat)
         blocked_s = pending.blocked_s + self.peers.seconds - begun_s
         self.waited_s += blocked_s
         nbytes = self.peers.traffic.payload_bytes - pending.sent
         round, members, missed = pending.round.number, list(exchanged.members), exchanged.is_missed
-        report = RoundReport(self.steps, round, members, missed, blocked_s, exchange_s, nbytes, self.spread)
-        self.reports.append(report)
+        self.reports.append(RoundReport(self.steps, round, members, missed, blocked_s, exchange_s, nbytes, self.spread))
 
     def flat(self) -> Tensor:
         """(elements,) f32 on the CPU: the parameters in registration order, and the inner optimizer's state that is averaged too."""
         return torch.cat([x.reshape(-1).to("cpu", torch.float32) for x in self._averaged()])
 
     def set_flat(self, flat: Tensor) -> None:
-        """Overwrite parameters, and averaged state, by what `flat` would give."""
+        """Overwrite parameters and averaged state by a tensor of the form of `flat`."""
         targets = self._averaged()
         with torch.no_grad():
             for target, x in zip(targets, torch.split(flat, [t.numel() for t in targets]), strict=True):
                 target.copy_(x.view_as(target))
 
     def _averaged(self) -> list[Tensor]:
-        states = [self._state(p, key) for key in self.averaged_state for p in self.parameters.values()]
+        states = [self._state(p, key) for key in self.method.averaged_state for p in self.parameters.values()]
         return [*(p.detach() for p in self.parameters.values()), *states]
 
     def _state(self, p: Tensor, key: str) -> Tensor:
         state = self.optimizer.state.get(p, {})
         if not state:
             return torch.zeros_like(p)
-        if not isinstance(state.get(key), Tensor) or state[key].shape != p.shape:
-            known = [name for name, x in state.items() if isinstance(x, Tensor) and x.shape == p.shape]
+        known = {name: x for name, x in state.items() if isinstance(x, Tensor) and x.shape == p.shape}
+        if key not in known:
             raise AttachError(
                 f"average_state: {type(self.optimizer).__name__} has no {key!r} for each parameter; it has {', '.join(known) or 'none'}"
             )
-        found: Tensor = state[key]
-        return found
+        return known[key]
 
     def end_rounds(self) -> None:
         """Wait for the rounds under way, and apply them."""
@@ -261,7 +255,7 @@ class OuterRun(Run):
         if has_diverged:
             self.events.append(("parameters not finite", {"step": self.steps}))
         try:
-            card = torch.tensor([self.steps, int(has_diverged)])  # who diverged answers too: the others may wait for it
+            card = torch.tensor([self.steps, int(has_diverged)])  # a diverged rank answers too: others may wait for it
             roll = call_roll(self.peers, "final", 0, card, timeout_s)
             ranks = [rank for rank in roll.members if not roll.cards[rank][1]]
             if has_diverged:
@@ -275,5 +269,5 @@ class OuterRun(Run):
             _log.warning("rank %d ends without the final average: %s", self.peers.rank, error)
 
 
-def _known(exchanged: Exchanged, exchange_s: float) -> Callable[[], tuple[Exchanged, float]]:
-    return lambda: (exchanged, exchange_s)
+def _known(exchanged: Exchanged) -> Callable[[], tuple[Exchanged, float]]:
+    return lambda: (exchanged, 0.0)

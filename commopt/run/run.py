@@ -1,17 +1,18 @@
-"""What `commopt.attach` returns: a method at work in a training script."""
+"""What `commopt.attach` returns: one method in one training script."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from typing_extensions import Self
 
 from commopt.errors import AttachError
 from commopt.groups import Group, Traffic
@@ -21,12 +22,9 @@ from commopt.run.checks import ATTACHED, ATTACHING, check_parameters
 from commopt.run.log import RunLog
 from commopt.wire.state import Saved
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 class HasState(Protocol):
-    """What moves along with a training, as a learning-rate schedule does."""
+    """What a rank takes over with the training, such as a learning-rate schedule."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
@@ -48,7 +46,7 @@ class RoundReport:
 
 @torch.no_grad()
 def broadcast_(tensors: Iterable[Tensor], broadcast: Callable[[Tensor], object], device: str | None = None) -> None:
-    """Make tensors those of the first rank, in place; by way of a device, if one is given."""
+    """Overwrite tensors by those of the first rank; through a device, if one is given."""
     for x in tensors:
         if x.numel():
             flat = x.detach().to(device or x.device).contiguous().view(-1)
@@ -57,7 +55,7 @@ def broadcast_(tensors: Iterable[Tensor], broadcast: Callable[[Tensor], object],
 
 
 class Replaced:
-    """Other attributes of an object, until `remove` gives back what it had, its class's own included."""
+    """Replaces attributes of an object, its class's included, until `remove` restores them."""
 
     def __init__(self, target: Any, **attributes: Any) -> None:
         self._target, self._names = target, tuple(attributes)
@@ -88,7 +86,7 @@ class Run(ABC):
     method, model, parameters (trainable, by name). optimizer: what steps. steps: optimizer steps done.
     voided: (step, parameter) for every bucket that a NaN or an inf on some rank made void; the same on all ranks, except for
         local steps, which exchange nothing: those are in the list of the rank that had the NaN.
-    waited_s: seconds that this rank has spent waiting for exchanges, beyond what backward hid.
+    waited_s: seconds that this rank has waited for exchanges, without the parts that overlapped with backward.
     reports: the rounds of an outer method. events: what else happened, as (kind, fields).
     """
 
@@ -129,22 +127,22 @@ class Run(ABC):
         return iter(range(self.steps, stop))
 
     def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
-        """Start with the other ranks; returns the step to go on from. Only outer methods wait for anybody.
+        """Start with the other ranks; returns the step to continue from. Only outer methods wait for other ranks.
 
-        In a new job they wait until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. If somebody
-        trains already, this rank takes over parameters, the method's and the optimizer's state and the step from a live peer, and
-        the state of everything in `stateful` (a learning-rate schedule: anything with state_dict and load_state_dict).
-        Raises GroupError if a rank that is known to have come back finds nobody.
+        In a new job they wait until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. If a peer
+        trains already, this rank takes over its parameters, the method's and the optimizer's state, the step, and the state of
+        everything in `stateful` (such as a learning-rate schedule: anything with state_dict and load_state_dict).
+        Raises GroupError if a restarted rank finds no such peer.
         """
         return self.steps
 
     def finish(self) -> None:
-        """End the training: call it after the last step. Replicas that may differ are made equal, as far as the method does that."""
+        """End the training: call it after the last step. Makes replicas that may differ equal, if the method does that."""
         self.is_finished = True
         self._log.finish()
 
     def close(self) -> None:
-        """Take the method out of the training script, and leave the job; what still has to be sent has a few seconds."""
+        """Take the method out of the training script, and leave the job; waits a few seconds for unsent messages."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -155,31 +153,31 @@ class Run(ABC):
         self._log.close()
 
     def save(self, folder: str | Path, *, extra: Mapping[str, object] | None = None) -> None:
-        """Write all that training needs to go on bit for bit; all ranks call it, between steps.
+        """Write a checkpoint from which training continues bit for bit; all ranks call it, between steps.
 
-        extra: what else belongs to the checkpoint, as a schedule's state_dict: numbers, texts, lists, dicts and tensors. Rank 0's
-            is kept. A crash or a full disk leaves the checkpoint that was there. Raises CheckpointError, on all ranks alike.
+        extra: what else to store, such as a schedule's state_dict: numbers, texts, lists, dicts and tensors. Rank 0's is kept.
+        A crash or a full disk leaves the previous checkpoint as it was. Raises CheckpointError, on all ranks.
         """
         checkpoint.save_run(Path(folder), self, extra or {})
 
     def load(self, folder: str | Path) -> dict[str, Any]:
-        """Go on from a checkpoint; returns the `extra` that was saved with it. Call it after attach, and before `join`.
+        """Continue from a checkpoint; returns the `extra` that was saved with it. Call it after attach, and before `join`.
 
-        At the same number of ranks training goes on bit for bit. At another, every rank takes the mean of what the old ranks still
+        At the same number of ranks training continues bit for bit. At another, every rank takes the mean of what the old ranks still
         had to send. Raises CheckpointError, on all ranks and before anything is changed, if the checkpoint is damaged, or belongs to
         another model or method.
         """
-        return checkpoint.load_run(Path(folder), self)
+        return checkpoint.take_over(self, checkpoint.open_run(Path(folder), self))
 
     def log(self, **values: float) -> None:
-        """Record what this step came to, where the launcher wants it, or print some of it: `run.log(loss=..., tokens=...)`.
+        """Record this step's values if the launcher wants them, else print some: `run.log(loss=..., tokens=...)`.
 
         loss: of this step. tokens: what this rank trained on in it. validation_loss: instead of `loss`, on `tokens` held out.
         """
         self._log.log(values)
 
     def measure_compute(self, step: Callable[[], object], repeats: int = 20) -> None:
-        """Time the same steps without communication, at a rate of 0, and record it: what a step costs without a network."""
+        """Time and record steps without communication, at a learning rate of 0: what a step costs without a network."""
         self._log.measure_compute(step, repeats)
 
     @contextmanager
@@ -188,11 +186,9 @@ class Run(ABC):
 
         Replicas drift apart, and an update method's momentum with them: use it at the end of a run, or before loading a checkpoint.
         """
-        alone = Replaced(self, **self._silenced())
-        try:
+        with ExitStack() as at_end:
+            at_end.callback(Replaced(self, **self._silenced()).remove)
             yield
-        finally:
-            alone.remove()
 
     @abstractmethod
     def _silenced(self) -> dict[str, Any]:
@@ -235,7 +231,7 @@ class Run(ABC):
 
     @property
     def replaced(self) -> torch.optim.Optimizer:
-        """The user's optimizer, whoever steps in its place."""
+        """The user's optimizer, even if a stand-in steps in its place."""
         replaced: torch.optim.Optimizer = getattr(self.optimizer, "replaced", self.optimizer)
         return replaced
 
@@ -247,7 +243,7 @@ class Run(ABC):
     saved_by = ""  # what writes checkpoints instead of `save`, if anything does
 
     def quiet(self) -> None:
-        """Return when nothing is on its way on any rank, so that bytes counted here and on the interface belong together."""
+        """Wait until no rank has messages in flight, so that counted bytes and those on the interface match."""
         self.group.barrier()
 
     def saved(self) -> Saved:
@@ -267,4 +263,4 @@ class Run(ABC):
         return []
 
     def resume_bucket_layout(self, layout: list[list[str]]) -> None:
-        """Exchange in these buckets until the framework has made the same ones: sums depend on where an element lies."""
+        """Exchange in these buckets until the framework has made the same ones: sums depend on the place of an element."""

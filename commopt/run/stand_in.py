@@ -1,4 +1,4 @@
-"""The optimizer that steps when a method computes the update itself: the user's own, but for its arithmetic."""
+"""The optimizer that steps in place of the user's when a method computes the update itself."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from commopt.optim.update import UpdateMethod
 
 
 class StandIn(torch.optim.Optimizer):
-    """Steps by an update method, with the parameter groups of the optimizer whose place it takes.
+    """Steps by an update method, with the parameter groups of the optimizer that it replaces.
 
-    The groups are those of that optimizer, not copies: learning-rate schedules that were made for it go on working, whenever they
-    were made, and so does code that sets a rate in either. `state[p]` holds what all ranks have alike of the method's state, so
-    that `state_dict` has it.
+    The groups are shared, not copied, so that learning-rate schedules for either optimizer work, and so does code that sets a rate
+    in either. `state[p]` holds the part of the method's state that all ranks share, so that `state_dict` has it.
     """
 
     _step_supports_amp_scaling = True  # GradScaler.step then leaves unscaling to us
@@ -39,7 +38,7 @@ class StandIn(torch.optim.Optimizer):
         self.replaced.param_groups = groups
 
     def take_place(self, parameters: Mapping[str, Parameter]) -> list[Any]:
-        """Show the method's state, and let the replaced optimizer refuse to step; returns handles that undo this."""
+        """Show the method's state, and make the replaced optimizer refuse to step; returns handles that undo this."""
         self.is_attached, self.parameters = True, dict(parameters)
         self._show_state()
         name, kind = self.method.name, type(self.replaced).__name__
@@ -63,7 +62,7 @@ class StandIn(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Apply what the last exchange has left in the state. Parameters without a gradient are left alone."""
+        """Apply the state that the last exchange left. Parameters without a gradient keep their values."""
         name = self.method.name
         if closure is not None:
             raise ValueError(f"{name} exchanges in backward and takes no closure; call backward, then step()")
@@ -71,7 +70,7 @@ class StandIn(torch.optim.Optimizer):
             raise AttachError(
                 f"{name}: step() after close(): nothing is exchanged, and replicas would drift apart; attach again"
             )
-        self.replaced._opt_called = True  # type: ignore[attr-defined]  # by which a schedule tells that steps are made
+        self.replaced._opt_called = True  # type: ignore[attr-defined]  # by which a schedule knows that steps are made
         self.method.step()
         return None
 

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from commopt.wire import noise
+
 Int64Array = NDArray[np.int64]
 UInt64Array = NDArray[np.uint64]
 T = TypeVar("T")
@@ -49,10 +51,87 @@ class ParameterIndex:
     def total(self) -> int:
         return int(self.offsets[-1])
 
+    def size(self, name: str) -> int:
+        """How many elements belong to `name`."""
+        return self.numels[self.position[name]] if name in self.position else 0
+
     def view(self, flat: Tensor, name: str) -> Tensor:
-        """The (n,) slice of a flat tensor of all parameters that belongs to `name`."""
-        k = self.position[name]
-        return flat[int(self.offsets[k]) : int(self.offsets[k + 1])]
+        """The (n,) slice of a flat tensor of all parameters that belongs to `name`; empty if it is none of them."""
+        start = int(self.offsets[self.position[name]]) if name in self.position else 0
+        return flat[start : start + self.size(name)]
+
+
+def once_per_layout(cut: Callable[[Any, Bucket], T]) -> Callable[[Any, Bucket], T]:
+    """Keep what a method makes of a bucket, which follows from the bucket's layout alone; for up to 64 of them."""
+
+    @functools.wraps(cut)
+    def kept(self: Any, bucket: Bucket) -> T:
+        found: dict[Any, T] = vars(self).setdefault(f"_{cut.__name__}_by_layout", {})
+        key = (bucket.names, bucket.starts)
+        if len(found) > 64:
+            found.clear()
+        if key not in found:
+            found[key] = cut(self, bucket)
+        return found[key]
+
+    return kept
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one of a machine's ranks exchanges with the other machines: a stretch of each parameter, which may be empty.
+
+    whole: the layout of all parameters. edges: (P, L + 1) where in each parameter the stretches of the L ranks begin and end.
+    rank: whose share this is.
+    """
+
+    whole: ParameterIndex
+    edges: Int64Array
+    rank: int
+
+    @classmethod
+    def cut(cls, whole: ParameterIndex, ranks: int, rank: int, pieces: Callable[[int], Sequence[int]]) -> Share:
+        """About the same for each of a machine's ranks. pieces(numel): the lengths that a parameter may be cut into."""
+        edges = np.zeros((len(whole.names), ranks + 1), dtype=np.int64)
+        load = np.zeros(ranks, dtype=np.int64)
+        for k in sorted(range(len(whole.names)), key=lambda k: -whole.numels[k]):
+            ends = np.cumsum([0, *pieces(whole.numels[k])])
+            each, more = divmod(len(ends) - 1, ranks)
+            counts = np.full(ranks, each)
+            counts[np.argsort(load, kind="stable")[:more]] += 1  # one more for those that have least so far
+            edges[k] = ends[np.cumsum([0, *counts])]
+            load += np.diff(edges[k])
+        return cls(whole, edges, rank)
+
+    @property
+    def starts(self) -> Int64Array:
+        """(P,) where in its parameter each stretch begins."""
+        return self.edges[:, self.rank]
+
+    @cached_property
+    def index(self) -> ParameterIndex:
+        """The layout of the stretches, by the parameters' names."""
+        return ParameterIndex(self.whole.names, tuple((self.edges[:, self.rank + 1] - self.starts).tolist()))
+
+    def of(self, x: Tensor, name: str) -> Tensor:
+        """The stretch of a parameter's (n,) values."""
+        k = self.whole.position[name]
+        return x[self.edges[k, self.rank] : self.edges[k, self.rank + 1]]
+
+    @once_per_layout
+    def places(self, bucket: Bucket) -> list[list[slice]]:
+        """Where each rank's stretches lie in a bucket of whole parameters."""
+        edges = self.edges[[self.whole.position[name] for name in bucket.names]] + np.asarray(bucket.starts)[:, None]
+        return [[slice(*pair) for pair in edges[:, k : k + 2].tolist()] for k in range(edges.shape[1] - 1)]
+
+    def take(self, bucket: Bucket, rank: int) -> Tensor:
+        """A rank's stretches of a bucket of whole parameters, end to end."""
+        return torch.cat([bucket.flat[place] for place in self.places(bucket)[rank]])
+
+    def bucket(self, bucket: Bucket, flat: Tensor) -> Bucket:
+        """The bucket of this rank's stretches; flat: their values."""
+        lengths = [place.stop - place.start for place in self.places(bucket)[self.rank]]
+        return Bucket(flat, bucket.names, tuple(itertools.accumulate(lengths[:-1], initial=0)), bucket.label)
 
 
 @dataclass
@@ -85,22 +164,6 @@ class Bucket:
         return Bucket(flat, self.names, self.starts, self.label)
 
 
-def once_per_layout(cut: Callable[[Any, Bucket], T]) -> Callable[[Any, Bucket], T]:
-    """Keep what a method makes of a bucket, which follows from the bucket's layout alone; for up to 64 of them."""
-
-    @functools.wraps(cut)
-    def kept(self: Any, bucket: Bucket) -> T:
-        found: dict[Any, T] = vars(self).setdefault(f"_{cut.__name__}_by_layout", {})
-        key = (bucket.names, bucket.starts)
-        if len(found) > 64:
-            found.clear()
-        if key not in found:
-            found[key] = cut(self, bucket)
-        return found[key]
-
-    return kept
-
-
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Runs of consecutive elements that are compressed one by one: the unit of scale, ownership, residual and finiteness.
@@ -109,6 +172,7 @@ class Blocks:
     (a flat tensor in registration order). lengths: (B,). parameters: (B,) index of the parameter it is part of.
     groups: (B,) blocks with the same number share one scale. byte_starts: (B,) where its sign bits begin.
     keys: (B,) random key of each block (`noise.keys`), for codecs that round stochastically; None for the others.
+    places: (B,) what names a block when a key is drawn for it: its home in a machine that exchanges all of the model; None for homes.
     """
 
     starts: Int64Array
@@ -117,6 +181,12 @@ class Blocks:
     parameters: Int64Array
     groups: Int64Array
     keys: UInt64Array | None = None
+    places: Int64Array | None = None
+
+    def drawn(self, seed: int, purpose: str, rank: int, counts: Int64Array) -> UInt64Array:
+        """(B,) u64: a random key for each block. counts: (P,) how often each parameter has been drawn for."""
+        places = self.homes if self.places is None else self.places
+        return noise.keys(seed, purpose, rank, counts[self.parameters], places)
 
     @cached_property
     def byte_starts(self) -> Int64Array:
@@ -137,9 +207,9 @@ class Blocks:
 
     def only(self, which: Int64Array) -> Blocks:
         """Some of the blocks, by their number."""
-        keys = None if self.keys is None else self.keys[which]
+        keys, places = _only(self.keys, which), _only(self.places, which)
         starts, homes, lengths = self.starts[which], self.homes[which], self.lengths[which]
-        return Blocks(starts, homes, lengths, self.parameters[which], self.groups[which], keys)
+        return Blocks(starts, homes, lengths, self.parameters[which], self.groups[which], keys, places)
 
     def having(self, **fields: Any) -> Blocks:
         """The same blocks at other starts or homes, or with other keys; what has been derived from the lengths stays derived."""
@@ -156,6 +226,7 @@ class BlockTable:
     results do not depend on the bucket layout.
 
     offsets: (B,) within its parameter; lengths, parameters, groups: (B,); owners: (B,) the rank that serves the block.
+    places, served_places: (B,) `Blocks.places` at the workers and at the owner, if this is only a share of the model.
     """
 
     index: ParameterIndex
@@ -165,6 +236,8 @@ class BlockTable:
     parameters: Int64Array
     groups: Int64Array
     owners: Int64Array
+    places: Int64Array | None = None
+    served_places: Int64Array | None = None
 
     @classmethod
     def cut(
@@ -198,6 +271,13 @@ class BlockTable:
             return cls(index, ranks, offsets, lengths, parameters, parameters, number - first)
         return cls(index, ranks, offsets, lengths, parameters, number, number % ranks)
 
+    def of_share(self, share: Share) -> BlockTable:
+        """The blocks of one rank's share of the model, where they lie in it; owners and random keys are those of the whole."""
+        offsets = self.offsets - share.starts[self.parameters]
+        own = np.flatnonzero((offsets >= 0) & (offsets < np.asarray(share.index.numels)[self.parameters]))
+        whole = (self.lengths, self.parameters, self.groups, self.owners, self.everything.homes, self._served_homes)
+        return BlockTable(share.index, self.ranks, offsets[own], *(x[own] for x in whole))
+
     @cached_property
     def _blocks_of(self) -> list[Int64Array]:
         edges = np.searchsorted(self.parameters, np.arange(len(self.index.names) + 1))
@@ -216,13 +296,13 @@ class BlockTable:
     def everything(self) -> Blocks:
         """Every block, where it lies in a flat tensor of all parameters."""
         homes = self.index.offsets[self.parameters] + self.offsets
-        return Blocks(homes, homes, self.lengths, self.parameters, self.groups)
+        return Blocks(homes, homes, self.lengths, self.parameters, self.groups, places=self.places)
 
     def served_by(self, rank: int) -> Blocks:
         """All blocks that `rank` serves: values and homes in its server residual, which lies in block order."""
         own = np.flatnonzero(self.owners == rank)
-        homes = self._served_homes[own]
-        return Blocks(homes, homes, self.lengths[own], self.parameters[own], own)
+        homes, places = self._served_homes[own], _only(self.served_places, own)
+        return Blocks(homes, homes, self.lengths[own], self.parameters[own], own, places=places)
 
     def at_home(self, rank: int) -> Blocks:
         """All blocks that `rank` serves, where they lie in a flat tensor of all parameters."""
@@ -234,8 +314,9 @@ class BlockTable:
         start_of = np.zeros(len(self.index.names), dtype=np.int64)
         start_of[order] = bucket.starts
         own = np.concatenate([np.zeros(0, np.int64), *(self._blocks_of[k] for k in order)])
-        p, within = self.parameters[own], self.offsets[own]
-        return own, Blocks(start_of[p] + within, self.index.offsets[p] + within, self.lengths[own], p, self.groups[own])
+        p, within, places = self.parameters[own], self.offsets[own], _only(self.places, own)
+        homes = self.index.offsets[p] + within
+        return own, Blocks(start_of[p] + within, homes, self.lengths[own], p, self.groups[own], places=places)
 
     @once_per_layout
     def all_of(self, bucket: Bucket) -> Blocks:
@@ -251,8 +332,9 @@ class BlockTable:
             which = np.flatnonzero(self.owners[own] == rank)
             mine, numbers = blocks.only(which), own[which]
             by_owner.append(mine)
-            local = np.cumsum(mine.lengths) - mine.lengths
-            served.append(Blocks(local, self._served_homes[numbers], mine.lengths, mine.parameters, numbers))
+            local, places = np.cumsum(mine.lengths) - mine.lengths, _only(self.served_places, numbers)
+            homes = self._served_homes[numbers]
+            served.append(Blocks(local, homes, mine.lengths, mine.parameters, numbers, places=places))
         return Parts(tuple(by_owner), tuple(served))
 
 
@@ -262,3 +344,7 @@ class Parts:
 
     by_owner: tuple[Blocks, ...]
     served: tuple[Blocks, ...]
+
+
+def _only(x: NDArray[Any] | None, which: Int64Array) -> NDArray[Any] | None:
+    return None if x is None else x[which]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from commopt.errors import CheckpointError
-from commopt.wire.bucket import ParameterIndex
+from commopt.wire.bucket import ParameterIndex, Share
 
 Held: TypeAlias = Literal["shared", "rank"]
 Saved: TypeAlias = dict[Held, dict[str, Tensor]]
@@ -24,6 +24,7 @@ class State:
         number per parameter, and "run" for `numel` numbers in all (both on the CPU).
     index: the layout of "element" where it is not every element of every parameter.
     held: "shared" is equal on all ranks, and saved once; "rank" is each rank's own.
+    is_cut: each of a machine's ranks keeps the stretch of "element" that is its share; what a rank has for itself is cut anyway.
     on_resize: what becomes of it when a training goes on with another number of ranks. "keep" takes the shared value, "mean" the mean
         of what all ranks had, "reset" the initial value; "own" leaves it to the class's `resize`.
     """
@@ -36,6 +37,7 @@ class State:
     initial: float = 0.0
     numel: int = 1
     index: ParameterIndex | None = None
+    is_cut: bool = False
 
 
 class Stateful:
@@ -47,8 +49,14 @@ class Stateful:
     states: ClassVar[tuple[State, ...]] = ()
     parts: tuple[Stateful, ...] = ()
     index: ParameterIndex
+    share: Share | None = None  # of a machine's ranks, if there are several
     device: torch.device
     state: dict[str, Tensor]
+
+    @property
+    def own_index(self) -> ParameterIndex:
+        """The layout of what this rank exchanges: that of its share, or of everything."""
+        return self.index if self.share is None else self.share.index
 
     def declare(self) -> Sequence[State]:
         """What this object keeps; its parts say for themselves."""
@@ -61,7 +69,19 @@ class Stateful:
 
     def part(self, key: str, name: str) -> Tensor:
         """(n,) view: what the state `key` holds of the parameter `name`."""
-        return (self._declared[key].index or self.index).view(self.state[key], name)
+        return self._layout(self._declared[key]).view(self.state[key], name)
+
+    def layouts(self) -> dict[str, ParameterIndex]:
+        """How each state of elements lies in its tensor, by its key; those of the parts included."""
+        own = {key: self._layout(one) for key, one in self._declared.items() if one.of == "element"}
+        for part in self.parts:
+            own |= part.layouts()
+        return own
+
+    def own_part(self, key: str, name: str) -> Tensor:
+        """(n,) view: what the state `key` holds of this rank's share of the parameter `name`."""
+        one, x = self._declared[key], self.part(key, name)
+        return x if self.share is None or self._is_cut(one) else self.share.of(x, name)
 
     def state_views(self, name: str) -> list[Tensor]:
         """All state on this rank that an exchange of the parameter `name` may change, as views."""
@@ -70,7 +90,7 @@ class Stateful:
             if one.of == "parameter":
                 k = self.index.position[name]
                 views.append(self.state[key][k : k + 1])
-            elif one.of == "element" and name in (one.index or self.index).position:
+            elif one.of == "element" and name in self._layout(one).position:
                 views.append(self.part(key, name))
         return [*views, *(view for part in self.parts for view in part.state_views(name))]
 
@@ -78,7 +98,7 @@ class Stateful:
         """What a checkpoint must hold, by who holds it; the tensors themselves."""
         saved: Saved = {"shared": {}, "rank": {}}
         for key, one in self._declared.items():
-            saved[one.held][key] = self.state[key]
+            saved[self._held(one)][key] = self.state[key]
         for part in self.parts:
             for held, tensors in part.saved().items():
                 saved[held] |= tensors
@@ -87,7 +107,7 @@ class Stateful:
     def load(self, saved: Saved) -> None:
         """Continue bit for bit from what this rank of a world of this size saved."""
         for key, one in self._declared.items():
-            load_tensor(self.state[key], saved[one.held], key)
+            load_tensor(self.state[key], saved[self._held(one)], key)
         for part in self.parts:
             part.load(saved)
         self.restored()
@@ -95,7 +115,7 @@ class Stateful:
     def check_saved(self, saved: Saved) -> None:
         """Raise CheckpointError if `load` would find a tensor missing, or of another shape."""
         for key, one in self._declared.items():
-            check_tensor(self.state[key], saved[one.held], key)
+            check_tensor(self.state[key], saved[self._held(one)], key)
         for part in self.parts:
             part.check_saved(saved)
 
@@ -119,9 +139,19 @@ class Stateful:
         """Bytes that this rank keeps, parts included."""
         return sum(x.nbytes for x in self.state.values()) + sum(part.state_bytes() for part in self.parts)
 
+    def _is_cut(self, one: State) -> bool:
+        return one.is_cut or one.held == "rank"
+
+    def _held(self, one: State) -> Held:
+        """Who saves a state: a machine's ranks each their share of it."""
+        return "rank" if self.share is not None and one.is_cut else one.held
+
+    def _layout(self, one: State) -> ParameterIndex:
+        return one.index or (self.own_index if self._is_cut(one) else self.index)
+
     def _new(self, one: State) -> Tensor:
         if one.of == "element":
-            return torch.full(((one.index or self.index).total,), one.initial, dtype=one.dtype, device=self.device)
+            return torch.full((self._layout(one).total,), one.initial, dtype=one.dtype, device=self.device)
         numel = len(self.index.names) if one.of == "parameter" else one.numel
         return torch.full((numel,), one.initial, dtype=one.dtype, device="cpu")
 

@@ -1,4 +1,4 @@
-"""Starting launchers and seeing what they leave behind."""
+"""Start launchers, and see what they leave behind."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def all_have_ended(mark: str) -> None:
 
 
 def end_all() -> None:
-    """End the launchers that a test which failed has left, so that the next one does not fail for it."""
+    """End the launchers that a failed test has left, so that the next test does not fail because of them."""
     while _started:
         with _started.pop() as process:
             if process.poll() is None:

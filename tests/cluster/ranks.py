@@ -1,4 +1,4 @@
-"""A rank of a real job: all-reduces until the time is up: `ranks.py MARK SECONDS`."""
+"""A rank of a real job: it all-reduces until the time is up: `ranks.py MARK SECONDS`."""
 
 from __future__ import annotations
 

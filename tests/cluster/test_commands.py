@@ -109,15 +109,13 @@ def test_print_starts_nothing_and_shows_every_node(
         (["nope.yaml", "--", "hostname"], 2, "nope.yaml: there is no such file"),
         (["cluster.yaml", "--", "nope.py"], 1, "nope.py: there is no such file"),
         (["cluster.yaml", "--", "no-such-program"], 1, "no-such-program: there is no such program"),
-        (["bad.yaml", "--", "hostname"], 2, "nodes: 0 is not a number of nodes; write 1 to 1000"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(
     words: list[str], code: int, message: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, nodes in (("cluster", 2), ("bad", 0)):
-        (tmp_path / f"{name}.yaml").write_text(f"nodes: {nodes}")
+    (tmp_path / "cluster.yaml").write_text("nodes: 2")
     ended, output, errors = commopt_here(capsys, "launch", *words)
     assert (ended, output, errors.count("\n")) == (code, "", 1)
     assert errors.startswith("commopt: ")

@@ -162,11 +162,8 @@ def test_a_mistake_is_one_line_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
 ) -> None:
     cut = write(tmp_path / "cut", methods="{dense: {}}", faults="[{at_step: 4, cut: [node0, node1]}]")
-    files = {
-        "RUN": str(write(tmp_path, methods="{dense: {}}")),
-        "CLUSTER": str(tmp_path / "cluster.yaml"),
-        "CUT": str(cut),
-    }
+    run = write(tmp_path, methods="{dense: {}}")
+    files = {"RUN": str(run), "CLUSTER": str(tmp_path / "cluster.yaml"), "CUT": str(cut)}
     # --emulate none: should the mistake go unseen, namespaces would run this whole pytest again
     words = [words[0], "--emulate", "none", *(files.get(word, word) for word in words[1:])]
     code, output, errors = commopt_here(capsys, *words)
@@ -176,7 +173,7 @@ def test_a_mistake_is_one_line_before_anything_is_made(
 
 
 def program_with(folder: Path, line: str) -> str:
-    """A program that records steps, with one line of Python before it: torch would take most of the time."""
+    """A program that records steps, with one line of Python before it; without torch, whose import takes long."""
     path = folder / "train.py"
     path.write_text(
         f"import os, pathlib, runpy, sys, time\n{line}\nrunpy.run_path({RECORDING!r}, run_name='__main__')\n"
@@ -212,9 +209,8 @@ def test_a_run_that_fails_is_told_once_the_next_one_still_runs_and_a_lost_report
         "if 'fp16' in sys.argv and os.environ['RANK'] == '1': raise ValueError('rank one gives up')"
     )
     run = write(tmp_path, methods="{fp16: {}, dense: {}}", program=program_with(tmp_path, line))
-    code, output, errors = commopt(
-        tmp_path, "compare", str(run), "--emulate", "none", "--out", "out", "--json", "copy.json"
-    )
+    words = ["compare", str(run), "--emulate", "none", "--out", "out", "--json", "copy.json"]
+    code, output, errors = commopt(tmp_path, *words)
     assert code == 1
     assert (output + errors).count("Traceback (most recent call last)") == 1
     assert "ChildFailedError" not in output + errors

@@ -1,4 +1,4 @@
-"""A training that dies under `torchrun --max-restarts` goes on from its checkpoint, residuals included."""
+"""A training that dies under `torchrun --max-restarts` continues from its checkpoint, residuals included."""
 
 from __future__ import annotations
 

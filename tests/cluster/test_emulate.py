@@ -96,10 +96,8 @@ def test_the_cause_is_named_where_its_agent_reports_after_that_of_a_rank_that_fo
         [sys.executable, "-c", f"{follows}; exit(1)", mark],
         [sys.executable, "-c", f"import time; time.sleep(3); {cause}; exit(1)", mark],
     ]
-    assert (
-        result(drive(write("nodes: 2"), "none", mark, commands))["failure"]
-        == "rank 1 (node1) failed: ValueError: the data is gone"
-    )
+    found = result(drive(write("nodes: 2"), "none", mark, commands))
+    assert found["failure"] == "rank 1 (node1) failed: ValueError: the data is gone"
 
 
 def test_a_rank_that_lost_its_agent_is_ended(write: Write, mark: str) -> None:

@@ -1,4 +1,4 @@
-"""Which of several bad ends is named."""
+"""Which of several failures is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes that are killed, come back, hang, slow down and lose sight of each other, in jobs that go on."""
+"""Nodes that are killed, come back, hang, slow down or are cut off from each other, in jobs that go on."""
 
 from __future__ import annotations
 
@@ -59,9 +59,8 @@ def test_a_killed_machine_falls_silent_and_comes_back_while_the_others_go_on(wri
     assert first == "from step 0"
     assert 10 <= int(second.split()[-1]) <= 35
     assert (logs / "node2.log").read_text().splitlines() == [first, second]
-    assert f"{address(2)} has hung up" not in printed(
-        found, "node0"
-    )  # a dying process says goodbye, a machine does not
+    # a dying process closes its connections, a dying machine does not
+    assert f"{address(2)} has hung up" not in printed(found, "node0")
     assert found["told"] == ["fault at step 20: node2 killed", "fault at step 40: node2 started again"]
     killed, ended, restarted = recorded(record)
     assert [(line["kind"], line["at_step"], line["phase"]) for line in (killed, ended, restarted)] == [
@@ -77,13 +76,9 @@ def test_a_killed_machine_falls_silent_and_comes_back_while_the_others_go_on(wri
 @pytest.mark.usefixtures("namespaces")
 def test_a_cut_stalls_a_connection_that_goes_on_after_healing(write: Write, mark: str) -> None:
     listen = member(mark, "listen", 150)
-    found, record = driven(
-        write("nodes: 3"),
-        "netns",
-        mark,
-        [member(mark, "ask", 150, address(1), address(2)), listen, listen],
-        faults=[{"at_step": 30, "cut": ["node1", "node0"], "for_s": 1.5}],
-    )
+    commands = [member(mark, "ask", 150, address(1), address(2)), listen, listen]
+    faults = [{"at_step": 30, "cut": ["node1", "node0"], "for_s": 1.5}]
+    found, record = driven(write("nodes: 3"), "netns", mark, commands, faults=faults)
     begin, end = recorded(record)
     assert (begin["kind"], begin["nodes"], begin["for_s"]) == ("cut", ["node1", "node0"], 1.5)
     assert (begin["phase"], end["phase"]) == ("begin", "end")
@@ -111,19 +106,10 @@ def test_a_restarted_machine_is_still_cut_off(write: Write, mark: str) -> None:
 
 @pytest.mark.usefixtures("namespaces")
 def test_the_next_job_finds_a_whole_network(write: Write, mark: str) -> None:
-    plain = member(mark, "steps", 20)
-    found, _ = driven(
-        write("nodes: 3"),
-        "netns",
-        mark,
-        [plain],
-        faults=[{"at_step": 3, "cut": ["node0", "node1"]}, {"at_step": 6, "kill": "node2"}],
-        then=[
-            member(mark, "send", address(1), 1000),
-            member(mark, "receive", 2),
-            member(mark, "send", address(1), 2000),
-        ],
-    )
+    plain, receive = member(mark, "steps", 20), member(mark, "receive", 2)
+    first, second = (member(mark, "send", address(1), nbytes) for nbytes in (1000, 2000))
+    faults = [{"at_step": 3, "cut": ["node0", "node1"]}, {"at_step": 6, "kill": "node2"}]
+    found, _ = driven(write("nodes: 3"), "netns", mark, [plain], faults=faults, then=[first, receive, second])
     assert found["ok"]
     assert [printed(found, name)[-1].split()[0] for name in ("node0", "node2")] == ["1000", "2000"]
 
@@ -184,10 +170,8 @@ def test_a_node_that_ends_badly_is_told_at_once_and_fails_the_job_when_the_other
     write: Write, mark: str
 ) -> None:
     fails = ["sh", "-c", f"sleep 0.3; echo gone; exit 3 # {mark}"]
-    faults = [{"at_step": 10, "kill": "node2"}]
-    found, record = driven(
-        write("nodes: 3"), "none", mark, [member(mark, "steps", 60), fails, member(mark, "steps", 60)], faults=faults
-    )
+    faults, plain = [{"at_step": 10, "kill": "node2"}], member(mark, "steps", 60)
+    found, record = driven(write("nodes: 3"), "none", mark, [plain, fails, plain], faults=faults)
     failure = "the torchrun agent of node1 failed: gone"
     assert (found["ok"], found["failure"]) == (False, failure)
     assert f"{failure}; the other nodes go on" in found["told"]
@@ -198,9 +182,8 @@ def test_a_node_that_ends_badly_is_told_at_once_and_fails_the_job_when_the_other
 def test_a_cut_without_emulated_links_is_refused() -> None:
     faults = [{"at_step": 1, "hang": "node1", "for_s": 1}, {"at_step": 2, "cut": ["node0", "node1"]}]
     emulation = preview(ClusterSpec.model_validate({"nodes": 2}), Emulate.PACED)
-    with pytest.raises(
-        ConfigError, match=r"^run\.yaml: faults\.1\.cut: needs links that .* \(--emulate paced\); add --emul"
-    ):
+    said = r"^run\.yaml: faults\.1\.cut: needs links that .* \(--emulate paced\); add --emul"
+    with pytest.raises(ConfigError, match=said):
         check_faults([Fault.model_validate(fault) for fault in faults], emulation, "run.yaml")
 
 

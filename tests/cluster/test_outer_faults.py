@@ -1,4 +1,4 @@
-"""The whole of it: real processes on emulated machines, of which the first one dies and comes back while the others train on."""
+"""End to end: real processes on emulated machines; the first one dies and comes back while the others train on."""
 
 from __future__ import annotations
 

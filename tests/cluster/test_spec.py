@@ -50,7 +50,7 @@ MISTAKES = {
     "nodes: 2\nsites: {a: [node0], b: [node0, node1]}": "sites.b: 'node0' is in site 'a' too; a node belongs to one site",
     "nodes: 2\nsites: {a: [node0]}": "sites: 'node1' is in no site; put every node in one",
     "nodes: 1\nsites: {a: [nod0]}": "sites.a: there is no node 'nod0'; did you mean 'node0'?",
-    "nodes: 2\nnodes: 3": "line 2: the key 'nodes' stands twice",
+    "nodes: 2\nnodes: 3": "line 2: duplicate key 'nodes'",
     "nodes: 2\n slots: [": "line 2: mapping values are not allowed here",
 }
 

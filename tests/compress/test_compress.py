@@ -1,4 +1,4 @@
-"""What every codec promises about what comes out of it."""
+"""What every codec promises about its messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_values import SEEDS, blocks_in, heavy_tailed
+from block_values import SEEDS, blocks_in, compress, heavy_tailed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,17 +28,11 @@ from commopt.compress import (
 )
 from commopt.errors import ConfigError
 from commopt.kernels.reference.runs import first_bad
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.bucket import Bucket, ParameterIndex
 from commopt.wire.payload import Payload
 
 CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast(), Cast(torch.bfloat16)]
 NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), min_size=1, max_size=4)
-
-
-def compress(codec: Compressor, x: torch.Tensor, residual: torch.Tensor | None, blocks: Blocks) -> Payload:
-    payload = Payload.allocate(codec.layout(blocks))
-    codec.compress_(x, residual, [blocks], [payload.tensors])
-    return payload
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
@@ -67,9 +61,7 @@ def test_block_signs_and_casts_never_leave_more_than_there_was(codec: Compressor
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 @given(numels=NUMELS, seed=SEEDS, alpha=st.sampled_from([1.0, 0.5, 1 / 3]))
-def test_adding_a_message_up_is_adding_its_values(
-    codec: Compressor, numels: list[int], seed: int, alpha: float
-) -> None:
+def test_adding_a_message_adds_its_values(codec: Compressor, numels: list[int], seed: int, alpha: float) -> None:
     blocks = blocks_in(codec, numels)
     payload = compress(codec, heavy_tailed(sum(numels), seed), None, blocks)
     values, total = torch.empty(sum(numels)), torch.ones(sum(numels))

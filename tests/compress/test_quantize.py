@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import block_values
 import numpy as np
 import pytest
 import torch
@@ -39,10 +40,7 @@ each_codec = pytest.mark.parametrize("codec", CODECS, ids=repr)
 
 
 def compress(codec: BlockScaled, x: Tensor, residual: Tensor | None, blocks: Blocks) -> tuple[Tensor, ...]:
-    payload = Payload.allocate(codec.layout(blocks))
-    payload.buffer.fill_(171)
-    codec.compress_(x, residual, [blocks], [payload.tensors])
-    return payload.tensors
+    return block_values.compress(codec, x, residual, blocks).tensors
 
 
 def sent_by(codec: BlockScaled, x: Tensor, blocks: Blocks) -> Tensor:

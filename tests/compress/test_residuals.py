@@ -1,4 +1,4 @@
-"""Residuals, taken back and kept in 32, 16 and 8 bits, decayed, averaged and forgotten: against float64, and each other."""
+"""Residuals in 32, 16 and 8 bits, undone, decayed, averaged and reset: against float64, and each other."""
 
 from __future__ import annotations
 
@@ -40,20 +40,29 @@ def feedback_for(
     return ErrorFeedback(codec, Kept(**options), table.everything), table.parts(Bucket.of(tensors)).by_owner
 
 
+def places(parts: tuple[Blocks, ...] | list[Blocks]) -> list[slice]:
+    """Where each block lies in the residual."""
+    homes = [pair for blocks in parts for pair in zip(blocks.homes, blocks.lengths, strict=True)]
+    return [slice(int(home), int(home + n)) for home, n in homes]
+
+
 def keyed(parts: tuple[Blocks, ...], step: int) -> list[Blocks]:
     return [blocks.having(keys=noise.keys(0, "test", 0, np.full(len(blocks), step), blocks.homes)) for blocks in parts]
 
 
 def values(feedback: ErrorFeedback, parts: tuple[Blocks, ...]) -> np.ndarray[Any, Any]:
-    """(TOTAL,) f64 the residual as it will be used, where it lies."""
+    """(TOTAL,) f64 the residual as the next message uses it."""
     whole = np.zeros(TOTAL)
     for blocks in parts:
-        ends = np.cumsum(blocks.lengths)
-        for home, n, part in zip(
-            blocks.homes, blocks.lengths, np.split(feedback.values(blocks).double().numpy(), ends), strict=False
-        ):
-            whole[home : home + n] = part
+        each = torch.split(feedback.values(blocks).double(), blocks.lengths.tolist())
+        for place, part in zip(places([blocks]), each, strict=True):
+            whole[place] = part.numpy()
     return whole
+
+
+def set_values(feedback: ErrorFeedback, parts: tuple[Blocks, ...], x: Tensor, step: int) -> None:
+    for blocks in keyed(parts, step):
+        feedback.set_values(torch.cat([x[place] for place in places([blocks])]), blocks)
 
 
 def decoded(feedback: ErrorFeedback, payloads: Any, parts: Any) -> np.ndarray[Any, Any]:
@@ -87,8 +96,8 @@ def test_undo_leaves_blocks_alone_that_were_not_written(codec: Compressor, bad: 
     payloads = feedback.compress(x, parts)
     feedback.undo(x, payloads, parts)
     torch.testing.assert_close(feedback.residual, before, rtol=0, atol=2e-6)
-    b = next(b for blocks in parts for b in zip(blocks.homes, blocks.lengths, strict=True) if 0 <= 500 - b[0] < b[1])
-    assert torch.equal(feedback.residual[b[0] : sum(b)], before[b[0] : sum(b)])
+    bad_block = next(place for place in places(parts) if place.start <= 500 < place.stop)
+    assert torch.equal(feedback.residual[bad_block], before[bad_block])
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
@@ -115,10 +124,9 @@ def test_every_residual_is_the_equations_to_the_precision_of_its_storage(
         exact = average * e + (1 - average) * (x.double().numpy() + decay * e - decoded(feedback, payloads, now))
         found = values(feedback, parts)
         if bits == 8:  # less than one level of 127, of the block's largest
-            for blocks in parts:
-                for home, n in zip(blocks.homes, blocks.lengths, strict=True):
-                    level = np.abs(exact[home : home + n]).max() / 127
-                    assert np.abs(found - exact)[home : home + n].max() <= level * 1.001 + 1e-6
+            for place in places(parts):
+                level = np.abs(exact[place]).max() / 127
+                assert np.abs(found - exact)[place].max() <= level * 1.001 + 1e-6
         else:
             np.testing.assert_allclose(found, exact, rtol=2**-8 if bits == 16 else 1e-5, atol=2e-6)
 
@@ -158,42 +166,36 @@ def test_state_takes_as_many_bytes_as_its_bits_say(bits: int, bytes_each: float)
 
 
 def test_storage_in_eight_bits_has_no_drift() -> None:
-    """The mean of many draws of one residual is that residual: it is rounded up as often as it has to be."""
+    """The mean of many draws of one residual is that residual: stochastic rounding is unbiased."""
     feedback, parts = feedback_for(BlockSign(256), bits=8)
     x, total, count = draw(1), np.zeros(TOTAL), 600
     for step in range(count):
-        for blocks in keyed(parts, step):
-            places = torch.cat([torch.arange(h, h + n) for h, n in zip(blocks.homes, blocks.lengths, strict=True)])
-            feedback.set_values(x[places], blocks)
+        set_values(feedback, parts, x, step)
         total += values(feedback, parts)
     error = total / count - x.double().numpy()
-    for blocks in parts:
-        for home, n in zip(blocks.homes, blocks.lengths, strict=True):
-            block = slice(home, home + n)
-            level = float(x[block].abs().max()) / 127
-            assert np.abs(error[block]).max() < 5 * 0.5 * level / np.sqrt(count) + 1e-6
-            assert abs(error[block].mean()) < 5 * 0.5 * level / np.sqrt(count * n) + 1e-6
+    for place in places(parts):
+        level = float(x[place].abs().max()) / 127
+        assert np.abs(error[place]).max() < 5 * 0.5 * level / np.sqrt(count) + 1e-6
+        assert abs(error[place].mean()) < 5 * 0.5 * level / np.sqrt(count * len(error[place])) + 1e-6
 
 
 def test_an_exact_number_of_levels_is_stored_as_it_is() -> None:
     feedback, parts = feedback_for(BlockSign(256), bits=8)
     x = torch.cat([torch.arange(n).remainder(255) - 127.0 for n in NUMELS])
     x[0], x[1 + 700 + 2049 :] = 0.0, torch.arange(33) * 0.0  # two blocks of zeros
-    for blocks in keyed(parts, 1):
-        places = torch.cat([torch.arange(h, h + n) for h, n in zip(blocks.homes, blocks.lengths, strict=True)])
-        feedback.set_values(x[places], blocks)
-    full = [home for blocks in parts for home, n in zip(blocks.homes, blocks.lengths, strict=True) if n == 256]
+    set_values(feedback, parts, x, 1)
+    full = [place for place in places(parts) if place.stop - place.start == 256]
     found = values(feedback, parts)
     assert len(full) > 5
-    for home in full:  # every value from -127 to 127 is in them
-        np.testing.assert_allclose(found[home : home + 256], x[home : home + 256], rtol=0, atol=1e-4)
+    for place in full:  # every value from -127 to 127 is in them
+        np.testing.assert_allclose(found[place], x[place], rtol=0, atol=1e-4)
     assert not found[[0, *range(TOTAL - 33, TOTAL)]].any()
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize("kind", [GatherMean, TwoWayMean])
 def test_residuals_are_forgotten_after_every_so_many_exchanges_of_their_own_parameter(kind: Any, bits: int) -> None:
-    """b comes in every second exchange only. What is left after a reset is what one exchange leaves in a fresh method."""
+    """b is only in every second exchange. A reset leaves what one exchange leaves in a fresh method."""
 
     def work(group: Group) -> None:
         def bound(**options: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from block_values import blocks_in
 from hypothesis import given
 from hypothesis import strategies as st
+from rig import normal
 
 from commopt.compress import Compressor, RandomK, Threshold, TopK
 from commopt.kernels.cpu import select as cpu_select
@@ -30,15 +31,11 @@ def encoded(codec: Compressor, x: torch.Tensor, residual: torch.Tensor | None, b
     return codes
 
 
-def draw(n: int, seed: int) -> torch.Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
-
-
 @given(numels=NUMELS, density=DENSITY, bits=BITS, seed=st.integers(0, 2**31))
 def test_sent_and_kept_add_up_and_the_largest_are_sent(numels: list[int], density: float, bits: Any, seed: int) -> None:
     codec = TopK(density=density, value_bits=bits)
     blocks, n = blocks_in(codec, numels, 1), sum(numels)
-    x, before = draw(n, seed), draw(n, seed + 1)
+    x, before = normal(n, seed), normal(n, seed + 1)
     residual, decoded = before.clone(), torch.zeros(n)
     codes = encoded(codec, x, residual, blocks)
     codec.decompress_(codes, blocks, decoded)
@@ -59,12 +56,12 @@ def test_sent_and_kept_add_up_and_the_largest_are_sent(numels: list[int], densit
 def test_a_misleading_sample_changes_nothing(kind: str, density: float) -> None:
     n = 30_000
     x = {
-        "normal": draw(n, 0),
-        "heavy tails": draw(n, 0) / draw(n, 1),
-        "ties": draw(n, 0).mul(2).round(),
-        "sorted": draw(n, 0).sort().values,
-        "sparse": draw(n, 0) * (torch.arange(n) % 997 == 5),
-        "rows": draw(n, 0) * (torch.arange(n) % 101 == 0),  # only what the sample sees, and then nothing else
+        "normal": normal(n, 0),
+        "heavy tails": normal(n, 0) / normal(n, 1),
+        "ties": normal(n, 0).mul(2).round(),
+        "sorted": normal(n, 0).sort().values,
+        "sparse": normal(n, 0) * (torch.arange(n) % 997 == 5),
+        "rows": normal(n, 0) * (torch.arange(n) % 101 == 0),  # only what the sample sees, and then nothing else
     }[kind]
     blocks = blocks_in(TopK(density=density), [n], 1)
     ks = TopK(density=density).ks(blocks)
@@ -77,7 +74,7 @@ def test_a_misleading_sample_changes_nothing(kind: str, density: float) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_block_is_marked_and_its_residual_stays(codec: Compressor, bad: float) -> None:
     blocks = blocks_in(codec, [100, 2000, 7], 1)
-    x, residual = draw(2107, 0), draw(2107, 1)
+    x, residual = normal(2107, 0), normal(2107, 1)
     before = residual.clone()
     x[1500] = bad
     codes = encoded(codec, x, residual, blocks)
@@ -121,7 +118,7 @@ def test_one_entry_with_a_half_precision_value_costs_at_most_3_6_bytes_at_densit
 def test_a_threshold_sends_what_reaches_it(numels: list[int], bits: Any, seed: int) -> None:
     codec = Threshold(threshold=1.5, value_bits=bits)
     blocks, n = blocks_in(codec, numels, 1), sum(numels)
-    x, residual, decoded = draw(n, seed), torch.zeros(n), torch.zeros(n)
+    x, residual, decoded = normal(n, seed), torch.zeros(n), torch.zeros(n)
     codec.decompress_(encoded(codec, x, residual, blocks), blocks, decoded)
     torch.testing.assert_close(decoded + residual, x, rtol=0, atol=1e-6)
     if bits == 32:
@@ -140,7 +137,7 @@ def test_random_places_are_distinct_and_nothing_is_lost(n: int, density: float, 
     places, _ = codec.places(blocks)
     assert (np.diff(places) > 0).all()
     assert 0 <= places[0] <= places[-1] < n
-    x, residual, decoded = draw(n, 1), draw(n, 2), torch.zeros(n)
+    x, residual, decoded = normal(n, 1), normal(n, 2), torch.zeros(n)
     c = x + residual
     codec.decompress_(encoded(codec, x, residual, blocks), blocks, decoded)
     torch.testing.assert_close(decoded + residual, c, rtol=0, atol=1e-6)
@@ -158,7 +155,7 @@ def test_every_place_is_drawn_equally_often() -> None:
 
 def test_unbiased_random_choice_has_the_right_mean() -> None:
     codec = RandomK(density=0.25, value_bits=32, is_unbiased=True)
-    x, mean = draw(40, 0), torch.zeros(40)
+    x, mean = normal(40, 0), torch.zeros(40)
     for key in range(4000):
         blocks = random_blocks(codec, 40, key * 0x9E3779B97F4A7C15 % 2**64)
         codec.decompress_(encoded(codec, x, None, blocks), blocks, mean, alpha=1 / 4000, add=True)

@@ -1,4 +1,4 @@
-"""The fenced blocks of a Markdown page, and a folder in which they are carried out, one after the other, as a reader would."""
+"""The fenced blocks of a Markdown page, and a folder in which they run one after another, as a reader would run them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = ("launch", "configs", "scripts", "commopt")
-STOOD_IN_FOR = ("pip", "sbatch", "srun", "kubectl", "docker", "ssh")
+STOOD_IN_FOR = ("pip", "sbatch", "kubectl", "docker", "ssh")
 PAGE_LIMIT_S = 300.0  # on the busiest of machines; a page should take less than 10
 REASONS = ("needs a GPU", "needs a second machine", "takes minutes")
 _NOT_EXECUTED = re.compile(r"<!--\s*not executed:\s*(.*?)\s*-->", re.DOTALL)
@@ -89,7 +89,7 @@ def links(page: Path) -> list[str]:
 
 
 def run_page(page: Path, folder: Path, limit_s: float = PAGE_LIMIT_S) -> int:
-    """Carry out a page in an empty folder; how many blocks ran. Raises BlockError at the first that fails."""
+    """Run a page's blocks in an empty folder; returns how many ran. Raises BlockError at the first that fails."""
     blocks = read_blocks(page)
     _check_titles_are_used(blocks)
     with Reader(folder, limit_s) as reader:
@@ -97,7 +97,7 @@ def run_page(page: Path, folder: Path, limit_s: float = PAGE_LIMIT_S) -> int:
 
 
 class Reader:
-    """Someone with a shell and a Python in a fresh folder, who carries out block after block."""
+    """A reader with a shell and a Python in a fresh folder, who runs block after block."""
 
     def __init__(self, folder: Path, limit_s: float) -> None:
         self.folder, self._end = folder, time.monotonic() + limit_s
@@ -136,7 +136,7 @@ class Reader:
             self._python[0].wait()
 
     def take(self, block: Block) -> bool:
-        """Do what the block says; whether anything was executed or checked."""
+        """Run, write or check the block; returns whether it was executed."""
         if block.language == "text":
             return False
         if block.reason is not None:
@@ -151,7 +151,7 @@ class Reader:
         return True
 
     def _only_read(self, block: Block) -> None:
-        """A block that cannot run here has to be without mistakes of form at least."""
+        """Check the syntax of a block that cannot run here."""
         if block.language == "python":
             _check_syntax(block)
         elif block.language == "bash":

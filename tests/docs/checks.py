@@ -1,4 +1,4 @@
-"""What a YAML or JSON file is, by what it holds, and whether those who read it would take it."""
+"""Which kind of file a YAML or JSON file is, judged by its keys, and whether its reader would accept it."""
 
 from __future__ import annotations
 
@@ -10,45 +10,19 @@ from typing import Any
 import yaml
 
 import commopt
-from commopt.choice import read_choice
 from commopt.cli.training import check_methods, chosen_methods
 from commopt.cluster.spec import load_cluster, load_run
 from commopt.errors import ConfigError
-from commopt.reading import read_yaml
 
 DEEPSPEED_OPTIMIZERS = {"Adam", "AdamW", "SGD", "Lamb", "Lion"}  # beside those that commopt brings back
-DEEPSPEED_KEYS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "zero_force_ds_cpu_optimizer",
-    "activation_checkpointing",
-    "comms_logger",
-    "flops_profiler",
-    "tensorboard",
-    "csv_monitor",
-    "seed",
-    "checkpoint",
-    "commopt",
-}
+DEEPSPEED_KEYS = {"bf16", "commopt", "fp16", "gradient_accumulation_steps", "gradient_clipping", "optimizer"}
+DEEPSPEED_KEYS |= {"scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization"}
 
 
 def check_file(path: Path) -> str:
-    """The kind of a file: "cluster", "run", "method", "deepspeed", "accelerate", "compose" or "manifest".
+    """The kind of a file: "cluster", "run", "method", "deepspeed", "compose" or "manifest".
 
-    Raises ConfigError, or what the parser has to say, for a file that is none of these or has mistakes.
+    Raises ConfigError, or the parser's error, for a file that is none of these or has mistakes.
     """
     documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))  # JSON is YAML too
     if path.suffix == ".json":
@@ -63,13 +37,6 @@ def check_file(path: Path) -> str:
     raise ConfigError(f"is no kind of file that is known here; one of these keys says which: {wanted}")
 
 
-def check_method_file(path: Path) -> str:
-    """The name of the method in a file with a `method:` key. Raises ConfigError if it cannot be built."""
-    name, _ = read_choice(path)
-    commopt.build(str(path))
-    return name
-
-
 def _check_cluster(path: Path, _: list[Any]) -> None:
     load_cluster(path)
 
@@ -80,8 +47,7 @@ def _check_run(path: Path, _: list[Any]) -> None:
 
 
 def _check_method(path: Path, _: list[Any]) -> None:
-    read_yaml(path)
-    check_method_file(path)
+    commopt.build(path)
 
 
 def _check_deepspeed(path: Path, documents: list[Any]) -> None:
@@ -94,11 +60,6 @@ def _check_deepspeed(path: Path, documents: list[Any]) -> None:
     read_wanted(documents[0], None if "optimizer" in documents[0] else "passed by the script")
     if optimizer.lower() not in LEGACY and optimizer not in DEEPSPEED_OPTIMIZERS:
         raise ConfigError(f"optimizer.type: {optimizer!r} is none of {', '.join(sorted(DEEPSPEED_OPTIMIZERS))}")
-
-
-def _check_accelerate(path: Path, documents: list[Any]) -> None:
-    if documents[0].get("num_processes", 1) < 1:
-        raise ConfigError("num_processes: must be at least 1")
 
 
 def _check_compose(path: Path, documents: list[Any]) -> None:
@@ -131,7 +92,6 @@ def _pod(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
 _KINDS: dict[str, tuple[str, Callable[[Path, list[Any]], None]]] = {
     "manifest": ("apiVersion", _check_manifest),
     "compose": ("services", _check_compose),
-    "accelerate": ("compute_environment", _check_accelerate),
     "run": ("program", _check_run),
     "cluster": ("nodes", _check_cluster),
     "method": ("method", _check_method),

@@ -1,4 +1,4 @@
-"""Stand-ins for programs that a page may call and a test must not: they check their arguments, and do nothing.
+"""Stand-ins for programs that pages call and tests must not: they check their arguments, and do nothing.
 
 stand_ins.py pip install 'commopt[lightning]'
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import configparser
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,31 +19,19 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9][\w.-]*)(?:\[([\w,\s-]+)\])?\s*([<>=!~].
 
 
 def fail(text: str) -> SystemExit:
-    """What a stand-in ends with where the page is wrong."""
+    """How a stand-in ends when the page is wrong."""
     return SystemExit(f"stand-in: {text}")
 
 
 def pip(words: Sequence[str]) -> None:
-    """`pip install`: the extras exist, the packages are known to setup.cfg or installed here, the files exist."""
+    """`pip install [-e]`: the extras exist, and the packages are in setup.cfg or installed here."""
     if not words or words[0] != "install":
         raise fail(f"pip {shlex.join(words)}: only 'pip install' is known here")
-    rest = list(words[1:])
-    wanted = False
-    while rest:
-        word = rest.pop(0)
-        if word in ("-r", "-c", "--requirement", "--constraint"):
-            _file(rest.pop(0) if rest else "")
-            wanted = True
-        elif word in ("--index-url", "--extra-index-url"):
-            if not rest or not rest.pop(0).startswith("https://"):
-                raise fail(f"pip: {word} takes an https:// address")
-        elif word in ("-e", "--editable", "-U", "--upgrade", "-q", "--quiet", "--no-build-isolation"):
-            continue
-        elif word.startswith("-"):
+    wanted = [word for word in words[1:] if word != "-e"]
+    for word in wanted:
+        if word.startswith("-"):
             raise fail(f"pip: {word}: no option that is known here")
-        else:
-            _requirement(word)
-            wanted = True
+        _requirement(word)
     if not wanted:
         raise fail("pip install: nothing to install")
 
@@ -84,11 +71,6 @@ def sbatch(words: Sequence[str]) -> None:
         raise fail(f"sbatch: {rest[0]} has no #SBATCH line")
 
 
-def srun(words: Sequence[str]) -> None:
-    """`srun [options] PROGRAM [arguments]`: the program exists."""
-    _program("srun", _without_options(words, takes_value="NnptAJcow"))
-
-
 def ssh(words: Sequence[str]) -> None:
     """`ssh [options] HOST [command]`: there is a host, and the command is one that bash reads."""
     rest = _without_options(words, takes_value="pilLRoJ")
@@ -103,12 +85,11 @@ def kubectl(words: Sequence[str]) -> None:
     if not words or words[0] not in verbs:
         raise fail(f"kubectl {shlex.join(words[:1])}: no verb that is known here; {', '.join(verbs)}")
     files = [words[k + 1] for k, word in enumerate(words[:-1]) if word in ("-f", "--filename")]
-    files += [word.partition("=")[2] for word in words if word.startswith("--filename=")]
     if words[0] in ("apply", "create") and not files:
         raise fail(f"kubectl {words[0]}: no file; write -f FILE")
     if words[0] != "logs":  # where -f follows
         for name in files:
-            _manifest(name)
+            _check_kind("kubectl", name, "manifest")
 
 
 def docker(words: Sequence[str]) -> None:
@@ -124,21 +105,11 @@ def docker(words: Sequence[str]) -> None:
         if not re.search(r"^FROM \S+", text, re.MULTILINE):
             raise fail("docker build: the Dockerfile has no FROM")
     elif words[0] == "compose":
-        _compose(next((words[k + 1] for k, word in enumerate(words[:-1]) if word in ("-f", "--file")), "compose.yaml"))
+        name = next((words[k + 1] for k, word in enumerate(words[:-1]) if word in ("-f", "--file")), "compose.yaml")
+        _check_kind("docker compose", name, "compose")
     elif words[0] in ("run", "push"):
-        long = (
-            "--name",
-            "--network",
-            "--gpus",
-            "--cap-add",
-            "--volume",
-            "--env",
-            "--workdir",
-            "--shm-size",
-            "--hostname",
-        )
-        rest = _without_options(words[1:], takes_value="vewpuh", long_takes_value=long)
-        if not rest:
+        long = ("--env", "--gpus", "--name", "--network", "--volume")
+        if not _without_options(words[1:], takes_value="vewpuh", long_takes_value=long):
             raise fail(f"docker {words[0]}: no image")
 
 
@@ -151,17 +122,6 @@ def _without_options(words: Sequence[str], takes_value: str, long_takes_value: S
         if takes and rest:
             rest.pop(0)
     return rest
-
-
-def _program(who: str, words: Sequence[str]) -> None:
-    if not words:
-        raise fail(f"{who}: no program")
-    if words[0].endswith(".sh"):
-        _shell_script(words[0])
-    elif shutil.which(words[0]) is None:
-        raise fail(f"{who}: {words[0]}: no such program")
-    if Path(words[0]).name.startswith("python") and len(words) > 1 and words[1].endswith(".py"):
-        _file(words[1])
 
 
 def _shell_script(name: str) -> Path:
@@ -178,18 +138,11 @@ def _parses(script: str) -> None:
         raise fail(read.stderr.strip())
 
 
-def _manifest(name: str) -> None:
-    from checks import check_file
+def _check_kind(who: str, name: str, wanted: str) -> None:
+    from checks import check_file  # imports torch, which few of these programs need
 
-    if (kind := check_file(_file(name))) != "manifest":
-        raise fail(f"kubectl: {name} is a {kind}, no manifest")
-
-
-def _compose(name: str) -> None:
-    from checks import check_file
-
-    if (kind := check_file(_file(name))) != "compose":
-        raise fail(f"docker compose: {name} is a {kind}")
+    if (kind := check_file(_file(name))) != wanted:
+        raise fail(f"{who}: {name} is a {kind}, no {wanted}")
 
 
 def _place(name: str) -> Path:
@@ -207,7 +160,6 @@ def _file(name: str) -> Path:
 _STAND_INS: dict[str, Callable[[Sequence[str]], None]] = {
     "pip": pip,
     "sbatch": sbatch,
-    "srun": srun,
     "ssh": ssh,
     "kubectl": kubectl,
     "docker": docker,

@@ -70,7 +70,6 @@ def test_a_failing_python_block_is_named_by_its_line(page: Path) -> None:
         ("pip install no-such-package", "no-such-package is neither in setup.cfg nor installed here"),
         ("sbatch configs/runs/demo.yaml", "does not begin with #!"),
         ("sbatch --nodes=2 missing.sbatch", "'missing.sbatch': no such file"),
-        ("srun -N 2 missing-program", "missing-program: no such program"),
         ("kubectl apply -f configs/clusters/lab.yaml", "is a cluster, no manifest"),
         ("docker build -t commopt missing", "'missing' is not a folder to build in"),
         ("ssh a0 'if true'", "syntax error"),
@@ -142,7 +141,6 @@ def test_links_and_pictures_are_found(page: Path) -> None:
         ("a.json", '{"method": "onebit_adam"}', "method"),
         ("a.json", '{"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "OneBitAdam"}}', "deepspeed"),
         ("a.yaml", "services: {node0: {image: commopt}}\n", "compose"),
-        ("a.yaml", "compute_environment: LOCAL_MACHINE\nnum_processes: 2\n", "accelerate"),
     ],
 )
 def test_a_file_is_known_by_what_it_holds(tmp_path: Path, name: str, text: str, kind: str) -> None:

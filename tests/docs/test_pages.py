@@ -1,4 +1,4 @@
-"""Every page does what it says: each of its blocks is carried out, in a fresh folder, as a reader would."""
+"""Every page does what it says: each of its blocks runs in a fresh folder, as it would for a reader."""
 
 from __future__ import annotations
 

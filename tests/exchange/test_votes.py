@@ -1,4 +1,4 @@
-"""Votes: every rank gets what the signs add up to, ties and zeros take fair coins, and nothing drifts."""
+"""Votes: every rank gets the sum or majority of the signs, ties and zeros take fair coins, and nothing drifts."""
 
 from __future__ import annotations
 

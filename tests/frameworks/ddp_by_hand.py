@@ -1,4 +1,4 @@
-"""What a framework's training is compared with: the same batches by DDP, in a loop of its own."""
+"""The training that a framework's is compared with: the same batches under DDP, in a plain loop."""
 
 from __future__ import annotations
 

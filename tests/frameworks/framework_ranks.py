@@ -1,4 +1,4 @@
-"""Warm ranks for each framework, whose import is what costs: forks of one process, for all files that ask for them."""
+"""Warm ranks for each framework: forks of one process, because importing the framework is what takes long."""
 
 from __future__ import annotations
 
@@ -65,14 +65,13 @@ class DeepSpeedRanks(FrameworkRanks):
     @classmethod
     def load(cls) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what DeepSpeed's imports say of torch is not ours to mend
+            warnings.simplefilter("ignore")  # DeepSpeed's imports warn about torch
             import accelerate  # noqa: F401
             import deepspeed
             from deepspeed.accelerator import get_accelerator
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # an extension that it would compile, and not use
-        )
+        # an extension that it would compile, and not use
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         get_accelerator().is_fp16_supported = lambda: True  # torch has it on every CPU; DeepSpeed asks for fast ones
         logging.getLogger("DeepSpeed").setLevel(logging.CRITICAL)
         import deepspeed_rig  # noqa: F401
@@ -89,7 +88,7 @@ class HuggingFaceRanks(FrameworkRanks):
         "OMP_NUM_THREADS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    # what the frameworks say about themselves, not about what they are given here
+    # warnings about the frameworks themselves, not about their use here
     their_warnings = (
         (DeprecationWarning, ""),  # of what they import
         (FutureWarning, ""),

@@ -1,4 +1,4 @@
-"""A small model sharded over four ranks, and the same training on one process; what the ranks are sent."""
+"""A small model sharded over four ranks, and the same training on one process; functions that the ranks run."""
 
 from __future__ import annotations
 

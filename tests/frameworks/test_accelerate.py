@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ddp_by_hand import train_by_ddp
 from framework_ranks import new_accelerator
 from pool import Pool
-from rig import flat, loss_of, make_batch, make_model
+from rig import flat, loss_of, make_batch, make_model, train_step
 from rig import sgd_of as sgd
 from torch import Tensor, nn
 
@@ -69,40 +69,35 @@ def one_cycle(optimizer: Any) -> Any:
     )
 
 
-def against_ddp(method: dict[str, Any], *, built: bool = False, **options: Any) -> None:
-    """Parameters and bytes are those of DDP."""
-    accelerator = new_accelerator(gradient_accumulation_steps=options.get("every", 1))
-    model: Any = make_model()
-    optimizer: Any = optimizer_for(method, model)
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, one_cycle(optimizer))
-    run = attach(model, build(method) if built else method, optimizer)
-    assert optimizer.optimizer is run.optimizer
-    assert isinstance(run.optimizer, StandIn) == (run.method.kind == "update")
-    train(accelerator, model, optimizer, range(STEPS), options.get("clip", 0.0), schedule)
-    nbytes = run.traffic.payload_bytes
-    assert run.replicas_are_equal()
-    run.close()
-    assert not isinstance(optimizer.optimizer, StandIn)
-    expected, expected_nbytes = reference(method, **options)
-    assert torch.equal(flat(model.module), expected)
-    assert nbytes == expected_nbytes > 0
-
-
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("method", "make", "every", "clip"),
     [
-        (ONEBIT, {}),
-        (EF, {"clip": 0.5}),
-        (EF, {"clip": 0.5, "built": True}),
-        ({"name": "dgc", "density": 0.1, "warmup_steps": 2}, {}),
-        (ONEBIT, {"every": 2, "built": True}),
-        (EF, {"every": 3}),
+        (ONEBIT, dict, 1, 0.0),
+        (EF, dict, 1, 0.5),
+        (EF, build, 1, 0.5),
+        ({"name": "dgc", "density": 0.1, "warmup_steps": 2}, dict, 1, 0.0),
+        (ONEBIT, build, 2, 0.0),
+        (EF, dict, 3, 0.0),
     ],
     ids=["onebit_adam", "ef_sign, clipped", "built", "dgc", "onebit_adam, built, accumulated", "ef_sign, accumulated"],
 )
 @on_two_ranks
-def test_training_is_that_of_ddp(method: Any, options: Any) -> None:
-    against_ddp(method, **options)
+def test_training_is_that_of_ddp(method: Any, make: Callable[[Any], Any], every: int, clip: float) -> None:
+    accelerator = new_accelerator(gradient_accumulation_steps=every)
+    model: Any = make_model()
+    optimizer: Any = optimizer_for(method, model)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, one_cycle(optimizer))
+    run = attach(model, make(method), optimizer)
+    assert optimizer.optimizer is run.optimizer
+    assert isinstance(run.optimizer, StandIn) == (run.method.kind == "update")
+    train(accelerator, model, optimizer, range(STEPS), clip, schedule)
+    nbytes = run.traffic.payload_bytes
+    assert run.replicas_are_equal()
+    run.close()
+    assert not isinstance(optimizer.optimizer, StandIn)
+    expected, expected_nbytes = reference(method, clip=clip, every=every)
+    assert torch.equal(flat(model.module), expected)
+    assert nbytes == expected_nbytes > 0
 
 
 CLIPPED = pytest.mark.parametrize(
@@ -302,10 +297,7 @@ def test_an_outer_method_trains_as_without_accelerate() -> None:
     inner = sgd(other)
     twin = attach(other, method, inner)
     for step in twin.range(STEPS):
-        x, y = make_batch(dist.get_rank(), step)
-        inner.zero_grad()
-        loss_of(other(x), y).backward()
-        inner.step()
+        train_step(other, inner, dist.get_rank(), step)
     twin.finish()
     twin.close()
     dist.barrier()

@@ -1,20 +1,19 @@
-"""DDP's own ways with unused parameters and several buckets, and gradients that others touch."""
+"""DDP with unused parameters, several buckets and scalers, and gradients that others change."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from rig import METHODS, UPDATE, flat, loss_of, make_batch, make_method, make_model, state_of, train, wrapped
+from rig import METHODS, UPDATE, flat, loss_of, make_batch, make_method, make_model, run_ddp, state_of, train, wrapped
 from torch import Tensor, nn
 
 from commopt import attach
-from commopt.errors import AttachError, CommoptError, GroupError
+from commopt.errors import CommoptError, GroupError
 from commopt.groups import Group, SimWorld
 from commopt.run.checks import connect
 
@@ -75,7 +74,7 @@ def test_unused_parameters_and_their_state_are_as_without_ddp(pool: Pool, case: 
 
 
 def misuse(process_group: dist.ProcessGroup, case: str, what: str) -> str:
-    """What a training step says in which gradients are treated as a method cannot take it."""
+    """The error of a training step in which gradients are treated in some unusual way, or nothing."""
     with wrapped(process_group, case) as (model, optimizer, _):
         rank = dist.get_rank(process_group)
         train(model, optimizer, rank, 4)
@@ -161,18 +160,6 @@ def test_signs_are_clipped_by_one_norm_for_all_ranks(pool: Pool) -> None:
         torch.testing.assert_close(got, whole * (0.05 / rms), rtol=1e-4, atol=1e-8)
 
 
-def overlapping_clip(process_group: dist.ProcessGroup) -> None:
-    with (
-        pytest.raises(AttachError, match=r"overlap=True with max_norm: it needs .* of all buckets.*leave overlap out"),
-        wrapped(process_group, "ef_sign l1", max_norm=1.0, overlap=True),
-    ):
-        pass
-
-
-def test_clipping_with_overlap_is_refused(pool: Pool) -> None:
-    pool.run(2, overlapping_clip)
-
-
 def train_scaled(
     process_group: dist.ProcessGroup,
     case: str,
@@ -203,19 +190,13 @@ def train_scaled(
         return flat(model.module), scales, moved, finite, run.replicas_are_equal()
 
 
-def train_unscaled(process_group: dist.ProcessGroup, case: str, overlap: bool | None) -> Tensor:
-    with wrapped(process_group, case, overlap=overlap) as (model, optimizer, _):
-        train(model, optimizer, dist.get_rank(process_group), STEPS)
-        return flat(model.module)
-
-
 SCALED = [case for case in METHODS if case != "fp16"]
 
 
 @pytest.mark.parametrize("overlap", [None, False])
 @pytest.mark.parametrize("case", SCALED)
 def test_a_scaled_run_is_the_unscaled_one(pool: Pool, case: str, overlap: bool | None) -> None:
-    expected = pool.run(2, train_unscaled, case, overlap)[0]
+    expected = pool.run(2, run_ddp, case, STEPS, {"overlap": overlap})[0]
     for values, scales, moved, finite, equal in pool.run(2, train_scaled, case, 1024.0, -1, overlap):
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
         assert scales == [1024.0] * STEPS
@@ -282,10 +263,10 @@ def test_an_update_method_says_how_to_use_a_scaler(pool: Pool, knows: bool, said
     pool.run(2, scaler_misuse, knows, said)
 
 
-def connected(process_group: dist.ProcessGroup, make_one_more: Callable[[int], bool] | None) -> str:
-    rank = dist.get_rank(process_group)
-    if make_one_more is not None and make_one_more(rank):
-        dist.new_group([rank], use_local_synchronization=True)
+def connected(process_group: dist.ProcessGroup, has_one_more: bool) -> str:
+    """The sum over a group that `connect` makes, or its error; has_one_more: rank 0 has made a group before, alone."""
+    if has_one_more and dist.get_rank(process_group) == 0:
+        dist.new_group([0], use_local_synchronization=True)
     try:
         group = connect(process_group)
     except GroupError as error:
@@ -295,14 +276,10 @@ def connected(process_group: dist.ProcessGroup, make_one_more: Callable[[int], b
     return str(x.item())
 
 
-def is_first(rank: int) -> bool:
-    return rank == 0
-
-
 def test_attach_makes_a_group_of_its_own_for_a_sub_group_or_says_why_it_cannot() -> None:
     ranks = Pool()  # its ranks cannot make further groups of their own afterwards
     try:
-        assert ranks.run(2, connected, None) == ["2.0", "2.0"]
-        assert all("torch.distributed.new_group" in answer for answer in ranks.run(2, connected, is_first))
+        assert ranks.run(2, connected, False) == ["2.0", "2.0"]
+        assert all("torch.distributed.new_group" in answer for answer in ranks.run(2, connected, True))
     finally:
         ranks.close()

@@ -1,4 +1,4 @@
-"""How a method comes into an engine beside `initialize`: by attach, by Accelerate, or after a block that nobody read."""
+"""Other ways into an engine than our `initialize`: attach, Accelerate, and a `commopt` block that was read too late."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_deepspeeds_dry_step_on_zeros_leaves_nothing_behind(half: str) -> None:
     assert isinstance(engine.optimizer.optimizer, StandIn)
 
 
-# -- a block that nobody read
+# -- a block that was read too late
 
 
 @on_two_ranks
 def test_a_block_that_was_read_too_late_is_not_passed_over() -> None:
-    """Engines made by deepspeed.initialize, when nobody has called install()."""
+    """Engines made by deepspeed.initialize without install()."""
     own = {**SGD, "commopt": {"method": "dgc", "density": 0.1}}
     words = (
         r"'dgc', 'density': 0.1} in the configuration has had no effect.*commopt.deepspeed.install\(\) was not called"

@@ -280,6 +280,10 @@ def test_changes_after_attach_are_refused_in_the_next_backward() -> None:
         model.first.bias.requires_grad_(False)
         with pytest.raises(CommoptError, match="frozen or thawed"):
             train(model, optimizer, dist.get_rank(), 1)
+    with attached(mesh_of(4), "two_way(int8)") as (model, optimizer, _run):
+        model.set_gradient_divide_factor(1.0)
+        with pytest.raises(CommoptError, match="set_gradient_divide_factor"):
+            train(model, optimizer, dist.get_rank(), 1)
 
 
 def test_the_example_trains_two_replicas(fsdp_ranks: Pool) -> None:

@@ -1,9 +1,9 @@
-"""What attach refuses of an FSDP2 model, in words that name the fix."""
+"""What attach refuses of an FSDP2 model, with the fix in the message."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,13 +18,15 @@ import commopt
 from commopt.errors import CommoptError
 from commopt.groups import LocalGroup, TorchGroup
 
+Attempt = Callable[[], object]
+
 
 def attach(method: Any, model: Any = None, optimizer: Any = None, **options: Any) -> None:
     model = sharded(mesh_of(2, 2)) if model is None else model
     commopt.attach(model, method, optimizer or sgd(model), **options)
 
 
-def one_dimension(method: Any) -> Callable[[], None]:
+def one_dimension(method: Any) -> Attempt:
     return lambda: attach(method, sharded(mesh_of(4)))
 
 
@@ -55,34 +57,15 @@ def on_nothing() -> None:
     attach("ef_sign", model, sgd(nn.Linear(1, 1)))
 
 
-def on_a_hook() -> None:
-    model = sharded(mesh_of(2, 2))
-    model.first.set_all_reduce_hook(lambda _: None)
-    attach("ef_sign", model)
+def changed(change: Callable[[Any], object], method: str = "ef_sign", shape: Sequence[int] = (2, 2)) -> Attempt:
+    """An attempt to attach to a sharded model that was changed before."""
 
+    def attempt() -> None:
+        model = sharded(mesh_of(*shape))
+        change(model)
+        attach(method, model)
 
-def on_a_sum() -> None:
-    model = sharded(mesh_of(2, 2))
-    model.set_force_sum_reduction_for_comms(True)
-    attach("ef_sign", model)
-
-
-def on_another_factor() -> None:
-    model = sharded(mesh_of(4))
-    model.first.set_gradient_divide_factor(1.0)
-    attach("two_way(int8)", model)
-
-
-def on_a_torch_without_a_private_name() -> None:
-    model = sharded(mesh_of(2, 2))
-    del model.second._get_fsdp_state()._fsdp_param_groups[0]._all_reduce_hook
-    attach("ef_sign", model)
-
-
-def on_a_torch_that_names_its_groups_otherwise() -> None:
-    model = sharded(mesh_of(2, 2))
-    del model._get_fsdp_state()._fsdp_param_groups[0].mesh_info.replicate_process_group
-    attach("ef_sign", model)
+    return attempt
 
 
 def on_a_compiled_model() -> None:
@@ -91,7 +74,7 @@ def on_a_compiled_model() -> None:
     attach("ef_sign", compiled, sgd(model))
 
 
-CASES: dict[str, tuple[Callable[[], object], str]] = {
+CASES: dict[str, tuple[Attempt, str]] = {
     "only a part is sharded": (on_a_part, "first is sharded by FSDP2.*use fully_shard for the whole model"),
     "update method": (lambda: attach("onebit_adam"), "it keeps an optimizer's state for whole parameters"),
     "outer method": (lambda: attach("diloco"), "averages whole parameters every few steps"),
@@ -119,14 +102,25 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: attach("two_way(int8)", fully_shard(nn.Linear(8, 3), mesh=mesh_of(4))),
         "shard 3 of 4 without an element",
     ),
-    "hook": (on_a_hook, "first: an all-reduce hook of your own"),
-    "sum": (on_a_sum, "set_force_sum_reduction_for_comms"),
-    "factor": (on_another_factor, "first: set_gradient_divide_factor"),
-    "other torch": (
-        on_a_torch_without_a_private_name,
+    "hook": (
+        changed(lambda model: model.first.set_all_reduce_hook(lambda _: None)),
+        "first: an all-reduce hook of your own",
+    ),
+    "sum": (changed(lambda model: model.set_force_sum_reduction_for_comms(True)), "set_force_sum_reduction_for_comms"),
+    "factor": (
+        changed(lambda model: model.first.set_gradient_divide_factor(1.0), "two_way(int8)", (4,)),
+        "first: set_gradient_divide_factor",
+    ),
+    "other torch": (  # without a private name
+        changed(lambda model: delattr(model.second._get_fsdp_state()._fsdp_param_groups[0], "_all_reduce_hook")),
         rf"FSDP2 of torch {re.escape(torch.__version__)}, which has no FSDPParamGroup\._all_reduce_hook",
     ),
-    "other meshes": (on_a_torch_that_names_its_groups_otherwise, r"has no HSDPMeshInfo\.replicate_process_group"),
+    "other meshes": (
+        changed(
+            lambda model: delattr(model._get_fsdp_state()._fsdp_param_groups[0].mesh_info, "replicate_process_group")
+        ),
+        r"has no HSDPMeshInfo\.replicate_process_group",
+    ),
     "compiled": (on_a_compiled_model, "attach to the sharded model first, then compile it"),
     "wrong group": (
         lambda: attach("ef_sign", group=TorchGroup(mesh_of(2, 2).get_group("shard"))),

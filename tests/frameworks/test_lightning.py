@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import shutil
 import warnings
 from collections.abc import Callable
@@ -117,9 +116,13 @@ def strategy_of(method: Any, **options: Any) -> Any:
     return CommoptStrategy(method, timeout=timedelta(seconds=200), **options)
 
 
-def fit(method: Any, configure: Any, ckpt_path: Any = None, given: Any = None, **options: Any) -> tuple[Any, Any]:
-    """(module, trainer) after a fit; given: options of the strategy."""
+def fit(
+    method: Any, configure: Any, ckpt_path: Any = None, given: Any = None, change: Any = None, **options: Any
+) -> tuple[Any, Any]:
+    """(module, trainer) after a fit; given: options of the strategy; change: called with the module before."""
     net = module_class()(configure)
+    if change is not None:
+        change(net)
     trainer = trainer_of(strategy_of(method, **(given or {})), **options)
     trainer.fit(net, zeros(200), zeros(4), ckpt_path=ckpt_path)
     return net, trainer
@@ -333,26 +336,14 @@ def test_an_outer_method_averages_replicas_without_ddp(name: str, options: dict[
 # -- what does not fit
 
 
-def manual(net: Any) -> Any:
+def manual(net: Any) -> None:
     net.automatic_optimization = False
-    return net
 
 
-def frozen(net: Any) -> Any:
-    return net.requires_grad_(False)
-
-
-def other_on_rank_1(net: Any) -> Any:
-    return sgd(net) if dist.get_rank() else adam(net)
-
-
-def attempt(
-    change: Any = None, method: Any = "onebit_adam", configure: Any = adam, given: Any = None, **options: Any
-) -> str:
+def attempt(method: Any = "onebit_adam", configure: Any = adam, **options: Any) -> str:
+    """The error of a fit, or nothing."""
     try:
-        strategy = strategy_of(method, **(given or {}))
-        net = module_class()(configure)
-        trainer_of(strategy, **options).fit((change or copy.copy)(net), zeros(200), zeros(4))
+        fit(method, configure, **options)
     except (CommoptError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -386,7 +377,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"change": manual},
         "AttachError: manual optimization with CommoptStrategy: gradients are exchanged in backward",
     ),
-    "frozen": ({"change": frozen}, "AttachError: the model: it has no trainable parameter"),
+    "frozen": (
+        {"change": lambda net: net.requires_grad_(False)},
+        "AttachError: the model: it has no trainable parameter",
+    ),
     "bn": (
         {"method": "noloco", **SGD, "sync_batchnorm": True},
         "AttachError: sync_batchnorm with noloco: it exchanges in every step",
@@ -405,7 +399,7 @@ def test_what_does_not_fit_is_refused_with_the_reason_on_every_rank(case: str) -
 def test_what_fails_on_one_rank_fails_on_all_and_training_goes_on_after_it() -> None:
     wrong = "AttachError: onebit_adam stands in for Adam or AdamW"
     of_rank_1 = wrong if dist.get_rank() else f"AttachError: rank 1 could not attach: {wrong}"
-    assert attempt(configure=other_on_rank_1).startswith(of_rank_1)
+    assert attempt(configure=lambda net: (sgd if dist.get_rank() else adam)(net)).startswith(of_rank_1)
     assert attempt() == ""
 
 

@@ -1,4 +1,4 @@
-"""What travels of flat parameters: nothing is lost, a message nobody got is taken back, and a bad one is refused."""
+"""Messages of flat parameters: nothing is lost, an undelivered one is taken back, and a bad one is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Topologies: valid rounds, how fast they reach consensus, and random groups that are fair."""
+"""Topologies: valid rounds, how fast they reach consensus, and fair random groups."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def topologies(draw: st.DrawFn) -> tuple[int, tuple[Round, ...]]:
 
 
 def period(rounds: tuple[Round, ...], ranks: int) -> F64:
-    """What all rounds do to the parameters, the first of them first."""
+    """The product of all rounds' matrices, the first round applied first."""
     return reduce(lambda done, matrix: matrix @ done, [mixing_matrix(groups, ranks) for groups in rounds])
 
 
@@ -186,7 +186,7 @@ def test_who_sits_out_first_differs_between_seeds_and_cycles() -> None:
 
 
 def test_random_groups_are_the_same_in_every_release() -> None:
-    """Ranks of one job may not agree on anything else, and a resumed one goes on with the rounds it had."""
+    """Ranks of one job agree on nothing else, and a resumed job continues with the same rounds."""
     assert [random_groups(5, 2, 7, k) for k in range(3)] == [
         [(3, 4), (0, 1)],
         [(0, 4), (2, 3)],

@@ -1,4 +1,4 @@
-"""What is sent from a GPU is what would be sent from a CPU, and is read there as here."""
+"""A GPU sends what a CPU would send, and decodes it to the same values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from block_values import heavy_tailed
 from pretend import DEVICES, working_on
 from torch import Tensor
 
@@ -29,15 +30,11 @@ def blocks_of(codec: Compressor) -> Blocks:
     if not codec.stochastic and not codec.shares_keys:
         return blocks
     keys = noise.keys(0, "test", 0, np.zeros(len(blocks), np.int64), blocks.starts)
-    return Blocks(blocks.starts, blocks.homes, blocks.lengths, blocks.parameters, blocks.groups, keys)
+    return blocks.having(keys=keys)
 
 
 def values(seed: int) -> Tensor:
-    """Values over some magnitudes, a tenth of them zeros of either sign."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(sum(SIZES), generator=generator) * torch.randn(sum(SIZES), generator=generator).exp()
-    u = torch.rand(sum(SIZES), generator=generator)
-    return torch.where(u < 0.05, 0.0, torch.where(u > 0.95, -0.0, x))
+    return heavy_tailed(sum(SIZES), seed, spread=1.0)
 
 
 def sent(codec: Compressor, device: torch.device, has_nan: bool) -> tuple[list[Tensor], Tensor, Tensor, list[bool]]:

@@ -1,4 +1,4 @@
-"""The pretended device refuses what a GPU refuses; else tests on it would say nothing."""
+"""The pretended device refuses what a GPU refuses; otherwise tests on it would prove nothing."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from transports import RANKS, Run, content, message, on_mpi, over_simulated_peers, over_tcp_peers, values
+from rig import normal
+from transports import RANKS, Run, content, message, on_mpi, over_simulated_peers, over_tcp_peers
 
 from commopt.groups import Group, PacedGroup, PeerGroup, SimWorld, TorchGroup
 from commopt.groups.peers import Peers
@@ -19,9 +20,8 @@ from commopt.plan.links import LinkModel, schedule
 from commopt.wire.payload import Layout
 
 COLLECTIVE = ["simulated", "gloo", "mpi"]
-on_every_transport = pytest.mark.parametrize(
-    "run", [*COLLECTIVE, "simulated peers", "tcp peers"], indirect=True
-)  # a group of peers counts its bytes as they are sent
+# some tests leave peers out, whose groups count bytes as they are sent
+on_every_transport = pytest.mark.parametrize("run", [*COLLECTIVE, "simulated peers", "tcp peers"], indirect=True)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64]
 
 
@@ -50,7 +50,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 def summands(rank: int) -> list[torch.Tensor]:
     """None, one, some and many elements of each dtype: up to 1 KB a group of peers gathers, beyond it scatters."""
-    return [values(rank, elements).mul(10).to(dtype) for dtype in DTYPES for elements in (0, 1, 5, 1001)]
+    return [normal(elements, rank).mul(10).to(dtype) for dtype in DTYPES for elements in (0, 1, 5, 1001)]
 
 
 def all_reduce(group: Group) -> list[torch.Tensor]:
@@ -72,7 +72,7 @@ def test_all_reduce_gives_every_rank_the_same_sum(run: Run, n: int) -> None:
 
 
 def deliveries(group: Group) -> dict[str, Any]:
-    """Payloads of different sizes, of the same size but different layouts, and empty ones; from every root; twice what ranks say."""
+    """Payloads of different sizes, of the same size but different layouts, and empty ones; broadcasts from every root; two texts."""
     rank, n = group.rank, group.size
     received = {"alike": group.all_gather(message(rank, 3, 5))}
     for name, sizes in by_layout(n).items():
@@ -180,14 +180,14 @@ def test_a_paced_group_takes_at_least_the_seconds_of_its_model(run: Run) -> None
 
 def reduce_paced(group: Group) -> tuple[torch.Tensor, list[Any]]:
     paced = PacedGroup(group, LinkModel.uniform(group.size, "1gbit"))
-    x = values(group.rank, 10)
+    x = normal(10, group.rank)
     paced.all_reduce(x)
     return x, [content(one) for one in paced.all_gather_ragged(message(group.rank, group.rank, 0))]
 
 
 def test_a_paced_group_returns_what_the_group_inside_returns(run: Run) -> None:
     for x, gathered in run(3, reduce_paced):
-        torch.testing.assert_close(x, values(0, 10) + values(1, 10) + values(2, 10))
+        torch.testing.assert_close(x, normal(10, 0) + normal(10, 1) + normal(10, 2))
         assert gathered == [content(message(rank, rank, 0)) for rank in range(3)]
 
 

@@ -1,16 +1,17 @@
-"""How a program finds its job's ranks, whoever started it, and how its model is wrapped."""
+"""How a program finds the ranks of its job, with any launcher, and how its model is wrapped."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from pool import Pool
+from torch import nn
 
 import commopt
 from commopt.errors import ConfigError
 from commopt.groups import LocalGroup, connect
 
+NAMES = ["dgc", "onebit_adam", "noloco"]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "COMMOPT_PEERS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -38,20 +39,16 @@ def test_mpi_is_refused_where_the_launcher_started_the_ranks(monkeypatch: pytest
         connect("mpi")
 
 
-@pytest.mark.parametrize("name", ["dgc", "onebit_adam", "noloco"])
+@pytest.mark.parametrize("name", NAMES)
 def test_without_torch_distributed_a_model_is_not_wrapped(name: str) -> None:
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     assert commopt.wrap(model, commopt.build(name)) is model
 
 
 def wrapped_types(process_group: dist.ProcessGroup) -> list[str]:
-    options = {"process_group": process_group}
-    return [
-        type(commopt.wrap(torch.nn.Linear(2, 2), commopt.build(name), **options)).__name__
-        for name in ("dgc", "onebit_adam", "noloco")
-    ]
+    models = [commopt.wrap(nn.Linear(2, 2), commopt.build(name), process_group=process_group) for name in NAMES]
+    return [type(model).__name__ for model in models]
 
 
-def test_ddp_wraps_a_model_for_methods_that_exchange_in_every_step(pool: object) -> None:
-    expected = [DistributedDataParallel.__name__, DistributedDataParallel.__name__, "Linear"]
-    assert pool.run(2, wrapped_types) == [expected, expected]  # type: ignore[attr-defined]
+def test_ddp_wraps_a_model_for_methods_that_exchange_in_every_step(pool: Pool) -> None:
+    assert pool.run(2, wrapped_types) == [["DistributedDataParallel", "DistributedDataParallel", "Linear"]] * 2

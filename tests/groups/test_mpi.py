@@ -36,7 +36,7 @@ def mpi() -> MPIPool:
 
 
 def sums(group: Any) -> list[torch.Tensor]:
-    """Sums of what rounding, order and layout would tell apart: 1,001 elements of each dtype, none, one, and a transposed matrix."""
+    """Sums that show rounding, order and layout: 1,001 elements of each dtype, none, one, and a transposed matrix."""
     generator = torch.Generator().manual_seed(group.rank)
     wide = torch.randn(1001, generator=generator) * 10 ** torch.randint(-6, 2, (1001,), generator=generator)
     every = [(1000 * wide).to(dtype) for dtype in DTYPES]
@@ -92,9 +92,9 @@ def mpirun(n: int, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def fail(folder: str) -> None:
-    """One of two ranks, of which the other sends another length, stays away or was away before, and ends with an exception at last.
+    """One of two ranks: they disagree on a length, then rank 1 stays away, and in the end it raises.
 
-    What each hears goes to a file of its own: mpiexec may put two ranks' lines into one.
+    Each rank's errors go to its own file, since mpiexec may merge two ranks' lines into one.
     """
     from mpi4py import MPI
 
@@ -120,18 +120,19 @@ def fail(folder: str) -> None:
     last.barrier()  # waits half an hour
 
 
+Failed = tuple[subprocess.CompletedProcess[str], list[list[str]]]
+
+
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Two ranks that `fail`: how the job ended, and what each had heard by then."""
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Failed:
+    """Two ranks that `fail`: how the job ended, and each rank's errors before that."""
     folder = tmp_path_factory.mktemp("heard")
     done = mpirun(2, "-c", "import sys, test_mpi; test_mpi.fail(sys.argv[1])", str(folder))
     heard = [Path(folder, f"rank {rank}") for rank in range(2)]
     return done, [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in heard]
 
 
-def test_an_exchange_that_fails_says_why_and_the_group_refuses_all_others(
-    failed: tuple[subprocess.CompletedProcess[str], list[list[str]]],
-) -> None:
+def test_an_exchange_that_fails_says_why_and_the_group_refuses_all_others(failed: Failed) -> None:
     done, heard = failed
     assert len(heard[0]) == 3, done.stderr
     uneven, lonely, again = heard[0]
@@ -140,16 +141,14 @@ def test_an_exchange_that_fails_says_why_and_the_group_refuses_all_others(
     assert "the group is of no use since all_reduce failed" in again
 
 
-def test_a_rank_that_ends_with_an_exception_ends_the_job_instead_of_leaving_it_waiting(
-    failed: tuple[subprocess.CompletedProcess[str], list[list[str]]],
-) -> None:
+def test_a_rank_that_ends_with_an_exception_ends_the_job_instead_of_leaving_it_waiting(failed: Failed) -> None:
     done, _ = failed
     assert done.returncode != 0
     assert "ValueError: enough" in done.stderr
 
 
 def test_the_last_words_of_a_rank_are_read_before_it_ends_the_job() -> None:
-    """mpiexec forgets what it has not read by then, which on a busy machine is the traceback."""
+    """mpiexec drops what it has not read by then, on a busy machine the traceback."""
     if why := mpi_pool.why_not():
         pytest.skip(why)
     from commopt.groups.mpi import _wait_until_read

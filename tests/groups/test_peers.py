@@ -1,4 +1,4 @@
-"""The mailbox, the groups that are made of peers, and the roll that says who takes part: over simulated and real peers alike."""
+"""The mailbox, groups made of peers, and the roll call of a round's members, over simulated and real peers."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_another_layout_is_an_error_and_not_other_numbers(run: Run) -> None:
     assert all("sent another layout than rank" in words for words in run(2, with_another_layout))
 
 
-# -- who takes part
+# -- the roll call
 
 CARD_S = 4.0
 
@@ -275,5 +275,5 @@ def test_all_on_a_roll_of_several_have_the_same_one(
         rolls = {rank: result[sequence] for rank, result in enumerate(results) if result is not None}
         for rank, roll in rolls.items():
             assert rank in roll.members
-            for other in roll.members:  # who is on it, but did not hear of it in time, averages with nobody
+            for other in roll.members:  # a member that did not hear of it in time averages with nobody
                 assert rolls[other].members in (roll.members, (other,))

@@ -1,4 +1,4 @@
-"""Transports for the tests of groups and of peers, and what they are given to carry."""
+"""Transports for the tests of groups and of peers, and payloads for them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from commopt.wire.payload import Payload
 
 RANKS = (1, 2, 3, 5)
 Run = Callable[..., list[Any]]
-
-
-def values(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def message(rank: int, n_floats: int, n_bytes: int) -> Payload:
@@ -46,7 +42,7 @@ def over_simulated_peers(n: int, function: Callable[..., Any], *args: Any) -> li
 
 
 def over_tcp_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """The same over TCP on this machine, once all have heard of each other."""
+    """The same over TCP on this machine, once all have found each other."""
 
     def work(peers: TcpPeers) -> Any:
         wait_for_all(peers)
@@ -56,7 +52,7 @@ def over_tcp_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any
 
 
 def wait_for_all(peers: Peers) -> None:
-    """TCP members find each other in their first seconds."""
+    """Wait until TCP members have found each other."""
     end_s = peers.seconds + 20
     peers.announce(0, is_training=True)
     while not all(peers.is_up(peer) for peer in peers.others):

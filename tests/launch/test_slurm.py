@@ -112,9 +112,7 @@ def test_two_nodes_train_together(submit: Callable[..., subprocess.Popen[str]], 
 def test_a_job_that_runs_out_of_time_goes_back_into_the_queue(
     submit: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    waiting = (
-        tmp_path / "waiting.py"
-    )  # ends by itself when Slurm has heard, as Slurm ends the tasks of a job that it requeues
+    waiting = tmp_path / "waiting.py"  # ends once the job is requeued, as Slurm then ends its tasks
     waiting.write_text(
         "import os, pathlib, time\n"
         "log = pathlib.Path(os.environ['STANDIN_LOG'])\n"
@@ -143,19 +141,9 @@ def test_a_training_that_fails_fails_the_job(submit: Callable[..., subprocess.Po
 
 
 def test_slurm_takes_every_directive() -> None:
-    known = {
-        "job-name",
-        "nodes",
-        "ntasks-per-node",
-        "cpus-per-task",
-        "time",
-        "requeue",
-        "signal",
-        "open-mode",
-        "output",
-    }
+    known = "job-name nodes ntasks-per-node cpus-per-task time requeue signal open-mode output"
     directives = re.findall(r"^#SBATCH --([a-z-]+)(?:=\S+)?$", SCRIPT.read_text(), re.MULTILINE)
-    assert set(directives) == known
+    assert set(directives) == set(known.split())
     assert SCRIPT.read_text().count("\n#SBATCH") == len(directives)
     body = SCRIPT.read_text().splitlines()
     first_command = next(k for k, line in enumerate(body) if line and not line.startswith("#"))

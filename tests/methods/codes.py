@@ -38,7 +38,7 @@ def server_at_home(residuals: list[F64], numels: list[int], scale: str, block_si
 
 
 def signs(c: F64, groups: list[list[slice]], scale: str = "l1") -> tuple[F64, F64]:
-    """C(c) with one scale for each group of blocks, and |c| in units of its scale: how far from a change of sign it is."""
+    """C(c) with one scale per group of blocks, and |c| in units of its scale: its distance from a change of sign."""
     q, distance = np.zeros_like(c), np.full_like(c, np.inf)
     for group in groups:
         whole = np.concatenate([c[block] for block in group])
@@ -55,7 +55,7 @@ def block_signs(c: F64, numels: list[int]) -> tuple[F64, F64]:
 
 
 def largest(c: F64, density: float, numels: list[int]) -> tuple[F64, F64]:
-    """The share `density` of each tensor with the largest magnitudes, and how clear the choice was."""
+    """The share `density` of each tensor with the largest magnitudes, and the margin of the choice."""
     q, margin = np.zeros_like(c), np.full_like(c, np.inf)
     for span in tensors_of(numels):
         size = np.abs(c[span])
@@ -77,11 +77,17 @@ class SignExchange:
     e: F64  # (N, n) worker residuals
     s: F64  # (n,) server residuals, each where its owner has it
     block_size: int = 2048
-    margin: F64 = field(default_factory=lambda: np.zeros(0))  # how far from a change of sign everything was, in scales
+    margin: F64 = field(default_factory=lambda: np.zeros(0))  # distance from a change of sign, in scales
+
+    def check_after(self, states: list[dict[str, Any]], clear: Any, atol: float) -> None:
+        """Compare the ranks' residuals with these, where `clear`."""
+        found = SignExchange.of(states, self.numels, self.scale, self.block_size)
+        np.testing.assert_allclose(found.e[:, clear], self.e[:, clear], rtol=1e-7, atol=atol)
+        np.testing.assert_allclose(found.s[clear], self.s[clear], rtol=1e-7, atol=atol)
 
     @classmethod
     def of(cls, states: list[dict[str, Any]], numels: list[int], scale: str, block_size: int = 2048) -> SignExchange:
-        """In the state that the ranks are in."""
+        """With the residuals of these ranks."""
         server = server_at_home([state["server_residual"] for state in states], numels, scale, block_size)
         return cls(numels, scale, np.stack([state["worker_residual"] for state in states]), server, block_size)
 

@@ -30,7 +30,7 @@ class Parameters(nn.Module):
         self.mean, self.dead = mean, dead
 
     def set_gradients(self, rank: int, step: int) -> None:
-        """A mean, with noise of each rank's own, of another size in each of three parameters."""
+        """A mean plus each rank's own noise; the size cycles through 1, 0.1 and 0.01 over the parameters."""
         generator = torch.Generator().manual_seed(1000 * rank + step)
         for k, p in enumerate(self.all):
             gradient = (self.mean + torch.randn(p.shape, generator=generator)) * 10.0 ** -(k % 3)
@@ -43,7 +43,7 @@ class Parameters(nn.Module):
 
 
 def parameters(*shapes: tuple[int, ...]) -> Parameters:
-    """With two elements that never get a gradient, which the methods must leave alone."""
+    """With two elements that never get a gradient, which methods must not move."""
     return Parameters(*shapes, mean=0.5, dead=2)
 
 
@@ -62,11 +62,12 @@ def gradients(shapes: Shapes, ranks: int, step: int, **options: Any) -> F64:
     return np.stack(rows)
 
 
-def exchange(method: Any, bucket: Bucket, group: Group) -> None:
-    """Exchange one bucket, and count it as a run does."""
+def exchange(method: Any, bucket: Bucket, group: Group) -> Bucket:
+    """Exchange one bucket and count it, as a run does."""
     method.exchange(bucket, group)
     if bucket.void is None:
         method.exchanges[[method.index.position[name] for name in bucket.names]] += 1
+    return bucket
 
 
 def spans(shapes: Shapes) -> list[slice]:
@@ -108,10 +109,10 @@ def check_steps(
     rtol: float = 1e-5,
     atol: float = 2e-6,
 ) -> None:
-    """Hold every step to the paper's from the state before it.
+    """Compare every step with the paper's from the state before it.
 
-    paper: from a step and each rank's state before it, what the state should be by its keys, (n,) alike on all ranks or (N, n), and
-        (n,) which elements are far enough from another choice or sign to be compared. share: how many must be.
+    paper: takes a step and each rank's state before it; returns the state wanted by key, (n,) for all ranks or (N, n), and (n,) which
+        elements are far enough from another choice or sign to be compared. share: how many must be.
     """
     compared, steps = 0, len(runs[0]) - 1
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""The bytes that every method hands over, against formulas that stand here and nowhere else in the code."""
+"""The bytes that every method sends, against formulas that stand here and nowhere else in the code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ring(nbytes: float) -> Callable[[int], float]:
 
 
 def two_way(up: float, down: float) -> Callable[[int], float]:
-    """All-to-all up, all-gather of what the owners answer down."""
+    """All-to-all up, all-gather of the owners' answers down."""
     return lambda n: (n - 1) / n * (up + down)
 
 
@@ -83,7 +83,7 @@ FORMULAS: list[tuple[Preset, Callable[[int], float]]] = [
 
 
 def measured(preset: Preset, ranks: int) -> tuple[float, float]:
-    """Bytes per parameter and step, the mean over ranks in the steps after the warm-up, and what the method says of itself."""
+    """Bytes per parameter and step after the warm-up, the mean over ranks; and by the method's own formula."""
 
     def work(group: Group) -> tuple[float, float]:
         model = torch.nn.Linear(SIDE, SIDE, bias=False)

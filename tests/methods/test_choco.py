@@ -7,26 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from outer_rig import Played, play, run_world, spread, start_values
+from outer_rig import Played, after_round, bound, play, run_world, spread, start_values
+from rig import normal
 from torch import Tensor
 
-from commopt import build
 from commopt.groups import SimGroup, SimWorld
 from commopt.methods.choco import mean_mixing
 from commopt.plan.links import LinkModel
 
 SHAPE = {"a": (40, 10)}
 TOP_K = {"compressor": "top_k", "density": 0.1}
-MESSAGES: list[Any] = [
-    "4bit",
-    "int8",
-    "sign",
-    "2bit",
-    "qsgd",
-    "ternary",
-    TOP_K,
-    {"compressor": "random_k", "density": 0.2},
-]
+MESSAGES: list[Any] = ["4bit", "int8", "sign", "2bit", "qsgd", "ternary", TOP_K]
+MESSAGES += [{"compressor": "random_k", "density": 0.2}]
 
 
 def sign(x: Tensor) -> Tensor:
@@ -69,18 +61,14 @@ def test_the_ring_gives_each_neighbour_a_quarter() -> None:
     assert mean_mixing("complete", 4)[0].tolist() == [0.25] * 4
 
 
-def gossip(
-    group: SimGroup, options: dict[str, Any], rounds: int, elements: int = 400, name: str = "choco"
-) -> tuple[list[Tensor], Any]:
-    """What a replica that does not learn is before and after each round, and its method."""
-    method: Any = build(name, **options)
-    method.bind([("a", torch.zeros(elements))], group.peers)
-    method.begin(torch.zeros(elements))
-    x = torch.randn(elements, generator=torch.Generator().manual_seed(group.rank))
+def gossip(group: SimGroup, options: dict[str, Any], rounds: int, name: str = "choco") -> tuple[list[Tensor], Any]:
+    """A replica that does not learn, before and after each round, and its method."""
+    method = bound(name, group, 400, **options)
+    method.begin(torch.zeros(400))
+    x = normal(400, group.rank)
     history = [x]
     for number in range(rounds):
-        round = method.round_after(number + 1)
-        x = method.apply(x, round, method.exchange(x, round)).clone()
+        x = after_round(method, x, number)[0].clone()
         history.append(x)
     return history, method
 
@@ -133,29 +121,26 @@ def check_copies_agree(methods: list[Any]) -> None:
             assert pair.mine.abs().sum() > 0
 
 
-def with_losses(
-    faults: list[dict[str, Any]], rounds: int, *, timeout_s: float = 2.0, late: int = -1
-) -> tuple[list[Any], list[list[tuple[int, ...]]], list[int]]:
+def with_losses(faults: list[dict[str, Any]], rounds: int, *, late: int = -1) -> list[list[Any]]:
     """Rounds of a ring of 4 every virtual second: methods, members of each round, full messages sent; by rank."""
 
     def rank_of(group: SimGroup) -> tuple[Any, list[tuple[int, ...]], int]:
-        method: Any = build("choco", timeout_s=timeout_s)
-        method.bind([("a", torch.zeros(4000))], group.peers)
+        method = bound("choco", group, 4000, timeout_s=2.0)
         method.begin(torch.zeros(4000))
-        x = torch.randn(4000, generator=torch.Generator().manual_seed(group.rank))
+        x = normal(4000, group.rank)
         members, full, before = [], 0, 0.0
         for number in range(rounds):
             group.peers.announce(number)
             group.advance(1.0 if (group.rank, number) != (0, late) else 5.0)
-            exchanged = method.exchange(x, method.round_after(number + 1))
-            x = method.apply(x, method.round_after(number + 1), exchanged).clone()
+            new, exchanged = after_round(method, x, number)
+            x = new.clone()
             members.append(exchanged.members)
             full += int((group.traffic.payload_bytes - before) // 16000)
             before = group.traffic.payload_bytes
         return method, members, full
 
     results = SimWorld[Any](4, LinkModel.uniform(4, "1gbit", "1ms"), faults=faults).run(rank_of)
-    return [list(part) for part in zip(*results, strict=True)]  # type: ignore[return-value]
+    return [list(part) for part in zip(*results, strict=True)]
 
 
 def test_without_a_loss_nothing_travels_in_full() -> None:
@@ -199,8 +184,7 @@ def test_a_message_that_does_not_fit_is_answered_in_full_once() -> None:
         for number in range(7):
             if (group.rank, number) == (1, 2):
                 method.copies.pairs[0].marks[0] += 1  # as if a message had been lost
-            exchanged = method.exchange(x, method.round_after(number + 1))
-            x = method.apply(x, method.round_after(number + 1), exchanged)
+            x, exchanged = after_round(method, x, number)
             sizes.append(len(exchanged.members))
             is_full.append(group.traffic.payload_bytes - before > 4 * len(x))
             before = group.traffic.payload_bytes
@@ -225,13 +209,12 @@ def test_resumed_ranks_go_on_bit_for_bit(name: str, options: dict[str, Any]) -> 
 
     def resumed(group: SimGroup) -> Tensor:
         history, first = gossip(group, options, 3, name=name)
-        second: Any = build(name, **options)
-        second.bind([("a", torch.zeros(400))], group.peers)
+        second = bound(name, group, 400, **options)
         second.begin(torch.ones(400))
         second.load(first.saved())
         x = history[-1]
         for number in (3, 4, 5):
-            x = second.apply(x, second.round_after(number + 1), second.exchange(x, second.round_after(number + 1)))
+            x, _ = after_round(second, x, number)
         return x
 
     for one, other in zip(SimWorld[Tensor](4).run(resumed), whole, strict=True):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from outer_rig import gradient, run_world, spread
-from rig import flat, loss_of, make_batch, make_model
+from outer_rig import after_round, bound, gradient, run_world, spread
+from rig import flat, make_model, normal, train_step
 from torch import Tensor
 
 from commopt import attach, build
@@ -16,11 +16,11 @@ from commopt.gossip.topology import make_topology, mixing_matrix
 from commopt.groups import SimGroup, SimWorld
 from commopt.wire.payload import Payload
 
-TOPOLOGIES: list[tuple[str, dict[str, Any]]] = [
-    ("complete", {}),
-    ("ring", {}),
-    ("one_peer_exp", {}),
-    ("alternating_exp_ring", {"slots": 2}),
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    *(({"topology": name}, {}) for name in ("complete", "ring", "one_peer_exp")),
+    ({"topology": "alternating_exp_ring", "slots": 2}, {}),
+    ({"topology": "ring", "delay": 0}, {"is_mixed_first": True}),
+    ({"topology": "complete", "adaptive_factor": 0.3}, {"a": 0.3}),
 ]
 LR, BETAS, EPS = 0.01, (0.9, 0.999), 1e-4
 
@@ -57,36 +57,24 @@ def train(group: SimGroup, options: dict[str, Any], steps: int) -> Tensor:
         optimizer.register_step_post_hook(lambda *_: kept.append(flat(model)))  # before attach: before the round
     run: Any = attach(model, build("decentralized_adam", **options), optimizer, group=group)
     for step in run.range(steps):
-        inputs, targets = make_batch(group.rank, step)
-        optimizer.zero_grad()
-        loss_of(model(inputs), targets).backward()
-        optimizer.step()
+        train_step(model, optimizer, group.rank, step)
     kept = kept or [flat(model)]
     run.finish()
     return kept[-1]
 
 
-@pytest.mark.parametrize(("topology", "slots"), TOPOLOGIES, ids=str)
-def test_update_is_the_published_one(topology: str, slots: dict[str, Any]) -> None:
-    trained = SimWorld[Tensor](4).run(lambda group: train(group, {"topology": topology, **slots}, 20))
-    expected = reference(4, topology, slots.get("slots", 1), 20)
+@pytest.mark.parametrize(("options", "how"), CASES, ids=str)
+def test_update_is_the_published_one(options: dict[str, Any], how: dict[str, Any]) -> None:
+    """Without delay the gradient is taken at the mixed parameters; an adaptive factor mixes with the identity."""
+    steps = 12 if how else 20
+    trained = SimWorld[Tensor](4).run(lambda group: train(group, options, steps))
+    expected = reference(4, options["topology"], options.get("slots", 1), steps, **how)
     torch.testing.assert_close(torch.stack(trained).double(), expected, rtol=0, atol=2e-5)
-    assert spread(trained) > 1e-3  # replicas differ: this is no all-reduce
-
-
-def test_without_delay_the_gradient_is_taken_at_the_mixed_parameters() -> None:
-    trained = SimWorld[Tensor](4).run(lambda group: train(group, {"topology": "ring", "delay": 0}, 12))
-    expected = reference(4, "ring", 1, 12, is_mixed_first=True)
-    torch.testing.assert_close(torch.stack(trained).double(), expected, rtol=0, atol=2e-5)
-
-
-def test_adaptive_factor_mixes_with_the_identity() -> None:
-    trained = SimWorld[Tensor](4).run(lambda group: train(group, {"topology": "complete", "adaptive_factor": 0.3}, 12))
-    torch.testing.assert_close(torch.stack(trained).double(), reference(4, "complete", 1, 12, a=0.3), rtol=0, atol=2e-5)
+    assert how or spread(trained) > 1e-3  # replicas differ: this is no all-reduce
 
 
 def still(group: SimGroup, options: dict[str, Any], rounds: int) -> tuple[Tensor, Tensor]:
-    """Replicas that differ and do not learn: (before, after) so many rounds."""
+    """Replicas that differ and do not learn: (before, after) the rounds."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     run: Any = attach(model, build("decentralized_adam", **options), optimizer, group=group)
@@ -142,13 +130,11 @@ def test_the_share_of_a_missing_member_stays_with_oneself() -> None:
     def one_round(group: SimGroup) -> tuple[Tensor, Tensor, bool] | None:
         if group.rank == 3:
             return None
-        method: Any = build("decentralized_adam", topology="complete", timeout_s=1.0)
-        method.bind([("x", torch.zeros(50))], group.peers)
-        x = torch.randn(50, generator=torch.Generator().manual_seed(group.rank))
-        round = method.round_after(1)
-        exchanged = method.exchange(x, round)
+        method = bound("decentralized_adam", group, 50, topology="complete", timeout_s=1.0)
+        x = normal(50, group.rank)
+        new, exchanged = after_round(method, x, 0)
         assert exchanged.members == (0, 1, 2)
-        return x, method.apply(x, round, exchanged), exchanged.is_missed
+        return x, new, exchanged.is_missed
 
     results: Any = SimWorld[Any](4).run(one_round)[:3]
     x = torch.stack([one for one, _, _ in results]).double()
@@ -159,17 +145,15 @@ def test_the_share_of_a_missing_member_stays_with_oneself() -> None:
 
 
 def members_and_new(number: int, sent: int, x: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """Of a round of rank 0 with zeros, where rank 1 has sent this x as that of another one, perhaps."""
+    """Rank 0's members and new zeros in round `number`, for which rank 1 has sent this x under the number `sent`."""
 
     def one_round(group: SimGroup) -> Any:
-        method: Any = build("decentralized_adam", timeout_s=1.0)
-        method.bind([("x", torch.zeros(5))], group.peers)
+        method = bound("decentralized_adam", group, 5, timeout_s=1.0)
         if group.rank == 1:
             return group.peers.send(0, method.name, sent, Payload.of(x))
         group.peers.sleep(0.5)
-        round = method.round_after(number + 1)
-        exchanged = method.exchange(torch.zeros(5), round)
-        return exchanged.members, method.apply(torch.zeros(5), round, exchanged)
+        new, exchanged = after_round(method, torch.zeros(5), number)
+        return exchanged.members, new
 
     members, new = SimWorld[Any](2).run(one_round)[0]
     return members, new
@@ -181,7 +165,7 @@ def test_a_message_of_a_later_round_is_used_and_of_an_earlier_one_is_not(sent: i
 
 
 @pytest.mark.parametrize("bad", [[float("nan")] * 5, [1.0] * 4])
-def test_a_message_that_is_spoilt_is_left_out(bad: list[float]) -> None:
+def test_a_message_with_a_nan_or_of_another_size_is_left_out(bad: list[float]) -> None:
     members, new = members_and_new(0, 0, torch.tensor(bad))
     assert members == (0,)
     assert new.eq(0).all()

@@ -130,14 +130,14 @@ def test_momentum_restarts_where_an_element_was_sent() -> None:
 )
 def test_the_density_falls_in_the_papers_steps(given: dict[str, Any]) -> None:
     method: Any = build("dgc", density=0.001, **given)
-    densities = [method.codec(step).density for step in range(10)]
+    densities = [method.density(step) for step in range(10)]
     assert densities == [0.25] * 2 + [0.0625] * 2 + [0.015625] * 2 + [0.004] * 2 + [0.001] * 2
     assert method.warmup_steps == 8
 
 
 def test_a_density_above_those_of_the_warmup_leaves_them_out() -> None:
     method: Any = build("dgc", density=0.05, warmup_steps=10)
-    assert [method.codec(step).density for step in (0, 4, 5, 9, 10)] == [0.25, 0.25, 0.0625, 0.0625, 0.05]
+    assert [method.density(step) for step in (0, 4, 5, 9, 10)] == [0.25, 0.25, 0.0625, 0.0625, 0.05]
 
 
 def test_each_rank_clips_by_its_own_norm_without_communication() -> None:

@@ -73,10 +73,8 @@ def flat(tensors: Any) -> Tensor:
 
 @pytest.mark.parametrize("calls", [[8], [3, 5], [6]])
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_gradients_per_sample_are_those_of_backward_on_one_sample_at_a_time(
-    calls: list[int], chunk: int | None
-) -> None:
-    """Also over several calls, and where a short batch is still divided by samples_per_rank."""
+def test_gradients_per_sample_are_those_of_each_sample_alone(calls: list[int], chunk: int | None) -> None:
+    """Also over several calls; a short batch is still divided by samples_per_rank."""
     model, method, _ = attached(samples_per_rank=8, clip_norm=0.7)
     x, y = batch(sum(calls))
     each = []
@@ -96,7 +94,7 @@ def test_gradients_per_sample_are_those_of_backward_on_one_sample_at_a_time(
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_one_sample_moves_a_step_by_at_most_the_sensitivity_wherever_it_is_used(ranks: int) -> None:
-    """A sample of any size that goes from rank to rank; the worst that is seen is the bound itself."""
+    """A sample of any size moves from rank to rank; the largest change reaches the bound."""
     others = [torch.randn(40, generator=torch.Generator().manual_seed(k)) / 20 for k in range(3)]
     direction = F.normalize(torch.randn(40, generator=torch.Generator().manual_seed(9)), dim=0)
 
@@ -106,9 +104,8 @@ def test_one_sample_moves_a_step_by_at_most_the_sensitivity_wherever_it_is_used(
             method.bind([("x", torch.zeros(40))], group)
             for step in range(8):
                 has_it = step % ranks == group.rank
-                bucket = Bucket.of([("x", different * direction if has_it else others[group.rank])])
-                exchange(method, bucket, group)
-                out.append(bucket.flat)
+                x = different * direction if has_it else others[group.rank]
+                out.append(exchange(method, Bucket.of([("x", x)]), group).flat)
             return out, method.sensitivity
 
         return SimWorld[tuple[list[Tensor], float]](ranks).run(work)[0]
@@ -145,12 +142,8 @@ def noise_of(ranks: int, steps: int, **options: Any) -> Tensor:
     def work(group: Group) -> Tensor:
         method = DiceSGD(**options)
         method.bind([("x", torch.zeros(20_001))], group)
-        out = []
-        for _ in range(steps):
-            bucket = Bucket.of([("x", torch.zeros(20_001))])
-            exchange(method, bucket, group)
-            out.append(bucket.flat)
-        return torch.stack(out)
+        zeros = [("x", torch.zeros(20_001))]
+        return torch.stack([exchange(method, Bucket.of(zeros), group).flat for _ in range(steps)])
 
     return torch.stack(SimWorld[Tensor](ranks).run(work))
 
@@ -184,9 +177,7 @@ def spent(steps: int, noise_multiplier: float, delta: float) -> float:
 
 
 @pytest.mark.parametrize(("steps", "noise_multiplier", "delta"), [(1, 1.0, 1e-5), (100, 20.0, 1e-5), (37, 3.0, 1e-6)])
-def test_epsilon_is_what_accountants_for_composed_gaussians_say(
-    steps: int, noise_multiplier: float, delta: float
-) -> None:
+def test_epsilon_is_that_of_accountants(steps: int, noise_multiplier: float, delta: float) -> None:
     from dp_accounting import dp_event
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.rdp import RdpAccountant
@@ -214,9 +205,8 @@ def test_a_void_step_is_counted_as_spent_and_leaves_the_error_alone() -> None:
     method.bind([("a", torch.zeros(3)), ("b", torch.zeros(2))], LocalGroup())
     exchange(method, Bucket.of([("a", torch.full((3,), 9.0)), ("b", torch.ones(2))]), LocalGroup())
     before = method.state["error"].clone()
-    bucket = Bucket.of([("a", torch.ones(3)), ("b", torch.tensor([1.0, math.nan]))])
-    exchange(method, bucket, LocalGroup())
-    assert bucket.void == "b"
+    bad = Bucket.of([("a", torch.ones(3)), ("b", torch.tensor([1.0, math.nan]))])
+    assert exchange(method, bad, LocalGroup()).void == "b"
     assert torch.equal(method.state["error"], before)
     assert before.norm() > 1
     assert int(method.state["releases"]) == 2

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from outer_rig import SHAPES, Played, play, run_world, start_values
-from rig import make_model
+from outer_rig import SHAPES, play, run_world, start_values, thetas_of
+from rig import make_model, train_step
 from torch import Tensor
 
 from commopt import attach, build
 from commopt.errors import ConfigError
 from commopt.groups import SimGroup, SimWorld
 from commopt.methods import METHODS
+from commopt.methods.diloco import OUTER
 
 MESSAGES: list[Any] = [None, "int8", "sign", "4bit", {"compressor": "top_k", "density": 0.2}]
 
@@ -29,10 +30,6 @@ def reference(thetas: list[list[Tensor]], start: Tensor, lr: float, momentum: fl
         outer.step()
         history.append(phi.detach().clone())
     return history
-
-
-def thetas_of(played: list[list[Played]]) -> list[list[Tensor]]:
-    return [[rank[t].x for rank in played] for t in range(len(played[0]))]
 
 
 @pytest.mark.parametrize(
@@ -59,8 +56,6 @@ def test_every_outer_step_is_that_of_the_outer_optimizer(
 
 @pytest.mark.parametrize("outer", ["adagrad", "adam", "yogi"])
 def test_adaptive_outer_optimizers_move_against_the_mean_of_what_changed(outer: str) -> None:
-    from commopt.methods.diloco import OUTER
-
     played = play(3, "diloco", {"outer": {"name": outer, "lr": 0.05}}, 20)
     phi = torch.nn.Parameter(start_values(74).double())
     rule = OUTER[outer][0]([phi], lr=0.05)
@@ -124,17 +119,12 @@ def test_local_sgd_is_plain_averaging(ranks: int) -> None:
 
 
 def test_local_sgd_averages_the_state_of_the_inner_optimizer_that_is_named() -> None:
-    from rig import loss_of, make_batch
-
     def train(group: SimGroup) -> tuple[list[Tensor], list[Tensor]]:
         model = make_model()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         method = build("local_sgd", every=3, average_state=["exp_avg_sq"])
         for step in attach(model, method, optimizer, group=group).range(6):
-            x, y = make_batch(group.rank, step)
-            optimizer.zero_grad()
-            loss_of(model(x), y).backward()
-            optimizer.step()
+            train_step(model, optimizer, group.rank, step)
         states = optimizer.state.values()
         return [s["exp_avg_sq"].clone() for s in states], [s["exp_avg"].clone() for s in states]
 
@@ -160,30 +150,17 @@ def test_a_compressed_mean_stays_near_the_exact_one(message: str) -> None:
     assert not torch.equal(exact, compressed)
 
 
-def test_participants_are_drawn_alike_and_each_in_turn() -> None:
-    played = play(4, "diloco", {"participation": 0.5, "every": 1}, 40)
-    drawn = Counter[int]()
+def test_participants_are_drawn_alike_each_in_turn_and_the_others_keep_their_own_parameters() -> None:
+    played, drawn = play(4, "diloco", {"participation": 0.5}, 40), Counter[int]()
     for t in range(40):
-        members = {one[t].members for one in played}
-        (together,) = [m for m in members if len(m) == 2]
+        (together,) = {one[t].members for one in played if len(one[t].members) == 2}
         assert all(one[t].members == (together if i in together else (i,)) for i, one in enumerate(played))
         drawn.update(together)
+        a, b = together
+        assert torch.equal(played[a][t].new, played[b][t].new)  # also if one of them sat out the last round
+        assert all(torch.equal(one[t].new, one[t].x) for i, one in enumerate(played) if i not in together)
     assert sorted(drawn) == [0, 1, 2, 3]
     assert min(drawn.values()) > 10
-
-
-def test_who_is_not_drawn_goes_on_with_its_own_parameters() -> None:
-    played = play(4, "diloco", {"participation": 0.5}, 10)
-    sat_out = [one for rank in played for one in rank if len(one.members) == 1]
-    assert len(sat_out) == 20
-    assert all(torch.equal(one.new, one.x) for one in sat_out)
-
-
-def test_participants_that_sat_out_take_over_what_the_last_ones_had() -> None:
-    played = play(4, "diloco", {"participation": 0.5}, 20)
-    for t in range(20):
-        together = [rank[t].new for rank in played if len(rank[t].members) == 2]
-        assert torch.equal(*together)
 
 
 def test_more_fragments_than_parameters_are_refused() -> None:

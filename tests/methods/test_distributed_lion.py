@@ -1,4 +1,4 @@
-"""Distributed Lion against its equations in float64, against Lion, and where bits hide what a rank has to say."""
+"""Distributed Lion against its equations in float64, and with clipped gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES: list[tuple[int, ...]] = [(50, 90), (7,), (1,), (2049,), (3, 5, 3)]
 
 
 def reference(x: F64, m: F64, g: F64, vote: str) -> tuple[F64, F64, Any]:
-    """Liu et al. 2024, Algorithm 1, in float64. x: (n,), m, g: (N, n). Returns x, m, and (n,) where nothing hangs by a hair."""
+    """Liu et al. 2024, Algorithm 1, in float64. x: (n,), m, g: (N, n). Returns x, m, and (n,) where no sign is in doubt."""
     c = B1 * m + (1 - B1) * g
     total = np.sign(c).sum(0)
     direction = total / len(g) if vote == "average" else np.sign(total)
@@ -37,7 +37,7 @@ def test_every_step_is_the_papers_from_the_state_before_it(vote: str) -> None:
         return {"x": x, "momentum": m}, clear
 
     runs = simulate(4, SHAPES, 25, "distributed_lion", vote=vote, **OPTIONS)
-    # a tie: 3/8 of all votes where signs are as good as random
+    # 3/8 of all votes are ties if signs are as good as random
     check_steps(runs, paper, share=0.55 if vote == "majority" else 0.99)
     if vote == "majority":  # ties too
         for before, after in itertools.pairwise(runs[0]):

@@ -1,4 +1,4 @@
-"""Error feedback around every code against its equations in float64, and what a falling learning rate does to residuals."""
+"""Error feedback around every code against its equations in float64, and residuals under a falling learning rate."""
 
 from __future__ import annotations
 
@@ -87,16 +87,14 @@ def test_random_places_without_error_feedback_are_right_on_average() -> None:
 
 
 def sent_for(method_options: dict[str, Any], gradient: Tensor, steps: int, ranks: int = 3) -> tuple[Tensor, Tensor]:
-    """(steps, n) what every step hands to the optimizer, and (steps + 1, n) the mean residual before each; rank i has (i + 1) g."""
+    """(steps, n) what the optimizer gets, and (steps + 1, n) the mean residual before each step; rank i has (i + 1) g."""
 
     def work(group: Group) -> tuple[Tensor, Tensor]:
         method = EF(**method_options)
         method.bind([("x", gradient)], group)
         out, residuals = [], [method.worker.residual.clone()]
         for _ in range(steps):
-            bucket = Bucket.of([("x", gradient * (group.rank + 1))])
-            exchange(method, bucket, group)
-            out.append(bucket.flat)
+            out.append(exchange(method, Bucket.of([("x", gradient * (group.rank + 1))]), group).flat)
             residuals.append(method.worker.residual.clone())
         return torch.stack(out), torch.stack(residuals)
 
@@ -134,9 +132,8 @@ def test_a_residual_of_a_high_rate_is_replayed_at_the_current_one() -> None:
 
     gently = torch.cat([torch.full((drop,), a), torch.linspace(a, b, steps - drop)])
     lost = gently.sum() * 2 * g - gently[-1] * residual[steps] - (gently[:, None] * sent).sum(0)
-    torch.testing.assert_close(
-        lost, ((gently[:-1] - gently[1:])[:, None] * residual[1:-1]).sum(0), rtol=1e-3, atol=2e-3
-    )
+    expected = ((gently[:-1] - gently[1:])[:, None] * residual[1:-1]).sum(0)
+    torch.testing.assert_close(lost, expected, rtol=1e-3, atol=2e-3)
 
 
 def test_a_compressor_is_named_in_brackets() -> None:

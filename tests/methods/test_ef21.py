@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from codes import block_signs, server_at_home
+from rig import normal
 from synthetic import exchange, gradients, simulate
 from torch import Tensor, nn
 
@@ -67,10 +68,6 @@ def test_h_stays_the_mean_of_h_i_and_the_same_bits_on_all_ranks(compressor: Any,
     assert all(not np.array_equal(one["known"], last[0]["estimate"]) for one in last)
 
 
-def draw(n: int, seed: int) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
-
-
 def distances(gradient: Tensor, first: Tensor, steps: int, **options: Any) -> list[tuple[float, float]]:
     """(||h_i - g_i||^2, |h_i - g_i|_1) before each step with a constant gradient, after a first step with another one."""
 
@@ -90,7 +87,7 @@ def distances(gradient: Tensor, first: Tensor, steps: int, **options: Any) -> li
 
 def test_with_a_constant_gradient_h_i_comes_nearer_by_the_compressors_delta_in_every_step() -> None:
     n = 1000
-    g, first = draw(n, 1), draw(n, 2)
+    g, first = normal(n, 1), normal(n, 2)
     by_sign = distances(g, first, 30)
     for (square, one_norm), (later, _) in itertools.pairwise(by_sign):
         delta = one_norm**2 / n / square
@@ -108,7 +105,7 @@ def test_a_void_message_moves_nobody(server: str | None, bad_step: int) -> None:
         method = EF21(server=server)
         method.bind([("a", torch.zeros(70, 9)), ("b", torch.zeros(11))], group)
         for step in range(6):
-            a, b = torch.split(draw(641, 10 * step + group.rank), [630, 11])
+            a, b = torch.split(normal(641, 10 * step + group.rank), [630, 11])
             before = copy.deepcopy(method.saved())
             if (step, group.rank) == (bad_step, 1):
                 b[3] = math.inf
@@ -136,7 +133,7 @@ def test_after_a_change_of_world_size_h_is_the_mean_of_h_i_again(server: str | N
     def leave(group: Group) -> Any:
         method = bound(group)
         for step in range(4):
-            x = draw(6311, 10 * step + group.rank)
+            x = normal(6311, 10 * step + group.rank)
             exchange(method, Bucket.of([("a", x[:6300]), ("b", x[6300:])]), group)
         return copy.deepcopy(method.saved())
 

@@ -1,4 +1,4 @@
-"""What the methods share that freeze the variance: when they do, and what no sign may move afterwards."""
+"""Methods that freeze the variance: when they freeze it, and what signs must not move afterwards."""
 
 from __future__ import annotations
 
@@ -17,22 +17,16 @@ from commopt.errors import AttachError
 from commopt.groups import Group, SimWorld
 
 LR, STEPS = 0.01, 12
+BOUNDS = ("max_coeff", "min_coeff", "factor_max", "factor_min")
 METHODS: dict[str, dict[str, Any]] = {
     "onebit_adam": {"freeze_step": 4},
-    "onebit_lamb": {
-        "freeze_step": 4,
-        "bias_correction": True,
-        "max_coeff": 1.0,
-        "min_coeff": 1.0,
-        "factor_max": 1.0,
-        "factor_min": 1.0,
-    },
+    "onebit_lamb": {"freeze_step": 4, "bias_correction": True, **dict.fromkeys(BOUNDS, 1.0)},
     "zero_one_adam": {"var_freeze_step": 4, "var_update_scaler": 1},
 }
 
 
 def moves(name: str, ranks: int = 3, **options: Any) -> Tensor:
-    """(steps, 64) how far each coordinate moved in each step after the freeze. The first one's gradients are 1e-9, the others' about 1."""
+    """(steps, 64) how far each coordinate moved per step after the freeze; gradients are 1e-9 for the first, else about 1."""
 
     def work(group: Group) -> Tensor:
         model = torch.nn.Linear(64, 1, bias=False)
@@ -135,9 +129,7 @@ RISING = [0.001 * step for step in range(1, 26)]
 
 
 @AUTO
-def test_auto_freezes_all_ranks_after_the_same_step_once_the_variance_has_settled(
-    name: str, options: dict[str, Any]
-) -> None:
+def test_auto_freezes_all_ranks_in_the_same_step_once_v_has_settled(name: str, options: dict[str, Any]) -> None:
     assert frozen_after(3, name, options, [0.01] * 40) == [11] * 3  # a full window of 10 after the first
     assert frozen_after(2, name, options, [0.01] * 40, growth=1.05, noise=0.0) == [-1] * 2
 
@@ -156,9 +148,8 @@ def test_a_freeze_while_the_learning_rate_rises_is_warned_of(
     rates = RISING[:7] if is_rising else [0.01] * 7
     assert frozen_after(2, name, {option: 5}, rates) == [5, 5]
     warned = [record.getMessage() for record in caplog.records]
-    assert [message.partition(" is too early")[0] for message in warned] == (
-        [f"{name}: {option}: 5"] if is_rising else []
-    )
+    expected = [f"{name}: {option}: 5"] if is_rising else []
+    assert [message.partition(" is too early")[0] for message in warned] == expected
 
 
 @pytest.mark.parametrize(("name", "options"), [*FROZEN[3:6], ("zero_one_adam", {**FROZEN[5][1], "residual_bits": 8})])
@@ -166,7 +157,7 @@ def test_a_freeze_while_the_learning_rate_rises_is_warned_of(
 def test_a_checkpoint_is_bitwise_before_and_after_the_freeze(
     name: str, options: dict[str, Any], at: int, tmp_path: Path
 ) -> None:
-    """It has model and optimizer once, though between exchanges of 0/1 Adam (at 26) ranks differ."""
+    """It stores model and optimizer once, though between exchanges of 0/1 Adam (at 26) ranks differ."""
 
     def trained_from(group: Group, begin: int, end: int, *, loads: bool = False) -> Any:
         model = parameters((40, 30), (7,), (0,), (9,))

@@ -1,4 +1,4 @@
-"""The methods that gossip in every step, over real sockets on this machine: what a simulated mailbox may hide."""
+"""Methods that gossip in every step, over real sockets on this machine, which may show what a simulated mailbox hides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from outer_rig import over_tcp, spread
-from rig import flat, loss_of, make_batch, make_model
+from rig import flat, make_model, train_step
 from torch import Tensor
 
 from commopt import attach, build
@@ -22,10 +22,7 @@ def train(peers: TcpPeers, name: str, options: dict[str, Any]) -> tuple[Tensor, 
     method: Any = build(name, timeout_s=30.0, **options)
     run: Any = attach(model, method, optimizer, group=peers)
     for step in run.range(STEPS):
-        x, y = make_batch(peers.rank, step % 5)
-        optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
+        train_step(model, optimizer, peers.rank, step % 5)
     run.finish()
     return flat(model), run.reports
 

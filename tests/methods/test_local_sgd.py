@@ -1,4 +1,4 @@
-"""Local SGD with adaptive inner steps: what becomes of the scale that ranks step by."""
+"""Local SGD with adaptive inner steps: when the scale of these steps changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from outer_rig import gradient
-from rig import flat, loss_of, make_batch, make_model
+from rig import flat, make_model, train_step
+from rig import train as train_steps
 from torch import Tensor
 
 from commopt import attach, build
@@ -46,10 +47,7 @@ def train(group: SimGroup, steps: int, weight_decay: float = 0.0, **options: Any
     run: Any = attach(model, method, optimizer, group=group)
     scales = []
     for step in run.range(steps):
-        x, y = make_batch(group.rank, step)
-        optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
+        train_step(model, optimizer, group.rank, step)
         scales.append(torch.cat([optimizer.state[p]["scale"].reshape(-1) for p in model.parameters()]))
     run.finish()
     return flat(model), scales
@@ -72,16 +70,8 @@ def test_the_scale_is_the_same_on_all_ranks_and_changes_at_averages_only() -> No
 
 def test_savic_by_itself_is_adam() -> None:
     savic, adam = make_model(), make_model()
-    optimizers = (
-        SAVIC(savic.parameters(), lr=LR, alpha=1e-12),
-        torch.optim.Adam(adam.parameters(), lr=LR, eps=1e-12),
-    )
-    for step in range(8):
-        for model, optimizer in zip((savic, adam), optimizers, strict=True):
-            x, y = make_batch(0, step)
-            optimizer.zero_grad()
-            loss_of(model(x), y).backward()
-            optimizer.step()
+    train_steps(savic, SAVIC(savic.parameters(), lr=LR, alpha=1e-12), 0, 8)
+    train_steps(adam, torch.optim.Adam(adam.parameters(), lr=LR, eps=1e-12), 0, 8)
     torch.testing.assert_close(flat(savic), flat(adam), rtol=1e-5, atol=1e-6)
 
 
@@ -90,10 +80,7 @@ def test_a_compressed_average_below_zero_is_no_nan() -> None:
     assert all(bool(x.isfinite().all()) for x, _ in trained)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"average_state": ["exp_avg"]}, {"average_state": ["exp_avg_sq"], "delay": 1}],
-)
+@pytest.mark.parametrize("options", [{}, {"average_state": ["exp_avg"]}, {"average_state": ["exp_avg_sq"], "delay": 1}])
 def test_savic_without_an_averaged_scale_is_refused(options: dict[str, Any]) -> None:
     model = make_model()
     with pytest.raises(AttachError, match=r"write average_state: \[exp_avg_sq\]"):

@@ -1,4 +1,4 @@
-"""LoCo against its equations in float64: nothing is lost by a moving average of errors, only sent later."""
+"""LoCo against its equations in float64: a moving average of errors loses nothing, it only sends later."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from block_values import server_residual
 from synthetic import exchange, gradients, simulate
 from torch import Tensor
 
@@ -19,7 +20,7 @@ BETA = 0.8
 
 
 def test_a_workers_error_is_a_moving_average_of_what_rounding_lost() -> None:
-    """Codes are random, so what was sent is read off: the error moves by (1 - beta) (g - q), and |p - q| is below one level."""
+    """Codes are random, so q follows from the state: the error moves by (1 - beta) (g - q), and |p - q| is below one level."""
     runs = simulate(4, SHAPES, 25, "loco", residual_bits=32, reset_every=None)
     for step in range(25):
         g = gradients(SHAPES, 4, step)
@@ -34,20 +35,16 @@ def test_a_workers_error_is_a_moving_average_of_what_rounding_lost() -> None:
                 assert np.abs(p[a:b] - q[a:b]).max() < scale * 1.001  # of a neighbour of p
 
 
-def run_constant(
-    beta: float, bits: int, steps: int, reset_every: int | None = None
-) -> tuple[Tensor, Tensor, list[Any]]:
-    """(n,) the sum of what was handed out, (n,) the mean gradient, and every rank's method."""
+def run_constant(beta: float, bits: int, steps: int, reset: int | None = None) -> tuple[Tensor, Tensor, list[Any]]:
+    """(n,) the sum of all results, (n,) the mean gradient, and every rank's method."""
     g = torch.randn(600, generator=torch.Generator().manual_seed(4))
 
     def work(group: Group) -> tuple[Tensor, Any]:
-        method = LoCo(beta=beta, residual_bits=bits, reset_every=reset_every)
+        method = LoCo(beta=beta, residual_bits=bits, reset_every=reset)
         method.bind([("x", g)], group)
         total = torch.zeros(600, dtype=torch.float64)
         for _ in range(steps):
-            bucket = Bucket.of([("x", g * (group.rank + 1))])
-            exchange(method, bucket, group)
-            total += bucket.flat
+            total += exchange(method, Bucket.of([("x", g * (group.rank + 1))]), group).flat
         return total, method
 
     every = SimWorld[Any](3).run(work)
@@ -60,10 +57,7 @@ def test_what_was_sent_and_what_is_owed_add_up(beta: float) -> None:
     steps = 60
     total, mean, methods = run_constant(beta, 32, steps)
     owed = torch.stack([method.worker.residual for method in methods]).mean(0).double()
-    for rank, method in enumerate(methods):
-        blocks = method.table.at_home(rank)
-        for home, part in zip(blocks.homes, torch.split(method.server.residual, blocks.lengths.tolist()), strict=True):
-            owed[home : home + len(part)] += part
+    owed += server_residual(methods, 600)
     torch.testing.assert_close(total + owed / (1 - beta), steps * mean.double(), rtol=1e-4, atol=1e-3)
     assert float(owed.norm()) > 0
 
@@ -76,12 +70,12 @@ def test_errors_in_eight_bits_leave_the_mean_where_it_is() -> None:
     assert max(error) < 0.02, error
 
 
-def test_errors_are_forgotten_every_so_many_steps() -> None:
+def test_errors_are_forgotten_after_reset_every_steps() -> None:
     """After 2 reset_every steps and one more, the state is that of one step from nothing."""
-    _, _, after_reset = run_constant(BETA, 32, 9, reset_every=8)
+    _, _, after_reset = run_constant(BETA, 32, 9, reset=8)
     _, _, fresh = run_constant(BETA, 32, 1)
     for one, other in zip(after_reset, fresh, strict=True):
         largest = float((other.worker.residual).abs().max())
-        assert float(one.worker.residual.abs().max()) < 1.5 * largest  # one step's error and not an average of nine
+        assert float(one.worker.residual.abs().max()) < 1.5 * largest  # one step's error, not an average of nine
         before = run_constant(BETA, 32, 9)[2][one.rank].worker.residual
         assert float(one.worker.residual.norm()) < 0.7 * float(before.norm())

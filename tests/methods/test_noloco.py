@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from outer_rig import Played, play, run_world, spread, start_values
+from outer_rig import after_round, bound, play, run_world, spread, start_values, thetas_of
+from rig import normal
 from torch import Tensor
 
-from commopt import build
 from commopt.errors import ConfigError
 from commopt.gossip.topology import group_of
 from commopt.groups import SimGroup, SimWorld
@@ -23,7 +23,7 @@ def reference(
     momentum: float,
     gamma: float,
 ) -> list[list[Tensor]]:
-    """The slow weights after each round, by round and rank; thetas[t][i]: what rank i's inner steps arrived at in round t.
+    """The slow weights after each round, by round and rank; thetas[t][i]: x of rank i after its inner steps in round t.
 
     delta_i <- momentum delta_i + lr mean_j (theta_j - phi_j) - gamma (phi_i - mean_j phi_j);  phi_i <- phi_i + delta_i
     """
@@ -44,36 +44,24 @@ def reference(
     return history
 
 
-def check_against_reference(
-    played: list[list[Played]], options: dict[str, Any], lr: float = 0.7, momentum: float = 0.5, gamma: float = 0.7
-) -> None:
-    ranks, rounds = len(played), len(played[0])
-    size, seed = options.get("group_size", 2), options.get("seed", 0)
-    thetas = [[played[i][t].x for i in range(ranks)] for t in range(rounds)]
-    expected = reference(thetas, lambda t, i: group_of(i, ranks, size, seed, t), lr, momentum, gamma)
+DEFAULTS: dict[str, Any] = {"lr": 0.7, "momentum": 0.5, "gamma": 0.7, "group_size": 2, "seed": 0}
+OF_PAIRS: list[dict[str, Any]] = [{}, {"two_tensors": True}, {"seed": 3}, {"gamma": 0.55}, {"gamma": 1.2}]
+OF_THREE: dict[str, Any] = {"group_size": 3, "lr": 0.5, "momentum": 0.3, "gamma": 0.6}
+CASES = [(ranks, options) for ranks in (2, 4, 5) for options in OF_PAIRS] + [(ranks, OF_THREE) for ranks in (3, 5, 6)]
+
+
+@pytest.mark.parametrize(("ranks", "options"), CASES, ids=str)
+def test_pairs_and_groups_of_three_follow_equations_2_and_3(ranks: int, options: dict[str, Any]) -> None:
+    played, o = play(ranks, "noloco", options, 20), {**DEFAULTS, **options}
+
+    def group_in(t: int, i: int) -> tuple[int, ...]:
+        return group_of(i, ranks, o["group_size"], o["seed"], t)
+
+    expected = reference(thetas_of(played), group_in, o["lr"], o["momentum"], o["gamma"])
     for i in range(ranks):
-        for t in range(rounds):
-            assert played[i][t].members == group_of(i, ranks, size, seed, t)
-            torch.testing.assert_close(played[i][t].new.double(), expected[t][i], rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("options", [{}, {"two_tensors": True}, {"seed": 3}], ids=str)
-@pytest.mark.parametrize("ranks", [2, 4, 5])
-def test_pairs_follow_equations_2_and_3(ranks: int, options: dict[str, Any]) -> None:
-    check_against_reference(play(ranks, "noloco", options, 20), options)
-
-
-@pytest.mark.parametrize("gamma", [0.55, 1.2])
-@pytest.mark.parametrize("ranks", [2, 4, 5])
-def test_another_gamma_pulls_slow_weights_together_by_its_own_strength(ranks: int, gamma: float) -> None:
-    options = {"gamma": gamma}
-    check_against_reference(play(ranks, "noloco", options, 20), options, gamma=gamma)
-
-
-@pytest.mark.parametrize("ranks", [3, 5, 6])
-def test_groups_of_three_follow_the_equations(ranks: int) -> None:
-    options = {"group_size": 3, "lr": 0.5, "momentum": 0.3, "gamma": 0.6}
-    check_against_reference(play(ranks, "noloco", options, 20), options, lr=0.5, momentum=0.3, gamma=0.6)
+        for t, one in enumerate(played[i]):
+            assert one.members == group_in(t, i)
+            torch.testing.assert_close(one.new.double(), expected[t][i], rtol=2e-5, atol=2e-5)
 
 
 def test_who_sits_out_moves_by_its_own_momentum_and_misses_nothing() -> None:
@@ -99,20 +87,14 @@ def test_compressed_pairs_lose_nothing(compressor: Any) -> None:
     """What both have sent plus what they still hold is what both have changed."""
 
     def rank_of(group: SimGroup) -> tuple[Tensor, Tensor]:
-        method: Any = build("noloco", every=1, message=compressor)
-        method.bind([("a", torch.zeros(300))], group.peers)
+        method = bound("noloco", group, 300, every=1, message=compressor)
         method.begin(torch.zeros(300))
         method.ready(0)
         total, sent = torch.zeros(300), torch.zeros(300)
         for number in range(10):
-            round = method.round_after(number + 1)
-            x = method.state["slow"] + torch.randn(
-                300, generator=torch.Generator().manual_seed(number + 100 * group.rank)
-            )
+            x = method.state["slow"] + normal(300, number + 100 * group.rank)
             total += x - method.state["slow"]
-            exchanged = method.exchange(x, round)
-            sent += exchanged.values["mean"]
-            method.apply(x, round, exchanged)
+            sent += after_round(method, x, number)[1].values["mean"]
         return total - method.message.feedback.residual, sent
 
     (a, sent), (b, sent_too) = SimWorld[tuple[Tensor, Tensor]](2).run(rank_of)
@@ -130,14 +112,11 @@ def test_inside_the_bounds_of_equation_74_differences_die_out(gamma: float) -> N
     """200 rounds of a pair in which nothing is learnt."""
 
     def rank_of(group: SimGroup) -> float:
-        method: Any = build("noloco", every=1, gamma=gamma, momentum=0.5)
-        method.bind([("a", torch.zeros(1))], group.peers)
+        method = bound("noloco", group, 1, every=1, gamma=gamma, momentum=0.5)
         method.begin(torch.tensor([1.0 - 2.0 * group.rank]))
         method.ready(0)
         for number in range(200):
-            round = method.round_after(number + 1)
-            x = method.state["slow"].clone()
-            method.apply(x, round, method.exchange(x, round))
+            after_round(method, method.state["slow"].clone(), number)
         return float(method.state["slow"].abs())
 
     assert max(SimWorld[float](2).run(rank_of)) < 1e-6

@@ -1,7 +1,7 @@
-"""The bytes that outer methods hand over for each inner step, against formulas that stand here and nowhere else in the code.
+"""The bytes that outer methods send per inner step, against formulas that stand here and nowhere else in the code.
 
-Left out are what does not grow with the number of rounds ("start", which makes all replicas alike once) and the sketches of 2 KB from
-which the spread is estimated; over TCP also the frames that say nothing but that a rank is still there.
+Not counted: what does not grow with the rounds ("start", which makes all replicas equal once), the sketches of 2 KB from which the
+spread is estimated, and over TCP the heartbeats.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from commopt.groups import SimGroup, SimWorld
 from commopt.groups.base import Traffic
 from commopt.groups.peers import Peers
 
-ELEMENTS, ELEMENTS_OVER_TCP = 5 * 2**14, 5 * 2**16  # frames add what does not grow with them
+ELEMENTS, ELEMENTS_OVER_TCP = 5 * 2**14, 5 * 2**16  # the cost of frames does not grow with the elements
 EVERY, ROUNDS = 4, 16
 LEFT_OUT = ("sketch", "start", "group start", "start roll", "start card", "beat")
 
@@ -52,7 +52,7 @@ def per_step(traffic: Traffic, steps: int, elements: int = ELEMENTS) -> float:
 
 
 def mean_per_step(ranks: int, name: str, options: dict[str, Any], rounds: int = ROUNDS) -> tuple[float, Any]:
-    """Bytes a parameter and step, over all ranks: who sits out a round of an odd number sends nothing in it."""
+    """Bytes per parameter and step, the mean over ranks; with an odd number of ranks one sends nothing in each round."""
     results = SimWorld[Any](ranks).run(lambda group: train(group, name, options, rounds))
     return sum(per_step(traffic, steps) for traffic, _, steps in results) / ranks, results[0][1]
 
@@ -79,15 +79,14 @@ def test_uncompressed_rounds_cost_what_the_paper_says(
     ranks: int, name: str, options: dict[str, Any], formula: Callable[[int], float]
 ) -> None:
     measured, method = mean_per_step(ranks, name, options, rounds=6)
-    slack = (
-        1 / 6 if "two_tensors" in options or "gamma" in options else 0.0
-    )  # slow weights for the round after the last
+    # slow weights are also sent for the round after the last
+    slack = 1 / 6 if "two_tensors" in options or "gamma" in options else 0.0
     assert measured == pytest.approx(formula(ranks) * (1 + slack / 2), rel=0.02)
     assert method.bytes_per_parameter(ranks) == pytest.approx(formula(ranks))
 
 
 CODES = {"int8": 1 + 4 / 256, "4bit": 1 / 2 + 4 / 256, "sign": 1 / 8 + 4 / 2048, "top_k": entry(0.05, 2)}
-TOP_K = {"compressor": "top_k", "density": 0.05}
+MESSAGES: dict[str, Any] = {"top_k": {"compressor": "top_k", "density": 0.05}}
 PAIRS, GRID = "one_peer_exp", "alternating_exp_ring"
 
 
@@ -121,8 +120,7 @@ def test_a_round_of_gossip_costs_what_the_topology_says(
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("code", list(CODES))
 def test_compressed_pairs_send_codes_and_a_quarter_of_the_slow_weights(code: str, ranks: int) -> None:
-    options = {"message": TOP_K if code == "top_k" else code}
-    measured, method = mean_per_step(ranks, "noloco", options)
+    measured, method = mean_per_step(ranks, "noloco", {"message": MESSAGES.get(code, code)})
     formula = (CODES[code] + 4 / 4) / EVERY
     assert measured == pytest.approx((CODES[code] + (1 + 1 / ROUNDS) * 4 / 4) / EVERY, rel=0.02)
     assert method.bytes_per_parameter(ranks) == pytest.approx(formula, rel=0.02)
@@ -131,8 +129,7 @@ def test_compressed_pairs_send_codes_and_a_quarter_of_the_slow_weights(code: str
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("code", list(CODES))
 def test_compressed_means_send_two_way_or_gather(code: str, ranks: int) -> None:
-    options = {"message": TOP_K if code == "top_k" else code}
-    measured, method = mean_per_step(ranks, "diloco", options, rounds=6)
+    measured, method = mean_per_step(ranks, "diloco", {"message": MESSAGES.get(code, code)}, rounds=6)
     factor = ranks - 1 if code == "top_k" else 2 * (ranks - 1) / ranks
     assert measured == pytest.approx(factor * CODES[code] / EVERY, rel=0.02)
     assert method.bytes_per_parameter(ranks) == pytest.approx(factor * CODES[code] / EVERY, rel=0.02)

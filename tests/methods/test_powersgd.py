@@ -53,21 +53,17 @@ def random_gradients(rank: int, step: int) -> dict[str, Tensor]:
 def exchanged(
     ranks: int, steps: int, gradients: Gradients, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **options: Any
 ) -> list[list[dict[str, Any]]]:
-    """[rank][step]: the mean that the exchange gave, what it was void for, and the state before and after it."""
+    """[rank][step] the mean, why it was void, the state before and after it, and the bytes sent so far."""
 
     def work(group: Group) -> list[dict[str, Any]]:
         method: Any = build("powersgd", **options)
         method.bind([(name, torch.zeros(shape)) for name, shape in shapes.items()], group)
         done = []
         for step in range(steps):
-            bucket = Bucket.of(list(gradients(group.rank, step).items()))
             before = state_of(method)
-            exchange(method, bucket, group)
-            means = {name: x.clone() for name, x in bucket.views()}
-            sent = group.traffic.payload_bytes
-            done.append(
-                {"mean": means, "void": bucket.void, "before": before, "after": state_of(method), "bytes": sent}
-            )
+            bucket = exchange(method, Bucket.of(list(gradients(group.rank, step).items())), group)
+            one = {"mean": {name: x.clone() for name, x in bucket.views()}, "void": bucket.void}
+            done.append({**one, "before": before, "after": state_of(method), "bytes": group.traffic.payload_bytes})
         return done
 
     return SimWorld[Any](ranks).run(work)
@@ -199,7 +195,7 @@ def one_element(row: int, column: int) -> dict[str, Tensor]:
 
 
 def test_a_column_that_has_become_zero_is_drawn_anew() -> None:
-    """The first of these gradients says nothing of where the others are; nor do the first rows and columns."""
+    """The first gradients say nothing about where the later ones are, and neither do the first rows and columns."""
     places = [(30, 31), (30, 31), (38, 39), (38, 39), (20, 21), (20, 21)]
 
     def gradients(rank: int, step: int) -> dict[str, Tensor]:

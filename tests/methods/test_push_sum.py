@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from outer_rig import Played, play, run_world, spread, start_values
-from rig import loss_of, make_batch, make_model
+from outer_rig import Played, after_round, bound, play, run_world, spread, start_values
+from rig import make_model, train_step
 from torch import Tensor
 
 from commopt import attach, build
@@ -46,37 +46,30 @@ def test_rounds_are_those_of_the_paper(ranks: int) -> None:
 
 
 def gossip(group: SimGroup, rounds: int, weight: float = 1.0, **options: Any) -> tuple[Tensor, list[float], Any]:
-    """A replica that does not learn: z after so many rounds of a virtual second each, w after each of them, and the method."""
-    method: Any = build("push_sum", **options)
-    method.bind([("x", torch.zeros(74))], group.peers)
+    """A replica that does not learn: z after rounds of a virtual second each, w after each of them, and the method."""
+    method = bound("push_sum", group, 74, **options)
     method.begin(torch.zeros(74))
     method.state["weight"].fill_(weight)
     z, weights = start_values(74) * (group.rank + 1), list[float]()
     for number in range(rounds):
         group.peers.announce(number)
         group.advance(1.0)
-        round = method.round_after(number + 1)
-        z = method.apply(z, round, method.exchange(z, round))
+        z, _ = after_round(method, z, number)
         weights.append(float(method.state["weight"]))
     return z, weights, method
 
 
 @pytest.mark.parametrize(("ranks", "rounds"), [(3, 80), (5, 80), (8, 3)])
-def test_replicas_that_do_not_learn_reach_their_mean(ranks: int, rounds: int) -> None:
+@pytest.mark.parametrize("step", [0.0, 1.0])
+def test_replicas_that_do_not_learn_reach_their_weighted_mean(ranks: int, rounds: int, step: float) -> None:
     """Eight ranks after three rounds, exactly."""
-    for z, weights, _ in SimWorld[Any](ranks).run(lambda group: gossip(group, rounds)):
-        torch.testing.assert_close(z, start_values(74) * (ranks + 1) / 2, rtol=1e-5, atol=1e-5)
-        assert set(weights) == {1.0}
-
-
-@pytest.mark.parametrize("ranks", [3, 5])
-def test_unequal_weights_reach_the_weighted_mean(ranks: int) -> None:
-    results = SimWorld[Any](ranks).run(lambda group: gossip(group, 80, weight=group.rank + 0.5))
-    start = [rank + 0.5 for rank in range(ranks)]
+    start = [1.0 + step * (rank - 0.5) for rank in range(ranks)]
+    results = SimWorld[Any](ranks).run(lambda group: gossip(group, rounds, weight=start[group.rank]))
     mean = sum(w * (rank + 1) for rank, w in enumerate(start)) / sum(start)
-    for z, _, _ in results:
+    for z, weights, _ in results:
         torch.testing.assert_close(z, start_values(74) * mean, rtol=1e-5, atol=1e-5)
-    for number in range(80):
+        assert step or set(weights) == {1.0}
+    for number in range(rounds):
         assert sum(weights[number] for _, weights, _ in results) == pytest.approx(sum(start), rel=1e-12)
 
 
@@ -107,16 +100,14 @@ def test_a_round_before_its_time_waits_for_it() -> None:
     """Rank 0 is a round ahead of rank 1, whose result does not depend on that."""
 
     def rank_of(group: SimGroup) -> Tensor:
-        method: Any = build("push_sum")
-        method.bind([("x", torch.zeros(3))], group.peers)
+        method = bound("push_sum", group, 3)
         z = torch.full((3,), float(group.rank))
         if group.rank == 1:
             group.peers.sleep(5.0)
-        exchanged = method.exchange(z, method.round_after(1))
-        z = method.apply(z, method.round_after(1), exchanged)
+        z, _ = after_round(method, z, 0)
         if group.rank == 0:
             method.exchange(z, method.round_after(2))
-        return torch.as_tensor(z)
+        return z
 
     assert [z.tolist() for z in SimWorld[Tensor](2).run(rank_of)] == [[0.5] * 3, [0.5] * 3]
 
@@ -153,14 +144,12 @@ def test_a_message_that_is_spoilt_is_not_added(payload: str) -> None:
     }[payload]
 
     def rank_of(group: SimGroup) -> Tensor | None:
-        method: Any = build("push_sum", timeout_s=1.0)
-        method.bind([("x", torch.zeros(3))], group.peers)
+        method = bound("push_sum", group, 3, timeout_s=1.0)
         if group.rank == 1:
             group.peers.send(0, "push_sum", 0, Payload.of(*spoilt))
             return None
-        exchanged = method.exchange(torch.zeros(3), method.round_after(1))
+        new, exchanged = after_round(method, torch.zeros(3), 0)
         assert exchanged.is_missed
-        new: Tensor = method.apply(torch.zeros(3), method.round_after(1), exchanged)
         return new
 
     assert SimWorld[Any](2).run(rank_of)[0].tolist() == [0.0, 0.0, 0.0]
@@ -179,11 +168,6 @@ def test_one_rank_alone_trains() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     run: Any = attach(model, build("push_sum"), optimizer)
-    x, y = make_batch(0, 0)
-    before = loss_of(model(x), y).item()
-    for _ in run.range(10):
-        optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
-    assert loss_of(model(x), y).item() < before
+    losses = [train_step(model, optimizer, 0, 0) for _ in run.range(10)]
+    assert losses[-1] < losses[0]
     assert run.peers.traffic.payload_bytes == 0

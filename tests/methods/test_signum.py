@@ -1,4 +1,4 @@
-"""Signum against its equations in float64, and with the optimizers that it does not go with."""
+"""Signum against its equations in float64, and the optimizers that it refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES: list[tuple[int, ...]] = [(50, 90), (7,), (1,), (2049,), (3, 5, 3)]
 
 
 def reference(x: F64, m: F64, g: F64, b: float) -> tuple[F64, F64, Any]:
-    """Bernstein et al. 2019, Algorithm 1, in float64. x: (n,), m, g: (N, n). Returns x, m, and (n,) where nothing hangs by a hair."""
+    """Bernstein et al. 2019, Algorithm 1, in float64. x: (n,), m, g: (N, n). Returns x, m, and (n,) where no sign is in doubt."""
     m = b * m + (1 - b) * g
     total = np.sign(m).sum(0)
     clear = (np.abs(m) > 1e-6).all(0) & (total != 0)  # a tie takes a coin
@@ -99,7 +99,7 @@ def test_momentum_zero_has_no_state_and_another_form() -> None:
         (LAMB, "LAMB scales what it gets"),
     ],
 )
-def test_an_optimizer_with_a_mind_of_its_own_is_refused_with_the_fix(make: Any, complaint: str) -> None:
+def test_an_optimizer_that_rescales_or_smooths_signs_is_refused_with_the_fix(make: Any, complaint: str) -> None:
     model = Parameters((4,))
     with pytest.raises(AttachError) as caught:
         attach(model, build("signum"), make(model.parameters()))

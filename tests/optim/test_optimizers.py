@@ -1,4 +1,4 @@
-"""What all optimizers here do alike; and Lion against its paper in float64."""
+"""What all optimizers here have in common, and Lion against its paper in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_lion_is_the_papers_over_a_run(betas: tuple[float, float], decay: float)
     for _ in range(30):
         p.grad = 0.3 + torch.randn(30, 20, generator=generator)
         x, m, c = lion(x, m, p.grad.double().numpy(), 0.01, *betas, decay)
-        assert np.abs(c).min() > 1e-6  # no sign hangs by a hair
+        assert np.abs(c).min() > 1e-6  # no sign is in doubt
         optimizer.step()
         np.testing.assert_allclose(p.detach().numpy(), x, rtol=0, atol=1e-5)
         np.testing.assert_allclose(optimizer.state[p]["momentum"].numpy(), m, rtol=0, atol=1e-6)
@@ -65,7 +65,7 @@ def test_what_has_no_gradient_stays_and_has_no_state(kind: Any) -> None:
     assert not optimizer.state[unused]
 
 
-def test_lion_has_zeros() -> None:
+def test_lions_sign_of_zero_is_zero() -> None:
     p = torch.nn.Parameter(torch.ones(4))
     p.grad = torch.tensor([2.0, 0.0, -0.0, -1e-30])
     Lion([p], lr=0.5).step()
@@ -84,7 +84,7 @@ def test_each_parameter_group_has_its_own_rate(kind: Any) -> None:
 
 @EACH
 def test_a_resumed_optimizer_goes_on_as_if_uninterrupted(kind: Any) -> None:
-    """AccumAdam inside a window of four steps; SAVIC by the scale of an average."""
+    """AccumAdam is inside a window of four steps; SAVIC has taken the scale of an average."""
     straight, again = parameters([(6, 5), (7,)]), parameters([(6, 5), (7,)])
     first, second = kind(straight, lr=0.02), kind(again, lr=0.5)
     for number in range(6):

@@ -12,7 +12,6 @@ from draws import F64, f64
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 
 LR, B1, B2, TAU = 0.03, 0.8, 0.95, 1e-2
-EACH = pytest.mark.parametrize("kind", [FedAdagrad, FedAdam, FedYogi])
 
 
 def reference(kind: type, x: F64, m: F64, v: F64, replicas: F64) -> tuple[F64, F64, F64]:
@@ -35,7 +34,7 @@ def make(kind: type, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return made
 
 
-@EACH
+@pytest.mark.parametrize("kind", [FedAdagrad, FedAdam, FedYogi])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_every_round_is_the_papers(kind: type, dtype: torch.dtype, tolerance: float) -> None:
     generator = np.random.default_rng(5)

@@ -46,9 +46,7 @@ SMALL = TrafficRow("onebit_adam", "all_gather", "bucket0", 24, 1.2e5)
     ("nbytes", "row", "off", "ok"),
     [
         *((5e6, ROW, off, ok) for off, ok in ((1, True), (1.029, True), (0.971, True), (1.031, False), (0.969, False))),
-        *(
-            (1.2e5, SMALL, off, ok) for off, ok in ((1.09, True), (1.3, False))
-        ),  # packets of their own with each exchange
+        *((1.2e5, SMALL, off, ok) for off, ok in ((1.09, True), (1.3, False))),  # each exchange has packets of its own
     ],
 )
 def test_three_percent_and_a_little_for_each_exchange_is_the_limit(

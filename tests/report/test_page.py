@@ -11,8 +11,9 @@ from synthetic_runs import CLUSTER, DENSE, FP16, ONEBIT, change, results_of, run
 
 from commopt.errors import LaunchError
 from commopt.report import drawing, plots
+from commopt.report.document import Cluster, Node, Results, RunResult
 from commopt.report.page import FILES, draw, headline, page, sites, write_report
-from commopt.report.results import Cluster, Node, Results, RunResult, collect
+from commopt.report.results import collect
 from commopt.report.table import readings
 
 Lines = list[dict[str, Any]]
@@ -116,6 +117,7 @@ def odd_runs(folder: Path) -> dict[tuple[str, ...], list[RunResult]]:
         tuple(lacking): [run_of(folder / "dense", short(DENSE)), *lacking.values()],
         ("No run finished",): [collect(folder / "nowhere", method="topk", failure="it could not be started")],
         ("0 runs",): [],
+        ("dense on four",): [run_of(folder / "zero", short(DENSE), edit=change("step", lambda *_: {"loss": 0.0}))],
         ("noloco on four-50mbit",): [outer_run(folder / "many", replace(STORM, ranks=40), STORM_FAULTS)],
         tuple(faulty): [*faulty.values()],
         ("<h2>Outer rounds</h2>",): [outer_run(folder / "none", alone)],

@@ -12,8 +12,9 @@ from outer_runs import STORM, STORM_FAULTS, outer_run
 from synthetic_runs import DENSE, FP16, ONEBIT, Edit, Plan, change, results_of, run_of, short, write_run
 
 from commopt.cluster.spec import load_cluster
+from commopt.report.document import Cluster, Environment, Results
 from commopt.report.page import results_json
-from commopt.report.results import Cluster, Environment, Results, collect
+from commopt.report.results import collect
 
 
 def test_the_document_survives_a_round_trip(tmp_path: Path) -> None:
@@ -56,8 +57,10 @@ def test_without_dense_there_is_no_speedup_and_what_ran_twice_has_two_names(tmp_
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\xff\x00\n", b"[1, 2]\n", b'{"kind": "step"}\n', b'{"kind": "dance"}\n', b"null\n", b'{"kind": "en']
-)
+    "garbage",
+    [b"\xff\x00\n", b"[1, 2]\n", b'{"kind": "step"}\n', b'{"kind": "dance"}\n', b"null\n", b'{"kind": "en',
+     b'{"kind": "start", "at_s": 0, "steps": null}', b'{"kind": "start", "at_s": 0, "world_size": null}'],
+)  # fmt: skip
 def test_what_is_garbled_or_torn_is_counted_and_left_out(garbage: bytes, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "r", short(DENSE))
     for rank, lost in ((0, 0), (1, 700)):

@@ -9,9 +9,8 @@ from outer_runs import STORM, STORM_FAULTS, Absence, Lines, OuterPlan, fault, ou
 from synthetic_runs import DENSE, EF_SIGN, FP16, ONEBIT, Edit, Plan, Terminal, change, results_of, run_of, short
 
 from commopt.record.words import bytes_text, megabytes, milliseconds, seconds_text, times_text
-from commopt.report.outer_table import cost_text, fault_cells, fault_lines, round_cells
-from commopt.report.results import Results
-from commopt.report.table import COLUMNS, cells, readings, show
+from commopt.report.document import Results
+from commopt.report.table import COLUMNS, cells, cost_text, fault_lines, fault_row, readings, round_cells, show
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_what_a_fault_cost_is_put_in_words(tmp_path: Path) -> None:
     lines = [fault("kill", ["node2"], at_step=25, at_s=2.55), fault("restart", ["node2"], at_step=50, at_s=6.05)]
     run = outer_run(tmp_path, plan, lines)
     kill, restart = run.faults
-    assert [row[3:] for row in fault_cells(run)] == [
+    assert [fault_row(each)[3:] for each in run.faults] == [
         ["3.1 s (rank 1, 31 steps' time)", "3 (rank 0: 2, rank 3: 1)", "-"],
         ["none", "0", "1.6 s, step 45"],
     ]
@@ -136,7 +135,7 @@ def test_what_a_fault_cost_is_put_in_words(tmp_path: Path) -> None:
 def test_without_a_survivor_there_is_no_stop(tmp_path: Path) -> None:
     kill = fault("kill", ["node0"], at_step=25, at_s=2.55)
     run = outer_run(tmp_path, OuterPlan(ranks=1, absences={0: Absence(after=25)}), [kill], failure="gone")
-    assert fault_cells(run)[0][3] == "-"
+    assert fault_row(run.faults[0])[3] == "-"
     assert fault_lines(results_of([run])) == ["noloco, fault at step 25: node0 killed; nobody left to see it"]
 
 

@@ -1,4 +1,4 @@
-"""What fails at attach on one rank fails on all, and ranks that are configured differently are told in what."""
+"""attach validates collectively: one rank's failure raises on all of them, and differences between ranks are named."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ def attempt(rank: int, what: str, group: Any) -> Any:
         model = nn.Sequential(nn.Linear(3, 4 if is_odd else 5))
     elif what == "partly frozen":
         next(model.parameters()).requires_grad_(not is_odd)
-    elif what == "twice":
-        if is_odd:
-            attach(model, "dense", sgd(model), group=LocalGroup())
+    elif what == "twice" and is_odd:
+        attach(model, "dense", sgd(model), group=LocalGroup())
     elif what == "max_norm":
         options = {"max_norm": 1.0 if is_odd else 2.0}
     elif what == "unknown":
@@ -86,7 +85,7 @@ CASES = {
 
 
 def said(rank: int, group: Any) -> list[str]:
-    """What each attempt came to, one after the other on the same ranks; the group works after each."""
+    """The outcome of each attempt, one after another on the same ranks, and whether the group still works afterwards."""
     answers = []
     for what in CASES:
         try:
@@ -108,7 +107,7 @@ def check(answers: list[list[str]]) -> None:
         assert after == "True"
         for what, answer in zip(CASES, every, strict=True):
             pattern = CASES[what]
-            if rank == 2:  # which is told what is wrong here, where it is wrong here
+            if rank == 2:  # its own error, without the prefix that names the rank
                 pattern = pattern.split("Error: ")[-1]
             assert re.search(pattern, answer), (rank, what, answer)
 
@@ -143,12 +142,13 @@ def in_ddp(process_group: dist.ProcessGroup) -> list[str]:
     around = torch.nn.Sequential(wrapped)
     try_to(around, sgd(around), group)
     compiled: Any = nn.Module()
-    compiled._orig_mod = wrapped  # as what torch.compile puts around a model has it
+    compiled._orig_mod = wrapped  # as torch.compile wraps a model
     try_to(compiled, sgd(wrapped), group)
     try_to(wrapped, sgd(wrapped), LocalGroup())
     try_to(wrapped, sgd(wrapped), alone)
     try_to(wrapped, sgd(make_model()), group)
     try_to(wrapped, sgd(wrapped), group, "noloco")
+    try_to(wrapped, sgd(wrapped), overlap=True, max_norm=1.0)
     run = attach(wrapped, "ef_sign", sgd(wrapped))
     try_to(wrapped, sgd(wrapped.module))
     run.close()
@@ -165,6 +165,7 @@ def test_ddp_is_attached_on_all_ranks_or_none(pool: Pool) -> None:
         *["Group of 1 ranks: it has other ranks than DDP's own process group"] * 2,
         "an optimizer with parameters that are not this model's",
         "noloco on a DistributedDataParallel model: DDP averages gradients in every step",
+        "overlap=True with max_norm: it needs the gradients of all buckets at once; leave overlap out",
         "a DDP model with a communication hook: DDP takes only one",
     ]
     assert "pass the optimizer" in second.pop(1)
@@ -215,7 +216,7 @@ def test_members_that_come_and_go_compare_when_they_join() -> None:
         SimWorld[None](3).run(work)
 
 
-def test_the_traffic_of_training_does_not_count_what_is_told_at_attach() -> None:
+def test_the_traffic_of_training_does_not_count_the_comparison_at_attach() -> None:
     def sent(group: SimGroup) -> tuple[float, float]:
         model = make_model()
         before = group.seconds
@@ -235,12 +236,12 @@ def test_the_difference_names_three_keys_and_counts_the_rest() -> None:
     assert "and 1 more differences" in text
 
 
-# -- one rank that takes itself for all of them
+# -- one of several processes that would train alone
 
 
 @pytest.mark.parametrize("key", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 @pytest.mark.parametrize("name", ["dense", "noloco"])
-def test_one_of_several_processes_does_not_train_alone_without_a_word(
+def test_one_of_several_processes_does_not_train_alone_silently(
     name: str, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
@@ -250,10 +251,7 @@ def test_one_of_several_processes_does_not_train_alone_without_a_word(
         AttachError, match=r"one of 2: .*init_process_group\(\) before attach, or pass group=.*MPIGroup\(\)"
     ):
         attach(model, name, optimizer)
-    if name == "dense":
-        attach(model, name, optimizer, group=LocalGroup())
-    else:
-        attach(model, name, optimizer, group=SimGroup(SimWorld(1), 0))
+    attach(model, name, optimizer, group=LocalGroup() if name == "dense" else SimGroup(SimWorld(1), 0))
 
 
 def closed(process_group: dist.ProcessGroup, overlap: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""What attach and build refuse, in words that name the fix, and what attach leaves behind."""
+"""What attach and build refuse, with the fix in the message, and what attach leaves behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def stepped_adam(model: nn.Module) -> torch.optim.Adam:
 
 
 def made(kind: Any, **options: Any) -> Callable[[nn.Module], Any]:
-    """A maker of optimizers."""
     return lambda model: kind(model.parameters(), **options)
 
 
@@ -161,14 +160,11 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
         r"weight_decay=0\.1 of Adam goes into the gradient; .* as AdamW does: use AdamW",
     ),
     (of("onebit_adam", stepped_adam), "onebit_adam in place of Adam after steps: .*; attach before the first"),
-    (
-        of("onebit_adam", stood_in_for),
-        "a stand-in as the optimizer: it is onebit_adam's already; pass the optimizer",
-    ),
+    (of("onebit_adam", stood_in_for), "a stand-in as the optimizer: it is onebit_adam's already; pass the optimizer"),
     (of("dense", made(torch.optim.LBFGS)), "LBFGS: it evaluates the loss several times"),
     (of("noloco", made(Wrapper, lr=0.1)), "Wrapper as the optimizer: it is a wrapper; use its framework's integration"),
     # a second momentum
-    (of("dgc", made(torch.optim.SGD, momentum=0.9)), r"not SGD with one$"),
+    (of("dgc", made(torch.optim.SGD, momentum=0.9)), r"use torch.optim.SGD without momentum$"),
     (
         of({"name": "dgc", "momentum": 0.9}, made(torch.optim.Adafactor)),
         "Adafactor would apply its own on top: leave momentum and nesterov out with Adafactor",
@@ -208,12 +204,8 @@ def test_a_closed_model_trains_alone_and_can_have_another_method(name: str) -> N
 
 def test_a_scaler_in_a_plain_script_of_several_ranks_is_refused() -> None:
     scaler = torch.amp.GradScaler("cpu")
-
-    def work(group: SimGroup) -> None:
-        of("dense", group=group, grad_scaler=scaler)()
-
     with pytest.raises(AttachError, match="wrap the model in DistributedDataParallel"):
-        SimWorld[None](2).run(work)
+        SimWorld[object](2).run(lambda group: of("dense", group=group, grad_scaler=scaler)())
 
 
 @pytest.mark.parametrize("name", ["dense", "noloco"])

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: tensors and JSON come back bit for bit, and what is damaged does not come back."""
+"""The files of a checkpoint: tensors and JSON come back bit for bit, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_everything_comes_back_bit_for_bit(shared: dict[str, Tensor], own: dict[
         save(folder, Content(shared, own, {"names": [*shared]}), LocalGroup())
         stored = open_checkpoint(folder, LocalGroup())
     assert (bits(stored.shared), bits(stored.own[0])) == (bits(shared), bits(own))
-    assert stored.meta == {"names": [*shared]}
+    assert stored.manifest.meta == {"names": [*shared]}
 
 
 def test_views_are_saved_as_copies_and_other_programs_can_read_them(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_views_are_saved_as_copies_and_other_programs_can_read_them(tmp_path: Pa
     save(tmp_path / "c", Content(views, {}, {}), LocalGroup())
     stored = open_checkpoint(tmp_path / "c", LocalGroup())
     assert bits(stored.shared) == bits(views) == bits(load_file(tmp_path / "c" / "shared.safetensors"))
-    stored.shared["x"].zero_()  # is nobody else's
+    stored.shared["x"].zero_()  # the others have memory of their own
     assert bits({"": stored.shared["again"]}) == bits({"": x})
 
 
@@ -98,19 +98,15 @@ class Bomb:
 
 @pytest.mark.parametrize("name", [".metadata", "commopt_rank0.pt", "../c_rank0.pt"])
 def test_a_checkpoint_of_0_1_is_named_and_not_unpickled(tmp_path: Path, name: str) -> None:
-    if not name.startswith(".."):
-        (tmp_path / "c").mkdir()
-    (tmp_path / "c" if not name.startswith("..") else tmp_path).joinpath(Path(name).name).write_bytes(
-        pickle.dumps(Bomb())
-    )
+    path = Path(os.path.normpath(tmp_path / "c" / name))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(Bomb()))
     assert "was saved by commopt 0.1, which this version cannot read: resume it with 0.1" in refused(tmp_path / "c")
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    assert (
-        refused(tmp_path / "c")
-        == f"{tmp_path}/c: there is no such folder; check the path, or start without a checkpoint"
-    )
+    said = f"{tmp_path}/c: there is no such folder; check the path, or start without a checkpoint"
+    assert refused(tmp_path / "c") == said
     make_file(tmp_path / "file")
     assert "file: is not a folder" in refused(tmp_path / "file")
     (tmp_path / "empty").mkdir()

@@ -25,10 +25,9 @@ def test_a_step_before_join_is_refused() -> None:
     model = make_model()
     optimizer = sgd(model)
     attach(model, build("local_sgd"), optimizer)
-    with pytest.raises(
-        AttachError, match=r"local_sgd: call run.join\(\) before the first step, or loop over run.range"
-    ):
-        train(model, optimizer, 0, 1, 0)
+    said = r"local_sgd: call run.join\(\) before the first step, or loop over run.range"
+    with pytest.raises(AttachError, match=said):
+        train(model, optimizer, 0, 1)
 
 
 def test_state_that_is_not_there_is_not_averaged() -> None:
@@ -84,9 +83,7 @@ def test_each_round_is_reported_with_what_it_cost() -> None:
             assert 4 * elements <= report.nbytes <= 4 * elements + 2048
             assert report.exchange_s <= report.blocked_s + 1e-9
         assert diary.attached.waited_s == pytest.approx(sum(report.blocked_s for report in diary.reports))
-    for both in zip(
-        *(diary.reports for diary in diaries), strict=True
-    ):  # who comes second finds the message on its way
+    for both in zip(*(diary.reports for diary in diaries), strict=True):  # the later rank waits for less
         assert max(report.exchange_s for report in both) >= 4 * elements / 1e6 + 0.01
     assert world.seconds == pytest.approx(2.0 + diaries[0].attached.waited_s, abs=0.1)
 

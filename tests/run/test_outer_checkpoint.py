@@ -15,10 +15,11 @@ from commopt.errors import CheckpointError
 from commopt.groups import SimGroup, SimWorld
 from commopt.optim import SAVIC
 
+Case = tuple[str, dict[str, Any]]
 STEPS, SAVED_AT = 18, 8
 TOP_K = {"compressor": "top_k", "density": 0.1}
-DILOCO: tuple[str, dict[str, Any]] = ("diloco", {})
-CASES: list[tuple[str, dict[str, Any]]] = [
+DILOCO: Case = ("diloco", {})
+CASES: list[Case] = [
     ("noloco", {}),
     ("noloco", {"delay": 4}),  # the round that began after step 6 is under way at 8
     ("noloco", {"gamma": 0.9, "delay": 4}),
@@ -42,9 +43,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def start(
-    group: SimGroup, case: tuple[str, dict[str, Any]], kind: type[torch.optim.Adam] | type[SAVIC] = torch.optim.Adam
-) -> tuple[nn.Module, Run]:
+def start(group: SimGroup, case: Case, kind: Any = torch.optim.Adam) -> tuple[nn.Module, Run]:
     name, options = case
     model = make_model()
     return model, attach(model, {"name": name, "every": 6, **options}, kind(model.parameters(), lr=0.01), group=group)
@@ -52,18 +51,18 @@ def start(
 
 def trained(
     group: SimGroup,
-    case: tuple[str, dict[str, Any]],
-    kind: type[torch.optim.Adam] | type[SAVIC] = torch.optim.Adam,
+    case: Case,
+    kind: Any = torch.optim.Adam,
     *,
     saves: dict[int, Path] | None = None,
     load_from: Path | None = None,
-    saved_at: int = SAVED_AT,
+    saved_at: int = 0,
 ) -> Tensor:
     model, run = start(group, case, kind)
     schedule = torch.optim.lr_scheduler.StepLR(run.optimizer, 9, 0.7)
     if load_from is not None:
         schedule.load_state_dict(run.load(load_from)["schedule"])
-    assert run.join(schedule=schedule) == (0 if load_from is None else saved_at)
+    assert run.join(schedule=schedule) == saved_at
     for step in run.range(STEPS):
         if step in (saves or {}):
             run.save(saves[step], extra={"schedule": schedule.state_dict()})  # type: ignore[index]
@@ -73,7 +72,7 @@ def trained(
     return flat(model)
 
 
-def check(case: tuple[str, dict[str, Any]], folder: Path, kind: Any = torch.optim.Adam, *moments: int) -> None:
+def check(case: Case, folder: Path, kind: Any = torch.optim.Adam, *moments: int) -> None:
     saves = {at: folder / str(at) for at in moments or (6, SAVED_AT)}  # a round has just ended, or is two steps old
     uninterrupted = SimWorld[Tensor](3).run(lambda group: trained(group, case, kind, saves=saves))
     for at, saved in saves.items():
@@ -84,7 +83,7 @@ def check(case: tuple[str, dict[str, Any]], folder: Path, kind: Any = torch.opti
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
 
 
@@ -107,9 +106,8 @@ def test_a_rank_without_a_checkpoint_is_told_so(tmp_path: Path) -> None:
     def load(group: SimGroup) -> None:
         start(group, ("noloco", {}))[1].load(tmp_path)
 
-    with pytest.raises(
-        CheckpointError, match=r"rank0: there is no such folder; check the path, or start without a checkpoint"
-    ):
+    said = "rank0: there is no such folder; check the path, or start without a checkpoint"
+    with pytest.raises(CheckpointError, match=said):
         SimWorld[None](1).run(load)
 
 

@@ -1,4 +1,4 @@
-"""Ranks that got ahead, fell behind, diverged or came back: who takes over whose state, and how long anybody waits for it."""
+"""Ranks that got ahead, fell behind, diverged or came back: whose state they take over, and how long they wait for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from outer_rig import Diary, play, run_world, train_diary
-from rig import make_model
+from rig import make_model, sgd_of
 from torch import nn
 
-from commopt import attach
+from commopt import Run, attach
 from commopt.errors import GroupError
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.peers import call_roll
@@ -84,9 +84,8 @@ def test_who_cannot_reach_the_convener_goes_on_alone_at_once() -> None:
     assert [report.members for report in later[1]] == [[0, 1]] * 6
     assert [report.members for report in later[2]] == [[2]] * 6
     assert max(report.blocked_s for reports in later for report in reports[2:]) < TIMEOUT_S / 4
-    assert (
-        max(report.blocked_s for reports in later for report in reports) <= TIMEOUT_S / 2
-    )  # until the cut is known, and they are in step
+    # until the cut is known, and they are in step
+    assert max(report.blocked_s for reports in later for report in reports) <= TIMEOUT_S / 2
 
 
 # -- ranks that are ahead or behind
@@ -143,10 +142,7 @@ def test_two_that_are_behind_ask_those_ahead_only_and_go_on_when_these_end() -> 
         if group.rank < 2:
             train_diary(group, diaries[group.rank], "diloco", options, 20, step_s=STEP_S)
             return
-        model = make_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  # as train_diary has it
-        ahead = attach(model, {"name": "diloco", **options}, optimizer, group=group)
-        ahead.join()
+        diloco(group, timeout_s=TIMEOUT_S, momentum=0.9).join()  # as in train_diary
         group.peers.announce(100)  # and is busy with what follows its last step
         group.peers.sleep(3.0)
         group.peers.announce(100, is_training=False)
@@ -163,11 +159,15 @@ def test_two_that_are_behind_ask_those_ahead_only_and_go_on_when_these_end() -> 
 # -- starting again
 
 
-def resume(group: SimGroup, steps: int, wait_s: float) -> tuple[int, float]:
-    """Start as after loading a checkpoint of that step; the step that it goes on from, and the seconds it took."""
+def diloco(group: SimGroup, momentum: float = 0.0, **options: Any) -> Run:
     model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    run = attach(model, {"name": "diloco", "every": EVERY}, optimizer, group=group)
+    method = {"name": "diloco", "every": EVERY, **options}
+    return attach(model, method, sgd_of(model, momentum=momentum), group=group)
+
+
+def resume(group: SimGroup, steps: int, wait_s: float) -> tuple[int, float]:
+    """Start as if a checkpoint of that step had been loaded; the step that training continues from, and the seconds it took."""
+    run = diloco(group)
     run.steps = steps
     return run.join(wait_s=wait_s), group.seconds
 
@@ -184,9 +184,7 @@ def test_a_rank_that_resumes_behind_one_that_dies_before_it_trains_does_not_wait
     def train(group: SimGroup) -> None:
         if group.rank == 2:
             group.peers.announce(20, is_training=False)
-            model = make_model()
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-            run: Any = attach(model, {"name": "diloco", "every": EVERY}, optimizer, group=group)
+            run: Any = diloco(group)
             words = torch.frombuffer(bytearray(digest(run.configuration)), dtype=torch.int64)
             call_roll(group.peers, "start", 0, torch.cat([torch.tensor([20]), words]), 5.0)
         else:

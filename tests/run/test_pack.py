@@ -27,9 +27,7 @@ keys = st.one_of(texts, st.integers(-3, 3), st.tuples(st.integers(0, 3), texts))
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, texts, st.binary(max_size=4), tensors),
     lambda inside: st.one_of(
-        st.lists(inside, max_size=3),
-        st.lists(inside, max_size=3).map(tuple),
-        st.dictionaries(keys, inside, max_size=3),
+        st.lists(inside, max_size=3), st.lists(inside, max_size=3).map(tuple), st.dictionaries(keys, inside, max_size=3)
     ),
     max_leaves=8,
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from presets import ADAM, Preset, sgd
-from rig import flat, loss_of, make_batch, make_model
+from rig import flat, make_model, train_step
 from rig import train as train_steps
 from torch import Tensor, nn
 
@@ -31,15 +31,7 @@ every_family = pytest.mark.parametrize("preset", FAMILIES, ids=str)
 
 def train(run: Run, model: nn.Module, stop: int = STEPS) -> list[float]:
     """What a user writes once."""
-    losses = []
-    for step in run.range(stop):
-        x, y = make_batch(run.rank, step)
-        loss = loss_of(model(x), y)
-        run.optimizer.zero_grad()
-        loss.backward()
-        run.optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return [train_step(model, run.optimizer, run.rank, step) for step in run.range(stop)]
 
 
 @every_family
@@ -124,12 +116,7 @@ def test_a_run_records_itself(preset: Preset, tmp_path: Path, monkeypatch: pytes
     model = make_model()
     with preset.attach(model) as run:
         for step in run.range(STEPS):
-            x, y = make_batch(0, step)
-            loss = loss_of(model(x), y)
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.optimizer.step()
-            run.log(loss=loss.item(), tokens=8)
+            run.log(loss=train_step(model, run.optimizer, 0, step), tokens=8)
         run.log(validation_loss=0.5, tokens=64)
         with pytest.raises(TypeError, match="give loss= or validation_loss="):
             run.log(accuracy=0.9)

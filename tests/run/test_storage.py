@@ -25,8 +25,8 @@ def test_any_number_of_ranks_can_load(tmp_path: Path, ranks: int) -> None:
 
     def load(group: Group) -> list[float]:
         stored = open_checkpoint(tmp_path / "c", group)
-        own = [group.rank] if ranks == 3 else range(stored.ranks)
-        assert stored.ranks == 3
+        own = [group.rank] if ranks == 3 else range(stored.manifest.ranks)
+        assert stored.manifest.ranks == 3
         assert stored.shared["w"].tolist() == [[1, 1], [1, 1]]
         return [stored.own[rank]["residual"][0].item() for rank in own]
 

@@ -1,10 +1,10 @@
-"""What a gradient belongs to: what backward exchanges and no step applies leaves no trace, or raises at once with what to write."""
+"""Gradients that backward exchanges and no step applies: they leave no trace, or raise at once and say what to write."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -32,6 +32,23 @@ def in_ddp(process_group: dist.ProcessGroup, **options: Any) -> tuple[Distribute
 def backward(model: nn.Module, rank: int, step: int, scale: float = 1.0) -> None:
     x, y = make_batch(rank, step)
     (loss_of(model(x), y) * scale).backward()
+
+
+def in_parts(
+    group: SimGroup, preset: Preset, steps: Sequence[Sequence[tuple[int, float]]], outlier_at: int = -1
+) -> Tensor:
+    """Parameters after steps of several backwards each: (batch, scale of its loss). An outlier before one of them is skipped."""
+    model = make_model()
+    run = preset.attach(model, group)
+    for step, parts in enumerate(steps):
+        run.optimizer.zero_grad()
+        if step == outlier_at:
+            backward(model, group.rank, 50, 1e4)  # and no step
+            run.optimizer.zero_grad()
+        for batch, scale in parts:
+            backward(model, group.rank, batch, scale)
+        run.optimizer.step()
+    return flat(model)
 
 
 # -- in DDP, which exchanges in backward
@@ -121,17 +138,8 @@ def test_a_second_backward_is_ddps_where_nothing_is_kept(pool: Pool, name: str, 
 
 @every_preset
 def test_accumulation_under_no_sync_is_free(pool: Pool, preset: Preset) -> None:
-    def work(group: SimGroup) -> Tensor:
-        model = make_model()
-        run = preset.attach(model, group)
-        for step in range(WARM):
-            run.optimizer.zero_grad()
-            backward(model, group.rank, 2 * step, 0.5)
-            backward(model, group.rank, 2 * step + 1, 0.5)
-            run.optimizer.step()
-        return flat(model)
-
-    expected = SimWorld[Tensor](2).run(work)[0]
+    halves = [[(2 * step, 0.5), (2 * step + 1, 0.5)] for step in range(WARM)]
+    expected = SimWorld[Tensor](2).run(lambda group: in_parts(group, preset, halves))[0]
     for said, got in pool.run(2, backward_twice, preset, True):
         assert said == []
         assert torch.equal(got, expected)
@@ -182,24 +190,9 @@ def test_another_loss_that_reaches_a_model_is_refused_or_leaves_no_trace(pool: P
 
 @every_preset
 def test_a_plain_script_may_skip_and_accumulate(preset: Preset) -> None:
-    def work(group: SimGroup, is_unusual: bool) -> Tensor:
-        model = make_model()
-        run = preset.attach(model, group)
-        for step in range(8):
-            run.optimizer.zero_grad()
-            if is_unusual and step == 5:
-                backward(model, group.rank, 50, 1e4)  # and no step
-                run.optimizer.zero_grad()
-            if is_unusual:
-                backward(model, group.rank, step, 0.5)
-                backward(model, group.rank, step, 0.5)
-            else:
-                backward(model, group.rank, step)
-            run.optimizer.step()
-        return flat(model)
-
-    unusual = SimWorld[Tensor](2).run(lambda group: work(group, True))
-    usual = SimWorld[Tensor](2).run(lambda group: work(group, False))
+    halves, whole = [[(step, 0.5)] * 2 for step in range(8)], [[(step, 1.0)] for step in range(8)]
+    unusual = SimWorld[Tensor](2).run(lambda group: in_parts(group, preset, halves, outlier_at=5))
+    usual = SimWorld[Tensor](2).run(lambda group: in_parts(group, preset, whole))
     assert all(torch.equal(one, other) for one, other in zip(unusual, usual, strict=True))
 
 

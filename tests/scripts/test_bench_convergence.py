@@ -17,6 +17,7 @@ from commopt.methods import METHODS
 Store = module("store").Store
 bench, cells = module("convergence"), module("convergence_cells")
 training, says = module("convergence_training"), module("convergence_results")
+ADAM, GPT = cells.BY_LABEL["adam"], cells.TASKS["gpt"]
 
 
 def result(loss: float | None, nbytes: float = 0.2) -> dict[str, Any]:
@@ -81,36 +82,33 @@ def test_what_cannot_be_made_is_named_and_skipped() -> None:
 
 def test_first_the_grid_and_then_the_other_seeds_at_the_best_rate() -> None:
     shelf = Shelf(cells.Protocol())
-    order = shelf.train(cells.BY_LABEL["adam"], cells.TASKS["gpt"], bowl(1.0))
+    order = shelf.train(ADAM, GPT, bowl(1.0))
     assert order == [(0.5, 1), (1.0, 1), (2.0, 1), (1.0, 2), (1.0, 3)]
 
 
 def test_the_grid_is_extended_while_its_edge_is_best_and_never_for_ever() -> None:
-    adam, task = cells.BY_LABEL["adam"], cells.TASKS["gpt"]
     up, down = Shelf(cells.Protocol()), Shelf(cells.Protocol())
-    assert up.train(adam, task, bowl(4.0)) == [(0.5, 1), (1.0, 1), (2.0, 1), (4.0, 1), (8.0, 1), (4.0, 2), (4.0, 3)]
-    assert not up.protocol.is_at_edge(adam, task, up.find)
-    assert down.train(adam, task, bowl(1e-6))[3:] == [(0.25, 1), (0.125, 1), (0.125, 2), (0.125, 3)]
-    assert down.protocol.is_at_edge(adam, task, down.find)
+    assert up.train(ADAM, GPT, bowl(4.0)) == [(0.5, 1), (1.0, 1), (2.0, 1), (4.0, 1), (8.0, 1), (4.0, 2), (4.0, 3)]
+    assert not up.protocol.is_at_edge(ADAM, GPT, up.find)
+    assert down.train(ADAM, GPT, bowl(1e-6))[3:] == [(0.25, 1), (0.125, 1), (0.125, 2), (0.125, 3)]
+    assert down.protocol.is_at_edge(ADAM, GPT, down.find)
 
 
 def test_divergence_at_some_rates_is_worst_and_at_all_rates_ends_it() -> None:
-    adam, task = cells.BY_LABEL["adam"], cells.TASKS["gpt"]
     some, every = Shelf(cells.Protocol()), Shelf(cells.Protocol())
-    some.train(adam, task, lambda rate, seed: None if rate > 0.5 else 2.0 + rate)
-    assert some.protocol.best_rate(adam, task, some.find) == pytest.approx(0.125 * some.protocol.middle(adam, task))
-    order = every.train(adam, task, lambda rate, seed: None)
+    some.train(ADAM, GPT, lambda rate, seed: None if rate > 0.5 else 2.0 + rate)
+    assert some.protocol.best_rate(ADAM, GPT, some.find) == pytest.approx(0.125 * some.protocol.middle(ADAM, GPT))
+    order = every.train(ADAM, GPT, lambda rate, seed: None)
     assert len(order) == 5
     assert all(seed == 1 for _, seed in order)
 
 
 def test_long_runs_wait_for_the_rate_of_the_short_ones() -> None:
-    adam, short, long = cells.BY_LABEL["adam"], cells.TASKS["gpt"], cells.TASKS["gpt_long"]
-    shelf = Shelf(cells.Protocol())
-    assert shelf.protocol.wanted(adam, long, shelf.find) == []
-    shelf.train(adam, short, bowl(2.0))
-    (cell,) = shelf.protocol.wanted(adam, long, shelf.find)
-    assert (cell.rate, cell.seed) == (2 * shelf.protocol.middle(adam, short), 1)
+    shelf, long = Shelf(cells.Protocol()), cells.TASKS["gpt_long"]
+    assert shelf.protocol.wanted(ADAM, long, shelf.find) == []
+    shelf.train(ADAM, GPT, bowl(2.0))
+    (cell,) = shelf.protocol.wanted(ADAM, long, shelf.find)
+    assert (cell.rate, cell.seed) == (2 * shelf.protocol.middle(ADAM, GPT), 1)
 
 
 def test_a_label_brings_its_parent_and_a_long_run_the_task_of_its_rate() -> None:
@@ -126,7 +124,7 @@ def test_a_task_is_trained_as_the_command_line_has_changed_it() -> None:
 
 
 def test_shares_of_the_steps_become_numbers() -> None:
-    cell = cells.Cell(replace(cells.TASKS["gpt"], steps=50), cells.BY_LABEL["onebit_adam"], 1e-3, 1)
+    cell = cells.Cell(replace(GPT, steps=50), cells.BY_LABEL["onebit_adam"], 1e-3, 1)
     settings = cells.settings_of(cell)
     assert settings["options"] == {"freeze_step": 10}
     assert settings["optimizer"] == {"name": "adam", "lr": 1e-3}
@@ -134,7 +132,7 @@ def test_shares_of_the_steps_become_numbers() -> None:
 
 
 def test_a_stored_cell_counts_only_with_the_same_settings(tmp_path: Path) -> None:
-    cell, store = cells.Cell(cells.TASKS["gpt"], cells.BY_LABEL["adam"], 0.002, 1), Store(tmp_path / "cells.jsonl")
+    cell, store = cells.Cell(GPT, ADAM, 0.002, 1), Store(tmp_path / "cells.jsonl")
     store.put(cell.name, cells.settings_of(cell), result(2.0))
     find = cells.found_in(store)
     assert find(cell)["loss"] == 2.0
@@ -174,15 +172,10 @@ def test_a_cell_that_diverges_is_a_result(tiny: Any) -> None:
 
 def rows(percent: float, label: str = "onebit_adam") -> list[Any]:
     """Adam at 2.0 + 0.01 seed, and a method that is worse by so many percent, a little more on odd seeds."""
-    task, shelf = cells.TASKS["gpt"], Shelf(cells.Protocol())
-    adam, method = cells.BY_LABEL["adam"], cells.BY_LABEL[label]
-    shelf.train(adam, task, bowl(1.0))
-
-    def loss(rate: float, seed: int) -> float:
-        return bowl(1.0)(rate, seed) * (1 + percent / 100 + 1e-3 * (seed % 2))
-
-    shelf.train(method, task, loss)
-    made = [says.row_of(entry, task, shelf.protocol, shelf.find) for entry in (method, adam)]
+    shelf, method = Shelf(cells.Protocol()), cells.BY_LABEL[label]
+    shelf.train(ADAM, GPT, bowl(1.0))
+    shelf.train(method, GPT, lambda rate, seed: bowl(1.0)(rate, seed) * (1 + percent / 100 + 1e-3 * (seed % 2)))
+    made = [says.row_of(entry, GPT, shelf.protocol, shelf.find) for entry in (method, ADAM)]
     assert None not in made
     return made
 
@@ -212,13 +205,12 @@ def test_tables_name_losses_bytes_ratios_and_verdicts(capsys: pytest.CaptureFixt
 
 
 def test_what_diverges_everywhere_misses_its_target_and_is_told_with_its_bytes() -> None:
-    task = replace(cells.TASKS["gpt"], steps=7, seeds=(1,))  # a quick look, at one rate
-    shelf = Shelf(cells.Protocol(grid=(1.0,), extensions=0))
-    adam, method = cells.BY_LABEL["adam"], cells.BY_LABEL["onebit_adam"]
+    task = replace(GPT, steps=7, seeds=(1,))  # a quick look, at one rate
+    shelf, method = Shelf(cells.Protocol(grid=(1.0,), extensions=0)), cells.BY_LABEL["onebit_adam"]
     assert says.row_of(method, task, shelf.protocol, shelf.find) is None
-    assert shelf.train(adam, task, bowl(1.0)) == [(1.0, 1)]
+    assert shelf.train(ADAM, task, bowl(1.0)) == [(1.0, 1)]
     assert shelf.train(method, task, lambda rate, seed: None) == [(1.0, 1)]
-    parent, row = (says.row_of(entry, task, shelf.protocol, shelf.find) for entry in (adam, method))
+    parent, row = (says.row_of(entry, task, shelf.protocol, shelf.find) for entry in (ADAM, method))
     assert (parent.loss, row.loss, row.is_met, row.mean_bytes) == (pytest.approx(2.01), None, False, 0.4)
     assert "diverged" in says.words_of(row)
     assert "-" not in says.words_of(row)[4:8]  # bytes and ratios are known all the same

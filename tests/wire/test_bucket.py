@@ -23,15 +23,12 @@ def index_of(numels: list[int]) -> ParameterIndex:
 
 @st.composite
 def buckets(draw: st.DrawFn) -> tuple[ParameterIndex, list[Bucket]]:
-    """A model, and its parameters in any order dealt into buckets of any size, as DDP may have them."""
+    """A model, and its parameters in any order, in buckets of any size, as DDP may have them."""
     index = index_of(draw(NUMELS))
     order = draw(st.permutations(range(len(index.names))))
     edges = sorted({0, len(order), *draw(st.lists(st.integers(0, len(order)), max_size=3))})
-    dealt = []
-    for a, z in itertools.pairwise(edges):
-        names = [(index.names[k], torch.zeros(index.numels[k])) for k in order[a:z]]
-        dealt.append(Bucket.of(names))
-    return index, dealt
+    tensors = [(index.names[k], torch.zeros(index.numels[k])) for k in order]
+    return index, [Bucket.of(tensors[a:z]) for a, z in itertools.pairwise(edges)]
 
 
 @given(NUMELS, RANKS, COMPRESSORS)

@@ -22,15 +22,7 @@ def test_mix_is_splitmix64() -> None:
 
 
 def test_every_part_of_a_name_changes_the_key() -> None:
-    names: list[dict[str, Any]] = [
-        {},
-        {"seed": 1},
-        {"seed": -1},
-        {"purpose": "server"},
-        {"rank": 1},
-        {"count": 1},
-        {"place": 1},
-    ]
+    names: list[Any] = [{}, {"seed": 1}, {"seed": -1}, {"purpose": "server"}, {"rank": 1}, {"count": 1}, {"place": 1}]
     assert len({one_key(**name) for name in names}) == len(names)
 
 

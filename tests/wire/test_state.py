@@ -1,4 +1,4 @@
-"""Declared state: allocated, seen by parameter, saved, loaded and resized, all by its declaration."""
+"""Declared state: allocation, views of each parameter, saving, loading and resizing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Whole(Stateful):
 
 
 def numbered(rank: int) -> Whole:
-    """One whose every tensor has values that depend on the rank, if it is the rank's own."""
+    """Every tensor has values of its own, and a rank's own tensors depend on the rank too."""
     made = Whole()
     for held, tensors in made.saved().items():
         for k, x in enumerate(tensors.values()):

@@ -14,7 +14,7 @@ from commopt.wire.bucket import Int64Array
 
 @dataclass(frozen=True)
 class _Entries:
-    """What each of the (sum of ks,) entries knows of its block, and its number i in it."""
+    """For each of the (sum of ks,) entries, facts about its block, and its number i in it."""
 
     block: Tensor
     i: Tensor
@@ -44,7 +44,7 @@ class _Entries:
 def encode_(
     indices: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array, out: Tensor
 ) -> bool:
-    """Write the code of each block's indices; False where some are not ascending, repeated or outside [0, n)."""
+    """Write the code of each block's indices; False if some are not ascending, repeated or outside [0, n)."""
     entries = _Entries.of(ns, ks, widths, sizes, out.device)
     if not entries.are_valid(indices):
         return False
@@ -61,7 +61,7 @@ def encode_(
 
 
 def decode(code: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array) -> Tensor | None:
-    """(sum of ks,) i64: the indices of all blocks; None where some block is not the code of any."""
+    """(sum of ks,) i64: the indices of all blocks; None if some block is not the code of any."""
     entries = _Entries.of(ns, ks, widths, sizes, code.device)
     bits = bits_of_bytes(code, first_is_lowest=True)
     block_of_byte = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(code.device)

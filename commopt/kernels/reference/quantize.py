@@ -48,7 +48,7 @@ def compress_(
     stochastic: bool = True,
     is_given: bool = False,
 ) -> None:
-    """What `kernels.cpu.quantize.compress_` says."""
+    """See `kernels.cpu.quantize.compress_`."""
     c, block = runs.corrected(x, residual, blocks), runs.run_of_element(blocks.lengths, x.device)
     if not is_given:
         norm = _squares(c, blocks).sqrt().float() if squared else _largest(c, blocks)
@@ -60,7 +60,7 @@ def compress_(
     if kind == "levels":
         level = a.round() if u is None else a.floor() + (u < a - a.floor())
         level = torch.where(c < 0, -level, level)
-        _write_codes_(level.to(torch.int8), bits, byte_starts(blocks, bits) * 8, blocks, codes)
+        _write_codes_(level.to(torch.int8), bits, blocks, codes)
     elif kind == "float8":
         codes.copy_(torch.where(scale > 0, _to_float8(a, u) + 128 * c.signbit().to(torch.uint8), 0))
     else:
@@ -81,7 +81,7 @@ def decompress_(
 def _values_of(codes: Tensor, blocks: Blocks, kind: str, bits: int) -> Tensor:
     """(elements,) f32: what the codes stand for, as a multiple of the scale."""
     if kind == "levels":
-        return _read_codes(codes, bits, byte_starts(blocks, bits) * 8, blocks).float()
+        return _read_codes(codes, bits, blocks).float()
     return (float8_values() if kind == "float8" else natural_values()).to(codes.device)[codes.int()]
 
 
@@ -93,7 +93,7 @@ def _even_scales(norm: Tensor, levels: int) -> Tensor:
 
 
 def _powers_above(largest: Tensor) -> Tensor:
-    """The power of two at or above the largest magnitude, where float32 has one."""
+    """The power of two at or above the largest magnitude, if float32 has one."""
     scale = torch.where(largest > 0, torch.exp2(_ceil_log2(largest.double()).clamp(-126, 127)), 0.0)
     return torch.where(largest <= _LARGEST, scale, math.nan)
 
@@ -121,12 +121,12 @@ def _to_powers(c: Tensor, scale: Tensor, u: Tensor | None) -> Tensor:
 
 def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
     """(n,) i8 in -2^(bits-1) .. 2^(bits-1) - 1 to (ceil(n bits/8),) u8: two's complement, the first one in the lowest bits."""
-    _write_codes_(values, bits, np.zeros(1, np.int64), one_block(len(values)), out)
+    _write_codes_(values, bits, one_block(len(values)), out)
 
 
 def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
     """(n,) i8: what `pack_codes_` was given."""
-    return _read_codes(code, bits, np.zeros(1, np.int64), one_block(n))
+    return _read_codes(code, bits, one_block(n))
 
 
 def one_block(n: int) -> Blocks:
@@ -135,13 +135,13 @@ def one_block(n: int) -> Blocks:
     return Blocks(zero, zero, zero + n, zero, zero)
 
 
-def _write_codes_(values: Tensor, bits: int, bit_starts: Int64Array, blocks: Blocks, out: Tensor) -> None:
+def _write_codes_(values: Tensor, bits: int, blocks: Blocks, out: Tensor) -> None:
     digits = runs.bits_of_bytes(values.view(torch.uint8), first_is_lowest=True).view(-1, 8)[:, :bits].reshape(-1)
-    out.copy_(runs.packed(digits, bit_starts, blocks.lengths * bits, out.numel(), lowest=True))
+    out.copy_(runs.packed(digits, byte_starts(blocks, bits) * 8, blocks.lengths * bits, out.numel(), lowest=True))
 
 
-def _read_codes(code: Tensor, bits: int, bit_starts: Int64Array, blocks: Blocks) -> Tensor:
-    digits = runs.unpacked(code, bit_starts, blocks.lengths * bits, lowest=True).view(-1, bits)
+def _read_codes(code: Tensor, bits: int, blocks: Blocks) -> Tensor:
+    digits = runs.unpacked(code, byte_starts(blocks, bits) * 8, blocks.lengths * bits, lowest=True).view(-1, bits)
     values = (digits.int() << torch.arange(bits, dtype=torch.uint8, device=code.device)).sum(1)
     return torch.where(values >= 2 ** (bits - 1), values - 2**bits, values).to(torch.int8)
 
@@ -158,11 +158,9 @@ def _squares(c: Tensor, blocks: Blocks) -> Tensor:
     slices = -(-blocks.lengths // _SLICE)
     number = np.arange(int(slices.sum())) - np.repeat(np.cumsum(slices) - slices, slices)
     widths = np.minimum(np.repeat(blocks.lengths, slices) - number * _SLICE, _SLICE)
-    half = 1
-    while 2 * half < widths.max(initial=1):
-        half *= 2
-    table = torch.zeros(len(widths), 2 * half, dtype=torch.float64, device=c.device)
-    table.view(-1)[runs.element_indices(np.arange(len(widths)) * 2 * half, widths, c.device)] = c.double() * c.double()
+    full = 2 ** max(1, int(widths.max(initial=1) - 1).bit_length())  # the power of two that holds them all
+    table = torch.zeros(len(widths), full, dtype=torch.float64, device=c.device)
+    table.view(-1)[runs.element_indices(np.arange(len(widths)) * full, widths, c.device)] = c.double() * c.double()
     while table.shape[1] > 1:
         half = table.shape[1] // 2
         table = table[:, :half] + table[:, half:]

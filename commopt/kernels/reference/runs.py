@@ -1,4 +1,4 @@
-"""Runs of elements in plain torch: where they lie, what is put into them, and bits to bytes."""
+"""Runs of elements in plain torch: their places, reading and writing them, and bits to bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bad_runs(values: Tensor, lengths: Int64Array) -> Tensor:
 
 
 def first_bad(bad: Tensor, blocks: Blocks) -> int:
-    """The index of the first parameter, in registration order, with a bad block; -1 where there is none. bad: (B,) bool."""
+    """The index of the first parameter, in registration order, with a bad block; -1 if there is none. bad: (B,) bool."""
     return int(blocks.parameters[bad.cpu().numpy()].min()) if bool(bad.any()) else -1
 
 

@@ -13,7 +13,7 @@ from commopt.wire.bucket import Blocks, Int64Array
 def select_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0
 ) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
-    """What `kernels.cpu.select.select_` says."""
+    """See `kernels.cpu.select.select_`."""
     indices, values, good = [], [], []
     for b, (start, home, n) in enumerate(zip(blocks.starts, blocks.homes, blocks.lengths, strict=True)):
         c = x[start : start + n] if residual is None else x[start : start + n] + residual[home : home + n]

@@ -21,7 +21,7 @@ def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: b
 def compress_signs_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool | None
 ) -> None:
-    """What `kernels.cpu.signs.compress_signs_` says."""
+    """See `kernels.cpu.signs.compress_signs_`."""
     if squared is not None:
         mean = block_sums(x, residual, blocks, squared=squared) / torch.from_numpy(blocks.lengths).to(x.device)
         scale = (mean.sqrt() if squared else mean).float()

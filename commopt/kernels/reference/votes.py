@@ -1,4 +1,4 @@
-"""Votes in plain torch: the oracle of the fast kernels, what runs on devices without one, and what is plain torch anyway."""
+"""Votes in plain torch: the oracle of the fast kernels, what runs on devices without one, and what needs no kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from commopt.wire.bucket import Blocks
 
 
 def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tensor) -> Tensor:
-    """What `kernels.cpu.votes.pack_votes_` says."""
+    """See `kernels.cpu.votes.pack_votes_`."""
     values = corrected(x, None, blocks)
     where = (blocks.byte_starts * 8, blocks.lengths, bits.numel())
     zeros = packed(values.eq(0), *where)
@@ -24,7 +24,7 @@ def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tenso
 
 
 def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, out: Tensor) -> None:
-    """What `kernels.cpu.votes.unpack_counts_` says."""
+    """See `kernels.cpu.votes.unpack_counts_`."""
     rows = planes.view(width, -1)
     digits = [unpacked(row, blocks.byte_starts * 8, blocks.lengths).long() << k for k, row in enumerate(rows)]
     counts = torch.stack(digits).sum(0)
@@ -32,7 +32,7 @@ def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, o
 
 
 def coin_bits(blocks: Blocks, flips: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """(sign_bytes,) u8: one fair bit for each element, from the blocks' keys, turned over where flips is 255.
+    """(sign_bytes,) u8: one fair bit for each element, from the blocks' keys, inverted where flips is 255.
 
     64 elements of a block take the 64 bits of one mixed counter; its lowest byte comes first.
     """

@@ -1,0 +1,77 @@
+"""The ranks of a job by machine, where machines have several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from commopt.errors import GroupError
+from commopt.groups.base import Group, Traffic
+from commopt.wire.payload import Layout, Payload, cut
+
+
+class World(Group):
+    """Two levels: methods exchange between machines only, and a machine's ranks share out the work.
+
+    Each rank exchanges a share of every bucket with the ranks of its number on the other machines, so that every machine sends a bucket
+    once, however many ranks it has. As a group it is all ranks of the job, machine after machine.
+
+    inside: the ranks of this machine. between: one rank of each machine, those of this rank's number. Raises GroupError unless all
+        machines have the same number of ranks.
+    """
+
+    def __init__(self, inside: Group, between: Group) -> None:
+        sizes = between.tell(str(inside.size))
+        if len(set(sizes)) > 1:
+            raise GroupError(
+                f"machines have {', '.join(sizes)} ranks: start as many on each, or pass group=commopt.groups.TorchGroup() to exchange "
+                "between single ranks"
+            )
+        self.between = between
+        self.inside = between.inside = inside
+        self.rank, self.size = between.rank * inside.size + inside.rank, between.size * inside.size
+        between.traffic.ranks = range(inside.rank, self.size, inside.size)
+
+    @property
+    def traffic(self) -> Traffic:  # type: ignore[override]
+        """What this rank has sent to other machines."""
+        return self.between.traffic
+
+    def all_reduce(self, x: Tensor) -> None:
+        self._in.all_reduce(x)
+        self.between.all_reduce(x)
+
+    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
+        layouts = [payload.layout] * self.size if layouts is None else list(layouts)
+        n = self._in.size
+        mine = self.between.all_gather(payload, layouts[self._in.rank :: n])
+        return [
+            one
+            for machine, own in enumerate(mine)
+            for one in self._in.all_gather(own, layouts[machine * n : (machine + 1) * n])
+        ]
+
+    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
+        n, own = self._in.size, payloads[self.rank]
+        # to this machine's rank of the same number as the receiver, and from there to the receiver's machine
+        near = [self._in.all_to_all(payloads[k * n : (k + 1) * n]) for k in range(self.between.size)]
+        far = self.between.all_to_all([Payload.of(torch.cat([one.buffer for one in some])) for some in near])
+        return [one for payload in far for one in cut(payload.buffer, [own.layout] * n)]
+
+    def broadcast(self, x: Tensor, src: int = 0) -> None:
+        machine, number = divmod(src, self._in.size)
+        if self._in.rank == number:
+            self.between.broadcast(x, machine)
+        self._in.broadcast(x, number)
+
+    def tell(self, text: str) -> list[str]:
+        every = self.between.tell(json.dumps(self._in.tell(text)))
+        return [one for machine in every for one in json.loads(machine)]
+
+    @property
+    def _in(self) -> Group:
+        assert self.inside is not None
+        return self.inside

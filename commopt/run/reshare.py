@@ -1,0 +1,99 @@
+"""Method state of another world: what a machine's ranks had for themselves is put together, averaged over machines, and cut anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from commopt.groups import LocalGroup
+from commopt.method import EveryStep
+from commopt.wire.bucket import ParameterIndex, Share
+from commopt.wire.state import Held, Saved
+
+if TYPE_CHECKING:
+    from commopt.run.run import Run
+
+Layouts = Mapping[str, ParameterIndex]
+
+
+def resize(run: Run, every: Sequence[Saved], had: int) -> None:
+    """Continue from what all ranks of another world saved, machine after machine; had: ranks of each of its machines.
+
+    With as many machines as before, each continues from its own state.
+    """
+    has, method = run.group.per_machine, run.method
+    if not isinstance(method, EveryStep) or has == had == 1:
+        method.resize(every)
+        return
+    old, new, machine = len(every) // had, run.group.size // has, run.group.rank // has
+    needed = [machine] if old == new else range(old)
+    whole = [_put_together(run, every[k * had : (k + 1) * had], k, old) for k in needed] if had > 1 else every
+    target = method if has == 1 else _twin(run, machine, new)
+    if old == new:
+        target.load(whole[0] if had > 1 else every[machine])
+    else:
+        target.resize(whole)
+    if target is not method:
+        layouts = [_twin(run, machine, new, has, k).layouts() for k in range(has)]
+        method.load(_cut(target, layouts, run.group.rank % has, method.saved()))
+
+
+def _twin(run: Run, rank: int, ranks: int, per_machine: int = 1, number: int = 0) -> EveryStep:
+    """The run's method as it would be on another rank of another world."""
+    twin = type(run.method)(**run.method.given)
+    assert isinstance(twin, EveryStep)
+    group, served = LocalGroup(), list(run.parameters.items())
+    group.rank, group.size = rank, ranks
+    twin.follow(run.replaced, run.parameters)
+    share = None
+    if per_machine > 1:
+        share = Share.cut(ParameterIndex.of(served), per_machine, number, lambda numel: twin.pieces(numel, ranks))
+    twin.bind(served, group, share=share)
+    return twin
+
+
+def _put_together(run: Run, parts: Sequence[Saved], machine: int, machines: int) -> Saved:
+    """What one rank would have saved for a machine whose ranks saved these."""
+    whole = _twin(run, machine, machines)
+    layouts = [_twin(run, machine, machines, len(parts), k).layouts() for k in range(len(parts))]
+    both: list[dict[str, Tensor]] = [{**part["shared"], **part["rank"]} for part in parts]
+    saved: Saved = {"shared": {}, "rank": {}}
+    held_as: dict[str, Held] = {key: held for held, tensors in whole.saved().items() for key in tensors}
+    for key, x in both[0].items():
+        layout = whole.layouts().get(key)
+        if layout is not None:
+            stretches = [
+                [own[key].view(tensors[key], name) for own, tensors in zip(layouts, both, strict=True)]
+                for name in layout.names
+            ]
+            # a state that is not cut is the same on all of a machine's ranks
+            x = torch.cat(
+                [
+                    some[0] if len(some[0]) == n else torch.cat(some)
+                    for some, n in zip(stretches, layout.numels, strict=True)
+                ]
+            )
+        saved[held_as.get(key, "rank")][key] = x
+    return saved
+
+
+def _cut(whole: EveryStep, layouts: Sequence[Layouts], number: int, own: Saved) -> Saved:
+    """What the rank of this number has of a machine's state; own: its state, of that form."""
+    states = whole.saved()
+    both = {**states["shared"], **states["rank"]}
+    saved: Saved = {"shared": {}, "rank": {}}
+    held_as: dict[str, Held] = {key: held for held, tensors in own.items() for key in tensors}
+    for key, x in both.items():
+        layout = whole.layouts().get(key)
+        if layout is not None:
+            stretches = []
+            for name, n in zip(layout.names, layout.numels, strict=True):
+                sizes = [one[key].size(name) for one in layouts]
+                start = 0 if sizes[number] == n else sum(sizes[:number])
+                stretches.append(layout.view(x, name)[start : start + sizes[number]])
+            x = torch.cat(stretches)
+        saved[held_as.get(key, "rank")][key] = x
+    return saved
