@@ -32,10 +32,10 @@ def gradient(rank: int, step: int, k: int, shape: torch.Size) -> Tensor:
     return torch.randint(-64, 65, shape, generator=generator) / 1024
 
 
-def start(preset: Preset, group: Group, **options: Any) -> Any:
+def start(preset: Preset, group: Group, bucket_bytes: int = 25 << 20, **options: Any) -> Any:
     net = Net()
     run: Any = commopt.attach(net, preset.method(), preset.optimizer(net), group=group, **options)
-    run.bucket_bytes = 8000
+    run.bucket_bytes = bucket_bytes
     return run
 
 

@@ -56,13 +56,14 @@ class SimWorld(Generic[T]):
             raise ValueError(f"the link model describes {links.ranks} ranks, the world has {ranks}")
         self.ranks, self.links, self.timeout_s = ranks, links, timeout_s
         self.clocks = [0.0] * ranks
+        self.circles: dict[tuple[int, ...], _Circle] = {}
         self.faults = [SimFault.of(entry, ranks) for entry in faults]
         self.office = PostOffice(self, self.faults)
 
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
         """Run `train` on every rank. Raises what the first failing rank raised; the others stop."""
         self._train, self._results, self._errors = train, dict[int, T](), dict[int, BaseException]()
-        self.circles: dict[tuple[int, ...], _Circle] = {}
+        self.circles.clear()
         self._waits: dict[int, tuple[Callable[[], bool], threading.Lock]] = {}  # when a rank may go on, what wakes it
         self._turns = 0
         self.office = PostOffice(self, self.faults)
@@ -142,6 +143,7 @@ class SimGroup(Group):
         self.world, self.place, self.traffic = world, rank, Traffic()
         self.links = world.links if members is None else links
         self.rank, self.size = self.members.index(rank), len(self.members)
+        self.circle = world.circles.setdefault(self.members, _Circle(self.size))
         self.peers = SimPeers(world.office, rank, self.traffic)
 
     def by_machine(self, ranks: int) -> World:
@@ -204,8 +206,7 @@ class SimGroup(Group):
         self, operation: str, contribution: Any, sent: Mapping[int, float]
     ) -> tuple[list[tuple[str, Any, Mapping[int, float]]], float]:
         """Put one contribution down and take everybody's up; with the clock of the slowest rank."""
-        world = self.world
-        circle = world.circles.setdefault(self.members, _Circle(self.size))
+        world, circle = self.world, self.circle
         meeting = circle.meetings
         slots = circle.slots[meeting % 2]  # nobody puts anything there again before all have met once more
         slots[self.rank] = ((operation, contribution, sent), world.clocks[self.place])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commopt
+from commopt.cluster.machine import free_ports
 from commopt.errors import CheckpointError, CommoptError, GradientsChanged
 from commopt.groups import SimWorld, TorchGroup
 
@@ -286,9 +288,15 @@ def test_changes_after_attach_are_refused_in_the_next_backward() -> None:
             train(model, optimizer, dist.get_rank(), 1)
 
 
+def example(port: int, *words: str) -> str:
+    """What the example prints on this rank; the port that its job was given may be somebody else's by now."""
+    os.environ["MASTER_PORT"] = str(port)
+    return run_program("fsdp_train.py", *words)
+
+
 def test_the_example_trains_two_replicas(fsdp_ranks: Pool) -> None:
     words = ("--shards", "1", "--layers", "1", "--steps", "4", "--method", '"ef_sign"')
-    printed, nothing = fsdp_ranks.run(2, run_program, "fsdp_train.py", *words)
+    printed, nothing = fsdp_ranks.run(2, example, free_ports(1)[0], *words)
     assert nothing == ""
     found = re.search(
         r"validation loss (\S+) after 4 steps .*; (\S+) MB sent a step by rank 0, replicas equal", printed

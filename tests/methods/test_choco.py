@@ -82,7 +82,7 @@ def distances(ranks: int, options: dict[str, Any], rounds: int) -> list[float]:
     return [float(d) for d in (stacked - means).square().mean(dim=(0, 2)).sqrt()]
 
 
-@pytest.mark.parametrize("ranks", [4, 8])
+@pytest.mark.parametrize("ranks", [4, 6])
 def test_a_tenth_of_the_entries_reaches_consensus_on_a_ring_linearly(ranks: int) -> None:
     distance = distances(ranks, {"message": {**TOP_K, "value_bits": 32}}, 120)
     assert distance[40] < 0.3 * distance[0]
@@ -90,7 +90,7 @@ def test_a_tenth_of_the_entries_reaches_consensus_on_a_ring_linearly(ranks: int)
     assert distance[120] < 0.5 * distance[80]
 
 
-@pytest.mark.parametrize("ranks", [4, 8])
+@pytest.mark.parametrize("ranks", [4, 6])
 def test_signs_reach_consensus_on_a_ring(ranks: int) -> None:
     distance = distances(ranks, {"message": {"compressor": "sign", "block_size": 64}}, 200)
     average = [sum(distance[k : k + 20]) / 20 for k in (20, 80, 140, 180)]  # signs make single rounds uneven
@@ -98,8 +98,11 @@ def test_signs_reach_consensus_on_a_ring(ranks: int) -> None:
     assert all(later < 0.5 * earlier for earlier, later in itertools.pairwise(average)), average
 
 
-@pytest.mark.parametrize(("topology", "ranks"), [("ring", 6), ("complete", 4)])
-@pytest.mark.parametrize("message", MESSAGES, ids=str)
+@pytest.mark.parametrize(
+    ("message", "topology", "ranks"),
+    [*((message, "ring", 5) for message in MESSAGES), *((message, "complete", 4) for message in MESSAGES[2:7:2])],
+    ids=str,
+)
 def test_the_default_step_size_lets_every_compressor_converge(message: Any, topology: str, ranks: int) -> None:
     distance = distances(ranks, {"message": message, "topology": topology}, 40)
     assert distance[-1] < 0.5 * distance[0]

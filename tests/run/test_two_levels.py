@@ -26,7 +26,8 @@ CASES = [
     Preset("ef21(sign)", {"server": {"compressor": "top_k", "density": 0.2}}, sgd(0.1)),
     Preset("two_way", {"worker": "4bit", "server": "fp8", "residual_bits": 8, "dense_1d": True}),
 ]
-SENT = ("dense", "two_way", "dgc", "powersgd", "distributed_lion")  # one of each kind
+RESIZED = ("ef21", "dgc", "powersgd", "zero_one_adam", "distributed_lion", "loco")
+SENT = ("dense", "two_way", "dgc", "powersgd")  # one of each kind
 
 
 def on_machines(group: SimGroup, per_machine: int, lone: bool) -> tuple[Group, list[int]]:
@@ -44,7 +45,7 @@ def test_machines_are_single_ranks_with_their_mean_gradients_bit_for_bit(number:
 
     def work(group: SimGroup, lone: bool) -> tuple[Tensor, list[Any], float, bool]:
         ours, ranks = on_machines(group, per_machine, lone)
-        run = start(preset, ours)
+        run = start(preset, ours, 8000)
         trained, voided = train(run, range(STEPS), ranks, (6, machines * per_machine - 1))
         run.finish()
         return trained, voided, run.traffic.payload_bytes, run.replicas_are_equal()
@@ -78,29 +79,41 @@ def test_a_machine_sends_what_one_rank_would(preset: Preset) -> None:
         assert sum(shared[2 * machine : 2 * machine + 2]) == pytest.approx(alone[machine], rel=0.02)
 
 
+def begin(group: SimGroup, preset: Preset, folder: Path, lone: bool = False) -> Tensor:
+    """Train, and save in the middle."""
+    ours, ranks = on_machines(group, 2, lone)
+    run = start(preset, ours)
+    train(run, range(SAVED_AT), ranks)
+    run.save(folder)
+    return train(run, range(SAVED_AT, STEPS), ranks)[0]
+
+
+def go_on(group: SimGroup, preset: Preset, folder: Path, per_machine: int) -> Tensor:
+    """Load what two ranks of each machine, or one, saved; each machine has the gradients of two ranks."""
+    run = start(preset, group if per_machine == 1 else group.by_machine(per_machine))
+    run.load(folder)
+    machine = group.rank // per_machine
+    return train(run, range(SAVED_AT, STEPS), [2 * machine, 2 * machine + 1])[0]
+
+
 @pytest.mark.parametrize("preset", CASES, ids=str)
-def test_training_goes_on_with_another_number_of_machines_or_of_their_ranks(preset: Preset, tmp_path: Path) -> None:
-    def begin(group: SimGroup, lone: bool) -> Tensor:
-        ours, ranks = on_machines(group, 2, lone)
-        run = start(preset, ours)
-        train(run, range(SAVED_AT), ranks)
-        run.save(tmp_path / str(lone))
-        return train(run, range(SAVED_AT, STEPS), ranks)[0]
+def test_machines_go_on_bit_for_bit_with_as_many_ranks_or_others(preset: Preset, tmp_path: Path) -> None:
+    whole = SimWorld[Tensor](4).run(lambda group: begin(group, preset, tmp_path / "a"))[0]
+    for ranks, per_machine in ((4, 2), (6, 3)):
+        for trained in SimWorld[Tensor](ranks).run(lambda group: go_on(group, preset, tmp_path / "a", per_machine)):  # noqa: B023
+            assert torch.equal(trained, whole)
 
-    def go_on(group: SimGroup, per_machine: int, lone: bool) -> Tensor:
-        run = start(preset, group if per_machine == 1 else group.by_machine(per_machine))
-        run.load(tmp_path / str(lone))
-        machine = group.rank // per_machine
-        return train(run, range(SAVED_AT, STEPS), [2 * machine, 2 * machine + 1])[0]
 
-    whole = SimWorld[Tensor](4).run(lambda group: begin(group, False))
-    assert torch.equal(whole[0], SimWorld[Tensor](2).run(lambda group: begin(group, True))[0])
-    for ranks, per_machine, lone in ((4, 2, False), (6, 3, False), (4, 2, True)):
-        for trained in SimWorld[Tensor](ranks).run(lambda group: go_on(group, per_machine, lone)):  # noqa: B023
-            assert torch.equal(trained, whole[0])
-    more = SimWorld[Tensor](6).run(lambda group: go_on(group, 2, False))
-    fewer = SimWorld[Tensor](3).run(lambda group: go_on(group, 1, True))
-    assert all(torch.equal(trained, fewer[0]) for trained in more)
+@pytest.mark.parametrize("preset", [preset for preset in CASES if preset.name in RESIZED], ids=str)
+def test_machines_that_are_more_or_have_one_rank_go_on_as_lone_ranks_would(preset: Preset, tmp_path: Path) -> None:
+    SimWorld[Tensor](4).run(lambda group: begin(group, preset, tmp_path / "two"))
+    whole = SimWorld[Tensor](2).run(lambda group: begin(group, preset, tmp_path / "one", True))[0]
+    for ranks, per_machine, folder in ((2, 1, "two"), (4, 2, "one")):
+        for trained in SimWorld[Tensor](ranks).run(lambda group: go_on(group, preset, tmp_path / folder, per_machine)):  # noqa: B023
+            assert torch.equal(trained, whole)
+    fewer = SimWorld[Tensor](3).run(lambda group: go_on(group, preset, tmp_path / "one", 1))
+    for trained in SimWorld[Tensor](6).run(lambda group: go_on(group, preset, tmp_path / "two", 2)):
+        assert torch.equal(trained, fewer[0])
 
 
 @pytest.mark.parametrize(("name", "options"), [("dense", {}), ("ef_sign", {}), ("dgc", {"density": 0.1})])
