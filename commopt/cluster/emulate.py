@@ -283,7 +283,8 @@ def _inside(cluster: ClusterSpec, lifeline: int, report: int) -> Emulation:
     os.write(report, b"ok")
     os.close(report)
     count = len(cluster.nodes)
-    notices, links = [f"links are emulated by the kernel, {count} network namespaces"], None
+    of = f" of {cluster.slots} ranks" if cluster.slots > 1 else ""
+    notices, links = [f"links are emulated by the kernel, {count} network namespaces{of}"], None
     model = cluster.link_model()
     if not network.has_netem and (any(model.latency_s) or any(model.between_latency_s)):
         own, between = ((math.inf,) * len(rates) for rates in (model.bytes_per_s, model.between_bytes_per_s))

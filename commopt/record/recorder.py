@@ -83,11 +83,19 @@ class Recorder:
         )
 
     def start(
-        self, *, method: str, options: Mapping[str, Any], parameters: int, steps: int, resumed_at: int = 0
+        self,
+        *,
+        method: str,
+        options: Mapping[str, Any],
+        parameters: int,
+        steps: int,
+        resumed_at: int = 0,
+        per_machine: int = 1,
     ) -> None:
         """Record what is about to be trained, and start the clock of this record.
 
-        resumed_at: the first step, if an earlier training is resumed; what this rank recorded of it is kept.
+        resumed_at: the first step, if an earlier training is resumed; what this rank recorded of it is kept. per_machine: ranks that
+            share out what their machine exchanges.
         """
         self._started_s = self._nic_read_s = time.monotonic()
         self._method, self._steps, self._steps_done = method, steps, resumed_at
@@ -96,7 +104,8 @@ class Recorder:
         who = {"rank": self.rank, "world_size": self.world_size, "node": self.node, "node_rank": self.node_rank}
         self._write("start", **who, nic=self.nic, mtu=self.mtu, **what, **when)
         resumed = f", resumed at step {resumed_at}" if resumed_at else ""
-        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {self.world_size} ranks{resumed}")
+        on = f" on {self.world_size // per_machine} machines" if per_machine > 1 else ""
+        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {self.world_size} ranks{on}{resumed}")
 
     def step(
         self,

@@ -119,6 +119,11 @@ class RunLog:
         begun_at = max(0, run.steps - 1) if self._begun_at is None else self._begun_at
         self._last_step = begun_at - 1
         recorder.start(
-            method=method.name, options=method.given, parameters=parameters, steps=self._planned, resumed_at=begun_at
+            method=method.name,
+            options=method.given,
+            parameters=parameters,
+            steps=self._planned,
+            resumed_at=begun_at,
+            per_machine=run.group.per_machine,
         )
         return recorder
