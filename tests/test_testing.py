@@ -75,7 +75,9 @@ CLIPPED = [
 
 @pytest.mark.parametrize("preset", PRESETS, ids=str)
 def test_every_method_keeps_the_contract(preset: Preset) -> None:
-    check_method(preset.method, optimizer=preset.optimizer, ranks=(1, 5))  # on 2: in gpu; on 3: as recorded
+    check_method(
+        preset.method, optimizer=preset.optimizer, ranks=(1, 4)
+    )  # on 2: in gpu; on 3: as recorded; 5: in equivalence
 
 
 @pytest.mark.parametrize("preset", VARIANTS, ids=str)
