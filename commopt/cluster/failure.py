@@ -50,7 +50,8 @@ class Failure:
 class AgentEnd:
     """How one node's agent ended; at_s is None while it runs, or if the launcher ended it.
 
-    first_rank: of its node. reader: of what it and its ranks print. last_lines: of its log, the message if there is no traceback.
+    first_rank: the lowest rank of its node. reader: the end of the pipe that it and its ranks print to. last_lines: the end
+        of its log, which is the message if there is no traceback.
     """
 
     node: str

@@ -191,7 +191,7 @@ def read_from(output: socket.socket) -> tuple[bytes, int]:
 class Logs:
     """Everything that the agents printed: a file per node, or without a folder the last MiB of each in memory.
 
-    If the folder cannot be written (a full disk), the job goes on without the logs, and `problem` says why.
+    If the folder cannot be written (a full disk), the job continues without the logs, and `problem` says why.
     """
 
     def __init__(self, folder: Path | None, names: list[str]) -> None:

@@ -208,8 +208,8 @@ def connect(process_group: dist.ProcessGroup | None = None, method: Method | Non
         return LocalGroup()
     text = os.environ.get("COMMOPT_LINKS")
     links = LinkModel.from_json(text) if text else None
-    machines = machines_of(process_group) if isinstance(method, EveryStep) else []
-    if isinstance(method, EveryStep) and machines and method.can_be_cut:
+    can_be_cut = isinstance(method, EveryStep) and method.can_be_cut
+    if can_be_cut and (machines := machines_of(process_group)):
         inside = TorchGroup.like(process_group, machines)
         between: Group = TorchGroup.like(process_group, list(zip(*machines, strict=True)))
         return World(inside, PacedGroup(between, links.of_one_rank(inside.size)) if links else between)
