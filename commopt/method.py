@@ -34,7 +34,8 @@ class Method(Stateful, ABC):
     kind: "gradient" replaces the gradients that an optimizer gets, in every step; "update" computes the optimizer's own update too;
         "outer" averages parameters every so many steps. positional: the options that `name(a, b)` stands for.
     warmup_option: what a message about a warm-up that is too long says to lower. stands_for: the optimizers whose place it can take.
-    needs_float32: works on float32 only. takes_max_norm: goes with `attach(..., max_norm=...)`.
+    needs_float32: works on float32 only. takes_max_norm: goes with `attach(..., max_norm=...)`. needs_whole: takes norms
+        of whole parameters.
     """
 
     name: ClassVar[str]
@@ -46,6 +47,7 @@ class Method(Stateful, ABC):
     stands_for: ClassVar[tuple[str, ...]] = ()
     needs_float32 = False
     takes_max_norm = True
+    needs_whole = False
 
     def __init__(self, **given: Any) -> None:
         self.given = given  # as they were written, for records

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +27,17 @@ class Net(nn.Module):
 
     def forward(self, *gradients: Tensor) -> Tensor:
         return torch.stack([(g * p).sum() for g, p in zip(gradients, self.parameters(), strict=True)]).sum()
+
+
+@contextmanager
+def machine(number: int) -> Iterator[None]:
+    """As torchrun says which machine this is."""
+    before = os.environ["GROUP_RANK"]
+    os.environ["GROUP_RANK"] = str(number)
+    try:
+        yield
+    finally:
+        os.environ["GROUP_RANK"] = before
 
 
 def gradient(rank: int, step: int, k: int, shape: torch.Size) -> Tensor:

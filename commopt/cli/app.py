@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import typer
 import typer.core
 
 import commopt
@@ -20,7 +19,6 @@ from commopt.errors import CommoptError, ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from commopt.cluster.emulate import Emulation
-    from commopt.cluster.run import JobResult
     from commopt.cluster.spec import ClusterSpec, RunSpec
     from commopt.report.document import Results
 
@@ -126,6 +124,7 @@ def launch(
     from commopt.cluster import emulate as emulation_of
     from commopt.cluster.run import Job
     from commopt.cluster.spec import load_cluster
+    from commopt.record.words import bytes_text
 
     spec = load_cluster(cluster)
     check_node(spec, emulate, node)
@@ -144,7 +143,13 @@ def launch(
         on_note=note,
         independent=independent,
     ).run()
-    report(result)
+    note(*result.notices)
+    if result.failure is not None:
+        if result.failure.message and not result.failure.is_told:
+            typer.echo(result.failure.message, err=True)
+        raise LaunchError(f"{result.failure}; all output is in {result.log_dir}")
+    sent = "; sent " + ", ".join(f"{name} {bytes_text(count)}" for name, count in result.tx_bytes.items())
+    note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
 
 
 def check_node(spec: ClusterSpec, emulate: Emulate | None, node: str | None) -> None:
@@ -178,19 +183,6 @@ def print_commands(words: Sequence[str], emulation: Emulation, *, independent: b
             )
         variables = (f"{key}={value}" for key, value in environment.items())
         typer.echo(shlex.join(["env", *variables, *emulation.prefix(spec.names[node]), *argv]))
-
-
-def report(result: JobResult) -> None:
-    """Print how a job ended. Raises LaunchError, with the first failure, if it failed."""
-    from commopt.record.words import bytes_text
-
-    note(*result.notices)
-    if result.failure is not None:
-        if result.failure.message and not result.failure.is_told:
-            typer.echo(result.failure.message, err=True)
-        raise LaunchError(f"{result.failure}; all output is in {result.log_dir}")
-    sent = "; sent " + ", ".join(f"{name} {bytes_text(count)}" for name, count in result.tx_bytes.items())
-    note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
 
 
 def write_json(path: Path, text: str) -> None:
@@ -312,9 +304,8 @@ def doctor(json_file: JsonAnnotated = None) -> None:
     table = Table("check", "state", "found", "what to do", box=None, pad_edge=False)
     colors = {"ok": "green", "limited": "yellow", "missing": "red"}
     for check in checks:
-        table.add_row(
-            check.check, Text(check.state, colors[check.state]), Text(check.found, overflow="fold"), Text(check.cure)
-        )
+        state = Text(check.state, colors[check.state])
+        table.add_row(check.check, state, Text(check.found, overflow="fold"), Text(check.cure))
     Console().print(table)
     if json_file is not None:
         write_json(json_file, as_json(checks))

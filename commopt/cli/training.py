@@ -129,7 +129,6 @@ def train_each(
 
 
 def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[str]:
-    """The training program and its arguments for one method."""
     plain, optimizer = _split(run, options)
     words = [str(run.program), *run.argument_words(), "--backend", run.cluster.backend, "--method", name]
     words += ["--options", json.dumps(plain)]
@@ -161,10 +160,6 @@ def _train(
 ) -> RunResult:
     record_dir, log_dir = (_emptied(out_dir / kind / name) for kind in ("record", "log"))
     live.begin(name, record_dir)
-
-    def tell(text: str) -> None:
-        live.note(f"{name}: {text}")
-
     job = Job(
         program_words(run, name, options),
         emulation=emulation,
@@ -172,13 +167,13 @@ def _train(
         log_dir=log_dir,
         on_tick=lambda _: live.tick(),
         on_line=lambda label, line: typer.echo(f"[{name}, {label}] {line}"),
-        on_note=tell,
+        on_note=live.say,
         independent=is_independent(name),
         label=f"{run.name} {name}",
-        faults=Injection(run.faults, emulation=emulation, record_dir=record_dir, tell=tell) if run.faults else None,
+        faults=Injection(run.faults, emulation=emulation, record_dir=record_dir, tell=live.say) if run.faults else None,
     ).run()
     for notice in job.notices:
-        tell(notice)
+        live.say(notice)
     failure = None
     if job.failure is not None:
         failure = str(job.failure)

@@ -13,10 +13,7 @@ from commopt.cluster.machine import LOOPBACK, Emulate, free_ports
 
 
 def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, independent: bool = False) -> list[str]:
-    """The command line of one node's torchrun agent; a program that is not a .py file is run without an interpreter.
-
-    independent: the node is a job of its own, which neither needs nor ends other nodes.
-    """
+    """The command line of one node's torchrun agent; an independent one is a job of its own, and needs no other node."""
     cluster, host = emulation.cluster, emulation.addresses[0]
     if independent:
         port = emulation.port if emulation.mode is Emulate.NETNS else free_ports(1)[0]  # on each node's own loopback
@@ -49,11 +46,7 @@ def peers_json(emulation: Emulation, label: str = "", mark: str | None = None) -
 
 
 def agent_environment(emulation: Emulation, node: int, *, ranks_here: int, peers: str | None = None) -> dict[str, str]:
-    """The variables that commopt sets for the ranks of one node.
-
-    ranks_here: number of ranks on this machine, which share its cores, unless the user has set OMP_NUM_THREADS.
-    peers: the value of `COMMOPT_PEERS`, for independent nodes.
-    """
+    """The variables that commopt sets for the ranks of one node; `ranks_here` of them share this machine's cores."""
     cluster, interface = emulation.cluster, emulation.interfaces[node]
     threads = max(1, (os.cpu_count() or 1) // max(1, ranks_here))
     environment = {

@@ -54,6 +54,18 @@ def examine() -> list[Check]:
     return [*checks, *_torch(), *_emulation(), *_kernels()]
 
 
+def _levels(gpus: int) -> str:
+    """The machines and ranks of the job that this process is part of, or of one that this machine could be part of."""
+    ranks, here = (
+        int(text) if (text := os.environ.get(key, "")).isdigit() else 0 for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    if here and ranks > here and ranks % here == 0:
+        how = "exchange between machines" if here > 1 else "exchange with each other"
+        return f"this job has {ranks // here} machines of {here} ranks, which {how}"
+    several = f"{gpus} GPUs make a machine of {gpus} ranks" if gpus > 1 else "a machine may have several ranks"
+    return f"{several}; several such machines exchange between machines"
+
+
 def as_json(checks: list[Check]) -> str:
     """The table as a JSON list of objects with check, state, found and cure."""
     return json.dumps([asdict(check) for check in checks], indent=2) + "\n"
@@ -76,6 +88,7 @@ def _torch() -> Iterator[Check]:
         yield Check("GPUs", "ok", f"{gpus}: {', '.join(names)}")
     else:
         yield Check("GPUs", "limited", "none", "ranks run on the CPU")
+    yield Check("levels", "ok", _levels(gpus))
     yield Check("gloo", "ok", "built in") if dist.is_gloo_available() else Check("gloo", "missing", "not built in")
     nccl = dist.is_nccl_available()
     if nccl and gpus:
@@ -132,8 +145,7 @@ def _emulation() -> Iterator[Check]:
 
 
 def named_namespace(words: list[str]) -> Check:
-    place = os.path.realpath("/var/run")
-    script = f"mount -t tmpfs none {place} && ip netns add try && ip netns exec try true"
+    script = f"mount -t tmpfs none {os.path.realpath('/var/run')} && ip netns add try && ip netns exec try true"
     done = tried([*words, "sh", "-c", script], timeout_s=_LIMIT_S)
     if done.returncode == 0:
         return Check("ip netns exec", "ok", "works")

@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from commopt.cluster.machine import Emulate, free_ports, interface_of, is_own, loopback_interface, nic_tx_bytes, tried
+from commopt.cluster import machine
+from commopt.cluster.machine import Emulate, free_ports, interface_of, on_signals, tried
 from commopt.cluster.network import INTERFACE, Network, address, checked_run
-from commopt.cluster.signals import SIGNALS, on_signals
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import ConfigError, EmulationError, LaunchError, did_you_mean
 from commopt.plan.links import LinkModel
@@ -45,24 +45,18 @@ _RESTRICTIONS = (  # setting, the value that forbids namespaces, one that allows
 
 @dataclass(frozen=True)
 class Emulation:
-    """How the nodes of one cluster are run on this machine.
-
-    mode: netns, paced or none; never auto. nodes: indices of the nodes that run here: all of them, except on real machines.
-    addresses: of each node. port: where the agents meet on node 0. interfaces: for each node, the one that its peers
-    reach. notices: what a user should know, one line each. links: `COMMOPT_LINKS` for the ranks, or None.
-    shares_loopback: whether all nodes use this machine's loopback interface, whose counters cannot tell them apart.
-    """
+    """How the nodes of one cluster are run on this machine."""
 
     cluster: ClusterSpec
-    mode: Emulate
-    nodes: tuple[int, ...]
-    addresses: tuple[str, ...]
-    port: int
-    interfaces: tuple[str | None, ...]
-    notices: tuple[str, ...] = ()
-    links: str | None = None
+    mode: Emulate  # never auto
+    nodes: tuple[int, ...]  # indices of those that run here: all of them, except on real machines
+    addresses: tuple[str, ...]  # of each node
+    port: int  # where the agents meet on node 0
+    interfaces: tuple[str | None, ...]  # of each node, the one that its peers reach
+    notices: tuple[str, ...] = ()  # what a user should know, one line each
+    links: str | None = None  # `COMMOPT_LINKS` for the ranks
     network: Network | None = None
-    shares_loopback: bool = False
+    shares_loopback: bool = False  # of this machine, whose counters cannot tell the nodes apart
 
     def prefix(self, name: str) -> list[str]:
         """The words to put before a command to run it on a node."""
@@ -79,14 +73,11 @@ class Emulation:
             return self.network.tx_bytes()
         if self.shares_loopback:
             return {}
-        counters = {self.cluster.names[node]: nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
+        counters = {self.cluster.names[node]: machine.nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
         return {name: count for name, count in counters.items() if count is not None}
 
     def members(self) -> tuple[tuple[str, int], ...]:
-        """(ranks,) the address and the port that each rank listens on, for independent nodes.
-
-        Raises ConfigError if there are too few ports after the rendezvous port.
-        """
+        """(ranks,) address and port of each rank, for independent nodes. Raises ConfigError if they need ports above 65535."""
         slots, addresses = self.cluster.slots, self.addresses
         if self.shares_loopback:
             return tuple(zip((addresses[0],) * self.cluster.ranks, free_ports(self.cluster.ranks), strict=True))
@@ -127,8 +118,7 @@ def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | N
 
 def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> Emulation:
     """All nodes share this machine's loopback interface; if paced, ranks slow down their own exchanges."""
-    count = len(cluster.nodes)
-    notices = []
+    count, notices = len(cluster.nodes), []
     if paced:
         notices.append(f"links are imposed by pacing, not by the kernel ({why})")
         if any(cluster.link(n).loss or cluster.link(n).jitter for n in range(count)):
@@ -139,7 +129,7 @@ def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> 
         nodes=tuple(range(count)),
         addresses=("127.0.0.1",) * count,
         port=free_ports(1)[0],
-        interfaces=(loopback_interface(),) * count,
+        interfaces=(machine.loopback_interface(),) * count,
         notices=tuple(notices),
         links=links_json(cluster.link_model()) if paced else None,
         shares_loopback=True,
@@ -178,11 +168,10 @@ def this_node(cluster: ClusterSpec, name: str | None) -> int:
             raise LaunchError(f"--node {name}: there is no such node{did_you_mean(name, names)}")
         return names.index(name)
     own = {socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()}
-    found = [i for i, node in enumerate(cluster.nodes) if {node.name, node.host} & own or is_own(node.host)]
+    found = [i for i, node in enumerate(cluster.nodes) if {node.name, node.host} & own or machine.is_own(node.host)]
     if len(found) != 1:
-        what = "none" if not found else "more than one"
         raise LaunchError(
-            f"{what} of the nodes is this machine, {socket.gethostname()}: {', '.join(names)}; "
+            f"{'more than one' if found else 'none'} of the nodes is this machine, {socket.gethostname()}: {', '.join(names)}; "
             "name it with --node, or try the cluster on this machine with --emulate auto"
         )
     return found[0]
@@ -247,7 +236,7 @@ def _run_inside() -> str:
         start_new_session=True,  # a terminal's Ctrl-C reaches this process, which passes it on once
         preexec_fn=end_with_parent(),
     )
-    on_signals(SIGNALS, lambda number: os.write(lifeline_end, bytes([number])))
+    on_signals(machine.SIGNALS, lambda number: os.write(lifeline_end, bytes([number])))
     for descriptor in inner:
         os.close(descriptor)
     with os.fdopen(report, "rb") as stream:

@@ -17,18 +17,14 @@ _FOLLOWS = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a job: the first rank that failed, or an agent (rank None).
-
-    exit_code: minus the signal's number if one ended it. message: that rank's last traceback, or "".
-    killed_at_step: when a fault of the run killed this node, and the job with it. is_told: the user has seen the message.
-    """
+    """What ended a job: the first rank that failed, or an agent (rank None)."""
 
     node: str
     rank: int | None
-    exit_code: int
-    message: str = ""
-    killed_at_step: int | None = None
-    is_told: bool = False
+    exit_code: int  # minus the signal's number if one ended it
+    message: str = ""  # that rank's last traceback
+    killed_at_step: int | None = None  # when a fault of the run killed this node, and the job with it
+    is_told: bool = False  # the user has seen the message
 
     @property
     def follows(self) -> bool:
@@ -48,18 +44,14 @@ class Failure:
 
 @dataclass
 class AgentEnd:
-    """How one node's agent ended; at_s is None while it runs, or if the launcher ended it.
-
-    first_rank: the lowest rank of its node. reader: the end of the pipe that it and its ranks print to. last_lines: the end
-        of its log, which is the message if there is no traceback.
-    """
+    """How one node's agent ended."""
 
     node: str
-    first_rank: int
+    first_rank: int  # the lowest of its node
     exit_code: int | None = None
-    at_s: float | None = None
-    reader: Reader = field(default_factory=Reader)
-    last_lines: str = ""
+    at_s: float | None = None  # None while it runs, or if the launcher ended it
+    reader: Reader = field(default_factory=Reader)  # of what it and its ranks print
+    last_lines: str = ""  # of its log: the message if there is no traceback
 
 
 def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | None:

@@ -51,7 +51,6 @@ class Injection:
 
     @property
     def unreached(self) -> list[str]:
-        """A line for each fault whose step was not reached."""
         return [f"the fault at step {fault.at_step} was not reached: {fault}" for fault in self._waiting]
 
     def tick(self, job: Job) -> None:
@@ -95,7 +94,7 @@ class Injection:
         elif fault.kind == "restart":
             if self._network is not None:
                 self._network.restore(name)
-            job.restart(name)
+            job.start(self._emulation.cluster.names.index(name), returns=True)
         else:
             ends_s = math.inf if fault.for_s is None else time.monotonic() + fault.for_s
             self._in_force.append((fault, ends_s))

@@ -13,8 +13,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from commopt.cluster.machine import tried
-from commopt.cluster.signals import deferred_signals
+from commopt.cluster.machine import deferred_signals, tried
 from commopt.cluster.spec import ClusterSpec, Link
 from commopt.errors import EmulationError
 
@@ -25,7 +24,6 @@ _NOWHERE = "01:80:c2:00:00:01"  # IEEE 802.1D: bridges silently drop frames for 
 
 
 def address(node: int) -> str:
-    """The address of a node in the emulated network."""
     return f"10.77.{(node + 1) // 256}.{(node + 1) % 256}"
 
 
@@ -40,17 +38,14 @@ def queue_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
 
 
 class Network:
-    """The emulated network of one cluster; it exists until the process that made it ends.
-
-    has_netem: whether the kernel imposes delay, jitter and loss; without it, links only have their rates.
-    """
+    """The emulated network of one cluster; without `has_netem`, links only have their rates."""
 
     def __init__(self, cluster: ClusterSpec) -> None:
         from pyroute2 import IPRoute
 
         self._names = cluster.names
         self._mtu = cluster.links.mtu
-        self._outer: dict[int, str] = {}  # index of a veth's outer end -> name of its node
+        self._outer: dict[str, int] = {}  # name of a node -> index of its veth's outer end
         self._sent_before = dict.fromkeys(self._names, 0)  # through veths that were removed
         self._cut: set[frozenset[str]] = set()
         self._root: Any = IPRoute()
@@ -65,32 +60,30 @@ class Network:
     @deferred_signals()
     def tx_bytes(self) -> dict[str, int]:
         """Bytes that each node has sent since the start, headers included, as received by the outer end of its veth."""
-        sent = dict(self._sent_before)
-        for message in self._root.get_links(*self._outer) if self._outer else []:
-            sent[self._outer[message["index"]]] += int(message.get_attr("IFLA_STATS64")["rx_bytes"])
+        sent, names = dict(self._sent_before), {index: name for name, index in self._outer.items()}
+        for message in self._root.get_links(*names) if names else []:
+            sent[names[message["index"]]] += int(message.get_attr("IFLA_STATS64")["rx_bytes"])
         return sent
 
     @deferred_signals()
     def unplug(self, name: str) -> None:
         """Cut a node off: nothing that it still sends arrives, but its own interface reports no error to its programs."""
-        self._root.link("set", index=self._outer_of(name), state="down")
+        self._root.link("set", index=self._outer[name], state="down")
 
     @deferred_signals()
     def remove(self, name: str) -> None:
         """Remove a node whose programs have ended, with the connections that its kernel still keeps, as a machine would lose them."""
         from pyroute2 import netns
 
-        index = self._outer_of(name)
         self._sent_before[name] = self.tx_bytes()[name]
-        del self._outer[index]
-        self._root.link("del", index=index)
+        self._root.link("del", index=self._outer.pop(name))
         netns.remove(name)
 
     @deferred_signals()
     def restore(self, name: str) -> None:
         """Bring back a node that was unplugged or removed, with the same addresses; cuts stay in force."""
-        if name in self._outer.values():
-            self._root.link("set", index=self._outer_of(name), state="up")
+        if name in self._outer:
+            self._root.link("set", index=self._outer[name], state="up")
             return
         self._add_node(name)
         self._set_cuts(name, healed=set(), new=self._cut)
@@ -104,7 +97,7 @@ class Network:
         wanted = {frozenset(pair) for pair in pairs}
         healed, new = self._cut - wanted, wanted - self._cut
         self._cut = wanted
-        for name in self._outer.values():
+        for name in self._outer:
             self._set_cuts(name, healed=healed, new=new)
 
     def _set_cuts(self, name: str, *, healed: set[frozenset[str]], new: set[frozenset[str]]) -> None:
@@ -115,9 +108,6 @@ class Network:
             lines += [f"neigh {verb} {other}{where} dev {INTERFACE}\n" for other in others]
         if lines:
             checked_run(["ip", "-n", name, "-batch", "-"], "".join(lines))
-
-    def _outer_of(self, name: str) -> int:
-        return next(index for index, owner in self._outer.items() if owner == name)
 
     def _add_bridges(self, cluster: ClusterSpec) -> list[int]:
         sites = max(1, len(cluster.sites))
@@ -152,7 +142,7 @@ class Network:
         peer = {"ifname": INTERFACE, "net_ns_fd": name, "mtu": self._mtu}
         self._root.link("add", ifname=outer, kind="veth", mtu=self._mtu, peer=peer)
         index = self._index(self._root, outer)
-        self._outer[index] = name
+        self._outer[name] = index
         self._silence_ipv6(self._root, index)
         self._shape(self._root, index, Link(rate=link.rate))
         self._root.link("set", index=index, master=bridge, state="up")
@@ -170,15 +160,14 @@ class Network:
 
     def _shape(self, route: Any, index: int, link: Link) -> None:
         """Limit what leaves through an interface; delay, jitter and loss need netem."""
-        rate, parent = link.bytes_per_s, None
+        rate, place = link.bytes_per_s, dict[str, str]()
         if rate < _FASTEST_BYTES_PER_S:
             burst, limit = burst_bytes(rate, self._mtu), queue_bytes(rate, self._mtu)
             route.tc("add", "tbf", index, handle="1:", rate=math.ceil(rate), burst=burst, limit=limit)
-            parent = "1:1"
+            place = {"parent": "1:1"}
         if self.has_netem and _needs_netem(link):
             held_s = 1.0 + link.delay_s + link.jitter_s
             packets = max(1000, math.ceil(held_s * min(rate, _FASTEST_BYTES_PER_S) / self._mtu))
-            place = {} if parent is None else {"parent": parent}
             # microseconds; and a percentage, which overflows 32 bits at 100
             times = {"delay": link.delay_s * 1e6, "jitter": link.jitter_s * 1e6}
             loss = min(link.loss_probability * 100, 99.9999)

@@ -39,16 +39,13 @@ class Ended:
 
 @dataclass
 class Traceback:
-    """One traceback; rank is None if the program had no process group yet.
-
-    went_on: its process has printed something since. is_shown: the user has seen it.
-    """
+    """One traceback; rank is None if the program had no process group yet."""
 
     at_s: float
     rank: int | None
     lines: list[str] = field(default_factory=list)
-    went_on: bool = False
-    is_shown: bool = False
+    went_on: bool = False  # its process has printed something since
+    is_shown: bool = False  # the user has seen it
 
     @property
     def text(self) -> str:
@@ -82,11 +79,7 @@ class Lines:
 
 
 class Reader:
-    """Sorts the lines of one agent.
-
-    The traceback of a rank that goes on is shown after 2 s. One that may be the rank's last output is held back for 30 s: the report
-    of the job's end shows it too, but on a busy machine it takes long until the rank has ended and its agent says so.
-    """
+    """Sorts the lines of one agent; holds tracebacks back, since the report of the job's end, which may come late, shows the last."""
 
     def __init__(self) -> None:
         self.ended: list[Ended] = []
@@ -142,29 +135,23 @@ class Reader:
         elif not line:  # torch puts no rank before the empty lines of its tracebacks
             rank = self._rank_of_writer.get(writer)
         text = line[match.end() :] if match else line
+        continues = not text or text[0].isspace() or text.startswith(_CHAINED)
         place = (writer, rank)
         block = self._open.get(place)
-        if text.startswith(_TRACEBACK) and (block is None or not _is_chained(block)):
+        is_chained = block is not None and any(before.startswith(_CHAINED) for before in block.lines[-3:])
+        if text.startswith(_TRACEBACK) and not is_chained:
             if block is not None:
                 block.went_on = True
             block = self._open[place] = Traceback(at_s, rank)
             self.tracebacks.append(block)
         elif block is None:
             return None
-        elif rank is None and exception_in(block.lines) != _TRACEBACK and not _continues(block, text):
+        elif rank is None and exception_in(block.lines) != _TRACEBACK and not (continues or is_chained):
             block.went_on = True
             del self._open[place]
             return None
         block.lines.append(text)
         return block
-
-
-def _is_chained(block: Traceback) -> bool:
-    return any(line.startswith(_CHAINED) for line in block.lines[-3:])
-
-
-def _continues(block: Traceback, text: str) -> bool:
-    return not text or text[0].isspace() or text.startswith(_CHAINED) or _is_chained(block)
 
 
 def output_pair() -> tuple[socket.socket, socket.socket]:

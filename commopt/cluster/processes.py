@@ -113,15 +113,16 @@ class _Cycle:
             self._stopped.discard(node)
         self._shares, self._looked_s = shares, -_LOOK_S
 
-    def advance(self) -> float:
-        """Stop and resume the nodes that are due; return the seconds until the next change."""
+    def advance(self) -> float | None:
+        """Stop and resume the nodes that are due; return the seconds until the next change, if there is one."""
+        if not self._shares:
+            return None
         now_s = time.monotonic()
         if now_s - self._looked_s >= _LOOK_S:
             self._looked_s = now_s
-            found = {node: list(marked(self._mark, node)) for node in self._shares}
-            for node in self._stopped & set(found):  # processes started since
-                _signal(found[node], signal.SIGSTOP)
-            self._found = found
+            self._found = {node: list(marked(self._mark, node)) for node in self._shares}
+            for node in self._stopped & set(self._found):  # processes started since
+                _signal(self._found[node], signal.SIGSTOP)
         phase_s = now_s % _PERIOD_S
         for node, share in self._shares.items():
             is_to_stop = phase_s >= share * _PERIOD_S
@@ -129,7 +130,7 @@ class _Cycle:
                 _signal(self._found[node], signal.SIGSTOP if is_to_stop else signal.SIGCONT)
                 (self._stopped.add if is_to_stop else self._stopped.discard)(node)
         edges_s = [share * _PERIOD_S for share in self._shares.values() if share * _PERIOD_S > phase_s]
-        return min([*edges_s, _PERIOD_S]) - phase_s
+        return max(0.001, min([*edges_s, _PERIOD_S]) - phase_s)
 
 
 def main() -> None:
@@ -144,11 +145,8 @@ def main() -> None:
                 break
             *lines, rest = (rest + data).split(b"\n")
             if lines:
-                shares = json.loads(lines[-1])
-                cycle.change(shares)
-                wait_s = 0.0 if shares else None
-        if wait_s is not None:
-            wait_s = max(0.001, cycle.advance())
+                cycle.change(json.loads(lines[-1]))
+        wait_s = cycle.advance()
     cycle.change({})
 
 

@@ -34,17 +34,13 @@ _GRACE_S = 4.0  # between SIGTERM and SIGKILL
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended.
-
-    tx_bytes: empty if nodes share an interface. log_dir: holds `NODE.log`; None if none was asked for and the job ended
-    well. notices: about faults that were not reached, and logs that could not be written.
-    """
+    """How a job ended."""
 
     wall_s: float
-    tx_bytes: Mapping[str, int]
-    log_dir: Path | None
+    tx_bytes: Mapping[str, int]  # empty if nodes share an interface
+    log_dir: Path | None  # holds `NODE.log`; None if none was asked for and the job ended well
     failure: Failure | None = None
-    notices: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()  # about faults that were not reached, and logs that could not be written
 
 
 @dataclass(kw_only=True)
@@ -62,27 +58,21 @@ class _Agent(AgentEnd):
 class Job:
     """Runs `argv` (a program and its arguments) on every rank; `run` returns when all of it has ended.
 
-    env: variables added to the ranks' environment. log_dir: made if needed; gets `NODE.log` with all that was printed.
-    Without it the last MiB of each node is kept in memory, and written to a temporary folder if the job fails.
-    on_tick: called about five times a second, with the seconds since the start. on_line: called with a label ("node2") and
-    a line of a rank's output. on_note: called with what a user should know now. agent: the command to run on a node instead
-    of torchrun. independent: every node is a torchrun job of its own, and goes on when others end; ranks find each other by
-    `COMMOPT_PEERS`. label: distinguishes successive independent jobs on real machines. faults: what happens to the nodes; one
-    that they kill has failed only if the others need it.
+    Without a log_dir the last MiB of each node is kept in memory, and written to a temporary folder if the job fails.
     """
 
     argv: Sequence[str]
     _: KW_ONLY
     emulation: Emulation
-    env: Mapping[str, str] = field(default_factory=dict)
-    log_dir: Path | None = None
-    on_tick: Callable[[float], object] | None = None
-    on_line: Callable[[str, str], None] | None = None
-    on_note: Callable[[str], None] | None = None
-    agent: Callable[[int], Sequence[str]] | None = None
-    independent: bool = False
-    label: str = ""
-    faults: Injection | None = None
+    env: Mapping[str, str] = field(default_factory=dict)  # added to the ranks' environment
+    log_dir: Path | None = None  # made if needed; gets `NODE.log` with all that was printed
+    on_tick: Callable[[float], object] | None = None  # about five times a second; gets the seconds since the start
+    on_line: Callable[[str, str], None] | None = None  # gets a label ("node2") and a line of a rank's output
+    on_note: Callable[[str], None] | None = None  # gets what a user should know now
+    agent: Callable[[int], Sequence[str]] | None = None  # the command to run on a node instead of torchrun
+    independent: bool = False  # every node is a torchrun job of its own, and finds the others by `COMMOPT_PEERS`
+    label: str = ""  # distinguishes successive independent jobs on real machines
+    faults: Injection | None = None  # a node that they kill has failed only if the others need it
 
     def __post_init__(self) -> None:
         if self.emulation.shares_loopback:  # the file's port is for nodes with addresses of their own
@@ -97,8 +87,6 @@ class Job:
         self._logs = Logs(self.log_dir, [self._cluster.names[node] for node in self.emulation.nodes])
         self._sent_before = self.emulation.tx_bytes()
         self._started_s = time.monotonic()
-        self._wall_s = 0.0
-        self._sent: Mapping[str, int] = {}
 
     def run(self) -> JobResult:
         """Start every node, and return when all have ended. On Ctrl-C, SIGTERM or an error in a callback, end them and raise it again.
@@ -111,7 +99,17 @@ class Job:
             self.watch()
         finally:
             self.end()
-        return self.result()
+        notices = [] if self._logs.problem is None else [self._logs.problem]
+        if self.faults is not None and self._planned is None:
+            notices += self.faults.unreached
+        failure = self._planned or self._failure([agent for agent in self._agents if not agent.is_killed])
+        if failure is None:
+            for agent in self._agents:
+                self._show(agent, agent.reader.release(float("inf")))
+        elif self.log_dir is None:
+            self.log_dir = Path(tempfile.mkdtemp(prefix="commopt-"))
+            self._logs.keep(self.log_dir)
+        return JobResult(self._wall_s, self._sent, self.log_dir, failure, tuple(notices))
 
     def start(self, node: int, *, returns: bool = False) -> None:
         """Start a node's agent. returns: in a job that is under way, as its ranks are told, so that they don't start a new one."""
@@ -125,10 +123,8 @@ class Job:
             "COMMOPT_JOB": self.mark,
             **({"COMMOPT_RETURNS": "1"} if returns else {}),
         }
-        words = (
-            self.agent(node) if self.agent else agent_words(emulation, node, self.argv, independent=self.independent)
-        )
-        command = [*emulation.prefix(name), *words]
+        argv = self.agent(node) if self.agent else agent_words(emulation, node, self.argv, independent=self.independent)
+        command = [*emulation.prefix(name), *argv]
         output, inherited = output_pair()
         try:
             process = subprocess.Popen(
@@ -145,9 +141,8 @@ class Job:
             raise LaunchError(f"{command[0]}: cannot be started: {(error.strerror or str(error)).lower()}") from None
         finally:
             inherited.close()
-        agent = _Agent(name, node * self._cluster.slots, process=process, output=output)
-        self._agents.append(agent)
-        self._selector.register(agent.output, selectors.EVENT_READ, agent)
+        self._agents.append(_Agent(name, node * self._cluster.slots, process=process, output=output))
+        self._selector.register(output, selectors.EVENT_READ, self._agents[-1])
 
     def kill(self, name: str, at_step: int) -> None:
         """End every process of a node at once, for a fault."""
@@ -160,17 +155,10 @@ class Job:
             if not self.independent:
                 self._planned = Failure(name, None, -signal.SIGKILL, killed_at_step=at_step)
 
-    def restart(self, name: str) -> None:
-        """Start the agent of a killed node again."""
-        self.start(self._cluster.names.index(name), returns=True)
-
     def watch(self) -> None:
         """Return when every agent has ended, or if they need each other, a while after the first one failed."""
         next_tick_s, next_faults_s, failed_s = 0.0, 0.0 if self.faults else math.inf, None
-        while True:
-            running = [agent for agent in self._agents if agent.at_s is None]
-            if not running or self._planned is not None:
-                return
+        while self._planned is None and (running := [agent for agent in self._agents if agent.at_s is None]):
             now_s = self._elapsed()
             if failed_s is None and not self.independent and any(a.process.returncode for a in self._agents):
                 failed_s = now_s
@@ -188,7 +176,12 @@ class Job:
                 self.faults.tick(self)
             if self._elapsed() >= next_tick_s:
                 next_tick_s = self._elapsed() + _TICK_S
-                self._tick()
+                for agent in self._agents:
+                    self._show(agent, agent.reader.release(self._elapsed()))
+                if self.independent:
+                    self._tell_bad_ends()
+                if self.on_tick is not None:
+                    self.on_tick(self._elapsed())
 
     def end(self) -> None:
         """End what still runs, also ranks that lost their agent: SIGTERM, and SIGKILL after a grace period."""
@@ -196,13 +189,11 @@ class Job:
             self.faults.release()
         deadline_s = self._elapsed() + _GRACE_S
         for agent in self._agents:
-            if agent.process.poll() is None:
-                agent.process.terminate()
+            agent.process.terminate()
         while self._elapsed() < deadline_s and any(agent.process.poll() is None for agent in self._agents):
             self._read(timeout_s=0.05)
         for agent in self._agents:
-            if agent.process.poll() is None:
-                agent.process.kill()
+            agent.process.kill()
             agent.process.wait()
         kill_all(self.mark)
         self._wall_s = self._elapsed()
@@ -220,34 +211,10 @@ class Job:
         self._logs.close()
         self._selector.close()
 
-    def result(self) -> JobResult:
-        notices = [] if self._logs.problem is None else [self._logs.problem]
-        if self.faults is not None and self._planned is None:
-            notices += self.faults.unreached
-        failure = self._planned or self._failure([agent for agent in self._agents if not agent.is_killed])
-        if failure is None:
-            for agent in self._agents:
-                self._show(agent, agent.reader.release(float("inf")))
-        elif self.log_dir is None:
-            self.log_dir = Path(tempfile.mkdtemp(prefix="commopt-"))
-            self._logs.keep(self.log_dir)
-        return JobResult(self._wall_s, self._sent, self.log_dir, failure, tuple(notices))
-
     def _elapsed(self) -> float:
         return time.monotonic() - self._started_s
 
-    def _tick(self) -> None:
-        for agent in self._agents:
-            self._show(agent, agent.reader.release(self._elapsed()))
-        if self.independent:
-            self._tell_bad_ends()
-        if self.on_tick is not None:
-            self.on_tick(self._elapsed())
-
     def _read(self, *, timeout_s: float) -> None:
-        if not self._selector.get_map():
-            time.sleep(timeout_s)
-            return
         for key, _ in self._selector.select(timeout_s):
             agent: _Agent = key.data
             try:

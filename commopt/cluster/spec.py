@@ -151,7 +151,6 @@ class ClusterSpec(SpecModel):
         return list(self.sites[name]) if name in self.sites and name not in self.names else [name]
 
     def separated(self, cut: Fault) -> set[frozenset[str]]:
-        """Every pair of nodes that a cut separates."""
         one, other = map(self.side, cut.names)
         return {frozenset((a, b)) for a in one for b in other}
 
@@ -244,7 +243,6 @@ class RunSpec(SpecModel):
 
     @property
     def path(self) -> Path:
-        """The file that it was read from."""
         return self._path
 
     def model_post_init(self, context: Any) -> None:
@@ -282,10 +280,7 @@ def load_cluster(path: str | Path) -> ClusterSpec:
 
 
 def load_run(path: str | Path) -> RunSpec:
-    """Read a run's YAML and the cluster it names. Raises ConfigError as `load_cluster` does.
-
-    A `method:` block, as every integration takes it, becomes an entry of `methods`.
-    """
+    """Read a run's YAML and the cluster it names; a `method:` block becomes one of `methods`. Raises ConfigError as `load_cluster`."""
     given, data = Path(path).resolve(), read_yaml(Path(path))
     if "method" in data:
         if "methods" in data:

@@ -135,10 +135,8 @@ class ErrorFeedback:
     def dense(self, state: Mapping[str, Tensor], name: str, blocks: Blocks) -> Tensor:
         """(elements of blocks,) f32: the saved residual `name`, of this rank or another."""
         stored = {key: x.to(self.residual.device) for key, x in state.items() if key.startswith(name)}
-        other = ErrorFeedback(
-            self.compressor, self.kept, blocks, residual=stored[name], scales=stored.get(f"{name}_scales")
-        )
-        return other.values(blocks)
+        residual, scales = stored[name], stored.get(f"{name}_scales")
+        return ErrorFeedback(self.compressor, self.kept, blocks, residual=residual, scales=scales).values(blocks)
 
     def _encode(self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks]) -> list[Payload]:
         if self.compressor.is_ragged:

@@ -34,7 +34,6 @@ class _Sparse(Compressor):
     block_size: a multiple of 8, or None for whole parameters.
     """
 
-    sends_places: ClassVar[bool] = True
     value_bits: Literal[32, 16, 8, 1] = 16
     block_size: BlockSize | None = None
 
@@ -60,7 +59,7 @@ class _Sparse(Compressor):
             is_good = good.repeat_interleave(torch.from_numpy(ks).to(x.device))
             homes = runs.places_in(blocks.homes, ks, indices)[is_good]
             residual[homes] -= self.decode_values(codes, ks)[is_good]
-        if self.sends_places:
+        if not self.shares_keys:
             codes.append(encode_all(indices, blocks.lengths, ks))
         if self.is_ragged:
             counts = torch.from_numpy(ks).to(x.device)
@@ -86,12 +85,8 @@ class _Sparse(Compressor):
         """(B,) elements that each block's values are sent as."""
         return (ks + 7) // 8 if self.value_bits == 1 else ks
 
-    def values_layout(self, ks: Int64Array) -> Layout:
-        values = (_VALUE_DTYPES[self.value_bits], int(self._sizes(ks).sum()))
-        return (values,) if self.value_bits == 32 else ((torch.float32, len(ks)), values)
-
     def encode_values(self, values: Tensor, ks: Int64Array, good: Tensor) -> list[Tensor]:
-        """values: (sum ks,) f32; good: (B,) bool. The tensors of `values_layout`."""
+        """values: (sum ks,) f32; good: (B,) bool. Scales, unless value_bits is 32, and codes."""
         counts = torch.from_numpy(ks).to(values.device)
         if self.value_bits == 32:
             return [torch.where(good.repeat_interleave(counts), values, math.nan)]
@@ -136,8 +131,10 @@ class _Density(_Sparse):
 
     def layout(self, blocks: Blocks) -> Layout:
         ks = self.ks(blocks)
-        places = ((torch.uint8, int(all_index_bytes(blocks.lengths, ks).sum())),) if self.sends_places else ()
-        return self.values_layout(ks) + places
+        scales = () if self.value_bits == 32 else ((torch.float32, len(ks)),)
+        values = (_VALUE_DTYPES[self.value_bits], int(self._sizes(ks).sum()))
+        places = () if self.shares_keys else ((torch.uint8, int(all_index_bytes(blocks.lengths, ks).sum())),)
+        return (*scales, values, *places)
 
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
         return runs.bad_runs(codes[0], self.ks(blocks)) if self.value_bits == 32 else super().is_bad(codes, blocks)
@@ -167,7 +164,6 @@ class RandomK(_Density):
     """
 
     shares_keys: ClassVar[bool] = True
-    sends_places: ClassVar[bool] = False
     stochastic = True
     is_unbiased: Flag = False
 

@@ -17,7 +17,7 @@ from commopt.wire.bucket import Bucket, ParameterIndex, Share
 from commopt.wire.payload import Payload
 from commopt.wire.state import Stateful
 
-_PIECE = 2048  # elements that stay together where nothing else decides, and that one rank serves
+PIECE = 2048  # elements that stay together where nothing else decides, and that one rank serves
 
 
 class Exchange(Stateful, ABC):
@@ -62,7 +62,7 @@ class Exchange(Stateful, ABC):
 
     def pieces(self, numel: int, ranks: int) -> Sequence[int]:
         """The lengths that a parameter may be cut into to be shared out among a machine's ranks; ranks: how many machines there are."""
-        return equal_blocks(numel, _PIECE)
+        return equal_blocks(numel, PIECE)
 
     @abstractmethod
     def exchange(self, bucket: Bucket, group: Group) -> None:

@@ -35,9 +35,7 @@ class Compressed(Exchange):
         super().lay_out(named_parameters, group)
         kernels.warm_up(self.device)  # now, and not in the first step that compresses
         self.dense_names = frozenset(name for name, p in named_parameters if self.stays_dense(name, p))
-        self.table = self.compressor.table(self.index, group.size, self.dense_names)
-        if self.share is not None:
-            self.table = self.table.of_share(self.share)
+        self.table = self.compressor.table(self.index, group.size, self.dense_names).of_share(self.share)
         self.everything = self.table.everything  # what this side will ever compress
         self.served = self.table.served_by(group.rank)
 

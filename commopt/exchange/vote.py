@@ -48,9 +48,7 @@ class SignVote(Exchange):
         if group.size > _MOST_RANKS and not self.is_majority:
             raise AttachError(f"vote: 'average' counts up to {_MOST_RANKS} ranks, not {group.size}; write 'majority'")
         kernels.warm_up(self.device)  # now, and not in the first step
-        self._table = BlockTable.cut(self.index, group.size, self.pieces, shared_scale=False)
-        if self.share is not None:
-            self._table = self._table.of_share(self.share)
+        self._table = BlockTable.cut(self.index, group.size, self.pieces, shared_scale=False).of_share(self.share)
         self._width = 1 if self.is_majority else group.size.bit_length()  # bits of an answer
         top = 1 if self.is_majority else group.size
         counts = torch.arange(2**self._width, dtype=torch.float32, device=self.device)

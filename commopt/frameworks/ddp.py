@@ -1,8 +1,10 @@
 """A method as the communication hook of DistributedDataParallel."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import torch.distributed as dist  # initialises the module below
@@ -12,13 +14,24 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt.choice import Choice
-from commopt.groups import Group
+from commopt.groups import Group, TorchGroup, World
 from commopt.method import EveryStep, Method
 from commopt.methods import resolve
 from commopt.plan.links import schedule
 from commopt.run.agree import meeting_group
-from commopt.run.checks import Checked, Request, check_request, connect, refuse
+from commopt.run.checks import (
+    Checked,
+    Request,
+    check_request,
+    connect,
+    connect_machines,
+    has_other_machines,
+    machines_of,
+    refuse,
+)
 from commopt.run.every_step import EveryStepRun
+from commopt.run.machine import Machine
+from commopt.run.outer import OuterRun
 from commopt.run.run import Run
 from commopt.wire.bucket import Bucket
 
@@ -173,11 +186,18 @@ def _ddps_own(model: DistributedDataParallel) -> Iterator[tuple[str, str, int]]:
 def wrap(model: torch.nn.Module, method: Method | type[Method] | Choice, **ddp_options: object) -> torch.nn.Module:
     """The model as `attach` needs it: in DistributedDataParallel if that can exchange for the method, else as it is.
 
-    DDP exchanges during backward, for methods that exchange in every step, if torch.distributed is initialised. method: as for
-    `attach`. ddp_options: what DistributedDataParallel takes. Raises ConfigError for a method that cannot be made.
+    DDP exchanges during backward, for methods that exchange in every step, if torch.distributed is initialised. For an outer method
+    it averages among the ranks of each machine, if these have several. method: as for `attach`. ddp_options: what
+    DistributedDataParallel takes. Raises ConfigError for a method that cannot be made.
     """
-    if resolve(method).kind == "outer" or not dist.is_initialized():
+    is_outer = resolve(method).kind == "outer"
+    if not dist.is_initialized() or (is_outer and dist.get_world_size() == 1):
         return model
+    if is_outer and "COMMOPT_PEERS" not in os.environ:
+        theirs: Any = ddp_options.get("process_group")
+        if not (machines := machines_of(theirs)):
+            return model
+        ddp_options["process_group"] = TorchGroup.like(theirs, machines).process_group
     return DistributedDataParallel(model, **ddp_options)  # type: ignore[arg-type]
 
 
@@ -194,11 +214,17 @@ def attach(model: DistributedDataParallel, request: Request) -> Run:
         hooks = [state for _, state in getattr(model, "_comm_hooks", None) or ()]
         own = [label for label, _, _ in _ddps_own(model)] if request.overlap is not False else []
         joint = isinstance(method, EveryStep) and request.joint_decision(method)
-        ours, ranks = getattr(group, "process_group", None), dist.get_process_group_ranks
-        same = meeting.size == theirs.size() if ours is None else ranks(ours) == ranks(theirs)
-        other = isinstance(group, Group) and not same and f"{type(group).__name__} of {group.size} ranks"
+        is_outer = method.kind == "outer"
+        met = group.inside if isinstance(group, World) and is_outer else group
+        ours, ranks = getattr(met, "process_group", None), dist.get_process_group_ranks
+        same = (
+            met.size == theirs.size()
+            if ours is None and isinstance(met, Group)
+            else ours and ranks(ours) == ranks(theirs)
+        )
+        other = isinstance(met, Group) and not same and f"{type(met).__name__} of {met.size} ranks"
         return {
-            "ddp around an outer method": theirs.size() > 1,
+            "ddp around an outer method": theirs.size() > 1 and not has_other_machines(group, theirs.size()),
             "ddp other ranks": other,
             "ddp detached": any(isinstance(state, DDPRun) and state.is_closed for state in hooks),
             "ddp hook": bool(hooks),
@@ -209,9 +235,8 @@ def attach(model: DistributedDataParallel, request: Request) -> Run:
 
     checked = check_request("ddp", model.module, request, meeting, facts)
     if not isinstance(checked.method, EveryStep):
-        from commopt.frameworks import plain
-
-        return plain.start(model.module, checked)  # one rank
+        peers, inside = connect_machines(group, dist.get_process_group_ranks(theirs))
+        return OuterRun(model.module, checked, peers, Machine(inside))
     overlap = not request.joint_decision(checked.method) if request.overlap is None else request.overlap
     ours = group if isinstance(group, Group) else connect(theirs, checked.method)
     return DDPRun(model, checked, ours, overlap)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from commopt.groups import Group
 from commopt.methods import OnebitAdam
@@ -39,7 +38,7 @@ class PartlyFrozenAdam(OnebitAdam):
         if False in parts:
             super().receive(parts[False])
 
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         self._is_live = self.is_frozen and bool(group.get("non_freeze"))
         state["variance_step"] += self._is_live
         super().update(p, name, state, group)

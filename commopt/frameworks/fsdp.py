@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,15 +19,29 @@ from commopt.compress.feedback import NOTHING_KEPT, first_bad_parameter
 from commopt.errors import AttachError, CheckpointError
 from commopt.exchange.base import is_finite
 from commopt.exchange.compressed import Compressed
-from commopt.frameworks.fsdp_units import Mesh, Unit, Way, local, sharding_of
-from commopt.groups import Group, LocalGroup, TorchGroup
+from commopt.frameworks.fsdp_units import Mesh, Unit, Way, sharding_of
+from commopt.gossip.loop import OuterMethod
+from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup, World
 from commopt.method import GradientMethod, Method
 from commopt.methods import FP16, QSGD, NaturalMean, TwoWay
 from commopt.run.agree import Configuration, agree, meeting_group
-from commopt.run.checks import ATTACHED, Checked, Request, check_request, connect
+from commopt.run.checks import (
+    ATTACHED,
+    Checked,
+    Request,
+    check_request,
+    connect,
+    connect_machines,
+    has_other_machines,
+    is_outer,
+)
 from commopt.run.every_step import EveryStepRun
+from commopt.run.machine import Machine
+from commopt.run.outer import OuterRun
+from commopt.run.reshare import recut, stretches_of
 from commopt.run.run import Replaced, Run, broadcast_
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.shards import local
 from commopt.wire.state import Saved
 
 _ONE_WAY = (TwoWay, NaturalMean, QSGD)
@@ -42,15 +56,13 @@ class FSDPRun(EveryStepRun):
     """
 
     repeat_hint = "call model.set_requires_gradient_sync(False) before the other backwards"
-    saved_by = (
-        "run.save does not write sharded models: save model and optimizer by torch.distributed.checkpoint, and run.method.saved() of "
-        "each rank beside them, which run.method.load(...) takes back; see docs/fsdp.md"
-    )
+    is_sharded = True
 
     def __init__(self, model: Module, checked: Checked, group: Group, units: Sequence[Unit], mesh: Mesh) -> None:
         self.units, self.mesh = units, mesh
         self._left_out: set[str] = set()
         super().__init__(model, checked, group)
+        self._clip, self.max_norm = self.max_norm, None  # at the step, by the norm of all shards
         for one in [unit.param_group for unit in units]:  # close gives every exchange back to FSDP
             self._handles.append(Replaced(one, **{key: getattr(one, key) for key in _CHANGED}))
             if mesh.replicate_group is not None:
@@ -91,6 +103,8 @@ class FSDPRun(EveryStepRun):
                 if flag:
                     p.grad = None
         self._void_names.clear()
+        if self._clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._clip)
         super()._before_step(optimizer, args, kwargs)
 
     def _on_any_shard(self, flags: list[bool]) -> list[int]:
@@ -114,6 +128,30 @@ class ReplicaRun(FSDPRun):
         self._alone: dist.ProcessGroup | None = None
         super().__init__(model, *arguments)
         broadcast_(map(local, (*model.parameters(), *model.buffers())), self.group.broadcast)
+
+    @cached_property
+    def savers(self) -> Group:
+        inner: Any = self.group.inner if isinstance(self.group, PacedGroup) else self.group
+        return World(TorchGroup.like(self.mesh.shard_group), TorchGroup.like(inner.process_group))
+
+    def saved(self) -> Saved:
+        saved = super().saved()
+        return {**saved, "rank": {**saved["rank"], "stretches": stretches_of(self.parameters.values())}}
+
+    def resize_saved(self, every: Sequence[Saved], per_machine: int) -> None:
+        """Continue from other shards or another number of replicas."""
+        shards, stretches = self.mesh.shard_group.size(), stretches_of(self.parameters.values())
+        if per_machine == shards:
+            return self.method.resize(every[self.mesh.shard_group.rank() :: shards])
+        numels = {name: p.numel() for name, p in self.parameters.items()}
+        parts = [one["rank"] for one in every]
+        replicas = [
+            recut(self.method, parts[k : k + per_machine], numels, stretches) for k in range(0, len(parts), per_machine)
+        ]
+        if len(replicas) != self.group.size:
+            return self.method.resize([{"shared": one, "rank": one} for one in replicas])
+        own = replicas[self.group.rank]
+        return self.method.load({"shared": own, "rank": own})
 
     def served(self) -> list[tuple[str, Tensor]]:
         """This rank's shards, instead of the DTensors that they are part of; without parameters that have none here."""
@@ -276,8 +314,13 @@ def attach(model: Module, request: Request) -> Run:
         return checked, checked.configuration
 
     process_group = None if mesh is None else mesh.replicate_group or mesh.shard_group
-    checked = agree(meeting_group(group, process_group), check)  # within a replica, and between them
+    meeting = LocalGroup() if is_outer(request.method) else meeting_group(group, process_group)
+    checked = agree(meeting, check)  # within a replica, and between them
     assert mesh is not None
+    if isinstance(checked.method, OuterMethod):
+        peers, inside = connect_machines(group, mesh.ranks)
+        copies = LocalGroup() if mesh.replicate_group is None else TorchGroup.like(mesh.replicate_group, backend="gloo")
+        return OuterRun(model, checked, peers, Machine(inside, copies))
     ours = group if isinstance(group, Group) else connect(process_group)
     if way == "replicas":
         return ReplicaRun(model, checked, ours, units, mesh)
@@ -290,8 +333,8 @@ def _facts(
 ) -> dict[str, object]:
     replicas = None if mesh is None else mesh.replicate_group
     facts: dict[str, object] = {
-        "fsdp update method": True,
-        "fsdp outer method": True,
+        "fsdp update method": method.needs_whole,
+        "fsdp outer method": mesh is not None and not has_other_machines(request.group, len(mesh.ranks)),
         "fsdp max_norm": request.max_norm is not None,
         "fsdp grad_scaler": request.grad_scaler is not None,
         "fsdp overlap": request.overlap is not None and f"{request.overlap}",
@@ -300,6 +343,8 @@ def _facts(
         "fsdp group": mesh is not None and way is None and type(request.group).__name__,
         "fsdp one replica": way == "replicas" and replicas is not None and replicas.size() == 1,
     }
+    if method.kind == "outer":
+        return {key: detail for key, detail in facts.items() if key not in ("fsdp group", "fsdp one replica")}
     if way == "shards":
         return {**facts, **_scatter_facts(method)}
     return {key: detail for key, detail in facts.items() if not key.startswith("scatter")}

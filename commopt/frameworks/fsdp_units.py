@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import get_process_group_ranks as ranks_of
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from commopt.groups import PacedGroup, TorchGroup
@@ -88,10 +87,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank is: the process group that the parameters are sharded over, and that of its replicas if FSDP knows it."""
+    """Where this rank is: the process group that the parameters are sharded over, that of its replicas if FSDP knows it, and the ranks
+    of all of them."""
 
     shard_group: dist.ProcessGroup
     replicate_group: dist.ProcessGroup | None
+    ranks: Sequence[int]
 
     def way(self, group: object) -> Way | None:
         """Whether a method averages between replicas, or within the shard group; None for a group that does neither."""
@@ -150,6 +151,7 @@ def _sharding_of(model: Module) -> tuple[dict[str, object], list[Unit], Mesh | N
             mesh = Mesh(
                 info.shard_process_group,
                 info.replicate_process_group if info.replicate_mesh_dim is not None else None,
+                info.mesh.mesh.flatten().tolist(),
             )
             meshes[tuple(tuple(ranks_of(one)) for one in (mesh.shard_group, mesh.replicate_group) if one)] = mesh
             trainable = [fp for fp in group.fsdp_params if fp.sharded_param.requires_grad]
@@ -166,12 +168,6 @@ def _sharding_of(model: Module) -> tuple[dict[str, object], list[Unit], Mesh | N
         is_empty = not any(piece.numels[shard] for unit in units for piece in unit.pieces)
         note(f"shard {shard} of {shards}", {"fsdp with an empty shard": is_empty})
     return found, units, first
-
-
-def local(x: Tensor) -> Tensor:
-    """The shard of this rank, as a view; the whole of what is not sharded."""
-    own = x.detach()
-    return own.to_local() if isinstance(own, DTensor) else own
 
 
 def _facts_of(group: Any) -> dict[str, object]:

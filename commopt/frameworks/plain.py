@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from commopt.choice import Choice
-from commopt.errors import ConfigError
 from commopt.gossip.loop import OuterMethod
-from commopt.groups import Group, LocalGroup, Peers, SimGroup
-from commopt.method import Method
-from commopt.methods import resolve
+from commopt.groups import Group, LocalGroup, Peers, SimGroup, World
 from commopt.run.agree import meeting_group
-from commopt.run.checks import Checked, Request, check_request, connect, connect_peers, has_closure, refuse_ddp
+from commopt.run.checks import (
+    Checked,
+    Request,
+    check_request,
+    connect,
+    connect_machines,
+    has_closure,
+    is_outer,
+    refuse_ddp,
+)
 from commopt.run.every_step import EveryStepRun
+from commopt.run.machine import Machine
 from commopt.run.outer import OuterRun
 from commopt.run.run import Run, broadcast_
 from commopt.wire.bucket import Bucket
@@ -108,27 +114,22 @@ def attach(model: Module, request: Request) -> Run:
     """Average gradients at `optimizer.step()`, or parameters every N steps; all ranks start with the same parameters and buffers."""
     group = request.group
     # members that come and go compare their configurations when they join
-    come_and_go = isinstance(group, Peers | SimGroup) or (group is None and "COMMOPT_PEERS" in os.environ)
+    is_simulated = isinstance(group.between if isinstance(group, World) else group, SimGroup)
+    come_and_go = isinstance(group, Peers) or is_simulated or (group is None and "COMMOPT_PEERS" in os.environ)
     meeting = meeting_group(group)
     facts = {
         "overlap without backward": request.overlap and "a model that is not wrapped in DDP",
         "plain scaler": request.grad_scaler is not None and meeting.size > 1,
     }
-    meets_later = come_and_go and (not isinstance(group, Group) or _is_outer(request.method))
+    meets_later = come_and_go and (not isinstance(group, Group) or is_outer(request.method))
     checked = check_request("plain", model, request, LocalGroup() if meets_later else meeting, lambda _: facts)
     return start(model, checked)
-
-
-def _is_outer(method: Method | type[Method] | Choice) -> bool:
-    try:
-        return resolve(method).kind == "outer"
-    except ConfigError:
-        return False  # `check_request` raises it on all ranks
 
 
 def start(model: Module, checked: Checked) -> Run:
     """The run of a request that has been checked."""
     group = checked.request.group
     if isinstance(checked.method, OuterMethod):
-        return OuterRun(model, checked, connect_peers(group))
+        peers, inside = connect_machines(group)
+        return OuterRun(model, checked, peers, Machine(inside), averages=inside is not None)
     return PlainRun(model, checked, group if isinstance(group, Group) else connect(method=checked.method))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from commopt.groups.base import summed
 from commopt.groups.peers import Peers
 from commopt.method import Method, NoOptions, options
 from commopt.options import Count, Flag, Positive, Whole
-from commopt.wire.bucket import ParameterIndex
+from commopt.wire.bucket import ParameterIndex, Share
 
 
 @dataclass
@@ -91,18 +92,32 @@ class OuterMethod(Method):
         """How messages are compressed."""
         return getattr(self.options, "message", None)
 
-    def bind(self, named_parameters: Sequence[tuple[str, Tensor]], peers: Peers) -> None:
-        """Allocate this rank's state; called once, at attach. Raises ConfigError for a world that the method does not support."""
-        self.index, self.peers, self.device = ParameterIndex.of(named_parameters), peers, torch.device("cpu")
-        self.message.bind(self.index, peers.rank)
-        self.fragment_parts = self.cut()
+    def bind(
+        self,
+        named_parameters: Sequence[tuple[str, Tensor]],
+        peers: Peers,
+        *,
+        numels: Sequence[int] | None = None,
+        copies: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Allocate this rank's state; called once, at attach. Raises ConfigError for a world that the method does not support.
+
+        named_parameters: what this rank has of each. numels: the elements of whole parameters, if it has shards of them. copies: this
+        rank's number among those of its machine that have the same, and how many these are; each exchanges its share.
+        """
+        held = ParameterIndex.of(named_parameters)
+        self.cut_out = Share.cut(held, copies[1], copies[0], lambda numel: self.message.pieces(numel, peers.size))
+        self.index, self.peers, self.device = self.cut_out.index, peers, torch.device("cpu")
+        self.message.bind(self.index, peers.rank, self.cut_out)
+        edges = [int(self.index.offsets[k]) for k in self.cut(held.numels if numels is None else numels)]
+        self.fragment_parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
         self.lay_out(peers)
         self.allocate()
         self.bound()
 
-    def cut(self) -> list[slice]:
-        """The slices of the parameters that rounds exchange, in turn."""
-        return [slice(0, self.index.total)]
+    def cut(self, numels: Sequence[int]) -> list[int]:
+        """The edges, as numbers of parameters, of the slices that rounds exchange in turn; numels: (P,) elements of each parameter."""
+        return [0, len(numels)]
 
     def lay_out(self, peers: Peers) -> None:
         """Work out what the declared state depends on; before state is allocated."""
@@ -134,6 +149,10 @@ class OuterMethod(Method):
     @abstractmethod
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         """The new value of x; may change state."""
+
+    def alone(self, x: Tensor, round: Round, exchanged: Exchanged) -> Exchanged:
+        """What a round yields if it does not count, as the machine's other ranks have not exchanged with the same machines."""
+        return Exchanged((self.peers.rank,), is_missed=True, values={"mixed": x})
 
     def collect(self, others: Iterable[int], number: int) -> dict[int, Tensor]:
         """What others sent for this round (or, if they are ahead, for a later one), if it arrives within `timeout_s`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from commopt.compress import make_compressor
+from commopt.compress.base import equal_blocks
 from commopt.compress.feedback import HEADER, NOTHING_KEPT, ErrorFeedback, Kept
 from commopt.errors import ConfigError, check_flag
-from commopt.exchange.base import is_finite
-from commopt.wire import noise
-from commopt.wire.bucket import Blocks, ParameterIndex
+from commopt.exchange.base import PIECE, is_finite
+from commopt.wire.bucket import Blocks, ParameterIndex, Share
 from commopt.wire.payload import Payload
 from commopt.wire.state import State, Stateful
 
@@ -40,13 +40,20 @@ class Message(Stateful):
             self.compressor = make_compressor(options, "message")
         self.has_feedback, self.seed = has_feedback, seed
 
-    def bind(self, index: ParameterIndex, rank: int) -> None:
-        """Allocate the residual of this rank."""
+    def pieces(self, numel: int, ranks: int) -> Sequence[int]:
+        """The lengths that a parameter may be cut into to be shared out among a machine's ranks; ranks: how many machines there are."""
+        if self.compressor is None:
+            return equal_blocks(numel, PIECE)
+        return [numel] if self.compressor.shared_scale else self.compressor.block_lengths(numel, 1)
+
+    def bind(self, index: ParameterIndex, rank: int, share: Share | None = None) -> None:
+        """Allocate the residual of this rank. share: the one that `index` is of, whose blocks and keys are then those of the whole."""
         self.index, self.rank, self.device = index, rank, torch.device("cpu")
         self.feedback: ErrorFeedback | None = None
         self.allocate()
         if self.compressor is not None:
-            self._everything = self.compressor.table(index, 1).everything
+            table = self.compressor.table(index if share is None else share.whole, 1)
+            self._everything = (table if share is None else table.of_share(share)).everything
             kept = Kept() if self.has_feedback else NOTHING_KEPT
             residual = self.state.get("residual")
             self.feedback = ErrorFeedback(self.compressor, kept, self._everything, residual=residual)
@@ -89,5 +96,5 @@ class Message(Stateful):
         if not self.compressor.stochastic:
             return blocks
         rank = 0 if self.compressor.shares_keys else self.rank
-        counts = np.full(len(blocks), sequence, dtype=np.int64)
-        return blocks.having(keys=noise.keys(self.seed, "message", rank, counts, blocks.homes))
+        counts = np.full(len(self.index.names), sequence, dtype=np.int64)
+        return blocks.having(keys=blocks.drawn(self.seed, "message", rank, counts))

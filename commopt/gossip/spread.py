@@ -44,8 +44,8 @@ class Spread:
         padded = torch.nn.functional.pad(signed, (0, -len(signed) % WIDTH))
         return padded.view(-1, WIDTH).sum(0)
 
-    def exchange(self, peers: Peers, x: Tensor, step: int) -> float | None:
-        """Send this replica's sketch to the peers that are up; estimate from the step with the most sketches, the newest of several."""
+    def exchange(self, peers: Peers, x: Tensor, step: int) -> Tensor:
+        """Send this replica's sketch to the peers that are up; `squares` of the step with the most sketches, the newest of several."""
         oldest = step - 3 * min(max(step - self._last_step, _EVERY_STEPS), step)  # three of this rank's own intervals
         self._last_step = step
         own = self.sketch(x)
@@ -62,16 +62,19 @@ class Spread:
             for at, sketches in self._known.items()
             if at <= step
         ]
-        return spread_of(max(present, key=lambda one: (len(one[1]), one[0]))[1])
+        return squares(max(present, key=lambda one: (len(one[1]), one[0]))[1])
 
 
-def spread_of(sketches: list[Tensor]) -> float | None:
-    """The spread of the replicas that these are sketches of; None if there are fewer than two, or if it is not finite."""
-    if len(sketches) < 2:
-        return None
-    stacked = torch.stack(sketches).double()
+def squares(sketches: list[Tensor]) -> Tensor:
+    """(2,) f64: the mean square distance of replicas with these sketches from their mean, and its own; NaN for fewer than two."""
+    stacked = torch.stack(sketches).double() if len(sketches) > 1 else torch.full((1, 1), math.nan, dtype=torch.float64)
     mean = stacked.mean(0)
-    size, apart = float(mean.norm()), float((stacked - mean).square().sum(1).mean().sqrt())
+    return torch.stack([(stacked - mean).square().sum(1).mean(), mean.square().sum()])
+
+
+def spread_of(squares: Tensor) -> float | None:
+    """The spread of replicas, from the sum of the squares of their shares; None if it is not finite."""
+    apart, size = squares.sqrt().tolist()
     if not math.isfinite(size) or not math.isfinite(apart):
         return None
     return apart / size if size > 0 else 0.0

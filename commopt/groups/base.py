@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt.plan.links import schedule
-from commopt.wire.payload import Layout, Payload, cut, layout_bytes
+from commopt.wire.payload import Layout, Payload, cut, gathered_bytes, layout_bytes
 
 Key = tuple[str, str, str]
 
@@ -77,7 +77,11 @@ class Group(ABC):
 
     @abstractmethod
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        """Return the payload of every rank, by rank. layouts: of all ranks' payloads, if they differ."""
+        """Return the payload of every rank, by rank.
+
+        layouts: of all ranks' payloads, if they differ. They travel around a ring, and are padded to the largest; but between machines
+        whose ranks have a ring each, nothing is gained by that, and each goes directly to every rank.
+        """
 
     @abstractmethod
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
@@ -129,12 +133,17 @@ class BufferGroup(Group):
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         layouts = [payload.layout] * self.size if layouts is None else list(layouts)
-        sizes = [layout_bytes(layout) for layout in layouts]
-        if len(set(sizes)) > 1:  # sent directly to each rank, not around a ring
+        if self.inside is not None and len(set(layouts)) > 1:
             self._count_direct("all_gather", [payload] * self.size)
-        else:
-            self._count("all_gather", payload.nbytes)
-        return [payload] if self.size == 1 else cut(self._gather(payload.buffer, sizes), layouts)
+            sizes, sent = [layout_bytes(layout) for layout in layouts], payload.buffer.repeat(self.size)
+            return cut(self._exchange("all_gather", sent, [payload.nbytes] * self.size, sizes), layouts)
+        nbytes = gathered_bytes(layouts)
+        self._count("all_gather", nbytes)
+        if self.size == 1:
+            return [payload]
+        gathered = self._gather(torch.nn.functional.pad(payload.buffer, (0, nbytes - payload.nbytes)))
+        parts = torch.split(gathered, [nbytes] * self.size)
+        return [Payload(part[: layout_bytes(layout)], layout) for part, layout in zip(parts, layouts, strict=True)]
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         self._count_direct("all_to_all", payloads)
@@ -145,8 +154,8 @@ class BufferGroup(Group):
         return cut(self._exchange("all_to_all", send, [p.nbytes for p in payloads], sizes), layouts)
 
     @abstractmethod
-    def _gather(self, own: Tensor, sizes: list[int]) -> Tensor:
-        """(sum of sizes,) u8: the buffers of all ranks; own: this rank's."""
+    def _gather(self, own: Tensor) -> Tensor:
+        """(N n,) u8: the buffers of all ranks; own: (n,) this rank's."""
 
     @abstractmethod
     def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:

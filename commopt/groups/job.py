@@ -15,13 +15,16 @@ def connect(backend: str | None = None) -> Group | None:
     """Return the group of this job, for `attach(..., group=...)`; None if attach finds it by itself.
 
     Under mpirun it is an MPIGroup. Under torchrun, or any launcher that sets RANK, it is None, and torch.distributed is initialised with
-    `backend` (Gloo if None). Under `commopt launch --independent` it is None. A program started by hand is one rank alone.
+    `backend` (Gloo if None). Under `commopt launch --independent` it is None, and torch.distributed is initialised for the ranks of one
+    machine, if it has several. A program started by hand is one rank alone.
     backend: "gloo", "nccl", "mpi", or another one of torch.distributed. Raises ConfigError for "mpi" under `commopt launch --independent`.
     """
     by_mpirun = "RANK" not in os.environ and any(key in os.environ for key in _OF_MPIRUN)
     if "COMMOPT_PEERS" in os.environ:
         if backend == "mpi":
             raise ConfigError("backend: 'mpi': commopt launch has started these ranks, not mpirun; leave it out")
+        if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+            initialise(backend or "gloo")
         return None
     if backend == "mpi" or (backend is None and by_mpirun):
         from commopt.groups.mpi import MPIGroup

@@ -91,9 +91,9 @@ class MPIGroup(BufferGroup):
             self._failure = "this group is closed"
             self.comm.Free()
 
-    def _gather(self, own: Tensor, sizes: list[int]) -> Tensor:
-        out = torch.empty(sum(sizes), dtype=torch.uint8)
-        self._finish("all_gather", self.comm.Iallgatherv, _message(own), _message(out, sizes))
+    def _gather(self, own: Tensor) -> Tensor:
+        out = torch.empty(self.size * len(own), dtype=torch.uint8)
+        self._finish("all_gather", self.comm.Iallgather, *([x.detach().cpu().numpy(), MPI.BYTE] for x in (own, out)))
         return out.to(own.device)
 
     def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commopt.groups.base import Group
 from commopt.plan.links import LinkModel
-from commopt.wire.payload import Layout, Payload
+from commopt.wire.payload import Layout, Payload, gathered_bytes
 
 
 class PacedGroup(Group):
@@ -32,7 +32,8 @@ class PacedGroup(Group):
             self.inner.all_reduce(x)
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        with self._at_least(self.links.collective_seconds("all_gather", payload.nbytes)):
+        with self._at_least(self.links.collective_seconds("all_gather", gathered_bytes(layouts or [payload.layout]))):
+            self.inner.inside = self.inside
             return self.inner.all_gather(payload, layouts)
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:

@@ -15,7 +15,7 @@ from commopt.groups.base import Group, Traffic, summed
 from commopt.groups.simulated_peers import Killed, PostOffice, SimFault, SimPeers
 from commopt.groups.world import World
 from commopt.plan.links import LinkModel, rounds
-from commopt.wire.payload import Layout, Payload
+from commopt.wire.payload import Layout, Payload, gathered_bytes
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ class SimGroup(Group):
         self.links = world.links if members is None else links
         self.rank, self.size = self.members.index(rank), len(self.members)
         self.circle = world.circles.setdefault(self.members, _Circle(self.size))
-        self.peers = SimPeers(world.office, rank, self.traffic)
+        self.peers = SimPeers(world.office, rank, self.traffic, self.members)
 
     def by_machine(self, ranks: int) -> World:
         """The ranks on machines of `ranks` each, which take no time among themselves; the world's links are between machines.
@@ -156,7 +156,8 @@ class SimGroup(Group):
             raise ValueError(f"{self.size} ranks, or the nodes of their links, are not machines of {ranks} ranks")
         first, links = self.rank - self.rank % ranks, self.links and self.links.of_one_rank(ranks)
         inside = SimGroup(self.world, self.place, range(first, first + ranks))
-        return World(inside, SimGroup(self.world, self.place, range(self.rank % ranks, self.size, ranks), links))
+        between = SimGroup(self.world, self.place, range(self.rank % ranks, self.size, ranks), links)
+        return World(inside, between, is_even=True)
 
     @property
     def seconds(self) -> float:
@@ -173,7 +174,8 @@ class SimGroup(Group):
         x.copy_(summed(parts))
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        sent = self._count("all_gather", payload.nbytes)
+        is_direct = self.inside is not None
+        sent = self._count("all_gather", payload.nbytes if is_direct else gathered_bytes(layouts or [payload.layout]))
         copied = replace(payload, buffer=payload.buffer.clone())
         gathered: list[Payload] = self._meet("all_gather", copied, sent)
         for rank, one in enumerate(gathered):

@@ -77,8 +77,8 @@ class PostOffice:
         """Whether no rank can still send a message that arrives before this rank's deadline."""
         deadline_s, _ = self.waiting[rank]
         for other in range(self.world.ranks):
-            if other == rank or other in self.gone_s:
-                continue
+            if other == rank or other in self.gone_s or other in self.parked:
+                continue  # one in a collective goes on only after others have come there
             until_s, is_over = self.waiting.get(other, _COMPUTES)
             sends = self.clocks[other] <= deadline_s if is_over() else (until_s, other) < (deadline_s, rank)
             if sends:
@@ -160,17 +160,18 @@ class PostOffice:
 
 
 class SimPeers(Peers):
-    """One rank's mailbox in a `SimWorld`."""
+    """One rank's mailbox in a `SimWorld`, for letters from some of its ranks, the members; place: the rank's number in the world."""
 
-    def __init__(self, office: PostOffice, rank: int, traffic: Traffic) -> None:
-        self._office, self.rank, self.size = office, rank, office.world.ranks
+    def __init__(self, office: PostOffice, place: int, traffic: Traffic, members: Sequence[int]) -> None:
+        self._office, self._place, self._members = office, place, tuple(members)
+        self.rank, self.size = self._members.index(place), len(members)
         self.traffic = traffic
         self._mailbox = Mailbox()
-        self._background_s, self.returns = 0.0, rank in office.returned
+        self._background_s, self.returns = 0.0, place in office.returned
 
     @property
     def seconds(self) -> float:
-        return self._office.clocks[self.rank]
+        return self._office.clocks[self._place]
 
     def sleep(self, seconds: float) -> None:
         self.receive(self.rank, "", 0, seconds)  # a rank sends itself nothing
@@ -178,30 +179,30 @@ class SimPeers(Peers):
     def start(self, job: Callable[[], T]) -> Callable[[], T]:
         """Run the job now, on a clock of its own; waiting for its result moves this rank's clock to its end."""
         clocks, begin_s = self._office.clocks, self.seconds
-        clocks[self.rank] = max(begin_s, self._background_s)
+        clocks[self._place] = max(begin_s, self._background_s)
         result = job()
         self._background_s = end_s = self.seconds
-        clocks[self.rank] = begin_s
+        clocks[self._place] = begin_s
 
         def wait() -> T:
-            clocks[self.rank] = max(self.seconds, end_s)
+            clocks[self._place] = max(self.seconds, end_s)
             return result
 
         return wait
 
     def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:
-        office = self._office
+        office, to = self._office, self._members[peer]
         self.traffic.record(channel, {peer: float(payload.nbytes)})
-        arrival_s = office.deliver_s(self.rank, peer, payload.nbytes, expires_s)
-        if arrival_s is not None and peer not in office.gone_s:
+        arrival_s = office.deliver_s(self._place, to, payload.nbytes, expires_s)
+        if arrival_s is not None and to not in office.gone_s:
             letter = Letter(sequence, replace(payload, buffer=payload.buffer.clone()))
-            office.on_the_way[peer].append((arrival_s, self.rank, channel, letter))
+            office.on_the_way[to].append((arrival_s, self.rank, channel, letter))
 
     def receive(
         self, peer: int, channel: str, sequence: int, timeout_s: float, *, or_newer: bool = False
     ) -> Letter | None:
         """Advances this rank's clock to the message's arrival, to when the peer is known to be down, or to the deadline."""
-        office, rank, deadline_s = self._office, self.rank, self.seconds + timeout_s
+        office, place, deadline_s = self._office, self._place, self.seconds + timeout_s
 
         def take() -> Letter | None:
             self._sort_in()
@@ -209,8 +210,9 @@ class SimPeers(Peers):
 
         def next_s() -> float:
             """The earliest time at which this wait ends, as known now."""
-            known_s = [float("inf") if peer == rank else max(self.seconds, office.down_s(rank, peer))]
-            for at_s, sender, name, letter in office.on_the_way[rank]:
+            is_own = peer == self.rank
+            known_s = [float("inf") if is_own else max(self.seconds, office.down_s(place, self._members[peer]))]
+            for at_s, sender, name, letter in office.on_the_way[place]:
                 is_wanted = letter.sequence >= sequence if or_newer else letter.sequence == sequence
                 if (sender, name) == (peer, channel) and is_wanted:
                     known_s.append(at_s)
@@ -222,33 +224,33 @@ class SimPeers(Peers):
         letter = take()
         if letter is not None or timeout_s <= 0:
             return letter
-        office.waiting[rank] = deadline_s, is_over
+        office.waiting[place] = deadline_s, is_over
         try:
-            office.world.wait(rank, lambda: is_over() or office.may_time_out(rank))
+            office.world.wait(place, lambda: is_over() or office.may_time_out(place))
         finally:
-            del office.waiting[rank]
-        office.clocks[rank] = max(self.seconds, min(next_s(), deadline_s))
+            del office.waiting[place]
+        office.clocks[place] = max(self.seconds, min(next_s(), deadline_s))
         return take()
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
-        self._office.wait_for_slower(self.rank, self._office.reached[self.rank])
+        self._office.wait_for_slower(self._place, self._office.reached[self._place])
         self._sort_in()
         return self._mailbox.drain(channel)
 
     def is_up(self, peer: int) -> bool:
-        return self.seconds < self._office.down_s(self.rank, peer)
+        return self.seconds < self._office.down_s(self._place, self._members[peer])
 
     def progress(self, peer: int) -> Progress | None:
-        return self._office.progress[peer] if self.is_up(peer) else None
+        return self._office.progress[self._members[peer]] if self.is_up(peer) else None
 
     def announce(self, step: int, *, is_training: bool = True) -> None:
-        self._office.wait_for_slower(self.rank, step)
-        self._office.progress[self.rank] = Progress(step, is_training)
-        self._office.play(self.rank, step)
+        self._office.wait_for_slower(self._place, step)
+        self._office.progress[self._place] = Progress(step, is_training)
+        self._office.play(self._place, step)
 
     def _sort_in(self) -> None:
         """Move messages that have arrived by this rank's clock into the mailbox."""
-        coming = self._office.on_the_way[self.rank]
+        coming = self._office.on_the_way[self._place]
         arrived = sorted((one for one in coming if one[0] <= self.seconds), key=lambda one: one[:2])
         for _, sender, channel, letter in arrived:
             self._mailbox.put(sender, channel, letter)

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -70,6 +70,13 @@ class Membership:
             return cls(rank, addresses, str(given["job"]), os.environ.get("COMMOPT_RETURNS") == "1")
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"environment: COMMOPT_PEERS={text:.80}: {error}") from None
+
+    def of_number(self, number: int, ranks: int) -> Membership:
+        """The members that have this number on their machines, which have `ranks` each."""
+        if len(self.addresses) % ranks or self.rank % ranks != number:
+            raise ConfigError(f"environment: {len(self.addresses)} members do not make machines of {ranks} ranks")
+        addresses, job = self.addresses[number::ranks], f"{self.job} {number}" if ranks > 1 else self.job
+        return replace(self, rank=self.rank // ranks, addresses=addresses, job=job)
 
 
 @dataclass

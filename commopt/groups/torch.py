@@ -33,12 +33,15 @@ class TorchGroup(BufferGroup):
 
     @classmethod
     def like(
-        cls, process_group: dist.ProcessGroup | None = None, parts: Sequence[Sequence[int]] | None = None
+        cls,
+        process_group: dist.ProcessGroup | None = None,
+        parts: Sequence[Sequence[int]] | None = None,
+        backend: str | None = None,
     ) -> TorchGroup:
-        """A group over a new process group of the same ranks and backend, so its calls never mix with others.
+        """A group over a new process group of the same ranks, so its calls never mix with others.
 
-        parts: of the process group's ranks, by their numbers in it, of which this rank gets its own; the same on all of them. Raises
-        GroupError if torch could not bring the ranks of a sub-group together.
+        parts: of the process group's ranks, by their numbers in it, of which this rank gets its own; the same on all of them.
+        backend: its own if None. Raises GroupError if torch could not bring the ranks of a sub-group together.
         """
         parent = process_group or dist.group.WORLD
         ranks = dist.get_process_group_ranks(parent)
@@ -52,7 +55,7 @@ class TorchGroup(BufferGroup):
                 new = dist.new_group(
                     members,
                     limit,
-                    dist.get_backend(parent),
+                    backend or dist.get_backend(parent),
                     use_local_synchronization=not everyone,
                     group_desc="commopt",
                 )
@@ -97,11 +100,9 @@ class TorchGroup(BufferGroup):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _gather(self, own: Tensor, sizes: list[int]) -> Tensor:
-        if len(set(sizes)) > 1:
-            return self._exchange("all_gather", own.repeat(self.size), [own.nbytes] * self.size, sizes)
+    def _gather(self, own: Tensor) -> Tensor:
         here = self._staged(own)
-        out = here.new_empty(sum(sizes))
+        out = here.new_empty(self.size * len(here))
         with self._named("all_gather"):
             gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
             gather(out, here, group=self.process_group)

@@ -25,12 +25,11 @@ def warm_up(device: torch.device = _CPU) -> None:
     """Compile every kernel once, so that no step waits for it; quick if the cache on disk has them."""
     if device.type != "cpu":
         return
+    from commopt.kernels.cpu import indices, quantize, select, signs, votes
+
     one = np.zeros(1, dtype=np.int64)
     blocks = Blocks(one, one, one + 8, one, one, one.astype(np.uint64))
     x, residual, scales, codes = torch.ones(8), torch.zeros(8), torch.ones(1), torch.zeros(8, dtype=torch.uint8)
-    signs, quantize, select, indices, votes = (
-        of(name, device) for name in ("signs", "quantize", "select", "indices", "votes")
-    )
     signs.block_sums(x, residual, blocks, squared=True)
     signs.compress_signs_(x, residual, blocks, scales, codes[:1], squared=False)
     signs.unpack_signs_(codes[:1], scales, blocks, x, alpha=1.0, add=True)

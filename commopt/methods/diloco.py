@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -99,8 +100,8 @@ class DiLoCo(OuterMethod):
         """A function that makes the outer optimizer: see `make_outer_optimizer`."""
         return make_outer_optimizer(self.options.outer, self.options.lr, self.options.momentum)
 
-    def cut(self) -> list[slice]:
-        return _between_parameters(self.index.offsets.tolist(), self.fragments)
+    def cut(self, numels: Sequence[int]) -> list[int]:
+        return _between_parameters([0, *itertools.accumulate(numels)], self.fragments)
 
     def declare(self) -> list[State]:
         outer = [State(f"outer {key}", initial=first) for key, first in self._outer_state.items()]
@@ -134,10 +135,9 @@ class DiLoCo(OuterMethod):
         roll = call_roll(
             self.peers, "diloco", round.number, card, self.timeout_s / 2, expected=expected, late=self.late
         )
-        own = self.state["slow"][part] - x
-        alone = Exchanged((me,), is_missed=len(expected) > 1, values={"delta": own})
+        own, alone = self.state["slow"][part] - x, self.alone(x, round)
         if len(roll.members) == 1:
-            return alone
+            return alone if len(expected) > 1 else dataclasses.replace(alone, is_missed=False)
         left_s = max(0.1, start_s + self.timeout_s - self.peers.seconds)
         group = PeerGroup(self.peers, roll.members, "diloco", round.number * _CALLS, left_s)
         try:
@@ -149,6 +149,9 @@ class DiLoCo(OuterMethod):
             return alone
         is_missed = len(roll.members) < len(expected)
         return Exchanged(roll.members, is_missed, {"delta": mean, **shared})
+
+    def alone(self, x: Tensor, round: Round, exchanged: Exchanged | None = None) -> Exchanged:
+        return Exchanged((self.peers.rank,), is_missed=True, values={"delta": self.state["slow"][round.part] - x})
 
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         if "delta" not in exchanged.values:  # not drawn: continue with the inner steps
@@ -261,8 +264,8 @@ class DiLoCo(OuterMethod):
         return [(self.index.names[k], flat[offsets[k] - part.start : offsets[k + 1] - part.start]) for k in inside]
 
 
-def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:
-    """Stretches of about equal size whose edges lie between parameters. Raises ConfigError if there are too few of them."""
+def _between_parameters(offsets: list[int], fragments: int) -> list[int]:
+    """Edges between parameters, as their numbers, of stretches of about equal size. Raises ConfigError for too few parameters."""
     edges = [0]
     for k in range(1, fragments + 1):
         wanted = offsets[-1] * k / fragments
@@ -270,7 +273,7 @@ def _between_parameters(offsets: list[int], fragments: int) -> list[slice]:
     edges[-1] = offsets[-1]
     if any(b <= a for a, b in itertools.pairwise(edges)):
         raise ConfigError(f"fragments: {fragments} are too many for a model of {len(offsets) - 1} parameters")
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+    return [offsets.index(edge) for edge in edges]
 
 
 def make_outer_optimizer(given: Any, lr: float | None, momentum: float | None) -> Any:

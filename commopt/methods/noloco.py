@@ -122,6 +122,10 @@ class NoLoCo(OuterMethod):
             values |= self._slow_mean(round.number, list(received))
         return Exchanged(members, is_missed=len(received) < len(others), values=values)
 
+    def alone(self, x: Tensor, round: Round, exchanged: Exchanged) -> Exchanged:
+        own = x - self.state["slow"] if self.sends_slow else x
+        return Exchanged((self.peers.rank,), is_missed=True, values={"mean": own})
+
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         mean, slow, velocity = exchanged.values["mean"], self.state["slow"], self.state["velocity"]
         moved = mean if self.sends_slow else mean - slow  # which makes for all of eq. 2, with gamma = lr

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.nn import Parameter
+from torch import Tensor
 
 from commopt.method import options
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance, move_along_
@@ -53,7 +53,7 @@ class OnebitAdam(FrozenVariance):
     options: OnebitAdamOptions
     stands_for = ("Adam", "AdamW")
 
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         step_size = group["lr"]
         if self.options.bias_correction:
             step_size /= 1 - group["betas"][0] ** state["step"]

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import Parameter
 
 from commopt.errors import check_option
 from commopt.method import options
@@ -73,6 +72,7 @@ class OnebitLamb(FrozenVariance):
     """
 
     name = "onebit_lamb"
+    needs_whole = True
     Options = OnebitLambOptions
     options: OnebitLambOptions
     stands_for = ("LAMB", "Lamb", "FusedLamb")
@@ -96,7 +96,7 @@ class OnebitLamb(FrozenVariance):
             w.mul_(b2).addcmul_(g, g, value=1 - b2)  # w <- b2 w + (1 - b2) g'^2
         super().receive(bucket)
 
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         root, bounded = self.roots(state, group)
         size = 1 / (1 - group["betas"][0] ** state["step"]) if self.corrects_bias(group) else 1.0
         adam = size * state["momentum"] / bounded

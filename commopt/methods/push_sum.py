@@ -83,6 +83,9 @@ class PushSum(OuterMethod):
         values = {"mixed": mixed.div_(total).float(), "weight": torch.tensor([total], dtype=torch.float64)}
         return Exchanged(tuple(sorted(members)), is_missed, values)
 
+    def alone(self, x: Tensor, round: Round, exchanged: Exchanged) -> Exchanged:
+        return exchanged  # each share has a weight of its own, and what has arrived must not be lost
+
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         self.state["weight"].copy_(exchanged.values["weight"])
         return x if len(exchanged.members) == 1 else exchanged.values["mixed"]

@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from commopt.errors import GroupError
 from commopt.exchange.two_level import own_share, put_together
@@ -152,7 +151,7 @@ class ZeroOneAdam(FrozenVariance):
         total = state["rate"] * kept + rate
         return rate, kept, rate / total if total > 0 else 1.0
 
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         rate, kept, weight = self._step(state, group, state["step"])
         _, root = self.roots(state, group)
         total, all_kept = state["rate"] * kept + rate, state["kept"] * kept
@@ -182,7 +181,7 @@ class ZeroOneAdam(FrozenVariance):
         if bucket.void is not None:
             raise GroupError(f"{bucket.void}: the momentum of its local steps has overflowed; replicas stay different")
         for name, x in bucket.views():
-            p, settings, state = self.parameters[name], self.settings(name), self.entry(name)
+            p, settings, state = self.held(name), self.settings(name), self.entry(name)
             self.part("momentum", name).copy_(self.masked_(x, name))
             _, root = self.roots(state, settings)
             move_along_(p, state["common"], state["kept"], state["momentum"], root, state["rate"])
@@ -240,12 +239,13 @@ class ZeroOneAdam(FrozenVariance):
 
     def _own(self) -> dict[str, Tensor]:
         """What differs between ranks between two exchanges, in float32."""
-        parameters = torch.cat([p.detach().reshape(-1).float() for p in self.parameters.values()])
+        parameters = torch.cat([self.held(name).reshape(-1).float() for name in self.parameters])
         return {"parameters": parameters, **{key: self.state[key] for key in ("momentum", "mean_momentum")}}
 
     @torch.no_grad()
     def _set_own(self, own: Mapping[str, Tensor]) -> None:
         for key in ("momentum", "mean_momentum"):
             self.state[key].copy_(own[key])
-        for name, p in self.parameters.items():
+        for name in self.parameters:
+            p = self.held(name)
             p.copy_(self.index.view(own["parameters"], name).view(p.shape))

@@ -20,6 +20,7 @@ from commopt.groups.base import Group
 from commopt.optim.update import UpdateMethod
 from commopt.options import Count, Positive, Wanted, options
 from commopt.wire.bucket import Bucket
+from commopt.wire.shards import shard_start
 from commopt.wire.state import State
 
 _log = logging.getLogger(__name__)
@@ -68,10 +69,10 @@ class FrozenVariance(UpdateMethod):
         self.mask: Tensor | None = None  # (n,) bool, True if momentum may be other than zero; None for everywhere
 
     def declare(self) -> list[State]:
-        norms = []
-        if self.freeze_at == "auto":  # the last ones, in a ring
-            norms = [State("variance_norms", of="run", numel=self._window + 1, dtype=torch.float64, initial=math.nan)]
-        return [*norms, *super().declare()]
+        if self.freeze_at != "auto":
+            return super().declare()
+        norms = State("variance_norms", of="run", numel=self._window + 1, dtype=torch.float64, initial=math.nan)
+        return [norms, *super().declare()]  # the last ones, in a ring
 
     @property
     def is_frozen(self) -> bool:
@@ -102,7 +103,7 @@ class FrozenVariance(UpdateMethod):
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
         self._window = max(1, round(1 / (1 - self.optimizer.param_groups[0]["betas"][1])))
-        shapes = {name: p.shape for name, p in named_parameters}
+        shapes = {name: self.parameters[name].shape for name, _ in named_parameters}
         for name, mask in self.momentum_mask.items():
             if name not in shapes:
                 raise AttachError(f"momentum_mask: the model has no trainable parameter {name!r}")
@@ -204,8 +205,9 @@ class FrozenVariance(UpdateMethod):
     def _make_mask(self) -> None:
         mask = self.state["variance"].ne(0)
         for name, given in self.momentum_mask.items():
-            own = torch.as_tensor(given, device=mask.device).ne(0).expand(self.parameters[name].shape)
-            self.index.view(mask, name).logical_and_(own.reshape(-1))
+            p, view = self.parameters[name], self.index.view(mask, name)
+            own = torch.as_tensor(given, device=mask.device).ne(0).expand(p.shape).reshape(-1)
+            view.logical_and_(own[shard_start(p) :][: len(view)])
         self.mask = None if bool(mask.all()) else mask
 
 

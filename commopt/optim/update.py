@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from commopt.errors import AttachError
 from commopt.method import EveryStep, Kind
 from commopt.wire.bucket import Bucket
+from commopt.wire.shards import local
 from commopt.wire.state import State
 
 
@@ -64,14 +65,18 @@ class UpdateMethod(EveryStep):
         """The parameter group that holds `name`, without its parameters: lr, betas and so on, as schedulers have left them."""
         return settings_of(self.optimizer.param_groups[self._group_of[id(self.parameters[name])]])
 
+    def held(self, name: str) -> Tensor:
+        """What this rank has of a parameter: all of it, or its shard."""
+        return local(self.parameters[name])
+
     @property
     def applied_steps(self) -> int:
         """Updates applied so far; a step in which every bucket was void is not one."""
         return int(self.state["steps"])
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What the method keeps for one whole parameter: views of its shape, and numbers."""
-        k, shape = self.index.position[name], self.parameters[name].shape
+        """What the method keeps for one parameter: views of its shape, or that of this rank's shard, and numbers."""
+        k, shape = self.index.position[name], self.held(name).shape
         entry: dict[str, Any] = {}
         for key, one in self._declared.items():
             if one.of == "element" and (self.share is None or not self._is_cut(one)):
@@ -114,11 +119,11 @@ class UpdateMethod(EveryStep):
         for group in self.optimizer.param_groups:
             settings = settings_of(group)
             for p in group["params"]:
-                if p.grad is not None:
-                    name = self._name_of[id(p)]
+                name = self._name_of.get(id(p))
+                if p.grad is not None and name is not None:  # else this rank has no shard of it
                     entry = self.entry(name)
                     self.count(entry)
-                    self.update(p, name, entry, settings)
+                    self.update(self.held(name), name, entry, settings)
                     self.keep(name, entry)
                     is_applied = True
         if is_applied:
@@ -131,7 +136,7 @@ class UpdateMethod(EveryStep):
             entry[key] += 1
 
     @abstractmethod
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         """Move one parameter; its counters have been raised. group: its settings, as of this step."""
 
     def after_step(self) -> None:
@@ -152,7 +157,7 @@ class DirectionMethod(UpdateMethod):
         for name, x in bucket.views():
             self.directions[name] = x.to(self.direction_dtype, copy=True)
 
-    def update(self, p: Parameter, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"])
         move_(p, self.directions[name], group["lr"])
 

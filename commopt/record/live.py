@@ -123,14 +123,7 @@ class Follower:
 
 
 class Live:
-    """One bar per run in a terminal; otherwise plain lines at the start, at every tenth of the steps and at the end.
-
-    with Live(sys.stdout) as live:
-        for each run:
-            live.begin("onebit_adam", record_dir)
-            ...                                     # live.tick() about five times a second
-            live.end(failure)                       # None if it went well
-    """
+    """One bar per run in a terminal; otherwise plain lines at the start, at every tenth of the steps and at the end."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -157,10 +150,10 @@ class Live:
             self._bars.add_task(name, total=None, facts="starting")
             self._bars.refresh()
         else:
-            self._say("starting")
+            self.say("starting")
 
     def tick(self) -> None:
-        """Read what is new and show it."""
+        """Read what is new and show it; call it about five times a second."""
         follower = self._follower
         if follower is None:
             return
@@ -168,13 +161,14 @@ class Live:
         for text in follower.new_events():
             self._events_told += 1
             if self._events_told <= TOLD_EVENTS + 1:
-                self._say(text if self._events_told <= TOLD_EVENTS else "more events are in the report")
+                self.say(text if self._events_told <= TOLD_EVENTS else "more events are in the report")
         planned, steps = follower.steps_planned, follower.steps
         if self._bars:
-            self._draw(", ".join(follower.facts()) or "starting", total=planned, completed=steps)
+            facts = ", ".join(follower.facts()) or "starting"
+            self._bars.update(self._bars.tasks[-1].id, facts=facts, total=planned, completed=steps, refresh=True)
         elif planned and self._lines < (tenth := steps * LINES_PER_RUN // planned) < LINES_PER_RUN:
             self._lines = tenth
-            self._say(f"step {steps}/{planned}, " + ", ".join(follower.facts()))
+            self.say(f"step {steps}/{planned}, " + ", ".join(follower.facts()))
 
     def end(self, failure: str | None = None) -> None:
         """Show the last state of the run, and why it failed if it did."""
@@ -182,16 +176,17 @@ class Live:
         if follower is None:
             return
         follower.poll()
-        took, facts, steps = seconds_text(time.monotonic() - self._began_s), follower.facts()[:1], follower.steps
+        took, facts = seconds_text(time.monotonic() - self._began_s), follower.facts()[:1]
+        planned, steps = follower.steps_planned, follower.steps
         if self._bars:
             if failure:
                 self.note(f"{self._name} failed: {failure}")
             last = f"failed after {took}" if failure else f"{facts[0] if facts else 'starting'}, took {took}"
-            self._draw(last, total=follower.steps_planned, completed=steps)
+            self._bars.update(self._bars.tasks[-1].id, facts=last, total=planned, completed=steps, refresh=True)
         elif failure is None:
-            self._say(", ".join([f"finished {steps} steps in {took}", *facts]))
+            self.say(", ".join([f"finished {steps} steps in {took}", *facts]))
         else:
-            self._say(f"failed after {steps} of {follower.steps_planned or '?'} steps and {took}: {failure}")
+            self.say(f"failed after {steps} of {planned or '?'} steps and {took}: {failure}")
         self._follower = None
 
     def note(self, text: str) -> None:
@@ -199,16 +194,11 @@ class Live:
         if self._bars:
             self._bars.console.print(text, markup=False, highlight=False)
         else:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+            print(text, file=self._stream, flush=True)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Write a line about the run."""
         self.note(f"{self._name}: {text}")
-
-    def _draw(self, facts: str, *, total: int | None, completed: int) -> None:
-        """Update the last bar, which is that of the current run."""
-        assert self._bars is not None
-        self._bars.update(self._bars.tasks[-1].id, facts=facts, total=total, completed=completed, refresh=True)
 
 
 def _bars(stream: TextIO) -> Progress:

@@ -22,8 +22,7 @@ def transmitted_bytes(interface: str) -> int:
     Not read from /sys: inside a namespace that was entered with nsenter, /sys/class/net silently shows the outer
     machine's interfaces. Raises OSError if there is no such interface.
     """
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
+    from pyroute2 import IPRoute, NetlinkError
 
     try:
         with IPRoute() as route:
@@ -77,20 +76,15 @@ def merge(rows: Sequence[TrafficRow]) -> tuple[TrafficRow, ...]:
 
 @dataclass(frozen=True)
 class CountCheck:
-    """commopt's count for one node and one window, and the interface's.
-
-    payload_bytes: what commopt says left the node. modelled_bytes: the same with segment headers and ACKs.
-    nic_tx_bytes: what the interface transmitted. rows: what the node's ranks handed to the network, also to ranks of
-    their own node, by method, operation and bucket. ranks: of this node. nodes: how many take part.
-    """
+    """commopt's count for one node and one window, and the interface's."""
 
     node: str
-    payload_bytes: float
-    modelled_bytes: float
-    nic_tx_bytes: float
-    rows: tuple[TrafficRow, ...]
-    ranks: int = 1
-    nodes: int = 2
+    payload_bytes: float  # that left the node, as commopt says
+    modelled_bytes: float  # the same with segment headers and ACKs
+    nic_tx_bytes: float  # what the interface transmitted
+    rows: tuple[TrafficRow, ...]  # what the node's ranks handed to the network, also to ranks of their own node
+    ranks: int  # of this node
+    nodes: int  # that take part
 
     @property
     def ratio(self) -> float | None:
@@ -100,10 +94,9 @@ class CountCheck:
     @property
     def ok(self) -> bool:
         """Whether the two agree within 3 %, or within the bytes that a node sends anyway, in the background and with each message."""
-        difference = abs(self.nic_tx_bytes - self.modelled_bytes)
         messages = sum(row.calls * rounds(row.operation, self.nodes) for row in self.rows)
         anyway = BACKGROUND_BYTES * self.ranks + MESSAGE_BYTES * messages
-        return difference <= max(TOLERANCE * self.modelled_bytes, anyway)
+        return abs(self.nic_tx_bytes - self.modelled_bytes) <= max(TOLERANCE * self.modelled_bytes, anyway)
 
     @property
     def defect(self) -> str | None:

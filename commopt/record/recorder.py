@@ -131,13 +131,13 @@ class Recorder:
         self._write("step", step=step, **fields)
         self._steps_done += 1
         if self._steps_done % max(1, math.ceil(self._steps / PRINTED_LINES)) == 0 or self._steps_done == self._steps:
-            missed, spread = self._rounds_missed, self._spread
-            self._rounds_missed, self._spread = 0, None
+            missed = self._rounds_missed
             facts = [f"step {step}: loss {float(loss):.3f}", f"{seconds * 1e3:.0f} ms"]
             facts += [f"{wait_s / seconds:.0%} waiting for the network"] if seconds > 0 else []
-            facts += [] if spread is None else [f"spread {spread_text(spread)}"]
+            facts += [] if self._spread is None else [f"spread {spread_text(self._spread)}"]
             facts += [f"{missed} {'round' if missed == 1 else 'rounds'} missed"] if missed else []
             self._print(", ".join(facts))
+            self._rounds_missed, self._spread = 0, None
 
     def round(
         self,

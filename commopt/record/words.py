@@ -57,11 +57,7 @@ def spread_text(spread: float) -> str:
 
 def fault_text(kind: str, names: Sequence[str], for_s: float | None, factor: float | None) -> str:
     """`node2 killed`, `node0 cut from node1 for 20 s`, `node3 slowed 5.0x`."""
-    words = {
-        "kill": "killed",
-        "restart": "started again",
-        "hang": "hung",
-        "slow": f"slowed {times_text(factor or 1.0)}",
-    }
+    slowed = f"slowed {times_text(factor or 1.0)}"
+    words = {"kill": "killed", "restart": "started again", "hang": "hung", "slow": slowed}
     done = f"{names[0]} cut from {names[-1]}" if kind == "cut" else f"{' and '.join(names)} {words.get(kind, kind)}"
     return done if for_s is None else f"{done} for {seconds_text(for_s)}"

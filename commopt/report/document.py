@@ -83,7 +83,6 @@ class Environment(DocumentPart):
 
     @classmethod
     def here(cls) -> Environment:
-        """The environment of this process."""
         return cls(
             python=platform.python_version(),
             torch=importlib.metadata.version("torch"),
@@ -335,5 +334,4 @@ class Results(DocumentPart):
 
     @property
     def has_faults(self) -> bool:
-        """Whether faults were injected in a run."""
         return any(run.faults for run in self.runs)

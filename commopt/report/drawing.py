@@ -137,11 +137,9 @@ def count_time(axes: Axes, end_s: float) -> str:
     return unit
 
 
-def note(
-    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **style: Any
-) -> None:
+def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], ink: str, **style: Any) -> None:
     """Write a text at an offset, in points, from a place."""
-    axes.annotate(text, at, xytext=offset, textcoords="offset points", color=colour, annotation_clip=False, **style)
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", color=ink, annotation_clip=False, **style)
 
 
 def say_nothing(axes: Axes, text: str) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from commopt.errors import LaunchError
 from commopt.record.words import times_text
 from commopt.report import drawing, plots, table
-from commopt.report.columns import NOTHING
 from commopt.report.document import Cluster, Node, NodeBytes, Results, RunResult
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
         results=results,
         columns=table.COLUMNS,
         rows=list(zip(results.runs, table.cells(results), table.readings(results), strict=True)),
-        nothing=NOTHING,
+        nothing=table.NOTHING,
         pictures=inline,
         round_columns=table.ROUND_COLUMNS,
         round_rows=list(zip([run for run in results.runs if run.rounds], table.round_cells(results), strict=True)),

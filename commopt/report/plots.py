@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LANES_IN = 4.5  # at most, of all lanes of a run
 LANE_IN, LEVEL_IN = 0.46, 0.21
 NAMED_LANES = 16
+BESIDE = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": FONT_POINTS - 1.5}  # the frame, at a row
 STOP_STEPS, STOP_SHARE = 4.0, 0.02  # a stop is longer than this many median steps and this share of the width
 
 
@@ -45,9 +46,8 @@ def loss_against_seconds(results: Results) -> Figure:
 def bytes_per_step(results: Results) -> Figure:
     """Payload and bytes on the wire per step, on a log scale."""
     runs = results.runs
-    figure, (axes,) = drawing.new_figure(
-        "Bytes per step in the steady phase (log scale)", 1.5 + 0.62 * max(1, len(runs))
-    )
+    height_in = 1.5 + 0.62 * max(1, len(runs))
+    figure, (axes,) = drawing.new_figure("Bytes per step in the steady phase (log scale)", height_in)
     chosen = drawing.colours(results)
     known = [n for run in runs for n in (run.payload_bytes_per_step, run.nic_tx_bytes_per_step) if n]
     if not known:
@@ -56,17 +56,14 @@ def bytes_per_step(results: Results) -> Figure:
     axes.set_xscale("log")
     axes.set_xlim(10 ** math.floor(math.log10(min(known)) - 0.1), 10 ** (math.log10(max(known)) + 0.1))
     for row, run in enumerate(runs):
-        payload, wire = run.payload_bytes_per_step, run.nic_tx_bytes_per_step
-        looks = (("payload", payload, "o", -0.17, 7), ("wire", wire, "D", 0.17, 6))
-        for what, nbytes, marker, offset, size in looks:
+        payload, wire, colour = run.payload_bytes_per_step, run.nic_tx_bytes_per_step, chosen[run.name]
+        looks = (("payload", payload, -0.17, "o", 7, colour, INK), ("wire", wire, 0.17, "D", 6, PAPER, QUIET))
+        for what, nbytes, offset, marker, size, fill, ink in looks:
             if not nbytes:
                 continue
-            axes.plot([axes.get_xlim()[0], nbytes], [row + offset] * 2, color=chosen[run.name], lw=1.6, alpha=0.45)
-            filled = chosen[run.name] if marker == "o" else PAPER
-            axes.plot(nbytes, row + offset, marker, ms=size, mfc=filled, mec=chosen[run.name], mew=1.8, clip_on=False)
-            ink = INK if what == "payload" else QUIET
-            style = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": FONT_POINTS - 1.5}
-            drawing.note(axes, f"{bytes_text(nbytes)} {what}", (1, row + offset), (10, 0), ink, **style)
+            axes.plot([axes.get_xlim()[0], nbytes], [row + offset] * 2, color=colour, lw=1.6, alpha=0.45)
+            axes.plot(nbytes, row + offset, marker, ms=size, mfc=fill, mec=colour, mew=1.8, clip_on=False)
+            drawing.note(axes, f"{bytes_text(nbytes)} {what}", (1, row + offset), (10, 0), ink, **BESIDE)
         if not payload and not wire:
             axes.text(axes.get_xlim()[0] * 1.1, row, "not counted", va="center", color=QUIET)
     _rows(axes, runs)
@@ -233,8 +230,7 @@ def _draw_lanes(axes: Axes, run: RunResult, colour: str) -> None:
         times = [at_s for at_s in missed.get(rank.rank, []) if at_s <= axes.get_xlim()[1]]
         axes.plot(times, [lane] * len(times), "x", ms=5.5, mew=1.6, color=INK, zorder=6)
         if rank.parts and len(run.progress) <= NAMED_LANES:
-            style = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": FONT_POINTS - 1.5}
-            drawing.note(axes, f"{rank.parts[-1].steps[-1]} steps", (1, lane), (9, 0), INK, **style)
+            drawing.note(axes, f"{rank.parts[-1].steps[-1]} steps", (1, lane), (9, 0), INK, **BESIDE)
     lanes = max(1, len(run.progress))
     axes.set_ylim(lanes - 0.5, -0.5)
     names = [f"rank {r.rank}" if r.node == f"node{r.rank}" else f"{r.node}, rank {r.rank}" for r in run.progress]
@@ -245,9 +241,7 @@ def _draw_lanes(axes: Axes, run: RunResult, colour: str) -> None:
 def _stops(part: ProgressPart, shortest_s: float) -> list[tuple[float, float]]:
     """When a rank stood still between one step and the next: (begin, end) in seconds."""
     pairs = list(zip(part.at_s, part.at_s[1:], part.steps, part.steps[1:], strict=False))
-    if not pairs:
-        return []
-    usual_s = median((after - before) / (to - done) for before, after, done, to in pairs)
+    usual_s = median([(after - before) / (to - done) for before, after, done, to in pairs] or [0.0])
     return [
         (before, after)
         for before, after, done, to in pairs

@@ -11,18 +11,8 @@ from typing import Any
 
 from commopt.record.lines import RankRecord, StepLine, rank_files
 from commopt.record.meter import CountCheck, leaving, merge, verify
-from commopt.report.document import (
-    Cluster,
-    EndedEarly,
-    Environment,
-    Event,
-    RankValidation,
-    Results,
-    Rounds,
-    RunResult,
-    TrainedModel,
-    Validation,
-)
+from commopt.report import document
+from commopt.report.document import Cluster, Environment, Event, Results, Rounds, RunResult, Validation
 from commopt.report.faults import FAULTS_FILE, faults_of, read_faults
 from commopt.report.rounds import clock_offsets_s, progress_of, rounds_of
 
@@ -41,7 +31,7 @@ def assemble(runs: Sequence[RunResult], cluster: Cluster, *, environment: Enviro
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cluster=cluster,
         environment=environment or Environment.here(),
-        model=TrainedModel(parameters=parameters),
+        model=document.TrainedModel(parameters=parameters),
         runs=named,
     )
 
@@ -76,12 +66,10 @@ def collect(
     faults = faults_of(fault_lines, started)
     notices = _notices(records, started)
     if rounds and not reasons:
-        notices += [
-            f"rank {rank} ended early, after {steps} of {steps_planned} steps; the others went on without it"
-            for rank, steps in left.items()
-        ]
+        early = "rank {} ended early, after {} of {} steps; the others went on without it"
+        notices += [early.format(rank, steps, steps_planned) for rank, steps in left.items()]
     if unreadable_faults:
-        notices.append(f"{_lines(unreadable_faults)} cut off or garbled in {FAULTS_FILE}, and left out")
+        notices.append(_unreadable(unreadable_faults, FAULTS_FILE))
     return RunResult(
         name=first.get("method", method),
         method=first.get("method", method),
@@ -96,7 +84,7 @@ def collect(
         rounds=rounds,
         faults=faults,
         progress=progress_of(started) if rounds or faults else [],
-        ended_early=[EndedEarly(rank=rank, steps=steps) for rank, steps in left.items()] if rounds else [],
+        ended_early=[document.EndedEarly(rank=r, steps=steps) for r, steps in left.items()] if rounds else [],
         **_training(started, is_outer=rounds is not None),
         **_speed(started, is_outer=rounds is not None),
         **_bytes(started, ranks, rounds, has_faults=bool(faults)),
@@ -116,8 +104,8 @@ def _missing(started: Sequence[RankRecord], ranks: Sequence[int], steps_planned:
     return reasons
 
 
-def _lines(count: int) -> str:
-    return f"{count} {'line was' if count == 1 else 'lines were'}"
+def _unreadable(count: int, place: str) -> str:
+    return f"{count} {'line was' if count == 1 else 'lines were'} cut off or garbled in {place}, and left out"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -152,7 +140,8 @@ def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any
         "seconds": seconds[1:],
         "validations": validations,
         "validation_by_rank": [
-            RankValidation(rank=rank, after_steps=line.steps, loss=line.loss, tokens=line.tokens) for rank, line in own
+            document.RankValidation(rank=rank, after_steps=line.steps, loss=line.loss, tokens=line.tokens)
+            for rank, line in own
         ],
         "val_loss": validations[-1].loss if validations else None,
         "wall_s": max(last_s, default=None),
@@ -210,23 +199,22 @@ def _bytes(started: Sequence[RankRecord], ranks: int, rounds: Rounds | None, *, 
         return {"payload_bytes_per_step": rounds.bytes_per_step if rounds else None}
     starts = {record.rank: record.start for record in started}
     node_of_rank = {rank: start["node"] for rank, start in starts.items()}
+    nodes = dict.fromkeys(node_of_rank.values())
     checks: list[CountCheck] = []
-    transmitted: list[float] = []  # per step, of each node
-    members_of = {node: [rank for rank in windows if node_of_rank[rank] == node] for node in node_of_rank.values()}
-    payload = [each.payload_bytes / steps for each, steps, _ in windows.values()]
-    if len(members_of) > 1:
-        payload = [
-            leaving(node, [windows[rank][0] for rank in members], node_of_rank) / windows[members[0]][1]
-            for node, members in members_of.items()
-        ]
-    for node, members in members_of.items():
-        _, steps, nic_tx_bytes = windows[members[0]]  # the node's lowest rank, which reads the interface
-        if nic_tx_bytes is None:
-            checks, transmitted = [], []
-            break
-        mine = {rank: windows[rank][0] for rank in members}
-        checks.append(verify(node, mine, node_of_rank, nic_tx_bytes, starts[members[0]]["mtu"]))
-        transmitted.append(nic_tx_bytes / steps)
+    payload: list[float] = []  # per step, of each node
+    transmitted: list[float] = []
+    for node in nodes:
+        mine = {rank: each for rank, (each, _, _) in windows.items() if node_of_rank[rank] == node}
+        lowest = min(mine)  # reads the interface
+        _, steps, nic_tx_bytes = windows[lowest]
+        payload.append(leaving(node, mine.values(), node_of_rank) / steps)
+        if nic_tx_bytes is not None:
+            checks.append(verify(node, mine, node_of_rank, nic_tx_bytes, starts[lowest]["mtu"]))
+            transmitted.append(nic_tx_bytes / steps)
+    if len(nodes) == 1:
+        payload = [each.payload_bytes / steps for each, steps, _ in windows.values()]
+    if len(checks) < len(nodes):
+        checks, transmitted = [], []
     shown = [] if has_faults else checks
     ratios = [check.ratio for check in shown if check.ratio is not None]
     bad = [(abs(c.modelled_bytes - c.nic_tx_bytes), c.node, c.defect) for c in shown if c.defect is not None]
@@ -256,20 +244,16 @@ def _events(records: Sequence[RankRecord]) -> list[Event]:
 
 def _notices(records: Sequence[RankRecord], started: Sequence[RankRecord]) -> list[str]:
     notices = []
-    unreadable = [record.rank for record in records if record.unreadable_lines]
-    if unreadable:
-        lines = _lines(sum(record.unreadable_lines for record in records))
-        notices.append(f"{lines} cut off or garbled in the record of {_ranks(unreadable)}, and left out")
-    afresh = [record.rank for record in started if record.starts > 1]
-    if afresh:
+    if unreadable := [record.rank for record in records if record.unreadable_lines]:
+        count = sum(record.unreadable_lines for record in records)
+        notices.append(_unreadable(count, f"the record of {_ranks(unreadable)}"))
+    if afresh := [record.rank for record in started if record.starts > 1]:
         verb = "was" if len(afresh) == 1 else "were"
         notices.append(f"{_ranks(afresh)} {verb} started again from the first step; only the last start is shown")
     for record in started:
         for k, resumed_at in record.begins[1:]:
             before = record.steps[k - 1].step + 1 if k else 0
-            notices.append(
-                f"rank {record.rank} was started again after step {before}, and went on at step {resumed_at}"
-            )
+            notices += [f"rank {record.rank} was started again after step {before}, and went on at step {resumed_at}"]
     if started and not any(line.steady for record in started for line in record.steps):
         notices.append("no step was past the method's warm-up, so there is no speed in the steady phase")
     is_counted = all(record.window() for record in started) or any(record.rounds for record in started)

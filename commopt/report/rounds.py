@@ -48,7 +48,6 @@ def rounds_of(records: Sequence[RankRecord]) -> Rounds | None:
 
 
 def _costs(records: Sequence[RankRecord]) -> dict[str, Any]:
-    """Means over the rounds of some ranks."""
     lines = [line for record in records for line in record.rounds]
     steps_s = sum(line.seconds for record in records for line in record.steps)
     sent = [sum(line.nbytes for line in r.rounds) / len(r.steps) for r in records if r.rounds and r.steps]

@@ -3,14 +3,67 @@
 from __future__ import annotations
 
 import math
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TextIO
 
 from commopt.record.words import megabytes, milliseconds, seconds_text, spread_text, times_text
-from commopt.report.columns import AS_MEGABYTES, AS_MS, NOTHING, Column, cells_of, column_of, described, table_of
-from commopt.report.document import Fault, FaultCost, Results, RunResult
+from commopt.report.document import DocumentPart, Fault, FaultCost, Results, Rounds, RunResult
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOTHING = "-"
+AS_MS, AS_MEGABYTES = ("seconds", "milliseconds"), ("bytes", "megabytes (10^6)")
 STOPPED = 2.0  # a stop of fewer median steps counts as none
 ALIKE = 0.03  # two speeds or byte counts that differ by less are called the same
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, its meaning, its value for a run and the dense run (None if there is none), and that value as text."""
+
+    heading: tuple[str, str]
+    meaning: str
+    value: Callable[[RunResult, RunResult | None], Any]
+    text: Callable[[Any], str] = str
+
+
+def column_of(
+    heading: tuple[str, str], field: str, text: Callable[[Any], str] = str, units: tuple[str, str] = ("", "")
+) -> Column:
+    """The column for a field of a run or of its rounds (`rounds.missed`), described as there; units: the field's, and the column's."""
+    model = Rounds if field.startswith("rounds.") else RunResult
+    meaning = described(model, field.rpartition(".")[2]).replace(*units, 1)
+    return Column(heading, meaning, lambda run, _: attrgetter(field)(run), text)
+
+
+def described(model: type[DocumentPart], field: str) -> str:
+    """The description of a field in the results document, without the part on null."""
+    return (model.model_fields[field].description or "").partition("; null ")[0]
+
+
+def cells_of(columns: Sequence[Column], runs: Sequence[RunResult], dense: RunResult | None) -> list[list[str]]:
+    """One row per run, one text per column; `-` for a value of None."""
+    values = [[(column, column.value(run, dense)) for column in columns] for run in runs]
+    return [[NOTHING if value is None else column.text(value) for column, value in row] for row in values]
+
+
+def table_of(columns: Sequence[Column], cells: Sequence[Sequence[str]], gap: int = 1) -> Table:
+    """The rows under their headings, with `gap` spaces between columns; in a terminal, the word failed is red."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        table.add_column("\n".join(column.heading), justify="left" if index == 0 else "right", overflow="fold")
+    styles = {NOTHING: "dim", "failed": "bold red"}
+    for name, *texts in cells:
+        table.add_row(Text(name, "bold"), *(Text(text, styles.get(text, "")) for text in texts))
+    return table
+
+
 COLUMNS = (
     column_of(("method", ""), "name"),
     column_of(("val", "loss"), "val_loss", "{:.3f}".format),
@@ -56,7 +109,6 @@ FAULT_COLUMNS = (
 
 
 def cells(results: Results) -> list[list[str]]:
-    """One row per run, one text per column; `-` for a value of None."""
     return cells_of(COLUMNS, results.runs, results.dense)
 
 

@@ -33,7 +33,8 @@ from commopt.groups import Group
 from commopt.run import files
 from commopt.run.agree import meeting_group, met, together
 from commopt.run.files import MANIFEST, OWN, SHARED, Manifest, join, split
-from commopt.run.reshare import resize
+from commopt.run.machine import load_localized, localized
+from commopt.run.reshare import recut_training
 from commopt.wire.state import Saved
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ _log = logging.getLogger(__name__)
 def save_run(folder: Path, run: Run, extra: Mapping[str, object], *, with_training: bool = True) -> None:
     """What `Run.save` does; without `with_training` only the method's state is saved."""
     place = _place(folder, run, with_training)
-    content = together(run.group, lambda: _content(run, extra, with_training=with_training))
-    save(place, content, run.group)
+    content = together(run.savers, lambda: _content(run, extra, with_training=with_training))
+    save(place, content, run.savers)
 
 
 def save_block(folder: Path, run: Run) -> None:
@@ -90,38 +91,40 @@ def _place(folder: Path, run: Run, with_training: bool) -> Path:
     """This rank's folder: all ranks write one checkpoint together, unless each has a replica of its own."""
     if with_training and run.saved_by:
         raise CheckpointError(f"{folder}: {run.saved_by}")
-    return folder / f"rank{run.rank}" if run.is_replica else folder
+    return folder / f"rank{run.replica}" if run.is_replica else folder
 
 
 def open_run(folder: Path, run: Run, *, with_training: bool = True) -> Stored:
     """A verified checkpoint that belongs to this run. Raises CheckpointError, on all ranks, if it does not."""
     place = _place(folder, run, with_training)
-    stored = open_checkpoint(place, run.group)
+    stored = open_checkpoint(place, run.savers)
 
     def check() -> None:
         for problem in _problems(stored, run, with_training):
             raise CheckpointError(f"{place}: {problem}")
-        if stored.manifest.fits(run.group):
-            run.check_saved(_saved(stored, run.group.rank))
+        if stored.manifest.fits(run.savers):
+            run.check_saved(_saved(stored, run.savers.rank))
 
-    together(run.group, check)
+    together(run.savers, check)
     return stored
 
 
 def take_over(run: Run, stored: Stored) -> dict[str, Any]:
     """Continue from a checkpoint that has been checked; returns its `extra`."""
-    manifest, meta, tensors, rank = stored.manifest, stored.manifest.meta, stored.shared, run.group.rank
+    manifest, meta, tensors, rank = stored.manifest, stored.manifest.meta, stored.shared, run.savers.rank
     with torch.no_grad():
         if "model" in meta:
-            run.model.load_state_dict(join(meta["model"], tensors))
-            run.optimizer.load_state_dict(join(meta["optimizer"], tensors))
-        if manifest.fits(run.group):
+            every = [_training(stored, k) for k in stored.own]
+            load_localized(
+                run.model, run.optimizer, every[0] if manifest.fits(run.savers) else recut_training(run, every)
+            )
+        if manifest.fits(run.savers):
             run.load_saved(_saved(stored, rank))
             if "rng" in stored.own[rank]:
                 torch.set_rng_state(stored.own[rank]["rng"])
             run.resume_bucket_layout(meta["buckets"])
         else:
-            resize(run, [_saved(stored, k) for k in range(manifest.ranks)], manifest.per_machine)
+            run.resize_saved([_saved(stored, k) for k in range(manifest.ranks)], manifest.per_machine)
     run.steps = int(meta["steps"])
     return dict(join(meta["extra"], tensors))
 
@@ -134,25 +137,36 @@ def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> C
         "steps": run.steps,
         "parameters": _shapes(run.parameters),
         "buckets": run.bucket_layout(),
+        "is_sharded": run.is_sharded,
     }
     described: dict[str, Any] = {"extra": dict(extra)}
+    if run.is_sharded:
+        saved = {"shared": {}, "rank": {**saved["shared"], **saved["rank"]}}
     own = {f"method/{key}": x for key, x in saved["rank"].items()}
     if with_training:
         meta["optimizer_type"] = type(run.replaced).__name__
         described |= {"model": dict(run.model.state_dict()), "optimizer": run.optimizer_state()}
         own["rng"] = torch.get_rng_state()
     for key, value in described.items():
-        meta[key], tensors = split(value, key)
-        shared |= tensors
+        is_own = run.is_sharded and key != "extra"
+        meta[key], tensors = split(localized(value) if is_own else value, key)
+        (own if is_own else shared).update(tensors)
     shared |= {f"method/{key}": x for key, x in saved["shared"].items()}
     return Content(shared, own, meta)
+
+
+def _training(stored: Stored, rank: int) -> dict[str, Any]:
+    """The states of model and optimizer, as a rank has saved them."""
+    tensors = {**stored.shared, **stored.own[rank]}
+    return {key: join(stored.manifest.meta[key], tensors) for key in ("model", "optimizer")}
 
 
 def _saved(stored: Stored, rank: int) -> Saved:
     def of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key.removeprefix("method/"): x for key, x in tensors.items() if key.startswith("method/")}
 
-    return {"shared": of_method(stored.shared), "rank": of_method(stored.own[rank])}
+    own = of_method(stored.own[rank])
+    return {"shared": own if stored.manifest.meta["is_sharded"] else of_method(stored.shared), "rank": own}
 
 
 def _problems(stored: Stored, run: Run, with_training: bool) -> Iterator[str]:
@@ -160,8 +174,6 @@ def _problems(stored: Stored, run: Run, with_training: bool) -> Iterator[str]:
     meta = stored.manifest.meta
     if with_training and "model" not in meta:
         yield "holds no model, so it is not a checkpoint of run.save"
-    if run.is_replica and stored.manifest.ranks != 1:
-        yield f"was saved by {stored.manifest.ranks} ranks together; {run.method.name} saves each alone"
     for what, saved, own in (
         ("under", meta["method"], run.method.name),
         ("with the optimizer", meta.get("optimizer_type"), type(run.replaced).__name__ if with_training else None),
@@ -171,13 +183,15 @@ def _problems(stored: Stored, run: Run, with_training: bool) -> Iterator[str]:
             yield f"was saved {what} {saved or 'no options'}, not {own or 'none'}"
     pairs: list[tuple[Any, Any]] = [*zip_longest(meta["parameters"], _shapes(run.parameters))]
     if with_training:
-        states = join(meta["model"], stored.shared), run.model.state_dict()
-        pairs += zip_longest(*(sorted(_shapes(state)) for state in states))
+        training = _training(stored, min(stored.own))
+        states = training["model"], localized(run.model.state_dict())
+        if stored.manifest.fits(run.savers) or not (meta["is_sharded"] or run.is_sharded):
+            pairs += zip_longest(*(sorted(_shapes(state)) for state in states))
     for theirs, ours in pairs:
         if theirs != ours:
             yield f"is of another model: it has {_described(theirs)} where this one has {_described(ours)}"
     if with_training:
-        groups = join(meta["optimizer"], stored.shared)["param_groups"], run.optimizer.param_groups
+        groups = training["optimizer"]["param_groups"], run.optimizer.param_groups
         sizes, own_sizes = ([len(group["params"]) for group in one] for one in groups)
         if sizes != own_sizes:
             yield f"its optimizer has parameter groups of {sizes} parameters, this one of {own_sizes}"

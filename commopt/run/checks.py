@@ -126,7 +126,7 @@ def check_request(
     def check() -> tuple[Checked, Configuration]:
         method = resolve(request.method)
         of_model = _wrappers_inside(model) if framework != "fsdp" else {}
-        if isinstance(request.group, World) and framework not in ("plain", "ddp"):
+        if isinstance(request.group, World) and framework not in ("plain", "ddp", "fsdp", "deepspeed"):
             of_model["machines under another framework"] = framework
         refuse({**_general_facts(method, request, model), **facts(method), **of_model}, method.name, method.kind)
         optimizer = _stepping(method, request.optimizer)
@@ -149,6 +149,14 @@ def agree_on_method(request: Request, facts: Mapping[str, object]) -> Method:
     return agree(meeting_group(request.group), check)
 
 
+def is_outer(method: Method | type[Method] | Choice) -> bool:
+    """Whether this is an outer method; False if it cannot be made, for which `check_request` raises on all ranks."""
+    try:
+        return resolve(method).kind == "outer"
+    except ConfigError:
+        return False
+
+
 def _general_facts(method: Method, request: Request, model: Module) -> dict[str, object]:
     if request.max_norm is not None:
         check_option("max_norm", request.max_norm, lambda x: x > 0, "a number above 0, or leave it out")
@@ -168,7 +176,6 @@ def _general_facts(method: Method, request: Request, model: Module) -> dict[str,
         "max_norm of a private method": request.max_norm is not None and not method.takes_max_norm,
         "outer method and max_norm with a scaler": request.grad_scaler is not None,
         "peers for a synchronous method": isinstance(group, Peers),
-        "outer method between machines": isinstance(group, World),
         "method that cannot be cut": isinstance(group, World)
         and isinstance(method, EveryStep)
         and not method.can_be_cut,
@@ -210,8 +217,7 @@ def connect(process_group: dist.ProcessGroup | None = None, method: Method | Non
     links = LinkModel.from_json(text) if text else None
     can_be_cut = isinstance(method, EveryStep) and method.can_be_cut
     if can_be_cut and (machines := machines_of(process_group)):
-        inside = TorchGroup.like(process_group, machines)
-        between: Group = TorchGroup.like(process_group, list(zip(*machines, strict=True)))
+        inside, between = _levels(process_group, machines)
         return World(inside, PacedGroup(between, links.of_one_rank(inside.size)) if links else between)
     group: Group = TorchGroup.like(process_group)
     return PacedGroup(group, links) if links else group
@@ -231,15 +237,53 @@ def machines_of(process_group: dist.ProcessGroup | None = None) -> list[list[int
     return list(machines.values()) if has_levels else []
 
 
-def connect_peers(group: Group | Peers | None = None) -> Peers:
-    """The peers that outer methods use: those given, those of the launcher's environment, or a group's ranks."""
+def _levels(
+    process_group: dist.ProcessGroup | None, machines: Sequence[Sequence[int]], backend: str | None = None
+) -> tuple[Group, Group]:
+    """The ranks of this machine, and those of this rank's number on all machines."""
+    inside = TorchGroup.like(process_group, machines, backend)
+    return inside, TorchGroup.like(process_group, list(zip(*machines, strict=True)), backend)
+
+
+def has_other_machines(group: Group | Peers | None, ranks: int) -> bool:
+    """Whether there are machines beside the one whose ranks a framework averages gradients among; ranks: how many these are."""
+    if group is not None:
+        return isinstance(group, World | Peers)
+    return "COMMOPT_PEERS" in os.environ or ranks < dist.get_world_size()
+
+
+def connect_machines(group: Group | Peers | None, machine: Sequence[int] = ()) -> tuple[Peers, Group | None]:
+    """This rank's peers on other machines, and the ranks of its own machine if these are one replica; for outer methods.
+
+    machine: the job's ranks among which a framework averages gradients. Without them only a World's machines are replicas. Raises
+    AttachError if machines have different numbers of ranks.
+    """
+    if isinstance(group, World):
+        return connect_peers(group.between), group.inside
+    if len(machine) < 2:
+        return connect_peers(group), None
+    if isinstance(group, Peers) or "COMMOPT_PEERS" in os.environ:  # torch.distributed knows this machine only
+        inside: Group = TorchGroup.like(backend="gloo")
+        return connect_peers(group, inside), inside
+    machines = [json.loads(text) for text in dict.fromkeys(TorchGroup().tell(json.dumps(sorted(machine))))]
+    refuse({"machines of different sizes": len({len(one) for one in machines}) > 1 and f"{machines}"}, "", "outer")
+    inside, between = _levels(None, machines, "gloo")
+    return connect_peers(between), inside
+
+
+def connect_peers(group: Group | Peers | None = None, inside: Group | None = None) -> Peers:
+    """The peers that outer methods use: those given, those of the launcher's environment, or a group's ranks.
+
+    inside: the ranks of this machine, if each has as peers only those of its number.
+    """
     if isinstance(group, Peers):
         return group
     if isinstance(group, SimGroup):
         return group.peers
     if group is None and (membership := Membership.from_environment()) is not None:
-        links = os.environ.get("COMMOPT_LINKS")
-        return TcpPeers(membership, links=LinkModel.from_json(links) if links else None)
+        text, (number, ranks) = os.environ.get("COMMOPT_LINKS"), (inside.rank, inside.size) if inside else (0, 1)
+        links = LinkModel.from_json(text).of_one_rank(ranks) if text else None
+        return TcpPeers(membership.of_number(number, ranks), links=links)
     if isinstance(group, LocalGroup) or (group is None and not dist.is_initialized()):
         return SimGroup(SimWorld[None](1), 0).peers
     group = group or TorchGroup()

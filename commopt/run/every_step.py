@@ -47,10 +47,11 @@ class EveryStepRun(Run):
         stand_in = self.optimizer if isinstance(self.optimizer, StandIn) else None
         self._is_update = stand_in is not None  # then gradients are only a copy of what it steps by
         group.traffic.method = self.method.name
-        self.method.follow(self.replaced, self.parameters)
         served = self.served()
+        followed = {name: self.parameters[name] for name, _ in served}
+        self.method.follow(self.replaced, followed)
         self.method.bind(served, self.between, share=self._share(served))
-        self._attached(*(stand_in.take_place(self.parameters) if stand_in is not None else ()))
+        self._attached(*(stand_in.take_place(followed) if stand_in is not None else ()))
 
     def served(self) -> list[tuple[str, Tensor]]:
         """The parameters that the method keeps state for, by name, in registration order."""
@@ -241,7 +242,7 @@ class EveryStepRun(Run):
         if allowed and self.grad_scaler is None:
             raise GradientsChanged(f"{self.method.name} has to know the scaler: attach(..., grad_scaler=scaler)")
         for name, p in self.parameters.items():
-            if p.grad is None:
+            if p.grad is None or name not in self.method.index.position:
                 continue
             if name not in self._exchanged:
                 raise GradientsChanged(

@@ -124,6 +124,6 @@ class RunLog:
             parameters=parameters,
             steps=self._planned,
             resumed_at=begun_at,
-            per_machine=run.group.per_machine,
+            per_machine=run.per_machine,
         )
         return recorder

@@ -1,4 +1,4 @@
-"""Members of an outer run: how a rank starts with the others, catches up with them, and lets others catch up."""
+"""Members of an outer run: how a machine starts with the others, catches up with them, and lets others catch up."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 from commopt.errors import AttachError, GroupError
 from commopt.exchange.base import is_finite
-from commopt.groups.peers import PeerGroup, Progress, call_roll
+from commopt.groups.peers import Letter, PeerGroup, Progress, call_roll
 from commopt.run.agree import difference, digest, listed
 from commopt.run.files import pack, unpack
+from commopt.run.machine import load_localized, localized
 from commopt.run.run import broadcast_
 from commopt.wire.payload import Payload
 
@@ -24,15 +25,16 @@ _log = logging.getLogger(__name__)
 
 
 class Members:
-    """Everything between one rank and the others but the rounds, for an `OuterRun`.
+    """Everything between one rank and its peers but the rounds, for an `OuterRun`. All ranks of a machine make the same calls.
 
     stateful: what else a rank takes over with the training, by name: anything with state_dict and load_state_dict.
     """
 
     def __init__(self, training: OuterRun) -> None:
-        self._training, self._peers = training, training.peers
+        self._training, self._peers, self._machine = training, training.peers, training.machine
         self.stateful: dict[str, Any] = {}
         self._asked = 0
+        self._asks: dict[int, Letter] = {}  # peers that want this rank's state
         self._schedule: dict[str, Any] | None = None  # taken over inside a step, for the next one on
         self._was_up = set(training.peers.others)
 
@@ -45,7 +47,8 @@ class Members:
             if self.catch_up(in_step=False):
                 return
             missing = [peer for peer in peers.others if not peers.is_up(peer)]
-            if (not missing and not must_catch_up) or peers.seconds >= end_s:
+            is_complete, has_time = self._machine.every(not missing, peers.seconds < end_s)
+            if (is_complete and not must_catch_up) or not has_time:
                 break
             peers.sleep(0.05)
         if must_catch_up:
@@ -63,13 +66,13 @@ class Members:
         donors: peers to ask, the most advanced first; all that train if None.
         """
         training, peers, begun_s = self._training, self._peers, self._peers.seconds
-        asked = [peer for peer in peers.others if self._progress(peer).is_training] if donors is None else list(donors)
-        for donor in sorted(asked, key=lambda peer: (-self._progress(peer).step, peer)):
-            payload = self._ask(donor, tensors=tensors)
-            if payload is None:
+        steps = self._steps()
+        asked = [peer for peer in peers.others if steps[peer] >= 0] if donors is None else list(donors)
+        for donor in sorted(asked, key=lambda peer: (-steps[peer], peer)):
+            stored = self._ask(donor, tensors=tensors)
+            if stored is None:
                 continue
             before = training.steps
-            stored = unpack(payload.tensors[0])
             theirs = json.loads(stored["configuration"])
             if digest(theirs) != digest(training.configuration):
                 raise AttachError(difference({donor: theirs, peers.rank: training.configuration}))
@@ -86,17 +89,25 @@ class Members:
         training.waited_s += peers.seconds - begun_s if in_step else 0.0
         return donor is not None
 
-    def _ask(self, donor: int, *, tensors: bool) -> Payload | None:
-        """A peer's state; None if it stops training, or after a timeout: timeout_s without tensors, at least 60 s with them."""
-        peers, self._asked = self._peers, self._asked + 1
+    def _ask(self, donor: int, *, tensors: bool) -> dict[str, Any] | None:
+        """A peer's state, of which each rank of the machine has fetched a part; None if any of them got no answer.
+
+        A donor may stop training, or take too long: timeout_s without tensors, at least 60 s with them.
+        """
+        peers, machine, self._asked = self._peers, self._machine, self._asked + 1
         peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
         timeout_s = self._training.method.timeout_s
         end_s = peers.seconds + (max(60.0, 3 * timeout_s) if tensors else timeout_s)
-        while self._progress(donor).is_training and peers.seconds < end_s:
+        letter = None
+        while letter is None and self._progress(donor).is_training and peers.seconds < end_s:
             letter = peers.receive(donor, "state", self._asked, 1.0)
-            if letter is not None:
-                return letter.payload
-        return None
+        answers = machine.told(*((-1, 0) if letter is None else letter.payload.tensors[0].tolist()))
+        step, nbytes = answers[0]
+        if letter is None or step < 0 or any(answer[0] != step for answer in answers):
+            return None
+        _, part, own = letter.payload.tensors
+        state = part if part.numel() == nbytes else machine.whole(part, nbytes)
+        return {**unpack(own), **(unpack(state) if tensors else {})}
 
     def before_step(self) -> None:
         """Load a schedule that was taken over in the last step, and answer peers that asked for this rank's state.
@@ -105,24 +116,37 @@ class Members:
         background.
         """
         self._settle()
-        training = self._training
-        for peer, letter in self._peers.drain("ask"):
-            if not is_finite(training.flat()):
-                continue  # it has nothing to give, and will soon have to ask
-            stateful = {key: value.state_dict() for key, value in self.stateful.items()}
-            groups = [{k: x for k, x in group.items() if k != "params"} for group in training.optimizer.param_groups]
-            stored: dict[str, Any] = {"steps": training.steps, "stateful": stateful, "groups": groups}
-            stored["configuration"] = json.dumps(training.configuration)
-            if bool(letter.payload.tensors[0][0]):
-                stored |= {
-                    "model": {key: x.detach().cpu() for key, x in training.model.state_dict().items()},
-                    "optimizer": training.optimizer.state_dict(),
-                    "method": training.method.tensors(),
-                }
-            packed = pack(stored)
-            self._peers.send(peer, "state", letter.sequence, Payload.of(packed), expires_s=120.0)
-            fields = {"rank": peer, "step": training.steps, "nbytes": packed.numel()}
-            training.events.append(("helped to catch up", fields))
+        training, machine = self._training, self._machine
+        self._asks |= dict(self._peers.drain("ask"))
+        if not self._asks and machine.ranks.size == 1:
+            return
+        asked = [self._asks[peer].sequence if peer in self._asks else 0 for peer in range(self._peers.size)]
+        told = machine.told(*asked)
+        due = [peer for peer, n in enumerate(asked) if n and all(one[peer] == n for one in told)]
+        # one that is not finite has nothing to give, and will soon have to ask
+        has_state = bool(due) and machine.every(is_finite(training.flat()))[0]
+        for peer in due:
+            letter = self._asks.pop(peer)
+            if has_state:
+                self._answer(peer, letter)
+
+    def _answer(self, peer: int, letter: Letter) -> None:
+        """Send what this rank has; of what all copies in its machine have, a part."""
+        training, machine = self._training, self._machine
+        stateful = {key: value.state_dict() for key, value in self.stateful.items()}
+        groups = [{k: x for k, x in group.items() if k != "params"} for group in training.optimizer.param_groups]
+        own: dict[str, Any] = {"steps": training.steps, "stateful": stateful, "groups": groups}
+        own["configuration"] = json.dumps(training.configuration)
+        part, nbytes = torch.empty(0, dtype=torch.uint8), 0
+        if bool(letter.payload.tensors[0][0]):
+            own["method"] = training.method.tensors()
+            states = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+            state = pack(localized(states))
+            part, nbytes = machine.part(state) if machine.are_alike(state) else state, state.numel()
+        payload = Payload.of(torch.tensor([training.steps, nbytes]), part, pack(own))
+        self._peers.send(peer, "state", letter.sequence, payload, expires_s=120.0)
+        fields = {"rank": peer, "step": training.steps, "nbytes": payload.nbytes}
+        training.events.append(("helped to catch up", fields))
 
     def follow(self) -> bool:
         """Skip steps to catch up with the others if this rank fell far behind; whether it did.
@@ -132,8 +156,9 @@ class Members:
         """
         training, method = self._training, self._training.method
         limit = method.max_lag * method.every
-        active = [peer for peer in self._peers.others if self._progress(peer).is_training]
-        ahead = [peer for peer in active if self._progress(peer).step - training.steps >= limit]
+        steps = self._steps()
+        active = [peer for peer in self._peers.others if steps[peer] >= 0]
+        ahead = [peer for peer in active if steps[peer] - training.steps >= limit]
         if not ahead:
             return False
         training.end_rounds()
@@ -166,8 +191,7 @@ class Members:
         training = self._training
         if "model" in stored:
             training.forget_rounds()
-            training.model.load_state_dict(stored["model"])
-            training.optimizer.load_state_dict(stored["optimizer"])
+            load_localized(training.model, training.optimizer, stored)
             training.method.begin(training.flat())
             for key, x in training.method.tensors().items():
                 x.copy_(stored["method"][key])
@@ -188,7 +212,10 @@ class Members:
 
     def _start_together(self, wait_s: float) -> None:
         """Start all members with the parameters and buffers of the lowest rank, except if a job resumes, whose replicas differ."""
-        training, peers = self._training, self._peers
+        training, peers, machine = self._training, self._peers, self._machine
+        tensors = (*training.model.parameters(), *training.model.buffers())
+        if training.averages and training.steps == 0:
+            broadcast_(tensors, machine.ranks.broadcast, "cpu")
         if peers.size > 1:
             words = torch.frombuffer(bytearray(digest(training.configuration)), dtype=torch.int64)
             card = torch.cat([torch.tensor([training.steps]), words])
@@ -197,14 +224,15 @@ class Members:
                 group = PeerGroup(peers, roll.members, "differ", 0, max(wait_s, 60.0))
                 every = [json.loads(text) for text in group.tell(json.dumps(training.configuration))]
                 raise AttachError(difference(dict(zip(group.members, every, strict=True))))
-            steps = [int(roll.cards[rank][0]) for rank in roll.members]
-            if training.steps < max(steps):
-                self._catch_up_at_start(max(steps), wait_s)
+            told = machine.told(max(int(roll.cards[rank][0]) for rank in roll.members), int(len(roll.members) > 1))
+            furthest = max(step for step, _ in told)
+            if training.steps < furthest:
+                self._catch_up_at_start(furthest, wait_s)
                 return
-            if len(roll.members) > 1 and max(steps) == 0:
+            if furthest == 0 and all(has_others for _, has_others in told):
                 try:
                     group = PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0))
-                    broadcast_((*training.model.parameters(), *training.model.buffers()), group.broadcast, "cpu")
+                    machine.exchange_(tensors, group.broadcast)
                 except GroupError as error:
                     _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
         if training.steps == 0:
@@ -213,11 +241,17 @@ class Members:
     def _catch_up_at_start(self, step: int, wait_s: float) -> None:
         peers, end_s = self._peers, self._peers.seconds + max(wait_s, 60.0)
         while not self.catch_up(in_step=False):
-            if peers.seconds >= end_s:
+            if not self._machine.every(peers.seconds < end_s)[0]:
                 raise GroupError(
                     f"rank {peers.rank} resumes at step {self._training.steps}, others said {step}, and none of those trains"
                 )
             peers.sleep(0.1)
+
+    def _steps(self) -> list[int]:
+        """The steps of all peers, as the machine's first rank knows them; -1 for those that do not train as some rank sees it."""
+        known = [self._progress(peer) for peer in range(self._peers.size)]
+        told = self._machine.told(*(one.step if one.is_training else -1 for one in known))
+        return [steps[0] if min(steps) >= 0 else -1 for steps in zip(*told, strict=True)]
 
     def _progress(self, peer: int) -> Progress:
         return self._peers.progress(peer) or Progress(0, False)

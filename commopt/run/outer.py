@@ -1,9 +1,10 @@
-"""An outer method in a training script: its rounds follow the optimizer's steps, and ranks may leave and rejoin."""
+"""An outer method in a training script: its rounds follow the optimizer's steps, and machines may leave and rejoin."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from commopt.errors import AttachError, GroupError
+from commopt.errors import AttachError, CheckpointError, GroupError
 from commopt.exchange.base import is_finite
+from commopt.exchange.two_level import own_share, put_together
 from commopt.gossip.loop import Exchanged, OuterMethod, Round
-from commopt.gossip.spread import Spread
-from commopt.groups import LocalGroup
+from commopt.gossip.spread import Spread, spread_of
+from commopt.groups import Traffic
 from commopt.groups.peers import PeerGroup, Peers, call_roll
 from commopt.run.checks import Checked, refuse_ddp
+from commopt.run.machine import Machine
 from commopt.run.members import Members
+from commopt.run.reshare import recut, stretches_of
 from commopt.run.run import HasState, RoundReport, Run
+from commopt.wire.bucket import Bucket
+from commopt.wire.shards import local
 from commopt.wire.state import Saved
 
 _log = logging.getLogger(__name__)
@@ -36,40 +42,69 @@ class _Pending:
 
 
 class OuterRun(Run):
-    """A run of an outer method; its ranks may leave and rejoin.
+    """A run of an outer method. A machine is a replica, which may leave and rejoin; it may have one rank, or several.
+
+    Each rank exchanges its share with the ranks of its number on the other machines, its peers. Whether a round counts, which
+    machine to catch up from and when, a machine's ranks decide together.
 
     waited_s: seconds that this rank has waited for rounds. spread: the last estimate of the replicas' distance from their mean.
+    averages: whether gradients have to be averaged inside the machine, which no framework does. stretches: (P, 2) i64: where in each
+        parameter this rank's share begins, and its elements.
     """
 
     method: OuterMethod
 
-    def __init__(self, model: Module, checked: Checked, peers: Peers) -> None:
+    def __init__(
+        self, model: Module, checked: Checked, peers: Peers, machine: Machine | None = None, averages: bool = False
+    ) -> None:
         super().__init__(model, checked.method, checked.optimizer)
-        method = self.method
+        method, machine = self.method, machine or Machine()
         self.peers, self.max_norm, self.configuration = peers, checked.request.max_norm, checked.configuration
-        self.group = LocalGroup()  # nothing here needs all ranks at once
-        self.group.traffic = peers.traffic
+        self.machine, self.averages = machine, averages
+        self.group = machine.ranks  # nothing here needs all ranks of the job at once
+        peers.traffic.ranks = range(self.group.rank, self.ranks, self.group.size)
         self.spread: float | None = None
         self._is_off = self._has_joined = False
         self._pending: list[_Pending] = []
         self._members = Members(self)
         peers.traffic.method = method.name
-        named: list[tuple[str, Tensor]] = [*self.parameters.items()]
+        named = [*self.parameters.items()]
         named += [(f"{name}:{key}", p) for key in method.averaged_state for name, p in self.parameters.items()]
-        method.bind(named, peers)
+        self.numels = {name: p.numel() for name, p in named}
+        held = [(name, local(p)) for name, p in named]
+        method.bind(held, peers, numels=list(self.numels.values()), copies=(machine.copies.rank, machine.copies.size))
+        index = method.cut_out.whole
+        nothing = torch.empty(1).expand(index.total)
+        self._form = Bucket(nothing, index.names, tuple(index.offsets[:-1].tolist()))
+        starts = stretches_of(p for _, p in named)[:, 0] + torch.from_numpy(method.cut_out.starts)
+        self.stretches = torch.stack([starts, torch.tensor(method.index.numels)], 1)
+        self.is_sharded = any(hasattr(p, "to_local") for p in self.parameters.values())
         self._sketch = Spread(method.index.total, peers.rank)
-        self._until_first_step = refuse_ddp(model, method.name)
+        is_alone = machine.ranks.size == 1 or averages  # else DDP may be around the model
+        self._until_first_step = refuse_ddp(model, method.name) if is_alone else []
         self._attached(*self._until_first_step)
 
     # -- the training script's side
 
     @property
     def rank(self) -> int:
-        return self.peers.rank
+        return self.peers.rank * self.group.size + self.group.rank
 
     @property
     def ranks(self) -> int:
-        return self.peers.size
+        return self.peers.size * self.group.size
+
+    @property
+    def per_machine(self) -> int:
+        return self.group.size
+
+    @property
+    def replica(self) -> int:
+        return self.peers.rank
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.peers.traffic
 
     def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
         self._members.stateful, self._has_joined = stateful, True
@@ -119,30 +154,39 @@ class OuterRun(Run):
     def saved(self) -> Saved:
         """The method's state, and the rounds under way, which are waited for."""
         saved = self.method.saved()
-        local = {**saved["shared"], **saved["rank"]}
+        own = {**saved["shared"], **saved["rank"], "stretches": self.stretches}
         for k, pending in enumerate(self._pending):
             exchanged, _ = pending.wait()
             when = [pending.round.number, pending.round.fragment, pending.begun_at, int(exchanged.is_missed)]
-            local[f"round {k}"] = torch.tensor([*when, *exchanged.members])
-            local[f"round {k} x"] = pending.x
-            local |= {f"round {k} value {key}": x for key, x in exchanged.values.items()}
-        return {"shared": {}, "rank": local}
+            own[f"round {k}"] = torch.tensor([*when, *exchanged.members])
+            own[f"round {k} x"] = pending.x
+            own |= {f"round {k} value {key}": x for key, x in exchanged.values.items()}
+        return {"shared": {}, "rank": own}
 
     def check_saved(self, saved: Saved) -> None:
         self.method.check_saved({"shared": saved["rank"], "rank": saved["rank"]})
 
     def load_saved(self, saved: Saved) -> None:
-        local = saved["rank"]
-        self.method.load({"shared": local, "rank": local})
+        own = saved["rank"]
+        self.method.load({"shared": own, "rank": own})
         self._pending = []
-        while (key := f"round {len(self._pending)}") in local:
-            number, fragment, begun_at, is_missed, *members = local[key].tolist()
+        while (key := f"round {len(self._pending)}") in own:
+            number, fragment, begun_at, is_missed, *members = own[key].tolist()
             prefix = f"{key} value "
-            values = {name.removeprefix(prefix): x.clone() for name, x in local.items() if name.startswith(prefix)}
+            values = {name.removeprefix(prefix): x.clone() for name, x in own.items() if name.startswith(prefix)}
             exchanged = Exchanged(tuple(members), bool(is_missed), values)
             round = Round(number, self.method.fragment_parts[fragment], fragment)
-            x, sent = local[f"{key} x"].clone(), self.peers.traffic.payload_bytes
+            x, sent = own[f"{key} x"].clone(), self.peers.traffic.payload_bytes
             self._pending.append(_Pending(round, x, begun_at, _known(exchanged), 0.0, sent))
+
+    def resize_saved(self, every: Sequence[Saved], per_machine: int) -> None:
+        if any(key.startswith("round ") for key in every[0]["rank"]):
+            raise CheckpointError(
+                f"{self.method.name}: this was saved while a round was under way, which continues only on machines of {len(every)} "
+                "ranks; save right after a round was applied"
+            )
+        own = recut(self.method, [saved["rank"] for saved in every], self.numels, self.stretches)
+        self.method.load({"shared": own, "rank": own})
 
     # -- rounds
 
@@ -150,6 +194,8 @@ class OuterRun(Run):
         super()._before_step(optimizer, args, kwargs)
         if self._has_joined and not self._is_off:
             self._members.before_step()
+        if self.averages:
+            self._average_gradients()
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
         self.method.before_step(self.optimizer)
@@ -179,11 +225,11 @@ class OuterRun(Run):
         begun_s = self.peers.seconds
         flat = self.flat()
         x = flat[round.part].clone()
-        if not is_finite(x):
+        if not self.machine.every(is_finite(x))[0]:
             self._members.recover()
             return
         if self._sketch.is_due(self.steps):
-            self.spread = self._sketch.exchange(self.peers, flat, self.steps)
+            self.spread = spread_of(self.machine.total(self._sketch.exchange(self.peers, flat, self.steps)))
 
         def job() -> tuple[Exchanged, float]:
             exchanged = self.method.exchange(x, round)
@@ -198,9 +244,11 @@ class OuterRun(Run):
     def _end_round(self, pending: _Pending) -> None:
         begun_s = self.peers.seconds
         exchanged, exchange_s = pending.wait()
+        if not self._are_agreed(exchanged.members):
+            exchanged = dataclasses.replace(self.method.alone(pending.x, pending.round, exchanged), is_missed=True)
         with torch.no_grad():
             new = self.method.apply(pending.x, pending.round, exchanged)
-            if new is not pending.x:
+            if new is not pending.x or self.group.size > 1:  # which is then a call of all ranks
                 flat = self.flat()
                 if self.steps == pending.begun_at:
                     flat[pending.round.part] = new
@@ -214,19 +262,32 @@ class OuterRun(Run):
         self.reports.append(RoundReport(self.steps, round, members, missed, blocked_s, exchange_s, nbytes, self.spread))
 
     def flat(self) -> Tensor:
-        """(elements,) f32 on the CPU: the parameters in registration order, and the inner optimizer's state that is averaged too."""
-        return torch.cat([x.reshape(-1).to("cpu", torch.float32) for x in self._averaged()])
+        """(elements,) f32 on the CPU: this rank's share of the parameters in registration order, and of the inner optimizer's state
+        that is averaged too."""
+        everything = torch.cat([x.reshape(-1).to("cpu", torch.float32) for x in self.averaged()])
+        if self.machine.copies.size == 1:
+            return everything
+        return own_share(self._form.with_flat(everything), self.method.cut_out).flat
 
     def set_flat(self, flat: Tensor) -> None:
-        """Overwrite parameters and averaged state by a tensor of the form of `flat`."""
-        targets = self._averaged()
+        """Overwrite parameters and averaged state by tensors of the form of `flat`, of all copies."""
+        own, copies = self._form.with_flat(flat), self.machine.copies
+        if copies.size > 1:
+            own = put_together(own, self._form, self.method.cut_out, copies)
         with torch.no_grad():
-            for target, x in zip(targets, torch.split(flat, [t.numel() for t in targets]), strict=True):
+            for target, (_, x) in zip(self.averaged(), own.views(), strict=True):
                 target.copy_(x.view_as(target))
 
-    def _averaged(self) -> list[Tensor]:
+    def _average_gradients(self) -> None:
+        """Replace each gradient that a rank of the machine has by the mean over its ranks."""
+        is_unused = self.machine.every(*(p.grad is None for p in self.parameters.values()))
+        for p in [p for p, is_none in zip(self.parameters.values(), is_unused, strict=True) if not is_none]:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = grad.copy_(self.machine.total(grad.detach().cpu()) / self.group.size)
+
+    def averaged(self) -> list[Tensor]:
         states = [self._state(p, key) for key in self.method.averaged_state for p in self.parameters.values()]
-        return [*(p.detach() for p in self.parameters.values()), *states]
+        return [local(x) for x in (*self.parameters.values(), *states)]
 
     def _state(self, p: Tensor, key: str) -> Tensor:
         state = self.optimizer.state.get(p, {})
@@ -238,6 +299,10 @@ class OuterRun(Run):
                 f"average_state: {type(self.optimizer).__name__} has no {key!r} for each parameter; it has {', '.join(known) or 'none'}"
             )
         return known[key]
+
+    def _are_agreed(self, members: Sequence[int]) -> bool:
+        """Whether the ranks of this machine have exchanged with the same machines."""
+        return self.machine.is_agreed(*(int(one in members) for one in range(self.peers.size)))
 
     def end_rounds(self) -> None:
         """Wait for the rounds under way, and apply them."""
@@ -251,22 +316,22 @@ class OuterRun(Run):
 
     def _average_once(self) -> None:
         timeout_s, flat = self.method.timeout_s, self.flat()
-        has_diverged = not is_finite(flat)
+        has_diverged, ranks = not self.machine.every(is_finite(flat))[0], list[int]()
         if has_diverged:
             self.events.append(("parameters not finite", {"step": self.steps}))
         try:
             card = torch.tensor([self.steps, int(has_diverged)])  # a diverged rank answers too: others may wait for it
             roll = call_roll(self.peers, "final", 0, card, timeout_s)
             ranks = [rank for rank in roll.members if not roll.cards[rank][1]]
-            if has_diverged:
-                return
-            if len(ranks) > 1:
-                group = PeerGroup(self.peers, ranks, "final", 0, timeout_s)
-                group.all_reduce(flat)
-                self.set_flat(flat.div_(group.size))
-            self.events.append(("final average", {"ranks": ranks, "step": self.steps}))
+            if not has_diverged:
+                PeerGroup(self.peers, ranks, "final", 0, timeout_s).all_reduce(flat)
         except GroupError as error:
-            _log.warning("rank %d ends without the final average: %s", self.peers.rank, error)
+            ranks = []
+            _log.warning("rank %d ends without the final average: %s", self.rank, error)
+        if self._are_agreed(ranks) and ranks and not has_diverged:
+            if len(ranks) > 1:
+                self.set_flat(flat.div_(len(ranks)))
+            self.events.append(("final average", {"ranks": ranks, "step": self.steps}))
 
 
 def _known(exchanged: Exchanged) -> Callable[[], tuple[Exchanged, float]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from commopt.errors import CheckpointError
 from commopt.groups import LocalGroup
-from commopt.method import EveryStep
+from commopt.method import EveryStep, Method
 from commopt.wire.bucket import ParameterIndex, Share
+from commopt.wire.shards import local, shard_start
 from commopt.wire.state import Held, Saved
 
 if TYPE_CHECKING:
@@ -97,3 +99,67 @@ def _cut(whole: EveryStep, layouts: Sequence[Layouts], number: int, own: Saved) 
             x = torch.cat(stretches)
         saved[held_as.get(key, "rank")][key] = x
     return saved
+
+
+def recut(
+    method: Method, every: Sequence[Mapping[str, Tensor]], numels: Mapping[str, int], stretches: Tensor
+) -> dict[str, Tensor]:
+    """This rank's part of the method's state, from those of ranks that had other parts of one replica: put together, and cut anew.
+
+    numels: the elements of whole parameters. stretches: (P, 2) where this rank's part of each begins, and its elements; `every` has theirs.
+    What is no state of elements, and differed between them, keeps its value. Raises CheckpointError for a state that lies otherwise.
+    """
+    layouts, saved = method.layouts(), method.saved()
+    found = {**saved["shared"], **saved["rank"]}
+    for key, target in found.items():
+        sources = [own[key] for own in every if key in own]
+        if key in layouts and layouts[key].total == int(stretches[:, 1].sum()):
+            x = found[key] = torch.empty_like(target)
+            for k, (name, numel) in enumerate(numels.items()):
+                whole = torch.zeros(numel, dtype=target.dtype)
+                for own, source in zip(every, sources, strict=True):
+                    before, (start, n) = int(own["stretches"][:k, 1].sum()), own["stretches"][k].tolist()
+                    whole[start : start + n] = source[before : before + n]
+                start, n = stretches[k].tolist()
+                layouts[key].view(x, name).copy_(whole[start : start + n])
+        elif sources and all(torch.equal(one, sources[0]) for one in sources):
+            found[key] = sources[0]
+        elif key in layouts:
+            raise CheckpointError(f"{key}: this state continues only on as many ranks in each replica")
+    return found
+
+
+def stretches_of(tensors: Iterable[Tensor]) -> Tensor:
+    """(P, 2) i64: where in each parameter this rank's shard begins, and its elements."""
+    return torch.tensor([[shard_start(x), local(x).numel()] for x in tensors])
+
+
+def recut_training(run: Run, every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """This rank's shards of the states of model and optimizer, of which each of `every` rank had others.
+
+    Raises CheckpointError for parameters that are not sharded by rows.
+    """
+
+    def cut(x: Any, parts: Sequence[Any]) -> Any:
+        if (
+            not isinstance(parts[0], Tensor)
+            or not parts[0].dim()
+            or parts[0].dim() != x.dim()
+            or parts[0].shape == local(x).shape
+        ):
+            return parts[0]
+        start, own = shard_start(x), local(x)
+        if start < 0:
+            raise CheckpointError("parameters that are not sharded by rows continue only on as many ranks")
+        whole = torch.cat([part.flatten() for part in parts])[: x.numel()]  # several replicas have it several times
+        return whole[start : start + own.numel()].view(own.shape)
+
+    model, optimizer = every[0]["model"], every[0]["optimizer"]
+    own = run.model.state_dict()
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    state = {
+        k: {key: cut(parameters[int(k)], [one["optimizer"]["state"][k][key] for one in every]) for key in one}
+        for k, one in optimizer["state"].items()
+    }
+    cut_model = {key: cut(own[key], [one["model"][key] for one in every]) for key in model}
+    return {"model": cut_model, "optimizer": {**optimizer, "state": state}}

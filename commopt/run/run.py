@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing_extensions import Self
 from commopt.errors import AttachError
 from commopt.groups import Group, Traffic
 from commopt.method import Method
-from commopt.run import checkpoint
+from commopt.run import checkpoint, reshare
 from commopt.run.checks import ATTACHED, ATTACHING, check_parameters
 from commopt.run.log import RunLog
 from commopt.wire.state import Saved
@@ -115,6 +115,11 @@ class Run(ABC):
     def ranks(self) -> int:
         """How many ranks the job has."""
         return self.group.size
+
+    @property
+    def per_machine(self) -> int:
+        """How many ranks share out what their machine exchanges."""
+        return self.group.per_machine
 
     @property
     def traffic(self) -> Traffic:
@@ -239,7 +244,19 @@ class Run(ABC):
         """What a checkpoint must hold of the optimizer."""
         return self.optimizer.state_dict()
 
-    is_replica = False  # whether this rank's model is its own, and is saved by itself
+    is_replica = False  # whether this machine's model is its own, and is saved by itself
+    is_sharded = False  # whether each rank has shards of the model and of all state
+
+    @property
+    def savers(self) -> Group:
+        """The ranks that write one checkpoint together."""
+        return self.group
+
+    @property
+    def replica(self) -> int:
+        """The number of this rank's model among those that differ."""
+        return self.rank
+
     saved_by = ""  # what writes checkpoints instead of `save`, if anything does
 
     def quiet(self) -> None:
@@ -257,6 +274,10 @@ class Run(ABC):
     def load_saved(self, saved: Saved) -> None:
         """Continue bit for bit from what this rank saved."""
         self.method.load(saved)
+
+    def resize_saved(self, every: Sequence[Saved], per_machine: int) -> None:
+        """Continue from what all ranks of another world saved, machine after machine, of so many ranks each."""
+        reshare.resize(self, every, per_machine)
 
     def bucket_layout(self) -> list[list[str]]:
         """The parameters of each bucket that was exchanged last, for a checkpoint; empty if it never changes."""

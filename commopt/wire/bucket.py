@@ -260,28 +260,24 @@ class BlockTable:
             for name, n in zip(index.names, index.numels, strict=True)
         ]
         counts = np.asarray([len(lengths) for lengths in lengths_of])
-        lengths = np.concatenate([*lengths_of, np.zeros(0, np.int64)]).astype(np.int64)
-        parameters = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
-        offsets = np.concatenate([*(np.cumsum(one) - one for one in lengths_of), np.zeros(0, np.int64)]).astype(
-            np.int64
-        )
+        none = np.zeros(0, np.int64)
+        lengths = np.concatenate([*lengths_of, none])
+        parameters = np.repeat(np.arange(len(counts)), counts)
+        offsets = np.concatenate([*(np.cumsum(one) - one for one in lengths_of), none])
         number = np.arange(len(lengths), dtype=np.int64)
         if shared_scale:
             first = np.repeat(np.cumsum(counts) - counts, counts)
             return cls(index, ranks, offsets, lengths, parameters, parameters, number - first)
         return cls(index, ranks, offsets, lengths, parameters, number, number % ranks)
 
-    def of_share(self, share: Share) -> BlockTable:
+    def of_share(self, share: Share | None) -> BlockTable:
         """The blocks of one rank's share of the model, where they lie in it; owners and random keys are those of the whole."""
+        if share is None:
+            return self
         offsets = self.offsets - share.starts[self.parameters]
         own = np.flatnonzero((offsets >= 0) & (offsets < np.asarray(share.index.numels)[self.parameters]))
         whole = (self.lengths, self.parameters, self.groups, self.owners, self.everything.homes, self._served_homes)
         return BlockTable(share.index, self.ranks, offsets[own], *(x[own] for x in whole))
-
-    @cached_property
-    def _blocks_of(self) -> list[Int64Array]:
-        edges = np.searchsorted(self.parameters, np.arange(len(self.index.names) + 1))
-        return [np.arange(a, b, dtype=np.int64) for a, b in itertools.pairwise(edges)]
 
     @cached_property
     def _served_homes(self) -> Int64Array:
@@ -300,7 +296,9 @@ class BlockTable:
 
     def served_by(self, rank: int) -> Blocks:
         """All blocks that `rank` serves: values and homes in its server residual, which lies in block order."""
-        own = np.flatnonzero(self.owners == rank)
+        return self._served(np.flatnonzero(self.owners == rank))
+
+    def _served(self, own: Int64Array) -> Blocks:
         homes, places = self._served_homes[own], _only(self.served_places, own)
         return Blocks(homes, homes, self.lengths[own], self.parameters[own], own, places=places)
 
@@ -313,10 +311,9 @@ class BlockTable:
         order = [self.index.position[name] for name in bucket.names]
         start_of = np.zeros(len(self.index.names), dtype=np.int64)
         start_of[order] = bucket.starts
-        own = np.concatenate([np.zeros(0, np.int64), *(self._blocks_of[k] for k in order)])
-        p, within, places = self.parameters[own], self.offsets[own], _only(self.places, own)
-        homes = self.index.offsets[p] + within
-        return own, Blocks(start_of[p] + within, homes, self.lengths[own], p, self.groups[own], places=places)
+        edges = np.searchsorted(self.parameters, np.arange(len(self.index.names) + 1))
+        own = np.concatenate([np.zeros(0, np.int64), *(np.arange(edges[k], edges[k + 1]) for k in order)])
+        return own, self.everything.only(own).having(starts=start_of[self.parameters[own]] + self.offsets[own])
 
     @once_per_layout
     def all_of(self, bucket: Bucket) -> Blocks:
@@ -330,11 +327,9 @@ class BlockTable:
         by_owner, served = [], []
         for rank in range(self.ranks):
             which = np.flatnonzero(self.owners[own] == rank)
-            mine, numbers = blocks.only(which), own[which]
+            mine = blocks.only(which)
             by_owner.append(mine)
-            local, places = np.cumsum(mine.lengths) - mine.lengths, _only(self.served_places, numbers)
-            homes = self._served_homes[numbers]
-            served.append(Blocks(local, homes, mine.lengths, mine.parameters, numbers, places=places))
+            served.append(self._served(own[which]).having(starts=np.cumsum(mine.lengths) - mine.lengths))
         return Parts(tuple(by_owner), tuple(served))
 
 

@@ -28,10 +28,8 @@ class Payload:
     @classmethod
     def allocate(cls, layout: Layout, device: torch.device | str = "cpu") -> Payload:
         """A payload whose contents are still to be written; the padding at its end is zero."""
-        nbytes = layout_bytes(layout)
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        if nbytes:
-            buffer[-min(8, nbytes) :] = 0
+        buffer = torch.empty(layout_bytes(layout), dtype=torch.uint8, device=device)
+        buffer[-8:] = 0
         return cls(buffer, layout)
 
     @classmethod
@@ -68,6 +66,12 @@ def layout_bytes(layout: Layout) -> int:
         raise ValueError(f"a payload lists its widest dtype first, got {[str(dtype) for dtype, _ in layout]}")
     nbytes = sum(dtype.itemsize * length for dtype, length in layout)
     return -(-nbytes // max(widths, default=1)) * max(widths, default=1)
+
+
+def gathered_bytes(layouts: Sequence[Layout]) -> int:
+    """Bytes that each rank contributes if payloads of these layouts are gathered: those of the largest, in whole words if they differ."""
+    sizes = {layout_bytes(layout) for layout in layouts}
+    return max(sizes) if len(sizes) == 1 else -(-max(sizes) // 8) * 8
 
 
 def cut(buffer: Tensor, layouts: Sequence[Layout]) -> list[Payload]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from commopt import attach, build
 from commopt.groups import Group
+from commopt.optim import Lion
 from commopt.wire.bucket import Bucket
 
 SHARDS = 2
@@ -86,7 +87,7 @@ def train(model: Any, optimizer: torch.optim.Optimizer, rank: int, steps: int, f
 
 def shards(model: nn.Module) -> Flats:
     """This rank's shard of every parameter, flat."""
-    from commopt.frameworks.fsdp_units import local
+    from commopt.wire.shards import local
 
     return {name: local(p).reshape(-1).clone() for name, p in model.named_parameters()}
 
@@ -130,11 +131,15 @@ def gradient(model: nn.Module, rank: int, step: int) -> Flats:
 def train_replica(group: Group, method: dict[str, Any], steps: int, momentum: float) -> nn.Module:
     """What FSDP's replica of two shards should do, on one process: a method for each shard, alone."""
     model = Uneven()
-    optimizer = sgd(model, momentum)
     methods: list[Any] = [build(method) for _ in range(SHARDS)]
+    parts_of: list[dict[str, nn.Parameter]] = []
     for shard, one in enumerate(methods):
-        cuts = ((name, p, cut(p, SHARDS, shard)) for name, p in model.named_parameters())
-        one.bind([(name, x.view(-1, *p.shape[1:])) for name, p, x in cuts if x.numel()], group)
+        cuts = ((name, p, cut(p.detach(), SHARDS, shard)) for name, p in model.named_parameters())
+        held = {name: nn.Parameter(x.view(-1, *p.shape[1:]).clone()) for name, p, x in cuts if x.numel()}
+        parts_of.append(held)
+        one.follow(optimizer_for(one, held.values()), held)
+        one.bind(list(held.items()), group)
+    optimizer = sgd(model, momentum)
     for step in range(steps):
         own, other = (gradient(model, SHARDS * group.rank + shard, step) for shard in range(SHARDS))
         averaged = []
@@ -142,12 +147,26 @@ def train_replica(group: Group, method: dict[str, Any], steps: int, momentum: fl
             parts = {name: cut((own[name] + other[name]) / 2, SHARDS, shard) for name in own}
             for names in UNITS.values():
                 bucket = Bucket.of([(name, parts[name]) for name in names if parts[name].numel()])
-                one.exchange(bucket, group)
+                (one.exchange_alone if one.is_local else one.exchange)(bucket, group)
                 one.receive(bucket)
                 one.exchanges[[one.index.position[name] for name in bucket.names]] += 1
                 parts |= dict(bucket.views())
             averaged.append(parts)
         for name, p in model.named_parameters():
             p.grad = torch.cat([parts[name] for parts in averaged]).view_as(p)
-        optimizer.step()
+        if methods[0].kind == "gradient":
+            optimizer.step()
+            continue
+        for one, held in zip(methods, parts_of, strict=True):
+            for p in held.values():
+                p.grad = p.detach()
+            one.step()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(torch.cat([held[name] for held in parts_of if name in held]).view_as(p))
     return model
+
+
+def optimizer_for(method: Any, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer that an update method can replace."""
+    return Lion(parameters, lr=0.003) if "Lion" in method.stands_for else torch.optim.AdamW(parameters, lr=0.003)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from level_rig import Net, gradient, start, train
+from level_rig import Net, gradient, machine, start, train
 from presets import Preset, sgd
 from rig import flat
 from torch import Tensor
@@ -18,17 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commopt
 from commopt.groups import SimWorld
-
-
-@contextmanager
-def machine(number: int) -> Iterator[None]:
-    """As torchrun says which machine this is."""
-    before = os.environ["GROUP_RANK"]
-    os.environ["GROUP_RANK"] = str(number)
-    try:
-        yield
-    finally:
-        os.environ["GROUP_RANK"] = before
 
 
 @pytest.mark.ranks("fsdp", 4)

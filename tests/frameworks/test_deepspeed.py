@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from deepspeed_rig import engine_run, log, make_engine, plain_run, train
 from framework_ranks import gathered
+from level_rig import machine
 from rig import flat, make_model
 from torch import Tensor
 
 from commopt.errors import AttachError, CheckpointError
 from commopt.groups import TorchGroup
+from commopt.methods import resolve
+from commopt.run.checks import connect
 
 STEPS = 6
 on_two_ranks = pytest.mark.ranks("deepspeed", 2)
@@ -51,14 +54,17 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "case",
     [pytest.param(case, marks=on_two_ranks) for case in CASES]
     + [
-        pytest.param(case, marks=pytest.mark.ranks("deepspeed", 4), id=f"{case} on 4 ranks")
+        pytest.param(case, marks=pytest.mark.ranks("deepspeed", 4), id=f"{case} on 2 machines of 2 ranks")
         for case in ("OneBitAdam", "OneBitLamb", "dgc")
     ],
 )
 def test_parameters_equal_those_of_the_plain_integration_bit_for_bit(case: str) -> None:
     own, method, options = CASES[case]
-    run = engine_run(own, STEPS)
-    assert torch.equal(run, plain_run(TorchGroup.like(), method, options, STEPS))
+    with machine(dist.get_rank() // 2 if dist.get_world_size() == 4 else 0):
+        run = engine_run(own, STEPS)
+        group = connect(method=resolve(method))
+    assert group.per_machine == dist.get_world_size() // 2
+    assert torch.equal(run, plain_run(group, method, options, STEPS))
     assert not torch.equal(run, flat(make_model()))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from fsdp_rig import (
     attached,
     batch,
     mesh_of,
+    optimizer_for,
     sgd,
     sharded,
     shards,
@@ -31,8 +32,9 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commopt
+from commopt import build
 from commopt.cluster.machine import free_ports
-from commopt.errors import CheckpointError, CommoptError, GradientsChanged
+from commopt.errors import CommoptError, GradientsChanged
 from commopt.groups import SimWorld, TorchGroup
 
 STEPS = 5
@@ -45,6 +47,11 @@ CASES: dict[str, dict[str, Any]] = {
     "qsgd": {"name": "qsgd"},
     "powersgd": {"name": "powersgd", "rank": 2},
     "fp16": {"name": "fp16"},
+}
+UPDATES: dict[str, dict[str, Any]] = {
+    "onebit_adam": {"name": "onebit_adam", "freeze_step": 2, "block_size": 64},
+    "zero_one_adam": {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": 2},
+    "distributed_lion": {"name": "distributed_lion"},
 }
 on_four_ranks = pytest.mark.ranks("fsdp", 4)
 
@@ -80,6 +87,39 @@ def test_a_method_between_replicas_is_the_method_on_each_shard(fsdp_ranks: Pool,
     assert_shards_of(expected, fsdp_ranks.run(4, work), 2)
 
 
+def train_update(case: str, folder: str = "") -> Any:
+    """Save after two steps, and train a new model on from there too."""
+    method, rank = UPDATES[case], dist.get_rank()
+    with attached(mesh_of(2, 2), method, lambda model: optimizer_for(build(method), model.parameters())) as (
+        model,
+        _,
+        run,
+    ):
+        train(model, run.optimizer, rank, 3)
+        run.save(folder)
+        train(model, run.optimizer, rank, STEPS - 3, 3)
+        found = shards(model)
+    with attached(mesh_of(2, 2), method, lambda model: optimizer_for(build(method), model.parameters())) as (
+        model,
+        _,
+        run,
+    ):
+        run.load(folder)
+        train(model, run.optimizer, rank, STEPS - 3, 3)
+        assert_equal(shards(model), found)
+    return found
+
+
+@pytest.mark.parametrize("case", UPDATES)
+def test_an_update_method_steps_each_shard_alone_and_goes_on_from_a_checkpoint(
+    fsdp_ranks: Pool, case: str, tmp_path: Path
+) -> None:
+    replicas = SimWorld[nn.Module](2).run(lambda group: train_replica(group, UPDATES[case], STEPS, 0.0))
+    found = fsdp_ranks.run(4, train_update, case, str(tmp_path / "saved"))
+    for expected, shards_of_replica in zip(replicas, (found[:2], found[2:]), strict=True):
+        assert_shards_of(expected, shards_of_replica, 2)
+
+
 HALF = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
 
 
@@ -94,7 +134,7 @@ def test_dense_is_what_fsdp_does_between_replicas(options: dict[str, Any], micro
     for is_ours in (True, False):
         model = sharded(mesh_of(2, 2), **options)
         optimizer = sgd(model)
-        run = commopt.attach(model, "dense", optimizer) if is_ours else None
+        run = commopt.attach(model, "dense", optimizer, max_norm=0.5) if is_ours else None
         for step in range(3):
             optimizer.zero_grad()
             for micro in range(3 if micro_batches else 1):
@@ -105,7 +145,8 @@ def test_dense_is_what_fsdp_does_between_replicas(options: dict[str, Any], micro
                     model.set_requires_all_reduce(is_last)
                 x, y = batch(dist.get_rank(), 10 * step + micro)
                 loss_of(model(x), y).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            if run is None:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
         results.append(shards(model))
         if run is not None:
@@ -164,23 +205,17 @@ def test_close_gives_the_exchange_back_to_fsdp(shape: tuple[int, ...], method: s
     ids=["replicas", "shards"],
 )
 @on_four_ranks
-def test_training_goes_on_from_a_saved_state_bit_for_bit(shape: tuple[int, ...], method: dict[str, Any]) -> None:
-    rank, ends = dist.get_rank(), []
-    kept: Any = None
-    weights: Flats = {}
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(
+    shape: tuple[int, ...], method: dict[str, Any], tmp_path: Path
+) -> None:
+    rank, ends, folder = dist.get_rank(), [], TorchGroup().tell(str(tmp_path / "saved"))[0]
     for is_resumed in (False, True):
         with attached(mesh_of(*shape), method, partial(sgd, momentum=0.0)) as (model, optimizer, run):
             if is_resumed:
-                with torch.no_grad():
-                    for name, p in model.named_parameters():
-                        p.copy_(weights[name])
-                run.method.load(kept)
+                run.load(folder)
             else:
                 train(model, optimizer, rank, 3)
-                kept = copy.deepcopy(run.method.saved())
-                weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-                with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
-                    run.save("nowhere")
+                run.save(folder)
             train(model, optimizer, rank, 3, first=3)
             ends.append(shards(model))
     assert_equal(*ends)
@@ -261,12 +296,13 @@ def test_a_parameter_that_is_not_used_gets_zeros() -> None:
 
 @on_four_ranks
 def test_a_rank_sends_what_its_shard_takes() -> None:
-    with attached(mesh_of(2, 2), "two_way(int8)") as (model, optimizer, run):
+    method = {"name": "two_way", "worker": {"compressor": "int8", "block_size": 32}}
+    with attached(mesh_of(2, 2), method) as (model, optimizer, run):
         before = run.traffic.payload_bytes
         train(model, optimizer, dist.get_rank(), 2)
         sent, elements = (run.traffic.payload_bytes - before) / 2, sum(x.numel() for x in shards(model).values())
     # half of the shard out, the other half's answer back; a scale a block
-    assert elements <= sent <= elements * 1.1 + 8 * 2 * 7
+    assert elements <= sent <= elements * 1.3 + 8 * 2 * 7
 
 
 @on_four_ranks

@@ -76,9 +76,9 @@ def on_a_compiled_model() -> None:
 
 CASES: dict[str, tuple[Attempt, str]] = {
     "only a part is sharded": (on_a_part, "first is sharded by FSDP2.*use fully_shard for the whole model"),
-    "update method": (lambda: attach("onebit_adam"), "it keeps an optimizer's state for whole parameters"),
-    "outer method": (lambda: attach("diloco"), "averages whole parameters every few steps"),
-    "max_norm": (lambda: attach("ef_sign", max_norm=1.0), "call torch.nn.utils.clip_grad_norm_"),
+    "LAMB": (lambda: attach("onebit_lamb"), "it needs norms of whole parameters"),
+    "outer method": (lambda: attach("diloco"), "FSDP2 shards over all ranks: there is one replica"),
+    "max_norm": (lambda: attach("onebit_adam", max_norm=1.0), "clips before the exchange.*use a gradient method"),
     "scaler": (lambda: attach("ef_sign", grad_scaler=torch.amp.GradScaler("cpu")), "train in bfloat16"),
     "overlap": (lambda: attach("ef_sign", overlap=False), "overlap=False with FSDP2.*leave overlap out"),
     "one scale": (lambda: attach("dice_sgd"), "one norm or scale for the whole model"),
@@ -155,7 +155,7 @@ def test_a_refusal_changes_nothing() -> None:
         optimizer = sgd(model)
         if is_tried:
             with pytest.raises(CommoptError):
-                commopt.attach(model, "ef_sign", optimizer, max_norm=1.0)
+                commopt.attach(model, "ef_sign", optimizer, overlap=False)
         train(model, optimizer, dist.get_rank(), 2)
         results.append(shards(model))
     assert_equal(*results)

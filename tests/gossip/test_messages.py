@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rig import normal
 from torch import Tensor
 
 from commopt.errors import ConfigError
@@ -33,17 +34,13 @@ def bound(given: Any, rank: int = 0, **options: Any) -> Message:
     return message
 
 
-def values(seed: int, n: int = TOTAL) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
-
-
 def residual(message: Message) -> Tensor:
     return message.state["residual"].clone()
 
 
 def test_without_a_compressor_a_message_is_the_tensor_itself() -> None:
     message = bound(None)
-    x = values(1)
+    x = normal(TOTAL, 1)
     assert torch.equal(message.unpack(message.pack(x, 0), 0), x)  # type: ignore[arg-type]
     assert message.pack(x, 0).nbytes == 4 * TOTAL
     assert message.state == {}
@@ -54,7 +51,7 @@ def test_without_a_compressor_a_message_is_the_tensor_itself() -> None:
 def test_what_was_sent_and_what_is_kept_make_up_what_was_given(form: Any) -> None:
     message, total, sent = bound(form), torch.zeros(TOTAL), torch.zeros(TOTAL)
     for sequence in range(10):
-        x = values(sequence)
+        x = normal(TOTAL, sequence)
         decoded = message.unpack(message.pack(x, sequence), sequence)
         assert decoded is not None
         total, sent = total + x, sent + decoded
@@ -66,7 +63,7 @@ def test_what_was_sent_and_what_is_kept_make_up_what_was_given(form: Any) -> Non
 def test_without_error_feedback_nothing_is_kept(form: Any) -> None:
     options = {**(form if isinstance(form, dict) else {"compressor": form}), "error_feedback": False}
     message = bound(options)
-    first, second = (message.pack(values(1), 0) for _ in range(2))
+    first, second = (message.pack(normal(TOTAL, 1), 0) for _ in range(2))
     assert torch.equal(first.buffer, second.buffer)
     assert message.state == {}
 
@@ -74,9 +71,9 @@ def test_without_error_feedback_nothing_is_kept(form: Any) -> None:
 @pytest.mark.parametrize("form", COMPRESSED, ids=str)
 def test_taking_a_message_back_restores_the_residual(form: Any) -> None:
     message = bound(form)
-    message.pack(values(1), 0)
+    message.pack(normal(TOTAL, 1), 0)
     before = residual(message)
-    x = values(2)
+    x = normal(TOTAL, 2)
     payload = message.pack(x, 1)
     assert not torch.allclose(residual(message), before)
     message.take_back(x, payload, 1)
@@ -87,7 +84,7 @@ def test_taking_a_message_back_restores_the_residual(form: Any) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_message_that_is_not_finite_is_refused(form: Any, bad: float) -> None:
     message = bound(form)
-    x = values(1)
+    x = normal(TOTAL, 1)
     x[500] = bad
     before = residual(message) if form is not None else torch.zeros(0)
     payload = message.pack(x, 0)
@@ -103,9 +100,9 @@ def test_a_message_of_another_form_or_size_is_refused(form: Any, other: Any) -> 
     """From a rank that was started with other options, or another model."""
     message, sender, smaller = bound(form), bound(other), Message(other)
     smaller.bind(ParameterIndex(("x",), (900,)), 0)
-    assert message.unpack(smaller.pack(values(1, 900), 0), 0) is None
+    assert message.unpack(smaller.pack(normal(900, 1), 0), 0) is None
     if str(form) != str(other):
-        assert message.unpack(sender.pack(values(1), 0), 0) is None
+        assert message.unpack(sender.pack(normal(TOTAL, 1), 0), 0) is None
     assert message.unpack(Payload.of(), 0) is None
     assert message.unpack(Payload.of(torch.zeros(TOTAL, dtype=torch.uint8)), 0) is None
     assert message.unpack(Payload.of(torch.tensor([-1], dtype=torch.int32)), 0) is None
@@ -114,7 +111,7 @@ def test_a_message_of_another_form_or_size_is_refused(form: Any, other: Any) -> 
 @given(st.integers(0, 2**31 - 1), st.sampled_from(COMPRESSED), st.integers(0, 50))
 def test_what_one_rank_packs_another_unpacks_alike(seed: int, form: Any, sequence: int) -> None:
     sender, receiver = bound(form, rank=0), bound(form, rank=1)
-    payload = sender.pack(values(seed), sequence)
+    payload = sender.pack(normal(TOTAL, seed), sequence)
     mine, theirs = sender.unpack(payload, sequence), receiver.unpack(payload, sequence)
     assert mine is not None
     assert theirs is not None

@@ -137,7 +137,7 @@ def test_traffic_is_counted_by_the_schedule_of_each_collective(run: Run, n: int)
         def sent(operation: str, nbytes: int, root: int = 0, rank: int = rank) -> float:
             return sum(schedule(operation, nbytes, rank, n, root=root).values())
 
-        lengths, own = 2 * 8, 4 * rank
+        lengths, own = 2 * 8, -(-4 * (n - 1) // 8) * 8  # of the largest, in whole words
         expected = {
             "all_reduce": sent("all_reduce", 28),
             "all_gather": sent("all_gather", 12) + sent("all_gather", lengths) + sent("all_gather", own),

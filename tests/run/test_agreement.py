@@ -164,7 +164,7 @@ def test_ddp_is_attached_on_all_ranks_or_none(pool: Pool) -> None:
         "attach to the DDP model first, then compile",
         *["Group of 1 ranks: it has other ranks than DDP's own process group"] * 2,
         "an optimizer with parameters that are not this model's",
-        "noloco on a DistributedDataParallel model: DDP averages gradients in every step",
+        "noloco on a DistributedDataParallel model: DDP averages gradients among all ranks in every step",
         "overlap=True with max_norm: it needs the gradients of all buckets at once; leave overlap out",
         "a DDP model with a communication hook: DDP takes only one",
     ]

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commopt import attach, build
 from commopt.errors import AttachError, CommoptError, ConfigError, GradientsChanged
 from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
+from commopt.optim import LAMB, Lion
 
 
 def adam(model: nn.Module) -> torch.optim.Adam:
@@ -91,6 +92,14 @@ def masked(*shape: int) -> Any:
     return {"name": "onebit_adam", "momentum_mask": {"0.weight": torch.ones(shape)}}
 
 
+def a_momentum_in_the_second_group(model: nn.Module) -> torch.optim.Optimizer:
+    first, *others = model.parameters()
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": others, "momentum": 0.9}]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+BEFORE = r"dgc .* before it chooses.*"
+PLAIN = r".*torch\.optim\.SGD\(parameters, lr=1e-4\) without momentum"
 NORM = r"max_norm: .* is out of range; write a number above 0, or leave it out"
 REFUSED: list[tuple[Callable[[], object], str]] = [
     *((twice(name), r"attached to this model already; close\(\) what attach returned") for name in ("dense", "noloco")),
@@ -115,7 +124,6 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     ),
     (of("dense", lambda _: None, lambda: [1, 2]), r"model: got list, expected a module \(plain, .*Lightning takes"),
     (of("xyz"), r"unknown method 'xyz'; known: choco, decentralized_adam, demo, dense, dgc, .*onebit_adam"),
-    (of({"name": "ef_sign", "block_sise": 64}), r"unknown option 'block_sise'; did you mean 'block_size'\?"),
     (of("ef_sign", lambda _: 0.1), r"ef_sign: pass the optimizer of your training \(got float\)"),
     (of("dense", lambda _: sgd(make_model())), r"not this model's: .*; build it from model\.parameters"),
     (
@@ -163,12 +171,25 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (of("onebit_adam", stood_in_for), "a stand-in as the optimizer: it is onebit_adam's already; pass the optimizer"),
     (of("dense", made(torch.optim.LBFGS)), "LBFGS: it evaluates the loss several times"),
     (of("noloco", made(Wrapper, lr=0.1)), "Wrapper as the optimizer: it is a wrapper; use its framework's integration"),
-    # a second momentum
-    (of("dgc", made(torch.optim.SGD, momentum=0.9)), r"use torch.optim.SGD without momentum$"),
+    # a second momentum, or another scale
+    (of("dgc", made(torch.optim.SGD, momentum=0.9)), rf"{BEFORE}use torch.optim.SGD without momentum$"),
+    *(
+        (of({"name": "dgc", **own}, adam), rf"{BEFORE}SGD without momentum")
+        for own in ({"momentum": 0.9}, {"nesterov": True})
+    ),
     (
         of({"name": "dgc", "momentum": 0.9}, made(torch.optim.Adafactor)),
         "Adafactor would apply its own on top: leave momentum and nesterov out with Adafactor",
     ),
+    (of("ef21", made(torch.optim.SGD, momentum=0.9)), "without momentum, or write eta: 1"),
+    (of("signum", made(torch.optim.SGD, momentum=0.9)), rf"SGD with momentum 0\.9 would smooth signs{PLAIN}"),
+    (of("signum", a_momentum_in_the_second_group), r"SGD with momentum 0\.9"),
+    (of("signum", made(torch.optim.RMSprop, momentum=0.5)), rf"RMSprop with momentum 0\.5 would smooth signs{PLAIN}"),
+    *(
+        (of("signum", made(kind)), f"{kind.__name__} scales what it gets{PLAIN}")
+        for kind in (torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.Rprop)
+    ),
+    *((of("signum", made(kind)), f"{kind.__name__} scales what it gets{PLAIN}") for kind in (Lion, LAMB)),
 ]
 
 

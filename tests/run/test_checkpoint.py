@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_values import still_to_send
 from pool import Pool
 from presets import ADAM, PRESETS, Preset
 from rig import flat, make_model, train
@@ -84,36 +85,25 @@ def test_a_job_resumes_bitwise(pool: Pool, tmp_path: Path, preset: Preset) -> No
 # -- another number of ranks
 
 
-def still_to_send(run: Any) -> Tensor:
-    """(d,) mean worker residual plus the server residuals at the places that they are served from."""
-    method = run.method
-    total: Tensor = method.worker.residual.clone()
-    run.group.all_reduce(total)
-    total /= run.group.size
-    served = torch.zeros_like(total)
-    start = 0
-    home = method.table.at_home(run.group.rank)
-    for at, n in zip(home.starts, home.lengths, strict=True):
-        served[at : at + n] = method.server.residual[start : start + n]
-        start += n
-    run.group.all_reduce(served)
-    return total + served
+RESIDUALS = [EF_SIGN, Preset("ef_sign", {"block_size": 16}), Preset("ef_sign", {"scale": "l2"})]
+RESIDUALS += [Preset("two_way", {"worker": "sign", "server": "bf16"})]
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 5), (3, 1), (1, 3)])
-def test_another_world_size_loses_no_residual(tmp_path: Path, before: int, after: int) -> None:
-    def save(group: SimGroup) -> Tensor:
-        model, run = attached(group, EF_SIGN)
+@pytest.mark.parametrize("preset", RESIDUALS, ids=str)
+def test_another_world_size_loses_no_residual(tmp_path: Path, preset: Preset, before: int, after: int) -> None:
+    def save(group: SimGroup) -> Any:
+        model, run = attached(group, preset)
         steps(model, run, 0, 4)
         run.save(tmp_path / "c")
-        return still_to_send(run)
+        return run.method
 
-    def load(group: SimGroup) -> Tensor:
-        _, run = attached(group, EF_SIGN, another())
+    def load(group: SimGroup) -> Any:
+        _, run = attached(group, preset, another())
         run.load(tmp_path / "c")
-        return still_to_send(run)
+        return run.method
 
-    saved, loaded = SimWorld[Tensor](before).run(save)[0], SimWorld[Tensor](after).run(load)[0]
+    saved, loaded = still_to_send(SimWorld[Any](before).run(save)), still_to_send(SimWorld[Any](after).run(load))
     assert before == 1 or saved.abs().max() > 0
     torch.testing.assert_close(loaded, saved, rtol=1e-5, atol=1e-7)
 
@@ -145,13 +135,13 @@ def test_every_method_goes_on_with_another_number_of_ranks(tmp_path: Path, prese
 # -- what does not belong
 
 
-def wider() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 41), nn.Linear(41, 4))
-
-
 OTHERS: list[tuple[Preset, Callable[[], nn.Module], str]] = [
     (Preset("dense"), another, "was saved under ef_sign, not dense"),
-    (EF_SIGN, wider, r"is of another model: .*0.weight of shape \(40, 12\)"),
+    (
+        EF_SIGN,
+        lambda: nn.Sequential(nn.Linear(12, 41), nn.Linear(41, 4)),
+        r"is of another model: .*0.weight of shape \(40, 12\)",
+    ),
     (Preset("ef_sign", {"block_size": 512}), another, r"was saved with .*512"),
     (Preset("ef_sign", {}, {"name": "adam", "lr": 0.1}), another, "was saved with the optimizer SGD, not Adam"),
 ]

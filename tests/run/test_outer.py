@@ -37,7 +37,7 @@ def test_state_that_is_not_there_is_not_averaged() -> None:
 
 
 @pytest.mark.parametrize("group", [None, LocalGroup()], ids=["none", "local"])
-@pytest.mark.parametrize("name", ["noloco", "diloco"])
+@pytest.mark.parametrize("name", ["noloco", "diloco", "push_sum"])
 def test_one_rank_alone_trains_as_without_a_method(name: str, group: Any) -> None:
     with_method, without = make_model(), make_model()
     optimizers = sgd(with_method), sgd(without)
@@ -111,25 +111,33 @@ def test_half_precision_parameters_are_averaged_in_single() -> None:
     assert torch.equal(first, second)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "noloco": {"every": 3, "message": "int8", "timeout_s": 60.0},
-    "diloco": {"every": 4, "fragments": 2, "message": "4bit", "timeout_s": 60.0},
-}
+OVER_TCP: list[tuple[str, dict[str, Any]]] = [
+    ("noloco", {"every": 3, "message": "int8"}),
+    ("diloco", {"every": 4, "fragments": 2, "message": "4bit"}),
+    ("decentralized_adam", {"topology": "ring"}),
+    ("decentralized_adam", {"topology": "complete", "message": "int8"}),
+    ("choco", {}),
+    ("choco", {"delay": 1, "message": {"compressor": "top_k", "density": 0.1}}),
+    ("push_sum", {}),
+    ("push_sum", {"delay": 1}),
+]
 
 
-def train_on_gloo(process_group: dist.ProcessGroup, name: str) -> tuple[Tensor, str, float]:
+def train_on_gloo(process_group: dist.ProcessGroup, name: str, options: dict[str, Any]) -> tuple[Tensor, str, float]:
     diary, group = Diary(), TorchGroup(process_group)
-    train_diary(group, diary, name, OPTIONS[name], 12)
+    train_diary(group, diary, name, options, 12)
     diary.attached.quiet()
     dist.barrier(process_group)
     diary.attached.close()
     return diary.attached.flat(), type(diary.attached.peers).__name__, sum(report.missed for report in diary.reports)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_ranks_of_torch_distributed_train_as_simulated_ones_do(pool: Pool, name: str) -> None:
-    _, diaries = run_world(3, name, OPTIONS[name], 12)
-    for diary, (result, kind, missed) in zip(diaries, pool.run(3, train_on_gloo, name), strict=True):
+@pytest.mark.parametrize(("name", "options"), OVER_TCP, ids=str)
+def test_ranks_of_torch_distributed_train_as_simulated_ones_do(pool: Pool, name: str, options: dict[str, Any]) -> None:
+    """Over real sockets, which may show what a simulated mailbox hides."""
+    options = {**options, "timeout_s": 60.0}
+    _, diaries = run_world(3, name, options, 12)
+    for diary, (result, kind, missed) in zip(diaries, pool.run(3, train_on_gloo, name, options), strict=True):
         assert kind == TcpPeers.__name__
         assert missed == 0
         torch.testing.assert_close(result, diary.attached.flat(), rtol=1e-6, atol=1e-7)

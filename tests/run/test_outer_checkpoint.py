@@ -102,15 +102,6 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
     assert all(map(torch.equal, saved, plain))
 
 
-def test_a_rank_without_a_checkpoint_is_told_so(tmp_path: Path) -> None:
-    def load(group: SimGroup) -> None:
-        start(group, ("noloco", {}))[1].load(tmp_path)
-
-    said = "rank0: there is no such folder; check the path, or start without a checkpoint"
-    with pytest.raises(CheckpointError, match=said):
-        SimWorld[None](1).run(load)
-
-
 def test_a_rank_that_resumes_behind_the_others_catches_up(tmp_path: Path) -> None:
     """One rank lost its checkpoint: it starts at step 0, sees where the others are, and takes over their place."""
     SimWorld[Tensor](3).run(lambda group: trained(group, DILOCO, saves={SAVED_AT: tmp_path / "saved"}))

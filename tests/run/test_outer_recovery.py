@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from outer_rig import Diary, play, run_world, train_diary
+from outer_rig import EVERY, STEP_S, Diary, play, run_linked, spoil, train_diary
 from rig import make_model, sgd_of
-from torch import nn
 
 from commopt import Run, attach
 from commopt.errors import GroupError
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.peers import call_roll
-from commopt.plan.links import LinkModel
 from commopt.run.agree import digest
 
-EVERY, STEP_S, TIMEOUT_S = 5, 0.1, 1.0
+TIMEOUT_S = 1.0
 RANDOM_K = {"compressor": "random_k", "density": 0.1}
 
 
 def run(
     ranks: int, steps: int, faults: list[dict[str, Any]] | None = None, *, name: str = "diloco", **options: Any
 ) -> tuple[SimWorld[Any], list[Diary]]:
-    poison = options.pop("poison", None)
-    settings = {"every": EVERY, "timeout_s": TIMEOUT_S, **options}
-    links = LinkModel.uniform(ranks, "100mbit", "5ms")
-    return run_world(ranks, name, settings, steps, faults=faults or (), links=links, step_s=STEP_S, poison=poison)
-
-
-def nan_in(bad_rank: int, bad_step: int) -> Callable[[int, int, nn.Module], None]:
-    """What spoils one rank's parameters before one of its steps."""
-
-    def poison(rank: int, step: int, model: nn.Module) -> None:
-        if (rank, step) == (bad_rank, bad_step):
-            next(model.parameters()).data[0, 0] = float("nan")
-
-    return poison
+    return run_linked(ranks, name, steps, faults or (), **{"timeout_s": TIMEOUT_S, **options})
 
 
 def cut_off(rank: int, at_step: int, for_s: float) -> list[dict[str, Any]]:
@@ -49,7 +33,7 @@ def cut_off(rank: int, at_step: int, for_s: float) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_the_final_average_leaves_out_a_replica_with_a_nan(bad: int) -> None:
-    _, diaries = run(3, 12, name="noloco", final_average=True, poison=nan_in(bad, 11))  # the last round was after 10
+    _, diaries = run(3, 12, name="noloco", final_average=True, poison=spoil(bad, 11))  # the last round was after 10
     good = [rank for rank in range(3) if rank != bad]
     mean = torch.stack([diaries[rank].after[12] for rank in good]).mean(0)
     for rank in good:
@@ -120,13 +104,13 @@ def test_one_that_fell_behind_three_adopts_what_they_share_in_the_next_round() -
 
 
 def test_a_rank_that_asks_one_that_has_done_its_last_step_gives_up_when_that_one_ends() -> None:
-    diaries, poison = [Diary(), Diary()], nan_in(1, 9)
+    diaries, poison = [Diary(), Diary()], spoil(1, 9)
     world: SimWorld[Any] = SimWorld(2)
 
     def train(group: SimGroup) -> None:
         options = {"every": EVERY, "timeout_s": TIMEOUT_S}
-        spoil = functools.partial(poison, group.rank)
-        train_diary(group, diaries[group.rank], "diloco", options, 10, step_s=STEP_S, poison=spoil)
+        spoiled = functools.partial(poison, group.rank)
+        train_diary(group, diaries[group.rank], "diloco", options, 10, step_s=STEP_S, poison=spoiled)
         group.peers.sleep(100.0)  # still up, as a rank that evaluates or saves
 
     with pytest.raises(GroupError, match="not finite after step 10, and no peer to take others over from"):

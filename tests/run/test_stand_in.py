@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from commopt.run.stand_in import StandIn
 
 ONEBIT = {"name": "onebit_adam", "freeze_step": 2}
 STEPS = 6
+halving = partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: 0.5**step)
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -52,10 +54,6 @@ def test_its_groups_are_those_of_the_optimizer() -> None:
     assert run.method.settings("0.weight")["lr"] == 0.5  # type: ignore[attr-defined]
 
 
-def a_lambda(optimizer: torch.optim.Optimizer) -> Any:
-    return lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-
-
 def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
     return lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=STEPS + 1)  # which moves betas, too
 
@@ -66,7 +64,7 @@ def a_sequence(optimizer: torch.optim.Optimizer) -> Any:
 
 
 @pytest.mark.parametrize("when", ["before", "after", "after, of run.optimizer"])
-@pytest.mark.parametrize("make_schedule", [a_lambda, one_cycle, a_sequence])
+@pytest.mark.parametrize("make_schedule", [halving, one_cycle, a_sequence])
 def test_a_schedule_works_whenever_it_was_made(make_schedule: Callable[[Any], Any], when: str) -> None:
     model, other = make_model(), make_model()
     optimizer = adam(model)

@@ -56,9 +56,9 @@ def test_machines_are_single_ranks_with_their_mean_gradients_bit_for_bit(number:
         assert torch.equal(trained, alone[0][0])
         assert voided == alone[rank // per_machine][1]
         assert are_equal
-    for machine, (*_, sent, _) in enumerate(alone):  # each of its ranks adds headers
+    for machine, (*_, sent, _) in enumerate(alone):  # each of its ranks adds headers, and pads nothing in a gather
         of_machine = sum(sent for *_, sent, _ in shared[machine * per_machine : (machine + 1) * per_machine])
-        assert of_machine == pytest.approx(sent, rel=0.12)
+        assert 0.8 * sent <= of_machine <= 1.12 * sent
 
 
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset.name in SENT], ids=str)
@@ -189,7 +189,6 @@ def test_simulated_links_are_between_machines() -> None:
             lambda: Preset("ef_sign", {"scale": "model"}).method(),
             "ef_sign in this form .*group=commopt.groups.TorchGroup",
         ),
-        (lambda: commopt.build("noloco"), "noloco between machines with several ranks"),
     ],
 )
 def test_what_machines_cannot_share_out_is_refused(make: Callable[[], Any], said: str) -> None:

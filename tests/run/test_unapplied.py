@@ -265,6 +265,7 @@ def overflow(
             assert [name for _, name in run.voided] == ["2.bias"] * len(run.voided) != []
         step(k)
     result = everything(run)
+    assert run.replicas_are_equal() == run.method.is_synchronised
     run.close()
     assert not has_overflow or changed is not None
     return changed or [], result
@@ -284,7 +285,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("preset", KEEPING, ids=str)
 def test_a_step_that_a_scaler_skips_is_as_if_it_had_not_been(pool: Pool, preset: Preset) -> None:
-    control = pool.run(2, overflow, preset, False)
-    for (changed, result), (_, expected) in zip(pool.run(2, overflow, preset, True), control, strict=True):
+    control = pool.run(3, overflow, preset, False)
+    for (changed, result), (_, expected) in zip(pool.run(3, overflow, preset, True), control, strict=True):
         assert changed == []
         assert differing(result, expected) == []

@@ -20,6 +20,7 @@ I8 = NDArray[np.int8]
 I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 Bool = NDArray[np.bool_]
+Places = tuple[NDArray[np.int64], ...]  # where blocks begin in several arrays, and their lengths
 _F = TypeVar("_F", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.kernels.cpu.compiled import U8, fast
+from commopt.kernels.cpu.compiled import U8, Places, fast
 from commopt.wire.bucket import Int64Array
 
 _DE_BRUIJN = 0x03F79D71B4CB0A89  # its 64 windows of six bits are all different
@@ -88,9 +88,8 @@ def _decode_block(code: U8, n: int, width: int, out: Int64Array, place_of_bit: I
 
 
 @fast
-def _encode(
-    indices: Int64Array, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array, out: U8
-) -> bool:
+def _encode(indices: Int64Array, own: Places, out: U8) -> bool:
+    ns, ks, widths, sizes = own
     i = byte = 0
     for b in range(ns.size):
         if not _encode_block(indices[i : i + ks[b]], ns[b], widths[b], out[byte : byte + sizes[b]]):
@@ -101,15 +100,8 @@ def _encode(
 
 
 @fast
-def _decode(
-    code: U8,
-    ns: Int64Array,
-    ks: Int64Array,
-    widths: Int64Array,
-    sizes: Int64Array,
-    out: Int64Array,
-    place_of_bit: Int64Array,
-) -> bool:
+def _decode(code: U8, own: Places, out: Int64Array, place_of_bit: Int64Array) -> bool:
+    ns, ks, widths, sizes = own
     i = byte = 0
     for b in range(ns.size):
         part = out[i : i + ks[b]]
@@ -124,11 +116,11 @@ def encode_(
     indices: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array, out: Tensor
 ) -> bool:
     """Write the code of each block's indices; False where some are not ascending, repeated or outside [0, n)."""
-    return bool(_encode(indices.numpy(), ns, ks, widths, sizes, out.numpy()))
+    return bool(_encode(indices.numpy(), (ns, ks, widths, sizes), out.numpy()))
 
 
 def decode(code: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array) -> Tensor | None:
     """(sum of ks,) i64: the indices of all blocks; None where some block is not the code of any."""
     out = torch.empty(int(ks.sum()), dtype=torch.int64)
-    is_code = _decode(code.numpy(), ns, ks, widths, sizes, out.numpy(), _PLACE_OF_BIT)
+    is_code = _decode(code.numpy(), (ns, ks, widths, sizes), out.numpy(), _PLACE_OF_BIT)
     return out if is_code else None

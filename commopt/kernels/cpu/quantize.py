@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.kernels.cpu.compiled import F32, F64, I8, I32, U8, exact
+from commopt.kernels.cpu.compiled import F32, F64, I8, I32, U8, Places, exact
 from commopt.kernels.reference.quantize import byte_starts, float8_values, natural_values, one_block
-from commopt.wire.bucket import Blocks, Int64Array, UInt64Array
+from commopt.wire.bucket import Blocks, UInt64Array
 
 _SLICE = 2048
 _LARGEST, _SMALLEST = np.float32(np.finfo(np.float32).max), np.float32(2.0**-126)
 _LEVELS, _FLOAT8, _NATURAL = 0, 1, 2
+_How = tuple[int, np.float32, int, bool, bool]  # kind, levels, bits, squared, is_given: see `compress_`
 _ALL_BUT_SIGN, _MANTISSA = np.int32(0x7FFFFFFF), np.int32(0x7FFFFF)
 _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -34,15 +35,9 @@ _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1C
 
 
 @exact
-def _copy(x: F32, start: np.uint64, n: int, c: F32) -> None:
+def _correct(x: F32, start: np.uint64, e: F32, home: np.uint64, has_residual: bool, n: int, c: F32) -> None:
     for i in range(n):
-        c[i] = x[start + np.uint64(i)]
-
-
-@exact
-def _add(x: F32, start: np.uint64, e: F32, home: np.uint64, n: int, c: F32) -> None:
-    for i in range(n):
-        c[i] = x[start + np.uint64(i)] + e[home + np.uint64(i)]
+        c[i] = x[start + np.uint64(i)] + e[home + np.uint64(i)] if has_residual else x[start + np.uint64(i)]
 
 
 @exact
@@ -111,18 +106,9 @@ def _encode_levels(c: F32, u: F32, n: int, scale: np.float32, levels: np.float32
 
 @exact
 def _encode_float8(
-    c: F32,
-    c_bits: I32,
-    u: F32,
-    n: int,
-    scale: np.float32,
-    tie: np.int32,
-    codes: I8,
-    ratio: F32,
-    ratio_bits: I32,
-    inverse_step: F32,
-    step_bits: I32,
+    c: F32, c_bits: I32, u: F32, n: int, scale: np.float32, tie: np.int32, codes: I8, steps: tuple[F32, I32, F32, I32]
 ) -> None:
+    ratio, ratio_bits, inverse_step, step_bits = steps
     for i in range(n):
         ratio[i] = min(abs(c[i]) / scale, np.float32(448.0))
     for i in range(n):  # 1 / step, where step = 2^(exponent - 3), and 2^-9 below the smallest normal number, 2^-6
@@ -260,29 +246,16 @@ def _unpack_words(source: U8, first: np.uint64, n: int, bits: int, packed: U8, w
 
 @exact
 def _compress(
-    kind: int,
-    x: F32,
-    e: F32,
-    has_residual: bool,
-    starts: Int64Array,
-    homes: Int64Array,
-    lengths: Int64Array,
-    byte_starts: Int64Array,
-    keys: UInt64Array,
-    levels: np.float32,
-    bits: int,
-    squared: bool,
-    is_given: bool,
-    table: F32,
-    scales: F32,
-    out: U8,
+    x: F32, e: F32, has_residual: bool, own: Places, keys: UInt64Array, how: _How, table: F32, scales: F32, out: U8
 ) -> None:
+    kind, levels, bits, squared, is_given = how
+    starts, homes, lengths, byte_starts = own
     c, u = np.empty(_SLICE, np.float32), np.full(_SLICE, np.float32(0.5))
     folded, largest = np.empty(_SLICE, np.float64), np.empty(1, np.float32)
     ratio, inverse_step = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.float32)
     codes, packed = np.zeros(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
     c_bits, largest_bits, words = c.view(np.int32), largest.view(np.int32), codes.view(np.uint64)
-    ratio_bits, step_bits = ratio.view(np.int32), inverse_step.view(np.int32)
+    steps = (ratio, ratio.view(np.int32), inverse_step, inverse_step.view(np.int32))
     has_keys = keys.size > 0
     tie = np.int32(0 if has_keys else 1)  # to the nearest level, half to even: a draw of one half, and up from odd ones
     for b in range(lengths.size):
@@ -291,10 +264,7 @@ def _compress(
             total, largest_bits[0] = 0.0, 0
             for a in range(0, length, _SLICE):
                 n = min(_SLICE, length - a)
-                if has_residual:
-                    _add(x, np.uint64(start + a), e, np.uint64(home + a), n, c)
-                else:
-                    _copy(x, np.uint64(start + a), n, c)
+                _correct(x, np.uint64(start + a), e, np.uint64(home + a), has_residual, n, c)
                 if squared:
                     total += _sum_squares(c, n, folded)
                 else:
@@ -304,17 +274,14 @@ def _compress(
         for a in range(0, length, _SLICE):
             n = min(_SLICE, length - a)
             if is_given or length > _SLICE:  # else it is still there
-                if has_residual:
-                    _add(x, np.uint64(start + a), e, np.uint64(home + a), n, c)
-                else:
-                    _copy(x, np.uint64(start + a), n, c)
+                _correct(x, np.uint64(start + a), e, np.uint64(home + a), has_residual, n, c)
             if np.float32(0.0) < scale <= _LARGEST:
                 if has_keys:
                     _draw(keys[b], a, n, u)
                 if kind == _LEVELS:
                     _encode_levels(c, u, n, scale, levels, tie, codes)
                 elif kind == _FLOAT8:
-                    _encode_float8(c, c_bits, u, n, scale, tie, codes, ratio, ratio_bits, inverse_step, step_bits)
+                    _encode_float8(c, c_bits, u, n, scale, tie, codes, steps)
                 else:
                     _encode_natural(c, c_bits, u, n, scale, codes)
             else:
@@ -336,40 +303,25 @@ def _compress(
 
 @exact
 def _put_levels(codes: I8, n: int, scale: np.float32, add: bool, out: F32, start: np.uint64) -> None:
-    if add:
-        for i in range(n):
-            out[start + np.uint64(i)] += scale * np.float32(codes[i])
-    else:
-        for i in range(n):
-            out[start + np.uint64(i)] = scale * np.float32(codes[i])
+    for i in range(n):
+        value = scale * np.float32(codes[i])
+        out[start + np.uint64(i)] = out[start + np.uint64(i)] + value if add else value
 
 
 @exact
 def _put_values(
     source: U8, first: np.uint64, n: int, scale: np.float32, table: F32, add: bool, out: F32, start: np.uint64
 ) -> None:
-    if add:
-        for i in range(n):
-            out[start + np.uint64(i)] += scale * table[source[first + np.uint64(i)]]
-    else:
-        for i in range(n):
-            out[start + np.uint64(i)] = scale * table[source[first + np.uint64(i)]]
+    for i in range(n):
+        value = scale * table[source[first + np.uint64(i)]]
+        out[start + np.uint64(i)] = out[start + np.uint64(i)] + value if add else value
 
 
 @exact
 def _decompress(
-    kind: int,
-    source: U8,
-    scales: F32,
-    starts: Int64Array,
-    lengths: Int64Array,
-    byte_starts: Int64Array,
-    bits: int,
-    table: F32,
-    alpha: np.float32,
-    add: bool,
-    out: F32,
+    kind: int, source: U8, scales: F32, own: Places, bits: int, table: F32, alpha: np.float32, add: bool, out: F32
 ) -> None:
+    starts, lengths, byte_starts = own
     codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
     words = codes.view(np.uint64)
     for b in range(lengths.size):
@@ -423,9 +375,9 @@ def compress_(
     number, table = _KINDS[kind]
     e = _NO_VALUES if residual is None else residual.numpy()
     keys = blocks.keys if stochastic and blocks.keys is not None else _NO_KEYS
-    own = (blocks.starts, blocks.homes, blocks.lengths, byte_starts(blocks, bits), keys)
-    how = (np.float32(levels), bits, squared, is_given, table)
-    _compress(number, x.numpy(), e, residual is not None, *own, *how, scales.numpy(), codes.numpy())
+    own = (blocks.starts, blocks.homes, blocks.lengths, byte_starts(blocks, bits))
+    how = (number, np.float32(levels), bits, squared, is_given)
+    _compress(x.numpy(), e, residual is not None, own, keys, how, table, scales.numpy(), codes.numpy())
 
 
 def decompress_(
@@ -434,7 +386,7 @@ def decompress_(
     """out <- (alpha * scale) * what a code stands for, or out <- out + that, at the blocks' starts."""
     number, table = _KINDS[kind]
     own = (blocks.starts, blocks.lengths, byte_starts(blocks, bits))
-    _decompress(number, codes.numpy(), scales.numpy(), *own, bits, table, np.float32(alpha), add, out.numpy())
+    _decompress(number, codes.numpy(), scales.numpy(), own, bits, table, np.float32(alpha), add, out.numpy())
 
 
 def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.kernels.cpu.compiled import F32, Bool, fast
+from commopt.kernels.cpu.compiled import F32, Bool, Places, fast
 from commopt.kernels.cpu.signs import residual_arrays
 from commopt.wire.bucket import Blocks, Int64Array
 
@@ -72,18 +72,9 @@ def _top(c: F32, k: int, candidates: Int64Array, out: Int64Array) -> None:
 
 @fast
 def _select(
-    x: F32,
-    e: F32,
-    starts: Int64Array,
-    homes: Int64Array,
-    lengths: Int64Array,
-    ks: Int64Array,
-    threshold: np.float32,
-    keep: bool,
-    indices: Int64Array,
-    values: F32,
-    good: Bool,
+    x: F32, e: F32, own: Places, threshold: np.float32, keep: bool, indices: Int64Array, values: F32, good: Bool
 ) -> None:
+    starts, homes, lengths, ks = own
     longest = 0
     for b in range(lengths.size):
         longest = max(longest, lengths[b])
@@ -96,12 +87,9 @@ def _select(
         for a in range(0, n, _SLICE):
             total += float(_correct(part_x[a : a + _SLICE], part_e[a : a + _SLICE], c[a : a + _SLICE]))
         good[b] = abs(total) <= 1e300  # false for NaN and inf; isfinite may be folded away under reassoc
-        out = indices[place : place + k]
+        out = indices[place:]
         if threshold > 0:
-            k = _candidates(c, threshold, candidates)
-            ks[b] = k
-            out = indices[place : place + k]
-            out[:] = candidates[:k]
+            k = ks[b] = _candidates(c, threshold, out)
         elif k == n or not good[b]:
             for j in range(k):
                 out[j] = j
@@ -125,7 +113,7 @@ def select_(
     e, homes = residual_arrays(residual, blocks)
     room = blocks.elements if threshold > 0 else int(ks.sum())
     indices, values, good = np.empty(room, np.int64), np.empty(room, np.float32), np.empty(len(blocks), np.bool_)
-    arrays = (blocks.starts, homes, blocks.lengths, ks, np.float32(threshold), residual is not None)
-    _select(x.numpy(), e, *arrays, indices, values, good)
+    own = (blocks.starts, homes, blocks.lengths, ks)
+    _select(x.numpy(), e, own, np.float32(threshold), residual is not None, indices, values, good)
     found = int(ks.sum())
     return torch.from_numpy(indices[:found]), torch.from_numpy(values[:found]), good

@@ -9,10 +9,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt.kernels.cpu.compiled import F32, U8, fast
+from commopt.kernels.cpu.compiled import F32, F64, U8, Places, fast
 from commopt.wire.bucket import Blocks, Int64Array
 
 _SLICE = 2048
@@ -84,18 +83,8 @@ def _pack_block(x: F32, e: F32, scale: np.float32, bits: U8, positive: U8) -> No
 
 
 @fast
-def _compress(
-    x: F32,
-    e: F32,
-    starts: Int64Array,
-    homes: Int64Array,
-    lengths: Int64Array,
-    byte_starts: Int64Array,
-    scales: F32,
-    bits: U8,
-    squared: bool,
-    is_given: bool,
-) -> None:
+def _compress(x: F32, e: F32, own: Places, scales: F32, bits: U8, squared: bool, is_given: bool) -> None:
+    starts, homes, lengths, byte_starts = own
     positive = np.empty(_SLICE, np.uint8)
     for b in range(lengths.size):
         n = lengths[b]
@@ -110,9 +99,8 @@ def _compress(
 
 
 @fast
-def _sums(
-    x: F32, e: F32, starts: Int64Array, homes: Int64Array, lengths: Int64Array, squared: bool, out: NDArray[np.float64]
-) -> None:
+def _sums(x: F32, e: F32, own: Places, squared: bool, out: F64) -> None:
+    starts, homes, lengths = own
     for b in range(lengths.size):
         n = lengths[b]
         out[b] = _block_sum(x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n], squared)
@@ -130,33 +118,23 @@ def _unpack_octets(bits: U8, scale: np.float32, out: F32, table: F32, add: bool)
 
 
 @fast
-def _unpack(
-    bits: U8,
-    scales: F32,
-    starts: Int64Array,
-    lengths: Int64Array,
-    byte_starts: Int64Array,
-    out: F32,
-    alpha: np.float32,
-    add: bool,
-    table: F32,
-) -> None:
+def _unpack(bits: U8, scales: F32, own: Places, out: F32, alpha: np.float32, add: bool, table: F32) -> None:
+    starts, lengths, byte_starts = own
     for b in range(lengths.size):
         n, scale = lengths[b], scales[b] * alpha
         values = out[starts[b] : starts[b] + n]
         part = bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8]
-        whole = n // 8
         _unpack_octets(part, scale, values, table, add)
-        for i in range(8 * whole, n):
-            value = scale * table[part[whole]][i - 8 * whole]
+        for i in range(n // 8 * 8, n):
+            value = scale * table[part[i // 8]][i % 8]
             values[i] = values[i] + value if add else value
 
 
-def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: bool) -> NDArray[np.float64]:
+def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: bool) -> F64:
     """(B,) f64: sum of |c| or of c squared per block, with c = x + residual."""
     out = np.empty(len(blocks))
     e, homes = residual_arrays(residual, blocks)
-    _sums(x.numpy(), e, blocks.starts, homes, blocks.lengths, squared, out)
+    _sums(x.numpy(), e, (blocks.starts, homes, blocks.lengths), squared, out)
     return out
 
 
@@ -169,13 +147,13 @@ def compress_signs_(
     """
     e, homes = residual_arrays(residual, blocks)
     own = (blocks.starts, homes, blocks.lengths, blocks.byte_starts)
-    _compress(x.numpy(), e, *own, scales.numpy(), bits.numpy(), bool(squared), squared is None)
+    _compress(x.numpy(), e, own, scales.numpy(), bits.numpy(), bool(squared), squared is None)
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
     """out <- alpha * scale * sign, or out <- out + alpha * scale * sign, at the blocks' starts."""
     own = (blocks.starts, blocks.lengths, blocks.byte_starts)
-    _unpack(bits.numpy(), scales.numpy(), *own, out.numpy(), np.float32(alpha), add, _SIGN_OF_BIT)
+    _unpack(bits.numpy(), scales.numpy(), own, out.numpy(), np.float32(alpha), add, _SIGN_OF_BIT)
 
 
 def residual_arrays(residual: Tensor | None, blocks: Blocks) -> tuple[F32, Int64Array]:

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt.kernels.cpu.compiled import F32, I32, U8, Bool, fast
-from commopt.wire.bucket import Blocks, Int64Array, UInt64Array
+from commopt.kernels.cpu.compiled import F32, I32, U8, Bool, Places, fast
+from commopt.wire.bucket import Blocks, UInt64Array
 
 _ALL_BUT_SIGN, _INFINITE = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -22,19 +22,12 @@ _OCTETS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).copy().
 
 
 @fast
-def _largest(x: I32) -> Any:
-    largest = np.int32(0)
+def _bounds(x: I32) -> Any:
+    smallest, largest = _ALL_BUT_SIGN, np.int32(0)
     for i in range(x.size):
-        largest = max(largest, np.int32(x[i] & _ALL_BUT_SIGN))
-    return largest
-
-
-@fast
-def _smallest(x: I32) -> Any:
-    smallest = _ALL_BUT_SIGN
-    for i in range(x.size):
-        smallest = min(smallest, np.int32(x[i] & _ALL_BUT_SIGN))
-    return smallest
+        size = np.int32(x[i] & _ALL_BUT_SIGN)
+        smallest, largest = min(smallest, size), max(largest, size)
+    return smallest, largest
 
 
 @fast
@@ -64,17 +57,8 @@ def _coin_word(key: np.uint64, j: int) -> Any:
 
 
 @fast
-def _pack(
-    x: I32,
-    starts: Int64Array,
-    lengths: Int64Array,
-    byte_starts: Int64Array,
-    keys: UInt64Array,
-    flips: U8,
-    bits: U8,
-    noted: U8,
-    is_bad: Bool,
-) -> None:
+def _pack(x: I32, own: Places, keys: UInt64Array, flips: U8, bits: U8, noted: U8, is_bad: Bool) -> None:
+    starts, lengths, byte_starts = own
     octets = noted.view(np.uint64)
     for b in range(lengths.size):
         n = lengths[b]
@@ -85,7 +69,8 @@ def _pack(
         _note_positive(part, noted)
         for j in range(n_bytes):
             row[j] = _byte_of(octets, j)
-        if _smallest(part) == np.int32(0):
+        smallest, largest = _bounds(part)
+        if smallest == np.int32(0):
             _note_zeros(part, noted)
             word = np.uint64(0)
             for j in range(n_bytes):
@@ -93,21 +78,14 @@ def _pack(
                     word = _coin_word(keys[b], j // 8)
                 coins = np.uint8((word >> np.uint64(8 * (j % 8))) & np.uint64(255)) ^ flips[b]
                 row[j] |= _byte_of(octets, j) & coins
-        is_bad[b] = _largest(part) >= _INFINITE
+        is_bad[b] = largest >= _INFINITE
 
 
 @fast
 def _unpack(
-    planes: U8,
-    width: int,
-    starts: Int64Array,
-    lengths: Int64Array,
-    byte_starts: Int64Array,
-    values: F32,
-    out: F32,
-    octets: UInt64Array,
-    counts: UInt64Array,
+    planes: U8, width: int, own: Places, values: F32, out: F32, octets: UInt64Array, counts: UInt64Array
 ) -> None:
+    starts, lengths, byte_starts = own
     row_bytes = planes.size // width
     each = counts.view(np.uint8)
     for b in range(lengths.size):
@@ -132,8 +110,8 @@ def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tenso
     assert blocks.keys is not None
     is_bad = np.empty(len(blocks), dtype=np.bool_)
     noted = np.empty(_padded(blocks), dtype=np.uint8)
-    own = (blocks.starts, blocks.lengths, blocks.byte_starts, blocks.keys, flips)
-    _pack(x.numpy().view(np.int32), *own, bits.numpy(), noted, is_bad)
+    own = (blocks.starts, blocks.lengths, blocks.byte_starts)
+    _pack(x.numpy().view(np.int32), own, blocks.keys, flips, bits.numpy(), noted, is_bad)
     return torch.from_numpy(is_bad)
 
 
@@ -144,7 +122,7 @@ def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, o
     """
     counts = np.empty(_padded(blocks) // 8, dtype=np.uint64)
     own = (blocks.starts, blocks.lengths, blocks.byte_starts)
-    _unpack(planes.numpy(), width, *own, values.numpy(), out.numpy(), _OCTETS, counts)
+    _unpack(planes.numpy(), width, own, values.numpy(), out.numpy(), _OCTETS, counts)
 
 
 def _padded(blocks: Blocks) -> int:

@@ -1,0 +1,121 @@
+"""Outer methods with DDP or FSDP2 inside each machine: two machines of two ranks, against two lone replicas with mean gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fsdp_rig import mesh_of
+from rig import flat, loss_of, make_batch, make_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import commopt
+from commopt.errors import AttachError
+from commopt.groups import SimGroup, SimWorld, TorchGroup
+
+STEPS, SAVED_AT = 12, 8
+
+
+def wrapped(kind: str) -> tuple[nn.Module, nn.Module]:
+    """The model as it is attached, and the one whose parameters train."""
+    model = make_model()
+    if kind == "ddp":
+        return DistributedDataParallel(model, process_group=mesh_of(2, 2).get_group("shard")), model
+    mesh = mesh_of(2, 2)["shard"] if kind == "fsdp" else mesh_of(2, 2)
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    return model, model
+
+
+def whole(model: nn.Module) -> Tensor:
+    return torch.cat(
+        [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten() for p in model.parameters()]
+    )
+
+
+def train(model: Any, run: Any, batches: list[int], steps: range, save_at: Path | None = None) -> None:
+    for step in steps:
+        if step == SAVED_AT and save_at is not None:
+            run.save(save_at)
+        run.optimizer.zero_grad()
+        for batch in batches:
+            x, y = make_batch(batch, step)
+            loss_of(model(x), y).backward()
+        for p in model.parameters() if len(batches) > 1 else ():
+            p.grad = p.grad / len(batches)
+        run.optimizer.step()
+
+
+def attached(model: nn.Module, inner: nn.Module, name: str, group: Any = None) -> Any:
+    method = {"name": name, "every": 4}
+    return commopt.attach(model, method, torch.optim.Adam(inner.parameters(), lr=0.01), group=group)
+
+
+def alone(name: str, group: SimGroup) -> Tensor:
+    model = make_model()
+    run = attached(model, model, name, group)
+    run.join()
+    train(model, run, [2 * group.rank, 2 * group.rank + 1], range(STEPS))
+    return flat(model)
+
+
+@pytest.mark.ranks("fsdp", 4)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["noloco", "diloco"])
+def test_a_machine_is_one_replica_and_goes_on_from_a_checkpoint(name: str, kind: str, tmp_path: Path) -> None:
+    rank, expected = dist.get_rank(), SimWorld[Tensor](2).run(lambda group: alone(name, group))
+    (folder,) = {*TorchGroup().tell(str(tmp_path))[:1]}
+    model, inner = wrapped(kind)
+    run = attached(model, inner, name)
+    assert (run.rank, run.ranks, run.replica) == (rank, 4, rank // 2)
+    assert run.join() == 0
+    train(model, run, [rank], range(STEPS), Path(folder))
+    assert torch.equal(whole(inner), expected[rank // 2])
+    run.close()
+    model, inner = wrapped(kind)
+    run = attached(model, inner, name)
+    run.load(folder)
+    assert run.join() == SAVED_AT
+    train(model, run, [rank], range(SAVED_AT, STEPS))
+    assert torch.equal(whole(inner), expected[rank // 2])
+    run.close()
+
+
+@pytest.mark.ranks("fsdp", 4)
+def test_what_one_framework_saved_the_other_continues_on_other_ranks(tmp_path: Path) -> None:
+    expected = SimWorld[Tensor](2).run(lambda group: alone("noloco", group))
+    (folder,) = {*TorchGroup().tell(str(tmp_path))[:1]}
+    model, inner = wrapped("fsdp")
+    run = attached(model, inner, "noloco")
+    run.join()
+    train(model, run, [dist.get_rank()], range(STEPS), Path(folder))
+    run.close()
+
+    def lone(group: SimGroup) -> Tensor:
+        model = make_model()
+        run = attached(model, model, "noloco", group)
+        run.load(folder)
+        run.join()
+        train(model, run, [2 * group.rank, 2 * group.rank + 1], range(SAVED_AT, STEPS))
+        return flat(model)
+
+    for x, y in zip(SimWorld[Tensor](2).run(lone), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.ranks("fsdp", 4)
+def test_one_machine_of_all_ranks_has_no_other_to_average_with() -> None:
+    model = make_model()
+    with pytest.raises(
+        AttachError, match=r"noloco on a DistributedDataParallel model.*commopt.wrap\(model, 'noloco'\)"
+    ):
+        attached(DistributedDataParallel(model), model, "noloco")
+    model = make_model()
+    fully_shard(model, mesh=mesh_of(4))
+    with pytest.raises(AttachError, match="noloco on a model that FSDP2 shards over all ranks"):
+        attached(model, model, "noloco")
