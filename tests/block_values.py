@@ -50,14 +50,15 @@ def compress(codec: Compressor, x: Tensor, residual: Tensor | None, blocks: Bloc
     return payload
 
 
-def server_residual(exchanges: list[Any], elements: int) -> Tensor:
-    """(elements,) every rank's server residual, at the places of its parameters."""
-    whole = torch.zeros(elements)
+def still_to_send(exchanges: list[Any]) -> Tensor:
+    """(n,) the ranks' mean worker residual, and each one's server residual at the places of its parameters."""
+    whole = torch.stack([one.worker.residual for one in exchanges]).mean(0)
     for rank, one in enumerate(exchanges):
-        blocks = one.table.at_home(rank)
-        parts = torch.split(one.server.residual, blocks.lengths.tolist())
-        for start, part in zip(blocks.starts, parts, strict=True):
-            whole[start : start + len(part)] = part
+        if server := getattr(one, "server", None):
+            blocks = one.table.at_home(rank)
+            parts = torch.split(server.residual, blocks.lengths.tolist())
+            for start, part in zip(blocks.starts, parts, strict=True):
+                whole[start : start + len(part)] += part
     return whole
 
 

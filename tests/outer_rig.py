@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from commopt.plan.links import LinkModel
 from commopt.run.outer import OuterRun
 
 SHAPES = {"a": (5, 7), "b": (7,), "c": (7, 4), "d": (4,)}  # 74 elements
+EVERY, STEP_S = 5, 0.1
 
 
 @dataclass(frozen=True)
@@ -223,11 +225,30 @@ def run_world(
     world: SimWorld[Any] = SimWorld(ranks, links, faults=faults)
 
     def train(group: SimGroup) -> None:
-        spoil = None if poison is None else lambda step, model: poison(group.rank, step, model)
-        train_diary(group, diaries[group.rank], name, options, steps, step_s=step_s, poison=spoil)
+        own = None if poison is None else functools.partial(poison, group.rank)
+        train_diary(group, diaries[group.rank], name, options, steps, step_s=step_s, poison=own)
 
     world.run(train)
     return world, diaries
+
+
+def run_linked(
+    ranks: int, name: str, steps: int, faults: Sequence[Mapping[str, Any]] = (), *, poison: Any = None, **options: Any
+) -> tuple[SimWorld[Any], list[Diary]]:
+    """`run_world` with a round every 5 steps of 0.1 s, over links."""
+    links = LinkModel.uniform(ranks, "100mbit", "5ms")
+    options = {"every": EVERY, **options}
+    return run_world(ranks, name, options, steps, faults=faults, links=links, step_s=STEP_S, poison=poison)
+
+
+def spoil(bad_rank: int, bad_step: int, value: float = float("nan")) -> Callable[[int, int, torch.nn.Module], None]:
+    """A `poison` that changes one of a rank's parameters before one of its steps."""
+
+    def poison(rank: int, step: int, model: torch.nn.Module) -> None:
+        if (rank, step) == (bad_rank, bad_step):
+            next(model.parameters()).data[0, 0] = value
+
+    return poison
 
 
 def spread(replicas: Sequence[Tensor]) -> float:

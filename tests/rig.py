@@ -161,6 +161,16 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, st
     return float(loss.detach())
 
 
+def scaled_step(scaler: torch.amp.GradScaler, model: nn.Module, run: Run, step: int, factor: float = 1.0) -> None:
+    """One step as a user writes it with a GradScaler; factor: of the loss."""
+    x, y = make_batch(run.rank, step)
+    run.optimizer.zero_grad()
+    scaled: Any = scaler.scale(loss_of(model(x), y) * factor)
+    scaled.backward()
+    scaler.step(run.optimizer)
+    scaler.update()
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: int, first: int = 0) -> None:
     for step in range(first, first + steps):
         train_step(model, optimizer, rank, step)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from commopt.errors import CheckpointError
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.run.checkpoint import Content, Stored, open_checkpoint, save
+from commopt.run.checkpoint import Content, open_checkpoint, save
 
 
 def content(value: float, rank: int = 0) -> Content:
@@ -26,15 +26,12 @@ def saved(folder: Path, value: float = 1.0, ranks: int = 1) -> Path:
     return folder
 
 
-def value_of(stored: Stored) -> float:
+def loaded(folder: Path) -> float:
     """What was saved, once all parts agree on it."""
+    stored = open_checkpoint(folder, LocalGroup())
     values = {stored.manifest.meta["value"], *stored.shared["w"].view(-1).tolist(), *stored.own[0]["residual"].tolist()}
     (value,) = values
     return float(value)
-
-
-def loaded(folder: Path) -> float:
-    return value_of(open_checkpoint(folder, LocalGroup()))
 
 
 def bits(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:

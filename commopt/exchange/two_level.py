@@ -9,12 +9,15 @@ from commopt.wire.bucket import Bucket, Share
 from commopt.wire.payload import Payload
 
 
-def machine_mean(bucket: Bucket, share: Share | None, inside: Group | None) -> Bucket:
-    """This rank's share of the exact mean over its machine's ranks, in the bucket's dtype; the bucket itself if it is alone there."""
+def machine_mean(bucket: Bucket, share: Share | None, inside: Group | None, dtype: torch.dtype | None = None) -> Bucket:
+    """This rank's share of the mean over its machine's ranks, in the bucket's dtype; the bucket itself if it is alone there.
+
+    dtype: in which the ranks' gradients travel; if None, as they are, and the mean is exact.
+    """
     if share is None or inside is None:
         return bucket
-    sent = [Payload.of(share.take(bucket, rank)) for rank in range(inside.size)]
-    parts = [payload.tensors[0] for payload in inside.all_to_all(sent)]
+    sent = [Payload.of(share.take(bucket, rank).to(dtype or bucket.flat.dtype)) for rank in range(inside.size)]
+    parts = [payload.tensors[0].to(bucket.flat.dtype) for payload in inside.all_to_all(sent)]
     return share.bucket(bucket, summed(parts) / inside.size)
 
 

@@ -54,8 +54,7 @@ def attach(model: Any, request: Request) -> Run:
         return run  # type: ignore[no-any-return]
     if not is_plain:
         run.repeat_hint = "run the other backwards under accelerator.accumulate(model), or accelerator.no_sync(model)"
-    if not accelerator.is_fsdp2:  # its state is by shard, and not part of checkpoints
-        run._handles += _tie(accelerator, prepared, run)
+    run._handles += _tie(accelerator, prepared, run)
     return run  # type: ignore[no-any-return]
 
 

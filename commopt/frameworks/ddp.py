@@ -18,17 +18,8 @@ from commopt.groups import Group, TorchGroup, World
 from commopt.method import EveryStep, Method
 from commopt.methods import resolve
 from commopt.plan.links import schedule
+from commopt.run import checks
 from commopt.run.agree import meeting_group
-from commopt.run.checks import (
-    Checked,
-    Request,
-    check_request,
-    connect,
-    connect_machines,
-    has_other_machines,
-    machines_of,
-    refuse,
-)
 from commopt.run.every_step import EveryStepRun
 from commopt.run.machine import Machine
 from commopt.run.outer import OuterRun
@@ -37,13 +28,11 @@ from commopt.wire.bucket import Bucket
 
 
 class Lane:
-    """One thread that runs exchanges in the order of submission, the same on every rank.
-
-    For tensors on a GPU, jobs run on a side stream that waits for the stream that submitted them.
-    """
+    """One thread that runs exchanges in the order of submission, the same on every rank."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # for tensors on a GPU: jobs run on a side stream that waits for the stream that submitted them
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")  # ends before the interpreter does
 
@@ -74,7 +63,7 @@ class DDPRun(EveryStepRun):
 
     repeat_hint = "run the other backwards under model.no_sync()"
 
-    def __init__(self, model: DistributedDataParallel, checked: Checked, group: Group, overlap: bool) -> None:
+    def __init__(self, model: DistributedDataParallel, checked: checks.Checked, group: Group, overlap: bool) -> None:
         super().__init__(model.module, checked, group)
         self._name_of = {id(p): name for name, p in self.parameters.items()}
         self._lane = Lane(next(iter(self.parameters.values())).device) if overlap else None
@@ -99,7 +88,7 @@ class DDPRun(EveryStepRun):
 
     # DDP checks the hook's parameter name and annotation, so this file can't postpone annotations
     def _hook(self, bucket: GradBucket) -> Future[Tensor]:
-        refuse({"ddp detached": self.is_closed}, self.method.name, self.method.kind)
+        checks.refuse({"ddp detached": self.is_closed}, self.method.name, self.method.kind)
         ours = self._wrap(bucket)
         self._refuse_repeat([ours])  # here, and not in the lane, whose errors DDP turns into a RuntimeError
         if bucket.is_last():
@@ -141,9 +130,8 @@ class DDPRun(EveryStepRun):
         if not layout or sorted(views) != sorted(name for names in layout for name in names):
             self.exchange(buckets)
             return
-        regrouped = [
-            Bucket.of([(name, views[name]) for name in names], f"bucket {k}") for k, names in enumerate(layout)
-        ]
+        parts = [[(name, views[name]) for name in names] for names in layout]
+        regrouped = [Bucket.of(part, f"bucket {k}") for k, part in enumerate(parts)]
         self.exchange(regrouped)
         for name, x in (view for bucket in regrouped for view in bucket.views()):
             views[name].copy_(x)
@@ -160,10 +148,7 @@ class DDPRun(EveryStepRun):
             future.set_result(bucket.flat)
 
     def _after_backward(self) -> None:
-        """Note versions and the time waited once DDP has put the results into the gradients.
-
-        DDP queues its own end of backward after this hook returns; a callback queued by a callback runs after that.
-        """
+        """Note versions and the time waited once DDP has put the results into the gradients."""
         start = time.perf_counter()
 
         def finished() -> None:
@@ -171,6 +156,7 @@ class DDPRun(EveryStepRun):
             self.note_versions()
 
         queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+        # DDP queues its own end of backward after this hook returns; a callback queued by a callback runs after that
         queue(lambda: queue(finished))
 
 
@@ -195,13 +181,13 @@ def wrap(model: torch.nn.Module, method: Method | type[Method] | Choice, **ddp_o
         return model
     if is_outer and "COMMOPT_PEERS" not in os.environ:
         theirs: Any = ddp_options.get("process_group")
-        if not (machines := machines_of(theirs)):
+        if not (machines := checks.machines_of(theirs)):
             return model
         ddp_options["process_group"] = TorchGroup.like(theirs, machines).process_group
     return DistributedDataParallel(model, **ddp_options)  # type: ignore[arg-type]
 
 
-def attach(model: DistributedDataParallel, request: Request) -> Run:
+def attach(model: DistributedDataParallel, request: checks.Request) -> Run:
     """Average the gradients of a DDP model bucket by bucket, while backward computes the next, if the method allows it.
 
     Unless a group is passed, it is a new process group of the model's ranks, because other calls in DDP's own would disturb it.
@@ -217,14 +203,10 @@ def attach(model: DistributedDataParallel, request: Request) -> Run:
         is_outer = method.kind == "outer"
         met = group.inside if isinstance(group, World) and is_outer else group
         ours, ranks = getattr(met, "process_group", None), dist.get_process_group_ranks
-        same = (
-            met.size == theirs.size()
-            if ours is None and isinstance(met, Group)
-            else ours and ranks(ours) == ranks(theirs)
-        )
+        same = isinstance(met, Group) and met.size == theirs.size() if ours is None else ranks(ours) == ranks(theirs)
         other = isinstance(met, Group) and not same and f"{type(met).__name__} of {met.size} ranks"
         return {
-            "ddp around an outer method": theirs.size() > 1 and not has_other_machines(group, theirs.size()),
+            "ddp around an outer method": theirs.size() > 1 and not checks.has_other_machines(group, theirs.size()),
             "ddp other ranks": other,
             "ddp detached": any(isinstance(state, DDPRun) and state.is_closed for state in hooks),
             "ddp hook": bool(hooks),
@@ -233,10 +215,10 @@ def attach(model: DistributedDataParallel, request: Request) -> Run:
             "overlap with a joint decision": request.overlap and joint,
         }
 
-    checked = check_request("ddp", model.module, request, meeting, facts)
+    checked = checks.check_request("ddp", model.module, request, meeting, facts)
     if not isinstance(checked.method, EveryStep):
-        peers, inside = connect_machines(group, dist.get_process_group_ranks(theirs))
+        peers, inside = checks.connect_machines(group, dist.get_process_group_ranks(theirs))
         return OuterRun(model.module, checked, peers, Machine(inside))
     overlap = not request.joint_decision(checked.method) if request.overlap is None else request.overlap
-    ours = group if isinstance(group, Group) else connect(theirs, checked.method)
+    ours = group if isinstance(group, Group) else checks.connect(theirs, checked.method)
     return DDPRun(model, checked, ours, overlap)

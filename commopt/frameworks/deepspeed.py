@@ -98,9 +98,8 @@ def attach(engine: Any, request: Request) -> Run:
     else:
         if isinstance(method, UpdateMethod):
             checked = replace(checked, request=replace(own, max_norm=clipping or None))
-        run = EngineRun(
-            engine, masters, checked, request.group if isinstance(request.group, Group) else connect(method=method)
-        )
+        group = request.group if isinstance(request.group, Group) else connect(method=method)
+        run = EngineRun(engine, masters, checked, group)
     run._handles.append(hand_over(engine, run))
     engine._commopt_has_read = True  # the block: when the engine was made, or by this attach
     _tell(engine, config.surprises(engine._config, method.name))

@@ -29,16 +29,13 @@ _KERNELS = ("torch_adam", "foreach", "amsgrad", "adam_w_mode")  # they choose De
 
 @dataclass(frozen=True)
 class Legacy:
-    """An optimizer that DeepSpeed had until 0.19.6: its options, with their defaults there.
-
-    optimizer: the one that takes its hyper-parameters now, `settings`. options: the method's.
-    """
+    """An optimizer that DeepSpeed had until 0.19.6: its options, with their defaults there."""
 
     name: str
     method: str
-    optimizer: str
+    optimizer: str  # the one that takes its hyper-parameters now, `settings`
     settings: Mapping[str, Any]
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # the method's
 
 
 LEGACY = {
@@ -50,14 +47,11 @@ LEGACY = {
 
 @dataclass
 class Wanted:
-    """What a configuration asks for. optimizer: for `make_optimizer`, what an update method stands in for, unless one was passed.
-
-    notes: warnings to log once.
-    """
+    """What a configuration asks for."""
 
     method: Method
-    optimizer: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
+    optimizer: dict[str, Any] | None = None  # for `make_optimizer`: what a method stands in for, unless passed
+    notes: list[str] = field(default_factory=list)  # warnings to log once
 
 
 def asks(config: Mapping[str, Any]) -> bool:

@@ -39,10 +39,7 @@ def has_masters(engine: Any) -> bool:
 
 
 def forget_dry_step(engine: Any) -> None:
-    """Undo the step on zeros by which DeepSpeed's wrappers make an optimizer allocate its state.
-
-    It counts in Adam's bias correction, and decays weights.
-    """
+    """Undo the step on zeros by which DeepSpeed's wrappers allocate an optimizer's state: it counts for Adam, and decays weights."""
     if has_masters(engine) and engine.global_steps == 0 and not hasattr(engine, "commopt"):
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
@@ -132,11 +129,8 @@ class EngineRun(PlainRun):
 
     def _overflows(self, param_groups: Any = None) -> bool:
         """Whether on any rank a gradient, or their norm, is not finite; the same answer on all. Sends 4 bytes."""
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-            for p in self.masters.low.values()
-            if p.grad is not None
-        ]
+        grads = [p.grad for p in self.masters.low.values() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         device = next(iter(self.parameters.values())).device
         total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
         flag = (~total.isfinite()).to(torch.int32).reshape(1)

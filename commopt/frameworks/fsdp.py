@@ -24,17 +24,8 @@ from commopt.gossip.loop import OuterMethod
 from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup, World
 from commopt.method import GradientMethod, Method
 from commopt.methods import FP16, QSGD, NaturalMean, TwoWay
+from commopt.run import checks
 from commopt.run.agree import Configuration, agree, meeting_group
-from commopt.run.checks import (
-    ATTACHED,
-    Checked,
-    Request,
-    check_request,
-    connect,
-    connect_machines,
-    has_other_machines,
-    is_outer,
-)
 from commopt.run.every_step import EveryStepRun
 from commopt.run.machine import Machine
 from commopt.run.outer import OuterRun
@@ -58,7 +49,7 @@ class FSDPRun(EveryStepRun):
     repeat_hint = "call model.set_requires_gradient_sync(False) before the other backwards"
     is_sharded = True
 
-    def __init__(self, model: Module, checked: Checked, group: Group, units: Sequence[Unit], mesh: Mesh) -> None:
+    def __init__(self, model: Module, checked: checks.Checked, group: Group, units: Sequence[Unit], mesh: Mesh) -> None:
         self.units, self.mesh = units, mesh
         self._left_out: set[str] = set()
         super().__init__(model, checked, group)
@@ -119,12 +110,10 @@ class FSDPRun(EveryStepRun):
 
 
 class ReplicaRun(FSDPRun):
-    """Averages each shard's gradient with the same shard of the other replicas, as soon as FSDP has reduced it within its own.
-
-    FSDP's own all-reduce between replicas is given a group of one rank, and the all-reduce hook exchanges in its place.
-    """
+    """Averages each shard's gradient with the same shard of the other replicas, as soon as FSDP has reduced it within its own."""
 
     def __init__(self, model: Module, *arguments: Any) -> None:
+        # one rank, for FSDP's own all-reduce, in whose place the all-reduce hook exchanges
         self._alone: dist.ProcessGroup | None = None
         super().__init__(model, *arguments)
         broadcast_(map(local, (*model.parameters(), *model.buffers())), self.group.broadcast)
@@ -144,10 +133,8 @@ class ReplicaRun(FSDPRun):
         if per_machine == shards:
             return self.method.resize(every[self.mesh.shard_group.rank() :: shards])
         numels = {name: p.numel() for name, p in self.parameters.items()}
-        parts = [one["rank"] for one in every]
-        replicas = [
-            recut(self.method, parts[k : k + per_machine], numels, stretches) for k in range(0, len(parts), per_machine)
-        ]
+        parts, starts = [one["rank"] for one in every], range(0, len(every), per_machine)
+        replicas = [recut(self.method, parts[k : k + per_machine], numels, stretches) for k in starts]
         if len(replicas) != self.group.size:
             return self.method.resize([{"shared": one, "rank": one} for one in replicas])
         own = replicas[self.group.rank]
@@ -206,9 +193,8 @@ class ScatterMean(GradientMethod, Compressed):
 
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
-        self.messages = {
-            label: [self._message(unit, shard) for shard in range(group.size)] for label, unit in self.units.items()
-        }
+        shards = range(group.size)
+        self.messages = {key: [self._message(unit, shard) for shard in shards] for key, unit in self.units.items()}
         every = [blocks for messages in self.messages.values() for blocks in messages]
         fields = ("starts", "homes", "lengths", "parameters", "groups")
         self.everything = Blocks(*(np.concatenate([getattr(blocks, key) for blocks in every]) for key in fields))
@@ -291,7 +277,7 @@ class ShardRun(FSDPRun):
         return True  # there is one
 
 
-def attach(model: Module, request: Request) -> Run:
+def attach(model: Module, request: checks.Request) -> Run:
     """Average the gradients of a model that `fully_shard` has sharded.
 
     On a mesh with a replicate and a shard dimension, any gradient method averages between the replicas, shard by shard; within a
@@ -301,27 +287,22 @@ def attach(model: Module, request: Request) -> Run:
     (found, units, mesh), group = sharding_of(model), request.group
     way = None if mesh is None else mesh.way(group)
 
-    def check() -> tuple[Checked, Configuration]:
+    def check() -> tuple[checks.Checked, Configuration]:
         within = LocalGroup() if mesh is None else TorchGroup(mesh.shard_group)
-        checked = check_request(
-            "fsdp",
-            model,
-            request,
-            within,
-            lambda method: {} if model in ATTACHED else _facts(method, request, found, mesh, way),
-            {"way": way, "units": [unit.label for unit in units]},
-        )
+        facts = partial(_facts, model, request, found, mesh, way)
+        layout = {"way": way, "units": [unit.label for unit in units]}
+        checked = checks.check_request("fsdp", model, request, within, facts, layout)
         return checked, checked.configuration
 
     process_group = None if mesh is None else mesh.replicate_group or mesh.shard_group
-    meeting = LocalGroup() if is_outer(request.method) else meeting_group(group, process_group)
+    meeting = LocalGroup() if checks.is_outer(request.method) else meeting_group(group, process_group)
     checked = agree(meeting, check)  # within a replica, and between them
     assert mesh is not None
     if isinstance(checked.method, OuterMethod):
-        peers, inside = connect_machines(group, mesh.ranks)
+        peers, inside = checks.connect_machines(group, mesh.ranks)
         copies = LocalGroup() if mesh.replicate_group is None else TorchGroup.like(mesh.replicate_group, backend="gloo")
         return OuterRun(model, checked, peers, Machine(inside, copies))
-    ours = group if isinstance(group, Group) else connect(process_group)
+    ours = group if isinstance(group, Group) else checks.connect(process_group)
     if way == "replicas":
         return ReplicaRun(model, checked, ours, units, mesh)
     scatter = dataclasses.replace(checked, method=ScatterMean(checked.method, units))
@@ -329,12 +310,14 @@ def attach(model: Module, request: Request) -> Run:
 
 
 def _facts(
-    method: Method, request: Request, found: dict[str, object], mesh: Mesh | None, way: Way | None
+    model: Module, request: checks.Request, found: dict[str, object], mesh: Mesh | None, way: Way | None, method: Method
 ) -> dict[str, object]:
+    if model in checks.ATTACHED:  # which is refused, and its hooks are ours
+        return {}
     replicas = None if mesh is None else mesh.replicate_group
     facts: dict[str, object] = {
         "fsdp update method": method.needs_whole,
-        "fsdp outer method": mesh is not None and not has_other_machines(request.group, len(mesh.ranks)),
+        "fsdp outer method": mesh is not None and not checks.has_other_machines(request.group, len(mesh.ranks)),
         "fsdp max_norm": request.max_norm is not None,
         "fsdp grad_scaler": request.grad_scaler is not None,
         "fsdp overlap": request.overlap is not None and f"{request.overlap}",

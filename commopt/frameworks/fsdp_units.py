@@ -40,14 +40,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unit:
-    """The trainable parameters of one `fully_shard` call: their gradients are reduced in one collective, as one flat tensor.
-
-    module: the first module of the call, whose hooks are set; param_group: torch's FSDPParamGroup.
-    """
+    """The trainable parameters of one `fully_shard` call: their gradients are reduced in one collective, as one flat tensor."""
 
     label: str
-    module: FSDPModule
-    param_group: Any
+    module: FSDPModule  # the first module of the call, whose hooks are set
+    param_group: Any  # torch's FSDPParamGroup
     pieces: tuple[Piece, ...]
 
     @property
@@ -67,9 +64,8 @@ class Unit:
     def over(self, flat: Tensor, rank: int, row: int = 0) -> Bucket:
         """What a shard rank has in its flat gradient, which begins at `row` of `flat`."""
         found = self.starts(rank)
-        return Bucket(
-            flat, tuple(name for name, _, _ in found), tuple(row + start for _, start, _ in found), self.label
-        )
+        names, starts = tuple(name for name, _, _ in found), tuple(row + start for _, start, _ in found)
+        return Bucket(flat, names, starts, self.label)
 
     def bucket(self, flat: Tensor, rank: int) -> Bucket:
         """The shard's gradient without padding: over `flat` itself if that is all or no padding, else a copy."""
@@ -87,12 +83,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank is: the process group that the parameters are sharded over, that of its replicas if FSDP knows it, and the ranks
-    of all of them."""
+    """Where this rank is."""
 
-    shard_group: dist.ProcessGroup
-    replicate_group: dist.ProcessGroup | None
-    ranks: Sequence[int]
+    shard_group: dist.ProcessGroup  # that the parameters are sharded over
+    replicate_group: dist.ProcessGroup | None  # of its replicas, if FSDP knows it
+    ranks: Sequence[int]  # of all replicas
 
     def way(self, group: object) -> Way | None:
         """Whether a method averages between replicas, or within the shard group; None for a group that does neither."""

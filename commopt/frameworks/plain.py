@@ -13,17 +13,8 @@ from torch.nn import Module
 
 from commopt.gossip.loop import OuterMethod
 from commopt.groups import Group, LocalGroup, Peers, SimGroup, World
+from commopt.run import checks
 from commopt.run.agree import meeting_group
-from commopt.run.checks import (
-    Checked,
-    Request,
-    check_request,
-    connect,
-    connect_machines,
-    has_closure,
-    is_outer,
-    refuse_ddp,
-)
 from commopt.run.every_step import EveryStepRun
 from commopt.run.machine import Machine
 from commopt.run.outer import OuterRun
@@ -38,11 +29,11 @@ class PlainRun(EveryStepRun):
 
     bucket_bytes = 25 << 20  # the most that is exchanged at once
 
-    def __init__(self, model: Module, checked: Checked, group: Group) -> None:
+    def __init__(self, model: Module, checked: checks.Checked, group: Group) -> None:
         super().__init__(model, checked, group)
         self._has_new_gradients = self._has_warned = False
         self._versions: dict[int, int] = {}  # of each parameter, in its first backward
-        self._until_first_step = refuse_ddp(model, self.method.name)
+        self._until_first_step = checks.refuse_ddp(model, self.method.name)
         self._handles += self._until_first_step
         for p in self.parameters.values():
             hook = p.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
@@ -105,12 +96,12 @@ class PlainRun(EveryStepRun):
         return [Bucket.of(part, f"bucket {k}") for k, part in enumerate(parts)]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        if (self._has_new_gradients or not self._exchanged) and not has_closure(args, kwargs):
+        if (self._has_new_gradients or not self._exchanged) and not checks.has_closure(args, kwargs):
             self.exchange_gradients()
         super()._before_step(optimizer, args, kwargs)
 
 
-def attach(model: Module, request: Request) -> Run:
+def attach(model: Module, request: checks.Request) -> Run:
     """Average gradients at `optimizer.step()`, or parameters every N steps; all ranks start with the same parameters and buffers."""
     group = request.group
     # members that come and go compare their configurations when they join
@@ -121,15 +112,15 @@ def attach(model: Module, request: Request) -> Run:
         "overlap without backward": request.overlap and "a model that is not wrapped in DDP",
         "plain scaler": request.grad_scaler is not None and meeting.size > 1,
     }
-    meets_later = come_and_go and (not isinstance(group, Group) or is_outer(request.method))
-    checked = check_request("plain", model, request, LocalGroup() if meets_later else meeting, lambda _: facts)
+    meets_later = come_and_go and (not isinstance(group, Group) or checks.is_outer(request.method))
+    checked = checks.check_request("plain", model, request, LocalGroup() if meets_later else meeting, lambda _: facts)
     return start(model, checked)
 
 
-def start(model: Module, checked: Checked) -> Run:
+def start(model: Module, checked: checks.Checked) -> Run:
     """The run of a request that has been checked."""
     group = checked.request.group
     if isinstance(checked.method, OuterMethod):
-        peers, inside = connect_machines(group)
+        peers, inside = checks.connect_machines(group)
         return OuterRun(model, checked, peers, Machine(inside), averages=inside is not None)
-    return PlainRun(model, checked, group if isinstance(group, Group) else connect(method=checked.method))
+    return PlainRun(model, checked, group if isinstance(group, Group) else checks.connect(method=checked.method))

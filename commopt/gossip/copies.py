@@ -62,9 +62,8 @@ class PublicCopies(Stateful):
         found = []
         for peer in self._neighbours:
             found += [State(f"{what} {peer}", held="rank", on_resize="reset") for what in ("copy for", "copy of")]
-            found.append(
-                State(f"marks of {peer}", of="run", numel=4, held="rank", on_resize="reset", dtype=torch.int64)
-            )
+            marks = State(f"marks of {peer}", of="run", numel=4, held="rank", on_resize="reset", dtype=torch.int64)
+            found.append(marks)
         return found
 
     def saved(self) -> Saved:

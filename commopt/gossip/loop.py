@@ -23,14 +23,11 @@ from commopt.wire.bucket import ParameterIndex, Share
 
 @dataclass
 class Exchanged:
-    """The result of one round's exchange: its members (ranks, this one included), and the tensors that `apply` needs.
+    """The result of one round's exchange."""
 
-    is_missed: whether a member that was due did not answer in time.
-    """
-
-    members: tuple[int, ...]
-    is_missed: bool = False
-    values: dict[str, Tensor] = field(default_factory=dict)
+    members: tuple[int, ...]  # ranks, this one included
+    is_missed: bool = False  # whether a member that was due did not answer in time
+    values: dict[str, Tensor] = field(default_factory=dict)  # what `apply` needs
 
 
 @dataclass(frozen=True)

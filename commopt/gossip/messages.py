@@ -28,17 +28,13 @@ class Message(Stateful):
 
     def __init__(self, given: Any, *, seed: int = 0) -> None:
         options = dict(given) if isinstance(given, Mapping) else {"compressor": given}
-        has_feedback = options.pop("error_feedback", True)
-        check_flag("message: error_feedback", has_feedback)
-        if given is None:
-            self.compressor = None
-        elif options.get("compressor") is None:
+        self.seed, self.has_feedback = seed, options.pop("error_feedback", True)
+        check_flag("message: error_feedback", self.has_feedback)
+        if given is not None and options.get("compressor") is None:
             raise ConfigError(
                 f"message: {given!r}: no compressor is named; write {{compressor: int8}}, or leave message out"
             )
-        else:
-            self.compressor = make_compressor(options, "message")
-        self.has_feedback, self.seed = has_feedback, seed
+        self.compressor = None if given is None else make_compressor(options, "message")
 
     def pieces(self, numel: int, ranks: int) -> Sequence[int]:
         """The lengths that a parameter may be cut into to be shared out among a machine's ranks; ranks: how many machines there are."""

@@ -6,7 +6,6 @@ stochastic gradient push (arXiv:1811.10792). Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -29,7 +28,11 @@ def make_topology(name: str, ranks: int, slots: int = 1) -> tuple[Round, ...]:
     slots: ranks on a node, of consecutive numbers; only alternating_exp_ring uses it.
     Raises ConfigError for a number of ranks that the topology has no rounds for.
     """
-    return _BUILDERS[name](ranks, slots) if ranks > 1 else ((),)
+    if ranks == 1:
+        return ((),)
+    if name == "alternating_exp_ring":
+        return _alternating_exp_ring(ranks, slots)
+    return {"complete": _complete, "ring": _ring, "one_peer_exp": _one_peer_exp}[name](ranks)
 
 
 def mixing_matrix(round: Round, ranks: int) -> F64:
@@ -47,7 +50,7 @@ def random_groups(ranks: int, size: int, seed: int, round: int) -> list[tuple[in
     paper wants ranks to be divisible by size). A single one sits the round out and is in no group: from round cN to cN + N - 1 each of
     N ranks does so once, and none does twice in a row.
     """
-    order = _permutation(ranks, seed, "random groups", round)
+    order = permutation(ranks, seed, "random groups", round)
     if ranks % size == 1:
         order.remove(_sits_out(ranks, seed, round))
     return [tuple(sorted(order[first : first + size])) for first in range(0, len(order), size)]
@@ -66,11 +69,11 @@ def directed_exponential(ranks: int, round: int, rank: int) -> int:
     return int((rank + 2 ** (round % (ranks - 1).bit_length())) % ranks)
 
 
-def _complete(ranks: int, slots: int) -> tuple[Round, ...]:
+def _complete(ranks: int) -> tuple[Round, ...]:
     return ((tuple(range(ranks)),),)
 
 
-def _ring(ranks: int, slots: int) -> tuple[Round, ...]:
+def _ring(ranks: int) -> tuple[Round, ...]:
     """Even rounds pair (2k, 2k + 1), odd ones (2k, 2k - 1); an odd number of ranks has N rounds, and rank r - 1 sits round r out.
 
     The ranks after the one that sits out pair up along the ring, so in N rounds each sits out once, each edge is used (N - 1) / 2
@@ -81,7 +84,7 @@ def _ring(ranks: int, slots: int) -> tuple[Round, ...]:
     return tuple(tuple((min(pair), max(pair)) for pair in round) for round in pairs)
 
 
-def _one_peer_exp(ranks: int, slots: int) -> tuple[Round, ...]:
+def _one_peer_exp(ranks: int) -> tuple[Round, ...]:
     """Rank j pairs with j XOR 2^k, which is a perfect matching where j + 2^k mod N is not, so log2 N rounds average exactly."""
     if ranks.bit_count() != 1:
         below = 1 << ranks.bit_length() - 1
@@ -106,12 +109,12 @@ def _alternating_exp_ring(ranks: int, slots: int) -> tuple[Round, ...]:
             f"{slots} to a node; change the number of nodes, or write ring or complete, which work with any number"
         )
     if slots == 1:
-        return _one_peer_exp(ranks, slots)
+        return _one_peer_exp(ranks)
     if nodes == 1:
-        return _complete(ranks, slots)
+        return _complete(ranks)
     own = [tuple(range(node * slots, (node + 1) * slots)) for node in range(nodes)]
     rounds = []
-    for matching in _one_peer_exp(nodes, slots):
+    for matching in _one_peer_exp(nodes):
         inside = [[own[a], own[b]] for a, b in matching]
         over_both = [[own[a] + own[b]] for a, b in matching]
         for turn in range(2):
@@ -120,15 +123,7 @@ def _alternating_exp_ring(ranks: int, slots: int) -> tuple[Round, ...]:
     return tuple(rounds)
 
 
-_BUILDERS: Mapping[str, Callable[[int, int], tuple[Round, ...]]] = {
-    "complete": _complete,
-    "ring": _ring,
-    "one_peer_exp": _one_peer_exp,
-    "alternating_exp_ring": _alternating_exp_ring,
-}
-
-
-def _permutation(ranks: int, seed: int, purpose: str, count: int) -> list[int]:
+def permutation(ranks: int, seed: int, purpose: str, count: int) -> list[int]:
     """The ranks in the order of their keys, which differ: for one count, a key is a bijection of the place."""
     drawn = keys(seed, purpose, 0, np.asarray([count]), np.arange(ranks))  # (N,) u64
     return [int(rank) for rank in np.argsort(drawn)]
@@ -137,7 +132,7 @@ def _permutation(ranks: int, seed: int, purpose: str, count: int) -> list[int]:
 def _sits_out(ranks: int, seed: int, round: int) -> int:
     """The rank that sits a round out: they take turns, in an order drawn anew for each cycle of N rounds."""
     cycle, turn = divmod(round, ranks)
-    order = _permutation(ranks, seed, "sits out", cycle)
-    if turn < 2 and cycle > 0 and ranks > 2 and order[0] == _permutation(ranks, seed, "sits out", cycle - 1)[-1]:
+    order = permutation(ranks, seed, "sits out", cycle)
+    if turn < 2 and cycle > 0 and ranks > 2 and order[0] == permutation(ranks, seed, "sits out", cycle - 1)[-1]:
         order[:2] = order[1::-1]  # else it would sit out twice in a row; the last turn stays, so cycles do not chain
     return order[turn]

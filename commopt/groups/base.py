@@ -20,11 +20,10 @@ Key = tuple[str, str, str]
 class Traffic:
     """Bytes that one rank handed to the network, counted by the group that sends them.
 
-    `method` and `bucket` label what is counted next; integrations set them. A collective is counted by its schedule
-    (`links.schedule`): a ring all-reduce of n bytes is 2(N-1)/N n.
+    A collective is counted by its schedule (`links.schedule`): a ring all-reduce of n bytes is 2(N-1)/N n.
     """
 
-    method: str = ""
+    method: str = ""  # these two label what is counted next; integrations set them
     bucket: str = ""
     by_peer: dict[int, float] = field(default_factory=dict)
     ranks: Sequence[int] | None = None  # the job's ranks that this rank's peers are, if those are some of them
@@ -71,6 +70,11 @@ class Group(ABC):
         """How many ranks share out what their machine exchanges."""
         return 1 if self.inside is None else self.inside.size
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether each rank is known to be on a machine of its own."""
+        return self.inside is not None
+
     @abstractmethod
     def all_reduce(self, x: Tensor) -> None:
         """Replace x by the sum over ranks; bit for bit the same on every rank."""
@@ -79,8 +83,8 @@ class Group(ABC):
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         """Return the payload of every rank, by rank.
 
-        layouts: of all ranks' payloads, if they differ. They travel around a ring, and are padded to the largest; but between machines
-        whose ranks have a ring each, nothing is gained by that, and each goes directly to every rank.
+        layouts: of all ranks' payloads, if they differ. They travel around a ring then, padded to the largest, so that few of them
+        leave a machine; if each rank `is_spread`, directly to every rank.
         """
 
     @abstractmethod
@@ -133,7 +137,7 @@ class BufferGroup(Group):
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         layouts = [payload.layout] * self.size if layouts is None else list(layouts)
-        if self.inside is not None and len(set(layouts)) > 1:
+        if self.is_spread and len(set(layouts)) > 1:
             self._count_direct("all_gather", [payload] * self.size)
             sizes, sent = [layout_bytes(layout) for layout in layouts], payload.buffer.repeat(self.size)
             return cut(self._exchange("all_gather", sent, [payload.nbytes] * self.size, sizes), layouts)

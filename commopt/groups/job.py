@@ -14,9 +14,9 @@ _OF_MPIRUN = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 def connect(backend: str | None = None) -> Group | None:
     """Return the group of this job, for `attach(..., group=...)`; None if attach finds it by itself.
 
-    Under mpirun it is an MPIGroup. Under torchrun, or any launcher that sets RANK, it is None, and torch.distributed is initialised with
-    `backend` (Gloo if None). Under `commopt launch --independent` it is None, and torch.distributed is initialised for the ranks of one
-    machine, if it has several. A program started by hand is one rank alone.
+    Under mpirun it is an MPIGroup, or a World of machines with several ranks. Under torchrun, or any launcher that sets RANK, it is
+    None, and torch.distributed is initialised with `backend` (Gloo if None). Under `commopt launch --independent` it is None, and
+    torch.distributed is initialised for the ranks of one machine, if it has several. A program started by hand is one rank alone.
     backend: "gloo", "nccl", "mpi", or another one of torch.distributed. Raises ConfigError for "mpi" under `commopt launch --independent`.
     """
     by_mpirun = "RANK" not in os.environ and any(key in os.environ for key in _OF_MPIRUN)
@@ -29,7 +29,7 @@ def connect(backend: str | None = None) -> Group | None:
     if backend == "mpi" or (backend is None and by_mpirun):
         from commopt.groups.mpi import MPIGroup
 
-        return MPIGroup()
+        return MPIGroup().by_machine()
     if "RANK" not in os.environ:
         return LocalGroup()
     initialise(backend or "gloo")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from commopt.errors import GroupError, MissingExtra, check_option
-from commopt.groups.base import BufferGroup, Traffic, summed
+from commopt.groups.base import BufferGroup, Group, Traffic, summed
+from commopt.groups.world import World
 
 try:
     from mpi4py import MPI
@@ -63,6 +64,13 @@ class MPIGroup(BufferGroup):
         self.rank, self.size, self.traffic = self.comm.Get_rank(), self.comm.Get_size(), Traffic()
         if self.size > 1:
             _end_the_job_on_uncaught_errors()
+
+    def by_machine(self) -> Group:
+        """The ranks by machine, which are those that share memory; this group itself unless several machines have as many ranks each."""
+        inside = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        if len(set(self.tell(str(inside.size)))) > 1 or inside.size in (1, self.size):
+            return self
+        return World(MPIGroup(inside), MPIGroup(self.comm.Split(inside.rank)), is_even=True)
 
     def all_reduce(self, x: Tensor) -> None:
         self._count("all_reduce", x.numel() * x.element_size())

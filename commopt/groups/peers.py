@@ -78,15 +78,13 @@ class Mailbox:
 class Peers(ABC):
     """The configured members of a job, as one of them sees them.
 
-    rank, size: this member, and how many there are, up or not. traffic: bytes that this member has sent.
-    returns: whether this member was restarted and has to catch up; known only if the launcher says so.
     Which peers are up is only a hint, from their last messages: it saves a timeout, and nothing else depends on it.
     """
 
-    rank: int
-    size: int
-    traffic: Traffic
-    returns = False
+    rank: int  # of this member
+    size: int  # how many there are, up or not
+    traffic: Traffic  # what this member has sent
+    returns = False  # whether this member was restarted and has to catch up; known only if the launcher says so
 
     @abstractmethod
     def send(self, peer: int, channel: str, sequence: int, payload: Payload, *, expires_s: float = 30.0) -> None:

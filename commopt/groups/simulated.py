@@ -160,6 +160,10 @@ class SimGroup(Group):
         return World(inside, between, is_even=True)
 
     @property
+    def is_spread(self) -> bool:
+        return self.links is None or len(set(self.links.node_of_rank)) == self.size
+
+    @property
     def seconds(self) -> float:
         """This rank's virtual clock."""
         return self.world.clocks[self.place]
@@ -169,13 +173,12 @@ class SimGroup(Group):
         self.world.clocks[self.place] += seconds * self.world.office.slowness(self.place)
 
     def all_reduce(self, x: Tensor) -> None:
-        parts = self._meet("all_reduce", x.clone(), self._count("all_reduce", x.nbytes))
-        _check_alike("all_reduce", parts)
-        x.copy_(summed(parts))
+        x.copy_(summed(self._meet_alike("all_reduce", x)))
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        is_direct = self.inside is not None
-        sent = self._count("all_gather", payload.nbytes if is_direct else gathered_bytes(layouts or [payload.layout]))
+        sent = self._count(
+            "all_gather", payload.nbytes if self.is_spread else gathered_bytes(layouts or [payload.layout])
+        )
         copied = replace(payload, buffer=payload.buffer.clone())
         gathered: list[Payload] = self._meet("all_gather", copied, sent)
         for rank, one in enumerate(gathered):
@@ -193,9 +196,7 @@ class SimGroup(Group):
         return received
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        parts = self._meet("broadcast", x.clone(), self._count("broadcast", x.nbytes, root=src))
-        _check_alike("broadcast", parts)
-        x.copy_(parts[src])
+        x.copy_(self._meet_alike("broadcast", x, src)[src])
 
     def tell(self, text: str) -> list[str]:
         """Takes no virtual time."""
@@ -232,10 +233,12 @@ class SimGroup(Group):
         world.clocks[self.place] = clock + cost_s
         return [contribution for _, contribution, _ in met]
 
-
-def _check_alike(operation: str, parts: Sequence[Tensor]) -> None:
-    for rank, part in enumerate(parts):
-        if (part.shape, part.dtype) != (parts[0].shape, parts[0].dtype):
-            raise GroupError(
-                f"{operation}: rank {rank} has {tuple(part.shape)} {part.dtype}, rank 0 {tuple(parts[0].shape)} {parts[0].dtype}"
-            )
+    def _meet_alike(self, operation: str, x: Tensor, root: int = 0) -> list[Tensor]:
+        """Exchange tensors of one shape and dtype."""
+        parts = self._meet(operation, x.clone(), self._count(operation, x.nbytes, root=root))
+        for rank, part in enumerate(parts):
+            if (part.shape, part.dtype) != (parts[0].shape, parts[0].dtype):
+                raise GroupError(
+                    f"{operation}: rank {rank} has {tuple(part.shape)} {part.dtype}, rank 0 {tuple(parts[0].shape)} {parts[0].dtype}"
+                )
+        return parts

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +34,10 @@ class TorchGroup(BufferGroup):
         self.traffic = Traffic()
         self.device = torch.device("cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu")
 
+    @property
+    def is_spread(self) -> bool:
+        return super().is_spread or os.environ.get("LOCAL_WORLD_SIZE") == "1"
+
     @classmethod
     def like(
         cls,
@@ -49,16 +56,11 @@ class TorchGroup(BufferGroup):
         if not everyone:
             _check_group_counts(parent)
         own = None
+        make = partial(dist.new_group, timeout=_timeout(parent), backend=backend or dist.get_backend(parent))
         for part in parts or [range(len(ranks))]:
-            members, limit = [ranks[k] for k in part], _timeout(parent)
+            members = [ranks[k] for k in part]
             if everyone or dist.get_rank() in members:  # all ranks of a job make each group, or only its members
-                new = dist.new_group(
-                    members,
-                    limit,
-                    backend or dist.get_backend(parent),
-                    use_local_synchronization=not everyone,
-                    group_desc="commopt",
-                )
+                new = make(members, use_local_synchronization=not everyone, group_desc="commopt")
                 own = new if dist.get_rank() in members else own
         return cls(own)
 
@@ -154,10 +156,8 @@ def _check_group_counts(parent: dist.ProcessGroup | None) -> None:
         )
 
 
-def _timeout(process_group: dist.ProcessGroup | None) -> timedelta | None:
+def _timeout(process_group: Any) -> timedelta | None:
     """The timeout of a process group's calls; None, for torch's default, if it does not tell."""
-    if process_group is None:
-        return None
     device = torch.device("cuda" if dist.get_backend(process_group) == "nccl" else "cpu")
     options = getattr(process_group._get_backend(device), "options", None)
     return getattr(options, "_timeout", None)

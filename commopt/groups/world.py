@@ -19,18 +19,21 @@ class World(Group):
     Each rank exchanges a share of every bucket with the ranks of its number on the other machines, so that every machine sends a bucket
     once, however many ranks it has. As a group it is all ranks of the job, machine after machine.
 
-    inside: the ranks of this machine. between: one rank of each machine, those of this rank's number. is_even: machines are known to
+    inside: the ranks of this machine. between: one rank of each machine, those of this rank's number. inner_dtype: in which gradients
+        travel inside a machine, such as torch.bfloat16; their own if None. is_even: machines are known to
         have the same number of ranks, and need not be asked; if they have not, raises GroupError.
     """
 
-    def __init__(self, inside: Group, between: Group, *, is_even: bool = False) -> None:
+    def __init__(
+        self, inside: Group, between: Group, *, inner_dtype: torch.dtype | None = None, is_even: bool = False
+    ) -> None:
         sizes = [] if is_even else between.tell(str(inside.size))
         if len(set(sizes)) > 1:
             raise GroupError(
                 f"machines have {', '.join(sizes)} ranks: start as many on each, or pass group=commopt.groups.TorchGroup() to exchange "
                 "between single ranks"
             )
-        self.between = between
+        self.between, self.inner_dtype = between, inner_dtype
         self.inside = between.inside = inside
         self.rank, self.size = between.rank * inside.size + inside.rank, between.size * inside.size
         between.traffic.ranks = range(inside.rank, self.size, inside.size)

@@ -120,11 +120,8 @@ class DeMo(DirectionMethod):
 
     def _largest(self, d: Bucket, chunks: Blocks, counts: Int64Array) -> Payload:
         """The top_k coefficients of each chunk: a header as in `ErrorFeedback`, values, and the code of their places."""
-        selected = [
-            largest(x.view(grid.count, -1), self.options.top_k)
-            for name, c in d.views()
-            for grid, x in self._cut(name, c)
-        ]
+        parts = [part for name, c in d.views() for part in self._cut(name, c)]
+        selected = [largest(x.view(grid.count, -1), self.options.top_k) for grid, x in parts]
         within = torch.cat([torch.empty(0, dtype=torch.int64, device=d.flat.device), *(x.view(-1) for x in selected)])
         values = d.flat[places_in(chunks.starts, counts, within)].to(_WIRE[self.options.value_bits])
         header = torch.tensor([first_bad(bad_runs(values, counts), chunks)], dtype=torch.int32, device=values.device)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +20,12 @@ from commopt.exchange.gather import GatherMean
 from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
+from commopt.gossip.topology import permutation
 from commopt.groups.peers import Latecomers, PeerGroup, Roll, call_roll
 from commopt.kernels.reference.runs import element_indices
 from commopt.method import options
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 from commopt.options import Count, Number, Share
-from commopt.wire import noise
 from commopt.wire.bucket import Bucket
 from commopt.wire.payload import checksum
 from commopt.wire.state import Saved, State
@@ -122,8 +121,7 @@ class DiLoCo(OuterMethod):
     def participants(self, number: int) -> list[int]:
         """The ranks drawn for a round; the same on all ranks."""
         ranks = self.peers.size
-        drawn = noise.keys(self.seed, "participation", 0, np.asarray([number]), np.arange(ranks))
-        return sorted(int(rank) for rank in np.argsort(drawn)[: self._drawn(ranks)])
+        return sorted(permutation(ranks, self.seed, "participation", number)[: self._drawn(ranks)])
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
         me, expected = self.peers.rank, self.participants(round.number)
@@ -187,10 +185,8 @@ class DiLoCo(OuterMethod):
                 mean = self._new_mean(k, PeerGroup(self.peers, members, "diloco", 0, self.timeout_s))
                 own: Saved = {"shared": {}, "rank": {}}
                 for held, tensors in own.items():
-                    prefix = f"mean {k} {held} "
-                    tensors |= {
-                        key.removeprefix(prefix): x for key, x in saved["rank"].items() if key.startswith(prefix)
-                    }
+                    prefix, every = f"mean {k} {held} ", saved["rank"].items()
+                    tensors |= {key.removeprefix(prefix): x for key, x in every if key.startswith(prefix)}
                 mean.load(own)
                 self._means[k] = (members, mean)
         super().load(saved)

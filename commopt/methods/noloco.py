@@ -109,13 +109,10 @@ class NoLoCo(OuterMethod):
         for peer in others:
             self.peers.send(peer, "noloco", round.number, payload, expires_s=self.timeout_s)
         received = self.collect(others, round.number)
-        own = what
-        if self.message.compressor is not None:
-            decoded = self.message.unpack(payload, round.number)
-            if received and decoded is not None:
-                own = decoded  # what the partner decodes; the rest goes into the next message
-            else:
-                self.message.take_back(what, payload, round.number)
+        own = self.message.unpack(payload, round.number) if received else None  # as the partner does
+        if own is None:
+            own = what
+            self.message.take_back(what, payload, round.number)  # else the rest goes into the next message
         members = tuple(sorted([self.peers.rank, *received]))
         values = {"mean": mean_of({**received, self.peers.rank: own})}
         if self.sends_slow and received:

@@ -103,11 +103,9 @@ class PushSum(OuterMethod):
             # no message has the number -1: this only waits for one, and `drain` takes it
             if not is_missed or not self.peers.receive(source, self.name, -1, max(0.0, left_s), or_newer=True):
                 break
-        due = sorted(
-            (one for one in self.early if one[1].sequence <= number), key=lambda one: (one[0], one[1].sequence)
-        )
+        due = [one for one in self.early if one[1].sequence <= number]
         self.early = [one for one in self.early if one[1].sequence > number]
-        return due, is_missed
+        return sorted(due, key=lambda one: (one[0], one[1].sequence)), is_missed
 
     def _fits(self, letter: Letter) -> bool:
         if letter.payload.layout != ((torch.float64, 1), (torch.float32, self.index.total)):

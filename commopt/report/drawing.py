@@ -116,11 +116,12 @@ def legend(axes: Axes, entries: Sequence[tuple[str, str | float | None]]) -> Non
 
 
 def name_lines(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> None:
-    """Name each line at the right, in its colour, sorted by the y at which it ends: (name, colour, y)."""
+    """Name each line at the right, in its colour, sorted by the y at which it ends: (name, colour, y). Many names have a row each."""
     from matplotlib.lines import Line2D
 
     ordered = sorted(ends, key=lambda end: -end[2])
-    handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour, _ in ordered]
+    gap = ", " if sum(name.count("\n") + 1 for name, *_ in ordered) > 14 else "\n"
+    handles = [Line2D([], [], color=colour, lw=3, label=name.replace("\n", gap)) for name, colour, _ in ordered]
     axes.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(1.01, 0.0), frameon=False, labelcolor="linecolor",
         handlelength=1.0, labelspacing=0.7, prop={"size": FONT_POINTS - 0.5, "weight": "bold"},

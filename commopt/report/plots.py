@@ -136,7 +136,12 @@ def _draw_losses(
 ) -> None:
     """Draw every run's loss, thin as measured and thick when smoothed. took: a text to add to a run's name."""
     chosen = drawing.colours(results)
-    ends = []
+    known = [losses for run in results.runs if (losses := [loss for loss in run.train_loss if loss is not None])]
+    if not known:
+        drawing.say_nothing(axes, "no step with a finite loss")
+        return
+    low, high = min(map(min, known)), max(losses[0] for losses in known)
+    margin, ends = 0.06 * (high - low), []
     for order, run in enumerate(results.runs):
         x, y = along[run.name], smooth(run.train_loss)
         end = max((index for index, loss in enumerate(run.train_loss) if loss is not None), default=None)
@@ -147,18 +152,14 @@ def _draw_losses(
         axes.plot(x, raw, color=chosen[run.name], lw=0.6, alpha=0.3, zorder=2)
         axes.plot(x, y, color=chosen[run.name], lw=3.6 if dense else 1.8, alpha=0.75 if dense else 1, zorder=3 + order)
         marker = "X" if end < len(y) - 1 or run.status == "failed" else "o"
-        axes.plot(x[end], y[end], marker, ms=7, color=chosen[run.name], mec=PAPER, zorder=30, clip_on=False)
+        y_end = min(y[end], high + margin) if margin else y[end]
+        axes.plot(x[end], y_end, marker, ms=7, color=chosen[run.name], mec=PAPER, zorder=30, clip_on=False)
         trouble = f"\nstopped at {run.steps}/{run.steps_planned}" if run.status == "failed" else ""
         trouble = "\nloss not finite" if None in run.train_loss else trouble
-        ends.append((run.name + trouble + (took or {}).get(run.name, ""), chosen[run.name], y[end]))
-    if not ends:
-        drawing.say_nothing(axes, "no step with a finite loss")
-        return
+        ends.append((run.name + trouble + (took or {}).get(run.name, ""), chosen[run.name], y_end))
     axes.set_ylabel("training loss")
-    known = [losses for run in results.runs if (losses := [loss for loss in run.train_loss if loss is not None])]
-    low, high = min(map(min, known)), max(losses[0] for losses in known)
-    if high > low:  # the axis ends at the highest start of a run, so that one diverging step does not flatten all lines
-        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    if margin:  # the axis ends at the highest start of a run, so that one diverging step does not flatten all lines
+        axes.set_ylim(low - margin, high + margin)
     drawing.name_lines(axes, ends)
 
 

@@ -32,12 +32,9 @@ def agree(group: Group, check: Callable[[], tuple[T, Configuration]]) -> T:
     try:
         result, configuration = check()
     except Exception as error:
-        if group.size > 1:
-            with contextlib.suppress(GroupError):  # what `check` raised matters more
-                group.tell(json.dumps({"error": _reason(error)}))
+        with contextlib.suppress(GroupError):  # what `check` raised matters more
+            group.tell(json.dumps({"error": _reason(error)}))
         raise
-    if group.size == 1:
-        return result
     replies = [json.loads(text) for text in group.tell(json.dumps({"hash": digest(configuration).hex()}))]
     failed = [(rank, reply["error"]) for rank, reply in enumerate(replies) if "error" in reply]
     if failed:
@@ -100,10 +97,7 @@ def configuration_of(
     model: Module,
     **options: Any,
 ) -> Configuration:
-    """What must be equal on all ranks: version, framework, method, model, optimizer and options.
-
-    model: its frozen parameters and buffers are checked too, as they become those of rank 0.
-    """
+    """What must be equal on all ranks: version, framework, method, model, optimizer and options."""
     name_of = {id(p): name for name, p in named_parameters.items()}
     # outer methods send from the CPU, and ranks may join at different points of a schedule
     is_every_step = method.kind != "outer"
@@ -116,9 +110,9 @@ def configuration_of(
         for group in optimizer.param_groups
     ]
     kind = type(getattr(optimizer, "replaced", optimizer)).__name__
-    others = {
-        name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if name not in named_parameters
-    }
+    # frozen parameters and buffers, as they become those of rank 0
+    everything = (*model.named_parameters(), *model.named_buffers())
+    others = {name: x for name, x in everything if name not in named_parameters}
     trained = enumerate(named_parameters.items())
     return _flattened(
         {

@@ -56,10 +56,7 @@ def save_run(folder: Path, run: Run, extra: Mapping[str, object], *, with_traini
 
 
 def save_block(folder: Path, run: Run) -> None:
-    """Add the method's state to the checkpoint that a framework writes into `folder`; all ranks call it.
-
-    Under an outer method each rank's block holds its replica too.
-    """
+    """Add the method's state, and replicas that differ, to the checkpoint that a framework writes into `folder`; all ranks call it."""
     together(meeting_group(None), lambda: save_run(folder / _BLOCK, run, {}, with_training=run.is_replica))
 
 
@@ -115,9 +112,8 @@ def take_over(run: Run, stored: Stored) -> dict[str, Any]:
     with torch.no_grad():
         if "model" in meta:
             every = [_training(stored, k) for k in stored.own]
-            load_localized(
-                run.model, run.optimizer, every[0] if manifest.fits(run.savers) else recut_training(run, every)
-            )
+            states = every[0] if manifest.fits(run.savers) else recut_training(run, every)
+            load_localized(run.model, run.optimizer, states)
         if manifest.fits(run.savers):
             run.load_saved(_saved(stored, rank))
             if "rng" in stored.own[rank]:
@@ -217,14 +213,11 @@ class Content(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A save that has been verified: its manifest, and the tensors that this rank needs of it.
-
-    own: of each rank that saved, if another number loads; else of this rank alone.
-    """
+    """A save that has been verified: its manifest, and the tensors that this rank needs of it."""
 
     manifest: Manifest
     shared: dict[str, Tensor]
-    own: dict[int, dict[str, Tensor]]
+    own: dict[int, dict[str, Tensor]]  # of each rank that saved, if another number loads; else of this rank alone
 
 
 def save(folder: str | Path, content: Content, group: Group) -> None:

@@ -38,18 +38,14 @@ _JOB_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # as torchrun a
 
 @dataclass(frozen=True)
 class Refusal:
-    """One combination that cannot work: a row of the table behind the errors and a page of the docs.
+    """One combination that cannot work: a row of the table behind the errors and a page of the docs."""
 
-    fact: the name by which a framework reports it. framework: which looks for it. what, why, instead: the error; {method} is the
-        method's name, and {detail} what the framework found. kinds: of methods that it concerns.
-    """
-
-    fact: str
-    framework: str
-    what: str
+    fact: str  # the name by which a framework reports it
+    framework: str  # which looks for it
+    what: str  # these three are the error, with {method}'s name, and the {detail} that the framework found
     why: str
     instead: str
-    kinds: Sequence[Kind] = ("gradient", "update", "outer")
+    kinds: Sequence[Kind] = ("gradient", "update", "outer")  # of methods that it concerns
 
     def text(self, method: str, detail: object = "") -> str:
         """The error's text."""
@@ -61,12 +57,10 @@ def table() -> dict[str, Refusal]:
     """Every refusal by its fact, from refusals.yaml."""
     from commopt.reading import read_yaml  # slow to import
 
-    by_framework = read_yaml(Path(__file__).with_name("refusals.yaml"))
-    return {
-        fact: Refusal(fact, framework, **entry)
-        for framework, entries in by_framework.items()
-        for fact, entry in entries.items()
-    }
+    found: dict[str, Refusal] = {}
+    for framework, entries in read_yaml(Path(__file__).with_name("refusals.yaml")).items():
+        found |= {fact: Refusal(fact, framework, **entry) for fact, entry in entries.items()}
+    return found
 
 
 def refuse(facts: Mapping[str, object], method: str, kind: Kind) -> None:
@@ -119,8 +113,7 @@ def check_request(
 ) -> Checked:
     """Resolve and check everything, on every rank; one rank's failure raises on all of them.
 
-    model: whose parameters are trained. facts: what the framework knows, for `refuse`. configuration: what else must be equal on
-    all ranks. Raises ConfigError and AttachError.
+    configuration: what else must be equal on all ranks. Raises ConfigError and AttachError.
     """
 
     def check() -> tuple[Checked, Configuration]:
@@ -170,15 +163,14 @@ def _general_facts(method: Method, request: Request, model: Module) -> dict[str,
     group = request.group
     ranks = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit())
     is_alone = group is None and not dist.is_initialized() and "COMMOPT_PEERS" not in os.environ
+    can_be_cut = not isinstance(method, EveryStep) or method.can_be_cut
     return {
         "one of several processes": is_alone and ranks > 1 and ranks,
         "group of another kind": group is not None and not isinstance(group, Group | Peers) and type(group).__name__,
         "max_norm of a private method": request.max_norm is not None and not method.takes_max_norm,
         "outer method and max_norm with a scaler": request.grad_scaler is not None,
         "peers for a synchronous method": isinstance(group, Peers),
-        "method that cannot be cut": isinstance(group, World)
-        and isinstance(method, EveryStep)
-        and not method.can_be_cut,
+        "method that cannot be cut": isinstance(group, World) and not can_be_cut,
         "compiled ddp": "DistributedDataParallel" in compiled,
         "compiled fsdp": "FSDPModule" in compiled,
     }
@@ -224,10 +216,7 @@ def connect(process_group: dist.ProcessGroup | None = None, method: Method | Non
 
 
 def machines_of(process_group: dist.ProcessGroup | None = None) -> list[list[int]]:
-    """The ranks of each machine, as torchrun has numbered machines (GROUP_RANK), if there are two levels; otherwise an empty list.
-
-    There are two levels if several machines have the same number of ranks, and more than one.
-    """
+    """The ranks of each machine, as torchrun numbers machines (GROUP_RANK); none unless several have as many ranks, and more than one."""
     numbers = TorchGroup(process_group).tell(os.environ.get("GROUP_RANK", ""))
     machines: dict[str, list[int]] = {}
     for rank, number in enumerate(numbers):
@@ -307,17 +296,14 @@ def _wrappers_inside(model: Module) -> dict[str, object]:
 
 
 def refuse_ddp(model: Module, method: str) -> list[RemovableHandle]:
-    """Make forward raise AttachError if the model, or a module that holds it, was wrapped in DDP after attach.
-
-    Adds pre-hooks to all modules with parameters, and returns their handles. In a copy of the model they do nothing.
-    """
+    """Make forward raise AttachError if the model, or a module that holds it, was wrapped in DDP after attach; returns the handles."""
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     _BARE.update(dict.fromkeys(owners, method))
     return [module.register_forward_pre_hook(_check_ddp) for module in owners]
 
 
 def _check_ddp(module: Module, _: Any) -> None:
-    if torch.compiler.is_compiling() or module not in _BARE:
+    if torch.compiler.is_compiling() or module not in _BARE:  # it is in a copy of the model
         return
     active = torch.nn.parallel.DistributedDataParallel._active_ddp_module
     if active is not None and active.process_group.size() > 1 and any(one is module for one in active.modules()):

@@ -99,7 +99,8 @@ class EveryStepRun(Run):
         # a linear method keeps no state, and half precision on the wire needs the scale
         scale = 1.0 if method.is_linear else loss_scale
         is_local, is_exact = method.is_local, method.is_exact
-        work = [self._unscaled(machine_mean(bucket, share, inside), scale) for bucket in buckets]
+        dtype = getattr(self.group, "inner_dtype", None)
+        work = [self._unscaled(machine_mean(bucket, share, inside, dtype), scale) for bucket in buckets]
         self._exchange_work(work)
         every = [put_together(own, bucket, share, inside) for own, bucket in zip(work, buckets, strict=True)]
         if self.max_norm is not None and is_exact:

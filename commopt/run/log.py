@@ -115,13 +115,12 @@ class RunLog:
     def _start(self) -> Recorder:
         run, method = self._run, self._run.method
         self._recorder = recorder = Recorder.from_environment(run.rank, run.ranks)
-        parameters = sum(p.numel() for p in run.parameters.values())
         begun_at = max(0, run.steps - 1) if self._begun_at is None else self._begun_at
         self._last_step = begun_at - 1
         recorder.start(
             method=method.name,
             options=method.given,
-            parameters=parameters,
+            parameters=sum(p.numel() for p in run.parameters.values()),
             steps=self._planned,
             resumed_at=begun_at,
             per_machine=run.per_machine,

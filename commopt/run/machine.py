@@ -16,13 +16,11 @@ from commopt.wire.shards import local
 
 
 class Machine:
-    """One rank's view of its machine; what it decides here, all ranks of the machine decide alike.
-
-    ranks: all of them. copies: those that hold the same values as this one, such as DDP's replicas, and share out what is exchanged.
-    """
+    """One rank's view of its machine; what it decides here, all ranks of the machine decide alike."""
 
     def __init__(self, ranks: Group | None = None, copies: Group | None = None) -> None:
         self.ranks = LocalGroup() if ranks is None else ranks
+        # those that hold the same values as this one, such as DDP's replicas, and share out what is exchanged
         self.copies = self.ranks if copies is None else copies
 
     def told(self, *values: int) -> list[list[int]]:
@@ -34,11 +32,6 @@ class Machine:
     def every(self, *flags: bool) -> list[bool]:
         """For each flag, whether all ranks set it."""
         return [all(column) for column in zip(*self.told(*map(int, flags)), strict=True)]
-
-    def is_agreed(self, *values: int) -> bool:
-        """Whether all ranks say the same."""
-        every = self.told(*values)
-        return all(one == every[0] for one in every)
 
     def total(self, x: Tensor) -> Tensor:
         """(n,) the sum over the machine's ranks."""
@@ -104,11 +97,8 @@ def load_localized(model: Module, optimizer: torch.optim.Optimizer, states: Mapp
         cls, mesh, placements = type(whole.detach()), whole.device_mesh, whole.placements
         return cls.from_local(shard, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
-    given = states["model"]
+    given, saved = states["model"], states["optimizer"]
     model.load_state_dict({key: like(x, given[key]) for key, x in model.state_dict().items()})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        k: {key: like(parameters[int(k)], x) for key, x in one.items()}
-        for k, one in states["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict({**states["optimizer"], "state": state})
+    state = {k: {key: like(parameters[int(k)], x) for key, x in one.items()} for k, one in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state})

@@ -25,14 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 class Members:
-    """Everything between one rank and its peers but the rounds, for an `OuterRun`. All ranks of a machine make the same calls.
-
-    stateful: what else a rank takes over with the training, by name: anything with state_dict and load_state_dict.
-    """
+    """Everything between one rank and its peers but the rounds, for an `OuterRun`. All ranks of a machine make the same calls."""
 
     def __init__(self, training: OuterRun) -> None:
         self._training, self._peers, self._machine = training, training.peers, training.machine
-        self.stateful: dict[str, Any] = {}
+        self.stateful: dict[str, Any] = {}  # what else a rank takes over with the training, by name: see `HasState`
         self._asked = 0
         self._asks: dict[int, Letter] = {}  # peers that want this rank's state
         self._schedule: dict[str, Any] | None = None  # taken over inside a step, for the next one on
@@ -90,10 +87,7 @@ class Members:
         return donor is not None
 
     def _ask(self, donor: int, *, tensors: bool) -> dict[str, Any] | None:
-        """A peer's state, of which each rank of the machine has fetched a part; None if any of them got no answer.
-
-        A donor may stop training, or take too long: timeout_s without tensors, at least 60 s with them.
-        """
+        """A peer's state, of which each rank of the machine has fetched a part; None if any of them got no answer in time."""
         peers, machine, self._asked = self._peers, self._machine, self._asked + 1
         peers.send(donor, "ask", self._asked, Payload.of(torch.tensor([int(tensors)])))
         timeout_s = self._training.method.timeout_s
@@ -110,12 +104,8 @@ class Members:
         return {**unpack(own), **(unpack(state) if tensors else {})}
 
     def before_step(self) -> None:
-        """Load a schedule that was taken over in the last step, and answer peers that asked for this rank's state.
-
-        When a step begins, parameters, optimizer and schedule all belong to the same step. They are copied now, and sent in the
-        background.
-        """
-        self._settle()
+        """Load a schedule that was taken over in the last step, and answer peers that asked for this rank's state."""
+        self._settle()  # so that parameters, optimizer and schedule all belong to the same step
         training, machine = self._training, self._machine
         self._asks |= dict(self._peers.drain("ask"))
         if not self._asks and machine.ranks.size == 1:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,18 +48,15 @@ class OuterRun(Run):
     Each rank exchanges its share with the ranks of its number on the other machines, its peers. Whether a round counts, which
     machine to catch up from and when, a machine's ranks decide together.
 
-    waited_s: seconds that this rank has waited for rounds. spread: the last estimate of the replicas' distance from their mean.
-    averages: whether gradients have to be averaged inside the machine, which no framework does. stretches: (P, 2) i64: where in each
-        parameter this rank's share begins, and its elements.
+    spread: the last estimate of the replicas' distance from their mean. averages: whether gradients have to be averaged inside the
+        machine, which no framework does.
     """
 
     method: OuterMethod
 
-    def __init__(
-        self, model: Module, checked: Checked, peers: Peers, machine: Machine | None = None, averages: bool = False
-    ) -> None:
+    def __init__(self, model: Module, checked: Checked, peers: Peers, machine: Machine, averages: bool = False) -> None:
         super().__init__(model, checked.method, checked.optimizer)
-        method, machine = self.method, machine or Machine()
+        method = self.method
         self.peers, self.max_norm, self.configuration = peers, checked.request.max_norm, checked.configuration
         self.machine, self.averages = machine, averages
         self.group = machine.ranks  # nothing here needs all ranks of the job at once
@@ -77,7 +75,7 @@ class OuterRun(Run):
         nothing = torch.empty(1).expand(index.total)
         self._form = Bucket(nothing, index.names, tuple(index.offsets[:-1].tolist()))
         starts = stretches_of(p for _, p in named)[:, 0] + torch.from_numpy(method.cut_out.starts)
-        self.stretches = torch.stack([starts, torch.tensor(method.index.numels)], 1)
+        self.stretches = torch.stack([starts, torch.tensor(method.index.numels)], 1)  # (P, 2) i64: of this rank's share
         self.is_sharded = any(hasattr(p, "to_local") for p in self.parameters.values())
         self._sketch = Spread(method.index.total, peers.rank)
         is_alone = machine.ranks.size == 1 or averages  # else DDP may be around the model
@@ -141,9 +139,9 @@ class OuterRun(Run):
     def _silenced(self) -> dict[str, Any]:
         return {"_is_off": True}
 
-    def quiet(self, limit_s: float = 10.0) -> None:
+    def quiet(self) -> None:
         """Wait until everything sent has been acknowledged, so that counted bytes and those on the interface match."""
-        end_s = self.peers.seconds + limit_s
+        end_s = self.peers.seconds + 10.0
         while not self.peers.is_quiet() and self.peers.seconds < end_s:
             self.peers.sleep(0.01)
 
@@ -177,7 +175,8 @@ class OuterRun(Run):
             exchanged = Exchanged(tuple(members), bool(is_missed), values)
             round = Round(number, self.method.fragment_parts[fragment], fragment)
             x, sent = own[f"{key} x"].clone(), self.peers.traffic.payload_bytes
-            self._pending.append(_Pending(round, x, begun_at, _known(exchanged), 0.0, sent))
+            wait = partial(lambda known: (known, 0.0), exchanged)
+            self._pending.append(_Pending(round, x, begun_at, wait, 0.0, sent))
 
     def resize_saved(self, every: Sequence[Saved], per_machine: int) -> None:
         if any(key.startswith("round ") for key in every[0]["rank"]):
@@ -262,8 +261,7 @@ class OuterRun(Run):
         self.reports.append(RoundReport(self.steps, round, members, missed, blocked_s, exchange_s, nbytes, self.spread))
 
     def flat(self) -> Tensor:
-        """(elements,) f32 on the CPU: this rank's share of the parameters in registration order, and of the inner optimizer's state
-        that is averaged too."""
+        """(elements,) f32 on the CPU: this rank's share of the parameters in registration order, and of the averaged optimizer state."""
         everything = torch.cat([x.reshape(-1).to("cpu", torch.float32) for x in self.averaged()])
         if self.machine.copies.size == 1:
             return everything
@@ -302,7 +300,8 @@ class OuterRun(Run):
 
     def _are_agreed(self, members: Sequence[int]) -> bool:
         """Whether the ranks of this machine have exchanged with the same machines."""
-        return self.machine.is_agreed(*(int(one in members) for one in range(self.peers.size)))
+        told = self.machine.told(*(int(one in members) for one in range(self.peers.size)))
+        return all(one == told[0] for one in told)
 
     def end_rounds(self) -> None:
         """Wait for the rounds under way, and apply them."""
@@ -332,7 +331,3 @@ class OuterRun(Run):
             if len(ranks) > 1:
                 self.set_flat(flat.div_(len(ranks)))
             self.events.append(("final average", {"ranks": ranks, "step": self.steps}))
-
-
-def _known(exchanged: Exchanged) -> Callable[[], tuple[Exchanged, float]]:
-    return lambda: (exchanged, 0.0)

@@ -22,16 +22,13 @@ Layouts = Mapping[str, ParameterIndex]
 
 
 def resize(run: Run, every: Sequence[Saved], had: int) -> None:
-    """Continue from what all ranks of another world saved, machine after machine; had: ranks of each of its machines.
-
-    With as many machines as before, each continues from its own state.
-    """
+    """Continue from what all ranks of another world saved, machine after machine; had: ranks of each of its machines."""
     has, method = run.group.per_machine, run.method
     if not isinstance(method, EveryStep) or has == had == 1:
         method.resize(every)
         return
     old, new, machine = len(every) // had, run.group.size // has, run.group.rank // has
-    needed = [machine] if old == new else range(old)
+    needed = [machine] if old == new else range(old)  # as many machines as before continue from their own states
     whole = [_put_together(run, every[k * had : (k + 1) * had], k, old) for k in needed] if had > 1 else every
     target = method if has == 1 else _twin(run, machine, new)
     if old == new:
@@ -67,17 +64,11 @@ def _put_together(run: Run, parts: Sequence[Saved], machine: int, machines: int)
     for key, x in both[0].items():
         layout = whole.layouts().get(key)
         if layout is not None:
-            stretches = [
-                [own[key].view(tensors[key], name) for own, tensors in zip(layouts, both, strict=True)]
-                for name in layout.names
-            ]
-            # a state that is not cut is the same on all of a machine's ranks
-            x = torch.cat(
-                [
-                    some[0] if len(some[0]) == n else torch.cat(some)
-                    for some, n in zip(stretches, layout.numels, strict=True)
-                ]
-            )
+            stretches = []
+            for name, n in zip(layout.names, layout.numels, strict=True):
+                some = [own[key].view(tensors[key], name) for own, tensors in zip(layouts, both, strict=True)]
+                stretches += some[:1] if len(some[0]) == n else some  # one that is not cut is the same on all ranks
+            x = torch.cat(stretches)
         saved[held_as.get(key, "rank")][key] = x
     return saved
 
@@ -85,10 +76,9 @@ def _put_together(run: Run, parts: Sequence[Saved], machine: int, machines: int)
 def _cut(whole: EveryStep, layouts: Sequence[Layouts], number: int, own: Saved) -> Saved:
     """What the rank of this number has of a machine's state; own: its state, of that form."""
     states = whole.saved()
-    both = {**states["shared"], **states["rank"]}
     saved: Saved = {"shared": {}, "rank": {}}
     held_as: dict[str, Held] = {key: held for held, tensors in own.items() for key in tensors}
-    for key, x in both.items():
+    for key, x in {**states["shared"], **states["rank"]}.items():
         layout = whole.layouts().get(key)
         if layout is not None:
             stretches = []
@@ -141,13 +131,9 @@ def recut_training(run: Run, every: Sequence[Mapping[str, Any]]) -> dict[str, An
     """
 
     def cut(x: Any, parts: Sequence[Any]) -> Any:
-        if (
-            not isinstance(parts[0], Tensor)
-            or not parts[0].dim()
-            or parts[0].dim() != x.dim()
-            or parts[0].shape == local(x).shape
-        ):
-            return parts[0]
+        first = parts[0]
+        if not isinstance(first, Tensor) or first.dim() != x.dim() or first.shape == local(x).shape:
+            return first
         start, own = shard_start(x), local(x)
         if start < 0:
             raise CheckpointError("parameters that are not sharded by rows continue only on as many ranks")

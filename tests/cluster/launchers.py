@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -73,7 +74,8 @@ def drive(
     for name in ("scratch", "record"):
         (folder / name).mkdir(exist_ok=True)
     text = json.dumps({"commands": commands, "record": str(folder / "record"), **options})
-    return start([str(HERE / "drive.py"), str(cluster), mode, mark, text], folder / "scratch", sys.executable)
+    words = [str(HERE / "drive.py"), str(cluster), mode, mark, text]
+    return start(words, folder / "scratch", shutil.which("python") or sys.executable)  # a test may have an empty PATH
 
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:

@@ -53,12 +53,16 @@ def test_only_the_node_that_is_named_is_ended(nodes: list[subprocess.Popen[bytes
     assert list(marked(mark)) == [nodes[0].pid]
 
 
-def test_only_the_node_that_is_named_stands_still(nodes: list[subprocess.Popen[bytes]], throttle: Throttle) -> None:
+def test_only_the_node_that_is_named_stands_still_and_so_do_its_new_processes(
+    nodes: list[subprocess.Popen[bytes]], throttle: Throttle, mark: str
+) -> None:
     throttle.set({"node1": 0.0})
     wait_until(lambda: state(nodes[1]) == "T", "a stopped process")
     assert state(nodes[0]) != "T"
     throttle.set({"node0": 0.0})
     wait_until(lambda: state(nodes[0]) == "T" != state(nodes[1]), "the other one, stopped instead")
+    nodes.append(started(mark, "node0"))
+    wait_until(lambda: state(nodes[-1]) == "T", "the new process, stopped too")
     throttle.close()
     assert "T" not in [state(process) for process in nodes]
 
@@ -102,14 +106,3 @@ def test_processes_are_found_in_the_proc_of_another_namespace(mark: str) -> None
         [*words, sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
     )
     assert done.stdout == "True True\n-9\n"
-
-
-def test_a_new_process_of_a_stopped_node_is_stopped_too(
-    nodes: list[subprocess.Popen[bytes]], throttle: Throttle, mark: str
-) -> None:
-    throttle.set({"node0": 0.0})
-    wait_until(lambda: state(nodes[0]) == "T", "a stopped process")
-    nodes.append(started(mark, "node0"))
-    wait_until(lambda: state(nodes[-1]) == "T", "the new process, stopped too")
-    throttle.close()
-    assert state(nodes[-1]) != "T"

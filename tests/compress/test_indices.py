@@ -87,11 +87,6 @@ def test_one_index_of_a_thousand_costs_at_most_1_6_bytes() -> None:
     assert set(too_large) == {1, 3}
 
 
-def test_codes_of_none_and_of_all_take_no_bytes() -> None:
-    assert [index_bytes(n, k) for n in (0, 1, 9, MAX_N) for k in (0, n)] == [0] * 8
-    assert index_bytes(9, 5) == 2  # a bitmap
-
-
 def test_sizes_of_many_are_the_sizes_of_each() -> None:
     ns, ks = np.asarray([5, 10**6, 2**40, 0]), np.asarray([5, 1000, 77, 0])
     assert all_index_bytes(ns, ks).tolist() == [index_bytes(int(n), int(k)) for n, k in zip(ns, ks, strict=True)]

@@ -366,6 +366,11 @@ def test_every_float8_pattern_is_torchs() -> None:
     for kernel in (fast, plain):
         kernel.decompress_(patterns, torch.ones(1), blocks, out, kind="float8", alpha=1.0, add=False)
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    grid = plain.float8_values()[:127]
+    ties = torch.cat([(grid[1:] + grid[:-1]) / 2, torch.tensor([-448.0])])
+    scales, codes = compress(BlockFloat8(stochastic=False), ties, None, blocks_of([127], gap=0))
+    assert scales.tolist() == [1.0]
+    assert torch.equal(codes, ties.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 @given(seed=SEEDS, spread=st.sampled_from([0.5, 2.0, 4.0]))
@@ -376,14 +381,6 @@ def test_float8_to_the_nearest_is_torchs_cast(seed: int, spread: float) -> None:
     scales, codes = compress(BlockFloat8(stochastic=False), x, None, blocks_of([1000], gap=0))
     cast = (x / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(codes, cast.view(torch.uint8))
-
-
-def test_float8_ties_go_to_even_as_torchs_do() -> None:
-    grid = plain.float8_values()[:127]
-    x = torch.cat([(grid[1:] + grid[:-1]) / 2, torch.tensor([-448.0])])
-    scales, codes = compress(BlockFloat8(stochastic=False), x, None, blocks_of([127], gap=0))
-    assert scales.tolist() == [1.0]
-    assert torch.equal(codes, x.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 @KERNELS

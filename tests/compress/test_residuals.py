@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rig import normal
 from torch import Tensor
 
 from commopt.compress import BlockSign, Cast, Compressor, TensorSign
@@ -25,10 +26,6 @@ NUMELS = [1, 700, 2049, 33]
 TOTAL = sum(NUMELS)
 CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast()]
 ANY_NUMELS = st.lists(st.one_of(st.integers(1, 40), st.just(2049)), min_size=1, max_size=4)
-
-
-def draw(seed: int, n: int = TOTAL) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
 def feedback_for(
@@ -78,8 +75,8 @@ def test_undo_takes_a_message_back_to_about_one_ulp(codec: Compressor, numels: l
     feedback, parts = feedback_for(codec, numels)
     n = sum(numels)
     for step in range(3):
-        feedback.compress(draw(seed + step, n), parts)
-    before, x = feedback.residual.clone(), draw(seed + 9, n)
+        feedback.compress(normal(n, seed + step), parts)
+    before, x = feedback.residual.clone(), normal(n, seed + 9)
     payloads = feedback.compress(x, parts)
     feedback.undo(x, payloads, parts)
     ulp = torch.finfo(torch.float32).eps * float(before.abs().max() + x.abs().max() + feedback.residual.abs().max())
@@ -90,8 +87,8 @@ def test_undo_takes_a_message_back_to_about_one_ulp(codec: Compressor, numels: l
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_undo_leaves_blocks_alone_that_were_not_written(codec: Compressor, bad: float) -> None:
     feedback, parts = feedback_for(codec, [10, 3000, 20])
-    feedback.compress(draw(1, 3030), parts)
-    before, x = feedback.residual.clone(), draw(2, 3030)
+    feedback.compress(normal(3030, 1), parts)
+    before, x = feedback.residual.clone(), normal(3030, 2)
     x[500] = bad
     payloads = feedback.compress(x, parts)
     feedback.undo(x, payloads, parts)
@@ -103,12 +100,12 @@ def test_undo_leaves_blocks_alone_that_were_not_written(codec: Compressor, bad: 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_every_message_names_the_first_bad_parameter_of_all(codec: Compressor) -> None:
     feedback, parts = feedback_for(codec, [10, 3000, 20])
-    x = draw(1, 3030)
+    x = normal(3030, 1)
     assert [first_bad_parameter([payload]) for payload in feedback.compress(x, parts)] == [-1] * 3
     x[3015], x[2000] = math.nan, math.inf
     payloads = feedback.compress(x, parts)
     assert [first_bad_parameter([payload]) for payload in payloads] == [1] * 3
-    assert first_bad_parameter([feedback.compress(draw(2, 3030), parts)[0], payloads[0]]) == 1
+    assert first_bad_parameter([feedback.compress(normal(3030, 2), parts)[0], payloads[0]]) == 1
 
 
 @pytest.mark.parametrize("codec", [BlockSign(256), BlockInt(bits=4)], ids=repr)
@@ -119,7 +116,7 @@ def test_every_residual_is_the_equations_to_the_precision_of_its_storage(
 ) -> None:
     feedback, parts = feedback_for(codec, bits=bits, decay=decay, average=average)
     for step in range(12):
-        e, x, now = values(feedback, parts), draw(step), keyed(parts, step)
+        e, x, now = values(feedback, parts), normal(TOTAL, step), keyed(parts, step)
         payloads = feedback.compress(x, now)
         exact = average * e + (1 - average) * (x.double().numpy() + decay * e - decoded(feedback, payloads, now))
         found = values(feedback, parts)
@@ -139,10 +136,10 @@ def test_every_residual_is_the_equations_to_the_precision_of_its_storage(
 def test_undo_is_exact_where_the_residual_is_not_plain(options: dict[str, Any], bad: bool) -> None:
     feedback, parts = feedback_for(BlockSign(64), **options)
     for step in range(3):
-        feedback.compress(draw(step), keyed(parts, step))
+        feedback.compress(normal(TOTAL, step), keyed(parts, step))
     kept = (feedback.residual, feedback.scales)
     before = [x.clone() for x in kept]
-    x, now = draw(9), keyed(parts, 9)
+    x, now = normal(TOTAL, 9), keyed(parts, 9)
     if bad:
         x[900] = torch.nan
     payloads = feedback.compress(x, now)
@@ -168,7 +165,7 @@ def test_state_takes_as_many_bytes_as_its_bits_say(bits: int, bytes_each: float)
 def test_storage_in_eight_bits_has_no_drift() -> None:
     """The mean of many draws of one residual is that residual: stochastic rounding is unbiased."""
     feedback, parts = feedback_for(BlockSign(256), bits=8)
-    x, total, count = draw(1), np.zeros(TOTAL), 600
+    x, total, count = normal(TOTAL, 1), np.zeros(TOTAL), 600
     for step in range(count):
         set_values(feedback, parts, x, step)
         total += values(feedback, parts)
@@ -205,7 +202,7 @@ def test_residuals_are_forgotten_after_every_so_many_exchanges_of_their_own_para
 
         method = bound(reset_every=3)
         for step in range(8):
-            parts = [("a", draw(step, 300)), ("b", draw(50 + step, 100))][: 1 + step % 2]
+            parts = [("a", normal(300, step)), ("b", normal(100, 50 + step))][: 1 + step % 2]
             for name, x in parts:
                 k, fresh = method.index.position[name], bound()
                 count = int(method.exchanges[k])

@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -112,9 +111,7 @@ class Reader:
         stand_ins = Path(__file__).with_name("stand_ins.py")
         for name in STOOD_IN_FOR:
             script = bin_folder / name
-            script.write_text(
-                f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(stand_ins))} {name} "$@"\n'
-            )
+            script.write_text(f'#!/bin/sh\nexec python {shlex.quote(str(stand_ins))} {name} "$@"\n')
             script.chmod(0o755)
         temporary = folder.parent / f"{folder.name}.tmp"
         temporary.mkdir()

@@ -27,10 +27,6 @@ NUMELS = [1, 7, 2049, 130, 4100]
 TOTAL = sum(NUMELS)
 
 
-def flips_of(blocks: Blocks, seed: int) -> Any:
-    return np.random.default_rng(seed).choice([0, 255], len(blocks)).astype(np.uint8)
-
-
 def bits_of(row: Tensor, blocks: Blocks) -> list[Any]:
     """Each block's bits as zeros and ones, from the packed form."""
     return [
@@ -45,7 +41,7 @@ def bits_of(row: Tensor, blocks: Blocks) -> list[Any]:
 @given(LENGTHS, SEEDS)
 def test_a_bit_is_the_sign_and_for_zero_the_coin(lengths: list[int], seed: int) -> None:
     blocks = blocks_of(lengths)
-    (x, _), flips = draw(blocks, seed), flips_of(blocks, seed)
+    (x, _), flips = draw(blocks, seed), np.random.default_rng(seed).choice([0, 255], len(blocks)).astype(np.uint8)
     before = x.clone()
     bits, plain_bits = (torch.full((blocks.sign_bytes,), fill, dtype=torch.uint8) for fill in (255, 0))
     for kernel, out in ((cpu_votes, bits), (reference_votes, plain_bits)):

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from commopt import attach, build
 from commopt.errors import CheckpointError, CommoptError
+from commopt.groups import TorchGroup
+from commopt.run.checkpoint import has_block
 from commopt.run.stand_in import StandIn
 
 ONEBIT = {"name": "onebit_adam", "freeze_step": 3, "scale": "l1", "block_size": 64}
@@ -395,7 +397,7 @@ def test_a_second_exchange_is_told_what_accelerate_has_for_it() -> None:
 
 
 @on_two_ranks
-def test_fsdp2_is_handed_on() -> None:
+def test_fsdp2_is_handed_on(tmp_path: Path) -> None:
     """On CPUs Accelerate itself shards nothing, so its state is set by hand."""
     from accelerate.utils import DistributedType
     from torch.distributed.device_mesh import init_device_mesh
@@ -416,6 +418,10 @@ def test_fsdp2_is_handed_on() -> None:
     optimizer.step()
     assert type(run).__name__ == "ShardRun"
     assert run.steps == 1
+    folder = TorchGroup().tell(str(tmp_path))[0]
+    for hook in accelerator._save_model_state_pre_hook.values():
+        hook([model], [], folder)
+    assert has_block(Path(folder))
 
 
 @on_two_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,10 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from rig import METHODS, UPDATE, flat, loss_of, make_batch, make_method, make_model, run_ddp, state_of, train, wrapped
+from rig import METHODS, UPDATE, flat, loss_of, make_batch, make_model, run_ddp, scaled_step, state_of, train, wrapped
 from torch import Tensor, nn
 
-from commopt import attach
 from commopt.errors import CommoptError, GroupError
 from commopt.groups import Group, SimWorld
 from commopt.run.checks import connect
@@ -53,7 +53,7 @@ def branch_in_ddp(process_group: dist.ProcessGroup, case: str, overlap: bool) ->
 
 def branch_in_plain(group: Group, case: str) -> tuple[Tensor, list[Tensor]]:
     model = Branches()
-    run = attach(model, *make_method(case, model), group=group)
+    run = METHODS[case].attach(model, group)
     return branch(model, run.optimizer, run, group.rank)
 
 
@@ -96,8 +96,6 @@ def misuse(process_group: dist.ProcessGroup, case: str, what: str) -> str:
                 for p in model.parameters():
                     if p.grad is not None:
                         p.grad /= 2
-            if what == "closure":
-                optimizer.step(lambda: 0.0)
             optimizer.step()
         except (CommoptError, RuntimeError) as error:  # out of backward, autograd makes a RuntimeError of everything
             return f"{type(error).__name__}: {error}"
@@ -111,7 +109,6 @@ def misuse(process_group: dist.ProcessGroup, case: str, what: str) -> str:
         ("look at the norm", ""),
         ("scale by hand", "GradientsChanged: 0.weight: the gradient was changed after backward"),
         ("no sync", "GradientsChanged: 0.weight: step() without an exchange; was the last backward under no_sync()"),
-        ("closure", "AttachError: optimizer.step() takes no closure here"),
         ("backward twice", "under model.no_sync()"),
     ],
 )
@@ -169,21 +166,13 @@ def train_scaled(
     is_told: bool = True,
 ) -> tuple[Tensor, list[float], list[int], bool, bool]:
     """A user's usual loop with a GradScaler; one step overflows on rank 1."""
-    rank = dist.get_rank(process_group)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
     options: dict[str, Any] = {"grad_scaler": scaler} if is_told else {}
-    with wrapped(process_group, case, overlap=overlap, **options) as (model, optimizer, run):
+    with wrapped(process_group, case, overlap=overlap, **options) as (model, _, run):
         scales, moved = [], []
         for step in range(STEPS):
-            x, y = make_batch(rank, step)
             before = flat(model.module)
-            optimizer.zero_grad()
-            loss = loss_of(model(x), y)
-            if step == overflow_at and rank == 1:
-                loss = loss * torch.tensor(float("inf"))
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            scaled_step(scaler, model, run, step, math.inf if (step, run.rank) == (overflow_at, 1) else 1.0)
             scales.append(scaler.get_scale())
             moved.append(int(not torch.equal(before, flat(model.module))))
         finite = all(bool(x.isfinite().all()) for x in state_of(run))
@@ -208,8 +197,8 @@ def test_a_scaled_run_is_the_unscaled_one(pool: Pool, case: str, overlap: bool |
 @pytest.mark.parametrize(
     ("case", "overlap", "is_told"),
     [
-        *((case, overlap, True) for case in SCALED for overlap in (None, False)),
-        *((case, None, False) for case in ("dense", "ef_sign l1")),
+        *((case, False, True) for case in SCALED),  # with overlap: in test_unapplied, where something is kept
+        *((case, None, is_told) for case in ("dense", "ef_sign l1") for is_told in (True, False)),
     ],
 )
 @pytest.mark.parametrize("overflow_at", [0, 4])

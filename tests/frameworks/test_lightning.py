@@ -169,7 +169,7 @@ def test_training_is_bit_for_bit_that_of_ddp_with_the_method(case: str) -> None:
     if case == "onebit_adam l1":
         assert payload_mb[:FREEZE] == pytest.approx([DENSE_MB] * FREEZE)
         a_scale_for_each_block = 4 / 64  # bytes an element; a sign is 1 / 8, and an element of dense 4
-        assert payload_mb[FREEZE] / DENSE_MB == pytest.approx((1 / 8 + a_scale_for_each_block) / 4, rel=0.1)
+        assert payload_mb[FREEZE] / DENSE_MB == pytest.approx((1 / 8 + a_scale_for_each_block) / 4, rel=0.2)
 
 
 SCHEDULES: dict[str, Callable[[Any], Any]] = {

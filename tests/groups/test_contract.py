@@ -127,7 +127,7 @@ def everything(group: Group) -> dict[str, Any]:
     group.all_gather_ragged(message(group.rank, group.rank, 0))
     group.all_to_all([message(0, peer, 0) for peer in range(group.size)])
     group.broadcast(torch.zeros(5), src=group.size - 1)
-    return traffic.as_dict()
+    return {**traffic.as_dict(), "is spread": group.is_spread}
 
 
 @pytest.mark.parametrize("n", RANKS)
@@ -137,7 +137,8 @@ def test_traffic_is_counted_by_the_schedule_of_each_collective(run: Run, n: int)
         def sent(operation: str, nbytes: int, root: int = 0, rank: int = rank) -> float:
             return sum(schedule(operation, nbytes, rank, n, root=root).values())
 
-        lengths, own = 2 * 8, -(-4 * (n - 1) // 8) * 8  # of the largest, in whole words
+        # each rank's own, or those of the largest in whole words
+        lengths, own = 2 * 8, 4 * rank if counted["is spread"] else -(-4 * (n - 1) // 8) * 8
         expected = {
             "all_reduce": sent("all_reduce", 28),
             "all_gather": sent("all_gather", 12) + sent("all_gather", lengths) + sent("all_gather", own),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mpi_pool
@@ -22,10 +21,13 @@ from mpi_pool import MPIPool
 from rig import run_plain
 from transports import on_mpi
 
-from commopt.errors import ConfigError, GroupError, MissingExtra
+from commopt.errors import ConfigError, GroupError
 from commopt.groups import SimWorld
 
-pytestmark = pytest.mark.timeout(400)  # mpiexec's ranks import torch each, on a machine that may be busy
+pytestmark = [
+    pytest.mark.timeout(400),  # mpiexec's ranks import torch each, on a machine that may be busy
+    pytest.mark.skipif(mpi_pool.why_not() != "", reason=mpi_pool.why_not() or "none"),
+]
 ROOT = Path(__file__).parent.parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 
@@ -84,8 +86,6 @@ def test_what_is_on_another_device_travels_through_the_host_and_back(mpi: MPIPoo
 
 
 def mpirun(n: int, *words: str) -> subprocess.CompletedProcess[str]:
-    if why := mpi_pool.why_not():
-        pytest.skip(why)
     command = [str(mpi_pool.mpiexec()), "-n", str(n), "python", *words]
     environment = {key: x for key, x in mpi_pool.environment().items() if key not in ("RANK", "COMMOPT_PEERS")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -149,8 +149,6 @@ def test_a_rank_that_ends_with_an_exception_ends_the_job_instead_of_leaving_it_w
 
 def test_the_last_words_of_a_rank_are_read_before_it_ends_the_job() -> None:
     """mpiexec drops what it has not read by then, on a busy machine the traceback."""
-    if why := mpi_pool.why_not():
-        pytest.skip(why)
     from commopt.groups.mpi import _wait_until_read
 
     here, there = os.pipe()
@@ -168,8 +166,6 @@ def test_the_last_words_of_a_rank_are_read_before_it_ends_the_job() -> None:
 
 
 def test_output_that_goes_to_no_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    if why := mpi_pool.why_not():
-        pytest.skip(why)
     from commopt.groups.mpi import _wait_until_read
 
     with (tmp_path / "log").open("w") as file:
@@ -206,8 +202,26 @@ def refused(communicator: Any, timeout_s: float) -> str:
     return "made"
 
 
-def test_without_mpi4py_the_group_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
-    monkeypatch.delitem(sys.modules, "commopt.groups.mpi", raising=False)
-    with pytest.raises(MissingExtra, match=r"mpi4py, which is not installed: pip install 'commopt\[mpi\]'"):
-        importlib.import_module("commopt.groups.mpi")
+def test_machines_are_ranks_that_share_memory(mpi: MPIPool) -> None:
+    *told, fifth = mpi.run(5, levels)
+    assert told == [("MPIGroup", 1, "World", 2, [4.0] * 3, rank) for rank in range(4)]
+    assert fifth is None
+
+
+def levels(communicator: Any) -> tuple[str, int, str, int, list[float], int] | None:
+    """What is found on one machine, and on two of two ranks each, as the communicator is made to say."""
+    from commopt.groups import MPIGroup
+
+    four = communicator.Split(communicator.rank // 4)
+    if four.size == 1:
+        return None
+    group = MPIGroup(four)
+    one = group.by_machine()
+    whole, group.comm = group.comm, SimpleNamespace()
+    group.comm.Split_type = lambda kind: whole.Split(group.rank // 2)
+    group.comm.Split = whole.Split
+    group.tell = lambda text: [text] * 4  # type: ignore[method-assign]
+    two = group.by_machine()
+    x = torch.ones(3)
+    two.all_reduce(x)
+    return type(one).__name__, one.per_machine, type(two).__name__, two.per_machine, x.tolist(), two.rank

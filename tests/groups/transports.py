@@ -9,7 +9,6 @@ import torch
 from outer_rig import over_tcp
 
 from commopt.groups import SimWorld
-from commopt.groups.peers import Peers
 from commopt.groups.tcp import TcpPeers
 from commopt.plan.links import LinkModel
 from commopt.wire.payload import Payload
@@ -45,16 +44,11 @@ def over_tcp_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any
     """The same over TCP on this machine, once all have found each other."""
 
     def work(peers: TcpPeers) -> Any:
-        wait_for_all(peers)
+        end_s = peers.seconds + 20
+        peers.announce(0, is_training=True)
+        while not all(peers.is_up(peer) for peer in peers.others):
+            assert peers.seconds < end_s, "the members did not find each other"
+            peers.sleep(0.01)
         return function(peers, *args)
 
     return over_tcp(n, work, 40)
-
-
-def wait_for_all(peers: Peers) -> None:
-    """Wait until TCP members have found each other."""
-    end_s = peers.seconds + 20
-    peers.announce(0, is_training=True)
-    while not all(peers.is_up(peer) for peer in peers.others):
-        assert peers.seconds < end_s, "the members did not find each other"
-        peers.sleep(0.01)

@@ -103,26 +103,30 @@ def simulate(
 
 def check_steps(
     runs: list[list[dict[str, F64]]],
-    paper: Callable[[int, list[dict[str, F64]]], tuple[dict[str, F64], NDArray[np.bool_]]],
+    paper: Callable[[int, list[dict[str, F64]]], Any],
     *,
     share: float = 0.9,
     rtol: float = 1e-5,
     atol: float = 2e-6,
+    residual_atol: float = 1e-5,
 ) -> None:
     """Compare every step with the paper's from the state before it.
 
     paper: takes a step and each rank's state before it; returns the state wanted by key, (n,) for all ranks or (N, n), and (n,) which
-        elements are far enough from another choice or sign to be compared. share: how many must be.
+        elements are far enough from another choice or sign to be compared; also the exchange that has made it, if that keeps residuals.
+        share: how many must be.
     """
     compared, steps = 0, len(runs[0]) - 1
     for step in range(steps):
-        expected, clear = paper(step, [run[step] for run in runs])
+        expected, clear, *exchanges = paper(step, [run[step] for run in runs])
         compared += int(clear.sum())
         for key, value in expected.items():
             found = np.stack([run[step + 1][key] for run in runs])
             assert value.ndim == 2 or (found == found[0]).all(), f"{key} differs between ranks in step {step}"
             wanted = np.broadcast_to(value, found.shape)
             np.testing.assert_allclose(found[:, clear], wanted[:, clear], rtol, atol, err_msg=f"{key} in step {step}")
+        for one in exchanges:
+            one.check_after([run[step + 1] for run in runs], clear, residual_atol)
     assert compared > share * steps * len(clear)
 
 

@@ -79,20 +79,19 @@ def distances(ranks: int, options: dict[str, Any], rounds: int) -> list[float]:
     stacked = torch.stack([torch.stack(history) for history, _ in results]).double()  # (ranks, rounds + 1, P)
     means = stacked.mean(0)
     torch.testing.assert_close(means, means[0].expand_as(means), rtol=0, atol=2e-5)  # each round keeps the mean
+    check_copies_agree([method for _, method in results])
     return [float(d) for d in (stacked - means).square().mean(dim=(0, 2)).sqrt()]
 
 
-@pytest.mark.parametrize("ranks", [4, 6])
-def test_a_tenth_of_the_entries_reaches_consensus_on_a_ring_linearly(ranks: int) -> None:
-    distance = distances(ranks, {"message": {**TOP_K, "value_bits": 32}}, 120)
+def test_a_tenth_of_the_entries_reaches_consensus_on_a_ring_linearly() -> None:
+    distance = distances(6, {"message": {**TOP_K, "value_bits": 32}}, 120)
     assert distance[40] < 0.3 * distance[0]
     assert distance[80] < 0.5 * distance[40]
     assert distance[120] < 0.5 * distance[80]
 
 
-@pytest.mark.parametrize("ranks", [4, 8])
-def test_signs_reach_consensus_on_a_ring(ranks: int) -> None:
-    distance = distances(ranks, {"message": {"compressor": "sign", "block_size": 64}}, 200)
+def test_signs_reach_consensus_on_a_ring() -> None:
+    distance = distances(4, {"message": {"compressor": "sign", "block_size": 64}}, 200)
     average = [sum(distance[k : k + 20]) / 20 for k in (20, 80, 140, 180)]  # signs make single rounds uneven
     assert average[0] < 0.8 * distance[0]
     assert all(later < 0.5 * earlier for earlier, later in itertools.pairwise(average)), average
@@ -107,12 +106,6 @@ def test_the_default_step_size_lets_every_compressor_converge(message: Any, topo
     distance = distances(ranks, {"message": message, "topology": topology}, 40)
     assert distance[-1] < 0.5 * distance[0]
     assert max(distance) < 1.2 * distance[0]
-
-
-@pytest.mark.parametrize("message", MESSAGES, ids=str)
-def test_both_ends_of_a_pair_hold_the_same_copy(message: Any) -> None:
-    results = SimWorld[tuple[list[Tensor], Any]](4).run(lambda group: gossip(group, {"message": message}, 7))
-    check_copies_agree([method for _, method in results])
 
 
 def check_copies_agree(methods: list[Any]) -> None:
@@ -146,13 +139,6 @@ def with_losses(faults: list[dict[str, Any]], rounds: int, *, late: int = -1) ->
     return [list(part) for part in zip(*results, strict=True)]
 
 
-def test_without_a_loss_nothing_travels_in_full() -> None:
-    methods, members, full = with_losses([], 10)
-    assert full == [0, 0, 0, 0]
-    assert all(len(one) == 3 for rank in members for one in rank)
-    check_copies_agree(methods)
-
-
 def test_a_pair_that_lost_messages_starts_again_from_full_ones() -> None:
     methods, members, full = with_losses([{"at_step": 5, "cut": [0, 1], "for_s": 12}], 24)
     assert full == [1, 1, 0, 0]  # the other pairs noticed nothing
@@ -162,9 +148,10 @@ def test_a_pair_that_lost_messages_starts_again_from_full_ones() -> None:
     check_copies_agree(methods)
 
 
-def test_messages_that_are_only_late_are_no_loss() -> None:
+def test_without_a_loss_nothing_travels_in_full_though_messages_are_late() -> None:
     methods, members, full = with_losses([], 16, late=6)
     assert full == [0, 0, 0, 0]
+    assert all(len(one) == 3 for rank in members for one in rank[:6])
     assert any(0 not in one for one in members[1])  # rank 0 was missed
     assert all(one == (0, 1, 2) for one in members[1][-4:])
     check_copies_agree(methods)

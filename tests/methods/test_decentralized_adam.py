@@ -105,12 +105,8 @@ def test_eight_ranks_that_do_not_learn_reach_consensus_exactly(options: dict[str
     mean = torch.stack([before for before, _ in results]).double().mean(0)
     for _, after in results:
         torch.testing.assert_close(after.double(), mean, rtol=0, atol=1e-6)
+        assert options["topology"] != "complete" or torch.equal(after, results[0][1])  # members of one edge
     assert spread([before for before, _ in results]) > 0.5
-
-
-def test_members_of_an_edge_get_the_same_bits() -> None:
-    results = SimWorld[tuple[Tensor, Tensor]](5).run(lambda group: still(group, {"topology": "complete"}, 1))
-    assert all(torch.equal(after, results[0][1]) for _, after in results)
 
 
 @pytest.mark.parametrize("topology", ["complete", "ring"])

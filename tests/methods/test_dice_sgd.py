@@ -212,7 +212,7 @@ def test_a_void_step_is_counted_as_spent_and_leaves_the_error_alone() -> None:
     assert int(method.state["releases"]) == 2
 
 
-def test_gradients_that_are_not_per_sample_are_refused() -> None:
+def test_gradients_that_are_not_per_sample_or_that_something_was_added_to_are_refused() -> None:
     model, method, sgd = attached(samples_per_rank=8)
     x, y = batch(8)
     torch.autograd.backward(F.cross_entropy(model(x), y))
@@ -220,11 +220,7 @@ def test_gradients_that_are_not_per_sample_are_refused() -> None:
         sgd.step()
     with pytest.raises(GradientsChanged, match="9 samples"):
         method.backward(model, F.cross_entropy, *batch(9))
-
-
-def test_gradients_that_something_was_added_to_are_refused() -> None:
     model, method, sgd = attached(samples_per_rank=8)
-    x, y = batch(8)
     method.backward(model, F.cross_entropy, x, y)
     torch.autograd.backward(F.cross_entropy(model(x), y) * 100)
     with pytest.raises(GradientsChanged, match="after clipping"):

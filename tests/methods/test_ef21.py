@@ -13,10 +13,8 @@ import torch
 from codes import block_signs, server_at_home
 from rig import normal
 from synthetic import exchange, gradients, simulate
-from torch import Tensor, nn
+from torch import Tensor
 
-from commopt import attach, build
-from commopt.errors import AttachError
 from commopt.groups import Group, SimWorld
 from commopt.methods import EF21
 from commopt.wire.bucket import Bucket
@@ -123,33 +121,6 @@ def test_a_void_message_moves_nobody(server: str | None, bad_step: int) -> None:
     assert SimWorld[Any](3).run(work) == [("b", True, True)] * 3
 
 
-@pytest.mark.parametrize("server", [None, "sign"])
-def test_after_a_change_of_world_size_h_is_the_mean_of_h_i_again(server: str | None) -> None:
-    def bound(group: Group) -> EF21:
-        method = EF21(server=server, eta=0.5)
-        method.bind([("a", torch.zeros(700, 9)), ("b", torch.zeros(11))], group)
-        return method
-
-    def leave(group: Group) -> Any:
-        method = bound(group)
-        for step in range(4):
-            x = normal(6311, 10 * step + group.rank)
-            exchange(method, Bucket.of([("a", x[:6300]), ("b", x[6300:])]), group)
-        return copy.deepcopy(method.saved())
-
-    states = SimWorld[Any](3).run(leave)
-
-    def join(group: Group) -> Any:
-        method = bound(group)
-        method.resize(states)
-        return method.saved()
-
-    new = SimWorld[Any](2).run(join)
-    old_mean, new_mean = (torch.stack([one["rank"]["known"] for one in every]).mean(0) for every in (states, new))
-    torch.testing.assert_close(new_mean, old_mean, rtol=0, atol=1e-6)
-    assert all(torch.equal(one["shared"]["estimate"], states[0]["shared"]["estimate"]) for one in new)
-
-
 def test_one_rank_is_sgd_with_momentum() -> None:
     x = simulate(1, SHAPES, 8, "ef21", eta=0.1)[0][-1]["x"]
     v, expected = gradients(SHAPES, 1, 0)[0], simulate(1, SHAPES, 0, "ef21")[0][0]["x"]
@@ -157,11 +128,3 @@ def test_one_rank_is_sgd_with_momentum() -> None:
         v = v if step == 0 else 0.9 * v + 0.1 * gradients(SHAPES, 1, step)[0]
         expected = expected - 0.05 * v
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_momentum_in_the_optimizer_too_is_refused() -> None:
-    model = nn.Linear(3, 2)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(AttachError, match="without momentum, or write eta: 1"):
-        attach(model, build("ef21"), sgd)
-    attach(model, build("ef21", eta=1.0), sgd)

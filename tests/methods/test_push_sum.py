@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 from outer_rig import Played, after_round, bound, play, run_world, spread, start_values
-from rig import make_model, train_step
 from torch import Tensor
 
-from commopt import attach, build
 from commopt.gossip.topology import directed_exponential
 from commopt.groups import SimGroup, SimWorld
 from commopt.wire.payload import Payload
@@ -162,12 +160,3 @@ def test_it_trains_and_others_go_on_when_a_rank_dies(delay: int) -> None:
     survivors = [diaries[rank] for rank in (0, 1, 2, 4)]
     assert all(diary.attached.steps == 60 for diary in survivors)
     assert spread([diary.attached.flat() for diary in survivors]) < 0.2
-
-
-def test_one_rank_alone_trains() -> None:
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    run: Any = attach(model, build("push_sum"), optimizer)
-    losses = [train_step(model, optimizer, 0, 0) for _ in run.range(10)]
-    assert losses[-1] < losses[0]
-    assert run.peers.traffic.payload_bytes == 0

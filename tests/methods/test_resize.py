@@ -14,20 +14,22 @@ from commopt.groups import Group, SimWorld
 
 
 @pytest.mark.parametrize(
-    ("name", "key"),
+    ("name", "key", "options"),
     [
-        ("signum", "momentum"),
-        ("distributed_lion", "momentum"),
-        ("demo", "momentum"),
-        ("powersgd", "residual"),
-        ("ef21", "average"),
-        ("dice_sgd", "error"),
+        ("signum", "momentum", {}),
+        ("distributed_lion", "momentum", {}),
+        ("demo", "momentum", {}),
+        ("powersgd", "residual", {}),
+        ("ef21", "average", {}),
+        ("ef21", "known", {"eta": 0.5}),  # so that h stays the mean of all h_i
+        ("ef21", "known", {"eta": 0.5, "server": "sign"}),
+        ("dice_sgd", "error", {}),
     ],
 )
-def test_another_number_of_ranks_takes_the_mean_of_what_each_had(name: str, key: str) -> None:
+def test_another_number_of_ranks_takes_the_mean_of_what_each_had(name: str, key: str, options: dict[str, Any]) -> None:
     def bound(group: Group) -> Any:
         model = Parameters((40, 40), (7,))
-        return model, start(model, name, group)
+        return model, start(model, name, group, **options)
 
     def leave(group: Group) -> Any:
         model, run = bound(group)

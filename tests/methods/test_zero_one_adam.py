@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from codes import SignExchange
 from pool import Pool, twin_of
-from rig import loss_of, make_batch, make_model, start, train_step
+from rig import make_model, scaled_step, start, train_step
 from synthetic import F64, flat, gradients, parameters, snapshot
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -419,15 +419,9 @@ def train_scaled(process_group: dist.ProcessGroup, bad_steps: list[int]) -> tupl
     model = DistributedDataParallel(make_model(), process_group=process_group)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
     run = start(model, "zero_one_adam", TorchGroup(twin_of(process_group)), lr=0.01, grad_scaler=scaler, **given())
-    rank, scales = dist.get_rank(process_group), []
+    scales = []
     for step in range(32):
-        x, y = make_batch(rank, step)
-        loss = loss_of(model(x), y) * (math.inf if rank == 1 and step in bad_steps else 1.0)
-        run.optimizer.zero_grad()
-        scaled: Any = scaler.scale(loss)
-        scaled.backward()
-        scaler.step(run.optimizer)
-        scaler.update()
+        scaled_step(scaler, model, run, step, math.inf if run.rank == 1 and step in bad_steps else 1.0)
         scales.append(scaler.get_scale())
     assert run.replicas_are_equal() == run.method.is_synchronised
     run.close()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from outer_runs import STORM, STORM_FAULTS, Absence, OuterPlan, fault, outer_run, write_outer
@@ -16,7 +15,6 @@ from commopt.report.page import FILES, draw, headline, page, sites, write_report
 from commopt.report.results import collect
 from commopt.report.table import readings
 
-Lines = list[dict[str, Any]]
 KILL = fault("kill", ["node2"], at_step=25, at_s=2.55)
 
 
@@ -82,10 +80,6 @@ def test_what_users_named_is_escaped() -> None:
 NO_FINITE_LOSS = change("step", lambda *_: {"loss": None})
 
 
-def killed(rank: int, lines: Lines) -> Lines:
-    return [] if rank == 3 else lines[: 10 + rank]
-
-
 def odd_runs(folder: Path) -> dict[tuple[str, ...], list[RunResult]]:
     """Sets of runs that lack something, by what their page says."""
     silent = write_outer(folder / "silent", OuterPlan(), STORM_FAULTS)
@@ -100,7 +94,9 @@ def odd_runs(folder: Path) -> dict[tuple[str, ...], list[RunResult]]:
         "no speed in the steady phase": run_of(
             folder / "warm", short(ONEBIT), edit=change("step", lambda *_: {"steady": False})
         ),
-        "rank 3 wrote no record": run_of(folder / "killed", short(ONEBIT), edit=killed),
+        "rank 3 wrote no record": run_of(
+            folder / "killed", short(ONEBIT), edit=lambda rank, lines: [] if rank == 3 else lines[: 10 + rank]
+        ),
         "the byte counts disagree": run_of(folder / "defect", short(DENSE), overcount=1.1),
     }
     faulty = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,16 @@ def test_a_world_of_unequal_machines_is_refused() -> None:
 
     with pytest.raises(GroupError, match="machines have 1, 2 ranks: start as many on each"):
         SimWorld[None](3).run(work)
+
+
+def test_gradients_may_travel_in_bfloat16_inside() -> None:
+    def work(group: SimGroup, dtype: torch.dtype | None) -> tuple[Tensor, float]:
+        world = group.by_machine(2)
+        world.inner_dtype = dtype
+        trained, _ = train(start(Preset("two_way", {}, sgd(0.1)), world), range(3), [group.rank])
+        inside: Any = world.inside
+        return trained, inside.traffic.nbytes["", "all_to_all", ""]
+
+    exact, rounded = (SimWorld[Any](4).run(partial(work, dtype=dtype)) for dtype in (None, torch.bfloat16))
+    assert torch.equal(exact[0][0], rounded[0][0])  # these gradients have 7 bits
+    assert rounded[0][1] < 0.51 * exact[0][1]
