@@ -127,18 +127,17 @@ class ReplicaRun(FSDPRun):
         saved = super().saved()
         return {**saved, "rank": {**saved["rank"], "stretches": stretches_of(self.parameters.values())}}
 
-    def resize_saved(self, every: Sequence[Saved], per_machine: int) -> None:
-        """Continue from other shards or another number of replicas."""
+    def resized(self, every: Sequence[Saved], per_machine: int) -> Callable[[], object]:
         shards, stretches = self.mesh.shard_group.size(), stretches_of(self.parameters.values())
         if per_machine == shards:
-            return self.method.resize(every[self.mesh.shard_group.rank() :: shards])
+            return partial(self.method.resize, every[self.mesh.shard_group.rank() :: shards])
         numels = {name: p.numel() for name, p in self.parameters.items()}
         parts, starts = [one["rank"] for one in every], range(0, len(every), per_machine)
         replicas = [recut(self.method, parts[k : k + per_machine], numels, stretches) for k in starts]
         if len(replicas) != self.group.size:
-            return self.method.resize([{"shared": one, "rank": one} for one in replicas])
+            return partial(self.method.resize, [{"shared": one, "rank": one} for one in replicas])
         own = replicas[self.group.rank]
-        return self.method.load({"shared": own, "rank": own})
+        return partial(self.method.load, {"shared": own, "rank": own})
 
     def served(self) -> list[tuple[str, Tensor]]:
         """This rank's shards, instead of the DTensors that they are part of; without parameters that have none here."""
@@ -219,11 +218,6 @@ class ScatterMean(GradientMethod, Compressed):
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) / ranks * self.compressor.bytes_per_element(ranks)
 
-    def resize(self, every: Sequence[Saved]) -> None:
-        raise CheckpointError(
-            f"{self.name}: the residuals of a reduce-scatter continue only at the same number of ranks"
-        )
-
     def _message(self, unit: Unit, shard: int) -> Blocks:
         """The blocks sent to one shard: where they begin in the unit's gradient, and in the residual of the whole model."""
         numels, firsts = np.zeros(len(self.index.names), np.int64), np.zeros(len(self.index.names), np.int64)
@@ -272,6 +266,11 @@ class ShardRun(FSDPRun):
         self._exchange_unit(unit, unit.over(flat, 0), None)  # names and starts are those of the first shard
         group = self.mesh.shard_group
         output.copy_(flat.view(group.size(), -1)[group.rank()])
+
+    def resized(self, every: Sequence[Saved], per_machine: int) -> Callable[[], object]:
+        raise CheckpointError(
+            f"{self.method.name}: the residuals of a reduce-scatter continue only at the same number of ranks"
+        )
 
     def replicas_are_equal(self) -> bool:
         return True  # there is one

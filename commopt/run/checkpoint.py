@@ -101,6 +101,8 @@ def open_run(folder: Path, run: Run, *, with_training: bool = True) -> Stored:
             raise CheckpointError(f"{place}: {problem}")
         if stored.manifest.fits(run.savers):
             run.check_saved(_saved(stored, run.savers.rank))
+        else:
+            _resized(run, stored)
 
     together(run.savers, check)
     return stored
@@ -120,7 +122,7 @@ def take_over(run: Run, stored: Stored) -> dict[str, Any]:
                 torch.set_rng_state(stored.own[rank]["rng"])
             run.resume_bucket_layout(meta["buckets"])
         else:
-            run.resize_saved([_saved(stored, k) for k in range(manifest.ranks)], manifest.per_machine)
+            _resized(run, stored)()
     run.steps = int(meta["steps"])
     return dict(join(meta["extra"], tensors))
 
@@ -149,6 +151,11 @@ def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> C
         (own if is_own else shared).update(tensors)
     shared |= {f"method/{key}": x for key, x in saved["shared"].items()}
     return Content(shared, own, meta)
+
+
+def _resized(run: Run, stored: Stored) -> Callable[[], object]:
+    manifest = stored.manifest
+    return run.resized([_saved(stored, k) for k in range(manifest.ranks)], manifest.per_machine)
 
 
 def _training(stored: Stored, rank: int) -> dict[str, Any]:

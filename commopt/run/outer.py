@@ -178,14 +178,14 @@ class OuterRun(Run):
             wait = partial(lambda known: (known, 0.0), exchanged)
             self._pending.append(_Pending(round, x, begun_at, wait, 0.0, sent))
 
-    def resize_saved(self, every: Sequence[Saved], per_machine: int) -> None:
+    def resized(self, every: Sequence[Saved], per_machine: int) -> Callable[[], object]:
         if any(key.startswith("round ") for key in every[0]["rank"]):
             raise CheckpointError(
                 f"{self.method.name}: this was saved while a round was under way, which continues only on machines of {len(every)} "
                 "ranks; save right after a round was applied"
             )
         own = recut(self.method, [saved["rank"] for saved in every], self.numels, self.stretches)
-        self.method.load({"shared": own, "rank": own})
+        return lambda: self.method.load({"shared": own, "rank": own})
 
     # -- rounds
 

@@ -275,9 +275,12 @@ class Run(ABC):
         """Continue bit for bit from what this rank saved."""
         self.method.load(saved)
 
-    def resize_saved(self, every: Sequence[Saved], per_machine: int) -> None:
-        """Continue from what all ranks of another world saved, machine after machine, of so many ranks each."""
-        reshare.resize(self, every, per_machine)
+    def resized(self, every: Sequence[Saved], per_machine: int) -> Callable[[], object]:
+        """What continues from what all ranks of another world saved, machine after machine, of so many ranks each.
+
+        Raises CheckpointError if that is impossible, and changes nothing yet.
+        """
+        return lambda: reshare.resize(self, every, per_machine)
 
     def bucket_layout(self) -> list[list[str]]:
         """The parameters of each bucket that was exchanged last, for a checkpoint; empty if it never changes."""

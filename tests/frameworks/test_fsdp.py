@@ -34,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import commopt
 from commopt import build
 from commopt.cluster.machine import free_ports
-from commopt.errors import CommoptError, GradientsChanged
+from commopt.errors import CheckpointError, CommoptError, GradientsChanged
 from commopt.groups import SimWorld, TorchGroup
 
 STEPS = 5
@@ -219,6 +219,29 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(
             train(model, optimizer, rank, 3, first=3)
             ends.append(shards(model))
     assert_equal(*ends)
+
+
+@pytest.mark.parametrize("method", [{"name": "top_k", "density": 0.1}, {"name": "two_way(int8)"}], ids=str)
+@on_four_ranks
+def test_a_checkpoint_goes_on_over_other_shards_or_says_why_not(method: dict[str, Any], tmp_path: Path) -> None:
+    folder = TorchGroup().tell(str(tmp_path / "saved"))[0]
+    with attached(mesh_of(2, 2), method) as (model, optimizer, run):
+        train(model, optimizer, dist.get_rank(), 3)
+        run.save(folder)
+        whole = [p.full_tensor() for p in model.parameters()]
+        sent = [x.full_tensor() for x in (state["momentum_buffer"] for state in optimizer.state.values())]
+    with attached(mesh_of(4, 1), method) as (model, optimizer, run):
+        if method["name"] != "top_k":
+            with pytest.raises(CheckpointError, match="continues only on as many ranks in each replica"):
+                run.load(folder)
+            return
+        run.load(folder)
+        assert run.steps == 3
+        assert all(torch.equal(p.full_tensor(), x) for p, x in zip(model.parameters(), whole, strict=True))
+        buffers = [state["momentum_buffer"].full_tensor() for state in optimizer.state.values()]
+        assert all(torch.equal(x, y) for x, y in zip(buffers, sent, strict=True))
+        train(model, optimizer, dist.get_rank(), 1, first=3)
+        assert run.replicas_are_equal()
 
 
 @on_four_ranks

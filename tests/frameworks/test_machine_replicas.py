@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from fsdp_rig import mesh_of
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,10 +28,16 @@ def wrapped(kind: str) -> tuple[nn.Module, nn.Module]:
     model = make_model()
     if kind == "ddp":
         return DistributedDataParallel(model, process_group=mesh_of(2, 2).get_group("shard")), model
-    mesh = mesh_of(2, 2)["shard"] if kind == "fsdp" else mesh_of(2, 2)
+    mesh = mesh_of(2, 2)["shard"] if kind == "fsdp" else _both_inside()
     for part in (*model, model):
         fully_shard(part, mesh=mesh)
     return model, model
+
+
+@functools.cache
+def _both_inside() -> Any:
+    """A mesh of the two ranks of a machine, which hold the same shard."""
+    return init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("machines", "replicate", "shard"))["replicate", "shard"]
 
 
 def whole(model: nn.Module) -> Tensor:
@@ -65,8 +73,9 @@ def alone(name: str, group: SimGroup) -> Tensor:
 
 
 @pytest.mark.ranks("fsdp", 4)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["noloco", "diloco"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in ("noloco", "diloco") for kind in ("ddp", "fsdp")] + [("noloco", "hsdp")]
+)
 def test_a_machine_is_one_replica_and_goes_on_from_a_checkpoint(name: str, kind: str, tmp_path: Path) -> None:
     rank, expected = dist.get_rank(), SimWorld[Tensor](2).run(lambda group: alone(name, group))
     (folder,) = {*TorchGroup().tell(str(tmp_path))[:1]}
