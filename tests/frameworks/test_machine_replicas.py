@@ -20,7 +20,7 @@ import commopt
 from commopt.errors import AttachError
 from commopt.groups import SimGroup, SimWorld, TorchGroup
 
-STEPS, SAVED_AT = 12, 8
+STEPS, SAVED_AT = 8, 4
 
 
 def wrapped(kind: str) -> tuple[nn.Module, nn.Module]:

@@ -94,9 +94,9 @@ def sent(run: OuterRun) -> float:
     return sum(n for (_, channel, _), n in run.traffic.nbytes.items() if channel != "sketch")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("machines", "ranks"), [(3, 2), (2, 3)])
-def test_a_machine_is_a_lone_replica_with_its_mean_gradient_bit_for_bit(case: Case, machines: int, ranks: int) -> None:
+@pytest.mark.parametrize(("number", "case"), list(enumerate(CASES)), ids=str)
+def test_a_machine_is_a_lone_replica_with_its_mean_gradient_bit_for_bit(number: int, case: Case) -> None:
+    machines, ranks = [(3, 2), (2, 3)][number % 2]
     lone: SimWorld[tuple[Tensor, OuterRun]] = SimWorld(machines)
     expected = lone.run(lambda group: trained(group, case, 1, lone=ranks))
     found = on_machines(machines, ranks, case)
@@ -161,17 +161,17 @@ def test_the_final_average_makes_machines_equal() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_machines_go_on_from_a_checkpoint_with_as_many_ranks_or_others(case: Case, tmp_path: Path) -> None:
-    whole = replicas(on_machines(2, 4, case, save_at=(8, tmp_path), is_alike=True), 4)
+    whole = replicas(on_machines(2, 2, case, save_at=(8, tmp_path), is_alike=True), 2)
     name, options = case
-    for ranks in (4, 2, 1):
+    for ranks in (2, 1):
         is_under_way = "delay" in options or name == "decentralized_adam"
-        if ranks != 4 and is_under_way:
-            with pytest.raises(CheckpointError, match="only on machines of 4 ranks; save right after"):
+        if ranks == 1 and is_under_way:
+            with pytest.raises(CheckpointError, match="only on machines of 2 ranks; save right after"):
                 on_machines(2, ranks, case, load_from=tmp_path, is_alike=True)
             continue
         again = replicas(on_machines(2, ranks, case, load_from=tmp_path, is_alike=True), ranks)
         for x, y in zip(whole, again, strict=True):
-            if ranks == 4 or not (name == "choco" or "message" in options):
+            if ranks == 2 or not (name == "choco" or "message" in options):
                 assert torch.equal(x, y)
             else:  # copies begin anew with full messages, and diloco's residuals at zero
                 assert torch.allclose(x, y, atol=0.05)
