@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def quick(ranks: int) -> tuple[Task, Protocol]:
     """A short task, trained with one rate and one seed."""
-    task = replace(Task(), steps=12, every=3, held_out=4)
+    task = replace(Task(), steps=8, every=2, held_out=4)
     return task, Protocol(grid=(3e-3,), extensions=0, seeds={ranks: SEEDS[ranks][:1]})
 
 

@@ -20,7 +20,7 @@ from commopt.groups import SimGroup, SimWorld
 from commopt.groups.base import Traffic
 from commopt.groups.peers import Peers
 
-ELEMENTS, ELEMENTS_OVER_TCP = 5 * 2**14, 5 * 2**16  # the cost of frames does not grow with the elements
+ELEMENTS, ELEMENTS_OVER_TCP = 5 * 2**13, 5 * 2**15  # the cost of frames does not grow with the elements
 EVERY, ROUNDS = 4, 16
 LEFT_OUT = ("sketch", "start", "group start", "start roll", "start card", "beat")
 
