@@ -51,7 +51,7 @@ class AgentEnd:
     exit_code: int | None = None
     at_s: float | None = None  # None while it runs, or if the launcher ended it
     reader: Reader = field(default_factory=Reader)  # of what it and its ranks print
-    last_lines: str = ""  # of its log: the message if there is no traceback
+    last_lines: str = ""  # of its log; they say what happened if there is no traceback
 
 
 def first_failure(ends: Sequence[AgentEnd], *, is_one_job: bool) -> Failure | None:

@@ -326,7 +326,10 @@ def _facts(
         "fsdp one replica": way == "replicas" and replicas is not None and replicas.size() == 1,
     }
     if method.kind == "outer":
-        return {key: detail for key, detail in facts.items() if key not in ("fsdp group", "fsdp one replica")}
+        ranks = 0 if mesh is None else len(mesh.ranks)
+        has = request.group.per_machine if isinstance(request.group, World) else ranks
+        facts["fsdp group"] = has != ranks and f"a World of machines of {has} ranks"
+        return {key: detail for key, detail in facts.items() if key != "fsdp one replica"}
     if way == "shards":
         return {**facts, **_scatter_facts(method)}
     return {key: detail for key, detail in facts.items() if not key.startswith("scatter")}

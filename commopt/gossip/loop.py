@@ -103,7 +103,7 @@ class OuterMethod(Method):
         rank's number among those of its machine that have the same, and how many these are; each exchanges its share.
         """
         held = ParameterIndex.of(named_parameters)
-        self.cut_out = Share.cut(held, copies[1], copies[0], lambda numel: self.message.pieces(numel, peers.size))
+        self.cut_out = Share.cut(held, copies[1], copies[0], self.message.pieces)
         self.index, self.peers, self.device = self.cut_out.index, peers, torch.device("cpu")
         self.message.bind(self.index, peers.rank, self.cut_out)
         edges = [int(self.index.offsets[k]) for k in self.cut(held.numels if numels is None else numels)]

@@ -36,8 +36,8 @@ class Message(Stateful):
             )
         self.compressor = None if given is None else make_compressor(options, "message")
 
-    def pieces(self, numel: int, ranks: int) -> Sequence[int]:
-        """The lengths that a parameter may be cut into to be shared out among a machine's ranks; ranks: how many machines there are."""
+    def pieces(self, numel: int) -> Sequence[int]:
+        """The lengths that a parameter may be cut into to be shared out among a machine's ranks."""
         if self.compressor is None:
             return equal_blocks(numel, PIECE)
         return [numel] if self.compressor.shared_scale else self.compressor.block_lengths(numel, 1)
@@ -49,7 +49,7 @@ class Message(Stateful):
         self.allocate()
         if self.compressor is not None:
             table = self.compressor.table(index if share is None else share.whole, 1)
-            self._everything = (table if share is None else table.of_share(share)).everything
+            self._everything = table.of_share(share).everything
             kept = Kept() if self.has_feedback else NOTHING_KEPT
             residual = self.state.get("residual")
             self.feedback = ErrorFeedback(self.compressor, kept, self._everything, residual=residual)

@@ -20,8 +20,8 @@ class World(Group):
     once, however many ranks it has. As a group it is all ranks of the job, machine after machine.
 
     inside: the ranks of this machine. between: one rank of each machine, those of this rank's number. inner_dtype: in which gradients
-        travel inside a machine, such as torch.bfloat16; their own if None. is_even: machines are known to
-        have the same number of ranks, and need not be asked; if they have not, raises GroupError.
+        travel inside a machine, such as torch.bfloat16; their own if None. is_even: machines are
+        known to have the same number of ranks. Otherwise they tell it here, and GroupError is raised if it differs.
     """
 
     def __init__(

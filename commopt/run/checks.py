@@ -209,7 +209,8 @@ def connect(process_group: dist.ProcessGroup | None = None, method: Method | Non
     links = LinkModel.from_json(text) if text else None
     can_be_cut = isinstance(method, EveryStep) and method.can_be_cut
     if can_be_cut and (machines := machines_of(process_group)):
-        inside, between = _levels(process_group, machines)
+        inside = TorchGroup.like(process_group, machines)
+        between: Group = TorchGroup.like(process_group, list(zip(*machines, strict=True)))
         return World(inside, PacedGroup(between, links.of_one_rank(inside.size)) if links else between)
     group: Group = TorchGroup.like(process_group)
     return PacedGroup(group, links) if links else group
@@ -224,14 +225,6 @@ def machines_of(process_group: dist.ProcessGroup | None = None) -> list[list[int
     sizes = {len(machine) for machine in machines.values()}
     has_levels = "" not in machines and len(machines) > 1 and len(sizes) == 1 and sizes != {1}
     return list(machines.values()) if has_levels else []
-
-
-def _levels(
-    process_group: dist.ProcessGroup | None, machines: Sequence[Sequence[int]], backend: str | None = None
-) -> tuple[Group, Group]:
-    """The ranks of this machine, and those of this rank's number on all machines."""
-    inside = TorchGroup.like(process_group, machines, backend)
-    return inside, TorchGroup.like(process_group, list(zip(*machines, strict=True)), backend)
 
 
 def has_other_machines(group: Group | Peers | None, ranks: int) -> bool:
@@ -251,13 +244,12 @@ def connect_machines(group: Group | Peers | None, machine: Sequence[int] = ()) -
         return connect_peers(group.between), group.inside
     if len(machine) < 2:
         return connect_peers(group), None
-    if isinstance(group, Peers) or "COMMOPT_PEERS" in os.environ:  # torch.distributed knows this machine only
-        inside: Group = TorchGroup.like(backend="gloo")
-        return connect_peers(group, inside), inside
     machines = [json.loads(text) for text in dict.fromkeys(TorchGroup().tell(json.dumps(sorted(machine))))]
     refuse({"machines of different sizes": len({len(one) for one in machines}) > 1 and f"{machines}"}, "", "outer")
-    inside, between = _levels(None, machines, "gloo")
-    return connect_peers(between), inside
+    inside = TorchGroup.like(None, machines, "gloo")
+    if group is None and "COMMOPT_PEERS" not in os.environ:  # where torch.distributed knows this machine only
+        group = TorchGroup.like(None, list(zip(*machines, strict=True)), "gloo")
+    return connect_peers(group, inside), inside
 
 
 def connect_peers(group: Group | Peers | None = None, inside: Group | None = None) -> Peers:

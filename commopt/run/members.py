@@ -50,10 +50,10 @@ class Members:
             peers.sleep(0.05)
         if must_catch_up:
             raise GroupError(
-                f"rank {peers.rank} was restarted, and found no peer that trains to catch up from; resume from a checkpoint"
+                f"rank {training.rank} was restarted, and found no peer that trains to catch up from; resume from a checkpoint"
             )
         if missing:
-            _log.warning("rank %d starts without %s, which did not come", peers.rank, listed(missing))
+            _log.warning("rank %d starts without %s, which did not come", training.rank, listed(missing))
         self._start_together(wait_s)
 
     def catch_up(self, *, tensors: bool = True, in_step: bool = True, donors: Sequence[int] | None = None) -> bool:
@@ -79,7 +79,7 @@ class Members:
             kind = "caught up" if tensors else "went on with the others"
             fields = {"from": donor, "left_out": training.steps - before, "step": training.steps}
             training.events.append((kind, {**fields, "seconds": round(peers.seconds - begun_s, 3)}))
-            _log.info("rank %d %s at step %d, from rank %d", peers.rank, kind, training.steps, donor)
+            _log.info("rank %d %s at step %d, from rank %d", training.rank, kind, training.steps, donor)
             break
         else:
             donor = None
@@ -96,10 +96,9 @@ class Members:
         while letter is None and self._progress(donor).is_training and peers.seconds < end_s:
             letter = peers.receive(donor, "state", self._asked, 1.0)
         answers = machine.told(*((-1, 0) if letter is None else letter.payload.tensors[0].tolist()))
-        step, nbytes = answers[0]
-        if letter is None or step < 0 or any(answer[0] != step for answer in answers):
+        if letter is None or any(step != answers[0][0] for step, _ in answers):
             return None
-        _, part, own = letter.payload.tensors
+        (_, nbytes), part, own = letter.payload.tensors[0].tolist(), *letter.payload.tensors[1:]
         state = part if part.numel() == nbytes else machine.whole(part, nbytes)
         return {**unpack(own), **(unpack(state) if tensors else {})}
 
@@ -161,7 +160,7 @@ class Members:
 
     def recover(self) -> None:
         """Take over another replica: this one holds a NaN or an inf, and must not spread it."""
-        training, rank = self._training, self._peers.rank
+        training, rank = self._training, self._training.rank
         _log.warning("rank %d: its parameters are not finite after step %d", rank, training.steps)
         training.events.append(("parameters not finite", {"step": training.steps}))
         if not self.catch_up():
@@ -224,7 +223,7 @@ class Members:
                     group = PeerGroup(peers, roll.members, "start", 0, max(wait_s, 60.0))
                     machine.exchange_(tensors, group.broadcast)
                 except GroupError as error:
-                    _log.warning("rank %d starts with parameters of its own: %s", peers.rank, error)
+                    _log.warning("rank %d starts with parameters of its own: %s", training.rank, error)
         if training.steps == 0:
             training.method.begin(training.flat())
 
@@ -233,7 +232,7 @@ class Members:
         while not self.catch_up(in_step=False):
             if not self._machine.every(peers.seconds < end_s)[0]:
                 raise GroupError(
-                    f"rank {peers.rank} resumes at step {self._training.steps}, others said {step}, and none of those trains"
+                    f"rank {self._training.rank} resumes at step {self._training.steps}, others said {step}, and none of those trains"
                 )
             peers.sleep(0.1)
 

@@ -247,7 +247,7 @@ class OuterRun(Run):
             exchanged = dataclasses.replace(self.method.alone(pending.x, pending.round, exchanged), is_missed=True)
         with torch.no_grad():
             new = self.method.apply(pending.x, pending.round, exchanged)
-            if new is not pending.x or self.group.size > 1:  # which is then a call of all ranks
+            if new is not pending.x or self.group.size > 1:  # set_flat gathers: all ranks of a machine must call it
                 flat = self.flat()
                 if self.steps == pending.begun_at:
                     flat[pending.round.part] = new

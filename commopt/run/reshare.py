@@ -97,7 +97,8 @@ def recut(
     """This rank's part of the method's state, from those of ranks that had other parts of one replica: put together, and cut anew.
 
     numels: the elements of whole parameters. stretches: (P, 2) where this rank's part of each begins, and its elements; `every` has theirs.
-    What is no state of elements, and differed between them, keeps its value. Raises CheckpointError for a state that lies otherwise.
+    A number that differed between those ranks keeps the value that it has here. Raises CheckpointError for state of elements that is
+    not laid out by parameters, as a server's residual.
     """
     layouts, saved = method.layouts(), method.saved()
     found = {**saved["shared"], **saved["rank"]}
