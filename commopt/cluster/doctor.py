@@ -55,15 +55,14 @@ def examine() -> list[Check]:
 
 
 def _levels(gpus: int) -> str:
-    """The machines and ranks of the job that this process is part of, or of one that this machine could be part of."""
+    """The machines of the job that this process is part of, and the ranks of each."""
     ranks, here = (
         int(text) if (text := os.environ.get(key, "")).isdigit() else 0 for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
     if here and ranks > here and ranks % here == 0:
         how = "exchange between machines" if here > 1 else "exchange with each other"
         return f"this job has {ranks // here} machines of {here} ranks, which {how}"
-    several = f"{gpus} GPUs make a machine of {gpus} ranks" if gpus > 1 else "a machine may have several ranks"
-    return f"{several}; several such machines exchange between machines"
+    return "not inside a job" + (f"; a rank for each GPU makes a machine of {gpus} ranks" if gpus > 1 else "")
 
 
 def as_json(checks: list[Check]) -> str:

@@ -34,3 +34,13 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyte
     code, _, errors = commopt_here(capsys, "doctor", "--json", tmp_path / "nowhere" / "machine.json")
     assert code == 2
     assert errors.endswith("machine.json: cannot be written: no such file or directory\n")
+
+
+def test_levels_are_those_of_the_job_that_this_process_is_part_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> str:
+        return next(check.found for check in examine() if check.check == "levels")
+
+    assert found().startswith("not inside a job")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert found() == "this job has 2 machines of 4 ranks, which exchange between machines"
