@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from commopt.errors import AttachError, GroupError
 from commopt.exchange.base import is_finite
 from commopt.groups.peers import Letter, PeerGroup, Progress, call_roll
-from commopt.run.agree import difference, digest, listed
+from commopt.run.agree import Configuration, difference, digest, listed
 from commopt.run.files import pack, unpack
 from commopt.run.machine import load_localized, localized
 from commopt.run.run import broadcast_
@@ -71,8 +71,7 @@ class Members:
                 continue
             before = training.steps
             theirs = json.loads(stored["configuration"])
-            if digest(theirs) != digest(training.configuration):
-                raise AttachError(difference({donor: theirs, peers.rank: training.configuration}))
+            self._check_alike({donor: theirs, peers.rank: training.configuration})
             self._take_over(stored)
             if not in_step:
                 self._settle()
@@ -209,10 +208,12 @@ class Members:
             words = torch.frombuffer(bytearray(digest(training.configuration)), dtype=torch.int64)
             card = torch.cat([torch.tensor([training.steps]), words])
             roll = call_roll(peers, "start", 0, card, wait_s)
+            every = {peers.rank: training.configuration}
             if any(not torch.equal(roll.cards[rank][1:], words) for rank in roll.members):
                 group = PeerGroup(peers, roll.members, "differ", 0, max(wait_s, 60.0))
-                every = [json.loads(text) for text in group.tell(json.dumps(training.configuration))]
-                raise AttachError(difference(dict(zip(group.members, every, strict=True))))
+                texts = group.tell(json.dumps(training.configuration))
+                every = dict(zip(group.members, map(json.loads, texts), strict=True))
+            self._check_alike(every)
             told = machine.told(max(int(roll.cards[rank][0]) for rank in roll.members), int(len(roll.members) > 1))
             furthest = max(step for step, _ in told)
             if training.steps < furthest:
@@ -226,6 +227,13 @@ class Members:
                     _log.warning("rank %d starts with parameters of its own: %s", training.rank, error)
         if training.steps == 0:
             training.method.begin(training.flat())
+
+    def _check_alike(self, configurations: Mapping[int, Configuration]) -> None:
+        """Raise AttachError on all ranks of the machine if the configurations of peers differ from this one's, or did for any rank."""
+        are_alike = len({digest(one) for one in configurations.values()}) == 1
+        if not self._machine.every(are_alike)[0]:
+            other = f"rank {self._training.rank}: another rank of this machine has a configuration that differs from its peers'; see there"
+            raise AttachError(other if are_alike else difference(configurations))
 
     def _catch_up_at_start(self, step: int, wait_s: float) -> None:
         peers, end_s = self._peers, self._peers.seconds + max(wait_s, 60.0)
