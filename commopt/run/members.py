@@ -232,8 +232,12 @@ class Members:
         """Raise AttachError on all ranks of the machine if the configurations of peers differ from this one's, or did for any rank."""
         are_alike = len({digest(one) for one in configurations.values()}) == 1
         if not self._machine.every(are_alike)[0]:
-            other = f"rank {self._training.rank}: another rank of this machine has a configuration that differs from its peers'; see there"
-            raise AttachError(other if are_alike else difference(configurations))
+            own, rank = self._training.group, self._training.rank
+            other = (
+                f"rank {rank}: another rank of this machine has a configuration that differs from its peers'; see there"
+            )
+            ranks = {machine * own.size + own.rank: one for machine, one in configurations.items()}
+            raise AttachError(other if are_alike else difference(ranks))
 
     def _catch_up_at_start(self, step: int, wait_s: float) -> None:
         peers, end_s = self._peers, self._peers.seconds + max(wait_s, 60.0)

@@ -12,7 +12,7 @@ from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
 from commopt import attach
-from commopt.errors import CheckpointError
+from commopt.errors import AttachError, CheckpointError
 from commopt.gossip import messages
 from commopt.groups import SimGroup, SimWorld
 from commopt.run.outer import OuterRun
@@ -175,3 +175,19 @@ def test_machines_go_on_from_a_checkpoint_with_as_many_ranks_or_others(case: Cas
                 assert torch.equal(x, y)
             else:  # copies begin anew with full messages, and diloco's residuals at zero
                 assert torch.allclose(x, y, atol=0.05)
+
+
+def test_one_rank_of_another_configuration_stops_its_whole_machine_at_join() -> None:
+    def joined(group: SimGroup) -> str:
+        model = make_model()
+        run: Any = attach(model, "diloco", torch.optim.SGD(model.parameters(), lr=0.1), group=group.by_machine(2))
+        if group.rank == 3:
+            run.configuration |= {"max_norm": "1.0"}
+        with pytest.raises(AttachError) as raised:
+            run.join(wait_s=1.0)
+        return str(raised.value)
+
+    first, second, third, fourth = SimWorld[str](4).run(joined)
+    assert "max_norm is None on rank 1 and 1.0 on rank 3" in second == fourth
+    assert "rank 0: another rank of this machine has a configuration that differs" in first
+    assert "rank 2: another rank of this machine" in third
