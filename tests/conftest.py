@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="commopt-tests-")
         config.add_cleanup(folder.cleanup)
         config.add_cleanup(warm.start(Path(folder.name)))
+        os.environ["COMMOPT_TESTS"] = folder.name
+        config.option.tx = [f"{spec}//python={folder.name}/bin/python" for spec in getattr(config.option, "tx", [])]
+    else:
+        sys.executable = config.workerinput["python"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Workers are such programs too; what they call by `sys.executable` is not."""
+    node.workerinput["python"] = sys.executable
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -73,9 +85,32 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Wait for tests that measure: they come first, in one worker, and the others leave the machine to them."""
+    if is_alone(item.session.items[0]) and not is_alone(item) and hasattr(item.config, "workerinput"):
+        deadline = time.monotonic() + 100
+        while not _measured().exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if is_alone(item) and not (nextitem and is_alone(nextitem)):
+        _measured().touch()
+
+
+def is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+def _measured() -> Path:
+    return Path(os.environ["COMMOPT_TESTS"], "measured")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
-    items.sort(key=lambda item: (not item.nodeid.startswith(WAITING), not item.nodeid.startswith(PAGES)))
+    begin = (WAITING, PAGES)
+    items.sort(key=lambda item: (not is_alone(item), *(not item.nodeid.startswith(files) for files in begin)))
     for item in items:
         is_long = item.nodeid.startswith(WAITING) or item.get_closest_marker("ranks") is not None
         if is_long and item.get_closest_marker("timeout") is None:

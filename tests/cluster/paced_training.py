@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import commopt
+from commopt.groups import connect
 from commopt.optim import make_optimizer
 
 
@@ -22,14 +23,17 @@ def loss_of(model: nn.Module, target: Tensor, batch: int, data: torch.Generator)
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    group = connect()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4))
     optimizer = make_optimizer(args.optimizer, model.parameters())
     data, target = torch.Generator(), torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-    with commopt.attach(model, {"name": args.method, **args.options}, optimizer) as run:
+    method = commopt.build(args.method, **args.options)
+    wrapped = commopt.wrap(model, method)
+    with commopt.attach(wrapped, method, optimizer, group=group) as run:
         for step in run.range(args.steps):
             data.manual_seed(run.rank * 100_003 + step)
-            loss = loss_of(model, target, 8, data)
+            loss = loss_of(wrapped, target, 8, data)
             run.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             run.optimizer.step()
