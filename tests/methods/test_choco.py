@@ -84,10 +84,10 @@ def distances(ranks: int, options: dict[str, Any], rounds: int) -> list[float]:
 
 
 def test_a_tenth_of_the_entries_reaches_consensus_on_a_ring_linearly() -> None:
-    distance = distances(6, {"message": {**TOP_K, "value_bits": 32}}, 120)
-    assert distance[40] < 0.3 * distance[0]
-    assert distance[80] < 0.5 * distance[40]
-    assert distance[120] < 0.5 * distance[80]
+    distance = distances(4, {"message": {**TOP_K, "value_bits": 32}}, 90)
+    assert distance[30] < 0.3 * distance[0]
+    assert distance[60] < 0.5 * distance[30]
+    assert distance[90] < 0.5 * distance[60]
 
 
 def test_signs_reach_consensus_on_a_ring() -> None:

@@ -77,11 +77,11 @@ def test_a_free_run_is_the_papers(case: str) -> None:
 
 
 def test_random_places_without_error_feedback_are_right_on_average() -> None:
-    """What 400 steps moved is the sum of the mean gradients, to the noise of choosing a fifth of them."""
-    worlds = simulate(2, [(40, 10)], 400, "random_k", density=0.2, error_feedback=False)
-    moved = (worlds[0][0]["x"] - worlds[0][-1]["x"]) / 0.05 / 400
-    steps = np.stack([gradients([(40, 10)], 2, step).mean(0) for step in range(400)])
-    noise = np.sqrt((steps**2).mean() * 4 / 400)
+    """What 200 steps moved is the sum of the mean gradients, to the noise of choosing a fifth of them."""
+    worlds = simulate(2, [(40, 10)], 200, "random_k", density=0.2, error_feedback=False)
+    moved = (worlds[0][0]["x"] - worlds[0][-1]["x"]) / 0.05 / 200
+    steps = np.stack([gradients([(40, 10)], 2, step).mean(0) for step in range(200)])
+    noise = np.sqrt((steps**2).mean() * 4 / 200)
     assert np.abs(moved - steps.mean(0)).max() < 5 * noise
     assert np.abs(moved - steps.mean(0)).std() > 0.1 * noise
 
@@ -106,11 +106,11 @@ def sent_for(method_options: dict[str, Any], gradient: Tensor, steps: int, ranks
 @pytest.mark.parametrize("compressor", ["sign", TOP_K])
 def test_the_mean_of_what_is_sent_goes_to_a_constant_gradient_as_one_over_steps(compressor: Any) -> None:
     g = torch.randn(500, generator=torch.Generator().manual_seed(1))
-    sent, residual = sent_for({"compressor": compressor}, g, 400)
-    error = [(sent[:t].mean(0) - 2 * g).norm() / g.norm() for t in (1, 100, 400)]
+    sent, residual = sent_for({"compressor": compressor}, g, 200)
+    error = [(sent[:t].mean(0) - 2 * g).norm() / g.norm() for t in (1, 50, 200)]
     assert error[0] > 0.5
-    assert error[2] < 0.6 * error[1] < 0.12
-    torch.testing.assert_close(sent.sum(0) + residual[-1], 400 * 2 * g, rtol=1e-4, atol=1e-3)
+    assert error[2] < 0.6 * error[1] < 0.24
+    torch.testing.assert_close(sent.sum(0) + residual[-1], 200 * 2 * g, rtol=1e-4, atol=1e-3)
 
 
 def test_without_error_feedback_a_sign_never_gets_there() -> None:

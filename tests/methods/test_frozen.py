@@ -148,8 +148,14 @@ def test_a_freeze_while_the_learning_rate_rises_is_warned_of(
     assert [message.partition(" is too early")[0] for message in warned] == expected
 
 
-@pytest.mark.parametrize(("name", "options"), [*FROZEN[3:6], ("zero_one_adam", {**FROZEN[5][1], "residual_bits": 8})])
-@pytest.mark.parametrize("at", [7, FREEZE, 26])
+AROUND = [
+    *((*FROZEN[k], at) for k in (3, 4) for at in (7, FREEZE)),
+    *((*FROZEN[5], at) for at in (FREEZE, 26)),
+    ("zero_one_adam", {**FROZEN[5][1], "residual_bits": 8}, 26),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "at"), AROUND)
 def test_a_checkpoint_is_bitwise_before_and_after_the_freeze(
     name: str, options: dict[str, Any], at: int, tmp_path: Path
 ) -> None:
@@ -171,7 +177,7 @@ def test_a_checkpoint_is_bitwise_before_and_after_the_freeze(
         is_apart = name == "zero_one_adam" and at > FREEZE
         assert run.method.is_synchronised == run.replicas_are_equal() == (not is_apart)
         run.save(tmp_path)
-        whole, resumed = trained_from(group, 0, 34), trained_from(group, at, 34, loads=True)
+        whole, resumed = trained_from(group, 0, 30), trained_from(group, at, 30, loads=True)
         assert np.array_equal(flat(whole.parameters.values()), flat(resumed.parameters.values()))
         for held, tensors in whole.method.saved().items():
             assert all(torch.equal(x, resumed.method.saved()[held][key]) for key, x in tensors.items())
