@@ -20,7 +20,7 @@ from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
 from commopt.plan.links import LinkModel
 from commopt.wire.payload import Payload
 
-STEPS, SAVED_AT = 7, 5
+STEPS, SAVED_AT = 8, 5
 CASES = [
     *(preset for preset in PRESETS if preset.name != "dice_sgd"),
     Preset("ef_sign", {"scale": "l2", "residual_bits": 8}),
