@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -73,6 +74,8 @@ class DDPRun(EveryStepRun):
         self._layout: dict[int, tuple[str, ...]] = {}
         self._resumed_layout: list[list[str]] = []
         model.register_comm_hook(self, DDPRun._hook)
+        model._comm_hooks.pop()  # which is copied and pickled with the model; what calls the hook is not
+        _RUNS[model], self._ddp = self, weakref.ref(model)
 
     def close(self) -> None:
         """Leave the job. DDP keeps its hook for good, which from now on raises AttachError: make a new DDP model to train on."""
@@ -88,10 +91,13 @@ class DDPRun(EveryStepRun):
 
     # DDP checks the hook's parameter name and annotation, so this file can't postpone annotations
     def _hook(self, bucket: GradBucket) -> Future[Tensor]:
-        checks.refuse({"ddp detached": self.is_closed}, self.method.name, self.method.kind)
+        ddp = self._ddp()
+        joins = ddp is not None and ddp._join_config.enable
+        checks.refuse({"ddp detached": self.is_closed, "ddp join": joins}, self.method.name, self.method.kind)
         ours = self._wrap(bucket)
         self._refuse_repeat([ours])  # here, and not in the lane, whose errors DDP turns into a RuntimeError
         if bucket.is_last():
+            self.note_backward()
             self._after_backward()
         if self._lane is None:
             future: Future[Tensor] = Future()
@@ -160,6 +166,9 @@ class DDPRun(EveryStepRun):
         queue(lambda: queue(finished))
 
 
+_RUNS: weakref.WeakKeyDictionary[DistributedDataParallel, DDPRun] = weakref.WeakKeyDictionary()
+
+
 def _ddps_own(model: DistributedDataParallel) -> Iterator[tuple[str, str, int]]:
     """What DDP itself sends in every step: (label, operation, bytes)."""
     buffers = sum(x.nbytes for x in model.modules_buffers) if model.broadcast_buffers else 0
@@ -197,7 +206,7 @@ def attach(model: DistributedDataParallel, request: checks.Request) -> Run:
     meeting = meeting_group(group, theirs)
 
     def facts(method: Method) -> dict[str, object]:
-        hooks = [state for _, state in getattr(model, "_comm_hooks", None) or ()]
+        run = _RUNS.get(model)
         own = [label for label, _, _ in _ddps_own(model)] if request.overlap is not False else []
         joint = isinstance(method, EveryStep) and request.joint_decision(method)
         is_outer = method.kind == "outer"
@@ -208,8 +217,9 @@ def attach(model: DistributedDataParallel, request: checks.Request) -> Run:
         return {
             "ddp around an outer method": theirs.size() > 1 and not checks.has_other_machines(group, theirs.size()),
             "ddp other ranks": other,
-            "ddp detached": any(isinstance(state, DDPRun) and state.is_closed for state in hooks),
-            "ddp hook": bool(hooks),
+            "ddp detached": run is not None and run.is_closed,
+            "ddp hook": run is not None or getattr(model, "_comm_hooks", None),
+            "ddp python reducer": getattr(model, "_use_python_reducer", False),
             "ddp mixed precision": getattr(model, "mixed_precision", None) is not None,
             "ddp shared group": ours is theirs and own and own[0],
             "overlap with a joint decision": request.overlap and joint,

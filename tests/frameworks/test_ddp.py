@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
+from pool import Pool, twin_of
 from rig import METHODS, UPDATE, flat, loss_of, make_batch, make_model, run_ddp, scaled_step, state_of, train, wrapped
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from commopt.errors import CommoptError, GroupError
-from commopt.groups import Group, SimWorld
+from commopt.errors import AttachError, CommoptError, GroupError
+from commopt.groups import Group, SimWorld, TorchGroup
 from commopt.run.checks import connect
 
 STEPS = 6
@@ -250,6 +253,38 @@ def scaler_misuse(process_group: dist.ProcessGroup, knows: bool, said: str) -> N
 )
 def test_an_update_method_says_how_to_use_a_scaler(pool: Pool, knows: bool, said: str) -> None:
     pool.run(2, scaler_misuse, knows, said)
+
+
+def copied(process_group: dist.ProcessGroup) -> tuple[int, bool, bool]:
+    rank = dist.get_rank(process_group)
+    model = DistributedDataParallel(make_model())  # in the default group, which DDP wants of a model that is pickled
+    run = METHODS["ef_sign l1"].attach(model, TorchGroup(twin_of(process_group)))
+    train(model, run.optimizer, rank, 1)
+    torch.save(model, io.BytesIO())
+    before, averaged = flat(model), AveragedModel(model)
+    other = METHODS["dense"].attach(averaged.module, TorchGroup(process_group))
+    train(averaged.module, other.optimizer, rank, 2)
+    is_untouched = torch.equal(flat(model), before)
+    train(model, run.optimizer, rank, 1, 1)
+    return run.steps + other.steps, is_untouched, run.replicas_are_equal() and other.replicas_are_equal()
+
+
+def test_a_model_with_a_method_can_be_copied_averaged_and_pickled(pool: Pool) -> None:
+    assert pool.run(5, copied) == [(4, True, True)] * 5
+
+
+def uneven(process_group: dist.ProcessGroup) -> str:
+    with wrapped(process_group, "dense") as (model, optimizer, run):
+        train(model, optimizer, run.rank, 2)
+        with pytest.raises(AttachError) as caught, model.join():
+            train(model, optimizer, run.rank, run.rank)  # rank 0 has no batch at all
+        return str(caught.value)
+
+
+def test_uneven_inputs_are_refused_on_all_ranks(pool: Pool) -> None:
+    for said in pool.run(2, uneven):
+        assert "DDP's join() with dense" in said
+        assert "give every rank as many batches" in said
 
 
 def connected(process_group: dist.ProcessGroup, has_one_more: bool) -> str:
