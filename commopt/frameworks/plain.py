@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from typing import Any
@@ -21,8 +20,6 @@ from commopt.run.outer import OuterRun
 from commopt.run.run import Run, broadcast_
 from commopt.wire.bucket import Bucket
 
-_log = logging.getLogger(__name__)
-
 
 class PlainRun(EveryStepRun):
     """Averages when the optimizer steps; gradients accumulate freely until then."""
@@ -31,8 +28,7 @@ class PlainRun(EveryStepRun):
 
     def __init__(self, model: Module, checked: checks.Checked, group: Group) -> None:
         super().__init__(model, checked, group)
-        self._has_new_gradients = self._has_warned = False
-        self._versions: dict[int, int] = {}  # of each parameter, in its first backward
+        self._has_new_gradients = False
         self._until_first_step = checks.refuse_ddp(model, self.method.name)
         self._handles += self._until_first_step
         for p in self.parameters.values():
@@ -63,14 +59,7 @@ class PlainRun(EveryStepRun):
 
     def _note_backward(self, p: Tensor) -> None:
         self._has_new_gradients = True
-        if self.steps == 0 and p._version != self._versions.setdefault(id(p), p._version) and not self._has_warned:
-            self._has_warned = True
-            _log.warning(
-                "rank %d: parameters change, but not by the %s that %s is attached to, so that nothing is exchanged: step run.optimizer",
-                self.group.rank,
-                type(self.optimizer).__name__,
-                self.method.name,
-            )
+        self.note_backward()
 
     def _used_anywhere(self) -> list[str]:
         """Parameters that have a gradient on some rank; the others are left alone. Sends 4 bytes for each parameter."""

@@ -202,7 +202,9 @@ class SimGroup(Group):
         """Takes no virtual time."""
         said, _ = self._put_down("tell", text, {})
         if any(operation != "tell" for operation, _, _ in said):
-            raise GroupError("ranks ask for different exchanges at the same time: one of them is at attach")
+            raise GroupError(
+                "ranks ask for different exchanges at the same time: one of them is at attach, save or load"
+            )
         return [words for _, words, _ in said]
 
     def _put_down(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from torch import Tensor
 from commopt.errors import GroupError
 from commopt.groups.base import BufferGroup, Traffic
 
+_log = logging.getLogger(__name__)
+SOON = timedelta(seconds=60)  # until it is said for whom a rank waits
 _told: dict[str, int] = {}  # by process group: calls of `tell` so far
 
 
@@ -84,17 +87,22 @@ class TorchGroup(BufferGroup):
         store = dist.distributed_c10d._get_default_store()
         keys = [f"{place} {count} {rank}" for rank in range(self.size)]
         store.set(keys[self.rank], text)
-        try:
-            store.wait(keys, _timeout(self.process_group) or dist.default_pg_timeout)
-        except RuntimeError as error:
-            missing = ranks
-            with suppress(RuntimeError):  # the store's own rank is gone
-                missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
-            named = ", ".join(map(str, missing)) or "?"
-            raise GroupError(
-                f"rank {ranks[self.rank]} waited at attach for rank {named}, which did not come in time: every rank must call "
-                "attach equally often; if that rank failed before, its output says why"
-            ) from error
+        in_all = _timeout(self.process_group) or dist.default_pg_timeout
+        for patience in (min(SOON, in_all), in_all):
+            try:
+                store.wait(keys, patience)
+                break
+            except RuntimeError as error:
+                missing = ranks
+                with suppress(RuntimeError):  # the store's own rank is gone
+                    missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+                said = (
+                    f"rank {ranks[self.rank]} has waited {patience.total_seconds():g} s for rank {', '.join(map(str, missing)) or '?'}: "
+                    "all ranks must call attach, save and load, and equally often; if that rank failed before, its output says why"
+                )
+                if patience == in_all:
+                    raise GroupError(said) from error
+                _log.warning(said)
         return [store.get(key).decode() for key in keys]
 
     def barrier(self) -> None:

@@ -182,7 +182,7 @@ def _stepping(method: Method, optimizer: Any) -> torch.optim.Optimizer:
     given = "it is missing" if optimizer is None else f"got {kind}"
     facts = {
         "optimizer of a method": isinstance(optimizer, StandIn) and f"{optimizer.method.name}'s",
-        "wrapped optimizer": isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer) and kind,
+        "wrapped optimizer": not kind.startswith("ZeroRedundancy") and _has_one_inside(optimizer) and kind,
         "LBFGS": isinstance(optimizer, torch.optim.LBFGS),
         "no optimizer": not isinstance(optimizer, torch.optim.Optimizer) and given,
     }
@@ -190,6 +190,11 @@ def _stepping(method: Method, optimizer: Any) -> torch.optim.Optimizer:
     method.check_optimizer(optimizer)
     refuse({"optimizer after steps": optimizer.state and kind}, method.name, method.kind)
     return StandIn(method, optimizer) if isinstance(method, UpdateMethod) else optimizer
+
+
+def _has_one_inside(optimizer: object) -> bool:
+    """Whether it steps by another optimizer, maybe in a method that isn't `step`, as SAM does."""
+    return any(isinstance(x, torch.optim.Optimizer) for x in getattr(optimizer, "__dict__", {}).values())
 
 
 def has_closure(args: Any, kwargs: Any) -> bool:
@@ -316,12 +321,14 @@ def check_parameters(model: Module, method: Method, optimizer: torch.optim.Optim
     sparse = [name or "the model" for name, one in model.named_modules() if getattr(one, "sparse", False) is True]
     whole = [f"{name}: {p.dtype}" for name, p in named.items() if not p.dtype.is_floating_point]
     precise = [f"{name}: {p.dtype}" for name, p in named.items() if p.dtype not in (torch.float32, *HALF)]
+    odd = [name for name, x in model.named_buffers() if x.is_quantized or x.layout is not torch.strided]
     facts = {
         "used method": hasattr(method, "state"),
         "second method": is_attached,
         "no parameter": not named,
         "several devices": len(devices) > 1 and ", ".join(devices),
         "meta device": any(x.device.type == "meta" for x in (*model.parameters(), *model.buffers())),
+        "buffer of another kind": next(iter(odd), None),
         "sparse gradients": next(iter(sparse), None),
         "parameters of another type": next(iter(whole), None),
         "parameters of high precision": method.needs_float32 and next(iter(precise), None),

@@ -44,6 +44,7 @@ class EveryStepRun(Run):
         # parameter name -> its gradient after backward, and its version then
         self._exchanged: dict[str, tuple[Tensor | None, int]] = {}
         self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._watched, self._versions = list(self.parameters.values())[-1], list[int]()  # those of backwards
         stand_in = self.optimizer if isinstance(self.optimizer, StandIn) else None
         self._is_update = stand_in is not None  # then gradients are only a copy of what it steps by
         group.traffic.method = self.method.name
@@ -178,6 +179,19 @@ class EveryStepRun(Run):
                 f"state. To accumulate gradients, or if another loss reaches these parameters, {self.repeat_hint}. To skip a "
                 "step, decide before backward, or attach to the model without a wrapper, which exchanges in step(). Step run.optimizer"
             )
+
+    def note_backward(self) -> None:
+        """Warn, once, if something else steps the parameters; SAM may move them before the first step, and back."""
+        version = self._watched._version
+        if self.steps == 0 and version not in self._versions:
+            self._versions.append(version)
+            if len(self._versions) == 3:
+                _log.warning(
+                    "rank %d: parameters change, but not by the %s that %s is attached to: step run.optimizer",
+                    self.group.rank,
+                    type(self.replaced).__name__,
+                    self.method.name,
+                )
 
     def note_versions(self) -> None:
         """Remember the gradients as backward left them, so that `step` detects a change."""

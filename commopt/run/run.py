@@ -50,7 +50,7 @@ def broadcast_(tensors: Iterable[Tensor], broadcast: Callable[[Tensor], object],
     for x in tensors:
         if x.numel():
             flat = x.detach().to(device or x.device).contiguous().view(-1)
-            broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
+            broadcast(flat.view(torch.uint8))  # Gloo knows few dtypes
             x.copy_(flat.view_as(x))
 
 

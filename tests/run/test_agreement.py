@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import re
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commopt import attach, build
 from commopt.errors import AttachError, CommoptError, GroupError
 from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
+from commopt.groups import torch as torch_groups
 from commopt.run.agree import configuration_of, difference
 
 
@@ -196,6 +201,22 @@ def test_a_model_that_is_wrapped_after_attach_is_refused_in_the_first_forward(po
         assert answer.count("wrapped in DDP after dense had been attached") == 2
 
 
+def comes_late(process_group: dist.ProcessGroup) -> str:
+    group, before = TorchGroup(process_group), torch_groups.SOON
+    torch_groups.SOON = timedelta(seconds=0.05)
+    time.sleep(0.3 * group.rank)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert group.tell(str(group.rank)) == ["0", "1"]
+    torch_groups.SOON = before
+    return said.getvalue()
+
+
+def test_a_rank_says_for_whom_it_waits(pool: Pool) -> None:
+    said, nothing = pool.run(2, comes_late)
+    assert said.startswith("rank 0 has waited 0.05 s for rank 1: all ranks must call attach, save and load")
+    assert nothing == ""
+
+
 def test_a_rank_that_never_comes_is_named() -> None:
     def work(group: SimGroup) -> None:
         model = make_model()
@@ -283,7 +304,7 @@ def test_another_optimizer_that_steps_instead_is_noticed(caplog: pytest.LogCaptu
     model = make_model()
     attach(model, "dense", sgd(model))
     other = sgd(model)
-    for _ in range(3):
+    for _ in range(4):
         model(torch.ones(2, next(model.parameters()).shape[1])).sum().backward()
         other.step()
     assert caplog.text.count("parameters change, but not by the SGD that dense is attached to") == 1

@@ -74,10 +74,32 @@ def stood_in_for(model: nn.Module) -> torch.optim.Optimizer:
     return attach(model, "onebit_adam", adam(model)).optimizer
 
 
-class Wrapper(torch.optim.SGD):
-    """Has an optimizer inside."""
+class SAM(torch.optim.Optimizer):
+    """Steps an optimizer inside it by the gradient a small way uphill, and has no step of its own."""
 
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=lr)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = p.clone()
+            p += 0.05 * p.grad / p.grad.norm()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p, before in self.state.items():
+            p.copy_(before)
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+def with_sparse_buffer() -> nn.Module:
+    model = make_model()
+    model.register_buffer("mask", torch.eye(2).to_sparse())
+    return model
 
 
 def sparse() -> nn.Module:
@@ -170,7 +192,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (of("onebit_adam", stepped_adam), "onebit_adam in place of Adam after steps: .*; attach before the first"),
     (of("onebit_adam", stood_in_for), "a stand-in as the optimizer: it is onebit_adam's already; pass the optimizer"),
     (of("dense", made(torch.optim.LBFGS)), "LBFGS: it evaluates the loss several times"),
-    (of("noloco", made(Wrapper, lr=0.1)), "Wrapper as the optimizer: it is a wrapper; use its framework's integration"),
+    (of("noloco", made(SAM)), "SAM as the optimizer: it is a wrapper; .*, or pass the optimizer inside"),
+    (of("diloco", model=with_sparse_buffer), "the buffer mask: it is sparse or quantized, .* make it a dense tensor"),
     # a second momentum, or another scale
     (of("dgc", made(torch.optim.SGD, momentum=0.9)), rf"{BEFORE}use torch.optim.SGD without momentum$"),
     *(
@@ -261,6 +284,39 @@ def test_an_attached_model_can_be_copied_and_saved() -> None:
     copied = copy.deepcopy(model)
     torch.save(model, io.BytesIO())
     attach(copied, "dense", sgd(copied))
+
+
+def test_sam_trains_by_the_optimizer_inside_and_a_void_step_leaves_no_trace(caplog: pytest.LogCaptureFixture) -> None:
+    def work(group: SimGroup) -> Tensor:
+        model = make_model()
+        sam = SAM(model.parameters())
+        run = attach(model, "ef_sign", sam.base_optimizer, group=group)
+        for step in range(4):
+            for move in (sam.first_step, sam.second_step):
+                backward(model, 2 * step + group.rank)
+                if (step, group.rank) == (2, 1):
+                    next(model.parameters()).grad[0] = math.nan  # type: ignore[index]
+                move()
+        assert (run.steps, [step for step, _ in run.voided]) == (4, [2])
+        return flat(model)
+
+    one, other = SimWorld[Tensor](2).run(work)
+    assert torch.equal(one, other)
+    assert bool(one.isfinite().all())
+    assert "parameters change" not in caplog.text
+
+
+def with_buffers(pg: Any) -> list[Tensor]:
+    model = make_model()
+    kinds = [torch.bool, torch.int16, torch.uint16, torch.float8_e4m3fn, torch.bfloat16, torch.complex64]
+    for k, dtype in enumerate(kinds):
+        model.register_buffer(f"b{k}", torch.full((), float(pg.rank()) + 1).to(dtype))
+    attach(model, "dense", sgd(model), group=TorchGroup(pg)).close()
+    return [x.to(torch.complex64) for x in model.buffers()]
+
+
+def test_buffers_of_any_dtype_become_those_of_rank_0(pool: Pool) -> None:
+    assert pool.run(2, with_buffers) == [[torch.ones((), dtype=torch.complex64)] * 6] * 2
 
 
 def backward(model: nn.Module, rank: int = 0) -> None:
