@@ -84,7 +84,7 @@ def install() -> tuple[str, ...]:
 def attach(engine: Any, request: Request) -> Run:
     """Attach a method to an existing engine; the run that this returns is also `engine.commopt`.
 
-    An update method stands in for the engine's Adam, before the first step, and takes its `gradient_clipping` as max_norm.
+    An update method stands in for the engine's Adam, goes on from its moments, and takes its `gradient_clipping` as max_norm.
     """
     forget_dry_step(engine)
     masters, clipping = Masters(engine), float(engine.gradient_clipping())

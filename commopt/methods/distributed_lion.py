@@ -47,6 +47,7 @@ class DistributedLion(DirectionMethod):
     options: DistributedLionOptions
     stands_for = ("Lion",)
     takes = ("lr", "betas", "weight_decay")
+    moments = ("momentum",)
 
     def set_up(self) -> None:
         super().set_up()

@@ -200,6 +200,13 @@ class ZeroOneAdam(FrozenVariance):
         self.two_way.worker.residual.zero_()  # of gradients; what follows is momentum
         self.two_way.server.residual.zero_()
 
+    def go_on_from(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        super().go_on_from(entries)
+        steps = self.applied_steps
+        while steps >= self.variance_interval:  # as far as the schedule is after as many steps
+            steps -= self.variance_interval
+            self.state["variance_updates"] += 1
+
     def restored(self) -> None:
         self.mask = None
         super().restored()

@@ -49,6 +49,7 @@ class FrozenVariance(UpdateMethod):
     """
 
     options: Any
+    moments = ("momentum", "variance")
     counters = ("step", "variance_step")
     warmup_option: ClassVar[str] = "freeze_step"
     states: ClassVar[tuple[State, ...]] = (

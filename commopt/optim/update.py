@@ -16,6 +16,8 @@ from commopt.wire.bucket import Bucket
 from commopt.wire.shards import local
 from commopt.wire.state import State
 
+_THEIR_NAMES = {"exp_avg": "momentum", "exp_avg_sq": "variance"}  # of torch's Adam, and of other Lions and LAMBs
+
 
 class UpdateMethod(EveryStep):
     """Stands in for an optimizer: `exchange` takes in gradients, and `update` moves one parameter by what came of them.
@@ -24,12 +26,13 @@ class UpdateMethod(EveryStep):
     as `state[key]`: views of the parameter's shape, and numbers, which it may replace.
 
     stands_for: the names of the optimizers whose place it can take. takes: what it reads from their parameter groups, in
-        which schedulers change it.
+        which schedulers change it. moments: the states that it has in common with them, and goes on from.
     """
 
     kind: ClassVar[Kind] = "update"
     stands_for: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
+    moments: ClassVar[tuple[str, ...]] = ()
     counters: ClassVar[tuple[str, ...]] = ("step",)  # whole numbers that every update of a parameter raises
 
     def declare(self) -> list[State]:
@@ -98,19 +101,45 @@ class UpdateMethod(EveryStep):
         run = (key for key, one in self._declared.items() if one.of == "run" and one.numel == 1)
         return {**{key: self.state[key].item() for key in run}, **entry}
 
-    def load_entry(self, name: str, entry: Mapping[str, Any]) -> None:
-        """Take over what `shown` gave. Raises ValueError for the state of another optimizer."""
-        own = self.shown(name)
-        if missing := [key for key in own if key not in entry]:
+    def load_entries(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what `shown` gave, by parameter, or go on from another optimizer's state.
+
+        Raises ValueError, before anything is changed, if it is neither.
+        """
+        if any(not self.shown(name).keys() <= entry.keys() for name, entry in entries.items()):
+            self.go_on_from(entries)
+            return
+        for name, entry in entries.items():
+            for key, x in self.shown(name).items():
+                if isinstance(x, Tensor):
+                    x.copy_(entry[key])
+                elif self._declared[key].of == "run":
+                    self.state[key].fill_(entry[key])
+            self.keep(name, entry)
+
+    @torch.no_grad()
+    def go_on_from(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Start with the moments of another optimizer, by parameter; its steps count as steps of a warm-up."""
+        every = {name: self.translated(entry) for name, entry in entries.items() if entry}
+        self.reset()
+        for name, entry in every.items():
+            for key in self.moments:
+                x, is_cut = local(entry[key]).reshape(-1), self._is_cut(self._declared[key])
+                self.part(key, name).copy_(self.share.of(x, name) if self.share is not None and is_cut else x)
+            steps = int(entry.get("step", 0))
+            self.keep(name, dict.fromkeys(self.counters, steps))
+            self.state["steps"].clamp_(min=steps)
+
+    def translated(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Another optimizer's state of a parameter, by our names. Raises ValueError unless the method has a place for all of it."""
+        named = {_THEIR_NAMES.get(key, key): x for key, x in entry.items()}
+        if named.keys() - {"step"} != set(self.moments) or ("step" in self.counters and "step" not in named):
+            wanted = ", ".join((*self.moments, *self.counters[:1])) or "nothing"
             raise ValueError(
-                f"{name}: this is not the state of {self.name}: it has {', '.join(entry)}, and no {missing[0]}"
+                f"{self.name} cannot go on from a state of {', '.join(entry)}: it takes over {wanted}, as {' or '.join(self.stands_for)} "
+                "has it; load only the model, and begin with a new state"
             )
-        for key, x in own.items():
-            if isinstance(x, Tensor):
-                x.copy_(entry[key])
-            elif self._declared[key].of == "run":
-                self.state[key].fill_(entry[key])
-        self.keep(name, {key: entry[key] for key in own})
+        return named
 
     @torch.no_grad()
     def step(self) -> None:

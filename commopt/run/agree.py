@@ -100,16 +100,16 @@ def configuration_of(
     """What must be equal on all ranks: version, framework, method, model, optimizer and options."""
     name_of = {id(p): name for name, p in named_parameters.items()}
     # outer methods send from the CPU, and ranks may join at different points of a schedule
-    is_every_step = method.kind != "outer"
+    is_every_step, stepped = method.kind != "outer", getattr(optimizer, "replaced", optimizer)
     groups = [
         {
-            "state": _state(optimizer, group["params"]),
+            "state": _state(stepped, group["params"]),
             "parameters": [name_of.get(id(p), "frozen") for p in group["params"]],
             **{k: v for k, v in group.items() if k not in ("params", "param_names")},
         }
         for group in optimizer.param_groups
     ]
-    kind = type(getattr(optimizer, "replaced", optimizer)).__name__
+    kind = type(stepped).__name__
     # frozen parameters and buffers, as they become those of rank 0
     everything = (*model.named_parameters(), *model.named_buffers())
     others = {name: x for name, x in everything if name not in named_parameters}

@@ -188,8 +188,15 @@ def _stepping(method: Method, optimizer: Any) -> torch.optim.Optimizer:
     }
     refuse(facts, method.name, method.kind)
     method.check_optimizer(optimizer)
-    refuse({"optimizer after steps": optimizer.state and kind}, method.name, method.kind)
-    return StandIn(method, optimizer) if isinstance(method, UpdateMethod) else optimizer
+    stepping: torch.optim.Optimizer = optimizer
+    if isinstance(method, UpdateMethod):
+        try:
+            for entry in filter(None, optimizer.state.values()):
+                method.translated(entry)
+        except ValueError as error:
+            raise AttachError(f"{kind} after steps: {error}") from None
+        stepping = StandIn(method, optimizer)
+    return stepping
 
 
 def _has_one_inside(optimizer: object) -> bool:

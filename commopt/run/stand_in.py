@@ -40,7 +40,8 @@ class StandIn(torch.optim.Optimizer):
     def take_place(self, parameters: Mapping[str, Parameter]) -> list[Any]:
         """Show the method's state, and make the replaced optimizer refuse to step; returns handles that undo this."""
         self.is_attached, self.parameters = True, dict(parameters)
-        self._show_state()
+        self._take({name: self.replaced.state[p] for name, p in parameters.items() if self.replaced.state.get(p)})
+        self.replaced.state.clear()
         name, kind = self.method.name, type(self.replaced).__name__
 
         def refuse(instead: str, *_: Any) -> None:
@@ -79,18 +80,27 @@ class StandIn(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over state and hyper-parameters; the groups stay those of the replaced optimizer. Raises ValueError as torch does."""
+        """Take over state and hyper-parameters, or go on from those of the replaced kind; the groups stay those of the replaced optimizer.
+
+        Raises ValueError as torch does, and before anything is changed.
+        """
         groups, saved = self.param_groups, state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
-        name_of = {id(p): name for name, p in self.parameters.items()}
+        keys = {
+            id(p): k for a, b in zip(groups, saved, strict=True) for p, k in zip(a["params"], b["params"], strict=True)
+        }
+        state = {name: state_dict["state"].get(keys[id(p)]) for name, p in self.parameters.items()}
+        self._take({name: entry for name, entry in state.items() if entry})
         for group, other in zip(groups, saved, strict=True):
             group.update({key: x for key, x in other.items() if key not in ("params", "param_names")})
-            for k, p in zip(other["params"], group["params"], strict=True):
-                if k in state_dict["state"] and id(p) in name_of:
-                    self.method.load_entry(name_of[id(p)], state_dict["state"][k])
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _take(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        self.method.load_entries(entries)
         self.method.restored()
         self._show_state()
 

@@ -132,6 +132,13 @@ class Stateful:
             part.resize(every)
         self.restored()
 
+    def reset(self) -> None:
+        """Return to the initial values."""
+        for key, one in self._declared.items():
+            self.state[key].fill_(one.initial)
+        for part in self.parts:
+            part.reset()
+
     def restored(self) -> None:
         """Called when state has been loaded: for what follows from it."""
 

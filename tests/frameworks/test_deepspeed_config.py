@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_rig import make_engine, train
+from deepspeed_rig import make_engine
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
@@ -165,8 +165,6 @@ def test_what_cannot_work_is_refused_at_the_start_on_every_rank(case: str) -> No
 @pytest.mark.ranks("deepspeed", 2)
 def test_misuse_of_an_engine_that_is_fine_in_itself_is_refused() -> None:
     engine, adam = make_engine(DGC), make_engine(ADAM, ours=False)
-    trained = make_engine(ADAM, ours=False)
-    train(trained, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what ZeRO's imports say of torch
         sharded = make_engine({**ADAM, **REFUSED["stage 1"][0]}, ours=False)
@@ -180,7 +178,6 @@ def test_misuse_of_an_engine_that_is_fine_in_itself_is_refused() -> None:
         ('write "gradient_clipping": 0.5 into', lambda: attach(adam, "onebit_adam", max_norm=0.5)),
         ("an engine scales the loss itself", lambda: attach(adam, "ef_sign", grad_scaler=scaler)),
         ("overlap=True with a DeepSpeed engine", lambda: attach(adam, "ef_sign", overlap=True)),
-        ("after steps", lambda: attach(trained, "onebit_adam")),
         ("zero_optimization.stage: 1 with onebit_adam", lambda: attach(sharded, "onebit_adam")),
         ("method.rank is 1 on rank 0 and 2 on rank 1", lambda: attach(adam, {"name": "powersgd", "rank": 1 + rank})),
     ):

@@ -28,7 +28,9 @@ def adam(model: nn.Module) -> torch.optim.Adam:
 
 def stepped_adam(model: nn.Module) -> torch.optim.Adam:
     optimizer = adam(model)
+    optimizer.param_groups[0]["amsgrad"] = True
     train(model, optimizer, 0, 1)
+    optimizer.param_groups[0]["amsgrad"] = False
     return optimizer
 
 
@@ -189,7 +191,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
         of("onebit_adam", made(torch.optim.Adam, weight_decay=0.1)),
         r"weight_decay=0\.1 of Adam goes into the gradient; .* as AdamW does: use AdamW",
     ),
-    (of("onebit_adam", stepped_adam), "onebit_adam in place of Adam after steps: .*; attach before the first"),
+    (of("onebit_adam", stepped_adam), "Adam after steps: onebit_adam cannot go on from a state of .*max_exp_avg_sq"),
     (of("onebit_adam", stood_in_for), "a stand-in as the optimizer: it is onebit_adam's already; pass the optimizer"),
     (of("dense", made(torch.optim.LBFGS)), "LBFGS: it evaluates the loss several times"),
     (of("noloco", made(SAM)), "SAM as the optimizer: it is a wrapper; .*, or pass the optimizer inside"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim import lr_scheduler
 from commopt import Run, attach
 from commopt.errors import AttachError
 from commopt.groups import LocalGroup
+from commopt.optim import LAMB, Lion
 from commopt.run.stand_in import StandIn
 
 ONEBIT = {"name": "onebit_adam", "freeze_step": 2}
@@ -93,13 +95,66 @@ def test_a_state_dict_brings_state_and_settings_back() -> None:
         assert torch.equal(p, q)
 
 
-def test_a_state_dict_of_another_optimizer_is_refused() -> None:
-    model, _, run = started()
-    alone = adam(model)
-    train(model, alone, 1)
-    with pytest.raises(ValueError, match="not the state of onebit_adam"):
+GOES_ON: list[tuple[str, dict[str, Any], Any]] = [
+    ("onebit_adam", {"freeze_step": 5}, torch.optim.AdamW),
+    ("zero_one_adam", {"var_freeze_step": 5}, torch.optim.Adam),
+    ("onebit_lamb", {"freeze_step": 5}, LAMB),
+    ("distributed_lion", {}, Lion),
+]
+
+
+@pytest.mark.parametrize("is_attached_first", [True, False])
+@pytest.mark.parametrize(("name", "options", "kind"), GOES_ON, ids=[name for name, *_ in GOES_ON])
+def test_an_optimizers_run_goes_on_under_a_method(
+    name: str, options: dict[str, Any], kind: Any, is_attached_first: bool
+) -> None:
+    model = make_model()
+    alone = kind(model.parameters(), lr=0.01)
+    train(model, alone, 4)
+    other = copy.deepcopy(model)
+    optimizer = kind(other.parameters(), lr=0.5 if is_attached_first else 0.01)
+    if not is_attached_first:
+        optimizer.load_state_dict(alone.state_dict())
+    run: Any = attach(other, {"name": name, **options}, optimizer, group=LocalGroup())
+    if is_attached_first:
+        train(other, run.optimizer, 6)  # and forget all of it
+        other.load_state_dict(model.state_dict())
         run.optimizer.load_state_dict(alone.state_dict())
-    *_, other = started(lambda model: torch.optim.Adam([{"params": [p]} for p in model.parameters()]))
+    train(model, alone, 1)
+    train(other, run.optimizer, 1)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    if options:  # the steps before count as a warm-up
+        assert (run.method.applied_steps, run.method.is_frozen) == (5, True)
+    train(other, run.optimizer, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "theirs"),
+    [
+        ("onebit_adam", torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)),
+        ("onebit_adam", torch.optim.Adam, partial(torch.optim.Adam, amsgrad=True)),
+        ("zero_one_adam", torch.optim.Adam, partial(Lion, lr=1e-3)),
+        ("distributed_lion", Lion, torch.optim.AdamW),
+        ("demo", torch.optim.SGD, torch.optim.AdamW),
+    ],
+)
+def test_a_state_that_a_method_has_no_place_for_is_refused_and_changes_nothing(
+    name: str, own: Any, theirs: Any
+) -> None:
+    model = make_model()
+    alone = theirs(model.parameters())
+    train(model, alone, 1)
+    run = attach(model, name, own(model.parameters(), lr=0.5), group=LocalGroup())
+    with pytest.raises(
+        ValueError, match=f"{name} cannot go on from a state of .*: it takes over .*; load only the model"
+    ):
+        run.optimizer.load_state_dict(alone.state_dict())
+    assert run.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_groups_of_other_sizes_are_refused() -> None:
+    run, other = started()[2], started(lambda model: torch.optim.Adam([{"params": [p]} for p in model.parameters()]))[2]
     with pytest.raises(ValueError, match="parameter group that doesn't match"):
         run.optimizer.load_state_dict(other.optimizer.state_dict())
 
