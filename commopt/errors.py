@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,11 +60,17 @@ class EmulationError(LaunchError):
 
 
 def check_option(option: str, value: Any, is_valid: Callable[[Any], bool], wanted: str) -> None:
-    """Raise ConfigError, with the value and what to write instead, unless `is_valid(value)`; a wrong type is not valid."""
+    """Raise ConfigError, with the value and what to write instead, unless `is_valid(value)`; a wrong type, inf and nan are not valid."""
     with contextlib.suppress(TypeError, ValueError):
-        if not isinstance(value, bool) and is_valid(value):
+        if not isinstance(value, bool) and value not in (math.inf, -math.inf) and is_valid(value):
             return
     raise ConfigError(f"{option}: {value!r} is out of range; write {wanted}")
+
+
+def check_finite(option: str, value: Any) -> None:
+    """Raise ConfigError for an inf or a nan; leave anything else to others."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{option}: {value!r} is out of range; write a finite number")
 
 
 def check_flag(option: str, value: Any) -> None:

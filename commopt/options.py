@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-from pydantic import ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, Strict, ValidationError, ValidationInfo
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
 from typing_extensions import dataclass_transform
 
@@ -25,17 +25,24 @@ class Wanted:
     text: str
 
 
+def _of_use(value: float, info: ValidationInfo) -> float:
+    """Raise ConfigError for a number that would become 0 or inf in float32, or does not fit into 64 bits."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{info.field_name}: {value:.3g} is out of range; write a number below 2^63")
+    if isinstance(value, float) and not 1.2e-38 <= value <= 3.4e38:
+        raise ConfigError(f"{info.field_name}: {value!r} is out of range; write a number from 1.2e-38 to 3.4e38")
+    return value
+
+
 Flag = Annotated[bool, Strict()]
-Whole = Annotated[int, Strict()]
-Count = Annotated[int, Strict(), Field(ge=1)]
+Whole = Annotated[int, Strict(), AfterValidator(_of_use)]
+Count = Annotated[int, Strict(), Field(ge=1), AfterValidator(_of_use)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Strict(), Field(gt=0, le=1)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), AfterValidator(_of_use)]
+Share = Annotated[float, Strict(), Field(gt=0, le=1), AfterValidator(_of_use)]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1)]  # from 0 to below 1, such as a momentum
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
-BlockSize = Annotated[
-    int, Strict(), Field(ge=8, multiple_of=8), Wanted("a positive multiple of 8, so that bits fill bytes")
-]
+BlockSize = Annotated[Count, Field(multiple_of=8), Wanted("a positive multiple of 8, so that bits fill bytes")]
 
 _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
 

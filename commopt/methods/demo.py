@@ -19,7 +19,7 @@ from commopt.groups.base import Group
 from commopt.kernels.reference.runs import bad_runs, first_bad, places_in
 from commopt.method import NoOptions, options
 from commopt.optim.update import DirectionMethod
-from commopt.options import Count, Fraction, Whole
+from commopt.options import Fraction, Whole
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, once_per_layout
 from commopt.wire.payload import Payload
 
@@ -31,7 +31,7 @@ _PLACE_BITS = 21  # of the largest chunk, 1024 x 1024
 class DeMoOptions(NoOptions):
     momentum_decay: Fraction = 0.999
     chunk: Annotated[Whole, Field(ge=1, le=1024)] = 64
-    top_k: Count = 32
+    top_k: Annotated[Whole, Field(ge=1, le=1024**2)] = 32
     value_bits: Literal[16, 32] = 16
 
 

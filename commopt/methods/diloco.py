@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from commopt.compress.feedback import NOTHING_KEPT, Kept
-from commopt.errors import ConfigError, GroupError, check_option, did_you_mean
+from commopt.errors import ConfigError, GroupError, check_finite, check_option, did_you_mean
 from commopt.exchange.base import Exchange
 from commopt.exchange.compressed import Compressed
 from commopt.exchange.gather import GatherMean
@@ -287,6 +287,8 @@ def make_outer_optimizer(given: Any, lr: float | None, momentum: float | None) -
             raise ConfigError(f"{key}: {value} has no effect with {twice}; leave one of the two out")
         if value is not None:
             options[key] = value
+    for key, value in options.items():
+        check_finite(f"outer: {name}: {key}", value)
 
     def make(x: Tensor) -> torch.optim.Optimizer:
         parameter = torch.nn.Parameter(x)

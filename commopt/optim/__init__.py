@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from commopt.errors import ConfigError, did_you_mean
+from commopt.errors import ConfigError, check_finite, did_you_mean
 from commopt.optim.optimizers import LAMB, SAVIC, AccumAdam, Lion
 
 __all__ = ["LAMB", "OPTIMIZERS", "SAVIC", "AccumAdam", "Lion", "make_optimizer"]
@@ -36,6 +36,7 @@ def make_optimizer(given: Mapping[str, Any], parameters: Iterable[Any]) -> torch
     for key in arguments:
         if key not in known:
             raise ConfigError(f"optimizer: {key}: unknown argument of {name}{did_you_mean(str(key), known)}")
+        check_finite(f"optimizer: {key}", arguments[key])
     parameters = list(parameters)
     try:
         made: torch.optim.Optimizer = kind(parameters, **arguments)

@@ -48,7 +48,7 @@ class AdamLike(PerParameterOptimizer):
         check_option("betas", betas, lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), wanted)
         check_option("weight_decay", weight_decay, lambda x: x >= 0, "a number of at least 0")
         for option in {"eps", "alpha"} & set(own):
-            check_option(option, own[option], lambda x: x > 0, "a number above 0")
+            check_option(option, own[option], lambda x: x >= 1.2e-38, "a number above 0")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, **own})
 
 

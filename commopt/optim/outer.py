@@ -22,7 +22,7 @@ class _FedOpt(PerParameterOptimizer):
 
     def __init__(self, params: Iterable[Any], lr: float, tau: float, **betas: float) -> None:
         check_option("lr", lr, lambda x: x >= 0, "a number of at least 0")
-        check_option("tau", tau, lambda x: x > 0, "a number above 0")
+        check_option("tau", tau, lambda x: x >= 1.1e-19, "a number above 0")  # its square, too
         for name, beta in betas.items():
             check_option(name, beta, lambda b: 0 <= b < 1, "a number in [0, 1), as in 0.9")
         super().__init__(params, {"lr": lr, "tau": tau, **betas})

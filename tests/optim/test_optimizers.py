@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from draws import F64, parameters, step
 
 from commopt.errors import ConfigError
-from commopt.optim import LAMB, SAVIC, AccumAdam, Lion, make_optimizer
+from commopt.optim import LAMB, OPTIMIZERS, SAVIC, AccumAdam, Lion, make_optimizer
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 
 KINDS: list[Any] = [Lion, LAMB, AccumAdam, SAVIC, FedAdagrad, FedAdam, FedYogi]
@@ -134,3 +135,10 @@ def test_a_bad_option_is_named_with_its_range(kinds: list[Any], option: str, val
         with pytest.raises(ConfigError) as caught:
             kind([torch.nn.Parameter(torch.ones(2))], **{option: value})
         assert str(caught.value) == f"{option}: {value!r} is out of range; write {wanted}"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rate", [math.inf, math.nan])
+def test_a_rate_that_is_not_finite_is_refused(name: str, rate: float) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer: lr: {rate} is out of range; write a finite number"):
+        make_optimizer({"name": name, "lr": rate}, [torch.nn.Parameter(torch.ones(1))])
