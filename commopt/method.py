@@ -45,6 +45,7 @@ class Method(Stateful, ABC):
     positional: ClassVar[tuple[str, ...]] = ()
     warmup_option: ClassVar[str] = ""
     stands_for: ClassVar[tuple[str, ...]] = ()
+    planned: int | None = None  # steps of the whole run, if they are known
     needs_float32 = False
     takes_max_norm = True
     needs_whole = False

@@ -118,6 +118,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._start()
+        self._at_work.method.planned = state.max_steps
         self._at_work.join()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -58,7 +58,7 @@ class ZeroOneAdam(FrozenVariance):
     eps, such as 1e-5, prevents this.
 
     var_freeze_step: the last step of phase A; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2)
-        steps, and the rate no longer rises; or None: phase A only.
+        steps, and the rate no longer rises, or after a quarter of a run as in `onebit_adam`; or None: phase A only.
     var_update_scaler: exact gradients until the steps between them double.
     local_step_scaler, local_step_clipper: steps until the interval of exchanges doubles, and the longest interval; 1
         and H give a constant interval of H, except for the first steps.

@@ -25,6 +25,7 @@ from commopt.wire.state import State
 
 _log = logging.getLogger(__name__)
 _STABLE_RATIO = 0.96
+_LATEST = 0.25  # the share of a run by which "auto" freezes
 
 FreezeStep = Annotated[Count | Literal["auto"], Wanted("a whole number from 1, or 'auto'")]
 Masks = Annotated[Mapping[str, Tensor], Wanted("{parameter name: tensor of its shape}, in Python")]
@@ -40,7 +41,8 @@ class FrozenVariance(UpdateMethod):
     """An Adam-like method that stops adapting its variance at a freeze, and from then on compresses what it exchanges.
 
     warmup_option: the option that says when: the last step of the warm-up; or "auto": when |v|_1 has changed by less than 4 % over
-        1/(1 - b2) steps, and the rate no longer rises (Tang et al. 2021, arXiv:2102.02888, section 7.1); or None for never.
+        1/(1 - b2) steps, and the rate no longer rises (Tang et al. 2021, arXiv:2102.02888, section 7.1), and after a quarter of a
+        run whose steps are known at the latest; or None for never.
     momentum_mask: {parameter name: tensor of its shape}; see `mask`.
     max_ratio: after the freeze no step is larger than this times the rate, see `bounded`; None for no bound.
 
@@ -143,6 +145,8 @@ class FrozenVariance(UpdateMethod):
 
     def freeze(self) -> None:
         """End the warm-up."""
+        if self.rank == 0:
+            _log.info("%s: compression begins after step %d", self.name, self.applied_steps)
         self.state["frozen"].fill_(1)
         self._make_mask()
         if self.options.prescale:
@@ -201,7 +205,9 @@ class FrozenVariance(UpdateMethod):
         place = self.applied_steps % len(norms)
         norms[place] = norm
         earlier = float(norms[(place + 1) % len(norms)])  # of 1/(1 - b2) steps ago; nan before that
-        return not is_rising and min(earlier, norm) >= _STABLE_RATIO * max(earlier, norm) > 0
+        is_late = self.planned is not None and self.applied_steps >= _LATEST * self.planned
+        is_stable = min(earlier, norm) >= _STABLE_RATIO * max(earlier, norm)
+        return not is_rising and norm > 0 and (is_stable or is_late)
 
     def _make_mask(self) -> None:
         mask = self.state["variance"].ne(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from commopt.record.recorder import Recorder
 if TYPE_CHECKING:
     from commopt.run.run import Run
 
+_log = logging.getLogger(__name__)
 _SETTLED = 3  # DDP settles its buckets in the first steps
 
 
@@ -29,7 +31,12 @@ class RunLog:
         self._mark = (time.perf_counter(), 0.0)  # when the last step was logged, and waited_s then
 
     def plan(self, steps: int) -> None:
-        """Record how many steps are planned, and start the record if the launcher wants one."""
+        """Tell the method how many steps are planned, record it, and start the record if the launcher wants one."""
+        method = self._run.method
+        method.planned = steps
+        if method.warmup_steps >= steps and self._run.rank == 0:
+            told = "%s: the warm-up of %d steps does not end before the last of %d; write a lower %s"
+            _log.warning(told, method.name, method.warmup_steps, steps, method.warmup_option or "number")
         self._planned, self._begun_at = steps, self._run.steps
         self._mark = (time.perf_counter(), self._run.waited_s)
         if self._recorder is None and Recorder.is_wanted():

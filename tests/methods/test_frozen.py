@@ -136,6 +136,34 @@ def test_auto_does_not_freeze_while_the_learning_rate_rises(name: str, options: 
     assert frozen_after(2, name, options, [*RISING, 0.025, 0.025]) == [26] * 2
 
 
+@AUTO
+def test_auto_freezes_after_a_quarter_of_a_known_run_and_says_so(
+    name: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(group: Group, is_known: bool) -> None:
+        model = parameters((8,))
+        with start(model, name, group, **options) as run:  # with betas whose window has 1000 steps
+            for step in run.range(20) if is_known else range(20):
+                model.set_gradients(group.rank, step)
+                run.optimizer.step()
+                assert run.method.is_frozen == (is_known and step >= 4)
+
+    caplog.set_level("INFO", "commopt")
+    SimWorld[None](2).run(lambda group: work(group, True))
+    SimWorld[None](2).run(lambda group: work(group, False))
+    begins, never = (record.getMessage() for record in caplog.records)
+    assert begins == f"{name}: compression begins after step 5"
+    assert never.startswith(f"{name}: its warm-up had not ended after 20 steps; write a lower")
+
+
+def test_a_warm_up_that_is_as_long_as_the_run_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for steps in (5, 6):
+        start(parameters((8,)), "dgc", density=0.1, warmup_steps=5).range(steps)
+    assert [record.getMessage().partition("; ")[0] for record in caplog.records] == [
+        "dgc: the warm-up of 5 steps does not end before the last of 5"
+    ]
+
+
 @pytest.mark.parametrize("is_rising", [True, False])
 @pytest.mark.parametrize(("name", "option"), [("onebit_lamb", "freeze_step"), ("zero_one_adam", "var_freeze_step")])
 def test_a_freeze_while_the_learning_rate_rises_is_warned_of(
