@@ -123,7 +123,7 @@ def take_over(run: Run, stored: Stored) -> dict[str, Any]:
             run.resume_bucket_layout(meta["buckets"])
         else:
             _resized(run, stored)()
-    run.steps = int(meta["steps"])
+    run.steps, run.lacks_state = int(meta["steps"]), False
     return dict(join(meta["extra"], tensors))
 
 

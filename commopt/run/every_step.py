@@ -53,6 +53,7 @@ class EveryStepRun(Run):
         self.method.follow(self.replaced, followed)
         self.method.bind(served, self.between, share=self._share(served))
         self._attached(*(stand_in.take_place(followed) if stand_in is not None else ()))
+        self._handles.append(self.optimizer.register_load_state_dict_post_hook(self._note_load))
 
     def served(self) -> list[tuple[str, Tensor]]:
         """The parameters that the method keeps state for, by name, in registration order."""
@@ -68,7 +69,11 @@ class EveryStepRun(Run):
 
     def finish(self) -> None:
         self._log.end_window()
-        self.method.synchronise(self.between)  # for methods that take local steps
+        method = self.method
+        if not method.is_steady and method.warmup_option and self.steps and self.ranks > 1 and self.rank == 0:
+            told = "%s: its warm-up had not ended after %d steps; write a lower %s, or train for longer"
+            _log.warning(told, method.name, self.steps, method.warmup_option)
+        method.synchronise(self.between)  # for methods that take local steps
         super().finish()
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -227,12 +232,22 @@ class EveryStepRun(Run):
 
     # -- the optimizer's step
 
+    def _note_load(self, _: torch.optim.Optimizer) -> None:
+        """The optimizer has loaded a state; the method's own should follow, if it keeps any on each rank."""
+        method = self.method
+        is_whole = method.is_repeatable or (self._is_update and method.is_exact)  # in a warm-up the optimizer's has all
+        self.lacks_state = self.ranks > 1 and not is_whole
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
         if has_closure(args, kwargs):
             raise AttachError(
                 "optimizer.step() takes no closure here: gradients are exchanged before it; call backward, then step()"
             )
         super()._before_step(optimizer, args, kwargs)
+        if self.lacks_state and self.rank == 0:
+            why = f"without that of {self.method.name}, whose residuals are lost; run.save and run.load keep them"
+            _log.warning("the optimizer's state was loaded %s", why)
+        self.lacks_state = False
         self.method.check_optimizer(self.replaced)  # a schedule or a loaded state may have set a momentum
         if self._is_update:
             self._check_gradients()

@@ -244,6 +244,7 @@ class Run(ABC):
         """What a checkpoint must hold of the optimizer."""
         return self.optimizer.state_dict()
 
+    lacks_state = False  # whether the optimizer's state has been loaded, and not yet the method's
     is_replica = False  # whether this machine's model is its own, and is saved by itself
     is_sharded = False  # whether each rank has shards of the model and of all state
 

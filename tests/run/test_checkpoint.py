@@ -197,6 +197,26 @@ def test_what_cannot_be_stored_is_refused_on_all_ranks(tmp_path: Path) -> None:
         assert "/a: builtin_function_or_method cannot be stored; use numbers, texts, lists, dicts and tensors" in said
 
 
+@pytest.mark.parametrize(("preset", "is_lost"), [(IN_JOBS[0], False), (EF_SIGN, True), (IN_JOBS[2], True)], ids=str)
+def test_a_resume_from_state_dict_alone_says_once_what_is_lost(
+    preset: Preset, is_lost: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(group: SimGroup, loads: bool) -> None:
+        model, run = attached(group, preset)
+        steps(model, run, 0, 5)
+        run.save(tmp_path)
+        run.optimizer.load_state_dict(run.optimizer.state_dict())
+        if loads:
+            run.load(tmp_path)
+        steps(model, run, 5, 7)
+
+    SimWorld[None](2).run(lambda group: work(group, True))
+    assert caplog.text == ""
+    SimWorld[None](2).run(lambda group: work(group, False))
+    assert caplog.text.count(f"without that of {preset.name}, whose residuals are lost") == is_lost
+    assert len(caplog.records) == is_lost
+
+
 # -- what a checkpoint holds
 
 
