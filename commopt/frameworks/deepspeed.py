@@ -96,7 +96,7 @@ def attach(engine: Any, request: Request) -> Run:
     if isinstance(method, OuterMethod):
         run = plain.start(engine.module, checked)
     else:
-        if isinstance(method, UpdateMethod):
+        if not method.may_be_clipped:
             checked = replace(checked, request=replace(own, max_norm=clipping or None))
         group = request.group if isinstance(request.group, Group) else connect(method=method)
         run = EngineRun(engine, masters, checked, group)

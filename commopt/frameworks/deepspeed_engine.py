@@ -74,9 +74,9 @@ class Masters(Module):
 class EngineRun(PlainRun):
     """Exchanges at the step of the engine's basic optimizer, on unscaled float32 gradients, after the last micro-batch.
 
-    DeepSpeed's old optimizers did so too; the engine's own all-reduce is off. Gradients are clipped to `gradient_clipping` after
-    the exchange; for update methods it is `max_norm`. If a gradient overflows on any rank under fp16, all ranks skip the step
-    before anything is exchanged.
+    DeepSpeed's old optimizers did so too; the engine's own all-reduce is off. Gradients are clipped to `gradient_clipping` after the
+    exchange, or before it, as by `max_norm`, if the method requires that. If a gradient overflows on any rank under fp16, all ranks
+    skip the step before anything is exchanged.
     """
 
     saved_by = "write engine.save_checkpoint(...) and engine.load_checkpoint(...), which keep the method's state of every rank too"
@@ -85,7 +85,7 @@ class EngineRun(PlainRun):
         self._engine, self.masters = engine, masters
         self._wrapper: Any = engine.optimizer if is_half(engine) else None
         super().__init__(masters, checked, group)
-        self._clip = 0.0 if self._is_update else float(engine.gradient_clipping())
+        self._clip = float(engine.gradient_clipping()) if self.method.may_be_clipped else 0.0
         self._scale = 1.0  # of the loss that the current gradients come from
         if isinstance(self.optimizer, StandIn):
             holder = engine if self._wrapper is None else self._wrapper

@@ -317,7 +317,7 @@ def _facts(
     facts: dict[str, object] = {
         "fsdp update method": method.needs_whole,
         "fsdp outer method": mesh is not None and not checks.has_other_machines(request.group, len(mesh.ranks)),
-        "fsdp max_norm": request.max_norm is not None,
+        "fsdp max_norm": request.max_norm is not None and not method.may_be_clipped,
         "fsdp grad_scaler": request.grad_scaler is not None,
         "fsdp overlap": request.overlap is not None and f"{request.overlap}",
         "fsdp joint decision": getattr(method, "merges_buckets", False),

@@ -86,7 +86,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
     ) -> None:
         tried = resolve(method)
         self.method, self.name, self.kind = method, tried.name, tried.kind  # by name or block, each fit makes a new one
-        self.overlap, self.max_norm = overlap, max_norm
+        self.overlap, self.max_norm, self._may_be_clipped = overlap, max_norm, tried.may_be_clipped
         self.run: Run | None = None
         self._payload_log = _PayloadLog()
         self._loaded_from = ""
@@ -113,7 +113,7 @@ class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-define
                 "lightning manual optimization": not self.lightning_module.automatic_optimization,
                 "lightning sync_batchnorm": self._layer_sync is not None,
                 "lightning scaler": self._scaler is not None,
-                "lightning gradient_clip_val": trainer.gradient_clip_val,
+                "lightning gradient_clip_val": not self._may_be_clipped and trainer.gradient_clip_val,
                 "no parameter": not any(p.requires_grad for p in self.lightning_module.parameters()),
             }
             refuse(facts, self.name, self.kind)

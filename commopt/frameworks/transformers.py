@@ -62,14 +62,14 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         self._request = Request(method, group=group, max_norm=max_norm, overlap=overlap)
         self._is_closed = self._is_finished = False
         made = agree_on_method(self._request, _facts(trainer))
-        self._name, self._kind = made.name, made.kind
+        self._name, self._kind, self._clips_itself = made.name, made.kind, not made.may_be_clipped
         trainer._commopt = self
         _put_around(trainer, "train", self._train)
         _put_around(trainer, "hyperparameter_search", self._search)
         _put_around(trainer, "_load_optimizer_and_scheduler", self._load)
         _put_around(trainer, "log", self._log)
         accelerator = trainer.accelerator
-        if self._kind == "update":
+        if self._clips_itself:
             _put_around(accelerator, "clip_grad_norm_", self._clip_grad_norm)
         if self._kind == "outer":
             accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
@@ -108,7 +108,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
                 return
             self.run.close()  # model_init has made another model
         max_norm = self._request.max_norm
-        if max_norm is None and self._kind == "update" and trainer.args.max_grad_norm:
+        if max_norm is None and self._clips_itself and trainer.args.max_grad_norm:
             max_norm = float(trainer.args.max_grad_norm)
         request = replace(self._request, optimizer=trainer.optimizer, max_norm=max_norm)
         run: Any = accelerate.attach(wrapped, request)

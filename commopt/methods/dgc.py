@@ -90,6 +90,7 @@ class DGC(GradientMethod, GatherMean):
     options: DGCOptions
     warmup_option = "warmup_steps"
     clips_alone = True
+    may_be_clipped = False  # what has waited in v for many steps comes out at once
     state_form = name
 
     def set_up(self) -> None:

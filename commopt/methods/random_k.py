@@ -48,6 +48,7 @@ class RandomKMean(GradientMethod, Compressed):
     name = "random_k"
     Options = RandomKOptions
     options: RandomKOptions
+    may_be_clipped = False  # what has waited for many steps comes out at once
 
     def set_up(self) -> None:
         o = self.options

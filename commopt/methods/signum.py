@@ -44,6 +44,7 @@ class Signum(GradientMethod, SignVote):
     Options = SignumOptions
     options: SignumOptions
     is_repeatable = False  # the first exchange's signs would drown a second gradient
+    may_be_clipped = False  # the norm of signs says nothing of the gradient
 
     def set_up(self) -> None:
         SignVote.__init__(self, is_majority=True, seed=self.options.seed)

@@ -30,6 +30,7 @@ class UpdateMethod(EveryStep):
     """
 
     kind: ClassVar[Kind] = "update"
+    may_be_clipped = False
     stands_for: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
     moments: ClassVar[tuple[str, ...]] = ()

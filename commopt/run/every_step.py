@@ -251,6 +251,8 @@ class EveryStepRun(Run):
         self.method.check_optimizer(self.replaced)  # a schedule or a loaded state may have set a momentum
         if self._is_update:
             self._check_gradients()
+        elif not self.method.may_be_clipped:  # a GradScaler may divide them by its scale
+            self._check_versions(1 if self.grad_scaler is not None else 0)
         for name, saved in self._rollback.items():
             grad = self.parameters[name].grad  # None, or the zeros that the user left: used on no rank
             if grad is None or not (self._is_update or bool(grad.any())):  # undo its exchange
@@ -279,8 +281,13 @@ class EveryStepRun(Run):
                     f"{name}: step() without an exchange; was the last backward under no_sync(), or not through the wrapped model, or is "
                     "there a parameter that it did not use (DistributedDataParallel(..., find_unused_parameters=True))?"
                 )
-            grad, version = self._exchanged[name]
-            if version >= 0 and (p.grad is not grad or p.grad._version > version + allowed):
+        self._check_versions(allowed)
+
+    def _check_versions(self, allowed: int) -> None:
+        """Raise GradientsChanged for a gradient that has changed since backward more often than allowed."""
+        for name, p in self.parameters.items():
+            grad, version = self._exchanged.get(name, (None, -1))
+            if version >= 0 and p.grad is not None and (p.grad is not grad or p.grad._version > version + allowed):
                 raise GradientsChanged(
                     f"{name}: the gradient was changed after backward, when it is only a copy of what {self.method.name} "
                     "has exchanged; clip by attach(..., max_norm=...), and pass a GradScaler as attach(..., grad_scaler=...)"

@@ -127,6 +127,12 @@ def test_gradients_of_a_gradient_method_may_be_changed(pool: Pool, case: str, wh
     assert pool.run(2, misuse, case, what) == ["", ""]
 
 
+def test_clipping_what_has_waited_for_many_steps_is_refused(pool: Pool) -> None:
+    for answer in pool.run(2, misuse, "dgc", "clip"):
+        assert "GradientsChanged: 0.weight: the gradient was changed after backward" in answer
+    assert pool.run(2, misuse, "dgc", "look at the norm") == ["", ""]
+
+
 def clipped_in_ddp(process_group: dist.ProcessGroup, case: str, max_norm: float) -> tuple[Tensor, Tensor]:
     """The gradient that the optimizer gets in one step with max_norm, and this rank's own."""
     rank = dist.get_rank(process_group)

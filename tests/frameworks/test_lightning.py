@@ -370,8 +370,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "clip": (
         {"gradient_clip_val": 1.0},
-        "AttachError: gradient_clip_val with onebit_adam: it has exchanged its momentum when the Trainer clips; leave it out, "
-        "and write CommoptStrategy(..., max_norm=1.0)",
+        "AttachError: gradient_clip_val with onebit_adam: what it has exchanged when the Trainer clips is more than a gradient; "
+        "leave it out, and write CommoptStrategy(..., max_norm=1.0)",
     ),
     "manual": (
         {"change": manual},
