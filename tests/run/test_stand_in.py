@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rig import make_model, train_step
@@ -26,7 +27,7 @@ halving = partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: 0.5**step)
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
     first, *rest = model.parameters()
-    groups: list[dict[str, Any]] = [{"params": [first], "lr": 0.02}, {"params": rest}]
+    groups: list[dict[str, Any]] = [{"params": [first], "lr": np.float64(0.02)}, {"params": rest}, {"params": []}]
     return torch.optim.Adam(groups, lr=0.01)
 
 
@@ -52,7 +53,7 @@ def test_its_groups_are_those_of_the_optimizer() -> None:
     assert isinstance(run.optimizer, StandIn)
     assert run.optimizer.param_groups is optimizer.param_groups
     optimizer.param_groups[0]["lr"] = 0.5
-    assert [group["lr"] for group in run.optimizer.param_groups] == [0.5, 0.01]
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.5, 0.01, 0.01]
     assert run.method.settings("0.weight")["lr"] == 0.5  # type: ignore[attr-defined]
 
 
