@@ -74,12 +74,22 @@ class _Sparse(Compressor):
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
     ) -> None:
         ks = self.ks_of(codes, blocks)
+        codes = codes[1:] if self.is_ragged else codes
+        if tuple((x.dtype, x.numel()) for x in codes) != self.layout_of(blocks, ks):
+            raise ValueError("these codes do not fit their counts: they are damaged, or of other blocks")
         indices = self.places_of(codes, blocks, ks)
         if not add:
             for start, n in zip(blocks.starts.tolist(), blocks.lengths.tolist(), strict=True):
                 out[start : start + n] = 0
         places = runs.places_in(blocks.starts, ks, indices)  # no two are equal
-        out[places] += self.decode_values(codes[1:] if self.is_ragged else codes, ks) * alpha
+        out[places] += self.decode_values(codes, ks) * alpha
+
+    def layout_of(self, blocks: Blocks, ks: Int64Array) -> Layout:
+        """The layout of a message of ks elements of each block, apart from its counts."""
+        scales = () if self.value_bits == 32 else ((torch.float32, len(ks)),)
+        values = (_VALUE_DTYPES[self.value_bits], int(self._sizes(ks).sum()))
+        places = () if self.shares_keys else ((torch.uint8, int(all_index_bytes(blocks.lengths, ks).sum())),)
+        return (*scales, values, *places)
 
     def _sizes(self, ks: Int64Array) -> Int64Array:
         """(B,) elements that each block's values are sent as."""
@@ -130,11 +140,7 @@ class _Density(_Sparse):
         return self.ks(blocks)
 
     def layout(self, blocks: Blocks) -> Layout:
-        ks = self.ks(blocks)
-        scales = () if self.value_bits == 32 else ((torch.float32, len(ks)),)
-        values = (_VALUE_DTYPES[self.value_bits], int(self._sizes(ks).sum()))
-        places = () if self.shares_keys else ((torch.uint8, int(all_index_bytes(blocks.lengths, ks).sum())),)
-        return (*scales, values, *places)
+        return self.layout_of(blocks, self.ks(blocks))
 
     def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
         return runs.bad_runs(codes[0], self.ks(blocks)) if self.value_bits == 32 else super().is_bad(codes, blocks)

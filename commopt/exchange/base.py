@@ -81,7 +81,7 @@ class Exchange(Stateful, ABC):
             own = torch.tensor([bad], dtype=torch.int32, device=bucket.flat.device)
             bad = first_of(int(one.tensors[0]) for one in group.inside.all_gather(Payload.of(own)))
         if bad >= 0:
-            bucket.void = self.index.names[bad]
+            bucket.void = self.index.names[min(bad, len(self.index.names) - 1)]  # a damaged message may name any
         return bad >= 0
 
     def average_(self, bucket: Bucket, group: Group) -> bool:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from commopt.errors import ConfigError
-from commopt.exchange.base import is_finite
 from commopt.gossip.loop import Exchanged
 from commopt.gossip.messages import Message
 from commopt.groups.peers import KEPT, Letter, Peers
 from commopt.wire.bucket import ParameterIndex
-from commopt.wire.payload import Payload, checksum
+from commopt.wire.payload import Payload, checksum, is_sound
 from commopt.wire.state import Saved, State, Stateful
 
 _HEADER = 3  # i64: whether this is a full message, the checksum of the copy that it changes, whether the sender wants a full one
@@ -155,7 +154,7 @@ class PublicCopies(Stateful):
         body, is_good = _body(letter.payload), False
         if is_full:
             x = body.tensors[0]
-            is_good = x.shape == pair.theirs.shape and x.dtype == torch.float32 and is_finite(x)
+            is_good = x.shape == pair.theirs.shape and x.dtype == torch.float32 and is_sound(x)
             if is_good:
                 pair.theirs.copy_(x)
                 base = 0

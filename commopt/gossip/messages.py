@@ -13,9 +13,9 @@ from commopt.compress import make_compressor
 from commopt.compress.base import equal_blocks
 from commopt.compress.feedback import HEADER, NOTHING_KEPT, ErrorFeedback, Kept
 from commopt.errors import ConfigError, check_flag
-from commopt.exchange.base import PIECE, is_finite
+from commopt.exchange.base import PIECE
 from commopt.wire.bucket import Blocks, ParameterIndex, Share
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Payload, is_sound
 from commopt.wire.state import State, Stateful
 
 
@@ -63,10 +63,10 @@ class Message(Stateful):
         return Payload.of(x) if self.feedback is None else self.feedback.compress(x, [self._blocks(sequence)])[0]
 
     def unpack(self, payload: Payload, sequence: int) -> Tensor | None:
-        """(elements,) f32 that a rank packed; None if it is not finite, or of another size."""
+        """(elements,) f32 that a rank packed; None if it is not sound, or of another size."""
         if self.compressor is None:
-            fits = payload.layout == ((torch.float32, self.index.total),) and is_finite(payload.tensors[0])
-            return payload.tensors[0] if fits else None
+            tensors = payload.opened((torch.float32, self.index.total))
+            return None if tensors is None else tensors[0]
         blocks, layout = self._blocks(sequence), payload.layout
         fits = len(layout) > 1 if self.compressor.is_ragged else layout == HEADER + self.compressor.layout(blocks)
         if not fits or layout[:1] != HEADER or int(payload.tensors[0]) >= 0:
@@ -74,9 +74,9 @@ class Message(Stateful):
         out = torch.zeros(self.index.total, dtype=torch.float32)
         try:
             self.compressor.decompress_(payload.tensors[1:], blocks, out)
-        except ValueError:  # codes of variable length, from a rank with another model or other options
+        except ValueError:  # damaged, or of variable length and from a rank with another model or other options
             return None
-        return out
+        return out if is_sound(out) else None
 
     def take_back(self, x: Tensor, payload: Payload, sequence: int) -> None:
         """Undo the last `pack`, of a message that no peer received: restores the residual."""

@@ -14,6 +14,7 @@ from commopt.wire.payload import Payload
 
 WIDTH = 512  # numbers in a sketch; the estimate's relative standard deviation is about sqrt(1 / (2 WIDTH)) for two replicas: 3 %
 _EVERY_STEPS = 10
+_AHEAD = 1000  # steps of which sketches are kept that came too early
 
 
 class Spread:
@@ -53,10 +54,10 @@ class Spread:
             if peers.is_up(peer):
                 peers.send(peer, "sketch", step, Payload.of(own), expires_s=5.0)
         for peer, letter in peers.drain("sketch"):
-            if letter.payload.tensors[0].numel() == WIDTH:
-                self._known.setdefault(letter.sequence, {})[peer] = letter.payload.tensors[0]
+            if (sketch := letter.payload.opened((torch.float32, WIDTH))) is not None:
+                self._known.setdefault(letter.sequence, {})[peer] = sketch[0]
         self._known.setdefault(step, {})[self.rank] = own
-        self._known = {at: sketches for at, sketches in self._known.items() if at >= oldest}
+        self._known = {at: sketches for at, sketches in self._known.items() if oldest <= at <= step + _AHEAD}
         present = [
             (at, [sketch for rank, sketch in sorted(sketches.items()) if peers.is_up(rank)])
             for at, sketches in self._known.items()

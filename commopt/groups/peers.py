@@ -7,6 +7,7 @@ So a rank that is ahead, behind, dead or unreachable costs another one at most t
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic, summed
 from commopt.wire.payload import Layout, Payload
 
+ROOM_BYTES = 1 << 30  # for the unread messages of one peer, until it is known how large the model is
 KEPT = 8  # unread messages that are kept per channel and peer, the newest
 GROUP = "group "  # prefix of the channels of a PeerGroup, whose messages are all kept
 T = TypeVar("T")
@@ -40,15 +42,28 @@ class Letter:
     sequence: int
     payload: Payload
 
+    @property
+    def nbytes(self) -> int:
+        """About as much memory as it takes."""
+        return self.payload.nbytes + 1024
+
 
 class Mailbox:
     """Unread messages by (peer, channel); not thread-safe, its owner holds a lock."""
 
     def __init__(self) -> None:
         self._letters: dict[tuple[int, str], dict[int, Letter]] = {}
+        self._most: dict[int, float] = {}  # bytes that each peer's may have at most
 
-    def put(self, peer: int, channel: str, letter: Letter) -> None:
-        """Keep a message; drop the oldest of more than KEPT per channel and peer."""
+    def put(self, peer: int, channel: str, letter: Letter, room_bytes: float = math.inf) -> None:
+        """Keep a message; drop the oldest of more than KEPT per channel and peer, and all of a peer if they do not fit into its room."""
+        self._most[peer] = self._most.get(peer, 0) + letter.nbytes
+        if self._most[peer] > room_bytes:  # what was taken since is still counted
+            kept = [one.nbytes for key, box in self._letters.items() if key[0] == peer for one in box.values()]
+            self._most[peer] = sum(kept) + letter.nbytes
+            if self._most[peer] > room_bytes:
+                self.forget(peer)
+                self._most[peer] = letter.nbytes
         box = self._letters.setdefault((peer, channel), {})
         box[letter.sequence] = letter
         if not channel.startswith(GROUP):
@@ -71,6 +86,7 @@ class Mailbox:
 
     def forget(self, peer: int) -> None:
         """Drop what a peer sent before it was restarted."""
+        self._most.pop(peer, None)
         for key in [key for key in self._letters if key[0] == peer]:
             del self._letters[key]
 
@@ -84,6 +100,7 @@ class Peers(ABC):
     rank: int  # of this member
     size: int  # how many there are, up or not
     traffic: Traffic  # what this member has sent
+    room_bytes: float = ROOM_BYTES  # for what one peer has sent and nobody has read; nothing larger is taken
     returns = False  # whether this member was restarted and has to catch up; known only if the launcher says so
 
     @abstractmethod
@@ -264,15 +281,16 @@ def call_roll(
     if convener != peers.rank:
         peers.send(convener, f"{channel} card", sequence, Payload.of(card), expires_s=timeout_s)
         letter = peers.receive(convener, f"{channel} roll", sequence, timeout_s)
-        if letter is None:  # withdraw the card: a convener that comes up now must not count on this rank
+        cards = None if letter is None else _cards_of(letter.payload, wanted, card.numel())
+        if (
+            letter is None or cards is None
+        ):  # withdraw the card: a convener that comes up now must not count on this rank
             peers.send(convener, f"{channel} card", sequence, Payload.of(card[:0]), expires_s=timeout_s)
             return alone
-        rows = letter.payload.tensors[0].view(-1, 1 + card.numel())
-        cards = {int(row[0]): row[1:].clone() for row in rows}
         for peer in wanted:  # a peer without a card cannot reach the convener, and need not wait for it
             if peer not in (peers.rank, convener) and peer not in cards and peers.is_up(peer):
                 peers.send(peer, f"{channel} roll", sequence, letter.payload, expires_s=timeout_s)
-        return Roll(tuple(cards), cards) if peers.rank in cards else alone
+        return Roll(tuple(cards), {**cards, peers.rank: card}) if peers.rank in cards else alone
     cards = {peers.rank: card}
     for peer in wanted:
         if peer != peers.rank:
@@ -283,11 +301,22 @@ def call_roll(
                 late.forget(peer)
             elif is_waited_for:
                 late.note_late(peer)
-            if letter is not None and letter.payload.tensors[0].numel() == card.numel():
-                cards[peer] = letter.payload.tensors[0].clone()
+            tensors = None if letter is None else letter.payload.opened((torch.int64, card.numel()))
+            if tensors is not None:
+                cards[peer] = tensors[0].clone()
     members = tuple(sorted(cards))
     rows = torch.stack([torch.cat([torch.tensor([rank]), cards[rank]]) for rank in members])
     for peer in wanted:
         if peer != peers.rank and (peer in cards or peers.is_up(peer)):
             peers.send(peer, f"{channel} roll", sequence, Payload.of(rows), expires_s=timeout_s)
     return Roll(members, {rank: cards[rank] for rank in members})
+
+
+def _cards_of(payload: Payload, wanted: Sequence[int], numel: int) -> dict[int, Tensor] | None:
+    """The cards in a convener's list, by rank; None if it is not a list of cards of some that were wanted."""
+    tensors = payload.opened((torch.int64, None))
+    if tensors is None or tensors[0].numel() % (1 + numel):
+        return None
+    rows = tensors[0].view(-1, 1 + numel)
+    cards = {int(row[0]): row[1:].clone() for row in rows}
+    return cards if len(cards) == len(rows) and cards.keys() <= set(wanted) else None

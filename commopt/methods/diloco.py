@@ -27,7 +27,7 @@ from commopt.method import options
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 from commopt.options import Count, Number, Share
 from commopt.wire.bucket import Bucket
-from commopt.wire.payload import checksum
+from commopt.wire.payload import checksum, is_sound
 from commopt.wire.state import Saved, State
 
 OUTER: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
@@ -141,9 +141,9 @@ class DiLoCo(OuterMethod):
         try:
             shared = self._reconciled(roll, round.fragment, group)
             mean = self._mean(own, round, roll.members, group)
-        except GroupError:
+        except (GroupError, ValueError):  # the second one: codes are damaged
             return alone
-        if mean is None:
+        if mean is None or not all(map(is_sound, (mean, *shared.values()))):
             return alone
         is_missed = len(roll.members) < len(expected)
         return Exchanged(roll.members, is_missed, {"delta": mean, **shared})

@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from commopt.exchange.base import is_finite
 from commopt.gossip.loop import Exchanged, OuterMethod, OuterOptions, Round
 from commopt.gossip.topology import directed_exponential
-from commopt.groups.peers import Letter, Peers
+from commopt.groups.peers import KEPT, Letter, Peers
 from commopt.method import options
 from commopt.options import Count
 from commopt.wire.payload import Payload
@@ -104,11 +103,10 @@ class PushSum(OuterMethod):
             if not is_missed or not self.peers.receive(source, self.name, -1, max(0.0, left_s), or_newer=True):
                 break
         due = [one for one in self.early if one[1].sequence <= number]
-        self.early = [one for one in self.early if one[1].sequence > number]
+        early = sorted((one for one in self.early if one[1].sequence > number), key=lambda one: one[1].sequence)
+        self.early = early[: (KEPT + self.max_lag) * self.peers.size]
         return sorted(due, key=lambda one: (one[0], one[1].sequence)), is_missed
 
     def _fits(self, letter: Letter) -> bool:
-        if letter.payload.layout != ((torch.float64, 1), (torch.float32, self.index.total)):
-            return False
-        share, theirs = letter.payload.tensors
-        return 0 < float(share) < float("inf") and is_finite(theirs)
+        tensors = letter.payload.opened((torch.float64, 1), (torch.float32, self.index.total))
+        return tensors is not None and 0 < float(tensors[0]) <= self.peers.size  # all weights together are that

@@ -43,6 +43,11 @@ class Machine:
         """What this rank sends of a tensor that all copies hold: a stretch of its bytes, (n,) u8."""
         return bytes_of(x).tensor_split(self.copies.size)[self.copies.rank]
 
+    def kind_of(self, numel: int, nbytes: int) -> int:
+        """What `numel` bytes are of a tensor of `nbytes`: 1 for all of it, 2 for this rank's part, 0 for neither."""
+        size, rank = self.copies.size, self.copies.rank
+        return 1 if numel == nbytes else 2 * int(numel == nbytes // size + (rank < nbytes % size))
+
     def whole(self, part: Tensor, nbytes: int) -> Tensor:
         """(nbytes,) u8, of the parts of all copies."""
         sizes = [len(one) for one in torch.empty(1, dtype=torch.uint8).expand(nbytes).tensor_split(self.copies.size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from commopt.errors import AttachError, GroupError
+from commopt.errors import AttachError, CheckpointError, GroupError
 from commopt.exchange.base import is_finite
 from commopt.groups.peers import Letter, PeerGroup, Progress, call_roll
 from commopt.run.agree import Configuration, difference, digest, listed
 from commopt.run.files import pack, unpack
 from commopt.run.machine import load_localized, localized
 from commopt.run.run import broadcast_
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Payload, is_sound
 
 if TYPE_CHECKING:
     from commopt.run.outer import OuterRun
@@ -70,8 +71,10 @@ class Members:
             if stored is None:
                 continue
             before = training.steps
-            theirs = json.loads(stored["configuration"])
-            self._check_alike({donor: theirs, peers.rank: training.configuration})
+            self._check_alike({donor: stored["configuration"], peers.rank: training.configuration})
+            if not self._machine.every(self._fits(stored))[0]:
+                _log.warning("rank %d: what rank %d sent is not the state of this training", training.rank, donor)
+                continue
             self._take_over(stored)
             if not in_step:
                 self._settle()
@@ -94,18 +97,28 @@ class Members:
         letter = None
         while letter is None and self._progress(donor).is_training and peers.seconds < end_s:
             letter = peers.receive(donor, "state", self._asked, 1.0)
-        answers = machine.told(*((-1, 0) if letter is None else letter.payload.tensors[0].tolist()))
-        if letter is None or any(step != answers[0][0] for step, _ in answers):
+        blob = (torch.uint8, None)
+        opened = None if letter is None else letter.payload.opened((torch.int64, 2), blob, blob)
+        step, nbytes = (-1, 0) if opened is None else opened[0].tolist()
+        answers = machine.told(step, 0 if opened is None else machine.kind_of(opened[1].numel(), nbytes))
+        if opened is None or step < 0 or answers[0][1] == 0 or any(one != answers[0] for one in answers):
             return None
-        (_, nbytes), part, own = letter.payload.tensors[0].tolist(), *letter.payload.tensors[1:]
-        state = part if part.numel() == nbytes else machine.whole(part, nbytes)
-        return {**unpack(own), **(unpack(state) if tensors else {})}
+        stored: dict[str, Any] | None = None
+        with contextlib.suppress(CheckpointError, LookupError, TypeError, ValueError):
+            state = opened[1] if opened[1].numel() == nbytes else machine.whole(opened[1], nbytes)
+            found = {**unpack(opened[2]), **(unpack(state) if tensors else {})}
+            found["configuration"] = {
+                key: str(value) for key, value in dict(json.loads(found["configuration"])).items()
+            }
+            stored = found
+        return stored if machine.every(stored is not None)[0] else None
 
     def before_step(self) -> None:
         """Load a schedule that was taken over in the last step, and answer peers that asked for this rank's state."""
         self._settle()  # so that parameters, optimizer and schedule all belong to the same step
         training, machine = self._training, self._machine
-        self._asks |= dict(self._peers.drain("ask"))
+        asks = self._peers.drain("ask")
+        self._asks |= {peer: letter for peer, letter in asks if letter.payload.opened((torch.int64, 1))}
         if not self._asks and machine.ranks.size == 1:
             return
         asked = [self._asks[peer].sequence if peer in self._asks else 0 for peer in range(self._peers.size)]
@@ -174,6 +187,21 @@ class Members:
         for kind, ranks in (("peer lost", self._was_up - up), ("peer back", up - self._was_up)):
             training.events += [(kind, {"rank": peer, "step": training.steps}) for peer in sorted(ranks)]
         self._was_up = up
+
+    def _fits(self, stored: Mapping[str, Any]) -> bool:
+        """Whether this rank can go on from what a peer has sent: it has the same tensors, and sound parameters."""
+        training, groups = self._training, stored.get("groups")
+        if type(stored.get("steps")) is not int or not isinstance(stored.get("stateful"), dict):
+            return False
+        if not isinstance(groups, list) or [*map(type, groups)] != [dict] * len(training.optimizer.param_groups):
+            return False
+        if "model" not in stored:
+            return True
+        both = {"model": localized(training.model.state_dict()), "method": training.method.tensors()}
+        if any(_forms(stored.get(key)) != _forms(own) for key, own in both.items()):
+            return False
+        named = [stored["model"].get(name) for name, _ in training.model.named_parameters()]
+        return all(is_sound(x) for x in (*named, *stored["method"].values()) if isinstance(x, torch.Tensor))
 
     def _take_over(self, stored: dict[str, Any]) -> None:
         training = self._training
@@ -256,3 +284,9 @@ class Members:
 
     def _progress(self, peer: int) -> Progress:
         return self._peers.progress(peer) or Progress(0, False)
+
+
+def _forms(tensors: Any) -> dict[str, Any]:
+    """The dtype and shape of each tensor in a state; empty for what is not one."""
+    items = tensors.items() if isinstance(tensors, Mapping) else ()
+    return {name: (x.dtype, x.shape) for name, x in items if isinstance(x, torch.Tensor)}

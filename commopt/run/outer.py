@@ -26,10 +26,12 @@ from commopt.run.members import Members
 from commopt.run.reshare import recut, stretches_of
 from commopt.run.run import HasState, RoundReport, Run
 from commopt.wire.bucket import Bucket
+from commopt.wire.payload import is_sound
 from commopt.wire.shards import local
 from commopt.wire.state import Saved
 
 _log = logging.getLogger(__name__)
+_ROOM_BYTES = 1 << 26
 
 
 @dataclass
@@ -66,6 +68,10 @@ class OuterRun(Run):
         self._pending: list[_Pending] = []
         self._members = Members(self)
         peers.traffic.method = method.name
+        # unread are at most a few rounds' messages and another rank's state, optimizer and all
+        peers.room_bytes = _ROOM_BYTES + 16 * sum(
+            x.numel() * max(4, x.itemsize) for x in (*model.parameters(), *model.buffers())
+        )
         named = [*self.parameters.items()]
         named += [(f"{name}:{key}", p) for key in method.averaged_state for name, p in self.parameters.items()]
         self.numels = {name: p.numel() for name, p in named}
@@ -324,6 +330,8 @@ class OuterRun(Run):
             ranks = [rank for rank in roll.members if not roll.cards[rank][1]]
             if not has_diverged:
                 PeerGroup(self.peers, ranks, "final", 0, timeout_s).all_reduce(flat)
+                if not is_sound(flat):
+                    raise GroupError("what came of it is not finite")
         except GroupError as error:
             ranks = []
             _log.warning("rank %d ends without the final average: %s", self.rank, error)

@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 Layout = tuple[tuple[torch.dtype, int], ...]
+DTYPES = {  # of what travels between peers, by the names that torch gives them
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,23 @@ class Payload:
             offset = end
         return tuple(views)
 
+    def opened(self, *layout: tuple[torch.dtype, int | None]) -> tuple[Tensor, ...] | None:
+        """The tensors, if they have this layout (None: any length) and are sound; else None: such a message counts as missing."""
+        pairs = zip(layout, self.layout, strict=False)
+        fits = len(layout) == len(self.layout) and all(
+            own[0] == dtype and length in (None, own[1]) for (dtype, length), own in pairs
+        )
+        return self.tensors if fits and all(map(is_sound, self.tensors)) else None
+
     @property
     def nbytes(self) -> int:
         return self.buffer.numel()
+
+
+def is_sound(x: Tensor) -> bool:
+    """Whether the square of its norm is a float32: it has no NaN, no inf, and nothing like 1e30, which only damage or divergence make."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return not x.is_floating_point() or float(torch.linalg.vector_norm(x, dtype=wide)) < 1e19
 
 
 def checksum(x: Tensor, start: int = 0) -> int:

@@ -84,6 +84,19 @@ def test_forgetting_a_peer_leaves_the_others_mail() -> None:
     assert [peer for peer, _ in box.drain("c")] == [2]
 
 
+def test_a_peer_that_fills_its_room_loses_its_messages_and_the_others_keep_theirs() -> None:
+    box = box_of()
+    box.put(2, "c", letter(1))
+    for k in range(100):
+        box.put(1, f"{k}", letter(k), 10_000)
+    left = sum(len(box.drain(f"{k}")) for k in range(100))
+    assert 0 < left * 1024 < 10_000
+    assert box.take(2, "c", 1) is not None
+    for k in range(100):  # what has been read takes no room
+        box.put(1, "c", letter(k), 3_000)
+        assert box.take(1, "c", k) is not None
+
+
 @pytest.fixture(params=["simulated", "tcp"])
 def run(request: pytest.FixtureRequest) -> Run:
     """run(n, function, *args): function(peers, *args) on n ranks of one transport."""
