@@ -16,7 +16,8 @@ from torch import Tensor
 
 from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
-from commopt.groups.tcp import Membership, TcpPeers
+from commopt.groups.membership import Membership
+from commopt.groups.tcp import TcpPeers
 from commopt.plan.links import LinkModel
 from commopt.run.outer import OuterRun
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.machine import LOOPBACK, Emulate, free_ports
+from commopt.secret import given_secret
 
 
 def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, independent: bool = False) -> list[str]:
@@ -43,6 +45,12 @@ def peers_json(emulation: Emulation, label: str = "", mark: str | None = None) -
     members = emulation.members()
     told = json.dumps([emulation.cluster.name, members, label])
     return json.dumps({"job": mark or hashlib.sha256(told.encode()).hexdigest()[:32], "members": members})
+
+
+def secret_of(emulation: Emulation) -> dict[str, str]:
+    """A new secret for the ranks of one job; nothing if one is given, or if nodes are real machines, which could not know it."""
+    is_given = given_secret() is not None  # raises ConfigError for a bad one, before anything starts
+    return {} if is_given or emulation.is_elsewhere else {"COMMOPT_SECRET": secrets.token_hex(32)}
 
 
 def agent_environment(emulation: Emulation, node: int, *, ranks_here: int, peers: str | None = None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
-from commopt.cluster.commands import agent_environment, agent_words, peers_json
+from commopt.cluster.commands import agent_environment, agent_words, peers_json, secret_of
 from commopt.cluster.emulate import Emulation, end_with_parent
 from commopt.cluster.failure import AgentEnd, Failure, first_failure
 from commopt.cluster.injection import Injection
@@ -81,6 +81,7 @@ class Job:
         self._cluster = self.emulation.cluster
         mark = None if self.emulation.is_elsewhere else self.mark
         self._peers = peers_json(self.emulation, self.label, mark) if self.independent else None
+        self._secret = secret_of(self.emulation) if self.independent else {}
         self._planned: Failure | None = None
         self._agents: list[_Agent] = []
         self._selector = selectors.DefaultSelector()
@@ -120,6 +121,7 @@ class Job:
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3",
             **agent_environment(emulation, node, ranks_here=ranks_here, peers=self._peers),
             **self.env,
+            **self._secret,
             "COMMOPT_JOB": self.mark,
             **({"COMMOPT_RETURNS": "1"} if returns else {}),
         }

@@ -2,8 +2,7 @@
 
 Every member listens on its own address and dials every other one, so each pair has two connections, each used in one direction.
 A thread per peer sends its queued messages, or once a second this member's progress; it dials again when a connection breaks.
-
-Frame: "!4sIQ" (magic, bytes of the head, bytes of the body); the head is JSON, the body a payload's buffer. Nothing is unpickled.
+What comes in is checked before it is used (`frames`), and what is kept of it and the connections that are open are bounded.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import atexit
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import queue
@@ -22,68 +20,25 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import torch
-
-from commopt.errors import ConfigError, GroupError
+from commopt.errors import GroupError
 from commopt.groups.base import Traffic
+from commopt.groups.frames import Connection, Frame
+from commopt.groups.membership import Membership
 from commopt.groups.peers import GROUP, KEPT, Letter, Mailbox, Peers, Progress
 from commopt.plan.links import LinkModel
-from commopt.wire.payload import Payload, layout_bytes
+from commopt.wire.payload import Payload
 
 _log = logging.getLogger(__name__)
-_FRAME, _MAGIC = struct.Struct("!4sIQ"), b"cmo1"
 _BEAT_S = 1.0
 _DIAL_S = 2.0
-_SIOCOUTQ, _SIOCGIFADDR = 0x5411, 0x8915
-_HEAD_LIMIT = 1 << 16
+_SIOCGIFADDR = 0x8915
+_STRANGERS = 64  # connections that have not said yet who they are; one more takes the place of the oldest
+_READERS = 4  # connections from one peer, likewise: one is used, others may be of its last start
+_WARN_S = 60.0  # between two warnings of one kind
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Membership:
-    """The members of a job as the launcher lists them: (address, port) of every rank, and a word that only its members know."""
-
-    rank: int
-    addresses: tuple[tuple[str, int], ...]
-    job: str
-    returns: bool = False
-
-    @classmethod
-    def from_environment(cls) -> Membership | None:
-        """Read COMMOPT_PEERS, and this rank's place from COMMOPT_NODE_RANK, LOCAL_WORLD_SIZE and LOCAL_RANK; None without COMMOPT_PEERS.
-
-        COMMOPT_RETURNS=1 says that this rank was restarted in a running job. Raises ConfigError for a value that is not the launcher's.
-        """
-        text = os.environ.get("COMMOPT_PEERS")
-        if not text:
-            return None
-        try:
-            given = json.loads(text)
-            addresses = tuple((str(host), int(port)) for host, port in given["members"])
-            place = [int(os.environ.get(key, "0")) for key in ("COMMOPT_NODE_RANK", "LOCAL_RANK")]
-            rank = place[0] * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + place[1]
-            if not 0 <= rank < len(addresses):
-                raise ValueError(f"there is no rank {rank} among {len(addresses)} members")
-            return cls(rank, addresses, str(given["job"]), os.environ.get("COMMOPT_RETURNS") == "1")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"environment: COMMOPT_PEERS={text:.80}: {error}") from None
-
-    def of_number(self, number: int, ranks: int) -> Membership:
-        """The members that have this number on their machines, which have `ranks` each."""
-        if len(self.addresses) % ranks or self.rank % ranks != number:
-            raise ConfigError(f"environment: {len(self.addresses)} members do not make machines of {ranks} ranks")
-        addresses, job = self.addresses[number::ranks], f"{self.job} {number}" if ranks > 1 else self.job
-        return replace(self, rank=self.rank // ranks, addresses=addresses, job=job)
-
-
-@dataclass
-class _Frame:
-    head: dict[str, Any]
-    body: torch.Tensor | None = None
-    expires_s: float = float("inf")
 
 
 @dataclass
@@ -91,10 +46,10 @@ class _Route:
     """What this member knows of one peer, and the frames to be sent to it."""
 
     address: tuple[str, int]
-    unsent: queue.Queue[_Frame | None] = field(default_factory=queue.Queue)
-    socket: socket.socket | None = None
+    unsent: queue.Queue[Frame | None] = field(default_factory=queue.Queue)
+    connection: Connection | None = None
     heard_s: float = float("-inf")
-    readers: int = 0
+    readers: list[socket.socket] = field(default_factory=list)
     incarnation: int = -1
     progress: Progress = field(default_factory=lambda: Progress(0, False))
 
@@ -118,6 +73,7 @@ class TcpPeers(Peers):
     ) -> None:
         self.rank, self.size, self.traffic = membership.rank, len(membership.addresses), Traffic()
         self.silence_s, self._job, self.returns = silence_s, membership.job, membership.returns
+        self._secret, self._warned_s = membership.secret, dict[str, float]()
         self._incarnation = time.time_ns()
         self._mailbox, self._changed = Mailbox(), threading.Condition()
         self._routes = {r: _Route(address) for r, address in enumerate(membership.addresses) if r != self.rank}
@@ -125,6 +81,7 @@ class TcpPeers(Peers):
         self._is_closed = False
         self._listener = listener or _listen(membership.addresses[self.rank])
         self._readers: dict[threading.Thread, socket.socket] = {}
+        self._strangers: list[socket.socket] = []
         self._background = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")
         self._links, self._link_is_busy = links, threading.Lock()
         self._threads = [threading.Thread(target=self._accept, name="commopt listener", daemon=True)]
@@ -153,7 +110,7 @@ class TcpPeers(Peers):
         if not channel.startswith(GROUP) and self._routes[peer].unsent.unfinished_tasks >= most:
             return
         head = {**self._beat().head, "kind": "letter", "channel": channel, "sequence": sequence, "layout": layout}
-        self._queue(peer, _Frame(head, payload.buffer.detach().cpu(), self.seconds + expires_s))
+        self._queue(peer, Frame(head, payload.buffer.detach().cpu(), self.seconds + expires_s))
 
     def receive(
         self, peer: int, channel: str, sequence: int, timeout_s: float, *, or_newer: bool = False
@@ -175,7 +132,7 @@ class TcpPeers(Peers):
         if peer == self.rank:
             return True
         route = self._routes[peer]
-        return route.readers > 0 and self.seconds - route.heard_s < self.silence_s
+        return bool(route.readers) and self.seconds - route.heard_s < self.silence_s
 
     def progress(self, peer: int) -> Progress | None:
         if peer == self.rank:
@@ -191,7 +148,7 @@ class TcpPeers(Peers):
     def is_quiet(self) -> bool:
         routes = self._routes.values()
         is_sent = not any(route.unsent.unfinished_tasks for route in routes)
-        return is_sent and not any(one and _unacknowledged(one) for one in [route.socket for route in routes])
+        return is_sent and not any(one and one.unacknowledged() for one in [route.connection for route in routes])
 
     def close(self, linger_s: float = 5.0) -> None:
         if self._is_closed:
@@ -209,19 +166,18 @@ class TcpPeers(Peers):
         with self._changed:
             readers = dict(self._readers)
             self._changed.notify_all()
-        outgoing = [route.socket for route in self._routes.values()]
-        for one in (self._listener, *readers.values(), *filter(None, outgoing)):
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+        outgoing = [route.connection.socket for route in self._routes.values() if route.connection is not None]
+        for one in (self._listener, *readers.values(), *outgoing):
+            _hang_up(one)
             one.close()
         for thread in (*readers, *self._threads):  # a thread in torch's code aborts an interpreter that ends
             if thread is not threading.current_thread():
                 thread.join(2.0)
 
-    def _beat(self) -> _Frame:
-        return _Frame({"kind": "beat", "step": self._own.step, "is_training": self._own.is_training})
+    def _beat(self) -> Frame:
+        return Frame({"kind": "beat", "step": self._own.step, "is_training": self._own.is_training})
 
-    def _queue(self, peer: int, frame: _Frame) -> None:
+    def _queue(self, peer: int, frame: Frame) -> None:
         if self._is_closed:
             raise GroupError("these peers have been closed")
         self._routes[peer].unsent.put(frame)
@@ -246,56 +202,61 @@ class TcpPeers(Peers):
                 time.sleep(0.2)
             route.unsent.task_done()
         with contextlib.suppress(OSError):
-            if route.socket is not None:
-                route.socket.settimeout(0.5)
-                _write(route.socket, _Frame({"kind": "bye"}))
+            if route.connection is not None:
+                route.connection.socket.settimeout(0.5)
+                route.connection.write(Frame({"kind": "bye"}))
 
-    def _transmit(self, peer: int, route: _Route, frame: _Frame) -> bool:
+    def _transmit(self, peer: int, route: _Route, frame: Frame) -> bool:
         """Send one frame, dialling first if there is no connection; whether the kernel took all of it."""
         try:
-            if route.socket is None:
-                self._dial(route)
-            assert route.socket is not None
+            if route.connection is None:
+                self._dial(peer, route)
+            assert route.connection is not None
             if self._links is not None and frame.body is not None:
-                self._pace(self._links, peer, route.socket, frame.body.numel())
-            sent = _write(route.socket, frame)
+                self._pace(self._links, peer, route.connection, frame.body.numel())
+            sent = route.connection.write(frame)
         except OSError as error:
-            if route.socket is not None:
+            if isinstance(error, PermissionError):
+                self._warn(f"got from rank {peer} {error}")
+            if route.connection is not None:
                 _log.info("rank %d lost rank %d: %s", self.rank, peer, error)
-                route.socket.close()
-                route.socket = None
+                route.connection.socket.close()
+                route.connection = None
             return False
         with self._changed:
             self.traffic.record(frame.head.get("channel", frame.head["kind"]), {peer: float(sent)})
         return True
 
-    def _pace(self, links: LinkModel, peer: int, to: socket.socket, nbytes: int) -> None:
+    def _pace(self, links: LinkModel, peer: int, to: Connection, nbytes: int) -> None:
         """Delay a message as the link would: for its bytes, one message after the other, and then for its latency; beats go on."""
         delay_s, all_s = (links.message_seconds(self.rank, peer, n) for n in (0, nbytes))
         while not self._link_is_busy.acquire(timeout=_BEAT_S):
-            _write(to, self._beat())
+            to.write(self._beat())
         try:
             self._sleep_and_beat(to, all_s - delay_s)
         finally:
             self._link_is_busy.release()
         self._sleep_and_beat(to, delay_s)
 
-    def _sleep_and_beat(self, to: socket.socket, seconds: float) -> None:
+    def _sleep_and_beat(self, to: Connection, seconds: float) -> None:
         end_s = self.seconds + seconds
         while (left_s := end_s - self.seconds) > _BEAT_S:
             time.sleep(_BEAT_S)
-            _write(to, self._beat())
+            to.write(self._beat())
         time.sleep(max(0.0, left_s))
 
-    def _dial(self, route: _Route) -> None:
-        route.socket = dialled = socket.create_connection(route.address, timeout=_DIAL_S)
+    def _dial(self, peer: int, route: _Route) -> None:
+        dialled = socket.create_connection(route.address, timeout=_DIAL_S)
+        route.connection = connection = Connection(dialled)
+        if self._secret is not None:
+            connection.agree(self._secret, peer, has_dialled=True, deadline_s=self.seconds + _DIAL_S)
         dialled.settimeout(None)
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # a connection breaks after this long without an acknowledgement, not after a minute of the kernel's retries
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.silence_s * 1000))
         hello = {"kind": "hello", "job": self._job, "rank": self.rank, "incarnation": self._incarnation}
-        _write(dialled, _Frame(hello))
-        _write(dialled, self._beat())
+        connection.write(Frame(hello))
+        connection.write(self._beat())
 
     # -- receiving: one thread for each connection that was accepted
 
@@ -311,6 +272,10 @@ class TcpPeers(Peers):
                         raise ConnectionAbortedError
                     reader.start()
                     self._readers[reader] = accepted
+                    self._strangers.append(accepted)
+                    for oldest in self._strangers[:-_STRANGERS]:
+                        self._strangers.remove(oldest)
+                        _hang_up(oldest)
             except (OSError, RuntimeError) as error:  # one broke, or too many are open; the listener still works
                 if accepted is not None:
                     accepted.close()
@@ -319,44 +284,61 @@ class TcpPeers(Peers):
                     time.sleep(0.2)
 
     def _read(self, accepted: socket.socket) -> None:
-        peer: int | None = None
+        peer, connection = -1, Connection(accepted)
         try:
-            hello, _ = _read_frame(accepted, deadline_s=self.seconds + self.silence_s)
-            peer = self._greet(hello)
+            deadline_s = self.seconds + self.silence_s
+            if self._secret is not None:
+                connection.agree(self._secret, self.rank, has_dialled=False, deadline_s=deadline_s)
+            hello, _ = connection.read(deadline_s=deadline_s)
+            peer = self._greet(hello, accepted)
             accepted.settimeout(max(30.0, 4 * self.silence_s))  # peers beat every second: a silent one is gone
+            route = self._routes[peer]
+
+            def note_heard() -> None:
+                route.heard_s = self.seconds
+
             while True:
-                self._take(peer, hello["incarnation"], *_read_frame(accepted, self._routes[peer]))
+                self._take(peer, hello["incarnation"], *connection.read(self.room_bytes, on_bytes=note_heard))
         except PermissionError as error:
-            _log.warning("rank %d turned away %s", self.rank, error)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            if not self._is_closed and peer is not None:
+            self._warn(f"turned away {error}")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if not self._is_closed and peer >= 0:
                 _log.info("rank %d no longer hears rank %d: %s", self.rank, peer, error)
         finally:
             accepted.close()
             with self._changed:
                 self._readers.pop(threading.current_thread(), None)
-                if peer is not None:
-                    self._routes[peer].readers -= 1
+                for some in (self._strangers, self._routes[peer].readers if peer >= 0 else []):
+                    if accepted in some:
+                        some.remove(accepted)
                 self._changed.notify_all()
 
-    def _greet(self, hello: dict[str, Any]) -> int:
+    def _warn(self, what: str) -> None:
+        if self.seconds - self._warned_s.get(what, float("-inf")) > _WARN_S and not self._is_closed:
+            self._warned_s[what] = self.seconds
+            _log.warning("rank %d %s", self.rank, what)
+
+    def _greet(self, hello: dict[str, Any], accepted: socket.socket) -> int:
         """The rank at the other end of a new connection. Raises PermissionError if it is not to be heard."""
-        peer = hello.get("rank")
-        if hello.get("kind") != "hello" or hello.get("job") != self._job or peer not in self._routes:
+        if hello["kind"] != "hello" or hello["job"] != self._job or hello["rank"] not in self._routes:
             raise PermissionError("a connection that is not of this job")
+        peer: int = hello["rank"]
         route = self._routes[peer]
         with self._changed:
             if hello["incarnation"] < route.incarnation and self.is_up(peer):  # late, of a process since replaced
                 raise PermissionError(f"an older start of rank {peer} than the one that is up")
+            self._strangers.remove(accepted)
             if hello["incarnation"] != route.incarnation:  # lower if the machine's clock was set back
                 self._mailbox.forget(peer)
             route.incarnation = hello["incarnation"]
-            route.readers += 1
+            route.readers.append(accepted)
+            for oldest in route.readers[:-_READERS]:
+                _hang_up(oldest)
             route.heard_s = self.seconds
             self._changed.notify_all()
-        return int(peer)
+        return peer
 
-    def _take(self, peer: int, incarnation: Any, head: dict[str, Any], body: torch.Tensor) -> None:
+    def _take(self, peer: int, incarnation: int, head: dict[str, Any], payload: Payload | None) -> None:
         route = self._routes[peer]
         with self._changed:
             if incarnation != route.incarnation:
@@ -364,13 +346,16 @@ class TcpPeers(Peers):
             route.heard_s = self.seconds
             if head["kind"] == "bye":
                 raise OSError("it has left")
-            route.progress = Progress(int(head["step"]), bool(head["is_training"]))
-            if head["kind"] == "letter":
-                layout = tuple((getattr(torch, name), int(n)) for name, n in head["layout"])
-                if layout_bytes(layout) != body.numel():
-                    raise ValueError("the layout does not fit the message")
-                self._mailbox.put(peer, head["channel"], Letter(int(head["sequence"]), Payload(body, layout)))
+            route.progress = Progress(head["step"], head["is_training"])
+            if payload is not None:
+                self._mailbox.put(peer, head["channel"], Letter(head["sequence"], payload), self.room_bytes)
             self._changed.notify_all()
+
+
+def _hang_up(connected: socket.socket) -> None:
+    """End a connection for the thread that uses it, too."""
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def _listen(address: tuple[str, int]) -> socket.socket:
@@ -400,48 +385,3 @@ def _own_address() -> str:
     with contextlib.suppress(OSError):
         return socket.gethostbyname(socket.gethostname())
     return "127.0.0.1"
-
-
-def _write(to: socket.socket, frame: _Frame) -> int:
-    """Send one frame; returns its bytes."""
-    head = json.dumps(frame.head).encode()
-    body = memoryview(b"") if frame.body is None else memoryview(cast(Any, frame.body.numpy()))
-    to.sendall(_FRAME.pack(_MAGIC, len(head), len(body)) + head)
-    if len(body):
-        to.sendall(body)
-    return _FRAME.size + len(head) + len(body)
-
-
-def _read_frame(
-    source: socket.socket, route: _Route | None = None, deadline_s: float | None = None
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Read one frame; its peer counts as heard while a long body comes in. Without `route` (an unknown peer) it must have no body."""
-    magic, head_bytes, body_bytes = _FRAME.unpack(_filled(source, bytearray(_FRAME.size), deadline_s=deadline_s))
-    if magic != _MAGIC or head_bytes > _HEAD_LIMIT or (route is None and body_bytes):
-        raise ValueError("this is not a frame")
-    head = json.loads(_filled(source, bytearray(head_bytes), deadline_s=deadline_s))
-    body = torch.empty(body_bytes, dtype=torch.uint8)
-    _filled(source, body.numpy(), route)
-    return head, body
-
-
-def _filled(source: socket.socket, buffer: Any, route: _Route | None = None, deadline_s: float | None = None) -> Any:
-    view = memoryview(buffer)
-    while len(view):
-        if deadline_s is not None:  # for all of it, so that a slow trickle does not keep the connection
-            source.settimeout(max(0.01, deadline_s - time.monotonic()))
-        n = source.recv_into(view)
-        if n == 0:
-            raise OSError("closed by the peer")
-        if route is not None:
-            route.heard_s = time.monotonic()
-        view = view[n:]
-    return buffer
-
-
-def _unacknowledged(connection: socket.socket) -> int:
-    """Bytes that the other end has not acknowledged yet."""
-    try:
-        return int(struct.unpack("i", fcntl.ioctl(connection.fileno(), _SIOCOUTQ, b"\0" * 4))[0])
-    except (OSError, ValueError):
-        return 0

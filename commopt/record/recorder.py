@@ -242,7 +242,7 @@ def _place() -> tuple[int, int]:
     """This process's rank in the whole job, and the number of ranks."""
     if not os.environ.get("COMMOPT_PEERS"):
         return _integer("RANK", 0), _integer("WORLD_SIZE", 1)
-    from commopt.groups.tcp import Membership
+    from commopt.groups.membership import Membership
 
     membership = Membership.from_environment()
     assert membership is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from commopt.choice import Choice
 from commopt.errors import AttachError, ConfigError, check_option
 from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWorld, TcpPeers, TorchGroup, World
-from commopt.groups.tcp import Membership, listen_anywhere
+from commopt.groups.membership import Membership
+from commopt.groups.tcp import listen_anywhere
 from commopt.method import EveryStep, Kind, Method
 from commopt.methods import resolve
 from commopt.optim.update import UpdateMethod
 from commopt.plan.links import LinkModel
 from commopt.run.agree import Configuration, agree, configuration_of, meeting_group
 from commopt.run.stand_in import StandIn
+from commopt.secret import given_secret
 
 ATTACHED = WeakIdKeyDictionary()  # models and their parameters; an attribute of a model would be pickled with it
 _BARE: weakref.WeakKeyDictionary[Module, str] = weakref.WeakKeyDictionary()  # modules and the method that refuses DDP
@@ -281,9 +284,9 @@ def connect_peers(group: Group | Peers | None = None, inside: Group | None = Non
         return SimGroup(SimWorld[None](1), 0).peers
     group = group or TorchGroup()
     listener, address = listen_anywhere()
-    told = group.tell(json.dumps([*address, os.getpid()]))
+    told = group.tell(json.dumps([*address, secrets.token_hex(16)]))  # rank 0's is the job's word
     members = tuple((host, port) for host, port, _ in map(json.loads, told))
-    return TcpPeers(Membership(group.rank, members, told[0]), listener=listener)
+    return TcpPeers(Membership(group.rank, members, told[0], secret=given_secret()), listener=listener)
 
 
 def _wrappers_inside(model: Module) -> dict[str, object]:

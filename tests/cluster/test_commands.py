@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from launchers import commopt_here
 
-from commopt.cluster.commands import agent_environment, agent_words, peers_json
+from commopt.cluster.commands import agent_environment, agent_words, peers_json, secret_of
 from commopt.cluster.emulate import on_hosts, preview, this_node
 from commopt.cluster.machine import Emulate
 from commopt.cluster.spec import ClusterSpec
@@ -134,6 +134,19 @@ def test_ranks_of_independent_nodes_are_told_where_each_rank_listens() -> None:
     assert members == (("10.1.0.5", 29501), ("10.1.0.5", 29502), ("10.1.0.6", 29501), ("10.1.0.6", 29502))
     environment = agent_environment(emulation, 0, ranks_here=2, peers=peers_json(emulation, mark="ab12"))
     assert json.loads(environment["COMMOPT_PEERS"]) == {"job": "ab12", "members": [list(one) for one in members]}
+
+
+def test_a_job_on_this_machine_gets_a_secret_of_its_own_and_keeps_one_that_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("COMMOPT_SECRET", raising=False)
+    here = preview(cluster_of(), Emulate.NETNS)
+    made = [secret_of(here)["COMMOPT_SECRET"] for _ in range(2)]
+    assert made[0] != made[1]
+    assert len(made[0]) == 64
+    assert secret_of(on_hosts(cluster_of(), (1,), None)) == {}
+    monkeypatch.setenv("COMMOPT_SECRET", "of 16 bytes or more")
+    assert secret_of(here) == {}
 
 
 def test_ranks_that_share_a_loopback_interface_listen_on_ports_of_their_own() -> None:

@@ -1,0 +1,168 @@
+"""Frames between members: what no member writes is refused, and with a secret everything that one of them did not just write."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from commopt.errors import ConfigError
+from commopt.groups.frames import Connection, Frame
+from commopt.secret import given_secret
+
+SECRET = b"a secret of 16 bytes, or longer"
+LETTER = {"kind": "letter", "channel": "c", "sequence": 3, "step": 2, "is_training": True, "layout": [["uint8", 5]]}
+FRAMES = [Frame({"kind": "beat", "step": k, "is_training": True}) for k in range(2)]
+FRAMES += [Frame(LETTER, torch.arange(5, dtype=torch.uint8)), Frame({"kind": "bye"})]
+REFUSED = (ValueError, KeyError, TypeError, OSError, RuntimeError)
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[], tuple[Connection, Connection]]]:
+    made: list[socket.socket] = []
+
+    def pair() -> tuple[Connection, Connection]:
+        made.extend(socket.socketpair())
+        for one in made:
+            one.settimeout(5.0)
+        return Connection(made[-2]), Connection(made[-1])
+
+    yield pair
+    for one in made:
+        one.close()
+
+
+Connect = Callable[[], tuple[Connection, Connection]]
+
+
+def agreed(connect: Connect, *secrets: bytes, dialled: int = 0) -> tuple[Connection, Connection]:
+    """The side that dialled and the one that accepted, after they have made a key."""
+    dialler, accepter = connect()
+    end_s = time.monotonic() + 5
+    other = threading.Thread(
+        target=accepter.agree, args=(secrets[-1], 0), kwargs={"has_dialled": False, "deadline_s": end_s}
+    )
+    other.start()
+    dialler.agree(secrets[0], dialled, has_dialled=True, deadline_s=end_s)
+    other.join()
+    return dialler, accepter
+
+
+def written(dialler: Connection, accepter: Connection) -> list[bytes]:
+    return [accepter.socket.recv(dialler.write(frame), socket.MSG_WAITALL) for frame in FRAMES]
+
+
+def heard(accepter: Connection, dialler: Connection, frames: Sequence[bytes]) -> list[Any]:
+    """What is read of these bytes and no more, up to the first refusal."""
+    dialler.socket.sendall(b"".join(frames))
+    dialler.socket.shutdown(socket.SHUT_WR)
+    found: list[Any] = []
+    try:
+        while True:
+            head, payload = accepter.read(100)
+            found.append((head, None if payload is None else payload.tensors[0].tolist()))
+    except REFUSED:
+        return found
+
+
+SAID = [(one.head, None if one.body is None else one.body.tolist()) for one in FRAMES]
+
+
+def test_frames_are_read_as_they_were_written(connect: Connect) -> None:
+    for dialler, accepter in (connect(), agreed(connect, SECRET)):
+        assert heard(accepter, dialler, written(dialler, accepter)) == SAID
+
+
+@pytest.mark.parametrize(
+    ("order", "good"), [([0, 0], 1), ([1], 0), ([0, 2], 1), ([0, 1, 3], 2), ([0, 1, 2, 2], 3), ([0, 1, 2, 0], 3)]
+)
+def test_a_frame_that_is_repeated_left_out_or_out_of_order_is_refused(
+    connect: Connect, order: list[int], good: int
+) -> None:
+    dialler, accepter = agreed(connect, SECRET)
+    frames = written(dialler, accepter)
+    assert heard(accepter, dialler, [frames[k] for k in order]) == SAID[:good]
+
+
+def test_a_frame_that_was_changed_is_refused(connect: Connect) -> None:
+    how = random.Random(1)
+    for _ in range(60):
+        dialler, accepter = agreed(connect, SECRET)
+        frames = bytearray(b"".join(written(dialler, accepter)))
+        frames[how.randrange(len(frames))] ^= 1 << how.randrange(8)
+        found = heard(accepter, dialler, [bytes(frames)])
+        assert found == SAID[: len(found)] != SAID
+
+
+def test_what_was_recorded_proves_nothing_on_another_connection(connect: Connect) -> None:
+    recorded = written(*agreed(connect, SECRET))
+    for secrets, dialled in (([SECRET], 0), ([SECRET, SECRET[::-1]], 0), ([SECRET], 1)):
+        dialler, accepter = agreed(connect, *secrets, dialled=dialled)
+        assert heard(accepter, dialler, recorded) == []
+    dialler, accepter = agreed(connect, SECRET, SECRET[::-1])
+    assert heard(accepter, dialler, written(dialler, accepter)) == []
+    dialler, accepter = agreed(connect, SECRET, dialled=1)  # a key for rank 1 does not open rank 0
+    assert heard(accepter, dialler, written(dialler, accepter)) == []
+
+
+BIG, BOMB = 10**30, b"[" * 60000
+HEADS: list[Any] = [
+    *([], None, "hello", {}, {"kind": []}, {"kind": "other"}, BOMB, b"{" * 50, b"\xff\xfe"),
+    *({"kind": "hello", "job": "j", "rank": rank, "incarnation": 1} for rank in (-1, True, 1.0, "1", [1], None, BIG)),
+    *({"kind": "hello", "job": "j", "rank": 1, "incarnation": n} for n in (-1, BIG, 1e300, float("nan"), "new")),
+    *({"kind": "beat", "step": step, "is_training": True} for step in (-1, BIG, 0.5, "3", None)),
+    *(b'{"kind": "beat", "step": 1e999, "is_training": true}', {"kind": "beat", "step": 1, "is_training": 1}),
+    *({**LETTER, "sequence": n} for n in (-1, BIG, 2**63, 1e300, "1", None)),
+    *({**LETTER, "channel": channel} for channel in (1, None, ["c"], "c" * 101)),
+    *({**LETTER, "layout": layout} for layout in ([], None, "u8", {"uint8": 5}, [["uint8"]], [["uint8", 5.0]])),
+    *({**LETTER, "layout": [["uint8", 9], ["uint8", n]]} for n in (-4, BIG, True, 1)),
+    *({**LETTER, "layout": [[name, 5]]} for name in ("quint8", "bool", "nn", "load", "Tensor", "__name__", None, [])),
+    {**LETTER, "layout": [["uint8", 1], ["float32", 1]]},
+    {"kind": "beat", "step": 1, "is_training": True, "layout": [["uint8", 5]]},  # no beat has a body
+]
+
+
+@pytest.mark.parametrize("k", range(len(HEADS)))
+def test_what_no_member_writes_is_refused(connect: Connect, k: int) -> None:
+    head, (dialler, accepter) = HEADS[k], connect()
+    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    body = bytes(5 if b"layout" in text else 0)
+    begin = struct.pack("!4sIQ", b"cmo1", len(text), len(body))
+    assert heard(accepter, dialler, [begin, text, body]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"COMMOPT_SECRET": ""}, "COMMOPT_SECRET gives a secret of 0 bytes, which can be guessed; give 16 or more"),
+        ({"COMMOPT_SECRET": "short"}, "of 5 bytes"),
+        ({"COMMOPT_SECRET_FILE": "/nowhere"}, "COMMOPT_SECRET_FILE=/nowhere: .*No such file"),
+        ({"COMMOPT_SECRET_FILE": "/dev/null"}, "COMMOPT_SECRET_FILE gives a secret of 0 bytes"),
+        ({"COMMOPT_SECRET": "a" * 20, "COMMOPT_SECRET_FILE": "/dev/null"}, "both set; unset one of them"),
+    ],
+)
+def test_a_secret_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], words: str) -> None:
+    for key in ("COMMOPT_SECRET", "COMMOPT_SECRET_FILE"):
+        monkeypatch.delenv(key, raising=False)
+    assert given_secret() is None
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match=words):
+        given_secret()
+
+
+def test_a_secret_is_read_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("COMMOPT_SECRET", SECRET.decode())
+    assert given_secret() == SECRET
+    monkeypatch.delenv("COMMOPT_SECRET")
+    (tmp_path / "secret").write_bytes(SECRET + b"\n")
+    monkeypatch.setenv("COMMOPT_SECRET_FILE", str(tmp_path / "secret"))
+    assert given_secret() == SECRET
