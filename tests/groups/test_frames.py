@@ -124,7 +124,8 @@ HEADS: list[Any] = [
     *({**LETTER, "channel": channel} for channel in (1, None, ["c"], "c" * 101)),
     *({**LETTER, "layout": layout} for layout in ([], None, "u8", {"uint8": 5}, [["uint8"]], [["uint8", 5.0]])),
     *({**LETTER, "layout": [["uint8", 9], ["uint8", n]]} for n in (-4, BIG, True, 1)),
-    *({**LETTER, "layout": [[name, 5]]} for name in ("quint8", "bool", "nn", "load", "Tensor", "__name__", None, [])),
+    *({**LETTER, "layout": [[dtype, 5]]} for dtype in ("quint8", "bool", "nn", "load", "__name__", None)),
+    {**LETTER, "layout": [[[], 5]]},
     {**LETTER, "layout": [["uint8", 1], ["float32", 1]]},
     {"kind": "beat", "step": 1, "is_training": True, "layout": [["uint8", 5]]},  # no beat has a body
 ]
