@@ -81,6 +81,16 @@ def test_torch_distributed_stays_in_transports_runs_and_frameworks() -> None:
         assert not used, source
 
 
+OF_DEFAULT_DTYPE = [f"torch.{name}" for name in ("zeros", "ones", "empty", "full", "rand", "randn", "linspace", "eye")]
+
+
+def test_no_tensor_takes_the_default_dtype_which_users_may_change() -> None:
+    for source in (source for source in sources() if source != "testing.py"):  # whose tensors are a user's
+        for node in ast.walk(ast.parse((PACKAGE / source).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in OF_DEFAULT_DTYPE:
+                assert "dtype" in {keyword.arg for keyword in node.keywords}, f"{source}:{node.lineno}"
+
+
 HEAVY = ("matplotlib", "typer", "rich", "pyroute2", "numba", "yaml", "triton")
 FRAMEWORKS = ("deepspeed", "lightning", "pytorch_lightning", "accelerate", "transformers", "mpi4py")
 

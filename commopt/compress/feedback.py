@@ -119,7 +119,7 @@ class ErrorFeedback:
         """Overwrite the residual of some blocks; `values` as `values()` gives them."""
         if self.bits == 8:
             per_element = run_of_element(blocks.lengths, values.device)
-            largest = torch.zeros(len(blocks), device=values.device)
+            largest = values.new_zeros(len(blocks))
             scales = largest.scatter_reduce_(0, per_element, values.abs(), "amax") / 127
             steps = torch.where(scales > 0, 1 / scales, 0.0).nan_to_num(0.0, 0.0, 0.0)[per_element]
             round_up: Tensor | float = 0.5

@@ -108,7 +108,7 @@ def equalising_factors(flat: Tensor, index: ParameterIndex) -> Tensor:
     ]
     live = [s for s in sizes if s > 0]
     united = sum(live) / max(1, len(live))
-    return torch.tensor([united / s if s > 0 else 1.0 for s in sizes], device=flat.device)
+    return torch.tensor([united / s if s > 0 else 1.0 for s in sizes], dtype=torch.float32, device=flat.device)
 
 
 def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:

@@ -108,7 +108,7 @@ class _Sparse(Compressor):
             sizes = self._sizes(ks)
             codes = runs.packed(values >= 0, 8 * (np.cumsum(sizes) - sizes), ks, int(sizes.sum()), lowest=True)
         else:
-            scales = torch.zeros(len(ks), device=values.device).scatter_reduce_(0, block, size, "amax")
+            scales = values.new_zeros(len(ks)).scatter_reduce_(0, block, size, "amax")
             ratio = values / torch.where(scales > 0, scales, 1.0)[block]
             codes = ratio.half() if self.value_bits == 16 else (ratio.nan_to_num(0.0) * _LEVELS).round().to(torch.int8)
         return [torch.where(good, scales, math.nan), codes]

@@ -132,7 +132,7 @@ class EngineRun(PlainRun):
         grads = [p.grad for p in self.masters.low.values() if p.grad is not None]
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         device = next(iter(self.parameters.values())).device
-        total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+        total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float32, device=device)
         flag = (~total.isfinite()).to(torch.int32).reshape(1)
         self.group.traffic.bucket = "overflow"
         self.group.all_reduce(flag)

@@ -226,7 +226,7 @@ class ScatterMean(GradientMethod, Compressed):
             numels[k], firsts[k] = piece.numels[shard], sum(piece.numels[:shard])
         index = ParameterIndex(self.index.names, tuple(numels.tolist()))
         empty = frozenset(name for name, n in zip(index.names, index.numels, strict=True) if not n)
-        own = unit.over(torch.empty(0), shard, shard * unit.numel)
+        own = unit.over(torch.empty(0, dtype=torch.float32), shard, shard * unit.numel)
         blocks = self.compressor.table(index, 1, empty).all_of(own)
         within = blocks.homes - index.offsets[blocks.parameters]
         return dataclasses.replace(blocks, homes=(self.index.offsets[:-1] + firsts)[blocks.parameters] + within)

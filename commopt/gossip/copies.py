@@ -191,7 +191,7 @@ def quality(message: Message) -> tuple[float, float]:
         return 1.0, 1.0
     probe = copy.copy(message)
     probe.bind(ParameterIndex(("x",), (_SAMPLE,)), 0)
-    x = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(_SAMPLE, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     c = probe.unpack(probe.pack(x, 0), 0)
     assert c is not None
     scale = min(1.0, round(float(x @ c / (c @ c)), 2))

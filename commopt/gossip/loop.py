@@ -73,6 +73,7 @@ class OuterMethod(Method):
     options: Any
     warmup_option = "every"
     fragments = 1  # each round exchanges one of so many slices of the parameters, in turn
+    needs_float32 = True
     averaged_state: tuple[str, ...] = ()  # state of the inner optimizer that is averaged with the parameters
     max_lag = 3  # rounds that a rank may be behind before it skips steps to catch up
 

@@ -117,7 +117,7 @@ class Group(ABC):
 
     def barrier(self) -> None:
         """Return after every rank has called this."""
-        self.all_reduce(torch.zeros(1))
+        self.all_reduce(torch.zeros(1, dtype=torch.float32))
 
     def _count(self, operation: str, nbytes: int, root: int = 0) -> dict[int, float]:
         """Count a collective by its schedule; return the bytes for each peer."""

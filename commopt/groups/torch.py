@@ -106,7 +106,7 @@ class TorchGroup(BufferGroup):
         return [store.get(key).decode() for key in keys]
 
     def barrier(self) -> None:
-        self.all_reduce(torch.zeros(1, device=self.device))
+        self.all_reduce(torch.zeros(1, dtype=torch.float32, device=self.device))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

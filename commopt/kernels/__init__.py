@@ -29,7 +29,8 @@ def warm_up(device: torch.device = _CPU) -> None:
 
     one = np.zeros(1, dtype=np.int64)
     blocks = Blocks(one, one, one + 8, one, one, one.astype(np.uint64))
-    x, residual, scales, codes = torch.ones(8), torch.zeros(8), torch.ones(1), torch.zeros(8, dtype=torch.uint8)
+    residual, codes = torch.zeros(8, dtype=torch.float32), torch.zeros(8, dtype=torch.uint8)
+    x, scales = residual + 1, residual.new_ones(1)
     signs.block_sums(x, residual, blocks, squared=True)
     signs.compress_signs_(x, residual, blocks, scales, codes[:1], squared=False)
     signs.unpack_signs_(codes[:1], scales, blocks, x, alpha=1.0, add=True)
@@ -40,4 +41,4 @@ def warm_up(device: torch.device = _CPU) -> None:
     indices.encode_(torch.zeros(1, dtype=torch.int64), one + 8, one + 1, one, one + 1, codes[:1])
     indices.decode(codes[:1], one + 8, one + 1, one, one + 1)
     votes.pack_votes_(x, blocks, np.zeros(1, dtype=np.uint8), codes[:1])
-    votes.unpack_counts_(codes[:1], 1, blocks, torch.zeros(2), x)
+    votes.unpack_counts_(codes[:1], 1, blocks, residual.new_zeros(2), x)

@@ -129,7 +129,7 @@ class DiceSGD(GradientMethod):
             return loss(functional_call(model, (parameters, fixed), (x.unsqueeze(0),)), y.unsqueeze(0))
 
         each = vmap(grad_and_value(one), in_dims=(None, 0, 0), randomness="different")
-        losses = [torch.zeros(0, device=inputs.device)]
+        losses = [torch.zeros(0, dtype=torch.float32, device=inputs.device)]
         size = chunk or max(1, len(inputs))
         for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
             if len(x):

@@ -93,7 +93,7 @@ class DiLoCo(OuterMethod):
         super().set_up()
         self.fragments = self.options.fragments
         self.make_outer = self.outer_optimizer()
-        self._outer_state = _initial_state(self.make_outer(torch.zeros(1)))  # raises for a bad option now
+        self._outer_state = _initial_state(self.make_outer(torch.zeros(1, dtype=torch.float32)))  # may raise
 
     def outer_optimizer(self) -> Any:
         """A function that makes the outer optimizer: see `make_outer_optimizer`."""

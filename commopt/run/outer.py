@@ -78,7 +78,7 @@ class OuterRun(Run):
         held = [(name, local(p)) for name, p in named]
         method.bind(held, peers, numels=list(self.numels.values()), copies=(machine.copies.rank, machine.copies.size))
         index = method.cut_out.whole
-        nothing = torch.empty(1).expand(index.total)
+        nothing = torch.empty(1, dtype=torch.float32).expand(index.total)
         self._form = Bucket(nothing, index.names, tuple(index.offsets[:-1].tolist()))
         starts = stretches_of(p for _, p in named)[:, 0] + torch.from_numpy(method.cut_out.starts)
         self.stretches = torch.stack([starts, torch.tensor(method.index.numels)], 1)  # (P, 2) i64: of this rank's share

@@ -158,10 +158,9 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (of("dense", model=sparse), r"0: sparse gradients are not supported; build the embedding with sparse=False"),
     (of("dense", model=lambda: nn.Linear(3, 3, dtype=torch.complex64)), "weight: torch.complex64 .* are not supported"),
     (of("dense", model=with_meta_buffer), "parameters or buffers on the meta device: .*; give them storage first"),
-    (of("ef_sign", model=float64), r"0\.weight: torch\.float64 parameters: ef_sign works in float32, .*; use dense"),
-    (
-        of("onebit_adam", adam, float64),
-        r"0\.weight: torch\.float64 parameters: onebit_adam works in float32, .*; use dense",
+    *(
+        (of(name, kind, float64), rf"0\.weight: torch\.float64 parameters: {name} works in float32, .*; use dense, or")
+        for name, kind in (("ef_sign", sgd), ("onebit_adam", adam), ("local_sgd", sgd), ("choco", sgd))
     ),
     *((of("dense", max_norm=value), NORM) for value in (0, -1.0, math.nan, True, "1")),
     (

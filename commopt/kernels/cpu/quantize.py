@@ -392,11 +392,11 @@ def decompress_(
 def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
     """(n,) i8 in -2^(bits-1) .. 2^(bits-1) - 1 to (ceil(n bits/8),) u8: two's complement, the first one in the lowest bits."""
     x, blocks, levels = values.float(), one_block(len(values)), 2 ** (bits - 1)
-    compress_(x, None, blocks, torch.ones(1), out, kind="levels", levels=levels, bits=bits, is_given=True)
+    compress_(x, None, blocks, x.new_ones(1), out, kind="levels", levels=levels, bits=bits, is_given=True)
 
 
 def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
     """(n,) i8: what `pack_codes_` was given."""
-    values = torch.empty(n)
-    decompress_(code, torch.ones(1), one_block(n), values, kind="levels", bits=bits, alpha=1.0, add=False)
+    values = torch.empty(n, dtype=torch.float32)
+    decompress_(code, values.new_ones(1), one_block(n), values, kind="levels", bits=bits, alpha=1.0, add=False)
     return values.to(torch.int8)

@@ -23,7 +23,7 @@ def float8_values() -> Tensor:
 
 def natural_values() -> Tensor:
     """(256,) f32: what each code of natural compression stands for; 0, or +-2^(k - 127) for k = 1 .. 127."""
-    powers = torch.ldexp(torch.ones(128), torch.arange(128) - 127)
+    powers = torch.ldexp(torch.ones(128, dtype=torch.float32), torch.arange(128) - 127)
     powers[0] = 0
     return torch.cat([powers, -powers])
 

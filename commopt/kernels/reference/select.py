@@ -30,5 +30,5 @@ def select_(
         values.append(c[chosen])
         if residual is not None and good[-1]:
             residual[home : home + n] = c
-    none = torch.zeros(0, device=x.device)
+    none = torch.zeros(0, dtype=torch.float32, device=x.device)
     return torch.cat([none.long(), *indices]), torch.cat([none, *values]), np.asarray(good, dtype=np.bool_)
