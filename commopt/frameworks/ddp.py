@@ -221,6 +221,7 @@ def attach(model: DistributedDataParallel, request: checks.Request) -> Run:
             "ddp hook": run is not None or getattr(model, "_comm_hooks", None),
             "ddp python reducer": getattr(model, "_use_python_reducer", False),
             "ddp mixed precision": getattr(model, "mixed_precision", None) is not None,
+            "ddp skipped buckets": getattr(model, "skip_all_reduce_unused_params", False),
             "ddp shared group": ours is theirs and own and own[0],
             "overlap with a joint decision": request.overlap and joint,
         }
