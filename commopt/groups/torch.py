@@ -19,7 +19,7 @@ from commopt.groups.base import BufferGroup, Traffic
 
 _log = logging.getLogger(__name__)
 SOON = timedelta(seconds=60)  # until it is said for whom a rank waits
-_told: dict[str, int] = {}  # by process group: calls of `tell` so far
+_told: dict[str, int] = {}  # by process group: calls of `tell` in this process so far
 
 
 class TorchGroup(BufferGroup):
@@ -83,8 +83,13 @@ class TorchGroup(BufferGroup):
             return [text]
         ranks = dist.get_process_group_ranks(self.process_group)
         place = f"commopt {self.process_group.group_name} {hash(tuple(ranks)):x}"  # type: ignore[union-attr]
-        _told[place] = count = _told.get(place, 0) + 1
-        store = dist.distributed_c10d._get_default_store()
+        _told[place] = _told.get(place, 0) + 1
+        store = dist.distributed_c10d._get_default_store()  # new if a job starts again, when processes may not be
+        if (count := store.add(f"{place} of {self.rank}", 1)) > _told[place]:
+            raise GroupError(
+                f"rank {ranks[self.rank]} was here before, in a process that this one replaces: torch.distributed cannot take one rank "
+                "back, so restart all of them; with an outer method, start them by commopt launch --independent, and a rank can return"
+            )
         keys = [f"{place} {count} {rank}" for rank in range(self.size)]
         store.set(keys[self.rank], text)
         in_all = _timeout(self.process_group) or dist.default_pg_timeout

@@ -129,6 +129,21 @@ def test_ranks_of_a_job_agree_over_its_store_or_none_attaches(pool: Pool) -> Non
     check(pool.run(3, on_gloo))
 
 
+def started_again(process_group: dist.ProcessGroup) -> str:
+    group = TorchGroup(process_group)
+    group.tell("")
+    counts = torch_groups._told.copy()
+    torch_groups._told.clear()  # as in a new process
+    with pytest.raises(GroupError) as caught:
+        group.tell("")
+    torch_groups._told.update({place: count + 1 for place, count in counts.items()})
+    return str(caught.value)
+
+
+def test_a_rank_that_was_started_alone_again_is_refused_at_once(pool: Pool) -> None:
+    assert all("torch.distributed cannot take one rank back" in answer for answer in pool.run(2, started_again))
+
+
 def in_ddp(process_group: dist.ProcessGroup) -> list[str]:
     rank, answers = dist.get_rank(process_group), []
     wrapped = DistributedDataParallel(make_model(), process_group=process_group)
