@@ -119,6 +119,9 @@ class Group(ABC):
         """Return after every rank has called this."""
         self.all_reduce(torch.zeros(1, dtype=torch.float32))
 
+    def close(self) -> None:
+        """Give back what was opened for this group; call nothing else afterwards."""
+
     def _count(self, operation: str, nbytes: int, root: int = 0) -> dict[int, float]:
         """Count a collective by its schedule; return the bytes for each peer."""
         sent = schedule(operation, nbytes, self.rank, self.size, root=root)

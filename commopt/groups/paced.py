@@ -52,6 +52,9 @@ class PacedGroup(Group):
     def barrier(self) -> None:
         self.inner.barrier()
 
+    def close(self) -> None:
+        self.inner.close()
+
     @contextmanager
     def _at_least(self, seconds: float) -> Iterator[None]:
         end = time.perf_counter() + (seconds if math.isfinite(seconds) else 0.0)

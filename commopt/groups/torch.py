@@ -28,6 +28,8 @@ class TorchGroup(BufferGroup):
     Raises GroupError if torch.distributed has not been initialised, or an exchange fails.
     """
 
+    _is_own = False  # whether `close` ends the process group
+
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_initialized():
             raise GroupError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
@@ -65,7 +67,11 @@ class TorchGroup(BufferGroup):
             if everyone or dist.get_rank() in members:  # all ranks of a job make each group, or only its members
                 new = make(members, use_local_synchronization=not everyone, group_desc="commopt")
                 own = new if dist.get_rank() in members else own
-        return cls(own)
+        group = cls(own)
+        group._is_own = (
+            everyone  # torch gives a later group the name of a sub-group that has ended, which the store remembers
+        )
+        return group
 
     def all_reduce(self, x: Tensor) -> None:
         self._count("all_reduce", x.nbytes)
@@ -114,6 +120,13 @@ class TorchGroup(BufferGroup):
         self.all_reduce(torch.zeros(1, dtype=torch.float32, device=self.device))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def close(self) -> None:
+        if (
+            self._is_own and self.process_group in dist.distributed_c10d._world.pg_map
+        ):  # its owner may have ended the job
+            dist.destroy_process_group(self.process_group)
+            del self.process_group  # its threads end with it, and not when the garbage of a DDP model is collected
 
     def _gather(self, own: Tensor) -> Tensor:
         here = self._staged(own)

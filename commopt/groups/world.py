@@ -74,6 +74,10 @@ class World(Group):
         every = self.between.tell(json.dumps(self._in.tell(text)))
         return [one for machine in every for one in json.loads(machine)]
 
+    def close(self) -> None:
+        self.between.close()
+        self._in.close()
+
     @property
     def _in(self) -> Group:
         assert self.inside is not None

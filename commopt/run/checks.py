@@ -262,9 +262,12 @@ def connect_machines(group: Group | Peers | None, machine: Sequence[int] = ()) -
     machines = [json.loads(text) for text in dict.fromkeys(TorchGroup().tell(json.dumps(sorted(machine))))]
     refuse({"machines of different sizes": len({len(one) for one in machines}) > 1 and f"{machines}"}, "", "outer")
     inside = TorchGroup.like(None, machines, "gloo")
-    if group is None and "COMMOPT_PEERS" not in os.environ:  # where torch.distributed knows this machine only
-        group = TorchGroup.like(None, list(zip(*machines, strict=True)), "gloo")
-    return connect_peers(group, inside), inside
+    if group is not None or "COMMOPT_PEERS" in os.environ:  # where torch.distributed knows this machine only
+        return connect_peers(group, inside), inside
+    between = TorchGroup.like(None, list(zip(*machines, strict=True)), "gloo")
+    peers = connect_peers(between, inside)
+    between.close()
+    return peers, inside
 
 
 def connect_peers(group: Group | Peers | None = None, inside: Group | None = None) -> Peers:

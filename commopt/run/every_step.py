@@ -35,7 +35,7 @@ class EveryStepRun(Run):
     repeat_hint = "run the other backwards with gradient synchronisation off"  # instead of a second exchange
 
     def __init__(self, model: Module, checked: Checked, group: Group) -> None:
-        super().__init__(model, checked.method, checked.optimizer)
+        super().__init__(model, checked)
         self.group, self.max_norm, self.grad_scaler = group, checked.request.max_norm, checked.request.grad_scaler
         self.between = group.between if isinstance(group, World) else group
         self._voids = 0

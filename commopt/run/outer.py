@@ -57,7 +57,7 @@ class OuterRun(Run):
     method: OuterMethod
 
     def __init__(self, model: Module, checked: Checked, peers: Peers, machine: Machine, averages: bool = False) -> None:
-        super().__init__(model, checked.method, checked.optimizer)
+        super().__init__(model, checked)
         method = self.method
         self.peers, self.max_norm, self.configuration = peers, checked.request.max_norm, checked.configuration
         self.machine, self.averages = machine, averages

@@ -18,7 +18,7 @@ from commopt.errors import AttachError
 from commopt.groups import Group, Traffic
 from commopt.method import Method
 from commopt.run import checkpoint, reshare
-from commopt.run.checks import ATTACHED, ATTACHING, check_parameters
+from commopt.run.checks import ATTACHED, ATTACHING, Checked, check_parameters
 from commopt.run.log import RunLog
 from commopt.wire.state import Saved
 
@@ -93,9 +93,14 @@ class Run(ABC):
     method: Method
     group: Group
 
-    def __init__(self, model: Module, method: Method, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.method, self.optimizer = model, method, optimizer
-        self.parameters = check_parameters(model, method, optimizer)
+    def __init__(self, model: Module, checked: Checked) -> None:
+        self.model, self.method, self.optimizer, self._given = (
+            model,
+            checked.method,
+            checked.optimizer,
+            checked.request.group,
+        )
+        self.parameters = check_parameters(model, self.method, self.optimizer)
         self._known = {id(p) for p in self.parameters.values()}
         self._handles: list[Any] = []
         self.voided: list[tuple[int, str]] = []
@@ -154,6 +159,8 @@ class Run(ABC):
         with ATTACHING:
             for one in (self.model, *self.model.parameters()):
                 ATTACHED.pop(one, None)  # type: ignore[no-untyped-call]
+        if not self.is_closed and self.group not in (self._given, getattr(self._given, "inside", None)):
+            self.group.close()
         self.is_closed = True
         self._log.close()
 

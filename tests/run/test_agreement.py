@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import re
 import time
 from datetime import timedelta
@@ -308,6 +309,23 @@ def closed(process_group: dist.ProcessGroup, overlap: bool) -> list[str]:
             attempt_again()
         answers.append(str(caught.value))
     return answers
+
+
+def open_now(process_group: dist.ProcessGroup) -> list[list[int]]:
+    """The file descriptors and threads of this process after each of three runs."""
+    counts = []
+    for is_plain in (False, False, True):
+        model = make_model() if is_plain else DistributedDataParallel(make_model())
+        run = attach(model, "ef_sign", sgd(model))
+        train(model, run.optimizer, run.rank, 1)
+        run.close()
+        counts.append([len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")])
+    return counts
+
+
+def test_close_gives_back_file_descriptors_and_threads(pool: Pool) -> None:
+    for first, *others in pool.run(5, open_now):
+        assert others == [first] * 2
 
 
 @pytest.mark.parametrize("overlap", [True, False])
