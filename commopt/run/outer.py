@@ -32,6 +32,7 @@ from commopt.wire.state import Saved
 
 _log = logging.getLogger(__name__)
 _ROOM_BYTES = 1 << 26
+_PASSES = 10_000  # of `range` at one step, more than anybody accumulates
 
 
 @dataclass
@@ -123,8 +124,16 @@ class OuterRun(Run):
         if not self._has_joined:
             self.join()
         self._log.plan(stop)
+        last, passes = -1, 0
         while self.steps < stop:
-            yield self.steps
+            passes = passes + 1 if self.steps == last else 1
+            if passes > _PASSES:
+                raise AttachError(
+                    f"{_PASSES} passes through range without an optimizer step: it counts steps, and not batches; to accumulate "
+                    "gradients, loop over the batches of a step inside, or count batches yourself"
+                )
+            last = self.steps
+            yield last
 
     def finish(self) -> None:
         """End rounds under way, and with `final_average` average the replicas that are still up; call it after the last step."""

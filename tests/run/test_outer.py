@@ -148,3 +148,10 @@ def test_peers_that_are_given_are_used_as_they_are() -> None:
     assert connect_peers(group.peers) is group.peers
     assert connect_peers(group) is group.peers
     assert connect_peers(None).size == 1
+
+
+def test_a_range_in_which_nothing_steps_ends_with_an_error() -> None:
+    model = make_model()
+    run = attach(model, "local_sgd", sgd(model), group=SimGroup(SimWorld(1), 0))
+    with pytest.raises(AttachError, match=r"it counts steps, and not batches"):
+        list(run.range(8))  # as if a body stepped `if (step + 1) % 4 == 0`
