@@ -36,24 +36,24 @@ def read_choice(choice: Choice) -> tuple[str, dict[str, Any]]:
     if isinstance(choice, str):
         return choice, {}
     if not isinstance(choice, Mapping):
-        raise ConfigError(f"method: {choice!r} is not a method; {_FORMS}")
+        raise ConfigError(f"method: {choice!r:.80} is not a method; {_FORMS}")
     options = dict(choice)
     if "name" in options and "method" in options:
         raise ConfigError(
-            f"name: {options['name']!r} stands beside method: {options['method']!r}; write one of the two"
+            f"name: {options['name']!r:.80} stands beside method: {options['method']!r:.80}; write one of the two"
         )
     for key in {"name", "method"} & options.keys():  # one of them, or none
         named = options.pop(key)
         if key == "method" and isinstance(named, Mapping) and not options:
             return read_choice(named)
         if not isinstance(named, str):
-            raise ConfigError(f"{key}: {named!r} is not a method's name; {_FORMS}")
+            raise ConfigError(f"{key}: {named!r:.80} is not a method's name; {_FORMS}")
         return named, options
     if len(options) == 1:
         name, inner = next(iter(options.items()))
         if isinstance(name, str) and (inner is None or isinstance(inner, Mapping)):
             return name, dict(inner or {})
-    raise ConfigError(f"method: {options!r} names no method; {_FORMS}")
+    raise ConfigError(f"method: {options!r:.80} names no method; {_FORMS}")
 
 
 def is_file(choice: Choice) -> TypeGuard[str | Path]:

@@ -64,7 +64,7 @@ def check_option(option: str, value: Any, is_valid: Callable[[Any], bool], wante
     with contextlib.suppress(TypeError, ValueError):
         if not isinstance(value, bool) and value not in (math.inf, -math.inf) and is_valid(value):
             return
-    raise ConfigError(f"{option}: {value!r} is out of range; write {wanted}")
+    raise ConfigError(f"{option}: {value!r:.80} is out of range; write {wanted}")
 
 
 def check_finite(option: str, value: Any) -> None:
@@ -76,7 +76,7 @@ def check_finite(option: str, value: Any) -> None:
 def check_flag(option: str, value: Any) -> None:
     """Raise ConfigError unless value is true or false."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{option}: {value!r} is out of range; write true or false")
+        raise ConfigError(f"{option}: {value!r:.80} is out of range; write true or false")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -41,14 +41,38 @@ class SpecModel(BaseModel):
         return self
 
 
+_LONGEST_BYTES = 1 << 16  # about a second of PyYAML
+_DEEPEST = 20
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2."""
+    """PyYAML's safe loader with the scalars of YAML 1.2, and without what a settings file does not need."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"alias '*{event.anchor:.40}': write the value itself"
+        elif getattr(event, "tag", None) is not None:
+            problem = f"tag '{event.tag:.40}': write the value without it"
+        elif isinstance(event, yaml.ScalarEvent) and re.search(r"[\0\ud800-\udfff]", event.value):
+            problem = "the text holds a NUL or half a character; write it without"
+        elif self._depth == _DEEPEST:
+            problem = f"is nested more than {_DEEPEST} deep"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float):
+            if not isinstance(key, str | int | float) or not str(key).isprintable() or len(str(key)) > 255:
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
@@ -69,6 +93,8 @@ for _tag, _pattern, _first in (
 
 def _construct_int(_: _Loader, node: yaml.ScalarNode) -> int:
     text = node.value
+    if len(text) > 100:
+        raise yaml.constructor.ConstructorError(None, None, "a number has too many digits", node.start_mark)
     return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
 
 
@@ -78,20 +104,26 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises ConfigError, with the line where that is known."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(_LONGEST_BYTES + 1)
+        text = raw[:_LONGEST_BYTES].decode(errors="strict" if len(raw) <= _LONGEST_BYTES else "ignore")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not text in UTF-8; write YAML") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{path}: cannot be read: {why.lower()}") from None
+    if len(raw) > _LONGEST_BYTES:
+        raise ConfigError(f"{path}: is longer than {_LONGEST_BYTES >> 10} KiB; write a shorter file")
     try:
         data = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(f"{path}: {line}{error.problem or 'is not YAML'}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from None
+    except yaml.reader.ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}: line {number}: {text[error.position]!r} is not allowed in YAML") from None
     if data is None:
         raise ConfigError(f"{path}: is empty; write keys and values, as in 'nodes: 4'")
     if not isinstance(data, dict):
@@ -99,6 +131,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+_MOST_LINES = 20
 _Spec = TypeVar("_Spec", bound=BaseModel)
 _SET = "a set of keys and values"
 _KINDS = {"int": "a whole number", "float": "a number", "finite": "a finite number", "string": "text"}
@@ -116,7 +149,8 @@ def validated(model: type[_Spec], data: Mapping[str, Any], file: str, context: A
         return model.model_validate(data, context=context)
     except ValidationError as error:
         lines = [f"{file}: {key}: {text}" for detail in error.errors() for key, text in _explained(model, detail)]
-        raise ConfigError("\n".join(lines)) from None
+        more = [f"{file}: and {len(lines) - _MOST_LINES} more mistakes"] * (len(lines) > _MOST_LINES)
+        raise ConfigError("\n".join(lines[:_MOST_LINES] + more)) from None
 
 
 def _explained(model: type[BaseModel], detail: ErrorDetails) -> Iterable[tuple[str, str]]:

@@ -52,7 +52,7 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
         except (ConfigError, AttachError, TypeError) as error:
             prefix = "optimizer: " if isinstance(error, AttachError) else ""
             text = str(error).removeprefix(f"method {name.partition('(')[0]}: ")
-            mistakes.append(f"{run.path.name}: methods.{name}: {prefix}{text}")
+            mistakes.append(f"{run.path.name}: methods.{shown(name)[1:-1]}: {prefix}{text}")
             continue
         if steps is not None and made.warmup_steps >= steps:
             mistakes.append(

@@ -30,7 +30,7 @@ from commopt.cluster import machine
 from commopt.cluster.machine import Emulate, free_ports, interface_of, on_signals, tried
 from commopt.cluster.network import INTERFACE, Network, address, checked_run
 from commopt.cluster.spec import ClusterSpec
-from commopt.errors import ConfigError, EmulationError, LaunchError, did_you_mean
+from commopt.errors import EmulationError, LaunchError, did_you_mean
 from commopt.plan.links import LinkModel
 
 _INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
@@ -77,15 +77,11 @@ class Emulation:
         return {name: count for name, count in counters.items() if count is not None}
 
     def members(self) -> tuple[tuple[str, int], ...]:
-        """(ranks,) address and port of each rank, for independent nodes. Raises ConfigError if they need ports above 65535."""
+        """(ranks,) address and port of each rank, for independent nodes."""
         slots, addresses = self.cluster.slots, self.addresses
         if self.shares_loopback:
             return tuple(zip((addresses[0],) * self.cluster.ranks, free_ports(self.cluster.ranks), strict=True))
         first = self.cluster.rendezvous.port + 1
-        if first + slots > 65536:
-            raise ConfigError(
-                f"rendezvous.port: {first - 1} leaves no port for {slots} ranks after it; write {65535 - slots} or less"
-            )
         return tuple((address, first + slot) for address in addresses for slot in range(slots))
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from commopt.errors import LaunchError
+
 LOOPBACK = ("lo", "lo0")  # on Linux, and elsewhere
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -40,9 +42,15 @@ def tried(words: Sequence[str], given: str = "", *, timeout_s: float | None = No
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nothing listens on now."""
+    """Different ports that nothing listens on now. Raises LaunchError for more than this process may open at once."""
     with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        try:
+            listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        except OSError as error:
+            text = (
+                f"{count} ports are too many at once: {(error.strerror or str(error)).lower()}; raise it with ulimit -n"
+            )
+            raise LaunchError(f"{text}, or write fewer nodes or slots") from None
         for listener in listeners:
             listener.bind(("127.0.0.1", 0))
         return [listener.getsockname()[1] for listener in listeners]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,17 +23,27 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 def _checked_name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is not a name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'")
+        raise ValueError(f"{shown(text)} is not a name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'")
     return text
 
 
-def _checked_by(parse: Callable[[str], float]) -> BeforeValidator:
-    """A text that `parse` accepts; `rate: 100` reaches it too, since its message says what is missing."""
+def _checked_host(text: str) -> str:
+    try:
+        is_host = bool(text.encode("idna")) and text.isprintable() and " " not in text
+    except UnicodeError:
+        is_host = False
+    if not is_host:
+        raise ValueError(f"{shown(text)} is not a host; write its address or name, as in '10.1.0.5'")
+    return text
+
+
+def _checked_by(parse: Callable[[str], float], wanted: str, least: float, most: float) -> BeforeValidator:
+    """A text that `parse` accepts, within bounds; `rate: 100` reaches it too, since its message says what is missing."""
 
     def checked(value: object) -> object:
         text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-        if isinstance(text, str):
-            parse(text)
+        if isinstance(text, str) and not least <= parse(text) <= most:
+            raise ValueError(f"{shown(text)} is out of range; write {wanted}")
         return text
 
     return BeforeValidator(checked)
@@ -47,21 +58,22 @@ def _as_nodes(value: object) -> object:
             raise ValueError("[] has no node; write at least one")
         return [{"name": node} if isinstance(node, str) else node for node in value]
     if not 1 <= value <= 1000:
-        raise ValueError(f"{value} is not a number of nodes; write 1 to 1000")
+        raise ValueError(f"{shown(value)} is not a number of nodes; write 1 to 1000")
     return [{"name": f"node{index}"} for index in range(value)]
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
-Rate = Annotated[str, _checked_by(parse_rate)]
-Delay = Annotated[str, _checked_by(parse_delay)]
-Loss = Annotated[str, _checked_by(parse_loss)]
+# the kernel's tbf and netem count a burst's time and a delay in 32 bits
+Rate = Annotated[str, _checked_by(parse_rate, "10kbit to 8tbit", 1250, 1e12)]
+Delay = Annotated[str, _checked_by(parse_delay, "100s or less", 0, 100)]
+Loss = Annotated[str, _checked_by(parse_loss, "100% or less", 0, 1)]
 
 
 class Node(SpecModel):
     """One machine; an emulated one if `host` is None."""
 
     name: Name
-    host: str | None = None
+    host: Annotated[str, AfterValidator(_checked_host)] | None = None
 
 
 class Rendezvous(SpecModel):
@@ -188,6 +200,11 @@ class ClusterSpec(SpecModel):
             if host in hosts[:index]:
                 twice = f"{host!r} is the host of two nodes; use 'slots' for several ranks on one machine"
                 yield f"nodes.{index}.host", twice
+        if self.ranks > 10_000:
+            yield "slots", f"{self.slots} on each of {len(names)} nodes are too many; write 10000 ranks at most"
+        if (port := self.rendezvous.port) + self.slots > 65535:
+            room = f"{port} leaves no port for {self.slots} ranks after it; write {65535 - self.slots} or less"
+            yield "rendezvous.port", room
         place: dict[str, str] = {}
         for site, members in self.sites.items():
             if not members:
@@ -214,8 +231,8 @@ class ClusterSpec(SpecModel):
 def _placed(path: Path, info: ValidationInfo) -> Path:
     """A file that the run's file names, relative to its own folder."""
     folder = Path(info.context or "").parent
-    if not (folder / path).is_file():
-        raise ValueError(f"{str(path)!r} does not exist; paths are relative to the file's folder, {folder}")
+    if not os.path.isfile(folder / path):  # Path.is_file raises if a name is too long
+        raise ValueError(f"{shown(str(path))} does not exist; paths are relative to the file's folder, {folder}")
     return (folder / path).resolve()
 
 
@@ -281,7 +298,8 @@ def load_cluster(path: str | Path) -> ClusterSpec:
 
 def load_run(path: str | Path) -> RunSpec:
     """Read a run's YAML and the cluster it names; a `method:` block becomes one of `methods`. Raises ConfigError as `load_cluster`."""
-    given, data = Path(path).resolve(), read_yaml(Path(path))
+    data = read_yaml(Path(path))
+    given = Path(path).resolve()
     if "method" in data:
         if "methods" in data:
             raise ConfigError(f"{path}: method: stands beside methods; write one of the two")

@@ -92,7 +92,7 @@ def _find(name: str) -> tuple[type[Method], dict[str, str]]:
     """The method, and the options that `name(a, b)` gives by position: `two_way(sign, int8)` is worker: sign, server: int8."""
     word, is_called, inside = name.partition("(")
     if word not in METHODS:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(word, METHODS)}")
+        raise ConfigError(f"unknown method {name!r:.80}{did_you_mean(word, METHODS)}")
     method = METHODS[word]
     if not is_called:
         return method, {}

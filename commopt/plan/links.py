@@ -20,7 +20,9 @@ _TIME_UNITS = {"us": 1e-6, "usec": 1e-6, "ms": 1e-3, "msec": 1e-3, "s": 1.0, "se
 def _quantity(text: str | int | float, units: Mapping[str, float], kind: str, example: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*", str(text).lower())
     if match is None or match[2] not in units:
-        raise ConfigError(f"{text!r} is not a {kind}; write a number and one of {', '.join(units)}, as in {example!r}")
+        raise ConfigError(
+            f"{text!r:.60} is not a {kind}; write a number and one of {', '.join(units)}, as in {example!r}"
+        )
     return float(match[1]) * units[match[2]]
 
 
@@ -28,7 +30,7 @@ def parse_rate(text: str) -> float:
     """Return bytes per second for a rate in tc's units (`100mbit`; `mbps` is megabytes, as in tc). Raises ConfigError."""
     rate = _quantity(text, _RATE_UNITS, "rate", "100mbit") / 8
     if rate <= 0:
-        raise ConfigError(f"{text!r} is not a rate: it must be above zero; leave it out for an unlimited link")
+        raise ConfigError(f"{text!r:.60} is not a rate: it must be above zero; leave it out for an unlimited link")
     return rate
 
 
@@ -41,7 +43,7 @@ def parse_loss(text: str) -> float:
     """Return a probability for a percentage (`0.1%`). Raises ConfigError."""
     loss = _quantity(str(text).replace("%", "percent"), {"percent": 0.01}, "loss rate", "0.1%")
     if loss > 1:
-        raise ConfigError(f"{text!r} is not a loss rate: at most 100%")
+        raise ConfigError(f"{text!r:.60} is not a loss rate: at most 100%")
     return loss
 
 

@@ -51,6 +51,20 @@ MISTAKES = {
     "nodes: 2\nsites: {a: [node0]}": "sites: 'node1' is in no site; put every node in one",
     "nodes: 1\nsites: {a: [nod0]}": "sites.a: there is no node 'nod0'; did you mean 'node0'?",
     "nodes: 2\nnodes: 3": "line 2: duplicate key 'nodes'",
+    "nodes: 2\nlinks: {rate: 1kbit}": "links.rate: '1kbit' is out of range; write 10kbit to 8tbit",
+    "nodes: 2\nlinks: {delay: 101s}": "links.delay: '101s' is out of range; write 100s or less",
+    "nodes: 1000\nslots: 11": "slots: 11 on each of 1000 nodes are too many; write 10000 ranks at most",
+    "nodes: 2\nslots: 8\nrendezvous: {port: 65530}": "rendezvous.port: 65530 leaves no port for 8 ranks after it; write 65527 or less",
+    "nodes: [{name: a, host: a b}]": "nodes.0.host: 'a b' is not a host; write its address or name, as in '10.1.0.5'",
+    "nodes: 2\nslots: !!bool maybe": "line 2: tag 'tag:yaml.org,2002:bool': write the value without it",
+    "nodes: &a [*a]": "line 1: alias '*a': write the value itself",
+    f"nodes: {'[' * 3000}": "line 1: is nested more than 20 deep",
+    f"nodes: {'9' * 5000}": "line 1: a number has too many digits",
+    'nodes: ["a\\0b"]': "line 1: the text holds a NUL or half a character; write it without",
+    'nodes: 2\nname: "\\ud800"': "line 2: the text holds a NUL or half a character; write it without",
+    'nodes: 2\n"a\\nb": 1': "line 2: a key must be a word",
+    "nodes: 2\n\x07": "line 2: '\\x07' is not allowed in YAML",
+    f"nodes: 2 #{'é' * 40000}": "is longer than 64 KiB; write a shorter file",
     "nodes: 2\n slots: [": "line 2: mapping values are not allowed here",
 }
 
@@ -74,11 +88,21 @@ def test_all_mistakes_are_listed(write: Callable[[str], Path]) -> None:
     assert keys == ["slots", "links.rate", "links.dely"]
 
 
+def test_of_very_many_mistakes_some_are_counted(write: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(write("nodes: 2\n" + "".join(f"x{k}: 1\n" for k in range(30))))
+    lines = str(caught.value).splitlines()
+    assert (len(lines), lines[-1].split(": ")[1]) == (21, "and 10 more mistakes")
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such file"):
         load_cluster(tmp_path / "nope.yaml")
     with pytest.raises(ConfigError, match="cannot be read: is a directory"):
         load_cluster(tmp_path)
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: too many levels"):
+        load_run(tmp_path / "loop.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not text in UTF-8"):
         load_cluster(tmp_path / "binary.yaml")
@@ -155,6 +179,7 @@ RUN_MISTAKES = {
         for steps, shown in (("0", "0"), ("true", "true"), ("-3", "-3"), ("many", "'many'"), ("2.5", "2.5"))
     },
     "cluster: nope.yaml\nmethods: {dense: {}}": "cluster: 'nope.yaml' does not exist",
+    f"program: {'n' * 300}\nmethods: {{dense: {{}}}}": f"program: '{'n' * 56}... does not exist",
     "program: nope.py\nmethods: {dense: {}}": "program: 'nope.py' does not exist",
     "metods: {dense: {}}": "metods: unknown key; did you mean 'methods'?",
 }
