@@ -20,6 +20,7 @@ from commopt.errors import EmulationError
 INTERFACE = "eth0"  # of every node, in its own namespace
 _FASTEST_BYTES_PER_S = 30e9 / 8  # tbf's rate field ends at 4 GiB/s; a veth pair is slower than that
 _ETHERNET_BYTES = 14
+_IPV6_MTU = 1280  # RFC 8200: the smallest of a link that carries it
 _NOWHERE = "01:80:c2:00:00:01"  # IEEE 802.1D: bridges silently drop frames for this address
 
 
@@ -184,9 +185,10 @@ class Network:
         self._root.tc("del", index=1, root=True)
         return True
 
-    @staticmethod
-    def _silence_ipv6(route: Any, index: int) -> None:
+    def _silence_ipv6(self, route: Any, index: int) -> None:
         """Keep the kernel from announcing link-local addresses, which would be counted as traffic."""
+        if self._mtu < _IPV6_MTU:  # then it speaks none
+            return
         mode = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}
         route.link("set", index=index, IFLA_AF_SPEC=mode)
 

@@ -65,7 +65,7 @@ def test_sites_share_one_pipe(write: Write, mark: str) -> None:
 
 @pytest.mark.usefixtures("namespaces")
 def test_two_runs_at_once_do_not_meet(write: Write, mark: str) -> None:
-    cluster = write("nodes: 2\nlinks: {rate: 100mbit}")
+    cluster = write("nodes: 2\nlinks: {rate: 100mbit, mtu: 1000}")
     commands = [member(mark, "send", address(1), "1000000"), member(mark, "receive", 1)]
     runs = [drive(cluster, "netns", mark, commands) for _ in range(2)]
     for found in map(result, runs):
