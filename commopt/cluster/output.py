@@ -53,8 +53,14 @@ class Traceback:
 
 
 def exception_in(lines: Sequence[str]) -> str:
-    """The exception itself: a traceback's last line that is not indented."""
-    return next((line for line in reversed(lines) if line and not line[0].isspace()), "")
+    """The exception itself: what follows a traceback's last frame, with the next line if its message begins there."""
+    starts = [k for k, line in enumerate(lines) if line.startswith(_TRACEBACK)]
+    last = [line for line in lines[starts[-1] + 1 if starts else 0 :] if line.strip()]
+    found = next((k for k, line in enumerate(last) if not line[0].isspace()), None)
+    if found is None:
+        return _TRACEBACK if starts else ""
+    text, *message = map(str.strip, last[found : found + 2])
+    return " ".join([text, *message] if text.endswith(":") else [text])
 
 
 class Lines:

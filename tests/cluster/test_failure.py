@@ -55,6 +55,22 @@ def test_the_cause_is_named_and_not_what_follows_from_it(code: int, lines: list[
     assert named(end(0, 1, 1.0, FOLLOWS), end(1, code, 1.2, *lines)) == f"rank 1 (node1) {text}"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("RuntimeError: gone\n\nAt:\n  train.py(3): <module>", "RuntimeError: gone"),  # pybind11's
+        ("RuntimeError: \n    the disk is full\n", "RuntimeError: the disk is full"),
+        ("ValueError: one\nline more\n", "ValueError: one"),
+        ("KeyboardInterrupt\n\n", "KeyboardInterrupt"),
+    ],
+)
+def test_the_reason_is_what_follows_the_last_frame(words: str, said: str) -> None:
+    head = 'Traceback (most recent call last):\n  File "train.py", line 3, in <module>\n    run()\n'
+    chained = f"{head}KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\n{head}"
+    for before in (head, chained):
+        assert named(end(0, 1, 1.0, *f"{before}{words}".splitlines())) == f"rank 0 (node0) failed: {said}"
+
+
 def test_a_kill_from_outside_comes_first() -> None:
     ends = end(0, 1, 1.0, OWN), end(1, -signal.SIGABRT, 1.1), end(2, -signal.SIGKILL, 1.2)
     assert named(*ends) == "rank 2 (node2) was killed by SIGKILL"
