@@ -218,10 +218,16 @@ def val_loss_text(above: float) -> str:
 
 
 def _fewer_bytes(run: RunResult, dense: RunResult) -> str:
-    if not run.payload_bytes_per_step or not dense.payload_bytes_per_step:
-        return ""
-    ratio = dense.payload_bytes_per_step / run.payload_bytes_per_step
-    return _compared(ratio, "as many bytes a step", "fewer bytes a step", "more bytes a step")
+    """On the wire of the machine that sends most, with headers; payload if its interface was not read."""
+    for field, what in (
+        ("nic_tx_bytes_per_step", "bytes a step on the wire"),
+        ("payload_bytes_per_step", "bytes a step"),
+    ):
+        mine, other = getattr(run, field), getattr(dense, field)
+        if mine and other:
+            what += " of a machine, without headers" * (field == "payload_bytes_per_step")
+            return _compared(other / mine, f"as many {what}", f"fewer {what}", f"more {what}")
+    return ""
 
 
 def round_cells(results: Results) -> list[list[str]]:

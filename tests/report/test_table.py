@@ -28,7 +28,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_a_reading_says_speed_loss_and_bytes(results: Results) -> None:
     assert readings(results)[2] == (
         "onebit_adam: steps 9.5x faster than dense after step 24, the whole run 5.7x faster; val loss 0.2 % above; "
-        "32x fewer bytes a step."
+        "32x fewer bytes a step on the wire."
     )
 
 
@@ -67,7 +67,7 @@ UNEVEN = change("step", lambda _, line: {"seconds": 4.0 if line["step"] % 4 == 0
     ("plan", "edit", "said", "unsaid"),
     [
         (replace(short(FP16), step_s=1.86), None, "steps 1.5x slower than dense, the whole run 1.5x slower", "fail"),
-        (replace(short(FP16), payload_bytes=7.32e6), None, "; 1.2x more bytes a step", "fewer"),
+        (replace(short(FP16), payload_bytes=7.32e6), None, "; 1.2x more bytes a step on the wire", "fewer"),
         (short(ONEBIT), killed, "did not finish (ranks 0, 1, 2, 3 stopped after 28 of 40 steps)", "whole run"),
         (short(ONEBIT), DIVERGED, "training loss not finite in 10 steps, first in step 31", "above"),
         (short(FP16, 30), None, "after 30 steps, where dense did 40", "val loss 0"),
