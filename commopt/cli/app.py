@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -159,12 +160,12 @@ def check_node(spec: ClusterSpec, emulate: Emulate | None, node: str | None) -> 
 
 
 def check_program(program: str) -> None:
-    """Raise LaunchError if there is no program of that name."""
+    """Raise ConfigError if there is no program of that name."""
     is_python, is_file = program.endswith(".py"), Path(program).is_file()
     if is_python and not is_file:
-        raise LaunchError(f"{program}: there is no such file")
+        raise ConfigError(f"{program}: there is no such file")
     if not is_python and shutil.which(program) is None:
-        raise LaunchError(f"{program}: {'it is not executable' if is_file else 'there is no such program'}")
+        raise ConfigError(f"{program}: {'it is not executable' if is_file else 'there is no such program'}")
 
 
 def print_commands(words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = "") -> None:
@@ -249,9 +250,10 @@ def _train_and_report(
     from commopt.cluster.injection import check_faults
 
     check_node(spec.cluster, emulate, node)
+    check_program(str(spec.program))
     methods = training.chosen_methods(spec, names)
     emulation = (emulation_of.preview if print_only else emulation_of.enter)(spec.cluster, emulate=emulate, node=node)
-    training.check_methods(spec, methods)
+    training.check_methods(spec, {**spec.methods, **methods})
     check_faults(spec.faults, emulation, spec.path.name)
     if print_only:
         for name, options in methods.items():
@@ -263,24 +265,27 @@ def _train_and_report(
     reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks recorded
     training.check_outputs(methods, out_dir, json_file if reports else None)
     note(*emulation.notices)
-    runs = training.train_each(
-        spec,
-        methods,
-        emulation=emulation,
-        out_dir=out_dir,
-        report=lambda results: _report(results, out_dir, json_file) if reports else None,
-    )
+    with nullcontext() if emulation.is_elsewhere else training.locked(out_dir):  # machines may share a disk
+        runs = training.train_each(
+            spec,
+            methods,
+            emulation=emulation,
+            out_dir=out_dir,
+            report=lambda results: _report(results, out_dir, json_file) if reports else None,
+        )
     failed = [result.name for result in runs if result.status != "finished"]
     if failed:
         raise LaunchError(f"{', '.join(failed)} did not finish; see above")
 
 
 def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
-    from commopt.report.page import results_json, write_report
+    from commopt.report.page import keep_last_good, results_json, write_report
     from commopt.report.table import show
 
     show(results, sys.stdout)
     try:
+        if kept := keep_last_good(results, out_dir):
+            note(f"a run failed; the last report without failures is now in {kept}")
         written = write_report(results, out_dir)
     finally:
         if json_file is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,22 @@ def check_outputs(methods: Iterable[str], out_dir: Path, json_file: Path | None)
             mistakes.append(f"--json {json_file}: {text}; write another path")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+
+
+@contextmanager
+def locked(out_dir: Path) -> Iterator[None]:
+    """Hold a folder of results until the block has ended. Raises ConfigError if another process holds it."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            another = "another commopt is writing there; wait for its end, or write another folder"
+            raise ConfigError(f"--out {out_dir}: {another}") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _folder_mistake(folder: Path) -> str | None:

@@ -35,6 +35,7 @@ from commopt.plan.links import LinkModel
 
 _INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
 _DEPTH = "_COMMOPT_DEPTH"
+_PACED = "pacing slows the exchanges of commopt's methods, dense too; what a program sends without them, as plain DDP does, is not delayed"
 _PR_SET_PDEATHSIG = 1
 _RESTRICTIONS = (  # setting, the value that forbids namespaces, one that allows them, the reason, whether root is concerned
     ("kernel/apparmor_restrict_unprivileged_userns", "1", "0", "AppArmor restricts user namespaces", False),
@@ -68,12 +69,13 @@ class Emulation:
         return self.mode is Emulate.NONE and self.cluster.has_hosts
 
     def tx_bytes(self) -> dict[str, int]:
-        """Bytes each node has sent, by the kernel's counters; empty if nodes share the loopback interface."""
+        """Bytes each node has sent, by the kernel's counters; none of a node on loopback, where others send too."""
         if self.network is not None:
             return self.network.tx_bytes()
         if self.shares_loopback:
             return {}
-        counters = {self.cluster.names[node]: machine.nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
+        own = {node: name for node in self.nodes if (name := self.interfaces[node]) not in machine.LOOPBACK}
+        counters = {self.cluster.names[node]: machine.nic_tx_bytes(name) for node, name in own.items()}
         return {name: count for name, count in counters.items() if count is not None}
 
     def members(self) -> tuple[tuple[str, int], ...]:
@@ -117,6 +119,7 @@ def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> 
     count, notices = len(cluster.nodes), []
     if paced:
         notices.append(f"links are imposed by pacing, not by the kernel ({why})")
+        notices.append(_PACED)
         if any(cluster.link(n).loss or cluster.link(n).jitter for n in range(count)):
             notices.append("pacing imposes rates and delays; jitter and loss are left out")
     return Emulation(
@@ -274,7 +277,7 @@ def _inside(cluster: ClusterSpec, lifeline: int, report: int) -> Emulation:
     if not network.has_netem and (any(model.latency_s) or any(model.between_latency_s)):
         own, between = ((math.inf,) * len(rates) for rates in (model.bytes_per_s, model.between_bytes_per_s))
         links = links_json(replace(model, bytes_per_s=own, between_bytes_per_s=between))
-        notices.append("this kernel has no netem: rates are the kernel's, delays are imposed by pacing")
+        notices += ["this kernel has no netem: rates are the kernel's, delays are imposed by pacing", _PACED]
     everything = [*(cluster.link(index) for index in range(count)), cluster.links.between]
     if not network.has_netem and any(link.jitter_s or link.loss_probability for link in everything):
         notices.append("this kernel has no netem: jitter and loss are left out")

@@ -55,6 +55,29 @@ def write_report(results: Results, out_dir: Path) -> list[Path]:
     return [out_dir / name for name in contents]
 
 
+def keep_last_good(results: Results, out_dir: Path) -> Path | None:
+    """If a run failed, move a report whose runs all finished to `out_dir`/last-good; returns that folder if it did.
+
+    Raises LaunchError if it cannot be moved.
+    """
+    try:
+        before = json.loads((out_dir / "results.json").read_bytes())["runs"]
+        is_good = all(run["status"] == "finished" for run in before)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not a report
+        return None
+    if not is_good or all(run.status == "finished" for run in results.runs):
+        return None
+    kept = out_dir / "last-good"
+    try:
+        kept.mkdir(exist_ok=True)
+        for path in (out_dir / name for name in FILES):
+            if path.is_file():
+                path.replace(kept / path.name)
+    except OSError as error:
+        raise LaunchError(f"{kept}: cannot be written: {(error.strerror or str(error)).lower()}") from None
+    return kept
+
+
 def results_json(results: Results) -> str:
     """The results document, with a line end."""
     return results.model_dump_json(indent=1) + "\n"

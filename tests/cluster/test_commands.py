@@ -107,8 +107,8 @@ def test_print_starts_nothing_and_shows_every_node(
     ("words", "code", "message"),
     [
         (["nope.yaml", "--", "hostname"], 2, "nope.yaml: there is no such file"),
-        (["cluster.yaml", "--", "nope.py"], 1, "nope.py: there is no such file"),
-        (["cluster.yaml", "--", "no-such-program"], 1, "no-such-program: there is no such program"),
+        (["cluster.yaml", "--", "nope.py"], 2, "nope.py: there is no such file"),
+        (["cluster.yaml", "--", "no-such-program"], 2, "no-such-program: there is no such program"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from launchers import HERE, ROOT, commopt_here, finish, processes, start, wait_until
 
-from commopt.cli.training import check_methods, check_outputs, chosen_methods
+from commopt.cli.training import check_methods, check_outputs, chosen_methods, locked
 from commopt.cluster.spec import load_run
 from commopt.errors import ConfigError
 
@@ -136,6 +136,14 @@ def test_results_may_go_where_the_report_goes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_results_of_two_runs_do_not_mix(tmp_path: Path) -> None:
+    wanted = f"--out {tmp_path}/out: another commopt is writing there; wait"
+    with locked(tmp_path / "out"), pytest.raises(ConfigError, match=wanted), locked(tmp_path / "out"):
+        pass
+    with locked(tmp_path / "out"):
+        pass
+
+
 CUT = "run.yaml: faults.0.cut: needs links that the kernel emulates, and here they are not (--emulate paced); add "
 NO_EFFECT = "has no effect where this machine runs all nodes; leave it out"
 NO_NAME = "a name is empty; write NAME,NAME,... as in dense,fp16"
@@ -153,6 +161,7 @@ NO_NAME = "a name is empty; write NAME,NAME,... as in dense,fp16"
         (["compare", "RUN", "--node", "nosuch"], f"--node nosuch: {NO_EFFECT}"),
         (["launch", "CLUSTER", "--node", "nosuch", "--", "true"], f"--node nosuch: {NO_EFFECT}"),
         (["compare", "RUN", "--methods", "dense,onebit_adm"], "run.yaml: methods.onebit_adm: unknown method"),
+        (["run", "BAD", "--method", "dense"], "run.yaml: methods.ef_sign: unknown option 'blok_size'"),
         (["run", "RUN", "--json", "nowhere/copy.json"], "--json nowhere/copy.json: there is no folder"),
         (["run", "CUT", "--emulate", "paced"], CUT),
         (["run", "CUT", "--emulate", "paced", "--print"], CUT),
@@ -162,8 +171,9 @@ def test_a_mistake_is_one_line_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
 ) -> None:
     cut = write(tmp_path / "cut", methods="{dense: {}}", faults="[{at_step: 4, cut: [node0, node1]}]")
+    bad = write(tmp_path / "bad", methods="{dense: {}, ef_sign: {blok_size: 8}}")
     run = write(tmp_path, methods="{dense: {}}")
-    files = {"RUN": str(run), "CLUSTER": str(tmp_path / "cluster.yaml"), "CUT": str(cut)}
+    files = {"RUN": str(run), "BAD": str(bad), "CLUSTER": str(tmp_path / "cluster.yaml"), "CUT": str(cut)}
     # --emulate none: should the mistake go unseen, namespaces would run this whole pytest again
     words = [words[0], "--emulate", "none", *(files.get(word, word) for word in words[1:])]
     code, output, errors = commopt_here(capsys, *words)

@@ -11,7 +11,7 @@ from synthetic_runs import CLUSTER, DENSE, FP16, ONEBIT, change, results_of, run
 from commopt.errors import LaunchError
 from commopt.report import drawing, plots
 from commopt.report.document import Cluster, Node, Results, RunResult
-from commopt.report.page import FILES, draw, headline, page, sites, write_report
+from commopt.report.page import FILES, draw, headline, keep_last_good, page, results_json, sites, write_report
 from commopt.report.results import collect
 from commopt.report.table import readings
 
@@ -45,6 +45,18 @@ def test_a_report_takes_the_place_of_an_older_one_and_leaves_nothing_else(
     assert Results.model_validate_json((tmp_path / "out" / "results.json").read_bytes()) == results
     assert headline(results) in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "bytes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_rerun_keeps_the_last_good_report(results: Results, tmp_path: Path) -> None:
+    bad = results.model_copy(update={"runs": [results.runs[0].model_copy(update={"status": "failed"})]})
+    good = results_json(results)
+    (tmp_path / "results.json").write_text(good)
+    assert keep_last_good(results, tmp_path) is None
+    assert keep_last_good(bad, tmp_path) == tmp_path / "last-good"
+    for text in (results_json(bad), "{}", "no report"):
+        (tmp_path / "results.json").write_text(text)
+        assert keep_last_good(bad, tmp_path) is None
+    assert (tmp_path / "last-good/results.json").read_text() == good
 
 
 def test_a_file_that_cannot_be_written_is_named(results: Results, tmp_path: Path) -> None:
