@@ -125,7 +125,7 @@ class NodeBytes(DocumentPart):
     modelled_bytes: float = Field(description="the same with segment headers and acknowledgements")
     nic_tx_bytes: float = Field(description="bytes that its interface transmitted in the window, by the kernel's count")
     ratio: float | None = Field(description="nic_tx_bytes over modelled_bytes; null if modelled_bytes is 0")
-    ok: bool = Field(description="whether the two counts agree within 3 %, or within 10 kB")
+    ok: bool = Field(description="whether the two agree within 3 %, or within what each message adds")
 
 
 class RoundCosts(DocumentPart):

@@ -39,6 +39,7 @@ def test_only_bytes_for_other_nodes_leave_the_node() -> None:
     assert check.defect is None
 
 
+RING = TrafficRow("random_k", "all_reduce", "bucket0", 43, 1.5e5)
 SMALL = TrafficRow("onebit_adam", "all_gather", "bucket0", 24, 1.2e5)
 
 
@@ -46,6 +47,7 @@ SMALL = TrafficRow("onebit_adam", "all_gather", "bucket0", 24, 1.2e5)
     ("nbytes", "row", "off", "ok"),
     [
         *((5e6, ROW, off, ok) for off, ok in ((1, True), (1.029, True), (0.971, True), (1.031, False), (0.969, False))),
+        *((1.5e5, RING, off, ok) for off, ok in ((1.35, True), (1.8, False))),
         *((1.2e5, SMALL, off, ok) for off, ok in ((1.09, True), (1.3, False))),  # each exchange has packets of its own
     ],
 )
