@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, cast
 
 import typer.core
 
@@ -79,9 +80,54 @@ OutAnnotated = Annotated[
 JsonAnnotated = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
 
 
+class _Stream:
+    """A standard stream; what it cannot take (a full disk) is dropped, so that training continues."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.problem: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # the reader has ended, and wants no more
+            raise
+        except OSError as error:
+            self.problem = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # for what is still buffered
+            os.close(nowhere)
+
+
 def main() -> None:
-    """Run the command line: exits with 0, 1 for a job that failed, 2 for a mistake in what was asked, 128 + a signal."""
-    app(prog_name="commopt")
+    """Run the command line: exits with 0, 1 for a job that failed or lost output, 2 for a mistake in what was asked, 128 + a signal."""
+    for descriptor in range(3):  # one that was closed (>&-) would be given to a socket
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    streams = [_Stream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)]  # noqa: SIM115
+    sys.stdout, sys.stderr = cast("list[TextIO]", streams)
+    try:
+        app(prog_name="commopt")
+    except SystemExit as ended:
+        sys.stdout.flush()
+        if problem := streams[0].problem:
+            fail(f"the output is incomplete: {(problem.strerror or str(problem)).lower()}", code=int(ended.code or 1))
+        raise
 
 
 def fail(message: str, *, code: int) -> NoReturn:
