@@ -35,6 +35,8 @@ class Failure:
         if self.killed_at_step is not None:
             return f"{self.node} was killed at step {self.killed_at_step}, as the run's faults say"
         who = f"rank {self.rank} ({self.node})" if self.rank is not None else f"the torchrun agent of {self.node}"
+        if self.rank is None and self.exit_code == -signal.SIGSTOP:
+            return f"{self.node} stood still with a stopped process, and was ended"
         exception = exception_in(self.message.splitlines())
         if self.exit_code < 0 and not (self.rank is not None and exception):
             known = {one.value: one.name for one in signal.Signals}

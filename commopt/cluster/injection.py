@@ -53,6 +53,11 @@ class Injection:
     def unreached(self) -> list[str]:
         return [f"the fault at step {fault.at_step} was not reached: {fault}" for fault in self._waiting]
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a fault in force stops processes."""
+        return any(fault.kind != "cut" for fault, _ in self._in_force)
+
     def tick(self, job: Job) -> None:
         """End and begin the faults of this running job that are due; call it several times a second."""
         if self._throttle is None:

@@ -23,8 +23,11 @@ _PERIOD_S = 0.08
 _LOOK_S = 0.4  # how often new processes of a node are looked for
 
 
-def marked(mark: str, node: str | None = None) -> Iterator[int]:
-    """Processes whose environment has this job's mark (and this node's name), whatever their parent is now."""
+def marked(mark: str, node: str | None = None, states: str = "") -> Iterator[int]:
+    """Processes whose environment has this job's mark (and this node's name), whatever their parent is now.
+
+    states: only those in one of these, such as T, stopped by a signal.
+    """
     wanted = [f"COMMOPT_JOB={mark}".encode(), *([f"COMMOPT_NODE={node}".encode()] if node is not None else [])]
     try:
         own_namespace = os.readlink("/proc/self/ns/pid")
@@ -34,7 +37,10 @@ def marked(mark: str, node: str | None = None) -> Iterator[int]:
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
                 variables = (entry / "environ").read_bytes().split(b"\0")
-                if all(word in variables for word in wanted) and os.readlink(entry / "ns/pid") == own_namespace:
+                if not all(word in variables for word in wanted):
+                    continue
+                is_so = not states or (entry / "stat").read_text().rpartition(")")[2].split()[0] in states
+                if is_so and os.readlink(entry / "ns/pid") == own_namespace:
                     pid = _pid_here(entry)
                     if pid != os.getpid():
                         yield pid

@@ -21,11 +21,12 @@ from commopt.cluster.failure import AgentEnd, Failure, first_failure
 from commopt.cluster.injection import Injection
 from commopt.cluster.machine import free_ports
 from commopt.cluster.output import Lines, Logs, output_pair, read_from
-from commopt.cluster.processes import kill_all
+from commopt.cluster.processes import kill_all, marked
 from commopt.errors import LaunchError
 
 _TICK_S = 0.2
 _FAULTS_S = 0.05  # how often due faults are looked for: small models do many steps between two ticks
+_STOPPED_S, _STOPPED_END_S = 10.0, 300.0  # until a node with a stopped process is reported, and ended
 _OTHERS_S = 1.5  # for the other nodes to report what they saw, before they are ended
 _CAUSE_S = 15.0  # the same, if all known failures follow from another one, which a busy machine reports later
 _LAST_WORDS_S = 0.4  # for the output of an agent that ended to be read
@@ -51,6 +52,8 @@ class _Agent(AgentEnd):
     output: socket.socket
     lines: Lines = field(default_factory=Lines)
     is_killed: bool = False
+    stopped_s: float | None = None  # since when one of its processes has been stopped
+    is_told_stopped: bool = False
     is_told: bool = False
 
 
@@ -84,6 +87,7 @@ class Job:
         self._secret = secret_of(self.emulation) if self.independent else {}
         self._planned: Failure | None = None
         self._agents: list[_Agent] = []
+        self._next_look_s = _STOPPED_S / 2
         self._selector = selectors.DefaultSelector()
         self._logs = Logs(self.log_dir, [self._cluster.names[node] for node in self.emulation.nodes])
         self._sent_before = self.emulation.tx_bytes()
@@ -103,7 +107,10 @@ class Job:
         notices = [] if self._logs.problem is None else [self._logs.problem]
         if self.faults is not None and self._planned is None:
             notices += self.faults.unreached
-        failure = self._planned or self._failure([agent for agent in self._agents if not agent.is_killed])
+        survived = [agent for agent in self._agents if not agent.is_killed and self._survived(agent)]
+        notices += [f"{self._failure([agent])}; the others finished without it" for agent in survived]
+        failed = [agent for agent in self._agents if not agent.is_killed and agent not in survived]
+        failure = self._planned or self._failure(failed)
         if failure is None:
             for agent in self._agents:
                 self._show(agent, agent.reader.release(float("inf")))
@@ -182,6 +189,7 @@ class Job:
                     self._show(agent, agent.reader.release(self._elapsed()))
                 if self.independent:
                     self._tell_bad_ends()
+                self._end_stopped()
                 if self.on_tick is not None:
                     self.on_tick(self._elapsed())
 
@@ -248,6 +256,34 @@ class Job:
                 failure = self._failure([agent])
                 if failure is not None and self.on_note is not None:
                     self.on_note(f"{failure}; the other nodes go on")
+
+    def _end_stopped(self) -> None:
+        """Report nodes with a stopped process, for which the others would wait for ever, and end them after a while."""
+        now_s = self._elapsed()
+        if now_s < self._next_look_s or (self.faults is not None and self.faults.is_stopping):
+            return
+        self._next_look_s = now_s + _STOPPED_S / 2
+        for agent in [agent for agent in self._agents if agent.at_s is None]:
+            found = list(marked(self.mark, agent.node, "T"))
+            agent.stopped_s = (now_s if agent.stopped_s is None else agent.stopped_s) if found else None
+            for_s = 0.0 if agent.stopped_s is None else now_s - agent.stopped_s
+            if for_s >= _STOPPED_END_S:
+                kill_all(self.mark, agent.node)
+                agent.process.kill()
+                agent.process.wait()
+                agent.at_s, agent.is_killed = now_s, self.independent
+                if not self.independent:
+                    self._planned = Failure(agent.node, None, -signal.SIGSTOP)
+            elif for_s >= _STOPPED_S and not agent.is_told_stopped and self.on_note is not None:
+                agent.is_told_stopped = True
+                which = f"{agent.node}: process {', '.join(map(str, found[:8]))} is stopped, as by SIGSTOP"
+                self.on_note(f"{which}; resume it with SIGCONT, or the node is ended after {_STOPPED_END_S:.0f} s")
+
+    def _survived(self, agent: _Agent) -> bool:
+        """Whether an independent node was killed and others finished without it."""
+        failure = self._failure([agent]) if self.independent else None
+        is_killed = failure is not None and failure.exit_code == -signal.SIGKILL
+        return is_killed and any(other.process.returncode == 0 for other in self._agents)
 
     def _failure(self, agents: Sequence[_Agent]) -> Failure | None:
         for agent in agents:

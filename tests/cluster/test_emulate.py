@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,11 @@ from typing import Any
 import pytest
 from launchers import all_have_ended, drive, finish, member, printed, result
 
+from commopt.cluster import run
+from commopt.cluster.emulate import on_loopback
 from commopt.cluster.network import address, burst_bytes, queue_bytes
+from commopt.cluster.run import Job, JobResult
+from commopt.cluster.spec import ClusterSpec
 from commopt.plan.links import wire_bytes
 
 Write = Callable[[str], Path]
@@ -94,6 +99,37 @@ def test_the_cause_is_named_where_its_agent_reports_after_that_of_a_rank_that_fo
     ]
     found = result(drive(write("nodes: 2"), "none", mark, commands))
     assert found["failure"] == "rank 1 (node1) failed: ValueError: the data is gone"
+
+
+def job(script: str, other: str, told: list[str], *, independent: bool = False) -> JobResult:
+    """Two nodes whose agents are shells, started by this process."""
+    words = [["sh", "-c", script], ["sh", "-c", other]]
+    emulation = on_loopback(ClusterSpec.model_validate({"nodes": 2}))
+    return Job([], emulation=emulation, agent=words.__getitem__, on_note=told.append, independent=independent).run()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_a_stopped_process_is_reported_and_its_node_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_STOPPED_S", 0.2)
+    monkeypatch.setattr(run, "_STOPPED_END_S", 0.8)
+    told: list[str] = []
+    ended = job("kill -STOP $$", "sleep 100", told)
+    assert str(ended.failure) == "node0 stood still with a stopped process, and was ended"
+    assert re.fullmatch(
+        r"node0: process \d+ is stopped, as by SIGSTOP; resume it with SIGCONT, or the node .*", told.pop()
+    )
+    assert not told
+    assert ended.wall_s < 20
+
+
+def test_independent_nodes_that_finish_without_one_that_was_killed_are_a_success() -> None:
+    ended = job("kill -9 $$", "sleep 0.3", [], independent=True)
+    killed = "the torchrun agent of node0 was killed by SIGKILL"
+    assert (ended.failure, ended.notices) == (None, (f"{killed}; the others finished without it",))
+    assert str(job("kill -9 $$", "exit 3", [], independent=True).failure) == killed
+    assert (
+        str(job("exit 3", "true", [], independent=True).failure) == "the torchrun agent of node0 ended with exit code 3"
+    )
 
 
 def test_a_rank_that_lost_its_agent_is_ended(write: Write, mark: str) -> None:
