@@ -26,6 +26,8 @@ from commopt.report.document import Cluster, Results, RunResult
 from commopt.report.page import FILES
 from commopt.report.results import assemble, collect
 
+_FULL_BYTES = 1 << 14
+
 
 def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Options by method, in the order asked for; without names, the run's own. Raises ConfigError for a name given twice."""
@@ -200,10 +202,13 @@ def _train(
         if job.failure.message and not job.failure.is_told:
             live.note(job.failure.message)
         live.note(f"all output is in {log_dir}")
+    if shutil.disk_usage(out_dir).free < _FULL_BYTES:
+        full = f"the disk of {out_dir} is full, so records and logs are incomplete"
+        failure = f"{failure}; {full}" if failure else full
     live.end(failure)
     slots = run.cluster.slots
     ranks_here = [node * slots + slot for node in emulation.nodes for slot in range(slots)]
-    return collect(record_dir, method=name, options=options, failure=failure, ranks_here=ranks_here)
+    return collect(record_dir, method=name, options=options, failure=failure, ranks_here=ranks_here, told=job.notices)
 
 
 def _emptied(folder: Path) -> Path:

@@ -259,7 +259,8 @@ class RunResult(DocumentPart):
     method: str = Field(description="the method's name")
     options: dict[str, Any] = Field({}, description="the method's options as given")
     status: Literal["finished", "failed"] = Field(
-        description="whether every rank trained to the end; with outer rounds, whether one did and no fault was unplanned"
+        description="whether every rank trained to the end; with outer rounds, whether one did and none failed by itself; "
+        "nodes that were killed are in the notices"
     )
     failure: str | None = Field(None, description="why the run failed; null if it finished")
     ranks: int = Field(description="ranks in the run")

@@ -43,6 +43,7 @@ def collect(
     options: Mapping[str, Any] | None = None,
     failure: str | None = None,
     ranks_here: Sequence[int] | None = None,
+    told: Sequence[str] = (),
 ) -> RunResult:
     """Merge the ranks' files of one run.
 
@@ -50,6 +51,7 @@ def collect(
     lacks a rank or an end line has failed too; what its ranks did write is merged anyway. With outer rounds, ranks
     continue without those that leave: the run is finished if there is no `failure` and one rank trained to the end.
     Faults are read from the same folder. ranks_here: the ranks whose files are on this machine; None for all.
+    told: what the launcher has to say about the run, in sentences.
     """
     records = [RankRecord.read(path) for path in rank_files(record_dir)]
     started = [record for record in records if record.start]
@@ -64,7 +66,7 @@ def collect(
         reasons += _missing(started, expected, steps_planned)
     fault_lines, unreadable_faults = read_faults(record_dir)
     faults = faults_of(fault_lines, started)
-    notices = _notices(records, started)
+    notices = [*told, *_notices(records, started)]
     if rounds and not reasons:
         early = "rank {} ended early, after {} of {} steps; the others went on without it"
         notices += [early.format(rank, steps, steps_planned) for rank, steps in left.items()]
@@ -86,7 +88,7 @@ def collect(
         progress=progress_of(started) if rounds or faults else [],
         ended_early=[document.EndedEarly(rank=r, steps=steps) for r, steps in left.items()] if rounds else [],
         **_training(started, is_outer=rounds is not None),
-        **_speed(started, is_outer=rounds is not None),
+        **_speed([r for r in started if r.ended] or started if rounds else started, is_outer=rounds is not None),
         **_bytes(started, ranks, rounds, has_faults=bool(faults)),
     )
 

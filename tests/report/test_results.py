@@ -17,6 +17,11 @@ from commopt.report.page import results_json
 from commopt.report.results import collect
 
 
+def test_what_the_launcher_says_is_in_the_report(tmp_path: Path) -> None:
+    run = collect(write_run(tmp_path, short(DENSE)), told=["the logs are incomplete"])
+    assert run.notices == ["the logs are incomplete"]
+
+
 def test_the_document_survives_a_round_trip(tmp_path: Path) -> None:
     results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
     assert Results.model_validate_json(results_json(results)) == results
