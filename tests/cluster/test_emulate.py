@@ -171,6 +171,7 @@ def test_without_unshare_links_are_paced(write: Write, mark: str, monkeypatch: p
     assert found["mode"] == "paced"
     assert json.loads(found["links"])["bytes_per_s"] == [1e6, 1e6]
     assert "there is no 'unshare' command; install util-linux" in found["notices"][0]
+    assert "plain DDP does, is not delayed" in found["notices"][1]
     code, _, errors = finish(drive(write("nodes: 2"), "netns", mark, [["/bin/true"]]))
     assert code == 1
     assert "EmulationError" in errors
