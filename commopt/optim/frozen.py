@@ -47,7 +47,7 @@ class FrozenVariance(UpdateMethod):
     max_ratio: after the freeze no step is larger than this times the rate, see `bounded`; None for no bound.
 
     At the freeze, coordinates whose variance is zero are masked as well, since a compressed momentum is never zero there and
-    would move them by lr * scale / eps.
+    would move them by lr * scale / eps; and those whose variance has overflowed, which stand still under Adam too.
     """
 
     options: Any
@@ -149,12 +149,14 @@ class FrozenVariance(UpdateMethod):
             _log.info("%s: compression begins after step %d", self.name, self.applied_steps)
         self.state["frozen"].fill_(1)
         self._make_mask()
+        if self.mask is not None:
+            self.state["momentum"].masked_fill_(~self.mask, 0.0)
         if self.options.prescale:
             self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
 
     def masked_(self, x: Tensor, name: str) -> Tensor:
         """x with zeros where the momentum of the parameter `name` is masked."""
-        return x if self.mask is None else x.mul_(self.index.view(self.mask, name))
+        return x if self.mask is None else x.masked_fill_(~self.index.view(self.mask, name), 0.0)
 
     @property
     def has_signs(self) -> bool:
@@ -210,7 +212,7 @@ class FrozenVariance(UpdateMethod):
         return not is_rising and norm > 0 and (is_stable or is_late)
 
     def _make_mask(self) -> None:
-        mask = self.state["variance"].ne(0)
+        mask = self.state["variance"].ne(0) & self.state["variance"].isfinite()
         for name, given in self.momentum_mask.items():
             p, view = self.parameters[name], self.index.view(mask, name)
             own = torch.as_tensor(given, device=mask.device).ne(0).expand(p.shape).reshape(-1)

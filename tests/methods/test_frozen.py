@@ -25,8 +25,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def moves(name: str, ranks: int = 3, **options: Any) -> Tensor:
-    """(steps, 64) how far each coordinate moved per step after the freeze; gradients are 1e-9 for the first, else about 1."""
+def moves(name: str, ranks: int = 3, huge: float = 1.0, **options: Any) -> Tensor:
+    """(steps, 64) how far each coordinate moved per step after the freeze; gradients are 1e-9 for the first, else about 1.
+
+    huge: by how much the second one's second gradient is larger.
+    """
 
     def work(group: Group) -> Tensor:
         model = torch.nn.Linear(64, 1, bias=False)
@@ -34,9 +37,10 @@ def moves(name: str, ranks: int = 3, **options: Any) -> Tensor:
         run = start(model, name, group, lr=LR, eps=1e-12, **METHODS[name], **options)
         noise = torch.Generator().manual_seed(group.rank)
         places = [model.weight.detach().clone()]
-        for _ in range(STEPS):
+        for step in range(STEPS):
             model.weight.grad = 0.5 + torch.randn(1, 64, generator=noise)
             model.weight.grad[0, 0] *= 1e-9
+            model.weight.grad[0, 1] *= huge if step == 1 else 1.0
             run.optimizer.step()
             places.append(model.weight.detach().clone())
         return torch.stack(places).diff(dim=0)[4:, 0].abs()
@@ -53,6 +57,15 @@ def test_a_coordinate_whose_variance_has_died_moves_no_farther_than_the_bound(na
     assert float(moves(name, max_ratio=0.5).max()) <= 0.5 * LR * largest * 1.001
     assert float(free[:, 0].max()) > 1e5 * LR  # what signs would do without it
     torch.testing.assert_close(bounded[:2, 1:], free[:2, 1:])  # ordinary coordinates are left alone
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gradient_whose_square_overflows_before_the_freeze_stops_its_own_coordinate_only(name: str) -> None:
+    moved = moves(name, huge=1e25)
+    assert not moved[:, 1].any()
+    torch.testing.assert_close(moved[0, 2:], moves(name)[0, 2:], rtol=0.5, atol=LR)
+    assert bool(moved[:, 2:].isfinite().all())
+    assert 0 < float(moved[:, 2:].max()) < 4 * LR
 
 
 FREEZE = 10
