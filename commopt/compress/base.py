@@ -45,6 +45,9 @@ class Compressor(ABC):
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
         """`compress_` for one part, whose blocks share no scale with those of others."""
 
+    def fit_(self, codes: Sequence[Tensor], x: Tensor, residual: Tensor | None, blocks: Blocks) -> None:
+        """Change what `compress_` wrote, and the residual, so that ||c - decompressed|| <= ||c||; here it is so already."""
+
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Sequence[Tensor]:
         """`compress_` for a codec whose sizes are not known beforehand; returns the tensors to send, widest dtype first."""
         raise NotImplementedError(f"{type(self).__name__} has a fixed layout")

@@ -24,20 +24,22 @@ class Kept:
     """How the residual is kept, which is what messages left out.
 
     bits: 32, 16 (bfloat16) or 8 for each element of the residual; 0 for no residual. decay: its factor from step to step.
-    average: LoCo's moving average. reset_every: forget it after this many exchanges; never if None.
+    average: LoCo's moving average. reset_every: forget it after this many exchanges; never if None. contracts: what messages leave
+    out comes again, so that codecs must leave out less than there was (`Compressor.fit_`); else they are to be unbiased.
     """
 
     bits: int = 32
     decay: float = 1.0
     average: float = 0.0
     reset_every: int | None = None
+    contracts: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
         return _STORED_AS.get(self.bits, torch.float32)
 
 
-NOTHING_KEPT = Kept(bits=0)
+NOTHING_KEPT = Kept(bits=0, contracts=False)
 
 
 class ErrorFeedback:
@@ -144,6 +146,8 @@ class ErrorFeedback:
             return [Payload.of(header, *self.compressor.encode(x, residual, blocks)) for blocks in parts]
         payloads = [Payload.allocate(HEADER + self.compressor.layout(blocks), x.device) for blocks in parts]
         self.compressor.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
+        for payload, blocks in zip(payloads, parts, strict=True) if self.kept.contracts else ():
+            self.compressor.fit_(payload.tensors[1:], x, residual, blocks)
         return payloads
 
     def _encode_with_copy(self, x: Tensor, parts: Sequence[Blocks]) -> list[Payload]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, Strict
 from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor
+from commopt.kernels.reference.runs import corrected, keep_rest_, run_of_element
 from commopt.options import BlockSize, Flag, checked_dataclass
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout
@@ -58,6 +60,25 @@ class EvenLevels(BlockScaled):
     @property
     def code_bits(self) -> int:  # type: ignore[override]
         return bits_of(self.levels)
+
+    def fit_(self, codes: Sequence[Tensor], x: Tensor, residual: Tensor | None, blocks: Blocks) -> None:
+        """Multiply each block's scale by <c, q> / ||q||^2 for its codes' values q, if their variance may exceed ||c||^2.
+
+        It is at most (sqrt(1 + n / levels^2) - 1) / 2 of that with the largest magnitude as norm, sqrt(n) / levels - 1 with "l2".
+        """
+        coarse = 4 if self.has_l2_norm else 8
+        if self.block_size is not None and self.block_size <= coarse * self.levels**2:
+            return
+        at_home, sent = (blocks.having(starts=at) for at in (blocks.homes, np.cumsum(blocks.lengths) - blocks.lengths))
+        q, block = x.new_zeros(blocks.elements), run_of_element(blocks.lengths, x.device)
+        self.decompress_([codes[0].nan_to_num(0.0, 0.0, 0.0), codes[1]], sent, q)
+        left = corrected(x, None, blocks) - q if residual is None else corrected(residual, None, at_home)
+        products = torch.stack([left, q]).double() * q
+        over, squares = products.new_zeros(2, len(blocks)).index_add_(1, block, products)
+        fit = torch.where(squares > 0, 1 + over / squares, 1.0).float()
+        if residual is not None:
+            keep_rest_(residual, left + (1 - fit)[block] * q, ~self.is_bad(codes, blocks), blocks)
+        codes[0].mul_(fit)
 
 
 @checked_dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from commopt.compress.base import Compressor
-from commopt.compress.feedback import NOTHING_KEPT, ErrorFeedback, first_bad_parameter
+from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.compress.options import Codec
 from commopt.errors import AttachError, ConfigError
 from commopt.exchange.compressed import Compressed
@@ -73,7 +73,7 @@ class EF21(GradientMethod, Compressed):
         o = self.options
         if o.server is not None:
             _check_two_ways(o.compressor, o.server)
-        Compressed.__init__(self, o.compressor, NOTHING_KEPT, dense_1d=o.dense_1d, seed=o.seed)
+        Compressed.__init__(self, o.compressor, Kept(0), dense_1d=o.dense_1d, seed=o.seed)
         self.server_compressor = o.server
         self.merges_buckets = getattr(o.compressor, "merges_buckets", False)
 
@@ -92,7 +92,7 @@ class EF21(GradientMethod, Compressed):
     def bound(self) -> None:
         super().bound()
         if self.server_compressor is not None:
-            self.answerer = ErrorFeedback(self.server_compressor, NOTHING_KEPT, self.served, self.device)
+            self.answerer = ErrorFeedback(self.server_compressor, self.kept, self.served, self.device)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self.options.eta < 1 and any(group.get("momentum") for group in optimizer.param_groups):

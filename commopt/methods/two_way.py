@@ -28,7 +28,8 @@ class TwoWay(GradientMethod, TwoWayMean):
         value}.
     server: what the averaging rank answers with; the same as `worker` if left out.
     error_feedback: keep what a message left out, and add it to the next one (default). Without it, only unbiased
-        codecs average out.
+        codecs average out. With it, coarse ones (qsgd, ternary, 2bit) are scaled to the nearest multiple of their
+        codes, as their variance would make the residual grow.
     residual_bits: 32, 16 (bfloat16) or 8 bits for each element of the residuals (LoCo, arXiv:2407.04480).
     residual_decay: the residual's factor from step to step. reset_every: forget the residuals after this many steps.
     dense_1d: average parameters with fewer than two dimensions (biases, norms) exactly.

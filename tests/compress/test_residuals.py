@@ -15,7 +15,7 @@ from torch import Tensor
 
 from commopt.compress import BlockSign, Cast, Compressor, TensorSign
 from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
-from commopt.compress.quantize import BlockInt
+from commopt.compress.quantize import BlockFloat8, BlockInt, Natural, QSGDLevels, Ternary
 from commopt.exchange.gather import GatherMean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups import Group, SimWorld
@@ -24,7 +24,10 @@ from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 
 NUMELS = [1, 700, 2049, 33]
 TOTAL = sum(NUMELS)
-CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast()]
+CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast(), Ternary(256)]
+UNBIASED = [
+    QSGDLevels(), QSGDLevels(1, norm="max"), Ternary(), Ternary(None), BlockInt(2), BlockInt(4, 2048), BlockFloat8(), Natural(),
+]  # fmt: skip
 ANY_NUMELS = st.lists(st.one_of(st.integers(1, 40), st.just(2049)), min_size=1, max_size=4)
 
 
@@ -81,6 +84,18 @@ def test_undo_takes_a_message_back_to_about_one_ulp(codec: Compressor, numels: l
     feedback.undo(x, payloads, parts)
     ulp = torch.finfo(torch.float32).eps * float(before.abs().max() + x.abs().max() + feedback.residual.abs().max())
     assert float((feedback.residual - before).abs().max()) <= 2 * ulp
+
+
+@pytest.mark.parametrize("codec", UNBIASED, ids=repr)
+def test_no_residual_grows_without_bound_however_coarse_the_codec(codec: Compressor) -> None:
+    feedback, parts = feedback_for(codec)
+    sent = np.zeros(TOTAL)
+    for step in range(60):
+        now = keyed(parts, step)
+        sent += decoded(feedback, feedback.compress(normal(TOTAL, 0) ** 3, now), now)
+    whole = 60 * (normal(TOTAL, 0) ** 3).double().numpy()
+    np.testing.assert_allclose(sent + values(feedback, parts), whole, atol=1e-3)  # nothing is lost
+    assert np.linalg.norm(values(feedback, parts)) < 0.3 * np.linalg.norm(whole)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)

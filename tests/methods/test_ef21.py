@@ -94,6 +94,8 @@ def test_with_a_constant_gradient_h_i_comes_nearer_by_the_compressors_delta_in_e
     for (square, _), (later, _) in itertools.pairwise(by_top_k):
         assert later <= (1 - 0.1) * square + 1e-9
     assert by_top_k[10][0] < 1e-9 * by_top_k[0][0]  # ten steps of a tenth have sent everything
+    coarse = distances(g, first, 30, compressor="qsgd")
+    assert all(later < square for (square, _), (later, _) in itertools.pairwise(coarse))
 
 
 @pytest.mark.parametrize("server", [None, "sign"])
