@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -88,6 +89,19 @@ def test_biases_are_averaged_exactly_and_take_their_momentum_afterwards() -> Non
         u = MOMENTUM * u + np.mean([local_gradient(rank, step)[SPANS[1]] for rank in range(3)], axis=0)
         x = x - LR * u
     np.testing.assert_allclose(world[0][-1]["x"][SPANS[1]], x, rtol=0, atol=1e-6)
+
+
+def test_weight_decay_may_have_momentum_as_in_the_released_code() -> None:
+    optimizer = {"name": "sgd", "lr": LR, "weight_decay": 0.1}
+    without, ours = (
+        trained(2, 8, density=0.1)[0],
+        trained(2, 8, optimizer=optimizer, density=0.1, decay_momentum=True)[0],
+    )
+    x, d = without[0]["x"], np.zeros(SPANS[-1].stop)
+    for before, after in itertools.pairwise(without):
+        d = MOMENTUM * d + 0.1 * x
+        x = x - LR * d + after["x"] - before["x"]
+    np.testing.assert_allclose(ours[-1]["x"], x, rtol=0, atol=1e-5)
 
 
 def test_all_zero_tensors_send_nothing_that_counts_and_keep_their_momentum() -> None:

@@ -203,7 +203,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     ),
     (
         of({"name": "dgc", "momentum": 0.9}, made(torch.optim.Adafactor)),
-        "Adafactor would apply its own on top: leave momentum and nesterov out with Adafactor",
+        "Adafactor would apply its own on top: leave momentum, nesterov and decay_momentum out with Adafactor",
     ),
     (of("ef21", made(torch.optim.SGD, momentum=0.9)), "without momentum, or write eta: 1"),
     (of("signum", made(torch.optim.SGD, momentum=0.9)), rf"SGD with momentum 0\.9 would smooth signs{PLAIN}"),
