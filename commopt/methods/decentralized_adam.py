@@ -44,8 +44,9 @@ class DecentralizedAdam(OuterMethod):
     the meantime stays as it is. This equals the equation, because Adam's step does not depend on x, except for weight
     decay, which uses the unmixed x. With `delay: 0`, each step waits, and the gradient is taken at the mixed x. With
     `max_norm` in `attach`, gradients are clipped by one norm over all parameters; the released code clips each bucket
-    by its own norm. If a rank is missing, each peer keeps its share. A message of a later round than the current one
-    is used, and one of an earlier round is not. The mean over ranks is then no longer kept exactly.
+    by its own norm. Rounds take the topology's edges in turn from the first one; the released code leaves the second
+    one out once, at its start. If a rank is missing, each peer keeps its share. A message of a later round than the
+    current one is used, and one of an earlier round is not. The mean over ranks is then no longer kept exactly.
     Sends 4/every bytes a parameter and step to each other member of its edge: 4 in pairs, 4 (N-1) with topology:
     complete.
     State: none (with a compressed message copies of 8 for each neighbour).

@@ -53,9 +53,11 @@ class OnebitLamb(FrozenVariance):
         x <- x - lr c' f d
     Differs from the paper: scale="l1" is the default, with a scale per block, so that buckets overlap with backward.
     The paper's form is scale="model" with prescale=true. It trained no better (a small network, scikit-learn's digits,
-    4 ranks). c' is the mean of its terms from the first on, while the paper's starts at 0; a tensor without any has 1.
-    Coordinates whose variance is zero at the freeze are masked, as in `onebit_adam`. Masked coordinates do not count
-    in f: a single one would keep it at 1 or above. One rank alone does not compress.
+    4 ranks). Rank j then averages the j-th part of every tensor, under one scale; in the released code it averages the
+    j-th part of one flat buffer. max_ratio bounds steps, which the paper does not. c' is the mean of its terms from
+    the first on, while the paper's starts at 0; a tensor without any has 1. Coordinates whose variance is zero at the
+    freeze are masked, as in `onebit_adam`. Masked coordinates do not count in f: a single one would keep it at 1 or
+    above. One rank alone does not compress.
     Sends after the freeze 2(N-1)/N x (1/8 + 4/block_size) bytes per parameter and step.
     State: m, v, w, 4 bytes per parameter of worker residual and 4/N of server residual.
     Use it for large batches that need LAMB's rate per layer to train.
@@ -68,7 +70,7 @@ class OnebitLamb(FrozenVariance):
     scale, block_size, residual_bits: as in `ef_sign`.
     prescale: with scale="model", bring all tensors to one magnitude before they are compressed, by factors taken from
         the momentum at the freeze.
-    momentum_mask: as in `onebit_adam`.
+    max_ratio, momentum_mask: as in `onebit_adam`.
     """
 
     name = "onebit_lamb"
