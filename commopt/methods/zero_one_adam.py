@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from commopt.options import Count, Flag, Wanted
 from commopt.wire.bucket import Bucket
 from commopt.wire.state import Saved, State, load_mean, load_tensor
 
+LocalStepScaler = Annotated[Count | Literal["rate"], Wanted("a whole number from 1, or 'rate'")]
 VarFreezeStep = Annotated[Count | Literal["auto"] | None, Wanted("a whole number from 1, 'auto', or None for never")]
 
 
@@ -24,7 +26,7 @@ VarFreezeStep = Annotated[Count | Literal["auto"] | None, Wanted("a whole number
 class ZeroOneAdamOptions(FrozenOptions):
     var_freeze_step: VarFreezeStep = "auto"
     var_update_scaler: Count = 16
-    local_step_scaler: Count = 32678
+    local_step_scaler: LocalStepScaler = "rate"
     local_step_clipper: Count = 16
     bias_correction: Flag = True
 
@@ -37,7 +39,7 @@ class ZeroOneAdam(FrozenVariance):
         t divides by k: g = mean g_i;  v <- b2 v + (1 - b2) g^2;  k doubles after every var_update_scaler of these
         else:           g = C(mean C(g_i))
         m <- b1 m + (1 - b1) g;  x <- x - lr (m / (sqrt(v) + eps) + weight_decay x)
-    Then v stays and the residuals restart at zero. Phase B, with H = 1, doubled every local_step_scaler steps up to
+    Then v stays and the residuals restart at zero. Phase B, with H = 1, doubled each time the rate has halved, up to
     local_step_clipper:
         m_i <- b1 m_i + (1 - b1) g_i;  x_i <- x_i - lr (m_i / (sqrt(v) + eps) + weight_decay x_i);  R <- R + lr
         u_i <- u_i + lr (m_i - u_i) / R, the mean of m_i since the last exchange, each as long as it was stepped along
@@ -59,11 +61,15 @@ class ZeroOneAdam(FrozenVariance):
 
     var_freeze_step: the last step of phase A; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2)
         steps, and the rate no longer rises, or after a quarter of a run as in `onebit_adam`; or None: phase A only.
-    var_update_scaler: exact gradients until the steps between them double.
-    local_step_scaler, local_step_clipper: steps until the interval of exchanges doubles, and the longest interval; 1
-        and H give a constant interval of H, except for the first steps.
+    var_update_scaler: exact gradients until the steps between them double; in a run of hundreds of steps at least
+        var_freeze_step, so that all are exact until then.
+    local_step_scaler: "rate": the interval of exchanges is the highest learning rate so far over the current one, as a
+        power of 2; or the steps until it doubles, in the released code 32,678, in which the paper's rate halves.
+    local_step_clipper: the longest interval; with local_step_scaler: 1 it is the constant one, except for the first
+        steps.
     scale, block_size, residual_bits: as in `ef_sign`.
-    prescale, momentum_mask: as in `onebit_adam`.
+    prescale, max_ratio, momentum_mask: as in `onebit_adam`. max_ratio, which the paper does not have, holds from the
+        first compressed gradient on.
     """
 
     name = "zero_one_adam"
@@ -80,6 +86,7 @@ class ZeroOneAdam(FrozenVariance):
         State("kept", of="parameter", dtype=torch.float64, initial=1.0),  # the factor of decay since x'
         State("variance_updates", of="run", dtype=torch.int64),
         State("frozen_at", of="run", dtype=torch.int64),
+        State("highest_lr", of="run", dtype=torch.float64),
     )
 
     @property
@@ -90,8 +97,12 @@ class ZeroOneAdam(FrozenVariance):
     @property
     def local_interval(self) -> int:
         """In phase B the steps from one exchange to the next."""
-        done = self.applied_steps - int(self.state["frozen_at"])
-        return min(self.options.local_step_clipper, int(2 ** min(done // self.options.local_step_scaler, 62)))
+        if self.options.local_step_scaler == "rate":
+            rate = float(self.state["last_lr"])  # of the step before, so that it is one value from exchange to update
+            doublings = math.log2(float(self.state["highest_lr"]) / rate) + 1e-9 if rate > 0 else math.inf
+        else:
+            doublings = (self.applied_steps - int(self.state["frozen_at"])) / float(self.options.local_step_scaler)
+        return min(self.options.local_step_clipper, 1 << int(min(doublings, 62)))
 
     @property
     def is_exact(self) -> bool:
@@ -193,6 +204,7 @@ class ZeroOneAdam(FrozenVariance):
             self.state["variance_updates"] += 1
             self._make_mask()
         super().after_step()
+        self.state["highest_lr"].clamp_(min=float(self.state["last_lr"]))
 
     def freeze(self) -> None:
         super().freeze()

@@ -132,12 +132,10 @@ class FrozenVariance(UpdateMethod):
         entry["variance_step"] += self.is_exact
 
     def after_step(self) -> None:
-        if self.is_frozen:
-            return
         rate = float(self.optimizer.param_groups[0]["lr"])
         is_rising = rate > float(self.state["last_lr"])  # no rate is above nan
         self.state["last_lr"].fill_(rate)
-        if self._is_settled(is_rising):
+        if not self.is_frozen and self._is_settled(is_rising):
             if is_rising and self.rank == 0:
                 why = "the learning rate still rises, and the variance will not follow what comes"
                 _log.warning("%s: %s: %s is too early: %s", self.name, self.warmup_option, self.freeze_at, why)

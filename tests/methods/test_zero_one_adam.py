@@ -164,6 +164,25 @@ def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects:
     assert compared > 0.99 * STEPS * sum(numels)
 
 
+def test_the_interval_of_exchanges_doubles_each_time_the_rate_has_halved() -> None:
+    rates, intervals = zip(
+        *[(0.5, 1), (1, 1), (1, 1), (0.6, 1), (0.5, 2), (0.3, 2), (0.25, 4), (0.1, 8), (0.05, 8), (0, 8), (1, 1)],
+        strict=True,
+    )
+
+    def work(group: Group) -> list[int]:
+        model, found = parameters((5,)), []
+        run = start(model, "zero_one_adam", group, var_freeze_step=2, local_step_clipper=8)
+        for step, rate in enumerate(rates):
+            run.optimizer.param_groups[0]["lr"] = 0.01 * rate
+            model.set_gradients(group.rank, step)
+            run.optimizer.step()
+            found.append(run.method.local_interval)
+        return found
+
+    assert SimWorld[Any](2).run(work) == [list(intervals)] * 2
+
+
 @pytest.mark.parametrize("scale", ["l1", "l2"])
 def test_a_short_run_stays_with_the_reference(scale: str) -> None:
     shapes: list[tuple[int, ...]] = [(5,), (3,)]
