@@ -56,14 +56,14 @@ PRESETS = [
     Preset("threshold", {"threshold": 0.005}),
     Preset("dgc", {"density": 0.1, "warmup_steps": 2}, sgd(0.05)),
     Preset("powersgd", {"rank": 2}),
-    Preset("onebit_adam", {"freeze_step": 4}, ADAM),
+    Preset("onebit_adam", {"freeze_step": 4, "scale": "l1"}, ADAM),
     Preset("demo", {}, sgd(0.003)),
     Preset(
         "zero_one_adam",
-        {"var_freeze_step": 4, "var_update_scaler": 2, "local_step_scaler": 2, "local_step_clipper": 4},
+        {"var_freeze_step": 4, "var_update_scaler": 2, "local_step_scaler": 2, "local_step_clipper": 4, "scale": "l1"},
         ADAM,
     ),
-    Preset("onebit_lamb", {"freeze_step": 4}, {"name": "lamb", "lr": 0.01}),
+    Preset("onebit_lamb", {"freeze_step": 4, "scale": "l1"}, {"name": "lamb", "lr": 0.01}),
     Preset("distributed_lion", {}, {"name": "lion", "lr": 0.003}),
     Preset("signum", {}, sgd(0.003)),
 ]

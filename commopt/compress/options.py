@@ -21,13 +21,14 @@ def _codec(given: Any, info: ValidationInfo) -> Compressor:
 Codec = Annotated[Compressor, BeforeValidator(_codec)]  # its name, or {"compressor": name, option: value}
 ResidualBits = Literal[32, 16, 8]
 ValueBits = Literal[32, 16, 8, 1]
+SignScale = Literal["l1", "rms", "l2", "model"]
 
 
 @options
 class SignOptions(NoOptions):
     """How signs are scaled, and the residual of what they leave out."""
 
-    scale: Literal["l1", "l2", "model"] = "l1"
+    scale: SignScale = "l1"
     block_size: BlockSize = 2048
     prescale: Flag = False
     residual_bits: ResidualBits = 32

@@ -26,19 +26,31 @@ class BlockSign(Compressor):
     Payload: (B,) f32 scales, (sum of ceil(n/8),) u8 bits, the first element in the most significant bit.
     """
 
+    keeps_l2: ClassVar[bool] = False
     block_size: BlockSize = 2048
 
     def layout(self, blocks: Blocks) -> Layout:
         return ((torch.float32, len(blocks)), (torch.uint8, blocks.sign_bytes))
 
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
-        kernels.of("signs", x.device).compress_signs_(x, residual, blocks, *codes, squared=False)
+        kernels.of("signs", x.device).compress_signs_(x, residual, blocks, *codes, squared=self.keeps_l2)
 
     def decompress_(
         self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
     ) -> None:
         scales, bits = codes
         kernels.of("signs", out.device).unpack_signs_(bits, scales, blocks, out, alpha=alpha, add=add)
+
+
+@checked_dataclass
+class RmsSign(BlockSign):
+    """scale * sign(c) with the root mean square of the block as its scale, which keeps the block's L2 norm.
+
+    The scale of DeepSpeed's 1-bit optimizers (arXiv:2102.02888) for blocks instead of tensors. ||c - C(c)||^2 = 2 (1 - rho) ||c||^2:
+    not a contraction where rho <= 1/2 (heavy tails, sparse blocks).
+    """
+
+    keeps_l2: ClassVar[bool] = True
 
 
 @checked_dataclass
@@ -87,7 +99,8 @@ class TensorSign(BlockSign):
 class ModelSign(TensorSign):
     """scale * sign(c) with one L2 scale for the whole model, as in DeepSpeed for its flat fp16 buffer and 1-bit LAMB.
 
-    All buckets of a step travel as one. Workers have one scale, and the server of each rank one for all it serves.
+    All buckets of a step travel as one. Workers have one scale, and the server of each rank one for all it serves: its chunk of every
+    parameter. DeepSpeed's rank j serves the j-th part of the flat buffer, so that a parameter may have one server scale there.
     Parameters much smaller or larger than the rest are badly scaled unless they are pre-scaled (`equalising_factors`).
     """
 
@@ -112,11 +125,11 @@ def equalising_factors(flat: Tensor, index: ParameterIndex) -> Tensor:
 
 
 def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:
-    """The sign compressor that a method's `scale` option names: "l1" per block, "l2" per tensor, "model" for all as one."""
-    kinds: dict[str, type[BlockSign]] = {"l1": BlockSign, "l2": TensorSign, "model": ModelSign}
+    """The sign compressor that a method's `scale` option names: "l1" or "rms" per block, "l2" per tensor, "model" for all as one."""
+    kinds: dict[str, type[BlockSign]] = {"l1": BlockSign, "rms": RmsSign, "l2": TensorSign, "model": ModelSign}
     if not isinstance(scale, str) or scale not in kinds:
         raise ConfigError(
-            f"scale: {scale!r} is not a scale; write 'l1' (mean magnitude per block), 'l2' (DeepSpeed's, per tensor) or 'model' "
-            "(one for all parameters)"
+            f"scale: {scale!r} is not a scale; write 'l1' (mean magnitude per block), 'rms' (root mean square per block), "
+            "'l2' (DeepSpeed's, per tensor) or 'model' (one for all parameters)"
         )
     return kinds[scale](block_size)

@@ -32,9 +32,10 @@ class EFSign(GradientMethod, TwoWayMean):
     Not for SGD with momentum 0.9: residuals delay gradients by some steps, and momentum amplifies that into
     oscillation.
 
-    scale: "l1", the mean magnitude of each block (default); "l2", one scale per tensor, as in DeepSpeed; or "model",
-        one scale for all parameters. With "model", all buckets are exchanged together after backward (overlap=False).
-    block_size: elements per scale, a multiple of 8; only used with scale="l1".
+    scale: "l1", the mean magnitude of each block (default); "rms", its root mean square; "l2", that of each tensor, as
+        in DeepSpeed; or "model", that of all parameters. With "model", all buckets are exchanged together after
+        backward (overlap=False).
+    block_size: elements per scale, a multiple of 8; only used with "l1" and "rms".
     prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken
         from the first step's exact mean (1-bit LAMB, arXiv:2104.06069).
     residual_bits, residual_decay: see `two_way`.

@@ -39,7 +39,7 @@ class OnebitAdam(FrozenVariance):
     freeze_step: the last step with the exact mean, best 15 to 25 % of all and not before the learning rate's own
         warm-up ends; or "auto": when |v|_1 has changed by less than 4 % over 1/(1 - b2) steps, and the rate no longer
         rises, and at the latest after a quarter of the steps that `run.range` is given.
-    scale, block_size, residual_bits: as in `ef_sign`.
+    scale, block_size, residual_bits: as in `ef_sign`; "rms" by default.
     prescale: with scale="model", bring all parameters to one magnitude before they are compressed, by factors taken
         from the momentum at the freeze (1-bit LAMB, arXiv:2104.06069).
     max_ratio: as above; Adam's own steps stay below 7.3 lr at the default betas. None for the paper's form, without a

@@ -51,7 +51,7 @@ class OnebitLamb(FrozenVariance):
         d0 = m / (sqrt(v) + eps);  d = d0 + weight_decay x;  s = min(1, ||d0|| / ||d||)
         f = s max_j((sqrt(v_j) + eps) / (sqrt(w_j) + eps)) + 1 - s, in [factor_min, factor_max], and in [1 -+ factor_threshold] f_before
         x <- x - lr c' f d
-    Differs from the paper: scale="l1" is the default, with a scale per block, so that buckets overlap with backward.
+    Differs from the paper: scale="rms" is the default, with a scale per block, so that buckets overlap with backward.
     The paper's form is scale="model" with prescale=true. It trained no better (a small network, scikit-learn's digits,
     4 ranks). Rank j then averages the j-th part of every tensor, under one scale; in the released code it averages the
     j-th part of one flat buffer. max_ratio bounds steps, which the paper does not. c' is the mean of its terms from
@@ -67,7 +67,7 @@ class OnebitLamb(FrozenVariance):
     min_coeff, max_coeff, bias_correction: as in `commopt.optim.LAMB`; the paper has no bias correction.
     coeff_beta: how slowly c' follows c. factor_min, factor_max, factor_threshold: the bounds of f, and of its change
         in a step.
-    scale, block_size, residual_bits: as in `ef_sign`.
+    scale, block_size, residual_bits: as in `ef_sign`; "rms" by default.
     prescale: with scale="model", bring all tensors to one magnitude before they are compressed, by factors taken from
         the momentum at the freeze.
     max_ratio, momentum_mask: as in `onebit_adam`.

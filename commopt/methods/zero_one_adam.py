@@ -67,7 +67,7 @@ class ZeroOneAdam(FrozenVariance):
         power of 2; or the steps until it doubles, in the released code 32,678, in which the paper's rate halves.
     local_step_clipper: the longest interval; with local_step_scaler: 1 it is the constant one, except for the first
         steps.
-    scale, block_size, residual_bits: as in `ef_sign`.
+    scale, block_size, residual_bits: as in `ef_sign`; "rms" by default.
     prescale, max_ratio, momentum_mask: as in `onebit_adam`. max_ratio, which the paper does not have, holds from the
         first compressed gradient on.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt.compress.feedback import Kept
-from commopt.compress.options import SignOptions
+from commopt.compress.options import SignOptions, SignScale
 from commopt.compress.sign import equalising_factors
 from commopt.errors import AttachError
 from commopt.exchange.mean import Mean
@@ -33,6 +33,7 @@ Masks = Annotated[Mapping[str, Tensor], Wanted("{parameter name: tensor of its s
 
 @options
 class FrozenOptions(SignOptions):
+    scale: SignScale = "rms"
     momentum_mask: Masks | None = None
     max_ratio: Annotated[Positive | None, Wanted("a number above 0, or null for no bound")] = 3.0
 

@@ -31,7 +31,7 @@ from commopt.kernels.reference.runs import first_bad
 from commopt.wire.bucket import Bucket, ParameterIndex
 from commopt.wire.payload import Payload
 
-CODECS = [BlockSign(), BlockSign(8), TensorSign(), Cast(), Cast(torch.bfloat16)]
+CODECS = [BlockSign(), BlockSign(8), scaled_sign("rms", 64), TensorSign(), Cast(), Cast(torch.bfloat16)]
 NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), min_size=1, max_size=4)
 
 

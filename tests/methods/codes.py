@@ -16,12 +16,13 @@ def tensors_of(numels: list[int]) -> list[slice]:
 
 
 def blocks_of(numels: list[int], ranks: int, scale: str, block_size: int = 2048) -> list[tuple[slice, int]]:
-    """Each block and the rank that serves it: blocks of one size in turn ("l1"), or N chunks of each tensor."""
+    """Each block and the rank that serves it: blocks of one size in turn ("l1", "rms"), or N chunks of each tensor."""
     blocks: list[tuple[slice, int]] = []
     for t in tensors_of(numels):
-        size = block_size if scale == "l1" else math.ceil((t.stop - t.start) / (8 * ranks)) * 8
+        is_even = scale in ("l1", "rms")
+        size = block_size if is_even else math.ceil((t.stop - t.start) / (8 * ranks)) * 8
         for j, a in enumerate(range(t.start, t.stop, size)):
-            blocks.append((slice(a, min(a + size, t.stop)), len(blocks) % ranks if scale == "l1" else j))
+            blocks.append((slice(a, min(a + size, t.stop)), len(blocks) % ranks if is_even else j))
     return blocks
 
 
@@ -96,10 +97,12 @@ class SignExchange:
         blocks = blocks_of(self.numels, len(x), self.scale, self.block_size)
         each = [[block] for block, _ in blocks]
         served = [[block for block, owner in blocks if owner == rank] for rank in range(len(x))]
-        workers = {"l1": each, "l2": [[t] for t in tensors_of(self.numels)], "model": [[b for b, _ in blocks]]}
+        workers = {"l2": [[t] for t in tensors_of(self.numels)], "model": [[b for b, _ in blocks]]}.get(
+            self.scale, each
+        )
         servers = [group for group in served if group] if self.scale == "model" else each
         c = x + self.e
-        q, clear = zip(*(signs(row, workers[self.scale], self.scale) for row in c), strict=True)
+        q, clear = zip(*(signs(row, workers, self.scale) for row in c), strict=True)
         a = np.mean(q, axis=0) + self.s
         y, distance = signs(a, servers, self.scale)
         self.e, self.s, self.margin = c - np.stack(q), a - y, np.min([*clear, distance], axis=0)

@@ -85,7 +85,7 @@ def reference_of(states: list[dict[str, Any]], scale: str, corrects: bool, t: in
     return Reference(exchange, x, m, v, w, one["coeff"], one["factor"], t, corrects)
 
 
-@pytest.mark.parametrize(("scale", "corrects"), [("l1", False), ("l2", True)])
+@pytest.mark.parametrize(("scale", "corrects"), [("rms", False), ("l2", True)])
 def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects: bool) -> None:
     runs = train(4, STEPS, scale=scale, bias_correction=corrects)
     compared, factors = 0, []
@@ -114,7 +114,7 @@ def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects:
 
 def test_a_short_run_stays_with_the_reference() -> None:
     runs = train(4, STEPS)
-    reference = reference_of([run[0] for run in runs], "l1", False, 0)
+    reference = reference_of([run[0] for run in runs], "rms", False, 0)
     worst = 0.0
     for step in range(FREEZE + 10):
         reference.step(gradients(SHAPES, 4, step, mean=0.5, dead=2))
@@ -160,7 +160,7 @@ def test_the_factor_keeps_its_bounds_and_those_of_its_change() -> None:
     assert np.ptp(seen) > 0.05
 
 
-@pytest.mark.parametrize(("scale", "prescale"), [("l1", False), ("l2", False), ("model", True)])
+@pytest.mark.parametrize(("scale", "prescale"), [("rms", False), ("l2", False), ("model", True)])
 def test_empty_and_zero_tensors_are_safe_and_left_alone(scale: str, prescale: bool) -> None:
     """In the released code an empty tensor made every scale NaN, and one without momentum divided by 0."""
 

@@ -134,7 +134,7 @@ def reference_of(states: list[dict[str, Any]], numels: list[int], scale: str, t:
     return Reference(exchange, rows["x"], rows["momentum"], v, total, common, rate, kept, t, updates)
 
 
-@pytest.mark.parametrize(("scale", "corrects"), [("l1", True), ("l2", False)])
+@pytest.mark.parametrize(("scale", "corrects"), [("rms", True), ("l2", False)])
 def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects: bool) -> None:
     numels, ranks = [math.prod(shape) for shape in SHAPES], 4
     runs = train(ranks, STEPS, scale=scale, bias_correction=corrects, max_ratio=None)
@@ -183,7 +183,7 @@ def test_the_interval_of_exchanges_doubles_each_time_the_rate_has_halved() -> No
     assert SimWorld[Any](2).run(work) == [list(intervals)] * 2
 
 
-@pytest.mark.parametrize("scale", ["l1", "l2"])
+@pytest.mark.parametrize("scale", ["rms", "l2"])
 def test_a_short_run_stays_with_the_reference(scale: str) -> None:
     shapes: list[tuple[int, ...]] = [(5,), (3,)]
     runs = train(4, STEPS, shapes, scale=scale)
