@@ -118,7 +118,7 @@ ENTRIES = (
         "zero_one_adam",
         "zero_one_adam",
         "adam",
-        {"var_freeze_step": WARMUP, "local_step_scaler": WARMUP, "local_step_clipper": 4},
+        {"var_freeze_step": WARMUP, "var_update_scaler": WARMUP, "local_step_clipper": 4},
         targets=within(1),
     ),
     # LAMB
