@@ -120,7 +120,7 @@ class Group(ABC):
         self.all_reduce(torch.zeros(1, dtype=torch.float32))
 
     def close(self) -> None:
-        """Give back what was opened for this group; call nothing else afterwards."""
+        """Give back what was opened for this group; a collective that all ranks call afterwards opens it anew, or fails."""
 
     def _count(self, operation: str, nbytes: int, root: int = 0) -> dict[int, float]:
         """Count a collective by its schedule; return the bytes for each peer."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,16 +28,23 @@ class TorchGroup(BufferGroup):
     Raises GroupError if torch.distributed has not been initialised, or an exchange fails.
     """
 
-    _is_own = False  # whether `close` ends the process group
+    _make: Callable[[], dist.ProcessGroup] | None = None  # makes it anew, if `close` has ended it
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_initialized():
             raise GroupError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
-        self.process_group = process_group or dist.group.WORLD
+        self._process_group: Any = process_group or dist.group.WORLD  # None once it has ended
         self.rank = dist.get_rank(self.process_group)
         self.size = dist.get_world_size(self.process_group)
         self.traffic = Traffic()
         self.device = torch.device("cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu")
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        if self._process_group is None and self._make is not None:
+            self._process_group = self._make()  # such as to save after the end
+        own: dist.ProcessGroup = self._process_group
+        return own
 
     @property
     def is_spread(self) -> bool:
@@ -60,17 +67,20 @@ class TorchGroup(BufferGroup):
         everyone = len(ranks) == dist.get_world_size()
         if not everyone:
             _check_group_counts(parent)
-        own = None
-        make = partial(dist.new_group, timeout=_timeout(parent), backend=backend or dist.get_backend(parent))
-        for part in parts or [range(len(ranks))]:
-            members = [ranks[k] for k in part]
-            if everyone or dist.get_rank() in members:  # all ranks of a job make each group, or only its members
-                new = make(members, use_local_synchronization=not everyone, group_desc="commopt")
-                own = new if dist.get_rank() in members else own
-        group = cls(own)
-        group._is_own = (
-            everyone  # torch gives a later group the name of a sub-group that has ended, which the store remembers
-        )
+        new = partial(dist.new_group, timeout=_timeout(parent), backend=backend or dist.get_backend(parent))
+
+        def make() -> dist.ProcessGroup:
+            own: Any = None
+            for part in parts or [range(len(ranks))]:
+                members = [ranks[k] for k in part]
+                if everyone or dist.get_rank() in members:  # all ranks of a job make each group, or only its members
+                    one = new(members, use_local_synchronization=not everyone, group_desc="commopt")
+                    own = one if dist.get_rank() in members else own
+            return cast(dist.ProcessGroup, own)
+
+        group = cls(make())
+        if everyone:  # torch gives a later group the name of a sub-group that has ended, which the store remembers
+            group._make = make
         return group
 
     def all_reduce(self, x: Tensor) -> None:
@@ -88,7 +98,7 @@ class TorchGroup(BufferGroup):
         if self.size == 1:
             return [text]
         ranks = dist.get_process_group_ranks(self.process_group)
-        place = f"commopt {self.process_group.group_name} {hash(tuple(ranks)):x}"  # type: ignore[union-attr]
+        place = f"commopt {self.process_group.group_name} {hash(tuple(ranks)):x}"
         _told[place] = _told.get(place, 0) + 1
         store = dist.distributed_c10d._get_default_store()  # new if a job starts again, when processes may not be
         if (count := store.add(f"{place} of {self.rank}", 1)) > _told[place]:
@@ -122,11 +132,10 @@ class TorchGroup(BufferGroup):
             torch.cuda.synchronize()
 
     def close(self) -> None:
-        if (
-            self._is_own and self.process_group in dist.distributed_c10d._world.pg_map
-        ):  # its owner may have ended the job
-            dist.destroy_process_group(self.process_group)
-            del self.process_group  # its threads end with it, and not when the garbage of a DDP model is collected
+        own = self._process_group
+        if self._make is not None and own in dist.distributed_c10d._world.pg_map:  # its owner may have ended the job
+            dist.destroy_process_group(own)
+            self._process_group = None  # its threads end with it, and not when the garbage of a DDP model is collected
 
     def _gather(self, own: Tensor) -> Tensor:
         here = self._staged(own)

@@ -64,7 +64,7 @@ def accelerate(method: str) -> tuple[nn.Module, commopt.Run]:
     optimizer = accelerator.prepare(optimizer)
     run = commopt.attach(prepared, method, optimizer)
     run.join()
-    for step in range(STEPS):
+    for step in run.range(STEPS):
         accelerator.backward(prepared(**batch(step, accelerator.process_index))["loss"])
         optimizer.step()
         optimizer.zero_grad()
