@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -288,10 +288,13 @@ class EveryStepRun(Run):
         for name, p in self.parameters.items():
             grad, version = self._exchanged.get(name, (None, -1))
             if version >= 0 and p.grad is not None and (p.grad is not grad or p.grad._version > version + allowed):
-                raise GradientsChanged(
-                    f"{name}: the gradient was changed after backward, when it is only a copy of what {self.method.name} "
-                    "has exchanged; clip by attach(..., max_norm=...), and pass a GradScaler as attach(..., grad_scaler=...)"
-                )
+                self.refuse_changed(name)
+
+    def refuse_changed(self, name: str) -> NoReturn:
+        raise GradientsChanged(
+            f"{name}: the gradient was changed after backward, when it is only a copy of what {self.method.name} has exchanged; clip by "
+            "attach(..., max_norm=...), and pass a GradScaler as attach(..., grad_scaler=...)"
+        )
 
     def _after_step(self, *_: Any) -> None:
         self._void_names.clear()

@@ -261,6 +261,21 @@ def test_replicas_start_as_the_first_and_every_rank_hears_of_a_drift() -> None:
     assert not run.replicas_are_equal()
 
 
+@on_four_ranks
+def test_clipping_what_is_more_than_a_gradient_is_refused() -> None:
+    for method in ("dgc", {"name": "onebit_adam", "freeze_step": 2}):
+        model = sharded(mesh_of(2, 2))
+        kind = torch.optim.SGD if method == "dgc" else torch.optim.Adam
+        optimizer: torch.optim.Optimizer = kind(model.parameters(), lr=0.01)
+        with commopt.attach(model, method, optimizer) as run:
+            train(model, run.optimizer, dist.get_rank(), 2)
+            x, y = batch(dist.get_rank(), 2)
+            loss_of(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            with pytest.raises(GradientsChanged, match="the gradient was changed after backward"):
+                run.optimizer.step()
+
+
 @pytest.mark.parametrize("is_clipped", [False, True], ids=["", "clipped"])
 @on_four_ranks
 def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(is_clipped: bool) -> None:
