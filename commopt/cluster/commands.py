@@ -26,7 +26,7 @@ def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, indepen
         place = [
             "--rdzv-backend=c10d",
             f"--rdzv-id={cluster.name}",
-            f"--rdzv-endpoint={host}:{emulation.port}",
+            f"--rdzv-endpoint={f'[{host}]' if ':' in host else host}:{emulation.port}",
             f"--rdzv-conf=is_host={str(node == 0).lower()}",  # torchrun can't tell by itself across namespaces
             f"--local-addr={emulation.addresses[node]}",
         ]

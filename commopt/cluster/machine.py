@@ -81,15 +81,15 @@ def interface_of(host: str | None) -> str | None:
     """
     if not host or not is_own(host):
         return None
-    if host.startswith("127."):
+    if host.startswith("127.") or host == "::1":
         return loopback_interface()
     try:
-        wanted = socket.gethostbyname(host)
+        wanted = {str(place[0]).partition("%")[0] for *_, place in socket.getaddrinfo(host, 0)}
     except OSError:
         return None
-    for line in tried(["ip", "-o", "-4", "addr"]).stdout.splitlines():
+    for line in tried(["ip", "-o", "addr"]).stdout.splitlines():
         words = line.split()
-        if len(words) > 3 and words[3].split("/")[0] == wanted and not wanted.startswith("127."):
+        if len(words) > 3 and words[3].split("/")[0] in wanted and words[1] not in LOOPBACK:
             return words[1]
     return None
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,8 +30,10 @@ def _checked_name(text: str) -> str:
 
 def _checked_host(text: str) -> str:
     try:
+        if ":" in text:
+            return str(IPv6Address(text.removeprefix("[").removesuffix("]")))
         is_host = bool(text.encode("idna")) and text.isprintable() and " " not in text
-    except UnicodeError:
+    except ValueError:
         is_host = False
     if not is_host:
         raise ValueError(f"{shown(text)} is not a host; write its address or name, as in '10.1.0.5'")

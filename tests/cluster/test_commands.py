@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from launchers import commopt_here
+from networks import needs_ipv6
 
 from commopt.cluster.commands import agent_environment, agent_words, peers_json, secret_of
 from commopt.cluster.emulate import on_hosts, preview, this_node
-from commopt.cluster.machine import Emulate
-from commopt.cluster.spec import ClusterSpec
+from commopt.cluster.machine import Emulate, interface_of, loopback_interface
+from commopt.cluster.spec import ClusterSpec, Rendezvous
 from commopt.errors import LaunchError
 from commopt.plan.links import LinkModel
 
@@ -39,6 +40,18 @@ def test_only_node_0_hosts_the_store_of_c10d(node: int, is_host: str) -> None:
     expected = ["--rdzv-backend=c10d", "--rdzv-id=lab", "--rdzv-endpoint=10.1.0.5:1234"]
     expected += [f"--rdzv-conf=is_host={is_host}", f"--local-addr=10.1.0.{5 + node}"]
     assert agent_words(emulation, node, ["train.py"])[5:-2] == expected
+
+
+@needs_ipv6
+def test_hosts_may_be_ipv6_addresses() -> None:
+    cluster = cluster_of(nodes=[{"name": "a0", "host": "[::1]"}, {"name": "a1", "host": "2001:DB8::2"}])
+    assert this_node(cluster, None) == 0
+    assert interface_of("::1") == loopback_interface()
+    emulation = preview(cluster)
+    assert [host for host, _ in emulation.members()[::2]] == ["::1", "2001:db8::2"]
+    assert "--master-addr=::1" in agent_words(emulation, 0, ["train.py"])
+    words = agent_words(preview(cluster.model_copy(update={"rendezvous": Rendezvous(backend="c10d")})), 1, ["train.py"])
+    assert {"--rdzv-endpoint=[::1]:29500", "--local-addr=2001:db8::2"} < {*words}
 
 
 @pytest.mark.parametrize(

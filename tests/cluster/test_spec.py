@@ -56,6 +56,9 @@ MISTAKES = {
     "nodes: 1000\nslots: 11": "slots: 11 on each of 1000 nodes are too many; write 10000 ranks at most",
     "nodes: 2\nslots: 8\nrendezvous: {port: 65530}": "rendezvous.port: 65530 leaves no port for 8 ranks after it; write 65527 or less",
     "nodes: [{name: a, host: a b}]": "nodes.0.host: 'a b' is not a host; write its address or name, as in '10.1.0.5'",
+    "nodes: [{name: a, host: 'h:29500'}]": "nodes.0.host: 'h:29500' is not a host; write its address or name, as in '10.1.0.5'",
+    "nodes: [{name: a, host: '::1'}, {name: b, host: '[0::1]'}]": "nodes.1.host: '::1' is the host of two nodes; "
+    "use 'slots' for several ranks on one machine",
     "nodes: 2\nslots: !!bool maybe": "line 2: tag 'tag:yaml.org,2002:bool': write the value without it",
     "nodes: &a [*a]": "line 1: alias '*a': write the value itself",
     f"nodes: {'[' * 3000}": "line 1: is nested more than 20 deep",

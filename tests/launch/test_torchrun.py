@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from networks import needs_ipv6
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import config_from_args, get_args_parser
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
@@ -50,6 +52,16 @@ def test_static_names_the_rank_of_the_node() -> None:
     assert (config.rdzv_backend, config.rdzv_endpoint) == ("static", "127.0.0.1:29500")
     assert config.rdzv_configs["rank"] == 1
     assert config.rdzv_configs["timeout"] == "600"
+
+
+@needs_ipv6
+@pytest.mark.parametrize("head", ["::1", "[::1]"])
+def test_head_may_be_an_ipv6_address(head: str) -> None:
+    for rendezvous in ("c10d", "static"):
+        variables, config = understood(HEAD=head, NODE="0", RENDEZVOUS=rendezvous)
+        assert variables[0] == "GLOO_SOCKET_IFNAME=lo"
+        assert parse_rendezvous_endpoint(config.rdzv_endpoint, -1) == ("::1", 29500)
+        assert config.local_addr == ("::1" if rendezvous == "c10d" else None)
 
 
 def test_what_was_set_by_hand_stays() -> None:
