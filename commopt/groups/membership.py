@@ -32,7 +32,7 @@ class Membership:
             return None
         try:
             given = json.loads(text)
-            addresses = tuple((str(host), int(port)) for host, port in given["members"])
+            addresses = tuple((str(host).strip("[]"), int(port)) for host, port in given["members"])
             place = [int(os.environ.get(key, "0")) for key in ("COMMOPT_NODE_RANK", "LOCAL_RANK")]
             rank = place[0] * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + place[1]
             if not 0 <= rank < len(addresses):

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
-import fcntl
 import logging
-import os
 import queue
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +22,7 @@ from typing import Any, TypeVar
 from commopt.errors import GroupError
 from commopt.groups.base import Traffic
 from commopt.groups.frames import Connection, Frame
+from commopt.groups.listening import listen
 from commopt.groups.membership import Membership
 from commopt.groups.peers import GROUP, KEPT, Letter, Mailbox, Peers, Progress
 from commopt.plan.links import LinkModel
@@ -34,7 +31,6 @@ from commopt.wire.payload import Payload
 _log = logging.getLogger(__name__)
 _BEAT_S = 1.0
 _DIAL_S = 2.0
-_SIOCGIFADDR = 0x8915
 _STRANGERS = 64  # connections that have not said yet who they are; one more takes the place of the oldest
 _READERS = 4  # connections from one peer, likewise: one is used, others may be of its last start
 _WARN_S = 60.0  # between two warnings of one kind
@@ -79,7 +75,7 @@ class TcpPeers(Peers):
         self._routes = {r: _Route(address) for r, address in enumerate(membership.addresses) if r != self.rank}
         self._own = Progress(0, False)
         self._is_closed = False
-        self._listener = listener or _listen(membership.addresses[self.rank])
+        self._listener = listener or listen(membership.addresses[self.rank])
         self._readers: dict[threading.Thread, socket.socket] = {}
         self._strangers: list[socket.socket] = []
         self._background = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")
@@ -356,32 +352,3 @@ def _hang_up(connected: socket.socket) -> None:
     """End a connection for the thread that uses it, too."""
     with contextlib.suppress(OSError):
         connected.shutdown(socket.SHUT_RDWR)
-
-
-def _listen(address: tuple[str, int]) -> socket.socket:
-    try:
-        try:
-            return socket.create_server(address, backlog=128)
-        except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
-                raise
-            return socket.create_server(("", address[1]), backlog=128)  # behind NAT the others know another address
-    except OSError as error:
-        raise GroupError(f"{address[0]}:{address[1]} cannot be listened on: {error.strerror or error}") from None
-
-
-def listen_anywhere() -> tuple[socket.socket, tuple[str, int]]:
-    """A listening socket on a free port, and its address for other ranks: that of GLOO_SOCKET_IFNAME, or of the host's name."""
-    host = _own_address()
-    listener = _listen((host, 0))
-    return listener, (host, int(listener.getsockname()[1]))
-
-
-def _own_address() -> str:
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0].encode()
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface[:15]))
-        return socket.inet_ntoa(found[20:24])
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(socket.gethostname())
-    return "127.0.0.1"

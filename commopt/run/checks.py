@@ -22,8 +22,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from commopt.choice import Choice
 from commopt.errors import AttachError, ConfigError, check_option
 from commopt.groups import Group, LocalGroup, PacedGroup, Peers, SimGroup, SimWorld, TcpPeers, TorchGroup, World
+from commopt.groups.listening import listen_anywhere
 from commopt.groups.membership import Membership
-from commopt.groups.tcp import listen_anywhere
 from commopt.method import EveryStep, Kind, Method
 from commopt.methods import resolve
 from commopt.optim.update import UpdateMethod

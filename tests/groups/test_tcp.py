@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import needs_ipv6
 from outer_rig import local_memberships
 
+from commopt.cluster.machine import loopback_interface
 from commopt.errors import ConfigError, GroupError
 from commopt.groups import tcp
+from commopt.groups.listening import listen_anywhere
 from commopt.groups.membership import Membership
 from commopt.groups.peers import GROUP, KEPT
 from commopt.groups.tcp import TcpPeers
@@ -392,6 +395,21 @@ def test_a_taken_port_is_named(members: Members) -> None:
     host, port = place_of(a)
     with pytest.raises(GroupError, match=f"{host}:{port} cannot be listened on: Address already in use"):
         TcpPeers(Membership(0, ((host, port),), "local"))
+
+
+@needs_ipv6
+def test_members_meet_at_ipv6_addresses(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback_interface())
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    places = [listen_anywhere() for _ in range(2)]
+    addresses = tuple(address for _, address in places)
+    assert {host for host, _ in addresses} == {"::1"}
+    a, b = (members.add(Membership(k, addresses, "six"), listener=listener) for k, (listener, _) in enumerate(places))
+    until(lambda: a.is_up(1) and b.is_up(0))
+    a.send(1, "c", 0, number(5))
+    assert got(b, 0, 0) == 5.0
+    with pytest.raises(GroupError, match=rf"\[::1\]:{addresses[0][1]} cannot be listened on: Address already in use"):
+        TcpPeers(Membership(0, addresses, "six"))
 
 
 def test_a_place_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
