@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from commopt.errors import GroupError
 from commopt.groups.base import Traffic
 from commopt.groups.frames import Connection, Frame
-from commopt.groups.listening import listen
+from commopt.groups.listening import enter, hang_up
 from commopt.groups.membership import Membership
 from commopt.groups.peers import GROUP, KEPT, Letter, Mailbox, Peers, Progress
 from commopt.plan.links import LinkModel
@@ -31,9 +31,7 @@ from commopt.wire.payload import Payload
 _log = logging.getLogger(__name__)
 _BEAT_S = 1.0
 _DIAL_S = 2.0
-_STRANGERS = 64  # connections that have not said yet who they are; one more takes the place of the oldest
-_READERS = 4  # connections from one peer, likewise: one is used, others may be of its last start
-_WARN_S = 60.0  # between two warnings of one kind
+_READERS = 4  # connections from one peer; one more takes the place of the oldest, which may be of its last start
 T = TypeVar("T")
 
 
@@ -68,20 +66,16 @@ class TcpPeers(Peers):
         links: LinkModel | None = None,
     ) -> None:
         self.rank, self.size, self.traffic = membership.rank, len(membership.addresses), Traffic()
-        self.silence_s, self._job, self.returns = silence_s, membership.job, membership.returns
-        self._secret, self._warned_s = membership.secret, dict[str, float]()
+        self.silence_s, self.returns, self._secret = silence_s, membership.returns, membership.secret
         self._incarnation = time.time_ns()
         self._mailbox, self._changed = Mailbox(), threading.Condition()
         self._routes = {r: _Route(address) for r, address in enumerate(membership.addresses) if r != self.rank}
         self._own = Progress(0, False)
         self._is_closed = False
-        self._listener = listener or listen(membership.addresses[self.rank])
-        self._readers: dict[threading.Thread, socket.socket] = {}
-        self._strangers: list[socket.socket] = []
         self._background = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")
         self._links, self._link_is_busy = links, threading.Lock()
-        self._threads = [threading.Thread(target=self._accept, name="commopt listener", daemon=True)]
-        self._threads += [
+        self._listener, self._job = enter(membership, self._hear, silence_s, listener)
+        self._threads = [
             threading.Thread(target=self._serve, args=(peer,), name=f"commopt to rank {peer}", daemon=True)
             for peer in self._routes
         ]
@@ -157,18 +151,19 @@ class TcpPeers(Peers):
         self._background.shutdown(wait=False, cancel_futures=True)
         for route in self._routes.values():
             route.unsent.put(None)
-        for thread in self._threads[1:]:
+        for thread in self._threads:
             thread.join(max(0.1, min(1.0, end_s - self.seconds)))
-        with self._changed:
-            readers = dict(self._readers)
-            self._changed.notify_all()
-        outgoing = [route.connection.socket for route in self._routes.values() if route.connection is not None]
-        for one in (self._listener, *readers.values(), *outgoing):
-            _hang_up(one)
+        for one in [route.connection.socket for route in self._routes.values() if route.connection is not None]:
+            hang_up(one)
             one.close()
-        for thread in (*readers, *self._threads):  # a thread in torch's code aborts an interpreter that ends
-            if thread is not threading.current_thread():
-                thread.join(2.0)
+        with self._changed:
+            for one in (reader for route in self._routes.values() for reader in route.readers):
+                hang_up(one)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not any(route.readers for route in self._routes.values()), 2.0)
+        self._listener.leave(self._job)
+        for thread in self._threads:  # a thread in torch's code aborts an interpreter that ends
+            thread.join(2.0)
 
     def _beat(self) -> Frame:
         return Frame({"kind": "beat", "step": self._own.step, "is_training": self._own.is_training})
@@ -213,7 +208,7 @@ class TcpPeers(Peers):
             sent = route.connection.write(frame)
         except OSError as error:
             if isinstance(error, PermissionError):
-                self._warn(f"got from rank {peer} {error}")
+                self._listener.warn(f"got from rank {peer} {error}")
             if route.connection is not None:
                 _log.info("rank %d lost rank %d: %s", self.rank, peer, error)
                 route.connection.socket.close()
@@ -254,82 +249,47 @@ class TcpPeers(Peers):
         connection.write(Frame(hello))
         connection.write(self._beat())
 
-    # -- receiving: one thread for each connection that was accepted
+    # -- receiving: a thread of the listener for each connection that was accepted
 
-    def _accept(self) -> None:
-        while not self._is_closed:
-            accepted = None
-            try:
-                accepted, _ = self._listener.accept()
-                reader = threading.Thread(target=self._read, args=(accepted,), name="commopt reader", daemon=True)
-                # `close` reads the readers under this lock, and can only join threads that have started
-                with self._changed:
-                    if self._is_closed:
-                        raise ConnectionAbortedError
-                    reader.start()
-                    self._readers[reader] = accepted
-                    self._strangers.append(accepted)
-                    for oldest in self._strangers[:-_STRANGERS]:
-                        self._strangers.remove(oldest)
-                        _hang_up(oldest)
-            except (OSError, RuntimeError) as error:  # one broke, or too many are open; the listener still works
-                if accepted is not None:
-                    accepted.close()
-                if not self._is_closed:
-                    _log.warning("rank %d could not accept a connection: %s", self.rank, error)
-                    time.sleep(0.2)
+    def _hear(self, hello: dict[str, Any], connection: Connection) -> None:
+        """Take in what comes over a connection until it ends. Raises PermissionError if it is not to be heard."""
+        peer = self._greet(hello, connection.socket)
+        route = self._routes[peer]
 
-    def _read(self, accepted: socket.socket) -> None:
-        peer, connection = -1, Connection(accepted)
+        def note_heard() -> None:
+            route.heard_s = self.seconds
+
         try:
-            deadline_s = self.seconds + self.silence_s
-            if self._secret is not None:
-                connection.agree(self._secret, self.rank, has_dialled=False, deadline_s=deadline_s)
-            hello, _ = connection.read(deadline_s=deadline_s)
-            peer = self._greet(hello, accepted)
-            accepted.settimeout(max(30.0, 4 * self.silence_s))  # peers beat every second: a silent one is gone
-            route = self._routes[peer]
-
-            def note_heard() -> None:
-                route.heard_s = self.seconds
-
+            connection.socket.settimeout(max(30.0, 4 * self.silence_s))  # peers beat every second: a silent one is gone
             while True:
                 self._take(peer, hello["incarnation"], *connection.read(self.room_bytes, on_bytes=note_heard))
-        except PermissionError as error:
-            self._warn(f"turned away {error}")
+        except PermissionError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if not self._is_closed and peer >= 0:
+            if not self._is_closed:
                 _log.info("rank %d no longer hears rank %d: %s", self.rank, peer, error)
         finally:
-            accepted.close()
             with self._changed:
-                self._readers.pop(threading.current_thread(), None)
-                for some in (self._strangers, self._routes[peer].readers if peer >= 0 else []):
-                    if accepted in some:
-                        some.remove(accepted)
+                route.readers.remove(connection.socket)
                 self._changed.notify_all()
-
-    def _warn(self, what: str) -> None:
-        if self.seconds - self._warned_s.get(what, float("-inf")) > _WARN_S and not self._is_closed:
-            self._warned_s[what] = self.seconds
-            _log.warning("rank %d %s", self.rank, what)
 
     def _greet(self, hello: dict[str, Any], accepted: socket.socket) -> int:
         """The rank at the other end of a new connection. Raises PermissionError if it is not to be heard."""
-        if hello["kind"] != "hello" or hello["job"] != self._job or hello["rank"] not in self._routes:
+        if hello["rank"] not in self._routes:
             raise PermissionError("a connection that is not of this job")
         peer: int = hello["rank"]
         route = self._routes[peer]
         with self._changed:
+            if self._is_closed:
+                raise OSError("these peers have been closed")
             if hello["incarnation"] < route.incarnation and self.is_up(peer):  # late, of a process since replaced
                 raise PermissionError(f"an older start of rank {peer} than the one that is up")
-            self._strangers.remove(accepted)
             if hello["incarnation"] != route.incarnation:  # lower if the machine's clock was set back
                 self._mailbox.forget(peer)
             route.incarnation = hello["incarnation"]
             route.readers.append(accepted)
             for oldest in route.readers[:-_READERS]:
-                _hang_up(oldest)
+                hang_up(oldest)
             route.heard_s = self.seconds
             self._changed.notify_all()
         return peer
@@ -346,9 +306,3 @@ class TcpPeers(Peers):
             if payload is not None:
                 self._mailbox.put(peer, head["channel"], Letter(head["sequence"], payload), self.room_bytes)
             self._changed.notify_all()
-
-
-def _hang_up(connected: socket.socket) -> None:
-    """End a connection for the thread that uses it, too."""
-    with contextlib.suppress(OSError):
-        connected.shutdown(socket.SHUT_RDWR)

@@ -21,7 +21,7 @@ from outer_rig import local_memberships
 
 from commopt.cluster.machine import loopback_interface
 from commopt.errors import ConfigError, GroupError
-from commopt.groups import tcp
+from commopt.groups import listening, tcp
 from commopt.groups.listening import listen_anywhere
 from commopt.groups.membership import Membership
 from commopt.groups.peers import GROUP, KEPT
@@ -77,7 +77,7 @@ def got(peers: TcpPeers, peer: int, sequence: int, timeout_s: float = PLENTY_S, 
 
 
 def place_of(peers: TcpPeers) -> tuple[str, int]:
-    host, port = peers._listener.getsockname()[:2]
+    host, port = peers._listener.socket.getsockname()[:2]
     return str(host), int(port)
 
 
@@ -91,10 +91,13 @@ def lose(a: TcpPeers, b: TcpPeers) -> Membership:
 
 def vanish(peers: TcpPeers) -> None:
     """End like a killed process: its sockets close without a word to anybody."""
-    peers._is_closed = True
-    peers._listener.shutdown(socket.SHUT_RDWR)
-    peers._listener.close()
-    for one in [*peers._readers.values(), *(one.connection.socket for one in peers._routes.values() if one.connection)]:
+    peers._is_closed = peers._listener.is_closed = True
+    peers._listener.socket.shutdown(socket.SHUT_RDWR)
+    peers._listener.socket.close()
+    for one in [
+        *peers._listener._readers.values(),
+        *(one.connection.socket for one in peers._routes.values() if one.connection),
+    ]:
         one.shutdown(socket.SHUT_RDWR)
 
 
@@ -397,6 +400,44 @@ def test_a_taken_port_is_named(members: Members) -> None:
         TcpPeers(Membership(0, ((host, port),), "local"))
 
 
+@pytest.mark.parametrize("secret", [None, b"one" * 6], ids=["", "secret"])
+def test_members_of_one_process_share_its_address_and_meet_in_the_order_of_attaching(
+    members: Members, caplog: pytest.LogCaptureFixture, secret: bytes | None
+) -> None:
+    places = [listen_anywhere() for _ in range(2)]
+    for unused, _ in places:
+        unused.close()
+    of = [Membership(k, tuple(address for _, address in places), "gan", secret=secret) for k in range(2)]
+    first = [members.add(one) for one in of]
+    until(lambda: first[0].is_up(1) and first[1].is_up(0))
+    early = members.add(of[0])  # its connections to rank 1 are held until its second member is there
+    until(lambda: early._routes[1].connection is not None)
+    late = members.add(of[1])
+    until(lambda: early.is_up(1) and late.is_up(0))
+    first[0].send(1, "c", 0, number(1))
+    early.send(1, "c", 0, number(2))
+    assert (got(first[1], 0, 0), got(late, 0, 0)) == (1.0, 2.0)
+    for one in first:
+        one.close(0.0)  # the others go on, and the next takes its name
+    again = [members.add(one) for one in of]
+    until(lambda: again[0].is_up(1) and again[1].is_up(0) and early.is_up(1))
+    assert [one._job for one in (*again, early, late)] == ["gan", "gan", "gan+1", "gan+1"]
+    assert caplog.text == ""
+    for one in members.all:
+        one.close(0.0)
+    assert not listening._shared
+
+
+def test_a_member_that_nobody_attaches_is_turned_away_quietly(
+    members: Members, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, _ = members.start(2, silence_s=0.2)
+    connection = connect(a)
+    connection.sendall(frame({**HELLO, "job": "local+1"}))
+    assert ends(connection)
+    assert caplog.text == ""
+
+
 @needs_ipv6
 def test_members_meet_at_ipv6_addresses(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback_interface())
@@ -510,7 +551,7 @@ def test_close_joins_no_thread_that_has_not_started(members: Members, monkeypatc
     class Watched(threading.Thread):
         def start(self) -> None:
             if self.name == "commopt reader":
-                was_known.append(self in a._readers)
+                was_known.append(self in a._listener._readers)
             super().start()
 
     monkeypatch.setattr(threading, "Thread", Watched)
@@ -571,12 +612,12 @@ def test_strangers_cannot_use_up_a_members_files_and_threads(members: Members) -
     strangers += [connect(a) for _ in range(20)]
     for one in strangers[-20:]:
         one.sendall(frame(HELLO))
-    until(lambda: len(a._readers) <= tcp._STRANGERS + tcp._READERS + 1 and b.is_up(0))
+    until(lambda: len(a._listener._readers) <= listening._STRANGERS + tcp._READERS + 1 and b.is_up(0))
     assert ends(strangers[0])
     for one in strangers:
         one.close()
     b.send(0, "c", 0, number(5), expires_s=PLENTY_S)
-    assert a.is_up(1)
+    until(lambda: a.is_up(1))
 
 
 SECRETS: list[tuple[bytes | None, bytes | None]] = [(b"one" * 6, b"two" * 6), (b"one" * 6, None), (None, b"two" * 6)]
