@@ -101,6 +101,7 @@ class Peers(ABC):
     size: int  # how many there are, up or not
     traffic: Traffic  # what this member has sent
     room_bytes: float = ROOM_BYTES  # for what one peer has sent and nobody has read; nothing larger is taken
+    is_used = False  # by an outer run that is open: two would read each other's messages
     returns = False  # whether this member was restarted and has to catch up; known only if the launcher says so
 
     @abstractmethod

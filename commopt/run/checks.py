@@ -164,6 +164,7 @@ def _general_facts(method: Method, request: Request, model: Module) -> dict[str,
         raise ConfigError(f"overlap: {request.overlap!r} is out of range; write True, False, or leave it out")
     compiled = [base.__name__ for base in type(getattr(model, "_orig_mod", None)).__mro__]
     group = request.group
+    between = group.between if isinstance(group, World) else group
     ranks = max(int(text) for key in _JOB_SIZES if (text := os.environ.get(key, "1")).isdigit())
     is_alone = group is None and not dist.is_initialized() and "COMMOPT_PEERS" not in os.environ
     can_be_cut = not isinstance(method, EveryStep) or method.can_be_cut
@@ -173,6 +174,7 @@ def _general_facts(method: Method, request: Request, model: Module) -> dict[str,
         "max_norm of a private method": request.max_norm is not None and not method.takes_max_norm,
         "outer method and max_norm with a scaler": request.grad_scaler is not None,
         "peers for a synchronous method": isinstance(group, Peers),
+        "peers of another run": getattr(between.peers if isinstance(between, SimGroup) else between, "is_used", False),
         "method that cannot be cut": isinstance(group, World) and not can_be_cut,
         "compiled ddp": "DistributedDataParallel" in compiled,
         "compiled fsdp": "FSDPModule" in compiled,

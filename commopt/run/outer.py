@@ -68,7 +68,7 @@ class OuterRun(Run):
         self._is_off = self._has_joined = False
         self._pending: list[_Pending] = []
         self._members = Members(self)
-        peers.traffic.method = method.name
+        peers.traffic.method, peers.is_used = method.name, True
         # unread are at most a few rounds' messages and another rank's state, optimizer and all
         peers.room_bytes = _ROOM_BYTES + 16 * sum(
             x.numel() * max(4, x.itemsize) for x in (*model.parameters(), *model.buffers())
@@ -146,6 +146,7 @@ class OuterRun(Run):
     def close(self) -> None:
         super().close()
         self.peers.close()
+        self.peers.is_used = False
 
     def replicas_are_equal(self) -> bool:
         """True: an outer method does not promise that replicas are equal."""

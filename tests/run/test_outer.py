@@ -150,6 +150,17 @@ def test_peers_that_are_given_are_used_as_they_are() -> None:
     assert connect_peers(None).size == 1
 
 
+def test_peers_belong_to_one_run_at_a_time() -> None:
+    group = SimGroup(SimWorld(1), 0)
+    first, second = make_model(), make_model()
+    run = attach(first, "local_sgd", sgd(first), group=group.peers)
+    for again in (group.peers, group):
+        with pytest.raises(AttachError, match=r"group: Peers of another outer run: .* give each run Peers of its own"):
+            attach(second, "noloco", sgd(second), group=again)
+    run.close()
+    attach(second, "noloco", sgd(second), group=group.peers)
+
+
 def test_a_range_in_which_nothing_steps_ends_with_an_error() -> None:
     model = make_model()
     run = attach(model, "local_sgd", sgd(model), group=SimGroup(SimWorld(1), 0))
