@@ -417,12 +417,12 @@ def test_members_of_one_process_share_its_address_and_meet_in_the_order_of_attac
     first[0].send(1, "c", 0, number(1))
     early.send(1, "c", 0, number(2))
     assert (got(first[1], 0, 0), got(late, 0, 0)) == (1.0, 2.0)
+    assert caplog.text == ""
     for one in first:
         one.close(0.0)  # the others go on, and the next takes its name
     again = [members.add(one) for one in of]
     until(lambda: again[0].is_up(1) and again[1].is_up(0) and early.is_up(1))
     assert [one._job for one in (*again, early, late)] == ["gan", "gan", "gan+1", "gan+1"]
-    assert caplog.text == ""
     for one in members.all:
         one.close(0.0)
     assert not listening._shared
