@@ -42,7 +42,6 @@ class Listener:
         self._strangers: list[socket.socket] = []
         self._warned_s: dict[str, float] = {}
         self._thread = threading.Thread(target=self._accept, name="commopt listener", daemon=True)
-        self._thread.start()
 
     def add(self, job: str, hear: Hear) -> str:
         """Add a member; returns its job's name: for the second open member of a job "job+1", and so on."""
@@ -50,6 +49,8 @@ class Listener:
             names = (f"{job}+{k}" if k else job for k in itertools.count())
             name = next(name for name in names if name not in self._members)
             self._members[name] = hear
+            if not self._jobs:  # what comes earlier would be of an unknown job
+                self._thread.start()
             self._jobs.add(job)
             self._changed.notify_all()
         return name
