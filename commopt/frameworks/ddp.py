@@ -27,15 +27,23 @@ from commopt.run.outer import OuterRun
 from commopt.run.run import Run
 from commopt.wire.bucket import Bucket
 
+_THREADS: weakref.WeakValueDictionary[int, ThreadPoolExecutor] = weakref.WeakValueDictionary()  # by id of process group
+
 
 class Lane:
-    """One thread that runs exchanges in the order of submission, the same on every rank."""
+    """One thread that runs exchanges in the order of submission, the same on every rank.
 
-    def __init__(self, device: torch.device) -> None:
+    group: lanes over the same process groups share one thread, so that models with a joint backward do not mix their calls.
+    """
+
+    def __init__(self, device: torch.device, group: Group | None = None) -> None:
         self.device = device
         # for tensors on a GPU: jobs run on a side stream that waits for the stream that submitted them
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")  # ends before the interpreter does
+        self._carriers = _carriers(group)  # kept, and so their ids
+        new = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")  # ends before the interpreter does
+        self._thread = next(_threads_of(self._carriers), new)
+        _THREADS.update((id(one), self._thread) for one in self._carriers)
 
     def submit(self, job: Callable[[], Tensor]) -> Future[Tensor]:
         """A future of the job's result; what the job raises, its value() raises."""
@@ -55,8 +63,21 @@ class Lane:
         return future
 
     def close(self) -> None:
-        """End the thread after what was submitted."""
-        self._thread.shutdown()
+        """Wait for what was submitted; the thread ends when the last of its lanes is let go."""
+        self._thread.submit(int).result()
+
+
+def _carriers(group: Group | None) -> list[object]:
+    """What carries a group's calls: its process groups, of both levels."""
+    found: list[object] = []
+    for part in (group.inside, getattr(group, "between", group)) if group is not None else ():
+        inner = getattr(part, "inner", part)  # of a paced group
+        found.append(getattr(inner, "process_group", inner))
+    return [one for one in found if one is not None]
+
+
+def _threads_of(carriers: list[object]) -> Iterator[ThreadPoolExecutor]:
+    return (thread for one in carriers if (thread := _THREADS.get(id(one))) is not None)
 
 
 class DDPRun(EveryStepRun):
@@ -67,7 +88,7 @@ class DDPRun(EveryStepRun):
     def __init__(self, model: DistributedDataParallel, checked: checks.Checked, group: Group, overlap: bool) -> None:
         super().__init__(model.module, checked, group)
         self._name_of = {id(p): name for name, p in self.parameters.items()}
-        self._lane = Lane(next(iter(self.parameters.values())).device) if overlap else None
+        self._lane = Lane(next(iter(self.parameters.values())).device, group) if overlap else None
         self._collected: list[tuple[Bucket, Future[Tensor]]] = []
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._ddps_own = list(_ddps_own(model))
@@ -81,6 +102,7 @@ class DDPRun(EveryStepRun):
         """Leave the job. DDP keeps its hook for good, which from now on raises AttachError: make a new DDP model to train on."""
         if self._lane is not None:
             self._lane.close()
+            self._lane = None
         super().close()
 
     def bucket_layout(self) -> list[list[str]]:
@@ -144,6 +166,8 @@ class DDPRun(EveryStepRun):
 
     def _exchange_collected(self) -> None:
         collected, self._collected = self._collected, []
+        for thread in _threads_of(_carriers(self.group)):
+            thread.submit(int).result()  # another model in this backward may have a lane over the same group
         try:
             self._exchange_buckets([bucket for bucket, _ in collected])
         except Exception as error:

@@ -293,6 +293,32 @@ def test_uneven_inputs_are_refused_on_all_ranks(pool: Pool) -> None:
         assert "give every rank as many batches" in said
 
 
+def train_jointly(process_group: dist.ProcessGroup, *overlaps: bool | None) -> tuple[Tensor, list[bool]]:
+    """Two models in one backward, over one process group."""
+    models = [DistributedDataParallel(make_model(), bucket_cap_mb=0.001, process_group=process_group) for _ in overlaps]
+    group, method = TorchGroup(twin_of(process_group)), METHODS["ef_sign l1"]
+    runs = [method.attach(model, group, overlap=overlap) for model, overlap in zip(models, overlaps, strict=True)]
+    for step in range(10):
+        x, y = make_batch(runs[0].rank, step)
+        for run in runs:
+            run.optimizer.zero_grad()
+        loss_of(models[0](x) + models[1](x.flip(0)).flip(0), y).backward()
+        for run in runs:
+            run.optimizer.step()
+    are_equal = [run.replicas_are_equal() for run in runs]
+    for run in runs:
+        run.close()
+    return torch.cat([flat(model) for model in models]), are_equal
+
+
+@pytest.mark.parametrize("overlaps", [(None, None), (None, False), (False, None)], ids=str)
+def test_models_with_a_joint_backward_may_share_a_group(pool: Pool, overlaps: tuple[bool | None, ...]) -> None:
+    (expected, _), _ = pool.run(2, train_jointly, False, False)
+    for trained, are_equal in pool.run(2, train_jointly, *overlaps):
+        assert are_equal == [True, True]
+        assert torch.equal(trained, expected)
+
+
 def connected(process_group: dist.ProcessGroup, has_one_more: bool) -> str:
     """The sum over a group that `connect` makes, or its error; has_one_more: rank 0 has made a group before, alone."""
     if has_one_more and dist.get_rank(process_group) == 0:
