@@ -15,6 +15,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt.choice import Choice
+from commopt.errors import GradientsChanged, GroupError
 from commopt.groups import Group, TorchGroup, World
 from commopt.method import EveryStep, Method
 from commopt.methods import resolve
@@ -90,6 +91,7 @@ class DDPRun(EveryStepRun):
         self._name_of = {id(p): name for name, p in self.parameters.items()}
         self._lane = Lane(next(iter(self.parameters.values())).device, group) if overlap else None
         self._collected: list[tuple[Bucket, Future[Tensor]]] = []
+        self._failure: GroupError | None = None
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._ddps_own = list(_ddps_own(model))
         self._layout: dict[int, tuple[str, ...]] = {}
@@ -117,7 +119,6 @@ class DDPRun(EveryStepRun):
         joins = ddp is not None and ddp._join_config.enable
         checks.refuse({"ddp detached": self.is_closed, "ddp join": joins}, self.method.name, self.method.kind)
         ours = self._wrap(bucket)
-        self._refuse_repeat([ours])  # here, and not in the lane, whose errors DDP turns into a RuntimeError
         if bucket.is_last():
             self.note_backward()
             self._after_backward()
@@ -129,10 +130,20 @@ class DDPRun(EveryStepRun):
             return future.then(lambda f: f.value())
 
         def exchange() -> Tensor:
-            self._exchange_buckets([ours])
+            if self._failure is not None:
+                raise self._failure  # no other rank comes to this exchange
+            try:
+                self._exchange_buckets([ours])
+            except GroupError as error:
+                self._failure = error
+                raise
             return ours.flat
 
-        return self._lane.submit(exchange).then(lambda f: f.value())
+        repeated = self.repeats([ours])
+        future = self._lane.submit(exchange)
+        if repeated is not None:
+            future.wait()  # raises here, and not in the lane, whose errors DDP turns into a RuntimeError
+        return future.then(lambda f: f.value())
 
     def _wrap(self, bucket: GradBucket) -> Bucket:
         flat, views = bucket.buffer(), bucket.gradients()
@@ -170,6 +181,8 @@ class DDPRun(EveryStepRun):
             thread.submit(int).result()  # another model in this backward may have a lane over the same group
         try:
             self._exchange_buckets([bucket for bucket, _ in collected])
+        except GradientsChanged:
+            raise
         except Exception as error:
             for _, future in collected:
                 future.set_exception(error)  # type: ignore[arg-type]  # typed as a result, wrongly

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ class PlainRun(EveryStepRun):
     def __init__(self, model: Module, checked: checks.Checked, group: Group) -> None:
         super().__init__(model, checked, group)
         self._has_new_gradients = False
+        self._applied: dict[
+            str, tuple[weakref.ref[Tensor], int]
+        ] = {}  # the gradients of the last step, and their versions
         self._until_first_step = checks.refuse_ddp(model, self.method.name)
         self._handles += self._until_first_step
         for p in self.parameters.values():
@@ -38,6 +42,8 @@ class PlainRun(EveryStepRun):
 
     def _after_step(self, *_: Any) -> None:
         super()._after_step()
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        self._applied = {name: (weakref.ref(grad), grad._version) for name, grad in grads.items()}
         while self._until_first_step:
             self._until_first_step.pop().remove()
 
@@ -62,14 +68,27 @@ class PlainRun(EveryStepRun):
         self.note_backward()
 
     def _used_anywhere(self) -> list[str]:
-        """Parameters that have a gradient on some rank; the others are left alone. Sends 4 bytes for each parameter."""
+        """Parameters that have a gradient on some rank; the others are left alone. Sends 4 bytes for each parameter.
+
+        Raises GroupError, on all ranks, if some of them step a second time by gradients that they have applied already.
+        """
         if self.group.size == 1:
             return [name for name, p in self.parameters.items() if p.grad is not None]
         flags = torch.tensor([p.grad is not None for p in self.parameters.values()], dtype=torch.int32)
+        flags[0] += int(self._repeats()) << 16  # beyond the count of ranks
         flags = flags.to(next(iter(self.parameters.values())).device)
         self.group.traffic.bucket = "which parameters are used"
         self.group.all_reduce(flags)
-        return [name for name, count in zip(self.parameters, flags.tolist(), strict=True) if count]
+        if 0 < int(flags[0]) >> 16 < self.group.size:
+            self._refuse_uneven("steps by gradients that are applied already", int(self._repeats()))
+        return [name for name, count in zip(self.parameters, flags.tolist(), strict=True) if count & 0xFFFF]
+
+    def _repeats(self) -> bool:
+        """Whether no gradient has changed since the last step."""
+        if self._has_new_gradients or not self._applied:
+            return False
+        grads = [(self.parameters[name].grad, ref(), version) for name, (ref, version) in self._applied.items()]
+        return all(grad is not None and grad is old and grad._version == version for grad, old, version in grads)
 
     def _buckets(self, names: list[str]) -> list[Bucket]:
         parts: list[list[tuple[str, Tensor]]] = []

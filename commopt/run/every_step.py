@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from commopt.compress.feedback import first_of
-from commopt.errors import AttachError, GradientsChanged
+from commopt.errors import AttachError, GradientsChanged, GroupError
 from commopt.exchange.base import is_finite
 from commopt.exchange.clip import clip_by_mean_square_, clip_joint_norm_, joint_squares
 from commopt.exchange.two_level import machine_mean, put_together
 from commopt.groups import Group, LocalGroup, World
 from commopt.method import EveryStep
+from commopt.run.agree import listed
 from commopt.run.checks import HALF, Checked, has_closure
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
@@ -26,6 +27,7 @@ from commopt.wire.bucket import Bucket, ParameterIndex, Share
 from commopt.wire.payload import Payload
 
 _log = logging.getLogger(__name__)
+COMPARED_EVERY = 50  # calls of `exchange`: then ranks compare how many optimizer steps they have made
 
 
 class EveryStepRun(Run):
@@ -33,12 +35,13 @@ class EveryStepRun(Run):
 
     method: EveryStep
     repeat_hint = "run the other backwards with gradient synchronisation off"  # instead of a second exchange
+    _compares = True
 
     def __init__(self, model: Module, checked: Checked, group: Group) -> None:
         super().__init__(model, checked)
         self.group, self.max_norm, self.grad_scaler = group, checked.request.max_norm, checked.request.grad_scaler
         self.between = group.between if isinstance(group, World) else group
-        self._voids = 0
+        self._voids = self._calls = self._stepped = 0
         self._void_names: set[str] = set()
         self._unapplied: set[str] = set()  # exchanged, but not stepped by yet
         # parameter name -> its gradient after backward, and its version then
@@ -82,7 +85,8 @@ class EveryStepRun(Run):
 
     def _silenced(self) -> dict[str, Any]:
         alone = LocalGroup()
-        return {"group": alone if self.group.inside is None else World(self.group.inside, alone), "between": alone}
+        group = alone if self.group.inside is None else World(self.group.inside, alone)
+        return {"group": group, "between": alone, "_compares": False}
 
     def replicas_are_equal(self) -> bool:
         digest = hashlib.sha256()
@@ -97,8 +101,18 @@ class EveryStepRun(Run):
     # -- the exchange
 
     def exchange(self, buckets: Sequence[Bucket]) -> None:
-        """Exchange buckets in place: afterwards they hold the method's mean, or NaN or zeros if the bucket is void."""
-        self._refuse_repeat(buckets)
+        """Exchange buckets in place: afterwards they hold the method's mean, or NaN or zeros if the bucket is void.
+
+        Raises GradientsChanged if all ranks repeat an exchange that no step has applied, and GroupError, on all ranks, if some do.
+        """
+        if (repeated := self.repeats(buckets)) is not None:
+            for bucket in buckets:
+                bucket.flat.fill_(
+                    math.nan
+                )  # the others may wait for this exchange: it becomes void, and ranks compare their steps
+        self._calls += self._compares
+        if self._calls % COMPARED_EVERY == 0:
+            self._compare_steps()
         self._void_names.difference_update(*(bucket.names for bucket in buckets))
         method, share, inside = self.method, self.method.share, self.between.inside
         loss_scale = float(self.grad_scaler.get_scale()) if self.grad_scaler is not None else 1.0
@@ -128,6 +142,10 @@ class EveryStepRun(Run):
                 bucket.flat.copy_(done.flat)
             if scale != 1.0 and not self._is_update:
                 bucket.flat.mul_(scale)
+        if not is_local and any(done.void is not None for done in every):
+            self._compare_steps()
+        if repeated is not None:
+            raise repeated
 
     def _exchange_work(self, work: Sequence[Bucket]) -> None:
         """Exchange unscaled buckets; if that is not exact, and there is a max_norm, local gradients are clipped first."""
@@ -174,15 +192,32 @@ class EveryStepRun(Run):
             bucket.void = work[0].void
         return is_void
 
-    def _refuse_repeat(self, buckets: Sequence[Bucket]) -> None:
-        """Raise GradientsChanged if the state still holds an earlier exchange that no step has applied."""
+    def repeats(self, buckets: Sequence[Bucket]) -> GradientsChanged | None:
+        """What `exchange` will raise because the state still holds an earlier exchange that no step has applied."""
         if self.method.is_repeatable:
-            return
+            return None
         for name in (name for bucket in buckets for name in bucket.names if name in self._unapplied):
-            raise GradientsChanged(
+            return GradientsChanged(
                 f"{name}: {self.method.name} exchanges a second time before optimizer.step(), with the first exchange still in its "
                 f"state. To accumulate gradients, or if another loss reaches these parameters, {self.repeat_hint}. To skip a "
                 "step, decide before backward, or attach to the model without a wrapper, which exchanges in step(). Step run.optimizer"
+            )
+        return None
+
+    def _compare_steps(self) -> None:
+        if self._compares and self.group.size > 1:
+            self._refuse_uneven("optimizer steps since attach", self._stepped)
+
+    def _refuse_uneven(self, what: str, own: int) -> None:
+        """Raise GroupError, on all ranks, if a count differs between them. Sends 8 bytes to each rank."""
+        self.group.traffic.bucket = what
+        count = torch.tensor([own], device=next(iter(self.parameters.values())).device)  # (1,) i64
+        told = [int(one.tensors[0]) for one in self.group.all_gather(Payload.of(count))]
+        if len(set(told)) > 1:
+            ranks_of = {n: listed([rank for rank, one in enumerate(told) if one == n]) for n in told}
+            raise GroupError(
+                f"{what}: {' and '.join(f'{n} on {ranks}' for n, ranks in ranks_of.items())}; all ranks must call "
+                "optimizer.step() equally often, or their parameters differ: decide on all ranks together whether to skip a step"
             )
 
     def note_backward(self) -> None:
@@ -301,6 +336,7 @@ class EveryStepRun(Run):
         self._exchanged.clear()
         self._unapplied.clear()
         self._rollback.clear()
+        self._stepped += self._compares
         found_inf = getattr(self.optimizer, "found_inf", None)  # a GradScaler sets it on a stand-in
         if found_inf is None or not bool(found_inf):
             self.steps += 1

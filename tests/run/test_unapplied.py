@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -289,3 +290,54 @@ def test_a_step_that_a_scaler_skips_is_as_if_it_had_not_been(pool: Pool, preset:
     for (changed, result), (_, expected) in zip(pool.run(3, overflow, preset, True), control, strict=True):
         assert changed == []
         assert differing(result, expected) == []
+
+
+# -- ranks that step unequally often: all are told, and which rank it was
+
+EVEN_STEPS = 60  # more than lie between two comparisons
+
+
+def step_unevenly(model: nn.Module, run: Run, times: int, by_hand: bool = False) -> list[str]:
+    """What is raised if rank 1 makes its sixth step so many times."""
+    said: list[str] = []
+    with noted(said):
+        for step in range(EVEN_STEPS):
+            run.optimizer.zero_grad()
+            backward(model, run.rank, step)
+            if by_hand:
+                run.exchange_gradients()  # type: ignore[attr-defined]
+            for _ in range(times if run.rank == 1 and step == 5 else 1):
+                run.optimizer.step()
+    return said
+
+
+def step_unevenly_in_ddp(process_group: dist.ProcessGroup, name: str, times: int, overlap: bool) -> list[str]:
+    model, group = in_ddp(process_group, bucket_cap_mb=0.001)
+    run = Preset(name).attach(model, group, overlap=overlap)
+    said = step_unevenly(model, run, times)
+    run.close()
+    return said
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("times", [0, 2])
+@pytest.mark.parametrize("name", ["dense", "ef_sign"])
+def test_unequal_steps_in_ddp_raise_on_all_ranks(pool: Pool, name: str, times: int, overlap: bool) -> None:
+    for (said,) in pool.run(3, step_unevenly_in_ddp, name, times, overlap):
+        assert re.search(
+            r"optimizer steps since attach: (\d+) on ranks 0, 2 and (\d+) on rank 1; all ranks must call", said
+        )
+
+
+@pytest.mark.parametrize(
+    ("times", "by_hand", "counted"),
+    [(2, False, "steps by gradients that are applied already"), (0, True, "optimizer steps since attach")],
+)
+@pytest.mark.parametrize("name", ["dense", "ef_sign"])
+def test_unequal_steps_in_a_plain_script_raise_on_all_ranks(name: str, times: int, by_hand: bool, counted: str) -> None:
+    def work(group: SimGroup) -> list[str]:
+        model = make_model()
+        return step_unevenly(model, Preset(name).attach(model, group), times, by_hand)
+
+    for (said,) in SimWorld[list[str]](3).run(work):
+        assert re.match(rf"GroupError: {counted}: \d+ on ranks 0, 2 and \d+ on rank 1; all ranks must call", said)
