@@ -27,7 +27,7 @@ from commopt.wire.bucket import Bucket, ParameterIndex, Share
 from commopt.wire.payload import Payload
 
 _log = logging.getLogger(__name__)
-COMPARED_EVERY = 50  # calls of `exchange`: then ranks compare how many optimizer steps they have made
+COMPARED_EVERY = 50  # exchanges: then ranks compare how many optimizer steps they have made
 
 
 class EveryStepRun(Run):
@@ -106,19 +106,18 @@ class EveryStepRun(Run):
         Raises GradientsChanged if all ranks repeat an exchange that no step has applied, and GroupError, on all ranks, if some do.
         """
         if (repeated := self.repeats(buckets)) is not None:
-            for bucket in buckets:
-                bucket.flat.fill_(
-                    math.nan
-                )  # the others may wait for this exchange: it becomes void, and ranks compare their steps
-        self._calls += self._compares
-        if self._calls % COMPARED_EVERY == 0:
-            self._compare_steps()
+            for bucket in buckets:  # the others may wait for this exchange: it becomes void, and ranks compare their steps
+                bucket.flat.fill_(math.nan)
         self._void_names.difference_update(*(bucket.names for bucket in buckets))
         method, share, inside = self.method, self.method.share, self.between.inside
         loss_scale = float(self.grad_scaler.get_scale()) if self.grad_scaler is not None else 1.0
         # a linear method keeps no state, and half precision on the wire needs the scale
         scale = 1.0 if method.is_linear else loss_scale
         is_local, is_exact = method.is_local, method.is_exact
+        if not is_local and self._compares:  # nothing is sent in a local step
+            self._calls += 1
+            if self._calls % COMPARED_EVERY == 0:
+                self._compare_steps()
         dtype = getattr(self.group, "inner_dtype", None)
         work = [self._unscaled(machine_mean(bucket, share, inside, dtype), scale) for bucket in buckets]
         self._exchange_work(work)
