@@ -106,7 +106,8 @@ class EveryStepRun(Run):
         Raises GradientsChanged if all ranks repeat an exchange that no step has applied, and GroupError, on all ranks, if some do.
         """
         if (repeated := self.repeats(buckets)) is not None:
-            for bucket in buckets:  # the others may wait for this exchange: it becomes void, and ranks compare their steps
+            # the others may wait for this exchange: it becomes void, and ranks compare their steps
+            for bucket in buckets:
                 bucket.flat.fill_(math.nan)
         self._void_names.difference_update(*(bucket.names for bucket in buckets))
         method, share, inside = self.method, self.method.share, self.between.inside
