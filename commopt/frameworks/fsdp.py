@@ -104,6 +104,7 @@ class FSDPRun(EveryStepRun):
             if p.grad is not None and self.grad_scaler is None and not torch.equal(_beginning(p), x):
                 self.refuse_changed(name)
         self._beginnings.clear()
+        self._is_noted = False  # a backward that failed has not come to its end
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._clip)
         super()._before_step(optimizer, args, kwargs)

@@ -94,7 +94,7 @@ class Connection:
         self._filled(body.numpy(), on_bytes)
         tag = self._tag(begin + text, memoryview(cast(Any, body.numpy())))
         if tag and not hmac.compare_digest(tag, self._filled(bytearray(_TAG), deadline_s=deadline_s)):
-            raise PermissionError("a message that the job's secret does not vouch for")
+            raise PermissionError("a message that was not signed with the job's secret")
         return head, None if layout is None else Payload(body, layout)
 
     def unacknowledged(self) -> int:

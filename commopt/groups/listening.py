@@ -191,7 +191,7 @@ def listen_anywhere() -> tuple[socket.socket, tuple[str, int]]:
 
 
 def _addresses_of(interface: str) -> list[str]:
-    """An interface's addresses, without those that are good on one cable only; none if there is no such interface."""
+    """An interface's addresses, except link-local ones; none if it does not exist."""
     found = []
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         told = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))

@@ -646,6 +646,6 @@ def test_a_member_with_another_secret_is_turned_away(
     monkeypatch.setattr(tcp, "_DIAL_S", 0.3)
     pairs = zip(local_memberships(2), given, strict=True)
     a, b = (members.add(dataclasses.replace(place, secret=one), listener=listener) for (place, listener), one in pairs)
-    until(lambda: "give every rank the same COMMOPT_SECRET" in caplog.text or "does not vouch for" in caplog.text)
+    until(lambda: "give every rank the same COMMOPT_SECRET" in caplog.text or "was not signed with" in caplog.text)
     assert not a.is_up(1)
     assert not b.is_up(0)
