@@ -1,10 +1,8 @@
 """A method as the communication hook of DistributedDataParallel."""
 
 import os
-import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt.choice import Choice
 from commopt.errors import GradientsChanged, GroupError
+from commopt.frameworks.lane import Lane, Waits, carriers, threads_of
 from commopt.groups import Group, TorchGroup, World
+from commopt.groups.torch import device_of
 from commopt.method import EveryStep, Method
 from commopt.methods import resolve
 from commopt.plan.links import schedule
@@ -28,58 +28,6 @@ from commopt.run.outer import OuterRun
 from commopt.run.run import Run
 from commopt.wire.bucket import Bucket
 
-_THREADS: weakref.WeakValueDictionary[int, ThreadPoolExecutor] = weakref.WeakValueDictionary()  # by id of process group
-
-
-class Lane:
-    """One thread that runs exchanges in the order of submission, the same on every rank.
-
-    group: lanes over the same process groups share one thread, so that models with a joint backward do not mix their calls.
-    """
-
-    def __init__(self, device: torch.device, group: Group | None = None) -> None:
-        self.device = device
-        # for tensors on a GPU: jobs run on a side stream that waits for the stream that submitted them
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._carriers = _carriers(group)  # kept, and so their ids
-        new = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")  # ends before the interpreter does
-        self._thread = next(_threads_of(self._carriers), new)
-        _THREADS.update((id(one), self._thread) for one in self._carriers)
-
-    def submit(self, job: Callable[[], Tensor]) -> Future[Tensor]:
-        """A future of the job's result; what the job raises, its value() raises."""
-        future: Future[Tensor] = Future(devices=[self.device] if self._stream else [])
-        ready = torch.cuda.current_stream(self.device).record_event() if self._stream else None
-
-        def run() -> None:
-            try:
-                with torch.cuda.stream(self._stream):
-                    if self._stream is not None and ready is not None:
-                        self._stream.wait_event(ready)
-                    future.set_result(job())
-            except Exception as error:
-                future.set_exception(error)  # type: ignore[arg-type]  # typed as a result, wrongly
-
-        self._thread.submit(run)
-        return future
-
-    def close(self) -> None:
-        """Wait for what was submitted; the thread ends when the last of its lanes is let go."""
-        self._thread.submit(int).result()
-
-
-def _carriers(group: Group | None) -> list[object]:
-    """What carries a group's calls: its process groups, of both levels."""
-    found: list[object] = []
-    for part in (group.inside, getattr(group, "between", group)) if group is not None else ():
-        inner = getattr(part, "inner", part)  # of a paced group
-        found.append(getattr(inner, "process_group", inner))
-    return [one for one in found if one is not None]
-
-
-def _threads_of(carriers: list[object]) -> Iterator[ThreadPoolExecutor]:
-    return (thread for one in carriers if (thread := _THREADS.get(id(one))) is not None)
-
 
 class DDPRun(EveryStepRun):
     """Averages bucket by bucket during backward (overlap), or all buckets together when backward reaches the last."""
@@ -89,7 +37,9 @@ class DDPRun(EveryStepRun):
     def __init__(self, model: DistributedDataParallel, checked: checks.Checked, group: Group, overlap: bool) -> None:
         super().__init__(model.module, checked, group)
         self._name_of = {id(p): name for name, p in self.parameters.items()}
-        self._lane = Lane(next(iter(self.parameters.values())).device, group) if overlap else None
+        device = next(iter(self.parameters.values())).device
+        self._waits = Waits(device)
+        self._lane = Lane(device, group) if overlap else None
         self._collected: list[tuple[Bucket, Future[Tensor]]] = []
         self._failure: GroupError | None = None
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
@@ -140,7 +90,7 @@ class DDPRun(EveryStepRun):
             return ours.flat
 
         repeated = self.repeats([ours])
-        future = self._lane.submit(exchange)
+        future = self._lane.submit(exchange, [ours.flat])
         if repeated is not None:
             future.wait()  # raises here, and not in the lane, whose errors DDP turns into a RuntimeError
         return future.then(lambda f: f.value())
@@ -177,7 +127,7 @@ class DDPRun(EveryStepRun):
 
     def _exchange_collected(self) -> None:
         collected, self._collected = self._collected, []
-        for thread in _threads_of(_carriers(self.group)):
+        for thread in threads_of(carriers(self.group)):
             thread.submit(int).result()  # another model in this backward may have a lane over the same group
         try:
             self._exchange_buckets([bucket for bucket, _ in collected])
@@ -192,10 +142,10 @@ class DDPRun(EveryStepRun):
 
     def _after_backward(self) -> None:
         """Note versions and the time waited once DDP has put the results into the gradients."""
-        start = time.perf_counter()
+        begun = self._waits.now()
 
         def finished() -> None:
-            self.waited_s += time.perf_counter() - start
+            self.waited_s += self._waits.since(begun)
             self.note_versions()
 
         queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
@@ -213,6 +163,14 @@ def _ddps_own(model: DistributedDataParallel) -> Iterator[tuple[str, str, int]]:
         yield "DDP's buffers", "broadcast", buffers
     if model.find_unused_parameters and not model.static_graph:
         yield "DDP's unused parameters", "all_reduce", 4 * sum(p.requires_grad for p in model.module.parameters())
+
+
+def _others_in_backward(model: DistributedDataParallel) -> Iterator[str]:
+    """What communicates during backward beside the hook, on NCCL in an order of its own on each rank."""
+    if model.find_unused_parameters and not model.static_graph:
+        yield "find_unused_parameters=True"
+    if any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.module.modules()):
+        yield "SyncBatchNorm"
 
 
 def wrap(model: torch.nn.Module, method: Method | type[Method] | Choice, **ddp_options: object) -> torch.nn.Module:
@@ -241,6 +199,7 @@ def attach(model: DistributedDataParallel, request: checks.Request) -> Run:
     """
     group, theirs = request.group, model.process_group
     meeting = meeting_group(group, theirs)
+    crossing = next(_others_in_backward(model), "") if device_of(theirs).type == "cuda" else ""
 
     def facts(method: Method) -> dict[str, object]:
         run = _RUNS.get(model)
@@ -261,12 +220,15 @@ def attach(model: DistributedDataParallel, request: checks.Request) -> Run:
             "ddp skipped buckets": getattr(model, "skip_all_reduce_unused_params", False),
             "ddp shared group": ours is theirs and own and own[0],
             "overlap with a joint decision": request.overlap and joint,
+            "overlap with other collectives": request.overlap and theirs.size() > 1 and crossing,
         }
 
     checked = checks.check_request("ddp", model.module, request, meeting, facts)
     if not isinstance(checked.method, EveryStep):
         peers, inside = checks.connect_machines(group, dist.get_process_group_ranks(theirs))
         return OuterRun(model.module, checked, peers, Machine(inside))
-    overlap = not request.joint_decision(checked.method) if request.overlap is None else request.overlap
+    overlap = request.overlap
+    if overlap is None:
+        overlap = not crossing and not request.joint_decision(checked.method)
     ours = group if isinstance(group, Group) else checks.connect(theirs, checked.method)
     return DDPRun(model, checked, ours, overlap)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from commopt.errors import GroupError
 from commopt.groups.base import BufferGroup, Traffic
+from commopt.groups.staging import Staging
 
 _log = logging.getLogger(__name__)
 SOON = timedelta(seconds=60)  # until it is said for whom a rank waits
@@ -37,7 +38,8 @@ class TorchGroup(BufferGroup):
         self.rank = dist.get_rank(self.process_group)
         self.size = dist.get_world_size(self.process_group)
         self.traffic = Traffic()
-        self.device = torch.device("cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu")
+        self.device = device_of(self.process_group)
+        self._staging = Staging()
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -138,31 +140,40 @@ class TorchGroup(BufferGroup):
             self._process_group = None  # its threads end with it, and not when the garbage of a DDP model is collected
 
     def _gather(self, own: Tensor) -> Tensor:
-        here = self._staged(own)
-        out = here.new_empty(self.size * len(here))
-        with self._named("all_gather"):
-            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        with self._received("all_gather", own, self.size * len(own)) as (here, out):
             gather(out, here, group=self.process_group)
-        return out.to(own.device)
+        return self._back(out, own)
 
     def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:
-        here = self._staged(send)
-        out = here.new_empty(sum(sizes))
-        with self._named(operation):
+        with self._received(operation, send, sum(sizes)) as (here, out):
             dist.all_to_all_single(out, here, sizes, send_sizes, group=self.process_group)
-        return out.to(send.device)
+        return self._back(out, send)
 
-    def _staged(self, x: Tensor) -> Tensor:
-        """x, or a copy on the host for Gloo, which supports few collectives on GPU tensors."""
-        return x.detach().cpu() if self.device.type == "cpu" and x.device.type != "cpu" else x
+    def _is_staged(self, x: Tensor) -> bool:
+        """Whether a tensor goes through the host, for Gloo, which supports few collectives on GPU tensors."""
+        return self.device.type == "cpu" and x.device.type != "cpu"
+
+    @contextmanager
+    def _received(self, operation: str, own: Tensor, numel: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What to send, and (numel,) what to receive into."""
+        is_staged = self._is_staged(own)
+        here = self._staging.to_host(own, "sent") if is_staged else own
+        with self._named(operation):
+            yield here, self._staging.empty("received", own, numel) if is_staged else own.new_empty(numel)
+
+    def _back(self, out: Tensor, own: Tensor) -> Tensor:
+        if out.device == own.device:
+            return out
+        return self._staging.to_device_(own.new_empty(len(out)), "received", out)
 
     @contextmanager
     def _in_place(self, operation: str, x: Tensor) -> Iterator[Tensor]:
-        here = self._staged(x)
+        here = self._staging.to_host(x, "sent") if self._is_staged(x) else x
         with self._named(operation):
             yield here
         if here is not x:
-            x.copy_(here)
+            self._staging.to_device_(x, "sent", here)
 
     @contextmanager
     def _named(self, operation: str) -> Iterator[None]:
@@ -172,6 +183,12 @@ class TorchGroup(BufferGroup):
             raise GroupError(
                 f"{operation} failed on rank {self.rank} of {self.size}; if another rank ended or is stuck, its output says why: {error}"
             ) from error
+
+
+def device_of(process_group: dist.ProcessGroup) -> torch.device:
+    """The GPU, if NCCL carries the tensors there; else the CPU, and what is elsewhere is staged. See torch's BackendConfig."""
+    by_device = dist.get_backend_config(process_group).split(",")  # such as cpu:gloo,cuda:nccl
+    return torch.device("cuda" if "cuda:nccl" in by_device else "cpu")
 
 
 def initialise(backend: str) -> None:
@@ -193,6 +210,5 @@ def _check_group_counts(parent: dist.ProcessGroup | None) -> None:
 
 def _timeout(process_group: Any) -> timedelta | None:
     """The timeout of a process group's calls; None, for torch's default, if it does not tell."""
-    device = torch.device("cuda" if dist.get_backend(process_group) == "nccl" else "cpu")
-    options = getattr(process_group._get_backend(device), "options", None)
+    options = getattr(process_group._get_backend(device_of(process_group)), "options", None)
     return getattr(options, "_timeout", None)

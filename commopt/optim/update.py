@@ -190,9 +190,16 @@ class DirectionMethod(UpdateMethod):
     def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"])
         move_(p, self.directions[name], group["lr"])
+        keep_until_used(self.directions[name])
 
     def after_step(self) -> None:
         self.directions.clear()
+
+
+def keep_until_used(x: Tensor) -> None:
+    """Tell a GPU's allocator that the current stream uses memory which an exchange may have allocated on another stream."""
+    if x.is_cuda:
+        x.record_stream(torch.cuda.current_stream(x.device))
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rig import flat, loss_of, make_batch, make_method, make_model
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt import attach
-from commopt.frameworks.ddp import Lane
+from commopt.frameworks.lane import Lane
 from commopt.groups import TorchGroup
 
 pytestmark = pytest.mark.parametrize("place", PLACES)

@@ -1,0 +1,176 @@
+"""Pretended streams: each operation on the pretended device is a kernel launch on its thread's current stream, for torch's sanitizer.
+
+What happens before what follows from events alone; that the host waits for something helps nobody. Memory whose last tensor has gone
+is written by its next owner, once the stream that allocated it, and those it was recorded for, have come so far: as the caching
+allocator gives it away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pretend
+import pytest
+import torch
+from torch.cuda._sanitizer import EventHandler
+from torch.utils._pytree import tree_leaves
+
+from commopt.optim import update
+
+
+class Streams:
+    """One pretended GPU's streams, and the unordered accesses found."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self._handler, self._lock, self._local = EventHandler(), threading.RLock(), threading.local()
+        self._numbers = itertools.count(1)
+        self._owner: dict[int, int] = {}  # by storage: the stream that allocated it
+        self._alive: dict[int, int] = {}  # by storage: how many tensors it has
+        self._recorded: dict[int, set[int]] = {}
+        self._kept: list[Any] = []  # storages, so that no address comes twice
+        self._handler._handle_stream_creation(0)
+
+    @property
+    def current(self) -> int:
+        return getattr(self._local, "stream", 0)
+
+    def new_stream(self) -> int:
+        with self._lock:
+            number = next(self._numbers)
+            self._handler._handle_stream_creation(number)
+            return number
+
+    def record(self, stream: int) -> int:
+        with self._lock:
+            event = next(self._numbers)
+            self._handler._handle_event_creation(event)
+            self._handler._handle_event_record(event, stream)
+            return event
+
+    def wait(self, stream: int, event: int) -> None:
+        with self._lock:
+            self._handler._handle_event_wait(event, stream)
+
+    @contextmanager
+    def on(self, stream: int) -> Iterator[None]:
+        before, self._local.stream = self.current, stream
+        yield
+        self._local.stream = before
+
+    def launch(self, name: str, stream: int, reads: set[int], writes: set[int]) -> None:
+        with self._lock:
+            aliases = {storage: [name] for storage in reads | writes}
+            found: list[Any] = self._handler._handle_kernel_launch(stream, reads - writes, writes, set(), name, aliases)
+            self.errors += [
+                f"{name} on stream {stream} after {one.previous_access.operator} on stream {one.previous_access.stream}"
+                for one in found
+            ]
+
+    def record_stream(self, x: Any, stream: Any) -> None:
+        self._recorded.setdefault(_storage(x), set()).add(stream.number)
+
+    def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and note what it reads and writes."""
+        result = _RUN(function, args, kwargs)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, pretend._Pretended)]
+        outputs = [x for x in tree_leaves(result) if isinstance(x, pretend._Pretended)]
+        for x in outputs:
+            self._own(x)
+        returns = [one.alias_info for one in function._schema.returns]
+        if not any(one is not None and not one.is_write for one in returns):  # else it makes a view
+            pairs = zip(function._schema.arguments, args, strict=False)
+            written = [x for one, x in pairs if one.alias_info is not None and one.alias_info.is_write]
+            writes = {_storage(x) for x in (*written, *outputs) if isinstance(x, pretend._Pretended)}
+            self.launch(function.name(), self.current, set(map(_storage, inputs)), writes)
+        return result
+
+    def _own(self, x: Any) -> None:
+        if getattr(x, "is_known", False):
+            return
+        x.is_known, storage = True, _storage(x)
+        with self._lock:
+            self._kept.append(x.inside)
+            self._owner.setdefault(storage, self.current)
+            self._alive[storage] = self._alive.get(storage, 0) + 1
+        weakref.finalize(x, self._gone, storage)
+
+    def _gone(self, storage: int) -> None:
+        with self._lock:
+            self._alive[storage] -= 1
+            if self._alive[storage] == 0:
+                next_owner = self.new_stream()
+                for stream in {self._owner[storage]} | self._recorded.get(storage, set()):
+                    self.wait(next_owner, self.record(stream))
+                self.launch("the memory's next owner", next_owner, set(), {storage})
+
+
+_RUN: Callable[..., Any] = pretend._run
+
+
+def _storage(x: Any) -> int:
+    return int(x.inside.untyped_storage()._cdata)
+
+
+@contextmanager
+def pretended(lane: Any) -> Iterator[Streams]:
+    """Let the module of lanes work on pretended streams."""
+    streams = Streams()
+
+    class Stream:
+        def __init__(self, *_: Any, number: int | None = None, **__: Any) -> None:
+            self.number = streams.new_stream() if number is None else number
+
+        def record_event(self) -> int:
+            return streams.record(self.number)
+
+        def wait_event(self, event: int) -> None:
+            streams.wait(self.number, event)
+
+    class Cuda:
+        set_device = staticmethod(lambda _: None)
+        current_stream = staticmethod(lambda _: Stream(number=streams.current))
+        stream = staticmethod(lambda stream: streams.on(stream.number))
+
+    Cuda.Stream = Stream  # type: ignore[attr-defined]
+
+    class Future:
+        """As torch's: whoever waits lets its stream wait for the one that has set the result."""
+
+        def __init__(self, devices: Any) -> None:
+            self.done = threading.Event()
+            self._result: Any = None
+
+        def set_result(self, x: Any) -> None:
+            self._event, self._result = streams.record(streams.current), x
+            self.done.set()
+
+        def set_exception(self, error: Exception) -> None:
+            self._event, self._result = -1, error
+            self.done.set()
+
+        def wait(self) -> Any:
+            self.done.wait()
+            if isinstance(self._result, Exception):
+                raise self._result
+            streams.wait(streams.current, self._event)
+            return self._result
+
+        def drop(self) -> None:
+            self._result = None
+
+    class Torch:
+        cuda, device = Cuda, staticmethod(torch.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lane, "torch", Torch)
+        patch.setattr(lane, "Future", Future)
+        patch.setattr(update, "keep_until_used", lambda x: streams.record_stream(x, Cuda.current_stream(x)))
+        patch.setattr(pretend, "_run", streams.run)
+        patch.setattr(pretend._Pretended, "record_stream", lambda x, stream: streams.record_stream(x, stream))
+        yield streams
