@@ -35,6 +35,8 @@ SHARING = (  # files of which each kind shares its ranks: what mpiexec starts, o
 )
 PATIENCE_S = 400  # for tests of many processes, which may have to share the machine
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run on the CPU
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("commopt", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("commopt")

@@ -1,0 +1,286 @@
+"""The block quantisers on a GPU, with the bits of `kernels.cpu.quantize`: norm, draw, code, pack and residual in one pass.
+
+Blocks longer than a piece take a pass for their norms first.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, LARGEST, NAN, Pieces, corrected, drawn, keys_on, launch, piece
+from commopt.kernels.reference.quantize import float8_values, natural_values
+from commopt.wire.bucket import Blocks
+
+SMALLEST = tl.constexpr(2.0**-126)
+_LEVELS, _FLOAT8, _NATURAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_KINDS = {"levels": _LEVELS.value, "float8": _FLOAT8.value, "natural": _NATURAL.value}
+
+
+@triton.jit
+def _largest(c):
+    """(ROWS,) f32 max|c|; bit patterns are ordered as magnitudes are, with inf and NaN above all others."""
+    return tl.max(c.to(tl.int32, bitcast=True) & ALL_BUT_SIGN, 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _squares(c):
+    """(ROWS,) f64: the sum of squares; its order differs from the CPU's by what a float32 root does not show."""
+    v = c.to(tl.float64)
+    return tl.sum(v * v, 1)
+
+
+@triton.jit
+def _scale_of(norm, levels, KIND: tl.constexpr):
+    if KIND == _NATURAL:  # the power of two at or above the largest magnitude, where float32 has one
+        bits = norm.to(tl.int32, bitcast=True)
+        exponent = tl.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32), 254)
+        power = (exponent << 23).to(tl.float32, bitcast=True)
+        scale = tl.where(norm <= SMALLEST, tl.where(norm == 0, 0.0, SMALLEST), power)
+        return tl.where(norm <= LARGEST, scale, NAN)
+    scale = tl.div_rn(norm, tl.zeros_like(norm) + levels)
+    is_good = (norm <= LARGEST) & (scale * levels <= LARGEST)
+    return tl.where(is_good, tl.where(scale >= SMALLEST, scale, 0.0), NAN)
+
+
+@triton.jit
+def _is_up(rest, below, u, STOCHASTIC: tl.constexpr):
+    """To the upper level: by the draw, or where it is nearer, and from odd levels at half way."""
+    if STOCHASTIC:
+        return (u < rest).to(tl.int32)
+    return ((rest > 0.5) | ((rest == 0.5) & ((below & 1) != 0))).to(tl.int32)
+
+
+@triton.jit
+def _level_codes(c, u, scale, levels, STOCHASTIC: tl.constexpr):
+    a = tl.minimum(tl.div_rn(tl.abs(c), scale), levels)
+    below = a.to(tl.int32)
+    level = below + _is_up(a - below.to(tl.float32), below, u, STOCHASTIC)
+    return tl.where(c < 0, -level, level)
+
+
+@triton.jit
+def _float8_codes(c, u, scale, STOCHASTIC: tl.constexpr):
+    ratio = tl.minimum(tl.div_rn(tl.abs(c), scale), 448.0)
+    exponent = tl.maximum(ratio.to(tl.int32, bitcast=True) >> 23, 121)
+    step = 257 - exponent  # of 1 / step, where step = 2^(exponent - 3), and 2^-9 below the smallest normal number, 2^-6
+    a = ratio * (step << 23).to(tl.float32, bitcast=True)
+    below = a.to(tl.int32)
+    magnitude = ((136 - step) << 3) + below + _is_up(a - below.to(tl.float32), below, u, STOCHASTIC)
+    return magnitude | ((c.to(tl.int32, bitcast=True) >> 31) & 128)
+
+
+@triton.jit
+def _natural_codes(c, u, scale):
+    bits = c.to(tl.int32, bitcast=True)
+    top = scale.to(tl.int32, bitcast=True) >> 23  # exponents as float32 stores them
+    lowest = tl.maximum(top - 126, 1)
+    exponent = (bits & ALL_BUT_SIGN) >> 23
+    smallest = (lowest << 23).to(tl.float32, bitcast=True)
+    mantissa = (bits & 0x7FFFFF).to(tl.float32) * 1.1920928955078125e-07
+    is_small = exponent < lowest
+    rest = tl.where(is_small, tl.div_rn(tl.abs(c), smallest + tl.zeros_like(c)), mantissa)
+    level = tl.where(is_small, lowest - 1, exponent) + (u < rest).to(tl.int32)
+    code = (tl.minimum(level, top) - (top - 127)) | ((bits >> 31) & 128)
+    return tl.where(level >= lowest, code, 0)
+
+
+@triton.jit
+def _pack(codes, at, n, out, BITS: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """b bits for each code, the first one in the lowest bits of the first byte."""
+    n_bytes = ((n * BITS + 7) // 8)[:, None]
+    if BITS == 8:
+        j = tl.arange(0, LENGTH)[None, :]
+        tl.store(out + at[:, None] + j, codes.to(tl.uint8), mask=j < n_bytes)
+    else:
+        octets = tl.reshape(codes & ((1 << BITS) - 1), (ROWS, LENGTH // 8, 8)).to(tl.int64)
+        words = tl.sum(octets << (BITS * tl.arange(0, 8)).to(tl.int64)[None, None, :], 2)
+        j = tl.arange(0, LENGTH // 8)[None, :] * BITS
+        for k in tl.static_range(0, BITS):
+            byte = (words >> (8 * k)) & 255
+            tl.store(out + at[:, None] + j + k, byte.to(tl.uint8), mask=j + k < n_bytes)
+
+
+@triton.jit
+def _unpack(codes, at, i, inside, n, BITS: tl.constexpr):
+    """(ROWS, LENGTH) i32: the codes as unsigned numbers."""
+    place = (i * BITS // 8)[None, :]
+    code = tl.load(codes + at[:, None] + place, mask=inside, other=0).to(tl.int32)
+    if BITS == 8:
+        return code
+    shift = ((i * BITS) % 8)[None, :]
+    if 8 % BITS != 0:
+        is_there = inside & (place + 1 < ((n * BITS + 7) // 8)[:, None])
+        code |= tl.load(codes + at[:, None] + place + 1, mask=is_there, other=0).to(tl.int32) << 8
+    return (code >> shift) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _norms(
+    x,
+    e,
+    places,
+    count,
+    out,
+    SQUARED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    p, live, start, home, n, block, at = piece(places, count, ROWS, ALIGN)
+    c = corrected(x, e, start, home, n, tl.arange(0, LENGTH), HAS_RESIDUAL)
+    norm = _squares(c) if SQUARED else _largest(c).to(tl.float64)
+    tl.store(out + p, norm, mask=live)
+
+
+@triton.jit
+def _scales(norms, ends, count, levels, scales, SQUARED: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr):
+    """Scales of blocks from the norms of their pieces, one piece after the other."""
+    b = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = b < count
+    first = tl.load(ends + b - 1, mask=live & (b > 0), other=0)
+    end = tl.load(ends + b, mask=live, other=0)
+    total = tl.zeros((ROWS,), tl.float64)
+    for k in range(tl.max(end - first, 0)):
+        norm = tl.load(norms + first + k, mask=first + k < end, other=0.0)
+        if SQUARED:
+            total += norm
+        else:  # NaN is above all others
+            total = tl.where((norm > total) | (norm != norm), norm, total)
+    norm = (tl.sqrt(total) if SQUARED else total).to(tl.float32)
+    tl.store(scales + b, _scale_of(norm, levels, KIND), mask=live)
+
+
+@triton.jit
+def _compress(
+    x,
+    e,
+    places,
+    within,
+    keys,
+    count,
+    levels,
+    values,
+    scales,
+    out,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    SQUARED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    p, live, start, home, n, block, at = piece(places, count, ROWS, ALIGN)
+    i = tl.arange(0, LENGTH)
+    c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
+    if IS_GIVEN:
+        scale = tl.load(scales + block, mask=live, other=0.0)
+    else:
+        norm = tl.sqrt(_squares(c)).to(tl.float32) if SQUARED else _largest(c)
+        scale = _scale_of(norm, levels, KIND)
+        tl.store(scales + block, scale, mask=live)
+    is_coded = ((scale > 0) & (scale <= LARGEST))[:, None]
+    u = tl.zeros_like(c) + 0.5
+    if STOCHASTIC:
+        key = tl.load(keys + block, mask=live, other=0)
+        before = tl.load(within + p, mask=live, other=0)
+        u = (drawn(key, before[:, None] + i[None, :]) >> 40).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    # where nothing is coded any number will do, but NaN cannot become an integer
+    value, unit = tl.where(is_coded, c, 0.0), tl.where(is_coded, scale[:, None], 1.0) + tl.zeros_like(c)
+    if KIND == _LEVELS:
+        codes = _level_codes(value, u, unit, levels, STOCHASTIC)
+    elif KIND == _FLOAT8:
+        codes = _float8_codes(value, u, unit, STOCHASTIC)
+    else:
+        codes = _natural_codes(value, u, unit)
+    inside = i[None, :] < n[:, None]
+    codes = tl.where(is_coded & inside, codes, 0)
+    if HAS_RESIDUAL:
+        sent = codes.to(tl.float32) if KIND == _LEVELS else tl.load(values + codes)
+        is_good = (tl.abs(scale) <= LARGEST)[:, None]
+        tl.store(e + home[:, None] + i[None, :], c - scale[:, None] * sent, mask=inside & is_good)
+    _pack(codes, at, n, out, BITS, ROWS, LENGTH)
+
+
+@triton.jit
+def _decompress(
+    codes,
+    scales,
+    places,
+    count,
+    alpha,
+    values,
+    out,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    p, live, start, home, n, block, at = piece(places, count, ROWS, ALIGN)
+    i = tl.arange(0, LENGTH)
+    inside = i[None, :] < n[:, None]
+    code = _unpack(codes, at, i, inside, n, BITS)
+    if KIND == _LEVELS:
+        value = tl.where(code >= (1 << (BITS - 1)), code - (1 << BITS), code).to(tl.float32)
+    else:
+        value = tl.load(values + code)
+    value = (tl.load(scales + block, mask=live, other=0.0) * alpha)[:, None] * value
+    if ADD:
+        value = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0) + value
+    tl.store(out + start[:, None] + i[None, :], value, mask=inside)
+
+
+@cache
+def _values(kind: str, device: torch.device) -> Tensor:
+    """(256,) f32: what each code stands for, if it is not itself."""
+    return {"float8": float8_values, "natural": natural_values}.get(kind, float8_values)().to(device)
+
+
+def compress_(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Blocks,
+    scales: Tensor,
+    codes: Tensor,
+    *,
+    kind: str,
+    levels: int = 1,
+    bits: int = 8,
+    squared: bool = False,
+    stochastic: bool = True,
+    is_given: bool = False,
+) -> None:
+    """See `kernels.cpu.quantize.compress_`."""
+    pieces, e = Pieces.of(blocks, bits, x.device), x if residual is None else residual
+    what = {"SQUARED": squared, "HAS_RESIDUAL": residual is not None, **pieces.shape}
+    if not is_given and pieces.is_cut:
+        norms = torch.empty(len(pieces), dtype=torch.float64, device=x.device)
+        launch(_norms, pieces.grid, x, e, pieces.places, len(pieces), norms, **what)
+        how = {"SQUARED": squared, "KIND": _KINDS[kind], "ROWS": 32}
+        launch(_scales, (triton.cdiv(len(blocks), 32),), norms, pieces.ends, len(blocks), float(levels), scales, **how)
+        is_given = True
+    has_keys = stochastic and blocks.keys is not None
+    keys = keys_on(blocks.keys, x.device) if has_keys and blocks.keys is not None else pieces.within
+    what |= {"KIND": _KINDS[kind], "BITS": bits, "STOCHASTIC": has_keys, "IS_GIVEN": is_given}
+    where = (pieces.places, pieces.within, keys, len(pieces), float(levels), _values(kind, x.device))
+    launch(_compress, pieces.grid, x, e, *where, scales, codes, **what)
+
+
+def decompress_(
+    codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, kind: str, bits: int = 8, alpha: float, add: bool
+) -> None:
+    """See `kernels.cpu.quantize.decompress_`."""
+    pieces = Pieces.of(blocks, bits, out.device)
+    what = {"KIND": _KINDS[kind], "BITS": bits, "ADD": add, **pieces.shape}
+    where = (pieces.places, len(pieces), alpha, _values(kind, out.device), out)
+    launch(_decompress, pieces.grid, codes, scales, *where, **what)

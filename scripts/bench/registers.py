@@ -1,0 +1,167 @@
+"""Compile every Triton kernel for GPUs that need not be here, and print registers, spills and shared memory.
+
+python scripts/bench/registers.py [--targets sm_80,sm_90,gfx942] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from commopt.compress.base import equal_blocks
+from commopt.kernels.cuda import quantize, signs, votes
+from commopt.wire import noise
+from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+EVEN, ODD = (4096, 2048), (4095, 2048)  # lengths of parameters, of which ODD leaves nothing aligned
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8"}
+Call = tuple[JITFunction[Any], dict[str, str], dict[str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A codec as its kernels know it."""
+
+    name: str
+    block: int | None
+    how: dict[str, Any]
+
+
+CODECS = [
+    Codec("int8", 256, {"kind": "levels", "levels": 127, "bits": 8}),
+    Codec("4bit", 256, {"kind": "levels", "levels": 7, "bits": 4}),
+    Codec("fp8", 256, {"kind": "float8", "levels": 448, "bits": 8}),
+    Codec("natural", 2048, {"kind": "natural"}),
+    Codec("ternary", None, {"kind": "levels", "levels": 1, "bits": 2}),
+    Codec("qsgd", 512, {"kind": "levels", "levels": 7, "bits": 4, "squared": True}),
+]
+
+
+def blocks_of(numels: tuple[int, ...], block: int | None) -> Blocks:
+    index = ParameterIndex(tuple(f"p{k}" for k in range(len(numels))), numels)
+    table = BlockTable.cut(index, 1, lambda n, _: equal_blocks(n, block or n), shared_scale=False).everything
+    return table.having(keys=noise.keys(0, "bench", 0, np.zeros(len(table), np.int64), table.starts))
+
+
+def launches() -> Iterator[tuple[str, Call]]:
+    """What the kernels of each codec are launched with, by the codec's name and whether all is aligned."""
+    made: list[Call] = []
+
+    def note(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False)) | given
+        constants = {p.name: arguments.pop(p.name) for p in self.params if p.is_constexpr}
+        names = [name for name in self.arg_names if name not in constants]
+        types = {name: _type(arguments.pop(name)) for name in names}
+        made.append((self, types | dict.fromkeys(constants, "constexpr"), constants, arguments))
+
+    run, JITFunction.run = JITFunction.run, note
+    try:
+        for numels, word in ((EVEN, ""), (ODD, ", unaligned")):
+            for name, call in _calls(numels):
+                made.clear()
+                call()
+                yield from ((name + word, one) for one in made)
+    finally:
+        JITFunction.run = run
+
+
+def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    n = sum(numels)
+    x, e, codes = torch.ones(n), torch.ones(n), torch.zeros(n, dtype=torch.uint8)
+    blocks, whole = blocks_of(numels, 2048), blocks_of(numels, None)
+    scales, table = torch.ones(len(blocks)), torch.ones(8)
+    yield "sign", lambda: signs.compress_signs_(x, e, blocks, scales, codes, squared=False)
+    yield "sign", lambda: signs.unpack_signs_(codes, scales, blocks, x, alpha=1.0, add=True)
+    if numels == ODD:
+        return
+    yield "sign_l2", lambda: signs.compress_signs_(x, e, whole, scales[:2], codes, squared=True)
+    yield "votes", lambda: votes.pack_votes_(x, blocks, np.zeros(len(blocks), np.uint8), codes)
+    yield "votes", lambda: votes.unpack_counts_(codes, 3, blocks, table, x)
+    for codec in CODECS:
+        own = blocks_of(numels, codec.block)
+        scale = torch.ones(len(own))
+        read = {key: value for key, value in codec.how.items() if key in ("kind", "bits")}
+        yield codec.name, lambda o=own, s=scale, c=codec: quantize.compress_(x, e, o, s, codes, **c.how)
+        yield codec.name, lambda o=own, s=scale, r=read: quantize.decompress_(codes, s, o, x, alpha=1.0, add=True, **r)
+
+
+def _type(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return TYPES[x.dtype]
+    return "fp32" if isinstance(x, float) else "i32"
+
+
+def compiled(name: str, call: Call, target: str) -> dict[str, Any]:
+    """One kernel for one target: registers of a thread, bytes spilled, and bytes of shared memory."""
+    function, types, constants, options = call
+    # tensors begin at multiples of 16 bytes, as torch's allocators lay them
+    attributes = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(function.arg_names) if types[n][0] == "*"}
+    source = ASTSource(function, types, constexprs=constants, attrs=attributes)
+    made: Any = triton.compile(source, target=TARGETS[target], options=options)
+    if "amdgcn" in made.asm:
+        registers, spilled = (int(re.findall(rf"\.{key}:\s+(\d+)", made.asm["amdgcn"])[0]) for key in _AMD)
+    else:
+        registers, spilled = _of_ptx(made.asm["ptx"], target)
+    kernel = f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__.strip('_')}"
+    sizes = {"registers": registers, "spilled_bytes": spilled, "shared_bytes": made.metadata.shared}
+    return {"codec": name, "kernel": kernel, "target": target, **sizes}
+
+
+_AMD = ("vgpr_count", "vgpr_spill_count")
+
+
+def _of_ptx(ptx: str, target: str) -> tuple[int, int]:
+    """What the assembler says; of Hopper and later, the one for them, which comes with triton."""
+    is_late = target >= "sm_90"
+    assembler = Path(nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if is_late else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        words = [str(assembler), "-v", "--fmad=false", f"--gpu-name={target}{'a' if is_late else ''}", file.name]
+        said = subprocess.run([*words, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
+    registers, stores = (int(re.findall(pattern, said)[0]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st"))
+    return registers, stores
+
+
+def main(targets: list[str], json_file: Path | None) -> None:
+    rows = list({(row["kernel"], row["codec"], row["target"]): row for row in _rows(targets)}.values())
+    print(f"{'codec':18} {'kernel':22}" + "".join(f" {target:>8}" for target in targets) + "   registers of a thread")
+    for codec, kernel in dict.fromkeys((row["codec"], row["kernel"]) for row in rows):
+        own = {row["target"]: row for row in rows if (row["codec"], row["kernel"]) == (codec, kernel)}
+        print(f"{codec:18} {kernel:22}" + "".join(f" {own[target]['registers']:8}" for target in targets))
+    print("bytes spilled: " + str(sum(row["spilled_bytes"] for row in rows)))
+    if json_file is not None:
+        json_file.write_text(json.dumps({"schema": 1, "triton": triton.__version__, "kernels": rows}, indent=1))
+
+
+def _rows(targets: list[str]) -> Iterator[dict[str, Any]]:
+    for name, call in launches():
+        yield from (compiled(name, call, target) for target in targets)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default=",".join(TARGETS), help=f"some of {', '.join(TARGETS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    given = parser.parse_args()
+    main(given.targets.split(","), given.json)
