@@ -68,10 +68,10 @@ class Pieces:
         places = np.stack([blocks.starts[block] + within, blocks.homes[block] + within, lengths, block, codes])
         is_even = len(block) > 0 and not (places[:3] % 8).any()
         longest = max(int(lengths.max(initial=1)), 16)
-        at, before, per, ends, sizes = (
+        at, before, per, ends, all_of = (
             torch.from_numpy(x).to(device) for x in (places, within, counts, np.cumsum(counts), blocks.lengths)
         )
-        return cls(at, before, per, ends, sizes, 1 << (longest - 1).bit_length(), 8 if is_even else 1)
+        return cls(at, before, per, ends, all_of, 1 << (longest - 1).bit_length(), 8 if is_even else 1)
 
     def __len__(self) -> int:
         return self.places.shape[1]
