@@ -36,18 +36,13 @@ def _sum_squares(x: F32, e: F32) -> Any:
 
 
 @fast
-def _residual(x: F32, e: F32, scale: np.float32, positive: U8) -> None:
+def _signs(x: F32, e: F32, scale: np.float32, keep: bool, positive: U8) -> None:
     for i in range(x.size):
         c = x[i] + e[i]
         is_positive = c >= np.float32(0.0)
-        e[i] = c - (scale if is_positive else -scale)
+        if keep:
+            e[i] = c - (scale if is_positive else -scale)
         positive[i] = np.uint8(is_positive)
-
-
-@fast
-def _signs(x: F32, e: F32, positive: U8) -> None:
-    for i in range(x.size):
-        positive[i] = np.uint8(x[i] + e[i] >= np.float32(0.0))
 
 
 @fast
@@ -75,10 +70,7 @@ def _pack_block(x: F32, e: F32, scale: np.float32, bits: U8, positive: U8) -> No
         n_bytes = (z - a + 7) // 8
         if (z - a) % 8:
             positive[z - a : 8 * n_bytes] = 0
-        if keep:
-            _residual(x[a:z], e[a:z], scale, positive)
-        else:
-            _signs(x[a:z], e[a:z], positive)
+        _signs(x[a:z], e[a:z], scale, keep, positive)
         _gather_bits(positive[: 8 * n_bytes], bits[a // 8 : a // 8 + n_bytes])
 
 
