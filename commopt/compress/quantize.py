@@ -165,3 +165,22 @@ class Natural(BlockScaled):
 def bits_of(levels: int) -> int:
     """ceil(log2(2 levels + 1)): how many bits hold the integers -levels .. levels."""
     return (2 * levels).bit_length()
+
+
+def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
+    """(n,) f32 whole numbers in -2^(bits-1) .. 2^(bits-1) - 1 to (ceil(n bits/8),) u8, as `EvenLevels` packs them."""
+    kernel, one, levels = kernels.of("quantize", out.device), values.new_ones(1), 2 ** (bits - 1)
+    kernel.compress_(values, None, _one_block(values), one, out, kind="levels", levels=levels, bits=bits, is_given=True)
+
+
+def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
+    """(n,) f32: what `pack_codes_` was given."""
+    kernel, values = kernels.of("quantize", code.device), torch.empty(n, dtype=torch.float32, device=code.device)
+    one, blocks = values.new_ones(1), _one_block(values)
+    kernel.decompress_(code, one, blocks, values, kind="levels", bits=bits, alpha=1.0, add=False)
+    return values
+
+
+def _one_block(x: Tensor) -> Blocks:
+    zero = np.zeros(1, np.int64)
+    return Blocks(zero, zero, zero + len(x), zero, zero)

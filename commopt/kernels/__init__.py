@@ -36,7 +36,6 @@ def warm_up(device: torch.device = _CPU) -> None:
     signs.unpack_signs_(codes[:1], scales, blocks, x, alpha=1.0, add=True)
     quantize.compress_(x, residual, blocks, scales, codes, kind="levels")
     quantize.decompress_(codes, scales, blocks, x, kind="levels", alpha=1.0, add=True)
-    quantize.pack_codes_(quantize.unpack_codes(codes, 8, 8), 8, codes)
     select.select_(x, residual, blocks, one + 2)
     indices.encode_(torch.zeros(1, dtype=torch.int64), one + 8, one + 1, one, one + 1, codes[:1])
     indices.decode(codes[:1], one + 8, one + 1, one, one + 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.feedback import NOTHING_KEPT, first_of
-from commopt.compress.quantize import Ternary, bits_of
+from commopt.compress.quantize import Ternary, bits_of, pack_codes_, unpack_codes
 from commopt.errors import AttachError
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
@@ -93,9 +93,9 @@ class TernGrad(GradientMethod, Compressed):
         bits = bits_of(group.size)
         layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
         answer = Payload.allocate(layouts[group.rank], self.device)
-        kernel.pack_codes_(total.to(torch.int8), bits, answer.tensors[0])
+        pack_codes_(total, bits, answer.tensors[0])
         for blocks, payload in zip(parts.by_owner, group.all_gather(answer, layouts), strict=True):
-            sums = kernel.unpack_codes(payload.tensors[0], bits, blocks.elements).float()
+            sums = unpack_codes(payload.tensors[0], bits, blocks.elements)
             per_element = self._of(scales, blocks)[run_of_element(blocks.lengths, self.device)]
             put_(sums * (per_element / group.size), blocks, bucket.flat, add=False)
 

@@ -16,11 +16,10 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from commopt.kernels.cpu.compiled import F32, F64, I8, I32, U8, Places, exact
-from commopt.kernels.reference.quantize import byte_starts, float8_values, natural_values, one_block
+from commopt.kernels.reference.quantize import byte_starts, float8_values, natural_values
 from commopt.wire.bucket import Blocks, UInt64Array
 
 _SLICE = 2048
@@ -142,15 +141,11 @@ def _encode_natural(c: F32, c_bits: I32, u: F32, n: int, scale: np.float32, code
 
 
 @exact
-def _leave_levels(c: F32, codes: I8, n: int, scale: np.float32, e: F32, home: np.uint64) -> None:
+def _leave(c: F32, codes: I8, n: int, scale: np.float32, table: F32, e: F32, home: np.uint64) -> None:
+    has_table = table.size > 0
     for i in range(n):
-        e[home + np.uint64(i)] = c[i] - scale * np.float32(codes[i])
-
-
-@exact
-def _leave_values(c: F32, codes: I8, n: int, scale: np.float32, table: F32, e: F32, home: np.uint64) -> None:
-    for i in range(n):
-        e[home + np.uint64(i)] = c[i] - scale * table[np.uint8(codes[i])]
+        value = table[np.uint8(codes[i])] if has_table else np.float32(codes[i])
+        e[home + np.uint64(i)] = c[i] - scale * value
 
 
 # --- b bits per code: eight codes are a 64-bit word of bytes, whose upper bits are squeezed out pair by pair
@@ -287,10 +282,7 @@ def _compress(
             else:
                 _clear(codes, 0, n)
             if has_residual and abs(scale) <= _LARGEST:
-                if kind == _LEVELS:
-                    _leave_levels(c, codes, n, scale, e, np.uint64(home + a))
-                else:
-                    _leave_values(c, codes, n, scale, table, e, np.uint64(home + a))
+                _leave(c, codes, n, scale, table, e, np.uint64(home + a))
             first = np.uint64(byte_starts[b] + a * bits // 8)
             _clear(codes, n, (n + 7) // 8 * 8)
             if bits == 8:
@@ -302,24 +294,16 @@ def _compress(
 
 
 @exact
-def _put_levels(codes: I8, n: int, scale: np.float32, add: bool, out: F32, start: np.uint64) -> None:
+def _put(codes: I8, n: int, scale: np.float32, table: F32, add: bool, out: F32, start: np.uint64) -> None:
+    has_table = table.size > 0
     for i in range(n):
-        value = scale * np.float32(codes[i])
-        out[start + np.uint64(i)] = out[start + np.uint64(i)] + value if add else value
-
-
-@exact
-def _put_values(
-    source: U8, first: np.uint64, n: int, scale: np.float32, table: F32, add: bool, out: F32, start: np.uint64
-) -> None:
-    for i in range(n):
-        value = scale * table[source[first + np.uint64(i)]]
+        value = scale * (table[np.uint8(codes[i])] if has_table else np.float32(codes[i]))
         out[start + np.uint64(i)] = out[start + np.uint64(i)] + value if add else value
 
 
 @exact
 def _decompress(
-    kind: int, source: U8, scales: F32, own: Places, bits: int, table: F32, alpha: np.float32, add: bool, out: F32
+    source: U8, scales: F32, own: Places, bits: int, table: F32, alpha: np.float32, add: bool, out: F32
 ) -> None:
     starts, lengths, byte_starts = own
     codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
@@ -329,16 +313,13 @@ def _decompress(
         for a in range(0, lengths[b], _SLICE):
             n = min(_SLICE, lengths[b] - a)
             first, start = np.uint64(byte_starts[b] + a * bits // 8), np.uint64(starts[b] + a)
-            if kind == _LEVELS:
-                if bits == 8:
-                    _unpack_bytes(source, first, n, codes)
-                elif bits == 4:
-                    _unpack_halves(source, first, n, codes)
-                else:
-                    _unpack_words(source, first, n, bits, packed, words)
-                _put_levels(codes, n, scale, add, out, start)
+            if bits == 8:
+                _unpack_bytes(source, first, n, codes)
+            elif bits == 4:
+                _unpack_halves(source, first, n, codes)
             else:
-                _put_values(source, first, n, scale, table, add, out, start)
+                _unpack_words(source, first, n, bits, packed, words)
+            _put(codes, n, scale, table, add, out, start)
 
 
 # --- tensors
@@ -384,19 +365,6 @@ def decompress_(
     codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, kind: str, bits: int = 8, alpha: float, add: bool
 ) -> None:
     """out <- (alpha * scale) * what a code stands for, or out <- out + that, at the blocks' starts."""
-    number, table = _KINDS[kind]
+    _, table = _KINDS[kind]
     own = (blocks.starts, blocks.lengths, byte_starts(blocks, bits))
-    _decompress(number, codes.numpy(), scales.numpy(), own, bits, table, np.float32(alpha), add, out.numpy())
-
-
-def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
-    """(n,) i8 in -2^(bits-1) .. 2^(bits-1) - 1 to (ceil(n bits/8),) u8: two's complement, the first one in the lowest bits."""
-    x, blocks, levels = values.float(), one_block(len(values)), 2 ** (bits - 1)
-    compress_(x, None, blocks, x.new_ones(1), out, kind="levels", levels=levels, bits=bits, is_given=True)
-
-
-def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
-    """(n,) i8: what `pack_codes_` was given."""
-    values = torch.empty(n, dtype=torch.float32)
-    decompress_(code, values.new_ones(1), one_block(n), values, kind="levels", bits=bits, alpha=1.0, add=False)
-    return values.to(torch.int8)
+    _decompress(codes.numpy(), scales.numpy(), own, bits, table, np.float32(alpha), add, out.numpy())

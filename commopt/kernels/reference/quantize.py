@@ -60,7 +60,9 @@ def compress_(
     if kind == "levels":
         level = a.round() if u is None else a.floor() + (u < a - a.floor())
         level = torch.where(c < 0, -level, level)
-        _write_codes_(level.to(torch.int8), bits, blocks, codes)
+        digits = runs.bits_of_bytes(level.to(torch.int8).view(torch.uint8), first_is_lowest=True).view(-1, 8)[:, :bits]
+        places = (byte_starts(blocks, bits) * 8, blocks.lengths * bits)
+        codes.copy_(runs.packed(digits.reshape(-1), *places, codes.numel(), lowest=True))
     elif kind == "float8":
         codes.copy_(torch.where(scale > 0, _to_float8(a, u) + 128 * c.signbit().to(torch.uint8), 0))
     else:
@@ -81,7 +83,9 @@ def decompress_(
 def _values_of(codes: Tensor, blocks: Blocks, kind: str, bits: int) -> Tensor:
     """(elements,) f32: what the codes stand for, as a multiple of the scale."""
     if kind == "levels":
-        return _read_codes(codes, bits, blocks).float()
+        digits = runs.unpacked(codes, byte_starts(blocks, bits) * 8, blocks.lengths * bits, lowest=True).view(-1, bits)
+        values = (digits.int() << torch.arange(bits, dtype=torch.uint8, device=codes.device)).sum(1)
+        return torch.where(values >= 2 ** (bits - 1), values - 2**bits, values).float()
     return (float8_values() if kind == "float8" else natural_values()).to(codes.device)[codes.int()]
 
 
@@ -117,33 +121,6 @@ def _to_powers(c: Tensor, scale: Tensor, u: Tensor | None) -> Tensor:
     is_up = (a - low) / (high - low) > (0.5 if u is None else u.double())
     rounded = torch.where(is_up, high, low).minimum(torch.exp2(top))
     return torch.where(rounded > 0, _ceil_log2(rounded) - top + 127 + 128 * (c < 0), 0.0).to(torch.uint8)
-
-
-def pack_codes_(values: Tensor, bits: int, out: Tensor) -> None:
-    """(n,) i8 in -2^(bits-1) .. 2^(bits-1) - 1 to (ceil(n bits/8),) u8: two's complement, the first one in the lowest bits."""
-    _write_codes_(values, bits, one_block(len(values)), out)
-
-
-def unpack_codes(code: Tensor, bits: int, n: int) -> Tensor:
-    """(n,) i8: what `pack_codes_` was given."""
-    return _read_codes(code, bits, one_block(n))
-
-
-def one_block(n: int) -> Blocks:
-    """All of n elements as one block."""
-    zero = np.zeros(1, np.int64)
-    return Blocks(zero, zero, zero + n, zero, zero)
-
-
-def _write_codes_(values: Tensor, bits: int, blocks: Blocks, out: Tensor) -> None:
-    digits = runs.bits_of_bytes(values.view(torch.uint8), first_is_lowest=True).view(-1, 8)[:, :bits].reshape(-1)
-    out.copy_(runs.packed(digits, byte_starts(blocks, bits) * 8, blocks.lengths * bits, out.numel(), lowest=True))
-
-
-def _read_codes(code: Tensor, bits: int, blocks: Blocks) -> Tensor:
-    digits = runs.unpacked(code, byte_starts(blocks, bits) * 8, blocks.lengths * bits, lowest=True).view(-1, bits)
-    values = (digits.int() << torch.arange(bits, dtype=torch.uint8, device=code.device)).sum(1)
-    return torch.where(values >= 2 ** (bits - 1), values - 2**bits, values).to(torch.int8)
 
 
 def _largest(c: Tensor, blocks: Blocks) -> Tensor:
