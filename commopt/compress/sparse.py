@@ -87,13 +87,9 @@ class _Sparse(Compressor):
     def layout_of(self, blocks: Blocks, ks: Int64Array) -> Layout:
         """The layout of a message of ks elements of each block, apart from its counts."""
         scales = () if self.value_bits == 32 else ((torch.float32, len(ks)),)
-        values = (_VALUE_DTYPES[self.value_bits], int(self._sizes(ks).sum()))
+        values = (_VALUE_DTYPES[self.value_bits], int((ks if self.value_bits > 1 else (ks + 7) // 8).sum()))
         places = () if self.shares_keys else ((torch.uint8, int(all_index_bytes(blocks.lengths, ks).sum())),)
         return (*scales, values, *places)
-
-    def _sizes(self, ks: Int64Array) -> Int64Array:
-        """(B,) elements that each block's values are sent as."""
-        return (ks + 7) // 8 if self.value_bits == 1 else ks
 
     def encode_values(self, values: Tensor, ks: Int64Array, good: Tensor) -> list[Tensor]:
         """values: (sum ks,) f32; good: (B,) bool. Scales, unless value_bits is 32, and codes."""
@@ -105,8 +101,7 @@ class _Sparse(Compressor):
         if self.value_bits == 1:
             scales = torch.zeros(len(ks), dtype=torch.float64, device=values.device).index_add_(0, block, size.double())
             scales = (scales / counts.clamp(min=1)).float()
-            sizes = self._sizes(ks)
-            codes = runs.packed(values >= 0, 8 * (np.cumsum(sizes) - sizes), ks, int(sizes.sum()), lowest=True)
+            codes = runs.packed(values >= 0, ks, lowest=True)
         else:
             scales = values.new_zeros(len(ks)).scatter_reduce_(0, block, size, "amax")
             ratio = values / torch.where(scales > 0, scales, 1.0)[block]
@@ -120,9 +115,7 @@ class _Sparse(Compressor):
         scales, values = codes[:2]
         scales = scales.repeat_interleave(torch.from_numpy(ks).to(scales.device))
         if self.value_bits == 1:
-            sizes = self._sizes(ks)
-            bits = runs.unpacked(values, 8 * (np.cumsum(sizes) - sizes), ks, lowest=True)
-            return torch.where(bits.bool(), scales, -scales)
+            return torch.where(runs.unpacked(values, ks, lowest=True).bool(), scales, -scales)
         return values.float() * (scales if self.value_bits == 16 else scales / _LEVELS)
 
 
@@ -224,5 +217,4 @@ class Threshold(_Sparse):
 
 
 def _largest(x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0) -> _Chosen:
-    indices, values, good = kernels.of("select", x.device).select_(x, residual, blocks, ks, threshold)
-    return ks, indices, values, torch.from_numpy(good).to(x.device)
+    return ks, *kernels.of("select", x.device).select_(x, residual, blocks, ks, threshold)

@@ -19,8 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from commopt.kernels.cpu.compiled import F32, F64, I8, I32, U8, Places, exact
-from commopt.kernels.reference.quantize import byte_starts, float8_values, natural_values
-from commopt.wire.bucket import Blocks, UInt64Array
+from commopt.kernels.reference.quantize import float8_values, natural_values
+from commopt.wire.bucket import Blocks, Int64Array, UInt64Array
 
 _SLICE = 2048
 _LARGEST, _SMALLEST = np.float32(np.finfo(np.float32).max), np.float32(2.0**-126)
@@ -331,6 +331,12 @@ _KINDS = {
     "float8": (_FLOAT8, float8_values().numpy()),
     "natural": (_NATURAL, natural_values().numpy()),
 }
+
+
+def byte_starts(blocks: Blocks, bits: int) -> Int64Array:
+    """(B,) where each block's codes begin."""
+    sizes = (blocks.lengths * bits + 7) // 8
+    return np.asarray(np.cumsum(sizes) - sizes, dtype=np.int64)
 
 
 def compress_(

@@ -104,11 +104,11 @@ def _select(
 
 def select_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0
-) -> tuple[Tensor, Tensor, Bool]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of c = x + residual, per block, the ks[b] elements of largest magnitude, or all that reach a threshold above 0.
 
-    Returns indices within each block (sum ks,) i64 in ascending order, their values (sum ks,) f32, and (B,) whether a block has
-    neither NaN nor inf. residual <- c in good blocks. With a threshold, ks is overwritten by what was found.
+    Returns indices within each block (sum ks,) i64 in ascending order, their values (sum ks,) f32, and (B,) bool, whether a block
+    has neither NaN nor inf. residual <- c in good blocks. With a threshold, ks is overwritten by what was found.
     """
     e, homes = residual_arrays(residual, blocks)
     room = blocks.elements if threshold > 0 else int(ks.sum())
@@ -116,4 +116,4 @@ def select_(
     own = (blocks.starts, homes, blocks.lengths, ks)
     _select(x.numpy(), e, own, np.float32(threshold), residual is not None, indices, values, good)
     found = int(ks.sum())
-    return torch.from_numpy(indices[:found]), torch.from_numpy(values[:found]), good
+    return torch.from_numpy(indices[:found]), torch.from_numpy(values[:found]), torch.from_numpy(good)

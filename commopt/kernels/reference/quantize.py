@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commopt.kernels.reference import runs
 from commopt.wire import noise
-from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.bucket import Blocks
 
 _SLICE = 2048  # squares are summed in slices of this length, as the fast kernels do
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 2.0**-126
@@ -26,12 +26,6 @@ def natural_values() -> Tensor:
     powers = torch.ldexp(torch.ones(128, dtype=torch.float32), torch.arange(128) - 127)
     powers[0] = 0
     return torch.cat([powers, -powers])
-
-
-def byte_starts(blocks: Blocks, bits: int) -> Int64Array:
-    """(B,) where each block's codes begin."""
-    sizes = (blocks.lengths * bits + 7) // 8
-    return np.asarray(np.cumsum(sizes) - sizes, dtype=np.int64)
 
 
 def compress_(
@@ -61,8 +55,7 @@ def compress_(
         level = a.round() if u is None else a.floor() + (u < a - a.floor())
         level = torch.where(c < 0, -level, level)
         digits = runs.bits_of_bytes(level.to(torch.int8).view(torch.uint8), first_is_lowest=True).view(-1, 8)[:, :bits]
-        places = (byte_starts(blocks, bits) * 8, blocks.lengths * bits)
-        codes.copy_(runs.packed(digits.reshape(-1), *places, codes.numel(), lowest=True))
+        codes.copy_(runs.packed(digits.reshape(-1), blocks.lengths * bits, lowest=True))
     elif kind == "float8":
         codes.copy_(torch.where(scale > 0, _to_float8(a, u) + 128 * c.signbit().to(torch.uint8), 0))
     else:
@@ -83,7 +76,7 @@ def decompress_(
 def _values_of(codes: Tensor, blocks: Blocks, kind: str, bits: int) -> Tensor:
     """(elements,) f32: what the codes stand for, as a multiple of the scale."""
     if kind == "levels":
-        digits = runs.unpacked(codes, byte_starts(blocks, bits) * 8, blocks.lengths * bits, lowest=True).view(-1, bits)
+        digits = runs.unpacked(codes, blocks.lengths * bits, lowest=True).view(-1, bits)
         values = (digits.int() << torch.arange(bits, dtype=torch.uint8, device=codes.device)).sum(1)
         return torch.where(values >= 2 ** (bits - 1), values - 2**bits, values).float()
     return (float8_values() if kind == "float8" else natural_values()).to(codes.device)[codes.int()]

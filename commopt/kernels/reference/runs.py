@@ -65,16 +65,19 @@ def bits_of_bytes(code: Tensor, *, first_is_lowest: bool = False) -> Tensor:
     return (code.view(-1, 1) >> _shifts(code.device, first_is_lowest) & 1).view(-1)
 
 
-def packed(flags: Tensor, starts: Int64Array, lengths: Int64Array, n_bytes: int, *, lowest: bool = False) -> Tensor:
-    """(n_bytes,) u8: bits of 0 or 1 end to end, of runs that begin at these bits; what lies between them is zero."""
-    bits = torch.zeros(n_bytes * 8, dtype=torch.uint8, device=flags.device)
-    bits[element_indices(starts, lengths, flags.device)] = flags.to(torch.uint8)
+def packed(flags: Tensor, lengths: Int64Array, *, lowest: bool = False) -> Tensor:
+    """(sum of ceil(lengths / 8),) u8 of (sum of lengths,) bits of 0 or 1: each run is padded to whole bytes with zeros."""
+    sizes = (lengths + 7) // 8
+    bits = torch.zeros(int(sizes.sum()) * 8, dtype=torch.uint8, device=flags.device)
+    bits[element_indices(8 * (np.cumsum(sizes) - sizes), lengths, flags.device)] = flags.to(torch.uint8)
     return bytes_of_bits(bits, first_is_lowest=lowest)
 
 
-def unpacked(code: Tensor, starts: Int64Array, lengths: Int64Array, *, lowest: bool = False) -> Tensor:
+def unpacked(code: Tensor, lengths: Int64Array, *, lowest: bool = False) -> Tensor:
     """(sum of lengths,) u8: the bits that `packed` was given."""
-    return bits_of_bytes(code, first_is_lowest=lowest)[element_indices(starts, lengths, code.device)]
+    sizes = (lengths + 7) // 8
+    places = element_indices(8 * (np.cumsum(sizes) - sizes), lengths, code.device)
+    return bits_of_bytes(code, first_is_lowest=lowest)[places]
 
 
 def _shifts(device: torch.device, first_is_lowest: bool) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt.wire.bucket import Blocks, Int64Array
@@ -12,7 +10,7 @@ from commopt.wire.bucket import Blocks, Int64Array
 
 def select_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0
-) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.cpu.select.select_`."""
     indices, values, good = [], [], []
     for b, (start, home, n) in enumerate(zip(blocks.starts, blocks.homes, blocks.lengths, strict=True)):
@@ -31,4 +29,5 @@ def select_(
         if residual is not None and good[-1]:
             residual[home : home + n] = c
     none = torch.zeros(0, dtype=torch.float32, device=x.device)
-    return torch.cat([none.long(), *indices]), torch.cat([none, *values]), np.asarray(good, dtype=np.bool_)
+    is_good = torch.tensor(good, dtype=torch.bool, device=x.device)
+    return torch.cat([none.long(), *indices]), torch.cat([none, *values]), is_good

@@ -27,7 +27,7 @@ def compress_signs_(
         scale = (mean.sqrt() if squared else mean).float()
         scales.copy_(torch.where(scale.isfinite(), scale, math.nan))
     c = runs.corrected(x, residual, blocks)
-    bits.copy_(runs.packed(c >= 0, blocks.byte_starts * 8, blocks.lengths, bits.numel()))
+    bits.copy_(runs.packed(c >= 0, blocks.lengths))
     if residual is not None:
         scale = scales[runs.run_of_element(blocks.lengths, x.device)]
         runs.keep_rest_(residual, c - torch.where(c >= 0, scale, -scale), scales.isfinite(), blocks)
@@ -36,5 +36,5 @@ def compress_signs_(
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
     """out <- alpha * scale * sign, or out <- out + alpha * scale * sign, at the blocks' starts."""
     scale = (scales * alpha)[runs.run_of_element(blocks.lengths, bits.device)]
-    is_positive = runs.unpacked(bits, blocks.byte_starts * 8, blocks.lengths).bool()
+    is_positive = runs.unpacked(bits, blocks.lengths).bool()
     runs.put_(torch.where(is_positive, scale, -scale), blocks, out, add)

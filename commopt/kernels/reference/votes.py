@@ -17,18 +17,15 @@ from commopt.wire.bucket import Blocks
 def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tensor) -> Tensor:
     """See `kernels.cpu.votes.pack_votes_`."""
     values = corrected(x, None, blocks)
-    where = (blocks.byte_starts * 8, blocks.lengths, bits.numel())
-    zeros = packed(values.eq(0), *where)
-    bits.copy_(packed(values > 0, *where) | zeros & coin_bits(blocks, flips, x.device))
+    zeros = packed(values.eq(0), blocks.lengths)
+    bits.copy_(packed(values > 0, blocks.lengths) | zeros & coin_bits(blocks, flips, x.device))
     return bad_runs(values, blocks.lengths)
 
 
 def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, out: Tensor) -> None:
     """See `kernels.cpu.votes.unpack_counts_`."""
-    rows = planes.view(width, -1)
-    digits = [unpacked(row, blocks.byte_starts * 8, blocks.lengths).long() << k for k, row in enumerate(rows)]
-    counts = torch.stack(digits).sum(0)
-    put_(values[counts], blocks, out, add=False)
+    digits = [unpacked(row, blocks.lengths).long() << k for k, row in enumerate(planes.view(width, -1))]
+    put_(values[torch.stack(digits).sum(0)], blocks, out, add=False)
 
 
 def coin_bits(blocks: Blocks, flips: NDArray[np.uint8], device: torch.device) -> Tensor:
