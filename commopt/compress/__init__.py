@@ -11,7 +11,7 @@ import torch
 from commopt.compress.base import Compressor
 from commopt.compress.cast import Cast
 from commopt.compress.quantize import BlockFloat8, BlockInt, Natural, QSGDLevels, Ternary
-from commopt.compress.sign import BlockSign, ModelSign, TensorSign, scaled_sign
+from commopt.compress.sign import BlockSign, TensorSign
 from commopt.compress.sparse import RandomK, Threshold, TopK
 from commopt.errors import ConfigError, did_you_mean
 
@@ -22,7 +22,6 @@ __all__ = [
     "BlockSign",
     "Cast",
     "Compressor",
-    "ModelSign",
     "Natural",
     "QSGDLevels",
     "RandomK",
@@ -31,7 +30,6 @@ __all__ = [
     "Threshold",
     "TopK",
     "make_compressor",
-    "scaled_sign",
 ]
 
 # name -> class, and the options that the name sets

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor
 
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, layout_bytes
+
+Codes: TypeAlias = Sequence[Tensor]  # the tensors of a message, widest dtype first
 
 
 class Compressor(ABC):
@@ -30,9 +32,7 @@ class Compressor(ABC):
     def layout(self, blocks: Blocks) -> Layout:
         """Dtypes and lengths of the tensors that these blocks are sent as, widest dtype first."""
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
+    def compress_(self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Codes]) -> None:
         """Write the codes of c = x + residual into out[k] for each of `parts`, and residual <- c - decompressed.
 
         x: (n,) f32, left as it is. A block with a NaN or an inf is marked by a non-finite scale or value in
@@ -42,23 +42,21 @@ class Compressor(ABC):
             self.write_(x, residual, blocks, codes)
 
     @abstractmethod
-    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
         """`compress_` for one part, whose blocks share no scale with those of others."""
 
-    def fit_(self, codes: Sequence[Tensor], x: Tensor, residual: Tensor | None, blocks: Blocks) -> None:
+    def fit_(self, codes: Codes, x: Tensor, residual: Tensor | None, blocks: Blocks) -> None:
         """Change what `compress_` wrote, and the residual, so that ||c - decompressed|| <= ||c||; here it is so already."""
 
-    def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Sequence[Tensor]:
+    def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Codes:
         """`compress_` for a codec whose sizes are not known beforehand; returns the tensors to send, widest dtype first."""
         raise NotImplementedError(f"{type(self).__name__} has a fixed layout")
 
     @abstractmethod
-    def decompress_(
-        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
-    ) -> None:
+    def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
         """out <- alpha * values (or out + alpha * values) at the blocks' starts; the same bits on every rank."""
 
-    def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
+    def is_bad(self, codes: Codes, blocks: Blocks) -> Tensor:
         """(B,) bool: which blocks are marked as non-finite; here by their scales, which come first."""
         return ~codes[0].isfinite()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from commopt.compress.base import Compressor
+from commopt.compress.base import Codes, Compressor
 from commopt.errors import ConfigError
 from commopt.kernels.reference.runs import bad_runs, corrected, keep_rest_, put_
 from commopt.options import BlockSize, checked_dataclass
@@ -33,16 +32,14 @@ class Cast(Compressor):
     def layout(self, blocks: Blocks) -> Layout:
         return ((self.dtype, blocks.elements),)
 
-    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
         c = corrected(x, residual, blocks)
         codes[0].copy_(c)
         if residual is not None:
             keep_rest_(residual, c - codes[0].float(), ~self.is_bad(codes, blocks), blocks)
 
-    def decompress_(
-        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
-    ) -> None:
+    def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
         put_(codes[0].float() * alpha, blocks, out, add)
 
-    def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
+    def is_bad(self, codes: Codes, blocks: Blocks) -> Tensor:
         return bad_runs(codes[0], blocks.lengths)

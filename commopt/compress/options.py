@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ValidationInfo
 from commopt.compress import make_compressor
 from commopt.compress.base import Compressor
 from commopt.compress.feedback import NOTHING_KEPT, Kept
-from commopt.compress.sign import BlockSign, scaled_sign
+from commopt.compress.sign import SIGNS, BlockSign
 from commopt.errors import ConfigError
 from commopt.options import BlockSize, Count, Flag, NoOptions, Share, Whole, options
 
@@ -41,7 +41,7 @@ class SignOptions(NoOptions):
             )
 
     def compressor(self) -> BlockSign:
-        return scaled_sign(self.scale, self.block_size)
+        return SIGNS[self.scale](self.block_size)
 
 
 @options

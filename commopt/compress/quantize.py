@@ -7,7 +7,6 @@ A block whose scale would be below 2^-126 counts as a block of zeros, and one wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ from pydantic import Field, Strict
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor
+from commopt.compress.base import Codes, Compressor
 from commopt.kernels.reference.runs import corrected, keep_rest_, run_of_element
 from commopt.options import BlockSize, Flag, checked_dataclass
 from commopt.wire.bucket import Blocks
@@ -34,15 +33,13 @@ class BlockScaled(Compressor):
     def layout(self, blocks: Blocks) -> Layout:
         return ((torch.float32, len(blocks)), (torch.uint8, int(((blocks.lengths * self.code_bits + 7) // 8).sum())))
 
-    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
         how = {"squared": self.has_l2_norm, "stochastic": self.stochastic}
         kernels.of("quantize", x.device).compress_(
             x, residual, blocks, *codes, kind=self.kind, levels=self.levels, bits=self.code_bits, **how
         )
 
-    def decompress_(
-        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
-    ) -> None:
+    def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
         scales, packed = codes
         kernels.of("quantize", out.device).decompress_(
             packed, scales, blocks, out, kind=self.kind, bits=self.code_bits, alpha=alpha, add=add
@@ -61,7 +58,7 @@ class EvenLevels(BlockScaled):
     def code_bits(self) -> int:  # type: ignore[override]
         return bits_of(self.levels)
 
-    def fit_(self, codes: Sequence[Tensor], x: Tensor, residual: Tensor | None, blocks: Blocks) -> None:
+    def fit_(self, codes: Codes, x: Tensor, residual: Tensor | None, blocks: Blocks) -> None:
         """Multiply each block's scale by <c, q> / ||q||^2 for its codes' values q, if their variance may exceed ||c||^2.
 
         It is at most (sqrt(1 + n / levels^2) - 1) / 2 of that with the largest magnitude as norm, sqrt(n) / levels - 1 with "l2".

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor, equal_blocks
-from commopt.errors import ConfigError
+from commopt.compress.base import Codes, Compressor, equal_blocks
 from commopt.options import BlockSize, checked_dataclass
 from commopt.wire.bucket import Blocks, Int64Array, ParameterIndex
 from commopt.wire.payload import Layout
@@ -32,12 +31,10 @@ class BlockSign(Compressor):
     def layout(self, blocks: Blocks) -> Layout:
         return ((torch.float32, len(blocks)), (torch.uint8, blocks.sign_bytes))
 
-    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
         kernels.of("signs", x.device).compress_signs_(x, residual, blocks, *codes, squared=self.keeps_l2)
 
-    def decompress_(
-        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
-    ) -> None:
+    def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
         scales, bits = codes
         kernels.of("signs", out.device).unpack_signs_(bits, scales, blocks, out, alpha=alpha, add=add)
 
@@ -71,9 +68,7 @@ class TensorSign(BlockSign):
     def block_lengths(self, numel: int, ranks: int) -> list[int]:
         return equal_blocks(numel, 8 * -(-numel // (8 * ranks))) if numel else []
 
-    def compress_(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Sequence[Tensor]]
-    ) -> None:
+    def compress_(self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], out: Sequence[Codes]) -> None:
         kernel = kernels.of("signs", x.device)
         if len(parts) == 1 and len(np.unique(self.scale_groups(parts[0]))) == len(parts[0]):
             kernel.compress_signs_(x, residual, parts[0], *out[0], squared=True)
@@ -124,12 +119,9 @@ def equalising_factors(flat: Tensor, index: ParameterIndex) -> Tensor:
     return torch.tensor([united / s if s > 0 else 1.0 for s in sizes], dtype=torch.float32, device=flat.device)
 
 
-def scaled_sign(scale: str, block_size: int = 2048) -> BlockSign:
-    """The sign compressor that a method's `scale` option names: "l1" or "rms" per block, "l2" per tensor, "model" for all as one."""
-    kinds: dict[str, type[BlockSign]] = {"l1": BlockSign, "rms": RmsSign, "l2": TensorSign, "model": ModelSign}
-    if not isinstance(scale, str) or scale not in kinds:
-        raise ConfigError(
-            f"scale: {scale!r} is not a scale; write 'l1' (mean magnitude per block), 'rms' (root mean square per block), "
-            "'l2' (DeepSpeed's, per tensor) or 'model' (one for all parameters)"
-        )
-    return kinds[scale](block_size)
+SIGNS: Mapping[str, type[BlockSign]] = {
+    "l1": BlockSign,
+    "rms": RmsSign,
+    "l2": TensorSign,
+    "model": ModelSign,
+}  # by scale

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor
+from commopt.compress.base import Codes, Compressor
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all
 from commopt.kernels.reference import runs
 from commopt.options import BlockSize, Flag, Positive, Share, checked_dataclass
@@ -45,10 +44,10 @@ class _Sparse(Compressor):
         """
 
     @abstractmethod
-    def ks_of(self, codes: Sequence[Tensor], blocks: Blocks) -> Int64Array:
+    def ks_of(self, codes: Codes, blocks: Blocks) -> Int64Array:
         """(B,) how many elements of each block a message holds."""
 
-    def places_of(self, codes: Sequence[Tensor], blocks: Blocks, ks: Int64Array) -> Tensor:
+    def places_of(self, codes: Codes, blocks: Blocks, ks: Int64Array) -> Tensor:
         """(sum ks,) i64: the places that a message names."""
         return decode_all(codes[-1], blocks.lengths, ks)
 
@@ -66,13 +65,11 @@ class _Sparse(Compressor):
             codes.insert(0, torch.where(good, counts, -1 - counts).int())
         return codes
 
-    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Sequence[Tensor]) -> None:
+    def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
         for target, code in zip(codes, self.encode(x, residual, blocks), strict=True):
             target.copy_(code)
 
-    def decompress_(
-        self, codes: Sequence[Tensor], blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False
-    ) -> None:
+    def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
         ks = self.ks_of(codes, blocks)
         codes = codes[1:] if self.is_ragged else codes
         if tuple((x.dtype, x.numel()) for x in codes) != self.layout_of(blocks, ks):
@@ -108,7 +105,7 @@ class _Sparse(Compressor):
             codes = ratio.half() if self.value_bits == 16 else (ratio.nan_to_num(0.0) * _LEVELS).round().to(torch.int8)
         return [torch.where(good, scales, math.nan), codes]
 
-    def decode_values(self, codes: Sequence[Tensor], ks: Int64Array) -> Tensor:
+    def decode_values(self, codes: Codes, ks: Int64Array) -> Tensor:
         """(sum ks,) f32"""
         if self.value_bits == 32:
             return codes[0]
@@ -129,13 +126,13 @@ class _Density(_Sparse):
         """(B,) how many elements of each block are sent."""
         return np.asarray(np.ceil(self.density * blocks.lengths * (1 - 1e-12)), dtype=np.int64)
 
-    def ks_of(self, codes: Sequence[Tensor], blocks: Blocks) -> Int64Array:
+    def ks_of(self, codes: Codes, blocks: Blocks) -> Int64Array:
         return self.ks(blocks)
 
     def layout(self, blocks: Blocks) -> Layout:
         return self.layout_of(blocks, self.ks(blocks))
 
-    def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
+    def is_bad(self, codes: Codes, blocks: Blocks) -> Tensor:
         return runs.bad_runs(codes[0], self.ks(blocks)) if self.value_bits == 32 else super().is_bad(codes, blocks)
 
 
@@ -188,7 +185,7 @@ class RandomK(_Density):
             values = values * torch.from_numpy(drawn_from).to(x.device)
         return ks, indices, values, good
 
-    def places_of(self, codes: Sequence[Tensor], blocks: Blocks, ks: Int64Array) -> Tensor:
+    def places_of(self, codes: Codes, blocks: Blocks, ks: Int64Array) -> Tensor:
         return torch.from_numpy(self.places(blocks)[0]).to(codes[0].device)
 
 
@@ -208,11 +205,11 @@ class Threshold(_Sparse):
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
         return _largest(x, residual, blocks, np.zeros(len(blocks), dtype=np.int64), self.threshold)
 
-    def ks_of(self, codes: Sequence[Tensor], blocks: Blocks) -> Int64Array:
+    def ks_of(self, codes: Codes, blocks: Blocks) -> Int64Array:
         marked = codes[0].cpu().numpy().astype(np.int64)
         return np.where(marked >= 0, marked, -1 - marked)
 
-    def is_bad(self, codes: Sequence[Tensor], blocks: Blocks) -> Tensor:
+    def is_bad(self, codes: Codes, blocks: Blocks) -> Tensor:
         return codes[0] < 0
 
 

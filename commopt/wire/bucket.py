@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -207,9 +208,7 @@ class Blocks:
 
     def only(self, which: Int64Array) -> Blocks:
         """Some of the blocks, by their number."""
-        keys, places = _only(self.keys, which), _only(self.places, which)
-        starts, homes, lengths = self.starts[which], self.homes[which], self.lengths[which]
-        return Blocks(starts, homes, lengths, self.parameters[which], self.groups[which], keys, places)
+        return Blocks(**{one.name: _only(getattr(self, one.name), which) for one in dataclasses.fields(self)})
 
     def having(self, **fields: Any) -> Blocks:
         """The same blocks at other starts or homes, or with other keys; what has been derived from the lengths stays derived."""

@@ -24,14 +24,14 @@ from commopt.compress import (
     Ternary,
     Threshold,
     TopK,
-    scaled_sign,
 )
+from commopt.compress.sign import RmsSign
 from commopt.errors import ConfigError
 from commopt.kernels.reference.runs import first_bad
 from commopt.wire.bucket import Bucket, ParameterIndex
 from commopt.wire.payload import Payload
 
-CODECS = [BlockSign(), BlockSign(8), scaled_sign("rms", 64), TensorSign(), Cast(), Cast(torch.bfloat16)]
+CODECS = [BlockSign(), BlockSign(8), RmsSign(64), TensorSign(), Cast(), Cast(torch.bfloat16)]
 NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), min_size=1, max_size=4)
 
 
@@ -160,8 +160,3 @@ def test_a_bad_option_is_named_with_its_range(kinds: list[Any], option: str, val
                 kind(**{option: value})
             assert str(caught.value).startswith(f"{option}: {value!r} is")
             assert wanted in str(caught.value)
-
-
-def test_an_unknown_scale_is_refused() -> None:
-    with pytest.raises(ConfigError, match="write 'l1'"):
-        scaled_sign("l3")
