@@ -208,7 +208,8 @@ class Blocks:
 
     def only(self, which: Int64Array) -> Blocks:
         """Some of the blocks, by their number."""
-        return Blocks(**{one.name: _only(getattr(self, one.name), which) for one in dataclasses.fields(self)})
+        fields: dict[str, Any] = {one.name: _only(getattr(self, one.name), which) for one in dataclasses.fields(self)}
+        return Blocks(**fields)
 
     def having(self, **fields: Any) -> Blocks:
         """The same blocks at other starts or homes, or with other keys; what has been derived from the lengths stays derived."""

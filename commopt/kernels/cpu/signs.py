@@ -64,7 +64,7 @@ def _block_sum(x: F32, e: F32, squared: bool) -> float:
 
 @fast
 def _pack_block(x: F32, e: F32, scale: np.float32, bits: U8, positive: U8) -> None:
-    keep = abs(scale) <= _LARGEST
+    keep = bool(abs(scale) <= _LARGEST)
     for a in range(0, x.size, _SLICE):
         z = min(a + _SLICE, x.size)
         n_bytes = (z - a + 7) // 8

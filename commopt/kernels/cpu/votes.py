@@ -31,15 +31,9 @@ def _bounds(x: I32) -> Any:
 
 
 @fast
-def _note_positive(x: I32, noted: U8) -> None:
+def _note(x: I32, zeros: bool, noted: U8) -> None:
     for i in range(x.size):
-        noted[i] = np.uint8(x[i] > np.int32(0))
-
-
-@fast
-def _note_zeros(x: I32, noted: U8) -> None:
-    for i in range(x.size):
-        noted[i] = np.uint8((x[i] & _ALL_BUT_SIGN) == np.int32(0))
+        noted[i] = np.uint8((x[i] & _ALL_BUT_SIGN) == np.int32(0) if zeros else x[i] > np.int32(0))
 
 
 @fast
@@ -66,12 +60,12 @@ def _pack(x: I32, own: Places, keys: UInt64Array, flips: U8, bits: U8, noted: U8
         n_bytes = (n + 7) // 8
         row = bits[byte_starts[b] : byte_starts[b] + n_bytes]
         noted[n : 8 * n_bytes] = 0
-        _note_positive(part, noted)
+        _note(part, False, noted)
         for j in range(n_bytes):
             row[j] = _byte_of(octets, j)
         smallest, largest = _bounds(part)
         if smallest == np.int32(0):
-            _note_zeros(part, noted)
+            _note(part, True, noted)
             word = np.uint64(0)
             for j in range(n_bytes):
                 if j % 8 == 0:
