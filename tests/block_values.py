@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from commopt import kernels
 from commopt.compress import Compressor
+from commopt.compress.base import Codes
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 from commopt.wire.payload import Payload
@@ -43,11 +49,29 @@ def heavy_tailed(n: int, seed: int, spread: float = 2.0) -> Tensor:
     return torch.where(u < 0.1, 0.0, torch.where(u > 0.9, -0.0, x))
 
 
-def compress(codec: Compressor, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Payload:
-    payload = Payload.allocate(codec.layout(blocks))
+def compress(codec: Compressor, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Codes:
+    """The tensors of a message."""
+    if codec.is_ragged:
+        return codec.encode(x, residual, blocks)
+    payload = Payload.allocate(codec.layout(blocks), x.device)
     payload.buffer.fill_(171)  # all of it has to be written
     codec.compress_(x, residual, [blocks], [payload.tensors])
-    return payload
+    return payload.tensors
+
+
+def sent_by(codec: Compressor, x: Tensor, blocks: Blocks, residual: Tensor | None = None) -> Tensor:
+    """(n,) what the message stands for; zeros beside the blocks."""
+    out = torch.zeros_like(x)
+    codec.decompress_(compress(codec, x, residual, blocks), blocks, out)
+    return out
+
+
+@contextmanager
+def kernels_are(kind: str) -> Iterator[None]:
+    """Let codecs use the kernels in commopt.kernels.cpu, or in commopt.kernels.reference."""
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr(kernels, "of", lambda name, device: import_module(f"commopt.kernels.{kind}.{name}"))
+        yield
 
 
 def still_to_send(exchanges: list[Any]) -> Tensor:

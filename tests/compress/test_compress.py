@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from block_values import SEEDS, blocks_in, compress, heavy_tailed
+from block_values import SEEDS, blocks_in, blocks_of, compress, draw, heavy_tailed, kernels_are, sent_by
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,10 @@ from commopt.wire.bucket import Bucket, ParameterIndex
 from commopt.wire.payload import Payload
 
 CODECS = [BlockSign(), BlockSign(8), RmsSign(64), TensorSign(), Cast(), Cast(torch.bfloat16)]
+EVERY = [
+    *CODECS, BlockInt(), BlockInt(4, stochastic=False), QSGDLevels(12), Ternary(), BlockFloat8(), Natural(),
+    TopK(density=0.05), TopK(value_bits=1), TopK(value_bits=32), RandomK(density=0.5), Threshold(threshold=0.5),
+]  # fmt: skip
 NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), min_size=1, max_size=4)
 
 
@@ -40,10 +45,8 @@ NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), 
 def test_the_residual_is_what_was_not_sent(codec: Compressor, numels: list[int], seed: int) -> None:
     blocks = blocks_in(codec, numels)
     x, residual = (heavy_tailed(sum(numels), k).clamp(-3e4, 3e4) for k in (seed, seed + 1))  # within float16
-    e, sent = residual.clone(), torch.empty_like(x)
-    payload = compress(codec, x, e, blocks)
-    codec.decompress_(payload.tensors, blocks, sent)
-    assert payload.nbytes == Payload.allocate(codec.layout(blocks)).nbytes
+    e = residual.clone()
+    sent = sent_by(codec, x, blocks, e)
     largest = float((x + residual).abs().max())
     torch.testing.assert_close(sent + e, x + residual, rtol=1e-6, atol=1e-6 * largest)
 
@@ -59,62 +62,74 @@ def test_block_signs_and_casts_never_leave_more_than_there_was(codec: Compressor
         assert rest.norm() <= part.norm() * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@pytest.mark.parametrize("codec", EVERY, ids=repr)
 @given(numels=NUMELS, seed=SEEDS, alpha=st.sampled_from([1.0, 0.5, 1 / 3]))
-def test_adding_a_message_adds_its_values(codec: Compressor, numels: list[int], seed: int, alpha: float) -> None:
+def test_a_message_counts_by_its_weight(codec: Compressor, numels: list[int], seed: int, alpha: float) -> None:
     blocks = blocks_in(codec, numels)
-    payload = compress(codec, heavy_tailed(sum(numels), seed), None, blocks)
-    values, total = torch.empty(sum(numels)), torch.ones(sum(numels))
-    codec.decompress_(payload.tensors, blocks, values)
-    codec.decompress_(payload.tensors, blocks, total, alpha=alpha, add=True)
-    torch.testing.assert_close(total, 1 + alpha * values)
+    codes = compress(codec, heavy_tailed(sum(numels), seed), None, blocks)
+    values, weighted, total = torch.empty(sum(numels)), torch.empty(sum(numels)), torch.ones(sum(numels))
+    codec.decompress_(codes, blocks, values)
+    codec.decompress_(codes, blocks, weighted, alpha=alpha)
+    codec.decompress_(codes, blocks, total, alpha=alpha, add=True)
+    torch.testing.assert_close(weighted, alpha * values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, 1 + weighted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=repr)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("codec", EVERY, ids=repr)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_value_marks_its_block_and_no_other(codec: Compressor, bad: float) -> None:
-    blocks = blocks_in(codec, [5, 2050, 3], ranks=1)
-    x, residual = torch.ones(2058), torch.full((2058,), 0.5)
-    x[7] = bad
-    payload = compress(codec, x, residual, blocks)
-    is_bad = codec.is_bad(payload.tensors, blocks)
-    marked = [int(blocks.parameters[b]) for b in range(len(blocks)) if is_bad[b]]
-    first = blocks.homes.tolist().index(5)
-    assert marked == [1]
-    assert is_bad[first]
-    assert first_bad(codec.is_bad(payload.tensors, blocks), blocks) == 1
-    assert residual[5 : 5 + int(blocks.lengths[first])].eq(0.5).all()
+    """Neither zeros nor ordinary values mark theirs."""
+    blocks = blocks_in(codec, [5, 2050, 30], ranks=1)
+    x, residual = draw(blocks, 0, 1.0)
+    x[:5] = 0.0
+    x[7] = residual[7] = bad
+    before = residual.clone()
+    codes = compress(codec, x, residual, blocks)
+    is_bad = codec.is_bad(codes, blocks)
+    (b,) = is_bad.nonzero().flatten().tolist()
+    home, n = int(blocks.homes[b]), int(blocks.lengths[b])
+    assert home <= 7 < home + n
+    assert first_bad(is_bad, blocks) == blocks.parameters[b] == 1
+    assert torch.equal(residual[home : home + n].view(torch.int32), before[home : home + n].view(torch.int32))
+    assert not torch.equal(residual, before)
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=repr)
-def test_good_values_mark_nothing(codec: Compressor) -> None:
-    blocks = blocks_in(codec, [5, 2050, 3])
-    payload = compress(codec, torch.zeros(2058), None, blocks)
-    assert first_bad(codec.is_bad(payload.tensors, blocks), blocks) == -1
+@pytest.mark.parametrize("codec", EVERY, ids=repr)
+def test_a_bad_residual_makes_its_block_bad_too(codec: Compressor) -> None:
+    blocks = blocks_in(codec, [8, 8], ranks=1)
+    x, residual = draw(blocks, 2)
+    residual[0] = math.inf
+    x[8] = residual[8] = 3e38  # their sum is beyond float32
+    assert codec.is_bad(compress(codec, x, residual, blocks), blocks).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("codec", EVERY, ids=repr)
+def test_no_blocks_are_no_work(codec: Compressor) -> None:
+    none = blocks_of([1]).only(np.zeros(0, np.int64))
+    for kind in ("cpu", "reference"):
+        with kernels_are(kind):
+            out = torch.ones(3)
+            codec.decompress_(compress(codec, torch.ones(3), torch.ones(3), none), none, out)
+            assert out.tolist() == [1, 1, 1]
 
 
 def test_a_value_beyond_float16_is_bad_there_and_not_in_bfloat16() -> None:
     for dtype, first in ((torch.float16, 0), (torch.bfloat16, -1)):
         blocks = blocks_in(Cast(dtype), [3])
-        payload = compress(Cast(dtype), torch.tensor([1.0, 7e4, 1.0]), None, blocks)
-        assert first_bad(Cast(dtype).is_bad(payload.tensors, blocks), blocks) == first
+        codes = compress(Cast(dtype), torch.tensor([1.0, 7e4, 1.0]), None, blocks)
+        assert first_bad(Cast(dtype).is_bad(codes, blocks), blocks) == first
 
 
 @given(n=st.integers(1, 300), seed=SEEDS)
 def test_a_cast_rounds_as_torch_does(n: int, seed: int) -> None:
-    x, out = heavy_tailed(n, seed).clamp(-6e4, 6e4), torch.empty(n)
-    blocks = blocks_in(Cast(), [n])
-    Cast().decompress_(compress(Cast(), x, None, blocks).tensors, blocks, out)
-    assert torch.equal(out, x.half().float())
+    x = heavy_tailed(n, seed).clamp(-6e4, 6e4)
+    assert torch.equal(sent_by(Cast(), x, blocks_in(Cast(), [n])), x.half().float())
 
 
 @given(numels=NUMELS, seed=SEEDS, ranks=st.integers(1, 5))
 def test_a_tensor_sign_keeps_each_parameters_norm(numels: list[int], seed: int, ranks: int) -> None:
-    codec = TensorSign()
-    blocks = blocks_in(codec, numels, ranks)
-    x, sent = heavy_tailed(sum(numels), seed), torch.empty(sum(numels))
-    payload = compress(codec, x, None, blocks)
-    codec.decompress_(payload.tensors, blocks, sent)
+    x = heavy_tailed(sum(numels), seed)
+    sent = sent_by(TensorSign(), x, blocks_in(TensorSign(), numels, ranks))
     for part, sent_part in zip(torch.split(x, numels), torch.split(sent, numels), strict=True):
         assert float(sent_part.norm()) == pytest.approx(float(part.norm()), rel=1e-5)
         assert len(set(sent_part.abs().tolist())) == 1
@@ -124,7 +139,7 @@ def test_a_tensor_sign_keeps_each_parameters_norm(numels: list[int], seed: int, 
 def test_a_block_sign_sends_the_mean_magnitude_of_each_block(n: int, seed: int) -> None:
     blocks = blocks_in(BlockSign(64), [n])
     x = heavy_tailed(n, seed)
-    scales, _ = compress(BlockSign(64), x, None, blocks).tensors
+    scales, _ = compress(BlockSign(64), x, None, blocks)
     torch.testing.assert_close(scales, torch.stack([part.abs().mean() for part in torch.split(x, 64)]))
 
 

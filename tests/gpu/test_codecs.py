@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from block_values import heavy_tailed
+from block_values import blocks_in, blocks_of, compress, heavy_tailed
 from pretend import DEVICES, working_on
 from torch import Tensor
 
@@ -16,21 +15,11 @@ from commopt.compress import COMPRESSORS, Compressor, make_compressor
 from commopt.kernels.cpu import votes as cpu_votes
 from commopt.kernels.reference import votes as reference_votes
 from commopt.wire import noise
-from commopt.wire.bucket import Blocks, ParameterIndex
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 SIZES = (3001, 64, 5)
 OPTIONS = {"top_k": {"density": 0.05}, "random_k": {"density": 0.05}, "threshold": {"threshold": 1.5}}
-
-
-def blocks_of(codec: Compressor) -> Blocks:
-    index = ParameterIndex(("a", "b", "c"), SIZES)
-    blocks = codec.table(index, 2).everything
-    if not codec.stochastic and not codec.shares_keys:
-        return blocks
-    keys = noise.keys(0, "test", 0, np.zeros(len(blocks), np.int64), blocks.starts)
-    return blocks.having(keys=keys)
 
 
 def values(seed: int) -> Tensor:
@@ -39,16 +28,12 @@ def values(seed: int) -> Tensor:
 
 def sent(codec: Compressor, device: torch.device, has_nan: bool) -> tuple[list[Tensor], Tensor, Tensor, list[bool]]:
     """Codes, residual and decoded values, and which blocks are bad."""
-    blocks, x, residual = blocks_of(codec), values(1), values(2)
+    blocks, x, residual = blocks_in(codec, list(SIZES), 2), values(1), values(2)
+    blocks = blocks.having(keys=noise.keys(0, "test", 0, np.zeros(len(blocks), np.int64), blocks.starts))
     if has_nan:
         x[7] = float("nan")
     x, residual, decoded = x.to(device), residual.to(device), torch.linspace(-1, 1, sum(SIZES)).to(device)
-    codes: Sequence[Tensor]
-    if codec.is_ragged:
-        codes = codec.encode(x, residual, blocks)
-    else:
-        codes = [torch.zeros(n, dtype=dtype, device=device) for dtype, n in codec.layout(blocks)]
-        codec.compress_(x, residual, [blocks], [codes])
+    codes = compress(codec, x, residual, blocks)
     bad = codec.is_bad(codes, blocks).cpu().tolist()
     codec.decompress_(codes, blocks, decoded, alpha=1 / 3, add=True)
     return [code.cpu() for code in codes], residual.cpu(), decoded.cpu(), bad
@@ -73,10 +58,7 @@ def test_codes_residuals_and_values_are_those_of_the_cpu(name: str, has_nan: boo
 
 
 def test_votes_are_those_of_the_cpu(device: torch.device) -> None:
-    lengths = np.asarray(SIZES, dtype=np.int64)
-    starts = np.cumsum(lengths) - lengths
-    keys = noise.keys(0, "zero", 0, np.zeros(len(SIZES), np.int64), starts)
-    blocks = Blocks(starts, starts, lengths, np.arange(len(SIZES)), np.arange(len(SIZES)), keys)
+    blocks = blocks_of(list(SIZES), gap=0)
     flips = np.asarray([0, 255, 0], dtype=np.uint8)
     results: list[list[Tensor]] = []
     for place, kernel in ((CPU, cpu_votes), (device, reference_votes)):
