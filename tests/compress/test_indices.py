@@ -188,12 +188,6 @@ def test_many_blocks_are_the_codes_of_each_one_behind_the_other(either_kernel: M
     assert torch.equal(decode_all(out, ns, ks), x)
 
 
-def test_no_blocks_are_no_work(either_kernel: ModuleType) -> None:
-    none = np.zeros(0, dtype=np.int64)
-    assert encode_all(torch.zeros(0, dtype=torch.int64), none, none).shape == (0,)
-    assert decode_all(torch.zeros(0, dtype=torch.uint8), none, none).shape == (0,)
-
-
 # bad input
 
 
@@ -212,23 +206,15 @@ def test_a_bad_block_among_good_ones_is_refused(either_kernel: ModuleType) -> No
         encode_all(x, ns, ks)
 
 
-@pytest.mark.parametrize("change", [-1, 1])
-def test_truncated_and_longer_codes_are_refused(either_kernel: ModuleType, change: int) -> None:
-    code = encoded([3, 500, 777], 1000)
-    with pytest.raises(ValueError, match=r"code: wanted \(4,\)"):
-        decode_indices(torch.zeros(len(code) + change, dtype=torch.uint8), 1000, 3)
-
-
 def test_tensors_of_another_length_or_type_are_refused() -> None:
-    x, code = torch.tensor([1, 5]), torch.zeros(index_bytes(100, 2), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="indices: wanted"):
-        encode_all(x.int(), np.asarray([100]), np.asarray([2]))
-    with pytest.raises(ValueError, match="indices: wanted"):
-        encode_all(x, np.asarray([100]), np.asarray([3]))
-    with pytest.raises(ValueError, match="code: wanted"):
-        decode_indices(code.to(torch.int8), 100, 2)
-    with pytest.raises(ValueError, match="contiguous"):
-        decode_indices(torch.zeros(2 * len(code), dtype=torch.uint8)[::2], 100, 2)
+    x = torch.tensor([1, 5])
+    code = encoded(x, 100)
+    for bad_x, k in ((x.int(), 2), (x, 3)):
+        with pytest.raises(ValueError, match=r"indices: wanted \(\d,\) torch.int64, contiguous"):
+            encode_all(bad_x, np.asarray([100]), np.asarray([k]))
+    for bad_code in (code[:-1], code.repeat(2), code.to(torch.int8), code.repeat(2)[::2]):
+        with pytest.raises(ValueError, match=r"code: wanted \(\d,\) torch.uint8, contiguous"):
+            decode_indices(bad_code, 100, 2)
 
 
 @given(SETS, st.data())

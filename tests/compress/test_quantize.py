@@ -292,11 +292,9 @@ def test_huge_values_are_sent_or_refused_and_never_become_infinite(codec: BlockS
             assert torch.allclose(out + left, c)
 
 
-@pytest.mark.parametrize("codec", EVEN, ids=repr)
+@pytest.mark.parametrize("codec", [codec for codec in EVEN if not codec.has_l2_norm], ids=repr)
 @pytest.mark.parametrize("magnitude", [1e-35, 1.0, 3e38])
 def test_the_largest_of_a_block_is_kept_where_it_sets_the_scale(codec: EvenLevels, magnitude: float) -> None:
-    if codec.has_l2_norm:
-        return
     x = heavy_tailed(256, 4).clamp(-1, 1) * 0.5
     x[17] = -1.0
     out = sent_by(codec, x * magnitude, blocks_of([256], gap=0))

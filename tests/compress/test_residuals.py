@@ -73,17 +73,24 @@ def decoded(feedback: ErrorFeedback, payloads: Any, parts: Any) -> np.ndarray[An
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
-@given(numels=ANY_NUMELS, seed=st.integers(0, 2**31))
-def test_undo_takes_a_message_back_to_about_one_ulp(codec: Compressor, numels: list[int], seed: int) -> None:
+@given(numels=ANY_NUMELS, seed=st.integers(0, 2**31), bad=st.sampled_from([0.0, math.nan, math.inf]))
+def test_undo_takes_a_message_back_to_about_one_ulp(
+    codec: Compressor, numels: list[int], seed: int, bad: float
+) -> None:
+    """And leaves a block alone that was not written."""
     feedback, parts = feedback_for(codec, numels)
-    n = sum(numels)
+    n, at = sum(numels), sum(numels) // 2
     for step in range(3):
         feedback.compress(normal(n, seed + step), parts)
     before, x = feedback.residual.clone(), normal(n, seed + 9)
+    ulp = torch.finfo(torch.float32).eps * float(before.abs().max() + x.abs().max())
+    x[at] = bad
     payloads = feedback.compress(x, parts)
+    ulp += torch.finfo(torch.float32).eps * float(feedback.residual.abs().max())
     feedback.undo(x, payloads, parts)
-    ulp = torch.finfo(torch.float32).eps * float(before.abs().max() + x.abs().max() + feedback.residual.abs().max())
     assert float((feedback.residual - before).abs().max()) <= 2 * ulp
+    block = next(place for place in places(parts) if place.start <= at < place.stop)
+    assert math.isfinite(bad) or torch.equal(feedback.residual[block], before[block])
 
 
 @pytest.mark.parametrize("codec", UNBIASED, ids=repr)
@@ -96,20 +103,6 @@ def test_no_residual_grows_without_bound_however_coarse_the_codec(codec: Compres
     whole = 60 * (normal(TOTAL, 0) ** 3).double().numpy()
     np.testing.assert_allclose(sent + values(feedback, parts), whole, atol=1e-3)  # nothing is lost
     assert np.linalg.norm(values(feedback, parts)) < 0.3 * np.linalg.norm(whole)
-
-
-@pytest.mark.parametrize("codec", CODECS, ids=repr)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_undo_leaves_blocks_alone_that_were_not_written(codec: Compressor, bad: float) -> None:
-    feedback, parts = feedback_for(codec, [10, 3000, 20])
-    feedback.compress(normal(3030, 1), parts)
-    before, x = feedback.residual.clone(), normal(3030, 2)
-    x[500] = bad
-    payloads = feedback.compress(x, parts)
-    feedback.undo(x, payloads, parts)
-    torch.testing.assert_close(feedback.residual, before, rtol=0, atol=2e-6)
-    bad_block = next(place for place in places(parts) if place.start <= 500 < place.stop)
-    assert torch.equal(feedback.residual[bad_block], before[bad_block])
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
@@ -180,7 +173,7 @@ def test_state_takes_as_many_bytes_as_its_bits_say(bits: int, bytes_each: float)
 def test_storage_in_eight_bits_has_no_drift() -> None:
     """The mean of many draws of one residual is that residual: stochastic rounding is unbiased."""
     feedback, parts = feedback_for(BlockSign(256), bits=8)
-    x, total, count = normal(TOTAL, 1), np.zeros(TOTAL), 600
+    x, total, count = normal(TOTAL, 1), np.zeros(TOTAL), 200
     for step in range(count):
         set_values(feedback, parts, x, step)
         total += values(feedback, parts)

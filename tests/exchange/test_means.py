@@ -54,11 +54,6 @@ def bound(name: str, group: Group) -> Any:
     return exchange
 
 
-def left_over(name: str, exchanges: list[Any]) -> Tensor:
-    """What the ranks still have to send: the mean worker residual and the server residuals."""
-    return still_to_send(exchanges) if name in COMPRESSED else torch.zeros(TOTAL)
-
-
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_nothing_is_lost_over_30_steps(name: str, n: int) -> None:
@@ -73,7 +68,7 @@ def test_nothing_is_lost_over_30_steps(name: str, n: int) -> None:
     results = SimWorld[Any](n).run(train)
     put_in = sum(gradient(rank, step).double() for step in range(30) for rank in range(n)) / n
     assert all(torch.equal(results[0][1], sent) for _, sent in results)
-    rest = left_over(name, [exchange for exchange, _ in results])
+    rest = still_to_send([exchange for exchange, _ in results]) if name in COMPRESSED else torch.zeros(TOTAL)
     tolerance = 5e-2 if name == "fp16" else 1e-5
     torch.testing.assert_close(results[0][1] + rest, put_in, rtol=0, atol=tolerance)
     if name in COMPRESSED:
