@@ -24,6 +24,7 @@ LENGTHS = st.lists(
     st.one_of(st.integers(1, 140), st.sampled_from([255, 256, 2047, 2048, 2049, 4096, 5001])), min_size=1, max_size=4
 )
 SEEDS = st.integers(0, 2**31)
+KERNELS = ("cpu", "reference")  # numba, and plain torch
 
 
 def blocks_in(codec: Compressor, numels: list[int], ranks: int = 3) -> Blocks:

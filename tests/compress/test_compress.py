@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from block_values import SEEDS, blocks_in, blocks_of, compress, draw, heavy_tailed, kernels_are, sent_by
+from block_values import KERNELS, SEEDS, blocks_in, blocks_of, compress, draw, heavy_tailed, kernels_are, sent_by
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ from commopt.wire.payload import Payload
 
 CODECS = [BlockSign(), BlockSign(8), RmsSign(64), TensorSign(), Cast(), Cast(torch.bfloat16)]
 EVERY = [
-    *CODECS, BlockInt(), BlockInt(4, stochastic=False), QSGDLevels(12), Ternary(), BlockFloat8(), Natural(),
+    *CODECS, BlockInt(), BlockInt(4, 4096, stochastic=False), QSGDLevels(12), Ternary(None), BlockFloat8(4096), Natural(4096),
     TopK(density=0.05), TopK(value_bits=1), TopK(value_bits=32), RandomK(density=0.5), Threshold(threshold=0.5),
 ]  # fmt: skip
 NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), min_size=1, max_size=4)
@@ -76,22 +76,33 @@ def test_a_message_counts_by_its_weight(codec: Compressor, numels: list[int], se
 
 
 @pytest.mark.parametrize("codec", EVERY, ids=repr)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_bad_value_marks_its_block_and_no_other(codec: Compressor, bad: float) -> None:
-    """Neither zeros nor ordinary values mark theirs."""
-    blocks = blocks_in(codec, [5, 2050, 30], ranks=1)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [5, 2055])
+def test_a_bad_value_marks_its_block_whose_residual_stays_and_changes_no_other(
+    codec: Compressor, bad: float, place: int
+) -> None:
+    """Both kernels send the same bits, of bad blocks too. Neither zeros nor ordinary values mark theirs."""
+    blocks, every_code = blocks_in(codec, [5, 2051, 30], ranks=1), []
     x, residual = draw(blocks, 0, 1.0)
     x[:5] = 0.0
-    x[7] = residual[7] = bad
-    before = residual.clone()
-    codes = compress(codec, x, residual, blocks)
-    is_bad = codec.is_bad(codes, blocks)
-    (b,) = is_bad.nonzero().flatten().tolist()
-    home, n = int(blocks.homes[b]), int(blocks.lengths[b])
-    assert home <= 7 < home + n
-    assert first_bad(is_bad, blocks) == blocks.parameters[b] == 1
-    assert torch.equal(residual[home : home + n].view(torch.int32), before[home : home + n].view(torch.int32))
-    assert not torch.equal(residual, before)
+    bad_x = x.clone()
+    bad_x[place] = bad
+    for kind in KERNELS:
+        left, expected_left, sent = residual.clone(), residual.clone(), torch.zeros_like(x)
+        with kernels_are(kind):
+            expected = sent_by(codec, x, blocks, expected_left)
+            codes = compress(codec, bad_x, left, blocks)
+            codec.decompress_(codes, blocks, sent)
+        is_bad = codec.is_bad(codes, blocks)
+        (b,) = is_bad.nonzero().flatten().tolist()
+        block = slice(blocks.starts[b], blocks.starts[b] + blocks.lengths[b])
+        assert block.start <= place < block.stop
+        assert first_bad(is_bad, blocks) == 1
+        expected[block], expected_left[block] = sent[block], residual[block]
+        assert torch.equal(left, expected_left)
+        torch.testing.assert_close(sent, expected, rtol=0, atol=0, equal_nan=True)
+        every_code.append([code for code in codes if not code.is_floating_point()])
+    assert all(torch.equal(one, other) for one, other in zip(*every_code, strict=True))
 
 
 @pytest.mark.parametrize("codec", EVERY, ids=repr)
@@ -106,7 +117,7 @@ def test_a_bad_residual_makes_its_block_bad_too(codec: Compressor) -> None:
 @pytest.mark.parametrize("codec", EVERY, ids=repr)
 def test_no_blocks_are_no_work(codec: Compressor) -> None:
     none = blocks_of([1]).only(np.zeros(0, np.int64))
-    for kind in ("cpu", "reference"):
+    for kind in KERNELS:
         with kernels_are(kind):
             out = torch.ones(3)
             codec.decompress_(compress(codec, torch.ones(3), torch.ones(3), none), none, out)
