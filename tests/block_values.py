@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress import Compressor
-from commopt.compress.base import Codes
+from commopt.compress.base import Codes, Compressor
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 from commopt.wire.payload import Payload

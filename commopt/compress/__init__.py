@@ -15,23 +15,6 @@ from commopt.compress.sign import BlockSign, TensorSign
 from commopt.compress.sparse import RandomK, Threshold, TopK
 from commopt.errors import ConfigError, did_you_mean
 
-__all__ = [
-    "COMPRESSORS",
-    "BlockFloat8",
-    "BlockInt",
-    "BlockSign",
-    "Cast",
-    "Compressor",
-    "Natural",
-    "QSGDLevels",
-    "RandomK",
-    "TensorSign",
-    "Ternary",
-    "Threshold",
-    "TopK",
-    "make_compressor",
-]
-
 # name -> class, and the options that the name sets
 COMPRESSORS: Mapping[str, tuple[Callable[..., Compressor], Mapping[str, Any]]] = {
     "sign": (BlockSign, {}),

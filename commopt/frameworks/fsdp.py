@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
-from commopt.compress import Cast
+from commopt.compress.cast import Cast
 from commopt.compress.feedback import NOTHING_KEPT, first_bad_parameter
 from commopt.errors import AttachError, CheckpointError
 from commopt.exchange.base import is_finite

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from commopt.compress import BlockSign, TensorSign
+from commopt.compress.sign import BlockSign, TensorSign
 from commopt.kernels.cpu import signs as cpu
 from commopt.kernels.reference import signs as reference
 from commopt.wire.bucket import Bucket, ParameterIndex

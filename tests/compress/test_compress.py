@@ -12,21 +12,11 @@ from block_values import KERNELS, SEEDS, blocks_in, blocks_of, compress, draw, h
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commopt.compress import (
-    BlockFloat8,
-    BlockInt,
-    BlockSign,
-    Cast,
-    Compressor,
-    Natural,
-    QSGDLevels,
-    RandomK,
-    TensorSign,
-    Ternary,
-    Threshold,
-    TopK,
-)
-from commopt.compress.sign import RmsSign
+from commopt.compress.base import Compressor
+from commopt.compress.cast import Cast
+from commopt.compress.quantize import BlockFloat8, BlockInt, Natural, QSGDLevels, Ternary
+from commopt.compress.sign import BlockSign, RmsSign, TensorSign
+from commopt.compress.sparse import RandomK, Threshold, TopK
 from commopt.errors import ConfigError
 from commopt.kernels.reference.runs import first_bad
 from commopt.wire.bucket import Bucket, ParameterIndex
@@ -34,9 +24,10 @@ from commopt.wire.payload import Payload
 
 CODECS = [BlockSign(), BlockSign(8), RmsSign(64), TensorSign(), Cast(), Cast(torch.bfloat16)]
 EVERY = [
-    *CODECS, BlockInt(), BlockInt(4, 4096, stochastic=False), QSGDLevels(12), Ternary(None), BlockFloat8(4096), Natural(4096),
-    TopK(density=0.05), TopK(value_bits=1), TopK(value_bits=32), RandomK(density=0.5), Threshold(threshold=0.5),
-]  # fmt: skip
+    *(*CODECS, BlockInt(), BlockInt(4, 4096, stochastic=False), QSGDLevels(12)),
+    *(Ternary(None), BlockFloat8(4096), Natural(4096), RandomK(density=0.5), Threshold(threshold=0.5)),
+    *(TopK(density=0.05), TopK(value_bits=1), TopK(value_bits=32)),
+]
 NUMELS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([2048, 2049])), min_size=1, max_size=4)
 
 

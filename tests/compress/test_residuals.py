@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from rig import normal
 from torch import Tensor
 
-from commopt.compress import BlockSign, Cast, Compressor, TensorSign
+from commopt.compress.base import Compressor
+from commopt.compress.cast import Cast
 from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.compress.quantize import BlockFloat8, BlockInt, Natural, QSGDLevels, Ternary
+from commopt.compress.sign import BlockSign, TensorSign
 from commopt.exchange.gather import GatherMean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups import Group, SimWorld

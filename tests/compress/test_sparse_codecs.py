@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rig import normal
 
-from commopt.compress import Compressor, RandomK, Threshold, TopK
+from commopt.compress.base import Compressor
+from commopt.compress.sparse import RandomK, Threshold, TopK
 from commopt.kernels.cpu import select as cpu_select
 from commopt.kernels.reference import select as reference_select
 from commopt.wire.bucket import Blocks

@@ -11,7 +11,8 @@ import torch
 from block_values import still_to_send
 from torch import Tensor
 
-from commopt.compress import BlockSign, Cast, TensorSign
+from commopt.compress.cast import Cast
+from commopt.compress.sign import BlockSign, TensorSign
 from commopt.exchange.base import Exchange
 from commopt.exchange.clip import clip_joint_norm_
 from commopt.exchange.gather import GatherMean

@@ -13,7 +13,8 @@ from pool import Pool
 from rig import loss_of
 from torch import Tensor, nn
 
-from commopt.compress import Compressor, make_compressor
+from commopt.compress import make_compressor
+from commopt.compress.base import Compressor
 from commopt.compress.feedback import ErrorFeedback, Kept
 from commopt.wire.bucket import ParameterIndex
 

@@ -11,7 +11,8 @@ from block_values import blocks_in, blocks_of, compress, heavy_tailed
 from pretend import DEVICES, working_on
 from torch import Tensor
 
-from commopt.compress import COMPRESSORS, Compressor, make_compressor
+from commopt.compress import COMPRESSORS, make_compressor
+from commopt.compress.base import Compressor
 from commopt.kernels.cpu import votes as cpu_votes
 from commopt.kernels.reference import votes as reference_votes
 from commopt.wire import noise

@@ -12,7 +12,7 @@ from synthetic import F64, check_steps, exchange, gradients, simulate, spans, st
 from torch import Tensor
 
 from commopt import build
-from commopt.compress import RandomK
+from commopt.compress.sparse import RandomK
 from commopt.groups import Group, SimWorld
 from commopt.methods import EF
 from commopt.wire.bucket import Blocks, Bucket

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commopt.compress import BlockSign, Compressor, TensorSign
+from commopt.compress.base import Compressor
+from commopt.compress.sign import BlockSign, TensorSign
 from commopt.wire.bucket import Bucket, ParameterIndex
 
 NUMELS = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([64, 65, 2048, 2049, 5000])), min_size=1, max_size=8)
