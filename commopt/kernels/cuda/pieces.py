@@ -96,9 +96,14 @@ class Pieces:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start a kernel, unless there is nothing to do. A fused multiply-add would change residuals, so there are none."""
+    """Start a kernel, unless there is nothing to do."""
     if grid[0]:
-        kernel[grid](*arguments, **constants, num_warps=8, enable_fp_fusion=False)
+        start(kernel, grid, arguments, constants)
+
+
+def start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Start a kernel on the current stream. There are no fused multiply-adds, which would change residuals."""
+    kernel[grid](*arguments, **constants, num_warps=8, enable_fp_fusion=False)
 
 
 def keys_on(keys: UInt64Array, device: torch.device) -> Tensor:
