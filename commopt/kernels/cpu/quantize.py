@@ -208,12 +208,6 @@ def _clear(codes: I8, first: int, end: int) -> None:
 
 
 @exact
-def _unpack_bytes(source: U8, first: np.uint64, n: int, codes: I8) -> None:
-    for i in range(n):
-        codes[i] = np.int8(source[first + np.uint64(i)])
-
-
-@exact
 def _unpack_halves(source: U8, first: np.uint64, n: int, codes: I8) -> None:
     for j in range((n + 1) // 2):
         pair, i = np.int32(source[first + np.uint64(j)]), np.uint64(2) * np.uint64(j)
@@ -294,10 +288,13 @@ def _compress(
 
 
 @exact
-def _put(codes: I8, n: int, scale: np.float32, table: F32, add: bool, out: F32, start: np.uint64) -> None:
+def _put(
+    codes: I8, first: np.uint64, n: int, scale: np.float32, table: F32, add: bool, out: F32, start: np.uint64
+) -> None:
     has_table = table.size > 0
     for i in range(n):
-        value = scale * (table[np.uint8(codes[i])] if has_table else np.float32(codes[i]))
+        code = codes[first + np.uint64(i)]
+        value = scale * (table[np.uint8(code)] if has_table else np.float32(code))
         out[start + np.uint64(i)] = out[start + np.uint64(i)] + value if add else value
 
 
@@ -307,19 +304,20 @@ def _decompress(
 ) -> None:
     starts, lengths, byte_starts = own
     codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
-    words = codes.view(np.uint64)
+    words, whole_bytes = codes.view(np.uint64), source.view(np.int8)
     for b in range(lengths.size):
         scale = np.float32(scales[b] * alpha)
         for a in range(0, lengths[b], _SLICE):
             n = min(_SLICE, lengths[b] - a)
             first, start = np.uint64(byte_starts[b] + a * bits // 8), np.uint64(starts[b] + a)
             if bits == 8:
-                _unpack_bytes(source, first, n, codes)
-            elif bits == 4:
+                _put(whole_bytes, first, n, scale, table, add, out, start)
+                continue
+            if bits == 4:
                 _unpack_halves(source, first, n, codes)
             else:
                 _unpack_words(source, first, n, bits, packed, words)
-            _put(codes, n, scale, table, add, out, start)
+            _put(codes, np.uint64(0), n, scale, table, add, out, start)
 
 
 # --- tensors
