@@ -9,7 +9,7 @@ from typing import ClassVar, TypeAlias
 from torch import Tensor
 
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
-from commopt.wire.payload import Layout, layout_bytes
+from commopt.wire.payload import Layout, Payload, layout_bytes
 
 Codes: TypeAlias = Sequence[Tensor]  # the tensors of a message, widest dtype first
 
@@ -40,6 +40,28 @@ class Compressor(ABC):
         """
         for blocks, codes in zip(parts, out, strict=True):
             self.write_(x, residual, blocks, codes)
+
+    def compress_payloads_(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        parts: Sequence[Blocks],
+        payloads: Sequence[Payload],
+        received: Sequence[Payload] = (),
+    ) -> bool:
+        """`compress_` into payloads behind their headers. Returns whether these are written too: the first bad parameter, or -1.
+
+        received: messages whose headers count, too.
+        """
+        self.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
+        return False
+
+    def decompress_payloads_(
+        self, payloads: Sequence[Payload], parts: Sequence[Blocks], out: Tensor, *, alpha: float = 1.0, add: bool = False
+    ) -> None:
+        """`decompress_` one payload after the other: those with the same blocks add up in this order, on which float sums depend."""
+        for payload, blocks in zip(payloads, parts, strict=True):
+            self.decompress_(payload.tensors[1:], blocks, out, alpha=alpha, add=add)
 
     @abstractmethod
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:

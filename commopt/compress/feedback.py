@@ -13,7 +13,7 @@ from commopt.compress.base import Compressor
 from commopt.kernels.reference.runs import corrected, element_indices, first_bad, keep_rest_, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
-from commopt.wire.payload import Layout, Payload
+from commopt.wire.payload import Layout, Payload, in_a_row
 
 HEADER: Layout = ((torch.int32, 1),)  # of every payload: the first parameter that is not finite, or -1
 _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
@@ -76,19 +76,14 @@ class ErrorFeedback:
         self.residual, self.scales = residual, scales
         self._before: list[tuple[Tensor, Tensor]] = []
 
-    def compress(self, x: Tensor, parts: Sequence[Blocks]) -> list[Payload]:
-        """The payloads of x + residual, one for each of `parts`; x is left as it is."""
+    def compress(self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload] = ()) -> list[Payload]:
+        """The payloads of x + residual, one for each of `parts`; x is left as it is.
+
+        received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
+        """
         if self.bits == 0 or (self.bits == 32 and self.kept.decay == 1.0 and self.kept.average == 0.0):
-            payloads = self._encode(x, self.residual if self.bits else None, parts)
-        else:
-            payloads = self._encode_with_copy(x, parts)
-        first = first_of(
-            first_bad(self.compressor.is_bad(payload.tensors[1:], blocks), blocks)
-            for payload, blocks in zip(payloads, parts, strict=True)
-        )
-        for payload in payloads:
-            payload.tensors[0].fill_(first)
-        return payloads
+            return self._encode(x, self.residual if self.bits else None, parts, received)
+        return self._encode_with_copy(x, parts, received)
 
     def undo(self, x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks]) -> None:
         """Undo the last `compress` of x: e <- (e + decompressed) - x in good blocks, exact to about one ulp.
@@ -140,17 +135,29 @@ class ErrorFeedback:
         residual, scales = stored[name], stored.get(f"{name}_scales")
         return ErrorFeedback(self.compressor, self.kept, blocks, residual=residual, scales=scales).values(blocks)
 
-    def _encode(self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks]) -> list[Payload]:
+    def _encode(
+        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], received: Sequence[Payload]
+    ) -> list[Payload]:
+        has_headers = False
         if self.compressor.is_ragged:
             header = torch.zeros(1, dtype=torch.int32, device=x.device)
-            return [Payload.of(header, *self.compressor.encode(x, residual, blocks)) for blocks in parts]
-        payloads = [Payload.allocate(HEADER + self.compressor.layout(blocks), x.device) for blocks in parts]
-        self.compressor.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
-        for payload, blocks in zip(payloads, parts, strict=True) if self.kept.contracts else ():
-            self.compressor.fit_(payload.tensors[1:], x, residual, blocks)
+            payloads = [Payload.of(header, *self.compressor.encode(x, residual, blocks)) for blocks in parts]
+        else:
+            payloads = in_a_row([HEADER + self.compressor.layout(blocks) for blocks in parts], x.device)
+            has_headers = self.compressor.compress_payloads_(x, residual, parts, payloads, received)
+            for payload, blocks in zip(payloads, parts, strict=True) if self.kept.contracts else ():
+                self.compressor.fit_(payload.tensors[1:], x, residual, blocks)
+        if not has_headers:
+            own = zip(payloads, parts, strict=True)
+            found = [first_bad(self.compressor.is_bad(payload.tensors[1:], blocks), blocks) for payload, blocks in own]
+            first = first_of([*found, first_bad_parameter(received)])
+            for payload in payloads:
+                payload.tensors[0].fill_(first)
         return payloads
 
-    def _encode_with_copy(self, x: Tensor, parts: Sequence[Blocks]) -> list[Payload]:
+    def _encode_with_copy(
+        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload]
+    ) -> list[Payload]:
         """Compress with the residual as float32; keep a copy of what is stored, for `undo`."""
         self._before = [
             (self.residual[self._places(blocks)], self.scales[self._slots(blocks)] if self.bits == 8 else self.scales)
@@ -163,7 +170,7 @@ class ErrorFeedback:
             blocks.having(homes=start + np.cumsum(blocks.lengths) - blocks.lengths)
             for blocks, start in zip(parts, ends, strict=False)
         ]
-        payloads = self._encode(x, residual, moved)
+        payloads = self._encode(x, residual, moved, received)
         residual.lerp_(before, self.kept.average)
         for payload, blocks, part in zip(payloads, parts, torch.split(residual, np.diff(ends).tolist()), strict=True):
             if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else void: it is undone

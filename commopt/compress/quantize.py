@@ -7,7 +7,7 @@ A block whose scale would be below 2^-126 counts as a block of zeros, and one wh
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from pydantic import Field, Strict
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Codes, Compressor
+from commopt.compress.base import Codes
+from commopt.compress.fused import Fused
 from commopt.kernels.reference.runs import corrected, keep_rest_, run_of_element
 from commopt.options import BlockSize, Flag, checked_dataclass
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout
 
 
-class BlockScaled(Compressor):
+class BlockScaled(Fused):
     """What these codecs share. Payload: (B,) f32 scales, (sum of ceil(n bits/8),) u8 codes; a bad block's scale is NaN."""
 
     kind: ClassVar[str]
@@ -34,16 +35,19 @@ class BlockScaled(Compressor):
         return ((torch.float32, len(blocks)), (torch.uint8, int(((blocks.lengths * self.code_bits + 7) // 8).sum())))
 
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
-        how = {"squared": self.has_l2_norm, "stochastic": self.stochastic}
-        kernels.of("quantize", x.device).compress_(
-            x, residual, blocks, *codes, kind=self.kind, levels=self.levels, bits=self.code_bits, **how
-        )
+        how = self.writing()
+        kernels.of(how.pop("kernel"), x.device).compress_(x, residual, blocks, *codes, **how)
 
     def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
-        scales, packed = codes
-        kernels.of("quantize", out.device).decompress_(
-            packed, scales, blocks, out, kind=self.kind, bits=self.code_bits, alpha=alpha, add=add
-        )
+        how, (scales, packed) = self.reading(), codes
+        kernels.of(how.pop("kernel"), out.device).decompress_(packed, scales, blocks, out, alpha=alpha, add=add, **how)
+
+    def writing(self) -> dict[str, Any]:
+        how = {"squared": self.has_l2_norm, "stochastic": self.stochastic}
+        return {"kernel": "quantize", "kind": self.kind, "levels": self.levels, "bits": self.code_bits, **how}
+
+    def reading(self) -> dict[str, Any]:
+        return {"kernel": "quantize", "kind": self.kind, "bits": self.code_bits}
 
 
 class EvenLevels(BlockScaled):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Codes, Compressor, equal_blocks
+from commopt.compress.base import Codes, equal_blocks
+from commopt.compress.fused import Fused
 from commopt.options import BlockSize, checked_dataclass
 from commopt.wire.bucket import Blocks, Int64Array, ParameterIndex
 from commopt.wire.payload import Layout
 
 
 @checked_dataclass
-class BlockSign(Compressor):
+class BlockSign(Fused):
     """scale * sign(c) with the mean magnitude of the block as its scale, scale = |c|_1 / n.
 
     Karimireddy et al. 2019, arXiv:1901.09847 (EF-signSGD), with blocks instead of whole tensors: always a contraction,
@@ -37,6 +38,12 @@ class BlockSign(Compressor):
     def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
         scales, bits = codes
         kernels.of("signs", out.device).unpack_signs_(bits, scales, blocks, out, alpha=alpha, add=add)
+
+    def writing(self) -> dict[str, Any] | None:
+        return None if self.shared_scale else {"kernel": "signs", "squared": self.keeps_l2}
+
+    def reading(self) -> dict[str, Any]:
+        return {"kernel": "signs"}
 
 
 @checked_dataclass

@@ -79,7 +79,7 @@ class Compressed(Exchange):
         if not compressor.stochastic and self.kept.bits != 8:
             return blocks
         rank = 0 if compressor.shares_keys else self.rank
-        return blocks.having(keys=blocks.drawn(self.seed, purpose, rank, self.exchanges.numpy()))
+        return blocks.keyed(self.seed, purpose, rank, self.exchanges.numpy(), self.device)
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
         """Clear the residual of parameters whose time has come by `reset_every`, at the end of an exchange that is not void."""

@@ -19,8 +19,8 @@ class GatherMean(Compressed):
             return self.worker.undo(bucket.flat, own, [blocks])
         for _, x in self.compressed_views(bucket):
             x.zero_()
-        for payload in gathered:
-            self.compressor.decompress_(payload.tensors[1:], blocks, bucket.flat, alpha=1 / group.size, add=True)
+        parts = [blocks] * group.size
+        self.compressor.decompress_payloads_(gathered, parts, bucket.flat, alpha=1 / group.size, add=True)
         return self.forget(self.worker, [blocks])
 
     def bytes_per_parameter(self, ranks: int) -> float:

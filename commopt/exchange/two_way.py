@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from commopt import kernels
 from commopt.compress.base import Compressor
-from commopt.compress.feedback import Kept, first_bad_parameter
+from commopt.compress.feedback import HEADER, Kept, first_bad_parameter
 from commopt.errors import ConfigError
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
@@ -71,18 +72,19 @@ class TwoWayMean(Compressed):
         self._multiply(bucket)
         sent = self.worker.compress(bucket.flat, by_owner)
         received = group.all_to_all(sent)
-        if not self.is_void(bucket, first_bad_parameter(received), group):
+        # a GPU is asked once, at the end: until then, answers carry on what the messages say
+        is_late = kernels.has_triton(self.device)
+        if is_late or not self.is_void(bucket, first_bad_parameter(received), group):
             mean = bucket.flat.new_zeros(served.elements)
-            for payload in received:  # in rank order: float sums depend on it
-                self.compressor.decompress_(payload.tensors[1:], served, mean, alpha=1 / group.size, add=True)
-            answer = self.server.compress(mean, [answered])
-            layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in parts.served]
+            self.compressor.decompress_payloads_(received, [served] * group.size, mean, alpha=1 / group.size, add=True)
+            answer = self.server.compress(mean, [answered], received if is_late else ())
+            layouts = [HEADER + self.server_compressor.layout(blocks) for blocks in parts.served]
             answers = group.all_gather(answer[0], layouts)
             if not self.is_void(bucket, first_bad_parameter(answers), group):
-                for blocks, payload in zip(parts.by_owner, answers, strict=True):
-                    if self.server_compressor.shares_keys:
-                        blocks = self.keyed(blocks, self.server_compressor, "server")
-                    self.server_compressor.decompress_(payload.tensors[1:], blocks, bucket.flat)
+                to = parts.by_owner
+                if self.server_compressor.shares_keys:
+                    to = tuple(self.keyed(blocks, self.server_compressor, "server") for blocks in to)
+                self.server_compressor.decompress_payloads_(answers, to, bucket.flat)
                 self.forget(self.worker, by_owner)
                 self.forget(self.server, [answered])
                 return self._multiply(bucket, inverse=True)

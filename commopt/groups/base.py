@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt.plan.links import schedule
-from commopt.wire.payload import Layout, Payload, cut, gathered_bytes, layout_bytes
+from commopt.wire.payload import Layout, Payload, cut, gathered_bytes, joined, layout_bytes
 
 Key = tuple[str, str, str]
 
@@ -148,15 +148,18 @@ class BufferGroup(Group):
         self._count("all_gather", nbytes)
         if self.size == 1:
             return [payload]
-        gathered = self._gather(torch.nn.functional.pad(payload.buffer, (0, nbytes - payload.nbytes)))
-        parts = torch.split(gathered, [nbytes] * self.size)
-        return [Payload(part[: layout_bytes(layout)], layout) for part, layout in zip(parts, layouts, strict=True)]
+        padding = nbytes - payload.nbytes
+        own = torch.nn.functional.pad(payload.buffer, (0, padding)) if padding else payload.buffer
+        gathered = self._gather(own)
+        starts = range(0, self.size * nbytes, nbytes)
+        places = [(at, at + layout_bytes(layout), layout) for at, layout in zip(starts, layouts, strict=True)]
+        return [Payload(gathered[at:end], layout, gathered, at) for at, end, layout in places]
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         self._count_direct("all_to_all", payloads)
         if self.size == 1:
             return list(payloads)
-        send, layouts = torch.cat([p.buffer for p in payloads]), [payloads[self.rank].layout] * self.size
+        send, layouts = joined(payloads), [payloads[self.rank].layout] * self.size
         sizes = [layout_bytes(layout) for layout in layouts]
         return cut(self._exchange("all_to_all", send, [p.nbytes for p in payloads], sizes), layouts)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import logging
 from functools import cache
 from types import ModuleType
 
@@ -12,12 +13,26 @@ import torch
 from commopt.wire.bucket import Blocks
 
 _CPU = torch.device("cpu")
+_TRITON = ("signs", "quantize", "votes")
+_log = logging.getLogger(__name__)
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether triton's kernels run there, which read and write several messages at once."""
+    if device.type == "cpu":
+        return False
+    if importlib.util.find_spec("triton") is None:
+        _log.warning("tensors on %s are compressed by plain torch, which is slow: pip install triton", device)
+        return False
+    return True
 
 
 @cache
 def of(name: str, device: torch.device) -> ModuleType:
-    """The kernels `name` (signs, quantize, select, indices or votes) for this device: numba on the CPU, plain torch elsewhere."""
-    return importlib.import_module(f"commopt.kernels.{'cpu' if device.type == 'cpu' else 'reference'}.{name}")
+    """The kernels `name` (signs, quantize, select, indices or votes) for this device: numba, triton, or plain torch without either."""
+    place = "cpu" if device.type == "cpu" else "cuda" if name in _TRITON and has_triton(device) else "reference"
+    return importlib.import_module(f"commopt.kernels.{place}.{name}")
 
 
 @cache

@@ -174,6 +174,8 @@ class Blocks:
     groups: (B,) blocks with the same number share one scale. byte_starts: (B,) where its sign bits begin.
     keys: (B,) random key of each block (`noise.keys`), for codecs that round stochastically; None for the others.
     places: (B,) what names a block when a key is drawn for it: its home in a machine that exchanges all of the model; None for homes.
+    words: where kernels draw the keys, what they are made of beside places (`noise.words`), one for all parameters or (P,) for each.
+    tables: what has been made of these blocks on a device, which lasts.
     """
 
     starts: Int64Array
@@ -183,11 +185,30 @@ class Blocks:
     groups: Int64Array
     keys: UInt64Array | None = None
     places: Int64Array | None = None
+    words: UInt64Array | None = None
+    tables: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def drawn(self, seed: int, purpose: str, rank: int, counts: Int64Array) -> UInt64Array:
         """(B,) u64: a random key for each block. counts: (P,) how often each parameter has been drawn for."""
-        places = self.homes if self.places is None else self.places
-        return noise.keys(seed, purpose, rank, counts[self.parameters], places)
+        return noise.keys(seed, purpose, rank, counts[self.parameters], self.named)
+
+    def keyed(self, seed: int, purpose: str, rank: int, counts: Int64Array, device: torch.device) -> Blocks:
+        """The blocks with their random keys; on a GPU with the words that kernels draw them by. counts: as for `drawn`."""
+        if device.type == "cpu":
+            return self.having(keys=self.drawn(seed, purpose, rank, counts))
+        own = counts[self.own_parameters]
+        is_one = len(own) == 0 or (own == own[0]).all()
+        return self.having(words=noise.words(seed, purpose, rank, own[:1] if is_one else counts))
+
+    @property
+    def named(self) -> Int64Array:
+        """(B,) `places`, or else homes."""
+        return self.homes if self.places is None else self.places
+
+    @cached_property
+    def own_parameters(self) -> Int64Array:
+        """Which parameters have blocks here."""
+        return np.unique(self.parameters)
 
     @cached_property
     def byte_starts(self) -> Int64Array:
@@ -208,8 +229,8 @@ class Blocks:
 
     def only(self, which: Int64Array) -> Blocks:
         """Some of the blocks, by their number."""
-        fields: dict[str, Any] = {one.name: _only(getattr(self, one.name), which) for one in dataclasses.fields(self)}
-        return Blocks(**fields)
+        fields = [self.starts, self.homes, self.lengths, self.parameters, self.groups, self.keys, self.places]
+        return Blocks(*(_only(x, which) for x in fields), words=self.words)  # type: ignore[arg-type]
 
     def having(self, **fields: Any) -> Blocks:
         """The same blocks at other starts or homes, or with other keys; what has been derived from the lengths stays derived."""

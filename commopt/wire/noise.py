@@ -26,12 +26,17 @@ def mix(x: UInt64Array) -> UInt64Array:
     return x ^ (x >> np.uint64(31))
 
 
-def keys(seed: int, purpose: str, rank: int, counts: NDArray[np.int64], places: NDArray[np.int64]) -> UInt64Array:
-    """(B,) u64: one key for each block, from how often it has been drawn for and where it lies."""
+def words(seed: int, purpose: str, rank: int, counts: NDArray[np.int64]) -> UInt64Array:
+    """(B,) u64: what keys are made of beside places; counts: how often each has been drawn for."""
     key = np.asarray([seed & _MASK], dtype=np.uint64)
     for word in (zlib.crc32(purpose.encode()), rank):
         key = mix(key + np.uint64(GOLDEN * (word + 1) & _MASK))
-    drawn = mix(key + np.uint64(GOLDEN) * (counts.astype(np.uint64) + np.uint64(1)))
+    return mix(key + np.uint64(GOLDEN) * (counts.astype(np.uint64) + np.uint64(1)))
+
+
+def keys(seed: int, purpose: str, rank: int, counts: NDArray[np.int64], places: NDArray[np.int64]) -> UInt64Array:
+    """(B,) u64: one key for each block, from how often it has been drawn for and where it lies."""
+    drawn = words(seed, purpose, rank, counts)
     return mix(drawn + np.uint64(GOLDEN) * (places.astype(np.uint64) + np.uint64(1)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ class Payload:
     """Tensors that travel together, as views of the one buffer that is sent and counted.
 
     buffer: (nbytes,) u8, contiguous, a multiple of the widest element, so that payloads can stand one behind
-    the other. tensors: 1-D views of it in `layout`'s order, widest dtype first.
+    the other. tensors: 1-D views of it in `layout`'s order, widest dtype first. row, at: the buffer of several payloads that it is
+    part of, and at which byte.
     """
 
     buffer: Tensor
     layout: Layout
+    row: Tensor | None = None
+    at: int = 0
 
     @classmethod
     def allocate(cls, layout: Layout, device: torch.device | str = "cpu") -> Payload:
@@ -98,4 +102,30 @@ def gathered_bytes(layouts: Sequence[Layout]) -> int:
 def cut(buffer: Tensor, layouts: Sequence[Layout]) -> list[Payload]:
     """Cut a buffer of payloads that stand one behind the other."""
     sizes = [layout_bytes(layout) for layout in layouts]
-    return [Payload(part, layout) for part, layout in zip(torch.split(buffer, sizes), layouts, strict=True)]
+    places = itertools.accumulate(sizes[:-1], initial=0)
+    parts = zip(torch.split(buffer, sizes), layouts, places, strict=True) if sizes else ()
+    return [Payload(part, layout, buffer, at) for part, layout, at in parts]
+
+
+def in_a_row(layouts: Sequence[Layout], device: torch.device) -> list[Payload]:
+    """Payloads one behind the other, whose contents are still to be written; what lies between tensors and payloads is zero."""
+    return cut(torch.zeros(sum(map(layout_bytes, layouts)), dtype=torch.uint8, device=device), layouts)
+
+
+def joined(payloads: Sequence[Payload]) -> Tensor:
+    """(sum of nbytes,) u8: payloads end to end; a copy, unless they are all of one row."""
+    places = itertools.accumulate((payload.nbytes for payload in payloads), initial=0)
+    row = payloads[0].row
+    if row is not None and all(p.row is row and p.at == at for p, at in zip(payloads, places, strict=False)):
+        if payloads[-1].at + payloads[-1].nbytes == row.numel():
+            return row
+    return torch.cat([payload.buffer for payload in payloads])
+
+
+def row_of(payloads: Sequence[Payload]) -> tuple[Tensor, tuple[int, ...]]:
+    """A buffer that has all payloads, and at which byte each begins."""
+    row = payloads[0].row
+    if row is not None and all(payload.row is row for payload in payloads):
+        return row, tuple(payload.at for payload in payloads)
+    places = itertools.accumulate((payload.nbytes for payload in payloads[:-1]), initial=0)
+    return joined(payloads), tuple(places)

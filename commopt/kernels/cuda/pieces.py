@@ -1,11 +1,13 @@
-"""What all Triton kernels have in common: the table of blocks on the device, and random bits.
+"""What all Triton kernels have in common: the table of blocks on the device, how they start, and random bits.
 
 A kernel's program takes ROWS pieces of at most LENGTH elements, each within one block: short blocks are pieces, longer ones are cut.
-What the kernels need of a piece is a column of one table, which is made once for each layout.
+What the kernels need of a piece is a column of one table, which is made once for each layout. One table holds the blocks of several
+messages that lie in one buffer, so that one launch writes or reads them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.wire.bucket import Blocks, UInt64Array
+from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.payload import Payload, row_of
 
 LONGEST = 2048  # elements of a piece
 PER_PROGRAM = 2048  # elements of a program
+NONE_BAD = tl.constexpr(0x7FFFFFFF)  # in place of the first bad parameter
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -29,17 +33,48 @@ NAN = tl.constexpr(float("nan"))
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """The pieces of some blocks, on the device.
+class Messages:
+    """Scales and codes of several messages, in one buffer or two.
 
-    places: (5, P) i64, where each piece begins among the values and in the state, its length, its block's number, and where its codes
-    begin. within: (P,) i64, how many elements of its block come before it. counts, ends, sizes: (B,) i64, pieces of each block, and of
-    those up to it, and its length. length: the longest piece's, as a power of two. align: what all places and lengths are multiples
-    of, 8 or 1.
+    parts: the blocks of each. scales: f32; codes: u8. at: where the scales and the codes of each begin in them.
     """
 
-    places: Tensor
-    within: Tensor
+    parts: Sequence[Blocks]
+    scales: Tensor
+    codes: Tensor
+    at: tuple[tuple[int, int], ...] = ((0, 0),)
+
+    @classmethod
+    def of(cls, payloads: Sequence[Payload], parts: Sequence[Blocks]) -> Messages:
+        """Of payloads with a header of four bytes, which scales follow, and codes."""
+        row, places = row_of(payloads)
+        at = [(1 + place // 4, place + 4 + 4 * len(blocks)) for place, blocks in zip(places, parts, strict=True)]
+        return cls(parts, row.view(torch.float32), row, tuple(at))
+
+    def pieces(self, bits: int) -> Pieces:
+        return Pieces.of(self.parts, bits, self.codes.device, self.at)
+
+    def apart(self) -> tuple[Messages, int, int, int]:
+        """If all have the same blocks: the first one, how many there are, and how far apart scales and codes are; else all as one."""
+        if len(self.parts) > 1 and all(blocks is self.parts[0] for blocks in self.parts):
+            (scale, code), (next_scale, next_code) = self.at[:2]
+            first = Messages(self.parts[:1], self.scales, self.codes, self.at[:1])
+            return first, len(self.parts), next_scale - scale, next_code - code
+        return self, 1, 0, 0
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of the blocks of some messages, on the device.
+
+    columns: (8, P) i64, where a piece begins among the values and in the state, its length, where its block's scale is and where its
+    codes begin, the block's parameter, what its random key is named by, and how many elements of the block come before the piece.
+    scales, counts, ends, sizes: (B,) i64, where each block's scale is, pieces of it, those up to it, and its length. length: the
+    longest piece's, as a power of two. align: what places and lengths are multiples of, 8 or 1.
+    """
+
+    columns: Tensor
+    scales: Tensor
     counts: Tensor
     ends: Tensor
     sizes: Tensor
@@ -47,34 +82,45 @@ class Pieces:
     align: int
 
     @classmethod
-    def of(cls, blocks: Blocks, bits: int, device: torch.device) -> Pieces:
-        """The pieces of blocks whose codes have so many bits for each element, end to end, each block from a whole byte on."""
-        kept: dict[Any, Any] = vars(blocks).setdefault("_pieces", {})
-        own = (blocks.starts, blocks.homes)
-        starts, homes, found = kept.get((bits, device), (None, None, None))
-        if starts is not own[0] or homes is not own[1]:  # `Blocks.having` has changed them
-            found = cls._cut(blocks, bits, device)
-            vars(blocks)["_pieces"] = {**kept, (bits, device): (*own, found)}
-        return found  # type: ignore[no-any-return]
+    def of(cls, parts: Sequence[Blocks], bits: int, device: torch.device, at: Sequence[tuple[int, int]]) -> Pieces:
+        """The pieces of blocks whose codes have so many bits for each element, from a whole byte on; made once.
+
+        parts: the blocks of each message. at: where its scales and its codes begin in theirs.
+        """
+        tables, arrays = parts[0].tables, [x for blocks in parts for x in (blocks.starts, blocks.homes)]
+        key = (bits, device, *at, *map(id, arrays))
+        if key not in tables:
+            tables[key] = cls._cut(parts, bits, device, at), arrays  # which are kept, and so their ids
+        return tables[key][0]  # type: ignore[no-any-return]
 
     @classmethod
-    def _cut(cls, blocks: Blocks, bits: int, device: torch.device) -> Pieces:
-        counts = np.maximum(-(-blocks.lengths // LONGEST), 1)  # (B,)
-        block = np.repeat(np.arange(len(blocks)), counts)
+    def _cut(cls, parts: Sequence[Blocks], bits: int, device: torch.device, at: Sequence[tuple[int, int]]) -> Pieces:
+        def joined(arrays: Sequence[Int64Array]) -> Int64Array:
+            return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+        lengths = joined([blocks.lengths for blocks in parts])
+        starts, homes = joined([blocks.starts for blocks in parts]), joined([blocks.homes for blocks in parts])
+        parameters, named = joined([blocks.parameters for blocks in parts]), joined([blocks.named for blocks in parts])
+        sizes = [(blocks.lengths * bits + 7) // 8 for blocks in parts]
+        scale_at = joined([place + np.arange(len(own)) for (place, _), own in zip(at, sizes, strict=True)])
+        code_at = joined([place + np.cumsum(own) - own for (_, place), own in zip(at, sizes, strict=True)])
+        counts = np.maximum(-(-lengths // LONGEST), 1)  # (B,) pieces
+        block = np.repeat(np.arange(len(lengths)), counts)
         within = (np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts)) * LONGEST
-        lengths = np.minimum(blocks.lengths[block] - within, LONGEST)
-        sizes = (blocks.lengths * bits + 7) // 8
-        codes = (np.cumsum(sizes) - sizes)[block] + within * bits // 8
-        places = np.stack([blocks.starts[block] + within, blocks.homes[block] + within, lengths, block, codes])
-        is_even = len(block) > 0 and not (places[:3] % 8).any()
-        longest = max(int(lengths.max(initial=1)), 16)
-        at, before, per, ends, all_of = (
-            torch.from_numpy(x).to(device) for x in (places, within, counts, np.cumsum(counts), blocks.lengths)
+        own = np.minimum(lengths[block] - within, LONGEST)
+        ranges = [starts[block] + within, homes[block] + within, own]
+        codes = code_at[block] + within * bits // 8
+        columns = np.stack([*ranges, scale_at[block], codes, parameters[block], named[block], within])
+        is_even = len(block) > 0 and not (columns[:3] % 8).any()
+        longest = max(int(own.max(initial=1)), 16)
+        table, scales, per_block, ends, whole = (
+            torch.from_numpy(x).to(device) for x in (columns, scale_at, counts, np.cumsum(counts), lengths)
         )
-        return cls(at, before, per, ends, all_of, 1 << (longest - 1).bit_length(), 8 if is_even else 1)
+        shape = (1 << (longest - 1).bit_length(), 8 if is_even else 1)
+        return cls(table, scales, per_block, ends, whole, *shape)
 
     def __len__(self) -> int:
-        return self.places.shape[1]
+        return self.columns.shape[1]
 
     @property
     def is_cut(self) -> bool:
@@ -106,24 +152,29 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], consta
     kernel[grid](*arguments, **constants, num_warps=8, enable_fp_fusion=False)
 
 
-def keys_on(keys: UInt64Array, device: torch.device) -> Tensor:
-    """(B,) i64: the blocks' random keys."""
-    return torch.from_numpy(keys.view(np.int64)).to(device)
+def words_of(parts: Sequence[Blocks], columns: Tensor) -> tuple[int, Tensor, int]:
+    """What keys are drawn by: one word, as a signed number, or (P,) on the device; and which: 0 for none, 1 for one, 2 for many."""
+    words = parts[0].words
+    if words is None:
+        return 0, columns, 0
+    if len(words) == 1:
+        return int(words.view(np.int64)[0]), columns, 1
+    return 0, torch.from_numpy(words.view(np.int64)).to(columns.device), 2
 
 
 @triton.jit
-def piece(places, count, ROWS: tl.constexpr, ALIGN: tl.constexpr):
-    """(ROWS,) each: is it one, and the columns of the table."""
+def piece(columns, count, ROWS: tl.constexpr, ALIGN: tl.constexpr):
+    """(ROWS,) each: its number, whether it is one, where it begins among the values and in the state, its length, scale and codes."""
     p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = p < count
-    start = tl.load(places + p, mask=live, other=0)
-    home = tl.load(places + count + p, mask=live, other=0)
-    n = tl.load(places + 2 * count + p, mask=live, other=0)
+    start = tl.load(columns + p, mask=live, other=0)
+    home = tl.load(columns + count + p, mask=live, other=0)
+    n = tl.load(columns + 2 * count + p, mask=live, other=0)
     if ALIGN > 1:
         start, home, n = tl.multiple_of(start, ALIGN), tl.multiple_of(home, ALIGN), tl.multiple_of(n, ALIGN)
-    block = tl.load(places + 3 * count + p, mask=live, other=0)
-    codes = tl.load(places + 4 * count + p, mask=live, other=0)
-    return p, live, start, home, n, block, codes
+    scale = tl.load(columns + 3 * count + p, mask=live, other=0)
+    codes = tl.load(columns + 4 * count + p, mask=live, other=0)
+    return p, live, start, home, n, scale, codes
 
 
 @triton.jit
@@ -137,9 +188,40 @@ def corrected(x, e, start, home, n, i, HAS_RESIDUAL: tl.constexpr):
 
 
 @triton.jit
-def drawn(key, i):
-    """mix(key + (i + 1) GOLDEN), of each row's key: `noise.bits`."""
-    z = key.to(tl.uint64)[:, None] + (i + 1).to(tl.uint64) * GOLDEN  # i: (ROWS, LENGTH)
+def note_bad(first, is_bad, columns, count, p):
+    """Lower `first` to the first parameter of a piece that is bad."""
+    parameter = tl.load(columns + 5 * count + p, mask=is_bad, other=NONE_BAD)
+    lowest = tl.min(parameter, 0).to(tl.int32)
+    if lowest != NONE_BAD:
+        tl.atomic_min(first, lowest)
+
+
+@triton.jit
+def mix(z):
+    """`noise.mix`"""
     z = (z ^ (z >> 30)) * FIRST
     z = (z ^ (z >> 27)) * SECOND
     return z ^ (z >> 31)
+
+
+@triton.jit
+def key_of(word, words, columns, count, p, live, KEYS: tl.constexpr):
+    """(ROWS,) u64: the random key of each piece's block, `noise.keys`."""
+    if KEYS == 2:
+        own = tl.load(words + tl.load(columns + 5 * count + p, mask=live, other=0), mask=live, other=0).to(tl.uint64)
+    else:
+        own = tl.zeros_like(p).to(tl.uint64) + word.to(tl.uint64)
+    place = tl.load(columns + 6 * count + p, mask=live, other=0)
+    return mix(own + (place + 1).to(tl.uint64) * GOLDEN)
+
+
+@triton.jit
+def within(columns, count, p, live, i):
+    """(ROWS, LENGTH) i64: the numbers of elements in their blocks."""
+    return tl.load(columns + 7 * count + p, mask=live, other=0)[:, None] + i[None, :]
+
+
+@triton.jit
+def drawn(key, at):
+    """(ROWS, LENGTH) u64: word `at` of each row's key, `noise.bits`."""
+    return mix(key[:, None] + (at + 1).to(tl.uint64) * GOLDEN)

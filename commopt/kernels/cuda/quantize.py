@@ -6,13 +6,28 @@ Blocks longer than a piece take a pass for their norms first.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, LARGEST, NAN, Pieces, corrected, drawn, keys_on, launch, piece
+from commopt.kernels.cuda import headers
+from commopt.kernels.cuda.pieces import (
+    ALL_BUT_SIGN,
+    LARGEST,
+    NAN,
+    Messages,
+    corrected,
+    drawn,
+    key_of,
+    launch,
+    note_bad,
+    piece,
+    within,
+    words_of,
+)
 from commopt.kernels.reference.quantize import float8_values, natural_values
 from commopt.wire.bucket import Blocks
 
@@ -123,7 +138,7 @@ def _unpack(codes, at, i, inside, n, BITS: tl.constexpr):
 def _norms(
     x,
     e,
-    places,
+    columns,
     count,
     out,
     SQUARED: tl.constexpr,
@@ -132,81 +147,84 @@ def _norms(
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    p, live, start, home, n, block, at = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
     c = corrected(x, e, start, home, n, tl.arange(0, LENGTH), HAS_RESIDUAL)
     norm = _squares(c) if SQUARED else _largest(c).to(tl.float64)
     tl.store(out + p, norm, mask=live)
 
 
 @triton.jit
-def _scales(norms, ends, count, levels, scales, SQUARED: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr):
+def _scales(
+    norms, ends, places, count, levels, scales, SQUARED: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr
+):
     """Scales of blocks from the norms of their pieces, one piece after the other."""
     b = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = b < count
     first = tl.load(ends + b - 1, mask=live & (b > 0), other=0)
     end = tl.load(ends + b, mask=live, other=0)
     total = tl.zeros((ROWS,), tl.float64)
-    for k in range(tl.max(end - first, 0)):
+    for k in range(0, tl.max(end - first, 0)):
         norm = tl.load(norms + first + k, mask=first + k < end, other=0.0)
         if SQUARED:
             total += norm
         else:  # NaN is above all others
             total = tl.where((norm > total) | (norm != norm), norm, total)
     norm = (tl.sqrt(total) if SQUARED else total).to(tl.float32)
-    tl.store(scales + b, _scale_of(norm, levels, KIND), mask=live)
+    tl.store(scales + tl.load(places + b, mask=live, other=0), _scale_of(norm, levels, KIND), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["word"])
 def _compress(
     x,
     e,
-    places,
-    within,
-    keys,
+    columns,
     count,
+    word,
+    words,
     levels,
     values,
     scales,
     out,
+    first,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     SQUARED: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    KEYS: tl.constexpr,
     IS_GIVEN: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    p, live, start, home, n, block, at = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
     if IS_GIVEN:
-        scale = tl.load(scales + block, mask=live, other=0.0)
+        scale = tl.load(scales + scale_at, mask=live, other=0.0)
     else:
         norm = tl.sqrt(_squares(c)).to(tl.float32) if SQUARED else _largest(c)
         scale = _scale_of(norm, levels, KIND)
-        tl.store(scales + block, scale, mask=live)
-    is_coded = ((scale > 0) & (scale <= LARGEST))[:, None]
+        tl.store(scales + scale_at, scale, mask=live)
+    is_good = tl.abs(scale) <= LARGEST
+    note_bad(first, live & (is_good == 0), columns, count, p)
+    is_coded = ((scale > 0) & is_good)[:, None]
     u = tl.zeros_like(c) + 0.5
-    if STOCHASTIC:
-        key = tl.load(keys + block, mask=live, other=0)
-        before = tl.load(within + p, mask=live, other=0)
-        u = (drawn(key, before[:, None] + i[None, :]) >> 40).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    if KEYS > 0:
+        key = key_of(word, words, columns, count, p, live, KEYS)
+        u = (drawn(key, within(columns, count, p, live, i)) >> 40).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
     # where nothing is coded any number will do, but NaN cannot become an integer
     value, unit = tl.where(is_coded, c, 0.0), tl.where(is_coded, scale[:, None], 1.0) + tl.zeros_like(c)
     if KIND == _LEVELS:
-        codes = _level_codes(value, u, unit, levels, STOCHASTIC)
+        codes = _level_codes(value, u, unit, levels, KEYS > 0)
     elif KIND == _FLOAT8:
-        codes = _float8_codes(value, u, unit, STOCHASTIC)
+        codes = _float8_codes(value, u, unit, KEYS > 0)
     else:
         codes = _natural_codes(value, u, unit)
     inside = i[None, :] < n[:, None]
     codes = tl.where(is_coded & inside, codes, 0)
     if HAS_RESIDUAL:
         sent = codes.to(tl.float32) if KIND == _LEVELS else tl.load(values + codes)
-        is_good = (tl.abs(scale) <= LARGEST)[:, None]
-        tl.store(e + home[:, None] + i[None, :], c - scale[:, None] * sent, mask=inside & is_good)
+        tl.store(e + home[:, None] + i[None, :], c - scale[:, None] * sent, mask=inside & is_good[:, None])
     _pack(codes, at, n, out, BITS, ROWS, LENGTH)
 
 
@@ -214,8 +232,11 @@ def _compress(
 def _decompress(
     codes,
     scales,
-    places,
+    columns,
     count,
+    ranks,
+    scale_stride,
+    stride,
     alpha,
     values,
     out,
@@ -226,18 +247,22 @@ def _decompress(
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    p, live, start, home, n, block, at = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
-    code = _unpack(codes, at, i, inside, n, BITS)
-    if KIND == _LEVELS:
-        value = tl.where(code >= (1 << (BITS - 1)), code - (1 << BITS), code).to(tl.float32)
-    else:
-        value = tl.load(values + code)
-    value = (tl.load(scales + block, mask=live, other=0.0) * alpha)[:, None] * value
+    total = tl.zeros((ROWS, LENGTH), tl.float32)
     if ADD:
-        value = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0) + value
-    tl.store(out + start[:, None] + i[None, :], value, mask=inside)
+        total = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0)
+    for rank in range(0, ranks):
+        code = _unpack(codes, at + rank * stride, i, inside, n, BITS)
+        if KIND == _LEVELS:
+            value = tl.where(code >= (1 << (BITS - 1)), code - (1 << BITS), code).to(tl.float32)
+        else:
+            value = tl.load(values + code)
+        scale = tl.load(scales + scale_at + rank * scale_stride, mask=live, other=0.0) * alpha
+        value = scale[:, None] * value
+        total = total + value if ADD else tl.where(rank == 0, value, total + value)
+    tl.store(out + start[:, None] + i[None, :], total, mask=inside)
 
 
 @cache
@@ -246,12 +271,16 @@ def _values(kind: str, device: torch.device) -> Tensor:
     return {"float8": float8_values, "natural": natural_values}.get(kind, float8_values)().to(device)
 
 
-def compress_(
+def compress_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, codes: Tensor, **how: Any) -> None:
+    """See `kernels.cpu.quantize.compress_`."""
+    compress_all_(x, residual, Messages([blocks], scales, codes), headers.first_in([], x.device), **how)
+
+
+def compress_all_(
     x: Tensor,
     residual: Tensor | None,
-    blocks: Blocks,
-    scales: Tensor,
-    codes: Tensor,
+    messages: Messages,
+    first: Tensor,
     *,
     kind: str,
     levels: int = 1,
@@ -260,27 +289,33 @@ def compress_(
     stochastic: bool = True,
     is_given: bool = False,
 ) -> None:
-    """See `kernels.cpu.quantize.compress_`."""
-    pieces, e = Pieces.of(blocks, bits, x.device), x if residual is None else residual
+    """`compress_` of several messages; first: (1,) i32, lowered to the first parameter with a bad block."""
+    pieces, scales, e = messages.pieces(bits), messages.scales, x if residual is None else residual
     what = {"SQUARED": squared, "HAS_RESIDUAL": residual is not None, **pieces.shape}
     if not is_given and pieces.is_cut:
         norms = torch.empty(len(pieces), dtype=torch.float64, device=x.device)
-        launch(_norms, pieces.grid, x, e, pieces.places, len(pieces), norms, **what)
-        how = {"SQUARED": squared, "KIND": _KINDS[kind], "ROWS": 32}
-        launch(_scales, (triton.cdiv(len(blocks), 32),), norms, pieces.ends, len(blocks), float(levels), scales, **how)
+        launch(_norms, pieces.grid, x, e, pieces.columns, len(pieces), norms, **what)
+        count, how = len(pieces.scales), {"SQUARED": squared, "KIND": _KINDS[kind], "ROWS": 32}
+        where = (pieces.ends, pieces.scales, count, float(levels), scales)
+        launch(_scales, (triton.cdiv(count, 32),), norms, *where, **how)
         is_given = True
-    has_keys = stochastic and blocks.keys is not None
-    keys = keys_on(blocks.keys, x.device) if has_keys and blocks.keys is not None else pieces.within
-    what |= {"KIND": _KINDS[kind], "BITS": bits, "STOCHASTIC": has_keys, "IS_GIVEN": is_given}
-    where = (pieces.places, pieces.within, keys, len(pieces), float(levels), _values(kind, x.device))
-    launch(_compress, pieces.grid, x, e, *where, scales, codes, **what)
+    word, words, keys = words_of(messages.parts, pieces.columns) if stochastic else (0, pieces.columns, 0)
+    what |= {"KIND": _KINDS[kind], "BITS": bits, "KEYS": keys, "IS_GIVEN": is_given}
+    where = (pieces.columns, len(pieces), word, words, float(levels), _values(kind, x.device))
+    launch(_compress, pieces.grid, x, e, *where, scales, messages.codes, first, **what)
 
 
 def decompress_(
     codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, kind: str, bits: int = 8, alpha: float, add: bool
 ) -> None:
     """See `kernels.cpu.quantize.decompress_`."""
-    pieces = Pieces.of(blocks, bits, out.device)
+    decompress_all_(Messages([blocks], scales, codes), out, kind=kind, bits=bits, alpha=alpha, add=add)
+
+
+def decompress_all_(messages: Messages, out: Tensor, *, kind: str, bits: int = 8, alpha: float, add: bool) -> None:
+    """`decompress_` of several messages, of which those with the same blocks are added up in their order."""
+    first, ranks, scale_stride, stride = messages.apart()
+    pieces = first.pieces(bits)
     what = {"KIND": _KINDS[kind], "BITS": bits, "ADD": add, **pieces.shape}
-    where = (pieces.places, len(pieces), alpha, _values(kind, out.device), out)
-    launch(_decompress, pieces.grid, codes, scales, *where, **what)
+    where = (pieces.columns, len(pieces), ranks, scale_stride, stride, alpha, _values(kind, out.device), out)
+    launch(_decompress, pieces.grid, messages.codes, messages.scales, *where, **what)

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.pieces import LARGEST, NAN, Pieces, corrected, launch, piece
+from commopt.kernels.cuda import headers
+from commopt.kernels.cuda.pieces import LARGEST, NAN, Messages, Pieces, corrected, launch, note_bad, piece
 from commopt.wire.bucket import Blocks
 
 _MEAN, _RMS, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -17,7 +18,7 @@ _MEAN, _RMS, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def _sums(
     x,
     e,
-    places,
+    columns,
     count,
     out,
     SQUARED: tl.constexpr,
@@ -26,7 +27,7 @@ def _sums(
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
     c = corrected(x, e, start, home, n, tl.arange(0, LENGTH), HAS_RESIDUAL)
     total = tl.sum(c * c if SQUARED else tl.abs(c), 1)
     tl.store(out + p, total.to(tl.float64), mask=live)
@@ -36,21 +37,22 @@ def _sums(
 def _compress(
     x,
     e,
-    places,
+    columns,
     count,
     scales,
     bits,
+    first,
     SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
     if SCALE == _GIVEN:
-        scale = tl.load(scales + block, mask=live, other=0.0)
+        scale = tl.load(scales + scale_at, mask=live, other=0.0)
     else:
         size = tl.maximum(n, 1).to(tl.float32)
         if SCALE == _RMS:
@@ -58,13 +60,14 @@ def _compress(
         else:
             scale = tl.div_rn(tl.sum(tl.abs(c), 1), size)
         scale = tl.where(scale <= LARGEST, scale, NAN)
-        tl.store(scales + block, scale, mask=live)
+        tl.store(scales + scale_at, scale, mask=live)
+    is_good = tl.abs(scale) <= LARGEST
+    note_bad(first, live & (is_good == 0), columns, count, p)
     positive = c >= 0
     inside = i[None, :] < n[:, None]
     if HAS_RESIDUAL:
-        is_good = (tl.abs(scale) <= LARGEST)[:, None]
         sent = tl.where(positive, scale[:, None], -scale[:, None])
-        tl.store(e + home[:, None] + i[None, :], c - sent, mask=inside & is_good)
+        tl.store(e + home[:, None] + i[None, :], c - sent, mask=inside & is_good[:, None])
     weights = 128 >> tl.arange(0, 8)
     octets = tl.reshape((positive & inside).to(tl.int32), (ROWS, LENGTH // 8, 8))
     j = tl.arange(0, LENGTH // 8)
@@ -76,8 +79,11 @@ def _compress(
 def _unpack(
     bits,
     scales,
-    places,
+    columns,
     count,
+    ranks,
+    scale_stride,
+    stride,
     alpha,
     out,
     ADD: tl.constexpr,
@@ -85,23 +91,30 @@ def _unpack(
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
-    scale = (tl.load(scales + block, mask=live, other=0.0) * alpha)[:, None]
-    octets = tl.load(bits + codes[:, None] + (i // 8)[None, :], mask=inside, other=0).to(tl.int32)
-    value = tl.where(((octets >> (7 - i % 8)[None, :]) & 1) != 0, scale, -scale)
+    total = tl.zeros((ROWS, LENGTH), tl.float32)
     if ADD:
-        value = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0) + value
-    tl.store(out + start[:, None] + i[None, :], value, mask=inside)
+        total = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0)
+    for rank in range(0, ranks):
+        at = codes + rank * stride
+        octets = tl.load(bits + at[:, None] + (i // 8)[None, :], mask=inside, other=0).to(tl.int32)
+        scale = (tl.load(scales + scale_at + rank * scale_stride, mask=live, other=0.0) * alpha)[:, None]
+        value = tl.where(((octets >> (7 - i % 8)[None, :]) & 1) != 0, scale, -scale)
+        total = total + value if ADD else tl.where(rank == 0, value, total + value)
+    tl.store(out + start[:, None] + i[None, :], total, mask=inside)
 
 
 def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: bool) -> Tensor:
     """See `kernels.cpu.signs.block_sums`."""
-    pieces, e = Pieces.of(blocks, 1, x.device), x if residual is None else residual
-    out = torch.empty(len(pieces), dtype=torch.float64, device=x.device)
+    return _block_sums(x, residual, Pieces.of([blocks], 1, x.device, [(0, 0)]), squared)
+
+
+def _block_sums(x: Tensor, residual: Tensor | None, pieces: Pieces, squared: bool) -> Tensor:
+    e, out = x if residual is None else residual, torch.empty(len(pieces), dtype=torch.float64, device=x.device)
     how = {"SQUARED": squared, "HAS_RESIDUAL": residual is not None, **pieces.shape}
-    launch(_sums, pieces.grid, x, e, pieces.places, len(pieces), out, **how)
+    launch(_sums, pieces.grid, x, e, pieces.columns, len(pieces), out, **how)
     return torch.segment_reduce(out, "sum", lengths=pieces.counts) if pieces.is_cut else out
 
 
@@ -109,18 +122,32 @@ def compress_signs_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool | None
 ) -> None:
     """See `kernels.cpu.signs.compress_signs_`."""
-    pieces, e = Pieces.of(blocks, 1, x.device), x if residual is None else residual
+    compress_all_(x, residual, Messages([blocks], scales, bits), headers.first_in([], x.device), squared=squared)
+
+
+def compress_all_(
+    x: Tensor, residual: Tensor | None, messages: Messages, first: Tensor, *, squared: bool | None
+) -> None:
+    """`compress_signs_` of several messages; first: (1,) i32, lowered to the first parameter with a bad block."""
+    pieces, scales, e = messages.pieces(1), messages.scales, x if residual is None else residual
     if squared is not None and pieces.is_cut:
-        mean = block_sums(x, residual, blocks, squared=squared) / pieces.sizes
+        mean = _block_sums(x, residual, pieces, squared) / pieces.sizes
         scale = (mean.sqrt() if squared else mean).float()
-        scales.copy_(torch.where(scale.isfinite(), scale, torch.nan))
+        scales[pieces.scales] = torch.where(scale.isfinite(), scale, torch.nan)
         squared = None
     scale_kind = {None: _GIVEN, False: _MEAN, True: _RMS}[squared].value
     how = {"SCALE": scale_kind, "HAS_RESIDUAL": residual is not None, **pieces.shape}
-    launch(_compress, pieces.grid, x, e, pieces.places, len(pieces), scales, bits, **how)
+    launch(_compress, pieces.grid, x, e, pieces.columns, len(pieces), scales, messages.codes, first, **how)
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
     """See `kernels.cpu.signs.unpack_signs_`."""
-    pieces = Pieces.of(blocks, 1, out.device)
-    launch(_unpack, pieces.grid, bits, scales, pieces.places, len(pieces), alpha, out, ADD=add, **pieces.shape)
+    decompress_all_(Messages([blocks], scales, bits), out, alpha=alpha, add=add)
+
+
+def decompress_all_(messages: Messages, out: Tensor, *, alpha: float, add: bool) -> None:
+    """`unpack_signs_` of several messages, of which those with the same blocks are added up in their order."""
+    first, ranks, scale_stride, stride = messages.apart()
+    pieces = first.pieces(1)
+    where = (pieces.columns, len(pieces), ranks, scale_stride, stride, alpha, out)
+    launch(_unpack, pieces.grid, messages.codes, messages.scales, *where, ADD=add, **pieces.shape)

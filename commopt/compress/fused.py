@@ -1,0 +1,58 @@
+"""Codecs whose kernels on a GPU write or read several messages in one launch, headers included."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from commopt import kernels
+from commopt.compress.base import Compressor
+from commopt.wire.bucket import Blocks
+from commopt.wire.payload import Payload
+
+
+class Fused(Compressor):
+    """A codec of scales and codes. `writing` and `reading` are its arguments for kernels; None: they cannot take it."""
+
+    @abstractmethod
+    def writing(self) -> dict[str, Any] | None:
+        """What `compress_all_` takes."""
+
+    @abstractmethod
+    def reading(self) -> dict[str, Any]:
+        """What `decompress_all_` takes."""
+
+    def compress_payloads_(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        parts: Sequence[Blocks],
+        payloads: Sequence[Payload],
+        received: Sequence[Payload] = (),
+    ) -> bool:
+        how = self.writing() if kernels.has_triton(x.device) else None
+        if how is None:
+            return super().compress_payloads_(x, residual, parts, payloads)
+        from commopt.kernels.cuda import headers
+        from commopt.kernels.cuda.pieces import Messages
+
+        first = headers.first_in(received, x.device)
+        kernel = kernels.of(how.pop("kernel"), x.device)
+        kernel.compress_all_(x, residual, Messages.of(payloads, parts), first, **how)
+        headers.write_(first, payloads)
+        return True
+
+    def decompress_payloads_(
+        self, payloads: Sequence[Payload], parts: Sequence[Blocks], out: Tensor, *, alpha: float = 1.0, add: bool = False
+    ) -> None:
+        if not kernels.has_triton(out.device):
+            return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add)
+        from commopt.kernels.cuda.pieces import Messages
+
+        how = self.reading()
+        kernel = kernels.of(how.pop("kernel"), out.device)
+        kernel.decompress_all_(Messages.of(payloads, parts), out, alpha=alpha, add=add, **how)
+        return None
