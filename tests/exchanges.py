@@ -2,41 +2,69 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from commopt.groups import Group
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Layout, Payload
+
+CPU = torch.device("cpu")
 
 
-def every_operation(group: Group, device: torch.device) -> list[list[float]]:
-    """What each exchange returns; everything has to be where it was given."""
-    rank, size = group.rank, group.size
-    results: list[Tensor] = []
-    for dtype in (torch.float32, torch.bfloat16, torch.int32):
-        x = torch.arange(5, device=device).to(dtype) + rank
+def message(rank: int, floats: int, extra: int, device: torch.device = CPU) -> Payload:
+    one = torch.full((floats,), rank + 0.5, device=device)
+    return Payload.of(one, torch.full((extra,), rank, dtype=torch.uint8, device=device))
+
+
+def content(payload: Payload) -> list[list[float]]:
+    return [x.cpu().tolist() for x in payload.tensors]
+
+
+def by_layout(n: int) -> dict[str, list[tuple[int, int]]]:
+    """Floats and bytes of each rank's payload."""
+    return {
+        "rank 0 sends nothing": [(rank, 3 * rank) for rank in range(n)],
+        "all send": [(rank + 2, 3 * rank) for rank in range(n)],
+        "of the same size": [(1 + rank % 2, 4 * (1 - rank % 2)) for rank in range(n)],
+    }
+
+
+def every_operation(group: Group, device: torch.device = CPU) -> dict[str, Any]:
+    """What each exchange returns; everything has to be where it was given.
+
+    Sums; payloads of different sizes, of the same size but different layouts, and empty ones; broadcasts from every root; two texts.
+    """
+    rank, n = group.rank, group.size
+    sums = [torch.arange(5, device=device).to(dtype) + rank for dtype in (torch.float32, torch.bfloat16, torch.int32)]
+    for x in sums:
         group.all_reduce(x)
-        results.append(x)
-    own = Payload.of(
-        torch.full((3,), rank + 0.5, device=device), torch.full((2,), rank, dtype=torch.uint8, device=device)
-    )
-    results += [t for one in group.all_gather(own) for t in one.tensors]
-    ragged = group.all_gather_ragged(Payload.of(torch.full((rank,), 1.5, device=device)))
-    results += [t for one in ragged for t in one.tensors]
-    sent = [Payload.of(torch.full((2 + peer,), 10.0 * rank + peer, device=device)) for peer in range(size)]
-    results += [t for one in group.all_to_all(sent) for t in one.tensors]
-    spread = torch.full((3,), float(rank), device=device)
-    group.broadcast(spread, src=size - 1)
+    received = {"alike": group.all_gather(message(rank, 3, 5, device))}
+    for name, sizes in by_layout(n).items():
+        layouts: list[Layout] = [((torch.float32, floats), (torch.uint8, extra)) for floats, extra in sizes]
+        received[name] = group.all_gather(message(rank, *sizes[rank], device), layouts)
+    received["ragged"] = group.all_gather_ragged(message(rank, 2 * rank, rank, device))
+    received["ragged, empty"] = group.all_gather_ragged(message(rank, 0, 0, device))
+    received["all to all"] = group.all_to_all([message(10 * rank + peer, peer, 2 * peer, device) for peer in range(n)])
     group.barrier()
-    assert {t.device.type for t in [*results, spread]} == {device.type}
-    return [t.float().cpu().tolist() for t in [*results, spread]]
+    spread = [torch.full((2, 3), float(rank), device=device) for _ in range(n)]
+    for root, x in enumerate(spread):
+        group.broadcast(x, src=root)
+    said = [group.tell(f"räng {rank}" * rank), group.tell("again")]
+    payloads = [one for every in received.values() for one in every]
+    assert {x.device.type for x in [*sums, *spread, *(one.buffer for one in payloads)]} == {device.type}
+    tensors = {"sums": [x.cpu().tolist() for x in sums], "spread": [x.cpu().tolist() for x in spread]}
+    return {**{name: [content(one) for one in every] for name, every in received.items()}, **tensors, "said": said}
 
 
-def expected(rank: int, size: int) -> list[list[float]]:
-    total = float(sum(range(size)))
-    results = [[size * k + total for k in range(5)]] * 3
-    for other in range(size):
-        results += [[other + 0.5] * 3, [float(other)] * 2]
-    results += [[1.5] * other for other in range(size)]
-    results += [[10.0 * other + rank] * (2 + rank) for other in range(size)]
-    return [*results, [size - 1.0] * 3]
+def expected(rank: int, n: int) -> dict[str, Any]:
+    return {
+        "alike": [content(message(peer, 3, 5)) for peer in range(n)],
+        **{name: [content(message(k, *size)) for k, size in enumerate(sizes)] for name, sizes in by_layout(n).items()},
+        "ragged": [content(message(peer, 2 * peer, peer)) for peer in range(n)],
+        "ragged, empty": [content(message(peer, 0, 0)) for peer in range(n)],
+        "all to all": [content(message(10 * peer + rank, rank, 2 * rank)) for peer in range(n)],
+        "sums": [[n * k + sum(range(n)) for k in range(5)]] * 3,
+        "spread": [[[float(root)] * 3] * 2 for root in range(n)],
+        "said": [[f"räng {peer}" * peer for peer in range(n)], ["again"] * n],
+    }

@@ -38,7 +38,7 @@ def test_one_rank_over_nccl_exchanges_with_itself(alone: torch.device, place: to
     assert every_operation(TorchGroup.like(), alone) == expected(0, 1)
 
 
-def on_gloo(process_group: dist.ProcessGroup, device: str) -> list[list[float]]:
+def on_gloo(process_group: dist.ProcessGroup, device: str) -> dict[str, Any]:
     with working_on(torch.device(device)):
         return every_operation(TorchGroup(process_group), torch.device(device))
 

@@ -10,14 +10,14 @@ import mpi_pool
 import pytest
 import torch
 import torch.distributed as dist
+from exchanges import content, every_operation, expected, message
 from pool import Pool
 from rig import normal
-from transports import RANKS, Run, content, message, on_mpi, over_simulated_peers, over_tcp_peers
+from transports import RANKS, Run, on_mpi, over_simulated_peers, over_tcp_peers
 
 from commopt.groups import Group, PacedGroup, PeerGroup, SimWorld, TorchGroup
 from commopt.groups.peers import Peers
 from commopt.plan.links import LinkModel, schedule
-from commopt.wire.payload import Layout
 
 COLLECTIVE = ["simulated", "gloo", "mpi"]
 # some tests leave peers out, whose groups count bytes as they are sent
@@ -71,51 +71,10 @@ def test_all_reduce_gives_every_rank_the_same_sum(run: Run, n: int) -> None:
         torch.testing.assert_close(sums[0].double(), exact, rtol=0, atol=40 * n * n * eps)
 
 
-def deliveries(group: Group) -> dict[str, Any]:
-    """Payloads of different sizes, of the same size but different layouts, and empty ones; broadcasts from every root; two texts."""
-    rank, n = group.rank, group.size
-    received = {"alike": group.all_gather(message(rank, 3, 5))}
-    for name, sizes in by_layout(n).items():
-        layouts: list[Layout] = [((torch.float32, floats), (torch.uint8, extra)) for floats, extra in sizes]
-        received[name] = group.all_gather(message(rank, *sizes[rank]), layouts)
-    received["ragged"] = group.all_gather_ragged(message(rank, 2 * rank, rank))
-    received["ragged, empty"] = group.all_gather_ragged(message(rank, 0, 0))
-    received["all to all"] = group.all_to_all([message(10 * rank + peer, peer, 2 * peer) for peer in range(n)])
-    group.barrier()
-    broadcasts = []
-    for root in range(n):
-        x = torch.full((2, 3), float(rank))
-        group.broadcast(x, src=root)
-        broadcasts.append(x.tolist())
-    said = [group.tell(f"räng {rank}" * rank), group.tell("again")]
-    return {**{name: [content(one) for one in got] for name, got in received.items()}, "root": broadcasts, "said": said}
-
-
-def by_layout(n: int) -> dict[str, list[tuple[int, int]]]:
-    """Floats and bytes of each rank's payload."""
-    return {
-        "rank 0 sends nothing": [(rank, 3 * rank) for rank in range(n)],
-        "all send": [(rank + 2, 3 * rank) for rank in range(n)],
-        "of the same size": [(1 + rank % 2, 4 * (1 - rank % 2)) for rank in range(n)],
-    }
-
-
 @on_every_transport
 @pytest.mark.parametrize("n", RANKS)
 def test_every_rank_receives_what_each_gave(run: Run, n: int) -> None:
-    for rank, received in enumerate(run(n, deliveries)):
-        assert received == {
-            "alike": [content(message(peer, 3, 5)) for peer in range(n)],
-            **{
-                name: [content(message(peer, *size)) for peer, size in enumerate(sizes)]
-                for name, sizes in by_layout(n).items()
-            },
-            "ragged": [content(message(peer, 2 * peer, peer)) for peer in range(n)],
-            "ragged, empty": [content(message(peer, 0, 0)) for peer in range(n)],
-            "all to all": [content(message(10 * peer + rank, rank, 2 * rank)) for peer in range(n)],
-            "root": [[[float(root)] * 3] * 2 for root in range(n)],
-            "said": [[f"räng {peer}" * peer for peer in range(n)], ["again"] * n],
-        }
+    assert run(n, every_operation) == [expected(rank, n) for rank in range(n)]
 
 
 def everything(group: Group) -> dict[str, Any]:
@@ -139,57 +98,47 @@ def test_traffic_is_counted_by_the_schedule_of_each_collective(run: Run, n: int)
 
         # each rank's own, or those of the largest in whole words
         lengths, own = 2 * 8, 4 * rank if counted["is spread"] else -(-4 * (n - 1) // 8) * 8
-        expected = {
+        by_operation = {
             "all_reduce": sent("all_reduce", 28),
             "all_gather": sent("all_gather", 12) + sent("all_gather", lengths) + sent("all_gather", own),
             "all_to_all": float(sum(4 * peer for peer in range(n) if peer != rank)),
             "broadcast": sent("broadcast", 20, root=n - 1),
         }
-        assert {row["operation"]: row["bytes"] for row in counted["by_operation"]} == pytest.approx(expected)
+        assert {row["operation"]: row["bytes"] for row in counted["by_operation"]} == pytest.approx(by_operation)
         assert {(row["method"], row["bucket"]) for row in counted["by_operation"]} == {("m", "b")}
         assert counted["payload_bytes"] == pytest.approx(sum(counted["by_peer"].values()))
-        assert counted["payload_bytes"] == pytest.approx(sum(expected.values()))
+        assert counted["payload_bytes"] == pytest.approx(sum(by_operation.values()))
 
 
-def paced_seconds(group: Group) -> list[tuple[str, float, float]]:
-    """(operation, seconds by the model, seconds taken)"""
-    links = LinkModel.uniform(group.size, "8mbit", "2ms")
-    paced = PacedGroup(group, links)
-    ring = links.collective_seconds
+def paced(group: Group) -> tuple[list[tuple[str, float, float]], torch.Tensor, list[Any]]:
+    """(operation, seconds by the model, seconds taken) of each; and what came of two of them."""
+    links, x, own = (
+        LinkModel.uniform(group.size, "8mbit", "2ms"),
+        normal(2000, group.rank),
+        message(group.rank, 2000, 0),
+    )
+    slow, ring = PacedGroup(group, links), links.collective_seconds
     calls: dict[str, tuple[float, Callable[[], Any]]] = {
-        "all_reduce": (ring("all_reduce", 8000), lambda: paced.all_reduce(torch.zeros(2000))),
-        "all_gather": (ring("all_gather", 8000), lambda: paced.all_gather(message(0, 2000, 0))),
-        "broadcast": (ring("broadcast", 8000), lambda: paced.broadcast(torch.zeros(2000))),
-        "all_to_all": (
-            links.seconds([{j: 8000.0 for j in range(group.size) if j != i} for i in range(group.size)]),
-            lambda: paced.all_to_all([message(0, 2000, 0)] * group.size),
-        ),
+        "all_reduce": (ring("all_reduce", 8000), lambda: slow.all_reduce(x)),
+        "all_gather": (ring("all_gather", 8000), lambda: slow.all_gather(own)),
+        "broadcast": (ring("broadcast", 8000), lambda: slow.broadcast(torch.zeros(2000))),
+        "all_to_all": (links.seconds([{1: 8000.0}, {0: 8000.0}]), lambda: slow.all_to_all([own] * group.size)),
     }
     taken = []
     for name, (seconds, call) in calls.items():
         start = time.perf_counter()
         call()
         taken.append((name, seconds, time.perf_counter() - start))
-    assert paced.traffic is group.traffic
-    return taken
+    assert slow.traffic is group.traffic
+    return taken, x, [content(one) for one in slow.all_gather_ragged(message(group.rank, group.rank, 0))]
 
 
-def test_a_paced_group_takes_at_least_the_seconds_of_its_model(run: Run) -> None:
-    for name, modelled_s, taken_s in [row for rank in run(2, paced_seconds) for row in rank]:
-        assert 0.009 < modelled_s <= taken_s, name
-
-
-def reduce_paced(group: Group) -> tuple[torch.Tensor, list[Any]]:
-    paced = PacedGroup(group, LinkModel.uniform(group.size, "1gbit"))
-    x = normal(10, group.rank)
-    paced.all_reduce(x)
-    return x, [content(one) for one in paced.all_gather_ragged(message(group.rank, group.rank, 0))]
-
-
-def test_a_paced_group_returns_what_the_group_inside_returns(run: Run) -> None:
-    for x, gathered in run(3, reduce_paced):
-        torch.testing.assert_close(x, normal(10, 0) + normal(10, 1) + normal(10, 2))
-        assert gathered == [content(message(rank, rank, 0)) for rank in range(3)]
+def test_a_paced_group_takes_at_least_the_seconds_of_its_model_and_returns_the_same(run: Run) -> None:
+    for taken, x, gathered in run(2, paced):
+        for name, modelled_s, taken_s in taken:
+            assert 0.009 < modelled_s <= taken_s, name
+        torch.testing.assert_close(x, normal(2000, 0) + normal(2000, 1))
+        assert gathered == [content(message(rank, rank, 0)) for rank in range(2)]
 
 
 def test_a_paced_group_refuses_a_model_of_another_size() -> None:

@@ -75,7 +75,7 @@ def test_exchanges_may_run_in_a_thread_as_those_of_ddp_do(mpi: MPIPool) -> None:
     assert mpi.run(2, on_mpi, in_a_thread) == [2.0, 2.0]
 
 
-def on_device(group: Any, device: torch.device) -> list[list[float]]:
+def on_device(group: Any, device: torch.device) -> dict[str, Any]:
     with pretend.working_on(device):
         return every_operation(group, device)
 

@@ -1,28 +1,18 @@
-"""Transports for the tests of groups and of peers, and payloads for them."""
+"""Transports for the tests of groups and of peers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from outer_rig import over_tcp
 
 from commopt.groups import SimWorld
 from commopt.groups.tcp import TcpPeers
 from commopt.plan.links import LinkModel
-from commopt.wire.payload import Payload
 
 RANKS = (1, 2, 3, 5)
 Run = Callable[..., list[Any]]
-
-
-def message(rank: int, n_floats: int, n_bytes: int) -> Payload:
-    return Payload.of(torch.full((n_floats,), rank + 0.5), torch.full((n_bytes,), rank, dtype=torch.uint8))
-
-
-def content(payload: Payload) -> list[list[float]]:
-    return [x.tolist() for x in payload.tensors]
 
 
 def on_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
