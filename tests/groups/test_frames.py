@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import socket
 import struct
@@ -13,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from members import frame
 
-from commopt.errors import ConfigError
 from commopt.groups.frames import Connection, Frame
-from commopt.secret import given_secret
 
 SECRET = b"a secret of 16 bytes, or longer"
 LETTER = {"kind": "letter", "channel": "c", "sequence": 3, "step": 2, "is_training": True, "layout": [["uint8", 5]]}
@@ -134,36 +132,16 @@ HEADS: list[Any] = [
 @pytest.mark.parametrize("k", range(len(HEADS)))
 def test_what_no_member_writes_is_refused(connect: Connect, k: int) -> None:
     head, (dialler, accepter) = HEADS[k], connect()
-    text = head if isinstance(head, bytes) else json.dumps(head).encode()
-    body = bytes(5 if b"layout" in text else 0)
-    begin = struct.pack("!4sIQ", b"cmo1", len(text), len(body))
-    assert heard(accepter, dialler, [begin, text, body]) == []
+    body = bytes(5 if b"layout" in frame(head) else 0)
+    assert heard(accepter, dialler, [frame(head, len(body)), body]) == []
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"COMMOPT_SECRET": ""}, "COMMOPT_SECRET gives a secret of 0 bytes, which can be guessed; give 16 or more"),
-        ({"COMMOPT_SECRET": "short"}, "of 5 bytes"),
-        ({"COMMOPT_SECRET_FILE": "/nowhere"}, "COMMOPT_SECRET_FILE=/nowhere: .*No such file"),
-        ({"COMMOPT_SECRET_FILE": "/dev/null"}, "COMMOPT_SECRET_FILE gives a secret of 0 bytes"),
-        ({"COMMOPT_SECRET": "a" * 20, "COMMOPT_SECRET_FILE": "/dev/null"}, "both set; unset one of them"),
-    ],
-)
-def test_a_secret_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], words: str) -> None:
-    for key in ("COMMOPT_SECRET", "COMMOPT_SECRET_FILE"):
-        monkeypatch.delenv(key, raising=False)
-    assert given_secret() is None
-    for key, value in given.items():
-        monkeypatch.setenv(key, value)
-    with pytest.raises(ConfigError, match=words):
-        given_secret()
+NOISE = [b"GET / HTTP/1.1\r\nHost: here\r\n", bytes(range(256)), struct.pack("!4sIQ", b"cmo1", 2**31, 0)]
 
 
-def test_a_secret_is_read_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setenv("COMMOPT_SECRET", SECRET.decode())
-    assert given_secret() == SECRET
-    monkeypatch.delenv("COMMOPT_SECRET")
-    (tmp_path / "secret").write_bytes(SECRET + b"\n")
-    monkeypatch.setenv("COMMOPT_SECRET_FILE", str(tmp_path / "secret"))
-    assert given_secret() == SECRET
+@pytest.mark.parametrize("noise", [*NOISE, frame(b"null", 2**63), frame(LETTER, 101)], ids=range(5))
+def test_noise_and_what_would_be_too_long_is_refused_as_it_begins(connect: Connect, noise: bytes) -> None:
+    dialler, accepter = connect()
+    dialler.socket.sendall(noise)
+    with pytest.raises(ValueError, match="this is not a frame, or a larger one than a member of this job sends"):
+        accepter.read(100)
