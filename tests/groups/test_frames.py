@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -25,17 +26,15 @@ REFUSED = (ValueError, KeyError, TypeError, OSError, RuntimeError)
 
 @pytest.fixture
 def connect() -> Iterator[Callable[[], tuple[Connection, Connection]]]:
-    made: list[socket.socket] = []
+    with contextlib.ExitStack() as open_sockets:
 
-    def pair() -> tuple[Connection, Connection]:
-        made.extend(socket.socketpair())
-        for one in made:
-            one.settimeout(5.0)
-        return Connection(made[-2]), Connection(made[-1])
+        def pair() -> tuple[Connection, Connection]:
+            dialler, accepter = map(open_sockets.enter_context, socket.socketpair())
+            dialler.settimeout(5.0)
+            accepter.settimeout(5.0)
+            return Connection(dialler), Connection(accepter)
 
-    yield pair
-    for one in made:
-        one.close()
+        yield pair
 
 
 Connect = Callable[[], tuple[Connection, Connection]]
@@ -45,17 +44,14 @@ def agreed(connect: Connect, *secrets: bytes, dialled: int = 0) -> tuple[Connect
     """The side that dialled and the one that accepted, after they have made a key."""
     dialler, accepter = connect()
     end_s = time.monotonic() + 5
-    other = threading.Thread(
-        target=accepter.agree, args=(secrets[-1], 0), kwargs={"has_dialled": False, "deadline_s": end_s}
-    )
-    other.start()
-    dialler.agree(secrets[0], dialled, has_dialled=True, deadline_s=end_s)
-    other.join()
+    with ThreadPoolExecutor(1) as lane:
+        lane.submit(accepter.agree, secrets[-1], 0, has_dialled=False, deadline_s=end_s)
+        dialler.agree(secrets[0], dialled, has_dialled=True, deadline_s=end_s)
     return dialler, accepter
 
 
 def written(dialler: Connection, accepter: Connection) -> list[bytes]:
-    return [accepter.socket.recv(dialler.write(frame), socket.MSG_WAITALL) for frame in FRAMES]
+    return [accepter.socket.recv(dialler.write(one), socket.MSG_WAITALL) for one in FRAMES]
 
 
 def heard(accepter: Connection, dialler: Connection, frames: Sequence[bytes]) -> list[Any]:
@@ -102,13 +98,11 @@ def test_a_frame_that_was_changed_is_refused(connect: Connect) -> None:
 
 def test_what_was_recorded_proves_nothing_on_another_connection(connect: Connect) -> None:
     recorded = written(*agreed(connect, SECRET))
-    for secrets, dialled in (([SECRET], 0), ([SECRET, SECRET[::-1]], 0), ([SECRET], 1)):
+    dialler, accepter = agreed(connect, SECRET)
+    assert heard(accepter, dialler, recorded) == []
+    for secrets, dialled in (([SECRET, SECRET[::-1]], 0), ([SECRET], 1)):  # a key for rank 1 does not open rank 0
         dialler, accepter = agreed(connect, *secrets, dialled=dialled)
-        assert heard(accepter, dialler, recorded) == []
-    dialler, accepter = agreed(connect, SECRET, SECRET[::-1])
-    assert heard(accepter, dialler, written(dialler, accepter)) == []
-    dialler, accepter = agreed(connect, SECRET, dialled=1)  # a key for rank 1 does not open rank 0
-    assert heard(accepter, dialler, written(dialler, accepter)) == []
+        assert heard(accepter, dialler, written(dialler, accepter)) == []
 
 
 BIG, BOMB = 10**30, b"[" * 60000

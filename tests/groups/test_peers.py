@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transports import RANKS, Run, over_simulated_peers, over_tcp_peers
+from transports import RANKS, Run, over_simulated_peers, over_tcp_peers, simulated
 
 from commopt.errors import GroupError
-from commopt.groups import SimGroup, SimWorld
+from commopt.groups import SimGroup
 from commopt.groups.peers import GROUP, KEPT, Latecomers, Letter, Mailbox, PeerGroup, Peers, Roll, call_roll
-from commopt.plan.links import LinkModel
+from commopt.groups.simulated_peers import DETECT_S
 from commopt.wire.payload import Payload
 
 
@@ -170,35 +169,21 @@ def test_only_those_expected_are_on_the_roll(run: Run) -> None:
     assert run(4, roll_of_expected) == [(), (1, 3), (), (1, 3)]
 
 
-def simulated(n: int, function: Callable[[SimGroup], Any], **options: Any) -> tuple[SimWorld[Any], list[Any]]:
-    world: SimWorld[Any] = SimWorld(n, LinkModel.uniform(n, "100mbit", "1ms"), timeout_s=30, **options)
-    return world, world.run(function)
-
-
-@pytest.mark.parametrize("dead", [0, 1, 3])  # without rank 0 the next one convenes
-def test_one_known_to_be_dead_is_not_waited_for(dead: int) -> None:
-    def rank_of(group: SimGroup) -> tuple[Roll, float] | None:
+@pytest.mark.parametrize(  # without rank 0 the next one convenes
+    ("dead", "known_s", "costs_s"), [(0, 3.0, 0.0), (1, 3.0, 0.0), (3, 3.0, 0.0), (2, 0.0, DETECT_S)]
+)
+def test_a_dead_one_costs_its_detection_or_nothing_if_it_is_known(dead: int, known_s: float, costs_s: float) -> None:
+    def rank_of(group: SimGroup) -> tuple[tuple[int, ...], float]:
         group.peers.announce(1)  # where it is killed
-        group.peers.sleep(3.0)
+        group.peers.sleep(known_s)
         begun_s = group.seconds
-        return roll_of(group.peers), group.seconds - begun_s
+        return roll_of(group.peers).members, group.seconds - begun_s
 
     _, results = simulated(4, rank_of, faults=[{"at_step": 1, "kill": dead}])
     alive = [rank for rank in range(4) if rank != dead]
-    for rank in alive:
-        roll, took_s = results[rank]
-        assert roll.members == tuple(alive)
-        assert took_s < 0.1
-
-
-def test_one_whose_death_is_not_known_yet_costs_its_detection() -> None:
-    def rank_of(group: SimGroup) -> tuple[Roll, float] | None:
-        group.peers.announce(1)
-        return roll_of(group.peers), group.seconds
-
-    _, results = simulated(4, rank_of, faults=[{"at_step": 1, "kill": 2}])
-    assert [results[rank][0].members for rank in (0, 1, 3)] == [(0, 1, 3)] * 3
-    assert all(0.9 < results[rank][1] < 1.1 for rank in (0, 1, 3))
+    for members, took_s in [results[rank] for rank in alive]:
+        assert members == tuple(alive)
+        assert took_s == pytest.approx(costs_s, abs=0.1)
 
 
 def test_a_convener_that_dies_unnoticed_leaves_each_alone_for_one_round() -> None:

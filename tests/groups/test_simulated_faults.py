@@ -158,12 +158,12 @@ def test_a_slow_member_ends_with_the_others(name: str, slow: int) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_member_that_hangs_costs_the_others_no_more_than_timeouts(name: str) -> None:
-    world, diaries = run(name, 150, [{"at_step": 20, "hang": 1, "for_s": 6.0}], timeout_s=1.0)
+    world, diaries = run(name, 80, [{"at_step": 20, "hang": 1, "for_s": 3.0}], timeout_s=1.0)
     for rank, diary in enumerate(diaries):
-        check_ended(diary, 150, timeout_s=1.0)
+        check_ended(diary, 80, timeout_s=1.0)
         assert rank == 1 or missed(diary) > 0 or name == "noloco"
-    assert world.seconds < 150 * STEP_S + 6.0 + 3.0
-    assert [report.members for report in diaries[1].reports if len(report.members) > 1 and report.step > 100]
+    assert world.seconds < 80 * STEP_S + 3.0 + 3.0
+    assert [report.members for report in diaries[1].reports if len(report.members) > 1 and report.step > 60]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -273,22 +273,15 @@ def test_a_fault_that_is_written_twice_happens_twice() -> None:
 
 def test_a_killed_rank_returns_nothing_and_one_that_is_started_again_does() -> None:
     faults = [{"at_step": 2, "kill": 1}, {"at_step": 6, "restart": 1}]
-    lives: list[int] = []
 
     def rank_of(group: SimGroup) -> float:
-        if group.rank == 1:
-            lives.append(len(lives))
-        for step in range(1, 9 if not lives or len(lives) == 1 else 3):
+        for step in range(1, 3 if group.peers.returns else 9):
             group.advance(1.0)
             group.peers.announce(step)
         return group.seconds
 
     assert SimWorld[Any](2, faults=faults[:1]).run(rank_of) == [8.0, None]
-    lives.clear()
-    first, second = SimWorld[Any](2, faults=faults).run(rank_of)
-    assert second is not None
-    assert second > 6.0
-    assert first >= 6.0
+    assert SimWorld[Any](2, faults=faults).run(rank_of) == [8.0, 8.0]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from outer_rig import over_tcp
+from members import Members
 
-from commopt.groups import SimWorld
-from commopt.groups.tcp import TcpPeers
+from commopt.groups import SimGroup, SimWorld
 from commopt.plan.links import LinkModel
 
 RANKS = (1, 2, 3, 5)
@@ -24,21 +25,17 @@ def on_mpi(communicator: Any, function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+def simulated(n: int, function: Callable[[SimGroup], Any], **options: Any) -> tuple[SimWorld[Any], list[Any]]:
+    world: SimWorld[Any] = SimWorld(n, LinkModel.uniform(n, "100mbit", "1ms"), timeout_s=30, **options)
+    return world, world.run(function)
+
+
 def over_simulated_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(peers, *args) on n ranks."""
-    world: SimWorld[Any] = SimWorld(n, LinkModel.uniform(n, "100mbit", "1ms"), timeout_s=30)
-    return world.run(lambda group: function(group.peers, *args))
+    return simulated(n, lambda group: function(group.peers, *args))[1]
 
 
 def over_tcp_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """The same over TCP on this machine, once all have found each other."""
-
-    def work(peers: TcpPeers) -> Any:
-        end_s = peers.seconds + 20
-        peers.announce(0, is_training=True)
-        while not all(peers.is_up(peer) for peer in peers.others):
-            assert peers.seconds < end_s, "the members did not find each other"
-            peers.sleep(0.01)
-        return function(peers, *args)
-
-    return over_tcp(n, work, 40)
+    with contextlib.closing(Members()) as members, ThreadPoolExecutor(n) as lanes:
+        return list(lanes.map(lambda peers: function(peers, *args), members.start(n)))
