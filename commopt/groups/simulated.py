@@ -12,7 +12,7 @@ from torch import Tensor
 
 from commopt.errors import GroupError
 from commopt.groups.base import Group, Traffic, summed
-from commopt.groups.simulated_peers import Killed, PostOffice, SimFault, SimPeers
+from commopt.groups.simulated_peers import NO_END, Killed, PostOffice, SimFault, SimPeers
 from commopt.groups.world import World
 from commopt.plan.links import LinkModel, rounds
 from commopt.wire.payload import Layout, Payload, gathered_bytes
@@ -22,14 +22,6 @@ T = TypeVar("T")
 
 class _Released(GroupError):
     """Raised on a rank that waits for what another rank will not do."""
-
-
-class _Circle:
-    """Ranks that meet: how often they have met, how many have come to the next time, and what they put down, then and the time before."""
-
-    def __init__(self, size: int) -> None:
-        self.meetings = self.present = 0
-        self.slots: list[list[Any]] = [[None] * size for _ in range(2)]
 
 
 class SimWorld(Generic[T]):
@@ -56,14 +48,14 @@ class SimWorld(Generic[T]):
             raise ValueError(f"the link model describes {links.ranks} ranks, the world has {ranks}")
         self.ranks, self.links, self.timeout_s = ranks, links, timeout_s
         self.clocks = [0.0] * ranks
-        self.circles: dict[tuple[int, ...], _Circle] = {}
-        self.faults = [SimFault.of(entry, ranks) for entry in faults]
+        self.meetings: dict[tuple[int, ...], dict[int, Any]] = {}  # by members: what those who have come put down
+        self.faults = [fault for entry in faults for fault in SimFault.all_of(entry, ranks)]
         self.office = PostOffice(self, self.faults)
 
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
         """Run `train` on every rank. Raises what the first failing rank raised; the others stop."""
         self._train, self._results, self._errors = train, dict[int, T](), dict[int, BaseException]()
-        self.circles.clear()
+        self.meetings.clear()
         self._waits: dict[int, tuple[Callable[[], bool], threading.Lock]] = {}  # when a rank may go on, what wakes it
         self._turns = 0
         self.office = PostOffice(self, self.faults)
@@ -124,7 +116,7 @@ class SimWorld(Generic[T]):
         except BaseException as error:
             self._errors[rank] = error
             self.office.is_broken = True
-        self.office.gone_s[rank] = self.clocks[rank]
+        self.office.gone_s[rank], self.office.waiting[rank] = self.clocks[rank], NO_END
         self._pass_on(rank)
 
     @property
@@ -143,7 +135,6 @@ class SimGroup(Group):
         self.world, self.place, self.traffic = world, rank, Traffic()
         self.links = world.links if members is None else links
         self.rank, self.size = self.members.index(rank), len(self.members)
-        self.circle = world.circles.setdefault(self.members, _Circle(self.size))
         self.peers = SimPeers(world.office, rank, self.traffic, self.members)
 
     def by_machine(self, ranks: int) -> World:
@@ -200,40 +191,32 @@ class SimGroup(Group):
 
     def tell(self, text: str) -> list[str]:
         """Takes no virtual time."""
-        said, _ = self._put_down("tell", text, {})
-        if any(operation != "tell" for operation, _, _ in said):
-            raise GroupError(
-                "ranks ask for different exchanges at the same time: one of them is at attach, save or load"
-            )
-        return [words for _, words, _ in said]
+        return [words for words, _, _ in self._put_down("tell", text, {})]
 
-    def _put_down(
-        self, operation: str, contribution: Any, sent: Mapping[int, float]
-    ) -> tuple[list[tuple[str, Any, Mapping[int, float]]], float]:
-        """Put one contribution down and take everybody's up; with the clock of the slowest rank."""
-        world, circle = self.world, self.circle
-        meeting = circle.meetings
-        slots = circle.slots[meeting % 2]  # nobody puts anything there again before all have met once more
-        slots[self.rank] = ((operation, contribution, sent), world.clocks[self.place])
-        circle.present += 1
-        if circle.present < self.size:
-            world.office.parked.add(self.place)
-            world.wait(self.place, lambda: circle.meetings > meeting, operation)
+    def _put_down(self, operation: str, contribution: Any, sent: Mapping[int, float]) -> list[tuple[Any, Any, float]]:
+        """Put one contribution down and take everybody's up: by rank, each with what it sends and with the rank's clock."""
+        world = self.world
+        meeting = world.meetings.setdefault(self.members, {})
+        meeting[self.rank] = operation, (contribution, sent, self.seconds)
+        if len(meeting) < self.size:
+            world.office.waiting[self.place] = NO_END
+            world.wait(self.place, lambda: world.meetings.get(self.members) is not meeting, operation)
         else:
-            circle.meetings, circle.present = meeting + 1, 0
-            world.office.parked.difference_update(self.members)
-        met, clocks = zip(*slots, strict=True)
-        return list(met), max(clocks)
+            del world.meetings[self.members]
+            for place in self.members:
+                world.office.waiting.pop(place, None)
+        asked = {name for name, _ in meeting.values()}
+        if len(asked) > 1:
+            what = "one of them is at attach, save or load" if "tell" in asked else ", ".join(sorted(asked))
+            raise GroupError(f"ranks ask for different exchanges at the same time: {what}")
+        return [meeting[rank][1] for rank in range(self.size)]
 
     def _meet(self, operation: str, contribution: Any, sent: Mapping[int, float]) -> list[Any]:
         """Exchange contributions, and move all clocks to the end of the exchange."""
-        world, (met, clock) = self.world, self._put_down(operation, contribution, sent)
-        asked = {name for name, _, _ in met}
-        if len(asked) > 1:
-            raise GroupError(f"ranks ask for different exchanges at the same time: {', '.join(sorted(asked))}")
-        cost_s = self.links.seconds([s for _, _, s in met], rounds(operation, self.size)) if self.links else 0.0
-        world.clocks[self.place] = clock + cost_s
-        return [contribution for _, contribution, _ in met]
+        contributions, sends, clocks = zip(*self._put_down(operation, contribution, sent), strict=True)
+        cost_s = self.links.seconds(sends, rounds(operation, self.size)) if self.links else 0.0
+        self.world.clocks[self.place] = max(clocks) + cost_s
+        return list(contributions)
 
     def _meet_alike(self, operation: str, x: Tensor, root: int = 0) -> list[Tensor]:
         """Exchange tensors of one shape and dtype."""

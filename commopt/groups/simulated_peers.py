@@ -20,6 +20,7 @@ _KINDS = ("kill", "restart", "cut", "slow", "hang")
 _EACH = ("kill", "slow", "hang")  # each of their ranks is hit at that step of its own
 _Wait = tuple[float, Callable[[], bool]]  # a rank's deadline, and whether its wait is over
 _COMPUTES: _Wait = (float("inf"), lambda: True)  # of a rank that does not wait
+NO_END: _Wait = (float("inf"), lambda: False)  # of a rank that has ended, or waits in a collective for all others
 
 
 class Killed(BaseException):
@@ -28,7 +29,7 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class SimFault:
-    """One fault: its kind, the ranks that it hits, and the step of each of them (a cut: of the first) at which it begins."""
+    """A fault: its kind, the ranks that it hits, and at which step of the first of them it begins (a restart: of the lowest that is up)."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -37,8 +38,8 @@ class SimFault:
     factor: float = 1.0
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any], ranks: int) -> SimFault:
-        """Read an entry of a run's YAML; "node2" and 2 are both rank 2. Raises ConfigError."""
+    def all_of(cls, entry: Mapping[str, Any], ranks: int) -> list[SimFault]:
+        """Read an entry of a run's YAML, which may hit several ranks; "node2" and 2 are both rank 2. Raises ConfigError."""
         kinds = [kind for kind in _KINDS if kind in entry]
         if len(kinds) != 1 or "at_step" not in entry:
             raise ConfigError(f"faults: {dict(entry)!r}: write at_step and one of {', '.join(_KINDS)}")
@@ -50,7 +51,8 @@ class SimFault:
         hit = tuple(known[str(name)] for name in names)
         try:
             for_s, factor = float(entry.get("for_s", "inf")), float(entry.get("factor", 1.0))
-            return cls(kinds[0], hit, int(entry["at_step"]), for_s, factor)
+            step, together = int(entry["at_step"]), [(rank,) for rank in hit] if kinds[0] in _EACH else [hit]
+            return [cls(kinds[0], some, step, for_s, factor) for some in together]
         except (TypeError, ValueError, OverflowError):
             raise ConfigError(f"faults: {dict(entry)!r}: at_step, for_s and factor must be numbers") from None
 
@@ -67,18 +69,15 @@ class PostOffice:
         self.free_s = [0.0] * ranks  # when the last message of each rank has left it
         self.cuts: list[tuple[frozenset[int], float, float]] = []
         self.slow: dict[int, list[tuple[float, float]]] = {}  # (until, factor)
-        self.played: set[tuple[int, int]] = set()  # each fault's place in the list, and the rank that it has hit
+        self.played: set[int] = set()  # faults, by their place in the list
         self.returned: set[int] = set()
         self.reached = [0] * ranks  # the step that each rank announces, or announced last
-        self.parked: set[int] = set()  # ranks in a collective, which wait for all others
         self.is_broken = False
 
     def may_time_out(self, rank: int) -> bool:
         """Whether no rank can still send a message that arrives before this rank's deadline."""
         deadline_s, _ = self.waiting[rank]
-        for other in range(self.world.ranks):
-            if other == rank or other in self.gone_s or other in self.parked:
-                continue  # one in a collective goes on only after others have come there
+        for other in set(range(self.world.ranks)) - {rank}:
             until_s, is_over = self.waiting.get(other, _COMPUTES)
             sends = self.clocks[other] <= deadline_s if is_over() else (until_s, other) < (deadline_s, rank)
             if sends:
@@ -98,8 +97,6 @@ class PostOffice:
         self.world.wait(rank, lambda: not any(self._comes_before(other, rank) for other in others))
 
     def _comes_before(self, other: int, rank: int) -> bool:
-        if other in self.gone_s or other in self.parked:
-            return False
         until_s, is_over = self.waiting.get(other, _COMPUTES)
         if not is_over():
             return until_s < self.clocks[rank]
@@ -124,10 +121,11 @@ class PostOffice:
     def play(self, rank: int, step: int) -> None:
         """Begin the faults that are due at this step of this rank."""
         for number, fault in enumerate(self.faults):
-            key = (number, rank if fault.kind in _EACH else -1)
-            if key in self.played or step < fault.at_step or rank not in self._witnesses(fault):
+            up = [r for r in range(self.world.ranks) if r not in self.gone_s]
+            witnesses = up if fault.kind == "restart" else fault.ranks
+            if number in self.played or step < fault.at_step or rank not in witnesses[:1]:
                 continue
-            self.played.add(key)
+            self.played.add(number)
             now = self.clocks[rank]
             if fault.kind == "cut":
                 self.cuts.append((frozenset(fault.ranks), now, now + fault.for_s))
@@ -140,19 +138,12 @@ class PostOffice:
             elif fault.kind == "restart":
                 for dead in fault.ranks:
                     if self.gone_s.pop(dead, None) is not None:
+                        del self.waiting[dead]
                         self.on_the_way[dead].clear()
                         self.returned.add(dead)
                         self.progress[dead], self.reached[dead] = Progress(0, False), 0
                         self.clocks[dead] = self.free_s[dead] = now
                         self.world.start(dead)
-
-    def _witnesses(self, fault: SimFault) -> Sequence[int]:
-        """The ranks whose step tells when a fault begins."""
-        if fault.kind in _EACH:
-            return fault.ranks
-        if fault.kind == "cut":
-            return fault.ranks[:1]
-        return [next((r for r in range(self.world.ranks) if r not in self.gone_s), -1)]
 
     def slowness(self, rank: int) -> float:
         """How many times longer this rank's arithmetic takes now."""

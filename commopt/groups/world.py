@@ -24,6 +24,8 @@ class World(Group):
         known to have the same number of ranks. Otherwise they tell it here, and GroupError is raised if it differs.
     """
 
+    inside: Group
+
     def __init__(
         self, inside: Group, between: Group, *, inner_dtype: torch.dtype | None = None, is_even: bool = False
     ) -> None:
@@ -44,41 +46,36 @@ class World(Group):
         return self.between.traffic
 
     def all_reduce(self, x: Tensor) -> None:
-        self._in.all_reduce(x)
+        self.inside.all_reduce(x)
         self.between.all_reduce(x)
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         layouts = [payload.layout] * self.size if layouts is None else list(layouts)
-        n = self._in.size
-        mine = self.between.all_gather(payload, layouts[self._in.rank :: n])
+        n = self.inside.size
+        mine = self.between.all_gather(payload, layouts[self.inside.rank :: n])
         return [
             one
             for machine, own in enumerate(mine)
-            for one in self._in.all_gather(own, layouts[machine * n : (machine + 1) * n])
+            for one in self.inside.all_gather(own, layouts[machine * n : (machine + 1) * n])
         ]
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        n, own = self._in.size, payloads[self.rank]
+        n, own = self.inside.size, payloads[self.rank]
         # to this machine's rank of the same number as the receiver, and from there to the receiver's machine
-        near = [self._in.all_to_all(payloads[k * n : (k + 1) * n]) for k in range(self.between.size)]
+        near = [self.inside.all_to_all(payloads[k * n : (k + 1) * n]) for k in range(self.between.size)]
         far = self.between.all_to_all([Payload.of(torch.cat([one.buffer for one in some])) for some in near])
         return [one for payload in far for one in cut(payload.buffer, [own.layout] * n)]
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        machine, number = divmod(src, self._in.size)
-        if self._in.rank == number:
+        machine, number = divmod(src, self.inside.size)
+        if self.inside.rank == number:
             self.between.broadcast(x, machine)
-        self._in.broadcast(x, number)
+        self.inside.broadcast(x, number)
 
     def tell(self, text: str) -> list[str]:
-        every = self.between.tell(json.dumps(self._in.tell(text)))
+        every = self.between.tell(json.dumps(self.inside.tell(text)))
         return [one for machine in every for one in json.loads(machine)]
 
     def close(self) -> None:
         self.between.close()
-        self._in.close()
-
-    @property
-    def _in(self) -> Group:
-        assert self.inside is not None
-        return self.inside
+        self.inside.close()
