@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import socket
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rig import loss_of, make_batch, make_model, normal
@@ -16,8 +13,6 @@ from torch import Tensor
 
 from commopt import attach, build
 from commopt.groups import SimGroup, SimWorld
-from commopt.groups.membership import Membership
-from commopt.groups.tcp import TcpPeers
 from commopt.plan.links import LinkModel
 from commopt.run.outer import OuterRun
 
@@ -54,39 +49,6 @@ def gradient(model: torch.nn.Module, x: Tensor, rank: int, step: int) -> Tensor:
     inputs, targets = make_batch(rank, step, torch.float64)
     loss_of(model(inputs), targets).backward()
     return torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None])
-
-
-T = TypeVar("T")
-
-
-def local_memberships(ranks: int) -> Sequence[tuple[Membership, socket.socket]]:
-    """Members on the loopback interface, each with a socket that listens already."""
-    listeners = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in range(ranks)]
-    addresses = tuple(("127.0.0.1", int(one.getsockname()[1])) for one in listeners)
-    return [(Membership(rank, addresses, "local"), listener) for rank, listener in enumerate(listeners)]
-
-
-def over_tcp(ranks: int, work: Callable[[TcpPeers], T], limit_s: float = 120.0) -> list[T]:
-    """What `work` returns on each rank; ranks are threads with real sockets on this machine."""
-    peers = [TcpPeers(membership, listener=listener) for membership, listener in local_memberships(ranks)]
-    results: dict[int, T] = {}
-
-    def rank_of(one: TcpPeers) -> None:
-        results[one.rank] = work(one)
-
-    threads = [threading.Thread(target=rank_of, args=(one,)) for one in peers]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(limit_s)
-        deadline_s = time.monotonic() + 10  # the last messages are counted when they have left
-        while not all(one.is_quiet() for one in peers) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-    finally:
-        for one in peers:
-            one.close()
-    return [results[rank] for rank in range(ranks)]
 
 
 def play(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from members import Members
+from members import over_tcp
 
 from commopt.groups import SimGroup, SimWorld
 from commopt.plan.links import LinkModel
@@ -37,5 +35,4 @@ def over_simulated_peers(n: int, function: Callable[..., Any], *args: Any) -> li
 
 def over_tcp_peers(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """The same over TCP on this machine, once all have found each other."""
-    with contextlib.closing(Members()) as members, ThreadPoolExecutor(n) as lanes:
-        return list(lanes.map(lambda peers: function(peers, *args), members.start(n)))
+    return over_tcp(n, lambda peers: function(peers, *args))

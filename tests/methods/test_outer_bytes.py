@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from outer_rig import over_tcp
+from members import over_tcp
 from test_bytes import entry
 
 from commopt import attach, build

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
-from outer_rig import local_memberships
 
 from commopt.groups.membership import Membership
 from commopt.groups.tcp import TcpPeers
 from commopt.wire.payload import Payload
 
+T = TypeVar("T")
 PLENTY_S = 20.0
 HELLO = {"kind": "hello", "job": "local", "rank": 1, "incarnation": 2**61}
 LETTER = {"kind": "letter", "channel": "c", "sequence": 0, "step": 0, "is_training": True}
@@ -41,12 +43,26 @@ class Members:
 
     def add(self, membership: Membership, **options: Any) -> TcpPeers:
         self.all.append(TcpPeers(membership, **options))
-        self.all[-1].announce(0)  # which is sent at once
         return self.all[-1]
 
     def close(self) -> None:
         for one in self.all:
             one.close(0.0)
+
+
+def local_memberships(ranks: int) -> Sequence[tuple[Membership, socket.socket]]:
+    """Members on the loopback interface, each with a socket that listens already."""
+    listeners = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in range(ranks)]
+    addresses = tuple(("127.0.0.1", int(one.getsockname()[1])) for one in listeners)
+    return [(Membership(rank, addresses, "local"), listener) for rank, listener in enumerate(listeners)]
+
+
+def over_tcp(ranks: int, work: Callable[[TcpPeers], T]) -> list[T]:
+    """What `work` returns on each rank; ranks are threads with real sockets on this machine, which have found each other."""
+    with contextlib.closing(Members()) as members, ThreadPoolExecutor(ranks) as lanes:
+        results = list(lanes.map(work, members.start(ranks)))
+        until(lambda: all(one.is_quiet() for one in members.all))  # the last messages are counted when they have left
+        return results
 
 
 def until(is_so: Callable[[], bool]) -> None:
