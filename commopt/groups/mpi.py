@@ -73,7 +73,7 @@ class MPIGroup(BufferGroup):
         return World(MPIGroup(inside), MPIGroup(self.comm.Split(inside.rank)), is_even=True)
 
     def all_reduce(self, x: Tensor) -> None:
-        self._count("all_reduce", x.numel() * x.element_size())
+        self._count("all_reduce", x.nbytes)
         if self.size == 1:
             return
         host = x.detach().contiguous().cpu()  # x itself if it is contiguous and on the CPU
@@ -87,7 +87,7 @@ class MPIGroup(BufferGroup):
             x.copy_(host)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        self._count("broadcast", x.numel() * x.element_size(), root=src)
+        self._count("broadcast", x.nbytes, root=src)
         host = x.detach().contiguous().cpu()
         self._finish("broadcast", self.comm.Ibcast, _message(host), src)
         if host.data_ptr() != x.data_ptr():

@@ -31,8 +31,8 @@ _SMALL = 1024  # bytes up to which an all-reduce is a gather: one message round 
 class Progress:
     """What a peer last reported: optimizer steps done, and whether it trains (not if it still joins, or has left)."""
 
-    step: int
-    is_training: bool
+    step: int = 0
+    is_training: bool = False
 
 
 @dataclass(frozen=True)
@@ -278,14 +278,13 @@ def call_roll(
     late = Latecomers() if late is None else late
     start_s, alone = peers.seconds, Roll((peers.rank,), {peers.rank: card})
     wanted = sorted(range(peers.size) if expected is None else expected)
-    convener = next((peer for peer in wanted if peer == peers.rank or peers.is_up(peer)), peers.rank)
+    convener = next((peer for peer in wanted if peers.is_up(peer)), peers.rank)
     if convener != peers.rank:
         peers.send(convener, f"{channel} card", sequence, Payload.of(card), expires_s=timeout_s)
         letter = peers.receive(convener, f"{channel} roll", sequence, timeout_s)
         cards = None if letter is None else _cards_of(letter.payload, wanted, card.numel())
-        if (
-            letter is None or cards is None
-        ):  # withdraw the card: a convener that comes up now must not count on this rank
+        if letter is None or cards is None:
+            # withdraw the card: a convener that comes up now must not count on this rank
             peers.send(convener, f"{channel} card", sequence, Payload.of(card[:0]), expires_s=timeout_s)
             return alone
         for peer in wanted:  # a peer without a card cannot reach the convener, and need not wait for it

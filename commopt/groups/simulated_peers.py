@@ -65,7 +65,7 @@ class PostOffice:
         self.on_the_way: list[list[tuple[float, int, str, Letter]]] = [[] for _ in range(ranks)]
         self.waiting: dict[int, _Wait] = {}
         self.gone_s: dict[int, float] = {}
-        self.progress = [Progress(0, False)] * ranks
+        self.progress = [Progress()] * ranks
         self.free_s = [0.0] * ranks  # when the last message of each rank has left it
         self.cuts: list[tuple[frozenset[int], float, float]] = []
         self.slow: dict[int, list[tuple[float, float]]] = {}  # (until, factor)
@@ -141,7 +141,7 @@ class PostOffice:
                         del self.waiting[dead]
                         self.on_the_way[dead].clear()
                         self.returned.add(dead)
-                        self.progress[dead], self.reached[dead] = Progress(0, False), 0
+                        self.progress[dead], self.reached[dead] = Progress(), 0
                         self.clocks[dead] = self.free_s[dead] = now
                         self.world.start(dead)
 
@@ -201,8 +201,7 @@ class SimPeers(Peers):
 
         def next_s() -> float:
             """The earliest time at which this wait ends, as known now."""
-            is_own = peer == self.rank
-            known_s = [float("inf") if is_own else max(self.seconds, office.down_s(place, self._members[peer]))]
+            known_s = [max(self.seconds, office.down_s(place, self._members[peer]))]
             for at_s, sender, name, letter in office.on_the_way[place]:
                 is_wanted = letter.sequence >= sequence if or_newer else letter.sequence == sequence
                 if (sender, name) == (peer, channel) and is_wanted:

@@ -283,7 +283,7 @@ class Members:
         return [steps[0] if min(steps) >= 0 else -1 for steps in zip(*told, strict=True)]
 
     def _progress(self, peer: int) -> Progress:
-        return self._peers.progress(peer) or Progress(0, False)
+        return self._peers.progress(peer) or Progress()
 
 
 def _forms(tensors: Any) -> dict[str, Any]:
