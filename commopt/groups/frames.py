@@ -17,7 +17,6 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,7 +43,7 @@ class Connection:
     """A connection of which this side either dialled and writes, or accepted and reads; not thread-safe."""
 
     def __init__(self, connected: socket.socket) -> None:
-        self.socket = connected
+        self.socket, self.heard_s = connected, time.monotonic()  # when the last bytes came
         self._key, self._frames = b"", 0
 
     def agree(self, secret: bytes, dialled: int, *, has_dialled: bool, deadline_s: float) -> None:
@@ -53,7 +52,7 @@ class Connection:
         if not has_dialled:
             self.socket.sendall(own)
         try:
-            theirs = bytes(self._filled(bytearray(_SALT), deadline_s=deadline_s))
+            theirs = bytes(self._filled(bytearray(_SALT), deadline_s))
         except TimeoutError:
             raise PermissionError("an answer without a secret; give every rank the same COMMOPT_SECRET") from None
         if theirs.startswith(_MAGIC):
@@ -76,24 +75,22 @@ class Connection:
             self.socket.sendall(tag)
         return len(begin) + len(body) + len(tag)
 
-    def read(
-        self, room_bytes: float = 0, *, on_bytes: Callable[[], object] | None = None, deadline_s: float | None = None
-    ) -> tuple[dict[str, Any], Payload | None]:
-        """Read one frame, with a body of at most `room_bytes`; calls `on_bytes` while a long body comes in.
+    def read(self, room_bytes: float = 0, *, deadline_s: float | None = None) -> tuple[dict[str, Any], Payload | None]:
+        """Read one frame, with a body of at most `room_bytes`.
 
         Raises ValueError, KeyError, TypeError or RuntimeError for what no member writes, PermissionError for a wrong tag.
         """
-        begin = self._filled(bytearray(_FRAME.size), deadline_s=deadline_s)
+        begin = self._filled(bytearray(_FRAME.size), deadline_s)
         magic, head_bytes, body_bytes = _FRAME.unpack(begin)
         if magic != _MAGIC or head_bytes > _HEAD_LIMIT or body_bytes > room_bytes:
             raise ValueError("this is not a frame, or a larger one than a member of this job sends")
-        text = self._filled(bytearray(head_bytes), deadline_s=deadline_s)
+        text = self._filled(bytearray(head_bytes), deadline_s)
         head = json.loads(text)
         layout = _layout_of(head, body_bytes)
         body = torch.empty(body_bytes, dtype=torch.uint8)
-        self._filled(body.numpy(), on_bytes)
+        self._filled(body.numpy(), deadline_s)
         tag = self._tag(begin + text, memoryview(cast(Any, body.numpy())))
-        if tag and not hmac.compare_digest(tag, self._filled(bytearray(_TAG), deadline_s=deadline_s)):
+        if tag and not hmac.compare_digest(tag, self._filled(bytearray(_TAG), deadline_s)):
             raise PermissionError("a message that was not signed with the job's secret")
         return head, None if layout is None else Payload(body, layout)
 
@@ -113,9 +110,7 @@ class Connection:
         self._frames += 1
         return tag.digest()
 
-    def _filled(
-        self, buffer: Any, on_bytes: Callable[[], object] | None = None, deadline_s: float | None = None
-    ) -> Any:
+    def _filled(self, buffer: Any, deadline_s: float | None) -> Any:
         view = memoryview(buffer)
         while len(view):
             if deadline_s is not None:  # for all of it, so that a slow trickle does not keep the connection
@@ -123,8 +118,7 @@ class Connection:
             n = self.socket.recv_into(view)
             if n == 0:
                 raise OSError("closed by the peer")
-            if on_bytes is not None:
-                on_bytes()
+            self.heard_s = time.monotonic()
             view = view[n:]
         return buffer
 

@@ -42,10 +42,9 @@ class _Route:
     address: tuple[str, int]
     unsent: queue.Queue[Frame | None] = field(default_factory=queue.Queue)
     connection: Connection | None = None
-    heard_s: float = float("-inf")
-    readers: list[socket.socket] = field(default_factory=list)
+    readers: list[Connection] = field(default_factory=list)
     incarnation: int = -1
-    progress: Progress = field(default_factory=lambda: Progress(0, False))
+    progress: Progress = field(default_factory=Progress)
 
 
 class TcpPeers(Peers):
@@ -70,7 +69,7 @@ class TcpPeers(Peers):
         self._incarnation = time.time_ns()
         self._mailbox, self._changed = Mailbox(), threading.Condition()
         self._routes = {r: _Route(address) for r, address in enumerate(membership.addresses) if r != self.rank}
-        self._own = Progress(0, False)
+        self._own = Progress()
         self._is_closed = False
         self._background = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")
         self._links, self._link_is_busy = links, threading.Lock()
@@ -119,10 +118,8 @@ class TcpPeers(Peers):
             return self._mailbox.drain(channel)
 
     def is_up(self, peer: int) -> bool:
-        if peer == self.rank:
-            return True
-        route = self._routes[peer]
-        return bool(route.readers) and self.seconds - route.heard_s < self.silence_s
+        oldest_s = self.seconds - self.silence_s
+        return peer == self.rank or any(one.heard_s > oldest_s for one in [*self._routes[peer].readers])
 
     def progress(self, peer: int) -> Progress | None:
         if peer == self.rank:
@@ -153,12 +150,12 @@ class TcpPeers(Peers):
             route.unsent.put(None)
         for thread in self._threads:
             thread.join(max(0.1, min(1.0, end_s - self.seconds)))
-        for one in [route.connection.socket for route in self._routes.values() if route.connection is not None]:
-            hang_up(one)
-            one.close()
+        for connection in [route.connection for route in self._routes.values() if route.connection is not None]:
+            hang_up(connection.socket)
+            connection.socket.close()
         with self._changed:
             for one in (reader for route in self._routes.values() for reader in route.readers):
-                hang_up(one)
+                hang_up(one.socket)
             self._changed.notify_all()
             self._changed.wait_for(lambda: not any(route.readers for route in self._routes.values()), 2.0)
         self._listener.leave(self._job)
@@ -253,16 +250,11 @@ class TcpPeers(Peers):
 
     def _hear(self, hello: dict[str, Any], connection: Connection) -> None:
         """Take in what comes over a connection until it ends. Raises PermissionError if it is not to be heard."""
-        peer = self._greet(hello, connection.socket)
-        route = self._routes[peer]
-
-        def note_heard() -> None:
-            route.heard_s = self.seconds
-
+        peer = self._greet(hello, connection)
         try:
             connection.socket.settimeout(max(30.0, 4 * self.silence_s))  # peers beat every second: a silent one is gone
             while True:
-                self._take(peer, hello["incarnation"], *connection.read(self.room_bytes, on_bytes=note_heard))
+                self._take(peer, hello["incarnation"], *connection.read(self.room_bytes))
         except PermissionError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -270,10 +262,10 @@ class TcpPeers(Peers):
                 _log.info("rank %d no longer hears rank %d: %s", self.rank, peer, error)
         finally:
             with self._changed:
-                route.readers.remove(connection.socket)
+                self._routes[peer].readers.remove(connection)
                 self._changed.notify_all()
 
-    def _greet(self, hello: dict[str, Any], accepted: socket.socket) -> int:
+    def _greet(self, hello: dict[str, Any], accepted: Connection) -> int:
         """The rank at the other end of a new connection. Raises PermissionError if it is not to be heard."""
         if hello["rank"] not in self._routes:
             raise PermissionError("a connection that is not of this job")
@@ -289,8 +281,7 @@ class TcpPeers(Peers):
             route.incarnation = hello["incarnation"]
             route.readers.append(accepted)
             for oldest in route.readers[:-_READERS]:
-                hang_up(oldest)
-            route.heard_s = self.seconds
+                hang_up(oldest.socket)
             self._changed.notify_all()
         return peer
 
@@ -299,7 +290,6 @@ class TcpPeers(Peers):
         with self._changed:
             if incarnation != route.incarnation:
                 raise OSError("it has been started again since")
-            route.heard_s = self.seconds
             if head["kind"] == "bye":
                 raise OSError("it has left")
             route.progress = Progress(head["step"], head["is_training"])

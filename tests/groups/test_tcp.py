@@ -150,7 +150,7 @@ def test_a_transfer_longer_than_the_silence_allowed_counts_as_being_heard(member
     with connect(a, frame(HELLO), frame(head, 40)) as connection:
         until(lambda: a._routes[1].incarnation == HELLO["incarnation"])
         for k in range(4):
-            a._routes[1].heard_s = float("-inf")
+            a._routes[1].readers[0].heard_s = float("-inf")
             assert not a.is_up(1)
             connection.sendall(bytes([k] * 10))
             until(lambda: a.is_up(1))
