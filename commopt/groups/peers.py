@@ -52,19 +52,18 @@ class Mailbox:
     """Unread messages by (peer, channel); not thread-safe, its owner holds a lock."""
 
     def __init__(self) -> None:
-        self._letters: dict[tuple[int, str], dict[int, Letter]] = {}
+        self._boxes: dict[int, dict[str, dict[int, Letter]]] = {}
         self._most: dict[int, float] = {}  # bytes that each peer's may have at most
 
     def put(self, peer: int, channel: str, letter: Letter, room_bytes: float = math.inf) -> None:
         """Keep a message; drop the oldest of more than KEPT per channel and peer, and all of a peer if they do not fit into its room."""
-        self._most[peer] = self._most.get(peer, 0) + letter.nbytes
-        if self._most[peer] > room_bytes:  # what was taken since is still counted
-            kept = [one.nbytes for key, box in self._letters.items() if key[0] == peer for one in box.values()]
-            self._most[peer] = sum(kept) + letter.nbytes
-            if self._most[peer] > room_bytes:
-                self.forget(peer)
-                self._most[peer] = letter.nbytes
-        box = self._letters.setdefault((peer, channel), {})
+        boxes, most = self._boxes.setdefault(peer, {}), self._most.get(peer, 0) + letter.nbytes
+        if most > room_bytes:  # what was taken since is still counted
+            most = letter.nbytes + sum(one.nbytes for box in boxes.values() for one in box.values())
+            if most > room_bytes:
+                boxes.clear()
+                most = letter.nbytes
+        self._most[peer], box = most, boxes.setdefault(channel, {})
         box[letter.sequence] = letter
         if not channel.startswith(GROUP):
             for sequence in sorted(box)[:-KEPT]:
@@ -72,7 +71,7 @@ class Mailbox:
 
     def take(self, peer: int, channel: str, sequence: int, *, or_newer: bool = False) -> Letter | None:
         """The message with this sequence number, or with `or_newer` the newest later one; drops earlier ones as out of date."""
-        box = self._letters.get((peer, channel), {})
+        box = self._boxes.get(peer, {}).get(channel, {})
         for old in [s for s in box if s < sequence]:
             del box[old]
         if sequence in box:
@@ -81,14 +80,13 @@ class Mailbox:
 
     def drain(self, channel: str) -> list[tuple[int, Letter]]:
         """Take all messages of a channel, sorted by peer and sequence."""
-        found = sorted(key for key in self._letters if key[1] == channel)
-        return [(peer, letter) for peer, _ in found for _, letter in sorted(self._letters.pop((peer, channel)).items())]
+        found = [(peer, boxes.pop(channel, {})) for peer, boxes in sorted(self._boxes.items())]
+        return [(peer, box[sequence]) for peer, box in found for sequence in sorted(box)]
 
     def forget(self, peer: int) -> None:
         """Drop what a peer sent before it was restarted."""
         self._most.pop(peer, None)
-        for key in [key for key in self._letters if key[0] == peer]:
-            del self._letters[key]
+        self._boxes.pop(peer, None)
 
 
 class Peers(ABC):

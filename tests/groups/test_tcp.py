@@ -94,7 +94,7 @@ def test_a_member_that_returns_is_heard_again_and_what_came_before_is_gone(
 ) -> None:
     a, b = members.start(2)
     b.send(0, "c", 3, number(1))
-    until(lambda: bool(a._mailbox._letters))
+    until(lambda: bool(a._mailbox._boxes))
     place = lose(a, b)
     assert got(a, 1, 2, 0.0) is None  # number 3 is there all the same
     if clock_ns is not None:
