@@ -150,12 +150,11 @@ class TcpPeers(Peers):
             route.unsent.put(None)
         for thread in self._threads:
             thread.join(max(0.1, min(1.0, end_s - self.seconds)))
-        for connection in [route.connection for route in self._routes.values() if route.connection is not None]:
-            hang_up(connection.socket)
-            connection.socket.close()
         with self._changed:
-            for one in (reader for route in self._routes.values() for reader in route.readers):
-                hang_up(one.socket)
+            for route in self._routes.values():
+                for one in (*route.readers, route.connection):
+                    if one is not None:
+                        hang_up(one.socket)
             self._changed.notify_all()
             self._changed.wait_for(lambda: not any(route.readers for route in self._routes.values()), 2.0)
         self._listener.leave(self._job)
@@ -189,20 +188,18 @@ class TcpPeers(Peers):
                     break  # the next beat replaces it
                 time.sleep(0.2)
             route.unsent.task_done()
-        with contextlib.suppress(OSError):
-            if route.connection is not None:
-                route.connection.socket.settimeout(0.5)
+        if route.connection is not None:
+            with contextlib.suppress(OSError), route.connection.socket as dialled:
+                dialled.settimeout(0.5)
                 route.connection.write(Frame({"kind": "bye"}))
 
     def _transmit(self, peer: int, route: _Route, frame: Frame) -> bool:
         """Send one frame, dialling first if there is no connection; whether the kernel took all of it."""
         try:
-            if route.connection is None:
-                self._dial(peer, route)
-            assert route.connection is not None
+            connection = route.connection or self._dial(peer, route)
             if self._links is not None and frame.body is not None:
-                self._pace(self._links, peer, route.connection, frame.body.numel())
-            sent = route.connection.write(frame)
+                self._pace(self._links, peer, connection, frame.body.numel())
+            sent = connection.write(frame)
         except OSError as error:
             if isinstance(error, PermissionError):
                 self._listener.warn(f"got from rank {peer} {error}")
@@ -233,7 +230,7 @@ class TcpPeers(Peers):
             to.write(self._beat())
         time.sleep(max(0.0, left_s))
 
-    def _dial(self, peer: int, route: _Route) -> None:
+    def _dial(self, peer: int, route: _Route) -> Connection:
         dialled = socket.create_connection(route.address, timeout=_DIAL_S)
         route.connection = connection = Connection(dialled)
         if self._secret is not None:
@@ -245,6 +242,7 @@ class TcpPeers(Peers):
         hello = {"kind": "hello", "job": self._job, "rank": self.rank, "incarnation": self._incarnation}
         connection.write(Frame(hello))
         connection.write(self._beat())
+        return connection
 
     # -- receiving: a thread of the listener for each connection that was accepted
 
