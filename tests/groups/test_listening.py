@@ -12,21 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from members import (
-    HELLO,
-    LETTER,
-    PLENTY_S,
-    Members,
-    connect,
-    ends,
-    frame,
-    got,
-    local_memberships,
-    number,
-    place_of,
-    until,
-    until_up,
-)
+from members import HELLO, LETTER, Members, connect, ends, frame, got, local_memberships, number, until, until_up
 from networks import needs_ipv6
 
 from commopt.cluster.machine import loopback_interface
@@ -78,10 +64,9 @@ def test_a_member_of_another_job_is_never_heard(members: Members, caplog: pytest
     assert not b.is_up(0)
 
 
-def test_a_taken_port_is_named(members: Members) -> None:
-    (a,) = members.start(1)
-    host, port = place_of(a)
-    with pytest.raises(GroupError, match=f"{host}:{port} cannot be listened on: Address already in use"):
+def test_a_taken_port_is_named() -> None:
+    taken, (host, port) = listen_anywhere()
+    with taken, pytest.raises(GroupError, match=f"{host}:{port} cannot be listened on: Address already in use"):
         TcpPeers(Membership(0, ((host, port),), "local"))
 
 
@@ -204,7 +189,7 @@ def test_strangers_cannot_use_up_a_members_files_and_threads(members: Members, m
     assert ends(strangers[0])
     for one in strangers:
         one.close()
-    b.send(0, "c", 0, number(5), expires_s=PLENTY_S)
+    b.send(0, "c", 0, number(5))
     until(lambda: a.is_up(1))
 
 
