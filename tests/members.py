@@ -86,14 +86,9 @@ def got(peers: TcpPeers, peer: int, sequence: int, timeout_s: float = PLENTY_S, 
     return None if letter is None else float(letter.payload.tensors[0][0])
 
 
-def place_of(peers: TcpPeers) -> tuple[str, int]:
-    host, port = peers._listener.socket.getsockname()[:2]
-    return str(host), int(port)
-
-
 def lose(a: TcpPeers, b: TcpPeers) -> Membership:
     """Let b vanish, wait until a knows it, and return b's place."""
-    place = Membership(1, (place_of(a), place_of(b)), "local")
+    place = Membership(1, (b._routes[0].address, a._routes[1].address), "local")
     vanish(b)
     until(lambda: not a.is_up(1))
     return place
@@ -110,7 +105,7 @@ def vanish(peers: TcpPeers) -> None:
 
 def connect(to: TcpPeers, *begin: bytes) -> socket.socket:
     """A connection to a member, over which these bytes were sent."""
-    connection = socket.create_connection(place_of(to), timeout=PLENTY_S)
+    connection = socket.create_connection(to._listener.socket.getsockname()[:2], timeout=PLENTY_S)
     connection.sendall(b"".join(begin))
     return connection
 

@@ -72,7 +72,7 @@ class TcpPeers(Peers):
         self._own = Progress()
         self._is_closed = False
         self._background = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")
-        self._links, self._link_is_busy = links, threading.Lock()
+        self._links, self._link_free_s = links, 0.0  # when the last message has left it
         self._listener, self._job = enter(membership, self._hear, silence_s, listener)
         self._threads = [
             threading.Thread(target=self._serve, args=(peer,), name=f"commopt to rank {peer}", daemon=True)
@@ -215,16 +215,9 @@ class TcpPeers(Peers):
     def _pace(self, links: LinkModel, peer: int, to: Connection, nbytes: int) -> None:
         """Delay a message as the link would: for its bytes, one message after the other, and then for its latency; beats go on."""
         delay_s, all_s = (links.message_seconds(self.rank, peer, n) for n in (0, nbytes))
-        while not self._link_is_busy.acquire(timeout=_BEAT_S):
-            to.write(self._beat())
-        try:
-            self._sleep_and_beat(to, all_s - delay_s)
-        finally:
-            self._link_is_busy.release()
-        self._sleep_and_beat(to, delay_s)
-
-    def _sleep_and_beat(self, to: Connection, seconds: float) -> None:
-        end_s = self.seconds + seconds
+        with self._changed:
+            self._link_free_s = max(self.seconds, self._link_free_s) + all_s - delay_s
+            end_s = self._link_free_s + delay_s
         while (left_s := end_s - self.seconds) > _BEAT_S:
             time.sleep(_BEAT_S)
             to.write(self._beat())
