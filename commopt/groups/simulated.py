@@ -50,7 +50,7 @@ class SimWorld(Generic[T]):
         self.clocks = [0.0] * ranks
         self.meetings: dict[tuple[int, ...], dict[int, Any]] = {}  # by members: what those who have come put down
         self.faults = [fault for entry in faults for fault in SimFault.all_of(entry, ranks)]
-        self.office = PostOffice(self, self.faults)
+        self.office = PostOffice(self)
 
     def run(self, train: Callable[[SimGroup], T]) -> list[T]:
         """Run `train` on every rank. Raises what the first failing rank raised; the others stop."""
@@ -58,7 +58,7 @@ class SimWorld(Generic[T]):
         self.meetings.clear()
         self._waits: dict[int, tuple[Callable[[], bool], threading.Lock]] = {}  # when a rank may go on, what wakes it
         self._turns = 0
-        self.office = PostOffice(self, self.faults)
+        self.office = PostOffice(self)
         self._threads: list[threading.Thread] = []
         for rank in range(self.ranks):
             self.start(rank)
@@ -167,9 +167,8 @@ class SimGroup(Group):
         x.copy_(summed(self._meet_alike("all_reduce", x)))
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        sent = self._count(
-            "all_gather", payload.nbytes if self.is_spread else gathered_bytes(layouts or [payload.layout])
-        )
+        nbytes = payload.nbytes if self.is_spread else gathered_bytes(layouts or [payload.layout])
+        sent = self._count("all_gather", nbytes)
         copied = replace(payload, buffer=payload.buffer.clone())
         gathered: list[Payload] = self._meet("all_gather", copied, sent)
         for rank, one in enumerate(gathered):

@@ -60,8 +60,8 @@ class SimFault:
 class PostOffice:
     """What the peers of one world share: messages in flight, waiting ranks and their deadlines, ranks that are gone, and faults."""
 
-    def __init__(self, world: SimWorld[Any], faults: Sequence[SimFault]) -> None:
-        self.world, self.clocks, self.faults, ranks = world, world.clocks, faults, world.ranks
+    def __init__(self, world: SimWorld[Any]) -> None:
+        self.world, self.clocks, ranks = world, world.clocks, world.ranks
         self.on_the_way: list[list[tuple[float, int, str, Letter]]] = [[] for _ in range(ranks)]
         self.waiting: dict[int, _Wait] = {}
         self.gone_s: dict[int, float] = {}
@@ -77,7 +77,7 @@ class PostOffice:
     def may_time_out(self, rank: int) -> bool:
         """Whether no rank can still send a message that arrives before this rank's deadline."""
         deadline_s, _ = self.waiting[rank]
-        for other in set(range(self.world.ranks)) - {rank}:
+        for other in range(self.world.ranks):
             until_s, is_over = self.waiting.get(other, _COMPUTES)
             sends = self.clocks[other] <= deadline_s if is_over() else (until_s, other) < (deadline_s, rank)
             if sends:
@@ -93,8 +93,7 @@ class PostOffice:
     def wait_for_slower(self, rank: int, step: int) -> None:
         """Let ranks whose clock is behind run first, so that what this rank sees of them does not depend on real time."""
         self.reached[rank] = step
-        others = [other for other in range(self.world.ranks) if other != rank]
-        self.world.wait(rank, lambda: not any(self._comes_before(other, rank) for other in others))
+        self.world.wait(rank, lambda: not any(self._comes_before(other, rank) for other in range(self.world.ranks)))
 
     def _comes_before(self, other: int, rank: int) -> bool:
         until_s, is_over = self.waiting.get(other, _COMPUTES)
@@ -120,7 +119,7 @@ class PostOffice:
 
     def play(self, rank: int, step: int) -> None:
         """Begin the faults that are due at this step of this rank."""
-        for number, fault in enumerate(self.faults):
+        for number, fault in enumerate(self.world.faults):
             up = [r for r in range(self.world.ranks) if r not in self.gone_s]
             witnesses = up if fault.kind == "restart" else fault.ranks
             if number in self.played or step < fault.at_step or rank not in witnesses[:1]:
@@ -135,7 +134,7 @@ class PostOffice:
                 self.clocks[rank] += fault.for_s
             elif fault.kind == "kill":
                 raise Killed
-            elif fault.kind == "restart":
+            else:
                 for dead in fault.ranks:
                     if self.gone_s.pop(dead, None) is not None:
                         del self.waiting[dead]
