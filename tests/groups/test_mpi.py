@@ -115,31 +115,14 @@ def fail(folder: str) -> None:
     last.barrier()  # waits half an hour
 
 
-Failed = tuple[subprocess.CompletedProcess[str], list[list[str]]]
-
-
-@pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> Failed:
-    """Two ranks that `fail`: how the job ended, and each rank's errors before that."""
-    folder = tmp_path_factory.mktemp("heard")
-    done = mpirun(2, "-c", "import sys, test_mpi; test_mpi.fail(sys.argv[1])", str(folder))
-    heard = [Path(folder, f"rank {rank}") for rank in range(2)]
-    return done, [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in heard]
-
-
-def test_an_exchange_that_fails_says_why_and_the_group_refuses_all_others(failed: Failed) -> None:
-    done, heard = failed
-    assert len(heard[0]) == 3, done.stderr
-    uneven, lonely, again = heard[0]
+def test_an_exchange_that_fails_says_why_and_ends_its_group_and_an_exception_ends_the_job(tmp_path: Path) -> None:
+    done = mpirun(2, "-c", "import sys, test_mpi; test_mpi.fail(sys.argv[1])", str(tmp_path))
+    assert done.returncode != 0
+    assert "ValueError: enough" in done.stderr
+    uneven, lonely, again = Path(tmp_path, "rank 0").read_text(encoding="utf-8").splitlines()
     assert "broadcast failed on rank 0 of 2: " in uneven
     assert "all_reduce failed on rank 0 of 2: not every rank has joined and ended it within 0.2 s" in lonely
     assert "the group is of no use since all_reduce failed" in again
-
-
-def test_a_rank_that_ends_with_an_exception_ends_the_job_instead_of_leaving_it_waiting(failed: Failed) -> None:
-    done, _ = failed
-    assert done.returncode != 0
-    assert "ValueError: enough" in done.stderr
 
 
 def test_the_last_words_of_a_rank_are_read_before_it_ends_the_job() -> None:
