@@ -67,13 +67,10 @@ class Connection:
         head = json.dumps(frame.head).encode()
         body = memoryview(b"") if frame.body is None else memoryview(cast(Any, frame.body.numpy()))
         begin = _FRAME.pack(_MAGIC, len(head), len(body)) + head
-        self.socket.sendall(begin)
-        if len(body):
-            self.socket.sendall(body)
-        tag = self._tag(begin, body)
-        if tag:
-            self.socket.sendall(tag)
-        return len(begin) + len(body) + len(tag)
+        parts = [part for part in (begin, body, self._tag(begin, body)) if len(part)]
+        for part in parts:
+            self.socket.sendall(part)
+        return sum(map(len, parts))
 
     def read(self, room_bytes: float = 0, *, deadline_s: float | None = None) -> tuple[dict[str, Any], Payload | None]:
         """Read one frame, with a body of at most `room_bytes`.

@@ -45,8 +45,9 @@ def agreed(connect: Connect, *secrets: bytes, dialled: int = 0) -> tuple[Connect
     dialler, accepter = connect()
     end_s = time.monotonic() + 5
     with ThreadPoolExecutor(1) as lane:
-        lane.submit(accepter.agree, secrets[-1], 0, has_dialled=False, deadline_s=end_s)
+        accepting = lane.submit(accepter.agree, secrets[-1], 0, has_dialled=False, deadline_s=end_s)
         dialler.agree(secrets[0], dialled, has_dialled=True, deadline_s=end_s)
+        accepting.result()
     return dialler, accepter
 
 
