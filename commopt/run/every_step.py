@@ -38,8 +38,8 @@ class EveryStepRun(Run):
     _compares = True
 
     def __init__(self, model: Module, checked: Checked, group: Group) -> None:
-        super().__init__(model, checked)
-        self.group, self.max_norm, self.grad_scaler = group, checked.request.max_norm, checked.request.grad_scaler
+        super().__init__(model, checked, group)
+        self.max_norm, self.grad_scaler = checked.request.max_norm, checked.request.grad_scaler
         self.between = group.between if isinstance(group, World) else group
         self._voids = self._calls = self._stepped = 0
         self._void_names: set[str] = set()

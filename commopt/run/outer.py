@@ -18,7 +18,6 @@ from commopt.exchange.base import is_finite
 from commopt.exchange.two_level import own_share, put_together
 from commopt.gossip.loop import Exchanged, OuterMethod, Round
 from commopt.gossip.spread import Spread, spread_of
-from commopt.groups import Traffic
 from commopt.groups.peers import PeerGroup, Peers, call_roll
 from commopt.run.checks import Checked, refuse_ddp
 from commopt.run.machine import Machine
@@ -58,12 +57,13 @@ class OuterRun(Run):
     method: OuterMethod
 
     def __init__(self, model: Module, checked: Checked, peers: Peers, machine: Machine, averages: bool = False) -> None:
-        super().__init__(model, checked)
-        method = self.method
+        super().__init__(model, checked, machine.ranks)  # nothing here needs all ranks of the job at once
+        method, n = self.method, machine.ranks.size
         self.peers, self.max_norm, self.configuration = peers, checked.request.max_norm, checked.configuration
         self.machine, self.averages = machine, averages
-        self.group = machine.ranks  # nothing here needs all ranks of the job at once
-        peers.traffic.ranks = range(self.group.rank, self.ranks, self.group.size)
+        self.rank, self.ranks, self.per_machine = peers.rank * n + machine.ranks.rank, peers.size * n, n
+        self.replica, self.traffic = peers.rank, peers.traffic
+        peers.traffic.ranks = range(machine.ranks.rank, self.ranks, n)
         self.spread: float | None = None
         self._is_off = self._has_joined = False
         self._pending: list[_Pending] = []
@@ -90,26 +90,6 @@ class OuterRun(Run):
         self._attached(*self._until_first_step)
 
     # -- the training script's side
-
-    @property
-    def rank(self) -> int:
-        return self.peers.rank * self.group.size + self.group.rank
-
-    @property
-    def ranks(self) -> int:
-        return self.peers.size * self.group.size
-
-    @property
-    def per_machine(self) -> int:
-        return self.group.size
-
-    @property
-    def replica(self) -> int:
-        return self.peers.rank
-
-    @property
-    def traffic(self) -> Traffic:
-        return self.peers.traffic
 
     def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
         self._members.stateful, self._has_joined = stateful, True
@@ -147,10 +127,6 @@ class OuterRun(Run):
         super().close()
         self.peers.close()
         self.peers.is_used = False
-
-    def replicas_are_equal(self) -> bool:
-        """True: an outer method does not promise that replicas are equal."""
-        return True
 
     def _silenced(self) -> dict[str, Any]:
         return {"_is_off": True}

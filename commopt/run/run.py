@@ -15,7 +15,7 @@ from torch.nn import Module
 from typing_extensions import Self
 
 from commopt.errors import AttachError
-from commopt.groups import Group, Traffic
+from commopt.groups import Group
 from commopt.method import Method
 from commopt.run import checkpoint, reshare
 from commopt.run.checks import ATTACHED, ATTACHING, Checked, check_parameters
@@ -84,6 +84,8 @@ class Run(ABC):
     Also a context manager, which finishes (unless an exception ended it) and closes.
 
     method, model, parameters (trainable, by name). optimizer: what steps. steps: optimizer steps done.
+    rank, ranks: this rank's number in the job, and how many the job has. per_machine: ranks that share out what their machine exchanges.
+    replica: the number of this rank's model among those that differ. traffic: the bytes that this rank has sent.
     voided: (step, parameter) for every bucket that a NaN or an inf on some rank made void; the same on all ranks, except for
         local steps, which exchange nothing: those are in the list of the rank that had the NaN.
     waited_s: seconds that this rank has waited for exchanges, without the parts that overlapped with backward.
@@ -91,15 +93,12 @@ class Run(ABC):
     """
 
     method: Method
-    group: Group
 
-    def __init__(self, model: Module, checked: Checked) -> None:
-        self.model, self.method, self.optimizer, self._given = (
-            model,
-            checked.method,
-            checked.optimizer,
-            checked.request.group,
-        )
+    def __init__(self, model: Module, checked: Checked, group: Group) -> None:
+        self.model, self.method, self.optimizer = model, checked.method, checked.optimizer
+        self.group, self._given = group, checked.request.group
+        self.rank, self.ranks, self.per_machine, self.traffic = group.rank, group.size, group.per_machine, group.traffic
+        self.replica = self.rank
         self.parameters = check_parameters(model, self.method, self.optimizer)
         self._known = {id(p) for p in self.parameters.values()}
         self._handles: list[Any] = []
@@ -110,26 +109,6 @@ class Run(ABC):
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.is_closed = self.is_finished = False
         self._log = RunLog(self)
-
-    @property
-    def rank(self) -> int:
-        """This rank's number in the job."""
-        return self.group.rank
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks the job has."""
-        return self.group.size
-
-    @property
-    def per_machine(self) -> int:
-        """How many ranks share out what their machine exchanges."""
-        return self.group.per_machine
-
-    @property
-    def traffic(self) -> Traffic:
-        """The bytes that this rank has sent."""
-        return self.group.traffic
 
     def range(self, stop: int) -> Iterator[int]:
         """The steps that are left to do, up to `stop`; after `load` those that follow the checkpoint."""
@@ -206,9 +185,9 @@ class Run(ABC):
     def _silenced(self) -> dict[str, Any]:
         """The attributes of a run that exchanges nothing."""
 
-    @abstractmethod
     def replicas_are_equal(self) -> bool:
         """Whether every rank holds the same parameters, bit for bit, if the method promises that; all ranks must ask. Sends 32 bytes."""
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -259,11 +238,6 @@ class Run(ABC):
     def savers(self) -> Group:
         """The ranks that write one checkpoint together."""
         return self.group
-
-    @property
-    def replica(self) -> int:
-        """The number of this rank's model among those that differ."""
-        return self.rank
 
     saved_by = ""  # what writes checkpoints instead of `save`, if anything does
 
