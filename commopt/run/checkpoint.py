@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -75,8 +76,7 @@ def read_block(folder: Path, run: Run) -> Callable[[], object]:
 
     meeting = meeting_group(None)
     together(meeting, look)
-    stored = together(meeting, lambda: open_run(folder / _BLOCK, run, with_training=run.is_replica))
-    return lambda: take_over(run, stored)
+    return together(meeting, lambda: open_run(folder / _BLOCK, run, with_training=run.is_replica))
 
 
 def has_block(folder: Path) -> bool:
@@ -91,40 +91,40 @@ def _place(folder: Path, run: Run, with_training: bool) -> Path:
     return folder / f"rank{run.replica}" if run.is_replica else folder
 
 
-def open_run(folder: Path, run: Run, *, with_training: bool = True) -> Stored:
-    """A verified checkpoint that belongs to this run. Raises CheckpointError, on all ranks, if it does not."""
+def open_run(folder: Path, run: Run, *, with_training: bool = True) -> Callable[[], dict[str, Any]]:
+    """Verify a checkpoint, and that it belongs to this run; returns what continues from it, and returns its `extra`.
+
+    Raises CheckpointError, on all ranks, if it does not.
+    """
     place = _place(folder, run, with_training)
     stored = open_checkpoint(place, run.savers)
 
-    def check() -> None:
+    def check() -> Callable[[], object]:
         for problem in _problems(stored, run, with_training):
             raise CheckpointError(f"{place}: {problem}")
-        if stored.manifest.fits(run.savers):
-            run.check_saved(_saved(stored, run.savers.rank))
-        else:
-            _resized(run, stored)
+        manifest = stored.manifest
+        if not manifest.fits(run.savers):
+            return run.resized([_saved(stored, k) for k in range(manifest.ranks)], manifest.per_machine)
+        own = _saved(stored, run.savers.rank)
+        run.check_saved(own)
+        return partial(run.load_saved, own)
 
-    together(run.savers, check)
-    return stored
+    return partial(_take_over, run, stored, together(run.savers, check))
 
 
-def take_over(run: Run, stored: Stored) -> dict[str, Any]:
-    """Continue from a checkpoint that has been checked; returns its `extra`."""
-    manifest, meta, tensors, rank = stored.manifest, stored.manifest.meta, stored.shared, run.savers.rank
-    with torch.no_grad():
-        if "model" in meta:
-            every = [_training(stored, k) for k in stored.own]
-            states = every[0] if manifest.fits(run.savers) else recut_training(run, every)
-            load_localized(run.model, run.optimizer, states)
-        if manifest.fits(run.savers):
-            run.load_saved(_saved(stored, rank))
-            if "rng" in stored.own[rank]:
-                torch.set_rng_state(stored.own[rank]["rng"])
-            run.resume_bucket_layout(meta["buckets"])
-        else:
-            _resized(run, stored)()
+@torch.no_grad()
+def _take_over(run: Run, stored: Stored, load_state: Callable[[], object]) -> dict[str, Any]:
+    meta, fits, rank = stored.manifest.meta, stored.manifest.fits(run.savers), run.savers.rank
+    if "model" in meta:
+        every = [_training(stored, k) for k in stored.own]
+        load_localized(run.model, run.optimizer, every[0] if fits else recut_training(run, every))
+    load_state()
+    if fits:
+        if "rng" in stored.own[rank]:
+            torch.set_rng_state(stored.own[rank]["rng"])
+        run.resume_bucket_layout(meta["buckets"])
     run.steps, run.lacks_state = int(meta["steps"]), False
-    return dict(join(meta["extra"], tensors))
+    return dict(join(meta["extra"], stored.shared))
 
 
 def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> Content:
@@ -151,11 +151,6 @@ def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> C
         (own if is_own else shared).update(tensors)
     shared |= {f"method/{key}": x for key, x in saved["shared"].items()}
     return Content(shared, own, meta)
-
-
-def _resized(run: Run, stored: Stored) -> Callable[[], object]:
-    manifest = stored.manifest
-    return run.resized([_saved(stored, k) for k in range(manifest.ranks)], manifest.per_machine)
 
 
 def _training(stored: Stored, rank: int) -> dict[str, Any]:

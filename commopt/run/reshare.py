@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,36 +57,39 @@ def _twin(run: Run, rank: int, ranks: int, per_machine: int = 1, number: int = 0
 def _put_together(run: Run, parts: Sequence[Saved], machine: int, machines: int) -> Saved:
     """What one rank would have saved for a machine whose ranks saved these."""
     whole = _twin(run, machine, machines)
-    layouts = [_twin(run, machine, machines, len(parts), k).layouts() for k in range(len(parts))]
-    both: list[dict[str, Tensor]] = [{**part["shared"], **part["rank"]} for part in parts]
-    saved: Saved = {"shared": {}, "rank": {}}
-    held_as: dict[str, Held] = {key: held for held, tensors in whole.saved().items() for key in tensors}
-    for key, x in both[0].items():
-        layout = whole.layouts().get(key)
-        if layout is not None:
-            stretches = []
-            for name, n in zip(layout.names, layout.numels, strict=True):
-                some = [own[key].view(tensors[key], name) for own, tensors in zip(layouts, both, strict=True)]
-                stretches += some[:1] if len(some[0]) == n else some  # one that is not cut is the same on all ranks
-            x = torch.cat(stretches)
-        saved[held_as.get(key, "rank")][key] = x
-    return saved
+    every = [_twin(run, machine, machines, len(parts), k).layouts() for k in range(len(parts))]
+    both = [{**part["shared"], **part["rank"]} for part in parts]
+
+    def stretches(key: str, name: str, numel: int) -> list[Tensor]:
+        some = [layouts[key].view(own[key], name) for layouts, own in zip(every, both, strict=True)]
+        return some[:1] if len(some[0]) == numel else some  # one that is not cut is the same on all ranks
+
+    return _laid_out(both[0], whole.layouts(), stretches, whole.saved())
 
 
-def _cut(whole: EveryStep, layouts: Sequence[Layouts], number: int, own: Saved) -> Saved:
-    """What the rank of this number has of a machine's state; own: its state, of that form."""
-    states = whole.saved()
+def _cut(whole: EveryStep, every: Sequence[Layouts], number: int, form: Saved) -> Saved:
+    """What the rank of this number has of a machine's state, of which the ranks have stretches that lie like `every`."""
+    saved, layouts = whole.saved(), whole.layouts()
+    states = {**saved["shared"], **saved["rank"]}
+
+    def stretches(key: str, name: str, numel: int) -> list[Tensor]:
+        sizes = [one[key].size(name) for one in every]
+        start = 0 if sizes[number] == numel else sum(sizes[:number])
+        return [layouts[key].view(states[key], name)[start : start + sizes[number]]]
+
+    return _laid_out(states, layouts, stretches, form)
+
+
+def _laid_out(
+    states: Mapping[str, Tensor], layouts: Layouts, stretches: Callable[[str, str, int], list[Tensor]], form: Saved
+) -> Saved:
+    """States held as in `form`; those with a layout are made of the stretches of each parameter: stretches(key, name, numel)."""
+    held_as: dict[str, Held] = {key: held for held, tensors in form.items() for key in tensors}
     saved: Saved = {"shared": {}, "rank": {}}
-    held_as: dict[str, Held] = {key: held for held, tensors in own.items() for key in tensors}
-    for key, x in {**states["shared"], **states["rank"]}.items():
-        layout = whole.layouts().get(key)
-        if layout is not None:
-            stretches = []
-            for name, n in zip(layout.names, layout.numels, strict=True):
-                sizes = [one[key].size(name) for one in layouts]
-                start = 0 if sizes[number] == n else sum(sizes[:number])
-                stretches.append(layout.view(x, name)[start : start + sizes[number]])
-            x = torch.cat(stretches)
+    for key, x in states.items():
+        if key in layouts:
+            parameters = zip(layouts[key].names, layouts[key].numels, strict=True)
+            x = torch.cat([part for name, numel in parameters for part in stretches(key, name, numel)])
         saved[held_as.get(key, "rank")][key] = x
     return saved
 

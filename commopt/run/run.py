@@ -158,7 +158,7 @@ class Run(ABC):
         had to send. Raises CheckpointError, on all ranks and before anything is changed, if the checkpoint is damaged, or belongs to
         another model or method.
         """
-        return checkpoint.take_over(self, checkpoint.open_run(Path(folder), self))
+        return checkpoint.open_run(Path(folder), self)()
 
     def log(self, **values: float) -> None:
         """Record this step's values if the launcher wants them, else print some: `run.log(loss=..., tokens=...)`.
