@@ -26,7 +26,7 @@ class RunLog:
         self._recorder: Recorder | None = None
         self._planned = 0
         self._begun_at: int | None = None  # the step at which this process began
-        self._is_measuring = self._has_ended = self._is_finished = False
+        self._is_measuring = self._has_ended = False
         self._told, self._last_step = (0, 0, 0), -1
         self._mark = (time.perf_counter(), 0.0)  # when the last step was logged, and waited_s then
 
@@ -90,9 +90,8 @@ class RunLog:
 
     def finish(self) -> None:
         """End the measured window, and record it if replicas have drifted apart."""
-        if self._recorder is None or self._is_finished:
+        if self._recorder is None:
             return
-        self._is_finished = True
         self.tell()
         self.end_window()
         if not self._run.replicas_are_equal():
@@ -115,7 +114,7 @@ class RunLog:
 
     def close(self) -> None:
         """Record that training ended as planned, if it did."""
-        if self._recorder is not None and self._is_finished:
+        if self._recorder is not None and self._run.is_finished:
             self._recorder.end()
         self._recorder = None
 

@@ -127,8 +127,9 @@ class Run(ABC):
 
     def finish(self) -> None:
         """End the training: call it after the last step. Makes replicas that may differ equal, if the method does that."""
-        self.is_finished = True
-        self._log.finish()
+        if not self.is_finished:
+            self.is_finished = True
+            self._log.finish()
 
     def close(self) -> None:
         """Take the method out of the training script, and leave the job; waits a few seconds for unsent messages."""
