@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 from presets import Preset
@@ -29,15 +29,9 @@ class Net(nn.Module):
         return torch.stack([(g * p).sum() for g, p in zip(gradients, self.parameters(), strict=True)]).sum()
 
 
-@contextmanager
-def machine(number: int) -> Iterator[None]:
+def machine(number: int) -> AbstractContextManager[object]:
     """As torchrun says which machine this is."""
-    before = os.environ["GROUP_RANK"]
-    os.environ["GROUP_RANK"] = str(number)
-    try:
-        yield
-    finally:
-        os.environ["GROUP_RANK"] = before
+    return mock.patch.dict(os.environ, GROUP_RANK=str(number))
 
 
 def gradient(rank: int, step: int, k: int, shape: torch.Size) -> Tensor:

@@ -182,8 +182,9 @@ def run_plain(group: Group, case: str, steps: int, dtype: torch.dtype = torch.fl
         return flat(model)
 
 
-def run_plain_on_gloo(process_group: dist.ProcessGroup, case: str, steps: int, options: dict[str, Any]) -> Tensor:
-    return run_plain(TorchGroup(process_group), case, steps, **options)
+def on_gloo(process_group: dist.ProcessGroup, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a rank of the pool returns for work(group, *arguments)."""
+    return work(TorchGroup(process_group), *arguments)
 
 
 def run_ddp(process_group: dist.ProcessGroup, case: str, steps: int, options: dict[str, Any]) -> Tensor:

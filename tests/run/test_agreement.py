@@ -8,6 +8,7 @@ import io
 import os
 import re
 import time
+from collections import OrderedDict
 from datetime import timedelta
 from typing import Any
 
@@ -15,21 +16,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from rig import make_model, train
+from rig import make_model, on_gloo, train
 from rig import sgd_of as sgd
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt import attach, build
 from commopt.errors import AttachError, CommoptError, GroupError
-from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
+from commopt.groups import Group, LocalGroup, SimGroup, SimWorld, TorchGroup
 from commopt.groups import torch as torch_groups
 from commopt.run.agree import configuration_of, difference
 
 
-def attempt(rank: int, what: str, group: Any) -> Any:
+def attempt(what: str, group: Group) -> Any:
     """Attach; the last rank has something of its own."""
-    is_odd = rank == 2
+    is_odd = group.rank == 2
     model: Any = make_model()
     method: Any = "two_way(sign)"
     optimizer: Any = None
@@ -53,11 +54,8 @@ def attempt(rank: int, what: str, group: Any) -> Any:
     elif what == "unknown":
         method = "two_weigh" if is_odd else method
     elif what == "order":
-        layers = {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}
-        model = nn.Sequential()
-        for name in sorted(layers, reverse=is_odd):
-            model.add_module(name, layers[name])
-        optimizer = torch.optim.SGD([*layers["a"].parameters(), *layers["b"].parameters()], lr=0.1)
+        model = nn.Sequential(OrderedDict((name, nn.Linear(3, 3)) for name in ("ba" if is_odd else "ab")))
+        optimizer = torch.optim.SGD([*model.a.parameters(), *model.b.parameters()], lr=0.1)
     elif what == "frozen shape":
         model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 6 if is_odd else 5).requires_grad_(False))
     elif what == "buffer":
@@ -65,7 +63,7 @@ def attempt(rank: int, what: str, group: Any) -> Any:
     elif what == "state":
         optimizer = sgd(model, momentum=0.9)
         if is_odd:  # as after a checkpoint that one rank has loaded
-            train(model, optimizer, rank, 1)
+            train(model, optimizer, group.rank, 1)
     elif what == "nothing":
         optimizer = sgd(model)
         model = None if is_odd else model
@@ -90,18 +88,18 @@ CASES = {
 }
 
 
-def said(rank: int, group: Any) -> list[str]:
+def said(group: Group) -> list[str]:
     """The outcome of each attempt, one after another on the same ranks, and whether the group still works afterwards."""
     answers = []
     for what in CASES:
         try:
-            attempt(rank, what, group)
+            attempt(what, group)
             answers.append("attached")
         except CommoptError as error:
             answers.append(str(error))
     model = make_model()
     run = attach(model, "dense", sgd(model), group=group)
-    model(torch.ones(2, next(model.parameters()).shape[1]) * rank).sum().backward()
+    model(torch.ones(2, next(model.parameters()).shape[1]) * group.rank).sum().backward()
     run.optimizer.step()
     answers.append(str(run.replicas_are_equal()))
     run.close()
@@ -119,19 +117,14 @@ def check(answers: list[list[str]]) -> None:
 
 
 def test_simulated_ranks_agree_or_none_attaches() -> None:
-    check(SimWorld[list[str]](3).run(lambda group: said(group.rank, group)))
-
-
-def on_gloo(process_group: dist.ProcessGroup) -> list[str]:
-    return said(dist.get_rank(process_group), TorchGroup(process_group))
+    check(SimWorld[list[str]](3).run(said))
 
 
 def test_ranks_of_a_job_agree_over_its_store_or_none_attaches(pool: Pool) -> None:
-    check(pool.run(3, on_gloo))
+    check(pool.run(3, on_gloo, said))
 
 
-def started_again(process_group: dist.ProcessGroup) -> str:
-    group = TorchGroup(process_group)
+def started_again(group: Group) -> str:
     group.tell("")
     counts = torch_groups._told.copy()
     torch_groups._told.clear()  # as in a new process
@@ -142,7 +135,9 @@ def started_again(process_group: dist.ProcessGroup) -> str:
 
 
 def test_a_rank_that_was_started_alone_again_is_refused_at_once(pool: Pool) -> None:
-    assert all("torch.distributed cannot take one rank back" in answer for answer in pool.run(2, started_again))
+    assert all(
+        "torch.distributed cannot take one rank back" in answer for answer in pool.run(2, on_gloo, started_again)
+    )
 
 
 def in_ddp(process_group: dist.ProcessGroup) -> list[str]:
@@ -220,8 +215,8 @@ def test_a_model_that_is_wrapped_after_attach_is_refused_in_the_first_forward(po
         assert answer.count("wrapped in DDP after dense had been attached") == 2
 
 
-def comes_late(process_group: dist.ProcessGroup) -> str:
-    group, before = TorchGroup(process_group), torch_groups.SOON
+def comes_late(group: Group) -> str:
+    before = torch_groups.SOON
     torch_groups.SOON = timedelta(seconds=0.05)
     time.sleep(0.3 * group.rank)
     with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -231,7 +226,7 @@ def comes_late(process_group: dist.ProcessGroup) -> str:
 
 
 def test_a_rank_says_for_whom_it_waits(pool: Pool) -> None:
-    said, nothing = pool.run(2, comes_late)
+    said, nothing = pool.run(2, on_gloo, comes_late)
     assert said.startswith("rank 0 has waited 0.05 s for rank 1: all ranks must call attach, save and load")
     assert nothing == ""
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from rig import flat, make_model, train
+from rig import flat, make_model, on_gloo, train
 from rig import sgd_of as sgd
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commopt import attach, build
 from commopt.errors import AttachError, CommoptError, ConfigError, GradientsChanged
-from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
+from commopt.groups import Group, LocalGroup, SimGroup, SimWorld, TorchGroup
 from commopt.optim import LAMB, Lion
 
 
@@ -307,17 +307,17 @@ def test_sam_trains_by_the_optimizer_inside_and_a_void_step_leaves_no_trace(capl
     assert "parameters change" not in caplog.text
 
 
-def with_buffers(pg: Any) -> list[Tensor]:
+def with_buffers(group: Group) -> list[Tensor]:
     model = make_model()
     kinds = [torch.bool, torch.int16, torch.uint16, torch.float8_e4m3fn, torch.bfloat16, torch.complex64]
     for k, dtype in enumerate(kinds):
-        model.register_buffer(f"b{k}", torch.full((), float(pg.rank()) + 1).to(dtype))
-    attach(model, "dense", sgd(model), group=TorchGroup(pg)).close()
+        model.register_buffer(f"b{k}", torch.full((), float(group.rank) + 1).to(dtype))
+    attach(model, "dense", sgd(model), group=group).close()
     return [x.to(torch.complex64) for x in model.buffers()]
 
 
 def test_buffers_of_any_dtype_become_those_of_rank_0(pool: Pool) -> None:
-    assert pool.run(2, with_buffers) == [[torch.ones((), dtype=torch.complex64)] * 6] * 2
+    assert pool.run(2, on_gloo, with_buffers) == [[torch.ones((), dtype=torch.complex64)] * 6] * 2
 
 
 def backward(model: nn.Module, rank: int = 0) -> None:

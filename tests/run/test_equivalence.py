@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from pool import Pool
-from rig import METHODS, attached, flat, make_model, run_ddp, run_plain, run_plain_on_gloo
+from rig import METHODS, attached, flat, make_model, on_gloo, run_ddp, run_plain
 from torch import Tensor
 
-from commopt.groups import Group, SimWorld, TorchGroup
+from commopt.groups import Group, SimWorld
 
 STEPS = 6
 DDP_CASES: dict[str, dict[str, Any]] = {
@@ -33,7 +32,7 @@ def test_two_ranks_agree_bit_for_bit_over_all_integrations(pool: Pool, case: str
     assert torch.equal(expected, replica)
     assert not torch.equal(expected, flat(make_model()))
     others = {"plain, a bucket per parameter": simulated(2, case, bucket_bytes=1)}
-    others["plain on gloo"] = pool.run(2, run_plain_on_gloo, case, STEPS, {})
+    others["plain on gloo"] = pool.run(2, on_gloo, run_plain, case, STEPS)
     for name, options in DDP_CASES.items():
         others[name] = pool.run(2, run_ddp, case, STEPS, options)
     assert [name for name, runs in others.items() if not all(torch.equal(run, expected) for run in runs)] == []
@@ -44,7 +43,7 @@ def test_two_ranks_agree_bit_for_bit_over_all_integrations(pool: Pool, case: str
 )
 def test_five_ranks_agree_bit_for_bit_or_up_to_the_order_of_sums(pool: Pool, case: str, tolerance: float) -> None:
     expected = simulated(5, case)[0]
-    for runs in (pool.run(5, run_plain_on_gloo, case, STEPS, {}), pool.run(5, run_ddp, case, STEPS, {})):
+    for runs in (pool.run(5, on_gloo, run_plain, case, STEPS), pool.run(5, run_ddp, case, STEPS, {})):
         assert all(torch.equal(run, runs[0]) for run in runs)
         torch.testing.assert_close(runs[0], expected, rtol=0, atol=tolerance)
 
@@ -60,30 +59,19 @@ def run_exact_gradients(group: Group, case: str) -> Tensor:
         return flat(model)
 
 
-def run_exact_gradients_on_gloo(process_group: dist.ProcessGroup, case: str) -> Tensor:
-    return run_exact_gradients(TorchGroup(process_group), case)
-
-
 @pytest.mark.parametrize("case", METHODS)
 def test_every_method_agrees_bit_for_bit_where_sums_are_exact(pool: Pool, case: str) -> None:
     expected = SimWorld[Tensor](5).run(lambda group: run_exact_gradients(group, case))
     assert all(torch.equal(run, expected[0]) for run in expected)
-    assert all(torch.equal(run, expected[0]) for run in pool.run(5, run_exact_gradients_on_gloo, case))
+    assert all(torch.equal(run, expected[0]) for run in pool.run(5, on_gloo, run_exact_gradients, case))
 
 
-@pytest.mark.parametrize("case", METHODS)
-def test_bfloat16_parameters_train_alike_in_ddp_and_plain(pool: Pool, case: str) -> None:
-    expected = simulated(2, case, dtype=torch.bfloat16)[0]
-    assert expected.dtype == torch.bfloat16
-    assert not torch.equal(expected, flat(make_model(torch.bfloat16)))
-    for run in pool.run(2, run_ddp, case, STEPS, {"dtype": torch.bfloat16}):
+@pytest.mark.parametrize(("dtype", "case"), [(torch.float64, "dense"), *((torch.bfloat16, case) for case in METHODS)])
+def test_parameters_of_any_precision_train_alike_in_ddp_and_plain(pool: Pool, dtype: torch.dtype, case: str) -> None:
+    expected = simulated(2, case, dtype=dtype)[0]
+    assert expected.dtype == dtype
+    assert not torch.equal(expected, flat(make_model(dtype)))
+    for run in pool.run(2, run_ddp, case, STEPS, {"dtype": dtype}):
         assert torch.equal(run, expected)
-
-
-def test_dense_keeps_float64(pool: Pool) -> None:
-    expected = simulated(2, "dense", dtype=torch.float64)[0]
-    for run in pool.run(2, run_ddp, "dense", STEPS, {"dtype": torch.float64}):
-        assert run.dtype == torch.float64
-        assert torch.equal(run, expected)
-    single = simulated(2, "dense")[0]
-    assert 1e-9 < float((expected - single).abs().max()) < 1e-4
+    if dtype == torch.float64:
+        assert 1e-9 < float((expected - simulated(2, case)[0]).abs().max()) < 1e-4

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from outer_rig import Diary, run_world, train_diary
 from pool import Pool
-from rig import flat, make_model, train
+from rig import flat, make_model, on_gloo, train
 from rig import sgd_of as sgd
 from torch import Tensor
 
 from commopt import attach, build
 from commopt.errors import AttachError
-from commopt.groups import LocalGroup, SimGroup, SimWorld, TorchGroup
+from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
 from commopt.groups.tcp import TcpPeers
 from commopt.plan.links import LinkModel
 from commopt.run.checks import connect_peers
@@ -123,11 +122,10 @@ OVER_TCP: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def train_on_gloo(process_group: dist.ProcessGroup, name: str, options: dict[str, Any]) -> tuple[Tensor, str, float]:
-    diary, group = Diary(), TorchGroup(process_group)
-    train_diary(group, diary, name, options, 12)
+def trained(group: Group, name: str, options: dict[str, Any]) -> tuple[Tensor, str, float]:
+    diary = train_diary(group, Diary(), name, options, 12)
     diary.attached.quiet()
-    dist.barrier(process_group)
+    group.barrier()
     diary.attached.close()
     return diary.attached.flat(), type(diary.attached.peers).__name__, sum(report.missed for report in diary.reports)
 
@@ -137,7 +135,7 @@ def test_ranks_of_torch_distributed_train_as_simulated_ones_do(pool: Pool, name:
     """Over real sockets, which may show what a simulated mailbox hides."""
     options = {**options, "timeout_s": 60.0}
     _, diaries = run_world(3, name, options, 12)
-    for diary, (result, kind, missed) in zip(diaries, pool.run(3, train_on_gloo, name, options), strict=True):
+    for diary, (result, kind, missed) in zip(diaries, pool.run(3, on_gloo, trained, name, options), strict=True):
         assert kind == TcpPeers.__name__
         assert missed == 0
         torch.testing.assert_close(result, diary.attached.flat(), rtol=1e-6, atol=1e-7)
