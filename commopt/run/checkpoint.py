@@ -160,11 +160,10 @@ def _training(stored: Stored, rank: int) -> dict[str, Any]:
 
 
 def _saved(stored: Stored, rank: int) -> Saved:
-    def of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key.removeprefix("method/"): x for key, x in tensors.items() if key.startswith("method/")}
-
-    own = of_method(stored.own[rank])
-    return {"shared": own if stored.manifest.meta["is_sharded"] else of_method(stored.shared), "rank": own}
+    """The method's state as a rank had it, all of it in both parts: what ranks share may be in either."""
+    tensors = {**stored.shared, **stored.own[rank]}
+    state = {key.removeprefix("method/"): x for key, x in tensors.items() if key.startswith("method/")}
+    return {"shared": state, "rank": state}
 
 
 def _problems(stored: Stored, run: Run, with_training: bool) -> Iterator[str]:

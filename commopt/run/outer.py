@@ -153,13 +153,9 @@ class OuterRun(Run):
             own |= {f"round {k} value {key}": x for key, x in exchanged.values.items()}
         return {"shared": {}, "rank": own}
 
-    def check_saved(self, saved: Saved) -> None:
-        self.method.check_saved({"shared": saved["rank"], "rank": saved["rank"]})
-
     def load_saved(self, saved: Saved) -> None:
-        own = saved["rank"]
-        self.method.load({"shared": own, "rank": own})
-        self._pending = []
+        super().load_saved(saved)
+        own, self._pending = saved["rank"], []
         while (key := f"round {len(self._pending)}") in own:
             number, fragment, begun_at, is_missed, *members = own[key].tolist()
             prefix = f"{key} value "
