@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exchanges import every_operation, expected
 from level_rig import Net, gradient, start, train
 from presets import PRESETS, Preset, sgd
 from rig import flat
@@ -18,7 +19,6 @@ import commopt
 from commopt.errors import AttachError, GroupError
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
 from commopt.plan.links import LinkModel
-from commopt.wire.payload import Payload
 
 STEPS, SAVED_AT = 8, 5
 CASES = [
@@ -149,18 +149,7 @@ def test_a_world_is_a_group_of_all_its_ranks() -> None:
     def work(group: SimGroup) -> None:
         world, rank = group.by_machine(2), group.rank
         assert (world.rank, world.size, world.per_machine) == (rank, 6, 2)
-        x = torch.tensor([float(rank)])
-        world.all_reduce(x)
-        assert x.item() == 15
-        own = Payload.of(torch.full((rank + 1,), float(rank)))
-        every = world.all_gather(own, [((torch.float32, k + 1),) for k in range(6)])
-        assert [one.tensors[0].tolist() for one in every] == [[float(k)] * (k + 1) for k in range(6)]
-        sent = [Payload.of(torch.tensor([10 * rank + k], dtype=torch.int32)) for k in range(6)]
-        assert [int(one.tensors[0]) for one in world.all_to_all(sent)] == [10 * k + rank for k in range(6)]
-        for src in range(6):
-            x.fill_(rank)
-            world.broadcast(x, src)
-            assert x.item() == src
+        assert every_operation(world, torch.device("cpu")) == expected(rank, 6)
         assert world.tell(f"rank {rank}") == [f"rank {k}" for k in range(6)]
         assert set(world.traffic.by_peer) <= {k for k in range(6) if k // 2 != rank // 2}
 
