@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,20 +23,19 @@ from commopt.groups import Group, LocalGroup, SimGroup, SimWorld, TorchGroup
 from commopt.optim import LAMB, Lion
 
 
-def adam(model: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam(model.parameters())
+def made(kind: Any, **options: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: kind(model.parameters(), **options)
+
+
+adam = made(torch.optim.Adam)
+float64 = partial(make_model, torch.float64)
 
 
 def stepped_adam(model: nn.Module) -> torch.optim.Adam:
-    optimizer = adam(model)
-    optimizer.param_groups[0]["amsgrad"] = True
+    optimizer: torch.optim.Adam = made(torch.optim.Adam, amsgrad=True)(model)
     train(model, optimizer, 0, 1)
     optimizer.param_groups[0]["amsgrad"] = False
     return optimizer
-
-
-def made(kind: Any, **options: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: kind(model.parameters(), **options)
 
 
 def of(
@@ -66,9 +66,9 @@ def channels_last() -> nn.Module:
     return nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def with_meta_buffer() -> nn.Module:
+def with_buffer(x: Tensor) -> nn.Module:
     model = make_model()
-    model.register_buffer("scale", torch.ones(2, device="meta"))
+    model.register_buffer("mask", x)
     return model
 
 
@@ -98,18 +98,8 @@ class SAM(torch.optim.Optimizer):
         self.zero_grad()
 
 
-def with_sparse_buffer() -> nn.Module:
-    model = make_model()
-    model.register_buffer("mask", torch.eye(2).to_sparse())
-    return model
-
-
 def sparse() -> nn.Module:
     return nn.Sequential(nn.Embedding(5, 3, sparse=True))
-
-
-def float64() -> nn.Module:
-    return make_model(torch.float64)
 
 
 def masked(*shape: int) -> Any:
@@ -157,9 +147,15 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (of("ef_sign", model=channels_last), r"weight: it is not contiguous in memory .*call \.contiguous\(\)"),
     (of("dense", model=sparse), r"0: sparse gradients are not supported; build the embedding with sparse=False"),
     (of("dense", model=lambda: nn.Linear(3, 3, dtype=torch.complex64)), "weight: torch.complex64 .* are not supported"),
-    (of("dense", model=with_meta_buffer), "parameters or buffers on the meta device: .*; give them storage first"),
+    (
+        of("dense", model=lambda: with_buffer(torch.ones(2, device="meta"))),
+        "parameters or buffers on the meta device: .*; give them storage first",
+    ),
     *(
-        (of(name, kind, float64), rf"0\.weight: torch\.float64 parameters: {name} works in float32, .*; use dense, or")
+        (
+            of(name, kind, float64),
+            rf"0\.weight: torch\.float64 parameters: {name} works in float32, .*; use dense, or",
+        )
         for name, kind in (("ef_sign", sgd), ("onebit_adam", adam), ("local_sgd", sgd), ("choco", sgd))
     ),
     *((of("dense", max_norm=value), NORM) for value in (0, -1.0, math.nan, True, "1")),
@@ -194,7 +190,10 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (of("onebit_adam", stood_in_for), "a stand-in as the optimizer: it is onebit_adam's already; pass the optimizer"),
     (of("dense", made(torch.optim.LBFGS)), "LBFGS: it evaluates the loss several times"),
     (of("noloco", made(SAM)), "SAM as the optimizer: it is a wrapper; .*, or pass the optimizer inside"),
-    (of("diloco", model=with_sparse_buffer), "the buffer mask: it is sparse or quantized, .* make it a dense tensor"),
+    (
+        of("diloco", model=lambda: with_buffer(torch.eye(2).to_sparse())),
+        "the buffer mask: it is sparse or quantized, .* make it a dense tensor",
+    ),
     # a second momentum, or another scale
     (of("dgc", made(torch.optim.SGD, momentum=0.9)), rf"{BEFORE}use torch.optim.SGD without momentum$"),
     *(

@@ -35,36 +35,22 @@ def train(run: Run, model: nn.Module, stop: int = STEPS) -> list[float]:
 
 
 @every_family
-def test_a_run_says_what_happened(preset: Preset) -> None:
-    def work(group: SimGroup) -> tuple[list[float], bool]:
-        model = make_model()
-        run = preset.attach(model, group)
-        assert (run.join(), run.rank, run.ranks) == (0, group.rank, 2)
-        assert run.method.name == preset.name
-        assert run.model is model
-        assert list(run.parameters) == [key for key, _ in model.named_parameters()]
-        losses = train(run, model)
-        assert run.steps == len(losses) == STEPS
-        assert run.traffic.payload_bytes > 0
-        assert run.waited_s >= 0
-        assert run.voided == []
-        assert [report.step for report in run.reports] == ([3, 6] if run.method.kind == "outer" else [])
-        equal = run.replicas_are_equal()
-        run.finish()
-        run.close()
-        return losses, equal
-
-    for losses, equal in SimWorld[Any](2).run(work):
-        assert equal
-        assert losses[-1] < losses[0]
-
-
-@every_family
-def test_a_run_finishes_and_closes_at_the_end_of_its_block(preset: Preset) -> None:
+def test_a_run_says_what_happened_and_finishes_and_closes_at_the_end_of_its_block(preset: Preset) -> None:
     def work(group: SimGroup) -> Tensor:
         model = make_model()
         with preset.attach(model, group) as run:
-            train(run, model)
+            assert (run.join(), run.rank, run.ranks) == (0, group.rank, 2)
+            assert run.method.name == preset.name
+            assert run.model is model
+            assert list(run.parameters) == [key for key, _ in model.named_parameters()]
+            losses = train(run, model)
+            assert run.steps == len(losses) == STEPS
+            assert losses[-1] < losses[0]
+            assert run.traffic.payload_bytes > 0
+            assert run.waited_s >= 0
+            assert run.voided == []
+            assert [report.step for report in run.reports] == ([3, 6] if run.method.kind == "outer" else [])
+            assert run.replicas_are_equal()
         assert run.is_finished
         assert run.is_closed
         with FAMILIES[0].attach(model):  # nothing is left on the model
