@@ -146,7 +146,7 @@ class DDPRun(EveryStepRun):
 
         def finished() -> None:
             self.waited_s += self._waits.since(begun)
-            self.note_versions()
+            self.note_gradients()
 
         queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
         # DDP queues its own end of backward after this hook returns; a callback queued by a callback runs after that

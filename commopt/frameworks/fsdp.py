@@ -52,8 +52,7 @@ class FSDPRun(EveryStepRun):
     def __init__(self, model: Module, checked: checks.Checked, group: Group, units: Sequence[Unit], mesh: Mesh) -> None:
         self.units, self.mesh = units, mesh
         self._left_out: set[str] = set()
-        self._is_noted = False  # whether the end of this backward will note how gradients begin
-        self._beginnings: dict[str, Tensor] = {}  # a DTensor's version does not count what clip_grad_norm_ does
+        self._is_noted = False  # whether the end of this backward will note gradients
         super().__init__(model, checked, group)
         self._clip, self.max_norm = self.max_norm, None  # at the step, by the norm of all shards
         for one in [unit.param_group for unit in units]:  # close gives every exchange back to FSDP
@@ -99,11 +98,6 @@ class FSDPRun(EveryStepRun):
                 if flag:
                     p.grad = None
         self._void_names.clear()
-        for name, x in self._beginnings.items():
-            p = self.parameters[name]
-            if p.grad is not None and self.grad_scaler is None and not torch.equal(_beginning(p), x):
-                self.refuse_changed(name)
-        self._beginnings.clear()
         self._is_noted = False  # a backward that failed has not come to its end
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._clip)
@@ -111,7 +105,7 @@ class FSDPRun(EveryStepRun):
 
     def _note(self) -> None:
         self._is_noted = False
-        self._beginnings = {name: _beginning(p).clone() for name, p in self.parameters.items() if p.grad is not None}
+        self.note_gradients()
 
     def _on_any_shard(self, flags: list[bool]) -> list[int]:
         """Each flag, set if it is set on any shard of this replica. Sends 4 bytes for each."""
@@ -122,11 +116,6 @@ class FSDPRun(EveryStepRun):
     def _after_step(self, *_: Any) -> None:
         self._left_out.clear()
         super()._after_step()
-
-
-def _beginning(p: Tensor) -> Tensor:
-    """Some elements of a gradient."""
-    return local(cast(Tensor, p.grad)).flatten()[:8]
 
 
 class ReplicaRun(FSDPRun):

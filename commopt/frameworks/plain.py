@@ -59,7 +59,7 @@ class PlainRun(EveryStepRun):
                     if p.grad is None:
                         p.grad = torch.empty_like(p)
                     p.grad.copy_(x.view_as(p))
-        self.note_versions()
+        self.note_gradients()
         self._has_new_gradients = False
         self.waited_s += time.perf_counter() - start
 

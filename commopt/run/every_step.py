@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
 from commopt.wire.bucket import Bucket, ParameterIndex, Share
 from commopt.wire.payload import Payload
+from commopt.wire.shards import local
 
 _log = logging.getLogger(__name__)
 COMPARED_EVERY = 50  # exchanges: then ranks compare how many optimizer steps they have made
@@ -44,8 +45,8 @@ class EveryStepRun(Run):
         self._voids = self._calls = self._stepped = 0
         self._void_names: set[str] = set()
         self._unapplied: set[str] = set()  # exchanged, but not stepped by yet
-        # parameter name -> its gradient after backward, and its version then
-        self._exchanged: dict[str, tuple[Tensor | None, int]] = {}
+        # parameter name -> its gradient after backward, its version then, and how it began
+        self._exchanged: dict[str, tuple[Tensor, int, Tensor | None] | None] = {}
         self._rollback: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._watched, self._versions = list(self.parameters.values())[-1], list[int]()  # those of backwards
         stand_in = self.optimizer if isinstance(self.optimizer, StandIn) else None
@@ -127,7 +128,7 @@ class EveryStepRun(Run):
             good = [done for done in every if done.void is None]
             clip_joint_norm_(good, self.max_norm * (loss_scale if method.is_linear else 1.0))
         for bucket, done in zip(buckets, every, strict=True):
-            self._exchanged.update(dict.fromkeys(bucket.names, (None, -1)))
+            self._exchanged.update(dict.fromkeys(bucket.names))
             if done.void is not None:
                 self._record_void(bucket, done.void, is_local)
                 # NaN: a GradScaler, known to us or not, finds it on every rank, skips the step and lowers its scale;
@@ -233,11 +234,11 @@ class EveryStepRun(Run):
                     self.method.name,
                 )
 
-    def note_versions(self) -> None:
+    def note_gradients(self) -> None:
         """Remember the gradients as backward left them, so that `step` detects a change."""
         for name in self._exchanged:
             grad = self.parameters[name].grad
-            self._exchanged[name] = (grad, -1 if grad is None else grad._version)
+            self._exchanged[name] = None if grad is None else (grad, grad._version, _beginning(grad))
 
     def save_for_rollback(self, bucket: Bucket) -> None:
         """Keep the state of parameters without any gradient here, in case no rank has one."""
@@ -287,7 +288,7 @@ class EveryStepRun(Run):
         if self._is_update:
             self._check_gradients()
         elif not self.method.may_be_clipped:  # a GradScaler may divide them by its scale
-            self._check_versions(1 if self.grad_scaler is not None else 0)
+            self._check_unchanged(1 if self.grad_scaler is not None else 0)
         for name, saved in self._rollback.items():
             grad = self.parameters[name].grad  # None, or the zeros that the user left: used on no rank
             if grad is None or not (self._is_update or bool(grad.any())):  # undo its exchange
@@ -316,20 +317,21 @@ class EveryStepRun(Run):
                     f"{name}: step() without an exchange; was the last backward under no_sync(), or not through the wrapped model, or is "
                     "there a parameter that it did not use (DistributedDataParallel(..., find_unused_parameters=True))?"
                 )
-        self._check_versions(allowed)
+        self._check_unchanged(allowed)
 
-    def _check_versions(self, allowed: int) -> None:
+    def _check_unchanged(self, allowed: int) -> None:
         """Raise GradientsChanged for a gradient that has changed since backward more often than allowed."""
         for name, p in self.parameters.items():
-            grad, version = self._exchanged.get(name, (None, -1))
-            if version >= 0 and p.grad is not None and (p.grad is not grad or p.grad._version > version + allowed):
-                self.refuse_changed(name)
-
-    def refuse_changed(self, name: str) -> NoReturn:
-        raise GradientsChanged(
-            f"{name}: the gradient was changed after backward, when it is only a copy of what {self.method.name} has exchanged; clip by "
-            "attach(..., max_norm=...), and pass a GradScaler as attach(..., grad_scaler=...)"
-        )
+            noted = self._exchanged.get(name)
+            if noted is None or p.grad is None:
+                continue
+            grad, version, beginning = noted
+            is_other = beginning is not None and not torch.equal(beginning, cast(Tensor, _beginning(p.grad)))
+            if p.grad is not grad or grad._version > version + allowed or is_other:
+                raise GradientsChanged(
+                    f"{name}: the gradient was changed after backward, when it is only a copy of what {self.method.name} has exchanged; "
+                    "clip by attach(..., max_norm=...), and pass a GradScaler as attach(..., grad_scaler=...)"
+                )
 
     def _after_step(self, *_: Any) -> None:
         self._void_names.clear()
@@ -340,3 +342,8 @@ class EveryStepRun(Run):
         found_inf = getattr(self.optimizer, "found_inf", None)  # a GradScaler sets it on a stand-in
         if found_inf is None or not bool(found_inf):
             self.steps += 1
+
+
+def _beginning(grad: Tensor) -> Tensor | None:
+    """A copy of the first elements of a DTensor, whose version does not count what clip_grad_norm_ does."""
+    return local(grad).flatten()[:8].clone() if hasattr(grad, "to_local") else None
