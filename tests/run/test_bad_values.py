@@ -55,12 +55,12 @@ def one_bad_step(model: nn.Module, inner: nn.Sequential, run: Any, *, first: int
     assert run.replicas_are_equal()
 
 
-@pytest.mark.parametrize(("first", "bad"), [(0, math.nan), (FREEZE, -math.inf), (FREEZE + 3, math.nan)])
+@pytest.mark.parametrize("first", [0, FREEZE])
 @pytest.mark.parametrize("case", METHODS)
-def test_plain_ranks_leave_the_bad_bucket_out_together(case: str, first: int, bad: float) -> None:
+def test_plain_ranks_leave_the_bad_bucket_out_together(case: str, first: int) -> None:
     def work(group: Group) -> None:
         with attached(group, case, bucket_bytes=1) as (model, _, run):
-            one_bad_step(model, model, run, first=first, bad=bad, void={POISONED})
+            one_bad_step(model, model, run, first=first, bad=-math.inf, void={POISONED})
 
     SimWorld[None](RANKS, timeout_s=60).run(work)
 
