@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from rig import loss_of, make_batch, make_model, normal
+from rig import flat, loss_of, make_batch, make_model, normal
 from torch import Tensor
 
 from commopt import attach, build
@@ -170,6 +171,52 @@ def train_diary(
         diary.after[run.steps] = run.flat()
     run.finish()
     return diary
+
+
+def train_outer(
+    group: SimGroup,
+    method: Mapping[str, Any],
+    steps: int,
+    kind: Any = torch.optim.Adam,
+    *,
+    per_machine: int = 1,
+    lone: int = 1,
+    is_alike: bool = False,
+    step_s: float = 0.0,
+    poison: Callable[[int, int, torch.nn.Module], None] | None = None,
+    saves: Mapping[int, Path] | None = None,
+    load_from: Path | None = None,
+) -> tuple[Tensor, OuterRun]:
+    """The parameters in the end, and the run.
+
+    kind: of the optimizer. per_machine: ranks that train together. lone: how many batches a rank takes, as such a machine would have.
+    is_alike: all ranks of a machine take the same one. saves: where to save before which steps.
+    """
+    model = make_model()
+    optimizer = kind(model.parameters(), lr=0.01)
+    run: Any = attach(model, method, optimizer, group=group.by_machine(per_machine) if per_machine > 1 else group)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 9, 0.7)
+    if load_from is not None:
+        schedule.load_state_dict(run.load(load_from)["schedule"])
+    run.join(schedule=schedule)
+    for step in run.range(steps):
+        if step in (saves or {}):
+            run.save(saves[step], extra={"schedule": schedule.state_dict()})  # type: ignore[index]
+        if poison is not None:
+            poison(run.rank, step, model)
+        optimizer.zero_grad()
+        for batch in range(lone):
+            x, y = make_batch(run.peers.rank if is_alike else run.rank * lone + batch, step)
+            loss_of(model(x), y).backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad /= lone
+        if step_s:
+            group.advance(step_s)
+        optimizer.step()
+        schedule.step()
+    run.finish()
+    return flat(model), run
 
 
 def run_world(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from outer_rig import train_outer
 from rig import flat, make_model, train
 from torch import Tensor, nn
 
@@ -43,43 +44,26 @@ CASES: list[Case] = [
 ]
 
 
-def start(group: SimGroup, case: Case, kind: Any = torch.optim.Adam) -> tuple[nn.Module, Run]:
-    name, options = case
+def start(group: SimGroup, case: Case) -> tuple[nn.Module, Run]:
     model = make_model()
-    return model, attach(model, {"name": name, "every": 6, **options}, kind(model.parameters(), lr=0.01), group=group)
+    return model, attach(model, method_of(case), torch.optim.Adam(model.parameters(), lr=0.01), group=group)
 
 
-def trained(
-    group: SimGroup,
-    case: Case,
-    kind: Any = torch.optim.Adam,
-    *,
-    saves: dict[int, Path] | None = None,
-    load_from: Path | None = None,
-    saved_at: int = 0,
-) -> Tensor:
-    model, run = start(group, case, kind)
-    schedule = torch.optim.lr_scheduler.StepLR(run.optimizer, 9, 0.7)
-    if load_from is not None:
-        schedule.load_state_dict(run.load(load_from)["schedule"])
-    assert run.join(schedule=schedule) == saved_at
-    for step in run.range(STEPS):
-        if step in (saves or {}):
-            run.save(saves[step], extra={"schedule": schedule.state_dict()})  # type: ignore[index]
-        train(model, run.optimizer, group.rank, 1, step)
-        schedule.step()
-    run.finish()
-    return flat(model)
+def method_of(case: Case) -> dict[str, Any]:
+    name, options = case
+    return {"name": name, "every": 6, **options}
+
+
+def trained(case: Case, kind: Any = torch.optim.Adam, **options: Any) -> list[Tensor]:
+    """What three ranks end with."""
+    return SimWorld[Tensor](3).run(lambda group: train_outer(group, method_of(case), STEPS, kind, **options)[0])
 
 
 def check(case: Case, folder: Path, kind: Any = torch.optim.Adam, *moments: int) -> None:
     saves = {at: folder / str(at) for at in moments or (6, SAVED_AT)}  # a round has just ended, or is two steps old
-    uninterrupted = SimWorld[Tensor](3).run(lambda group: trained(group, case, kind, saves=saves))
+    uninterrupted = trained(case, kind, saves=saves)
     for at, saved in saves.items():
-        resumed = SimWorld[Tensor](3).run(
-            lambda group, at=at, saved=saved: trained(group, case, kind, load_from=saved, saved_at=at)  # type: ignore[misc]
-        )
-        assert all(map(torch.equal, resumed, uninterrupted)), at
+        assert all(map(torch.equal, trained(case, kind, load_from=saved), uninterrupted)), at
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -95,16 +79,12 @@ def test_savic_takes_the_averaged_scale_where_a_checkpoint_lies_between_the_roun
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     case = ("noloco", {"message": "sign", "delay": 4})
-    saved, plain = (
-        SimWorld[Tensor](3).run(lambda group, saves=saves: trained(group, case, saves=saves))  # type: ignore[misc]
-        for saves in ({SAVED_AT: tmp_path / "saved"}, {})
-    )
-    assert all(map(torch.equal, saved, plain))
+    assert all(map(torch.equal, trained(case, saves={SAVED_AT: tmp_path / "saved"}), trained(case)))
 
 
 def test_a_rank_that_resumes_behind_the_others_catches_up(tmp_path: Path) -> None:
     """One rank lost its checkpoint: it starts at step 0, sees where the others are, and takes over their place."""
-    SimWorld[Tensor](3).run(lambda group: trained(group, DILOCO, saves={SAVED_AT: tmp_path / "saved"}))
+    trained(DILOCO, saves={SAVED_AT: tmp_path / "saved"})
 
     def resume(group: SimGroup) -> int:
         model, run = start(group, DILOCO)
@@ -122,7 +102,7 @@ def test_a_rank_that_resumes_behind_the_others_catches_up(tmp_path: Path) -> Non
 
 
 def test_another_outer_method_or_form_is_refused_before_anything_changes(tmp_path: Path) -> None:
-    SimWorld[Tensor](3).run(lambda group: trained(group, DILOCO, saves={SAVED_AT: tmp_path / "saved"}))
+    trained(DILOCO, saves={SAVED_AT: tmp_path / "saved"})
 
     def load(group: SimGroup) -> list[str]:
         said = []

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from rig import flat, loss_of, make_batch, make_model
+from outer_rig import spoil, train_outer
+from rig import make_model
 from torch import Tensor
 
 from commopt import attach
@@ -38,47 +39,11 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(messages, "PIECE", 50)  # so that parameters are cut
 
 
-def trained(
-    group: SimGroup,
-    case: Case,
-    per_machine: int,
-    steps: int = 14,
-    *,
-    lone: int = 1,
-    is_alike: bool = False,
-    step_s: float = 0.0,
-    poison: tuple[int, int] | None = None,
-    save_at: tuple[int, Path] | None = None,
-    load_from: Path | None = None,
-) -> tuple[Tensor, OuterRun]:
-    """Train by Adam. per_machine: ranks that train together. lone: how many batches a rank takes, as such a machine would have.
-    is_alike: all ranks of a machine take the same one."""
-    name, options = case
-    model = make_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    world = group.by_machine(per_machine) if per_machine > 1 else group
-    method = {"name": name, "timeout_s": 1.0, **({"every": EVERY} if name != "decentralized_adam" else {}), **options}
-    run: Any = attach(model, method, optimizer, group=world)
-    if load_from is not None:
-        run.load(load_from)
-    run.join()
-    for step in run.range(steps):
-        if save_at is not None and step == save_at[0]:
-            run.save(save_at[1])
-        if poison == (run.rank, step):
-            next(model.parameters()).data[0, 0] = float("nan")
-        optimizer.zero_grad()
-        for batch in range(lone):
-            x, y = make_batch(run.peers.rank if is_alike else run.rank * lone + batch, step)
-            loss_of(model(x), y).backward()
-        for p in model.parameters():
-            assert p.grad is not None
-            p.grad /= lone
-        if step_s:
-            group.advance(step_s)
-        optimizer.step()
-    run.finish()
-    return flat(model), run
+def trained(group: SimGroup, case: Case, per_machine: int, steps: int = 14, **options: Any) -> tuple[Tensor, OuterRun]:
+    name, given = case
+    every = {"every": EVERY} if name != "decentralized_adam" else {}
+    method = {"name": name, "timeout_s": 1.0, **every, **given}
+    return train_outer(group, method, steps, per_machine=per_machine, **options)
 
 
 def on_machines(
@@ -147,7 +112,7 @@ def test_a_machine_is_killed_and_comes_back_with_all_of_its_ranks(name: str) -> 
 
 
 def test_a_nan_on_one_rank_is_replaced_by_another_machines_replica() -> None:
-    found = on_machines(2, 2, ("diloco", {}), steps=20, step_s=0.1, poison=(3, 5))
+    found = on_machines(2, 2, ("diloco", {}), steps=20, step_s=0.1, poison=spoil(3, 5))
     for x in replicas(found, 2):
         assert bool(x.isfinite().all())
     for rank in (2, 3):
@@ -161,7 +126,7 @@ def test_the_final_average_makes_machines_equal() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_machines_go_on_from_a_checkpoint_with_as_many_ranks_or_others(case: Case, tmp_path: Path) -> None:
-    whole = replicas(on_machines(2, 2, case, save_at=(8, tmp_path), is_alike=True), 2)
+    whole = replicas(on_machines(2, 2, case, saves={8: tmp_path}, is_alike=True), 2)
     name, options = case
     for ranks in (2, 1):
         is_under_way = "delay" in options or name == "decentralized_adam"
