@@ -185,9 +185,11 @@ def _stepping(method: Method, optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer that will step. Raises AttachError if it is missing, or does not fit the method."""
     kind = type(optimizer).__name__
     given = "it is missing" if optimizer is None else f"got {kind}"
+    # SAM steps by the optimizer inside it, in a method that isn't `step`
+    is_wrapper = any(isinstance(x, torch.optim.Optimizer) for x in getattr(optimizer, "__dict__", {}).values())
     facts = {
         "optimizer of a method": isinstance(optimizer, StandIn) and f"{optimizer.method.name}'s",
-        "wrapped optimizer": not kind.startswith("ZeroRedundancy") and _has_one_inside(optimizer) and kind,
+        "wrapped optimizer": not kind.startswith("ZeroRedundancy") and is_wrapper and kind,
         "LBFGS": isinstance(optimizer, torch.optim.LBFGS),
         "no optimizer": not isinstance(optimizer, torch.optim.Optimizer) and given,
     }
@@ -202,11 +204,6 @@ def _stepping(method: Method, optimizer: Any) -> torch.optim.Optimizer:
             raise AttachError(f"{kind} after steps: {error}") from None
         stepping = StandIn(method, optimizer)
     return stepping
-
-
-def _has_one_inside(optimizer: object) -> bool:
-    """Whether it steps by another optimizer, maybe in a method that isn't `step`, as SAM does."""
-    return any(isinstance(x, torch.optim.Optimizer) for x in getattr(optimizer, "__dict__", {}).values())
 
 
 def has_closure(args: Any, kwargs: Any) -> bool:

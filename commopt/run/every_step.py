@@ -195,15 +195,14 @@ class EveryStepRun(Run):
 
     def repeats(self, buckets: Sequence[Bucket]) -> GradientsChanged | None:
         """What `exchange` will raise because the state still holds an earlier exchange that no step has applied."""
-        if self.method.is_repeatable:
+        repeated = [name for bucket in buckets for name in bucket.names if name in self._unapplied]
+        if not repeated or self.method.is_repeatable:
             return None
-        for name in (name for bucket in buckets for name in bucket.names if name in self._unapplied):
-            return GradientsChanged(
-                f"{name}: {self.method.name} exchanges a second time before optimizer.step(), with the first exchange still in its "
-                f"state. To accumulate gradients, or if another loss reaches these parameters, {self.repeat_hint}. To skip a "
-                "step, decide before backward, or attach to the model without a wrapper, which exchanges in step(). Step run.optimizer"
-            )
-        return None
+        return GradientsChanged(
+            f"{repeated[0]}: {self.method.name} exchanges a second time before optimizer.step(), with the first exchange still in its "
+            f"state. To accumulate gradients, or if another loss reaches these parameters, {self.repeat_hint}. To skip a "
+            "step, decide before backward, or attach to the model without a wrapper, which exchanges in step(). Step run.optimizer"
+        )
 
     def _compare_steps(self) -> None:
         if self._compares and self.group.size > 1:
@@ -227,12 +226,8 @@ class EveryStepRun(Run):
         if self.steps == 0 and version not in self._versions:
             self._versions.append(version)
             if len(self._versions) == 3:
-                _log.warning(
-                    "rank %d: parameters change, but not by the %s that %s is attached to: step run.optimizer",
-                    self.group.rank,
-                    type(self.replaced).__name__,
-                    self.method.name,
-                )
+                told = "rank %d: parameters change, but not by the %s that %s is attached to: step run.optimizer"
+                _log.warning(told, self.rank, type(self.replaced).__name__, self.method.name)
 
     def note_gradients(self) -> None:
         """Remember the gradients as backward left them, so that `step` detects a change."""

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from commopt.errors import CheckpointError
@@ -218,9 +217,9 @@ def join(described: Any, tensors: Mapping[str, Tensor]) -> Any:
 def pack(value: Any) -> Tensor:
     """(n,) u8: a nested value as one safetensors file."""
     described, tensors = split(value)
-    stored = {f"t{name}": x.to("cpu").contiguous().clone() for name, x in tensors.items()}
+    stored = {f"t{name}": x for name, x in tensors.items()}
     stored[_JSON] = torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
-    return torch.frombuffer(bytearray(save_tensors(stored)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray().join(pieces_of(stored)), dtype=torch.uint8)
 
 
 def unpack(packed: Tensor) -> Any:

@@ -29,10 +29,10 @@ def resize(run: Run, every: Sequence[Saved], had: int) -> None:
         return
     old, new, machine = len(every) // had, run.group.size // has, run.group.rank // has
     needed = [machine] if old == new else range(old)  # as many machines as before continue from their own states
-    whole = [_put_together(run, every[k * had : (k + 1) * had], k, old) for k in needed] if had > 1 else every
+    whole = [every[k] if had == 1 else _put_together(run, every[k * had : (k + 1) * had], k, old) for k in needed]
     target = method if has == 1 else _twin(run, machine, new)
     if old == new:
-        target.load(whole[0] if had > 1 else every[machine])
+        target.load(whole[0])
     else:
         target.resize(whole)
     if target is not method:
