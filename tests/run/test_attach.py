@@ -117,25 +117,15 @@ PLAIN = r".*torch\.optim\.SGD\(parameters, lr=1e-4\) without momentum"
 NORM = r"max_norm: .* is out of range; write a number above 0, or leave it out"
 REFUSED: list[tuple[Callable[[], object], str]] = [
     *((twice(name), r"attached to this model already; close\(\) what attach returned") for name in ("dense", "noloco")),
-    *(
-        (to_two(name), f"this {name}: it was attached to a model before; build another")
-        for name in ("ef_sign", "noloco")
-    ),
-    *(
-        (
-            of(name, lambda _: None),
-            rf"{name}: pass the .* training \(it is missing\); write attach\(model, '{name}', opt",
-        )
-        for name in ("ef_sign", "onebit_adam", "noloco")
-    ),
-    *(
-        (of(name, lambda model: sgd(model[0])), r"without the trainable parameter 2\.weight: attach takes one")
-        for name in ("dense", "diloco")
-    ),
-    *(
-        (of(name, model=lambda: make_model().requires_grad_(False)), r"no trainable parameter")
-        for name in ("dense", "noloco")
-    ),
+    (to_two("ef_sign"), "this ef_sign: it was attached to a model before; build another"),
+    (to_two("noloco"), "this noloco: it was attached to a model before; build another"),
+    (of("ef_sign", lambda _: None), r"ef_sign: pass the .* \(it is missing\); write attach\(model, 'ef_sign', opt"),
+    (of("onebit_adam", lambda _: None), r"pass the .* \(it is missing\); write attach\(model, 'onebit_adam', opt"),
+    (of("noloco", lambda _: None), r"noloco: pass the .* \(it is missing\); write attach\(model, 'noloco', opt"),
+    (of("dense", lambda model: sgd(model[0])), r"without the trainable parameter 2\.weight: attach takes one"),
+    (of("diloco", lambda model: sgd(model[0])), r"without the trainable parameter 2\.weight: attach takes one"),
+    (of("dense", model=lambda: make_model().requires_grad_(False)), "no trainable parameter"),
+    (of("noloco", model=lambda: make_model().requires_grad_(False)), "no trainable parameter"),
     (of("dense", lambda _: None, lambda: [1, 2]), r"model: got list, expected a module \(plain, .*Lightning takes"),
     (of("xyz"), r"unknown method 'xyz'; known: choco, decentralized_adam, demo, dense, dgc, .*onebit_adam"),
     (of("ef_sign", lambda _: 0.1), r"ef_sign: pass the optimizer of your training \(got float\)"),
@@ -196,10 +186,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     ),
     # a second momentum, or another scale
     (of("dgc", made(torch.optim.SGD, momentum=0.9)), rf"{BEFORE}use torch.optim.SGD without momentum$"),
-    *(
-        (of({"name": "dgc", **own}, adam), rf"{BEFORE}SGD without momentum")
-        for own in ({"momentum": 0.9}, {"nesterov": True})
-    ),
+    (of({"name": "dgc", "momentum": 0.9}, adam), rf"{BEFORE}SGD without momentum"),
+    (of({"name": "dgc", "nesterov": True}, adam), rf"{BEFORE}SGD without momentum"),
     (
         of({"name": "dgc", "momentum": 0.9}, made(torch.optim.Adafactor)),
         "Adafactor would apply its own on top: leave momentum, nesterov and decay_momentum out with Adafactor",

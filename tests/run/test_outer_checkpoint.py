@@ -71,9 +71,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(case: Case, tmp_pat
     check(case, tmp_path)
 
 
-def test_savic_takes_the_averaged_scale_where_a_checkpoint_lies_between_the_round_and_the_next_step(
-    tmp_path: Path,
-) -> None:
+def test_savic_takes_the_averaged_scale_after_a_checkpoint_right_after_a_round(tmp_path: Path) -> None:
     check(("local_sgd", {"every": 7, "average_state": ["exp_avg_sq"]}), tmp_path, SAVIC, 14)
 
 
