@@ -36,6 +36,7 @@ from commopt.run.agree import meeting_group, met, together
 from commopt.run.files import MANIFEST, OWN, SHARED, Manifest, join, split
 from commopt.run.machine import load_localized, localized
 from commopt.run.reshare import recut_training
+from commopt.run.stand_in import StandIn
 from commopt.wire.state import Saved
 
 if TYPE_CHECKING:
@@ -143,7 +144,10 @@ def _content(run: Run, extra: Mapping[str, object], *, with_training: bool) -> C
     own = {f"method/{key}": x for key, x in saved["rank"].items()}
     if with_training:
         meta["optimizer_type"] = type(run.replaced).__name__
-        described |= {"model": dict(run.model.state_dict()), "optimizer": run.optimizer_state()}
+        optimizer = run.optimizer.state_dict()
+        if isinstance(run.optimizer, StandIn):
+            optimizer["state"] = {}  # the method's own state has it already
+        described |= {"model": dict(run.model.state_dict()), "optimizer": optimizer}
         own["rng"] = torch.get_rng_state()
     for key, value in described.items():
         is_own = run.is_sharded and key != "extra"

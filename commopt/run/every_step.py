@@ -80,10 +80,6 @@ class EveryStepRun(Run):
         method.synchronise(self.between)  # for methods that take local steps
         super().finish()
 
-    def optimizer_state(self) -> dict[str, Any]:
-        state = super().optimizer_state()
-        return {**state, "state": {}} if self._is_update else state  # the method's own state has it already
-
     def _silenced(self) -> dict[str, Any]:
         alone = LocalGroup()
         group = alone if self.group.inside is None else World(self.group.inside, alone)

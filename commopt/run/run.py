@@ -227,10 +227,6 @@ class Run(ABC):
         replaced: torch.optim.Optimizer = getattr(self.optimizer, "replaced", self.optimizer)
         return replaced
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold of the optimizer."""
-        return self.optimizer.state_dict()
-
     lacks_state = False  # whether the optimizer's state has been loaded, and not yet the method's
     is_replica = False  # whether this machine's model is its own, and is saved by itself
     is_sharded = False  # whether each rank has shards of the model and of all state
