@@ -32,7 +32,6 @@ METHODS = {
     "onebit_adam l1": Preset("onebit_adam", {"scale": "l1", "block_size": 64, "freeze_step": FREEZE}, ADAM),
     "onebit_adam l2": Preset("onebit_adam", {"scale": "l2", "freeze_step": FREEZE}, ADAM),
 }
-COMPRESSED = [name for name in METHODS if "l" in name.split()[-1] and " " in name]
 UPDATE = [name for name in METHODS if name.startswith("onebit_adam")]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from rig import COMPRESSED, FREEZE, METHODS, UPDATE, attached, flat, loss_of, make_batch, state_of, train, wrapped
+from rig import FREEZE, METHODS, UPDATE, attached, flat, state_of, train, wrapped
 from torch import Tensor, nn
 
 from commopt.groups import Group, SimWorld
@@ -83,26 +83,6 @@ def test_ddp_ranks_leave_the_bad_bucket_out_together(pool: Pool, case: str, over
 @pytest.mark.parametrize("case", METHODS)
 def test_ddp_survives_a_bad_value_in_the_very_first_step(pool: Pool, case: str) -> None:
     pool.run(RANKS, bad_step_in_ddp, case, 0, math.nan, NAMES, {})  # one bucket of all
-
-
-@pytest.mark.parametrize("case", COMPRESSED)
-def test_a_void_step_leaves_the_run_where_it_would_be_without_it(case: str) -> None:
-    """The same three steps with and without a void one among them."""
-
-    def work(group: Group, with_void: bool) -> Tensor:
-        with attached(group, case) as (model, optimizer, _):
-            for step in range(FREEZE + 3):
-                if with_void and step == FREEZE + 2:
-                    x, y = make_batch(group.rank, 99)
-                    optimizer.zero_grad()
-                    loss_of(model(x * (math.nan if group.rank == 2 else 1.0)), y).backward()
-                    optimizer.step()
-                train(model, optimizer, group.rank, 1, step)
-            return flat(model)
-
-    with_void = SimWorld[Tensor](RANKS).run(lambda group: work(group, True))
-    without = SimWorld[Tensor](RANKS).run(lambda group: work(group, False))
-    torch.testing.assert_close(with_void[0], without[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", UPDATE)

@@ -17,7 +17,6 @@ from commopt.errors import AttachError
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
 from commopt.groups.tcp import TcpPeers
 from commopt.plan.links import LinkModel
-from commopt.run.checks import connect_peers
 
 
 def test_a_step_before_join_is_refused() -> None:
@@ -139,13 +138,6 @@ def test_ranks_of_torch_distributed_train_as_simulated_ones_do(pool: Pool, name:
         assert kind == TcpPeers.__name__
         assert missed == 0
         torch.testing.assert_close(result, diary.attached.flat(), rtol=1e-6, atol=1e-7)
-
-
-def test_peers_that_are_given_are_used_as_they_are() -> None:
-    group = SimGroup(SimWorld(1), 0)
-    assert connect_peers(group.peers) is group.peers
-    assert connect_peers(group) is group.peers
-    assert connect_peers(None).size == 1
 
 
 def test_peers_belong_to_one_run_at_a_time() -> None:
