@@ -17,6 +17,7 @@ import commopt
 from commopt.errors import AttachError, CheckpointError, GroupError
 from commopt.groups import Group, LocalGroup, TorchGroup
 from commopt.method import Method
+from commopt.run.machine import bytes_of
 
 T = TypeVar("T")
 Configuration = dict[str, str]  # by dotted keys
@@ -180,8 +181,7 @@ def _flattened(value: Any, key: str = "") -> Configuration:
     elif isinstance(value, Tensor):
         if value.numel() == 1:
             return {key: str(value.item())}
-        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return {key: f"{list(value.shape)} {hashlib.sha256(content).hexdigest()[:12]}"}
+        return {key: f"{list(value.shape)} {hashlib.sha256(bytes_of(value).numpy().data).hexdigest()[:12]}"}
     elif value is None or isinstance(value, bool | int | float | str):
         return {key: str(value)}
     elif isinstance(value, Module) or not type(value).__module__.startswith("commopt"):

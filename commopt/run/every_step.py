@@ -21,6 +21,7 @@ from commopt.groups import Group, LocalGroup, World
 from commopt.method import EveryStep
 from commopt.run.agree import listed
 from commopt.run.checks import HALF, Checked, has_closure
+from commopt.run.machine import bytes_of
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
 from commopt.wire.bucket import Bucket, ParameterIndex, Share
@@ -88,7 +89,7 @@ class EveryStepRun(Run):
     def replicas_are_equal(self) -> bool:
         digest = hashlib.sha256()
         for _, x in self.served():
-            digest.update(x.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+            digest.update(bytes_of(x).numpy().data)
         device = next(iter(self.parameters.values())).device
         own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(device)
         self.group.traffic.bucket = "parameter hashes"

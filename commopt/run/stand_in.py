@@ -63,13 +63,10 @@ class StandIn(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Apply the state that the last exchange left. Parameters without a gradient keep their values."""
-        name = self.method.name
-        if closure is not None:
-            raise ValueError(f"{name} exchanges in backward and takes no closure; call backward, then step()")
+        """Apply the state that the last exchange left. Parameters without a gradient keep their values. The run refuses a closure."""
         if not self.is_attached:
             raise AttachError(
-                f"{name}: step() after close(): nothing is exchanged, and replicas would drift apart; attach again"
+                f"{self.method.name}: step() after close(): nothing is exchanged, and replicas would drift apart; attach again"
             )
         self.replaced._opt_called = True  # type: ignore[attr-defined]  # by which a schedule knows that steps are made
         self.method.step()
