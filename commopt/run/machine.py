@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map_only
 
 from commopt.errors import GroupError
 from commopt.groups import Group, LocalGroup
@@ -85,11 +86,7 @@ def bytes_of(x: Tensor) -> Tensor:
 
 def localized(value: Any) -> Any:
     """A nested state with this rank's shards in place of what they are part of."""
-    if isinstance(value, Tensor):
-        return local(value)
-    if isinstance(value, Mapping):
-        return {key: localized(one) for key, one in value.items()}
-    return type(value)(map(localized, value)) if type(value) in (list, tuple) else value
+    return tree_map_only(Tensor, local, value)
 
 
 def load_localized(model: Module, optimizer: torch.optim.Optimizer, states: Mapping[str, Any]) -> None:
