@@ -33,8 +33,7 @@ class PlainRun(EveryStepRun):
         self._applied: dict[
             str, tuple[weakref.ref[Tensor], int]
         ] = {}  # the gradients of the last step, and their versions
-        self._until_first_step = checks.refuse_ddp(model, self.method.name)
-        self._handles += self._until_first_step
+        self._handles += checks.refuse_ddp(model, self.method.name, self.optimizer)
         for p in self.parameters.values():
             hook = p.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
             self._handles.append(hook)
@@ -44,8 +43,6 @@ class PlainRun(EveryStepRun):
         super()._after_step()
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         self._applied = {name: (weakref.ref(grad), grad._version) for name, grad in grads.items()}
-        while self._until_first_step:
-            self._until_first_step.pop().remove()
 
     def exchange_gradients(self) -> None:
         """Average the gradients now; `optimizer.step()` does it otherwise."""

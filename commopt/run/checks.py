@@ -304,11 +304,17 @@ def _wrappers_inside(model: Module) -> dict[str, object]:
     return found
 
 
-def refuse_ddp(model: Module, method: str) -> list[RemovableHandle]:
-    """Make forward raise AttachError if the model, or a module that holds it, was wrapped in DDP after attach; returns the handles."""
+def refuse_ddp(model: Module, method: str, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
+    """Make forward raise AttachError, until the first step, if the model or a module that holds it was wrapped in DDP after attach."""
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     _BARE.update(dict.fromkeys(owners, method))
-    return [module.register_forward_pre_hook(_check_ddp) for module in owners]
+    until_first_step = [module.register_forward_pre_hook(_check_ddp) for module in owners]
+
+    def end(*_: object) -> None:
+        while until_first_step:
+            until_first_step.pop().remove()
+
+    return [*until_first_step, optimizer.register_step_post_hook(end)]
 
 
 def _check_ddp(module: Module, _: Any) -> None:

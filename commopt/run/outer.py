@@ -86,8 +86,7 @@ class OuterRun(Run):
         self.is_sharded = any(hasattr(p, "to_local") for p in self.parameters.values())
         self._sketch = Spread(method.index.total, peers.rank)
         is_alone = machine.ranks.size == 1 or averages  # else DDP may be around the model
-        self._until_first_step = refuse_ddp(model, method.name) if is_alone else []
-        self._attached(*self._until_first_step)
+        self._attached(*(refuse_ddp(model, method.name, self.optimizer) if is_alone else ()))
 
     # -- the training script's side
 
@@ -196,8 +195,6 @@ class OuterRun(Run):
                 "the Trainer's callback do that themselves"
             )
         self.steps += 1
-        while self._until_first_step:
-            self._until_first_step.pop().remove()
         self.peers.announce(self.steps)
         while self._pending and self.steps - self._pending[0].begun_at >= self.method.delay:
             self._end_round(self._pending.pop(0))
