@@ -90,8 +90,7 @@ class EveryStepRun(Run):
         digest = hashlib.sha256()
         for _, x in self.served():
             digest.update(bytes_of(x).numpy().data)
-        device = next(iter(self.parameters.values())).device
-        own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(device)
+        own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(self.method.device)
         self.group.traffic.bucket = "parameter hashes"
         every = self.group.all_gather(Payload.of(own))
         return all(torch.equal(own, other.tensors[0]) for other in every)
@@ -208,7 +207,7 @@ class EveryStepRun(Run):
     def _refuse_uneven(self, what: str, own: int) -> None:
         """Raise GroupError, on all ranks, if a count differs between them. Sends 8 bytes to each rank."""
         self.group.traffic.bucket = what
-        count = torch.tensor([own], device=next(iter(self.parameters.values())).device)  # (1,) i64
+        count = torch.tensor([own], device=self.method.device)  # (1,) i64
         told = [int(one.tensors[0]) for one in self.group.all_gather(Payload.of(count))]
         if len(set(told)) > 1:
             ranks_of = {n: listed([rank for rank, one in enumerate(told) if one == n]) for n in told}
