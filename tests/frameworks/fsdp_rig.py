@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rig import loss_of
+from rig import default_block, loss_of, make_batch, sgd_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from commopt import attach, build
+from commopt import Method, attach, build
 from commopt.groups import Group
-from commopt.optim import Lion
+from commopt.optim import make_optimizer
 from commopt.wire.bucket import Bucket
 
 SHARDS = 2
@@ -61,8 +61,8 @@ UNITS = {  # what one call of fully_shard holds, in its order
 
 
 def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * rank + step)
-    return torch.randn(8, 12, generator=generator), torch.randn(8, 1, generator=generator)
+    x, y = make_batch(rank, step)
+    return x, y[:, :1]
 
 
 def sharded(mesh: Any, layers: tuple[str, ...] = ("first", "second"), **options: Any) -> Any:
@@ -72,8 +72,8 @@ def sharded(mesh: Any, layers: tuple[str, ...] = ("first", "second"), **options:
     return fully_shard(model, mesh=mesh, **options)
 
 
-def sgd(model: nn.Module, momentum: float = 0.9) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return sgd_of(model, momentum=0.9)
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, rank: int, steps: int, first: int = 0) -> None:
@@ -103,13 +103,12 @@ def assert_shards_of(model: nn.Module, found: list[Flats], shards: int) -> None:
 
 
 @contextmanager
-def attached(mesh: Any, method: Any, optimizer: Any = None, group: Any = None, **options: Any) -> Iterator[Any]:
-    """(model, optimizer, run)"""
-    model = sharded(mesh, **options)
-    steps = optimizer(model) if optimizer else sgd(model)
-    run = attach(model, method, steps, group=group)
+def attached(mesh: Any, method: Any, group: Any = None, **options: Any) -> Iterator[Any]:
+    """(model, optimizer that steps, run)"""
+    model, made = sharded(mesh, **options), build(method)
+    run = attach(model, made, optimizer_for(made, model.parameters()), group=group)
     try:
-        yield model, steps, run
+        yield model, run.optimizer, run
     finally:
         run.close()
 
@@ -128,7 +127,7 @@ def gradient(model: nn.Module, rank: int, step: int) -> Flats:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def train_replica(group: Group, method: dict[str, Any], steps: int, momentum: float) -> nn.Module:
+def train_replica(group: Group, method: dict[str, Any], steps: int) -> nn.Module:
     """What FSDP's replica of two shards should do, on one process: a method for each shard, alone."""
     model = Uneven()
     methods: list[Any] = [build(method) for _ in range(SHARDS)]
@@ -139,7 +138,7 @@ def train_replica(group: Group, method: dict[str, Any], steps: int, momentum: fl
         parts_of.append(held)
         one.follow(optimizer_for(one, held.values()), held)
         one.bind(list(held.items()), group)
-    optimizer = sgd(model, momentum)
+    optimizer = optimizer_for(methods[0], model.parameters())
     for step in range(steps):
         own, other = (gradient(model, SHARDS * group.rank + shard, step) for shard in range(SHARDS))
         averaged = []
@@ -167,6 +166,8 @@ def train_replica(group: Group, method: dict[str, Any], steps: int, momentum: fl
     return model
 
 
-def optimizer_for(method: Any, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer that an update method can replace."""
-    return Lion(parameters, lr=0.003) if "Lion" in method.stands_for else torch.optim.AdamW(parameters, lr=0.003)
+def optimizer_for(method: Method, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """One that an update method can replace, or SGD."""
+    if method.kind == "update":
+        return make_optimizer({**default_block(type(method)), "lr": 0.003, "weight_decay": 0.01}, parameters)
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.0 if method.name == "dgc" else 0.9)

@@ -19,7 +19,6 @@ from fsdp_rig import (
     attached,
     batch,
     mesh_of,
-    optimizer_for,
     sgd,
     sharded,
     shards,
@@ -32,13 +31,12 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import commopt
-from commopt import build
 from commopt.cluster.machine import free_ports
 from commopt.errors import CheckpointError, CommoptError, GradientsChanged
 from commopt.groups import SimWorld, TorchGroup
 
 STEPS = 5
-CASES: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "ef_sign": {"name": "ef_sign", "block_size": 64},
     "two_way": {"name": "two_way(int8)"},
     "8-bit residuals": {"name": "two_way(4bit)", "residual_bits": 8},
@@ -47,8 +45,6 @@ CASES: dict[str, dict[str, Any]] = {
     "qsgd": {"name": "qsgd"},
     "powersgd": {"name": "powersgd", "rank": 2},
     "fp16": {"name": "fp16"},
-}
-UPDATES: dict[str, dict[str, Any]] = {
     "onebit_adam": {"name": "onebit_adam", "freeze_step": 2, "block_size": 64},
     "zero_one_adam": {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": 2},
     "distributed_lion": {"name": "distributed_lion"},
@@ -56,10 +52,10 @@ UPDATES: dict[str, dict[str, Any]] = {
 on_four_ranks = pytest.mark.ranks("fsdp", 4)
 
 
-def train_sharded(case: str, momentum: float) -> Any:
-    with attached(mesh_of(2, 2), CASES[case], partial(sgd, momentum=momentum)) as (model, optimizer, run):
+def train_sharded(case: str) -> Any:
+    with attached(mesh_of(2, 2), METHODS[case]) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
-        assert run.replicas_are_equal()
+        assert run.replicas_are_equal() == getattr(run.method, "is_synchronised", True)
         return shards(model)
 
 
@@ -67,7 +63,7 @@ def train_over_a_group() -> Any:
     """Shard over two ranks alone, and give attach the other dimension as a group."""
     mesh = mesh_of(2, 2)
     group = TorchGroup(mesh.get_group("replicate"))
-    with attached(mesh["shard"], CASES["two_way"], group=group) as (model, optimizer, run):
+    with attached(mesh["shard"], METHODS["two_way"], group=group) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), STEPS)
         found = shards(model)
         assert run.group is group
@@ -77,45 +73,11 @@ def train_over_a_group() -> Any:
         return found
 
 
-@pytest.mark.parametrize("case", [*CASES, "two_way over a group that FSDP does not know"])
+@pytest.mark.parametrize("case", [*METHODS, "two_way over a group that FSDP does not know"])
 def test_a_method_between_replicas_is_the_method_on_each_shard(fsdp_ranks: Pool, case: str) -> None:
-    momentum = 0.0 if case == "dgc" else 0.9
-    work = partial(train_sharded, case, momentum) if case in CASES else train_over_a_group
-    method = CASES[case.partition(" over")[0]]
-    world = SimWorld[nn.Module](2)
-    expected, _ = world.run(lambda group: train_replica(group, method, STEPS, momentum))
-    assert_shards_of(expected, fsdp_ranks.run(4, work), 2)
-
-
-def train_update(case: str, folder: str = "") -> Any:
-    """Save after two steps, and train a new model on from there too."""
-    method, rank = UPDATES[case], dist.get_rank()
-    with attached(mesh_of(2, 2), method, lambda model: optimizer_for(build(method), model.parameters())) as (
-        model,
-        _,
-        run,
-    ):
-        train(model, run.optimizer, rank, 3)
-        run.save(folder)
-        train(model, run.optimizer, rank, STEPS - 3, 3)
-        found = shards(model)
-    with attached(mesh_of(2, 2), method, lambda model: optimizer_for(build(method), model.parameters())) as (
-        model,
-        _,
-        run,
-    ):
-        run.load(folder)
-        train(model, run.optimizer, rank, STEPS - 3, 3)
-        assert_equal(shards(model), found)
-    return found
-
-
-@pytest.mark.parametrize("case", UPDATES)
-def test_an_update_method_steps_each_shard_alone_and_goes_on_from_a_checkpoint(
-    fsdp_ranks: Pool, case: str, tmp_path: Path
-) -> None:
-    replicas = SimWorld[nn.Module](2).run(lambda group: train_replica(group, UPDATES[case], STEPS, 0.0))
-    found = fsdp_ranks.run(4, train_update, case, str(tmp_path / "saved"))
+    method = METHODS[case.partition(" over")[0]]
+    replicas = SimWorld[nn.Module](2).run(lambda group: train_replica(group, method, STEPS))
+    found = fsdp_ranks.run(4, partial(train_sharded, case) if case in METHODS else train_over_a_group)
     for expected, shards_of_replica in zip(replicas, (found[:2], found[2:]), strict=True):
         assert_shards_of(expected, shards_of_replica, 2)
 
@@ -125,8 +87,15 @@ HALF = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
 
 @pytest.mark.parametrize(
     ("options", "micro_batches"),
-    [({}, ""), ({}, "every backward"), ({}, "no sync"), ({}, "no all-reduce"), ({"mp_policy": HALF}, "")],
-    ids=["", "every backward", "no sync", "no all-reduce", "mixed precision"],
+    [
+        ({}, ""),
+        ({}, "every backward"),
+        ({}, "no sync"),
+        ({}, "no all-reduce"),
+        ({"mp_policy": HALF}, ""),
+        ({"layers": ("first", "second", "last")}, ""),  # of the last the second shard has nothing
+    ],
+    ids=["", "every backward", "no sync", "no all-reduce", "mixed precision", "a shard has nothing of a unit"],
 )
 @on_four_ranks
 def test_dense_is_what_fsdp_does_between_replicas(options: dict[str, Any], micro_batches: str) -> None:
@@ -151,19 +120,10 @@ def test_dense_is_what_fsdp_does_between_replicas(options: dict[str, Any], micro
         results.append(shards(model))
         if run is not None:
             calls = sum(n for (_, operation, _), n in run.traffic.calls.items() if operation == "all_reduce")
-            assert calls == 3 * 3 * (3 if micro_batches == "every backward" else 1)
+            units = 4 if "layers" in options and dist.get_rank() % 2 == 0 else 3
+            assert calls == 3 * units * (3 if micro_batches == "every backward" else 1)
             run.close()
     assert_equal(*results)
-
-
-@on_four_ranks
-def test_a_shard_may_have_nothing_of_a_unit() -> None:
-    model, other = (sharded(mesh_of(2, 2), ("first", "second", "last")) for _ in range(2))
-    optimizer, others = sgd(model), sgd(other)
-    commopt.attach(model, "dense", optimizer)
-    train(model, optimizer, dist.get_rank(), 2)
-    train(other, others, dist.get_rank(), 2)
-    assert_equal(shards(model), shards(other))
 
 
 @on_four_ranks
@@ -184,38 +144,43 @@ def test_half_precision_gradients_are_compressed_with_float32_residuals() -> Non
 
 
 @pytest.mark.parametrize(
-    ("shape", "method"), [((2, 2), "ef_sign"), ((4,), "two_way(int8)")], ids=["replicas", "shards"]
+    ("shape", "overlap"), [((2, 2), None), ((4,), None), ((2, 2), False)], ids=["replicas", "shards", "a refusal"]
 )
 @on_four_ranks
-def test_close_gives_the_exchange_back_to_fsdp(shape: tuple[int, ...], method: str) -> None:
+def test_close_gives_the_exchange_back_to_fsdp_and_a_refusal_leaves_it(
+    shape: tuple[int, ...], overlap: bool | None
+) -> None:
     results = []
     for is_ours in (True, False):
         model = sharded(mesh_of(*shape))
         optimizer = sgd(model)
-        if is_ours:
-            commopt.attach(model, method, optimizer).close()
+        if is_ours and overlap is None:
+            commopt.attach(model, "two_way(int8)", optimizer).close()
+        elif is_ours:
+            with pytest.raises(CommoptError):
+                commopt.attach(model, "two_way(int8)", optimizer, overlap=overlap)
         train(model, optimizer, dist.get_rank(), 3)
         results.append(shards(model))
     assert_equal(*results)
 
 
 @pytest.mark.parametrize(
-    ("shape", "method"),
-    [((2, 2), CASES["dgc"]), ((4,), {"name": "two_way(4bit)", "residual_bits": 8})],
-    ids=["replicas", "shards"],
+    ("shape", "case"),
+    [
+        ((4,), "8-bit residuals"),
+        *(((2, 2), case) for case in ("dgc", "onebit_adam", "zero_one_adam", "distributed_lion")),
+    ],
 )
 @on_four_ranks
-def test_training_goes_on_from_a_checkpoint_bit_for_bit(
-    shape: tuple[int, ...], method: dict[str, Any], tmp_path: Path
-) -> None:
-    rank, ends, folder = dist.get_rank(), [], TorchGroup().tell(str(tmp_path / "saved"))[0]
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(shape: tuple[int, ...], case: str, tmp_path: Path) -> None:
+    rank, ends = dist.get_rank(), []
     for is_resumed in (False, True):
-        with attached(mesh_of(*shape), method, partial(sgd, momentum=0.0)) as (model, optimizer, run):
+        with attached(mesh_of(*shape), METHODS[case]) as (model, optimizer, run):
             if is_resumed:
-                run.load(folder)
+                run.load(tmp_path / "saved")
             else:
                 train(model, optimizer, rank, 3)
-                run.save(folder)
+                run.save(tmp_path / "saved")
             train(model, optimizer, rank, 3, first=3)
             ends.append(shards(model))
     assert_equal(*ends)
@@ -224,7 +189,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(
 @pytest.mark.parametrize("method", [{"name": "top_k", "density": 0.1}, {"name": "two_way(int8)"}], ids=str)
 @on_four_ranks
 def test_a_checkpoint_goes_on_over_other_shards_or_says_why_not(method: dict[str, Any], tmp_path: Path) -> None:
-    folder = TorchGroup().tell(str(tmp_path / "saved"))[0]
+    folder = tmp_path / "saved"
     with attached(mesh_of(2, 2), method) as (model, optimizer, run):
         train(model, optimizer, dist.get_rank(), 3)
         run.save(folder)
@@ -264,35 +229,37 @@ def test_replicas_start_as_the_first_and_every_rank_hears_of_a_drift() -> None:
 @on_four_ranks
 def test_clipping_what_is_more_than_a_gradient_is_refused() -> None:
     for method in ("dgc", {"name": "onebit_adam", "freeze_step": 2}):
-        model = sharded(mesh_of(2, 2))
-        kind = torch.optim.SGD if method == "dgc" else torch.optim.Adam
-        optimizer: torch.optim.Optimizer = kind(model.parameters(), lr=0.01)
-        with commopt.attach(model, method, optimizer) as run:
-            train(model, run.optimizer, dist.get_rank(), 2)
+        with attached(mesh_of(2, 2), method) as (model, optimizer, _run):
+            train(model, optimizer, dist.get_rank(), 2)
             x, y = batch(dist.get_rank(), 2)
             loss_of(model(x), y).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
             with pytest.raises(GradientsChanged, match="the gradient was changed after backward"):
-                run.optimizer.step()
+                optimizer.step()
 
 
-@pytest.mark.parametrize("is_clipped", [False, True], ids=["", "clipped"])
+@pytest.mark.parametrize(
+    ("shape", "is_clipped"), [((2, 2), False), ((2, 2), True), ((4,), False)], ids=["", "clipped", "shards"]
+)
 @on_four_ranks
-def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(is_clipped: bool) -> None:
-    """In step 1 one rank has a NaN in one row of one weight, of which only the second shard hears."""
+def test_a_nan_in_one_shard_leaves_the_same_parameters_out_on_all(shape: tuple[int, ...], is_clipped: bool) -> None:
+    """In step 1 one rank has a NaN in one row of one weight; between replicas, only the second shard hears of it."""
     rank, history = dist.get_rank(), []
-    with attached(mesh_of(2, 2), "two_way(int8)") as (model, optimizer, run):
+    with attached(mesh_of(*shape), "two_way(int8)") as (model, optimizer, run):
         for step in range(3):
             x, y = batch(rank, step)
             optimizer.zero_grad()
             model.is_poisoned = step == 1 and rank == 2
+            residual = run.method.part("worker_residual", "second.weight").clone()
             loss_of(model(x), y).backward()
+            if step == 1 and run.voided:
+                torch.testing.assert_close(run.method.part("worker_residual", "second.weight"), residual)
             if is_clipped:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             history.append(shards(model))
         assert run.replicas_are_equal()
-    assert run.voided == ([(1, "second.weight")] if rank % 2 else [])
+    assert run.voided == ([(1, "second.weight")] if rank % 2 or shape == (4,) else [])
     first, second, third = history
     for name, x in first.items():
         is_out = is_clipped or name.startswith("second")
@@ -322,7 +289,7 @@ def test_a_void_backward_stays_void_until_the_step_or_zero_grad() -> None:
 @on_four_ranks
 def test_a_parameter_that_is_not_used_gets_zeros() -> None:
     """`scale` is used by all, then on one replica, then nowhere."""
-    with attached(mesh_of(2, 2), "ef_sign", partial(sgd, momentum=0.0)) as (model, optimizer, run):
+    with attached(mesh_of(2, 2), "ef_sign") as (model, optimizer, run):
         for step, uses in enumerate([range(4), range(2), range(0)]):
             x, y = batch(dist.get_rank(), step)
             optimizer.zero_grad()

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commopt
 from commopt.errors import AttachError
-from commopt.groups import SimGroup, SimWorld, TorchGroup
+from commopt.groups import SimGroup, SimWorld
 
 STEPS, SAVED_AT = 8, 4
 
@@ -78,17 +78,16 @@ def alone(name: str, group: SimGroup) -> Tensor:
 )
 def test_a_machine_is_one_replica_and_goes_on_from_a_checkpoint(name: str, kind: str, tmp_path: Path) -> None:
     rank, expected = dist.get_rank(), SimWorld[Tensor](2).run(lambda group: alone(name, group))
-    (folder,) = {*TorchGroup().tell(str(tmp_path))[:1]}
     model, inner = wrapped(kind)
     run = attached(model, inner, name)
     assert (run.rank, run.ranks, run.replica) == (rank, 4, rank // 2)
     assert run.join() == 0
-    train(model, run, [rank], range(STEPS), Path(folder))
+    train(model, run, [rank], range(STEPS), tmp_path)
     assert torch.equal(whole(inner), expected[rank // 2])
     run.close()
     model, inner = wrapped(kind)
     run = attached(model, inner, name)
-    run.load(folder)
+    run.load(tmp_path)
     assert run.join() == SAVED_AT
     train(model, run, [rank], range(SAVED_AT, STEPS))
     assert torch.equal(whole(inner), expected[rank // 2])
@@ -98,17 +97,16 @@ def test_a_machine_is_one_replica_and_goes_on_from_a_checkpoint(name: str, kind:
 @pytest.mark.ranks("fsdp", 4)
 def test_what_one_framework_saved_the_other_continues_on_other_ranks(tmp_path: Path) -> None:
     expected = SimWorld[Tensor](2).run(lambda group: alone("noloco", group))
-    (folder,) = {*TorchGroup().tell(str(tmp_path))[:1]}
     model, inner = wrapped("fsdp")
     run = attached(model, inner, "noloco")
     run.join()
-    train(model, run, [dist.get_rank()], range(STEPS), Path(folder))
+    train(model, run, [dist.get_rank()], range(STEPS), tmp_path)
     run.close()
 
     def lone(group: SimGroup) -> Tensor:
         model = make_model()
         run = attached(model, model, "noloco", group)
-        run.load(folder)
+        run.load(tmp_path)
         run.join()
         train(model, run, [2 * group.rank, 2 * group.rank + 1], range(SAVED_AT, STEPS))
         return flat(model)
