@@ -19,6 +19,8 @@ import torch.distributed as dist
 from pool import Pool
 from torch import Tensor
 
+from commopt.errors import CommoptError
+
 
 class FrameworkRanks(Pool):
     """`ranks.run(2, function, *args)` calls function(*args) on the ranks of its job of two, as torchrun would start them."""
@@ -121,6 +123,8 @@ class LightningRanks(FrameworkRanks):
         (Warning, ".*LeafSpec.*deprecated"),  # Lightning's own use of torch's trees
         (Warning, ".*your dataloader is not resumable"),  # the cases draw a batch by its step, which needs no state
         (Warning, "Checkpoint directory .* is not empty"),
+        (Warning, ".*configure_optimizers. returned .None."),  # which one case tries
+        (Warning, "Using .DistributedSampler."),  # advice for benchmarks
     )
 
     @classmethod
@@ -142,6 +146,15 @@ def new_accelerator(**options: Any) -> Any:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     return Accelerator(cpu=True, **options)
+
+
+def error_of(work: Callable[..., object], *given: Any, **options: Any) -> str:
+    """The error that a call raises, or nothing."""
+    try:
+        work(*given, **options)
+    except CommoptError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def gathered(x: Tensor) -> list[Tensor]:

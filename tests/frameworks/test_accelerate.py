@@ -12,15 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_by_hand import train_by_ddp
-from framework_ranks import new_accelerator
+from framework_ranks import error_of, new_accelerator
 from pool import Pool
-from rig import flat, loss_of, make_batch, make_model, train_step
+from rig import flat, loss_of, make_batch, make_model
 from rig import sgd_of as sgd
 from torch import Tensor, nn
 
 from commopt import attach, build
 from commopt.errors import CheckpointError, CommoptError
-from commopt.groups import TorchGroup
 from commopt.run.checkpoint import has_block
 from commopt.run.stand_in import StandIn
 
@@ -34,7 +33,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: float = 0.0, schedule: Any = None) -> None:
+def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: float = 0.0) -> None:
     for step in steps:
         with accelerator.accumulate(model):
             x, y = make_batch(accelerator.process_index, step)
@@ -42,7 +41,7 @@ def train(accelerator: Any, model: Any, optimizer: Any, steps: range, clip: floa
             if clip and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            if schedule is not None:
+            for schedule in accelerator._schedulers:
                 schedule.step()
             optimizer.zero_grad()
 
@@ -51,124 +50,87 @@ def optimizer_for(method: dict[str, Any], model: nn.Module) -> torch.optim.Optim
     return adamw(model) if method["name"].endswith("_adam") else sgd(model)
 
 
-def reference(method: dict[str, Any], *, clip: float = 0.0, every: int = 1, scaler: Any = None) -> tuple[Tensor, float]:
-    """The same training by DDP in a loop of its own, with a schedule unless there is a scaler: parameters, and bytes sent."""
-    model = make_model()
-    optimizer = optimizer_for(method, model)
-    schedule: Any = None if scaler is not None else one_cycle(optimizer)
-
-    def step_twice() -> None:  # as Accelerate, which counts every rank's batch
-        for _ in range(2 if schedule else 0):
-            schedule.step()
-
-    batches = [make_batch(dist.get_rank(), step) for step in range(STEPS)]
-    return train_by_ddp(model, method, optimizer, batches, every=every, clip=clip, scaler=scaler, schedule=step_twice)
-
-
 def one_cycle(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.05, total_steps=3 * STEPS, cycle_momentum=isinstance(optimizer, torch.optim.AdamW)
+        optimizer, max_lr=0.05, total_steps=4 * STEPS, cycle_momentum=isinstance(optimizer, torch.optim.AdamW)
     )
-
-
-@pytest.mark.parametrize(
-    ("method", "make", "every", "clip"),
-    [
-        (ONEBIT, dict, 1, 0.0),
-        (EF, dict, 1, 0.5),
-        (EF, build, 1, 0.5),
-        ({"name": "dgc", "density": 0.1, "warmup_steps": 2}, dict, 1, 0.0),
-        (ONEBIT, build, 2, 0.0),
-        (EF, dict, 3, 0.0),
-    ],
-    ids=["onebit_adam", "ef_sign, clipped", "built", "dgc", "onebit_adam, built, accumulated", "ef_sign, accumulated"],
-)
-@on_two_ranks
-def test_training_is_that_of_ddp(method: Any, make: Callable[[Any], Any], every: int, clip: float) -> None:
-    accelerator = new_accelerator(gradient_accumulation_steps=every)
-    model: Any = make_model()
-    optimizer: Any = optimizer_for(method, model)
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, one_cycle(optimizer))
-    run = attach(model, make(method), optimizer)
-    assert optimizer.optimizer is run.optimizer
-    assert isinstance(run.optimizer, StandIn) == (run.method.kind == "update")
-    train(accelerator, model, optimizer, range(STEPS), clip, schedule)
-    nbytes = run.traffic.payload_bytes
-    assert run.replicas_are_equal()
-    run.close()
-    assert not isinstance(optimizer.optimizer, StandIn)
-    expected, expected_nbytes = reference(method, clip=clip, every=every)
-    assert torch.equal(flat(model.module), expected)
-    assert nbytes == expected_nbytes > 0
-
-
-CLIPPED = pytest.mark.parametrize(
-    ("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"]
-)
-
-
-def with_scaler(method: dict[str, Any], scaler: torch.amp.GradScaler | None) -> tuple[Any, Any, Any, Any]:
-    """(accelerator, model, optimizer, run); Accelerate itself makes a scaler on devices with float16 only."""
-    accelerator = new_accelerator()
-    accelerator.scaler = scaler
-    model: Any = make_model()
-    model = accelerator.prepare_model(model)
-    optimizer = accelerator.prepare_optimizer(optimizer_for(method, model))
-    if scaler is not None:
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
-    return accelerator, model, optimizer, attach(model, method, optimizer)
 
 
 def new_scaler() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
 
 
-@CLIPPED
+def prepared(
+    method: dict[str, Any], make: Callable[[Any], Any] = dict, *, is_scaled: bool = False, **options: Any
+) -> tuple[Any, Any, Any, Any]:
+    """(accelerator, model, optimizer, run), with a schedule; is_scaled: Accelerate makes scalers on devices with float16 only."""
+    accelerator = new_accelerator(**options)
+    accelerator.scaler = new_scaler() if is_scaled else None
+    model: Any = make_model()
+    optimizer: Any = optimizer_for(method, model)
+    model = accelerator.prepare_model(model, evaluation_mode=method["name"] == "noloco")
+    optimizer, _ = accelerator.prepare(optimizer, one_cycle(optimizer))
+    if is_scaled:
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
+    return accelerator, model, optimizer, attach(model, make(method), optimizer)
+
+
+# case: method, how it is given, options of `prepared`, and what they are by hand
+CASES: dict[str, tuple[dict[str, Any], Callable[[Any], Any], dict[str, Any], dict[str, Any]]] = {
+    "onebit_adam": (ONEBIT, dict, {}, {}),
+    "ef_sign, clipped": (EF, dict, {}, {"clip": 0.5}),
+    "built": (EF, build, {}, {"clip": 0.5}),
+    "dgc": ({"name": "dgc", "density": 0.1, "warmup_steps": 2}, dict, {}, {}),
+    "onebit_adam, built, accumulated": (ONEBIT, build, {"gradient_accumulation_steps": 2}, {"every": 2}),
+    "ef_sign, accumulated": (EF, dict, {"gradient_accumulation_steps": 3}, {"every": 3}),
+    "onebit_adam, scaled": (ONEBIT, dict, {"is_scaled": True}, {}),
+    "ef_sign, scaled and clipped": (EF, dict, {"is_scaled": True}, {"clip": 0.5}),
+    "onebit_adam, bfloat16": (ONEBIT, dict, {"mixed_precision": "bf16"}, {"dtype": torch.bfloat16}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
 @on_two_ranks
-def test_accelerates_scaler_is_found(method: Any, clip: float) -> None:
-    accelerator, model, optimizer, run = with_scaler(method, new_scaler())
-    train(accelerator, model, optimizer, range(STEPS), clip)
+def test_training_is_that_of_ddp(case: str) -> None:
+    method, make, options, by_hand = CASES[case]
+    accelerator, model, optimizer, run = prepared(method, make, **options)
+    assert optimizer.optimizer is run.optimizer
+    assert isinstance(run.optimizer, StandIn) == (run.method.kind == "update")
     assert run.grad_scaler is accelerator.scaler
+    train(accelerator, model, optimizer, range(STEPS), by_hand.get("clip", 0.0))
+    nbytes = run.traffic.payload_bytes
+    assert run.replicas_are_equal()
     run.close()
-    assert torch.equal(flat(model.module), reference(method, clip=clip, scaler=new_scaler())[0])
+    assert not isinstance(optimizer.optimizer, StandIn)
+    other = make_model()
+    inner = optimizer_for(method, other)
+    schedule = one_cycle(inner)
+
+    def step_twice() -> None:  # as Accelerate, which counts every rank's batch
+        for _ in range(2):
+            schedule.step()
+
+    batches = [make_batch(dist.get_rank(), step) for step in range(STEPS)]
+    scaler = new_scaler() if "is_scaled" in options else None
+    expected, expected_nbytes = train_by_ddp(
+        other, method, inner, batches, scaler=scaler, schedule=step_twice, **by_hand
+    )
+    assert torch.equal(flat(model.module), expected)
+    assert nbytes == expected_nbytes > 0
 
 
-@CLIPPED
+@pytest.mark.parametrize(("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"])
 @alone
 def test_one_process_trains_alike_with_a_scaler(method: Any, clip: float) -> None:
     results = []
-    for scaler in (None, new_scaler()):  # whose scale is a power of two
-        accelerator, model, optimizer, _ = with_scaler(method, scaler)
+    for is_scaled in (False, True):  # by a power of two
+        accelerator, model, optimizer, _ = prepared(method, is_scaled=is_scaled)
         train(accelerator, model, optimizer, range(STEPS), clip)
         results.append(flat(model))
     assert torch.equal(*results)
 
 
-@on_two_ranks
-def test_autocast_leaves_replicas_equal() -> None:
-    accelerator = new_accelerator(mixed_precision="bf16")
-    model: Any = make_model()
-    model, optimizer = accelerator.prepare(model, adamw(model))
-    run = attach(model, ONEBIT, optimizer)
-    before = flat(model.module)
-    train(accelerator, model, optimizer, range(STEPS))
-    assert run.replicas_are_equal()
-    assert not torch.equal(before, flat(model.module))
-    assert next(model.parameters()).dtype == torch.float32
-
-
 # -- checkpoints
-
-
-def prepared(method: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """(accelerator, model, optimizer, run)"""
-    accelerator = new_accelerator()
-    is_outer = method["name"] in ("noloco", "diloco")
-    model: Any = make_model()
-    optimizer: Any = optimizer_for(method, model)
-    model = accelerator.prepare_model(model, evaluation_mode=is_outer)
-    optimizer = accelerator.prepare(optimizer)
-    return accelerator, model, optimizer, attach(model, method, optimizer)
 
 
 LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 2, "local_step_scaler": 2, "local_step_clipper": 4}
@@ -250,16 +212,12 @@ def test_a_missing_state_is_an_error_on_every_rank(tmp_path: Path) -> None:
         (tmp_path / "commopt" / "rank1.safetensors").unlink()
     dist.barrier()
     assert_load_refused(tmp_path, TOP_K, "rank1.safetensors")
-
-
-@on_two_ranks
-def test_a_state_without_a_method_is_an_error(tmp_path: Path) -> None:
     accelerator = new_accelerator()
     model: Any = make_model()
     accelerator.prepare(model, sgd(model))
-    accelerator.save_state(tmp_path)
+    accelerator.save_state(tmp_path / "other")
     accelerator.wait_for_everyone()
-    assert_load_refused(tmp_path, TOP_K, "holds no state of top_k: it was saved without a method")
+    assert_load_refused(tmp_path / "other", TOP_K, "holds no state of top_k: it was saved without a method")
 
 
 @on_two_ranks
@@ -281,30 +239,6 @@ def test_each_of_two_models_has_a_block_of_its_own(tmp_path: Path) -> None:
     for before, after in zip(*states, strict=True):
         for held, tensors in before.items():
             assert all(torch.equal(x, after[held][key]) for key, x in tensors.items())
-
-
-# -- outer methods, and one process
-
-
-@on_two_ranks
-def test_an_outer_method_trains_as_without_accelerate() -> None:
-    method = {"name": "diloco", "every": 3}
-    accelerator, model, optimizer, run = prepared(method)
-    run.join()
-    train(accelerator, model, optimizer, range(STEPS))
-    run.finish()
-    run.close()
-    dist.barrier()
-    other = make_model()
-    inner = sgd(other)
-    twin = attach(other, method, inner)
-    for step in twin.range(STEPS):
-        train_step(other, inner, dist.get_rank(), step)
-    twin.finish()
-    twin.close()
-    dist.barrier()
-    assert torch.equal(flat(model), flat(other))
-    assert run.traffic.payload_bytes > 0
 
 
 @pytest.mark.parametrize("method", [ONEBIT, EF], ids=["onebit_adam", "ef_sign"])
@@ -348,7 +282,7 @@ def another_on_rank_1(accelerator: Any, wrapped: Any, optimizer: Any) -> None:
     attach(wrapped, "onebit_adm" if dist.get_rank() == 1 else EF, optimizer)
 
 
-CASES: dict[str, tuple[Callable[..., object], str]] = {
+REFUSED: dict[str, tuple[Callable[..., object], str]] = {
     "hook": (go(EF), r"AttachError: DistributedDataParallelKwargs\(comm_hook='fp16'\): .* leave it out"),
     "sync_each_batch": (go(EF), "AttachError: sync_each_batch: it exchanges"),
     "optimizer": (unprepared_optimizer, "AttachError: an AcceleratedOptimizer without its Accelerator: .*prepare"),
@@ -361,7 +295,7 @@ CASES: dict[str, tuple[Callable[..., object], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", REFUSED)
 @on_two_ranks
 def test_what_does_not_fit_is_refused_on_every_rank(case: str) -> None:
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
@@ -376,10 +310,9 @@ def test_what_does_not_fit_is_refused_on_every_rank(case: str) -> None:
     model: Any = make_model()
     optimizer = accelerator.prepare(adamw(model))
     wrapped = accelerator.prepare_model(model, evaluation_mode=case == "without ddp")
-    work, said = CASES[case]
-    with pytest.raises(CommoptError) as caught:
-        work(accelerator, wrapped, optimizer)
-    assert re.match(said, f"{type(caught.value).__name__}: {caught.value}"), caught.value
+    work, said = REFUSED[case]
+    told = error_of(work, accelerator, wrapped, optimizer)
+    assert re.match(said, told), told
 
 
 @on_two_ranks
@@ -418,10 +351,9 @@ def test_fsdp2_is_handed_on(tmp_path: Path) -> None:
     optimizer.step()
     assert type(run).__name__ == "ShardRun"
     assert run.steps == 1
-    folder = TorchGroup().tell(str(tmp_path))[0]
     for hook in accelerator._save_model_state_pre_hook.values():
-        hook([model], [], folder)
-    assert has_block(Path(folder))
+        hook([model], [], tmp_path)
+    assert has_block(tmp_path)
 
 
 @on_two_ranks
