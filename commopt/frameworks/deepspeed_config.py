@@ -190,9 +190,8 @@ def settings_facts(parsed: Any) -> dict[str, object]:
 def surprises(parsed: Any, method: str) -> list[str]:
     """Warnings to log: settings that have no effect under a method, and clipping by default."""
     raw, exact = parsed._param_dict, f"{method} computes in float32 and decides what is sent"
-    found = [(key, raw[key], exact) for key in ("prescale_gradients", "communication_data_type") if raw.get(key)]
-    if raw.get("gradient_predivide_factor", 1.0) != 1.0:
-        found.append(("gradient_predivide_factor", raw["gradient_predivide_factor"], exact))
+    defaults = {"prescale_gradients": False, "communication_data_type": None, "gradient_predivide_factor": 1.0}
+    found = [(key, raw[key], exact) for key, default in defaults.items() if raw.get(key, default) != default]
     if section(raw, "comms_logger").get("enabled"):
         found.append(("comms_logger", True, "it counts DeepSpeed's messages only; ours are in engine.commopt.traffic"))
     zero = {key: value for key, value in section(raw, "zero_optimization").items() if key != "stage" and value}
