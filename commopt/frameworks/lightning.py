@@ -35,10 +35,7 @@ _HOOK_OPTIONS = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_a
 
 def _import_lightning() -> Any:
     """The package that the Trainer comes from: `lightning.pytorch`, or `pytorch_lightning` if only that is imported or installed."""
-    packages = ["lightning.pytorch", "pytorch_lightning"]
-    if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
-        packages.reverse()
-    for package in packages:
+    for package in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
         try:
             return importlib.import_module(package)
         except ModuleNotFoundError as error:
@@ -48,17 +45,14 @@ def _import_lightning() -> Any:
 
 
 pl = _import_lightning()
-_strategies = importlib.import_module(f"{pl.__name__}.strategies")
-_ddp_options = [
-    key
-    for base in (_strategies.DDPStrategy, DistributedDataParallel)
-    for key in inspect.signature(base.__init__).parameters
-    if key not in ("self", "kwargs", "module", "device_ids", "output_device", "dim", "process_group", *_HOOK_OPTIONS)
-]
-_launch_options = [key for key in inspect.signature(_strategies.DDPStrategy.__init__).parameters if key != "kwargs"]
+_launch_options, _wrapper_options = (
+    inspect.signature(kind.__init__).parameters for kind in (pl.strategies.DDPStrategy, DistributedDataParallel)
+)
+_THEIRS = ("self", "kwargs", "module", "device_ids", "output_device", "dim", "process_group", *_HOOK_OPTIONS)
+_ddp_options = [key for key in (*_launch_options, *_wrapper_options) if key not in _THEIRS]
 
 
-class CommoptStrategy(_strategies.DDPStrategy):  # type: ignore[misc,name-defined]
+class CommoptStrategy(pl.strategies.DDPStrategy):  # type: ignore[misc,name-defined]
     """Train by a communication method in Lightning: `Trainer(strategy=CommoptStrategy("dgc"), devices=2)`.
 
     method: what `commopt.attach` takes: a name, a `method:` block, a file that holds one, or a `Method`. `configure_optimizers` returns
