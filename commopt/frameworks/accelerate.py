@@ -45,12 +45,9 @@ def attach(model: Any, request: Request) -> Run:
     is_plain = not (isinstance(model, DistributedDataParallel) or accelerator.is_fsdp2 or is_engine)
     if method.kind == "outer" or (method.kind == "gradient" and is_plain):
         scaler = None  # without DDP, gradients are exchanged in the step, when the scaler has unscaled them
-    before = model.optimizer if is_engine else None
     run: Any = dispatch(model, replace(request, method=method, optimizer=prepared.optimizer, grad_scaler=scaler))
     if is_engine:  # the method's state is part of its checkpoints, which Accelerate writes and loads
-        for one in accelerator._optimizers:
-            if one.optimizer is before:
-                one.optimizer = model.optimizer  # the stand-in, under an update method
+        prepared.optimizer = model.optimizer  # the stand-in, under an update method
         return run  # type: ignore[no-any-return]
     if not is_plain:
         run.repeat_hint = "run the other backwards under accelerator.accumulate(model), or accelerator.no_sync(model)"

@@ -60,7 +60,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._trainer = trainer
         self._request = Request(method, group=group, max_norm=max_norm, overlap=overlap)
-        self._is_closed = self._is_finished = False
+        self._is_closed = False
         made = agree_on_method(self._request, _facts(trainer))
         self._name, self._kind, self._clips_itself = made.name, made.kind, not made.may_be_clipped
         trainer._commopt = self
@@ -102,9 +102,9 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         wrapped = accelerate.uncompiled(trainer.model_wrapped)
         is_alone = trainer.args.world_size > 1 and not isinstance(wrapped, DistributedDataParallel)
         agree_on_method(self._request, {"trainer without ddp": is_alone})
-        self._is_finished = False
         if self.run is not None:
             if self.run.model is accelerate.uncompiled(trainer.model):
+                self.run.is_finished = False
                 return
             self.run.close()  # model_init has made another model
         max_norm = self._request.max_norm
@@ -134,8 +134,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
             self.close()
 
     def _finish(self) -> None:
-        if not self._is_finished:
-            self._is_finished = True
+        if not self._at_work.is_finished:
             self._at_work.finish()
 
     @property
