@@ -121,9 +121,9 @@ class FSDPRun(EveryStepRun):
 class ReplicaRun(FSDPRun):
     """Averages each shard's gradient with the same shard of the other replicas, as soon as FSDP has reduced it within its own."""
 
+    _alone: dist.ProcessGroup | None = None  # one rank, for FSDP's own all-reduce, in whose place our hook exchanges
+
     def __init__(self, model: Module, *arguments: Any) -> None:
-        # one rank, for FSDP's own all-reduce, in whose place the all-reduce hook exchanges
-        self._alone: dist.ProcessGroup | None = None
         super().__init__(model, *arguments)
         broadcast_(map(local, (*model.parameters(), *model.buffers())), self.group.broadcast)
 
@@ -323,7 +323,7 @@ def _facts(
     if model in checks.ATTACHED:  # which is refused, and its hooks are ours
         return {}
     replicas = None if mesh is None else mesh.replicate_group
-    facts: dict[str, object] = {
+    facts = {
         "fsdp update method": method.needs_whole,
         "fsdp outer method": mesh is not None and not checks.has_other_machines(request.group, len(mesh.ranks)),
         "fsdp max_norm": request.max_norm is not None and not method.may_be_clipped,
@@ -337,8 +337,7 @@ def _facts(
     if method.kind == "outer":
         ranks = 0 if mesh is None else len(mesh.ranks)
         has = request.group.per_machine if isinstance(request.group, World) else ranks
-        facts["fsdp group"] = has != ranks and f"a World of machines of {has} ranks"
-        return {key: detail for key, detail in facts.items() if key != "fsdp one replica"}
+        return {**facts, "fsdp group": has != ranks and f"a World of machines of {has} ranks"}
     if way == "shards":
         return {**facts, **_scatter_facts(method)}
     return {key: detail for key, detail in facts.items() if not key.startswith("scatter")}

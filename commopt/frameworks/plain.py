@@ -30,9 +30,8 @@ class PlainRun(EveryStepRun):
     def __init__(self, model: Module, checked: checks.Checked, group: Group) -> None:
         super().__init__(model, checked, group)
         self._has_new_gradients = False
-        self._applied: dict[
-            str, tuple[weakref.ref[Tensor], int]
-        ] = {}  # the gradients of the last step, and their versions
+        # the gradients of the last step, and their versions
+        self._applied: dict[str, tuple[weakref.ref[Tensor], int]] = {}
         self._handles += checks.refuse_ddp(model, self.method.name, self.optimizer)
         for p in self.parameters.values():
             hook = p.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
