@@ -14,6 +14,14 @@ from torch import Tensor, nn
 
 from commopt.groups import Group
 
+ADAM = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
+SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.05}}}
+
+
+def legacy(kind: str, **params: Any) -> dict[str, Any]:
+    """A configuration with one of DeepSpeed's old optimizers."""
+    return {"optimizer": {"type": kind, "params": {"lr": 0.01, **params}}}
+
 
 def make_engine(own: Mapping[str, Any], *, ours: bool = True, model: nn.Module | None = None, **arguments: Any) -> Any:
     """An engine around the model of the rig, by our `initialize` or by DeepSpeed's own."""

@@ -138,14 +138,14 @@ class LightningRanks(FrameworkRanks):
         """Leave it to Lightning."""
 
 
-def new_accelerator(**options: Any) -> Any:
-    """An Accelerator with nothing left of the one before."""
+def new_accelerator(cpu: bool = True, **options: Any) -> Any:
+    """An Accelerator with nothing left of the one before; it finds the device and the processes anew if `cpu` is False."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(not cpu)
     GradientState._reset_state()
-    return Accelerator(cpu=True, **options)
+    return Accelerator(cpu=cpu, **options)
 
 
 def error_of(work: Callable[..., object], *given: Any, **options: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_rig import engine_run, log, make_engine, plain_run, train
+from deepspeed_rig import ADAM, SGD, engine_run, legacy, log, make_engine, plain_run, train
 from framework_ranks import gathered
 from level_rig import machine
 from rig import flat, make_model
@@ -21,23 +21,15 @@ from commopt.run.checks import connect
 
 STEPS = 6
 on_two_ranks = pytest.mark.ranks("deepspeed", 2)
-ADAM = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
-SGD = {"type": "SGD", "params": {"lr": 0.05}}
-
-
-def old(kind: str, **params: Any) -> dict[str, Any]:
-    return {"optimizer": {"type": kind, "params": {"lr": 0.01, **params}}}
-
-
 ZERO_ONE = {"var_freeze_step": 3, "var_update_scaler": 1, "local_step_scaler": 1, "local_step_clipper": 2}
 UNCORRECTED = {"lr": 0.01, "bias_correction": False}
 # configuration, and the method with its options and its optimizer's settings in a plain script
 CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "OneBitAdam": (old("OneBitAdam", freeze_step=3), "onebit_adam", {**UNCORRECTED, "freeze_step": 3}),
-    "ZeroOneAdam": (old("ZeroOneAdam", **ZERO_ONE), "zero_one_adam", {**UNCORRECTED, **ZERO_ONE}),
-    "OneBitLamb": (old("OneBitLamb", freeze_step=3), "onebit_lamb", {**UNCORRECTED, "freeze_step": 3}),
-    "dgc": ({"optimizer": SGD, "commopt": {"method": "dgc", "density": 0.1}}, "dgc", {"density": 0.1}),
-    "ef_sign": ({"optimizer": SGD, "commopt": "ef_sign"}, "ef_sign", {}),
+    "OneBitAdam": (legacy("OneBitAdam", freeze_step=3), "onebit_adam", {**UNCORRECTED, "freeze_step": 3}),
+    "ZeroOneAdam": (legacy("ZeroOneAdam", **ZERO_ONE), "zero_one_adam", {**UNCORRECTED, **ZERO_ONE}),
+    "OneBitLamb": (legacy("OneBitLamb", freeze_step=3), "onebit_lamb", {**UNCORRECTED, "freeze_step": 3}),
+    "dgc": ({**SGD, "commopt": {"method": "dgc", "density": 0.1}}, "dgc", {"density": 0.1}),
+    "ef_sign": ({**SGD, "commopt": "ef_sign"}, "ef_sign", {}),
     "block in Adam's place": (
         {"optimizer": {"type": "Adam", "params": {"lr": 0.01}}, "commopt": {"onebit_adam": {"freeze_step": 3}}},
         "onebit_adam",
@@ -102,10 +94,10 @@ def test_every_door_leads_to_the_same_training() -> None:
     original: Any = deepspeed.DeepSpeedEngine.__init__
     install()
     try:
-        assert torch.equal(engine_run(old("OnebitAdam", freeze_step=3), STEPS, False), expected)
+        assert torch.equal(engine_run(legacy("OnebitAdam", freeze_step=3), STEPS, False), expected)
     finally:
         deepspeed.DeepSpeedEngine.__init__ = original
-    engine = make_engine({"optimizer": SGD}, ours=False)
+    engine = make_engine(SGD, ours=False)
     commopt.attach(engine, "ef_sign", engine.optimizer)
     train(engine, STEPS)
     assert torch.equal(flat(engine.module), plain_run(group, "ef_sign", {}, STEPS))
@@ -138,9 +130,9 @@ def test_masters_take_unscaled_float32_gradients(half: str, case: str) -> None:
 @on_two_ranks
 def test_clipping_is_by_the_norm_of_the_mean_and_only_at_the_boundary() -> None:
     group = TorchGroup.like()
-    run = engine_run({"optimizer": SGD, "commopt": "dense", **CLIPPED}, STEPS)
+    run = engine_run({**SGD, "commopt": "dense", **CLIPPED}, STEPS)
     assert torch.equal(run, plain_run(group, "dense", {}, STEPS, clip=0.5, micro_batches=2))
-    run = engine_run({**old("OneBitAdam", freeze_step=3), **CLIPPED}, STEPS)
+    run = engine_run({**legacy("OneBitAdam", freeze_step=3), **CLIPPED}, STEPS)
     options = {**UNCORRECTED, "freeze_step": 3, "max_norm": 0.5}
     assert torch.equal(run, plain_run(group, "onebit_adam", options, STEPS, micro_batches=2))
 
@@ -166,10 +158,12 @@ def test_an_overflow_on_one_rank_is_skipped_on_all_and_harms_no_residual(case: s
 
 CHECKPOINTS = {
     "OneBitAdam": CASES["OneBitAdam"][0],
-    "ZeroOneAdam between exchanges": old("ZeroOneAdam", **{**ZERO_ONE, "var_freeze_step": 2, "local_step_clipper": 4}),
+    "ZeroOneAdam between exchanges": legacy(
+        "ZeroOneAdam", **{**ZERO_ONE, "var_freeze_step": 2, "local_step_clipper": 4}
+    ),
     "dgc": CASES["dgc"][0],
     "ef_sign in bf16": {**CASES["ef_sign"][0], "bf16": {"enabled": True}},
-    "ZeroOneAdam in fp16, between exchanges": {**old("ZeroOneAdam", **ZERO_ONE), **HALF["fp16"][0]},
+    "ZeroOneAdam in fp16, between exchanges": {**legacy("ZeroOneAdam", **ZERO_ONE), **HALF["fp16"][0]},
     "diloco between rounds": {**ADAM, "commopt": {"method": "diloco", "every": 3}},
 }
 
@@ -214,7 +208,7 @@ def test_a_checkpoint_without_the_methods_state_is_refused(tmp_path: Path) -> No
 def test_deepspeed_itself_exchanges_nothing(half: str) -> None:
     from deepspeed import comm
 
-    engine = make_engine({**old("OneBitAdam", freeze_step=3), **(HALF[half][0] if half in HALF else {})})
+    engine = make_engine({**legacy("OneBitAdam", freeze_step=3), **(HALF[half][0] if half in HALF else {})})
     sent: list[int] = []
 
     def refused(*_: Any, **__: Any) -> None:
@@ -239,7 +233,7 @@ def test_deepspeed_itself_exchanges_nothing(half: str) -> None:
 @pytest.mark.parametrize("method", ["diloco", "noloco"])
 @on_two_ranks
 def test_outer_methods_average_an_engines_replicas(method: str) -> None:
-    engine = make_engine({"optimizer": SGD, "commopt": {"method": method, "every": 3, "final_average": True}})
+    engine = make_engine({**SGD, "commopt": {"method": method, "every": 3, "final_average": True}})
     run = engine.commopt
     run.join()
     for step in run.range(7):
@@ -260,7 +254,7 @@ def test_exp_avg_mask_holds_the_momentum_at_zero() -> None:
     mask = torch.ones_like(first)
     mask[:, :4] = 0
     groups = [{"params": [first], "exp_avg_mask": mask.flatten()}, {"params": others, "weight_decay": 0.0}]
-    engine = make_engine(old("OneBitAdam", freeze_step=2), model=model, model_parameters=groups)
+    engine = make_engine(legacy("OneBitAdam", freeze_step=2), model=model, model_parameters=groups)
     train(engine, 5)
     momentum = engine.commopt.method.entry("0.weight")["momentum"]
     assert not momentum[:, :4].any()
@@ -269,7 +263,7 @@ def test_exp_avg_mask_holds_the_momentum_at_zero() -> None:
 
 @on_two_ranks
 def test_what_has_no_effect_is_told_once_and_by_rank_0_alone() -> None:
-    own = old("OneBitAdam", freeze_step=9, bias_correction=True, eps_inside_sqrt=True, comm_backend_name="mpi")
+    own = legacy("OneBitAdam", freeze_step=9, bias_correction=True, eps_inside_sqrt=True, comm_backend_name="mpi")
     own |= {"prescale_gradients": True, "communication_data_type": "fp16"}
     with log() as told:
         train(make_engine(own), 2)
@@ -278,5 +272,5 @@ def test_what_has_no_effect_is_told_once_and_by_rank_0_alone() -> None:
         assert len([line for line in told if word in line]) == 1, word
     assert not (told and dist.get_rank())
     with log() as told:
-        make_engine({"optimizer": SGD})
+        make_engine(SGD)
     assert any("names no communication method" in line for line in told) == (dist.get_rank() == 0)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_rig import log, make_engine, train
+from deepspeed_rig import ADAM, SGD, log, make_engine, train
+from framework_ranks import new_accelerator
 from rig import loss_of, make_batch, make_model
 from torch import Tensor, nn
 
@@ -19,8 +20,6 @@ from commopt.run.stand_in import StandIn
 
 STEPS = 3
 on_two_ranks = pytest.mark.ranks("deepspeed", 2)
-ADAM = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
-SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.05}}}
 
 
 # -- clipping
@@ -81,19 +80,11 @@ def test_a_block_that_was_read_too_late_is_not_passed_over() -> None:
 
 def prepared(with_schedule: bool = False, **config: Any) -> tuple[Any, ...]:
     """(accelerator, what it has prepared, the optimizer inside)"""
-    from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate import DeepSpeedPlugin
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    config |= {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
     # on CPUs Accelerate counts one process under DeepSpeed, which trains with two
-    config = {
-        "train_micro_batch_size_per_gpu": 8,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 0},
-        **config,
-    }
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    accelerator = new_accelerator(cpu=False, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
     model = make_model()
     adam = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: float(0.5**step))

@@ -100,13 +100,9 @@ def adam(net: Any) -> torch.optim.Optimizer:
 def trainer_of(strategy: Any, **options: Any) -> Any:
     from lightning.pytorch import Trainer
 
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return Trainer(strategy=strategy, **{"accelerator": "cpu", "devices": 2, "max_steps": STEPS, **quiet, **options})
+    options = {"logger": False, "accelerator": "cpu", "devices": 2, "max_steps": STEPS, **options}
+    quiet = {f"enable_{what}": False for what in ("progress_bar", "model_summary", "checkpointing")}
+    return Trainer(strategy=strategy, **{**quiet, **options})
 
 
 def strategy_of(method: Any, **options: Any) -> Any:

@@ -184,15 +184,19 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(method: Any, optim: str,
     assert second.steps == STEPS
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [(EF, {"optim": "sgd"}), (ONEBIT, {"model_init": Net})], ids=["", "model_init"]
+)
 @on_two_ranks
-def test_model_init_begins_a_run_for_each_model(tmp_path: Path) -> None:
-    trainer, run = attached(tmp_path, ONEBIT, model_init=Net)
+def test_a_trainer_can_train_again_in_one_run_for_each_model(method: Any, options: Any, tmp_path: Path) -> None:
+    trainer, run = attached(tmp_path, method, **options)
     trainer.train()
-    first = trainer.model
+    first, first_run = trainer.model, run.run
     trainer.train()
-    assert trainer.model is not first
+    is_same = "model_init" not in options
+    assert (trainer.model is first) == (run.run is first_run) == is_same
     assert torch.equal(flat(first), flat(trainer.model))
-    assert run.steps == STEPS
+    assert run.steps == (2 * STEPS if is_same else STEPS)
 
 
 LOCAL_STEPS = {"name": "zero_one_adam", "var_freeze_step": 1, "local_step_scaler": 1, "local_step_clipper": 4}
@@ -228,16 +232,6 @@ def test_an_outer_method_does_without_ddp(tmp_path: Path) -> None:
     assert trainer.state.log_history[-1]["commopt_payload_mb"] > 0
     with pytest.raises(AttachError, match="diloco has left this Trainer's job; make another Trainer"):
         trainer.train()
-
-
-@on_two_ranks
-def test_a_trainer_can_train_again(tmp_path: Path) -> None:
-    trainer, run = attached(tmp_path, EF, optim="sgd")
-    trainer.train()
-    first = run.run
-    trainer.train()
-    assert run.run is first
-    assert run.steps == 2 * STEPS
 
 
 @on_two_ranks
