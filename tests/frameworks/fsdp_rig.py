@@ -17,6 +17,7 @@ from commopt import Method, attach, build
 from commopt.groups import Group
 from commopt.optim import make_optimizer
 from commopt.wire.bucket import Bucket
+from commopt.wire.shards import local
 
 SHARDS = 2
 Flats = dict[str, Tensor]
@@ -87,8 +88,6 @@ def train(model: Any, optimizer: torch.optim.Optimizer, rank: int, steps: int, f
 
 def shards(model: nn.Module) -> Flats:
     """This rank's shard of every parameter, flat."""
-    from commopt.wire.shards import local
-
     return {name: local(p).reshape(-1).clone() for name, p in model.named_parameters()}
 
 

@@ -64,11 +64,13 @@ def attached(model: nn.Module, inner: nn.Module, name: str, group: Any = None) -
     return commopt.attach(model, method, torch.optim.Adam(inner.parameters(), lr=0.01), group=group)
 
 
-def alone(name: str, group: SimGroup) -> Tensor:
+def alone(name: str, group: SimGroup, folder: Path | None = None) -> Tensor:
+    """A machine's training in one process, from a checkpoint if there is a folder."""
     model = make_model()
     run = attached(model, model, name, group)
-    run.join()
-    train(model, run, [2 * group.rank, 2 * group.rank + 1], range(STEPS))
+    if folder is not None:
+        run.load(folder)
+    train(model, run, [2 * group.rank, 2 * group.rank + 1], range(run.join(), STEPS))
     return flat(model)
 
 
@@ -78,20 +80,16 @@ def alone(name: str, group: SimGroup) -> Tensor:
 )
 def test_a_machine_is_one_replica_and_goes_on_from_a_checkpoint(name: str, kind: str, tmp_path: Path) -> None:
     rank, expected = dist.get_rank(), SimWorld[Tensor](2).run(lambda group: alone(name, group))
-    model, inner = wrapped(kind)
-    run = attached(model, inner, name)
-    assert (run.rank, run.ranks, run.replica) == (rank, 4, rank // 2)
-    assert run.join() == 0
-    train(model, run, [rank], range(STEPS), tmp_path)
-    assert torch.equal(whole(inner), expected[rank // 2])
-    run.close()
-    model, inner = wrapped(kind)
-    run = attached(model, inner, name)
-    run.load(tmp_path)
-    assert run.join() == SAVED_AT
-    train(model, run, [rank], range(SAVED_AT, STEPS))
-    assert torch.equal(whole(inner), expected[rank // 2])
-    run.close()
+    for first, folder in ((0, tmp_path), (SAVED_AT, None)):
+        model, inner = wrapped(kind)
+        run = attached(model, inner, name)
+        assert (run.rank, run.ranks, run.replica) == (rank, 4, rank // 2)
+        if first:
+            run.load(tmp_path)
+        assert run.join() == first
+        train(model, run, [rank], range(first, STEPS), folder)
+        assert torch.equal(whole(inner), expected[rank // 2])
+        run.close()
 
 
 @pytest.mark.ranks("fsdp", 4)
@@ -102,17 +100,8 @@ def test_what_one_framework_saved_the_other_continues_on_other_ranks(tmp_path: P
     run.join()
     train(model, run, [dist.get_rank()], range(STEPS), tmp_path)
     run.close()
-
-    def lone(group: SimGroup) -> Tensor:
-        model = make_model()
-        run = attached(model, model, "noloco", group)
-        run.load(tmp_path)
-        run.join()
-        train(model, run, [2 * group.rank, 2 * group.rank + 1], range(SAVED_AT, STEPS))
-        return flat(model)
-
-    for x, y in zip(SimWorld[Tensor](2).run(lone), expected, strict=True):
-        assert torch.equal(x, y)
+    resumed = SimWorld[Tensor](2).run(lambda group: alone("noloco", group, tmp_path))
+    assert all(torch.equal(x, y) for x, y in zip(resumed, expected, strict=True))
 
 
 @pytest.mark.ranks("fsdp", 4)
