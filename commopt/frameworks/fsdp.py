@@ -31,7 +31,7 @@ from commopt.run.machine import Machine
 from commopt.run.outer import OuterRun
 from commopt.run.reshare import recut, stretches_of
 from commopt.run.run import Replaced, Run, broadcast_
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.bucket import Blocks, Bucket, Share
 from commopt.wire.shards import local
 from commopt.wire.state import Saved
 
@@ -201,7 +201,9 @@ class ScatterMean(GradientMethod, Compressed):
 
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
-        shards = range(group.size)
+        numels = {piece.name: piece.numels for unit in self.units.values() for piece in unit.pieces}
+        edges = np.array([np.cumsum([0, *numels[name]]) for name in self.index.names])  # (P, S + 1)
+        shards = [Share(self.index, edges, rank) for rank in range(group.size)]
         self.messages = {key: [self._message(unit, shard) for shard in shards] for key, unit in self.units.items()}
         every = [blocks for messages in self.messages.values() for blocks in messages]
         fields = ("starts", "homes", "lengths", "parameters", "groups")
@@ -227,18 +229,12 @@ class ScatterMean(GradientMethod, Compressed):
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) / ranks * self.compressor.bytes_per_element(ranks)
 
-    def _message(self, unit: Unit, shard: int) -> Blocks:
+    def _message(self, unit: Unit, shard: Share) -> Blocks:
         """The blocks sent to one shard: where they begin in the unit's gradient, and in the residual of the whole model."""
-        numels, firsts = np.zeros(len(self.index.names), np.int64), np.zeros(len(self.index.names), np.int64)
-        for piece in unit.pieces:
-            k = self.index.position[piece.name]
-            numels[k], firsts[k] = piece.numels[shard], sum(piece.numels[:shard])
-        index = ParameterIndex(self.index.names, tuple(numels.tolist()))
-        empty = frozenset(name for name, n in zip(index.names, index.numels, strict=True) if not n)
-        own = unit.over(torch.empty(0, dtype=torch.float32), shard, shard * unit.numel)
-        blocks = self.compressor.table(index, 1, empty).all_of(own)
-        within = blocks.homes - index.offsets[blocks.parameters]
-        return dataclasses.replace(blocks, homes=(self.index.offsets[:-1] + firsts)[blocks.parameters] + within)
+        own = unit.over(torch.empty(0, dtype=torch.float32), shard.rank, shard.rank * unit.numel)
+        blocks = self.compressor.table(shard.index, 1).all_of(own)
+        moved = self.index.offsets[:-1] + shard.starts - shard.index.offsets[:-1]
+        return blocks.having(homes=blocks.homes + moved[blocks.parameters])
 
 
 class CompressedReduceScatter:
