@@ -110,13 +110,13 @@ def attach(model: Module, request: checks.Request) -> Run:
     group = request.group
     # members that come and go compare their configurations when they join
     is_simulated = isinstance(group.between if isinstance(group, World) else group, SimGroup)
-    come_and_go = isinstance(group, Peers) or is_simulated or (group is None and "COMMOPT_PEERS" in os.environ)
+    has_peers = isinstance(group, Peers) or (group is None and "COMMOPT_PEERS" in os.environ)
+    meets_later = has_peers or (is_simulated and checks.is_outer(request.method))
     meeting = meeting_group(group)
     facts = {
         "overlap without backward": request.overlap and "a model that is not wrapped in DDP",
         "plain scaler": request.grad_scaler is not None and meeting.size > 1,
     }
-    meets_later = come_and_go and (not isinstance(group, Group) or checks.is_outer(request.method))
     checked = checks.check_request("plain", model, request, LocalGroup() if meets_later else meeting, lambda _: facts)
     return start(model, checked)
 
