@@ -30,7 +30,7 @@ PAGES = "tests/docs/test_pages.py"  # the same
 SHARING = (  # files of which each kind shares its ranks: what mpiexec starts, or what has a framework imported
     ("tests/groups/test_mpi.py", "tests/groups/test_contract.py"),
     ("tests/frameworks/test_deepspeed",),
-    ("tests/frameworks/test_fsdp", "tests/frameworks/test_ddp_levels"),
+    ("tests/frameworks/test_fsdp", "tests/frameworks/test_machine_replicas"),
     ("tests/frameworks/test_accelerate.py", "tests/frameworks/test_transformers.py"),
 )
 PATIENCE_S = 400  # for tests of many processes, which may have to share the machine

@@ -1,4 +1,4 @@
-"""Outer methods with DDP or FSDP2 inside each machine: two machines of two ranks, against two lone replicas with mean gradients."""
+"""Two machines of two ranks: outer methods with DDP or FSDP2 inside each, and other methods at two levels under DDP."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import level_rig
 import pytest
 import torch
 import torch.distributed as dist
 from fsdp_rig import mesh_of
+from presets import Preset, sgd
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +23,7 @@ from commopt.errors import AttachError
 from commopt.groups import SimGroup, SimWorld
 
 STEPS, SAVED_AT = 8, 4
+on_four_ranks = pytest.mark.ranks("fsdp", 4)
 
 
 def wrapped(kind: str) -> tuple[nn.Module, nn.Module]:
@@ -74,7 +77,7 @@ def alone(name: str, group: SimGroup, folder: Path | None = None) -> Tensor:
     return flat(model)
 
 
-@pytest.mark.ranks("fsdp", 4)
+@on_four_ranks
 @pytest.mark.parametrize(
     ("name", "kind"), [("noloco", "ddp"), ("noloco", "fsdp"), ("noloco", "hsdp"), ("diloco", "ddp"), ("diloco", "fsdp")]
 )
@@ -92,7 +95,7 @@ def test_a_machine_is_one_replica_and_goes_on_from_a_checkpoint(name: str, kind:
         run.close()
 
 
-@pytest.mark.ranks("fsdp", 4)
+@on_four_ranks
 def test_what_one_framework_saved_the_other_continues_on_other_ranks(tmp_path: Path) -> None:
     expected = SimWorld[Tensor](2).run(lambda group: alone("noloco", group))
     model, inner = wrapped("fsdp")
@@ -104,7 +107,7 @@ def test_what_one_framework_saved_the_other_continues_on_other_ranks(tmp_path: P
     assert all(torch.equal(x, y) for x, y in zip(resumed, expected, strict=True))
 
 
-@pytest.mark.ranks("fsdp", 4)
+@on_four_ranks
 def test_one_machine_of_all_ranks_has_no_other_to_average_with() -> None:
     model = make_model()
     with pytest.raises(
@@ -115,3 +118,36 @@ def test_one_machine_of_all_ranks_has_no_other_to_average_with() -> None:
     fully_shard(model, mesh=mesh_of(4))
     with pytest.raises(AttachError, match="noloco on a model that FSDP2 shards over all ranks"):
         attached(model, model, "noloco")
+
+
+# -- two levels under DDP, as torchrun numbers machines
+
+
+@on_four_ranks
+@pytest.mark.parametrize("case", [("ef_sign", {}), ("dgc", {"density": 0.1}), ("powersgd", {"rank": 2})])
+def test_levels_are_found_as_the_launcher_numbers_machines(case: tuple[str, dict[str, Any]]) -> None:
+    preset, net, rank = Preset(*case, sgd(0.05)), level_rig.Net(), dist.get_rank()
+    model = DistributedDataParallel(net, bucket_cap_mb=0.01)
+    with level_rig.machine(rank // 2):
+        run = commopt.attach(model, preset.method(), preset.optimizer(net))
+    assert (run.group.per_machine, run.rank, run.ranks) == (2, rank, 4)
+    for step in range(4):
+        run.optimizer.zero_grad()
+        model(*(level_rig.gradient(rank, step, k, p.shape) for k, p in enumerate(net.parameters()))).backward()
+        run.optimizer.step()
+    assert run.replicas_are_equal()
+    run.close()
+    one_each = SimWorld[Tensor](2).run(
+        lambda group: level_rig.train(level_rig.start(preset, group), range(4), [2 * group.rank, 2 * group.rank + 1])[0]
+    )
+    torch.testing.assert_close(flat(net), one_each[0], rtol=0, atol=1e-6)
+
+
+@on_four_ranks
+def test_machines_of_different_sizes_and_one_alone_exchange_between_single_ranks() -> None:
+    for number in (min(dist.get_rank() // 3, 1), 0):
+        net = level_rig.Net()
+        with level_rig.machine(number):
+            run = commopt.attach(net, "dense", torch.optim.SGD(net.parameters(), lr=0.1))
+        assert run.group.per_machine == 1
+        run.close()
