@@ -30,8 +30,10 @@ on_two_ranks = pytest.mark.ranks("lightning", 2)
 DENSE_MB = 4e-6 * flat(make_model()).numel()
 # case: method, options of the Trainer and the strategy, and what they are by hand
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    **{name: (name, {}, {}) for name in ("dense", "ef_sign l1", "two_way int8", "dgc", "distributed_lion")},
-    "onebit_adam l1": ("onebit_adam l1", {}, {}),
+    **{
+        name: (name, {}, {})
+        for name in ("dense", "ef_sign l1", "two_way int8", "dgc", "distributed_lion", "onebit_adam l1")
+    },
     "clipped by the Trainer": ("ef_sign l1", {"gradient_clip_val": 0.05}, {"clip": 0.05}),
     "clipped by the method": ("onebit_adam l1", {"given": {"max_norm": 0.05}}, {"max_norm": 0.05}),
     **{
@@ -123,12 +125,13 @@ def fit(
     return net, trainer
 
 
-def fit_and_write(folder: Path, method: Any, configure: Any, ckpt_path: Any = None) -> tuple[Any, Any]:
+def fit_and_write(folder: Path, choice: dict[str, Any], ckpt_path: Any = None) -> tuple[Any, Any]:
     """A fit with a checkpoint at every third step."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     writer = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-    return fit(method, configure, ckpt_path, callbacks=[writer], enable_checkpointing=True)
+    configure = sgd if choice["name"] == "ef_sign" else adam
+    return fit(choice, configure, ckpt_path, callbacks=[writer], enable_checkpointing=True)
 
 
 def choice_of(name: str) -> tuple[dict[str, Any], Any]:
@@ -199,15 +202,11 @@ def test_schedulers_act_on_the_optimizer_that_stands_in_for_adam(kind: str) -> N
 # -- checkpoints
 
 
-def configure_for(choice: dict[str, Any]) -> Any:
-    return sgd if choice["name"] == "ef_sign" else adam
-
-
 @pytest.mark.parametrize("name", RESUMED)
 @on_two_ranks
 def test_a_checkpoint_holds_what_every_rank_needs_to_go_on_bit_for_bit(name: str, tmp_path: Path) -> None:
-    choice, configure = RESUMED[name], configure_for(RESUMED[name])
-    straight, trainer = fit_and_write(tmp_path, choice, configure)
+    choice = RESUMED[name]
+    straight, trainer = fit_and_write(tmp_path, choice)
     assert trainer.strategy.run.steps == STEPS
     assert torch.equal(resumed(tmp_path / "step=3.ckpt", choice), flat(straight))
     rewrite(tmp_path, "without", None)
@@ -219,7 +218,7 @@ def test_a_checkpoint_holds_what_every_rank_needs_to_go_on_bit_for_bit(name: str
 
 def resumed(checkpoint: Path, choice: dict[str, Any]) -> Tensor:
     """The parameters after a fit from a checkpoint."""
-    return flat(fit_and_write(checkpoint.parent, choice, configure_for(choice), checkpoint)[0])
+    return flat(fit_and_write(checkpoint.parent, choice, checkpoint)[0])
 
 
 def rewrite(folder: Path, name: str, said: dict[str, Any] | None) -> None:
@@ -240,7 +239,7 @@ def test_a_checkpoint_is_resumed_with_what_belongs_to_it_or_refused(tmp_path: Pa
         with pytest.raises(CheckpointError, match=said):
             resumed(tmp_path / name, choice)
 
-    straight = flat(fit_and_write(tmp_path, ef_sign, sgd)[0])
+    straight = flat(fit_and_write(tmp_path, ef_sign)[0])
     rewrite(tmp_path, "lonely", {})
     rewrite(tmp_path, "noloco", {"ranks": 4, "method": "noloco"})
     assert_refused("step=3.ckpt", {"name": "top_k", "density": 0.1}, "was saved under ef_sign, not top_k")
