@@ -1,4 +1,4 @@
-"""Warm ranks for each framework: forks of one process, because importing the framework is what takes long."""
+"""Warm ranks for each framework: forks of one process, because importing the framework is what takes long; and what they share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import runpy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,8 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from torch import Tensor
+from rig import flat, loss_of
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from commopt import attach
 from commopt.errors import CommoptError
 
 
@@ -172,3 +175,40 @@ def run_program(name: str, *words: str) -> str:
         patch.syspath_prepend(str(launch))
         runpy.run_path(str(launch / name), run_name="__main__")
     return printed.getvalue()
+
+
+def train_by_ddp(
+    model: nn.Module,
+    method: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    every: int = 1,
+    clip: float = 0.0,
+    scaler: torch.amp.GradScaler | None = None,
+    dtype: torch.dtype | None = None,
+    schedule: Callable[[], Any] = lambda: None,
+    **options: Any,
+) -> tuple[Tensor, float]:
+    """The training that a framework's is compared with, in a plain loop: parameters, and bytes sent.
+
+    every: batches in a step; dtype: of autocast; schedule: called after each step.
+    """
+    wrapped = DistributedDataParallel(model)
+    run = attach(wrapped, method, optimizer, grad_scaler=scaler, **options)
+    scaling = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    for k, (x, y) in enumerate(batches, 1):
+        wrapped.require_backward_grad_sync = is_last = k % every == 0
+        with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False):
+            loss = loss_of(wrapped(x), y) / every
+        scaling.scale(loss).backward()
+        if is_last:
+            if clip:
+                scaling.unscale_(run.optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaling.step(run.optimizer)
+            scaling.update()
+            schedule()
+            run.optimizer.zero_grad()
+    run.close()
+    return flat(model), run.traffic.payload_bytes

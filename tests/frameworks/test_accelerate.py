@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_by_hand import train_by_ddp
-from framework_ranks import error_of, new_accelerator
+from framework_ranks import error_of, new_accelerator, train_by_ddp
 from pool import Pool
 from rig import flat, loss_of, make_batch, make_model
 from rig import sgd_of as sgd

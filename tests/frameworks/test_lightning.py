@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_by_hand import train_by_ddp
-from framework_ranks import error_of, gathered, run_program
+from framework_ranks import error_of, gathered, run_program, train_by_ddp
 from pool import Pool
 from rig import FREEZE, METHODS, flat, loss_of, make_batch, make_method, make_model, train
 from rig import sgd_of as sgd

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_by_hand import train_by_ddp
-from framework_ranks import error_of, gathered, new_accelerator
+from framework_ranks import error_of, gathered, new_accelerator, train_by_ddp
 from rig import flat, make_model
 from torch import Tensor, nn
 
