@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,16 @@ def data(n: int = 256) -> list[dict[str, Tensor]]:
     return [{"x": x[k], "y": y[k]} for k in range(n)]
 
 
-def trainer_of(folder: Path, *, model: Any = None, optimizers: Any = (None, None), **options: Any) -> Any:
+def trainer_of(folder: Path, given: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """given: to the Trainer, a new model if it is None; options: of its arguments."""
     from transformers import Trainer, TrainingArguments, set_seed
 
     new_accelerator()  # forget the states of the Trainer before
     set_seed(3)
-    kept: dict[str, Any] = {
-        key: options.pop(key) for key in ("model_init", "eval_dataset", "callbacks") if key in options
-    }
     settings: dict[str, Any] = {"max_steps": STEPS, "learning_rate": RATE, "save_strategy": "no", "logging_steps": 2}
     settings |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False, **options}
     arguments = TrainingArguments(str(folder), per_device_train_batch_size=4, **settings)
-    if "model_init" not in kept:
-        kept["model"] = Net() if model is None else model
-    return Trainer(args=arguments, train_dataset=data(), optimizers=optimizers, **kept)
+    return Trainer(args=arguments, train_dataset=data(), **({"model": Net()} if given is None else given))
 
 
 def attached(folder: Path, method: Any, **options: Any) -> tuple[Any, Any]:
@@ -121,7 +117,7 @@ def test_every_door_leads_to_the_same_training(tmp_path: Path) -> None:
     for door in ("attach", "callback", "built", "optimizers"):
         model = Net()
         adam = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-        trainer = trainer_of(tmp_path, model=model, optimizers=(adam if door == "optimizers" else None, None))
+        trainer = trainer_of(tmp_path, {"model": model, "optimizers": (adam if door == "optimizers" else None, None)})
         if door == "callback":
             trainer.add_callback(callback(trainer, ONEBIT))
         else:
@@ -184,7 +180,7 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(method: Any, optim: str,
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [(EF, {"optim": "sgd"}), (ONEBIT, {"model_init": Net})], ids=["", "model_init"]
+    ("method", "options"), [(EF, {"optim": "sgd"}), (ONEBIT, {"given": {"model_init": Net}})], ids=["", "model_init"]
 )
 @on_two_ranks
 def test_a_trainer_can_train_again_in_one_run_for_each_model(method: Any, options: Any, tmp_path: Path) -> None:
@@ -192,7 +188,7 @@ def test_a_trainer_can_train_again_in_one_run_for_each_model(method: Any, option
     trainer.train()
     first, first_run = trainer.model, run.run
     trainer.train()
-    is_same = "model_init" not in options
+    is_same = "given" not in options
     assert (trainer.model is first) == (run.run is first_run) == is_same
     assert torch.equal(flat(first), flat(trainer.model))
     assert run.steps == (2 * STEPS if is_same else STEPS)
@@ -211,8 +207,9 @@ def test_the_best_model_is_there_in_the_end(method: Any, tmp_path: Path) -> None
     optim = "sgd" if method["name"] == "diloco" else "adamw_torch"
     options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_steps": 1, "save_steps": 1}
     options |= {"eval_strategy": "steps", "save_strategy": "steps", "learning_rate": 5.0, "max_grad_norm": 0.0}
-    options |= {"label_names": ["y"], "callbacks": [EarlyStoppingCallback(early_stopping_patience=2)]}
-    trainer, run = attached(tmp_path, method, eval_dataset=data(16), optim=optim, **options)
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    given = {"model": Net(), "eval_dataset": data(16), "callbacks": [stopping]}
+    trainer, run = attached(tmp_path, method, given=given, optim=optim, label_names=["y"], **options)
     trainer.train()
     assert run.steps == 3
     assert method["name"] == "diloco" or not run.method.is_synchronised  # what it would move the model by is left out
@@ -238,8 +235,8 @@ def test_a_schedule_of_the_users_goes_on_with_the_method(tmp_path: Path) -> None
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(0.5**step))
-    options: dict[str, Any] = {"eval_dataset": data(16), "eval_on_start": True, "label_names": ["y"]}
-    trainer, run = attached(tmp_path, ONEBIT, model=model, optimizers=(optimizer, schedule), **options)
+    given = {"model": model, "optimizers": (optimizer, schedule), "eval_dataset": data(16)}
+    trainer, run = attached(tmp_path, ONEBIT, given=given, eval_on_start=True, label_names=["y"])
     trainer.train()
     assert "eval_loss" in trainer.state.log_history[0]
     assert run.optimizer.param_groups[0]["lr"] == RATE * 0.5**STEPS
@@ -276,8 +273,8 @@ def not_added(folder: Path) -> None:
 
 
 def another_optimizer(folder: Path) -> None:
-    model = Net()
-    attach(trainer_of(folder, model=model), EF, torch.optim.AdamW(model.parameters()))
+    trainer = trainer_of(folder)
+    attach(trainer, EF, torch.optim.AdamW(trainer.model.parameters()))
 
 
 def resumed_from(theirs: Any, ours: dict[str, Any]) -> Callable[[Path], None]:
@@ -323,7 +320,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "AttachError: onebit_adam stands in for Adam or AdamW, not for SGD",
     ),
     "trial": (
-        lambda folder: attached(folder, EF, optim="sgd", model_init=Net)[0].hyperparameter_search(),
+        lambda folder: attached(folder, EF, given={"model_init": Net}, optim="sgd")[0].hyperparameter_search(),
         "AttachError: hyperparameter_search",
     ),
     "state": (resumed_from(None, EF), "CheckpointError: .* holds no state of ef_sign: .* its model alone"),
