@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from commopt.cluster import machine
-from commopt.cluster.machine import Emulate, free_ports, interface_of, on_signals, tried
+from commopt.cluster.machine import Emulate, free_ports, interface_of, tool_path, tried
 from commopt.cluster.network import INTERFACE, Network, address, checked_run
 from commopt.cluster.spec import ClusterSpec
 from commopt.errors import EmulationError, LaunchError, did_you_mean
 from commopt.plan.links import LinkModel
 
+TOOLS = {"unshare": "util-linux", "ip": "iproute2", "tc": "iproute2"}  # with the packages they are in
 _INSIDE = "_COMMOPT_INSIDE"  # "lifeline,report": the file descriptors that the outer launcher opened
 _DEPTH = "_COMMOPT_DEPTH"
 _PACED = "pacing slows the exchanges of commopt's methods, dense too; what a program sends without them, as plain DDP does, is not delayed"
@@ -179,10 +180,11 @@ def this_node(cluster: ClusterSpec, name: str | None) -> int:
 def end_on_signals() -> None:
     """Let SIGTERM and SIGHUP end this process as Ctrl-C does: through its `finally` blocks, with the usual exit code."""
 
-    def end(number: int) -> NoReturn:
+    def end(number: int, _: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    on_signals((signal.SIGTERM, signal.SIGHUP), end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 
 
@@ -200,8 +202,8 @@ def end_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
 
 def unshare_words() -> list[str]:
     """The `unshare` command that works here. Raises EmulationError with the reason and, where known, the cure."""
-    for tool, package in (("unshare", "util-linux"), ("ip", "iproute2")):
-        if shutil.which(tool) is None:
+    for tool, package in TOOLS.items():
+        if shutil.which(tool, path=tool_path()) is None:
             raise EmulationError(f"there is no {tool!r} command; install {package}")
     words = ["unshare", "-Urnm", "--pid", "--fork", "--kill-child"]
     for option in (["--mount-proc"], []):  # a container that masks parts of /proc refuses a new one
@@ -230,12 +232,13 @@ def _run_inside() -> str:
     inner = (lifeline, report_end)
     process = subprocess.Popen(
         [*words, sys.executable, *sys.orig_argv[1:]],
-        env={**os.environ, _INSIDE: f"{lifeline},{report_end}", _DEPTH: str(depth + 1)},
+        env={**os.environ, _INSIDE: f"{lifeline},{report_end}", _DEPTH: str(depth + 1), "PATH": tool_path()},
         pass_fds=inner,
         start_new_session=True,  # a terminal's Ctrl-C reaches this process, which passes it on once
         preexec_fn=end_with_parent(),
     )
-    on_signals(machine.SIGNALS, lambda number: os.write(lifeline_end, bytes([number])))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: os.write(lifeline_end, bytes([number])))
     for descriptor in inner:
         os.close(descriptor)
     with os.fdopen(report, "rb") as stream:

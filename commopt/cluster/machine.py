@@ -1,23 +1,18 @@
-"""This machine's own commands, addresses, interfaces, ports and byte counters, and the launcher's signals."""
+"""This machine's own commands, addresses, interfaces, ports and byte counters."""
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from commopt.errors import LaunchError
 
 LOOPBACK = ("lo", "lo0")  # on Linux, and elsewhere
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Emulate(str, Enum):
@@ -33,10 +28,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def tool_path() -> str:
+    """PATH, and the folders where Debian keeps `tc`, which are not in an ordinary user's."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
 def tried(words: Sequence[str], given: str = "", *, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
     """Run a short command with an input text; the exit code is 1 if it cannot be run, or takes too long."""
+    environment = {**os.environ, "PATH": tool_path()}
     try:
-        return subprocess.run(words, input=given, capture_output=True, text=True, timeout=timeout_s, check=False)
+        return subprocess.run(words, input=given, env=environment, capture_output=True, text=True, timeout=timeout_s)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(words, 1, "", str(error))
 
@@ -99,35 +100,3 @@ def nic_tx_bytes(interface: str | None) -> int | None:
         return int(Path("/sys/class/net", interface or "", "statistics", "tx_bytes").read_text())
     except (OSError, ValueError):
         return None
-
-
-def on_signals(numbers: Iterable[signal.Signals], act: Callable[[int], object]) -> dict[signal.Signals, Any]:
-    """Let these signals call `act`; return the previous handlers.
-
-    A fork of this process has nothing to clean up and ends at once: pyroute2 forks to enter a namespace, and ends that by SIGTERM.
-    """
-    owner = os.getpid()
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            os._exit(128 + number)
-        act(number)
-
-    return {number: signal.signal(number, handler) for number in numbers}
-
-
-@contextmanager
-def deferred_signals() -> Iterator[None]:
-    """Hold signals back until the block has ended; for pyroute2, whose event loop does not survive them."""
-    if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
-        yield
-        return
-    waiting: list[int] = []
-    before = on_signals(SIGNALS, waiting.append)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for late in dict.fromkeys(waiting):
-            signal.raise_signal(late)

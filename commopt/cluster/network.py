@@ -9,11 +9,11 @@ of the calling process, which must therefore have one of its own: see `commopt.c
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
-from commopt.cluster.machine import deferred_signals, tried
+from commopt.cluster.machine import tried
 from commopt.cluster.spec import ClusterSpec, Link
 from commopt.errors import EmulationError
 
@@ -42,54 +42,42 @@ class Network:
     """The emulated network of one cluster; without `has_netem`, links only have their rates."""
 
     def __init__(self, cluster: ClusterSpec) -> None:
-        from pyroute2 import IPRoute
-
         self._names = cluster.names
         self._mtu = cluster.links.mtu
-        self._outer: dict[str, int] = {}  # name of a node -> index of its veth's outer end
+        self._outer: dict[str, str] = {}  # name of a node -> its veth's outer end
         self._sent_before = dict.fromkeys(self._names, 0)  # through veths that were removed
         self._cut: set[frozenset[str]] = set()
-        self._root: Any = IPRoute()
         links = [cluster.link(index) for index in range(len(self._names))]
-        self.has_netem = any(map(_needs_netem, [*links, cluster.links.between])) and self._netem_works()
-        self._root.link("set", index=1, state="up")
-        bridges = self._add_bridges(cluster)
-        self._places = [(link, bridges[site]) for link, site in zip(links, cluster.site_of_node, strict=True)]
+        self.has_netem = any(map(_needs_netem, [*links, cluster.links.between])) and _netem_works()
+        _batch("ip", "link set lo up")
+        self._add_bridges(cluster)
+        self._places = [(link, f"b{site}") for link, site in zip(links, cluster.site_of_node, strict=True)]
         for name in self._names:
             self._add_node(name)
 
-    @deferred_signals()
     def tx_bytes(self) -> dict[str, int]:
         """Bytes that each node has sent since the start, headers included, as received by the outer end of its veth."""
-        sent, names = dict(self._sent_before), {index: name for name, index in self._outer.items()}
-        for message in self._root.get_links(*names) if names else []:
-            sent[names[message["index"]]] += int(message.get_attr("IFLA_STATS64")["rx_bytes"])
-        return sent
+        links = json.loads(checked_run(["ip", "-json", "-statistics", "link"]))
+        received = {link["ifname"]: int(link["stats64"]["rx"]["bytes"]) for link in links}
+        return {name: before + received.get(self._outer.get(name, ""), 0) for name, before in self._sent_before.items()}
 
-    @deferred_signals()
     def unplug(self, name: str) -> None:
         """Cut a node off: nothing that it still sends arrives, but its own interface reports no error to its programs."""
-        self._root.link("set", index=self._outer[name], state="down")
+        _batch("ip", f"link set {self._outer[name]} down")
 
-    @deferred_signals()
     def remove(self, name: str) -> None:
         """Remove a node whose programs have ended, with the connections that its kernel still keeps, as a machine would lose them."""
-        from pyroute2 import netns
-
         self._sent_before[name] = self.tx_bytes()[name]
-        self._root.link("del", index=self._outer.pop(name))
-        netns.remove(name)
+        _batch("ip", f"link delete {self._outer.pop(name)}", f"netns delete {name}")
 
-    @deferred_signals()
     def restore(self, name: str) -> None:
         """Bring back a node that was unplugged or removed, with the same addresses; cuts stay in force."""
         if name in self._outer:
-            self._root.link("set", index=self._outer[name], state="up")
+            _batch("ip", f"link set {self._outer[name]} up")
             return
         self._add_node(name)
         self._set_cuts(name, healed=set(), new=self._cut)
 
-    @deferred_signals()
     def cut(self, pairs: Iterable[Collection[str]]) -> None:
         """Silently drop everything between the two nodes of each of these pairs; heal all other pairs.
 
@@ -106,103 +94,90 @@ class Network:
         lines = []
         for pairs, verb, where in ((healed, "del", ""), (new, "replace", f" lladdr {_NOWHERE} nud permanent")):
             others = [address(self._names.index(other)) for pair in pairs if name in pair for other in pair - {name}]
-            lines += [f"neigh {verb} {other}{where} dev {INTERFACE}\n" for other in others]
-        if lines:
-            checked_run(["ip", "-n", name, "-batch", "-"], "".join(lines))
+            lines += [f"neigh {verb} {other}{where} dev {INTERFACE}" for other in others]
+        _batch("ip", *lines, node=name)
 
-    def _add_bridges(self, cluster: ClusterSpec) -> list[int]:
-        sites = max(1, len(cluster.sites))
-        bridges = [self._add_bridge(f"b{site}") for site in range(sites)]
-        if sites == 1:
-            return bridges
-        core = self._add_bridge("core")
+    def _add_bridges(self, cluster: ClusterSpec) -> None:
+        sites = range(max(1, len(cluster.sites)))
+        bridges = [f"b{site}" for site in sites] + ["core"] * (len(sites) > 1)
+        for name in bridges:
+            _batch("ip", f"link add {name} mtu {self._mtu} type bridge", *self._silent(name), f"link set {name} up")
         between = cluster.links.between
-        for site, bridge in enumerate(bridges):
+        for site in sites if "core" in bridges else ():
             inner, outer = f"s{site}", f"t{site}"
-            self._root.link("add", ifname=inner, kind="veth", mtu=self._mtu, peer={"ifname": outer, "mtu": self._mtu})
-            for name, master, link in ((inner, bridge, between), (outer, core, Link(rate=between.rate))):
-                index = self._index(self._root, name)
-                self._shape(self._root, index, link)
-                self._root.link("set", index=index, master=master, state="up")
-        return bridges
-
-    def _add_bridge(self, name: str) -> int:
-        self._root.link("add", ifname=name, kind="bridge", mtu=self._mtu)
-        index = self._index(self._root, name)
-        self._silence_ipv6(self._root, index)
-        self._root.link("set", index=index, state="up")
-        return index
+            _batch("ip", f"link add {inner} mtu {self._mtu} type veth peer name {outer} mtu {self._mtu}")
+            self._shape(inner, between)
+            self._shape(outer, Link(rate=between.rate))
+            _batch("ip", f"link set {inner} master b{site} up", f"link set {outer} master core up")
 
     def _add_node(self, name: str) -> None:
-        from pyroute2 import NetNS, netns
-
         number = self._names.index(name)
         link, bridge = self._places[number]
-        netns.create(name)
-        outer = f"v{number}"
-        peer = {"ifname": INTERFACE, "net_ns_fd": name, "mtu": self._mtu}
-        self._root.link("add", ifname=outer, kind="veth", mtu=self._mtu, peer=peer)
-        index = self._index(self._root, outer)
-        self._outer[name] = index
-        self._silence_ipv6(self._root, index)
-        self._shape(self._root, index, Link(rate=link.rate))
-        self._root.link("set", index=index, master=bridge, state="up")
-        inside: Any
-        with NetNS(name, flags=0) as inside:
-            index = self._index(inside, INTERFACE)
-            inside.link("set", index=1, state="up")
-            inside.addr("add", index=index, address=address(number), prefixlen=16)
-            hardware = f"02:00:0a:4d:{(number + 1) // 256:02x}:{(number + 1) % 256:02x}"
-            inside.link("set", index=index, address=hardware)  # the others may have cached it
-            inside.link("set", index=index, gso_max_segs=1)  # no offload: every segment has its headers, as on a wire
-            self._silence_ipv6(inside, index)
-            self._shape(inside, index, link)
-            inside.link("set", index=index, state="up")
+        outer = self._outer[name] = f"v{number}"
+        hardware = f"02:00:0a:4d:{(number + 1) // 256:02x}:{(number + 1) % 256:02x}"  # the others may have cached it
+        inner = f"name {INTERFACE} netns {name} mtu {self._mtu} address {hardware}"
+        _batch(
+            "ip",
+            f"netns add {name}",
+            f"link add {outer} mtu {self._mtu} type veth peer {inner}",
+            *self._silent(outer),
+            f"link set {outer} master {bridge}",
+        )
+        _batch(
+            "ip",
+            "link set lo up",
+            f"address add {address(number)}/16 dev {INTERFACE}",
+            f"link set {INTERFACE} gso_max_segs 1",  # no offload: every segment has its headers, as on a wire
+            *self._silent(INTERFACE),
+            f"link set {INTERFACE} up",
+            node=name,
+        )
+        self._shape(outer, Link(rate=link.rate))
+        self._shape(INTERFACE, link, node=name)
+        _batch("ip", f"link set {outer} up")
 
-    def _shape(self, route: Any, index: int, link: Link) -> None:
+    def _shape(self, interface: str, link: Link, node: str | None = None) -> None:
         """Limit what leaves through an interface; delay, jitter and loss need netem."""
-        rate, place = link.bytes_per_s, dict[str, str]()
+        rate, place, lines = link.bytes_per_s, "root", []
+        add = f"qdisc add dev {interface}"
         if rate < _FASTEST_BYTES_PER_S:
-            burst, limit = burst_bytes(rate, self._mtu), queue_bytes(rate, self._mtu)
-            route.tc("add", "tbf", index, handle="1:", rate=math.ceil(rate), burst=burst, limit=limit)
-            place = {"parent": "1:1"}
+            shape = f"burst {burst_bytes(rate, self._mtu)} limit {queue_bytes(rate, self._mtu)}"
+            lines.append(f"{add} root handle 1: tbf rate {math.ceil(rate)}bps {shape}")
+            place = "parent 1:1"
         if self.has_netem and _needs_netem(link):
             held_s = 1.0 + link.delay_s + link.jitter_s
             packets = max(1000, math.ceil(held_s * min(rate, _FASTEST_BYTES_PER_S) / self._mtu))
-            # microseconds; and a percentage, which overflows 32 bits at 100
-            times = {"delay": link.delay_s * 1e6, "jitter": link.jitter_s * 1e6}
-            loss = min(link.loss_probability * 100, 99.9999)
-            route.tc("add", "netem", index, handle="10:", **place, **times, loss=loss, limit=packets)
+            times = f"delay {link.delay_s * 1e6:.0f}us {link.jitter_s * 1e6:.0f}us"
+            loss = f"loss {link.loss_probability:.6%}"
+            lines.append(f"{add} {place} handle 10: netem limit {packets} {times} {loss}")
+        _batch("tc", *lines, node=node)
 
-    def _netem_works(self) -> bool:
-        """Whether this kernel has sch_netem, tried on the loopback interface."""
-        from pyroute2 import NetlinkError
-
-        try:
-            self._root.tc("add", "netem", 1, handle="1:", delay=1000)
-        except NetlinkError:
-            return False
-        self._root.tc("del", index=1, root=True)
-        return True
-
-    def _silence_ipv6(self, route: Any, index: int) -> None:
-        """Keep the kernel from announcing link-local addresses, which would be counted as traffic."""
-        if self._mtu < _IPV6_MTU:  # then it speaks none
-            return
-        mode = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}
-        route.link("set", index=index, IFLA_AF_SPEC=mode)
-
-    @staticmethod
-    def _index(route: Any, name: str) -> int:
-        return int(route.link_lookup(ifname=name)[0])
+    def _silent(self, interface: str) -> list[str]:
+        """What keeps the kernel from announcing link-local addresses, which would be counted as traffic."""
+        return [f"link set {interface} addrgenmode none"] if self._mtu >= _IPV6_MTU else []  # below, it speaks none
 
 
-def checked_run(words: Sequence[str], given: str = "") -> None:
-    """Run a short command with an input text. Raises EmulationError, with its error output, if it fails."""
+def checked_run(words: Sequence[str], given: str = "") -> str:
+    """The output of a short command with an input text. Raises EmulationError, with its error output, if it fails."""
     done = tried(words, given)
     if done.returncode != 0:
         raise EmulationError(f"{' '.join(words[:3])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _batch(tool: str, *lines: str, node: str | None = None) -> None:
+    """Carry out lines of `ip` or `tc`, in a node's namespace if one is named."""
+    if lines:
+        checked_run([tool, *(["-netns", node] if node else []), "-batch", "-"], "\n".join(lines))
 
 
 def _needs_netem(link: Link) -> bool:
     return link.delay_s > 0 or link.jitter_s > 0 or link.loss_probability > 0
+
+
+def _netem_works() -> bool:
+    """Whether this kernel has sch_netem, tried on the loopback interface."""
+    if tried(["tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]).returncode != 0:
+        return False
+    checked_run(["tc", "qdisc", "delete", "dev", "lo", "root"])
+    return True

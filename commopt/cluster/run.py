@@ -104,6 +104,8 @@ class Job:
             self.watch()
         finally:
             self.end()
+        if self.faults is not None:
+            self.faults.restore()
         notices = [] if self._logs.problem is None else [self._logs.problem]
         if self.faults is not None and self._planned is None:
             notices += self.faults.unreached
@@ -209,8 +211,6 @@ class Job:
         self._wall_s = self._elapsed()
         sent = self.emulation.tx_bytes()
         self._sent = {name: count - self._sent_before.get(name, 0) for name, count in sent.items()}
-        if self.faults is not None:
-            self.faults.restore()
         drained_s = self._elapsed() + 0.5  # a socket that another process holds open never ends
         while self._selector.get_map() and self._elapsed() < drained_s:
             self._read(timeout_s=0.05)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -183,26 +182,3 @@ def test_the_burst_is_never_a_steps_payload(rate: float, burst: int) -> None:
     assert burst_bytes(rate) == burst
     assert burst_bytes(rate, 65_535) >= 65_535 + 14
     assert queue_bytes(rate) > burst
-
-
-def test_a_fork_that_is_ended_runs_no_clean_up_of_its_parent() -> None:
-    """pyroute2 forks for a moment to enter a namespace, and ends that fork by SIGTERM."""
-    code = (
-        "import os, signal, time\n"
-        "from commopt.cluster.emulate import end_on_signals\n"
-        "end_on_signals()\n"
-        "here, there = os.pipe()\n"
-        "try:\n"
-        "    child = os.fork()\n"
-        "    if child == 0:\n"
-        "        os.write(there, b'x')\n"
-        "    while child == 0:\n"
-        "        time.sleep(0.01)\n"
-        "    os.read(here, 1)\n"
-        "    os.kill(child, signal.SIGTERM)\n"
-        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-        "finally:\n"
-        "    print('cleaned up')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "143\ncleaned up\n"
