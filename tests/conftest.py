@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 import torch
 import warm
+from launchers import end_all, processes
 from pool import Pool
 
 from commopt import kernels
@@ -174,8 +175,6 @@ def namespaces() -> None:
 @pytest.fixture
 def mark() -> Iterator[str]:
     """A word for the command line of a test's processes; those left at the end are killed."""
-    from launchers import end_all, processes  # beside the cluster tests: importable when one of them is collected
-
     word = f"mark-{uuid.uuid4().hex}"
     yield word
     for pid in processes(word):

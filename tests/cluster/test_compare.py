@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launchers import HERE, ROOT, commopt_here, finish, processes, start, wait_until
+from launchers import PROGRAMS, ROOT, commopt_here, finish, processes, start, wait_until
 
 from commopt.cli.training import check_methods, check_outputs, chosen_methods, locked
 from commopt.cluster.spec import load_run
 from commopt.errors import ConfigError
 
-RECORDING = str(HERE / "recorded_steps.py")
+RECORDING = str(PROGRAMS / "recorded_steps.py")
 SMALL = "{steps: 16, layers: 1, heads: 2, width: 64, context: 32, batch: 2, validation-batches: 1}"
 
 

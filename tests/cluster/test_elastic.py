@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launchers import HERE, ROOT, all_have_ended, drive, finish, result, start
+from launchers import PROGRAMS, ROOT, all_have_ended, drive, finish, result, start
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def on_each_node(folder: Path, flag: Path, mark: str) -> list[list[str]]:
     for node in range(2):
         place = [f"HEAD={address(0)}", "NODES=2", f"NODE={node}", "RESTARTS=1", "OMP_NUM_THREADS=1"]
         cleared = [*(word for name in OURS for word in ("-u", name)), "PYTHON=python"]
-        script = [str(ROOT / "launch/torchrun.sh"), str(HERE / "dying.py"), str(flag), "--checkpoints", str(folder)]
+        script = [str(ROOT / "launch/torchrun.sh"), str(PROGRAMS / "dying.py"), str(flag), "--checkpoints", str(folder)]
         commands.append(["env", *cleared, *place, f"JOB={mark}", *script, *TRAINING])
     return commands
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launchers import HERE, all_have_ended, finish, processes, read_until, start, wait_until
+from launchers import PROGRAMS, all_have_ended, finish, processes, read_until, start, wait_until
 
 from commopt.cluster.machine import free_ports
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for ranks in /proc")
-RANKS = str(HERE / "ranks.py")
+RANKS = str(PROGRAMS / "ranks.py")
 
 
 def launch(cluster: Path, *words: str) -> tuple[list[str], Path]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launchers import HERE, finish, processes, start
+from launchers import PROGRAMS, finish, processes, start
 
 RUN = """
 name: faults
@@ -27,7 +27,7 @@ faults:
 def test_survivors_end_their_steps_and_the_first_node_comes_back_to_them(tmp_path: Path, mark: str) -> None:
     (tmp_path / "cluster.yaml").write_text("nodes: 3\nslots: 2\nlinks: {rate: 50mbit}\n")
     run_file, out = tmp_path / "run.yaml", tmp_path / mark
-    run_file.write_text(RUN.format(program=HERE / "paced_training.py"))
+    run_file.write_text(RUN.format(program=PROGRAMS / "paced_training.py"))
     words = ["-m", "commopt", "run", str(run_file), "--out", str(out), "--emulate", "netns"]
     code, output, errors = finish(start(words, tmp_path), 150)
     assert code == 0, output + errors

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ from typing import IO, Any
 import pytest
 
 LIMIT_S = 200.0  # for what takes seconds on a machine that does nothing else
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ROOT / "tests" / "cluster"  # among them, programs for nodes
 
 
 def processes(word: str) -> list[int]:
@@ -44,13 +45,16 @@ def commopt_here(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[in
 _started: list[subprocess.Popen[str]] = []
 
 
-def start(words: list[str], folder: Path, python: str = "python", **variables: str) -> subprocess.Popen[str]:
-    """Start a Python program whose temporary files go to `folder`, with these variables besides."""
+def start(
+    words: Sequence[str], folder: Path, program: str = "python", cwd: Path | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """Start a program whose temporary files go to `folder`, with these variables besides."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("COMMOPT_")}
     ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "TMPDIR": str(folder)}
     process = subprocess.Popen(
-        [python, *words],
+        [program, *words],
         env={**inherited, **ours, **variables},
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -63,7 +67,7 @@ def start(words: list[str], folder: Path, python: str = "python", **variables: s
 
 def member(mark: str, *words: object) -> list[str]:
     """The command of one of member.py's programs."""
-    return [sys.executable, str(HERE / "member.py"), mark, *map(str, words)]
+    return [sys.executable, str(PROGRAMS / "member.py"), mark, *map(str, words)]
 
 
 def drive(
@@ -74,7 +78,7 @@ def drive(
     for name in ("scratch", "record"):
         (folder / name).mkdir(exist_ok=True)
     text = json.dumps({"commands": commands, "record": str(folder / "record"), **options})
-    words = [str(HERE / "drive.py"), str(cluster), mode, mark, text]
+    words = [str(PROGRAMS / "drive.py"), str(cluster), mode, mark, text]
     return start(words, folder / "scratch", shutil.which("python") or sys.executable)  # a test may have an empty PATH
 
 
@@ -100,8 +104,7 @@ def end_all() -> None:
     """End the launchers that a failed test has left, so that the next test does not fail because of them."""
     while _started:
         with _started.pop() as process:
-            if process.poll() is None:
-                process.kill()
+            _end(process)
 
 
 def read_until(stream: IO[str] | None, text: str) -> str:
@@ -120,10 +123,15 @@ def finish(process: subprocess.Popen[str], timeout_s: float = LIMIT_S) -> tuple[
     try:
         output, errors = process.communicate(timeout=timeout_s)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+        _end(process)
     return process.returncode, output, errors
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End what still runs of what a launcher has started in its own session."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def wait_until(is_true: Callable[[], bool], what: str, timeout_s: float = LIMIT_S) -> None:
