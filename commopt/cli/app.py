@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer.core
+from typing_extensions import Buffer
 
 import commopt
 from commopt.cluster.machine import Emulate
@@ -80,36 +82,19 @@ OutAnnotated = Annotated[
 JsonAnnotated = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
 
 
-class _Stream:
-    """A standard stream; what it cannot take (a full disk) is dropped, so that training continues."""
+class _Stream(io.FileIO):
+    """The file of a standard stream; what it cannot take (a full disk) is dropped, so that training continues."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self.problem: OSError | None = None
+    problem: OSError | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with self._dropping():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._dropping():
-            self._stream.flush()
-
-    @contextmanager
-    def _dropping(self) -> Iterator[None]:
+    def write(self, data: Buffer) -> int:
         try:
-            yield
+            return super().write(data)
         except BrokenPipeError:  # the reader has ended, and wants no more
             raise
         except OSError as error:
             self.problem = error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # for what is still buffered
-            os.close(nowhere)
+            return memoryview(data).nbytes
 
 
 def main() -> None:
@@ -119,13 +104,21 @@ def main() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    streams = [_Stream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)]  # noqa: SIM115
-    sys.stdout, sys.stderr = cast("list[TextIO]", streams)
+    files = [_Stream(descriptor, "w", closefd=False) for descriptor in (1, 2)]
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.BufferedWriter(file),
+            getattr(given, "encoding", None),
+            getattr(given, "errors", None),
+            line_buffering=True,
+        )
+        for file, given in zip(files, (sys.stdout, sys.stderr), strict=True)
+    )
     try:
         app(prog_name="commopt")
     except SystemExit as ended:
         sys.stdout.flush()
-        if problem := streams[0].problem:
+        if problem := files[0].problem:
             fail(f"the output is incomplete: {(problem.strerror or str(problem)).lower()}", code=int(ended.code or 1))
         raise
 
