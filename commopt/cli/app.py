@@ -161,15 +161,13 @@ def launch(
     If the file only counts its nodes, all of them run on this machine, over links of the rate and delay that the
     file gives. If it lists real machines, run the same command on each of them.
     """
-    from commopt.cluster import emulate as emulation_of
     from commopt.cluster.run import Job
     from commopt.cluster.spec import load_cluster
     from commopt.record.words import bytes_text
 
     spec = load_cluster(cluster)
-    check_node(spec, emulate, node)
     check_program(command[0])
-    emulation = (emulation_of.preview if print_only else emulation_of.enter)(spec, emulate=emulate, node=node)
+    emulation = emulated(spec, emulate, node, print_only=print_only)
     if print_only:
         print_commands(command, emulation, independent=independent)
         return
@@ -192,10 +190,13 @@ def launch(
     note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
 
 
-def check_node(spec: ClusterSpec, emulate: Emulate | None, node: str | None) -> None:
-    """Raise ConfigError for a --node that would have no effect."""
+def emulated(spec: ClusterSpec, emulate: Emulate | None, node: str | None, *, print_only: bool) -> Emulation:
+    """How a cluster runs here, with its network unless that is only printed. Raises ConfigError for a --node without effect."""
+    from commopt.cluster.emulate import enter, preview
+
     if node is not None and not (spec.has_hosts and (emulate or spec.emulation) is Emulate.NONE):
         raise ConfigError(f"--node {node}: has no effect where this machine runs all nodes; leave it out")
+    return (preview if print_only else enter)(spec, emulate=emulate, node=node)
 
 
 def check_program(program: str) -> None:
@@ -285,13 +286,11 @@ def _train_and_report(
     print_only: bool,
 ) -> None:
     from commopt.cli import training
-    from commopt.cluster import emulate as emulation_of
     from commopt.cluster.injection import check_faults
 
-    check_node(spec.cluster, emulate, node)
     check_program(str(spec.program))
     methods = training.chosen_methods(spec, names)
-    emulation = (emulation_of.preview if print_only else emulation_of.enter)(spec.cluster, emulate=emulate, node=node)
+    emulation = emulated(spec.cluster, emulate, node, print_only=print_only)
     training.check_methods(spec, {**spec.methods, **methods})
     check_faults(spec.faults, emulation, spec.path.name)
     if print_only:

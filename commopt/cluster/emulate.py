@@ -73,10 +73,7 @@ class Emulation:
         """Bytes each node has sent, by the kernel's counters; none of a node on loopback, where others send too."""
         if self.network is not None:
             return self.network.tx_bytes()
-        if self.shares_loopback:
-            return {}
-        own = {node: name for node in self.nodes if (name := self.interfaces[node]) not in machine.LOOPBACK}
-        counters = {self.cluster.names[node]: machine.nic_tx_bytes(name) for node, name in own.items()}
+        counters = {self.cluster.names[node]: machine.nic_tx_bytes(self.interfaces[node]) for node in self.nodes}
         return {name: count for name, count in counters.items() if count is not None}
 
     def members(self) -> tuple[tuple[str, int], ...]:
@@ -168,7 +165,9 @@ def this_node(cluster: ClusterSpec, name: str | None) -> int:
             raise LaunchError(f"--node {name}: there is no such node{did_you_mean(name, names)}")
         return names.index(name)
     own = {socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()}
-    found = [i for i, node in enumerate(cluster.nodes) if {node.name, node.host} & own or machine.is_own(node.host)]
+    found = [
+        i for i, node in enumerate(cluster.nodes) if {node.name, node.host} & own or machine.own_address(node.host)
+    ]
     if len(found) != 1:
         raise LaunchError(
             f"{'more than one' if found else 'none'} of the nodes is this machine, {socket.gethostname()}: {', '.join(names)}; "

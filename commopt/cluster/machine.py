@@ -62,41 +62,37 @@ def loopback_interface() -> str:
     return next((name for name in LOOPBACK if name in names), "lo")
 
 
-def is_own(host: str | None) -> bool:
-    """Whether an address or a name leads to this machine: only then can a socket be bound to it."""
-    if host is None:
-        return False
+def own_address(host: str | None) -> str | None:
+    """The address that a host's name stands for, if it leads to this machine: only then can a socket be bound to it."""
+    if not host:
+        return None
     try:
         family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind(place)
     except OSError:
-        return False
-    return True
+        return None
+    return str(place[0]).partition("%")[0]
 
 
-def interface_of(host: str | None) -> str | None:
+def interface_of(host: str) -> str | None:
     """The interface that owns a host's address on this machine, or None.
 
     None too for a name that /etc/hosts maps to a loopback address, because other machines resolve it differently.
     """
-    if not host or not is_own(host):
+    if (own := own_address(host)) is None:
         return None
     if host.startswith("127.") or host == "::1":
         return loopback_interface()
-    try:
-        wanted = {str(place[0]).partition("%")[0] for *_, place in socket.getaddrinfo(host, 0)}
-    except OSError:
-        return None
-    for line in tried(["ip", "-o", "addr"]).stdout.splitlines():
-        words = line.split()
-        if len(words) > 3 and words[3].split("/")[0] in wanted and words[1] not in LOOPBACK:
-            return words[1]
-    return None
+    listed = tried(["ip", "-oneline", "address", "show", "to", own]).stdout.splitlines()
+    return next((name for line in listed if (name := line.split()[1]) not in LOOPBACK), None)
 
 
 def nic_tx_bytes(interface: str | None) -> int | None:
+    """Bytes sent through an interface; None if they are unknown, or not of one node, as on loopback."""
+    if interface is None or interface in LOOPBACK:
+        return None
     try:
-        return int(Path("/sys/class/net", interface or "", "statistics", "tx_bytes").read_text())
+        return int(Path("/sys/class/net", interface, "statistics", "tx_bytes").read_text())
     except (OSError, ValueError):
         return None

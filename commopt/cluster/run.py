@@ -160,11 +160,7 @@ class Job:
         agent = next(agent for agent in reversed(self._agents) if agent.node == name)
         kill_all(self.mark, name)
         if agent.at_s is None and agent.process.poll() in (None, -signal.SIGKILL):
-            agent.process.kill()
-            agent.process.wait()
-            agent.at_s, agent.is_killed = self._elapsed(), True
-            if not self.independent:
-                self._planned = Failure(name, None, -signal.SIGKILL, killed_at_step=at_step)
+            self._end_node(agent, Failure(name, None, -signal.SIGKILL, killed_at_step=at_step))
 
     def watch(self) -> None:
         """Return when every agent has ended, or if they need each other, a while after the first one failed."""
@@ -269,15 +265,19 @@ class Job:
             for_s = 0.0 if agent.stopped_s is None else now_s - agent.stopped_s
             if for_s >= _STOPPED_END_S:
                 kill_all(self.mark, agent.node)
-                agent.process.kill()
-                agent.process.wait()
-                agent.at_s, agent.is_killed = now_s, self.independent
-                if not self.independent:
-                    self._planned = Failure(agent.node, None, -signal.SIGSTOP)
+                self._end_node(agent, Failure(agent.node, None, -signal.SIGSTOP))
             elif for_s >= _STOPPED_S and not agent.is_told_stopped and self.on_note is not None:
                 agent.is_told_stopped = True
                 which = f"{agent.node}: process {', '.join(map(str, found[:8]))} is stopped, as by SIGSTOP"
                 self.on_note(f"{which}; resume it with SIGCONT, or the node is ended after {_STOPPED_END_S:.0f} s")
+
+    def _end_node(self, agent: _Agent, failure: Failure) -> None:
+        """End an agent at once, and with this failure the whole job if its nodes need each other."""
+        agent.process.kill()
+        agent.process.wait()
+        agent.at_s, agent.is_killed = self._elapsed(), True
+        if not self.independent:
+            self._planned = failure
 
     def _survived(self, agent: _Agent) -> bool:
         """Whether an independent node was killed and others finished without it."""

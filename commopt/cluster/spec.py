@@ -110,11 +110,6 @@ class Link(SpecModel):
     def loss_probability(self) -> float:
         return 0.0 if self.loss is None else parse_loss(self.loss)
 
-    def over(self, base: Link) -> Link:
-        """This link, with unset fields taken from `base`."""
-        fields = set(Link.model_fields)
-        return Link(**{**base.model_dump(include=fields), **self.model_dump(include=fields, exclude_none=True)})
-
 
 class Links(Link):
     """Every node's link, overrides of it by node and by site, and the link of each site to the others."""
@@ -175,7 +170,8 @@ class ClusterSpec(SpecModel):
         of_site = next((self.links.sites.get(site) for site, members in self.sites.items() if name in members), None)
         link: Link = self.links
         for override in (of_site, self.links.nodes.get(name)):
-            link = link if override is None else override.over(link)
+            if override is not None:
+                link = link.model_copy(update=override.model_dump(exclude_none=True))
         return link
 
     def link_model(self) -> LinkModel:
