@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 
 import pytest
 import yaml
+from launchers import ROOT, finish, start
 
 import commopt
 from commopt.cluster.emulate import links_json
 from commopt.cluster.machine import free_ports
 from commopt.cluster.spec import load_cluster
-
-ROOT = Path(__file__).parents[2]
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -102,20 +100,13 @@ def test_the_copied_files_are_a_whole_package(tmp_path: Path) -> None:
         else:
             shutil.copy(ROOT / source, target)
     others = [path for path in sys.path[1:] if Path(path) not in (ROOT, ROOT / "tests")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "tmp/src"), *others])}
-    words = [sys.executable, "-c", "import commopt.cli.app; print(commopt.__file__); commopt.cli.app.main()", "launch"]
-    cluster = "configs/clusters/four-50mbit.yaml"
-    done = subprocess.run(
-        [*words, cluster, "--emulate", "none", "--print", "--", "launch/train.py"],
-        env=environment,
-        cwd=tmp_path / "opt/commopt",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path}/tmp/src/commopt/")
-    assert done.stdout.count("launch/train.py") == 4
+    words = ["-c", "import commopt.cli.app; print(commopt.__file__, flush=True); commopt.cli.app.main()", "launch"]
+    words += ["configs/clusters/four-50mbit.yaml", "--emulate", "none", "--print", "--", "launch/train.py"]
+    path = os.pathsep.join([str(tmp_path / "tmp/src"), *others])
+    code, output, errors = finish(start(words, tmp_path, sys.executable, tmp_path / "opt/commopt", PYTHONPATH=path))
+    assert code == 0, errors
+    assert output.startswith(f"{tmp_path}/tmp/src/commopt/")
+    assert output.count("launch/train.py") == 4
     assert os.access(tmp_path / "opt/commopt/launch/torchrun.sh", os.X_OK)
 
 
@@ -147,35 +138,19 @@ def test_the_containers_links_are_those_of_the_clusters_file(compose: dict[str, 
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("mark")
 def test_the_containers_commands_train_together(compose: dict[str, Any], tmp_path: Path) -> None:
-    """As processes on this machine: names of services are this machine, and the training is short."""
+    """As processes on this machine, with a short training."""
     (port,) = free_ports(1)
     text = tmp_path / "text"
     text.write_bytes(bytes(range(256)) * 400)
-    sizes = {"steps": "2", "layers": "1", "heads": "1", "width": "8", "batch": "1", "validation-batches": "1"}
-    short = [word for key, value in {**sizes, "corpus": str(text)}.items() for word in (f"--{key}", value)]
+    sizes = {"steps": 2, "layers": 1, "heads": 1, "width": 8, "batch": 1, "validation-batches": 1, "corpus": text}
+    short = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
     nodes = []
     for service in compose["services"].values():
-        given = {key: value.replace("node0", "127.0.0.1") for key, value in service["environment"].items()}
-        python_path = os.pathsep.join([str(ROOT), *sys.path[1:]])
-        nodes.append(
-            subprocess.Popen(
-                [*service["entrypoint"], *service["command"], *short],
-                env={**os.environ, **given, "PORT": str(port), "PYTHONPATH": python_path},
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
-    try:
-        outputs = [node.communicate(timeout=200)[0] for node in nodes]
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-                node.communicate()
-    assert [node.returncode for node in nodes] == [0] * 4, outputs
-    assert "4 ranks" in "".join(outputs), outputs  # from whichever container became rank 0
+        given = {**service["environment"], "HEAD": "127.0.0.1", "PORT": str(port)}
+        program, *words = [*service["entrypoint"], *service["command"], *short]
+        nodes.append(start(words, tmp_path, program, ROOT, **given))
+    ended = [finish(node) for node in nodes]
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    assert "4 ranks" in "".join(output + errors for _, output, errors in ended)  # from whichever became rank 0

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launchers import ROOT, finish, start
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 
 SRUN = """#!/usr/bin/env bash
@@ -48,8 +48,11 @@ def free_job_id() -> int:
     raise AssertionError("no port is free")
 
 
+Submit = Callable[..., subprocess.Popen[str]]
+
+
 @pytest.fixture
-def submit(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def submit(tmp_path: Path, mark: str) -> Submit:
     """Start the batch script as Slurm would on the first of two nodes; `bin` in the test's folder holds the stand-ins."""
     place = tmp_path / "bin"
     place.mkdir()
@@ -57,47 +60,26 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         (place / name).write_text(text)
         (place / name).chmod(0o755)
 
-    def start(*words: str) -> subprocess.Popen[str]:
-        number = str(free_job_id())
+    def submitted(*words: str) -> subprocess.Popen[str]:
         slurm = {
-            "SLURM_JOB_ID": number,
+            "SLURM_JOB_ID": str(free_job_id()),
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_NODELIST": "node[0-1]",
             "SLURM_CPUS_PER_TASK": "1",
             "STANDIN_LOG": str(tmp_path / "log"),
             "PATH": os.pathsep.join([str(place), os.environ["PATH"]]),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
             "OMP_NUM_THREADS": "1",
         }
-        return subprocess.Popen(
-            ["bash", str(SCRIPT), *words],
-            env={**os.environ, **slurm},
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return start([str(SCRIPT), *words], tmp_path, "bash", ROOT, **slurm)
 
-    return start
-
-
-def output_of(job: subprocess.Popen[str], timeout_s: float = 200) -> str:
-    try:
-        return job.communicate(timeout=timeout_s)[0]
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.communicate()
+    return submitted
 
 
 @pytest.mark.timeout(300)  # on the busiest of machines
-def test_two_nodes_train_together(submit: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_two_nodes_train_together(submit: Submit, tmp_path: Path) -> None:
     words = ["--checkpoints", str(tmp_path / "checkpoints"), "--steps", "4", "--options", '{"freeze_step": 2}']
-    job = submit("launch/elastic_train.py", *words)
-    output = output_of(job)
-    assert job.returncode == 0, output
+    code, output, errors = finish(submit("launch/elastic_train.py", *words))
+    assert code == 0, errors
     assert "begins at step 0 of 4" in output
     assert re.search(r"^done: loss [\d.]+, parameters [0-9a-f]{16}$", output, re.MULTILINE)
     (saved,) = (tmp_path / "checkpoints").iterdir()
@@ -109,9 +91,7 @@ def test_two_nodes_train_together(submit: Callable[..., subprocess.Popen[str]], 
     assert "requeue" not in said
 
 
-def test_a_job_that_runs_out_of_time_goes_back_into_the_queue(
-    submit: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_a_job_that_runs_out_of_time_goes_back_into_the_queue(submit: Submit, tmp_path: Path) -> None:
     waiting = tmp_path / "waiting.py"  # ends once the job is requeued, as Slurm then ends its tasks
     waiting.write_text(
         "import os, pathlib, time\n"
@@ -125,19 +105,17 @@ def test_a_job_that_runs_out_of_time_goes_back_into_the_queue(
     assert job.stdout is not None
     up = [job.stdout.readline() for _ in range(2)]
     job.send_signal(signal.SIGUSR1)
-    output = output_of(job, timeout_s=60)
-    assert up == ["up\n", "up\n"], output
+    code, output, errors = finish(job)
+    assert up == ["up\n", "up\n"], errors
     assert "back into the queue" in output
-    assert job.returncode == 0
+    assert code == 0
     assert re.search(r"^scontrol requeue \d+$", (tmp_path / "log").read_text(), re.MULTILINE)
 
 
-def test_a_training_that_fails_fails_the_job(submit: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_a_training_that_fails_fails_the_job(submit: Submit, tmp_path: Path) -> None:
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\nexit 7\n")
     (tmp_path / "bin" / "python").chmod(0o755)
-    job = submit("launch/train.py")
-    output_of(job, timeout_s=60)
-    assert job.returncode == 7
+    assert finish(submit("launch/train.py"))[0] == 7
 
 
 def test_slurm_takes_every_directive() -> None:
