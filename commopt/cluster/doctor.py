@@ -38,7 +38,7 @@ def examine() -> list[Check]:
     return [*checks, *_torch(), *_emulation(), *_kernels()]
 
 
-def _levels(gpus: int) -> str:
+def levels(gpus: int) -> str:
     """The machines of the job that this process is part of, and the ranks of each."""
     ranks, here = (
         int(text) if (text := os.environ.get(key, "")).isdigit() else 0 for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -71,7 +71,7 @@ def _torch() -> Iterator[Check]:
         yield Check("GPUs", "ok", f"{gpus}: {', '.join(names)}")
     else:
         yield Check("GPUs", "limited", "none", "ranks run on the CPU")
-    yield Check("levels", "ok", _levels(gpus))
+    yield Check("levels", "ok", levels(gpus))
     yield Check("gloo", "ok", "built in") if dist.is_gloo_available() else Check("gloo", "missing", "not built in")
     nccl = dist.is_nccl_available()
     if nccl and gpus:

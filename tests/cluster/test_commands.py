@@ -116,31 +116,6 @@ def test_print_starts_nothing_and_shows_every_node(
     assert lines[3].endswith(f"'{program}' --steps 5")
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["nope.yaml", "--", "hostname"], 2, "nope.yaml: there is no such file"),
-        (["cluster.yaml", "--", "nope.py"], 2, "nope.py: there is no such file"),
-        (["cluster.yaml", "--", "no-such-program"], 2, "no-such-program: there is no such program"),
-    ],
-)
-def test_a_mistake_is_one_line_before_anything_starts(
-    words: list[str], code: int, message: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cluster.yaml").write_text("nodes: 2")
-    ended, output, errors = commopt_here(capsys, "launch", *words)
-    assert (ended, output, errors.count("\n")) == (code, "", 1)
-    assert errors.startswith("commopt: ")
-    assert errors.rstrip().endswith(message)
-
-
-def test_an_independent_node_is_a_job_of_its_own() -> None:
-    words = agent_words(preview(cluster_of(), Emulate.NETNS), 1, ["train.py"], independent=True)
-    place = ["--node-rank=0", "--master-addr=127.0.0.1", "--master-port=29500", "--max-restarts=0"]
-    assert words[3:] == ["--nnodes=1", "--nproc-per-node=2", *place, "--log-dir=/dev/null", "train.py"]
-
-
 def test_ranks_of_independent_nodes_are_told_where_each_rank_listens() -> None:
     emulation = preview(cluster_of())
     members = emulation.members()
@@ -169,12 +144,6 @@ def test_ranks_that_share_a_loopback_interface_listen_on_ports_of_their_own() ->
     assert len(set(ports)) == 6
     emulated = preview(cluster_of(nodes=3, slots=1), Emulate.NETNS)
     assert emulated.members() == tuple((f"10.77.0.{node}", 29501) for node in (1, 2, 3))
-
-
-def test_ranks_get_the_ports_after_the_rendezvous() -> None:
-    nodes = [{"name": "a", "host": "192.0.2.1"}]
-    fits = cluster_of(nodes=nodes, slots=8, rendezvous={"port": 65527})
-    assert max(port for _, port in preview(fits).members()) == 65535
 
 
 def test_every_machine_finds_the_same_mark_for_a_job() -> None:

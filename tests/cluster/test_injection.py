@@ -48,25 +48,25 @@ def within(times: list[float], begin_s: float, end_s: float) -> list[float]:
 
 @pytest.mark.usefixtures("namespaces")
 def test_a_killed_machine_falls_silent_and_comes_back_while_the_others_go_on(write: Write, mark: str) -> None:
-    ask, plain = member(mark, "ask", 80, address(2)), member(mark, "steps", 80)
-    faults = [{"at_step": 20, "kill": "node2"}, {"at_step": 40, "restart": "node2"}]
-    cluster, commands = write("nodes: 3"), [ask, plain, member(mark, "listen", 80)]
+    ask, plain = member(mark, "ask", 60, address(2)), member(mark, "steps", 60)
+    faults = [{"at_step": 10, "kill": "node2"}, {"at_step": 30, "restart": "node2"}]
+    cluster, commands = write("nodes: 3"), [ask, plain, member(mark, "listen", 60)]
     logs = cluster.with_name("log")
     found, record = driven(cluster, "netns", mark, commands, faults=faults, log_dir=str(logs))
     assert (found["ok"], found["failure"]) == (True, None)
-    assert [len(steps(record, rank)) for rank in range(3)] == [80, 80, 80]
+    assert [len(steps(record, rank)) for rank in range(3)] == [60, 60, 60]
     first, second = printed(found, "node2")
     assert first == "from step 0"
-    assert 10 <= int(second.split()[-1]) <= 35
+    assert 0 < int(second.split()[-1]) <= 25
     assert (logs / "node2.log").read_text().splitlines() == [first, second]
     # a dying process closes its connections, a dying machine does not
     assert f"{address(2)} has hung up" not in printed(found, "node0")
-    assert found["told"] == ["fault at step 20: node2 killed", "fault at step 40: node2 started again"]
+    assert found["told"] == ["fault at step 10: node2 killed", "fault at step 30: node2 started again"]
     killed, ended, restarted = recorded(record)
     assert [(line["kind"], line["at_step"], line["phase"]) for line in (killed, ended, restarted)] == [
-        ("kill", 20, "begin"),
-        ("kill", 20, "end"),
-        ("restart", 40, "begin"),
+        ("kill", 10, "begin"),
+        ("kill", 10, "end"),
+        ("restart", 30, "begin"),
     ]
     assert {tuple(line["nodes"]) for line in (killed, ended, restarted)} == {("node2",)}
     assert not within(steps(record, 2), killed["epoch_s"] + 0.2, restarted["epoch_s"])
@@ -75,12 +75,12 @@ def test_a_killed_machine_falls_silent_and_comes_back_while_the_others_go_on(wri
 
 @pytest.mark.usefixtures("namespaces")
 def test_a_cut_stalls_a_connection_that_goes_on_after_healing(write: Write, mark: str) -> None:
-    listen = member(mark, "listen", 150)
-    commands = [member(mark, "ask", 150, address(1), address(2)), listen, listen]
-    faults = [{"at_step": 30, "cut": ["node1", "node0"], "for_s": 1.5}]
+    listen = member(mark, "listen", 100)
+    commands = [member(mark, "ask", 100, address(1), address(2)), listen, listen]
+    faults = [{"at_step": 20, "cut": ["node1", "node0"], "for_s": 1.0}]
     found, record = driven(write("nodes: 3"), "netns", mark, commands, faults=faults)
     begin, end = recorded(record)
-    assert (begin["kind"], begin["nodes"], begin["for_s"]) == ("cut", ["node1", "node0"], 1.5)
+    assert (begin["kind"], begin["nodes"], begin["for_s"]) == ("cut", ["node1", "node0"], 1.0)
     assert (begin["phase"], end["phase"]) == ("begin", "end")
     times = json.loads(next(line for line in printed(found, "node0") if line.startswith("{")))
     cut = (begin["epoch_s"] + 0.3, end["epoch_s"])
@@ -88,7 +88,7 @@ def test_a_cut_stalls_a_connection_that_goes_on_after_healing(write: Write, mark
     assert not within(times[address(1)], *cut)
     assert within(times[address(1)], end["epoch_s"], float("inf"))
     assert within(times[address(2)], *cut)
-    assert found["told"][1] == "fault of step 30 is over: node1 and node0 reach each other again"
+    assert found["told"][1] == "fault of step 20 is over: node1 and node0 reach each other again"
 
 
 @pytest.mark.usefixtures("namespaces")
@@ -100,7 +100,7 @@ def test_a_restarted_machine_is_still_cut_off(write: Write, mark: str) -> None:
         {"at_step": 20, "restart": "node2"},
     ]
     cluster = write("nodes: 3\nsites: {here: [node0], there: [node1, node2]}")
-    found, _ = driven(cluster, "netns", mark, [dial, dial, member(mark, "listen", 150)], faults=faults)
+    found, _ = driven(cluster, "netns", mark, [dial, dial, member(mark, "listen", 100)], faults=faults)
     assert [printed(found, name)[-1] for name in ("node0", "node1")] == ["no answer", "answered"]
 
 
@@ -125,14 +125,14 @@ def test_a_slow_node_gets_its_share_of_the_time_and_so_do_its_new_processes(writ
 
 
 def test_a_hung_node_stands_still_and_goes_on_and_a_fault_that_never_came_is_told(write: Write, mark: str) -> None:
-    faults = [{"at_step": 10, "hang": "node1", "for_s": 2.5}, {"at_step": 500, "hang": "node1", "for_s": 2.5}]
-    found, record = driven(write("nodes: 2"), "none", mark, [member(mark, "steps", 70)], faults=faults)
+    faults = [{"at_step": 10, "hang": "node1", "for_s": 2}, {"at_step": 500, "hang": "node1", "for_s": 2.5}]
+    found, record = driven(write("nodes: 2"), "none", mark, [member(mark, "steps", 50)], faults=faults)
     assert found["ok"]
     assert found["notices"] == ["the fault at step 500 was not reached: node1 hung for 2.5 s"]
     begin, end = (line["epoch_s"] for line in recorded(record))
     assert not within(steps(record, 1), begin + 1, end)
     assert within(steps(record, 0), begin + 1, end)
-    assert len(steps(record, 1)) == 70
+    assert len(steps(record, 1)) == 50
     assert found["told"][1] == "fault of step 10 is over: node1 goes on"
 
 
@@ -142,9 +142,14 @@ def mounts() -> tuple[str, str]:
     return listed.stdout, Path("/proc/mounts").read_text()
 
 
-@pytest.mark.parametrize("mode", ["netns", "none"])
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"]
+    ("mode", "number", "code"),
+    [
+        ("netns", signal.SIGINT, 130),
+        ("none", signal.SIGTERM, 143),
+        ("netns", signal.SIGKILL, -9),
+        ("none", signal.SIGKILL, -9),
+    ],
 )
 def test_a_launcher_that_ends_in_the_middle_of_a_fault_leaves_nothing(
     mode: str, number: signal.Signals, code: int, write: Write, mark: str, request: pytest.FixtureRequest

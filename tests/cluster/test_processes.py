@@ -67,15 +67,6 @@ def test_only_the_node_that_is_named_stands_still_and_so_do_its_new_processes(
     assert "T" not in [state(process) for process in nodes]
 
 
-def test_a_slow_node_stops_and_goes_on_in_turns(nodes: list[subprocess.Popen[bytes]], throttle: Throttle) -> None:
-    throttle.set({"node1": 0.5})
-    for _ in range(3):
-        wait_until(lambda: state(nodes[1]) == "T", "a stopped process")
-        wait_until(lambda: state(nodes[1]) != "T", "the same process, which goes on")
-    throttle.close()
-    assert state(nodes[1]) != "T"
-
-
 def test_everything_goes_on_where_the_program_that_stopped_it_was_killed(
     nodes: list[subprocess.Popen[bytes]], throttle: Throttle
 ) -> None:
