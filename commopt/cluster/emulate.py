@@ -118,7 +118,7 @@ def on_loopback(cluster: ClusterSpec, *, paced: bool = False, why: str = "") -> 
     if paced:
         notices.append(f"links are imposed by pacing, not by the kernel ({why})")
         notices.append(_PACED)
-        if any(cluster.link(n).loss or cluster.link(n).jitter for n in range(count)):
+        if cluster.has_jitter_or_loss:
             notices.append("pacing imposes rates and delays; jitter and loss are left out")
     return Emulation(
         cluster=cluster,
@@ -272,15 +272,13 @@ def _inside(cluster: ClusterSpec, lifeline: int, report: int) -> Emulation:
         os._exit(1)
     os.write(report, b"ok")
     os.close(report)
-    count = len(cluster.nodes)
     of = f" of {cluster.slots} ranks" if cluster.slots > 1 else ""
-    notices, links = [f"links are emulated by the kernel, {count} network namespaces{of}"], None
+    notices, links = [f"links are emulated by the kernel, {len(cluster.nodes)} network namespaces{of}"], None
     model = cluster.link_model()
     if not network.has_netem and (any(model.latency_s) or any(model.between_latency_s)):
         own, between = ((math.inf,) * len(rates) for rates in (model.bytes_per_s, model.between_bytes_per_s))
         links = links_json(replace(model, bytes_per_s=own, between_bytes_per_s=between))
         notices += ["this kernel has no netem: rates are the kernel's, delays are imposed by pacing", _PACED]
-    everything = [*(cluster.link(index) for index in range(count)), cluster.links.between]
-    if not network.has_netem and any(link.jitter_s or link.loss_probability for link in everything):
+    if not network.has_netem and cluster.has_jitter_or_loss:
         notices.append("this kernel has no netem: jitter and loss are left out")
     return replace(in_namespaces(cluster), notices=tuple(notices), links=links, network=network)

@@ -174,6 +174,11 @@ class ClusterSpec(SpecModel):
                 link = link.model_copy(update=override.model_dump(exclude_none=True))
         return link
 
+    @property
+    def has_jitter_or_loss(self) -> bool:
+        links = [self.links.between, *map(self.link, range(len(self.nodes)))]
+        return any(link.jitter_s or link.loss_probability for link in links)
+
     def link_model(self) -> LinkModel:
         """The same links for calculation: pacing imposes this model, and the planner computes with it."""
         links = [self.link(index) for index in range(len(self.nodes))]

@@ -75,12 +75,15 @@ def test_ranks_learn_their_node_and_interface_and_share_the_cores_unless_the_use
     assert shared["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 4))
 
 
-@pytest.mark.parametrize("links", [{}, {"rate": "50mbit", "delay": "3ms", "between": {"rate": "10mbit"}}])
+@pytest.mark.parametrize(
+    "links", [{}, {"rate": "50mbit", "delay": "3ms", "between": {"rate": "10mbit", "jitter": "1ms"}}]
+)
 def test_paced_ranks_are_told_their_links(links: dict[str, Any]) -> None:
     cluster = cluster_of(nodes=3, sites={"a": ["node0"], "b": ["node1", "node2"]}, links=links)
     paced, plain = preview(cluster, Emulate.PACED), preview(cluster, Emulate.NONE)
     assert LinkModel.from_json(str(paced.links)) == cluster.link_model()
     assert plain.links is None
+    assert ("pacing imposes rates and delays; jitter and loss are left out" in paced.notices) == bool(links)
 
 
 def test_this_machine_is_found_by_address_or_by_name() -> None:
