@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import pytest
+from typer.testing import CliRunner
 
 LIMIT_S = 200.0  # for what takes seconds on a machine that does nothing else
 ROOT = Path(__file__).parents[1]
@@ -33,13 +33,12 @@ def processes(word: str) -> list[int]:
     return found
 
 
-def commopt_here(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+def commopt_here(*words: object) -> tuple[int, str, str]:
     """Exit code, output and errors of a command that starts nothing: in this process, which has torch already."""
     from commopt.cli.app import app
 
-    with pytest.raises(SystemExit) as ended:
-        app(list(map(str, words)), prog_name="commopt")
-    return (int(ended.value.code or 0), *capsys.readouterr())
+    done = CliRunner().invoke(app, list(map(str, words)))
+    return done.exit_code, done.stdout, done.stderr
 
 
 _started: list[subprocess.Popen[str]] = []

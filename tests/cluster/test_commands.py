@@ -98,14 +98,12 @@ def test_this_machine_is_found_by_address_or_by_name() -> None:
 
 
 @pytest.mark.parametrize("independent", [False, True])
-def test_print_starts_nothing_and_shows_every_node(
-    independent: bool, write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_print_starts_nothing_and_shows_every_node(independent: bool, write: Callable[[str], Path]) -> None:
     path = write("nodes: 2\nlinks: {rate: 50mbit}")
     program = path.with_name("my train.py")
     program.touch()
     options = ["--emulate", "netns", "--print", *(["--independent"] if independent else [])]
-    code, output, _ = commopt_here(capsys, "launch", path, *options, "--", program, "--steps", "5")
+    code, output, _ = commopt_here("launch", path, *options, "--", program, "--steps", "5")
     assert code == 0
     lines = output.splitlines()
     assert [lines[0], lines[2]] == ["# node0", "# node1"]

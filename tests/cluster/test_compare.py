@@ -170,16 +170,14 @@ NO_NAME = "a name is empty; write NAME,NAME,... as in dense,fp16"
         (["run", "CUT", "--emulate", "paced", "--print"], CUT),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_is_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
-) -> None:
+def test_a_mistake_is_one_line_before_anything_is_made(tmp_path: Path, words: list[str], complaint: str) -> None:
     cut = write(tmp_path / "cut", methods="{dense: {}}", faults="[{at_step: 4, cut: [node0, node1]}]")
     bad = write(tmp_path / "bad", methods="{dense: {}, ef_sign: {blok_size: 8}}")
     run = write(tmp_path, methods="{dense: {}}")
     files = {"RUN": str(run), "BAD": str(bad), "CLUSTER": str(tmp_path / "cluster.yaml"), "CUT": str(cut)}
     # --emulate none: should the mistake go unseen, namespaces would run this whole pytest again
     words = [words[0], "--emulate", "none", *(files.get(word, word) for word in words[1:])]
-    code, output, errors = commopt_here(capsys, *words)
+    code, output, errors = commopt_here(*words)
     assert (code, output, len(errors.splitlines())) == (2, "", 1)
     assert errors.startswith(f"commopt: {complaint}")
     assert not (tmp_path / "out").exists()
@@ -247,11 +245,9 @@ def test_a_planned_kill_ends_a_method_that_needs_every_rank_by_name(tmp_path: Pa
     assert not [word for word in ("SIGKILL", "was not reached") if word in output + errors]
 
 
-def test_print_shows_the_commands_of_every_node_and_starts_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_print_shows_the_commands_of_every_node_and_starts_nothing(tmp_path: Path) -> None:
     run = write(tmp_path, methods="{dense: {}}")
-    code, output, _ = commopt_here(capsys, "run", str(run), "--print")
+    code, output, _ = commopt_here("run", str(run), "--print")
     assert code == 0
     assert output.count("torch.distributed.run") == 2
     assert "--method dense" in output

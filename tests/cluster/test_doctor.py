@@ -9,9 +9,9 @@ from launchers import commopt_here
 from commopt.cluster.doctor import as_json, examine, levels
 
 
-def test_every_problem_comes_with_something_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_problem_comes_with_something_to_do(tmp_path: Path) -> None:
     file = tmp_path / "machine.json"
-    code, table, _ = commopt_here(capsys, "doctor", "--json", file)
+    code, table, _ = commopt_here("doctor", "--json", file)
     assert code == 0
     checks = json.loads(file.read_text())
     names = [check["check"] for check in checks]
@@ -30,8 +30,8 @@ def test_namespaces_are_missing_without_unshare(monkeypatch: pytest.MonkeyPatch)
     assert json.loads(as_json(list(checks.values())))[0]["check"] == "machine"
 
 
-def test_a_table_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, errors = commopt_here(capsys, "doctor", "--json", tmp_path / "nowhere" / "machine.json")
+def test_a_table_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    code, _, errors = commopt_here("doctor", "--json", tmp_path / "nowhere" / "machine.json")
     assert code == 2
     assert errors.endswith("machine.json: cannot be written: no such file or directory\n")
 

@@ -31,6 +31,7 @@ def state(process: subprocess.Popen[bytes]) -> str:
 @pytest.fixture
 def nodes(mark: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     both = [started(mark, "node0"), started(mark, "node1")]
+    wait_until(lambda: len(list(marked(mark))) == 2, "the environment of two processes")
     yield both
     for process in both:
         process.kill()
