@@ -110,28 +110,26 @@ def _emulation() -> Iterator[Check]:
     if "--mount-proc" not in words:
         yield Check("/proc", "limited", "masked, as in a container", "works anyway; ps shows outer processes")
     yield named_namespace(words)
-    disciplines = {
-        "tbf": ("rate 1mbit burst 16kb limit 32kb", "modprobe sch_tbf; until then links are paced"),
-        "netem": (
-            "delay 1ms",
-            "modprobe sch_netem (linux-modules-extra); until then delay is paced, jitter and loss left out",
-        ),
-    }
-    for kind, (options, cure) in disciplines.items():
-        done = tried([*words, *f"tc qdisc add dev lo root {kind} {options}".split()], timeout_s=_LIMIT_S)
-        if done.returncode == 0:
-            yield Check(kind, "ok", "works")
-        else:
-            answer = done.stderr.strip().lower().removeprefix("error: ").rstrip(".")
-            yield Check(kind, "missing" if kind == "tbf" else "limited", answer or "could not be tried", cure)
+    shaped = [*words, "tc", "qdisc", "add", "dev", "lo", "root"]
+    tbf = [*shaped, "tbf", "rate", "1mbit", "burst", "16kb", "limit", "32kb"]
+    yield _attempt("tbf", "missing", tbf, "modprobe sch_tbf; until then links are paced")
+    cure = "modprobe sch_netem (linux-modules-extra); until then delay is paced, jitter and loss left out"
+    yield _attempt("netem", "limited", [*shaped, "netem", "delay", "1ms"], cure)
 
 
 def named_namespace(words: list[str]) -> Check:
     script = f"mount -t tmpfs none {os.path.realpath('/var/run')} && ip netns add try && ip netns exec try true"
-    done = tried([*words, "sh", "-c", script], timeout_s=_LIMIT_S)
+    cure = "links are paced instead (emulate: paced)"
+    return _attempt("ip netns exec", "missing", [*words, "sh", "-c", script], cure)
+
+
+def _attempt(check: str, otherwise: State, words: list[str], cure: str) -> Check:
+    """The row of what a command shows; its state if that fails."""
+    done = tried(words, timeout_s=_LIMIT_S)
     if done.returncode == 0:
-        return Check("ip netns exec", "ok", "works")
-    return Check("ip netns exec", "missing", done.stderr.strip()[:80], "links are paced instead (emulate: paced)")
+        return Check(check, "ok", "works")
+    answer = done.stderr.strip().lower().removeprefix("error: ").rstrip(".")
+    return Check(check, otherwise, answer[:80] or "could not be tried", cure)
 
 
 def _kernels() -> Iterator[Check]:

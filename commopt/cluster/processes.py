@@ -9,6 +9,7 @@ stopped, and a stopped process does not end on SIGTERM. Imports nothing of commo
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import select
@@ -142,16 +143,14 @@ class _Cycle:
 def main() -> None:
     """Follow the standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cycle, rest = _Cycle(sys.argv[1]), b""
+    cycle, changes = _Cycle(sys.argv[1]), io.FileIO(0)  # unbuffered, or `select` would not see a second line
     wait_s: float | None = None
     while True:
-        if select.select([0], [], [], wait_s)[0]:
-            data = os.read(0, 1 << 16)
-            if not data:
+        if select.select([changes], [], [], wait_s)[0]:
+            line = changes.readline()
+            if not line.endswith(b"\n"):  # the launcher has ended
                 break
-            *lines, rest = (rest + data).split(b"\n")
-            if lines:
-                cycle.change(json.loads(lines[-1]))
+            cycle.change(json.loads(line))
         wait_s = cycle.advance()
     cycle.change({})
 
