@@ -45,7 +45,7 @@ _started: list[subprocess.Popen[str]] = []
 
 
 def start(
-    words: Sequence[str], folder: Path, program: str = "python", cwd: Path | None = None, **variables: str
+    words: Sequence[str], folder: Path, program: str = "python", cwd: str | Path | None = None, **variables: str
 ) -> subprocess.Popen[str]:
     """Start a program whose temporary files go to `folder`, with these variables besides."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("COMMOPT_")}

@@ -16,5 +16,5 @@ def log_late(run: Run, **values: float) -> None:
     log(run, **values)
 
 
-Run.log = log_late  # type: ignore[method-assign]
+Run.log = log_late  # type: ignore[assignment, method-assign]
 runpy.run_path(str(Path(__file__).parents[2] / "launch/train.py"), run_name="__main__")

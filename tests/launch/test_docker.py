@@ -149,8 +149,8 @@ def test_the_containers_commands_train_together(compose: dict[str, Any], tmp_pat
     nodes = []
     for service in compose["services"].values():
         given = {**service["environment"], "HEAD": "127.0.0.1", "PORT": str(port)}
-        program, *words = [*service["entrypoint"], *service["command"], *short]
-        nodes.append(start(words, tmp_path, program, ROOT, **given))
+        (program,) = service["entrypoint"]
+        nodes.append(start([*service["command"], *short], tmp_path, program, ROOT, **given))
     ended = [finish(node) for node in nodes]
     assert [code for code, _, _ in ended] == [0] * 4, ended
     assert "4 ranks" in "".join(output + errors for _, output, errors in ended)  # from whichever became rank 0
