@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from commopt.cluster.emulate import on_loopback
 from commopt.cluster.network import address, burst_bytes, queue_bytes
 from commopt.cluster.run import Job, JobResult
 from commopt.cluster.spec import ClusterSpec
+from commopt.errors import LaunchError
 from commopt.plan.links import wire_bytes
 
 Write = Callable[[str], Path]
@@ -77,34 +78,36 @@ def test_two_runs_at_once_do_not_meet(write: Write, mark: str) -> None:
         assert duration_s >= 0.9 * 1_000_000 / 12.5e6
 
 
-def test_a_node_that_ignores_sigterm_is_killed(write: Write, mark: str) -> None:
-    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
-    commands = [[sys.executable, "-c", stubborn, mark], ["sh", "-c", "sleep 1; exit 3"]]
-    found = result(drive(write("nodes: 2"), "none", mark, commands))
-    assert found["failure"] == "the torchrun agent of node1 ended with exit code 3"
+def job(*commands: Sequence[str] | str, **options: Any) -> JobResult:
+    """The end of a job of this process, with a node for each command; a text is one of the shell. options: of `Job`."""
+    words = [["sh", "-c", command] if isinstance(command, str) else command for command in commands]
+    emulation = on_loopback(ClusterSpec.model_validate({"nodes": len(words)}))
+    return Job([], emulation=emulation, agent=words.__getitem__, **options).run()
+
+
+def test_a_node_that_ignores_sigterm_is_killed(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_GRACE_S", 0.5)
+    monkeypatch.setattr(run, "_OTHERS_S", 0.3)
+    ended = job(f"trap '' TERM; sh -c 'sleep 300; : {mark}'", "sleep 0.5; exit 3")
+    assert str(ended.failure) == "the torchrun agent of node1 ended with exit code 3"
     all_have_ended(mark)
 
 
-def test_the_cause_is_named_where_its_agent_reports_after_that_of_a_rank_that_follows(write: Write, mark: str) -> None:
+def test_the_cause_is_named_where_its_agent_reports_after_that_of_a_rank_that_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As agents do on a busy machine, here in the words of torchrun."""
+    monkeypatch.setattr(run, "_OTHERS_S", 0.3)
     report = "E1122 01:31:37.886000 57 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) "
     report += "local_rank: 0 (pid: 60) of binary: python"
-    says = "print('[rank%d]: Traceback (most recent call last):\\n[rank%d]: %s\\n%s', flush=True)"
-    follows = says % (0, 0, "RuntimeError: Connection closed by peer", report)
-    cause = says % (1, 1, "ValueError: the data is gone", report)
-    commands = [
-        [sys.executable, "-c", f"{follows}; exit(1)", mark],
-        [sys.executable, "-c", f"import time; time.sleep(3); {cause}; exit(1)", mark],
-    ]
-    found = result(drive(write("nodes: 2"), "none", mark, commands))
-    assert found["failure"] == "rank 1 (node1) failed: ValueError: the data is gone"
 
+    def fails(rank: int, error: str) -> str:
+        return f"printf '[rank{rank}]: %s\\n' 'Traceback (most recent call last):' '{error}'; echo '{report}'; exit 1"
 
-def job(script: str, other: str, told: list[str], *, independent: bool = False) -> JobResult:
-    """Two nodes whose agents are shells, started by this process."""
-    words = [["sh", "-c", script], ["sh", "-c", other]]
-    emulation = on_loopback(ClusterSpec.model_validate({"nodes": 2}))
-    return Job([], emulation=emulation, agent=words.__getitem__, on_note=told.append, independent=independent).run()
+    ended = job(
+        fails(0, "RuntimeError: Connection closed by peer"), f"sleep 1; {fails(1, 'ValueError: the data is gone')}"
+    )
+    assert str(ended.failure) == "rank 1 (node1) failed: ValueError: the data is gone"
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
@@ -112,7 +115,7 @@ def test_a_stopped_process_is_reported_and_its_node_ended(monkeypatch: pytest.Mo
     monkeypatch.setattr(run, "_STOPPED_S", 0.2)
     monkeypatch.setattr(run, "_STOPPED_END_S", 0.8)
     told: list[str] = []
-    ended = job("kill -STOP $$", "sleep 100", told)
+    ended = job("kill -STOP $$", "sleep 100", on_note=told.append)
     assert str(ended.failure) == "node0 stood still with a stopped process, and was ended"
     assert re.fullmatch(
         r"node0: process \d+ is stopped, as by SIGSTOP; resume it with SIGCONT, or the node .*", told.pop()
@@ -122,46 +125,42 @@ def test_a_stopped_process_is_reported_and_its_node_ended(monkeypatch: pytest.Mo
 
 
 def test_independent_nodes_that_finish_without_one_that_was_killed_are_a_success() -> None:
-    ended = job("kill -9 $$", "sleep 0.3", [], independent=True)
+    ended = job("kill -9 $$", "sleep 0.3", independent=True)
     killed = "the torchrun agent of node0 was killed by SIGKILL"
     assert (ended.failure, ended.notices) == (None, (f"{killed}; the others finished without it",))
-    assert str(job("kill -9 $$", "exit 3", [], independent=True).failure) == killed
-    assert (
-        str(job("exit 3", "true", [], independent=True).failure) == "the torchrun agent of node0 ended with exit code 3"
-    )
+    assert str(job("kill -9 $$", "exit 3", independent=True).failure) == killed
+    failed = job("exit 3", "true", independent=True)
+    assert str(failed.failure) == "the torchrun agent of node0 ended with exit code 3"
 
 
-def test_a_rank_that_lost_its_agent_is_ended(write: Write, mark: str) -> None:
-    orphan = f"sleep 300 {mark} || {sys.executable} -c 'import time; time.sleep(300)' {mark} & sleep 0.5; kill -9 $$"
-    found = result(drive(write("nodes: 1"), "none", mark, [["sh", "-c", orphan]]))
-    assert found["failure"] == "the torchrun agent of node0 was killed by SIGKILL"
+def test_a_rank_that_lost_its_agent_is_ended(mark: str) -> None:
+    ended = job(f"sh -c 'sleep 300; : {mark}' & sleep 0.3; kill -9 $$")
+    assert str(ended.failure) == "the torchrun agent of node0 was killed by SIGKILL"
     all_have_ended(mark)
 
 
-def test_a_full_disk_does_not_stop_a_job(write: Write, mark: str, tmp_path: Path) -> None:
+def test_a_full_disk_does_not_stop_a_job(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this machine")
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    (logs / "node0.log").symlink_to("/dev/full")
-    found = result(drive(write("nodes: 1"), "none", mark, [["echo", "hello"]], log_dir=str(logs)))
-    assert found["ok"]
-    assert found["lines"] == [["node0", "hello"]]
-    assert found["notices"] == [f"{logs}: the logs are incomplete: no space left on device"]
+    lines: list[tuple[str, str]] = []
+    (tmp_path / "node0.log").symlink_to("/dev/full")
+    ended = job("echo hello", log_dir=tmp_path, on_line=lambda *line: lines.append(line))
+    assert (ended.failure, lines) == (None, [("node0", "hello")])
+    assert ended.notices == (f"{tmp_path}: the logs are incomplete: no space left on device",)
 
 
-def test_lines_of_processes_that_print_at_once_stay_whole(write: Write, mark: str) -> None:
+def test_lines_of_processes_that_print_at_once_stay_whole() -> None:
     """As `python -u` does, each line and its line feed are written separately."""
     writer = "import os\nfor k in range(300): os.write(1, b'%s %d' % (os.fsencode(NAME), k)); os.write(1, b'\\n')"
     program = f"import os\nNAME = 'ab'[os.fork() == 0]\n{writer}\nif NAME == 'a': os.wait()"
-    found = result(drive(write("nodes: 1"), "none", mark, [[sys.executable, "-c", program]]))
-    assert sorted(line for _, line in found["lines"]) == sorted(f"{name} {k}" for name in "ab" for k in range(300))
+    lines: list[str] = []
+    job([sys.executable, "-c", program], on_line=lambda _, line: lines.append(line))
+    assert sorted(lines) == sorted(f"{name} {k}" for name in "ab" for k in range(300))
 
 
-def test_a_program_that_cannot_be_started_is_named(write: Write, mark: str) -> None:
-    code, _, errors = finish(drive(write("nodes: 2"), "none", mark, [["true"], ["/nonexistent/program"]]))
-    assert code == 1
-    assert errors == "LaunchError: /nonexistent/program: cannot be started: no such file or directory\n"
+def test_a_program_that_cannot_be_started_is_named() -> None:
+    with pytest.raises(LaunchError, match=r"^/nonexistent/program: cannot be started: no such file or directory$"):
+        job("sleep 100", ["/nonexistent/program"])
 
 
 def test_without_unshare_links_are_paced(write: Write, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
