@@ -46,14 +46,11 @@ def free_ports(count: int) -> list[int]:
     """Different ports that nothing listens on now. Raises LaunchError for more than this process may open at once."""
     with ExitStack() as stack:
         try:
-            listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+            listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         except OSError as error:
-            text = (
-                f"{count} ports are too many at once: {(error.strerror or str(error)).lower()}; raise it with ulimit -n"
-            )
-            raise LaunchError(f"{text}, or write fewer nodes or slots") from None
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
+            why = (error.strerror or str(error)).lower()
+            cure = "raise it with ulimit -n, or write fewer nodes or slots"
+            raise LaunchError(f"{count} ports are too many at once: {why}; {cure}") from None
         return [listener.getsockname()[1] for listener in listeners]
 
 

@@ -34,17 +34,16 @@ def marked(mark: str, node: str | None = None, states: str = "") -> Iterator[int
         own_namespace = os.readlink("/proc/self/ns/pid")
     except OSError:  # no /proc
         return
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                if not all(word in variables for word in wanted):
-                    continue
-                is_so = not states or (entry / "stat").read_text().rpartition(")")[2].split()[0] in states
-                if is_so and os.readlink(entry / "ns/pid") == own_namespace:
-                    pid = _pid_here(entry)
-                    if pid != os.getpid():
-                        yield pid
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            if not all(word in variables for word in wanted):
+                continue
+            is_so = not states or (entry / "stat").read_text().rpartition(")")[2].split()[0] in states
+            if is_so and os.readlink(entry / "ns/pid") == own_namespace:
+                pid = _pid_here(entry)
+                if pid != os.getpid():
+                    yield pid
 
 
 def _pid_here(entry: Path) -> int:
