@@ -26,21 +26,16 @@ def named(*ends: AgentEnd, is_one_job: bool = True) -> str:
 OWN, FOLLOWS = "ValueError: the data is gone", "RuntimeError: Connection closed by peer [10.77.0.2]"
 
 
-def test_a_failure_that_only_follows_says_so() -> None:
-    """Then the launcher waits for its cause."""
-    for line, follows in ((FOLLOWS, True), (OWN, False)):
-        failure = first_failure([end(0, 1, 1.0, line)], is_one_job=True)
-        assert failure is not None
-        assert failure.follows is follows
-
-
-def test_a_traceback_that_was_shown_before_the_end_is_not_to_be_shown_again() -> None:
-    for is_shown in (False, True):
-        failed = end(0, 1, 1.0, OWN)
-        failed.reader.tracebacks[0].is_shown = is_shown
-        failure = first_failure([failed], is_one_job=True)
-        assert failure is not None
-        assert (str(failure), failure.message, failure.is_told) == (f"rank 0 (node0) failed: {OWN}", OWN, is_shown)
+@pytest.mark.parametrize("is_shown", [False, True])
+@pytest.mark.parametrize(("line", "follows"), [(FOLLOWS, True), (OWN, False)])
+def test_a_failure_knows_whether_its_cause_is_still_to_come_and_whether_its_traceback_was_shown(
+    line: str, follows: bool, is_shown: bool
+) -> None:
+    failed = end(0, 1, 1.0, line)
+    failed.reader.tracebacks[0].is_shown = is_shown
+    failure = first_failure([failed], is_one_job=True)
+    assert failure is not None
+    assert (failure.message, failure.follows, failure.is_told) == (line, follows, is_shown)
 
 
 @pytest.mark.parametrize(
