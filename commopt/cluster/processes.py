@@ -110,13 +110,12 @@ class _Cycle:
         self._mark = mark
         self._shares: dict[str, float] = {}
         self._found: dict[str, list[int]] = {}
-        self._stopped: set[str] = set()
+        self._is_stopped: dict[str, bool] = {}
         self._looked_s = -_LOOK_S
 
     def change(self, shares: dict[str, float]) -> None:
         for node in set(self._shares) - set(shares):
             _signal(list(marked(self._mark, node)), signal.SIGCONT)
-            self._stopped.discard(node)
         self._shares, self._looked_s = shares, -_LOOK_S
 
     def advance(self) -> float | None:
@@ -125,16 +124,14 @@ class _Cycle:
             return None
         now_s = time.monotonic()
         if now_s - self._looked_s >= _LOOK_S:
-            self._looked_s = now_s
+            self._looked_s, self._is_stopped = now_s, {}  # so that processes started since get their signal too
             self._found = {node: list(marked(self._mark, node)) for node in self._shares}
-            for node in self._stopped & set(self._found):  # processes started since
-                _signal(self._found[node], signal.SIGSTOP)
         phase_s = now_s % _PERIOD_S
         for node, share in self._shares.items():
             is_to_stop = phase_s >= share * _PERIOD_S
-            if is_to_stop != (node in self._stopped):
+            if is_to_stop is not self._is_stopped.get(node):
                 _signal(self._found[node], signal.SIGSTOP if is_to_stop else signal.SIGCONT)
-                (self._stopped.add if is_to_stop else self._stopped.discard)(node)
+                self._is_stopped[node] = is_to_stop
         edges_s = [share * _PERIOD_S for share in self._shares.values() if share * _PERIOD_S > phase_s]
         return max(0.001, min([*edges_s, _PERIOD_S]) - phase_s)
 
