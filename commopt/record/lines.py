@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as checked
 
 from commopt.record.meter import Window, window
+from commopt.record.recorder import RoundReport
 
 # the types of a start line's fields, of which it may lack some
 _START = {"world_size": int, "steps": int, "node": str, "mtu": int, "method": str, "options": dict}
@@ -52,17 +51,9 @@ class CountersLine:
 
 
 @checked(frozen=True)
-class RoundLine:
-    """One outer round of one rank; the fields are those of `Recorder.round`, which explains them."""
+class RoundLine(RoundReport):
+    """One outer round of one rank, and when it ended."""
 
-    step: int
-    round: int
-    members: tuple[int, ...]
-    missed: bool
-    blocked_s: float
-    exchange_s: float
-    nbytes: float
-    spread: Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
     at_s: float
 
 
@@ -83,7 +74,7 @@ class RankRecord:
     counters: dict[str, CountersLine] = field(default_factory=dict)
     compute_s: list[float] = field(default_factory=list)
     events: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
-    bytes_so_far: list[tuple[int, str, float]] = field(default_factory=list)  # (steps done, who counted, bytes)
+    nic_bytes: list[tuple[int, float]] = field(default_factory=list)  # (steps done, what the interface had transmitted)
     ended: bool = False
     starts: int = 0
     unreadable_lines: int = 0
@@ -134,9 +125,8 @@ class RankRecord:
         line = {**line, "at_s": at_s + self._shift_s}
         if kind == "step":
             self.steps.append(StepLine(**line))
-            for who in ("payload_bytes", "nic_tx_bytes"):
-                if line.get(who) is not None:
-                    self.bytes_so_far.append((len(self.steps), who, float(line[who])))
+            if line.get("nic_tx_bytes") is not None:
+                self.nic_bytes.append((len(self.steps), float(line["nic_tx_bytes"])))
         elif kind == "round":
             self.rounds.append(RoundLine(**line))
         elif kind == "validation":
@@ -169,7 +159,7 @@ class RankRecord:
         self.begins.append((len(self.steps), resumed_at))
         self.ended = False
         self.counters.clear()  # the new process counts from zero
-        self.bytes_so_far.clear()
+        self.nic_bytes.clear()
 
 
 def _done(lines: Sequence[StepLine], k: int) -> int:

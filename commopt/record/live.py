@@ -69,13 +69,12 @@ class Follower:
 
     @property
     def bytes_per_step(self) -> float | None:
-        """Bytes per step of rank 0: by its interface if it is read, else by commopt's count; None until counted twice."""
-        record = self.records.get(0)
-        for who in ("nic_tx_bytes", "payload_bytes"):
-            seen = [(steps, n) for steps, by, n in (record.bytes_so_far if record else []) if by == who][-RECENT_STEPS:]
-            if seen and seen[-1][0] > seen[0][0]:
-                return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
-        return None
+        """Bytes per step that leave rank 0's interface; None until it was read twice."""
+        seen = self.records[0].nic_bytes[-RECENT_STEPS:] if 0 in self.records else []
+        if len(seen) < 2:
+            return None
+        (first, before), (last, after) = seen[0], seen[-1]
+        return (after - before) / (last - first)
 
     def new_events(self) -> list[str]:
         """The events of a run with outer rounds since the last call: `rank 2: caught up, step 180`."""

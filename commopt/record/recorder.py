@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,20 @@ from commopt.record.words import spread_text
 LOG = logging.getLogger(__name__)
 PRINTED_LINES = 20
 NIC_EVERY_S = 1.0  # how often step() also reads the interface, for the live display
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One outer round as one rank saw it."""
+
+    step: int  # optimizer steps done when it ended
+    round: int
+    members: Sequence[int]  # the ranks whose parameters were averaged, with this one
+    missed: bool  # a scheduled peer's message did not arrive in time
+    blocked_s: float  # how long training stopped for it
+    exchange_s: float  # from its start to the last message
+    nbytes: float  # what this rank sent for it
+    spread: float | None  # estimated root mean square over replicas of ||x_i - mean|| / ||mean||
 
 
 @dataclass(eq=False)
@@ -116,16 +130,13 @@ class Recorder:
         wait_s: float,
         tokens: int,
         steady: bool,
-        payload_bytes: float | None = None,
     ) -> None:
         """Record one optimizer step of this rank.
 
         wait_s: the part of `seconds` spent waiting for the network. tokens: what this rank trained on. steady: the
-        method is past its warm-up. payload_bytes: the library's count so far, if the live display is to show it.
+        method is past its warm-up.
         """
         fields = {"loss": _finite(loss), "seconds": seconds, "wait_s": wait_s, "tokens": tokens, "steady": steady}
-        if payload_bytes is not None:
-            fields["payload_bytes"] = payload_bytes
         if time.monotonic() - self._nic_read_s >= NIC_EVERY_S:
             fields["nic_tx_bytes"] = self._transmitted()
         self._write("step", step=step, **fields)
@@ -139,30 +150,11 @@ class Recorder:
             self._print(", ".join(facts))
             self._rounds_missed, self._spread = 0, None
 
-    def round(
-        self,
-        *,
-        step: int,
-        round: int,
-        members: Sequence[int],
-        missed: bool,
-        blocked_s: float,
-        exchange_s: float,
-        nbytes: float,
-        spread: float | None,
-    ) -> None:
-        """Record one outer round of this rank.
-
-        step: optimizer steps done when it ended. members: the ranks whose parameters were averaged, with this one.
-        missed: a scheduled peer's message did not arrive in time. blocked_s: how long training stopped for it.
-        exchange_s: from its start to the last message. nbytes: what this rank sent for it. spread: estimated root mean
-        square over replicas of ||x_i - mean|| / ||mean||, or None.
-        """
-        spread = _finite(spread)
-        times = {"blocked_s": float(blocked_s), "exchange_s": float(exchange_s)}
-        who = {"members": [int(rank) for rank in members], "missed": bool(missed)}
-        self._write("round", step=step, round=round, **who, **times, nbytes=float(nbytes), spread=spread)
-        self._rounds_missed += bool(missed)
+    def round(self, report: RoundReport) -> None:
+        """Record one outer round of this rank."""
+        spread = _finite(report.spread)
+        self._write("round", **asdict(report) | {"spread": spread})
+        self._rounds_missed += report.missed
         self._spread = spread if spread is not None else self._spread
 
     def counters(self, name: str, traffic: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from commopt.record.recorder import Recorder
@@ -76,7 +75,7 @@ class RunLog:
         for step, name in run.voided[voids:]:
             recorder.event("void", step=step, parameter=name)
         for report in run.reports[reports:]:
-            recorder.round(**asdict(report))
+            recorder.round(report)
         for kind, fields in run.events[events:]:
             recorder.event(kind, **fields)
         self._told = (len(run.voided), len(run.reports), len(run.events))

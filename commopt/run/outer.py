@@ -19,11 +19,12 @@ from commopt.exchange.two_level import own_share, put_together
 from commopt.gossip.loop import Exchanged, OuterMethod, Round
 from commopt.gossip.spread import Spread, spread_of
 from commopt.groups.peers import PeerGroup, Peers, call_roll
+from commopt.record.recorder import RoundReport
 from commopt.run.checks import Checked, refuse_ddp
 from commopt.run.machine import Machine
 from commopt.run.members import Members
 from commopt.run.reshare import recut, stretches_of
-from commopt.run.run import HasState, RoundReport, Run
+from commopt.run.run import HasState, Run
 from commopt.wire.bucket import Bucket
 from commopt.wire.payload import is_sound
 from commopt.wire.shards import local

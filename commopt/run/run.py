@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from typing_extensions import Self
 from commopt.errors import AttachError
 from commopt.groups import Group
 from commopt.method import Method
+from commopt.record.recorder import RoundReport
 from commopt.run import checkpoint, reshare
 from commopt.run.checks import ATTACHED, ATTACHING, Checked, check_parameters
 from commopt.run.log import RunLog
@@ -28,20 +28,6 @@ class HasState(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """One round as this rank saw it; the fields are those of `Recorder.round`, which explains them."""
-
-    step: int
-    round: int
-    members: list[int]
-    missed: bool
-    blocked_s: float
-    exchange_s: float
-    nbytes: float
-    spread: float | None
 
 
 @torch.no_grad()

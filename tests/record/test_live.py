@@ -91,11 +91,11 @@ def test_half_a_line_waits_for_its_rest(tmp_path: Path) -> None:
     assert follower.records[0].unreadable_lines == 0
 
 
-def test_bytes_per_step_come_from_the_interface_or_from_the_count(tmp_path: Path) -> None:
+def test_bytes_per_step_come_from_the_interface(tmp_path: Path) -> None:
     start, _, *steps = lines(short(DENSE), 0)[:8]
-    append(tmp_path, 0, start, *({**step, "payload_bytes": 100.0 * index} for index, step in enumerate(steps)))
-    assert followed(tmp_path).bytes_per_step == 100.0
-    append(tmp_path, 0, {**steps[0], "nic_tx_bytes": 1000}, {**steps[1], "nic_tx_bytes": 1107})
+    append(tmp_path, 0, start, *steps, {**steps[0], "nic_tx_bytes": 1000})
+    assert followed(tmp_path).bytes_per_step is None
+    append(tmp_path, 0, {**steps[1], "nic_tx_bytes": 1107})
     assert followed(tmp_path).bytes_per_step == 107.0
 
 

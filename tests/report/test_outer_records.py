@@ -7,7 +7,7 @@ import pytest
 from outer_runs import EPOCH_S, Absence, Lines, OuterPlan, outer_lines
 
 from commopt.record.lines import RankRecord
-from commopt.record.recorder import Recorder
+from commopt.record.recorder import Recorder, RoundReport
 from commopt.report.results import collect
 
 RETURNED = OuterPlan(absences={2: Absence(after=25, back_s=7.5, resumed_at=45)})
@@ -24,13 +24,13 @@ def test_a_round_is_written_and_read_again(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     recorder.start(method="noloco", options={}, parameters=1, steps=1)
     costs = {"blocked_s": 0.01, "exchange_s": 0.6, "nbytes": 3.5e6}
-    recorder.round(step=49, round=3, members=[0, 2], missed=False, **costs, spread=0.013)
-    recorder.round(step=99, round=4, members=(0,), missed=True, **costs, spread=float("nan"))
+    recorder.round(RoundReport(step=49, round=3, members=[0, 2], missed=False, **costs, spread=0.013))
+    recorder.round(RoundReport(step=99, round=4, members=[0], missed=True, **costs, spread=float("nan")))
     recorder.end()
     first, second = RankRecord.read(tmp_path / "rank0.jsonl").rounds
-    assert (first.step, first.round, first.members, first.missed) == (49, 3, (0, 2), False)
+    assert (first.step, first.round, first.members, first.missed) == (49, 3, [0, 2], False)
     assert (first.blocked_s, first.exchange_s, first.nbytes, first.spread) == (0.01, 0.6, 3.5e6, 0.013)
-    assert (second.members, second.missed, second.spread) == ((0,), True, None)
+    assert (second.members, second.missed, second.spread) == ([0], True, None)
 
 
 def test_a_rank_that_returns_goes_on_with_its_record_and_its_clock() -> None:
@@ -93,7 +93,7 @@ def test_without_a_launcher_rounds_are_told_beside_steps(capsys: pytest.CaptureF
     for step in range(40):
         recorder.step(step=step, loss=1.0, seconds=0.1, wait_s=0.0, tokens=1, steady=True)
         costs = {"blocked_s": 0.0, "exchange_s": 0.0, "nbytes": 1.0}
-        recorder.round(step=step, round=step, members=[0], missed=step in (5, 6), **costs, spread=0.0131)
+        recorder.round(RoundReport(step, step, [0], missed=step in (5, 6), **costs, spread=0.0131))
     recorder.end()
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 22
