@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synthetic_runs import Edit, write_lines
+from synthetic_runs import EPOCH_S, Edit, write_lines
 
 from commopt.report.document import RunResult
 from commopt.report.results import collect
 
-EPOCH_S = 1_800_000_000.0
 Lines = list[dict[str, Any]]
 
 

@@ -15,6 +15,8 @@ from commopt.plan.links import wire_bytes
 from commopt.report.document import Cluster, Environment, Node, Results, RunResult
 from commopt.report.results import assemble, collect
 
+EPOCH_S = 1_800_000_000.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,7 +64,7 @@ def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) 
     place = {"rank": rank, "world_size": plan.ranks, "node": f"node{rank}", "node_rank": rank, "mtu": plan.mtu}
     options = {"warmup": plan.warmup} if plan.warmup else {}
     what = {"method": plan.method, "options": options, "parameters": 1_016_000, "steps": plan.steps}
-    say("start", **place, nic="eth0" if nic else None, **what)
+    say("start", **place, nic="eth0" if nic else None, **what, epoch_s=EPOCH_S, resumed_at=0)
     for step in range(plan.steps):
         steady = step >= plan.warmup
         if step == plan.warmup:

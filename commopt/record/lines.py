@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass as checked
 from commopt.record.meter import Window, window
 from commopt.record.recorder import RoundReport
 
-# the types of a start line's fields, of which it may lack some
-_START = {"world_size": int, "steps": int, "node": str, "mtu": int, "method": str, "options": dict}
+# the types of a start line's fields
+_START = {"world_size": int, "node": str, "mtu": int, "method": str, "options": dict, "parameters": int, "steps": int}
+_START |= {"epoch_s": float, "resumed_at": int}
 
 
 @checked(frozen=True)
@@ -66,7 +67,7 @@ class RankRecord:
 
     rank: int
     start: Mapping[str, Any] = field(default_factory=dict)  # the first start line; empty until it is read
-    epoch_s: float | None = None  # when the record's clock began, by the machine's clock, if the start line says so
+    epoch_s: float = 0.0  # when the record's clock began, by the machine's clock
     steps: list[StepLine] = field(default_factory=list)
     rounds: list[RoundLine] = field(default_factory=list)
     begins: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])  # of each start: index in steps, first step
@@ -146,16 +147,14 @@ class RankRecord:
         self.last_s = max(self.last_s, line["at_s"])
 
     def _take_start(self, line: dict[str, Any]) -> None:
-        start = line | {key: kind(line[key]) for key, kind in _START.items() if key in line}
-        epoch_s = None if line.get("epoch_s") is None else float(line["epoch_s"])
-        resumed_at = int(line.get("resumed_at") or 0)
+        start = {key: kind(line[key]) for key, kind in _START.items()}
+        epoch_s, resumed_at = start["epoch_s"], start["resumed_at"]
         if not self.start or resumed_at == 0:
             starts, unreadable = self.starts + 1, self.unreadable_lines
             afresh = RankRecord(self.rank, start, epoch_s, starts=starts, unreadable_lines=unreadable)
             vars(self).update(vars(afresh) | {"begins": [(0, resumed_at)]})
             return
-        since_s = 0.0 if epoch_s is None or self.epoch_s is None else epoch_s - self.epoch_s
-        self._shift_s = max(self.last_s, since_s)  # a machine's clock may have been set back
+        self._shift_s = max(self.last_s, epoch_s - self.epoch_s)  # a machine's clock may have been set back
         self.begins.append((len(self.steps), resumed_at))
         self.ended = False
         self.counters.clear()  # the new process counts from zero

@@ -47,7 +47,7 @@ class Follower:
     @property
     def steps_planned(self) -> int | None:
         """The steps that were asked for; None until a rank has recorded it."""
-        return next((r.start.get("steps", 0) for r in self.records.values() if r.start), None)
+        return next((r.start["steps"] for r in self.records.values() if r.start), None)
 
     @property
     def is_outer(self) -> bool:
@@ -95,7 +95,7 @@ class Follower:
         records = list(self.records.values())
         if not self.is_outer:
             return records
-        stepped_s = {r.rank: (r.epoch_s or 0.0) + r.steps[-1].at_s for r in records if r.steps}
+        stepped_s = {r.rank: r.epoch_s + r.steps[-1].at_s for r in records if r.steps}
         return [r for r in records if stepped_s.get(r.rank, 0.0) >= max(stepped_s.values()) - SILENT_S]
 
     def facts(self) -> list[str]:

@@ -153,7 +153,7 @@ class Spread(DocumentPart):
     """How far apart the replicas were in one round."""
 
     step: int = Field(description="optimizer steps that the furthest rank had done when the round ended")
-    at_s: float | None = Field(description="seconds since the first rank's start; null if no rank recorded its start")
+    at_s: float = Field(description="seconds since the first rank's start")
     spread: float = Field(description="consensus distance, as in spread_end: the root mean square of the estimates")
 
 

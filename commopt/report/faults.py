@@ -43,12 +43,12 @@ def read_faults(record_dir: Path) -> tuple[list[FaultLine], int]:
 
 
 def faults_of(lines: Sequence[FaultLine], records: Sequence[RankRecord]) -> list[Fault]:
-    """Each fault with its cost until the next one began; none if no rank recorded when it started."""
-    offsets_s = clock_offsets_s(records)
-    timelines = [_Timeline(record, offsets_s[record.rank]) for record in records if record.rank in offsets_s]
-    if not timelines or not lines:
+    """Each fault with its cost until the next one began; none if no rank wrote a record."""
+    if not lines or not records:
         return []
-    zero_s = min(record.epoch_s for record in records if record.epoch_s is not None)
+    offsets_s = clock_offsets_s(records)
+    timelines = [_Timeline(record, offsets_s[record.rank]) for record in records]
+    zero_s = min(record.epoch_s for record in records)
     ordered = sorted(lines, key=lambda line: line.epoch_s)
     begins = [line.epoch_s - zero_s for line in ordered]
     ends = [*begins[1:], max([timeline.end_s for timeline in timelines] + begins)]
@@ -73,7 +73,7 @@ class _Timeline:
 
     def __init__(self, record: RankRecord, offset_s: float) -> None:
         self.rank, self.node = record.rank, record.start["node"]
-        self.is_through = record.ended or record.steps_done >= record.start.get("steps", 0)
+        self.is_through = record.ended or record.steps_done >= record.start["steps"]
         self.steps = [(line.at_s + offset_s, line) for line in record.steps]
         self.first_after_away = {k for k, _ in record.begins[1:]}  # indices in steps
         self.validated = [line.at_s + offset_s for line in record.validations]

@@ -22,11 +22,7 @@ def rounds_of(records: Sequence[RankRecord]) -> Rounds | None:
             rank=record.rank,
             rounds=len(record.rounds),
             missed=sum(line.missed for line in record.rounds),
-            missed_at_s=[
-                round(line.at_s + offsets_s[record.rank], 3)
-                for line in record.rounds
-                if line.missed and record.rank in offsets_s
-            ],
+            missed_at_s=[round(line.at_s + offsets_s[record.rank], 3) for line in record.rounds if line.missed],
             alone=sum(len(line.members) < 2 for line in record.rounds),
             **_costs([record]),
         )
@@ -70,7 +66,7 @@ def _spread(records: Sequence[RankRecord]) -> list[Spread]:
     return [
         Spread(
             step=max(line.step for _, line, _ in seen),
-            at_s=max((line.at_s + offsets_s[rank] for rank, line, _ in seen if rank in offsets_s), default=None),
+            at_s=max(line.at_s + offsets_s[rank] for rank, line, _ in seen),
             spread=math.sqrt(fmean(spread * spread for _, _, spread in seen)),
         )
         for _, seen in sorted(by_round.items())
@@ -78,17 +74,15 @@ def _spread(records: Sequence[RankRecord]) -> list[Spread]:
 
 
 def clock_offsets_s(records: Sequence[RankRecord]) -> dict[int, float]:
-    """What to add to a rank's times to get seconds since the first rank's start; only for ranks that recorded an epoch."""
-    epochs_s = {record.rank: record.epoch_s for record in records if record.epoch_s is not None}
-    return {rank: round(epoch_s - min(epochs_s.values()), 6) for rank, epoch_s in epochs_s.items()}
+    """What to add to a rank's times to get seconds since the first rank's start."""
+    first_s = min((record.epoch_s for record in records), default=0.0)
+    return {record.rank: round(record.epoch_s - first_s, 6) for record in records}
 
 
 def progress_of(records: Sequence[RankRecord]) -> list[Progress]:
-    """Each rank's steps over time, thinned out; only for ranks that recorded an epoch."""
+    """Each rank's steps over time, thinned out."""
     offsets_s, shown = clock_offsets_s(records), []
     for record in records:
-        if record.rank not in offsets_s:
-            continue
         parts = []
         for lines, done in record.parts():
             at_s = [line.at_s + offsets_s[record.rank] for line in lines]

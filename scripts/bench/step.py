@@ -215,7 +215,7 @@ def interface_bytes(ranks: Mapping[int, Any]) -> dict[str, dict[str, float | Non
     counted: dict[str, dict[str, float | None]] = {}
     for record in ranks.values():
         begin, end = record.counters.get("begin"), record.counters.get("end")
-        if record.start is None or begin is None or end is None or end.steps <= begin.steps:
+        if not record.start or begin is None or end is None or end.steps <= begin.steps:
             return {}
         readings = {
             "sent": (begin.nic_tx_bytes, end.nic_tx_bytes),

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outer_runs import EPOCH_S, Absence, Lines, OuterPlan, fault, outer_run, write_outer
-from synthetic_runs import DENSE, change, short, write_run
+from outer_runs import Absence, Lines, OuterPlan, fault, outer_run, write_outer
+from synthetic_runs import DENSE, short, write_run
 
 from commopt.report.results import collect
 
@@ -124,15 +124,8 @@ def test_faults_of_a_run_without_rounds_are_told_too(tmp_path: Path) -> None:
     assert (run.faults[0].ranks, len(run.progress)) == ([2], 4)
 
 
-def test_ranks_that_do_not_say_when_they_started_have_no_faults(tmp_path: Path) -> None:
-    run = outer_run(tmp_path, OuterPlan(), [KILL], edit=change("start", lambda *_: {"epoch_s": None}))
-    assert (run.faults, run.progress) == ([], [])
-    assert run.rounds is not None
-
-
 def test_byte_counts_are_not_compared_under_faults(tmp_path: Path) -> None:
-    edit = change("start", lambda *_: {"epoch_s": EPOCH_S})
-    folder = write_run(tmp_path / "r", short(DENSE), edit=edit, overcount=1.5)
+    folder = write_run(tmp_path / "r", short(DENSE), overcount=1.5)
     assert collect(folder).defects
     (folder / "faults.jsonl").write_text(json.dumps(KILL) + "\n")
     run = collect(folder)

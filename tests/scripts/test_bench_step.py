@@ -119,12 +119,11 @@ def test_what_spoils_a_number_is_told() -> None:
 
 
 def test_bytes_of_a_window_are_per_step_and_each_way() -> None:
-    ranks = {0: RankRecord(0)}
+    ranks = {0: RankRecord(0, {"node": "node0"})}
     traffic = {"payload_bytes": 0.0, "by_peer": {}, "by_operation": []}
     step = {"kind": "step", "loss": 1.0, "seconds": 0.1, "wait_s": 0.0, "tokens": 1, "steady": True, "at_s": 0.0}
     counters = {"kind": "counters", "at_s": 0.0}
     lines: list[dict[str, Any]] = [
-        {"kind": "start", "node": "node0", "at_s": 0.0},
         {**counters, "name": "begin", "traffic": {**traffic, "nic_rx_bytes": 50}, "nic_tx_bytes": 100},
         {**step, "step": 0},
         {**step, "step": 1},
