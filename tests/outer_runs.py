@@ -63,7 +63,7 @@ def _one_start(plan: OuterPlan, rank: int, start_s: float, begin: int, end: int)
     def say(kind: str, **fields: Any) -> None:
         out.append({"kind": kind, "at_s": round(at_s, 6), **fields})
 
-    place = {"rank": rank, "world_size": plan.ranks, "node": f"node{rank}", "node_rank": rank, "mtu": 1500, "nic": None}
+    place = {"world_size": plan.ranks, "node": f"node{rank}", "mtu": 1500}
     what = {"method": plan.method, "options": {"every": plan.every}, "parameters": 1_016_000, "steps": plan.steps}
     say("start", **place, **what, epoch_s=EPOCH_S + start_s, resumed_at=begin)
     for step in range(begin, end):

@@ -61,10 +61,10 @@ def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) 
     def say(kind: str, **fields: Any) -> None:
         out.append({"kind": kind, "at_s": at_s, **fields})
 
-    place = {"rank": rank, "world_size": plan.ranks, "node": f"node{rank}", "node_rank": rank, "mtu": plan.mtu}
+    place = {"world_size": plan.ranks, "node": f"node{rank}", "mtu": plan.mtu}
     options = {"warmup": plan.warmup} if plan.warmup else {}
     what = {"method": plan.method, "options": options, "parameters": 1_016_000, "steps": plan.steps}
-    say("start", **place, nic="eth0" if nic else None, **what, epoch_s=EPOCH_S, resumed_at=0)
+    say("start", **place, **what, epoch_s=EPOCH_S, resumed_at=0)
     for step in range(plan.steps):
         steady = step >= plan.warmup
         if step == plan.warmup:

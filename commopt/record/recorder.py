@@ -54,7 +54,6 @@ class Recorder:
     rank: int = 0
     world_size: int = 1
     node: str = "node0"
-    node_rank: int = 0
     nic: str | None = None
     mtu: int = 1500
 
@@ -78,7 +77,7 @@ class Recorder:
 
     @classmethod
     def from_environment(cls, rank: int | None = None, world_size: int | None = None) -> Recorder:
-        """Read COMMOPT_RECORD (a folder), and COMMOPT_NODE, _NODE_RANK, _NIC, _MTU.
+        """Read COMMOPT_RECORD (a folder), and COMMOPT_NODE, _NIC, _MTU.
 
         rank, world_size: by default those of COMMOPT_PEERS, since torchrun then knows one node only; else RANK and WORLD_SIZE.
         Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError for a value that is no number.
@@ -91,7 +90,6 @@ class Recorder:
             rank=rank,
             world_size=world_size,
             node=os.environ.get("COMMOPT_NODE") or "node0",
-            node_rank=_integer("COMMOPT_NODE_RANK", 0),
             nic=os.environ.get("COMMOPT_NIC") or None,
             mtu=_integer("COMMOPT_MTU", 1500),
         )
@@ -115,8 +113,8 @@ class Recorder:
         self._method, self._steps, self._steps_done = method, steps, resumed_at
         what = {"method": method, "options": dict(options), "parameters": parameters, "steps": steps}
         when = {"epoch_s": round(time.time(), 6), "resumed_at": resumed_at}
-        who = {"rank": self.rank, "world_size": self.world_size, "node": self.node, "node_rank": self.node_rank}
-        self._write("start", **who, nic=self.nic, mtu=self.mtu, **what, **when)
+        who = {"world_size": self.world_size, "node": self.node, "mtu": self.mtu}
+        self._write("start", **who, **what, **when)
         resumed = f", resumed at step {resumed_at}" if resumed_at else ""
         on = f" on {self.world_size // per_machine} machines" if per_machine > 1 else ""
         self._print(f"{method}: {steps} steps, {parameters:,} parameters, {self.world_size} ranks{on}{resumed}")

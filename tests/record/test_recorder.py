@@ -34,7 +34,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_what_is_recorded_is_collected(tmp_path: Path) -> None:
     for rank in (0, 1):
-        record(Recorder(tmp_path / "r", rank=rank, world_size=2, node=f"node{rank}", node_rank=rank, nic="lo"))
+        record(Recorder(tmp_path / "r", rank=rank, world_size=2, node=f"node{rank}", nic="lo"))
     run = collect(tmp_path / "r")
     assert (run.status, run.method, run.options, run.ranks) == ("finished", "dense", {"lr": 1e-3}, 2)
     assert run.train_loss == pytest.approx([2.0, 1.9, 1.8])
@@ -47,7 +47,7 @@ def test_what_is_recorded_is_collected(tmp_path: Path) -> None:
 
 MEMBERS = [[f"10.77.0.{node}", port] for node in (1, 2) for port in (29501, 29502)]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8"}
-LONE_TORCHRUN = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
+LONE_TORCHRUN = {"COMMOPT_NODE_RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
 PEERS = {"COMMOPT_PEERS": json.dumps({"job": "ab12", "members": MEMBERS}), **LONE_TORCHRUN}  # counts over all nodes
 
 
@@ -55,13 +55,12 @@ PEERS = {"COMMOPT_PEERS": json.dumps({"job": "ab12", "members": MEMBERS}), **LON
 def test_environment_says_who_and_where(
     variables: dict[str, str], place: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = {"COMMOPT_NODE": "b", "COMMOPT_NODE_RANK": "1", "COMMOPT_NIC": "lo", "COMMOPT_MTU": "9000"}
+    node = {"COMMOPT_NODE": "b", "COMMOPT_NIC": "lo", "COMMOPT_MTU": "9000"}
     for name, value in {"COMMOPT_RECORD": str(tmp_path), **node, **variables}.items():
         monkeypatch.setenv(name, value)
     record(Recorder.from_environment())
     lines = read(tmp_path / f"rank{place[0]}.jsonl")
-    assert [lines[0][key] for key in ("rank", "world_size")] == list(place)
-    assert [lines[0][key] for key in ("node", "node_rank", "nic", "mtu", "resumed_at")] == ["b", 1, "lo", 9000, 0]
+    assert [lines[0][key] for key in ("world_size", "node", "mtu", "resumed_at")] == [place[1], "b", 9000, 0]
     assert lines[1]["nic_tx_bytes"] > 0
 
 
