@@ -70,23 +70,9 @@ def _check_compose(path: Path, documents: list[Any]) -> None:
 
 def _check_manifest(path: Path, documents: list[Any]) -> None:
     for document in documents:
-        kind = document.get("kind")
-        if not isinstance(kind, str) or not isinstance(document.get("metadata", {}).get("name"), str):
+        name = document.get("metadata", {}).get("name")
+        if not isinstance(document.get("kind"), str) or not isinstance(name, str):
             raise ConfigError("a manifest has a kind and a metadata.name")
-        pod = _pod(document)
-        if pod is None:
-            continue
-        for container in pod.get("containers") or [{}]:
-            if not isinstance(container.get("name"), str) or not isinstance(container.get("image"), str):
-                raise ConfigError(f"{kind}: a container has a name and an image")
-
-
-def _pod(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The pod that a manifest starts, however deep its template lies."""
-    found: Any = document.get("spec")
-    while isinstance(found, Mapping) and "template" in found:
-        found = found["template"].get("spec")
-    return found if isinstance(found, Mapping) and "containers" in found else None
 
 
 _KINDS: dict[str, tuple[str, Callable[[Path, list[Any]], None]]] = {

@@ -67,7 +67,7 @@ def test_a_failing_python_block_is_named_by_its_line(page: Path) -> None:
         ("echo $UNKNOWN", "unbound variable"),
         ("no-such-program", "command not found"),
         ("pip install 'commopt[lightening]'", "commopt has no extra 'lightening'"),
-        ("pip install no-such-package", "no-such-package is neither in setup.cfg nor installed here"),
+        ("pip install no-such-package", "no-such-package is not commopt"),
         ("sbatch configs/runs/demo.yaml", "does not begin with #!"),
         ("sbatch --nodes=2 missing.sbatch", "'missing.sbatch': no such file"),
         ("kubectl apply -f configs/clusters/lab.yaml", "is a cluster, no manifest"),
