@@ -14,7 +14,6 @@ from script import module
 
 from commopt.methods import METHODS
 
-Store = module("store").Store
 bench, cells = module("convergence"), module("convergence_cells")
 training, says = module("convergence_training"), module("convergence_results")
 ADAM, GPT = cells.BY_LABEL["adam"], cells.TASKS["gpt"]
@@ -126,14 +125,6 @@ def test_shares_of_the_steps_become_numbers() -> None:
     assert settings["options"] == {"freeze_step": 10}
     assert settings["optimizer"] == {"name": "adam", "lr": 1e-3}
     assert json.loads(json.dumps(settings)) == settings
-
-
-def test_a_stored_cell_counts_only_with_the_same_settings(tmp_path: Path) -> None:
-    cell, store = cells.Cell(GPT, ADAM, 0.002, 1), Store(tmp_path / "cells.jsonl")
-    store.put(cell.name, cells.settings_of(cell), result(2.0))
-    find = cells.found_in(store)
-    assert find(cell)["loss"] == 2.0
-    assert find(replace(cell, task=replace(cell.task, steps=7))) is None
 
 
 @pytest.fixture

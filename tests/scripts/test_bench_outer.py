@@ -108,14 +108,6 @@ def test_one_rate_for_all_outer_methods_is_chosen_by_their_mean() -> None:
     assert protocol.best_rate("dense", shelf.find) is None
 
 
-def test_a_stored_cell_counts_only_with_the_same_settings(tmp_path: Path) -> None:
-    cell, task = cells.Cell(cells.BY_LABEL["noloco"], 4, 0.003, 1), cells.Task()
-    store = Store(tmp_path / "cells.jsonl")
-    store.put(cell.name, cells.settings_of(cell, task), {"loss": 2.0})
-    assert cells.found_in(store, task)(cell)["loss"] == 2.0
-    assert cells.found_in(store, replace(task, every=50))(cell) is None
-
-
 @pytest.fixture
 def tiny() -> Any:
     sizes = {"layers": 1, "heads": 1, "width": 8, "context": 16, "batch": 2}
@@ -153,10 +145,8 @@ def test_replicas_are_apart_between_rounds_and_agree_after_one(tiny: Any) -> Non
 def test_the_loss_of_the_mean_replica_is_what_a_final_average_ends_with(tiny: Any) -> None:
     without = training.run_cell(cells.settings_of(cells.Cell(cells.BY_LABEL["noloco"], 4, 1e-2, 1), tiny))
     averaging = cells.Entry("x", "noloco", {"final_average": True})
-    made, again, other = (
-        training.run_cell(cells.settings_of(cells.Cell(averaging, 4, 1e-2, seed), tiny)) for seed in (1, 1, 2)
-    )
-    assert made["losses"] == again["losses"] != other["losses"]
+    made, again = (training.run_cell(cells.settings_of(cells.Cell(averaging, 4, 1e-2, 1), tiny)) for _ in range(2))
+    assert made["losses"] == again["losses"]
     assert without["loss"] != pytest.approx(without["averaged_loss"], abs=1e-6)
     assert made["losses"] == pytest.approx([without["averaged_loss"]] * 4, abs=1e-6)
 
