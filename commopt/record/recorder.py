@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from commopt.errors import ConfigError
 from commopt.record.words import spread_text
@@ -155,13 +155,11 @@ class Recorder:
         self._rounds_missed += report.missed
         self._spread = spread if spread is not None else self._spread
 
-    def counters(self, name: str, traffic: Mapping[str, Any]) -> None:
-        """Record the bytes so far, at the "begin" or the "end" of the measured steady window; call right after a barrier.
+    def counters(self, name: Literal["begin", "end"], traffic: Mapping[str, Any]) -> None:
+        """Record the bytes so far, at one end of the measured steady window; call right after a barrier.
 
         traffic: `Traffic.as_dict()`. The interface's own count is written with it.
         """
-        if name not in ("begin", "end"):
-            raise ValueError(f"counters({name!r}): the window has a 'begin' and an 'end'")
         self._write("counters", name=name, traffic=dict(traffic), nic_tx_bytes=self._transmitted())
 
     def validation(self, *, step: int, loss: float, tokens: int) -> None:

@@ -15,7 +15,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ SETTLED = 3  # DDP makes its buckets anew in the first steps; launch/train.py wa
 class TwoWayRecorder(Recorder):
     """A recorder that counts what the interface received as well: a node may receive more than it sends."""
 
-    def counters(self, name: str, traffic: Mapping[str, Any]) -> None:
+    def counters(self, name: Literal["begin", "end"], traffic: Mapping[str, Any]) -> None:
         super().counters(name, {**traffic, "nic_rx_bytes": received_bytes(os.environ.get("COMMOPT_NIC"))})
 
 
