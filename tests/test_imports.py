@@ -19,20 +19,8 @@ from commopt.errors import MissingExtra
 PACKAGE = Path(commopt.__file__).parent
 # each may import itself and what stands before it; the door of `run` finds frameworks by name
 ROOMS = (
-    *(
-        "errors",
-        "secret",
-        "options",
-        "reading",
-        "choice",
-        "wire",
-        "kernels",
-        "compress",
-        "plan",
-        "groups",
-        "exchange",
-        "method",
-    ),
+    *("errors", "secret", "options", "reading", "choice"),
+    *("wire", "kernels", "compress", "plan", "groups", "exchange", "method"),
     *("optim", "gossip", "methods", "record", "run", "frameworks", "deepspeed", "testing", "cluster", "report", "cli"),
 )
 MAY_USE_TORCH_DISTRIBUTED = ("groups/torch.py", "run/", "frameworks/", "cluster/doctor.py")  # doctor tries it out

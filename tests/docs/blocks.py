@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -100,9 +101,9 @@ class Reader:
 
     def __init__(self, folder: Path, limit_s: float) -> None:
         self.folder, self._end = folder, time.monotonic() + limit_s
-        self._limit_s = limit_s
+        self._late = f"no end after {limit_s:.0f} s for the page"
         self._python: tuple[subprocess.Popen[bytes], Connection] | None = None
-        self._output = folder.parent  # what the last block printed
+        self._output = folder.parent / f"{folder.name}.output"  # of all blocks
         folder.mkdir(parents=True, exist_ok=True)
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
@@ -172,61 +173,57 @@ class Reader:
             raise block.fail(f"{block.title}: {error}") from error
 
     def _run_bash(self, block: Block) -> None:
-        self._output = self.folder.parent / f"{self.folder.name}.bash.output"
-        with self._output.open("wb") as output:
-            process = subprocess.Popen(
-                ["bash", "-euo", "pipefail", "-c", block.code],
-                cwd=self.folder,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            try:
-                status = process.wait(max(0.0, self._end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                raise block.fail(f"no end after {self._limit_s:.0f} s for the page\n{self._tail()}") from None
-            finally:
-                if process.poll() is None:
-                    _end_all(self._mark)
-                    process.wait()
-            if status != 0:
-                raise block.fail(f"exit status {status}\n{self._tail()}")
+        process = self._start(["bash", "-euo", "pipefail", "-c", block.code])
+        status = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(self._left_s())
+        if status is None:
+            _end_all(self._mark)
+            process.wait()
+        if status != 0:
+            raise self._failed(block, self._late if status is None else f"exit status {status}")
 
     def _run_python(self, block: Block) -> None:
         _check_syntax(block)
         if self._python is None:
             self._python = self._start_python()
-        self._output = self.folder.parent / f"{self.folder.name}.python.output"
         process, connection = self._python
         connection.send((str(block.page), block.line, block.code))
-        if not connection.poll(max(0.0, self._end - time.monotonic())):
-            raise block.fail(f"no end after {self._limit_s:.0f} s for the page\n{self._tail()}")
-        try:
-            error = connection.recv()
-        except EOFError:
-            process.wait(10)
-            error = f"the process ended with {process.returncode}"
+        error = self._late
+        if connection.poll(self._left_s()):
+            try:
+                error = connection.recv()
+            except EOFError:
+                process.wait(10)
+                error = f"the process ended with {process.returncode}"
         if error is not None:
-            raise block.fail(f"{error}\n{self._tail()}")
+            raise self._failed(block, error)
 
     def _start_python(self) -> tuple[subprocess.Popen[bytes], Connection]:
         ours, theirs = Pipe()
-        with (self.folder.parent / f"{self.folder.name}.python.output").open("wb") as output:
-            process = subprocess.Popen(
-                ["python", str(Path(__file__).with_name("interpreter.py")), str(theirs.fileno())],
+        script = Path(__file__).with_name("interpreter.py")
+        process = self._start(["python", str(script), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        theirs.close()
+        return process, ours
+
+    def _start(self, words: Sequence[str], pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        with self._output.open("ab") as output:
+            return subprocess.Popen(
+                words,
                 cwd=self.folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=pass_fds,
             )
-        theirs.close()
-        return process, ours
 
-    def _tail(self) -> str:
-        return self._output.read_text(encoding="utf-8", errors="replace")[-4000:]
+    def _left_s(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+    def _failed(self, block: Block, why: str) -> BlockError:
+        """The block's error, with the end of what the page printed."""
+        return block.fail(f"{why}\n{self._output.read_text(encoding='utf-8', errors='replace')[-4000:]}")
 
 
 def _without_tabs(text: str) -> str:
