@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synthetic_runs import EPOCH_S, Edit, write_lines
+from synthetic_runs import EPOCH_S, Edit, Lines, write_lines
 
 from commopt.report.document import RunResult
 from commopt.report.results import collect
 
-Lines = list[dict[str, Any]]
+FINAL_LOSS = 2.4
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,10 @@ class OuterPlan:
     steps: int = 60
     every: int = 10
     step_s: float = 0.1
-    noise: float = 0.0
     start_s: float = 0.0  # rank r starts r times this later
     stops: Mapping[tuple[int, int], float] = field(default_factory=dict)
-    slow: Mapping[int, tuple[int, int, float]] = field(default_factory=dict)  # rank: from step, to step, factor
     missed: Sequence[tuple[int, int]] = ()  # (rank, round)
     absences: Mapping[int, Absence] = field(default_factory=dict)
-    final_loss: float = 2.4
 
 
 def outer_lines(plan: OuterPlan, rank: int) -> Lines:
@@ -58,7 +54,7 @@ def outer_lines(plan: OuterPlan, rank: int) -> Lines:
 
 
 def _one_start(plan: OuterPlan, rank: int, start_s: float, begin: int, end: int) -> Lines:
-    noise, at_s, out = random.Random(f"{plan.method} {rank} {begin}"), 0.0, []
+    at_s, out = 0.0, []
 
     def say(kind: str, **fields: Any) -> None:
         out.append({"kind": kind, "at_s": round(at_s, 6), **fields})
@@ -67,22 +63,20 @@ def _one_start(plan: OuterPlan, rank: int, start_s: float, begin: int, end: int)
     what = {"method": plan.method, "options": {"every": plan.every}, "parameters": 1_016_000, "steps": plan.steps}
     say("start", **place, **what, epoch_s=EPOCH_S + start_s, resumed_at=begin)
     for step in range(begin, end):
-        seconds = plan.step_s * (1 + plan.noise * noise.uniform(-1, 1)) + plan.stops.get((rank, step), 0.0)
-        slow_from, slow_to, factor = plan.slow.get(rank, (0, 0, 1.0))
-        seconds *= factor if slow_from <= step < slow_to else 1.0
+        seconds = plan.step_s + plan.stops.get((rank, step), 0.0)
         at_s += seconds
-        loss = plan.final_loss + 3.2 * math.exp(-step / 38) + plan.noise * noise.gauss(0, 0.1)
+        loss = FINAL_LOSS + 3.2 * math.exp(-step / 38)
         say("step", step=step, loss=loss, seconds=seconds, wait_s=0.0, tokens=4096, steady=step >= 3)
         if (step + 1) % plan.every == 0:
             number = (step + 1) // plan.every - 1
             missed = (rank, number) in plan.missed
             partner = (rank + 1 + number % max(1, plan.ranks - 1)) % plan.ranks
-            spread = None if missed else (0.002 + 0.05 * math.exp(-step / 60)) * (1 + plan.noise * noise.uniform(-1, 1))
+            spread = None if missed else 0.002 + 0.05 * math.exp(-step / 60)
             who = {"members": [rank] if missed else sorted({rank, partner}), "missed": missed}
             costs = {"blocked_s": 0.01, "exchange_s": 0.5 if missed else 0.2, "nbytes": 4e6}
             say("round", step=step + 1, round=number, **who, **costs, spread=spread)
     if end == plan.steps:
-        say("validation", step=plan.steps, loss=plan.final_loss + 0.01 * rank, tokens=65536)
+        say("validation", step=plan.steps, loss=FINAL_LOSS + 0.01 * rank, tokens=65536)
         say("end")
     return out
 
@@ -109,10 +103,8 @@ def outer_run(
 
 STORM = OuterPlan(
     steps=300,
-    noise=0.15,
     start_s=0.3,
-    stops={(0, 121): 3.1, (1, 129): 1.4, (0, 169): 2.0, (1, 169): 2.0, (3, 169): 0.4},
-    slow={3: (180, 196, 5.0)},
+    stops={(0, 121): 3.1, (1, 129): 1.4, (0, 169): 2.0, (1, 169): 2.0, **{(3, step): 0.4 for step in range(180, 196)}},
     missed=[(0, 12), (1, 12), (0, 16), (1, 17), (1, 19)],
     absences={2: Absence(after=121, back_s=29.5, resumed_at=218)},
 )

@@ -16,22 +16,21 @@ from commopt.report.document import Cluster, Environment, Node, Results, RunResu
 from commopt.report.results import assemble, collect
 
 EPOCH_S = 1_800_000_000.0
+Lines = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one method behaves: slow steps and full messages for `warmup` steps, then its own."""
+    """How one method behaves: the steps of dense and full messages for `warmup` steps, then its own."""
 
     method: str
     step_s: float
     payload_bytes: float
     warmup: int = 0
-    warmup_step_s: float = 1.24
     final_loss: float = 2.374
     compute_s: float = 0.095
     steps: int = 300
     ranks: int = 4
-    mtu: int = 1500
     seed: int = 0
 
     def loss(self, step: int, noise: random.Random) -> float:
@@ -41,7 +40,6 @@ class Plan:
 DENSE = Plan("dense", 1.24, 6.1e6)
 FP16 = Plan("fp16", 0.65, 3.05e6, final_loss=2.375, seed=1)
 ONEBIT = Plan("onebit_adam", 0.131, 0.19e6, warmup=24, final_loss=2.379, compute_s=0.097, seed=2)
-EF_SIGN = Plan("ef_sign", 0.142, 0.2e6, final_loss=2.452, seed=3)
 
 
 def traffic(plan: Plan, rank: int, calls: int) -> dict[str, Any]:
@@ -52,16 +50,16 @@ def traffic(plan: Plan, rank: int, calls: int) -> dict[str, Any]:
     return {"payload_bytes": nbytes, "by_peer": by_peer, "by_operation": [row]}
 
 
-def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) -> list[dict[str, Any]]:
+def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) -> Lines:
     """The lines of one rank of a finished run."""
     noise, shared = random.Random(f"{plan.seed} {rank}"), random.Random(plan.seed)
-    tx_bytes = wire_bytes(plan.payload_bytes * (plan.steps - plan.warmup), plan.mtu) * overcount * (plan.ranks > 1)
+    tx_bytes = wire_bytes(plan.payload_bytes * (plan.steps - plan.warmup)) * overcount * (plan.ranks > 1)
     at_s, out = 0.0, []
 
     def say(kind: str, **fields: Any) -> None:
         out.append({"kind": kind, "at_s": at_s, **fields})
 
-    place = {"world_size": plan.ranks, "node": f"node{rank}", "mtu": plan.mtu}
+    place = {"world_size": plan.ranks, "node": f"node{rank}", "mtu": 1500}
     options = {"warmup": plan.warmup} if plan.warmup else {}
     what = {"method": plan.method, "options": options, "parameters": 1_016_000, "steps": plan.steps}
     say("start", **place, **what, epoch_s=EPOCH_S, resumed_at=0)
@@ -69,7 +67,7 @@ def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) 
         steady = step >= plan.warmup
         if step == plan.warmup:
             say("counters", name="begin", traffic=traffic(plan, rank, 0), nic_tx_bytes=0 if nic else None)
-        seconds = (plan.step_s if steady else plan.warmup_step_s) * shared.gauss(1, 0.02)
+        seconds = (plan.step_s if steady else DENSE.step_s) * shared.gauss(1, 0.02)
         wait_s = max(0.0, (seconds - plan.compute_s * 1.08) * noise.gauss(1, 0.01))
         at_s += seconds
         loss = plan.loss(step, shared) + noise.gauss(0, 0.02)
@@ -83,7 +81,7 @@ def lines(plan: Plan, rank: int, *, nic: bool = True, overcount: float = 1.012) 
     return out
 
 
-Edit = Callable[[int, list[dict[str, Any]]], list[dict[str, Any]]]
+Edit = Callable[[int, Lines], Lines]
 
 
 def change(kind: str, fields: Callable[[int, dict[str, Any]], dict[str, Any]]) -> Edit:
@@ -96,7 +94,7 @@ def write_run(folder: Path, plan: Plan, *, edit: Edit | None = None, **how: Any)
     return write_lines(folder, [lines(plan, rank, **how) for rank in range(plan.ranks)], edit)
 
 
-def write_lines(folder: Path, of_ranks: Sequence[list[dict[str, Any]]], edit: Edit | None = None) -> Path:
+def write_lines(folder: Path, of_ranks: Sequence[Lines], edit: Edit | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for rank, written in enumerate(of_ranks):
         if kept := edit(rank, written) if edit else written:

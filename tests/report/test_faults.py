@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outer_runs import Absence, Lines, OuterPlan, fault, outer_run, write_outer
-from synthetic_runs import DENSE, short, write_run
+from outer_runs import Absence, OuterPlan, fault, outer_run, write_outer
+from synthetic_runs import DENSE, Lines, short, write_run
 
 from commopt.report.results import collect
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from outer_runs import Absence, Lines, OuterPlan, outer_lines
-from synthetic_runs import EPOCH_S
+from outer_runs import Absence, OuterPlan, outer_lines
+from synthetic_runs import EPOCH_S, Lines
 
 from commopt.record.lines import RankRecord
 from commopt.record.recorder import Recorder, RoundReport

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
-from outer_runs import Absence, Lines, OuterPlan, outer_run, write_outer
-from synthetic_runs import DENSE, change, run_of, short
+from outer_runs import Absence, OuterPlan, outer_run, write_outer
+from synthetic_runs import DENSE, Lines, change, run_of, short
 
 from commopt.report.results import collect
 
