@@ -38,7 +38,7 @@ class RoundReport:
 class Recorder:
     """Writes `rank{r}.jsonl` in the folder that the launcher named; without a launcher, rank 0 prints some lines.
 
-    recorder = Recorder.from_environment()
+    recorder = Recorder.from_environment(rank, world_size)
     recorder.start(method="onebit_adam", options={"warmup": 24}, parameters=1_000_000, steps=300)
     for step in range(300):
         ...
@@ -76,22 +76,21 @@ class Recorder:
         return self._file is not None
 
     @classmethod
-    def from_environment(cls, rank: int | None = None, world_size: int | None = None) -> Recorder:
+    def from_environment(cls, rank: int, world_size: int) -> Recorder:
         """Read COMMOPT_RECORD (a folder), and COMMOPT_NODE, _NIC, _MTU.
 
-        rank, world_size: by default those of COMMOPT_PEERS, since torchrun then knows one node only; else RANK and WORLD_SIZE.
-        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError for a value that is no number.
+        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError if COMMOPT_MTU is no number.
         """
-        folder = os.environ.get("COMMOPT_RECORD")
-        if rank is None or world_size is None:
-            rank, world_size = _place()
+        folder, mtu = os.environ.get("COMMOPT_RECORD"), os.environ.get("COMMOPT_MTU") or "1500"
+        if not mtu.isdecimal():
+            raise ConfigError(f"environment: COMMOPT_MTU={mtu}: no whole number")
         return cls(
             Path(folder) if folder else None,
             rank=rank,
             world_size=world_size,
             node=os.environ.get("COMMOPT_NODE") or "node0",
             nic=os.environ.get("COMMOPT_NIC") or None,
-            mtu=_integer("COMMOPT_MTU", 1500),
+            mtu=int(mtu),
         )
 
     def start(
@@ -224,25 +223,6 @@ class Recorder:
             LOG.warning("rank %d records no bytes of the interface: %s", self.rank, error)
             self.nic = None
             return None
-
-
-def _place() -> tuple[int, int]:
-    """This process's rank in the whole job, and the number of ranks."""
-    if not os.environ.get("COMMOPT_PEERS"):
-        return _integer("RANK", 0), _integer("WORLD_SIZE", 1)
-    from commopt.groups.membership import Membership
-
-    membership = Membership.from_environment()
-    assert membership is not None
-    return membership.rank, len(membership.addresses)
-
-
-def _integer(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    try:
-        return int(text) if text else default
-    except ValueError:
-        raise ConfigError(f"environment: {name}={text}: no whole number") from None
 
 
 def _finite(number: float | None) -> float | None:

@@ -96,7 +96,7 @@ def run_peer(peer: str, args: argparse.Namespace) -> None:
     sent_bytes = PEERS[peer](model)
     optimizer = make_optimizer(args.optimizer, model.parameters())
 
-    recorder = TwoWayRecorder.from_environment()
+    recorder = TwoWayRecorder.from_environment(rank, world)
     recorder.start(method=peer, options={}, parameters=parameters_of(model), steps=args.steps)
     data = torch.Generator().manual_seed(args.seed * 1000 + rank)
     for step in range(args.steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 
 from commopt.record.recorder import Recorder
@@ -13,7 +14,7 @@ parser.add_argument("--method")
 parser.add_argument("--steps", type=int)
 parser.add_argument("--options", type=json.loads)
 args, _ = parser.parse_known_args()
-recorder = Recorder.from_environment()
+recorder = Recorder.from_environment(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 recorder.start(method=args.method, options=args.options, parameters=100, steps=args.steps)
 for step in range(args.steps):
     time.sleep(0.02)
