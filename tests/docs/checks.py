@@ -37,17 +37,9 @@ def check_file(path: Path) -> str:
     raise ConfigError(f"is no kind of file that is known here; one of these keys says which: {wanted}")
 
 
-def _check_cluster(path: Path, _: list[Any]) -> None:
-    load_cluster(path)
-
-
 def _check_run(path: Path, _: list[Any]) -> None:
     run = load_run(path)
     check_methods(run, chosen_methods(run, []))
-
-
-def _check_method(path: Path, _: list[Any]) -> None:
-    commopt.build(path)
 
 
 def _check_deepspeed(path: Path, documents: list[Any]) -> None:
@@ -75,12 +67,12 @@ def _check_manifest(path: Path, documents: list[Any]) -> None:
             raise ConfigError("a manifest has a kind and a metadata.name")
 
 
-_KINDS: dict[str, tuple[str, Callable[[Path, list[Any]], None]]] = {
+_KINDS: dict[str, tuple[str, Callable[[Path, list[Any]], object]]] = {
     "manifest": ("apiVersion", _check_manifest),
     "compose": ("services", _check_compose),
     "run": ("program", _check_run),
-    "cluster": ("nodes", _check_cluster),
-    "method": ("method", _check_method),
+    "cluster": ("nodes", lambda path, _: load_cluster(path)),
+    "method": ("method", lambda path, _: commopt.build(path)),
     "deepspeed": ("train_micro_batch_size_per_gpu", _check_deepspeed),
     "deepspeed, by its whole batch": ("train_batch_size", _check_deepspeed),
 }

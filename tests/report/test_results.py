@@ -17,11 +17,6 @@ from commopt.report.page import results_json
 from commopt.report.results import collect
 
 
-def test_what_the_launcher_says_is_in_the_report(tmp_path: Path) -> None:
-    run = collect(write_run(tmp_path, short(DENSE)), told=["the logs are incomplete"])
-    assert run.notices == ["the logs are incomplete"]
-
-
 def test_the_document_survives_a_round_trip(tmp_path: Path) -> None:
     results = results_of([outer_run(tmp_path, STORM, STORM_FAULTS), run_of(tmp_path, short(DENSE))])
     assert Results.model_validate_json(results_json(results)) == results
@@ -78,8 +73,9 @@ def test_what_is_garbled_or_torn_is_counted_and_left_out(garbage: bytes, tmp_pat
 
 
 def test_a_run_that_the_launcher_failed_is_failed_with_or_without_a_record(tmp_path: Path) -> None:
-    run = collect(write_run(tmp_path / "r", short(DENSE)), failure="node1 did not end in time")
-    assert (run.status, run.failure) == ("failed", "node1 did not end in time")
+    told = ["the logs are incomplete"]
+    run = collect(write_run(tmp_path / "r", short(DENSE)), failure="node1 did not end in time", told=told)
+    assert (run.status, run.failure, run.notices) == ("failed", "node1 did not end in time", told)
     run = collect(tmp_path / "nowhere", method="topk", options={"density": 0.01}, failure="rank 0 was killed")
     assert (run.method, run.options, run.steps) == ("topk", {"density": 0.01}, 0)
     assert run.failure == "rank 0 was killed; no rank wrote a record"
@@ -101,7 +97,7 @@ def edited(edit: Edit, plan: Plan = DENSE, /, **expected: Any) -> Any:
     [
         edited(change("step", lambda rank, _: {"seconds": 0.3 if rank == 2 else 0.1}), step_s=0.3, step_mean_s=0.15),
         edited(lambda rank, lines: [] if rank == 3 else lines, status="failed", failure="rank 3 wrote no record",
-               steps=40, payload_bytes_per_step=None),
+               steps=40, payload_bytes_per_step=None, rounds=None, ended_early=[], progress=[], faults=[]),
         edited(change("step", lambda *_: {"steady": False}), ONEBIT, status="finished", step_s=None, wait_share=None,
                warmup_steps=None, notices=NO_SPEED),
         edited(lambda _, lines: [*lines[:20], *lines], steps=40, notices=STARTED_AGAIN),
