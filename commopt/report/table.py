@@ -163,7 +163,7 @@ def _parts(run: RunResult, dense: RunResult | None) -> list[str]:
         if run.steps == 0:
             return [f"did not finish a step ({run.failure})"]
         parts.append(f"did not finish ({run.failure}), so this is of {run.steps} of {run.steps_planned} steps")
-    if dense is not None and run is not dense and run != dense:
+    if dense is not None and run is not dense:
         return [*parts, *_speed(run, dense), _loss(run, dense), _fewer_bytes(run, dense)]
     waiting = "" if run.wait_share is None else f", {run.wait_share * 100:.0f} % of it waiting for the network"
     step = "no speed in a steady phase" if run.step_s is None else f"{milliseconds(run.step_s)} ms a step{waiting}"
