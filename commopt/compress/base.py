@@ -57,7 +57,13 @@ class Compressor(ABC):
         return False
 
     def decompress_payloads_(
-        self, payloads: Sequence[Payload], parts: Sequence[Blocks], out: Tensor, *, alpha: float = 1.0, add: bool = False
+        self,
+        payloads: Sequence[Payload],
+        parts: Sequence[Blocks],
+        out: Tensor,
+        *,
+        alpha: float = 1.0,
+        add: bool = False,
     ) -> None:
         """`decompress_` one payload after the other: those with the same blocks add up in this order, on which float sums depend."""
         for payload, blocks in zip(payloads, parts, strict=True):

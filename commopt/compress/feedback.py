@@ -155,9 +155,7 @@ class ErrorFeedback:
                 payload.tensors[0].fill_(first)
         return payloads
 
-    def _encode_with_copy(
-        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload]
-    ) -> list[Payload]:
+    def _encode_with_copy(self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload]) -> list[Payload]:
         """Compress with the residual as float32; keep a copy of what is stored, for `undo`."""
         self._before = [
             (self.residual[self._places(blocks)], self.scales[self._slots(blocks)] if self.bits == 8 else self.scales)

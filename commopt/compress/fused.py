@@ -46,7 +46,13 @@ class Fused(Compressor):
         return True
 
     def decompress_payloads_(
-        self, payloads: Sequence[Payload], parts: Sequence[Blocks], out: Tensor, *, alpha: float = 1.0, add: bool = False
+        self,
+        payloads: Sequence[Payload],
+        parts: Sequence[Blocks],
+        out: Tensor,
+        *,
+        alpha: float = 1.0,
+        add: bool = False,
     ) -> None:
         if not kernels.has_triton(out.device):
             return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add)

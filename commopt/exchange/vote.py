@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,14 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.feedback import first_bad_parameter, first_of
+from commopt.compress.feedback import HEADER, first_bad_parameter, first_of
 from commopt.errors import AttachError
 from commopt.exchange.base import Exchange, first_bad
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import first_bad as first_bad_block
 from commopt.kernels.reference.votes import coin_bits, count_votes
-from commopt.wire.bucket import Blocks, BlockTable, Bucket
-from commopt.wire.payload import Payload
+from commopt.wire import noise
+from commopt.wire.bucket import Blocks, BlockTable, Bucket, Int64Array
+from commopt.wire.payload import Layout, Payload, in_a_row
 
 _MOST_RANKS = 255  # a count is a byte while it is unpacked
 
@@ -67,38 +69,68 @@ class SignVote(Exchange):
                 torch.sign(x, out=out)
             return bucket.void is None
         by_owner = self._table.parts(bucket).by_owner
-        received = group.all_to_all(self._ballots(x, by_owner, group.rank))
+        ballots = in_a_row([HEADER + ((torch.uint8, blocks.sign_bytes),) for blocks in by_owner], x.device)
+        self._cast(x, by_owner, ballots, group.rank)
+        received = group.all_to_all(ballots)
         if self.is_void(bucket, first_bad_parameter(received), group):
             return False
-        answer = self._count([payload.tensors[1] for payload in received], by_owner[group.rank])
         layouts = [((torch.uint8, self._width * blocks.sign_bytes),) for blocks in by_owner]
-        for blocks, payload in zip(by_owner, group.all_gather(answer, layouts), strict=True):
+        answer = self._count(received, by_owner[group.rank], layouts[group.rank])
+        answers = group.all_gather(answer, layouts)
+        if kernels.has_triton(self.device):
+            self._triton.unpack_all_(answers, by_owner, self._width, self._values, out)
+            return True
+        for blocks, payload in zip(by_owner, answers, strict=True):
             kernels.of("votes", out.device).unpack_counts_(payload.tensors[0], self._width, blocks, self._values, out)
         return True
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) / ranks * (1 + (1 if self.is_majority else ranks.bit_length())) / 8
 
-    def _ballots(self, x: Tensor, by_owner: Sequence[Blocks], rank: int) -> list[Payload]:
-        """One for each owner: the index of the first parameter with a NaN or an inf, or -1, and a bit per element."""
-        ballots, bad = [], []
-        for blocks in by_owner:
-            ballot = Payload.allocate(((torch.int32, 1), (torch.uint8, blocks.sign_bytes)), x.device)
+    @property
+    def _triton(self) -> Any:
+        return kernels.of("votes", self.device)
+
+    def _cast(self, x: Tensor, by_owner: Sequence[Blocks], ballots: Sequence[Payload], rank: int) -> None:
+        """For each owner: the index of the first parameter with a NaN or an inf, or -1, and a bit per element."""
+        if kernels.has_triton(self.device):
+            from commopt.kernels.cuda import headers
+
+            first = headers.first_in([], self.device)
+            tossed = [self._tossed("zero", rank, blocks) for blocks in by_owner]
+            self._triton.pack_all_(x, ballots, [blocks for blocks, _ in tossed], tossed[0][1], first)
+            headers.write_(first, ballots)
+            return
+        bad = []
+        for blocks, ballot in zip(by_owner, ballots, strict=True):
             is_bad = kernels.of("votes", x.device).pack_votes_(x, *self._coins("zero", rank, blocks), ballot.tensors[1])
             bad.append(first_bad_block(is_bad, blocks))
-            ballots.append(ballot)
         for ballot in ballots:
             ballot.tensors[0].fill_(first_of(bad))
-        return ballots
 
-    def _count(self, rows: list[Tensor], blocks: Blocks) -> Payload:
+    def _count(self, received: Sequence[Payload], blocks: Blocks, layout: Layout) -> Payload:
         """The answer for the blocks that this rank serves, from every rank's bits."""
+        needs_coin = self.is_majority and len(received) % 2 == 0  # one more voter decides ties
+        if kernels.has_triton(self.device):
+            answer = Payload.allocate(layout, self.device)
+            own, flips = self._tossed("tie", 0, blocks) if needs_coin else (blocks, None)
+            self._triton.count_all_(received, own, flips, self._width, answer.tensors[0])
+            return answer
+        rows = [payload.tensors[1] for payload in received]
         if not self.is_majority:
             return Payload.of(torch.cat(count_votes(rows, self._width)))
-        if len(rows) % 2 == 0:
-            rows = [*rows, coin_bits(*self._coins("tie", 0, blocks), rows[0].device)]  # one more voter decides ties
+        if needs_coin:
+            rows = [*rows, coin_bits(*self._coins("tie", 0, blocks), self.device)]
         width, needed = len(rows).bit_length(), len(rows) // 2 + 1
         return Payload.of(count_votes(rows, width, 2 ** (width - 1) - needed)[-1])  # the top bit is: as many as needed
+
+    def _tossed(self, purpose: str, rank: int, blocks: Blocks) -> tuple[Blocks, Int64Array]:
+        """The blocks with what kernels draw their keys by, and 1 where it is the second toss with this key, of one or all parameters."""
+        counts = self.exchanges.numpy()
+        own = counts[blocks.own_parameters]
+        if len(own) and (own == own[0]).all():
+            counts = own[:1]
+        return blocks.having(words=noise.words(self.seed, purpose, rank, counts // 2)), counts % 2
 
     def _coins(self, purpose: str, rank: int, blocks: Blocks) -> tuple[Blocks, NDArray[np.uint8]]:
         """The blocks with their keys, and (B,) u8: 255 where it is the second toss with this key, which is the opposite."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -229,8 +228,9 @@ class Blocks:
 
     def only(self, which: Int64Array) -> Blocks:
         """Some of the blocks, by their number."""
-        fields = [self.starts, self.homes, self.lengths, self.parameters, self.groups, self.keys, self.places]
-        return Blocks(*(_only(x, which) for x in fields), words=self.words)  # type: ignore[arg-type]
+        starts, homes, lengths = self.starts[which], self.homes[which], self.lengths[which]
+        keys, places = _only(self.keys, which), _only(self.places, which)
+        return Blocks(starts, homes, lengths, self.parameters[which], self.groups[which], keys, places, self.words)
 
     def having(self, **fields: Any) -> Blocks:
         """The same blocks at other starts or homes, or with other keys; what has been derived from the lengths stays derived."""

@@ -115,11 +115,9 @@ def in_a_row(layouts: Sequence[Layout], device: torch.device) -> list[Payload]:
 def joined(payloads: Sequence[Payload]) -> Tensor:
     """(sum of nbytes,) u8: payloads end to end; a copy, unless they are all of one row."""
     places = itertools.accumulate((payload.nbytes for payload in payloads), initial=0)
-    row = payloads[0].row
-    if row is not None and all(p.row is row and p.at == at for p, at in zip(payloads, places, strict=False)):
-        if payloads[-1].at + payloads[-1].nbytes == row.numel():
-            return row
-    return torch.cat([payload.buffer for payload in payloads])
+    row, ends = payloads[0].row, [*places]
+    is_row = row is not None and all(p.row is row and p.at == at for p, at in zip(payloads, ends, strict=False))
+    return row if row is not None and is_row and ends[-1] == row.numel() else torch.cat([p.buffer for p in payloads])
 
 
 def row_of(payloads: Sequence[Payload]) -> tuple[Tensor, tuple[int, ...]]:

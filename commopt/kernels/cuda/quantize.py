@@ -115,7 +115,7 @@ def _pack(codes, at, n, out, BITS: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.
         octets = tl.reshape(codes & ((1 << BITS) - 1), (ROWS, LENGTH // 8, 8)).to(tl.int64)
         words = tl.sum(octets << (BITS * tl.arange(0, 8)).to(tl.int64)[None, None, :], 2)
         j = tl.arange(0, LENGTH // 8)[None, :] * BITS
-        for k in tl.static_range(0, BITS):
+        for k in tl.static_range(BITS):
             byte = (words >> (8 * k)) & 255
             tl.store(out + at[:, None] + j + k, byte.to(tl.uint8), mask=j + k < n_bytes)
 
@@ -154,16 +154,14 @@ def _norms(
 
 
 @triton.jit
-def _scales(
-    norms, ends, places, count, levels, scales, SQUARED: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr
-):
+def _scales(norms, ends, places, count, levels, scales, SQUARED: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr):
     """Scales of blocks from the norms of their pieces, one piece after the other."""
     b = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = b < count
     first = tl.load(ends + b - 1, mask=live & (b > 0), other=0)
     end = tl.load(ends + b, mask=live, other=0)
     total = tl.zeros((ROWS,), tl.float64)
-    for k in range(0, tl.max(end - first, 0)):
+    for k in range(tl.max(end - first, 0)):
         norm = tl.load(norms + first + k, mask=first + k < end, other=0.0)
         if SQUARED:
             total += norm
@@ -253,7 +251,7 @@ def _decompress(
     total = tl.zeros((ROWS, LENGTH), tl.float32)
     if ADD:
         total = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0)
-    for rank in range(0, ranks):
+    for rank in range(ranks):
         code = _unpack(codes, at + rank * stride, i, inside, n, BITS)
         if KIND == _LEVELS:
             value = tl.where(code >= (1 << (BITS - 1)), code - (1 << BITS), code).to(tl.float32)
@@ -296,8 +294,8 @@ def compress_all_(
         norms = torch.empty(len(pieces), dtype=torch.float64, device=x.device)
         launch(_norms, pieces.grid, x, e, pieces.columns, len(pieces), norms, **what)
         count, how = len(pieces.scales), {"SQUARED": squared, "KIND": _KINDS[kind], "ROWS": 32}
-        where = (pieces.ends, pieces.scales, count, float(levels), scales)
-        launch(_scales, (triton.cdiv(count, 32),), norms, *where, **how)
+        grid = (triton.cdiv(count, 32),)
+        launch(_scales, grid, norms, pieces.ends, pieces.scales, count, float(levels), scales, **how)
         is_given = True
     word, words, keys = words_of(messages.parts, pieces.columns) if stochastic else (0, pieces.columns, 0)
     what |= {"KIND": _KINDS[kind], "BITS": bits, "KEYS": keys, "IS_GIVEN": is_given}

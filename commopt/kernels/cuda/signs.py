@@ -97,7 +97,7 @@ def _unpack(
     total = tl.zeros((ROWS, LENGTH), tl.float32)
     if ADD:
         total = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0)
-    for rank in range(0, ranks):
+    for rank in range(ranks):
         at = codes + rank * stride
         octets = tl.load(bits + at[:, None] + (i // 8)[None, :], mask=inside, other=0).to(tl.int32)
         scale = (tl.load(scales + scale_at + rank * scale_stride, mask=live, other=0.0) * alpha)[:, None]

@@ -99,11 +99,11 @@ def _count(
     votes = tl.zeros((ROWS, LENGTH), tl.int32)
     if KEYS > 0:  # one more voter decides ties
         votes += _coins(word, words, flip, flips, columns, count, p, live, i, KEYS)
-    for rank in range(0, ranks):
+    for rank in range(ranks):
         octets = tl.load(bits + (codes + rank * stride)[:, None] + (i // 8)[None, :], mask=inside, other=0)
         votes += (octets.to(tl.int32) >> (7 - i % 8)[None, :]) & 1
     at = codes - base
-    for k in tl.static_range(0, WIDTH):
+    for k in tl.static_range(WIDTH):
         is_one = (votes >= needed).to(tl.int32) if WIDTH == 1 else (votes >> k) & 1
         _store_bits(tl.where(inside, is_one, 0), out + k * row_bytes, at, n, ROWS, LENGTH)
 
@@ -125,14 +125,16 @@ def _unpack(
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
     votes = tl.zeros((ROWS, LENGTH), tl.int32)
-    for k in tl.static_range(0, WIDTH):
+    for k in tl.static_range(WIDTH):
         at = tl.load(places + k * count + p, mask=live, other=0)
         octets = tl.load(planes + at[:, None] + (i // 8)[None, :], mask=inside, other=0).to(tl.int32)
         votes |= ((octets >> (7 - i % 8)[None, :]) & 1) << k
     tl.store(out + start[:, None] + i[None, :], tl.load(values + votes), mask=inside)
 
 
-def pack_all_(x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks], flips: Int64Array, first: Tensor) -> None:
+def pack_all_(
+    x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks], flips: Int64Array, first: Tensor
+) -> None:
     """`pack_votes_` of several messages behind their headers; first: (1,) i32, lowered to the first bad parameter.
 
     flips: (1,) or (P,), 1 where coins are turned over, as many as the blocks have words.
@@ -152,7 +154,17 @@ def count_all_(payloads: Sequence[Payload], blocks: Blocks, flips: Int64Array | 
     pieces = Pieces.of([blocks], 1, row.device, [(0, at[0] + 4)])
     tossed, keys = _tossed(blocks, flips, row.device) if flips is not None else ((0, row, 0, row), 0)
     stride = at[1] - at[0] if len(at) > 1 else 0
-    where = (pieces.columns, len(pieces), len(at), stride, *tossed, len(at) // 2 + 1, at[0] + 4, out.numel() // width, out)
+    where = (
+        pieces.columns,
+        len(pieces),
+        len(at),
+        stride,
+        *tossed,
+        len(at) // 2 + 1,
+        at[0] + 4,
+        out.numel() // width,
+        out,
+    )
     launch(_count, pieces.grid, row, *where, WIDTH=width, KEYS=keys, **pieces.shape)
 
 
