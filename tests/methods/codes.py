@@ -86,6 +86,17 @@ class SignExchange:
         np.testing.assert_allclose(found.e[:, clear], self.e[:, clear], rtol=1e-7, atol=atol)
         np.testing.assert_allclose(found.s[clear], self.s[clear], rtol=1e-7, atol=atol)
 
+    def residuals(self) -> dict[str, Any]:
+        """What each rank keeps, by key and rank."""
+        server = [np.concatenate([np.zeros(0), *(self.s[block] for block in blocks)]) for blocks in self.served]
+        return {"worker_residual": self.e, "server_residual": server}
+
+    @property
+    def served(self) -> list[list[slice]]:
+        """The blocks of each rank."""
+        blocks = blocks_of(self.numels, len(self.e), self.scale, self.block_size)
+        return [[block for block, owner in blocks if owner == rank] for rank in range(len(self.e))]
+
     @classmethod
     def of(cls, states: list[dict[str, Any]], numels: list[int], scale: str, block_size: int = 2048) -> SignExchange:
         """With the residuals of these ranks."""
@@ -94,13 +105,10 @@ class SignExchange:
 
     def mean(self, x: F64) -> F64:
         """x: (N, n)"""
-        blocks = blocks_of(self.numels, len(x), self.scale, self.block_size)
-        each = [[block] for block, _ in blocks]
-        served = [[block for block, owner in blocks if owner == rank] for rank in range(len(x))]
-        workers = {"l2": [[t] for t in tensors_of(self.numels)], "model": [[b for b, _ in blocks]]}.get(
-            self.scale, each
-        )
-        servers = [group for group in served if group] if self.scale == "model" else each
+        blocks = [block for served in self.served for block in served]
+        each = [[block] for block in blocks]
+        workers = {"l2": [[t] for t in tensors_of(self.numels)], "model": [blocks]}.get(self.scale, each)
+        servers = [group for group in self.served if group] if self.scale == "model" else each
         c = x + self.e
         q, clear = zip(*(signs(row, workers, self.scale) for row in c), strict=True)
         a = np.mean(q, axis=0) + self.s

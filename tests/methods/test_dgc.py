@@ -11,7 +11,7 @@ import pytest
 import torch
 from codes import largest
 from rig import start
-from synthetic import F64, Parameters, check_steps, gradients, simulate, spans
+from synthetic import F64, Parameters, check_free_run, check_steps, gradients, simulate, spans
 from torch import nn
 
 from commopt import attach, build
@@ -51,18 +51,9 @@ def test_every_step_is_the_papers_from_the_state_before_it(nesterov: bool) -> No
         sent, u, v, margin = (np.stack(x) for x in zip(*rows, strict=True))
         return {"x": before[0]["x"] - LR * sent.mean(0), "velocity": u, "worker_residual": v}, margin.min(0) > 1e-5
 
-    check_steps(trained(N, 24, density=0.1, value_bits=32, dense_1d=False, nesterov=nesterov), paper, rtol=0.0)
-
-
-def test_a_free_run_is_the_papers() -> None:
-    x, (u, v) = Parameters(*SHAPES).flat(), np.zeros((2, N, SPANS[-1].stop))
-    for step in range(6):
-        sent = np.empty_like(u)
-        for rank in range(N):
-            sent[rank], u[rank], v[rank], _ = reference(u[rank], v[rank], local_gradient(rank, step), 0.1, False)
-        x = x - LR * sent.mean(0)
-    ours = trained(N, 6, density=0.1, value_bits=32, dense_1d=False)[0][-1]["x"]
-    np.testing.assert_allclose(ours, x, rtol=0, atol=1e-5)
+    runs = trained(N, 24, density=0.1, value_bits=32, dense_1d=False, nesterov=nesterov)
+    check_steps(runs, paper, rtol=0.0)
+    check_free_run(runs, paper, 6)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

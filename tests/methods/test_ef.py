@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from codes import block_signs, largest
-from synthetic import F64, check_steps, exchange, gradients, simulate, spans, stacked
+from synthetic import F64, check_free_run, check_steps, exchange, gradients, simulate, spans, stacked
 from torch import Tensor
 
 from commopt import build
@@ -61,19 +61,9 @@ def test_every_step_is_the_papers_from_the_state_before_it(case: str) -> None:
         q, margin = (np.stack(x) for x in zip(*(code(row, step) for row in p), strict=True))
         return {"x": before[0]["x"] - 0.05 * q.mean(0), "worker_residual": p - q}, margin.min(0) > 1e-5
 
-    check_steps(simulate(N, SHAPES, 25, name, dense_1d=False, **options), paper, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if "decayed" not in case])
-def test_a_free_run_is_the_papers(case: str) -> None:
-    code, name, options = CASES[case]
-    x, e = simulate(1, SHAPES, 0, "dense")[0][0]["x"], np.zeros((N, sum(NUMELS)))
-    for step in range(6):
-        p = gradients(SHAPES, N, step) + e
-        q = np.stack([code(row, step)[0] for row in p])
-        e, x = p - q, x - 0.05 * q.mean(0)
-    ours = simulate(N, SHAPES, 6, name, dense_1d=False, **options)[0][-1]["x"]
-    np.testing.assert_allclose(ours, x, rtol=0, atol=1e-5)
+    runs = simulate(N, SHAPES, 25, name, dense_1d=False, **options)
+    check_steps(runs, paper, atol=1e-5)
+    check_free_run(runs, paper, 6)
 
 
 def test_random_places_without_error_feedback_are_right_on_average() -> None:

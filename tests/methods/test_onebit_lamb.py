@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import torch
 from codes import SignExchange, tensors_of
 from rig import start
-from synthetic import F64, gradients, parameters, simulate
+from synthetic import F64, check_free_run, check_steps, gradients, parameters, simulate
 from torch import nn
 
 from commopt.groups import Group, SimWorld
@@ -20,50 +20,41 @@ LR, B1, B2, EPS, DECAY, FREEZE, STEPS = 0.02, 0.9, 0.95, 1e-6, 0.1, 10, 40
 BOUNDS, BETA, F_MIN, F_MAX, F_STEP = (0.01, 10.0), 0.8, 0.5, 4.0, 0.1
 SHAPES: list[tuple[int, ...]] = [(41, 51), (7,), (1,), (0,), (3, 5, 3)]
 NUMELS = [math.prod(shape) for shape in SHAPES]
+KEYS = ("x", "momentum", "variance", "fresh_variance", "coeff", "factor")
 
 
-@dataclass
-class Reference:
-    """Li et al. 2021, Algorithm 1, in float64: flat tensors of all parameters, and per tensor what is one number."""
+def reference(scale: str, corrects: bool, step: int, before: list[dict[str, F64]]) -> Any:
+    """Li et al. 2021, Algorithm 1, in float64: flat tensors of all parameters, and (P,) what is one number for each with elements.
 
-    exchange: SignExchange
-    x: F64
-    m: F64
-    v: F64
-    w: F64  # the fresh variance
-    coeff: F64  # (P,) of tensors with elements: the mean of c from the freeze on, corrected for its start at 0
-    factor: F64  # (P,)
-    t: int
-    corrects: bool
-
-    def step(self, g: F64) -> F64:
-        """g: (N, n) local gradients. Returns (n,) the distance of all compressed quantities from a change of sign."""
-        self.t += 1
-        margin, live = np.full(g.shape[1], np.inf), self.v > 0
-        if self.t <= FREEZE:
-            self.m = B1 * self.m + (1 - B1) * g.mean(0)
-            self.v = self.w = B2 * self.v + (1 - B2) * g.mean(0) ** 2
+    coeff: the mean of c, corrected for its start at 0 from the freeze on. Also (n,) where no sign is in doubt.
+    """
+    g, t = gradients(SHAPES, len(before), step, mean=0.5, dead=2), step + 1
+    x, m, v, w, coeff, factor = (before[0][key].copy() for key in KEYS)
+    exchange, live = SignExchange.of(before, NUMELS, scale), v > 0
+    if t <= FREEZE:
+        m, v = B1 * m + (1 - B1) * g.mean(0), B2 * v + (1 - B2) * g.mean(0) ** 2
+        w, clear = v if t == FREEZE else w, np.ones_like(live)
+    else:
+        old, m = m, exchange.mean(B1 * m + (1 - B1) * g) * live
+        w = B2 * w + (1 - B2) * ((m - B1 * old) / (1 - B1)) ** 2
+        clear = exchange.margin > 1e-4
+    bias = (1 - B1**t, 1 - B2 ** min(t, FREEZE), 1 - B2**t) if corrects else (1.0, 1.0, 1.0)
+    root, fresh = np.sqrt(v / bias[1]) + EPS, np.sqrt(w / bias[2]) + EPS
+    adam = m / bias[0] / root
+    direction = adam + DECAY * x
+    for k, span in enumerate(tensors_of(NUMELS)):
+        whole = np.linalg.norm(direction[span])
+        if t <= FREEZE:
+            rate = np.clip(np.linalg.norm(x[span]) / whole, *BOUNDS)
+            coeff[k] = BETA * coeff[k] + (1 - BETA) * rate
         else:
-            old, self.m = self.m, self.exchange.mean(B1 * self.m + (1 - B1) * g) * live
-            self.w = B2 * self.w + (1 - B2) * ((self.m - B1 * old) / (1 - B1)) ** 2
-            margin = self.exchange.margin
-        bias = (1 - B1**self.t, 1 - B2 ** min(self.t, FREEZE), 1 - B2**self.t) if self.corrects else (1.0, 1.0, 1.0)
-        root, fresh = np.sqrt(self.v / bias[1]) + EPS, np.sqrt(self.w / bias[2]) + EPS
-        adam = self.m / bias[0] / root
-        direction = adam + DECAY * self.x
-        for k, span in enumerate(tensors_of(NUMELS)):
-            whole = np.linalg.norm(direction[span])
-            if self.t <= FREEZE:
-                rate = np.clip(np.linalg.norm(self.x[span]) / whole, *BOUNDS)
-                self.coeff[k] = BETA * self.coeff[k] + (1 - BETA) * rate
-            else:
-                f = (root / fresh)[span][live[span]].max()
-                share = min(1.0, np.linalg.norm(adam[span]) / whole)
-                f = np.clip(f * share + 1 - share, F_MIN, F_MAX)
-                self.factor[k] = np.clip(f, self.factor[k] * (1 - F_STEP), self.factor[k] * (1 + F_STEP))
-                rate = self.coeff[k] / (1 - BETA**FREEZE) * self.factor[k]
-            self.x[span] = self.x[span] - LR * rate * direction[span]
-        return margin
+            f = (root / fresh)[span][live[span]].max()
+            share = min(1.0, np.linalg.norm(adam[span]) / whole)
+            f = np.clip(f * share + 1 - share, F_MIN, F_MAX)
+            factor[k] = np.clip(f, factor[k] * (1 - F_STEP), factor[k] * (1 + F_STEP))
+            rate = coeff[k] / (1 - BETA**FREEZE) * factor[k]
+        x[span] -= LR * rate * direction[span]
+    return dict(zip(KEYS, (x, m, v, w, coeff, factor), strict=True)), clear, exchange
 
 
 def given(**changes: Any) -> dict[str, Any]:
@@ -78,49 +69,17 @@ def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **opti
     return [[{**state, **{key: state[key][live] for key in ("coeff", "factor")}} for state in run] for run in runs]
 
 
-def reference_of(states: list[dict[str, Any]], scale: str, corrects: bool, t: int) -> Reference:
-    one = {key: x.copy() for key, x in states[0].items()}
-    exchange = SignExchange.of(states, NUMELS, scale)
-    x, m, v, w = (one[key] for key in ("x", "momentum", "variance", "fresh_variance"))
-    return Reference(exchange, x, m, v, w, one["coeff"], one["factor"], t, corrects)
-
-
 @pytest.mark.parametrize(("scale", "corrects"), [("rms", False), ("l2", True)])
 def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects: bool) -> None:
     runs = train(4, STEPS, scale=scale, bias_correction=corrects)
-    compared, factors = 0, []
-    for step in range(STEPS):
-        before, after = [run[step] for run in runs], [run[step + 1] for run in runs]
-        reference = reference_of(before, scale, corrects, step)
-        margin = reference.step(gradients(SHAPES, 4, step, mean=0.5, dead=2))
-        clear = margin > 1e-4
-        compared += int(clear.sum())
-        reference.exchange.check_after(after, clear, atol=2e-5)
-        for state in after:
-            for key in ("x", "momentum", "variance", "fresh_variance", "coeff", "factor"):
-                assert np.array_equal(state[key], after[0][key]), f"{key} differs between ranks in step {step}"
-        one = after[0]
-        np.testing.assert_allclose(one["x"][clear], reference.x[clear], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(one["momentum"][clear], reference.m[clear], rtol=2e-5, atol=2e-6)
-        np.testing.assert_allclose(one["variance"], reference.v, rtol=2e-5, atol=1e-9)
-        if step + 1 >= FREEZE:
-            np.testing.assert_allclose(one["fresh_variance"][clear], reference.w[clear], rtol=1e-3, atol=1e-7)
-        np.testing.assert_allclose(one["coeff"], reference.coeff, rtol=1e-5)
-        np.testing.assert_allclose(one["factor"], reference.factor, rtol=1e-4)
-        factors.append(one["factor"])
-    assert compared > 0.99 * STEPS * sum(NUMELS)
-    assert np.ptp(np.stack(factors), axis=0).min() > 0.05  # f has moved, in every tensor
+    near = ((1e-4, 1e-5), (2e-5, 2e-6), (2e-5, 1e-9), (1e-3, 1e-7), (1e-5, 0.0), (1e-4, 0.0))
+    tolerances = dict(zip(KEYS, near, strict=True))
+    check_steps(runs, partial(reference, scale, corrects), share=0.99, residual_atol=2e-5, tolerances=tolerances)
+    assert np.ptp([state["factor"] for state in runs[0]], axis=0).min() > 0.05  # f has moved, in every tensor
 
 
 def test_a_short_run_stays_with_the_reference() -> None:
-    runs = train(4, STEPS)
-    reference = reference_of([run[0] for run in runs], "rms", False, 0)
-    worst = 0.0
-    for step in range(FREEZE + 10):
-        reference.step(gradients(SHAPES, 4, step, mean=0.5, dead=2))
-        worst = max(worst, float(np.median(np.abs(reference.x - runs[0][step + 1]["x"]))))
-    assert worst < 1e-4
-    assert float(np.abs(reference.x - runs[0][0]["x"]).max()) > 0.1
+    check_free_run(train(4, FREEZE + 10), partial(reference, "rms", False), FREEZE + 10, share=0.5, atol=1e-4)
 
 
 def factors(group: Group, *, dead: int, masked: int, gain: float) -> list[float]:
