@@ -126,8 +126,8 @@ def check_steps(
         expected, clear, *exchanges = paper(step, [run[step] for run in runs])
         compared += int(clear.sum())
         for key, value in expected.items():
-            found = np.stack([run[step + 1][key] for run in runs])
-            assert value.ndim == 2 or (found == found[0]).all(), f"{key} differs between ranks in step {step}"
+            found = np.stack([np.atleast_1d(run[step + 1][key]) for run in runs])
+            assert np.ndim(value) == 2 or (found == found[0]).all(), f"{key} differs between ranks in step {step}"
             near, where = (
                 (tolerances or {}).get(key, (rtol, atol)),
                 clear if found.shape[1] == len(clear) else slice(None),
@@ -155,7 +155,7 @@ def check_free_run(
         for one in exchanges:
             expected = {**expected, **one.residuals()}
         states = [
-            {**state, **{key: value[rank] if np.ndim(value[0]) else value for key, value in expected.items()}}
+            state | {key: x[rank] if isinstance(x, list) or np.ndim(x) == 2 else x for key, x in expected.items()}
             for rank, state in enumerate(states)
         ]
     for run, state in zip(runs, states, strict=True):

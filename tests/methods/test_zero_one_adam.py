@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from codes import SignExchange
 from pool import Pool, twin_of
 from rig import make_model, scaled_step, start, train_step
-from synthetic import F64, flat, gradients, parameters, snapshot
+from synthetic import F64, Shapes, check_free_run, check_steps, flat, gradients, parameters, snapshot, stacked
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,43 +48,44 @@ def planned(steps: int) -> list[str]:
     return kinds
 
 
-@dataclass
-class Reference:
-    """Lu et al. 2022, Algorithm 1, in float64, one row per rank for what is local."""
+def reference(scale: str, corrects: bool, shapes: Shapes, step: int, before: list[dict[str, Any]]) -> Any:
+    """Lu et al. 2022, Algorithm 1, in float64. Returns the state after a step, and (n,) where no sign is in doubt.
 
-    exchange: SignExchange
-    x: F64  # (N, n) parameters
-    m: F64  # (N, n) momentum
-    v: F64  # (n,) variance
-    total: F64  # (N, n) the sum of lr m since the common point, decayed as x is
-    common: F64  # (n,) the common point
-    rate: float = 0.0  # the sum of lr, decayed likewise
-    kept: float = 1.0  # what decay leaves of the common point
-    t: int = 0
-    updates: int = 0  # of the variance
-
-    def step(self, kind: str, g: F64, lr: float, corrects: bool) -> F64:
-        """g: (N, n) local gradients. Returns (n,) the distance of all compressed quantities from a change of sign."""
-        self.t += 1
-        margin, live = np.full(g.shape[1], np.inf), self.v > 0
-        if kind == "exact":
-            g, live = np.broadcast_to(g.mean(0), g.shape), np.ones_like(live)
-            self.v, self.updates = B2 * self.v + (1 - B2) * g[0] ** 2, self.updates + 1
-        elif kind == "compressed":
-            g = np.broadcast_to(self.exchange.mean(g), g.shape)
-            margin = self.exchange.margin
-        root = np.sqrt(self.v / (1 - B2**self.updates) if corrects else self.v) + EPS
-        r, kept = lr / (1 - B1**self.t) if corrects else lr, 1 - lr * DECAY
-        self.m = B1 * self.m + (1 - B1) * (g if kind == "sync" else g * live)
-        self.total, self.rate, self.kept = self.total * kept + r * self.m, self.rate * kept + r, self.kept * kept
-        self.x = self.x * kept - r * self.m / root
-        if kind == "sync":
-            momentum = self.exchange.mean(self.total / self.rate if self.rate else self.m) * live
-            margin, self.m = self.exchange.margin, np.broadcast_to(momentum, g.shape).copy()
-            self.x = np.broadcast_to(self.kept * self.common - self.rate * momentum / root, g.shape).copy()
-        if kind != "local":
-            self.total, self.rate, self.kept, self.common = np.zeros_like(g), 0.0, 1.0, self.x[0].copy()
-        return margin
+    Of each rank, as rows, are x, the momentum and u, the mean of it, in local steps; rate and kept are sums since the common point.
+    """
+    kind, lr, t, one = planned(step + 1)[-1], rate_of(step), step + 1, before[0]
+    g = gradients(shapes, len(before), step, mean=0.5, dead=2)
+    x, m, u = (stacked(before, key) for key in ("x", "momentum", "mean_momentum"))
+    v, common, updates = one["variance"], one["common"] if one["local_steps"] else one["x"], one["variance_step"]
+    exchange = SignExchange.of(before, [math.prod(shape) for shape in shapes], scale)
+    exchange.margin, live = np.full(v.size, np.inf), v > 0
+    if kind == "exact":
+        g, live = np.broadcast_to(g.mean(0), g.shape), np.ones_like(live)
+        v, updates = B2 * v + (1 - B2) * g[0] ** 2, updates + 1
+    elif kind == "compressed":
+        g = np.broadcast_to(exchange.mean(g), g.shape)
+    root = np.sqrt(v / (1 - B2**updates) if corrects else v) + EPS
+    r, kept = lr / (1 - B1**t) if corrects else lr, 1 - lr * DECAY
+    m = B1 * m + (1 - B1) * (g if kind == "sync" else g * live)
+    rate = one["rate"] * kept + r
+    u = (u * one["rate"] * kept + r * m) / rate if rate else m
+    x, kept = x * kept - r * m / root, one["kept"] * kept
+    if kind == "local":
+        numbers = {"rate": rate, "kept": kept, "local_steps": one["local_steps"] + 1}
+        return (
+            {"x": x, "momentum": m, "mean_momentum": u, "common": common, **numbers},
+            exchange.margin > 1e-4,
+            exchange,
+        )
+    x, m = x[0], m[0]
+    if kind == "sync":
+        m = exchange.mean(u) * live
+        x = kept * common - rate * m / root
+    if t == FREEZE:  # residuals of gradients are none of the momentum
+        exchange.e[:], exchange.s[:] = 0.0, 0.0
+    numbers = {"rate": 0.0, "kept": 1.0, "local_steps": 0, "variance_step": updates}
+    state = {"x": x, "momentum": m, "mean_momentum": np.zeros_like(x), "variance": v, **numbers}
+    return state, exchange.margin > 1e-4, exchange
 
 
 def given(**changes: Any) -> dict[str, Any]:
@@ -122,46 +123,18 @@ def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **opti
     return SimWorld[Any](ranks).run(work)
 
 
-def reference_of(states: list[dict[str, Any]], numels: list[int], scale: str, t: int) -> Reference:
-    """The reference in the state that the ranks are in after t steps."""
-    rows = {key: np.stack([state[key] for state in states]) for key in ("x", "momentum", "mean_momentum")}
-    one = states[0]
-    exchange = SignExchange.of(states, numels, scale)
-    common = one["common"].copy() if one["local_steps"] else one["x"].copy()
-    rate, kept, updates = one["rate"], one["kept"], one["variance_step"]
-    total = rows["mean_momentum"] * rate
-    v = one["variance"].copy()
-    return Reference(exchange, rows["x"], rows["momentum"], v, total, common, rate, kept, t, updates)
-
-
 @pytest.mark.parametrize(("scale", "corrects"), [("rms", True), ("l2", False)])
 def test_every_step_is_the_papers_from_the_state_before_it(scale: str, corrects: bool) -> None:
-    numels, ranks = [math.prod(shape) for shape in SHAPES], 4
-    runs = train(ranks, STEPS, scale=scale, bias_correction=corrects, max_ratio=None)
-    compared = 0
+    runs = train(4, STEPS, scale=scale, bias_correction=corrects, max_ratio=None)
+    near: dict[str, Any] = {"rtol": 2e-5, "atol": 5e-6, "tolerances": {"variance": (2e-5, 1e-9)}}
+    check_steps(runs, partial(reference, scale, corrects, SHAPES), share=0.99, residual_atol=2e-5, **near)
     for step, kind in enumerate(planned(STEPS)):
-        before, after = [run[step] for run in runs], [run[step + 1] for run in runs]
-        reference = reference_of(before, numels, scale, step)
-        if step == FREEZE:
-            assert not any(state[f"{side}_residual"].any() for state in before for side in ("worker", "server"))
-        margin = reference.step(kind, gradients(SHAPES, ranks, step, mean=0.5, dead=2), rate_of(step), corrects)
-        clear = margin > 1e-4
-        compared += int(clear.sum())
-        if step + 1 != FREEZE:  # when the residuals start again at zero
-            reference.exchange.check_after(after, clear, atol=2e-5)
-        for rank, state in enumerate(after):
-            sent = state["sent"] - before[rank]["sent"]
+        for run in runs:
+            sent = run[step + 1]["sent"] - run[step]["sent"]
             assert (sent == 0) == (kind == "local"), f"step {step + 1}, {kind}, sent {sent} bytes"
-            assert state["is_synchronised"] == (kind != "local")
-            if kind != "local":
-                assert np.array_equal(state["x"], after[0]["x"])
-                assert np.array_equal(state["momentum"], after[0]["momentum"])
-            elif rate_of(step) > 0:
-                assert rank == 0 or not np.array_equal(state["x"], after[0]["x"])
-            for key, expected in (("x", reference.x), ("momentum", reference.m)):
-                np.testing.assert_allclose(state[key][clear], expected[rank][clear], rtol=2e-5, atol=5e-6)
-            np.testing.assert_allclose(state["variance"], reference.v, rtol=2e-5, atol=1e-9)
-    assert compared > 0.99 * STEPS * sum(numels)
+            assert run[step + 1]["is_synchronised"] == (kind != "local")
+        if kind == "local" and rate_of(step) > 0:
+            assert not any(np.array_equal(run[step + 1]["x"], runs[0][step + 1]["x"]) for run in runs[1:])
 
 
 def test_the_interval_of_exchanges_doubles_each_time_the_rate_has_halved() -> None:
@@ -185,16 +158,8 @@ def test_the_interval_of_exchanges_doubles_each_time_the_rate_has_halved() -> No
 
 @pytest.mark.parametrize("scale", ["rms", "l2"])
 def test_a_short_run_stays_with_the_reference(scale: str) -> None:
-    shapes: list[tuple[int, ...]] = [(5,), (3,)]
-    runs = train(4, STEPS, shapes, scale=scale)
-    reference = reference_of([run[0] for run in runs], [5, 3], scale, 0)
-    for step, kind in enumerate(planned(STEPS)):
-        reference.step(kind, gradients(shapes, 4, step, mean=0.5, dead=2), rate_of(step), True)
-        if step + 1 == FREEZE:
-            reference.exchange.e[:], reference.exchange.s[:] = 0.0, 0.0
-    for rank, run in enumerate(runs):
-        np.testing.assert_allclose(run[-1]["x"], reference.x[rank], rtol=1e-3, atol=1e-4)
-    assert float(np.abs(reference.x[0] - runs[0][0]["x"]).max()) > 0.1
+    runs = train(4, STEPS, [(5,), (3,)], scale=scale)
+    check_free_run(runs, partial(reference, scale, True, [(5,), (3,)]), STEPS, rtol=1e-3, atol=1e-4)
 
 
 def test_one_rank_uses_its_gradient_in_every_step_of_both_phases_and_takes_no_local_ones() -> None:
