@@ -26,7 +26,7 @@ class Parameters(nn.Module):
     def __init__(self, *shapes: tuple[int, ...], mean: float = 0.3, dead: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)
-        self.all = nn.ParameterList([nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes])
+        self.all = nn.ParameterList([nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes])
         self.mean, self.dead = mean, dead
 
     def set_gradients(self, rank: int, step: int) -> None:
@@ -128,10 +128,8 @@ def check_steps(
         for key, value in expected.items():
             found = np.stack([np.atleast_1d(run[step + 1][key]) for run in runs])
             assert np.ndim(value) == 2 or (found == found[0]).all(), f"{key} differs between ranks in step {step}"
-            near, where = (
-                (tolerances or {}).get(key, (rtol, atol)),
-                clear if found.shape[1] == len(clear) else slice(None),
-            )
+            near = (tolerances or {}).get(key, (rtol, atol))
+            where = clear if found.shape[1] == len(clear) else slice(None)
             wanted = np.broadcast_to(value, found.shape)
             np.testing.assert_allclose(found[:, where], wanted[:, where], *near, err_msg=f"{key} in step {step}")
         for one in exchanges:
