@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rig import start
-from synthetic import F64, Parameters
-from torch import Tensor
+from synthetic import F64, Parameters, Shapes, check_free_run, check_steps, gradients, simulate, spans, stacked
 
 from commopt.groups import Group, LocalGroup, SimWorld
 from commopt.methods.demo import grids, largest
@@ -20,9 +21,17 @@ LR, BETA, DECAY, CHUNK, K = 0.01, 0.9, 0.1, 16, 6
 SHAPES: list[tuple[int, ...]] = [(50, 33), (32, 48), (7,), (1,), (129,), (6, 5, 3, 3), (1, 40)]
 
 
-def pieces(n: int) -> list[slice]:
-    """As few runs of at most CHUNK as n takes, of lengths that differ by one, the longer ones first."""
-    return [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(np.arange(n), math.ceil(n / CHUNK))]
+def pieces(n: int) -> list[list[slice]]:
+    """As few runs of at most CHUNK as n takes, of lengths that differ by one: those of the longer, and of the shorter length."""
+    runs = [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(np.arange(n), math.ceil(n / CHUNK))]
+    return [list(same) for _, same in itertools.groupby(runs, lambda run: run.stop - run.start)]
+
+
+def chunks(shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
+    """Rows and columns of each chunk of a matrix, or of a vector as one row, in the order of the coefficients."""
+    whole = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, *shape)
+    halves = itertools.product(*(pieces(n) for n in whole))
+    return [chunk for rows, columns in halves for chunk in itertools.product(rows, columns)]
 
 
 def dct(n: int) -> F64:
@@ -32,102 +41,64 @@ def dct(n: int) -> F64:
     return rows
 
 
-def extract(d: F64) -> tuple[F64, float]:
-    """The fast components of a matrix, in its own space, and how far the choice was from being another."""
-    q, margin = np.zeros_like(d), math.inf
-    for rows in pieces(d.shape[0]):
-        for columns in pieces(d.shape[1]):
-            left, right = dct(rows.stop - rows.start), dct(columns.stop - columns.start)
-            c = left @ d[rows, columns] @ right.T
-            order = np.sort(np.abs(c).ravel())[::-1]
-            if c.size > K:
-                margin = min(margin, (order[K - 1] - order[K]) / order[K - 1])
-                c = np.where(np.abs(c) >= order[K - 1], c, 0.0)
-            q[rows, columns] = left.T @ c @ right
+def transformed(x: F64, shapes: Shapes, *, inverse: bool = False) -> F64:
+    """(n,) the coefficients of flat parameters, chunk after chunk, or the parameters of coefficients."""
+    out = np.zeros_like(x)
+    for shape, span in zip(shapes, spans(shapes), strict=True):
+        there, begin = (out if inverse else x)[span].reshape(shape[0] if len(shape) > 1 else 1, -1), span.start
+        for rows, columns in chunks(shape):
+            part = there[rows, columns]
+            left, right = (dct(n) for n in part.shape)
+            ours = slice(begin, begin := begin + part.size)
+            if inverse:
+                part[:] = left.T @ x[ours].reshape(part.shape) @ right
+            else:
+                out[ours] = (left @ part @ right.T).ravel()
+    return out
+
+
+def largest_of(d: F64, shapes: Shapes) -> tuple[F64, F64]:
+    """The K largest coefficients of each chunk, and how far the choice was from being another."""
+    q, margin, begin = d.copy(), np.full_like(d, np.inf), 0
+    for rows, columns in itertools.chain.from_iterable(map(chunks, shapes)):
+        ours = slice(begin, begin := begin + (rows.stop - rows.start) * (columns.stop - columns.start))
+        order = np.sort(np.abs(d[ours]))[::-1]
+        if len(order) > K:
+            q[ours][np.abs(d[ours]) < order[K - 1]] = 0.0
+            margin[ours] = (order[K - 1] - order[K]) / order[K - 1]
     return q, margin
 
 
-def reference(x: F64, d: F64, g: F64) -> tuple[F64, F64, float, F64]:
-    """Peng et al. 2024, Algorithm 1, with a sign, in float64. x: (n, m), d, g: (N, n, m). Also how clear selection and signs were."""
-    d = BETA * d + g
-    extracted = [extract(one) for one in d]
-    q = np.stack([one for one, _ in extracted])
-    mean = q.mean(0)
-    clear = np.abs(mean) / np.abs(mean).max()
-    return x - LR * (np.sign(mean) + DECAY * x), d - q, min(margin for _, margin in extracted), clear
+def reference(shapes: Shapes, step: int, before: list[dict[str, F64]]) -> Any:
+    """Peng et al. 2024, Algorithm 1, with a sign, in float64, and (n,) where neither choice nor sign is in doubt."""
+    x, g = before[0]["x"], gradients(shapes, len(before), step)
+    d = BETA * stacked(before, "momentum") + np.stack([transformed(one, shapes) for one in g])
+    q, margin = (np.stack(rows) for rows in zip(*(largest_of(one, shapes) for one in d), strict=True))
+    mean, clear = transformed(q.mean(0), shapes, inverse=True), np.empty(x.size, dtype=bool)
+    for span in spans(shapes):
+        clear[span] = (np.abs(mean[span]) > 1e-5 * np.abs(mean[span]).max()) & (margin[:, span].min() > 1e-5)
+    return {"x": x - LR * (np.sign(mean) + DECAY * x), "momentum": d - q}, clear
 
 
-def matrix(x: Tensor) -> F64:
-    x = x.detach().double()
-    return np.asarray(x.reshape(len(x), -1) if x.dim() > 1 else x.reshape(1, -1))
-
-
-def in_space(method: Any, model: Parameters) -> list[F64]:
-    """The momentum of each parameter, transformed back."""
-    named = method.saved()["rank"]["momentum"]
-    views = [method.index.view(named, name) for name in method.index.names]
-    return [matrix(method._inverse(f"all.{k}", c).view(p.shape)) for k, (p, c) in enumerate(zip(model.all, views))]  # noqa: B905
-
-
-def train(ranks: int, shapes: list[tuple[int, ...]], steps: int, **options: Any) -> list[list[dict[str, Any]]]:
-    """[rank][step] the state before each step, and after the last."""
-    options = {"lr": LR, "momentum_decay": BETA, "weight_decay": DECAY, "chunk": CHUNK, "top_k": K, **options}
-
-    def work(group: Group) -> list[dict[str, Any]]:
-        model = Parameters(*shapes)
-        run = start(model, "demo", group, **options)
-        method = run.method
-        states = []
-        for step in range(steps + 1):
-            sent = group.traffic.payload_bytes
-            states.append({"x": [matrix(p) for p in model.all], "d": in_space(method, model), "bytes": sent})
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-        return states
-
-    return SimWorld[Any](ranks).run(work)
-
-
-def matrices(step: int, ranks: int, shapes: list[tuple[int, ...]]) -> list[F64]:
-    models = [Parameters(*shapes) for _ in range(ranks)]
-    for rank, model in enumerate(models):
-        model.set_gradients(rank, step)
-    return [np.stack([matrix(p.grad) for p in ps]) for ps in zip(*(model.all for model in models), strict=True)]
+def train(ranks: int, shapes: Shapes, steps: int, **options: Any) -> list[list[dict[str, F64]]]:
+    own = {"lr": LR, "momentum_decay": BETA, "weight_decay": DECAY, "chunk": CHUNK, "top_k": K, "value_bits": 32}
+    return simulate(ranks, shapes, steps, "demo", **{**own, **options})
 
 
 def test_every_step_is_the_papers_from_the_state_before_it() -> None:
-    runs = train(4, SHAPES, 25, value_bits=32)
-    compared, total = 0, 0
-    for step in range(25):
-        before, after = [run[step] for run in runs], [run[step + 1] for run in runs]
-        for k, g in enumerate(matrices(step, 4, SHAPES)):
-            total += g[0].size
-            x, d, margin, clear = reference(before[0]["x"][k], np.stack([one["d"][k] for one in before]), g)
-            for rank, one in enumerate(after):
-                assert np.array_equal(one["x"][k], after[0]["x"][k]), f"ranks differ in step {step}"
-                if margin > 1e-5:
-                    np.testing.assert_allclose(one["d"][k], d[rank], rtol=0, atol=2e-6 * float(np.abs(g).max()))
-                    np.testing.assert_allclose(one["x"][k][clear > 1e-5], x[clear > 1e-5], rtol=1e-6, atol=1e-6)
-                    compared += int((clear > 1e-5).sum()) if rank == 0 else 0
-    assert compared > 0.9 * total
+    check_steps(train(4, SHAPES, 25), partial(reference, SHAPES))
 
 
 def test_a_short_run_stays_with_the_reference() -> None:
-    runs = train(4, [(20, 30)], 25, value_bits=32)
-    x, d = runs[0][0]["x"][0], np.zeros((4, 20, 30))
-    for step in range(25):
-        x, d, margin, _ = reference(x, d, matrices(step, 4, [(20, 30)])[0])
-        assert margin > 1e-6
-    assert float((np.abs(runs[0][-1]["x"][0] - x) < 1e-5).mean()) > 0.99
-    np.testing.assert_allclose(runs[2][-1]["d"][0], d[2], rtol=0, atol=1e-4)
+    check_free_run(train(4, [(20, 30)], 25), partial(reference, [(20, 30)]), 25, share=0.99)
 
 
 def test_what_16_bits_leave_out_stays_in_the_momentum() -> None:
-    exact, rounded = (train(3, [(40, 40)], 1, value_bits=bits)[1][-1]["d"][0] for bits in (32, 16))
-    g = matrices(0, 3, [(40, 40)])[0][1]
+    exact, rounded = (train(3, [(40, 40)], 1, value_bits=bits)[1][-1]["momentum"] for bits in (32, 16))
+    sent = transformed(gradients([(40, 40)], 3, 0)[1], [(40, 40)]) - exact
     left = rounded - exact  # q in float32 - q in bfloat16
-    assert 0 < float(np.abs(left).max()) < 2.0**-7 * float(np.abs(g - exact).max())
-    assert float(np.linalg.norm(left)) < 2.0**-8 * float(np.linalg.norm(g - exact))
+    assert 0 < float(np.abs(left).max()) < 2.0**-7 * float(np.abs(sent).max())
+    assert float(np.linalg.norm(left)) < 2.0**-8 * float(np.linalg.norm(sent))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 173), (65, 64), (63, 200), (129, 1), (0, 5)])
@@ -170,12 +141,8 @@ def test_a_parameter_without_any_gradient_yet_does_not_move() -> None:
     assert SimWorld[bool](3).run(work) == [True] * 3
 
 
-def test_one_rank_selects_as_well_and_sends_nothing() -> None:
-    run = train(1, [(40, 40)], 3, value_bits=32)[0]
-    _, d, _, _ = reference(run[2]["x"][0], np.stack(run[2]["d"]), matrices(2, 1, [(40, 40)])[0])
-    np.testing.assert_allclose(run[3]["d"][0], d[0], rtol=0, atol=1e-5)
-    assert float(np.abs(d).max()) > 0.1
-    assert run[3]["bytes"] == 0.0
+def test_one_rank_selects_as_well() -> None:
+    check_steps(train(1, [(40, 40)], 3), partial(reference, [(40, 40)]))
 
 
 def test_everything_sent_leaves_sign_sgd() -> None:
@@ -193,7 +160,7 @@ def test_everything_sent_leaves_sign_sgd() -> None:
 
 def test_the_rate_does_not_change_what_the_momentum_holds() -> None:
     slow, fast = (train(2, [(40, 40)], 5, lr=lr, weight_decay=0.0)[0][-1] for lr in (0.001, 1.0))
-    assert np.array_equal(slow["d"][0], fast["d"][0])
+    assert np.array_equal(slow["momentum"], fast["momentum"])
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3.4e38])
