@@ -34,9 +34,10 @@ def test_every_step_is_the_papers_from_the_state_before_it(eta: float, server: s
 
     def paper(step: int, before: list[dict[str, F64]]) -> Any:
         g, known, w = gradients(SHAPES, 4, step), stacked(before, "known"), before[0]["estimate"]
+        clear: Any = np.ones(len(w), dtype=bool)
         v = g if eta == 1 or step == 0 else (1 - eta) * stacked(before, "average") + eta * g
         if step == 0:
-            known, h, w, clear = v, v.mean(0), v.mean(0), np.ones(len(w), dtype=bool)
+            known, h, w = v, v.mean(0), v.mean(0)
         else:
             c, margin = (np.stack(x) for x in zip(*(block_signs(one, NUMELS) for one in v - known), strict=True))
             known, h, clear = known + c, before[0].get("served", w) + c.mean(0), (margin > 1e-4).all(0)
