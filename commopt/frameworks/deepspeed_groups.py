@@ -43,8 +43,9 @@ class PartlyFrozenAdam(OnebitAdam):
         state["variance_step"] += self._is_live
         super().update(p, name, state, group)
 
-    def bounded(self, root: Tensor, momentum: Tensor, uncorrected: float = 1.0) -> Tensor:
-        return root if self._is_live else super().bounded(root, momentum, uncorrected)  # the bound is for signs
+    @property
+    def has_signs(self) -> bool:
+        return super().has_signs and not self._is_live
 
     def _split(self, bucket: Bucket) -> dict[bool, Bucket]:
         """The live part of a bucket (True), then the frozen one, without empty ones; the bucket itself if nothing in it is live."""

@@ -41,11 +41,8 @@ class FrozenOptions(SignOptions):
 class FrozenVariance(UpdateMethod):
     """An Adam-like method that stops adapting its variance at a freeze, and from then on compresses what it exchanges.
 
-    warmup_option: the option that says when: the last step of the warm-up; or "auto": when |v|_1 has changed by less than 4 % over
-        1/(1 - b2) steps, and the rate no longer rises (Tang et al. 2021, arXiv:2102.02888, section 7.1), and after a quarter of a
-        run whose steps are known at the latest; or None for never.
-    momentum_mask: {parameter name: tensor of its shape}; see `mask`.
-    max_ratio: after the freeze no step is larger than this times the rate, see `bounded`; None for no bound.
+    warmup_option: the option that says when: as `freeze_step` of `onebit_adam`, where "auto" is section 7.1 of Tang et al. 2021,
+        arXiv:2102.02888; or None for never.
 
     At the freeze, coordinates whose variance is zero are masked as well, since a compressed momentum is never zero there and
     would move them by lr * scale / eps; and those whose variance has overflowed, which stand still under Adam too.
@@ -163,14 +160,16 @@ class FrozenVariance(UpdateMethod):
         return self.is_frozen and self.ranks > 1
 
     def roots(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """sqrt(v) + eps, and the same bounded by `max_ratio` once signs have come in."""
+        """sqrt(v) + eps, and the same once signs have come in, raised where |momentum| over it would exceed `max_ratio`."""
         root: Tensor = state["variance"].sqrt()
         lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
         if self.corrects_bias(group):
             root /= lacking
             lacking = 1.0
         root += group["eps"]
-        return root, self.bounded(root, state["momentum"], lacking) if self.has_signs else root
+        if not self.has_signs or self.options.max_ratio is None:
+            return root, root
+        return root, torch.maximum(root, state["momentum"].abs() * (lacking / self.options.max_ratio))
 
     def receive(self, bucket: Bucket) -> None:
         for name, x in bucket.views():
@@ -180,12 +179,6 @@ class FrozenVariance(UpdateMethod):
             else:
                 self.part("momentum", name).lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
                 self.part("variance", name).mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
-
-    def bounded(self, root: Tensor, momentum: Tensor, uncorrected: float = 1.0) -> Tensor:
-        """root, raised where |momentum| / root would exceed `max_ratio`; the root lacks the factor 1 / uncorrected of its bias."""
-        if self.options.max_ratio is None:
-            return root
-        return torch.maximum(root, momentum.abs() * (uncorrected / self.options.max_ratio))
 
     def corrects_bias(self, group: Mapping[str, Any]) -> bool:
         """Whether momentum and variance are corrected for their bias, as in Adam."""
