@@ -16,7 +16,7 @@ from commopt.method import options
 from commopt.optim.frozen import FrozenOptions, FrozenVariance, move_along_
 from commopt.options import Count, Flag, Wanted
 from commopt.wire.bucket import Bucket
-from commopt.wire.state import Saved, State, load_mean, load_tensor
+from commopt.wire.state import Saved, State, load_mean
 
 LocalStepScaler = Annotated[Count | Literal["rate"], Wanted("a whole number from 1, or 'rate'")]
 VarFreezeStep = Annotated[Count | Literal["auto"] | None, Wanted("a whole number from 1, 'auto', or None for never")]
@@ -221,7 +221,6 @@ class ZeroOneAdam(FrozenVariance):
 
     def restored(self) -> None:
         self.mask = None
-        super().restored()
         if bool(self.state["variance_updates"]):
             self._make_mask()
 
@@ -241,20 +240,12 @@ class ZeroOneAdam(FrozenVariance):
 
     def load(self, saved: Saved) -> None:
         super().load(saved)
-        if "own parameters" in saved["rank"]:
-            own = {key: torch.empty_like(x) for key, x in self._own().items()}
-            for key, x in own.items():
-                load_tensor(x, saved["rank"], f"own {key}")
-            self._set_own(own)
+        self._load_own([saved])
 
     def resize(self, every: Sequence[Saved]) -> None:
         """As the parents do; between two exchanges every new rank starts from the mean of the old ranks' local steps."""
         super().resize(every)
-        if "own parameters" in every[0]["rank"]:
-            own = {key: x.double() for key, x in self._own().items()}
-            for key, x in own.items():
-                load_mean(x, [saved["rank"] for saved in every], f"own {key}")
-            self._set_own({key: x.float() for key, x in own.items()})
+        self._load_own(every)
 
     def _own(self) -> dict[str, Tensor]:
         """What differs between ranks between two exchanges, in float32."""
@@ -262,9 +253,15 @@ class ZeroOneAdam(FrozenVariance):
         return {"parameters": parameters, **{key: self.state[key] for key in ("momentum", "mean_momentum")}}
 
     @torch.no_grad()
-    def _set_own(self, own: Mapping[str, Tensor]) -> None:
-        for key in ("momentum", "mean_momentum"):
-            self.state[key].copy_(own[key])
-        for name in self.parameters:
-            p = self.held(name)
-            p.copy_(self.index.view(own["parameters"], name).view(p.shape))
+    def _load_own(self, every: Sequence[Saved]) -> None:
+        """Take the mean of what some ranks had of their own; nothing if it was not saved between two exchanges."""
+        if "own parameters" not in every[0]["rank"]:
+            return
+        for key, x in self._own().items():
+            mean = x.double()
+            load_mean(mean, [saved["rank"] for saved in every], f"own {key}")
+            x.copy_(mean)
+            if key == "parameters":
+                for name in self.parameters:
+                    p = self.held(name)
+                    p.copy_(self.index.view(x, name).view(p.shape))
