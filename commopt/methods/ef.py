@@ -30,13 +30,7 @@ class EF(GradientMethod, GatherMean):
 
     compressor: a name ("sign", "top_k", "int8", ...), or {"compressor": name, option: value}; `ef(sign)` names it in a
         configuration.
-    error_feedback: keep what a message left out, and add it to the next one (default). Without it, only unbiased
-        codecs average out. With it, coarse ones (qsgd, ternary, 2bit) are scaled to the nearest multiple of their
-        codes, as their variance would make the residual grow.
-    residual_bits: 32, 16 (bfloat16) or 8 bits for each element of the residual (LoCo, arXiv:2407.04480).
-    residual_decay: the residual's factor from step to step. reset_every: forget the residual after this many steps.
-    dense_1d: average parameters with fewer than two dimensions (biases, norms) exactly.
-    seed: of stochastic rounding.
+    error_feedback, residual_bits, residual_decay, reset_every, dense_1d, seed: see `two_way`.
     """
 
     name = "ef"
