@@ -32,7 +32,9 @@ def make_topology(name: str, ranks: int, slots: int = 1) -> tuple[Round, ...]:
         return ((),)
     if name == "alternating_exp_ring":
         return _alternating_exp_ring(ranks, slots)
-    return {"complete": _complete, "ring": _ring, "one_peer_exp": _one_peer_exp}[name](ranks)
+    if name == "complete":
+        return ((tuple(range(ranks)),),)
+    return {"ring": _ring, "one_peer_exp": _one_peer_exp}[name](ranks)
 
 
 def mixing_matrix(round: Round, ranks: int) -> F64:
@@ -67,10 +69,6 @@ def directed_exponential(ranks: int, round: int, rank: int) -> int:
     Assran et al. 2018, arXiv:1811.10792. In each round every rank receives from exactly one other. At least two ranks.
     """
     return int((rank + 2 ** (round % (ranks - 1).bit_length())) % ranks)
-
-
-def _complete(ranks: int) -> tuple[Round, ...]:
-    return ((tuple(range(ranks)),),)
 
 
 def _ring(ranks: int) -> tuple[Round, ...]:
@@ -111,7 +109,7 @@ def _alternating_exp_ring(ranks: int, slots: int) -> tuple[Round, ...]:
     if slots == 1:
         return _one_peer_exp(ranks)
     if nodes == 1:
-        return _complete(ranks)
+        return make_topology("complete", ranks)
     own = [tuple(range(node * slots, (node + 1) * slots)) for node in range(nodes)]
     rounds = []
     for matching in _one_peer_exp(nodes):

@@ -109,9 +109,6 @@ class DecentralizedAdam(OuterMethod):
             mixed.add_(x if rank == self.peers.rank else present[rank], alpha=weights.get(rank, own))
         return Exchanged(members, len(present) < len(weights), {"mixed": mixed})
 
-    def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
-        return x if len(exchanged.members) == 1 else exchanged.values["mixed"]
-
     def bytes_per_parameter(self, ranks: int) -> float:
         matrices = self.matrices(ranks)
         messages = sum(float((matrix > 0).sum()) - ranks for matrix in matrices) / len(matrices)
