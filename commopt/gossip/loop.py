@@ -109,16 +109,12 @@ class OuterMethod(Method):
         self.message.bind(self.index, peers.rank, self.cut_out)
         edges = [int(self.index.offsets[k]) for k in self.cut(held.numels if numels is None else numels)]
         self.fragment_parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        self.lay_out(peers)
         self.allocate()
         self.bound()
 
     def cut(self, numels: Sequence[int]) -> list[int]:
         """The edges, as numbers of parameters, of the slices that rounds exchange in turn; numels: (P,) elements of each parameter."""
         return [0, len(numels)]
-
-    def lay_out(self, peers: Peers) -> None:
-        """Work out what the declared state depends on; before state is allocated."""
 
     def bound(self) -> None:
         """Called at the end of `bind`, when all state is there."""

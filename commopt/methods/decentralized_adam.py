@@ -12,7 +12,6 @@ from commopt.errors import ConfigError
 from commopt.gossip.copies import PublicCopies, consensus_step, without_feedback
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
 from commopt.gossip.topology import F64, TopologyName, make_topology, mixing_matrix
-from commopt.groups.peers import Peers
 from commopt.method import options
 from commopt.options import Count, Share, Whole
 from commopt.wire.payload import Payload
@@ -84,9 +83,9 @@ class DecentralizedAdam(OuterMethod):
         rounds = make_topology(self.options.topology, ranks, self.options.slots)
         return [mixing_matrix(groups, ranks) for groups in rounds]
 
-    def lay_out(self, peers: Peers) -> None:
-        rows = [self.step_size * matrix[peers.rank] for matrix in self.matrices(peers.size)]
-        self.weights = [{peer: float(row[peer]) for peer in peers.others if row[peer]} for row in rows]
+    def bound(self) -> None:
+        rows = [self.step_size * matrix[self.peers.rank] for matrix in self.matrices(self.peers.size)]
+        self.weights = [{peer: float(row[peer]) for peer in self.peers.others if row[peer]} for row in rows]
         if self.copies is not None:
             self.copies.bind(self.index, {peer for weights in self.weights for peer in weights})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
@@ -14,7 +13,6 @@ from torch import Tensor
 from commopt.errors import ConfigError
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round, mean_of
 from commopt.gossip.topology import group_of
-from commopt.groups.peers import Peers
 from commopt.method import options
 from commopt.options import Flag, Fraction, Number, Positive, Share, Whole
 from commopt.wire.payload import Payload
@@ -79,19 +77,13 @@ class NoLoCo(OuterMethod):
         super().set_up()
         o, is_compressed = self.options, self.message.compressor is not None
         self.gamma = o.lr if o.gamma is None else o.gamma
-        self.slow_share = o.slow_share if is_compressed else 1.0
+        self.turns = max(1, round(1 / o.slow_share)) if is_compressed else 1  # rounds until all slow weights are sent
         self.sends_slow = o.two_tensors or self.gamma != o.lr or is_compressed
 
-    def lay_out(self, peers: Peers) -> None:
-        if peers.size > 1 and self.options.group_size > peers.size:
-            raise ConfigError(f"group_size: {self.options.group_size} is more than the {peers.size} ranks there are")
-        edges = [self.index.total * k // self._turns for k in range(self._turns + 1)]
-        self.slow_parts = [slice(a, b) for a, b in itertools.pairwise(edges)]  # uncompressed: not cut between blocks
-
-    @property
-    def _turns(self) -> int:
-        """Rounds until all slow weights have been sent once."""
-        return max(1, round(1 / self.slow_share))
+    def bound(self) -> None:
+        size, ranks = self.options.group_size, self.peers.size
+        if 1 < ranks < size:
+            raise ConfigError(f"group_size: {size} is more than the {ranks} ranks there are")
 
     def begin(self, x: Tensor) -> None:
         self.state["slow"].copy_(x)
@@ -139,11 +131,12 @@ class NoLoCo(OuterMethod):
         if ranks == 1:
             return 0.0
         others = min(self.options.group_size, ranks) - 1
-        slow = 4 / self._turns if self.sends_slow else 0.0
+        slow = 4 / self.turns if self.sends_slow else 0.0
         return others * (self.message.bytes_per_element() + slow) / self.every
 
     def _slow_part(self, number: int) -> slice:
-        return self.slow_parts[number % len(self.slow_parts)]
+        turn, total = number % self.turns, self.index.total  # uncompressed: not cut between blocks
+        return slice(total * turn // self.turns, total * (turn + 1) // self.turns)
 
     def _send_slow(self, number: int) -> None:
         """Send the slow weights for the next round as soon as they are known."""

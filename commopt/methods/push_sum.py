@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commopt.gossip.loop import Exchanged, OuterMethod, OuterOptions, Round
 from commopt.gossip.topology import directed_exponential
-from commopt.groups.peers import KEPT, Letter, Peers
+from commopt.groups.peers import KEPT, Letter
 from commopt.method import options
 from commopt.options import Count
 from commopt.wire.payload import Payload
@@ -56,7 +56,7 @@ class PushSum(OuterMethod):
         super().set_up()
         self.max_lag = max(3, math.ceil(50 / self.every))
 
-    def lay_out(self, peers: Peers) -> None:
+    def bound(self) -> None:
         self.early: list[tuple[int, Letter]] = []  # what came before its round
 
     def begin(self, x: Tensor) -> None:
