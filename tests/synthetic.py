@@ -84,18 +84,28 @@ def snapshot(run: Any) -> dict[str, F64]:
 
 
 def simulate(
-    ranks: int, shapes: Shapes, steps: int, name: str, make: Any = Parameters, **options: Any
-) -> list[list[dict[str, F64]]]:
-    """[rank][step] `snapshot` before each step, and after the last; options are those of `rig.start`."""
+    ranks: int,
+    shapes: Shapes,
+    steps: int,
+    name: str,
+    make: Any = Parameters,
+    *,
+    rate_of: Callable[[int], float] | None = None,
+    observe: Callable[[Any], Any] = snapshot,
+    **options: Any,
+) -> list[list[Any]]:
+    """[rank][step] what `observe` sees of a run before each step, and after the last; options are those of `rig.start`."""
 
-    def work(group: Group) -> list[dict[str, F64]]:
+    def work(group: Group) -> list[Any]:
         model = make(*shapes)
         run = start(model, name, group, **options)
-        states = [snapshot(run)]
+        states = [observe(run)]
         for step in range(steps):
+            if rate_of is not None:
+                run.optimizer.param_groups[0]["lr"] = rate_of(step)
             model.set_gradients(group.rank, step)
             run.optimizer.step()
-            states.append(snapshot(run))
+            states.append(observe(run))
         return states
 
     return SimWorld[Any](ranks).run(work)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from rig import start
-from synthetic import Parameters
+from synthetic import Parameters, simulate
 
 from commopt.groups import Group, SimWorld
+
+SHAPES: list[tuple[int, ...]] = [(40, 40), (7,)]
 
 
 @pytest.mark.parametrize(
@@ -27,24 +29,16 @@ from commopt.groups import Group, SimWorld
     ],
 )
 def test_another_number_of_ranks_takes_the_mean_of_what_each_had(name: str, key: str, options: dict[str, Any]) -> None:
-    def bound(group: Group) -> Any:
-        model = Parameters((40, 40), (7,))
-        return model, start(model, name, group, **options)
-
-    def leave(group: Group) -> Any:
-        model, run = bound(group)
-        for step in range(2):
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
+    def left(run: Any) -> Any:
         assert all(key not in entry for entry in run.optimizer.state_dict()["state"].values())
         return copy.deepcopy(run.method.saved())
 
     def join(group: Group) -> Any:
-        method = bound(group)[1].method
+        method = start(Parameters(*SHAPES), name, group, **options).method
         method.resize(states)
         return method.saved()
 
-    states = SimWorld[Any](3).run(leave)
+    states = [run[-1] for run in simulate(3, SHAPES, 2, name, observe=left, **options)]
     each = torch.stack([state["rank"][key] for state in states])
     assert not torch.equal(each[0], each[1])
     for state in SimWorld[Any](2).run(join):

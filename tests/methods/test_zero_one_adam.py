@@ -14,7 +14,7 @@ import torch.distributed as dist
 from codes import SignExchange
 from pool import Pool, twin_of
 from rig import make_model, scaled_step, start, train_step
-from synthetic import F64, Shapes, check_free_run, check_steps, flat, gradients, parameters, snapshot, stacked
+from synthetic import F64, Shapes, check_free_run, check_steps, flat, gradients, parameters, simulate, snapshot, stacked
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,24 +103,13 @@ def sent_by(group: Group) -> float:
 def state_of(run: Any) -> dict[str, Any]:
     first = run.method.entry("all.0")
     numbers = {key: first[key] for key in ("rate", "kept", "local_steps", "variance_step")}
-    return {**snapshot(run), **numbers, "is_synchronised": run.method.is_synchronised}
+    return {**snapshot(run), **numbers, "is_synchronised": run.method.is_synchronised, "sent": sent_by(run.group)}
 
 
-def train(ranks: int, steps: int, shapes: list[tuple[int, ...]] = SHAPES, **options: Any) -> list[list[dict[str, Any]]]:
+def train(ranks: int, steps: int, shapes: Shapes = SHAPES, **options: Any) -> list[list[dict[str, Any]]]:
     """[rank][step] the state before each step, and after the last."""
-
-    def work(group: Group) -> list[dict[str, Any]]:
-        model = parameters(*shapes)
-        run = start(model, "zero_one_adam", group, **given(**options))
-        states = []
-        for step in range(steps):
-            run.optimizer.param_groups[0]["lr"] = rate_of(step)
-            states.append({**state_of(run), "sent": sent_by(group)})
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-        return [*states, {**state_of(run), "sent": sent_by(group)}]
-
-    return SimWorld[Any](ranks).run(work)
+    seen: dict[str, Any] = {"rate_of": rate_of, "observe": state_of}
+    return simulate(ranks, shapes, steps, "zero_one_adam", parameters, **seen, **given(**options))
 
 
 @pytest.mark.parametrize(("scale", "corrects"), [("rms", True), ("l2", False)])
@@ -143,17 +132,13 @@ def test_the_interval_of_exchanges_doubles_each_time_the_rate_has_halved() -> No
         strict=True,
     )
 
-    def work(group: Group) -> list[int]:
-        model, found = parameters((5,)), []
-        run = start(model, "zero_one_adam", group, var_freeze_step=2, local_step_clipper=8)
-        for step, rate in enumerate(rates):
-            run.optimizer.param_groups[0]["lr"] = 0.01 * rate
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-            found.append(run.method.local_interval)
-        return found
-
-    assert SimWorld[Any](2).run(work) == [list(intervals)] * 2
+    seen: dict[str, Any] = {
+        "rate_of": lambda step: 0.01 * rates[step],
+        "observe": lambda run: run.method.local_interval,
+    }
+    options = {"var_freeze_step": 2, "local_step_clipper": 8}
+    for _, *found in simulate(2, [(5,)], len(rates), "zero_one_adam", parameters, **seen, **options):
+        assert found == list(intervals)
 
 
 @pytest.mark.parametrize("scale", ["rms", "l2"])
@@ -222,20 +207,20 @@ def test_replicas_are_made_equal_at_any_time_and_train_on() -> None:
             model.set_gradients(group.rank, step)
             run.optimizer.step()
             if step in (24, 25, 27):  # after 1 local step, 1 more, and an exchange
-                before, sent = state_of(run), sent_by(group)
+                before = state_of(run)
                 run.method.synchronise(group)
-                seen.append((before, state_of(run), sent_by(group) - sent))
+                seen.append((before, state_of(run)))
         assert run.method.is_synchronised
         return seen, model.flat()
 
     results = SimWorld[Any](3).run(work)
     for k in range(3):
         rows = [seen[k] for seen, _ in results]
-        mean = np.mean([before["mean_momentum"] for before, _, _ in rows], axis=0)
-        for before, after, sent in rows:
+        mean = np.mean([before["mean_momentum"] for before, _ in rows], axis=0)
+        for before, after in rows:
             assert after["is_synchronised"]
             assert np.array_equal(after["x"], rows[0][1]["x"])
-            assert (sent == 0) == np.array_equal(before["x"], after["x"]) == (k == 2)
+            assert (after["sent"] == before["sent"]) == np.array_equal(before["x"], after["x"]) == (k == 2)
             if k < 2:
                 assert 0.009 < before["rate"] < 0.011
                 m, root = after["momentum"], np.sqrt(before["variance"] / (1 - B2 ** before["variance_step"])) + EPS
@@ -426,19 +411,14 @@ def test_with_a_grad_scaler_an_overflow_on_one_rank_leaves_all_ranks_in_step(poo
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters_are_equal_after_every_exchange(dtype: torch.dtype) -> None:
-    def work(group: Group) -> Any:
-        model = parameters((40, 30), (7,)).to(dtype)
-        run = start(model, "zero_one_adam", group, lr=0.01, **given())
-        method = run.method
-        first, exchanged = model.flat(), []
-        for step in range(28):
-            model.set_gradients(group.rank, step)
-            run.optimizer.step()
-            if method.is_synchronised:
-                exchanged.append(model.flat())
-        assert (first[2:] != exchanged[-1][2:]).mean() > 0.9
-        return exchanged
+    def seen(run: Any) -> tuple[bool, F64]:
+        return run.method.is_synchronised, flat(run.parameters.values())
 
-    results = SimWorld[Any](3).run(work)
-    assert len(results[0]) == 28 - planned(28).count("local")
-    assert all(np.array_equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
+    def make(*shapes: tuple[int, ...]) -> Any:
+        return parameters(*shapes).to(dtype)
+
+    runs = simulate(3, [(40, 30), (7,)], 28, "zero_one_adam", make, observe=seen, lr=0.01, **given())
+    first, *exchanged = ([x for is_equal, x in step if is_equal] for step in zip(*runs, strict=True))
+    assert (first[0][2:] != exchanged[-1][0][2:]).mean() > 0.9
+    assert [len(one) for one in exchanged] == [0 if kind == "local" else 3 for kind in planned(28)]
+    assert all(np.array_equal(x, one[0]) for one in exchanged for x in one)
