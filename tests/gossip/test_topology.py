@@ -215,20 +215,5 @@ def test_in_the_directed_graph_everybody_sends_to_one_other_and_hears_from_one(r
     assert all(target != rank for rank, target in enumerate(targets))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 6, 7, 8])
-def test_pushing_half_along_the_directed_graph_averages(ranks: int) -> None:
-    hops = (ranks - 1).bit_length()
-    moves = []
-    for k in range(hops):
-        push = np.eye(ranks) / 2
-        for rank in range(ranks):
-            push[directed_exponential(ranks, k, rank), rank] += 0.5
-        moves.append(push)
-    whole = reduce(lambda done, move: move @ done, moves)
-    if ranks == 2**hops:
-        np.testing.assert_allclose(whole, 1 / ranks, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(np.linalg.matrix_power(whole, 40), 1 / ranks, rtol=0, atol=1e-6)
-
-
 def test_the_directed_graph_hops_1_2_4_and_starts_again() -> None:
     assert [directed_exponential(6, k, 4) for k in range(5)] == [5, 0, 2, 5, 0]

@@ -109,10 +109,16 @@ def test_eight_ranks_that_do_not_learn_reach_consensus_exactly(options: dict[str
     assert spread([before for before, _ in results]) > 0.5
 
 
-@pytest.mark.parametrize("topology", ["complete", "ring"])
-def test_others_train_on_when_a_member_dies(topology: str) -> None:
-    options = {"topology": topology, "timeout_s": 2.0}
-    _, diaries = run_world(4, "decentralized_adam", options, 40, faults=[{"at_step": 10, "kill": 2}], step_s=0.1)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("decentralized_adam", {"topology": topology}) for topology in ("complete", "ring")),
+        *(("push_sum", {"delay": delay}) for delay in (0, 1)),
+    ],
+)
+def test_others_train_on_when_a_member_dies(name: str, options: dict[str, Any]) -> None:
+    faults = [{"at_step": 10, "kill": 2}]
+    _, diaries = run_world(4, name, {"timeout_s": 2.0, **options}, 40, faults=faults, step_s=0.1)
     for rank in (0, 1, 3):
         assert diaries[rank].attached.steps == 40
         late = [report for report in diaries[rank].reports if report.step > 30]
@@ -170,9 +176,8 @@ def test_a_message_with_a_nan_or_of_another_size_is_left_out(bad: list[float]) -
 @pytest.mark.parametrize("message", ["int8", "sign", {"compressor": "top_k", "density": 0.1}])
 def test_compressed_messages_pull_replicas_together_and_keep_their_mean(message: Any) -> None:
     options = {"topology": "one_peer_exp", "message": message, "delay": 0}
-    before = SimWorld[tuple[Tensor, Tensor]](4).run(lambda group: still(group, options, 1))
-    after = SimWorld[tuple[Tensor, Tensor]](4).run(lambda group: still(group, options, 150))
-    start, end = torch.stack([x for x, _ in before]), torch.stack([x for _, x in after])
+    replicas = SimWorld[tuple[Tensor, Tensor]](4).run(lambda group: still(group, options, 150))
+    start, end = (torch.stack(x) for x in zip(*replicas, strict=True))
     assert spread(list(end - start.mean(0) + 1)) < 0.2 * spread(list(start - start.mean(0) + 1))
     torch.testing.assert_close(end.double().mean(0), start.double().mean(0), rtol=0, atol=1e-5)
 

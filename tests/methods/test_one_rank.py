@@ -19,7 +19,8 @@ LAMB = {"name": "lamb", "lr": 0.01}
 LION = {"name": "lion", "lr": 0.01, "weight_decay": 0.1}
 PHASE_A = {"var_freeze_step": None, "var_update_scaler": 1000}
 CASES = [
-    *(Preset(name, options, sgd(0.05, 0.9)) for name, options in (("ef", {}), ("loco", {}), ("ef21", {"eta": 1.0}))),
+    *(Preset(name, {}, sgd(0.05, 0.9)) for name in ("ef", "loco", "powersgd")),
+    Preset("ef21", {"eta": 1.0}, sgd(0.05, 0.9)),
     *(Preset("onebit_adam", {"freeze_step": 1000}, block) for block in (ADAM, ADAMW)),
     *(Preset("zero_one_adam", PHASE_A, block) for block in (ADAM, ADAMW)),
     Preset("onebit_lamb", {"freeze_step": 1000}, LAMB),

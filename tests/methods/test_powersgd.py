@@ -53,7 +53,7 @@ def random_gradients(rank: int, step: int) -> dict[str, Tensor]:
 def exchanged(
     ranks: int, steps: int, gradients: Gradients, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **options: Any
 ) -> list[list[dict[str, Any]]]:
-    """[rank][step] the mean, why it was void, the state before and after it, and the traffic so far."""
+    """[rank][step] the mean, why it was void, the state before and after it, and the calls so far."""
 
     def work(group: Group) -> list[dict[str, Any]]:
         method: Any = build("powersgd", **options)
@@ -63,8 +63,8 @@ def exchanged(
             before = state_of(method)
             bucket = exchange(method, Bucket.of(list(gradients(group.rank, step).items())), group)
             one = {"mean": {name: x.clone() for name, x in bucket.views()}, "void": bucket.void}
-            counts = {"bytes": group.traffic.payload_bytes, "calls": sum(group.traffic.calls.values())}
-            done.append({**one, "before": before, "after": state_of(method), **counts})
+            calls = sum(group.traffic.calls.values())
+            done.append({**one, "before": before, "after": state_of(method), "calls": calls})
         return done
 
     return SimWorld[Any](ranks).run(work)
@@ -247,12 +247,6 @@ def test_gradients_are_averaged_exactly_before_start_step() -> None:
     for step, one in enumerate(runs[0]):
         exact = torch.stack([random_gradients(rank, step)["wide"] for rank in range(2)]).mean(0).flatten()
         assert torch.allclose(one["mean"]["wide"], exact) == (step < 3)
-
-
-def test_one_rank_sends_nothing_and_keeps_its_gradient() -> None:
-    for step, one in enumerate(exchanged(1, 3, random_gradients, rank=1)[0]):
-        assert all(torch.equal(one["mean"][name], g.flatten()) for name, g in random_gradients(0, step).items())
-        assert one["bytes"] == 0.0
 
 
 def test_two_all_reduces_for_a_bucket() -> None:
