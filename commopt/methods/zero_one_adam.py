@@ -129,29 +129,11 @@ class ZeroOneAdam(FrozenVariance):
         """Whether local steps have begun; in phase A, which never ends without a freeze, whether most steps send signs."""
         return self.variance_interval > 1 if self.options.var_freeze_step is None else self.is_frozen
 
-    def exchange(self, bucket: Bucket, group: Group) -> None:
-        if self.is_exact:
-            return self.mean.exchange(bucket, group)
-        if self.is_frozen:
-            for name, g in bucket.views():
-                state, settings = self.entry(name), self.settings(name)
-                torch.lerp(self.own_part("momentum", name), g, 1 - settings["betas"][0], out=g)  # m_i
-                weight = self._step(state, settings, state["step"] + 1)[2]
-                torch.lerp(self.own_part("mean_momentum", name), g, weight, out=g)  # u_i
-        return self.two_way.exchange(bucket, group)
-
-    def receive(self, bucket: Bucket) -> None:
-        for name, x in bucket.views():
-            m, v = self.part("momentum", name), self.part("variance", name)
-            b1, b2 = self.settings(name)["betas"]
-            if self.is_exact:
-                v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
-            else:
-                self.masked_(x, name)
-            if self.is_frozen and not self.is_local:
-                m.copy_(x)
-            else:
-                m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
+    def accumulate_(self, name: str, g: Tensor) -> None:
+        super().accumulate_(name, g)
+        state = self.entry(name)
+        weight = self._step(state, self.settings(name), state["step"] + 1)[2]
+        torch.lerp(self.own_part("mean_momentum", name), g, weight, out=g)  # u_i
 
     def _step(self, state: Mapping[str, Any], group: Mapping[str, Any], step: int) -> tuple[float, float, float]:
         """The rate of a step, the factor that decay leaves of x, and the step's weight in the mean momentum since x'."""

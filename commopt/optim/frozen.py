@@ -118,12 +118,15 @@ class FrozenVariance(UpdateMethod):
             self._make_mask()
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        if not self.is_frozen:
-            return self.mean.exchange(bucket, group)
-        for name, g in bucket.views():
-            m, b1 = self.own_part("momentum", name), self.settings(name)["betas"][0]
-            torch.lerp(m, g, 1 - b1, out=g)  # m_i = b1 m + (1 - b1) g_i
-        return self.two_way.exchange(bucket, group)
+        for name, g in bucket.views() if self.is_frozen else ():
+            self.accumulate_(name, g)
+        (self.mean if self.is_exact else self.two_way).exchange(bucket, group)
+
+    def accumulate_(self, name: str, g: Tensor) -> None:
+        """Overwrite a gradient by what is exchanged after the freeze: this rank's momentum with it."""
+        torch.lerp(
+            self.own_part("momentum", name), g, 1 - self.settings(name)["betas"][0], out=g
+        )  # m_i = b1 m + (1 - b1) g_i
 
     def count(self, entry: dict[str, Any]) -> None:
         entry["step"] += 1
@@ -173,12 +176,15 @@ class FrozenVariance(UpdateMethod):
 
     def receive(self, bucket: Bucket) -> None:
         for name, x in bucket.views():
-            b1, b2 = self.settings(name)["betas"]
-            if self.is_frozen:
-                self.part("momentum", name).copy_(self.masked_(x, name))
+            m, v, (b1, b2) = self.part("momentum", name), self.part("variance", name), self.settings(name)["betas"]
+            if self.is_exact:
+                v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
             else:
-                self.part("momentum", name).lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
-                self.part("variance", name).mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+                self.masked_(x, name)
+            if self.is_frozen and not self.is_local:
+                m.copy_(x)
+            else:
+                m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
 
     def corrects_bias(self, group: Mapping[str, Any]) -> bool:
         """Whether momentum and variance are corrected for their bias, as in Adam."""
