@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from commopt.groups.peers import Peers
 from commopt.method import Method, NoOptions, options
 from commopt.options import Count, Flag, Positive, Whole
 from commopt.wire.bucket import ParameterIndex, Share
+from commopt.wire.payload import Payload
 
 
 @dataclass
@@ -148,8 +149,10 @@ class OuterMethod(Method):
         """What a round yields if it does not count, as the machine's other ranks have not exchanged with the same machines."""
         return Exchanged((self.peers.rank,), is_missed=True, values={"mixed": x})
 
-    def collect(self, others: Iterable[int], number: int) -> dict[int, Tensor]:
-        """What others sent for this round (or, if they are ahead, for a later one), if it arrives within `timeout_s`."""
+    def swap(self, others: Collection[int], number: int, payload: Payload) -> dict[int, Tensor]:
+        """Send to others, and return what they sent for this round (or, if they are ahead, for a later one) within `timeout_s`."""
+        for peer in others:
+            self.peers.send(peer, self.name, number, payload, expires_s=self.timeout_s)
         end_s, received = self.peers.seconds + self.timeout_s, {}
         for peer in others:
             letter = self.peers.receive(peer, self.name, number, max(0.0, end_s - self.peers.seconds), or_newer=True)

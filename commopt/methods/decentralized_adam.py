@@ -97,10 +97,7 @@ class DecentralizedAdam(OuterMethod):
         weights = self.weights[round.number % len(self.weights)]
         if self.copies is not None:
             return self.copies.mix(self.peers, self.name, x, round.number, weights, self.timeout_s)
-        payload = Payload.of(x)
-        for peer in weights:
-            self.peers.send(peer, self.name, round.number, payload, expires_s=self.timeout_s)
-        present = self.collect(weights, round.number)
+        present = self.swap(weights, round.number, Payload.of(x))
         own = 1 - sum(weights[peer] for peer in present)
         members = tuple(sorted([self.peers.rank, *present]))
         mixed = torch.zeros_like(x)

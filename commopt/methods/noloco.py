@@ -99,9 +99,7 @@ class NoLoCo(OuterMethod):
         others = [peer for peer in self.group(round.number) if peer != self.peers.rank]
         what = x - self.state["slow"] if self.sends_slow else x
         payload = self.message.pack(what, round.number)
-        for peer in others:
-            self.peers.send(peer, "noloco", round.number, payload, expires_s=self.timeout_s)
-        received = self.collect(others, round.number)
+        received = self.swap(others, round.number, payload)
         own = self.message.unpack(payload, round.number) if received else None  # as the partner does
         if own is None:
             own = what
