@@ -90,11 +90,14 @@ def simulate(
     name: str,
     make: Any = Parameters,
     *,
-    rate_of: Callable[[int], float] | None = None,
-    observe: Callable[[Any], Any] = snapshot,
+    rate_of: Any = None,
+    observe: Any = snapshot,
     **options: Any,
 ) -> list[list[Any]]:
-    """[rank][step] what `observe` sees of a run before each step, and after the last; options are those of `rig.start`."""
+    """[rank][step] what `observe` sees of a run before each step, and after the last.
+
+    rate_of: the learning rate of a step, by its number. options: those of `rig.start`.
+    """
 
     def work(group: Group) -> list[Any]:
         model = make(*shapes)

@@ -61,7 +61,7 @@ MESSAGES: dict[str, Any] = {"top_k": {"compressor": "top_k", "density": 0.05}}
 PAIRS, GRID = "one_peer_exp", "alternating_exp_ring"
 SLOW = 4 / 4  # a quarter of the slow weights goes with a compressed message
 # bytes per parameter and round, and those of them that are also sent for the round after the last
-FORMULAS: list[tuple[str, dict[str, Any], int, float, float]] = [
+FORMULAS: list[Any] = [
     *(
         (name, options, ranks, wanted, ahead)
         for ranks in (2, 4)
