@@ -100,18 +100,22 @@ class DGC(GradientMethod, GatherMean):
     clips_alone = True
     may_be_clipped = False  # what has waited in v for many steps comes out at once
     state_form = name
+    warmup_steps = 0
+    is_exact = False
 
     def set_up(self) -> None:
         o = self.options
         self.choice = TopK(density=o.density, value_bits=o.value_bits)
         GatherMean.__init__(self, self.choice, dense_1d=o.dense_1d)
-        self._warmup_steps = o.warmup_steps or math.ceil(o.warmup_epochs * o.steps_per_epoch)
-        self.densities = [d for d in o.warmup_densities if d > o.density] if self._warmup_steps else []
+        steps = o.warmup_steps or math.ceil(o.warmup_epochs * o.steps_per_epoch)
+        self.densities = [d for d in o.warmup_densities if d > o.density] if steps else []
+        self.warmup_steps = steps if self.densities else 0
+        self.is_exact = o.density == 1
         self.momentum = MOMENTUM if o.momentum is None else o.momentum
 
     def declare(self) -> list[State]:
         sizes = zip(self.index.names, self.index.numels, self.own_index.numels, strict=True)
-        whole = self.ranks == 1 or self.options.density == 1  # momentum is applied to the mean, which all ranks have
+        whole = self.ranks == 1 or self.is_exact  # momentum is applied to the mean, which all ranks have
         numels = tuple(n if whole or name in self.dense_names else own for name, n, own in sizes)
         u = State("velocity", index=ParameterIndex(self.index.names, numels), held="rank", on_resize="mean")
         decay = [State("decay")] if self.options.decay_momentum else []
@@ -138,10 +142,6 @@ class DGC(GradientMethod, GatherMean):
             self.momentum = MOMENTUM if isinstance(optimizer, torch.optim.SGD) else 0.0
 
     @property
-    def warmup_steps(self) -> int:
-        return self._warmup_steps if self.densities else 0
-
-    @property
     def is_steady(self) -> bool:
         return int(self.exchanges.max()) >= self.warmup_steps
 
@@ -150,12 +150,8 @@ class DGC(GradientMethod, GatherMean):
         stage = exchanges * len(self.densities) // max(1, self.warmup_steps)
         return self.densities[stage] if stage < len(self.densities) else float(self.options.density)
 
-    @property
-    def is_exact(self) -> bool:
-        return self.options.density == 1
-
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        if self.options.density == 1 and group.size > 1:
+        if self.is_exact and group.size > 1:
             self.average_(bucket, group)
         else:
             super().exchange(bucket, group)
@@ -191,7 +187,7 @@ class DGC(GradientMethod, GatherMean):
     def receive(self, bucket: Bucket) -> None:
         """Apply momentum to exact means, which had none before the exchange, and to weight decay."""
         for name, x in bucket.views():
-            if self.ranks == 1 or self.options.density == 1 or name in self.dense_names:
+            if self.ranks == 1 or self.is_exact or name in self.dense_names:
                 u = self.part("velocity", name)
                 self._accumulate(u, x, u, x)
             if self.options.decay_momentum and name in self._decaying:
@@ -218,4 +214,4 @@ class DGC(GradientMethod, GatherMean):
         ]
 
     def bytes_per_parameter(self, ranks: int) -> float:
-        return 8 * (ranks - 1) / ranks if self.options.density == 1 else super().bytes_per_parameter(ranks)
+        return 8 * (ranks - 1) / ranks if self.is_exact else super().bytes_per_parameter(ranks)

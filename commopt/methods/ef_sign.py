@@ -45,10 +45,12 @@ class EFSign(GradientMethod, TwoWayMean):
     Options = EFSignOptions
     options: EFSignOptions
     warmup_option = "prescale"
+    warmup_steps = 0
 
     def set_up(self) -> None:
         o = self.options
         TwoWayMean.__init__(self, o.compressor(), Kept(o.residual_bits, o.residual_decay))
+        self.warmup_steps = int(o.prescale)
 
     @property
     def is_exact(self) -> bool:
@@ -57,10 +59,6 @@ class EFSign(GradientMethod, TwoWayMean):
     @property
     def is_steady(self) -> bool:
         return not self.is_exact
-
-    @property
-    def warmup_steps(self) -> int:
-        return int(self.options.prescale)
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if not self.is_exact:
