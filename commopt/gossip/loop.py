@@ -71,7 +71,6 @@ class OuterMethod(Method):
 
     kind = "outer"
     Options = OuterOptions
-    options: Any
     warmup_option = "every"
     fragments = 1  # each round exchanges one of so many slices of the parameters, in turn
     needs_float32 = True

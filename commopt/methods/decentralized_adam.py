@@ -60,7 +60,6 @@ class DecentralizedAdam(OuterMethod):
 
     name = "decentralized_adam"
     Options: ClassVar[type[MessageOptions]] = DecentralizedAdamOptions
-    options: Any
     step_option: ClassVar[str] = "adaptive_factor"
     graph_options: ClassVar[tuple[str, ...]] = ("topology", "slots")
 

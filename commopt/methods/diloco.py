@@ -86,7 +86,6 @@ class DiLoCo(OuterMethod):
 
     name = "diloco"
     Options: ClassVar[type[AveragingOptions]] = DiLoCoOptions
-    options: Any
     positional: ClassVar[tuple[str, ...]] = ("outer",)
 
     def set_up(self) -> None:

@@ -48,7 +48,6 @@ class FrozenVariance(UpdateMethod):
     would move them by lr * scale / eps; and those whose variance has overflowed, which stand still under Adam too.
     """
 
-    options: Any
     moments = ("momentum", "variance")
     counters = ("step", "variance_step")
     warmup_option: ClassVar[str] = "freeze_step"

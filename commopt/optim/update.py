@@ -25,13 +25,12 @@ class UpdateMethod(EveryStep):
     State of elements is one flat float32 tensor of all parameters; state per parameter a number each. An `update` sees both
     as `state[key]`: views of the parameter's shape, and numbers, which it may replace.
 
-    stands_for: the names of the optimizers whose place it can take. takes: what it reads from their parameter groups, in
-        which schedulers change it. moments: the states that it has in common with them, and goes on from.
+    takes: what it reads from the parameter groups of the optimizers that it `stands_for`, in which schedulers change it.
+    moments: the states that it has in common with them, and goes on from.
     """
 
     kind: ClassVar[Kind] = "update"
     may_be_clipped = False
-    stands_for: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[str, ...]] = ("lr", "betas", "eps", "weight_decay")
     moments: ClassVar[tuple[str, ...]] = ()
     counters: ClassVar[tuple[str, ...]] = ("step",)  # whole numbers that every update of a parameter raises
