@@ -107,6 +107,10 @@ class EveryStep(Exchange, Method):
         """Take a good bucket's result into the state that the step reads."""
 
     @property
+    def is_steady(self) -> bool:
+        return not self.warmup_steps or int(self.exchanges.max()) >= self.warmup_steps
+
+    @property
     def is_exact(self) -> bool:
         """Whether the next exchange yields the mean of the gradients themselves, so that clipping it clips their norm."""
         return False

@@ -141,10 +141,6 @@ class DGC(GradientMethod, GatherMean):
         if given is None:
             self.momentum = MOMENTUM if isinstance(optimizer, torch.optim.SGD) else 0.0
 
-    @property
-    def is_steady(self) -> bool:
-        return int(self.exchanges.max()) >= self.warmup_steps
-
     def density(self, exchanges: int) -> float:
         """The share of a parameter's elements that is sent once it has been exchanged so many times."""
         stage = exchanges * len(self.densities) // max(1, self.warmup_steps)

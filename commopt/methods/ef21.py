@@ -209,10 +209,6 @@ class EF21(GradientMethod, Compressed):
             values = exact.flat[element_indices(blocks.starts, blocks.lengths, self.device)]
             self.state["served"][self._homes(served)] = values
 
-    @property
-    def is_steady(self) -> bool:
-        return bool(self.exchanges.any())
-
     def bytes_per_parameter(self, ranks: int) -> float:
         whole = 1 / self.options.refresh_every if self.options.refresh_every else 0.0
         worker = self.compressor.bytes_per_element(ranks)

@@ -56,10 +56,6 @@ class EFSign(GradientMethod, TwoWayMean):
     def is_exact(self) -> bool:
         return self.options.prescale and self.factors is None
 
-    @property
-    def is_steady(self) -> bool:
-        return not self.is_exact
-
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if not self.is_exact:
             super().exchange(bucket, group)

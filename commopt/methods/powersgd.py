@@ -164,10 +164,6 @@ class PowerSGD(GradientMethod):
         return not self.is_steady
 
     @property
-    def is_steady(self) -> bool:
-        return int(self.exchanges.max()) >= self.options.start_step
-
-    @property
     def warmup_steps(self) -> int:
         return self.options.start_step
 
