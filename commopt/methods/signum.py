@@ -44,10 +44,12 @@ class Signum(GradientMethod, SignVote):
     Options = SignumOptions
     options: SignumOptions
     is_repeatable = False  # the first exchange's signs would drown a second gradient
+    state_form = ""
     may_be_clipped = False  # the norm of signs says nothing of the gradient
 
     def set_up(self) -> None:
         SignVote.__init__(self, is_majority=True, seed=self.options.seed)
+        self.state_form = "" if self.options.momentum else "no momentum"
 
     def declare(self) -> list[State]:
         own = [State("momentum", held="rank", on_resize="mean")] if self.options.momentum else []
@@ -73,7 +75,3 @@ class Signum(GradientMethod, SignVote):
             for name, m in new.views():
                 self.part("momentum", name).copy_(m)
         return None
-
-    @property
-    def state_form(self) -> str:
-        return "" if self.options.momentum else "no momentum"

@@ -89,6 +89,11 @@ class ZeroOneAdam(FrozenVariance):
         State("highest_lr", of="run", dtype=torch.float64),
     )
 
+    def set_up(self) -> None:
+        super().set_up()
+        if self.freeze_at is None:
+            self.warmup_steps = self.options.var_update_scaler
+
     @property
     def variance_interval(self) -> int:
         """In phase A the steps from one exact gradient to the next."""
@@ -119,10 +124,6 @@ class ZeroOneAdam(FrozenVariance):
     @property
     def has_signs(self) -> bool:
         return self.ranks > 1 and (self.is_frozen or self.variance_interval > 1)
-
-    @property
-    def warmup_steps(self) -> int:
-        return self.options.var_update_scaler if self.options.var_freeze_step is None else super().warmup_steps
 
     @property
     def is_steady(self) -> bool:

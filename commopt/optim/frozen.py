@@ -51,6 +51,8 @@ class FrozenVariance(UpdateMethod):
     moments = ("momentum", "variance")
     counters = ("step", "variance_step")
     warmup_option: ClassVar[str] = "freeze_step"
+    warmup_steps = 0
+    state_form = ""
     states: ClassVar[tuple[State, ...]] = (
         State("momentum"),
         State("variance"),
@@ -61,10 +63,12 @@ class FrozenVariance(UpdateMethod):
     def set_up(self) -> None:
         super().set_up()
         self.freeze_at: int | str | None = getattr(self.options, self.warmup_option)
+        if isinstance(self.freeze_at, int):
+            self.warmup_steps = self.freeze_at
         self.mean = Mean()
         self.two_way = TwoWayMean(self.options.compressor(), Kept(self.options.residual_bits))
         self.parts = (self.mean, self.two_way)
-        self.merges_buckets = self.two_way.merges_buckets
+        self.merges_buckets, self.state_form = self.two_way.merges_buckets, self.two_way.state_form
         self.momentum_mask = dict(self.options.momentum_mask or {})
         self.mask: Tensor | None = None  # (n,) bool, True if momentum may be other than zero; None for everywhere
 
@@ -79,20 +83,12 @@ class FrozenVariance(UpdateMethod):
         return bool(self.state["frozen"])
 
     @property
-    def warmup_steps(self) -> int:
-        return self.freeze_at if isinstance(self.freeze_at, int) else 0
-
-    @property
     def is_steady(self) -> bool:
         return self.is_frozen
 
     @property
     def is_exact(self) -> bool:
         return not self.is_frozen
-
-    @property
-    def state_form(self) -> str:
-        return self.two_way.state_form
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return self.two_way.bytes_per_parameter(ranks)
