@@ -130,9 +130,8 @@ def test_local_sgd_averages_the_state_of_the_inner_optimizer_that_is_named() -> 
     assert not any(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=str)
+@pytest.mark.parametrize(("name", "message"), [("local_sgd", None), *(("diloco", code) for code in MESSAGES)], ids=str)
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-@pytest.mark.parametrize("name", ["diloco", "local_sgd"])
 def test_replicas_are_bit_identical_after_every_round(name: str, ranks: int, message: Any) -> None:
     played = play(ranks, name, {"message": message}, 8)
     for t in range(8):
