@@ -70,6 +70,23 @@ def exchange(method: Any, bucket: Bucket, group: Group) -> Bucket:
     return bucket
 
 
+def sent_for(make: Callable[[], Any], g: Tensor, steps: int) -> tuple[Tensor, Tensor, list[Any]]:
+    """Of three ranks, where rank i has (i + 1) g: (steps, n) what they get, (steps + 1, n) their mean residual, and their methods."""
+
+    def work(group: Group) -> tuple[Tensor, Tensor, Any]:
+        method = make()
+        method.bind([("x", g)], group)
+        out, residuals = [], [method.worker.residual.clone()]
+        for _ in range(steps):
+            out.append(exchange(method, Bucket.of([("x", g * (group.rank + 1))]), group).flat)
+            residuals.append(method.worker.residual.clone())
+        return torch.stack(out), torch.stack(residuals), method
+
+    out, residuals, methods = zip(*SimWorld[Any](3).run(work), strict=True)
+    assert all(torch.equal(one, out[0]) for one in out)
+    return out[0], torch.stack(residuals).float().mean(0), list(methods)
+
+
 def spans(shapes: Shapes) -> list[slice]:
     """Where each parameter lies in a flat tensor of all."""
     starts = np.cumsum([0, *map(math.prod, shapes)])

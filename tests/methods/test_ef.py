@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import torch
 from codes import block_signs, largest
-from synthetic import F64, check_free_run, check_steps, exchange, gradients, simulate, spans, stacked
-from torch import Tensor
+from synthetic import F64, check_free_run, check_steps, gradients, sent_for, simulate, spans, stacked
 
-from commopt import build
 from commopt.compress.sparse import RandomK
-from commopt.groups import Group, SimWorld
 from commopt.methods import EF
-from commopt.wire.bucket import Blocks, Bucket
+from commopt.wire.bucket import Blocks
 from commopt.wire.noise import keys
 
 N = 4
@@ -76,27 +73,10 @@ def test_random_places_without_error_feedback_are_right_on_average() -> None:
     assert np.abs(moved - steps.mean(0)).std() > 0.1 * noise
 
 
-def sent_for(method_options: dict[str, Any], gradient: Tensor, steps: int, ranks: int = 3) -> tuple[Tensor, Tensor]:
-    """(steps, n) what the optimizer gets, and (steps + 1, n) the mean residual before each step; rank i has (i + 1) g."""
-
-    def work(group: Group) -> tuple[Tensor, Tensor]:
-        method = EF(**method_options)
-        method.bind([("x", gradient)], group)
-        out, residuals = [], [method.worker.residual.clone()]
-        for _ in range(steps):
-            out.append(exchange(method, Bucket.of([("x", gradient * (group.rank + 1))]), group).flat)
-            residuals.append(method.worker.residual.clone())
-        return torch.stack(out), torch.stack(residuals)
-
-    every = SimWorld[Any](ranks).run(work)
-    assert all(torch.equal(one[0], every[0][0]) for one in every)
-    return every[0][0], torch.stack([one[1] for one in every]).mean(0)
-
-
 @pytest.mark.parametrize("compressor", ["sign", TOP_K])
 def test_the_mean_of_what_is_sent_goes_to_a_constant_gradient_as_one_over_steps(compressor: Any) -> None:
     g = torch.randn(500, generator=torch.Generator().manual_seed(1))
-    sent, residual = sent_for({"compressor": compressor}, g, 200)
+    sent, residual, _ = sent_for(lambda: EF(compressor=compressor), g, 200)
     error = [(sent[:t].mean(0) - 2 * g).norm() / g.norm() for t in (1, 50, 200)]
     assert error[0] > 0.5
     assert error[2] < 0.6 * error[1] < 0.24
@@ -105,14 +85,14 @@ def test_the_mean_of_what_is_sent_goes_to_a_constant_gradient_as_one_over_steps(
 
 def test_without_error_feedback_a_sign_never_gets_there() -> None:
     g = torch.randn(500, generator=torch.Generator().manual_seed(1))
-    sent, _ = sent_for({"compressor": "sign", "error_feedback": False}, g, 100)
+    sent, *_ = sent_for(lambda: EF(compressor="sign", error_feedback=False), g, 100)
     assert (sent.mean(0) - 2 * g).norm() / g.norm() > 0.5
 
 
 def test_a_residual_of_a_high_rate_is_replayed_at_the_current_one() -> None:
     """Rates a, then b: x moves by sum lr_t g - b e_T - (a - b) e_drop. With the rate inside it would be sum lr_t g - e_T."""
     g, a, b, drop, steps = torch.randn(500, generator=torch.Generator().manual_seed(2)), 1.0, 0.1, 40, 80
-    sent, residual = sent_for({"compressor": TOP_K}, g, steps)
+    sent, residual, _ = sent_for(lambda: EF(compressor=TOP_K), g, steps)
     rates = torch.tensor([a] * drop + [b] * (steps - drop))
     moved = (rates[:, None] * sent).sum(0)
     wanted = rates.sum() * 2 * g
@@ -124,7 +104,3 @@ def test_a_residual_of_a_high_rate_is_replayed_at_the_current_one() -> None:
     lost = gently.sum() * 2 * g - gently[-1] * residual[steps] - (gently[:, None] * sent).sum(0)
     expected = ((gently[:-1] - gently[1:])[:, None] * residual[1:-1]).sum(0)
     torch.testing.assert_close(lost, expected, rtol=1e-3, atol=2e-3)
-
-
-def test_a_compressor_is_named_in_brackets() -> None:
-    assert str(build("ef(int8)").compressor) == str(build("ef", compressor="int8").compressor)  # type: ignore[attr-defined]

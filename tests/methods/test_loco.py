@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 from block_values import still_to_send
-from synthetic import exchange, gradients, simulate
+from synthetic import gradients, sent_for, simulate
 from torch import Tensor
 
-from commopt.groups import Group, SimWorld
 from commopt.methods import LoCo
-from commopt.wire.bucket import Bucket
 
 SHAPES: list[tuple[int, ...]] = [(30, 21), (17,), (256,)]
 BETA = 0.8
@@ -38,18 +36,8 @@ def test_a_workers_error_is_a_moving_average_of_what_rounding_lost() -> None:
 def run_constant(beta: float, bits: int, steps: int, reset: int | None = None) -> tuple[Tensor, Tensor, list[Any]]:
     """(n,) the sum of all results, (n,) the mean gradient, and every rank's method."""
     g = torch.randn(600, generator=torch.Generator().manual_seed(4))
-
-    def work(group: Group) -> tuple[Tensor, Any]:
-        method = LoCo(beta=beta, residual_bits=bits, reset_every=reset)
-        method.bind([("x", g)], group)
-        total = torch.zeros(600, dtype=torch.float64)
-        for _ in range(steps):
-            total += exchange(method, Bucket.of([("x", g * (group.rank + 1))]), group).flat
-        return total, method
-
-    every = SimWorld[Any](3).run(work)
-    assert all(torch.equal(total, every[0][0]) for total, _ in every)
-    return every[0][0], 2.0 * g, [method for _, method in every]
+    sent, _, methods = sent_for(lambda: LoCo(beta=beta, residual_bits=bits, reset_every=reset), g, steps)
+    return sent.double().sum(0), 2.0 * g, methods
 
 
 @pytest.mark.parametrize("beta", [0.0, BETA, 0.95])
