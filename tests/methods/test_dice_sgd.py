@@ -125,9 +125,9 @@ def test_error_feedback_takes_the_bias_of_clipping_away() -> None:
         model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(model.weight)
         method = DiceSGD(clip_norm=1.0, error_norm=error_norm, noise_multiplier=0.0, samples_per_rank=3)
-        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         attach(model, method, sgd, group=LocalGroup())
-        for _ in range(400):
+        for _ in range(200):
             method.backward(model, lambda out, y: 0.5 * (out - y).square().sum(), torch.ones(3, 1), targets)
             sgd.step()
         return model.weight.item()
