@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from commopt.kernels.cuda import pieces
 
 # a name that torch knows, without anything behind it; autograd runs it on the CPU's thread
 DEVICE = torch.device("lazy")
@@ -104,6 +106,17 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _each(change: Any, x: Any) -> Any:
     """Change x, also inside lists and tuples; torch's `tree_map` takes longer than the operations."""
     return type(x)(_each(change, one) for one in x) if type(x) in (tuple, list) else change(x)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Run a triton kernel in the interpreter on what is inside."""
+    plain = [x.inside if isinstance(x, _Pretended) else x for x in arguments]
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        kernel[grid](*plain, **constants)
+
+
+if not torch.cuda.is_available():
+    pieces.start = _start
 
 
 @contextmanager

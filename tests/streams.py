@@ -20,6 +20,7 @@ import torch
 from torch.cuda._sanitizer import EventHandler
 from torch.utils._pytree import tree_leaves
 
+from commopt.kernels.cuda import pieces
 from commopt.optim import update
 
 
@@ -90,6 +91,12 @@ class Streams:
             self.launch(function.name(), self.current, set(map(_storage, inputs)), writes)
         return result
 
+    def start(self, kernel: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Run a kernel, which may write whatever it is given."""
+        _START(kernel, grid, arguments, constants)
+        given = {_storage(x) for x in arguments if isinstance(x, pretend._Pretended)}
+        self.launch(kernel.fn.__name__, self.current, set(), given)
+
     def _own(self, x: Any) -> None:
         if getattr(x, "is_known", False):
             return
@@ -111,6 +118,7 @@ class Streams:
 
 
 _RUN: Callable[..., Any] = pretend._run
+_START: Callable[..., Any] = pieces.start
 
 
 def _storage(x: Any) -> int:
@@ -172,5 +180,6 @@ def pretended(lane: Any) -> Iterator[Streams]:
         patch.setattr(lane, "Future", Future)
         patch.setattr(update, "keep_until_used", lambda x: streams.record_stream(x, Cuda.current_stream(x)))
         patch.setattr(pretend, "_run", streams.run)
+        patch.setattr(pieces, "start", streams.start)
         patch.setattr(pretend._Pretended, "record_stream", lambda x, stream: streams.record_stream(x, stream))
         yield streams

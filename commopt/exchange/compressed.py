@@ -11,6 +11,7 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.compress.feedback import ErrorFeedback, Kept
+from commopt.compress.fused import Fused
 from commopt.exchange.base import Exchange
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
@@ -79,7 +80,12 @@ class Compressed(Exchange):
         if not compressor.stochastic and self.kept.bits != 8:
             return blocks
         rank = 0 if compressor.shares_keys else self.rank
-        return blocks.keyed(self.seed, purpose, rank, self.exchanges.numpy(), self.device)
+        by = (self.seed, purpose, rank, self.exchanges.numpy())
+        if isinstance(compressor, Fused) and kernels.has_triton(self.device):
+            blocks = blocks.worded(*by)
+            if self.kept.bits != 8:
+                return blocks
+        return blocks.having(keys=blocks.drawn(*by))
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
         """Clear the residual of parameters whose time has come by `reset_every`, at the end of an exchange that is not void."""

@@ -69,7 +69,7 @@ class SignVote(Exchange):
                 torch.sign(x, out=out)
             return bucket.void is None
         by_owner = self._table.parts(bucket).by_owner
-        ballots = in_a_row([HEADER + ((torch.uint8, blocks.sign_bytes),) for blocks in by_owner], x.device)
+        ballots = in_a_row([(*HEADER, (torch.uint8, blocks.sign_bytes)) for blocks in by_owner], x.device)
         self._cast(x, by_owner, ballots, group.rank)
         received = group.all_to_all(ballots)
         if self.is_void(bucket, first_bad_parameter(received), group):

@@ -207,7 +207,8 @@ class ScatterMean(GradientMethod, Compressed):
         self.messages = {key: [self._message(unit, shard) for shard in shards] for key, unit in self.units.items()}
         every = [blocks for messages in self.messages.values() for blocks in messages]
         fields = ("starts", "homes", "lengths", "parameters", "groups")
-        self.everything = Blocks(*(np.concatenate([getattr(blocks, key) for blocks in every]) for key in fields))
+        starts, homes, *others = (np.concatenate([getattr(blocks, key) for blocks in every]) for key in fields)
+        self.everything = Blocks(starts, homes, others[0], others[1], others[2])
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         """Overwrite this rank's part of bucket.flat, (S n,), by the mean over ranks."""

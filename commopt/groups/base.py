@@ -151,9 +151,8 @@ class BufferGroup(Group):
         padding = nbytes - payload.nbytes
         own = torch.nn.functional.pad(payload.buffer, (0, padding)) if padding else payload.buffer
         gathered = self._gather(own)
-        starts = range(0, self.size * nbytes, nbytes)
-        places = [(at, at + layout_bytes(layout), layout) for at, layout in zip(starts, layouts, strict=True)]
-        return [Payload(gathered[at:end], layout, gathered, at) for at, end, layout in places]
+        places = [(rank * nbytes, layout) for rank, layout in enumerate(layouts)]
+        return [Payload(gathered[at : at + layout_bytes(layout)], layout, gathered, at) for at, layout in places]
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         self._count_direct("all_to_all", payloads)

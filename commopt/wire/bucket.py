@@ -191,13 +191,11 @@ class Blocks:
         """(B,) u64: a random key for each block. counts: (P,) how often each parameter has been drawn for."""
         return noise.keys(seed, purpose, rank, counts[self.parameters], self.named)
 
-    def keyed(self, seed: int, purpose: str, rank: int, counts: Int64Array, device: torch.device) -> Blocks:
-        """The blocks with their random keys; on a GPU with the words that kernels draw them by. counts: as for `drawn`."""
-        if device.type == "cpu":
-            return self.having(keys=self.drawn(seed, purpose, rank, counts))
+    def worded(self, seed: int, purpose: str, rank: int, counts: Int64Array) -> Blocks:
+        """The blocks with the words that kernels draw their keys by. counts: as for `drawn`."""
         own = counts[self.own_parameters]
         is_one = len(own) == 0 or (own == own[0]).all()
-        return self.having(words=noise.words(seed, purpose, rank, own[:1] if is_one else counts))
+        return self.having(words=noise.words(seed, purpose, rank, own[:1] if is_one else counts), places=self.named)
 
     @property
     def named(self) -> Int64Array:

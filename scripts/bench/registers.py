@@ -24,9 +24,10 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from commopt.compress.base import equal_blocks
-from commopt.kernels.cuda import quantize, signs, votes
+from commopt.kernels.cuda import headers, quantize, signs, votes
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
+from commopt.wire.payload import in_a_row
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,7 +35,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 EVEN, ODD = (4096, 2048), (4095, 2048)  # lengths of parameters, of which ODD leaves nothing aligned
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8"}
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
 Call = tuple[JITFunction[Any], dict[str, str], dict[str, Any], dict[str, Any]]
 
 
@@ -60,7 +61,7 @@ CODECS = [
 def blocks_of(numels: tuple[int, ...], block: int | None) -> Blocks:
     index = ParameterIndex(tuple(f"p{k}" for k in range(len(numels))), numels)
     table = BlockTable.cut(index, 1, lambda n, _: equal_blocks(n, block or n), shared_scale=False).everything
-    return table.having(keys=noise.keys(0, "bench", 0, np.zeros(len(table), np.int64), table.starts))
+    return table.having(words=noise.words(0, "bench", 0, np.zeros(1, np.int64)))
 
 
 def launches() -> Iterator[tuple[str, Call]]:
@@ -95,8 +96,14 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     if numels == ODD:
         return
     yield "sign_l2", lambda: signs.compress_signs_(x, e, whole, scales[:2], codes, squared=True)
-    yield "votes", lambda: votes.pack_votes_(x, blocks, np.zeros(len(blocks), np.uint8), codes)
-    yield "votes", lambda: votes.unpack_counts_(codes, 3, blocks, table, x)
+    ballots = in_a_row([((torch.int32, 1), (torch.uint8, blocks.sign_bytes))] * 2, x.device)
+    answers = in_a_row([((torch.uint8, 2 * blocks.sign_bytes),)] * 2, x.device)
+    first, flips = headers.first_in([], x.device), np.zeros(1, np.int64)
+    yield "votes", lambda: votes.pack_all_(x, ballots, [blocks, blocks], flips, first)
+    yield "votes", lambda: votes.count_all_(ballots, blocks, flips, 1, codes)
+    yield "votes", lambda: votes.unpack_all_(answers, [blocks, blocks], 2, table, x)
+    yield "headers", lambda: headers.first_in(ballots, x.device)
+    yield "headers", lambda: headers.write_(first, ballots)
     for codec in CODECS:
         own = blocks_of(numels, codec.block)
         scale = torch.ones(len(own))

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from block_values import blocks_in, blocks_of, compress, heavy_tailed
+from block_values import blocks_in, compress, heavy_tailed
 from pretend import DEVICES, working_on
 from torch import Tensor
 
 from commopt.compress import COMPRESSORS, make_compressor
 from commopt.compress.base import Compressor
-from commopt.kernels.cpu import votes as cpu_votes
-from commopt.kernels.reference import votes as reference_votes
-from commopt.wire import noise
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -30,7 +25,8 @@ def values(seed: int) -> Tensor:
 def sent(codec: Compressor, device: torch.device, has_nan: bool) -> tuple[list[Tensor], Tensor, Tensor, list[bool]]:
     """Codes, residual and decoded values, and which blocks are bad."""
     blocks, x, residual = blocks_in(codec, list(SIZES), 2), values(1), values(2)
-    blocks = blocks.having(keys=noise.keys(0, "test", 0, np.zeros(len(blocks), np.int64), blocks.starts))
+    counts = np.zeros(len(SIZES), np.int64)
+    blocks = blocks.worded(0, "test", 0, counts).having(keys=blocks.drawn(0, "test", 0, counts))
     if has_nan:
         x[7] = float("nan")
     x, residual, decoded = x.to(device), residual.to(device), torch.linspace(-1, 1, sum(SIZES)).to(device)
@@ -56,22 +52,3 @@ def test_codes_residuals_and_values_are_those_of_the_cpu(name: str, has_nan: boo
     assert any(found[3]) == has_nan
     torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(found[2], expected[2], rtol=1e-6, atol=1e-5, equal_nan=True)
-
-
-def test_votes_are_those_of_the_cpu(device: torch.device) -> None:
-    blocks = blocks_of(list(SIZES), gap=0)
-    flips = np.asarray([0, 255, 0], dtype=np.uint8)
-    results: list[list[Tensor]] = []
-    for place, kernel in ((CPU, cpu_votes), (device, reference_votes)):
-        with working_on(place):
-            rows = []
-            for rank in range(3):
-                bits = torch.zeros(blocks.sign_bytes, dtype=torch.uint8, device=place)
-                bad: Any = kernel.pack_votes_(values(rank).to(place), blocks, flips, bits)
-                assert not bool(bad.any())
-                rows.append(bits)
-            planes = torch.cat(reference_votes.count_votes(rows, 2))
-            out = torch.zeros(sum(SIZES), device=place)
-            kernel.unpack_counts_(planes, 2, blocks, torch.arange(4.0).to(place), out)
-            results.append([planes.cpu(), out.cpu()])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

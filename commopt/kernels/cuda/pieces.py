@@ -22,6 +22,7 @@ from commopt.wire.payload import Payload, row_of
 
 LONGEST = 2048  # elements of a piece
 PER_PROGRAM = 2048  # elements of a program
+MOST_TABLES = 64  # of the same blocks
 NONE_BAD = tl.constexpr(0x7FFFFFFF)  # in place of the first bad parameter
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -87,9 +88,12 @@ class Pieces:
 
         parts: the blocks of each message. at: where its scales and its codes begin in theirs.
         """
-        tables, arrays = parts[0].tables, [x for blocks in parts for x in (blocks.starts, blocks.homes)]
+        tables = parts[0].tables
+        arrays = [x for blocks in parts for x in (blocks.starts, blocks.homes, blocks.named)]
         key = (bits, device, *at, *map(id, arrays))
         if key not in tables:
+            if len(tables) > MOST_TABLES:
+                tables.clear()
             tables[key] = cls._cut(parts, bits, device, at), arrays  # which are kept, and so their ids
         return tables[key][0]  # type: ignore[no-any-return]
 
