@@ -81,7 +81,7 @@ class Streams:
         result = _RUN(function, args, kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, pretend._Pretended)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, pretend._Pretended)]
-        for x in outputs:
+        for x in (*inputs, *outputs):
             self._own(x)
         returns = [one.alias_info for one in function._schema.returns]
         if not any(one is not None and not one.is_write for one in returns):  # else it makes a view
