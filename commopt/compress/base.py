@@ -65,9 +65,15 @@ class Compressor(ABC):
         alpha: float = 1.0,
         add: bool = False,
     ) -> None:
-        """`decompress_` one payload after the other: those with the same blocks add up in this order, on which float sums depend."""
+        """`decompress_` one payload after the other."""
         for payload, blocks in zip(payloads, parts, strict=True):
             self.decompress_(payload.tensors[1:], blocks, out, alpha=alpha, add=add)
+
+    def add_up_(self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float) -> None:
+        """out <- alpha * values of all payloads, which have the same blocks, from zero and in this order: float sums depend on it."""
+        for run in blocks.runs:
+            out[run].zero_()
+        self.decompress_payloads_(payloads, [blocks] * len(payloads), out, alpha=alpha, add=True)
 
     @abstractmethod
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:

@@ -39,7 +39,7 @@ class Fused(Compressor):
         from commopt.kernels.cuda import headers
         from commopt.kernels.cuda.pieces import Messages
 
-        first = headers.first_in(received, x.device)
+        first = headers.noted_in(payloads, received)
         kernel = kernels.of(how.pop("kernel"), x.device)
         kernel.compress_all_(x, residual, Messages.of(payloads, parts), first, **how)
         headers.write_(first, payloads)
@@ -62,3 +62,8 @@ class Fused(Compressor):
         kernel = kernels.of(how.pop("kernel"), out.device)
         kernel.decompress_all_(Messages.of(payloads, parts), out, alpha=alpha, add=add, **how)
         return None
+
+    def add_up_(self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float) -> None:
+        if not kernels.has_triton(out.device):
+            return super().add_up_(payloads, blocks, out, alpha=alpha)
+        return self.decompress_payloads_(payloads, [blocks] * len(payloads), out, alpha=alpha)

@@ -17,10 +17,7 @@ class GatherMean(Compressed):
         gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
         if self.is_void(bucket, first_bad_parameter(gathered), group):
             return self.worker.undo(bucket.flat, own, [blocks])
-        for _, x in self.compressed_views(bucket):
-            x.zero_()
-        parts = [blocks] * group.size
-        self.compressor.decompress_payloads_(gathered, parts, bucket.flat, alpha=1 / group.size, add=True)
+        self.compressor.add_up_(gathered, blocks, bucket.flat, alpha=1 / group.size)
         return self.forget(self.worker, [blocks])
 
     def bytes_per_parameter(self, ranks: int) -> float:

@@ -74,8 +74,8 @@ class TwoWayMean(Compressed):
         # a GPU is asked once, at the end: until then, answers carry on what the messages say
         is_late = kernels.has_triton(self.device)
         if is_late or not self.is_void(bucket, first_bad_parameter(received), group):
-            mean = bucket.flat.new_zeros(served.elements)
-            self.compressor.decompress_payloads_(received, [served] * group.size, mean, alpha=1 / group.size, add=True)
+            mean = bucket.flat.new_empty(served.elements)
+            self.compressor.add_up_(received, served, mean, alpha=1 / group.size)
             answer = self.server.compress(mean, [answered], received if is_late else ())
             layouts = [HEADER + self.server_compressor.layout(blocks) for blocks in parts.served]
             answers = group.all_gather(answer[0], layouts)

@@ -96,7 +96,7 @@ class SignVote(Exchange):
         if kernels.has_triton(self.device):
             from commopt.kernels.cuda import headers
 
-            first = headers.first_in([], self.device)
+            first = headers.noted_in(ballots)
             tossed = [self._tossed("zero", rank, blocks) for blocks in by_owner]
             self._triton.pack_all_(x, ballots, [blocks for blocks, _ in tossed], tossed[0][1], first)
             headers.write_(first, ballots)

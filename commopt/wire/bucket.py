@@ -198,6 +198,18 @@ class Blocks:
         return self.having(words=noise.words(seed, purpose, rank, own[:1] if is_one else counts), places=self.named)
 
     @property
+    def runs(self) -> list[slice]:
+        """Where they lie among the values, those that adjoin as one."""
+        ends = self.starts + self.lengths
+        breaks = np.flatnonzero(self.starts[1:] != ends[:-1]) + 1
+        first, last = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(self)]]) - 1
+        return (
+            [slice(*pair) for pair in zip(self.starts[first].tolist(), ends[last].tolist(), strict=True)]
+            if len(self)
+            else []
+        )
+
+    @property
     def named(self) -> Int64Array:
         """(B,) `places`, or else homes."""
         return self.homes if self.places is None else self.places

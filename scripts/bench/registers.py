@@ -98,11 +98,11 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     yield "sign_l2", lambda: signs.compress_signs_(x, e, whole, scales[:2], codes, squared=True)
     ballots = in_a_row([((torch.int32, 1), (torch.uint8, blocks.sign_bytes))] * 2, x.device)
     answers = in_a_row([((torch.uint8, 2 * blocks.sign_bytes),)] * 2, x.device)
-    first, flips = headers.first_in([], x.device), np.zeros(1, np.int64)
+    first, flips = headers.noted_in(ballots), np.zeros(1, np.int64)
     yield "votes", lambda: votes.pack_all_(x, ballots, [blocks, blocks], flips, first)
     yield "votes", lambda: votes.count_all_(ballots, blocks, flips, 1, codes)
     yield "votes", lambda: votes.unpack_all_(answers, [blocks, blocks], 2, table, x)
-    yield "headers", lambda: headers.first_in(ballots, x.device)
+    yield "headers", lambda: headers.noted_in(answers, ballots)
     yield "headers", lambda: headers.write_(first, ballots)
     for codec in CODECS:
         own = blocks_of(numels, codec.block)

@@ -167,10 +167,11 @@ def test_votes_are_those_of_the_cpu(case: str, ranks: int, width: int) -> None:
     for rank, own in enumerate(bits):
         values = x.roll(rank)
         is_bad = cpu_votes.pack_votes_(values, blocks, np.full(len(blocks), 255, np.uint8), own)
-        first = headers.first_in([], CPU)
+        first = headers.noted_in([payloads[rank]])
         votes.pack_all_(values, [payloads[rank]], [blocks], flips, first)
         assert torch.equal(payloads[rank].tensors[1], own)
-        assert int(first) == min(blocks.parameters[is_bad.numpy()], default=2**31 - 1)
+        headers.write_(first, [payloads[rank]])
+        assert payloads[rank].tensors[0].item() == min(blocks.parameters[is_bad.numpy()], default=-1)
     rows = [*bits, coin_bits(blocks, np.full(len(blocks), 255, np.uint8), CPU)]
     voters, width_of = (rows, 1) if width == 1 and ranks % 2 == 0 else (bits, width)
     planes = torch.zeros(width_of * blocks.sign_bytes, dtype=torch.uint8)

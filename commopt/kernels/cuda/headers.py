@@ -1,4 +1,7 @@
-"""The headers of messages on a GPU: the first parameter with a bad block is found and sent without a word to the host."""
+"""The headers of messages on a GPU: the first parameter with a bad block is found and sent without a word to the host.
+
+While kernels look for bad blocks, a header holds LAST less the first bad parameter, or 0, as in a new row of payloads.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.pieces import NONE_BAD, launch
+from commopt.kernels.cuda.pieces import LAST, launch
 from commopt.wire.payload import Payload, row_of
 
 
 @triton.jit
-def _lowest(words, places, count, out, WIDTH: tl.constexpr):
+def _take(received, places, count, first, WIDTH: tl.constexpr):
     k = tl.arange(0, WIDTH)
-    header = tl.load(words + tl.load(places + k, mask=k < count, other=0), mask=k < count, other=-1)
-    tl.store(out, tl.min(tl.where(header < 0, NONE_BAD, header), 0))
+    header = tl.load(received + tl.load(places + k, mask=k < count, other=0), mask=k < count, other=-1)
+    tl.store(first, -tl.min(tl.where(header < 0, LAST, header), 0) + LAST)
 
 
 @triton.jit
 def _write(first, words, places, count, WIDTH: tl.constexpr):
-    k, lowest = tl.arange(0, WIDTH), tl.load(first)
-    header = tl.zeros((WIDTH,), tl.int32) + tl.where(lowest == NONE_BAD, -1, lowest)
+    k, noted = tl.arange(0, WIDTH), tl.load(first)
+    header = tl.zeros((WIDTH,), tl.int32) + tl.where(noted == 0, -1, -noted + LAST)
     tl.store(words + tl.load(places + k, mask=k < count, other=0), header, mask=k < count)
 
 
-def first_in(payloads: Sequence[Payload], device: torch.device) -> Tensor:
-    """(1,) i32: the first bad parameter in the headers of messages, or the largest number if none is bad or there are none."""
-    if not payloads:
-        return torch.full((1,), NONE_BAD.value, dtype=torch.int32, device=device)
-    out = torch.empty(1, dtype=torch.int32, device=device)
-    launch(_lowest, (1,), *_words(payloads), out, WIDTH=_width(len(payloads)))
-    return out
+def noted_in(payloads: Sequence[Payload], received: Sequence[Payload] = ()) -> Tensor:
+    """(1,) i32: the header of new payloads where kernels note bad blocks; what received messages say is noted already."""
+    row, at = row_of(payloads)
+    first = row.view(torch.int32)[at[0] // 4 : at[0] // 4 + 1]
+    if received:
+        launch(_take, (1,), *_words(received), first, WIDTH=_width(len(received)))
+    return first
 
 
 def write_(first: Tensor, payloads: Sequence[Payload]) -> None:
-    """Write the first bad parameter, or -1, into the headers of messages in one buffer."""
+    """Write the first bad parameter that has been noted, or -1, into the headers of payloads in one buffer."""
     launch(_write, (1,), first, *_words(payloads), WIDTH=_width(len(payloads)))
 
 

@@ -23,7 +23,14 @@ from commopt.wire.payload import Payload, row_of
 LONGEST = 2048  # elements of a piece
 PER_PROGRAM = 2048  # elements of a program
 MOST_TABLES = 64  # of the same blocks
-NONE_BAD = tl.constexpr(0x7FFFFFFF)  # in place of the first bad parameter
+LAST = tl.constexpr(
+    0x7FFFFFFF
+)  # less the first bad parameter is what kernels note, in memory that is zero as long as none is bad
+PUT, ADD, SUM = (
+    tl.constexpr(0),
+    tl.constexpr(1),
+    tl.constexpr(2),
+)  # out <- value, out <- out + values, out <- 0 + values
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -55,13 +62,16 @@ class Messages:
     def pieces(self, bits: int) -> Pieces:
         return Pieces.of(self.parts, bits, self.codes.device, self.at)
 
-    def apart(self) -> tuple[Messages, int, int, int]:
-        """If all have the same blocks: the first one, how many there are, and how far apart scales and codes are; else all as one."""
+    def apart(self, add: bool) -> tuple[Messages, int, int, int, int]:
+        """What a kernel that decodes loops over: messages, how many ranks have sent one with the same blocks, and how far apart their
+        scales and their codes are; and its mode: one of PUT, ADD and SUM.
+        """
         if len(self.parts) > 1 and all(blocks is self.parts[0] for blocks in self.parts):
             (scale, code), (next_scale, next_code) = self.at[:2]
             first = Messages(self.parts[:1], self.scales, self.codes, self.at[:1])
-            return first, len(self.parts), next_scale - scale, next_code - code
-        return self, 1, 0, 0
+            mode = ADD if add else SUM
+            return first, len(self.parts), next_scale - scale, next_code - code, mode.value
+        return self, 1, 0, 0, (ADD if add else PUT).value
 
 
 @dataclass(frozen=True)
@@ -193,11 +203,10 @@ def corrected(x, e, start, home, n, i, HAS_RESIDUAL: tl.constexpr):
 
 @triton.jit
 def note_bad(first, is_bad, columns, count, p):
-    """Lower `first` to the first parameter of a piece that is bad."""
-    parameter = tl.load(columns + 5 * count + p, mask=is_bad, other=NONE_BAD)
-    lowest = tl.min(parameter, 0).to(tl.int32)
-    if lowest != NONE_BAD:
-        tl.atomic_min(first, lowest)
+    """Raise `first` to LAST less the first parameter of a piece that is bad."""
+    lowest = tl.min(tl.load(columns + 5 * count + p, mask=is_bad, other=LAST), 0).to(tl.int32)
+    if lowest != LAST:
+        tl.atomic_max(first, -lowest + LAST)
 
 
 @triton.jit

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda import headers
 from commopt.kernels.cuda.pieces import (
+    ADD,
     ALL_BUT_SIGN,
     LARGEST,
     NAN,
+    PUT,
     Messages,
     corrected,
     drawn,
@@ -240,7 +241,7 @@ def _decompress(
     out,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
-    ADD: tl.constexpr,
+    MODE: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -249,7 +250,7 @@ def _decompress(
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
     total = tl.zeros((ROWS, LENGTH), tl.float32)
-    if ADD:
+    if MODE == ADD:
         total = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0)
     for rank in range(ranks):
         code = _unpack(codes, at + rank * stride, i, inside, n, BITS)
@@ -259,7 +260,7 @@ def _decompress(
             value = tl.load(values + code)
         scale = tl.load(scales + scale_at + rank * scale_stride, mask=live, other=0.0) * alpha
         value = scale[:, None] * value
-        total = total + value if ADD else tl.where(rank == 0, value, total + value)
+        total = value if MODE == PUT else total + value
     tl.store(out + start[:, None] + i[None, :], total, mask=inside)
 
 
@@ -271,7 +272,7 @@ def _values(kind: str, device: torch.device) -> Tensor:
 
 def compress_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, codes: Tensor, **how: Any) -> None:
     """See `kernels.cpu.quantize.compress_`."""
-    compress_all_(x, residual, Messages([blocks], scales, codes), headers.first_in([], x.device), **how)
+    compress_all_(x, residual, Messages([blocks], scales, codes), x.new_zeros(1, dtype=torch.int32), **how)
 
 
 def compress_all_(
@@ -287,7 +288,7 @@ def compress_all_(
     stochastic: bool = True,
     is_given: bool = False,
 ) -> None:
-    """`compress_` of several messages; first: (1,) i32, lowered to the first parameter with a bad block."""
+    """`compress_` of several messages; first: (1,) i32, where bad blocks are noted (`note_bad`)."""
     pieces, scales, e = messages.pieces(bits), messages.scales, x if residual is None else residual
     what = {"SQUARED": squared, "HAS_RESIDUAL": residual is not None, **pieces.shape}
     if not is_given and pieces.is_cut:
@@ -311,9 +312,9 @@ def decompress_(
 
 
 def decompress_all_(messages: Messages, out: Tensor, *, kind: str, bits: int = 8, alpha: float, add: bool) -> None:
-    """`decompress_` of several messages, of which those with the same blocks are added up in their order."""
-    first, ranks, scale_stride, stride = messages.apart()
+    """`decompress_` of several messages, of which those with the same blocks are added up in their order, from zero unless `add`."""
+    first, ranks, scale_stride, stride, mode = messages.apart(add)
     pieces = first.pieces(bits)
-    what = {"KIND": _KINDS[kind], "BITS": bits, "ADD": add, **pieces.shape}
+    what = {"KIND": _KINDS[kind], "BITS": bits, "MODE": mode, **pieces.shape}
     where = (pieces.columns, len(pieces), ranks, scale_stride, stride, alpha, _values(kind, out.device), out)
     launch(_decompress, pieces.grid, messages.codes, messages.scales, *where, **what)

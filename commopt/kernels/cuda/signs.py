@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda import headers
-from commopt.kernels.cuda.pieces import LARGEST, NAN, Messages, Pieces, corrected, launch, note_bad, piece
+from commopt.kernels.cuda.pieces import ADD, LARGEST, NAN, PUT, Messages, Pieces, corrected, launch, note_bad, piece
 from commopt.wire.bucket import Blocks
 
 _MEAN, _RMS, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -86,7 +85,7 @@ def _unpack(
     stride,
     alpha,
     out,
-    ADD: tl.constexpr,
+    MODE: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -95,14 +94,14 @@ def _unpack(
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
     total = tl.zeros((ROWS, LENGTH), tl.float32)
-    if ADD:
+    if MODE == ADD:
         total = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0)
     for rank in range(ranks):
         at = codes + rank * stride
         octets = tl.load(bits + at[:, None] + (i // 8)[None, :], mask=inside, other=0).to(tl.int32)
         scale = (tl.load(scales + scale_at + rank * scale_stride, mask=live, other=0.0) * alpha)[:, None]
         value = tl.where(((octets >> (7 - i % 8)[None, :]) & 1) != 0, scale, -scale)
-        total = total + value if ADD else tl.where(rank == 0, value, total + value)
+        total = value if MODE == PUT else total + value
     tl.store(out + start[:, None] + i[None, :], total, mask=inside)
 
 
@@ -122,13 +121,13 @@ def compress_signs_(
     x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, bits: Tensor, *, squared: bool | None
 ) -> None:
     """See `kernels.cpu.signs.compress_signs_`."""
-    compress_all_(x, residual, Messages([blocks], scales, bits), headers.first_in([], x.device), squared=squared)
+    compress_all_(x, residual, Messages([blocks], scales, bits), x.new_zeros(1, dtype=torch.int32), squared=squared)
 
 
 def compress_all_(
     x: Tensor, residual: Tensor | None, messages: Messages, first: Tensor, *, squared: bool | None
 ) -> None:
-    """`compress_signs_` of several messages; first: (1,) i32, lowered to the first parameter with a bad block."""
+    """`compress_signs_` of several messages; first: (1,) i32, where bad blocks are noted (`note_bad`)."""
     pieces, scales, e = messages.pieces(1), messages.scales, x if residual is None else residual
     if squared is not None and pieces.is_cut:
         mean = _block_sums(x, residual, pieces, squared) / pieces.sizes
@@ -146,8 +145,8 @@ def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, 
 
 
 def decompress_all_(messages: Messages, out: Tensor, *, alpha: float, add: bool) -> None:
-    """`unpack_signs_` of several messages, of which those with the same blocks are added up in their order."""
-    first, ranks, scale_stride, stride = messages.apart()
+    """`unpack_signs_` of several messages, of which those with the same blocks are added up in their order, from zero unless `add`."""
+    first, ranks, scale_stride, stride, mode = messages.apart(add)
     pieces = first.pieces(1)
     where = (pieces.columns, len(pieces), ranks, scale_stride, stride, alpha, out)
-    launch(_unpack, pieces.grid, messages.codes, messages.scales, *where, ADD=add, **pieces.shape)
+    launch(_unpack, pieces.grid, messages.codes, messages.scales, *where, MODE=mode, **pieces.shape)

@@ -135,7 +135,7 @@ def _unpack(
 def pack_all_(
     x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks], flips: Int64Array, first: Tensor
 ) -> None:
-    """`pack_votes_` of several messages behind their headers; first: (1,) i32, lowered to the first bad parameter.
+    """`pack_votes_` of several messages behind their headers; first: (1,) i32, where bad blocks are noted (`note_bad`).
 
     flips: (1,) or (P,), 1 where coins are turned over, as many as the blocks have words.
     """
