@@ -15,10 +15,10 @@ from commopt.wire.payload import Payload
 
 
 class Fused(Compressor):
-    """A codec of scales and codes. `writing` and `reading` are its arguments for kernels; None: they cannot take it."""
+    """A codec of scales and codes. `writing` and `reading` are its arguments for kernels."""
 
     @abstractmethod
-    def writing(self) -> dict[str, Any] | None:
+    def writing(self) -> dict[str, Any]:
         """What `compress_all_` takes."""
 
     @abstractmethod
@@ -33,13 +33,12 @@ class Fused(Compressor):
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
-        how = self.writing() if kernels.has_triton(x.device) else None
-        if how is None:
+        if not kernels.has_triton(x.device):
             return super().compress_payloads_(x, residual, parts, payloads)
         from commopt.kernels.cuda import headers
         from commopt.kernels.cuda.pieces import Messages
 
-        first = headers.noted_in(payloads, received)
+        first, how = headers.noted_in(payloads, received), self.writing()
         kernel = kernels.of(how.pop("kernel"), x.device)
         kernel.compress_all_(x, residual, Messages.of(payloads, parts), first, **how)
         headers.write_(first, payloads)

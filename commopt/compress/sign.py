@@ -39,8 +39,8 @@ class BlockSign(Fused):
         scales, bits = codes
         kernels.of("signs", out.device).unpack_signs_(bits, scales, blocks, out, alpha=alpha, add=add)
 
-    def writing(self) -> dict[str, Any] | None:
-        return None if self.shared_scale else {"kernel": "signs", "squared": self.keeps_l2}
+    def writing(self) -> dict[str, Any]:
+        return {"kernel": "signs", "squared": self.keeps_l2}
 
     def reading(self) -> dict[str, Any]:
         return {"kernel": "signs"}
@@ -67,6 +67,9 @@ class TensorSign(BlockSign):
     """
 
     shared_scale: ClassVar[bool] = True
+
+    def writing(self) -> dict[str, Any]:
+        return {"kernel": "signs", "squared": True, "groups": self.scale_groups}
 
     def scale_groups(self, blocks: Blocks) -> Int64Array:
         """(B,) blocks with the same number share one scale."""

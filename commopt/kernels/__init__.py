@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 from functools import cache
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 
+from commopt.kernels.host import OnHost
 from commopt.wire.bucket import Blocks
 
 _CPU = torch.device("cpu")
@@ -20,25 +21,30 @@ _log = logging.getLogger(__name__)
 @cache
 def has_triton(device: torch.device) -> bool:
     """Whether triton's kernels run there, which read and write several messages at once."""
-    if device.type == "cpu":
-        return False
-    if importlib.util.find_spec("triton") is None:
-        _log.warning("tensors on %s are compressed by plain torch, which is slow: pip install triton", device)
-        return False
-    return True
+    return device.type != "cpu" and importlib.util.find_spec("triton") is not None
 
 
 @cache
-def of(name: str, device: torch.device) -> ModuleType:
-    """The kernels `name` (signs, quantize, select, indices or votes) for this device: numba, triton, or plain torch without either."""
-    place = "cpu" if device.type == "cpu" else "cuda" if name in _TRITON and has_triton(device) else "reference"
-    return importlib.import_module(f"commopt.kernels.{place}.{name}")
+def of(name: str, device: torch.device) -> Any:
+    """The kernels `name` (signs, quantize, select, indices or votes) for this device: numba on the CPU, else triton.
+
+    Without triton tensors go to numba through the host's memory.
+    """
+    if name in _TRITON and has_triton(device):
+        return importlib.import_module(f"commopt.kernels.cuda.{name}")
+    if device.type != "cpu" and name not in _TRITON:
+        return importlib.import_module(f"commopt.kernels.reference.{name}")
+    kernels = importlib.import_module(f"commopt.kernels.cpu.{name}")
+    if device.type == "cpu":
+        return kernels
+    _log.warning("triton is not installed: tensors on %s are compressed on the CPU; pip install triton", device.type)
+    return OnHost(kernels)
 
 
 @cache
 def warm_up(device: torch.device = _CPU) -> None:
     """Compile every kernel once, so that no step waits for it; quick if the cache on disk has them."""
-    if device.type != "cpu":
+    if has_triton(device):
         return
     from commopt.kernels.cpu import indices, quantize, select, signs, votes
 

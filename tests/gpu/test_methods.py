@@ -12,7 +12,7 @@ from pretend import DEVICES, working_on
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
 
-from commopt import attach, build
+from commopt import attach, build, kernels
 from commopt.groups import SimGroup, SimWorld
 from commopt.methods import METHODS
 
@@ -76,6 +76,20 @@ def test_a_method_trains_survives_a_nan_and_resumes_as_on_the_cpu(preset: Preset
     assert float(((shared - expected).abs() > 1e-4).float().mean()) < 0.02
     assert losses == pytest.approx(expected_losses, rel=0.02)
     assert voided == {1: "0.weight"}
+
+
+@pytest.mark.parametrize("name", ["ef_sign", "two_way", "signum", "onebit_adam"])
+def test_without_triton_tensors_go_through_the_host(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "has_triton", lambda _: False)
+    monkeypatch.setattr(kernels, "of", kernels.of.__wrapped__)  # which keeps what it has found
+    preset = next(one for one in PRESETS if one.name == name)
+    (shared, losses, _), (other, _, voided) = train(preset, device)
+    assert torch.equal(shared, other)
+    assert losses == pytest.approx(train(preset, CPU)[0][1], rel=1e-3)
+    assert voided == {1: "0.weight"}
+    assert "pip install triton" in caplog.text
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.kind == "outer"])

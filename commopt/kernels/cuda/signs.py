@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from commopt.kernels.cuda.pieces import ADD, LARGEST, NAN, PUT, Messages, Pieces, corrected, launch, note_bad, piece
-from commopt.wire.bucket import Blocks
+from commopt.wire.bucket import Blocks, Int64Array
 
 _MEAN, _RMS, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -125,18 +128,44 @@ def compress_signs_(
 
 
 def compress_all_(
-    x: Tensor, residual: Tensor | None, messages: Messages, first: Tensor, *, squared: bool | None
+    x: Tensor,
+    residual: Tensor | None,
+    messages: Messages,
+    first: Tensor,
+    *,
+    squared: bool | None,
+    groups: Callable[[Blocks], Int64Array] | None = None,
 ) -> None:
-    """`compress_signs_` of several messages; first: (1,) i32, where bad blocks are noted (`note_bad`)."""
+    """`compress_signs_` of several messages; first: (1,) i32, where bad blocks are noted (`note_bad`).
+
+    groups: of some blocks (B,), those with the same number share a scale.
+    """
     pieces, scales, e = messages.pieces(1), messages.scales, x if residual is None else residual
-    if squared is not None and pieces.is_cut:
-        mean = _block_sums(x, residual, pieces, squared) / pieces.sizes
-        scale = (mean.sqrt() if squared else mean).float()
-        scales[pieces.scales] = torch.where(scale.isfinite(), scale, torch.nan)
+    if squared is not None and (pieces.is_cut or groups is not None):
+        sums, own = _block_sums(x, residual, pieces, squared), pieces.sizes.double()
+        is_good = sums.isfinite()
+        if groups is not None:
+            group, count = _grouped(messages.parts, groups, x.device)
+            # only the blocks that hold a NaN or an inf are marked, so that they can be named
+            values = torch.stack([torch.where(is_good, sums, 0.0), own])
+            sums, own = values.new_zeros(2, count).index_add_(1, group, values)[:, group]
+        scale = (sums / own).sqrt().float() if squared else (sums / own).float()
+        scales[pieces.scales] = torch.where(is_good & scale.isfinite(), scale, torch.nan)
         squared = None
     scale_kind = {None: _GIVEN, False: _MEAN, True: _RMS}[squared].value
     how = {"SCALE": scale_kind, "HAS_RESIDUAL": residual is not None, **pieces.shape}
     launch(_compress, pieces.grid, x, e, pieces.columns, len(pieces), scales, messages.codes, first, **how)
+
+
+def _grouped(
+    parts: Sequence[Blocks], groups: Callable[[Blocks], Int64Array], device: torch.device
+) -> tuple[Tensor, int]:
+    """(B,) i64, the number of each block's group, and how many there are; made once for each layout."""
+    tables, key = parts[0].tables, ("groups", len(parts), device)
+    if key not in tables:
+        which, place = np.unique(np.concatenate([groups(blocks) for blocks in parts]), return_inverse=True)
+        tables[key] = torch.from_numpy(place).to(device), len(which)
+    return tables[key]  # type: ignore[no-any-return]
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
