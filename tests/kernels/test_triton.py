@@ -147,12 +147,8 @@ def test_several_messages_are_written_and_read_at_once(name: str) -> None:
             assert heads[6:] == ([1, 1, 1] if is_fused else [-1, -1, -1])
     (heads, codes, *values), (found_heads, found_codes, *found) = results
     assert heads == found_heads == [-1, -1, -1, 1, 1, 1]
-    if name.startswith(
-        "sign"
-    ):  # of which scales are rounded in another order, so that a sum close to zero may change its sign
-        assert all(
-            float(((one - other).abs() > 1e-5).float().mean()) < 5e-3 for one, other in zip(values, found, strict=True)
-        )
+    if name.startswith("sign"):  # scales that are rounded otherwise may later change the sign of a sum close to zero
+        torch.testing.assert_close(values[1], found[1], rtol=1e-6, atol=0)
         return
     assert all(torch.equal(one, other) for one, other in zip(codes, found_codes, strict=True))
     assert all(map(same, values, found))
