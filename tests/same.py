@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from commopt.groups.base import Group, Traffic
+from commopt.groups.base import BufferGroup, Traffic
 from commopt.wire.payload import Layout, Payload
 
 
-class Same(Group):
+class Same(BufferGroup):
     def __init__(self, size: int) -> None:
         self.rank, self.size, self.traffic = 0, size, Traffic()
 
@@ -20,19 +20,16 @@ class Same(Group):
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         pass
 
-    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        own = payloads[self.rank]
-        return [Payload(own.buffer.clone(), own.layout) for _ in range(self.size)]
-
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        """Zeros from ranks whose payloads differ in layout, but for a header: nothing is bad there."""
-        gathered = []
-        for layout in layouts or [payload.layout] * self.size:
-            if layout == payload.layout:
-                gathered.append(Payload(payload.buffer.clone(), layout))
-                continue
-            other = Payload.allocate(layout, payload.buffer.device)
-            other.buffer.zero_()
-            other.tensors[0].fill_(-1 if layout[0][1] == 1 else 0)
-            gathered.append(other)
-        return gathered
+        """Zeros from the others if payloads differ in layout, but for a header: nothing is bad there."""
+        self.is_alike = len(set(layouts or ())) < 2
+        return super().all_gather(payload, layouts)
+
+    def _gather(self, own: Tensor) -> Tensor:
+        every = own.repeat(self.size)
+        if not self.is_alike:
+            every.view(self.size, -1)[self.rank + 1 :, 4:] = 0
+        return every
+
+    def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:
+        return send[: sizes[0]].repeat(self.size)
