@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from commopt.compress.base import equal_blocks
-from commopt.kernels.cuda import headers, quantize, signs, votes
+from commopt.kernels.cuda import headers, indices, quantize, select, signs, votes
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import in_a_row
@@ -104,6 +104,12 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     yield "votes", lambda: votes.unpack_all_(answers, [blocks, blocks], 2, table, x)
     yield "headers", lambda: headers.noted_in(answers, ballots)
     yield "headers", lambda: headers.write_(first, ballots)
+    yield "top_k, blocks", lambda: select.select_(x, e, blocks, np.full(len(blocks), 9))
+    yield "top_k", lambda: select.select_(x, e, whole, np.full(len(whole), 9))
+    yield "threshold", lambda: select.select_(x, e, whole, np.zeros(len(whole), np.int64), 1.0)
+    ns, ks, sizes = np.asarray([1000, 500]), np.asarray([100, 100]), np.asarray([69, 55])
+    yield "places", lambda: indices.encode_(torch.arange(200), ns, ks, ks, sizes, codes[:124])
+    yield "places", lambda: indices.decode(codes[:124], ns, ks, ks, sizes)
     for codec in CODECS:
         own = blocks_of(numels, codec.block)
         scale = torch.ones(len(own))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from index_sets import corner_cases, many_blocks
 from torch import Tensor
 
 from commopt import kernels
@@ -20,7 +20,6 @@ from commopt.compress import indices as codec
 from commopt.compress.indices import MAX_N, all_index_bytes, decode_all, encode_all, index_bytes
 from commopt.kernels.cpu import indices as cpu_indices
 from commopt.kernels.reference import indices as reference_indices
-from commopt.wire.bucket import Int64Array
 
 KERNELS = [cpu_indices, reference_indices]
 SETS = st.one_of(
@@ -54,10 +53,6 @@ def entropy(n: int, k: int) -> float:
     p = k / n
     in_sum = -math.log2(p) - (1 - p) / p * math.log1p(-p) / math.log(2)
     return in_sum - math.log2(2 * math.pi * k * (1 - p)) / (2 * k)
-
-
-def draw(n: int, k: int, seed: int) -> Tensor:
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(n, k, replace=False)))
 
 
 # sizes
@@ -148,35 +143,12 @@ def test_any_set_comes_back_from_the_same_bytes_of_both_kernels(case: tuple[int,
     assert torch.equal(from_plain, x)
 
 
-def corner_cases() -> Iterator[tuple[int, Tensor]]:
-    """None, one, all but one, all, runs and combs; large draws; and indices beyond 32 bits."""
-    for n in (1, 2, 7, 8, 9, 63, 64, 65, 1000, 4096, 100_003):
-        every = torch.arange(n)
-        yield from ((n, every[a:z]) for a in (0, n // 3, n - n // 10) for z in (0, n // 2, n))
-        yield from ((n, x) for i in (0, n // 2, n - 1) for x in (every[i : i + 1], every[every != i]))
-        yield from ((n, every[::stride].contiguous()) for stride in (2, 700))
-    for density in (0.001, 0.01, 0.1, 0.3, 0.4, 0.9):
-        yield 200_000, draw(200_000, round(200_000 * density), 3)
-    for n in (2**31 - 1, 2**31 + 7, 2**33, MAX_N):
-        for indices in ([n - 1], [0], [0, n - 1], list(range(n - 200, n)), [2**31 - 4, 2**31 - 3, n - 1]):
-            yield n, torch.tensor(indices)
-
-
 def test_corner_cases_come_back(either_kernel: ModuleType) -> None:
     for n, x in corner_cases():
         assert torch.equal(decode_indices(encoded(x, n), n, len(x)), x)
 
 
 # many blocks
-
-
-def many_blocks() -> tuple[Tensor, Int64Array, Int64Array]:
-    ns = np.asarray([0, 17, 17, 17, 1000, 1000, 1000, 3, 2**35, 90, 64, 1])
-    ks = np.asarray([0, 0, 17, 5, 900, 2, 999, 0, 3, 40, 32, 1])
-    rng = np.random.default_rng(5)
-    # of n = 2**35 all that counts is that there are few
-    drawn = [np.sort(rng.choice(min(n, 10**6), k, replace=False)) for n, k in zip(ns, ks, strict=True)]
-    return torch.from_numpy(np.concatenate(drawn)), ns, ks
 
 
 def test_many_blocks_are_the_codes_of_each_one_behind_the_other(either_kernel: ModuleType) -> None:

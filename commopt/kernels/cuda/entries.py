@@ -1,0 +1,98 @@
+"""The elements that sparse messages hold, on a GPU: how many of each block, and where a message has them.
+
+Kernels take entries, or bytes of codes, as they lie in the message, and search for the block that each belongs to: there is no table
+with a number for each entry, and where only the GPU knows how many there are the host need not be told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from commopt.kernels.cuda.pieces import launch
+
+PER_PROGRAM = 1024  # entries, or bytes, of a program
+
+
+@dataclass(frozen=True)
+class Entries:
+    """How many elements of each block a message holds; or of each message's blocks, if messages lie one behind the other.
+
+    table: (6, B) i64, by block: the entries up to its end, the bytes of the codes of their places, of their signs, and the entries that
+    are coded; the width of the codes' low parts (`compress.indices`), and how long the block is. count, code_bytes, sign_bytes:
+    of all. messages: how many there are.
+    """
+
+    table: Tensor
+    count: int
+    code_bytes: int
+    sign_bytes: int
+    messages: int = 1
+
+    @classmethod
+    def of(cls, ks: Tensor, lengths: Tensor, totals: tuple[int, int, int] | None = None) -> Entries:
+        """ks: (N B,) i64, of N messages of the same blocks; lengths: (B,) i64. totals: what the message's sizes are; else they are read."""
+        table = torch.empty(6, len(ks), dtype=torch.int64, device=ks.device)
+        launch(
+            _sizes, (triton.cdiv(len(ks), PER_PROGRAM),), ks, lengths, len(ks), len(lengths), table, SIZE=PER_PROGRAM
+        )
+        torch.cumsum(table[:4], 1, out=table[:4])
+        if totals is None:
+            totals = tuple(table[:3, -1].tolist()) if len(ks) else (0, 0, 0)
+        return cls(table, *totals, len(ks) // max(1, len(lengths)))
+
+    def __len__(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def where(self) -> tuple[Tensor, int]:
+        """What kernels take: the table, and how many blocks it has."""
+        return self.table, len(self)
+
+    @property
+    def steps(self) -> int:
+        """Of a search for a block."""
+        return len(self).bit_length()
+
+
+@triton.jit
+def _sizes(ks, lengths, count, blocks, table, SIZE: tl.constexpr):
+    """`compress.indices._widths_and_sizes`; one more bit for the low part as long as it saves any."""
+    b = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    live = b < count
+    k = tl.load(ks + b, mask=live, other=0)
+    n = tl.load(lengths + b % blocks, mask=live, other=0)
+    width = tl.zeros_like(k)
+    for bit in range(41):
+        width += (((n - k) >> bit) > 2 * k).to(tl.int64)
+    is_coded = (k > 0) & (k < n)
+    width = tl.where(is_coded, width, 0)
+    size = tl.where(is_coded, (k * width + k + ((n - k) >> width) + 7) >> 3, 0)
+    tl.store(table + b, k, mask=live)
+    tl.store(table + count + b, size, mask=live)
+    tl.store(table + 2 * count + b, (k + 7) >> 3, mask=live)
+    tl.store(table + 3 * count + b, tl.where(is_coded, k, 0), mask=live)
+    tl.store(table + 4 * count + b, width, mask=live)
+    tl.store(table + 5 * count + b, n, mask=live)
+
+
+@triton.jit
+def block_of(ends, count, j, STEPS: tl.constexpr):
+    """The first block that ends behind j."""
+    block = tl.zeros_like(j)
+    for step in tl.static_range(STEPS):
+        probe = block + (1 << (STEPS - 1 - step))
+        is_in = probe <= count
+        end = tl.load(ends + probe - 1, mask=is_in, other=0)
+        block = tl.where(is_in & (end <= j), probe, block)
+    return block
+
+
+@triton.jit
+def span(ends, b, live):
+    """Where block b begins and ends."""
+    return tl.load(ends + b - 1, mask=live & (b > 0), other=0), tl.load(ends + b, mask=live, other=0)

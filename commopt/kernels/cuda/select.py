@@ -1,0 +1,267 @@
+"""Selection on a GPU: the cut between magnitudes is found digit by digit, and what is above it is written in order.
+
+A short block is a row of a tile, whose cut is found bit by bit in one pass. Of longer ones c = x + residual is written once; three
+passes count its magnitudes by digits of 11, 10 and 10 bits, each among those that share the digits before. Then each piece counts what
+it will write, and writes it behind what the others do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from commopt.kernels.cuda.entries import span
+from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, Pieces, corrected, launch, piece
+from commopt.wire.bucket import Blocks, Int64Array
+
+INF = tl.constexpr(0x7F800000)  # the bits of inf; those of NaN are above
+BINS = tl.constexpr(2048)
+DIGITS = ((11, 20), (10, 10), (10, 0))  # of a magnitude: how many bits, and how many are below them
+_SHORT, _LONG, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _magnitudes(c):
+    """Bits that are ordered as magnitudes are."""
+    return c.to(tl.int32, bitcast=True) & ALL_BUT_SIGN
+
+
+@triton.jit
+def _count_digits(
+    x,
+    e,
+    places,
+    count,
+    cuts,
+    c_out,
+    histograms,
+    BITS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Add how often each digit occurs in a piece to its block's histogram; with a residual keep c."""
+    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    i = tl.arange(0, LENGTH)
+    inside = i[None, :] < n[:, None]
+    c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
+    if HAS_RESIDUAL:
+        tl.store(c_out + start[:, None] + i[None, :], c, mask=inside)
+    rest = _magnitudes(c) >> SHIFT
+    if BITS + SHIFT < 31:
+        cut = tl.load(cuts + block, mask=live, other=0)
+        inside &= (rest >> BITS) == cut[:, None]
+    digits = tl.where(inside, rest & ((1 << BITS) - 1), BINS)
+    found = tl.histogram(tl.reshape(digits, (LENGTH,)), BINS, mask=tl.reshape(inside, (LENGTH,)))
+    at = histograms + block * BINS + tl.arange(0, BINS)
+    tl.atomic_add(at, found, mask=found > 0)
+
+
+@triton.jit
+def _pick_digit(ks, histograms, cuts, ties, is_bad, BITS: tl.constexpr, IS_FIRST: tl.constexpr):
+    """Append to the cut the highest digit that k magnitudes reach, and leave of k what equals the cut so far; empty the histogram."""
+    b, digits = tl.program_id(0), tl.arange(0, BINS)
+    found = tl.load(histograms + b.to(tl.int64) * BINS + digits)
+    tl.store(histograms + b.to(tl.int64) * BINS + digits, tl.zeros_like(found))
+    k = tl.load((ks if IS_FIRST else ties) + b)
+    reached = tl.sum(found, 0) - tl.cumsum(found, 0) + found
+    digit = tl.max(tl.where((reached >= k) & (digits < (1 << BITS)), digits, 0), 0)
+    cut = digit
+    if IS_FIRST:
+        tl.store(is_bad + b, (tl.sum(tl.where(digits >= (INF >> 20), found, 0), 0) > 0).to(tl.uint8))
+    else:
+        cut += tl.load(cuts + b) << BITS
+    tl.store(cuts + b, cut)
+    tl.store(ties + b, k - tl.sum(tl.where(digits > digit, found, 0), 0))
+
+
+@triton.jit
+def _cut_of_rows(magnitudes, inside, k):
+    """(ROWS,) the k-th largest magnitude of each row, bit by bit, and how many of those that equal it are among the k."""
+    cut = tl.zeros_like(k).to(tl.int32)
+    for bit in range(31):
+        higher = cut | (1 << (30 - bit))
+        reached = tl.sum((inside & (magnitudes >= higher[:, None])).to(tl.int32), 1)
+        cut = tl.where(reached >= k, higher, cut)
+    above = tl.sum((inside & (magnitudes > cut[:, None])).to(tl.int32), 1)
+    return cut, k - above
+
+
+@triton.jit
+def _count_chosen(
+    x,
+    e,
+    places,
+    count,
+    cuts,
+    threshold,
+    is_bad,
+    out,
+    HOW: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """(2, P): how many of each piece are above the cut, and equal to it; or reach the threshold."""
+    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    i = tl.arange(0, LENGTH)
+    inside = i[None, :] < n[:, None]
+    magnitudes = _magnitudes(corrected(x, e, start, home, n, i, HAS_RESIDUAL))
+    if HOW == _GIVEN:
+        chosen = inside & (magnitudes >= threshold) & (magnitudes <= INF)
+        largest = tl.max(tl.where(inside, magnitudes, 0), 1)
+        tl.store(is_bad + block, tl.full((ROWS,), 1, tl.uint8), mask=live & (largest >= INF))
+    else:
+        cut = tl.load(cuts + block, mask=live, other=0)[:, None]
+        chosen = inside & (magnitudes > cut)
+        equal = inside & (magnitudes == cut)
+        tl.store(out + count + p, tl.sum(equal.to(tl.int32), 1).to(tl.int64), mask=live)
+    tl.store(out + p, tl.sum(chosen.to(tl.int32), 1).to(tl.int64), mask=live)
+
+
+@triton.jit
+def _write(
+    x,
+    e,
+    places,
+    count,
+    pieces_up_to,
+    before,
+    entries_up_to,
+    cuts,
+    ties,
+    threshold,
+    is_bad,
+    indices,
+    values,
+    HOW: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    KEEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Write the indices and values of what is chosen of each piece, and c to the residual of good blocks."""
+    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    i = tl.arange(0, LENGTH)
+    inside = i[None, :] < n[:, None]
+    c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
+    magnitudes = _magnitudes(c)
+    first_piece, end_piece = span(pieces_up_to, block, live)
+    within = (p - first_piece) * LENGTH
+    if HOW == _SHORT:
+        bad = tl.max(tl.where(inside, magnitudes, 0), 1) >= INF
+        tl.store(is_bad + block, bad.to(tl.uint8), mask=live)
+    else:
+        bad = tl.load(is_bad + block, mask=live, other=0) != 0
+    if HOW == _GIVEN:
+        at = tl.load(before + p - 1, mask=live & (p > 0), other=0)
+        chosen = inside & (magnitudes >= threshold) & (magnitudes <= INF)
+    else:
+        at, end = span(entries_up_to, block, live)
+        k = end - at
+        if HOW == _SHORT:
+            cut, room = _cut_of_rows(magnitudes, inside, k)
+            equal_before = tl.zeros_like(k)
+        else:
+            cut, room = tl.load(cuts + block, mask=live, other=0), tl.load(ties + block, mask=live, other=0)
+            earlier, later = first_piece - 1, p - 1
+            above_before = tl.load(before + later, mask=live & (p > 0), other=0)
+            above_before -= tl.load(before + earlier, mask=live & (first_piece > 0), other=0)
+            equal_before = tl.load(before + count + later, mask=live & (p > 0), other=0)
+            equal_before -= tl.load(before + count + earlier, mask=live & (first_piece > 0), other=0)
+            at += tl.where(bad, tl.minimum(within, k), above_before + tl.minimum(equal_before, room))
+        equal = inside & (magnitudes == cut[:, None])
+        number = tl.cumsum(equal.to(tl.int32), 1) + equal_before[:, None]
+        chosen = inside & ((magnitudes > cut[:, None]) | (equal & (number <= room[:, None])))
+        chosen = tl.where(bad[:, None], inside & (within[:, None] + i[None, :] < k[:, None]), chosen)
+    place = at[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+    tl.store(indices + place, within[:, None] + i[None, :], mask=chosen)
+    tl.store(values + place, c, mask=chosen)
+    if KEEPS:
+        tl.store(e + home[:, None] + i[None, :], c, mask=inside & ~bad[:, None])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """(K,) i64 indices within blocks, ascending, (K,) f32 values, and (B,) u8, whether a block has a NaN or an inf."""
+
+    indices: Tensor
+    values: Tensor
+    is_bad: Tensor
+
+
+def largest_(x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Tensor, ends: Tensor, count: int) -> Chosen:
+    """The ks[b] elements of largest magnitude. ks, ends: (B,) i64, and those up to each block's end; count: of all."""
+    pieces, e = Pieces.of(blocks, 1, x.device), x if residual is None else residual
+    c, has_residual = x, residual is not None
+    is_bad = torch.empty(len(blocks), dtype=torch.uint8, device=x.device)
+    cuts, ties, before = is_bad, is_bad, is_bad
+    if pieces.is_cut:
+        c = torch.empty_like(x) if has_residual else x
+        cuts, ties = _cuts(x, e, pieces, ks, c, is_bad, has_residual)
+        has_residual = False  # it is in c
+        before = torch.empty(2, len(pieces), dtype=torch.int64, device=x.device)
+        how = {"HOW": _LONG.value, "HAS_RESIDUAL": False, **pieces.shape}
+        launch(_count_chosen, pieces.grid, c, e, pieces.places, len(pieces), cuts, 0, is_bad, before, **how)
+        before = before.cumsum(1)
+    indices = torch.empty(count, dtype=torch.int64, device=x.device)
+    values = torch.empty(count, dtype=torch.float32, device=x.device)
+    how = {"HOW": _LONG.value if pieces.is_cut else _SHORT.value, "HAS_RESIDUAL": has_residual}
+    where = (pieces.places, len(pieces), pieces.ends, before, ends, cuts, ties, 0, is_bad, indices, values)
+    launch(_write, pieces.grid, c, e, *where, **how, KEEPS=residual is not None, **pieces.shape)
+    return Chosen(indices, values, is_bad)
+
+
+def _cuts(
+    x: Tensor, e: Tensor, pieces: Pieces, ks: Tensor, c: Tensor, is_bad: Tensor, has_residual: bool
+) -> tuple[Tensor, Tensor]:
+    """(B,) i32: the bits of each block's k-th largest magnitude, and (B,) i64, how many of those equal to it are among the k."""
+    histograms = torch.zeros(len(ks), BINS.value, dtype=torch.int32, device=x.device)
+    cuts, ties = torch.empty(len(ks), dtype=torch.int32, device=x.device), torch.empty_like(ks)
+    for bits, below in DIGITS:
+        is_first = bits + below == 31
+        own = {"BITS": bits, "SHIFT": below, "HAS_RESIDUAL": is_first and has_residual, **pieces.shape}
+        where = (e, pieces.places, len(pieces), cuts, c, histograms)
+        launch(_count_digits, pieces.grid, x if is_first else c, *where, **own)
+        launch(_pick_digit, (len(ks),), ks, histograms, cuts, ties, is_bad, BITS=bits, IS_FIRST=is_first)
+    return cuts, ties
+
+
+def reaching_(x: Tensor, residual: Tensor | None, blocks: Blocks, threshold: float) -> tuple[Tensor, Chosen]:
+    """All elements whose magnitude reaches a threshold above 0, and first (B,) i64, how many of each block; the host reads their sum."""
+    pieces, e = Pieces.of(blocks, 1, x.device), x if residual is None else residual
+    is_bad = torch.zeros(len(blocks), dtype=torch.uint8, device=x.device)
+    found = torch.zeros(1, len(pieces), dtype=torch.int64, device=x.device)
+    bits = int(np.float32(threshold).view(np.int32))
+    how = {"HOW": _GIVEN.value, "HAS_RESIDUAL": residual is not None, **pieces.shape}
+    launch(_count_chosen, pieces.grid, x, e, pieces.places, len(pieces), is_bad, bits, is_bad, found, **how)
+    before = found.cumsum(1)[0]
+    counts = before[pieces.ends - 1].diff(prepend=before.new_zeros(1))
+    count = int(before[-1]) if len(before) else 0
+    indices = torch.empty(count, dtype=torch.int64, device=x.device)
+    values = torch.empty(count, dtype=torch.float32, device=x.device)
+    where = (pieces.places, len(pieces), pieces.ends, before, before, is_bad, is_bad, bits, is_bad, indices, values)
+    launch(_write, pieces.grid, x, e, *where, KEEPS=residual is not None, **how)
+    return counts, Chosen(indices, values, is_bad)
+
+
+def select_(
+    x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.cpu.select.select_`."""
+    if threshold > 0:
+        counts, chosen = reaching_(x, residual, blocks, threshold)
+        ks[:] = counts.cpu().numpy()
+    else:
+        own = torch.from_numpy(ks).to(x.device)
+        chosen = largest_(x, residual, blocks, own, own.cumsum(0), int(ks.sum()))
+    return chosen.indices, chosen.values, chosen.is_bad == 0

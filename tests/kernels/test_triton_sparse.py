@@ -1,0 +1,112 @@
+"""The sparse kernels for GPUs, by triton's interpreter: the choice, the values and the bits of the CPU's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from block_values import blocks_of, heavy_tailed
+from index_sets import corner_cases, many_blocks
+from torch import Tensor
+
+from commopt.compress.indices import _widths_and_sizes
+from commopt.kernels.cpu import indices as cpu_indices
+from commopt.kernels.reference import select as reference_select
+from commopt.wire.bucket import Blocks
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+if torch.cuda.is_available():
+    pytest.skip("these kernels run on the GPU itself, in tests/gpu", allow_module_level=True)
+
+from commopt.kernels.cuda import indices, select
+
+# lengths of blocks, and elements between them
+BLOCKS = {
+    "short": ([1, 7, 8, 9, 63, 255], 3),
+    "to a piece": ([2047, 256, 2048, 1], 3),
+    "longer": ([5000, 3, 2049, 4096], 3),
+    "aligned": ([2048, 1024, 4096, 64], 0),
+    "none": ([], 0),
+}
+
+
+def drawn(case: str, kind: str) -> tuple[Blocks, Tensor, Tensor]:
+    lengths, gap = BLOCKS[case]
+    blocks, n = blocks_of(lengths, gap), sum(lengths) + 3 * len(lengths)
+    x, residual = heavy_tailed(n, 1), heavy_tailed(n, 2)
+    if kind == "ties":
+        x, residual = x.round(), residual.round()
+    elif kind == "denormal":
+        x, residual = x * 1e-39, residual * 1e-39
+    elif kind == "bad" and lengths:
+        x[blocks.starts[0]], x[blocks.starts[-1] + blocks.lengths[-1] - 1] = float("nan"), float("-inf")
+    return blocks, x, residual
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("kind", ["plain", "ties", "denormal", "bad"])
+@pytest.mark.parametrize("how", [0.01, 0.3, 1.0, "threshold"])
+def test_the_choice_is_that_of_the_cpu(case: str, kind: str, how: Any) -> None:
+    for has_residual in (True, False):
+        found = []
+        for kernel in (reference_select, select):
+            blocks, x, residual = drawn(case, kind)
+            ks = np.ceil((0 if how == "threshold" else how) * blocks.lengths).astype(np.int64)
+            threshold = (1e-39 if kind == "denormal" else 2.0) if how == "threshold" else 0.0
+            given = residual if has_residual else None
+            found.append((*kernel.select_(x, given, blocks, ks, threshold), residual, torch.from_numpy(ks)))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one.nan_to_num(0.5), other.nan_to_num(0.5))
+
+
+def joined() -> tuple[Tensor, Any]:
+    """Many sets of indices as the blocks of one message, with what kernels take of their layout."""
+    sets = [(n, x) for n, x in corner_cases() if len(x) <= 1100]
+    more, more_ns, more_ks = many_blocks()
+    ns = np.asarray([*(n for n, _ in sets), *more_ns], dtype=np.int64)
+    ks = np.asarray([*(len(x) for _, x in sets), *more_ks], dtype=np.int64)
+    return torch.cat([*(x for _, x in sets), more]), (ns, ks, *_widths_and_sizes(ns, ks))
+
+
+def test_indices_have_the_bits_of_the_cpu() -> None:
+    x, layout = joined()
+    codes = [torch.full((int(layout[-1].sum()),), 0x5A, dtype=torch.uint8) for _ in range(2)]
+    assert all(kernel.encode_(x, *layout, code) for kernel, code in zip((cpu_indices, indices), codes, strict=True))
+    assert torch.equal(*codes)
+    back = indices.decode(codes[1], *layout)
+    assert back is not None
+    assert torch.equal(back, x)
+
+
+@pytest.mark.parametrize("bad", [[2, 1], [1, 1], [-1, 3], [3, 10], [0, 2**62], [-(2**62), 0]])
+def test_wrong_indices_are_seen(bad: list[int]) -> None:
+    ns, ks = np.asarray([20, 10, 20]), np.asarray([2, 2, 2])
+    x = torch.tensor([3, 4, *bad, 5, 6])
+    layout = (ns, ks, *_widths_and_sizes(ns, ks))
+    code = torch.zeros(int(layout[-1].sum()), dtype=torch.uint8)
+    assert not indices.encode_(x, *layout, code)
+    assert not cpu_indices.encode_(x, *layout, code)
+
+
+def test_damaged_codes_are_seen_as_on_the_cpu() -> None:
+    rng = np.random.default_rng(1)
+    ns, ks = np.asarray([60, 9, 9, 300, 7, 40]), np.asarray([4, 4, 9, 5, 0, 20])
+    layout = (ns, ks, *_widths_and_sizes(ns, ks))
+    x = torch.from_numpy(
+        np.concatenate([np.sort(rng.choice(n, k, replace=False)) for n, k in zip(ns, ks, strict=True)])
+    )
+    code = torch.zeros(int(layout[-1].sum()), dtype=torch.uint8)
+    cpu_indices.encode_(x, *layout, code)
+    sound = 0
+    for _ in range(50):
+        damaged = code.clone()
+        for place in rng.integers(0, 8 * len(code), rng.integers(1, 4)):
+            damaged[place // 8] ^= 1 << place % 8
+        expected, found = (kernel.decode(damaged, *layout) for kernel in (cpu_indices, indices))
+        assert (found is None) == (expected is None)
+        if expected is not None and found is not None:
+            assert torch.equal(found, expected)
+            sound += 1
+    assert 0 < sound < 50
