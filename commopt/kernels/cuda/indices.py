@@ -26,6 +26,7 @@ def _entry(table, blocks, total, STEPS: tl.constexpr, SIZE: tl.constexpr):
     live = j < total
     b = tl.minimum(block_of(table, blocks, j, STEPS), blocks - 1)
     first, end = span(table, b, live)
+    live &= j < end  # `total` may be a bound
     n = tl.load(table + 5 * blocks + b, mask=live, other=0)
     code, code_end = span(table + blocks, b, live)
     return j, live, j - first, b, end - first, n, code, code_end
@@ -93,7 +94,7 @@ def _count_ones(code, table, blocks, total, out, STEPS: tl.constexpr, SIZE: tl.c
 
 @triton.jit(do_not_specialize=["total"])
 def _decode(
-    code, table, blocks, total, before, out, is_bad, WIDEST: tl.constexpr, STEPS: tl.constexpr, SIZE: tl.constexpr
+    code, table, blocks, total, before, count, out, is_bad, WIDEST: tl.constexpr, STEPS: tl.constexpr, SIZE: tl.constexpr
 ):
     j, b, byte, low_start, high_start = _high_bytes(code, table, blocks, total, STEPS, SIZE)
     live = byte > 0
@@ -109,12 +110,12 @@ def _decode(
         place = low_start + i * width
         low = tl.zeros_like(place)
         for k in tl.static_range((WIDEST + 14) // 8):  # from any bit of the first byte on
-            has_bits = is_entry & (place % 8 + width > 8 * k)
+            has_bits = is_entry & (place % 8 + width > 8 * k) & ((place >> 3) + k < total)
             part = tl.load(code + (place >> 3) + k, mask=has_bits, other=0).to(tl.int64)
             low |= part << (8 * k)
         low = (low >> (place & 7)) & ((tl.zeros_like(width) + 1 << width) - 1)
         x = ((8 * j + bit - high_start - i << width) | low) + i
-        tl.store(out + first + i, x, mask=is_entry)
+        tl.store(out + first + i, x, mask=is_entry & (first + i < count))
         i += is_one.to(tl.int64)
 
 
@@ -152,7 +153,7 @@ def decoded(code: Tensor, entries: Entries, is_bad: Tensor) -> Tensor:
     ones = torch.zeros(grid[0] + 1, dtype=torch.int64, device=code.device)
     launch(_count_ones, grid, *where, ones, **how)
     ones = ones.cumsum(0)
-    launch(_decode, grid, *where, ones, out, is_bad, WIDEST=_WIDEST.value, **how)
+    launch(_decode, grid, *where, ones, entries.count, out, is_bad, WIDEST=_WIDEST.value, **how)
     how["SIZE"] = PER_PROGRAM
     launch(_check, _grid(entries.count), *entries.where, entries.count, ones, grid[0], out, is_bad, **how)
     return out
