@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Codes, Compressor
+from commopt.compress.base import Codes
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all
+from commopt.compress.resident import Resident
 from commopt.kernels.reference import runs
 from commopt.options import BlockSize, Flag, Positive, Share, checked_dataclass
 from commopt.wire import noise
@@ -25,7 +27,7 @@ _VALUE_DTYPES = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.u
 
 
 @checked_dataclass
-class _Sparse(Compressor):
+class _Sparse(Resident):
     """What the sparse codecs share: some elements of each block, the rest stays in the residual.
 
     value_bits: 32 for float32, or with one float32 scale per block 16 (v / max|v|), 8 (127 v / max|v|, rounded) or 1 (the sign,
@@ -52,6 +54,8 @@ class _Sparse(Compressor):
         return decode_all(codes[-1], blocks.lengths, ks)
 
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> list[Tensor]:
+        if self.is_ragged and kernels.has_triton(x.device):
+            return self.encode_there(x, residual, blocks)
         ks, indices, values, good = self.choose(x, residual, blocks)
         codes = self.encode_values(values, ks, good)
         if residual is not None:
@@ -66,20 +70,25 @@ class _Sparse(Compressor):
         return codes
 
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
+        if kernels.has_triton(x.device):
+            return self.write_there(x, residual, blocks, codes)
         for target, code in zip(codes, self.encode(x, residual, blocks), strict=True):
             target.copy_(code)
+        return None
 
     def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
+        if kernels.has_triton(out.device):
+            return self.read_there([codes], blocks, out, alpha=alpha, add=add)
         ks = self.ks_of(codes, blocks)
         codes = codes[1:] if self.is_ragged else codes
-        if tuple((x.dtype, x.numel()) for x in codes) != self.layout_of(blocks, ks):
-            raise ValueError("these codes do not fit their counts: they are damaged, or of other blocks")
+        _check(codes, self.layout_of(blocks, ks))
         indices = self.places_of(codes, blocks, ks)
         if not add:
             for start, n in zip(blocks.starts.tolist(), blocks.lengths.tolist(), strict=True):
                 out[start : start + n] = 0
         places = runs.places_in(blocks.starts, ks, indices)  # no two are equal
         out[places] += self.decode_values(codes, ks) * alpha
+        return None
 
     def layout_of(self, blocks: Blocks, ks: Int64Array) -> Layout:
         """The layout of a message of ks elements of each block, apart from its counts."""
@@ -133,7 +142,26 @@ class _Density(_Sparse):
         return self.layout_of(blocks, self.ks(blocks))
 
     def is_bad(self, codes: Codes, blocks: Blocks) -> Tensor:
-        return runs.bad_runs(codes[0], self.ks(blocks)) if self.value_bits == 32 else super().is_bad(codes, blocks)
+        if self.value_bits < 32:
+            return super().is_bad(codes, blocks)
+        if kernels.has_triton(codes[0].device):  # all values of a bad block are NaN
+            entries = self.entries(kernels.of("sparse", codes[0].device), blocks, codes[0].device)
+            return ~codes[0][entries.ends - entries.ks].isfinite() if entries.count else entries.ks.bool()
+        return runs.bad_runs(codes[0], self.ks(blocks))
+
+    def entries(self, kernel: Any, blocks: Blocks, device: torch.device, messages: int = 1) -> Any:
+        """The entries of one message or more, on a GPU: a table that is made once."""
+
+        def sizes() -> tuple[Int64Array, int]:
+            ks = self.ks(blocks)
+            return ks, int(all_index_bytes(blocks.lengths, ks).sum())
+
+        return kernel.Entries.known(blocks, self.density, sizes, device, messages)
+
+    def entries_in(self, kernel: Any, messages: Sequence[Codes], blocks: Blocks) -> Any:
+        for codes in messages:
+            _check(codes, self.layout(blocks))
+        return self.entries(kernel, blocks, messages[0][0].device, len(messages))
 
 
 @checked_dataclass
@@ -148,6 +176,10 @@ class TopK(_Density):
 
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
         return _largest(x, residual, blocks, self.ks(blocks))
+
+    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
+        entries = self.entries(kernel, blocks, x.device)
+        return entries, kernel.largest_(x, residual, blocks, entries)
 
 
 @checked_dataclass
@@ -185,6 +217,13 @@ class RandomK(_Density):
             values = values * torch.from_numpy(drawn_from).to(x.device)
         return ks, indices, values, good
 
+    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
+        entries = self.entries(kernel, blocks, x.device)
+        return entries, kernel.drawn_(x, residual, blocks, entries, self.is_unbiased)
+
+    def places_in(self, kernel: Any, codes: Tensor, blocks: Blocks, entries: Any, is_damaged: Tensor) -> Tensor:
+        return kernel.draw(blocks, entries, codes.device)[0]  # type: ignore[no-any-return]
+
     def places_of(self, codes: Codes, blocks: Blocks, ks: Int64Array) -> Tensor:
         return torch.from_numpy(self.places(blocks)[0]).to(codes[0].device)
 
@@ -205,12 +244,31 @@ class Threshold(_Sparse):
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
         return _largest(x, residual, blocks, np.zeros(len(blocks), dtype=np.int64), self.threshold)
 
+    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
+        return kernel.reaching_(x, residual, blocks, self.threshold)
+
+    def entries_in(self, kernel: Any, messages: Sequence[Codes], blocks: Blocks) -> Any:
+        for codes in messages:
+            if [code.dtype for code in codes[1:]] != [dtype for dtype, _ in self.layout_of(blocks, 0 * blocks.lengths)]:
+                raise ValueError("these codes are of another kind")
+        marked = torch.cat([codes[0] for codes in messages]).long()
+        values, places = (sum(codes[k].numel() for codes in messages) for k in (-2, -1))
+        totals = (values, places, 0) if self.value_bits > 1 else (8 * values, places, values)
+        return kernel.Entries.of(
+            torch.where(marked >= 0, marked, -1 - marked), kernel.lengths_of(blocks, marked.device), totals
+        )
+
     def ks_of(self, codes: Codes, blocks: Blocks) -> Int64Array:
         marked = codes[0].cpu().numpy().astype(np.int64)
         return np.where(marked >= 0, marked, -1 - marked)
 
     def is_bad(self, codes: Codes, blocks: Blocks) -> Tensor:
         return codes[0] < 0
+
+
+def _check(codes: Codes, layout: Layout) -> None:
+    if tuple((x.dtype, x.numel()) for x in codes) != layout:
+        raise ValueError("these codes do not fit their counts: they are damaged, or of other blocks")
 
 
 def _largest(x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, threshold: float = 0.0) -> _Chosen:

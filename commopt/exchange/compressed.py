@@ -12,6 +12,7 @@ from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.compress.feedback import ErrorFeedback, Kept
 from commopt.compress.fused import Fused
+from commopt.compress.sparse import RandomK
 from commopt.exchange.base import Exchange
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
@@ -81,7 +82,7 @@ class Compressed(Exchange):
             return blocks
         rank = 0 if compressor.shares_keys else self.rank
         by = (self.seed, purpose, rank, self.exchanges.numpy())
-        if isinstance(compressor, Fused) and kernels.has_triton(self.device):
+        if isinstance(compressor, (Fused, RandomK)) and kernels.has_triton(self.device):
             blocks = blocks.worded(*by)
             if self.kept.bits != 8:
                 return blocks

@@ -14,7 +14,7 @@ from commopt.kernels.host import OnHost
 from commopt.wire.bucket import Blocks
 
 _CPU = torch.device("cpu")
-_TRITON = ("signs", "quantize", "votes")
+_TRITON = ("signs", "quantize", "votes", "headers", "select", "indices", "sparse")
 _log = logging.getLogger(__name__)
 
 

@@ -6,14 +6,17 @@ with a number for each entry, and where only the GPU knows how many there are th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.pieces import launch
+from commopt.kernels.cuda.pieces import Pieces, launch
+from commopt.wire.bucket import Blocks, Int64Array
 
 PER_PROGRAM = 1024  # entries, or bytes, of a program
 
@@ -22,12 +25,13 @@ PER_PROGRAM = 1024  # entries, or bytes, of a program
 class Entries:
     """How many elements of each block a message holds; or of each message's blocks, if messages lie one behind the other.
 
-    table: (6, B) i64, by block: the entries up to its end, the bytes of the codes of their places, of their signs, and the entries that
-    are coded; the width of the codes' low parts (`compress.indices`), and how long the block is. count, code_bytes, sign_bytes:
+    ks: (B,) i64. table: (6, B) i64, by block: the entries up to its end, the bytes of the codes of their places, of their signs, and
+    the entries that are coded; the width of the codes' low parts (`compress.indices`), and how long the block is. count, code_bytes, sign_bytes:
     of all. messages: how many there are.
     """
 
     table: Tensor
+    ks: Tensor
     count: int
     code_bytes: int
     sign_bytes: int
@@ -36,14 +40,33 @@ class Entries:
     @classmethod
     def of(cls, ks: Tensor, lengths: Tensor, totals: tuple[int, int, int] | None = None) -> Entries:
         """ks: (N B,) i64, of N messages of the same blocks; lengths: (B,) i64. totals: what the message's sizes are; else they are read."""
-        table = torch.empty(6, len(ks), dtype=torch.int64, device=ks.device)
+        table = torch.zeros(6, len(ks), dtype=torch.int64, device=ks.device)
         launch(
             _sizes, (triton.cdiv(len(ks), PER_PROGRAM),), ks, lengths, len(ks), len(lengths), table, SIZE=PER_PROGRAM
         )
-        torch.cumsum(table[:4], 1, out=table[:4])
+        table[:4].cumsum_(1)
         if totals is None:
             totals = tuple(table[:3, -1].tolist()) if len(ks) else (0, 0, 0)
-        return cls(table, *totals, len(ks) // max(1, len(lengths)))
+        return cls(table, ks, *totals, len(ks) // max(1, len(lengths)))
+
+    @classmethod
+    def known(
+        cls,
+        blocks: Blocks,
+        key: object,
+        sizes: Callable[[], tuple[Int64Array, int]],
+        device: torch.device,
+        messages: int = 1,
+    ) -> Entries:
+        """Of messages whose sizes follow from `key`; made once. sizes(): (B,) elements of each block, and the bytes of their places."""
+        tables, name = blocks.tables, ("entries", key, device, messages)
+        if name not in tables:
+            ks, code_bytes = sizes()
+            totals = (int(ks.sum()) * messages, code_bytes * messages, int((ks + 7 >> 3).sum()) * messages)
+            tables[name] = cls.of(
+                torch.from_numpy(np.tile(ks, messages)).to(device), lengths_of(blocks, device), totals
+            )
+        return tables[name]  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return self.table.shape[1]
@@ -54,9 +77,24 @@ class Entries:
         return self.table, len(self)
 
     @property
+    def ends(self) -> Tensor:
+        """(B,) i64: the entries up to each block's end."""
+        return self.table[0]
+
+    @property
     def steps(self) -> int:
         """Of a search for a block."""
         return len(self).bit_length()
+
+
+def pieces_of(blocks: Blocks, device: torch.device) -> Pieces:
+    """The pieces of some blocks, of which a piece's scale is its block's number."""
+    return Pieces.of([blocks], 1, device, ((0, 0),))
+
+
+def lengths_of(blocks: Blocks, device: torch.device) -> Tensor:
+    """(B,) i64"""
+    return pieces_of(blocks, device).sizes
 
 
 @triton.jit
@@ -64,8 +102,8 @@ def _sizes(ks, lengths, count, blocks, table, SIZE: tl.constexpr):
     """`compress.indices._widths_and_sizes`; one more bit for the low part as long as it saves any."""
     b = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     live = b < count
-    k = tl.load(ks + b, mask=live, other=0)
     n = tl.load(lengths + b % blocks, mask=live, other=0)
+    k = tl.minimum(tl.load(ks + b, mask=live, other=0), n)  # a damaged message may say more
     width = tl.zeros_like(k)
     for bit in range(41):
         width += (((n - k) >> bit) > 2 * k).to(tl.int64)

@@ -19,7 +19,7 @@ _WIDEST = tl.constexpr(40)  # bits of a low part: `compress.indices.MAX_N`
 
 
 @triton.jit
-def _entry(table, blocks, total, STEPS: tl.constexpr, SIZE: tl.constexpr):
+def entry(table, blocks, total, STEPS: tl.constexpr, SIZE: tl.constexpr):
     """(SIZE,) each: an entry, is it one, its number in its block, the block, how many are there, the block's length, and the bounds
     of its code in bytes."""
     j = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -42,7 +42,7 @@ def _is_ascending(indices, j, i, n, live):
 
 @triton.jit(do_not_specialize=["total"])
 def _encode(indices, table, blocks, total, words, is_bad, STEPS: tl.constexpr, SIZE: tl.constexpr):
-    j, live, i, b, k, n, code, code_end = _entry(table, blocks, total, STEPS, SIZE)
+    j, live, i, b, k, n, code, code_end = entry(table, blocks, total, STEPS, SIZE)
     width = tl.load(table + 4 * blocks + b, mask=live, other=0)
     x, is_valid = _is_ascending(indices, j, i, n, live)
     tl.store(is_bad + tl.zeros_like(j), tl.full((SIZE,), 1, tl.int32), mask=live & ~is_valid)
@@ -94,7 +94,17 @@ def _count_ones(code, table, blocks, total, out, STEPS: tl.constexpr, SIZE: tl.c
 
 @triton.jit(do_not_specialize=["total"])
 def _decode(
-    code, table, blocks, total, before, count, out, is_bad, WIDEST: tl.constexpr, STEPS: tl.constexpr, SIZE: tl.constexpr
+    code,
+    table,
+    blocks,
+    total,
+    before,
+    count,
+    out,
+    is_bad,
+    WIDEST: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
     j, b, byte, low_start, high_start = _high_bytes(code, table, blocks, total, STEPS, SIZE)
     live = byte > 0
@@ -122,7 +132,7 @@ def _decode(
 @triton.jit(do_not_specialize=["total", "programs"])
 def _check(table, blocks, total, ones, programs, out, is_bad, STEPS: tl.constexpr, SIZE: tl.constexpr):
     """Write the indices of blocks of which all are sent, and see whether those of the others ascend; none are left outside of a block."""
-    j, live, i, b, k, n, code, code_end = _entry(table, blocks, total, STEPS, SIZE)
+    j, live, i, b, k, n, code, code_end = entry(table, blocks, total, STEPS, SIZE)
     is_coded = code_end > code
     x, is_valid = _is_ascending(out, j, i, n, live)
     coded = tl.load(table + 4 * blocks - 1 + tl.zeros_like(j), mask=live, other=0)
@@ -137,9 +147,10 @@ def _grid(count: int) -> tuple[int]:
     return (triton.cdiv(count, PER_PROGRAM),)
 
 
-def encoded(indices: Tensor, entries: Entries, is_bad: Tensor) -> Tensor:
+def encoded(indices: Tensor, entries: Entries, is_bad: Tensor | None = None) -> Tensor:
     """(code bytes,) u8: the code of (K,) i64; is_bad: (1,) i32, set to 1 if some are not ascending, repeated or outside [0, n)."""
     words = torch.zeros(entries.code_bytes // 4 + 3, dtype=torch.int32, device=indices.device)
+    is_bad = words[-1:] if is_bad is None else is_bad  # no bit of a code is there
     how = {"STEPS": entries.steps, "SIZE": PER_PROGRAM}
     launch(_encode, _grid(entries.count), indices, *entries.where, entries.count, words, is_bad, **how)
     return words.view(torch.uint8)[: entries.code_bytes]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.entries import span
+from commopt.kernels.cuda.entries import Entries, pieces_of, span
 from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, Pieces, corrected, launch, piece
 from commopt.wire.bucket import Blocks, Int64Array
 
@@ -35,7 +35,7 @@ def _magnitudes(c):
 def _count_digits(
     x,
     e,
-    places,
+    columns,
     count,
     cuts,
     c_out,
@@ -48,7 +48,7 @@ def _count_digits(
     ALIGN: tl.constexpr,
 ):
     """Add how often each digit occurs in a piece to its block's histogram; with a residual keep c."""
-    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
     c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
@@ -98,7 +98,7 @@ def _cut_of_rows(magnitudes, inside, k):
 def _count_chosen(
     x,
     e,
-    places,
+    columns,
     count,
     cuts,
     threshold,
@@ -111,7 +111,7 @@ def _count_chosen(
     ALIGN: tl.constexpr,
 ):
     """(2, P): how many of each piece are above the cut, and equal to it; or reach the threshold."""
-    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
     magnitudes = _magnitudes(corrected(x, e, start, home, n, i, HAS_RESIDUAL))
@@ -131,7 +131,7 @@ def _count_chosen(
 def _write(
     x,
     e,
-    places,
+    columns,
     count,
     pieces_up_to,
     before,
@@ -150,7 +150,7 @@ def _write(
     ALIGN: tl.constexpr,
 ):
     """Write the indices and values of what is chosen of each piece, and c to the residual of good blocks."""
-    p, live, start, home, n, block, codes = piece(places, count, ROWS, ALIGN)
+    p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
     c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
@@ -198,27 +198,35 @@ class Chosen:
     values: Tensor
     is_bad: Tensor
 
+    @classmethod
+    def room(cls, entries: Entries, is_bad: Tensor) -> Chosen:
+        """Still to be written."""
+        return cls(
+            is_bad.new_empty(entries.count, dtype=torch.int64),
+            is_bad.new_empty(entries.count, dtype=torch.float32),
+            is_bad,
+        )
 
-def largest_(x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Tensor, ends: Tensor, count: int) -> Chosen:
-    """The ks[b] elements of largest magnitude. ks, ends: (B,) i64, and those up to each block's end; count: of all."""
-    pieces, e = Pieces.of(blocks, 1, x.device), x if residual is None else residual
+
+def largest_(x: Tensor, residual: Tensor | None, blocks: Blocks, entries: Entries) -> Chosen:
+    """The elements of largest magnitude, as many as there are entries; residual <- c in good blocks."""
+    pieces, e = pieces_of(blocks, x.device), x if residual is None else residual
     c, has_residual = x, residual is not None
-    is_bad = torch.empty(len(blocks), dtype=torch.uint8, device=x.device)
-    cuts, ties, before = is_bad, is_bad, is_bad
+    chosen = Chosen.room(entries, torch.empty(len(blocks), dtype=torch.uint8, device=x.device))
+    cuts = ties = before = chosen.is_bad
     if pieces.is_cut:
         c = torch.empty_like(x) if has_residual else x
-        cuts, ties = _cuts(x, e, pieces, ks, c, is_bad, has_residual)
+        cuts, ties = _cuts(x, e, pieces, entries.ks, c, chosen.is_bad, has_residual)
         has_residual = False  # it is in c
         before = torch.empty(2, len(pieces), dtype=torch.int64, device=x.device)
         how = {"HOW": _LONG.value, "HAS_RESIDUAL": False, **pieces.shape}
-        launch(_count_chosen, pieces.grid, c, e, pieces.places, len(pieces), cuts, 0, is_bad, before, **how)
+        launch(_count_chosen, pieces.grid, c, e, pieces.columns, len(pieces), cuts, 0, chosen.is_bad, before, **how)
         before = before.cumsum(1)
-    indices = torch.empty(count, dtype=torch.int64, device=x.device)
-    values = torch.empty(count, dtype=torch.float32, device=x.device)
     how = {"HOW": _LONG.value if pieces.is_cut else _SHORT.value, "HAS_RESIDUAL": has_residual}
-    where = (pieces.places, len(pieces), pieces.ends, before, ends, cuts, ties, 0, is_bad, indices, values)
-    launch(_write, pieces.grid, c, e, *where, **how, KEEPS=residual is not None, **pieces.shape)
-    return Chosen(indices, values, is_bad)
+    where = (pieces.columns, len(pieces), pieces.ends, before, entries.ends, cuts, ties, 0, chosen.is_bad)
+    found = (chosen.indices, chosen.values)
+    launch(_write, pieces.grid, c, e, *where, *found, **how, KEEPS=residual is not None, **pieces.shape)
+    return chosen
 
 
 def _cuts(
@@ -230,28 +238,26 @@ def _cuts(
     for bits, below in DIGITS:
         is_first = bits + below == 31
         own = {"BITS": bits, "SHIFT": below, "HAS_RESIDUAL": is_first and has_residual, **pieces.shape}
-        where = (e, pieces.places, len(pieces), cuts, c, histograms)
+        where = (e, pieces.columns, len(pieces), cuts, c, histograms)
         launch(_count_digits, pieces.grid, x if is_first else c, *where, **own)
         launch(_pick_digit, (len(ks),), ks, histograms, cuts, ties, is_bad, BITS=bits, IS_FIRST=is_first)
     return cuts, ties
 
 
-def reaching_(x: Tensor, residual: Tensor | None, blocks: Blocks, threshold: float) -> tuple[Tensor, Chosen]:
-    """All elements whose magnitude reaches a threshold above 0, and first (B,) i64, how many of each block; the host reads their sum."""
-    pieces, e = Pieces.of(blocks, 1, x.device), x if residual is None else residual
+def reaching_(x: Tensor, residual: Tensor | None, blocks: Blocks, threshold: float) -> tuple[Entries, Chosen]:
+    """All elements whose magnitude reaches a threshold above 0; residual <- c in good blocks. The host reads how many there are."""
+    pieces, e = pieces_of(blocks, x.device), x if residual is None else residual
     is_bad = torch.zeros(len(blocks), dtype=torch.uint8, device=x.device)
-    found = torch.zeros(1, len(pieces), dtype=torch.int64, device=x.device)
+    found = torch.zeros(1 + len(pieces), dtype=torch.int64, device=x.device)
     bits = int(np.float32(threshold).view(np.int32))
     how = {"HOW": _GIVEN.value, "HAS_RESIDUAL": residual is not None, **pieces.shape}
-    launch(_count_chosen, pieces.grid, x, e, pieces.places, len(pieces), is_bad, bits, is_bad, found, **how)
-    before = found.cumsum(1)[0]
-    counts = before[pieces.ends - 1].diff(prepend=before.new_zeros(1))
-    count = int(before[-1]) if len(before) else 0
-    indices = torch.empty(count, dtype=torch.int64, device=x.device)
-    values = torch.empty(count, dtype=torch.float32, device=x.device)
-    where = (pieces.places, len(pieces), pieces.ends, before, before, is_bad, is_bad, bits, is_bad, indices, values)
-    launch(_write, pieces.grid, x, e, *where, KEEPS=residual is not None, **how)
-    return counts, Chosen(indices, values, is_bad)
+    launch(_count_chosen, pieces.grid, x, e, pieces.columns, len(pieces), is_bad, bits, is_bad, found[1:], **how)
+    before = found.cumsum(0)
+    entries = Entries.of(before[pieces.ends].diff(prepend=before[:1]), pieces.sizes)
+    chosen = Chosen.room(entries, is_bad)
+    where = (pieces.columns, len(pieces), pieces.ends, before[1:], entries.ends, is_bad, is_bad, bits, is_bad)
+    launch(_write, pieces.grid, x, e, *where, chosen.indices, chosen.values, KEEPS=residual is not None, **how)
+    return entries, chosen
 
 
 def select_(
@@ -259,9 +265,11 @@ def select_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.cpu.select.select_`."""
     if threshold > 0:
-        counts, chosen = reaching_(x, residual, blocks, threshold)
-        ks[:] = counts.cpu().numpy()
+        entries, chosen = reaching_(x, residual, blocks, threshold)
+        ks[:] = entries.ks.cpu().numpy()
     else:
-        own = torch.from_numpy(ks).to(x.device)
-        chosen = largest_(x, residual, blocks, own, own.cumsum(0), int(ks.sum()))
+        entries = Entries.of(
+            torch.from_numpy(ks).to(x.device), pieces_of(blocks, x.device).sizes, (int(ks.sum()), 0, 0)
+        )
+        chosen = largest_(x, residual, blocks, entries)
     return chosen.indices, chosen.values, chosen.is_bad == 0

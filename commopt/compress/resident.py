@@ -1,0 +1,98 @@
+"""Sparse codecs on a GPU: counts, places and values stay there, and the messages of all ranks are read by one set of launches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commopt import kernels
+from commopt.compress.base import Codes, Compressor
+from commopt.wire.bucket import Blocks
+from commopt.wire.payload import Payload
+
+
+class Resident(Compressor):
+    """What kernels of sparse codecs are given. A damaged message stands for NaN there: nobody asks the GPU whether it is sound."""
+
+    value_bits: Any
+
+    @abstractmethod
+    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
+        """`choose` by the kernels: the entries, and what is chosen."""
+
+    @abstractmethod
+    def entries_in(self, kernel: Any, messages: Sequence[Codes], blocks: Blocks) -> Any:
+        """The entries of messages of the same blocks, by their sizes and counts."""
+
+    def places_in(self, kernel: Any, codes: Tensor, blocks: Blocks, entries: Any, is_damaged: Tensor) -> Tensor:
+        """(K,) i64: the places that messages name; is_damaged: (1,) i32, set to 1 if they name none."""
+        return kernel.decoded(codes, entries, is_damaged)  # type: ignore[no-any-return]
+
+    def compress_payloads_(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        parts: Sequence[Blocks],
+        payloads: Sequence[Payload],
+        received: Sequence[Payload] = (),
+    ) -> bool:
+        if not kernels.has_triton(x.device):
+            return super().compress_payloads_(x, residual, parts, payloads, received)
+        headers = kernels.of("headers", x.device)
+        first = headers.first_in(received, x.device)
+        for blocks, payload in zip(parts, payloads, strict=True):
+            self.write_there(x, residual, blocks, payload.tensors[1:], first)
+        headers.write_(first, payloads)
+        return True
+
+    def decompress_payloads_(
+        self,
+        payloads: Sequence[Payload],
+        parts: Sequence[Blocks],
+        out: Tensor,
+        *,
+        alpha: float = 1.0,
+        add: bool = False,
+    ) -> None:
+        messages = [payload.tensors[1:] for payload in payloads]
+        if kernels.has_triton(out.device) and add and all(blocks is parts[0] for blocks in parts):
+            return self.read_there(messages, parts[0], out, alpha=alpha, add=True)
+        return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add)
+
+    def write_there(
+        self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes, first: Tensor | None = None
+    ) -> None:
+        """`write_`; first: (1,) i32, lowered to the first parameter with a bad block."""
+        kernel = kernels.of("sparse", x.device)
+        entries, chosen = self.choose_there(kernel, x, residual, blocks)
+        scales = codes[0]
+        kernel.code_(chosen, blocks, entries, residual, self.value_bits, scales, codes[self.value_bits < 32])
+        if not self.shares_keys:
+            codes[-1].copy_(kernel.encoded(chosen.indices, entries))
+        if first is not None:
+            kernel.note_bad_(chosen.is_bad, blocks, first)
+
+    def encode_there(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> list[Tensor]:
+        """`encode` of counts; the host reads how many there are."""
+        kernel = kernels.of("sparse", x.device)
+        entries, chosen = self.choose_there(kernel, x, residual, blocks)
+        scales, codes = kernel.room_for(entries, self.value_bits)
+        kernel.code_(chosen, blocks, entries, residual, self.value_bits, scales, codes)
+        places = kernel.encoded(chosen.indices, entries)
+        counts = torch.where(chosen.is_bad == 0, entries.ks, -1 - entries.ks).int()
+        return [counts, *([scales] if self.value_bits < 32 else []), codes, places]
+
+    def read_there(self, messages: Sequence[Codes], blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
+        """out <- alpha * the sum of the values of some messages of the same blocks, or out + that; added in their order."""
+        kernel = kernels.of("sparse", out.device)
+        joined = messages[0] if len(messages) == 1 else [torch.cat(kind) for kind in zip(*messages, strict=True)]
+        entries = self.entries_in(kernel, messages, blocks)
+        is_damaged = torch.zeros(1, dtype=torch.int32, device=out.device)
+        indices = self.places_in(kernel, joined[-1], blocks, entries, is_damaged)
+        scales, codes = joined[self.is_ragged], joined[self.is_ragged + (self.value_bits < 32)]
+        values = kernel.values_of(codes, scales, entries, self.value_bits, is_damaged)
+        kernel.add_(indices, values, blocks, entries, out, alpha=alpha, add=add)

@@ -1,0 +1,457 @@
+"""The values of sparse messages on a GPU: scales, codes and what is left, and the sum of what several ranks sent."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from commopt.kernels.cuda.entries import PER_PROGRAM, Entries, block_of, lengths_of, pieces_of, span
+from commopt.kernels.cuda.indices import decoded, encoded, entry
+from commopt.kernels.cuda.pieces import (
+    ALL_BUT_SIGN,
+    GOLDEN,
+    LARGEST,
+    NAN,
+    NONE_BAD,
+    corrected,
+    key_of,
+    launch,
+    mix,
+    piece,
+    words_of,
+)
+from commopt.kernels.cuda.select import INF, Chosen, largest_, reaching_
+from commopt.wire.bucket import Blocks
+
+__all__ = [
+    "Chosen",
+    "Entries",
+    "add_",
+    "code_",
+    "decoded",
+    "draw",
+    "drawn_",
+    "encoded",
+    "largest_",
+    "lengths_of",
+    "note_bad_",
+    "reaching_",
+    "room_for",
+    "values_of",
+]
+TILE = 2048  # entries of a program that takes whole blocks
+WIDE = 256  # entries of a program that adds
+ROUND = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2^23: what is added to it is rounded to the nearest whole number, and to even ones
+
+
+@triton.jit
+def _scales(values, table, blocks, is_bad, finite, out, MEAN: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """(B,) f32 twice: the largest magnitude of a block's finite values, or their mean; and the same, but NaN for bad blocks."""
+    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = b < blocks
+    first, end = span(table, b, live)
+    total = tl.zeros((ROWS,), tl.float64 if MEAN else tl.float32)
+    for done in range(0, tl.max(end - first, 0), CHUNK):
+        j = (first + done)[:, None] + tl.arange(0, CHUNK)[None, :]
+        size = tl.abs(tl.load(values + j, mask=j < end[:, None], other=0.0))
+        size = tl.where(size <= LARGEST, size, 0.0)
+        if MEAN:
+            total += tl.sum(size.to(tl.float64), 1)
+        else:
+            total = tl.maximum(total, tl.max(size, 1))
+    if MEAN:
+        total /= tl.maximum(end - first, 1).to(tl.float64)
+    bad = tl.load(is_bad + b, mask=live, other=0) != 0
+    unit = total.to(tl.float32)
+    tl.store(finite + b, unit, mask=live)
+    tl.store(out + b, tl.where(bad, NAN, unit), mask=live)
+
+
+@triton.jit(do_not_specialize=["units"])
+def _code(
+    values,
+    indices,
+    table,
+    blocks,
+    units,
+    is_bad,
+    scales,
+    columns,
+    count,
+    pieces_up_to,
+    out,
+    e,
+    BITS: tl.constexpr,
+    PER: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Code the values, and take from the residual what the codes stand for. A unit has PER entries: of signs eight, which are one byte."""
+    ends = table if PER == 1 else table + 2 * blocks
+    unit = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    live = unit < units
+    b = tl.minimum(block_of(ends, blocks, unit, STEPS), blocks - 1)
+    first, end = span(table, b, live)
+    start, _ = span(ends, b, live)
+    j = (first + (unit - start) * PER)[:, None] + tl.arange(0, PER)[None, :]
+    inside = live[:, None] & (j < end[:, None])
+    value = tl.load(values + j, mask=inside, other=0.0)
+    bad = (tl.load(is_bad + b, mask=live, other=0) != 0)[:, None]
+    scale = tl.load(scales + b, mask=live, other=0.0)[:, None] if BITS < 32 else 0.0
+    at = unit[:, None] + tl.zeros_like(j)
+    if BITS == 32:
+        sent = value
+        tl.store(out + at, tl.where(bad, NAN, value), mask=inside)
+    elif BITS == 1:
+        positive = inside & (value >= 0)
+        sent = tl.where(positive, scale, -scale)
+        bits = tl.sum(positive.to(tl.int32) << tl.arange(0, PER)[None, :], 1)
+        tl.store(out + unit, bits.to(tl.uint8), mask=live)
+    else:
+        ratio = tl.div_rn(value, tl.where(scale > 0, scale, 1.0) + tl.zeros_like(value))
+        if BITS == 16:
+            code = ratio.to(tl.float16)
+            sent = code.to(tl.float32) * scale
+        else:
+            code = (tl.where(tl.abs(ratio) <= LARGEST, ratio, 0.0) * 127.0 + ROUND) - ROUND
+            sent = code * tl.div_rn(scale, tl.zeros_like(scale) + 127.0)
+            code = code.to(tl.int8)
+        tl.store(out + at, code, mask=inside)
+    if HAS_RESIDUAL:
+        piece_of, _ = span(pieces_up_to, b, live)
+        home = tl.load(columns + count + piece_of, mask=live, other=0)[:, None] + tl.load(
+            indices + j, mask=inside, other=0
+        )
+        left = tl.load(e + home, mask=inside, other=0.0) - sent
+        tl.store(e + home, left, mask=inside & ~bad)
+
+
+@triton.jit(do_not_specialize=["total", "sign_bytes"])
+def _values(
+    codes,
+    scales,
+    table,
+    blocks,
+    total,
+    sign_bytes,
+    is_damaged,
+    out,
+    BITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """(total,) f32: what codes stand for; NaN if the message is damaged, or has other sizes than its counts say."""
+    j = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    live = j < total
+    b = tl.minimum(block_of(table, blocks, j, STEPS), blocks - 1)
+    first, end = span(table, b, live)
+    last = blocks - 1 + tl.zeros_like(j)
+    if BITS == 1:
+        fits = tl.load(table + 2 * blocks + last, mask=live, other=0) == sign_bytes
+    else:
+        fits = tl.load(table + last, mask=live, other=0) == total
+    if BITS == 32:
+        value = tl.load(codes + j, mask=live, other=0.0)
+    else:
+        scale = tl.load(scales + b, mask=live, other=0.0)
+        if BITS == 1:
+            start, _ = span(table + 2 * blocks, b, live)
+            byte = start + (j - first) // 8
+            bits = tl.load(codes + byte, mask=live & (byte < sign_bytes), other=0).to(tl.int32)
+            value = tl.where((bits >> ((j - first) % 8).to(tl.int32)) & 1 != 0, scale, -scale)
+        else:
+            value = tl.load(codes + j, mask=live, other=0).to(tl.float32)
+            value *= scale if BITS == 16 else tl.div_rn(scale, tl.zeros_like(scale) + 127.0)
+    damaged = tl.load(is_damaged + tl.zeros_like(j), mask=live, other=0) != 0
+    tl.store(out + j, tl.where(fits & ~damaged, value, NAN), mask=live)
+
+
+@triton.jit
+def _lower_bound(indices, first, end, x, steps):
+    """The first entry in [first, end) whose index is x or more, or end."""
+    for _ in range(steps):
+        middle = (first + end) // 2
+        open_ = first < end
+        is_below = open_ & (tl.load(indices + middle, mask=open_, other=0) < x)
+        end = tl.where(open_ & ~is_below, middle, end)
+        first = tl.where(is_below, middle + 1, first)
+    return first
+
+
+@triton.jit(do_not_specialize=["steps", "total"])
+def _bounds(
+    indices,
+    table,
+    blocks,
+    total,
+    columns,
+    count,
+    messages,
+    pieces_up_to,
+    steps,
+    out,
+    own_blocks,
+    LENGTH: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """(2, N P) i64: the first entry of each message's piece, and the first behind it."""
+    q = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    live = q < messages * count
+    p = q % count
+    own = tl.load(columns + 3 * count + p, mask=live, other=0)
+    first, end = span(table, q // count * own_blocks + own, live)
+    first, end = tl.minimum(first, total), tl.minimum(end, total)
+    within = tl.load(columns + 7 * count + p, mask=live, other=0)
+    tl.store(out + q, _lower_bound(indices, first, end, within, steps), mask=live)
+    tl.store(out + messages * count + q, _lower_bound(indices, first, end, within + LENGTH, steps), mask=live)
+
+
+@triton.jit(do_not_specialize=["messages"])
+def _add(
+    indices,
+    values,
+    bounds,
+    columns,
+    count,
+    messages,
+    alpha,
+    out,
+    ADD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Add what each message has of a piece, one message after the other; the indices of one are distinct."""
+    p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
+    within = tl.load(columns + 7 * count + p, mask=live, other=0)[:, None]
+    if not ADD:
+        i = tl.arange(0, LENGTH)
+        tl.store(out + start[:, None] + i[None, :], tl.zeros((ROWS, LENGTH), tl.float32), mask=i[None, :] < n[:, None])
+        tl.debug_barrier()
+    for message in range(messages):
+        first = tl.load(bounds + message * count + p, mask=live, other=0)
+        end = tl.load(bounds + (messages + message) * count + p, mask=live, other=0)
+        for done in range(0, tl.max(end - first, 0), CHUNK):
+            j = (first + done)[:, None] + tl.arange(0, CHUNK)[None, :]
+            is_entry = j < end[:, None]
+            i = tl.load(indices + j, mask=is_entry, other=0) - within
+            is_entry &= (i >= 0) & (i < n[:, None])
+            at = out + start[:, None] + i
+            value = tl.load(values + j, mask=is_entry, other=0.0) * alpha
+            tl.store(at, tl.load(at, mask=is_entry, other=0.0) + value, mask=is_entry)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _note_bad(is_bad, columns, count, pieces_up_to, blocks, first, SIZE: tl.constexpr):
+    """Lower `first` to the first parameter with a bad block."""
+    b = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    live = b < blocks
+    at, _ = span(pieces_up_to, b, live)
+    is_there = live & (tl.load(is_bad + b, mask=live, other=0) != 0)
+    lowest = tl.min(tl.load(columns + 5 * count + at, mask=is_there, other=NONE_BAD), 0).to(tl.int32)
+    if lowest != NONE_BAD:
+        tl.atomic_min(first, lowest)
+
+
+@triton.jit
+def _draw(
+    table,
+    blocks,
+    total,
+    word,
+    words,
+    columns,
+    count,
+    pieces_up_to,
+    own_blocks,
+    out,
+    drawn_from,
+    KEYS: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """One of each n / k consecutive elements, by `noise.bits`, and out of how many."""
+    j, live, i, b, k, n, code, code_end = entry(table, blocks, total, STEPS, SIZE)
+    first_piece, _ = span(pieces_up_to, b % own_blocks, live)
+    key = key_of(word, words, columns, count, first_piece, live, KEYS) if KEYS > 0 else tl.zeros_like(j).to(tl.uint64)
+    bits = mix(key + (i + 1).to(tl.uint64) * GOLDEN) >> 32
+    k = tl.maximum(k, 1)
+    first = i * n // k
+    size = (i + 1) * n // k - first
+    tl.store(out + j, first + ((bits * size.to(tl.uint64)) >> 32).to(tl.int64), mask=live)
+    tl.store(drawn_from + j, size, mask=live)
+
+
+@triton.jit
+def _take(
+    x,
+    e,
+    indices,
+    drawn_from,
+    table,
+    blocks,
+    total,
+    columns,
+    count,
+    pieces_up_to,
+    out,
+    IS_UNBIASED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The values of c = x + residual at some places of each block; multiplied by how many each was drawn from."""
+    j, live, i, b, k, n, code, code_end = entry(table, blocks, total, STEPS, SIZE)
+    p, _ = span(pieces_up_to, b, live)
+    place = tl.load(indices + j, mask=live, other=0)
+    value = tl.load(x + tl.load(columns + p, mask=live, other=0) + place, mask=live, other=0.0)
+    if HAS_RESIDUAL:
+        value += tl.load(e + tl.load(columns + count + p, mask=live, other=0) + place, mask=live, other=0.0)
+    if IS_UNBIASED:
+        value *= tl.load(drawn_from + j, mask=live, other=0).to(tl.float32)
+    tl.store(out + j, value, mask=live)
+
+
+@triton.jit
+def _find_bad(
+    x,
+    e,
+    columns,
+    count,
+    is_bad,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Mark blocks where c = x + residual has a NaN or an inf."""
+    p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
+    c = corrected(x, e, start, home, n, tl.arange(0, LENGTH), HAS_RESIDUAL)
+    largest = tl.max(c.to(tl.int32, bitcast=True) & ALL_BUT_SIGN, 1)
+    tl.store(is_bad + block, tl.full((ROWS,), 1, tl.uint8), mask=live & (largest >= INF))
+
+
+@triton.jit
+def _keep(x, e, columns, count, is_bad, ROWS: tl.constexpr, LENGTH: tl.constexpr, ALIGN: tl.constexpr):
+    """residual <- x + residual in good blocks."""
+    p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
+    i = tl.arange(0, LENGTH)
+    c = corrected(x, e, start, home, n, i, True)
+    bad = tl.load(is_bad + block, mask=live, other=0) != 0
+    tl.store(e + home[:, None] + i[None, :], c, mask=(i[None, :] < n[:, None]) & ~bad[:, None])
+
+
+def draw(blocks: Blocks, entries: Entries, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`RandomK.places`: (K,) i64 places in their blocks, and out of how many each was drawn."""
+    pieces = pieces_of(blocks, device)
+    word, words, keys = words_of([blocks], pieces.columns)
+    out, drawn_from = (torch.empty(entries.count, dtype=torch.int64, device=device) for _ in range(2))
+    where = (word, words, pieces.columns, len(pieces), pieces.ends, len(blocks), out, drawn_from)
+    how = {"KEYS": keys, "STEPS": entries.steps, "SIZE": WIDE}
+    launch(_draw, (triton.cdiv(entries.count, WIDE),), *entries.where, entries.count, *where, **how)
+    return out, drawn_from
+
+
+def bad_blocks(x: Tensor, residual: Tensor | None, blocks: Blocks) -> Tensor:
+    """(B,) u8: whether x + residual has a NaN or an inf."""
+    pieces, e = pieces_of(blocks, x.device), x if residual is None else residual
+    is_bad = torch.zeros(len(blocks), dtype=torch.uint8, device=x.device)
+    how = {"HAS_RESIDUAL": residual is not None, **pieces.shape}
+    launch(_find_bad, pieces.grid, x, e, pieces.columns, len(pieces), is_bad, **how)
+    return is_bad
+
+
+def take(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Blocks,
+    entries: Entries,
+    places: tuple[Tensor, Tensor],
+    *,
+    is_unbiased: bool,
+) -> Tensor:
+    """(K,) f32: the values of x + residual at places that were drawn; times n / k if they are to be unbiased."""
+    pieces, e = pieces_of(blocks, x.device), x if residual is None else residual
+    out = torch.empty(entries.count, dtype=torch.float32, device=x.device)
+    how = {"IS_UNBIASED": is_unbiased, "HAS_RESIDUAL": residual is not None, "STEPS": entries.steps, "SIZE": WIDE}
+    where = (*entries.where, entries.count, pieces.columns, len(pieces), pieces.ends, out)
+    launch(_take, (triton.cdiv(entries.count, WIDE),), x, e, *places, *where, **how)
+    return out
+
+
+def keep_(x: Tensor, residual: Tensor, blocks: Blocks, is_bad: Tensor) -> None:
+    """residual <- x + residual in good blocks."""
+    pieces = pieces_of(blocks, x.device)
+    launch(_keep, pieces.grid, x, residual, pieces.columns, len(pieces), is_bad, **pieces.shape)
+
+
+def drawn_(x: Tensor, residual: Tensor | None, blocks: Blocks, entries: Entries, is_unbiased: bool) -> Chosen:
+    """The elements at random places; residual <- c in good blocks."""
+    places, is_bad = draw(blocks, entries, x.device), bad_blocks(x, residual, blocks)
+    values = take(x, residual, blocks, entries, places, is_unbiased=is_unbiased)
+    if residual is not None:
+        keep_(x, residual, blocks, is_bad)
+    return Chosen(places[0], values, is_bad)
+
+
+def room_for(entries: Entries, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales (B,) f32 and codes, still to be written."""
+    device = entries.table.device
+    dtype = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}[bits]
+    count = entries.sign_bytes if bits == 1 else entries.count
+    return torch.empty(len(entries), device=device), torch.empty(count, dtype=dtype, device=device)
+
+
+def code_(
+    chosen: Chosen, blocks: Blocks, entries: Entries, residual: Tensor | None, bits: int, scales: Tensor, out: Tensor
+) -> None:
+    """Write scales (B,) f32, unless `bits` is 32, and codes, whose values are taken from the residual of good blocks."""
+    values, indices, is_bad = chosen.values, chosen.indices, chosen.is_bad
+    pieces, table, finite = pieces_of(blocks, values.device), entries.where, torch.empty_like(scales)
+    if bits < 32:
+        chunk = min(TILE, triton.next_power_of_2(max(1, entries.count // max(1, len(entries)))))
+        how = {"MEAN": bits == 1, "ROWS": TILE // chunk, "CHUNK": chunk}
+        launch(_scales, (triton.cdiv(len(entries), TILE // chunk),), values, *table, is_bad, finite, scales, **how)
+    per = 8 if bits == 1 else 1
+    units, size = entries.sign_bytes if bits == 1 else entries.count, PER_PROGRAM // per
+    how = {"BITS": bits, "PER": per, "HAS_RESIDUAL": residual is not None, "STEPS": entries.steps, "SIZE": size}
+    where = (pieces.columns, len(pieces), pieces.ends, out, values if residual is None else residual)
+    launch(_code, (triton.cdiv(units, size),), values, indices, *table, units, is_bad, finite, *where, **how)
+
+
+def values_of(codes: Tensor, scales: Tensor, entries: Entries, bits: int, is_damaged: Tensor) -> Tensor:
+    """(K,) f32: what the codes stand for; is_damaged: (1,) i32."""
+    out = torch.empty(entries.count, dtype=torch.float32, device=codes.device)
+    how = {"BITS": bits, "STEPS": entries.steps, "SIZE": PER_PROGRAM}
+    where = (*entries.where, entries.count, codes.numel(), is_damaged, out)
+    launch(_values, (triton.cdiv(entries.count, PER_PROGRAM),), codes, scales, *where, **how)
+    return out
+
+
+def add_(
+    indices: Tensor, values: Tensor, blocks: Blocks, entries: Entries, out: Tensor, *, alpha: float, add: bool
+) -> None:
+    """out <- alpha * the sum of all messages' values, or out + that; added in the messages' order, on which float sums depend."""
+    pieces = pieces_of(blocks, out.device)
+    n, count = entries.messages, len(pieces)
+    bounds = torch.empty(2, n * count, dtype=torch.int64, device=out.device)
+    steps = int(blocks.lengths.max(initial=0)).bit_length() + 1
+    where = (pieces.columns, count, n, pieces.ends, steps, bounds, len(blocks))
+    size = {"LENGTH": pieces.length, "SIZE": WIDE}
+    launch(_bounds, (triton.cdiv(n * count, WIDE),), indices, *entries.where, entries.count, *where, **size)
+    how = {"ADD": add, "CHUNK": max(2, WIDE // pieces.rows), **pieces.shape}
+    launch(_add, pieces.grid, indices, values, bounds, pieces.columns, count, n, alpha, out, **how)
+
+
+def note_bad_(is_bad: Tensor, blocks: Blocks, first: Tensor) -> None:
+    """Lower first, (1,) i32, to the first parameter with a bad block."""
+    pieces = pieces_of(blocks, is_bad.device)
+    where = (pieces.columns, len(pieces), pieces.ends, len(blocks), first)
+    launch(_note_bad, (triton.cdiv(len(blocks), PER_PROGRAM),), is_bad, *where, SIZE=PER_PROGRAM)
