@@ -26,8 +26,8 @@ class Entries:
     """How many elements of each block a message holds; or of each message's blocks, if messages lie one behind the other.
 
     ks: (B,) i64. table: (6, B) i64, by block: the entries up to its end, the bytes of the codes of their places, of their signs, and
-    the entries that are coded; the width of the codes' low parts (`compress.indices`), and how long the block is. count, code_bytes, sign_bytes:
-    of all. messages: how many there are.
+    the entries that are coded; the width of the codes' low parts (`compress.indices`), and how long the block is. count, code_bytes,
+    sign_bytes: of all. messages: how many there are.
     """
 
     table: Tensor

@@ -220,7 +220,7 @@ def largest_(x: Tensor, residual: Tensor | None, blocks: Blocks, entries: Entrie
         has_residual = False  # it is in c
         before = torch.empty(2, len(pieces), dtype=torch.int64, device=x.device)
         how = {"HOW": _LONG.value, "HAS_RESIDUAL": False, **pieces.shape}
-        launch(_count_chosen, pieces.grid, c, e, pieces.columns, len(pieces), cuts, 0, chosen.is_bad, before, **how)
+        launch(_count_chosen, pieces.grid, c, c, pieces.columns, len(pieces), cuts, 0, chosen.is_bad, before, **how)
         before = before.cumsum(1)
     how = {"HOW": _LONG.value if pieces.is_cut else _SHORT.value, "HAS_RESIDUAL": has_residual}
     where = (pieces.columns, len(pieces), pieces.ends, before, entries.ends, cuts, ties, 0, chosen.is_bad)
@@ -238,8 +238,9 @@ def _cuts(
     for bits, below in DIGITS:
         is_first = bits + below == 31
         own = {"BITS": bits, "SHIFT": below, "HAS_RESIDUAL": is_first and has_residual, **pieces.shape}
-        where = (e, pieces.columns, len(pieces), cuts, c, histograms)
-        launch(_count_digits, pieces.grid, x if is_first else c, *where, **own)
+        values = (x, e) if is_first else (c, c)
+        where = (pieces.columns, len(pieces), cuts, c, histograms)
+        launch(_count_digits, pieces.grid, *values, *where, **own)
         launch(_pick_digit, (len(ks),), ks, histograms, cuts, ties, is_bad, BITS=bits, IS_FIRST=is_first)
     return cuts, ties
 
