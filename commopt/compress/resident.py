@@ -43,7 +43,7 @@ class Resident(Compressor):
         if not kernels.has_triton(x.device):
             return super().compress_payloads_(x, residual, parts, payloads, received)
         headers = kernels.of("headers", x.device)
-        first = headers.first_in(received, x.device)
+        first = headers.noted_in(payloads, received)
         for blocks, payload in zip(parts, payloads, strict=True):
             self.write_there(x, residual, blocks, payload.tensors[1:], first)
         headers.write_(first, payloads)
@@ -66,7 +66,7 @@ class Resident(Compressor):
     def write_there(
         self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes, first: Tensor | None = None
     ) -> None:
-        """`write_`; first: (1,) i32, lowered to the first parameter with a bad block."""
+        """`write_`; first: (1,) i32, where bad blocks are noted."""
         kernel = kernels.of("sparse", x.device)
         entries, chosen = self.choose_there(kernel, x, residual, blocks)
         scales = codes[0]

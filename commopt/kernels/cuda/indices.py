@@ -172,8 +172,8 @@ def decoded(code: Tensor, entries: Entries, is_bad: Tensor) -> Tensor:
 
 def _entries(ns: Int64Array, ks: Int64Array, sizes: Int64Array, device: torch.device) -> tuple[Entries, Tensor]:
     totals = (int(ks.sum()), int(sizes.sum()), int((ks + 7 >> 3).sum()))
-    own = (torch.from_numpy(x).to(device) for x in (ks, ns))
-    return Entries.of(*own, totals), torch.zeros(1, dtype=torch.int32, device=device)
+    counts, lengths = torch.from_numpy(ks).to(device), torch.from_numpy(ns).to(device)
+    return Entries.of(counts, lengths, totals), torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def encode_(

@@ -13,8 +13,8 @@ from commopt.kernels.cuda.pieces import (
     ALL_BUT_SIGN,
     GOLDEN,
     LARGEST,
+    LAST,
     NAN,
-    NONE_BAD,
     corrected,
     key_of,
     launch,
@@ -250,14 +250,14 @@ def _add(
 
 @triton.jit
 def _note_bad(is_bad, columns, count, pieces_up_to, blocks, first, SIZE: tl.constexpr):
-    """Lower `first` to the first parameter with a bad block."""
+    """Note the first parameter with a bad block, as `note_bad` does."""
     b = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     live = b < blocks
     at, _ = span(pieces_up_to, b, live)
     is_there = live & (tl.load(is_bad + b, mask=live, other=0) != 0)
-    lowest = tl.min(tl.load(columns + 5 * count + at, mask=is_there, other=NONE_BAD), 0).to(tl.int32)
-    if lowest != NONE_BAD:
-        tl.atomic_min(first, lowest)
+    lowest = tl.min(tl.load(columns + 5 * count + at, mask=is_there, other=LAST), 0).to(tl.int32)
+    if lowest != LAST:
+        tl.atomic_max(first, -lowest + LAST)
 
 
 @triton.jit
