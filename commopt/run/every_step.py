@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from commopt.compress.feedback import first_of
+from commopt.compress.feedback import first_bad_parameter, first_of
 from commopt.errors import AttachError, GradientsChanged, GroupError
 from commopt.exchange.base import is_finite
 from commopt.exchange.clip import clip_by_mean_square_, clip_joint_norm_, joint_squares
@@ -180,10 +180,12 @@ class EveryStepRun(Run):
     def _void_together(self, work: Sequence[Bucket]) -> bool:
         """Make all buckets void if a GradScaler is going to skip this step: a NaN on any rank. Sends 4 bytes."""
         position = self.method.index.position
-        bad = [position[name] for bucket in work for name, x in bucket.views() if not bool(x.isfinite().all())]
+        views = [view for bucket in work for view in bucket.views()]
+        are_finite = torch.stack([x.isfinite().all() for _, x in views]).tolist()
+        bad = [position[name] for (name, _), is_finite in zip(views, are_finite, strict=True) if not is_finite]
         own = torch.tensor([first_of(bad)], dtype=torch.int32, device=work[0].flat.device)
         self.between.traffic.bucket = "overflow"
-        first = first_of(int(one.tensors[0]) for one in self.between.all_gather(Payload.of(own)))
+        first = first_bad_parameter(self.between.all_gather(Payload.of(own)))
         is_void = self.method.is_void(work[0], first, self.between)
         for bucket in work:
             bucket.void = work[0].void
