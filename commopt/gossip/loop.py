@@ -26,7 +26,7 @@ from commopt.wire.payload import Payload
 class Exchanged:
     """The result of one round's exchange."""
 
-    members: tuple[int, ...]  # ranks, this one included
+    members: tuple[int, ...]  # ranks, this one included; empty if its parameters were not finite, and it sent nothing
     is_missed: bool = False  # whether a member that was due did not answer in time
     values: dict[str, Tensor] = field(default_factory=dict)  # what `apply` needs
 
@@ -107,7 +107,9 @@ class OuterMethod(Method):
         self.cut_out = Share.cut(held, copies[1], copies[0], self.message.pieces)
         self.index, self.peers, self.device = self.cut_out.index, peers, torch.device("cpu")
         self.message.bind(self.index, peers.rank, self.cut_out)
-        edges = [int(self.index.offsets[k]) for k in self.cut(held.numels if numels is None else numels)]
+        numbers = self.cut(held.numels if numels is None else numels)
+        edges = [int(self.index.offsets[k]) for k in numbers]
+        self.fragment_parameters = [slice(a, b) for a, b in itertools.pairwise(numbers)]
         self.fragment_parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
         self.allocate()
         self.bound()

@@ -34,7 +34,7 @@ class Spread:
         words = noise.bits(key, count)  # (elements / 64,) u64
         self._bits = torch.from_numpy(np.unpackbits(words.view(np.uint8))[:elements].view(np.bool_).copy())
         self._known: dict[int, dict[int, Tensor]] = {}  # by step, then by rank
-        self._last_step = -(10**9)
+        self._last_step, self._oldest = -(10**9), 0
 
     def is_due(self, step: int) -> bool:
         return step // _EVERY_STEPS != self._last_step // _EVERY_STEPS  # so that ranks which start at any step agree
@@ -45,11 +45,15 @@ class Spread:
         padded = torch.nn.functional.pad(signed, (0, -len(signed) % WIDTH))
         return padded.view(-1, WIDTH).sum(0)
 
-    def exchange(self, peers: Peers, x: Tensor, step: int) -> Tensor:
-        """Send this replica's sketch to the peers that are up; `squares` of the step with the most sketches, the newest of several."""
-        oldest = step - 3 * min(max(step - self._last_step, _EVERY_STEPS), step)  # three of this rank's own intervals
+    def begin(self, step: int) -> None:
+        """Note that a sketch of this step follows."""
+        self._oldest = step - 3 * min(
+            max(step - self._last_step, _EVERY_STEPS), step
+        )  # three of this rank's own intervals
         self._last_step = step
-        own = self.sketch(x)
+
+    def exchange(self, peers: Peers, own: Tensor, step: int) -> Tensor:
+        """Send this replica's sketch to the peers that are up; `squares` of the step with the most sketches, the newest of several."""
         for peer in peers.others:
             if peers.is_up(peer):
                 peers.send(peer, "sketch", step, Payload.of(own), expires_s=5.0)
@@ -57,7 +61,7 @@ class Spread:
             if (sketch := letter.payload.opened((torch.float32, WIDTH))) is not None:
                 self._known.setdefault(letter.sequence, {})[peer] = sketch[0]
         self._known.setdefault(step, {})[self.rank] = own
-        self._known = {at: sketches for at, sketches in self._known.items() if oldest <= at <= step + _AHEAD}
+        self._known = {at: sketches for at, sketches in self._known.items() if self._oldest <= at <= step + _AHEAD}
         present = [
             (at, [sketch for rank, sketch in sorted(sketches.items()) if peers.is_up(rank)])
             for at, sketches in self._known.items()

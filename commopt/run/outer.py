@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from torch.nn import Module
 
 from commopt.errors import AttachError, CheckpointError, GroupError
 from commopt.exchange.base import is_finite
-from commopt.exchange.two_level import own_share, put_together
+from commopt.exchange.two_level import put_together
 from commopt.gossip.loop import Exchanged, OuterMethod, Round
 from commopt.gossip.spread import Spread, spread_of
 from commopt.groups.peers import PeerGroup, Peers, call_roll
+from commopt.groups.staging import SideStaging
 from commopt.record.recorder import RoundReport
 from commopt.run.checks import Checked, refuse_ddp
 from commopt.run.machine import Machine
@@ -35,14 +37,20 @@ _ROOM_BYTES = 1 << 26
 _PASSES = 10_000  # of `range` at one step, more than anybody accumulates
 
 
+_Result = tuple[
+    Exchanged, float, Tensor | None
+]  # of a round, the seconds it took, and a sketch that is still to be sent
+
+
 @dataclass
 class _Pending:
     round: Round
-    x: Tensor  # the parameters of the round, as it began
+    x: Tensor  # the parameters of the round, as it began; on the host, and there once `wait` has returned
     begun_at: int  # optimizer steps done then
-    wait: Callable[[], tuple[Exchanged, float]]
+    wait: Callable[[], _Result]
     blocked_s: float
     sent: float
+    has_sketch: bool = False  # which is sent when the round ends
 
 
 class OuterRun(Run):
@@ -50,6 +58,10 @@ class OuterRun(Run):
 
     Each rank exchanges its share with the ranks of its number on the other machines, its peers. Whether a round counts, which
     machine to catch up from and when, a machine's ranks decide together.
+
+    The method and its state are on the host. From a GPU a round's parameters are copied there as one flat tensor, and what is applied
+    is copied back, both on a side stream. With `delay`, nothing waits for the first copy but the exchange, in the background: whether
+    the parameters were finite is then known, and replicas' sketches are sent, when the round ends.
 
     spread: the last estimate of the replicas' distance from their mean. averages: whether gradients have to be averaged inside the
         machine, which no framework does.
@@ -79,9 +91,10 @@ class OuterRun(Run):
         self.numels = {name: p.numel() for name, p in named}
         held = [(name, local(p)) for name, p in named]
         method.bind(held, peers, numels=list(self.numels.values()), copies=(machine.copies.rank, machine.copies.size))
-        index = method.cut_out.whole
-        nothing = torch.empty(1, dtype=torch.float32).expand(index.total)
-        self._form = Bucket(nothing, index.names, tuple(index.offsets[:-1].tolist()))
+        self.staging = SideStaging(next(iter(self.parameters.values())).device)
+        self._is_ahead = (
+            self.staging.is_async and method.delay > 0
+        )  # a round begins before its parameters are on the host
         starts = stretches_of(p for _, p in named)[:, 0] + torch.from_numpy(method.cut_out.starts)
         self.stretches = torch.stack([starts, torch.tensor(method.index.numels)], 1)  # (P, 2) i64: of this rank's share
         self.is_sharded = any(hasattr(p, "to_local") for p in self.parameters.values())
@@ -146,7 +159,7 @@ class OuterRun(Run):
         saved = self.method.saved()
         own = {**saved["shared"], **saved["rank"], "stretches": self.stretches}
         for k, pending in enumerate(self._pending):
-            exchanged, _ = pending.wait()
+            exchanged, _, _ = pending.wait()
             when = [pending.round.number, pending.round.fragment, pending.begun_at, int(exchanged.is_missed)]
             own[f"round {k}"] = torch.tensor([*when, *exchanged.members])
             own[f"round {k} x"] = pending.x
@@ -163,7 +176,7 @@ class OuterRun(Run):
             exchanged = Exchanged(tuple(members), bool(is_missed), values)
             round = Round(number, self.method.fragment_parts[fragment], fragment)
             x, sent = own[f"{key} x"].clone(), self.peers.traffic.payload_bytes
-            wait = partial(lambda known: (known, 0.0), exchanged)
+            wait = partial(lambda known: (known, 0.0, None), exchanged)
             self._pending.append(_Pending(round, x, begun_at, wait, 0.0, sent))
 
     def resized(self, every: Sequence[Saved], per_machine: int) -> Callable[[], object]:
@@ -198,7 +211,8 @@ class OuterRun(Run):
         self.steps += 1
         self.peers.announce(self.steps)
         while self._pending and self.steps - self._pending[0].begun_at >= self.method.delay:
-            self._end_round(self._pending.pop(0))
+            if not self._end_round(self._pending.pop(0)):
+                return
         round = self.method.round_after(self.steps)
         if round is not None and self.peers.size > 1:
             self._members.note_who_is_up()
@@ -207,67 +221,107 @@ class OuterRun(Run):
             self._begin_round(round)
 
     def _begin_round(self, round: Round) -> None:
-        begun_s = self.peers.seconds
-        flat = self.flat()
-        x = flat[round.part].clone()
-        if not self.machine.every(is_finite(x))[0]:
-            self._members.recover()
-            return
-        if self._sketch.is_due(self.steps):
-            self.spread = spread_of(self.machine.total(self._sketch.exchange(self.peers, flat, self.steps)))
+        begun_s, is_ahead = self.peers.seconds, self._is_ahead
+        is_due = self._sketch.is_due(self.steps) and not any(one.has_sketch for one in self._pending)
+        is_whole = is_due or self.method.fragments == 1  # a sketch is of everything
+        fragment = None if is_whole else round.fragment
+        copied, arrive = self.staging.to_host(self._values(fragment), f"fragment {fragment}")
+        x = copied[round.part] if is_whole else copied
+        if not is_ahead:
+            arrive()
+            if not self.machine.every(is_finite(x))[0]:
+                self._members.recover()
+                return
+        if is_due:
+            self._sketch.begin(self.steps)
+            if not is_ahead:
+                self._estimate_spread(self._sketch.sketch(copied), self.steps)
 
-        def job() -> tuple[Exchanged, float]:
-            exchanged = self.method.exchange(x, round)
-            return exchanged, self.peers.seconds - begun_s
+        def job() -> _Result:
+            arrive()
+            sketch = self._sketch.sketch(copied) if is_ahead and is_due else None
+            can_send = not is_ahead or is_finite(x)
+            exchanged = self.method.exchange(x, round) if can_send else Exchanged((), is_missed=True)
+            return exchanged, self.peers.seconds - begun_s, sketch
 
         sent = self.peers.traffic.payload_bytes
         wait = self.peers.start(job)
-        self._pending.append(_Pending(round, x, self.steps, wait, self.peers.seconds - begun_s, sent))
+        blocked_s = self.peers.seconds - begun_s
+        self._pending.append(_Pending(round, x, self.steps, wait, blocked_s, sent, has_sketch=is_ahead and is_due))
         if self.method.delay == 0:
             self._end_round(self._pending.pop(0))
 
-    def _end_round(self, pending: _Pending) -> None:
+    def _end_round(self, pending: _Pending) -> bool:
+        """Apply a round's result; False if its parameters were not finite, so that this machine took over another one's."""
         begun_s = self.peers.seconds
-        exchanged, exchange_s = pending.wait()
-        if not self._are_agreed(exchanged.members):
+        exchanged, exchange_s, sketch = pending.wait()
+        told = self._told(exchanged.members)
+        if not all(map(any, told)):
+            self._members.recover()
+            return False
+        if any(one != told[0] for one in told):
             exchanged = dataclasses.replace(self.method.alone(pending.x, pending.round, exchanged), is_missed=True)
         with torch.no_grad():
             new = self.method.apply(pending.x, pending.round, exchanged)
-            if new is not pending.x or self.group.size > 1:  # set_flat gathers: all ranks of a machine must call it
-                flat = self.flat()
-                if self.steps == pending.begun_at:
-                    flat[pending.round.part] = new
-                else:
-                    flat[pending.round.part] += new - pending.x  # keeps what inner steps have added since
-                self.set_flat(flat)
+            if new is not pending.x or self.group.size > 1:  # _write gathers: all ranks of a machine must call it
+                is_change = self.steps != pending.begun_at  # keeps what inner steps have added since
+                self._write(new - pending.x if is_change else new, pending.round.fragment, adds=is_change)
         blocked_s = pending.blocked_s + self.peers.seconds - begun_s
         self.waited_s += blocked_s
         nbytes = self.peers.traffic.payload_bytes - pending.sent
+        if sketch is not None:
+            self._estimate_spread(sketch, pending.begun_at)
         round, members, missed = pending.round.number, list(exchanged.members), exchanged.is_missed
         self.reports.append(RoundReport(self.steps, round, members, missed, blocked_s, exchange_s, nbytes, self.spread))
+        return True
+
+    def _estimate_spread(self, sketch: Tensor, step: int) -> None:
+        self.spread = spread_of(self.machine.total(self._sketch.exchange(self.peers, sketch, step)))
 
     def flat(self) -> Tensor:
         """(elements,) f32 on the CPU: this rank's share of the parameters in registration order, and of the averaged optimizer state."""
-        everything = torch.cat([x.reshape(-1).to("cpu", torch.float32) for x in self.averaged()])
-        if self.machine.copies.size == 1:
-            return everything
-        return own_share(self._form.with_flat(everything), self.method.cut_out).flat
+        return self._values().cpu()
 
-    def set_flat(self, flat: Tensor) -> None:
-        """Overwrite parameters and averaged state by tensors of the form of `flat`, of all copies."""
-        own, copies = self._form.with_flat(flat), self.machine.copies
+    def _values(self, fragment: int | None = None) -> Tensor:
+        """(elements,) f32 on the parameters' device: `flat`, or a fragment of it."""
+        cut, which = self.method.cut_out, self._parameters_of(fragment)
+        pairs = zip(cut.index.names[which], self.averaged()[which], strict=True)
+        return torch.cat([cut.of(x.reshape(-1), name).float() for name, x in pairs])
+
+    def _write(self, values: Tensor, fragment: int | None = None, *, adds: bool = False) -> None:
+        """Overwrite parameters and averaged state by a tensor of the form of `flat`, or of a fragment of it, of all copies; or add it."""
+        whole, which, copies = self.method.cut_out.whole, self._parameters_of(fragment), self.machine.copies
+        numels = whole.numels[which]
         if copies.size > 1:
-            own = put_together(own, self._form, self.method.cut_out, copies)
+            starts = tuple(itertools.accumulate(numels[:-1], initial=0))
+            form = Bucket(values.new_empty(1).expand(sum(numels)), whole.names[which], starts)
+            values = put_together(form.with_flat(values), form, self.method.cut_out, copies).flat
         with torch.no_grad():
-            for target, (_, x) in zip(self.averaged(), own.views(), strict=True):
-                target.copy_(x.view_as(target))
+            parts = self.staging.to_device(values).split(numels)
+            for target, x in zip(self.averaged()[which], parts, strict=True):
+                (target.add_ if adds else target.copy_)(x.view_as(target))
 
+    def _parameters_of(self, fragment: int | None) -> slice:
+        """The numbers of a fragment's parameters, or of all."""
+        return slice(None) if fragment is None else self.method.fragment_parameters[fragment]
+
+    @torch.no_grad()
     def _average_gradients(self) -> None:
-        """Replace each gradient that a rank of the machine has by the mean over its ranks."""
-        is_unused = self.machine.every(*(p.grad is None for p in self.parameters.values()))
-        for p in [p for p, is_none in zip(self.parameters.values(), is_unused, strict=True) if not is_none]:
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = grad.copy_(self.machine.total(grad.detach().cpu()) / self.group.size)
+        """Replace each gradient that a rank of the machine has by the mean over its ranks; from a GPU they go to the host at once."""
+        is_unused, ranks = self.machine.every(*(p.grad is None for p in self.parameters.values())), self.group.size
+        used = [p for p, is_none in zip(self.parameters.values(), is_unused, strict=True) if not is_none]
+        for p in used:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in used if p.grad is not None]
+        if self.staging.device.type == "cpu":
+            for grad in grads:
+                grad.copy_(self.machine.total(grad.detach()) / ranks)
+        elif grads:
+            flat, arrive = self.staging.to_host(torch.cat([grad.reshape(-1) for grad in grads]), "gradients")
+            arrive()
+            means = self.staging.to_device(self.machine.total(flat).div_(ranks)).split([p.numel() for p in used])
+            for grad, mean in zip(grads, means, strict=True):
+                grad.copy_(mean.view_as(grad))
 
     def averaged(self) -> list[Tensor]:
         states = [self._state(p, key) for key in self.method.averaged_state for p in self.parameters.values()]
@@ -284,10 +338,9 @@ class OuterRun(Run):
             )
         return known[key]
 
-    def _are_agreed(self, members: Sequence[int]) -> bool:
-        """Whether the ranks of this machine have exchanged with the same machines."""
-        told = self.machine.told(*(int(one in members) for one in range(self.peers.size)))
-        return all(one == told[0] for one in told)
+    def _told(self, members: Sequence[int]) -> list[list[int]]:
+        """For each rank of this machine, which machines it has exchanged with, as a flag for each."""
+        return self.machine.told(*(int(one in members) for one in range(self.peers.size)))
 
     def end_rounds(self) -> None:
         """Wait for the rounds under way, and apply them."""
@@ -315,7 +368,8 @@ class OuterRun(Run):
         except GroupError as error:
             ranks = []
             _log.warning("rank %d ends without the final average: %s", self.rank, error)
-        if self._are_agreed(ranks) and ranks and not has_diverged:
+        told = self._told(ranks)
+        if all(one == told[0] for one in told) and ranks and not has_diverged:
             if len(ranks) > 1:
-                self.set_flat(flat.div_(len(ranks)))
+                self._write(flat.div_(len(ranks)))
             self.events.append(("final average", {"ranks": ranks, "step": self.steps}))

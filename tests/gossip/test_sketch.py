@@ -63,7 +63,9 @@ def test_members_estimate_from_what_has_come_in() -> None:
         estimates = []
         for step in (10, 20):
             assert measure.is_due(step)
-            estimates.append(spread_of(measure.exchange(group.peers, given[group.rank], step)))
+            measure.begin(step)
+            sketch = measure.sketch(given[group.rank])
+            estimates.append(spread_of(measure.exchange(group.peers, sketch, step)))
             assert not measure.is_due(step + 9)
             group.peers.sleep(1.0)
         return estimates
