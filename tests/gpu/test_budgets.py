@@ -123,6 +123,7 @@ BYTES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], int]] = {
     "in place of another": (lambda x, y, _: torch.lerp(x, y, 0.5, out=y), 24 + 24 + 24),
     "overwritten": (lambda x, y, _: x.copy_(y), 24 + 24),
     "filled": (lambda x, *_: x.zero_(), 24),
+    "filled in part": (lambda x, *_: x.__setitem__(slice(2), 0.0), 4 + 8),
     "made": (lambda *_: torch.zeros(6, device=DEVICE), 24),
     "narrowed": (lambda x, *_: x.to(torch.bfloat16), 24 + 12),
     "a part": (lambda x, *_: x[:2].sum(), 8 + 4),
