@@ -20,6 +20,7 @@ _OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "ber
 _GATHERS = ("index", "index_select", "gather", "take")  # read as much of the first tensor as they return
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_consecutive")
 _WAITS_OF_ALGEBRA = ("_linalg_check_errors", "_linalg_eigh", "_linalg_svd")
+_COUNT = ("_count_chosen", "_sizes")  # kernels whose results are sizes of what follows
 # what names begin with
 _NO_KERNEL = ("empty", "new_empty", "set_", "resize_", "_unsafe_view", "scalar_tensor")  # a number is an argument
 _SCATTERS = ("index_put", "_index_put", "index_add", "index_copy", "index_fill", "scatter", "put_")
@@ -138,8 +139,9 @@ def _moved(name: str, arguments: tuple[Any, ...], args: Any, kwargs: dict[str, A
 def counting(*, runs_kernels: bool = False) -> Iterator[Tally]:
     """Count what is done on the pretended device.
 
-    Triton's kernels are counted and not run, since the interpreter takes long, but for those of headers: new memory holds zeros, and
-    nothing is bad. runs_kernels: they all run.
+    Triton's kernels are counted and not run, since the interpreter takes long: new memory holds zeros. Those run that the sizes and the
+    number of other launches follow from: of headers, so that nothing is bad, and those that count. Residuals stay zero. runs_kernels: all
+    run.
     """
     tally, run, start = Tally(), pretend._run, pieces.start
 
@@ -155,7 +157,7 @@ def counting(*, runs_kernels: bool = False) -> Iterator[Tally]:
         if not tally.is_paused:
             tensors = {id(x): x for x in _there([arguments, constants])}
             tally.launch(kernel.fn.__name__, sum(map(_nbytes, tensors.values())))
-        if runs_kernels or kernel.fn.__module__.endswith(".headers"):
+        if runs_kernels or kernel.fn.__module__.endswith(".headers") or kernel.fn.__name__ in _COUNT:
             start(kernel, grid, arguments, constants)
 
     pretend._run, pieces.start = counted, counted_start

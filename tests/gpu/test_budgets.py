@@ -38,7 +38,7 @@ TABLE = """
 dense                  4    same      5.0     5.0       1    0.00          0     0.0      0          -   -
 fp16                   5    same      5.5     5.5       1    0.00          0     0.0      0          -   -
 ef_sign               12    same      4.0     3.3       1    0.00          0     0.0      0         12   8
-ef_sign l2            85     435     22.8   161.7      99    0.02          0     0.0      0         12   8
+ef_sign l2            55    same      7.2     6.2       1    0.00          0     0.0      0         12   8
 two_way int8          12    same      6.7     5.7       1    0.00          0     0.0      0         12   8
 two_way 4bit          12    same      5.4     4.5       1    0.00          0     0.0      0         12   8
 two_way fp8           12    same      6.7     5.7       1    0.00          0     0.0      0         12   8
@@ -55,11 +55,11 @@ ef                     6    same      3.4     5.2       1    0.00          0    
 ef21                  59      87     18.4    47.5       1    0.00          0     0.0      0         16  10
 dice_sgd              59    same     37.0    37.0       2    4.00          0     0.0      0          -   -
 random_k              55    same     44.9    44.9       9   31.62          0     0.0      0         16  10
-top_k                668    3944     42.0   182.5    1280   21.34          0     0.0      0         40  14
-threshold            520    2928    172.4  1092.0    1059  206.35          0     0.0      0         40  14
-dgc                 1017    5217     40.5    60.1    1619    2.49          0     0.0      0         40  14
+top_k                 48    same     16.5    16.7       2    0.00          0     0.0      0         40  14
+threshold             77     105      8.3    12.6      37    0.00          0     0.0      0         40  14
+dgc                  123     375     36.6    62.0       8    0.05          0     0.0      0         40  14
 powersgd              92    same     15.4    14.2      10    0.00          0     0.0      0         60  16
-demo                 845    3981    118.4   251.6    1204   33.11         36     6.2      0         60  16
+demo                 389     893     62.1    67.0     136    4.62         36     6.2      0         60  16
 """
 ROWS = {line[:16].strip(): line[16:].split() for line in TABLE.strip("\n").splitlines()}
 CEILINGS = {name: Budget.read(words[:9]) for name, words in ROWS.items()}
@@ -90,6 +90,10 @@ def test_an_exchange_by_way_of_the_host_exceeds_its_ceilings(monkeypatch: pytest
 
 def test_costs_are_the_same_if_kernels_run() -> None:
     assert count(PRESETS["ef_sign"], SMALL, FEW, runs_kernels=True) == count(PRESETS["ef_sign"], SMALL, FEW)
+
+
+def test_kernels_that_count_what_is_chosen_run() -> None:
+    assert "_code" in count(PRESETS["threshold"], SMALL, FEW).by_name, "nothing was chosen"
 
 
 @pytest.mark.parametrize(
