@@ -92,9 +92,8 @@ class OuterRun(Run):
         held = [(name, local(p)) for name, p in named]
         method.bind(held, peers, numels=list(self.numels.values()), copies=(machine.copies.rank, machine.copies.size))
         self.staging = SideStaging(next(iter(self.parameters.values())).device)
-        self._is_ahead = (
-            self.staging.is_async and method.delay > 0
-        )  # a round begins before its parameters are on the host
+        # whether a round begins before its parameters are on the host
+        self._is_ahead = self.staging.is_async and method.delay > 0
         starts = stretches_of(p for _, p in named)[:, 0] + torch.from_numpy(method.cut_out.starts)
         self.stretches = torch.stack([starts, torch.tensor(method.index.numels)], 1)  # (P, 2) i64: of this rank's share
         self.is_sharded = any(hasattr(p, "to_local") for p in self.parameters.values())
@@ -238,9 +237,10 @@ class OuterRun(Run):
                 self._estimate_spread(self._sketch.sketch(copied), self.steps)
 
         def job() -> _Result:
-            arrive()
-            sketch = self._sketch.sketch(copied) if is_ahead and is_due else None
-            can_send = not is_ahead or is_finite(x)
+            sketch, can_send = None, True
+            if is_ahead:
+                arrive()
+                sketch, can_send = self._sketch.sketch(copied) if is_due else None, is_finite(x)
             exchanged = self.method.exchange(x, round) if can_send else Exchanged((), is_missed=True)
             return exchanged, self.peers.seconds - begun_s, sketch
 
@@ -297,7 +297,7 @@ class OuterRun(Run):
             form = Bucket(values.new_empty(1).expand(sum(numels)), whole.names[which], starts)
             values = put_together(form.with_flat(values), form, self.method.cut_out, copies).flat
         with torch.no_grad():
-            parts = self.staging.to_device(values).split(numels)
+            parts = torch.split(self.staging.to_device(values), numels)
             for target, x in zip(self.averaged()[which], parts, strict=True):
                 (target.add_ if adds else target.copy_)(x.view_as(target))
 
@@ -319,8 +319,8 @@ class OuterRun(Run):
         elif grads:
             flat, arrive = self.staging.to_host(torch.cat([grad.reshape(-1) for grad in grads]), "gradients")
             arrive()
-            means = self.staging.to_device(self.machine.total(flat).div_(ranks)).split([p.numel() for p in used])
-            for grad, mean in zip(grads, means, strict=True):
+            means = self.staging.to_device(self.machine.total(flat).div_(ranks))
+            for grad, mean in zip(grads, torch.split(means, [p.numel() for p in used]), strict=True):
                 grad.copy_(mean.view_as(grad))
 
     def averaged(self) -> list[Tensor]:
