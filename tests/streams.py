@@ -177,8 +177,8 @@ def pretended(lane: Any) -> Iterator[Streams]:
     streams = Streams()
 
     class Event:
-        def __init__(self, number: int) -> None:
-            self.number = number
+        def __init__(self, **_: Any) -> None:
+            self.number = 0
 
         def synchronize(self) -> None:
             streams.synchronize(self.number)
@@ -187,8 +187,10 @@ def pretended(lane: Any) -> Iterator[Streams]:
         def __init__(self, *_: Any, number: int | None = None, **__: Any) -> None:
             self.number = streams.new_stream() if number is None else number
 
-        def record_event(self) -> Event:
-            return Event(streams.record(self.number))
+        def record_event(self, event: Event | None = None) -> Event:
+            event = Event() if event is None else event
+            event.number = streams.record(self.number)
+            return event
 
         def wait_event(self, event: Event) -> None:
             streams.wait_event(self.number, event.number)
@@ -202,7 +204,7 @@ def pretended(lane: Any) -> Iterator[Streams]:
         stream = staticmethod(lambda stream: streams.on(stream.number))
         device = staticmethod(nullcontext)
 
-    Cuda.Stream = Stream  # type: ignore[attr-defined]
+    Cuda.Stream, Cuda.Event = Stream, Event  # type: ignore[attr-defined]
 
     class Future:
         """As torch's: whoever waits lets its stream wait for the one that has set the result."""

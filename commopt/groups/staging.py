@@ -70,7 +70,8 @@ class SideStaging:
         with cuda.stream(self._stream):
             here.copy_(x, non_blocking=True)
         x.record_stream(self._stream)
-        copied = self._stream.record_event()
+        copied = cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # else the thread that waits keeps a core busy
+        self._stream.record_event(copied)
 
         def wait() -> None:
             with cuda.device(self.device):  # a new thread is on the first GPU, whichever this rank has
@@ -83,7 +84,7 @@ class SideStaging:
         if self.device.type == "cpu":
             return x
         with cuda.stream(self._stream):
-            there = torch.empty_like(x, device=self.device)
+            there = torch.empty(x.shape, dtype=x.dtype, device=self.device)
             here = self._staging.empty("back", there).copy_(x)
             self._staging.to_device_(there, "back", here)
         if self.is_async:

@@ -297,7 +297,7 @@ class OuterRun(Run):
             form = Bucket(values.new_empty(1).expand(sum(numels)), whole.names[which], starts)
             values = put_together(form.with_flat(values), form, self.method.cut_out, copies).flat
         with torch.no_grad():
-            parts = torch.split(self.staging.to_device(values), numels)
+            parts = torch.split(self.staging.to_device(values), list(numels))
             for target, x in zip(self.averaged()[which], parts, strict=True):
                 (target.add_ if adds else target.copy_)(x.view_as(target))
 

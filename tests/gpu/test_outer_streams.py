@@ -16,10 +16,11 @@ from torch import Tensor
 
 from commopt import attach, build
 from commopt.frameworks import lane
+from commopt.gossip import messages
 from commopt.groups import SimGroup, SimWorld
 from commopt.methods import METHODS
 
-STEPS, DELAY = 24, 2
+STEPS, DELAY = 16, 2
 EVERY: dict[str, Any] = {"every": 6, "delay": DELAY}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, EVERY) for name, method in METHODS.items() if method.kind == "outer"},
@@ -37,17 +38,20 @@ class Trained:
     noted: list[Counter[str]]  # of each optimizer step
 
 
-def train(group: SimGroup, case: str, device: torch.device, streams: Streams | None, **more: Any) -> Trained:
+def train(
+    group: SimGroup, case: str, device: torch.device, streams: Streams | None, per_machine: int = 1, **more: Any
+) -> Trained:
     """Some steps; jobs in the background run when they are waited for, as late as they can."""
     name, options = CASES[case]
+    world: Any = group if per_machine == 1 else group.by_machine(per_machine)
     noted = list[Counter[str]]()
     with working_on(device):
         model = make_model().to(device)
         optimizer = sgd_of(model, momentum=0.9)
-        run: Any = attach(model, build(name, **{**options, **more}), optimizer, group=group, max_norm=1.0)
+        run: Any = attach(model, build(name, **{**options, **more}), optimizer, group=world, max_norm=1.0)
         run.peers.start = functools.cache
         for step in run.range(STEPS):
-            x, y = (t.to(device) for t in make_batch(group.rank, step))
+            x, y = (t.to(device) for t in make_batch(run.rank, step))
             optimizer.zero_grad()
             loss_of(model(x), y).backward()
             before = Counter() if streams is None else Counter(streams.noted)
@@ -57,19 +61,23 @@ def train(group: SimGroup, case: str, device: torch.device, streams: Streams | N
         return Trained(run, run.flat(), noted)
 
 
-def train_all(case: str, **more: Any) -> tuple[list[Trained], list[str]]:
-    """What two ranks have trained, and what the sanitizer has found."""
+def train_all(case: str, ranks: int = 2, **more: Any) -> tuple[list[Trained], list[str]]:
+    """What all ranks have trained, and what the sanitizer has found."""
     with pretended(lane) as streams:
-        ranks = SimWorld[Trained](2, timeout_s=60).run(lambda group: train(group, case, DEVICE, streams, **more))
-    return ranks, streams.errors
+        trained = SimWorld[Trained](ranks, timeout_s=60).run(lambda group: train(group, case, DEVICE, streams, **more))
+    return trained, streams.errors
+
+
+def train_on_cpu(case: str, ranks: int = 2, **more: Any) -> list[Trained]:
+    cpu = torch.device("cpu")
+    return SimWorld[Trained](ranks, timeout_s=60).run(lambda group: train(group, case, cpu, None, **more))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_round_takes_one_copy_each_way_and_no_other_step_waits_for_the_device(case: str) -> None:
     ranks, errors = train_all(case)
     assert errors == []
-    expected = SimWorld[Trained](2, timeout_s=60).run(lambda group: train(group, case, torch.device("cpu"), None))
-    for one, other in zip(ranks, expected, strict=True):
+    for one, other in zip(ranks, train_on_cpu(case), strict=True):
         assert torch.equal(one.x, other.x)
         assert [report.members for report in one.run.reports] == [report.members for report in other.run.reports]
         for step, noted in enumerate(one.noted, start=1):
@@ -77,6 +85,17 @@ def test_a_round_takes_one_copy_each_way_and_no_other_step_waits_for_the_device(
             assert noted["copies"] == begins + ends
             # for the parameters of its own round, in the background; for a buffer that was written two rounds ago
             assert noted["waits"] <= 2 * ends
+
+
+@pytest.mark.parametrize("case", ["noloco", "fragments", "averaged state"])
+def test_machines_of_several_ranks_train_as_on_the_cpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "PIECE", 50)  # so that parameters are cut
+    ranks, errors = train_all(case, 4, per_machine=2)
+    assert errors == []
+    for one, other in zip(ranks, train_on_cpu(case, 4, per_machine=2), strict=True):
+        assert torch.equal(one.x, other.x)
+        # the gradients of the machine go to the host and back
+        assert max(noted["copies"] for noted in one.noted) <= 4
 
 
 def test_without_delay_a_round_waits_for_its_parameters() -> None:
