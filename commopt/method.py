@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
+from commopt import kernels
 from commopt.errors import ConfigError
 from commopt.exchange.base import Exchange
 from commopt.groups.base import Group
 from commopt.options import NoOptions, make_options, option_names, options
-from commopt.wire.bucket import Bucket
+from commopt.wire.bucket import Bucket, alike
 from commopt.wire.state import State, Stateful
 
 __all__ = ["EveryStep", "GradientMethod", "Kind", "Method", "NoOptions", "options"]
 
+Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]  # which torch's operations on many tensors take
 Kind = Literal["gradient", "update", "outer"]
 _ELSEWHERE = {
     **dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "set it on the optimizer that you pass to attach"),
@@ -105,6 +108,19 @@ class EveryStep(Exchange, Method):
 
     def receive(self, bucket: Bucket) -> None:
         """Take a good bucket's result into the state that the step reads."""
+
+    def parts_of(self, key: str, names: Iterable[str]) -> list[Tensor]:
+        """`part` of each parameter."""
+        return [self.part(key, name) for name in names]
+
+    def blend_(self, key: str, bucket: Bucket, weight: Callable[[str], float], out: Tensor | None = None) -> None:
+        """out <- s + weight (x - s), with s this rank's part of the state `key`, and x the bucket, which `out` is if None."""
+        one, starts = self._declared[key], dict(zip(bucket.names, bucket.starts, strict=True))
+        share = None if self._is_cut(one) else self.share
+        for w, names in alike(bucket.names, weight).items():
+            places = self._layout(one).places(tuple(names), tuple(starts[name] for name in names), share)
+            kernel = kernels.of("apply", bucket.flat.device)
+            kernel.blend_(self.state[key], bucket.flat, bucket.flat if out is None else out, places, w)
 
     @property
     def is_steady(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from commopt.wire.bucket import Bucket
 class PartlyFrozenAdam(OnebitAdam):
     """1-bit Adam whose groups with `non_freeze: True` keep using the exact mean gradient, and a variance that adapts."""
 
-    _is_live = False  # whether the parameter that is being updated stays out of the freeze
+    _is_live = False  # whether the group that is being updated stays out of the freeze
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         parts = self._split(bucket)
@@ -31,17 +31,17 @@ class PartlyFrozenAdam(OnebitAdam):
 
     def receive(self, bucket: Bucket) -> None:
         parts = self._split(bucket)
-        for name, g in parts[True].views() if True in parts else ():
-            b1, b2 = self.settings(name)["betas"]
-            self.part("momentum", name).lerp_(g, 1 - b1)  # m <- b1 m + (1 - b1) g
-            self.part("variance", name).mul_(b2).addcmul_(g, g, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+        if True in parts:
+            self.adapt_("variance", parts[True])
+            self.follow_(parts[True])
         if False in parts:
             super().receive(parts[False])
 
-    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def update(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
         self._is_live = self.is_frozen and bool(group.get("non_freeze"))
-        state["variance_step"] += self._is_live
-        super().update(p, name, state, group)
+        if self._is_live:
+            self.state["variance_step"][self._positions(names)] += 1
+        super().update(names, group)
 
     @property
     def has_signs(self) -> bool:

@@ -14,7 +14,7 @@ from commopt.kernels.host import OnHost
 from commopt.wire.bucket import Blocks
 
 _CPU = torch.device("cpu")
-_TRITON = ("signs", "quantize", "votes", "headers", "select", "indices", "sparse")
+_NUMBA = ("signs", "quantize", "votes", "select", "indices")  # the others are plain torch, or for triton only
 _log = logging.getLogger(__name__)
 
 
@@ -26,16 +26,14 @@ def has_triton(device: torch.device) -> bool:
 
 @cache
 def of(name: str, device: torch.device) -> Any:
-    """The kernels `name` (signs, quantize, select, indices or votes) for this device: numba on the CPU, else triton.
+    """The kernels `name` (signs, quantize, select, indices, votes, apply) for this device: numba or plain torch on the CPU, else triton.
 
     Without triton tensors go to numba through the host's memory.
     """
-    if name in _TRITON and has_triton(device):
+    if has_triton(device):
         return importlib.import_module(f"commopt.kernels.cuda.{name}")
-    if device.type != "cpu" and name not in _TRITON:
-        return importlib.import_module(f"commopt.kernels.reference.{name}")
-    kernels = importlib.import_module(f"commopt.kernels.cpu.{name}")
-    if device.type == "cpu":
+    kernels = importlib.import_module(f"commopt.kernels.{'cpu' if name in _NUMBA else 'reference'}.{name}")
+    if device.type == "cpu" or name not in _NUMBA:
         return kernels
     _log.warning("triton is not installed: tensors on %s are compressed on the CPU; pip install triton", device.type)
     return OnHost(kernels)

@@ -10,7 +10,6 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 from torch.nn import Parameter
 
 from commopt.compress.feedback import first_bad_parameter
@@ -19,9 +18,9 @@ from commopt.compress.sparse import TopK
 from commopt.errors import AttachError, ConfigError
 from commopt.exchange.gather import GatherMean
 from commopt.groups.base import Group
-from commopt.method import GradientMethod, NoOptions, options
+from commopt.method import GradientMethod, NoOptions, Tensors, options
 from commopt.options import Flag, Fraction, Number, Share, Wanted, Whole
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex, alike
 from commopt.wire.shards import local
 from commopt.wire.state import State
 
@@ -155,8 +154,10 @@ class DGC(GradientMethod, GatherMean):
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         moved, grown = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
         of_moved, of_grown = (self.compressed_views(bucket.with_flat(x)) for x in (moved, grown))
-        for (name, g), (_, u), (_, x) in zip(self.compressed_views(bucket), of_moved, of_grown, strict=True):
-            self._accumulate(self.part("velocity", name), g, u, x)
+        names, gs = zip(*self.compressed_views(bucket), strict=True)
+        us, xs = self._accumulated(self.parts_of("velocity", names), gs)
+        torch._foreach_copy_([x for _, x in of_moved], us)
+        torch._foreach_copy_([x for _, x in of_grown], xs)
         stages = []
         for codec, part in self._stages(blocks):
             self.worker.compressor = codec
@@ -177,29 +178,35 @@ class DGC(GradientMethod, GatherMean):
                 codec.decompress_(payload.tensors[1:], part, bucket.flat, alpha=1 / group.size, add=True)
         if self.options.masking:
             moved.mul_(sent.eq(0))  # u <- 0 where q is not
-        for name, u in of_moved:
-            self.part("velocity", name).copy_(u)
+        torch._foreach_copy_(self.parts_of("velocity", names), [u for _, u in of_moved])
 
     def receive(self, bucket: Bucket) -> None:
         """Apply momentum to exact means, which had none before the exchange, and to weight decay."""
-        for name, x in bucket.views():
-            if self.ranks == 1 or self.is_exact or name in self.dense_names:
-                u = self.part("velocity", name)
-                self._accumulate(u, x, u, x)
-            if self.options.decay_momentum and name in self._decaying:
-                (k, p), d = self._decaying[name], self.part("decay", name)
-                x.add_(d, alpha=self.momentum)  # the optimizer adds the last term, weight_decay x
-                decay = self._optimizer.param_groups[k]["weight_decay"]
-                d.mul_(self.momentum).add_(local(p).detach().reshape(-1), alpha=decay)
+        views, is_whole = dict(bucket.views()), self.ranks == 1 or self.is_exact
+        if whole := [name for name in bucket.names if is_whole or name in self.dense_names]:
+            old, gs = self.parts_of("velocity", whole), [views[name] for name in whole]
+            us, xs = self._accumulated(old, gs)
+            torch._foreach_copy_(old, us)
+            torch._foreach_copy_(gs, xs)
+        decaying = [name for name in bucket.names if self.options.decay_momentum and name in self._decaying]
+        for decay, names in alike(decaying, self._decay_of).items():
+            ds, held = self.parts_of("decay", names), [self._decaying[name][1] for name in names]
+            # the optimizer adds the last term, weight_decay x
+            torch._foreach_add_([views[name] for name in names], ds, alpha=self.momentum)
+            torch._foreach_mul_(ds, self.momentum)
+            torch._foreach_add_(ds, [local(p).reshape(-1) for p in held], alpha=decay)
 
-    def _accumulate(self, u: Tensor, g: Tensor, u_out: Tensor, x_out: Tensor) -> None:
-        """Write the new u into u_out, and what is added to v into x_out; they may be u and g themselves."""
-        if self.options.nesterov:
-            torch.add(u, g, out=u_out).mul_(self.momentum)  # u <- momentum (u + g)
-            torch.add(u_out, g, out=x_out)
-        else:
-            torch.add(g, u, alpha=self.momentum, out=u_out)  # u <- momentum u + g
-            x_out.copy_(u_out)
+    def _decay_of(self, name: str) -> float:
+        return float(self._optimizer.param_groups[self._decaying[name][0]]["weight_decay"])
+
+    def _accumulated(self, us: Tensors, gs: Tensors) -> tuple[Tensors, Tensors]:
+        """The new u of some parameters, and what is added to v."""
+        if not self.options.nesterov:
+            us = torch._foreach_add(gs, us, alpha=self.momentum)  # u <- momentum u + g
+            return us, us
+        us = torch._foreach_add(us, gs)
+        torch._foreach_mul_(us, self.momentum)  # u <- momentum (u + g)
+        return us, torch._foreach_add(us, gs)
 
     def _stages(self, blocks: Blocks) -> list[tuple[TopK, Blocks]]:
         """The blocks by the density of their codec; all have one, unless some parameters were left out of earlier steps."""

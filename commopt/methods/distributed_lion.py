@@ -11,7 +11,7 @@ from commopt.groups.base import Group
 from commopt.method import NoOptions, options
 from commopt.optim.update import DirectionMethod
 from commopt.options import Whole
-from commopt.wire.bucket import Bucket
+from commopt.wire.bucket import Bucket, alike
 
 
 @options
@@ -55,15 +55,14 @@ class DistributedLion(DirectionMethod):
         self.parts = (self._votes,)
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        update = bucket.with_flat(torch.empty_like(bucket.flat))
-        for (name, g), (_, c) in zip(bucket.views(), update.views(), strict=True):
-            b1, _ = self.settings(name)["betas"]
-            torch.lerp(self.part("momentum", name), g, 1 - b1, out=c)  # b1 m + (1 - b1) g
-        if self._votes.vote(update.flat, update.flat, bucket, group):
-            for name, g in bucket.views():
-                _, b2 = self.settings(name)["betas"]
-                self.part("momentum", name).lerp_(g, 1 - b2)  # m <- b2 m + (1 - b2) g
-            bucket.flat.copy_(update.flat)
+        update = torch.empty_like(bucket.flat)
+        self.blend_("momentum", bucket, lambda name: 1 - self.betas(name)[0], out=update)  # b1 m + (1 - b1) g
+        if self._votes.vote(update, update, bucket, group):
+            views = dict(bucket.views())
+            for (_, b2), names in alike(bucket.names, self.betas).items():
+                gs = [views[name] for name in names]
+                torch._foreach_lerp_(self.parts_of("momentum", names), gs, 1 - b2)  # m <- b2 m + (1 - b2) g
+            bucket.flat.copy_(update)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return self._votes.bytes_per_parameter(ranks)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from commopt.kernels.reference.apply import Move
 from commopt.method import options
-from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance, move_along_
+from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
 from commopt.options import Flag
 
 
@@ -53,11 +52,12 @@ class OnebitAdam(FrozenVariance):
     options: OnebitAdamOptions
     stands_for = ("Adam", "AdamW")
 
-    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        step_size = group["lr"]
-        if self.options.bias_correction:
-            step_size /= 1 - group["betas"][0] ** state["step"]
-        if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        _, root = self.roots(state, group)
-        move_along_(p, p, 1.0, state["momentum"], root, step_size)  # x <- x - lr m / (sqrt(v) + eps)
+    def update(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
+        step, variance_step = self.numbers("step", names), self.numbers("variance_step", names)
+        kept = 1 - group["lr"] * group["weight_decay"]
+
+        def how(name: str) -> Move:
+            lacking = 1 - group["betas"][0] ** step[name] if self.options.bias_correction else 1.0
+            return Move(self.root_of(variance_step[name], group), group["lr"] / lacking, kept, rounds=True)
+
+        self.move_({name: how(name) for name in names})  # x <- x - lr (m / (sqrt(v) + eps) + weight_decay x)

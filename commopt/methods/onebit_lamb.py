@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from commopt.errors import check_option
+from commopt.kernels.reference.apply import roots
 from commopt.method import options
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
 from commopt.optim.optimizers import trust_ratio
@@ -91,15 +92,24 @@ class OnebitLamb(FrozenVariance):
         return bool(group.get("bias_correction", False)) if given is None else given
 
     def receive(self, bucket: Bucket) -> None:
-        for name, x in bucket.views() if self.is_frozen else ():
-            b1, b2 = self.settings(name)["betas"]
-            m, w = self.part("momentum", name), self.part("fresh_variance", name)
-            g = torch.sub(self.masked_(x, name), m, alpha=b1).div_(1 - b1)  # g' = (m - b1 m_before) / (1 - b1)
-            w.mul_(b2).addcmul_(g, g, value=1 - b2)  # w <- b2 w + (1 - b2) g'^2
+        if self.is_frozen:
+            self.mask_(bucket)
+            for (b1, b2), names, xs in self._by_betas(bucket):
+                gs = torch._foreach_sub(xs, self.parts_of("momentum", names), alpha=b1)
+                torch._foreach_div_(gs, 1 - b1)  # g' = (m - b1 m_before) / (1 - b1)
+                ws = self.parts_of("fresh_variance", names)
+                torch._foreach_mul_(ws, b2)
+                torch._foreach_addcmul_(ws, gs, gs, value=1 - b2)  # w <- b2 w + (1 - b2) g'^2
         super().receive(bucket)
 
-    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        root, bounded = self.roots(state, group)
+    def update(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
+        for name in names:
+            state = self.entry(name)
+            self._update(self.held(name), name, state, group)
+            self.keep(name, state)
+
+    def _update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        root, bounded = roots(state["momentum"], state["variance"], self.root_of(state["variance_step"], group))
         size = 1 / (1 - group["betas"][0] ** state["step"]) if self.corrects_bias(group) else 1.0
         adam = size * state["momentum"] / bounded
         direction = adam + group["weight_decay"] * p.float() if group["weight_decay"] else adam
@@ -118,7 +128,7 @@ class OnebitLamb(FrozenVariance):
             if coeff != 1.0:  # it is 1 if a norm is 0
                 state["coeff"] += (1 - self.options.coeff_beta) * (coeff - state["coeff"])
                 state["coeffs"] += 1
-        move_(p, direction, group["lr"] * coeff)
+        move_([p], [direction], group["lr"] * coeff)
 
     def _factor(
         self, name: str, state: Mapping[str, Any], group: Mapping[str, Any], root: Tensor, share: float | None
@@ -127,7 +137,9 @@ class OnebitLamb(FrozenVariance):
         fresh = state["fresh_variance"].sqrt()
         if self.corrects_bias(group):
             fresh /= math.sqrt(1 - group["betas"][1] ** state["step"])
-        ratio = self.masked_((root / (fresh + group["eps"])).view(-1), name)
+        ratio = (root / (fresh + group["eps"])).view(-1)
+        if self.mask is not None:
+            ratio.masked_fill_(~self.index.view(self.mask, name), 0.0)
         factor = float(ratio.max()) if ratio.numel() else 0.0
         if factor == 0.0:  # no element, or all of them masked
             return float(state["factor"])

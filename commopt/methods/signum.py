@@ -69,9 +69,7 @@ class Signum(GradientMethod, SignVote):
         if not b:
             return super().exchange(bucket, group)
         new = bucket.with_flat(torch.empty_like(bucket.flat))
-        for (name, g), (_, m) in zip(bucket.views(), new.views(), strict=True):
-            torch.lerp(self.part("momentum", name), g, 1 - b, out=m)  # b m + (1 - b) g
+        self.blend_("momentum", bucket, lambda _: 1 - b, out=new.flat)  # b m + (1 - b) g
         if self.vote(new.flat, bucket.flat, bucket, group):
-            for name, m in new.views():
-                self.part("momentum", name).copy_(m)
+            torch._foreach_copy_(self.parts_of("momentum", bucket.names), [m for _, m in new.views()])
         return None

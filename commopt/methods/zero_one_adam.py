@@ -12,8 +12,9 @@ from torch import Tensor
 from commopt.errors import GroupError
 from commopt.exchange.two_level import own_share, put_together
 from commopt.groups.base import Group
+from commopt.kernels.reference.apply import Move
 from commopt.method import options
-from commopt.optim.frozen import FrozenOptions, FrozenVariance, move_along_
+from commopt.optim.frozen import FrozenOptions, FrozenVariance
 from commopt.options import Count, Flag, Wanted
 from commopt.wire.bucket import Bucket
 from commopt.wire.state import Saved, State, load_mean
@@ -130,37 +131,56 @@ class ZeroOneAdam(FrozenVariance):
         """Whether local steps have begun; in phase A, which never ends without a freeze, whether most steps send signs."""
         return self.variance_interval > 1 if self.options.var_freeze_step is None else self.is_frozen
 
-    def accumulate_(self, name: str, g: Tensor) -> None:
-        super().accumulate_(name, g)
-        state = self.entry(name)
-        weight = self._step(state, self.settings(name), state["step"] + 1)[2]
-        torch.lerp(self.own_part("mean_momentum", name), g, weight, out=g)  # u_i
+    def accumulate_(self, bucket: Bucket) -> None:
+        super().accumulate_(bucket)
+        step, rate = self.numbers("step", bucket.names), self.numbers("rate", bucket.names)
+        self.blend_(  # u_i
+            "mean_momentum", bucket, lambda name: self._step(rate[name], self.settings(name), step[name] + 1)[2]
+        )
 
-    def _step(self, state: Mapping[str, Any], group: Mapping[str, Any], step: int) -> tuple[float, float, float]:
-        """The rate of a step, the factor that decay leaves of x, and the step's weight in the mean momentum since x'."""
+    def _step(self, since: float, group: Mapping[str, Any], step: int) -> tuple[float, float, float]:
+        """The rate of a step, the factor that decay leaves of x, and the step's weight in the mean momentum since x'.
+
+        since: R, the sum of rates since x'.
+        """
         rate = float(group["lr"])
         kept = 1 - rate * float(group["weight_decay"])
         if self.options.bias_correction:
             rate /= 1 - group["betas"][0] ** step
-        total = state["rate"] * kept + rate
+        total = since * kept + rate
         return rate, kept, rate / total if total > 0 else 1.0
 
-    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        rate, kept, weight = self._step(state, group, state["step"])
-        _, root = self.roots(state, group)
-        total, all_kept = state["rate"] * kept + rate, state["kept"] * kept
-        if self.is_local:
-            if not state["local_steps"]:
-                state["common"].copy_(p)  # x' <- x
-            state["mean_momentum"].lerp_(state["momentum"], weight)  # u_i <- u_i + lr (m_i - u_i) / R
-            move_along_(p, p, kept, state["momentum"], root, rate)
-            state |= {"local_steps": state["local_steps"] + 1, "rate": total, "kept": all_kept}
+    def update(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
+        is_local, moves, since = self.is_local, dict[str, Move](), dict[str, tuple[float, float]]()
+        columns = [self.numbers(key, names) for key in ("step", "variance_step", "rate", "kept")]
+        for name in names:
+            step, variance_step, rate_before, kept_before = (column[name] for column in columns)
+            rate, kept, weight = self._step(rate_before, group, step)
+            since[name] = (rate_before * kept + rate, kept_before * kept)
+            own = (rate, kept, weight) if is_local else since[name]
+            moves[name] = Move(self.root_of(variance_step, group), *own)
+        of_state = self.numbers("local_steps", names)
+        apart, together = ([name for name in names if bool(of_state[name]) == own] for own in (True, False))
+        if is_local:
+            if together:
+                held = [self.held(name) for name in together]
+                common = [self.part("common", name).view_as(x) for name, x in zip(together, held, strict=True)]
+                torch._foreach_copy_(common, held)  # x' <- x
+            self.move_(moves, mean=self.state["mean_momentum"])  # u_i <- u_i + lr (m_i - u_i) / R, and x_i
+            self.state["local_steps"][self._positions(names)] += 1
+            self.set_numbers("rate", {name: rate for name, (rate, _) in since.items()})
+            self.set_numbers("kept", {name: kept for name, (_, kept) in since.items()})
         else:
-            start = state["common"] if state["local_steps"] else p
-            move_along_(p, start, all_kept, state["momentum"], root, total)
-            if state["local_steps"]:
-                state["mean_momentum"].zero_()  # of each rank's own steps: from here on all ranks have the same state
-            state |= {"local_steps": 0, "rate": 0.0, "kept": 1.0}
+            self.move_({name: moves[name] for name in apart}, start=self.state["common"])
+            self.move_({name: moves[name] for name in together})
+            if apart:  # u is of each rank's own steps: from here on all ranks have the same state
+                torch._foreach_zero_(self.parts_of("mean_momentum", apart))
+                self._meet(apart)
+
+    def _meet(self, names: Sequence[str]) -> None:
+        """Note that these parameters are the same on all ranks again."""
+        for key, value in (("local_steps", 0), ("rate", 0.0), ("kept", 1.0)):
+            self.set_numbers(key, dict.fromkeys(names, value))
 
     @torch.no_grad()
     def synchronise(self, group: Group) -> None:
@@ -174,13 +194,13 @@ class ZeroOneAdam(FrozenVariance):
         bucket = put_together(own, bucket, self.share, group.inside)
         if bucket.void is not None:
             raise GroupError(f"{bucket.void}: the momentum of its local steps has overflowed; replicas stay different")
-        for name, x in bucket.views():
-            p, settings, state = self.held(name), self.settings(name), self.entry(name)
-            self.part("momentum", name).copy_(self.masked_(x, name))
-            _, root = self.roots(state, settings)
-            move_along_(p, state["common"], state["kept"], state["momentum"], root, state["rate"])
-            self.keep(name, {"local_steps": 0, "rate": 0.0, "kept": 1.0})
-        self.exchanges[[self.index.position[name] for name in apart]] += 1
+        self.mask_(bucket)
+        torch._foreach_copy_(self.parts_of("momentum", apart), [x for _, x in bucket.views()])
+        variance_step, rate, kept = (self.numbers(key, apart) for key in ("variance_step", "rate", "kept"))
+        roots = {name: self.root_of(variance_step[name], self.settings(name)) for name in apart}
+        self.move_({name: Move(roots[name], rate[name], kept[name]) for name in apart}, start=self.state["common"])
+        self._meet(apart)
+        self.exchanges[self._positions(apart)] += 1
 
     def after_step(self) -> None:
         if not self.is_frozen and self.applied_steps % self.variance_interval == 0:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from commopt import kernels
 from commopt.compress.feedback import Kept
 from commopt.compress.options import SignOptions, SignScale
 from commopt.compress.sign import equalising_factors
@@ -17,9 +18,10 @@ from commopt.errors import AttachError
 from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups.base import Group
+from commopt.kernels.reference.apply import Move, Root
 from commopt.optim.update import UpdateMethod
 from commopt.options import Count, Positive, Wanted, options
-from commopt.wire.bucket import Bucket
+from commopt.wire.bucket import MOST_LAYOUTS, Bucket, alike
 from commopt.wire.shards import shard_start
 from commopt.wire.state import State
 
@@ -70,6 +72,7 @@ class FrozenVariance(UpdateMethod):
         self.parts = (self.mean, self.two_way)
         self.merges_buckets, self.state_form = self.two_way.merges_buckets, self.two_way.state_form
         self.momentum_mask = dict(self.options.momentum_mask or {})
+        self._hidden: dict[Any, Tensor] = {}  # by a bucket's layout, (n,) bool, True if momentum is masked
         self.mask: Tensor | None = None  # (n,) bool, True if momentum may be other than zero; None for everywhere
 
     def declare(self) -> list[State]:
@@ -113,19 +116,18 @@ class FrozenVariance(UpdateMethod):
             self._make_mask()
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        for name, g in bucket.views() if self.is_frozen else ():
-            self.accumulate_(name, g)
+        if self.is_frozen:
+            self.accumulate_(bucket)
         (self.mean if self.is_exact else self.two_way).exchange(bucket, group)
 
-    def accumulate_(self, name: str, g: Tensor) -> None:
-        """Overwrite a gradient by what is exchanged after the freeze: this rank's momentum with it."""
-        torch.lerp(
-            self.own_part("momentum", name), g, 1 - self.settings(name)["betas"][0], out=g
-        )  # m_i = b1 m + (1 - b1) g_i
+    def accumulate_(self, bucket: Bucket) -> None:
+        """Overwrite gradients by what is exchanged after the freeze: this rank's momentum with them."""
+        self.blend_("momentum", bucket, lambda name: 1 - self.betas(name)[0])  # m_i = b1 m + (1 - b1) g_i
 
-    def count(self, entry: dict[str, Any]) -> None:
-        entry["step"] += 1
-        entry["variance_step"] += self.is_exact
+    def count(self, names: Sequence[str]) -> None:
+        self.state["step"][self._positions(names)] += 1
+        if self.is_exact:
+            self.state["variance_step"][self._positions(names)] += 1
 
     def after_step(self) -> None:
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -148,38 +150,62 @@ class FrozenVariance(UpdateMethod):
         if self.options.prescale:
             self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
 
-    def masked_(self, x: Tensor, name: str) -> Tensor:
-        """x with zeros where the momentum of the parameter `name` is masked."""
-        return x if self.mask is None else x.masked_fill_(~self.index.view(self.mask, name), 0.0)
+    def mask_(self, bucket: Bucket) -> None:
+        """Zeros where the momentum is masked."""
+        if self.mask is None:
+            return
+        layout = (bucket.names, bucket.starts)
+        if layout not in self._hidden:
+            if len(self._hidden) > MOST_LAYOUTS:
+                self._hidden.clear()
+            self._hidden[layout] = torch.cat([~self.index.view(self.mask, name) for name in bucket.names])
+        bucket.flat.masked_fill_(self._hidden[layout], 0.0)
 
     @property
     def has_signs(self) -> bool:
         """Whether the momentum is made of signs by now, which do not shrink where the variance does."""
         return self.is_frozen and self.ranks > 1
 
-    def roots(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """sqrt(v) + eps, and the same once signs have come in, raised where |momentum| over it would exceed `max_ratio`."""
-        root: Tensor = state["variance"].sqrt()
-        lacking = math.sqrt(1 - group["betas"][1] ** state["variance_step"]) if state["variance_step"] else 1.0
-        if self.corrects_bias(group):
-            root /= lacking
-            lacking = 1.0
-        root += group["eps"]
-        if not self.has_signs or self.options.max_ratio is None:
-            return root, root
-        return root, torch.maximum(root, state["momentum"].abs() * (lacking / self.options.max_ratio))
+    def root_of(self, variance_steps: int, group: Mapping[str, Any]) -> Root:
+        """sqrt(v) + eps; once signs have come in, raised where |momentum| over it would exceed `max_ratio`."""
+        lacking = math.sqrt(1 - group["betas"][1] ** variance_steps) if variance_steps else 1.0
+        divisor, rest = (lacking, 1.0) if self.corrects_bias(group) else (1.0, lacking)
+        max_ratio = self.options.max_ratio if self.has_signs else None
+        return Root(divisor, group["eps"], 0.0 if max_ratio is None else rest / max_ratio)
+
+    def move_(self, how: Mapping[str, Move], start: Tensor | None = None, mean: Tensor | None = None) -> None:
+        """Step parameters along the momentum, each as told by name; start, mean: flat tensors of all, see `Move`."""
+        kernel, moments = kernels.of("apply", self.device), (self.state["momentum"], self.state["variance"])
+        for one, names in alike(how, how.__getitem__).items():
+            kernel.move_({name: self.held(name) for name in names}, self.index, *moments, one, start, mean)
 
     def receive(self, bucket: Bucket) -> None:
-        for name, x in bucket.views():
-            m, v, (b1, b2) = self.part("momentum", name), self.part("variance", name), self.settings(name)["betas"]
-            if self.is_exact:
-                v.mul_(b2).addcmul_(x, x, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
-            else:
-                self.masked_(x, name)
-            if self.is_frozen and not self.is_local:
-                m.copy_(x)
-            else:
-                m.lerp_(x, 1 - b1)  # m <- b1 m + (1 - b1) g
+        if self.is_exact:
+            self.adapt_("variance", bucket)
+        else:
+            self.mask_(bucket)
+        if self.is_frozen and not self.is_local:
+            torch._foreach_copy_(self.parts_of("momentum", bucket.names), [x for _, x in bucket.views()])
+        else:
+            self.follow_(bucket)
+
+    def adapt_(self, key: str, bucket: Bucket) -> None:
+        """Take gradients into the variance that is the state `key`."""
+        for (_, b2), names, gs in self._by_betas(bucket):
+            vs = self.parts_of(key, names)
+            torch._foreach_mul_(vs, b2)
+            torch._foreach_addcmul_(vs, gs, gs, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+
+    def follow_(self, bucket: Bucket) -> None:
+        """Take gradients into the momentum."""
+        for (b1, _), names, gs in self._by_betas(bucket):
+            torch._foreach_lerp_(self.parts_of("momentum", names), gs, 1 - b1)  # m <- b1 m + (1 - b1) g
+
+    def _by_betas(self, bucket: Bucket) -> Iterator[tuple[tuple[float, float], list[str], list[Tensor]]]:
+        """The parameters of a bucket that have the same betas: these, names, and views."""
+        views = dict(bucket.views())
+        for betas, names in alike(bucket.names, self.betas).items():
+            yield betas, names, [views[name] for name in names]
 
     def corrects_bias(self, group: Mapping[str, Any]) -> bool:
         """Whether momentum and variance are corrected for their bias, as in Adam."""
@@ -211,11 +237,4 @@ class FrozenVariance(UpdateMethod):
             own = torch.as_tensor(given, device=mask.device).ne(0).expand(p.shape).reshape(-1)
             view.logical_and_(own[shard_start(p) :][: len(view)])
         self.mask = None if bool(mask.all()) else mask
-
-
-def move_along_(p: Tensor, start: Tensor, kept: float, momentum: Tensor, root: Tensor, rate: float) -> None:
-    """p <- kept start - rate momentum / root, computed in float32 and rounded once."""
-    x = p.float().copy_(start)  # p itself if it is float32
-    if kept != 1.0:
-        x.mul_(kept)
-    p.copy_(x.addcdiv_(momentum, root, value=-rate))
+        self._hidden.clear()

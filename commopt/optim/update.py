@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from commopt.errors import AttachError
-from commopt.method import EveryStep, Kind
+from commopt.method import EveryStep, Kind, Tensors
 from commopt.wire.bucket import Bucket
 from commopt.wire.shards import local
 from commopt.wire.state import State
@@ -20,10 +20,10 @@ _THEIR_NAMES = {"exp_avg": "momentum", "exp_avg_sq": "variance"}  # of torch's A
 
 
 class UpdateMethod(EveryStep):
-    """Stands in for an optimizer: `exchange` takes in gradients, and `update` moves one parameter by what came of them.
+    """Stands in for an optimizer: `exchange` takes in gradients, and `update` moves parameters by what came of them.
 
-    State of elements is one flat float32 tensor of all parameters; state per parameter a number each. An `update` sees both
-    as `state[key]`: views of the parameter's shape, and numbers, which it may replace.
+    State of elements is one flat float32 tensor of all parameters, of which `part` has views; state per parameter a number each,
+    which `numbers` reads and `set_numbers` writes.
 
     takes: what it reads from the parameter groups of the optimizers that it `stands_for`, in which schedulers change it.
     moments: the states that it has in common with them, and goes on from.
@@ -67,6 +67,11 @@ class UpdateMethod(EveryStep):
     def settings(self, name: str) -> dict[str, Any]:
         """The parameter group that holds `name`, without its parameters: lr, betas and so on, as schedulers have left them."""
         return settings_of(self.optimizer.param_groups[self._group_of[id(self.parameters[name])]])
+
+    def betas(self, name: str) -> tuple[float, float]:
+        """b1 and b2 of a parameter, as of now."""
+        b1, b2 = self.settings(name)["betas"]
+        return float(b1), float(b2)
 
     def held(self, name: str) -> Tensor:
         """What this rank has of a parameter: all of it, or its shard."""
@@ -146,27 +151,35 @@ class UpdateMethod(EveryStep):
         """Move every parameter that has a gradient by what the last exchange has left in the state."""
         is_applied = False
         for group in self.optimizer.param_groups:
-            settings = settings_of(group)
-            for p in group["params"]:
-                name = self._name_of.get(id(p))
-                if p.grad is not None and name is not None:  # else this rank has no shard of it
-                    entry = self.entry(name)
-                    self.count(entry)
-                    self.update(self.held(name), name, entry, settings)
-                    self.keep(name, entry)
-                    is_applied = True
+            # without a name, this rank has no shard of it
+            given = [self._name_of.get(id(p)) for p in group["params"] if p.grad is not None]
+            if names := [name for name in given if name is not None]:
+                self.count(names)
+                self.update(names, settings_of(group))
+                is_applied = True
         if is_applied:
             self.state["steps"] += 1
             self.after_step()
 
-    def count(self, entry: dict[str, Any]) -> None:
-        """Raise the counters of a parameter that is about to move."""
+    def count(self, names: Sequence[str]) -> None:
+        """Raise the counters of parameters that are about to move."""
         for key in self.counters:
-            entry[key] += 1
+            self.state[key][self._positions(names)] += 1
+
+    def numbers(self, key: str, names: Sequence[str]) -> dict[str, Any]:
+        """What the state `key`, of one number per parameter, holds for some of them."""
+        return dict(zip(names, self.state[key][self._positions(names)].tolist(), strict=True))
+
+    def set_numbers(self, key: str, values: Mapping[str, Any]) -> None:
+        """Overwrite the numbers of parameters, by name, in the state `key`."""
+        self.state[key][self._positions(values)] = torch.tensor(list(values.values()), dtype=self.state[key].dtype)
+
+    def _positions(self, names: Iterable[str]) -> list[int]:
+        return [self.index.position[name] for name in names]
 
     @abstractmethod
-    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        """Move one parameter; its counters have been raised. group: its settings, as of this step."""
+    def update(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
+        """Move parameters of one group, whose counters have been raised. group: its settings, as of this step."""
 
     def after_step(self) -> None:
         """What is decided once all parameters have moved, from what all ranks share."""
@@ -180,18 +193,23 @@ class DirectionMethod(UpdateMethod):
     states: ClassVar[tuple[State, ...]] = (State("momentum", held="rank", on_resize="mean"),)
 
     def set_up(self) -> None:
-        self.directions: dict[str, Tensor] = {}  # (n,) by parameter, from an exchange to its step
+        self.directions: dict[tuple[str, ...], Bucket] = {}  # by the names in each bucket, from an exchange to its step
 
     def receive(self, bucket: Bucket) -> None:
-        for name, x in bucket.views():
-            self.directions[name] = x.to(self.direction_dtype, copy=True)
+        self.directions[bucket.names] = bucket.with_flat(bucket.flat.to(self.direction_dtype, copy=True))
 
-    def update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        move_(p, self.directions[name], group["lr"])
-        keep_until_used(self.directions[name])
+    def update(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
+        found = dict(
+            view for bucket in self.directions.values() for view in bucket.with_flat(bucket.flat.float()).views()
+        )
+        ps = [self.held(name) for name in names]
+        if group["weight_decay"]:
+            torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+        move_(ps, [found[name].view(p.shape) for name, p in zip(names, ps, strict=True)], group["lr"])
 
     def after_step(self) -> None:
+        for bucket in self.directions.values():
+            keep_until_used(bucket.flat)
         self.directions.clear()
 
 
@@ -210,6 +228,11 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def move_(p: Tensor, direction: Tensor, step_size: float) -> None:
-    """p <- p - step_size * direction, computed in float32 and rounded once."""
-    p.copy_(p.float().add_(direction.view(p.shape), alpha=-step_size))  # copies nothing if p is float32
+def move_(ps: Tensors, directions: Tensors, step_size: float) -> None:
+    """p <- p - step_size * direction for each, computed in float32 and rounded once."""
+    xs = ps if all(p.dtype == torch.float32 for p in ps) else [torch.empty_like(p, dtype=torch.float32) for p in ps]
+    if xs is not ps:
+        torch._foreach_copy_(xs, ps)
+    torch._foreach_add_(xs, directions, alpha=-step_size)
+    if xs is not ps:
+        torch._foreach_copy_(ps, xs)

@@ -19,7 +19,9 @@ from commopt.wire import noise
 
 Int64Array = NDArray[np.int64]
 UInt64Array = NDArray[np.uint64]
+K = TypeVar("K")
 T = TypeVar("T")
+MOST_LAYOUTS = 64  # what is kept of each
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,26 @@ class ParameterIndex:
         start = int(self.offsets[self.position[name]]) if name in self.position else 0
         return flat[start : start + self.size(name)]
 
+    def places(self, names: tuple[str, ...], starts: tuple[int, ...], share: Share | None = None) -> Blocks:
+        """Some parameters, or a share of each, as one block each, made once: they start there among values, and in a flat tensor of all."""
+        made: dict[Any, Blocks] = vars(self).setdefault("_places", {})
+        if (key := (names, starts, share)) not in made:
+            if len(made) > MOST_LAYOUTS:
+                made.clear()
+            which = np.asarray([self.position[name] for name in names], dtype=np.int64)
+            offsets = self.offsets[:-1] if share is None else self.offsets[:-1] + share.starts
+            numels = np.asarray((self if share is None else share.index).numels, dtype=np.int64)
+            made[key] = Blocks(np.asarray(starts, dtype=np.int64), offsets[which], numels[which], which, which)
+        return made[key]
+
+
+def alike(names: Iterable[str], key: Callable[[str], K]) -> dict[K, list[str]]:
+    """Names by what `key` makes of them."""
+    found: dict[K, list[str]] = {}
+    for name in names:
+        found.setdefault(key(name), []).append(name)
+    return found
+
 
 def once_per_layout(cut: Callable[[Any, Bucket], T]) -> Callable[[Any, Bucket], T]:
     """Keep what a method makes of a bucket, which follows from the bucket's layout alone; for up to 64 of them."""
@@ -68,7 +90,7 @@ def once_per_layout(cut: Callable[[Any, Bucket], T]) -> Callable[[Any, Bucket], 
     def kept(self: Any, bucket: Bucket) -> T:
         found: dict[Any, T] = vars(self).setdefault(f"_{cut.__name__}_by_layout", {})
         key = (bucket.names, bucket.starts)
-        if len(found) > 64:
+        if len(found) > MOST_LAYOUTS:
             found.clear()
         if key not in found:
             found[key] = cut(self, bucket)

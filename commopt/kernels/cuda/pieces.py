@@ -166,6 +166,11 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], consta
     kernel[grid](*arguments, **constants, num_warps=8, enable_fp_fusion=False)
 
 
+def address(x: Tensor) -> int:
+    """Where a tensor's first element lies in memory, in bytes."""
+    return x.data_ptr()
+
+
 def words_of(parts: Sequence[Blocks], columns: Tensor) -> tuple[int, Tensor, int]:
     """What keys are drawn by: one word, as a signed number, or (P,) on the device; and which: 0 for none, 1 for one, 2 for many."""
     words = parts[0].words

@@ -1,0 +1,75 @@
+"""The optimizer's side of methods that make updates themselves, in plain torch: for CPUs, and for devices without a fast kernel.
+
+Parameters are tensors of their own, and state is one flat tensor of all of them, laid out by an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from commopt.wire.bucket import Blocks, ParameterIndex
+
+
+class Root(NamedTuple):
+    """What momentum is divided by: sqrt(v) / lacking + eps, or `least` times |m| where that is more."""
+
+    lacking: float
+    eps: float
+    least: float = 0.0
+
+
+class Move(NamedTuple):
+    """A step of a parameter: x <- kept start - rate m / root.
+
+    start is x itself, or given. weight: of m in a mean of momenta, u <- u + weight (m - u). rounds: kept x is rounded to x's dtype.
+    """
+
+    root: Root
+    rate: float
+    kept: float = 1.0
+    weight: float = 0.0
+    rounds: bool = False
+
+
+def blend_(x: Tensor, y: Tensor, out: Tensor, places: Blocks, weight: float) -> None:
+    """out <- x + weight (y - x), with x at the places' homes, and y and out, which may be y, at their starts."""
+    for start, home, n in zip(places.starts.tolist(), places.homes.tolist(), places.lengths.tolist(), strict=True):
+        torch.lerp(x[home : home + n], y[start : start + n], weight, out=out[start : start + n])
+
+
+def move_(
+    parameters: Mapping[str, Tensor],
+    index: ParameterIndex,
+    momentum: Tensor,
+    variance: Tensor,
+    how: Move,
+    start: Tensor | None = None,
+    mean: Tensor | None = None,
+) -> None:
+    """Step all of these parameters, by name, alike: `Move`; computed in float32 and rounded once. mean: u."""
+    for name, p in parameters.items():
+        m, v = index.view(momentum, name).view(p.shape), index.view(variance, name).view(p.shape)
+        if mean is not None:
+            index.view(mean, name).lerp_(m.view(-1), how.weight)  # u <- u + weight (m - u)
+        if how.rounds and how.kept != 1.0:
+            p.mul_(how.kept)
+        x = p.float()  # p itself if it is float32
+        if start is not None:
+            x.copy_(index.view(start, name).view(p.shape))
+        if not how.rounds and how.kept != 1.0:
+            x.mul_(how.kept)
+        _, root = roots(m, v, how.root)
+        p.copy_(x.addcdiv_(m, root, value=-how.rate))  # x <- kept start - rate m / root
+
+
+def roots(m: Tensor, v: Tensor, how: Root) -> tuple[Tensor, Tensor]:
+    """sqrt(v) / lacking + eps, and the same raised to `least` |m|."""
+    root = v.sqrt()
+    if how.lacking != 1.0:
+        root /= how.lacking
+    root += how.eps
+    return root, torch.maximum(root, m.abs() * how.least) if how.least else root

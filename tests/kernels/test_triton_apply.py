@@ -1,0 +1,98 @@
+"""The fused steps of parameters are those of plain torch, bit for bit, in triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+if torch.cuda.is_available():
+    pytest.skip("on the CPU kernels run in triton's interpreter, which is off", allow_module_level=True)
+
+from commopt.kernels.cuda import apply
+from commopt.kernels.reference import apply as plain
+from commopt.kernels.reference.apply import Move, Root
+from commopt.wire.bucket import ParameterIndex
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, at NaN and inf
+SHAPES = {"a": (3, 5), "b": (4100,), "c": (), "d": (0,), "e": (64, 64), "f": (8, 3, 2)}
+INDEX = ParameterIndex(tuple(SHAPES), tuple(torch.Size(shape).numel() for shape in SHAPES.values()))
+ROOT = Root(0.97, 1e-8, 0.4)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)) and torch.equal(one.isnan(), other.isnan())
+
+
+def values(seed: int) -> Tensor:
+    """Of every parameter, among them NaN, inf, denormals and zeros."""
+    x = torch.randn(INDEX.total, generator=torch.Generator().manual_seed(seed)) ** 3
+    x[seed + 20 : seed + 27] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-41, -1e-41, 0.0, -0.0])
+    return x
+
+
+def squares(seed: int) -> Tensor:
+    """Of numbers of 8 bits: torch's root on a CPU is exact there, and otherwise to the last bit but one."""
+    return values(seed).bfloat16().float() ** 2
+
+
+def drawn(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameters; one is not contiguous, and one begins at an odd place."""
+    found = {name: INDEX.view(values(1), name).view(shape).to(dtype) for name, shape in SHAPES.items()}
+    found["e"] = found["e"].t().contiguous().t()
+    found["b"] = torch.zeros(4101, dtype=dtype)[1:].copy_(found["b"])
+    return found
+
+
+MOVES = {
+    "plain": (Move(Root(1.0, 1e-8), 0.01), False, False),
+    "bounded and decayed": (Move(ROOT, 0.01, 0.99), False, False),
+    "decay is rounded": (Move(ROOT, 0.01, 0.987, rounds=True), False, False),
+    "from elsewhere": (Move(ROOT, 0.01, 0.99), True, False),
+    "with a mean": (Move(ROOT, 0.01, 0.99, 0.3), False, True),
+    "with a mean of little": (Move(ROOT, 0.01, 1.0, 0.9), False, True),
+    "with a first mean": (Move(ROOT, 0.01, 0.99, 1.0), False, True),
+}
+
+# the interpreter truncates to bfloat16; a GPU decays float64 in float32
+NEAR = {torch.bfloat16: 2**-6, torch.float64: 1e-5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", MOVES)
+def test_parameters_move_as_in_plain_torch(case: str, dtype: torch.dtype) -> None:
+    how, has_start, has_mean = MOVES[case]
+    results = []
+    for kernel in (plain, apply):
+        ps, m, v, begin, mean = drawn(dtype), values(2), squares(3), values(4), values(5)
+        kernel.move_(ps, INDEX, m, v, how, begin if has_start else None, mean if has_mean else None)
+        results.append((torch.cat([p.reshape(-1) for p in ps.values()]), mean, m, v, begin))
+    (moved, mean, *others), (found, found_mean, *found_others) = results
+    if dtype in NEAR:
+        torch.testing.assert_close(moved, found, rtol=NEAR[dtype], atol=0.1 * NEAR[dtype], equal_nan=True)
+    else:
+        assert same(moved, found)
+    assert all(map(same, others, found_others))
+    torch.testing.assert_close(mean, found_mean, rtol=1e-6, atol=1e-5, equal_nan=True)
+    assert same(mean, values(5)) != has_mean
+    assert not same(moved, torch.cat([p.reshape(-1) for p in drawn(dtype).values()]))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_a_state_is_blended_into_a_bucket(weight: float) -> None:
+    """In another order than the state has, and with something between its parameters."""
+    numels = dict(zip(INDEX.names, INDEX.numels, strict=True))
+    names, starts, end = ("e", "b", "a"), [], 3
+    for name in names:
+        starts.append(end)
+        end += numels[name] + 5
+    places = INDEX.places(names, tuple(starts))
+    x, y = values(6), values(7)[:end]
+    found, expected = y.clone(), y.clone()
+    plain.blend_(x, y, expected, places, weight)
+    apply.blend_(x, found, found, places, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+    assert same(found[:3], y[:3])
+    b, at = INDEX.view(x, "b"), slice(starts[1], starts[1] + numels["b"])
+    torch.testing.assert_close(found[at], b + weight * (y[at] - b), rtol=1e-4, atol=1e-5, equal_nan=True)
