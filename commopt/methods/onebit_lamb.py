@@ -10,14 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from commopt import kernels
 from commopt.errors import check_option
-from commopt.kernels.reference.apply import roots
+from commopt.kernels.reference.apply import Lamb, roots
 from commopt.method import options
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
 from commopt.optim.optimizers import trust_ratio
 from commopt.optim.update import move_
 from commopt.options import Flag, Fraction, Number, Positive, Share
-from commopt.wire.bucket import Bucket
+from commopt.wire.bucket import Bucket, alike
 from commopt.wire.state import State
 
 
@@ -82,9 +83,9 @@ class OnebitLamb(FrozenVariance):
     states: ClassVar[tuple[State, ...]] = (
         *FrozenVariance.states,
         State("fresh_variance"),
-        State("coeffs", of="parameter", dtype=torch.int64),  # terms of c'
-        State("coeff", of="parameter", dtype=torch.float64),
-        State("factor", of="parameter", dtype=torch.float64, initial=1.0),
+        State("coeffs", of="parameter", dtype=torch.int64, on_device=True),  # terms of c'
+        State("coeff", of="parameter", dtype=torch.float64, on_device=True),
+        State("factor", of="parameter", dtype=torch.float64, initial=1.0, on_device=True),
     )
 
     def corrects_bias(self, group: Mapping[str, Any]) -> bool:
@@ -103,10 +104,37 @@ class OnebitLamb(FrozenVariance):
         super().receive(bucket)
 
     def update(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
+        if kernels.has_triton(self.device):
+            self._update_alike(names, group)
+            return
         for name in names:
             state = self.entry(name)
             self._update(self.held(name), name, state, group)
             self.keep(name, state)
+
+    def _update_alike(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
+        """`_update` on a GPU: norms and rates stay there."""
+        o, (b1, b2), corrects = self.options, group["betas"], self.corrects_bias(group)
+        step, variance_step = self.numbers("step", names), self.numbers("variance_step", names)
+        bounds, factor = self._bounds(group), (o.factor_min, o.factor_max, o.factor_threshold)
+
+        def how(name: str) -> Lamb:
+            root = self.root_of(variance_step[name], group)
+            size, lacking = 1.0, 1.0
+            if corrects:
+                size, lacking = 1 / (1 - b1 ** step[name]), math.sqrt(1 - b2 ** step[name])
+            step_of_all = (group["weight_decay"], group["lr"], bounds, o.coeff_beta, factor)
+            return Lamb(self.is_frozen, root, size, *step_of_all, lacking)
+
+        for one, own in alike(names, how).items():
+            held = {name: self.held(name) for name in own}
+            kernels.of("apply", self.device).lamb_(held, self.index, self.state, one, self.mask)
+
+    def _bounds(self, group: Mapping[str, Any]) -> tuple[float, float]:
+        """Of the trust ratio; those of the optimizer unless given."""
+        low, high = self.options.min_coeff, self.options.max_coeff
+        low = group.get("min_coeff", 0.01) if low is None else low
+        return low, group.get("max_coeff", 10.0) if high is None else high
 
     def _update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         root, bounded = roots(state["momentum"], state["variance"], self.root_of(state["variance_step"], group))
@@ -122,9 +150,7 @@ class OnebitLamb(FrozenVariance):
             mean = state["coeff"] / (1 - self.options.coeff_beta ** state["coeffs"]) if state["coeffs"] else 1.0
             coeff = mean * state["factor"]
         else:
-            low, high = self.options.min_coeff, self.options.max_coeff  # if None, those of the optimizer
-            low = group.get("min_coeff", 0.01) if low is None else low
-            coeff = trust_ratio(p, direction, low, group.get("max_coeff", 10.0) if high is None else high)
+            coeff = trust_ratio(p, direction, *self._bounds(group))
             if coeff != 1.0:  # it is 1 if a norm is 0
                 state["coeff"] += (1 - self.options.coeff_beta) * (coeff - state["coeff"])
                 state["coeffs"] += 1

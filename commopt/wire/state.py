@@ -22,6 +22,7 @@ class State:
 
     of: "element" for a number per element, in a flat tensor in registration order (on the parameters' device); "parameter" for one
         number per parameter, and "run" for `numel` numbers in all (both on the CPU).
+    on_device: whether the numbers of "parameter" are on the parameters' device, where kernels change them.
     index: the layout of "element" where it is not every element of every parameter.
     held: "shared" is equal on all ranks, and saved once; "rank" is each rank's own.
     is_cut: each of a machine's ranks keeps the stretch of "element" that is its share; what a rank has for itself is cut anyway.
@@ -36,6 +37,7 @@ class State:
     dtype: torch.dtype = torch.float32
     initial: float = 0.0
     numel: int = 1
+    on_device: bool = False
     index: ParameterIndex | None = None
     is_cut: bool = False
 
@@ -160,7 +162,7 @@ class Stateful:
         if one.of == "element":
             return torch.full((self._layout(one).total,), one.initial, dtype=one.dtype, device=self.device)
         numel = len(self.index.names) if one.of == "parameter" else one.numel
-        return torch.full((numel,), one.initial, dtype=one.dtype, device="cpu")
+        return torch.full((numel,), one.initial, dtype=one.dtype, device=self.device if one.on_device else "cpu")
 
 
 def check_tensor(target: Tensor, source: Mapping[str, Tensor], key: str) -> None:

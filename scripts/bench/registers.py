@@ -24,7 +24,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from commopt.compress.base import equal_blocks
-from commopt.kernels.cuda import headers, indices, quantize, select, signs, votes
+from commopt.kernels.cuda import apply, headers, indices, quantize, select, signs, votes
+from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import in_a_row
@@ -35,7 +36,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 EVEN, ODD = (4096, 2048), (4095, 2048)  # lengths of parameters, of which ODD leaves nothing aligned
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bfloat16: "*bf16",
+}
 Call = tuple[JITFunction[Any], dict[str, str], dict[str, Any], dict[str, Any]]
 
 
@@ -93,6 +101,7 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     scales, table = torch.ones(len(blocks)), torch.ones(8)
     yield "sign", lambda: signs.compress_signs_(x, e, blocks, scales, codes, squared=False)
     yield "sign", lambda: signs.unpack_signs_(codes, scales, blocks, x, alpha=1.0, add=True)
+    yield from _steps(numels, x)
     if numels == ODD:
         return
     yield "sign_l2", lambda: signs.compress_signs_(x, e, whole, scales[:2], codes, squared=True)
@@ -116,6 +125,24 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
         read = {key: value for key, value in codec.how.items() if key in ("kind", "bits")}
         yield codec.name, lambda o=own, s=scale, c=codec: quantize.compress_(x, e, o, s, codes, **c.how)
         yield codec.name, lambda o=own, s=scale, r=read: quantize.decompress_(codes, s, o, x, alpha=1.0, add=True, **r)
+
+
+def _steps(numels: tuple[int, ...], flat: torch.Tensor) -> Iterator[tuple[str, Any]]:
+    index = ParameterIndex(tuple(f"p{k}" for k in range(len(numels))), numels)
+    ps = {name: index.view(flat, name) for name in index.names}
+    halves = {name: p.bfloat16() for name, p in ps.items()}
+    state = dict.fromkeys(("momentum", "variance", "fresh_variance"), flat)
+    state |= {key: torch.ones(len(numels), dtype=torch.float64) for key in ("coeff", "factor")}
+    state["coeffs"] = torch.ones(len(numels), dtype=torch.int64)
+    how, root, mask = Move(Root(1.0, 1e-8), 0.1), Root(1.0, 1e-8), flat > 0
+    places = index.places(index.names, tuple(index.offsets[:-1].tolist()))
+    yield "blend", lambda: apply.blend_(flat, flat, flat, places, 0.1)
+    yield "move", lambda: apply.move_(ps, index, flat, flat, how)
+    yield "move, bf16", lambda: apply.move_(halves, index, flat, flat, how._replace(rounds=True))
+    yield "move, local", lambda: apply.move_(ps, index, flat, flat, how, flat, flat)
+    for is_frozen in (False, True):
+        lamb = Lamb(is_frozen, root, 1.0, 0.1, 0.1, (0.01, 10.0), 0.9, (0.5, 4.0, 0.1), 1.0)
+        yield "lamb", lambda step=lamb: apply.lamb_(ps, index, state, step, mask)
 
 
 def _type(x: Any) -> str:

@@ -35,6 +35,24 @@ class Move(NamedTuple):
     rounds: bool = False
 
 
+class Lamb(NamedTuple):
+    """A step of 1-bit LAMB: x <- x - lr rate d, with d = size m / root + decay x, and a rate for each tensor.
+
+    In the warm-up the rate is ||x|| / ||d|| in `bounds`, which `coeff` is the mean of. Later it is that mean times `factor`: see
+    `OnebitLamb`. factor: its bounds, and its largest change. fresh_lacking: of w, as `Root.lacking` of v.
+    """
+
+    is_frozen: bool
+    root: Root
+    size: float
+    decay: float
+    lr: float
+    bounds: tuple[float, float]
+    beta: float
+    factor: tuple[float, float, float]
+    fresh_lacking: float
+
+
 def blend_(x: Tensor, y: Tensor, out: Tensor, places: Blocks, weight: float) -> None:
     """out <- x + weight (y - x), with x at the places' homes, and y and out, which may be y, at their starts."""
     for start, home, n in zip(places.starts.tolist(), places.homes.tolist(), places.lengths.tolist(), strict=True):
