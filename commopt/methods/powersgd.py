@@ -11,12 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from commopt.exchange.base import is_finite
+from commopt import kernels
+from commopt.exchange.base import first_bad
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Number, Whole
 from commopt.wire import noise
-from commopt.wire.bucket import Bucket, ParameterIndex
+from commopt.wire.bucket import Blocks, Bucket, ParameterIndex, once_per_layout
 from commopt.wire.state import State
 
 
@@ -40,9 +41,10 @@ class PowerSGD(GradientMethod):
     with any buckets. A rank's residual is what its own factor Q_i left out; the hook subtracts the mean's. The mean of
     the residuals is the same, and they stay bounded even if ranks always differ. Q's columns are normalised before the
     next step, so no gradient is too small or too large to square. A column of zeros is drawn anew. Every rank
-    orthogonalises for itself by Householder's QR in float32, which has no bad case. Replicas are equal bit for bit if
-    ranks run the same code on the same kind of machine. Otherwise they may differ by rounding errors
-    (`replicas_are_equal` tells). One rank alone does not compress. Momentum stays in your optimizer, after the
+    orthogonalises for itself: on a CPU by Householder's QR in float32, which has no bad case; on a GPU by Cholesky QR
+    in float64, all matrices at once, where a column of P that depends on others becomes zero, and so Q's is drawn
+    anew. Replicas are equal bit for bit if ranks run the same code on the same kind of machine. Otherwise they may
+    differ by rounding errors (`replicas_are_equal` tells). One rank alone does not compress. Momentum stays in your optimizer, after the
     exchange.
     Sends 8(N-1)/N x rank (n + m)/(n m) bytes per parameter and step, for an n x m matrix.
     State: 4 bytes per parameter of residual, and Q.
@@ -85,57 +87,101 @@ class PowerSGD(GradientMethod):
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
             return self.exchange_alone(bucket, group)
-        has_second, matrices = any(self._is_due(name) for name in bucket.names), dict[str, Tensor]()
-        first = []
-        for name, g in bucket.views():
-            if self._is_due(name) and name in self.shapes:
-                m = torch.add(g, self.part("residual", name)).view(self.shapes[name])  # M_i = g_i + e_i
-                matrices[name] = m
-                p = self._q(name) @ m.T  # which may lose an inf that is multiplied by zero
-                first.append((name, p if is_finite(m) else p.fill_(math.nan)))
-            else:
-                first.append((name, g))
-        means = self._mean(first, bucket, group)
-        if bucket.void is None and has_second:
-            means |= self._decompressed(matrices, means, bucket, group)
-        if bucket.void is None:
-            for name, x in bucket.views():
-                x.copy_(means[name])
+        names = [name for name in bucket.names if name in self.shapes and self._is_due(name)]
+        if not names:
+            return self._exchange_exactly(bucket, group)
+        views = dict(bucket.views())
+        corrected = torch._foreach_add([views[name] for name in names], [self.part("residual", name) for name in names])
+        matrices = {
+            name: m.view(self.shapes[name]) for name, m in zip(names, corrected, strict=True)
+        }  # M_i = g_i + e_i
+        first = Bucket.of(
+            [(name, self._q(name) @ matrices[name].T if name in names else g) for name, g in views.items()]
+        )
+        self._spoil_(first, matrices)
+        self._average_(first, group)  # P = mean M_i Q
+        ps = self._orthogonal(first, names)
+        qs = {name: ps[name] @ m for name, m in matrices.items()}  # Q_i = M_i^T P
+        second = Bucket.of(list(qs.items()))
+        self._average_(second, group)
+        if self.is_void(bucket, self._first_bad(first, second), group):
+            return None
+        for name, q in second.views():
+            p, m = ps[name], matrices[name]
+            torch.addmm(m, p.T, qs[name], alpha=-1.0, out=self._residual(name))  # e_i <- M_i - P Q_i^T
+            torch.mm(p.T, q.clone().view_as(qs[name]), out=views[name].view_as(m))  # the mean gradient is P Q^T
+        exact = [(views[name], mean) for name, mean in first.views() if name not in names]
+        if exact:
+            torch._foreach_copy_(*map(list, zip(*exact, strict=True)))
+        self._keep_next(second)
         return None
 
-    def _decompressed(
-        self, matrices: dict[str, Tensor], means: dict[str, Tensor], bucket: Bucket, group: Group
-    ) -> dict[str, Tensor]:
-        """The second half of the exchange: (n m,) P Q^T of each matrix, from the mean of M_i Q."""
-        # orthonormal rows that span those of the mean, and others in place of dependent or zero ones;
-        # clones, because how a product rounds may depend on where its factors lie in memory
-        means = {name: means[name].clone().view(-1, len(m)) for name, m in matrices.items()}
-        ps = {name: torch.linalg.qr(p.T).Q.T.contiguous() for name, p in means.items()}
-        qs = {name: ps[name] @ m for name, m in matrices.items()}  # Q_i = M_i^T P
-        mean_qs = self._mean(list(qs.items()), bucket, group)
-        if bucket.void is not None:
-            return {}
-        results = {}
-        for name, m in matrices.items():
-            p, q = ps[name], mean_qs[name].clone().view_as(qs[name])
-            m.addmm_(p.T, qs[name], alpha=-1.0)  # e_i <- M_i - P Q_i^T
-            self.part("residual", name).copy_(m.view(-1))
-            results[name] = torch.mm(p.T, q, out=m).view(-1)  # P Q^T
-            self._q(name).copy_(self._next(name, q))
-        return results
-
-    def _mean(self, tensors: Sequence[tuple[str, Tensor]], bucket: Bucket, group: Group) -> dict[str, Tensor]:
-        """The means over ranks by parameter; none, with the bucket void, if one is not finite."""
-        mean = Bucket.of(tensors) if tensors else Bucket(bucket.flat[:0], (), ())
-        is_good = self.average_(mean, group)
+    def _exchange_exactly(self, bucket: Bucket, group: Group) -> None:
+        mean = bucket.with_flat(bucket.flat.clone())
+        if self.average_(mean, group):
+            bucket.flat.copy_(mean.flat)
         bucket.void = mean.void
-        return dict(mean.views()) if is_good and tensors else {}
 
-    def _next(self, name: str, q: Tensor) -> Tensor:
-        """(r, m) Q with columns of length 1; columns that have become zero are drawn anew."""
-        lengths = torch.linalg.vector_norm(q, dim=1, keepdim=True, dtype=torch.float64)
-        unit = (q / lengths).float()
-        return torch.where(lengths > 0, unit, self._draw(name)) if bool((lengths == 0).any()) else unit
+    def _spoil_(self, first: Bucket, matrices: dict[str, Tensor]) -> None:
+        """Make P begin with a NaN if M is not finite: a product may lose an inf that is multiplied by zero."""
+        starts = dict(zip(first.names, first.starts, strict=True))
+        places = self._places(Bucket(first.flat, tuple(matrices), tuple(starts[name] for name in matrices)))
+        largest = torch.stack(torch._foreach_norm(list(matrices.values()), math.inf))
+        first.flat.index_add_(0, places, largest * -0.0)  # the zero that leaves every number as it is
+
+    @once_per_layout
+    def _places(self, bucket: Bucket) -> Tensor:
+        """(B,) where each parameter begins, on the device."""
+        return torch.tensor(bucket.starts, device=self.device)
+
+    def _average_(self, bucket: Bucket, group: Group) -> None:
+        bucket.flat /= group.size
+        group.all_reduce(bucket.flat)
+
+    def _first_bad(self, *means: Bucket) -> int:
+        """The index of the first parameter with a NaN or an inf, in the first of these that has any, or -1; one wait if all are good."""
+        sums = torch.stack([x.flat.sum(dtype=torch.float32) for x in means]).tolist()
+        found = () if all(map(math.isfinite, sums)) else (first_bad(self.index, x) for x in means)
+        return next((bad for bad in found if bad >= 0), -1)
+
+    def _orthogonal(self, first: Bucket, names: Sequence[str]) -> dict[str, Tensor]:
+        """(r, n) orthonormal rows that span those of each P."""
+        # clones, because how a product rounds may depend on where its factors lie in memory
+        views = dict(first.views())
+        ps = {name: views[name].view(-1, self.shapes[name][0]) for name in names}
+        if self.device.type == "cpu":
+            return {name: torch.linalg.qr(p.clone().T).Q.T.contiguous() for name, p in ps.items()}
+        return dict(zip(names, orthonormal(list(ps.values())), strict=True))
+
+    def _keep_next(self, second: Bucket) -> None:
+        """Take over Q with columns of length 1; those that have become zero are drawn anew."""
+        if kernels.has_triton(self.device):
+            from commopt.kernels.cuda import factors
+
+            rows = self._rows(second).worded(self.options.seed, "powersgd", 0, self.exchanges.numpy())
+            return factors.normalise_(second.flat, self.state["q"], rows)
+        for name, mean in second.views():
+            own, q = self._q(name), mean.view(-1, self.shapes[name][1])
+            lengths = torch.linalg.vector_norm(q, dim=1, keepdim=True, dtype=torch.float64)
+            own.copy_(q / lengths)
+            if bool((lengths == 0).any()):
+                own.copy_(torch.where(lengths > 0, own, self._draw(name)))
+        return None
+
+    @once_per_layout
+    def _rows(self, second: Bucket) -> Blocks:
+        """The rows of each Q, where they lie in the bucket and in the state."""
+        names, rank = second.names, self.options.rank  # which matrices that are compressed have
+        parameters = np.repeat([self.index.position[name] for name in names], rank)
+        lengths = np.repeat([self.shapes[name][1] for name in names], rank)
+        begin = np.repeat([self._q(name).storage_offset() for name in names], rank)
+        within = np.tile(np.arange(rank), len(names)) * lengths
+        starts = np.repeat(second.starts, rank) + within
+        return Blocks(starts, begin + within, lengths, parameters, within, places=self.index.offsets[parameters])
+
+    def _residual(self, name: str) -> Tensor:
+        """(n, m) view of the residual."""
+        return self.part("residual", name).view(self.shapes[name])
 
     def _draw(self, name: str) -> Tensor:
         """(r, m) random numbers that are the same on all ranks."""
@@ -174,3 +220,27 @@ class PowerSGD(GradientMethod):
     @property
     def state_form(self) -> str:
         return f"rank {self.options.rank}, min_compression_rate {self.options.min_compression_rate:g}"
+
+
+def orthonormal(ps: Sequence[Tensor]) -> list[Tensor]:
+    """Rows that span those of each (r, n) matrix, of length 1 and orthogonal; zeros in place of those that depend on the ones before.
+
+    Cholesky QR, twice (Yamamoto et al. 2015, CholeskyQR2), of all matrices at once, in float64, which no float32 is too small or
+    too large for.
+    """
+    x = ps[0].new_zeros(len(ps), len(ps[0]), max(p.shape[1] for p in ps), dtype=torch.float64)
+    for padded, p in zip(x, ps, strict=True):
+        padded[:, : p.shape[1]].copy_(p)
+    x = _cholesky_qr(x)
+    is_row = (
+        torch.linalg.vector_norm(x, dim=2, keepdim=True) > 1e-5
+    )  # else it is what rounding has left of a dependent one
+    x = _cholesky_qr(x * is_row).float()
+    return [padded[:, : p.shape[1]] for padded, p in zip(x, ps, strict=True)]
+
+
+def _cholesky_qr(x: Tensor) -> Tensor:
+    """(B, r, n) L^-1 X, where L L^T = X X^T, of which the diagonal is raised by so little that L is regular."""
+    gram = x @ x.mT
+    gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-14 * x.shape[1]).add_(1e-200)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, x, upper=False)

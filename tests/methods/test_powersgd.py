@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretend import DEVICES, working_on
 from synthetic import F64, exchange
 from torch import Tensor
 
 from commopt import build
 from commopt.groups import Group, SimWorld
+from commopt.methods.powersgd import orthonormal
 from commopt.wire.bucket import Bucket
 
 SHAPES = {"wide": (30, 70), "bias": (30,), "conv": (40, 5, 3, 3), "tall": (90, 20), "small": (3, 4)}
 RANK = 3
+CPU = torch.device("cpu")
+EVERYWHERE = pytest.mark.parametrize("device", [pytest.param(CPU, id="cpu"), *DEVICES])
 
 
 class Reference:
@@ -51,18 +55,28 @@ def random_gradients(rank: int, step: int) -> dict[str, Tensor]:
 
 
 def exchanged(
-    ranks: int, steps: int, gradients: Gradients, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **options: Any
+    ranks: int,
+    steps: int,
+    gradients: Gradients,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    device: torch.device = CPU,
+    **options: Any,
 ) -> list[list[dict[str, Any]]]:
     """[rank][step] the mean, why it was void, the state before and after it, and the calls so far."""
 
     def work(group: Group) -> list[dict[str, Any]]:
+        with working_on(device):
+            return steps_of(group)
+
+    def steps_of(group: Group) -> list[dict[str, Any]]:
         method: Any = build("powersgd", **options)
-        method.bind([(name, torch.zeros(shape)) for name, shape in shapes.items()], group)
+        method.bind([(name, torch.zeros(shape, device=device)) for name, shape in shapes.items()], group)
         done = []
         for step in range(steps):
             before = state_of(method)
-            bucket = exchange(method, Bucket.of(list(gradients(group.rank, step).items())), group)
-            one = {"mean": {name: x.clone() for name, x in bucket.views()}, "void": bucket.void}
+            given = [(name, g.to(device)) for name, g in gradients(group.rank, step).items()]
+            bucket = exchange(method, Bucket.of(given), group)
+            one = {"mean": {name: x.cpu().clone() for name, x in bucket.views()}, "void": bucket.void}
             calls = sum(group.traffic.calls.values())
             done.append({**one, "before": before, "after": state_of(method), "calls": calls})
         return done
@@ -74,8 +88,8 @@ def state_of(method: Any) -> dict[str, dict[str, F64]]:
     """Q and the residual of each compressed matrix, in float64."""
     named: dict[str, dict[str, F64]] = {"q": {}, "e": {}}
     for name, (n, m) in method.shapes.items():
-        named["q"][name] = method.part("q", name).view(-1, m).T.double().numpy().copy()
-        named["e"][name] = method.part("residual", name).view(n, m).double().numpy().copy()
+        named["q"][name] = method.part("q", name).view(-1, m).T.cpu().double().numpy().copy()
+        named["e"][name] = method.part("residual", name).view(n, m).cpu().double().numpy().copy()
     return named
 
 
@@ -83,10 +97,12 @@ def rows(gradients: Gradients, name: str, step: int, ranks: int) -> F64:
     return np.stack([gradients(rank, step)[name].flatten(1).double().numpy() for rank in range(ranks)])
 
 
-def test_every_step_is_the_papers_from_the_state_before_it() -> None:
-    runs = exchanged(4, 25, random_gradients, rank=RANK)
+@EVERYWHERE
+def test_every_step_is_the_papers_from_the_state_before_it(device: torch.device) -> None:
+    steps = 25 if device == CPU else 5
+    runs = exchanged(4, steps, random_gradients, device=device, rank=RANK)
     assert sorted(runs[0][0]["before"]["q"]) == ["conv", "tall", "wide"]
-    for step in range(25):
+    for step in range(steps):
         now = [run[step] for run in runs]
         for name in now[0]["before"]["q"]:
             g = rows(random_gradients, name, step, 4)
@@ -177,12 +193,13 @@ def test_residuals_stay_bounded_where_ranks_disagree_for_ever() -> None:
     assert max(largest) < 10 * difference  # what the mean leaves out of each would be 30 times the difference by now
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
-def test_gradients_too_small_or_too_large_to_square_are_like_others(scale: float) -> None:
+def test_gradients_too_small_or_too_large_to_square_are_like_others(scale: float, device: torch.device) -> None:
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         return {name: g * scale for name, g in random_gradients(rank, step).items()}
 
-    usual, scaled = (exchanged(2, 4, make, rank=RANK)[0] for make in (random_gradients, gradients))
+    usual, scaled = (exchanged(2, 4, make, device=device, rank=RANK)[0] for make in (random_gradients, gradients))
     for one, other in zip(usual, scaled, strict=True):
         assert other["void"] is None
         for name, mean in one["mean"].items():
@@ -195,14 +212,15 @@ def one_element(row: int, column: int) -> dict[str, Tensor]:
     return {"x": x}
 
 
-def test_a_column_that_has_become_zero_is_drawn_anew() -> None:
+@EVERYWHERE
+def test_a_column_that_has_become_zero_is_drawn_anew(device: torch.device) -> None:
     """The first gradients say nothing about where the later ones are, and neither do the first rows and columns."""
     places = [(30, 31), (30, 31), (38, 39), (38, 39), (20, 21), (20, 21)]
 
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         return {"x": torch.zeros(40, 40)} if step < 3 else one_element(*places[step - 3])
 
-    runs = exchanged(2, 9, gradients, {"x": (40, 40)}, rank=4)[0]
+    runs = exchanged(2, 9, gradients, {"x": (40, 40)}, device, rank=4)[0]
     for step, one in enumerate(runs):
         assert np.isfinite(one["after"]["q"]["x"]).all()
         assert (np.linalg.norm(one["after"]["q"]["x"], axis=0) > 0.1).all()
@@ -213,8 +231,9 @@ def test_a_column_that_has_become_zero_is_drawn_anew() -> None:
     torch.testing.assert_close(got, given, rtol=0, atol=1e-5)
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_an_inf_that_meets_a_zero_of_q_voids_the_bucket_and_harms_nothing(bad: float) -> None:
+def test_an_inf_that_meets_a_zero_of_q_voids_the_bucket_and_harms_nothing(bad: float, device: torch.device) -> None:
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         g = random_gradients(rank, step)
         g["wide"][:, 50:] = 0.0  # then Q is zero there
@@ -222,7 +241,7 @@ def test_an_inf_that_meets_a_zero_of_q_voids_the_bucket_and_harms_nothing(bad: f
             g["wide"][7, 60] = bad
         return g
 
-    runs = exchanged(3, 5, gradients, rank=RANK)
+    runs = exchanged(3, 5, gradients, device=device, rank=RANK)
     for run in runs:
         assert not run[3]["before"]["q"]["wide"][50:].any()
         assert [one["void"] for one in run] == [None, None, None, "wide", None]
@@ -231,19 +250,21 @@ def test_an_inf_that_meets_a_zero_of_q_voids_the_bucket_and_harms_nothing(bad: f
         assert all(bool(x.isfinite().all()) for x in run[4]["mean"].values())
 
 
-def test_an_overflow_of_the_second_factor_voids_too() -> None:
+@EVERYWHERE
+def test_an_overflow_of_the_second_factor_voids_too(device: torch.device) -> None:
     def gradients(rank: int, step: int) -> dict[str, Tensor]:
         g = torch.zeros(40, 40)
         g[:, 3] = 3e38  # P is M Q, and |Q| is below 1; P^T M is 3e38 sqrt(40)
         return {"x": g if step == 1 else one_element(1, 3)["x"]}
 
-    for run in exchanged(2, 3, gradients, {"x": (40, 40)}, rank=1):
+    for run in exchanged(2, 3, gradients, {"x": (40, 40)}, device, rank=1):
         assert [one["void"] for one in run] == [None, "x", None]
         assert np.array_equal(run[1]["after"]["e"]["x"], run[1]["before"]["e"]["x"])
 
 
-def test_gradients_are_averaged_exactly_before_start_step() -> None:
-    runs = exchanged(2, 5, random_gradients, rank=1, start_step=3)
+@EVERYWHERE
+def test_gradients_are_averaged_exactly_before_start_step(device: torch.device) -> None:
+    runs = exchanged(2, 5, random_gradients, device=device, rank=1, start_step=3)
     for step, one in enumerate(runs[0]):
         exact = torch.stack([random_gradients(rank, step)["wide"] for rank in range(2)]).mean(0).flatten()
         assert torch.allclose(one["mean"]["wide"], exact) == (step < 3)
@@ -252,3 +273,57 @@ def test_gradients_are_averaged_exactly_before_start_step() -> None:
 def test_two_all_reduces_for_a_bucket() -> None:
     assert build("powersgd").bytes_per_parameter(5) == pytest.approx(8 * 4 / 5 * 4 * 2048 / 2**20)
     assert [run[0]["calls"] for run in exchanged(2, 1, random_gradients, rank=1)] == [2, 2]
+
+
+def thin(n: int, seed: int, condition: float = 10.0) -> Tensor:
+    """(5, n) rows of lengths and angles that differ by so much."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(size, 5, generator=generator, dtype=torch.float64)).Q for size in (5, n))
+    return ((u * torch.logspace(0, -math.log10(condition), 5, dtype=torch.float64)) @ v.T).float()
+
+
+def check_orthonormal(given: Tensor, found: Tensor, rank: int, rtol: float = 1e-6) -> None:
+    """Some rows are orthonormal, the others zeros, and together they span the given ones."""
+    q, p = found.double(), given.double()
+    is_row = q.any(1)
+    assert int(is_row.sum()) == rank
+    torch.testing.assert_close(q @ q.T, torch.diag(is_row.double()), rtol=0, atol=1e-6)
+    p = p / p.abs().max()
+    torch.testing.assert_close(p @ q.T @ q, p, rtol=0, atol=rtol)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-120, 2.0**100])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_rows_of_all_matrices_become_orthonormal_at_once(scale: float, condition: float) -> None:
+    ps = [thin(n, n, condition) * scale for n in (5, 40, 129)]
+    for p, q in zip(ps, orthonormal(ps), strict=True):
+        assert q.shape == p.shape
+        check_orthonormal(p, q, 5)
+
+
+def test_dependent_rows_become_zeros_and_leave_the_others_in_peace() -> None:
+    p, alone = thin(40, 1), torch.zeros(5, 40)
+    alone[:, 7] = torch.tensor([0.0, 3e-40, 1.0, -7.0, 1e30])  # multiples of one row, from denormal to large
+    zero, twice, combined = p.clone(), p.clone(), p.clone()
+    zero[[0, 3]] = 0.0
+    twice[2] = -4 * twice[0]
+    combined[1] = combined[0] + 2.0**-60 * combined[3]
+    ps = [p, zero, twice, combined, alone, torch.zeros(5, 33)]
+    for given, found, rank in zip(ps, orthonormal(ps), (5, 3, 4, 4, 1, 0), strict=True):
+        check_orthonormal(given, found, rank) if rank else torch.testing.assert_close(found, given)
+
+
+def test_a_row_that_others_span_but_for_rounding_is_a_direction_or_nothing() -> None:
+    for seed in range(20):
+        p = thin(200, seed)
+        p[4] = p[0] / 3 + p[1] / 7 - p[2]
+        (q,) = orthonormal([p])
+        check_orthonormal(p, q, 5 if bool(q[4].any()) else 4)
+
+
+def test_matrices_with_a_nan_or_an_inf_do_not_harm_others() -> None:
+    good = thin(40, 1)
+    for bad in (math.nan, math.inf):
+        spoiled = good.clone()
+        spoiled[2, 3] = bad
+        check_orthonormal(good, orthonormal([spoiled, good, spoiled])[1], 5)
