@@ -56,6 +56,12 @@ class Compressor(ABC):
         self.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
         return False
 
+    def note_headers_(
+        self, payloads: Sequence[Payload], parts: Sequence[Blocks], received: Sequence[Payload] = ()
+    ) -> bool:
+        """Write the headers of payloads that were encoded: the first bad parameter, or -1. Returns whether that was done."""
+        return False
+
     def decompress_payloads_(
         self,
         payloads: Sequence[Payload],

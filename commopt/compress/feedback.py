@@ -140,8 +140,13 @@ class ErrorFeedback:
     ) -> list[Payload]:
         has_headers = False
         if self.compressor.is_ragged:
-            header = torch.zeros(1, dtype=torch.int32, device=x.device)
-            payloads = [Payload.of(header, *self.compressor.encode(x, residual, blocks)) for blocks in parts]
+            messages = [self.compressor.encode(x, residual, blocks) for blocks in parts]
+            layouts = [HEADER + tuple((code.dtype, code.numel()) for code in codes) for codes in messages]
+            payloads = in_a_row(layouts, x.device)
+            for payload, codes in zip(payloads, messages, strict=True):
+                for view, code in zip(payload.tensors[1:], codes, strict=True):
+                    view.copy_(code)
+            has_headers = self.compressor.note_headers_(payloads, parts, received)
         else:
             payloads = in_a_row([HEADER + self.compressor.layout(blocks) for blocks in parts], x.device)
             has_headers = self.compressor.compress_payloads_(x, residual, parts, payloads, received)

@@ -49,24 +49,28 @@ class Resident(Compressor):
         headers.write_(first, payloads)
         return True
 
-    def decompress_payloads_(
-        self,
-        payloads: Sequence[Payload],
-        parts: Sequence[Blocks],
-        out: Tensor,
-        *,
-        alpha: float = 1.0,
-        add: bool = False,
-    ) -> None:
-        messages = [payload.tensors[1:] for payload in payloads]
-        if kernels.has_triton(out.device) and add and all(blocks is parts[0] for blocks in parts):
-            return self.read_there(messages, parts[0], out, alpha=alpha, add=True)
-        return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add)
+    def note_headers_(
+        self, payloads: Sequence[Payload], parts: Sequence[Blocks], received: Sequence[Payload] = ()
+    ) -> bool:
+        device = payloads[0].buffer.device
+        if not kernels.has_triton(device):
+            return False
+        kernel, headers = kernels.of("sparse", device), kernels.of("headers", device)
+        first = headers.noted_in(payloads, received)
+        for payload, blocks in zip(payloads, parts, strict=True):
+            kernel.note_bad_(self.is_bad(payload.tensors[1:], blocks).view(torch.uint8), blocks, first)
+        headers.write_(first, payloads)
+        return True
+
+    def add_up_(self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float) -> None:
+        if not kernels.has_triton(out.device):
+            return super().add_up_(payloads, blocks, out, alpha=alpha)
+        return self.read_there([payload.tensors[1:] for payload in payloads], blocks, out, alpha=alpha, add=False)
 
     def write_there(
         self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes, first: Tensor | None = None
     ) -> None:
-        """`write_`; first: (1,) i32, where bad blocks are noted."""
+        """`write_`; first: (1,) i32, the header where bad blocks are noted."""
         kernel = kernels.of("sparse", x.device)
         entries, chosen = self.choose_there(kernel, x, residual, blocks)
         scales = codes[0]
@@ -83,8 +87,7 @@ class Resident(Compressor):
         scales, codes = kernel.room_for(entries, self.value_bits)
         kernel.code_(chosen, blocks, entries, residual, self.value_bits, scales, codes)
         places = kernel.encoded(chosen.indices, entries)
-        counts = torch.where(chosen.is_bad == 0, entries.ks, -1 - entries.ks).int()
-        return [counts, *([scales] if self.value_bits < 32 else []), codes, places]
+        return [kernel.counts_of(entries, chosen.is_bad), *([scales] if self.value_bits < 32 else []), codes, places]
 
     def read_there(self, messages: Sequence[Codes], blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
         """out <- alpha * the sum of the values of some messages of the same blocks, or out + that; added in their order."""

@@ -251,12 +251,10 @@ class Threshold(_Sparse):
         for codes in messages:
             if [code.dtype for code in codes[1:]] != [dtype for dtype, _ in self.layout_of(blocks, 0 * blocks.lengths)]:
                 raise ValueError("these codes are of another kind")
-        marked = torch.cat([codes[0] for codes in messages]).long()
+        counts = torch.cat([codes[0] for codes in messages])
         values, places = (sum(codes[k].numel() for codes in messages) for k in (-2, -1))
         totals = (values, places, 0) if self.value_bits > 1 else (8 * values, places, values)
-        return kernel.Entries.of(
-            torch.where(marked >= 0, marked, -1 - marked), kernel.lengths_of(blocks, marked.device), totals
-        )
+        return kernel.Entries.of(counts, kernel.lengths_of(blocks, counts.device), totals)
 
     def ks_of(self, codes: Codes, blocks: Blocks) -> Int64Array:
         marked = codes[0].cpu().numpy().astype(np.int64)

@@ -119,8 +119,8 @@ class Compressed(Exchange):
         dense = Bucket.of(views)
         is_good = self.average_(dense, group)
         bucket.void = dense.void
-        for (_, x), (_, mean) in zip(views, dense.views(), strict=True) if is_good else ():
-            x.copy_(mean)
+        if is_good:
+            torch._foreach_copy_([x for _, x in views], [mean for _, mean in dense.views()])
         return is_good
 
     @property

@@ -102,8 +102,8 @@ class Group(ABC):
         """Like `all_gather`, if each rank knows only its own lengths: they are sent first, and counted."""
         lengths = torch.tensor([n for _, n in payload.layout], dtype=torch.int64, device=payload.buffer.device)
         dtypes = [dtype for dtype, _ in payload.layout]
-        gathered = self.all_gather(Payload.of(lengths))
-        layouts = [tuple(zip(dtypes, one.tensors[0].tolist(), strict=True)) for one in gathered]
+        every = joined(self.all_gather(Payload.of(lengths))).view(torch.int64).view(self.size, -1)
+        layouts = [tuple(zip(dtypes, own, strict=True)) for own in every.tolist()]
         return self.all_gather(payload, layouts)
 
     def tell(self, text: str) -> list[str]:

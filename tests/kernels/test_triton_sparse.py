@@ -7,18 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from block_values import blocks_of, heavy_tailed
+from block_values import blocks_in, blocks_of, compress, heavy_tailed
 from index_sets import corner_cases, many_blocks
 from torch import Tensor
 
 from commopt.compress.indices import _widths_and_sizes
+from commopt.compress.sparse import RandomK, Threshold, TopK
 from commopt.kernels.cpu import indices as cpu_indices
 from commopt.kernels.reference import select as reference_select
 from commopt.wire.bucket import Blocks
+from commopt.wire.payload import Payload
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 if torch.cuda.is_available():
     pytest.skip("these kernels run on the GPU itself, in tests/gpu", allow_module_level=True)
+
+from pretend import DEVICE, working_on
 
 from commopt.kernels.cuda import indices, select
 
@@ -110,3 +114,69 @@ def test_damaged_codes_are_seen_as_on_the_cpu() -> None:
             assert torch.equal(found, expected)
             sound += 1
     assert 0 < sound < 50
+
+
+CODECS = [
+    *(TopK(density=0.05, value_bits=bits) for bits in (32, 16, 8, 1)),
+    *(Threshold(threshold=2.5, value_bits=bits) for bits in (32, 16, 8, 1)),
+    *(RandomK(density=0.05, value_bits=bits) for bits in (32, 8, 1)),
+    TopK(density=0.05, block_size=256),
+    TopK(density=1.0, value_bits=8),
+    RandomK(density=0.05, value_bits=32, is_unbiased=True),
+    Threshold(threshold=1e6),  # of which there are none
+]
+NAMES = [f"{type(codec).__name__} {codec.value_bits} {codec.block_size} {k}" for k, codec in enumerate(CODECS)]
+SIZES = [3001, 64, 5, 0, 2500]
+N = 3
+
+
+def exchanged(codec: Any, device: torch.device, has_nan: bool) -> tuple[list[Tensor], Tensor, Tensor, list[bool]]:
+    """What N ranks send, what they keep, the sum that arrives, and which blocks the first one calls bad."""
+    codes, residuals, bad = [], [], []
+    blocks = blocks_in(codec, SIZES, 1)
+    counts = np.zeros(len(SIZES), np.int64)
+    blocks = blocks.worded(0, "test", 0, counts).having(keys=blocks.drawn(0, "test", 0, counts))
+    for rank in range(N):
+        x, residual = (heavy_tailed(sum(SIZES), 2 * rank + k, 1.0) for k in (0, 1))
+        if has_nan and rank == 0:
+            x[7], x[-1] = float("nan"), float("inf")
+        x, residual = x.to(device), residual.to(device)
+        codes.append(compress(codec, x, residual, blocks))
+        residuals.append(residual)
+        bad.append(codec.is_bad(codes[-1], blocks).cpu().tolist())
+    header = torch.zeros(1, dtype=torch.int32, device=device)
+    total = torch.full((sum(SIZES),), 7.0).to(device)
+    codec.add_up_([Payload.of(header, *own) for own in codes], blocks, total, alpha=1 / N)
+    return [code.cpu() for own in codes for code in own], torch.stack(residuals).cpu(), total.cpu(), bad
+
+
+@pytest.mark.parametrize("has_nan", [False, True], ids=["finite", "with a NaN"])
+@pytest.mark.parametrize("codec", CODECS, ids=NAMES)
+def test_messages_residuals_and_the_sum_of_all_ranks_are_those_of_the_cpu(codec: Any, has_nan: bool) -> None:
+    expected = exchanged(codec, torch.device("cpu"), has_nan)
+    with working_on(DEVICE):
+        found = exchanged(codec, DEVICE, has_nan)
+    assert found[3] == expected[3]
+    assert any(found[3][0]) == has_nan
+    for one, other in zip([*found[0], *found[1:3]], [*expected[0], *expected[1:3]], strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(0.5), other.nan_to_num(0.5))
+
+
+@pytest.mark.parametrize("codec", [TopK(density=0.05), Threshold(threshold=2.5, value_bits=1)], ids=["fixed", "counts"])
+def test_a_damaged_message_stands_for_nan_and_harms_nothing_else(codec: Any) -> None:
+    blocks = blocks_in(codec, SIZES, 1)
+    rng = np.random.default_rng(3)
+    with working_on(DEVICE):
+        sound = compress(codec, heavy_tailed(sum(SIZES), 1).to(DEVICE), None, blocks)
+        for _ in range(12):
+            codes = [code.clone() for code in sound]
+            for code in codes:
+                if code.dtype in (torch.int32, torch.uint8):
+                    damage = torch.from_numpy(rng.integers(0, 256, code.numel() * code.element_size(), dtype=np.uint8))
+                    code.copy_(damage.view(code.dtype).to(DEVICE))
+            out = torch.zeros(sum(SIZES) + 16).to(DEVICE)
+            codec.decompress_(codes, blocks, out)
+            found = out.cpu()
+            assert found.isnan().any()
+            assert not found[-16:].any()

@@ -25,29 +25,38 @@ PER_PROGRAM = 1024  # entries, or bytes, of a program
 class Entries:
     """How many elements of each block a message holds; or of each message's blocks, if messages lie one behind the other.
 
-    ks: (B,) i64. table: (6, B) i64, by block: the entries up to its end, the bytes of the codes of their places, of their signs, and
-    the entries that are coded; the width of the codes' low parts (`compress.indices`), and how long the block is. count, code_bytes,
+    table: (7, B) i64, by block: the entries up to its end, the bytes of the codes of their places, of their signs, and the entries that
+    are coded; the width of the codes' low parts (`compress.indices`), how long the block is, and its own entries. count, code_bytes,
     sign_bytes: of all. messages: how many there are.
     """
 
     table: Tensor
-    ks: Tensor
     count: int
     code_bytes: int
     sign_bytes: int
     messages: int = 1
 
     @classmethod
-    def of(cls, ks: Tensor, lengths: Tensor, totals: tuple[int, int, int] | None = None) -> Entries:
-        """ks: (N B,) i64, of N messages of the same blocks; lengths: (B,) i64. totals: what the message's sizes are; else they are read."""
-        table = torch.zeros(6, len(ks), dtype=torch.int64, device=ks.device)
-        launch(
-            _sizes, (triton.cdiv(len(ks), PER_PROGRAM),), ks, lengths, len(ks), len(lengths), table, SIZE=PER_PROGRAM
-        )
+    def of(
+        cls,
+        ks: Tensor,
+        lengths: Tensor,
+        totals: tuple[int, int, int] | None = None,
+        ends: Tensor | None = None,
+    ) -> Entries:
+        """Of N messages of the same blocks.
+
+        ks: (N B,) integers, -1 - k for bad blocks; with `ends`, (B,) i64, each block's are the difference of two of them.
+        lengths: (B,) i64. totals: what the messages' sizes are; else the host reads them.
+        """
+        count = len(ks) if ends is None else len(ends)
+        table = torch.zeros(7, count, dtype=torch.int64, device=ks.device)
+        what = (ks, lengths if ends is None else ends, lengths, count, len(lengths), table)
+        launch(_sizes, (triton.cdiv(count, PER_PROGRAM),), *what, HAS_ENDS=ends is not None, SIZE=PER_PROGRAM)
         table[:4].cumsum_(1)
         if totals is None:
-            totals = tuple(table[:3, -1].tolist()) if len(ks) else (0, 0, 0)
-        return cls(table, ks, *totals, len(ks) // max(1, len(lengths)))
+            totals = tuple(table[:3, -1].tolist()) if count else (0, 0, 0)
+        return cls(table, *totals, count // max(1, len(lengths)))
 
     @classmethod
     def known(
@@ -77,6 +86,11 @@ class Entries:
         return self.table, len(self)
 
     @property
+    def ks(self) -> Tensor:
+        """(B,) i64: the entries of each block."""
+        return self.table[6]
+
+    @property
     def ends(self) -> Tensor:
         """(B,) i64: the entries up to each block's end."""
         return self.table[0]
@@ -98,12 +112,17 @@ def lengths_of(blocks: Blocks, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _sizes(ks, lengths, count, blocks, table, SIZE: tl.constexpr):
+def _sizes(ks, ends, lengths, count, blocks, table, HAS_ENDS: tl.constexpr, SIZE: tl.constexpr):
     """`compress.indices._widths_and_sizes`; one more bit for the low part as long as it saves any."""
     b = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     live = b < count
     n = tl.load(lengths + b % blocks, mask=live, other=0)
-    k = tl.minimum(tl.load(ks + b, mask=live, other=0), n)  # a damaged message may say more
+    if HAS_ENDS:
+        first, end = span(ends, b, live)
+        k = tl.load(ks + end, mask=live, other=0) - tl.load(ks + first, mask=live, other=0)
+    else:
+        k = tl.load(ks + b, mask=live, other=0).to(tl.int64)
+        k = tl.minimum(tl.where(k < 0, -1 - k, k), n)  # a damaged message may say more
     width = tl.zeros_like(k)
     for bit in range(41):
         width += (((n - k) >> bit) > 2 * k).to(tl.int64)
@@ -116,6 +135,7 @@ def _sizes(ks, lengths, count, blocks, table, SIZE: tl.constexpr):
     tl.store(table + 3 * count + b, tl.where(is_coded, k, 0), mask=live)
     tl.store(table + 4 * count + b, width, mask=live)
     tl.store(table + 5 * count + b, n, mask=live)
+    tl.store(table + 6 * count + b, k, mask=live)
 
 
 @triton.jit

@@ -254,7 +254,7 @@ def reaching_(x: Tensor, residual: Tensor | None, blocks: Blocks, threshold: flo
     how = {"HOW": _GIVEN.value, "HAS_RESIDUAL": residual is not None, **pieces.shape}
     launch(_count_chosen, pieces.grid, x, e, pieces.columns, len(pieces), is_bad, bits, is_bad, found[1:], **how)
     before = found.cumsum(0)
-    entries = Entries.of(before[pieces.ends].diff(prepend=before[:1]), pieces.sizes)
+    entries = Entries.of(before, pieces.sizes, ends=pieces.ends)
     chosen = Chosen.room(entries, is_bad)
     where = (pieces.columns, len(pieces), pieces.ends, before[1:], entries.ends, is_bad, is_bad, bits, is_bad)
     launch(_write, pieces.grid, x, e, *where, chosen.indices, chosen.values, KEEPS=residual is not None, **how)

@@ -13,12 +13,12 @@ from commopt.kernels.cuda.pieces import (
     ALL_BUT_SIGN,
     GOLDEN,
     LARGEST,
-    LAST,
     NAN,
     corrected,
     key_of,
     launch,
     mix,
+    note_bad,
     piece,
     words_of,
 )
@@ -30,6 +30,7 @@ __all__ = [
     "Entries",
     "add_",
     "code_",
+    "counts_of",
     "decoded",
     "draw",
     "drawn_",
@@ -116,7 +117,7 @@ def _code(
         ratio = tl.div_rn(value, tl.where(scale > 0, scale, 1.0) + tl.zeros_like(value))
         if BITS == 16:
             code = ratio.to(tl.float16)
-            sent = code.to(tl.float32) * scale
+            sent = tl.where(bad, 0.0, code.to(tl.float32)) * scale
         else:
             code = (tl.where(tl.abs(ratio) <= LARGEST, ratio, 0.0) * 127.0 + ROUND) - ROUND
             sent = code * tl.div_rn(scale, tl.zeros_like(scale) + 127.0)
@@ -249,15 +250,21 @@ def _add(
 
 
 @triton.jit
+def _mark(ks, is_bad, blocks, out, SIZE: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    k = tl.load(ks + b, mask=b < blocks, other=0)
+    bad = tl.load(is_bad + b, mask=b < blocks, other=0) != 0
+    tl.store(out + b, tl.where(bad, -1 - k, k).to(tl.int32), mask=b < blocks)
+
+
+@triton.jit
 def _note_bad(is_bad, columns, count, pieces_up_to, blocks, first, SIZE: tl.constexpr):
-    """Note the first parameter with a bad block, as `note_bad` does."""
+    """Note the first parameter with a bad block."""
     b = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     live = b < blocks
     at, _ = span(pieces_up_to, b, live)
     is_there = live & (tl.load(is_bad + b, mask=live, other=0) != 0)
-    lowest = tl.min(tl.load(columns + 5 * count + at, mask=is_there, other=LAST), 0).to(tl.int32)
-    if lowest != LAST:
-        tl.atomic_max(first, -lowest + LAST)
+    note_bad(first, is_there, columns, count, at)
 
 
 @triton.jit
@@ -409,6 +416,13 @@ def room_for(entries: Entries, bits: int) -> tuple[Tensor, Tensor]:
     return torch.empty(len(entries), device=device), torch.empty(count, dtype=dtype, device=device)
 
 
+def counts_of(entries: Entries, is_bad: Tensor) -> Tensor:
+    """(B,) i32: how many elements of each block are sent, or -1 less that for bad blocks."""
+    out = torch.empty(len(entries), dtype=torch.int32, device=is_bad.device)
+    launch(_mark, (triton.cdiv(len(out), PER_PROGRAM),), entries.ks, is_bad, len(out), out, SIZE=PER_PROGRAM)
+    return out
+
+
 def code_(
     chosen: Chosen, blocks: Blocks, entries: Entries, residual: Tensor | None, bits: int, scales: Tensor, out: Tensor
 ) -> None:
@@ -451,7 +465,7 @@ def add_(
 
 
 def note_bad_(is_bad: Tensor, blocks: Blocks, first: Tensor) -> None:
-    """Lower first, (1,) i32, to the first parameter with a bad block."""
+    """Note the first parameter with a bad block in a header, (1,) i32."""
     pieces = pieces_of(blocks, is_bad.device)
     where = (pieces.columns, len(pieces), pieces.ends, len(blocks), first)
     launch(_note_bad, (triton.cdiv(len(blocks), PER_PROGRAM),), is_bad, *where, SIZE=PER_PROGRAM)
