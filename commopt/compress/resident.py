@@ -91,11 +91,22 @@ class Resident(Compressor):
 
     def read_there(self, messages: Sequence[Codes], blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
         """out <- alpha * the sum of the values of some messages of the same blocks, or out + that; added in their order."""
-        kernel = kernels.of("sparse", out.device)
+        kernel, entries, indices, values = self._decoded(messages, blocks, out.device)
+        kernel.add_(indices, values, blocks, entries, out, alpha=alpha, add=add)
+
+    def clear_there_(self, codes: Codes, blocks: Blocks, x: Tensor) -> None:
+        """x <- 0 where a message has values that are not 0."""
+        kernel, entries, indices, values = self._decoded([codes], blocks, x.device)
+        kernel.clear_(indices, values, blocks, entries, x)
+
+    def _decoded(
+        self, messages: Sequence[Codes], blocks: Blocks, device: torch.device
+    ) -> tuple[Any, Any, Tensor, Tensor]:
+        """The kernels, and the entries of messages of the same blocks, their places and their values."""
+        kernel = kernels.of("sparse", device)
         joined = messages[0] if len(messages) == 1 else [torch.cat(kind) for kind in zip(*messages, strict=True)]
         entries = self.entries_in(kernel, messages, blocks)
-        is_damaged = torch.zeros(1, dtype=torch.int32, device=out.device)
+        is_damaged = torch.zeros(1, dtype=torch.int32, device=device)
         indices = self.places_in(kernel, joined[-1], blocks, entries, is_damaged)
         scales, codes = joined[self.is_ragged], joined[self.is_ragged + (self.value_bits < 32)]
-        values = kernel.values_of(codes, scales, entries, self.value_bits, is_damaged)
-        kernel.add_(indices, values, blocks, entries, out, alpha=alpha, add=add)
+        return kernel, entries, indices, kernel.values_of(codes, scales, entries, self.value_bits, is_damaged)

@@ -90,6 +90,15 @@ class _Sparse(Resident):
         out[places] += self.decode_values(codes, ks) * alpha
         return None
 
+    def forget_sent_(self, codes: Codes, blocks: Blocks, x: Tensor) -> None:
+        """x <- 0, at the blocks' starts, where a message has values that are not 0."""
+        if kernels.has_triton(x.device):
+            return self.clear_there_(codes, blocks, x)
+        sent = torch.zeros_like(x)
+        self.decompress_(codes, blocks, sent)
+        x.mul_(sent.eq(0))
+        return None
+
     def layout_of(self, blocks: Blocks, ks: Int64Array) -> Layout:
         """The layout of a message of ks elements of each block, apart from its counts."""
         scales = () if self.value_bits == 32 else ((torch.float32, len(ks)),)

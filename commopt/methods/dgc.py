@@ -18,7 +18,7 @@ from commopt.compress.sparse import TopK
 from commopt.errors import AttachError, ConfigError
 from commopt.exchange.gather import GatherMean
 from commopt.groups.base import Group
-from commopt.method import GradientMethod, NoOptions, Tensors, options
+from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Fraction, Number, Share, Wanted, Whole
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex, alike
 from commopt.wire.shards import local
@@ -152,65 +152,63 @@ class DGC(GradientMethod, GatherMean):
             super().exchange(bucket, group)
 
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
-        moved, grown = torch.zeros_like(bucket.flat), torch.zeros_like(bucket.flat)
-        of_moved, of_grown = (self.compressed_views(bucket.with_flat(x)) for x in (moved, grown))
-        names, gs = zip(*self.compressed_views(bucket), strict=True)
-        us, xs = self._accumulated(self.parts_of("velocity", names), gs)
-        torch._foreach_copy_([x for _, x in of_moved], us)
-        torch._foreach_copy_([x for _, x in of_grown], xs)
+        views = self.compressed_views(bucket)
+        velocities = self.parts_of("velocity", [name for name, _ in views])
+        moved = self._accumulate_(velocities, bucket, views)
         stages = []
         for codec, part in self._stages(blocks):
             self.worker.compressor = codec
-            own = self.worker.compress(grown, [part])
+            own = self.worker.compress(bucket.flat, [part])
             stages.append((codec, part, own, group.all_gather(own[0])))
         bad = first_bad_parameter([payload for *_, gathered in stages for payload in gathered])
         if self.is_void(bucket, bad, group):
             for codec, part, own, _ in stages:
                 self.worker.compressor = codec
-                self.worker.undo(grown, own, [part])
+                self.worker.undo(bucket.flat, own, [part])
             return
-        sent = torch.zeros_like(grown)
-        for _, x in self.compressed_views(bucket):
-            x.zero_()
-        for codec, part, own, gathered in stages:
-            codec.decompress_(own[0].tensors[1:], part, sent)
-            for payload in gathered:  # in rank order: float sums depend on it
-                codec.decompress_(payload.tensors[1:], part, bucket.flat, alpha=1 / group.size, add=True)
-        if self.options.masking:
-            moved.mul_(sent.eq(0))  # u <- 0 where q is not
-        torch._foreach_copy_(self.parts_of("velocity", names), [u for _, u in of_moved])
+        for codec, part, own, _ in stages if self.options.masking else ():
+            codec.forget_sent_(own[0].tensors[1:], part, moved)  # u <- 0 where q is not
+        torch._foreach_copy_(velocities, [u for _, u in self.compressed_views(bucket.with_flat(moved))])
+        for codec, part, _, gathered in stages:
+            codec.add_up_(gathered, part, bucket.flat, alpha=1 / group.size)
 
     def receive(self, bucket: Bucket) -> None:
         """Apply momentum to exact means, which had none before the exchange, and to weight decay."""
-        views, is_whole = dict(bucket.views()), self.ranks == 1 or self.is_exact
-        if whole := [name for name in bucket.names if is_whole or name in self.dense_names]:
-            old, gs = self.parts_of("velocity", whole), [views[name] for name in whole]
-            us, xs = self._accumulated(old, gs)
-            torch._foreach_copy_(old, us)
-            torch._foreach_copy_(gs, xs)
+        is_whole = self.ranks == 1 or self.is_exact
+        if views := [(name, x) for name, x in bucket.views() if is_whole or name in self.dense_names]:
+            velocities = self.parts_of("velocity", [name for name, _ in views])
+            moved = bucket.with_flat(self._accumulate_(velocities, bucket, views))
+            torch._foreach_copy_(velocities, [u for name, u in moved.views() if is_whole or name in self.dense_names])
+        gs = dict(bucket.views())
         decaying = [name for name in bucket.names if self.options.decay_momentum and name in self._decaying]
         for decay, names in alike(decaying, self._decay_of).items():
             ds, held = self.parts_of("decay", names), [self._decaying[name][1] for name in names]
             # the optimizer adds the last term, weight_decay x
-            torch._foreach_add_([views[name] for name in names], ds, alpha=self.momentum)
+            torch._foreach_add_([gs[name] for name in names], ds, alpha=self.momentum)
             torch._foreach_mul_(ds, self.momentum)
             torch._foreach_add_(ds, [local(p).reshape(-1) for p in held], alpha=decay)
 
     def _decay_of(self, name: str) -> float:
         return float(self._optimizer.param_groups[self._decaying[name][0]]["weight_decay"])
 
-    def _accumulated(self, us: Tensors, gs: Tensors) -> tuple[Tensors, Tensors]:
-        """The new u of some parameters, and what is added to v."""
+    def _accumulate_(self, u: list[Tensor], bucket: Bucket, views: list[tuple[str, Tensor]]) -> Tensor:
+        """Let views of a bucket be what is added to v; returns a flat tensor that has the new u at their places."""
+        g = [x for _, x in views]
         if not self.options.nesterov:
-            us = torch._foreach_add(gs, us, alpha=self.momentum)  # u <- momentum u + g
-            return us, us
-        us = torch._foreach_add(us, gs)
-        torch._foreach_mul_(us, self.momentum)  # u <- momentum (u + g)
-        return us, torch._foreach_add(us, gs)
+            torch._foreach_add_(g, u, alpha=self.momentum)  # u <- momentum u + g
+            return bucket.flat
+        moved, names = bucket.flat.clone(), {name for name, _ in views}
+        new = [x for name, x in bucket.with_flat(moved).views() if name in names]
+        torch._foreach_add_(new, u)
+        torch._foreach_mul_(new, self.momentum)  # u <- momentum (u + g)
+        torch._foreach_add_(g, new)
+        return moved
 
     def _stages(self, blocks: Blocks) -> list[tuple[TopK, Blocks]]:
         """The blocks by the density of their codec; all have one, unless some parameters were left out of earlier steps."""
         densities = np.asarray([self.density(count) for count in self.exchanges.tolist()])[blocks.parameters]
+        if len(densities) and (densities == densities[0]).all():  # these very blocks, of which there are tables
+            return [(replace(self.choice, density=float(densities[0])), blocks)]
         return [
             (replace(self.choice, density=density), blocks.only(np.flatnonzero(densities == density)))
             for density in np.unique(densities).tolist()

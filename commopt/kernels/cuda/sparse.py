@@ -29,6 +29,7 @@ __all__ = [
     "Chosen",
     "Entries",
     "add_",
+    "clear_",
     "code_",
     "counts_of",
     "decoded",
@@ -249,6 +250,17 @@ def _add(
         tl.debug_barrier()
 
 
+@triton.jit(do_not_specialize=["total"])
+def _clear(
+    indices, values, table, blocks, total, columns, count, pieces_up_to, out, STEPS: tl.constexpr, SIZE: tl.constexpr
+):
+    j, live, i, b, k, n, code, code_end = entry(table, blocks, total, STEPS, SIZE)
+    live &= tl.load(values + j, mask=live, other=0.0) != 0
+    p, _ = span(pieces_up_to, b, live)
+    at = out + tl.load(columns + p, mask=live, other=0) + tl.load(indices + j, mask=live, other=0)
+    tl.store(at, tl.load(at, mask=live, other=0.0) * 0.0, mask=live)
+
+
 @triton.jit
 def _mark(ks, is_bad, blocks, out, SIZE: tl.constexpr):
     b = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -462,6 +474,14 @@ def add_(
     launch(_bounds, (triton.cdiv(n * count, WIDE),), indices, *entries.where, entries.count, *where, **size)
     how = {"ADD": add, "CHUNK": max(2, WIDE // pieces.rows), **pieces.shape}
     launch(_add, pieces.grid, indices, values, bounds, pieces.columns, count, n, alpha, out, **how)
+
+
+def clear_(indices: Tensor, values: Tensor, blocks: Blocks, entries: Entries, out: Tensor) -> None:
+    """out <- 0, at the blocks' starts, where a message has values that are not 0."""
+    pieces = pieces_of(blocks, out.device)
+    where = (*entries.where, entries.count, pieces.columns, len(pieces), pieces.ends, out)
+    how = {"STEPS": entries.steps, "SIZE": WIDE}
+    launch(_clear, (triton.cdiv(entries.count, WIDE),), indices, values, *where, **how)
 
 
 def note_bad_(is_bad: Tensor, blocks: Blocks, first: Tensor) -> None:
