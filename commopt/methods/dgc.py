@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.nn import Parameter
 
 from commopt.compress.feedback import first_bad_parameter
