@@ -111,7 +111,13 @@ def lamb(group: Group, steps: int, decay: float, is_fused: bool) -> dict[str, Te
     with torch.no_grad():
         model.all[4].zero_()  # its ratio is 1 in the first step
     mask = {"all.0": (torch.arange(60) % 3 > 0).float(), "all.1": torch.zeros(7)}
-    options = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": decay, "freeze_step": 3, "bias_correction": True}
+    options: dict[str, Any] = {
+        "lr": 0.02,
+        "betas": (0.9, 0.95),
+        "weight_decay": decay,
+        "freeze_step": 3,
+        "bias_correction": True,
+    }
     run = start(model, "onebit_lamb", group, momentum_mask=mask, factor_threshold=0.9, max_ratio=0.5, **options)
     if is_fused:
         run.method.update = run.method._update_alike
