@@ -231,7 +231,7 @@ class RandomK(_Density):
         return entries, kernel.drawn_(x, residual, blocks, entries, self.is_unbiased)
 
     def places_in(self, kernel: Any, codes: Tensor, blocks: Blocks, entries: Any, is_damaged: Tensor) -> Tensor:
-        return kernel.draw(blocks, entries, codes.device)[0]  # type: ignore[no-any-return]
+        return kernel.draw(blocks, entries, codes.device)  # type: ignore[no-any-return]
 
     def places_of(self, codes: Codes, blocks: Blocks, ks: Int64Array) -> Tensor:
         return torch.from_numpy(self.places(blocks)[0]).to(codes[0].device)

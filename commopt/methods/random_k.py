@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from commopt import kernels
 from commopt.compress.feedback import NOTHING_KEPT, Kept
 from commopt.compress.sparse import RandomK
 from commopt.exchange.compressed import Compressed
@@ -58,6 +59,8 @@ class RandomKMean(GradientMethod, Compressed):
 
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         blocks, device = self.keyed(blocks, self.choice), self.device
+        if kernels.has_triton(device):
+            return self._exchange_there(bucket, blocks, group)
         elements = element_indices(blocks.starts, blocks.lengths, device)
         homes = element_indices(blocks.homes, blocks.lengths, device)
         c = bucket.flat[elements]
@@ -75,12 +78,37 @@ class RandomKMean(GradientMethod, Compressed):
         mean, bad = summed[: len(sent)], summed[len(sent) :]
         bad[block[chosen[~mean.isfinite()]]] = 1  # beyond what half precision holds
         if self.is_void(bucket, first_bad(bad.ne(0), blocks), group):
-            return
+            return None
         bucket.flat[elements] = 0
         bucket.flat[elements[chosen]] = mean.float()
         if self.kept.bits:
             c[chosen] -= sent.float() * group.size
             self.worker.residual[homes] = c
+        return None
+
+    def _exchange_there(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        """The same by kernels, which draw the places; the host waits for the first bad parameter alone."""
+        x, kernel, headers = bucket.flat, *(kernels.of(name, self.device) for name in ("sparse", "headers"))
+        entries, residual = self.choice.entries(kernel, blocks, self.device), None
+        if self.kept.bits:
+            residual = self.worker.residual
+        dtype = torch.float16 if self.choice.value_bits == 16 else torch.float32
+        summed = torch.zeros(entries.count + len(blocks), dtype=dtype, device=self.device)
+        mean, bad = summed[: entries.count], summed[entries.count :]
+        kernel.find_bad_(x, None, blocks, bad)
+        how = {"is_unbiased": residual is None, "ranks": group.size}
+        indices = kernel.draw_and_take_(x, residual, blocks, entries, mean, **how)
+        sent = mean.clone() if residual is not None else mean
+        if len(summed):
+            group.all_reduce(summed)
+        first = torch.zeros(1, dtype=torch.int32, device=self.device)
+        kernel.note_sum_(mean, bad, blocks, entries, first)
+        if self.is_void(bucket, headers.read(first), group):
+            return
+        if residual is not None:
+            kernel.keep_(x, residual, blocks, bad)
+            kernel.take_sent_(residual, sent, indices, blocks, entries, ranks=group.size)
+        kernel.add_(indices, mean, blocks, entries, x, alpha=1.0, add=False)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * (self.choice.density * self.choice.value_bits / 8)

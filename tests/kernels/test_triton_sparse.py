@@ -9,10 +9,13 @@ import pytest
 import torch
 from block_values import blocks_in, blocks_of, compress, heavy_tailed
 from index_sets import corner_cases, many_blocks
+from rig import flat, make_model
 from torch import Tensor
 
+from commopt import attach, build
 from commopt.compress.indices import _widths_and_sizes
 from commopt.compress.sparse import RandomK, Threshold, TopK
+from commopt.groups import SimGroup, SimWorld
 from commopt.kernels.cpu import indices as cpu_indices
 from commopt.kernels.reference import select as reference_select
 from commopt.wire.bucket import Blocks
@@ -180,3 +183,45 @@ def test_a_damaged_message_stands_for_nan_and_harms_nothing_else(codec: Any) -> 
             found = out.cpu()
             assert found.isnan().any()
             assert not found[-16:].any()
+
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "random_k": ("random_k", {"density": 0.1}),
+    "random_k in half precision": ("random_k", {"density": 0.1, "value_bits": 16, "dense_1d": False}),
+    "random_k without feedback": ("random_k", {"density": 0.1, "error_feedback": False}),
+    "top_k": ("top_k", {"density": 0.1, "value_bits": 32}),
+    "threshold": ("threshold", {"threshold": 0.5, "value_bits": 8}),
+    "dgc": ("dgc", {"density": 0.1, "momentum": 0.5}),
+    "dgc, warming up": ("dgc", {"density": 0.05, "momentum": 0.5, "nesterov": True, "warmup_steps": 2}),
+}
+
+
+def four_steps(name: str, options: dict[str, Any], device: torch.device) -> list[Tensor]:
+    """Of both ranks, the parameters after each step, of which the second has a NaN, and the state at the end."""
+
+    def rank_of(group: SimGroup) -> list[Tensor]:
+        with working_on(device):
+            model = make_model().to(device)
+            run: Any = attach(model, build(name, **options), torch.optim.SGD(model.parameters(), lr=0.1), group=group)
+            found = []
+            for step in range(4):
+                for k, p in enumerate(model.parameters()):
+                    grad = heavy_tailed(p.numel(), 100 * step + 10 * group.rank + k, 0.5)
+                    if (step, group.rank, k) == (1, 1, 0):
+                        grad[3] = float("nan")
+                    p.grad = grad.to(device).view(p.shape)
+                run.optimizer.step()
+                found.append(flat(model).cpu())
+            assert sorted(dict(run.voided).items()) == [(1, "0.weight")]
+            return [*found, *(x.cpu() for x in run.method.state.values())]
+
+    one, other = SimWorld[list[Tensor]](2, timeout_s=100).run(rank_of)
+    return [*one, *other]
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_what_a_method_exchanges_and_keeps_is_what_it_does_on_the_cpu(case: str) -> None:
+    expected, found = (four_steps(*METHODS[case], device) for device in (torch.device("cpu"), DEVICE))
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.nan_to_num(0.5), other.nan_to_num(0.5))
+        assert torch.equal(one.isnan(), other.isnan())
