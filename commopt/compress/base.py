@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, TypeAlias
 
+import torch
 from torch import Tensor
 
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, Payload, layout_bytes
+from commopt.wire.residual import Residual
 
 Codes: TypeAlias = Sequence[Tensor]  # the tensors of a message, widest dtype first
 
@@ -44,15 +46,16 @@ class Compressor(ABC):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | None,
+        residual: Tensor | Residual | None,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
         """`compress_` into payloads behind their headers. Returns whether these are written too: the first bad parameter, or -1.
 
-        received: messages whose headers count, too.
+        residual: as it is stored only if the codec `takes` it. received: messages whose headers count, too.
         """
+        assert not isinstance(residual, Residual)
         self.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
         return False
 
@@ -81,12 +84,32 @@ class Compressor(ABC):
             out[run].zero_()
         self.decompress_payloads_(payloads, [blocks] * len(payloads), out, alpha=alpha, add=True)
 
+    def takes(self, residual: Residual, *, contracts: bool) -> bool:
+        """Whether `compress_payloads_` takes a residual as it is stored; contracts: `fit_` follows."""
+        return False
+
+    def pads(self, device: torch.device) -> bool:
+        """Whether `compress_payloads_` writes every byte of its payloads there, those that only fill them up included."""
+        return False
+
     @abstractmethod
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
         """`compress_` for one part, whose blocks share no scale with those of others."""
 
     def fit_(self, codes: Codes, x: Tensor, residual: Tensor | None, blocks: Blocks) -> None:
         """Change what `compress_` wrote, and the residual, so that ||c - decompressed|| <= ||c||; here it is so already."""
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `fit_` may change something."""
+        return False
+
+    def fit_payloads_(
+        self, payloads: Sequence[Payload], x: Tensor, residual: Tensor | None, parts: Sequence[Blocks]
+    ) -> None:
+        """`fit_` of several messages."""
+        for payload, blocks in zip(payloads, parts, strict=True):
+            self.fit_(payload.tensors[1:], x, residual, blocks)
 
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Codes:
         """`compress_` for a codec whose sizes are not known beforehand; returns the tensors to send, widest dtype first."""

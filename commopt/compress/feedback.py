@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.kernels.reference.runs import corrected, element_indices, first_bad, keep_rest_, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Layout, Payload, in_a_row
+from commopt.wire.residual import Residual, end_to_end
 
 HEADER: Layout = ((torch.int32, 1),)  # of every payload: the first parameter that is not finite, or -1
 _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
@@ -67,23 +69,26 @@ class ErrorFeedback:
         scales: Tensor | None = None,
     ) -> None:
         self.compressor, self.kept, self.bits = compressor, kept, kept.bits
-        self._homes: Int64Array = np.sort(blocks.homes) if kept.bits == 8 else np.zeros(0, np.int64)
+        homes: Int64Array = np.sort(blocks.homes) if kept.bits == 8 else np.zeros(0, np.int64)
         if residual is None:
             elements = int((blocks.homes + blocks.lengths).max()) if kept.bits and len(blocks) else 0
             residual = torch.zeros(elements, dtype=kept.dtype, device=device)
         if scales is None:
-            scales = torch.zeros(len(self._homes), device=device, dtype=torch.float32)
+            scales = torch.zeros(len(homes), device=device, dtype=torch.float32)
         self.residual, self.scales = residual, scales
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._stored = Residual(residual, scales, homes, kept.decay, kept.average)
 
     def compress(self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload] = ()) -> list[Payload]:
         """The payloads of x + residual, one for each of `parts`; x is left as it is.
 
         received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
         """
-        if self.bits == 0 or (self.bits == 32 and self.kept.decay == 1.0 and self.kept.average == 0.0):
+        if self.bits == 0 or self._stored.is_plain:
             return self._encode(x, self.residual if self.bits else None, parts, received)
-        return self._encode_with_copy(x, parts, received)
+        if not self.compressor.takes(self._stored, contracts=self.kept.contracts):
+            return self._encode_apart(x, parts, received)
+        self._stored = self._stored.copying(parts)
+        return self._encode(x, self._stored, parts, received)
 
     def undo(self, x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks]) -> None:
         """Undo the last `compress` of x: e <- (e + decompressed) - x in good blocks, exact to about one ulp.
@@ -92,18 +97,20 @@ class ErrorFeedback:
         """
         if self.bits == 0:
             return
-        if self._before:
-            for blocks, (stored, scales) in zip(parts, self._before, strict=True):
-                self.residual[self._places(blocks)] = stored
-                if self.bits == 8:
-                    self.scales[self._slots(blocks)] = scales
-            self._before = []
+        if not self._stored.is_plain:
+            self._stored.restore_(parts)
             return
-        for payload, blocks in zip(payloads, parts, strict=True):
-            sent, codes = torch.zeros_like(x), payload.tensors[1:]
-            self.compressor.decompress_(codes, blocks, sent)
+        sent = torch.zeros_like(x)
+        self.compressor.decompress_payloads_(payloads, parts, sent)
+        bad = [self.compressor.is_bad(payload.tensors[1:], own) for payload, own in zip(payloads, parts, strict=True)]
+        if kernels.has_triton(x.device):
+            from commopt.kernels.cuda import residuals
+
+            residuals.undo_(x, sent, torch.cat(bad), self.residual, parts)
+            return
+        for blocks, is_bad in zip(parts, bad, strict=True):
             before = corrected(sent, self.residual, blocks) - corrected(x, None, blocks)
-            keep_rest_(self.residual, before, ~self.compressor.is_bad(codes, blocks), blocks)
+            keep_rest_(self.residual, before, ~is_bad, blocks)
 
     def values(self, blocks: Blocks) -> Tensor:
         """(elements of blocks,) f32: the residual of some blocks, end to end."""
@@ -114,6 +121,11 @@ class ErrorFeedback:
 
     def set_values(self, values: Tensor, blocks: Blocks) -> None:
         """Overwrite the residual of some blocks; `values` as `values()` gives them."""
+        if kernels.has_triton(values.device):
+            from commopt.kernels.cuda import residuals
+
+            residuals.store_(values.clone(), replace(self._stored, average=0.0), [blocks])
+            return
         if self.bits == 8:
             per_element = run_of_element(blocks.lengths, values.device)
             largest = values.new_zeros(len(blocks))
@@ -126,8 +138,8 @@ class ErrorFeedback:
             self.scales[self._slots(blocks)] = scales
         self.residual[self._places(blocks)] = values.to(self.residual.dtype)
 
-    def clear(self, blocks: Blocks) -> None:
-        self.residual[self._places(blocks)] = 0
+    def clear(self, parts: Sequence[Blocks]) -> None:
+        self._stored.clear_(parts)
 
     def dense(self, state: Mapping[str, Tensor], name: str, blocks: Blocks) -> Tensor:
         """(elements of blocks,) f32: the saved residual `name`, of this rank or another."""
@@ -136,10 +148,11 @@ class ErrorFeedback:
         return ErrorFeedback(self.compressor, self.kept, blocks, residual=residual, scales=scales).values(blocks)
 
     def _encode(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], received: Sequence[Payload]
+        self, x: Tensor, residual: Tensor | Residual | None, parts: Sequence[Blocks], received: Sequence[Payload]
     ) -> list[Payload]:
         has_headers = False
         if self.compressor.is_ragged:
+            assert not isinstance(residual, Residual)
             messages = [self.compressor.encode(x, residual, blocks) for blocks in parts]
             layouts = [HEADER + tuple((code.dtype, code.numel()) for code in codes) for codes in messages]
             payloads = in_a_row(layouts, x.device)
@@ -148,10 +161,11 @@ class ErrorFeedback:
                     view.copy_(code)
             has_headers = self.compressor.note_headers_(payloads, parts, received)
         else:
-            payloads = in_a_row([HEADER + self.compressor.layout(blocks) for blocks in parts], x.device)
+            layouts = [HEADER + self.compressor.layout(blocks) for blocks in parts]
+            payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device))
             has_headers = self.compressor.compress_payloads_(x, residual, parts, payloads, received)
-            for payload, blocks in zip(payloads, parts, strict=True) if self.kept.contracts else ():
-                self.compressor.fit_(payload.tensors[1:], x, residual, blocks)
+            if self.kept.contracts and not isinstance(residual, Residual):
+                self.compressor.fit_payloads_(payloads, x, residual, parts)
         if not has_headers:
             own = zip(payloads, parts, strict=True)
             found = [first_bad(self.compressor.is_bad(payload.tensors[1:], blocks), blocks) for payload, blocks in own]
@@ -160,22 +174,22 @@ class ErrorFeedback:
                 payload.tensors[0].fill_(first)
         return payloads
 
-    def _encode_with_copy(self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload]) -> list[Payload]:
-        """Compress with the residual as float32; keep a copy of what is stored, for `undo`."""
-        self._before = [
-            (self.residual[self._places(blocks)], self.scales[self._slots(blocks)] if self.bits == 8 else self.scales)
-            for blocks in parts
-        ]
-        ends = np.cumsum([0, *(blocks.elements for blocks in parts)])
+    def _encode_apart(self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload]) -> list[Payload]:
+        """Compress with the residual as float32, and store it afterwards; keep a copy of what was stored, for `undo`."""
+        self._stored = self._stored.copied(parts)
+        moved = [blocks.having(homes=homes) for blocks, homes in zip(parts, end_to_end(parts), strict=True)]
+        if kernels.has_triton(x.device):
+            from commopt.kernels.cuda import residuals
+
+            left = residuals.read(self._stored, parts)
+            payloads = self._encode(x, left, moved, received)
+            residuals.store_(left, self._stored, parts)
+            return payloads
         before = torch.cat([self.values(blocks) for blocks in parts])
         residual = before * self.kept.decay
-        moved = [
-            blocks.having(homes=start + np.cumsum(blocks.lengths) - blocks.lengths)
-            for blocks, start in zip(parts, ends, strict=False)
-        ]
         payloads = self._encode(x, residual, moved, received)
-        residual.lerp_(before, self.kept.average)
-        for payload, blocks, part in zip(payloads, parts, torch.split(residual, np.diff(ends).tolist()), strict=True):
+        left = torch.split(residual.lerp_(before, self.kept.average), [blocks.elements for blocks in parts])
+        for payload, blocks, part in zip(payloads, parts, left, strict=True):
             if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else void: it is undone
                 self.set_values(part, blocks)
         return payloads
@@ -184,7 +198,7 @@ class ErrorFeedback:
         return element_indices(blocks.homes, blocks.lengths, self.residual.device)
 
     def _slots(self, blocks: Blocks) -> Tensor:
-        return torch.from_numpy(np.searchsorted(self._homes, blocks.homes)).to(self.residual.device)
+        return torch.from_numpy(self._stored.slots(blocks.homes)).to(self.residual.device)
 
 
 def first_bad_parameter(payloads: Sequence[Payload]) -> int:

@@ -6,12 +6,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload
+from commopt.wire.residual import Residual
 
 
 class Fused(Compressor):
@@ -25,20 +27,30 @@ class Fused(Compressor):
     def reading(self) -> dict[str, Any]:
         """What `decompress_all_` takes."""
 
+    def takes(self, residual: Residual, *, contracts: bool) -> bool:
+        if not self.pads(residual.values.device) or (contracts and self.needs_fit):
+            return False
+        from commopt.kernels.cuda.pieces import LONGEST
+
+        return not residual.has_scales or (self.block_size or LONGEST + 1) <= LONGEST
+
+    def pads(self, device: torch.device) -> bool:
+        return kernels.has_triton(device)
+
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | None,
+        residual: Tensor | Residual | None,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
-        if not kernels.has_triton(x.device):
+        if not self.pads(x.device):
             return super().compress_payloads_(x, residual, parts, payloads)
         from commopt.kernels.cuda import headers
         from commopt.kernels.cuda.pieces import Messages
 
-        first, how = headers.noted_in(payloads, received), self.writing()
+        first, how = headers.noted_in(payloads, received, is_new=True), self.writing()
         kernel = kernels.of(how.pop("kernel"), x.device)
         kernel.compress_all_(x, residual, Messages.of(payloads, parts), first, **how)
         headers.write_(first, payloads)

@@ -7,6 +7,7 @@ A block whose scale would be below 2^-126 counts as a block of zeros, and one wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from commopt.compress.fused import Fused
 from commopt.kernels.reference.runs import corrected, keep_rest_, run_of_element
 from commopt.options import BlockSize, Flag, checked_dataclass
 from commopt.wire.bucket import Blocks
-from commopt.wire.payload import Layout
+from commopt.wire.payload import Layout, Payload
 
 
 class BlockScaled(Fused):
@@ -62,13 +63,28 @@ class EvenLevels(BlockScaled):
     def code_bits(self) -> int:  # type: ignore[override]
         return bits_of(self.levels)
 
+    @property
+    def needs_fit(self) -> bool:
+        coarse = 4 if self.has_l2_norm else 8
+        return self.block_size is None or self.block_size > coarse * self.levels**2
+
+    def fit_payloads_(
+        self, payloads: Sequence[Payload], x: Tensor, residual: Tensor | None, parts: Sequence[Blocks]
+    ) -> None:
+        if not self.needs_fit or not kernels.has_triton(x.device):
+            return super().fit_payloads_(payloads, x, residual, parts)
+        from commopt.kernels.cuda import quantize
+        from commopt.kernels.cuda.pieces import Messages
+
+        quantize.fit_all_(x, residual, Messages.of(payloads, parts), bits=self.code_bits)
+        return None
+
     def fit_(self, codes: Codes, x: Tensor, residual: Tensor | None, blocks: Blocks) -> None:
         """Multiply each block's scale by <c, q> / ||q||^2 for its codes' values q, if their variance may exceed ||c||^2.
 
         It is at most (sqrt(1 + n / levels^2) - 1) / 2 of that with the largest magnitude as norm, sqrt(n) / levels - 1 with "l2".
         """
-        coarse = 4 if self.has_l2_norm else 8
-        if self.block_size is not None and self.block_size <= coarse * self.levels**2:
+        if not self.needs_fit:
             return
         at_home, sent = (blocks.having(starts=at) for at in (blocks.homes, np.cumsum(blocks.lengths) - blocks.lengths))
         q, block = x.new_zeros(blocks.elements), run_of_element(blocks.lengths, x.device)

@@ -13,6 +13,7 @@ from commopt import kernels
 from commopt.compress.base import Codes, Compressor
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload
+from commopt.wire.residual import Residual
 
 
 class Resident(Compressor):
@@ -35,11 +36,12 @@ class Resident(Compressor):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | None,
+        residual: Tensor | Residual | None,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
+        assert not isinstance(residual, Residual)
         if not kernels.has_triton(x.device):
             return super().compress_payloads_(x, residual, parts, payloads, received)
         headers = kernels.of("headers", x.device)

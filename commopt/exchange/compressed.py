@@ -12,7 +12,6 @@ from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.compress.feedback import ErrorFeedback, Kept
 from commopt.compress.fused import Fused
-from commopt.compress.sparse import RandomK
 from commopt.exchange.base import Exchange
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
@@ -82,21 +81,20 @@ class Compressed(Exchange):
             return blocks
         rank = 0 if compressor.shares_keys else self.rank
         by = (self.seed, purpose, rank, self.exchanges.numpy())
-        if isinstance(compressor, (Fused, RandomK)) and kernels.has_triton(self.device):
+        if kernels.has_triton(self.device):  # where kernels draw
             blocks = blocks.worded(*by)
-            if self.kept.bits != 8:
+            if isinstance(compressor, Fused) or not compressor.stochastic:
                 return blocks
         return blocks.having(keys=blocks.drawn(*by))
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
         """Clear the residual of parameters whose time has come by `reset_every`, at the end of an exchange that is not void."""
-        if self.kept.reset_every is None or not self.kept.bits:
+        every, counts = self.kept.reset_every, self.exchanges.numpy()
+        if every is None or not self.kept.bits:
             return
-        counts = self.exchanges.numpy()
-        for blocks in parts:
-            due = np.flatnonzero((counts[blocks.parameters] + 1) % self.kept.reset_every == 0)
-            if len(due):
-                feedback.clear(blocks.only(due))
+        due = np.flatnonzero((counts + 1) % every == 0)
+        if len(np.intersect1d(due, np.concatenate([blocks.own_parameters for blocks in parts]))):
+            feedback.clear([blocks.only(np.flatnonzero(np.isin(blocks.parameters, due))) for blocks in parts])
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:

@@ -107,9 +107,13 @@ def cut(buffer: Tensor, layouts: Sequence[Layout]) -> list[Payload]:
     return [Payload(part, layout, buffer, at) for part, layout, at in parts]
 
 
-def in_a_row(layouts: Sequence[Layout], device: torch.device) -> list[Payload]:
-    """Payloads one behind the other, whose contents are still to be written; what lies between tensors and payloads is zero."""
-    return cut(torch.zeros(sum(map(layout_bytes, layouts)), dtype=torch.uint8, device=device), layouts)
+def in_a_row(layouts: Sequence[Layout], device: torch.device, *, is_zero: bool = True) -> list[Payload]:
+    """Payloads one behind the other, whose contents are still to be written; what lies between tensors and payloads is zero.
+
+    is_zero: if False, that is still to be written, too.
+    """
+    make = torch.zeros if is_zero else torch.empty
+    return cut(make(sum(map(layout_bytes, layouts)), dtype=torch.uint8, device=device), layouts)
 
 
 def joined(payloads: Sequence[Payload]) -> Tensor:

@@ -24,11 +24,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from commopt.compress.base import equal_blocks
-from commopt.kernels.cuda import apply, headers, indices, quantize, select, signs, votes
+from commopt.kernels.cuda import apply, headers, indices, quantize, residuals, select, signs, votes
+from commopt.kernels.cuda.pieces import Messages
 from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import in_a_row
+from commopt.wire.residual import Residual
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,14 +38,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 EVEN, ODD = (4096, 2048), (4095, 2048)  # lengths of parameters, of which ODD leaves nothing aligned
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.bfloat16: "*bf16",
-}
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
+TYPES |= {torch.int16: "*i16", torch.int8: "*i8", torch.bool: "*i1", torch.bfloat16: "*bf16"}
 Call = tuple[JITFunction[Any], dict[str, str], dict[str, Any], dict[str, Any]]
 
 
@@ -98,8 +94,12 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     n = sum(numels)
     x, e, codes = torch.ones(n), torch.ones(n), torch.zeros(n, dtype=torch.uint8)
     blocks, whole = blocks_of(numels, 2048), blocks_of(numels, None)
-    scales, table = torch.ones(len(blocks)), torch.ones(8)
+    scales, table, first = torch.ones(len(blocks)), torch.ones(8), torch.zeros(1, dtype=torch.int32)
+    sent = Messages([blocks], scales, codes)
     yield "sign", lambda: signs.compress_signs_(x, e, blocks, scales, codes, squared=False)
+    for bits, dtype in ((16, torch.bfloat16), (8, torch.int8)):
+        stored = Residual(e.to(dtype), e, blocks.homes, decay=0.9).copying([blocks])
+        yield f"sign, {bits}-bit residual", lambda r=stored: signs.compress_all_(x, r, sent, first, squared=False)
     yield "sign", lambda: signs.unpack_signs_(codes, scales, blocks, x, alpha=1.0, add=True)
     yield from _steps(numels, x)
     if numels == ODD:
@@ -107,12 +107,19 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     yield "sign_l2", lambda: signs.compress_signs_(x, e, whole, scales[:2], codes, squared=True)
     ballots = in_a_row([((torch.int32, 1), (torch.uint8, blocks.sign_bytes))] * 2, x.device)
     answers = in_a_row([((torch.uint8, 2 * blocks.sign_bytes),)] * 2, x.device)
-    first, flips = headers.noted_in(ballots), np.zeros(1, np.int64)
+    flips = np.zeros(1, np.int64)
     yield "votes", lambda: votes.pack_all_(x, ballots, [blocks, blocks], flips, first)
     yield "votes", lambda: votes.count_all_(ballots, blocks, flips, 1, codes)
     yield "votes", lambda: votes.unpack_all_(answers, [blocks, blocks], 2, table, x)
     yield "headers", lambda: headers.noted_in(answers, ballots)
+    yield "headers", lambda: headers.noted_in(answers, ballots, is_new=True)
     yield "headers", lambda: headers.write_(first, ballots)
+    stored = Residual(e.to(torch.int8), e, whole.homes, decay=0.9).copying([whole])
+    yield "int8, in pieces", lambda: residuals.read(stored, [whole])
+    yield "int8, in pieces", lambda: residuals.store_(x, stored, [whole])
+    yield "sign", lambda: residuals.undo_(x, e, torch.zeros(len(blocks), dtype=torch.bool), x, [blocks])
+    messages = Messages([whole], scales[:2], codes)
+    yield "ternary", lambda: quantize.fit_all_(x, e, messages, bits=2)
     yield "top_k, blocks", lambda: select.select_(x, e, blocks, np.full(len(blocks), 9))
     yield "top_k", lambda: select.select_(x, e, whole, np.full(len(whole), 9))
     yield "threshold", lambda: select.select_(x, e, whole, np.zeros(len(whole), np.int64), 1.0)
@@ -124,6 +131,15 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
         scale = torch.ones(len(own))
         read = {key: value for key, value in codec.how.items() if key in ("kind", "bits")}
         yield codec.name, lambda o=own, s=scale, c=codec: quantize.compress_(x, e, o, s, codes, **c.how)
+        if codec.name in ("4bit", "fp8"):
+            kept, to = (
+                Residual(e.to(torch.int8), e, own.homes, average=0.8).copying([own]),
+                Messages([own], scale, codes),
+            )
+            yield (
+                f"{codec.name}, 8-bit residual",
+                lambda r=kept, m=to, c=codec: quantize.compress_all_(x, r, m, first, **c.how),
+            )
         yield codec.name, lambda o=own, s=scale, r=read: quantize.decompress_(codes, s, o, x, alpha=1.0, add=True, **r)
 
 

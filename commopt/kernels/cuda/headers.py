@@ -18,10 +18,13 @@ from commopt.wire.payload import Payload, row_of
 
 
 @triton.jit
-def _take(received, places, count, first, WIDTH: tl.constexpr):
-    k = tl.arange(0, WIDTH)
+def _open(received, places, count, words, ends, ends_count, first, WIDTH: tl.constexpr, ENDS: tl.constexpr):
+    """Note what received messages say, and fill up those to be sent: zeros in their last words, which codes may overwrite."""
+    k, j = tl.arange(0, WIDTH), tl.arange(0, ENDS)
     header = tl.load(received + tl.load(places + k, mask=k < count, other=0), mask=k < count, other=-1)
     tl.store(first, -tl.min(tl.where(header < 0, LAST, header), 0) + LAST)
+    is_end = j < ends_count
+    tl.store(words + tl.load(ends + j, mask=is_end, other=0), tl.zeros((ENDS,), tl.int32), mask=is_end)
 
 
 @triton.jit
@@ -31,12 +34,20 @@ def _write(first, words, places, count, WIDTH: tl.constexpr):
     tl.store(words + tl.load(places + k, mask=k < count, other=0), header, mask=k < count)
 
 
-def noted_in(payloads: Sequence[Payload], received: Sequence[Payload] = ()) -> Tensor:
-    """(1,) i32: the header of new payloads where kernels note bad blocks; what received messages say is noted already."""
+def noted_in(payloads: Sequence[Payload], received: Sequence[Payload] = (), *, is_new: bool = False) -> Tensor:
+    """(1,) i32: the header of payloads to be sent where kernels note bad blocks; what received messages say is noted already.
+
+    is_new: the payloads are not zero yet: their headers, and the bytes that fill them up.
+    """
     row, at = row_of(payloads)
-    first = row.view(torch.int32)[at[0] // 4 : at[0] // 4 + 1]
-    if received:
-        launch(_take, (1,), *_words(received), first, WIDTH=_width(len(received)))
+    words = row.view(torch.int32)
+    first = words[at[0] // 4 : at[0] // 4 + 1]
+    if received or is_new:
+        own = zip(at, payloads, strict=True) if is_new else ()
+        ends = tuple(place + payload.nbytes - 4 for place, payload in own if payload.nbytes > 4)
+        there = _words(received) if received else (words, _places(ends, row.device), 0)
+        where = (words, _places(ends, row.device), len(ends), first)
+        launch(_open, (1,), *there, *where, WIDTH=_width(len(received)), ENDS=_width(len(ends)))
     return first
 
 
@@ -59,7 +70,7 @@ def _words(payloads: Sequence[Payload]) -> tuple[Tensor, Tensor, int]:
 @lru_cache(maxsize=1024)
 def _places(at: tuple[int, ...], device: torch.device) -> Tensor:
     """(N,) i64: where in the words of a buffer its payloads begin."""
-    return torch.tensor([byte // 4 for byte in at], dtype=torch.int64).to(device)
+    return torch.tensor([byte // 4 for byte in at or (0,)], dtype=torch.int64).to(device)
 
 
 def _width(count: int) -> int:

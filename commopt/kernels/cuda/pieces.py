@@ -19,18 +19,14 @@ from torch import Tensor
 
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Payload, row_of
+from commopt.wire.residual import MOST_TABLES
 
 LONGEST = 2048  # elements of a piece
 PER_PROGRAM = 2048  # elements of a program
-MOST_TABLES = 64  # of the same blocks
-LAST = tl.constexpr(
-    0x7FFFFFFF
-)  # less the first bad parameter is what kernels note, in memory that is zero as long as none is bad
-PUT, ADD, SUM = (
-    tl.constexpr(0),
-    tl.constexpr(1),
-    tl.constexpr(2),
-)  # out <- value, out <- out + values, out <- 0 + values
+# less the first bad parameter is what kernels note, in memory that is zero as long as none is bad
+LAST = tl.constexpr(0x7FFFFFFF)
+# out <- value, out <- out + values, out <- 0 + values
+PUT, ADD, SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -197,12 +193,17 @@ def piece(columns, count, ROWS: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def values(x, start, n, i):
+    """(ROWS, LENGTH) f32, and zeros behind the ends."""
+    return tl.load(x + start[:, None] + i[None, :], mask=i[None, :] < n[:, None], other=0.0)
+
+
+@triton.jit
 def corrected(x, e, start, home, n, i, HAS_RESIDUAL: tl.constexpr):
-    """(ROWS, LENGTH) f32: c = x + residual, and zeros behind the ends."""
-    inside = i[None, :] < n[:, None]
-    c = tl.load(x + start[:, None] + i[None, :], mask=inside, other=0.0)
+    """(ROWS, LENGTH) f32: c = x + residual, with one in float32, and zeros behind the ends."""
+    c = values(x, start, n, i)
     if HAS_RESIDUAL:
-        c += tl.load(e + home[:, None] + i[None, :], mask=inside, other=0.0)
+        c += values(e, home, n, i)
     return c
 
 
@@ -243,3 +244,9 @@ def within(columns, count, p, live, i):
 def drawn(key, at):
     """(ROWS, LENGTH) u64: word `at` of each row's key, `noise.bits`."""
     return mix(key[:, None] + (at + 1).to(tl.uint64) * GOLDEN)
+
+
+@triton.jit
+def uniform(key, at):
+    """(ROWS, LENGTH) f32 in [0, 1), `noise.uniform`"""
+    return (drawn(key, at) >> 40).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08

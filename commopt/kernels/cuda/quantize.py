@@ -20,17 +20,21 @@ from commopt.kernels.cuda.pieces import (
     NAN,
     PUT,
     Messages,
-    corrected,
-    drawn,
     key_of,
     launch,
     note_bad,
     piece,
+    uniform,
     within,
     words_of,
 )
+from commopt.kernels.cuda.pieces import (
+    values as values_of,
+)
+from commopt.kernels.cuda.residuals import SCALED, arguments, corrected, keep
 from commopt.kernels.reference.quantize import float8_values, natural_values
 from commopt.wire.bucket import Blocks
+from commopt.wire.residual import Residual
 
 SMALLEST = tl.constexpr(2.0**-126)
 _LEVELS, _FLOAT8, _NATURAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -139,17 +143,20 @@ def _unpack(codes, at, i, inside, n, BITS: tl.constexpr):
 def _norms(
     x,
     e,
+    steps,
+    slots,
+    decay,
     columns,
     count,
     out,
     SQUARED: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
-    c = corrected(x, e, start, home, n, tl.arange(0, LENGTH), HAS_RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, tl.arange(0, LENGTH), RESIDUAL)
     norm = _squares(c) if SQUARED else _largest(c).to(tl.float64)
     tl.store(out + p, norm, mask=live)
 
@@ -176,6 +183,13 @@ def _scales(norms, ends, places, count, levels, scales, SQUARED: tl.constexpr, K
 def _compress(
     x,
     e,
+    steps,
+    slots,
+    decay,
+    share,
+    copy,
+    steps_copy,
+    base,
     columns,
     count,
     word,
@@ -188,16 +202,17 @@ def _compress(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     SQUARED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     KEYS: tl.constexpr,
     IS_GIVEN: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
-    c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL)
     if IS_GIVEN:
         scale = tl.load(scales + scale_at, mask=live, other=0.0)
     else:
@@ -207,24 +222,69 @@ def _compress(
     is_good = tl.abs(scale) <= LARGEST
     note_bad(first, live & (is_good == 0), columns, count, p)
     is_coded = ((scale > 0) & is_good)[:, None]
-    u = tl.zeros_like(c) + 0.5
+    u, key, place = tl.zeros_like(c) + 0.5, p.to(tl.uint64), i[None, :]
     if KEYS > 0:
-        key = key_of(word, words, columns, count, p, live, KEYS)
-        u = (drawn(key, within(columns, count, p, live, i)) >> 40).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+        key, place = key_of(word, words, columns, count, p, live, KEYS), within(columns, count, p, live, i)
+    if STOCHASTIC:
+        u = uniform(key, place)
     # where nothing is coded any number will do, but NaN cannot become an integer
     value, unit = tl.where(is_coded, c, 0.0), tl.where(is_coded, scale[:, None], 1.0) + tl.zeros_like(c)
     if KIND == _LEVELS:
-        codes = _level_codes(value, u, unit, levels, KEYS > 0)
+        codes = _level_codes(value, u, unit, levels, STOCHASTIC)
     elif KIND == _FLOAT8:
-        codes = _float8_codes(value, u, unit, KEYS > 0)
+        codes = _float8_codes(value, u, unit, STOCHASTIC)
     else:
         codes = _natural_codes(value, u, unit)
     inside = i[None, :] < n[:, None]
     codes = tl.where(is_coded & inside, codes, 0)
-    if HAS_RESIDUAL:
+    if RESIDUAL > 0:
         sent = codes.to(tl.float32) if KIND == _LEVELS else tl.load(values + codes)
-        tl.store(e + home[:, None] + i[None, :], c - scale[:, None] * sent, mask=inside & is_good[:, None])
+        which = (key, place, home, n, p, live, live & is_good, i)
+        keep(c - scale[:, None] * sent, share, e, steps, slots, copy, steps_copy, base, *which, RESIDUAL, KEYS)
     _pack(codes, at, n, out, BITS, ROWS, LENGTH)
+
+
+@triton.jit
+def _fit(
+    x,
+    e,
+    columns,
+    count,
+    codes,
+    scales,
+    sums,
+    fits,
+    BITS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Sums of each piece, <c - q, q> and <q, q>; and from those of a whole block, or with fits that are given, what follows from them."""
+    p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
+    i = tl.arange(0, LENGTH)
+    inside = i[None, :] < n[:, None]
+    code = _unpack(codes, at, i, inside, n, BITS)
+    code = tl.where(code >= (1 << (BITS - 1)), code - (1 << BITS), code).to(tl.float32)
+    scale = tl.load(scales + scale_at, mask=live, other=0.0)
+    is_good = live & (tl.abs(scale) <= LARGEST)
+    q = tl.where(is_good, scale, 0.0)[:, None] * code
+    left = values_of(e, home, n, i) if HAS_RESIDUAL else values_of(x, start, n, i) - q
+    left = tl.where(inside & is_good[:, None], left, 0.0)
+    if IS_GIVEN:
+        fit = tl.load(fits + p, mask=live, other=1.0)
+    else:
+        over, squares = tl.sum(left.to(tl.float64) * q, 1), tl.sum(q.to(tl.float64) * q, 1)
+        fit = tl.where(squares > 0, 1 + over / tl.where(squares > 0, squares, 1.0), 1.0).to(tl.float32)
+        if IS_WHOLE:
+            tl.store(scales + scale_at, scale * fit, mask=live)
+        else:
+            tl.store(sums + p, over, mask=live)
+            tl.store(sums + count + p, squares, mask=live)
+    if HAS_RESIDUAL and (IS_GIVEN or IS_WHOLE):
+        tl.store(e + home[:, None] + i[None, :], left + (1 - fit)[:, None] * q, mask=inside & is_good[:, None])
 
 
 @triton.jit
@@ -277,7 +337,7 @@ def compress_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor
 
 def compress_all_(
     x: Tensor,
-    residual: Tensor | None,
+    residual: Tensor | Residual | None,
     messages: Messages,
     first: Tensor,
     *,
@@ -289,19 +349,45 @@ def compress_all_(
     is_given: bool = False,
 ) -> None:
     """`compress_` of several messages; first: (1,) i32, where bad blocks are noted (`note_bad`)."""
-    pieces, scales, e = messages.pieces(bits), messages.scales, x if residual is None else residual
-    what = {"SQUARED": squared, "HAS_RESIDUAL": residual is not None, **pieces.shape}
+    pieces, scales = messages.pieces(bits), messages.scales
+    (e, *stored), left, residual_kind = arguments(residual, x, pieces)
+    what = {"SQUARED": squared, "RESIDUAL": residual_kind, **pieces.shape}
     if not is_given and pieces.is_cut:
         norms = torch.empty(len(pieces), dtype=torch.float64, device=x.device)
-        launch(_norms, pieces.grid, x, e, pieces.columns, len(pieces), norms, **what)
+        launch(_norms, pieces.grid, x, e, *stored, pieces.columns, len(pieces), norms, **what)
         count, how = len(pieces.scales), {"SQUARED": squared, "KIND": _KINDS[kind], "ROWS": 32}
         grid = (triton.cdiv(count, 32),)
         launch(_scales, grid, norms, pieces.ends, pieces.scales, count, float(levels), scales, **how)
         is_given = True
-    word, words, keys = words_of(messages.parts, pieces.columns) if stochastic else (0, pieces.columns, 0)
-    what |= {"KIND": _KINDS[kind], "BITS": bits, "KEYS": keys, "IS_GIVEN": is_given}
+    is_drawn = stochastic or residual_kind == SCALED.value
+    word, words, keys = words_of(messages.parts, pieces.columns) if is_drawn else (0, pieces.columns, 0)
+    what |= {
+        "KIND": _KINDS[kind],
+        "BITS": bits,
+        "STOCHASTIC": stochastic and keys > 0,
+        "KEYS": keys,
+        "IS_GIVEN": is_given,
+    }
     where = (pieces.columns, len(pieces), word, words, float(levels), _values(kind, x.device))
-    launch(_compress, pieces.grid, x, e, *where, scales, messages.codes, first, **what)
+    rows = max(1, pieces.rows // 2) if residual_kind == SCALED.value else pieces.rows  # it takes more registers
+    grid = (triton.cdiv(len(pieces), rows),)
+    launch(_compress, grid, x, e, *stored, *left, *where, scales, messages.codes, first, **what | {"ROWS": rows})
+
+
+def fit_all_(x: Tensor, residual: Tensor | None, messages: Messages, *, bits: int) -> None:
+    """`EvenLevels.fit_` of several messages."""
+    pieces, scales, e = messages.pieces(bits), messages.scales, x if residual is None else residual
+    sums = torch.empty(2, len(pieces), dtype=torch.float64, device=x.device) if pieces.is_cut else scales
+    what = {"BITS": bits, "HAS_RESIDUAL": residual is not None, **pieces.shape}
+    where = (x, e, pieces.columns, len(pieces), messages.codes, scales, sums)
+    launch(_fit, pieces.grid, *where, scales, IS_GIVEN=False, IS_WHOLE=not pieces.is_cut, **what)
+    if pieces.is_cut:
+        over, squares = (torch.segment_reduce(one, "sum", lengths=pieces.counts) for one in sums)
+        fit = torch.where(squares > 0, 1 + over / squares, 1.0).float()
+        fits = fit.repeat_interleave(pieces.counts, output_size=len(pieces))
+        if residual is not None:
+            launch(_fit, pieces.grid, *where, fits, IS_GIVEN=True, IS_WHOLE=False, **what)
+        scales[pieces.scales] *= fit
 
 
 def decompress_(

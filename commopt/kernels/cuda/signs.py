@@ -10,8 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.pieces import ADD, LARGEST, NAN, PUT, Messages, Pieces, corrected, launch, note_bad, piece
+from commopt.kernels.cuda.pieces import (
+    ADD,
+    LARGEST,
+    NAN,
+    PUT,
+    Messages,
+    Pieces,
+    key_of,
+    launch,
+    note_bad,
+    piece,
+    within,
+    words_of,
+)
+from commopt.kernels.cuda.residuals import SCALED, arguments, corrected, keep
 from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.residual import Residual
 
 _MEAN, _RMS, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -20,39 +35,52 @@ _MEAN, _RMS, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def _sums(
     x,
     e,
+    steps,
+    slots,
+    decay,
     columns,
     count,
     out,
     SQUARED: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
-    c = corrected(x, e, start, home, n, tl.arange(0, LENGTH), HAS_RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, tl.arange(0, LENGTH), RESIDUAL)
     total = tl.sum(c * c if SQUARED else tl.abs(c), 1)
     tl.store(out + p, total.to(tl.float64), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["word"])
 def _compress(
     x,
     e,
+    steps,
+    slots,
+    decay,
+    share,
+    copy,
+    steps_copy,
+    base,
     columns,
     count,
+    word,
+    words,
     scales,
     bits,
     first,
     SCALE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
-    c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL)
     if SCALE == _GIVEN:
         scale = tl.load(scales + scale_at, mask=live, other=0.0)
     else:
@@ -67,9 +95,12 @@ def _compress(
     note_bad(first, live & (is_good == 0), columns, count, p)
     positive = c >= 0
     inside = i[None, :] < n[:, None]
-    if HAS_RESIDUAL:
-        sent = tl.where(positive, scale[:, None], -scale[:, None])
-        tl.store(e + home[:, None] + i[None, :], c - sent, mask=inside & is_good[:, None])
+    if RESIDUAL > 0:
+        left, key, at = c - tl.where(positive, scale[:, None], -scale[:, None]), p.to(tl.uint64), i[None, :]
+        if KEYS > 0:
+            key, at = key_of(word, words, columns, count, p, live, KEYS), within(columns, count, p, live, i)
+        which = (key, at, home, n, p, live, live & is_good, i)
+        keep(left, share, e, steps, slots, copy, steps_copy, base, *which, RESIDUAL, KEYS)
     weights = 128 >> tl.arange(0, 8)
     octets = tl.reshape((positive & inside).to(tl.int32), (ROWS, LENGTH // 8, 8))
     j = tl.arange(0, LENGTH // 8)
@@ -113,10 +144,11 @@ def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: b
     return _block_sums(x, residual, Pieces.of([blocks], 1, x.device, [(0, 0)]), squared)
 
 
-def _block_sums(x: Tensor, residual: Tensor | None, pieces: Pieces, squared: bool) -> Tensor:
-    e, out = x if residual is None else residual, torch.empty(len(pieces), dtype=torch.float64, device=x.device)
-    how = {"SQUARED": squared, "HAS_RESIDUAL": residual is not None, **pieces.shape}
-    launch(_sums, pieces.grid, x, e, pieces.columns, len(pieces), out, **how)
+def _block_sums(x: Tensor, residual: Tensor | Residual | None, pieces: Pieces, squared: bool) -> Tensor:
+    (e, *stored), _, kind = arguments(residual, x, pieces)
+    out = torch.empty(len(pieces), dtype=torch.float64, device=x.device)
+    how = {"SQUARED": squared, "RESIDUAL": kind, **pieces.shape}
+    launch(_sums, pieces.grid, x, e, *stored, pieces.columns, len(pieces), out, **how)
     return torch.segment_reduce(out, "sum", lengths=pieces.counts) if pieces.is_cut else out
 
 
@@ -129,7 +161,7 @@ def compress_signs_(
 
 def compress_all_(
     x: Tensor,
-    residual: Tensor | None,
+    residual: Tensor | Residual | None,
     messages: Messages,
     first: Tensor,
     *,
@@ -140,7 +172,8 @@ def compress_all_(
 
     groups: of some blocks (B,), those with the same number share a scale.
     """
-    pieces, scales, e = messages.pieces(1), messages.scales, x if residual is None else residual
+    pieces, scales = messages.pieces(1), messages.scales
+    (e, *stored), left, kind = arguments(residual, x, pieces)
     if squared is not None and (pieces.is_cut or groups is not None):
         sums, own = _block_sums(x, residual, pieces, squared), pieces.sizes.double()
         is_good = sums.isfinite()
@@ -153,8 +186,10 @@ def compress_all_(
         scales[pieces.scales] = torch.where(is_good & scale.isfinite(), scale, torch.nan)
         squared = None
     scale_kind = {None: _GIVEN, False: _MEAN, True: _RMS}[squared].value
-    how = {"SCALE": scale_kind, "HAS_RESIDUAL": residual is not None, **pieces.shape}
-    launch(_compress, pieces.grid, x, e, pieces.columns, len(pieces), scales, messages.codes, first, **how)
+    word, words, keys = words_of(messages.parts, pieces.columns) if kind == SCALED.value else (0, pieces.columns, 0)
+    where = (pieces.columns, len(pieces), word, words, scales, messages.codes, first)
+    how = {"SCALE": scale_kind, "RESIDUAL": kind, "KEYS": keys, **pieces.shape}
+    launch(_compress, pieces.grid, x, e, *stored, *left, *where, **how)
 
 
 def _grouped(

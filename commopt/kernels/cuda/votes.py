@@ -12,12 +12,12 @@ from torch import Tensor
 from commopt.kernels.cuda.pieces import (
     ALL_BUT_SIGN,
     Pieces,
-    corrected,
     drawn,
     key_of,
     launch,
     note_bad,
     piece,
+    values,
     within,
     words_of,
 )
@@ -65,7 +65,7 @@ def _pack(
 ):
     p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
-    c = corrected(x, x, start, home, n, i, False).to(tl.int32, bitcast=True)
+    c = values(x, start, n, i).to(tl.int32, bitcast=True)
     coin = _coins(word, words, flip, flips, columns, count, p, live, i, KEYS)
     vote = tl.where((c & ALL_BUT_SIGN) == 0, coin, (c > 0).to(tl.int32))
     _store_bits(tl.where(i[None, :] < n[:, None], vote, 0), bits, codes, n, ROWS, LENGTH)
