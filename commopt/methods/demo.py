@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.feedback import first_bad_parameter
+from commopt.compress.feedback import first_bad_parameter, first_of
 from commopt.compress.indices import decode_all, encode_all, index_bytes
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import bad_runs, first_bad, places_in
@@ -80,14 +80,13 @@ class DeMo(DirectionMethod):
         self._grids = {name: grids(shape, self.options.chunk) for name, shape in self._shapes.items()}
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
+        if kernels.has_triton(self.device):
+            return self._exchange_in_kernels(bucket, group)
         chunks, counts = self._chunks_of(bucket)
-        d = bucket.with_flat(torch.empty_like(bucket.flat))
-        for (name, g), (_, c) in zip(bucket.views(), d.views(), strict=True):
-            decay = self.options.momentum_decay
-            torch.add(self._forward(name, g), self.part("momentum", name), alpha=decay, out=c)  # decay d_i + C g_i
+        d = self._transformed(bucket)
         payloads = group.all_gather(self._largest(d, chunks, counts))
         if self.is_void(bucket, first_bad_parameter(payloads), group):
-            return
+            return None
         mean = bucket.with_flat(torch.zeros_like(bucket.flat))
         for rank, payload in enumerate(payloads):  # in rank order: float sums depend on it
             _, values, codes = payload.tensors
@@ -96,6 +95,35 @@ class DeMo(DirectionMethod):
             if rank == group.rank:
                 d.flat[places] -= values.float()  # d_i <- d_i - q_i
         mean.flat /= group.size
+        return self._put_signs(bucket, d, mean)
+
+    def _exchange_in_kernels(self, bucket: Bucket, group: Group) -> None:
+        """`exchange` on a GPU: a few launches for all chunks and ranks, of which the host reads once whether all is well."""
+        chunks, momentum = self._device_chunks(bucket), self.state["momentum"]
+        d = bucket.with_flat(torch.empty_like(bucket.flat)) if chunks.can_be_transformed else self._transformed(bucket)
+        if chunks.can_be_transformed:
+            chunks.add_transformed(bucket.flat, momentum, self.options.momentum_decay, d.flat)
+        payloads = group.all_gather(chunks.largest(d.flat))
+        total, is_damaged = chunks.add_up(payloads, group.rank, d.flat)
+        *found, damaged = torch.cat([*(payload.tensors[0] for payload in payloads), is_damaged]).tolist()
+        if self.is_void(bucket, first_of(found), group):
+            return None
+        if damaged:
+            raise ValueError("a message has bytes that are not the code of any indices: they are damaged")
+        if chunks.can_be_transformed:
+            return chunks.put_signs(total, group.size, d.flat, momentum, bucket.flat)
+        return self._put_signs(bucket, d, bucket.with_flat(total / group.size))
+
+    def _transformed(self, bucket: Bucket) -> Bucket:
+        """decay d_i + C g_i, by parameter."""
+        d = bucket.with_flat(torch.empty_like(bucket.flat))
+        for (name, g), (_, c) in zip(bucket.views(), d.views(), strict=True):
+            decay = self.options.momentum_decay
+            torch.add(self._forward(name, g), self.part("momentum", name), alpha=decay, out=c)
+        return d
+
+    def _put_signs(self, bucket: Bucket, d: Bucket, mean: Bucket) -> None:
+        """Keep d_i, and overwrite the bucket by the sign of C^-1 mean, by parameter."""
         for (name, x), (_, c), (_, q) in zip(bucket.views(), d.views(), mean.views(), strict=True):
             self.part("momentum", name).copy_(c)
             x.copy_(self._inverse(name, q).sign_())
@@ -134,7 +162,31 @@ class DeMo(DirectionMethod):
         table = np.asarray([(k, grid.height * grid.width, grid.count) for k, grid in each], np.int64).reshape(-1, 3)
         parameters, lengths = (np.repeat(table[:, column], table[:, 2]) for column in (0, 1))
         starts = np.cumsum(lengths) - lengths
-        return Blocks(starts, starts, lengths, parameters, parameters), np.minimum(lengths, self.options.top_k)
+        begin = np.zeros(len(self.index.names), np.int64)
+        begin[[self.index.position[name] for name in bucket.names]] = bucket.starts
+        homes = starts - (begin - self.own_index.offsets[:-1])[parameters]
+        return Blocks(starts, homes, lengths, parameters, parameters), np.minimum(lengths, self.options.top_k)
+
+    @once_per_layout
+    def _device_chunks(self, bucket: Bucket) -> Any:
+        """The chunks of a bucket for the kernels."""
+        from commopt.kernels.cuda.chunks import Chunks
+
+        each = [
+            (start, self._shapes[name][1], grid)
+            for name, start in zip(bucket.names, bucket.starts, strict=True)
+            for grid in self._grids[name]
+        ]
+        shapes = [
+            np.stack(
+                [start + grid.places(columns), *np.full((3, grid.count), [[columns], [grid.height], [grid.width]])]
+            )
+            for start, columns, grid in each
+        ]
+        sizes = sorted({size for *_, grid in each for size in (grid.height, grid.width)})
+        transforms = {n: cosines(n, self.device) for n in sizes}
+        joined = np.concatenate([np.zeros((4, 0), np.int64), *shapes], axis=1)
+        return Chunks.of(*self._chunks_of(bucket), joined, transforms, self.options.value_bits, self.device)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         n = self.options.chunk**2
@@ -164,6 +216,11 @@ class Grid:
     @property
     def numel(self) -> int:
         return self.count * self.height * self.width
+
+    def places(self, columns: int) -> Int64Array:
+        """(count,) where each chunk begins in a flat matrix of so many columns."""
+        down, across = np.arange(self.down)[:, None], np.arange(self.across)
+        return ((self.top + down * self.height) * columns + self.left + across * self.width).ravel()
 
     def forward(self, matrix: Tensor) -> Tensor:
         """(count, height, width) DCT-II of each chunk."""

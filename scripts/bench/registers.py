@@ -23,12 +23,14 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from commopt import build
 from commopt.compress.base import equal_blocks
-from commopt.kernels.cuda import apply, headers, indices, quantize, residuals, select, signs, votes
+from commopt.groups import LocalGroup
+from commopt.kernels.cuda import apply, factors, headers, indices, quantize, residuals, select, signs, votes
 from commopt.kernels.cuda.pieces import Messages
 from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire import noise
-from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
+from commopt.wire.bucket import Blocks, BlockTable, Bucket, ParameterIndex
 from commopt.wire.payload import in_a_row
 from commopt.wire.residual import Residual
 
@@ -126,6 +128,8 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     ns, ks, sizes = np.asarray([1000, 500]), np.asarray([100, 100]), np.asarray([69, 55])
     yield "places", lambda: indices.encode_(torch.arange(200), ns, ks, ks, sizes, codes[:124])
     yield "places", lambda: indices.decode(codes[:124], ns, ks, ks, sizes)
+    yield "powersgd", lambda: factors.normalise_(x, e, whole.having(groups=whole.starts))
+    yield "demo", lambda: _demo()
     for codec in CODECS:
         own = blocks_of(numels, codec.block)
         scale = torch.ones(len(own))
@@ -159,6 +163,16 @@ def _steps(numels: tuple[int, ...], flat: torch.Tensor) -> Iterator[tuple[str, A
     for is_frozen in (False, True):
         lamb = Lamb(is_frozen, root, 1.0, 0.1, 0.1, (0.01, 10.0), 0.9, (0.5, 4.0, 0.1), 1.0)
         yield "lamb", lambda step=lamb: apply.lamb_(ps, index, state, step, mask)
+
+
+def _demo() -> None:
+    method: Any = build("demo")
+    method.bind([("matrix", torch.zeros(128, 128))], LocalGroup())
+    x = torch.zeros(128 * 128)
+    chunks = method._device_chunks(Bucket.of([("matrix", x)]))
+    chunks.add_transformed(x, x, 0.999, x)
+    chunks.add_up([chunks.largest(x)] * 2, 0, x)
+    chunks.put_signs(x, 2, x, x, x)
 
 
 def _type(x: Any) -> str:

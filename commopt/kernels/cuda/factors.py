@@ -11,7 +11,7 @@ from torch import Tensor
 from commopt.kernels.cuda.pieces import drawn, key_of, launch, words_of
 from commopt.wire.bucket import Blocks
 
-_SIZE = 2048  # elements that a program takes at a time
+_SIZE = 1024  # elements that a program takes at a time
 
 
 @triton.jit(do_not_specialize=["word"])
