@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,25 @@ from commopt.compress.base import Codes, Compressor
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload
 from commopt.wire.residual import Residual
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The entries, places and values of messages of the same blocks, one message behind the other, on a GPU."""
+
+    kernel: Any
+    blocks: Blocks
+    entries: Any
+    indices: Tensor
+    values: Tensor
+
+    def add_(self, out: Tensor, *, alpha: float, add: bool) -> None:
+        """out <- alpha * the sum of all values, or out + that; added message after message."""
+        self.kernel.add_(self.indices, self.values, self.blocks, self.entries, out, alpha=alpha, add=add)
+
+    def clear_(self, message: int, x: Tensor) -> None:
+        """x <- 0 where one message has values that are not 0."""
+        self.kernel.clear_(self.indices, self.values, self.blocks, self.entries, message, x)
 
 
 class Resident(Compressor):
@@ -64,10 +84,19 @@ class Resident(Compressor):
         headers.write_(first, payloads)
         return True
 
-    def add_up_(self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float) -> None:
-        if not kernels.has_triton(out.device):
+    def add_up_(
+        self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float, found: Decoded | None = None
+    ) -> None:
+        found = found or self.decoded(payloads, blocks, out.device)
+        if found is None:
             return super().add_up_(payloads, blocks, out, alpha=alpha)
-        return self.read_there([payload.tensors[1:] for payload in payloads], blocks, out, alpha=alpha, add=False)
+        return found.add_(out, alpha=alpha, add=False)
+
+    def decoded(self, payloads: Sequence[Payload], blocks: Blocks, device: torch.device) -> Decoded | None:
+        """What messages of the same blocks hold, if kernels read them."""
+        if not kernels.has_triton(device):
+            return None
+        return self.read_there([payload.tensors[1:] for payload in payloads], blocks, device)
 
     def write_there(
         self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes, first: Tensor | None = None
@@ -91,24 +120,12 @@ class Resident(Compressor):
         places = kernel.encoded(chosen.indices, entries)
         return [kernel.counts_of(entries, chosen.is_bad), *([scales] if self.value_bits < 32 else []), codes, places]
 
-    def read_there(self, messages: Sequence[Codes], blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
-        """out <- alpha * the sum of the values of some messages of the same blocks, or out + that; added in their order."""
-        kernel, entries, indices, values = self._decoded(messages, blocks, out.device)
-        kernel.add_(indices, values, blocks, entries, out, alpha=alpha, add=add)
-
-    def clear_there_(self, codes: Codes, blocks: Blocks, x: Tensor) -> None:
-        """x <- 0 where a message has values that are not 0."""
-        kernel, entries, indices, values = self._decoded([codes], blocks, x.device)
-        kernel.clear_(indices, values, blocks, entries, x)
-
-    def _decoded(
-        self, messages: Sequence[Codes], blocks: Blocks, device: torch.device
-    ) -> tuple[Any, Any, Tensor, Tensor]:
-        """The kernels, and the entries of messages of the same blocks, their places and their values."""
+    def read_there(self, messages: Sequence[Codes], blocks: Blocks, device: torch.device) -> Decoded:
         kernel = kernels.of("sparse", device)
         joined = messages[0] if len(messages) == 1 else [torch.cat(kind) for kind in zip(*messages, strict=True)]
         entries = self.entries_in(kernel, messages, blocks)
         is_damaged = torch.zeros(1, dtype=torch.int32, device=device)
         indices = self.places_in(kernel, joined[-1], blocks, entries, is_damaged)
         scales, codes = joined[self.is_ragged], joined[self.is_ragged + (self.value_bits < 32)]
-        return kernel, entries, indices, kernel.values_of(codes, scales, entries, self.value_bits, is_damaged)
+        values = kernel.values_of(codes, scales, entries, self.value_bits, is_damaged)
+        return Decoded(kernel, blocks, entries, indices, values)

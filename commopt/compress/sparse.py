@@ -14,12 +14,12 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Codes
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all
-from commopt.compress.resident import Resident
+from commopt.compress.resident import Decoded, Resident
 from commopt.kernels.reference import runs
 from commopt.options import BlockSize, Flag, Positive, Share, checked_dataclass
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
-from commopt.wire.payload import Layout
+from commopt.wire.payload import Layout, Payload
 
 _LEVELS = 127
 _Chosen = tuple[Int64Array, Tensor, Tensor, Tensor]
@@ -78,7 +78,7 @@ class _Sparse(Resident):
 
     def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
         if kernels.has_triton(out.device):
-            return self.read_there([codes], blocks, out, alpha=alpha, add=add)
+            return self.read_there([codes], blocks, out.device).add_(out, alpha=alpha, add=add)
         ks = self.ks_of(codes, blocks)
         codes = codes[1:] if self.is_ragged else codes
         _check(codes, self.layout_of(blocks, ks))
@@ -90,12 +90,14 @@ class _Sparse(Resident):
         out[places] += self.decode_values(codes, ks) * alpha
         return None
 
-    def forget_sent_(self, codes: Codes, blocks: Blocks, x: Tensor) -> None:
-        """x <- 0, at the blocks' starts, where a message has values that are not 0."""
-        if kernels.has_triton(x.device):
-            return self.clear_there_(codes, blocks, x)
+    def forget_sent_(
+        self, payloads: Sequence[Payload], rank: int, blocks: Blocks, x: Tensor, found: Decoded | None
+    ) -> None:
+        """x <- 0, at the blocks' starts, where a rank's message has values that are not 0. found: as `decoded` returned it."""
+        if found is not None:
+            return found.clear_(rank, x)
         sent = torch.zeros_like(x)
-        self.decompress_(codes, blocks, sent)
+        self.decompress_(payloads[rank].tensors[1:], blocks, sent)
         x.mul_(sent.eq(0))
         return None
 

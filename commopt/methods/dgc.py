@@ -167,11 +167,14 @@ class DGC(GradientMethod, GatherMean):
                 self.worker.compressor = codec
                 self.worker.undo(bucket.flat, own, [part])
             return
-        for codec, part, own, _ in stages if self.options.masking else ():
-            codec.forget_sent_(own[0].tensors[1:], part, moved)  # u <- 0 where q is not
-        torch._foreach_copy_(velocities, [u for _, u in self.compressed_views(bucket.with_flat(moved))])
+        read = []
         for codec, part, _, gathered in stages:
-            codec.add_up_(gathered, part, bucket.flat, alpha=1 / group.size)
+            read.append(codec.decoded(gathered, part, bucket.flat.device))
+            if self.options.masking:
+                codec.forget_sent_(gathered, group.rank, part, moved, read[-1])  # u <- 0 where q is not
+        torch._foreach_copy_(velocities, [u for _, u in self.compressed_views(bucket.with_flat(moved))])
+        for (codec, part, _, gathered), found in zip(stages, read, strict=True):
+            codec.add_up_(gathered, part, bucket.flat, alpha=1 / group.size, found=found)
 
     def receive(self, bucket: Bucket) -> None:
         """Apply momentum to exact means, which had none before the exchange, and to weight decay."""

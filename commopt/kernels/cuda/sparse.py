@@ -255,13 +255,25 @@ def _add(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "message"])
 def _clear(
-    indices, values, table, blocks, total, columns, count, pieces_up_to, out, STEPS: tl.constexpr, SIZE: tl.constexpr
+    indices,
+    values,
+    table,
+    blocks,
+    total,
+    message,
+    own_blocks,
+    columns,
+    count,
+    pieces_up_to,
+    out,
+    STEPS: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
     j, live, i, b, k, n, code, code_end = entry(table, blocks, total, STEPS, SIZE)
-    live &= tl.load(values + j, mask=live, other=0.0) != 0
-    p, _ = span(pieces_up_to, b, live)
+    live &= (b // own_blocks == message) & (tl.load(values + j, mask=live, other=0.0) != 0)
+    p, _ = span(pieces_up_to, b % own_blocks, live)
     at = out + tl.load(columns + p, mask=live, other=0) + tl.load(indices + j, mask=live, other=0)
     tl.store(at, tl.load(at, mask=live, other=0.0) * 0.0, mask=live)
 
@@ -521,10 +533,10 @@ def add_(
     launch(_add, pieces.grid, indices, values, bounds, pieces.columns, count, n, alpha, out, **how)
 
 
-def clear_(indices: Tensor, values: Tensor, blocks: Blocks, entries: Entries, out: Tensor) -> None:
-    """out <- 0, at the blocks' starts, where a message has values that are not 0."""
+def clear_(indices: Tensor, values: Tensor, blocks: Blocks, entries: Entries, message: int, out: Tensor) -> None:
+    """out <- 0, at the blocks' starts, where one of the messages has values that are not 0."""
     pieces = pieces_of(blocks, out.device)
-    where = (*entries.where, entries.count, pieces.columns, len(pieces), pieces.ends, out)
+    where = (*entries.where, entries.count, message, len(blocks), pieces.columns, len(pieces), pieces.ends, out)
     how = {"STEPS": entries.steps, "SIZE": WIDE}
     launch(_clear, (triton.cdiv(entries.count, WIDE),), indices, values, *where, **how)
 
