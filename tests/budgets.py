@@ -93,10 +93,10 @@ class Counted(NamedTuple):
     by_name: Counter[str]
 
 
-def count(preset: Preset, width: int, ranks: int, *, runs_kernels: bool = False) -> Counted:
-    """Count the exchange of a block's gradients as one bucket, and the step."""
+def count(preset: Preset, width: int, ranks: int, *, blocks: int = 1, runs_kernels: bool = False) -> Counted:
+    """Count the exchange of the gradients of some blocks as one bucket, and the step."""
     with working_on(DEVICE), counting(runs_kernels=runs_kernels) as tally, tally.paused():
-        model = block(width).to(DEVICE)
+        model = nn.Sequential(*(block(width) for _ in range(blocks))).to(DEVICE)
         run: Any = preset.attach(model, Network(ranks, tally))
         n = sum(p.numel() for p in model.parameters())
         for p in model.parameters():

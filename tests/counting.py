@@ -16,7 +16,16 @@ from torch import Tensor
 from commopt.kernels.cuda import pieces
 
 _COPIES = ("copy_", "_to_copy")
-_OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_")  # write without reading
+_OVERWRITES: tuple[str, ...] = (
+    "copy_",
+    "fill_",
+    "zero_",
+    "normal_",
+    "uniform_",
+    "random_",
+    "bernoulli_",
+)  # write without reading
+_OVERWRITES += ("_foreach_copy_", "_foreach_zero_")
 _GATHERS = ("index", "index_select", "gather", "take")  # read as much of the first tensor as they return
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_consecutive")
 _WAITS_OF_ALGEBRA = ("_linalg_check_errors", "_linalg_eigh", "_linalg_svd")
@@ -143,7 +152,8 @@ def counting(*, runs_kernels: bool = False) -> Iterator[Tally]:
     number of other launches follow from: of headers, so that nothing is bad, and those that count. Residuals stay zero. runs_kernels: all
     run.
     """
-    tally, run, start = Tally(), pretend._run, pieces.start
+    tally, run, start, address = Tally(), pretend._run, pieces.start, pieces.address
+    addressed, is_started = list[Tensor](), [True]  # tensors that the next kernel gets by their places in memory
 
     def counted(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = run(function, args, kwargs)
@@ -153,15 +163,25 @@ def counting(*, runs_kernels: bool = False) -> Iterator[Tally]:
                 x.inside.zero_()  # type: ignore[attr-defined]
         return result
 
+    def noted(x: Tensor) -> int:
+        if is_started[0]:
+            addressed.clear()
+        addressed.append(x)
+        is_started[0] = False
+        return address(x)
+
     def counted_start(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any]) -> None:
+        is_started[0] = True
         if not tally.is_paused:
             tensors = {id(x): x for x in _there([arguments, constants])}
+            if any(id(x) in tensors for x in addressed):  # it finds the others from there
+                tensors |= {id(x): x for x in addressed}
             tally.launch(kernel.fn.__name__, sum(map(_nbytes, tensors.values())))
         if runs_kernels or kernel.fn.__module__.endswith(".headers") or kernel.fn.__name__ in _COUNT:
             start(kernel, grid, arguments, constants)
 
-    pretend._run, pieces.start = counted, counted_start
+    pretend._run, pieces.start, pieces.address = counted, counted_start, noted
     try:
         yield tally
     finally:
-        pretend._run, pieces.start = run, start
+        pretend._run, pieces.start, pieces.address = run, start, address

@@ -68,21 +68,36 @@ class SignVote(Exchange):
             if not self.is_void(bucket, first_bad(self.index, bucket.with_flat(x)), group):
                 torch.sign(x, out=out)
             return bucket.void is None
+        answers = self.poll(x, bucket, group)
+        if answers is not None:
+            self.read_(answers, bucket, out)
+        return answers is not None
+
+    def poll(
+        self, x: Tensor, bucket: Bucket, group: Group, blended: tuple[Tensor, float] | None = None
+    ) -> list[Payload] | None:
+        """The first part of `vote`, of two ranks or more: the answers, or None if the vote is void.
+
+        blended: for triton, a state of elements and a weight: the vote is on s + weight (x - s).
+        """
         by_owner = self._table.parts(bucket).by_owner
         ballots = in_a_row([(*HEADER, (torch.uint8, blocks.sign_bytes)) for blocks in by_owner], x.device)
-        self._cast(x, by_owner, ballots, group.rank)
+        self._cast(x, by_owner, ballots, group.rank, blended)
         received = group.all_to_all(ballots)
         if self.is_void(bucket, first_bad_parameter(received), group):
-            return False
+            return None
         layouts = [((torch.uint8, self._width * blocks.sign_bytes),) for blocks in by_owner]
         answer = self._count(received, by_owner[group.rank], layouts[group.rank])
-        answers = group.all_gather(answer, layouts)
+        return group.all_gather(answer, layouts)
+
+    def read_(self, answers: Sequence[Payload], bucket: Bucket, out: Tensor, also: Tensor | None = None) -> None:
+        """The second part of `vote`: out <- the answers to the first one; also: for triton, another tensor that gets them."""
+        by_owner = self._table.parts(bucket).by_owner
         if kernels.has_triton(self.device):
-            self._triton.unpack_all_(answers, by_owner, self._width, self._values, out)
-            return True
+            self._triton.unpack_all_(answers, by_owner, self._width, self._values, out, also)
+            return
         for blocks, payload in zip(by_owner, answers, strict=True):
             kernels.of("votes", out.device).unpack_counts_(payload.tensors[0], self._width, blocks, self._values, out)
-        return True
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) / ranks * (1 + (1 if self.is_majority else ranks.bit_length())) / 8
@@ -91,14 +106,21 @@ class SignVote(Exchange):
     def _triton(self) -> Any:
         return kernels.of("votes", self.device)
 
-    def _cast(self, x: Tensor, by_owner: Sequence[Blocks], ballots: Sequence[Payload], rank: int) -> None:
+    def _cast(
+        self,
+        x: Tensor,
+        by_owner: Sequence[Blocks],
+        ballots: Sequence[Payload],
+        rank: int,
+        blended: tuple[Tensor, float] | None = None,
+    ) -> None:
         """For each owner: the index of the first parameter with a NaN or an inf, or -1, and a bit per element."""
         if kernels.has_triton(self.device):
             from commopt.kernels.cuda import headers
 
             first = headers.noted_in(ballots)
             tossed = [self._tossed("zero", rank, blocks) for blocks in by_owner]
-            self._triton.pack_all_(x, ballots, [blocks for blocks, _ in tossed], tossed[0][1], first)
+            self._triton.pack_all_(x, ballots, [blocks for blocks, _ in tossed], tossed[0][1], first, blended)
             headers.write_(first, ballots)
             return
         bad = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from commopt import kernels
 from commopt.exchange.vote import SignVote
 from commopt.groups.base import Group
 from commopt.method import NoOptions, options
@@ -53,16 +55,37 @@ class DistributedLion(DirectionMethod):
         super().set_up()
         self._votes = SignVote(is_majority=self.options.vote == "majority", seed=self.options.seed)
         self.parts = (self._votes,)
+        self._voted: dict[tuple[str, ...], Tensor] = {}  # D by the names in a bucket, until it is received
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
+        betas = alike(bucket.names, self.betas)
+        if kernels.has_triton(self.device) and group.size > 1 and len(betas) == 1:
+            self._exchange_at_once(bucket, group, *next(iter(betas)))
+            return
         update = torch.empty_like(bucket.flat)
         self.blend_("momentum", bucket, lambda name: 1 - self.betas(name)[0], out=update)  # b1 m + (1 - b1) g
         if self._votes.vote(update, update, bucket, group):
             views = dict(bucket.views())
-            for (_, b2), names in alike(bucket.names, self.betas).items():
+            for (_, b2), names in betas.items():
                 gs = [views[name] for name in names]
                 torch._foreach_lerp_(self.parts_of("momentum", names), gs, 1 - b2)  # m <- b2 m + (1 - b2) g
             bucket.flat.copy_(update)
+
+    def _exchange_at_once(self, bucket: Bucket, group: Group, b1: float, b2: float) -> None:
+        """`exchange` on a GPU: kernels blend while they pack, and write D for the step, too."""
+        answers = self._votes.poll(bucket.flat, bucket, group, (self.state["momentum"], 1 - b1))
+        if answers is not None:
+            gs = [g for _, g in bucket.views()]
+            torch._foreach_lerp_(self.parts_of("momentum", bucket.names), gs, 1 - b2)  # m <- b2 m + (1 - b2) g
+            self._voted[bucket.names] = torch.empty_like(bucket.flat)
+            self._votes.read_(answers, bucket, bucket.flat, self._voted[bucket.names])
+
+    def receive(self, bucket: Bucket) -> None:
+        voted = self._voted.pop(bucket.names, None)
+        if voted is None or self.share is not None:  # of which all shares have been put together
+            super().receive(bucket)
+        else:
+            self.directions[bucket.names] = bucket.with_flat(voted)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return self._votes.bytes_per_parameter(ranks)

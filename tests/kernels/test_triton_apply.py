@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rig import start
@@ -16,10 +17,12 @@ if torch.cuda.is_available():
 
 from commopt import kernels
 from commopt.groups import Group, SimWorld
-from commopt.kernels.cuda import apply
+from commopt.kernels.cuda import apply, headers, votes
 from commopt.kernels.reference import apply as plain
 from commopt.kernels.reference.apply import Move, Root
+from commopt.wire import noise
 from commopt.wire.bucket import ParameterIndex
+from commopt.wire.payload import in_a_row
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, at NaN and inf
 SHAPES = {"a": (3, 5), "b": (4100,), "c": (), "d": (0,), "e": (64, 64), "f": (8, 3, 2)}
@@ -138,3 +141,26 @@ def test_lamb_is_that_of_plain_torch(steps: int, decay: float, monkeypatch: pyte
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
     assert bool((found["factor"] != 1).any()) == (steps > 3)
     assert found["coeffs"].tolist()[:3] == [min(steps, 3), min(steps, 3), 0]
+
+
+def test_a_vote_is_on_what_is_blended_while_it_is_packed_and_its_result_is_written_twice() -> None:
+    names, starts = ("e", "b", "a"), (0, 4096, 8200)
+    places = INDEX.places(names, starts).having(words=noise.words(0, "test", 0, np.zeros(1, np.int64)))
+    momentum, x = values(8), values(9)[:8215]
+    momentum[60:90] = x[4096 + 45 : 4096 + 75] = 0.0  # of "b": coins decide
+    blended = torch.zeros_like(x)
+    ballots = in_a_row([((torch.int32, 1), (torch.uint8, places.sign_bytes))] * 2, x.device)
+    apply.blend_(momentum, x, blended, places, 0.1)
+    firsts = [headers.noted_in([ballot]) for ballot in ballots]
+    votes.pack_all_(blended, ballots[:1], [places], np.zeros(1, np.int64), firsts[0])
+    votes.pack_all_(x, ballots[1:], [places], np.zeros(1, np.int64), firsts[1], (momentum, 0.1))
+    assert torch.equal(ballots[0].tensors[1], ballots[1].tensors[1])
+    assert len(set(ballots[0].tensors[1].tolist())) > 100
+    assert torch.equal(*firsts)
+    answers = in_a_row([((torch.uint8, places.sign_bytes),)], x.device)
+    answers[0].tensors[0].copy_(ballots[0].tensors[1])
+    out, also = torch.zeros_like(x), torch.zeros_like(x)
+    votes.unpack_all_(answers, [places], 1, torch.tensor([-1.0, 1.0]), out, also)
+    assert torch.equal(out, also)
+    is_clear = (blended != 0) & blended.isfinite()
+    assert torch.equal(out[is_clear], blended[is_clear].sign())

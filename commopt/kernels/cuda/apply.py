@@ -14,16 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from commopt.kernels.cuda import pieces as on_device
-from commopt.kernels.cuda.pieces import Pieces, launch, piece
+from commopt.kernels.cuda.pieces import Pieces, between, launch, piece
 from commopt.kernels.reference.apply import Lamb, Move
 from commopt.wire.bucket import Blocks, ParameterIndex
-
-
-@triton.jit
-def _between(x, y, weight):
-    """x + weight (y - x), from the nearer end and rounded once, as torch's lerp."""
-    is_near = tl.abs(weight) < 0.5
-    return tl.fma(y - x, tl.where(is_near, weight, weight - 1) + tl.zeros_like(x), tl.where(is_near, x, y))
 
 
 @triton.jit
@@ -42,7 +35,7 @@ def _blend(
     inside = i < n[:, None]
     own = tl.load(x + home[:, None] + i, mask=inside, other=0.0)
     given = tl.load(y + start[:, None] + i, mask=inside, other=0.0)
-    tl.store(out + start[:, None] + i, _between(own, given, weight), mask=inside)
+    tl.store(out + start[:, None] + i, between(own, given, weight), mask=inside)
 
 
 @triton.jit
@@ -74,7 +67,7 @@ def _move(
     v = tl.load(variance + at, mask=inside, other=1.0)
     if HAS_MEAN:
         u = tl.load(mean + at, mask=inside, other=0.0)
-        tl.store(mean + at, _between(u, m, weight), mask=inside)  # u <- u + weight (m - u)
+        tl.store(mean + at, between(u, m, weight), mask=inside)  # u <- u + weight (m - u)
     from_at = begin + at if HAS_BEGIN else x_at
     decayed = tl.load(from_at, mask=inside, other=0.0).to(tl.float32) * kept
     if ROUNDS:

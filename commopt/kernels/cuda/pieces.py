@@ -208,6 +208,13 @@ def corrected(x, e, start, home, n, i, HAS_RESIDUAL: tl.constexpr):
 
 
 @triton.jit
+def between(x, y, weight):
+    """x + weight (y - x), from the nearer end and rounded once, as torch's lerp."""
+    is_near = tl.abs(weight) < 0.5
+    return tl.fma(y - x, tl.where(is_near, weight, weight - 1) + tl.zeros_like(x), tl.where(is_near, x, y))
+
+
+@triton.jit
 def note_bad(first, is_bad, columns, count, p):
     """Raise `first` to LAST less the first parameter of a piece that is bad."""
     lowest = tl.min(tl.load(columns + 5 * count + p, mask=is_bad, other=LAST), 0).to(tl.int32)

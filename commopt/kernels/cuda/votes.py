@@ -12,6 +12,7 @@ from torch import Tensor
 from commopt.kernels.cuda.pieces import (
     ALL_BUT_SIGN,
     Pieces,
+    between,
     drawn,
     key_of,
     launch,
@@ -58,6 +59,9 @@ def _pack(
     flips,
     bits,
     first,
+    state,
+    weight,
+    IS_BLENDED: tl.constexpr,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -65,7 +69,10 @@ def _pack(
 ):
     p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
-    c = values(x, start, n, i).to(tl.int32, bitcast=True)
+    value = values(x, start, n, i)
+    if IS_BLENDED:
+        value = between(values(state, home, n, i), value, weight)
+    c = value.to(tl.int32, bitcast=True)
     coin = _coins(word, words, flip, flips, columns, count, p, live, i, KEYS)
     vote = tl.where((c & ALL_BUT_SIGN) == 0, coin, (c > 0).to(tl.int32))
     _store_bits(tl.where(i[None, :] < n[:, None], vote, 0), bits, codes, n, ROWS, LENGTH)
@@ -116,6 +123,8 @@ def _unpack(
     places,
     values,
     out,
+    also,
+    HAS_TWO: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -129,20 +138,31 @@ def _unpack(
         at = tl.load(places + k * count + p, mask=live, other=0)
         octets = tl.load(planes + at[:, None] + (i // 8)[None, :], mask=inside, other=0).to(tl.int32)
         votes |= ((octets >> (7 - i % 8)[None, :]) & 1) << k
-    tl.store(out + start[:, None] + i[None, :], tl.load(values + votes), mask=inside)
+    value = tl.load(values + votes)
+    tl.store(out + start[:, None] + i[None, :], value, mask=inside)
+    if HAS_TWO:
+        tl.store(also + start[:, None] + i[None, :], value, mask=inside)
 
 
 def pack_all_(
-    x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks], flips: Int64Array, first: Tensor
+    x: Tensor,
+    payloads: Sequence[Payload],
+    parts: Sequence[Blocks],
+    flips: Int64Array,
+    first: Tensor,
+    blended: tuple[Tensor, float] | None = None,
 ) -> None:
     """`pack_votes_` of several messages behind their headers; first: (1,) i32, where bad blocks are noted (`note_bad`).
 
-    flips: (1,) or (P,), 1 where coins are turned over, as many as the blocks have words.
+    flips: (1,) or (P,), 1 where coins are turned over, as many as the blocks have words. blended: a state and a weight, for votes on
+    s + weight (x - s).
     """
     row, at = row_of(payloads)
     pieces = Pieces.of(parts, 1, x.device, [(0, place + 4) for place in at])
     tossed, keys = _tossed(parts[0], flips, x.device)
-    launch(_pack, pieces.grid, x, pieces.columns, len(pieces), *tossed, row, first, KEYS=keys, **pieces.shape)
+    state, weight = blended or (x, 0.0)
+    flags = {"IS_BLENDED": blended is not None, "KEYS": keys, **pieces.shape}
+    launch(_pack, pieces.grid, x, pieces.columns, len(pieces), *tossed, row, first, state, float(weight), **flags)
 
 
 def count_all_(payloads: Sequence[Payload], blocks: Blocks, flips: Int64Array | None, width: int, out: Tensor) -> None:
@@ -168,8 +188,15 @@ def count_all_(payloads: Sequence[Payload], blocks: Blocks, flips: Int64Array | 
     launch(_count, pieces.grid, row, *where, WIDTH=width, KEYS=keys, **pieces.shape)
 
 
-def unpack_all_(payloads: Sequence[Payload], parts: Sequence[Blocks], width: int, values: Tensor, out: Tensor) -> None:
-    """`unpack_counts_` of several messages, which have no header."""
+def unpack_all_(
+    payloads: Sequence[Payload],
+    parts: Sequence[Blocks],
+    width: int,
+    values: Tensor,
+    out: Tensor,
+    also: Tensor | None = None,
+) -> None:
+    """`unpack_counts_` of several messages, which have no header, into one tensor or two."""
     row, at = row_of(payloads)
     tables = parts[0].tables
     every = [
@@ -179,8 +206,8 @@ def unpack_all_(payloads: Sequence[Payload], parts: Sequence[Blocks], width: int
     key = ("planes", width, id(every[0]))
     if key not in tables:
         tables[key] = torch.stack([pieces.columns[4] for pieces in every])
-    where = (every[0].columns, len(every[0]), tables[key], values, out)
-    launch(_unpack, every[0].grid, row, *where, WIDTH=width, **every[0].shape)
+    where = (every[0].columns, len(every[0]), tables[key], values, out, out if also is None else also)
+    launch(_unpack, every[0].grid, row, *where, HAS_TWO=also is not None, WIDTH=width, **every[0].shape)
 
 
 def _tossed(blocks: Blocks, flips: Int64Array, device: torch.device) -> tuple[tuple[int, Tensor, int, Tensor], int]:
