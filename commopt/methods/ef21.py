@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter
 from commopt.compress.options import Codec
@@ -17,7 +18,7 @@ from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Flag, Share, Whole
-from commopt.wire.bucket import Blocks, Bucket
+from commopt.wire.bucket import Blocks, Bucket, once_per_layout
 from commopt.wire.payload import Payload
 from commopt.wire.state import Saved, State
 
@@ -103,6 +104,8 @@ class EF21(GradientMethod, Compressed):
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         v = bucket  # v_i takes the place of g_i
+        if kernels.has_triton(self.device) and group.size > 1 and not any(map(self._is_refreshed, v.names)):
+            return self._exchange_in_passes(v, group)
         for name, x in v.views():
             if self.options.eta < 1 and self._count(name):
                 torch.lerp(self.part("average", name), x, self.options.eta, out=x)
@@ -115,9 +118,27 @@ class EF21(GradientMethod, Compressed):
             if group.size > 1:
                 for name, x in bucket.views():
                     x.copy_(self.part("estimate", name))
+        return None
 
-    def _bring_up_to_date(self, v: Bucket, group: Group) -> None:
-        """Bring h_i and h up to date with v_i, or set v.void."""
+    def _exchange_in_passes(self, v: Bucket, group: Group) -> None:
+        """The same on a GPU, in a pass before the messages and one after them."""
+        from commopt.kernels.cuda import estimates
+
+        average, blocks = self.state.get("average"), self._parameters(v)
+        difference = estimates.difference(v.flat, average, self.state["known"], blocks, self.options.eta)
+        self._bring_up_to_date(v, group, difference)
+        if v.void is None:
+            estimates.settle_(v.flat, average, self.state["estimate"], blocks)
+
+    @once_per_layout
+    def _parameters(self, bucket: Bucket) -> Blocks:
+        """A block for each parameter of a bucket."""
+        numbers = np.asarray([self.index.position[name] for name in bucket.names])
+        starts, lengths = np.asarray(bucket.starts), np.asarray(self.index.numels)[numbers]
+        return Blocks(starts, self.index.offsets[numbers], lengths, numbers, numbers)
+
+    def _bring_up_to_date(self, v: Bucket, group: Group, difference: Tensor | None = None) -> None:
+        """Bring h_i and h up to date with v_i, or set v.void. difference: v_i - h_i, if it is there already."""
         whole = {name for name in v.names if self._is_whole(name)}
         exact = None
         if whole:
@@ -126,9 +147,10 @@ class EF21(GradientMethod, Compressed):
                 v.void = exact.void
                 return
         if len(whole) < len(v.names):
-            difference = v.flat.clone()
-            for name, x in v.with_flat(difference).views():
-                x -= self.part("known", name)  # v_i - h_i
+            if difference is None:
+                difference = v.flat.clone()
+                for name, x in v.with_flat(difference).views():
+                    x -= self.part("known", name)  # v_i - h_i
             (self._two_ways if self.server_compressor else self._one_way)(v, difference, whole, group)
         if exact is not None and v.void is None:
             self._keep("known", v, whole)
@@ -142,9 +164,8 @@ class EF21(GradientMethod, Compressed):
         messages = group.all_gather_ragged(own) if self.compressor.is_ragged else group.all_gather(own)
         if not self.is_void(v, first_bad_parameter(messages), group):
             at_home = blocks.having(starts=blocks.homes)
-            self._decode(own, at_home, self.state["known"])
-            for message in messages:  # in rank order: float sums depend on it
-                self._decode(message, at_home, self.state["estimate"], 1 / group.size)
+            self._decode([own], [at_home], self.state["known"])
+            self._decode(messages, [at_home] * group.size, self.state["estimate"], 1 / group.size)
 
     def _two_ways(self, v: Bucket, difference: Tensor, whole: set[str], group: Group) -> None:
         """h_i <- h_i + c_i;  h <- h + mean c_i;  w <- w + C_s(h - w), each block by the rank that serves it."""
@@ -154,27 +175,52 @@ class EF21(GradientMethod, Compressed):
         served = [self._coded(blocks, whole) for blocks in parts.served]
         own = self.worker.compress(difference, by_owner)
         received = group.all_to_all(own)
-        if self.is_void(v, first_bad_parameter(received), group):
+        # a GPU is asked once, at the end: until then, answers carry on what the messages say
+        is_late = kernels.has_triton(self.device)
+        if not is_late and self.is_void(v, first_bad_parameter(received), group):
             return
-        mine, rank = self.keyed(served[group.rank], self.server_compressor, "server"), group.rank
-        mine = mine.having(starts=np.cumsum(mine.lengths) - mine.lengths)
-        served_places = self._homes(mine)
-        h = self.state["served"][served_places]
-        for message in received:  # in rank order
-            self._decode(message, mine, h, 1 / group.size)
-        w = self.state["estimate"][self._homes(by_owner[rank])]
-        answer = self.answerer.compress(h - w, [mine])[0]
+        mine = self.keyed(served[group.rank], self.server_compressor, "server")
+        if not self.dense_names.issuperset(whole):
+            mine = mine.having(starts=np.cumsum(mine.lengths) - mine.lengths)
+        h = self._taken("served", mine)
+        self._decode(received, [mine] * group.size, h, 1 / group.size)
+        answer = self.answerer.compress(
+            self._beyond(h, by_owner[group.rank], mine), [mine], received if is_late else ()
+        )[0]
         layouts = [((torch.int32, 1), *self.server_compressor.layout(blocks)) for blocks in served]
         answers = group.all_gather(answer, layouts)
         if not self.is_void(v, first_bad_parameter(answers), group):
-            self.state["served"][served_places] = h
-            for message, reply, blocks in zip(own, answers, by_owner, strict=True):
-                at_home = blocks.having(starts=blocks.homes)
-                self._decode(message, at_home, self.state["known"])
-                self.server_compressor.decompress_(reply.tensors[1:], at_home, self.state["estimate"], add=True)
+            self._put(h, "served", mine)
+            at_home = [blocks.having(starts=blocks.homes) for blocks in by_owner]
+            self._decode(own, at_home, self.state["known"])
+            self.server_compressor.decompress_payloads_(answers, at_home, self.state["estimate"], add=True)
 
-    def _decode(self, message: Payload, blocks: Blocks, out: Tensor, alpha: float = 1.0) -> None:
-        self.compressor.decompress_(message.tensors[1:], blocks, out, alpha=alpha, add=True)
+    def _decode(self, messages: Sequence[Payload], parts: Sequence[Blocks], out: Tensor, alpha: float = 1.0) -> None:
+        self.compressor.decompress_payloads_(messages, parts, out, alpha=alpha, add=True)
+
+    def _taken(self, key: str, blocks: Blocks) -> Tensor:
+        """(elements,) f32: some blocks of the state, end to end."""
+        if kernels.has_triton(self.device):
+            from commopt.kernels.cuda import estimates
+
+            return estimates.take(self.state[key], blocks)
+        return self.state[key][self._homes(blocks)]
+
+    def _beyond(self, h: Tensor, blocks: Blocks, served: Blocks) -> Tensor:
+        """h - w of the blocks that this rank serves."""
+        if kernels.has_triton(self.device):
+            from commopt.kernels.cuda import estimates
+
+            return estimates.difference(h, None, self.state["estimate"], blocks.having(starts=served.starts))
+        return h - self.state["estimate"][self._homes(blocks)]
+
+    def _put(self, values: Tensor, key: str, blocks: Blocks) -> None:
+        if kernels.has_triton(self.device):
+            from commopt.kernels.cuda import estimates
+
+            return estimates.put_(values, self.state[key], blocks)
+        self.state[key][self._homes(blocks)] = values
+        return None
 
     def _homes(self, blocks: Blocks) -> Tensor:
         return element_indices(blocks.homes, blocks.lengths, self.device)
@@ -184,12 +230,16 @@ class EF21(GradientMethod, Compressed):
 
     def _is_whole(self, name: str) -> bool:
         """Whether v_i of this parameter is sent uncompressed in this exchange."""
+        return name in self.dense_names or self._is_refreshed(name)
+
+    def _is_refreshed(self, name: str) -> bool:
+        """Whether it is in this exchange, and not in all of them."""
         count, every = self._count(name), self.options.refresh_every
-        return count == 0 or name in self.dense_names or (every is not None and count % every == 0)
+        return count == 0 or (every is not None and count % every == 0)
 
     def _coded(self, blocks: Blocks, whole: set[str]) -> Blocks:
         """The blocks whose differences are sent."""
-        if not whole:
+        if self.dense_names.issuperset(whole):  # which have no blocks
             return blocks
         names = self.index.names
         return blocks.only(np.asarray([b for b, p in enumerate(blocks.parameters) if names[p] not in whole], np.int64))
@@ -197,9 +247,8 @@ class EF21(GradientMethod, Compressed):
     def _keep(self, key: str, bucket: Bucket, names: set[str] | None = None) -> None:
         """Copy a bucket into the state `key`, if there is one."""
         if key in self.state:
-            for name, x in bucket.views():
-                if names is None or name in names:
-                    self.part(key, name).copy_(x)
+            pairs = [(self.part(key, name), x) for name, x in bucket.views() if names is None or name in names]
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
     def _serve(self, exact: Bucket) -> None:
         """Copy an exact mean into h of the blocks that this rank serves."""

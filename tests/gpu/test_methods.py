@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from presets import PRESETS, Preset
+from presets import PRESETS, Preset, sgd
 from pretend import DEVICES, working_on
 from rig import flat, loss_of, make_batch, make_model
 from torch import Tensor
@@ -19,6 +19,15 @@ from commopt.methods import METHODS
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 RANKS, STEPS = 2, 7
+MORE = {  # forms of state, and paths of the exchange, that no preset has
+    "ef21 both ways": Preset("ef21", {"server": "sign", "refresh_every": 3}, sgd(0.3)),
+    "ef21 without an average": Preset("ef21", {"compressor": "int8", "server": "4bit", "eta": 1, "dense_1d": True}),
+    "loco in 16 bits": Preset("loco", {"residual_bits": 16, "reset_every": 3}),
+    "ef_sign in 8 bits": Preset("ef_sign", {"residual_bits": 8, "residual_decay": 0.9}),
+    "ef of ternary in 8 bits": Preset("ef", {"compressor": "ternary", "residual_bits": 8, "reset_every": 2}),
+    "ef of fp16": Preset("ef", {"compressor": "fp16", "dense_1d": True}),
+    "two_way of bf16": Preset("two_way", {"worker": "bf16", "server": "int8"}),
+}
 
 
 def on_cpu(state: Any) -> Any:
@@ -67,7 +76,7 @@ def train(preset: Preset, device: torch.device, resume_at: int | None = None) ->
     return SimWorld[Trained](RANKS, timeout_s=60).run(rank_of)
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+@pytest.mark.parametrize("preset", [*PRESETS, *MORE.values()], ids=[*(preset.name for preset in PRESETS), *MORE])
 def test_a_method_trains_survives_a_nan_and_resumes_as_on_the_cpu(preset: Preset, device: torch.device) -> None:
     (shared, losses, _), (other, _, voided) = train(preset, device, resume_at=5)
     expected, expected_losses, _ = train(preset, CPU)[0]

@@ -234,11 +234,11 @@ def arguments(
     if residual.has_scales:
         slots, scales, kind = _slots(residual, pieces), residual.scales, SCALED.value
     e, copy = (x if x is None else x.view(_VIEWED.get(x.dtype, x.dtype)) for x in (residual.values, residual.copy))
-    kept = (_share(residual.average), e if copy is None else copy, residual.scales_copy, residual.base)
+    kept = (share_of(residual.average), e if copy is None else copy, residual.scales_copy, residual.base)
     return (e, scales, slots, residual.decay), kept, kind
 
 
-def _share(average: float) -> float:
+def share_of(average: float) -> float:
     """What `blend` takes, in float32 arithmetic."""
     return float(np.float32(average) if average < 0.5 else np.float32(average) - np.float32(1))
 
@@ -269,7 +269,7 @@ def store_(left: Tensor, residual: Residual, parts: Sequence[Blocks]) -> None:
     (e, steps, slots, _), _, kind = arguments(residual, left, pieces)
     largest, how = left.new_empty(len(pieces)), {"RESIDUAL": kind, **pieces.shape}
     where = (e, steps, slots, pieces.columns, len(pieces))
-    launch(_blend, pieces.grid, left, *where, _share(residual.average), largest, **how)
+    launch(_blend, pieces.grid, left, *where, share_of(residual.average), largest, **how)
     if residual.has_scales:
         of_block = torch.segment_reduce(largest, "max", lengths=pieces.counts) if pieces.is_cut else largest
         places = torch.cumsum(pieces.counts, 0) - 1  # of the last piece of each block
