@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -18,8 +20,8 @@ from commopt.groups.base import Group
 from commopt.kernels.reference.runs import put_, run_of_element
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Names, Number, Wanted, Whole
-from commopt.wire.bucket import Blocks, Bucket
-from commopt.wire.payload import Payload
+from commopt.wire.bucket import Blocks, Bucket, Int64Array, once_per_layout
+from commopt.wire.payload import Payload, in_a_row, row_of
 
 _MOST_RANKS = 127
 
@@ -30,6 +32,19 @@ class TernGradOptions(NoOptions):
     dense_1d: Flag = True
     dense: Annotated[Names, Wanted("a list of parameter names")] = ()
     seed: Whole = 0
+
+
+class _Tables(NamedTuple):
+    """What follows from a bucket's layout. parameters: one block for each. places: (B,) i64, which of them each block of all owners is
+    part of; firsts: where those of each owner begin. ones: scales of sums. of_answers: the sums of each owner as one block, end to end.
+    """  # fmt: skip
+
+    parameters: Blocks
+    places: Tensor
+    firsts: list[int]
+    ones: Tensor
+    of_answers: list[Blocks]
+    zero: Int64Array
 
 
 class TernGrad(GradientMethod, Compressed):
@@ -73,10 +88,14 @@ class TernGrad(GradientMethod, Compressed):
         return name in self.options.dense or super().stays_dense(name, p)
 
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
+        if kernels.has_triton(self.device):
+            return self._exchange_in_passes(bucket, group)
+        if kernels.has_triton(self.device):
+            return self._exchange_in_passes(bucket, group)
         clamped = bucket.with_flat(bucket.flat.clone())
         scales = self._shared_scales(clamped, group)
         if self.is_void(bucket, first_of((~scales.isfinite()).nonzero().flatten().tolist()), group):
-            return
+            return None
         kernel, parts = kernels.of("quantize", self.device), self.table.parts(bucket)
         sent = []
         for blocks in parts.by_owner:
@@ -98,6 +117,64 @@ class TernGrad(GradientMethod, Compressed):
             sums = unpack_codes(payload.tensors[0], bits, blocks.elements)
             per_element = self._of(scales, blocks)[run_of_element(blocks.lengths, self.device)]
             put_(sums * (per_element / group.size), blocks, bucket.flat, add=False)
+        return None
+
+    def _exchange_in_passes(self, bucket: Bucket, group: Group) -> None:
+        """The same on a GPU, where one launch does the work for all owners."""
+        from commopt.kernels.cuda import quantize, ternary
+        from commopt.kernels.cuda.pieces import Messages
+
+        parts, its, bits, how = self.table.parts(bucket), self._tables(bucket), bits_of(group.size), {"kind": "levels"}
+        own = in_a_row([((torch.float32, len(its.parameters)),)], self.device, is_zero=False)[0]
+        bounds = ternary.bounds_(bucket.flat, its.parameters, self.options.clip, own.tensors[0])
+        scales = ternary.agreed(group.all_gather(own))
+        bad = [
+            k for k, s in zip(its.parameters.parameters.tolist(), scales.tolist(), strict=True) if not math.isfinite(s)
+        ]
+        if self.is_void(bucket, first_of(bad), group):
+            return
+
+        def messages(
+            payloads: Sequence[Payload], parts: Sequence[Blocks], scales: Tensor, at: Sequence[int]
+        ) -> Messages:
+            row, places = row_of(payloads)
+            return Messages(parts, scales, row, tuple(zip(at, places, strict=True)))
+
+        none, zeros = bounds.view(torch.int32)[:1], [0] * group.size  # with these scales no block is bad
+        sent = in_a_row([self.compressor.layout(blocks)[1:] for blocks in parts.by_owner], self.device, is_zero=False)
+        keyed = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
+        clamped = ternary.clamped(bucket.flat, its.parameters, bounds)
+        codes = messages(sent, keyed, scales[its.places], its.firsts)
+        quantize.compress_all_(clamped, None, codes, none, bits=2, is_given=True, **how)
+        served = parts.served[group.rank]
+        total, sums = (clamped.new_empty(n) for n in (served.elements, sum(blocks.elements for blocks in parts.served)))
+        codes = messages(group.all_to_all(sent), [served] * group.size, its.ones, zeros)
+        quantize.decompress_all_(codes, total, bits=2, alpha=1.0, add=False, **how)
+        layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
+        answer = in_a_row([layouts[group.rank]], self.device, is_zero=False)
+        codes = messages(answer, [its.of_answers[group.rank].having(starts=its.zero)], its.ones, [0])
+        quantize.compress_all_(total, None, codes, none, levels=2 ** (bits - 1), bits=bits, is_given=True, **how)
+        codes = messages(group.all_gather(answer[0], layouts), its.of_answers, its.ones, zeros)
+        quantize.decompress_all_(codes, sums, bits=bits, alpha=1.0, add=False, **how)
+        ternary.spread_(sums, scales, its.places, group.size, parts.by_owner, bucket.flat)
+
+    @once_per_layout
+    def _tables(self, bucket: Bucket) -> _Tables:
+        pairs = [(self.index.position[name], start) for name, start in zip(bucket.names, bucket.starts, strict=True)]
+        numbers, starts = np.asarray([pair for pair in pairs if self.index.names[pair[0]] not in self.dense_names]).T
+        parameters = Blocks(starts, starts, np.asarray(self.index.numels)[numbers], numbers, numbers)
+        parts = self.table.parts(bucket)
+        number_of = np.zeros(len(self.index.names), np.int64)
+        number_of[numbers] = np.arange(len(numbers))
+        places = number_of[np.concatenate([blocks.parameters for blocks in parts.by_owner])]
+        firsts = np.cumsum([0, *(len(blocks) for blocks in parts.by_owner)])[:-1].tolist()
+        elements, zero = np.asarray([blocks.elements for blocks in parts.served]), np.zeros(1, np.int64)
+        ends = np.cumsum(elements)
+        of_answers = [
+            Blocks(end - n, zero, n, zero, zero) for end, n in zip(ends[:, None], elements[:, None], strict=True)
+        ]
+        ones = torch.ones(max(1, len(parts.served[self.rank])), dtype=torch.float32, device=self.device)
+        return _Tables(parameters, torch.from_numpy(places).to(self.device), firsts, ones, of_answers, zero)
 
     def _shared_scales(self, bucket: Bucket, group: Group) -> Tensor:
         """(P,) f32: the largest magnitude of each of the bucket's parameters on any rank, after clamping it in place."""
