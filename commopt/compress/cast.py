@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from commopt.compress.base import Codes, Compressor
+from commopt.compress.base import Codes
+from commopt.compress.fused import Fused
 from commopt.errors import ConfigError
 from commopt.kernels.reference.runs import bad_runs, corrected, keep_rest_, put_
 from commopt.options import BlockSize, checked_dataclass
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout
+
+LONGEST = 2048  # elements of a block of which kernels know in one pass whether it is bad
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:
@@ -23,7 +26,7 @@ def _half(dtype: torch.dtype) -> torch.dtype:
 
 
 @checked_dataclass
-class Cast(Compressor):
+class Cast(Fused):
     """Round to float16 or bfloat16. Payload: (n,) in that dtype. A value beyond the dtype's range marks its block as bad."""
 
     dtype: Annotated[torch.dtype, AfterValidator(_half)] = torch.float16
@@ -31,6 +34,12 @@ class Cast(Compressor):
 
     def layout(self, blocks: Blocks) -> Layout:
         return ((self.dtype, blocks.elements),)
+
+    def writing(self) -> dict[str, Any] | None:
+        return {"kernel": "cast", "dtype": self.dtype} if self.block_size <= LONGEST else None
+
+    def reading(self) -> dict[str, Any]:
+        return {"kernel": "cast", "dtype": self.dtype}
 
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
         c = corrected(x, residual, blocks)

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from commopt import build
 from commopt.compress.base import equal_blocks
 from commopt.groups import LocalGroup
-from commopt.kernels.cuda import apply, factors, headers, indices, quantize, residuals, select, signs, votes
+from commopt.kernels.cuda import apply, cast, factors, headers, indices, quantize, residuals, select, signs, votes
 from commopt.kernels.cuda.pieces import Messages
 from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire import noise
@@ -41,7 +41,7 @@ TARGETS = {
 }
 EVEN, ODD = (4096, 2048), (4095, 2048)  # lengths of parameters, of which ODD leaves nothing aligned
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
-TYPES |= {torch.int16: "*i16", torch.int8: "*i8", torch.bool: "*i1", torch.bfloat16: "*bf16"}
+TYPES |= {torch.int16: "*i16", torch.int8: "*i8", torch.bool: "*i1", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 Call = tuple[JITFunction[Any], dict[str, str], dict[str, Any], dict[str, Any]]
 
 
@@ -122,6 +122,11 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     yield "int8, in pieces", lambda: residuals.read(stored, [whole])
     yield "int8, in pieces", lambda: residuals.store_(x, stored, [whole])
     yield "sign", lambda: residuals.undo_(x, e, torch.zeros(len(blocks), dtype=torch.bool), x, [blocks])
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        halves = Messages([blocks], scales, torch.zeros(2 * n, dtype=torch.uint8))
+        yield name, lambda d=dtype, m=halves: cast.compress_all_(x, e, m, first, dtype=d)
+        yield name, lambda d=dtype, m=halves: cast.decompress_all_(m, x, dtype=d, alpha=1.0, add=True)
     messages = Messages([whole], scales[:2], codes)
     yield "ternary", lambda: quantize.fit_all_(x, e, messages, bits=2)
     yield "top_k, blocks", lambda: select.select_(x, e, blocks, np.full(len(blocks), 9))

@@ -32,7 +32,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 if torch.cuda.is_available():
     pytest.skip("these kernels run on the GPU itself, in tests/gpu", allow_module_level=True)
 
-from commopt.kernels.cuda import headers, quantize, signs, votes
+from commopt.kernels.cuda import cast, headers, quantize, signs, votes
 from commopt.kernels.cuda.pieces import Pieces
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def fused() -> Iterator[None]:
     """Tensors of the CPU are compressed by the kernels for GPUs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "has_triton", lambda _: True)
-        of, ours = kernels.of, {"signs": signs, "quantize": quantize}
+        of, ours = kernels.of, {"signs": signs, "quantize": quantize, "cast": cast}
         patch.setattr(kernels, "of", lambda kernel, device: ours.get(kernel) or of(kernel, device))
         yield
 
@@ -136,7 +136,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("name", ["sign", "int8", "4bit", "natural", "ternary", "in pieces", "fp16", "top_k"])
+@pytest.mark.parametrize("name", ["sign", "int8", "4bit", "natural", "ternary", "in pieces", "fp16", "bf16", "top_k"])
 def test_a_stored_residual_is_that_of_the_cpu_and_is_restored(name: str, stored: str) -> None:
     """For two steps, with blocks of several owners, some of them longer than a piece, and some that need to be fitted; then a NaN."""
     given: Any = {"compressor": "int8", "block_size": 4096} if name == "in pieces" else name
@@ -213,7 +213,7 @@ def test_scales_are_fitted_as_on_the_cpu(case: str, has_residual: bool) -> None:
     torch.testing.assert_close(residual, found_residual, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["sign", "sign_l2", "int8", "qsgd", "ternary", "natural"])
+@pytest.mark.parametrize("name", ["sign", "sign_l2", "int8", "qsgd", "ternary", "natural", "fp16", "bf16"])
 def test_several_messages_are_written_and_read_at_once(name: str) -> None:
     """As one after the other on the CPU: the headers, what is void, and sums of what has the same blocks, in order."""
     codec = make_compressor(name)
@@ -305,7 +305,7 @@ def test_every_kernel_compiles_for_each_target_without_spills(tmp_path: Path) ->
     words = [sys.executable, str(script), "--json", str(found)]
     subprocess.run(words, env=variables | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True, capture_output=True)
     rows = json.loads(found.read_text())["kernels"]
-    jitted = {"signs": 3, "quantize": 5, "votes": 3, "headers": 3, "residuals": 4, "factors": 1, "chunks": 4}
+    jitted = {"signs": 3, "quantize": 5, "votes": 3, "headers": 3, "residuals": 4, "factors": 1, "chunks": 4, "cast": 2}
     jitted |= {"select": 4, "indices": 4, "entries": 1, "apply": 5}
     for module, count in jitted.items():
         assert len({row["kernel"] for row in rows if row["kernel"].startswith(module)}) == count

@@ -12,12 +12,19 @@ from commopt.wire.bucket import Blocks, Int64Array
 def element_indices(starts: Int64Array, lengths: Int64Array, device: torch.device) -> Tensor:
     """(sum of lengths,) i64: the indices of all elements of some runs, in order."""
     ends = np.cumsum(lengths)
-    return torch.from_numpy(np.arange(int(lengths.sum())) + np.repeat(starts - ends + lengths, lengths)).to(device)
+    moved = torch.from_numpy(starts - ends + lengths).to(device)
+    return _each(moved, lengths).add_(torch.arange(int(lengths.sum()), device=device))
 
 
 def run_of_element(lengths: Int64Array, device: torch.device) -> Tensor:
     """(sum of lengths,) i64: which run each element of some runs is in."""
-    return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
+    return _each(torch.arange(len(lengths), device=device), lengths)
+
+
+def _each(values: Tensor, lengths: Int64Array) -> Tensor:
+    """(sum of lengths,) i64: each run's value for each of its elements; nothing of that length is copied from the host."""
+    counts = torch.from_numpy(lengths).to(values.device)
+    return values.repeat_interleave(counts, output_size=int(lengths.sum()))
 
 
 def corrected(x: Tensor, residual: Tensor | None, blocks: Blocks) -> Tensor:
