@@ -35,8 +35,11 @@ class Cast(Fused):
     def layout(self, blocks: Blocks) -> Layout:
         return ((self.dtype, blocks.elements),)
 
-    def writing(self) -> dict[str, Any] | None:
-        return {"kernel": "cast", "dtype": self.dtype} if self.block_size <= LONGEST else None
+    def pads(self, device: torch.device) -> bool:
+        return super().pads(device) and self.block_size <= LONGEST
+
+    def writing(self) -> dict[str, Any]:
+        return {"kernel": "cast", "dtype": self.dtype}
 
     def reading(self) -> dict[str, Any]:
         return {"kernel": "cast", "dtype": self.dtype}

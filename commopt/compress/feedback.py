@@ -188,8 +188,8 @@ class ErrorFeedback:
         before = torch.cat([self.values(blocks) for blocks in parts])
         residual = before * self.kept.decay
         payloads = self._encode(x, residual, moved, received)
-        left = torch.split(residual.lerp_(before, self.kept.average), [blocks.elements for blocks in parts])
-        for payload, blocks, part in zip(payloads, parts, left, strict=True):
+        every = torch.split(residual.lerp_(before, self.kept.average), [blocks.elements for blocks in parts])
+        for payload, blocks, part in zip(payloads, parts, every, strict=True):
             if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else void: it is undone
                 self.set_values(part, blocks)
         return payloads

@@ -75,13 +75,6 @@ class Compressed(Exchange):
         """(name, (n,) view) of each parameter of a bucket that is compressed."""
         return [(name, x) for name, x in bucket.views() if name not in self.dense_names]
 
-    def clear_compressed_(self, bucket: Bucket) -> None:
-        """Zero the parameters of a bucket that are compressed."""
-        if self.dense_names.isdisjoint(bucket.names):
-            bucket.flat.zero_()
-        else:
-            torch._foreach_zero_([x for _, x in self.compressed_views(bucket)])
-
     def keyed(self, blocks: Blocks, compressor: Compressor, purpose: str = "worker") -> Blocks:
         """The blocks with this exchange's random keys, if the codec or the residual needs them."""
         if not compressor.stochastic and self.kept.bits != 8:

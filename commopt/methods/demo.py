@@ -111,7 +111,8 @@ class DeMo(DirectionMethod):
         if damaged:
             raise ValueError("a message has bytes that are not the code of any indices: they are damaged")
         if chunks.can_be_transformed:
-            return chunks.put_signs(total, group.size, d.flat, momentum, bucket.flat)
+            chunks.put_signs(total, group.size, d.flat, momentum, bucket.flat)
+            return None
         return self._put_signs(bucket, d, bucket.with_flat(total / group.size))
 
     def _transformed(self, bucket: Bucket) -> Bucket:

@@ -248,7 +248,7 @@ class EF21(GradientMethod, Compressed):
         """Copy a bucket into the state `key`, if there is one."""
         if key in self.state:
             pairs = [(self.part(key, name), x) for name, x in bucket.views() if names is None or name in names]
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            torch._foreach_copy_([own for own, _ in pairs], [x for _, x in pairs])
 
     def _serve(self, exact: Bucket) -> None:
         """Copy an exact mean into h of the blocks that this rank serves."""

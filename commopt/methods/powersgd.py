@@ -112,7 +112,7 @@ class PowerSGD(GradientMethod):
             torch.mm(p.T, q.clone().view_as(qs[name]), out=views[name].view_as(m))  # the mean gradient is P Q^T
         exact = [(views[name], mean) for name, mean in first.views() if name not in names]
         if exact:
-            torch._foreach_copy_(*map(list, zip(*exact, strict=True)))
+            torch._foreach_copy_([x for x, _ in exact], [mean for _, mean in exact])
         self._keep_next(second)
         return None
 
@@ -243,4 +243,5 @@ def _cholesky_qr(x: Tensor) -> Tensor:
     """(B, r, n) L^-1 X, where L L^T = X X^T, of which the diagonal is raised by so little that L is regular."""
     gram = x @ x.mT
     gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-14 * x.shape[1]).add_(1e-200)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, x, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, x, upper=False)
+    return solved

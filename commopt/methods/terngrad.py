@@ -124,7 +124,7 @@ class TernGrad(GradientMethod, Compressed):
         from commopt.kernels.cuda import quantize, ternary
         from commopt.kernels.cuda.pieces import Messages
 
-        parts, its, bits, how = self.table.parts(bucket), self._tables(bucket), bits_of(group.size), {"kind": "levels"}
+        parts, its, bits = self.table.parts(bucket), self._tables(bucket), bits_of(group.size)
         own = in_a_row([((torch.float32, len(its.parameters)),)], self.device, is_zero=False)[0]
         bounds = ternary.bounds_(bucket.flat, its.parameters, self.options.clip, own.tensors[0])
         scales = ternary.agreed(group.all_gather(own))
@@ -145,17 +145,19 @@ class TernGrad(GradientMethod, Compressed):
         keyed = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
         clamped = ternary.clamped(bucket.flat, its.parameters, bounds)
         codes = messages(sent, keyed, scales[its.places], its.firsts)
-        quantize.compress_all_(clamped, None, codes, none, bits=2, is_given=True, **how)
+        quantize.compress_all_(clamped, None, codes, none, bits=2, is_given=True, kind="levels")
         served = parts.served[group.rank]
         total, sums = (clamped.new_empty(n) for n in (served.elements, sum(blocks.elements for blocks in parts.served)))
         codes = messages(group.all_to_all(sent), [served] * group.size, its.ones, zeros)
-        quantize.decompress_all_(codes, total, bits=2, alpha=1.0, add=False, **how)
+        quantize.decompress_all_(codes, total, bits=2, alpha=1.0, add=False, kind="levels")
         layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
         answer = in_a_row([layouts[group.rank]], self.device, is_zero=False)
         codes = messages(answer, [its.of_answers[group.rank].having(starts=its.zero)], its.ones, [0])
-        quantize.compress_all_(total, None, codes, none, levels=2 ** (bits - 1), bits=bits, is_given=True, **how)
+        quantize.compress_all_(
+            total, None, codes, none, levels=2 ** (bits - 1), bits=bits, is_given=True, kind="levels"
+        )
         codes = messages(group.all_gather(answer[0], layouts), its.of_answers, its.ones, zeros)
-        quantize.decompress_all_(codes, sums, bits=bits, alpha=1.0, add=False, **how)
+        quantize.decompress_all_(codes, sums, bits=bits, alpha=1.0, add=False, kind="levels")
         ternary.spread_(sums, scales, its.places, group.size, parts.by_owner, bucket.flat)
 
     @once_per_layout

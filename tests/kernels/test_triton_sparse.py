@@ -133,7 +133,7 @@ SIZES = [3001, 64, 5, 0, 2500]
 N = 3
 
 
-def exchanged(codec: Any, device: torch.device, has_nan: bool) -> tuple[list[Tensor], Tensor, Tensor, list[bool]]:
+def exchanged(codec: Any, device: torch.device, has_nan: bool) -> tuple[list[Tensor], Tensor, Tensor, list[Any]]:
     """What N ranks send, what they keep, the sum that arrives, and which blocks the first one calls bad."""
     codes, residuals, bad = [], [], []
     blocks = blocks_in(codec, SIZES, 1)

@@ -279,7 +279,8 @@ def thin(n: int, seed: int, condition: float = 10.0) -> Tensor:
     """(5, n) rows of lengths and angles that differ by so much."""
     generator = torch.Generator().manual_seed(seed)
     u, v = (torch.linalg.qr(torch.randn(size, 5, generator=generator, dtype=torch.float64)).Q for size in (5, n))
-    return ((u * torch.logspace(0, -math.log10(condition), 5, dtype=torch.float64)) @ v.T).float()
+    rows: Tensor = (u * torch.logspace(0, -math.log10(condition), 5, dtype=torch.float64)) @ v.T
+    return rows.float()
 
 
 def check_orthonormal(given: Tensor, found: Tensor, rank: int, rtol: float = 1e-6) -> None:

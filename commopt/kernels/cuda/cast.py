@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.pieces import LARGEST, Messages, Pieces, key_of, launch, note_bad, piece, within, words_of
+from commopt.kernels.cuda.pieces import (
+    ADD,
+    LARGEST,
+    PUT,
+    Messages,
+    Pieces,
+    key_of,
+    launch,
+    note_bad,
+    piece,
+    within,
+    words_of,
+)
 from commopt.kernels.cuda.residuals import SCALED, arguments, corrected, keep, narrowed, widened
 from commopt.wire.residual import Residual
 
@@ -71,7 +83,7 @@ def _decompress(
     stride,
     alpha,
     out,
-    ADD: tl.constexpr,
+    MODE: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -80,18 +92,18 @@ def _decompress(
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
     total = tl.zeros((ROWS, LENGTH), tl.float32)
-    if ADD:
+    if MODE == ADD:
         total = tl.load(out + start[:, None] + i[None, :], mask=inside, other=0.0)
     for rank in range(ranks):
         value = widened(tl.load(codes + (at + rank * stride)[:, None] + i[None, :], mask=inside, other=0)) * alpha
-        total = total + value if ADD else tl.where(rank == 0, value, total + value)
+        total = value if MODE == PUT else total + value
     tl.store(out + start[:, None] + i[None, :], total, mask=inside)
 
 
 def compress_all_(
     x: Tensor, residual: Tensor | Residual | None, messages: Messages, first: Tensor, *, dtype: torch.dtype
 ) -> None:
-    """`Cast.write_` of several messages; first: (1,) i32, lowered to the first parameter with a bad block."""
+    """`Cast.write_` of several messages; first: (1,) i32, where bad blocks are noted (`note_bad`)."""
     out, pieces = _laid(messages, dtype)
     stored, left, kind = arguments(residual, x, pieces)
     word, words, keys = words_of(messages.parts, pieces.columns) if kind == SCALED.value else (0, pieces.columns, 0)
@@ -101,10 +113,10 @@ def compress_all_(
 
 def decompress_all_(messages: Messages, out: Tensor, *, dtype: torch.dtype, alpha: float, add: bool) -> None:
     """`Cast.decompress_` of several messages, of which those with the same blocks are added up in their order."""
-    first, ranks, scale_stride, _ = messages.apart()
+    first, ranks, scale_stride, _, mode = messages.apart(add)
     codes, pieces = _laid(first, dtype)
     where = (pieces.columns, len(pieces), ranks, 2 * scale_stride, alpha, out)
-    launch(_decompress, pieces.grid, codes, *where, ADD=add, **pieces.shape)
+    launch(_decompress, pieces.grid, codes, *where, MODE=mode, **pieces.shape)
 
 
 def _laid(messages: Messages, dtype: torch.dtype) -> tuple[Tensor, Pieces]:

@@ -482,7 +482,7 @@ def room_for(entries: Entries, bits: int) -> tuple[Tensor, Tensor]:
     device = entries.table.device
     dtype = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}[bits]
     count = entries.sign_bytes if bits == 1 else entries.count
-    return torch.empty(len(entries), device=device), torch.empty(count, dtype=dtype, device=device)
+    return torch.empty(len(entries), dtype=torch.float32, device=device), torch.empty(count, dtype=dtype, device=device)
 
 
 def counts_of(entries: Entries, is_bad: Tensor) -> Tensor:
