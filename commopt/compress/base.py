@@ -59,11 +59,13 @@ class Compressor(ABC):
         self.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
         return False
 
-    def note_headers_(
-        self, payloads: Sequence[Payload], parts: Sequence[Blocks], received: Sequence[Payload] = ()
-    ) -> bool:
-        """Write the headers of payloads that were encoded: the first bad parameter, or -1. Returns whether that was done."""
-        return False
+    def encode_payloads(
+        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], received: Sequence[Payload] = ()
+    ) -> tuple[list[Payload], bool]:
+        """`encode` into payloads behind their headers; and whether these are written too, as of `compress_payloads_`."""
+        messages = [self.encode(x, residual, blocks) for blocks in parts]
+        header = torch.zeros(1, dtype=torch.int32, device=x.device)
+        return [Payload.of(header, *codes) for codes in messages], False
 
     def decompress_payloads_(
         self,

@@ -153,13 +153,7 @@ class ErrorFeedback:
         has_headers = False
         if self.compressor.is_ragged:
             assert not isinstance(residual, Residual)
-            messages = [self.compressor.encode(x, residual, blocks) for blocks in parts]
-            layouts = [HEADER + tuple((code.dtype, code.numel()) for code in codes) for codes in messages]
-            payloads = in_a_row(layouts, x.device)
-            for payload, codes in zip(payloads, messages, strict=True):
-                for view, code in zip(payload.tensors[1:], codes, strict=True):
-                    view.copy_(code)
-            has_headers = self.compressor.note_headers_(payloads, parts, received)
+            payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received)
         else:
             layouts = [HEADER + self.compressor.layout(blocks) for blocks in parts]
             payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device))

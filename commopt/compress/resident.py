@@ -13,8 +13,10 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Codes, Compressor
 from commopt.wire.bucket import Blocks
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Layout, Payload, in_a_row
 from commopt.wire.residual import Residual
+
+VALUE_DTYPES = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Resident(Compressor):
     def entries_in(self, kernel: Any, messages: Sequence[Codes], blocks: Blocks) -> Any:
         """The entries of messages of the same blocks, by their sizes and counts."""
 
-    def places_in(self, kernel: Any, codes: Tensor, blocks: Blocks, entries: Any, is_damaged: Tensor) -> Tensor:
-        """(K,) i64: the places that messages name; is_damaged: (1,) i32, set to 1 if they name none."""
-        return kernel.decoded(codes, entries, is_damaged)  # type: ignore[no-any-return]
+    def places_in(self, kernel: Any, codes: Tensor, blocks: Blocks, entries: Any) -> tuple[Tensor, Tensor]:
+        """(K,) i64: the places that messages name; and (1,), 0 unless they name none."""
+        return kernel.decoded(codes, entries)  # type: ignore[no-any-return]
 
     def compress_payloads_(
         self,
@@ -71,18 +73,19 @@ class Resident(Compressor):
         headers.write_(first, payloads)
         return True
 
-    def note_headers_(
-        self, payloads: Sequence[Payload], parts: Sequence[Blocks], received: Sequence[Payload] = ()
-    ) -> bool:
-        device = payloads[0].buffer.device
-        if not kernels.has_triton(device):
-            return False
-        kernel, headers = kernels.of("sparse", device), kernels.of("headers", device)
+    def encode_payloads(
+        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], received: Sequence[Payload] = ()
+    ) -> tuple[list[Payload], bool]:
+        if not kernels.has_triton(x.device):
+            return super().encode_payloads(x, residual, parts, received)
+        kernel, headers = kernels.of("sparse", x.device), kernels.of("headers", x.device)
+        chosen = [self.choose_there(kernel, x, residual, blocks) for blocks in parts]
+        payloads = in_a_row([((torch.int32, 1), *self.layout_there(entries)) for entries, _ in chosen], x.device)
         first = headers.noted_in(payloads, received)
-        for payload, blocks in zip(payloads, parts, strict=True):
-            kernel.note_bad_(self.is_bad(payload.tensors[1:], blocks).view(torch.uint8), blocks, first)
+        for payload, blocks, found in zip(payloads, parts, chosen, strict=True):
+            self.code_there(kernel, *found, residual, blocks, payload.tensors[1:], first)
         headers.write_(first, payloads)
-        return True
+        return payloads, True
 
     def add_up_(
         self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float, found: Decoded | None = None
@@ -103,29 +106,46 @@ class Resident(Compressor):
     ) -> None:
         """`write_`; first: (1,) i32, the header where bad blocks are noted."""
         kernel = kernels.of("sparse", x.device)
-        entries, chosen = self.choose_there(kernel, x, residual, blocks)
-        scales = codes[0]
-        kernel.code_(chosen, blocks, entries, residual, self.value_bits, scales, codes[self.value_bits < 32])
-        if not self.shares_keys:
-            codes[-1].copy_(kernel.encoded(chosen.indices, entries))
-        if first is not None:
-            kernel.note_bad_(chosen.is_bad, blocks, first)
+        self.code_there(kernel, *self.choose_there(kernel, x, residual, blocks), residual, blocks, codes, first)
 
     def encode_there(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> list[Tensor]:
         """`encode` of counts; the host reads how many there are."""
         kernel = kernels.of("sparse", x.device)
         entries, chosen = self.choose_there(kernel, x, residual, blocks)
-        scales, codes = kernel.room_for(entries, self.value_bits)
-        kernel.code_(chosen, blocks, entries, residual, self.value_bits, scales, codes)
-        places = kernel.encoded(chosen.indices, entries)
-        return [kernel.counts_of(entries, chosen.is_bad), *([scales] if self.value_bits < 32 else []), codes, places]
+        codes = [torch.empty(n, dtype=dtype, device=x.device) for dtype, n in self.layout_there(entries)]
+        self.code_there(kernel, entries, chosen, residual, blocks, codes, None)
+        return codes
+
+    def layout_there(self, entries: Any) -> Layout:
+        """The layout of a message with counts."""
+        values = entries.sign_bytes if self.value_bits == 1 else entries.count
+        scales = () if self.value_bits == 32 else ((torch.float32, len(entries)),)
+        codes = ((VALUE_DTYPES[self.value_bits], values), (torch.uint8, entries.code_bytes))
+        return ((torch.int32, len(entries)), *scales, *codes)
+
+    def code_there(
+        self,
+        kernel: Any,
+        entries: Any,
+        chosen: Any,
+        residual: Tensor | None,
+        blocks: Blocks,
+        codes: Codes,
+        first: Tensor | None,
+    ) -> None:
+        """Write the codes of what is chosen."""
+        counts = codes[0] if self.is_ragged else None
+        scales, values = codes[self.is_ragged], codes[self.is_ragged + (self.value_bits < 32)]
+        notes = {"first": first, "counts": counts}
+        kernel.code_(chosen, blocks, entries, residual, self.value_bits, scales, values, **notes)
+        if not self.shares_keys:
+            codes[-1].copy_(kernel.encoded(chosen.indices, entries))
 
     def read_there(self, messages: Sequence[Codes], blocks: Blocks, device: torch.device) -> Decoded:
         kernel = kernels.of("sparse", device)
         joined = messages[0] if len(messages) == 1 else [torch.cat(kind) for kind in zip(*messages, strict=True)]
         entries = self.entries_in(kernel, messages, blocks)
-        is_damaged = torch.zeros(1, dtype=torch.int32, device=device)
-        indices = self.places_in(kernel, joined[-1], blocks, entries, is_damaged)
+        indices, is_damaged = self.places_in(kernel, joined[-1], blocks, entries)
         scales, codes = joined[self.is_ragged], joined[self.is_ragged + (self.value_bits < 32)]
         values = kernel.values_of(codes, scales, entries, self.value_bits, is_damaged)
         return Decoded(kernel, blocks, entries, indices, values)

@@ -14,7 +14,7 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Codes
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all
-from commopt.compress.resident import Decoded, Resident
+from commopt.compress.resident import VALUE_DTYPES, Decoded, Resident
 from commopt.kernels.reference import runs
 from commopt.options import BlockSize, Flag, Positive, Share, checked_dataclass
 from commopt.wire import noise
@@ -23,7 +23,6 @@ from commopt.wire.payload import Layout, Payload
 
 _LEVELS = 127
 _Chosen = tuple[Int64Array, Tensor, Tensor, Tensor]
-_VALUE_DTYPES = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}
 
 
 @checked_dataclass
@@ -104,7 +103,7 @@ class _Sparse(Resident):
     def layout_of(self, blocks: Blocks, ks: Int64Array) -> Layout:
         """The layout of a message of ks elements of each block, apart from its counts."""
         scales = () if self.value_bits == 32 else ((torch.float32, len(ks)),)
-        values = (_VALUE_DTYPES[self.value_bits], int((ks if self.value_bits > 1 else (ks + 7) // 8).sum()))
+        values = (VALUE_DTYPES[self.value_bits], int((ks if self.value_bits > 1 else (ks + 7) // 8).sum()))
         places = () if self.shares_keys else ((torch.uint8, int(all_index_bytes(blocks.lengths, ks).sum())),)
         return (*scales, values, *places)
 
@@ -232,8 +231,8 @@ class RandomK(_Density):
         entries = self.entries(kernel, blocks, x.device)
         return entries, kernel.drawn_(x, residual, blocks, entries, self.is_unbiased)
 
-    def places_in(self, kernel: Any, codes: Tensor, blocks: Blocks, entries: Any, is_damaged: Tensor) -> Tensor:
-        return kernel.draw(blocks, entries, codes.device)  # type: ignore[no-any-return]
+    def places_in(self, kernel: Any, codes: Tensor, blocks: Blocks, entries: Any) -> tuple[Tensor, Tensor]:
+        return kernel.draw(blocks, entries, codes.device), torch.zeros(1, dtype=torch.int64, device=codes.device)
 
     def places_of(self, codes: Codes, blocks: Blocks, ks: Int64Array) -> Tensor:
         return torch.from_numpy(self.places(blocks)[0]).to(codes[0].device)

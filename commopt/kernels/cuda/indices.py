@@ -156,37 +156,36 @@ def encoded(indices: Tensor, entries: Entries, is_bad: Tensor | None = None) -> 
     return words.view(torch.uint8)[: entries.code_bytes]
 
 
-def decoded(code: Tensor, entries: Entries, is_bad: Tensor) -> Tensor:
-    """(K,) i64: the indices of all blocks; is_bad: (1,) i32, set to 1 if some block is not the code of any. All are in [0, n)."""
+def decoded(code: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+    """(K,) i64: the indices of all blocks, which are in [0, n); and (1,) i64, 1 if some block is not the code of any, else 0."""
     out = torch.empty(entries.count, dtype=torch.int64, device=code.device)
     how = {"STEPS": entries.steps, "SIZE": BYTES}
     grid, where = (triton.cdiv(entries.code_bytes, BYTES),), (code, *entries.where, entries.code_bytes)
-    ones = torch.zeros(grid[0] + 1, dtype=torch.int64, device=code.device)
-    launch(_count_ones, grid, *where, ones, **how)
-    ones = ones.cumsum(0)
+    counts = torch.zeros(grid[0] + 2, dtype=torch.int64, device=code.device)
+    is_bad = counts[-1:]
+    launch(_count_ones, grid, *where, counts, **how)
+    ones = counts.cumsum(0)
     launch(_decode, grid, *where, ones, entries.count, out, is_bad, WIDEST=_WIDEST.value, **how)
     how["SIZE"] = PER_PROGRAM
     launch(_check, _grid(entries.count), *entries.where, entries.count, ones, grid[0], out, is_bad, **how)
-    return out
+    return out, is_bad
 
 
-def _entries(ns: Int64Array, ks: Int64Array, sizes: Int64Array, device: torch.device) -> tuple[Entries, Tensor]:
+def _entries(ns: Int64Array, ks: Int64Array, sizes: Int64Array, device: torch.device) -> Entries:
     totals = (int(ks.sum()), int(sizes.sum()), int((ks + 7 >> 3).sum()))
-    counts, lengths = torch.from_numpy(ks).to(device), torch.from_numpy(ns).to(device)
-    return Entries.of(counts, lengths, totals), torch.zeros(1, dtype=torch.int32, device=device)
+    return Entries.of(torch.from_numpy(ks).to(device), torch.from_numpy(ns).to(device), totals)
 
 
 def encode_(
     indices: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array, out: Tensor
 ) -> bool:
     """See `kernels.cpu.indices.encode_`; waits for the GPU."""
-    entries, is_bad = _entries(ns, ks, sizes, out.device)
-    out.copy_(encoded(indices, entries, is_bad))
+    is_bad = torch.zeros(1, dtype=torch.int32, device=out.device)
+    out.copy_(encoded(indices, _entries(ns, ks, sizes, out.device), is_bad))
     return not int(is_bad)
 
 
 def decode(code: Tensor, ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array) -> Tensor | None:
     """See `kernels.cpu.indices.decode`; waits for the GPU."""
-    entries, is_bad = _entries(ns, ks, sizes, code.device)
-    indices = decoded(code, entries, is_bad)
+    indices, is_bad = decoded(code, _entries(ns, ks, sizes, code.device))
     return None if int(is_bad) else indices

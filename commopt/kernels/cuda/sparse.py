@@ -31,7 +31,6 @@ __all__ = [
     "add_",
     "clear_",
     "code_",
-    "counts_of",
     "decoded",
     "draw",
     "draw_and_take_",
@@ -41,13 +40,12 @@ __all__ = [
     "keep_",
     "largest_",
     "lengths_of",
-    "note_bad_",
     "note_sum_",
     "reaching_",
-    "room_for",
     "take_sent_",
     "values_of",
 ]
+_NO_SCALE, _MAX, _MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 TILE = 2048  # entries of a program that takes whole blocks
 WIDE = 256  # entries of a program that adds
 ROUND = tl.constexpr(
@@ -56,26 +54,52 @@ ROUND = tl.constexpr(
 
 
 @triton.jit
-def _scales(values, table, blocks, is_bad, finite, out, MEAN: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """(B,) f32 twice: the largest magnitude of a block's finite values, or their mean; and the same, but NaN for bad blocks."""
+def _block(
+    values,
+    table,
+    blocks,
+    is_bad,
+    columns,
+    count,
+    pieces_up_to,
+    first_bad,
+    counts,
+    finite,
+    scales,
+    SCALE: tl.constexpr,
+    HAS_HEADER: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What a message says of each block: its scale, how many entries it has, and in the header whether it is bad.
+
+    SCALE: the largest magnitude of the block's finite values or their mean, (B,) f32; also with NaN for bad blocks.
+    """
     b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = b < blocks
     first, end = span(table, b, live)
-    total = tl.zeros((ROWS,), tl.float64 if MEAN else tl.float32)
-    for done in range(0, tl.max(end - first, 0), CHUNK):
-        j = (first + done)[:, None] + tl.arange(0, CHUNK)[None, :]
-        size = tl.abs(tl.load(values + j, mask=j < end[:, None], other=0.0))
-        size = tl.where(size <= LARGEST, size, 0.0)
-        if MEAN:
-            total += tl.sum(size.to(tl.float64), 1)
-        else:
-            total = tl.maximum(total, tl.max(size, 1))
-    if MEAN:
-        total /= tl.maximum(end - first, 1).to(tl.float64)
-    bad = tl.load(is_bad + b, mask=live, other=0) != 0
-    unit = total.to(tl.float32)
-    tl.store(finite + b, unit, mask=live)
-    tl.store(out + b, tl.where(bad, NAN, unit), mask=live)
+    bad = live & (tl.load(is_bad + b, mask=live, other=0) != 0)
+    if HAS_COUNTS:
+        tl.store(counts + b, tl.where(bad, -1 - (end - first), end - first).to(tl.int32), mask=live)
+    if HAS_HEADER:
+        at, _ = span(pieces_up_to, b, live)
+        note_bad(first_bad, bad, columns, count, at)
+    if SCALE != _NO_SCALE:
+        total = tl.zeros((ROWS,), tl.float64 if SCALE == _MEAN else tl.float32)
+        for done in range(0, tl.max(end - first, 0), CHUNK):
+            j = (first + done)[:, None] + tl.arange(0, CHUNK)[None, :]
+            size = tl.abs(tl.load(values + j, mask=j < end[:, None], other=0.0))
+            size = tl.where(size <= LARGEST, size, 0.0)
+            if SCALE == _MEAN:
+                total += tl.sum(size.to(tl.float64), 1)
+            else:
+                total = tl.maximum(total, tl.max(size, 1))
+        if SCALE == _MEAN:
+            total /= tl.maximum(end - first, 1).to(tl.float64)
+        scale = total.to(tl.float32)
+        tl.store(finite + b, scale, mask=live)
+        tl.store(scales + b, tl.where(bad, NAN, scale), mask=live)
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -301,24 +325,6 @@ def _take_sent(
 
 
 @triton.jit
-def _mark(ks, is_bad, blocks, out, SIZE: tl.constexpr):
-    b = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    k = tl.load(ks + b, mask=b < blocks, other=0)
-    bad = tl.load(is_bad + b, mask=b < blocks, other=0) != 0
-    tl.store(out + b, tl.where(bad, -1 - k, k).to(tl.int32), mask=b < blocks)
-
-
-@triton.jit
-def _note_bad(is_bad, columns, count, pieces_up_to, blocks, first, SIZE: tl.constexpr):
-    """Note the first parameter with a bad block."""
-    b = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    live = b < blocks
-    at, _ = span(pieces_up_to, b, live)
-    is_there = live & (tl.load(is_bad + b, mask=live, other=0) != 0)
-    note_bad(first, is_there, columns, count, at)
-
-
-@triton.jit
 def _draw(
     table,
     blocks,
@@ -477,31 +483,33 @@ def take_sent_(
     launch(_take_sent, grid, residual, sent, indices, *entries.where, entries.count, *where, **how)
 
 
-def room_for(entries: Entries, bits: int) -> tuple[Tensor, Tensor]:
-    """Scales (B,) f32 and codes, still to be written."""
-    device = entries.table.device
-    dtype = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}[bits]
-    count = entries.sign_bytes if bits == 1 else entries.count
-    return torch.empty(len(entries), dtype=torch.float32, device=device), torch.empty(count, dtype=dtype, device=device)
-
-
-def counts_of(entries: Entries, is_bad: Tensor) -> Tensor:
-    """(B,) i32: how many elements of each block are sent, or -1 less that for bad blocks."""
-    out = torch.empty(len(entries), dtype=torch.int32, device=is_bad.device)
-    launch(_mark, (triton.cdiv(len(out), PER_PROGRAM),), entries.ks, is_bad, len(out), out, SIZE=PER_PROGRAM)
-    return out
-
-
 def code_(
-    chosen: Chosen, blocks: Blocks, entries: Entries, residual: Tensor | None, bits: int, scales: Tensor, out: Tensor
+    chosen: Chosen,
+    blocks: Blocks,
+    entries: Entries,
+    residual: Tensor | None,
+    bits: int,
+    scales: Tensor,
+    out: Tensor,
+    *,
+    first: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> None:
-    """Write scales (B,) f32, unless `bits` is 32, and codes, whose values are taken from the residual of good blocks."""
+    """Write scales (B,) f32, unless `bits` is 32, and codes, whose values are taken from the residual of good blocks.
+
+    first: the header, (1,) i32, where bad blocks are noted. counts: (B,) i32 <- how many entries each block has, or -1 less that.
+    """
     values, indices, is_bad = chosen.values, chosen.indices, chosen.is_bad
-    pieces, table, finite = pieces_of(blocks, values.device), entries.where, torch.empty_like(scales)
-    if bits < 32:
-        chunk = min(TILE, triton.next_power_of_2(max(1, entries.count // max(1, len(entries)))))
-        how = {"MEAN": bits == 1, "ROWS": TILE // chunk, "CHUNK": chunk}
-        launch(_scales, (triton.cdiv(len(entries), TILE // chunk),), values, *table, is_bad, finite, scales, **how)
+    pieces, table = pieces_of(blocks, values.device), entries.where
+    finite = is_bad if bits == 32 else torch.empty_like(scales)
+    chunk = min(TILE, triton.next_power_of_2(max(1, entries.count // max(1, len(entries)))))
+    kind = {32: _NO_SCALE, 1: _MEAN}.get(bits, _MAX).value
+    how = {"SCALE": kind, "HAS_HEADER": first is not None, "HAS_COUNTS": counts is not None}
+    notes = (is_bad if first is None else first, is_bad if counts is None else counts, finite, scales)
+    where = (pieces.columns, len(pieces), pieces.ends, *notes)
+    grid = (triton.cdiv(len(entries), TILE // chunk),)
+    if bits < 32 or first is not None or counts is not None:
+        launch(_block, grid, values, *table, is_bad, *where, **how, ROWS=TILE // chunk, CHUNK=chunk)
     per = 8 if bits == 1 else 1
     units, size = entries.sign_bytes if bits == 1 else entries.count, PER_PROGRAM // per
     how = {"BITS": bits, "PER": per, "HAS_RESIDUAL": residual is not None, "STEPS": entries.steps, "SIZE": size}
@@ -539,10 +547,3 @@ def clear_(indices: Tensor, values: Tensor, blocks: Blocks, entries: Entries, me
     where = (*entries.where, entries.count, message, len(blocks), pieces.columns, len(pieces), pieces.ends, out)
     how = {"STEPS": entries.steps, "SIZE": WIDE}
     launch(_clear, (triton.cdiv(entries.count, WIDE),), indices, values, *where, **how)
-
-
-def note_bad_(is_bad: Tensor, blocks: Blocks, first: Tensor) -> None:
-    """Note the first parameter with a bad block in a header, (1,) i32."""
-    pieces = pieces_of(blocks, is_bad.device)
-    where = (pieces.columns, len(pieces), pieces.ends, len(blocks), first)
-    launch(_note_bad, (triton.cdiv(len(blocks), PER_PROGRAM),), is_bad, *where, SIZE=PER_PROGRAM)
