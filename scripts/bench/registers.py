@@ -25,8 +25,21 @@ from triton.runtime.jit import JITFunction
 
 from commopt import build
 from commopt.compress.base import equal_blocks
+from commopt.compress.resident import VALUE_DTYPES
 from commopt.groups import LocalGroup
-from commopt.kernels.cuda import apply, cast, factors, headers, indices, quantize, residuals, select, signs, votes
+from commopt.kernels.cuda import (
+    apply,
+    cast,
+    factors,
+    headers,
+    indices,
+    quantize,
+    residuals,
+    select,
+    signs,
+    sparse,
+    votes,
+)
 from commopt.kernels.cuda.pieces import Messages
 from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire import noise
@@ -82,6 +95,7 @@ def launches() -> Iterator[tuple[str, Call]]:
         made.append((self, types | dict.fromkeys(constants, "constexpr"), constants, arguments))
 
     run, JITFunction.run = JITFunction.run, note
+    empty, torch.empty = torch.empty, torch.zeros  # no kernel writes how many there are, and the host reads it
     try:
         for numels, word in ((EVEN, ""), (ODD, ", unaligned")):
             for name, call in _calls(numels):
@@ -89,7 +103,7 @@ def launches() -> Iterator[tuple[str, Call]]:
                 call()
                 yield from ((name + word, one) for one in made)
     finally:
-        JITFunction.run = run
+        JITFunction.run, torch.empty = run, empty
 
 
 def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
@@ -132,6 +146,7 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     yield "top_k, blocks", lambda: select.select_(x, e, blocks, np.full(len(blocks), 9))
     yield "top_k", lambda: select.select_(x, e, whole, np.full(len(whole), 9))
     yield "threshold", lambda: select.select_(x, e, whole, np.zeros(len(whole), np.int64), 1.0)
+    yield from _sparse(numels, x, e, whole)
     ns, ks, sizes = np.asarray([1000, 500]), np.asarray([100, 100]), np.asarray([69, 55])
     yield "places", lambda: indices.encode_(torch.arange(200), ns, ks, ks, sizes, codes[:124])
     yield "places", lambda: indices.decode(codes[:124], ns, ks, ks, sizes)
@@ -152,6 +167,25 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
                 lambda r=kept, m=to, c=codec: quantize.compress_all_(x, r, m, first, **c.how),
             )
         yield codec.name, lambda o=own, s=scale, r=read: quantize.decompress_(codes, s, o, x, alpha=1.0, add=True, **r)
+
+
+def _sparse(numels: tuple[int, ...], x: torch.Tensor, e: torch.Tensor, blocks: Blocks) -> Iterator[tuple[str, Any]]:
+    blocks = blocks.worded(0, "bench", 0, np.zeros(len(numels), np.int64))
+    entries = sparse.Entries.of(torch.full((2,), 100), torch.tensor(numels), (200, 124, 26))
+    first = counts = torch.zeros(2, dtype=torch.int32)
+    scales, values, where = torch.ones(2), torch.ones(202), torch.arange(200)
+    chosen, how = sparse.Chosen(where, values, first.view(torch.uint8)[:2]), {"first": first[:1], "counts": counts}
+    for bits, dtype in VALUE_DTYPES.items():
+        out, name = torch.zeros(200, dtype=dtype), f"{bits} bits"
+        yield name, lambda b=bits, o=out: sparse.code_(chosen, blocks, entries, e, b, scales, o, **how)
+        yield name, lambda b=bits, o=out: sparse.values_of(o, scales, entries, b, where[:1])
+    yield "sum of sparse", lambda: sparse.add_(where, values, blocks, entries, x, alpha=1.0, add=False)
+    yield "dgc", lambda: sparse.clear_(where, values, blocks, entries, 0, x)
+    yield "random_k", lambda: sparse.find_bad_(x, None, blocks, values[200:])
+    yield "random_k", lambda: sparse.draw_and_take_(x, e, blocks, entries, values, is_unbiased=True)
+    yield "random_k", lambda: sparse.note_sum_(values, values[200:], blocks, entries, first)
+    yield "random_k", lambda: sparse.keep_(x, e, blocks, chosen.is_bad)
+    yield "random_k", lambda: sparse.take_sent_(e, values, where, blocks, entries, ranks=4)
 
 
 def _steps(numels: tuple[int, ...], flat: torch.Tensor) -> Iterator[tuple[str, Any]]:

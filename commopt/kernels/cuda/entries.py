@@ -50,7 +50,7 @@ class Entries:
         lengths: (B,) i64. totals: what the messages' sizes are; else the host reads them.
         """
         count = len(ks) if ends is None else len(ends)
-        table = torch.zeros(7, count, dtype=torch.int64, device=ks.device)
+        table = torch.empty(7, count, dtype=torch.int64, device=ks.device)
         what = (ks, lengths if ends is None else ends, lengths, count, len(lengths), table)
         launch(_sizes, (triton.cdiv(count, PER_PROGRAM),), *what, HAS_ENDS=ends is not None, SIZE=PER_PROGRAM)
         table[:4].cumsum_(1)

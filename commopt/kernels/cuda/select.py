@@ -248,8 +248,8 @@ def _cuts(
 def reaching_(x: Tensor, residual: Tensor | None, blocks: Blocks, threshold: float) -> tuple[Entries, Chosen]:
     """All elements whose magnitude reaches a threshold above 0; residual <- c in good blocks. The host reads how many there are."""
     pieces, e = pieces_of(blocks, x.device), x if residual is None else residual
-    is_bad = torch.zeros(len(blocks), dtype=torch.uint8, device=x.device)
-    found = torch.zeros(1 + len(pieces), dtype=torch.int64, device=x.device)
+    zeros = torch.zeros(1 + len(pieces) + (len(blocks) + 7) // 8, dtype=torch.int64, device=x.device)
+    found, is_bad = zeros[: 1 + len(pieces)], zeros[1 + len(pieces) :].view(torch.uint8)[: len(blocks)]
     bits = int(np.float32(threshold).view(np.int32))
     how = {"HOW": _GIVEN.value, "HAS_RESIDUAL": residual is not None, **pieces.shape}
     launch(_count_chosen, pieces.grid, x, e, pieces.columns, len(pieces), is_bad, bits, is_bad, found[1:], **how)

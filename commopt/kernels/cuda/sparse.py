@@ -46,7 +46,7 @@ __all__ = [
     "values_of",
 ]
 _NO_SCALE, _MAX, _MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-TILE = 2048  # entries of a program that takes whole blocks
+TILE = 1024  # entries of a program that takes whole blocks
 WIDE = 256  # entries of a program that adds
 ROUND = tl.constexpr(
     12582912.0
@@ -271,9 +271,9 @@ def _add(
         for done in range(0, tl.max(end - first, 0), CHUNK):
             j = (first + done)[:, None] + tl.arange(0, CHUNK)[None, :]
             is_entry = j < end[:, None]
-            i = tl.load(indices + j, mask=is_entry, other=0) - within
-            is_entry &= (i >= 0) & (i < n[:, None])
-            at = out + start[:, None] + i
+            place = tl.load(indices + j, mask=is_entry, other=0) - within
+            is_entry &= (place >= 0) & (place < n[:, None])
+            at = out + start[:, None] + place
             value = tl.load(values + j, mask=is_entry, other=0.0).to(tl.float32) * alpha
             tl.store(at, tl.load(at, mask=is_entry, other=0.0) + value, mask=is_entry)
         tl.debug_barrier()
