@@ -47,9 +47,9 @@ def squares(seed: int) -> Tensor:
 
 
 def drawn(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Parameters; one is not contiguous, and one begins at an odd place."""
+    """Parameters; two are not contiguous, and one begins at an odd place."""
     found = {name: INDEX.view(values(1), name).view(shape).to(dtype) for name, shape in SHAPES.items()}
-    found["e"] = found["e"].t().contiguous().t()
+    found["e"], found["a"] = (found[name].t().contiguous().t() for name in ("e", "a"))
     found["b"] = torch.zeros(4101, dtype=dtype)[1:].copy_(found["b"])
     return found
 

@@ -5,7 +5,6 @@ Parameters are tensors of their own: where each begins is counted from the first
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from commopt.kernels.cuda import pieces as on_device
 from commopt.kernels.cuda.pieces import Pieces, between, launch, piece
 from commopt.kernels.reference.apply import Lamb, Move
-from commopt.wire.bucket import Blocks, ParameterIndex
+from commopt.wire.bucket import Blocks, ParameterIndex, alike
 
 
 @triton.jit
@@ -223,14 +222,12 @@ def move_(
     mean: Tensor | None = None,
 ) -> None:
     """See `kernels.reference.apply.move_`."""
-    dense = _dense(parameters)
     given = (momentum if start is None else start, momentum if mean is None else mean)
     flags = {"HAS_BEGIN": start is not None, "HAS_MEAN": mean is not None, "ROUNDS": how.rounds}
     numbers = tuple(map(float, (*how.root, how.rate, how.kept, how.weight)))
-    for first, pieces in _of_each_dtype(dense, index):
+    for first, pieces in _together(parameters, index):
         table = (first, pieces.columns, len(pieces))
         launch(_move, pieces.grid, *table, momentum, variance, *given, *numbers, **flags, **pieces.shape)
-    _put_back(dense, parameters)
 
 
 def lamb_(
@@ -240,13 +237,12 @@ def lamb_(
 
     mask: (n,) bool, False for elements that do not count in the factor.
     """
-    dense = _dense(parameters)
     share_of_terms = 1 - how.beta ** state["coeffs"].double() if how.is_frozen else state["coeff"]
     moments = (state["momentum"], state["variance"])
     of_direction = tuple(map(float, (*how.root, how.size, how.decay)))
     of_rate = tuple(map(float, (how.lr, *how.bounds, how.beta, *how.factor)))
     hidden = moments[0] if mask is None else mask.view(torch.uint8)
-    for first, pieces in _of_each_dtype(dense, index):
+    for first, pieces in _together(parameters, index):
         table = (pieces.columns, len(pieces))
         sums, rates = (moments[0].new_empty(n) for n in (4 * len(pieces), len(pieces.counts)))
         flags = {"IS_FROZEN": how.is_frozen, "HAS_MASK": mask is not None, **pieces.shape}
@@ -256,28 +252,21 @@ def lamb_(
         of_block = (pieces.counts, pieces.ends, *kept, rates, *of_rate)
         launch(_rates, (len(rates),), sums, *table, *of_block, IS_FROZEN=how.is_frozen, WIDTH=256)
         launch(_along, pieces.grid, first, *table, *moments, *of_direction, rates, **pieces.shape)
-    _put_back(dense, parameters)
 
 
-def _dense(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters themselves, or copies of those that do not lie in the order of their elements."""
-    return {name: p.contiguous() for name, p in parameters.items()}
+def _together(parameters: Mapping[str, Tensor], index: ParameterIndex) -> Iterator[tuple[Tensor, Pieces]]:
+    """The first parameter of each dtype, and the pieces of them all, whose places are counted from its first element.
 
-
-def _put_back(dense: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    for name, p in parameters.items():
-        if dense[name] is not p:
-            p.copy_(dense[name])
-
-
-def _of_each_dtype(parameters: Mapping[str, Tensor], index: ParameterIndex) -> Iterator[tuple[Tensor, Pieces]]:
-    """The first parameter of each dtype, and the pieces of them all, whose places are counted from its first element."""
-    by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
-    for name, p in parameters.items():
-        if p.numel():
-            by_dtype[p.dtype][name] = p
-    for own in by_dtype.values():
-        first = next(iter(own.values()))
-        begin, size = on_device.address(first), first.element_size()
-        starts = tuple((on_device.address(p) - begin) // size for p in own.values())
-        yield first, Pieces.of([index.places(tuple(own), starts)], 8, first.device, [(0, 0)])
+    Those that do not lie in the order of their elements are stepped as a copy, which is put back.
+    """
+    live = (name for name, p in parameters.items() if p.numel())
+    for (_, is_dense), names in alike(
+        live, lambda name: (parameters[name].dtype, parameters[name].is_contiguous())
+    ).items():
+        own = [parameters[name] for name in names]
+        xs = own if is_dense else torch.cat([p.reshape(-1) for p in own]).split([p.numel() for p in own])
+        begins = [on_device.address(x) for x in xs]
+        starts = tuple((begin - begins[0]) // xs[0].element_size() for begin in begins)
+        yield xs[0], Pieces.of([index.places(tuple(names), starts)], 8, xs[0].device, [(0, 0)])
+        for p, x in zip(own, xs, strict=True) if not is_dense else ():
+            p.copy_(x.view(p.shape))
