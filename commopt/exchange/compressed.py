@@ -118,8 +118,13 @@ class Compressed(Exchange):
         is_good = self.average_(dense, group)
         bucket.void = dense.void
         if is_good:
-            torch._foreach_copy_([x for _, x in views], [mean for _, mean in dense.views()])
+            self.put_dense_(dense, bucket)
         return is_good
+
+    def put_dense_(self, dense: Bucket, bucket: Bucket) -> None:
+        """Copy the parameters that are not compressed back into their bucket."""
+        own = [x for name, x in bucket.views() if name in self.dense_names]
+        torch._foreach_copy_(own, [mean for _, mean in dense.views()])
 
     @property
     def state_form(self) -> str:

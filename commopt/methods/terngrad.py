@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from commopt import kernels
 from commopt.compress.feedback import NOTHING_KEPT, first_of
 from commopt.compress.quantize import Ternary, bits_of, pack_codes_, unpack_codes
 from commopt.errors import AttachError
+from commopt.exchange.base import first_bad
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import put_, run_of_element
@@ -35,16 +36,22 @@ class TernGradOptions(NoOptions):
 
 
 class _Tables(NamedTuple):
-    """What follows from a bucket's layout. parameters: one block for each. places: (B,) i64, which of them each block of all owners is
-    part of; firsts: where those of each owner begin. ones: scales of sums. of_answers: the sums of each owner as one block, end to end.
-    """  # fmt: skip
+    """What follows from a bucket's layout.
+
+    parameters, dense: a block for each parameter that is compressed, and for each that is not. places: (B,) i64, which parameter each
+    block of all owners is part of; firsts: where those of each owner begin; slots: what is made of places. ones: scales of sums.
+    of_answers: the sums of each owner as one block, end to end.
+    """
 
     parameters: Blocks
+    dense: Blocks
+    dense_names: tuple[str, ...]
     places: Tensor
     firsts: list[int]
     ones: Tensor
     of_answers: list[Blocks]
     zero: Int64Array
+    slots: dict[int, Any]
 
 
 class TernGrad(GradientMethod, Compressed):
@@ -87,15 +94,18 @@ class TernGrad(GradientMethod, Compressed):
     def stays_dense(self, name: str, p: Tensor) -> bool:
         return name in self.options.dense or super().stays_dense(name, p)
 
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        is_fused = group.size > 1 and kernels.has_triton(self.device)
+        if is_fused and not self.dense_names.issuperset(bucket.names):
+            self._exchange_in_passes(bucket, group)
+        else:
+            super().exchange(bucket, group)
+
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
-        if kernels.has_triton(self.device):
-            return self._exchange_in_passes(bucket, group)
-        if kernels.has_triton(self.device):
-            return self._exchange_in_passes(bucket, group)
         clamped = bucket.with_flat(bucket.flat.clone())
         scales = self._shared_scales(clamped, group)
         if self.is_void(bucket, first_of((~scales.isfinite()).nonzero().flatten().tolist()), group):
-            return None
+            return
         kernel, parts = kernels.of("quantize", self.device), self.table.parts(bucket)
         sent = []
         for blocks in parts.by_owner:
@@ -117,21 +127,24 @@ class TernGrad(GradientMethod, Compressed):
             sums = unpack_codes(payload.tensors[0], bits, blocks.elements)
             per_element = self._of(scales, blocks)[run_of_element(blocks.lengths, self.device)]
             put_(sums * (per_element / group.size), blocks, bucket.flat, add=False)
-        return None
+        return
 
     def _exchange_in_passes(self, bucket: Bucket, group: Group) -> None:
         """The same on a GPU, where one launch does the work for all owners."""
         from commopt.kernels.cuda import quantize, ternary
         from commopt.kernels.cuda.pieces import Messages
+        from commopt.kernels.cuda.residuals import Clamped
 
         parts, its, bits = self.table.parts(bucket), self._tables(bucket), bits_of(group.size)
         own = in_a_row([((torch.float32, len(its.parameters)),)], self.device, is_zero=False)[0]
         bounds = ternary.bounds_(bucket.flat, its.parameters, self.options.clip, own.tensors[0])
-        scales = ternary.agreed(group.all_gather(own))
-        bad = [
-            k for k, s in zip(its.parameters.parameters.tolist(), scales.tolist(), strict=True) if not math.isfinite(s)
-        ]
-        if self.is_void(bucket, first_of(bad), group):
+        blocks = len(its.places)
+        scales = bounds.new_empty(
+            blocks + len(its.parameters) + 1
+        )  # of blocks, of parameters; and what the dense ones add up to
+        ternary.agree_(group.all_gather(own), its.places, scales)
+        dense = self._dense_mean(bucket, group, scales[-1:])
+        if self.is_void(bucket, self._first_bad(its, scales[blocks:].tolist(), dense), group):
             return
 
         def messages(
@@ -143,11 +156,11 @@ class TernGrad(GradientMethod, Compressed):
         none, zeros = bounds.view(torch.int32)[:1], [0] * group.size  # with these scales no block is bad
         sent = in_a_row([self.compressor.layout(blocks)[1:] for blocks in parts.by_owner], self.device, is_zero=False)
         keyed = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
-        clamped = ternary.clamped(bucket.flat, its.parameters, bounds)
-        codes = messages(sent, keyed, scales[its.places], its.firsts)
-        quantize.compress_all_(clamped, None, codes, none, bits=2, is_given=True, kind="levels")
+        clamped = Clamped(bounds, its.places, its.slots)
+        codes = messages(sent, keyed, scales[:blocks], its.firsts)
+        quantize.compress_all_(bucket.flat, clamped, codes, none, bits=2, is_given=True, kind="levels")
         served = parts.served[group.rank]
-        total, sums = (clamped.new_empty(n) for n in (served.elements, sum(blocks.elements for blocks in parts.served)))
+        total, sums = (bounds.new_empty(n) for n in (served.elements, sum(blocks.elements for blocks in parts.served)))
         codes = messages(group.all_to_all(sent), [served] * group.size, its.ones, zeros)
         quantize.decompress_all_(codes, total, bits=2, alpha=1.0, add=False, kind="levels")
         layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
@@ -158,13 +171,41 @@ class TernGrad(GradientMethod, Compressed):
         )
         codes = messages(group.all_gather(answer[0], layouts), its.of_answers, its.ones, zeros)
         quantize.decompress_all_(codes, sums, bits=bits, alpha=1.0, add=False, kind="levels")
-        ternary.spread_(sums, scales, its.places, group.size, parts.by_owner, bucket.flat)
+        ternary.spread_(sums, scales[:blocks], group.size, parts.by_owner, bucket.flat)
+        if dense is not None:
+            self.put_dense_(dense, bucket)
+
+    def _dense_mean(self, bucket: Bucket, group: Group, total: Tensor) -> Bucket | None:
+        """The exact mean of the parameters that are not compressed, if there are any; total: (1,), their sum."""
+        from commopt.kernels.cuda import ternary
+
+        its = self._tables(bucket)
+        if not its.dense_names:
+            return None
+        starts = tuple(its.dense.homes.tolist())
+        dense = Bucket(ternary.shares(bucket.flat, its.dense, group.size), its.dense_names, starts, bucket.label)
+        group.all_reduce(dense.flat)
+        torch.sum(dense.flat, 0, keepdim=True, out=total)
+        return dense
+
+    def _first_bad(self, its: _Tables, found: list[float], dense: Bucket | None) -> int:
+        """The first parameter that is not finite, or -1; found: the scales of all, and what the dense ones add up to."""
+        bad = [k for k, s in zip(its.parameters.parameters.tolist(), found, strict=False) if not math.isfinite(s)]
+        if dense is not None and not math.isfinite(found[-1]):
+            bad.append(first_bad(self.index, dense))
+        return first_of(bad)
+
+    def _whole(self, bucket: Bucket, is_dense: bool) -> Blocks:
+        """One block for each parameter that is compressed, or that is not."""
+        pairs = zip(bucket.names, bucket.starts, strict=True)
+        its = [(self.index.position[name], start) for name, start in pairs if (name in self.dense_names) == is_dense]
+        numbers, starts = np.asarray(its, dtype=np.int64).reshape(-1, 2).T
+        return Blocks(starts, starts, np.asarray(self.index.numels, dtype=np.int64)[numbers], numbers, numbers)
 
     @once_per_layout
     def _tables(self, bucket: Bucket) -> _Tables:
-        pairs = [(self.index.position[name], start) for name, start in zip(bucket.names, bucket.starts, strict=True)]
-        numbers, starts = np.asarray([pair for pair in pairs if self.index.names[pair[0]] not in self.dense_names]).T
-        parameters = Blocks(starts, starts, np.asarray(self.index.numels)[numbers], numbers, numbers)
+        parameters, dense = (self._whole(bucket, is_dense) for is_dense in (False, True))
+        numbers = parameters.parameters
         parts = self.table.parts(bucket)
         number_of = np.zeros(len(self.index.names), np.int64)
         number_of[numbers] = np.arange(len(numbers))
@@ -176,7 +217,11 @@ class TernGrad(GradientMethod, Compressed):
             Blocks(end - n, zero, n, zero, zero) for end, n in zip(ends[:, None], elements[:, None], strict=True)
         ]
         ones = torch.ones(max(1, len(parts.served[self.rank])), dtype=torch.float32, device=self.device)
-        return _Tables(parameters, torch.from_numpy(places).to(self.device), firsts, ones, of_answers, zero)
+        dense_names = tuple(self.index.names[k] for k in dense.parameters)
+        dense = dense.having(homes=np.cumsum(dense.lengths) - dense.lengths)
+        return _Tables(
+            parameters, dense, dense_names, torch.from_numpy(places).to(self.device), firsts, ones, of_answers, zero, {}
+        )
 
     def _shared_scales(self, bucket: Bucket, group: Group) -> Tensor:
         """(P,) f32: the largest magnitude of each of the bucket's parameters on any rank, after clamping it in place."""

@@ -30,6 +30,7 @@ from commopt.groups import LocalGroup
 from commopt.kernels.cuda import (
     apply,
     cast,
+    estimates,
     factors,
     headers,
     indices,
@@ -38,6 +39,7 @@ from commopt.kernels.cuda import (
     select,
     signs,
     sparse,
+    ternary,
     votes,
 )
 from commopt.kernels.cuda.pieces import Messages
@@ -141,6 +143,15 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
         halves = Messages([blocks], scales, torch.zeros(2 * n, dtype=torch.uint8))
         yield name, lambda d=dtype, m=halves: cast.compress_all_(x, e, m, first, dtype=d)
         yield name, lambda d=dtype, m=halves: cast.decompress_all_(m, x, dtype=d, alpha=1.0, add=True)
+    yield "ef21", lambda: estimates.settle_(x, e, estimates.difference(x, e, x, whole, 0.1), whole)
+    yield "ef21", lambda: estimates.put_(estimates.take(x, whole), x, whole)
+    means = in_a_row([((torch.float32, 2),)] * 2, x.device)
+    yield "terngrad", lambda: ternary.agree_(means, torch.zeros(len(blocks), dtype=torch.int64), scales)
+    yield "terngrad", lambda: ternary.spread_(ternary.shares(x, whole, 2), scales, 2, [blocks], x)
+    yield "terngrad", lambda: ternary.bounds_(x, whole, 2.5, scales[:2])
+    clamped = residuals.Clamped(scales, torch.zeros(len(blocks), dtype=torch.int64), {})
+    how = {"kind": "levels", "bits": 2, "is_given": True}
+    yield "terngrad", lambda: quantize.compress_all_(x, clamped, sent, first, **how)
     messages = Messages([whole], scales[:2], codes)
     yield "ternary", lambda: quantize.fit_all_(x, e, messages, bits=2)
     yield "top_k, blocks", lambda: select.select_(x, e, blocks, np.full(len(blocks), 9))

@@ -31,7 +31,7 @@ from commopt.kernels.cuda.pieces import (
 from commopt.kernels.cuda.pieces import (
     values as values_of,
 )
-from commopt.kernels.cuda.residuals import SCALED, arguments, corrected, keep
+from commopt.kernels.cuda.residuals import SCALED, Clamped, arguments, corrected, keep
 from commopt.kernels.reference.quantize import float8_values, natural_values
 from commopt.wire.bucket import Blocks
 from commopt.wire.residual import Residual
@@ -337,7 +337,7 @@ def compress_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor
 
 def compress_all_(
     x: Tensor,
-    residual: Tensor | Residual | None,
+    residual: Tensor | Residual | Clamped | None,
     messages: Messages,
     first: Tensor,
     *,

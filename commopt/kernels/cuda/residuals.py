@@ -6,7 +6,8 @@ without such kernels, and for residuals in 8 bits whose blocks are longer than a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,20 @@ from commopt.wire.residual import MOST_TABLES, Residual, end_to_end
 
 # no residual; float32 that is just what was left out; any other; and one in 8 bits, with a scale for each block
 NONE, PLAIN, STORED, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+CLAMPED = tl.constexpr(4)  # no residual, and values within the bounds of their parameters
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """Instead of a residual: c = x, clamped to -bound .. bound.
+
+    bounds: f32. places: (B,) i64, which is that of each block of all messages. tables: what is made of them, which lasts as long.
+    """
+
+    bounds: Tensor
+    places: Tensor
+    tables: dict[int, Any]
+
 
 _VIEWED = {torch.bfloat16: torch.int16}  # which kernels have no arithmetic of
 
@@ -48,6 +63,9 @@ def corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL: t
     c = values(x, start, n, i)
     if RESIDUAL == PLAIN:
         c += remembered(e, steps, slots, home, n, p, live, i, RESIDUAL)
+    elif RESIDUAL == CLAMPED:
+        bound = tl.load(steps + tl.load(slots + p, mask=live, other=0), mask=live, other=0.0)[:, None]
+        c = tl.minimum(tl.maximum(c, -bound), bound)
     elif RESIDUAL > 0:
         c += remembered(e, steps, slots, home, n, p, live, i, RESIDUAL) * decay
     return c
@@ -122,7 +140,7 @@ def keep(
     """Store what a message leaves out, where a block is to be kept, and a copy of what was stored."""
     if RESIDUAL == PLAIN:
         tl.store(e + home[:, None] + i[None, :], left, mask=(i[None, :] < n[:, None]) & is_kept[:, None])
-    else:
+    elif RESIDUAL != CLAMPED:
         # what is copied must be what the new residual is made of, so that no thread reads an element that another has overwritten
         raw, step = stored(e, steps, slots, home, n, p, live, i, RESIDUAL)
         tl.store(copy + (home - base)[:, None] + i[None, :], raw, mask=i[None, :] < n[:, None])
@@ -223,13 +241,16 @@ def _undo(
 
 
 def arguments(
-    residual: Tensor | Residual | None, x: Tensor, pieces: Pieces
+    residual: Tensor | Residual | Clamped | None, x: Tensor, pieces: Pieces
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     """What `corrected` takes of a residual, what `keep` takes beside that, and what kind it is."""
     if residual is None:
         return (x, x, pieces.columns, 1.0), (0.0, x, x, 0), NONE.value
     if isinstance(residual, Tensor):
         return (residual, x, pieces.columns, 1.0), (0.0, x, x, 0), PLAIN.value
+    if isinstance(residual, Clamped):
+        slots = _once(residual.tables, pieces, lambda: residual.places[pieces.columns[3]])
+        return (x, residual.bounds, slots, 1.0), (0.0, x, x, 0), CLAMPED.value
     slots, scales, kind = pieces.columns, x, STORED.value
     if residual.has_scales:
         slots, scales, kind = _slots(residual, pieces), residual.scales, SCALED.value
@@ -245,13 +266,21 @@ def share_of(average: float) -> float:
 
 def _slots(residual: Residual, pieces: Pieces) -> Tensor:
     """(P,) i64: where the scale of each piece's block is."""
-    if id(pieces) not in residual.tables:
-        if len(residual.tables) > MOST_TABLES:
-            residual.tables.clear()
+
+    def find() -> Tensor:
         homes = torch.from_numpy(residual.homes).to(pieces.columns.device)
-        slots = torch.searchsorted(homes, pieces.columns[1].contiguous(), right=True) - 1
-        residual.tables[id(pieces)] = slots, pieces  # which is kept, and so its id
-    return residual.tables[id(pieces)][0]  # type: ignore[no-any-return]
+        return torch.searchsorted(homes, pieces.columns[1].contiguous(), right=True) - 1
+
+    return _once(residual.tables, pieces, find)
+
+
+def _once(tables: dict[int, Any], pieces: Pieces, find: Callable[[], Tensor]) -> Tensor:
+    """What is made of pieces, the first time that it is asked for."""
+    if id(pieces) not in tables:
+        if len(tables) > MOST_TABLES:
+            tables.clear()
+        tables[id(pieces)] = find(), pieces  # which is kept, and so its id
+    return tables[id(pieces)][0]  # type: ignore[no-any-return]
 
 
 def read(residual: Residual, parts: Sequence[Blocks]) -> Tensor:

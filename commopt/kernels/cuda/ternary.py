@@ -1,4 +1,4 @@
-"""TernGrad on a GPU: the scales of whole parameters, clamped values, and sums back to values."""
+"""TernGrad on a GPU: the scales of whole parameters, and sums back to values."""
 
 from __future__ import annotations
 
@@ -51,34 +51,47 @@ def _bounds(moments, count, ends, sizes, clip, bounds, scales, WIDTH: tl.constex
 
 
 @triton.jit
-def _agree(words, count, ranks, stride, out, WIDTH: tl.constexpr):
-    """The largest scale of any rank; NaN if one is."""
+def _most(words, ranks, stride, k, there):
+    """The largest scale of any rank, NaN if one is: as bit patterns, among which NaN is above all others."""
+    largest = tl.zeros_like(k).to(tl.int32)
+    for rank in range(ranks):
+        largest = tl.maximum(largest, tl.load(words + rank * stride + k, mask=there, other=0) & ALL_BUT_SIGN)
+    return largest.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _agree(words, ranks, stride, places, blocks, parameters, out, WIDTH: tl.constexpr):
+    """The scale of each block, and behind them that of each parameter."""
     k = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    largest = tl.zeros((WIDTH,), tl.int32)
-    for rank in range(ranks):  # as bit patterns, among which NaN is above all others
-        largest = tl.maximum(largest, tl.load(words + rank * stride + k, mask=k < count, other=0) & ALL_BUT_SIGN)
-    tl.store(out + k, largest.to(tl.float32, bitcast=True), mask=k < count)
+    of_block = tl.load(places + k, mask=k < blocks, other=0)
+    tl.store(out + k, _most(words, ranks, stride, of_block, k < blocks), mask=k < blocks)
+    tl.store(out + blocks + k, _most(words, ranks, stride, k, k < parameters), mask=k < parameters)
 
 
 @triton.jit
-def _clamp(x, bounds, columns, count, out, ROWS: tl.constexpr, LENGTH: tl.constexpr, ALIGN: tl.constexpr):
-    p, live, start, home, n, parameter, codes = piece(columns, count, ROWS, ALIGN)
-    i = tl.arange(0, LENGTH)
-    bound = tl.load(bounds + parameter, mask=live, other=0.0)[:, None]
-    clamped = tl.minimum(tl.maximum(values(x, start, n, i), -bound), bound)
-    tl.store(out + start[:, None] + i[None, :], clamped, mask=i[None, :] < n[:, None])
-
-
-@triton.jit
-def _spread(
-    sums, scales, places, columns, count, ranks, x, ROWS: tl.constexpr, LENGTH: tl.constexpr, ALIGN: tl.constexpr
-):
+def _spread(sums, scales, columns, count, ranks, x, ROWS: tl.constexpr, LENGTH: tl.constexpr, ALIGN: tl.constexpr):
     """x <- scale / ranks * sum"""
     p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
-    scale = tl.load(scales + tl.load(places + block, mask=live, other=0), mask=live, other=0.0)
+    scale = tl.load(scales + block, mask=live, other=0.0)
     share = tl.div_rn(scale, tl.zeros_like(scale) + ranks)
     tl.store(x + start[:, None] + i[None, :], values(sums, home, n, i) * share[:, None], mask=i[None, :] < n[:, None])
+
+
+@triton.jit
+def _share(x, columns, count, ranks, out, ROWS: tl.constexpr, LENGTH: tl.constexpr, ALIGN: tl.constexpr):
+    """out <- x / ranks"""
+    p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
+    i = tl.arange(0, LENGTH)
+    share = tl.div_rn(values(x, start, n, i), tl.zeros((ROWS, LENGTH), tl.float32) + ranks)
+    tl.store(out + home[:, None] + i[None, :], share, mask=i[None, :] < n[:, None])
+
+
+def shares(x: Tensor, blocks: Blocks, ranks: int) -> Tensor:
+    """(elements,) f32: blocks of x over the number of ranks, at their homes."""
+    pieces, out = _pieces([blocks], x), x.new_empty(blocks.elements)
+    launch(_share, pieces.grid, x, pieces.columns, len(pieces), float(ranks), out, **pieces.shape)
+    return out
 
 
 def bounds_(x: Tensor, parameters: Blocks, clip: float, scales: Tensor) -> Tensor:
@@ -91,28 +104,23 @@ def bounds_(x: Tensor, parameters: Blocks, clip: float, scales: Tensor) -> Tenso
     return bounds
 
 
-def agreed(payloads: Sequence[Payload]) -> Tensor:
-    """(B,) f32: the largest of what each of the ranks has sent."""
+def agree_(payloads: Sequence[Payload], places: Tensor, out: Tensor) -> None:
+    """The largest of what the ranks have sent: for each block, and behind them for each parameter.
+
+    places: (B,) i64, which parameter each block is part of. out: (B + P or more,) f32.
+    """
     row, at = row_of(payloads)
-    words, count, width = row.view(torch.int32), payloads[0].nbytes // 4, 1024
-    out = torch.empty(count, dtype=torch.float32, device=row.device)
+    words, blocks, parameters, width = row.view(torch.int32), len(places), payloads[0].nbytes // 4, 1024
     stride = (at[1] - at[0]) // 4 if len(at) > 1 else 0
-    launch(_agree, (triton.cdiv(count, width),), words[at[0] // 4 :], count, len(at), stride, out, WIDTH=width)
-    return out
+    grid = (triton.cdiv(max(blocks, parameters), width),)
+    launch(_agree, grid, words[at[0] // 4 :], len(at), stride, places, blocks, parameters, out, WIDTH=width)
 
 
-def clamped(x: Tensor, parameters: Blocks, bounds: Tensor) -> Tensor:
-    """x with each parameter's values in -bound .. bound; what is of none of them is left out."""
-    pieces, out = _pieces([parameters], x), torch.empty_like(x)
-    launch(_clamp, pieces.grid, x, bounds, pieces.columns, len(pieces), out, **pieces.shape)
-    return out
-
-
-def spread_(sums: Tensor, scales: Tensor, places: Tensor, ranks: int, parts: Sequence[Blocks], x: Tensor) -> None:
-    """x <- scale / ranks * sum. sums: of all parts, end to end. places: (B,) i64 where in `scales` each block's is."""
+def spread_(sums: Tensor, scales: Tensor, ranks: int, parts: Sequence[Blocks], x: Tensor) -> None:
+    """x <- scale / ranks * sum. sums: of all parts, end to end. scales: (B,) f32 of their blocks."""
     moved = [blocks.having(homes=homes) for blocks, homes in zip(parts, end_to_end(parts), strict=True)]
     pieces = _pieces(moved, x)
-    launch(_spread, pieces.grid, sums, scales, places, pieces.columns, len(pieces), float(ranks), x, **pieces.shape)
+    launch(_spread, pieces.grid, sums, scales, pieces.columns, len(pieces), float(ranks), x, **pieces.shape)
 
 
 def _pieces(parts: Sequence[Blocks], x: Tensor) -> Pieces:
