@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, Payload, layout_bytes
-from commopt.wire.residual import Residual
+from commopt.wire.residual import Moved, Residual
 
 Codes: TypeAlias = Sequence[Tensor]  # the tensors of a message, widest dtype first
 
@@ -46,16 +46,16 @@ class Compressor(ABC):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | Residual | None,
+        residual: Tensor | Residual | Moved | None,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
         """`compress_` into payloads behind their headers. Returns whether these are written too: the first bad parameter, or -1.
 
-        residual: as it is stored only if the codec `takes` it. received: messages whose headers count, too.
+        residual: as it is stored, or moved values, only if the codec `takes` it. received: messages whose headers count, too.
         """
-        assert not isinstance(residual, Residual)
+        assert not isinstance(residual, (Residual, Moved))
         self.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
         return False
 
@@ -86,7 +86,7 @@ class Compressor(ABC):
             out[run].zero_()
         self.decompress_payloads_(payloads, [blocks] * len(payloads), out, alpha=alpha, add=True)
 
-    def takes(self, residual: Residual, *, contracts: bool) -> bool:
+    def takes(self, residual: Residual | Moved, *, contracts: bool) -> bool:
         """Whether `compress_payloads_` takes a residual as it is stored; contracts: `fit_` follows."""
         return False
 

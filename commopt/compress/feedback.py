@@ -15,7 +15,7 @@ from commopt.kernels.reference.runs import corrected, element_indices, first_bad
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Layout, Payload, in_a_row
-from commopt.wire.residual import Residual, end_to_end
+from commopt.wire.residual import Moved, Residual, end_to_end
 
 HEADER: Layout = ((torch.int32, 1),)  # of every payload: the first parameter that is not finite, or -1
 _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
@@ -78,13 +78,16 @@ class ErrorFeedback:
         self.residual, self.scales = residual, scales
         self._stored = Residual(residual, scales, homes, kept.decay, kept.average)
 
-    def compress(self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload] = ()) -> list[Payload]:
+    def compress(
+        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload] = (), moved: Moved | None = None
+    ) -> list[Payload]:
         """The payloads of x + residual, one for each of `parts`; x is left as it is.
 
         received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
+        moved: what x is before it is compressed, if there is no residual and the compressor takes it.
         """
         if self.bits == 0 or self._stored.is_plain:
-            return self._encode(x, self.residual if self.bits else None, parts, received)
+            return self._encode(x, self.residual if self.bits else moved, parts, received)
         if not self.compressor.takes(self._stored, contracts=self.kept.contracts):
             return self._encode_apart(x, parts, received)
         self._stored = self._stored.copying(parts)
@@ -148,17 +151,21 @@ class ErrorFeedback:
         return ErrorFeedback(self.compressor, self.kept, blocks, residual=residual, scales=scales).values(blocks)
 
     def _encode(
-        self, x: Tensor, residual: Tensor | Residual | None, parts: Sequence[Blocks], received: Sequence[Payload]
+        self,
+        x: Tensor,
+        residual: Tensor | Residual | Moved | None,
+        parts: Sequence[Blocks],
+        received: Sequence[Payload],
     ) -> list[Payload]:
         has_headers = False
         if self.compressor.is_ragged:
-            assert not isinstance(residual, Residual)
+            assert not isinstance(residual, (Residual, Moved))
             payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received)
         else:
             layouts = [HEADER + self.compressor.layout(blocks) for blocks in parts]
             payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device))
             has_headers = self.compressor.compress_payloads_(x, residual, parts, payloads, received)
-            if self.kept.contracts and not isinstance(residual, Residual):
+            if self.kept.contracts and not isinstance(residual, (Residual, Moved)):
                 self.compressor.fit_payloads_(payloads, x, residual, parts)
         if not has_headers:
             own = zip(payloads, parts, strict=True)
@@ -182,8 +189,8 @@ class ErrorFeedback:
         before = torch.cat([self.values(blocks) for blocks in parts])
         residual = before * self.kept.decay
         payloads = self._encode(x, residual, moved, received)
-        every = torch.split(residual.lerp_(before, self.kept.average), [blocks.elements for blocks in parts])
-        for payload, blocks, part in zip(payloads, parts, every, strict=True):
+        rest = torch.split(residual.lerp_(before, self.kept.average), [blocks.elements for blocks in parts])
+        for payload, blocks, part in zip(payloads, parts, rest, strict=True):
             if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else void: it is undone
                 self.set_values(part, blocks)
         return payloads

@@ -13,7 +13,7 @@ from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload
-from commopt.wire.residual import Residual
+from commopt.wire.residual import Moved, Residual
 
 
 class Fused(Compressor):
@@ -27,12 +27,13 @@ class Fused(Compressor):
     def reading(self) -> dict[str, Any]:
         """What `decompress_all_` takes."""
 
-    def takes(self, residual: Residual, *, contracts: bool) -> bool:
-        if not self.pads(residual.values.device) or (contracts and self.needs_fit):
+    def takes(self, residual: Residual | Moved, *, contracts: bool) -> bool:
+        values = residual.known if isinstance(residual, Moved) else residual.values
+        if not self.pads(values.device) or (contracts and self.needs_fit):
             return False
         from commopt.kernels.cuda.pieces import LONGEST
 
-        return not residual.has_scales or (self.block_size or LONGEST + 1) <= LONGEST
+        return isinstance(residual, Moved) or not residual.has_scales or (self.block_size or LONGEST + 1) <= LONGEST
 
     def pads(self, device: torch.device) -> bool:
         return kernels.has_triton(device)
@@ -40,7 +41,7 @@ class Fused(Compressor):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | Residual | None,
+        residual: Tensor | Residual | Moved | None,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),

@@ -14,7 +14,7 @@ from commopt import kernels
 from commopt.compress.base import Codes, Compressor
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout, Payload, in_a_row
-from commopt.wire.residual import Residual
+from commopt.wire.residual import Moved, Residual
 
 VALUE_DTYPES = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}
 
@@ -58,12 +58,12 @@ class Resident(Compressor):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | Residual | None,
+        residual: Tensor | Residual | Moved | None,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
-        assert not isinstance(residual, Residual)
+        assert not isinstance(residual, (Residual, Moved))
         if not kernels.has_triton(x.device):
             return super().compress_payloads_(x, residual, parts, payloads, received)
         headers = kernels.of("headers", x.device)

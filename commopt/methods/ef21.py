@@ -20,6 +20,7 @@ from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Flag, Share, Whole
 from commopt.wire.bucket import Blocks, Bucket, once_per_layout
 from commopt.wire.payload import Payload
+from commopt.wire.residual import Moved
 from commopt.wire.state import Saved, State
 
 
@@ -124,11 +125,15 @@ class EF21(GradientMethod, Compressed):
         """The same on a GPU, in a pass before the messages and one after them."""
         from commopt.kernels.cuda import estimates
 
-        average, blocks = self.state.get("average"), self._parameters(v)
-        difference = estimates.difference(v.flat, average, self.state["known"], blocks, self.options.eta)
-        self._bring_up_to_date(v, group, difference)
+        average, blocks, eta = self.state.get("average"), self._parameters(v), self.options.eta
+        moved, known = Moved(self.state["known"], average, eta), self.state["known"]
+        is_fused = self.dense_names.isdisjoint(v.names) and self.compressor.takes(moved, contracts=self.kept.contracts)
+        if is_fused:
+            self._bring_up_to_date(v, group, v.flat, moved)
+        else:
+            self._bring_up_to_date(v, group, estimates.difference(v.flat, average, known, blocks, eta))
         if v.void is None:
-            estimates.settle_(v.flat, average, self.state["estimate"], blocks)
+            estimates.settle_(v.flat, average, self.state["estimate"], blocks, eta if is_fused else None)
 
     @once_per_layout
     def _parameters(self, bucket: Bucket) -> Blocks:
@@ -137,8 +142,10 @@ class EF21(GradientMethod, Compressed):
         starts, lengths = np.asarray(bucket.starts), np.asarray(self.index.numels)[numbers]
         return Blocks(starts, self.index.offsets[numbers], lengths, numbers, numbers)
 
-    def _bring_up_to_date(self, v: Bucket, group: Group, difference: Tensor | None = None) -> None:
-        """Bring h_i and h up to date with v_i, or set v.void. difference: v_i - h_i, if it is there already."""
+    def _bring_up_to_date(
+        self, v: Bucket, group: Group, difference: Tensor | None = None, moved: Moved | None = None
+    ) -> None:
+        """Bring h_i and h up to date with v_i, or set v.void. difference: v_i - h_i, or what `moved` makes that of."""
         whole = {name for name in v.names if self._is_whole(name)}
         exact = None
         if whole:
@@ -151,29 +158,29 @@ class EF21(GradientMethod, Compressed):
                 difference = v.flat.clone()
                 for name, x in v.with_flat(difference).views():
                     x -= self.part("known", name)  # v_i - h_i
-            (self._two_ways if self.server_compressor else self._one_way)(v, difference, whole, group)
+            (self._two_ways if self.server_compressor else self._one_way)(v, difference, moved, whole, group)
         if exact is not None and v.void is None:
             self._keep("known", v, whole)
             self._keep("estimate", exact)
             self._serve(exact)
 
-    def _one_way(self, v: Bucket, difference: Tensor, whole: set[str], group: Group) -> None:
+    def _one_way(self, v: Bucket, difference: Tensor, moved: Moved | None, whole: set[str], group: Group) -> None:
         """h_i <- h_i + c_i;  h <- h + mean c_i. Nothing changes if that is void."""
         blocks = self._coded(self.keyed(self.table.all_of(v), self.compressor), whole)
-        own = self.worker.compress(difference, [blocks])[0]
+        own = self.worker.compress(difference, [blocks], moved=moved)[0]
         messages = group.all_gather_ragged(own) if self.compressor.is_ragged else group.all_gather(own)
         if not self.is_void(v, first_bad_parameter(messages), group):
             at_home = blocks.having(starts=blocks.homes)
             self._decode([own], [at_home], self.state["known"])
             self._decode(messages, [at_home] * group.size, self.state["estimate"], 1 / group.size)
 
-    def _two_ways(self, v: Bucket, difference: Tensor, whole: set[str], group: Group) -> None:
+    def _two_ways(self, v: Bucket, difference: Tensor, moved: Moved | None, whole: set[str], group: Group) -> None:
         """h_i <- h_i + c_i;  h <- h + mean c_i;  w <- w + C_s(h - w), each block by the rank that serves it."""
         assert self.server_compressor is not None
         parts = self.table.parts(v)
         by_owner = [self._coded(self.keyed(blocks, self.compressor), whole) for blocks in parts.by_owner]
         served = [self._coded(blocks, whole) for blocks in parts.served]
-        own = self.worker.compress(difference, by_owner)
+        own = self.worker.compress(difference, by_owner, moved=moved)
         received = group.all_to_all(own)
         # a GPU is asked once, at the end: until then, answers carry on what the messages say
         is_late = kernels.has_triton(self.device)

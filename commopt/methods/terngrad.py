@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,14 @@ from commopt.groups.base import Group
 from commopt.kernels.reference.runs import put_, run_of_element
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Names, Number, Wanted, Whole
-from commopt.wire.bucket import Blocks, Bucket, Int64Array, once_per_layout
+from commopt.wire.bucket import Blocks, Bucket, Int64Array, Parts, once_per_layout
 from commopt.wire.payload import Payload, in_a_row, row_of
 
+if TYPE_CHECKING:
+    from commopt.kernels.cuda.pieces import Messages
+
 _MOST_RANKS = 127
+_LEVELS: dict[str, Any] = {"kind": "levels"}
 
 
 @options
@@ -132,48 +136,45 @@ class TernGrad(GradientMethod, Compressed):
     def _exchange_in_passes(self, bucket: Bucket, group: Group) -> None:
         """The same on a GPU, where one launch does the work for all owners."""
         from commopt.kernels.cuda import quantize, ternary
-        from commopt.kernels.cuda.pieces import Messages
         from commopt.kernels.cuda.residuals import Clamped
 
-        parts, its, bits = self.table.parts(bucket), self._tables(bucket), bits_of(group.size)
+        parts, its = self.table.parts(bucket), self._tables(bucket)
         own = in_a_row([((torch.float32, len(its.parameters)),)], self.device, is_zero=False)[0]
         bounds = ternary.bounds_(bucket.flat, its.parameters, self.options.clip, own.tensors[0])
-        blocks = len(its.places)
-        scales = bounds.new_empty(
-            blocks + len(its.parameters) + 1
-        )  # of blocks, of parameters; and what the dense ones add up to
+        # of all blocks, then of all parameters, and then what the dense ones add up to
+        scales = bounds.new_empty(len(its.places) + len(its.parameters) + 1)
         ternary.agree_(group.all_gather(own), its.places, scales)
         dense = self._dense_mean(bucket, group, scales[-1:])
-        if self.is_void(bucket, self._first_bad(its, scales[blocks:].tolist(), dense), group):
+        if self.is_void(bucket, self._first_bad(its, scales[len(its.places) :].tolist(), dense), group):
             return
-
-        def messages(
-            payloads: Sequence[Payload], parts: Sequence[Blocks], scales: Tensor, at: Sequence[int]
-        ) -> Messages:
-            row, places = row_of(payloads)
-            return Messages(parts, scales, row, tuple(zip(at, places, strict=True)))
-
-        none, zeros = bounds.view(torch.int32)[:1], [0] * group.size  # with these scales no block is bad
         sent = in_a_row([self.compressor.layout(blocks)[1:] for blocks in parts.by_owner], self.device, is_zero=False)
         keyed = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
-        clamped = Clamped(bounds, its.places, its.slots)
-        codes = messages(sent, keyed, scales[:blocks], its.firsts)
-        quantize.compress_all_(bucket.flat, clamped, codes, none, bits=2, is_given=True, kind="levels")
-        served = parts.served[group.rank]
-        total, sums = (bounds.new_empty(n) for n in (served.elements, sum(blocks.elements for blocks in parts.served)))
-        codes = messages(group.all_to_all(sent), [served] * group.size, its.ones, zeros)
-        quantize.decompress_all_(codes, total, bits=2, alpha=1.0, add=False, kind="levels")
-        layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
-        answer = in_a_row([layouts[group.rank]], self.device, is_zero=False)
-        codes = messages(answer, [its.of_answers[group.rank].having(starts=its.zero)], its.ones, [0])
-        quantize.compress_all_(
-            total, None, codes, none, levels=2 ** (bits - 1), bits=bits, is_given=True, kind="levels"
-        )
-        codes = messages(group.all_gather(answer[0], layouts), its.of_answers, its.ones, zeros)
-        quantize.decompress_all_(codes, sums, bits=bits, alpha=1.0, add=False, kind="levels")
-        ternary.spread_(sums, scales[:blocks], group.size, parts.by_owner, bucket.flat)
+        messages, none = _messages(sent, keyed, scales, its.firsts), torch.empty_like(bounds, dtype=torch.int32)
+        clamped, how = Clamped(bounds, its.places, its.slots), _LEVELS | {"is_given": True}
+        quantize.compress_all_(bucket.flat, clamped, messages, none, bits=2, **how)
+        sums = self._sums(group.all_to_all(sent), parts, its, group)
+        ternary.spread_(sums, scales, group.size, parts.by_owner, bucket.flat)
         if dense is not None:
             self.put_dense_(dense, bucket)
+
+    def _sums(self, received: Sequence[Payload], parts: Parts, its: _Tables, group: Group) -> Tensor:
+        """(elements,) f32: the sums that all ranks serve, end to end; received: the codes of what this one serves."""
+        from commopt.kernels.cuda import quantize
+
+        served, bits, at = parts.served[group.rank], bits_of(group.size), [0] * group.size
+        total, sums = (
+            its.ones.new_empty(n) for n in (served.elements, sum(blocks.elements for blocks in parts.served))
+        )
+        messages = _messages(received, [served] * group.size, its.ones, at)
+        quantize.decompress_all_(messages, total, bits=2, alpha=1.0, add=False, **_LEVELS)
+        layouts = [((torch.uint8, (blocks.elements * bits + 7) // 8),) for blocks in parts.served]
+        answer = in_a_row([layouts[group.rank]], self.device, is_zero=False)
+        messages = _messages(answer, [its.of_answers[group.rank].having(starts=its.zero)], its.ones, [0])
+        none, how = torch.empty_like(its.ones, dtype=torch.int32), _LEVELS | {"is_given": True}
+        quantize.compress_all_(total, None, messages, none, levels=2 ** (bits - 1), bits=bits, **how)
+        messages = _messages(group.all_gather(answer[0], layouts), its.of_answers, its.ones, at)
+        quantize.decompress_all_(messages, sums, bits=bits, alpha=1.0, add=False, **_LEVELS)
+        return sums
 
     def _dense_mean(self, bucket: Bucket, group: Group, total: Tensor) -> Bucket | None:
         """The exact mean of the parameters that are not compressed, if there are any; total: (1,), their sum."""
@@ -241,3 +242,11 @@ class TernGrad(GradientMethod, Compressed):
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) / ranks * (2 + bits_of(ranks)) / 8
+
+
+def _messages(payloads: Sequence[Payload], parts: Sequence[Blocks], scales: Tensor, at: Sequence[int]) -> Messages:
+    """Codes in payloads without a header, and their scales; at: where in these each message's begin."""
+    from commopt.kernels.cuda.pieces import Messages
+
+    row, places = row_of(payloads)
+    return Messages(parts, scales, row, tuple(zip(at, places, strict=True)))

@@ -84,6 +84,18 @@ class Residual:
                 yield self.scales[slots], self.scales_copy[slots]
 
 
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """Instead of a residual: c = (1 - eta) average + eta x - known, and nothing is kept; without an average c = x - known.
+
+    known, average: (elements,) f32, laid out by the blocks' homes.
+    """
+
+    known: Tensor
+    average: Tensor | None
+    eta: float
+
+
 def runs(parts: Sequence[Blocks]) -> list[slice]:
     """The stretches of the state that hold these blocks and nothing else, in ascending order; found once."""
 

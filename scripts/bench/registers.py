@@ -47,7 +47,7 @@ from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, Bucket, ParameterIndex
 from commopt.wire.payload import in_a_row
-from commopt.wire.residual import Residual
+from commopt.wire.residual import Moved, Residual
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -144,13 +144,16 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
         yield name, lambda d=dtype, m=halves: cast.compress_all_(x, e, m, first, dtype=d)
         yield name, lambda d=dtype, m=halves: cast.decompress_all_(m, x, dtype=d, alpha=1.0, add=True)
     yield "ef21", lambda: estimates.settle_(x, e, estimates.difference(x, e, x, whole, 0.1), whole)
+    for average in (e, None):
+        moved = Moved(x, average, 0.1)
+        yield "sign, moved", lambda m=moved: signs.compress_all_(x, m, sent, first, squared=False)
     yield "ef21", lambda: estimates.put_(estimates.take(x, whole), x, whole)
     means = in_a_row([((torch.float32, 2),)] * 2, x.device)
     yield "terngrad", lambda: ternary.agree_(means, torch.zeros(len(blocks), dtype=torch.int64), scales)
     yield "terngrad", lambda: ternary.spread_(ternary.shares(x, whole, 2), scales, 2, [blocks], x)
     yield "terngrad", lambda: ternary.bounds_(x, whole, 2.5, scales[:2])
     clamped = residuals.Clamped(scales, torch.zeros(len(blocks), dtype=torch.int64), {})
-    how = {"kind": "levels", "bits": 2, "is_given": True}
+    how: dict[str, Any] = {"kind": "levels", "bits": 2, "is_given": True}
     yield "terngrad", lambda: quantize.compress_all_(x, clamped, sent, first, **how)
     messages = Messages([whole], scales[:2], codes)
     yield "ternary", lambda: quantize.fit_all_(x, e, messages, bits=2)

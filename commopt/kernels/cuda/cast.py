@@ -23,16 +23,18 @@ from commopt.kernels.cuda.pieces import (
     words_of,
 )
 from commopt.kernels.cuda.residuals import SCALED, arguments, corrected, keep, narrowed, widened
-from commopt.wire.residual import Residual
+from commopt.wire.residual import Moved, Residual
 
 
 @triton.jit
 def _halves(c, out):
     """As float16, or as bfloat16 in an i16."""
     if out.dtype.element_ty == tl.int16:
-        return narrowed(c, out)
-    over = tl.where(c > 0, float("inf"), float("-inf"))
-    return tl.where(tl.abs(c) >= 65520.0, over, c).to(tl.float16)  # the first that is rounded to inf
+        half = narrowed(c, out)
+    else:
+        over = tl.where(c > 0, float("inf"), float("-inf"))
+        half = tl.where(tl.abs(c) >= 65520.0, over, c).to(tl.float16)  # the first that is rounded to inf
+    return half
 
 
 @triton.jit(do_not_specialize=["word"])
@@ -70,7 +72,8 @@ def _compress(
         if KEYS > 0:
             key, place = key_of(word, words, columns, count, p, live, KEYS), within(columns, count, p, live, i)
         which = (key, place, home, n, p, live, live & is_good, i)
-        keep(c - sent, share, e, steps, slots, copy, steps_copy, base, *which, RESIDUAL, KEYS)
+        left = tl.where(is_good[:, None], c, 0.0) - tl.where(is_good[:, None], sent, 0.0)
+        keep(left, share, e, steps, slots, copy, steps_copy, base, *which, RESIDUAL, KEYS)
     tl.store(out + at[:, None] + i[None, :], half, mask=i[None, :] < n[:, None])
 
 
@@ -101,7 +104,7 @@ def _decompress(
 
 
 def compress_all_(
-    x: Tensor, residual: Tensor | Residual | None, messages: Messages, first: Tensor, *, dtype: torch.dtype
+    x: Tensor, residual: Tensor | Residual | Moved | None, messages: Messages, first: Tensor, *, dtype: torch.dtype
 ) -> None:
     """`Cast.write_` of several messages; first: (1,) i32, where bad blocks are noted (`note_bad`)."""
     out, pieces = _laid(messages, dtype)

@@ -41,7 +41,9 @@ def _settle(
     estimate,
     columns,
     count,
+    share,
     HAS_AVERAGE: tl.constexpr,
+    BLENDS: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -50,7 +52,10 @@ def _settle(
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
     if HAS_AVERAGE:
-        tl.store(average + home[:, None] + i[None, :], values(x, start, n, i), mask=inside)
+        v = values(x, start, n, i)
+        if BLENDS:
+            v = blend(values(average, home, n, i), v, share)
+        tl.store(average + home[:, None] + i[None, :], v, mask=inside)
     tl.store(x + start[:, None] + i[None, :], values(estimate, home, n, i), mask=inside)
 
 
@@ -82,11 +87,11 @@ def difference(x: Tensor, average: Tensor | None, known: Tensor, blocks: Blocks,
     return out
 
 
-def settle_(x: Tensor, average: Tensor | None, estimate: Tensor, blocks: Blocks) -> None:
-    """average <- x, if there is one, and x <- estimate, of some blocks."""
-    pieces = _pieces(blocks, x)
-    where = (x, x if average is None else average, estimate, pieces.columns, len(pieces))
-    launch(_settle, pieces.grid, *where, HAS_AVERAGE=average is not None, **pieces.shape)
+def settle_(x: Tensor, average: Tensor | None, estimate: Tensor, blocks: Blocks, eta: float | None = None) -> None:
+    """average <- x, if there is one, or with eta (1 - eta) average + eta x; and x <- estimate, of some blocks."""
+    pieces, share = _pieces(blocks, x), 0.0 if eta is None else share_of(eta)
+    where = (x, x if average is None else average, estimate, pieces.columns, len(pieces), share)
+    launch(_settle, pieces.grid, *where, HAS_AVERAGE=average is not None, BLENDS=eta is not None, **pieces.shape)
 
 
 def take(state: Tensor, blocks: Blocks) -> Tensor:

@@ -34,7 +34,7 @@ from commopt.kernels.cuda.pieces import (
 from commopt.kernels.cuda.residuals import SCALED, Clamped, arguments, corrected, keep
 from commopt.kernels.reference.quantize import float8_values, natural_values
 from commopt.wire.bucket import Blocks
-from commopt.wire.residual import Residual
+from commopt.wire.residual import Moved, Residual
 
 SMALLEST = tl.constexpr(2.0**-126)
 _LEVELS, _FLOAT8, _NATURAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -337,7 +337,7 @@ def compress_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor
 
 def compress_all_(
     x: Tensor,
-    residual: Tensor | Residual | Clamped | None,
+    residual: Tensor | Residual | Moved | Clamped | None,
     messages: Messages,
     first: Tensor,
     *,

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from commopt.kernels.cuda.pieces import LARGEST, Pieces, key_of, launch, mix, piece, uniform, values, within, words_of
 from commopt.wire.bucket import Blocks
-from commopt.wire.residual import MOST_TABLES, Residual, end_to_end
+from commopt.wire.residual import MOST_TABLES, Moved, Residual, end_to_end
 
 # no residual; float32 that is just what was left out; any other; and one in 8 bits, with a scale for each block
 NONE, PLAIN, STORED, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-CLAMPED = tl.constexpr(4)  # no residual, and values within the bounds of their parameters
+# no residual, but values within the bounds of their parameters, an average of them less what is known of it, and themselves less that
+CLAMPED, AVERAGED, LESS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL: t
     elif RESIDUAL == CLAMPED:
         bound = tl.load(steps + tl.load(slots + p, mask=live, other=0), mask=live, other=0.0)[:, None]
         c = tl.minimum(tl.maximum(c, -bound), bound)
+    elif RESIDUAL == AVERAGED:
+        c = blend(values(e, home, n, i), c, decay) - values(steps, home, n, i)
+    elif RESIDUAL == LESS:
+        c -= values(steps, home, n, i)
     elif RESIDUAL > 0:
         c += remembered(e, steps, slots, home, n, p, live, i, RESIDUAL) * decay
     return c
@@ -82,16 +87,20 @@ def narrowed(new, e):
     """As it is stored: float32, the nearest bfloat16 as an i16, or a whole number as an i8."""
     if e.dtype.element_ty == tl.int16:
         bits = new.to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
-    return new.to(e.dtype.element_ty)
+        narrow = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    else:
+        narrow = new.to(e.dtype.element_ty)
+    return narrow
 
 
 @triton.jit
 def widened(raw):
     """(ROWS, LENGTH) f32 of what is stored."""
     if raw.dtype == tl.int16:
-        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return raw.to(tl.float32)
+        wide = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = raw.to(tl.float32)
+    return wide
 
 
 @triton.jit
@@ -140,7 +149,7 @@ def keep(
     """Store what a message leaves out, where a block is to be kept, and a copy of what was stored."""
     if RESIDUAL == PLAIN:
         tl.store(e + home[:, None] + i[None, :], left, mask=(i[None, :] < n[:, None]) & is_kept[:, None])
-    elif RESIDUAL != CLAMPED:
+    elif RESIDUAL < CLAMPED:
         # what is copied must be what the new residual is made of, so that no thread reads an element that another has overwritten
         raw, step = stored(e, steps, slots, home, n, p, live, i, RESIDUAL)
         tl.store(copy + (home - base)[:, None] + i[None, :], raw, mask=i[None, :] < n[:, None])
@@ -241,7 +250,7 @@ def _undo(
 
 
 def arguments(
-    residual: Tensor | Residual | Clamped | None, x: Tensor, pieces: Pieces
+    residual: Tensor | Residual | Moved | Clamped | None, x: Tensor, pieces: Pieces
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     """What `corrected` takes of a residual, what `keep` takes beside that, and what kind it is."""
     if residual is None:
@@ -251,6 +260,9 @@ def arguments(
     if isinstance(residual, Clamped):
         slots = _once(residual.tables, pieces, lambda: residual.places[pieces.columns[3]])
         return (x, residual.bounds, slots, 1.0), (0.0, x, x, 0), CLAMPED.value
+    if isinstance(residual, Moved):
+        average, kind = (x, LESS.value) if residual.average is None else (residual.average, AVERAGED.value)
+        return (average, residual.known, pieces.columns, share_of(residual.eta)), (0.0, x, x, 0), kind
     slots, scales, kind = pieces.columns, x, STORED.value
     if residual.has_scales:
         slots, scales, kind = _slots(residual, pieces), residual.scales, SCALED.value

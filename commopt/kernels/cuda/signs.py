@@ -26,7 +26,7 @@ from commopt.kernels.cuda.pieces import (
 )
 from commopt.kernels.cuda.residuals import SCALED, arguments, corrected, keep
 from commopt.wire.bucket import Blocks, Int64Array
-from commopt.wire.residual import Residual
+from commopt.wire.residual import Moved, Residual
 
 _MEAN, _RMS, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -144,7 +144,7 @@ def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: b
     return _block_sums(x, residual, Pieces.of([blocks], 1, x.device, [(0, 0)]), squared)
 
 
-def _block_sums(x: Tensor, residual: Tensor | Residual | None, pieces: Pieces, squared: bool) -> Tensor:
+def _block_sums(x: Tensor, residual: Tensor | Residual | Moved | None, pieces: Pieces, squared: bool) -> Tensor:
     (e, *stored), _, kind = arguments(residual, x, pieces)
     out = torch.empty(len(pieces), dtype=torch.float64, device=x.device)
     how = {"SQUARED": squared, "RESIDUAL": kind, **pieces.shape}
@@ -161,7 +161,7 @@ def compress_signs_(
 
 def compress_all_(
     x: Tensor,
-    residual: Tensor | Residual | None,
+    residual: Tensor | Residual | Moved | None,
     messages: Messages,
     first: Tensor,
     *,

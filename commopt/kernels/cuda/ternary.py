@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, Pieces, launch, piece, values
+from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, LARGEST, Pieces, launch, piece, values
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload, row_of
 from commopt.wire.residual import end_to_end
@@ -24,7 +24,7 @@ def _moments(x, columns, count, out, ROWS: tl.constexpr, LENGTH: tl.constexpr, A
     largest = tl.max(c.to(tl.int32, bitcast=True) & ALL_BUT_SIGN, 1).to(tl.float32, bitcast=True)
     tl.store(out + p, tl.sum(wide, 1), mask=live)
     tl.store(out + count + p, tl.sum(wide * wide, 1), mask=live)
-    tl.store(out + 2 * count + p, largest.to(tl.float64), mask=live)
+    tl.store(out + 2 * count + p, tl.where(largest <= LARGEST, largest.to(tl.float64), float("inf")), mask=live)
 
 
 @triton.jit
@@ -40,14 +40,15 @@ def _bounds(moments, count, ends, sizes, clip, bounds, scales, WIDTH: tl.constex
         squares += tl.load(moments + count + at + k, mask=there, other=0.0)
         largest = tl.maximum(largest, tl.load(moments + 2 * count + at + k, mask=there, other=0.0))
     size = tl.load(sizes + b).to(tl.float64)
-    sum_, square = tl.sum(total, 0), tl.sum(squares, 0)
+    is_good = tl.max(largest, 0) <= LARGEST
+    sum_, square = tl.where(is_good, tl.sum(total, 0), 0.0), tl.where(is_good, tl.sum(squares, 0), 0.0)
     mean = sum_ / tl.maximum(size, 1.0)
     variance = tl.maximum(square / tl.maximum(size, 1.0) - mean * mean, 0.0)
     most = tl.max(largest, 0)
     bound = tl.where((clip > 0) & (size > 1), clip * tl.sqrt(variance).to(tl.float32), float("inf"))
     scale = tl.minimum(bound, most.to(tl.float32))
     tl.store(bounds + b, bound)
-    tl.store(scales + b, tl.where(square - square == 0, scale, float("nan")))
+    tl.store(scales + b, tl.where(is_good, scale, float("nan")))
 
 
 @triton.jit
