@@ -11,11 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretend import DEVICES, working_on
 from rig import start
-from synthetic import F64, Parameters, Shapes, check_free_run, check_steps, gradients, simulate, spans, stacked
+from synthetic import (
+    F64,
+    Parameters,
+    Shapes,
+    check_free_run,
+    check_steps,
+    exchange,
+    gradients,
+    simulate,
+    spans,
+    stacked,
+)
+from torch import Tensor
 
+from commopt import build
 from commopt.groups import Group, LocalGroup, SimWorld
 from commopt.methods.demo import grids, largest
+from commopt.wire.bucket import Bucket
 
 LR, BETA, DECAY, CHUNK, K = 0.01, 0.9, 0.1, 16, 6
 SHAPES: list[tuple[int, ...]] = [(50, 33), (32, 48), (7,), (1,), (129,), (6, 5, 3, 3), (1, 40)]
@@ -184,3 +199,33 @@ def test_a_bad_value_voids_the_step_on_all_ranks_and_harms_nothing(bad: float) -
         assert run.voided == [(1, "all.2")]
 
     SimWorld[None](3).run(work)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{"chunk": 16, "top_k": 6}, {"chunk": 70, "top_k": 60}], ids=["small", "large"])
+def test_kernels_do_what_the_cpu_does(options: dict[str, int], device: torch.device) -> None:
+    """Chunks as large as the second ones are transformed by torch."""
+    shapes = {"a": (17, 18), "b": (7,), "c": (70, 5)}
+
+    def work(group: Group, place: torch.device) -> list[tuple[Tensor, Tensor, str | None]]:
+        found = []
+        with working_on(place):
+            method: Any = build("demo", value_bits=32, **options)
+            method.bind([(name, torch.zeros(shape, device=place)) for name, shape in shapes.items()], group)
+            for step in range(3):
+                generator = torch.Generator().manual_seed(10 * group.rank + step)
+                grads = [(name, torch.randn(shape, generator=generator)) for name, shape in shapes.items()]
+                if (step, group.rank) == (1, 1):
+                    grads[1][1][3] = math.nan
+                bucket = exchange(method, Bucket.of([(name, g.to(place)) for name, g in grads[::-1]]), group)
+                found.append((bucket.flat.cpu().clone(), method.state["momentum"].cpu().clone(), bucket.void))
+        return found
+
+    ranks = SimWorld[Any](3).run(partial(work, place=device))
+    expected = SimWorld[Any](3).run(partial(work, place=torch.device("cpu")))
+    for rank, own in enumerate(ranks):
+        assert [void for *_, void in own] == [None, "b", None]
+        for (signs, momentum, void), (cpu_signs, cpu_momentum, _) in zip(own, expected[rank], strict=True):
+            torch.testing.assert_close(momentum, cpu_momentum, rtol=1e-4, atol=1e-4)
+            assert void is not None or float((signs != cpu_signs).float().mean()) < 0.005
+        assert all(torch.equal(one[0], first[0]) for one, first in zip(own, ranks[0], strict=True) if one[2] is None)

@@ -114,7 +114,7 @@ class Chunks:
     def largest(self, d: Tensor) -> Payload:
         """The coefficients of each chunk that are largest by magnitude; NaN counts as largest, and the first of equals is taken."""
         (payload,) = in_a_row([self.layout], d.device)
-        how = {"VALUE_BITS": self.value_bits, "LENGTH": min(self.longest, LONGEST)}
+        how = {"VALUE_BITS": self.value_bits, "LENGTH": min(self.longest, LONGEST), "IS_ONE": self.longest <= LONGEST}
         first = headers.noted_in([payload])
         launch(_select, (len(self),), d, *self._where, payload.buffer.view(torch.int32), first, **how)
         headers.write_(first, [payload])
@@ -242,6 +242,22 @@ def _how_many(d, n, least, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def _cut_of(d, n, k, LENGTH: tl.constexpr, IS_ONE: tl.constexpr):
+    """The k-th largest magnitude, bit by bit, and how many of those that equal it are among the k; IS_ONE: n is at most LENGTH."""
+    bits, magnitudes, inside = _bits(d, 0, n, LENGTH)
+    magnitudes = tl.where(inside, magnitudes, -1)
+    cut = 0
+    for bit in range(31):
+        higher = cut | (1 << (30 - bit))
+        if IS_ONE:
+            reached = tl.sum((magnitudes >= higher).to(tl.int32), 0)
+        else:
+            reached = _how_many(d, n, higher, LENGTH)
+        cut = tl.where(reached >= k, higher, cut)
+    return cut, k - _how_many(d, n, cut + 1, LENGTH)
+
+
+@triton.jit
 def _rounded(bits, magnitudes, VALUE_BITS: tl.constexpr):
     """(LENGTH,) u32 the bits that are sent of each value, and whether they are those of a NaN or an inf."""
     if VALUE_BITS == 32:
@@ -264,16 +280,12 @@ def _set(words, base, bit, pattern, mask):
 
 
 @triton.jit
-def _select(d, columns, count, words, first, VALUE_BITS: tl.constexpr, LENGTH: tl.constexpr):
+def _select(d, columns, count, words, first, VALUE_BITS: tl.constexpr, LENGTH: tl.constexpr, IS_ONE: tl.constexpr):
     n, k, low_bits = _small(columns, count, _LENGTH), _small(columns, count, _COUNT), _small(columns, count, _LOW)
     size, code = _small(columns, count, _SIZE), 8 * _of(columns, count, _CODE)
     value_at = 32 + VALUE_BITS * _of(columns, count, _ENTRY)
     d += _of(columns, count, _START)
-    cut = 0  # the k-th largest magnitude, bit by bit
-    for bit in range(31):
-        higher = cut | (1 << (30 - bit))
-        cut = tl.where(_how_many(d, n, higher, LENGTH) >= k, higher, cut)
-    room = k - _how_many(d, n, cut + 1, LENGTH)  # for those that equal it
+    cut, room = _cut_of(d, n, k, LENGTH, IS_ONE)
     chosen_before, equal_before, is_bad = 0, 0, 0
     for begin in range(0, n, LENGTH):
         bits, magnitudes, inside = _bits(d, begin, n, LENGTH)
