@@ -71,11 +71,12 @@ def demo(case: str) -> tuple[Any, Bucket]:
 
 
 def values(n: int, seed: int) -> Tensor:
-    """Numbers with many ties, zeros of both signs, denormals, and large ones."""
+    """Numbers with many ties, zeros of both signs, denormals, large ones, and some halfway between two bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, generator=generator) * torch.rand(n, generator=generator).pow(8)
     x[::3], x[1::7], x[5::11], x[2::17] = x[::3].mul(8).round() / 8, 1e-40, -0.0, -1e-42
     x[4::50] *= 1e30
+    x[6::100] = 2.0**99 * (1 + 2.0**-8)
     return x
 
 
