@@ -107,7 +107,7 @@ class DeMo(DirectionMethod):
         total, is_damaged = chunks.add_up(payloads, group.rank, d.flat)
         *found, damaged = torch.cat([*(payload.tensors[0] for payload in payloads), is_damaged]).tolist()
         if self.is_void(bucket, first_of(found), group):
-            return
+            return None
         if damaged:
             raise ValueError("a message has bytes that are not the code of any indices: they are damaged")
         if chunks.can_be_transformed:

@@ -1,6 +1,8 @@
-"""Compile every Triton kernel for GPUs that need not be here, and print registers, spills and shared memory.
+"""Compile every Triton kernel for GPUs that need not be here, and print registers, spills, and bytes moved per element.
 
-python scripts/bench/registers.py [--targets sm_80,sm_90,gfx942] [--json FILE]
+python scripts/bench/registers.py [--targets sm_80,sm_90,gfx942] [--markdown] [--json FILE]
+
+`calls` is the table of kernels: scripts/bench/gpu takes what it times from there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from commopt import build
 from commopt.compress.base import equal_blocks
+from commopt.compress.indices import all_index_bytes
 from commopt.compress.resident import VALUE_DTYPES
 from commopt.groups import LocalGroup
 from commopt.kernels.cuda import (
@@ -54,6 +57,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+UNALIGNED = ", unaligned"
 EVEN, ODD = (4096, 2048), (4095, 2048)  # lengths of parameters, of which ODD leaves nothing aligned
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
 TYPES |= {torch.int16: "*i16", torch.int8: "*i8", torch.bool: "*i1", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -99,8 +103,8 @@ def launches() -> Iterator[tuple[str, Call]]:
     run, JITFunction.run = JITFunction.run, note
     empty, torch.empty = torch.empty, torch.zeros  # no kernel writes how many there are, and the host reads it
     try:
-        for numels, word in ((EVEN, ""), (ODD, ", unaligned")):
-            for name, call in _calls(numels):
+        for numels, word in ((EVEN, ""), (ODD, UNALIGNED)):
+            for name, call in calls(numels):
                 made.clear()
                 call()
                 yield from ((name + word, one) for one in made)
@@ -108,9 +112,13 @@ def launches() -> Iterator[tuple[str, Call]]:
         JITFunction.run, torch.empty = run, empty
 
 
-def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+def calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """(codec, a call that launches its kernels) for parameters of so many elements.
+
+    Tensors are made before the call, on torch's default device.
+    """
     n = sum(numels)
-    x, e, codes = torch.ones(n), torch.ones(n), torch.zeros(n, dtype=torch.uint8)
+    x, e, codes = torch.arange(n).sin(), torch.arange(n).cos(), torch.zeros(n, dtype=torch.uint8)
     blocks, whole = blocks_of(numels, 2048), blocks_of(numels, None)
     scales, table, first = torch.ones(len(blocks)), torch.ones(8), torch.zeros(1, dtype=torch.int32)
     sent = Messages([blocks], scales, codes)
@@ -120,7 +128,7 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
         yield f"sign, {bits}-bit residual", lambda r=stored: signs.compress_all_(x, r, sent, first, squared=False)
     yield "sign", lambda: signs.unpack_signs_(codes, scales, blocks, x, alpha=1.0, add=True)
     yield from _steps(numels, x)
-    if numels == ODD:
+    if numels[0] % 8:
         return
     yield "sign_l2", lambda: signs.compress_signs_(x, e, whole, scales[:2], codes, squared=True)
     ballots = in_a_row([((torch.int32, 1), (torch.uint8, blocks.sign_bytes))] * 2, x.device)
@@ -157,15 +165,16 @@ def _calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     yield "terngrad", lambda: quantize.compress_all_(x, clamped, sent, first, **how)
     messages = Messages([whole], scales[:2], codes)
     yield "ternary", lambda: quantize.fit_all_(x, e, messages, bits=2)
-    yield "top_k, blocks", lambda: select.select_(x, e, blocks, np.full(len(blocks), 9))
-    yield "top_k", lambda: select.select_(x, e, whole, np.full(len(whole), 9))
-    yield "threshold", lambda: select.select_(x, e, whole, np.zeros(len(whole), np.int64), 1.0)
     yield from _sparse(numels, x, e, whole)
-    ns, ks, sizes = np.asarray([1000, 500]), np.asarray([100, 100]), np.asarray([69, 55])
-    yield "places", lambda: indices.encode_(torch.arange(200), ns, ks, ks, sizes, codes[:124])
-    yield "places", lambda: indices.decode(codes[:124], ns, ks, ks, sizes)
     yield "powersgd", lambda: factors.normalise_(x, e, whole.having(groups=whole.starts))
     yield "demo", lambda: _demo()
+    y, ns, ks = torch.arange(n).sin(), np.asarray(numels), np.asarray(numels) // 100  # one of a hundred is chosen
+    yield "top_k in blocks", lambda: select.select_(y, e.zero_(), blocks, np.full(len(blocks), 20))
+    yield "top_k", lambda: select.select_(y, e.zero_(), whole, ks)
+    yield "threshold", lambda: select.select_(y, e.zero_(), whole, 0 * ks, 0.9999)
+    sizes, chosen = all_index_bytes(ns, ks), torch.cat([100 * torch.arange(k) for k in ks.tolist()])
+    yield "indices", lambda: indices.encode_(chosen, ns, ks, ks, sizes, codes[: sizes.sum()])
+    yield "indices", lambda: indices.decode(codes[: sizes.sum()], ns, ks, ks, sizes)
     for codec in CODECS:
         own = blocks_of(numels, codec.block)
         scale = torch.ones(len(own))
@@ -202,22 +211,24 @@ def _sparse(numels: tuple[int, ...], x: torch.Tensor, e: torch.Tensor, blocks: B
     yield "random_k", lambda: sparse.take_sent_(e, values, where, blocks, entries, ranks=4)
 
 
-def _steps(numels: tuple[int, ...], flat: torch.Tensor) -> Iterator[tuple[str, Any]]:
+def _steps(numels: tuple[int, ...], x: torch.Tensor) -> Iterator[tuple[str, Any]]:
+    """Of optimizers' steps on parameters that are like x."""
     index = ParameterIndex(tuple(f"p{k}" for k in range(len(numels))), numels)
+    flat, momentum, variance, start, mean = x.clone(), *(torch.ones_like(x) for _ in range(4))
     ps = {name: index.view(flat, name) for name in index.names}
     halves = {name: p.bfloat16() for name, p in ps.items()}
-    state = dict.fromkeys(("momentum", "variance", "fresh_variance"), flat)
+    state = {"momentum": momentum, "variance": variance, "fresh_variance": mean}
     state |= {key: torch.ones(len(numels), dtype=torch.float64) for key in ("coeff", "factor")}
     state["coeffs"] = torch.ones(len(numels), dtype=torch.int64)
     how, root, mask = Move(Root(1.0, 1e-8), 0.1), Root(1.0, 1e-8), flat > 0
     places = index.places(index.names, tuple(index.offsets[:-1].tolist()))
-    yield "blend", lambda: apply.blend_(flat, flat, flat, places, 0.1)
-    yield "move", lambda: apply.move_(ps, index, flat, flat, how)
-    yield "move, bf16", lambda: apply.move_(halves, index, flat, flat, how._replace(rounds=True))
-    yield "move, local", lambda: apply.move_(ps, index, flat, flat, how, flat, flat)
-    for is_frozen in (False, True):
+    yield "blend", lambda: apply.blend_(momentum, start, start, places, 0.1)
+    yield "move", lambda: apply.move_(ps, index, momentum, variance, how)
+    yield "move, bf16", lambda: apply.move_(halves, index, momentum, variance, how._replace(rounds=True))
+    yield "move, local", lambda: apply.move_(ps, index, momentum, variance, how, start, mean)
+    for name, is_frozen in (("lamb", False), ("lamb, frozen", True)):
         lamb = Lamb(is_frozen, root, 1.0, 0.1, 0.1, (0.01, 10.0), 0.9, (0.5, 4.0, 0.1), 1.0)
-        yield "lamb", lambda step=lamb: apply.lamb_(ps, index, state, step, mask)
+        yield name, lambda step=lamb: apply.lamb_(ps, index, state, step, mask)
 
 
 def _demo() -> None:
@@ -268,15 +279,30 @@ def _of_ptx(ptx: str, target: str) -> tuple[int, int]:
     return registers, stores
 
 
-def main(targets: list[str], json_file: Path | None) -> None:
+def main(targets: list[str], is_markdown: bool, json_file: Path | None) -> None:
+    from gpu_kernels import moved_bytes  # which needs the table above
+
+    moved = moved_bytes()
     rows = list({(row["kernel"], row["codec"], row["target"]): row for row in _rows(targets)}.values())
-    print(f"{'codec':18} {'kernel':22}" + "".join(f" {target:>8}" for target in targets) + "   registers of a thread")
+    for row in rows:
+        row["bytes_per_element"] = moved[row["codec"].removesuffix(UNALIGNED), row["kernel"]]
+    line = (
+        "| {} | {} |" + " {} |" * len(targets) + " {} |"
+        if is_markdown
+        else "{:18} {:22}" + " {:>8}" * len(targets) + " {:>8}"
+    )
+    print(line.format("codec", "kernel", *targets, "bytes per element" if is_markdown else "bytes"))
+    if is_markdown:
+        print("|---|---|" + "--:|" * (len(targets) + 1))
     for codec, kernel in dict.fromkeys((row["codec"], row["kernel"]) for row in rows):
         own = {row["target"]: row for row in rows if (row["codec"], row["kernel"]) == (codec, kernel)}
-        print(f"{codec:18} {kernel:22}" + "".join(f" {own[target]['registers']:8}" for target in targets))
-    print("bytes spilled: " + str(sum(row["spilled_bytes"] for row in rows)))
+        nbytes = f"{own[targets[0]]['bytes_per_element']:.2f}"
+        print(line.format(codec, kernel, *(own[target]["registers"] for target in targets), nbytes))
+    if not is_markdown:
+        print("registers of a thread, and bytes read and written per element")
+        print("bytes spilled: " + str(sum(row["spilled_bytes"] for row in rows)))
     if json_file is not None:
-        json_file.write_text(json.dumps({"schema": 1, "triton": triton.__version__, "kernels": rows}, indent=1))
+        json_file.write_text(json.dumps({"schema": 2, "triton": triton.__version__, "kernels": rows}, indent=1))
 
 
 def _rows(targets: list[str]) -> Iterator[dict[str, Any]]:
@@ -287,6 +313,7 @@ def _rows(targets: list[str]) -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"some of {', '.join(TARGETS)}")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/gpu.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     given = parser.parse_args()
-    main(given.targets.split(","), given.json)
+    main(given.targets.split(","), given.markdown, given.json)

@@ -310,6 +310,9 @@ def test_every_kernel_compiles_for_each_target_without_spills(tmp_path: Path) ->
     for module, count in jitted.items():
         assert len({row["kernel"] for row in rows if row["kernel"].startswith(module)}) == count
     assert {row["target"] for row in rows} == set(CEILINGS)
+    page = (script.parents[2] / "docs" / "gpu.md").read_text()
+    assert [row for row in rows if f"| {row['codec']} | {row['kernel']} |" not in page] == [], "registers.py --markdown"
+    assert {row["bytes_per_element"] > 4 for row in rows if row["kernel"] == "quantize.compress"} == {True}
     assert [row for row in rows if row["spilled_bytes"]] == []
     ceilings = {row["kernel"]: OF_CHUNKS if row["kernel"].startswith("chunks") else CEILINGS for row in rows}
     ceilings["select.count_digits"] = dict.fromkeys(CEILINGS, HISTOGRAM)
