@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend import DEVICE, working_on
+from pretend import DEVICE, PRETENDED, working_on
 from same import Same
 from streams import Streams, pretended
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from commopt.method import EveryStep
 from commopt.optim.update import UpdateMethod
 from commopt.wire.bucket import Bucket
 
+pytestmark = PRETENDED
 GPU: Any = types.SimpleNamespace(type="cuda")
 METHODS = ["ef_sign", "two_way", "top_k", "powersgd", "onebit_adam", "distributed_lion", "demo"]
 
