@@ -298,6 +298,7 @@ HISTOGRAM = 144  # 2,048 bins for each of a few hundred threads
 OF_CHUNKS = {"sm_80": 128, "sm_90": 128, "gfx942": 96}  # which a program has 4,096 elements of
 
 
+@pytest.mark.timeout(300)  # half a minute of one core, on a machine that may be busy
 def test_every_kernel_compiles_for_each_target_without_spills(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "scripts" / "bench" / "registers.py"
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
