@@ -83,7 +83,7 @@ class Resident(Compressor):
         payloads = in_a_row([((torch.int32, 1), *self.layout_there(entries)) for entries, _ in chosen], x.device)
         first = headers.noted_in(payloads, received)
         for payload, blocks, found in zip(payloads, parts, chosen, strict=True):
-            self.code_there(kernel, *found, residual, blocks, payload.tensors[1:], first)
+            self.code_there(kernel, found[0], found[1], residual, blocks, payload.tensors[1:], first)
         headers.write_(first, payloads)
         return payloads, True
 
@@ -106,7 +106,8 @@ class Resident(Compressor):
     ) -> None:
         """`write_`; first: (1,) i32, the header where bad blocks are noted."""
         kernel = kernels.of("sparse", x.device)
-        self.code_there(kernel, *self.choose_there(kernel, x, residual, blocks), residual, blocks, codes, first)
+        entries, chosen = self.choose_there(kernel, x, residual, blocks)
+        self.code_there(kernel, entries, chosen, residual, blocks, codes, first)
 
     def encode_there(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> list[Tensor]:
         """`encode` of counts; the host reads how many there are."""

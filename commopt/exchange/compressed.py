@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor
-from commopt.compress.feedback import ErrorFeedback, Kept
+from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter, first_of
 from commopt.compress.fused import Fused
-from commopt.exchange.base import Exchange
+from commopt.exchange.base import Exchange, first_bad
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
+from commopt.wire.payload import Payload
 from commopt.wire.state import Saved, State
 
 
@@ -25,6 +27,10 @@ class Compressed(Exchange):
     kept: what becomes of what a message left out. dense_1d: average parameters with fewer than two dimensions exactly.
     seed: of stochastic rounding.
     """
+
+    _unread: Bucket | None = (
+        None  # parameters that have been averaged, of which nobody knows yet whether they are finite
+    )
 
     def __init__(
         self, compressor: Compressor, kept: Kept | None = None, *, dense_1d: bool = False, seed: int = 0
@@ -99,8 +105,11 @@ class Compressed(Exchange):
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if group.size == 1:
             self.exchange_alone(bucket, group)
-        elif self.average_dense(bucket, group) and not self.dense_names.issuperset(bucket.names):
-            self.exchange_blocks(bucket, self.table.all_of(bucket), group)
+        elif self.average_dense(bucket, group):
+            if not self.dense_names.issuperset(bucket.names):
+                self.exchange_blocks(bucket, self.table.all_of(bucket), group)
+            elif self._unread is not None:
+                self.is_void(bucket, self.first_bad_in([]), group)
 
     def pieces(self, numel: int, ranks: int) -> Sequence[int]:
         return [numel] if self.compressor.shared_scale else self.compressor.block_lengths(numel, ranks)
@@ -110,16 +119,37 @@ class Compressed(Exchange):
         raise NotImplementedError
 
     def average_dense(self, bucket: Bucket, group: Group) -> bool:
-        """Average the parameters that are not compressed, exactly; False if that made the bucket void."""
+        """Average the parameters that are not compressed, exactly; False if that made the bucket void, which a GPU tells later."""
         views = [(name, x) for name, x in bucket.views() if name in self.dense_names]
         if not views:
             return True
         dense = Bucket.of(views)
-        is_good = self.average_(dense, group)
-        bucket.void = dense.void
-        if is_good:
-            self.put_dense_(dense, bucket)
-        return is_good
+        if kernels.has_triton(self.device):
+            dense.flat /= group.size
+            group.all_reduce(dense.flat)
+            self._unread = dense
+        elif not self.average_(dense, group):
+            bucket.void = dense.void
+            return False
+        self.put_dense_(dense, bucket)
+        return True
+
+    def first_bad_in(self, payloads: Sequence[Payload]) -> int:
+        """The first bad parameter in the headers of messages, or -1; on a GPU also among those averaged, so that the host waits once."""
+        if self._unread is None:
+            return first_bad_parameter(payloads)
+        *found, averaged = self.told(payload.tensors[0] for payload in payloads)
+        return first_of([*found, averaged])
+
+    def told(self, words: Iterable[Tensor]) -> list[int]:
+        """What (1,) i32 tensors hold; and the first parameter that is not finite of those averaged, or -1."""
+        dense, self._unread = self._unread, None
+        if dense is None:
+            return [*torch.cat([*words]).tolist(), -1]
+        *found, total = torch.cat(
+            [*words, dense.flat.sum(0, keepdim=True)]
+        ).tolist()  # in float32, which has every index
+        return [*map(int, found), -1 if math.isfinite(total) else first_bad(self.index, dense)]
 
     def put_dense_(self, dense: Bucket, bucket: Bucket) -> None:
         """Copy the parameters that are not compressed back into their bucket."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from commopt.compress.feedback import first_bad_parameter
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
 from commopt.wire.bucket import Blocks, Bucket
@@ -15,7 +14,7 @@ class GatherMean(Compressed):
         blocks = self.keyed(blocks, self.compressor)
         own = self.worker.compress(bucket.flat, [blocks])
         gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
-        if self.is_void(bucket, first_bad_parameter(gathered), group):
+        if self.is_void(bucket, self.first_bad_in(gathered), group):
             return self.worker.undo(bucket.flat, own, [blocks])
         self.compressor.add_up_(gathered, blocks, bucket.flat, alpha=1 / group.size)
         return self.forget(self.worker, [blocks])

@@ -79,7 +79,7 @@ class TwoWayMean(Compressed):
             answer = self.server.compress(mean, [answered], received if is_late else ())
             layouts = [HEADER + self.server_compressor.layout(blocks) for blocks in parts.served]
             answers = group.all_gather(answer[0], layouts)
-            if not self.is_void(bucket, first_bad_parameter(answers), group):
+            if not self.is_void(bucket, self.first_bad_in(answers), group):
                 to = parts.by_owner
                 if self.server_compressor.shares_keys:
                     to = tuple(self.keyed(blocks, self.server_compressor, "server") for blocks in to)

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import Parameter
 
-from commopt.compress.feedback import first_bad_parameter
 from commopt.compress.options import ValueBits
 from commopt.compress.sparse import TopK
 from commopt.errors import AttachError, ConfigError
@@ -161,7 +160,7 @@ class DGC(GradientMethod, GatherMean):
             self.worker.compressor = codec
             own = self.worker.compress(bucket.flat, [part])
             stages.append((codec, part, own, group.all_gather(own[0])))
-        bad = first_bad_parameter([payload for *_, gathered in stages for payload in gathered])
+        bad = self.first_bad_in([payload for *_, gathered in stages for payload in gathered])
         if self.is_void(bucket, bad, group):
             for codec, part, own, _ in stages:
                 self.worker.compressor = codec

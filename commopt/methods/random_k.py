@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from commopt import kernels
-from commopt.compress.feedback import NOTHING_KEPT, Kept
+from commopt.compress.feedback import NOTHING_KEPT, Kept, first_of
 from commopt.compress.sparse import RandomK
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
@@ -103,7 +103,8 @@ class RandomKMean(GradientMethod, Compressed):
             group.all_reduce(summed)
         first = torch.zeros(1, dtype=torch.int32, device=self.device)
         kernel.note_sum_(mean, bad, blocks, entries, first)
-        if self.is_void(bucket, headers.read(first), group):
+        noted, averaged = self.told([first])
+        if self.is_void(bucket, first_of([headers.parameter(noted), averaged]), group):
             return
         if residual is not None:
             kernel.keep_(x, residual, blocks, bad)

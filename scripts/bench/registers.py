@@ -101,7 +101,8 @@ def launches() -> Iterator[tuple[str, Call]]:
         made.append((self, types | dict.fromkeys(constants, "constexpr"), constants, arguments))
 
     run, JITFunction.run = JITFunction.run, note
-    empty, torch.empty = torch.empty, torch.zeros  # no kernel writes how many there are, and the host reads it
+    made_empty: Any = torch.empty
+    torch.empty = torch.zeros  # type: ignore[assignment]  # no kernel writes how many there are, and the host reads it
     try:
         for numels, word in ((EVEN, ""), (ODD, UNALIGNED)):
             for name, call in calls(numels):
@@ -109,7 +110,8 @@ def launches() -> Iterator[tuple[str, Call]]:
                 call()
                 yield from ((name + word, one) for one in made)
     finally:
-        JITFunction.run, torch.empty = run, empty
+        JITFunction.run = run
+        torch.empty = made_empty
 
 
 def calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:

@@ -51,9 +51,8 @@ def noted_in(payloads: Sequence[Payload], received: Sequence[Payload] = (), *, i
     return first
 
 
-def read(first: Tensor) -> int:
-    """The first bad parameter that has been noted, or -1; waits for the GPU."""
-    noted = int(first)
+def parameter(noted: int) -> int:
+    """The first bad parameter that has been noted, or -1."""
     return -1 if noted == 0 else int(LAST.value) - noted
 
 

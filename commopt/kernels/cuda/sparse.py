@@ -513,8 +513,8 @@ def code_(
     per = 8 if bits == 1 else 1
     units, size = entries.sign_bytes if bits == 1 else entries.count, PER_PROGRAM // per
     how = {"BITS": bits, "PER": per, "HAS_RESIDUAL": residual is not None, "STEPS": entries.steps, "SIZE": size}
-    where = (pieces.columns, len(pieces), pieces.ends, out, values if residual is None else residual)
-    launch(_code, (triton.cdiv(units, size),), values, indices, *table, units, is_bad, finite, *where, **how)
+    to = (pieces.columns, len(pieces), pieces.ends, out, values if residual is None else residual)
+    launch(_code, (triton.cdiv(units, size),), values, indices, *table, units, is_bad, finite, *to, **how)
 
 
 def values_of(codes: Tensor, scales: Tensor, entries: Entries, bits: int, is_damaged: Tensor) -> Tensor:
