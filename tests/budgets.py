@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from commopt.optim.update import UpdateMethod
 from commopt.wire.bucket import Bucket
 
-SMALL, LARGE = 32, 64  # widths of a GPT block: 12,704 and 49,984 elements
+SMALL, LARGE = 64, 128  # widths of a GPT block: 49,984 and 198,272 elements
 FEW, MANY = 4, 32  # ranks
 STEPS = 4  # the last is counted: warm-ups are over, tables have been made, and it ends an interval of local steps
 

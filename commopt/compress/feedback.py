@@ -79,19 +79,24 @@ class ErrorFeedback:
         self._stored = Residual(residual, scales, homes, kept.decay, kept.average)
 
     def compress(
-        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload] = (), moved: Moved | None = None
+        self,
+        x: Tensor,
+        parts: Sequence[Blocks],
+        received: Sequence[Payload] = (),
+        moved: Moved | None = None,
+        room: int = 0,
     ) -> list[Payload]:
         """The payloads of x + residual, one for each of `parts`; x is left as it is.
 
         received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
-        moved: what x is before it is compressed, if there is no residual and the compressor takes it.
+        moved: what x is before it is compressed, if there is no residual and the compressor takes it. room: of their row, if it is padded.
         """
         if self.bits == 0 or self._stored.is_plain:
-            return self._encode(x, self.residual if self.bits else moved, parts, received)
+            return self._encode(x, self.residual if self.bits else moved, parts, received, room)
         if not self.compressor.takes(self._stored, contracts=self.kept.contracts):
-            return self._encode_apart(x, parts, received)
+            return self._encode_apart(x, parts, received, room)
         self._stored = self._stored.copying(parts)
-        return self._encode(x, self._stored, parts, received)
+        return self._encode(x, self._stored, parts, received, room)
 
     def undo(self, x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks]) -> None:
         """Undo the last `compress` of x: e <- (e + decompressed) - x in good blocks, exact to about one ulp.
@@ -156,6 +161,7 @@ class ErrorFeedback:
         residual: Tensor | Residual | Moved | None,
         parts: Sequence[Blocks],
         received: Sequence[Payload],
+        room: int = 0,
     ) -> list[Payload]:
         has_headers = False
         if self.compressor.is_ragged:
@@ -163,7 +169,7 @@ class ErrorFeedback:
             payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received)
         else:
             layouts = [HEADER + self.compressor.layout(blocks) for blocks in parts]
-            payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device))
+            payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device), room=room)
             has_headers = self.compressor.compress_payloads_(x, residual, parts, payloads, received)
             if self.kept.contracts and not isinstance(residual, (Residual, Moved)):
                 self.compressor.fit_payloads_(payloads, x, residual, parts)
@@ -175,7 +181,9 @@ class ErrorFeedback:
                 payload.tensors[0].fill_(first)
         return payloads
 
-    def _encode_apart(self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload]) -> list[Payload]:
+    def _encode_apart(
+        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload], room: int
+    ) -> list[Payload]:
         """Compress with the residual as float32, and store it afterwards; keep a copy of what was stored, for `undo`."""
         self._stored = self._stored.copied(parts)
         moved = [blocks.having(homes=homes) for blocks, homes in zip(parts, end_to_end(parts), strict=True)]
@@ -183,12 +191,12 @@ class ErrorFeedback:
             from commopt.kernels.cuda import residuals
 
             left = residuals.read(self._stored, parts)
-            payloads = self._encode(x, left, moved, received)
+            payloads = self._encode(x, left, moved, received, room)
             residuals.store_(left, self._stored, parts)
             return payloads
         before = torch.cat([self.values(blocks) for blocks in parts])
         residual = before * self.kept.decay
-        payloads = self._encode(x, residual, moved, received)
+        payloads = self._encode(x, residual, moved, received, room)
         rest = torch.split(residual.lerp_(before, self.kept.average), [blocks.elements for blocks in parts])
         for payload, blocks, part in zip(payloads, parts, rest, strict=True):
             if not bool(self.compressor.is_bad(payload.tensors[1:], blocks).any()):  # else void: it is undone

@@ -14,6 +14,7 @@ from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
 from commopt.wire.bucket import Blocks, Bucket, Parts
+from commopt.wire.payload import gathered_bytes
 from commopt.wire.state import Saved, State
 
 
@@ -76,8 +77,9 @@ class TwoWayMean(Compressed):
         if is_late or not self.is_void(bucket, first_bad_parameter(received), group):
             mean = bucket.flat.new_empty(served.elements)
             self.compressor.add_up_(received, served, mean, alpha=1 / group.size)
-            answer = self.server.compress(mean, [answered], received if is_late else ())
             layouts = [HEADER + self.server_compressor.layout(blocks) for blocks in parts.served]
+            room = gathered_bytes(layouts)
+            answer = self.server.compress(mean, [answered], received if is_late else (), room=room)
             answers = group.all_gather(answer[0], layouts)
             if not self.is_void(bucket, self.first_bad_in(answers), group):
                 to = parts.by_owner

@@ -19,7 +19,7 @@ from commopt.kernels.reference.runs import first_bad as first_bad_block
 from commopt.kernels.reference.votes import coin_bits, count_votes
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, Bucket, Int64Array
-from commopt.wire.payload import Layout, Payload, in_a_row
+from commopt.wire.payload import Layout, Payload, gathered_bytes, in_a_row
 
 _MOST_RANKS = 255  # a count is a byte while it is unpacked
 
@@ -87,7 +87,7 @@ class SignVote(Exchange):
         if self.is_void(bucket, first_bad_parameter(received), group):
             return None
         layouts = [((torch.uint8, self._width * blocks.sign_bytes),) for blocks in by_owner]
-        answer = self._count(received, by_owner[group.rank], layouts[group.rank])
+        answer = self._count(received, by_owner[group.rank], layouts, group.rank)
         return group.all_gather(answer, layouts)
 
     def read_(self, answers: Sequence[Payload], bucket: Bucket, out: Tensor, also: Tensor | None = None) -> None:
@@ -130,11 +130,11 @@ class SignVote(Exchange):
         for ballot in ballots:
             ballot.tensors[0].fill_(first_of(bad))
 
-    def _count(self, received: Sequence[Payload], blocks: Blocks, layout: Layout) -> Payload:
+    def _count(self, received: Sequence[Payload], blocks: Blocks, layouts: Sequence[Layout], rank: int) -> Payload:
         """The answer for the blocks that this rank serves, from every rank's bits."""
         needs_coin = self.is_majority and len(received) % 2 == 0  # one more voter decides ties
         if kernels.has_triton(self.device):
-            answer = Payload.allocate(layout, self.device)
+            answer = in_a_row([layouts[rank]], self.device, room=gathered_bytes(layouts))[0]
             own, flips = self._tossed("tie", 0, blocks) if needs_coin else (blocks, None)
             self._triton.count_all_(received, own, flips, self._width, answer.tensors[0])
             return answer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt.plan.links import schedule
-from commopt.wire.payload import Layout, Payload, cut, gathered_bytes, joined, layout_bytes
+from commopt.wire.payload import Layout, Payload, cut, gathered_bytes, joined, layout_bytes, padded
 
 Key = tuple[str, str, str]
 
@@ -148,9 +148,7 @@ class BufferGroup(Group):
         self._count("all_gather", nbytes)
         if self.size == 1:
             return [payload]
-        padding = nbytes - payload.nbytes
-        own = torch.nn.functional.pad(payload.buffer, (0, padding)) if padding else payload.buffer
-        gathered = self._gather(own)
+        gathered = self._gather(padded(payload, nbytes))
         places = [(rank * nbytes, layout) for rank, layout in enumerate(layouts)]
         return [Payload(gathered[at : at + layout_bytes(layout)], layout, gathered, at) for at, layout in places]
 

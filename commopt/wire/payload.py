@@ -103,17 +103,25 @@ def cut(buffer: Tensor, layouts: Sequence[Layout]) -> list[Payload]:
     """Cut a buffer of payloads that stand one behind the other."""
     sizes = [layout_bytes(layout) for layout in layouts]
     places = itertools.accumulate(sizes[:-1], initial=0)
-    parts = zip(torch.split(buffer, sizes), layouts, places, strict=True) if sizes else ()
+    parts = zip(torch.split(buffer[: sum(sizes)], sizes), layouts, places, strict=True) if sizes else ()
     return [Payload(part, layout, buffer, at) for part, layout, at in parts]
 
 
-def in_a_row(layouts: Sequence[Layout], device: torch.device, *, is_zero: bool = True) -> list[Payload]:
+def in_a_row(layouts: Sequence[Layout], device: torch.device, *, is_zero: bool = True, room: int = 0) -> list[Payload]:
     """Payloads one behind the other, whose contents are still to be written; what lies between tensors and payloads is zero.
 
-    is_zero: if False, that is still to be written, too.
+    is_zero: if False, that is still to be written, too. room: bytes of the row, if it is to be padded.
     """
-    make = torch.zeros if is_zero else torch.empty
-    return cut(make(sum(map(layout_bytes, layouts)), dtype=torch.uint8, device=device), layouts)
+    make, nbytes = torch.zeros if is_zero else torch.empty, sum(map(layout_bytes, layouts))
+    return cut(make(max(nbytes, room), dtype=torch.uint8, device=device), layouts)
+
+
+def padded(payload: Payload, nbytes: int) -> Tensor:
+    """(nbytes,) u8: a payload, and zeros that its row may have room for."""
+    if payload.row is not None and len(payload.row) == payload.at + nbytes:
+        return payload.row[payload.at :]
+    padding = nbytes - payload.nbytes
+    return torch.nn.functional.pad(payload.buffer, (0, padding)) if padding else payload.buffer
 
 
 def joined(payloads: Sequence[Payload]) -> Tensor:

@@ -37,29 +37,29 @@ HEAD = """
 TABLE = """
 dense                  4    same      5.0     5.0       1    0.00          0     0.0      0          -   -
 fp16                   5    same      5.5     5.5       1    0.00          0     0.0      0          -   -
-ef_sign               12    same      4.0     3.3       1    0.00          0     0.0      0         12   8
-ef_sign l2            55    same      7.2     6.2       1    0.00          0     0.0      0         12   8
-two_way int8          12    same      6.7     5.7       1    0.00          0     0.0      0         12   8
-two_way 4bit          12    same      5.4     4.5       1    0.00          0     0.0      0         12   8
-two_way fp8           12    same      6.7     5.7       1    0.00          0     0.0      0         12   8
-loco                 228    1348     77.1    63.8     341   55.53          0     0.0      0         12   8
-natural               12    same      5.1     3.8       1    0.00          0     0.0      0         12   8
-terngrad             153     741     39.7    87.2     306   15.81          0     0.0      0         12   8
-signum                13    same      7.3     7.2       1    0.00          0     0.0      0         12   8
-distributed_lion      11    same      7.4     7.4       1    0.00          1     3.0      0         12   8
-onebit_adam           14    same      8.0     7.3       1    0.00          1     3.0      0         12   8
-onebit_lamb           18    same     19.0    18.3       1    0.00          6     7.1      0         12   8
-zero_one_adam         15    same     10.0     9.3       1    0.00          2     5.0      0         12   8
-qsgd                   6    same      5.2    19.2       1    0.00          0     0.0      0         16  10
+ef_sign               10    same      4.1     3.4       1    0.00          0     0.0      0         12   8
+ef_sign l2            54    same      6.8     5.7       1    0.00          0     0.0      0         12   8
+two_way int8          10    same      6.5     5.6       1    0.00          0     0.0      0         12   8
+two_way 4bit          10    same      5.2     4.4       1    0.00          0     0.0      0         12   8
+two_way fp8           10    same      6.5     5.6       1    0.00          0     0.0      0         12   8
+loco                  10    same      4.6     3.9       1    0.00          0     0.0      0         12   8
+natural               10    same      5.0     4.6       1    0.00          0     0.0      0         12   8
+terngrad              12    same      6.9     6.5       1    0.00          0     0.0      0         12   8
+signum                12    same      7.2     7.2       1    0.00          0     0.0      0         12   8
+distributed_lion      10    same      7.3     7.4       1    0.00          1     3.0      0         12   8
+onebit_adam           12    same      8.1     7.4       1    0.00          1     3.0      0         12   8
+onebit_lamb           16    same     19.1    18.4       1    0.00          6     7.0      0         12   8
+zero_one_adam         13    same     10.1     9.4       1    0.00          2     5.0      0         12   8
+qsgd                   6    same      5.1    19.2       1    0.00          0     0.0      0         16  10
 ef                     6    same      3.4     5.2       1    0.00          0     0.0      0         16  10
-ef21                  59      87     18.4    47.5       1    0.00          0     0.0      0         16  10
+ef21                   8    same      8.5    10.3       1    0.00          0     0.0      0         16  10
 dice_sgd              59    same     37.0    37.0       2    4.00          0     0.0      0          -   -
-random_k              55    same     44.9    44.9       9   31.62          0     0.0      0         16  10
-top_k                 48    same     16.5    16.7       2    0.00          0     0.0      0         40  14
-threshold             77     105      8.3    12.6      37    0.00          0     0.0      0         40  14
-dgc                  123     375     36.6    62.0       8    0.05          0     0.0      0         40  14
-powersgd              92    same     15.4    14.2      10    0.00          0     0.0      0         60  16
-demo                 378     882     62.2    67.2     136    4.62          2     4.2      0         60  16
+random_k              16    same      7.3     7.3       1    0.00          0     0.0      0         16  10
+top_k                 34    same     12.0    14.7       1    0.00          0     0.0      0         40  14
+threshold             39    same      7.0    11.4       4    0.00          0     0.0      0         40  14
+dgc                   39    same     17.5    17.1       1    0.00          0     0.0      0         40  14
+powersgd              54    same     12.2    10.6       1    0.00          0     0.0      0         60  16
+demo                  10    same     11.6    11.9       1    0.00          2     4.2      0         60  16
 """
 ROWS = {line[:16].strip(): line[16:].split() for line in TABLE.strip("\n").splitlines()}
 CEILINGS = {name: Budget.read(words[:9]) for name, words in ROWS.items()}

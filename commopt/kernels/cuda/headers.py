@@ -18,13 +18,15 @@ from commopt.wire.payload import Payload, row_of
 
 
 @triton.jit
-def _open(received, places, count, words, ends, ends_count, first, WIDTH: tl.constexpr, ENDS: tl.constexpr):
-    """Note what received messages say, and fill up those to be sent: zeros in their last words, which codes may overwrite."""
+def _open(received, places, count, words, ends, ends_count, tail, size, first, WIDTH: tl.constexpr, ENDS: tl.constexpr):
+    """Note what received messages say, and fill up those to be sent: zeros in their last words, which codes may overwrite, and behind."""
     k, j = tl.arange(0, WIDTH), tl.arange(0, ENDS)
     header = tl.load(received + tl.load(places + k, mask=k < count, other=0), mask=k < count, other=-1)
     tl.store(first, -tl.min(tl.where(header < 0, LAST, header), 0) + LAST)
     is_end = j < ends_count
     tl.store(words + tl.load(ends + j, mask=is_end, other=0), tl.zeros((ENDS,), tl.int32), mask=is_end)
+    for begin in range(tail, size, ENDS):
+        tl.store(words + begin + j, tl.zeros((ENDS,), tl.int32), mask=begin + j < size)
 
 
 @triton.jit
@@ -46,8 +48,9 @@ def noted_in(payloads: Sequence[Payload], received: Sequence[Payload] = (), *, i
         own = zip(at, payloads, strict=True) if is_new else ()
         ends = tuple(place + payload.nbytes - 4 for place, payload in own if payload.nbytes > 4)
         there = _words(received) if received else (words, _places(ends, row.device), 0)
-        where = (words, _places(ends, row.device), len(ends), first)
-        launch(_open, (1,), *there, *where, WIDTH=_width(len(received)), ENDS=_width(len(ends)))
+        tail = (at[-1] + payloads[-1].nbytes) // 4 if is_new else len(words)
+        where = (words, _places(ends, row.device), len(ends), tail, len(words), first)
+        launch(_open, (1,), *there, *where, WIDTH=_width(len(received)), ENDS=max(128, _width(len(ends))))
     return first
 
 
