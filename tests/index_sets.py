@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.compress.indices import MAX_N
+from commopt.kernels.reference.indices import MAX_N
 from commopt.wire.bucket import Int64Array
 
 

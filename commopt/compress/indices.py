@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
+from commopt.kernels.reference.indices import widths_and_sizes
 from commopt.wire.bucket import Int64Array
-
-MAX_N = 2**40
 
 
 def index_bytes(n: int, k: int) -> int:
@@ -34,23 +33,7 @@ def index_bytes(n: int, k: int) -> int:
 
 def all_index_bytes(ns: Int64Array, ks: Int64Array) -> Int64Array:
     """(B,) bytes of each block's code."""
-    return _widths_and_sizes(ns, ks)[1]
-
-
-def _widths_and_sizes(ns: Int64Array, ks: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """(B,) the width l of the low part of each block's code, and (B,) its bytes."""
-    if ns.shape != ks.shape or ns.ndim != 1 or not ((ks >= 0) & (ks <= ns) & (ns <= MAX_N)).all():
-        raise ValueError(f"wanted 0 <= k <= n <= 2**40 for each block, got ns {ns}, ks {ks}")
-    is_known = (ks == 0) | (ks == ns)
-    # k l + k + ((n - k) >> l) is convex in l: one more bit costs k and saves half of (n - k) >> l, rounded up
-    widths = np.maximum(_bit_lengths(ns - ks) - _bit_lengths(2 * ks), 0)
-    widths += (ns - ks) >> widths > 2 * ks
-    bits = ks * widths + ks + (ns - ks >> widths)
-    return np.where(is_known, 0, widths), np.where(is_known, 0, bits + 7 >> 3)
-
-
-def _bit_lengths(x: Int64Array) -> Int64Array:
-    return np.frexp(x.astype(np.float64))[1].astype(np.int64)  # exact below 2**53
+    return widths_and_sizes(ns, ks)[1]
 
 
 def encode_all(indices: Tensor, ns: Int64Array, ks: Int64Array) -> Tensor:
@@ -58,7 +41,7 @@ def encode_all(indices: Tensor, ns: Int64Array, ks: Int64Array) -> Tensor:
 
     indices: (sum of ks,) i64, contiguous. Raises ValueError unless they ascend without repeats in [0, n) within each block.
     """
-    widths, sizes = _widths_and_sizes(ns, ks)
+    widths, sizes = widths_and_sizes(ns, ks)
     _check("indices", indices, torch.int64, int(ks.sum()))
     out = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=indices.device)
     if not kernels.of("indices", out.device).encode_(indices, ns, ks, widths, sizes, out):
@@ -68,7 +51,7 @@ def encode_all(indices: Tensor, ns: Int64Array, ks: Int64Array) -> Tensor:
 
 def decode_all(code: Tensor, ns: Int64Array, ks: Int64Array) -> Tensor:
     """(sum of ks,) i64: the indices of many blocks. Raises ValueError if a block's bytes are not the code of any."""
-    widths, sizes = _widths_and_sizes(ns, ks)
+    widths, sizes = widths_and_sizes(ns, ks)
     _check("code", code, torch.uint8, int(sizes.sum()))
     indices: Tensor | None = kernels.of("indices", code.device).decode(code, ns, ks, widths, sizes)
     if indices is None:

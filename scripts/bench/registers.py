@@ -159,7 +159,7 @@ def calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
         yield "sign, moved", lambda m=moved: signs.compress_all_(x, m, sent, first, squared=False)
     yield "ef21", lambda: estimates.put_(estimates.take(x, whole), x, whole)
     means = in_a_row([((torch.float32, 2),)] * 2, x.device)
-    yield "terngrad", lambda: ternary.agree_(means, torch.zeros(len(blocks), dtype=torch.int64), scales)
+    yield "terngrad", lambda: ternary.agree_(means, torch.zeros(len(blocks), dtype=torch.int64), x)
     yield "terngrad", lambda: ternary.spread_(ternary.shares(x, whole, 2), scales, 2, [blocks], x)
     yield "terngrad", lambda: ternary.bounds_(x, whole, 2.5, scales[:2])
     clamped = residuals.Clamped(scales, torch.zeros(len(blocks), dtype=torch.int64), {})
@@ -196,19 +196,19 @@ def calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
 
 def _sparse(numels: tuple[int, ...], x: torch.Tensor, e: torch.Tensor, blocks: Blocks) -> Iterator[tuple[str, Any]]:
     blocks = blocks.worded(0, "bench", 0, np.zeros(len(numels), np.int64))
-    entries = sparse.Entries.of(torch.full((2,), 100), torch.tensor(numels), (200, 124, 26))
+    entries = sparse.Entries.of(torch.tensor([100, 50]), torch.tensor(numels), (150, 124, 20))
     first = counts = torch.zeros(2, dtype=torch.int32)
-    scales, values, where = torch.ones(2), torch.ones(202), torch.arange(200)
+    scales, values, where = torch.ones(2), torch.ones(152), torch.cat([torch.arange(100), torch.arange(50)])
     chosen, how = sparse.Chosen(where, values, first.view(torch.uint8)[:2]), {"first": first[:1], "counts": counts}
     for bits in (16, 1):  # of the others less is computed
-        out, name = torch.zeros(200, dtype=VALUE_DTYPES[bits]), f"top_k, {bits} bits"
+        out, name = torch.zeros(150, dtype=VALUE_DTYPES[bits]), f"top_k, {bits} bits"
         yield name, lambda b=bits, o=out: sparse.code_(chosen, blocks, entries, e, b, scales, o, **how)
         yield name, lambda b=bits, o=out: sparse.values_of(o, scales, entries, b, where[:1])
     yield "sum of sparse", lambda: sparse.add_(where, values, blocks, entries, x, alpha=1.0, add=False)
     yield "dgc", lambda: sparse.clear_(where, values, blocks, entries, 0, x)
-    yield "random_k", lambda: sparse.find_bad_(x, None, blocks, values[200:])
+    yield "random_k", lambda: sparse.find_bad_(x, None, blocks, values[150:])
     yield "random_k", lambda: sparse.draw_and_take_(x, e, blocks, entries, values, is_unbiased=True)
-    yield "random_k", lambda: sparse.note_sum_(values, values[200:], blocks, entries, first)
+    yield "random_k", lambda: sparse.note_sum_(values, values[150:], blocks, entries, first)
     yield "random_k", lambda: sparse.keep_(x, e, blocks, chosen.is_bad)
     yield "random_k", lambda: sparse.take_sent_(e, values, where, blocks, entries, ranks=4)
 

@@ -16,10 +16,10 @@ from index_sets import corner_cases, many_blocks
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress import indices as codec
-from commopt.compress.indices import MAX_N, all_index_bytes, decode_all, encode_all, index_bytes
+from commopt.compress.indices import all_index_bytes, decode_all, encode_all, index_bytes
 from commopt.kernels.cpu import indices as cpu_indices
 from commopt.kernels.reference import indices as reference_indices
+from commopt.kernels.reference.indices import MAX_N, widths_and_sizes
 
 KERNELS = [cpu_indices, reference_indices]
 SETS = st.one_of(
@@ -131,7 +131,7 @@ def test_any_set_comes_back_from_the_same_bytes_of_both_kernels(case: tuple[int,
     around = torch.full((size + 40,), 255, dtype=torch.uint8)
     code = around[20 : 20 + size]
     ns, ks = np.asarray([n]), np.asarray([len(x)])
-    widths, sizes = codec._widths_and_sizes(ns, ks)
+    widths, sizes = widths_and_sizes(ns, ks)
     assert cpu_indices.encode_(x, ns, ks, widths, sizes, code)
     assert (torch.cat([around[:20], around[20 + size :]]) == 255).all()
     plain = torch.empty_like(code)
@@ -154,7 +154,7 @@ def test_corner_cases_come_back(either_kernel: ModuleType) -> None:
 def test_many_blocks_are_the_codes_of_each_one_behind_the_other(either_kernel: ModuleType) -> None:
     x, ns, ks = many_blocks()
     out = torch.full((int(all_index_bytes(ns, ks).sum()),), 0x5A, dtype=torch.uint8)
-    assert either_kernel.encode_(x, ns, ks, *codec._widths_and_sizes(ns, ks), out)  # every byte of them
+    assert either_kernel.encode_(x, ns, ks, *widths_and_sizes(ns, ks), out)  # every byte of them
     each = [encoded(part, int(n)) for part, n in zip(torch.split(x, ks.tolist()), ns, strict=True)]
     assert torch.equal(out, torch.cat(each))
     assert torch.equal(decode_all(out, ns, ks), x)
@@ -206,7 +206,7 @@ def test_damaged_codes_are_refused_or_are_the_code_of_what_they_decode_to(
             place = data.draw(st.integers(0, 8 * len(code) - 1))
             code[place // 8] ^= 1 << place % 8
     ns, ks = np.asarray([n]), np.asarray([k])
-    plain = reference_indices.decode(code, ns, ks, *codec._widths_and_sizes(ns, ks))
+    plain = reference_indices.decode(code, ns, ks, *widths_and_sizes(ns, ks))
     try:
         x = decode_indices(code, n, k)
     except ValueError:

@@ -13,11 +13,11 @@ from rig import flat, make_model
 from torch import Tensor
 
 from commopt import attach, build
-from commopt.compress.indices import _widths_and_sizes
 from commopt.compress.sparse import RandomK, Threshold, TopK
 from commopt.groups import SimGroup, SimWorld
 from commopt.kernels.cpu import indices as cpu_indices
 from commopt.kernels.reference import select as reference_select
+from commopt.kernels.reference.indices import widths_and_sizes
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload
 
@@ -74,7 +74,7 @@ def joined() -> tuple[Tensor, Any]:
     more, more_ns, more_ks = many_blocks()
     ns = np.asarray([*(n for n, _ in sets), *more_ns], dtype=np.int64)
     ks = np.asarray([*(len(x) for _, x in sets), *more_ks], dtype=np.int64)
-    return torch.cat([*(x for _, x in sets), more]), (ns, ks, *_widths_and_sizes(ns, ks))
+    return torch.cat([*(x for _, x in sets), more]), (ns, ks, *widths_and_sizes(ns, ks))
 
 
 def test_indices_have_the_bits_of_the_cpu() -> None:
@@ -91,7 +91,7 @@ def test_indices_have_the_bits_of_the_cpu() -> None:
 def test_wrong_indices_are_seen(bad: list[int]) -> None:
     ns, ks = np.asarray([20, 10, 20]), np.asarray([2, 2, 2])
     x = torch.tensor([3, 4, *bad, 5, 6])
-    layout = (ns, ks, *_widths_and_sizes(ns, ks))
+    layout = (ns, ks, *widths_and_sizes(ns, ks))
     code = torch.zeros(int(layout[-1].sum()), dtype=torch.uint8)
     assert not indices.encode_(x, *layout, code)
     assert not cpu_indices.encode_(x, *layout, code)
@@ -100,7 +100,7 @@ def test_wrong_indices_are_seen(bad: list[int]) -> None:
 def test_damaged_codes_are_seen_as_on_the_cpu() -> None:
     rng = np.random.default_rng(1)
     ns, ks = np.asarray([60, 9, 9, 300, 7, 40]), np.asarray([4, 4, 9, 5, 0, 20])
-    layout = (ns, ks, *_widths_and_sizes(ns, ks))
+    layout = (ns, ks, *widths_and_sizes(ns, ks))
     x = torch.from_numpy(
         np.concatenate([np.sort(rng.choice(n, k, replace=False)) for n, k in zip(ns, ks, strict=True)])
     )

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.compress.indices import _widths_and_sizes
 from commopt.kernels.cuda import headers
 from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, launch, note_bad
+from commopt.kernels.reference.indices import widths_and_sizes
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Layout, Payload, in_a_row, row_of
 
@@ -76,7 +76,7 @@ class Chunks:
     ) -> Chunks:
         """blocks: the coefficients of each chunk; counts: how many are sent. shapes: (4, C) where each begins among the gradients, the
         columns there, and its own rows and columns. transforms: by size. value_bits: of what is sent, 16 or 32."""
-        lows, sizes = _widths_and_sizes(blocks.lengths, counts)
+        lows, sizes = widths_and_sizes(blocks.lengths, counts)
         sources, strides, heights, widths = shapes
         places = dict(zip(transforms, np.cumsum([0, *(n * n for n in transforms)]), strict=False))
         left, right = (np.asarray([places[n] for n in own.tolist()], dtype=np.int64) for own in (heights, widths))
@@ -87,7 +87,9 @@ class Chunks:
         )
         layout = ((torch.int32, 1), (_VALUES[value_bits][0], entries), (torch.uint8, int(sizes.sum())))
         table = torch.from_numpy(np.stack(columns).astype(np.int64)).to(device)
-        flat = torch.cat([torch.zeros(0, device=device), *(x.reshape(-1) for x in transforms.values())])
+        flat = torch.cat(
+            [torch.zeros(0, dtype=torch.float32, device=device), *(x.reshape(-1) for x in transforms.values())]
+        )
         largest = [_power(own) for own in (blocks.lengths, heights, widths)]
         return cls(table, flat, layout, blocks.elements, *largest)
 

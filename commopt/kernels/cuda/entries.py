@@ -113,7 +113,7 @@ def lengths_of(blocks: Blocks, device: torch.device) -> Tensor:
 
 @triton.jit
 def _sizes(ks, ends, lengths, count, blocks, table, HAS_ENDS: tl.constexpr, SIZE: tl.constexpr):
-    """`compress.indices._widths_and_sizes`; one more bit for the low part as long as it saves any."""
+    """`kernels.reference.indices.widths_and_sizes`; one more bit for the low part as long as it saves any."""
     b = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     live = b < count
     n = tl.load(lengths + b % blocks, mask=live, other=0)

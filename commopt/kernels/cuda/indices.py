@@ -15,7 +15,7 @@ from commopt.kernels.cuda.pieces import launch
 from commopt.wire.bucket import Int64Array
 
 BYTES = 256  # of codes, of a program
-_WIDEST = tl.constexpr(40)  # bits of a low part: `compress.indices.MAX_N`
+_WIDEST = tl.constexpr(40)  # bits of a low part: `kernels.reference.indices.MAX_N`
 
 
 @triton.jit

@@ -9,6 +9,24 @@ from torch import Tensor
 from commopt.kernels.reference.runs import bits_of_bytes, bytes_of_bits
 from commopt.wire.bucket import Int64Array
 
+MAX_N = 2**40
+
+
+def widths_and_sizes(ns: Int64Array, ks: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """(B,) the width l of the low part of each block's code, and (B,) its bytes."""
+    if ns.shape != ks.shape or ns.ndim != 1 or not ((ks >= 0) & (ks <= ns) & (ns <= MAX_N)).all():
+        raise ValueError(f"wanted 0 <= k <= n <= 2**40 for each block, got ns {ns}, ks {ks}")
+    is_known = (ks == 0) | (ks == ns)
+    # k l + k + ((n - k) >> l) is convex in l: one more bit costs k and saves half of (n - k) >> l, rounded up
+    widths = np.maximum(_bit_lengths(ns - ks) - _bit_lengths(2 * ks), 0)
+    widths += (ns - ks) >> widths > 2 * ks
+    bits = ks * widths + ks + (ns - ks >> widths)
+    return np.where(is_known, 0, widths), np.where(is_known, 0, bits + 7 >> 3)
+
+
+def _bit_lengths(x: Int64Array) -> Int64Array:
+    return np.frexp(x.astype(np.float64))[1].astype(np.int64)  # exact below 2**53
+
 
 def _entries(
     ns: Int64Array, ks: Int64Array, widths: Int64Array, sizes: Int64Array, device: torch.device
