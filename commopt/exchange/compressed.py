@@ -146,9 +146,8 @@ class Compressed(Exchange):
         dense, self._unread = self._unread, None
         if dense is None:
             return [*torch.cat([*words]).tolist(), -1]
-        *found, total = torch.cat(
-            [*words, dense.flat.sum(0, keepdim=True)]
-        ).tolist()  # in float32, which has every index
+        every = [*words, dense.flat.sum(0, keepdim=True, dtype=torch.float64)]  # where each word is exact
+        *found, total = torch.cat(every).tolist()
         return [*map(int, found), -1 if math.isfinite(total) else first_bad(self.index, dense)]
 
     def put_dense_(self, dense: Bucket, bucket: Bucket) -> None:

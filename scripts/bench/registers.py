@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be here, and print registers, spills, and bytes moved per element.
 
-python scripts/bench/registers.py [--targets sm_80,sm_90,gfx942] [--markdown] [--json FILE]
+python scripts/bench/registers.py [--targets sm_80,sm_90,gfx942] [--quick] [--markdown] [--json FILE]
 
 `calls` is the table of kernels: scripts/bench/gpu takes what it times from there.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -281,13 +282,13 @@ def _of_ptx(ptx: str, target: str) -> tuple[int, int]:
     return registers, stores
 
 
-def main(targets: list[str], is_markdown: bool, json_file: Path | None) -> None:
+def main(targets: list[str], is_quick: bool, is_markdown: bool, json_file: Path | None) -> None:
     from gpu_kernels import moved_bytes  # which needs the table above
 
-    moved = moved_bytes()
-    rows = list({(row["kernel"], row["codec"], row["target"]): row for row in _rows(targets)}.values())
+    moved = {} if is_quick else moved_bytes()
+    rows = list({(row["kernel"], row["codec"], row["target"]): row for row in _rows(targets, is_quick)}.values())
     for row in rows:
-        row["bytes_per_element"] = moved[row["codec"].removesuffix(UNALIGNED), row["kernel"]]
+        row["bytes_per_element"] = moved.get((row["codec"].removesuffix(UNALIGNED), row["kernel"]), math.nan)
     line = (
         "| {} | {} |" + " {} |" * len(targets) + " {} |"
         if is_markdown
@@ -307,15 +308,19 @@ def main(targets: list[str], is_markdown: bool, json_file: Path | None) -> None:
         json_file.write_text(json.dumps({"schema": 2, "triton": triton.__version__, "kernels": rows}, indent=1))
 
 
-def _rows(targets: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(targets: list[str], is_quick: bool) -> Iterator[dict[str, Any]]:
+    seen = set[Any]()
     for name, call in launches():
-        yield from (compiled(name, call, target) for target in targets)
+        if not is_quick or call[0].fn not in seen:
+            yield from (compiled(name, call, target) for target in targets)
+        seen.add(call[0].fn)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"some of {', '.join(TARGETS)}")
+    parser.add_argument("--quick", action="store_true", help="one codec for each kernel, and no bytes")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/gpu.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     given = parser.parse_args()
-    main(given.targets.split(","), given.markdown, given.json)
+    main(given.targets.split(","), given.quick, given.markdown, given.json)

