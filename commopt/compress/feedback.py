@@ -89,7 +89,8 @@ class ErrorFeedback:
         """The payloads of x + residual, one for each of `parts`; x is left as it is.
 
         received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
-        moved: what x is before it is compressed, if there is no residual and the compressor takes it. room: of their row, if it is padded.
+        moved: how x is made of the given values while it is compressed, for compressors that take it. room: bytes of the payloads' row,
+        if it is to be padded.
         """
         if self.bits == 0 or self._stored.is_plain:
             return self._encode(x, self.residual if self.bits else moved, parts, received, room)

@@ -79,7 +79,7 @@ class Recorder:
     def from_environment(cls, rank: int, world_size: int) -> Recorder:
         """Read COMMOPT_RECORD (a folder), and COMMOPT_NODE, _NIC, _MTU.
 
-        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError if COMMOPT_MTU is no number.
+        Without COMMOPT_RECORD, rank 0 prints and the others are silent. Raises ConfigError if COMMOPT_MTU is not a number.
         """
         folder, mtu = os.environ.get("COMMOPT_RECORD"), os.environ.get("COMMOPT_MTU") or "1500"
         if not mtu.isdecimal():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -83,11 +83,22 @@ def alike(names: Iterable[str], key: Callable[[str], K]) -> dict[K, list[str]]:
     return found
 
 
+def kept(tables: dict[Any, Any], name: Hashable, by: Sequence[object], make: Callable[[], T]) -> T:
+    """What follows from `name` and some objects, made once and kept together with these, as they are known by their ids."""
+    key = (name, *map(id, by))
+    if key not in tables:
+        if len(tables) > MOST_LAYOUTS:
+            tables.clear()
+        tables[key] = make(), by
+    found: T = tables[key][0]
+    return found
+
+
 def once_per_layout(cut: Callable[[Any, Bucket], T]) -> Callable[[Any, Bucket], T]:
     """Keep what a method makes of a bucket, which follows from the bucket's layout alone; for up to 64 of them."""
 
     @functools.wraps(cut)
-    def kept(self: Any, bucket: Bucket) -> T:
+    def looked_up(self: Any, bucket: Bucket) -> T:
         found: dict[Any, T] = vars(self).setdefault(f"_{cut.__name__}_by_layout", {})
         key = (bucket.names, bucket.starts)
         if len(found) > MOST_LAYOUTS:
@@ -96,7 +107,7 @@ def once_per_layout(cut: Callable[[Any, Bucket], T]) -> Callable[[Any, Bucket], 
             found[key] = cut(self, bucket)
         return found[key]
 
-    return kept
+    return looked_up
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.bucket import Blocks, Int64Array, kept
 
-MOST_TABLES = 64  # of the same blocks
 T = TypeVar("T")
 
 
@@ -59,14 +58,14 @@ class Residual:
     def copied(self, parts: Sequence[Blocks]) -> Residual:
         """The residual with a copy of these blocks."""
         new = self.copying(parts)
-        for own, kept in new._pairs(parts):
-            kept.copy_(own)
+        for own, copy in new._pairs(parts):
+            copy.copy_(own)
         return new
 
     def restore_(self, parts: Sequence[Blocks]) -> None:
         """Overwrite what is stored of these blocks by the copy."""
-        for own, kept in self._pairs(parts):
-            own.copy_(kept)
+        for own, copy in self._pairs(parts):
+            own.copy_(copy)
 
     def clear_(self, parts: Sequence[Blocks]) -> None:
         """Forget these blocks."""
@@ -124,11 +123,4 @@ def end_to_end(parts: Sequence[Blocks]) -> list[Int64Array]:
 
 def once(parts: Sequence[Blocks], name: str, find: Callable[[], T]) -> T:
     """What follows from the homes and lengths of blocks alone, kept with the blocks."""
-    arrays = [x for blocks in parts for x in (blocks.homes, blocks.lengths)]
-    tables, key = parts[0].tables, (name, *map(id, arrays))
-    if key not in tables:
-        if len(tables) > MOST_TABLES:
-            tables.clear()
-        tables[key] = find(), arrays  # which are kept, and so their ids
-    found: T = tables[key][0]
-    return found
+    return kept(parts[0].tables, name, [x for blocks in parts for x in (blocks.homes, blocks.lengths)], find)

@@ -1,7 +1,7 @@
 """The elements that sparse messages hold, on a GPU: how many of each block, and where a message has them.
 
-Kernels take entries, or bytes of codes, as they lie in the message, and search for the block that each belongs to: there is no table
-with a number for each entry, and where only the GPU knows how many there are the host need not be told.
+Kernels take entries, or bytes of codes, as they lie in the message, and search for the block of each. So no table has a number for each
+entry. If only the GPU knows how many there are, it need not tell the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from commopt.kernels.cuda.pieces import Pieces, launch
-from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.bucket import Blocks, Int64Array, kept
 
 PER_PROGRAM = 1024  # entries, or bytes, of a program
 
@@ -68,14 +68,13 @@ class Entries:
         messages: int = 1,
     ) -> Entries:
         """Of messages whose sizes follow from `key`; made once. sizes(): (B,) elements of each block, and the bytes of their places."""
-        tables, name = blocks.tables, ("entries", key, device, messages)
-        if name not in tables:
+
+        def find() -> Entries:
             ks, code_bytes = sizes()
             totals = (int(ks.sum()) * messages, code_bytes * messages, int((ks + 7 >> 3).sum()) * messages)
-            tables[name] = cls.of(
-                torch.from_numpy(np.tile(ks, messages)).to(device), lengths_of(blocks, device), totals
-            )
-        return tables[name]  # type: ignore[no-any-return]
+            return cls.of(torch.from_numpy(np.tile(ks, messages)).to(device), lengths_of(blocks, device), totals)
+
+        return kept(blocks.tables, ("entries", key, messages), (), find)
 
     def __len__(self) -> int:
         return self.table.shape[1]

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from commopt.kernels.cuda.pieces import drawn, key_of, launch, words_of
-from commopt.wire.bucket import Blocks
+from commopt.wire.bucket import Blocks, kept
 
 _SIZE = 1024  # elements that a program takes at a time
 
@@ -41,10 +41,12 @@ def normalise_(q: Tensor, out: Tensor, rows: Blocks) -> None:
 
     rows: `groups` counts the elements of a factor that come before the row.
     """
-    if q.device not in rows.tables:
+
+    def find() -> Tensor:
         unused = np.zeros_like(rows.starts)
-        columns = (rows.starts, rows.homes, rows.lengths, unused, unused, rows.parameters, rows.named, rows.groups)
-        rows.tables[q.device] = torch.from_numpy(np.stack(columns)).to(q.device)
-    columns = rows.tables[q.device]
+        found = (rows.starts, rows.homes, rows.lengths, unused, unused, rows.parameters, rows.named, rows.groups)
+        return torch.from_numpy(np.stack(found)).to(q.device)
+
+    columns = kept(rows.tables, "rows", (), find)
     word, words, keys = words_of([rows], columns)
     launch(_normalise, (len(rows),), q, out, columns, len(rows), word, words, KEYS=keys, SIZE=_SIZE)

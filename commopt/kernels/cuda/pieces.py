@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.bucket import Blocks, Int64Array, kept
 from commopt.wire.payload import Payload, row_of
-from commopt.wire.residual import MOST_TABLES
 
 LONGEST = 2048  # elements of a piece
 PER_PROGRAM = 2048  # elements of a program
@@ -94,14 +93,8 @@ class Pieces:
 
         parts: the blocks of each message. at: where its scales and its codes begin in theirs.
         """
-        tables = parts[0].tables
         arrays = [x for blocks in parts for x in (blocks.starts, blocks.homes, blocks.named)]
-        key = (bits, device, *at, *map(id, arrays))
-        if key not in tables:
-            if len(tables) > MOST_TABLES:
-                tables.clear()
-            tables[key] = cls._cut(parts, bits, device, at), arrays  # which are kept, and so their ids
-        return tables[key][0]  # type: ignore[no-any-return]
+        return kept(parts[0].tables, (bits, device, *at), arrays, lambda: cls._cut(parts, bits, device, at))
 
     @classmethod
     def _cut(cls, parts: Sequence[Blocks], bits: int, device: torch.device, at: Sequence[tuple[int, int]]) -> Pieces:
@@ -179,7 +172,7 @@ def words_of(parts: Sequence[Blocks], columns: Tensor) -> tuple[int, Tensor, int
 
 @triton.jit
 def piece(columns, count, ROWS: tl.constexpr, ALIGN: tl.constexpr):
-    """(ROWS,) each: its number, whether it is one, where it begins among the values and in the state, its length, scale and codes."""
+    """(ROWS,) each: the number of a piece, whether there is one, and where its values, state, scale and codes begin, behind its length."""
     p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = p < count
     start = tl.load(columns + p, mask=live, other=0)

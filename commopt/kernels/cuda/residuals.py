@@ -6,7 +6,7 @@ without such kernels, and for residuals in 8 bits whose blocks are longer than a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from commopt.kernels.cuda.pieces import LARGEST, Pieces, key_of, launch, mix, piece, uniform, values, within, words_of
-from commopt.wire.bucket import Blocks
-from commopt.wire.residual import MOST_TABLES, Moved, Residual, end_to_end
+from commopt.wire.bucket import Blocks, kept
+from commopt.wire.residual import Moved, Residual, end_to_end
 
 # no residual; float32 that is just what was left out; any other; and one in 8 bits, with a scale for each block
 NONE, PLAIN, STORED, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -258,7 +258,7 @@ def arguments(
     if isinstance(residual, Tensor):
         return (residual, x, pieces.columns, 1.0), (0.0, x, x, 0), PLAIN.value
     if isinstance(residual, Clamped):
-        slots = _once(residual.tables, pieces, lambda: residual.places[pieces.columns[3]])
+        slots = kept(residual.tables, "places", [pieces], lambda: residual.places[pieces.columns[3]])
         return (x, residual.bounds, slots, 1.0), (0.0, x, x, 0), CLAMPED.value
     if isinstance(residual, Moved):
         average, kind = (x, LESS.value) if residual.average is None else (residual.average, AVERAGED.value)
@@ -267,8 +267,8 @@ def arguments(
     if residual.has_scales:
         slots, scales, kind = _slots(residual, pieces), residual.scales, SCALED.value
     e, copy = (x if x is None else x.view(_VIEWED.get(x.dtype, x.dtype)) for x in (residual.values, residual.copy))
-    kept = (share_of(residual.average), e if copy is None else copy, residual.scales_copy, residual.base)
-    return (e, scales, slots, residual.decay), kept, kind
+    after = (share_of(residual.average), e if copy is None else copy, residual.scales_copy, residual.base)
+    return (e, scales, slots, residual.decay), after, kind
 
 
 def share_of(average: float) -> float:
@@ -283,16 +283,7 @@ def _slots(residual: Residual, pieces: Pieces) -> Tensor:
         homes = torch.from_numpy(residual.homes).to(pieces.columns.device)
         return torch.searchsorted(homes, pieces.columns[1].contiguous(), right=True) - 1
 
-    return _once(residual.tables, pieces, find)
-
-
-def _once(tables: dict[int, Any], pieces: Pieces, find: Callable[[], Tensor]) -> Tensor:
-    """What is made of pieces, the first time that it is asked for."""
-    if id(pieces) not in tables:
-        if len(tables) > MOST_TABLES:
-            tables.clear()
-        tables[id(pieces)] = find(), pieces  # which is kept, and so its id
-    return tables[id(pieces)][0]  # type: ignore[no-any-return]
+    return kept(residual.tables, "slots", [pieces], find)
 
 
 def read(residual: Residual, parts: Sequence[Blocks]) -> Tensor:

@@ -25,7 +25,7 @@ from commopt.kernels.cuda.pieces import (
     words_of,
 )
 from commopt.kernels.cuda.residuals import SCALED, arguments, corrected, keep
-from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.bucket import Blocks, Int64Array, kept
 from commopt.wire.residual import Moved, Residual
 
 _MEAN, _RMS, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -196,11 +196,12 @@ def _grouped(
     parts: Sequence[Blocks], groups: Callable[[Blocks], Int64Array], device: torch.device
 ) -> tuple[Tensor, int]:
     """(B,) i64, the number of each block's group, and how many there are; made once for each layout."""
-    tables, key = parts[0].tables, ("groups", len(parts), device)
-    if key not in tables:
+
+    def find() -> tuple[Tensor, int]:
         which, place = np.unique(np.concatenate([groups(blocks) for blocks in parts]), return_inverse=True)
-        tables[key] = torch.from_numpy(place).to(device), len(which)
-    return tables[key]  # type: ignore[no-any-return]
+        return torch.from_numpy(place).to(device), len(which)
+
+    return kept(parts[0].tables, "groups", [blocks.groups for blocks in parts], find)
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:

@@ -22,7 +22,7 @@ from commopt.kernels.cuda.pieces import (
     within,
     words_of,
 )
-from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.bucket import Blocks, Int64Array, kept
 from commopt.wire.payload import Payload, row_of
 
 
@@ -198,15 +198,12 @@ def unpack_all_(
 ) -> None:
     """`unpack_counts_` of several messages, which have no header, into one tensor or two."""
     row, at = row_of(payloads)
-    tables = parts[0].tables
     every = [
         Pieces.of(parts, 1, out.device, [(0, a + k * blocks.sign_bytes) for a, blocks in zip(at, parts, strict=True)])
         for k in range(width)
     ]
-    key = ("planes", width, id(every[0]))
-    if key not in tables:
-        tables[key] = torch.stack([pieces.columns[4] for pieces in every])
-    where = (every[0].columns, len(every[0]), tables[key], values, out, out if also is None else also)
+    codes = kept(parts[0].tables, "planes", every, lambda: torch.stack([pieces.columns[4] for pieces in every]))
+    where = (every[0].columns, len(every[0]), codes, values, out, out if also is None else also)
     launch(_unpack, every[0].grid, row, *where, HAS_TWO=also is not None, WIDTH=width, **every[0].shape)
 
 
@@ -216,5 +213,5 @@ def _tossed(blocks: Blocks, flips: Int64Array, device: torch.device) -> tuple[tu
     word, words, keys = words_of([blocks], turned)
     if keys == 2:
         return (0, words.to(device), 0, turned.to(device)), keys
-    there = blocks.tables.setdefault("no flips", torch.zeros(1, dtype=torch.int32, device=device))
+    there = kept(blocks.tables, "no flips", (), lambda: torch.zeros(1, dtype=torch.int32, device=device))
     return (word, there, int(flips[0]), there), keys
