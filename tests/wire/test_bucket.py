@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from commopt.compress.base import Compressor
 from commopt.compress.sign import BlockSign, TensorSign
-from commopt.wire.bucket import Bucket, ParameterIndex
+from commopt.wire.bucket import MOST_LAYOUTS, Bucket, ParameterIndex, kept
 
 NUMELS = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([64, 65, 2048, 2049, 5000])), min_size=1, max_size=8)
 RANKS = st.integers(1, 5)
@@ -116,3 +117,13 @@ def test_a_bucket_copies_tensors_of_any_shape_into_one() -> None:
     assert bucket.flat.tolist() == [5, 1, 1, 1, 0, 2, 2, 2]
     assert bucket.starts == (0, 4, 5)
     assert x[0, 0] == 1
+
+
+def test_what_follows_from_objects_is_made_once_and_never_taken_for_that_of_others() -> None:
+    tables: dict[Any, Any] = {}
+    first = object()
+    made = [kept(tables, "id", [first], lambda: [id(first)]) for _ in range(2)]
+    assert made[0] is made[1]
+    for k in range(3 * MOST_LAYOUTS):  # of objects whose addresses would be used again, if they were not kept
+        assert kept(tables, "id", [object()], lambda k=k: k) == k  # type: ignore[misc]
+    assert len(tables) <= MOST_LAYOUTS + 2
