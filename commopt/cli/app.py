@@ -9,7 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -80,6 +80,9 @@ OutAnnotated = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where results go; out/NAME by default.")
 ]
 JsonAnnotated = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
+
+
+COMPARED_STEPS = 100  # of a program under each method
 
 
 class _Stream(io.FileIO):
@@ -208,8 +211,15 @@ def check_program(program: str) -> None:
         raise ConfigError(f"{program}: {'it is not executable' if is_file else 'there is no such program'}")
 
 
-def print_commands(words: Sequence[str], emulation: Emulation, *, independent: bool = False, label: str = "") -> None:
-    """Print what would be started on each node, as shell commands."""
+def print_commands(
+    words: Sequence[str],
+    emulation: Emulation,
+    *,
+    independent: bool = False,
+    label: str = "",
+    told: Mapping[str, str] | None = None,
+) -> None:
+    """Print what would be started on each node, as shell commands; told: what else is in the environment."""
     from commopt.cluster import commands
 
     spec, peers = emulation.cluster, commands.peers_json(emulation, label) if independent else None
@@ -222,7 +232,7 @@ def print_commands(words: Sequence[str], emulation: Emulation, *, independent: b
             typer.echo(
                 "# there, add GLOO_SOCKET_IFNAME=its interface to the others; `commopt launch` finds it on that machine"
             )
-        variables = (f"{key}={value}" for key, value in environment.items())
+        variables = (f"{key}={value}" for key, value in {**environment, **(told or {})}.items())
         typer.echo(shlex.join(["env", *variables, *emulation.prefix(spec.names[node]), *argv]))
 
 
@@ -234,10 +244,27 @@ def write_json(path: Path, text: str) -> None:
         raise ConfigError(f"--json {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
 
 
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN.yaml | PROGRAM.py", help="A run's file, or a program that calls commopt.attach.")
+]
+ArgumentsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- ARGUMENTS...]", help="The program's own arguments, as they are.")
+]
+ClusterAnnotated = Annotated[
+    Path | None, typer.Option("--cluster", metavar="CLUSTER.yaml", help="For a program: the nodes and their links.")
+]
+StepsAnnotated = Annotated[
+    int | None, typer.Option("--steps", min=1, help="End the program after this many optimizer steps.")
+]
+
+
 @app.command(epilog="Example: [bold]commopt run configs/runs/demo.yaml --method onebit_adam[/bold]")
 def run(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Program, cluster, optimizer and methods.")],
-    method: Annotated[str | None, typer.Option(help="Which of the methods; the file's first one by default.")] = None,
+    what: RunArgument,
+    arguments: ArgumentsArgument = None,
+    method: Annotated[str | None, typer.Option(help="Which method; of a run's file, the first one by default.")] = None,
+    cluster: ClusterAnnotated = None,
+    steps: StepsAnnotated = None,
     emulate: EmulateAnnotated = None,
     node: NodeAnnotated = None,
     out: OutAnnotated = None,
@@ -245,21 +272,25 @@ def run(
     print_only: PrintAnnotated = False,
 ) -> None:
     """Train once, and write a report."""
-    from commopt.cluster.spec import load_run
-
     if method is not None and not method.strip():
         raise ConfigError(f"--method {method!r}: the name is empty; write one, as in dense")
-    spec = load_run(run_file)
+    spec = _run_spec(what, cluster, ["--method", *([method] if method else [])], steps, arguments or [])
     _train_and_report(spec, [method or next(iter(spec.methods))], emulate, node, out, json_file, print_only)
 
 
-@app.command(epilog="Example: [bold]commopt compare configs/runs/demo.yaml --methods dense,ef_sign,onebit_adam[/bold]")
+@app.command(
+    epilog="Examples: [bold]commopt compare configs/runs/demo.yaml --methods dense,ef_sign,onebit_adam[/bold]\n\n"
+    "[bold]commopt compare train.py --cluster configs/clusters/four-50mbit.yaml --methods dense,onebit_adam -- --lr 1e-3[/bold]"
+)
 def compare(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Program, cluster, optimizer and methods.")],
+    what: RunArgument,
+    arguments: ArgumentsArgument = None,
     methods: Annotated[
         str | None,
-        typer.Option(metavar="NAME,NAME,...", help="Which methods, in this order; all of the file's by default."),
+        typer.Option(metavar="NAME,NAME,...", help="Which methods, in this order; all of a run's file by default."),
     ] = None,
+    cluster: ClusterAnnotated = None,
+    steps: StepsAnnotated = None,
     emulate: EmulateAnnotated = None,
     node: NodeAnnotated = None,
     out: OutAnnotated = None,
@@ -268,12 +299,40 @@ def compare(
 ) -> None:
     """Train the same model under each method in turn, and report loss, time and bytes side by side.
 
+    A program needs commopt.attach, and run.log(loss=...) for its losses; it is ended after 100 steps, or --steps.
     Cluster, seed and order of the data are the same for all. The report is a page with pictures; open OUT/report.html.
     """
-    from commopt.cluster.spec import load_run
-
     names = [name.strip() for name in re.split(r",(?![^(]*\))", methods)] if methods is not None else []
-    _train_and_report(load_run(run_file), names, emulate, node, out, json_file, print_only)
+    if steps is None and what.suffix == ".py":
+        steps = COMPARED_STEPS
+        note(f"each run ends after {steps} steps; --steps changes that")
+    spec = _run_spec(what, cluster, ["--methods", *names], steps, arguments or [])
+    _train_and_report(spec, names, emulate, node, out, json_file, print_only)
+
+
+def _run_spec(
+    what: Path, cluster: Path | None, methods: Sequence[str], steps: int | None, arguments: Sequence[str]
+) -> RunSpec:
+    """The run of a file or a program; methods: the option that names them, and its names."""
+    from commopt.cluster.spec import load_run, run_of_program
+
+    option, *names = methods
+    if what.suffix not in (".yaml", ".yml"):
+        check_program(str(what))
+        if cluster is None:
+            raise ConfigError(f"{what}: --cluster is missing; write a cluster's file, as in --cluster two-nodes.yaml")
+        if not names:
+            raise ConfigError(
+                f"{what}: {option} is missing; write it, as in {option} dense{',onebit_adam' * (option == '--methods')}"
+            )
+        return run_of_program(what, cluster, methods=names, steps=steps, arguments=arguments)
+    if cluster is not None or arguments:
+        wrong = f"--cluster {cluster}" if cluster is not None else shlex.join(["--", *arguments])
+        raise ConfigError(
+            f"{wrong}: has no effect on {what}, which names its own cluster and arguments; write it there"
+        )
+    spec = load_run(what)
+    return spec if steps is None else spec.model_copy(update={"steps": steps})
 
 
 def _train_and_report(
@@ -296,8 +355,9 @@ def _train_and_report(
     if print_only:
         for name, options in methods.items():
             typer.echo(f"# method {name}")
-            words, independent = training.program_words(spec, name, options), training.is_independent(name)
-            print_commands(words, emulation, independent=independent, label=f"{spec.name} {name}")
+            words, independent = training.program_words(spec, options), training.is_independent(name)
+            told = training.program_environment(spec, name, options)
+            print_commands(words, emulation, independent=independent, label=f"{spec.name} {name}", told=told)
         return
     out_dir = (out or Path("out") / spec.name).resolve()
     reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks recorded

@@ -47,12 +47,13 @@ def check_methods(run: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> Non
     from commopt.optim import make_optimizer
 
     mistakes = []
-    steps = run.arguments.get("steps")
+    steps = run.planned_steps
     for name, options in methods.items():
         try:
             plain, optimizer = _split(run, options)
             made = build(name, **plain)
-            made.check_optimizer(make_optimizer(optimizer, torch.nn.Linear(2, 2).parameters()))
+            if optimizer:
+                made.check_optimizer(make_optimizer(optimizer, torch.nn.Linear(2, 2).parameters()))
         except (ConfigError, AttachError, TypeError) as error:
             prefix = "optimizer: " if isinstance(error, AttachError) else ""
             text = str(error).removeprefix(f"method {name.partition('(')[0]}: ")
@@ -148,11 +149,17 @@ def train_each(
     return results
 
 
-def program_words(run: RunSpec, name: str, options: Mapping[str, Any]) -> list[str]:
-    plain, optimizer = _split(run, options)
-    words = [str(run.program), *run.argument_words(), "--backend", run.cluster.backend, "--method", name]
-    words += ["--options", json.dumps(plain)]
-    return words + (["--optimizer", json.dumps(optimizer)] if optimizer else [])
+def program_words(run: RunSpec, options: Mapping[str, Any]) -> list[str]:
+    """The program and its arguments, under a method with these options."""
+    _, optimizer = _split(run, options)
+    return [str(run.program), *run.argument_words(), *(["--optimizer", json.dumps(optimizer)] if optimizer else [])]
+
+
+def program_environment(run: RunSpec, name: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """What tells a program that calls `commopt.attach` its method, and after how many steps it ends."""
+    plain, _ = _split(run, options)
+    told = {"COMMOPT_METHOD": json.dumps({"name": name, **plain}), "COMMOPT_BACKEND": run.cluster.backend}
+    return told if run.steps is None else {**told, "COMMOPT_STEPS": str(run.steps)}
 
 
 def is_independent(name: str) -> bool:
@@ -181,9 +188,9 @@ def _train(
     record_dir, log_dir = (_emptied(out_dir / kind / name) for kind in ("record", "log"))
     live.begin(name, record_dir)
     job = Job(
-        program_words(run, name, options),
+        program_words(run, options),
         emulation=emulation,
-        env={"COMMOPT_RECORD": str(record_dir)},
+        env={"COMMOPT_RECORD": str(record_dir), **program_environment(run, name, options)},
         log_dir=log_dir,
         on_tick=lambda _: live.tick(),
         on_line=lambda label, line: typer.echo(f"[{name}, {label}] {line}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -250,13 +250,15 @@ def _loaded(path: object, info: ValidationInfo) -> ClusterSpec:
 class RunSpec(SpecModel):
     """A program, its arguments, and the methods to run it with; paths are absolute, whatever the file says.
 
+    The program gets its method, and after how many `steps` it is ended, from the environment; an `optimizer` as `--optimizer`, in JSON.
     `optimizer` and each value of `methods` are passed on unchecked: the method checks its own options.
     """
 
     name: Name = "run"
     cluster: Annotated[ClusterSpec, BeforeValidator(_loaded)]
     program: Annotated[Path, AfterValidator(_placed)]
-    arguments: dict[str, Any] = Field({})
+    arguments: dict[str, Any] | list[str | int | float] = Field({})
+    steps: int | None = Field(None, ge=1, strict=True)
     optimizer: dict[str, Any] = Field({})
     methods: dict[str, Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]]
     faults: list[Fault] = Field([])
@@ -269,27 +271,35 @@ class RunSpec(SpecModel):
     def model_post_init(self, context: Any) -> None:
         self._path = context
 
+    @property
+    def planned_steps(self) -> int | None:
+        """The steps that the program will do, if `steps` or an argument `steps` says so."""
+        return self.steps or (self.arguments.get("steps") if isinstance(self.arguments, dict) else None)
+
     def argument_words(self) -> list[str]:
-        """`arguments` as command-line words: {layers: 4, no_bias: true} -> --layers 4 --no-bias."""
+        """`arguments` as command-line words, as written: {n_layer: 4, no-bias: true} -> --n_layer 4 --no-bias; a list as it is."""
+        if isinstance(self.arguments, list):
+            return [str(word) for word in self.arguments]
         words: list[str] = []
         for key, value in self.arguments.items():
             if value is None or value is False:
                 continue
-            words.append("--" + key.replace("_", "-"))
+            words.append(f"--{key}")
             if value is not True:
                 words += [str(word) for word in (value if isinstance(value, list) else [value])]
         return words
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
-        steps = self.arguments.get("steps")
-        yield from mistakes_among(self.faults, self.cluster, steps)
+        arguments = self.arguments if isinstance(self.arguments, dict) else {}
+        steps = arguments.get("steps")
+        yield from mistakes_among(self.faults, self.cluster, self.planned_steps)
         if not self.methods:
             yield "methods", "{} names no method; write at least one, as in 'dense: {}'"
         if self.optimizer and not isinstance(self.optimizer.get("name"), str):
             yield "optimizer.name", "is missing; write the optimizer's name, as in 'name: adam'"
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
             yield "arguments.steps", f"{shown(steps)} is out of range; write a whole number from 1"
-        for key, value in self.arguments.items():
+        for key, value in arguments.items():
             items = value if isinstance(value, list) else [value]
             if any(isinstance(item, dict | list) for item in items):
                 yield f"arguments.{key}", f"{shown(value)} is not a word; write a text, a number or a flat list"
@@ -298,6 +308,21 @@ class RunSpec(SpecModel):
 def load_cluster(path: str | Path) -> ClusterSpec:
     """Read a cluster's YAML. Raises ConfigError, one line per mistake: `FILE: key: what is wrong; what to write`."""
     return validated(ClusterSpec, read_yaml(Path(path)), str(path))
+
+
+def run_of_program(
+    program: Path, cluster: Path, *, methods: Sequence[str], steps: int | None, arguments: Sequence[str]
+) -> RunSpec:
+    """The run of a program without a run's file. Raises ConfigError as `load_run`."""
+    data: dict[str, Any] = {
+        "name": re.sub(r"[^A-Za-z0-9_.-]|^[^A-Za-z0-9]+", "", program.stem)[:63] or "run",
+        "cluster": str(cluster),
+        "program": str(program),
+        "arguments": list(arguments),
+        "steps": steps,
+        "methods": {name: {} for name in methods},
+    }
+    return validated(RunSpec, data, str(program), context=Path.cwd() / program.name)
 
 
 def load_run(path: str | Path) -> RunSpec:

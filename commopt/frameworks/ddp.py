@@ -18,7 +18,7 @@ from commopt.frameworks.lane import Lane, Waits, carriers, threads_of
 from commopt.groups import Group, TorchGroup, World
 from commopt.groups.torch import device_of
 from commopt.method import EveryStep, Method
-from commopt.methods import resolve
+from commopt.methods import chosen, resolve
 from commopt.plan.links import schedule
 from commopt.run import checks
 from commopt.run.agree import meeting_group
@@ -180,7 +180,7 @@ def wrap(model: torch.nn.Module, method: Method | type[Method] | Choice, **ddp_o
     it averages among the ranks of each machine, if these have several. method: as for `attach`. ddp_options: what
     DistributedDataParallel takes. Raises ConfigError for a method that cannot be made.
     """
-    is_outer = resolve(method).kind == "outer"
+    is_outer = resolve(chosen(method)).kind == "outer"
     if not dist.is_initialized() or (is_outer and dist.get_world_size() == 1):
         return model
     if is_outer and "COMMOPT_PEERS" not in os.environ:

@@ -12,7 +12,7 @@ from torch import Tensor
 from commopt.choice import read_choice
 from commopt.errors import ConfigError, check_flag, did_you_mean
 from commopt.method import Method
-from commopt.methods import METHODS, resolve
+from commopt.methods import METHODS, chosen, resolve
 from commopt.optim.update import UpdateMethod
 from commopt.options import option_names
 from commopt.reading import shown
@@ -63,6 +63,11 @@ def read_wanted(config: Mapping[str, Any], client_optimizer: Any) -> Wanted | No
     """The method that a DeepSpeed configuration asks for, or None. Raises ConfigError for wrong or contradictory options."""
     kind, params = _kind(config), dict(section(config, "optimizer").get("params") or {})
     legacy = LEGACY.get(kind.lower())
+    if (block := chosen({})) and asks(config):  # a launcher's, in place of the configuration's own
+        if legacy is None:
+            return _read_block(block, kind, params, client_optimizer)
+        settings = {key: params.get(key, default) for key, default in legacy.settings.items()}
+        return Wanted(resolve(block), {"name": legacy.optimizer, **settings})
     if legacy is None:
         return _read_block(config["commopt"], kind, params, client_optimizer) if "commopt" in config else None
     if "commopt" in config:

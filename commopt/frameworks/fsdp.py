@@ -125,12 +125,20 @@ class ReplicaRun(FSDPRun):
 
     def __init__(self, model: Module, *arguments: Any) -> None:
         super().__init__(model, *arguments)
+        if (ours := self._process_group) is not None:  # one rank of each replica; the job has more
+            self.traffic.ranks, self.per_machine = dist.get_process_group_ranks(ours), self.mesh.shard_group.size()
+            self.rank, self.ranks = dist.get_rank(), self.group.size * self.per_machine
         broadcast_(map(local, (*model.parameters(), *model.buffers())), self.group.broadcast)
+
+    @property
+    def _process_group(self) -> dist.ProcessGroup | None:
+        inner: Any = self.group.inner if isinstance(self.group, PacedGroup) else self.group
+        return getattr(inner, "process_group", None)
 
     @cached_property
     def savers(self) -> Group:
-        inner: Any = self.group.inner if isinstance(self.group, PacedGroup) else self.group
-        return World(TorchGroup.like(self.mesh.shard_group), TorchGroup.like(inner.process_group))
+        assert self._process_group is not None
+        return World(TorchGroup.like(self.mesh.shard_group), TorchGroup.like(self._process_group))
 
     def saved(self) -> Saved:
         saved = super().saved()

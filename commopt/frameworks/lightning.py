@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commopt.choice import Choice
 from commopt.errors import CheckpointError, ConfigError, MissingExtra, did_you_mean
 from commopt.method import Method
-from commopt.methods import resolve
+from commopt.methods import chosen, resolve
 from commopt.run.checkpoint import read_block, save_block
 from commopt.run.checks import Request, agree_on_method, refuse
 from commopt.run.door import attach
@@ -78,6 +78,7 @@ class CommoptStrategy(pl.strategies.DDPStrategy):  # type: ignore[misc,name-defi
         max_norm: float | None = None,
         **ddp_options: Any,
     ) -> None:
+        method = chosen(method)
         tried = resolve(method)
         self.method, self.name, self.kind = method, tried.name, tried.kind  # by name or block, each fit makes a new one
         self.overlap, self.max_norm, self._may_be_clipped = overlap, max_norm, tried.may_be_clipped

@@ -15,6 +15,7 @@ from commopt.choice import Choice
 from commopt.errors import AttachError, MissingExtra
 from commopt.groups import Group, Peers
 from commopt.method import Method
+from commopt.methods import chosen
 from commopt.run.checkpoint import read_block, save_block
 from commopt.run.checks import Request, agree_on_method
 from commopt.run.run import Run
@@ -59,7 +60,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
         overlap: bool | None = None,
     ) -> None:
         self._trainer = trainer
-        self._request = Request(method, group=group, max_norm=max_norm, overlap=overlap)
+        self._request = Request(chosen(method), group=group, max_norm=max_norm, overlap=overlap)
         self._is_closed = False
         made = agree_on_method(self._request, _facts(trainer))
         self._name, self._kind, self._clips_itself = made.name, made.kind, not made.may_be_clipped

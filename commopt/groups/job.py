@@ -17,8 +17,10 @@ def connect(backend: str | None = None) -> Group | None:
     Under mpirun it is an MPIGroup, or a World of machines with several ranks. Under torchrun, or any launcher that sets RANK, it is
     None, and torch.distributed is initialised with `backend` (Gloo if None). Under `commopt launch --independent` it is None, and
     torch.distributed is initialised for the ranks of one machine, if it has several. A program started by hand is one rank alone.
-    backend: "gloo", "nccl", "mpi", or another one of torch.distributed. Raises ConfigError for "mpi" under `commopt launch --independent`.
+    backend: "gloo", "nccl", "mpi", or another one of torch.distributed; if None, COMMOPT_BACKEND, by which a launcher tells that of its
+        cluster. Raises ConfigError for "mpi" under `commopt launch --independent`.
     """
+    backend = backend or os.environ.get("COMMOPT_BACKEND")
     by_mpirun = "RANK" not in os.environ and any(key in os.environ for key in _OF_MPIRUN)
     if "COMMOPT_PEERS" in os.environ:
         if backend == "mpi":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,28 @@ def build(choice: Method | type[Method] | Choice, **options: Any) -> Method:
 
 
 resolve = build  # for choices that may be a `Method` already
+
+
+def is_launched() -> bool:
+    """Whether a launcher has put a method of its own into the script: COMMOPT_METHOD."""
+    return "COMMOPT_METHOD" in os.environ
+
+
+def chosen(choice: Method | type[Method] | Choice) -> Method | type[Method] | Choice:
+    """The method that a launcher compares, COMMOPT_METHOD, in place of the script's own choice; that choice if it names none.
+
+    Raises ConfigError if that variable does not hold a `method:` block as JSON.
+    """
+    if not is_launched():
+        return choice
+    text = os.environ["COMMOPT_METHOD"]
+    try:
+        block = json.loads(text)
+    except ValueError:
+        block = None
+    if not isinstance(block, dict):
+        raise ConfigError(f'environment: COMMOPT_METHOD={text:.80}: no block; write one, as in {{"name": "dgc"}}')
+    return block
 
 
 def _find(name: str) -> tuple[type[Method], dict[str, str]]:

@@ -21,15 +21,16 @@ _START |= {"epoch_s": float, "resumed_at": int}
 
 @checked(frozen=True)
 class StepLine:
-    """One optimizer step of one rank; `loss` is None if it was not finite."""
+    """One optimizer step of one rank; `loss` is None if it was not finite, or not logged."""
 
     step: int
-    loss: float | None
     seconds: float
     wait_s: float
     tokens: int
     steady: bool
     at_s: float
+    loss: float | None = None
+    is_logged: bool = False
 
 
 @checked(frozen=True)
@@ -125,7 +126,7 @@ class RankRecord:
             self._take_start(line)
         line = {**line, "at_s": at_s + self._shift_s}
         if kind == "step":
-            self.steps.append(StepLine(**line))
+            self.steps.append(StepLine(**line, is_logged="loss" in line))
             if line.get("nic_tx_bytes") is not None:
                 self.nic_bytes.append((len(self.steps), float(line["nic_tx_bytes"])))
         elif kind == "round":
@@ -133,7 +134,7 @@ class RankRecord:
         elif kind == "validation":
             self.validations.append(ValidationLine(**line | {"steps": self.steps_done}))
         elif kind == "counters":
-            reading = CountersLine(**line | {"steps": len(self.steps)})
+            reading = CountersLine(**{"steps": len(self.steps)} | line)
             window(reading.traffic, reading.traffic)  # raises now if the line cannot be subtracted later
             self.counters[str(line["name"])] = reading
         elif kind == "compute":

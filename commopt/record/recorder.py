@@ -20,6 +20,17 @@ PRINTED_LINES = 20
 NIC_EVERY_S = 1.0  # how often step() also reads the interface, for the live display
 
 
+def steps_wanted() -> int | None:
+    """COMMOPT_STEPS: after how many optimizer steps a launcher wants the script to end; None if it does not.
+
+    Raises ConfigError if that is not a positive whole number.
+    """
+    text = os.environ.get("COMMOPT_STEPS") if Recorder.is_wanted() else None
+    if text is not None and not (text.isdecimal() and int(text)):
+        raise ConfigError(f"environment: COMMOPT_STEPS={text}: no positive whole number")
+    return None if text is None else int(text)
+
+
 @dataclass(frozen=True)
 class RoundReport:
     """One outer round as one rank saw it."""
@@ -71,6 +82,11 @@ class Recorder:
         return bool(os.environ.get("COMMOPT_RECORD"))
 
     @property
+    def elapsed_s(self) -> float:
+        """Seconds since the record's clock was started."""
+        return time.monotonic() - self._started_s
+
+    @property
     def is_recording(self) -> bool:
         """Whether lines go to a file."""
         return self._file is not None
@@ -102,45 +118,52 @@ class Recorder:
         steps: int,
         resumed_at: int = 0,
         per_machine: int = 1,
+        before_s: float = 0.0,
     ) -> None:
         """Record what is about to be trained, and start the clock of this record.
 
-        resumed_at: the first step, if an earlier training is resumed; what this rank recorded of it is kept. per_machine: ranks that
-            share out what their machine exchanges.
+        steps: 0 if it is not known. resumed_at: the first step, if an earlier training is resumed; what this rank recorded of it is
+            kept. per_machine: ranks that share out what their machine exchanges. before_s: seconds since training began.
         """
-        self._started_s = self._nic_read_s = time.monotonic()
+        self._nic_read_s = time.monotonic()
+        self._started_s = self._nic_read_s - before_s
         self._method, self._steps, self._steps_done = method, steps, resumed_at
         what = {"method": method, "options": dict(options), "parameters": parameters, "steps": steps}
-        when = {"epoch_s": round(time.time(), 6), "resumed_at": resumed_at}
+        when = {"epoch_s": round(time.time() - before_s, 6), "resumed_at": resumed_at}
         who = {"world_size": self.world_size, "node": self.node, "mtu": self.mtu}
         self._write("start", **who, **what, **when)
         resumed = f", resumed at step {resumed_at}" if resumed_at else ""
         on = f" on {self.world_size // per_machine} machines" if per_machine > 1 else ""
-        self._print(f"{method}: {steps} steps, {parameters:,} parameters, {self.world_size} ranks{on}{resumed}")
+        length = f"{steps} steps, " if steps else ""
+        self._print(f"{method}: {length}{parameters:,} parameters, {self.world_size} ranks{on}{resumed}")
 
     def step(
         self,
         *,
         step: int,
-        loss: float,
+        loss: float | None,
         seconds: float,
         wait_s: float,
         tokens: int,
         steady: bool,
+        at_s: float | None = None,
     ) -> None:
         """Record one optimizer step of this rank.
 
-        wait_s: the part of `seconds` spent waiting for the network. tokens: what this rank trained on. steady: the
-        method is past its warm-up.
+        loss: None if it was not logged. wait_s: the part of `seconds` spent waiting for the network. tokens: what this rank trained on.
+        steady: the method is past its warm-up. at_s: when the step ended, by this record's clock; if None, now.
         """
-        fields = {"loss": _finite(loss), "seconds": seconds, "wait_s": wait_s, "tokens": tokens, "steady": steady}
+        fields: dict[str, Any] = {} if loss is None else {"loss": _finite(loss)}
+        fields |= {"seconds": seconds, "wait_s": wait_s, "tokens": tokens, "steady": steady}
+        fields |= {} if at_s is None else {"at_s": round(at_s, 6)}
         if time.monotonic() - self._nic_read_s >= NIC_EVERY_S:
             fields["nic_tx_bytes"] = self._transmitted()
         self._write("step", step=step, **fields)
         self._steps_done += 1
         if self._steps_done % max(1, math.ceil(self._steps / PRINTED_LINES)) == 0 or self._steps_done == self._steps:
             missed = self._rounds_missed
-            facts = [f"step {step}: loss {float(loss):.3f}", f"{seconds * 1e3:.0f} ms"]
+            said = "" if loss is None else f": loss {loss:.3f}"
+            facts = [f"step {step}{said}", f"{seconds * 1e3:.0f} ms"]
             facts += [f"{wait_s / seconds:.0%} waiting for the network"] if seconds > 0 else []
             facts += [] if self._spread is None else [f"spread {spread_text(self._spread)}"]
             facts += [f"{missed} {'round' if missed == 1 else 'rounds'} missed"] if missed else []
@@ -154,12 +177,14 @@ class Recorder:
         self._rounds_missed += report.missed
         self._spread = spread if spread is not None else self._spread
 
-    def counters(self, name: Literal["begin", "end"], traffic: Mapping[str, Any]) -> None:
+    def counters(self, name: Literal["begin", "end"], traffic: Mapping[str, Any], steps: int | None = None) -> None:
         """Record the bytes so far, at one end of the measured steady window; call right after a barrier.
 
-        traffic: `Traffic.as_dict()`. The interface's own count is written with it.
+        traffic: `Traffic.as_dict()`. steps: how many steps it covers; by default those that were recorded. The interface's own count is
+            written with it.
         """
-        self._write("counters", name=name, traffic=dict(traffic), nic_tx_bytes=self._transmitted())
+        covers = {} if steps is None else {"steps": steps}
+        self._write("counters", name=name, traffic=dict(traffic), **covers, nic_tx_bytes=self._transmitted())
 
     def validation(self, *, step: int, loss: float, tokens: int) -> None:
         """Record the loss on held-out text, over `tokens` of this rank."""
@@ -178,7 +203,7 @@ class Recorder:
     def end(self) -> None:
         """Record that training ended as planned; without this line, the run counts as cut short."""
         self._write("end")
-        self._print(f"{self._method}: finished after {time.monotonic() - self._started_s:.1f} s")
+        self._print(f"{self._method}: finished after {self.elapsed_s:.1f} s")
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -197,8 +222,7 @@ class Recorder:
     def _write(self, kind: str, **fields: Any) -> None:
         if self._file is None:
             return
-        at_s = round(time.monotonic() - self._started_s, 6)
-        line = json.dumps({"kind": kind, "at_s": at_s, **fields}, default=str).encode() + b"\n"
+        line = json.dumps({"kind": kind, "at_s": round(self.elapsed_s, 6), **fields}, default=str).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError("the line was written in part")

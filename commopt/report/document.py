@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -266,10 +267,13 @@ class RunResult(DocumentPart):
     ranks: int = Field(description="ranks in the run")
     parameters: int | None = Field(None, description="parameters of the model it trained")
     steps: int = Field(description="optimizer steps that were done")
-    steps_planned: int = Field(description="optimizer steps that were asked for")
+    steps_planned: int = Field(description="optimizer steps that were asked for; those done if nobody said")
     warmup_steps: int | None = Field(None, description="steps before the first steady one; null if none was steady")
     tokens: int = Field(description="tokens trained on, over all ranks")
-    train_loss: list[float | None] = Field(description="per step, mean over the ranks; null if not finite")
+    train_loss: list[float | None] = Field(
+        description="per step, mean over the ranks that logged one; null if not finite. A step without one has that of the last step "
+        "with one; empty if the program logged none"
+    )
     val_loss: float | None = Field(
         None, description="loss of the last validation, on held-out text; null if there is none or it is not finite"
     )
@@ -316,6 +320,19 @@ class RunResult(DocumentPart):
     speedup_vs_dense: float | None = Field(
         None, description="the step time of dense over this run's, both in the steady phase; null without either"
     )
+
+    @property
+    def end_loss(self) -> float | None:
+        """The loss of the last validation; without any, the mean training loss of the last tenth of the steps."""
+        last = self.train_loss[-max(1, len(self.train_loss) // 10) :]
+        if self.validations or not last:
+            return self.val_loss
+        finite = [loss for loss in last if loss is not None]
+        return fmean(finite) if len(finite) == len(last) else None
+
+    @property
+    def loss_name(self) -> str:
+        return "val loss" if self.validations or not self.train_loss else "training loss"
 
 
 class Results(DocumentPart):

@@ -131,7 +131,7 @@ def headline(results: Results) -> str:
     if (best.speedup_vs_dense or 0.0) < 1.03:
         return f"No method beat dense on {results.cluster.name}"
     above = table.loss_above_dense(best, dense)
-    loss = "" if above is None else f", {table.val_loss_text(above)}"
+    loss = "" if above is None else f", {table.loss_text(best, above)}"
     return f"{best.name}: steps {times_text(best.speedup_vs_dense or 0.0)} faster than dense{loss}"
 
 

@@ -22,8 +22,8 @@ def assemble(runs: Sequence[RunResult], cluster: Cluster, *, environment: Enviro
     dense = next((run for run in runs if run.method == "dense"), None)
     named: list[RunResult] = []
     for run in runs:
-        before = sum(earlier.method == run.method for earlier in named)
-        name = run.method if before == 0 else f"{run.method} ({before + 1})"
+        before = sum(earlier.name.partition(" (")[0] == run.name for earlier in named)
+        name = run.name if before == 0 else f"{run.name} ({before + 1})"
         speedup = dense.step_s / run.step_s if dense and dense.step_s and run.step_s else None
         named.append(run.model_copy(update={"name": name, "speedup_vs_dense": speedup}))
     parameters = next((run.parameters for run in runs if run.parameters is not None), None)
@@ -39,7 +39,7 @@ def assemble(runs: Sequence[RunResult], cluster: Cluster, *, environment: Enviro
 def collect(
     record_dir: Path,
     *,
-    method: str = "unknown",
+    method: str = "",
     options: Mapping[str, Any] | None = None,
     failure: str | None = None,
     ranks_here: Sequence[int] | None = None,
@@ -47,8 +47,9 @@ def collect(
 ) -> RunResult:
     """Merge the ranks' files of one run.
 
-    method, options: used if no rank wrote them. failure: why the run failed, according to the launcher. A run that
-    lacks a rank or an end line has failed too; what its ranks did write is merged anyway. With outer rounds, ranks
+    method: the run's name; by default what the ranks recorded. options: used if no rank wrote them. failure: why the run failed,
+        according to the launcher.
+    A run that lacks a rank or an end line has failed too; what its ranks did write is merged anyway. With outer rounds, ranks
     continue without those that leave: the run is finished if there is no `failure` and one rank trained to the end.
     Faults are read from the same folder. ranks_here: the ranks whose files are on this machine; None for all.
     told: what the launcher has to say about the run, in sentences.
@@ -70,17 +71,22 @@ def collect(
     if rounds and not reasons:
         early = "rank {} ended early, after {} of {} steps; the others went on without it"
         notices += [early.format(rank, steps, steps_planned) for rank, steps in left.items()]
+    if rounds and rounds.spread and not any(point.spread for point in rounds.spread):
+        notices.append(
+            "the replicas were equal in every round, so all machines trained on the same batches: the program should draw them by "
+            "run.rank of run.ranks, as each machine's RANK is 0 under an outer method"
+        )
     if unreadable_faults:
         notices.append(_unreadable(unreadable_faults, FAULTS_FILE))
     return RunResult(
-        name=first.get("method", method),
-        method=first.get("method", method),
+        name=method or first.get("method", "unknown"),
+        method=first.get("method", method or "unknown"),
         options=first.get("options", options or {}),
         status="failed" if reasons else "finished",
         failure="; ".join(reasons) or None,
         ranks=ranks,
         parameters=first.get("parameters"),
-        steps_planned=steps_planned,
+        steps_planned=steps_planned or max(done.values(), default=0),
         events=_events(started),
         notices=notices,
         rounds=rounds,
@@ -102,7 +108,7 @@ def _missing(started: Sequence[RankRecord], ranks: Sequence[int], steps_planned:
     cut = [record for record in started if not record.ended]
     for steps in sorted({record.steps_done for record in cut}):
         who = _ranks([record.rank for record in cut if record.steps_done == steps])
-        reasons.append(f"{who} stopped after {steps} of {steps_planned} steps")
+        reasons.append(f"{who} stopped after {steps}{f' of {steps_planned}' if steps_planned else ''} steps")
     return reasons
 
 
@@ -137,7 +143,7 @@ def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any
         "steps": len(rows),
         "warmup_steps": steady.index(True) if any(steady) else None,
         "tokens": sum(line.tokens for record in records for line in record.steps),
-        "train_loss": [_mean_loss([(line.loss, 1) for line in row]) for row in rows],
+        "train_loss": _train_loss(rows),
         "step_seconds": step_seconds,
         "seconds": seconds[1:],
         "validations": validations,
@@ -148,6 +154,17 @@ def _training(records: Sequence[RankRecord], *, is_outer: bool) -> dict[str, Any
         "val_loss": validations[-1].loss if validations else None,
         "wall_s": max(last_s, default=None),
     }
+
+
+def _train_loss(rows: Sequence[Sequence[StepLine]]) -> list[float | None]:
+    """At each step, the mean over the ranks that logged a loss, or that of the last step at which one did; empty if none ever did."""
+    logged = [[(line.loss, 1) for line in row if line.is_logged] for row in rows]
+    last: Sequence[tuple[float | None, int]] = next(filter(None, logged), [])
+    losses = []
+    for row in logged:
+        last = row or last
+        losses.append(_mean_loss(last))
+    return losses if last else []
 
 
 def _mean_loss(weighted: Sequence[tuple[float | None, int]]) -> float | None:
@@ -256,6 +273,11 @@ def _notices(records: Sequence[RankRecord], started: Sequence[RankRecord]) -> li
         for k, resumed_at in record.begins[1:]:
             before = record.steps[k - 1].step + 1 if k else 0
             notices += [f"rank {record.rank} was started again after step {before}, and went on at step {resumed_at}"]
+    ended = min((record.steps_done for record in started if record.ended), default=0)
+    if started and ended < started[0].start["steps"] and all(record.ended for record in started):
+        notices.append(
+            f"the program ended by itself after {ended} steps, before the {started[0].start['steps']} asked for"
+        )
     if started and not any(line.steady for record in started for line in record.steps):
         notices.append("no step was past the method's warm-up, so there is no speed in the steady phase")
     is_counted = all(record.window() for record in started) or any(record.rounds for record in started)

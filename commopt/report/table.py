@@ -66,10 +66,15 @@ def table_of(columns: Sequence[Column], cells: Sequence[Sequence[str]], gap: int
 
 COLUMNS = (
     column_of(("method", ""), "name"),
-    column_of(("val", "loss"), "val_loss", "{:.3f}".format),
+    Column(
+        ("loss", "at end"),
+        f"{described(RunResult, 'val_loss')}; without a validation, the mean training loss of the last tenth of the steps",
+        lambda run, _: run.end_loss,
+        "{:.3f}".format,
+    ),
     Column(
         ("to", "dense"),
-        "its difference from dense's validation loss after the same number of steps",
+        "its difference from dense's loss after the same number of steps",
         lambda run, dense: None if run is dense else loss_above_dense(run, dense),
         "{:+.1%}".format,
     ),
@@ -113,10 +118,10 @@ def cells(results: Results) -> list[list[str]]:
 
 
 def loss_above_dense(run: RunResult, dense: RunResult | None) -> float | None:
-    """How far the validation loss is above dense's, as a share of it; None unless both did the same number of steps."""
-    if dense is None or run.steps != dense.steps or run.val_loss is None or not dense.val_loss:
+    """How far the loss is above dense's, as a share of it; None unless both did the same number of steps, and have a loss of one kind."""
+    if dense is None or run.steps != dense.steps or run.loss_name != dense.loss_name:
         return None
-    return run.val_loss / dense.val_loss - 1
+    return run.end_loss / dense.end_loss - 1 if run.end_loss is not None and dense.end_loss else None
 
 
 def show(results: Results, stream: TextIO) -> None:
@@ -201,20 +206,22 @@ def _loss_itself(run: RunResult) -> str:
     if None in run.train_loss:
         first = run.train_loss.index(None) + 1
         return f"training loss not finite in {run.train_loss.count(None)} steps, first in step {first}"
-    return f"val loss {run.val_loss:.3f} after {run.steps} steps" if run.val_loss is not None else "no val loss"
+    return (
+        f"no {run.loss_name}" if run.end_loss is None else f"{run.loss_name} {run.end_loss:.3f} after {run.steps} steps"
+    )
 
 
 def _loss(run: RunResult, dense: RunResult) -> str:
     above = loss_above_dense(run, dense)
     if above is None or None in run.train_loss:
-        other = f", where dense did {dense.steps}" if run.steps != dense.steps and run.val_loss is not None else ""
+        other = f", where dense did {dense.steps}" if run.steps != dense.steps and run.end_loss is not None else ""
         return _loss_itself(run) + other
-    return "the same val loss" if abs(above) < 0.0005 else val_loss_text(above)
+    return f"the same {run.loss_name}" if abs(above) < 0.0005 else loss_text(run, above)
 
 
-def val_loss_text(above: float) -> str:
-    """`val loss 0.2 % above`: how far a validation loss is from dense's, as a share of it."""
-    return f"val loss {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"
+def loss_text(run: RunResult, above: float) -> str:
+    """`val loss 0.2 % above`: how far a run's loss is from dense's, as a share of it."""
+    return f"{run.loss_name} {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"
 
 
 def _fewer_bytes(run: RunResult, dense: RunResult) -> str:

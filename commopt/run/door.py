@@ -13,6 +13,7 @@ from commopt.choice import Choice
 from commopt.errors import AttachError
 from commopt.groups import Group, Peers
 from commopt.method import Method
+from commopt.methods import chosen
 from commopt.run.agree import agree, meeting_group
 from commopt.run.checks import Request
 from commopt.run.run import Run
@@ -50,7 +51,7 @@ def attach(
 
     model: a plain module, a DistributedDataParallel or FSDP2 model, a DeepSpeed engine, a transformers Trainer, or what
         `Accelerator.prepare` returned. Lightning takes `commopt.frameworks.lightning.CommoptStrategy` instead.
-    method: its name, a `method:` block, a file that holds one, or a `Method`.
+    method: its name, a `method:` block, a file that holds one, or a `Method`. `commopt compare` and `commopt run` put others in its place.
     optimizer: yours. Gradient and outer methods keep it; an update method, such as onebit_adam, stands in for it (Adam or AdamW;
         LAMB for onebit_lamb, Lion for distributed_lion, SGD for demo), with its parameter groups and its schedulers. Step
         `run.optimizer`. Engines and Trainers bring their own.
@@ -61,7 +62,7 @@ def attach(
 
     Raises AttachError if these do not fit together, and ConfigError for a wrong option: on every rank, before anything is changed.
     """
-    return dispatch(model, Request(method, optimizer, group, max_norm, grad_scaler, overlap))
+    return dispatch(model, Request(chosen(method), optimizer, group, max_norm, grad_scaler, overlap))
 
 
 def dispatch(model: Any, request: Request) -> Run:

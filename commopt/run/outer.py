@@ -21,6 +21,7 @@ from commopt.gossip.loop import Exchanged, OuterMethod, Round
 from commopt.gossip.spread import Spread, spread_of
 from commopt.groups.peers import PeerGroup, Peers, call_roll
 from commopt.groups.staging import SideStaging
+from commopt.methods import is_launched
 from commopt.record.recorder import RoundReport
 from commopt.run.checks import Checked, refuse_ddp
 from commopt.run.machine import Machine
@@ -100,6 +101,12 @@ class OuterRun(Run):
         self._sketch = Spread(method.index.total, peers.rank)
         is_alone = machine.ranks.size == 1 or averages  # else DDP may be around the model
         self._attached(*(refuse_ddp(model, method.name, self.optimizer) if is_alone else ()))
+        if is_launched():  # the script may have been written for a method that joins nothing
+            self._handles.append(model.register_forward_pre_hook(self._join_once))
+
+    def _join_once(self, *_: object) -> None:
+        if not self._has_joined:
+            self.join()
 
     # -- the training script's side
 

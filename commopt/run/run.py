@@ -147,9 +147,10 @@ class Run(ABC):
         """
         return checkpoint.open_run(Path(folder), self)()
 
-    def log(self, **values: float) -> None:
+    def log(self, **values: float | Tensor) -> None:
         """Record this step's values if the launcher wants them, else print some: `run.log(loss=..., tokens=...)`.
 
+        Call it before every step, or after it, or in some steps only, on all ranks or on one; steps are recorded without it.
         loss: of this step. tokens: what this rank trained on in it. validation_loss: instead of `loss`, on `tokens` held out.
         """
         self._log.log(values)
@@ -194,6 +195,7 @@ class Run(ABC):
             *handles,
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_step_post_hook(self._log.stepped),
         ]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:

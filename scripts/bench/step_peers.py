@@ -35,8 +35,8 @@ SETTLED = 3  # DDP makes its buckets anew in the first steps; launch/train.py wa
 class TwoWayRecorder(Recorder):
     """A recorder that counts what the interface received as well: a node may receive more than it sends."""
 
-    def counters(self, name: Literal["begin", "end"], traffic: Mapping[str, Any]) -> None:
-        super().counters(name, {**traffic, "nic_rx_bytes": received_bytes(os.environ.get("COMMOPT_NIC"))})
+    def counters(self, name: Literal["begin", "end"], traffic: Mapping[str, Any], steps: int | None = None) -> None:
+        super().counters(name, {**traffic, "nic_rx_bytes": received_bytes(os.environ.get("COMMOPT_NIC"))}, steps)
 
 
 def received_bytes(interface: str | None) -> int | None:

@@ -10,12 +10,11 @@ import time
 from commopt.record.recorder import Recorder
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--method")
 parser.add_argument("--steps", type=int)
-parser.add_argument("--options", type=json.loads)
 args, _ = parser.parse_known_args()
+options = json.loads(os.environ["COMMOPT_METHOD"])
 recorder = Recorder.from_environment(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-recorder.start(method=args.method, options=args.options, parameters=100, steps=args.steps)
+recorder.start(method=options.pop("name"), options=options, parameters=100, steps=args.steps)
 for step in range(args.steps):
     time.sleep(0.02)
     recorder.step(step=step, loss=3.0 / (step + 1), seconds=0.02, wait_s=0.01, tokens=8, steady=step > 1)

@@ -193,7 +193,9 @@ def program_with(folder: Path, line: str) -> str:
 
 
 def test_ctrl_c_keeps_the_methods_that_finished(tmp_path: Path, mark: str) -> None:
-    line = f"if 'fp16' in sys.argv: pathlib.Path({str(tmp_path)!r}, '{mark}').touch(); time.sleep(300)"
+    line = (
+        f"if 'fp16' in os.environ['COMMOPT_METHOD']: pathlib.Path({str(tmp_path)!r}, '{mark}').touch(); time.sleep(300)"
+    )
     run = write(tmp_path, methods="{dense: {}, fp16: {}, ef_sign: {}}", program=program_with(tmp_path, line))
     words = ["-m", "commopt", "compare", str(run), "--emulate", "none"]
     process = start([*words, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "copy.json")], tmp_path)
@@ -217,7 +219,7 @@ def test_a_run_that_fails_is_told_once_the_next_one_still_runs_and_a_lost_report
     page = tmp_path / "out/report.html"
     line = (
         f"pathlib.Path({str(page)!r}).mkdir(exist_ok=True)\n"
-        "if 'fp16' in sys.argv and os.environ['RANK'] == '1': raise ValueError('rank one gives up')"
+        "if 'fp16' in os.environ['COMMOPT_METHOD'] and os.environ['RANK'] == '1': raise ValueError('rank one gives up')"
     )
     run = write(tmp_path, methods="{fp16: {}, dense: {}}", program=program_with(tmp_path, line))
     words = ["compare", str(run), "--emulate", "none", "--out", "out", "--json", "copy.json"]
@@ -250,5 +252,5 @@ def test_print_shows_the_commands_of_every_node_and_starts_nothing(tmp_path: Pat
     code, output, _ = commopt_here("run", str(run), "--print")
     assert code == 0
     assert output.count("torch.distributed.run") == 2
-    assert "--method dense" in output
+    assert """COMMOPT_METHOD={"name": "dense"}""" in output
     assert not (tmp_path / "out").exists()

@@ -163,7 +163,7 @@ def test_yaml_words_and_numbers_are_what_they_look_like(tmp_path: Path) -> None:
     )
     spec = load_run(run)
     assert [node.name for node in spec.cluster.nodes] == ["no", "on", "y"]
-    words = "--max-steps 80 --lr 0.002 --betas 0.9 0.99 --amp --mode on --port 16"
+    words = "--max_steps 80 --lr 0.002 --betas 0.9 0.99 --amp --mode on --port 16"
     assert spec.argument_words() == words.split()
     assert spec.optimizer == {"name": "adam", "lr": 0.002}
     assert list(spec.methods.items()) == [("dense", {}), ("onebit_adam", {"freeze_step": 24})]
