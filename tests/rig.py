@@ -60,6 +60,15 @@ def make_batch(rank: int, step: int, dtype: torch.dtype = torch.float32) -> tupl
     return x.to(dtype), y.to(dtype)
 
 
+def mean_norm(ranks: int, step: int) -> float:
+    """What clip_grad_norm_ returns for the mean of the ranks' gradients, before any training."""
+    model = make_model()
+    for rank in range(ranks):
+        x, y = make_batch(rank, step)
+        (loss_of(model(x), y) / ranks).backward()
+    return float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+
+
 def make_method(case: str, model: nn.Module) -> tuple[Method, torch.optim.Optimizer]:
     """The method, and the optimizer to attach it with."""
     return METHODS[case].method(), METHODS[case].optimizer(model)

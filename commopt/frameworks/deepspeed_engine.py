@@ -152,19 +152,12 @@ class EngineRun(PlainRun):
                 if p.grad is not None:
                     p.grad.mul_(ratio)
         super()._before_step(optimizer, args, kwargs)
-        if not self._is_update:
-            self._clip_mean()
-        elif self._wrapper is not None:
-            self._wrapper._global_grad_norm = None  # it was the norm of this rank's own gradients
-
-    def _clip_mean(self) -> None:
         used = [p for p in self.parameters.values() if p.grad is not None]
-        if not used or not (self._clip or self._wrapper is not None):
-            return
-        norm = float(torch.nn.utils.clip_grad_norm_(used, self._clip or math.inf))
-        self._engine._global_grad_norm = norm
-        if self._wrapper is not None:
-            self._wrapper._global_grad_norm = norm
+        if not self._is_update and (self._clip or (self._wrapper is not None and self.max_norm is None)):
+            norm = float(torch.nn.utils.clip_grad_norm_(used, self._clip or math.inf))
+            self._norm = math.nan if self._void_names else norm
+        for shown in (self._engine, self._wrapper) if self._wrapper is not None else (self._engine,):
+            shown._global_grad_norm = self.grad_norm  # theirs was of this rank's own gradients
 
 
 def hand_over(engine: Any, run: Run) -> Replaced:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from commopt.compress.cast import Cast
 from commopt.compress.feedback import NOTHING_KEPT, first_bad_parameter
 from commopt.errors import AttachError, CheckpointError
 from commopt.exchange.base import is_finite
+from commopt.exchange.clip import clip_gradients_
 from commopt.exchange.compressed import Compressed
 from commopt.frameworks.fsdp_units import Mesh, Unit, Way, sharding_of
 from commopt.gossip.loop import OuterMethod
@@ -89,7 +91,7 @@ class FSDPRun(EveryStepRun):
         self.waited_s += time.perf_counter() - start
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        if self._on_any_shard([bool(self._left_out)])[0]:
+        if is_void := bool(self._on_any_shard([bool(self._left_out)])[0]):
             is_bad = [  # left out, or clipping by their norm has spread a NaN to it
                 name in self._left_out or (p.grad is not None and not is_finite(local(p.grad)))
                 for name, p in self.parameters.items()
@@ -100,7 +102,8 @@ class FSDPRun(EveryStepRun):
         self._void_names.clear()
         self._is_noted = False  # a backward that failed has not come to its end
         if self._clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._clip)
+            norm = clip_gradients_(self.parameters.values(), self._clip)
+            self._norm = math.nan if is_void else norm
         super()._before_step(optimizer, args, kwargs)
 
     def _note(self) -> None:

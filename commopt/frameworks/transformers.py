@@ -157,6 +157,10 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
     def _log(self, original: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.run is not None and ("loss" in logs or "train_loss" in logs):
             logs["commopt_payload_mb"] = self.run.traffic.payload_bytes / 1e6
+            if "loss" in logs and self.run.grad_norm is not None:
+                logs["grad_norm"] = self.run.grad_norm
+            if "loss" in logs and self.run.grad_norm is not None:
+                logs["grad_norm"] = self.run.grad_norm
         original(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, original: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:

@@ -122,7 +122,8 @@ class EveryStepRun(Run):
         every = [put_together(own, bucket, share, inside) for own, bucket in zip(work, buckets, strict=True)]
         if self.max_norm is not None and is_exact:
             good = [done for done in every if done.void is None]
-            clip_joint_norm_(good, self.max_norm * (loss_scale if method.is_linear else 1.0))
+            factor = loss_scale if method.is_linear else 1.0
+            self._norm = clip_joint_norm_(good, self.max_norm * factor) / factor
         for bucket, done in zip(buckets, every, strict=True):
             self._exchanged.update(dict.fromkeys(bucket.names))
             if done.void is not None:
@@ -139,8 +140,10 @@ class EveryStepRun(Run):
                 bucket.flat.copy_(done.flat)
             if scale != 1.0 and not self._is_update:
                 bucket.flat.mul_(scale)
-        if not is_local and any(done.void is not None for done in every):
-            self._compare_steps()
+        if any(done.void is not None for done in every):
+            self._norm = None if self.max_norm is None else math.nan
+            if not is_local:
+                self._compare_steps()
         if repeated is not None:
             raise repeated
 
@@ -151,9 +154,10 @@ class EveryStepRun(Run):
         if max_norm is not None and (is_local or not method.is_exact):
             squares = joint_squares(work, group.inside)
             if is_local or method.clips_alone:
-                clip_joint_norm_(work, max_norm * (1.0 if is_local else math.sqrt(group.size)), squares)
+                factor = 1.0 if is_local else math.sqrt(group.size)
+                self._norm = clip_joint_norm_(work, max_norm * factor, squares)
             else:
-                clip_by_mean_square_(work, max_norm, squares, group)
+                self._norm = clip_by_mean_square_(work, max_norm, squares, group)
         if is_local:
             for bucket in work:
                 method.exchange_alone(bucket, group)

@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from commopt.errors import AttachError, CheckpointError, GroupError
 from commopt.exchange.base import is_finite
+from commopt.exchange.clip import clip_gradients_
 from commopt.exchange.two_level import put_together
 from commopt.gossip.loop import Exchanged, OuterMethod, Round
 from commopt.gossip.spread import Spread, spread_of
@@ -203,7 +204,7 @@ class OuterRun(Run):
         if self.averages:
             self._average_gradients()
         if self.max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
+            self._norm = clip_gradients_(self.parameters.values(), self.max_norm)
         self.method.before_step(self.optimizer)
 
     def _after_step(self, *_: Any) -> None:

@@ -90,11 +90,23 @@ class Run(ABC):
         self._handles: list[Any] = []
         self.voided: list[tuple[int, str]] = []
         self.waited_s = 0.0
+        self._norm: Tensor | float | None = None  # a tensor until someone asks: reading it makes the host wait
         self.steps = 0
         self.reports: list[RoundReport] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.is_closed = self.is_finished = False
         self._log = RunLog(self)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The global L2 norm of the last step's unscaled gradient before clipping; None without max_norm, and before the first step.
+
+        It is the norm that max_norm limits: that of the mean gradient if the exchange yields it, or if clipping follows the exchange
+        (FSDP2, DeepSpeed); else the root mean square of the machines' norms, which is at least the norm of their mean. These are
+        the same on all ranks. Under `dgc`, in local steps and under outer methods it is this machine's own. NaN if a gradient with
+        a NaN or an inf was left out.
+        """
+        return None if self._norm is None else float(self._norm)
 
     def range(self, stop: int) -> Iterator[int]:
         """The steps that are left to do, up to `stop`; after `load` those that follow the checkpoint."""

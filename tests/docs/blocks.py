@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINKED = ("launch", "configs", "scripts", "commopt")
 STOOD_IN_FOR = ("pip", "sbatch", "kubectl", "docker", "ssh")
 PAGE_LIMIT_S = 300.0  # on the busiest of machines; a page should take less than 10
-REASONS = ("needs a GPU", "needs a second machine", "takes minutes")
+REASONS = ("needs a GPU", "needs a second machine", "takes minutes", "needs peft")
 _NOT_EXECUTED = re.compile(r"<!--\s*not executed:\s*(.*?)\s*-->", re.DOTALL)
 _TABS = re.compile(r"(!!!|\?\?\?\+?|===) .*")
 

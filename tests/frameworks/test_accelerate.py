@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from framework_ranks import error_of, new_accelerator, train_by_ddp
 from pool import Pool
-from rig import flat, loss_of, make_batch, make_model
+from rig import flat, loss_of, make_batch, make_model, mean_norm
 from rig import sgd_of as sgd
 from torch import Tensor, nn
 
@@ -60,7 +60,12 @@ def new_scaler() -> torch.amp.GradScaler:
 
 
 def prepared(
-    method: dict[str, Any], make: Callable[[Any], Any] = dict, *, is_scaled: bool = False, **options: Any
+    method: dict[str, Any],
+    make: Callable[[Any], Any] = dict,
+    *,
+    is_scaled: bool = False,
+    max_norm: Any = None,
+    **options: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """(accelerator, model, optimizer, run), with a schedule; is_scaled: Accelerate makes scalers on devices with float16 only."""
     accelerator = new_accelerator(**options)
@@ -71,7 +76,7 @@ def prepared(
     optimizer, _ = accelerator.prepare(optimizer, one_cycle(optimizer))
     if is_scaled:
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that clipping unscales
-    return accelerator, model, optimizer, attach(model, make(method), optimizer)
+    return accelerator, model, optimizer, attach(model, make(method), optimizer, max_norm=max_norm)
 
 
 # case: method, how it is given, options of `prepared`, and what they are by hand
@@ -116,6 +121,13 @@ def test_training_is_that_of_ddp(case: str) -> None:
     )
     assert torch.equal(flat(model.module), expected)
     assert nbytes == expected_nbytes > 0
+
+
+@on_two_ranks
+def test_the_runs_grad_norm_is_that_of_the_mean() -> None:
+    accelerator, model, optimizer, run = prepared(ONEBIT, max_norm=0.05)
+    train(accelerator, model, optimizer, range(1))
+    assert run.grad_norm == pytest.approx(mean_norm(2, 0), rel=1e-6)
 
 
 @pytest.mark.parametrize(("method", "clip"), [(ONEBIT, 0.0), (EF, 0.5)], ids=["onebit_adam", "ef_sign, clipped"])

@@ -128,15 +128,15 @@ def test_only_plain_gradients_may_be_changed(pool: Pool, cases: tuple[str, ...],
             assert said in answer if said else answer == "", case
 
 
-def clipped_in_ddp(process_group: dist.ProcessGroup, case: str, max_norm: float) -> tuple[Tensor, Tensor]:
-    """The gradient that the optimizer gets in one step with max_norm, and this rank's own."""
+def clipped_in_ddp(process_group: dist.ProcessGroup, case: str, max_norm: float) -> tuple[Tensor, Tensor, float]:
+    """The gradient that the optimizer gets in one step with max_norm, this rank's own, and grad_norm."""
     rank = dist.get_rank(process_group)
     x, y = make_batch(rank, 0)
     own = make_model()
     loss_of(own(x), y).backward()
-    with wrapped(process_group, case, overlap=False, max_norm=max_norm) as (model, _, _run):
+    with wrapped(process_group, case, overlap=False, max_norm=max_norm) as (model, _, run):
         loss_of(model(x), y).backward()
-        return gradient_of(model.module), gradient_of(own)
+        return gradient_of(model.module), gradient_of(own), run.grad_norm
 
 
 def gradient_of(model: nn.Module) -> Tensor:
@@ -147,18 +147,32 @@ def gradient_of(model: nn.Module) -> Tensor:
 def test_dense_clips_by_the_norm_of_the_mean_as_torch_does(pool: Pool, max_norm: float) -> None:
     results = pool.run(3, clipped_in_ddp, "dense", max_norm)
     mean = nn.Parameter(torch.zeros_like(results[0][1]))
-    mean.grad = torch.stack([own for _, own in results]).mean(0)
-    nn.utils.clip_grad_norm_([mean], max_norm)
-    for got, _ in results:
+    mean.grad = torch.stack([own for _, own, _ in results]).mean(0)
+    norm = nn.utils.clip_grad_norm_([mean], max_norm)
+    for got, _, grad_norm in results:
         torch.testing.assert_close(got, mean.grad)
+        assert grad_norm == pytest.approx(float(norm), rel=1e-6)
 
 
 def test_signs_are_clipped_by_one_norm_for_all_ranks(pool: Pool) -> None:
     unclipped = pool.run(3, clipped_in_ddp, "ef_sign l1", 1e6)
     clipped = pool.run(3, clipped_in_ddp, "ef_sign l1", 0.05)
-    rms = torch.stack([own.norm() for _, own in unclipped]).square().mean().sqrt()
-    for (got, _), (whole, _) in zip(clipped, unclipped, strict=True):
+    rms = torch.stack([own.norm() for _, own, _ in unclipped]).square().mean().sqrt()
+    for (got, _, norm), (whole, _, _) in zip(clipped, unclipped, strict=True):
         torch.testing.assert_close(got, whole * (0.05 / rms), rtol=1e-4, atol=1e-8)
+        assert norm == pytest.approx(float(rms), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["dense", "onebit_adam l1"])
+def test_grad_norm_is_of_unscaled_gradients(pool: Pool, case: str) -> None:
+    assert pool.run(2, norm_under_scale, case, 1024.0) == pytest.approx(pool.run(2, norm_under_scale, case, None))
+
+
+def norm_under_scale(process_group: dist.ProcessGroup, case: str, scale: float | None) -> float:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    with wrapped(process_group, case, max_norm=0.05, grad_scaler=scaler) as (model, _, run):
+        scaled_step(scaler, model, run, 0)
+        return float(run.grad_norm)
 
 
 def train_scaled(

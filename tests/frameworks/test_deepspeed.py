@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed_rig import ADAM, SGD, engine_run, legacy, log, make_engine, plain_run, train
 from framework_ranks import gathered
 from level_rig import machine
-from rig import flat, make_model
+from rig import flat, make_model, mean_norm
 from torch import Tensor
 
 from commopt.errors import AttachError, CheckpointError
@@ -135,6 +135,24 @@ def test_clipping_is_by_the_norm_of_the_mean_and_only_at_the_boundary() -> None:
     run = engine_run({**legacy("OneBitAdam", freeze_step=3), **CLIPPED}, STEPS)
     options = {**UNCORRECTED, "freeze_step": 3, "max_norm": 0.5}
     assert torch.equal(run, plain_run(group, "onebit_adam", options, STEPS, micro_batches=2))
+
+
+@pytest.mark.parametrize("half", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("own", [{**SGD, "commopt": "dense"}, legacy("OneBitAdam")], ids=["dense", "OneBitAdam"])
+@on_two_ranks
+def test_the_engine_and_the_run_show_the_norm_of_the_mean(own: dict[str, Any], half: dict[str, Any]) -> None:
+    engine = make_engine({**own, **half, "gradient_clipping": 0.05})
+    assert engine.commopt.grad_norm is None
+    train(engine, 1)
+    assert engine.commopt.grad_norm == pytest.approx(mean_norm(2, 0), rel=1e-2 if half else 1e-6)
+    assert engine.get_global_grad_norm() == engine.commopt.grad_norm
+
+
+@on_two_ranks
+def test_a_method_that_clips_before_it_sends_shows_its_norm_in_half_precision() -> None:
+    engine = make_engine({**SGD, "commopt": "signum", "bf16": {"enabled": True}, "gradient_clipping": 0.05})
+    train(engine, 1)
+    assert mean_norm(2, 0) < engine.commopt.grad_norm == engine.get_global_grad_norm()
 
 
 def local(engine: Any) -> list[Tensor]:

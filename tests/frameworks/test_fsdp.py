@@ -99,7 +99,7 @@ HALF = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
 )
 @on_four_ranks
 def test_dense_is_what_fsdp_does_between_replicas(options: dict[str, Any], micro_batches: str) -> None:
-    results = []
+    results, norms = [], []
     for is_ours in (True, False):
         model = sharded(mesh_of(2, 2), **options)
         optimizer = sgd(model)
@@ -114,9 +114,9 @@ def test_dense_is_what_fsdp_does_between_replicas(options: dict[str, Any], micro
                     model.set_requires_all_reduce(is_last)
                 x, y = batch(dist.get_rank(), 10 * step + micro)
                 loss_of(model(x), y).backward()
-            if run is None:
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 0.5) if run is None else None
             optimizer.step()
+            norms.append(float(norm.full_tensor()) if run is None else run.grad_norm)
         results.append(shards(model))
         if run is not None:
             calls = sum(n for (_, operation, _), n in run.traffic.calls.items() if operation == "all_reduce")
@@ -124,6 +124,7 @@ def test_dense_is_what_fsdp_does_between_replicas(options: dict[str, Any], micro
             assert calls == 3 * units * (3 if micro_batches == "every backward" else 1)
             run.close()
     assert_equal(*results)
+    assert norms[:3] == norms[3:]
 
 
 @on_four_ranks

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from framework_ranks import error_of, gathered, run_program, train_by_ddp
 from pool import Pool
-from rig import FREEZE, METHODS, flat, loss_of, make_batch, make_method, make_model, train
+from rig import FREEZE, METHODS, flat, loss_of, make_batch, make_method, make_model, mean_norm, train
 from rig import sgd_of as sgd
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -167,6 +167,12 @@ def test_training_is_bit_for_bit_that_of_ddp_with_the_method(case: str) -> None:
         assert payload_mb[:FREEZE] == pytest.approx([DENSE_MB] * FREEZE)
         a_scale_for_each_block = 4 / 64  # bytes an element; a sign is 1 / 8, and an element of dense 4
         assert payload_mb[FREEZE] / DENSE_MB == pytest.approx((1 / 8 + a_scale_for_each_block) / 4, rel=0.2)
+
+
+@on_two_ranks
+def test_the_runs_grad_norm_is_that_of_the_mean() -> None:
+    _, trainer = fit("dense", sgd, given={"max_norm": 0.05}, max_steps=1)
+    assert trainer.strategy.run.grad_norm == pytest.approx(mean_norm(2, 0), rel=1e-6)
 
 
 SCHEDULES: dict[str, Callable[[Any], Any]] = {

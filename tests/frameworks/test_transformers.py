@@ -98,7 +98,7 @@ def test_training_is_that_of_ddp(method: Any, every: int, max_norm: float, tmp_p
     assert len(logged) == 3
     assert logged == sorted(set(logged))
     assert logged[-1] < sent / 1e6
-    assert ("grad_norm" in logs[0]) is not is_update
+    assert ("grad_norm" in logs[0]) == (not is_update or max_norm > 0)
     model = make_model()
     optimizer = optimizer_for(method, model)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
@@ -148,10 +148,11 @@ def test_attach_returns_the_run_that_begins_with_training(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("given", "expected"), [(None, 0.5), (2.0, 2.0)])
 @on_two_ranks
 def test_max_grad_norm_is_the_runs_unless_it_has_one(given: float | None, expected: float, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, max_grad_norm=0.5, max_steps=1)
+    trainer = trainer_of(tmp_path, max_grad_norm=0.5, max_steps=1, logging_steps=1)
     run: Any = attach(trainer, ONEBIT, max_norm=given)
     trainer.train()
     assert run.max_norm == expected
+    assert trainer.state.log_history[0]["grad_norm"] == run.grad_norm > 0
     assert run.replicas_are_equal()
 
 
