@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +222,11 @@ class _PayloadLog(pl.Callback):  # type: ignore[misc,name-defined]
     def follow(self, run: Run) -> None:
         self._run, self._steps, self._sent = run, 0, run.traffic.payload_bytes
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         if self._run.steps == self._steps:  # gradients accumulate
             return
+        if isinstance(outputs, Mapping) and "loss" in outputs:
+            self._run.note(loss=outputs["loss"])
         sent = self._run.traffic.payload_bytes
         payload_mb, self._steps, self._sent = (sent - self._sent) / 1e6, self._run.steps, sent
         pl_module.log("commopt/payload_mb", payload_mb, on_step=True, on_epoch=False, batch_size=1)

@@ -119,7 +119,7 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._start()
-        self._at_work.method.planned = state.max_steps
+        self._at_work._log.plan(state.max_steps)
         self._at_work.join()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -159,8 +159,8 @@ class CommoptCallback(TrainerCallback):  # type: ignore[misc]
             logs["commopt_payload_mb"] = self.run.traffic.payload_bytes / 1e6
             if "loss" in logs and self.run.grad_norm is not None:
                 logs["grad_norm"] = self.run.grad_norm
-            if "loss" in logs and self.run.grad_norm is not None:
-                logs["grad_norm"] = self.run.grad_norm
+            if "loss" in logs:
+                self.run.note(loss=logs["loss"])
         original(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, original: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:

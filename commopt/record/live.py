@@ -62,10 +62,10 @@ class Follower:
 
     @property
     def loss(self) -> float | None:
-        """Mean over the ranks of their last step's loss; None if one is not finite."""
-        last = [record.steps[-1].loss for record in self._present() if record.steps]
-        finite = [loss for loss in last if loss is not None]
-        return fmean(finite) if finite and len(finite) == len(last) else None
+        """Mean over the ranks of the last loss that each logged, NaN if one is not finite; None before a rank has logged one."""
+        logged = [next((line for line in reversed(record.steps) if line.is_logged), None) for record in self._present()]
+        losses = [math.nan if line.loss is None else line.loss for line in logged if line is not None]
+        return fmean(losses) if losses else None
 
     @property
     def bytes_per_step(self) -> float | None:
@@ -100,7 +100,8 @@ class Follower:
 
     def facts(self) -> list[str]:
         """`loss 3.214`, `1242 ms/step`, `6.6 MB/step`, `92 % waiting`: what is known, for a bar or a line."""
-        known = [] if self.steps == 0 else ["loss not finite" if self.loss is None else f"loss {self.loss:.3f}"]
+        loss = self.loss
+        known = [] if loss is None else ["loss not finite" if math.isnan(loss) else f"loss {loss:.3f}"]
         recent = [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]
         step_s = median(line.seconds for line in recent) if recent else 0.0
         total_s = sum(line.seconds for line in recent)

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from commopt.errors import AttachError
 from commopt.groups import Group
 from commopt.method import Method
-from commopt.record.recorder import RoundReport
+from commopt.record.recorder import Recorder, RoundReport
 from commopt.run import checkpoint, reshare
 from commopt.run.checks import ATTACHED, ATTACHING, Checked, check_parameters
 from commopt.run.log import RunLog
@@ -166,6 +166,11 @@ class Run(ABC):
         loss: of this step. tokens: what this rank trained on in it. validation_loss: instead of `loss`, on `tokens` held out.
         """
         self._log.log(values)
+
+    def note(self, **values: float | Tensor) -> None:
+        """As `log`, if a launcher wants a record; else nothing, for frameworks that print for themselves."""
+        if Recorder.is_wanted():
+            self._log.log(values)
 
     def measure_compute(self, step: Callable[[], object], repeats: int = 20) -> None:
         """Time and record steps without communication, at a learning rate of 0: what a step costs without a network."""
