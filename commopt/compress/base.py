@@ -75,8 +75,10 @@ class Compressor(ABC):
         *,
         alpha: float = 1.0,
         add: bool = False,
+        also: Tensor | None = None,
     ) -> None:
-        """`decompress_` one payload after the other."""
+        """`decompress_` one payload after the other. also: for triton's signs, a tensor that gets them, too, at the blocks' homes."""
+        assert also is None
         for payload, blocks in zip(payloads, parts, strict=True):
             self.decompress_(payload.tensors[1:], blocks, out, alpha=alpha, add=add)
 

@@ -89,11 +89,12 @@ class ErrorFeedback:
         """The payloads of x + residual, one for each of `parts`; x is left as it is.
 
         received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
-        moved: how x is made of the given values while it is compressed, for compressors that take it. room: bytes of the payloads' row,
+        moved: how c is made of the given values while they are compressed, for compressors that take it. room: bytes of the payloads' row,
         if it is to be padded.
         """
         if self.bits == 0 or self._stored.is_plain:
-            return self._encode(x, self.residual if self.bits else moved, parts, received, room)
+            given = self.residual if self.bits and moved is None else moved
+            return self._encode(x, given, parts, received, room)
         if not self.compressor.takes(self._stored, contracts=self.kept.contracts):
             return self._encode_apart(x, parts, received, room)
         self._stored = self._stored.copying(parts)

@@ -65,12 +65,13 @@ class Fused(Compressor):
         *,
         alpha: float = 1.0,
         add: bool = False,
+        also: Tensor | None = None,
     ) -> None:
         if not kernels.has_triton(out.device):
-            return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add)
+            return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add, also=also)
         from commopt.kernels.cuda.pieces import Messages
 
-        how = self.reading()
+        how = self.reading() | ({} if also is None else {"also": also})
         kernel = kernels.of(how.pop("kernel"), out.device)
         kernel.decompress_all_(Messages.of(payloads, parts), out, alpha=alpha, add=add, **how)
         return None

@@ -15,6 +15,7 @@ from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
 from commopt.wire.bucket import Blocks, Bucket, Parts
 from commopt.wire.payload import gathered_bytes
+from commopt.wire.residual import Blended
 from commopt.wire.state import Saved, State
 
 
@@ -27,7 +28,12 @@ class TwoWayMean(Compressed):
 
     factors: (P,) f32 of 1-bit LAMB (arXiv:2104.06069): each parameter is multiplied by its own before it is compressed, and
     divided by it afterwards; None for all 1. The residuals are in multiplied units.
+    blended: for triton's signs, states and weights: x <- s + weight (x - s) for one or two in turn, before it is compressed.
+    also: for these, a tensor that gets the answers, too. States are laid out by the index of all parameters.
     """
+
+    blended: tuple[tuple[Tensor, float], ...] = ()
+    also: Tensor | None = None
 
     def __init__(
         self,
@@ -70,7 +76,8 @@ class TwoWayMean(Compressed):
         by_owner = [self.keyed(blocks, self.compressor) for blocks in parts.by_owner]
         served, answered = self._served(parts, by_owner)
         self._multiply(bucket)
-        sent = self.worker.compress(bucket.flat, by_owner)
+        moved = Blended(self.worker.residual, states=self.blended) if self.blended else None
+        sent = self.worker.compress(bucket.flat, by_owner, moved=moved)
         received = group.all_to_all(sent)
         # a GPU is asked once, at the end: until then, answers carry on what the messages say
         is_late = kernels.has_triton(self.device)
@@ -85,11 +92,14 @@ class TwoWayMean(Compressed):
                 to = parts.by_owner
                 if self.server_compressor.shares_keys:
                     to = tuple(self.keyed(blocks, self.server_compressor, "server") for blocks in to)
-                self.server_compressor.decompress_payloads_(answers, to, bucket.flat)
+                self.server_compressor.decompress_payloads_(answers, to, bucket.flat, also=self.also)
                 self.forget(self.worker, by_owner)
                 self.forget(self.server, [answered])
                 return self._multiply(bucket, inverse=True)
             self.server.undo(mean, answer, [answered])
+        for state, weight in self.blended:
+            for blocks in by_owner:
+                kernels.of("apply", self.device).blend_(state, bucket.flat, bucket.flat, blocks, weight)
         return self.worker.undo(bucket.flat, sent, by_owner)
 
     def _served(self, parts: Parts, by_owner: Sequence[Blocks]) -> tuple[Blocks, Blocks]:

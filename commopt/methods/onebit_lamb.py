@@ -76,6 +76,7 @@ class OnebitLamb(FrozenVariance):
     """
 
     name = "onebit_lamb"
+    keeps_answers = False
     needs_whole = True
     Options = OnebitLambOptions
     options: OnebitLambOptions

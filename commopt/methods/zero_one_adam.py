@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -131,12 +131,13 @@ class ZeroOneAdam(FrozenVariance):
         """Whether local steps have begun; in phase A, which never ends without a freeze, whether most steps send signs."""
         return self.variance_interval > 1 if self.options.var_freeze_step is None else self.is_frozen
 
-    def accumulate_(self, bucket: Bucket) -> None:
-        super().accumulate_(bucket)
+    def accumulates(self, bucket: Bucket) -> list[tuple[str, Callable[[str], float]]]:
         step, rate = self.numbers("step", bucket.names), self.numbers("rate", bucket.names)
-        self.blend_(  # u_i
-            "mean_momentum", bucket, lambda name: self._step(rate[name], self.settings(name), step[name] + 1)[2]
-        )
+
+        def weight(name: str) -> float:
+            return self._step(rate[name], self.settings(name), step[name] + 1)[2]
+
+        return [*super().accumulates(bucket), ("mean_momentum", weight)]  # m_i, then u_i
 
     def _step(self, since: float, group: Mapping[str, Any], step: int) -> tuple[float, float, float]:
         """The rate of a step, the factor that decay leaves of x, and the step's weight in the mean momentum since x'.
@@ -190,6 +191,7 @@ class ZeroOneAdam(FrozenVariance):
         bucket = Bucket.of([(name, self.part("mean_momentum", name)) for name in apart], "local steps")
         group.traffic.bucket = bucket.label
         own = own_share(bucket, self.share)
+        self.two_way.blended, self.two_way.also = (), None
         self.two_way.exchange(own, group)
         bucket = put_together(own, bucket, self.share, group.inside)
         if bucket.void is not None:

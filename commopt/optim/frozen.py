@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -54,6 +54,7 @@ class FrozenVariance(UpdateMethod):
     counters = ("step", "variance_step")
     warmup_option: ClassVar[str] = "freeze_step"
     warmup_steps = 0
+    keeps_answers: ClassVar[bool] = True  # frozen, answers are the momentum; `receive` needs no earlier one
     state_form = ""
     states: ClassVar[tuple[State, ...]] = (
         State("momentum"),
@@ -116,13 +117,25 @@ class FrozenVariance(UpdateMethod):
             self._make_mask()
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        if self.is_frozen:
-            self.accumulate_(bucket)
-        (self.mean if self.is_exact else self.two_way).exchange(bucket, group)
+        if self.is_exact:
+            return self.mean.exchange(bucket, group)
+        states = self.accumulates(bucket) if self.is_frozen else []
+        weights = [[*alike(bucket.names, weight)] for _, weight in states]
+        two_way = self.two_way
+        # then kernels blend while they compress, and write the momentum while they decode
+        fits = kernels.has_triton(self.device) and self.ranks > 1 and self.share is None and two_way.factors is None
+        two_way.also = self.state["momentum"] if fits and states and self.mask is None and self.keeps_answers else None
+        if fits and self.options.residual_bits == 32 and all(len(one) == 1 for one in weights):
+            two_way.blended = tuple((self.state[key], w) for (key, _), (w,) in zip(states, weights, strict=True))
+        else:
+            two_way.blended = ()
+            for key, weight in states:
+                self.blend_(key, bucket, weight)
+        return two_way.exchange(bucket, group)
 
-    def accumulate_(self, bucket: Bucket) -> None:
-        """Overwrite gradients by what is exchanged after the freeze: this rank's momentum with them."""
-        self.blend_("momentum", bucket, lambda name: 1 - self.betas(name)[0])  # m_i = b1 m + (1 - b1) g_i
+    def accumulates(self, bucket: Bucket) -> list[tuple[str, Callable[[str], float]]]:
+        """What gradients become after the freeze, before they are exchanged: x <- s + weight (x - s), with these states in turn."""
+        return [("momentum", lambda name: 1 - self.betas(name)[0])]  # m_i = b1 m + (1 - b1) g_i
 
     def count(self, names: Sequence[str]) -> None:
         self.state["step"][self._positions(names)] += 1
@@ -185,7 +198,8 @@ class FrozenVariance(UpdateMethod):
         else:
             self.mask_(bucket)
         if self.is_frozen and not self.is_local:
-            torch._foreach_copy_(self.parts_of("momentum", bucket.names), [x for _, x in bucket.views()])
+            if self.two_way.also is None:
+                torch._foreach_copy_(self.parts_of("momentum", bucket.names), [x for _, x in bucket.views()])
         else:
             self.follow_(bucket)
 

@@ -91,8 +91,18 @@ class Moved:
     """
 
     known: Tensor
-    average: Tensor | None
-    eta: float
+    average: Tensor | None = None
+    eta: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Blended(Moved):
+    """c = known + x, after x <- s + weight (x - s) with one or two states in turn; known is a residual, and becomes c - decompressed.
+
+    states: (elements,) f32, laid out by the blocks' homes, and their weights.
+    """
+
+    states: tuple[tuple[Tensor, float], ...] = ()
 
 
 def runs(parts: Sequence[Blocks]) -> list[slice]:

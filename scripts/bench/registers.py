@@ -51,7 +51,7 @@ from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, Bucket, ParameterIndex
 from commopt.wire.payload import in_a_row
-from commopt.wire.residual import Moved, Residual
+from commopt.wire.residual import Blended, Moved, Residual
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -155,9 +155,14 @@ def calls(numels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
         yield name, lambda d=dtype, m=halves: cast.compress_all_(x, e, m, first, dtype=d)
         yield name, lambda d=dtype, m=halves: cast.decompress_all_(m, x, dtype=d, alpha=1.0, add=True)
     yield "ef21", lambda: estimates.settle_(x, e, estimates.difference(x, e, x, whole, 0.1), whole)
+    left, other = torch.zeros(n), torch.ones(n)
     for average in (e, None):
         moved = Moved(x, average, 0.1)
         yield "sign, moved", lambda m=moved: signs.compress_all_(x, m, sent, first, squared=False)
+    for name, states in (("sign, blended", ((e, 0.1),)), ("sign, blended twice", ((e, 0.1), (other, 0.1)))):
+        blended = Blended(left, states=states)
+        yield name, lambda b=blended: signs.compress_all_(x, b, sent, first, squared=False)
+    yield "sign, twice", lambda: signs.decompress_all_(sent, x, alpha=1.0, add=False, also=e)
     yield "ef21", lambda: estimates.put_(estimates.take(x, whole), x, whole)
     means = in_a_row([((torch.float32, 2),)] * 2, x.device)
     yield "terngrad", lambda: ternary.agree_(means, torch.zeros(len(blocks), dtype=torch.int64), x)

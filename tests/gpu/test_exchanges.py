@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from presets import Preset, sgd
+from presets import ADAM, Preset, sgd
 from pretend import DEVICES, working_on
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ CASES = {
     "ef21 both ways": Preset("ef21", {"compressor": "int8", "server": "4bit"}, sgd(0.3)),
     "ef21 of top_k": Preset("ef21", {"compressor": "top_k", "dense_1d": True}, sgd(0.3)),
     "loco": Preset("loco", {"reset_every": 2}),
+    "onebit_adam": Preset("onebit_adam", {"freeze_step": 1}, ADAM),
+    "onebit_adam in 16 bits": Preset("onebit_adam", {"freeze_step": 1, "residual_bits": 16}, ADAM),
+    "zero_one_adam": Preset("zero_one_adam", {"var_freeze_step": 1, "local_step_clipper": 1}, ADAM),
     "two_way fp16": Preset("two_way", {"worker": "fp16", "residual_bits": 16}),
 }
 
@@ -33,7 +36,7 @@ class Model(nn.Module):
 
 
 def exchanged(preset: Preset, device: torch.device) -> list[Tensor]:
-    """The buckets of rank 0 after each of four exchanges, of which the third is void."""
+    """The buckets of rank 0 and the momentum, if it has any, after each of four exchanges, of which the third is void."""
 
     def rank_of(group: SimGroup) -> list[Tensor]:
         found = []
@@ -51,7 +54,8 @@ def exchanged(preset: Preset, device: torch.device) -> list[Tensor]:
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p)
                 run.optimizer.step()
-                found += [] if step == 2 else [bucket.flat.cpu()]
+                kept = [x.cpu().clone() for key, x in run.method.state.items() if key == "momentum"]
+                found += kept if step == 2 else [bucket.flat.cpu(), *kept]
         return found
 
     ranks = SimWorld[list[Tensor]](3, timeout_s=60).run(rank_of)

@@ -17,12 +17,14 @@ if torch.cuda.is_available():
 
 from commopt import kernels
 from commopt.groups import Group, SimWorld
-from commopt.kernels.cuda import apply, headers, votes
+from commopt.kernels.cuda import apply, headers, signs, votes
+from commopt.kernels.cuda.pieces import Messages
 from commopt.kernels.reference import apply as plain
 from commopt.kernels.reference.apply import Move, Root
 from commopt.wire import noise
 from commopt.wire.bucket import ParameterIndex
 from commopt.wire.payload import in_a_row
+from commopt.wire.residual import Blended
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, at NaN and inf
 SHAPES = {"a": (3, 5), "b": (4100,), "c": (), "d": (0,), "e": (64, 64), "f": (8, 3, 2)}
@@ -164,3 +166,32 @@ def test_a_vote_is_on_what_is_blended_while_it_is_packed_and_its_result_is_writt
     assert torch.equal(out, also)
     is_clear = (blended != 0) & blended.isfinite()
     assert torch.equal(out[is_clear], blended[is_clear].sign())
+
+
+@pytest.mark.parametrize("squared", [False, True], ids=["mean", "root mean square"])
+@pytest.mark.parametrize("weights", [(0.1,), (0.1, 0.7)], ids=["one state", "two states"])
+def test_signs_are_of_what_is_blended_while_they_are_packed_and_their_values_are_written_twice(
+    weights: tuple[float, ...], squared: bool
+) -> None:
+    places = INDEX.places(("e", "b", "a"), (0, 4096, 8200))  # longer than a piece, so that scales are sums of several
+    states = [(values(8 + k), weight) for k, weight in enumerate(weights)]
+    x, residual = values(1)[:8215], values(30).nan_to_num(1.0, 1.0, 1.0)
+    blended, left, found = x.clone(), residual.clone(), []
+    for state, weight in states:
+        plain.blend_(state, blended, blended, places, weight)
+    kept = Blended(residual, states=tuple(states))
+    for y, e in ((blended, left), (x, kept)):
+        first, message = (
+            torch.zeros(1, dtype=torch.int32),
+            Messages([places], torch.zeros(3), torch.zeros(places.sign_bytes, dtype=torch.uint8)),
+        )
+        signs.compress_all_(y, e, message, first, squared=squared)
+        found.append((message.codes, message.scales, first))
+    assert all(map(same, *found))
+    assert same(left, residual)
+    assert found[0][1].isfinite().tolist() == [False, False, True]
+    out, also = torch.full((8215,), 3.0), torch.full((INDEX.total,), 3.0)
+    signs.decompress_all_(message, out, alpha=1.0, add=False, also=also)
+    for name, at in (("e", 0), ("b", 4096), ("a", 8200)):
+        assert same(INDEX.view(also, name), out[at : at + INDEX.size(name)])
+    assert set(INDEX.view(also, "f").tolist()) == {3.0}

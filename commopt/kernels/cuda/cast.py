@@ -44,6 +44,7 @@ def _compress(
     steps,
     slots,
     decay,
+    weight,
     share,
     copy,
     steps_copy,
@@ -62,7 +63,7 @@ def _compress(
 ):
     p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
-    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, weight, start, home, n, p, live, i, RESIDUAL)
     half = _halves(c, out)
     sent = widened(half)
     is_good = tl.min((tl.abs(sent) <= LARGEST).to(tl.int32), 1) > 0

@@ -146,6 +146,7 @@ def _norms(
     steps,
     slots,
     decay,
+    weight,
     columns,
     count,
     out,
@@ -156,7 +157,7 @@ def _norms(
     ALIGN: tl.constexpr,
 ):
     p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
-    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, tl.arange(0, LENGTH), RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, weight, start, home, n, p, live, tl.arange(0, LENGTH), RESIDUAL)
     norm = _squares(c) if SQUARED else _largest(c).to(tl.float64)
     tl.store(out + p, norm, mask=live)
 
@@ -186,6 +187,7 @@ def _compress(
     steps,
     slots,
     decay,
+    weight,
     share,
     copy,
     steps_copy,
@@ -212,7 +214,7 @@ def _compress(
 ):
     p, live, start, home, n, scale_at, at = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
-    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, weight, start, home, n, p, live, i, RESIDUAL)
     if IS_GIVEN:
         scale = tl.load(scales + scale_at, mask=live, other=0.0)
     else:

@@ -16,14 +16,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commopt.kernels.cuda.pieces import LARGEST, Pieces, key_of, launch, mix, piece, uniform, values, within, words_of
+from commopt.kernels.cuda.pieces import (
+    LARGEST,
+    Pieces,
+    between,
+    key_of,
+    launch,
+    mix,
+    piece,
+    uniform,
+    values,
+    within,
+    words_of,
+)
 from commopt.wire.bucket import Blocks, kept
-from commopt.wire.residual import Moved, Residual, end_to_end
+from commopt.wire.residual import Blended, Moved, Residual, end_to_end
 
 # no residual; float32 that is just what was left out; any other; and one in 8 bits, with a scale for each block
 NONE, PLAIN, STORED, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 # no residual, but values within the bounds of their parameters, an average of them less what is known of it, and themselves less that
 CLAMPED, AVERAGED, LESS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
+# a residual as in PLAIN, and values that are blended with one state or two
+BLENDED, TWICE = tl.constexpr(7), tl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ def remembered(e, steps, slots, home, n, p, live, i, RESIDUAL: tl.constexpr):
 
 
 @triton.jit
-def corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL: tl.constexpr):
+def corrected(x, e, steps, slots, decay, weight, start, home, n, p, live, i, RESIDUAL: tl.constexpr):
     """(ROWS, LENGTH) f32: c = x + decay e, and zeros behind the ends."""
     c = values(x, start, n, i)
     if RESIDUAL == PLAIN:
@@ -71,6 +85,11 @@ def corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL: t
         c = blend(values(e, home, n, i), c, decay) - values(steps, home, n, i)
     elif RESIDUAL == LESS:
         c -= values(steps, home, n, i)
+    elif RESIDUAL >= BLENDED:
+        c = between(values(steps, home, n, i), c, decay)
+        if RESIDUAL == TWICE:
+            c = between(values(slots, home, n, i), c, weight)
+        c += values(e, home, n, i)
     elif RESIDUAL > 0:
         c += remembered(e, steps, slots, home, n, p, live, i, RESIDUAL) * decay
     return c
@@ -147,7 +166,7 @@ def keep(
     KEYS: tl.constexpr,
 ):
     """Store what a message leaves out, where a block is to be kept, and a copy of what was stored."""
-    if RESIDUAL == PLAIN:
+    if RESIDUAL == PLAIN or RESIDUAL >= BLENDED:
         tl.store(e + home[:, None] + i[None, :], left, mask=(i[None, :] < n[:, None]) & is_kept[:, None])
     elif RESIDUAL < CLAMPED:
         # what is copied must be what the new residual is made of, so that no thread reads an element that another has overwritten
@@ -254,21 +273,25 @@ def arguments(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     """What `corrected` takes of a residual, what `keep` takes beside that, and what kind it is."""
     if residual is None:
-        return (x, x, pieces.columns, 1.0), (0.0, x, x, 0), NONE.value
+        return (x, x, pieces.columns, 1.0, 0.0), (0.0, x, x, 0), NONE.value
     if isinstance(residual, Tensor):
-        return (residual, x, pieces.columns, 1.0), (0.0, x, x, 0), PLAIN.value
+        return (residual, x, pieces.columns, 1.0, 0.0), (0.0, x, x, 0), PLAIN.value
     if isinstance(residual, Clamped):
         slots = kept(residual.tables, "places", [pieces], lambda: residual.places[pieces.columns[3]])
-        return (x, residual.bounds, slots, 1.0), (0.0, x, x, 0), CLAMPED.value
+        return (x, residual.bounds, slots, 1.0, 0.0), (0.0, x, x, 0), CLAMPED.value
+    if isinstance(residual, Blended):
+        (state, first), (other, second) = (residual.states * 2)[:2]
+        kind = BLENDED.value if len(residual.states) == 1 else TWICE.value
+        return (residual.known, state, other, float(first), float(second)), (0.0, x, x, 0), kind
     if isinstance(residual, Moved):
         average, kind = (x, LESS.value) if residual.average is None else (residual.average, AVERAGED.value)
-        return (average, residual.known, pieces.columns, share_of(residual.eta)), (0.0, x, x, 0), kind
+        return (average, residual.known, pieces.columns, share_of(residual.eta), 0.0), (0.0, x, x, 0), kind
     slots, scales, kind = pieces.columns, x, STORED.value
     if residual.has_scales:
         slots, scales, kind = _slots(residual, pieces), residual.scales, SCALED.value
     e, copy = (x if x is None else x.view(_VIEWED.get(x.dtype, x.dtype)) for x in (residual.values, residual.copy))
     after = (share_of(residual.average), e if copy is None else copy, residual.scales_copy, residual.base)
-    return (e, scales, slots, residual.decay), after, kind
+    return (e, scales, slots, residual.decay, 0.0), after, kind
 
 
 def share_of(average: float) -> float:
@@ -289,7 +312,7 @@ def _slots(residual: Residual, pieces: Pieces) -> Tensor:
 def read(residual: Residual, parts: Sequence[Blocks]) -> Tensor:
     """(elements of all parts,) f32: decay e of these blocks, end to end."""
     pieces = _at_ends(parts, residual.values.device)
-    (e, steps, slots, decay), _, kind = arguments(residual, residual.scales, pieces)
+    (e, steps, slots, decay, _), _, kind = arguments(residual, residual.scales, pieces)
     out = torch.empty(sum(blocks.elements for blocks in parts), dtype=torch.float32, device=e.device)
     launch(_read, pieces.grid, e, steps, slots, pieces.columns, len(pieces), decay, out, RESIDUAL=kind, **pieces.shape)
     return out
@@ -298,7 +321,7 @@ def read(residual: Residual, parts: Sequence[Blocks]) -> Tensor:
 def store_(left: Tensor, residual: Residual, parts: Sequence[Blocks]) -> None:
     """e <- average e + (1 - average) left of these blocks; left: (elements,) f32, end to end, which is overwritten."""
     pieces = _at_ends(parts, left.device)
-    (e, steps, slots, _), _, kind = arguments(residual, left, pieces)
+    (e, steps, slots, *_), _, kind = arguments(residual, left, pieces)
     largest, how = left.new_empty(len(pieces)), {"RESIDUAL": kind, **pieces.shape}
     where = (e, steps, slots, pieces.columns, len(pieces))
     launch(_blend, pieces.grid, left, *where, share_of(residual.average), largest, **how)

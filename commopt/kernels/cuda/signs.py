@@ -38,6 +38,7 @@ def _sums(
     steps,
     slots,
     decay,
+    weight,
     columns,
     count,
     out,
@@ -48,7 +49,7 @@ def _sums(
     ALIGN: tl.constexpr,
 ):
     p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
-    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, tl.arange(0, LENGTH), RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, weight, start, home, n, p, live, tl.arange(0, LENGTH), RESIDUAL)
     total = tl.sum(c * c if SQUARED else tl.abs(c), 1)
     tl.store(out + p, total.to(tl.float64), mask=live)
 
@@ -60,6 +61,7 @@ def _compress(
     steps,
     slots,
     decay,
+    weight,
     share,
     copy,
     steps_copy,
@@ -80,7 +82,7 @@ def _compress(
 ):
     p, live, start, home, n, scale_at, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
-    c = corrected(x, e, steps, slots, decay, start, home, n, p, live, i, RESIDUAL)
+    c = corrected(x, e, steps, slots, decay, weight, start, home, n, p, live, i, RESIDUAL)
     if SCALE == _GIVEN:
         scale = tl.load(scales + scale_at, mask=live, other=0.0)
     else:
@@ -119,6 +121,8 @@ def _unpack(
     stride,
     alpha,
     out,
+    also,
+    HAS_TWO: tl.constexpr,
     MODE: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -137,6 +141,8 @@ def _unpack(
         value = tl.where(((octets >> (7 - i % 8)[None, :]) & 1) != 0, scale, -scale)
         total = value if MODE == PUT else total + value
     tl.store(out + start[:, None] + i[None, :], total, mask=inside)
+    if HAS_TWO:
+        tl.store(also + home[:, None] + i[None, :], total, mask=inside)
 
 
 def block_sums(x: Tensor, residual: Tensor | None, blocks: Blocks, *, squared: bool) -> Tensor:
@@ -209,9 +215,13 @@ def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, 
     decompress_all_(Messages([blocks], scales, bits), out, alpha=alpha, add=add)
 
 
-def decompress_all_(messages: Messages, out: Tensor, *, alpha: float, add: bool) -> None:
-    """`unpack_signs_` of several messages, of which those with the same blocks are added up in their order, from zero unless `add`."""
+def decompress_all_(messages: Messages, out: Tensor, *, alpha: float, add: bool, also: Tensor | None = None) -> None:
+    """`unpack_signs_` of several messages, of which those with the same blocks are added up in their order, from zero unless `add`.
+
+    also: another tensor that gets what `out` gets, at the blocks' homes.
+    """
     first, ranks, scale_stride, stride, mode = messages.apart(add)
     pieces = first.pieces(1)
-    where = (pieces.columns, len(pieces), ranks, scale_stride, stride, alpha, out)
-    launch(_unpack, pieces.grid, messages.codes, messages.scales, *where, MODE=mode, **pieces.shape)
+    where = (pieces.columns, len(pieces), ranks, scale_stride, stride, alpha, out, out if also is None else also)
+    how = {"HAS_TWO": also is not None, "MODE": mode, **pieces.shape}
+    launch(_unpack, pieces.grid, messages.codes, messages.scales, *where, **how)
