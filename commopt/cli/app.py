@@ -85,6 +85,12 @@ JsonAnnotated = Annotated[Path | None, typer.Option("--json", metavar="FILE", he
 COMPARED_STEPS = 100  # of a program under each method
 
 
+BoardAnnotated = Annotated[
+    Path | None,
+    typer.Option("--tensorboard", metavar="DIR", help="Write loss, times and bytes to TensorBoard while it trains."),
+]
+
+
 class _Stream(io.FileIO):
     """The file of a standard stream; what it cannot take (a full disk) is dropped, so that training continues."""
 
@@ -269,13 +275,16 @@ def run(
     node: NodeAnnotated = None,
     out: OutAnnotated = None,
     json_file: JsonAnnotated = None,
+    tensorboard: BoardAnnotated = None,
     print_only: PrintAnnotated = False,
 ) -> None:
     """Train once, and write a report."""
     if method is not None and not method.strip():
         raise ConfigError(f"--method {method!r}: the name is empty; write one, as in dense")
     spec = _run_spec(what, cluster, ["--method", *([method] if method else [])], steps, arguments or [])
-    _train_and_report(spec, [method or next(iter(spec.methods))], emulate, node, out, json_file, print_only)
+    _train_and_report(
+        spec, [method or next(iter(spec.methods))], emulate, node, out, json_file, tensorboard, print_only
+    )
 
 
 @app.command(
@@ -295,6 +304,7 @@ def compare(
     node: NodeAnnotated = None,
     out: OutAnnotated = None,
     json_file: JsonAnnotated = None,
+    tensorboard: BoardAnnotated = None,
     print_only: PrintAnnotated = False,
 ) -> None:
     """Train the same model under each method in turn, and report loss, time and bytes side by side.
@@ -307,7 +317,7 @@ def compare(
         steps = COMPARED_STEPS
         note(f"each run ends after {steps} steps; --steps changes that")
     spec = _run_spec(what, cluster, ["--methods", *names], steps, arguments or [])
-    _train_and_report(spec, names, emulate, node, out, json_file, print_only)
+    _train_and_report(spec, names, emulate, node, out, json_file, tensorboard, print_only)
 
 
 def _run_spec(
@@ -342,10 +352,12 @@ def _train_and_report(
     node: str | None,
     out: Path | None,
     json_file: Path | None,
+    tensorboard: Path | None,
     print_only: bool,
 ) -> None:
     from commopt.cli import training
     from commopt.cluster.injection import check_faults
+    from commopt.record.board import Board
 
     check_program(str(spec.program))
     methods = training.chosen_methods(spec, names)
@@ -360,6 +372,7 @@ def _train_and_report(
             print_commands(words, emulation, independent=independent, label=f"{spec.name} {name}", told=told)
         return
     out_dir = (out or Path("out") / spec.name).resolve()
+    board = Board(tensorboard) if tensorboard is not None else None
     reports = 0 in emulation.nodes  # on real machines, the first one reports what its own ranks recorded
     training.check_outputs(methods, out_dir, json_file if reports else None)
     note(*emulation.notices)
@@ -370,6 +383,7 @@ def _train_and_report(
             emulation=emulation,
             out_dir=out_dir,
             report=lambda results: _report(results, out_dir, json_file) if reports else None,
+            board=board,
         )
     failed = [result.name for result in runs if result.status != "finished"]
     if failed:

@@ -21,6 +21,7 @@ from commopt.cluster.run import Job
 from commopt.cluster.spec import RunSpec
 from commopt.errors import AttachError, ConfigError
 from commopt.reading import shown
+from commopt.record.board import Board
 from commopt.record.live import Live
 from commopt.report.document import Cluster, Results, RunResult
 from commopt.report.page import FILES
@@ -126,8 +127,9 @@ def train_each(
     emulation: Emulation,
     out_dir: Path,
     report: Callable[[Results], None],
+    board: Board | None = None,
 ) -> list[RunResult]:
-    """Train under each method in turn, showing progress. After a run that fails, the next one still starts.
+    """Train under each method in turn, showing progress, also on a board. After a run that fails, the next one still starts.
 
     out_dir gets record/METHOD/rank*.jsonl and log/METHOD/NODE.log. `report` gets all runs at the end. On Ctrl-C or an error it
     gets those that had ended, if any; then the exception is raised again, and nothing is left running.
@@ -137,7 +139,7 @@ def train_each(
     kernels.warm_up()  # before the ranks start: four of them compiling at once would cost seconds of the first step
     results: list[RunResult] = []
     try:
-        with Live(sys.stdout) as live:
+        with Live(sys.stdout, board) as live:
             for name, options in methods.items():
                 results.append(_train(run, name, options, emulation=emulation, out_dir=out_dir, live=live))
     finally:

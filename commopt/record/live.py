@@ -13,10 +13,14 @@ from commopt.record.lines import RankRecord, rank_files, rank_of
 from commopt.record.words import bytes_text, milliseconds, seconds_text, spread_text
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    import rich.live
+
+    from commopt.record.board import Board
 
 RECENT_STEPS = 10  # the step time, the wait and the time left are those of the last steps
-LINES_PER_RUN = 10  # if stdout is not a terminal
+LINES_PER_RUN, LINE_EVERY_S = 10, 10.0  # if stdout is not a terminal
+ALWAYS = ("method", "steps", "loss", "ms/step", "waiting")
+COLUMNS = (*ALWAYS, "sent/step", "spread", "missed", "left")
 SILENT_S = 10.0  # with outer rounds, a rank this far behind the newest step is left out of loss, step time and wait
 TOLD_EVENTS = 20  # at most, of a run with outer rounds
 UNTOLD = ("helped to catch up", "final average")  # the rank that caught up records the first, all record the second
@@ -98,57 +102,69 @@ class Follower:
         stepped_s = {r.rank: r.epoch_s + r.steps[-1].at_s for r in records if r.steps}
         return [r for r in records if stepped_s.get(r.rank, 0.0) >= max(stepped_s.values()) - SILENT_S]
 
-    def facts(self) -> list[str]:
-        """`loss 3.214`, `1242 ms/step`, `6.6 MB/step`, `92 % waiting`: what is known, for a bar or a line."""
-        loss = self.loss
-        known = [] if loss is None else ["loss not finite" if math.isnan(loss) else f"loss {loss:.3f}"]
+    def facts(self) -> dict[str, str]:
+        """What is known, by column: `loss 3.214`, `1242 ms/step`, `92 % waiting`, `6.6 MB/step` of a machine, `1 min 4 s left`; texts."""
+        known, loss = dict[str, str](), self.loss
+        if loss is not None:
+            known["loss"] = "not finite" if math.isnan(loss) else f"{loss:.3f}"
         recent = [line for record in self._present() for line in record.steps[-RECENT_STEPS:]]
         step_s = median(line.seconds for line in recent) if recent else 0.0
         total_s = sum(line.seconds for line in recent)
         if recent:
-            known.append(f"{milliseconds(step_s)} ms/step")
-        if self.bytes_per_step is not None:
-            known.append(f"{bytes_text(self.bytes_per_step)}/step")
+            known["ms/step"] = milliseconds(step_s)
         if total_s > 0:
-            known.append(f"{sum(line.wait_s for line in recent) / total_s * 100:.0f} % waiting")
+            known["waiting"] = f"{sum(line.wait_s for line in recent) / total_s * 100:.0f} %"
+        if self.bytes_per_step is not None:
+            known["sent/step"] = bytes_text(self.bytes_per_step)
         rounds = [line for record in self.records.values() for line in record.rounds[-RECENT_STEPS:]]
         last = max((line.round for line in rounds if line.spread is not None), default=None)
         if squares := [line.spread**2 for line in rounds if line.round == last and line.spread is not None]:
-            known.append(f"spread {spread_text(math.sqrt(fmean(squares)))}")
+            known["spread"] = spread_text(math.sqrt(fmean(squares)))
         if missed := sum(line.missed for record in self.records.values() for line in record.rounds):
-            known.append(f"missed {missed}")
-        if recent and self.steps_planned is not None and self.steps_planned > self.steps:
-            known.append(f"{seconds_text((self.steps_planned - self.steps) * step_s)} left")  # too long in a warm-up
+            known["missed"] = str(missed)
+        if recent and self.steps_planned and self.steps_planned > self.steps:
+            known["left"] = seconds_text((self.steps_planned - self.steps) * step_s)  # too long in a warm-up
         return known
+
+    def __str__(self) -> str:
+        """The facts in one line."""
+        forms = {"ms/step": "{} ms/step", "waiting": "{} waiting", "sent/step": "{}/step", "left": "{} left"}
+        return ", ".join(forms.get(key, f"{key} {{}}").format(text) for key, text in self.facts().items())
 
 
 class Live:
-    """One bar per run in a terminal; otherwise plain lines at the start, at every tenth of the steps and at the end."""
+    """A table in a terminal, with a row per run, refreshed in place; otherwise plain lines at the start, at every tenth of the steps,
+    every ten seconds if their number is not known, and at the end.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._bars = _bars(stream) if stream.isatty() else None
+    board: gets the same, if it is given.
+    """
+
+    def __init__(self, stream: TextIO, board: Board | None = None) -> None:
+        self._stream, self._board = stream, board
+        self._screen = _screen(stream) if stream.isatty() else None
         self._follower: Follower | None = None
+        self._rows: list[dict[str, str]] = []
         self._name, self._began_s, self._lines, self._events_told = "", 0.0, 0, 0
 
     def __enter__(self) -> Live:
-        if self._bars:
-            self._bars.start()
+        if self._screen:
+            self._screen.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end("interrupted")
-        if self._bars:
-            self._bars.refresh()
-            self._bars.stop()
+        if self._screen:
+            self._screen.stop()
 
     def begin(self, name: str, record_dir: Path) -> None:
         """Follow a run whose ranks are about to write in `record_dir`."""
         self._name, self._follower, self._began_s = name, Follower(record_dir), time.monotonic()
         self._lines = self._events_told = 0
-        if self._bars:
-            self._bars.add_task(name, total=None, facts="starting")
-            self._bars.refresh()
+        if self._board:
+            self._board.begin(name)
+        self._rows.append({})
+        if self._screen:
+            self._show("starting")
         else:
             self.say("starting")
 
@@ -162,13 +178,18 @@ class Live:
             self._events_told += 1
             if self._events_told <= TOLD_EVENTS + 1:
                 self.say(text if self._events_told <= TOLD_EVENTS else "more events are in the report")
+        if self._board:
+            self._board.write(follower.records, follower.steps)
         planned, steps = follower.steps_planned, follower.steps
-        if self._bars:
-            facts = ", ".join(follower.facts()) or "starting"
-            self._bars.update(self._bars.tasks[-1].id, facts=facts, total=planned, completed=steps, refresh=True)
-        elif planned and self._lines < (tenth := steps * LINES_PER_RUN // planned) < LINES_PER_RUN:
-            self._lines = tenth
-            self.say(f"step {steps}/{planned}, " + ", ".join(follower.facts()))
+        if self._screen:
+            self._show("starting" if not steps else "")
+            return
+        if planned is None:
+            return
+        due = steps * LINES_PER_RUN // planned if planned else int((time.monotonic() - self._began_s) / LINE_EVERY_S)
+        if self._lines < due < (LINES_PER_RUN if planned else due + 1):
+            self._lines = due
+            self.say(f"step {steps}{f'/{planned}' if planned else ''}, {follower}")
 
     def end(self, failure: str | None = None) -> None:
         """Show the last state of the run, and why it failed if it did."""
@@ -176,23 +197,24 @@ class Live:
         if follower is None:
             return
         follower.poll()
-        took, facts = seconds_text(time.monotonic() - self._began_s), follower.facts()[:1]
-        planned, steps = follower.steps_planned, follower.steps
-        if self._bars:
+        if self._board:
+            self._board.write(follower.records, follower.steps)
+        took, planned, steps = seconds_text(time.monotonic() - self._began_s), follower.steps_planned, follower.steps
+        if self._screen:
+            self._show(f"failed after {took}" if failure else f"took {took}")
             if failure:
                 self.note(f"{self._name} failed: {failure}")
-            last = f"failed after {took}" if failure else f"{facts[0] if facts else 'starting'}, took {took}"
-            self._bars.update(self._bars.tasks[-1].id, facts=last, total=planned, completed=steps, refresh=True)
         elif failure is None:
-            self.say(", ".join([f"finished {steps} steps in {took}", *facts]))
+            loss = follower.facts().get("loss")
+            self.say(f"finished {steps} steps in {took}{f', loss {loss}' if loss else ''}")
         else:
             self.say(f"failed after {steps} of {planned or '?'} steps and {took}: {failure}")
         self._follower = None
 
     def note(self, text: str) -> None:
-        """Write a line without disturbing the bar."""
-        if self._bars:
-            self._bars.console.print(text, markup=False, highlight=False)
+        """Write a line without disturbing the table."""
+        if self._screen:
+            self._screen.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._stream, flush=True)
 
@@ -200,19 +222,29 @@ class Live:
         """Write a line about the run."""
         self.note(f"{self._name}: {text}")
 
+    def _show(self, state: str) -> None:
+        """Draw the table. state: of the run that is followed, in place of the time left."""
+        from rich.table import Table
 
-def _bars(stream: TextIO) -> Progress:
-    """The bars of the runs, the current one at the bottom."""
+        follower = self._follower
+        assert self._screen is not None
+        assert follower is not None
+        planned = follower.steps_planned
+        steps = f"{follower.steps}/{planned}" if planned else f"{follower.steps}"
+        self._rows[-1] = {"method": self._name, "steps": steps, **follower.facts()}
+        if state:
+            self._rows[-1]["left"] = state
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        for column in (one for one in COLUMNS if one in ("left", *ALWAYS) or any(one in row for row in self._rows)):
+            is_text = column in ("method", "left")
+            table.add_column(column, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        for row in self._rows:
+            table.add_row(*(row.get(str(column.header), "") for column in table.columns))
+        self._screen.update(table, refresh=True)
+
+
+def _screen(stream: TextIO) -> rich.live.Live:
+    import rich.live
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.table import Column
 
-    console = Console(file=stream)
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20 if console.width >= 110 else 6),
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-        console=console,
-        auto_refresh=False,
-    )
+    return rich.live.Live(console=Console(file=stream), auto_refresh=False, vertical_overflow="visible")

@@ -4,11 +4,14 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import pytest
 from outer_runs import Absence, OuterPlan, outer_lines
 from synthetic_runs import DENSE, ONEBIT, Plan, Terminal, lines, short
 
+from commopt.record.board import Board
 from commopt.record.live import Follower, Live
 
 
@@ -66,7 +69,7 @@ def test_a_failed_run_says_how_far_it_came_and_why(tmp_path: Path) -> None:
     assert "failed after 0 of ? steps" in out.getvalue()
 
 
-def test_a_terminal_gets_one_bar_per_run(tmp_path: Path) -> None:
+def test_a_terminal_gets_one_row_per_run(tmp_path: Path) -> None:
     out = Terminal()
     with Live(out) as live:
         play(live, tmp_path / "a", "dense", in_turn(short(DENSE)))
@@ -76,6 +79,50 @@ def test_a_terminal_gets_one_bar_per_run(tmp_path: Path) -> None:
     last = out.getvalue().rsplit("dense", 1)[1]
     assert "40/40" in last
     assert "onebit_adam failed: rank 2 was killed by signal 9" in out.getvalue()
+
+
+def test_a_board_gets_every_step_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plan = short(DENSE)
+    with Live(io.StringIO(), Board(tmp_path / "board")) as live:
+        play(live, tmp_path / "a", "dense", in_turn(plan))
+        live.end()
+        play(live, tmp_path / "b", "onebit_adam", in_turn(short(ONEBIT), until=20))
+        append(
+            tmp_path / "b",
+            0,
+            {**lines(short(ONEBIT), 0)[20], "nic_tx_bytes": 10},
+            {**lines(short(ONEBIT), 0)[21], "nic_tx_bytes": 20},
+        )
+        live.end()
+    dense, onebit = (EventAccumulator(str(tmp_path / "board" / name)).Reload() for name in ("dense", "onebit_adam"))
+    assert [event.step for event in dense.Scalars("loss")] == list(range(40))
+    first = [
+        line for rank in range(plan.ranks) for line in lines(plan, rank) if line["kind"] == "step" and line["step"] == 0
+    ]
+    assert dense.Scalars("loss")[0].value == pytest.approx(fmean(line["loss"] for line in first))
+    assert dense.Scalars("step/milliseconds")[0].value == pytest.approx(1e3 * fmean(line["seconds"] for line in first))
+    assert len(onebit.Scalars("loss")) == 18
+    assert [event.value for event in onebit.Scalars("step/bytes sent by its machine")] == [10.0]
+
+
+def test_a_run_of_unknown_length_without_losses_is_followed(tmp_path: Path) -> None:
+    out = io.StringIO()
+    written = [
+        (rank, {key: x for key, x in line.items() if key != "loss"} | ({"steps": 0} if line["kind"] == "start" else {}))
+        for rank, line in in_turn(short(DENSE), until=20)
+    ]
+    with Live(out) as live:
+        play(live, tmp_path, "dense", written)
+        live._began_s -= 11.0
+        live.tick()
+        live.tick()
+        live.end()
+    _, step, ended = out.getvalue().splitlines()
+    assert step.startswith("dense: step 18, 1")
+    assert "loss" not in step + ended
+    assert ended.startswith("dense: finished 18 steps in ")
 
 
 def test_half_a_line_waits_for_its_rest(tmp_path: Path) -> None:
@@ -102,7 +149,7 @@ def test_bytes_per_step_come_from_the_interface(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
     start, _, step = lines(short(DENSE), 0)[:3]
     append(tmp_path, 0, start, {**start, "steps": None}, {**step, "loss": None})  # the second start cannot be read
-    assert (followed(tmp_path).facts()[0], followed(tmp_path).steps_planned) == ("loss not finite", 40)
+    assert (followed(tmp_path).facts()["loss"], followed(tmp_path).steps_planned) == ("not finite", 40)
 
 
 def test_a_run_whose_ranks_may_leave_is_as_far_as_the_furthest(tmp_path: Path) -> None:
