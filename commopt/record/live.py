@@ -22,6 +22,7 @@ LINES_PER_RUN, LINE_EVERY_S = 10, 10.0  # if stdout is not a terminal
 ALWAYS = ("method", "steps", "loss", "ms/step", "waiting")
 COLUMNS = (*ALWAYS, "sent/step", "spread", "missed", "left")
 SILENT_S = 10.0  # with outer rounds, a rank this far behind the newest step is left out of loss, step time and wait
+SLOW_START_S = 40.0  # until a program that has recorded nothing is asked about
 TOLD_EVENTS = 20  # at most, of a run with outer rounds
 UNTOLD = ("helped to catch up", "final average")  # the rank that caught up records the first, all record the second
 
@@ -144,7 +145,7 @@ class Live:
         self._screen = _screen(stream) if stream.isatty() else None
         self._follower: Follower | None = None
         self._rows: list[dict[str, str]] = []
-        self._name, self._began_s, self._lines, self._events_told = "", 0.0, 0, 0
+        self._name, self._began_s, self._lines, self._events_told, self._is_told = "", 0.0, 0, 0, False
 
     def __enter__(self) -> Live:
         if self._screen:
@@ -159,7 +160,7 @@ class Live:
     def begin(self, name: str, record_dir: Path) -> None:
         """Follow a run whose ranks are about to write in `record_dir`."""
         self._name, self._follower, self._began_s = name, Follower(record_dir), time.monotonic()
-        self._lines = self._events_told = 0
+        self._lines, self._events_told, self._is_told = 0, 0, False
         if self._board:
             self._board.begin(name)
         self._rows.append({})
@@ -181,6 +182,9 @@ class Live:
         if self._board:
             self._board.write(follower.records, follower.steps)
         planned, steps = follower.steps_planned, follower.steps
+        if not self._is_told and not follower.records and time.monotonic() - self._began_s > SLOW_START_S:
+            self._is_told = True
+            self.say(f"no step in {SLOW_START_S:.0f} s; does the program call commopt.attach, and step run.optimizer?")
         if self._screen:
             self._show("starting" if not steps else "")
             return

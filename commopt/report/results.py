@@ -102,7 +102,7 @@ def collect(
 def _missing(started: Sequence[RankRecord], ranks: Sequence[int], steps_planned: int) -> list[str]:
     """What a finished run would have written and this one did not, in short sentences."""
     if not started:
-        return ["no rank wrote a record"]
+        return ["no rank wrote a record; the program has to call commopt.attach"]
     silent = [rank for rank in ranks if rank not in {record.rank for record in started}]
     reasons = [f"{_ranks(silent)} wrote no record"] if silent else []
     cut = [record for record in started if not record.ended]

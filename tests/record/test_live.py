@@ -107,6 +107,19 @@ def test_a_board_gets_every_step_once(tmp_path: Path) -> None:
     assert [event.value for event in onebit.Scalars("step/bytes sent by its machine")] == [10.0]
 
 
+def test_a_program_that_records_nothing_is_asked_about_once(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Live(out) as live:
+        live.begin("dense", tmp_path)
+        live.tick()
+        live._began_s -= 41.0
+        live.tick()
+        live.tick()
+    asked = "dense: no step in 40 s; does the program call commopt.attach, and step run.optimizer?"
+    assert out.getvalue().splitlines()[:2] == ["dense: starting", asked]
+    assert out.getvalue().count("no step in") == 1
+
+
 def test_a_run_of_unknown_length_without_losses_is_followed(tmp_path: Path) -> None:
     out = io.StringIO()
     written = [

@@ -78,7 +78,7 @@ def test_a_run_that_the_launcher_failed_is_failed_with_or_without_a_record(tmp_p
     assert (run.status, run.failure, run.notices) == ("failed", "node1 did not end in time", told)
     run = collect(tmp_path / "nowhere", method="topk", options={"density": 0.01}, failure="rank 0 was killed")
     assert (run.method, run.options, run.steps) == ("topk", {"density": 0.01}, 0)
-    assert run.failure == "rank 0 was killed; no rank wrote a record"
+    assert run.failure == "rank 0 was killed; no rank wrote a record; the program has to call commopt.attach"
 
 
 NO_SPEED = ["no step was past the method's warm-up, so there is no speed in the steady phase"]
