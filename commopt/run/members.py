@@ -36,8 +36,11 @@ class Members:
         self._schedule: dict[str, Any] | None = None  # taken over inside a step, for the next one on
         self._was_up = set(training.peers.others)
 
-    def join(self, wait_s: float) -> None:
-        """Start with the others, or catch up with them if they train already; see `OuterRun.join`."""
+    def join(self, wait_s: float, *, has_state: bool = False) -> None:
+        """Start with the others, or catch up with them if they train already; see `OuterRun.join`.
+
+        has_state: the method's state has been loaded.
+        """
         training, peers = self._training, self._peers
         end_s, must_catch_up = peers.seconds + wait_s, peers.returns and training.steps == 0
         peers.announce(training.steps, is_training=False)
@@ -55,7 +58,7 @@ class Members:
             )
         if missing:
             _log.warning("rank %d starts without %s, which did not come", training.rank, listed(missing))
-        self._start_together(wait_s)
+        self._start_together(wait_s, has_state)
 
     def catch_up(self, *, tensors: bool = True, in_step: bool = True, donors: Sequence[int] | None = None) -> bool:
         """Take over a live peer's state; whether one answered. Without `tensors`, its step and schedule only.
@@ -226,7 +229,7 @@ class Members:
             group.update(given)
         self._schedule = None
 
-    def _start_together(self, wait_s: float) -> None:
+    def _start_together(self, wait_s: float, has_state: bool) -> None:
         """Start all members with the parameters and buffers of the lowest rank, except if a job resumes, whose replicas differ."""
         training, peers, machine = self._training, self._peers, self._machine
         tensors = (*training.model.parameters(), *training.model.buffers())
@@ -253,7 +256,7 @@ class Members:
                     machine.exchange_(tensors, group.broadcast)
                 except GroupError as error:
                     _log.warning("rank %d starts with parameters of its own: %s", training.rank, error)
-        if training.steps == 0:
+        if not has_state:
             training.method.begin(training.flat())
 
     def _check_alike(self, configurations: Mapping[int, Configuration]) -> None:

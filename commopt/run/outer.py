@@ -111,9 +111,11 @@ class OuterRun(Run):
 
     # -- the training script's side
 
-    def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
+    def join(self, *, step: int | None = None, wait_s: float = 60.0, **stateful: HasState) -> int:
+        has_state = self.steps > 0
+        super().join(step=step)
         self._members.stateful, self._has_joined = stateful, True
-        self._members.join(wait_s)
+        self._members.join(wait_s, has_state=has_state)
         if not self._pending:
             self.method.ready(self.steps // self.method.every * self.method.fragments)
         self.peers.announce(self.steps)
