@@ -121,7 +121,7 @@ class Run(ABC):
         everything in `stateful` (such as a learning-rate schedule: anything with state_dict and load_state_dict).
         step: the optimizer steps that the script's own checkpoint has, which it has loaded into model and optimizer; the method
         begins there without state of its own.
-        Raises GroupError if a restarted rank finds no such peer.
+        Raises GroupError if a restarted rank finds no such peer, or if its peers turn it away.
         """
         if step is not None:
             check_option(
