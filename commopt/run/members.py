@@ -185,7 +185,7 @@ class Members:
     def before_round(self, number: int) -> bool:
         """Note who is up, and who is drawn from in which rounds; skip steps if this rank fell far behind, and return whether it did."""
         steps = self._steps()
-        self._note_who_is_up()
+        self._note_who_is_up(number)
         self._note_sizes(number, steps)
         return self._follow(steps)
 
@@ -219,14 +219,16 @@ class Members:
                 f"rank {rank}: parameters that are not finite after step {training.steps}, and no peer to take others over from"
             )
 
-    def _note_who_is_up(self) -> None:
-        """Record peers that were lost or came back since the last round."""
+    def _note_who_is_up(self, number: int) -> None:
+        """Record peers that were lost or came back since the last round, and say so."""
         peers = self._peers
         up = {peer for peer in peers.others if peers.is_up(peer)}
         for peer in sorted(self._was_up - up):
-            self._note("peer lost", peer, "")
+            is_expected = not peers.last_progress(peer).is_training  # it has finished
+            told = f"is not answering since round {number}; training continues without it"
+            self._note("peer lost", peer, "" if is_expected else told)
         for peer in sorted(up - self._was_up - self._unseen):
-            self._note("peer back", peer, "")
+            self._note("peer back", peer, f"is back at round {number}")
         self._was_up, self._unseen = up, self._unseen - up
 
     def _note_sizes(self, number: int, steps: Sequence[int]) -> None:

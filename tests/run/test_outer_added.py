@@ -160,6 +160,31 @@ def test_a_machine_with_another_configuration_is_told_how_and_the_others_say_so_
     assert not any(diary.events("peer added") for diary in diaries[:2])
 
 
+def test_lost_and_returned_peers_are_told_of_once_each(caplog: pytest.LogCaptureFixture) -> None:
+    faults = [{"at_step": 20, "kill": 2}, {"at_step": 60, "restart": 2}]
+    with caplog.at_level(logging.WARNING):
+        diaries = run("noloco", 120, faults)
+    for rank in (0, 1):
+        (lost,), (back,) = (
+            [event["step"] // EVERY - 1 for event in diaries[rank].events(kind)] for kind in ("peer lost", "peer back")
+        )
+        assert 4 <= lost < back
+        assert [one for one in caplog.messages if one.startswith(f"rank {rank}: ")] == [
+            f"rank {rank}: rank 2 is not answering since round {lost}; training continues without it",
+            f"rank {rank}: rank 2 is back at round {back}",
+        ]
+
+
+def test_peers_that_have_finished_are_not_said_to_be_lost(caplog: pytest.LogCaptureFixture) -> None:
+    def train(group: SimGroup) -> None:
+        steps = 60 if group.rank else 20
+        train_diary(group, Diary(), "noloco", {"every": EVERY, "timeout_s": TIMEOUT_S}, steps, step_s=STEP_S)
+
+    with caplog.at_level(logging.WARNING):
+        SimWorld[None](3).run(train)
+    assert not [one for one in caplog.messages if "is not answering" in one]
+
+
 # -- over TCP
 
 
