@@ -19,8 +19,8 @@ from commopt.wire.payload import Payload
 
 T = TypeVar("T")
 PLENTY_S = 20.0
-HELLO = {"kind": "hello", "job": "local", "rank": 1, "incarnation": 2**61}
-LETTER = {"kind": "letter", "channel": "c", "sequence": 0, "step": 0, "is_training": True}
+HELLO = {"kind": "hello", "job": "local", "rank": 1, "incarnation": 2**61, "members": []}
+LETTER = {"kind": "letter", "channel": "c", "sequence": 0, "step": 0, "is_training": True, "sizes": []}
 
 
 class Members:
@@ -113,13 +113,15 @@ def connect(to: TcpPeers, *begin: bytes) -> socket.socket:
 def frame(head: Any, body_bytes: int = 0) -> bytes:
     """The begin of a frame, without its body."""
     text = head if isinstance(head, bytes) else json.dumps(head).encode()
-    return struct.pack("!4sIQ", b"cmo1", len(text), body_bytes) + text
+    return struct.pack("!4sIQ", b"cmo2", len(text), body_bytes) + text
 
 
 def ends(connection: socket.socket) -> bool:
-    """Whether the other side hangs up."""
+    """Whether the other side hangs up, whatever it says before."""
     with connection:
         try:
-            return connection.recv(1) == b""
+            while connection.recv(1000):
+                connection.shutdown(socket.SHUT_WR)
         except ConnectionResetError:
-            return True
+            pass
+        return True

@@ -39,12 +39,12 @@ def agent_words(emulation: Emulation, node: int, argv: Sequence[str], *, indepen
 def peers_json(emulation: Emulation, label: str = "", mark: str | None = None) -> str:
     """`COMMOPT_PEERS`: the job's identifier, and the address and port of each rank, in rank order.
 
-    mark: the identifier, 32 hex digits; by default a hash that is the same on every machine, so that a restarted one
-    finds its job. label: part of that hash, to distinguish successive jobs of one cluster, such as those of a comparison.
+    mark: the identifier, 32 hex digits; by default a hash that is the same on every machine, so that a restarted or an
+    added one finds its job. label: part of that hash, to distinguish successive jobs of one cluster, such as those of a comparison.
     """
-    members = emulation.members()
-    told = json.dumps([emulation.cluster.name, members, label])
-    return json.dumps({"job": mark or hashlib.sha256(told.encode()).hexdigest()[:32], "members": members})
+    told = json.dumps([emulation.cluster.name, label])
+    mark = mark or hashlib.sha256(told.encode()).hexdigest()[:32]
+    return json.dumps({"job": mark, "members": emulation.members()})
 
 
 def secret_of(emulation: Emulation) -> dict[str, str]:

@@ -75,6 +75,7 @@ class OuterMethod(Method):
     fragments = 1  # each round exchanges one of so many slices of the parameters, in turn
     needs_float32 = True
     averaged_state: tuple[str, ...] = ()  # state of the inner optimizer that is averaged with the parameters
+    can_grow = True  # whether rounds can be drawn over more members than there were at first
     max_lag = 3  # rounds that a rank may be behind before it skips steps to catch up
 
     def set_up(self) -> None:

@@ -10,8 +10,10 @@ and this place in it: one that was recorded, changed, left out or sent twice is 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hmac
+import itertools
 import json
 import os
 import socket
@@ -24,11 +26,19 @@ import torch
 
 from commopt.wire.payload import DTYPES, Layout, Payload, layout_bytes
 
-_FRAME, _MAGIC = struct.Struct("!4sIQ"), b"cmo1"
+_FRAME, _MAGIC, _FAMILY = struct.Struct("!4sIQ"), b"cmo2", b"cmo"
 _HEAD_LIMIT, _CHANNEL_LIMIT = 1 << 16, 100
-_NUMBERS = {"hello": ("rank", "incarnation"), "beat": ("step",), "letter": ("step", "sequence"), "bye": ()}
+_NUMBERS = {
+    "hello": ("rank", "incarnation"),
+    "members": (),
+    "beat": ("step",),
+    "letter": ("step", "sequence"),
+    "bye": (),
+}
 _LARGEST = 1 << 62  # of these numbers, and of the lengths in a layout
 _SALT, _TAG = 16, 32
+_NO, _WHY_BYTES = b"commopt: no: ", 500
+_NO_SECRET = "no secret, and this job has one; give every rank the same COMMOPT_SECRET"
 _SIOCOUTQ = 0x5411
 
 
@@ -54,13 +64,37 @@ class Connection:
         try:
             theirs = bytes(self._filled(bytearray(_SALT), deadline_s))
         except TimeoutError:
-            raise PermissionError("an answer without a secret; give every rank the same COMMOPT_SECRET") from None
-        if theirs.startswith(_MAGIC):
-            raise PermissionError("a connection without a secret; give every rank the same COMMOPT_SECRET")
+            raise PermissionError("no answer that shows a secret; give every rank the same COMMOPT_SECRET") from None
+        if theirs.startswith(_FAMILY):
+            raise PermissionError(_NO_SECRET)
         if has_dialled:
             self.socket.sendall(own)
         salt = theirs + own if has_dialled else own + theirs
         self._key = hmac.digest(secret, b"commopt" + salt + struct.pack("!Q", dialled), "sha256")
+
+    def refuse(self, why: str) -> None:
+        """Tell the side that dialled why it is not let in. This is not signed, as it may not have the secret."""
+        end_s = time.monotonic() + 1.0
+        with contextlib.suppress(OSError):
+            self.socket.settimeout(1.0)
+            self.socket.sendall(_NO + why.encode()[:_WHY_BYTES])
+            self.socket.shutdown(socket.SHUT_WR)
+            while self.socket.recv(1 << 16) and time.monotonic() < end_s:
+                pass  # what is left unread would reset the connection, and the answer with it
+
+    def check_open(self) -> None:
+        """Raise PermissionError with the reason if the side that accepted refuses this one, and OSError if it has hung up."""
+        try:
+            said = self.socket.recv(1 << 10, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if not said:
+            raise OSError("closed by the peer")
+        _, no, why = said.partition(
+            _NO
+        )  # what comes before it is random bytes, for a secret that this side does not have
+        if no:
+            raise PermissionError("".join(c if c.isprintable() else "?" for c in why.decode(errors="replace")))
 
     def write(self, frame: Frame) -> int:
         """Send one frame; returns its bytes."""
@@ -79,6 +113,8 @@ class Connection:
         """
         begin = self._filled(bytearray(_FRAME.size), deadline_s)
         magic, head_bytes, body_bytes = _FRAME.unpack(begin)
+        if magic != _MAGIC and magic.startswith(_FAMILY):
+            raise PermissionError("another version of commopt; install the same on every machine")
         if magic != _MAGIC or head_bytes > _HEAD_LIMIT or body_bytes > room_bytes:
             raise ValueError("this is not a frame, or a larger one than a member of this job sends")
         text = self._filled(bytearray(head_bytes), deadline_s)
@@ -88,7 +124,7 @@ class Connection:
         self._filled(body.numpy(), deadline_s)
         tag = self._tag(begin + text, memoryview(cast(Any, body.numpy())))
         if tag and not hmac.compare_digest(tag, self._filled(bytearray(_TAG), deadline_s)):
-            raise PermissionError("a message that was not signed with the job's secret")
+            raise PermissionError("another secret; give every rank the same COMMOPT_SECRET")
         return head, None if layout is None else Payload(body, layout)
 
     def unacknowledged(self) -> int:
@@ -122,10 +158,11 @@ class Connection:
 
 def _layout_of(head: Any, body_bytes: int) -> Layout | None:
     """The layout of a letter's body, None for another frame; checks every field. Raises ValueError, KeyError or TypeError."""
-    kind = head["kind"]
-    numbers, flags = [head[key] for key in _NUMBERS[kind]], [head["is_training"]] if "step" in _NUMBERS[kind] else []
+    kind, is_beat = head["kind"], "step" in _NUMBERS[head["kind"]]
+    numbers, flags = [head[key] for key in _NUMBERS[kind]], [head["is_training"]] if is_beat else []
+    sizes = [(first, members) for first, members in head["sizes"]] if is_beat else []
     layout = tuple((DTYPES[name], n) for name, n in head["layout"]) if kind == "letter" else ()
-    for n in (*numbers, *(n for _, n in layout)):
+    for n in (*numbers, *(n for _, n in layout), *itertools.chain(*sizes)):
         if type(n) is not int or not 0 <= n < _LARGEST:
             raise ValueError(f"{n!r:.40} is not a number that a member writes")
     if layout_bytes(layout) != body_bytes or any(type(flag) is not bool for flag in flags):

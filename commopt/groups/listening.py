@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 _SIOCGIFADDR = 0x8915
 _LINK_LOCAL = "20"  # the scope, in /proc/net/if_inet6
 _STRANGERS = 64  # connections that have not said yet who they are; one more takes the place of the oldest
-_WARN_S = 60.0  # between two warnings of one kind
+_WARNINGS = 256  # different ones at most
 Hear = Callable[[dict[str, Any], Connection], object]  # a member's: what it does with a hello and the connection
 
 
@@ -40,7 +40,7 @@ class Listener:
         self._jobs: set[str] = set()  # as their launcher names them
         self._readers: dict[threading.Thread, socket.socket] = {}
         self._strangers: list[socket.socket] = []
-        self._warned_s: dict[str, float] = {}
+        self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._accept, name="commopt listener", daemon=True)
 
     def add(self, job: str, hear: Hear) -> str:
@@ -72,8 +72,9 @@ class Listener:
             thread.join(2.0)
 
     def warn(self, what: str) -> None:
-        if time.monotonic() - self._warned_s.get(what, float("-inf")) > _WARN_S and not self.is_closed:
-            self._warned_s[what] = time.monotonic()
+        """Log it, if this is the first time."""
+        if what not in self._warned and len(self._warned) < _WARNINGS and not self.is_closed:
+            self._warned.add(what)
             _log.warning("rank %d %s", self._rank, what)
 
     def _accept(self) -> None:
@@ -108,7 +109,9 @@ class Listener:
             hello, _ = connection.read(deadline_s=deadline_s)
             self._member_for(hello, accepted, deadline_s)(hello, connection)
         except PermissionError as error:
-            self.warn(f"turned away {error}")
+            with contextlib.suppress(OSError):
+                self.warn(f"turned away {accepted.getpeername()[0]}: {error}")
+            connection.refuse(str(error))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError):
             pass  # noise, or one that dials again
         finally:
@@ -123,7 +126,7 @@ class Listener:
         job = str(hello["job"]) if hello["kind"] == "hello" else ""
         with self._changed:
             if not self._jobs & {job, job.rpartition("+")[0]}:
-                raise PermissionError("a connection that is not of this job")
+                raise PermissionError("another job: another name in the cluster's file, or another run")
             self._changed.wait_for(lambda: self.is_closed or job in self._members, deadline_s - time.monotonic())
             member = self._members[job]
             self._strangers.remove(accepted)

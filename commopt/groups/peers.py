@@ -27,12 +27,29 @@ T = TypeVar("T")
 _SMALL = 1024  # bytes up to which an all-reduce is a gather: one message round instead of two
 
 
+Sizes = tuple[tuple[int, int], ...]  # (round, members): how many members a job has from which round on
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a peer last reported: optimizer steps done, and whether it trains (not if it still joins, or has left)."""
 
     step: int = 0
     is_training: bool = False
+    sizes: Sizes = ()
+
+
+def size_at(sizes: Sizes, round: int) -> int:
+    """The number of members that are drawn from in a round."""
+    return max((members for first, members in sizes if first <= round), default=0)
+
+
+def merged(own: Sizes, theirs: Sizes) -> Sizes:
+    """What two members know, which is the same in any order: of two rounds for the same number of members the later one counts."""
+    first: dict[int, int] = {}
+    for round, members in (*own, *theirs):
+        first[members] = max(round, first.get(members, 0))
+    return tuple((round, members) for members, round in sorted(first.items()))
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,9 @@ class Peers(ABC):
     """
 
     rank: int  # of this member
-    size: int  # how many there are, up or not
+    size: int  # how many there are, up or not; the training script's thread lets it grow, up to `known`
+    sizes: Sizes  # how many are drawn from in which rounds
+    fixed_because: str | None = ""  # why no member can be added; None if one can, "" if that is not known yet
     traffic: Traffic  # what this member has sent
     room_bytes: float = ROOM_BYTES  # for what one peer has sent and nobody has read; nothing larger is taken
     is_used = False  # by an outer run that is open: two would read each other's messages
@@ -121,8 +140,30 @@ class Peers(ABC):
         """Whether this peer has been heard from lately; true for this member itself."""
 
     @abstractmethod
+    def last_progress(self, peer: int) -> Progress:
+        """What a peer last reported, up or not."""
+
     def progress(self, peer: int) -> Progress | None:
         """What a peer last reported; None if it is down."""
+        return self.last_progress(peer) if self.is_up(peer) else None
+
+    @property
+    def known(self) -> int:
+        """How many members have been heard of; more than `size` if one has been added since."""
+        return self.size
+
+    @property
+    def refusals(self) -> Mapping[int, str]:
+        """Why peers do not let this member in, by peer."""
+        return {}
+
+    @property
+    def unheard(self) -> list[int]:
+        """Peers that this member can reach, and that do not reach it."""
+        return []
+
+    def name_of(self, peer: int) -> str:
+        return f"rank {peer}"
 
     @abstractmethod
     def announce(self, step: int, *, is_training: bool = True) -> None:
@@ -151,6 +192,10 @@ class Peers(ABC):
     @property
     def others(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.rank]
+
+    def size_at(self, round: int) -> int:
+        """How many members are drawn from in a round."""
+        return size_at(self.sizes, round)
 
 
 class PeerGroup(Group):

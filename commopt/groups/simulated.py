@@ -30,8 +30,9 @@ class SimWorld(Generic[T]):
     Sums are taken in rank order. `links` gives each exchange its virtual seconds; without it exchanges are free.
     faults: entries as in a run's YAML, for outer methods ({at_step: 120, kill: 2}, {at_step: 150, cut: [0, 1], for_s: 20}, ...). Each
     begins at that step of the rank that it hits (a cut: of the first), a restart at that step of the lowest rank that is up. A killed
-    rank returns None. One rank computes at a time, until it waits for others, as threads that compete for the interpreter take up to
-    twice as long. Only a rank's own thread may use its group. timeout_s: real seconds that a rank may compute while others wait for it.
+    rank returns None. {at_step: 20, add: 3} starts the last rank then, of which the others were not told. One rank computes at a time,
+    until it waits for others, as threads that compete for the interpreter take up to twice as long. Only a rank's own thread may use
+    its group. timeout_s: real seconds that a rank may compute while others wait for it.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class SimWorld(Generic[T]):
         self._turns = 0
         self.office = PostOffice(self)
         self._threads: list[threading.Thread] = []
-        for rank in range(self.ranks):
+        for rank in sorted(set(range(self.ranks)) - self.office.added):
             self.start(rank)
         self._pass_on(-1)
         for thread in self._threads:  # grows while faults restart ranks

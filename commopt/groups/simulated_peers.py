@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DETECT_S = 1.0  # virtual seconds after which a peer that died or cannot be reached is known to be down
 T = TypeVar("T")
-_KINDS = ("kill", "restart", "cut", "slow", "hang")
+_KINDS = ("kill", "restart", "add", "cut", "slow", "hang")
 _EACH = ("kill", "slow", "hang")  # each of their ranks is hit at that step of its own
 _Wait = tuple[float, Callable[[], bool]]  # a rank's deadline, and whether its wait is over
 _COMPUTES: _Wait = (float("inf"), lambda: True)  # of a rank that does not wait
@@ -29,7 +29,11 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class SimFault:
-    """A fault: its kind, the ranks that it hits, and at which step of the first of them it begins (a restart: of the lowest that is up)."""
+    """A fault: its kind, the ranks that it hits, and at which step of the first of them it begins.
+
+    A restart and an add begin at that step of the lowest rank that is up. Ranks that are added must be the last; the others' lists of
+    members are without them.
+    """
 
     kind: str
     ranks: tuple[int, ...]
@@ -62,9 +66,12 @@ class PostOffice:
 
     def __init__(self, world: SimWorld[Any]) -> None:
         self.world, self.clocks, ranks = world, world.clocks, world.ranks
+        self.added = {
+            rank for fault in world.faults if fault.kind == "add" for rank in fault.ranks
+        }  # and not there yet
         self.on_the_way: list[list[tuple[float, int, str, Letter]]] = [[] for _ in range(ranks)]
-        self.waiting: dict[int, _Wait] = {}
-        self.gone_s: dict[int, float] = {}
+        self.waiting: dict[int, _Wait] = dict.fromkeys(self.added, NO_END)
+        self.gone_s = dict.fromkeys(self.added, float("-inf"))
         self.progress = [Progress()] * ranks
         self.free_s = [0.0] * ranks  # when the last message of each rank has left it
         self.cuts: list[tuple[frozenset[int], float, float]] = []
@@ -121,7 +128,7 @@ class PostOffice:
         """Begin the faults that are due at this step of this rank."""
         for number, fault in enumerate(self.world.faults):
             up = [r for r in range(self.world.ranks) if r not in self.gone_s]
-            witnesses = up if fault.kind == "restart" else fault.ranks
+            witnesses = up if fault.kind in ("restart", "add") else fault.ranks
             if number in self.played or step < fault.at_step or rank not in witnesses[:1]:
                 continue
             self.played.add(number)
@@ -139,7 +146,8 @@ class PostOffice:
                     if self.gone_s.pop(dead, None) is not None:
                         del self.waiting[dead]
                         self.on_the_way[dead].clear()
-                        self.returned.add(dead)
+                        self.returned |= {dead} - self.added
+                        self.added.discard(dead)
                         self.progress[dead], self.reached[dead] = Progress(), 0
                         self.clocks[dead] = self.free_s[dead] = now
                         self.world.start(dead)
@@ -154,8 +162,8 @@ class SimPeers(Peers):
 
     def __init__(self, office: PostOffice, place: int, traffic: Traffic, members: Sequence[int]) -> None:
         self._office, self._place, self._members = office, place, tuple(members)
-        self.rank, self.size = self._members.index(place), len(members)
-        self.traffic = traffic
+        self.rank, self.size, self.traffic = self._members.index(place), self.known, traffic
+        self.sizes = ((0, self.size),)
         self._mailbox = Mailbox()
         self._background_s, self.returns = 0.0, place in office.returned
 
@@ -229,12 +237,16 @@ class SimPeers(Peers):
     def is_up(self, peer: int) -> bool:
         return self.seconds < self._office.down_s(self._place, self._members[peer])
 
-    def progress(self, peer: int) -> Progress | None:
-        return self._office.progress[self._members[peer]] if self.is_up(peer) else None
+    def last_progress(self, peer: int) -> Progress:
+        return self._office.progress[self._members[peer]]
+
+    @property
+    def known(self) -> int:
+        return sum(member not in self._office.added for member in self._members)
 
     def announce(self, step: int, *, is_training: bool = True) -> None:
         self._office.wait_for_slower(self._place, step)
-        self._office.progress[self._place] = Progress(step, is_training)
+        self._office.progress[self._place] = Progress(step, is_training, self.sizes)
         self._office.play(self._place, step)
 
     def _sort_in(self) -> None:

@@ -1,6 +1,7 @@
 """Peers over plain TCP: no store, no leader, no process group; any member may die, and be restarted alone.
 
 Every member listens on its own address and dials every other one, so each pair has two connections, each used in one direction.
+A hello has the list of members. If it goes on where this member's own ends, those added are members from then on, too.
 A thread per peer sends its queued messages, or once a second this member's progress; it dials again when a connection breaks.
 What comes in is checked before it is used (`frames`), and what is kept of it and the connections that are open are bounded.
 """
@@ -14,7 +15,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from commopt.wire.payload import Payload
 _log = logging.getLogger(__name__)
 _BEAT_S = 1.0
 _DIAL_S = 2.0
+_MOST = 1 << 10  # members
 _READERS = 4  # connections from one peer; one more takes the place of the oldest, which may be of its last start
 T = TypeVar("T")
 
@@ -66,20 +68,18 @@ class TcpPeers(Peers):
     ) -> None:
         self.rank, self.size, self.traffic = membership.rank, len(membership.addresses), Traffic()
         self.silence_s, self.returns, self._secret = silence_s, membership.returns, membership.secret
+        self.sizes, self._addresses, self._refusals = ((0, self.size),), membership.addresses, dict[int, str]()
         self._incarnation = time.time_ns()
         self._mailbox, self._changed = Mailbox(), threading.Condition()
         self._routes = {r: _Route(address) for r, address in enumerate(membership.addresses) if r != self.rank}
-        self._own = Progress()
+        self._own = Progress(sizes=self.sizes)
         self._is_closed = False
         self._background = ThreadPoolExecutor(1, thread_name_prefix="commopt lane")
         self._links, self._link_free_s = links, 0.0  # when the last message has left it
         self._listener, self._job = enter(membership, self._hear, silence_s, listener)
-        self._threads = [
-            threading.Thread(target=self._serve, args=(peer,), name=f"commopt to rank {peer}", daemon=True)
-            for peer in self._routes
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        with self._changed:
+            self._start_sending([*self._routes])
         atexit.register(self.close, 0.0)
 
     @property
@@ -121,13 +121,26 @@ class TcpPeers(Peers):
         oldest_s = self.seconds - self.silence_s
         return peer == self.rank or any(one.heard_s > oldest_s for one in [*self._routes[peer].readers])
 
-    def progress(self, peer: int) -> Progress | None:
-        if peer == self.rank:
-            return self._own
-        return self._routes[peer].progress if self.is_up(peer) else None
+    def last_progress(self, peer: int) -> Progress:
+        return self._own if peer == self.rank else self._routes[peer].progress
+
+    @property
+    def known(self) -> int:
+        return len(self._addresses)
+
+    @property
+    def refusals(self) -> Mapping[int, str]:
+        return {**self._refusals}
+
+    @property
+    def unheard(self) -> list[int]:
+        return [peer for peer, route in self._routes.items() if route.connection is not None and not self.is_up(peer)]
+
+    def name_of(self, peer: int) -> str:
+        return f"rank {peer} ({self._addresses[peer][0]})"
 
     def announce(self, step: int, *, is_training: bool = True) -> None:
-        was, self._own = self._own, Progress(step, is_training)
+        was, self._own = self._own, Progress(step, is_training, self.sizes)
         if was.is_training != is_training:
             for peer in self._routes:
                 self._queue(peer, self._beat())
@@ -162,7 +175,8 @@ class TcpPeers(Peers):
             thread.join(2.0)
 
     def _beat(self) -> Frame:
-        return Frame({"kind": "beat", "step": self._own.step, "is_training": self._own.is_training})
+        own = self._own
+        return Frame({"kind": "beat", "step": own.step, "is_training": own.is_training, "sizes": own.sizes})
 
     def _queue(self, peer: int, frame: Frame) -> None:
         if self._is_closed:
@@ -170,6 +184,15 @@ class TcpPeers(Peers):
         self._routes[peer].unsent.put(frame)
 
     # -- sending: one thread for each peer
+
+    def _start_sending(self, peers: Sequence[int]) -> None:
+        started = [
+            threading.Thread(target=self._serve, args=(peer,), name=f"commopt to rank {peer}", daemon=True)
+            for peer in peers
+        ]
+        self._threads += started
+        for thread in started:
+            thread.start()
 
     def _serve(self, peer: int) -> None:
         route = self._routes[peer]
@@ -197,12 +220,14 @@ class TcpPeers(Peers):
         """Send one frame, dialling first if there is no connection; whether the kernel took all of it."""
         try:
             connection = route.connection or self._dial(peer, route)
-            if self._links is not None and frame.body is not None:
+            connection.check_open()
+            if self._links is not None and frame.body is not None and max(self.rank, peer) < self._links.ranks:
                 self._pace(self._links, peer, connection, frame.body.numel())
             sent = connection.write(frame)
         except OSError as error:
             if isinstance(error, PermissionError):
-                self._listener.warn(f"got from rank {peer} {error}")
+                self._refusals[peer] = str(error)
+                self._listener.warn(f"was turned away by {self.name_of(peer)}: {error}")
             if route.connection is not None:
                 _log.info("rank %d lost rank %d: %s", self.rank, peer, error)
                 route.connection.socket.close()
@@ -232,8 +257,8 @@ class TcpPeers(Peers):
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # a connection breaks after this long without an acknowledgement, not after a minute of the kernel's retries
         dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.silence_s * 1000))
-        hello = {"kind": "hello", "job": self._job, "rank": self.rank, "incarnation": self._incarnation}
-        connection.write(Frame(hello))
+        hello = {"job": self._job, "rank": self.rank, "incarnation": self._incarnation, "members": self._addresses}
+        connection.write(Frame({"kind": "hello", **hello}))
         connection.write(self._beat())
         return connection
 
@@ -258,23 +283,54 @@ class TcpPeers(Peers):
 
     def _greet(self, hello: dict[str, Any], accepted: Connection) -> int:
         """The rank at the other end of a new connection. Raises PermissionError if it is not to be heard."""
-        if hello["rank"] not in self._routes:
-            raise PermissionError("a connection that is not of this job")
         peer: int = hello["rank"]
+        self._extend(hello["members"])
+        if peer not in self._routes:
+            raise PermissionError(f"rank {peer}, which is this one's own, or not in its list of members")
         route = self._routes[peer]
         with self._changed:
             if self._is_closed:
                 raise OSError("these peers have been closed")
             if hello["incarnation"] < route.incarnation and self.is_up(peer):  # late, of a process since replaced
-                raise PermissionError(f"an older start of rank {peer} than the one that is up")
+                raise PermissionError(f"an older start of rank {peer} than the one that is up; end that one first")
             if hello["incarnation"] != route.incarnation:  # lower if the machine's clock was set back
                 self._mailbox.forget(peer)
             route.incarnation = hello["incarnation"]
+            self._refusals.pop(peer, None)
             route.readers.append(accepted)
             for oldest in route.readers[:-_READERS]:
                 hang_up(oldest.socket)
             self._changed.notify_all()
         return peer
+
+    def _extend(self, listed: Any) -> None:
+        """Take in the members that a longer list adds. Raises PermissionError if it contradicts this one's, or may not be longer."""
+        given = tuple((str(host), int(port)) for host, port in listed)
+        with self._changed:
+            own = self._addresses
+            for k, (here, there) in enumerate(zip(own, given, strict=False)):
+                if here != there:
+                    told = f"member {k} is {there[0]}:{there[1]} in one list and {here[0]}:{here[1]} in the other"
+                    raise PermissionError(
+                        f"a list of members that contradicts: {told}; only append to the list of a running job"
+                    )
+            if len(given) <= len(own) or self._is_closed:
+                return
+            if self._secret is None:
+                raise PermissionError(
+                    "a longer list of members in a job without a secret; give every rank the same COMMOPT_SECRET"
+                )
+            if self.fixed_because == "":
+                raise OSError("it is not known yet whether there can be more members")
+            if self.fixed_because is not None or len(given) > _MOST:
+                because = self.fixed_because or f"a job has {_MOST} members at most"
+                raise PermissionError(f"a longer list of members than this job began with: {because}")
+            added = range(len(own), len(given))
+            self._routes = {**self._routes, **{peer: _Route(given[peer]) for peer in added}}
+            self._addresses = given
+            for peer in self._routes:  # those that the new ones cannot reach hear of them, too
+                self._queue(peer, Frame({"kind": "members", "members": given}))
+            self._start_sending(added)
 
     def _take(self, peer: int, incarnation: int, head: dict[str, Any], payload: Payload | None) -> None:
         route = self._routes[peer]
@@ -283,7 +339,11 @@ class TcpPeers(Peers):
                 raise OSError("it has been started again since")
             if head["kind"] == "bye":
                 raise OSError("it has left")
-            route.progress = Progress(head["step"], head["is_training"])
+            if head["kind"] == "members":
+                self._extend(head["members"])
+                return
+            sizes = tuple((first, members) for first, members in head["sizes"])
+            route.progress = Progress(head["step"], head["is_training"], sizes)
             if payload is not None:
                 self._mailbox.put(peer, head["channel"], Letter(head["sequence"], payload), self.room_bytes)
             self._changed.notify_all()

@@ -62,6 +62,7 @@ class DecentralizedAdam(OuterMethod):
     Options: ClassVar[type[MessageOptions]] = DecentralizedAdamOptions
     step_option: ClassVar[str] = "adaptive_factor"
     graph_options: ClassVar[tuple[str, ...]] = ("topology", "slots")
+    can_grow = False
 
     def set_up(self) -> None:
         super().set_up()

@@ -119,7 +119,7 @@ class DiLoCo(OuterMethod):
 
     def participants(self, number: int) -> list[int]:
         """The ranks drawn for a round; the same on all ranks."""
-        ranks = self.peers.size
+        ranks = self.peers.size_at(number)
         return sorted(permutation(ranks, self.seed, "participation", number)[: self._drawn(ranks)])
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:

@@ -93,7 +93,7 @@ class NoLoCo(OuterMethod):
 
     def group(self, number: int) -> tuple[int, ...]:
         """The ranks that average in a round, including this one; this rank alone if it sits out."""
-        return group_of(self.peers.rank, self.peers.size, self.options.group_size, self.seed, number)
+        return group_of(self.peers.rank, self.peers.size_at(number), self.options.group_size, self.seed, number)
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
         others = [peer for peer in self.group(round.number) if peer != self.peers.rank]

@@ -64,8 +64,9 @@ class PushSum(OuterMethod):
 
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
         number, me = round.number, self.peers.rank
-        to = directed_exponential(self.peers.size, number, me)
-        source = next(r for r in self.peers.others if directed_exponential(self.peers.size, number, r) == me)
+        ranks = self.peers.size_at(number)
+        to = directed_exponential(ranks, number, me)
+        source = next(r for r in range(ranks) if directed_exponential(ranks, number, r) == me)
         weight = float(self.state["weight"])
         if self.peers.is_up(to) and weight > _LEAST_WEIGHT:
             weight /= 2

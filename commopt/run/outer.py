@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,9 +77,11 @@ class OuterRun(Run):
         method, n = self.method, machine.ranks.size
         self.peers, self.max_norm, self.configuration = peers, checked.request.max_norm, checked.configuration
         self.machine, self.averages = machine, averages
-        self.rank, self.ranks, self.per_machine = peers.rank * n + machine.ranks.rank, peers.size * n, n
+        self.rank, self.per_machine = peers.rank * n + machine.ranks.rank, n
         self.replica, self.traffic = peers.rank, peers.traffic
-        peers.traffic.ranks = range(machine.ranks.rank, self.ranks, n)
+        fixed = f"the topology of {method.name} is fixed; end all members, and start them with the longer list"
+        peers.fixed_because = None if method.can_grow else fixed
+        self.ranks, peers.traffic.ranks = peers.size * n, range(machine.ranks.rank, sys.maxsize, n)
         self.spread: float | None = None
         self._is_off = self._has_joined = False
         self._pending: list[_Pending] = []
@@ -111,9 +114,11 @@ class OuterRun(Run):
 
     # -- the training script's side
 
-    def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
+    def join(self, *, step: int | None = None, wait_s: float = 60.0, **stateful: HasState) -> int:
+        has_state = self.steps > 0
+        super().join(step=step)
         self._members.stateful, self._has_joined = stateful, True
-        self._members.join(wait_s)
+        self._members.join(wait_s, has_state=has_state)
         if not self._pending:
             self.method.ready(self.steps // self.method.every * self.method.fragments)
         self.peers.announce(self.steps)
@@ -150,6 +155,10 @@ class OuterRun(Run):
 
     def _silenced(self) -> dict[str, Any]:
         return {"_is_off": True}
+
+    def grow(self, machines: int) -> None:
+        """Deal with so many machines from now on; those added are drawn for rounds later."""
+        self.peers.size, self.ranks = machines, machines * self.per_machine
 
     def quiet(self) -> None:
         """Wait until everything sent has been acknowledged, so that counted bytes and those on the interface match."""
@@ -221,10 +230,9 @@ class OuterRun(Run):
             if not self._end_round(self._pending.pop(0)):
                 return
         round = self.method.round_after(self.steps)
-        if round is not None and self.peers.size > 1:
-            self._members.note_who_is_up()
-            if self._members.follow():
-                return
+        if round is None or self.peers.size == 1 or self._members.before_round(round.number):
+            return
+        if self.peers.rank < self.peers.size_at(round.number) > 1:  # else it was added, and is not drawn yet
             self._begin_round(round)
 
     def _begin_round(self, round: Round) -> None:

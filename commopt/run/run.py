@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Self
 
-from commopt.errors import AttachError
+from commopt.errors import AttachError, check_option
 from commopt.groups import Group
 from commopt.method import Method
 from commopt.record.recorder import Recorder, RoundReport
@@ -113,14 +113,25 @@ class Run(ABC):
         self._log.plan(stop)
         return iter(range(self.steps, stop))
 
-    def join(self, *, wait_s: float = 60.0, **stateful: HasState) -> int:
+    def join(self, *, step: int | None = None, wait_s: float = 60.0, **stateful: HasState) -> int:
         """Start with the other ranks; returns the step to continue from. Only outer methods wait for other ranks.
 
         In a new job they wait until all members are up, or for `wait_s`, and all get the parameters of the lowest rank. If a peer
         trains already, this rank takes over its parameters, the method's and the optimizer's state, the step, and the state of
         everything in `stateful` (such as a learning-rate schedule: anything with state_dict and load_state_dict).
-        Raises GroupError if a restarted rank finds no such peer.
+        step: the optimizer steps that the script's own checkpoint has, which it has loaded into model and optimizer; the method
+        begins there without state of its own.
+        Raises GroupError if a restarted rank finds no such peer, or if its peers turn it away.
         """
+        if step is not None:
+            check_option(
+                "step", step, lambda n: type(n) is int and n >= 0, "a whole number of optimizer steps, from 0 on"
+            )
+            if self.steps not in (0, step):
+                raise AttachError(
+                    f"join: step={step}, but this run has made or loaded {self.steps} steps; leave step out"
+                )
+            self.steps = step
         return self.steps
 
     def finish(self) -> None:

@@ -151,7 +151,9 @@ def test_every_machine_finds_the_same_mark_for_a_job() -> None:
     jobs = [
         json.loads(peers_json(preview(cluster_of()), f"small {name}"))["job"] for name in ("noloco",) * 2 + ("diloco",)
     ]
-    jobs.append(json.loads(peers_json(preview(cluster_of(slots=1)), "small noloco"))["job"])
-    assert jobs[0] == jobs[1]
-    assert len(set(jobs)) == 3
+    longer = json.loads(peers_json(preview(cluster_of(nodes=3)), "small noloco"))
+    jobs.append(longer["job"])
+    assert len(longer["members"]) > 2
+    assert jobs[0] == jobs[1] == jobs[3]  # a machine that was added finds the job, too
+    assert len(set(jobs)) == 2
     assert len(bytes.fromhex(jobs[0])) == 16

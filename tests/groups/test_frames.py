@@ -18,8 +18,16 @@ from members import frame
 from commopt.groups.frames import Connection, Frame
 
 SECRET = b"a secret of 16 bytes, or longer"
-LETTER = {"kind": "letter", "channel": "c", "sequence": 3, "step": 2, "is_training": True, "layout": [["uint8", 5]]}
-FRAMES = [Frame({"kind": "beat", "step": k, "is_training": True}) for k in range(2)]
+LETTER = {
+    "kind": "letter",
+    "channel": "c",
+    "sequence": 3,
+    "step": 2,
+    "is_training": True,
+    "sizes": [],
+    "layout": [["uint8", 5]],
+}
+FRAMES = [Frame({"kind": "beat", "step": k, "is_training": True, "sizes": [[0, 2], [k, 3]]}) for k in range(2)]
 FRAMES += [Frame(LETTER, torch.arange(5, dtype=torch.uint8)), Frame({"kind": "bye"})]
 REFUSED = (ValueError, KeyError, TypeError, OSError, RuntimeError)
 
@@ -106,13 +114,18 @@ def test_what_was_recorded_proves_nothing_on_another_connection(connect: Connect
         assert heard(accepter, dialler, written(dialler, accepter)) == []
 
 
+BEAT = {"kind": "beat", "step": 1, "is_training": True, "sizes": [[0, 2]]}
 BIG, BOMB = 10**30, b"[" * 60000
 HEADS: list[Any] = [
     *([], None, "hello", {}, {"kind": []}, {"kind": "other"}, BOMB, b"{" * 50, b"\xff\xfe"),
     *({"kind": "hello", "job": "j", "rank": rank, "incarnation": 1} for rank in (-1, True, 1.0, "1", [1], None, BIG)),
     *({"kind": "hello", "job": "j", "rank": 1, "incarnation": n} for n in (-1, BIG, 1e300, float("nan"), "new")),
-    *({"kind": "beat", "step": step, "is_training": True} for step in (-1, BIG, 0.5, "3", None)),
-    *(b'{"kind": "beat", "step": 1e999, "is_training": true}', {"kind": "beat", "step": 1, "is_training": 1}),
+    *({**BEAT, "step": step} for step in (-1, BIG, 0.5, "3", None)),
+    *(b'{"kind": "beat", "step": 1e999, "is_training": true, "sizes": []}', {**BEAT, "is_training": 1}),
+    *(
+        {**BEAT, "sizes": sizes}
+        for sizes in (None, [3], [[0]], [[0, 2, 3]], [[0, -2]], [[0, 2.5]], [["0", 2]], [[BIG, 2]])
+    ),
     *({**LETTER, "sequence": n} for n in (-1, BIG, 2**63, 1e300, "1", None)),
     *({**LETTER, "channel": channel} for channel in (1, None, ["c"], "c" * 101)),
     *({**LETTER, "layout": layout} for layout in ([], None, "u8", {"uint8": 5}, [["uint8"]], [["uint8", 5.0]])),
@@ -120,7 +133,7 @@ HEADS: list[Any] = [
     *({**LETTER, "layout": [[dtype, 5]]} for dtype in ("quint8", "bool", "nn", "load", "__name__", None)),
     {**LETTER, "layout": [[[], 5]]},
     {**LETTER, "layout": [["uint8", 1], ["float32", 1]]},
-    {"kind": "beat", "step": 1, "is_training": True, "layout": [["uint8", 5]]},  # no beat has a body
+    {**BEAT, "layout": [["uint8", 5]]},  # no beat has a body
 ]
 
 
@@ -131,7 +144,7 @@ def test_what_no_member_writes_is_refused(connect: Connect, k: int) -> None:
     assert heard(accepter, dialler, [frame(head, len(body)), body]) == []
 
 
-NOISE = [b"GET / HTTP/1.1\r\nHost: here\r\n", bytes(range(256)), struct.pack("!4sIQ", b"cmo1", 2**31, 0)]
+NOISE = [b"GET / HTTP/1.1\r\nHost: here\r\n", bytes(range(256)), struct.pack("!4sIQ", b"cmo2", 2**31, 0)]
 
 
 @pytest.mark.parametrize("noise", [*NOISE, frame(b"null", 2**63), frame(LETTER, 101)], ids=range(5))

@@ -58,7 +58,7 @@ def test_a_member_of_another_job_is_never_heard(members: Members, caplog: pytest
         a = members.add(place, listener=listener)
         b = members.add(dataclasses.replace(other_place, job="another"), listener=other_listener)
         b.send(0, "c", 0, number(1), expires_s=1.0)
-        until(lambda: "turned away a connection that is not of this job" in caplog.text)
+        until(lambda: "turned away 127.0.0.1: another job: " in caplog.text)
     assert got(a, 1, 0, 0.5) is None
     assert not a.is_up(1)
     assert not b.is_up(0)
@@ -202,6 +202,6 @@ def test_a_member_with_another_secret_is_turned_away(
     monkeypatch.setattr(tcp, "_DIAL_S", 0.3)
     pairs = zip(local_memberships(2), given, strict=True)
     a, b = (members.add(dataclasses.replace(place, secret=one), listener=listener) for (place, listener), one in pairs)
-    until(lambda: "give every rank the same COMMOPT_SECRET" in caplog.text or "was not signed with" in caplog.text)
+    until(lambda: "was turned away by rank 1 (127.0.0.1): " in caplog.text or "turned away 127.0.0.1: " in caplog.text)
     assert not a.is_up(1)
     assert not b.is_up(0)

@@ -287,7 +287,7 @@ def test_a_killed_rank_returns_nothing_and_one_that_is_started_again_does() -> N
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ({"at_step": 3}, "write at_step and one of kill, restart, cut, slow, hang"),
+        ({"at_step": 3}, "write at_step and one of kill, restart, add, cut, slow, hang"),
         ({"kill": 1}, "write at_step and one of"),
         ({"at_step": 3, "kill": 1, "hang": 1}, "write at_step and one of"),
         ({"at_step": 3, "kill": 4}, "faults: kill: 4 is not among 4 ranks"),

@@ -55,7 +55,7 @@ def test_a_silent_member_is_down_until_it_is_heard_again(members: Members) -> No
     a = members.alone(silence_s=0.4)
     with connect(a, frame(HELLO)) as connection:
         for step in range(2):
-            connection.sendall(frame({"kind": "beat", "step": step, "is_training": True}))
+            connection.sendall(frame({"kind": "beat", "step": step, "is_training": True, "sizes": []}))
             until(lambda: a.is_up(1))
             assert got(a, 1, 0, 60.0) is None  # when the silence shows: the test's own limit is less
             assert not a.is_up(1)
