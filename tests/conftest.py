@@ -120,6 +120,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(PATIENCE_S))
 
 
+def pytest_collection_finish() -> None:
+    """Make triton's interpreter quicker, if any test has imported it."""
+    if "triton.runtime.interpreter" in sys.modules:
+        import triton_interpreter  # noqa: F401
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test on ranks, if it is marked so; it fails if it fails on any."""

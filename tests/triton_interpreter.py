@@ -1,0 +1,50 @@
+"""Triton's interpreter, at half its cost: it looks through the whole language before each call of a function, here once.
+
+Importing this is enough. The language stays patched, so that triton compiles nothing in this process afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_patch, _numpy_type = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype)
+_patched = set[int]()  # modules of kernels
+
+
+def _patch_lang(function: Any) -> Any:
+    if id(function.__globals__) not in _patched:
+        _patch(function)
+        _patched.add(id(function.__globals__))
+    return interpreter._LangPatchScope()  # of which nothing is restored
+
+
+def _get_np_dtype(of: Any) -> Any:
+    return np.dtype(np.uint64) if of.scalar.is_ptr() else _numpy_type(of.scalar)
+
+
+_with_element, _init = tl.block_type.with_element_ty, tl.tensor.__init__
+_types, _shapes = dict[tuple[str, str], Any](), dict[str, Any]()  # by the names of types
+
+
+def _with_element_ty(self: Any, scalar: Any) -> Any:
+    key = self.name, scalar.name
+    if key not in _types:
+        _types[key] = _with_element(self, scalar)
+    return _types[key]
+
+
+def _new_tensor(self: Any, handle: Any, type: Any) -> None:
+    if type.name not in _shapes:
+        _init(self, handle, type)
+        _shapes[type.name] = self.shape, self.numel
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shapes[type.name]
+
+
+interpreter._patch_lang, interpreter._get_np_dtype = _patch_lang, _get_np_dtype
+tl.block_type.with_element_ty, tl.tensor.__init__ = _with_element_ty, _new_tensor
