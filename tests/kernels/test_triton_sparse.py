@@ -37,6 +37,8 @@ BLOCKS = {
     "aligned": ([2048, 1024, 4096, 64], 0),
     "none": ([], 0),
 }
+KINDS = ["plain", "ties", "denormal", "bad"]
+HOW: list[Any] = [0.01, 0.3, 1.0, "threshold"]
 
 
 def drawn(case: str, kind: str) -> tuple[Blocks, Tensor, Tensor]:
@@ -53,19 +55,20 @@ def drawn(case: str, kind: str) -> tuple[Blocks, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", BLOCKS)
-@pytest.mark.parametrize("kind", ["plain", "ties", "denormal", "bad"])
-@pytest.mark.parametrize("how", [0.01, 0.3, 1.0, "threshold"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", HOW)
 def test_the_choice_is_that_of_the_cpu(case: str, kind: str, how: Any) -> None:
-    for has_residual in (True, False):
-        found = []
-        for kernel in (reference_select, select):
-            blocks, x, residual = drawn(case, kind)
-            ks = np.ceil((0 if how == "threshold" else how) * blocks.lengths).astype(np.int64)
-            threshold = (1e-39 if kind == "denormal" else 2.0) if how == "threshold" else 0.0
-            given = residual if has_residual else None
-            found.append((*kernel.select_(x, given, blocks, ks, threshold), residual, torch.from_numpy(ks)))
-        for one, other in zip(*found, strict=True):
-            assert torch.equal(one.nan_to_num(0.5), other.nan_to_num(0.5))
+    # with a residual or without, so that each two of the others meet both
+    has_residual = (list(BLOCKS).index(case) + KINDS.index(kind) + HOW.index(how)) % 2 == 0
+    found = []
+    for kernel in (reference_select, select):
+        blocks, x, residual = drawn(case, kind)
+        ks = np.ceil((0 if how == "threshold" else how) * blocks.lengths).astype(np.int64)
+        threshold = (1e-39 if kind == "denormal" else 2.0) if how == "threshold" else 0.0
+        given = residual if has_residual else None
+        found.append((*kernel.select_(x, given, blocks, ks, threshold), residual, torch.from_numpy(ks)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.nan_to_num(0.5), other.nan_to_num(0.5))
 
 
 def joined() -> tuple[Tensor, Any]:
@@ -107,7 +110,7 @@ def test_damaged_codes_are_seen_as_on_the_cpu() -> None:
     code = torch.zeros(int(layout[-1].sum()), dtype=torch.uint8)
     cpu_indices.encode_(x, *layout, code)
     sound = 0
-    for _ in range(50):
+    for _ in range(20):
         damaged = code.clone()
         for place in rng.integers(0, 8 * len(code), rng.integers(1, 4)):
             damaged[place // 8] ^= 1 << place % 8
@@ -116,7 +119,7 @@ def test_damaged_codes_are_seen_as_on_the_cpu() -> None:
         if expected is not None and found is not None:
             assert torch.equal(found, expected)
             sound += 1
-    assert 0 < sound < 50
+    assert 0 < sound < 20
 
 
 CODECS = [
@@ -133,16 +136,16 @@ SIZES = [3001, 64, 5, 0, 2500]
 N = 3
 
 
-def exchanged(codec: Any, device: torch.device, has_nan: bool) -> tuple[list[Tensor], Tensor, Tensor, list[Any]]:
-    """What N ranks send, what they keep, the sum that arrives, and which blocks the first one calls bad."""
+def exchanged(codec: Any, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor, list[Any]]:
+    """What N ranks send, what they keep, the sum that arrives, and which blocks each calls bad: a short and a long one of the first."""
     codes, residuals, bad = [], [], []
     blocks = blocks_in(codec, SIZES, 1)
     counts = np.zeros(len(SIZES), np.int64)
     blocks = blocks.worded(0, "test", 0, counts).having(keys=blocks.drawn(0, "test", 0, counts))
     for rank in range(N):
         x, residual = (heavy_tailed(sum(SIZES), 2 * rank + k, 1.0) for k in (0, 1))
-        if has_nan and rank == 0:
-            x[7], x[-1] = float("nan"), float("inf")
+        if rank == 0:
+            x[SIZES[0] + 7], x[-1] = float("nan"), float("inf")
         x, residual = x.to(device), residual.to(device)
         codes.append(compress(codec, x, residual, blocks))
         residuals.append(residual)
@@ -153,14 +156,13 @@ def exchanged(codec: Any, device: torch.device, has_nan: bool) -> tuple[list[Ten
     return [code.cpu() for own in codes for code in own], torch.stack(residuals).cpu(), total.cpu(), bad
 
 
-@pytest.mark.parametrize("has_nan", [False, True], ids=["finite", "with a NaN"])
 @pytest.mark.parametrize("codec", CODECS, ids=NAMES)
-def test_messages_residuals_and_the_sum_of_all_ranks_are_those_of_the_cpu(codec: Any, has_nan: bool) -> None:
-    expected = exchanged(codec, torch.device("cpu"), has_nan)
+def test_messages_residuals_and_the_sum_of_all_ranks_are_those_of_the_cpu(codec: Any) -> None:
+    expected = exchanged(codec, torch.device("cpu"))
     with working_on(DEVICE):
-        found = exchanged(codec, DEVICE, has_nan)
+        found = exchanged(codec, DEVICE)
     assert found[3] == expected[3]
-    assert any(found[3][0]) == has_nan
+    assert [sum(bad) for bad in found[3]] == [2, 0, 0]
     for one, other in zip([*found[0], *found[1:3]], [*expected[0], *expected[1:3]], strict=True):
         assert torch.equal(one.isnan(), other.isnan())
         assert torch.equal(one.nan_to_num(0.5), other.nan_to_num(0.5))
@@ -172,7 +174,7 @@ def test_a_damaged_message_stands_for_nan_and_harms_nothing_else(codec: Any) -> 
     rng = np.random.default_rng(3)
     with working_on(DEVICE):
         sound = compress(codec, heavy_tailed(sum(SIZES), 1).to(DEVICE), None, blocks)
-        for _ in range(12):
+        for _ in range(6):
             codes = [code.clone() for code in sound]
             for code in codes:
                 if code.dtype in (torch.int32, torch.uint8):
@@ -196,7 +198,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def four_steps(name: str, options: dict[str, Any], device: torch.device) -> list[Tensor]:
+def three_steps(name: str, options: dict[str, Any], device: torch.device) -> list[Tensor]:
     """Of both ranks, the parameters after each step, of which the second has a NaN, and the state at the end."""
 
     def rank_of(group: SimGroup) -> list[Tensor]:
@@ -204,7 +206,7 @@ def four_steps(name: str, options: dict[str, Any], device: torch.device) -> list
             model = make_model().to(device)
             run: Any = attach(model, build(name, **options), torch.optim.SGD(model.parameters(), lr=0.1), group=group)
             found = []
-            for step in range(4):
+            for step in range(3):
                 for k, p in enumerate(model.parameters()):
                     grad = heavy_tailed(p.numel(), 100 * step + 10 * group.rank + k, 0.5)
                     if (step, group.rank, k) == (1, 1, 0):
@@ -221,7 +223,7 @@ def four_steps(name: str, options: dict[str, Any], device: torch.device) -> list
 
 @pytest.mark.parametrize("case", METHODS)
 def test_what_a_method_exchanges_and_keeps_is_what_it_does_on_the_cpu(case: str) -> None:
-    expected, found = (four_steps(*METHODS[case], device) for device in (torch.device("cpu"), DEVICE))
+    expected, found = (three_steps(*METHODS[case], device) for device in (torch.device("cpu"), DEVICE))
     for one, other in zip(expected, found, strict=True):
         assert torch.equal(one.nan_to_num(0.5), other.nan_to_num(0.5))
         assert torch.equal(one.isnan(), other.isnan())
