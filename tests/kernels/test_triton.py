@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -135,8 +136,15 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("name", ["sign", "int8", "4bit", "natural", "ternary", "in pieces", "fp16", "bf16", "top_k"])
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        *itertools.product(["sign", "int8", "in pieces", "fp16", "top_k"], STORED),
+        *itertools.product(
+            ["4bit", "natural", "ternary", "bf16"], ["loco", "bfloat16"]
+        ),  # of the kernels of those above
+    ],
+)
 def test_a_stored_residual_is_that_of_the_cpu_and_is_restored(name: str, stored: str) -> None:
     """For two steps, with blocks of several owners, some of them longer than a piece, and some that need to be fitted; then a NaN."""
     given: Any = {"compressor": "int8", "block_size": 4096} if name == "in pieces" else name
