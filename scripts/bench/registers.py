@@ -8,12 +8,12 @@ python scripts/bench/registers.py [--targets sm_80,sm_90,gfx942] [--quick] [--ma
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -261,30 +260,17 @@ def compiled(name: str, call: Call, target: str) -> dict[str, Any]:
     # tensors begin at multiples of 16 bytes, as torch's allocators lay them
     attributes = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(function.arg_names) if types[n][0] == "*"}
     source = ASTSource(function, types, constexprs=constants, attrs=attributes)
-    made: Any = triton.compile(source, target=TARGETS[target], options=options)
-    if "amdgcn" in made.asm:
-        registers, spilled = (int(re.findall(rf"\.{key}:\s+(\d+)", made.asm["amdgcn"])[0]) for key in _AMD)
-    else:
-        registers, spilled = _of_ptx(made.asm["ptx"], target)
+    with redirect_stdout(io.StringIO()) as log:
+        made: Any = triton.compile(source, target=TARGETS[target], options=options)
+    patterns, said = (_AMD, made.asm["amdgcn"]) if "amdgcn" in made.asm else (_NVIDIA, log.getvalue())
+    registers, spilled = (int(re.findall(pattern, said)[0]) for pattern in patterns)
     kernel = f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__.strip('_')}"
     sizes = {"registers": registers, "spilled_bytes": spilled, "shared_bytes": made.metadata.shared}
     return {"codec": name, "kernel": kernel, "target": target, **sizes}
 
 
-_AMD = ("vgpr_count", "vgpr_spill_count")
-
-
-def _of_ptx(ptx: str, target: str) -> tuple[int, int]:
-    """What the assembler says; of Hopper and later, the one for them, which comes with triton."""
-    is_late = target >= "sm_90"
-    assembler = Path(nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if is_late else "ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        words = [str(assembler), "-v", "--fmad=false", f"--gpu-name={target}{'a' if is_late else ''}", file.name]
-        said = subprocess.run([*words, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
-    registers, stores = (int(re.findall(pattern, said)[0]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st"))
-    return registers, stores
+_AMD = (r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)")
+_NVIDIA = (r"Used (\d+) reg", r"(\d+) bytes spill st")  # of the assembler
 
 
 def main(targets: list[str], is_quick: bool, is_markdown: bool, json_file: Path | None) -> None:
@@ -314,6 +300,7 @@ def main(targets: list[str], is_quick: bool, is_markdown: bool, json_file: Path 
 
 
 def _rows(targets: list[str], is_quick: bool) -> Iterator[dict[str, Any]]:
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     seen = set[Any]()
     for name, call in launches():
         if not is_quick or call[0].fn not in seen:
