@@ -26,7 +26,8 @@ from commopt.wire.bucket import Bucket
 
 SMALL, LARGE = 64, 128  # widths of a GPT block: 49,984 and 198,272 elements
 FEW, MANY = 4, 32  # ranks
-STEPS = 4  # the last is counted: warm-ups are over, tables have been made, and it ends an interval of local steps
+# the last is counted: warm-ups are over, tables have been made, and it ends an interval of local steps
+STEPS, WITHOUT_WARM_UP = 4, 2
 
 
 class Network(Same):
@@ -101,7 +102,7 @@ def count(preset: Preset, width: int, ranks: int, *, blocks: int = 1, runs_kerne
         n = sum(p.numel() for p in model.parameters())
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        for step in range(STEPS):
+        for step in range(0 if run.method.warmup_steps else STEPS - WITHOUT_WARM_UP, STEPS):
             generator = torch.Generator().manual_seed(step)
             grads = [(name, torch.randn(p.numel(), generator=generator)) for name, p in model.named_parameters()]
             bucket = Bucket.of([(name, x.to(DEVICE)) for name, x in grads])
