@@ -19,6 +19,7 @@ from commopt.methods import METHODS
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 RANKS, STEPS = 2, 7
+RESUMES = 2  # after so many steps, or one after the warm-up: then two more
 MORE = {  # forms of state, and paths of the exchange, that no preset has
     "ef21 both ways": Preset("ef21", {"server": "sign", "refresh_every": 3}, sgd(0.3)),
     "ef21 without an average": Preset("ef21", {"compressor": "int8", "server": "4bit", "eta": 1, "dense_1d": True}),
@@ -40,9 +41,12 @@ def on_cpu(state: Any) -> Any:
 Trained = tuple[Tensor, list[float], dict[int, str]]
 
 
-def train(preset: Preset, device: torch.device, resume_at: int | None = None) -> list[Trained]:
+def train(preset: Preset, device: torch.device, resumes: bool = False) -> list[Trained]:
     """Some steps, with a NaN on rank 1 in the second one: the parameters after the last step that left all ranks with the same, the
     losses, and what was void."""
+
+    method: Any = preset.method()
+    last = max(RESUMES, method.warmup_steps + 1)
 
     def rank_of(group: SimGroup) -> Trained:
         losses, voided = list[float](), dict[int, str]()
@@ -50,8 +54,8 @@ def train(preset: Preset, device: torch.device, resume_at: int | None = None) ->
             model = make_model().to(device)
             run: Any = attach(model, preset.method(), preset.optimizer(model), group=group)
             shared = flat(model)
-            for step in range(STEPS):
-                if step == resume_at:
+            for step in range(last + 2):
+                if resumes and step == last:
                     state, optimizer = run.method.saved(), run.optimizer.state_dict()
                     run.close()
                     run = attach(model, preset.method(), preset.optimizer(model), group=group)
@@ -78,7 +82,7 @@ def train(preset: Preset, device: torch.device, resume_at: int | None = None) ->
 
 @pytest.mark.parametrize("preset", [*PRESETS, *MORE.values()], ids=[*(preset.name for preset in PRESETS), *MORE])
 def test_a_method_trains_survives_a_nan_and_resumes_as_on_the_cpu(preset: Preset, device: torch.device) -> None:
-    (shared, losses, _), (other, _, voided) = train(preset, device, resume_at=5)
+    (shared, losses, _), (other, _, voided) = train(preset, device, resumes=True)
     expected, expected_losses, _ = train(preset, CPU)[0]
     assert torch.equal(shared, other), "replicas differ"
     # a sum in another order may turn a sign or a vote that was close to zero, of few elements
