@@ -5,6 +5,7 @@ Importing this is enough. The language stays patched, so that triton compiles no
 
 from __future__ import annotations
 
+import atexit
 import functools
 from typing import Any
 
@@ -13,13 +14,12 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _patch, _numpy_type = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype)
-_patched = set[int]()  # modules of kernels
+_patched = dict[int, Any]()  # what was changed, by the modules of kernels
 
 
 def _patch_lang(function: Any) -> Any:
     if id(function.__globals__) not in _patched:
-        _patch(function)
-        _patched.add(id(function.__globals__))
+        _patched[id(function.__globals__)] = _patch(function)
     return interpreter._LangPatchScope()  # of which nothing is restored
 
 
@@ -44,6 +44,13 @@ def _new_tensor(self: Any, handle: Any, type: Any) -> None:
         _shapes[type.name] = self.shape, self.numel
     self.handle, self.type, self.dtype = handle, type, type.scalar
     self.shape, self.numel = _shapes[type.name]
+
+
+@atexit.register
+def _restore() -> None:
+    """As each kernel would: triton's library complains of what is left when it ends."""
+    for scope in reversed(_patched.values()):
+        scope.restore()
 
 
 interpreter._patch_lang, interpreter._get_np_dtype = _patch_lang, _get_np_dtype

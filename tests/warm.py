@@ -40,6 +40,7 @@ FRAMEWORKS = {  # by a word in a program's text: what to import first
     "fsdp": ["torch.distributed.fsdp"],
     "huggingface": ["accelerate", "transformers.trainer"],
     "lightning": ["lightning.pytorch"],
+    "sys.stdin.readline": ["torch.distributed.fsdp"],  # workers of xdist, which collect all tests
     "transformers": ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"],
 }
 
