@@ -77,14 +77,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, layers: int, heads: int, width: int, context: int) -> None:
+    def __init__(self, layers: int, heads: int, width: int, context: int, embedding_std: float = 0.02) -> None:
         super().__init__()
         self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
         for p in self.parameters():
             if p.dim() > 1:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=embedding_std if p is self.bytes.weight else 0.02)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         hidden = self.bytes(x) + self.places.weight[: x.shape[1]]
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     group = connect(args.backend)
     train, held_out = read_corpus(args.corpus)
     torch.manual_seed(args.seed)  # the same model on every rank
-    gpt = GPT(args.layers, args.heads, args.width, args.context)
+    gpt = GPT(args.layers, args.heads, args.width, args.context, args.embedding_std)
     optimizer = make_optimizer(args.optimizer, gpt.parameters())
     falling = args.steps * max(1 - args.decay_from, 1e-9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (args.steps - step) / falling))
@@ -139,6 +139,7 @@ if __name__ == "__main__":
     sizes = {"steps": 100, "batch": 4, "context": 64, "layers": 4, "heads": 4, "width": 128, "seed": 1}
     for name, default in {**sizes, "validation-batches": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--embedding-std", type=float, default=0.02, help="of bytes; 0.2 learns in fewer steps")
     parser.add_argument("--bucket-mb", type=float, default=25, help="DDP exchanges gradients in buckets of this size")
     parser.add_argument("--decay-from", type=float, default=0.5, help="from this share of the steps on, the rate falls")
     main(parser.parse_args())

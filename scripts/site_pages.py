@@ -37,11 +37,11 @@ measures them. A float32 ring all-reduce, `dense`, is what DDP does without us.
 - **update** methods stand in for your optimizer: they exchange what its update is made of. Learning rate, betas, eps and weight
   decay stay those of your optimizer.
 - **outer** methods exchange parameters or deltas every `every` steps of your optimizer, among machines that may leave and come
-  back: [outer.md](outer.md). Their bytes are per optimizer step too.
+  back: [Outer methods](outer.md). Their bytes are per optimizer step too.
 
 State is what one rank keeps per parameter beside weights and your optimizer's own state, on 4 ranks, from each method's declaration.
 
-What each does to the loss: [convergence.md](convergence.md), and of the outer ones [outer-convergence.md](outer-convergence.md).
+Losses: [What compression does to the loss](convergence.md); of outer methods: [What rare averaging does to the loss](outer-convergence.md).
 
 """
 
@@ -196,9 +196,14 @@ def refusals_page() -> str:
     for one in table().values():
         kinds = "every method" if len(one.kinds) == 3 else f"{' and '.join(one.kinds)} methods"
         cells = (one.framework, one.what, kinds, one.why, one.instead)
-        named = (cell.format(method="the method", detail="...").replace("|", "\\|") for cell in cells)
+        named = (breakable(cell.format(method="the method", detail="...").replace("|", "\\|")) for cell in cells)
         lines.append(f"| {' | '.join(named)} |")
     return "\n".join(lines) + "\n"
+
+
+def breakable(text: str) -> str:
+    """The text with places in its long words where a browser may break them."""
+    return re.sub(r"\S{30,}", lambda word: re.sub(r"(?<=[(.=])(?=\w)", "<wbr>", word[0]), text)
 
 
 PAGES = {"methods": methods_page, "refusals": refusals_page}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
+import pytest
 from typer.testing import CliRunner
 
 import commopt
@@ -28,3 +30,19 @@ def test_an_output_that_takes_nothing_ends_no_job() -> None:
 def test_help_offers_completion_and_every_command() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).stdout
     assert all(word in shown for word in ("--install-completion", "launch", "run", "compare", "doctor"))
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("compare", "[OPTIONS] RUN.yaml|PROGRAM.py [-- ARGUMENTS...]"),
+        ("launch", "[OPTIONS] CLUSTER.yaml -- PROGRAM [ARGUMENTS]..."),
+    ],
+)
+def test_help_in_80_columns_says_how_a_command_is_typed(command: str, usage: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).stdout
+    lines = [line.strip() for line in shown.strip().splitlines()]
+    assert lines[0].endswith(f" {command} {usage}")
+    assert "…" not in shown
+    assert "<bool>" not in shown
+    assert re.match(rf"(Example: )?commopt {command} ", lines[-1])  # which is on one line

@@ -14,10 +14,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import typer.core
+import typer
 from typing_extensions import Buffer
 
 import commopt
+from commopt.cli.usage import Command, Group
 from commopt.cluster.machine import Emulate
 from commopt.errors import CommoptError, ConfigError, LaunchError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from commopt.report.document import Results
 
 
-class _Commands(typer.core.TyperGroup):
+class _Commands(Group):
     """Turns commopt's own exceptions into one line per mistake and an exit code."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
@@ -74,7 +75,9 @@ EmulateAnnotated = Annotated[
         "--emulate", help="Emulate the links by the kernel (netns), by pacing, or not at all; auto takes what works."
     ),
 ]
-NodeAnnotated = Annotated[str | None, typer.Option("--node", help="Which of the real machines this one is.")]
+NodeAnnotated = Annotated[
+    str | None, typer.Option("--node", metavar="NAME", help="Which of the real machines this one is.")
+]
 PrintAnnotated = Annotated[bool, typer.Option("--print", help="Print each node's command, and start nothing.")]
 OutAnnotated = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where results go; out/NAME by default.")
@@ -145,7 +148,7 @@ def note(*messages: str) -> None:
         typer.secho(f"commopt: {message}", dim=True, err=True)
 
 
-@app.command(epilog="Example: [bold]commopt launch configs/clusters/four-50mbit.yaml -- train.py --steps 100[/bold]")
+@app.command(cls=Command, epilog="Example: [bold]commopt launch configs/clusters/lab.yaml -- train.py[/bold]")
 def launch(
     cluster: Annotated[Path, typer.Argument(metavar="CLUSTER.yaml", help="The nodes and their links.")],
     command: Annotated[
@@ -155,7 +158,7 @@ def launch(
     emulate: EmulateAnnotated = None,
     node: NodeAnnotated = None,
     print_only: PrintAnnotated = False,
-    log_dir: Annotated[Path | None, typer.Option(help="Keep each node's output in this folder.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep each node's output in this folder.")] = None,
     independent: Annotated[
         bool,
         typer.Option(
@@ -167,8 +170,8 @@ def launch(
 ) -> None:
     """Run a program on every rank of a cluster.
 
-    If the file only counts its nodes, all of them run on this machine, over links of the rate and delay that the
-    file gives. If it lists real machines, run the same command on each of them.
+    If the file only counts its nodes, all of them run on this machine, over links with the file's rate and delay.
+    If it lists real machines, run the same command on each of them.
     """
     from commopt.cluster.run import Job
     from commopt.cluster.spec import load_cluster
@@ -251,7 +254,7 @@ def write_json(path: Path, text: str) -> None:
 
 
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN.yaml | PROGRAM.py", help="A run's file, or a program that calls commopt.attach.")
+    Path, typer.Argument(metavar="RUN.yaml|PROGRAM.py", help="A run's file, or a program that calls commopt.attach.")
 ]
 ArgumentsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[-- ARGUMENTS...]", help="The program's own arguments, as they are.")
@@ -260,15 +263,17 @@ ClusterAnnotated = Annotated[
     Path | None, typer.Option("--cluster", metavar="CLUSTER.yaml", help="For a program: the nodes and their links.")
 ]
 StepsAnnotated = Annotated[
-    int | None, typer.Option("--steps", min=1, help="End the program after this many optimizer steps.")
+    int | None, typer.Option("--steps", metavar="N", min=1, help="End the program after this many optimizer steps.")
 ]
 
 
-@app.command(epilog="Example: [bold]commopt run configs/runs/demo.yaml --method onebit_adam[/bold]")
+@app.command(cls=Command, epilog="Example: [bold]commopt run configs/runs/demo.yaml --method onebit_adam[/bold]")
 def run(
     what: RunArgument,
     arguments: ArgumentsArgument = None,
-    method: Annotated[str | None, typer.Option(help="Which method; of a run's file, the first one by default.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which method; of a run's file, the first one by default.")
+    ] = None,
     cluster: ClusterAnnotated = None,
     steps: StepsAnnotated = None,
     emulate: EmulateAnnotated = None,
@@ -288,8 +293,9 @@ def run(
 
 
 @app.command(
-    epilog="Examples: [bold]commopt compare configs/runs/demo.yaml --methods dense,ef_sign,onebit_adam[/bold]\n\n"
-    "[bold]commopt compare train.py --cluster configs/clusters/four-50mbit.yaml --methods dense,onebit_adam -- --lr 1e-3[/bold]"
+    cls=Command,
+    epilog="Examples: [bold]commopt compare configs/runs/demo.yaml --methods dense,fp16[/bold]\n\n"
+    "[bold]commopt compare train.py --cluster lab.yaml --methods dense,fp16 -- --lr 1e-3[/bold]",
 )
 def compare(
     what: RunArgument,
@@ -408,7 +414,7 @@ def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
             note(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}")
 
 
-@app.command(epilog="Example: [bold]commopt doctor --json machine.json[/bold]")
+@app.command(cls=Command, epilog="Example: [bold]commopt doctor --json machine.json[/bold]")
 def doctor(json_file: JsonAnnotated = None) -> None:
     """Show what this machine can do, and how to fix the rest."""
     from rich.console import Console
@@ -418,11 +424,12 @@ def doctor(json_file: JsonAnnotated = None) -> None:
     from commopt.cluster.doctor import as_json, examine
 
     checks = examine()
-    table = Table("check", "state", "found", "what to do", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "state", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
     colors = {"ok": "green", "limited": "yellow", "missing": "red"}
     for check in checks:
-        state = Text(check.state, colors[check.state])
-        table.add_row(check.check, state, Text(check.found, overflow="fold"), Text(check.cure))
-    Console().print(table)
+        table.add_row(check.check, Text(check.state, colors[check.state]), Text(check.found), Text(check.cure))
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)  # one line for each check where programs read it
     if json_file is not None:
         write_json(json_file, as_json(checks))

@@ -1,4 +1,4 @@
-"""What the report's pictures share: size, colours, frames and labels, and how they become SVG and PNG."""
+"""What all pictures share, those of the report and of scripts/bench: size, colours, frames and labels; how they become SVG and PNG."""
 
 from __future__ import annotations
 
@@ -29,15 +29,35 @@ METHOD_COLOURS = {  # after Okabe and Ito, on a light and on a dark page
 }
 DARK = {INK: "#e6e9ed", FAINT: "#3a414a", PAPER: "#15181c", QUIET: "#a3adb8", DENSE_COLOUR: "#9aa3ad"}
 DARK |= METHOD_COLOURS
-WIDTH_IN, DPI = 8.0, 200
+PREFERRED = (
+    "fp16",
+    "onebit_adam",
+    "noloco",
+    "diloco",
+    "local_sgd",
+    "distributed_lion",
+    "dgc",
+)  # in the palette's order
+WIDTH_IN, DPI = 6.4, 250
 FONT_POINTS = 11.0
+LEVEL_IN = 0.21  # between flags
 
 
-def colours(results: Results) -> dict[str, str]:
-    """A colour for each run's name; dense is grey, since the others are compared with it."""
-    others = [run.name for run in results.runs if run.method != "dense"]
-    chosen = dict(zip(others, cycle(METHOD_COLOURS), strict=False))
-    return {run.name: chosen.get(run.name, DENSE_COLOUR) for run in results.runs}
+def colours(runs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """A colour for each (name, method): a method has the same one in most pictures, and dense, which others are compared with, is grey."""
+    palette = list(METHOD_COLOURS)
+    known = dict(zip(PREFERRED, palette, strict=True))
+    chosen = {name: DENSE_COLOUR for name, method in runs if method == "dense"}
+    for name, method in runs:
+        if method in known and name not in chosen:
+            chosen[name] = known.pop(method)
+    free = cycle([colour for colour in palette if colour not in chosen.values()] or palette)
+    return chosen | {name: next(free) for name, _ in runs if name not in chosen}
+
+
+def run_colours(results: Results) -> dict[str, str]:
+    """The colours of the runs, by their names."""
+    return colours([(run.name, run.method) for run in results.runs])
 
 
 def png(figure: Figure) -> bytes:
@@ -96,21 +116,46 @@ def name_lanes(axes: Axes, places: Sequence[int], names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def legend(axes: Axes, entries: Sequence[tuple[str, str | float | None]]) -> None:
-    """Explain the marks under the picture. A mark is a marker ("o" is filled), or the opacity of a bar (None: hatched)."""
+def entitle(axes: Axes, text: str, ink: str = INK, pad: float = 8.0) -> None:
+    """Write the title of one of several frames."""
+    axes.set_title(text, loc="left", pad=pad, fontweight="bold", fontsize=FONT_POINTS, color=ink)
+
+
+def flag(axes: Axes, at: tuple[float, float], level: int, text: str, ink: str, *, is_left: bool = False) -> None:
+    """A line from a place up to a text above the frame; of flags from left to right, each is a level lower than the one before.
+
+    is_left: whether the text is at the left of the line, which only the last one's may be.
+    """
+    place, lift = (at[0], 1.0), 5 + LEVEL_IN * 72 * level
+    frame = axes.get_xaxis_transform()
+    line = {"arrowstyle": "-", "color": ink, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
+    axes.plot([at[0]] * 2, [at[1], axes.get_ylim()[1]], color=ink, lw=1.1, zorder=4)
+    note(axes, "", place, (0, lift + 7), ink, arrowprops=line, xycoords=frame)
+    style = {"fontsize": FONT_POINTS - 1, "fontweight": "normal" if ink == INK else "bold"}
+    note(
+        axes, text, place, (-4 if is_left else 4, lift), ink, ha="right" if is_left else "left", xycoords=frame, **style
+    )
+
+
+def legend(axes: Axes, entries: Sequence[tuple[str, str | float | None]], columns: int = 3) -> None:
+    """Explain marks under the picture: a marker ("o" is filled), a line (":"), a shade (FAINT), or a bar's opacity (None: hatched)."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Line2D | Patch] = []
     for label, look in entries:
-        if isinstance(look, str):
+        if look == ":":
+            handles.append(Line2D([], [], ls=look, color=INK, lw=1.1, label=label))
+        elif look == FAINT:
+            handles.append(Patch(facecolor=FAINT, label=label))
+        elif isinstance(look, str):
             fill = QUIET if look == "o" else "none"
             handles.append(Line2D([], [], ls="", ms=7, mec=QUIET, mew=1.6, label=label, marker=look, mfc=fill))
         else:
             hatch, fill = ("////", "none") if look is None else (None, mix(QUIET, look))
             handles.append(Patch(facecolor=fill, edgecolor=QUIET, hatch=hatch, label=label))
     axes.figure.legend(
-        handles=handles, loc="outside lower left", ncol=len(handles), frameon=False, fontsize=FONT_POINTS - 1,
+        handles=handles, loc="outside lower left", ncol=columns, frameon=False, fontsize=FONT_POINTS - 1,
         borderpad=0.2, handletextpad=0.5, labelcolor=INK, borderaxespad=0.3,
     )  # fmt: skip
 

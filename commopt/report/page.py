@@ -112,7 +112,7 @@ def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
         round_rows=list(zip([run for run in results.runs if run.rounds], table.round_cells(results), strict=True)),
         fault_columns=table.FAULT_COLUMNS,
         palette=drawing.DARK,
-        run_colours=drawing.colours(results),
+        run_colours=drawing.run_colours(results),
         mode=MODES.get(results.cluster.emulation, results.cluster.emulation),
     )
 

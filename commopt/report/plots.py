@@ -10,37 +10,74 @@ from typing import TYPE_CHECKING
 from commopt.record.words import bytes_text, milliseconds, seconds_text, spread_text, times_text
 from commopt.report import drawing
 from commopt.report.document import ProgressPart, Results, RunResult
-from commopt.report.drawing import FAINT, FONT_POINTS, INK, PAPER, QUIET
+from commopt.report.drawing import FAINT, FONT_POINTS, INK, LEVEL_IN, PAPER, QUIET
+from commopt.report.table import loss_above_dense
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LANES_IN = 4.5  # at most, of all lanes of a run
-LANE_IN, LEVEL_IN = 0.46, 0.21
+LANE_IN = 0.46
+SAME_LOSS, FASTER = 0.01, 0.9  # runs that differ only in rounding end about 1 % apart (docs/convergence.md)
+ALONE = 0.65  # of the width: where the others end, for the last end's name to be at its left
+FIRST_DROP = 20  # the loss axis begins at the loss after this part of the steps
 NAMED_LANES = 16
 BESIDE = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": FONT_POINTS - 1.5}  # the frame, at a row
 STOP_STEPS, STOP_SHARE = 4.0, 0.02  # a stop is longer than this many median steps and this share of the width
 
 
-def loss_against_steps(results: Results) -> Figure:
-    """The training loss along the steps: where methods are alike, their lines coincide."""
-    figure, (axes,) = drawing.new_figure("Training loss against steps", 4.4)
-    _draw_losses(axes, results, {run.name: [float(step + 1) for step in range(run.steps)] for run in results.runs})
-    axes.set_xlabel("optimizer step")
-    axes.set_xlim(0, max((run.steps for run in results.runs), default=1) or 1)
-    return figure
-
-
 def loss_against_seconds(results: Results) -> Figure:
-    """The same losses along the clock: how long each method takes to get there."""
-    figure, (axes,) = drawing.new_figure("The same losses against training time", 4.4)
-    took = {run.name: f"\n{seconds_text(run.seconds[-1])}" for run in results.runs if run.seconds}
-    _draw_losses(axes, results, {run.name: run.seconds for run in results.runs}, took)
-    longest = max((run.seconds[-1] for run in results.runs if run.seconds), default=1.0)
+    """The training loss along the clock: when each method ends, and how much sooner than dense the fastest one has its loss."""
+    runs = [run for run in results.runs if run.seconds]
+    figure, (axes,) = drawing.new_figure("Training loss against time", 4.0 + LEVEL_IN * max(0, len(runs) - 1))
+    longest = max((run.seconds[-1] for run in runs), default=1.0)
     axes.set_xlabel(f"training time, {drawing.count_time(axes, longest)} (sum of the step times)")
     axes.set_xlim(0, longest * 1.02)
+    ends = _draw_losses(axes, results, {run.name: run.seconds for run in results.runs})
+    chosen = drawing.run_colours(results)
+    _mark_gain(axes, results, ends)
+    ordered = sorted((run for run in runs if run.name in ends), key=lambda run: -ends[run.name][0])
+    others_s = max((ends[run.name][0] for run in ordered[1:]), default=0.0)
+    for level, run in enumerate(ordered):
+        has_room = level == 0 and others_s < ALONE * longest  # at its left
+        text = f"{run.name}{_trouble(run, ', ')}, {seconds_text(ends[run.name][0])}"
+        drawing.flag(axes, ends[run.name], level, text, chosen[run.name], is_left=has_room)
     return figure
+
+
+def loss_against_steps(results: Results) -> Figure:
+    """The same losses along the steps: where methods are alike, their lines coincide."""
+    figure, (axes,) = drawing.new_figure("The same losses against steps", 4.0)
+    ends = _draw_losses(axes, results, {r.name: [float(step + 1) for step in range(r.steps)] for r in results.runs})
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(0, max((run.steps for run in results.runs), default=1) or 1)
+    chosen = drawing.run_colours(results)
+    named = [(r.name + _trouble(r, "\n"), chosen[r.name], ends[r.name][1]) for r in results.runs if r.name in ends]
+    drawing.name_lines(axes, named)
+    return figure
+
+
+def gain(results: Results) -> tuple[RunResult, str] | None:
+    """The fastest run whose loss at the end is dense's, and what it gains: `same loss (+0.3 %) in 1/3 of the time`.
+
+    Lower is the same too, and so is less than SAME_LOSS above, as a share. None if no such run takes less than FASTER of dense's time.
+    """
+    dense = results.dense
+    if dense is None or dense.status != "finished" or not dense.seconds:
+        return None
+    rivals = []
+    for run in results.runs:
+        above = loss_above_dense(run, dense)
+        if run is not dense and run.status == "finished" and run.seconds and above is not None and above < SAME_LOSS:
+            rivals.append((run.seconds[-1] / dense.seconds[-1], run, above))
+    share, best, above = min(rivals, key=lambda rival: rival[0], default=(1.0, dense, 0.0))
+    if share >= FASTER:
+        return None
+    parts = round(1 / share)
+    fraction = f"1/{parts}" if abs(share * parts - 1) <= 0.04 and parts > 1 else f"{share * 100:.0f} %"
+    same = "same loss" if abs(above) < 0.0005 else f"{'same' if above > 0 else 'lower'} loss ({above * 100:+.1f} %)"
+    return best, f"{same} in {fraction} of the time"
 
 
 def bytes_per_step(results: Results) -> Figure:
@@ -48,7 +85,7 @@ def bytes_per_step(results: Results) -> Figure:
     runs = results.runs
     height_in = 1.5 + 0.62 * max(1, len(runs))
     figure, (axes,) = drawing.new_figure("Bytes per step in the steady phase (log scale)", height_in)
-    chosen = drawing.colours(results)
+    chosen = drawing.run_colours(results)
     known = [n for run in runs for n in (run.payload_bytes_per_step, run.nic_tx_bytes_per_step) if n]
     if not known:
         drawing.say_nothing(axes, "no bytes were counted")
@@ -78,7 +115,7 @@ def step_time(results: Results) -> Figure:
     """A steady step: computing, waiting for the network, and what is neither."""
     runs = results.runs
     figure, (axes,) = drawing.new_figure("A step in the steady phase, in milliseconds", 1.5 + 0.52 * max(1, len(runs)))
-    chosen = drawing.colours(results)
+    chosen = drawing.run_colours(results)
     longest = max((run.step_s or 0.0 for run in runs), default=0.0)
     if longest == 0.0:
         drawing.say_nothing(axes, "no run has a step in a steady phase")
@@ -115,10 +152,10 @@ def step_parts(run: RunResult) -> tuple[float, float, float]:
 
 
 def smooth(values: Sequence[float | None]) -> list[float]:
-    """Mean over a window of a fortieth of the values; None becomes NaN."""
-    half = len(values) // 80
+    """Mean over a window of a sixteenth of the values, which is narrower at the beginning; None becomes NaN."""
     out = []
     for index, value in enumerate(values):
+        half = min(index, len(values) // 32)
         near = [v for v in values[max(0, index - half) : index + half + 1] if v is not None]
         out.append(math.nan if value is None else sum(near) / len(near))
     return out
@@ -131,42 +168,60 @@ def _rows(axes: Axes, runs: Sequence[RunResult]) -> None:
     drawing.name_lanes(axes, range(len(runs)), names)
 
 
-def _draw_losses(
-    axes: Axes, results: Results, along: Mapping[str, Sequence[float]], took: Mapping[str, str] | None = None
-) -> None:
-    """Draw every run's loss, thin as measured and thick when smoothed. took: a text to add to a run's name."""
-    chosen = drawing.colours(results)
-    known = [losses for run in results.runs if (losses := [loss for loss in run.train_loss if loss is not None])]
-    if not known:
+def _draw_losses(axes: Axes, results: Results, along: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """Draw every run's loss, thin as measured and thick when smoothed. Returns where the runs' lines end."""
+    chosen = drawing.run_colours(results)
+    lines = {run.name: smooth(run.train_loss) for run in results.runs if any(v is not None for v in run.train_loss)}
+    if not lines:
         drawing.say_nothing(axes, "no step with a finite loss")
-        return
-    low, high = min(map(min, known)), max(losses[0] for losses in known)
-    margin, ends = 0.06 * (high - low), []
-    for order, run in enumerate(results.runs):
-        x, y = along[run.name], smooth(run.train_loss)
-        end = max((index for index, loss in enumerate(run.train_loss) if loss is not None), default=None)
-        if end is None:
-            continue
+        return {}
+    known = [[value for value in line if not math.isnan(value)] for line in lines.values()]
+    low, high = min(map(min, known)), max(line[len(line) // FIRST_DROP] for line in known)
+    margin, ends = 0.06 * (high - low), dict[str, tuple[float, float]]()
+    for order, run in enumerate(run for run in results.runs if run.name in lines):
+        x, y = along[run.name], lines[run.name]
+        end = max(index for index, loss in enumerate(run.train_loss) if loss is not None)
         raw = [math.nan if loss is None else loss for loss in run.train_loss]
         dense = run.method == "dense"
         axes.plot(x, raw, color=chosen[run.name], lw=0.6, alpha=0.3, zorder=2)
-        axes.plot(x, y, color=chosen[run.name], lw=3.6 if dense else 1.8, alpha=0.75 if dense else 1, zorder=3 + order)
+        axes.plot(x, y, color=chosen[run.name], lw=3.6 if dense else 1.8, alpha=0.75 if dense else 1, zorder=5 + order)
         marker = "X" if end < len(y) - 1 or run.status == "failed" else "o"
-        y_end = min(y[end], high + margin) if margin else y[end]
+        y_end = min(y[end], high + margin) if margin > 0 else y[end]
         axes.plot(x[end], y_end, marker, ms=7, color=chosen[run.name], mec=PAPER, zorder=30, clip_on=False)
-        trouble = f"\nstopped at {run.steps}/{run.steps_planned}" if run.status == "failed" else ""
-        trouble = "\nloss not finite" if None in run.train_loss else trouble
-        ends.append((run.name + trouble + (took or {}).get(run.name, ""), chosen[run.name], y_end))
+        ends[run.name] = (x[end], y_end)
     axes.set_ylabel("training loss")
-    if margin:  # the axis ends at the highest start of a run, so that one diverging step does not flatten all lines
+    if margin > 0:  # neither the first drop nor one diverging run flattens all lines
         axes.set_ylim(low - margin, high + margin)
-    drawing.name_lines(axes, ends)
+    return ends
+
+
+def _trouble(run: RunResult, gap: str) -> str:
+    """What is added to the name of a run that did not go well."""
+    stopped = f"{gap}stopped at {run.steps}/{run.steps_planned}" if run.status == "failed" else ""
+    return f"{gap}loss not finite" if None in run.train_loss else stopped
+
+
+def _mark_gain(axes: Axes, results: Results, ends: Mapping[str, tuple[float, float]]) -> None:
+    """An arrow from dense's end to that of the run of `gain`, below all lines."""
+    if (found := gain(results)) is None or results.dense is None or found[0].name not in ends:
+        return
+    run, text = found
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.22 * (high - low), high)
+    y, x, x_dense = low - 0.05 * (high - low), ends[run.name][0], ends[results.dense.name][0]
+    colour = drawing.run_colours(results)[run.name]
+    for name in (run.name, results.dense.name):
+        axes.plot([ends[name][0]] * 2, [y - 0.03 * (high - low), ends[name][1]], ":", color=QUIET, lw=1.1, zorder=2)
+    arrow = {"arrowstyle": "->", "color": colour, "lw": 2.0, "shrinkA": 0, "shrinkB": 1}
+    axes.annotate("", (x, y), (x_dense, y), arrowprops=arrow, zorder=20)
+    style = {"ha": "right", "va": "top", "fontweight": "bold", "fontsize": FONT_POINTS}
+    drawing.note(axes, text, (x_dense, y), (-6, -5), colour, zorder=20, **style)
 
 
 def spread_against_steps(results: Results) -> Figure:
     """The distance between the replicas along the steps, on a log scale."""
     figure, (axes,) = drawing.new_figure("How far apart the replicas are (log scale)", 3.8)
-    chosen, ends = drawing.colours(results), []
+    chosen, ends = drawing.run_colours(results), []
     for run in results.runs:
         points = [(point.step, point.spread) for point in run.rounds.spread if point.spread > 0] if run.rounds else []
         if not points:
@@ -201,16 +256,17 @@ def progress_under_faults(results: Results) -> Figure:
     figure, frames = drawing.new_figure("How far each rank came, under faults", 1.2 + sum(heights) + names_in, heights)
     last = [part.at_s[-1] for run in runs for rank in run.progress for part in rank.parts]
     end_s = max([*last, *(fault.at_s for run in runs for fault in run.faults)]) * 1.02 or 1.0
-    chosen, unit = drawing.colours(results), ""
+    chosen, unit = drawing.run_colours(results), ""
     for axes, run in zip(frames, runs, strict=True):
         axes.set_xlim(0, end_s)
         unit = drawing.count_time(axes, end_s)
         _draw_lanes(axes, run, chosen[run.name])
         _mark_faults(axes, run)
-        named = axes.set_title(run.name, loc="left", pad=10 + LEVEL_IN * 72 * len(run.faults))
-        named.set(fontweight="bold", fontsize=FONT_POINTS, color=chosen[run.name])
-    frames[-1].set_xlabel(f"{unit} since the first rank started; dotted: a fault was undone; grey: the ranks it hit")
-    drawing.legend(frames[-1], [("steps done", 0.3), ("standing still", None), ("round missed", "x")])
+        drawing.entitle(axes, run.name, chosen[run.name], pad=10 + LEVEL_IN * 72 * len(run.faults))
+    frames[-1].set_xlabel(f"{unit} since the first rank started")
+    marks: list[tuple[str, str | float | None]] = [("steps done", 0.3), ("standing still", None)]
+    marks += [("hit by the fault", FAINT), ("fault undone", ":"), ("round missed", "x")]
+    drawing.legend(frames[-1], marks)
     return figure
 
 
@@ -255,17 +311,12 @@ def _mark_faults(axes: Axes, run: RunResult) -> None:
 
     The names are stacked, the first one highest, so that no line crosses a name.
     """
-    last = len(run.progress) - 0.5
     lanes = {rank.rank: lane for lane, rank in enumerate(run.progress)}
-    right_s = axes.get_xlim()[1]
+    right_s, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
     for level, fault in enumerate(reversed(run.faults)):
         until_s = fault.end_s if fault.end_s is not None else right_s
         for lane in [lanes[rank] for rank in fault.ranks if fault.kind in ("cut", "slow", "hang")]:
             axes.fill_between([fault.at_s, until_s], lane - 0.5, lane + 0.5, color=FAINT, lw=0, zorder=0.5)
         if fault.end_s is not None and fault.end_s <= right_s:
-            axes.plot([fault.end_s] * 2, [-0.5, last], ":", color=INK, lw=1.1, zorder=4)
-        axes.plot([fault.at_s] * 2, [-0.5, last], "-", color=INK, lw=1.1, zorder=4)
-        top, lift = (fault.at_s, -0.5), 5 + LEVEL_IN * 72 * level
-        line = {"arrowstyle": "-", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
-        drawing.note(axes, "", top, (0, lift + 7), INK, arrowprops=line)
-        drawing.note(axes, str(fault), top, (4, lift), INK, fontsize=FONT_POINTS - 1.5)
+            axes.plot([fault.end_s] * 2, axes.get_ylim(), ":", color=INK, lw=1.1, zorder=4)
+        drawing.flag(axes, (fault.at_s, bottom), level, str(fault), INK)

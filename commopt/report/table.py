@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NOTHING = "-"
+NARROWEST = 80  # columns of a terminal; narrower ones break the lines themselves
 AS_MS, AS_MEGABYTES = ("seconds", "milliseconds"), ("bytes", "megabytes (10^6)")
 STOPPED = 2.0  # a stop of fewer median steps counts as none
 ALIKE = 0.03  # two speeds or byte counts that differ by less are called the same
@@ -51,13 +52,14 @@ def cells_of(columns: Sequence[Column], runs: Sequence[RunResult], dense: RunRes
 
 
 def table_of(columns: Sequence[Column], cells: Sequence[Sequence[str]], gap: int = 1) -> Table:
-    """The rows under their headings, with `gap` spaces between columns; in a terminal, the word failed is red."""
+    """The rows under their headings, with `gap` spaces between columns; only names are folded. In a terminal, the word failed is red."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
-        table.add_column("\n".join(column.heading), justify="left" if index == 0 else "right", overflow="fold")
+        is_name, heading = index == 0, "\n".join(column.heading)
+        table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
     styles = {NOTHING: "dim", "failed": "bold red"}
     for name, *texts in cells:
         table.add_row(Text(name, "bold"), *(Text(text, styles.get(text, "")) for text in texts))
@@ -76,7 +78,7 @@ COLUMNS = (
         ("to", "dense"),
         "its difference from dense's loss after the same number of steps",
         lambda run, dense: None if run is dense else loss_above_dense(run, dense),
-        "{:+.1%}".format,
+        lambda above: f"{round(above, 3) + 0.0:+.1%}",  # no -0.0%
     ),
     column_of(("step", "ms"), "step_s", milliseconds, AS_MS),
     column_of(("compute", "ms"), "compute_s", milliseconds, AS_MS),
@@ -128,8 +130,9 @@ def show(results: Results, stream: TextIO) -> None:
     """Write the table, a sentence on each run, a table of outer rounds, a line on each fault, and notices; colours only in a terminal."""
     from rich.console import Console
 
-    width, gap = (None, 1) if stream.isatty() else (200, 2)
-    console = Console(file=stream, width=width, markup=False, highlight=False)
+    is_terminal = stream.isatty()
+    console = Console(file=stream, width=None if is_terminal else 200, markup=False, highlight=False)
+    console.width, gap = max(console.width, NARROWEST), 1 if is_terminal else 2
     console.print(table_of(COLUMNS, cells(results), gap))
     for sentence in ["", *readings(results)]:
         console.print(sentence, soft_wrap=True)
@@ -216,11 +219,13 @@ def _loss(run: RunResult, dense: RunResult) -> str:
     if above is None or None in run.train_loss:
         other = f", where dense did {dense.steps}" if run.steps != dense.steps and run.end_loss is not None else ""
         return _loss_itself(run) + other
-    return f"the same {run.loss_name}" if abs(above) < 0.0005 else loss_text(run, above)
+    return loss_text(run, above)
 
 
 def loss_text(run: RunResult, above: float) -> str:
-    """`val loss 0.2 % above`: how far a run's loss is from dense's, as a share of it."""
+    """`val loss 0.2 % above`, or `the same val loss`: how far a run's loss is from dense's, as a share of it."""
+    if abs(above) < 0.0005:
+        return f"the same {run.loss_name}"
     return f"{run.loss_name} {abs(above) * 100:.1f} % {'above' if above > 0 else 'below'}"
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from sheets import Sheet, figure, judged
 
 from commopt.record.words import times_text
+from commopt.report import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -209,14 +210,14 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
-COLOURS = {"adam": "#1f6fb4", "sgd": "#c2571a", "lion": "#2b8a3e", "lamb": "#7a4fb5"}
+COLOURS = dict(zip(("sgd", "adam", "lion", "lamb"), ("#c84a0c", "#0072b2", "#00926a", "#c4569a"), strict=True))
 OFF_THE_SCALE = 15.0  # percent worse than the parent: such marks lie at the upper edge
 
 
 def draw_figure(rows: Sequence[Row], file: Path) -> None:
-    """Final loss against the bytes that a rank sent in the whole run, the short tasks side by side."""
+    """Final loss against the bytes that a rank sent in the whole run, a panel for each short task."""
     tasks = [own for own in by_task(rows) if own[0].task.name in SHORT]
-    with figure(file, len(tasks), (7.5 * len(tasks), 6.4)) as axes:
+    with figure(file, "Final loss against bytes sent", 0.5 + 6.6 * len(tasks), len(tasks)) as axes:
         for own, ax in zip(tasks, axes, strict=True):
             draw_task(ax, [row for row in own if row.mean_bytes])
 
@@ -230,8 +231,9 @@ def draw_task(ax: Axes, rows: Sequence[Row]) -> None:
     ax.set_xscale("log")
     sent = [row.mean_bytes * task.steps for row in rows if row.mean_bytes]
     ax.set_xlim(min(sent) / 2.5, max(sent) * 2)
-    ax.set_title(f"{task.name}: {rows[0].parameters / 1e6:.2f} M parameters, {task.ranks} ranks, {task.steps} steps")
-    ax.set_xlabel("bytes that a rank sends per parameter in the whole run, log scale")
+    what = f"{rows[0].parameters / 1e6:.2f} M parameters, {task.ranks} ranks, {task.steps} steps"
+    drawing.entitle(ax, f"{task.name}: {what}")
+    ax.set_xlabel("bytes a rank sends per parameter in the whole run, log scale")
     ax.set_ylabel("final validation loss")
     top = max(scale) + 1.2 * room
     texts: list[tuple[float, float, str, str]] = []
@@ -258,12 +260,12 @@ def label_marks(ax: Axes, texts: Sequence[tuple[float, float, str, str]]) -> Non
     """Write beside each mark what it is: in the first free place, the nearest ones first, with a line to it if it is far."""
     from matplotlib.transforms import Bbox
 
-    ax.figure.canvas.draw()
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # so that places are known
     frame, anchors = ax.get_window_extent(), [ax.transData.transform((x, y)) for x, y, _, _ in texts]
     taken = [Bbox([anchor - 5, anchor + 5]) for anchor in anchors]
     points = ax.figure.dpi / 72
     for anchor, (x, y, said, colour) in zip(anchors, texts, strict=True):
-        note = ax.annotate(said, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center")
+        note = ax.annotate(said, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=9.5, va="center")
         note.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5})
         size = note.get_window_extent()
         width, height = size.width / points, size.height / points

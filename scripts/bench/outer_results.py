@@ -16,6 +16,7 @@ from outer_training import rate_at
 from sheets import Sheet, figure
 
 from commopt.record.words import seconds_text
+from commopt.report import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -265,63 +266,66 @@ def chosen(results: Results) -> Sheet:
 
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
-COLOURS = {
-    "dense": "#333333",
-    "local_sgd": "#7a4fb5",
-    "diloco": "#c2571a",
-    "diloco_heavy": "#e0a030",
-    "noloco": "#1f6fb4",
-}
+METHODS = ("dense", "local_sgd", "diloco", "diloco_heavy", "noloco")
+COLOURS = drawing.colours([(label, label) for label in METHODS])
 
 
 def draw_figure(results: Results, file: Path) -> None:
-    """Loss over tokens on the fewest and on the most replicas, and the spread over steps."""
+    """Loss over tokens on the fewest and on the most replicas, and the spread over steps on as many."""
     counts = sorted({row.ranks for row in results.rows if not row.entry.is_extra})
-    with figure(file, 3, (17, 5), dpi=100) as (left, middle, right):
-        draw_losses(left, results, counts[0])
-        draw_losses(middle, results, counts[-1])
-        draw_spreads(right, results, counts[0], counts[-1])
-        for ax in (left, middle, right):
-            ax.legend(frameon=False, fontsize=9)
+    ends = list(dict.fromkeys((counts[0], counts[-1])))
+    with figure(
+        file, "Outer methods: loss, and how far apart replicas are", 3.4 * 2 * len(ends), 2 * len(ends)
+    ) as made:
+        for ax, ranks in zip(made[: len(ends)], ends, strict=True):
+            draw_losses(ax, results, ranks)
+        for ax, ranks in zip(made[len(ends) :], ends, strict=True):
+            draw_spreads(ax, results, ranks)
 
 
 def draw_losses(ax: Axes, results: Results, ranks: int) -> None:
     """Mean validation loss of the replicas, and dotted that of their mean; averages over seeds."""
     task, own = results.task, [row for row in results.rows if row.ranks == ranks and not row.entry.is_extra]
+    named = []
     for row in own:
         curves = [result["curve"] for result in row.results.values()]
         steps = [step for step, _, _ in curves[0]]
         tokens = [step / task.steps * task.tokens * ranks / 1e6 for step in steps]
         colour = COLOURS[row.entry.label]
-        for column, style, label in ((1, "o-", row.entry.label), (2, ":", None)):
+        for column, style in ((1, "o-"), (2, ":")):
             at_step = zip(*([point[column] for point in curve] for curve in curves), strict=True)
             losses = [float("nan") if None in losses else statistics.fmean(losses) for losses in at_step]
-            ax.plot(tokens, losses, style, color=colour, markersize=3.5, linewidth=1.3, label=label)
+            ax.plot(tokens, losses, style, color=colour, markersize=3.5, linewidth=1.6)
+            if column == 1:
+                named.append((row.entry.label, colour, losses[-1]))
     ends = [result["curve"][-1][1] for row in own for result in row.results.values() if result["curve"][-1][1]]
     ax.set_ylim(min(ends) * 0.98, max(ends) * 1.12)
-    ax.set_title(f"{ranks} replicas: validation loss (dotted: of the mean replica)")
+    drawing.entitle(ax, f"{ranks} replicas; dotted: the loss of the mean replica")
+    ax.set_ylabel("validation loss")
     ax.set_xlabel("tokens seen by all, millions")
+    drawing.name_lines(ax, named)
 
 
-def draw_spreads(ax: Axes, results: Results, *counts: int) -> None:
+def draw_spreads(ax: Axes, results: Results, ranks: int) -> None:
     """The spread one step before each round, and dotted right after it, with the first seed; and the shape of the learning rate."""
-    task = results.task
-    for ranks, width in dict(zip(counts, (1.4, 0.7), strict=False)).items():
-        for label in ("local_sgd", "diloco_heavy", "noloco"):
-            row = results.row(label, ranks)
-            if row is None:
-                continue
-            spreads = next(iter(row.results.values()))["spreads"]
-            before = before_rounds(spreads, task)
-            after = [(step, spread) for step, spread in spreads if step % task.every == 0 and spread]
-            for points, style, said in ((before, "-", f"{label}, {ranks} replicas"), (after, ":", None)):
-                steps, values = [step for step, _ in points], [100 * spread for _, spread in points]
-                ax.plot(steps, values, style, color=COLOURS[label], linewidth=width, label=said)
+    task, named = results.task, []
+    for label in ("local_sgd", "diloco_heavy", "noloco"):
+        row = results.row(label, ranks)
+        if row is None:
+            continue
+        spreads = next(iter(row.results.values()))["spreads"]
+        before = before_rounds(spreads, task)
+        after = [(step, spread) for step, spread in spreads if step % task.every == 0 and spread]
+        for points, style in ((before, "-"), (after, ":")):
+            steps, values = [step for step, _ in points], [100 * spread for _, spread in points]
+            ax.plot(steps, values, style, color=COLOURS[label], linewidth=1.6)
+        named.append((label, COLOURS[label], before[-1][1] if before else 0.0))
     high = ax.get_ylim()[1]
     rates = [high * rate_at(step, asdict(task)) for step in range(task.steps)]
-    ax.fill_between(
-        range(task.steps), rates, color="#888888", alpha=0.12, linewidth=0, label="learning rate, its shape"
-    )
+    ax.fill_between(range(task.steps), rates, color=drawing.FAINT, alpha=0.5, linewidth=0)
     ax.set_ylim(0, high)
-    ax.set_title("spread before a round, % (dotted: after it)")
+    ax.set_xlim(0, task.steps)
+    drawing.entitle(ax, f"{ranks} replicas; dotted: after it; grey: learning rate")
+    ax.set_ylabel("spread before a round, %")
     ax.set_xlabel("step")
+    drawing.name_lines(ax, named)

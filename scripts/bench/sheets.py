@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from commopt.errors import ConfigError
+from commopt.report import drawing
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Sheet:
     def rich(self) -> Table:
         made = Table(title=self.title, title_justify="left", title_style="bold", box=None)
         for heading in self.headings:
-            made.add_column(heading, justify="left" if heading in self.left else "right", no_wrap=True)
+            made.add_column(heading, justify="left" if heading in self.left else "right", overflow="fold")
         for row in self.rows:
             made.add_row(*row)
         return made
@@ -74,19 +75,9 @@ def with_tables(page: str, text: str) -> str:
 
 
 @contextmanager
-def figure(file: Path, columns: int, size: tuple[float, float], dpi: int = 110) -> Iterator[Sequence[Any]]:
-    """So many panels side by side to draw into; written into the file in the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    made, panels = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
-    try:
-        for ax in panels[0]:
-            ax.spines[["top", "right"]].set_visible(False)
-        yield panels[0]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        made.savefig(file, dpi=dpi, metadata={"Software": None})
-    finally:
-        pyplot.close(made)
+def figure(file: Path, title: str, height_in: float, panels: int) -> Iterator[Sequence[Any]]:
+    """So many panels to draw into, one below the other, in the style of the report; written into the file in the end."""
+    made, frames = drawing.new_figure(title, height_in, [1.0] * panels)
+    yield frames
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(drawing.png(made))

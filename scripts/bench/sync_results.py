@@ -17,6 +17,7 @@ from sync_simulation import binomial_times, swap_mean
 
 from commopt.plan.links import parse_rate, wire_bytes
 from commopt.record.words import bytes_text, milliseconds
+from commopt.report import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,38 +187,39 @@ def others(cell: Result) -> str:
 
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
-COLOURS = ("#5a9bd4", "#3b84c4", "#2171b5", "#08519c", "#08306b")  # few nodes to many
-PAPER_COLOUR = "#c2571a"
+COLOURS = ("#6aa9dc", "#4a90cc", "#2678bd", "#0b5a9e", "#08306b")  # few nodes to many
+PAPER_COLOUR = "#c84a0c"
 
 
 def draw_figure(simulation: Result, file: Path) -> None:
     """Figure 5, both panels, with what the paper says of them as marks."""
-    with figure(file, 2, (13, 5.2)) as (left, right):
-        draw_lines(left, simulation["message"], "spread", PAPER_MESSAGES, "the paper: near 40")
-        left.set_title("Cost of a message: tree all-reduce / pair average (5A)")
-        left.set_xlabel("std / mean of a message's time, log-normal")
-        left.set_ylabel("ratio of mean times, log scale")
-        left.set_yscale("log", base=2)
-        left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    with figure(file, "Figure 5 of the NoLoCo paper, simulated", 8.4, 2) as (upper, lower):
+        draw_lines(upper, simulation["message"], "spread", PAPER_MESSAGES, "the paper: near 40", (-8, 4))
+        drawing.entitle(upper, "5A: a tree all-reduce over a pair's average")
+        upper.set_xlabel("std / mean of a message's time, log-normal")
+        upper.set_ylabel("ratio of mean times, log scale")
+        upper.set_yscale("log", base=2)
+        upper.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         last = max(simulation["settings"]["outer_steps"])
         blocking = [point for point in simulation["blocking"] if point["outer_steps"] == last]
-        draw_lines(right, blocking, "inner_steps", PAPER_BLOCKING, "the paper: about 20 %")
-        right.set_title("Cost of waiting: barrier of all / of random pairs, free messages (5B)")
-        right.set_xlabel("inner steps per outer step")
-        right.set_ylabel("ratio of training times")
-        right.set_ylim(bottom=1)
+        draw_lines(lower, blocking, "inner_steps", PAPER_BLOCKING, "the paper: about 20 %", (4, 22))
+        drawing.entitle(lower, "5B: a barrier of all over one of random pairs, free messages")
+        lower.set_xlabel("inner steps per outer step")
+        lower.set_ylabel("ratio of training times")
+        lower.set_ylim(bottom=1)
 
 
-def draw_lines(ax: Axes, points: Sequence[Result], column: str, paper: Result, said: str) -> None:
-    """A line for each number of nodes, named at its end, and the paper's mark."""
+def draw_lines(
+    ax: Axes, points: Sequence[Result], column: str, paper: Result, said: str, offset: tuple[float, float]
+) -> None:
+    """A line for each number of nodes, named at its end, and the paper's mark with its words at an offset in points."""
     names = list(dict.fromkeys(point["nodes"] for point in points))
     for nodes, colour in zip(names, COLOURS, strict=False):
         own = [point for point in points if point["nodes"] == nodes]
         x, y = [point[column] for point in own], [point["ratio"] for point in own]
-        ax.plot(x, y, "o-", color=colour, markersize=4)
-        style: Any = {"textcoords": "offset points", "color": colour, "va": "center", "fontsize": 9}
-        ax.annotate(f"{nodes:,} nodes", (x[-1], y[-1]), (7, 0), **style)
-    ax.plot(paper[column], paper["ratio"], "x", color=PAPER_COLOUR, markersize=10, markeredgewidth=2.2, label=said)
+        ax.plot(x, y, "o-", color=colour, lw=1.8, markersize=4)
+        drawing.note(ax, f"{nodes:,} nodes", (x[-1], y[-1]), (9, 0), colour, va="center", fontweight="bold")
+    mark = (paper[column], paper["ratio"])
+    ax.plot(*mark, "x", color=PAPER_COLOUR, markersize=10, markeredgewidth=2.2, zorder=5)
+    drawing.note(ax, said, mark, offset, PAPER_COLOUR, ha="right", fontweight="bold")
     ax.set_xticks(sorted({point[column] for point in points}))
-    ax.set_xlim(right=1.22 * max(point[column] for point in points))
-    ax.legend(frameon=False, loc="upper left" if column == "spread" else "upper right")

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from outer_runs import STORM, STORM_FAULTS, Absence, OuterPlan, fault, outer_run, write_outer
 from synthetic_runs import CLUSTER, DENSE, FP16, ONEBIT, change, results_of, run_of, short
 
 from commopt.errors import LaunchError
+from commopt.record.words import seconds_text
 from commopt.report import drawing, plots
 from commopt.report.document import Cluster, Node, Results, RunResult
 from commopt.report.page import FILES, draw, headline, keep_last_good, page, results_json, sites, write_report
@@ -151,6 +154,74 @@ def test_the_headline_is_the_largest_gain(results: Results, tmp_path: Path) -> N
     assert headline(results).startswith("onebit_adam: steps 9.5x faster than dense, val loss ")
     diverged = run_of(tmp_path, short(DENSE), edit=NO_FINITE_LOSS)
     assert headline(results_of([results.runs[0], diverged])) == "dense, dense (2) on four-50mbit"
+
+
+def test_a_gain_is_drawn_only_if_the_loss_is_the_same_and_the_time_is_less(results: Results) -> None:
+    dense, fp16, onebit = results.runs
+    level = {"val_loss": dense.val_loss}
+
+    def said(run: RunResult, **changed: object) -> str | None:
+        found = plots.gain(results_of([dense, run.model_copy(update=changed)]))
+        return found and found[1]
+
+    def taking(share: float) -> list[float]:
+        return [share * s for s in dense.seconds]
+
+    best = plots.gain(results_of([dense, fp16.model_copy(update=level), onebit.model_copy(update=level)]))
+    assert best is not None
+    assert best[0].name == "onebit_adam"
+    assert said(onebit, **level, seconds=taking(0.25)) == "same loss in 1/4 of the time"
+    assert said(onebit, **level, seconds=taking(0.33)) == "same loss in 1/3 of the time"
+    assert said(onebit, **level, seconds=taking(0.29)) == "same loss in 29 % of the time"
+    assert said(onebit, val_loss=(dense.val_loss or 0.0) * 1.008, seconds=taking(0.5)) == (
+        "same loss (+0.8 %) in 1/2 of the time"
+    )
+    assert (said(onebit, val_loss=(dense.val_loss or 0.0) * 0.9) or "").startswith("lower loss (-10.0 %) in ")
+    assert said(onebit, val_loss=(dense.val_loss or 0.0) * 1.011) is None
+    assert said(onebit, val_loss=None) is None
+    assert said(onebit, **level, status="failed") is None
+    assert said(onebit, **level, steps=dense.steps - 1) is None
+    assert said(onebit, **level, seconds=taking(0.95)) is None
+    assert plots.gain(results_of([onebit])) is None
+
+
+def test_the_picture_says_the_gain_and_each_ends_time(results: Results) -> None:
+    runs = [run.model_copy(update={"val_loss": 2.5}) for run in results.runs]
+    texts = texts_of(plots.loss_against_seconds(results_of(runs)))
+    assert [text for text in texts if "same loss" in text] == [plots.gain(results_of(runs))[1]]  # type: ignore[index]
+    for run in runs:
+        assert f"{run.name}, {seconds_text(run.seconds[-1])}" in texts
+    worse = [run.model_copy(update={"val_loss": 2.5 + 0.1 * k}) for k, run in enumerate(runs)]
+    assert not [text for text in texts_of(plots.loss_against_seconds(results_of(worse))) if "same loss" in text]
+
+
+def texts_of(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_no_texts_of_a_picture_overlap(storm: Results, results: Results) -> None:
+    for shown in (results, storm):
+        for name, figure in draw(shown).items():
+            figure.draw_without_rendering()
+            boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts if text.get_text()]
+            assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])], name
+            assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 + 1 for box in boxes), name
+
+
+def test_a_method_has_its_colour_whatever_it_is_compared_with() -> None:
+    few = drawing.colours([("dense", "dense"), ("onebit_adam", "onebit_adam")])
+    names = ["dsgd", "onebit_adam", "dense", "ef", "noloco", "fp16", "x", "y"]
+    many = drawing.colours([(name, name) for name in names])
+    assert {name: many[name] for name in few} == few
+    assert list(many.values()).count(drawing.DENSE_COLOUR) == 1
+    assert len(set(many.values())) == len(names)
+    twice = drawing.colours([("noloco", "noloco"), ("noloco (2)", "noloco")])
+    assert twice["noloco"] == many["noloco"] != twice["noloco (2)"]
+
+
+def test_the_glossary_is_folded(html: str) -> None:
+    glossary = html[html.index("<details><summary>How to read it") :].partition("</details>")[0]
+    assert "share of the steady steps" in glossary
 
 
 def test_many_equal_nodes_share_a_box() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def test_a_terminal_cuts_nothing(
     assert ("node0 cut from node1 for 4.0 s" in out.getvalue()) == (which == "storm")
 
 
+def test_long_names_are_folded_and_numbers_stay_whole(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["dense", "two_way(top_k, sign, density=1)", "a_method_of_exactly_thirty_chars"]
+    runs = [run.model_copy(update={"name": name}) for run, name in zip(results.runs, names, strict=True)]
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Terminal()
+    show(results.model_copy(update={"runs": runs}), out)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue().partition("\n\n")[0]).splitlines()
+    assert max(map(len, lines)) <= 80
+    folded = "".join(re.sub(r"( +[-+.%x\d]+){10} *$", "", line) for line in lines[2:])
+    assert "".join(names).replace(" ", "") == folded.replace(" ", "")
+    for row in cells(results):
+        assert any(line.split()[-len(row) + 1 :] == row[1:] for line in lines)
+
+
 def killed(_: int, lines: Lines) -> Lines:
     return lines[:30]
 
@@ -87,6 +102,9 @@ def test_dense_and_runs_without_it_are_read_by_themselves(results: Results, tmp_
     assert readings(results)[0].startswith("dense: 1242 ms a step, 92 % of it waiting for the network; val loss 2.506")
     alone = results_of([run_of(tmp_path, short(ONEBIT))])
     assert readings(alone)[0].startswith("onebit_adam: 130 ms a step, 19 % of it waiting")
+    same = results.runs[1].model_copy(update={"val_loss": (results.runs[0].val_loss or 0.0) * 0.9999})
+    assert cells(results_of([results.runs[0], same]))[1][2] == "+0.0%"
+    assert "the same val loss" in readings(results_of([results.runs[0], same]))[1]
     assert cells(alone)[0][COLUMNS.index(next(c for c in COLUMNS if c.heading[0] == "times"))] == "-"
 
 
