@@ -82,6 +82,10 @@ PrintAnnotated = Annotated[bool, typer.Option("--print", help="Print each node's
 OutAnnotated = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where results go; out/NAME by default.")
 ]
+MethodsAnnotated = Annotated[
+    str | None,
+    typer.Option(metavar="NAME,NAME,...", help="Which methods, in this order; all of a run's file by default."),
+]
 JsonAnnotated = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
 
 
@@ -300,10 +304,7 @@ def run(
 def compare(
     what: RunArgument,
     arguments: ArgumentsArgument = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,NAME,...", help="Which methods, in this order; all of a run's file by default."),
-    ] = None,
+    methods: MethodsAnnotated = None,
     cluster: ClusterAnnotated = None,
     steps: StepsAnnotated = None,
     emulate: EmulateAnnotated = None,
@@ -349,6 +350,24 @@ def _run_spec(
         )
     spec = load_run(what)
     return spec if steps is None else spec.model_copy(update={"steps": steps})
+
+
+@app.command(epilog="Example: [bold]commopt demo --methods dense,dgc[/bold]")
+def demo(
+    methods: MethodsAnnotated = None,
+    emulate: EmulateAnnotated = None,
+    out: OutAnnotated = None,
+    json_file: JsonAnnotated = None,
+    print_only: PrintAnnotated = False,
+) -> None:
+    """Compare methods now: a small GPT on four emulated machines with 50 Mbit/s links, in about four minutes.
+
+    It trains uncompressed, in fp16 and with 1-bit Adam. Program and files are commopt's own; nothing else is needed.
+    """
+    home = Path(commopt.__file__).parent  # a wheel has them inside the package, a checkout beside it
+    places = (top / "configs/runs/demo.yaml" for top in (home, home.parent))
+    run_file = next(place for place in places if place.is_file())
+    compare(run_file, methods=methods, emulate=emulate, out=out, json_file=json_file, print_only=print_only)
 
 
 def _train_and_report(

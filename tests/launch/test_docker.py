@@ -57,7 +57,8 @@ def copied() -> dict[str, str]:
 
 
 def test_the_image_gets_what_it_needs_and_nothing_else() -> None:
-    assert sorted(copied()) == ["LICENSE", "README.md", "commopt", "configs", "launch", "pyproject.toml", "setup.cfg"]
+    files = ["LICENSE", "README.md", "commopt", "configs", "launch", "pyproject.toml", "setup.cfg", "setup.py"]
+    assert sorted(copied()) == files
     for source in copied():
         assert (ROOT / source).exists()
         assert not ignored(source)
@@ -90,7 +91,7 @@ def test_the_image_has_the_torch_that_the_tests_run_with_for_the_cpu_or_cuda() -
 
 
 def test_the_copied_files_are_a_whole_package(tmp_path: Path) -> None:
-    """What pip would find at /tmp/src in the image, and the programs beside it, without the rest of the repository."""
+    """What pip would find at /tmp/src in the image, without the rest of the repository."""
     for source, place in copied().items():
         target = tmp_path / place.removeprefix("/")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,11 +104,11 @@ def test_the_copied_files_are_a_whole_package(tmp_path: Path) -> None:
     words = ["-c", "import commopt.cli.app; print(commopt.__file__, flush=True); commopt.cli.app.main()", "launch"]
     words += ["configs/clusters/four-50mbit.yaml", "--emulate", "none", "--print", "--", "launch/train.py"]
     path = os.pathsep.join([str(tmp_path / "tmp/src"), *others])
-    code, output, errors = finish(start(words, tmp_path, sys.executable, tmp_path / "opt/commopt", PYTHONPATH=path))
+    code, output, errors = finish(start(words, tmp_path, sys.executable, tmp_path / "tmp/src", PYTHONPATH=path))
     assert code == 0, errors
     assert output.startswith(f"{tmp_path}/tmp/src/commopt/")
     assert output.count("launch/train.py") == 4
-    assert os.access(tmp_path / "opt/commopt/launch/torchrun.sh", os.X_OK)
+    assert os.access(tmp_path / "tmp/src/launch/torchrun.sh", os.X_OK)
 
 
 @pytest.fixture(scope="module")
