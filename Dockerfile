@@ -16,6 +16,6 @@ RUN pip install --no-cache-dir /tmp/src && mv /tmp/src/launch /tmp/src/configs .
 USER 1000:1000
 ENV PYTHONUNBUFFERED=1
 # Compiled here, the kernels are ready on machines with the same kind of CPU; others compile them at the first start.
-RUN python -c "from commopt import kernels; kernels.warm_up()"
+RUN python -c "from commopt.run.prepare import prepare_all; prepare_all()"
 ENTRYPOINT ["commopt"]
 CMD ["--help"]

@@ -20,10 +20,10 @@ import warm
 from launchers import end_all, processes
 from pool import Pool
 
-from commopt import kernels
 from commopt.cluster.doctor import named_namespace
 from commopt.cluster.emulate import unshare_words
 from commopt.errors import EmulationError
+from commopt.run.prepare import prepare_all
 
 WAITING = "tests/cluster/"  # mostly waits for what it started; one after another, beside all others
 SINGLE = "tests/test_testing.py"  # long, and shares nothing between its tests
@@ -142,7 +142,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Five ranks with Gloo, started at the first use."""
-    kernels.warm_up()
+    prepare_all(lambda _: None)
     ranks = Pool()
     yield ranks
     ranks.close()

@@ -19,7 +19,7 @@ import pytest
 from pool import SIZES, Pool
 from pool import serve as serve_calls
 
-from commopt import kernels
+from commopt.run.prepare import prepare_all
 
 START_S, END_S = 60.0, 10.0
 # Open MPI needs these to start more ranks than there are cores, or any as root; other MPIs ignore them
@@ -54,7 +54,7 @@ def shared() -> MPIPool:
     """The ranks of all tests of this process, until it ends; skips the test, with the reason, if MPI is missing."""
     if why := why_not():
         pytest.skip(why)
-    kernels.warm_up()
+    prepare_all(lambda _: None)
     ranks = MPIPool()
     atexit.register(ranks.close)
     return ranks

@@ -22,7 +22,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, ClassVar
 
-from commopt import kernels
+from commopt.run.prepare import prepare_all
 
 SIZES = (1, 2, 3, 5)
 GRACE_S = 5.0  # how long the other ranks may take to end a call in which one rank failed
@@ -155,7 +155,7 @@ def fork_ranks(kind: type[Pool], descriptors: list[int]) -> None:
 
     torch.set_num_threads(1)
     kind.load()
-    kernels.warm_up()
+    prepare_all(lambda _: None)
     gc.freeze()  # a collection in a rank would write to all imported objects, and so copy them
     own = iter(descriptors)
     for size in kind.jobs:

@@ -163,7 +163,7 @@ class Server:
                     with contextlib.suppress(ImportError):
                         importlib.import_module(found.name)
             importlib.import_module("commopt.frameworks.ddp")
-            commopt.kernels.warm_up()
+            importlib.import_module("commopt.run.prepare").prepare_all(lambda _: None)
             torch.set_num_threads(1)
         program = next((word for word in words if not word.startswith("-")), "")
         with contextlib.suppress(OSError):

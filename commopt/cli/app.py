@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -9,8 +10,10 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -152,6 +155,22 @@ def note(*messages: str) -> None:
         typer.secho(f"commopt: {message}", dim=True, err=True)
 
 
+@contextmanager
+def telling(what: str, *, for_s: float = 60.0) -> Iterator[threading.Event]:
+    """Print a line every 2.5 s, from the first second on, until the block ends or the event is set."""
+    is_over, began_s = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not is_over.wait(1.0 if time.monotonic() < began_s + 1 else 2.5) and time.monotonic() < began_s + for_s:
+            note(f"{what}, {time.monotonic() - began_s:.0f} s")
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield is_over
+    finally:
+        is_over.set()
+
+
 @app.command(cls=Command, epilog="Example: [bold]commopt launch configs/clusters/lab.yaml -- train.py[/bold]")
 def launch(
     cluster: Annotated[Path, typer.Argument(metavar="CLUSTER.yaml", help="The nodes and their links.")],
@@ -189,14 +208,15 @@ def launch(
         return
     note(*emulation.notices)
     is_labelled = len(emulation.nodes) > 1
-    result = Job(
-        command,
-        emulation=emulation,
-        log_dir=log_dir,
-        on_line=lambda label, line: typer.echo(f"[{label}] {line}" if is_labelled else line),
-        on_note=note,
-        independent=independent,
-    ).run()
+    with telling("starting the ranks") as is_over:
+
+        def show(label: str, line: str) -> None:
+            is_over.set()
+            typer.echo(f"[{label}] {line}" if is_labelled else line)
+
+        result = Job(
+            command, emulation=emulation, log_dir=log_dir, on_line=show, on_note=note, independent=independent
+        ).run()
     note(*result.notices)
     if result.failure is not None:
         if result.failure.message and not result.failure.is_told:
@@ -387,7 +407,10 @@ def _train_and_report(
     check_program(str(spec.program))
     methods = training.chosen_methods(spec, names)
     emulation = emulated(spec.cluster, emulate, node, print_only=print_only)
-    training.check_methods(spec, {**spec.methods, **methods})
+    with telling("importing torch, checking the methods"):
+        training.check_methods(spec, {**spec.methods, **methods})
+        if not print_only:
+            importlib.import_module("commopt.kernels").load_cpu()
     check_faults(spec.faults, emulation, spec.path.name)
     if print_only:
         for name, options in methods.items():
@@ -407,6 +430,7 @@ def _train_and_report(
             methods,
             emulation=emulation,
             out_dir=out_dir,
+            tell=note,
             report=lambda results: _report(results, out_dir, json_file) if reports else None,
             board=board,
         )
@@ -442,13 +466,23 @@ def doctor(json_file: JsonAnnotated = None) -> None:
 
     from commopt.cluster.doctor import as_json, examine
 
-    checks = examine()
-    table = Table(box=None, pad_edge=False)
-    for heading in ("check", "state", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
+    is_seen = sys.stdout.isatty()
+    console, checks = Console(width=None if is_seen else 1000), []  # one line for each check where programs read it
     colors = {"ok": "green", "limited": "yellow", "missing": "red"}
-    for check in checks:
-        table.add_row(check.check, Text(check.state, colors[check.state]), Text(check.found), Text(check.cure))
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)  # one line for each check where programs read it
+
+    def show(*cells: Text | str) -> None:
+        """One row at a time: some checks take seconds."""
+        row = Table.grid("", "", "", "", padding=(0, 2, 0, 0), expand=is_seen)
+        for column, width in zip(row.columns, (17, 7, None, None), strict=True):
+            column.width, column.ratio = width, 1 if is_seen and not width else None
+        row.add_row(*cells)
+        console.print(row)
+
+    show(*(Text(word, "bold") for word in ("check", "state", "found", "what to do")))
+    with telling("checking"):
+        for check in examine():
+            checks.append(check)
+            found, cure = Text(check.found, overflow="fold"), Text(check.cure)
+            show(check.check, Text(check.state, colors[check.state]), found, cure)
     if json_file is not None:
         write_json(json_file, as_json(checks))

@@ -126,6 +126,7 @@ def train_each(
     *,
     emulation: Emulation,
     out_dir: Path,
+    tell: Callable[[str], None],
     report: Callable[[Results], None],
     board: Board | None = None,
 ) -> list[RunResult]:
@@ -134,9 +135,10 @@ def train_each(
     out_dir gets record/METHOD/rank*.jsonl and log/METHOD/NODE.log. `report` gets all runs at the end. On Ctrl-C or an error it
     gets those that had ended, if any; then the exception is raised again, and nothing is left running.
     """
-    from commopt import kernels
+    from commopt.methods import build
+    from commopt.run.prepare import prepare
 
-    kernels.warm_up()  # before the ranks start: four of them compiling at once would cost seconds of the first step
+    prepare((build(name, **_split(run, options)[0]) for name, options in methods.items()), tell)
     results: list[RunResult] = []
     try:
         with Live(sys.stdout, board) as live:

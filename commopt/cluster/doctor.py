@@ -31,11 +31,13 @@ class Check:
     cure: str = ""
 
 
-def examine() -> list[Check]:
+def examine() -> Iterator[Check]:
     """Check everything that commopt can use on this machine. Starts a few short processes; changes nothing."""
     machine = f"{platform.system()} {platform.release()}, {platform.machine()}, {usable_cores()} cores"
-    checks = [Check("machine", "ok", machine), Check("python", "ok", platform.python_version())]
-    return [*checks, *_torch(), *_emulation(), *_kernels()]
+    yield Check("machine", "ok", machine)
+    yield Check("python", "ok", platform.python_version())
+    for some in (_emulation, _torch, _kernels):  # the slow ones last
+        yield from some()
 
 
 def levels(gpus: int) -> str:

@@ -13,7 +13,7 @@ from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.kernels.reference.runs import corrected, element_indices, first_bad, keep_rest_, run_of_element
 from commopt.wire import noise
-from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
 from commopt.wire.payload import Layout, Payload, in_a_row
 from commopt.wire.residual import Moved, Residual, end_to_end
 
@@ -210,6 +210,17 @@ class ErrorFeedback:
 
     def _slots(self, blocks: Blocks) -> Tensor:
         return torch.from_numpy(self._stored.slots(blocks.homes)).to(self.residual.device)
+
+
+def try_out(compressor: Compressor, kept: Kept, device: torch.device) -> None:
+    """Compress and read two tiny parameters, so that the kernels are there before a step waits for them."""
+    if kernels.has_triton(device):
+        return
+    bucket = Bucket.of([(name, torch.ones(8, dtype=torch.float32, device=device)) for name in ("a", "b")])
+    table = compressor.table(ParameterIndex(bucket.names, (8, 8)), 2)
+    parts = [own.having(keys=own.drawn(0, "try", 0, np.zeros(2, np.int64))) for own in table.parts(bucket).by_owner]
+    sent = ErrorFeedback(compressor, kept, table.everything, device).compress(bucket.flat, parts)
+    compressor.decompress_payloads_(sent, parts, bucket.flat)
 
 
 def first_bad_parameter(payloads: Sequence[Payload]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor
-from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter, first_of
+from commopt.compress.feedback import ErrorFeedback, Kept, first_bad_parameter, first_of, try_out
 from commopt.compress.fused import Fused
 from commopt.exchange.base import Exchange, first_bad
 from commopt.groups.base import Group
@@ -40,7 +40,6 @@ class Compressed(Exchange):
 
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
-        kernels.warm_up(self.device)  # now, and not in the first step that compresses
         self.dense_names = frozenset(name for name, p in named_parameters if self.stays_dense(name, p))
         self.table = self.compressor.table(self.index, group.size, self.dense_names).of_share(self.share)
         self.everything = self.table.everything  # what this side will ever compress
@@ -71,6 +70,7 @@ class Compressed(Exchange):
     def feedback(self, name: str, compressor: Compressor, blocks: Blocks) -> ErrorFeedback:
         """Error feedback of one side over the residual of that name."""
         residual, scales = self.state.get(name), self.state.get(f"{name}_scales")
+        try_out(compressor, self.kept, self.device)
         return ErrorFeedback(compressor, self.kept, blocks, self.device, residual=residual, scales=scales)
 
     def stays_dense(self, name: str, p: Tensor) -> bool:

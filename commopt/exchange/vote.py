@@ -18,7 +18,7 @@ from commopt.groups.base import Group
 from commopt.kernels.reference.runs import first_bad as first_bad_block
 from commopt.kernels.reference.votes import coin_bits, count_votes
 from commopt.wire import noise
-from commopt.wire.bucket import Blocks, BlockTable, Bucket, Int64Array
+from commopt.wire.bucket import Blocks, BlockTable, Bucket, Int64Array, ParameterIndex
 from commopt.wire.payload import Layout, Payload, gathered_bytes, in_a_row
 
 _MOST_RANKS = 255  # a count is a byte while it is unpacked
@@ -49,12 +49,22 @@ class SignVote(Exchange):
         super().lay_out(named_parameters, group)
         if group.size > _MOST_RANKS and not self.is_majority:
             raise AttachError(f"vote: 'average' counts up to {_MOST_RANKS} ranks, not {group.size}; write 'majority'")
-        kernels.warm_up(self.device)  # now, and not in the first step
         self._table = BlockTable.cut(self.index, group.size, self.pieces, shared_scale=False).of_share(self.share)
         self._width = 1 if self.is_majority else group.size.bit_length()  # bits of an answer
         top = 1 if self.is_majority else group.size
         counts = torch.arange(2**self._width, dtype=torch.float32, device=self.device)
         self._values = (2 * counts - top) / top  # (2^width,) what a count stands for
+
+    def bound(self) -> None:
+        super().bound()
+        if not kernels.has_triton(self.device):  # else a step would wait for them
+            x = torch.ones(8, dtype=torch.float32, device=self.device)
+            ballot = torch.zeros(self._width, dtype=torch.uint8, device=self.device)
+            blocks = BlockTable.cut(ParameterIndex(("x",), (8,)), 1, self.pieces, shared_scale=False).everything
+            blocks = blocks.having(keys=blocks.drawn(self.seed, "try", 0, np.zeros(1, np.int64)))
+            kernel = kernels.of("votes", self.device)
+            kernel.pack_votes_(x, blocks, np.zeros(1, np.uint8), ballot[:1])
+            kernel.unpack_counts_(ballot, self._width, blocks, self._values, x)
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         self.vote(bucket.flat, bucket.flat, bucket, group)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commopt.compress import make_compressor
 from commopt.compress.base import equal_blocks
-from commopt.compress.feedback import HEADER, NOTHING_KEPT, ErrorFeedback, Kept
+from commopt.compress.feedback import HEADER, NOTHING_KEPT, ErrorFeedback, Kept, try_out
 from commopt.errors import ConfigError, check_flag
 from commopt.exchange.base import PIECE
 from commopt.wire.bucket import Blocks, ParameterIndex, Share
@@ -52,6 +52,7 @@ class Message(Stateful):
             self._everything = table.of_share(share).everything
             kept = Kept() if self.has_feedback else NOTHING_KEPT
             residual = self.state.get("residual")
+            try_out(self.compressor, kept, self.device)
             self.feedback = ErrorFeedback(self.compressor, kept, self._everything, residual=residual)
 
     def declare(self) -> list[State]:

@@ -75,7 +75,9 @@ class DeMo(DirectionMethod):
 
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
-        kernels.warm_up(self.device)
+        if not kernels.has_triton(self.device):  # else a step would wait for them
+            one = np.ones(1, np.int64)
+            decode_all(encode_all(torch.zeros(1, dtype=torch.int64, device=self.device), 8 * one, one), 8 * one, one)
         self._shapes = {name: _matrix(p).shape if self.own_index.size(name) else (1, 0) for name, p in named_parameters}
         self._grids = {name: grids(shape, self.options.chunk) for name, shape in self._shapes.items()}
 

@@ -76,9 +76,6 @@ def run_plan(plan_file: Path, measure: Measure, outcome: Outcome) -> None:
     plan = json.loads(plan_file.read_text())
     cluster = ClusterSpec.model_validate(plan["cluster"])
     emulation = enter(cluster, emulate=Emulate.NETNS)
-    from commopt import kernels
-
-    kernels.warm_up()  # before the ranks start: all of them compiling at once would cost seconds of the first step
     for position, entry in enumerate(plan["cells"], start=plan["done"] + 1):
         print(f"[{position}/{plan['total']}] {entry['name']} ...", end=" ", flush=True)
         before, start_s = cpu_seconds(), time.monotonic()

@@ -19,7 +19,6 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from sheets import wide_console
 from store import Store
 
-from commopt import kernels
 from commopt.errors import CommoptError
 from commopt.record.words import seconds_text
 
@@ -37,7 +36,6 @@ def train_all(
 
     wanted: the cells to train next, the running ones included; asked again after each.
     """
-    kernels.warm_up()  # once, before the processes start: they find the kernels in the cache
     context, failures = multiprocessing.get_context("spawn"), dict[str, str]()
     cores = context.SimpleQueue()
     for core in itertools.islice(itertools.cycle(my_cores()), jobs):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -227,12 +226,3 @@ def test_a_damaged_block_among_good_ones_is_refused(either_kernel: ModuleType) -
         damaged[int(starts[block] + sizes[block]) - 1] ^= 128  # a spare bit, or a one too many or too few
         with pytest.raises(ValueError, match="not the code of any"):
             decode_all(damaged, ns, ks)
-
-
-def test_after_warming_up_nothing_is_compiled() -> None:
-    kernels.warm_up()
-    compiled: list[Any] = [cpu_indices._encode, cpu_indices._decode]
-    before = [len(kernel.signatures) for kernel in compiled]
-    x, ns, ks = many_blocks()
-    decode_all(encode_all(x, ns, ks), ns, ks)
-    assert [len(kernel.signatures) for kernel in compiled] == before

@@ -5,13 +5,18 @@ A kernel, what it calls and its constants stay in one file: numba's cache does n
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
@@ -25,18 +30,114 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 
 
+KERNELS: list[Any] = []  # all of this process
+_TELL_S, _PATIENCE_S = 2.5, 300.0  # between two lines about a compilation; for that of another process
+
+
+class _OneAtATime:
+    """Which kernels this process compiles, one within the other; a file is locked meanwhile, and other processes wait."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[object, object]] = []
+        self._file, self._told_s = -1, -_TELL_S
+        self.is_parallel = False  # some processes of one program share the work, and it holds the lock
+
+    def begin(self, cache: Cached, signature: object) -> bool:
+        """Whether another process may have compiled it meanwhile."""
+        is_first = not self._open and not self.is_parallel
+        if is_first:
+            self.lock(cache.cache_path)
+        self._open.append((cache, signature))
+        self._name = cache.name
+        if is_first:
+            threading.Thread(target=self._tell_on, args=(time.monotonic(),), daemon=True).start()
+        return is_first
+
+    def end(self, cache: Cached, signature: object) -> None:
+        if (cache, signature) in self._open:  # without those within it that have failed
+            del self._open[self._open.index((cache, signature)) :]
+        if not self._open and not self.is_parallel:
+            self.unlock()
+
+    def lock(self, folder: str) -> None:
+        """Wait for other processes that compile kernels into this folder, and have others wait."""
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self._file = os.open(os.path.join(folder, "compiling.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # nor can kernels be written there
+            return
+        began_s = time.monotonic()
+        while time.monotonic() < began_s + _PATIENCE_S:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            self._tell("waiting for another process that compiles kernels", began_s)
+            time.sleep(0.05)
+
+    def unlock(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _tell_on(self, began_s: float) -> None:
+        mine = self._open[:1]
+        while self._open[:1] == mine and time.monotonic() < began_s + _PATIENCE_S:
+            self._tell(f"compiling kernels, once on this machine: {self._name}", began_s)
+            time.sleep(0.05)
+
+    def _tell(self, text: str, began_s: float) -> None:
+        if (now_s := time.monotonic()) >= max(self._told_s + _TELL_S, began_s + 0.1):
+            self._told_s = now_s
+            _log.warning("%s (%.0f s)", text, now_s - began_s)
+
+
+ONE_AT_A_TIME = _OneAtATime()
+
+
+class Missing(LookupError):
+    """A kernel is not in the cache."""
+
+
+class Cached(FunctionCache):  # type: ignore[misc]
+    """numba's cache of one kernel on disk: what one process of a machine compiles, the others load."""
+
+    only_load = False  # raise Missing instead of compiling
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__.lstrip('_')}"
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        found = super().load_overload(sig, target_context)
+        if found is None and Cached.only_load:
+            raise Missing(self.name)
+        if found is None and ONE_AT_A_TIME.begin(self, sig):
+            found = super().load_overload(sig, target_context)
+            if found is not None:
+                ONE_AT_A_TIME.end(self, sig)
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        finally:
+            ONE_AT_A_TIME.end(self, sig)
+
+
 def exact(function: _F, fastmath: set[str] | bool = False) -> _F:
     """njit without the GIL, with a cache on disk if there is a writable place for one."""
     options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "boundscheck": False, "error_model": "numpy"}
+    kernel: Any = numba.njit(function, **options)
+    KERNELS.append(kernel)
     try:
-        return numba.njit(function, cache=True, **options)  # type: ignore[no-any-return]
+        kernel._cache = Cached(function)
     except RuntimeError as error:  # numba's word for: neither the package's folder nor a home is writable
         if not os.environ.get("COMMOPT_QUIET_CACHE"):
             _log.warning(
                 "kernels are compiled anew in every process (%s); set NUMBA_CACHE_DIR to a writable folder", error
             )
             os.environ["COMMOPT_QUIET_CACHE"] = "1"
-        return numba.njit(function, **options)  # type: ignore[no-any-return]
+    return kernel  # type: ignore[no-any-return]
 
 
 def fast(function: _F) -> _F:

@@ -38,6 +38,30 @@ def _candidates(c: F32, threshold: np.float32, out: Int64Array) -> int:
 
 
 @fast
+def _kth(values: F32, k: int) -> Any:
+    """The element at index k of the sorted values, which are reordered: Hoare's selection. numpy's compiles for ten times as long."""
+    low, high = 0, values.size - 1
+    while low < high:
+        pivot, i, j = values[(low + high) // 2], low, high
+        while i <= j:
+            while values[i] < pivot:
+                i += 1
+            while values[j] > pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if k <= j:
+            high = j
+        elif k >= i:
+            low = i
+        else:
+            break
+    return values[k]
+
+
+@fast
 def _sampled_threshold(c: F32, k: int) -> Any:
     """A magnitude that more than k elements very likely reach: that of a sample's top share, with a margin for the draw."""
     sample = np.abs(c[::_STRIDE])
@@ -45,7 +69,7 @@ def _sampled_threshold(c: F32, k: int) -> Any:
     rank = int(1.25 * expected + 4 * math.sqrt(expected) + 4)
     if rank >= sample.size:
         return np.float32(0.0)
-    return np.partition(sample, sample.size - rank)[sample.size - rank]
+    return _kth(sample, sample.size - rank)
 
 
 @fast
@@ -57,14 +81,15 @@ def _top(c: F32, k: int, candidates: Int64Array, out: Int64Array) -> None:
     magnitudes = np.empty(count, np.float32)
     for j in range(count):
         magnitudes[j] = abs(c[candidates[j]])
-    cut = np.partition(magnitudes, count - k)[count - k]
+    cut = _kth(magnitudes, count - k)
     ties = k
     for j in range(count):
         ties -= magnitudes[j] > cut
     place = 0
     for j in range(count):
-        is_tie = magnitudes[j] == cut
-        if magnitudes[j] > cut or (is_tie and ties > 0):
+        magnitude = abs(c[candidates[j]])
+        is_tie = magnitude == cut
+        if magnitude > cut or (is_tie and ties > 0):
             out[place] = candidates[j]
             place += 1
             ties -= is_tie
