@@ -47,8 +47,8 @@ class CheckpointError(CommoptError, RuntimeError):
 class MissingExtra(CommoptError, ImportError):
     """A package that only this integration needs is not installed; the message is one line that says what to install."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs {package}, which is not installed: pip install 'commopt[{extra}]'")
+    def __init__(self, what: str, package: str, *others: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed: pip install {' '.join([package, *others])}")
 
 
 class LaunchError(CommoptError, RuntimeError):

@@ -3,7 +3,7 @@
 python launch/private_digits.py --epsilon 8
 torchrun --nproc-per-node=4 launch/private_digits.py --epsilon 8 --error-norm 0
 
-Needs scikit-learn, and dp-accounting: pip install 'commopt[privacy]'. With --error-norm 0 it is DP-SGD without subsampling.
+Needs scikit-learn, and dp-accounting: pip install scikit-learn 'dp-accounting<1'. With --error-norm 0 it is DP-SGD without subsampling.
 """
 
 import argparse

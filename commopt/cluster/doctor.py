@@ -86,7 +86,7 @@ def _torch() -> Iterator[Check]:
 
 def _mpi() -> Check:
     if importlib.util.find_spec("mpi4py") is None:
-        return Check("mpi", "limited", "no mpi4py", "pip install 'commopt[mpi]' mpich, for mpirun only")
+        return Check("mpi", "limited", "no mpi4py", "pip install mpi4py mpich, for mpirun only")
     words = [sys.executable, "-c", "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"]
     done = tried(words, timeout_s=_LIMIT_S)
     if done.returncode != 0:

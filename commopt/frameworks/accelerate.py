@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "accelerate":
         raise
-    raise MissingExtra("commopt.frameworks.accelerate", "accelerate", "accelerate") from None
+    raise MissingExtra("commopt.frameworks.accelerate", "accelerate") from None
 
 _log = logging.getLogger(__name__)
 

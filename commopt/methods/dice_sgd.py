@@ -95,7 +95,7 @@ class DiceSGD(GradientMethod):
         return 2 * (self.options.clip_norm + self.error_norm) / (self.ranks * self.options.samples_per_rank)
 
     def epsilon(self, delta: float) -> float:
-        """The epsilon that all steps so far have spent for this delta. Needs dp-accounting: pip install 'commopt[privacy]'"""
+        """The epsilon that all steps so far have spent for this delta. Needs dp-accounting: pip install 'dp-accounting<1'"""
         check_option("delta", delta, lambda x: 0 < x < 1, "a number above 0, below 1")
         steps = int(self.state["releases"])
         if not steps:
@@ -218,7 +218,7 @@ def _accounting() -> Any:
     try:
         import dp_accounting
     except ImportError:
-        raise ConfigError("epsilon needs dp-accounting: pip install 'commopt[privacy]'") from None
+        raise ConfigError("epsilon needs dp-accounting: pip install 'dp-accounting<1'") from None
     return dp_accounting
 
 

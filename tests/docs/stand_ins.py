@@ -1,6 +1,6 @@
 """Stand-ins for programs that pages call and tests must not: they check their arguments, and do nothing.
 
-stand_ins.py pip install 'commopt[mpi]'
+stand_ins.py pip install '.[mpi]'
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import dropwhile, pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_OURS = re.compile(r"(?:commopt|\.)(?:\[(\w+)\])?")
+_OURS = re.compile(r"\.(?:\[(\w+)\])?")
 
 
 def fail(text: str) -> SystemExit:
@@ -24,7 +24,7 @@ def fail(text: str) -> SystemExit:
 
 
 def pip(words: Sequence[str]) -> None:
-    """`pip install [-e] commopt[EXTRA]`: the extra exists."""
+    """`pip install [-e] .[EXTRA]`: the extra exists. commopt itself is in no registry."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = sorted(config["options.extras_require"])
@@ -34,7 +34,7 @@ def pip(words: Sequence[str]) -> None:
     for word in wanted:
         found = _OURS.fullmatch(word)
         if found is None:
-            raise fail(f"pip: {word} is not commopt")
+            raise fail(f"pip: {word} is not a checkout of commopt")
         if found[1] and found[1] not in extras:
             raise fail(f"pip: commopt has no extra {found[1]!r}; it has {', '.join(extras)}")
 
