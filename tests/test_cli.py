@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 import commopt
-from commopt.cli.app import app
+from commopt.cli.app import app, telling
 
 
 def test_version_is_the_packages() -> None:
@@ -46,3 +47,11 @@ def test_help_in_80_columns_says_how_a_command_is_typed(command: str, usage: str
     assert "…" not in shown
     assert "<bool>" not in shown
     assert re.match(rf"(Example: )?commopt {command} ", lines[-1])  # which is on one line
+
+
+def test_what_takes_long_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with telling("importing"):
+        time.sleep(1.5)
+    with telling("quick"):
+        pass
+    assert capsys.readouterr().err in ("commopt: importing, 0 s\n", "commopt: importing, 1 s\n")

@@ -157,11 +157,11 @@ def note(*messages: str) -> None:
 
 @contextmanager
 def telling(what: str, *, for_s: float = 60.0) -> Iterator[threading.Event]:
-    """Print a line every 2.5 s, from the first second on, until the block ends or the event is set."""
+    """Print a line every 2.5 s, the first one after 0.5 s, until the block ends or the event is set."""
     is_over, began_s = threading.Event(), time.monotonic()
 
     def tell() -> None:
-        while not is_over.wait(1.0 if time.monotonic() < began_s + 1 else 2.5) and time.monotonic() < began_s + for_s:
+        while not is_over.wait(0.5 if time.monotonic() < began_s + 0.5 else 2.5) and time.monotonic() < began_s + for_s:
             note(f"{what}, {time.monotonic() - began_s:.0f} s")
 
     threading.Thread(target=tell, daemon=True).start()
@@ -372,7 +372,7 @@ def _run_spec(
     return spec if steps is None else spec.model_copy(update={"steps": steps})
 
 
-@app.command(epilog="Example: [bold]commopt demo --methods dense,dgc[/bold]")
+@app.command(cls=Command, epilog="Example: [bold]commopt demo --methods dense,dgc[/bold]")
 def demo(
     methods: MethodsAnnotated = None,
     emulate: EmulateAnnotated = None,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 RECENT_STEPS = 10  # the step time, the wait and the time left are those of the last steps
 LINES_PER_RUN, LINE_EVERY_S = 10, 10.0  # if stdout is not a terminal
+QUIET_S = 2.5  # the longest time without a line there; in long runs a twentieth of what they have taken
 ALWAYS = ("method", "steps", "loss", "ms/step", "waiting")
 COLUMNS = (*ALWAYS, "sent/step", "spread", "missed", "left")
 SILENT_S = 10.0  # with outer rounds, a rank this far behind the newest step is left out of loss, step time and wait
@@ -160,7 +161,7 @@ class Live:
     def begin(self, name: str, record_dir: Path) -> None:
         """Follow a run whose ranks are about to write in `record_dir`."""
         self._name, self._follower, self._began_s = name, Follower(record_dir), time.monotonic()
-        self._lines, self._events_told, self._is_told = 0, 0, False
+        self._lines, self._events_told, self._is_told, self._told_s = 0, 0, False, self._began_s
         if self._board:
             self._board.begin(name)
         self._rows.append({})
@@ -185,15 +186,17 @@ class Live:
         if not self._is_told and not follower.records and time.monotonic() - self._began_s > SLOW_START_S:
             self._is_told = True
             self.say(f"no step in {SLOW_START_S:.0f} s; does the program call commopt.attach, and step run.optimizer?")
+        took_s = time.monotonic() - self._began_s
         if self._screen:
-            self._show("starting" if not steps else "")
+            self._show(f"starting, {took_s:.0f} s" if not steps else "")
             return
-        if planned is None:
-            return
-        due = steps * LINES_PER_RUN // planned if planned else int((time.monotonic() - self._began_s) / LINE_EVERY_S)
-        if self._lines < due < (LINES_PER_RUN if planned else due + 1):
+        due = steps * LINES_PER_RUN // planned if planned else int(took_s / LINE_EVERY_S)
+        done = f"step {steps}{f'/{planned}' if planned else ''}"
+        if planned is not None and self._lines < due < (LINES_PER_RUN if planned else due + 1):
             self._lines = due
-            self.say(f"step {steps}{f'/{planned}' if planned else ''}, {follower}")
+            self.say(f"{done}, {follower}")
+        elif took_s > self._told_s - self._began_s + max(QUIET_S, took_s / 20):
+            self.say(f"{done if steps else 'starting'}, {took_s:.0f} s")
 
     def end(self, failure: str | None = None) -> None:
         """Show the last state of the run, and why it failed if it did."""
@@ -217,6 +220,7 @@ class Live:
 
     def note(self, text: str) -> None:
         """Write a line without disturbing the table."""
+        self._told_s = time.monotonic()
         if self._screen:
             self._screen.console.print(text, markup=False, highlight=False)
         else:

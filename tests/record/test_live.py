@@ -5,12 +5,14 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from outer_runs import Absence, OuterPlan, outer_lines
 from synthetic_runs import DENSE, ONEBIT, Plan, Terminal, lines, short
 
+import commopt.record.live as live_module
 from commopt.record.board import Board
 from commopt.record.live import Follower, Live
 
@@ -214,3 +216,17 @@ def test_events_of_outer_runs_are_told_once_and_in_one_line_for_all_ranks(tmp_pa
     assert said.count("noloco: rank 3: caught up, step 8") == 1
     assert sum("peer left" in line for line in said) == 18
     assert said.count("noloco: more events are in the report") == 1
+
+
+def test_without_a_terminal_a_line_comes_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(live_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    stream = io.StringIO()
+    live = Live(stream)
+    live.begin("dense", tmp_path)
+    for _ in range(1000):
+        now[0] += 0.2
+        live.tick()
+    lines = stream.getvalue().splitlines()
+    assert lines[:3] == ["dense: starting", "dense: starting, 3 s", "dense: starting, 5 s"]
+    assert 40 < len(lines) < 70  # fewer and fewer
