@@ -75,7 +75,7 @@ def test_processes_that_need_a_kernel_at_once_compile_it_once(tmp_path: Path) ->
     said = [process.communicate(timeout=100) for process in started]
     assert sorted(out.strip() for out, _ in said) == ["0", "0", "1"]
     errors = "".join(err for _, err in said)
-    assert "compiling kernels, once on this machine: signs.s" in errors
+    assert "compiling kernels, once on this machine: signs." in errors
 
 
 def start(code: str, cache: Path) -> subprocess.Popen[str]:
