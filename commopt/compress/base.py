@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -14,6 +14,8 @@ from commopt.wire.payload import Layout, Payload, layout_bytes
 from commopt.wire.residual import Moved, Residual
 
 Codes: TypeAlias = Sequence[Tensor]  # the tensors of a message, widest dtype first
+# of (T,) i64 on the device: what is noted in a message's header (`wire.payload.noted`), and its other tensors' lengths; returns them
+Tell: TypeAlias = Callable[[Tensor], Sequence[int]]
 
 
 class Compressor(ABC):
@@ -60,9 +62,17 @@ class Compressor(ABC):
         return False
 
     def encode_payloads(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], received: Sequence[Payload] = ()
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        parts: Sequence[Blocks],
+        received: Sequence[Payload] = (),
+        tell: Tell | None = None,
     ) -> tuple[list[Payload], bool]:
-        """`encode` into payloads behind their headers; and whether these are written too, as of `compress_payloads_`."""
+        """`encode` into payloads behind their headers; and whether these are written too, as of `compress_payloads_`.
+
+        tell: called before the host knows the sizes of the one message, if it does not know them anyway.
+        """
         messages = [self.encode(x, residual, blocks) for blocks in parts]
         header = torch.zeros(1, dtype=torch.int32, device=x.device)
         return [Payload.of(header, *codes) for codes in messages], False

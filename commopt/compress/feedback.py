@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor
+from commopt.compress.base import Compressor, Tell
 from commopt.kernels.reference.runs import corrected, element_indices, first_bad, keep_rest_, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
@@ -85,18 +85,19 @@ class ErrorFeedback:
         received: Sequence[Payload] = (),
         moved: Moved | None = None,
         room: int = 0,
+        tell: Tell | None = None,
     ) -> list[Payload]:
         """The payloads of x + residual, one for each of `parts`; x is left as it is.
 
         received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
         moved: how c is made of the given values while they are compressed, for compressors that take it. room: bytes of the payloads' row,
-        if it is to be padded.
+        if it is to be padded. tell: see `Compressor.encode_payloads`.
         """
         if self.bits == 0 or self._stored.is_plain:
             given = self.residual if self.bits and moved is None else moved
-            return self._encode(x, given, parts, received, room)
+            return self._encode(x, given, parts, received, room, tell)
         if not self.compressor.takes(self._stored, contracts=self.kept.contracts):
-            return self._encode_apart(x, parts, received, room)
+            return self._encode_apart(x, parts, received, room, tell)
         self._stored = self._stored.copying(parts)
         return self._encode(x, self._stored, parts, received, room)
 
@@ -164,11 +165,12 @@ class ErrorFeedback:
         parts: Sequence[Blocks],
         received: Sequence[Payload],
         room: int = 0,
+        tell: Tell | None = None,
     ) -> list[Payload]:
         has_headers = False
         if self.compressor.is_ragged:
             assert not isinstance(residual, (Residual, Moved))
-            payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received)
+            payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received, tell)
         else:
             layouts = [HEADER + self.compressor.layout(blocks) for blocks in parts]
             payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device), room=room)
@@ -184,7 +186,7 @@ class ErrorFeedback:
         return payloads
 
     def _encode_apart(
-        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload], room: int
+        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload], room: int, tell: Tell | None
     ) -> list[Payload]:
         """Compress with the residual as float32, and store it afterwards; keep a copy of what was stored, for `undo`."""
         self._stored = self._stored.copied(parts)
@@ -193,7 +195,7 @@ class ErrorFeedback:
             from commopt.kernels.cuda import residuals
 
             left = residuals.read(self._stored, parts)
-            payloads = self._encode(x, left, moved, received, room)
+            payloads = self._encode(x, left, moved, received, room, tell)
             residuals.store_(left, self._stored, parts)
             return payloads
         before = torch.cat([self.values(blocks) for blocks in parts])

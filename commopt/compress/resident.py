@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Codes, Compressor
+from commopt.compress.base import Codes, Compressor, Tell
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout, Payload, in_a_row
 from commopt.wire.residual import Moved, Residual
@@ -44,8 +44,10 @@ class Resident(Compressor):
     value_bits: Any
 
     @abstractmethod
-    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
-        """`choose` by the kernels: the entries, and what is chosen."""
+    def choose_there(
+        self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks, tell: Tell | None = None
+    ) -> Any:
+        """`choose` by the kernels: the entries, and what is chosen. tell: see `encode_payloads`."""
 
     @abstractmethod
     def entries_in(self, kernel: Any, messages: Sequence[Codes], blocks: Blocks) -> Any:
@@ -74,12 +76,17 @@ class Resident(Compressor):
         return True
 
     def encode_payloads(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], received: Sequence[Payload] = ()
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        parts: Sequence[Blocks],
+        received: Sequence[Payload] = (),
+        tell: Tell | None = None,
     ) -> tuple[list[Payload], bool]:
         if not kernels.has_triton(x.device):
             return super().encode_payloads(x, residual, parts, received)
         kernel, headers = kernels.of("sparse", x.device), kernels.of("headers", x.device)
-        chosen = [self.choose_there(kernel, x, residual, blocks) for blocks in parts]
+        chosen = [self.choose_there(kernel, x, residual, blocks, tell) for blocks in parts]
         payloads = in_a_row([((torch.int32, 1), *self.layout_there(entries)) for entries, _ in chosen], x.device)
         first = headers.noted_in(payloads, received)
         for payload, blocks, found in zip(payloads, parts, chosen, strict=True):

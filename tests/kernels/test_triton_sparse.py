@@ -193,6 +193,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "random_k without feedback": ("random_k", {"density": 0.1, "error_feedback": False}),
     "top_k": ("top_k", {"density": 0.1, "value_bits": 32}),
     "threshold": ("threshold", {"threshold": 0.5, "value_bits": 8}),
+    "threshold, and signs": ("threshold", {"threshold": 0.5, "value_bits": 1, "residual_bits": 16}),
+    "ef21 of what reaches a threshold": ("ef21", {"compressor": {"compressor": "threshold", "threshold": 0.2}}),
     "dgc": ("dgc", {"density": 0.1, "momentum": 0.5}),
     "dgc, warming up": ("dgc", {"density": 0.05, "momentum": 0.5, "nesterov": True, "warmup_steps": 2}),
 }

@@ -7,7 +7,9 @@ it will write, and writes it behind what the others do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from commopt.kernels.cuda.entries import Entries, pieces_of, span
-from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, Pieces, corrected, launch, piece
+from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, Pieces, corrected, launch, note_bad, piece
 from commopt.wire.bucket import Blocks, Int64Array
 
 INF = tl.constexpr(0x7F800000)  # the bits of inf; those of NaN are above
@@ -103,6 +105,7 @@ def _count_chosen(
     cuts,
     threshold,
     is_bad,
+    noted,
     out,
     HOW: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -119,6 +122,7 @@ def _count_chosen(
         chosen = inside & (magnitudes >= threshold) & (magnitudes <= INF)
         largest = tl.max(tl.where(inside, magnitudes, 0), 1)
         tl.store(is_bad + block, tl.full((ROWS,), 1, tl.uint8), mask=live & (largest >= INF))
+        note_bad(noted, live & (largest >= INF), columns, count, p)
     else:
         cut = tl.load(cuts + block, mask=live, other=0)[:, None]
         chosen = inside & (magnitudes > cut)
@@ -220,7 +224,9 @@ def largest_(x: Tensor, residual: Tensor | None, blocks: Blocks, entries: Entrie
         has_residual = False  # it is in c
         before = torch.empty(2, len(pieces), dtype=torch.int64, device=x.device)
         how = {"HOW": _LONG.value, "HAS_RESIDUAL": False, **pieces.shape}
-        launch(_count_chosen, pieces.grid, c, c, pieces.columns, len(pieces), cuts, 0, chosen.is_bad, before, **how)
+        launch(
+            _count_chosen, pieces.grid, c, c, pieces.columns, len(pieces), cuts, 0, chosen.is_bad, cuts, before, **how
+        )
         before = before.cumsum(1)
     how = {"HOW": _LONG.value if pieces.is_cut else _SHORT.value, "HAS_RESIDUAL": has_residual}
     where = (pieces.columns, len(pieces), pieces.ends, before, entries.ends, cuts, ties, 0, chosen.is_bad)
@@ -245,16 +251,27 @@ def _cuts(
     return cuts, ties
 
 
-def reaching_(x: Tensor, residual: Tensor | None, blocks: Blocks, threshold: float) -> tuple[Entries, Chosen]:
-    """All elements whose magnitude reaches a threshold above 0; residual <- c in good blocks. The host reads how many there are."""
+def reaching_(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Blocks,
+    threshold: float,
+    sizes: Callable[[Tensor, Tensor], tuple[int, int, int]] | None = None,
+) -> tuple[Entries, Chosen]:
+    """All elements whose magnitude reaches a threshold above 0; residual <- c in good blocks.
+
+    sizes: finds the entries' totals by (1,) i64, what is noted of bad blocks, and the entries' table; the host reads them if None.
+    """
     pieces, e = pieces_of(blocks, x.device), x if residual is None else residual
-    zeros = torch.zeros(1 + len(pieces) + (len(blocks) + 7) // 8, dtype=torch.int64, device=x.device)
-    found, is_bad = zeros[: 1 + len(pieces)], zeros[1 + len(pieces) :].view(torch.uint8)[: len(blocks)]
+    zeros = torch.zeros(2 + len(pieces) + (len(blocks) + 7) // 8, dtype=torch.int64, device=x.device)
+    noted, found = zeros[:1], zeros[1 : 2 + len(pieces)]
+    is_bad = zeros[2 + len(pieces) :].view(torch.uint8)[: len(blocks)]
     bits = int(np.float32(threshold).view(np.int32))
+    notes = (is_bad, noted.view(torch.int32))
     how = {"HOW": _GIVEN.value, "HAS_RESIDUAL": residual is not None, **pieces.shape}
-    launch(_count_chosen, pieces.grid, x, e, pieces.columns, len(pieces), is_bad, bits, is_bad, found[1:], **how)
+    launch(_count_chosen, pieces.grid, x, e, pieces.columns, len(pieces), is_bad, bits, *notes, found[1:], **how)
     before = found.cumsum(0)
-    entries = Entries.of(before, pieces.sizes, ends=pieces.ends)
+    entries = Entries.of(before, pieces.sizes, sizes and partial(sizes, noted), ends=pieces.ends)
     chosen = Chosen.room(entries, is_bad)
     where = (pieces.columns, len(pieces), pieces.ends, before[1:], entries.ends, is_bad, is_bad, bits, is_bad)
     launch(_write, pieces.grid, x, e, *where, chosen.indices, chosen.values, KEEPS=residual is not None, **how)
