@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, Payload, layout_bytes
-from commopt.wire.residual import Moved, Residual
+from commopt.wire.residual import Given, Moved, Residual
 
 Codes: TypeAlias = Sequence[Tensor]  # the tensors of a message, widest dtype first
 # of (T,) i64 on the device: what is noted in a message's header (`wire.payload.noted`), and its other tensors' lengths; returns them
@@ -48,16 +48,16 @@ class Compressor(ABC):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | Residual | Moved | None,
+        residual: Given,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
         """`compress_` into payloads behind their headers. Returns whether these are written too: the first bad parameter, or -1.
 
-        residual: as it is stored, or moved values, only if the codec `takes` it. received: messages whose headers count, too.
+        residual: as it is stored, or what takes its place, only if the codec `takes` it. received: messages whose headers count, too.
         """
-        assert not isinstance(residual, (Residual, Moved))
+        assert residual is None or isinstance(residual, Tensor)
         self.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
         return False
 

@@ -15,7 +15,7 @@ from commopt.kernels.reference.runs import corrected, element_indices, first_bad
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Layout, Payload, in_a_row
-from commopt.wire.residual import Moved, Residual, end_to_end
+from commopt.wire.residual import Accumulated, Given, Moved, Residual, end_to_end
 
 HEADER: Layout = ((torch.int32, 1),)  # of every payload: the first parameter that is not finite, or -1
 _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
@@ -83,7 +83,7 @@ class ErrorFeedback:
         x: Tensor,
         parts: Sequence[Blocks],
         received: Sequence[Payload] = (),
-        moved: Moved | None = None,
+        moved: Moved | Accumulated | None = None,
         room: int = 0,
         tell: Tell | None = None,
     ) -> list[Payload]:
@@ -161,7 +161,7 @@ class ErrorFeedback:
     def _encode(
         self,
         x: Tensor,
-        residual: Tensor | Residual | Moved | None,
+        residual: Given,
         parts: Sequence[Blocks],
         received: Sequence[Payload],
         room: int = 0,
@@ -169,13 +169,13 @@ class ErrorFeedback:
     ) -> list[Payload]:
         has_headers = False
         if self.compressor.is_ragged:
-            assert not isinstance(residual, (Residual, Moved))
+            assert residual is None or isinstance(residual, Tensor)
             payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received, tell)
         else:
             layouts = [HEADER + self.compressor.layout(blocks) for blocks in parts]
             payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device), room=room)
             has_headers = self.compressor.compress_payloads_(x, residual, parts, payloads, received)
-            if self.kept.contracts and not isinstance(residual, (Residual, Moved)):
+            if self.kept.contracts and (residual is None or isinstance(residual, Tensor)):
                 self.compressor.fit_payloads_(payloads, x, residual, parts)
         if not has_headers:
             own = zip(payloads, parts, strict=True)

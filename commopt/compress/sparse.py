@@ -14,12 +14,13 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Codes, Tell
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all
-from commopt.compress.resident import VALUE_DTYPES, Decoded, Resident
+from commopt.compress.resident import VALUE_DTYPES, Resident
 from commopt.kernels.reference import runs
 from commopt.options import BlockSize, Flag, Positive, Share, checked_dataclass
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Layout, Payload
+from commopt.wire.residual import Accumulated
 
 _LEVELS = 127
 _Chosen = tuple[Int64Array, Tensor, Tensor, Tensor]
@@ -89,16 +90,11 @@ class _Sparse(Resident):
         out[places] += self.decode_values(codes, ks) * alpha
         return None
 
-    def forget_sent_(
-        self, payloads: Sequence[Payload], rank: int, blocks: Blocks, x: Tensor, found: Decoded | None
-    ) -> None:
-        """x <- 0, at the blocks' starts, where a rank's message has values that are not 0. found: as `decoded` returned it."""
-        if found is not None:
-            return found.clear_(rank, x)
+    def forget_sent_(self, payload: Payload, blocks: Blocks, x: Tensor) -> None:
+        """x <- 0, at the blocks' starts, where a message has values that are not 0."""
         sent = torch.zeros_like(x)
-        self.decompress_(payloads[rank].tensors[1:], blocks, sent)
+        self.decompress_(payload.tensors[1:], blocks, sent)
         x.mul_(sent.eq(0))
-        return None
 
     def layout_of(self, blocks: Blocks, ks: Int64Array) -> Layout:
         """The layout of a message of ks elements of each block, apart from its counts."""
@@ -188,7 +184,7 @@ class TopK(_Density):
         return _largest(x, residual, blocks, self.ks(blocks))
 
     def choose_there(
-        self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks, tell: Tell | None = None
+        self, kernel: Any, x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, tell: Tell | None = None
     ) -> Any:
         entries = self.entries(kernel, blocks, x.device)
         return entries, kernel.largest_(x, residual, blocks, entries)
@@ -230,7 +226,7 @@ class RandomK(_Density):
         return ks, indices, values, good
 
     def choose_there(
-        self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks, tell: Tell | None = None
+        self, kernel: Any, x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, tell: Tell | None = None
     ) -> Any:
         entries = self.entries(kernel, blocks, x.device)
         return entries, kernel.drawn_(x, residual, blocks, entries, self.is_unbiased)
@@ -259,7 +255,7 @@ class Threshold(_Sparse):
         return _largest(x, residual, blocks, np.zeros(len(blocks), dtype=np.int64), self.threshold)
 
     def choose_there(
-        self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks, tell: Tell | None = None
+        self, kernel: Any, x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, tell: Tell | None = None
     ) -> Any:
         def sizes(noted: Tensor, table: Tensor) -> tuple[int, int, int]:
             assert tell is not None
