@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from commopt.wire.bucket import Blocks, BlockTable, ParameterIndex
 from commopt.wire.payload import Layout, Payload, layout_bytes
-from commopt.wire.residual import Moved, Residual
+from commopt.wire.residual import Given, Moved, Residual
 
 Codes: TypeAlias = Sequence[Tensor]  # the tensors of a message, widest dtype first
+# of (T,) i64 on the device: what is noted in a message's header (`wire.payload.noted`), and its other tensors' lengths; returns them
+Tell: TypeAlias = Callable[[Tensor], Sequence[int]]
 
 
 class Compressor(ABC):
@@ -46,23 +48,31 @@ class Compressor(ABC):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | Residual | Moved | None,
+        residual: Given,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
         """`compress_` into payloads behind their headers. Returns whether these are written too: the first bad parameter, or -1.
 
-        residual: as it is stored, or moved values, only if the codec `takes` it. received: messages whose headers count, too.
+        residual: as it is stored, or what takes its place, only if the codec `takes` it. received: messages whose headers count, too.
         """
-        assert not isinstance(residual, (Residual, Moved))
+        assert residual is None or isinstance(residual, Tensor)
         self.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
         return False
 
     def encode_payloads(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], received: Sequence[Payload] = ()
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        parts: Sequence[Blocks],
+        received: Sequence[Payload] = (),
+        tell: Tell | None = None,
     ) -> tuple[list[Payload], bool]:
-        """`encode` into payloads behind their headers; and whether these are written too, as of `compress_payloads_`."""
+        """`encode` into payloads behind their headers; and whether these are written too, as of `compress_payloads_`.
+
+        tell: called before the host knows the sizes of the one message, if it does not know them anyway.
+        """
         messages = [self.encode(x, residual, blocks) for blocks in parts]
         header = torch.zeros(1, dtype=torch.int32, device=x.device)
         return [Payload.of(header, *codes) for codes in messages], False

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Compressor
+from commopt.compress.base import Compressor, Tell
 from commopt.kernels.reference.runs import corrected, element_indices, first_bad, keep_rest_, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
 from commopt.wire.payload import Layout, Payload, in_a_row
-from commopt.wire.residual import Moved, Residual, end_to_end
+from commopt.wire.residual import Accumulated, Given, Moved, Residual, end_to_end
 
 HEADER: Layout = ((torch.int32, 1),)  # of every payload: the first parameter that is not finite, or -1
 _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
@@ -83,20 +83,21 @@ class ErrorFeedback:
         x: Tensor,
         parts: Sequence[Blocks],
         received: Sequence[Payload] = (),
-        moved: Moved | None = None,
+        moved: Moved | Accumulated | None = None,
         room: int = 0,
+        tell: Tell | None = None,
     ) -> list[Payload]:
         """The payloads of x + residual, one for each of `parts`; x is left as it is.
 
         received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
         moved: how c is made of the given values while they are compressed, for compressors that take it. room: bytes of the payloads' row,
-        if it is to be padded.
+        if it is to be padded. tell: see `Compressor.encode_payloads`.
         """
         if self.bits == 0 or self._stored.is_plain:
             given = self.residual if self.bits and moved is None else moved
-            return self._encode(x, given, parts, received, room)
+            return self._encode(x, given, parts, received, room, tell)
         if not self.compressor.takes(self._stored, contracts=self.kept.contracts):
-            return self._encode_apart(x, parts, received, room)
+            return self._encode_apart(x, parts, received, room, tell)
         self._stored = self._stored.copying(parts)
         return self._encode(x, self._stored, parts, received, room)
 
@@ -160,20 +161,21 @@ class ErrorFeedback:
     def _encode(
         self,
         x: Tensor,
-        residual: Tensor | Residual | Moved | None,
+        residual: Given,
         parts: Sequence[Blocks],
         received: Sequence[Payload],
         room: int = 0,
+        tell: Tell | None = None,
     ) -> list[Payload]:
         has_headers = False
         if self.compressor.is_ragged:
-            assert not isinstance(residual, (Residual, Moved))
-            payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received)
+            assert residual is None or isinstance(residual, Tensor)
+            payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received, tell)
         else:
             layouts = [HEADER + self.compressor.layout(blocks) for blocks in parts]
             payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device), room=room)
             has_headers = self.compressor.compress_payloads_(x, residual, parts, payloads, received)
-            if self.kept.contracts and not isinstance(residual, (Residual, Moved)):
+            if self.kept.contracts and (residual is None or isinstance(residual, Tensor)):
                 self.compressor.fit_payloads_(payloads, x, residual, parts)
         if not has_headers:
             own = zip(payloads, parts, strict=True)
@@ -184,7 +186,7 @@ class ErrorFeedback:
         return payloads
 
     def _encode_apart(
-        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload], room: int
+        self, x: Tensor, parts: Sequence[Blocks], received: Sequence[Payload], room: int, tell: Tell | None
     ) -> list[Payload]:
         """Compress with the residual as float32, and store it afterwards; keep a copy of what was stored, for `undo`."""
         self._stored = self._stored.copied(parts)
@@ -193,7 +195,7 @@ class ErrorFeedback:
             from commopt.kernels.cuda import residuals
 
             left = residuals.read(self._stored, parts)
-            payloads = self._encode(x, left, moved, received, room)
+            payloads = self._encode(x, left, moved, received, room, tell)
             residuals.store_(left, self._stored, parts)
             return payloads
         before = torch.cat([self.values(blocks) for blocks in parts])

@@ -13,7 +13,7 @@ from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload
-from commopt.wire.residual import Moved, Residual
+from commopt.wire.residual import Given, Moved, Residual
 
 
 class Fused(Compressor):
@@ -41,7 +41,7 @@ class Fused(Compressor):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | Residual | Moved | None,
+        residual: Given,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),

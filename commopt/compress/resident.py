@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Codes, Compressor
+from commopt.compress.base import Codes, Compressor, Tell
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout, Payload, in_a_row
-from commopt.wire.residual import Moved, Residual
+from commopt.wire.residual import Accumulated, Given, Moved, Residual
 
 VALUE_DTYPES = {32: torch.float32, 16: torch.float16, 8: torch.int8, 1: torch.uint8}
 
@@ -33,9 +33,10 @@ class Decoded:
         """out <- alpha * the sum of all values, or out + that; added message after message."""
         self.kernel.add_(self.indices, self.values, self.blocks, self.entries, out, alpha=alpha, add=add)
 
-    def clear_(self, message: int, x: Tensor) -> None:
-        """x <- 0 where one message has values that are not 0."""
-        self.kernel.clear_(self.indices, self.values, self.blocks, self.entries, message, x)
+    def settle_(self, out: Tensor, given: Accumulated, *, alpha: float, cleared: int) -> None:
+        """`add_`, and u <- what has been written of it; 0 where the message `cleared`, if there is one, has values that are not 0."""
+        where = (self.indices, self.values, self.blocks, self.entries)
+        self.kernel.add_(*where, out, alpha=alpha, add=False, given=given, cleared=cleared)
 
 
 class Resident(Compressor):
@@ -44,8 +45,10 @@ class Resident(Compressor):
     value_bits: Any
 
     @abstractmethod
-    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
-        """`choose` by the kernels: the entries, and what is chosen."""
+    def choose_there(
+        self, kernel: Any, x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, tell: Tell | None = None
+    ) -> Any:
+        """`choose` by the kernels: the entries, and what is chosen. tell: see `encode_payloads`."""
 
     @abstractmethod
     def entries_in(self, kernel: Any, messages: Sequence[Codes], blocks: Blocks) -> Any:
@@ -58,7 +61,7 @@ class Resident(Compressor):
     def compress_payloads_(
         self,
         x: Tensor,
-        residual: Tensor | Residual | Moved | None,
+        residual: Given,
         parts: Sequence[Blocks],
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
@@ -74,12 +77,17 @@ class Resident(Compressor):
         return True
 
     def encode_payloads(
-        self, x: Tensor, residual: Tensor | None, parts: Sequence[Blocks], received: Sequence[Payload] = ()
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        parts: Sequence[Blocks],
+        received: Sequence[Payload] = (),
+        tell: Tell | None = None,
     ) -> tuple[list[Payload], bool]:
         if not kernels.has_triton(x.device):
             return super().encode_payloads(x, residual, parts, received)
         kernel, headers = kernels.of("sparse", x.device), kernels.of("headers", x.device)
-        chosen = [self.choose_there(kernel, x, residual, blocks) for blocks in parts]
+        chosen = [self.choose_there(kernel, x, residual, blocks, tell) for blocks in parts]
         payloads = in_a_row([((torch.int32, 1), *self.layout_there(entries)) for entries, _ in chosen], x.device)
         first = headers.noted_in(payloads, received)
         for payload, blocks, found in zip(payloads, parts, chosen, strict=True):
@@ -87,27 +95,28 @@ class Resident(Compressor):
         headers.write_(first, payloads)
         return payloads, True
 
-    def add_up_(
-        self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float, found: Decoded | None = None
-    ) -> None:
-        found = found or self.decoded(payloads, blocks, out.device)
-        if found is None:
+    def add_up_(self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float) -> None:
+        if not kernels.has_triton(out.device):
             return super().add_up_(payloads, blocks, out, alpha=alpha)
-        return found.add_(out, alpha=alpha, add=False)
+        return self.decoded(payloads, blocks, out.device).add_(out, alpha=alpha, add=False)
 
-    def decoded(self, payloads: Sequence[Payload], blocks: Blocks, device: torch.device) -> Decoded | None:
-        """What messages of the same blocks hold, if kernels read them."""
-        if not kernels.has_triton(device):
-            return None
+    def decoded(self, payloads: Sequence[Payload], blocks: Blocks, device: torch.device) -> Decoded:
+        """What messages of the same blocks hold, by kernels."""
         return self.read_there([payload.tensors[1:] for payload in payloads], blocks, device)
 
     def write_there(
-        self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes, first: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | Accumulated | None,
+        blocks: Blocks,
+        codes: Codes,
+        first: Tensor | None = None,
     ) -> None:
         """`write_`; first: (1,) i32, the header where bad blocks are noted."""
         kernel = kernels.of("sparse", x.device)
         entries, chosen = self.choose_there(kernel, x, residual, blocks)
-        self.code_there(kernel, entries, chosen, residual, blocks, codes, first)
+        values = residual.values if isinstance(residual, Accumulated) else residual
+        self.code_there(kernel, entries, chosen, values, blocks, codes, first)
 
     def encode_there(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> list[Tensor]:
         """`encode` of counts; the host reads how many there are."""

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.base import Codes
+from commopt.compress.base import Codes, Tell
 from commopt.compress.indices import all_index_bytes, decode_all, encode_all
-from commopt.compress.resident import VALUE_DTYPES, Decoded, Resident
+from commopt.compress.resident import VALUE_DTYPES, Resident
 from commopt.kernels.reference import runs
 from commopt.options import BlockSize, Flag, Positive, Share, checked_dataclass
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Int64Array
 from commopt.wire.payload import Layout, Payload
+from commopt.wire.residual import Accumulated
 
 _LEVELS = 127
 _Chosen = tuple[Int64Array, Tensor, Tensor, Tensor]
@@ -89,16 +90,11 @@ class _Sparse(Resident):
         out[places] += self.decode_values(codes, ks) * alpha
         return None
 
-    def forget_sent_(
-        self, payloads: Sequence[Payload], rank: int, blocks: Blocks, x: Tensor, found: Decoded | None
-    ) -> None:
-        """x <- 0, at the blocks' starts, where a rank's message has values that are not 0. found: as `decoded` returned it."""
-        if found is not None:
-            return found.clear_(rank, x)
+    def forget_sent_(self, payload: Payload, blocks: Blocks, x: Tensor) -> None:
+        """x <- 0, at the blocks' starts, where a message has values that are not 0."""
         sent = torch.zeros_like(x)
-        self.decompress_(payloads[rank].tensors[1:], blocks, sent)
+        self.decompress_(payload.tensors[1:], blocks, sent)
         x.mul_(sent.eq(0))
-        return None
 
     def layout_of(self, blocks: Blocks, ks: Int64Array) -> Layout:
         """The layout of a message of ks elements of each block, apart from its counts."""
@@ -187,7 +183,9 @@ class TopK(_Density):
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
         return _largest(x, residual, blocks, self.ks(blocks))
 
-    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
+    def choose_there(
+        self, kernel: Any, x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, tell: Tell | None = None
+    ) -> Any:
         entries = self.entries(kernel, blocks, x.device)
         return entries, kernel.largest_(x, residual, blocks, entries)
 
@@ -227,7 +225,9 @@ class RandomK(_Density):
             values = values * torch.from_numpy(drawn_from).to(x.device)
         return ks, indices, values, good
 
-    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
+    def choose_there(
+        self, kernel: Any, x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, tell: Tell | None = None
+    ) -> Any:
         entries = self.entries(kernel, blocks, x.device)
         return entries, kernel.drawn_(x, residual, blocks, entries, self.is_unbiased)
 
@@ -254,8 +254,16 @@ class Threshold(_Sparse):
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
         return _largest(x, residual, blocks, np.zeros(len(blocks), dtype=np.int64), self.threshold)
 
-    def choose_there(self, kernel: Any, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Any:
-        return kernel.reaching_(x, residual, blocks, self.threshold)
+    def choose_there(
+        self, kernel: Any, x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, tell: Tell | None = None
+    ) -> Any:
+        def sizes(noted: Tensor, table: Tensor) -> tuple[int, int, int]:
+            assert tell is not None
+            fixed = noted.new_full((1 if self.value_bits == 32 else 2,), len(blocks))  # counts, and scales
+            ends = table[:3, -1:] if len(blocks) else noted.new_zeros(3, 1)
+            return self._totals(*tell(torch.cat([noted, fixed, ends[0 if self.value_bits > 1 else 2], ends[1]]))[-2:])
+
+        return kernel.reaching_(x, residual, blocks, self.threshold, sizes if tell else None)
 
     def entries_in(self, kernel: Any, messages: Sequence[Codes], blocks: Blocks) -> Any:
         for codes in messages:
@@ -263,8 +271,11 @@ class Threshold(_Sparse):
                 raise ValueError("these codes are of another kind")
         counts = torch.cat([codes[0] for codes in messages])
         values, places = (sum(codes[k].numel() for codes in messages) for k in (-2, -1))
-        totals = (values, places, 0) if self.value_bits > 1 else (8 * values, places, values)
-        return kernel.Entries.of(counts, kernel.lengths_of(blocks, counts.device), totals)
+        return kernel.Entries.of(counts, kernel.lengths_of(blocks, counts.device), self._totals(values, places))
+
+    def _totals(self, values: int, places: int) -> tuple[int, int, int]:
+        """`Entries`' totals by the bytes of places and the number of codes; if these are bits, a bound of the entries."""
+        return (values, places, 0) if self.value_bits > 1 else (8 * values, places, values)
 
     def ks_of(self, codes: Codes, blocks: Blocks) -> Int64Array:
         marked = codes[0].cpu().numpy().astype(np.int64)

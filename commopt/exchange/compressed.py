@@ -17,7 +17,8 @@ from commopt.exchange.base import Exchange, first_bad
 from commopt.groups.base import Group
 from commopt.kernels.reference.runs import element_indices
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Payload, joined, noted, parameter
+from commopt.wire.residual import Moved
 from commopt.wire.state import Saved, State
 
 
@@ -140,6 +141,35 @@ class Compressed(Exchange):
             return first_bad_parameter(payloads)
         *found, averaged = self.told(payload.tensors[0] for payload in payloads)
         return first_of([*found, averaged])
+
+    def gathered(
+        self, x: Tensor, blocks: Blocks, group: Group, moved: Moved | None = None
+    ) -> tuple[Payload, list[Payload], int]:
+        """This rank's message, those of all ranks, and the first bad parameter that they name, or -1.
+
+        If messages have no length known beforehand, lengths travel first, with what headers say in place of their length. So the host
+        waits for a GPU once.
+        """
+        if not self.compressor.is_ragged:
+            own = self.worker.compress(x, [blocks], moved=moved)[0]
+            messages = group.all_gather(own)
+            return own, messages, self.first_bad_in(messages)
+        rows: list[list[int]] = []
+        bad = [-1]
+
+        def tell(sizes: Tensor) -> Sequence[int]:
+            every = group.all_gather(Payload(sizes.view(torch.uint8), ((torch.int64, len(sizes)),)))
+            *found, bad[0] = self.told([joined(every).view(torch.int64)])
+            rows.extend(np.reshape(found, (group.size, -1)).tolist())
+            return rows[group.rank]
+
+        own = self.worker.compress(x, [blocks], moved=moved, tell=tell)[0]
+        if not rows:
+            sizes = [noted(int(own.tensors[0])), *(n for _, n in own.layout[1:])]
+            tell(torch.tensor(sizes, device=x.device))
+        dtypes = [dtype for dtype, _ in own.layout]
+        messages = group.all_gather(own, [tuple(zip(dtypes, (1, *row[1:]), strict=True)) for row in rows])
+        return own, messages, first_of([*(parameter(row[0]) for row in rows), *bad])
 
     def told(self, words: Iterable[Tensor]) -> list[int]:
         """What (1,) i32 tensors hold; and the first parameter that is not finite of those averaged, or -1."""

@@ -12,10 +12,9 @@ class GatherMean(Compressed):
 
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         blocks = self.keyed(blocks, self.compressor)
-        own = self.worker.compress(bucket.flat, [blocks])
-        gathered = group.all_gather_ragged(own[0]) if self.compressor.is_ragged else group.all_gather(own[0])
-        if self.is_void(bucket, self.first_bad_in(gathered), group):
-            return self.worker.undo(bucket.flat, own, [blocks])
+        own, gathered, bad = self.gathered(bucket.flat, blocks, group)
+        if self.is_void(bucket, bad, group):
+            return self.worker.undo(bucket.flat, [own], [blocks])
         self.compressor.add_up_(gathered, blocks, bucket.flat, alpha=1 / group.size)
         return self.forget(self.worker, [blocks])
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import Parameter
 
+from commopt import kernels
 from commopt.compress.options import ValueBits
 from commopt.compress.sparse import TopK
 from commopt.errors import AttachError, ConfigError
@@ -20,7 +21,8 @@ from commopt.exchange.gather import GatherMean
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Fraction, Number, Share, Wanted, Whole
-from commopt.wire.bucket import Blocks, Bucket, ParameterIndex, alike
+from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex, alike, kept
+from commopt.wire.residual import Accumulated
 from commopt.wire.shards import local
 from commopt.wire.state import State
 
@@ -154,26 +156,43 @@ class DGC(GradientMethod, GatherMean):
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         views = self.compressed_views(bucket)
         velocities = self.parts_of("velocity", [name for name, _ in views])
-        moved = self._accumulate_(velocities, bucket, views)
+        is_there, given = kernels.has_triton(self.device), None
+        if is_there:  # kernels accumulate while they choose, and the velocity changes at the end
+            moved = torch.empty_like(bucket.flat) if self.options.nesterov else bucket.flat
+        else:
+            moved = self._accumulate_(velocities, bucket, views)
         stages = []
         for codec, part in self._stages(blocks):
             self.worker.compressor = codec
-            own = self.worker.compress(bucket.flat, [part])
-            stages.append((codec, part, own, group.all_gather(own[0])))
+            if is_there:
+                homes, velocity = self._velocity_homes(part), self.state["velocity"]
+                given = Accumulated(self.worker.residual, velocity, homes, moved, self.momentum)
+            own = self.worker.compress(bucket.flat, [part], moved=given)
+            stages.append((codec, part, given, own, group.all_gather(own[0])))
         bad = self.first_bad_in([payload for *_, gathered in stages for payload in gathered])
         if self.is_void(bucket, bad, group):
-            for codec, part, own, _ in stages:
+            for codec, part, _, own, _ in stages:
                 self.worker.compressor = codec
                 self.worker.undo(bucket.flat, own, [part])
             return
-        read = []
-        for codec, part, _, gathered in stages:
-            read.append(codec.decoded(gathered, part, bucket.flat.device))
-            if self.options.masking:
-                codec.forget_sent_(gathered, group.rank, part, moved, read[-1])  # u <- 0 where q is not
+        alpha, cleared = 1 / group.size, group.rank if self.options.masking else -1
+        for codec, part, given, _, gathered in stages:
+            if given is not None:
+                codec.decoded(gathered, part, self.device).settle_(bucket.flat, given, alpha=alpha, cleared=cleared)
+            elif self.options.masking:
+                codec.forget_sent_(gathered[group.rank], part, moved)  # u <- 0 where q is not
+        if is_there:
+            return
         torch._foreach_copy_(velocities, [u for _, u in self.compressed_views(bucket.with_flat(moved))])
-        for (codec, part, _, gathered), found in zip(stages, read, strict=True):
-            codec.add_up_(gathered, part, bucket.flat, alpha=1 / group.size, found=found)
+        for codec, part, _, _, gathered in stages:
+            codec.add_up_(gathered, part, bucket.flat, alpha=alpha)
+
+    def _velocity_homes(self, blocks: Blocks) -> Int64Array:
+        """(B,) where blocks begin in the velocity, which has all of what stays dense."""
+        shift = self._layout(self._declared["velocity"]).offsets - self.own_index.offsets
+        if not shift.any():
+            return blocks.homes
+        return kept(blocks.tables, "velocity", (blocks.homes,), lambda: blocks.homes + shift[blocks.parameters])
 
     def receive(self, bucket: Bucket) -> None:
         """Apply momentum to exact means, which had none before the exchange, and to weight decay."""

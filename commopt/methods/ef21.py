@@ -167,9 +167,8 @@ class EF21(GradientMethod, Compressed):
     def _one_way(self, v: Bucket, difference: Tensor, moved: Moved | None, whole: set[str], group: Group) -> None:
         """h_i <- h_i + c_i;  h <- h + mean c_i. Nothing changes if that is void."""
         blocks = self._coded(self.keyed(self.table.all_of(v), self.compressor), whole)
-        own = self.worker.compress(difference, [blocks], moved=moved)[0]
-        messages = group.all_gather_ragged(own) if self.compressor.is_ragged else group.all_gather(own)
-        if not self.is_void(v, first_bad_parameter(messages), group):
+        own, messages, bad = self.gathered(difference, blocks, group, moved)
+        if not self.is_void(v, bad, group):
             at_home = blocks.having(starts=blocks.homes)
             self._decode([own], [at_home], self.state["known"])
             self._decode(messages, [at_home] * group.size, self.state["estimate"], 1 / group.size)

@@ -16,6 +16,7 @@ from commopt.kernels.reference.runs import bad_runs, element_indices, first_bad,
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Share, Whole
 from commopt.wire.bucket import Blocks, Bucket
+from commopt.wire.payload import parameter
 
 
 @options
@@ -88,7 +89,7 @@ class RandomKMean(GradientMethod, Compressed):
 
     def _exchange_there(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
         """The same by kernels, which draw the places; the host waits for the first bad parameter alone."""
-        x, kernel, headers = bucket.flat, *(kernels.of(name, self.device) for name in ("sparse", "headers"))
+        x, kernel = bucket.flat, kernels.of("sparse", self.device)
         entries, residual = self.choice.entries(kernel, blocks, self.device), None
         if self.kept.bits:
             residual = self.worker.residual
@@ -104,7 +105,7 @@ class RandomKMean(GradientMethod, Compressed):
         first = torch.zeros(1, dtype=torch.int32, device=self.device)
         kernel.note_sum_(mean, bad, blocks, entries, first)
         noted, averaged = self.told([first])
-        if self.is_void(bucket, first_of([headers.parameter(noted), averaged]), group):
+        if self.is_void(bucket, first_of([parameter(noted), averaged]), group):
             return
         if residual is not None:
             kernel.keep_(x, residual, blocks, bad)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Layout = tuple[tuple[torch.dtype, int], ...]
+LAST = 0x7FFFFFFF  # less the first bad parameter is what is noted of one, and 0 of none
 DTYPES = {  # of what travels between peers, by the names that torch gives them
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -71,6 +72,16 @@ class Payload:
     @property
     def nbytes(self) -> int:
         return self.buffer.numel()
+
+
+def noted(parameter: int) -> int:
+    """What is noted of the first bad parameter, or of -1: the higher the earlier it is."""
+    return LAST - parameter if parameter >= 0 else 0
+
+
+def parameter(noted: int) -> int:
+    """The first bad parameter that has been noted, or -1."""
+    return LAST - noted if noted else -1
 
 
 def is_sound(x: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -103,6 +103,24 @@ class Blended(Moved):
     """
 
     states: tuple[tuple[Tensor, float], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Accumulated:
+    """A residual of momentum: c = v + u, where first u <- factor u + x, which is written in place of x.
+
+    Or with Nesterov's, if `moved` is another tensor than x's: u <- factor (u + x), written there, and x <- x + u; c = v + x.
+    values: v; velocity: u; (elements,) f32, laid out by the blocks' homes, and by `homes`, (B,). u itself is left as it is.
+    """
+
+    values: Tensor
+    velocity: Tensor
+    homes: Int64Array
+    moved: Tensor
+    factor: float
+
+
+Given: TypeAlias = Tensor | Residual | Moved | Accumulated | None  # with x to a codec that takes it
 
 
 def runs(parts: Sequence[Blocks]) -> list[slice]:

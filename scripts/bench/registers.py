@@ -50,7 +50,7 @@ from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, Bucket, ParameterIndex
 from commopt.wire.payload import in_a_row
-from commopt.wire.residual import Blended, Moved, Residual
+from commopt.wire.residual import Accumulated, Blended, Moved, Residual
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -211,7 +211,10 @@ def _sparse(numels: tuple[int, ...], x: torch.Tensor, e: torch.Tensor, blocks: B
         yield name, lambda b=bits, o=out: sparse.code_(chosen, blocks, entries, e, b, scales, o, **how)
         yield name, lambda b=bits, o=out: sparse.values_of(o, scales, entries, b, where[:1])
     yield "sum of sparse", lambda: sparse.add_(where, values, blocks, entries, x, alpha=1.0, add=False)
-    yield "dgc", lambda: sparse.clear_(where, values, blocks, entries, 0, x)
+    for name, moved in (("dgc", x), ("dgc, Nesterov's", e.clone())):
+        own = Accumulated(e, e.clone(), blocks.homes, moved, 0.9)
+        yield name, lambda g=own: sparse.largest_(x, g, blocks, entries)
+    yield "dgc", lambda: sparse.add_(where, values, blocks, entries, x, alpha=1.0, add=False, given=own)
     yield "random_k", lambda: sparse.find_bad_(x, None, blocks, values[150:])
     yield "random_k", lambda: sparse.draw_and_take_(x, e, blocks, entries, values, is_unbiased=True)
     yield "random_k", lambda: sparse.note_sum_(values, values[150:], blocks, entries, first)

@@ -20,6 +20,7 @@ from commopt.kernels.reference import select as reference_select
 from commopt.kernels.reference.indices import widths_and_sizes
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload
+from commopt.wire.residual import Accumulated
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 if torch.cuda.is_available():
@@ -27,7 +28,7 @@ if torch.cuda.is_available():
 
 from pretend import DEVICE, working_on
 
-from commopt.kernels.cuda import indices, select
+from commopt.kernels.cuda import indices, select, sparse
 
 # lengths of blocks, and elements between them
 BLOCKS = {
@@ -69,6 +70,36 @@ def test_the_choice_is_that_of_the_cpu(case: str, kind: str, how: Any) -> None:
         found.append((*kernel.select_(x, given, blocks, ks, threshold), residual, torch.from_numpy(ks)))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.nan_to_num(0.5), other.nan_to_num(0.5))
+
+
+@pytest.mark.parametrize("case", ["short", "longer", "aligned"])
+@pytest.mark.parametrize("is_nesterov", [False, True])
+def test_momentum_is_accumulated_while_the_choice_is_made_and_cleared_where_it_was_sent(
+    case: str, is_nesterov: bool
+) -> None:
+    blocks, g, v = drawn(case, "plain")
+    blocks = blocks.having(homes=blocks.starts)
+    n, shift = len(g), 3  # the velocity lies elsewhere than the residual
+    velocity = heavy_tailed(n + shift, 3)
+    here = np.concatenate([np.arange(a, a + k) for a, k in zip(blocks.starts, blocks.lengths, strict=True)])
+    u = g.clone()
+    u[here] = g.add(velocity[shift:], alpha=0.9)[here]
+    if is_nesterov:
+        u[here] = (g + velocity[shift:])[here] * 0.9
+    x, kept, left = g.clone(), v.clone(), velocity.clone()
+    x[here] = (g + u)[here] if is_nesterov else u[here]
+    entries = sparse.Entries.of(torch.full((len(blocks),), 1), torch.from_numpy(blocks.lengths), (len(blocks), 0, 0))
+    expected = select.largest_(x, kept, blocks, entries)
+    moved = torch.empty_like(g) if is_nesterov else g
+    given = Accumulated(v, velocity, blocks.homes + shift, moved, 0.9)
+    found = select.largest_(g, given, blocks, entries)
+    for one, other in [(found.indices, expected.indices), (found.values, expected.values), (g, x), (v, kept)]:
+        assert torch.equal(one, other)
+    assert torch.equal(velocity, left)
+    sparse.add_(found.indices, found.values, blocks, entries, g, alpha=1.0, add=False, given=given, cleared=0)
+    u[torch.from_numpy(blocks.starts) + found.indices] *= 0
+    left[shift:][here] = u[here]
+    assert torch.equal(velocity, left)
 
 
 def joined() -> tuple[Tensor, Any]:
@@ -193,6 +224,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "random_k without feedback": ("random_k", {"density": 0.1, "error_feedback": False}),
     "top_k": ("top_k", {"density": 0.1, "value_bits": 32}),
     "threshold": ("threshold", {"threshold": 0.5, "value_bits": 8}),
+    "threshold, and signs": ("threshold", {"threshold": 0.5, "value_bits": 1, "residual_bits": 16}),
+    "ef21 of what reaches a threshold": ("ef21", {"compressor": {"compressor": "threshold", "threshold": 0.2}}),
     "dgc": ("dgc", {"density": 0.1, "momentum": 0.5}),
     "dgc, warming up": ("dgc", {"density": 0.05, "momentum": 0.5, "nesterov": True, "warmup_steps": 2}),
 }

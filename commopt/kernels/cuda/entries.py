@@ -41,13 +41,13 @@ class Entries:
         cls,
         ks: Tensor,
         lengths: Tensor,
-        totals: tuple[int, int, int] | None = None,
+        totals: tuple[int, int, int] | Callable[[Tensor], tuple[int, int, int]] | None = None,
         ends: Tensor | None = None,
     ) -> Entries:
         """Of N messages of the same blocks.
 
         ks: (N B,) integers, -1 - k for bad blocks; with `ends`, (B,) i64, each block's are the difference of two of them.
-        lengths: (B,) i64. totals: what the messages' sizes are; else the host reads them.
+        lengths: (B,) i64. totals: what the messages' sizes are, or find out from the table; else the host reads them.
         """
         count = len(ks) if ends is None else len(ends)
         table = torch.empty(7, count, dtype=torch.int64, device=ks.device)
@@ -56,6 +56,8 @@ class Entries:
         table[:4].cumsum_(1)
         if totals is None:
             totals = tuple(table[:3, -1].tolist()) if count else (0, 0, 0)
+        elif callable(totals):
+            totals = totals(table)
         return cls(table, *totals, count // max(1, len(lengths)))
 
     @classmethod

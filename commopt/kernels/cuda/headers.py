@@ -54,11 +54,6 @@ def noted_in(payloads: Sequence[Payload], received: Sequence[Payload] = (), *, i
     return first
 
 
-def parameter(noted: int) -> int:
-    """The first bad parameter that has been noted, or -1."""
-    return -1 if noted == 0 else int(LAST.value) - noted
-
-
 def write_(first: Tensor, payloads: Sequence[Payload]) -> None:
     """Write the first bad parameter that has been noted, or -1, into the headers of payloads in one buffer."""
     launch(_write, (1,), first, *_words(payloads), WIDTH=_width(len(payloads)))

@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from commopt.wire.bucket import Blocks, Int64Array, kept
+from commopt.wire.payload import LAST as LAST_NUMBER
 from commopt.wire.payload import Payload, row_of
 
 LONGEST = 2048  # elements of a piece
 PER_PROGRAM = 2048  # elements of a program
-# less the first bad parameter is what kernels note, in memory that is zero as long as none is bad
-LAST = tl.constexpr(0x7FFFFFFF)
+LAST = tl.constexpr(LAST_NUMBER)  # less the first bad parameter is what kernels note, in memory that is zero at first
 # out <- value, out <- out + values, out <- 0 + values
 PUT, ADD, SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

@@ -7,7 +7,10 @@ it will write, and writes it behind what the others do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from commopt.kernels.cuda.entries import Entries, pieces_of, span
-from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, Pieces, corrected, launch, piece
+from commopt.kernels.cuda.pieces import ALL_BUT_SIGN, Pieces, corrected, launch, note_bad, piece, values
 from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.residual import Accumulated
 
 INF = tl.constexpr(0x7F800000)  # the bits of inf; those of NaN are above
 BINS = tl.constexpr(2048)
 DIGITS = ((11, 20), (10, 10), (10, 0))  # of a magnitude: how many bits, and how many are below them
 _SHORT, _LONG, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_NONE, _PLAIN, _NESTEROV = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # momentum
 
 
 @triton.jit
@@ -32,9 +37,35 @@ def _magnitudes(c):
 
 
 @triton.jit
+def _accumulated(
+    x, e, u, u_columns, moved, factor, count, p, live, start, home, n, i, HAS_RESIDUAL: tl.constexpr, STEP: tl.constexpr
+):
+    """c = x + residual; if momentum is to be applied, after that: see `wire.residual.Accumulated`."""
+    if STEP == _NONE:
+        c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
+    else:
+        inside = i[None, :] < n[:, None]
+        c = values(x, start, n, i)
+        before = values(u, tl.load(u_columns + count + p, mask=live, other=0), n, i)
+        if STEP == _PLAIN:
+            c = tl.fma(before, factor + tl.zeros_like(c), c)  # as torch's add
+        else:
+            after = (c + before) * factor
+            tl.store(moved + start[:, None] + i[None, :], after, mask=inside)
+            c += after
+        tl.store(x + start[:, None] + i[None, :], c, mask=inside)
+        c += values(e, home, n, i)
+    return c
+
+
+@triton.jit
 def _count_digits(
     x,
     e,
+    u,
+    u_columns,
+    moved,
+    factor,
     columns,
     count,
     cuts,
@@ -43,6 +74,7 @@ def _count_digits(
     BITS: tl.constexpr,
     SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -51,7 +83,7 @@ def _count_digits(
     p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
-    c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
+    c = _accumulated(x, e, u, u_columns, moved, factor, count, p, live, start, home, n, i, HAS_RESIDUAL, STEP)
     if HAS_RESIDUAL:
         tl.store(c_out + start[:, None] + i[None, :], c, mask=inside)
     rest = _magnitudes(c) >> SHIFT
@@ -103,6 +135,7 @@ def _count_chosen(
     cuts,
     threshold,
     is_bad,
+    noted,
     out,
     HOW: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -119,6 +152,7 @@ def _count_chosen(
         chosen = inside & (magnitudes >= threshold) & (magnitudes <= INF)
         largest = tl.max(tl.where(inside, magnitudes, 0), 1)
         tl.store(is_bad + block, tl.full((ROWS,), 1, tl.uint8), mask=live & (largest >= INF))
+        note_bad(noted, live & (largest >= INF), columns, count, p)
     else:
         cut = tl.load(cuts + block, mask=live, other=0)[:, None]
         chosen = inside & (magnitudes > cut)
@@ -131,6 +165,10 @@ def _count_chosen(
 def _write(
     x,
     e,
+    u,
+    u_columns,
+    moved,
+    factor,
     columns,
     count,
     pieces_up_to,
@@ -144,6 +182,7 @@ def _write(
     values,
     HOW: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    STEP: tl.constexpr,
     KEEPS: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -153,7 +192,7 @@ def _write(
     p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
     i = tl.arange(0, LENGTH)
     inside = i[None, :] < n[:, None]
-    c = corrected(x, e, start, home, n, i, HAS_RESIDUAL)
+    c = _accumulated(x, e, u, u_columns, moved, factor, count, p, live, start, home, n, i, HAS_RESIDUAL, STEP)
     magnitudes = _magnitudes(c)
     first_piece, end_piece = span(pieces_up_to, block, live)
     within = (p - first_piece) * LENGTH
@@ -208,56 +247,94 @@ class Chosen:
         )
 
 
-def largest_(x: Tensor, residual: Tensor | None, blocks: Blocks, entries: Entries) -> Chosen:
+def largest_(x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, entries: Entries) -> Chosen:
     """The elements of largest magnitude, as many as there are entries; residual <- c in good blocks."""
-    pieces, e = pieces_of(blocks, x.device), x if residual is None else residual
-    c, has_residual = x, residual is not None
+    pieces = pieces_of(blocks, x.device)
+    (c, e, *momentum), how = _given(x, residual, blocks, pieces)
     chosen = Chosen.room(entries, torch.empty(len(blocks), dtype=torch.uint8, device=x.device))
     cuts = ties = before = chosen.is_bad
     if pieces.is_cut:
-        c = torch.empty_like(x) if has_residual else x
-        cuts, ties = _cuts(x, e, pieces, entries.ks, c, chosen.is_bad, has_residual)
-        has_residual = False  # it is in c
+        first, first_how, c = (x, e, *momentum), how, x if residual is None else torch.empty_like(x)
+        (_, _, *momentum), how = _given(c, None, blocks, pieces)
+        cuts, ties = _cuts(first, first_how, (c, c, *momentum), how, pieces, entries.ks, chosen.is_bad)
         before = torch.empty(2, len(pieces), dtype=torch.int64, device=x.device)
-        how = {"HOW": _LONG.value, "HAS_RESIDUAL": False, **pieces.shape}
-        launch(_count_chosen, pieces.grid, c, c, pieces.columns, len(pieces), cuts, 0, chosen.is_bad, before, **how)
+        counting = (pieces.columns, len(pieces), cuts, 0, chosen.is_bad, cuts, before)
+        launch(_count_chosen, pieces.grid, c, c, *counting, HOW=_LONG.value, HAS_RESIDUAL=False, **pieces.shape)
         before = before.cumsum(1)
-    how = {"HOW": _LONG.value if pieces.is_cut else _SHORT.value, "HAS_RESIDUAL": has_residual}
+    how |= {"HOW": _LONG.value if pieces.is_cut else _SHORT.value, "KEEPS": residual is not None}
     where = (pieces.columns, len(pieces), pieces.ends, before, entries.ends, cuts, ties, 0, chosen.is_bad)
-    found = (chosen.indices, chosen.values)
-    launch(_write, pieces.grid, c, e, *where, *found, **how, KEEPS=residual is not None, **pieces.shape)
+    launch(_write, pieces.grid, c, e, *momentum, *where, chosen.indices, chosen.values, **how)
     return chosen
 
 
+def _given(
+    x: Tensor, residual: Tensor | Accumulated | None, blocks: Blocks, pieces: Pieces
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What kernels make c of, and what they are compiled for."""
+    how = {"HAS_RESIDUAL": residual is not None, "STEP": _NONE.value, **pieces.shape}
+    if not isinstance(residual, Accumulated):
+        return (x, x if residual is None else residual, x, pieces.columns, x, 0.0), how
+    columns, align = velocity_places(residual, blocks, pieces)
+    how |= {"STEP": (_PLAIN if residual.moved is x else _NESTEROV).value, "ALIGN": align}
+    return (x, residual.values, residual.velocity, columns, residual.moved, residual.factor), how
+
+
+def velocity_places(given: Accumulated, blocks: Blocks, pieces: Pieces) -> tuple[Tensor, int]:
+    """The columns of the blocks' pieces in the velocity, and what their places and those of `pieces` are multiples of."""
+    own = pieces_of(blocks.having(homes=given.homes), pieces.columns.device)
+    return own.columns, min(own.align, pieces.align)
+
+
 def _cuts(
-    x: Tensor, e: Tensor, pieces: Pieces, ks: Tensor, c: Tensor, is_bad: Tensor, has_residual: bool
+    first: tuple[Any, ...],
+    first_how: dict[str, Any],
+    later: tuple[Any, ...],
+    later_how: dict[str, Any],
+    pieces: Pieces,
+    ks: Tensor,
+    is_bad: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(B,) i32: the bits of each block's k-th largest magnitude, and (B,) i64, how many of those equal to it are among the k."""
-    histograms = torch.zeros(len(ks), BINS.value, dtype=torch.int32, device=x.device)
-    cuts, ties = torch.empty(len(ks), dtype=torch.int32, device=x.device), torch.empty_like(ks)
+    """(B,) i32: the bits of each block's k-th largest magnitude, and (B,) i64, how many of those equal to it are among the k.
+
+    first: what c is made of in the first pass, and later: c, from `_given`.
+    """
+    histograms = torch.zeros(len(ks), BINS.value, dtype=torch.int32, device=ks.device)
+    cuts, ties = torch.empty(len(ks), dtype=torch.int32, device=ks.device), torch.empty_like(ks)
     for bits, below in DIGITS:
         is_first = bits + below == 31
-        own = {"BITS": bits, "SHIFT": below, "HAS_RESIDUAL": is_first and has_residual, **pieces.shape}
-        values = (x, e) if is_first else (c, c)
-        where = (pieces.columns, len(pieces), cuts, c, histograms)
-        launch(_count_digits, pieces.grid, *values, *where, **own)
+        values, how = (first, first_how) if is_first else (later, later_how)
+        where = (pieces.columns, len(pieces), cuts, later[0], histograms)
+        launch(_count_digits, pieces.grid, *values, *where, BITS=bits, SHIFT=below, **how)
         launch(_pick_digit, (len(ks),), ks, histograms, cuts, ties, is_bad, BITS=bits, IS_FIRST=is_first)
     return cuts, ties
 
 
-def reaching_(x: Tensor, residual: Tensor | None, blocks: Blocks, threshold: float) -> tuple[Entries, Chosen]:
-    """All elements whose magnitude reaches a threshold above 0; residual <- c in good blocks. The host reads how many there are."""
-    pieces, e = pieces_of(blocks, x.device), x if residual is None else residual
-    zeros = torch.zeros(1 + len(pieces) + (len(blocks) + 7) // 8, dtype=torch.int64, device=x.device)
-    found, is_bad = zeros[: 1 + len(pieces)], zeros[1 + len(pieces) :].view(torch.uint8)[: len(blocks)]
+def reaching_(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Blocks,
+    threshold: float,
+    sizes: Callable[[Tensor, Tensor], tuple[int, int, int]] | None = None,
+) -> tuple[Entries, Chosen]:
+    """All elements whose magnitude reaches a threshold above 0; residual <- c in good blocks.
+
+    sizes: finds the entries' totals by (1,) i64, what is noted of bad blocks, and the entries' table; the host reads them if None.
+    """
+    pieces = pieces_of(blocks, x.device)
+    zeros = torch.zeros(2 + len(pieces) + (len(blocks) + 7) // 8, dtype=torch.int64, device=x.device)
+    noted, found = zeros[:1], zeros[1 : 2 + len(pieces)]
+    is_bad = zeros[2 + len(pieces) :].view(torch.uint8)[: len(blocks)]
     bits = int(np.float32(threshold).view(np.int32))
-    how = {"HOW": _GIVEN.value, "HAS_RESIDUAL": residual is not None, **pieces.shape}
-    launch(_count_chosen, pieces.grid, x, e, pieces.columns, len(pieces), is_bad, bits, is_bad, found[1:], **how)
+    given, how = _given(x, residual, blocks, pieces)
+    counting = (pieces.columns, len(pieces), is_bad, bits, is_bad, noted.view(torch.int32), found[1:])
+    shape = {"HOW": _GIVEN.value, "HAS_RESIDUAL": residual is not None, **pieces.shape}
+    launch(_count_chosen, pieces.grid, *given[:2], *counting, **shape)
     before = found.cumsum(0)
-    entries = Entries.of(before, pieces.sizes, ends=pieces.ends)
+    entries = Entries.of(before, pieces.sizes, sizes and partial(sizes, noted), ends=pieces.ends)
     chosen = Chosen.room(entries, is_bad)
     where = (pieces.columns, len(pieces), pieces.ends, before[1:], entries.ends, is_bad, is_bad, bits, is_bad)
-    launch(_write, pieces.grid, x, e, *where, chosen.indices, chosen.values, KEEPS=residual is not None, **how)
+    how |= {"HOW": _GIVEN.value, "KEEPS": residual is not None}
+    launch(_write, pieces.grid, *given, *where, chosen.indices, chosen.values, **how)
     return entries, chosen
 
 

@@ -22,14 +22,14 @@ from commopt.kernels.cuda.pieces import (
     piece,
     words_of,
 )
-from commopt.kernels.cuda.select import INF, Chosen, largest_, reaching_
+from commopt.kernels.cuda.select import INF, Chosen, largest_, reaching_, velocity_places
 from commopt.wire.bucket import Blocks
+from commopt.wire.residual import Accumulated
 
 __all__ = [
     "Chosen",
     "Entries",
     "add_",
-    "clear_",
     "code_",
     "decoded",
     "draw",
@@ -242,7 +242,7 @@ def _bounds(
     tl.store(out + messages * count + q, _lower_bound(indices, first, end, within + LENGTH, steps), mask=live)
 
 
-@triton.jit(do_not_specialize=["messages"])
+@triton.jit(do_not_specialize=["messages", "cleared"])
 def _add(
     indices,
     values,
@@ -252,17 +252,29 @@ def _add(
     messages,
     alpha,
     out,
+    u,
+    u_columns,
+    moved,
+    cleared,
     ADD: tl.constexpr,
+    MOVES: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Add what each message has of a piece, one message after the other; the indices of one are distinct."""
+    """Add what each message has of a piece, one message after the other; the indices of one are distinct.
+
+    MOVES: before that u <- moved, and 0 where the message `cleared` has values that are not 0.
+    """
     p, live, start, home, n, block, codes = piece(columns, count, ROWS, ALIGN)
     within = tl.load(columns + 7 * count + p, mask=live, other=0)[:, None]
+    i = tl.arange(0, LENGTH)
+    if MOVES:
+        own = tl.load(u_columns + count + p, mask=live, other=0)
+        after = tl.load(moved + start[:, None] + i[None, :], mask=i[None, :] < n[:, None], other=0.0)
+        tl.store(u + own[:, None] + i[None, :], after, mask=i[None, :] < n[:, None])
     if not ADD:
-        i = tl.arange(0, LENGTH)
         tl.store(out + start[:, None] + i[None, :], tl.zeros((ROWS, LENGTH), tl.float32), mask=i[None, :] < n[:, None])
         tl.debug_barrier()
     for message in range(messages):
@@ -274,32 +286,13 @@ def _add(
             place = tl.load(indices + j, mask=is_entry, other=0) - within
             is_entry &= (place >= 0) & (place < n[:, None])
             at = out + start[:, None] + place
-            value = tl.load(values + j, mask=is_entry, other=0.0).to(tl.float32) * alpha
-            tl.store(at, tl.load(at, mask=is_entry, other=0.0) + value, mask=is_entry)
+            value = tl.load(values + j, mask=is_entry, other=0.0).to(tl.float32)
+            tl.store(at, tl.load(at, mask=is_entry, other=0.0) + value * alpha, mask=is_entry)
+            if MOVES and message == cleared:
+                is_entry &= value != 0
+                at = u + own[:, None] + place
+                tl.store(at, tl.load(at, mask=is_entry, other=0.0) * 0.0, mask=is_entry)
         tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["total", "message"])
-def _clear(
-    indices,
-    values,
-    table,
-    blocks,
-    total,
-    message,
-    own_blocks,
-    columns,
-    count,
-    pieces_up_to,
-    out,
-    STEPS: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    j, live, i, b, k, n, code, code_end = entry(table, blocks, total, STEPS, SIZE)
-    live &= (b // own_blocks == message) & (tl.load(values + j, mask=live, other=0.0) != 0)
-    p, _ = span(pieces_up_to, b % own_blocks, live)
-    at = out + tl.load(columns + p, mask=live, other=0) + tl.load(indices + j, mask=live, other=0)
-    tl.store(at, tl.load(at, mask=live, other=0.0) * 0.0, mask=live)
 
 
 @triton.jit
@@ -527,9 +520,21 @@ def values_of(codes: Tensor, scales: Tensor, entries: Entries, bits: int, is_dam
 
 
 def add_(
-    indices: Tensor, values: Tensor, blocks: Blocks, entries: Entries, out: Tensor, *, alpha: float, add: bool
+    indices: Tensor,
+    values: Tensor,
+    blocks: Blocks,
+    entries: Entries,
+    out: Tensor,
+    *,
+    alpha: float,
+    add: bool,
+    given: Accumulated | None = None,
+    cleared: int = -1,
 ) -> None:
-    """out <- alpha * the sum of all messages' values, or out + that; added in the messages' order, on which float sums depend."""
+    """out <- alpha * the sum of all messages' values, or out + that; added in the messages' order, on which float sums depend.
+
+    given: its velocity <- what was written of it, and 0 where the message `cleared`, -1 for none, has values that are not 0.
+    """
     pieces = pieces_of(blocks, out.device)
     n, count = entries.messages, len(pieces)
     bounds = torch.empty(2, n * count, dtype=torch.int64, device=out.device)
@@ -537,13 +542,9 @@ def add_(
     where = (pieces.columns, count, n, pieces.ends, steps, bounds, len(blocks))
     size = {"LENGTH": pieces.length, "SIZE": WIDE}
     launch(_bounds, (triton.cdiv(n * count, WIDE),), indices, *entries.where, entries.count, *where, **size)
-    how = {"ADD": add, "CHUNK": max(2, WIDE // pieces.rows), **pieces.shape}
-    launch(_add, pieces.grid, indices, values, bounds, pieces.columns, count, n, alpha, out, **how)
-
-
-def clear_(indices: Tensor, values: Tensor, blocks: Blocks, entries: Entries, message: int, out: Tensor) -> None:
-    """out <- 0, at the blocks' starts, where one of the messages has values that are not 0."""
-    pieces = pieces_of(blocks, out.device)
-    where = (*entries.where, entries.count, message, len(blocks), pieces.columns, len(pieces), pieces.ends, out)
-    how = {"STEPS": entries.steps, "SIZE": WIDE}
-    launch(_clear, (triton.cdiv(entries.count, WIDE),), indices, values, *where, **how)
+    how = {"ADD": add, "MOVES": given is not None, "CHUNK": max(2, WIDE // pieces.rows), **pieces.shape}
+    momentum = (out, pieces.columns, out)
+    if given is not None:
+        columns, how["ALIGN"] = velocity_places(given, blocks, pieces)
+        momentum = (given.velocity, columns, given.moved)
+    launch(_add, pieces.grid, indices, values, bounds, pieces.columns, count, n, alpha, out, *momentum, cleared, **how)
