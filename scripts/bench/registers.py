@@ -57,7 +57,6 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NVIDIA = ("sm_80", "sm_90")
 UNALIGNED = ", unaligned"
 EVEN, ODD = (4096, 2048), (4095, 2048)  # lengths of parameters, of which ODD leaves nothing aligned
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
@@ -294,9 +293,8 @@ def main(targets: list[str], is_quick: bool, is_markdown: bool, json_file: Path 
         print("|---|---|" + "--:|" * (len(targets) + 1))
     for codec, kernel in dict.fromkeys((row["codec"], row["kernel"]) for row in rows):
         own = {row["target"]: row for row in rows if (row["codec"], row["kernel"]) == (codec, kernel)}
-        nbytes = f"{next(iter(own.values()))['bytes_per_element']:.2f}"
-        registers = (own[target]["registers"] if target in own else "" for target in targets)
-        print(line.format(codec, kernel, *registers, nbytes))
+        nbytes = f"{own[targets[0]]['bytes_per_element']:.2f}"
+        print(line.format(codec, kernel, *(own[target]["registers"] for target in targets), nbytes))
     if not is_markdown:
         print("registers of a thread, and bytes read and written per element")
         print("bytes spilled: " + str(sum(row["spilled_bytes"] for row in rows)))
@@ -308,19 +306,15 @@ def _rows(targets: list[str], is_quick: bool) -> Iterator[dict[str, Any]]:
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     seen = set[Any]()
     for name, call in launches():
-        if is_quick and call[0].fn in seen:
-            continue
+        if not is_quick or call[0].fn not in seen:
+            yield from (compiled(name, call, target) for target in targets)
         seen.add(call[0].fn)
-        left_out = NVIDIA[len(seen) % 2] if is_quick and set(targets) >= {*NVIDIA} else ""
-        yield from (compiled(name, call, target) for target in targets if target != left_out)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"some of {', '.join(TARGETS)}")
-    parser.add_argument(
-        "--quick", action="store_true", help="one codec for each kernel, one of sm_80 and sm_90 by turns, and no bytes"
-    )
+    parser.add_argument("--quick", action="store_true", help="one codec for each kernel, and no bytes")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/gpu.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     given = parser.parse_args()
