@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -15,7 +16,7 @@ from commopt.groups.base import Group, Traffic, summed
 from commopt.groups.simulated_peers import NO_END, Killed, PostOffice, SimFault, SimPeers
 from commopt.groups.world import World
 from commopt.plan.links import LinkModel, rounds
-from commopt.wire.payload import Layout, Payload, gathered_bytes
+from commopt.wire.payload import Layout, Payload, cut, gathered_bytes, joined, layout_bytes
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class SimWorld(Generic[T]):
             raise ValueError(f"the link model describes {links.ranks} ranks, the world has {ranks}")
         self.ranks, self.links, self.timeout_s = ranks, links, timeout_s
         self.clocks = [0.0] * ranks
-        self.meetings: dict[tuple[int, ...], dict[int, Any]] = {}  # by members: what those who have come put down
+        self.meetings: dict[tuple[int, ...], _Meeting] = {}  # by members
         self.faults = [fault for entry in faults for fault in SimFault.all_of(entry, ranks)]
         self.office = PostOffice(self)
 
@@ -98,7 +99,7 @@ class SimWorld(Generic[T]):
 
     def _pass_on(self, rank: int) -> None:
         """Give the turn to the next rank that can go on; if none can, all of them fail."""
-        for other in (*range(rank + 1, self.ranks), *range(rank + 1)):
+        for other in chain(range(rank + 1, self.ranks), range(rank + 1)):
             if other in self._waits and (self.office.is_broken or self._waits[other][0]()):
                 self._turns += 1
                 self._waits.pop(other)[1].release()
@@ -165,65 +166,99 @@ class SimGroup(Group):
         self.world.clocks[self.place] += seconds * self.world.office.slowness(self.place)
 
     def all_reduce(self, x: Tensor) -> None:
-        x.copy_(summed(self._meet_alike("all_reduce", x)))
+        sent = self._count("all_reduce", x.nbytes)
+        x.copy_(self._meet("all_reduce", x, sent, lambda parts: summed(_alike("all_reduce", parts))))
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         nbytes = payload.nbytes if self.is_spread else gathered_bytes(layouts or [payload.layout])
-        sent = self._count("all_gather", nbytes)
-        copied = replace(payload, buffer=payload.buffer.clone())
-        gathered: list[Payload] = self._meet("all_gather", copied, sent)
-        for rank, one in enumerate(gathered):
-            if one.layout != (payload.layout if layouts is None else layouts[rank]):
+        sent, expected = self._count("all_gather", nbytes), layouts or [payload.layout] * self.size
+        gathered = self._meet("all_gather", Payload(payload.buffer.clone(), payload.layout), sent, tuple)
+        for rank, (one, layout) in enumerate(zip(gathered, expected, strict=True)):
+            if one.layout != layout:
                 raise GroupError(f"all_gather: rank {rank} sent another layout than rank {self.rank} expects")
-        return gathered
+        return list(gathered)
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        sent = self._count_direct("all_to_all", payloads)
-        copied = [replace(payload, buffer=payload.buffer.clone()) for payload in payloads]
-        everything = self._meet("all_to_all", copied, sent)
-        received: list[Payload] = [row[self.rank] for row in everything]
-        if any(one.layout != payloads[self.rank].layout for one in received):
-            raise GroupError(f"all_to_all: ranks sent rank {self.rank} different layouts")
-        return received
+        sent, layouts = self._count_direct("all_to_all", payloads), tuple(payload.layout for payload in payloads)
+        columns = self._meet("all_to_all", (joined(payloads), layouts), sent, _columns)
+        return cut(columns[self.rank].flatten(), [layouts[self.rank]] * self.size)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
-        x.copy_(self._meet_alike("broadcast", x, src)[src])
+        sent = self._count("broadcast", x.nbytes, root=src)
+        x.copy_(self._meet("broadcast", x, sent, lambda parts: _alike("broadcast", parts)[src].clone()))
 
     def tell(self, text: str) -> list[str]:
         """Takes no virtual time."""
-        return [words for words, _, _ in self._put_down("tell", text, {})]
+        return list(self._meet("tell", text, None, tuple))
 
-    def _put_down(self, operation: str, contribution: Any, sent: Mapping[int, float]) -> list[tuple[Any, Any, float]]:
-        """Put one contribution down and take everybody's up: by rank, each with what it sends and with the rank's clock."""
+    def _meet(
+        self, operation: str, own: Any, sent: Mapping[int, float] | None, make: Callable[[Sequence[Any]], T]
+    ) -> T:
+        """Return what `make` makes of all ranks' own: it is called once, while all wait, and all get the same object.
+
+        Moves all clocks to the end of the exchange; sent: the bytes for each peer, None if it takes no virtual time. Raises GroupError on
+        all ranks if `make` does, or if they ask for different operations.
+        """
         world = self.world
-        meeting = world.meetings.setdefault(self.members, {})
-        meeting[self.rank] = operation, (contribution, sent, self.seconds)
-        if len(meeting) < self.size:
+        meeting = world.meetings.setdefault(self.members, _Meeting())
+        meeting.came[self.rank] = operation, own, sent, self.seconds
+        if len(meeting.came) < self.size:
             world.office.waiting[self.place] = NO_END
-            world.wait(self.place, lambda: world.meetings.get(self.members) is not meeting, operation)
+            world.wait(self.place, lambda: meeting.is_over, operation)
         else:
             del world.meetings[self.members]
             for place in self.members:
                 world.office.waiting.pop(place, None)
-        asked = {name for name, _ in meeting.values()}
+            meeting.end(self.links, make)
+        if meeting.failure:
+            raise GroupError(meeting.failure)
+        if sent is not None:
+            world.clocks[self.place] = meeting.end_s
+        return cast(T, meeting.made)
+
+
+@dataclass(eq=False)
+class _Meeting:
+    """An exchange of some ranks: what those who have come put down, and what the last of them made of it for all."""
+
+    came: dict[int, tuple[str, Any, Any, float]] = field(default_factory=dict)
+    made: Any = None
+    end_s: float = 0.0
+    failure: str = ""
+    is_over: bool = False
+
+    def end(self, links: LinkModel | None, make: Callable[[Sequence[Any]], Any]) -> None:
+        ranks = range(len(self.came))
+        operations, every, sent, clocks = zip(*(self.came[rank] for rank in ranks), strict=True)
+        asked = sorted(set(operations))
         if len(asked) > 1:
-            what = "one of them is at attach, save or load" if "tell" in asked else ", ".join(sorted(asked))
-            raise GroupError(f"ranks ask for different exchanges at the same time: {what}")
-        return [meeting[rank][1] for rank in range(self.size)]
+            what = "one of them is at attach, save or load" if "tell" in asked else ", ".join(asked)
+            self.failure = f"ranks ask for different exchanges at the same time: {what}"
+        else:
+            try:
+                self.made = make(every)
+            except GroupError as error:
+                self.failure = str(error)
+            takes_time = links is not None and asked != ["tell"]
+            cost_s = links.seconds(sent, rounds(asked[0], len(ranks))) if links and takes_time else 0.0
+            self.end_s = max(clocks) + cost_s
+        self.is_over = True
 
-    def _meet(self, operation: str, contribution: Any, sent: Mapping[int, float]) -> list[Any]:
-        """Exchange contributions, and move all clocks to the end of the exchange."""
-        contributions, sends, clocks = zip(*self._put_down(operation, contribution, sent), strict=True)
-        cost_s = self.links.seconds(sends, rounds(operation, self.size)) if self.links else 0.0
-        self.world.clocks[self.place] = max(clocks) + cost_s
-        return list(contributions)
 
-    def _meet_alike(self, operation: str, x: Tensor, root: int = 0) -> list[Tensor]:
-        """Exchange tensors of one shape and dtype."""
-        parts = self._meet(operation, x.clone(), self._count(operation, x.nbytes, root=root))
-        for rank, part in enumerate(parts):
-            if (part.shape, part.dtype) != (parts[0].shape, parts[0].dtype):
-                raise GroupError(
-                    f"{operation}: rank {rank} has {tuple(part.shape)} {part.dtype}, rank 0 {tuple(parts[0].shape)} {parts[0].dtype}"
-                )
-        return parts
+def _alike(operation: str, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors that must have one shape and dtype."""
+    for rank, part in enumerate(parts):
+        if (part.shape, part.dtype) != (parts[0].shape, parts[0].dtype):
+            raise GroupError(
+                f"{operation}: rank {rank} has {tuple(part.shape)} {part.dtype}, rank 0 {tuple(parts[0].shape)} {parts[0].dtype}"
+            )
+    return parts
+
+
+def _columns(sent: Sequence[tuple[Tensor, tuple[Layout, ...]]]) -> Sequence[Tensor]:
+    """By receiver, (N, nbytes) u8: what each rank sends it. sent: each rank's payloads end to end, and their layouts."""
+    rows, layouts = zip(*sent, strict=True)
+    for rank, own in enumerate(layouts):
+        if own != layouts[0]:
+            raise GroupError(f"all_to_all: rank {rank} sends other layouts than rank 0")
+    return torch.split(torch.stack(rows), [layout_bytes(layout) for layout in layouts[0]], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from commopt.errors import GroupError
 from commopt.groups import SimGroup, SimWorld
 from commopt.plan.links import LinkModel
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Payload, cut
 
 
 def test_the_virtual_clock_runs_by_the_link_model() -> None:
@@ -82,6 +83,30 @@ def test_who_waits_for_a_rank_that_never_joins_is_told(timeout_s: float, real_s:
     with pytest.raises(GroupError, match=rf"another rank failed, has ended, or did not join within {timeout_s} s"):
         SimWorld[None](3, timeout_s=timeout_s).run(train)
     assert time.monotonic() - begin_s < 30
+
+
+def test_exchanges_of_256_ranks_are_worked_out_once_and_wake_each_rank_once() -> None:
+    ranks, priced = 256, []
+
+    class Priced(LinkModel):
+        def seconds(self, sent: Sequence[Mapping[int, float]], message_rounds: int = 1) -> float:
+            priced.append(message_rounds)
+            return super().seconds(sent, message_rounds)
+
+    def train(group: SimGroup) -> tuple[float, list[int], set[str], float]:
+        x = torch.full((4,), float(group.rank))
+        group.all_reduce(x)
+        letters = (ranks * group.rank + torch.arange(ranks)).view(torch.uint8)  # to each rank one number
+        received = group.all_to_all(cut(letters, [((torch.int64, 1),)] * ranks))
+        gathered = group.all_gather(received[group.rank])
+        return float(x[0]), [int(one.tensors[0]) for one in received[::51]], set(group.tell("alike")), len(gathered)
+
+    world: SimWorld[Any] = SimWorld(ranks, Priced.uniform(ranks, delay="1ms"))
+    for rank, one in enumerate(world.run(train)):
+        assert one == (sum(range(ranks)), [ranks * sender + rank for sender in range(0, ranks, 51)], {"alike"}, ranks)
+    assert priced == [2 * (ranks - 1), 1, ranks - 1]
+    assert world.seconds == pytest.approx(1e-3 * sum(priced))
+    assert world._turns <= 5 * ranks  # to begin, and once for each exchange
 
 
 def test_turns_of_many_ranks_may_take_longer_than_the_timeout_together() -> None:
