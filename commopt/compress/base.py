@@ -58,7 +58,10 @@ class Compressor(ABC):
         residual: as it is stored, or what takes its place, only if the codec `takes` it. received: messages whose headers count, too.
         """
         assert residual is None or isinstance(residual, Tensor)
-        self.compress_(x, residual, parts, [payload.tensors[1:] for payload in payloads])
+        # of many ranks, most serve nothing of a small model
+        busy = [(own, payload.tensors[1:]) for own, payload in zip(parts, payloads, strict=True) if len(own)]
+        if busy:
+            self.compress_(x, residual, [own for own, _ in busy], [codes for _, codes in busy])
         return False
 
     def encode_payloads(
@@ -90,7 +93,8 @@ class Compressor(ABC):
         """`decompress_` one payload after the other. also: for triton's signs, a tensor that gets them, too, at the blocks' homes."""
         assert also is None
         for payload, blocks in zip(payloads, parts, strict=True):
-            self.decompress_(payload.tensors[1:], blocks, out, alpha=alpha, add=add)
+            if len(blocks):
+                self.decompress_(payload.tensors[1:], blocks, out, alpha=alpha, add=add)
 
     def add_up_(self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float) -> None:
         """out <- alpha * values of all payloads, which have the same blocks, from zero and in this order: float sums depend on it."""
@@ -123,7 +127,8 @@ class Compressor(ABC):
     ) -> None:
         """`fit_` of several messages."""
         for payload, blocks in zip(payloads, parts, strict=True):
-            self.fit_(payload.tensors[1:], x, residual, blocks)
+            if len(blocks):
+                self.fit_(payload.tensors[1:], x, residual, blocks)
 
     def encode(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> Codes:
         """`compress_` for a codec whose sizes are not known beforehand; returns the tensors to send, widest dtype first."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.compress.base import Compressor
-from commopt.compress.feedback import HEADER, Kept, first_bad_parameter
+from commopt.compress.feedback import Kept, first_bad_parameter, layouts_of
 from commopt.errors import ConfigError
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
@@ -84,7 +84,7 @@ class TwoWayMean(Compressed):
         if is_late or not self.is_void(bucket, first_bad_parameter(received), group):
             mean = bucket.flat.new_empty(served.elements)
             self.compressor.add_up_(received, served, mean, alpha=1 / group.size)
-            layouts = [HEADER + self.server_compressor.layout(blocks) for blocks in parts.served]
+            layouts = layouts_of(self.server_compressor, parts.served)
             room = gathered_bytes(layouts)
             answer = self.server.compress(mean, [answered], received if is_late else (), room=room)
             answers = group.all_gather(answer[0], layouts)

@@ -36,12 +36,12 @@ def agree(group: Group, check: Callable[[], tuple[T, Configuration]]) -> T:
         with contextlib.suppress(GroupError):  # what `check` raised matters more
             group.tell(json.dumps({"error": _reason(error)}))
         raise
-    replies = [json.loads(text) for text in group.tell(json.dumps({"hash": digest(configuration).hex()}))]
+    replies = _told(group, json.dumps({"hash": digest(configuration).hex()}))
     failed = [(rank, reply["error"]) for rank, reply in enumerate(replies) if "error" in reply]
     if failed:
         raise AttachError(f"rank {failed[0][0]} could not attach: {failed[0][1]}; nothing was attached on any rank")
     if len({reply["hash"] for reply in replies}) > 1:
-        every = [json.loads(text) for text in group.tell(json.dumps(configuration))]
+        every = _told(group, json.dumps(configuration))
         raise AttachError(difference(dict(enumerate(every))))
     return result
 
@@ -61,7 +61,7 @@ def met(group: Group, part: Callable[[], tuple[T, Any]]) -> tuple[T, list[Any]]:
     except Exception as error:
         failure, text = error, json.dumps([_reason(error), None])
     try:
-        replies = [json.loads(reply) for reply in group.tell(text)]
+        replies = _told(group, text)
     except GroupError:
         if failure is None:
             raise
@@ -74,6 +74,12 @@ def met(group: Group, part: Callable[[], tuple[T, Any]]) -> tuple[T, list[Any]]:
         raise CheckpointError(reason) from failure
     more = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
     raise CheckpointError(f"rank {rank}: {reason}{more}") from failure
+
+
+def _told(group: Group, text: str) -> list[Any]:
+    """Every rank's JSON, by rank. Equal texts, which most are, become one object."""
+    read: dict[str, Any] = {}
+    return [read.get(text) or read.setdefault(text, json.loads(text)) for text in group.tell(text)]
 
 
 def _reason(error: Exception) -> str:

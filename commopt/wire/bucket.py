@@ -347,7 +347,7 @@ class BlockTable:
     def _served_homes(self) -> Int64Array:
         """(B,) where each block begins in its owner's server residual."""
         homes = np.zeros(len(self.lengths), dtype=np.int64)
-        for rank in range(self.ranks):
+        for rank in np.unique(self.owners):
             mine = self.owners == rank
             homes[mine] = np.cumsum(self.lengths[mine]) - self.lengths[mine]
         return homes
@@ -388,12 +388,12 @@ class BlockTable:
     def parts(self, bucket: Bucket) -> Parts:
         """The blocks of a bucket, by the rank that serves them."""
         own, blocks = self._of(bucket)
-        by_owner, served = [], []
-        for rank in range(self.ranks):
+        none = np.zeros(0, np.int64)
+        by_owner, served = [blocks.only(none)] * self.ranks, [self._served(none)] * self.ranks
+        for rank in np.unique(self.owners[own]):
             which = np.flatnonzero(self.owners[own] == rank)
-            mine = blocks.only(which)
-            by_owner.append(mine)
-            served.append(self._served(own[which]).having(starts=np.cumsum(mine.lengths) - mine.lengths))
+            by_owner[rank] = mine = blocks.only(which)
+            served[rank] = self._served(own[which]).having(starts=np.cumsum(mine.lengths) - mine.lengths)
         return Parts(tuple(by_owner), tuple(served))
 
 

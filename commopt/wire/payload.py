@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Sequence
@@ -95,6 +96,7 @@ def checksum(x: Tensor, start: int = 0) -> int:
     return zlib.crc32(cast(Any, x.detach().contiguous().view(torch.uint8).numpy()), start)
 
 
+@functools.lru_cache(4096)
 def layout_bytes(layout: Layout) -> int:
     """Bytes of a payload with this layout, padding included. Raises ValueError if a view would be misaligned."""
     widths = [dtype.itemsize for dtype, _ in layout]
