@@ -25,6 +25,17 @@ from commopt.run.checks import table
 RANKS = (4, 16, 64)
 REQUIRED: dict[str, dict[str, Any]] = {"threshold": {"threshold": 0.01}}  # options that have no default
 STARTERS = {"sends": "Sends", "state": "State:", "use": "Use it", "avoid": "Not for"}
+FRAMEWORKS = {
+    "any": "With every framework",
+    "plain": "A plain module",
+    "ddp": "DistributedDataParallel",
+    "fsdp": "FSDP",
+    "deepspeed": "DeepSpeed",
+    "lightning": "Lightning",
+    "accelerate": "Accelerate",
+    "transformers": "Hugging Face Trainer",
+}
+PROPER = {"ddp": "DDP", "fsdp": "FSDP", "deepspeed": "DeepSpeed", "lightning": "Lightning", "accelerate": "Accelerate"}
 SAMPLE = 1024  # rows and columns of the matrix that bytes are worked out for
 
 HEAD = """# Methods
@@ -171,9 +182,9 @@ def methods_page() -> str:
             lines += [part, ""]
         if own := options_of(METHODS[name]):
             lines += ["Options and defaults: " + ", ".join(f"`{option}`" for option in own), ""]
-        lines += [
-            f"- {linked(re.sub(r'^([^:]+):', lambda m: marked(m[1]), option, count=1))}" for option in page.options
-        ]
+        names = "|".join(one.name for one in dataclasses.fields(METHODS[name].Options))
+        options = [one for line in page.options for one in re.split(rf"(?<=\.) (?=(?:{names}): )", line)]
+        lines += [f"- {linked(re.sub(r'^([^:]+):', lambda m: marked(m[1]), option, count=1))}" for option in options]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -183,22 +194,29 @@ def marked(names: str) -> str:
 
 
 def refusals_page() -> str:
-    """The page about what is refused."""
+    """The page about what is refused: a table for each framework."""
     lines = [
         "# What is refused",
         "",
         "commopt checks everything before it changes anything, on every rank, and raises `AttachError` for a combination that cannot work.",
-        "This table is the one that the checks read.",
-        "",
-        "| with | refused | for | because | instead |",
-        "|---|---|---|---|---|",
+        "The error says what to do instead. The checks read these tables; `...` stands for what they found.",
     ]
-    for one in table().values():
-        kinds = "every method" if len(one.kinds) == 3 else f"{' and '.join(one.kinds)} methods"
-        cells = (one.framework, one.what, kinds, one.why, one.instead)
-        named = (breakable(cell.format(method="the method", detail="...").replace("|", "\\|")) for cell in cells)
-        lines.append(f"| {' | '.join(named)} |")
+    for framework, title in FRAMEWORKS.items():
+        lines += ["", f"## {title}", "", "| refused | methods | because | instead |", "|---|---|---|---|"]
+        for one in (one for one in table().values() if one.framework == framework):
+            kinds = "all" if len(one.kinds) == 3 else ", ".join(one.kinds)
+            what = one.what.removeprefix("{detail}: ").replace(" ({detail})", "")
+            if "{detail}" in what or len(what) <= len("this {method}"):  # says little without what was found
+                what = re.sub(r"\w+", lambda word: PROPER.get(word[0], word[0]), one.fact)
+            cells = (what, kinds, one.why, one.instead)
+            lines.append(f"| {' | '.join(map(filled, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def filled(text: str) -> str:
+    """A refusal's text for any method."""
+    text = text.replace("'{method}'", "METHOD").replace("{method!r}", "METHOD")
+    return breakable(text.format(method="the method", detail="...").replace("|", "\\|"))
 
 
 def breakable(text: str) -> str:

@@ -169,10 +169,10 @@ def machines() -> str:
     return table(
         [
             "method",
-            f"{MACHINES} machines of {PER_MACHINE}: a card",
-            "a GPU",
+            f"per card, {MACHINES} machines of {PER_MACHINE}",
+            "per GPU",
             "s at 10 Gbit/s",
-            f"{one}: a card",
+            f"per card, {one}",
             "ratio",
         ],
         rows,
