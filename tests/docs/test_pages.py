@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -40,3 +41,13 @@ def test_few_blocks_are_not_executed() -> None:
         f"{_name(page)}: {block.reason}" for page in PAGES for block in read_blocks(page) if block.reason is not None
     )
     assert skipped.total() <= MOST_NOT_EXECUTED, "\n".join(skipped)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_a_python_block_can_be_pasted_alone(page: Path, tmp_path: Path) -> None:
+    for block in read_blocks(page):
+        if block.language == "python":
+            (tmp_path / f"line{block.line}.py").write_text(block.code, encoding="utf-8")
+    words = ["ruff", "check", "--isolated", "--quiet", "--select", "F821", "--output-format", "concise", str(tmp_path)]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
