@@ -208,7 +208,7 @@ def launch(
         return
     note(*emulation.notices)
     is_labelled = len(emulation.nodes) > 1
-    with telling("starting the ranks") as is_over:
+    with telling("waiting for the ranks' first line") as is_over:
 
         def show(label: str, line: str) -> None:
             is_over.set()
@@ -262,9 +262,7 @@ def print_commands(
         argv = commands.agent_words(emulation, node, words, independent=independent)
         typer.echo(f"# {spec.names[node]}")
         if emulation.is_elsewhere and emulation.interfaces[node] is None:
-            typer.echo(
-                "# there, add GLOO_SOCKET_IFNAME=its interface to the others; `commopt launch` finds it on that machine"
-            )
+            typer.echo("# `commopt launch` adds GLOO_SOCKET_IFNAME there: its interface that leads to the other nodes")
         variables = (f"{key}={value}" for key, value in {**environment, **(told or {})}.items())
         typer.echo(shlex.join(["env", *variables, *emulation.prefix(spec.names[node]), *argv]))
 
