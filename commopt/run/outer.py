@@ -263,6 +263,7 @@ class OuterRun(Run):
         sent = self.peers.traffic.payload_bytes
         wait = self.peers.start(job)
         blocked_s = self.peers.seconds - begun_s
+        self.waited_s += blocked_s
         self._pending.append(_Pending(round, x, self.steps, wait, blocked_s, sent, has_sketch=is_ahead and is_due))
         if self.method.delay == 0:
             self._end_round(self._pending.pop(0))
@@ -282,8 +283,9 @@ class OuterRun(Run):
             if new is not pending.x or self.group.size > 1:  # _write gathers: all ranks of a machine must call it
                 is_change = self.steps != pending.begun_at  # keeps what inner steps have added since
                 self._write(new - pending.x if is_change else new, pending.round.fragment, adds=is_change)
-        blocked_s = pending.blocked_s + self.peers.seconds - begun_s
-        self.waited_s += blocked_s
+        ending_s = self.peers.seconds - begun_s
+        self.waited_s += ending_s
+        blocked_s = pending.blocked_s + ending_s
         nbytes = self.peers.traffic.payload_bytes - pending.sent
         if sketch is not None:
             self._estimate_spread(sketch, pending.begun_at)

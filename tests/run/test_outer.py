@@ -140,6 +140,25 @@ def test_ranks_of_torch_distributed_train_as_simulated_ones_do(pool: Pool, name:
         torch.testing.assert_close(result, diary.attached.flat(), rtol=1e-6, atol=1e-7)
 
 
+def waited(group: Group) -> list[bool]:
+    model = make_model()
+    optimizer, steps = sgd(model), list[bool]()
+    run: Any = attach(model, build("local_sgd", every=4, delay=2, timeout_s=60.0), optimizer, group=group)
+    for step in run.range(8):
+        before_s = run.waited_s
+        train(model, optimizer, group.rank, 1, step)
+        steps.append(run.waited_s > before_s)
+    run.quiet()
+    group.barrier()
+    run.close()
+    return steps
+
+
+def test_what_a_round_costs_counts_in_the_steps_that_begin_and_end_it(pool: Pool) -> None:
+    for steps in pool.run(2, on_gloo, waited):
+        assert steps == [False, False, False, True, False, True, False, True]
+
+
 def test_peers_belong_to_one_run_at_a_time() -> None:
     group = SimGroup(SimWorld(1), 0)
     first, second = make_model(), make_model()
