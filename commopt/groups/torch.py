@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -19,6 +20,8 @@ from commopt.groups.base import BufferGroup, Traffic
 from commopt.groups.staging import Staging
 
 _log = logging.getLogger(__name__)
+AT_ONCE_BYTES = 1 << 16  # that several ranks may be sending to one: 10 ms at 50 Mbit/s, a latency's worth
+TAG = 0xC0  # apart from sends of the user's in the same process group
 SOON = timedelta(seconds=60)  # until it is said for whom a rank waits
 _told: dict[str, int] = {}  # by process group: calls of `tell` in this process so far
 
@@ -142,13 +145,46 @@ class TorchGroup(BufferGroup):
     def _gather(self, own: Tensor) -> Tensor:
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         with self._received("all_gather", own, self.size * len(own)) as (here, out):
-            gather(out, here, group=self.process_group)
+            if self.size == 2 and self._is_on_gloo(own):  # two ranks' ring, of the same bytes
+                self._send_in_turn([here, here], torch.split(out, [len(own)] * 2))
+            else:
+                gather(out, here, group=self.process_group)
         return self._back(out, own)
 
     def _exchange(self, operation: str, send: Tensor, send_sizes: list[int], sizes: list[int]) -> Tensor:
         with self._received(operation, send, sum(sizes)) as (here, out):
-            dist.all_to_all_single(out, here, sizes, send_sizes, group=self.process_group)
+            if self._is_on_gloo(send):
+                self._send_in_turn(torch.split(here, send_sizes), torch.split(out, sizes))
+            else:
+                dist.all_to_all_single(out, here, sizes, send_sizes, group=self.process_group)
         return self._back(out, send)
+
+    def _send_in_turn(self, parts: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Send parts[j] to rank j, and fill out[j] from it, so that both directions of all links are busy. Empty ones are not sent.
+
+        A rank tells a sender over their connection that it is ready, and Gloo's sender waits for that. Behind data of its own for
+        that rank it would be late, so each receive is started before the send to the same rank. A rank lets the next one send if the
+        one before is done, or their messages are small: several senders to one rank are not equally fast, and others' links idle.
+        """
+        out[self.rank].copy_(parts[self.rank])
+        receives, sends, ahead = deque[tuple[Any, int]](), list[Any](), 0
+        for step in range(1, self.size):
+            source, to = (self.rank - step) % self.size, (self.rank + step) % self.size
+            while receives and ahead + len(out[source]) > AT_ONCE_BYTES:
+                work, nbytes = receives.popleft()
+                work.wait()
+                ahead -= nbytes
+            if nbytes := len(out[source]):
+                receives.append((dist.irecv(out[source], group=self.process_group, group_src=source, tag=TAG), nbytes))
+                ahead += nbytes
+            if len(parts[to]):
+                sends.append(dist.isend(parts[to], group=self.process_group, group_dst=to, tag=TAG))
+        for work in [*(work for work, _ in receives), *sends]:
+            work.wait()
+
+    def _is_on_gloo(self, x: Tensor) -> bool:
+        """Whether a tensor travels from the host's memory, by a collective of Gloo that leaves half of a link idle."""
+        return "cpu" in (x.device.type, self.device.type)
 
     def _is_staged(self, x: Tensor) -> bool:
         """Whether a tensor goes through the host, for Gloo, which supports few collectives on GPU tensors."""

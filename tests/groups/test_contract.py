@@ -18,6 +18,7 @@ from transports import RANKS, Run, on_mpi, over_simulated_peers, over_tcp_peers
 from commopt.groups import Group, PacedGroup, PeerGroup, SimWorld, TorchGroup
 from commopt.groups.peers import Peers
 from commopt.plan.links import LinkModel, schedule
+from commopt.wire.payload import Payload
 
 COLLECTIVE = ["simulated", "gloo", "mpi"]
 # some tests leave peers out, whose groups count bytes as they are sent
@@ -75,6 +76,30 @@ def test_all_reduce_gives_every_rank_the_same_sum(run: Run, n: int) -> None:
 @pytest.mark.parametrize("n", RANKS)
 def test_every_rank_receives_what_each_gave(run: Run, n: int) -> None:
     assert run(n, every_operation) == [expected(rank, n) for rank in range(n)]
+
+
+def large(rank: int, peer: int) -> torch.Tensor:
+    """From one rank to another: none, some bytes, or more than one rank lets several send to it at once."""
+    return torch.full(((0, 7, 100_001)[peer % 3],), 10 * rank + peer, dtype=torch.uint8)
+
+
+def large_messages(group: Group) -> list[torch.Tensor]:
+    rank, n = group.rank, group.size
+    calls = [
+        group.all_to_all([Payload.of(large(rank, peer)) for peer in range(n)]),
+        group.all_gather_ragged(Payload.of(large(rank, rank))),
+        group.all_gather(Payload.of(large(rank, 2))),
+    ]
+    return [payload.tensors[0] for every in calls for payload in every]
+
+
+@on_every_transport
+@pytest.mark.parametrize("n", RANKS)
+def test_large_messages_arrive_beside_empty_and_small_ones(run: Run, n: int) -> None:
+    for rank, received in enumerate(run(n, large_messages)):
+        sent = [large(peer, rank) for peer in range(n)] + [large(peer, peer) for peer in range(n)]
+        sent += [large(peer, 2) for peer in range(n)]
+        assert all(torch.equal(one, other) for one, other in zip(received, sent, strict=True))
 
 
 def everything(group: Group) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from script import BENCH, module
 
 from commopt.errors import ConfigError
 
-NAMES = ("convergence", "outer", "step", "sync")
+NAMES = ("convergence", "outer", "step", "sync", "wire")
 BENCHMARKS = {name: module(name) for name in NAMES}
 command, sheets, Store = module("command"), module("sheets"), module("store").Store
 
