@@ -104,7 +104,9 @@ def present(report: Report, args: argparse.Namespace, page: Path | None = None, 
             "nothing is stored yet that can be shown; run this without --table, --markdown, --page and --figure first"
         )
         return
-    image = args.figure or (page.with_suffix(".png") if page is not None and args.page else None)
+    image = args.figure or (
+        page.with_suffix(".png") if page is not None and args.page and args.figure is None else None
+    )
     if image is not None:
         if report.draw is None:
             raise ConfigError(f"{image}: nothing is stored yet that can be drawn")
