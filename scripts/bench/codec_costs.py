@@ -5,7 +5,7 @@ python scripts/bench/codec_costs.py --only 'loco,codec-*' --redo
 python scripts/bench/codec_costs.py --quick             a look in seconds: few elements and turns, and nothing is stored
 python scripts/bench/codec_costs.py --table | --page    show what is stored, or write it into docs/steps.md
 
-A case is the exchange of one bucket of 8.4 M float32, eight matrices, among four ranks, of which three are pretended: a group returns
+A case is the exchange of one bucket of 8.0 M float32, eight matrices, among four ranks, of which three are pretended: a group returns
 what it is given at once. For update methods it is also the optimizer's step. A `codec-*` is one compressor with its residual: encoding
 and decoding the same bucket. Every run is timed in turn with a copy of the same elements, in the processor time of the one thread;
 the least of each counts, so that a busy neighbour matters little. A ratio is of one process: never compare seconds.
@@ -34,8 +34,8 @@ from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
 from commopt.wire.payload import Layout, Payload
 
 STORED, PAGE = RESULTS / "codec_costs.jsonl", DOCS / "steps.md"
-RANKS, ROWS, MATRICES, TURNS = 4, 1024, 8, 7
-QUICK = {"rows": 128, "turns": 2}
+RANKS, ROWS, COLUMNS, MATRICES, TURNS = 4, 976, 1024, 8, 9  # every owner has as many blocks
+QUICK = {"rows": 16, "turns": 2}
 CODECS = {"threshold": {"threshold": 2.5}}  # what has no default; the one of a normal draw in a hundred
 
 
@@ -54,7 +54,7 @@ class Case:
         return self.name.startswith("codec-")
 
     def settings(self, rows: int, turns: int) -> dict[str, Any]:
-        sizes = {"elements": MATRICES * rows**2, "ranks": RANKS}
+        sizes = {"elements": MATRICES * rows * COLUMNS, "ranks": RANKS}
         return sizes | {"options": dict(self.options)} | ({} if self.is_codec else {"optimizer": dict(self.optimizer)})
 
 
@@ -123,7 +123,7 @@ Call = tuple[str, Callable[[], object]]
 def measure(case: Case, rows: int, turns: int) -> dict[str, float]:
     """Multiples of a copy, by what was timed."""
     torch.manual_seed(1)
-    x = torch.randn(MATRICES * rows**2)
+    x = torch.randn(MATRICES * rows * COLUMNS)
     copy: Call = ("copy", partial(torch.empty_like(x).copy_, x))
     seconds: dict[str, list[float]] = {}
     with torch.no_grad():
@@ -144,10 +144,10 @@ def method_calls(case: Case, x: Tensor, rows: int) -> Iterator[list[Call]]:
 
     from commopt.method import GradientMethod
 
-    model = nn.Sequential(*(nn.Linear(rows, rows, bias=False) for _ in range(MATRICES)))
+    model = nn.Sequential(*(nn.Linear(COLUMNS, rows, bias=False) for _ in range(MATRICES)))
     method = base_name(case.name)
     run: Any = attach({"method": method, "options": case.options, "optimizer": case.optimizer}, model, Echo())
-    bucket = Bucket.of([(name, torch.zeros(rows**2)) for name, _ in model.named_parameters()])
+    bucket = Bucket.of([(name, torch.zeros(rows * COLUMNS)) for name, _ in model.named_parameters()])
     for (_, view), p in zip(bucket.views(), model.parameters(), strict=True):
         p.grad = view.view_as(p)
 
@@ -167,7 +167,10 @@ def codec_calls(case: Case, x: Tensor, rows: int) -> Iterator[list[Call]]:
     from commopt.compress.feedback import ErrorFeedback, Kept
 
     names = tuple(map(str, range(MATRICES)))
-    index, bucket = ParameterIndex(names, (rows**2,) * MATRICES), Bucket(x, names, tuple(range(0, len(x), rows**2)))
+    index, bucket = (
+        ParameterIndex(names, (rows * COLUMNS,) * MATRICES),
+        Bucket(x, names, tuple(range(0, len(x), rows * COLUMNS))),
+    )
     codec = make_compressor({"compressor": case.name.removeprefix("codec-"), **case.options})
     table, out, sent = codec.table(index, RANKS), torch.empty_like(x), list[Payload]()
     feedback, counts = ErrorFeedback(codec, Kept(), table.everything), np.zeros(MATRICES, np.int64)

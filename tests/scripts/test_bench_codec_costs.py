@@ -26,7 +26,7 @@ def test_every_method_that_exchanges_in_every_step_and_every_codec_is_a_case() -
 def test_a_look_times_exchanges_steps_and_codecs_and_stores_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "QUICK", {"rows": 16, "turns": 1})
+    monkeypatch.setattr(bench, "QUICK", {"rows": 8, "turns": 1})
     file = tmp_path / "found.json"
     words = ["--quick", "--only", "loco,onebit_adam,codec-sign", "--json", str(file), "--results", str(tmp_path / "no")]
     bench.run(bench.parser().parse_args(words))
