@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,17 @@ from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Payload
 from commopt.wire.residual import Given, Moved, Residual
 
+LONGEST = 2048  # elements of a block that kernels know all of at once
+
 
 class Fused(Compressor):
-    """A codec of scales and codes. `writing` and `reading` are its arguments for kernels."""
+    """A codec of scales and codes. `writing` and `reading` are its arguments for kernels.
+
+    goes_in_rows: on a CPU, too, kernels write and read all messages at once. recalls: there, too, they take a residual as it is stored.
+    """
+
+    goes_in_rows: ClassVar[bool] = False
+    recalls: ClassVar[bool] = False
 
     @abstractmethod
     def writing(self) -> dict[str, Any]:
@@ -29,10 +37,11 @@ class Fused(Compressor):
 
     def takes(self, residual: Residual | Moved, *, contracts: bool) -> bool:
         values = residual.known if isinstance(residual, Moved) else residual.values
-        if not self.pads(values.device) or (contracts and self.needs_fit):
+        if contracts and self.needs_fit:
             return False
-        from commopt.kernels.cuda.pieces import LONGEST
-
+        if not self.pads(values.device):
+            known = self.recalls and isinstance(residual, Residual) and values.device.type == "cpu"
+            return known and (self.block_size or LONGEST + 1) <= LONGEST
         return isinstance(residual, Moved) or not residual.has_scales or (self.block_size or LONGEST + 1) <= LONGEST
 
     def pads(self, device: torch.device) -> bool:
@@ -46,6 +55,10 @@ class Fused(Compressor):
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
+        if x.device.type == "cpu" and self.goes_in_rows:
+            how = self.writing()
+            kernels.of(how.pop("kernel"), x.device).compress_all_(x, residual, payloads, parts, **how)
+            return False
         if not self.pads(x.device):
             return super().compress_payloads_(x, residual, parts, payloads)
         from commopt.kernels.cuda import headers
@@ -67,6 +80,10 @@ class Fused(Compressor):
         add: bool = False,
         also: Tensor | None = None,
     ) -> None:
+        if out.device.type == "cpu" and self.goes_in_rows:
+            how = self.reading()
+            kernels.of(how.pop("kernel"), out.device).decompress_all_(payloads, parts, out, alpha=alpha, add=add, **how)
+            return None
         if not kernels.has_triton(out.device):
             return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add, also=also)
         from commopt.kernels.cuda.pieces import Messages
@@ -77,6 +94,6 @@ class Fused(Compressor):
         return None
 
     def add_up_(self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float) -> None:
-        if not kernels.has_triton(out.device):
+        if not (kernels.has_triton(out.device) or (out.device.type == "cpu" and self.goes_in_rows)):
             return super().add_up_(payloads, blocks, out, alpha=alpha)
         return self.decompress_payloads_(payloads, [blocks] * len(payloads), out, alpha=alpha)

@@ -30,6 +30,8 @@ class BlockScaled(Fused):
     kind: ClassVar[str]
     levels: int
     code_bits = 8  # for each element, from 2 to 8
+    goes_in_rows: ClassVar[bool] = True
+    recalls: ClassVar[bool] = True
     has_l2_norm = False  # the norm is the block's L2 norm, and not its largest magnitude
 
     def layout(self, blocks: Blocks) -> Layout:

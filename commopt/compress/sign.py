@@ -26,6 +26,7 @@ class BlockSign(Fused):
     Payload: (B,) f32 scales, (sum of ceil(n/8),) u8 bits, the first element in the most significant bit.
     """
 
+    goes_in_rows: ClassVar[bool] = True
     keeps_l2: ClassVar[bool] = False
     block_size: BlockSize = 2048
 
@@ -66,6 +67,7 @@ class TensorSign(BlockSign):
     counted in the scale. Not a contraction where rho <= 1/2 (heavy tails, sparse tensors). Payload as `BlockSign`'s.
     """
 
+    goes_in_rows: ClassVar[bool] = False  # a block's scale depends on those of other messages
     shared_scale: ClassVar[bool] = True
 
     def writing(self) -> dict[str, Any]:

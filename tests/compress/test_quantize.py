@@ -16,6 +16,7 @@ from torch import Tensor
 from commopt.compress import quantize
 from commopt.compress.quantize import BlockFloat8, BlockInt, BlockScaled, EvenLevels, Natural, QSGDLevels, Ternary
 from commopt.kernels.cpu import quantize as fast
+from commopt.kernels.cpu.rows import byte_starts
 from commopt.kernels.reference import quantize as plain
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks
@@ -187,7 +188,7 @@ def test_a_blocks_codes_do_not_depend_on_its_neighbours(codec: BlockScaled, leng
     x, residual = draw(blocks, seed)
     together, apart = residual.clone(), residual.clone()
     scales, codes = compress(codec, x, together, blocks)
-    starts = np.append(fast.byte_starts(blocks, codec.code_bits), len(codes))
+    starts = np.append(byte_starts(blocks, codec.code_bits), len(codes))
     for b in reversed(range(len(blocks))):
         scale, own = compress(codec, x, apart, blocks.only(np.asarray([b])))
         assert torch.equal(scale, scales[b : b + 1])

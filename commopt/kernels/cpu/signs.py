@@ -6,15 +6,19 @@ Sum and pack are two functions on one block of at most 2,048 elements: as one lo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from commopt.kernels.cpu.compiled import F32, F64, U8, Places, fast
+from commopt.kernels.cpu.rows import Row
 from commopt.wire.bucket import Blocks, Int64Array
+from commopt.wire.payload import Payload
 
 _SLICE = 2048
+_PUT, _ADD, _SUM = 0, 1, 2  # SUM: add to zero what comes first, and what has the same place to that
 _LARGEST = np.float32(np.finfo(np.float32).max)
 
 
@@ -76,7 +80,7 @@ def _pack_block(x: F32, e: F32, scale: np.float32, bits: U8, positive: U8) -> No
 
 @fast
 def _compress(x: F32, e: F32, own: Places, scales: F32, bits: U8, squared: bool, is_given: bool) -> None:
-    starts, homes, lengths, byte_starts = own
+    starts, homes, lengths, scale_places, byte_starts = own
     positive = np.empty(_SLICE, np.uint8)
     for b in range(lengths.size):
         n = lengths[b]
@@ -86,8 +90,8 @@ def _compress(x: F32, e: F32, own: Places, scales: F32, bits: U8, squared: bool,
             mean = _block_sum(part_x, part_e, squared) / n
             scale = np.float32(math.sqrt(mean) if squared else mean)
             # false for NaN and inf; isfinite may be folded away under reassoc
-            scales[b] = scale if abs(scale) <= _LARGEST else np.float32(np.nan)
-        _pack_block(part_x, part_e, scales[b], part_bits, positive)
+            scales[scale_places[b]] = scale if abs(scale) <= _LARGEST else np.float32(np.nan)
+        _pack_block(part_x, part_e, scales[scale_places[b]], part_bits, positive)
 
 
 @fast
@@ -110,11 +114,14 @@ def _unpack_octets(bits: U8, scale: np.float32, out: F32, table: F32, add: bool)
 
 
 @fast
-def _unpack(bits: U8, scales: F32, own: Places, out: F32, alpha: np.float32, add: bool, table: F32) -> None:
-    starts, lengths, byte_starts = own
+def _unpack(bits: U8, scales: F32, own: Places, out: F32, alpha: np.float32, mode: int, table: F32) -> None:
+    starts, _, lengths, scale_places, byte_starts = own
+    add = mode != _PUT
     for b in range(lengths.size):
-        n, scale = lengths[b], scales[b] * alpha
+        n, scale = lengths[b], scales[scale_places[b]] * alpha
         values = out[starts[b] : starts[b] + n]
+        if mode == _SUM and (b == 0 or starts[b] != starts[b - 1]):
+            values[:] = np.float32(0.0)
         part = bits[byte_starts[b] : byte_starts[b] + (n + 7) // 8]
         _unpack_octets(part, scale, values, table, add)
         for i in range(n // 8 * 8, n):
@@ -138,14 +145,35 @@ def compress_signs_(
     A block's scale is its mean magnitude, or its root mean square if `squared`, and NaN if it is not finite; None: scales are given.
     """
     e, homes = residual_arrays(residual, blocks)
-    own = (blocks.starts, homes, blocks.lengths, blocks.byte_starts)
-    _compress(x.numpy(), e, own, scales.numpy(), bits.numpy(), bool(squared), squared is None)
+    row = Row.alone(scales, bits, blocks, 1, homes)
+    _compress(x.numpy(), e, row.places, row.scales, row.codes, bool(squared), squared is None)
+
+
+def compress_all_(
+    x: Tensor, residual: Tensor | None, payloads: Sequence[Payload], parts: Sequence[Blocks], *, squared: bool
+) -> None:
+    """`compress_signs_` into messages, behind their headers."""
+    row, e = Row.of(payloads, parts, 1), residual
+    if e is None:
+        starts, _, lengths, *places = row.places
+        e = x.new_zeros(int(lengths.sum()))
+        row = row._replace(places=(starts, np.cumsum(lengths) - lengths, lengths, *places))
+    _compress(x.numpy(), e.numpy(), row.places, row.scales, row.codes, squared, False)
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
     """out <- alpha * scale * sign, or out <- out + alpha * scale * sign, at the blocks' starts."""
-    own = (blocks.starts, blocks.lengths, blocks.byte_starts)
-    _unpack(bits.numpy(), scales.numpy(), own, out.numpy(), np.float32(alpha), add, _SIGN_OF_BIT)
+    row, mode = Row.alone(scales, bits, blocks, 1), _ADD if add else _PUT
+    _unpack(row.codes, row.scales, row.places, out.numpy(), np.float32(alpha), mode, _SIGN_OF_BIT)
+
+
+def decompress_all_(
+    payloads: Sequence[Payload], parts: Sequence[Blocks], out: Tensor, *, alpha: float, add: bool
+) -> None:
+    """`unpack_signs_` of messages behind headers, one after the other; those of the same blocks are added up, from zero unless `add`."""
+    row, is_sum = Row.of(payloads, parts, 1), len(parts) > 1 and all(blocks is parts[0] for blocks in parts)
+    mode = _ADD if add else _SUM if is_sum else _PUT
+    _unpack(row.codes, row.scales, row.places, out.numpy(), np.float32(alpha), mode, _SIGN_OF_BIT)
 
 
 def residual_arrays(residual: Tensor | None, blocks: Blocks) -> tuple[F32, Int64Array]:
