@@ -10,9 +10,10 @@ import torch
 from commopt import kernels
 from commopt.compress.feedback import NOTHING_KEPT, Kept, first_of
 from commopt.compress.sparse import RandomK
+from commopt.exchange.base import is_finite
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
-from commopt.kernels.reference.runs import bad_runs, element_indices, first_bad, places_in, run_of_element
+from commopt.kernels.reference.runs import first_bad, places_in
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Share, Whole
 from commopt.wire.bucket import Blocks, Bucket
@@ -62,29 +63,34 @@ class RandomKMean(GradientMethod, Compressed):
         blocks, device = self.keyed(blocks, self.choice), self.device
         if kernels.has_triton(device):
             return self._exchange_there(bucket, blocks, group)
-        elements = element_indices(blocks.starts, blocks.lengths, device)
-        homes = element_indices(blocks.homes, blocks.lengths, device)
-        c = bucket.flat[elements]
-        block, bad = run_of_element(blocks.lengths, device), bad_runs(c, blocks.lengths)
-        if self.kept.bits:
-            c += self.worker.residual[homes]
+        ends, ks, flat = np.cumsum(blocks.lengths), self.choice.ks(blocks), bucket.flat
         within, drawn_from = self.choice.places(blocks)
-        ends, ks = np.cumsum(blocks.lengths), self.choice.ks(blocks)
-        chosen = places_in(ends - blocks.lengths, ks, torch.from_numpy(within).to(device))
+        chosen = torch.from_numpy(within + np.repeat(ends - blocks.lengths, ks)).to(device)  # in c
+        c, bad = torch.empty(blocks.elements, device=device, dtype=torch.float32), []
+        pairs = [
+            (slice(s, s + n), slice(h, h + n))
+            for s, h, n in zip(*(x.tolist() for x in (blocks.starts, blocks.homes, blocks.lengths)), strict=True)
+        ]
+        for (start, home), own in zip(pairs, torch.split(c, blocks.lengths.tolist()), strict=True):
+            bad.append(not is_finite(flat[start]))
+            torch.add(flat[start], self.worker.residual[home], out=own) if self.kept.bits else own.copy_(flat[start])
         scale = 1.0 if self.kept.bits else torch.from_numpy(drawn_from).to(device)
         sent = (c[chosen] * scale / group.size).to(torch.float16 if self.choice.value_bits == 16 else torch.float32)
-        summed = torch.cat([sent, bad.to(sent.dtype)])  # so that ranks learn of a NaN that was not drawn
+        # so that ranks learn of a NaN that was not drawn
+        summed = torch.cat([sent, torch.tensor(bad, dtype=sent.dtype, device=device)])
         if len(summed):
             group.all_reduce(summed)
-        mean, bad = summed[: len(sent)], summed[len(sent) :]
-        bad[block[chosen[~mean.isfinite()]]] = 1  # beyond what half precision holds
-        if self.is_void(bucket, first_bad(bad.ne(0), blocks), group):
+        mean, others = summed[: len(sent)], summed[len(sent) :]
+        others[torch.from_numpy(np.repeat(np.arange(len(ks)), ks))[~mean.isfinite().cpu()]] = 1  # beyond half precision
+        if self.is_void(bucket, first_bad(others.ne(0), blocks), group):
             return None
-        bucket.flat[elements] = 0
-        bucket.flat[elements[chosen]] = mean.float()
+        for start, _ in pairs:
+            flat[start] = 0
+        flat[places_in(blocks.starts, ks, torch.from_numpy(within).to(device))] = mean.float()
         if self.kept.bits:
             c[chosen] -= sent.float() * group.size
-            self.worker.residual[homes] = c
+            for (_, home), own in zip(pairs, torch.split(c, blocks.lengths.tolist()), strict=True):
+                self.worker.residual[home] = own
         return None
 
     def _exchange_there(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
