@@ -99,7 +99,8 @@ class ErrorFeedback:
             return self._encode(x, given, parts, received, room, tell)
         if not self.compressor.takes(self._stored, contracts=self.kept.contracts):
             return self._encode_apart(x, parts, received, room, tell)
-        self._stored = self._stored.copying(parts)
+        copies = self.compressor.pads(x.device)  # kernels then write the copy, too
+        self._stored = self._stored.copying(parts) if copies else self._stored.copied(parts)
         return self._encode(x, self._stored, parts, received, room)
 
     def undo(self, x: Tensor, payloads: Sequence[Payload], parts: Sequence[Blocks]) -> None:

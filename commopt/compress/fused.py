@@ -44,6 +44,9 @@ class Fused(Compressor):
             return known and (self.block_size or LONGEST + 1) <= LONGEST
         return isinstance(residual, Moved) or not residual.has_scales or (self.block_size or LONGEST + 1) <= LONGEST
 
+    def _rows(self, device: torch.device) -> bool:
+        return self.goes_in_rows and device.type == "cpu" and not kernels.has_triton(device)
+
     def pads(self, device: torch.device) -> bool:
         return kernels.has_triton(device)
 
@@ -55,7 +58,7 @@ class Fused(Compressor):
         payloads: Sequence[Payload],
         received: Sequence[Payload] = (),
     ) -> bool:
-        if x.device.type == "cpu" and self.goes_in_rows:
+        if self._rows(x.device):
             how = self.writing()
             kernels.of(how.pop("kernel"), x.device).compress_all_(x, residual, payloads, parts, **how)
             return False
@@ -80,7 +83,7 @@ class Fused(Compressor):
         add: bool = False,
         also: Tensor | None = None,
     ) -> None:
-        if out.device.type == "cpu" and self.goes_in_rows:
+        if self._rows(out.device):
             how = self.reading()
             kernels.of(how.pop("kernel"), out.device).decompress_all_(payloads, parts, out, alpha=alpha, add=add, **how)
             return None
@@ -94,6 +97,6 @@ class Fused(Compressor):
         return None
 
     def add_up_(self, payloads: Sequence[Payload], blocks: Blocks, out: Tensor, *, alpha: float) -> None:
-        if not (kernels.has_triton(out.device) or (out.device.type == "cpu" and self.goes_in_rows)):
+        if not (kernels.has_triton(out.device) or self._rows(out.device)):
             return super().add_up_(payloads, blocks, out, alpha=alpha)
         return self.decompress_payloads_(payloads, [blocks] * len(payloads), out, alpha=alpha)

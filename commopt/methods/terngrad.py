@@ -18,7 +18,7 @@ from commopt.errors import AttachError
 from commopt.exchange.base import first_bad
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
-from commopt.kernels.reference.runs import put_, run_of_element
+from commopt.kernels.reference.runs import spread_
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Names, Number, Wanted, Whole
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, Parts, once_per_layout
@@ -129,8 +129,7 @@ class TernGrad(GradientMethod, Compressed):
         pack_codes_(total, bits, answer.tensors[0])
         for blocks, payload in zip(parts.by_owner, group.all_gather(answer, layouts), strict=True):
             sums = unpack_codes(payload.tensors[0], bits, blocks.elements)
-            per_element = self._of(scales, blocks)[run_of_element(blocks.lengths, self.device)]
-            put_(sums * (per_element / group.size), blocks, bucket.flat, add=False)
+            spread_(sums, self._of(scales, blocks) / group.size, blocks, bucket.flat)
         return
 
     def _exchange_in_passes(self, bucket: Bucket, group: Group) -> None:
@@ -231,7 +230,7 @@ class TernGrad(GradientMethod, Compressed):
             if self.options.clip and g.numel() > 1:
                 bound = self.options.clip * g.std(correction=0)
                 g.clamp_(-bound, bound)
-            own[self.index.position[name]] = g.abs().max() if g.numel() else 0.0
+            own[self.index.position[name]] = torch.stack(torch.aminmax(g)).abs().max() if g.numel() else 0.0
         of_bucket = [self.index.position[name] for name, _ in self.compressed_views(bucket)]
         every = group.all_gather(Payload.of(own[of_bucket]))
         own[of_bucket] = torch.stack([payload.tensors[0] for payload in every]).amax(0)

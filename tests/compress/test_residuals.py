@@ -143,8 +143,9 @@ def test_every_residual_is_the_equations_to_the_precision_of_its_storage(
     [{"bits": 32, "decay": 0.8}, {"bits": 32, "average": 0.8}, {"bits": 16}, {"bits": 8}, {"bits": 8, "average": 0.8}],
 )
 @pytest.mark.parametrize("bad", [False, True])
-def test_undo_is_exact_where_the_residual_is_not_plain(options: dict[str, Any], bad: bool) -> None:
-    feedback, parts = feedback_for(BlockSign(64), **options)
+@pytest.mark.parametrize("codec", [BlockSign(64), BlockInt(bits=4)], ids=repr)
+def test_undo_is_exact_where_the_residual_is_not_plain(codec: Compressor, options: dict[str, Any], bad: bool) -> None:
+    feedback, parts = feedback_for(codec, **options)
     for step in range(3):
         feedback.compress(normal(TOTAL, step), keyed(parts, step))
     kept = (feedback.residual, feedback.scales)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from commopt.wire.bucket import Blocks, ParameterIndex
 
+_AT_ONCE = 1 << 16  # elements, so that what is between stays in the cache
+
 
 class Root(NamedTuple):
     """What momentum is divided by: sqrt(v) / lacking + eps, or `least` times |m| where that is more."""
@@ -70,18 +72,33 @@ def move_(
 ) -> None:
     """Step all of these parameters, by name, alike: `Move`; computed in float32 and rounded once. mean: u."""
     for name, p in parameters.items():
-        m, v = index.view(momentum, name).view(p.shape), index.view(variance, name).view(p.shape)
-        if mean is not None:
-            index.view(mean, name).lerp_(m.view(-1), how.weight)  # u <- u + weight (m - u)
-        if how.rounds and how.kept != 1.0:
-            p.mul_(how.kept)
-        x = p.float()  # p itself if it is float32
-        if start is not None:
-            x.copy_(index.view(start, name).view(p.shape))
-        if not how.rounds and how.kept != 1.0:
-            x.mul_(how.kept)
-        _, root = roots(m, v, how.root)
-        p.copy_(x.addcdiv_(m, root, value=-how.rate))  # x <- kept start - rate m / root
+        whole = p.reshape(-1)  # a copy if it is not contiguous
+        for at in range(0, whole.numel(), _AT_ONCE):
+            piece = slice(at, at + _AT_ONCE)
+            m, v, begin, u = (
+                None if x is None else index.view(x, name)[piece] for x in (momentum, variance, start, mean)
+            )
+            assert m is not None
+            assert v is not None
+            _move_piece(whole[piece], m, v, begin, u, how)
+        if not p.is_contiguous():
+            p.copy_(whole.view(p.shape))
+
+
+def _move_piece(p: Tensor, m: Tensor, v: Tensor, start: Tensor | None, mean: Tensor | None, how: Move) -> None:
+    if mean is not None:
+        mean.lerp_(m, how.weight)  # u <- u + weight (m - u)
+    if how.rounds and how.kept != 1.0:
+        p.mul_(how.kept)
+    x = p.float()  # p itself if it is float32
+    if start is not None:
+        x.copy_(start)
+    if not how.rounds and how.kept != 1.0:
+        x.mul_(how.kept)
+    _, root = roots(m, v, how.root)
+    x.addcdiv_(m, root, value=-how.rate)  # x <- kept start - rate m / root
+    if x is not p:
+        p.copy_(x)
 
 
 def roots(m: Tensor, v: Tensor, how: Root) -> tuple[Tensor, Tensor]:
@@ -90,4 +107,4 @@ def roots(m: Tensor, v: Tensor, how: Root) -> tuple[Tensor, Tensor]:
     if how.lacking != 1.0:
         root /= how.lacking
     root += how.eps
-    return root, torch.maximum(root, m.abs() * how.least) if how.least else root
+    return root, torch.maximum(root, m.abs().mul_(how.least)) if how.least else root
