@@ -13,7 +13,7 @@ from torch import Tensor
 
 from commopt.wire.bucket import Blocks, ParameterIndex
 
-_AT_ONCE = 1 << 16  # elements, so that what is between stays in the cache
+_AT_ONCE = 1 << 17  # elements, so that what is between stays in the cache
 
 
 class Root(NamedTuple):
