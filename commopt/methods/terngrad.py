@@ -18,7 +18,6 @@ from commopt.errors import AttachError
 from commopt.exchange.base import first_bad
 from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
-from commopt.kernels.reference.runs import spread_
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Names, Number, Wanted, Whole
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, Parts, once_per_layout
@@ -129,7 +128,7 @@ class TernGrad(GradientMethod, Compressed):
         pack_codes_(total, bits, answer.tensors[0])
         for blocks, payload in zip(parts.by_owner, group.all_gather(answer, layouts), strict=True):
             sums = unpack_codes(payload.tensors[0], bits, blocks.elements)
-            spread_(sums, self._of(scales, blocks) / group.size, blocks, bucket.flat)
+            kernel.spread_(sums, self._of(scales, blocks) / group.size, blocks, bucket.flat)
         return
 
     def _exchange_in_passes(self, bucket: Bucket, group: Group) -> None:

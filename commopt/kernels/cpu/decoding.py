@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from commopt.kernels.cpu.compiled import F32, I8, U8, Places, exact
-from commopt.wire.bucket import UInt64Array
+from commopt.wire.bucket import Int64Array, UInt64Array
 
 _SLICE = 2048
 PUT, ADD, SUM = 0, 1, 2  # SUM: add to zero what comes first, and what has the same place to that
@@ -90,3 +90,13 @@ def decompress(
             else:
                 _unpack_words(source, first, n, bits, packed, words)
             _put(codes, np.uint64(0), n, scale, table, add, out, start)
+
+
+@exact
+def spread(values: F32, factors: F32, starts: Int64Array, lengths: Int64Array, out: F32) -> None:
+    at = np.uint64(0)
+    for b in range(lengths.size):
+        start, factor = np.uint64(starts[b]), factors[b]
+        for i in range(lengths[b]):
+            out[start + np.uint64(i)] = values[at + np.uint64(i)] * factor
+        at += np.uint64(lengths[b])

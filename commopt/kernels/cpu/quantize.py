@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from commopt.kernels.cpu.compiled import F32
-from commopt.kernels.cpu.decoding import ADD, PUT, SUM, decompress
+from commopt.kernels.cpu.decoding import ADD, PUT, SUM, decompress, spread
 from commopt.kernels.cpu.encoding import FLOAT8, LEVELS, NATURAL, Stored, compress
 from commopt.kernels.cpu.rows import Row
 from commopt.kernels.reference.quantize import float8_values, natural_values
@@ -102,3 +102,8 @@ def decompress_all_(
 
 def _read(row: Row, out: Tensor, kind: str, bits: int, alpha: float, mode: int) -> None:
     decompress(row.codes, row.scales, row.places, bits, _TABLES[kind], np.float32(alpha), mode, out.numpy())
+
+
+def spread_(values: Tensor, factors: Tensor, blocks: Blocks, out: Tensor) -> None:
+    """out <- factor value at the blocks' starts; values: (elements,) end to end, factors: (B,)."""
+    spread(values.numpy(), factors.numpy(), blocks.starts, blocks.lengths, out.numpy())

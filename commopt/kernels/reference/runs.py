@@ -39,13 +39,6 @@ def put_(values: Tensor, blocks: Blocks, out: Tensor, add: bool) -> None:
     out[places] = out[places] + values if add else values
 
 
-def spread_(values: Tensor, factors: Tensor, blocks: Blocks, out: Tensor) -> None:
-    """out <- factor value at the blocks' starts; values: (elements,) end to end, factors: (B,)."""
-    runs = zip(blocks.starts.tolist(), blocks.lengths.tolist(), factors.tolist(), strict=True)
-    for part, (start, n, factor) in zip(torch.split(values, blocks.lengths.tolist()), runs, strict=True):
-        torch.mul(part, factor, out=out[start : start + n])
-
-
 def keep_rest_(residual: Tensor, left: Tensor, good: Tensor, blocks: Blocks) -> None:
     """residual <- left in the good blocks; left: (elements,) f32, good: (B,) bool."""
     is_good = good.repeat_interleave(torch.from_numpy(blocks.lengths).to(good.device))
