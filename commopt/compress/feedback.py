@@ -224,8 +224,8 @@ def try_out(compressor: Compressor, kept: Kept, device: torch.device) -> None:
     """Compress and read two tiny parameters, so that the kernels are there before a step waits for them."""
     if kernels.has_triton(device):
         return
-    bucket = Bucket.of([(name, torch.ones(8, dtype=torch.float32, device=device)) for name in ("a", "b")])
-    table = compressor.table(ParameterIndex(bucket.names, (8, 8)), 2)
+    bucket = Bucket.of([(name, torch.ones(64, dtype=torch.float32, device=device)) for name in ("a", "b")])
+    table = compressor.table(ParameterIndex(bucket.names, (64, 64)), 2)
     parts = [own.having(keys=own.drawn(0, "try", 0, np.zeros(2, np.int64))) for own in table.parts(bucket).by_owner]
     sent = ErrorFeedback(compressor, kept, table.everything, device).compress(bucket.flat, parts)
     compressor.decompress_payloads_(sent, parts, bucket.flat)

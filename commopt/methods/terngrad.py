@@ -20,7 +20,7 @@ from commopt.exchange.compressed import Compressed
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Flag, Names, Number, Wanted, Whole
-from commopt.wire.bucket import Blocks, Bucket, Int64Array, Parts, once_per_layout
+from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex, Parts, once_per_layout
 from commopt.wire.payload import Payload, in_a_row, row_of
 
 if TYPE_CHECKING:
@@ -90,6 +90,10 @@ class TernGrad(GradientMethod, Compressed):
         for name in set(self.options.dense) - {name for name, _ in named_parameters}:
             raise AttachError(f"dense: the model has no trainable parameter {name!r}")
         super().lay_out(named_parameters, group)
+        if not kernels.has_triton(self.device):  # a kernel that its codec has no use for
+            blocks = self.compressor.table(ParameterIndex(("a",), (8,)), 1).everything
+            x, one = (torch.ones(n, device=self.device, dtype=torch.float32) for n in (8, len(blocks)))
+            kernels.of("quantize", self.device).spread_(x, one, blocks, x.clone())
 
     def pieces(self, numel: int, ranks: int) -> Sequence[int]:
         return [numel]  # which has one scale

@@ -40,7 +40,9 @@ def noted() -> Iterator[dict[Call, None]]:
 
         return call
 
-    places = [(vars(sys.modules[kernel.__module__]), kernel.__name__, kernel) for kernel in KERNELS]
+    modules = [vars(module) for name, module in sys.modules.items() if name.startswith(__package__ + ".")]
+    known = {id(kernel) for kernel in KERNELS}
+    places = [(names, name, x) for names in modules for name, x in names.items() if id(x) in known]
     for names, name, kernel in places:
         names[name] = plain(kernel)
     try:
