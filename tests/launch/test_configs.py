@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,14 @@ def test_a_cluster_can_be_loaded(path: Path) -> None:
 def test_a_run_can_be_loaded_and_its_methods_made(path: Path) -> None:
     run = load_run(path)
     check_methods(run, chosen_methods(run, []))
+    program = run.program.read_text()
+    assert [word for word in run.argument_words() if word.startswith("--") and not _is_taken(word[2:], program)] == []
     assert len(path.read_text().splitlines()) < 30
+
+
+def _is_taken(name: str, program: str) -> bool:
+    """Whether launch/train.py has this argument: named alone, or in its table of sizes."""
+    return f'"--{name}"' in program or re.search(rf'"{re.escape(name)}": \d', program) is not None
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
