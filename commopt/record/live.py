@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RECENT_STEPS = 10  # the step time, the wait and the time left are those of the last steps
 LINES_PER_RUN, LINE_EVERY_S = 10, 10.0  # if stdout is not a terminal
-QUIET_S = 2.5  # the longest time without a line there; in long runs a twentieth of what they have taken
+QUIET_S = 2.5  # the longest time without a line there; after five minutes a 120th of what a run has taken
 ALWAYS = ("method", "steps", "loss", "ms/step", "waiting")
 COLUMNS = (*ALWAYS, "sent/step", "spread", "missed", "left")
 SILENT_S = 10.0  # with outer rounds, a rank this far behind the newest step is left out of loss, step time and wait
@@ -195,7 +195,7 @@ class Live:
         if planned is not None and self._lines < due < (LINES_PER_RUN if planned else due + 1):
             self._lines = due
             self.say(f"{done}, {follower}")
-        elif took_s > self._told_s - self._began_s + max(QUIET_S, took_s / 20):
+        elif took_s > self._told_s - self._began_s + max(QUIET_S, took_s / 120):
             self.say(f"{done if steps else 'starting'}, {took_s:.0f} s")
 
     def end(self, failure: str | None = None) -> None:
