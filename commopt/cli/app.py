@@ -21,6 +21,7 @@ import typer
 from typing_extensions import Buffer
 
 import commopt
+from commopt.choice import is_file
 from commopt.cli.usage import Command, Group
 from commopt.cluster.machine import Emulate
 from commopt.errors import CommoptError, ConfigError, LaunchError
@@ -237,11 +238,11 @@ def emulated(spec: ClusterSpec, emulate: Emulate | None, node: str | None, *, pr
 
 def check_program(program: str) -> None:
     """Raise ConfigError if there is no program of that name."""
-    is_python, is_file = program.endswith(".py"), Path(program).is_file()
-    if is_python and not is_file:
+    is_python, exists = program.endswith(".py"), Path(program).is_file()
+    if is_python and not exists:
         raise ConfigError(f"{program}: there is no such file")
     if not is_python and shutil.which(program) is None:
-        raise ConfigError(f"{program}: {'it is not executable' if is_file else 'there is no such program'}")
+        raise ConfigError(f"{program}: {'it is not executable' if exists else 'there is no such program'}")
 
 
 def print_commands(
@@ -338,10 +339,10 @@ def compare(
     Cluster, seed and order of the data are the same for all. The report is a page with pictures; open OUT/report.html.
     """
     names = [name.strip() for name in re.split(r",(?![^(]*\))", methods)] if methods is not None else []
-    if steps is None and what.suffix == ".py":
-        steps = COMPARED_STEPS
-        note(f"each run ends after {steps} steps; --steps changes that")
     spec = _run_spec(what, cluster, ["--methods", *names], steps, arguments or [])
+    if steps is None and not is_file(str(what)):
+        spec = spec.model_copy(update={"steps": COMPARED_STEPS})
+        note(f"each run ends after {COMPARED_STEPS} steps; --steps changes that")
     _train_and_report(spec, names, emulate, node, out, json_file, tensorboard, print_only)
 
 
@@ -352,7 +353,7 @@ def _run_spec(
     from commopt.cluster.spec import load_run, run_of_program
 
     option, *names = methods
-    if what.suffix not in (".yaml", ".yml"):
+    if not is_file(str(what)):
         check_program(str(what))
         if cluster is None:
             raise ConfigError(f"{what}: --cluster is missing; write a cluster's file, as in --cluster two-nodes.yaml")

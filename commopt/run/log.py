@@ -43,9 +43,7 @@ class RunLog:
         self._values: _Values = {}  # what was logged before its step
         self._logs_first: bool | None = None  # whether the script logs before it steps
         self._is_aside = False  # in steps that belong to no training
-        self._timed: list[float] | None = (
-            None  # seconds of steps without communication, after the last one that is wanted
-        )
+        self._timed: list[float] | None = None  # seconds of steps without communication, after the last that is wanted
         self._silence = ExitStack()
 
     def plan(self, steps: int) -> None:
@@ -76,7 +74,7 @@ class RunLog:
             loss, tokens = _number(values["validation_loss"]), int(values.get("tokens", 0))
             recorder.validation(step=run.steps, loss=loss, tokens=tokens)
             return
-        if not recorder.is_recording:
+        if not Recorder.is_wanted():
             self._note_step()
             self._write(values)
             return
@@ -95,10 +93,9 @@ class RunLog:
         if self._timed is not None:
             self._time(self._timed)
             return
-        recorder = self._recorder or self._start(time.monotonic() - self._mark[0])
-        if not recorder.is_recording:
-            return
-        self._write()
+        if self._recorder is None:
+            self._start(time.monotonic() - self._mark[0])
+        self._write()  # nothing if the disk is full; the rest is done with the other ranks
         self._note_step()
         if self._values:
             self._write(self._values)

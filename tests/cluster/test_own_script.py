@@ -84,6 +84,7 @@ def test_a_script_under_fsdp2_is_compared(script: Path) -> None:
             "unknown method 'dnse'; did you mean 'dense'?",
         ),
         (["run.yaml", "--cluster", "cluster.yaml"], "--cluster cluster.yaml: has no effect on run.yaml"),
+        (["run.json", "--cluster", "cluster.yaml"], "--cluster cluster.yaml: has no effect on run.json"),
         (["run.yaml", "--", "--lr", "1"], "-- --lr 1: has no effect on run.yaml"),
     ],
 )

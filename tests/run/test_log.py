@@ -82,6 +82,18 @@ def test_a_script_with_a_loop_of_its_own_ends_after_the_steps_that_are_wanted(
     assert run.steps == (6 if preset.name == "noloco" else 14)  # those without communication follow
 
 
+def test_a_rank_whose_disk_is_full_ends_with_the_others(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this machine")
+    (record / "rank0.jsonl").symlink_to("/dev/full")
+    monkeypatch.setenv("COMMOPT_STEPS", "4")
+    model = make_model()
+    run = PRESETS[0].attach(model)
+    with pytest.raises(SystemExit):
+        train(run, model, 1000)
+    assert run.steps == 12
+
+
 def test_a_script_that_ends_by_itself_before_that_is_told_of(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMOPT_STEPS", "60")
     model = make_model()
