@@ -19,7 +19,7 @@ def test_every_problem_comes_with_something_to_do(tmp_path: Path) -> None:
     assert len(names) == len(set(names))
     assert {"python", "torch", "gloo", "unshare", "ip", "namespaces", "numba"} <= set(names)
     lines = table.splitlines()
-    assert len(lines) == 1 + len(checks)  # this is no terminal: nothing is wrapped
+    assert len(lines) == 1 + len(checks)  # the output is not a terminal, so nothing is wrapped
     for line, check in zip(lines[1:], checks, strict=True):
         assert re.split(r" {2,}", line.strip()) == [text for text in check.values() if text]
     assert all(check["cure"] for check in checks if check["state"] != "ok")
