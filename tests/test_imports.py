@@ -22,7 +22,20 @@ PACKAGE = Path(commopt.__file__).parent
 ROOMS = (
     *("errors", "secret", "options", "reading", "choice"),
     *("wire", "kernels", "compress", "plan", "groups", "exchange", "method"),
-    *("optim", "gossip", "methods", "record", "run", "frameworks", "deepspeed", "testing", "cluster", "report", "cli"),
+    *(
+        "optim",
+        "gossip",
+        "methods",
+        "record",
+        "run",
+        "frameworks",
+        "deepspeed",
+        "testing",
+        "cluster",
+        "report",
+        "advise",
+        "cli",
+    ),
 )
 MAY_USE_TORCH_DISTRIBUTED = ("groups/torch.py", "run/", "frameworks/", "cluster/doctor.py")  # doctor tries it out
 

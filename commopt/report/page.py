@@ -14,6 +14,7 @@ from commopt.report import drawing, plots, table
 from commopt.report.document import Cluster, Node, NodeBytes, Results, RunResult
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
 SHOWN_NODES = 8  # boxes in the drawing of a site, and rows of a run's byte counts
@@ -47,7 +48,7 @@ def write_report(results: Results, out_dir: Path) -> list[Path]:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             path = out_dir / name
-            _write_whole(path, content)
+            write_whole(path, content)
         for path in (out_dir / f"{name}.png" for name in PICTURES if name not in drawn):
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -92,16 +93,10 @@ def draw(results: Results) -> dict[str, Figure]:
 
 def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
     """The HTML page: the pictures are inline, and there is no script. drawn: the pictures, if they exist already."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     called = (headline, table.event_texts, table.fault_row, checked_nodes, options_text, link_text, sites)
     labels = {name: (picture.__doc__ or name).splitlines()[0] for name, picture in PICTURES.items()}
     inline = {name: drawing.svg(figure, labels[name]) for name, figure in (drawn or draw(results)).items()}
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         {function.__name__: function for function in called},
         results=results,
         columns=table.COLUMNS,
@@ -115,6 +110,17 @@ def page(results: Results, drawn: Mapping[str, Figure] | None = None) -> str:
         run_colours=drawing.run_colours(results),
         mode=MODES.get(results.cluster.emulation, results.cluster.emulation),
     )
+
+
+def template(name: str) -> Template:
+    """A page's template, beside this file."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)
 
 
 def headline(results: Results) -> str:
@@ -165,7 +171,7 @@ def link_text(node: Node) -> str:
     return ", ".join([node.rate or "unlimited", *(text.format(value) for text, value in extras.items() if value)])
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a temporary file beside it and rename that, so that a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -1,0 +1,164 @@
+"""Finds out what a method sends, by letting it exchange with pretended ranks: its `Profile`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import commopt
+from commopt.errors import AttachError
+from commopt.groups import SimGroup, SimWorld
+from commopt.groups.echo import Echo
+from commopt.method import EveryStep, Method
+from commopt.methods import build
+from commopt.optim import make_optimizer
+from commopt.optim.update import UpdateMethod
+from commopt.plan.profile import Phase, Profile
+from commopt.wire.bucket import Bucket
+
+SIDE, MATRICES = 1024, 2
+LEAST = 1e-4  # bytes per parameter that count; a header is less
+RANKS = (2, 4, 8, 32)  # among which contributions are measured, to see how they depend on N
+# what lets a method reach its steady phase at once, and send in every step
+STEADY: Mapping[str, Mapping[str, Any]] = {
+    "onebit_adam": {"freeze_step": 1},
+    "onebit_lamb": {"freeze_step": 1},
+    "zero_one_adam": {"var_freeze_step": 1, "local_step_scaler": 1, "local_step_clipper": 1},
+}
+FITTING = ("adamw", "adam", "lamb", "lion", "sgd")  # the first one that a method stands in for, or goes with
+
+
+def profile_of(method: Method, name: str | None = None) -> Profile:
+    """What the planner has to know of a method with its options; costs and losses, which are measured elsewhere, are left out.
+
+    name: how it is called in tables; the method's own by default. Attaches the method to a model of 2 M parameters.
+    """
+    optimizer = fitting_optimizer(method)
+    profile: dict[str, Any] = {
+        "name": name or method.name,
+        "kind": method.kind,
+        "options": dict(method.given) or None,
+        "overlaps": not getattr(method, "merges_buckets", False),
+        "warmup_steps": method.warmup_steps,
+        "optimizer": optimizer,
+    }
+    if not isinstance(method, EveryStep):
+        outer: Any = method
+        profile |= {"every": outer.every, "fragments": outer.fragments, "delay": outer.delay}
+        profile["phases"], profile["host_bytes"] = _outer_phases(outer), _outer_state(method)
+        return Profile(**profile)
+    if getattr(method.options, "var_freeze_step", None) is not None:
+        profile["every"] = method.options.local_step_clipper  # what the intervals of its local steps grow to
+    profile["phases"] = _phases(method, steady_options(method))
+    profile["state_bytes"] = _state_bytes(method, optimizer)
+    return Profile(**profile)
+
+
+def steady_options(method: Method) -> dict[str, Any]:
+    """The method's options, changed so that it is in its steady phase from the second step on."""
+    given = {**method.given, **STEADY.get(method.name, {})}
+    return {**given, "warmup_steps": 0, "warmup_epochs": 0, "steps_per_epoch": 0} if method.name == "dgc" else given
+
+
+def fitting_optimizer(method: Method) -> str:
+    """The name of an optimizer that the method can stand in for, or goes with."""
+    for name in FITTING:
+        optimizer = make_optimizer({"name": name, "lr": 1e-3}, [nn.Parameter(torch.zeros(1, dtype=torch.float32))])
+        if method.stands_for and type(optimizer).__name__ not in method.stands_for:
+            continue
+        try:
+            method.check_optimizer(optimizer)
+        except AttachError:
+            continue
+        return name
+    raise ValueError(f"{method.name} goes with none of {', '.join(FITTING)}")
+
+
+def _phases(method: EveryStep, options: Mapping[str, Any]) -> tuple[Phase, ...]:
+    """The calls of one exchange, each fitted to what a rank contributes to it among RANKS."""
+    every = [_calls(type(method)(**options), ranks) for ranks in RANKS]
+    basis = np.array([[1.0, 1 / ranks, ranks.bit_length() / ranks] for ranks in RANKS])
+    found = []
+    for calls in zip(*every, strict=True):
+        values = np.array([nbytes for _, nbytes in calls]) / (MATRICES * SIDE * SIDE)
+        for columns in ((0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)):  # the simplest that explains them
+            solved, *_ = np.linalg.lstsq(basis[:, columns], values, rcond=None)
+            if np.allclose(basis[:, columns] @ solved, values, rtol=2e-3, atol=LEAST):
+                break
+        terms = dict(zip(columns, solved.tolist(), strict=True))
+        found.append(Phase(calls[0][0], *(_rounded(terms.get(k, 0.0)) for k in range(3))))
+    return tuple(found)
+
+
+def _calls(method: Method, ranks: int) -> list[tuple[str, int]]:
+    """The calls of one steady exchange of one bucket, and the bytes that a rank contributes to each."""
+    model, group = nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES))), Echo(ranks)
+    optimizer = make_optimizer({"name": fitting_optimizer(method), "lr": 1e-6}, model.parameters())
+    run: Any = commopt.attach(model, method, optimizer, group=group)
+    x = torch.randn(MATRICES * SIDE * SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    bucket = Bucket.of([(name, torch.zeros(p.numel(), dtype=torch.float32)) for name, p in model.named_parameters()])
+    for (_, view), p in zip(bucket.views(), model.parameters(), strict=True):
+        p.grad = view.view_as(p)
+    for _ in range(3):
+        bucket.flat.copy_(x)
+        group.calls.clear()
+        run.exchange([bucket])
+        calls = list(group.calls)
+        run.optimizer.step()
+    run.close()
+    return calls
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.4g}") if abs(x) > LEAST else 0.0
+
+
+def _outer_phases(method: Any) -> tuple[Phase, ...]:
+    """One round of an outer method, from its own formula: a mean over all in two phases, or messages to partners."""
+    from commopt.methods.diloco import DiLoCo
+
+    few, many = (method.bytes_per_parameter(n) * method.every for n in (2, 32))
+    if not isinstance(method, DiLoCo):
+        return (Phase("send", _rounded(many)),)
+    is_dense = method.message.compressor is None
+    if is_dense:
+        return (Phase("all_reduce", _rounded(many / (2 * 31 / 32))),)
+    if abs(many / few - 31) < 1:  # a gather
+        return (Phase("all_gather", _rounded(few)),)
+    return Phase("all_to_all", _rounded(few)), Phase("all_gather", over_ranks=_rounded(few))
+
+
+def _named() -> dict[str, nn.Parameter]:
+    return {f"x{k}": nn.Parameter(torch.zeros(SIDE, SIDE, dtype=torch.float32)) for k in range(8)}
+
+
+def _state_bytes(method: EveryStep, optimizer: str, ranks: int = 4) -> float:
+    """Bytes per parameter that the method keeps on a rank beyond the optimizer that it is compared with."""
+    named = _named()
+    fresh = build(method.name, **method.given)
+    steps = make_optimizer({"name": optimizer, "lr": 1e-3}, named.values())
+    for p in named.values():
+        p.grad = torch.zeros_like(p)
+    steps.step()
+    state = (x for own in steps.state.values() for x in own.values() if isinstance(x, torch.Tensor) and x.dim())
+    numel, own = sum(p.numel() for p in named.values()), sum(x.nbytes for x in state)
+    if not isinstance(fresh, EveryStep):
+        return 0.0
+    if isinstance(fresh, UpdateMethod):  # its state takes the place of the optimizer's
+        fresh.follow(steps, named)
+    else:
+        own = 0
+    fresh.bind([*named.items()], Echo(ranks))
+    return round((fresh.state_bytes() - own) / numel, 3)
+
+
+def _outer_state(method: Method) -> float:
+    named: Any = _named()
+    fresh: Any = build(method.name, **method.given)
+    fresh.bind([*named.items()], SimGroup(SimWorld[None](4), 0).peers)
+    numel: int = sum(p.numel() for p in named.values())
+    return round(fresh.state_bytes() / numel, 3)
