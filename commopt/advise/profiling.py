@@ -161,4 +161,5 @@ def _outer_state(method: Method) -> float:
     fresh: Any = build(method.name, **method.given)
     fresh.bind([*named.items()], SimGroup(SimWorld[None](4), 0).peers)
     numel: int = sum(p.numel() for p in named.values())
-    return round(fresh.state_bytes() / numel, 3)
+    kept: int = fresh.state_bytes()
+    return round(kept / numel, 3)
