@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
@@ -24,12 +23,12 @@ from outer_cells import found_in as outer_found_in
 from outer_results import Results
 from store import RESULTS, Store
 
+from commopt.advise.codecs import NEEDED
 from commopt.advise.profiling import profile_of
 from commopt.methods import METHODS, build
 from commopt.plan.profile import TABLE, Profile, Quality
 
 VARIANTS = ("two_way(int8)", "two_way(4bit)", "two_way(fp8)")
-NEEDED: Mapping[str, Mapping[str, Any]] = {"threshold": {"threshold": 0.01}}  # what has no default
 UNPLANNED = ("threshold", "two_way")  # what one sends depends on the gradients; the other is there with its codecs
 # the entry of the convergence benchmark that a profile's options are those of, if it is not called like the method
 ENTRIES = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from commopt.advise.advice import OUTER, Advice, Row, to_json
 from commopt.errors import LaunchError
 from commopt.plan.model import predict
-from commopt.record.words import bytes_text, seconds_text, times_text
+from commopt.record.words import bytes_text, rate_text, seconds_text, times_text
 from commopt.report import drawing
 from commopt.report.page import template, write_whole
 
@@ -70,17 +70,6 @@ def _cells(row: Row, advice: Advice) -> list[str]:
     if advice.target is not None:
         texts.append("none" if row.needed_bytes_per_s is None else rate_text(row.needed_bytes_per_s))
     return texts
-
-
-def rate_text(bytes_per_s: float) -> str:
-    """`50 Mbit/s`, `1.2 Gbit/s`, `unlimited`."""
-    if math.isinf(bytes_per_s):
-        return "unlimited"
-    bits = 8 * bytes_per_s
-    for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9), ("Mbit/s", 1e6)):
-        if bits >= 0.9995 * size:
-            return f"{bits / size:.3g} {unit}"
-    return f"{bits / 1e3:.3g} kbit/s"
 
 
 def what(advice: Advice) -> str:

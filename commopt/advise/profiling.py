@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import commopt
+from commopt.advise.codecs import STEADY
 from commopt.errors import AttachError
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.echo import Echo
@@ -23,12 +24,6 @@ from commopt.wire.bucket import Bucket
 SIDE, MATRICES = 1024, 2
 LEAST = 1e-4  # bytes per parameter that count; a header is less
 RANKS = (2, 4, 8, 32)  # among which contributions are measured, to see how they depend on N
-# what lets a method reach its steady phase at once, and send in every step
-STEADY: Mapping[str, Mapping[str, Any]] = {
-    "onebit_adam": {"freeze_step": 1},
-    "onebit_lamb": {"freeze_step": 1},
-    "zero_one_adam": {"var_freeze_step": 1, "local_step_scaler": 1, "local_step_clipper": 1},
-}
 FITTING = ("adamw", "adam", "lamb", "lion", "sgd")  # the first one that a method stands in for, or goes with
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -41,6 +42,17 @@ def bytes_text(nbytes: float) -> str:
             value = nbytes / factor
             return f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.1f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def rate_text(bytes_per_s: float) -> str:
+    """`47.9 Mbit/s`, `10 Gbit/s`, `300 kbit/s`, `unlimited`."""
+    if math.isinf(bytes_per_s):
+        return "unlimited"
+    bits = 8 * bytes_per_s
+    for factor, unit in ((1e12, "Tbit/s"), (1e9, "Gbit/s"), (1e6, "Mbit/s")):
+        if bits >= 0.9995 * factor:
+            return f"{bits / factor:.3g} {unit}"
+    return f"{bits / 1e3:.3g} kbit/s"
 
 
 def times_text(ratio: float) -> str:

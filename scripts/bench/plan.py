@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,19 +176,30 @@ def report(every: Sequence[Compared]) -> Report:
                 judged(f"{one.over_best:.2f}", one.over_best <= NEAR),
             ]
         )
-    headings = ("cluster, model", "dense", "predicted", "median error", "largest", "named", "fastest", "named over fastest")
-    sheet = Sheet("Predicted steps against measured ones", headings, rows, left=("cluster, model", "largest", "named", "fastest"))
+    headings = (
+        "cluster, model",
+        "dense",
+        "predicted",
+        "median error",
+        "largest",
+        "named",
+        "fastest",
+        "named over fastest",
+    )
+    sheet = Sheet(
+        "Predicted steps against measured ones", headings, rows, left=("cluster, model", "largest", "named", "fastest")
+    )
     return Report([sheet], remarks(every), lambda file: draw(every, file))
 
 
-def remarks(every: Sequence[Compared]) -> Iterator[str] | list[str]:
+def remarks(every: Sequence[Compared]) -> list[str]:
     """The targets, in sentences."""
     errors = sorted(abs(error) for one in every for error in one.errors.values())
     near = sum(one.over_best <= NEAR for one in every)
     within = sum(error <= MOST for error in errors)
     return [
-        f"{len(errors)} steps in {len(every)} cells: the median error is {statistics.median(errors):.1%} (target {MEDIAN:.0%}), the largest "
-        f"{errors[-1]:.0%} (target {MOST:.0%}), {within} are within {MOST:.0%}",
+        f"{len(errors)} steps in {len(every)} cells: the median error is {statistics.median(errors):.1%} (target {MEDIAN:.0%}), the "
+        f"largest {errors[-1]:.0%} (target {MOST:.0%}), {within} are within {MOST:.0%}",
         f"the method named is within 10 % of the fastest in {near} of {len(every)} cells (target {CELLS} of 24)",
     ]
 
@@ -201,12 +212,16 @@ def draw(every: Sequence[Compared], file: Path) -> None:
         axes.set_yscale("log")
         ends = [s for one in every for s in (*one.measured.values(), *one.predicted.values())]
         line = [min(ends) / 1.3, max(ends) * 1.3]
-        axes.fill_between(line, [x / 1.35 for x in line], [x * 1.35 for x in line], color=drawing.FAINT, lw=0, alpha=0.5)
+        axes.fill_between(
+            line, [x / 1.35 for x in line], [x * 1.35 for x in line], color=drawing.FAINT, lw=0, alpha=0.5
+        )
         axes.fill_between(line, [x / 1.15 for x in line], [x * 1.15 for x in line], color=drawing.FAINT, lw=0)
         axes.plot(line, line, color=drawing.QUIET, lw=1)
         for name in METHODS:
             pairs = [(one.measured[name], one.predicted[name]) for one in every]
-            axes.plot(*zip(*pairs, strict=True), "o", ms=5, mfc=drawing.mix(chosen[name], 0.7), mec=chosen[name], label=name)
+            axes.plot(
+                *zip(*pairs, strict=True), "o", ms=5, mfc=drawing.mix(chosen[name], 0.7), mec=chosen[name], label=name
+            )
         axes.set_xlim(*line)
         axes.set_ylim(*line)
         axes.set_xlabel("measured; bands: 15 and 35 %")
