@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from commopt.plan.curve import Curve
 from commopt.plan.model import NOTHING, Codec, Setting, Transport
 from commopt.plan.probe import Probe
-from commopt.plan.profile import sent_bytes
+from commopt.plan.profile import Profile, sent_bytes
 
 LOW, HIGH = 0.9, 1.2  # what measured times are multiplied by for the limits
 FILLED = 0.9  # share of a link that exchanges fill, on one that is not the measured one
@@ -31,6 +31,12 @@ def settings_of(
         overlap=overlap,
     )
     return {"low": _scaled(likely, LOW), "likely": likely, "high": _scaled(likely, HIGH)}
+
+
+def profiles_in(probe: Probe, profiles: Sequence[Profile]) -> list[Profile]:
+    """The profiles, with what the methods send of the parameters of the script that was probed, if that is known."""
+    own = {name: Profile.from_json(given) for name, given in probe.profiles.items()}
+    return [replace(one, phases=own[one.name].phases) if one.name in own else one for one in profiles]
 
 
 def at_rate(probe: Probe, likely: Setting) -> Callable[[float], Setting]:

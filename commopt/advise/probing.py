@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from commopt.advise.codecs import adamw_costs, clock_of, copied_bytes_per_s, costs_of, seconds_of
+from commopt.advise.codecs import NEEDED, adamw_costs, clock_of, copied_bytes_per_s, costs_of, seconds_of
 from commopt.advise.pairs import Machines
+from commopt.advise.profiling import profile_of
 from commopt.exchange.two_level import machine_mean, put_together
 from commopt.groups import Group, World, connect
 from commopt.method import EveryStep
@@ -36,6 +37,7 @@ _LEAST_BYTES, _MOST_BYTES, _MOST_S, _LONG_S = 1 << 10, 1 << 22, 0.4, 0.1  # of o
 _CALLS, _LONG_CALLS = 5, 3
 _CALLS_S = 4.0  # after which no larger exchange of an operation is tried
 _PAIRS_S, _LEAST_S = 8.0, 8.0
+_MOST_ELEMENTS = 30_000_000  # of a script's parameters
 Points = list[tuple[int, float, float]]  # bytes, seconds, share of the processor
 
 
@@ -178,6 +180,17 @@ def codecs_of(ranks: Ranks, methods: Sequence[str], until_s: float) -> dict[str,
     return found
 
 
+def profiles_of(ranks: Ranks, methods: Sequence[str], record: str | None) -> dict[str, Any]:
+    """What the methods send of the script's own parameters, on rank 0; nothing of a large model, which would take long."""
+    if record is None or ranks.group.rank:
+        return {}
+    shapes = RankRecord.read(Path(record) / "rank0.jsonl").shapes
+    if not 0 < sum(map(math.prod, shapes)) <= _MOST_ELEMENTS:
+        return {}
+    machines = (ranks.between.size,)
+    return {name: profile_of(build(name, **NEEDED.get(name, {})), name, shapes, machines).to_json() for name in methods}
+
+
 def _slowest(ranks: Ranks, costs: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Any]:
     seconds = iter(ranks.slowest([s for points in costs.values() for _, s in points]))
     return {key: [(elements, next(seconds)) for elements, _ in points] for key, points in costs.items()}
@@ -221,6 +234,8 @@ def main(settings: Mapping[str, Any]) -> None:
     (copy_s,) = ranks.slowest([1 / copied_bytes_per_s(device, clock_of(device, ranks.cores))])
     found |= {"copy_bytes_per_s": 1 / copy_s}
     found |= {"codecs": codecs_of(ranks, settings["methods"], settings["until_s"])}
+    ranks.say("what methods send of the script's parameters") if settings["record"] else None
+    found |= {"profiles": profiles_of(ranks, list(found["codecs"]), settings["record"])}
     if group.rank == 0:
         Path(settings["out"]).write_text(json.dumps(found), encoding="utf-8")
     ranks.say("everything is measured; the ranks end")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,22 @@ from commopt.optim.update import UpdateMethod
 from commopt.plan.profile import Phase, Profile
 from commopt.wire.bucket import Bucket
 
-SIDE, MATRICES = 1024, 2
+SIDE = 1024
 LEAST = 1e-4  # bytes per parameter that count; a header is less
 RANKS = (2, 4, 8, 32)  # among which contributions are measured, to see how they depend on N
 FITTING = ("adamw", "adam", "lamb", "lion", "sgd")  # the first one that a method stands in for, or goes with
 
 
-def profile_of(method: Method, name: str | None = None) -> Profile:
+def profile_of(
+    method: Method,
+    name: str | None = None,
+    shapes: Sequence[Sequence[int]] = ((SIDE, SIDE), (SIDE, SIDE)),
+    ranks: Sequence[int] = RANKS,
+) -> Profile:
     """What the planner has to know of a method with its options; costs and losses, which are measured elsewhere, are left out.
 
-    name: how it is called in tables; the method's own by default. Attaches the method to a model of 2 M parameters.
+    name: how it is called in tables; the method's own by default. shapes: of the parameters, which some methods' bytes depend on.
+    ranks: among which numbers of machines exchanges are tried; for others, bytes are worked out from these.
     """
     optimizer = fitting_optimizer(method)
     profile: dict[str, Any] = {
@@ -48,7 +55,7 @@ def profile_of(method: Method, name: str | None = None) -> Profile:
         return Profile(**profile)
     if getattr(method.options, "var_freeze_step", None) is not None:
         profile["every"] = method.options.local_step_clipper  # what the intervals of its local steps grow to
-    profile["phases"] = _phases(method, steady_options(method))
+    profile["phases"] = _phases(method, steady_options(method), shapes, ranks)
     profile["state_bytes"] = _state_bytes(method, optimizer)
     return Profile(**profile)
 
@@ -73,13 +80,16 @@ def fitting_optimizer(method: Method) -> str:
     raise ValueError(f"{method.name} goes with none of {', '.join(FITTING)}")
 
 
-def _phases(method: EveryStep, options: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """The calls of one exchange, each fitted to what a rank contributes to it among RANKS."""
-    every = [_calls(type(method)(**options), ranks) for ranks in RANKS]
-    basis = np.array([[1.0, 1 / ranks, ranks.bit_length() / ranks] for ranks in RANKS])
+def _phases(
+    method: EveryStep, options: Mapping[str, Any], shapes: Sequence[Sequence[int]], ranks: Sequence[int]
+) -> tuple[Phase, ...]:
+    """The calls of one exchange, each fitted to what a rank contributes to it among these numbers of ranks."""
+    every = [_calls(type(method)(**options), shapes, n) for n in ranks]
+    basis = np.array([[1.0, 1 / n, n.bit_length() / n] for n in ranks])
+    elements = sum(map(math.prod, shapes))
     found = []
     for calls in zip(*every, strict=True):
-        values = np.array([nbytes for _, nbytes in calls]) / (MATRICES * SIDE * SIDE)
+        values = np.array([nbytes for _, nbytes in calls]) / elements
         for columns in ((0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)):  # the simplest that explains them
             solved, *_ = np.linalg.lstsq(basis[:, columns], values, rcond=None)
             if np.allclose(basis[:, columns] @ solved, values, rtol=2e-3, atol=LEAST):
@@ -89,12 +99,13 @@ def _phases(method: EveryStep, options: Mapping[str, Any]) -> tuple[Phase, ...]:
     return tuple(found)
 
 
-def _calls(method: Method, ranks: int) -> list[tuple[str, int]]:
+def _calls(method: Method, shapes: Sequence[Sequence[int]], ranks: int) -> list[tuple[str, int]]:
     """The calls of one steady exchange of one bucket, and the bytes that a rank contributes to each."""
-    model, group = nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False) for _ in range(MATRICES))), Echo(ranks)
+    model = nn.ParameterList(torch.zeros(*shape, dtype=torch.float32) for shape in shapes)
+    group, elements = Echo(ranks), sum(map(math.prod, shapes))
     optimizer = make_optimizer({"name": fitting_optimizer(method), "lr": 1e-6}, model.parameters())
     run: Any = commopt.attach(model, method, optimizer, group=group)
-    x = torch.randn(MATRICES * SIDE * SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    x = torch.randn(elements, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     bucket = Bucket.of([(name, torch.zeros(p.numel(), dtype=torch.float32)) for name, p in model.named_parameters()])
     for (_, view), p in zip(bucket.views(), model.parameters(), strict=True):
         p.grad = view.view_as(p)

@@ -85,7 +85,7 @@ def advise(
     """
     from commopt.advise import page
     from commopt.advise.advice import Advice, Cluster, advise, assumed_settings, to_json
-    from commopt.advise.measured import at_rate, settings_of
+    from commopt.advise.measured import at_rate, profiles_in, settings_of
     from commopt.cluster.spec import load_cluster
     from commopt.plan.model import Setting, ddp_buckets
     from commopt.plan.probe import read_probe
@@ -114,6 +114,8 @@ def advise(
     if script is not None and script.parameters == count:
         buckets = tuple(script.buckets)
     profiles, named = _profiles(methods)
+    if measured is not None and script is not None and script.parameters == count:
+        profiles = profiles_in(measured, profiles)
     assumptions = computed
     rated = None
     if measured is not None:

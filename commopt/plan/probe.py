@@ -69,7 +69,7 @@ class Probe(Part):
     device: "cpu", or a GPU's name. cores_per_rank: of a machine. rates: what the cluster's file says of each node's link; None if
     unlimited. together: what each node sends while all send, around a ring. exchanges: among machines, all slots at once; bytes are what
     one rank contributes. inside: machine mean and putting together of a float32 tensor among the slots of a machine. copy_bytes_per_s:
-    of a float32 copy, all ranks at once.
+    of a float32 copy, all ranks at once. profiles: of the methods with the script's own parameters; see `commopt.plan.profile`.
     """
 
     version: Literal[1] = Field(1, alias="schema")
@@ -90,6 +90,7 @@ class Probe(Part):
     inside: Calls
     copy_bytes_per_s: Positive
     codecs: dict[str, CodecCosts]
+    profiles: dict[str, dict[str, Any]] = Field({})
     script: Script | None = None
 
     def mistakes(self) -> Iterator[tuple[str, str]]:

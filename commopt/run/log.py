@@ -181,8 +181,10 @@ class RunLog:
 
     def _tell_compute(self, seconds: Sequence[float]) -> None:
         """Record steps without communication; the first two are not counted."""
+        run = self._run
         if self._recorder is not None:
-            self._recorder.compute(seconds[2:], buckets=self._run.buckets, overlap=self._run.overlaps)
+            shapes = [p.shape for p in run.parameters.values()]
+            self._recorder.compute(seconds[2:], buckets=run.buckets, overlap=run.overlaps, shapes=shapes)
 
     def _note_step(self) -> None:
         """Take the times of the step that has just ended."""

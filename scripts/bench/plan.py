@@ -28,11 +28,11 @@ from sheets import Sheet, figure, judged
 from store import RESULTS, Store
 
 from commopt.advise.advice import Cluster, advise
-from commopt.advise.measured import at_rate, settings_of
+from commopt.advise.measured import at_rate, profiles_in, settings_of
 from commopt.cluster.spec import load_cluster
 from commopt.errors import LaunchError
 from commopt.plan.probe import Probe
-from commopt.plan.profile import Profile, profiles
+from commopt.plan.profile import profiles
 from commopt.record.words import seconds_text
 from commopt.report import drawing
 
@@ -139,7 +139,7 @@ def compared(cell: Cell, found: Mapping[str, Any]) -> Compared:
         (file := Path(scratch, "cluster.yaml")).write_text(cell.yaml())
         spec = load_cluster(file)
     settings = settings_of(probe, probe.script.compute_s, tuple(probe.script.buckets), overlap=probe.script.overlap)
-    known: Sequence[Profile] = [profile_in(probe, name) for name in METHODS]
+    known = profiles_in(probe, [profiles()[name] for name in METHODS])
     advice = advise(
         Cluster(spec.name, spec.link_model(), spec.slots, is_gpu=False),
         known,
@@ -148,12 +148,6 @@ def compared(cell: Cell, found: Mapping[str, Any]) -> Compared:
         at_rate=at_rate(probe, settings["likely"]),
     )
     return Compared(cell, {row.name: row.likely.step_s for row in advice.rows}, found["measured"], advice.best.name)
-
-
-def profile_in(probe: Probe, name: str) -> Profile:
-    """The method's profile: for the script's own parameters if the probe has it."""
-    own = probe.profiles.get(name)
-    return profiles()[name] if own is None else Profile.from_json(own)
 
 
 def report(every: Sequence[Compared]) -> Report:

@@ -100,7 +100,7 @@ def test_the_summary_compares_exchanges_with_the_slowest_link() -> None:
     show(Probe.model_validate(FOUND), told)
     lines = [line.split() for line in told.getvalue().splitlines()]
     rows = {cells[0]: cells for cells in reversed(lines) if cells}
-    assert rows["a"] == ["a", "-", "b", "1.00", "ms", "96.0", "mbit", "88.0", "mbit", "100", "mbit"]
+    assert rows["a"] == ["a", "-", "b", "1.00", "ms", "96", "Mbit/s", "88", "Mbit/s", "100", "Mbit/s"]
     # two slots, each of which sends 1 MB of an all-reduce and half a MB of an all-to-all, in 0.24 s over 11 MB/s
     assert rows["all_reduce"][-2:] == ["76%", "10%"]
     assert rows["all_to_all"][-2:] == ["38%", "10%"]
