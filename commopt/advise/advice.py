@@ -216,6 +216,10 @@ def notes_of(rows: Sequence[Row], best: Row, setting: Setting, cluster: Cluster)
             )
         if best.profile.warmup_steps:
             notes.append(f"Its first {best.profile.warmup_steps:,} steps, the warm-up, take as long as dense ones.")
+        elif best.profile.finds_warmup:
+            notes.append(
+                "Its first steps, the warm-up, take as long as dense ones: 15 to 25 % of a short training, fewer of a long one."
+            )
     outer = [row for row in rows if row.name in OUTER]
     if best.likely.step_s > STARVED * setting.compute_s and outer and setting.machines > 1:
         fastest = min(outer, key=lambda row: row.likely.step_s)

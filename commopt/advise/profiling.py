@@ -46,6 +46,7 @@ def profile_of(
         "options": dict(method.given) or None,
         "overlaps": not getattr(method, "merges_buckets", False),
         "warmup_steps": method.warmup_steps,
+        "finds_warmup": getattr(method, "freeze_at", None) == "auto",
         "optimizer": optimizer,
     }
     if not isinstance(method, EveryStep):

@@ -61,7 +61,8 @@ class Profile:
 
     phases: of one exchange of all parameters, in their order. every: optimizer steps after which all have been exchanged, in
         `fragments` rounds. delay: steps that an outer exchange may take in the background.
-    overlaps: whether buckets are exchanged one by one during backward. warmup_steps: in which it sends what dense does.
+    overlaps: whether buckets are exchanged one by one during backward. warmup_steps: in which it sends what dense does;
+        finds_warmup: it finds their number itself.
     optimizer: the one that its state and steps are compared with. state_bytes: per parameter, beyond that optimizer's;
         host_bytes: the same in the host's memory.
     exchange_copies: processor time of an exchange beside its network, as a multiple of a copy of the parameters in float32; None if that
@@ -78,6 +79,7 @@ class Profile:
     delay: int = 0
     overlaps: bool = True
     warmup_steps: int = 0
+    finds_warmup: bool = False
     optimizer: str = "AdamW"
     state_bytes: float = 0.0
     host_bytes: float = 0.0
