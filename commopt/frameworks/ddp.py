@@ -39,7 +39,7 @@ class DDPRun(EveryStepRun):
         self._name_of = {id(p): name for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
         self._waits = Waits(device)
-        self._lane = Lane(device, group) if overlap else None
+        self._lane, self.overlaps = Lane(device, group) if overlap else None, overlap
         self._collected: list[tuple[Bucket, Future[Tensor]]] = []
         self._failure: GroupError | None = None
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)

@@ -75,6 +75,10 @@ class RankRecord:
     validations: list[ValidationLine] = field(default_factory=list)
     counters: dict[str, CountersLine] = field(default_factory=dict)
     compute_s: list[float] = field(default_factory=list)
+    buckets: list[int] = field(
+        default_factory=list
+    )  # elements of each bucket of a step, in the order of their exchange
+    overlap: bool = False  # whether they are exchanged during backward
     events: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     nic_bytes: list[tuple[int, float]] = field(default_factory=list)  # (steps done, what the interface had transmitted)
     ended: bool = False
@@ -139,6 +143,7 @@ class RankRecord:
             self.counters[str(line["name"])] = reading
         elif kind == "compute":
             self.compute_s = [float(seconds) for seconds in line["seconds"]]
+            self.buckets, self.overlap = [int(n) for n in line.get("buckets", ())], bool(line.get("overlap"))
         elif kind == "event":
             self.events.append((str(line["event"]), dict(line["fields"])))
         elif kind == "end":

@@ -191,9 +191,12 @@ class Recorder:
         self._write("validation", step=step, loss=_finite(loss), tokens=tokens)
         self._print(f"validation after step {step}: loss {float(loss):.3f}")
 
-    def compute(self, seconds: Sequence[float]) -> None:
-        """Record the times of the same steps with communication switched off."""
-        self._write("compute", seconds=[float(s) for s in seconds])
+    def compute(self, seconds: Sequence[float], *, buckets: Sequence[int] = (), overlap: bool = False) -> None:
+        """Record the times of the same steps with communication switched off.
+
+        buckets: elements of each bucket of a step, in the order of their exchange. overlap: they are exchanged during backward.
+        """
+        self._write("compute", seconds=[float(s) for s in seconds], buckets=list(buckets), overlap=overlap)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record anything else that a reader of the report should know, such as a voided step with the parameter's name."""

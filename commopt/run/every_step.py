@@ -44,6 +44,7 @@ class EveryStepRun(Run):
         self.max_norm, self.grad_scaler = checked.request.max_norm, checked.request.grad_scaler
         self.between = group.between if isinstance(group, World) else group
         self._voids = self._calls = self._stepped = 0
+        self._sizes: list[int] = []  # elements of the buckets of the step that is under way
         self._void_names: set[str] = set()
         self._unapplied: set[str] = set()  # exchanged, but not stepped by yet
         # parameter name -> its gradient after backward, its version then, and how it began
@@ -112,6 +113,7 @@ class EveryStepRun(Run):
         # a linear method keeps no state, and half precision on the wire needs the scale
         scale = 1.0 if method.is_linear else loss_scale
         is_local, is_exact = method.is_local, method.is_exact
+        self._sizes += [bucket.flat.numel() for bucket in buckets]
         if not is_local and self._compares:  # nothing is sent in a local step
             self._calls += 1
             if self._calls % COMPARED_EVERY == 0:
@@ -331,6 +333,7 @@ class EveryStepRun(Run):
                 )
 
     def _after_step(self, *_: Any) -> None:
+        self.buckets, self._sizes = self._sizes, []
         self._void_names.clear()
         self._exchanged.clear()
         self._unapplied.clear()

@@ -6,7 +6,7 @@ import atexit
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +156,7 @@ class RunLog:
                 step()
                 seconds.append(time.perf_counter() - start)
         self._is_aside = False
-        if self._recorder is not None:
-            self._recorder.compute(seconds[2:])
+        self._tell_compute(seconds)
 
     def close(self) -> None:
         """Record that training ended as planned, if it did."""
@@ -176,10 +175,14 @@ class RunLog:
         timed.append(now_s - self._mark[0])
         self._mark = (now_s, 0.0)
         if len(timed) == _TIMED:
-            if self._recorder is not None:
-                self._recorder.compute(timed[2:])
+            self._tell_compute(timed)
             self._run.close()
             raise SystemExit(0)
+
+    def _tell_compute(self, seconds: Sequence[float]) -> None:
+        """Record steps without communication; the first two are not counted."""
+        if self._recorder is not None:
+            self._recorder.compute(seconds[2:], buckets=self._run.buckets, overlap=self._run.overlaps)
 
     def _note_step(self) -> None:
         """Take the times of the step that has just ended."""
@@ -214,7 +217,7 @@ class RunLog:
         if self._is_measuring and not self._has_ended:
             self._count("end")
         if self._timed is not None and len(self._timed) > 2:
-            recorder.compute(self._timed[2:])
+            self._tell_compute(self._timed)
         recorder.end()
         self._recorder = None
 

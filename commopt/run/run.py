@@ -237,6 +237,9 @@ class Run(ABC):
 
     # -- for checkpoints and the log
 
+    buckets: Sequence[int] = ()  # elements of each bucket of the last step, in the order of their exchange
+    overlaps = False  # whether they are exchanged during backward
+
     @property
     def replaced(self) -> torch.optim.Optimizer:
         """The user's optimizer, even if a stand-in steps in its place."""

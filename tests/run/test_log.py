@@ -79,6 +79,9 @@ def test_a_script_with_a_loop_of_its_own_ends_after_the_steps_that_are_wanted(
     assert (done.status, done.steps, done.steps_planned, len(done.train_loss)) == ("finished", 6, 6, 6)
     assert done.train_loss[-1] == 105.0
     assert done.compute_s is not None
+    (compute,) = lines(record, "compute")
+    exchanged = [] if preset.name == "noloco" else [sum(p.numel() for p in run.parameters.values())]
+    assert (compute["buckets"], compute["overlap"]) == (exchanged, False)
     assert run.steps == (6 if preset.name == "noloco" else 14)  # those without communication follow
 
 
