@@ -29,9 +29,9 @@ from store import RESULTS, Store
 from torch import Tensor, nn
 
 from commopt.errors import ConfigError
-from commopt.groups.base import Group, Traffic
+from commopt.groups.echo import Echo
 from commopt.wire.bucket import Blocks, Bucket, ParameterIndex
-from commopt.wire.payload import Layout, Payload
+from commopt.wire.payload import Payload
 
 STORED, PAGE = RESULTS / "codec_costs.jsonl", DOCS / "steps.md"
 RANKS, ROWS, COLUMNS, MATRICES, TURNS = 4, 976, 1024, 8, 9  # every owner has as many blocks
@@ -95,25 +95,6 @@ def all_cases() -> list[Case]:
     return [*METHODS, *(Case(f"codec-{name}", options=CODECS.get(name, {})) for name in COMPRESSORS)]
 
 
-class Echo(Group):
-    """Four ranks that all send what this one sends, in no time: what is given is returned, and not copied."""
-
-    def __init__(self) -> None:
-        self.rank, self.size, self.traffic = 0, RANKS, Traffic()
-
-    def all_reduce(self, x: Tensor) -> None:
-        pass
-
-    def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
-        return [payload] * self.size
-
-    def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
-        return [payloads[self.rank]] * self.size
-
-    def broadcast(self, x: Tensor, src: int = 0) -> None:
-        pass
-
-
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +127,7 @@ def method_calls(case: Case, x: Tensor, rows: int) -> Iterator[list[Call]]:
 
     model = nn.Sequential(*(nn.Linear(COLUMNS, rows, bias=False) for _ in range(MATRICES)))
     method = base_name(case.name)
-    run: Any = attach({"method": method, "options": case.options, "optimizer": case.optimizer}, model, Echo())
+    run: Any = attach({"method": method, "options": case.options, "optimizer": case.optimizer}, model, Echo(RANKS))
     bucket = Bucket.of([(name, torch.zeros(rows * COLUMNS)) for name, _ in model.named_parameters()])
     for (_, view), p in zip(bucket.views(), model.parameters(), strict=True):
         p.grad = view.view_as(p)
