@@ -1,6 +1,7 @@
 """The command line."""
 
-from commopt.cli import advising as advising  # adds its commands to the app
+from commopt.cli import advising as advising  # these add their commands to the app
+from commopt.cli import planning as planning
 from commopt.cli.app import main
 
 __all__ = ["main"]

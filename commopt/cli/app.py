@@ -28,6 +28,7 @@ from commopt.errors import CommoptError, ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from commopt.cluster.emulate import Emulation
+    from commopt.cluster.run import JobResult
     from commopt.cluster.spec import ClusterSpec, RunSpec
     from commopt.report.document import Results
 
@@ -218,13 +219,18 @@ def launch(
         result = Job(
             command, emulation=emulation, log_dir=log_dir, on_line=show, on_note=note, independent=independent
         ).run()
+    check_ended_well(result)
+    sent = "; sent " + ", ".join(f"{name} {bytes_text(count)}" for name, count in result.tx_bytes.items())
+    note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
+
+
+def check_ended_well(result: JobResult) -> None:
+    """Print what there is to know of a job's end. Raises LaunchError for one that failed."""
     note(*result.notices)
     if result.failure is not None:
         if result.failure.message and not result.failure.is_told:
             typer.echo(result.failure.message, err=True)
         raise LaunchError(f"{result.failure}; all output is in {result.log_dir}")
-    sent = "; sent " + ", ".join(f"{name} {bytes_text(count)}" for name, count in result.tx_bytes.items())
-    note(f"done in {result.wall_s:.1f} s{sent if result.tx_bytes else ''}")
 
 
 def emulated(spec: ClusterSpec, emulate: Emulate | None, node: str | None, *, print_only: bool) -> Emulation:
@@ -338,12 +344,17 @@ def compare(
     A program needs commopt.attach, and run.log(loss=...) for its losses; it is ended after 100 steps, or --steps.
     Cluster, seed and order of the data are the same for all. The report is a page with pictures; open OUT/report.html.
     """
-    names = [name.strip() for name in re.split(r",(?![^(]*\))", methods)] if methods is not None else []
+    names = names_in(methods)
     spec = _run_spec(what, cluster, ["--methods", *names], steps, arguments or [])
     if steps is None and not is_file(str(what)):
         spec = spec.model_copy(update={"steps": COMPARED_STEPS})
         note(f"each run ends after {COMPARED_STEPS} steps; --steps changes that")
     _train_and_report(spec, names, emulate, node, out, json_file, tensorboard, print_only)
+
+
+def names_in(methods: str | None) -> list[str]:
+    """The methods of a list such as `dense,two_way(sign, int8)`."""
+    return [name.strip() for name in re.split(r",(?![^(]*\))", methods)] if methods is not None else []
 
 
 def _run_spec(

@@ -39,6 +39,7 @@ class CodecCosts(Part):
     """What a method computes in one step on one rank, without a network, while all ranks compute.
 
     exchange: encoding and decoding. step: the optimizer's step, by the method itself or by AdamW if the method leaves it to the user's.
+    If ranks share cores, both are processor seconds divided by the cores of a rank, which other programs disturb less.
     """
 
     exchange: Costs

@@ -43,6 +43,15 @@ def bytes_text(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def rate_text(bytes_per_s: float) -> str:
+    """`47.9 mbit`, `1.2 gbit`, `300 kbit`, a second, in tc's units."""
+    for factor, unit in ((1e9, "gbit"), (1e6, "mbit"), (1e3, "kbit")):
+        value = 8 * bytes_per_s / factor
+        if value >= 0.9995:
+            return f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.1f} {unit}"
+    return f"{8 * bytes_per_s:.0f} bit"
+
+
 def times_text(ratio: float) -> str:
     """`9.5x`, `32x`, `0.80x`."""
     return f"{ratio:.0f}x" if ratio >= 19.5 else f"{ratio:.1f}x" if ratio >= 0.995 else f"{ratio:.2f}x"
