@@ -154,7 +154,7 @@ def _measured(
             _run_script(path, spec, emulation, command, record)
         settings = {"out": str(out), "methods": methods, "until_s": until_s, "record": record if command else None}
         settings |= {"cores_per_rank": usable_cores() / ranks_here}
-        progress = _Progress(f"starting {ranks_here} ranks")
+        progress = _Progress("starting the ranks" if 0 in emulation.nodes else "measuring with the other machines")
         result = Job(
             [sys.executable, "-m", "commopt.advise.probing", json.dumps(settings)],
             emulation=emulation,
