@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
+from commopt.advise.codecs import adamw_costs, clock_of, copied_bytes_per_s, costs_of, seconds_of
+from commopt.advise.pairs import Machines
 from commopt.exchange.two_level import machine_mean, put_together
 from commopt.groups import Group, World, connect
 from commopt.method import EveryStep
 from commopt.methods import build
-from commopt.advise.codecs import adamw_costs, clock_of, copied_bytes_per_s, costs_of, seconds_of
 from commopt.plan.links import LinkModel
-from commopt.advise.pairs import Machines
 from commopt.record.lines import RankRecord
 from commopt.run import checks
 from commopt.wire.bucket import Bucket, ParameterIndex, Share

@@ -1,4 +1,4 @@
-"""The commands that measure a cluster, and plan with what was measured."""
+"""`commopt probe`: measure a cluster, and a script on it."""
 
 from __future__ import annotations
 
