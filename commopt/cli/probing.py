@@ -91,7 +91,8 @@ def probe(
 
     found.write(out)
     show(found, sys.stdout)
-    note(f"wrote {out}; next: commopt advise {cluster} --probe {out}")
+    more = "" if command else " --parameters NUMBER --step TIME"  # which the script's own would tell
+    note(f"wrote {out}; next: commopt advise {cluster} --probe {out}{more}")
 
 
 def _check_out(out: Path) -> None:
