@@ -30,7 +30,7 @@ def test_an_output_that_takes_nothing_ends_no_job() -> None:
 
 def test_help_offers_completion_and_every_command() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).stdout
-    assert all(word in shown for word in ("--install-completion", "launch", "run", "compare", "doctor"))
+    assert all(word in shown for word in ("--install-completion", "launch", "run", "compare", "doctor", "probe"))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,7 @@ def test_help_offers_completion_and_every_command() -> None:
     [
         ("compare", "[OPTIONS] RUN.yaml|PROGRAM.py [-- ARGUMENTS...]"),
         ("launch", "[OPTIONS] CLUSTER.yaml -- PROGRAM [ARGUMENTS]..."),
+        ("probe", "[OPTIONS] CLUSTER.yaml [-- PROGRAM.py [ARGUMENTS]...]"),
     ],
 )
 def test_help_in_80_columns_says_how_a_command_is_typed(command: str, usage: str) -> None:

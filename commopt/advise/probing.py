@@ -36,7 +36,7 @@ from commopt.wire.payload import Payload
 _LEAST_BYTES, _MOST_BYTES, _MOST_S, _LONG_S = 1 << 10, 1 << 22, 0.4, 0.1  # of one exchange
 _CALLS, _LONG_CALLS = 5, 3
 _CALLS_S = 4.0  # after which no larger exchange of an operation is tried
-_PAIRS_S, _LEAST_S = 8.0, 8.0
+_PAIRS_S, _LEAST_S = 8.0, 12.0
 _MOST_ELEMENTS = 30_000_000  # of a script's parameters
 Points = list[tuple[int, float, float]]  # bytes, seconds, share of the processor
 
@@ -164,6 +164,7 @@ def codecs_of(ranks: Ranks, methods: Sequence[str], until_s: float) -> dict[str,
     """
     machines, found = ranks.between.size, dict[str, Any]()
     clock = clock_of(ranks.device, ranks.cores)
+    ranks.say("the optimizer's step")
     adamw, told_s = _slowest(ranks, {"step": adamw_costs(ranks.device, clock)}), -math.inf
     left_s, began_s = max(_LEAST_S, *ranks.tell(until_s - time.time())), time.monotonic()
     for k, name in enumerate(methods):

@@ -1,4 +1,4 @@
-"""The commands that measure a cluster, and plan with what was measured."""
+"""`commopt probe`: measure a cluster, and a script on it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def probe(
 
     found.write(out)
     show(found, sys.stdout)
-    note(f"wrote {out}; next: commopt advise {cluster} --probe {out}")
+    more = "" if command else " --parameters NUMBER --step TIME"  # which the script's own would tell
+    note(f"wrote {out}; next: commopt advise {cluster} --probe {out}{more}")
 
 
 def _check_out(out: Path) -> None:
@@ -154,7 +155,7 @@ def _measured(
             _run_script(path, spec, emulation, command, record)
         settings = {"out": str(out), "methods": methods, "until_s": until_s, "record": record if command else None}
         settings |= {"cores_per_rank": usable_cores() / ranks_here}
-        progress = _Progress(f"starting {ranks_here} ranks")
+        progress = _Progress("starting the ranks" if 0 in emulation.nodes else "measuring with the other machines")
         result = Job(
             [sys.executable, "-m", "commopt.advise.probing", json.dumps(settings)],
             emulation=emulation,

@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from commopt.cluster.commands import agent_environment, agent_words, peers_json, secret_of
-from commopt.cluster.emulate import Emulation, end_with_parent
+from commopt.cluster.emulate import Emulation, end_with_parent, signals_wait
 from commopt.cluster.failure import AgentEnd, Failure, first_failure
 from commopt.cluster.injection import Injection
 from commopt.cluster.machine import free_ports
@@ -138,22 +138,23 @@ class Job:
         command = [*emulation.prefix(name), *argv]
         output, inherited = output_pair()
         try:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=inherited.fileno(),
-                stderr=inherited.fileno(),
-                start_new_session=True,  # a terminal's Ctrl-C reaches the launcher only, which ends them in order
-                preexec_fn=end_with_parent(signal.SIGTERM),  # torchrun ends its ranks on SIGTERM
-            )
+            with signals_wait():
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=inherited.fileno(),
+                    stderr=inherited.fileno(),
+                    start_new_session=True,  # a terminal's Ctrl-C reaches the launcher only, which ends them in order
+                    preexec_fn=end_with_parent(signal.SIGTERM),  # torchrun ends its ranks on SIGTERM
+                )
+                self._agents.append(_Agent(name, node * self._cluster.slots, process=process, output=output))
+                self._selector.register(output, selectors.EVENT_READ, self._agents[-1])
         except OSError as error:
             output.close()
             raise LaunchError(f"{command[0]}: cannot be started: {(error.strerror or str(error)).lower()}") from None
         finally:
             inherited.close()
-        self._agents.append(_Agent(name, node * self._cluster.slots, process=process, output=output))
-        self._selector.register(output, selectors.EVENT_READ, self._agents[-1])
 
     def kill(self, name: str, at_step: int) -> None:
         """End every process of a node at once, for a fault."""

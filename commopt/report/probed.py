@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 12
 _SHOWN_BYTES = 1 << 20  # of an exchange
+_SMALLEST = 1 << 10
 _SLOWEST = 5
 
 
@@ -80,7 +81,9 @@ def _exchanges(probe: Probe) -> tuple[str, Table]:
         )
         rows.append(row)
     title = f"Exchanges among {machines} machines; if all send at once, each sends {rate_text(min(probe.together.values()))}"
-    return title, _table(("exchange", "of", "takes", "smallest takes", "of the link", "of the processor"), rows)
+    return title, _table(
+        ("exchange", "of", "takes", f"{bytes_text(_SMALLEST)} takes", "of the link", "of the processor"), rows
+    )
 
 
 def _codecs(probe: Probe) -> tuple[str, Table]:
@@ -95,7 +98,7 @@ def _codecs(probe: Probe) -> tuple[str, Table]:
     title = (
         f"Slowest of {len(times)} methods without a network, for {elements / 1e6:.1f} M parameters on {probe.device}"
     )
-    return title, _table(("method", "exchange", "of a copy", "step"), rows)
+    return title, _table(("method", "exchange", "in copies", "step"), rows)
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -98,3 +98,22 @@ def test_processes_are_found_in_the_proc_of_another_namespace(mark: str) -> None
         [*words, sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
     )
     assert done.stdout == "True True\n-9\n"
+
+
+def test_ctrl_c_while_a_process_is_forked_is_not_lost() -> None:
+    code = (
+        "import os, signal, subprocess\n"
+        "from commopt.cluster.emulate import end_on_signals, signals_wait\n"
+        "end_on_signals()\n"
+        "os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))  # Python drops what a hook raises\n"
+        "try:\n"
+        "    with signals_wait():\n"
+        "        subprocess.Popen(['true'], preexec_fn=lambda: None).wait()\n"
+        "    print('lost')\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
