@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import os
@@ -10,10 +11,8 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -22,6 +21,7 @@ from typing_extensions import Buffer
 
 import commopt
 from commopt.choice import is_file
+from commopt.cli.notes import note, telling
 from commopt.cli.usage import Command, Group
 from commopt.cluster.machine import Emulate
 from commopt.errors import CommoptError, ConfigError, LaunchError
@@ -137,10 +137,15 @@ def main() -> None:
     try:
         app(prog_name="commopt")
     except SystemExit as ended:
+        code = int(ended.code or 0)
         sys.stdout.flush()
         if problem := files[0].problem:
-            fail(f"the output is incomplete: {(problem.strerror or str(problem)).lower()}", code=int(ended.code or 1))
-        raise
+            code = code or 1
+            with suppress(SystemExit):
+                fail(f"the output is incomplete: {(problem.strerror or str(problem)).lower()}", code=code)
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(code)  # taking all modules down takes torch a second, which a reader of the output would wait
 
 
 def fail(message: str, *, code: int) -> NoReturn:
@@ -148,28 +153,6 @@ def fail(message: str, *, code: int) -> NoReturn:
     for line in message.splitlines() or [""]:
         typer.secho(f"commopt: {line}", fg=typer.colors.RED, err=True)
     raise SystemExit(code)
-
-
-def note(*messages: str) -> None:
-    """Print lines about the run itself, beside the output of the ranks."""
-    for message in messages:
-        typer.secho(f"commopt: {message}", dim=True, err=True)
-
-
-@contextmanager
-def telling(what: str, *, for_s: float = 60.0) -> Iterator[threading.Event]:
-    """Print a line every 2.5 s, the first one after 0.5 s, until the block ends or the event is set."""
-    is_over, began_s = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not is_over.wait(0.5 if time.monotonic() < began_s + 0.5 else 2.5) and time.monotonic() < began_s + for_s:
-            note(f"{what}, {time.monotonic() - began_s:.0f} s")
-
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield is_over
-    finally:
-        is_over.set()
 
 
 @app.command(cls=Command, epilog="Example: [bold]commopt launch configs/clusters/lab.yaml -- train.py[/bold]")
@@ -209,10 +192,11 @@ def launch(
         return
     note(*emulation.notices)
     is_labelled = len(emulation.nodes) > 1
-    with telling("waiting for the ranks' first line") as is_over:
+    then = "" if sys.stderr.isatty() else "running"
+    with telling("waiting for the ranks' first line") as heard:
 
         def show(label: str, line: str) -> None:
-            is_over.set()
+            heard(then)
             typer.echo(f"[{label}] {line}" if is_labelled else line)
 
         result = Job(
@@ -446,7 +430,8 @@ def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
     try:
         if kept := keep_last_good(results, out_dir):
             note(f"a run failed; the last report without failures is now in {kept}")
-        written = write_report(results, out_dir)
+        with telling("drawing the report"):
+            written = write_report(results, out_dir)
     finally:
         if json_file is not None:
             write_json(json_file, results_json(results))
@@ -478,8 +463,9 @@ def doctor(json_file: JsonAnnotated = None) -> None:
         console.print(row)
 
     show(*(Text(word, "bold") for word in ("check", "state", "found", "what to do")))
-    with telling("checking"):
+    with telling("checking") as heard:
         for check in examine():
+            heard("checking")
             checks.append(check)
             found, cure = Text(check.found, overflow="fold"), Text(check.cure)
             show(check.check, Text(check.state, colors[check.state]), found, cure)
