@@ -213,11 +213,14 @@ def launch(
 
 def emulated(spec: ClusterSpec, emulate: Emulate | None, node: str | None, *, print_only: bool) -> Emulation:
     """How a cluster runs here, with its network unless that is only printed. Raises ConfigError for a --node without effect."""
-    from commopt.cluster.emulate import enter, preview
+    from commopt.cluster.emulate import enter, is_inside, preview
 
     if node is not None and not (spec.has_hosts and (emulate or spec.emulation) is Emulate.NONE):
         raise ConfigError(f"--node {node}: has no effect where this machine runs all nodes; leave it out")
-    return (preview if print_only else enter)(spec, emulate=emulate, node=node)
+    if print_only:
+        return preview(spec, emulate=emulate, node=node)
+    with telling("" if is_inside() else "building the network", first_s=1.5) as heard:
+        return enter(spec, emulate=emulate, node=node, on_inside=lambda: heard(""))
 
 
 def check_program(program: str) -> None:

@@ -140,8 +140,12 @@ def train_each(
     from commopt.run.prepare import prepare
 
     with telling("loading kernels") as heard:
-        made = (build(name, **_split(run, options)[0]) for name, options in methods.items())
-        prepare(made, lambda line: (tell(line), heard("")))
+
+        def show(line: str) -> None:
+            heard("")
+            tell(line)
+
+        prepare((build(name, **_split(run, options)[0]) for name, options in methods.items()), show)
     results: list[RunResult] = []
     try:
         with Live(sys.stdout, board) as live:
