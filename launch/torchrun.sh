@@ -74,5 +74,6 @@ if [[ -n ${PRINT:-} ]]; then
   printf ' %q' "${words[@]}"
   echo
 else
+  echo "torchrun.sh: node $NODE of $NODES, to meet the others at $HEAD:$PORT" >&2
   exec "${words[@]}"
 fi

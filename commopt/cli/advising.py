@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commopt.cli.app import app, note, write_json
+from commopt.cli.app import app, write_json
+from commopt.cli.notes import note
 from commopt.cli.usage import Command
 from commopt.errors import ConfigError, did_you_mean
 from commopt.plan.links import parse_delay

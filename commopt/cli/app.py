@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import os
@@ -10,10 +11,8 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -22,6 +21,7 @@ from typing_extensions import Buffer
 
 import commopt
 from commopt.choice import is_file
+from commopt.cli.notes import note, telling
 from commopt.cli.usage import Command, Group
 from commopt.cluster.machine import Emulate
 from commopt.errors import CommoptError, ConfigError, LaunchError
@@ -138,10 +138,15 @@ def main() -> None:
     try:
         app(prog_name="commopt")
     except SystemExit as ended:
+        code = int(ended.code or 0)
         sys.stdout.flush()
         if problem := files[0].problem:
-            fail(f"the output is incomplete: {(problem.strerror or str(problem)).lower()}", code=int(ended.code or 1))
-        raise
+            code = code or 1
+            with suppress(SystemExit):
+                fail(f"the output is incomplete: {(problem.strerror or str(problem)).lower()}", code=code)
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(code)  # taking all modules down takes torch a second, which a reader of the output would wait
 
 
 def fail(message: str, *, code: int) -> NoReturn:
@@ -149,28 +154,6 @@ def fail(message: str, *, code: int) -> NoReturn:
     for line in message.splitlines() or [""]:
         typer.secho(f"commopt: {line}", fg=typer.colors.RED, err=True)
     raise SystemExit(code)
-
-
-def note(*messages: str) -> None:
-    """Print lines about the run itself, beside the output of the ranks."""
-    for message in messages:
-        typer.secho(f"commopt: {message}", dim=True, err=True)
-
-
-@contextmanager
-def telling(what: str, *, for_s: float = 60.0) -> Iterator[threading.Event]:
-    """Print a line every 2.5 s, the first one after 0.5 s, until the block ends or the event is set."""
-    is_over, began_s = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not is_over.wait(0.5 if time.monotonic() < began_s + 0.5 else 2.5) and time.monotonic() < began_s + for_s:
-            note(f"{what}, {time.monotonic() - began_s:.0f} s")
-
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield is_over
-    finally:
-        is_over.set()
 
 
 @app.command(cls=Command, epilog="Example: [bold]commopt launch configs/clusters/lab.yaml -- train.py[/bold]")
@@ -210,10 +193,11 @@ def launch(
         return
     note(*emulation.notices)
     is_labelled = len(emulation.nodes) > 1
-    with telling("waiting for the ranks' first line") as is_over:
+    then = "" if sys.stderr.isatty() else "running"
+    with telling("waiting for the ranks' first line") as heard:
 
         def show(label: str, line: str) -> None:
-            is_over.set()
+            heard(then)
             typer.echo(f"[{label}] {line}" if is_labelled else line)
 
         result = Job(
@@ -235,11 +219,14 @@ def check_ended_well(result: JobResult) -> None:
 
 def emulated(spec: ClusterSpec, emulate: Emulate | None, node: str | None, *, print_only: bool) -> Emulation:
     """How a cluster runs here, with its network unless that is only printed. Raises ConfigError for a --node without effect."""
-    from commopt.cluster.emulate import enter, preview
+    from commopt.cluster.emulate import enter, is_inside, preview
 
     if node is not None and not (spec.has_hosts and (emulate or spec.emulation) is Emulate.NONE):
         raise ConfigError(f"--node {node}: has no effect where this machine runs all nodes; leave it out")
-    return (preview if print_only else enter)(spec, emulate=emulate, node=node)
+    if print_only:
+        return preview(spec, emulate=emulate, node=node)
+    with telling("" if is_inside() else "building the network", first_s=1.5) as heard:
+        return enter(spec, emulate=emulate, node=node, on_inside=lambda: heard(""))
 
 
 def check_program(program: str) -> None:
@@ -457,7 +444,8 @@ def _report(results: Results, out_dir: Path, json_file: Path | None) -> None:
     try:
         if kept := keep_last_good(results, out_dir):
             note(f"a run failed; the last report without failures is now in {kept}")
-        written = write_report(results, out_dir)
+        with telling("drawing the report"):
+            written = write_report(results, out_dir)
     finally:
         if json_file is not None:
             write_json(json_file, results_json(results))
@@ -489,8 +477,9 @@ def doctor(json_file: JsonAnnotated = None) -> None:
         console.print(row)
 
     show(*(Text(word, "bold") for word in ("check", "state", "found", "what to do")))
-    with telling("checking"):
+    with telling("checking") as heard:
         for check in examine():
+            heard("checking")
             checks.append(check)
             found, cure = Text(check.found, overflow="fold"), Text(check.cure)
             show(check.check, Text(check.state, colors[check.state]), found, cure)

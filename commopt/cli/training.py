@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from commopt.cli.notes import telling
 from commopt.cluster.emulate import Emulation
 from commopt.cluster.injection import Injection
 from commopt.cluster.run import Job
@@ -138,7 +139,13 @@ def train_each(
     from commopt.methods import build
     from commopt.run.prepare import prepare
 
-    prepare((build(name, **_split(run, options)[0]) for name, options in methods.items()), tell)
+    with telling("loading kernels") as heard:
+
+        def show(line: str) -> None:
+            heard("")
+            tell(line)
+
+        prepare((build(name, **_split(run, options)[0]) for name, options in methods.items()), show)
     results: list[RunResult] = []
     try:
         with Live(sys.stdout, board) as live:

@@ -91,11 +91,23 @@ def links_json(links: LinkModel) -> str:
     return json.dumps({key: [None if math.isinf(value) else value for value in values] for key, values in fields})
 
 
-def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | None = None) -> Emulation:
+def is_inside() -> bool:
+    """Whether this command is the one that was run again, in new namespaces."""
+    return _INSIDE in os.environ
+
+
+def enter(
+    cluster: ClusterSpec,
+    *,
+    emulate: Emulate | None = None,
+    node: str | None = None,
+    on_inside: Callable[[], object] = lambda: None,
+) -> Emulation:
     """Choose how to run this cluster here, and build its network.
 
     For namespaces, this runs the whole command again inside `unshare` and exits with its exit code: call it before
-    anything is printed or made. Raises EmulationError if the mode that was asked for does not work on this machine.
+    anything is made, and before anything is printed but what is meant to be printed once: `on_inside` is called when the command
+    inside has its network, and goes on. Raises EmulationError if the mode that was asked for does not work on this machine.
     `node` names this machine among real ones; by default it is recognised by its address or host name.
     """
     mode = emulate or cluster.emulation
@@ -104,7 +116,7 @@ def enter(cluster: ClusterSpec, *, emulate: Emulate | None = None, node: str | N
         return _inside(cluster, *map(int, descriptors.split(",")))
     why = "as asked"
     if mode in (Emulate.AUTO, Emulate.NETNS):
-        why = f"network namespaces do not work here: {_run_inside()}"
+        why = f"network namespaces do not work here: {_run_inside(on_inside)}"
     if mode is Emulate.NETNS:
         raise EmulationError(f"this machine cannot emulate links, as {why}; try --emulate paced")
     if mode is Emulate.NONE and cluster.has_hosts:
@@ -235,7 +247,7 @@ def unshare_words() -> list[str]:
     raise EmulationError(reason)
 
 
-def _run_inside() -> str:
+def _run_inside(on_inside: Callable[[], object]) -> str:
     """Run this command again in new namespaces and exit with its exit code; return only if that fails, with the reason."""
     depth = int(os.environ.get(_DEPTH, "0"))
     if depth >= 2:  # a program that always calls `enter` would start itself forever
@@ -258,9 +270,14 @@ def _run_inside() -> str:
         signal.signal(number, lambda number, _: os.write(lifeline_end, bytes([number])))
     for descriptor in inner:
         os.close(descriptor)
-    with os.fdopen(report, "rb") as stream:
-        reason = stream.read().decode()
+    reason = ""
+    with os.fdopen(report, "rb", buffering=0) as stream:
+        while reason != "ok" and (
+            read := stream.read(1 << 12)
+        ):  # `unshare` holds the other end open as long as it runs
+            reason += read.decode()
     if reason == "ok":
+        on_inside()
         code = process.wait()
         os._exit(128 - code if code < 0 else code)  # the process inside has printed everything
     process.wait()

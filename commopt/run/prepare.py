@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 def prepare_all(tell: Callable[[str], object] = print) -> None:
     """`prepare` for all of commopt's methods, with their defaults."""
+    tell("looking for the kernels of all methods")
     given = {"threshold": {"threshold": 0.01}}
     prepare((build(name, **given.get(name, {})) for name in METHODS), tell)
 

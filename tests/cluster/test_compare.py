@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,9 @@ def test_a_mistake_is_one_line_before_anything_is_made(tmp_path: Path, words: li
     # --emulate none: should the mistake go unseen, namespaces would run this whole pytest again
     words = [words[0], "--emulate", "none", *(files.get(word, word) for word in words[1:])]
     code, output, errors = commopt_here(*words)
-    assert (code, output, len(errors.splitlines())) == (2, "", 1)
-    assert errors.startswith(f"commopt: {complaint}")
+    (told,) = (line for line in errors.splitlines() if not re.search(r", \d+ s$", line))  # a busy machine says so
+    assert (code, output) == (2, "")
+    assert told.startswith(f"commopt: {complaint}")
     assert not (tmp_path / "out").exists()
 
 

@@ -38,7 +38,8 @@ def rank_processes(mark: str) -> dict[int, int]:
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_every_rank_takes_part(rendezvous: str, write: Callable[[str], Path], mark: str, tmp_path: Path) -> None:
     text = f"nodes: 2\nslots: 2\nlinks: {{rate: 200mbit}}\nrendezvous: {{backend: {rendezvous}}}"
-    words, scratch = launch(write(text), "--log-dir", str(tmp_path / "logs"), "--", RANKS, mark, "0.1")
+    trains_s = "3" if rendezvous == "static" else "0.1"
+    words, scratch = launch(write(text), "--log-dir", str(tmp_path / "logs"), "--", RANKS, mark, trains_s)
     code, output, errors = finish(start(words, scratch))
     assert code == 0, errors
     assert (sorted(os.listdir(tmp_path / "logs")), os.listdir(scratch)) == (["node0.log", "node1.log"], [])
@@ -46,9 +47,13 @@ def test_every_rank_takes_part(rendezvous: str, write: Callable[[str], Path], ma
     assert len(ranks) == 4
     if rendezvous == "static":
         assert ranks == [("0", "0"), ("0", "1"), ("1", "2"), ("1", "3")]
+        assert re.search(r"^commopt: running, \d+ s$", errors, re.MULTILINE), "a program without output is silent"
     assert len(output.splitlines()) == 4, output
-    notice, *_, last = errors.splitlines()
-    assert notice.startswith("commopt: links are ")
+    said = errors.splitlines()
+    notice = next(k for k, line in enumerate(said) if not re.fullmatch(r"commopt: building the network, \d+ s", line))
+    assert said[notice].startswith("commopt: links are ")
+    assert "building the network" not in "".join(said[notice:])
+    last = said[-1]
     assert re.fullmatch(r"commopt: done in [\d.]+ s(; sent node0 [\d.]+ [kM]?B, node1 [\d.]+ [kM]?B)?", last)
 
 

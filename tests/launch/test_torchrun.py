@@ -54,6 +54,11 @@ def test_static_names_the_rank_of_the_node() -> None:
     assert config.rdzv_configs["timeout"] == "600"
 
 
+def test_it_says_where_it_meets_the_others() -> None:
+    done = run({"PRINT": "", "PYTHON": "true"}, "train.py")
+    assert (done.returncode, done.stderr) == (0, "torchrun.sh: node 1 of 2, to meet the others at 127.0.0.1:29500\n")
+
+
 @needs_ipv6
 @pytest.mark.parametrize("head", ["::1", "[::1]"])
 def test_head_may_be_an_ipv6_address(head: str) -> None:

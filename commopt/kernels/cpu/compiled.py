@@ -71,7 +71,8 @@ class _OneAtATime:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            self._tell("waiting for another process that compiles kernels", began_s)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of a machine say the same
+                self._tell("waiting for another process that compiles kernels", began_s)
             time.sleep(0.05)
 
     def unlock(self) -> None:
