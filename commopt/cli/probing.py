@@ -23,9 +23,8 @@ from commopt.cli.app import (
     check_program,
     emulated,
     names_in,
-    note,
-    telling,
 )
+from commopt.cli.notes import note, telling
 from commopt.cli.usage import Command
 from commopt.errors import ConfigError, LaunchError
 
