@@ -80,11 +80,11 @@ class Pipes:
 
     def _phase(self, groups: Groups, phase: Phase) -> tuple[F64, F64]:
         order, sizes = groups.order, groups.sizes
-        site, size = self._site[order], np.repeat(sizes, sizes)  # (members,)
+        site, size = self._site[order], np.repeat(sizes, sizes).astype(np.float64)  # (members,)
         if phase.operation == "all_to_all":
             place = np.repeat(np.arange(len(sizes)), sizes) * self._sites + site
             at_home = np.bincount(place, minlength=len(sizes) * self._sites)[place]  # members of the group at this site
-            bytes_out: F64 = phase.nbytes * (size - 1) / size
+            bytes_out = phase.nbytes * (size - 1) / size
             leaving = entering = phase.nbytes * (size - at_home) / size  # bytes, from and to other sites
             leaves = enters = size > at_home
         else:
