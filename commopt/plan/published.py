@@ -33,7 +33,7 @@ class StreamingDiLoCo:
     def utilisation(self, bits_per_s: float) -> float:
         """Share of the time in which the replica computes, once the queue repeats itself every `every` steps."""
         message_s = 2 * (1 - 1 / self.replicas) * self.bits * self.parameters / self.layers / bits_per_s
-        forward_s, backward_s = ((1 - self.backward) * self.step_s, self.backward * self.step_s)
+        forward_s, backward_s = (1 - self.backward) * self.step_s, self.backward * self.step_s
         sent_at = {index * self.every // self.fragments: index for index in range(self.fragments)}
         due: dict[int, list[tuple[int, float]]] = {}  # step: layers, from the input on, and when their parts have come
         clock_s = free_s = start_s = 0.0
@@ -42,7 +42,7 @@ class StreamingDiLoCo:
             if step == period:
                 start_s = clock_s
             late_s = (done_s - layer / self.layers * forward_s - clock_s for layer, done_s in due.pop(step, ()))
-            clock_s += max(0.0, *late_s, 0.0) + forward_s
+            clock_s += max((0.0, *late_s)) + forward_s
             if (fragment := sent_at.get(step % self.every)) is not None:
                 parts = due.setdefault(step + 1 + self.overlap_steps, [])
                 for layer in reversed(range(fragment, self.layers, self.fragments)):

@@ -90,6 +90,10 @@ class Failure:
     at_step: int
     back_after_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.at_step < 0 or (self.back_after_steps is not None and self.back_after_steps < 1):
+            raise ConfigError(f"{self} is out of range; write at_step from 0, and back_after_steps from 1 or None")
+
 
 @dataclass(frozen=True)
 class Simulated:

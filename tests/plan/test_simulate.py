@@ -222,5 +222,9 @@ def test_what_cannot_be_is_refused(change: dict[str, object], complaint: str) ->
 def test_an_exchange_that_cannot_be_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="is out of range"):
         Exchange(**change)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="is out of range"):
-        Times(0.0)
+
+
+def test_times_and_failures_that_cannot_be_are_refused() -> None:
+    for wrong in (lambda: Times(0.0), lambda: Times(1.0, -1.0), lambda: Failure(0, -1), lambda: Failure(0, 3, 0)):
+        with pytest.raises(ConfigError, match="is out of range"):
+            wrong()
