@@ -13,15 +13,15 @@ from commopt.plan.links import LinkModel, rounds
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-Operation = Literal["all_reduce", "all_gather", "all_to_all"]
+Operation = Literal["all_reduce", "all_gather", "all_to_all", "send"]
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One collective of an exchange; `nbytes`: what one node contributes, as `links.schedule` counts it.
+class Collective:
+    """One operation among the members of each group; `nbytes`: what a node contributes, as in `profile.Phase`.
 
-    An all-to-all's contribution is what the node has for all members, its own part included. The swap of a pair is an
-    all-gather of two: both send `nbytes`, at the same time.
+    Of an all-to-all that is what the node has for all members, its own part included; of a `send` what it sends to the next
+    member, so that the two of a pair swap.
     """
 
     operation: Operation
@@ -67,29 +67,30 @@ class Pipes:
         self._site_rate = np.array(links.between_bytes_per_s) * efficiency
         self._site_latency_s = np.array(links.between_latency_s)
 
-    def round(self, groups: Groups, phases: Sequence[Phase]) -> tuple[F64, F64]:
-        """(groups,) seconds that each group's phases take, one after another, and (members,) bytes that each node sends."""
+    def round(self, groups: Groups, collectives: Sequence[Collective]) -> tuple[F64, F64]:
+        """(groups,) seconds that each group's collectives take, one after another, and (members,) bytes that each node sends."""
         seconds, sent = np.zeros(len(groups.starts)), np.zeros(len(groups.order))
         if len(groups.order) == 0:
             return seconds, sent
-        for phase in phases:
-            took_s, bytes_out = self._phase(groups, phase)
+        for one in collectives:
+            took_s, bytes_out = self._cost(groups, one)
             seconds += took_s
             sent += bytes_out
         return seconds, sent
 
-    def _phase(self, groups: Groups, phase: Phase) -> tuple[F64, F64]:
+    def _cost(self, groups: Groups, one: Collective) -> tuple[F64, F64]:
         order, sizes = groups.order, groups.sizes
         site, size = self._site[order], np.repeat(sizes, sizes).astype(np.float64)  # (members,)
-        if phase.operation == "all_to_all":
+        if one.operation == "all_to_all":
             place = np.repeat(np.arange(len(sizes)), sizes) * self._sites + site
             at_home = np.bincount(place, minlength=len(sizes) * self._sites)[place]  # members of the group at this site
-            bytes_out = phase.nbytes * (size - 1) / size
-            leaving = entering = phase.nbytes * (size - at_home) / size  # bytes, from and to other sites
+            bytes_out = one.nbytes * (size - 1) / size
+            leaving = entering = one.nbytes * (size - at_home) / size  # bytes, from and to other sites
             leaves = enters = size > at_home
         else:
             after, before = self._neighbours(groups)
-            bytes_out = (size - 1) * (2 / size if phase.operation == "all_reduce" else 1.0) * phase.nbytes
+            copies = {"all_reduce": 2 * (size - 1) / size, "all_gather": size - 1, "send": np.sign(size - 1)}
+            bytes_out = copies[one.operation] * one.nbytes
             leaves, enters = site[after] != site, site[before] != site
             leaving, entering = bytes_out * leaves, bytes_out * enters
         busy_s = bytes_out / self._rate[order]  # as many bytes come in
@@ -98,7 +99,7 @@ class Pipes:
             busy_s = np.maximum(busy_s, np.where(crosses, (load / self._site_rate)[site], 0.0))
         delay_s = self._latency_s[order] + np.where(leaves, self._site_latency_s[site], 0.0)
         distinct, which = np.unique(sizes, return_inverse=True)
-        message_rounds = np.array([rounds(phase.operation, int(members)) for members in distinct])[which]
+        message_rounds = np.array([rounds(one.operation, int(members)) for members in distinct])[which]
         slowest = np.maximum.reduceat(busy_s, groups.starts)
         return message_rounds * np.maximum.reduceat(delay_s, groups.starts) + slowest, bytes_out
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from commopt.errors import ConfigError
 from commopt.plan.links import LinkModel
-from commopt.plan.pipes import F64, I64, Groups, Phase, Pipes
+from commopt.plan.pipes import F64, I64, Collective, Groups, Operation, Pipes
+from commopt.plan.profile import Profile
 from commopt.wire.draws import random_order
 
 _DRAWN_AT_ONCE = 1_000_000  # step times; 8 MB
@@ -48,16 +50,16 @@ class Times:
 class Exchange:
     """What nodes exchange, with whom, and how often.
 
-    phases: the collectives of one round, one after another. every: steps between two exchanges of the same parameters.
+    collectives: those of one round, one after another. every: steps between two exchanges of the same parameters.
     group_size: None if all nodes exchange together, 2 for random pairs, and so on, drawn as noloco draws them.
-    fragments: the parameters go in so many parts, one after another within `every` steps; phases are those of one part.
+    fragments: the parameters go in so many parts, one after another within `every` steps; collectives are those of one part.
     overlap_steps: steps that a node may do before it needs the result (tau).
-    early: share of a step, before its end, in which the exchange runs already, as buckets do in backward; buckets: how many
-        are released evenly in that time. encode_s: what a round costs each node's processor.
+    buckets: equal parts that a round's collectives are done for, one after another. early: share of a step, before its end, in
+        which the exchange runs already; buckets are released evenly in that time. encode_s: what a round costs a node's processor.
     timeout_s: how long a round waits for a node that has failed, before the others know that it has.
     """
 
-    phases: Sequence[Phase] = ()
+    collectives: Sequence[Collective] = ()
     every: int = 1
     group_size: int | None = None
     fragments: int = 1
@@ -75,6 +77,37 @@ class Exchange:
             raise ConfigError(f"group_size: {self.group_size} is out of range; write 2 or more, or None for all nodes")
         if not 0 <= self.early <= 1:
             raise ConfigError(f"early: {self.early} is out of range; write a share of a step, from 0 to 1")
+
+    @classmethod
+    def of(
+        cls,
+        profile: Profile,
+        parameters: float,
+        nodes: int,
+        *,
+        buckets: int = 1,
+        forward_share: float = 1 / 3,
+        encode_s: float = 0.0,
+        timeout_s: float = 30.0,
+    ) -> Exchange:
+        """What a method exchanges of a model. An outer method that sends to single peers does so in random pairs.
+
+        buckets: that backward releases, if the method exchanges in steps and not between them.
+        """
+        is_outer = profile.kind == "outer"
+        buckets = buckets if profile.overlaps and not is_outer else 1
+        part = parameters / profile.fragments
+        return cls(
+            [Collective(cast(Operation, phase.operation), phase.nbytes(part, nodes)) for phase in profile.phases],
+            every=profile.every,
+            group_size=2 if any(phase.operation == "send" for phase in profile.phases) else None,
+            fragments=profile.fragments,
+            overlap_steps=profile.delay,
+            early=(1 - forward_share) * (1 - 1 / buckets),
+            buckets=buckets,
+            encode_s=encode_s,
+            timeout_s=timeout_s,
+        )
 
     def rounds_of(self, steps: int) -> list[int]:
         """After which steps the rounds of a run begin."""
@@ -243,7 +276,8 @@ class _Meeting:
         self.known = np.ones(pipes.nodes, bool)  # up, as far as the others know
         self._free_s = np.zeros((runs, pipes.nodes))  # when each node's link has done the exchanges so far
         self.sent_bytes, self.missed, self.count = np.zeros(pipes.nodes), np.zeros(pipes.nodes, np.int64), 0
-        self._of_all: tuple[bytes, F64, F64] | None = None
+        self._of_bucket = [replace(one, nbytes=one.nbytes / exchange.buckets) for one in exchange.collectives]
+        self._last: tuple[bytes, F64, F64] | None = None
 
     def hold(self, clock: _Clock) -> F64:
         """(runs, nodes) seconds at which each node has the result of the next round; -inf if it gets none."""
@@ -276,10 +310,9 @@ class _Meeting:
         return result
 
     def _cost(self, groups: Groups) -> tuple[F64, F64]:
-        """`Pipes.round`, computed again only if the groups have changed."""
-        if self._exchange.group_size is not None:
-            return self._pipes.round(groups, self._exchange.phases)
+        """`Pipes.round` for all buckets, computed again only if the groups have changed."""
         key = groups.order.tobytes()
-        if self._of_all is None or self._of_all[0] != key:
-            self._of_all = (key, *self._pipes.round(groups, self._exchange.phases))
-        return self._of_all[1:]
+        if self._last is None or self._last[0] != key:
+            seconds, sent = self._pipes.round(groups, self._of_bucket)
+            self._last = (key, seconds * self._exchange.buckets, sent * self._exchange.buckets)
+        return self._last[1:]

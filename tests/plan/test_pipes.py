@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commopt.plan.links import LinkModel, rounds, schedule
-from commopt.plan.pipes import Groups, Operation, Phase, Pipes
+from commopt.plan.pipes import Collective, Groups, Operation, Pipes
 
 RATES = st.floats(1e3, 1e9) | st.just(math.inf)
 DELAYS = st.floats(0, 0.1)
@@ -33,7 +33,9 @@ def messages(operation: str, nbytes: int, members: list[int], nodes: int) -> lis
     """What each node of the cluster sends to each other in one collective of `members`."""
     sent: list[dict[int, float]] = [{} for _ in range(nodes)]
     for place, node in enumerate(members):
-        if operation == "all_to_all":
+        if operation == "send":
+            sent[node] = {members[(place + 1) % len(members)]: nbytes} if len(members) > 1 else {}
+        elif operation == "all_to_all":
             sent[node] = {other: nbytes / len(members) for other in members if other != node}
         else:
             to = schedule(operation, nbytes, place, len(members))
@@ -46,7 +48,7 @@ def test_one_group_of_all_takes_what_the_link_model_says(links: LinkModel, opera
     nodes = links.ranks
     sent = messages(operation, nbytes, list(range(nodes)), nodes)
     groups = Groups(np.arange(nodes), np.array([0]))
-    seconds, sent_bytes = Pipes(links).round(groups, [Phase(operation, nbytes)])
+    seconds, sent_bytes = Pipes(links).round(groups, [Collective(operation, nbytes)])
     assert seconds == pytest.approx([links.seconds(sent, rounds(operation, nodes))])
     assert sent_bytes == pytest.approx([sum(own.values()) for own in sent])
 
@@ -66,14 +68,14 @@ def test_groups_of_one_round_share_the_pipes(
         *(links.node_of_rank, links.bytes_per_s, (0.0,) * links.ranks, links.site_of_node, links.between_bytes_per_s)
     )
     still = LinkModel(**{**still.__dict__, "between_latency_s": (0.0,) * len(links.between_bytes_per_s)})
-    seconds, _ = Pipes(still).round(groups, [Phase(operation, 1000)])
+    seconds, _ = Pipes(still).round(groups, [Collective(operation, 1000)])
     assert seconds.max() == pytest.approx(still.seconds(sent))
 
 
-def test_phases_come_one_after_another_and_links_are_filled_in_part() -> None:
+def test_collectives_come_one_after_another_and_links_are_filled_in_part() -> None:
     links = LinkModel.uniform(4, "8mbit", "2ms")
     groups = Groups(np.arange(4), np.array([0]))
-    two_way = [Phase("all_to_all", 1e6), Phase("all_gather", 1e4)]
+    two_way = [Collective("all_to_all", 1e6), Collective("all_gather", 1e4)]
     ((took_s,), _) = Pipes(links, efficiency=0.5).round(groups, two_way)
     assert took_s == pytest.approx(0.002 + 2 * 0.75 + 3 * 0.002 + 2 * 0.03)
 

@@ -9,7 +9,7 @@ import pytest
 
 from commopt.errors import ConfigError
 from commopt.plan.links import LinkModel
-from commopt.plan.pipes import Phase
+from commopt.plan.pipes import Collective
 from commopt.plan.published import STREAMING_DILOCO_MODELS, streaming_diloco
 from commopt.plan.simulate import Exchange, Times, simulate
 
@@ -52,7 +52,7 @@ def test_the_nodes_of_a_cluster_wait_as_their_replica_does(model: str) -> None:
             found = simulate(
                 LinkModel.uniform(2, f"{rate / 1e9:.12f}gbit"),
                 Exchange(
-                    [Phase("all_reduce", 2 * replica.parameters)],
+                    [Collective("all_reduce", 2 * replica.parameters)],
                     every=replica.every,
                     early=replica.backward * (1 - 1 / replica.layers),
                     buckets=replica.layers,
@@ -87,7 +87,7 @@ STEP_S = 0.0262
 
 
 def computing(link: str, every: int, efficiency: float = 1.0) -> float:
-    exchange = Exchange([Phase("all_reduce", 4 * 30_846_720)], every=every)
+    exchange = Exchange([Collective("all_reduce", 4 * 30_846_720)], every=every)
     links = LinkModel.uniform(4, link)
     found = simulate(links, exchange, steps=TIMED[every], step=Times(STEP_S), efficiency=efficiency)
     return 100 * found.utilisation

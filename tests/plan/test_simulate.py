@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 from commopt.errors import ConfigError
 from commopt.plan.links import LinkModel
-from commopt.plan.pipes import Phase
+from commopt.plan.model import Codec, Setting, predict
+from commopt.plan.pipes import Collective
+from commopt.plan.profile import profiles
 from commopt.plan.simulate import Exchange, Failure, Simulated, Times, simulate
+from commopt.plan.transport import LIKELY, transport_of
 
 MEGABYTE = 1_000_000
 LINKS = LinkModel.uniform(8, "80mbit", "2ms")  # 10 MB/s
 STEADY = Times(0.5)
-SWAP = [Phase("all_gather", MEGABYTE)]  # of a pair: .1 s and 2 ms
+SWAP = [Collective("send", MEGABYTE)]  # of a pair: .1 s and 2 ms
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
@@ -43,7 +46,7 @@ def test_steady_nodes_on_equal_links_take_the_closed_form(
     nodes: int, steps: int, every: int, operation: str, nbytes: int
 ) -> None:
     links = LinkModel.uniform(nodes, "100mbit", "3ms")
-    exchange = Exchange([Phase(operation, nbytes)], every=every)  # type: ignore[arg-type]
+    exchange = Exchange([Collective(operation, nbytes)], every=every)  # type: ignore[arg-type]
     found = simulate(links, exchange, steps=steps, step=STEADY)
     network_s = steps // every * links.collective_seconds(operation, nbytes)
     assert found.total_s == pytest.approx([steps * 0.5 + network_s])
@@ -56,7 +59,9 @@ def test_steady_nodes_on_equal_links_take_the_closed_form(
 @given(st.integers(0, 4), st.sampled_from([1, 2, 4]), st.floats(0.01, 3))
 def test_an_exchange_costs_what_the_steps_that_overlap_it_leave(tau: int, fragments: int, network_s: float) -> None:
     every, links = 8, LinkModel.uniform(2, "80mbit")
-    exchange = Exchange([Phase("all_gather", network_s * 1e7)], every=every, fragments=fragments, overlap_steps=tau)
+    exchange = Exchange(
+        [Collective("all_gather", network_s * 1e7)], every=every, fragments=fragments, overlap_steps=tau
+    )
 
     def total_s(cycles: int) -> float:
         return float(simulate(links, exchange, steps=every * cycles, step=STEADY).total_s[0])
@@ -67,15 +72,42 @@ def test_an_exchange_costs_what_the_steps_that_overlap_it_leave(tau: int, fragme
 
 
 def test_buckets_overlap_backward_and_the_last_one_nothing() -> None:
-    exchange = Exchange([Phase("all_gather", 1e7 * 0.4)], early=0.6, buckets=4)
+    exchange = Exchange([Collective("all_gather", 1e7 * 0.4)], early=0.6, buckets=4)
     links = LinkModel.uniform(2, "80mbit")  # .4 s of network, .3 s of which backward overlaps
 
     def step_s(network_s: float) -> float:
-        given_ = replace(exchange, phases=[Phase("all_gather", 1e7 * network_s)])
+        given_ = replace(exchange, collectives=[Collective("all_gather", 1e7 * network_s)])
         return float(simulate(links, given_, steps=10, step=STEADY).total_s[0]) / 10
 
     assert step_s(0.4) == pytest.approx(0.5 + 0.1)
     assert step_s(0.2) == pytest.approx(0.5 + 0.05)  # the link idles between buckets
+
+
+def test_every_bucket_pays_for_its_latency() -> None:
+    links = LinkModel.uniform(2, "80mbit", "10ms")
+    whole, parts = (
+        simulate(links, Exchange([Collective("send", 1e6)], buckets=buckets), steps=3, step=STEADY)
+        for buckets in (1, 5)
+    )
+    assert whole.total_s == pytest.approx([3 * (0.5 + 0.1 + 0.01)])
+    assert parts.total_s == pytest.approx([3 * (0.5 + 0.1 + 0.05)])
+    assert parts.sent_bytes == pytest.approx(whole.sent_bytes)
+
+
+@pytest.mark.parametrize("name", profiles())
+@pytest.mark.parametrize("rate", ["20mbit", "10gbit"])
+def test_steady_nodes_on_equal_links_take_the_step_that_the_model_predicts(name: str, rate: str) -> None:
+    profile, nodes, parameters, buckets, steps = profiles()[name], 8, 4_000_000, 4, 400
+    links = LinkModel.uniform(nodes, rate, "2ms")
+    nothing = replace(LIKELY, efficiency=1.0, fast_efficiency=1.0, call_s=0.0, round_s=0.0)
+    setting = Setting(
+        nodes, 1, 0.5, (parameters // buckets,) * buckets, transport_of(links, 1, nothing), {name: Codec()}
+    )
+    exchange = Exchange.of(profile, parameters, nodes, buckets=buckets)
+    found = simulate(links, exchange, steps=steps, step=Times(0.5))
+    predicted = predict(profile, setting)
+    assert found.total_s / steps == pytest.approx([predicted.step_s], rel=0.01)
+    assert found.sent_bytes.mean() / steps == pytest.approx(predicted.bytes_per_machine)
 
 
 # ---- waiting ---------------------------------------------------------------------------------------------------------
@@ -111,7 +143,7 @@ def test_a_nodes_step_is_that_of_its_slowest_rank() -> None:
 def test_one_slow_site_decides_what_an_all_reduce_takes() -> None:
     site_of_node = tuple(node // 4 for node in range(12))
     links = LinkModel(tuple(range(12)), (1e9,) * 12, (0.0,) * 12, site_of_node, (1e9, 1e6, 1e9), (0.0, 0.05, 0.0))
-    found = simulate(links, Exchange([Phase("all_reduce", MEGABYTE)]), steps=1, step=STEADY)
+    found = simulate(links, Exchange([Collective("all_reduce", MEGABYTE)]), steps=1, step=STEADY)
     assert found.total_s == pytest.approx([0.5 + 22 * 0.05 + 22 / 12])
     pairs = simulate(links, Exchange(SWAP, group_size=2), steps=1, step=STEADY)
     assert pairs.waited_s.max() > 1
@@ -156,7 +188,7 @@ def test_the_partner_of_a_failed_node_waits_once_and_goes_on_alone() -> None:
 def test_all_wait_once_for_a_failed_node_and_go_on_without_it() -> None:
     found = simulate(
         LINKS,
-        Exchange([Phase("all_reduce", MEGABYTE)], timeout_s=10.0),
+        Exchange([Collective("all_reduce", MEGABYTE)], timeout_s=10.0),
         steps=3,
         step=STEADY,
         failures=[Failure(3, at_step=2)],
@@ -192,7 +224,7 @@ def test_ten_thousand_ranks_need_little_memory(size: int | None) -> None:
     nodes = 10_000
     sites = tuple(node // 2500 for node in range(nodes))
     links = LinkModel(tuple(range(nodes)), (1e8,) * nodes, (0.001,) * nodes, sites, (1e10,) * 4, (0.03,) * 4)
-    exchange = Exchange([Phase("all_reduce", 5e7)], every=50, group_size=size)
+    exchange = Exchange([Collective("all_reduce", 5e7)], every=50, group_size=size)
     tracemalloc.start()
     found = simulate(links, exchange, steps=200, step=Times(0.5, 0.1), slow={17: 2.0}, failures=[Failure(5, 60, 60)])
     _, most = tracemalloc.get_traced_memory()
