@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from commopt.plan.links import LinkModel, rounds
+from commopt.plan.links import LinkModel
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -98,10 +98,18 @@ class Pipes:
             load = np.bincount(site, crossing, minlength=self._sites)
             busy_s = np.maximum(busy_s, np.where(crosses, (load / self._site_rate)[site], 0.0))
         delay_s = self._latency_s[order] + np.where(leaves, self._site_latency_s[site], 0.0)
-        distinct, which = np.unique(sizes, return_inverse=True)
-        message_rounds = np.array([rounds(one.operation, int(members)) for members in distinct])[which]
         slowest = np.maximum.reduceat(busy_s, groups.starts)
-        return message_rounds * np.maximum.reduceat(delay_s, groups.starts) + slowest, bytes_out
+        return self._latency(groups, one.operation, delay_s) + slowest, bytes_out
+
+    def _latency(self, groups: Groups, operation: Operation, delay_s: F64) -> F64:
+        """(groups,) seconds: in a ring those of the longest way once or twice around, less the hops that nobody waits for."""
+        if operation in ("all_to_all", "send"):
+            return np.where(groups.sizes > 1, np.maximum.reduceat(delay_s, groups.starts), 0.0)
+        around = np.add.reduceat(delay_s, groups.starts)
+        if operation == "all_gather":
+            return around - np.minimum.reduceat(delay_s, groups.starts)
+        after, _ = self._neighbours(groups)
+        return 2 * around - np.minimum.reduceat(delay_s + delay_s[after], groups.starts)
 
     @staticmethod
     def _neighbours(groups: Groups) -> tuple[I64, I64]:
