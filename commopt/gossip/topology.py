@@ -1,7 +1,7 @@
-"""Which ranks average in which round: topologies as data, and random groups that every rank draws alike.
+"""Which ranks average in which round, without chance: topologies as data. Random groups are in `wire.draws`.
 
-After Decent-DP's topologies (arXiv:2410.11998), NoLoCo's random groups (arXiv:2506.10911) and the directed exponential graph of
-stochastic gradient push (arXiv:1811.10792). Nothing here communicates.
+After Decent-DP's topologies (arXiv:2410.11998) and the directed exponential graph of stochastic gradient push (arXiv:1811.10792).
+Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from commopt.errors import ConfigError
-from commopt.wire.noise import keys
 
 F64 = NDArray[np.float64]
 TopologyName = Literal["ring", "one_peer_exp", "alternating_exp_ring", "complete"]
@@ -43,24 +42,6 @@ def mixing_matrix(round: Round, ranks: int) -> F64:
     for members in round:
         matrix[np.ix_(members, members)] = 1 / len(members)
     return matrix
-
-
-def random_groups(ranks: int, size: int, seed: int, round: int) -> list[tuple[int, ...]]:
-    """NoLoCo's random groups of a round (arXiv:2506.10911), the same on every rank from (seed, round) only.
-
-    A permutation of the ranks, cut into groups of `size`; members are sorted. Ranks that are left over make a smaller group (the
-    paper wants ranks to be divisible by size). A single one sits the round out and is in no group: from round cN to cN + N - 1 each of
-    N ranks does so once, and none does twice in a row.
-    """
-    order = permutation(ranks, seed, "random groups", round)
-    if ranks % size == 1:
-        order.remove(_sits_out(ranks, seed, round))
-    return [tuple(sorted(order[first : first + size])) for first in range(0, len(order), size)]
-
-
-def group_of(rank: int, ranks: int, size: int, seed: int, round: int) -> tuple[int, ...]:
-    """The group of this rank in `random_groups`, and (rank,) if it sits the round out."""
-    return next((group for group in random_groups(ranks, size, seed, round) if rank in group), (rank,))
 
 
 def directed_exponential(ranks: int, round: int, rank: int) -> int:
@@ -119,18 +100,3 @@ def _alternating_exp_ring(ranks: int, slots: int) -> tuple[Round, ...]:
             halves = [(inside, over_both)[(turn + k) % 2][k] for k in range(len(matching))]
             rounds.append(tuple(group for groups in halves for group in groups))
     return tuple(rounds)
-
-
-def permutation(ranks: int, seed: int, purpose: str, count: int) -> list[int]:
-    """The ranks in the order of their keys, which differ: for one count, a key is a bijection of the place."""
-    drawn = keys(seed, purpose, 0, np.asarray([count]), np.arange(ranks))  # (N,) u64
-    return [int(rank) for rank in np.argsort(drawn)]
-
-
-def _sits_out(ranks: int, seed: int, round: int) -> int:
-    """The rank that sits a round out: they take turns, in an order drawn anew for each cycle of N rounds."""
-    cycle, turn = divmod(round, ranks)
-    order = permutation(ranks, seed, "sits out", cycle)
-    if turn < 2 and cycle > 0 and ranks > 2 and order[0] == permutation(ranks, seed, "sits out", cycle - 1)[-1]:
-        order[:2] = order[1::-1]  # else it would sit out twice in a row; the last turn stays, so cycles do not chain
-    return order[turn]

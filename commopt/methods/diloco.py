@@ -20,13 +20,13 @@ from commopt.exchange.gather import GatherMean
 from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round
-from commopt.gossip.topology import permutation
 from commopt.groups.peers import Latecomers, PeerGroup, Roll, call_roll
 from commopt.kernels.reference.runs import element_indices
 from commopt.method import options
 from commopt.optim.outer import FedAdagrad, FedAdam, FedYogi
 from commopt.options import Count, Number, Share
 from commopt.wire.bucket import Bucket
+from commopt.wire.draws import permutation
 from commopt.wire.payload import checksum, is_sound
 from commopt.wire.state import Saved, State
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from commopt.errors import ConfigError
 from commopt.gossip.loop import Exchanged, MessageOptions, OuterMethod, Round, mean_of
-from commopt.gossip.topology import group_of
 from commopt.method import options
 from commopt.options import Flag, Fraction, Number, Positive, Share, Whole
+from commopt.wire.draws import group_of
 from commopt.wire.payload import Payload
 from commopt.wire.state import State
 

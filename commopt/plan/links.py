@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from commopt.errors import ConfigError
@@ -83,9 +84,21 @@ def rounds(operation: str, size: int) -> int:
     return {"all_reduce": 2 * ring, "all_gather": ring, "broadcast": math.ceil(math.log2(size))}.get(operation, 1)
 
 
+def longest_way_s(delays: Sequence[float], hops: int) -> float:
+    """The most that so many hops in a row along a ring of these delays take."""
+    if min(delays) == max(delays):
+        return hops * delays[0]
+    times, left = divmod(hops, len(delays))
+    until = list(accumulate((*delays, *delays), initial=0.0))
+    return times * until[len(delays)] + max(until[k + left] - until[k] for k in range(len(delays)))
+
+
 @dataclass(frozen=True)
 class LinkModel:
     """Seconds for a set of simultaneous messages: latency plus bytes over bandwidth, for the most loaded pipe.
+
+    In a ring a round waits only for what its predecessor sent in the round before, so latency is that of the longest way that a
+    message takes: as many hops in a row as there are rounds. Of other schedules each round takes the longest delay.
 
     A node has one pipe out and one pipe in, both of `bytes_per_s[node]`. Nodes of different sites also share one
     pipe per site and direction, of `between_bytes_per_s[site]`. Messages within a node take no time.
@@ -129,7 +142,7 @@ class LinkModel:
     def seconds(self, sent: Sequence[Mapping[int, float]], message_rounds: int = 1) -> float:
         """Seconds until the last of these messages has arrived. sent[i][j]: bytes that rank i hands to rank j."""
         load: dict[tuple[str, int], float] = {}
-        latency_s = 0.0
+        delays = [0.0] * len(sent)
         for rank, messages in enumerate(sent):
             a = self.node_of_rank[rank]
             for peer, nbytes in messages.items():
@@ -142,13 +155,16 @@ class LinkModel:
                 if site_a != site_b:
                     pipes += [("site out", site_a), ("site in", site_b)]
                     delay += self.between_latency_s[site_a]
-                latency_s = max(latency_s, delay)
+                delays[rank] = max(delays[rank], delay)
                 for pipe in pipes:
                     load[pipe] = load.get(pipe, 0.0) + nbytes
         own, between = self.bytes_per_s, self.between_bytes_per_s
         rates = {"out": own, "in": own, "site out": between, "site in": between}
         busiest = max((nbytes / rates[kind][index] for (kind, index), nbytes in load.items()), default=0.0)
-        return message_rounds * latency_s + busiest
+        is_ring = all([*messages] == [(rank + 1) % len(sent)] for rank, messages in enumerate(sent))
+        return (
+            longest_way_s(delays, message_rounds) if is_ring else message_rounds * max(delays, default=0.0)
+        ) + busiest
 
     def message_seconds(self, sender: int, receiver: int, nbytes: float) -> float:
         """Seconds of one message, while nobody else sends."""

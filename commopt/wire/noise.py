@@ -7,11 +7,14 @@ should, a resumed run draws what the uninterrupted one would have drawn, and buc
 from __future__ import annotations
 
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 UInt64Array = NDArray[np.uint64]
 GOLDEN = 0x9E3779B97F4A7C15
@@ -49,5 +52,7 @@ def bits(keys: UInt64Array, lengths: NDArray[np.int64]) -> UInt64Array:
 
 def uniform(keys: UInt64Array, lengths: NDArray[np.int64], device: torch.device | str = "cpu") -> Tensor:
     """(sum of lengths,) f32 in [0, 1): the top 24 bits of `bits`. The oracle of the kernels that draw as they go."""
+    import torch  # only here: a planner draws groups without it
+
     top = bits(keys, lengths) >> np.uint64(40)
     return torch.from_numpy(top.astype(np.float32) * np.float32(2.0**-24)).to(device)

@@ -1,6 +1,6 @@
 """What it costs to synchronise: NoLoCo's figure 5 simulated, and a pair's swap, a tree and Gloo's ring timed on emulated nodes.
 
-python scripts/bench/sync.py                          simulate figure 5: half a minute; also shows what was measured before
+python scripts/bench/sync.py                          simulate figure 5: about a minute; also shows what was measured before
 python scripts/bench/sync.py --quick                  a look in seconds: fewer runs and nodes, and nothing is stored
 python scripts/bench/sync.py --measure                time the exchanges that are not stored yet, on 4 and 8 nodes: minutes
 python scripts/bench/sync.py --measure --only '8-*' --redo

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from commopt.gossip.topology import group_of
+from commopt.wire.draws import group_of
 
 TIMEOUT_S = 60.0
 LEAD_S = 0.05  # from the news of a beginning to the beginning: longer than the news takes

@@ -1,7 +1,7 @@
 """NoLoCo's figure 5, by Monte Carlo: what an all-reduce over a tree costs in pair averages, and what waiting for all costs.
 
 Kolehmainen et al. 2025, arXiv:2506.10911, figure 5 and equations 5 to 7. Nothing is sent here: message times and step
-times are drawn, and nodes wait for each other as the two algorithms make them wait.
+times are drawn, and nodes wait for each other as the two algorithms make them wait; for training, in `plan.simulate`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from commopt.gossip.topology import random_groups
-
-Times = NDArray[np.float64]
+from commopt.plan.links import LinkModel
+from commopt.plan.pipes import F64
+from commopt.plan.simulate import Exchange, Times, simulate
 
 NODES = (4, 16, 64, 256, 1024)
 SPREADS = (0.01, 0.5, 1.0, 1.5, 2.0, 2.5)  # std / mean of a message's time
@@ -23,6 +22,7 @@ INNER_STEPS = (10, 25, 50, 100)
 OUTER_STEPS = (250, 500)  # by the paper's text, and by its caption
 # The paper writes LogNormal(1, 0.5); its 20 % at 1,024 nodes come out if 0.5 is the variance, as in its LogNormal(mu, sigma^2).
 STEP_LOG_MEAN, STEP_LOG_VARIANCE = 1.0, 0.5
+STEP = Times(math.exp(STEP_LOG_MEAN + STEP_LOG_VARIANCE / 2), math.sqrt(math.expm1(STEP_LOG_VARIANCE)))
 RUNS, QUICK_RUNS = 4000, 100
 REPLICAS, QUICK_REPLICAS = 2048, 256  # nodes over all runs of a point of figure 5B
 PAIRS = 100_000  # drawn for the mean of a pair's exchange
@@ -31,16 +31,9 @@ PAIRS = 100_000  # drawn for the mean of a pair's exchange
 # ---- figure 5A: messages ---------------------------------------------------------------------------------------------
 
 
-def log_std(spread: float) -> float:
-    """The sigma of a log-normal time whose std / mean is `spread`."""
-    return math.sqrt(math.log1p(spread**2))
-
-
-def draw_messages(rng: np.random.Generator, shape: tuple[int, ...], spread: float) -> Times:
-    """Times of messages, of mean 1 (so mu = -sigma^2 / 2)."""
-    sigma = log_std(spread)
-    drawn: Times = rng.lognormal(-(sigma**2) / 2, sigma, shape)
-    return drawn
+def message(spread: float) -> Times:
+    """Times of messages, in their mean."""
+    return Times(1.0, spread)
 
 
 def swap_mean(spread: float) -> float:
@@ -48,16 +41,16 @@ def swap_mean(spread: float) -> float:
 
     (1 + erf(sigma / 2)) exp(mu + sigma^2 / 2), whose second factor is the mean of a message.
     """
-    return 1 + math.erf(log_std(spread) / 2)
+    return 1 + math.erf(message(spread).sigma / 2)
 
 
-def swap_times(rng: np.random.Generator, spread: float, pairs: int) -> Times:
+def swap_times(rng: np.random.Generator, spread: float, pairs: int) -> F64:
     """Times until both of a pair have the other's message; (pairs,)."""
-    latest: Times = draw_messages(rng, (pairs, 2), spread).max(axis=1)
+    latest: F64 = message(spread).draw(rng, (pairs, 2)).max(axis=1)
     return latest
 
 
-def tree_times(rng: np.random.Generator, nodes: int, spread: float, runs: int) -> Times:
+def tree_times(rng: np.random.Generator, nodes: int, spread: float, runs: int) -> F64:
     """Times of all-reduces over a binary tree whose leaves are the nodes; (runs,).
 
     Up: a parent is ready when the messages of both children have come. Down: each child gets a message of its own. It
@@ -66,16 +59,16 @@ def tree_times(rng: np.random.Generator, nodes: int, spread: float, runs: int) -
     """
     ready = np.zeros((runs, _power_of_two(nodes)))  # (runs, nodes of this level)
     while ready.shape[1] > 1:
-        come = ready + draw_messages(rng, ready.shape, spread)
+        come = ready + message(spread).draw(rng, ready.shape)
         ready = np.maximum(come[:, ::2], come[:, 1::2])
     while ready.shape[1] < nodes:
         ready = np.repeat(ready, 2, axis=1)
-        ready = ready + draw_messages(rng, ready.shape, spread)
-    latest: Times = ready.max(axis=1)
+        ready = ready + message(spread).draw(rng, ready.shape)
+    latest: F64 = ready.max(axis=1)
     return latest
 
 
-def binomial_times(rng: np.random.Generator, nodes: int, spread: float, runs: int) -> Times:
+def binomial_times(rng: np.random.Generator, nodes: int, spread: float, runs: int) -> F64:
     """The same where a parent is one of its two children, and sends itself nothing: 2 (nodes - 1) messages; (runs,).
 
     This is what a program can do on `nodes` machines, and what is measured. Raises ValueError as `tree_times` does.
@@ -83,10 +76,10 @@ def binomial_times(rng: np.random.Generator, nodes: int, spread: float, runs: in
     ready = np.zeros((runs, _power_of_two(nodes)))
     while ready.shape[1] > 1:
         own, other = ready[:, ::2], ready[:, 1::2]
-        ready = np.maximum(own, other + draw_messages(rng, other.shape, spread))
+        ready = np.maximum(own, other + message(spread).draw(rng, other.shape))
     while ready.shape[1] < nodes:
-        ready = np.stack([ready, ready + draw_messages(rng, ready.shape, spread)], axis=2).reshape(runs, -1)
-    latest: Times = ready.max(axis=1)
+        ready = np.stack([ready, ready + message(spread).draw(rng, ready.shape)], axis=2).reshape(runs, -1)
+    latest: F64 = ready.max(axis=1)
     return latest
 
 
@@ -120,21 +113,18 @@ def swap_point(spread: float, *, seed: int) -> dict[str, Any]:
 # ---- figure 5B: waiting ----------------------------------------------------------------------------------------------
 
 
-def blocking_ratios(nodes: int, inner: int, outer: int, *, runs: int, seed: int) -> Times:
+def blocking_ratios(nodes: int, inner: int, outer: int, *, runs: int, seed: int) -> F64:
     """Training time with a barrier of all nodes after every `inner` steps, over that with a barrier of random pairs; (runs,).
 
     Messages take no time. Both have the same step times. Training ends when the last node has done its `outer` rounds.
     """
-    rng = np.random.default_rng([seed, nodes, inner, outer])
-    all_wait, pairs_wait = np.zeros(runs), np.zeros((runs, nodes))
-    for round_ in range(outer):
-        steps = rng.lognormal(STEP_LOG_MEAN, math.sqrt(STEP_LOG_VARIANCE), (inner, runs, nodes)).sum(axis=0)
-        all_wait += steps.max(axis=1)
-        pairs_wait += steps
-        pairs = np.array(random_groups(nodes, 2, seed, round_))  # (nodes / 2, 2), the same in all runs
-        pairs_wait[:, pairs] = pairs_wait[:, pairs].max(axis=2, keepdims=True)
-    ratios: Times = all_wait / pairs_wait.max(axis=1)
-    return ratios
+
+    def total_s(group_size: int | None) -> F64:
+        rng, exchange = np.random.default_rng([seed, nodes, inner, outer]), Exchange(every=inner, group_size=group_size)
+        links = LinkModel.uniform(nodes)
+        return simulate(links, exchange, steps=inner * outer, step=STEP, runs=runs, seed=seed, rng=rng).total_s
+
+    return total_s(None) / total_s(2)
 
 
 def blocking_point(nodes: int, inner: int, outer: int, *, replicas: int, seed: int) -> dict[str, Any]:

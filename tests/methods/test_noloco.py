@@ -12,8 +12,8 @@ from rig import normal
 from torch import Tensor
 
 from commopt.errors import ConfigError
-from commopt.gossip.topology import group_of
 from commopt.groups import SimGroup, SimWorld
+from commopt.wire.draws import group_of
 
 
 def reference(

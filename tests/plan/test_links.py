@@ -107,6 +107,23 @@ def test_sites_share_one_pipe_and_add_their_delay() -> None:
     assert links.seconds([{1: 1e6}, {}, {}, {}]) == pytest.approx(0.001 + 0.001)
 
 
+def test_a_ring_is_as_late_as_its_longest_way_and_not_as_its_longest_hop() -> None:
+    """Rank i has done round r when its own round r - 1 is done and what rank i - 1 sent after its round r - 1 has come."""
+    delays = (0.001, 0.05, 0.002, 0.0, 0.03)
+    links = LinkModel(tuple(range(5)), (math.inf,) * 5, delays, (0,) * 5)
+    for operation in ("all_reduce", "all_gather"):
+        done = [0.0] * 5
+        for _ in range(rounds(operation, 5)):
+            done = [max(done[i], done[i - 1] + delays[i - 1]) for i in range(5)]
+        assert links.collective_seconds(operation, 1) == pytest.approx(max(done))
+    assert links.collective_seconds("broadcast", 1) == pytest.approx(3 * 0.05)
+
+
+def test_hops_within_a_node_take_a_ring_no_time() -> None:
+    links = LinkModel((0, 0, 1, 1), (math.inf,) * 2, (0.01, 0.01), (0, 0))
+    assert links.collective_seconds("all_reduce", 1) == pytest.approx(0.03)  # three of six hops in a row
+
+
 @given(st.lists(st.floats(1e3, 1e9) | st.just(math.inf), min_size=1, max_size=8), st.floats(0, 1))
 def test_more_bytes_never_arrive_sooner(rates: list[float], latency_s: float) -> None:
     nodes = len(rates)

@@ -27,13 +27,6 @@ def test_a_swap_takes_what_equation_7_says(spread: float) -> None:
     assert abs(drawn.mean() - simulation.swap_mean(spread)) < 4 * drawn.std() / math.sqrt(drawn.size)
 
 
-@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
-def test_messages_have_mean_1_and_the_std_that_was_asked_for(spread: float) -> None:
-    drawn = simulation.draw_messages(np.random.default_rng(1), (1_000_000,), spread)
-    assert drawn.mean() == pytest.approx(1, rel=0.01)
-    assert drawn.std() == pytest.approx(spread, rel=0.05)
-
-
 @pytest.mark.parametrize("nodes", [2, 4, 16, 1024])
 def test_without_spread_a_tree_takes_all_its_levels_twice(nodes: int) -> None:
     for times in (simulation.tree_times, simulation.binomial_times):
@@ -159,6 +152,18 @@ def test_all_cells_and_the_simulation_are_stored() -> None:
     simulated, cells = bench.known(bench.STORED)
     assert simulated["settings"] == bench.settings(quick=False, seed=bench.SEED)
     assert [found["name"] for found in cells] == [one.name for one in bench.CELLS]
+
+
+def test_what_is_stored_is_what_is_simulated() -> None:
+    simulated, _ = bench.known(bench.STORED)
+    asked = {"nodes": 4, "inner_steps": 10, "outer_steps": 250}
+    (stored,) = (point for point in simulated["blocking"] if asked.items() <= point.items())
+    replicas = simulated["settings"]["replicas"]
+    found = simulation.blocking_point(4, 10, 250, replicas=replicas, seed=bench.SEED)
+    assert found == {**stored, "ratio": pytest.approx(stored["ratio"], rel=1e-9)}
+    (stored,) = (point for point in simulated["message"] if point["nodes"] == 16 and point["spread"] == 1.0)
+    found = simulation.message_point(16, 1.0, runs=simulated["settings"]["runs"], seed=bench.SEED)
+    assert found["ratio"] == pytest.approx(stored["ratio"], rel=1e-9)
 
 
 def test_quick_simulates_both_panels_and_stores_nothing(tmp_path: Path) -> None:
