@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from commopt.plan.curve import Curve
-from commopt.plan.links import LinkModel, rounds, schedule
+from commopt.plan.links import LinkModel, rounds
 from commopt.plan.model import Transport
+from commopt.plan.pipes import Collective, Groups, Pipes
 
 OPERATIONS = ("all_reduce", "all_gather", "all_to_all", "broadcast", "send")
 SLOW_BYTES_PER_S, FAST_BYTES_PER_S = 10e9 / 8, 32e9 / 8
@@ -87,15 +90,13 @@ def _costs(links: LinkModel, operation: str) -> tuple[float, float]:
 
 def _seconds(links: LinkModel, operation: str, nbytes: float) -> float:
     """Seconds of one operation of all ranks that contribute `nbytes` each."""
-    ranks = range(links.ranks)
-    if operation == "all_to_all":
-        return links.seconds([{peer: nbytes / links.ranks for peer in ranks if peer != rank} for rank in ranks])
-    if operation == "send":  # in pairs: at worst between sites
-        return links.seconds([{(rank + links.ranks // 2) % links.ranks: nbytes} for rank in ranks])
-    sent = [schedule(operation, 1, rank, links.ranks) for rank in ranks]
-    return links.seconds(
-        [{peer: n * nbytes for peer, n in own.items()} for own in sent], rounds(operation, links.ranks)
-    )
+    if operation in ("broadcast", "send"):  # to partners, at worst in another site
+        there = range(links.ranks)
+        sent = [{(rank + links.ranks // 2) % links.ranks: nbytes} for rank in there]
+        return links.seconds(sent, rounds(operation, links.ranks))
+    everyone = Groups(np.arange(links.ranks), np.zeros(1, np.int64))
+    seconds, _ = Pipes(links).round(everyone, [Collective(operation, nbytes)])  # type: ignore[arg-type]
+    return float(seconds[0])
 
 
 def same_links(links: LinkModel, bytes_per_s: float) -> LinkModel:

@@ -36,6 +36,7 @@ FOUND: dict[str, Any] = {
     "exchanges": {"all_reduce": CALLS, "all_gather": CALLS, "all_to_all": CALLS},
     "inside": [],
     "copy_bytes_per_s": 4e9,
+    "profiles": {},
     "codecs": {
         "dense": {"exchange": [[1_000_000, 0.001]], "step": [[1_000_000, 0.005]]},
         "loco": {"exchange": [[1_000_000, 0.01]], "step": [[1_000_000, 0.005]]},
