@@ -14,7 +14,10 @@ from commopt.plan.links import parse_rate
 from commopt.record.words import bytes_text, milliseconds, seconds_text
 
 NODES = 4
-PEERS = ("torch_ddp", "torch_fp16", "torch_powersgd", "torch_powersgd_one_bucket")
+PEERS = (
+    "torch_ddp", "torch_fp16", "torch_powersgd", "torch_powersgd_one_bucket", "torch_post_localsgd", "decent_dp",
+    "deepspeed_onebit_adam", "grace_top_k", "public_lion", "public_demo", "hivemind_8bit",
+)  # fmt: skip
 BASELINE = "torch_ddp"
 TARGET, TARGET_CLUSTERS, UNSHAPED_TARGET = 1.2, ("50mbit", "100mbit"), 1.3
 WITHOUT_TARGET = (  # others send signs, few values, or at most 4 bits of each

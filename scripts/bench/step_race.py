@@ -1,0 +1,272 @@
+"""The race of step.py: who runs, with which options, and what the stored cells say: loss after equal time, table and figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command import Report
+from emulated import BUSY_CORES
+from rich.text import Text
+from sheets import Sheet, figure
+from step_results import BASELINE, NODES, PEERS, busiest_bytes
+
+from commopt.record.words import bytes_text, milliseconds, seconds_text, times_text
+from commopt.report import drawing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Result = Mapping[str, Any]  # a stored cell
+
+SECONDS, QUICK_SECONDS, LOOKS = 25.0, 10.0, 8
+FIRST_STEPS = 3  # before the first look
+OUTER = {"every": 20, "delay": 10, "message": "int8"}
+OURS: Mapping[str, Mapping[str, Any]] = {
+    "dense": {},
+    "ef_sign": {},
+    "onebit_adam": {"freeze_step": 10},
+    "powersgd": {"rank": 1},
+    "local_sgd": OUTER,
+    "diloco": OUTER,
+    "noloco": OUTER,
+}
+THEIRS: Mapping[str, Mapping[str, Any]] = {
+    "torch_ddp": {},
+    "torch_fp16": {},
+    "torch_powersgd_one_bucket": {},
+    "torch_post_localsgd": {},
+    "decent_dp": {},
+    "deepspeed_onebit_adam": {"freeze_step": 10},
+    "grace_top_k": {"compress_ratio": 0.01},
+    "public_lion": {},
+    "public_demo": {},
+    "hivemind_8bit": {},
+}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {**THEIRS, **OURS}
+QUICK = ("torch_ddp", "torch_powersgd_one_bucket", "ef_sign", "local_sgd")
+ADAMW: Mapping[str, Any] = {"name": "adamw", "lr": 2e-3, "betas": [0.9, 0.99], "weight_decay": 0.01}
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {  # others run with AdamW
+    "public_lion": {"name": "lion", "lr": 5e-4},
+    "public_demo": {"name": "sgd", "lr": 2e-3},
+}
+LABELS: Mapping[str, tuple[str, str]] = {  # who a peer is, and what runs
+    "torch_ddp": ("torch DDP", "torch"),
+    "torch_fp16": ("torch fp16 hook", "torch"),
+    "torch_powersgd_one_bucket": ("torch PowerSGD hook, rank 1", "torch, one bucket"),
+    "torch_post_localsgd": ("torch post-local SGD, every 4", "torch"),
+    "decent_dp": ("Decent-DP, one-peer-exp", "its package"),
+    "deepspeed_onebit_adam": ("DeepSpeed 1-bit Adam", "format re-implemented"),
+    "grace_top_k": ("GRACE top-k 1 %, residual", "format re-implemented"),
+    "public_lion": ("Distributed Lion, majority", "format re-implemented"),
+    "public_demo": ("DeMo, 32 of 64 x 64", "format re-implemented"),
+    "hivemind_8bit": ("Hivemind uniform 8-bit", "format re-implemented"),
+}
+GOALS = (("torch_ddp", 10.0), ("torch_fp16", 5.0))
+PEER_GOAL = 3.0  # over the best peer
+HEADINGS = (
+    "method",
+    "what runs",
+    "step\nms",
+    "speed-up\nover DDP",
+    "interface\nper step",
+    "steps",
+    "loss",
+    "s to\nDDP's loss",
+)
+
+
+def settings_of(method: str, seconds: float) -> dict[str, Any]:
+    """What a cell of the race has instead of the other cells' settings."""
+    return {
+        "options": OPTIONS.get(method, {}),
+        "optimizer": OPTIMIZERS.get(method, ADAMW),
+        "steps": FIRST_STEPS,
+        "seconds": seconds,
+        "looks": LOOKS,
+    }
+
+
+# ---- what the cells say ----------------------------------------------------------------------------------------------
+
+
+def curve_of(result: Result) -> list[tuple[float, float]]:
+    """(seconds, loss) of each look; infinite where training has diverged."""
+    return [(seconds, math.inf if loss is None else loss) for seconds, loss in result.get("curve") or []]
+
+
+def loss_at(result: Result, seconds: float) -> float | None:
+    """The loss after so many seconds of training, interpolated; the last look's if that was just before. Infinite: it has diverged."""
+    curve = curve_of(result)
+    for (start_s, before), (end_s, after) in pairwise(curve):
+        if start_s <= seconds <= end_s:
+            share = (seconds - start_s) / (end_s - start_s)
+            return before + (after - before) * share if math.isfinite(before + after) else math.inf
+    return curve[-1][1] if curve and curve[-1][0] > 0.8 * seconds else None
+
+
+def seconds_to(result: Result, loss: float) -> float | None:
+    """The seconds of training in which a loss was reached first, interpolated; None if it never was."""
+    for (start_s, before), (end_s, after) in pairwise(curve_of(result)):
+        if after <= loss < before < math.inf:
+            return start_s + (end_s - start_s) * (before - loss) / (before - after)
+    return None
+
+
+def final_loss(result: Result) -> float | None:
+    return loss_at(result, result["seconds"])
+
+
+def step_s(result: Result) -> float:
+    """The mean steady step; of all steps, if none is steady."""
+    return float(result["step_mean_s"] or result["curve"][-1][0] / result["steps"])
+
+
+def times_as_fast(result: Result, other: Result) -> float | None:
+    """How many times as fast a cell reaches the loss that another one ends with."""
+    loss = final_loss(other)
+    reached_s = None if loss is None else seconds_to(result, loss)
+    return other["seconds"] / reached_s if reached_s else None
+
+
+def label_of(result: Result) -> str:
+    method = str(result["method"])
+    return LABELS[method][0] if method in LABELS else method
+
+
+def is_ours(result: Result) -> bool:
+    return result["method"] not in PEERS
+
+
+def ranked(results: Sequence[Result]) -> list[Result]:
+    """Those that finished, the lowest final loss first."""
+    known = {id(one): loss for one in results if (loss := final_loss(one)) is not None}
+    return sorted((one for one in results if id(one) in known), key=lambda one: known[id(one)])
+
+
+def report(results: Sequence[Result]) -> Report:
+    """A table for each race, and a figure of the first one."""
+    if not results:
+        return Report([])
+    races = dict.fromkeys((one["cluster"], one["model"], one["seconds"]) for one in results)
+    each = [[one for one in results if (one["cluster"], one["model"], one["seconds"]) == race] for race in races]
+    lines = [line for own in each for line in remarks(own)]
+    first = ranked(each[0])
+    return Report([sheet(own) for own in each], lines, (lambda file: draw_figure(first, file)) if first else None)
+
+
+def title_of(results: Sequence[Result]) -> str:
+    first = results[0]
+    parameters = next((one["parameters"] for one in results if one.get("parameters")), 0)
+    return (
+        f"{NODES} nodes, {first['rate'] or 'unshaped'}, GPT of {parameters / 1e6:.2f} M parameters, "
+        f"{first['seconds']:g} s of training each"
+    )
+
+
+def sheet(results: Sequence[Result]) -> Sheet:
+    """A row for each method, the lowest loss first, and then what failed."""
+    finished = ranked(results)
+    baseline = next((one for one in finished if one["method"] == BASELINE), None)
+    rows = [row_of(one, baseline) for one in finished]
+    rows += [[*names_of(one), Text("failed", "bold red"), *[""] * 5] for one in results if one["status"] != "finished"]
+    return Sheet(title_of(results), HEADINGS, rows, left=HEADINGS[:2])
+
+
+def names_of(one: Result) -> list[str | Text]:
+    if is_ours(one):
+        options = ", ".join(f"{key} {value}" for key, value in one["settings"]["options"].items())
+        return [Text(f"`{one['method']}`" + f" {options}" * bool(options), "bold"), "commopt"]
+    return [Text(label_of(one), "dim"), LABELS.get(one["method"], ("", "torch"))[1]]
+
+
+def row_of(one: Result, baseline: Result | None) -> list[str | Text]:
+    faster = step_s(baseline) / step_s(one) if baseline else None
+    nbytes, loss = busiest_bytes(one), final_loss(one)
+    goal = final_loss(baseline) if baseline else None
+    reached_s = one["seconds"] if one is baseline else None if goal is None else seconds_to(one, goal)
+    return [
+        *names_of(one),
+        milliseconds(step_s(one)),
+        "-" if faster is None else times_text(faster),
+        "-" if nbytes is None else bytes_text(nbytes),
+        str(one["steps"]),
+        "-" if loss is None else f"{loss:.3f}" if math.isfinite(loss) else "diverged",
+        "-" if reached_s is None else f"{reached_s:.1f}",
+    ]
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """Whether the goals are met, by the times of our best method; and what the table does not show."""
+    best = ranked(results)
+    ours, theirs = next(filter(is_ours, best), None), next((one for one in best if not is_ours(one)), None)
+    lines = []
+    if ours is not None:
+        against = [(next((one for one in best if one["method"] == name), None), goal) for name, goal in GOALS]
+        for other, goal in [*against, (theirs, PEER_GOAL)]:
+            if other is not None:
+                lines.append(verdict(ours, other, goal, is_best=other is theirs))
+    lines += [f"{one['name']} failed: {one['failure']}" for one in results if one["status"] != "finished"]
+    lines += [f"{one['name']}: {text}" for one in results for text in one.get("events", [])]
+    disturbed = [one for one in results if float(one.get("others_cores") or 0.0) > BUSY_CORES]
+    if disturbed:
+        most, who = max(one["others_cores"] for one in disturbed), ", ".join(one["method"] for one in disturbed)
+        lines.append(f"Not to be trusted, since other programs used up to {most:.1f} cores meanwhile: {who}.")
+    return lines
+
+
+def verdict(ours: Result, other: Result, goal: float, *, is_best: bool) -> str:
+    """How many times as fast as another one our best method gets to its loss, beside the goal."""
+    times, who = times_as_fast(ours, other), label_of(other) + ", the best peer" * is_best
+    if times is None:
+        return f"`{ours['method']}` does not reach the final loss of {who}: goal {goal:g}x missed."
+    step = step_s(other) / step_s(ours)
+    return (
+        f"`{ours['method']}` reaches the final loss of {who}, in {seconds_text(ours['seconds'] / times)}: {times_text(times)} as fast, "
+        f"goal {goal:g}x {'met' if times >= goal else 'missed'}. Its step is {times_text(step)} as fast."
+    )
+
+
+# ---- the figure ------------------------------------------------------------------------------------------------------
+
+
+def draw_figure(results: Sequence[Result], file: Path) -> None:
+    """Loss against seconds, and the step of each."""
+    colours = colours_of(results)
+    with figure(file, "The race: loss after equal time", 4.4 + 0.26 * len(results), 2) as (above, below):
+        drawing.entitle(above, title_of(results))
+        for one in results:
+            seconds, losses = zip(*curve_of(one), strict=True)
+            ours = is_ours(one)
+            above.plot(
+                seconds, losses, "-" if ours else "--", color=colours[one["name"]], linewidth=1.8 if ours else 1.2,
+                marker="o", markersize=3, zorder=3 if ours else 2,
+            )  # fmt: skip
+        above.set_xlabel("seconds of training")
+        above.set_ylabel("held-out loss")
+        above.set_xlim(0, results[0]["seconds"])
+        drawing.name_lines(above, [(label_of(one), colours[one["name"]], final_loss(one) or 0.0) for one in results])
+        draw_steps(below, sorted(results, key=lambda one: -step_s(one)), colours)
+
+
+def colours_of(results: Sequence[Result]) -> dict[str, str]:
+    """A colour for each of ours, by name; peers are grey."""
+    named = drawing.colours([(one["name"], one["method"]) for one in results if is_ours(one)])
+    return {one["name"]: named.get(one["name"], drawing.DENSE_COLOUR) for one in results}
+
+
+def draw_steps(ax: Axes, results: Sequence[Result], colours: Mapping[str, str]) -> None:
+    """A bar for each step, on a scale of logarithms."""
+    steps_ms = [step_s(one) * 1e3 for one in results]
+    ax.barh(range(len(results)), steps_ms, color=[colours[one["name"]] for one in results], height=0.7)
+    for place, ms in enumerate(steps_ms):
+        ax.annotate(
+            f"{ms:.0f}", (ms, place), (4, 0), textcoords="offset points", va="center", color=drawing.QUIET, fontsize=9
+        )
+    ax.set_xscale("log")
+    ax.set_xlim(min(steps_ms) / 1.5, max(steps_ms) * 1.6)
+    ax.set_xlabel("milliseconds a step, log scale")
+    drawing.name_lanes(ax, range(len(results)), [label_of(one) for one in results])
