@@ -93,8 +93,12 @@ class OneBitAdam(Format):
 
     They are flat as DeepSpeed's FP16_Optimizer makes them; in float32 the source calls once for each parameter, which is slower.
     Differs: moments are corrected for their bias, which the source does not do. Its warm-up lasts for thousands of steps; after ten
-    the frozen variance would be far too small. The first step, which the source drops, counts.
+    the frozen variance would be far too small. The source's momentum mask, which users have to give, covers the elements of a
+    variance below RARE of the mean: bytes that the warm-up has hardly seen, from which training diverges otherwise. The first
+    step, which the source drops, counts.
     """
+
+    RARE = 1e-4
 
     def __init__(self, gpt: nn.Module, settings: Settings, wire: Wire) -> None:
         super().__init__(gpt, settings, wire)
@@ -116,7 +120,7 @@ class OneBitAdam(Format):
             self.v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
         self.m.mul_(self.beta1).add_(g, alpha=1 - self.beta1)
         if self.steps > self.freeze_step:
-            self.m.copy_(self.compressed(self.m, *self.errors))
+            self.m.copy_(self.compressed(self.m, *self.errors)).mul_(self.v > self.RARE * self.v.mean())
         first = 1 - self.beta1**self.steps
         second = 1 - self.beta2 ** min(self.steps, self.freeze_step)
         update = (self.m / first) / ((self.v / second).sqrt_() + 1e-8)
