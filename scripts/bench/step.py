@@ -4,7 +4,7 @@ python scripts/bench/step.py                                        all cells th
 python scripts/bench/step.py --clusters 50mbit --models 1m --methods dense,ef_sign,torch_ddp
 python scripts/bench/step.py --only '*-5m-torch_*' --redo           again, whatever is stored
 python scripts/bench/step.py --table | --markdown                   show what is stored, and measure nothing
-python scripts/bench/step.py --race                                 the race: 12 minutes; --quick: a look in a minute, stored apart
+python scripts/bench/step.py --race                                 the race: 12 minutes; --quick: a look in two, stored apart
 python scripts/bench/step.py --page                                 write the stored race into docs/steps.md, and its figure
 
 A cell is one cluster, model and method: a few warm-up steps, 12 steady ones, and 20 with communication switched off. The

@@ -222,12 +222,12 @@ def remarks(results: Sequence[Result]) -> list[str]:
 
 def verdict(ours: Result, other: Result, goal: float, *, is_best: bool) -> str:
     """How many times as fast as another one our best method gets to its loss, beside the goal."""
-    times, who = times_as_fast(ours, other), label_of(other) + ", the best peer" * is_best
+    times, who = times_as_fast(ours, other), short_name(other) + " (the best peer)" * is_best
     if times is None:
-        return f"`{ours['method']}` does not reach the final loss of {who}: goal {goal:g}x missed."
+        return f"`{ours['method']}` does not reach the final loss of {who}; goal {goal:g}x missed."
     step = step_s(other) / step_s(ours)
     return (
-        f"`{ours['method']}` reaches the final loss of {who}, in {seconds_text(ours['seconds'] / times)}: {times_text(times)} as fast, "
+        f"`{ours['method']}` reaches the final loss of {who} in {seconds_text(ours['seconds'] / times)}, {times_text(times)} as fast, "
         f"goal {goal:g}x {'met' if times >= goal else 'missed'}. Its step is {times_text(step)} as fast."
     )
 

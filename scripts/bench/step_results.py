@@ -134,7 +134,9 @@ def remarks(results: Sequence[Result]) -> list[str]:
         ]  # void buckets, replicas that have drifted
     if any(one["method"] in PEERS for one in results):
         hooks = "no hook, fp16_compress_hook, and powerSGD_hook of rank 1"
-        lines.append(f"* torch's own, in DDP's default buckets unless named otherwise: {hooks}")
+        lines.append(
+            f"* peers: torch's own, in DDP's default buckets unless named otherwise, are {hooks}; others are in step_peers.py"
+        )
     cores = sorted({one["environment"]["cpu_count"] for one in results})
     shared = " or ".join(map(str, cores))
     lines.append(f"All {NODES} ranks shared {shared} cores: compute is that of a crowded machine.")

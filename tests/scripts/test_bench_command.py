@@ -67,9 +67,9 @@ def test_nothing_stored_is_said(name: str, tmp_path: Path, capsys: pytest.Captur
     assert "nothing is stored yet" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["codec_costs", "convergence", "outer", "sync"])
+@pytest.mark.parametrize("name", ["codec_costs", "convergence", "outer", "step", "sync"])
 def test_the_page_says_what_is_stored(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not run(name, ["--markdown"])
+    assert not run(name, ["--markdown", *["--race"] * (name == "step")])
     page = BENCHMARKS[name].PAGE
     text = page.read_text(encoding="utf-8")
     assert sheets.with_tables(text, capsys.readouterr().out.removesuffix("\n"), f"{name}.py") == text, (
