@@ -45,7 +45,7 @@ def new_parser(
     made.add_argument("--redo", action="store_true", help="make cells again that are stored")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write what is shown there, as one JSON object")
     made.add_argument("--results", type=Path, metavar="FILE", help=f"where cells are stored; {results.name} by default")
-    made.set_defaults(page=False, figure=None)
+    made.set_defaults(page=False, figure=None, program=f"{results.stem}.py")
     what = made.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="only show the tables of stored cells")
     what.add_argument("--markdown", action="store_true", help="only print those tables as Markdown")
@@ -116,7 +116,7 @@ def present(report: Report, args: argparse.Namespace, page: Path | None = None, 
         print(markdown(report.sheets, report.remarks))
     elif args.page and page is not None:
         text = markdown(report.sheets, report.remarks)
-        page.write_text(with_tables(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), text, args.program), encoding="utf-8")
         print(f"written into {page}")
     elif image is None:
         show(report.sheets, [*notices, *report.remarks])

@@ -64,13 +64,15 @@ def wide_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 180, highlight=False)
 
 
-def with_tables(page: str, text: str) -> str:
-    """The page with the text between its two marks. Raises ConfigError if it has none."""
-    before, begin, rest = page.partition("<!-- written by scripts/bench/")
+def with_tables(page: str, text: str, program: str) -> str:
+    """The page with the text between the two marks of a program, such as step.py. Raises ConfigError if it has none."""
+    before, begin, rest = page.partition(f"<!-- written by scripts/bench/{program} ")
     mark, line_end, rest = rest.partition("\n")
     _, end, after = rest.partition("<!-- end -->")
     if not end:
-        raise ConfigError("the lines '<!-- written by scripts/bench/...' and '<!-- end -->' are missing from the page")
+        raise ConfigError(
+            f"the lines '<!-- written by scripts/bench/{program} ...' and '<!-- end -->' are missing from the page"
+        )
     return f"{before}{begin}{mark}{line_end}{text}\n{end}{after}"
 
 

@@ -4,9 +4,12 @@ python scripts/bench/step.py                                        all cells th
 python scripts/bench/step.py --clusters 50mbit --models 1m --methods dense,ef_sign,torch_ddp
 python scripts/bench/step.py --only '*-5m-torch_*' --redo           again, whatever is stored
 python scripts/bench/step.py --table | --markdown                   show what is stored, and measure nothing
+python scripts/bench/step.py --race                                 the race: 12 minutes; --quick: a look in two, stored apart
+python scripts/bench/step.py --page                                 write the stored race into docs/steps.md, and its figure
 
 A cell is one cluster, model and method: a few warm-up steps, 12 steady ones, and 20 with communication switched off. The
 cells of one cluster run one after the other on the same emulated network. They are stored in scripts/bench/results/step.jsonl.
+In the race every method and peer trains the same GPT for the same seconds; see step_race.py for who runs, and with which options.
 
 floor   the bytes that the kernel counted on the busiest interface, in the direction with more of them, over the link's rate
 ratio   step / max(compute, floor): 1 is a step that hides all communication behind the computation, or the other way round.
@@ -21,14 +24,16 @@ milliseconds of two machines. What other programs used of the cores is stored wi
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from command import main, matching, names, new_parser, only_shows, present
+import step_race
+from command import DOCS, main, matching, names, new_parser, only_shows, present
 from emulated import Entry, measure_all, start
 from step_results import NODES, PEERS, outcome, report
 from store import RESULTS, Store
@@ -38,11 +43,14 @@ from commopt.cluster.run import Job
 from commopt.errors import ConfigError
 from commopt.record.words import seconds_text
 
-STORED = RESULTS / "step.jsonl"
-PROGRAM = Path(__file__).parent / "step_peers.py"
+if TYPE_CHECKING:
+    from commopt.report.document import RunResult
+
+STORED, PAGE = RESULTS / "step.jsonl", DOCS / "steps.md"
+PROGRAM = Path(__file__).parent / "step_ranks.py"
 
 STEADY_STEPS, FREEZE_STEP, LONGEST_WARMUP = 12, 4, 100
-SETTLED = 3  # launch/train.py counts no step before as steady
+SETTLED = 3  # no step before is counted as steady
 CLUSTERS: Mapping[str, str | None] = {"50mbit": "50mbit", "100mbit": "100mbit", "1gbit": "1gbit", "unshaped": None}
 MODELS: Mapping[str, Mapping[str, int]] = {"1m": {"layers": 5, "width": 128}, "5m": {"layers": 6, "width": 256}}
 SIZES = {"heads": 4, "context": 64, "batch": 4, "seed": 1}
@@ -54,6 +62,8 @@ SGD: Mapping[str, Any] = {"name": "sgd", "lr": 0.01}
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "onebit_adam": {"freeze_step": FREEZE_STEP},
     "onebit_lamb": {"freeze_step": FREEZE_STEP},
+    "deepspeed_onebit_adam": {"freeze_step": FREEZE_STEP},
+    "grace_top_k": {"compress_ratio": 0.01},
     "zero_one_adam": {"var_freeze_step": FREEZE_STEP, "local_step_clipper": 1},  # every step communicates
     "powersgd": {"rank": 1},
     "qsgd": {"levels": 7},  # 4 bits
@@ -65,15 +75,17 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {"dgc": SGD, "signum": SGD}
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: one method on one cluster and model. Peers are methods too."""
+    """What is measured: one method on one cluster and model, in a race of so many seconds if it has them. Peers are methods too."""
 
     cluster: str
     model: str
     method: str
+    seconds: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.cluster}-{self.model}-{self.method}"
+        race = f"race-{self.seconds:g}s-" if self.seconds else ""
+        return f"{race}{self.cluster}-{self.model}-{self.method}"
 
 
 # ---- what to measure -------------------------------------------------------------------------------------------------
@@ -101,6 +113,9 @@ def makeable(methods: Iterable[str]) -> list[str]:
 
 def settings_of(cell: Cell) -> dict[str, Any]:
     """The options, optimizer, sizes and steps of a cell; one that is stored with others is measured again."""
+    if cell.seconds:
+        buckets = {} if cell.method in PEERS else {"bucket-mb": BUCKET_MB}
+        return {**step_race.settings_of(cell.method, cell.seconds), **MODELS[cell.model], **SIZES, **buckets}
     settings = {"options": OPTIONS.get(cell.method, {}), "optimizer": OPTIMIZERS.get(cell.method, OPTIMIZER)}
     sizes: dict[str, Any] = {**MODELS[cell.model], **SIZES}
     warmup = 0
@@ -122,18 +137,7 @@ def settings_of(cell: Cell) -> dict[str, Any]:
 
 def program_words(cell: Cell, settings: Mapping[str, Any]) -> list[str]:
     """The program of the ranks and its arguments."""
-    sizes = {key: value for key, value in settings.items() if key not in ("options", "optimizer")}
-    words = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
-    if cell.method in PEERS:
-        return [str(PROGRAM), cell.method, *words, "--optimizer", json.dumps(settings["optimizer"])]
-    from building import fitting
-
-    from commopt.methods import build
-
-    optimizer = fitting(build(cell.method, **settings["options"]), settings["optimizer"])
-    words += ["--method", cell.method, "--options", json.dumps(settings["options"])]
-    words += ["--optimizer", json.dumps(optimizer), "--validation-batches", "1"]
-    return [str(PROGRAM), "train", *words]
+    return [str(PROGRAM), cell.method, json.dumps(settings)]
 
 
 # ---- measuring: inside the namespaces of one cluster -----------------------------------------------------------------
@@ -160,6 +164,7 @@ class Watchdog:
 
 def measure(entry: Entry, emulation: Emulation, *, timeout_s: float) -> dict[str, Any]:
     """Run one cell. Whatever happens to its ranks is a result too."""
+    from commopt.cli.training import is_independent
     from commopt.record.lines import RankRecord, rank_files
     from commopt.report.document import Environment
     from commopt.report.results import collect
@@ -175,6 +180,7 @@ def measure(entry: Entry, emulation: Emulation, *, timeout_s: float) -> dict[str
                 env={"COMMOPT_RECORD": str(records)},
                 log_dir=Path(scratch, "log"),
                 on_tick=Watchdog(records, timeout_s),
+                independent=cell.method not in PEERS and is_independent(cell.method),
             ).run()
         except StalledError as error:
             failure = str(error)
@@ -196,8 +202,15 @@ def measure(entry: Entry, emulation: Emulation, *, timeout_s: float) -> dict[str
         "interface_bytes": interface_bytes(ranks),
         "payload_bytes": run.payload_bytes_per_step,
         "events": event_texts(run),
+        **({"steps": run.steps, "curve": curve_of(run)} if cell.seconds else {}),
         "environment": Environment.here().model_dump(),
     }
+
+
+def curve_of(run: RunResult) -> list[tuple[float, float | None]]:
+    """(seconds of training, loss) of each look in a race."""
+    looks = [(round(one.seconds, 2), one.loss) for one in run.validations]
+    return [(seconds, None if loss is None else round(loss, 4)) for seconds, loss in looks]
 
 
 def last_words(log_dir: Path) -> list[str]:
@@ -231,7 +244,7 @@ def interface_bytes(ranks: Mapping[int, Any]) -> dict[str, dict[str, float | Non
 # ---- the sweep -------------------------------------------------------------------------------------------------------
 
 
-def sweep(cells: Sequence[Cell], file: Path, *, redo: bool = False, timeout_s: float = 60.0) -> None:
+def sweep(cells: Sequence[Cell], file: Path, *, redo: bool = False, timeout_s: float = 120.0) -> None:
     """Measure the cells that are not stored. Raises ConfigError for a bad option."""
     store = Store(file, ["*"] if redo else ())
     wanted = [(cell, settings) for cell in cells if store.get(cell.name, settings := settings_of(cell)) is None]
@@ -253,11 +266,18 @@ def sweep(cells: Sequence[Cell], file: Path, *, redo: bool = False, timeout_s: f
 
 
 def parser() -> argparse.ArgumentParser:
-    made, what = new_parser(__doc__, STORED, "only cells whose names match a pattern, such as '50mbit-*-torch_*'")
+    made, what = new_parser(__doc__, STORED, "only cells whose names match a pattern, such as '50mbit-*-torch_*'", PAGE)
+    made.add_argument(
+        "--race", action="store_true", help="equal time for all; without options on 50mbit, with model 1m"
+    )
+    made.add_argument("--quick", action="store_true", help="a race of four for a few seconds each; stored apart")
+    made.add_argument("--seconds", type=float, metavar="S", help=f"of each in a race; {step_race.SECONDS:g} by default")
     made.add_argument("--clusters", metavar="NAME,...", help=f"of {', '.join(CLUSTERS)}; all by default")
     made.add_argument("--models", metavar="NAME,...", help=f"of {', '.join(MODELS)}; all by default")
     made.add_argument("--methods", metavar="NAME,...", help=f"commopt's methods and {', '.join(PEERS)}; all by default")
-    made.add_argument("--timeout", type=float, metavar="SECONDS", default=60.0, help="end a cell whose ranks all stall")
+    made.add_argument(
+        "--timeout", type=float, metavar="SECONDS", default=120.0, help="end a cell whose ranks all stall"
+    )
     what.add_argument("--run-plan", type=Path, help=argparse.SUPPRESS)
     return made
 
@@ -265,22 +285,49 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line says. Raises ConfigError for a mistake in it, before anything is started."""
     shows = only_shows(args)
+    is_race = args.race or args.quick or args.page or args.figure is not None
     if not args.timeout > 0:
         raise ConfigError(f"--timeout {args.timeout}: write a number of seconds above 0")
-    clusters, models = names("--clusters", args.clusters, CLUSTERS), names("--models", args.models, MODELS)
-    methods, file = names("--methods", args.methods, all_methods()), args.results or STORED
-    if args.methods is None and shows:  # cells of names with codecs, such as two_way(sign,int8), are shown too
-        methods += dict.fromkeys(name.split("-", 2)[-1] for name in sorted(Store(file).names) if "(" in name)
-    elif args.methods is None:  # one that has just been added does not keep the others from a sweep
-        methods = makeable(methods)
-    every = [Cell(cluster, model, method) for cluster in clusters for model in models for method in methods]
-    cells = matching(args.only, every)
+    if args.seconds is not None and not (is_race and args.seconds > 0):
+        raise ConfigError(f"--seconds {args.seconds}: write a number above 0, with --race")
+    file = args.results or (RESULTS / "step-quick.jsonl" if args.quick else STORED)
+    cells = matching(args.only, race_cells(args, shows=shows) if is_race else step_cells(args, file, shows=shows))
     try:
         if not shows:
             sweep(cells, file, redo=args.redo, timeout_s=args.timeout)
     finally:
         store = Store(file)
-        present(report([found for cell in cells if (found := store.get(cell.name)) is not None]), args)
+        found = [one for cell in cells if (one := store.get(cell.name)) is not None]
+        present(step_race.report(found) if is_race else report(found), args, PAGE)
+
+
+def step_cells(args: argparse.Namespace, file: Path, *, shows: bool) -> list[Cell]:
+    """The cells that are timed for a few steps."""
+    clusters, models = names("--clusters", args.clusters, CLUSTERS), names("--models", args.models, MODELS)
+    methods = names("--methods", args.methods, all_methods())
+    if args.methods is None and shows:  # cells of names with codecs, such as two_way(sign,int8), are shown too
+        methods += dict.fromkeys(name.split("-", 2)[-1] for name in sorted(Store(file).names) if "(" in name)
+    elif args.methods is None:  # one that has just been added does not keep the others from a sweep
+        methods = makeable(methods)
+    return [Cell(cluster, model, method) for cluster in clusters for model in models for method in methods]
+
+
+def race_cells(args: argparse.Namespace, *, shows: bool) -> list[Cell]:
+    """The cells of the race; without a package that is not installed, if it is not asked for."""
+    from commopt.methods import METHODS
+
+    seconds = args.seconds or (step_race.QUICK_SECONDS if args.quick else step_race.SECONDS)
+    clusters, models = (
+        names("--clusters", args.clusters or "50mbit", CLUSTERS),
+        names("--models", args.models or "1m", MODELS),
+    )
+    methods = names("--methods", args.methods, [*PEERS, *METHODS])
+    if args.methods is None:
+        methods = list(step_race.QUICK if args.quick else step_race.OPTIONS)
+        if not shows and "decent_dp" in methods and importlib.util.find_spec("decent_dp") is None:
+            print("left out: decent_dp is not installed; pip install decent-dp", flush=True)
+            methods.remove("decent_dp")
+    return [Cell(cluster, model, method, seconds) for cluster in clusters for model in models for method in methods]
 
 
 if __name__ == "__main__":

@@ -1,150 +1,180 @@
-"""What each rank of step.py runs: launch/train.py as it is, or its model and data under torch's own hooks.
+"""The peers that step.py measures beside commopt's methods: torch's own, and public code that runs on Gloo.
 
-step_peers.py train --method ef_sign --steps 15 ...        launch/train.py, unchanged
-step_peers.py torch_ddp --steps 15 ...                     a peer, with launch/train.py's names for the sizes
-
-All of them record as launch/train.py does (commopt.record.recorder), and what the interface received too.
+Each takes the model and a cell's settings, and returns a `Peer`. Formats that no public package sends on a CPU are in step_formats.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import runpy
-import sys
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from building import TRAIN, training_program
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from step_formats import FORMATS, Wire
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, post_localSGD_hook, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from commopt.errors import ConfigError
 from commopt.groups.base import Traffic
 from commopt.optim import make_optimizer
 from commopt.plan.links import schedule
-from commopt.record.recorder import Recorder
-from commopt.run import log
 
-SETTLED = 3  # DDP makes its buckets anew in the first steps; launch/train.py waits as long
+LOCAL_SGD_STARTS, LOCAL_SGD_PERIOD = 4, 4  # torch's documentation has a period of 4, and starts at step 100
 
 
-class TwoWayRecorder(Recorder):
-    """A recorder that counts what the interface received as well: a node may receive more than it sends."""
+@dataclass
+class Peer:
+    """A model and an optimizer as a peer wants them.
 
-    def counters(self, name: Literal["begin", "end"], traffic: Mapping[str, Any], steps: int | None = None) -> None:
-        super().counters(name, {**traffic, "nic_rx_bytes": received_bytes(os.environ.get("COMMOPT_NIC"))}, steps)
+    traffic: what this rank has sent, from the number of steps done. alone: inside, a step sends nothing. warmup_steps: after
+    which it is steady. finish: called after the last step.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    traffic: Callable[[int], Traffic]
+    alone: Callable[[], AbstractContextManager[Any]]
+    warmup_steps: int = 0
+    finish: Callable[[], object] = lambda: None
 
 
-def received_bytes(interface: str | None) -> int | None:
-    """Bytes that have come in through an interface, headers included, by netlink; None where no interface is named."""
-    if not interface:
-        return None
-    from pyroute2 import IPRoute
+Settings = Mapping[str, Any]
 
-    with IPRoute() as route:
-        (link,) = route.link("get", ifname=interface)
-        return int(link.get_attr("IFLA_STATS64")["rx_bytes"])
+
+def all_reduced(nbytes: float) -> Traffic:
+    """What this rank has sent in all-reduces of so many bytes, by the schedule that commopt counts its own with."""
+    traffic = Traffic()
+    traffic.record("all_reduce", schedule("all_reduce", int(nbytes), dist.get_rank(), dist.get_world_size()))
+    return traffic
+
+
+def parameters_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 # ---- torch's own -----------------------------------------------------------------------------------------------------
 
 
-def torch_ddp(model: DistributedDataParallel) -> Callable[[int], float]:
+def torch_ddp(gpt: nn.Module, settings: Settings) -> Peer:
     """DDP as it is: a mean of float32 by a ring all-reduce."""
-    return lambda steps: 4.0 * steps * parameters_of(model)
+    model = DistributedDataParallel(gpt)
+    optimizer, n = make_optimizer(settings["optimizer"], model.parameters()), parameters_of(gpt)
+    return Peer(model, optimizer, lambda steps: all_reduced(4.0 * steps * n), model.no_sync)
 
 
-def torch_fp16(model: DistributedDataParallel) -> Callable[[int], float]:
+def torch_fp16(gpt: nn.Module, settings: Settings) -> Peer:
     """torch's fp16_compress_hook."""
-    model.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    return lambda steps: 2.0 * steps * parameters_of(model)
+    peer, n = torch_ddp(gpt, settings), parameters_of(gpt)
+    peer.model.register_comm_hook(None, default_hooks.fp16_compress_hook)  # type: ignore[operator]
+    peer.traffic = lambda steps: all_reduced(2.0 * steps * n)
+    return peer
 
 
-def torch_powersgd(model: DistributedDataParallel) -> Callable[[int], float]:
-    """torch's powerSGD_hook of rank 1, from the third step on."""
+def torch_powersgd(gpt: nn.Module, settings: Settings, bucket_cap_mb: int | None = None) -> Peer:
+    """torch's powerSGD_hook of rank 1, with its error feedback and warm start, from the third step on."""
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+    model = DistributedDataParallel(gpt, bucket_cap_mb=bucket_cap_mb)
     model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    return lambda steps: 4.0 * state.total_numel_after_compression
+    optimizer = make_optimizer(settings["optimizer"], model.parameters())
+    return Peer(model, optimizer, lambda _: all_reduced(4.0 * state.total_numel_after_compression), model.no_sync)
 
 
-# Each registers its hook, and returns the bytes handed to all-reduces so far, from how many steps were done.
-PEERS: Mapping[str, Callable[[DistributedDataParallel], Callable[[int], float]]] = {
+def torch_powersgd_one_bucket(gpt: nn.Module, settings: Settings) -> Peer:
+    """The same in one bucket: on Gloo, the hook's callbacks mix up the exchanges of several."""
+    return torch_powersgd(gpt, settings, bucket_cap_mb=1000)
+
+
+def torch_post_localsgd(gpt: nn.Module, settings: Settings) -> Peer:
+    """torch's post-local SGD: gradients of every step at first, then parameters every few steps."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer  # slow to import, and warns
+
+    model, n = DistributedDataParallel(gpt), parameters_of(gpt)
+    myself = dist.new_subgroups(1)[0]  # type: ignore[no-untyped-call]  # its default does not work without CUDA
+    state = post_localSGD_hook.PostLocalSGDState(  # type: ignore[no-untyped-call]
+        dist.group.WORLD, myself, LOCAL_SGD_STARTS
+    )
+    model.register_comm_hook(state, post_localSGD_hook.post_localSGD_hook)
+    averager = PeriodicModelAverager(LOCAL_SGD_PERIOD, LOCAL_SGD_STARTS)
+    optimizer = PostLocalSGDOptimizer(make_optimizer(settings["optimizer"], model.parameters()), averager)
+
+    def sent(steps: int) -> Traffic:
+        local = max(0, steps - LOCAL_SGD_STARTS)
+        return all_reduced(4.0 * n * (steps - local + -(-local // LOCAL_SGD_PERIOD)))
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        averager.period = 1 << 30
+        with model.no_sync():
+            yield
+
+    return Peer(model, optimizer, sent, alone, LOCAL_SGD_STARTS)
+
+
+# ---- public packages -------------------------------------------------------------------------------------------------
+
+
+class StepsItself:
+    """The optimizer of a wrapper that steps in its backward hooks."""
+
+    def step(self) -> None: ...
+    def zero_grad(self) -> None: ...
+
+
+def decent_dp(gpt: nn.Module, settings: Settings) -> Peer:
+    """Decent-DP: replicas average with one peer of an exponential graph in every step, one step late. `pip install decent-dp`."""
+    try:
+        from decent_dp.ddp import DecentralizedDataParallel
+    except ImportError:
+        raise ConfigError("decent_dp: is not installed; pip install decent-dp") from None
+
+    def optimizer(named: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
+        return make_optimizer(settings["optimizer"], [p for _, p in named])
+
+    model, n = (
+        DecentralizedDataParallel(gpt, optimizer, topology="one-peer-exp", _local_world_size=1),
+        parameters_of(gpt),
+    )
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        had, dist.all_reduce = dist.all_reduce, lambda *_, **__: None
+        try:
+            yield
+        finally:
+            dist.all_reduce = had
+
+    def sent(steps: int) -> Traffic:  # an all-reduce of two ranks sends what it reduces
+        traffic = Traffic()
+        for step in range(1, steps):
+            edge = model._topo.get_edge(step)
+            (other,) = (rank for rank in edge.ranks if rank != dist.get_rank())
+            traffic.record("all_reduce", {other: 4.0 * n})
+        return traffic
+
+    return Peer(model, StepsItself(), sent, alone)
+
+
+def format_of(make: Callable[[nn.Module, Settings, Wire], Any]) -> Callable[[nn.Module, Settings], Peer]:
+    """A peer of an optimizer that sends a public format."""
+
+    def peer(gpt: nn.Module, settings: Settings) -> Peer:
+        wire = Wire()
+        optimizer = make(gpt, settings, wire)
+        return Peer(gpt, optimizer, lambda _: wire.traffic, wire.cut, getattr(optimizer, "freeze_step", 0))
+
+    return peer
+
+
+PEERS: Mapping[str, Callable[[nn.Module, Settings], Peer]] = {
     "torch_ddp": torch_ddp,
     "torch_fp16": torch_fp16,
     "torch_powersgd": torch_powersgd,
-    "torch_powersgd_one_bucket": torch_powersgd,  # its callbacks, on Gloo, mix up the exchanges of several buckets
+    "torch_powersgd_one_bucket": torch_powersgd_one_bucket,
+    "torch_post_localsgd": torch_post_localsgd,
+    "decent_dp": decent_dp,
+    **{name: format_of(make) for name, make in FORMATS.items()},
 }
-
-
-def parameters_of(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def run_peer(peer: str, args: argparse.Namespace) -> None:
-    """The steps of launch/train.py's main, without commopt in them."""
-    page = training_program()
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    corpus, _ = page.read_corpus(None)
-    torch.manual_seed(args.seed)
-    buckets: dict[str, Any] = {"bucket_cap_mb": 1000} if peer.endswith("one_bucket") else {}  # else torch's own sizes
-    model = DistributedDataParallel(page.GPT(args.layers, args.heads, args.width, args.context), **buckets)
-    sent_bytes = PEERS[peer](model)
-    optimizer = make_optimizer(args.optimizer, model.parameters())
-
-    recorder = TwoWayRecorder.from_environment(rank, world)
-    recorder.start(method=peer, options={}, parameters=parameters_of(model), steps=args.steps)
-    data = torch.Generator().manual_seed(args.seed * 1000 + rank)
-    for step in range(args.steps):
-        if step == SETTLED:
-            dist.barrier()
-            recorder.counters("begin", traffic_of(peer, sent_bytes(step), rank, world))
-        start = time.perf_counter()
-        loss = page.train_step(model, optimizer, page.draw(corpus, args.batch, args.context, data))
-        seconds = time.perf_counter() - start
-        tokens = world * args.batch * args.context
-        recorder.step(step=step, loss=loss, seconds=seconds, wait_s=0.0, tokens=tokens, steady=step >= SETTLED)
-    dist.barrier()
-    recorder.counters("end", traffic_of(peer, sent_bytes(args.steps), rank, world))
-
-    seconds_alone = []
-    with model.no_sync():  # what the same steps cost without a network
-        for batch in [page.draw(corpus, args.batch, args.context, data) for _ in range(20)]:
-            start = time.perf_counter()
-            page.train_step(model, optimizer, batch)
-            seconds_alone.append(time.perf_counter() - start)
-    recorder.compute(seconds_alone[2:])
-    recorder.end()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def traffic_of(peer: str, nbytes: float, rank: int, world: int) -> dict[str, Any]:
-    """What a peer's all-reduces have sent, counted by their schedule as commopt counts its own."""
-    traffic = Traffic(method=peer)
-    traffic.record("all_reduce", schedule("all_reduce", int(nbytes), rank, world))
-    return traffic.as_dict()
-
-
-def main(what: str, words: list[str]) -> None:
-    if what == "train":
-        log.Recorder = TwoWayRecorder  # type: ignore[attr-defined]
-        sys.argv = [str(TRAIN), *words]
-        runpy.run_path(str(TRAIN), run_name="__main__")
-        return
-    parser = argparse.ArgumentParser(prog=f"step_peers.py {what}")
-    for name in ("steps", "layers", "heads", "width", "context", "batch", "seed"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--optimizer", type=json.loads, required=True, help='as JSON: {"name": "adam", "lr": 0.001}')
-    parser.add_argument("--backend", choices=["gloo"], default="gloo")
-    run_peer(what, parser.parse_args(words))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("train", *PEERS):
-        sys.exit(f"step_peers.py: write one of train, {', '.join(PEERS)} first; step.py starts it")
-    main(sys.argv[1], sys.argv[2:])

@@ -14,7 +14,10 @@ from commopt.plan.links import parse_rate
 from commopt.record.words import bytes_text, milliseconds, seconds_text
 
 NODES = 4
-PEERS = ("torch_ddp", "torch_fp16", "torch_powersgd", "torch_powersgd_one_bucket")
+PEERS = (
+    "torch_ddp", "torch_fp16", "torch_powersgd", "torch_powersgd_one_bucket", "torch_post_localsgd", "decent_dp",
+    "deepspeed_onebit_adam", "grace_top_k", "public_lion", "public_demo", "hivemind_8bit",
+)  # fmt: skip
 BASELINE = "torch_ddp"
 TARGET, TARGET_CLUSTERS, UNSHAPED_TARGET = 1.2, ("50mbit", "100mbit"), 1.3
 WITHOUT_TARGET = (  # others send signs, few values, or at most 4 bits of each
@@ -131,7 +134,9 @@ def remarks(results: Sequence[Result]) -> list[str]:
         ]  # void buckets, replicas that have drifted
     if any(one["method"] in PEERS for one in results):
         hooks = "no hook, fp16_compress_hook, and powerSGD_hook of rank 1"
-        lines.append(f"* torch's own, in DDP's default buckets unless named otherwise: {hooks}")
+        lines.append(
+            f"* peers: torch's own, in DDP's default buckets unless named otherwise, are {hooks}; others are in step_peers.py"
+        )
     cores = sorted({one["environment"]["cpu_count"] for one in results})
     shared = " or ".join(map(str, cores))
     lines.append(f"All {NODES} ranks shared {shared} cores: compute is that of a crowded machine.")

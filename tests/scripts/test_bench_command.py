@@ -45,6 +45,9 @@ def run(name: str, words: list[str]) -> int | None:
         ("step", ["--models", ""], "--models: unknown name ''"),
         ("step", ["--methods", "dense", "--only", "16"], "--only 16: matches no cell; a cell is named like 50mbit-1m-"),
         ("step", ["--timeout", "0"], "--timeout 0.0: write a number of seconds above 0"),
+        ("step", ["--seconds", "5"], "--seconds 5.0: write a number above 0, with --race"),
+        ("step", ["--race", "--seconds", "0"], "--seconds 0.0: write a number above 0"),
+        ("step", ["--race", "--methods", "torch_dpp"], "--methods: unknown name 'torch_dpp'; did you mean 'torch_ddp'"),
         ("sync", ["--redo", "--quick"], "--redo: "),
         ("sync", ["--quick", "--only", "8-*"], "--only: "),
     ],
@@ -64,12 +67,14 @@ def test_nothing_stored_is_said(name: str, tmp_path: Path, capsys: pytest.Captur
     assert "nothing is stored yet" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["codec_costs", "convergence", "outer", "sync"])
+@pytest.mark.parametrize("name", ["codec_costs", "convergence", "outer", "step", "sync"])
 def test_the_page_says_what_is_stored(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not run(name, ["--markdown"])
+    assert not run(name, ["--markdown", *["--race"] * (name == "step")])
     page = BENCHMARKS[name].PAGE
     text = page.read_text(encoding="utf-8")
-    assert sheets.with_tables(text, capsys.readouterr().out.removesuffix("\n")) == text, f"run {name}.py --page"
+    assert sheets.with_tables(text, capsys.readouterr().out.removesuffix("\n"), f"{name}.py") == text, (
+        f"run {name}.py --page"
+    )
     assert name == "codec_costs" or page.with_suffix(".png").is_file()
 
 
@@ -97,16 +102,17 @@ def test_a_mistake_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_tables_are_written_between_the_marks_of_a_page() -> None:
-    page = "# Title\n<!-- written by scripts/bench/x.py --page -->\nold\n<!-- end -->\nafter\n"
+    other = "<!-- written by scripts/bench/outer_x.py --page -->\nkept\n<!-- end -->\n"
+    page = f"# Title\n{other}<!-- written by scripts/bench/x.py --page -->\nold\n<!-- end -->\nafter\n{other}"
     made = sheets.Sheet("Losses", ("method", "loss"), [["dense", "2.0"]], left=("method",))
     text = sheets.markdown([made], ["a remark"])
     assert text == "**Losses**\n\n| method | loss |\n| --- | ---: |\n| dense | 2.0 |\n\n- a remark"
-    assert sheets.with_tables(page, text) == page.replace("old", text)
+    assert sheets.with_tables(page, text, "x.py") == page.replace("old", text)
 
 
 def test_a_page_without_its_marks_is_refused() -> None:
     with pytest.raises(ConfigError, match="are missing"):
-        sheets.with_tables("# Nothing here\n", "")
+        sheets.with_tables("# Nothing here\n", "", "outer.py")
 
 
 def test_a_cell_is_found_by_its_name_and_settings(tmp_path: Path) -> None:

@@ -141,12 +141,11 @@ def test_every_method_can_be_made_and_has_steady_steps(method: str) -> None:
     settings = bench.settings_of(bench.Cell("50mbit", "1m", method))
     words = bench.program_words(bench.Cell("50mbit", "1m", method), settings)
     assert 15 <= settings["steps"] <= 40
-    assert words[words.index("--steps") + 1] == str(settings["steps"])
-    assert method in words
+    assert words[1:] == [method, json.dumps(settings)]
 
 
 def test_the_peers_are_those_that_the_program_knows() -> None:
-    assert tuple(module("step_peers").PEERS) == says.PEERS
+    assert set(module("step_peers").PEERS) == set(says.PEERS)
 
 
 def test_a_stall_is_noticed_and_progress_is_none(tmp_path: Path) -> None:
