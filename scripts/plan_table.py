@@ -30,7 +30,11 @@ from commopt.plan.profile import TABLE, Profile, Quality
 
 VARIANTS = ("two_way(int8)", "two_way(4bit)", "two_way(fp8)")
 NEEDED: Mapping[str, Mapping[str, Any]] = {"threshold": {"threshold": 0.01}}  # what has no default
-UNPLANNED = ("threshold", "two_way")  # what one sends depends on the gradients; the other is there with its codecs
+UNPLANNED = (
+    "auto",
+    "threshold",
+    "two_way",
+)  # what two send depends on link or gradients; the other is there with its codecs
 # the entry of the convergence benchmark that a profile's options are those of, if it is not called like the method
 ENTRIES = {
     "two_way(int8)": "int8",
