@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,11 +82,11 @@ class Auto(GradientMethod, Exchange):
     is_repeatable = False  # then neither
     states: ClassVar[tuple[State, ...]] = (
         State("choice", of="run", dtype=torch.int64),  # its place in NAMES
-        State("steps_since", of="run", dtype=torch.int64),  # the last choice or decision
+        State("steps_since", of="run", dtype=torch.int64),  # the last decision
         State("measuring", of="run", dtype=torch.int64, initial=1),
         State("decisions", of="run", dtype=torch.int64),
-        State("step_s", of="run", numel=len(NAMES), dtype=torch.float64, initial=math.nan),  # as timed by this decision
-        State("expected_s", of="run", numel=len(NAMES), dtype=torch.float64, initial=math.nan),
+        State("step_s", of="run", numel=len(NAMES), dtype=torch.float64),  # as timed by this decision; 0: not
+        State("expected_s", of="run", numel=len(NAMES), dtype=torch.float64),
         State("slower", of="run", numel=len(NAMES), dtype=torch.float64, initial=1.0),  # than expected, when last tried
     )
 
@@ -150,21 +149,23 @@ class Auto(GradientMethod, Exchange):
             return None
         self.watch.step(waited_s)
         buckets, self._buckets = self._buckets, []
+        if self.state["measuring"]:
+            self._timed += 1
+            if self._timed == self.settle:
+                self.watch.restart(waited_s)
+            is_enough = self._timed >= self.settle + self.options.measure
+            return self._decide(largest, steps, buckets) if is_enough else None
         self.state["steps_since"] += 1
-        since = int(self.state["steps_since"])
-        if not self.state["measuring"]:
-            if self.options.reconsider and since >= self.options.reconsider:
-                self._measure_anew()
-            return None
-        if since == self.settle:
-            self.watch.restart(waited_s)
-        return self._decide(largest, steps, buckets) if since >= self.settle + self.options.measure else None
+        if 0 < self.options.reconsider <= int(self.state["steps_since"]):
+            self._measure_anew()
+        return None
 
     def _measure_anew(self) -> None:
+        self._timed = 0
         self.state["measuring"].fill_(1)
         self.state["steps_since"].zero_()
         for key in ("step_s", "expected_s"):
-            self.state[key].fill_(math.nan)
+            self.state[key].zero_()
 
     def _decide(
         self, largest: Callable[[Sequence[float]], list[float]], steps: int, buckets: Sequence[int]
@@ -175,7 +176,7 @@ class Auto(GradientMethod, Exchange):
         now = Measured(told[0], -told[1], -told[2])
         self._note("step_s", {before: now.step_s})
         expected = self._by_name("expected_s")
-        if math.isnan(expected[before]):  # the first one that this decision times
+        if before not in expected:  # the first one that this decision times
             expected = self._expect(now, largest, int(told[3]), int(told[4]))
             self._note("expected_s", expected)
         else:
@@ -183,7 +184,6 @@ class Auto(GradientMethod, Exchange):
         step_s = self._by_name("step_s")
         after, is_open = next_choice(step_s, expected, WEIGHTS)
         self._use(after)
-        self.state["steps_since"].zero_()
         self.state["measuring"].fill_(is_open)
         self.state["decisions"] += not is_open
         if after == before and (is_open or int(self.state["decisions"]) > 1):
@@ -211,7 +211,9 @@ class Auto(GradientMethod, Exchange):
         return {name: step_s * slower[name] / slower[self.choice] for name, step_s in model.items()}
 
     def _by_name(self, key: str) -> dict[str, float]:
-        return {name: x for name, x in zip(NAMES, self.state[key].tolist(), strict=True) if name in self.allowed}
+        """What is known of the candidates."""
+        found = zip(NAMES, self.state[key].tolist(), strict=True)
+        return {name: x for name, x in found if x > 0 and name in self.allowed}
 
     def _note(self, key: str, numbers: Mapping[str, float]) -> None:
         for name, x in numbers.items():
@@ -258,7 +260,7 @@ class Auto(GradientMethod, Exchange):
 
     def _take_on(self) -> None:
         self.needs_float32, self.is_linear = self.current.needs_float32, self.current.is_linear
-        self.watch.restart(math.nan)
+        self._timed = 0  # steps; a checkpoint does not have what was timed
 
     # -- checkpoints, whose state is that of the choice in them
 
@@ -283,11 +285,6 @@ class Auto(GradientMethod, Exchange):
     def reset(self) -> None:
         self._use("dense")
         super().reset()
-
-    def restored(self) -> None:
-        super().restored()
-        if self.state["measuring"]:  # what has been timed before is not there
-            self.state["steps_since"].zero_()
 
     def _choice_in(self, saved: Saved) -> str:
         check_tensor(self.state["choice"], saved["shared"], "choice")

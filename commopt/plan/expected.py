@@ -87,23 +87,13 @@ def _fitted(profile: Profile, setting: Setting, step_s: float) -> Setting:
     return scaled(high)
 
 
-def best(seconds: Mapping[str, float], weights: Mapping[str, float]) -> str:
-    """The fastest by seconds x weight; the first of equals. Unknown ones, NaN, do not count."""
-    known = [name for name, step_s in seconds.items() if not math.isnan(step_s)]
-    return min(known, key=lambda name: seconds[name] * weights[name])
-
-
 def next_choice(
     measured: Mapping[str, float], expected: Mapping[str, float], weights: Mapping[str, float]
 ) -> tuple[str, bool]:
-    """(what to exchange by from now on, whether that is still to be timed).
+    """(what to exchange by from now on, whether that is still to be timed): the least of seconds x weight, the first of equals.
 
-    measured: seconds of a step by candidate, NaN for what was not timed. expected: the model's for the others.
+    measured: seconds of a step under the candidates that were timed. expected: those of others, for which the model stands.
     """
-    proven = best(measured, weights)
-    untried = {name: step_s for name, step_s in expected.items() if math.isnan(measured[name])}
-    if not all(map(math.isnan, untried.values())):
-        first = best(untried, weights)
-        if untried[first] * weights[first] < measured[proven] * weights[proven]:
-            return first, True
-    return proven, False
+    seconds = {name: measured.get(name, expected.get(name, math.inf)) * weight for name, weight in weights.items()}
+    choice = min(seconds, key=lambda name: (seconds[name], name not in measured))
+    return choice, choice not in measured
