@@ -141,6 +141,24 @@ def test_a_checkpoint_without_residuals_is_refused_before_anything_changes() -> 
     assert SimWorld[str](2).run(work) == ["dense", "dense"]
 
 
+def test_with_fewer_ranks_it_keeps_the_choice_and_what_is_unsent_and_measures_again() -> None:
+    every = SimWorld[Any](3).run(lambda group: trained(group, Told(), 8)[0].method.saved())
+
+    def work(group: Group) -> tuple[str, bool, Tensor, Tensor]:
+        model = make_model()
+        run: Any = attach(model, Told(), sgd_of(model), group=group)
+        run.method.resize(every)
+        kept = run.method.saved()["rank"]["worker_residual"].clone()
+        before, steady = run.method.choice, run.method.is_steady
+        train(model, run.optimizer, group.rank, TRIED, 8)
+        assert run.method.state["step_s"].count_nonzero() == 1  # of what it goes on with
+        return before, steady, kept, flat(model)
+
+    (choice, steady, kept, x), (*_, y) = SimWorld[Any](2).run(work)
+    assert (choice, steady, torch.equal(x, y)) == ("two_way(int8)", True, True)
+    assert kept.abs().max() > 0
+
+
 def test_it_is_reconsidered_and_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(group: Group) -> tuple[list[str], list[int]]:
         method = Told(reconsider=4, candidates=["two_way(int8)"])
