@@ -52,8 +52,8 @@ class Auto(GradientMethod, Exchange):
     expect of each candidate c:
         take the c with the least T(c) w(c), with w = 1, 1.05, 1.06, 1.07 in the order above
         T(c) as it was timed, or else as it is expected; in the latter case time c for `measure` steps, and choose again
-    So a candidate is kept only if its steps were at least 5 % shorter than those of `dense`. One that was slower than
-    expected is expected to be as much slower the next time. All buckets of a step are exchanged by the same candidate,
+    So a candidate is kept only if steps took at least 5 % longer under `dense`. One that was slower than expected is
+    expected to be as much slower the next time. All buckets of a step are exchanged by the same candidate,
     bit for bit as by the method of that name, and replicas stay equal. Times vary: two runs may choose differently.
     Each choice is an event of the run, with its reason (`run.events`). A resumed run goes on with its choice. With
     another number of ranks it keeps the choice, and measures again.
