@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -151,6 +151,16 @@ class EveryStep(Exchange, Method):
         """Whether an exchange that no step applies does no harm: nothing is kept of it."""
         kept = {name for tensors in self.saved().values() for name, x in tensors.items() if x.numel()}
         return self.is_linear or kept <= {"exchanges", "factors"}
+
+    def stepped(
+        self, largest: Callable[[Sequence[float]], list[float]], steps: int, waited_s: float
+    ) -> dict[str, Any] | None:
+        """Called on all ranks when the optimizer has stepped; returns the fields of an event, if it has chosen how to go on.
+
+        largest: the largest over all ranks of each of some numbers; all ranks call it, or none. steps: the optimizer's steps so far.
+        waited_s: the seconds that this rank has waited for exchanges so far.
+        """
+        return None
 
     def synchronise(self, group: Group) -> None:
         """Make replicas equal now, if local steps have moved them apart; all ranks call it, between steps."""

@@ -77,6 +77,7 @@ PRESETS = {  # with the densities, ranks and so on that they have unless told ot
     "dgc": Preset("dgc", {"warmup_steps": 0}, sgd(0.05)),
     "powersgd": Preset("powersgd"),
     "demo": Preset("demo", {}, sgd(0.003)),
+    "auto": Preset("auto"),
 }
 
 

@@ -66,4 +66,5 @@ PRESETS = [
     Preset("onebit_lamb", {"freeze_step": 4, "scale": "l1"}, {"name": "lamb", "lr": 0.01}),
     Preset("distributed_lion", {}, {"name": "lion", "lr": 0.003}),
     Preset("signum", {}, sgd(0.003)),
+    Preset("auto", {"measure": 20}),  # dense all the time, as what is measured is not known; see tests/told.py
 ]

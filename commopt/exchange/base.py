@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class Exchange(Stateful, ABC):
     exchanges: (P,) i64, how often each parameter has been exchanged; whoever runs the exchange counts, and void buckets do not.
     """
 
-    is_linear: ClassVar[bool] = False  # scaled gradients may be exchanged as they are: no state depends on their scale
+    is_linear = False  # scaled gradients may be exchanged as they are: no state depends on their scale
     merges_buckets = False  # all buckets of a step travel as one, in registration order
     needs_float32 = True
     seed = 0

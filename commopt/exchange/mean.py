@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from commopt.exchange.base import Exchange, first_bad
@@ -18,7 +16,7 @@ class Mean(Exchange):
     fp16_compress_hook does. Payload: 2(N-1)/N elements.
     """
 
-    is_linear: ClassVar[bool] = True
+    is_linear = True
     needs_float32 = False
     wire_dtype: torch.dtype | None = None
 

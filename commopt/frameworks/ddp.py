@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commopt.choice import Choice
 from commopt.errors import GradientsChanged, GroupError
-from commopt.frameworks.lane import Lane, Waits, carriers, threads_of
+from commopt.exchange.watch import Waits
+from commopt.frameworks.lane import Lane, carriers, threads_of
 from commopt.groups import Group, TorchGroup, World
 from commopt.groups.torch import device_of
 from commopt.method import EveryStep, Method

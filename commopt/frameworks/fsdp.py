@@ -116,6 +116,11 @@ class FSDPRun(EveryStepRun):
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.shard_group)
         return found.tolist()
 
+    def _largest(self, own: Sequence[float]) -> list[float]:
+        found = torch.tensor(super()._largest(own), dtype=torch.float64, device=self.method.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.shard_group)
+        return cast(list[float], found.tolist())
+
     def _after_step(self, *_: Any) -> None:
         self._left_out.clear()
         super()._after_step()

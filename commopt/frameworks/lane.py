@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,33 +62,6 @@ class Lane:
     def close(self) -> None:
         """Wait for what was submitted; the thread ends when the last of its lanes is let go."""
         self._thread.submit(int).result()
-
-
-class Waits:
-    """Seconds from one moment to a later one; on a GPU, of the stream that is current, read once it has come so far."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._is_gpu = device, device.type == "cuda"
-        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def now(self) -> float | torch.cuda.Event:
-        if not self._is_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def since(self, begun: float | torch.cuda.Event) -> float:
-        """Seconds since then, on a GPU with those of earlier calls that were not known yet, and without what is not known now."""
-        ended = self.now()
-        if isinstance(begun, float) or isinstance(ended, float):
-            return float(ended) - float(begun)  # type: ignore[arg-type]
-        self._open.append((begun, ended))
-        known_s = 0.0
-        while self._open and self._open[0][1].query():  # type: ignore[no-untyped-call]
-            begun, ended = self._open.pop(0)
-            known_s += begun.elapsed_time(ended) / 1000
-        return known_s
 
 
 def portable(error: Exception) -> Exception:

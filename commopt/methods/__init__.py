@@ -11,6 +11,7 @@ from typing import Any
 from commopt.choice import Choice, is_file, keys_beside, read_choice
 from commopt.errors import ConfigError, did_you_mean
 from commopt.method import Method
+from commopt.methods.auto import Auto as Auto
 from commopt.methods.choco import Choco as Choco
 from commopt.methods.decentralized_adam import DecentralizedAdam as DecentralizedAdam
 from commopt.methods.demo import DeMo as DeMo
@@ -45,7 +46,7 @@ METHODS: Mapping[str, type[Method]] = {
     method.name: method
     for method in (
         *(Dense, FP16, EFSign, EF, EF21, LoCo, DiceSGD, TwoWay, QSGD, NaturalMean, TernGrad, TopKMean, RandomKMean),
-        *(ThresholdMean, DGC, PowerSGD, Signum),
+        *(ThresholdMean, DGC, PowerSGD, Signum, Auto),
         *(OnebitAdam, ZeroOneAdam, OnebitLamb, DistributedLion, DeMo),
         *(NoLoCo, DiLoCo, LocalSGD, DecentralizedAdam, Choco, PushSum),
     )

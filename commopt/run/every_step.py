@@ -342,6 +342,17 @@ class EveryStepRun(Run):
         found_inf = getattr(self.optimizer, "found_inf", None)  # a GradScaler sets it on a stand-in
         if found_inf is None or not bool(found_inf):
             self.steps += 1
+        told = self.method.stepped(self._largest, self.steps, self.waited_s) if self._compares else None
+        if told is not None:
+            self.events.append(("choice", told))
+            if self.rank == 0:
+                _log.info("%s: %s", self.method.name, ", ".join(f"{key} {value}" for key, value in told.items()))
+
+    def _largest(self, own: Sequence[float]) -> list[float]:
+        """The largest over all ranks of each number. Sends 8 bytes for each."""
+        self.group.traffic.bucket = "measurements"
+        told = self.group.all_gather(Payload.of(torch.tensor(own, dtype=torch.float64, device=self.method.device)))
+        return torch.stack([one.tensors[0] for one in told]).amax(0).tolist()
 
 
 def _beginning(grad: Tensor) -> Tensor | None:

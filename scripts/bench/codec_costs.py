@@ -84,6 +84,7 @@ METHODS = [
     Case("distributed_lion", 7, 1.7, optimizer=LION),
     Case("ef"),
     Case("threshold", options=CODECS["threshold"]),
+    Case("auto"),  # which begins as dense
     Case("dice_sgd", options={"noise_multiplier": 1e-3, "noise_seed": 1}),
 ]
 

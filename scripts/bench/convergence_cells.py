@@ -164,6 +164,7 @@ ENTRIES = (
 Pair = tuple[Entry, Task]
 BY_LABEL = {entry.label: entry for entry in ENTRIES}
 LEFT_OUT = {
+    "auto": "it trains as dense, fp16, int8 or 4bit does",
     "dice_sgd": "its noise is for privacy, and no compression",
     "ef": "ef_sign and top_k are of its kind",
     "threshold": "what it sends depends on the threshold, which has to be found for every model",

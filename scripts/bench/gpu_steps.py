@@ -45,6 +45,7 @@ PRETENDED = 4  # ranks
 WARM_UP = 4  # steps: DDP lays its buckets out anew after the first, and warm-ups of methods end in the second
 # what methods need to be past their warm-up by then, and what has no default
 OPTIONS: dict[str, dict[str, Any]] = {
+    "auto": {"measure": 1, "candidates": ["fp16"]},
     "dgc": {"warmup_steps": 0},
     "dice_sgd": {"noise_multiplier": 1e-3, "noise_seed": 1},
     "onebit_adam": {"freeze_step": 2},

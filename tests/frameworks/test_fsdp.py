@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fsdp_rig import (
 )
 from pool import Pool
 from rig import loss_of
+from told import SLOW, Told
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -57,6 +59,23 @@ def train_sharded(case: str) -> Any:
         train(model, optimizer, dist.get_rank(), STEPS)
         assert run.replicas_are_equal() == getattr(run.method, "is_synchronised", True)
         return shards(model)
+
+
+def train_by_auto() -> Any:
+    with attached(mesh_of(2, 2), Told()) as (model, optimizer, run):
+        run.method.times = {
+            name: replace(one, step_s=one.step_s + 0.01 * dist.get_rank()) for name, one in SLOW.items()
+        }
+        train(model, optimizer, dist.get_rank(), 6)
+        assert run.replicas_are_equal()
+        return run.events, run.method.state["step_s"][2].item()
+
+
+def test_the_shards_of_a_replica_choose_alike(fsdp_ranks: Pool) -> None:
+    found = fsdp_ranks.run(4, train_by_auto)
+    assert [told["now"] for _, told in found[0][0]] == ["two_way(4bit)", "two_way(int8)", "two_way(int8)"]
+    assert all(one == found[0] for one in found)
+    assert found[0][1] == SLOW["two_way(int8)"].step_s + 0.03  # of the slowest rank
 
 
 def train_over_a_group() -> Any:

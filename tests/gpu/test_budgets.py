@@ -60,6 +60,7 @@ threshold             36    same      7.0    11.4       1    0.00          0    
 dgc                   36    same     13.5    13.1       1    0.00          0     0.0      0         40  14
 powersgd              54    same     12.2    10.6       1    0.00          0     0.0      0         60  16
 demo                  10    same     11.6    11.9       1    0.00          2     4.2      0         60  16
+auto                   4    same      5.0     5.0       1    0.00          0     0.0      0          -   -
 """
 ROWS = {line[:16].strip(): line[16:].split() for line in TABLE.strip("\n").splitlines()}
 CEILINGS = {name: Budget.read(words[:9]) for name, words in ROWS.items()}

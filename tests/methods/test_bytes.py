@@ -119,7 +119,7 @@ def test_signs_by_gather_cost_as_much_as_dense_at_64_ranks_and_by_two_phases_a_3
 
 
 def test_no_method_is_left_out() -> None:
-    """threshold sends what reaches it; zero_one_adam is measured in its own tests."""
+    """threshold sends what reaches it, auto what it has chosen; zero_one_adam is measured in its own tests."""
     tested = {preset.name.partition("(")[0] for preset, _ in FORMULAS}
     every_step = {name for name, method in METHODS.items() if method.kind != "outer"}
-    assert tested | {"threshold", "zero_one_adam"} == every_step
+    assert tested | {"threshold", "auto", "zero_one_adam"} == every_step
