@@ -39,7 +39,7 @@ def test_halves_are_the_plain_kernels(
     blocks, results = blocks_of(lengths), []
     x, residual = (values * scale for values in draw(blocks, seed))
     if bad is not None:
-        x[seed % lengths[0]] = bad
+        x[blocks.starts[0] + seed % lengths[0]] = bad
     for kernel in (cast, plain):
         codes, e = torch.full((blocks.elements,), 7.0, dtype=dtype), residual.clone()
         kernel.compress_(x, e if has_residual else None, blocks, codes)
