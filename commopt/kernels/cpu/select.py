@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from commopt.kernels.cpu.compiled import F32, I32, U8, Bool, Places, exact, fast
-from commopt.kernels.cpu.signs import residual_arrays
 from commopt.wire.bucket import Blocks, Int64Array, UInt64Array
 
 Room = tuple[F32, I32, U8, UInt64Array]  # for a slice: its values, their bits, which are marked, and eight marks as one
 _SLICE = 2048
-_STRIDE = 101  # one in a hundred is sampled; prime, so that rows of a matrix are not sampled in the same column
+_STRIDE, _SHORT_STRIDE = 101, 13  # of a sample; prime, so that rows of a matrix are not sampled in the same column
+_SHORT = 2**16  # elements of a block of which one in a hundred is too few to know much
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _ALL_BUT_SIGN, _INFINITE = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 
 
 @fast
-def _correct(x: F32, e: F32, c: F32) -> None:
+def _correct(x: F32, e: F32, has_residual: bool, c: F32) -> None:
     for i in range(x.size):
-        c[i] = x[i] + e[i]
+        c[i] = x[i] + e[i] if has_residual else x[i]
 
 
 @fast
@@ -54,13 +54,15 @@ def _gather(
 
 
 @fast
-def _reaching(x: F32, e: F32, threshold: np.float32, indices: Int64Array, values: F32, room: Room) -> Any:
+def _reaching(
+    x: F32, e: F32, has_residual: bool, threshold: np.float32, indices: Int64Array, values: F32, room: Room
+) -> Any:
     """How many elements of x + e reach the threshold, which are written; and whether all are finite."""
     c, c_bits, marks, octets = room
     count, is_good = 0, True
     for a in range(0, x.size, _SLICE):
         n = min(_SLICE, x.size - a)
-        _correct(x[a : a + n], e[a : a + n], c)
+        _correct(x[a : a + n], e[a : a + n], has_residual, c)
         is_good &= _is_finite(c_bits, n)
         _mark(c, n, threshold, marks)
         marks[n : (n + 7) // 8 * 8] = 0
@@ -93,9 +95,10 @@ def _kth(values: F32, k: int) -> Any:
 
 
 @fast
-def _sampled_threshold(x: F32, e: F32, k: int) -> Any:
+def _sampled_threshold(x: F32, e: F32, has_residual: bool, k: int) -> Any:
     """A magnitude that more than k elements very likely reach: that of a sample's top share, with a margin for the draw."""
-    sample = np.abs(x[::_STRIDE] + e[::_STRIDE])
+    stride = _SHORT_STRIDE if x.size < _SHORT else _STRIDE
+    sample = np.abs(x[::stride] + e[::stride] if has_residual else x[::stride])
     expected = sample.size * k / x.size
     rank = int(1.25 * expected + 4 * math.sqrt(expected) + 4)
     if rank >= sample.size:
@@ -125,7 +128,7 @@ def _cut(candidates: Int64Array, found: F32, magnitudes: F32, k: int, indices: I
 
 @fast
 def _select(
-    x: F32, e: F32, own: Places, threshold: np.float32, keep: bool, indices: Int64Array, values: F32, good: Bool
+    x: F32, e: F32, own: Places, threshold: np.float32, has_residual: bool, indices: Int64Array, values: F32, good: Bool
 ) -> None:
     starts, homes, lengths, ks = own
     longest = 0
@@ -142,24 +145,26 @@ def _select(
         part_x, part_e = x[starts[b] : starts[b] + n], e[homes[b] : homes[b] + n]
         to, to_values = indices[place:], values[place:]
         if threshold > 0:
-            k, good[b] = _reaching(part_x, part_e, threshold, to, to_values, room)
+            k, good[b] = _reaching(part_x, part_e, has_residual, threshold, to, to_values, room)
             ks[b] = k
         else:
-            count, good[b] = _reaching(part_x, part_e, _sampled_threshold(part_x, part_e, k), candidates, found, room)
-            if good[b] and count < k:  # the sample was misleading: take the exact cut among all
-                count, _ = _reaching(part_x, part_e, np.float32(0.0), candidates, found, room)
-            if good[b]:
+            least = np.float32(np.inf) if k == n else _sampled_threshold(part_x, part_e, has_residual, k)
+            count, good[b] = _reaching(part_x, part_e, has_residual, least, candidates, found, room)
+            if k < n and good[b]:
+                if count < k:  # the sample was misleading: take the exact cut among all
+                    count, _ = _reaching(part_x, part_e, has_residual, np.float32(0.0), candidates, found, room)
                 _cut(candidates[:count], found[:count], magnitudes[:count], k, to, to_values)
             else:
                 for j in range(k):
-                    to[j], to_values[j] = j, part_x[j] + part_e[j]
-        if keep and good[b]:
-            _correct(part_x, part_e, part_e)
+                    to[j] = j
+                _correct(part_x[:k], part_e[:k], has_residual, to_values)
+        if has_residual and good[b]:
+            _correct(part_x, part_e, True, part_e)
         place += k
 
 
 @fast
-def _take(x: F32, e: F32, own: Places, keep: bool, indices: Int64Array, values: F32, good: Bool) -> None:
+def _take(x: F32, e: F32, own: Places, has_residual: bool, indices: Int64Array, values: F32, good: Bool) -> None:
     starts, homes, lengths, ks = own
     c = np.empty(_SLICE, np.float32)
     c_bits = c.view(np.int32)
@@ -170,12 +175,12 @@ def _take(x: F32, e: F32, own: Places, keep: bool, indices: Int64Array, values: 
         is_good = True
         for a in range(0, n, _SLICE):
             m = min(_SLICE, n - a)
-            _correct(part_x[a : a + m], part_e[a : a + m], c)
+            _correct(part_x[a : a + m], part_e[a : a + m], has_residual, c)
             is_good &= _is_finite(c_bits, m)
         for j in range(place, place + ks[b]):
-            values[j] = part_x[indices[j]] + part_e[indices[j]]
-        if keep and is_good:
-            _correct(part_x, part_e, part_e)
+            values[j] = part_x[indices[j]] + part_e[indices[j]] if has_residual else part_x[indices[j]]
+        if has_residual and is_good:
+            _correct(part_x, part_e, True, part_e)
         good[b] = is_good
         place += ks[b]
 
@@ -213,10 +218,10 @@ def select_(
     Returns indices within each block (sum ks,) i64 in ascending order, their values (sum ks,) f32, and (B,) bool, whether a block
     has neither NaN nor inf. residual <- c in good blocks. With a threshold, ks is overwritten by what was found.
     """
-    e, homes = residual_arrays(residual, blocks)
+    e = np.zeros(0, np.float32) if residual is None else residual.numpy()
     room = blocks.elements + 8 if threshold > 0 else int(ks.sum())
     indices, values, good = np.empty(room, np.int64), np.empty(room, np.float32), np.empty(len(blocks), np.bool_)
-    own = (blocks.starts, homes, blocks.lengths, ks)
+    own = (blocks.starts, blocks.homes, blocks.lengths, ks)
     _select(x.numpy(), e, own, np.float32(threshold), residual is not None, indices, values, good)
     found = int(ks.sum())
     return torch.from_numpy(indices[:found]), torch.from_numpy(values[:found]), torch.from_numpy(good)
@@ -227,9 +232,9 @@ def take_(x: Tensor, residual: Tensor | None, blocks: Blocks, ks: Int64Array, in
 
     residual <- c in good blocks.
     """
-    e, homes = residual_arrays(residual, blocks)
+    e = np.zeros(0, np.float32) if residual is None else residual.numpy()
     values, good = np.empty(len(indices), np.float32), np.empty(len(blocks), np.bool_)
-    own = (blocks.starts, homes, blocks.lengths, ks)
+    own = (blocks.starts, blocks.homes, blocks.lengths, ks)
     _take(x.numpy(), e, own, residual is not None, indices.numpy(), values, good)
     return torch.from_numpy(values), torch.from_numpy(good)
 
