@@ -115,9 +115,10 @@ class EF21(GradientMethod, Compressed):
         else:
             self._bring_up_to_date(v, group)
         if bucket.void is None:
-            self._keep("average", v)
-            if group.size > 1:
-                for name, x in bucket.views():
+            for name, x in bucket.views():
+                if "average" in self.state:
+                    self.part("average", name).copy_(x)
+                if group.size > 1:
                     x.copy_(self.part("estimate", name))
         return None
 
@@ -255,10 +256,9 @@ class EF21(GradientMethod, Compressed):
         return blocks.only(np.asarray([b for b, p in enumerate(blocks.parameters) if names[p] not in whole], np.int64))
 
     def _keep(self, key: str, bucket: Bucket, names: set[str] | None = None) -> None:
-        """Copy a bucket into the state `key`, if there is one."""
-        if key in self.state:
-            pairs = [(self.part(key, name), x) for name, x in bucket.views() if names is None or name in names]
-            torch._foreach_copy_([own for own, _ in pairs], [x for _, x in pairs])
+        """Copy a bucket, or some of its parameters, into the state `key`."""
+        pairs = [(self.part(key, name), x) for name, x in bucket.views() if names is None or name in names]
+        torch._foreach_copy_([own for own, _ in pairs], [x for _, x in pairs])
 
     def _serve(self, exact: Bucket) -> None:
         """Copy an exact mean into h of the blocks that this rank serves."""
