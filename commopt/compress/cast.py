@@ -8,10 +8,11 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
+from commopt import kernels
 from commopt.compress.base import Codes
 from commopt.compress.fused import Fused
 from commopt.errors import ConfigError
-from commopt.kernels.reference.runs import bad_runs, corrected, keep_rest_, put_
+from commopt.kernels.reference import cast as plain
 from commopt.options import BlockSize, checked_dataclass
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout
@@ -45,13 +46,15 @@ class Cast(Fused):
         return {"kernel": "cast", "dtype": self.dtype}
 
     def write_(self, x: Tensor, residual: Tensor | None, blocks: Blocks, codes: Codes) -> None:
-        c = corrected(x, residual, blocks)
-        codes[0].copy_(c)
-        if residual is not None:
-            keep_rest_(residual, c - codes[0].float(), ~self.is_bad(codes, blocks), blocks)
+        _kernel(x).compress_(x, residual, blocks, codes[0])
 
     def decompress_(self, codes: Codes, blocks: Blocks, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
-        put_(codes[0].float() * alpha, blocks, out, add)
+        _kernel(out).decompress_(codes[0], blocks, out, alpha=alpha, add=add)
 
     def is_bad(self, codes: Codes, blocks: Blocks) -> Tensor:
-        return bad_runs(codes[0], blocks.lengths)
+        return _kernel(codes[0]).bad_blocks(codes[0], blocks)  # type: ignore[no-any-return]
+
+
+def _kernel(x: Tensor) -> Any:
+    """The kernels of one message; triton's are of many, of blocks that are not too long."""
+    return plain if kernels.has_triton(x.device) else kernels.of("cast", x.device)

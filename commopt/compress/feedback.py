@@ -84,15 +84,15 @@ class ErrorFeedback:
         x: Tensor,
         parts: Sequence[Blocks],
         received: Sequence[Payload] = (),
-        moved: Moved | Accumulated | None = None,
+        moved: Moved | Accumulated | Tensor | None = None,
         room: int = 0,
         tell: Tell | None = None,
     ) -> list[Payload]:
         """The payloads of x + residual, one for each of `parts`; x is left as it is.
 
         received: messages that x has been made of. On a GPU, where nobody has read their headers, these ones carry on what they say.
-        moved: how c is made of the given values while they are compressed, for compressors that take it. room: bytes of the payloads' row,
-        if it is to be padded. tell: see `Compressor.encode_payloads`.
+        moved: how c is made of the given values while they are compressed, for compressors that take it; or a tensor in the residual's
+        place. room: bytes of the payloads' row, if it is to be padded. tell: see `Compressor.encode_payloads`.
         """
         if self.bits == 0 or self._stored.is_plain:
             given = self.residual if self.bits and moved is None else moved

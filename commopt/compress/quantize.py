@@ -18,7 +18,6 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Codes
 from commopt.compress.fused import Fused
-from commopt.kernels.reference.runs import corrected, keep_rest_, run_of_element
 from commopt.options import BlockSize, Flag, checked_dataclass
 from commopt.wire.bucket import Blocks
 from commopt.wire.payload import Layout, Payload
@@ -88,16 +87,7 @@ class EvenLevels(BlockScaled):
         """
         if not self.needs_fit:
             return
-        at_home, sent = (blocks.having(starts=at) for at in (blocks.homes, np.cumsum(blocks.lengths) - blocks.lengths))
-        q, block = x.new_zeros(blocks.elements), run_of_element(blocks.lengths, x.device)
-        self.decompress_([codes[0].nan_to_num(0.0, 0.0, 0.0), codes[1]], sent, q)
-        left = corrected(x, None, blocks) - q if residual is None else corrected(residual, None, at_home)
-        products = torch.stack([left, q]).double() * q
-        over, squares = products.new_zeros(2, len(blocks)).index_add_(1, block, products)
-        fit = torch.where(squares > 0, 1 + over / squares, 1.0).float()
-        if residual is not None:
-            keep_rest_(residual, left + (1 - fit)[block] * q, ~self.is_bad(codes, blocks), blocks)
-        codes[0].mul_(fit)
+        kernels.of("quantize", x.device).fit_(x, residual, blocks, *codes, bits=self.code_bits)
 
 
 @checked_dataclass

@@ -59,9 +59,8 @@ class _Sparse(Resident):
         ks, indices, values, good = self.choose(x, residual, blocks)
         codes = self.encode_values(values, ks, good)
         if residual is not None:
-            is_good = good.repeat_interleave(torch.from_numpy(ks).to(x.device))
-            homes = runs.places_in(blocks.homes, ks, indices)[is_good]
-            residual[homes] -= self.decode_values(codes, ks)[is_good]
+            sent = self.decode_values(codes, ks)
+            kernels.of("select", x.device).add_(indices, *sent, blocks.homes, ks, residual, alpha=-1.0, good=good)
         if not self.shares_keys:
             codes.append(encode_all(indices, blocks.lengths, ks))
         if self.is_ragged:
@@ -86,15 +85,20 @@ class _Sparse(Resident):
         if not add:
             for start, n in zip(blocks.starts.tolist(), blocks.lengths.tolist(), strict=True):
                 out[start : start + n] = 0
-        places = runs.places_in(blocks.starts, ks, indices)  # no two are equal
-        out[places] += self.decode_values(codes, ks) * alpha
+        kernels.of("select", out.device).add_(
+            indices, *self.decode_values(codes, ks), blocks.starts, ks, out, alpha=alpha
+        )
         return None
 
     def forget_sent_(self, payload: Payload, blocks: Blocks, x: Tensor) -> None:
         """x <- 0, at the blocks' starts, where a message has values that are not 0."""
-        sent = torch.zeros_like(x)
-        self.decompress_(payload.tensors[1:], blocks, sent)
-        x.mul_(sent.eq(0))
+        codes = payload.tensors[1:]
+        ks = self.ks_of(codes, blocks)
+        codes = codes[1:] if self.is_ragged else codes
+        values, factors = self.decode_values(codes, ks)
+        block = runs.run_of_element(ks, x.device)
+        places = runs.places_in(blocks.starts, ks, self.places_of(codes, blocks, ks))
+        x[places[(values * factors[block]).ne(0)]] *= 0
 
     def layout_of(self, blocks: Blocks, ks: Int64Array) -> Layout:
         """The layout of a message of ks elements of each block, apart from its counts."""
@@ -108,27 +112,24 @@ class _Sparse(Resident):
         counts = torch.from_numpy(ks).to(values.device)
         if self.value_bits == 32:
             return [torch.where(good.repeat_interleave(counts), values, math.nan)]
-        block = runs.run_of_element(ks, values.device)
-        size = values.abs().nan_to_num(0.0, 0.0)
         if self.value_bits == 1:
-            scales = torch.zeros(len(ks), dtype=torch.float64, device=values.device).index_add_(0, block, size.double())
+            sizes, block = values.abs().nan_to_num(0.0, 0.0).double(), runs.run_of_element(ks, values.device)
+            scales = torch.zeros(len(ks), dtype=torch.float64, device=values.device).index_add_(0, block, sizes)
             scales = (scales / counts.clamp(min=1)).float()
             codes = runs.packed(values >= 0, ks, lowest=True)
         else:
-            scales = values.new_zeros(len(ks)).scatter_reduce_(0, block, size, "amax")
-            ratio = values / torch.where(scales > 0, scales, 1.0)[block]
+            scales, ratio = kernels.of("select", values.device).ratios(values, ks)
             codes = ratio.half() if self.value_bits == 16 else (ratio.nan_to_num(0.0) * _LEVELS).round().to(torch.int8)
         return [torch.where(good, scales, math.nan), codes]
 
-    def decode_values(self, codes: Codes, ks: Int64Array) -> Tensor:
-        """(sum ks,) f32"""
+    def decode_values(self, codes: Codes, ks: Int64Array) -> tuple[Tensor, Tensor]:
+        """(sum ks,) f32 values, and (B,) f32 what to multiply those of each block with."""
         if self.value_bits == 32:
-            return codes[0]
+            return codes[0], codes[0].new_ones(len(ks))
         scales, values = codes[:2]
-        scales = scales.repeat_interleave(torch.from_numpy(ks).to(scales.device))
         if self.value_bits == 1:
-            return torch.where(runs.unpacked(values, ks, lowest=True).bool(), scales, -scales)
-        return values.float() * (scales if self.value_bits == 16 else scales / _LEVELS)
+            return runs.unpacked(values, ks, lowest=True).float() * 2 - 1, scales
+        return values.float(), scales if self.value_bits == 16 else scales / _LEVELS
 
 
 @checked_dataclass
@@ -215,12 +216,8 @@ class RandomK(_Density):
 
     def choose(self, x: Tensor, residual: Tensor | None, blocks: Blocks) -> _Chosen:
         ks, (places, drawn_from) = self.ks(blocks), self.places(blocks)
-        c = runs.corrected(x, residual, blocks)
-        good = ~runs.bad_runs(c, blocks.lengths)
-        if residual is not None:
-            runs.keep_rest_(residual, c, good, blocks)
         indices = torch.from_numpy(places).to(x.device)
-        values = c[runs.places_in(np.cumsum(blocks.lengths) - blocks.lengths, ks, indices)]
+        values, good = kernels.of("select", x.device).take_(x, residual, blocks, ks, indices)
         if self.is_unbiased:
             values = values * torch.from_numpy(drawn_from).to(x.device)
         return ks, indices, values, good

@@ -143,7 +143,7 @@ class Compressed(Exchange):
         return first_of([*found, averaged])
 
     def gathered(
-        self, x: Tensor, blocks: Blocks, group: Group, moved: Moved | None = None
+        self, x: Tensor, blocks: Blocks, group: Group, moved: Moved | Tensor | None = None
     ) -> tuple[Payload, list[Payload], int]:
         """This rank's message, those of all ranks, and the first bad parameter that they name, or -1.
 

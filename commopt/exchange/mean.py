@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+<<<<<<< HEAD
+=======
+from collections.abc import Sequence
+from typing import ClassVar
 
+>>>>>>> 5b316e7f31665a0f2452c05e0fb48bce37b6b8f5
+import torch
+from torch import Tensor
+
+from commopt import kernels
 from commopt.exchange.base import Exchange, first_bad
 from commopt.groups.base import Group
+from commopt.kernels.reference import cast as plain
 from commopt.wire.bucket import Bucket
 
 
@@ -20,12 +29,23 @@ class Mean(Exchange):
     needs_float32 = False
     wire_dtype: torch.dtype | None = None
 
+    def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
+        super().lay_out(named_parameters, group)
+        if self.wire_dtype and self.device.type == "cpu":  # else a step would wait for the kernel
+            x = torch.ones(1, dtype=torch.float32)
+            kernels.of("cast", self.device).divide_(x, 1, x.to(self.wire_dtype))
+
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        mean = (bucket.flat / group.size).to(self.wire_dtype or bucket.flat.dtype)
+        x, wire = bucket.flat, self.wire_dtype
+        if wire in (None, x.dtype):
+            self.average_(bucket, group)
+            return
+        mean = torch.empty_like(x, dtype=wire)
+        kernel = kernels.of("cast", x.device) if x.device.type == "cpu" and x.dtype == torch.float32 else plain
+        kernel.divide_(x, group.size, mean)
         if mean.numel():
             group.all_reduce(mean)
-        if not self.is_void(bucket, first_bad(self.index, bucket.with_flat(mean)), group):
-            bucket.flat.copy_(mean)
+        self.is_void(bucket, first_bad(self.index, bucket.with_flat(x.copy_(mean))), group)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * (self.wire_dtype or torch.float32).itemsize

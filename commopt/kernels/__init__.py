@@ -11,7 +11,7 @@ import torch
 
 from commopt.kernels.host import OnHost
 
-_NUMBA = ("signs", "quantize", "votes", "select", "indices")  # the others are plain torch, or for triton only
+_NUMBA = ("signs", "quantize", "votes", "select", "indices", "cast")  # the others are plain torch, or for triton only
 _log = logging.getLogger(__name__)
 
 
@@ -23,7 +23,8 @@ def has_triton(device: torch.device) -> bool:
 
 @cache
 def of(name: str, device: torch.device) -> Any:
-    """The kernels `name` (signs, quantize, select, indices, votes, apply) for this device: numba or plain torch on the CPU, else triton.
+    """The kernels `name` (signs, quantize, select, indices, votes, cast, apply) for this device: numba or plain torch on the CPU,
+    else triton.
 
     Without triton tensors go to numba through the host's memory.
     """

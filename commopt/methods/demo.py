@@ -16,7 +16,7 @@ from commopt import kernels
 from commopt.compress.feedback import first_bad_parameter, first_of
 from commopt.compress.indices import decode_all, encode_all, index_bytes
 from commopt.groups.base import Group
-from commopt.kernels.reference.runs import bad_runs, first_bad, places_in
+from commopt.kernels.reference.runs import bad_runs, first_bad
 from commopt.method import NoOptions, options
 from commopt.optim.update import DirectionMethod
 from commopt.options import Fraction, Whole
@@ -24,7 +24,6 @@ from commopt.wire.bucket import Blocks, Bucket, Int64Array, once_per_layout
 from commopt.wire.payload import Payload
 
 _WIRE = {16: torch.bfloat16, 32: torch.float32}
-_PLACE_BITS = 21  # of the largest chunk, 1024 x 1024
 
 
 @options
@@ -76,73 +75,85 @@ class DeMo(DirectionMethod):
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
         if not kernels.has_triton(self.device):  # else a step would wait for them
-            one = np.ones(1, np.int64)
-            decode_all(encode_all(torch.zeros(1, dtype=torch.int64, device=self.device), 8 * one, one), 8 * one, one)
+            one, zero, x = (
+                np.ones(1, np.int64),
+                np.zeros(1, np.int64),
+                torch.ones(8, device=self.device, dtype=torch.float32),
+            )
+            select = kernels.of("select", self.device)
+            places, values, _ = select.select_(x, None, Blocks(zero, zero, 8 * one, zero, zero), one)
+            select.add_(
+                decode_all(encode_all(places, 8 * one, one), 8 * one, one), values, x[:1], zero, one, x, alpha=1.0
+            )
         self._shapes = {name: _matrix(p).shape if self.own_index.size(name) else (1, 0) for name, p in named_parameters}
         self._grids = {name: grids(shape, self.options.chunk) for name, shape in self._shapes.items()}
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         if kernels.has_triton(self.device):
-            return self._exchange_in_kernels(bucket, group)
+            self._exchange_in_kernels(bucket, group)
+            return
         chunks, counts = self._chunks_of(bucket)
-        d = self._transformed(bucket)
-        payloads = group.all_gather(self._largest(d, chunks, counts))
+        x = bucket.flat
+        self._transform_(bucket)
+        payloads = group.all_gather(self._largest(bucket, chunks, counts))
         if self.is_void(bucket, first_bad_parameter(payloads), group):
-            return None
-        mean = bucket.with_flat(torch.zeros_like(bucket.flat))
-        for rank, payload in enumerate(payloads):  # in rank order: float sums depend on it
-            _, values, codes = payload.tensors
-            places = places_in(chunks.starts, counts, decode_all(codes, chunks.lengths, counts))
-            mean.flat[places] += values.float()
-            if rank == group.rank:
-                d.flat[places] -= values.float()  # d_i <- d_i - q_i
-        mean.flat /= group.size
-        return self._put_signs(bucket, d, mean)
+            return
+        kernel, ones = kernels.of("select", self.device), torch.ones(len(chunks), dtype=x.dtype, device=self.device)
+        every = [
+            (decode_all(codes, chunks.lengths, counts), values.float(), ones, chunks.starts, counts)
+            for _, values, codes in (payload.tensors for payload in payloads)
+        ]
+        kernel.add_(*every[group.rank], x, alpha=-1.0)  # d_i <- d_i - q_i
+        self._keep(bucket)
+        x.zero_()
+        for sent in every:  # in rank order: float sums depend on it
+            kernel.add_(*sent, x, alpha=1.0)
+        x /= group.size
+        self._put_signs_(bucket)
 
     def _exchange_in_kernels(self, bucket: Bucket, group: Group) -> None:
         """`exchange` on a GPU: a few launches for all chunks and ranks, of which the host reads once whether all is well."""
         chunks, momentum = self._device_chunks(bucket), self.state["momentum"]
-        d = bucket.with_flat(torch.empty_like(bucket.flat)) if chunks.can_be_transformed else self._transformed(bucket)
+        d = bucket.flat
         if chunks.can_be_transformed:
-            chunks.add_transformed(bucket.flat, momentum, self.options.momentum_decay, d.flat)
-        payloads = group.all_gather(chunks.largest(d.flat))
-        total, is_damaged = chunks.add_up(payloads, group.rank, d.flat)
+            d = torch.empty_like(bucket.flat)
+            chunks.add_transformed(bucket.flat, momentum, self.options.momentum_decay, d)
+        else:
+            self._transform_(bucket)
+        payloads = group.all_gather(chunks.largest(d))
+        total, is_damaged = chunks.add_up(payloads, group.rank, d)
         *found, damaged = torch.cat([*(payload.tensors[0] for payload in payloads), is_damaged]).tolist()
         if self.is_void(bucket, first_of(found), group):
-            return None
+            return
         if damaged:
             raise ValueError("a message has bytes that are not the code of any indices: they are damaged")
         if chunks.can_be_transformed:
-            chunks.put_signs(total, group.size, d.flat, momentum, bucket.flat)
-            return None
-        return self._put_signs(bucket, d, bucket.with_flat(total / group.size))
+            chunks.put_signs(total, group.size, d, momentum, bucket.flat)
+            return
+        self._keep(bucket)
+        torch.div(total, group.size, out=bucket.flat)
+        self._put_signs_(bucket)
 
-    def _transformed(self, bucket: Bucket) -> Bucket:
-        """decay d_i + C g_i, by parameter."""
-        d = bucket.with_flat(torch.empty_like(bucket.flat))
-        for (name, g), (_, c) in zip(bucket.views(), d.views(), strict=True):
-            decay = self.options.momentum_decay
-            torch.add(self._forward(name, g), self.part("momentum", name), alpha=decay, out=c)
-        return d
+    def _transform_(self, bucket: Bucket) -> None:
+        """x <- decay d_i + C g_i, by parameter, chunk after chunk."""
+        for name, x in bucket.views():
+            matrix, momentum = x.view(self._shapes[name]), self.part("momentum", name)
+            transformed = [grid.forward(matrix).view(-1) for grid in self._grids[name]]
+            parts = zip(transformed, self._cut(name, momentum), self._cut(name, x), strict=True)
+            for new, (_, old), (_, out) in parts:
+                torch.add(new, old, alpha=self.options.momentum_decay, out=out)
 
-    def _put_signs(self, bucket: Bucket, d: Bucket, mean: Bucket) -> None:
-        """Keep d_i, and overwrite the bucket by the sign of C^-1 mean, by parameter."""
-        for (name, x), (_, c), (_, q) in zip(bucket.views(), d.views(), mean.views(), strict=True):
-            self.part("momentum", name).copy_(c)
-            x.copy_(self._inverse(name, q).sign_())
+    def _keep(self, bucket: Bucket) -> None:
+        """d_i <- x"""
+        torch._foreach_copy_([self.part("momentum", name) for name in bucket.names], [x for _, x in bucket.views()])
 
-    def _forward(self, name: str, x: Tensor) -> Tensor:
-        """(n,) C x: the coefficients of one parameter, chunk after chunk."""
-        # a clone: how a product rounds may depend on where its factors lie in memory
-        matrix = x.clone().view(self._shapes[name])
-        return torch.cat([x[:0], *(grid.forward(matrix).view(-1) for grid in self._grids[name])])
-
-    def _inverse(self, name: str, coefficients: Tensor) -> Tensor:
-        """(n,) C^-1 of `_forward`."""
-        matrix = coefficients.new_empty(self._shapes[name])
-        for grid, part in self._cut(name, coefficients):
-            grid.inverse_(part.clone(), matrix)
-        return matrix.view(-1)
+    def _put_signs_(self, bucket: Bucket) -> None:
+        """x <- the sign of C^-1 x, by parameter."""
+        for name, x in bucket.views():
+            matrix = x.view(self._shapes[name])
+            inverted = [(grid, grid.inverse(part).sign_()) for grid, part in self._cut(name, x)]
+            for grid, chunks in inverted:
+                grid.put_(chunks, matrix)
 
     def _cut(self, name: str, coefficients: Tensor) -> Iterator[tuple[Grid, Tensor]]:
         """The grids of one parameter, each with its part of the coefficients."""
@@ -151,11 +162,11 @@ class DeMo(DirectionMethod):
 
     def _largest(self, d: Bucket, chunks: Blocks, counts: Int64Array) -> Payload:
         """The top_k coefficients of each chunk: a header as in `ErrorFeedback`, values, and the code of their places."""
-        parts = [part for name, c in d.views() for part in self._cut(name, c)]
-        selected = [largest(x.view(grid.count, -1), self.options.top_k) for grid, x in parts]
-        within = torch.cat([torch.empty(0, dtype=torch.int64, device=d.flat.device), *(x.view(-1) for x in selected)])
-        values = d.flat[places_in(chunks.starts, counts, within)].to(_WIRE[self.options.value_bits])
-        header = torch.tensor([first_bad(bad_runs(values, counts), chunks)], dtype=torch.int32, device=values.device)
+        select = kernels.of("select", d.flat.device).select_
+        within, values, good = select(d.flat, None, chunks, counts)
+        values = values.to(_WIRE[self.options.value_bits])
+        bad = ~good | bad_runs(values, counts)
+        header = torch.tensor([first_bad(bad, chunks)], dtype=torch.int32, device=values.device)
         return Payload.of(header, values, encode_all(within, chunks.lengths, counts))
 
     @once_per_layout
@@ -227,17 +238,20 @@ class Grid:
 
     def forward(self, matrix: Tensor) -> Tensor:
         """(count, height, width) DCT-II of each chunk."""
-        chunks = self._part(matrix).view(self.down, self.height, self.across, self.width)
-        chunks = chunks.transpose(1, 2).reshape(-1, self.height, self.width)
+        chunks = self._part(matrix).view(self.down, self.height, self.across, self.width).transpose(1, 2)
+        # a copy, always: how a product rounds may depend on where its factors lie in memory
+        chunks = chunks.clone(memory_format=torch.contiguous_format).view(-1, self.height, self.width)
         return cosines(self.height, matrix.device) @ chunks @ cosines(self.width, matrix.device).T
 
-    def inverse_(self, coefficients: Tensor, matrix: Tensor) -> None:
-        """Write the chunks that have these coefficients into the matrix."""
-        coefficients = coefficients.view(-1, self.height, self.width)
-        chunks = cosines(self.height, matrix.device).T @ coefficients @ cosines(self.width, matrix.device)
-        chunks = chunks.view(self.down, self.across, self.height, self.width).transpose(1, 2)
-        part = self._part(matrix)
-        part.copy_(chunks.reshape(part.shape))
+    def inverse(self, coefficients: Tensor) -> Tensor:
+        """(count, height, width) the chunks that have these coefficients."""
+        coefficients = coefficients.clone().view(-1, self.height, self.width)
+        return cosines(self.height, coefficients.device).T @ coefficients @ cosines(self.width, coefficients.device)
+
+    def put_(self, chunks: Tensor, matrix: Tensor) -> None:
+        """Write the chunks into the matrix."""
+        part = self._part(matrix).view(self.down, self.height, self.across, self.width)
+        part.copy_(chunks.view(self.down, self.across, self.height, self.width).transpose(1, 2))
 
     def _part(self, matrix: Tensor) -> Tensor:
         rows, columns = self.down * self.height, self.across * self.width
@@ -256,21 +270,6 @@ def _runs(n: int, chunk: int) -> list[tuple[int, int, int]]:
     length, longer = divmod(n, max(count, 1))
     runs = [(0, longer, length + 1), (longer * (length + 1), count - longer, length)]
     return [run for run in runs if run[1]]
-
-
-def largest(x: Tensor, k: int) -> Tensor:
-    """(rows, k) i64, ascending: where each row of x is largest by magnitude; NaN counts as largest, and the first of equals is taken.
-
-    Rows of no more than k elements are taken whole.
-    """
-    n = x.shape[1]
-    place = torch.arange(n, device=x.device)
-    if k >= n:
-        return place.repeat(len(x), 1)
-    # magnitudes are ordered as their bits are; with the place in it, no key equals another, so there are no ties
-    keys = (x.abs().view(torch.int32).long() << _PLACE_BITS) | (n - 1 - place)
-    best = keys.topk(k, dim=1, sorted=False).values & ((1 << _PLACE_BITS) - 1)
-    return (n - 1 - best).sort(dim=1).values
 
 
 @cache

@@ -22,6 +22,7 @@ from commopt.wire import noise
 from commopt.wire.bucket import Bucket
 from commopt.wire.state import State
 
+_SLICE = 2**14  # pairs of normal numbers
 Loss = Callable[[Any, Any], Tensor]
 FromZero = Annotated[Number, Field(ge=0)]
 
@@ -154,15 +155,15 @@ class DiceSGD(GradientMethod):
         error = self._views(self.state["error"], bucket)
         largest = self.error_norm / (group.size * self.options.samples_per_rank)  # C2/B
         sent = error * _factor(error.norm(dtype=torch.float64), largest)
-        v = clipped + sent  # v_i
         sigma = self.options.noise_multiplier * self.sensitivity
-        mean = bucket.with_flat(v + math.sqrt(group.size) * sigma * self._noise(bucket))
+        noisy = self._noise(bucket).mul_(math.sqrt(group.size) * sigma)
+        mean = bucket.with_flat(noisy.add_(clipped + sent))  # v_i + w_i
         self.average_(mean, group)
         self.samples = 0
         self.state["releases"] += 1
         bucket.void = mean.void
         if mean.void is None:
-            for name, x in bucket.with_flat(error - sent + cut).views():  # e_i + mean_j g_ij - v_i
+            for name, x in bucket.with_flat(error.sub_(sent).add_(cut)).views():  # e_i + mean_j g_ij - v_i
                 self.part("error", name).copy_(x)
             bucket.flat.copy_(mean.flat)
 
@@ -190,17 +191,35 @@ class DiceSGD(GradientMethod):
         return torch.cat([self.index.view(flat, name) for name in bucket.names])
 
     def _noise(self, bucket: Bucket) -> Tensor:
-        """(n,) f32 standard normal, of this rank alone."""
-        parts = [_normal(self._words(name, 2 * -(-x.numel() // 2)))[: x.numel()] for name, x in bucket.views()]
-        return torch.from_numpy(np.concatenate(parts)).to(bucket.flat.device, torch.float32)
+        """(n,) f32 standard normal, of this rank alone, by Box and Muller; pairs are drawn a slice at a time, which stays in the cache."""
+        out = np.empty(len(bucket.flat), np.float32)
+        for (name, x), first in zip(bucket.views(), bucket.starts, strict=True):
+            n, words = len(x), self._words(name)
+            half = -(-n // 2)
+            for a in range(0, half, _SLICE):
+                z = min(a + _SLICE, half)
+                radius, angle = (
+                    np.sqrt(-2 * np.log(_uniform(words(a, z - a)))),
+                    2 * np.pi * _uniform(words(half + a, z - a)),
+                )
+                out[first + a : first + z] = radius * np.cos(angle)
+                rest = min(half + z, n) - half - a  # one less in the last slice of an odd number
+                out[first + half + a : first + half + a + rest] = (radius * np.sin(angle))[:rest]
+        return torch.from_numpy(out).to(bucket.flat.device)
 
-    def _words(self, name: str, n: int) -> NDArray[np.uint64]:
+    def _words(self, name: str) -> Callable[[int, int], NDArray[np.uint64]]:
+        """What gives (count,) u64 random words from the first one on; those of the operating system never come twice."""
         if self.options.noise_seed is None:
-            return np.frombuffer(os.urandom(8 * n), dtype=np.uint64)
+            return lambda first, count: np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
         k = self.index.position[name]
-        count, place = self.exchanges.numpy()[k : k + 1], self.index.offsets[k : k + 1]
-        keys = noise.keys(self.options.noise_seed, "privacy", self.rank, count, place)
-        return noise.bits(keys, np.asarray([n], dtype=np.int64))
+        counts, place = self.exchanges.numpy()[k : k + 1], self.index.offsets[k : k + 1]
+        keys = noise.keys(self.options.noise_seed, "privacy", self.rank, counts, place)
+
+        def drawn(first: int, count: int) -> NDArray[np.uint64]:
+            moved = keys + np.asarray([first], np.uint64) * np.uint64(noise.GOLDEN)
+            return noise.bits(moved, np.asarray([count], dtype=np.int64))
+
+        return drawn
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * 4
@@ -227,8 +246,6 @@ def _factor(norm: Tensor, largest: float) -> Tensor:
     return torch.where(norm.isfinite(), (largest / norm.clamp(min=1e-300)).clamp(max=1.0), 0.0)
 
 
-def _normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """(n,) standard normal from an even number n of random words, by Box and Muller."""
-    u = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    radius, angle = np.sqrt(-2 * np.log(u[: len(u) // 2])), 2 * np.pi * u[len(u) // 2 :]
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """(n,) f64 in (0, 1)"""
+    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

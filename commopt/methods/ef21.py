@@ -115,9 +115,10 @@ class EF21(GradientMethod, Compressed):
         else:
             self._bring_up_to_date(v, group)
         if bucket.void is None:
-            self._keep("average", v)
-            if group.size > 1:
-                for name, x in bucket.views():
+            for name, x in bucket.views():
+                if "average" in self.state:
+                    self.part("average", name).copy_(x)
+                if group.size > 1:
                     x.copy_(self.part("estimate", name))
         return None
 
@@ -143,7 +144,7 @@ class EF21(GradientMethod, Compressed):
         return Blocks(starts, self.index.offsets[numbers], lengths, numbers, numbers)
 
     def _bring_up_to_date(
-        self, v: Bucket, group: Group, difference: Tensor | None = None, moved: Moved | None = None
+        self, v: Bucket, group: Group, difference: Tensor | None = None, moved: Moved | Tensor | None = None
     ) -> None:
         """Bring h_i and h up to date with v_i, or set v.void. difference: v_i - h_i, or what `moved` makes that of."""
         whole = {name for name in v.names if self._is_whole(name)}
@@ -154,32 +155,36 @@ class EF21(GradientMethod, Compressed):
                 v.void = exact.void
                 return
         if len(whole) < len(v.names):
-            if difference is None:
-                difference = v.flat.clone()
-                for name, x in v.with_flat(difference).views():
-                    x -= self.part("known", name)  # v_i - h_i
+            if difference is None:  # v_i + (-h_i): the codec adds them up, and leaves there what nobody needs
+                difference, moved = v.flat, torch.empty_like(v.flat)
+                for name, x in v.with_flat(moved).views():
+                    torch.neg(self.part("known", name), out=x)
             (self._two_ways if self.server_compressor else self._one_way)(v, difference, moved, whole, group)
         if exact is not None and v.void is None:
             self._keep("known", v, whole)
             self._keep("estimate", exact)
             self._serve(exact)
 
-    def _one_way(self, v: Bucket, difference: Tensor, moved: Moved | None, whole: set[str], group: Group) -> None:
+    def _one_way(
+        self, v: Bucket, difference: Tensor, moved: Moved | Tensor | None, whole: set[str], group: Group
+    ) -> None:
         """h_i <- h_i + c_i;  h <- h + mean c_i. Nothing changes if that is void."""
         blocks = self._coded(self.keyed(self.table.all_of(v), self.compressor), whole)
-        own, messages, bad = self.gathered(difference, blocks, group, moved)
+        own, messages, bad = self.gathered(difference, _beside(blocks, moved), group, moved)
         if not self.is_void(v, bad, group):
             at_home = blocks.having(starts=blocks.homes)
             self._decode([own], [at_home], self.state["known"])
             self._decode(messages, [at_home] * group.size, self.state["estimate"], 1 / group.size)
 
-    def _two_ways(self, v: Bucket, difference: Tensor, moved: Moved | None, whole: set[str], group: Group) -> None:
+    def _two_ways(
+        self, v: Bucket, difference: Tensor, moved: Moved | Tensor | None, whole: set[str], group: Group
+    ) -> None:
         """h_i <- h_i + c_i;  h <- h + mean c_i;  w <- w + C_s(h - w), each block by the rank that serves it."""
         assert self.server_compressor is not None
         parts = self.table.parts(v)
         by_owner = [self._coded(self.keyed(blocks, self.compressor), whole) for blocks in parts.by_owner]
         served = [self._coded(blocks, whole) for blocks in parts.served]
-        own = self.worker.compress(difference, by_owner, moved=moved)
+        own = self.worker.compress(difference, [_beside(blocks, moved) for blocks in by_owner], moved=moved)
         received = group.all_to_all(own)
         # a GPU is asked once, at the end: until then, answers carry on what the messages say
         is_late = kernels.has_triton(self.device)
@@ -251,10 +256,9 @@ class EF21(GradientMethod, Compressed):
         return blocks.only(np.asarray([b for b, p in enumerate(blocks.parameters) if names[p] not in whole], np.int64))
 
     def _keep(self, key: str, bucket: Bucket, names: set[str] | None = None) -> None:
-        """Copy a bucket into the state `key`, if there is one."""
-        if key in self.state:
-            pairs = [(self.part(key, name), x) for name, x in bucket.views() if names is None or name in names]
-            torch._foreach_copy_([own for own, _ in pairs], [x for _, x in pairs])
+        """Copy a bucket, or some of its parameters, into the state `key`."""
+        pairs = [(self.part(key, name), x) for name, x in bucket.views() if names is None or name in names]
+        torch._foreach_copy_([own for own, _ in pairs], [x for _, x in pairs])
 
     def _serve(self, exact: Bucket) -> None:
         """Copy an exact mean into h of the blocks that this rank serves."""
@@ -287,6 +291,11 @@ class EF21(GradientMethod, Compressed):
             for rank, saved in enumerate(every):
                 known[self._homes(old.at_home(rank))] = saved["rank"]["served"].to(self.device)
             self.state["served"].copy_(known[self._homes(self.table.at_home(self.rank))])
+
+
+def _beside(blocks: Blocks, moved: Moved | Tensor | None) -> Blocks:
+    """The blocks as they lie in a tensor that is laid out like the bucket, if what goes with the values is one."""
+    return blocks.having(homes=blocks.starts) if isinstance(moved, Tensor) else blocks
 
 
 def _check_two_ways(worker: Compressor, server: Compressor) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from commopt import kernels
-from commopt.exchange.base import first_bad
+from commopt.exchange.base import first_bad, is_finite
 from commopt.groups.base import Group
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Number, Whole
@@ -89,7 +89,8 @@ class PowerSGD(GradientMethod):
             return self.exchange_alone(bucket, group)
         names = [name for name in bucket.names if name in self.shapes and self._is_due(name)]
         if not names:
-            return self._exchange_exactly(bucket, group)
+            self.average_(bucket, group)
+            return None
         views = dict(bucket.views())
         corrected = torch._foreach_add([views[name] for name in names], [self.part("residual", name) for name in names])
         matrices = {
@@ -116,17 +117,14 @@ class PowerSGD(GradientMethod):
         self._keep_next(second)
         return None
 
-    def _exchange_exactly(self, bucket: Bucket, group: Group) -> None:
-        mean = bucket.with_flat(bucket.flat.clone())
-        if self.average_(mean, group):
-            bucket.flat.copy_(mean.flat)
-        bucket.void = mean.void
-
     def _spoil_(self, first: Bucket, matrices: dict[str, Tensor]) -> None:
         """Make P begin with a NaN if M is not finite: a product may lose an inf that is multiplied by zero."""
         starts = dict(zip(first.names, first.starts, strict=True))
         places = self._places(Bucket(first.flat, tuple(matrices), tuple(starts[name] for name in matrices)))
-        largest = torch.stack(torch._foreach_norm(list(matrices.values()), math.inf))
+        if self.device.type == "cpu":  # where its sum takes a tenth of the time
+            largest = torch.tensor([0.0 if is_finite(m) else math.nan for m in matrices.values()])
+        else:
+            largest = torch.stack(torch._foreach_norm(list(matrices.values()), math.inf))
         first.flat.index_add_(0, places, largest * -0.0)  # the zero that leaves every number as it is
 
     @once_per_layout

@@ -109,8 +109,7 @@ class TernGrad(GradientMethod, Compressed):
             super().exchange(bucket, group)
 
     def exchange_blocks(self, bucket: Bucket, blocks: Blocks, group: Group) -> None:
-        clamped = bucket.with_flat(bucket.flat.clone())
-        scales = self._shared_scales(clamped, group)
+        scales = self._shared_scales(bucket, group)
         if self.is_void(bucket, first_of((~scales.isfinite()).nonzero().flatten().tolist()), group):
             return
         kernel, parts = kernels.of("quantize", self.device), self.table.parts(bucket)
@@ -119,7 +118,7 @@ class TernGrad(GradientMethod, Compressed):
             payload = Payload.allocate(self.compressor.layout(blocks)[1:], self.device)
             keyed = self.keyed(blocks, self.compressor)
             own, codes = self._of(scales, blocks), payload.tensors[0]
-            kernel.compress_(clamped.flat, None, keyed, own, codes, kind="levels", bits=2, is_given=True)
+            kernel.compress_(bucket.flat, None, keyed, own, codes, kind="levels", bits=2, is_given=True)
             sent.append(payload)
         served = parts.served[group.rank]
         one = torch.ones(len(served), device=self.device, dtype=torch.float32)
@@ -231,7 +230,7 @@ class TernGrad(GradientMethod, Compressed):
         own = torch.zeros(len(self.index.names), device=self.device, dtype=torch.float32)
         for name, g in self.compressed_views(bucket):
             if self.options.clip and g.numel() > 1:
-                bound = self.options.clip * g.std(correction=0)
+                bound = float(self.options.clip * g.std(correction=0))  # torch clamps faster to a number
                 g.clamp_(-bound, bound)
             own[self.index.position[name]] = torch.stack(torch.aminmax(g)).abs().max() if g.numel() else 0.0
         of_bucket = [self.index.position[name] for name, _ in self.compressed_views(bucket)]

@@ -81,6 +81,24 @@ def test_fast_and_plain_kernels_agree_to_the_bit(
     assert torch.equal(bits(x), bits(given_x))
 
 
+@pytest.mark.parametrize("codec", [BlockInt(2), QSGDLevels(7), BlockInt(8)], ids=repr)
+@given(lengths=LENGTHS, seed=SEEDS, has_residual=st.booleans(), bad=st.booleans())
+def test_fast_and_plain_kernels_fit_scales_alike(
+    codec: EvenLevels, lengths: list[int], seed: int, has_residual: bool, bad: bool
+) -> None:
+    blocks, results = blocks_of(lengths, seed=seed), []
+    x, residual = draw(blocks, seed)
+    x[blocks.starts[0] + seed % lengths[0]] = math.nan if bad else 1.0
+    scales, codes = compress(codec, x, residual if has_residual else None, blocks)
+    for kernel in (fast, plain):
+        fitted, e = scales.clone(), residual.clone()
+        kernel.fit_(x, e if has_residual else None, blocks, fitted, codes, bits=codec.code_bits)
+        results.append((fitted, e))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(bits(one.nan_to_num(7)), bits(other.nan_to_num(7)))
+    assert bool(results[0][0][0].isnan()) == bad
+
+
 @each_codec
 @given(lengths=LENGTHS, seed=SEEDS)
 def test_the_residual_is_what_was_not_sent_to_an_ulp(codec: BlockScaled, lengths: list[int], seed: int) -> None:

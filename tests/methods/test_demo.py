@@ -28,8 +28,9 @@ from synthetic import (
 from torch import Tensor
 
 from commopt import build
+from commopt.compress.indices import decode_all
 from commopt.groups import Group, LocalGroup, SimWorld
-from commopt.methods.demo import grids, largest
+from commopt.methods.demo import grids
 from commopt.wire.bucket import Bucket
 
 LR, BETA, DECAY, CHUNK, K = 0.01, 0.9, 0.1, 16, 6
@@ -124,23 +125,25 @@ def test_chunks_cover_every_element_once_and_are_at_most_so_large(shape: tuple[i
         grid._part(seen).add_(1)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         back = torch.zeros(shape)
-        grid.inverse_(grid.forward(x), back)
+        grid.put_(grid.inverse(grid.forward(x)), back)
         torch.testing.assert_close(grid._part(back), grid._part(x))
     assert bool((seen == 1).all())
     sizes = {(grid.height, grid.width) for grid in grids(shape, 64)}
     assert all(max(axis) - min(axis) <= 1 for axis in zip(*sizes, strict=True))
 
 
-def test_of_equal_coefficients_the_first_are_sent() -> None:
-    x = torch.tensor(
-        [[1.0, -2.0, 2.0, 0.0, -2.0, 2.0], [0.0, -0.0, 0.0, 0.0, 0.0, 0.0], [3.0, 1.0, 2.0, 6.0, 5.0, 4.0]]
-    )
-    assert largest(x, 3).tolist() == [[1, 2, 4], [0, 1, 2], [3, 4, 5]]
-    assert largest(x, 9).tolist() == [[0, 1, 2, 3, 4, 5]] * 3
-    assert largest(torch.tensor([[1.0, math.nan, math.inf, 3e38]]), 2).tolist() == [[1, 2]]
-    wide = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0))
-    expected = wide.abs().topk(32).indices.sort(dim=1).values
-    assert torch.equal(largest(wide, 32), expected)
+@pytest.mark.parametrize(("top_k", "places"), [(3, [1, 2, 4, 0, 1, 2, 3, 4, 5]), (9, [*range(6)] * 3)])
+def test_of_equal_coefficients_the_first_are_sent(top_k: int, places: list[int]) -> None:
+    rows = [[1.0, -2.0, 2.0, 0.0, -2.0, 2.0], [0.0, -0.0, 0.0, 0.0, 0.0, 0.0], [3.0, 1.0, 2.0, 6.0, 5.0, 4.0]]
+    named = [(f"p{k}", torch.tensor(row)) for k, row in enumerate(rows)]
+    method: Any = build("demo", chunk=6, top_k=top_k)
+    method.bind(named, LocalGroup())
+    blocks, counts = method._chunks_of(Bucket.of(named))
+    header, values, codes = method._largest(Bucket.of(named), blocks, counts).tensors
+    indices = decode_all(codes, blocks.lengths, counts)
+    assert header.tolist() == [-1]
+    assert indices.tolist() == places
+    assert values.tolist() == [rows[k // min(top_k, 6)][place] for k, place in enumerate(places)]
 
 
 def test_a_parameter_without_any_gradient_yet_does_not_move() -> None:

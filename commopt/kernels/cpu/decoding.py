@@ -9,7 +9,7 @@ import numpy as np
 from commopt.kernels.cpu.compiled import F32, I8, U8, Places, exact
 from commopt.wire.bucket import Int64Array, UInt64Array
 
-_SLICE = 2048
+_SLICE, _LARGEST = 2048, np.float32(np.finfo(np.float32).max)
 PUT, ADD, SUM = 0, 1, 2  # SUM: add to zero what comes first, and what has the same place to that
 
 
@@ -100,3 +100,63 @@ def spread(values: F32, factors: F32, starts: Int64Array, lengths: Int64Array, o
         for i in range(lengths[b]):
             out[start + np.uint64(i)] = values[at + np.uint64(i)] * factor
         at += np.uint64(lengths[b])
+
+
+@exact
+def _leave_out(x: F32, start: np.uint64, q: F32, n: int, left: F32) -> None:
+    for i in range(n):
+        left[i] = x[start + np.uint64(i)] - q[i]
+
+
+@exact
+def _recall(e: F32, home: np.uint64, n: int, left: F32) -> None:
+    for i in range(n):
+        left[i] = e[home + np.uint64(i)]
+
+
+@exact
+def _products(left: F32, q: F32, n: int, over: float, squares: float) -> Any:
+    """One after the other, on top of what there is: float sums depend on the order."""
+    for i in range(n):
+        over += np.float64(left[i]) * np.float64(q[i])
+        squares += np.float64(q[i]) * np.float64(q[i])
+    return over, squares
+
+
+@exact
+def _refit(left: F32, q: F32, n: int, less: np.float32, e: F32, home: np.uint64) -> None:
+    for i in range(n):
+        e[home + np.uint64(i)] = left[i] + less * q[i]
+
+
+@exact
+def fit(x: F32, e: F32, has_residual: bool, places: Places, bits: int, source: U8, scales: F32) -> None:
+    starts, homes, lengths, scale_places, byte_starts = places
+    codes, packed = np.empty(_SLICE, np.int8), np.empty(_SLICE, np.uint8)
+    words, whole_bytes, none = codes.view(np.uint64), source.view(np.int8), np.empty(0, np.float32)
+    q, left = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.float32)
+    for b in range(lengths.size):
+        length, scale = lengths[b], scales[scale_places[b]]
+        if not abs(scale) <= _LARGEST:
+            continue
+        over, squares, less = 0.0, 0.0, np.float32(0.0)
+        for turn in range(2 if has_residual else 1):
+            for a in range(0, length, _SLICE):
+                n, first = min(_SLICE, length - a), np.uint64(byte_starts[b] + a * bits // 8)
+                if turn == 0 or length > _SLICE:  # else it is still there
+                    if bits == 8:
+                        _put(whole_bytes, first, n, scale, none, False, q, np.uint64(0))
+                    else:
+                        _unpack_words(source, first, n, bits, packed, words)
+                        _put(codes, np.uint64(0), n, scale, none, False, q, np.uint64(0))
+                    if has_residual:
+                        _recall(e, np.uint64(homes[b] + a), n, left)
+                    else:
+                        _leave_out(x, np.uint64(starts[b] + a), q, n, left)
+                if turn == 0:
+                    over, squares = _products(left, q, n, over, squares)
+                else:
+                    _refit(left, q, n, less, e, np.uint64(homes[b] + a))
+            if turn == 0:
+                factor = np.float32(1.0 + over / squares if squares > 0.0 else 1.0)
+                scales[scale_places[b]], less = scale * factor, np.float32(1.0) - factor

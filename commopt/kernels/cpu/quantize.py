@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from commopt.kernels.cpu.compiled import F32
-from commopt.kernels.cpu.decoding import ADD, PUT, SUM, decompress, spread
+from commopt.kernels.cpu.decoding import ADD, PUT, SUM, decompress, fit, spread
 from commopt.kernels.cpu.encoding import FLOAT8, LEVELS, NATURAL, Stored, compress
 from commopt.kernels.cpu.rows import Row
 from commopt.kernels.reference.quantize import float8_values, natural_values
@@ -83,6 +83,17 @@ def _stored(residual: Residual, row: Row) -> tuple[F32, Stored]:
     halves = values.view(torch.int16).numpy().view(np.uint16) if bits == 16 else _NO_HALVES
     octets, slots = (values.numpy(), residual.slots(row.places[1])) if bits == 8 else (_NO_BYTES, _NO_SLOTS)
     return e, (bits, np.float32(residual.decay), np.float32(share), halves, octets, residual.scales.numpy(), slots)
+
+
+def fit_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, codes: Tensor, *, bits: int) -> None:
+    """Multiply the scales of "levels" by 1 + <r, q> / ||q||^2, with the codes' values q and the rest r; residual <- c - that times q.
+
+    r: the residual as `compress_` left it; without one x - q.
+    """
+    row, e = Row.alone(scales, codes, blocks, bits), _NO_VALUES
+    if residual is not None:
+        e = residual.numpy()
+    fit(x.numpy(), e, residual is not None, row.places, bits, row.codes, row.scales)
 
 
 def decompress_(

@@ -65,6 +65,20 @@ def compress_(
         runs.keep_rest_(residual, c - scale * sent, scales.isfinite(), blocks)
 
 
+def fit_(x: Tensor, residual: Tensor | None, blocks: Blocks, scales: Tensor, codes: Tensor, *, bits: int) -> None:
+    """See `kernels.cpu.quantize.fit_`."""
+    block = runs.run_of_element(blocks.lengths, x.device)
+    q = scales.nan_to_num(0.0, 0.0, 0.0)[block] * _values_of(codes, blocks, "levels", bits)
+    at_home = blocks.having(starts=blocks.homes)
+    left = runs.corrected(x, None, blocks) - q if residual is None else runs.corrected(residual, None, at_home)
+    products = torch.stack([left, q]).double() * q
+    over, squares = products.new_zeros(2, len(blocks)).index_add_(1, block, products)
+    fit = torch.where(squares > 0, 1 + over / squares, 1.0).float()
+    if residual is not None:
+        runs.keep_rest_(residual, left + (1 - fit)[block] * q, scales.isfinite(), blocks)
+    scales.mul_(fit)
+
+
 def decompress_(
     codes: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, kind: str, bits: int = 8, alpha: float, add: bool
 ) -> None:
