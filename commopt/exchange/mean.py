@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
 from collections.abc import Sequence
-from typing import ClassVar
 
->>>>>>> 5b316e7f31665a0f2452c05e0fb48bce37b6b8f5
 import torch
 from torch import Tensor
 
