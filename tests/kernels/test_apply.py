@@ -9,7 +9,7 @@ from torch import Tensor
 
 from commopt.kernels.cpu import apply, signs
 from commopt.kernels.reference import apply as plain
-from commopt.kernels.reference.apply import Move, Root
+from commopt.kernels.reference.apply import Lamb, Move, Root
 from commopt.wire.bucket import BlockTable, Bucket, ParameterIndex
 from commopt.wire.payload import Payload, in_a_row
 from commopt.wire.residual import Blended
@@ -104,3 +104,38 @@ def test_what_is_decoded_goes_to_two_places_and_is_zero_where_it_is_masked() -> 
         assert torch.equal(INDEX.view(also, name), y)
         assert bool((x != 0).all())
     assert set(INDEX.view(also, "c").tolist()) == {3.0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fresh_variance_follows_momenta_as_in_plain_torch(seed: int) -> None:
+    results = []
+    for kernel in (plain, apply):
+        flats = values(seed), values(seed + 3), values(seed + 6).square()
+        kernel.freshen_(*([INDEX.view(flat, name) for name in SHAPES] for flat in flats), 0.9, 0.98)
+        results.append(flats)
+    assert all(map(same, *results))
+    assert same(results[1][0], results[1][1])
+    assert not same(results[1][2], values(seed + 6).square())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("lacking", [1.0, 0.97])
+def test_directions_of_lamb_are_those_of_plain_torch(
+    decay: float, is_frozen: bool, is_masked: bool, lacking: float
+) -> None:
+    how = Lamb(
+        is_frozen, Root(lacking, 1e-6, 0.4), 1 / lacking, decay, 0.1, (0.01, 10.0), 0.9, (0.5, 4.0, 0.1), lacking
+    )
+    x, m, v, w = values(1), *(values(seed).nan_to_num(1.0, 1.0, 1.0) for seed in (2, 3, 4))
+    mask = values(5) > 0
+    for name, shape in SHAPES.items():
+        p, own_m, own_v, own_w = (INDEX.view(flat, name).view(shape) for flat in (x, m, v.square(), w.square()))
+        live = INDEX.view(mask if is_masked else torch.ones_like(mask), name).view(shape)
+        fresh, own = own_w if is_frozen else None, live if is_masked else None
+        found, expected = (kernel.directions(p, own_m, own_v, fresh, own, how) for kernel in (apply, plain))
+        assert same(found[0], expected[0])
+        assert same(found[1], expected[1])
+        assert found[2] == expected[2]
+        assert (found[2] > 0) == (is_frozen and bool(live.any()))

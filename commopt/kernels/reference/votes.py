@@ -38,9 +38,10 @@ def pack_votes_(
 
 def keyed(blocks: Blocks, tossed: tuple[NDArray[np.uint64], NDArray[np.uint8]]) -> tuple[Blocks, NDArray[np.uint8]]:
     """The blocks with the keys of their coins, and (B,) u8: 255 where these are turned over."""
-    words, flips = (x[blocks.parameters if len(x) > 1 else np.zeros_like(blocks.parameters)] for x in tossed)
-    keys = noise.mix(words + np.uint64(noise.GOLDEN) * (blocks.named.astype(np.uint64) + np.uint64(1)))
-    return blocks.having(keys=keys), flips
+    words, flips = tossed
+    own = words[blocks.parameters if len(words) > 1 else np.zeros_like(blocks.parameters)]
+    keys = noise.mix(own + np.uint64(noise.GOLDEN) * (blocks.named.astype(np.uint64) + np.uint64(1)))
+    return blocks.having(keys=keys), flips[blocks.parameters if len(flips) > 1 else np.zeros_like(blocks.parameters)]
 
 
 def unpack_counts_(
