@@ -89,9 +89,15 @@ class Compressor(ABC):
         alpha: float = 1.0,
         add: bool = False,
         also: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
-        """`decompress_` one payload after the other. also: for triton's signs, a tensor that gets them, too, at the blocks' homes."""
+        """`decompress_` one payload after the other.
+
+        also: for signs that blend, a tensor that gets them, too, at the blocks' homes. mask: for those on a CPU, bool, likewise; where it
+        is False, they are zero.
+        """
         assert also is None
+        assert mask is None
         for payload, blocks in zip(payloads, parts, strict=True):
             if len(blocks):
                 self.decompress_(payload.tensors[1:], blocks, out, alpha=alpha, add=add)

@@ -82,15 +82,17 @@ class Fused(Compressor):
         alpha: float = 1.0,
         add: bool = False,
         also: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         if self._rows(out.device):
-            how = self.reading()
+            how = self.reading() | {key: x for key, x in (("also", also), ("mask", mask)) if x is not None}
             kernels.of(how.pop("kernel"), out.device).decompress_all_(payloads, parts, out, alpha=alpha, add=add, **how)
             return None
         if not kernels.has_triton(out.device):
-            return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add, also=also)
+            return super().decompress_payloads_(payloads, parts, out, alpha=alpha, add=add, also=also, mask=mask)
         from commopt.kernels.cuda.pieces import Messages
 
+        assert mask is None
         how = self.reading() | ({} if also is None else {"also": also})
         kernel = kernels.of(how.pop("kernel"), out.device)
         kernel.decompress_all_(Messages.of(payloads, parts), out, alpha=alpha, add=add, **how)

@@ -30,6 +30,10 @@ class BlockSign(Fused):
     keeps_l2: ClassVar[bool] = False
     block_size: BlockSize = 2048
 
+    def blends(self, device: torch.device) -> bool:
+        """Whether kernels take a `Blended`, and write what they decode into a second tensor, too."""
+        return kernels.has_triton(device) or self._rows(device)
+
     def layout(self, blocks: Blocks) -> Layout:
         return ((torch.float32, len(blocks)), (torch.uint8, blocks.sign_bytes))
 

@@ -28,12 +28,15 @@ class TwoWayMean(Compressed):
 
     factors: (P,) f32 of 1-bit LAMB (arXiv:2104.06069): each parameter is multiplied by its own before it is compressed, and
     divided by it afterwards; None for all 1. The residuals are in multiplied units.
-    blended: for triton's signs, states and weights: x <- s + weight (x - s) for one or two in turn, before it is compressed.
-    also: for these, a tensor that gets the answers, too. States are laid out by the index of all parameters.
+    blended: for signs that blend (`BlockSign.blends`), states and weights: x <- s + weight (x - s) for one or two in turn, before it is
+    compressed.
+    also: for these, a tensor that gets the answers, too. mask: for those on a CPU, (n,) bool; where it is False, answers are zero.
+    States are laid out by the index of all parameters.
     """
 
     blended: tuple[tuple[Tensor, float], ...] = ()
     also: Tensor | None = None
+    mask: Tensor | None = None
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class TwoWayMean(Compressed):
                 to = parts.by_owner
                 if self.server_compressor.shares_keys:
                     to = tuple(self.keyed(blocks, self.server_compressor, "server") for blocks in to)
-                self.server_compressor.decompress_payloads_(answers, to, bucket.flat, also=self.also)
+                self.server_compressor.decompress_payloads_(answers, to, bucket.flat, also=self.also, mask=self.mask)
                 self.forget(self.worker, by_owner)
                 self.forget(self.server, [answered])
                 return self._multiply(bucket, inverse=True)

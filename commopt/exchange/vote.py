@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt import kernels
-from commopt.compress.feedback import HEADER, first_bad_parameter, first_of
+from commopt.compress.feedback import HEADER, first_bad_parameter
 from commopt.errors import AttachError
 from commopt.exchange.base import Exchange, first_bad
 from commopt.groups.base import Group
-from commopt.kernels.reference.runs import first_bad as first_bad_block
-from commopt.kernels.reference.votes import coin_bits, count_votes
+from commopt.kernels.reference.votes import count_votes
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, Bucket, Int64Array, ParameterIndex
-from commopt.wire.payload import Layout, Payload, gathered_bytes, in_a_row
+from commopt.wire.payload import Layout, Payload, gathered_bytes, in_a_row, row_of
 
 _MOST_RANKS = 255  # a count is a byte while it is unpacked
 
@@ -59,12 +58,16 @@ class SignVote(Exchange):
         super().bound()
         if not kernels.has_triton(self.device):  # else a step would wait for them
             x = torch.ones(8, dtype=torch.float32, device=self.device)
-            ballot = torch.zeros(self._width, dtype=torch.uint8, device=self.device)
+            row = torch.zeros(4 + self._width, dtype=torch.uint8, device=self.device)
             blocks = BlockTable.cut(ParameterIndex(("x",), (8,)), 1, self.pieces, shared_scale=False).everything
-            blocks = blocks.having(keys=blocks.drawn(self.seed, "try", 0, np.zeros(1, np.int64)))
-            kernel = kernels.of("votes", self.device)
-            kernel.pack_votes_(x, blocks, np.zeros(1, np.uint8), ballot[:1])
-            kernel.unpack_counts_(ballot, self._width, blocks, self._values, x)
+            tossed, kernel = (
+                (noise.words(self.seed, "try", 0, np.zeros(1, np.int64)), np.zeros(1, np.uint8)),
+                self._kernels,
+            )
+            kernel.pack_votes_(x, [blocks], tossed, row, (0,))
+            kernel.unpack_counts_(row, (0,), self._width, [blocks], self._values, x)
+            if self.is_majority:
+                kernel.toss_(blocks, tossed, row)
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         self.vote(bucket.flat, bucket.flat, bucket, group)
@@ -88,7 +91,7 @@ class SignVote(Exchange):
     ) -> list[Payload] | None:
         """The first part of `vote`, of two ranks or more: the answers, or None if the vote is void.
 
-        blended: for triton, a state of elements and a weight: the vote is on s + weight (x - s).
+        blended: a state of elements and a weight: the vote is on s + weight (x - s).
         """
         by_owner = self._table.parts(bucket).by_owner
         ballots = in_a_row([(*HEADER, (torch.uint8, blocks.sign_bytes)) for blocks in by_owner], x.device)
@@ -100,20 +103,35 @@ class SignVote(Exchange):
         answer = self._count(received, by_owner[group.rank], layouts, group.rank)
         return group.all_gather(answer, layouts)
 
-    def read_(self, answers: Sequence[Payload], bucket: Bucket, out: Tensor, also: Tensor | None = None) -> None:
-        """The second part of `vote`: out <- the answers to the first one; also: for triton, another tensor that gets them."""
+    def read_(
+        self,
+        answers: Sequence[Payload],
+        bucket: Bucket,
+        out: Tensor,
+        also: Tensor | None = None,
+        followed: tuple[Tensor, float] | None = None,
+    ) -> None:
+        """The second part of `vote`: out <- the answers to the first one; also: another tensor that gets them.
+
+        followed: a state of elements and a weight, s <- s + weight (out - s) before.
+        """
         by_owner = self._table.parts(bucket).by_owner
         if kernels.has_triton(self.device):
-            self._triton.unpack_all_(answers, by_owner, self._width, self._values, out, also)
+            if followed is not None:
+                state, weight = followed
+                index = self.index if self.share is None else self.share.index
+                ms = [index.view(state, name) for name in bucket.names]
+                torch._foreach_lerp_(ms, [x for _, x in bucket.with_flat(out).views()], weight)
+            self._kernels.unpack_all_(answers, by_owner, self._width, self._values, out, also)
             return
-        for blocks, payload in zip(by_owner, answers, strict=True):
-            kernels.of("votes", out.device).unpack_counts_(payload.tensors[0], self._width, blocks, self._values, out)
+        row, at = row_of(answers)
+        self._kernels.unpack_counts_(row, at, self._width, by_owner, self._values, out, also, *(followed or ()))
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return (ranks - 1) / ranks * (1 + (1 if self.is_majority else ranks.bit_length())) / 8
 
     @property
-    def _triton(self) -> Any:
+    def _kernels(self) -> Any:
         return kernels.of("votes", self.device)
 
     def _cast(
@@ -130,15 +148,13 @@ class SignVote(Exchange):
 
             first = headers.noted_in(ballots)
             tossed = [self._tossed("zero", rank, blocks) for blocks in by_owner]
-            self._triton.pack_all_(x, ballots, [blocks for blocks, _ in tossed], tossed[0][1], first, blended)
+            self._kernels.pack_all_(x, ballots, [blocks for blocks, _ in tossed], tossed[0][1], first, blended)
             headers.write_(first, ballots)
             return
-        bad = []
-        for blocks, ballot in zip(by_owner, ballots, strict=True):
-            is_bad = kernels.of("votes", x.device).pack_votes_(x, *self._coins("zero", rank, blocks), ballot.tensors[1])
-            bad.append(first_bad_block(is_bad, blocks))
+        row, at = row_of(ballots)
+        bad = self._kernels.pack_votes_(x, by_owner, self._flipped("zero", rank), row, at, *(blended or ()))
         for ballot in ballots:
-            ballot.tensors[0].fill_(first_of(bad))
+            ballot.tensors[0].fill_(bad)
 
     def _count(self, received: Sequence[Payload], blocks: Blocks, layouts: Sequence[Layout], rank: int) -> Payload:
         """The answer for the blocks that this rank serves, from every rank's bits."""
@@ -146,13 +162,14 @@ class SignVote(Exchange):
         if kernels.has_triton(self.device):
             answer = in_a_row([layouts[rank]], self.device, room=gathered_bytes(layouts))[0]
             own, flips = self._tossed("tie", 0, blocks) if needs_coin else (blocks, None)
-            self._triton.count_all_(received, own, flips, self._width, answer.tensors[0])
+            self._kernels.count_all_(received, own, flips, self._width, answer.tensors[0])
             return answer
         rows = [payload.tensors[1] for payload in received]
         if not self.is_majority:
             return Payload.of(torch.cat(count_votes(rows, self._width)))
         if needs_coin:
-            rows = [*rows, coin_bits(*self._coins("tie", 0, blocks), self.device)]
+            rows = [*rows, torch.empty_like(rows[0])]
+            self._kernels.toss_(blocks, self._flipped("tie", 0), rows[-1])
         width, needed = len(rows).bit_length(), len(rows) // 2 + 1
         return Payload.of(count_votes(rows, width, 2 ** (width - 1) - needed)[-1])  # the top bit is: as many as needed
 
@@ -164,8 +181,8 @@ class SignVote(Exchange):
             counts = own[:1]
         return blocks.having(words=noise.words(self.seed, purpose, rank, counts // 2)), counts % 2
 
-    def _coins(self, purpose: str, rank: int, blocks: Blocks) -> tuple[Blocks, NDArray[np.uint8]]:
-        """The blocks with their keys, and (B,) u8: 255 where it is the second toss with this key, which is the opposite."""
+    def _flipped(self, purpose: str, rank: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """What kernels on a CPU draw coins by, one word for all parameters or (P,), and likewise 255 where they are turned over."""
         counts = self.exchanges.numpy()
-        keys = blocks.drawn(self.seed, purpose, rank, counts // 2)
-        return blocks.having(keys=keys), np.where(counts[blocks.parameters] % 2 == 1, 255, 0).astype(np.uint8)
+        counts = counts[:1] if (counts == counts[0]).all() else counts
+        return noise.words(self.seed, purpose, rank, counts // 2), (counts % 2 * 255).astype(np.uint8)

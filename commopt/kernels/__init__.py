@@ -11,7 +11,8 @@ import torch
 
 from commopt.kernels.host import OnHost
 
-_NUMBA = ("signs", "quantize", "votes", "select", "indices", "cast")  # the others are plain torch, or for triton only
+_NUMBA = ("signs", "quantize", "votes", "select", "indices", "cast", "apply")  # the others are plain torch, or for triton only
+_ON_ANY_DEVICE = ("apply",)  # in plain torch
 _log = logging.getLogger(__name__)
 
 
@@ -30,8 +31,9 @@ def of(name: str, device: torch.device) -> Any:
     """
     if has_triton(device):
         return importlib.import_module(f"commopt.kernels.cuda.{name}")
-    kernels = importlib.import_module(f"commopt.kernels.{'cpu' if name in _NUMBA else 'reference'}.{name}")
-    if device.type == "cpu" or name not in _NUMBA:
+    is_compiled = name in _NUMBA and (device.type == "cpu" or name not in _ON_ANY_DEVICE)
+    kernels = importlib.import_module(f"commopt.kernels.{'cpu' if is_compiled else 'reference'}.{name}")
+    if device.type == "cpu" or not is_compiled:
         return kernels
     _log.warning("triton is not installed: tensors on %s are compressed on the CPU; pip install triton", device.type)
     return OnHost(kernels)

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from commopt import kernels
 from commopt.exchange.vote import SignVote
 from commopt.groups.base import Group
 from commopt.method import NoOptions, options
@@ -59,7 +58,7 @@ class DistributedLion(DirectionMethod):
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
         betas = alike(bucket.names, self.betas)
-        if kernels.has_triton(self.device) and group.size > 1 and len(betas) == 1:
+        if group.size > 1 and len(betas) == 1:
             self._exchange_at_once(bucket, group, *next(iter(betas)))
             return
         update = torch.empty_like(bucket.flat)
@@ -72,13 +71,13 @@ class DistributedLion(DirectionMethod):
             bucket.flat.copy_(update)
 
     def _exchange_at_once(self, bucket: Bucket, group: Group, b1: float, b2: float) -> None:
-        """`exchange` on a GPU: kernels blend while they pack, and write D for the step, too."""
-        answers = self._votes.poll(bucket.flat, bucket, group, (self.state["momentum"], 1 - b1))
+        """`exchange` where all parameters have the same betas: kernels blend while they pack, and write D for the step, too."""
+        momentum = self.state["momentum"]
+        answers = self._votes.poll(bucket.flat, bucket, group, (momentum, 1 - b1))
         if answers is not None:
-            gs = [g for _, g in bucket.views()]
-            torch._foreach_lerp_(self.parts_of("momentum", bucket.names), gs, 1 - b2)  # m <- b2 m + (1 - b2) g
             self._voted[bucket.names] = torch.empty_like(bucket.flat)
-            self._votes.read_(answers, bucket, bucket.flat, self._voted[bucket.names])
+            # m <- b2 m + (1 - b2) g
+            self._votes.read_(answers, bucket, bucket.flat, self._voted[bucket.names], (momentum, 1 - b2))
 
     def receive(self, bucket: Bucket) -> None:
         voted = self._voted.pop(bucket.names, None)

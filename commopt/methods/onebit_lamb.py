@@ -12,7 +12,7 @@ from torch import Tensor
 
 from commopt import kernels
 from commopt.errors import check_option
-from commopt.kernels.reference.apply import Lamb, roots
+from commopt.kernels.reference.apply import Lamb, Root
 from commopt.method import options
 from commopt.optim.frozen import FreezeStep, FrozenOptions, FrozenVariance
 from commopt.optim.optimizers import trust_ratio
@@ -93,43 +93,49 @@ class OnebitLamb(FrozenVariance):
         given = self.options.bias_correction
         return bool(group.get("bias_correction", False)) if given is None else given
 
+    def bound(self) -> None:
+        super().bound()
+        if self.device.type == "cpu":  # else the first step would wait for the kernels
+            kernel, one = kernels.of("apply", self.device), torch.ones(8, dtype=torch.float32)
+            how = Lamb(True, Root(1.0, 1.0), 1.0, 0.0, 1.0, (0.0, 1.0), 0.5, (0.5, 2.0, 0.1), 1.0)
+            kernel.directions(one, one, one, one, one.bool(), how)
+            kernel.freshen_([one], [one.clone()], [one.clone()], 0.5, 0.5)
+
     def receive(self, bucket: Bucket) -> None:
-        if self.is_frozen:
-            self.mask_(bucket)
-            for (b1, b2), names, xs in self._by_betas(bucket):
-                gs = torch._foreach_sub(xs, self.parts_of("momentum", names), alpha=b1)
-                torch._foreach_div_(gs, 1 - b1)  # g' = (m - b1 m_before) / (1 - b1)
-                ws = self.parts_of("fresh_variance", names)
-                torch._foreach_mul_(ws, b2)
-                torch._foreach_addcmul_(ws, gs, gs, value=1 - b2)  # w <- b2 w + (1 - b2) g'^2
-        super().receive(bucket)
+        if not self.is_frozen:
+            super().receive(bucket)
+            return
+        self.mask_(bucket)
+        for betas, names, xs in self._by_betas(bucket):  # w, then the momentum
+            states = (self.parts_of(key, names) for key in ("momentum", "fresh_variance"))
+            kernels.of("apply", self.device).freshen_(xs, *states, *betas)
 
     def update(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
         if kernels.has_triton(self.device):
             self._update_alike(names, group)
             return
-        for name in names:
+        for name, one in self._how(names, group).items():
             state = self.entry(name)
-            self._update(self.held(name), name, state, group)
+            self._update(self.held(name), name, state, one)
             self.keep(name, state)
 
     def _update_alike(self, names: Sequence[str], group: Mapping[str, Any]) -> None:
         """`_update` on a GPU: norms and rates stay there."""
-        o, (b1, b2), corrects = self.options, group["betas"], self.corrects_bias(group)
-        step, variance_step = self.numbers("step", names), self.numbers("variance_step", names)
-        bounds, factor = self._bounds(group), (o.factor_min, o.factor_max, o.factor_threshold)
-
-        def how(name: str) -> Lamb:
-            root = self.root_of(variance_step[name], group)
-            size, lacking = 1.0, 1.0
-            if corrects:
-                size, lacking = 1 / (1 - b1 ** step[name]), math.sqrt(1 - b2 ** step[name])
-            step_of_all = (group["weight_decay"], group["lr"], bounds, o.coeff_beta, factor)
-            return Lamb(self.is_frozen, root, size, *step_of_all, lacking)
-
-        for one, own in alike(names, how).items():
+        for one, own in alike(names, self._how(names, group).__getitem__).items():
             held = {name: self.held(name) for name in own}
             kernels.of("apply", self.device).lamb_(held, self.index, self.state, one, self.mask)
+
+    def _how(self, names: Sequence[str], group: Mapping[str, Any]) -> dict[str, Lamb]:
+        o, (b1, b2), corrects = self.options, group["betas"], self.corrects_bias(group)
+        step, variance_step = self.numbers("step", names), self.numbers("variance_step", names)
+        of_all = (group["weight_decay"], group["lr"], self._bounds(group), o.coeff_beta)
+
+        def how(name: str) -> Lamb:
+            size, lacking = (1 / (1 - b1 ** step[name]), math.sqrt(1 - b2 ** step[name])) if corrects else (1.0, 1.0)
+            root, factor = self.root_of(variance_step[name], group), (o.factor_min, o.factor_max, o.factor_threshold)
+            return Lamb(self.is_frozen, root, size, *of_all, factor, lacking)
+
+        return {name: how(name) for name in names}
 
     def _bounds(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """Of the trust ratio; those of the optimizer unless given."""
@@ -137,43 +143,33 @@ class OnebitLamb(FrozenVariance):
         low = group.get("min_coeff", 0.01) if low is None else low
         return low, group.get("max_coeff", 10.0) if high is None else high
 
-    def _update(self, p: Tensor, name: str, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        root, bounded = roots(state["momentum"], state["variance"], self.root_of(state["variance_step"], group))
-        size = 1 / (1 - group["betas"][0] ** state["step"]) if self.corrects_bias(group) else 1.0
-        adam = size * state["momentum"] / bounded
-        direction = adam + group["weight_decay"] * p.float() if group["weight_decay"] else adam
-        if self.is_frozen:
+    def _update(self, p: Tensor, name: str, state: dict[str, Any], how: Lamb) -> None:
+        mask = None if self.mask is None else self.index.view(self.mask, name).view(p.shape)
+        fresh = state["fresh_variance"] if how.is_frozen else None
+        given = (p, state["momentum"], state["variance"], fresh, mask)
+        direction, adam, ratio = kernels.of("apply", self.device).directions(*given, how)
+        if how.is_frozen:
             share = None  # of the direction that is not decay
-            if group["weight_decay"]:
+            if how.decay:
                 whole = float(direction.norm())
                 share = min(1.0, float(adam.norm()) / whole) if whole > 0 else 1.0
-            state["factor"] = self._factor(name, state, group, root, share)
-            mean = state["coeff"] / (1 - self.options.coeff_beta ** state["coeffs"]) if state["coeffs"] else 1.0
+            state["factor"] = self._factor(ratio, share, state["factor"])
+            mean = state["coeff"] / (1 - how.beta ** state["coeffs"]) if state["coeffs"] else 1.0
             coeff = mean * state["factor"]
         else:
-            coeff = trust_ratio(p, direction, *self._bounds(group))
+            coeff = trust_ratio(p, direction, *how.bounds)
             if coeff != 1.0:  # it is 1 if a norm is 0
-                state["coeff"] += (1 - self.options.coeff_beta) * (coeff - state["coeff"])
+                state["coeff"] += (1 - how.beta) * (coeff - state["coeff"])
                 state["coeffs"] += 1
-        move_([p], [direction], group["lr"] * coeff)
+        move_([p], [direction], how.lr * coeff)
 
-    def _factor(
-        self, name: str, state: Mapping[str, Any], group: Mapping[str, Any], root: Tensor, share: float | None
-    ) -> float:
+    def _factor(self, ratio: float, share: float | None, before: float) -> float:
         """f, which adapts a tensor's rate from the warm-up to its variance since then."""
-        fresh = state["fresh_variance"].sqrt()
-        if self.corrects_bias(group):
-            fresh /= math.sqrt(1 - group["betas"][1] ** state["step"])
-        ratio = (root / (fresh + group["eps"])).view(-1)
-        if self.mask is not None:
-            ratio.masked_fill_(~self.index.view(self.mask, name), 0.0)
-        factor = float(ratio.max()) if ratio.numel() else 0.0
-        if factor == 0.0:  # no element, or all of them masked
-            return float(state["factor"])
-        if share is not None:
-            factor = factor * share + 1 - share
+        if ratio == 0.0:  # no element, or all of them masked
+            return before
+        factor = ratio if share is None else ratio * share + 1 - share
         factor = min(max(factor, self.options.factor_min), self.options.factor_max)
-        threshold, before = self.options.factor_threshold, state["factor"]
+        threshold = self.options.factor_threshold
         return float(min(max(factor, before * (1 - threshold)), before * (1 + threshold)))
 
     def freeze(self) -> None:

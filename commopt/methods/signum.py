@@ -68,8 +68,14 @@ class Signum(GradientMethod, SignVote):
         b = self.options.momentum
         if not b:
             return super().exchange(bucket, group)
-        new = bucket.with_flat(torch.empty_like(bucket.flat))
-        self.blend_("momentum", bucket, lambda _: 1 - b, out=new.flat)  # b m + (1 - b) g
-        if self.vote(new.flat, bucket.flat, bucket, group):
-            torch._foreach_copy_(self.parts_of("momentum", bucket.names), [m for _, m in new.views()])
+        if group.size == 1:
+            new = bucket.with_flat(torch.empty_like(bucket.flat))
+            self.blend_("momentum", bucket, lambda _: 1 - b, out=new.flat)  # b m + (1 - b) g
+            if self.vote(new.flat, bucket.flat, bucket, group):
+                torch._foreach_copy_(self.parts_of("momentum", bucket.names), [m for _, m in new.views()])
+            return None
+        momentum = (self.state["momentum"], 1 - b)
+        answers = self.poll(bucket.flat, bucket, group, momentum)  # on b m + (1 - b) g
+        if answers is not None:
+            self.read_(answers, bucket, bucket.flat, followed=momentum)
         return None

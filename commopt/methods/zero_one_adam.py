@@ -191,7 +191,7 @@ class ZeroOneAdam(FrozenVariance):
         bucket = Bucket.of([(name, self.part("mean_momentum", name)) for name in apart], "local steps")
         group.traffic.bucket = bucket.label
         own = own_share(bucket, self.share)
-        self.two_way.blended, self.two_way.also = (), None
+        self.two_way.blended, self.two_way.also, self.two_way.mask = (), None, None
         self.two_way.exchange(own, group)
         bucket = put_together(own, bucket, self.share, group.inside)
         if bucket.void is not None:

@@ -21,7 +21,7 @@ from commopt.groups.base import Group
 from commopt.kernels.reference.apply import Move, Root
 from commopt.optim.update import UpdateMethod
 from commopt.options import Count, Positive, Wanted, options
-from commopt.wire.bucket import MOST_LAYOUTS, Bucket, alike
+from commopt.wire.bucket import MOST_LAYOUTS, Bucket, ParameterIndex, alike
 from commopt.wire.shards import shard_start
 from commopt.wire.state import State
 
@@ -69,7 +69,8 @@ class FrozenVariance(UpdateMethod):
         if isinstance(self.freeze_at, int):
             self.warmup_steps = self.freeze_at
         self.mean = Mean()
-        self.two_way = TwoWayMean(self.options.compressor(), Kept(self.options.residual_bits))
+        self.signs = self.options.compressor()
+        self.two_way = TwoWayMean(self.signs, Kept(self.options.residual_bits))
         self.parts = (self.mean, self.two_way)
         self.merges_buckets, self.state_form = self.two_way.merges_buckets, self.two_way.state_form
         self.momentum_mask = dict(self.options.momentum_mask or {})
@@ -111,6 +112,14 @@ class FrozenVariance(UpdateMethod):
             if len(given) > len(shape) or any(n not in (1, m) for n, m in zip(given[::-1], shape[::-1], strict=False)):
                 raise AttachError(f"momentum_mask: {name!r} is of shape {tuple(shape)}, its mask of {given}")
 
+    def bound(self) -> None:
+        super().bound()
+        if self.device.type == "cpu":  # else the first step would wait for the kernel
+            one, index = torch.ones(8, dtype=torch.float32), ParameterIndex(("x",), (8,))
+            kernels.of("apply", self.device).move_(
+                {"x": one}, index, one.clone(), one.clone(), Move(Root(1.0, 1.0), 1.0)
+            )
+
     def restored(self) -> None:
         super().restored()
         if self.is_frozen:
@@ -123,8 +132,10 @@ class FrozenVariance(UpdateMethod):
         weights = [[*alike(bucket.names, weight)] for _, weight in states]
         two_way = self.two_way
         # then kernels blend while they compress, and write the momentum while they decode
-        fits = kernels.has_triton(self.device) and self.ranks > 1 and self.share is None and two_way.factors is None
-        two_way.also = self.state["momentum"] if fits and states and self.mask is None and self.keeps_answers else None
+        fits = self.signs.blends(self.device) and self.ranks > 1 and self.share is None and two_way.factors is None
+        two_way.mask = self.mask if fits and not kernels.has_triton(self.device) else None
+        is_hidden = self.mask is None or two_way.mask is not None
+        two_way.also = self.state["momentum"] if fits and states and is_hidden and self.keeps_answers else None
         if fits and self.options.residual_bits == 32 and all(len(one) == 1 for one in weights):
             two_way.blended = tuple((self.state[key], w) for (key, _), (w,) in zip(states, weights, strict=True))
         else:
@@ -164,8 +175,8 @@ class FrozenVariance(UpdateMethod):
             self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
 
     def mask_(self, bucket: Bucket) -> None:
-        """Zeros where the momentum is masked."""
-        if self.mask is None:
+        """Zeros where the momentum is masked, unless what has been decoded is."""
+        if self.mask is None or (self.two_way.mask is not None and not self.is_local):
             return
         layout = (bucket.names, bucket.starts)
         if layout not in self._hidden:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from block_values import LENGTHS, SEEDS, blocks_of, draw
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt.errors import AttachError
@@ -19,7 +20,7 @@ from commopt.exchange.vote import SignVote
 from commopt.groups import LocalGroup, SimGroup, SimWorld
 from commopt.kernels.cpu import votes as cpu_votes
 from commopt.kernels.reference import votes as reference_votes
-from commopt.kernels.reference.votes import coin_bits, count_votes
+from commopt.kernels.reference.votes import coin_bits, count_votes, keyed
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Bucket
 
@@ -38,20 +39,35 @@ def bits_of(row: Tensor, blocks: Blocks) -> list[Any]:
 # --- kernels
 
 
-@given(LENGTHS, SEEDS)
-def test_a_bit_is_the_sign_and_for_zero_the_coin(lengths: list[int], seed: int) -> None:
-    blocks = blocks_of(lengths)
-    (x, _), flips = draw(blocks, seed), np.random.default_rng(seed).choice([0, 255], len(blocks)).astype(np.uint8)
-    before = x.clone()
-    bits, plain_bits = (torch.full((blocks.sign_bytes,), fill, dtype=torch.uint8) for fill in (255, 0))
-    for kernel, out in ((cpu_votes, bits), (reference_votes, plain_bits)):
-        assert not kernel.pack_votes_(x, blocks, flips, out).any()
-    assert torch.equal(bits, plain_bits)
+def tossed(blocks: Blocks, seed: int, flips: Sequence[int] = (0,)) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """What coins are drawn by: a word for each parameter, or one for all, and whether they are turned over."""
+    return noise.words(seed, "test", 0, np.arange(len(flips))), np.asarray(flips, np.uint8)
+
+
+@given(LENGTHS, SEEDS, st.booleans(), st.booleans())
+def test_a_bit_is_the_sign_and_for_zero_the_coin(lengths: list[int], seed: int, is_one: bool, is_blended: bool) -> None:
+    blocks, rng = blocks_of(lengths), np.random.default_rng(seed)
+    parts = [blocks.only(np.flatnonzero(np.arange(len(blocks)) % 3 == rank)) for rank in range(3)]
+    (x, state), drawn = (
+        draw(blocks, seed),
+        tossed(blocks, seed, rng.choice([0, 255], 1 if is_one else len(blocks)).tolist()),
+    )
+    blended = {"state": state, "weight": 0.3} if is_blended else {}
+    before, at = x.clone(), tuple(np.cumsum([0, *(4 + own.sign_bytes for own in parts)]).tolist())
+    rows = [torch.zeros(at[-1], dtype=torch.uint8) for _ in range(2)]
+    for kernel, row in zip((cpu_votes, reference_votes), rows, strict=True):
+        assert kernel.pack_votes_(x, parts, drawn, row, at[:-1], **blended) == -1
+    assert torch.equal(*rows)
     assert torch.equal(x, before)
-    coins = bits_of(coin_bits(blocks, flips, torch.device("cpu")), blocks)
-    for start, n, row, coin in zip(blocks.starts, blocks.lengths, bits_of(bits, blocks), coins, strict=True):
-        values = x[start : start + n].numpy()
-        assert np.array_equal(row, np.where(values == 0, coin, values > 0))
+    for own, first in zip(parts, at, strict=False):
+        coins = torch.full((own.sign_bytes,), 255, dtype=torch.uint8)
+        cpu_votes.toss_(own, drawn, coins)
+        assert torch.equal(coins, coin_bits(*keyed(own, drawn), torch.device("cpu")))
+        signs, packed = bits_of(rows[0][first + 4 :], own), bits_of(coins, own)
+        for start, home, n, bits, coin in zip(own.starts, own.homes, own.lengths, signs, packed, strict=True):
+            given = x[start : start + n]
+            values = (state[home : home + n].lerp(given, 0.3) if is_blended else given).numpy()
+            assert np.array_equal(bits, np.where(values == 0, coin, values > 0))
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
@@ -63,9 +79,8 @@ def test_only_the_block_with_a_bad_value_is_named(kernel: Any, bad: float) -> No
             x, _ = draw(blocks, 0)
             x[[int(blocks.starts[k]) - 1 for k in range(3)]] = bad  # between the blocks
             x[int(blocks.starts[b]) + i] = bad
-            bits = torch.empty(blocks.sign_bytes, dtype=torch.uint8)
-            is_bad = kernel.pack_votes_(x, blocks, np.zeros(3, np.uint8), bits)
-            assert is_bad.tolist() == [k == b for k in range(3)]
+            row = torch.empty(4 + blocks.sign_bytes, dtype=torch.uint8)
+            assert kernel.pack_votes_(x, [blocks], tossed(blocks, 0), row, (0,)) == blocks.parameters[b]
 
 
 def test_the_largest_finite_and_the_smallest_number_have_signs_like_others() -> None:
@@ -74,9 +89,9 @@ def test_the_largest_finite_and_the_smallest_number_have_signs_like_others() -> 
     start = int(blocks.starts[0])
     x[start : start + 4] = torch.tensor([3.4028235e38, -3.4028235e38, 1e-45, -1e-45])
     for kernel in (cpu_votes, reference_votes):
-        bits = torch.empty(1, dtype=torch.uint8)
-        assert not kernel.pack_votes_(x, blocks, np.zeros(1, np.uint8), bits).any()
-        assert bits.item() == 0b10100000
+        row = torch.empty(5, dtype=torch.uint8)
+        assert kernel.pack_votes_(x, [blocks], tossed(blocks, 0), row, (0,)) == -1
+        assert row[4].item() == 0b10100000
 
 
 @given(st.integers(1, 70), SEEDS)
@@ -103,11 +118,16 @@ def test_a_count_travels_in_as_few_bits_as_hold_it(ranks: int) -> None:
     values = torch.randn(2**width, generator=generator)
     for kernel in (cpu_votes, reference_votes):
         out = torch.full((int(blocks.starts[-1]) + 305,), 7.0)
-        expected = out.clone()
-        kernel.unpack_counts_(planes, width, blocks, values, out)
-        for start, n, first in zip(blocks.starts, blocks.lengths, blocks.byte_starts, strict=True):
+        expected, also = out.clone(), torch.zeros_like(out)
+        state = torch.randn(blocks.elements, generator=torch.Generator().manual_seed(1))
+        followed = state.clone()
+        kernel.unpack_counts_(planes, (0,), width, [blocks], values, out, also, followed, 0.25)
+        for start, home, n, first in zip(blocks.starts, blocks.homes, blocks.lengths, blocks.byte_starts, strict=True):
             expected[start : start + n] = values[counts[8 * first : 8 * first + n]]
+            state[home : home + n].lerp_(torch.full((n,), 7.0), 0.25)
+            assert torch.equal(also[start : start + n], out[start : start + n])
         assert torch.equal(out, expected)
+        assert torch.equal(followed, state)
 
 
 def test_coins_are_fair_and_do_not_depend_on_what_is_drawn_beside_them() -> None:

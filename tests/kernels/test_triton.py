@@ -267,12 +267,15 @@ def test_votes_are_those_of_the_cpu(case: str, ranks: int, width: int) -> None:
     payloads = in_a_row([(((torch.int32, 1), (torch.uint8, blocks.sign_bytes)))] * ranks, CPU)
     for rank, own in enumerate(bits):
         values = x.roll(rank)
-        is_bad = cpu_votes.pack_votes_(values, blocks, np.full(len(blocks), 255, np.uint8), own)
+        row = torch.zeros(4 + blocks.sign_bytes, dtype=torch.uint8)
+        assert blocks.words is not None
+        bad = cpu_votes.pack_votes_(values, [blocks], (blocks.words, np.full(1, 255, np.uint8)), row, (0,))
+        own.copy_(row[4:])
         first = headers.noted_in([payloads[rank]])
         votes.pack_all_(values, [payloads[rank]], [blocks], flips, first)
         assert torch.equal(payloads[rank].tensors[1], own)
         headers.write_(first, [payloads[rank]])
-        assert payloads[rank].tensors[0].item() == min(blocks.parameters[is_bad.numpy()], default=-1)
+        assert payloads[rank].tensors[0].item() == bad
     rows = [*bits, coin_bits(blocks, np.full(len(blocks), 255, np.uint8), CPU)]
     voters, width_of = (rows, 1) if width == 1 and ranks % 2 == 0 else (bits, width)
     planes = torch.zeros(width_of * blocks.sign_bytes, dtype=torch.uint8)
@@ -286,7 +289,7 @@ def test_votes_are_those_of_the_cpu(case: str, ranks: int, width: int) -> None:
     answers[0].tensors[0].copy_(planes)
     found = torch.zeros(2, len(x))
     values = torch.arange(2.0**width)
-    cpu_votes.unpack_counts_(planes, width, blocks, values, found[0])
+    cpu_votes.unpack_counts_(planes, (0,), width, [blocks], values, found[0])
     votes.unpack_all_(answers, [blocks], width, values, found[1])
     assert torch.equal(found[0], found[1])
 

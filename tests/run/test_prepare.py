@@ -46,7 +46,7 @@ def test_steps_call_no_kernel_that_bind_has_not_called(preset: Preset) -> None:
 
 def test_a_method_needs_its_own_kernels_only() -> None:
     assert calls("dense") == set()
-    assert calls("onebit_adam") == {"signs.compress", "signs.unpack"}
+    assert calls("onebit_adam") == {"apply.move", "signs.compress", "signs.unpack"}
     assert calls({"name": "noloco", "message": "int8"}) == {"encoding.compress", "decoding.decompress"}
 
 

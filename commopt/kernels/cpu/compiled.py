@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
+from numba import extending, types
 from numba.core.caching import FunctionCache
 from numpy.typing import NDArray
 
@@ -144,3 +145,24 @@ def exact(function: _F, fastmath: set[str] | bool = False) -> _F:
 def fast(function: _F) -> _F:
     """`exact` with fast-math, but for nnan and ninf: with them a test for finiteness would be deleted."""
     return exact(function, {"reassoc", "contract", "arcp", "nsz"})
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """a b + c in float32, rounded once, as `torch.lerp` does it; for kernels, whose cache need not notice it: it does not change."""
+    return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+
+
+@extending.intrinsic
+def _fused(context: Any, a: Any, b: Any, c: Any) -> Any:
+    return types.float32(types.float32, types.float32, types.float32), lambda _, builder, __, given: builder.fma(*given)
+
+
+@extending.overload(fma, strict=False)
+def _fma_overload(a: Any, b: Any, c: Any) -> Any:
+    return lambda a, b, c: _fused(a, b, c)
+
+
+def from_nearer(weight: float) -> tuple[np.float32, np.float32]:
+    """A weight of y in x + weight (y - x), and what to weigh y - x by: weight, or from 1/2 on weight - 1, as y is nearer then."""
+    single = np.float32(weight)
+    return single, single if abs(single) < np.float32(0.5) else np.float32(single - np.float32(1.0))

@@ -16,10 +16,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import extending, types
 from numpy.typing import NDArray
 
-from commopt.kernels.cpu.compiled import F32, F64, I8, I32, U8, Places, exact
+from commopt.kernels.cpu.compiled import F32, F64, I8, I32, U8, Places, exact, fma
 from commopt.wire.bucket import Int64Array, UInt64Array
 
 _SLICE = 2048
@@ -158,21 +157,6 @@ def _leave(c: F32, codes: I8, n: int, scale: np.float32, table: F32, e: F32, hom
 # --- residuals that are decayed, averaged, or stored in fewer bits; of blocks no longer than a slice
 
 
-def _fma(a: Any, b: Any, c: Any) -> Any:
-    """a b + c in float32, rounded once, as `torch.lerp` does it."""
-    return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
-
-
-@extending.intrinsic  # type: ignore[untyped-decorator]
-def _fused(context: Any, a: Any, b: Any, c: Any) -> Any:
-    return types.float32(types.float32, types.float32, types.float32), lambda _, builder, __, given: builder.fma(*given)
-
-
-@extending.overload(_fma, strict=False)  # type: ignore[untyped-decorator]
-def _fma_overload(a: Any, b: Any, c: Any) -> Any:
-    return lambda a, b, c: _fused(a, b, c)
-
-
 @exact
 def _recall32(e: F32, home: np.uint64, n: int, old: F32) -> None:
     for i in range(n):
@@ -201,7 +185,7 @@ def _decay(old: F32, decay: np.float32, n: int, decayed: F32) -> None:
 def _blend(left: F32, old: F32, share: np.float32, n: int) -> None:
     """left <- average old + (1 - average) left; share: average, or from 1/2 on average - 1."""
     for i in range(n):
-        left[i] = _fma(share, old[i] - left[i], old[i] if share < np.float32(0.0) else left[i])
+        left[i] = fma(share, old[i] - left[i], old[i] if share < np.float32(0.0) else left[i])
 
 
 @exact

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from commopt.kernels.cuda import pieces as on_device
 from commopt.kernels.cuda.pieces import Pieces, between, launch, piece
-from commopt.kernels.reference.apply import Lamb, Move
+from commopt.kernels.reference.apply import Lamb, Move, freshen_
 from commopt.wire.bucket import Blocks, ParameterIndex, alike
+
+__all__ = ["blend_", "freshen_", "lamb_", "move_"]
 
 
 @triton.jit

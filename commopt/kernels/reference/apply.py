@@ -108,3 +108,31 @@ def roots(m: Tensor, v: Tensor, how: Root) -> tuple[Tensor, Tensor]:
         root /= how.lacking
     root += how.eps
     return root, torch.maximum(root, m.abs().mul_(how.least)) if how.least else root
+
+
+def directions(
+    p: Tensor, m: Tensor, v: Tensor, fresh: Tensor | None, mask: Tensor | None, how: Lamb
+) -> tuple[Tensor, Tensor, float]:
+    """d of `Lamb`, its part a = size m / root that is not decay, and the largest (sqrt(v) + eps) / (sqrt(w) + eps); all of p's shape.
+
+    fresh: w; without one the last is 0, as it is if there is no element. mask: bool, False for elements that do not count in it.
+    """
+    root, bounded = roots(m, v, how.root)
+    adam = how.size * m / bounded
+    direction, ratio = adam + how.decay * p.float() if how.decay else adam, 0.0
+    if fresh is not None and fresh.numel():
+        lower = fresh.sqrt()
+        if how.fresh_lacking != 1.0:
+            lower /= how.fresh_lacking
+        ratios = root / (lower + how.root.eps)
+        ratio = float((ratios if mask is None else ratios.masked_fill_(~mask, 0.0)).max())
+    return direction, adam, ratio
+
+
+def freshen_(xs: list[Tensor], ms: list[Tensor], ws: list[Tensor], b1: float, b2: float) -> None:
+    """w <- b2 w + (1 - b2) g^2 with g = (x - b1 m) / (1 - b1), and m <- x."""
+    gs = torch._foreach_sub(xs, ms, alpha=b1)
+    torch._foreach_div_(gs, 1 - b1)
+    torch._foreach_mul_(ws, b2)
+    torch._foreach_addcmul_(ws, gs, gs, value=1 - b2)
+    torch._foreach_copy_(ms, xs)

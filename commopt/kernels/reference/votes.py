@@ -9,23 +9,61 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commopt.kernels.reference.runs import bad_runs, corrected, element_indices, packed, put_, unpacked
+from commopt.kernels.reference.runs import bad_runs, corrected, element_indices, first_bad, packed, put_, unpacked
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks
 
 
-def pack_votes_(x: Tensor, blocks: Blocks, flips: NDArray[np.uint8], bits: Tensor) -> Tensor:
+def pack_votes_(
+    x: Tensor,
+    parts: Sequence[Blocks],
+    tossed: tuple[NDArray[np.uint64], NDArray[np.uint8]],
+    row: Tensor,
+    at: tuple[int, ...],
+    state: Tensor | None = None,
+    weight: float = 0.0,
+) -> int:
     """See `kernels.cpu.votes.pack_votes_`."""
-    values = corrected(x, None, blocks)
-    zeros = packed(values.eq(0), blocks.lengths)
-    bits.copy_(packed(values > 0, blocks.lengths) | zeros & coin_bits(blocks, flips, x.device))
-    return bad_runs(values, blocks.lengths)
+    found = []
+    for blocks, place in zip(parts, at, strict=True):
+        values = corrected(x, None, blocks)
+        if state is not None:
+            values = state[element_indices(blocks.homes, blocks.lengths, x.device)].lerp(values, weight)
+        zeros = packed(values.eq(0), blocks.lengths)
+        bits = packed(values > 0, blocks.lengths) | zeros & coin_bits(*keyed(blocks, tossed), x.device)
+        row[place + 4 :][: blocks.sign_bytes] = bits
+        found.append(first_bad(bad_runs(values, blocks.lengths), blocks))
+    return min((k for k in found if k >= 0), default=-1)
 
 
-def unpack_counts_(planes: Tensor, width: int, blocks: Blocks, values: Tensor, out: Tensor) -> None:
+def keyed(blocks: Blocks, tossed: tuple[NDArray[np.uint64], NDArray[np.uint8]]) -> tuple[Blocks, NDArray[np.uint8]]:
+    """The blocks with the keys of their coins, and (B,) u8: 255 where these are turned over."""
+    words, flips = tossed
+    own = words[blocks.parameters if len(words) > 1 else np.zeros_like(blocks.parameters)]
+    keys = noise.mix(own + np.uint64(noise.GOLDEN) * (blocks.named.astype(np.uint64) + np.uint64(1)))
+    return blocks.having(keys=keys), flips[blocks.parameters if len(flips) > 1 else np.zeros_like(blocks.parameters)]
+
+
+def unpack_counts_(
+    row: Tensor,
+    at: tuple[int, ...],
+    width: int,
+    parts: Sequence[Blocks],
+    values: Tensor,
+    out: Tensor,
+    also: Tensor | None = None,
+    state: Tensor | None = None,
+    weight: float = 0.0,
+) -> None:
     """See `kernels.cpu.votes.unpack_counts_`."""
-    digits = [unpacked(row, blocks.lengths).long() << k for k, row in enumerate(planes.view(width, -1))]
-    put_(values[torch.stack(digits).sum(0)], blocks, out, add=False)
+    for blocks, place in zip(parts, at, strict=True):
+        if state is not None:
+            homes = element_indices(blocks.homes, blocks.lengths, out.device)
+            state[homes] = state[homes].lerp(corrected(out, None, blocks), weight)
+        planes = row[place:][: width * blocks.sign_bytes].view(width, -1)
+        digits = [unpacked(plane, blocks.lengths).long() << k for k, plane in enumerate(planes)]
+        for one in (out,) if also is None else (out, also):
+            put_(values[torch.stack(digits).sum(0)], blocks, one, add=False)
 
 
 def coin_bits(blocks: Blocks, flips: NDArray[np.uint8], device: torch.device) -> Tensor:
