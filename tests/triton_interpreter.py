@@ -53,5 +53,14 @@ def _restore() -> None:
         scope.restore()
 
 
+def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """Rounded once, as by GPUs and from triton 3.9 on; before, the interpreter multiplies and then adds."""
+    with np.errstate(all="ignore"):
+        exact = x.data.astype(np.longdouble) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
 interpreter._patch_lang, interpreter._get_np_dtype = _patch_lang, _get_np_dtype
 tl.block_type.with_element_ty, tl.tensor.__init__ = _with_element_ty, _new_tensor
+if not hasattr(interpreter._interpreter, "fma_fp32"):
+    interpreter.InterpreterBuilder.create_fma = _create_fma

@@ -24,6 +24,7 @@ from commopt.exchange.compressed import Compressed
 from commopt.frameworks.fsdp_units import Mesh, Unit, Way, sharding_of
 from commopt.gossip.loop import OuterMethod
 from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup, World
+from commopt.groups.torch import group_of
 from commopt.method import GradientMethod, Method
 from commopt.methods import FP16, QSGD, NaturalMean, TwoWay
 from commopt.run import checks
@@ -172,7 +173,7 @@ class ReplicaRun(FSDPRun):
         group = unit.param_group
         if self.mesh.replicate_group is not None:
             if self._alone is None:
-                self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+                self._alone = group_of([dist.get_rank()])
             group.mesh_info.replicate_process_group = self._alone
             factor = group.gradient_divide_factor
             total = self.mesh.shard_group.size() * self.group.size if factor is None else factor

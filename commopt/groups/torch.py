@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -72,14 +71,18 @@ class TorchGroup(BufferGroup):
         everyone = len(ranks) == dist.get_world_size()
         if not everyone:
             _check_group_counts(parent)
-        new = partial(dist.new_group, timeout=_timeout(parent), backend=backend or dist.get_backend(parent))
+        kind: Any = {
+            "timeout": _timeout(parent),
+            "backend": backend or dist.get_backend(parent),
+            "group_desc": "commopt",
+        }
 
         def make() -> dist.ProcessGroup:
             own: Any = None
             for part in parts or [range(len(ranks))]:
                 members = [ranks[k] for k in part]
                 if everyone or dist.get_rank() in members:  # all ranks of a job make each group, or only its members
-                    one = new(members, use_local_synchronization=not everyone, group_desc="commopt")
+                    one = dist.new_group(members, **kind) if everyone else group_of(members, **kind)
                     own = one if dist.get_rank() in members else own
             return cast(dist.ProcessGroup, own)
 
@@ -233,8 +236,22 @@ def initialise(backend: str) -> None:
         dist.init_process_group(backend)
 
 
+def group_of(members: Sequence[int], **kind: Any) -> dist.ProcessGroup:
+    """A process group of some ranks of the job, made by these alone. kind: further arguments of torch's `new_group`.
+
+    From torch 2.14 on, the name of such a group contains a counter, which is increased on its members only. The next group that
+    all ranks make would be named by it too, and members and others would wait for each other. So the counter is put back.
+    """
+    world: Any = dist.distributed_c10d._world
+    count, world.group_count = world.group_count, -len(world.pg_names)  # which torch 2.13 names it by
+    try:
+        return cast(dist.ProcessGroup, dist.new_group(members, use_local_synchronization=True, **kind))
+    finally:
+        world.group_count = count
+
+
 def _check_group_counts(parent: dist.ProcessGroup | None) -> None:
-    """Raise GroupError if ranks are in different numbers of groups, from which torch makes the new group's name: they would hang."""
+    """Raise GroupError if ranks are in different numbers of groups, from which the new group's name is made: they would hang."""
     counts: list[int | None] = [None] * dist.get_world_size(parent)
     dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=parent)
     if len(set(counts)) > 1:

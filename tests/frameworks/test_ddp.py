@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -341,10 +342,16 @@ def connected(process_group: dist.ProcessGroup, has_one_more: bool) -> str:
     return str(x.item())
 
 
+def sum_of_all(_: dist.ProcessGroup) -> float:
+    dist.all_reduce(x := torch.ones(1), group=dist.new_group(timeout=timedelta(seconds=30)))
+    return x.item()
+
+
 def test_attach_makes_a_group_of_its_own_for_a_sub_group_or_says_why_it_cannot() -> None:
     ranks = Pool()  # its ranks cannot make further groups of their own afterwards
     try:
         assert ranks.run(2, connected, False) == ["2.0", "2.0"]
+        assert ranks.run(5, sum_of_all) == [5] * 5  # the job's ranks can still make groups together
         assert all("torch.distributed.new_group" in answer for answer in ranks.run(2, connected, True))
     finally:
         ranks.close()

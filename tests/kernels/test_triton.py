@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,8 @@ def test_the_table_of_blocks_is_made_once_for_each_layout() -> None:
 CEILINGS = {"sm_80": 96, "sm_90": 104, "gfx942": 64}  # registers of a thread; from 128 on half the threads fit
 HISTOGRAM = 144  # 2,048 bins for each of a few hundred threads
 OF_CHUNKS = {"sm_80": 128, "sm_90": 128, "gfx942": 96}  # which a program has 4,096 elements of
+if version("triton").startswith("3.8."):
+    OF_CHUNKS |= {"sm_80": 168, "sm_90": 136}
 
 
 @pytest.mark.timeout(300)  # half a minute of one core, on a machine that may be busy

@@ -26,6 +26,7 @@ from commopt import attach, build
 from commopt.errors import AttachError, CommoptError, GroupError
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld, TorchGroup
 from commopt.groups import torch as torch_groups
+from commopt.groups.torch import group_of
 from commopt.run.agree import configuration_of, difference
 
 
@@ -142,7 +143,7 @@ def in_ddp(process_group: dist.ProcessGroup) -> list[str]:
     rank, answers = dist.get_rank(process_group), []
     wrapped = DistributedDataParallel(make_model(), process_group=process_group)
     group = TorchGroup(process_group)
-    alone = TorchGroup(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+    alone = TorchGroup(group_of([dist.get_rank()]))
 
     def try_to(model: Any, optimizer: Any, group: Any = None, method: str = "ef_sign", **options: Any) -> None:
         with pytest.raises(CommoptError) as caught:
