@@ -14,12 +14,17 @@ from site_pages import significant
 from torch import nn
 
 import commopt
+from commopt.advise.advice import Cluster, advise, assumed_settings
+from commopt.cluster.spec import ClusterSpec
 from commopt.groups import LocalGroup, SimGroup, SimWorld
 from commopt.method import Method
 from commopt.methods import build
 from commopt.optim import Lion
 from commopt.optim.update import UpdateMethod
 from commopt.plan.links import parse_rate
+from commopt.plan.model import Setting, ddp_buckets
+from commopt.plan.profile import profiles
+from commopt.record.words import times_text
 from commopt.wire.bucket import ParameterIndex, Share
 
 PARAMETERS, MACHINES, PER_MACHINE = 1e9, 4, 8
@@ -146,6 +151,29 @@ def lora() -> str:
     return table(["method", "bytes per parameter", "MB per step", *map(seconds_at, rates)], rows)
 
 
+def advised() -> str:
+    """What the planner names, by how long dense would send for each second of computation."""
+    spec = ClusterSpec.model_validate({"nodes": MACHINES, "links": {"rate": "1gbit"}})
+    cluster, rows, parameters = Cluster("", spec.link_model(), 1, True), [], 124_000_000
+    sending_s = profiles()["dense"].bytes_per_parameter(MACHINES) * parameters / parse_rate("1gbit")
+    for r in (0.1, 0.3, 1, 3, 10, 30, 100, 300):
+        base = Setting(MACHINES, 1, sending_s / r, ddp_buckets(parameters), copy_bytes_per_s=8e11, spread=0.02)
+        settings, cells = assumed_settings(cluster, base), []
+        for optimizer in ("adam", "sgd", "lion"):
+            advice = advise(cluster, list(profiles().values()), settings, optimizer=optimizer)
+            cells.append(f"`{advice.best.name}`, {times_text(advice.best.gain)}" if advice.helps else "change nothing")
+        outer = next(row for row in advice.rows if row.name == "diloco")
+        rows.append(
+            [
+                f"{r:g}",
+                f"{100 * settings['likely'].compute_s / advice.dense.likely.step_s:.2g} %",
+                *cells,
+                times_text(outer.gain),
+            ]
+        )
+    return table(["r", "of a dense step, computation", "Adam", "SGD", "Lion", "`diloco` every 100"], rows, left=1)
+
+
 def machines() -> str:
     """Four machines of eight GPUs, against the same GPUs in a machine each."""
     rows = []
@@ -217,7 +245,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
-TABLES = {"finetuning": (memory, links, lora), "choosing": (machines, inside)}  # by the page that they are in
+TABLES = {"finetuning": (memory, links, lora), "choosing": (advised, machines, inside)}  # by the page that they are in
 
 if __name__ == "__main__":
     (wanted,) = (make for tables in TABLES.values() for make in tables if make.__name__ == sys.argv[1])

@@ -128,7 +128,6 @@ def advise(
             spec.slots,
             compute_s,
             buckets,
-            transport=None,  # type: ignore[arg-type]  # filled in by assumed_settings
             copy_bytes_per_s=_COPY_BYTES_PER_S[kind.value],
             cores_per_rank=_CORES if kind is Device.CPU else None,
             spread=0.02,

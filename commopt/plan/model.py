@@ -62,7 +62,7 @@ class Setting:
     slots: int
     compute_s: float
     buckets: tuple[int, ...]
-    transport: Transport
+    transport: Transport = Transport({})
     codecs: Mapping[str, Codec] = field(default_factory=dict)
     copy_bytes_per_s: float = 5e9
     cores_per_rank: float | None = None
