@@ -41,7 +41,9 @@ class Mean(Exchange):
         kernel.divide_(x, group.size, mean)
         if mean.numel():
             group.all_reduce(mean)
-        self.is_void(bucket, first_bad(self.index, bucket.with_flat(x.copy_(mean))), group)
+        x.copy_(mean)
+        # a CPU adds up float32 faster, and a GPU reads half as many bytes
+        self.is_void(bucket, first_bad(self.index, bucket if x.device.type == "cpu" else bucket.with_flat(mean)), group)
 
     def bytes_per_parameter(self, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * (self.wire_dtype or torch.float32).itemsize

@@ -127,7 +127,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (of("dense", model=lambda: make_model().requires_grad_(False)), "no trainable parameter"),
     (of("noloco", model=lambda: make_model().requires_grad_(False)), "no trainable parameter"),
     (of("dense", lambda _: None, lambda: [1, 2]), r"model: got list, expected a module \(plain, .*Lightning takes"),
-    (of("xyz"), r"unknown method 'xyz'; known: choco, decentralized_adam, demo, dense, dgc, .*onebit_adam"),
+    (of("xyz"), r"unknown method 'xyz'; known: auto, choco, decentralized_adam, demo, dense, dgc, .*onebit_adam"),
     (of("ef_sign", lambda _: 0.1), r"ef_sign: pass the optimizer of your training \(got float\)"),
     (of("dense", lambda _: sgd(make_model())), r"not this model's: .*; build it from model\.parameters"),
     (
