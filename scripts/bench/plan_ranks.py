@@ -24,7 +24,7 @@ from commopt.optim import make_optimizer
 
 CONTEXT, BATCH, HEADS, BUCKET_MB = 64, 4, 4, 1
 OPTIONS: dict[str, dict[str, Any]] = {"onebit_adam": {"freeze_step": 2}}
-SETTLED, LEAST, MOST, SECONDS = 4, 3, 12, 5.0  # steps before the measured ones, and how many are measured
+SETTLED, LEAST, MOST, SECONDS = 4, 3, 12, 3.0  # steps before the measured ones, and how many are measured
 
 
 def prepared(name: str, args: argparse.Namespace, group: Group | None) -> tuple[Any, Any]:
