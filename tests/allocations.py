@@ -14,7 +14,7 @@ class Allocations(TorchDispatchMode):
     """A context; `nbytes` has the bytes of each new storage in it, made on this thread, in their order."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nbytes: list[int] = []
 
     def __torch_dispatch__(
