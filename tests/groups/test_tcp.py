@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_messages_arrive_by_channel_and_number_or_time_out(members: Members) -> 
 def test_a_message_that_was_sent_does_not_stay_in_memory(members: Members) -> None:
     a, b = members.start(2)
     payload = number(1)
-    held = StorageWeakRef(payload.buffer.untyped_storage())
+    held: Any = StorageWeakRef(payload.buffer.untyped_storage())  # type: ignore[no-untyped-call]
     a.send(1, "c", 1, payload)
     assert got(b, 0, 1) == 1.0
     assert not held.expired()
