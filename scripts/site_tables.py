@@ -59,8 +59,8 @@ LLAMA, LAYERS, LORA_RANK = (
 )
 
 
-def state_bytes(method: Any, optimizer: str, per_machine: int = 1) -> tuple[float, float]:
-    """Bytes of state per parameter, of optimizer and method, on a rank of MACHINES machines: on its GPU, and in the host's memory."""
+def state_bytes(method: Any, optimizer: str, per_machine: int = 1, machines: int = MACHINES) -> tuple[float, float]:
+    """Bytes of state per parameter, of optimizer and method, on a rank of so many machines: on its GPU, and in the host's memory."""
     parameters = [nn.Parameter(torch.zeros(1024, 1024)) for _ in range(8)]
     named, numel = {f"x{k}": p for k, p in enumerate(parameters)}, sum(p.numel() for p in parameters)
     steps = OPTIMIZERS[optimizer](parameters)
@@ -71,14 +71,14 @@ def state_bytes(method: Any, optimizer: str, per_machine: int = 1) -> tuple[floa
         x.nbytes for state in steps.state.values() for x in state.values() if isinstance(x, torch.Tensor) and x.dim()
     )
     if method.kind == "outer":
-        method.bind([*named.items()], SimGroup(SimWorld[None](MACHINES), 0).peers, copies=(0, per_machine))
+        method.bind([*named.items()], SimGroup(SimWorld[None](machines), 0).peers, copies=(0, per_machine))
         return own / numel, method.state_bytes() / numel
     group, index = LocalGroup(), ParameterIndex.of([*named.items()])
-    group.size = MACHINES
+    group.size = machines
     if isinstance(method, UpdateMethod):  # its state takes the place of the optimizer's
         method.follow(steps, named)
         own = 0
-    cut = lambda n: method.pieces(n, MACHINES)  # noqa: E731
+    cut = lambda n: method.pieces(n, machines)  # noqa: E731
     method.bind([*named.items()], group, share=Share.cut(index, per_machine, 0, cut) if per_machine > 1 else None)
     return (own + method.state_bytes()) / numel, 0.0
 

@@ -41,8 +41,9 @@ class Spread:
 
     def sketch(self, x: Tensor) -> Tensor:
         """(WIDTH,) f32 of (elements,) f32."""
-        signed = torch.where(self._bits, x, -x)
-        padded = torch.nn.functional.pad(signed, (0, -len(signed) % WIDTH))
+        padded = x.new_zeros(len(x) + -len(x) % WIDTH)
+        signed = padded[: len(x)]
+        torch.where(self._bits, x, torch.neg(x, out=signed), out=signed)  # no more memory than it takes
         return padded.view(-1, WIDTH).sum(0)
 
     def begin(self, step: int) -> None:

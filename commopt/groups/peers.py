@@ -221,9 +221,14 @@ class PeerGroup(Group):
         else:
             parts = torch.tensor_split(flat, self.size)
             received = self._exchange([Payload.of(part) for part in parts])
-            own = Payload.of(summed([one.tensors[0] for one in received]))
+            own = Payload.of(received[0].tensors[0])
+            for one in received[1:]:
+                own.tensors[0].add_(one.tensors[0])  # in the order of ranks
+            del received, one  # a large tensor's copies do not all have to be there at once
             answers = self.all_gather(own, [((flat.dtype, part.numel()),) for part in parts])
-            total = torch.cat([one.tensors[0] for one in answers])
+            for part, one in zip(parts, answers, strict=True):
+                part.copy_(one.tensors[0])
+            total = flat
         x.copy_(total.view_as(x))
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:

@@ -211,6 +211,7 @@ class TcpPeers(Peers):
                     break  # the next beat replaces it
                 time.sleep(0.2)
             route.unsent.task_done()
+            frame = None  # it may be as large as the model, and the next one may be long in coming
         if route.connection is not None:
             with contextlib.suppress(OSError), route.connection.socket as dialled:
                 dialled.settimeout(0.5)

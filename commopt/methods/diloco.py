@@ -132,18 +132,17 @@ class DiLoCo(OuterMethod):
         roll = call_roll(
             self.peers, "diloco", round.number, card, self.timeout_s / 2, expected=expected, late=self.late
         )
-        own, alone = self.state["slow"][part] - x, self.alone(x, round)
         if len(roll.members) == 1:
-            return alone if len(expected) > 1 else dataclasses.replace(alone, is_missed=False)
+            return dataclasses.replace(self.alone(x, round), is_missed=len(expected) > 1)
         left_s = max(0.1, start_s + self.timeout_s - self.peers.seconds)
         group = PeerGroup(self.peers, roll.members, "diloco", round.number * _CALLS, left_s)
         try:
             shared = self._reconciled(roll, round.fragment, group)
-            mean = self._mean(own, round, roll.members, group)
+            mean = self._mean(self.state["slow"][part] - x, round, roll.members, group)
         except (GroupError, ValueError):  # the second one: codes are damaged
-            return alone
+            return self.alone(x, round)
         if mean is None or not all(map(is_sound, (mean, *shared.values()))):
-            return alone
+            return self.alone(x, round)
         is_missed = len(roll.members) < len(expected)
         return Exchanged(roll.members, is_missed, {"delta": mean, **shared})
 
@@ -220,10 +219,12 @@ class DiLoCo(OuterMethod):
         return {f"shared {key}": x for key, x in enumerate(agreed)}
 
     def _mean(self, delta: Tensor, round: Round, members: tuple[int, ...], group: PeerGroup) -> Tensor | None:
-        """The mean of the members' deltas; None if one of them is not finite."""
+        """The mean of the members' deltas, which takes the place of this one; None if one of them is not finite."""
         if self._means.get(round.fragment, ((), None))[0] != members:
             self._carry_over(round.fragment, members, group)
-        bucket, mean = Bucket.of(self._named(round.fragment, delta)), self._means[round.fragment][1]
+        named, mean = self._named(round.fragment, delta), self._means[round.fragment][1]
+        starts = tuple(int(view.storage_offset()) for _, view in named)
+        bucket = Bucket(delta, tuple(name for name, _ in named), starts)
         # random keys depend on it, and members may have taken part in different rounds
         mean.exchanges.fill_(round.number)
         mean.exchange(bucket, group)

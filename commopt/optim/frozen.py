@@ -28,6 +28,7 @@ from commopt.wire.state import State
 _log = logging.getLogger(__name__)
 _STABLE_RATIO = 0.96
 _LATEST = 0.25  # the share of a run by which "auto" freezes
+_PIECE = 1 << 22  # elements of the variance that are looked at together
 
 FreezeStep = Annotated[Count | Literal["auto"], Wanted("a whole number from 1, or 'auto'")]
 Masks = Annotated[Mapping[str, Tensor], Wanted("{parameter name: tensor of its shape}, in Python")]
@@ -256,7 +257,10 @@ class FrozenVariance(UpdateMethod):
         return not is_rising and norm > 0 and (is_stable or is_late)
 
     def _make_mask(self) -> None:
-        mask = self.state["variance"].ne(0) & self.state["variance"].isfinite()
+        mask = torch.empty_like(self.state["variance"], dtype=torch.bool)
+        pieces = zip(torch.split(mask, _PIECE), torch.split(self.state["variance"], _PIECE), strict=True)
+        for own, v in pieces:  # a piece at a time, because isfinite takes as much memory again
+            torch.logical_and(v.ne(0), v.isfinite(), out=own)
         for name, given in self.momentum_mask.items():
             p, view = self.parameters[name], self.index.view(mask, name)
             own = torch.as_tensor(given, device=mask.device).ne(0).expand(p.shape).reshape(-1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
 from block_values import still_to_send
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from commopt.exchange.gather import GatherMean
 from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.groups import Group, LocalGroup, SimGroup, SimWorld
+from commopt.groups.echo import Echo
 from commopt.methods import FP16
 from commopt.wire.bucket import Bucket
 
@@ -99,6 +101,14 @@ def test_a_bad_value_on_one_rank_voids_the_bucket_on_all_and_changes_nothing(nam
         assert void == "p2"
         assert changed <= 2e-6
         assert after is None
+
+
+def test_the_exact_mean_takes_no_memory_beside_the_bucket() -> None:
+    group, bucket = Echo(2), bucket_of(gradient(0, 0))
+    mean = bound("mean", group)
+    with Allocations() as made:
+        mean.exchange(bucket, group)
+    assert max(made.nbytes) < bucket.flat.nbytes
 
 
 @pytest.mark.parametrize("name", TWO_WAY)

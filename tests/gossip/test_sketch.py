@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
 from outer_rig import run_world, spread
 
 from commopt.gossip.spread import WIDTH, Spread, spread_of, squares
@@ -81,3 +82,13 @@ def test_training_reports_the_spread_of_its_replicas() -> None:
         true = [spread([one.before[step] for one in diaries]) for step in (50, 55, 60)]
         assert told is not None
         assert 0.7 * min(true) < told < 1.3 * max(true)
+
+
+def test_a_sketch_takes_no_more_memory_than_the_model() -> None:
+    x = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
+    spread = Spread(len(x), 0)
+    with Allocations() as made:
+        sketch = spread.sketch(x)
+    signed = torch.where(spread._bits, x, -x)
+    assert torch.equal(sketch, torch.nn.functional.pad(signed, (0, -len(x) % WIDTH)).view(-1, WIDTH).sum(0))
+    assert sum(made.nbytes) <= 4 * (len(x) + 2 * WIDTH)

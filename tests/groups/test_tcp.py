@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from members import HELLO, LETTER, PLENTY_S, Members, connect, ends, frame, got, lose, number, until, until_up, vanish
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from commopt.errors import GroupError
 from commopt.groups import tcp
@@ -38,6 +40,17 @@ def test_messages_arrive_by_channel_and_number_or_time_out(members: Members) -> 
     assert got(b, 0, 3, 0.3) is None
     assert b.seconds - begun_s >= 0.3
     assert b.is_up(0)
+
+
+def test_a_message_that_was_sent_does_not_stay_in_memory(members: Members) -> None:
+    a, b = members.start(2)
+    payload = number(1)
+    held: Any = StorageWeakRef(payload.buffer.untyped_storage())  # type: ignore[no-untyped-call]
+    a.send(1, "c", 1, payload)
+    assert got(b, 0, 1) == 1.0
+    assert not held.expired()
+    del payload
+    until(held.expired)
 
 
 @pytest.mark.parametrize("leave", [vanish, TcpPeers.close])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from outer_rig import SHAPES, play, run_world, start_values, thetas_of
+from allocations import Allocations
+from outer_rig import SHAPES, parameters, play, run_world, start_values, thetas_of
 from rig import make_model, train_step
 from torch import Tensor
 
@@ -162,3 +163,17 @@ def test_participants_are_drawn_alike_each_in_turn_and_the_others_keep_their_own
 def test_more_fragments_than_parameters_are_refused() -> None:
     with pytest.raises(ConfigError, match="fragments: 5 are too many for a model of 4 parameters"):
         play(2, "diloco", {"every": 5, "fragments": 5}, 1)
+
+
+def test_a_round_copies_what_it_exchanges_once() -> None:
+    def train(group: SimGroup) -> list[int]:
+        method: Any = build("diloco", every=1)
+        method.bind(parameters({"a": (80, 70), "b": (70,)}), group.peers)
+        method.begin(start_values(5670))
+        x = start_values(5670) + group.rank
+        with Allocations() as made:
+            exchanged = method.exchange(x, method.round_after(1))
+        torch.testing.assert_close(exchanged.values["delta"], torch.full((5670,), -0.5))
+        return [nbytes for nbytes in made.nbytes if nbytes >= x.nbytes]
+
+    assert SimWorld[list[int]](2).run(train) == [[4 * 5670]] * 2

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocations import Allocations
 from rig import start
 from synthetic import flat, parameters, simulate
 from torch import Tensor
 
 from commopt.errors import AttachError
 from commopt.groups import Group, SimWorld
+from commopt.optim import frozen
 
 LR, STEPS = 0.01, 12
 BOUNDS = ("max_coeff", "min_coeff", "factor_max", "factor_min")
@@ -98,6 +100,17 @@ def test_a_users_mask_stops_the_momentum_after_the_freeze(name: str, options: di
     assert (states[0]["x"][20:40] != at_freeze[20:40]).all()
     assert (at_freeze[2:20] != last[2:20]).all()
     assert (at_freeze[40:] != last[40:]).all()
+
+
+def test_finding_the_mask_takes_little_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "_PIECE", 64)
+    method: Any = start(parameters((100, 10), (7,)), "onebit_adam").method
+    method.state["variance"].uniform_(0.5, 1.0)
+    method.state["variance"][[3, 70, 1006]] = torch.tensor([0.0, math.inf, math.nan])
+    with Allocations() as made:
+        method.freeze()
+    assert (~method.mask).nonzero().flatten().tolist() == [3, 70, 1006]
+    assert max(made.nbytes) <= 1007  # one byte for each element
 
 
 def test_a_mask_may_broadcast_and_must_belong_to_a_parameter() -> None:
