@@ -211,7 +211,10 @@ def script_of(ranks: Ranks, record: str | None) -> dict[str, Any] | None:
     shards = max(1, round(parameters / max(1, sum(buckets))))  # under FSDP a rank exchanges its shard only
     return {
         "parameters": parameters,
-        "compute_s": max(statistics.median(compute) for compute, *_ in told),
+        # if ranks share cores, the scheduler makes them differ, each time in another way
+        "compute_s": statistics.median(everything)
+        if ranks.cores < 1
+        else max(statistics.median(compute) for compute, *_ in told),
         "spread": statistics.pstdev(everything) / statistics.fmean(everything),
         "step_s": max(statistics.median(steps) for _, steps, *_ in told),
         "buckets": [n * shards for n in buckets],
