@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,7 +19,8 @@ from commopt.optim import OPTIMIZERS, make_optimizer
 from commopt.run.door import attach
 from commopt.wire.bucket import Bucket
 
-SIDES = ((1, 128, 128), (2, 256, 256), (4, 512, 512))  # matrices, rows and columns: 16 k, 131 k and 1 M elements
+Shapes = Sequence[Sequence[int]]
+MODELS: Sequence[Shapes] = ([(128, 128)], [(256, 256)] * 2, [(512, 512)] * 4)  # 16 k, 131 k and 1 M elements
 Clock = Callable[[], float]
 _COPIED = 1 << 22  # elements, more than caches hold
 _WARM, _TURNS, _SLOW_S = 2, 3, 0.25
@@ -50,15 +52,23 @@ def made(name: str) -> Method:
     return build(name, **(STEADY | NEEDED).get(name.partition("(")[0], {}))
 
 
-def costs_of(name: str, ranks: int, device: torch.device, clock: Clock) -> dict[str, list[tuple[int, float]]]:
+def models_of(shapes: Shapes = ()) -> list[Shapes]:
+    """What methods are timed with: MODELS, or the smaller ones of them and these parameters, which some methods' costs depend on."""
+    own = sum(map(math.prod, shapes))
+    return [*(model for model in MODELS if not own or sum(map(math.prod, model)) < own / 2), *([shapes] if own else [])]
+
+
+def costs_of(
+    name: str, ranks: int, device: torch.device, clock: Clock, models: Sequence[Shapes] = MODELS
+) -> dict[str, list[tuple[int, float]]]:
     """(elements, seconds) of a method's exchange among so many ranks, and of its optimizer's step; medians.
 
-    For a method that leaves the step to the user's optimizer, only of the exchange.
+    For a method that leaves the step to the user's optimizer, only of the exchange. models: the shapes of each one's parameters.
     """
     found: dict[str, list[tuple[int, float]]] = {}
-    for count, rows, columns in SIDES:
-        elements = count * rows * columns
-        model = _matrices(count, rows, columns, device)
+    for shapes in models:
+        elements = sum(map(math.prod, shapes))
+        model = _model(shapes, device)
         method = made(name)
         optimizer = make_optimizer({"name": _optimizer_of(method), "lr": 1e-4}, model.parameters())
         run: Any = attach(model, method, optimizer, group=Echo(ranks))
@@ -75,15 +85,15 @@ def costs_of(name: str, ranks: int, device: torch.device, clock: Clock) -> dict[
     return found
 
 
-def adamw_costs(device: torch.device, clock: Clock) -> list[tuple[int, float]]:
+def adamw_costs(device: torch.device, clock: Clock, models: Sequence[Shapes] = MODELS) -> list[tuple[int, float]]:
     """(elements, seconds) of a step of AdamW, which stands for the user's optimizer."""
     found = []
-    for count, rows, columns in SIDES:
-        model = _matrices(count, rows, columns, device)
+    for shapes in models:
+        model = _model(shapes, device)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         step = torch.optim.AdamW(model.parameters(), lr=1e-4).step
-        found.append((count * rows * columns, _timed({"step": step}, lambda: None, clock)["step"]))
+        found.append((sum(map(math.prod, shapes)), _timed({"step": step}, lambda: None, clock)["step"]))
     return found
 
 
@@ -124,9 +134,8 @@ def clock_of(device: torch.device, cores: float = 1.0) -> Clock:
     return finished_s
 
 
-def _matrices(count: int, rows: int, columns: int, device: torch.device) -> nn.Module:
-    layers = (nn.Linear(columns, rows, bias=False, device=device, dtype=torch.float32) for _ in range(count))
-    return nn.Sequential(*layers)
+def _model(shapes: Shapes, device: torch.device) -> nn.Module:
+    return nn.ParameterList(torch.zeros(*shape, device=device, dtype=torch.float32) for shape in shapes)
 
 
 def _optimizer_of(method: Method) -> str:

@@ -20,7 +20,16 @@ from typing import Any
 
 import torch
 
-from commopt.advise.codecs import NEEDED, adamw_costs, clock_of, copied_bytes_per_s, costs_of, seconds_of
+from commopt.advise.codecs import (
+    NEEDED,
+    Shapes,
+    adamw_costs,
+    clock_of,
+    copied_bytes_per_s,
+    costs_of,
+    models_of,
+    seconds_of,
+)
 from commopt.advise.pairs import Machines
 from commopt.advise.profiling import profile_of
 from commopt.exchange.two_level import machine_mean, put_together
@@ -157,15 +166,15 @@ def inside_of(ranks: Ranks) -> Points:
     return ranks.curve(make)
 
 
-def codecs_of(ranks: Ranks, methods: Sequence[str], until_s: float) -> dict[str, Any]:
-    """What each method computes, on the slowest rank; without those for which the time does not suffice.
+def codecs_of(ranks: Ranks, methods: Sequence[str], until_s: float, shapes: Shapes) -> dict[str, Any]:
+    """What each method computes, on the slowest rank; without those for which the time does not suffice. shapes: of the script.
 
     until_s: when no further method is begun, by the machine's clock; there are some seconds, however late it is.
     """
-    machines, found = ranks.between.size, dict[str, Any]()
+    machines, models, found = ranks.between.size, models_of(shapes), dict[str, Any]()
     clock = clock_of(ranks.device, ranks.cores)
     ranks.say("the optimizer's step")
-    adamw, told_s = _slowest(ranks, {"step": adamw_costs(ranks.device, clock)}), -math.inf
+    adamw, told_s = _slowest(ranks, {"step": adamw_costs(ranks.device, clock, models)}), -math.inf
     left_s, began_s = max(_LEAST_S, *ranks.tell(until_s - time.time())), time.monotonic()
     for k, name in enumerate(methods):
         (elapsed_s,) = ranks.slowest([time.monotonic() - began_s])
@@ -177,16 +186,20 @@ def codecs_of(ranks: Ranks, methods: Sequence[str], until_s: float) -> dict[str,
         if elapsed_s - told_s > 1.5:
             ranks.say(f"methods without a network: {name}, {k + 1} of {len(methods)}")
             told_s = elapsed_s
-        found[name] = adamw | _slowest(ranks, costs_of(name, machines, ranks.device, clock))
+        found[name] = adamw | _slowest(ranks, costs_of(name, machines, ranks.device, clock, models))
     return found
 
 
-def profiles_of(ranks: Ranks, methods: Sequence[str], record: str | None) -> dict[str, Any]:
-    """What the methods send of the script's own parameters, on rank 0; nothing of a large model, which would take long."""
-    if record is None or ranks.group.rank:
-        return {}
-    shapes = RankRecord.read(Path(record) / "rank0.jsonl").shapes
-    if not 0 < sum(map(math.prod, shapes)) <= _MOST_ELEMENTS:
+def shapes_of(record: str | None) -> Shapes:
+    """The shapes of the script's parameters; none without one, nor of a large model, which would take long."""
+    files = [] if record is None else sorted(Path(record).glob("rank*.jsonl"))
+    shapes: Shapes = RankRecord.read(files[0]).shapes if files else ()
+    return shapes if sum(map(math.prod, shapes)) <= _MOST_ELEMENTS else ()
+
+
+def profiles_of(ranks: Ranks, methods: Sequence[str], shapes: Shapes) -> dict[str, Any]:
+    """What the methods send of the script's own parameters, on rank 0."""
+    if not shapes or ranks.group.rank:
         return {}
     machines = (ranks.between.size,)
     return {name: profile_of(build(name, **NEEDED.get(name, {})), name, shapes, machines).to_json() for name in methods}
@@ -202,19 +215,20 @@ def script_of(ranks: Ranks, record: str | None) -> dict[str, Any] | None:
     if record is None:
         return None
     one = RankRecord.read(Path(record) / f"rank{ranks.group.rank}.jsonl")
-    told = ranks.tell([one.compute_s, [line.seconds for line in one.steps if line.steady], one.buckets, one.overlap])
+    steady = [line.seconds for line in one.steps if line.steady]
+    told = ranks.tell([one.compute_s, steady, one.buckets, one.overlap])
     if any(not compute or not steps for compute, steps, *_ in told):
         return None
     everything = [seconds for compute, *_ in told for seconds in compute]
     buckets, overlap = told[0][2:]
+    # the scheduler makes ranks that share cores differ, each time in another way
+    medians = [statistics.median(compute) for compute, *_ in told]
+    compute_s = statistics.median(everything) if ranks.cores < 1 else max(medians)
     parameters = int(one.start["parameters"])
     shards = max(1, round(parameters / max(1, sum(buckets))))  # under FSDP a rank exchanges its shard only
     return {
         "parameters": parameters,
-        # if ranks share cores, the scheduler makes them differ, each time in another way
-        "compute_s": statistics.median(everything)
-        if ranks.cores < 1
-        else max(statistics.median(compute) for compute, *_ in told),
+        "compute_s": compute_s,
         "spread": statistics.pstdev(everything) / statistics.fmean(everything),
         "step_s": max(statistics.median(steps) for _, steps, *_ in told),
         "buckets": [n * shards for n in buckets],
@@ -237,9 +251,11 @@ def main(settings: Mapping[str, Any]) -> None:
     found |= {"exchanges": exchanges_of(ranks), "inside": inside_of(ranks)}
     (copy_s,) = ranks.slowest([1 / copied_bytes_per_s(device, clock_of(device, ranks.cores))])
     found |= {"copy_bytes_per_s": 1 / copy_s}
-    found |= {"codecs": codecs_of(ranks, settings["methods"], settings["until_s"])}
-    ranks.say("what methods send of the script's parameters") if settings["record"] else None
-    found |= {"profiles": profiles_of(ranks, list(found["codecs"]), settings["record"])}
+    shapes = shapes_of(settings["record"])
+    found |= {"codecs": codecs_of(ranks, settings["methods"], settings["until_s"], shapes)}
+    if shapes:
+        ranks.say("what methods send of the script's parameters")
+    found |= {"profiles": profiles_of(ranks, list(found["codecs"]), shapes)}
     if group.rank == 0:
         Path(settings["out"]).write_text(json.dumps(found), encoding="utf-8")
     ranks.say("everything is measured; the ranks end")

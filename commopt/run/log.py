@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SETTLED = 3  # DDP settles its buckets in the first steps
-_TIMED = 8  # steps without communication when a script is ended early; the first two are not counted
+_TIMED, _UNCOUNTED = 16, 4  # steps without communication when a script is ended early, and how many are not counted
 _Values = Mapping[str, float | Tensor]
 
 
@@ -142,7 +142,7 @@ class RunLog:
             self._recorder.event("replicas have drifted apart")
 
     def measure_compute(self, step: Callable[[], object], repeats: int) -> None:
-        """Time steps with communication switched off, and record all but the first two."""
+        """Time steps with communication switched off, and record all but the first ones."""
         run = self._run
         self._write()
         run.quiet()
@@ -180,11 +180,11 @@ class RunLog:
             raise SystemExit(0)
 
     def _tell_compute(self, seconds: Sequence[float]) -> None:
-        """Record steps without communication; the first two are not counted."""
+        """Record steps without communication; the first ones are not counted."""
         run = self._run
         if self._recorder is not None:
             shapes = [p.shape for p in run.parameters.values()]
-            self._recorder.compute(seconds[2:], buckets=run.buckets, overlap=run.overlaps, shapes=shapes)
+            self._recorder.compute(seconds[_UNCOUNTED:], buckets=run.buckets, overlap=run.overlaps, shapes=shapes)
 
     def _note_step(self) -> None:
         """Take the times of the step that has just ended."""
@@ -218,7 +218,7 @@ class RunLog:
         self.tell()
         if self._is_measuring and not self._has_ended:
             self._count("end")
-        if self._timed is not None and len(self._timed) > 2:
+        if self._timed is not None and len(self._timed) > _UNCOUNTED:
             self._tell_compute(self._timed)
         recorder.end()
         self._recorder = None

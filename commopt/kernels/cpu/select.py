@@ -49,7 +49,7 @@ def _gather(
         if octets[j] != np.uint64(0):
             for i in range(8 * j, 8 * j + 8):
                 indices[count], values[count] = first + i, c[i]
-                count += np.int64(marks[i])
+                count += int(marks[i])
     return count
 
 
