@@ -13,7 +13,7 @@ from commopt.plan.profile import Profile
 from commopt.plan.transport import BEST, LIKELY, WORST, Assumed, same_links, transport_of
 
 WORTH = 0.05  # a gain of less is not worth a change
-CLOSE = 0.08  # the mildest method is named whose step is at most this much above the fastest one's
+CLOSE = 0.03  # the mildest method is named whose step is at most this much above the fastest one's
 MOST_LOSS = 3.0  # percent above the parent in a measured task; a method that cost more is not named
 RATES = (1e6, 1e12)  # bit/s between which links are considered
 # from the one that changes training least; one of these is named if it goes with the optimizer

@@ -18,8 +18,11 @@ from commopt.cli.notes import note
 from commopt.cli.usage import Command
 from commopt.errors import ConfigError, did_you_mean
 from commopt.plan.links import parse_delay
+from commopt.record.words import rate_text
 
 if TYPE_CHECKING:
+    from commopt.cluster.spec import ClusterSpec
+    from commopt.plan.probe import Probe
     from commopt.plan.profile import Profile
 
 _COUNT = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -98,6 +101,8 @@ def advise(
             f"{probe}: was measured on {len(measured.nodes)} nodes of {measured.slots} ranks, and {cluster} has {len(spec.nodes)} "
             f"of {spec.slots}; measure again: commopt probe {cluster}"
         )
+    if measured is not None and (changed := _changed_rate(spec, measured)):
+        raise ConfigError(f"{probe}: {changed}; measure again: commopt probe {cluster}")
     if target is not None and not 0 < target < 1:
         raise ConfigError(f"--target {target}: write a share above 0 and below 1, as in 0.9")
     script = None if measured is None else measured.script
@@ -150,6 +155,18 @@ def advise(
     if out is not None:
         paths = page.write(found, out)
         note(f"wrote {', '.join(map(str, paths))}")
+
+
+def _changed_rate(spec: ClusterSpec, probe: Probe) -> str:
+    """Which link's rate is not what it was when the links were measured; empty if none."""
+    rates = zip(spec.names, spec.link_model().bytes_per_s, strict=True)
+    now = {name: None if math.isinf(rate) else rate for name, rate in rates}
+    for name, rate in now.items():
+        before = probe.rates.get(name)
+        if rate != before:
+            old, new = (rate_text(math.inf if value is None else value) for value in (before, rate))
+            return f"the link of {name} was {old} when it was measured, and is {new} now"
+    return ""
 
 
 def _number(option: str, text: str) -> float:

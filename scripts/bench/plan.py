@@ -207,9 +207,11 @@ def draw(every: Sequence[Compared], file: Path) -> None:
         ends = [s for one in every for s in (*one.measured.values(), *one.predicted.values())]
         line = [min(ends) / 1.3, max(ends) * 1.3]
         axes.fill_between(
-            line, [x / 1.35 for x in line], [x * 1.35 for x in line], color=drawing.FAINT, lw=0, alpha=0.5
+            line, [x * (1 - MOST) for x in line], [x * (1 + MOST) for x in line], color=drawing.FAINT, lw=0, alpha=0.5
         )
-        axes.fill_between(line, [x / 1.15 for x in line], [x * 1.15 for x in line], color=drawing.FAINT, lw=0)
+        axes.fill_between(
+            line, [x * (1 - MEDIAN) for x in line], [x * (1 + MEDIAN) for x in line], color=drawing.FAINT, lw=0
+        )
         axes.plot(line, line, color=drawing.QUIET, lw=1)
         for name in METHODS:
             pairs = [(one.measured[name], one.predicted[name]) for one in every]
@@ -230,6 +232,7 @@ def draw(every: Sequence[Compared], file: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made, _ = new_parser(__doc__, STORED, "only cells whose names match a pattern, such as 'plan-2x1-*'", PAGE)
+    made.set_defaults(program="plan.py")  # whose cells are stored beside those of step.py
     return made
 
 

@@ -48,7 +48,9 @@ def test_links_exchanges_methods_and_a_script_are_measured(write: Callable[[str]
     nbytes, seconds_of_it, _ = probe.exchanges["all_reduce"][-1]
     assert seconds_of_it >= nbytes / 5e6  # what the slower link takes
     assert list(probe.codecs) == ["dense", "ef_sign"]
-    assert all(len(costs.exchange) == len(costs.step) == 3 for costs in probe.codecs.values())
+    timed = [[n for n, _ in points] for costs in probe.codecs.values() for points in (costs.exchange, costs.step)]
+    assert timed == [[2101]] * 4  # the script's own parameters
+    assert set(probe.profiles) == {"dense", "ef_sign"}
     assert probe.script is not None
     assert (probe.script.parameters, probe.script.buckets, probe.script.overlap) == (2101, [2101], True)
     assert probe.script.step_s > probe.script.compute_s
