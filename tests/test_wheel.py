@@ -61,3 +61,9 @@ def test_the_wheel_has_every_package(installed: Path) -> None:
         for path in (installed / "commopt").rglob("*.py")
         if path.relative_to(installed).parts[1] != "launch"
     }
+
+
+def test_the_wheel_has_every_file_that_a_module_reads(installed: Path) -> None:
+    read = [path for kind in ("json", "html", "yaml") for path in (ROOT / "commopt").rglob(f"*.{kind}")]
+    assert read
+    assert [path for path in read if not (installed / path.relative_to(ROOT)).is_file()] == []
