@@ -2,7 +2,9 @@
 
 node0 [eth0] ---- v0 |bridge b0| s0 ---- t0 |bridge core| t1 ---- s1 |bridge b1| v2 ---- [eth0] node2
 
-A node's egress is shaped in its namespace (eth0) and its ingress on the bridge's side (v0). With sites there is a
+A node's egress is shaped in its namespace (eth0) and its ingress on the bridge's side (v0). A packet may be of several segments that
+the kernel has not cut yet, as with a network card that cuts them: that takes a fraction of the processor's time. Queueing disciplines
+count each segment with headers of its own, for the rate and in their statistics; an interface counts one header. With sites there is a
 bridge per site; what a site sends is shaped at s0, what it receives at t0. Everything is made in the network namespace
 of the calling process, which must therefore have one of its own: see `commopt.cluster.emulate`.
 """
@@ -20,6 +22,8 @@ from commopt.errors import EmulationError
 INTERFACE = "eth0"  # of every node, in its own namespace
 _FASTEST_BYTES_PER_S = 30e9 / 8  # tbf's rate field ends at 4 GiB/s; a veth pair is slower than that
 _ETHERNET_BYTES = 14
+_UNSHAPED_PACKETS = 10_000  # that a node queues
+_MOST_BYTES = 1 << 16  # of a packet of several segments, and of one
 _IPV6_MTU = 1280  # RFC 8200: the smallest of a link that carries it
 _NOWHERE = "01:80:c2:00:00:01"  # IEEE 802.1D: bridges silently drop frames for this address
 
@@ -31,6 +35,14 @@ def address(node: int) -> str:
 def burst_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
     """What a shaper lets pass at once: 2 ms at its rate, at least 16 KiB and one segment; far less than a step's payload."""
     return max(16 * 1024, mtu + _ETHERNET_BYTES, math.ceil(0.002 * bytes_per_s))
+
+
+def segments_at_once(link: Link, mtu: int = 1500) -> int:
+    """How many segments a packet of a node may be of: no more than its shaper lets pass at once. One by one, if some are to be lost."""
+    if link.loss_probability > 0:
+        return 1
+    at_once = _MOST_BYTES if math.isinf(link.bytes_per_s) else min(burst_bytes(link.bytes_per_s, mtu), _MOST_BYTES)
+    return max(1, at_once // (mtu + _ETHERNET_BYTES))
 
 
 def queue_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
@@ -56,10 +68,15 @@ class Network:
             self._add_node(name)
 
     def tx_bytes(self) -> dict[str, int]:
-        """Bytes that each node has sent since the start, headers included, as received by the outer end of its veth."""
-        links = json.loads(checked_run(["ip", "-json", "-statistics", "link"]))
-        received = {link["ifname"]: int(link["stats64"]["rx"]["bytes"]) for link in links}
-        return {name: before + received.get(self._outer.get(name, ""), 0) for name, before in self._sent_before.items()}
+        """Bytes that each node has sent since the start, headers included."""
+        return {
+            name: before + (self._sent(name) if name in self._outer else 0)
+            for name, before in self._sent_before.items()
+        }
+
+    def _sent(self, name: str) -> int:
+        words = ["tc", "-netns", name, "-json", "-statistics", "qdisc", "show", "dev", INTERFACE, "root"]
+        return int(json.loads(checked_run(words))[0]["bytes"])
 
     def unplug(self, name: str) -> None:
         """Cut a node off: nothing that it still sends arrives, but its own interface reports no error to its programs."""
@@ -127,7 +144,7 @@ class Network:
             "ip",
             "link set lo up",
             f"address add {address(number)}/16 dev {INTERFACE}",
-            f"link set {INTERFACE} gso_max_segs 1",  # no offload: every segment has its headers, as on a wire
+            f"link set {INTERFACE} gso_max_segs {segments_at_once(link, self._mtu)}",
             *self._silent(INTERFACE),
             f"link set {INTERFACE} up",
             node=name,
@@ -150,6 +167,8 @@ class Network:
             times = f"delay {link.delay_s * 1e6:.0f}us {link.jitter_s * 1e6:.0f}us"
             loss = f"loss {link.loss_probability:.6%}"
             lines.append(f"{add} {place} handle 10: netem limit {packets} {times} {loss}")
+        if node is not None and not lines:
+            lines.append(f"{add} root handle 1: pfifo limit {_UNSHAPED_PACKETS}")  # which counts
         _batch("tc", *lines, node=node)
 
     def _silent(self, interface: str) -> list[str]:

@@ -13,20 +13,27 @@ from commopt.plan.links import rounds, wire_bytes
 
 TOLERANCE = 0.03  # of the modelled bytes: retransmissions, and last segments that are not full
 MESSAGE_BYTES = 512  # separate acknowledgements and retransmissions of each message, on a busy machine
+_ROOT = 0xFFFFFFFF  # TC_H_ROOT: the parent of an interface's own discipline
 BACKGROUND_BYTES = 10_000  # what a rank sends anyway in a window: address resolution, barriers, a store's keep-alives
 
 
 def transmitted_bytes(interface: str) -> int:
     """Bytes that have left `interface` of the caller's network namespace, headers included, as netlink reports them.
 
-    Not read from /sys: inside a namespace that was entered with nsenter, /sys/class/net silently shows the outer
-    machine's interfaces. Raises OSError if there is no such interface.
+    A veth counts one header for a packet that the kernel has not cut into segments yet; its queueing discipline, if it has
+    one, counts all. Not read from /sys: inside a namespace that was entered with nsenter, /sys/class/net silently shows the
+    outer machine's interfaces. Raises OSError if there is no such interface.
     """
     from pyroute2 import IPRoute, NetlinkError
 
     try:
         with IPRoute() as route:
             (link,) = route.link("get", ifname=interface)
+            if link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") == "veth":
+                for discipline in route.get_qdiscs(index=link["index"]):
+                    counted = discipline.get_nested("TCA_STATS2", "TCA_STATS_BASIC")
+                    if discipline["parent"] == _ROOT and discipline.get_attr("TCA_KIND") != "noqueue" and counted:
+                        return int(counted["bytes"])
             return int(link.get_attr("IFLA_STATS64")["tx_bytes"])
     except NetlinkError as error:
         raise OSError(error.code, f"no byte count of interface {interface!r}: {error}") from error

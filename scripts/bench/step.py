@@ -1,4 +1,4 @@
-"""Time one training step on four emulated nodes under every method and under torch's own hooks, and how far that is from the floor.
+"""Time one training step on four or two emulated nodes under every method and torch's own hooks, and how far that is from the floor.
 
 python scripts/bench/step.py                                        all cells that are not stored yet: hours; Ctrl-C keeps what is done
 python scripts/bench/step.py --clusters 50mbit --models 1m --methods dense,ef_sign,torch_ddp
@@ -16,7 +16,8 @@ ratio   step / max(compute, floor): 1 is a step that hides all communication beh
         The shaper lets up to max(16 KiB, 2 ms) of a link's rate pass at once, so a ratio can be a few percent below 1
 x DDP   the step over torch DDP's, of the same cluster and model
 
-All ranks share this machine's cores: compute is several times what it would be on a machine per rank, also where a method's
+If there are as many cores as nodes, each rank keeps to one of them: on two cores, these are the clusters two-50mbit and so on.
+Otherwise ranks share the cores: compute is several times what it would be on a machine per rank, also where a method's
 arithmetic runs beside it, so unshaped ratios are harsher than on real nodes. Compare ratios within one table, never
 milliseconds of two machines. What other programs used of the cores is stored with each cell, and told.
 """
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import step_race
 from command import DOCS, main, matching, names, new_parser, only_shows, present
 from emulated import Entry, measure_all, start
-from step_results import NODES, PEERS, outcome, report
+from step_results import PEERS, outcome, report
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
@@ -51,8 +52,16 @@ PROGRAM = Path(__file__).parent / "step_ranks.py"
 
 STEADY_STEPS, FREEZE_STEP, LONGEST_WARMUP = 12, 4, 100
 SETTLED = 3  # no step before is counted as steady
-CLUSTERS: Mapping[str, str | None] = {"50mbit": "50mbit", "100mbit": "100mbit", "1gbit": "1gbit", "unshaped": None}
-MODELS: Mapping[str, Mapping[str, int]] = {"1m": {"layers": 5, "width": 128}, "5m": {"layers": 6, "width": 256}}
+RATES = {"50mbit": "50mbit", "100mbit": "100mbit", "1gbit": "1gbit", "unshaped": None}
+CLUSTERS: Mapping[str, tuple[int, str | None]] = {  # nodes, rate
+    **{name: (4, rate) for name, rate in RATES.items()},
+    **{f"two-{name}": (2, rate) for name, rate in RATES.items()},
+}
+MODELS: Mapping[str, Mapping[str, int]] = {
+    "1m": {"layers": 5, "width": 128},
+    "5m": {"layers": 6, "width": 256},
+    "25m": {"layers": 8, "width": 512},
+}
 SIZES = {"heads": 4, "context": 64, "batch": 4, "seed": 1}
 BUCKET_MB = 1  # small enough that a compressed method's exchange overlaps with backward
 
@@ -135,6 +144,12 @@ def settings_of(cell: Cell) -> dict[str, Any]:
     return {**settings, "steps": max(SETTLED, warmup) + STEADY_STEPS, **sizes}
 
 
+def cluster_of(name: str) -> dict[str, Any]:
+    """The specification of a cluster."""
+    nodes, rate = CLUSTERS[name]
+    return {"name": f"{nodes}-{rate or 'unshaped'}", "nodes": nodes, "links": {"rate": rate}}
+
+
 def program_words(cell: Cell, settings: Mapping[str, Any]) -> list[str]:
     """The program of the ranks and its arguments."""
     return [str(PROGRAM), cell.method, json.dumps(settings)]
@@ -171,6 +186,7 @@ def measure(entry: Entry, emulation: Emulation, *, timeout_s: float) -> dict[str
     from commopt.report.table import event_texts
 
     cell, failure, details = Cell(**entry["cell"]), None, ""
+    nodes, rate = CLUSTERS[cell.cluster]
     with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
         records = Path(scratch, "record")
         try:
@@ -189,13 +205,14 @@ def measure(entry: Entry, emulation: Emulation, *, timeout_s: float) -> dict[str
                 failure, details = str(job.failure).splitlines()[0], job.failure.message
                 if not details and (said := last_words(Path(scratch, "log"))):
                     failure, details = said[0], "\n".join([failure, *said])
-        run = collect(records, method=cell.method, failure=failure, ranks_here=range(NODES))
+        run = collect(records, method=cell.method, failure=failure, ranks_here=range(nodes))
         ranks = {record.rank: record for record in map(RankRecord.read, rank_files(records))}
     known = ("status", "parameters", "window_steps", "step_s", "step_mean_s", "compute_s", "nic_over_model")
     return {
         **asdict(cell),
         **{name: getattr(run, name) for name in known},
-        "rate": CLUSTERS[cell.cluster],
+        "nodes": nodes,
+        "rate": rate,
         "failure": failure or run.failure,
         "details": details.splitlines()[-20:],
         "wait_share": None if cell.method in PEERS else run.wait_share,
@@ -238,6 +255,9 @@ def interface_bytes(ranks: Mapping[int, Any]) -> dict[str, dict[str, float | Non
             key: None if None in (first, last) else (last - first) / (end.steps - begin.steps)
             for key, (first, last) in readings.items()
         }
+    sent, received = (sum(one[key] or 0.0 for one in counted.values()) for key in ("sent", "received"))
+    for one in counted.values():  # an interface that receives counts one header for several segments
+        one["received"] = one["received"] and one["received"] * sent / received
     return counted
 
 
@@ -252,7 +272,7 @@ def sweep(cells: Sequence[Cell], file: Path, *, redo: bool = False, timeout_s: f
         {
             "name": cell.name,
             "cell": asdict(cell),
-            "cluster": {"name": f"four-{cell.cluster}", "nodes": NODES, "links": {"rate": CLUSTERS[cell.cluster]}},
+            "cluster": cluster_of(cell.cluster),
             "settings": settings,
         }
         for cell, settings in wanted

@@ -12,7 +12,7 @@ from command import Report
 from emulated import BUSY_CORES
 from rich.text import Text
 from sheets import Sheet, figure
-from step_results import BASELINE, NODES, PEERS, busiest_bytes
+from step_results import BASELINE, PEERS, busiest_bytes, nodes_of
 
 from commopt.record.words import bytes_text, milliseconds, seconds_text, times_text
 from commopt.report import drawing
@@ -164,7 +164,7 @@ def title_of(results: Sequence[Result]) -> str:
     first = results[0]
     parameters = next((one["parameters"] for one in results if one.get("parameters")), 0)
     return (
-        f"{NODES} nodes, {first['rate'] or 'unshaped'}, GPT of {parameters / 1e6:.2f} M parameters, "
+        f"{nodes_of(first)} nodes, {first['rate'] or 'unshaped'}, GPT of {parameters / 1e6:.2f} M parameters, "
         f"{first['seconds']:g} s of training each"
     )
 
@@ -239,7 +239,7 @@ def draw_figure(results: Sequence[Result], file: Path) -> None:
     """Loss against seconds, and the step of each: ours in colours, torch DDP black, and other peers grey."""
     colours, first = colours_of(results), results[0]
     with figure(file, "The race: loss after equal time", 9.2, 2) as (above, below):
-        drawing.entitle(above, f"{NODES} nodes, {first['rate'] or 'unshaped'}: held-out loss")
+        drawing.entitle(above, f"{nodes_of(first)} nodes, {first['rate'] or 'unshaped'}: held-out loss")
         for one in results:
             seconds, losses = zip(*curve_of(one), strict=True)
             width = 1.9 if is_ours(one) else 1.1

@@ -185,7 +185,16 @@ def made(settings: Settings) -> nn.Module:
     return gpt
 
 
+def keep_to_a_core() -> None:
+    """Keep this rank, with the threads that it will start, to a core of its own if there are enough."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if ranks <= len(cores):
+        os.sched_setaffinity(0, {cores[rank]})
+
+
 def main(name: str, settings: Settings) -> None:
+    keep_to_a_core()
     step = training_program().train_step
     if name in PEERS:
         dist.init_process_group("gloo")

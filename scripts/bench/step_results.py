@@ -13,16 +13,18 @@ from sheets import Sheet, judged
 from commopt.plan.links import parse_rate
 from commopt.record.words import bytes_text, milliseconds, seconds_text
 
-NODES = 4
 PEERS = (
     "torch_ddp", "torch_fp16", "torch_powersgd", "torch_powersgd_one_bucket", "torch_post_localsgd", "decent_dp",
     "deepspeed_onebit_adam", "grace_top_k", "public_lion", "public_demo", "hivemind_8bit",
 )  # fmt: skip
 BASELINE = "torch_ddp"
-TARGET, TARGET_CLUSTERS, UNSHAPED_TARGET = 1.2, ("50mbit", "100mbit"), 1.3
-WITHOUT_TARGET = (  # others send signs, few values, or at most 4 bits of each
-    "dense", "fp16", "two_way", "natural", "powersgd", "dice_sgd", *PEERS,
-)  # fmt: skip
+TARGET = 1.15  # over max(compute, floor), and unshaped over torch DDP, where each rank has a core
+WITHOUT_TARGET = (
+    "dense",
+    "fp16",
+    "dice_sgd",
+    *PEERS,
+)  # others send signs, few values, low ranks, or at most 8 bits of each
 HEADINGS = ("step\nms", "compute\nms", "floor\nms", "ratio", "x DDP", "interface\nper step", "payload\nper step")
 
 Result = Mapping[str, Any]  # a stored cell
@@ -49,15 +51,18 @@ def ratio_to_ddp(result: Result, baseline: Result | None) -> float | None:
 
 def verdict(result: Result, baseline: Result | None) -> tuple[float, bool] | None:
     """The target that a cell has, and whether it is met; None where it has none, or no number."""
-    if result["method"] in PEERS:
+    if result["method"] in PEERS or nodes_of(result) > result["environment"]["cpu_count"]:
         return None
     if result["rate"] is None:
-        ratio, target = ratio_to_ddp(result, baseline), UNSHAPED_TARGET
-    elif result["cluster"] in TARGET_CLUSTERS and result["method"] not in WITHOUT_TARGET:
-        ratio, target = ratio_to_floor(result), TARGET
+        ratio = ratio_to_ddp(result, baseline)
     else:
-        return None
-    return None if ratio is None else (target, ratio <= target)
+        ratio = None if result["method"] in WITHOUT_TARGET else ratio_to_floor(result)
+    return None if ratio is None else (TARGET, ratio <= TARGET)
+
+
+def nodes_of(result: Result) -> int:
+    """How many nodes the cluster of a cell has; cells of long ago don't say it, and had four."""
+    return int(result.get("nodes", 4))
 
 
 def is_uneven(result: Result) -> bool:
@@ -86,7 +91,7 @@ def sheet(results: Sequence[Result]) -> Sheet:
     baseline = next((one for one in results if one["method"] == BASELINE), None)
     parameters = next((one["parameters"] for one in results if one.get("parameters")), None)
     size = f"{parameters / 1e6:.2f} M parameters" if parameters else first["model"]
-    title = f"{NODES} nodes, {first['rate'] or 'unshaped'}, GPT of {size}"
+    title = f"{nodes_of(first)} nodes, {first['rate'] or 'unshaped'}, GPT of {size}"
     rows = [row_of(one, baseline) for one in results]
     return Sheet(title, ("method", *HEADINGS, "target"), rows, left=("method", "target"))
 
@@ -96,7 +101,7 @@ def row_of(one: Result, baseline: Result | None) -> list[str | Text]:
     if one["status"] != "finished":
         return [name, Text("failed", "bold red"), *[""] * len(HEADINGS)]
     target, is_met = verdict(one, baseline) or (0.0, None)
-    said = f"<= {target:.1f} {'met' if is_met else 'missed'}{' ?' * is_disturbed(one)}" if target else ""
+    said = f"<= {target:.2f} {'met' if is_met else 'missed'}{' ?' * is_disturbed(one)}" if target else ""
     return [
         name,
         _text(one.get("step_s"), milliseconds) + ("~" if is_uneven(one) else ""),
@@ -137,9 +142,9 @@ def remarks(results: Sequence[Result]) -> list[str]:
         lines.append(
             f"* peers: torch's own, in DDP's default buckets unless named otherwise, are {hooks}; others are in step_peers.py"
         )
-    cores = sorted({one["environment"]["cpu_count"] for one in results})
-    shared = " or ".join(map(str, cores))
-    lines.append(f"All {NODES} ranks shared {shared} cores: compute is that of a crowded machine.")
+    for nodes, cores in sorted({(nodes_of(one), one["environment"]["cpu_count"]) for one in results}):
+        if nodes > cores:
+            lines.append(f"{nodes} ranks shared {cores} cores: compute is that of a crowded machine.")
     disturbed = [one for one in results if is_disturbed(one)]
     if disturbed:
         most, who = max(one["others_cores"] for one in disturbed), ", ".join(one["name"] for one in disturbed)
