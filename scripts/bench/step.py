@@ -5,7 +5,7 @@ python scripts/bench/step.py --clusters 50mbit --models 1m --methods dense,ef_si
 python scripts/bench/step.py --only '*-5m-torch_*' --redo           again, whatever is stored
 python scripts/bench/step.py --table | --markdown                   show what is stored, and measure nothing
 python scripts/bench/step.py --race                                 the race: 12 minutes; --quick: a look in two, stored apart
-python scripts/bench/step.py --page                                 write the stored race into docs/steps.md, and its figure
+python scripts/bench/step.py --page                                 write the race, its figure, and two nodes' steps into docs/steps.md
 
 A cell is one cluster, model and method: a few warm-up steps, 12 steady ones, and 20 with communication switched off. The
 cells of one cluster run one after the other on the same emulated network. They are stored in scripts/bench/results/step.jsonl.
@@ -29,14 +29,14 @@ import importlib.util
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import step_race
 from command import DOCS, main, matching, names, new_parser, only_shows, present
 from emulated import Entry, measure_all, start
-from step_results import PEERS, outcome, report
+from step_results import PEERS, outcome, overview, report
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
@@ -63,6 +63,7 @@ MODELS: Mapping[str, Mapping[str, int]] = {
     "25m": {"layers": 8, "width": 512},
 }
 SIZES = {"heads": 4, "context": 64, "batch": 4, "seed": 1}
+RACE_CLUSTER = "two-50mbit"  # where each rank has a core: four on two cores would be slowed down by each other, and not by the link
 BUCKET_MB = 1  # small enough that a compressed method's exchange overlaps with backward
 
 OPTIMIZER: Mapping[str, Any] = {"name": "adam", "lr": 1e-3}
@@ -288,7 +289,7 @@ def sweep(cells: Sequence[Cell], file: Path, *, redo: bool = False, timeout_s: f
 def parser() -> argparse.ArgumentParser:
     made, what = new_parser(__doc__, STORED, "only cells whose names match a pattern, such as '50mbit-*-torch_*'", PAGE)
     made.add_argument(
-        "--race", action="store_true", help="equal time for all; without options on 50mbit, with model 1m"
+        "--race", action="store_true", help=f"equal time for all; without options on {RACE_CLUSTER}, with model 1m"
     )
     made.add_argument("--quick", action="store_true", help="a race of four for a few seconds each; stored apart")
     made.add_argument("--seconds", type=float, metavar="S", help=f"of each in a race; {step_race.SECONDS:g} by default")
@@ -318,7 +319,12 @@ def run(args: argparse.Namespace) -> None:
     finally:
         store = Store(file)
         found = [one for cell in cells if (one := store.get(cell.name)) is not None]
-        present(step_race.report(found) if is_race else report(found), args, PAGE)
+        shown = step_race.report(found) if is_race else report(found)
+        if args.page:
+            cells = [cell for cell in step_cells(args, file, shows=True) if CLUSTERS[cell.cluster][0] == 2]
+            steps = overview([one for cell in cells if (one := store.get(cell.name)) is not None])
+            shown = replace(shown, sheets=[*shown.sheets, *steps])
+        present(shown, args, PAGE)
 
 
 def step_cells(args: argparse.Namespace, file: Path, *, shows: bool) -> list[Cell]:
@@ -338,7 +344,7 @@ def race_cells(args: argparse.Namespace, *, shows: bool) -> list[Cell]:
 
     seconds = args.seconds or (step_race.QUICK_SECONDS if args.quick else step_race.SECONDS)
     clusters, models = (
-        names("--clusters", args.clusters or "50mbit", CLUSTERS),
+        names("--clusters", args.clusters or RACE_CLUSTER, CLUSTERS),
         names("--models", args.models or "1m", MODELS),
     )
     methods = names("--methods", args.methods, [*PEERS, *METHODS])

@@ -96,6 +96,32 @@ def sheet(results: Sequence[Result]) -> Sheet:
     return Sheet(title, ("method", *HEADINGS, "target"), rows, left=("method", "target"))
 
 
+def overview(results: Sequence[Result]) -> list[Sheet]:
+    """For each model a table of steps by method and cluster, with what there are targets for: over max(compute, floor), or over DDP."""
+    clusters = dict.fromkeys((one["cluster"], one["rate"]) for one in results)
+    sheets = []
+    for model in dict.fromkeys(one["model"] for one in results):
+        own = {(one["method"], one["cluster"]): one for one in results if one["model"] == model}
+        rows: list[list[str | Text]] = []
+        for method in dict.fromkeys(name for name, _ in own):
+            cells = [(own.get((method, name)), own.get((BASELINE, name))) for name, _ in clusters]
+            rows.append([f"`{method}`", *(_said(one, baseline) for one, baseline in cells)])
+        sizes = [one["parameters"] for one in own.values() if one["parameters"]]
+        size = f"GPT of {max(sizes, default=0) / 1e6:.2f} M parameters"
+        title = f"{nodes_of(results[0])} nodes with a core each, {size}: ms a step, and its ratio"
+        sheets.append(
+            Sheet(title, ("method", *(rate or "unshaped, over DDP" for _, rate in clusters)), rows, left=("method",))
+        )
+    return sheets
+
+
+def _said(one: Result | None, baseline: Result | None) -> str:
+    if one is None or not one.get("step_s"):
+        return "" if one is None else "failed"
+    ratio = ratio_to_ddp(one, baseline) if one["rate"] is None else ratio_to_floor(one)
+    return _text(one["step_s"], milliseconds) + ("" if ratio is None else f", {ratio:.2f}")
+
+
 def row_of(one: Result, baseline: Result | None) -> list[str | Text]:
     name = Text(f"{one['method']} *", "dim") if one["method"] in PEERS else Text(one["method"], "bold")
     if one["status"] != "finished":

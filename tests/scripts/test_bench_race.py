@@ -185,9 +185,9 @@ def test_ranks_agree_on_the_next_look_by_their_mean(tmp_path: Path) -> None:
 def cell(method: str, step_s: float, losses: list[float], **other: Any) -> dict[str, Any]:
     """A stored cell of a race of 8 seconds, with a look every 4 seconds."""
     counts = {f"node{n}": {"sent": 1e6 * step_s, "received": 1e6 * step_s} for n in range(4)}
-    one = bench.Cell("50mbit", "1m", method, 8.0)
+    one = bench.Cell("two-50mbit", "1m", method, 8.0)
     return {
-        "name": one.name, "cluster": "50mbit", "model": "1m", "method": method, "seconds": 8.0, "rate": "50mbit",
+        "name": one.name, "cluster": "two-50mbit", "nodes": 2, "model": "1m", "method": method, "seconds": 8.0, "rate": "50mbit",
         "settings": bench.settings_of(one), "status": "finished", "failure": None, "parameters": 1_065_344,
         "step_mean_s": step_s, "steps": round(8 / step_s), "interface_bytes": counts, "others_cores": 0.0,
         "curve": [[4.0 * k, loss] for k, loss in enumerate(losses)], **other,
@@ -229,7 +229,7 @@ def test_the_table_ranks_by_loss_and_says_whether_goals_are_met() -> None:
     said = "\n".join(report.remarks)
     assert "final loss of torch DDP in 2.0 s, 4.0x as fast, goal 10x missed. Its step is 10.0x as fast" in said
     assert "final loss of GRACE top-k (the best peer) in 4.0 s, 2.0x as fast, goal 3x missed" in said
-    assert "race-8s-50mbit-1m-decent_dp failed: is not installed" in report.remarks
+    assert "race-8s-two-50mbit-1m-decent_dp failed: is not installed" in report.remarks
     assert "up to 0.9 cores meanwhile: grace_top_k" in said
 
 
@@ -240,7 +240,7 @@ def test_everyone_in_the_race_is_known_and_named() -> None:
     assert "torch_ddp" in race.OPTIONS
     for method in race.OURS:
         module("building").build(
-            {"method": method, **bench.settings_of(bench.Cell("50mbit", "1m", method, 8.0))}, nn.Linear(2, 2)
+            {"method": method, **bench.settings_of(bench.Cell("two-50mbit", "1m", method, 8.0))}, nn.Linear(2, 2)
         )
 
 

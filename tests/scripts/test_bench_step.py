@@ -105,6 +105,19 @@ def test_the_table_shows_each_cell_and_marks_the_peers(capsys: pytest.CaptureFix
     assert row(drawn([two(others_cores=0.7)], capsys), "ef_sign")[-3:] == ["1.15", "missed", "?"]  # in doubt
 
 
+def test_the_overview_has_a_column_for_each_cluster_and_a_ratio_for_each_step() -> None:
+    unshaped = {"cluster": "two-unshaped", "rate": None, "step_s": 0.06}
+    cells = [two(), two(**unshaped), two("torch_ddp", **{**unshaped, "step_s": 0.12}), two("dense", step_s=None)]
+    (sheet,) = says.overview(cells)
+    assert sheet.title.startswith("2 nodes with a core each, GPT of 1.07 M parameters")
+    assert list(sheet.headings) == ["method", "50mbit", "unshaped, over DDP"]
+    assert sheet.rows == [
+        ["`ef_sign`", "100, 1.25", "60.0, 0.50"],
+        ["`torch_ddp`", "", "120, 1.00"],
+        ["`dense`", "failed", ""],
+    ]
+
+
 def test_one_table_for_each_cluster_and_model(capsys: pytest.CaptureFixture[str]) -> None:
     text = drawn([cell(), cell(cluster="unshaped"), cell(model="5m", parameters=4_900_000)], capsys)
     titles = [line.split(", GPT")[0].strip() for line in text.splitlines() if ", GPT" in line]
