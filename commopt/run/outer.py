@@ -26,7 +26,7 @@ from commopt.groups.staging import SideStaging
 from commopt.methods import is_launched
 from commopt.record.recorder import RoundReport
 from commopt.run.checks import Checked, refuse_ddp
-from commopt.run.machine import Machine
+from commopt.run.machine import Machine, give_back_memory
 from commopt.run.members import Members
 from commopt.run.reshare import recut, stretches_of
 from commopt.run.run import HasState, Run
@@ -237,6 +237,7 @@ class OuterRun(Run):
 
     def _begin_round(self, round: Round) -> None:
         begun_s, is_ahead = self.peers.seconds, self._is_ahead
+        give_back_memory()  # a round takes more than a step
         is_due = self._sketch.is_due(self.steps) and not any(one.has_sketch for one in self._pending)
         is_whole = is_due or self.method.fragments == 1  # a sketch is of everything
         fragment = None if is_whole else round.fragment
