@@ -141,7 +141,10 @@ class OuterMethod(Method):
 
     @abstractmethod
     def exchange(self, x: Tensor, round: Round) -> Exchanged:
-        """Send what the peers need of x, and wait for theirs, at most `timeout_s`; changes only the state of messages."""
+        """Send what the peers need of x, and wait for theirs, at most `timeout_s`; changes only the state of messages.
+
+        What is missed, and has no values, counts as `alone`. Without a delay x may be overwritten, unless `apply` reads it.
+        """
 
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         """The new value of x; may change state."""

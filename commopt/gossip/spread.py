@@ -14,6 +14,7 @@ from commopt.wire.payload import Payload
 
 WIDTH = 512  # numbers in a sketch; the estimate's relative standard deviation is about sqrt(1 / (2 WIDTH)) for two replicas: 3 %
 _EVERY_STEPS = 10
+PIECE = 1 << 18  # elements that are sketched at once, in which no column is cut
 _AHEAD = 1000  # steps of which sketches are kept that came too early
 
 
@@ -31,8 +32,7 @@ class Spread:
         self.rank = rank
         count = np.asarray([-(-elements // 64)], dtype=np.int64)
         key = noise.keys(0, "sketch", 0, np.zeros(1, np.int64), np.zeros(1, np.int64))
-        words = noise.bits(key, count)  # (elements / 64,) u64
-        self._bits = torch.from_numpy(np.unpackbits(words.view(np.uint8))[:elements].view(np.bool_).copy())
+        self._signs = noise.bits(key, count).view(np.uint8)  # (elements / 8,), a bit for each
         self._known: dict[int, dict[int, Tensor]] = {}  # by step, then by rank
         self._last_step, self._oldest = -(10**9), 0
 
@@ -41,10 +41,15 @@ class Spread:
 
     def sketch(self, x: Tensor) -> Tensor:
         """(WIDTH,) f32 of (elements,) f32."""
-        padded = x.new_zeros(len(x) + -len(x) % WIDTH)
-        signed = padded[: len(x)]
-        torch.where(self._bits, x, torch.neg(x, out=signed), out=signed)  # no more memory than it takes
-        return padded.view(-1, WIDTH).sum(0)
+        total, room = x.new_zeros(WIDTH), x.new_empty(min(PIECE, len(x) + -len(x) % WIDTH))
+        for at in range(0, len(x), PIECE):
+            piece, n = x[at : at + PIECE], min(PIECE, len(x) - at)
+            bits = torch.from_numpy(np.unpackbits(self._signs[at // 8 : (at + PIECE) // 8], count=n).view(np.bool_))
+            signed, padded = room[:n], room[: n + -n % WIDTH]
+            torch.where(bits, piece, torch.neg(piece, out=signed), out=signed)
+            padded[n:] = 0
+            total += padded.view(-1, WIDTH).sum(0)
+        return total
 
     def begin(self, step: int) -> None:
         """Note that a sketch of this step follows."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,6 +25,10 @@ KEPT = 8  # unread messages that are kept per channel and peer, the newest
 GROUP = "group "  # prefix of the channels of a PeerGroup, whose messages are all kept
 T = TypeVar("T")
 _SMALL = 1024  # bytes up to which an all-reduce is a gather: one message round instead of two
+_PIECE, _PIECES = (
+    1 << 21,
+    64,
+)  # elements that a piece of a larger all-reduce has at least, and how many there are at most
 
 
 Sizes = tuple[tuple[int, int], ...]  # (round, members): how many members a job has from which round on
@@ -202,8 +206,9 @@ class PeerGroup(Group):
     """The members of one exchange as a `Group`; messages go directly from sender to receiver.
 
     An all-reduce is a reduce-scatter and an all-gather, 2(N-1)/N of the tensor in two message rounds. One member sums each part, in
-    rank order, so that all get the same bits. `timeout_s` is for all calls together. Each group of a channel needs its own range of
-    sequence numbers, from `first` on. Raises GroupError if a member does not answer.
+    rank order, so that all get the same bits. A large tensor goes in pieces, a few of which travel at once, so that messages take
+    little memory. `timeout_s` is for all calls together. Each group of a channel needs its own range of sequence numbers, from `first`
+    on. Raises GroupError if a member does not answer; the tensor may have changed by then.
     """
 
     def __init__(self, peers: Peers, members: Sequence[int], channel: str, first: int, timeout_s: float) -> None:
@@ -217,19 +222,26 @@ class PeerGroup(Group):
             return
         flat = x.detach().reshape(-1)
         if flat.nbytes <= _SMALL:
-            total = summed([one.tensors[0] for one in self.all_gather(Payload.of(flat))])
+            flat = summed([one.tensors[0] for one in self.all_gather(Payload.of(flat))])
         else:
-            parts = torch.tensor_split(flat, self.size)
-            received = self._exchange([Payload.of(part) for part in parts])
-            own = Payload.of(received[0].tensors[0])
-            for one in received[1:]:
-                own.tensors[0].add_(one.tensors[0])  # in the order of ranks
-            del received, one  # a large tensor's copies do not all have to be there at once
-            answers = self.all_gather(own, [((flat.dtype, part.numel()),) for part in parts])
-            for part, one in zip(parts, answers, strict=True):
-                part.copy_(one.tensors[0])
-            total = flat
-        x.copy_(total.view_as(x))
+            pieces = torch.tensor_split(flat, min(_PIECES, -(-flat.numel() // _PIECE)))
+            steps = [self._reduce_(piece) for piece in pieces]
+            for at in range(len(steps) + 3):
+                for behind in (2, 0, 3):  # an answer goes out before a new piece, for which nobody waits yet
+                    if 0 <= at - behind < len(steps):
+                        next(steps[at - behind], None)
+        x.copy_(flat.view_as(x))
+
+    def _reduce_(self, piece: Tensor) -> Iterator[None]:
+        """Replace a piece by its sum: pauses before it waits for the terms of this rank's part, and for the other parts' sums."""
+        parts = torch.tensor_split(piece, self.size)
+        arrived = self._sent([Payload.of(part) for part in parts])
+        yield
+        total = Payload.of(summed([one.tensors[0] for one in arrived()]))  # in the order of ranks
+        arrived = self._sent([total] * self.size, [((piece.dtype, part.numel()),) for part in parts])
+        yield
+        for part, one in zip(parts, arrived(), strict=True):
+            part.copy_(one.tensors[0])
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         return self._exchange([payload] * self.size, layouts or [payload.layout] * self.size)
@@ -249,14 +261,24 @@ class PeerGroup(Group):
 
     def _exchange(self, payloads: Sequence[Payload], layouts: Sequence[Layout] | None = None) -> list[Payload]:
         """Send payloads[j] to member j; return what each member sent here, by rank."""
+        return self._sent(payloads, layouts)()
+
+    def _sent(
+        self, payloads: Sequence[Payload], layouts: Sequence[Layout] | None = None
+    ) -> Callable[[], list[Payload]]:
+        """`_exchange` whose result is waited for later, by the returned function."""
         sequence, own = next(self._numbers), payloads[self.rank]
         order = [(self.rank + k) % self.size for k in range(1, self.size)]  # else all would send to one member first
         for peer in order:
             self._send(peer, sequence, payloads[peer])
-        received = {self.rank: own}
-        for peer in order:
-            received[peer] = self._receive(peer, sequence, own.layout if layouts is None else layouts[peer])
-        return [received[rank] for rank in range(self.size)]
+
+        def arrived() -> list[Payload]:
+            received = {self.rank: own}
+            for peer in order:
+                received[peer] = self._receive(peer, sequence, own.layout if layouts is None else layouts[peer])
+            return [received[rank] for rank in range(self.size)]
+
+        return arrived
 
     def _left_s(self) -> float:
         return max(0.0, self._deadline_s - self.peers.seconds)

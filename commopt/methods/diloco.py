@@ -31,7 +31,8 @@ from commopt.wire.payload import checksum, is_sound
 from commopt.wire.state import Saved, State
 
 OUTER: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
-    "nesterov": (torch.optim.SGD, {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
+    # foreach: else nesterov takes a copy of the gradient
+    "nesterov": (torch.optim.SGD, {"lr": 0.7, "momentum": 0.9, "nesterov": True, "foreach": True}),
     "sgd": (torch.optim.SGD, {"lr": 0.7, "momentum": 0.0}),
     "adagrad": (FedAdagrad, {}),
     "adam": (FedAdam, {}),
@@ -126,7 +127,7 @@ class DiLoCo(OuterMethod):
         me, expected = self.peers.rank, self.participants(round.number)
         if me not in expected:
             return Exchanged((me,))
-        start_s, part = self.peers.seconds, round.part
+        start_s = self.peers.seconds
         mark = functools.reduce(lambda before, own: checksum(own, before), self._shared(round.fragment), 0)
         card = torch.tensor([int(self.state["version"][round.fragment]), mark])
         roll = call_roll(
@@ -138,16 +139,16 @@ class DiLoCo(OuterMethod):
         group = PeerGroup(self.peers, roll.members, "diloco", round.number * _CALLS, left_s)
         try:
             shared = self._reconciled(roll, round.fragment, group)
-            mean = self._mean(self.state["slow"][part] - x, round, roll.members, group)
+            mean = self._mean(self._delta(x, round), round, roll.members, group)
         except (GroupError, ValueError):  # the second one: codes are damaged
-            return self.alone(x, round)
+            return Exchanged((me,), is_missed=True)
         if mean is None or not all(map(is_sound, (mean, *shared.values()))):
-            return self.alone(x, round)
+            return Exchanged((me,), is_missed=True)
         is_missed = len(roll.members) < len(expected)
         return Exchanged(roll.members, is_missed, {"delta": mean, **shared})
 
     def alone(self, x: Tensor, round: Round, exchanged: Exchanged | None = None) -> Exchanged:
-        return Exchanged((self.peers.rank,), is_missed=True, values={"delta": self.state["slow"][round.part] - x})
+        return Exchanged((self.peers.rank,), is_missed=True, values={"delta": self._delta(x, round)})
 
     def apply(self, x: Tensor, round: Round, exchanged: Exchanged) -> Tensor:
         if "delta" not in exchanged.values:  # not drawn: continue with the inner steps
@@ -205,6 +206,10 @@ class DiLoCo(OuterMethod):
         part = self.fragment_parts[fragment]
         return [self.state[key][part] for key in ("slow", *(f"outer {key}" for key in sorted(self._outer_state)))]
 
+    def _delta(self, x: Tensor, round: Round) -> Tensor:
+        """phi - theta; without a delay in place of x."""
+        return torch.sub(self.state["slow"][round.part], x, out=None if self.delay else x)
+
     def _reconciled(self, roll: Roll, fragment: int, group: PeerGroup) -> dict[str, Tensor]:
         """If members differ, the mean over those of the latest round; empty if all agree, which is the usual case."""
         cards = [roll.cards[rank] for rank in roll.members]
@@ -223,7 +228,7 @@ class DiLoCo(OuterMethod):
         if self._means.get(round.fragment, ((), None))[0] != members:
             self._carry_over(round.fragment, members, group)
         named, mean = self._named(round.fragment, delta), self._means[round.fragment][1]
-        starts = tuple(int(view.storage_offset()) for _, view in named)
+        starts = tuple(int(view.storage_offset() - delta.storage_offset()) for _, view in named)
         bucket = Bucket(delta, tuple(name for name, _ in named), starts)
         # random keys depend on it, and members may have taken part in different rounds
         mean.exchanges.fill_(round.number)

@@ -171,7 +171,8 @@ class FrozenVariance(UpdateMethod):
         self.state["frozen"].fill_(1)
         self._make_mask()
         if self.mask is not None:
-            self.state["momentum"].masked_fill_(~self.mask, 0.0)
+            for m, own in zip(torch.split(self.state["momentum"], _PIECE), torch.split(self.mask, _PIECE), strict=True):
+                m.masked_fill_(~own, 0.0)
         if self.options.prescale:
             self.two_way.factors = equalising_factors(self.state["momentum"], self.index)
 

@@ -21,7 +21,7 @@ from commopt.groups import Group, LocalGroup, World
 from commopt.method import EveryStep
 from commopt.run.agree import listed
 from commopt.run.checks import HALF, Checked, has_closure
-from commopt.run.machine import bytes_of
+from commopt.run.machine import bytes_of, give_back_memory
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
 from commopt.wire.bucket import Bucket, ParameterIndex, Share
@@ -279,6 +279,8 @@ class EveryStepRun(Run):
                 "optimizer.step() takes no closure here: gradients are exchanged before it; call backward, then step()"
             )
         super()._before_step(optimizer, args, kwargs)
+        if self.steps == 0:  # DDP's first bucket is the whole model, and the optimizer has no state yet
+            give_back_memory()
         if self.lacks_state and self.rank == 0:
             why = f"without that of {self.method.name}, whose residuals are lost; run.save and run.load keep them"
             _log.warning("the optimizer's state was loaded %s", why)

@@ -26,7 +26,7 @@ from commopt.groups.staging import SideStaging
 from commopt.methods import is_launched
 from commopt.record.recorder import RoundReport
 from commopt.run.checks import Checked, refuse_ddp
-from commopt.run.machine import Machine
+from commopt.run.machine import Machine, give_back_memory
 from commopt.run.members import Members
 from commopt.run.reshare import recut, stretches_of
 from commopt.run.run import HasState, Run
@@ -237,6 +237,7 @@ class OuterRun(Run):
 
     def _begin_round(self, round: Round) -> None:
         begun_s, is_ahead = self.peers.seconds, self._is_ahead
+        give_back_memory()  # a round takes more than a step
         is_due = self._sketch.is_due(self.steps) and not any(one.has_sketch for one in self._pending)
         is_whole = is_due or self.method.fragments == 1  # a sketch is of everything
         fragment = None if is_whole else round.fragment
@@ -276,13 +277,16 @@ class OuterRun(Run):
         if not all(map(any, told)):
             self._members.recover()
             return False
-        if any(one != told[0] for one in told):
-            exchanged = dataclasses.replace(self.method.alone(pending.x, pending.round, exchanged), is_missed=True)
+        if any(one != told[0] for one in told) or (exchanged.is_missed and not exchanged.values):
+            # without a delay the exchange may have overwritten it, and the parameters are still what they were
+            x = pending.x if self.method.delay else self._values(pending.round.fragment).cpu()
+            exchanged = dataclasses.replace(self.method.alone(x, pending.round, exchanged), is_missed=True)
         with torch.no_grad():
             new = self.method.apply(pending.x, pending.round, exchanged)
             if new is not pending.x or self.group.size > 1:  # _write gathers: all ranks of a machine must call it
                 is_change = self.steps != pending.begun_at  # keeps what inner steps have added since
-                self._write(new - pending.x if is_change else new, pending.round.fragment, adds=is_change)
+                new = torch.sub(new, pending.x, out=pending.x) if is_change else new
+                self._write(new, pending.round.fragment, adds=is_change)
         ending_s = self.peers.seconds - begun_s
         self.waited_s += ending_s
         blocked_s = pending.blocked_s + ending_s

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from allocations import Allocations
 from outer_rig import run_world, spread
 
-from commopt.gossip.spread import WIDTH, Spread, spread_of, squares
+from commopt.gossip.spread import PIECE, WIDTH, Spread, spread_of, squares
 from commopt.groups import SimGroup, SimWorld
 
 
@@ -84,11 +85,19 @@ def test_training_reports_the_spread_of_its_replicas() -> None:
         assert 0.7 * min(true) < told < 1.3 * max(true)
 
 
-def test_a_sketch_takes_no_more_memory_than_the_model() -> None:
-    x = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
+def test_a_sketch_of_a_large_model_takes_a_pieces_memory_and_each_element_counts_once() -> None:
+    x = torch.randn(2 * PIECE + 700, generator=torch.Generator().manual_seed(1))
     spread = Spread(len(x), 0)
     with Allocations() as made:
         sketch = spread.sketch(x)
-    signed = torch.where(spread._bits, x, -x)
-    assert torch.equal(sketch, torch.nn.functional.pad(signed, (0, -len(x) % WIDTH)).view(-1, WIDTH).sum(0))
-    assert sum(made.nbytes) <= 4 * (len(x) + 2 * WIDTH)
+    assert sum(made.nbytes) <= 6 * PIECE + 3 * 4 * WIDTH
+    places = [0, 700, PIECE - 1, PIECE, 2 * PIECE + 699]
+    for place in places:
+        other = torch.zeros(len(x))
+        other[place] = 3.0
+        one = spread.sketch(other)
+        assert one.nonzero().tolist() == [[place % WIDTH]]
+        assert one.abs().sum() == 3.0
+    signs = torch.from_numpy(np.unpackbits(spread._signs)[: len(x)].astype(np.float32)) * 2 - 1
+    padded = torch.nn.functional.pad(x * signs, (0, -len(x) % WIDTH))
+    torch.testing.assert_close(sketch, padded.view(-1, WIDTH).sum(0), rtol=1e-4, atol=1e-3)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rig import normal
+from torch import Tensor
 from transports import RANKS, Run, over_simulated_peers, over_tcp_peers, simulated
 
 from commopt.errors import GroupError
@@ -114,6 +116,35 @@ def some_of_all(peers: Peers) -> float | None:
 
 def test_a_group_of_some_leaves_the_others_alone(run: Run) -> None:
     assert run(3, some_of_all) == [2.0, None, 2.0]
+
+
+def in_pieces(peers: Peers) -> tuple[Tensor, list[int]]:
+    """The sum of 5,003 elements from each, and the bytes of what this member sent, in order."""
+    sent: list[int] = []
+    send = peers.send
+
+    def noted(peer: int, channel: str, sequence: int, payload: Payload, **options: float) -> None:
+        sent.append(payload.nbytes)
+        send(peer, channel, sequence, payload, **options)
+
+    peers.send = noted  # type: ignore[method-assign]
+    x = normal(5003, peers.rank)
+    PeerGroup(peers, range(peers.size), "test", 0, 20.0).all_reduce(x)
+    return x, sent
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_large_tensor_is_summed_in_pieces_to_the_same_bits(run: Run, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(n, in_pieces)
+    monkeypatch.setattr("commopt.groups.peers._PIECE", 600)
+    for (x, sent), (total, _) in zip(run(n, in_pieces), whole, strict=True):
+        assert torch.equal(x, total)
+        assert len(sent) == 2 * 9 * (n - 1)
+        assert max(sent) <= 4 * -(-556 // n)
+    monkeypatch.setattr("commopt.groups.peers._PIECES", 2)
+    for (x, sent), (total, _) in zip(run(n, in_pieces), whole, strict=True):
+        assert torch.equal(x, total)
+        assert len(sent) == 2 * 2 * (n - 1)
 
 
 def with_one_missing(peers: Peers) -> tuple[str, float]:

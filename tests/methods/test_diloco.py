@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
-from outer_rig import SHAPES, parameters, play, run_world, start_values, thetas_of
+from outer_rig import SHAPES, drift, parameters, play, run_world, start_values, thetas_of
 from rig import make_model, train_step
 from torch import Tensor
 
 from commopt import attach, build
-from commopt.errors import ConfigError
-from commopt.groups import SimGroup, SimWorld
+from commopt.errors import ConfigError, GroupError
+from commopt.groups import PeerGroup, SimGroup, SimWorld
+from commopt.groups.peers import Peers, Roll
 from commopt.methods import METHODS
 from commopt.methods.diloco import OUTER
 
@@ -165,15 +166,59 @@ def test_more_fragments_than_parameters_are_refused() -> None:
         play(2, "diloco", {"every": 5, "fragments": 5}, 1)
 
 
-def test_a_round_copies_what_it_exchanges_once() -> None:
+@pytest.mark.parametrize(("delay", "copies"), [(0, []), (1, [4 * 5670])])
+def test_a_round_copies_nothing_if_the_inner_steps_wait_for_it(delay: int, copies: list[int]) -> None:
     def train(group: SimGroup) -> list[int]:
-        method: Any = build("diloco", every=1)
+        method: Any = build("diloco", every=1, delay=delay)
         method.bind(parameters({"a": (80, 70), "b": (70,)}), group.peers)
         method.begin(start_values(5670))
         x = start_values(5670) + group.rank
         with Allocations() as made:
             exchanged = method.exchange(x, method.round_after(1))
         torch.testing.assert_close(exchanged.values["delta"], torch.full((5670,), -0.5))
+        with made:
+            method.apply(x, method.round_after(1), exchanged)
         return [nbytes for nbytes in made.nbytes if nbytes >= x.nbytes]
 
-    assert SimWorld[list[int]](2).run(train) == [[4 * 5670]] * 2
+    assert SimWorld[list[int]](2).run(train) == [copies] * 2
+
+
+@pytest.mark.parametrize("message", [None, "int8"])
+def test_a_fragment_that_is_part_of_a_larger_copy_is_exchanged_alike(message: Any) -> None:
+    def train(group: SimGroup, is_part: bool) -> Tensor:
+        method: Any = build("diloco", every=2, fragments=2, message=message)
+        method.bind(parameters({"a": (80, 70), "b": (80, 70)}), group.peers)
+        method.begin(start_values(11200))
+        theta, round = start_values(11200) + drift(group.rank, 1, 11200), method.round_after(2)
+        x = theta[round.part]
+        return torch.cat(
+            [method.exchange(x if is_part else x.clone(), round).values["delta"], theta[: round.part.start]]
+        )
+
+    for part, whole in zip(
+        *(SimWorld[Tensor](2).run(partial(train, is_part=is_part)) for is_part in (True, False)), strict=True
+    ):
+        assert torch.equal(part, whole)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_round_that_fails_halfway_is_an_outer_step_alone(monkeypatch: pytest.MonkeyPatch, delay: int) -> None:
+    def fail(group: PeerGroup, x: Tensor) -> None:
+        x[: len(x) // 2] = 1e3
+        raise GroupError("the others are gone")
+
+    def alone(peers: Peers, channel: str, number: int, card: Tensor, *_: Any, **__: Any) -> Roll:
+        return Roll((peers.rank,), {peers.rank: card})
+
+    def train() -> list[Any]:
+        _, diaries = run_world(2, "diloco", {"every": 3, "delay": delay}, 14)
+        assert all(
+            report.missed and report.members == [rank] for rank, one in enumerate(diaries) for report in one.reports
+        )
+        return [one.after for one in diaries]
+
+    monkeypatch.setattr(PeerGroup, "all_reduce", fail)
+    failed = train()
+    monkeypatch.setattr("commopt.methods.diloco.call_roll", alone)
+    for after, expected in zip(failed, train(), strict=True):
+        assert all(torch.equal(after[step], expected[step]) for step in range(1, 15))

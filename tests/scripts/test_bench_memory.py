@@ -28,7 +28,7 @@ def stored(model: str, method: str, *most: float, parameters: float = 100e6, has
         ("ef_sign", True, 4 + 4 + 8 + 6),
         ("onebit_adam", False, 4 + 4 + 4 + 8 + 6),
         ("powersgd", False, 4 + 4 + 4 + 8 + 4),
-        ("diloco", False, 4 + 4 + 8 + 8),  # without buckets, with slow weights and momentum
+        ("diloco", False, 4 + 4 + 4 + 8 + 8),  # without buckets, with a copy, slow weights and momentum
     ],
 )
 def test_the_formula_is_that_of_the_page_for_two_machines(method: str, has_views: bool, expected: float) -> None:
@@ -57,6 +57,14 @@ def test_cells_are_of_the_sizes_that_their_names_say() -> None:
         with torch.device("meta"):
             gpt = ranks.training_program().GPT(*(sizes[key] for key in ("layers", "heads", "width", "context")))
         assert sum(p.numel() for p in gpt.parameters()) == pytest.approx(about, rel=0.02)
+
+
+def test_a_cell_ends_with_the_reason_if_it_is_slow_or_takes_too_much_memory() -> None:
+    bench.check_room("memory-350m-dense", 10.0, bench.free_bytes())
+    with pytest.raises(bench.CommoptError, match="memory-350m-dense: not done after 15 min"):
+        bench.check_room("memory-350m-dense", 901.0, bench.free_bytes())
+    with pytest.raises(bench.CommoptError, match=r"memory-350m-dense: ended, as it left 0\.40 GB"):
+        bench.check_room("memory-350m-dense", 10.0, 400_000_000)
 
 
 def test_stored_cells_are_shown_and_not_measured_again(
