@@ -311,5 +311,4 @@ def _assumed(kind: Device, bytes_per_s: float) -> Sequence[str]:
             else []
         ),
         "backward takes two thirds of a step, in buckets of 25 MiB; step times of ranks differ by 2 %",
-        "measure instead: commopt probe CLUSTER.yaml -- train.py, then commopt advise CLUSTER.yaml --probe probe.json",
     ]
