@@ -1,7 +1,5 @@
 """Read YAML with the scalars of YAML 1.2 and no duplicate keys; errors name the key, the value and the fix."""
 
-from __future__ import annotations
-
 import re
 import types
 import typing

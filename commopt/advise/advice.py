@@ -1,7 +1,5 @@
 """Which method to take on a cluster: predictions for all of them, a verdict, and what to write."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What methods compute beside their network: one rank's exchange and step, timed with ranks that only echo."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

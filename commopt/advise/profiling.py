@@ -1,7 +1,5 @@
 """Finds out what a method sends, by letting it exchange with pretended ranks: its `Profile`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

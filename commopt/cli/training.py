@@ -1,7 +1,5 @@
 """Trains one program under several methods in turn, on the same cluster, for `run` and `compare`."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -8,8 +8,6 @@ launcher            waits, and passes signals on through a pipe, because unshare
         └── ip netns exec node0 python -m torch.distributed.run ...
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

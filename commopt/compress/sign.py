@@ -1,7 +1,5 @@
 """One bit per element and one scale per block."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

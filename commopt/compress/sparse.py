@@ -1,7 +1,5 @@
 """A few elements of each block, with their places."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Sequence

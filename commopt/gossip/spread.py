@@ -1,7 +1,5 @@
 """How far apart replicas are, from a few hundred numbers of each: a random projection instead of a full exchange."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

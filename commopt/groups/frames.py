@@ -8,8 +8,6 @@ made of the secret, both sides' random bytes, and the rank that was dialled. So 
 and this place in it: one that was recorded, changed, left out or sent twice is refused. Frames are not encrypted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hmac

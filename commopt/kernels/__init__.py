@@ -1,7 +1,5 @@
 """The hot loops, one function each, chosen by the tensors' device."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from functools import cache

@@ -1,7 +1,5 @@
 """PowerSGD: gradients as products of two thin matrices."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Gradient elements at random places that all ranks know."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

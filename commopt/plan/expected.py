@@ -1,7 +1,5 @@
 """Which exchange is fastest, from steps that were timed under one of them; torch-free, as the model of a step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What `commopt probe` has measured on a cluster: the file that `commopt advise` reads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

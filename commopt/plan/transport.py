@@ -1,7 +1,5 @@
 """What exchanges among machines take, before anything was measured: from the links of a cluster's file, and assumptions that are told."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """An outer method in a training script: its rounds follow the optimizer's steps, and machines may leave and rejoin."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import logging

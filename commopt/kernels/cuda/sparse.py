@@ -1,7 +1,5 @@
 """The values of sparse messages on a GPU: scales, codes and what is left, and the sum of what several ranks sent."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
