@@ -30,12 +30,7 @@ _FULL_BYTES = 1 << 14
 
 
 def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Options by method, in the order asked for; without names, the run's own. Raises ConfigError for a name given twice."""
-    for k, name in enumerate(names):
-        if not name:
-            raise ConfigError(f"--methods {','.join(names)!r}: a name is empty; write NAME,NAME,... as in dense,fp16")
-        if name in names[:k]:
-            raise ConfigError(f"--methods: duplicate method {name!r}")
+    """Options by method, in the order asked for; without names, the run's own."""
     return {name: run.methods.get(name, {}) for name in names or run.methods}
 
 
