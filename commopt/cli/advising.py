@@ -102,9 +102,7 @@ def advise(
         raise ConfigError(f"--target {target}: write a share above 0 and below 1, as in 0.9")
     script = None if measured is None else measured.script
     count = _parameters(parameters, model, None if script is None else script.parameters)
-    compute_s, computed = _compute_s(
-        step, flops, tokens, count, spec.slots, None if script is None else script.compute_s
-    )
+    compute_s, computed = _compute_s(step, flops, tokens, count, None if script is None else script.compute_s)
     kind = device or (Device.GPU if spec.backend == "nccl" else Device.CPU)
     on = Cluster(spec.name, spec.link_model(), spec.slots, kind is Device.GPU)
     if not any(map(math.isfinite, on.links.bytes_per_s + on.links.between_bytes_per_s)) and measured is None:
@@ -218,7 +216,7 @@ def _count(model: str) -> int:
 
 
 def _compute_s(
-    step: str | None, flops: str | None, tokens: str | None, parameters: int, slots: int, measured: float | None
+    step: str | None, flops: str | None, tokens: str | None, parameters: int, measured: float | None
 ) -> tuple[float, list[str]]:
     """Seconds that a step computes, and what was assumed of it."""
     if step is not None and flops is not None:

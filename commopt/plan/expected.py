@@ -49,7 +49,7 @@ def predicted(
     elements, transfer_s = sum(work.buckets), max(0.0, measured.exchange_s - codec_s[current])
     sent = profiles[current].bytes_per_parameter(work.machines) * elements
     hidden = codec_s[current] * (1 - measured.shown) if work.cores is not None else 0.0  # took backward's processor
-    seconds = {
+    seconds: dict[str, Curve] = {
         phase.operation: Curve.line(0.0, transfer_s / sent * sent_bytes(phase.operation, 1.0, work.machines))
         for profile in profiles.values()
         for phase in profile.phases

@@ -10,19 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from commopt.errors import ConfigError
 from commopt.plan.links import LinkModel
-from commopt.plan.pipes import F64, I64, Collective, Groups, Operation, Pipes
+from commopt.plan.pipes import F64, I64, Collective, Groups, Pipes
 from commopt.plan.profile import Profile
 from commopt.wire.draws import random_order
 
 _DRAWN_AT_ONCE = 1_000_000  # step times; 8 MB
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Exchange:
         buckets = buckets if profile.overlaps and not is_outer else 1
         part = parameters / profile.fragments
         return cls(
-            [Collective(cast(Operation, phase.operation), phase.nbytes(part, nodes)) for phase in profile.phases],
+            [Collective(phase.operation, phase.nbytes(part, nodes)) for phase in profile.phases],
             every=profile.every,
             group_size=2 if any(phase.operation == "send" for phase in profile.phases) else None,
             fragments=profile.fragments,
