@@ -270,9 +270,8 @@ def _run_inside(on_inside: Callable[[], object]) -> str:
         os.close(descriptor)
     reason = ""
     with os.fdopen(report, "rb", buffering=0) as stream:
-        while reason != "ok" and (
-            read := stream.read(1 << 12)
-        ):  # `unshare` holds the other end open as long as it runs
+        # `unshare` holds the other end open as long as it runs
+        while reason != "ok" and (read := stream.read(1 << 12)):
             reason += read.decode()
     if reason == "ok":
         on_inside()
