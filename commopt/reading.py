@@ -106,7 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raw = file.read(_LONGEST_BYTES + 1)
         text = raw[:_LONGEST_BYTES].decode(errors="strict" if len(raw) <= _LONGEST_BYTES else "ignore")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
+        raise ConfigError(f"{path}: no such file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not text in UTF-8; write YAML") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -218,9 +218,9 @@ def check_program(program: str) -> None:
     """Raise ConfigError if there is no program of that name."""
     is_python, exists = program.endswith(".py"), Path(program).is_file()
     if is_python and not exists:
-        raise ConfigError(f"{program}: there is no such file")
+        raise ConfigError(f"{program}: no such file")
     if not is_python and shutil.which(program) is None:
-        raise ConfigError(f"{program}: {'it is not executable' if exists else 'there is no such program'}")
+        raise ConfigError(f"{program}: {'it is not executable' if exists else 'no such program'}")
 
 
 def print_commands(

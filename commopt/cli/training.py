@@ -78,7 +78,7 @@ def check_outputs(methods: Iterable[str], out_dir: Path, json_file: Path | None)
             if not os.access(json_file, os.W_OK):
                 mistakes.append(f"--json {json_file}: cannot be written; write another path")
         elif not os.path.isdir(folder) and folder not in (out_dir, *out_dir.parents):
-            mistakes.append(f"--json {json_file}: there is no folder {folder}; make it, or write another path")
+            mistakes.append(f"--json {json_file}: folder {folder} does not exist; create it, or write another path")
         elif text := _folder_mistake(folder):
             mistakes.append(f"--json {json_file}: {text}; write another path")
     if mistakes:

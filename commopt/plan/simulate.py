@@ -166,12 +166,12 @@ def simulate(
     A node's step lasts as long as that of its slowest rank, times the node's factor in `slow`. efficiency: share of each link that
     the transport fills. `rng` draws the step times, and is made from `seed` by default; `seed` draws the groups.
     Failed nodes: a round that expects one waits `exchange.timeout_s` and goes on without it; later rounds leave it out. A node
-    that is back has the clock of the median of the others. Raises ConfigError for a node that there is not, or values out of range.
+    that is back has the clock of the median of the others. Raises ConfigError for unknown nodes, and values out of range.
     """
     nodes = len(links.bytes_per_s)
     for node in (*(slow or ()), *(failure.node for failure in failures)):
         if not 0 <= node < nodes:
-            raise ConfigError(f"node {node}: there is no such node; write 0 to {nodes - 1}")
+            raise ConfigError(f"node {node}: no such node; write 0 to {nodes - 1}")
     if not (steps >= 1 and runs >= 1 and 0 < efficiency <= 1):
         raise ConfigError(f"{steps=}, {runs=}, {efficiency=}: out of range; write 1 or more, and a share above 0")
     rng = np.random.default_rng(seed) if rng is None else rng

@@ -123,7 +123,7 @@ def test_a_page_and_a_picture_are_written(cluster: Path, tmp_path: Path) -> None
         (["--parameters", "1e9", "--model", "x.py:f", "--step", "1s"], "--parameters 1e9: has no effect with --model"),
         (["--model", "nothing.py:f", "--step", "1s"], "nothing.py: no such file"),
         (["--model", "train", "--step", "1s"], "write a file and a function"),
-        (["--parameters", "1e9", "--step", "1s", "--probe", "none.json"], "none.json: there is no such file"),
+        (["--parameters", "1e9", "--step", "1s", "--probe", "none.json"], "none.json: no such file"),
     ],
 )
 def test_wrong_input_gets_one_line(cluster: Path, words: list[str], said: str) -> None:

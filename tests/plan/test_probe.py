@@ -50,7 +50,7 @@ def changed(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "there is no such file; make it: commopt probe CLUSTER.yaml --out probe.json"),
+        (None, "no such file; make it: commopt probe CLUSTER.yaml --out probe.json"),
         (changed()[:-9], "is not JSON, or cut off; measure again: commopt probe CLUSTER.yaml"),
         ("[" * 5000, "is not JSON, or cut off; measure again: commopt probe CLUSTER.yaml"),
         ('{"nodes": 4}', "was not written by commopt probe; measure again: commopt probe CLUSTER.yaml"),
@@ -60,7 +60,7 @@ def changed(**changes: Any) -> str:
         ),
         (changed(slots=0), "slots: 0 is too small; write 1 or more"),
         (changed(copy_bytes_per_s=float("nan")), "copy_bytes_per_s: nan is not a finite number; write one"),
-        (changed(together={"a": 1e6, "c": 1e6}), "together: there is no node 'c'; known: a, b"),
+        (changed(together={"a": 1e6, "c": 1e6}), "together: no node 'c'; known: a, b"),
         (changed(exchanges={"all_reduce": CALLS, "all_gather": CALLS}), "exchanges.all_to_all: is missing; write it"),
         (changed(rats={}), "rats: unknown key; did you mean 'rates'?"),
     ],
@@ -99,7 +99,7 @@ def test_the_summary_compares_exchanges_with_the_slowest_link() -> None:
         (2, ["--methods", "dense,dense"], "--methods: duplicate method 'dense'"),
         (2, ["--methods", "dnse"], "unknown method 'dnse'; did you mean 'dense'?"),
         (2, ["--methods", "noloco"], "--methods: noloco exchanges every so many steps"),
-        (2, ["--", "trian.py"], "trian.py: there is no such file"),
+        (2, ["--", "trian.py"], "trian.py: no such file"),
         (2, ["--node", "node7"], "--node node7: has no effect where this machine runs all nodes; leave it out"),
     ],
 )
