@@ -10,7 +10,7 @@ import pytest
 import torch
 from script import module
 
-bench, sheets, store = module("memory"), module("sheets"), module("store")
+bench, emulated, sheets, store = map(module, ("memory", "emulated", "sheets", "store"))
 ranks = module("memory_ranks")
 
 
@@ -63,7 +63,7 @@ def test_stored_cells_are_shown_and_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entries: list[Any] = []
-    monkeypatch.setattr(bench, "measure_all", lambda todo, file: entries.extend(todo))
+    monkeypatch.setattr(emulated, "measure_all", lambda todo, file: entries.extend(todo))
     file = tmp_path / "cells.jsonl"
     for model in ("small", "124m"):
         one = stored(model, "dense", 1e8, 2e8, 3e8)
