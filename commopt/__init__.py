@@ -1,7 +1,5 @@
 """Compressed communication for distributed training over slow links."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from commopt.errors import CommoptError

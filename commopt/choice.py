@@ -1,7 +1,5 @@
 """How users name a method, the same everywhere: a word, a `method:` block, or a file that holds one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard

@@ -11,8 +11,6 @@ CommoptError
     └── EmulationError this machine cannot emulate the links that were asked for
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import math

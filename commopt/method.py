@@ -1,7 +1,5 @@
 """The noun: a method replaces the mean over machines; its options, its state and what it exchanges."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias

@@ -1,7 +1,5 @@
 """Options as frozen dataclasses, validated by pydantic; every message names the option, its value and what to write instead."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Read YAML with the scalars of YAML 1.2 and no duplicate keys; errors name the key, the value and the fix."""
 
-from __future__ import annotations
-
 import re
 import types
 import typing
@@ -108,7 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raw = file.read(_LONGEST_BYTES + 1)
         text = raw[:_LONGEST_BYTES].decode(errors="strict" if len(raw) <= _LONGEST_BYTES else "ignore")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
+        raise ConfigError(f"{path}: no such file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not text in UTF-8; write YAML") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

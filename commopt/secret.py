@@ -1,7 +1,5 @@
 """The secret of a job, which proves that a message is from one of its ranks."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

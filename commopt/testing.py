@@ -5,8 +5,6 @@
 Gradient and update methods; ranks are simulated in threads.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

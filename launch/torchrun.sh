@@ -34,7 +34,7 @@ is_number "$WAIT_S" && ((WAIT_S >= 1)) || fail "WAIT_S=$WAIT_S is no number of s
 
 # Gloo uses the interface of this machine's host name, which is often loopback: name the one that leads to HEAD.
 if [[ -z ${ADDRESS:-} || -z ${INTERFACE:-} ]]; then
-  command -v ip > /dev/null || fail "there is no 'ip' command; install iproute2, or set ADDRESS and INTERFACE to this machine's own"
+  command -v ip > /dev/null || fail "no 'ip' command; install iproute2, or set ADDRESS and INTERFACE to this machine's own"
   head=$(getent ahostsv4 "$HEAD" || getent ahostsv6 "$HEAD") || true
   head=${head%%[[:space:]]*}
   [[ -n $head ]] || fail "HEAD=$HEAD: no address is known for this name here; write the address itself"

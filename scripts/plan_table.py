@@ -29,11 +29,8 @@ from commopt.methods import METHODS, build
 from commopt.plan.profile import TABLE, Profile, Quality
 
 VARIANTS = ("two_way(int8)", "two_way(4bit)", "two_way(fp8)")
-UNPLANNED = (
-    "threshold",
-    "two_way",
-    "auto",
-)  # what they send depends on gradients or links; two_way is there with its codecs
+# what they send depends on gradients or links; two_way is there with its codecs
+UNPLANNED = ("threshold", "two_way", "auto")
 # the entry of the convergence benchmark that a profile's options are those of, if it is not called like the method
 ENTRIES = {
     "two_way(int8)": "int8",

@@ -60,7 +60,7 @@ def test_a_file_holds_a_block(tmp_path: Path, text: str, suffix: str) -> None:
         ({"name": 3}, "3 is not a method's name"),
         ({"name": "dgc", "densty": 0.1}, r"method dgc: unknown option 'densty'; did you mean 'density'\?"),
         ("dcg", r"unknown method 'dcg'; did you mean 'dgc'\?"),
-        ("nowhere.yaml", "there is no such file"),
+        ("nowhere.yaml", "no such file"),
     ],
 )
 def test_what_is_no_choice_is_refused_with_what_to_write(choice: Any, said: str) -> None:

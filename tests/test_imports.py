@@ -99,7 +99,7 @@ FRAMEWORKS = ("deepspeed", "lightning", "pytorch_lightning", "accelerate", "tran
 
 LIGHT = (  # one after another, and what more each must not bring along
     ("import commopt, commopt.choice", ("torch", "pydantic")),
-    ("import commopt.plan.simulate, commopt.plan.published", ("torch", "pydantic")),
+    ("import commopt.plan.simulate", ("torch", "pydantic")),
     ("import commopt.record.recorder", ("jinja2", "pydantic")),
     ("import commopt.methods, commopt.groups; commopt.build, commopt.attach, commopt.wrap", ()),
 )

@@ -1,20 +1,20 @@
 """Which method to take on a cluster: predictions for all of them, a verdict, and what to write."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from commopt.plan.links import LinkModel
 from commopt.plan.model import Predicted, Setting, predict
 from commopt.plan.profile import Profile
 from commopt.plan.transport import BEST, LIKELY, WORST, Assumed, same_links, transport_of
+from commopt.record.words import seconds_text
 
 WORTH = 0.05  # a gain of less is not worth a change
 CLOSE = 0.03  # the mildest method is named whose step is at most this much above the fastest one's
-MOST_LOSS = 3.0  # percent above the parent in a measured task; a method that cost more is not named
+ENOUGH = 0.9  # the share of computation in a dense step from which on the network is no bottleneck
 RATES = (1e6, 1e12)  # bit/s between which links are considered
 # from the one that changes training least; one of these is named if it goes with the optimizer
 BY_OPTIMIZER: Mapping[str, tuple[str, ...]] = {
@@ -23,7 +23,7 @@ BY_OPTIMIZER: Mapping[str, tuple[str, ...]] = {
     "lion": ("dense", "fp16", "two_way(int8)", "distributed_lion"),
     "lamb": ("dense", "fp16", "two_way(int8)", "onebit_lamb"),
 }
-OUTER = ("local_sgd", "diloco", "noloco")  # named beside it, where no exchange in every step is fast enough
+OUTER = ("local_sgd", "diloco", "noloco")  # named too if no exchange in every step is fast enough
 STARVED = 2.0  # times the computation: the step from which on outer methods are named too
 
 
@@ -35,10 +35,6 @@ class Cluster:
     links: LinkModel
     slots: int
     is_gpu: bool
-
-    @property
-    def machines(self) -> int:
-        return len(self.links.bytes_per_s)
 
     @property
     def bytes_per_s(self) -> float:
@@ -72,29 +68,86 @@ class Row:
 
 @dataclass(frozen=True)
 class Advice:
-    """rows: in the order of the methods asked for. named: those of which one may be taken, from the mildest; best: the one to take, dense
-    if nothing should be changed.
+    """What to expect, and what to do.
+
+    setting: the likely one; at_rate: the same with links of so many bytes per second. rows: in the order of the methods asked for.
+    named: the methods of which one may be taken, from the mildest.
     """
 
     cluster: Cluster
     setting: Setting
     rows: Sequence[Row]
     named: Sequence[str]
-    best: Row
-    verdict: str
-    notes: Sequence[str] = ()
+    at_rate: Callable[[float], Setting]
     assumptions: Sequence[str] = ()
     target: float | None = None
-    settings: Mapping[str, Setting] = field(default_factory=dict)  # low, likely and high
-    at_rate: Callable[[float], Setting] | None = None  # the likely setting, with links of so many bytes per second
 
-    @property
+    @cached_property
     def dense(self) -> Row:
         return next(row for row in self.rows if row.name == "dense")
 
+    @cached_property
+    def best(self) -> Row:
+        """The mildest of the methods named that is close to the fastest of them; dense unless something is gained."""
+        known = {row.name: row for row in self.rows}
+        candidates = [known[name] for name in self.named if name in known]
+        fastest_s = min((row.likely.step_s for row in candidates), default=math.inf)
+        if fastest_s > self.dense.likely.step_s * (1 - WORTH):
+            return self.dense
+        return next(row for row in candidates if row.likely.step_s <= fastest_s * (1 + CLOSE))
+
     @property
     def helps(self) -> bool:
-        return self.best.name != "dense"
+        return self.best is not self.dense
+
+    @property
+    def verdict(self) -> str:
+        """What to do, in one sentence."""
+        best, dense_s = self.best, self.dense.likely.step_s
+        share = self.setting.compute_s / dense_s
+        if self.setting.machines == 1:
+            return "There is one machine, and nothing to send: change nothing."
+        if self.helps:
+            return (
+                f"Take {best.name}: a step of {seconds_text(best.likely.step_s)} instead of {seconds_text(dense_s)}, {best.gain:.1f} "
+                f"times as fast; under dense, {1 - share:.0%} of each step is waiting."
+            )
+        why = (
+            "Your network is not the bottleneck"
+            if share > ENOUGH
+            else f"No method makes a step more than {WORTH:.0%} faster"
+        )
+        return f"{why}: change nothing. {share:.0%} of a dense step is computation."
+
+    @property
+    def notes(self) -> list[str]:
+        """What else to know before following the verdict."""
+        notes, best, compute_s = [], self.best, self.setting.compute_s
+        if self.helps:
+            if best.high_s > self.dense.low_s:
+                notes.append(
+                    "The ranges overlap: measure with `commopt compare` on an hour's rental before you decide."
+                )
+            if best.profile.quality:
+                worst = max(best.profile.quality, key=lambda one: one.worse_percent)
+                notes.append(
+                    f"With small models, its final loss differed from dense's by at most {worst.worse_percent:+.1f} % ({worst.task})."
+                )
+            if best.profile.warmup_steps:
+                notes.append(f"Its first {best.profile.warmup_steps:,} steps, the warm-up, take as long as dense ones.")
+            elif best.profile.finds_warmup:
+                notes.append(
+                    "Its first steps, the warm-up, take as long as dense ones: 15 to 25 % of a short training, less of a long one."
+                )
+        outer = [row for row in self.rows if row.name in OUTER]
+        if best.likely.step_s > STARVED * compute_s and outer and self.setting.machines > 1:
+            fastest = min(outer, key=lambda row: row.likely.step_s)
+            notes.append(
+                f"Even so the network takes {1 - compute_s / best.likely.step_s:.0%} of each step. {fastest.name} exchanges every "
+                f"{fastest.profile.every} steps, and takes {seconds_text(fastest.likely.step_s)} a step, for a higher loss "
+                "(docs/outer-convergence.md)."
+            )
+        return notes
 
 
 def assumed_settings(cluster: Cluster, base: Setting) -> dict[str, Setting]:
@@ -134,42 +187,19 @@ def advise(
             likely, transport=transport_of(same_links(cluster.links, rate), cluster.slots, has_gpus=cluster.is_gpu)
         )
     )
-    dense = next(profile for profile in profiles if profile.name == "dense")
-    dense_s = predict(dense, likely).step_s
+    predicted = [{key: predict(profile, setting) for key, setting in settings.items()} for profile in profiles]
+    dense_s = next(steps for profile, steps in zip(profiles, predicted, strict=True) if profile.name == "dense")[
+        "likely"
+    ].step_s
     rows = []
-    for profile in profiles:
-        steps = {key: predict(profile, setting) for key, setting in settings.items()}
+    for profile, steps in zip(profiles, predicted, strict=True):
+        low_s, *_, high_s = sorted(step.step_s for step in steps.values())
         state = (profile.state_bytes + profile.host_bytes) * likely.parameters / cluster.slots
-        own = likely.compute_s
-        needed = None if target is None else needed_rate(profile, rated, target, own)
-        low, high = min(p.step_s for p in steps.values()), max(p.step_s for p in steps.values())
-        rows.append(Row(profile, steps["likely"], low, high, dense_s / steps["likely"].step_s, state, needed))
-    named = BY_OPTIMIZER[optimizer] if named is None else named
-    best = named_row(rows, named)
+        needed = None if target is None else needed_rate(profile, rated, target, likely.compute_s)
+        rows.append(Row(profile, steps["likely"], low_s, high_s, dense_s / steps["likely"].step_s, state, needed))
     return Advice(
-        cluster,
-        likely,
-        rows,
-        named,
-        best,
-        verdict_of(rows, best, likely),
-        notes_of(rows, best, likely, cluster),
-        assumptions,
-        target,
-        settings,
-        rated,
+        cluster, likely, rows, BY_OPTIMIZER[optimizer] if named is None else named, rated, assumptions, target
     )
-
-
-def named_row(rows: Sequence[Row], names: Sequence[str]) -> Row:
-    """The mildest of the methods named that is close to the fastest of them; dense unless something is gained."""
-    dense = next(row for row in rows if row.name == "dense")
-    known = {row.name: row for row in rows}
-    candidates = [known[name] for name in names if name in known]
-    fastest_s = min((row.likely.step_s for row in candidates), default=math.inf)
-    if fastest_s > dense.likely.step_s * (1 - WORTH):
-        return dense
-    return next(row for row in candidates if row.likely.step_s <= fastest_s * (1 + CLOSE))
 
 
 def needed_rate(profile: Profile, at_rate: Callable[[float], Setting], target: float, compute_s: float) -> float | None:
@@ -187,55 +217,6 @@ def needed_rate(profile: Profile, at_rate: Callable[[float], Setting], target: f
     return math.exp(high) / 8
 
 
-def verdict_of(rows: Sequence[Row], best: Row, setting: Setting) -> str:
-    """What to do, in one sentence."""
-    dense = next(row for row in rows if row.name == "dense")
-    share = setting.compute_s / dense.likely.step_s
-    if setting.machines == 1:
-        return "There is one machine, and nothing to send: change nothing."
-    if best is dense:
-        if share > 1 / (1 + WORTH) or share > 0.9:
-            return f"Your network is not the bottleneck: change nothing. {share:.0%} of a dense step is computation."
-        return f"No method makes a step more than {WORTH:.0%} faster: change nothing. {share:.0%} of a dense step is computation."
-    return (
-        f"Take {best.name}: a step of {_s(best.likely.step_s)} instead of {_s(dense.likely.step_s)}, {best.gain:.1f} times as fast; "
-        f"under dense, {1 - share:.0%} of each step is waiting."
-    )
-
-
-def notes_of(rows: Sequence[Row], best: Row, setting: Setting, cluster: Cluster) -> list[str]:
-    """What else to know before following the verdict."""
-    notes = []
-    if best.name != "dense":
-        if best.high_s > next(r for r in rows if r.name == "dense").low_s:
-            notes.append("The ranges overlap: measure with `commopt compare` on an hour's rental before you decide.")
-        if best.profile.quality:
-            worst = max(best.profile.quality, key=lambda one: one.worse_percent)
-            notes.append(
-                f"Its loss was at most {worst.worse_percent:+.1f} % from dense's, measured with small models ({worst.task})."
-            )
-        if best.profile.warmup_steps:
-            notes.append(f"Its first {best.profile.warmup_steps:,} steps, the warm-up, take as long as dense ones.")
-        elif best.profile.finds_warmup:
-            notes.append(
-                "Its first steps, the warm-up, take as long as dense ones: 15 to 25 % of a short training, fewer of a long one."
-            )
-    outer = [row for row in rows if row.name in OUTER]
-    if best.likely.step_s > STARVED * setting.compute_s and outer and setting.machines > 1:
-        fastest = min(outer, key=lambda row: row.likely.step_s)
-        notes.append(
-            f"Even so the network takes {1 - setting.compute_s / best.likely.step_s:.0%} of each step. {fastest.name} exchanges every "
-            f"{fastest.profile.every} steps, and takes {_s(fastest.likely.step_s)} a step, for a higher loss (docs/outer-convergence.md)."
-        )
-    return notes
-
-
-def _s(seconds: float) -> str:
-    from commopt.record.words import seconds_text
-
-    return seconds_text(seconds)
-
-
 def to_json(advice: Advice) -> dict[str, Any]:
     """The advice as plain values; times in seconds, rates in bits per second."""
     return {
@@ -248,7 +229,7 @@ def to_json(advice: Advice) -> dict[str, Any]:
         "link_bits_per_s": None if math.isinf(advice.cluster.bytes_per_s) else 8 * advice.cluster.bytes_per_s,
         "verdict": advice.verdict,
         "method": advice.best.name,
-        "notes": list(advice.notes),
+        "notes": advice.notes,
         "assumptions": list(advice.assumptions),
         "target": advice.target,
         "methods": [_row_json(row, advice.target is not None) for row in advice.rows],

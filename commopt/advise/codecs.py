@@ -1,7 +1,5 @@
 """What methods compute beside their network: one rank's exchange and step, timed with ranks that only echo."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from commopt.errors import AttachError
 from commopt.groups.echo import Echo
 from commopt.method import EveryStep, Method
 from commopt.methods import METHODS, build
-from commopt.optim import OPTIMIZERS, make_optimizer
+from commopt.optim import make_optimizer
 from commopt.run.door import attach
 from commopt.wire.bucket import Bucket
 
@@ -34,6 +33,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # what has no default
     "threshold": {"threshold": 2.5},  # one of a normal draw in a hundred
     "dice_sgd": {"noise_multiplier": 1e-3, "noise_seed": 1},
 }
+FITTING = ("adamw", "adam", "lamb", "lion", "sgd")  # the first one that a method stands in for, or goes with
 # the common ones first, if the time does not suffice for all
 FIRST = (
     *("dense", "fp16", "two_way(int8)", "two_way(4bit)", "loco", "onebit_adam", "ef_sign", "powersgd", "top_k", "dgc"),
@@ -58,6 +58,31 @@ def models_of(shapes: Shapes = ()) -> list[Shapes]:
     return [*(model for model in MODELS if not own or sum(map(math.prod, model)) < own / 2), *([shapes] if own else [])]
 
 
+def fitting_optimizer(method: Method) -> str:
+    """The name of an optimizer that the method can stand in for, or goes with."""
+    for name in FITTING:
+        optimizer = make_optimizer({"name": name, "lr": 1e-3}, [nn.Parameter(torch.zeros(1, dtype=torch.float32))])
+        if method.stands_for and type(optimizer).__name__ not in method.stands_for:
+            continue
+        try:
+            method.check_optimizer(optimizer)
+        except AttachError:
+            continue
+        return name
+    raise ValueError(f"{method.name} goes with none of {', '.join(FITTING)}")
+
+
+def attached(method: Method, shapes: Shapes, ranks: int, device: torch.device) -> tuple[Any, Bucket, Echo]:
+    """A run of the method among so many ranks, and a bucket of all gradients."""
+    model, group = _model(shapes, device), Echo(ranks)
+    optimizer = make_optimizer({"name": fitting_optimizer(method), "lr": 1e-6}, model.parameters())
+    run = attach(model, method, optimizer, group=group)
+    bucket = Bucket.of([(key, torch.zeros_like(p).view(-1)) for key, p in model.named_parameters()])
+    for (_, view), p in zip(bucket.views(), model.parameters(), strict=True):
+        p.grad = view.view_as(p)
+    return run, bucket, group
+
+
 def costs_of(
     name: str, ranks: int, device: torch.device, clock: Clock, models: Sequence[Shapes] = MODELS
 ) -> dict[str, list[tuple[int, float]]]:
@@ -67,14 +92,8 @@ def costs_of(
     """
     found: dict[str, list[tuple[int, float]]] = {}
     for shapes in models:
-        elements = sum(map(math.prod, shapes))
-        model = _model(shapes, device)
-        method = made(name)
-        optimizer = make_optimizer({"name": _optimizer_of(method), "lr": 1e-4}, model.parameters())
-        run: Any = attach(model, method, optimizer, group=Echo(ranks))
-        bucket = Bucket.of([(key, torch.zeros_like(p).view(-1)) for key, p in model.named_parameters()])
-        for (_, view), p in zip(bucket.views(), model.parameters(), strict=True):
-            p.grad = view.view_as(p)
+        elements, method = sum(map(math.prod, shapes)), made(name)
+        run, bucket, _ = attached(method, shapes, ranks, device)
         gradient = torch.randn(elements, dtype=torch.float32, device=device)
         exchange, step = partial(run.exchange, [bucket]), run.optimizer.step
         with torch.no_grad():
@@ -136,9 +155,3 @@ def clock_of(device: torch.device, cores: float = 1.0) -> Clock:
 
 def _model(shapes: Shapes, device: torch.device) -> nn.Module:
     return nn.ParameterList(torch.zeros(*shape, device=device, dtype=torch.float32) for shape in shapes)
-
-
-def _optimizer_of(method: Method) -> str:
-    """The name of an optimizer whose place a method takes; for others one that none refuses."""
-    kinds = [name for name, kind in OPTIMIZERS.items() if kind.__name__ in method.stands_for]
-    return kinds[-1] if kinds else "sgd"

@@ -1,7 +1,5 @@
 """Settings for the model from what `commopt probe` has measured."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

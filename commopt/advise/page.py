@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from commopt.advise.advice import OUTER, Advice, Row, to_json
-from commopt.errors import LaunchError
 from commopt.plan.model import predict
 from commopt.record.words import bytes_text, rate_text, seconds_text, times_text
 from commopt.report import drawing
-from commopt.report.page import template, write_whole
+from commopt.report.page import template, write_all
+from commopt.report.table import columns_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,10 @@ HEADINGS = (
 TARGET_HEADING = (
     "link for",
     "{:.0%}",
-    "the rate of each machine's link from which on a step computes for this share of its time",
+    "the least rate of each machine's link at which computation is this share of a step",
+)
+MEASURE = (
+    "to measure instead: commopt probe CLUSTER.yaml -- train.py, then commopt advise CLUSTER.yaml --probe probe.json"
 )
 DRAWN = 6  # methods of which one may be taken
 SPAN = 100.0  # times the user's rate to each side
@@ -85,23 +88,17 @@ def what(advice: Advice) -> str:
 def show(advice: Advice, out: TextIO) -> None:
     """Print the table and the verdict; in a terminal, the method to take is bold."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(file=out, width=None if out.isatty() else 1000, highlight=False)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for k, (first, second, _) in enumerate(headings(advice)):
-        table.add_column(f"{first}\n{second}", justify="right" if k else "left", no_wrap=True)
-    for row, texts in zip(ordered(advice), cells(advice), strict=True):
-        table.add_row(*(Text(text, "bold" if row is advice.best else "") for text in texts))
+    every = zip(ordered(advice), cells(advice), strict=True)
+    rows = [[Text(text, "bold" if row is advice.best else "") for text in texts] for row, texts in every]
     console.print(Text(what(advice)))
-    console.print()
-    console.print(table)
-    console.print()
+    console.print("", columns_of([f"{first}\n{second}" for first, second, _ in headings(advice)], rows), "", sep="\n")
     for text in advice.assumptions:
         console.print(Text(f"assumed: {text}", "dim"))
     if advice.assumptions:
-        console.print()
+        console.print(Text(MEASURE, "dim"), "", sep="\n")
     console.print(Text(advice.verdict, "bold"))
     for note in advice.notes:
         console.print(Text(note))
@@ -137,10 +134,9 @@ def picture(advice: Advice) -> Figure:
     centre = own if math.isfinite(own) else 1e10
     low, high = max(1e5, centre / SPAN), min(4e12, centre * SPAN)
     rates = [low * (high / low) ** (k / 60) for k in range(61)]
-    rows, at_rate = drawn(advice), advice.at_rate
-    assert at_rate is not None
+    rows = drawn(advice)
     chosen = drawing.colours([(row.name, row.name.partition("(")[0]) for row in rows])
-    settings = [at_rate(rate / 8) for rate in rates]
+    settings = [advice.at_rate(rate / 8) for rate in rates]
     ends = []
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -183,6 +179,7 @@ def page(advice: Advice, figure: Figure) -> str:
         picture=drawing.svg(figure, "Step time against the rate of the links"),
         code=code(advice),
         yaml=yaml(advice),
+        measure=MEASURE,
         palette=drawing.DARK,
     )
 
@@ -195,12 +192,4 @@ def write(advice: Advice, out_dir: Path) -> Sequence[Path]:
         "advice.html": page(advice, figure).encode(),
         "advice.png": drawing.png(figure),
     }
-    path = out_dir
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            path = out_dir / name
-            write_whole(path, content)
-    except OSError as error:
-        raise LaunchError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
-    return [out_dir / name for name in contents]
+    return write_all(out_dir, contents)

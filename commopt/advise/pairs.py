@@ -1,7 +1,5 @@
 """Latency and rate between machines over plain TCP, without anything that is built on it."""
 
-from __future__ import annotations
-
 import json
 import socket
 import statistics

@@ -1,7 +1,5 @@
 """Finds out what a method sends, by letting it exchange with pretended ranks: its `Profile`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import commopt
-from commopt.advise.codecs import STEADY
-from commopt.errors import AttachError
+from commopt.advise.codecs import STEADY, attached, fitting_optimizer
 from commopt.groups import SimGroup, SimWorld
 from commopt.groups.echo import Echo
 from commopt.method import EveryStep, Method
@@ -20,12 +16,10 @@ from commopt.methods import build
 from commopt.optim import make_optimizer
 from commopt.optim.update import UpdateMethod
 from commopt.plan.profile import Phase, Profile
-from commopt.wire.bucket import Bucket
 
 SIDE = 1024
 LEAST = 1e-4  # bytes per parameter that count; a header is less
 RANKS = (2, 4, 8, 32)  # among which contributions are measured, to see how they depend on N
-FITTING = ("adamw", "adam", "lamb", "lion", "sgd")  # the first one that a method stands in for, or goes with
 
 
 def profile_of(
@@ -67,20 +61,6 @@ def steady_options(method: Method) -> dict[str, Any]:
     return {**given, "warmup_steps": 0, "warmup_epochs": 0, "steps_per_epoch": 0} if method.name == "dgc" else given
 
 
-def fitting_optimizer(method: Method) -> str:
-    """The name of an optimizer that the method can stand in for, or goes with."""
-    for name in FITTING:
-        optimizer = make_optimizer({"name": name, "lr": 1e-3}, [nn.Parameter(torch.zeros(1, dtype=torch.float32))])
-        if method.stands_for and type(optimizer).__name__ not in method.stands_for:
-            continue
-        try:
-            method.check_optimizer(optimizer)
-        except AttachError:
-            continue
-        return name
-    raise ValueError(f"{method.name} goes with none of {', '.join(FITTING)}")
-
-
 def _phases(
     method: EveryStep, options: Mapping[str, Any], shapes: Sequence[Sequence[int]], ranks: Sequence[int]
 ) -> tuple[Phase, ...]:
@@ -102,14 +82,8 @@ def _phases(
 
 def _calls(method: Method, shapes: Sequence[Sequence[int]], ranks: int) -> list[tuple[str, int]]:
     """The calls of one steady exchange of one bucket, and the bytes that a rank contributes to each."""
-    model = nn.ParameterList(torch.zeros(*shape, dtype=torch.float32) for shape in shapes)
-    group, elements = Echo(ranks), sum(map(math.prod, shapes))
-    optimizer = make_optimizer({"name": fitting_optimizer(method), "lr": 1e-6}, model.parameters())
-    run: Any = commopt.attach(model, method, optimizer, group=group)
-    x = torch.randn(elements, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
-    bucket = Bucket.of([(name, torch.zeros(p.numel(), dtype=torch.float32)) for name, p in model.named_parameters()])
-    for (_, view), p in zip(bucket.views(), model.parameters(), strict=True):
-        p.grad = view.view_as(p)
+    run, bucket, group = attached(method, shapes, ranks, torch.device("cpu"))
+    x = torch.randn(len(bucket.flat), generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     for _ in range(3):
         bucket.flat.copy_(x)
         group.calls.clear()
@@ -145,28 +119,22 @@ def _named() -> dict[str, nn.Parameter]:
 
 def _state_bytes(method: EveryStep, optimizer: str, ranks: int = 4) -> float:
     """Bytes per parameter that the method keeps on a rank beyond the optimizer that it is compared with."""
-    named = _named()
-    fresh = build(method.name, **method.given)
-    steps = make_optimizer({"name": optimizer, "lr": 1e-3}, named.values())
-    for p in named.values():
-        p.grad = torch.zeros_like(p)
-    steps.step()
-    state = (x for own in steps.state.values() for x in own.values() if isinstance(x, torch.Tensor) and x.dim())
-    numel, own = sum(p.numel() for p in named.values()), sum(x.nbytes for x in state)
-    if not isinstance(fresh, EveryStep):
-        return 0.0
+    named, own = _named(), 0
+    fresh: Any = build(method.name, **method.given)
     if isinstance(fresh, UpdateMethod):  # its state takes the place of the optimizer's
+        steps = make_optimizer({"name": optimizer, "lr": 1e-3}, named.values())
+        for p in named.values():
+            p.grad = torch.zeros_like(p)
+        steps.step()
+        state = (x for kept in steps.state.values() for x in kept.values() if isinstance(x, torch.Tensor) and x.dim())
+        own = sum(x.nbytes for x in state)
         fresh.follow(steps, named)
-    else:
-        own = 0
     fresh.bind([*named.items()], Echo(ranks))
-    return round((fresh.state_bytes() - own) / numel, 3)
+    return float(round((fresh.state_bytes() - own) / sum(p.numel() for p in named.values()), 3))
 
 
 def _outer_state(method: Method) -> float:
-    named: Any = _named()
+    named = _named()
     fresh: Any = build(method.name, **method.given)
     fresh.bind([*named.items()], SimGroup(SimWorld[None](4), 0).peers)
-    numel: int = sum(p.numel() for p in named.values())
-    kept: int = fresh.state_bytes()
-    return round(kept / numel, 3)
+    return float(round(fresh.state_bytes() / sum(p.numel() for p in named.values()), 3))

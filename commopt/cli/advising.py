@@ -6,14 +6,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commopt.cli.app import app, write_json
+from commopt.cli.app import JsonAnnotated, app, names_in, write_json
 from commopt.cli.notes import note
 from commopt.cli.usage import Command
 from commopt.errors import ConfigError, did_you_mean
@@ -64,31 +64,31 @@ def advise(
         str | None, typer.Option(metavar="TIME", help="An optimizer step without communication, as in 0.8s.")
     ] = None,
     flops: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Instead: FLOP/s that a rank reaches; with --tokens.")
+        str | None,
+        typer.Option(metavar="NUMBER", help="In place of --step: FLOP/s that a rank reaches; needs --tokens."),
     ] = None,
-    tokens: Annotated[str | None, typer.Option(metavar="NUMBER", help="Tokens of a rank's step.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="NUMBER", help="Tokens of a rank's step, for --flops.")] = None,
     probe: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What commopt probe has measured; else much is assumed.")
+        Path | None, typer.Option(metavar="FILE", help="What commopt probe measured, in place of assumptions.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME,...", help="Only these, and name one of them; all by default.")
+        str | None, typer.Option(metavar="NAME,NAME,...", help="Compare only these methods; all by default.")
     ] = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Your optimizer's family.")] = Optimizer.ADAM,
     device: Annotated[Device | None, typer.Option(help="What computes; gpu if the backend is nccl.")] = None,
     target: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Also the link that lets steps compute for this share.")
+        float | None,
+        typer.Option(metavar="SHARE", help="Also show which link each method needs for this share of computation."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a page, a picture and JSON there.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the advice as JSON there.")
-    ] = None,
+    json_file: JsonAnnotated = None,
 ) -> None:
-    """Predict a step under every method, and say which one to take, or to change nothing.
+    """Predict a step under every method, and recommend one, or no change.
 
     Without a probe, transports and codecs are assumed; every assumption is printed.
     """
     from commopt.advise import page
-    from commopt.advise.advice import Advice, Cluster, advise, assumed_settings, to_json
+    from commopt.advise.advice import Cluster, advise, assumed_settings, to_json
     from commopt.advise.measured import at_rate, profiles_in, settings_of
     from commopt.cluster.spec import load_cluster
     from commopt.plan.model import Setting, ddp_buckets
@@ -96,35 +96,22 @@ def advise(
 
     spec = load_cluster(cluster)
     measured = None if probe is None else read_probe(probe)
-    if measured is not None and (len(measured.nodes), measured.slots) != (len(spec.nodes), spec.slots):
-        raise ConfigError(
-            f"{probe}: was measured on {len(measured.nodes)} nodes of {measured.slots} ranks, and {cluster} has {len(spec.nodes)} "
-            f"of {spec.slots}; measure again: commopt probe {cluster}"
-        )
-    if measured is not None and (changed := _changed_rate(spec, measured)):
+    if measured is not None and (changed := _changed(spec, measured)):
         raise ConfigError(f"{probe}: {changed}; measure again: commopt probe {cluster}")
     if target is not None and not 0 < target < 1:
         raise ConfigError(f"--target {target}: write a share above 0 and below 1, as in 0.9")
     script = None if measured is None else measured.script
     count = _parameters(parameters, model, None if script is None else script.parameters)
-    compute_s, computed = _compute_s(
-        step, flops, tokens, count, spec.slots, None if script is None else script.compute_s
-    )
+    compute_s, computed = _compute_s(step, flops, tokens, count, None if script is None else script.compute_s)
     kind = device or (Device.GPU if spec.backend == "nccl" else Device.CPU)
     on = Cluster(spec.name, spec.link_model(), spec.slots, kind is Device.GPU)
     if not any(map(math.isfinite, on.links.bytes_per_s + on.links.between_bytes_per_s)) and measured is None:
-        raise ConfigError(
-            f"{cluster}: links.rate: is missing, so that nothing can be advised; write the links' rate, as in 'rate: 1gbit'"
-        )
-    buckets = ddp_buckets(count)
-    if script is not None and script.parameters == count:
-        buckets = tuple(script.buckets)
+        raise ConfigError(f"{cluster}: links.rate: is missing; write the links' rate, as in 'rate: 1gbit'")
+    buckets, assumptions, rated = ddp_buckets(count), computed, None
     profiles, named = _profiles(methods)
-    if measured is not None and script is not None and script.parameters == count:
-        profiles = profiles_in(measured, profiles)
-    assumptions = computed
-    rated = None
     if measured is not None:
+        if script is not None and script.parameters == count:
+            buckets, profiles = tuple(script.buckets), profiles_in(measured, profiles)
         settings = settings_of(measured, compute_s, buckets, overlap=script is None or script.overlap)
         rated = at_rate(measured, settings["likely"])
     else:
@@ -139,7 +126,7 @@ def advise(
         )
         settings = assumed_settings(on, base)
         assumptions = [*assumptions, *_assumed(kind, on.bytes_per_s)]
-    found: Advice = advise(
+    found = advise(
         on,
         profiles,
         settings,
@@ -157,15 +144,16 @@ def advise(
         note(f"wrote {', '.join(map(str, paths))}")
 
 
-def _changed_rate(spec: ClusterSpec, probe: Probe) -> str:
-    """Which link's rate is not what it was when the links were measured; empty if none."""
-    rates = zip(spec.names, spec.link_model().bytes_per_s, strict=True)
-    now = {name: None if math.isinf(rate) else rate for name, rate in rates}
-    for name, rate in now.items():
-        before = probe.rates.get(name)
+def _changed(spec: ClusterSpec, probe: Probe) -> str:
+    """What of the cluster is not as it was when it was measured: its nodes, or a link's rate; empty if nothing."""
+    both = ((probe.nodes, probe.slots), (spec.names, spec.slots))
+    then, now = (f"{', '.join(nodes):.60} with {slots} ranks each" for nodes, slots in both)
+    if then != now:
+        return f"was measured on {then}, and the cluster has {now}"
+    for name, rate in zip(spec.names, spec.link_model().bytes_per_s, strict=True):
+        before = probe.rates.get(name) or math.inf
         if rate != before:
-            old, new = (rate_text(math.inf if value is None else value) for value in (before, rate))
-            return f"the link of {name} was {old} when it was measured, and is {new} now"
+            return f"the link of {name} was {rate_text(before)} when it was measured, and is {rate_text(rate)} now"
     return ""
 
 
@@ -180,7 +168,7 @@ def _number(option: str, text: str) -> float:
 
 def _parameters(text: str | None, model: str | None, measured: int | None) -> int:
     if text is not None and model is not None:
-        raise ConfigError(f"--parameters {text}: stands beside --model; write one of the two")
+        raise ConfigError(f"--parameters {text}: has no effect with --model; leave one of them out")
     if text is not None:
         value = round(_number("--parameters", text))
         if value < 1:
@@ -203,11 +191,11 @@ def _count(model: str) -> int:
     if not file or not function.isidentifier():
         raise ConfigError(f"--model {model}: write a file and a function, as in train.py:build_model")
     if not Path(file).is_file():
-        raise ConfigError(f"--model {model}: there is no file {file}")
+        raise ConfigError(f"--model {model}: {file}: no such file")
     spec = importlib.util.spec_from_file_location("commopt_model", file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--model {model}: {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     sys.path.insert(0, str(Path(file).resolve().parent))
     try:
         spec.loader.exec_module(module)
@@ -228,12 +216,11 @@ def _count(model: str) -> int:
 
 
 def _compute_s(
-    step: str | None, flops: str | None, tokens: str | None, parameters: int, slots: int, measured: float | None
+    step: str | None, flops: str | None, tokens: str | None, parameters: int, measured: float | None
 ) -> tuple[float, list[str]]:
     """Seconds that a step computes, and what was assumed of it."""
-    given = [name for name, value in (("--step", step), ("--flops", flops)) if value is not None]
-    if len(given) == 2:
-        raise ConfigError("--step: stands beside --flops; write one of the two")
+    if step is not None and flops is not None:
+        raise ConfigError(f"--step {step}: has no effect with --flops; leave one of them out")
     if tokens is not None and flops is None:
         raise ConfigError("--tokens: has no effect without --flops; leave it out")
     if step is not None:
@@ -268,19 +255,14 @@ def _profiles(methods: str | None) -> tuple[list[Profile], list[str] | None]:
     known = profiles()
     if methods is None:
         return [profile for name, profile in known.items() if name not in _UNLISTED], None
-    names = [name.replace(" ", "") for name in re.split(r",(?![^(]*\))", methods)]
-    found = []
-    for k, name in enumerate(names):
-        if not name or name in names[:k]:
-            what = f"duplicate method {name!r}" if name else "a name is empty; write NAME,NAME,... as in dense,fp16"
-            raise ConfigError(f"--methods: {what}")
-        found.append(known[name] if name in known else _built(name, known))
+    names = names_in(methods.replace(" ", ""))
+    found = [known[name] if name in known else _built(name, known) for name in names]
     if "dense" not in names:
         found.insert(0, known["dense"])
     return found, [name for name in names if name != "dense"]
 
 
-def _built(name: str, known: Any) -> Profile:
+def _built(name: str, known: Iterable[str]) -> Profile:
     """The profile of a method that is not in the table, such as dgc with options in a file; this needs torch."""
     base = name.partition("(")[0]
     if base not in known and base != "threshold" and not name.endswith((".yaml", ".yml", ".json")):
@@ -311,5 +293,4 @@ def _assumed(kind: Device, bytes_per_s: float) -> Sequence[str]:
             else []
         ),
         "backward takes two thirds of a step, in buckets of 25 MiB; step times of ranks differ by 2 %",
-        "measure instead: commopt probe CLUSTER.yaml -- train.py, then commopt advise CLUSTER.yaml --probe probe.json",
     ]

@@ -1,7 +1,5 @@
 """What commands print about themselves, beside the output of the ranks."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -1,7 +1,5 @@
 """Trains one program under several methods in turn, on the same cluster, for `run` and `compare`."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -32,12 +30,7 @@ _FULL_BYTES = 1 << 14
 
 
 def chosen_methods(run: RunSpec, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Options by method, in the order asked for; without names, the run's own. Raises ConfigError for a name given twice."""
-    for k, name in enumerate(names):
-        if not name:
-            raise ConfigError(f"--methods {','.join(names)!r}: a name is empty; write NAME,NAME,... as in dense,fp16")
-        if name in names[:k]:
-            raise ConfigError(f"--methods: duplicate method {name!r}")
+    """Options by method, in the order asked for; without names, the run's own."""
     return {name: run.methods.get(name, {}) for name in names or run.methods}
 
 
@@ -85,7 +78,7 @@ def check_outputs(methods: Iterable[str], out_dir: Path, json_file: Path | None)
             if not os.access(json_file, os.W_OK):
                 mistakes.append(f"--json {json_file}: cannot be written; write another path")
         elif not os.path.isdir(folder) and folder not in (out_dir, *out_dir.parents):
-            mistakes.append(f"--json {json_file}: there is no folder {folder}; make it, or write another path")
+            mistakes.append(f"--json {json_file}: folder {folder} does not exist; create it, or write another path")
         elif text := _folder_mistake(folder):
             mistakes.append(f"--json {json_file}: {text}; write another path")
     if mistakes:

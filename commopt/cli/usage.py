@@ -1,7 +1,5 @@
 """Help as commands are typed: without more brackets around arguments, and without a type for options that take no value."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line and the environment of each node's torchrun agent. Starts nothing."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

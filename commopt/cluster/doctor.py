@@ -1,7 +1,5 @@
 """Checks what this machine can do by trying it, and says how to fix each problem."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import json

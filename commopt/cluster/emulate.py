@@ -8,8 +8,6 @@ launcher            waits, and passes signals on through a pipe, because unshare
         └── ip netns exec node0 python -m torch.distributed.run ...
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json
@@ -174,7 +172,7 @@ def this_node(cluster: ClusterSpec, name: str | None) -> int:
     names = cluster.names
     if name is not None:
         if name not in names:
-            raise LaunchError(f"--node {name}: there is no such node{did_you_mean(name, names)}")
+            raise LaunchError(f"--node {name}: no such node{did_you_mean(name, names)}")
         return names.index(name)
     own = {socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()}
     found = [
@@ -233,7 +231,7 @@ def unshare_words() -> list[str]:
     """The `unshare` command that works here. Raises EmulationError with the reason and, where known, the cure."""
     for tool, package in TOOLS.items():
         if shutil.which(tool, path=tool_path()) is None:
-            raise EmulationError(f"there is no {tool!r} command; install {package}")
+            raise EmulationError(f"no {tool!r} command; install {package}")
     words = ["unshare", "-Urnm", "--pid", "--fork", "--kill-child"]
     for option in (["--mount-proc"], []):  # a container that masks parts of /proc refuses a new one
         done = tried([*words, *option, "true"])
@@ -272,9 +270,8 @@ def _run_inside(on_inside: Callable[[], object]) -> str:
         os.close(descriptor)
     reason = ""
     with os.fdopen(report, "rb", buffering=0) as stream:
-        while reason != "ok" and (
-            read := stream.read(1 << 12)
-        ):  # `unshare` holds the other end open as long as it runs
+        # `unshare` holds the other end open as long as it runs
+        while reason != "ok" and (read := stream.read(1 << 12)):
             reason += read.decode()
     if reason == "ok":
         on_inside()

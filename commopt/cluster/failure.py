@@ -1,7 +1,5 @@
 """Finds the failure that ended a job, among those that followed from it."""
 
-from __future__ import annotations
-
 import re
 import signal
 from collections.abc import Sequence

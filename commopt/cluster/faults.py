@@ -91,7 +91,7 @@ def mistakes_among(faults: Sequence[Fault], cluster: ClusterSpec, steps: object)
         key = f"faults.{index}.{fault.kind}"
         unknown = [name for name in fault.names if name not in known]
         for name in unknown:
-            yield key, f"there is no {what} {name!r}{did_you_mean(name, known)}"
+            yield key, f"no {what} {name!r}{did_you_mean(name, known)}"
         if fault.kind == "cut" and not unknown:
             one, other = map(cluster.side, fault.names)
             if both := [name for name in one if name in other]:

@@ -1,7 +1,5 @@
 """This machine's own commands, addresses, interfaces, ports and byte counters."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -9,8 +9,6 @@ bridge per site; what a site sends is shaped at s0, what it receives at t0. Ever
 of the calling process, which must therefore have one of its own: see `commopt.cluster.emulate`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Collection, Iterable, Sequence

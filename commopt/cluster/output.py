@@ -1,7 +1,5 @@
 """Sorts what a node's agent and ranks print: lines for the user, tracebacks, and torchrun's own reports."""
 
-from __future__ import annotations
-
 import re
 import socket
 import struct

@@ -6,8 +6,6 @@ process and ends. It is not part of the launcher, because a killed launcher coul
 stopped, and a stopped process does not end on SIGTERM. Imports nothing of commopt.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

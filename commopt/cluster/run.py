@@ -1,7 +1,5 @@
 """Runs one job: an agent per node, with sorted output and counted bytes; if one fails, ends all but independent nodes."""
 
-from __future__ import annotations
-
 import math
 import os
 import selectors

@@ -215,7 +215,7 @@ class ClusterSpec(SpecModel):
                 yield f"sites.{site}", "[] has no node; write at least one, or leave the site out"
             for member in members:
                 if member not in names:
-                    yield f"sites.{site}", f"there is no node {member!r}{did_you_mean(member, names)}"
+                    yield f"sites.{site}", f"no node {member!r}{did_you_mean(member, names)}"
                 elif member in place:
                     yield f"sites.{site}", f"{member!r} is in site {place[member]!r} too; a node belongs to one site"
                 place[member] = site
@@ -223,11 +223,11 @@ class ClusterSpec(SpecModel):
             yield "sites", f"{homeless[0]!r} is in no site; put every node in one"
         for node_name in self.links.nodes:
             if node_name not in names:
-                yield f"links.nodes.{node_name}", f"there is no such node{did_you_mean(node_name, names)}"
+                yield f"links.nodes.{node_name}", f"no such node{did_you_mean(node_name, names)}"
         for site in self.links.sites:
             if site not in self.sites:
                 hint = did_you_mean(site, self.sites) if self.sites else "; name the sites under 'sites' first"
-                yield f"links.sites.{site}", f"there is no such site{hint}"
+                yield f"links.sites.{site}", f"no such site{hint}"
         if self.links.between != Link() and len(self.sites) < 2:
             yield "links.between", "has no effect without two sites; name them under 'sites'"
 

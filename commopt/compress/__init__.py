@@ -1,7 +1,5 @@
 """Codecs, which turn values into messages and back, and their names in configurations."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What every codec does: blocks of values to tensors in wire dtype, and back."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias

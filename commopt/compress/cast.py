@@ -1,7 +1,5 @@
 """Half precision: two bytes per element."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import torch

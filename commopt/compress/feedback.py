@@ -1,7 +1,5 @@
 """Error feedback: what a compressor left out of this message is added to the next."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 

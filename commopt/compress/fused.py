@@ -1,7 +1,5 @@
 """Codecs whose kernels on a GPU write or read several messages in one launch, headers included."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar

@@ -15,8 +15,6 @@ and the longest such code with parameter l is as long as Elias-Fano's, to the bi
 gained, and only Elias-Fano is decoded a word at a time.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

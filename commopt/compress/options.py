@@ -1,7 +1,5 @@
 """Options that many methods share: the scales of signs, how residuals are kept, and the codec itself."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ValidationInfo

@@ -5,8 +5,6 @@ their distance; draws come from the blocks' keys. Without keys, and with `stocha
 A block whose scale would be below 2^-126 counts as a block of zeros, and one whose scale is beyond float32 as a bad one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Sparse codecs on a GPU: counts, places and values stay there, and the messages of all ranks are read by one set of launches."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

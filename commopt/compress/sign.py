@@ -1,7 +1,5 @@
 """One bit per element and one scale per block."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -135,9 +133,5 @@ def equalising_factors(flat: Tensor, index: ParameterIndex) -> Tensor:
     return torch.tensor([united / s if s > 0 else 1.0 for s in sizes], dtype=torch.float32, device=flat.device)
 
 
-SIGNS: Mapping[str, type[BlockSign]] = {
-    "l1": BlockSign,
-    "rms": RmsSign,
-    "l2": TensorSign,
-    "model": ModelSign,
-}  # by scale
+# by scale
+SIGNS: Mapping[str, type[BlockSign]] = {"l1": BlockSign, "rms": RmsSign, "l2": TensorSign, "model": ModelSign}

@@ -1,7 +1,5 @@
 """A few elements of each block, with their places."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -229,7 +227,7 @@ class RandomK(_Density):
         return entries, kernel.drawn_(x, residual, blocks, entries, self.is_unbiased)
 
     def places_in(self, kernel: Any, codes: Tensor, blocks: Blocks, entries: Any) -> tuple[Tensor, Tensor]:
-        return kernel.draw(blocks, entries, codes.device), torch.zeros(1, dtype=torch.int64, device=codes.device)
+        return kernel.draw(blocks, entries), torch.zeros(1, dtype=torch.int64, device=codes.device)
 
     def places_of(self, codes: Codes, blocks: Blocks, ks: Int64Array) -> Tensor:
         return torch.from_numpy(self.places(blocks)[0]).to(codes[0].device)

@@ -1,7 +1,5 @@
 """A method in a Hugging Face Accelerate loop: one call after `accelerator.prepare`."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import logging

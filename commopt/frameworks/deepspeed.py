@@ -1,7 +1,5 @@
 """A method in a DeepSpeed engine: the exchange is the method's, and everything else stays DeepSpeed's. Nothing happens at import."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging

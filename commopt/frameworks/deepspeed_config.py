@@ -1,7 +1,5 @@
 """The communication part of a DeepSpeed configuration: three old optimizers, the "commopt" block, and what neither supports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

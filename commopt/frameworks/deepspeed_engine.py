@@ -1,7 +1,5 @@
 """The exchange between a DeepSpeed engine's backward and its optimizer's step: fp32, and the wrappers of fp16 and bf16."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import math

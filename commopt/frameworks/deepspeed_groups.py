@@ -1,7 +1,5 @@
 """1-bit Adam with parameter groups that stay out of the freeze, as in DeepSpeed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A method between the replicas of an FSDP2 model, or in place of its reduce-scatter."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

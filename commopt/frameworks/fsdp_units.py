@@ -1,7 +1,5 @@
 """The units that FSDP2 communicates, and where each parameter's shard lies in them, read from torch's private fields."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """A method in a Lightning Trainer: a DDPStrategy whose gradients or replicas the method averages, on CPUs too."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """A method in a script without any wrapper: the exchange happens at the optimizer's step."""
 
-from __future__ import annotations
-
 import os
 import time
 import weakref

@@ -1,7 +1,5 @@
 """Parameters in compressed messages: both ranks of a pair keep copies of each other's, and only changes to these are sent."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Outer methods: exchange parameters or deltas every `every` optimizer steps, between machines that may leave and rejoin."""
 
-from __future__ import annotations
-
 import itertools
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Messages of a flat tensor of parameters or deltas: in float32, or compressed with error feedback."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

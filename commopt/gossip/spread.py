@@ -1,7 +1,5 @@
 """How far apart replicas are, from a few hundred numbers of each: a random projection instead of a full exchange."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -53,9 +51,8 @@ class Spread:
 
     def begin(self, step: int) -> None:
         """Note that a sketch of this step follows."""
-        self._oldest = step - 3 * min(
-            max(step - self._last_step, _EVERY_STEPS), step
-        )  # three of this rank's own intervals
+        # three of this rank's own intervals
+        self._oldest = step - 3 * min(max(step - self._last_step, _EVERY_STEPS), step)
         self._last_step = step
 
     def exchange(self, peers: Peers, own: Tensor, step: int) -> Tensor:

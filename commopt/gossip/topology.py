@@ -4,8 +4,6 @@ After Decent-DP's topologies (arXiv:2410.11998) and the directed exponential gra
 Nothing here communicates.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

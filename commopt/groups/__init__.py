@@ -1,7 +1,5 @@
 """Transports: torch.distributed (Gloo, NCCL), MPI, simulated ranks in threads, and any of them slowed to a link model."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from commopt.groups.base import Group, LocalGroup, Traffic

@@ -8,8 +8,6 @@ made of the secret, both sides' random bytes, and the rank that was dialled. So 
 and this place in it: one that was recorded, changed, left out or sent twice is refused. Frames are not encrypted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hmac
@@ -90,9 +88,8 @@ class Connection:
             return
         if not said:
             raise OSError("closed by the peer")
-        _, no, why = said.partition(
-            _NO
-        )  # what comes before it is random bytes, for a secret that this side does not have
+        # what comes before it is random bytes, for a secret that this side does not have
+        _, no, why = said.partition(_NO)
         if no:
             raise PermissionError("".join(c if c.isprintable() else "?" for c in why.decode(errors="replace")))
 

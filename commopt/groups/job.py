@@ -1,7 +1,5 @@
 """How a training program finds the other ranks of its job, whichever launcher started it."""
 
-from __future__ import annotations
-
 import os
 
 from commopt.errors import ConfigError

@@ -1,7 +1,5 @@
 """Where this process listens, at an IPv4 or IPv6 address, and which of its members hears a connection."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

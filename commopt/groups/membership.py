@@ -36,7 +36,7 @@ class Membership:
             place = [int(os.environ.get(key, "0")) for key in ("COMMOPT_NODE_RANK", "LOCAL_RANK")]
             rank = place[0] * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + place[1]
             if not 0 <= rank < len(addresses):
-                raise ValueError(f"there is no rank {rank} among {len(addresses)} members")
+                raise ValueError(f"no rank {rank} among {len(addresses)} members")
             job = str(given["job"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"environment: COMMOPT_PEERS={text:.80}: {error}") from None

@@ -1,7 +1,5 @@
 """A group over MPI, for ranks that mpirun starts. Calls are non-blocking, so that every wait can time out."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Slows another group down to a LinkModel: emulation for machines whose kernel may not shape traffic."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence

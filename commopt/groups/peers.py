@@ -4,8 +4,6 @@ A `Group` needs every rank in every call. `Peers` does not: a message waits in t
 So a rank that is ahead, behind, dead or unreachable costs another one at most the timeout of one `receive`.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from abc import ABC, abstractmethod

@@ -66,9 +66,8 @@ class PostOffice:
 
     def __init__(self, world: SimWorld[Any]) -> None:
         self.world, self.clocks, ranks = world, world.clocks, world.ranks
-        self.added = {
-            rank for fault in world.faults if fault.kind == "add" for rank in fault.ranks
-        }  # and not there yet
+        # and not there yet
+        self.added = {rank for fault in world.faults if fault.kind == "add" for rank in fault.ranks}
         self.on_the_way: list[list[tuple[float, int, str, Letter]]] = [[] for _ in range(ranks)]
         self.waiting: dict[int, _Wait] = dict.fromkeys(self.added, NO_END)
         self.gone_s = dict.fromkeys(self.added, float("-inf"))

@@ -1,7 +1,5 @@
 """Buffers on the host for tensors of a GPU, where what sends them reads only the host's memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ A thread per peer sends its queued messages, or once a second this member's prog
 What comes in is checked before it is used (`frames`), and what is kept of it and the connections that are open are bounded.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import logging

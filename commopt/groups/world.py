@@ -1,7 +1,5 @@
 """The ranks of a job by machine, where machines have several."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

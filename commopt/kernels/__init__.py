@@ -1,7 +1,5 @@
 """The hot loops, one function each, chosen by the tensors' device."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from functools import cache
@@ -11,15 +9,8 @@ import torch
 
 from commopt.kernels.host import OnHost
 
-_NUMBA = (
-    "signs",
-    "quantize",
-    "votes",
-    "select",
-    "indices",
-    "cast",
-    "apply",
-)  # the others are plain torch, or for triton only
+# the others are plain torch, or for triton only
+_NUMBA = ("signs", "quantize", "votes", "select", "indices", "cast", "apply")
 _ON_ANY_DEVICE = ("apply",)  # in plain torch
 _log = logging.getLogger(__name__)
 

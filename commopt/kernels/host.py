@@ -1,7 +1,5 @@
 """The CPU's kernels for tensors of a GPU without triton: they go through pinned memory of the host, and the host waits."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from functools import partial

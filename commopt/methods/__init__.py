@@ -1,7 +1,5 @@
 """The algorithms, one file each, by the names that users write in YAML."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

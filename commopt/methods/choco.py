@@ -1,7 +1,5 @@
 """CHOCO-SGD: gossip over a fixed graph with compressed messages, at any compression rate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Decentralized Adam: a rank averages with one or a few others in every step, while it computes the next gradient."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

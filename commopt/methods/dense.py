@@ -1,7 +1,5 @@
 """The uncompressed baseline."""
 
-from __future__ import annotations
-
 from commopt.exchange.mean import Mean
 from commopt.method import GradientMethod
 

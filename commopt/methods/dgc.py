@@ -1,7 +1,5 @@
 """Deep Gradient Compression."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

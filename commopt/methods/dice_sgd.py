@@ -1,7 +1,5 @@
 """DiceSGD: private gradients whose clipping has no bias, because what is cut off is sent later."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """DiLoCo: inner steps alone, then an outer optimizer's step on the mean of what they changed, over the ranks that are up."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

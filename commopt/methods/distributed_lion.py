@@ -1,7 +1,5 @@
 """Distributed Lion: ranks keep their own momentum and exchange one bit per element, the sign of their update."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Error feedback around any compressor, with an all-gather."""
 
-from __future__ import annotations
-
 from commopt.compress.options import Codec, ErrorFeedbackOptions
 from commopt.exchange.gather import GatherMean
 from commopt.method import GradientMethod, options

@@ -1,7 +1,5 @@
 """EF21: ranks send how their gradient differs from the estimate that the others already have."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """EF-signSGD with compression in both directions."""
 
-from __future__ import annotations
-
 import torch
 
 from commopt.compress.feedback import Kept

@@ -1,7 +1,5 @@
 """Gradients in half precision on the wire."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Local SGD: every rank trains by itself, and all ranks average their parameters every N steps."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """LoCo: four bits each way, and a moving average of what they lost, in eight bits."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from commopt.compress.feedback import Kept

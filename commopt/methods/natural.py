@@ -1,7 +1,5 @@
 """Natural compression: signs and exponents."""
 
-from __future__ import annotations
-
 from commopt.compress.feedback import NOTHING_KEPT
 from commopt.compress.quantize import Natural
 from commopt.exchange.two_way import TwoWayMean

@@ -1,7 +1,5 @@
 """NoLoCo: replicas average with a random partner every N steps; no step waits for all of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar

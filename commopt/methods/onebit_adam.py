@@ -1,7 +1,5 @@
 """1-bit Adam: after a warm-up the variance is frozen, and only signs of the momentum are sent."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

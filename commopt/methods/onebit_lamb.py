@@ -1,7 +1,5 @@
 """1-bit LAMB: LAMB whose variance and layer-wise rates continue from the freeze, while signs of the momentum are sent."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar

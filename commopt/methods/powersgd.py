@@ -1,7 +1,5 @@
 """PowerSGD: gradients as products of two thin matrices."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated
@@ -93,9 +91,8 @@ class PowerSGD(GradientMethod):
             return None
         views = dict(bucket.views())
         corrected = torch._foreach_add([views[name] for name in names], [self.part("residual", name) for name in names])
-        matrices = {
-            name: m.view(self.shapes[name]) for name, m in zip(names, corrected, strict=True)
-        }  # M_i = g_i + e_i
+        # M_i = g_i + e_i
+        matrices = {name: m.view(self.shapes[name]) for name, m in zip(names, corrected, strict=True)}
         first = Bucket.of(
             [(name, self._q(name) @ matrices[name].T if name in names else g) for name, g in views.items()]
         )
@@ -230,9 +227,8 @@ def orthonormal(ps: Sequence[Tensor]) -> list[Tensor]:
     for padded, p in zip(x, ps, strict=True):
         padded[:, : p.shape[1]].copy_(p)
     x = _cholesky_qr(x)
-    is_row = (
-        torch.linalg.vector_norm(x, dim=2, keepdim=True) > 1e-5
-    )  # else it is what rounding has left of a dependent one
+    # else it is what rounding has left of a dependent one
+    is_row = torch.linalg.vector_norm(x, dim=2, keepdim=True) > 1e-5
     x = _cholesky_qr(x * is_row).float()
     return [padded[:, : p.shape[1]] for padded, p in zip(x, ps, strict=True)]
 

@@ -1,7 +1,5 @@
 """Stochastic Gradient Push: one message in one direction per round; the receiver does not answer."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

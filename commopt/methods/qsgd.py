@@ -1,7 +1,5 @@
 """QSGD: a few levels per block, rounded at random."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Gradient elements at random places that all ranks know."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np
@@ -109,7 +107,7 @@ class RandomKMean(GradientMethod, Compressed):
         if len(summed):
             group.all_reduce(summed)
         first = torch.zeros(1, dtype=torch.int32, device=self.device)
-        kernel.note_sum_(mean, bad, blocks, entries, first)
+        kernel.note_sum_(summed, blocks, entries, first)
         noted, averaged = self.told([first])
         if self.is_void(bucket, first_of([parameter(noted), averaged]), group):
             return

@@ -1,7 +1,5 @@
 """Signum: each rank sends the sign of its momentum, and the majority decides."""
 
-from __future__ import annotations
-
 import torch
 
 from commopt.errors import AttachError

@@ -1,7 +1,5 @@
 """Gradient elements above a fixed magnitude."""
 
-from __future__ import annotations
-
 from commopt.compress.options import ResidualOptions, ValueBits
 from commopt.compress.sparse import Threshold
 from commopt.exchange.gather import GatherMean

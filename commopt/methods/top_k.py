@@ -1,7 +1,5 @@
 """The largest gradient elements."""
 
-from __future__ import annotations
-
 from commopt.compress.options import ResidualOptions, ValueBits
 from commopt.compress.sparse import TopK
 from commopt.exchange.gather import GatherMean

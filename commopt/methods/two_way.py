@@ -1,7 +1,5 @@
 """Compression in both directions with any pair of codecs."""
 
-from __future__ import annotations
-
 from commopt.compress.options import Codec, ErrorFeedbackOptions
 from commopt.exchange.two_way import TwoWayMean
 from commopt.method import GradientMethod, options

@@ -1,7 +1,5 @@
 """0/1 Adam: the variance is updated less and less often, and then the momentum is exchanged less and less often."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal

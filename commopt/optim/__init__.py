@@ -1,7 +1,5 @@
 """Optimizers that torch does not have, and what methods that compute an update themselves share."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Adam-like methods that freeze their variance, and compress from then on."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

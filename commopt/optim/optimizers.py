@@ -1,7 +1,5 @@
 """Adam and Lion in the forms that torch does not have, and what the optimizers here share."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Adaptive outer optimizers: they move shared parameters by the mean of what replicas changed in a round, given as -gradient."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Update methods: they exchange what an optimizer's update is made of, and compute that update themselves."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Which exchange is fastest, from steps that were timed under one of them; torch-free, as the model of a step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -51,7 +49,7 @@ def predicted(
     elements, transfer_s = sum(work.buckets), max(0.0, measured.exchange_s - codec_s[current])
     sent = profiles[current].bytes_per_parameter(work.machines) * elements
     hidden = codec_s[current] * (1 - measured.shown) if work.cores is not None else 0.0  # took backward's processor
-    seconds = {
+    seconds: dict[str, Curve] = {
         phase.operation: Curve.line(0.0, transfer_s / sent * sent_bytes(phase.operation, 1.0, work.machines))
         for profile in profiles.values()
         for phase in profile.phases

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from commopt.plan.links import LinkModel
+from commopt.plan.profile import Operation
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-Operation = Literal["all_reduce", "all_gather", "all_to_all", "send"]
 
 
 @dataclass(frozen=True)

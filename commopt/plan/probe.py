@@ -1,7 +1,5 @@
 """What `commopt probe` has measured on a cluster: the file that `commopt advise` reads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +97,7 @@ class Probe(Part):
         named |= {"rates": set(self.rates), "together": set(self.together)}
         for key, names in named.items():
             if strange := sorted(names - known):
-                yield key, f"there is no node {strange[0]!r}; known: {', '.join(self.nodes)}"
+                yield key, f"no node {strange[0]!r}; known: {', '.join(self.nodes)}"
         for name in ("all_reduce", "all_gather", "all_to_all"):
             if not self.exchanges.get(name):
                 yield f"exchanges.{name}", "is missing; write it"
@@ -119,7 +117,7 @@ def read_probe(path: str | Path) -> Probe:
     try:
         data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file; make it: commopt probe CLUSTER.yaml --out {path}") from None
+        raise ConfigError(f"{path}: no such file; make it: commopt probe CLUSTER.yaml --out {path}") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{path}: is not JSON, or cut off; {again}") from None
     except OSError as error:

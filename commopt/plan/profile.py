@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from commopt.plan.links import schedule
 
 TABLE = Path(__file__).with_name("profiles.json")
+Operation = Literal["all_reduce", "all_gather", "all_to_all", "send"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Phase:
     Bytes per parameter: constant + over_ranks / N + bits_over_ranks x (bits that the number N takes) / N.
     """
 
-    operation: str
+    operation: Operation
     constant: float = 0.0
     over_ranks: float = 0.0
     bits_over_ranks: float = 0.0

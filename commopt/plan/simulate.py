@@ -10,19 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from commopt.errors import ConfigError
 from commopt.plan.links import LinkModel
-from commopt.plan.pipes import F64, I64, Collective, Groups, Operation, Pipes
+from commopt.plan.pipes import F64, I64, Collective, Groups, Pipes
 from commopt.plan.profile import Profile
 from commopt.wire.draws import random_order
 
 _DRAWN_AT_ONCE = 1_000_000  # step times; 8 MB
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Exchange:
         buckets = buckets if profile.overlaps and not is_outer else 1
         part = parameters / profile.fragments
         return cls(
-            [Collective(cast(Operation, phase.operation), phase.nbytes(part, nodes)) for phase in profile.phases],
+            [Collective(phase.operation, phase.nbytes(part, nodes)) for phase in profile.phases],
             every=profile.every,
             group_size=2 if any(phase.operation == "send" for phase in profile.phases) else None,
             fragments=profile.fragments,
@@ -169,12 +166,12 @@ def simulate(
     A node's step lasts as long as that of its slowest rank, times the node's factor in `slow`. efficiency: share of each link that
     the transport fills. `rng` draws the step times, and is made from `seed` by default; `seed` draws the groups.
     Failed nodes: a round that expects one waits `exchange.timeout_s` and goes on without it; later rounds leave it out. A node
-    that is back has the clock of the median of the others. Raises ConfigError for a node that there is not, or values out of range.
+    that is back has the clock of the median of the others. Raises ConfigError for unknown nodes, and values out of range.
     """
     nodes = len(links.bytes_per_s)
     for node in (*(slow or ()), *(failure.node for failure in failures)):
         if not 0 <= node < nodes:
-            raise ConfigError(f"node {node}: there is no such node; write 0 to {nodes - 1}")
+            raise ConfigError(f"node {node}: no such node; write 0 to {nodes - 1}")
     if not (steps >= 1 and runs >= 1 and 0 < efficiency <= 1):
         raise ConfigError(f"{steps=}, {runs=}, {efficiency=}: out of range; write 1 or more, and a share above 0")
     rng = np.random.default_rng(seed) if rng is None else rng

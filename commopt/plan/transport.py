@@ -1,9 +1,8 @@
 """What exchanges among machines take, before anything was measured: from the links of a cluster's file, and assumptions that are told."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 
@@ -11,8 +10,8 @@ from commopt.plan.curve import Curve
 from commopt.plan.links import LinkModel, rounds
 from commopt.plan.model import Transport
 from commopt.plan.pipes import Collective, Groups, Pipes
+from commopt.plan.profile import Operation
 
-OPERATIONS = ("all_reduce", "all_gather", "all_to_all", "broadcast", "send")
 SLOW_BYTES_PER_S, FAST_BYTES_PER_S = 10e9 / 8, 32e9 / 8
 
 
@@ -68,34 +67,35 @@ def transport_of(links: LinkModel, slots: int, assumed: Assumed = LIKELY, *, has
     )
     seconds: dict[str, Curve] = {}
     if machines.ranks > 1:
-        for operation in OPERATIONS:
+        for operation in get_args(Operation):
             per_byte, latency_s = _costs(own, operation)
             calls_s = assumed.call_s + rounds(operation, own.ranks) * assumed.round_s
             seconds[operation] = Curve.line(calls_s + latency_s, per_byte)
+    if slots == 1:
+        return Transport(seconds)
     # each rank sends and receives 2 (L - 1) / L of the tensor
     inside_bytes_per_s = assumed.inside_gpu_bytes_per_s if has_gpus else assumed.inside_bytes_per_s
-    inside = Curve.line(2 * assumed.call_s, 2 * (slots - 1) / slots / inside_bytes_per_s)
-    return Transport(seconds, inside=inside if slots > 1 else Curve.line(0.0, 0.0))
+    return Transport(seconds, inside=Curve.line(2 * assumed.call_s, 2 * (slots - 1) / slots / inside_bytes_per_s))
 
 
 def _filled(bytes_per_s: tuple[float, ...], share: float) -> tuple[float, ...]:
     return tuple(rate * share for rate in bytes_per_s)
 
 
-def _costs(links: LinkModel, operation: str) -> tuple[float, float]:
+def _costs(links: LinkModel, operation: Operation) -> tuple[float, float]:
     """(seconds per contributed byte, seconds of latency) of one operation with one rank per machine."""
     latency_s = _seconds(links, operation, 1e-9)
     return _seconds(links, operation, 1.0) - latency_s, latency_s
 
 
-def _seconds(links: LinkModel, operation: str, nbytes: float) -> float:
+def _seconds(links: LinkModel, operation: Operation, nbytes: float) -> float:
     """Seconds of one operation of all ranks that contribute `nbytes` each."""
-    if operation in ("broadcast", "send"):  # to partners, at worst in another site
+    if operation == "send":  # to partners, at worst in another site
         there = range(links.ranks)
         sent = [{(rank + links.ranks // 2) % links.ranks: nbytes} for rank in there]
         return links.seconds(sent, rounds(operation, links.ranks))
     everyone = Groups(np.arange(links.ranks), np.zeros(1, np.int64))
-    seconds, _ = Pipes(links).round(everyone, [Collective(operation, nbytes)])  # type: ignore[arg-type]
+    seconds, _ = Pipes(links).round(everyone, [Collective(operation, nbytes)])
     return float(seconds[0])
 
 

@@ -1,7 +1,5 @@
 """Checks commopt's byte count against what the kernel says has left a node's interface."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter

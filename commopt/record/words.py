@@ -1,7 +1,5 @@
 """Quantities as text, with about three digits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

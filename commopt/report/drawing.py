@@ -29,15 +29,8 @@ METHOD_COLOURS = {  # after Okabe and Ito, on a light and on a dark page
 }
 DARK = {INK: "#e6e9ed", FAINT: "#3a414a", PAPER: "#15181c", QUIET: "#a3adb8", DENSE_COLOUR: "#9aa3ad"}
 DARK |= METHOD_COLOURS
-PREFERRED = (
-    "fp16",
-    "onebit_adam",
-    "noloco",
-    "diloco",
-    "local_sgd",
-    "distributed_lion",
-    "dgc",
-)  # in the palette's order
+# in the palette's order
+PREFERRED = ("fp16", "onebit_adam", "noloco", "diloco", "local_sgd", "distributed_lion", "dgc")
 WIDTH_IN, DPI = 6.4, 250
 FONT_POINTS = 11.0
 LEVEL_IN = 0.21  # between flags

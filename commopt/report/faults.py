@@ -1,7 +1,5 @@
 """The faults that the launcher injected, and what each cost by the ranks' records."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path

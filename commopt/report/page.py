@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,13 +43,21 @@ def write_report(results: Results, out_dir: Path) -> list[Path]:
     drawn = draw(results)
     contents = {"results.json": results_json(results).encode(), "report.html": page(results, drawn).encode()}
     contents |= {f"{name}.png": drawing.png(figure) for name, figure in drawn.items()}
+    return write_all(out_dir, contents, stale=[f"{name}.png" for name in PICTURES if name not in drawn])
+
+
+def write_all(out_dir: Path, contents: Mapping[str, bytes], stale: Sequence[str] = ()) -> list[Path]:
+    """Write files into a folder, each whole or not at all, and remove the stale ones; returns the paths of those written.
+
+    Raises LaunchError for a file that cannot be written.
+    """
     path = out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             path = out_dir / name
-            write_whole(path, content)
-        for path in (out_dir / f"{name}.png" for name in PICTURES if name not in drawn):
+            _write_whole(path, content)
+        for path in (out_dir / name for name in stale):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise LaunchError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
@@ -171,7 +179,7 @@ def link_text(node: Node) -> str:
     return ", ".join([node.rate or "unlimited", *(text.format(value) for text, value in extras.items() if value)])
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
     """Write a temporary file beside it and rename that, so that a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from commopt.plan.links import schedule
 from commopt.plan.probe import Probe
+from commopt.plan.profile import sent_bytes
 from commopt.record.words import bytes_text, rate_text, seconds_text, times_text
+from commopt.report.table import columns_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +42,7 @@ def show(probe: Probe, stream: TextIO) -> None:
 
 def _links(probe: Probe) -> tuple[str, Table]:
     rate = {(pair.source, pair.to): pair.bytes_per_s for pair in probe.pairs}
-    pairs = sorted((pair for pair in probe.pairs), key=lambda pair: min(pair.bytes_per_s, rate[pair.to, pair.source]))
+    pairs = sorted(probe.pairs, key=lambda pair: min(pair.bytes_per_s, rate[pair.to, pair.source]))
     seen: dict[frozenset[str], tuple[str, ...]] = {}
     for pair in sorted(pairs[: 2 * _MOST_ROWS], key=lambda pair: (probe.nodes.index(pair.source), pair.to)):
         said = [value for name in (pair.source, pair.to) if (value := probe.rates.get(name)) is not None]
@@ -59,7 +59,7 @@ def _links(probe: Probe) -> tuple[str, Table]:
         )
     left = len(pairs) // 2 - len(seen)
     title = "Links, one pair at a time" + (f"; {left} faster pairs are in the file" if left > 0 else "")
-    return title, _table(("nodes", "latency", "there", "back", "in the file"), list(seen.values()))
+    return title, columns_of(("nodes", "latency", "there", "back", "in the file"), list(seen.values()))
 
 
 def _exchanges(probe: Probe) -> tuple[str, Table]:
@@ -68,20 +68,11 @@ def _exchanges(probe: Probe) -> tuple[str, Table]:
     rows = []
     for operation, points in probe.exchanges.items():
         nbytes, seconds, busy = next((p for p in reversed(points) if p[0] <= _SHOWN_BYTES), points[0])
-        direct = nbytes * (machines - 1) / machines
-        sent = direct if operation == "all_to_all" else sum(schedule(operation, nbytes, 0, machines).values())
-        share = probe.slots * sent / seconds / link
-        row = (
-            operation,
-            bytes_text(nbytes),
-            seconds_text(seconds),
-            seconds_text(points[0][1]),
-            f"{share:.0%}",
-            f"{busy:.0%}",
-        )
-        rows.append(row)
+        share = probe.slots * sent_bytes(operation, nbytes, machines) / seconds / link
+        times = (seconds_text(seconds), seconds_text(points[0][1]))
+        rows.append((operation, bytes_text(nbytes), *times, f"{share:.0%}", f"{busy:.0%}"))
     title = f"Exchanges among {machines} machines; if all send at once, each sends {rate_text(min(probe.together.values()))}"
-    return title, _table(
+    return title, columns_of(
         ("exchange", "of", "takes", f"{bytes_text(_SMALLEST)} takes", "of the link", "of the processor"), rows
     )
 
@@ -91,22 +82,11 @@ def _codecs(probe: Probe) -> tuple[str, Table]:
     slowest = sorted(times, key=lambda name: -times[name][0][1])[:_SLOWEST]
     elements = max((point[0] for point, _ in times.values()), default=0)
     copy_s = 4 * elements / probe.copy_bytes_per_s
-    rows = [
-        (name, seconds_text(own[1]), times_text(own[1] / copy_s), seconds_text(step[1]))
-        for name, (own, step) in ((name, times[name]) for name in slowest)
-    ]
+    rows = []
+    for name in slowest:
+        (_, own_s), (_, step_s) = times[name]
+        rows.append((name, seconds_text(own_s), times_text(own_s / copy_s), seconds_text(step_s)))
     title = (
         f"Slowest of {len(times)} methods without a network, for {elements / 1e6:.1f} M parameters on {probe.device}"
     )
-    return title, _table(("method", "exchange", "in copies", "step"), rows)
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for k, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if k else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return title, columns_of(("method", "exchange", "in copies", "step"), rows)

@@ -1,7 +1,5 @@
 """Merges what the ranks of each run wrote into the results document."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Merges the ranks' outer rounds, and collects each rank's steps over time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean

@@ -13,6 +13,7 @@ from commopt.report.document import DocumentPart, Fault, FaultCost, Results, Rou
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 NOTHING = "-"
 NARROWEST = 80  # columns of a terminal; narrower ones break the lines themselves
@@ -52,17 +53,23 @@ def cells_of(columns: Sequence[Column], runs: Sequence[RunResult], dense: RunRes
 
 
 def table_of(columns: Sequence[Column], cells: Sequence[Sequence[str]], gap: int = 1) -> Table:
-    """The rows under their headings, with `gap` spaces between columns; only names are folded. In a terminal, the word failed is red."""
-    from rich.table import Table
+    """The rows under their headings. In a terminal, the word failed is red."""
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
-    for index, column in enumerate(columns):
-        is_name, heading = index == 0, "\n".join(column.heading)
-        table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
     styles = {NOTHING: "dim", "failed": "bold red"}
-    for name, *texts in cells:
-        table.add_row(Text(name, "bold"), *(Text(text, styles.get(text, "")) for text in texts))
+    rows = [[Text(name, "bold"), *(Text(text, styles.get(text, "")) for text in texts)] for name, *texts in cells]
+    return columns_of(["\n".join(column.heading) for column in columns], rows, gap)
+
+
+def columns_of(headings: Sequence[str], rows: Sequence[Sequence[str | Text]], gap: int = 2) -> Table:
+    """The rows under their headings, with `gap` spaces between columns; only names, which come first, are folded."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    for k, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if k else "left", overflow="fold", no_wrap=k > 0)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

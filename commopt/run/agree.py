@@ -1,7 +1,5 @@
 """Collective checks: every rank runs its own, and one rank's failure raises on all of them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

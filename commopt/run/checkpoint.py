@@ -386,5 +386,5 @@ def _found(place: Path) -> tuple[Path, str, Manifest]:
             olds.append(((old / MANIFEST).stat().st_mtime_ns, old))
     if not olds:
         files.check_0_1(place)
-        raise CheckpointError(f"{place}: there is no such folder; check the path, or start without a checkpoint")
+        raise CheckpointError(f"{place}: no such folder; check the path, or start without a checkpoint")
     return max(olds)[1], *files.read_manifest(max(olds)[1])

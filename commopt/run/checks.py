@@ -1,7 +1,5 @@
 """What every framework's attach does first: resolve the method and optimizer, check everything, and find the other ranks."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

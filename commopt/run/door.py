@@ -1,7 +1,5 @@
 """`commopt.attach`: one call for every method and framework."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """A run that exchanges in every step: loss scales, void buckets, clipping and the optimizer's step around a method's exchange."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

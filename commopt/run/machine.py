@@ -1,7 +1,5 @@
 """The ranks of one machine, which train one replica together under an outer method."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """An outer method in a training script: its rounds follow the optimizer's steps, and machines may leave and rejoin."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import logging
@@ -38,11 +36,8 @@ from commopt.wire.state import Saved
 _log = logging.getLogger(__name__)
 _ROOM_BYTES = 1 << 26
 _PASSES = 10_000  # of `range` at one step, more than anybody accumulates
-
-
-_Result = tuple[
-    Exchanged, float, Tensor | None
-]  # of a round, the seconds it took, and a sketch that is still to be sent
+# of a round, the seconds it took, and a sketch that is still to be sent
+_Result = tuple[Exchanged, float, Tensor | None]
 
 
 @dataclass

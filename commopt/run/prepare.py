@@ -1,7 +1,5 @@
 """Compiles what methods need on a CPU, before any rank starts: ranks that compile in their first step would keep all waiting."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """What `commopt.attach` returns: one method in one training script."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

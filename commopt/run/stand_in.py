@@ -1,7 +1,5 @@
 """The optimizer that steps in place of the user's when a method computes the update itself."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial

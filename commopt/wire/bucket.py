@@ -64,15 +64,14 @@ class ParameterIndex:
 
     def places(self, names: tuple[str, ...], starts: tuple[int, ...], share: Share | None = None) -> Blocks:
         """Some parameters, or a share of each, as one block each, made once: they start there among values, and in a flat tensor of all."""
-        made: dict[Any, Blocks] = vars(self).setdefault("_places", {})
-        if (key := (names, starts, share)) not in made:
-            if len(made) > MOST_LAYOUTS:
-                made.clear()
+
+        def make() -> Blocks:
             which = np.asarray([self.position[name] for name in names], dtype=np.int64)
             offsets = self.offsets[:-1] if share is None else self.offsets[:-1] + share.starts
             numels = np.asarray((self if share is None else share.index).numels, dtype=np.int64)
-            made[key] = Blocks(np.asarray(starts, dtype=np.int64), offsets[which], numels[which], which, which)
-        return made[key]
+            return Blocks(np.asarray(starts, dtype=np.int64), offsets[which], numels[which], which, which)
+
+        return kept(vars(self).setdefault("_places", {}), (names, starts, share), (), make)
 
 
 def alike(names: Iterable[str], key: Callable[[str], K]) -> dict[K, list[str]]:
@@ -99,13 +98,8 @@ def once_per_layout(cut: Callable[[Any, Bucket], T]) -> Callable[[Any, Bucket], 
 
     @functools.wraps(cut)
     def looked_up(self: Any, bucket: Bucket) -> T:
-        found: dict[Any, T] = vars(self).setdefault(f"_{cut.__name__}_by_layout", {})
-        key = (bucket.names, bucket.starts)
-        if len(found) > MOST_LAYOUTS:
-            found.clear()
-        if key not in found:
-            found[key] = cut(self, bucket)
-        return found[key]
+        tables = vars(self).setdefault(f"_{cut.__name__}_by_layout", {})
+        return kept(tables, (bucket.names, bucket.starts), (), lambda: cut(self, bucket))
 
     return looked_up
 
@@ -236,11 +230,8 @@ class Blocks:
         ends = self.starts + self.lengths
         breaks = np.flatnonzero(self.starts[1:] != ends[:-1]) + 1
         first, last = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(self)]]) - 1
-        return (
-            [slice(*pair) for pair in zip(self.starts[first].tolist(), ends[last].tolist(), strict=True)]
-            if len(self)
-            else []
-        )
+        pairs = zip(self.starts[first].tolist(), ends[last].tolist(), strict=True)
+        return [slice(*pair) for pair in pairs] if len(self) else []
 
     @property
     def named(self) -> Int64Array:

@@ -1,7 +1,5 @@
 """Orders and groups of ranks that every rank draws alike, from (seed, purpose, count) only. Needs numpy and no torch."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

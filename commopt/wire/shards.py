@@ -1,7 +1,5 @@
 """What a rank has of tensors that are sharded over ranks: DTensors, whose module is slow to import."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -80,11 +80,6 @@ class Stateful:
             own |= part.layouts()
         return own
 
-    def own_part(self, key: str, name: str) -> Tensor:
-        """(n,) view: what the state `key` holds of this rank's share of the parameter `name`."""
-        one, x = self._declared[key], self.part(key, name)
-        return x if self.share is None or self._is_cut(one) else self.share.of(x, name)
-
     def state_views(self, name: str) -> list[Tensor]:
         """All state on this rank that an exchange of the parameter `name` may change, as views."""
         views = []

@@ -64,7 +64,7 @@ def only_shows(args: argparse.Namespace) -> bool:
     if getattr(args, "jobs", 1) < 1:
         raise ConfigError(f"--jobs {args.jobs}: write a number from 1")
     if args.json is not None and not args.json.resolve().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: there is no folder {args.json.resolve().parent}; make it")
+        raise ConfigError(f"--json {args.json}: folder {args.json.resolve().parent} does not exist; create it")
     return shown is not None
 
 

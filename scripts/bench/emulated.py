@@ -11,15 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from store import Store
 
-from commopt.cluster.emulate import end_on_signals, end_with_parent, enter
+from commopt.cluster.emulate import Emulation, end_on_signals, end_with_parent, enter
 from commopt.cluster.machine import Emulate
+from commopt.cluster.run import Job
 from commopt.cluster.spec import ClusterSpec
+from commopt.errors import CommoptError
 from commopt.record.words import seconds_text
 
 BUSY_CORES = 0.2  # of other programs: from here on a cell's numbers are not to be trusted
@@ -37,6 +39,37 @@ def measure_all(entries: Sequence[Entry], store_file: Path, **options: Any) -> N
         plan = {"cells": own, "cluster": cluster, "done": done, "total": len(entries)}
         run_child({**plan, "store": str(store_file.resolve()), "options": options})
         done += len(own)
+
+
+def measure_missing(entries: Iterable[Entry], store_file: Path, *, redo: bool) -> None:
+    """`measure_all` of the cells that are not stored with these settings, or of all."""
+    store = Store(store_file, ["*"] if redo else ())
+    measure_all([one for one in entries if store.get(one["name"], one["settings"]) is None], store_file)
+
+
+def finish(
+    entry: Entry,
+    words: Sequence[str],
+    emulation: Emulation,
+    log_dir: Path,
+    longest_s: float,
+    *,
+    independent: bool = False,
+    check: Callable[[], object] = lambda: None,
+) -> None:
+    """Run a program on the nodes until it ends. Raises CommoptError if it fails, with what a rank said, or takes longer.
+
+    check: called now and then; may raise, too.
+    """
+
+    def give_up(elapsed_s: float) -> None:
+        if elapsed_s > longest_s:
+            raise CommoptError(f"{entry['name']}: not done after {seconds_text(longest_s)}")
+        check()
+
+    job = Job(words, emulation=emulation, log_dir=log_dir, on_tick=give_up, independent=independent).run()
+    if job.failure is not None:
+        raise CommoptError(f"{entry['name']}: {job.failure}\n{job.failure.message}".rstrip())
 
 
 def run_child(plan: Mapping[str, Any]) -> None:

@@ -30,14 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from command import Report, main, matching, new_parser, only_shows, present
-from emulated import Entry, measure_all, start
+from emulated import Entry, finish, measure_missing, start
 from sheets import Sheet
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.run import Job
-from commopt.errors import CommoptError
-from commopt.record.words import seconds_text
 
 STORED = RESULTS / "step.jsonl"
 PROGRAM = Path(__file__).parent / "memory_ranks.py"
@@ -107,10 +104,8 @@ def formula(settings: Mapping[str, Any]) -> float:
     return float(8.0 + copies + on_gpu + on_host)
 
 
-def check_room(name: str, elapsed_s: float, free_bytes: int) -> None:
-    """Raise CommoptError if a cell takes too long, or the memory that other programs need."""
-    if elapsed_s > LONGEST_S:
-        raise CommoptError(f"{name}: not done after {seconds_text(LONGEST_S)}")
+def check_room(name: str, free_bytes: int) -> None:
+    """Raise CommoptError if a cell takes the memory that other programs need."""
     if free_bytes < LEAST_BYTES:
         raise CommoptError(
             f"{name}: ended, as it left {free_bytes / 1e9:.2f} GB of this machine's memory; end other programs, or measure a smaller model"
@@ -125,17 +120,19 @@ def free_bytes() -> int:
 
 def measure(entry: Entry, emulation: Emulation) -> dict[str, Any]:
     """Run one cell. Raises CommoptError if it fails, with what a rank said."""
-
-    def give_up(elapsed_s: float) -> None:
-        check_room(entry["name"], elapsed_s, free_bytes())
-
     settings = entry["settings"]
     with tempfile.TemporaryDirectory(prefix="bench-memory-") as scratch:
         words = [str(PROGRAM), "--settings", json.dumps(settings), "--out", scratch]
-        log_dir, is_outer = Path(scratch, "log"), settings["method"] == "diloco"
-        job = Job(words, emulation=emulation, log_dir=log_dir, on_tick=give_up, independent=is_outer).run()
-        if job.failure is not None:
-            raise CommoptError(f"{entry['name']}: {job.failure}\n{job.failure.message}".rstrip())
+        is_outer = settings["method"] == "diloco"
+        finish(
+            entry,
+            words,
+            emulation,
+            Path(scratch, "log"),
+            LONGEST_S,
+            independent=is_outer,
+            check=lambda: check_room(entry["name"], free_bytes()),
+        )
         ranks = [json.loads(Path(scratch, f"rank{rank}.json").read_text()) for rank in range(NODES)]
     worst = max(ranks, key=lambda rank: int(rank["most_bytes"][-1]))
     return {**worst, "formula": round(formula(settings), 3)}
@@ -187,14 +184,9 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line says. Raises ConfigError for a mistake in it, before anything is started."""
     cells, file = matching(args.only, CELLS), args.results or STORED
     if not only_shows(args):
-        store = Store(file, ["*"] if args.redo else ())
         cluster = {"name": "memory-2", "nodes": NODES, "links": {"rate": None}}
-        entries = [
-            {"name": cell.name, "cluster": cluster, "settings": cell.settings}
-            for cell in cells
-            if store.get(cell.name, cell.settings) is None
-        ]
-        measure_all(entries, file)
+        entries = ({"name": cell.name, "cluster": cluster, "settings": cell.settings} for cell in cells)
+        measure_missing(entries, file, redo=args.redo)
     store = Store(file)
     present(report([found for cell in cells if (found := store.get(cell.name)) is not None]), args)
 

@@ -216,7 +216,7 @@ def _sparse(numels: tuple[int, ...], x: torch.Tensor, e: torch.Tensor, blocks: B
     yield "dgc", lambda: sparse.add_(where, values, blocks, entries, x, alpha=1.0, add=False, given=own)
     yield "random_k", lambda: sparse.find_bad_(x, None, blocks, values[150:])
     yield "random_k", lambda: sparse.draw_and_take_(x, e, blocks, entries, values, is_unbiased=True)
-    yield "random_k", lambda: sparse.note_sum_(values, values[150:], blocks, entries, first)
+    yield "random_k", lambda: sparse.note_sum_(values, blocks, entries, first)
     yield "random_k", lambda: sparse.keep_(x, e, blocks, chosen.is_bad)
     yield "random_k", lambda: sparse.take_sent_(e, values, where, blocks, entries, ranks=4)
 

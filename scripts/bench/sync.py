@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from command import DOCS, main, matching, new_parser, only_shows, present
-from emulated import Entry, measure_all, start
+from emulated import Entry, finish, measure_missing, start
 from store import RESULTS, Store
 from sync_results import report
 from sync_simulation import POINTS, points, settings
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.run import Job
-from commopt.errors import CommoptError, ConfigError
-from commopt.record.words import seconds_text
+from commopt.errors import ConfigError
 
 STORED = RESULTS / "sync.jsonl"
 PROGRAM = Path(__file__).parent / "sync_exchange.py"
@@ -83,18 +81,11 @@ def simulate(given: dict[str, Any]) -> dict[str, Any]:
 def measure(entry: Entry, emulation: Emulation) -> dict[str, Any]:
     """Run one cell. Raises CommoptError if it fails, with what a rank said."""
     cell = Cell(**entry["cell"])
-
-    def give_up(elapsed_s: float) -> None:
-        if elapsed_s > LONGEST_S:
-            raise CommoptError(f"{cell.name}: not done after {seconds_text(LONGEST_S)}")
-
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as scratch:
         out = Path(scratch, "seconds.json")
         words = ["--elements", str(cell.elements), "--repeats", str(cell.repeats), "--out", str(out)]
         words += ["--mean-s", str(cell.mean_s), "--spread", str(cell.spread)]
-        job = Job([str(PROGRAM), *words], emulation=emulation, log_dir=Path(scratch, "log"), on_tick=give_up).run()
-        if job.failure is not None:
-            raise CommoptError(f"{cell.name}: {job.failure}\n{job.failure.message}".rstrip())
+        finish(entry, [str(PROGRAM), *words], emulation, Path(scratch, "log"), LONGEST_S)
         ranks = json.loads(out.read_text())
     for rank in ranks:
         rank["seconds"] = {name: [round(s, 6) for s in seconds] for name, seconds in rank["seconds"].items()}
@@ -107,8 +98,7 @@ def measure(entry: Entry, emulation: Emulation) -> dict[str, Any]:
 
 def sweep(cells: list[Cell], file: Path, *, redo: bool) -> None:
     """Measure the cells that are not stored."""
-    store = Store(file, ["*"] if redo else ())
-    entries = [
+    entries = (
         {
             "name": cell.name,
             "cell": asdict(cell),
@@ -116,9 +106,8 @@ def sweep(cells: list[Cell], file: Path, *, redo: bool) -> None:
             "settings": asdict(cell),
         }
         for cell in cells
-        if store.get(cell.name, asdict(cell)) is None
-    ]
-    measure_all(entries, file)
+    )
+    measure_missing(entries, file, redo=redo)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -139,9 +139,8 @@ def main(elements: int, repeats: int, mean_s: float, spread: float, out: Path) -
     names = ("swap", "tree") if mean_s else ("swap", "tree", "ring")  # nobody can delay what Gloo sends inside
     seconds: dict[str, list[float]] = {name: [] for name in names}
     partners = []
-    for repeat in range(
-        repeats + 1
-    ):  # in turn, so that a busy neighbour meets all of them alike; the first is a warm-up
+    # in turn, so that a busy neighbour meets all of them alike; the first is a warm-up
+    for repeat in range(repeats + 1):
         (partner,) = {*group_of(rank, world, 2, seed=1, round=repeat)} - {rank}
         exchanges: dict[str, Callable[[], None]] = {
             "swap": partial(swap_mean_, x, other, partner, messages),

@@ -21,13 +21,11 @@ from statistics import median
 from typing import Any
 
 from command import Report, main, matching, new_parser, only_shows, present
-from emulated import Entry, measure_all, start
+from emulated import Entry, finish, measure_missing, start
 from sheets import Sheet
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
-from commopt.cluster.run import Job
-from commopt.errors import CommoptError
 from commopt.plan.links import parse_rate
 
 STORED = RESULTS / "wire.jsonl"
@@ -55,17 +53,10 @@ CELLS = [Cell(nodes, rate) for rate in ("50mbit", "200mbit") for nodes in (2, 4)
 def measure(entry: Entry, emulation: Emulation) -> dict[str, Any]:
     """Run one cell. Raises CommoptError if it fails, with what a rank said."""
     settings = entry["settings"]
-
-    def give_up(elapsed_s: float) -> None:
-        if elapsed_s > LONGEST_S:
-            raise CommoptError(f"{entry['name']}: not done after {LONGEST_S:g} s")
-
     with tempfile.TemporaryDirectory(prefix="bench-wire-") as scratch:
         out = Path(scratch, "seconds.json")
         words = ["--sizes", json.dumps(settings["sizes"]), "--repeats", str(settings["repeats"]), "--out", str(out)]
-        job = Job([str(PROGRAM), *words], emulation=emulation, log_dir=Path(scratch, "log"), on_tick=give_up).run()
-        if job.failure is not None:
-            raise CommoptError(f"{entry['name']}: {job.failure}\n{job.failure.message}".rstrip())
+        finish(entry, [str(PROGRAM), *words], emulation, Path(scratch, "log"), LONGEST_S)
         return {"seconds": json.loads(out.read_text()), "load_average": round(os.getloadavg()[0], 2)}
 
 
@@ -96,17 +87,15 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line says. Raises ConfigError for a mistake in it, before anything is started."""
     cells, file = matching(args.only, CELLS), args.results or STORED
     if not only_shows(args):
-        store = Store(file, ["*"] if args.redo else ())
-        entries = [
+        entries = (
             {
                 "name": cell.name,
                 "cluster": {"name": f"wire-{cell.name}", "nodes": cell.nodes, "links": {"rate": cell.rate}},
-                "settings": json.loads(json.dumps(asdict(cell))),
+                "settings": asdict(cell),
             }
             for cell in cells
-            if store.get(cell.name, asdict(cell)) is None
-        ]
-        measure_all(entries, file)
+        )
+        measure_missing(entries, file, redo=args.redo)
     store = Store(file)
     present(report([found for cell in cells if (found := store.get(cell.name)) is not None]), args)
 

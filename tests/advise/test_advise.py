@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from probe_file import probe_file
 from typer.testing import CliRunner
 
 from commopt.cli.app import app
@@ -30,17 +32,16 @@ def advise(*words: object) -> str:
     return result.output
 
 
-def advice(cluster: Path, *words: object) -> dict[str, object]:
+def advice(cluster: Path, *words: object) -> Any:
     """The JSON that it writes."""
     file = cluster.with_name("advice.json")
     advise(cluster, "--json", file, *words)
-    found: dict[str, object] = json.loads(file.read_text())
-    return found
+    return json.loads(file.read_text())
 
 
 def test_a_slow_link_gets_a_method_that_is_predicted_to_gain(cluster: Path) -> None:
     found = advice(cluster, "--parameters", "1.07M", "--step", "70ms")
-    rows = {row["name"]: row for row in found["methods"]}  # type: ignore[attr-defined]
+    rows = {row["name"]: row for row in found["methods"]}
     assert found["method"] == "onebit_adam"
     assert rows["dense"]["gain"] == 1
     assert rows["dense"]["step_s"] == pytest.approx(0.070 + 6.42e6 / (0.85 * parse_rate("50mbit")), rel=0.1)
@@ -69,16 +70,16 @@ def test_one_machine_has_nothing_to_send(cluster: Path) -> None:
 def test_only_methods_asked_for_are_named(cluster: Path) -> None:
     found = advice(cluster, "--parameters", "1e6", "--step", "70ms", "--methods", "fp16,two_way(int8)")
     assert found["method"] == "two_way(int8)"
-    assert [row["name"] for row in found["methods"]] == ["dense", "fp16", "two_way(int8)"]  # type: ignore[attr-defined]
+    assert [row["name"] for row in found["methods"]] == ["dense", "fp16", "two_way(int8)"]
 
 
 def test_the_rate_for_a_target_is_one_at_which_it_is_met(cluster: Path) -> None:
     words = ("--parameters", "1e6", "--step", "1s", "--methods", "fp16")
     found = advice(cluster, *words, "--target", "0.9")
-    needed = found["methods"][1]["needed_bits_per_s"]  # type: ignore[index]
+    needed = found["methods"][1]["needed_bits_per_s"]
     cluster.write_text(CLUSTER.replace("50mbit", f"{needed / 1e3:.1f}kbit"))
     again = advice(cluster, *words)
-    assert again["compute_s"] / again["methods"][1]["step_s"] == pytest.approx(0.9, abs=0.002)  # type: ignore[index]
+    assert again["compute_s"] / again["methods"][1]["step_s"] == pytest.approx(0.9, abs=0.002)
 
 
 def test_flops_and_tokens_stand_for_a_step(cluster: Path) -> None:
@@ -88,7 +89,11 @@ def test_flops_and_tokens_stand_for_a_step(cluster: Path) -> None:
 
 def test_a_model_is_counted(cluster: Path) -> None:
     file = cluster.with_name("train.py")
-    file.write_text("import torch\ndef build_model():\n    return torch.nn.Linear(10, 10)\n")
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses, torch\n"
+        "@dataclasses.dataclass\nclass Sizes:\n    width: int = 10\n"
+        "def build_model():\n    return torch.nn.Linear(Sizes().width, 10)\n"
+    )
     assert advice(cluster, "--model", f"{file}:build_model", "--step", "1s")["parameters"] == 110
 
 
@@ -115,10 +120,10 @@ def test_a_page_and_a_picture_are_written(cluster: Path, tmp_path: Path) -> None
         (["--parameters", "1e9", "--step", "1s", "--tokens", "5"], "--tokens: has no effect"),
         (["--parameters", "1e9", "--step", "1s", "--target", "1.5"], "--target 1.5: write a share"),
         (["--parameters", "1e9", "--step", "1s", "--methods", "fp61"], "unknown method 'fp61'; did you mean 'fp16'?"),
-        (["--parameters", "1e9", "--model", "x.py:f", "--step", "1s"], "stands beside --model"),
-        (["--model", "nothing.py:f", "--step", "1s"], "there is no file nothing.py"),
+        (["--parameters", "1e9", "--model", "x.py:f", "--step", "1s"], "--parameters 1e9: has no effect with --model"),
+        (["--model", "nothing.py:f", "--step", "1s"], "nothing.py: no such file"),
         (["--model", "train", "--step", "1s"], "write a file and a function"),
-        (["--parameters", "1e9", "--step", "1s", "--probe", "none.json"], "none.json: there is no such file"),
+        (["--parameters", "1e9", "--step", "1s", "--probe", "none.json"], "none.json: no such file"),
     ],
 )
 def test_wrong_input_gets_one_line(cluster: Path, words: list[str], said: str) -> None:
@@ -144,6 +149,24 @@ def test_a_model_that_cannot_be_built_gets_one_line(cluster: Path, source: str, 
     assert result.exit_code == 2
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rate", "said"),
+    [
+        ("[a, c]", "80mbit", "was measured on a, b with 1 ranks each, and the cluster has a, c with 1 ranks each"),
+        ("[a, b]", "1gbit", "the link of a was 80 Mbit/s when it was measured, and is 1 Gbit/s now"),
+    ],
+)
+def test_a_probe_of_another_cluster_is_refused(cluster: Path, nodes: str, rate: str, said: str) -> None:
+    costs = {"exchange": [[1000, 0.0]], "step": [[1000, 0.0]]}
+    probe = cluster.with_name("probe.json")
+    probe.write_text(json.dumps(probe_file([[1000, 0.002, 0.0]], {"dense": costs})))
+    cluster.write_text(f"nodes: {nodes}\nlinks: {{rate: {rate}}}\n")
+    words = ["--parameters", "1e6", "--step", "1s", "--probe", str(probe)]
+    result = CliRunner().invoke(app, ["advise", str(cluster), *words])
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 def test_links_without_a_rate_cannot_be_advised_on(cluster: Path) -> None:

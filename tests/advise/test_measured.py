@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from probe_file import probe_file
 
 from commopt.advise.measured import at_rate, profiles_in, settings_of
 from commopt.plan.model import predict
@@ -13,35 +12,15 @@ from commopt.plan.profile import Phase, profiles
 
 # 10 MB/s: a call takes 2 ms beside its bytes; codecs 1 us an element
 CALLS = [[1000, 0.002, 0.0], [1_001_000, 0.102, 0.0]]
-FOUND: dict[str, Any] = {
-    "schema": 1,
-    "created": "2026-01-01T00:00:00+00:00",
-    "commopt": "0.2.0",
-    "torch": "2.13.0",
-    "cluster": "lab",
-    "nodes": ["a", "b"],
-    "slots": 1,
-    "backend": "gloo",
-    "device": "cpu",
-    "cores_per_rank": 2.0,
-    "emulated": True,
-    "rates": {"a": 10e6, "b": 10e6},
-    "pairs": [
-        {"from": "a", "to": "b", "latency_s": 0.001, "bytes_per_s": 10e6},
-        {"from": "b", "to": "a", "latency_s": 0.001, "bytes_per_s": 10e6},
-    ],
-    "together": {"a": 10e6, "b": 10e6},
-    "exchanges": {"all_reduce": CALLS, "all_gather": CALLS, "all_to_all": CALLS},
-    "inside": [],
-    "copy_bytes_per_s": 4e9,
-    "codecs": {
+FOUND = probe_file(
+    CALLS,
+    {
         "dense": {"exchange": [[1000, 0.0], [101_000, 0.0]], "step": [[1000, 0.0], [101_000, 0.01]]},
         "onebit_adam": {"exchange": [[1000, 0.0], [101_000, 0.1]], "step": [[1000, 0.0], [101_000, 0.03]]},
     },
-    "profiles": {
-        "dense": {"name": "dense", "kind": "gradient", "phases": [{"operation": "all_reduce", "constant": 2.0}]}
-    },
-}
+    cores_per_rank=2.0,
+    profiles={"dense": {"name": "dense", "kind": "gradient", "phases": [{"operation": "all_reduce", "constant": 2.0}]}},
+)
 
 
 def test_a_step_is_made_of_what_was_measured() -> None:

@@ -91,7 +91,7 @@ def test_this_machine_is_found_by_address_or_by_name() -> None:
     cluster = ClusterSpec.model_validate({"nodes": nodes})
     assert this_node(cluster, None) == 1
     assert this_node(cluster, "far") == 0
-    with pytest.raises(LaunchError, match="--node fat: there is no such node; did you mean 'far'"):
+    with pytest.raises(LaunchError, match="--node fat: no such node; did you mean 'far'"):
         this_node(cluster, "fat")
     with pytest.raises(LaunchError, match="none of the nodes is this machine"):
         this_node(ClusterSpec.model_validate({"nodes": nodes[:1]}), None)

@@ -99,9 +99,9 @@ def test_a_program_may_take_no_steps(tmp_path: Path) -> None:
 
 
 UNWRITABLE = {
-    "--json nowhere/copy.json": "there is no folder TMP/nowhere; make it, or write",
+    "--json nowhere/copy.json": "folder TMP/nowhere does not exist; create it, or write",
     "--json folder": "is a folder; write the name of a file",
-    "--json file/copy.json": "there is no folder TMP/file; make it, or write",
+    "--json file/copy.json": "folder TMP/file does not exist; create it, or write",
     "--json /proc/copy.json": "/proc cannot be written: no such file or directory",
     "--out TMP/file": "TMP/file is not a folder; remove it, or write another folder",
     "--out TMP/file/below": "TMP/file is not a folder; remove it, or write another folder",
@@ -161,12 +161,12 @@ NO_NAME = "a name is empty; write NAME,NAME,... as in dense,fp16"
         (["run", "RUN", "--node", "node0", "--print"], f"--node node0: {NO_EFFECT}"),
         (["compare", "RUN", "--node", "nosuch"], f"--node nosuch: {NO_EFFECT}"),
         (["launch", "CLUSTER", "--node", "nosuch", "--", "true"], f"--node nosuch: {NO_EFFECT}"),
-        (["launch", "nope.yaml", "--", "hostname"], "nope.yaml: there is no such file"),
-        (["launch", "CLUSTER", "--", "nope.py"], "nope.py: there is no such file"),
-        (["launch", "CLUSTER", "--", "no-such-program"], "no-such-program: there is no such program"),
+        (["launch", "nope.yaml", "--", "hostname"], "nope.yaml: no such file"),
+        (["launch", "CLUSTER", "--", "nope.py"], "nope.py: no such file"),
+        (["launch", "CLUSTER", "--", "no-such-program"], "no-such-program: no such program"),
         (["compare", "RUN", "--methods", "dense,onebit_adm"], "run.yaml: methods.onebit_adm: unknown method"),
         (["run", "BAD", "--method", "dense"], "run.yaml: methods.ef_sign: unknown option 'blok_size'"),
-        (["run", "RUN", "--json", "nowhere/copy.json"], "--json nowhere/copy.json: there is no folder"),
+        (["run", "RUN", "--json", "nowhere/copy.json"], "--json nowhere/copy.json: folder "),
         (["run", "CUT", "--emulate", "paced"], CUT),
         (["run", "CUT", "--emulate", "paced", "--print"], CUT),
     ],

@@ -169,12 +169,12 @@ def test_without_unshare_links_are_paced(write: Write, mark: str, monkeypatch: p
     found = result(drive(write("nodes: 2\nlinks: {rate: 8mbit, delay: 1ms}"), "auto", mark, [["/bin/true"]]))
     assert found["mode"] == "paced"
     assert json.loads(found["links"])["bytes_per_s"] == [1e6, 1e6]
-    assert "there is no 'unshare' command; install util-linux" in found["notices"][0]
+    assert "no 'unshare' command; install util-linux" in found["notices"][0]
     assert "plain DDP does, is not delayed" in found["notices"][1]
     code, _, errors = finish(drive(write("nodes: 2"), "netns", mark, [["/bin/true"]]))
     assert code == 1
     assert "EmulationError" in errors
-    assert "there is no 'unshare' command" in errors
+    assert "no 'unshare' command" in errors
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(1e3, 16_384), (6.25e6, 16_384), (125e6, 250_000)])

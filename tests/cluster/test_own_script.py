@@ -77,7 +77,7 @@ def test_a_script_under_fsdp2_is_compared(script: Path) -> None:
     [
         (["train.py", "--methods", "dense"], "train.py: --cluster is missing; write a cluster's file"),
         (["train.py", "--cluster", "cluster.yaml"], "train.py: --methods is missing; write it, as in --methods dense,"),
-        (["trian.py", "--cluster", "cluster.yaml"], "trian.py: there is no such file"),
+        (["trian.py", "--cluster", "cluster.yaml"], "trian.py: no such file"),
         (["train.py", "--cluster", "clutser.yaml", "--methods", "dense"], "cluster: 'clutser.yaml' does not exist"),
         (
             ["train.py", "--cluster", "cluster.yaml", "--methods", "dnse"],

@@ -37,9 +37,9 @@ MISTAKES = {
     "nodes: 2\nlinks: {delay: 5}": f"links.delay: '5' is not a delay; {UNITS} us, usec, ms, msec, s, sec, as in '20ms'",
     "nodes: 2\nlinks: {loss: 200%}": "links.loss: '200%' is not a loss rate: at most 100%",
     "nodes: 2\nlinks: {mtu: 100}": "links.mtu: 100 is too small; write 576 or more",
-    "nodes: 2\nlinks: {nodes: {node2: {rate: 5mbit}}}": "links.nodes.node2: there is no such node; did you mean 'node1'?",
+    "nodes: 2\nlinks: {nodes: {node2: {rate: 5mbit}}}": "links.nodes.node2: no such node; did you mean 'node1'?",
     "nodes: 2\nlinks: {nodes: {node1: {rat: 5mbit}}}": "links.nodes.node1.rat: unknown key; did you mean 'rate'?",
-    "nodes: 2\nlinks: {sites: {west: {rate: 5mbit}}}": "links.sites.west: there is no such site; name the sites under 'sites' first",
+    "nodes: 2\nlinks: {sites: {west: {rate: 5mbit}}}": "links.sites.west: no such site; name the sites under 'sites' first",
     "nodes: 2\nlinks: {between: {rate: 5mbit}}": "links.between: has no effect without two sites; name them under 'sites'",
     "nodes: [a, a]": "nodes.1.name: 'a' names two nodes; give each its own name",
     "nodes: [a b]": "nodes.0.name: 'a b' is not a name; write up to 63 letters, digits, '-', '_' or '.', as in 'node0'",
@@ -49,7 +49,7 @@ MISTAKES = {
     "use 'slots' for several ranks on one machine",
     "nodes: 2\nsites: {a: [node0], b: [node0, node1]}": "sites.b: 'node0' is in site 'a' too; a node belongs to one site",
     "nodes: 2\nsites: {a: [node0]}": "sites: 'node1' is in no site; put every node in one",
-    "nodes: 1\nsites: {a: [nod0]}": "sites.a: there is no node 'nod0'; did you mean 'node0'?",
+    "nodes: 1\nsites: {a: [nod0]}": "sites.a: no node 'nod0'; did you mean 'node0'?",
     "nodes: 2\nnodes: 3": "line 2: duplicate key 'nodes'",
     "nodes: 2\nlinks: {rate: 1kbit}": "links.rate: '1kbit' is out of range; write 10kbit to 8tbit",
     "nodes: 2\nlinks: {delay: 101s}": "links.delay: '101s' is out of range; write 100s or less",
@@ -99,7 +99,7 @@ def test_of_very_many_mistakes_some_are_counted(write: Callable[[str], Path]) ->
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such file"):
+    with pytest.raises(ConfigError, match=r"nope\.yaml: no such file"):
         load_cluster(tmp_path / "nope.yaml")
     with pytest.raises(ConfigError, match="cannot be read: is a directory"):
         load_cluster(tmp_path)
@@ -225,7 +225,7 @@ FAULTS = {
     "[{at_step: 80, kill: node1}]": "0.at_step: 80 is not reached in 80 steps; write less than arguments.steps",
     "[{at_step: 5, kil: node1}]": "0.kil: unknown key; did you mean 'kill'?",
     "[{at_step: 5, kill: }]": "0.kill: is empty; write a value, or leave the key out",
-    "[{at_step: 5, kill: nod1}]": "0.kill: there is no node 'nod1'; did you mean 'node1'?",
+    "[{at_step: 5, kill: nod1}]": "0.kill: no node 'nod1'; did you mean 'node1'?",
     "[{at_step: 5, kill: node1, slow: node2, factor: 2}]": "0: kill and slow are 2 faults; write an entry for each",
     "[{at_step: 5, kill: node1, for_s: 3}]": "0.for_s: has no effect on a kill; leave it out; write a restart at a later step",
     "[{at_step: 5, kill: node1, factor: 3}]": "0.factor: has no effect on a kill; leave it out",
@@ -238,7 +238,7 @@ FAULTS = {
     "[{at_step: 5, cut: node1}]": "0.cut: 'node1' is not a cut; write two names of nodes or sites, as in [node0, node1]",
     "[{at_step: 5, cut: [node1]}]": "0.cut: ['node1'] is not a cut; write two names of nodes or sites, as in [node0, node1]",
     "[{at_step: 5, cut: [node1, node1]}]": "0.cut: 'node1' is on both sides; write two nodes or sites that have none in common",
-    "[{at_step: 5, cut: [node1, node4]}]": "0.cut: there is no node 'node4'; did you mean 'node2'?",
+    "[{at_step: 5, cut: [node1, node4]}]": "0.cut: no node 'node4'; did you mean 'node2'?",
     "[{at_step: 5, restart: node1}]": "0.restart: node1 is up at step 5; kill it at an earlier step, or leave this out",
     "[{at_step: 5, restart: node1}, {at_step: 6, kill: node1}]": "0.restart: node1 is up at step 5; "
     "kill it at an earlier step, or leave this out",
@@ -263,7 +263,7 @@ def test_a_site_on_one_side_of_a_cut_holds_no_node_of_the_other(tmp_path: Path) 
     sites = "nodes: 3\nsites: {east: [node0, node1], west: [node2]}"
     with pytest.raises(ConfigError, match="'node1' is on both sides"):
         load_run(run_with("[{at_step: 5, cut: [east, node1]}]", tmp_path, sites))
-    with pytest.raises(ConfigError, match="there is no node or site 'wets'; did you mean 'west'"):
+    with pytest.raises(ConfigError, match="no node or site 'wets'; did you mean 'west'"):
         load_run(run_with("[{at_step: 5, cut: [east, wets]}]", tmp_path, sites))
     run = load_run(run_with("[{at_step: 5, cut: [east, west]}]", tmp_path, sites))
     assert run.cluster.separated(run.faults[0]) == {frozenset(("node0", "node2")), frozenset(("node1", "node2"))}

@@ -35,7 +35,7 @@ def test_a_place_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
         ("{", "0", "environment: COMMOPT_PEERS={"),
         ('{"job": "a"}', "0", "'members'"),
         ('{"job": "a", "members": [["h", "x"]]}', "0", "invalid literal"),
-        ('{"job": "a", "members": [["h", 1]]}', "4", "there is no rank 4 among 1 members"),
+        ('{"job": "a", "members": [["h", 1]]}', "4", "no rank 4 among 1 members"),
     ],
 )
 def test_an_environment_that_no_launcher_wrote_is_refused(

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commopt.plan.links import LinkModel, rounds, schedule
-from commopt.plan.pipes import Collective, Groups, Operation, Pipes
+from commopt.plan.pipes import Collective, Groups, Pipes
+from commopt.plan.profile import Operation
 
 RATES = st.floats(1e3, 1e9) | st.just(math.inf)
 DELAYS = st.floats(0, 0.1)

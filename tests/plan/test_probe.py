@@ -9,48 +9,29 @@ from typing import Any
 
 import pytest
 from launchers import commopt_here
+from probe_file import probe_file, script
 
 from commopt.errors import ConfigError
 from commopt.plan.probe import Probe, read_probe
 from commopt.report.probed import show
 
 CALLS = [[1024, 0.002, 0.5], [1_000_000, 0.24, 0.1]]
-FOUND: dict[str, Any] = {
-    "schema": 1,
-    "created": "2026-01-01T00:00:00+00:00",
-    "commopt": "0.2.0",
-    "torch": "2.6.0",
-    "cluster": "lab",
-    "nodes": ["a", "b"],
-    "slots": 2,
-    "backend": "gloo",
-    "device": "cpu",
-    "cores_per_rank": 0.5,
-    "emulated": True,
-    "rates": {"a": 12.5e6, "b": None},
-    "pairs": [
-        {"from": "a", "to": "b", "latency_s": 0.001, "bytes_per_s": 12e6},
-        {"from": "b", "to": "a", "latency_s": 0.001, "bytes_per_s": 11e6},
-    ],
-    "together": {"a": 12e6, "b": 11e6},
-    "exchanges": {"all_reduce": CALLS, "all_gather": CALLS, "all_to_all": CALLS},
-    "inside": [],
-    "copy_bytes_per_s": 4e9,
-    "profiles": {},
-    "codecs": {
+FOUND = probe_file(
+    CALLS,
+    {
         "dense": {"exchange": [[1_000_000, 0.001]], "step": [[1_000_000, 0.005]]},
         "loco": {"exchange": [[1_000_000, 0.01]], "step": [[1_000_000, 0.005]]},
     },
-    "script": {
-        "program": "train.py",
-        "parameters": 1000,
-        "compute_s": 0.1,
-        "spread": 0.05,
-        "step_s": 0.3,
-        "buckets": [600, 400],
-        "overlap": True,
-    },
-}
+    slots=2,
+    cores_per_rank=0.5,
+    rates={"a": 12.5e6, "b": None},
+    pairs=[
+        {"from": "a", "to": "b", "latency_s": 0.001, "bytes_per_s": 12e6},
+        {"from": "b", "to": "a", "latency_s": 0.001, "bytes_per_s": 11e6},
+    ],
+    together={"a": 12e6, "b": 11e6},
+    script=script(),
+)
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -69,7 +50,7 @@ def changed(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "there is no such file; make it: commopt probe CLUSTER.yaml --out probe.json"),
+        (None, "no such file; make it: commopt probe CLUSTER.yaml --out probe.json"),
         (changed()[:-9], "is not JSON, or cut off; measure again: commopt probe CLUSTER.yaml"),
         ("[" * 5000, "is not JSON, or cut off; measure again: commopt probe CLUSTER.yaml"),
         ('{"nodes": 4}', "was not written by commopt probe; measure again: commopt probe CLUSTER.yaml"),
@@ -79,7 +60,7 @@ def changed(**changes: Any) -> str:
         ),
         (changed(slots=0), "slots: 0 is too small; write 1 or more"),
         (changed(copy_bytes_per_s=float("nan")), "copy_bytes_per_s: nan is not a finite number; write one"),
-        (changed(together={"a": 1e6, "c": 1e6}), "together: there is no node 'c'; known: a, b"),
+        (changed(together={"a": 1e6, "c": 1e6}), "together: no node 'c'; known: a, b"),
         (changed(exchanges={"all_reduce": CALLS, "all_gather": CALLS}), "exchanges.all_to_all: is missing; write it"),
         (changed(rats={}), "rats: unknown key; did you mean 'rates'?"),
     ],
@@ -118,7 +99,7 @@ def test_the_summary_compares_exchanges_with_the_slowest_link() -> None:
         (2, ["--methods", "dense,dense"], "--methods: duplicate method 'dense'"),
         (2, ["--methods", "dnse"], "unknown method 'dnse'; did you mean 'dense'?"),
         (2, ["--methods", "noloco"], "--methods: noloco exchanges every so many steps"),
-        (2, ["--", "trian.py"], "trian.py: there is no such file"),
+        (2, ["--", "trian.py"], "trian.py: no such file"),
         (2, ["--node", "node7"], "--node node7: has no effect where this machine runs all nodes; leave it out"),
     ],
 )

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from streaming_diloco import STREAMING_DILOCO_MODELS, streaming_diloco
 
 from commopt.errors import ConfigError
 from commopt.plan.links import LinkModel
 from commopt.plan.pipes import Collective
-from commopt.plan.published import STREAMING_DILOCO_MODELS, streaming_diloco
 from commopt.plan.simulate import Exchange, Times, simulate
 
 UTILISATIONS = (0.5, 0.8, 0.9, 0.95, 0.99)

@@ -239,8 +239,8 @@ def test_ten_thousand_ranks_need_little_memory(size: int | None) -> None:
     [
         ({"steps": 0}, "steps=0.*write 1 or more"),
         ({"efficiency": 0.0}, "efficiency=0.0.*a share above 0"),
-        ({"slow": {8: 2.0}}, "node 8: there is no such node; write 0 to 7"),
-        ({"failures": [Failure(-1, 3)]}, "node -1: there is no such node"),
+        ({"slow": {8: 2.0}}, "node 8: no such node; write 0 to 7"),
+        ({"failures": [Failure(-1, 3)]}, "node -1: no such node"),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, object], complaint: str) -> None:

@@ -105,7 +105,7 @@ def test_a_checkpoint_of_0_1_is_named_and_not_unpickled(tmp_path: Path, name: st
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    said = f"{tmp_path}/c: there is no such folder; check the path, or start without a checkpoint"
+    said = f"{tmp_path}/c: no such folder; check the path, or start without a checkpoint"
     assert refused(tmp_path / "c") == said
     make_file(tmp_path / "file")
     assert "file: is not a folder" in refused(tmp_path / "file")

@@ -28,7 +28,10 @@ def run(name: str, words: list[str]) -> int | None:
     [
         *((name, ["--table", "--redo"], "--redo: has no effect with --table; leave one of them out") for name in NAMES),
         *((name, ["--markdown", "--redo"], "--redo: has no effect with --markdown") for name in NAMES),
-        *((name, ["--json", "/no/at/all.json"], "--json /no/at/all.json: there is no folder /no/at") for name in NAMES),
+        *(
+            (name, ["--json", "/no/at/all.json"], "--json /no/at/all.json: folder /no/at does not exist")
+            for name in NAMES
+        ),
         *((name, ["--jobs", "0"], "--jobs 0: write a number from 1") for name in ("convergence", "outer")),
         ("codec_costs", ["--only", "nolooco"], "--only nolooco: matches no cell; a cell is named like dense"),
         ("codec_costs", ["--quick", "--redo"], "--redo: has no effect with --quick"),

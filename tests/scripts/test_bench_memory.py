@@ -10,7 +10,7 @@ import pytest
 import torch
 from script import module
 
-bench, sheets, store = module("memory"), module("sheets"), module("store")
+bench, emulated, sheets, store = map(module, ("memory", "emulated", "sheets", "store"))
 ranks = module("memory_ranks")
 
 
@@ -59,19 +59,17 @@ def test_cells_are_of_the_sizes_that_their_names_say() -> None:
         assert sum(p.numel() for p in gpt.parameters()) == pytest.approx(about, rel=0.02)
 
 
-def test_a_cell_ends_with_the_reason_if_it_is_slow_or_takes_too_much_memory() -> None:
-    bench.check_room("memory-350m-dense", 10.0, bench.free_bytes())
-    with pytest.raises(bench.CommoptError, match="memory-350m-dense: not done after 15 min"):
-        bench.check_room("memory-350m-dense", 901.0, bench.free_bytes())
+def test_a_cell_ends_with_the_reason_if_it_takes_too_much_memory() -> None:
+    bench.check_room("memory-350m-dense", bench.free_bytes())
     with pytest.raises(bench.CommoptError, match=r"memory-350m-dense: ended, as it left 0\.40 GB"):
-        bench.check_room("memory-350m-dense", 10.0, 400_000_000)
+        bench.check_room("memory-350m-dense", 400_000_000)
 
 
 def test_stored_cells_are_shown_and_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entries: list[Any] = []
-    monkeypatch.setattr(bench, "measure_all", lambda todo, file: entries.extend(todo))
+    monkeypatch.setattr(emulated, "measure_all", lambda todo, file: entries.extend(todo))
     file = tmp_path / "cells.jsonl"
     for model in ("small", "124m"):
         one = stored(model, "dense", 1e8, 2e8, 3e8)

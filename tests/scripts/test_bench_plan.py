@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from probe_file import probe_file, script
 from script import module
 
 bench, Store = module("plan"), module("store").Store
@@ -17,38 +18,9 @@ ELEMENTS = 1_000_000
 def found(**measured: float) -> dict[str, Any]:
     """A probe of a link of 2 MB/s, on which exchanges take nothing but their bytes, and the steps that were measured."""
     calls = [[1000, 0.001 / 2, 0.0], [1_001_000, 1.001 / 2, 0.0]]
-    probe = {
-        "schema": 1,
-        "created": "2026-01-01T00:00:00+00:00",
-        "commopt": "0.2.0",
-        "torch": "2.13.0",
-        "cluster": "2x1-20mbit",
-        "nodes": ["node0", "node1"],
-        "slots": 1,
-        "backend": "gloo",
-        "device": "cpu",
-        "cores_per_rank": 1.0,
-        "emulated": True,
-        "rates": {"node0": 2.5e6, "node1": 2.5e6},
-        "pairs": [
-            {"from": "node0", "to": "node1", "latency_s": 0.0, "bytes_per_s": 2e6},
-            {"from": "node1", "to": "node0", "latency_s": 0.0, "bytes_per_s": 2e6},
-        ],
-        "together": {},
-        "exchanges": {"all_reduce": calls, "all_gather": calls, "all_to_all": calls},
-        "inside": [],
-        "copy_bytes_per_s": 1e12,
-        "codecs": {name: {"exchange": [[1, 0.0]], "step": [[1, 0.0]]} for name in bench.METHODS},
-        "script": {
-            "program": "plan_ranks.py",
-            "parameters": ELEMENTS,
-            "compute_s": 0.1,
-            "spread": 0.0,
-            "step_s": 2.0,
-            "buckets": [ELEMENTS],
-            "overlap": True,
-        },
-    }
+    codecs = {name: {"exchange": [[1, 0.0]], "step": [[1, 0.0]]} for name in bench.METHODS}
+    own = script(program="plan_ranks.py", parameters=ELEMENTS, step_s=2.0, buckets=[ELEMENTS])
+    probe = probe_file(calls, codecs, rate=2e6, latency_s=0.0, copy_bytes_per_s=1e12, script=own)
     return {"probe": probe, "measured": dict.fromkeys(bench.METHODS, 1.0) | measured}
 
 

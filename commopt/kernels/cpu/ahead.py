@@ -1,7 +1,5 @@
 """Compiles kernels before they are needed, in as many processes as there are cores."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

@@ -3,8 +3,6 @@
 Roots are torch's, whose last bit is not always that of a correctly rounded one; all else is one numba loop over what they are of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

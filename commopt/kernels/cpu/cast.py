@@ -1,7 +1,5 @@
 """Half precision on a CPU: numba, a slice of at most 2,048 elements at a time, in whole numbers, which LLVM vectorises."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

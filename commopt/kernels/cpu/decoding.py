@@ -1,7 +1,5 @@
 """Codes of the block quantisers to values on a CPU: numba, a slice of at most 2,048 elements at a time; see `quantize`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -10,8 +10,6 @@ So there are neither slices nor views, and helpers hardly branch: numba counts t
 take whole arrays and where to begin, as an unsigned number, since LLVM does not vectorise what may be an index from the end.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

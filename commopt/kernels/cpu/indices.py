@@ -3,8 +3,6 @@
 Bit i of a code is bit i % 8 of its byte i // 8, the lowest first, so that eight bytes are one little-endian word.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The block quantisers on a CPU: `encoding` and `decoding` of tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Selection of the largest elements on a CPU: a sampled threshold leaves few candidates, the exact cut is made among those."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

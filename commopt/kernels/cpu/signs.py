@@ -3,8 +3,6 @@
 Sum and pack are two functions on one block of at most 2,048 elements: as one loop nest LLVM vectorises neither.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Magnitudes are compared as bit patterns, which are ordered as they are, with inf and NaN above all others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

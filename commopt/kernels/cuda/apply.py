@@ -3,8 +3,6 @@
 Parameters are tensors of their own: where each begins is counted from the first of its dtype. So one table of pieces has them all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch

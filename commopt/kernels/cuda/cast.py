@@ -1,7 +1,5 @@
 """Half precision on a GPU: cast, find what is beyond the dtype's range, and keep the rest, in one pass."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

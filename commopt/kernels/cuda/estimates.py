@@ -1,7 +1,5 @@
 """EF21's state on a GPU, in one pass each: what is to be sent, and what a good exchange leaves."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

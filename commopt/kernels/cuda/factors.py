@@ -1,7 +1,5 @@
 """PowerSGD's second factors on a GPU: all that a bucket has are made the next step's first ones in one launch."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import triton

@@ -3,8 +3,6 @@
 While kernels look for bad blocks, a header holds LAST less the first bad parameter, or 0, as in a new row of payloads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

@@ -3,8 +3,6 @@
 To code, each entry sets its bits. To decode, the ones of all bytes' high parts are counted, and each one then knows which entry it is.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 Blocks longer than a piece take a pass for their norms first.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

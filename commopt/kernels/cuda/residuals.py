@@ -4,8 +4,6 @@ Kernels that compress do both as they go, with `corrected` and `keep`. `read`, `
 without such kernels, and for residuals in 8 bits whose blocks are longer than a piece.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

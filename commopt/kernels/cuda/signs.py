@@ -1,7 +1,5 @@
 """Signs on a GPU: sum, pack and residual in one pass, or two for blocks longer than a piece. See `kernels.cpu.signs`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

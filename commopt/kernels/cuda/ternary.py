@@ -1,7 +1,5 @@
 """TernGrad on a GPU: the scales of whole parameters, and sums back to values."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

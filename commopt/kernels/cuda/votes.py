@@ -1,7 +1,5 @@
 """Votes on a GPU, with the bits of `kernels.cpu.votes`: signs to bits with a coin for zeros, counts, and counts back to values."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Parameters are tensors of their own, and state is one flat tensor of all of them, laid out by an index.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Half precision in plain torch: the oracle of the fast kernels, and what runs on devices without one."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from commopt.kernels.reference import runs

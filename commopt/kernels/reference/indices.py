@@ -1,7 +1,5 @@
 """Indices to bits and back in plain torch: the oracle of the fast kernels, and what runs on devices without one."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The block quantisers in plain torch, one line an equation: the oracle of the fast ones, and what runs on devices without one."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Runs of elements in plain torch: their places, reading and writing them, and bits to bytes."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Selection in plain torch: the oracle of the fast one, and what runs on devices without it."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Votes in plain torch: the oracle of the fast kernels, what runs on devices without one, and what needs no kernel."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Other simulators' assumptions, to check ours against what they have published."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
