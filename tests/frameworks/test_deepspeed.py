@@ -215,7 +215,7 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(case: str, tmp_path: Path) -> N
 def test_auto_chooses_and_goes_on_with_its_choice_from_a_checkpoint(
     half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, "auto", Quick)  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "auto", Quick)
     own = {**SGD, "commopt": "auto", **(HALF[half][0] if half in HALF else {})}
     engine = make_engine(own)
     train(engine, 5)
