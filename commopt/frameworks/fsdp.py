@@ -120,8 +120,8 @@ class FSDPRun(EveryStepRun):
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.shard_group)
         return found.tolist()
 
-    def _largest(self, own: Sequence[float]) -> list[float]:
-        found = torch.tensor(super()._largest(own), dtype=torch.float64, device=self.method.device)
+    def largest(self, own: Sequence[float]) -> list[float]:
+        found = torch.tensor(super().largest(own), dtype=torch.float64, device=self.method.device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.shard_group)
         return cast(list[float], found.tolist())
 
