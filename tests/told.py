@@ -42,3 +42,19 @@ class ToldWatch(Watch):
 
     def read(self) -> Measured:
         return self.method.times[self.method.choice]  # type: ignore[no-any-return]
+
+
+class Quick(Told):
+    """Tries one candidate after two steps, and keeps it after four."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{"candidates": ["two_way(int8)"], **given})
+
+
+def assert_chosen(run: Any) -> None:
+    """A run under `Quick` has made its choice, says so, and replicas are equal."""
+    assert [(kind, told["step"], told["now"]) for kind, told in run.events] == [
+        ("choice", step, "two_way(int8)") for step in (2, 4)
+    ]
+    assert run.method.is_steady
+    assert run.replicas_are_equal()

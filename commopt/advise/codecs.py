@@ -53,9 +53,10 @@ def made(name: str) -> Method:
 
 
 def models_of(shapes: Shapes = ()) -> list[Shapes]:
-    """What methods are timed with: MODELS, or the smaller ones of them and these parameters, which some methods' costs depend on."""
+    """What methods are timed with: MODELS, or a smaller one of them and these parameters, which some methods' costs depend on."""
     own = sum(map(math.prod, shapes))
-    return [*(model for model in MODELS if not own or sum(map(math.prod, model)) < own / 2), *([shapes] if own else [])]
+    smaller = [model for model in MODELS if sum(map(math.prod, model)) < own / 2]
+    return [*smaller[-1:], shapes] if own else [*MODELS]
 
 
 def fitting_optimizer(method: Method) -> str:

@@ -13,7 +13,7 @@ from commopt.errors import GroupError
 from commopt.groups.listening import listen_anywhere
 from commopt.plan.links import LinkModel
 
-_PINGS = 9
+_PINGS, _FEWEST_PINGS, _PINGS_S = 9, 3, 0.25
 _FIRST_BYTES, _MOST_BYTES = 1 << 14, 1 << 26
 _SHORTEST_S, _WANTED_S, _RING_S = 0.06, 0.12, 0.4  # of what a rate is measured over
 _PATIENCE_S = 30.0
@@ -40,27 +40,40 @@ class Machines:
         self._addresses = [(host, port) for is_one, host, port in told if is_one]
 
     def pairs(self, budget_s: float, say: Callable[[str], object]) -> dict[tuple[int, int], tuple[float, float]]:
-        """Latency (half a round trip) and bytes/s by direction, one pair at a time: neighbours first, until the time is over."""
+        """Latency (half a round trip) and bytes/s by direction, neighbours first, until the time is over.
+
+        One pair at a time if there is time for all, else pairs without a machine in common at the same time.
+        """
         found: dict[tuple[int, int], tuple[float, float]] = {}
-        began_s = time.monotonic()
-        for one, other in _near_first(self.count):
-            own = None
-            say(f"latency and rate: {self.names[one]} - {self.names[other]}")
-            if self.measures and self.number in (one, other):
-                with self._connected(other if self.number == one else one, dials=self.number == one) as link:
-                    own = _measured(link, self.number == one)
-            ends = json.dumps([time.monotonic() - began_s, own if self.number == one else None])
-            told = [json.loads(text) for text in self._tell(ends)]
-            latency_s, there, back = next(row for _, row in told if row)
-            for a, b, rate in ((one, other, there), (other, one, back)):
-                found[a, b] = self._paced(latency_s, rate, a, b)
-            if told[0][0] > budget_s and len(found) >= 2 * (self.count if self.count > 2 else 1):
-                break
+        began_s, elapsed_s, took_s = time.monotonic(), 0.0, 0.0
+        left, is_alone = list(_near_first(self.count)), True
+        while left and (not found or elapsed_s + took_s <= budget_s):
+            now = left[:1] if is_alone else _apart(left)
+            more = f" and {len(now) - 1} more pairs" if len(now) > 1 else ""
+            say(f"latency and rate: {self.names[now[0][0]]} - {self.names[now[0][1]]}{more}")
+            own: list[float] = []
+            for one, other in now if self.measures else ():
+                if self.number in (one, other):
+                    with self._connected(other if self.number == one else one, dials=self.number == one) as link:
+                        measured = _measured(link, self.number == one)
+                    own = [one, other, *measured] if self.number == one else []
+            told = [json.loads(text) for text in self._tell(json.dumps([time.monotonic() - began_s, own]))]
+            for one, other, latency_s, there, back in (row for _, row in told if row):
+                for a, b, rate in ((one, other, there), (other, one, back)):
+                    found[a, b] = self._paced(latency_s, rate, a, b)
+            took_s, elapsed_s = told[0][0] - elapsed_s, told[0][0]
+            left = [pair for pair in left if pair not in now]
+            is_alone = is_alone and elapsed_s + len(left) * took_s <= budget_s
+        if left:
+            say(f"the time is over: {len(left)} of {len(left) + len(found) // 2} pairs were left out")
         return found
 
-    def together(self, rates: dict[tuple[int, int], tuple[float, float]]) -> list[float]:
-        """Bytes/s that each machine sends to the next one while all do; rates: as `pairs` has found them."""
-        rate = 0.0
+    def together(self, found: dict[tuple[int, int], tuple[float, float]]) -> list[float]:
+        """Bytes/s that each machine sends to the next one while all do; found: by `pairs`."""
+        slowest, rate = min(found.values(), key=lambda pair: pair[1]), 0.0
+        rates = {
+            (k, after): found.get((k, after), slowest) for k in range(self.count) for after in [(k + 1) % self.count]
+        }
         if self.measures:
             after, before = (self.number + 1) % self.count, (self.number - 1) % self.count
             sizes = [_clamped(_RING_S * rates[k, (k + 1) % self.count][1]) for k in range(self.count)]
@@ -131,6 +144,16 @@ def _near_first(count: int) -> Iterator[tuple[int, int]]:
                 yield pair
 
 
+def _apart(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """As many of the first pairs as have no machine in common."""
+    found, busy = [], set[int]()
+    for pair in pairs:
+        if busy.isdisjoint(pair):
+            found.append(pair)
+            busy.update(pair)
+    return found
+
+
 def _prepared(link: socket.socket) -> socket.socket:
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.settimeout(_PATIENCE_S)
@@ -139,16 +162,18 @@ def _prepared(link: socket.socket) -> socket.socket:
 
 def _measured(link: socket.socket, is_first: bool) -> tuple[float, float, float]:
     """Latency, bytes/s from the first to the other end, and back; both ends call it."""
-    trips = []
-    for _ in range(_PINGS):
+    trips, is_last = list[float](), False
+    while not is_last:
         if is_first:
+            is_last = len(trips) + 1 == _PINGS or (len(trips) + 1 >= _FEWEST_PINGS and sum(trips) > _PINGS_S)
             began_s = time.perf_counter()
-            link.sendall(bytes(8))
-            _receive(link, 8)
+            link.sendall(bytes([is_last]) * 8)
+            _read(link, 8)
             trips.append(time.perf_counter() - began_s)
         else:
-            _receive(link, 8)
-            link.sendall(bytes(8))
+            ping = _read(link, 8)
+            link.sendall(ping)
+            is_last = bool(ping[0])
     there, back = (_rate(link, sends=is_first is way) for way in (True, False))
     return statistics.median(trips[1:]) / 2 if is_first else 0.0, there, back
 

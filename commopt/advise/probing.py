@@ -2,8 +2,9 @@
 
 python -m commopt.advise.probing '{"out": "found.json", "methods": ["dense"], "cores_per_rank": 1, "until_s": 1.8e9, "record": null}'
 
-out: rank 0's file. record: the folder with what this machine's ranks have recorded of the user's script, if there is one. until_s: the
-time after which no further method is timed.
+out: rank 0's file. record: the folder with what this machine's ranks have recorded of the user's script, if there is one. until_s: when
+the ranks are to be done, by the machine's clock. Each part gets a share of the time that is left when they have started; what does not
+fit is measured less often, or left out with a line that says so.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from commopt.advise.codecs import (
 )
 from commopt.advise.pairs import Machines
 from commopt.advise.profiling import profile_of
+from commopt.advise.sizes import calls_of, curve, were_less
 from commopt.exchange.two_level import machine_mean, put_together
 from commopt.groups import Group, World, connect
 from commopt.method import EveryStep
 from commopt.methods import build
 from commopt.plan.links import LinkModel
+from commopt.plan.profile import sent_bytes
 from commopt.record.lines import RankRecord
 from commopt.run import checks
 from commopt.wire.bucket import Bucket, ParameterIndex, Share
 from commopt.wire.payload import Payload
 
-_LEAST_BYTES, _MOST_BYTES, _MOST_S, _LONG_S = 1 << 10, 1 << 22, 0.4, 0.1  # of one exchange
-_CALLS, _LONG_CALLS = 5, 3
-_CALLS_S = 4.0  # after which no larger exchange of an operation is tried
-_PAIRS_S, _LEAST_S = 8.0, 12.0
-_MOST_ELEMENTS = 30_000_000  # of a script's parameters
+_LEAST_S = 20.0  # however late the ranks have started
+_LINKS, _EXCHANGE, _INSIDE, _PROFILES = 0.18, 0.09, 0.06, 0.1  # shares of the time; methods get what is left of it
+_MOST_ELEMENTS = 8_000_000  # of a script's parameters, more than a bucket has
 Points = list[tuple[int, float, float]]  # bytes, seconds, share of the processor
 
 
@@ -71,42 +72,46 @@ class Ranks:
         """The largest of each number over the ranks."""
         return [max(column) for column in zip(*self.tell(list(own)), strict=True)]
 
-    def calls(self, call: Callable[[], object], expected_s: float) -> tuple[float, float, float]:
-        """Seconds of a call that all ranks make, the median of the slowest rank's; share of the processor that it needs; all seconds."""
-        count = _CALLS if expected_s < _LONG_S else _LONG_CALLS
+    def calls(self, call: Callable[[], object], count: int, budget_s: float) -> tuple[float, float, float]:
+        """Seconds of a call that all ranks make, the median of the slowest rank's; share of the processor that it needs; all seconds.
+
+        count: how often; 0 if the first call is to tell how often fits. If there are three or more, the first does not count.
+        """
         began_s, clock = time.monotonic(), clock_of(self.device)
-        call()
-        used_s = -time.process_time()
-        seconds = [seconds_of(call, clock) for _ in range(count)]
+        used_s, seconds = -time.process_time(), [seconds_of(call, clock)]
+        count = count or calls_of(self.slowest(seconds)[0], budget_s)
+        if count > 2:
+            used_s = -time.process_time()
+            seconds.clear()
+        seconds += [seconds_of(call, clock) for _ in range(count - 1)]
         used_s += time.process_time()
         rows = self.tell([*seconds, used_s / (sum(seconds) * self.cores), time.monotonic() - began_s])
         *times, _, spent_s = [max(column) for column in zip(*rows, strict=True)]
         return statistics.median(times), min(1.0, statistics.fmean(row[-2] for row in rows)), spent_s
 
-    def curve(self, make: Callable[[int], tuple[int, Callable[[], object]]]) -> Points:
-        """(bytes, seconds, share of the processor) from small calls to large ones, as long as they do not take long.
+    def curve(
+        self, name: str, make: Callable[[int], tuple[int, Callable[[], object]]], byte_s: float, budget_s: float
+    ) -> Points:
+        """(bytes, seconds, share of the processor) from small calls to large ones.
 
-        make: the bytes, rounded, and a call that exchanges them.
+        make: the bytes, rounded, and a call that exchanges them. byte_s: what a byte takes at least.
         """
-        points: Points = []
-        wanted, expected_s, left_s = _LEAST_BYTES, 0.0, _CALLS_S
-        while True:
+
+        def measure(wanted: int, count: int) -> tuple[int, float, float, float]:
             nbytes, call = make(wanted)
-            seconds, busy, spent_s = self.calls(call, expected_s)
-            points.append((nbytes, seconds, busy))
-            left_s -= spent_s
-            if nbytes >= _MOST_BYTES or left_s < 0:
-                return points
-            growth = 4 if seconds < _LONG_S / 4 or len(points) == 1 else min(4.0, _MOST_S / seconds)
-            if growth < 1.4:
-                return points
-            wanted, expected_s = min(_MOST_BYTES, int(nbytes * growth)), seconds * growth
+            return (nbytes, *self.calls(call, count, budget_s / 4))
+
+        self.say(name)
+        points = curve(measure, byte_s, budget_s)
+        if less := were_less(points):
+            self.say(f"{name}: they take long; {less}")
+        return [(nbytes, seconds, busy) for nbytes, seconds, busy, _ in points]
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def links_of(ranks: Ranks) -> dict[str, Any]:
+def links_of(ranks: Ranks, budget_s: float) -> dict[str, Any]:
     """The machines' names, and what the links between them give."""
     group, between = ranks.group, ranks.between
     told = group.tell(os.environ.get("COMMOPT_NODE", ""))
@@ -114,7 +119,7 @@ def links_of(ranks: Ranks) -> dict[str, Any]:
     names, text = told[::slots], os.environ.get("COMMOPT_LINKS")
     number, slot = divmod(group.rank, slots)
     machines = Machines(names, number, slot == 0, group.tell, LinkModel.from_json(text) if text else None)
-    found = machines.pairs(_PAIRS_S, ranks.say)
+    found = machines.pairs(budget_s, ranks.say)
     ranks.say("rates while all machines send")
     together = machines.together(found)
     machines.close()
@@ -125,8 +130,8 @@ def links_of(ranks: Ranks) -> dict[str, Any]:
     return {"nodes": names, "slots": slots, "pairs": pairs, "together": dict(zip(names, together, strict=True))}
 
 
-def exchanges_of(ranks: Ranks) -> dict[str, Points]:
-    """What the exchanges among machines cost, by operation."""
+def exchanges_of(ranks: Ranks, bytes_per_s: float, budget_s: float) -> dict[str, Points]:
+    """What the exchanges among machines cost, by operation. bytes_per_s: of a machine while all send. budget_s: for each."""
     between, device = ranks.between, ranks.device
 
     def all_reduce(nbytes: int) -> tuple[int, Callable[[], object]]:
@@ -143,17 +148,16 @@ def exchanges_of(ranks: Ranks) -> dict[str, Points]:
 
     found = {}
     for make in (all_reduce, all_gather, all_to_all):
-        ranks.say(f"exchanges: {make.__name__}")
-        found[make.__name__] = ranks.curve(make)
+        byte_s = sent_bytes(make.__name__, 1.0, between.size) * ranks.group.per_machine / bytes_per_s
+        found[make.__name__] = ranks.curve(f"exchanges: {make.__name__}", make, byte_s, budget_s)
     return found
 
 
-def inside_of(ranks: Ranks) -> Points:
+def inside_of(ranks: Ranks, budget_s: float) -> Points:
     """What it costs a machine's ranks to share out a bucket and to put it together again."""
     inside, machines = ranks.group.inside, ranks.between.size
     if inside is None or inside.size == 1:
         return []
-    ranks.say(f"exchanges among the {inside.size} ranks of each machine")
     method: Any = build("dense")
 
     def make(nbytes: int) -> tuple[int, Callable[[], object]]:
@@ -163,25 +167,22 @@ def inside_of(ranks: Ranks) -> Points:
         share = Share.cut(index, inside.size, inside.rank, lambda numel: method.pieces(numel, machines))
         return x.nbytes, lambda: put_together(machine_mean(bucket, share, inside), bucket, share, inside)
 
-    return ranks.curve(make)
+    return ranks.curve(f"exchanges among the {inside.size} ranks of each machine", make, 0.0, budget_s)
 
 
-def codecs_of(ranks: Ranks, methods: Sequence[str], until_s: float, shapes: Shapes) -> dict[str, Any]:
-    """What each method computes, on the slowest rank; without those for which the time does not suffice. shapes: of the script.
-
-    until_s: when no further method is begun, by the machine's clock; there are some seconds, however late it is.
-    """
+def codecs_of(ranks: Ranks, methods: Sequence[str], budget_s: float, shapes: Shapes) -> dict[str, Any]:
+    """What each method computes, on the slowest rank; without those for which the time does not suffice. shapes: of the script."""
     machines, models, found = ranks.between.size, models_of(shapes), dict[str, Any]()
     clock = clock_of(ranks.device, ranks.cores)
     ranks.say("the optimizer's step")
+    began_s = time.monotonic()
     adamw, told_s = _slowest(ranks, {"step": adamw_costs(ranks.device, clock, models)}), -math.inf
-    left_s, began_s = max(_LEAST_S, *ranks.tell(until_s - time.time())), time.monotonic()
+    elapsed_s = longest_s = 0.0
     for k, name in enumerate(methods):
-        (elapsed_s,) = ranks.slowest([time.monotonic() - began_s])
-        if elapsed_s > left_s:
-            ranks.say(
-                f"the time is over: {', '.join(methods[k:])} {'was' if k + 1 == len(methods) else 'were'} left out"
-            )
+        before_s, (elapsed_s,) = elapsed_s, ranks.slowest([time.monotonic() - began_s])
+        longest_s = max(longest_s, elapsed_s - before_s)
+        if k and elapsed_s + longest_s > budget_s:
+            ranks.say(f"the time is over: {_were(methods[k:])} left out")
             break
         if elapsed_s - told_s > 1.5:
             ranks.say(f"methods without a network: {name}, {k + 1} of {len(methods)}")
@@ -191,18 +192,37 @@ def codecs_of(ranks: Ranks, methods: Sequence[str], until_s: float, shapes: Shap
 
 
 def shapes_of(record: str | None) -> Shapes:
-    """The shapes of the script's parameters; none without one, nor of a large model, which would take long."""
+    """The shapes of the script's parameters, of a large model every so manieth; none without a script."""
     files = [] if record is None else sorted(Path(record).glob("rank*.jsonl"))
     shapes: Shapes = RankRecord.read(files[0]).shapes if files else ()
-    return shapes if sum(map(math.prod, shapes)) <= _MOST_ELEMENTS else ()
+    every = math.ceil(sum(map(math.prod, shapes)) / _MOST_ELEMENTS)
+    found = [shape for shape in shapes if math.prod(shape) <= _MOST_ELEMENTS][:: max(1, every)]
+    while sum(map(math.prod, found)) > _MOST_ELEMENTS:
+        found.pop()
+    return found
 
 
-def profiles_of(ranks: Ranks, methods: Sequence[str], shapes: Shapes) -> dict[str, Any]:
-    """What the methods send of the script's own parameters, on rank 0."""
-    if not shapes or ranks.group.rank:
+def profiles_of(ranks: Ranks, methods: Sequence[str], shapes: Shapes, budget_s: float) -> dict[str, Any]:
+    """What the methods send of the script's own parameters, worked out by the ranks in turn; without those that take too long."""
+    if not shapes:
         return {}
-    machines = (ranks.between.size,)
-    return {name: profile_of(build(name, **NEEDED.get(name, {})), name, shapes, machines).to_json() for name in methods}
+    ranks.say("what methods send of the script's parameters")
+    own, longest_s, began_s = dict[str, Any](), 0.0, time.monotonic()
+    for name in methods[ranks.group.rank :: ranks.group.size]:
+        now_s = time.monotonic()
+        if now_s + longest_s - began_s > budget_s:
+            break
+        method = build(name, **NEEDED.get(name, {}))
+        own[name] = profile_of(method, name, shapes, (ranks.between.size,)).to_json()
+        longest_s = max(longest_s, time.monotonic() - now_s)
+    found = {name: profile for one in ranks.tell(own) for name, profile in one.items()}
+    if left_out := [name for name in methods if name not in found]:
+        ranks.say(f"the time is over: what {_were(left_out)} known to send of other parameters counts")
+    return {name: found[name] for name in methods if name in found}
+
+
+def _were(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'}"
 
 
 def _slowest(ranks: Ranks, costs: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Any]:
@@ -215,12 +235,11 @@ def script_of(ranks: Ranks, record: str | None) -> dict[str, Any] | None:
     if record is None:
         return None
     one = RankRecord.read(Path(record) / f"rank{ranks.group.rank}.jsonl")
-    steady = [line.seconds for line in one.steps if line.steady]
-    told = ranks.tell([one.compute_s, steady, one.buckets, one.overlap])
-    if any(not compute or not steps for compute, steps, *_ in told):
+    told = ranks.tell([one.compute_s, one.buckets, one.overlap])
+    if not all(compute for compute, *_ in told):
         return None
     everything = [seconds for compute, *_ in told for seconds in compute]
-    buckets, overlap = told[0][2:]
+    buckets, overlap = told[0][1:]
     # the scheduler makes ranks that share cores differ, each time in another way
     medians = [statistics.median(compute) for compute, *_ in told]
     compute_s = statistics.median(everything) if ranks.cores < 1 else max(medians)
@@ -230,7 +249,6 @@ def script_of(ranks: Ranks, record: str | None) -> dict[str, Any] | None:
         "parameters": parameters,
         "compute_s": compute_s,
         "spread": statistics.pstdev(everything) / statistics.fmean(everything),
-        "step_s": max(statistics.median(steps) for _, steps, *_ in told),
         "buckets": [n * shards for n in buckets],
         "overlap": overlap,
     }
@@ -247,15 +265,21 @@ def main(settings: Mapping[str, Any]) -> None:
     ranks = Ranks(group, device, settings["cores_per_rank"])
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     found: dict[str, Any] = {"torch": torch.__version__, "device": name, "script": script_of(ranks, settings["record"])}
-    found |= links_of(ranks)
-    found |= {"exchanges": exchanges_of(ranks), "inside": inside_of(ranks)}
+    left_s = max(_LEAST_S, ranks.tell(settings["until_s"] - time.time())[0])
+    ends_s = time.monotonic() + left_s
+    found |= links_of(ranks, _LINKS * left_s)
+    slowest = min(found["together"].values())
+    found |= {
+        "exchanges": exchanges_of(ranks, slowest, _EXCHANGE * left_s),
+        "inside": inside_of(ranks, _INSIDE * left_s),
+    }
     (copy_s,) = ranks.slowest([1 / copied_bytes_per_s(device, clock_of(device, ranks.cores))])
     found |= {"copy_bytes_per_s": 1 / copy_s}
     shapes = shapes_of(settings["record"])
-    found |= {"codecs": codecs_of(ranks, settings["methods"], settings["until_s"], shapes)}
-    if shapes:
-        ranks.say("what methods send of the script's parameters")
-    found |= {"profiles": profiles_of(ranks, list(found["codecs"]), shapes)}
+    reserve_s = _PROFILES * left_s if shapes else 0.0
+    budget_s = ranks.tell(ends_s - time.monotonic() - reserve_s)[0]
+    found |= {"codecs": codecs_of(ranks, settings["methods"], budget_s, shapes)}
+    found |= {"profiles": profiles_of(ranks, list(found["codecs"]), shapes, ends_s - time.monotonic())}
     if group.rank == 0:
         Path(settings["out"]).write_text(json.dumps(found), encoding="utf-8")
     ranks.say("everything is measured; the ranks end")

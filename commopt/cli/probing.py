@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from commopt.method import Method
     from commopt.plan.probe import Probe
 
-_STEPS = 6  # of a script under dense, the last three of which are timed; some without communication follow
+_MOST_S = 52.0  # of a probe, without compiling kernels and without what a script needs until its first step
 _SILENT_S = 2.5
-_UNTIL_S = 45.0  # after the start, when no further method is timed
 
 
 @app.command(
@@ -62,14 +61,14 @@ def probe(
         str | None, typer.Option(metavar="NAME,NAME,...", help="Whose computing is timed; by default every one's.")
     ] = None,
 ) -> None:
-    """Measure in a minute what planning needs to know of your machines, their links, and your script.
+    """Measure in less than a minute what planning needs to know of your machines, their links, and your script.
 
     Latency and rate between machines, what exchanges reach of it, and what methods compute. If the file lists real machines, run the
     same command on each of them; the first one writes the file.
     """
     from commopt.cluster.spec import load_cluster
 
-    spec = load_cluster(cluster)
+    began_s, spec = time.monotonic(), load_cluster(cluster)
     if len(spec.nodes) < 2:
         raise ConfigError(f"{cluster}: nodes: one node has no link to measure; write two or more")
     if command:
@@ -80,9 +79,10 @@ def probe(
         from commopt.run.prepare import prepare
 
         made = _made(names_in(methods))
+    left_s = _MOST_S - (time.monotonic() - began_s)
     prepare(made.values(), note)
     note(*emulation.notices)
-    found = _measured(cluster, spec, emulation, command or [], list(made))
+    found = _measured(cluster, spec, emulation, command or [], list(made), left_s)
     if found is None:
         note(f"done; {spec.names[0]} writes what was measured")
         return
@@ -138,21 +138,23 @@ class _Progress:
 
 
 def _measured(
-    path: Path, spec: ClusterSpec, emulation: Emulation, command: Sequence[str], methods: Sequence[str]
+    path: Path, spec: ClusterSpec, emulation: Emulation, command: Sequence[str], methods: Sequence[str], left_s: float
 ) -> Probe | None:
-    """What the ranks have measured; None on a machine that is not the first. Raises LaunchError if they fail."""
+    """What the ranks have measured, in so many seconds; None on a machine that is not the first. Raises LaunchError if they fail."""
     from commopt.cluster.machine import usable_cores
     from commopt.cluster.run import Job
     from commopt.plan.probe import Probe
     from commopt.reading import validated
+    from commopt.run.log import SILENT_S
 
-    until_s = time.time() + _UNTIL_S
     ranks_here = spec.slots * len(emulation.nodes)
     with tempfile.TemporaryDirectory(prefix="commopt-") as folder:
         record, out = os.path.join(folder, "record"), Path(folder, "found.json")
         if command:
             _run_script(path, spec, emulation, command, record)
-        settings = {"out": str(out), "methods": methods, "until_s": until_s, "record": record if command else None}
+            left_s -= SILENT_S
+        settings: dict[str, Any] = {"out": str(out), "methods": methods, "record": record if command else None}
+        settings |= {"until_s": time.time() + left_s}
         settings |= {"cores_per_rank": usable_cores() / ranks_here}
         progress = _Progress("starting the ranks" if 0 in emulation.nodes else "measuring with the other machines")
         result = Job(
@@ -168,7 +170,7 @@ def _measured(
             return None
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     if command and found["script"] is None:
-        raise LaunchError(f"{command[0]}: ended before {_STEPS} steps; it must train for longer")
+        raise LaunchError(f"{command[0]}: ended before some steps were timed; it must train for longer")
     return validated(Probe, {**found, **_facts(spec, emulation, settings, command, found)}, "probe")
 
 
@@ -197,20 +199,20 @@ def _facts(
 
 
 def _run_script(path: Path, spec: ClusterSpec, emulation: Emulation, command: Sequence[str], record: str) -> None:
-    """Run the user's script for some steps, and record them. Raises LaunchError if it fails, or does not attach."""
+    """Run the user's script for some steps without communication, and record them. Raises LaunchError if it fails, or does not attach."""
     from commopt.cli import training
     from commopt.cluster.run import Job
     from commopt.cluster.spec import run_of_program
     from commopt.report.results import collect
 
     program, *arguments = command
-    run = run_of_program(Path(program), path, methods=["dense"], steps=_STEPS, arguments=arguments)
+    run = run_of_program(Path(program), path, methods=["dense"], steps=None, arguments=arguments)
     progress = _Progress("")
-    progress.say(f"{Path(program).name}: {_STEPS} steps under dense, and some without communication")
+    progress.say(f"{Path(program).name}: some steps without communication")
     result = Job(
         training.program_words(run, {}),
         emulation=emulation,
-        env={"COMMOPT_RECORD": record, **training.program_environment(run, "dense", {})},
+        env={"COMMOPT_RECORD": record, "COMMOPT_STEPS": "0", **training.program_environment(run, "dense", {})},
         on_tick=progress.tick,
         on_line=lambda label, line: typer.echo(f"[{label}] {line}", err=True),
         on_note=note,

@@ -13,18 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
+from commopt.compress.base import Compressor
 from commopt.compress.cast import Cast
-from commopt.compress.feedback import NOTHING_KEPT, first_bad_parameter
+from commopt.compress.feedback import NOTHING_KEPT, Kept, first_bad_parameter, first_of
 from commopt.errors import AttachError, CheckpointError
-from commopt.exchange.base import is_finite
+from commopt.exchange.base import Exchange, first_bad, is_finite
 from commopt.exchange.clip import clip_gradients_
 from commopt.exchange.compressed import Compressed
-from commopt.frameworks.fsdp_units import Mesh, Unit, Way, sharding_of
+from commopt.frameworks.fsdp_units import Mesh, Piece, Unit, Way, sharding_of
 from commopt.gossip.loop import OuterMethod
 from commopt.groups import Group, LocalGroup, PacedGroup, TorchGroup, World
 from commopt.groups.torch import group_of
 from commopt.method import GradientMethod, Method
 from commopt.methods import FP16, QSGD, NaturalMean, TwoWay
+from commopt.methods.auto import Auto, codec_of
 from commopt.run import checks
 from commopt.run.agree import Configuration, agree, meeting_group
 from commopt.run.every_step import EveryStepRun
@@ -33,6 +35,7 @@ from commopt.run.outer import OuterRun
 from commopt.run.reshare import recut, stretches_of
 from commopt.run.run import Replaced, Run, broadcast_
 from commopt.wire.bucket import Blocks, Bucket, Share
+from commopt.wire.payload import Payload
 from commopt.wire.shards import local
 from commopt.wire.state import Saved
 
@@ -115,8 +118,8 @@ class FSDPRun(EveryStepRun):
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.shard_group)
         return found.tolist()
 
-    def _largest(self, own: Sequence[float]) -> list[float]:
-        found = torch.tensor(super()._largest(own), dtype=torch.float64, device=self.method.device)
+    def largest(self, own: Sequence[float]) -> list[float]:
+        found = torch.tensor(super().largest(own), dtype=torch.float64, device=self.method.device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.mesh.shard_group)
         return cast(list[float], found.tolist())
 
@@ -194,25 +197,19 @@ class ReplicaRun(FSDPRun):
         return not self._on_any_shard([not super().replicas_are_equal()])[0]
 
 
-class ScatterMean(GradientMethod, Compressed):
+class Scatter(Compressed):
     """The mean of compressed gradients, of which each rank keeps its shard: a two-way mean without the answer.
 
         q_ij = C(g_ij + e_ij) to rank j;  e_ij <- g_ij + e_ij - q_ij;  rank j keeps mean_i q_ij
     Sends (N-1)/N compressed gradients. State: with error feedback a residual of the whole gradient on every rank, 4 bytes per
     parameter of the model, or 2 or 1 with residual_bits 16 or 8; it lies as the gradient does, in registration order.
-
-    method: the one whose name, options and codec it uses.
     """
 
-    def __init__(self, method: Method, units: Sequence[Unit]) -> None:
-        self.name, self.options, self.given = method.name, method.options, method.given  # type: ignore[misc]
+    def __init__(
+        self, units: Sequence[Unit], compressor: Compressor, kept: Kept | None = None, *, seed: int = 0
+    ) -> None:
+        super().__init__(compressor, kept, seed=seed)
         self.units = {unit.label: unit for unit in units}
-        if isinstance(method, FP16):
-            assert method.wire_dtype is not None
-            Compressed.__init__(self, Cast(method.wire_dtype), NOTHING_KEPT)
-        else:
-            assert isinstance(method, Compressed)
-            Compressed.__init__(self, method.compressor, method.kept, seed=method.seed)
 
     def lay_out(self, named_parameters: Sequence[tuple[str, Tensor]], group: Group) -> None:
         super().lay_out(named_parameters, group)
@@ -253,6 +250,57 @@ class ScatterMean(GradientMethod, Compressed):
         return blocks.having(homes=blocks.homes + moved[blocks.parameters])
 
 
+class ScatterMean(GradientMethod, Scatter):
+    """A scatter by the name, options and codec of a method."""
+
+    def __init__(self, method: Method, units: Sequence[Unit]) -> None:
+        self.name, self.options, self.given = method.name, method.options, method.given  # type: ignore[misc]
+        if isinstance(method, FP16):
+            assert method.wire_dtype is not None
+            Scatter.__init__(self, units, Cast(method.wire_dtype), NOTHING_KEPT)
+        else:
+            assert isinstance(method, Compressed)
+            Scatter.__init__(self, units, method.compressor, method.kept, seed=method.seed)
+
+
+class ExactScatter(Exchange):
+    """The exact mean of gradients, of which each rank keeps its shard. Sends (N-1)/N gradients in their own dtype."""
+
+    needs_float32 = False
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = {unit.label: unit for unit in units}
+
+    def exchange(self, bucket: Bucket, group: Group) -> None:
+        """Overwrite this rank's part of bucket.flat, (S n,), by the mean over ranks."""
+        if group.size == 1:  # communication is off
+            return self.exchange_alone(bucket, group)
+        unit, flat, shards = self.units[bucket.label], bucket.flat, range(group.size)
+        every = [unit.over(flat, shard, shard * unit.numel) for shard in shards]
+        bad = -1 if is_finite(flat) else first_of(first_bad(self.index, part) for part in every)
+        header = torch.tensor([bad], dtype=torch.int32, device=flat.device)
+        rows = flat.view(group.size, -1)
+        received = group.all_to_all([Payload.of(header, row) for row in rows])
+        if not self.is_void(bucket, first_bad_parameter(received), group):
+            rows[group.rank] = sum(payload.tensors[1] / group.size for payload in received)
+        return None
+
+    def bytes_per_parameter(self, ranks: int) -> float:
+        return 4 * (ranks - 1) / ranks
+
+
+def _candidate(units: Sequence[Unit], shards: int, name: str, elements: int) -> Exchange:
+    """One of `auto`'s candidates in place of a reduce-scatter; elements: of one parameter "x", or 0 for the units."""
+    if elements:
+        pieces = (Piece("x", (elements // shards,) * shards, elements // shards),)
+        units = [Unit(Bucket.label, cast(Any, None), None, pieces)]
+    if name == "dense":
+        return ExactScatter(units)
+    if name == "fp16":
+        return Scatter(units, Cast(), NOTHING_KEPT)
+    return Scatter(units, codec_of(name))
+
+
 class CompressedReduceScatter:
     """What FSDP calls in place of its reduce-scatter: scatter(output, input).
 
@@ -276,7 +324,7 @@ class CompressedReduceScatter:
 class ShardRun(FSDPRun):
     """Compresses the reduce-scatter: each rank sends every other its shard's gradient in compressed form, and averages what it receives."""
 
-    method: ScatterMean
+    method: ScatterMean | Auto
 
     def _take_over(self, unit: Unit) -> None:
         unit.module.set_custom_reduce_scatter(cast(Any, CompressedReduceScatter(partial(self._scatter, unit))))
@@ -301,8 +349,9 @@ def attach(model: Module, request: checks.Request) -> Run:
     """Average the gradients of a model that `fully_shard` has sharded.
 
     On a mesh with a replicate and a shard dimension, any gradient method averages between the replicas, shard by shard; within a
-    replica FSDP reduces as usual. On a mesh of one dimension `two_way`, `natural`, `qsgd` and `fp16` compress the
-    reduce-scatter itself; or, with a group of the ranks that hold the same shard elsewhere, any gradient method averages over that group.
+    replica FSDP reduces as usual. On a mesh of one dimension `two_way`, `natural`, `qsgd`, `fp16` and `auto` take the
+    place of the reduce-scatter; or, with a group of the ranks that hold the same shard elsewhere, any gradient method averages over that
+    group.
     """
     (found, units, mesh), group = sharding_of(model), request.group
     way = None if mesh is None else mesh.way(group)
@@ -325,8 +374,11 @@ def attach(model: Module, request: checks.Request) -> Run:
     ours = group if isinstance(group, Group) else checks.connect(process_group)
     if way == "replicas":
         return ReplicaRun(model, checked, ours, units, mesh)
-    scatter = dataclasses.replace(checked, method=ScatterMean(checked.method, units))
-    return ShardRun(model, scatter, ours, units, mesh)
+    if isinstance(checked.method, Auto):
+        checked.method.choose_among(partial(_candidate, units, ours.size))
+    else:
+        checked = dataclasses.replace(checked, method=ScatterMean(checked.method, units))
+    return ShardRun(model, checked, ours, units, mesh)
 
 
 def _facts(
@@ -358,9 +410,10 @@ def _facts(
 def _scatter_facts(method: Method) -> dict[str, object]:
     """Why a method cannot compress a reduce-scatter, for `refuse`."""
     if not isinstance(method, _ONE_WAY):
+        known = (*_ONE_WAY, FP16, Auto)
         return {
             "scatter exact": method.name == "dense",
-            "scatter of another method": type(method) is not FP16 and ", ".join(one.name for one in (*_ONE_WAY, FP16)),
+            "scatter of another method": not isinstance(method, (FP16, Auto)) and ", ".join(one.name for one in known),
         }
     codec = method.compressor
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -13,8 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from commopt.compress import make_compressor
+from commopt.compress.base import Compressor
 from commopt.compress.feedback import try_out
 from commopt.exchange.base import Exchange
+from commopt.exchange.compressed import Compressed
 from commopt.exchange.mean import Mean
 from commopt.exchange.two_way import TwoWayMean
 from commopt.exchange.watch import Watch
@@ -23,7 +24,7 @@ from commopt.groups.echo import Echo
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Wanted, Whole
 from commopt.plan.expected import Measured, Work, next_choice, predicted
-from commopt.plan.profile import Phase, Profile, profiles
+from commopt.plan.profile import Phase, Profile
 from commopt.wire.bucket import Bucket
 from commopt.wire.state import Saved, State, check_tensor
 
@@ -62,10 +63,10 @@ class Auto(GradientMethod, Exchange):
     State: none under `dense` and `fp16`; 4 + 4/N bytes per parameter while `two_way` is used or tried.
     Use it if you do not know the network, or have no time to compare methods. It keeps your optimizer.
     Not for runs of fewer than a hundred steps, nor for links on which four bits are too many: signs and rarer exchanges
-    need options that fit the training. Not with FSDP2 on a mesh of one dimension. `two_way` may cost about 1 % of the
-    loss; `candidates: [fp16]` costs nothing that can be measured. With a GradScaler, exchanges do not overlap with
-    backward. On the way from `two_way` to another candidate its residuals are forgotten, once: what rounding left out
-    of about one gradient.
+    need options that fit the training. With FSDP2 on a mesh of one dimension candidates take the place of its
+    reduce-scatter. `two_way` may cost about 1 % of the loss; `candidates: [fp16]` costs nothing that can be measured.
+    With a GradScaler, exchanges do not overlap with backward. On the way from `two_way` to another candidate its
+    residuals are forgotten, once: what rounding left out of about one gradient.
 
     candidates: what to choose from beside `dense`.
     measure: the steps that are timed before each decision.
@@ -93,7 +94,12 @@ class Auto(GradientMethod, Exchange):
     def set_up(self) -> None:
         self.allowed = ("dense", *(name for name in NAMES if name in self.options.candidates))
         self.warmup_steps = self.settle + self.options.measure
-        self.parts = (_made("dense"),)
+        self.choose_among(_made)
+
+    def choose_among(self, make: Callable[[str, int], Exchange]) -> None:
+        """Make candidates by this: of a name, and of the elements of one bucket to try it on, or 0 for the model's own."""
+        self._make = make
+        self.parts = (make("dense", 0),)
 
     @property
     def current(self) -> Exchange:
@@ -134,7 +140,7 @@ class Auto(GradientMethod, Exchange):
         self._codec_s: dict[str, float] = {}
         self._take_on()
         for name in self.allowed if self.ranks > 1 else ():  # no step will wait for kernels to be compiled
-            if isinstance(made := _made(name), TwoWayMean):
+            if isinstance(made := self._make(name, 0), Compressed):
                 try_out(made.compressor, made.kept, self.device)
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
@@ -220,30 +226,31 @@ class Auto(GradientMethod, Exchange):
             self.state[key][NAMES.index(name)] = x
 
     def _profile(self, name: str) -> Profile:
-        """What the planner knows of a candidate."""
-        itemsize = self._named[0][1].element_size()
-        return (
-            replace(profiles()[name], phases=(Phase("all_reduce", itemsize),)) if name == "dense" else profiles()[name]
-        )
+        """What a candidate sends."""
+        _, calls, n = self._tried(name, 1, times=1)
+        return Profile(name, "gradient", tuple(Phase(operation, nbytes / n) for operation, nbytes in calls))
 
     def _cost(self, name: str, elements: int) -> float:
         """Seconds of a candidate's arithmetic for so many elements, timed on some; 0 if it is none."""
         if name not in self.allowed:
             return 0.0
+        seconds, _, n = self._tried(name, elements, times=3)
+        return seconds * elements / n
+
+    def _tried(self, name: str, elements: int, times: int) -> tuple[float, list[tuple[str, int]], int]:
+        """The least seconds of a candidate's exchange without a network, its calls, and the elements that it was tried on."""
         unit = 8 * 256 * self.ranks  # equal parts of whole blocks for all ranks
         n = unit * max(1, min(elements, SAMPLE) // unit)
-        x, group, made, seconds = (
-            torch.linspace(-1, 1, n, dtype=torch.float32, device=self.device),
-            Echo(self.ranks),
-            _made(name),
-            [],
-        )
-        made.bind([("x", x)], group)
-        for _ in range(3):
+        made, seconds = self._make(name, n), list[float]()
+        dtype = torch.float32 if made.needs_float32 else self._named[0][1].dtype
+        x = torch.linspace(-1, 1, n, dtype=dtype, device=self.device)
+        made.bind([("x", x)], group := Echo(self.ranks))
+        for _ in range(times):
+            group.calls.clear()
             with _timed(self.device) as took:
                 made.exchange(Bucket.of([("x", x)]), group)
             seconds += took
-        return min(seconds) * elements / n
+        return min(seconds), group.calls, n
 
     def _use(self, name: str) -> None:
         """Exchange by this candidate from now on."""
@@ -254,7 +261,7 @@ class Auto(GradientMethod, Exchange):
         self._take_on()
 
     def _bound(self, name: str) -> Exchange:
-        made = _made(name)
+        made = self._make(name, 0)
         made.bind(self._named, self._group, self.exchanges, self.share)
         return made
 
@@ -291,13 +298,18 @@ class Auto(GradientMethod, Exchange):
         return NAMES[int(saved["shared"]["choice"])]
 
 
-def _made(name: str) -> Exchange:
-    """A candidate; as the method of that name exchanges, with its defaults."""
+def _made(name: str, _: int) -> Exchange:
+    """A candidate, which fits every bucket; as the method of that name exchanges, with its defaults."""
     if name.startswith("two_way"):
-        return TwoWayMean(make_compressor(name.removeprefix("two_way(").removesuffix(")")))
+        return TwoWayMean(codec_of(name))
     mean = Mean()
     mean.wire_dtype = torch.float16 if name == "fp16" else None
     return mean
+
+
+def codec_of(name: str) -> Compressor:
+    """The codec of a candidate that compresses: what is in brackets."""
+    return make_compressor(name.removeprefix("two_way(").removesuffix(")"))
 
 
 @contextmanager

@@ -48,15 +48,15 @@ class Script(Part):
     """A training script's own times.
 
     compute_s: the median of a step without communication, on the slowest rank; of all ranks if they share cores. spread: standard
-    deviation of these times over steps and ranks, as a share of their mean. step_s: of a step under `dense`. buckets: elements, in the
-    order of their exchange. overlap: they are exchanged during backward.
+    deviation of these times over steps and ranks, as a share of their mean. step_s: of a step under `dense`, if known. buckets:
+    elements, in the order of their exchange. overlap: they are exchanged during backward.
     """
 
     program: str
     parameters: Count
     compute_s: Positive
     spread: Seconds
-    step_s: Positive
+    step_s: Positive | None = None
     buckets: list[Count]
     overlap: bool
 

@@ -23,11 +23,11 @@ NIC_EVERY_S = 1.0  # how often step() also reads the interface, for the live dis
 def steps_wanted() -> int | None:
     """COMMOPT_STEPS: after how many optimizer steps a launcher wants the script to end; None if it does not.
 
-    Raises ConfigError if that is not a positive whole number.
+    Raises ConfigError if that is not a whole number.
     """
     text = os.environ.get("COMMOPT_STEPS") if Recorder.is_wanted() else None
-    if text is not None and not (text.isdecimal() and int(text)):
-        raise ConfigError(f"environment: COMMOPT_STEPS={text}: no positive whole number")
+    if text is not None and not text.isdecimal():
+        raise ConfigError(f"environment: COMMOPT_STEPS={text}: no whole number")
     return None if text is None else int(text)
 
 

@@ -33,10 +33,7 @@ def show(probe: Probe, stream: TextIO) -> None:
         parts = f"{len(script.buckets)} bucket{'s' * (len(script.buckets) != 1)}, {overlap}"
         console.print(f"\n[bold]{Path(script.program).name}[/bold]: {script.parameters:,} parameters in {parts}")
         spread = f"{script.spread:.0%} spread between steps and ranks"
-        console.print(
-            f"a step takes {seconds_text(script.compute_s)} without communication ({spread}), "
-            f"and {seconds_text(script.step_s)} under dense"
-        )
+        console.print(f"a step takes {seconds_text(script.compute_s)} without communication ({spread})")
     console.print()
 
 

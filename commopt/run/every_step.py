@@ -101,6 +101,7 @@ class EveryStepRun(Run):
 
         Raises GradientsChanged if all ranks repeat an exchange that no step has applied, and GroupError, on all ranks, if some do.
         """
+        self._log.exchanging()
         if (repeated := self.repeats(buckets)) is not None:
             # the others may wait for this exchange: it becomes void, and ranks compare their steps
             for bucket in buckets:
@@ -342,13 +343,13 @@ class EveryStepRun(Run):
         found_inf = getattr(self.optimizer, "found_inf", None)  # a GradScaler sets it on a stand-in
         if found_inf is None or not bool(found_inf):
             self.steps += 1
-        told = self.method.stepped(self._largest, self.steps, self.waited_s) if self._compares else None
+        told = self.method.stepped(self.largest, self.steps, self.waited_s) if self._compares else None
         if told is not None:
             self.events.append(("choice", told))
             if self.rank == 0:
                 _log.info("%s: %s", self.method.name, ", ".join(f"{key} {value}" for key, value in told.items()))
 
-    def _largest(self, own: Sequence[float]) -> list[float]:
+    def largest(self, own: Sequence[float]) -> list[float]:
         """The largest over all ranks of each number. Sends 8 bytes for each."""
         self.group.traffic.bucket = "measurements"
         told = self.group.all_gather(Payload.of(torch.tensor(own, dtype=torch.float64, device=self.method.device)))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _SETTLED = 3  # DDP settles its buckets in the first steps
 _TIMED, _UNCOUNTED = 16, 4  # steps without communication when a script is ended early, and how many are not counted
+SILENT_S, _FEWEST = 12.0, 3  # what they may take if the script makes no others, but so many are made
 _Values = Mapping[str, float | Tensor]
 
 
@@ -27,7 +28,8 @@ class RunLog:
     """One rank's record of a run. It follows the optimizer's steps if the launcher wants a record; else `log` prints some.
 
     If the launcher wants some steps only, the script is ended after them, by SystemExit(0) from `optimizer.step()`: the run is finished,
-    some more steps without communication are timed, the same number on all ranks, and the run is closed.
+    some more steps without communication are timed, the same number on all ranks, and the run is closed. If it wants none, there are
+    only the latter, and fewer if they take long.
     """
 
     def __init__(self, run: Run) -> None:
@@ -44,6 +46,7 @@ class RunLog:
         self._logs_first: bool | None = None  # whether the script logs before it steps
         self._is_aside = False  # in steps that belong to no training
         self._timed: list[float] | None = None  # seconds of steps without communication, after the last that is wanted
+        self._to_time = _TIMED
         self._silence = ExitStack()
 
     def plan(self, steps: int) -> None:
@@ -105,11 +108,14 @@ class RunLog:
             run.quiet()
             self._count("begin")
         if self._limit is not None and run.steps >= self._limit:
-            run.finish()
-            run.quiet()
-            self._silence.enter_context(run.communication_off())
-            self._timed = []
+            self._begin_silence()
         self._mark = (time.monotonic(), run.waited_s)
+
+    def exchanging(self) -> None:
+        """Before an exchange: switch communication off if no step with it is wanted."""
+        if self._limit == 0 and self._timed is None:
+            self._recorder = self._recorder or self._start(time.monotonic() - self._mark[0])
+            self._begin_silence()
 
     def tell(self) -> None:
         """Record voids, rounds and events since the last call."""
@@ -168,23 +174,39 @@ class RunLog:
                 self._recorder.end()
         self._recorder = None
 
+    def _begin_silence(self) -> None:
+        """End the training, and time steps without communication from now on."""
+        self._run.finish()
+        self._run.quiet()
+        self._silence.enter_context(self._run.communication_off())
+        self._timed = []
+
     def _time(self, timed: list[float]) -> None:
         """Note a step without communication; after the last one, end the script."""
-        now_s = time.monotonic()
         self._write()
-        timed.append(now_s - self._mark[0])
-        self._mark = (now_s, 0.0)
-        if len(timed) == _TIMED:
+        timed.append(time.monotonic() - self._mark[0])
+        if self._limit == 0 and len(timed) == _FEWEST - 1:
+            self._to_time = self._agreed_count(timed[-1])
+        self._mark = (time.monotonic(), 0.0)
+        if len(timed) == self._to_time:
             self._tell_compute(timed)
             self._run.close()
             raise SystemExit(0)
+
+    def _agreed_count(self, step_s: float) -> int:
+        """How many steps without communication there is time for, the same on all ranks."""
+        run: Any = self._run  # in such a script, one that exchanges in every step
+        self._silence.close()
+        (slowest_s,) = run.largest([step_s])
+        self._silence.enter_context(run.communication_off())
+        return max(_FEWEST, min(_TIMED, int(SILENT_S / slowest_s)))
 
     def _tell_compute(self, seconds: Sequence[float]) -> None:
         """Record steps without communication; the first ones are not counted."""
         run = self._run
         if self._recorder is not None:
-            shapes = [p.shape for p in run.parameters.values()]
-            self._recorder.compute(seconds[_UNCOUNTED:], buckets=run.buckets, overlap=run.overlaps, shapes=shapes)
+            shapes, uncounted = [p.shape for p in run.parameters.values()], min(_UNCOUNTED, self._to_time // 3)
+            self._recorder.compute(seconds[uncounted:], buckets=run.buckets, overlap=run.overlaps, shapes=shapes)
 
     def _note_step(self) -> None:
         """Take the times of the step that has just ended."""
@@ -227,7 +249,7 @@ class RunLog:
         run, method = self._run, self._run.method
         self._recorder = recorder = Recorder.from_environment(run.rank, run.ranks)
         self._planned = self._planned or self._limit or 0
-        method.planned = method.planned or self._limit
+        method.planned = method.planned or self._limit or None
         begun_at = max(0, run.steps - 1) if self._begun_at is None else self._begun_at
         self._last_step = begun_at - 1
         recorder.start(

@@ -4,7 +4,7 @@ python scripts/bench/plan.py                            all cells that are not s
 python scripts/bench/plan.py --only '2x1-*' --redo
 python scripts/bench/plan.py --table | --page           show what is stored, or write it into docs/planning.md
 
-A cell is a cluster and a model. First `commopt probe` runs there, with the model's script under `dense`; then the same script trains
+A cell is a cluster and a model. First `commopt probe` runs there, with the model's script; then the same script trains
 some steps under each of eight methods. What `commopt advise` would predict from the probe is compared with the median step. Nothing
 is fitted to what is measured. All ranks share this machine's cores, and so they do while it is probed.
 """

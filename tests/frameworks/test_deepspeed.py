@@ -12,11 +12,12 @@ from deepspeed_rig import ADAM, SGD, engine_run, legacy, log, make_engine, plain
 from framework_ranks import gathered
 from level_rig import machine
 from rig import flat, make_model, mean_norm
+from told import Quick, assert_chosen
 from torch import Tensor
 
 from commopt.errors import AttachError, CheckpointError
 from commopt.groups import TorchGroup
-from commopt.methods import resolve
+from commopt.methods import METHODS, resolve
 from commopt.run.checks import connect
 
 STEPS = 6
@@ -207,6 +208,27 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(case: str, tmp_path: Path) -> N
     again.commopt.close()
     assert torch.equal(flat(engine.module), flat(again.module))
     assert client_state["note"] == 7
+
+
+@pytest.mark.parametrize("half", ["fp32", "bf16", "fp16"])
+@on_two_ranks
+def test_auto_chooses_and_goes_on_with_its_choice_from_a_checkpoint(
+    half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "auto", Quick)
+    own = {**SGD, "commopt": "auto", **(HALF[half][0] if half in HALF else {})}
+    engine = make_engine(own)
+    train(engine, 5)
+    engine.save_checkpoint(tmp_path)
+    train(engine, 3, first=5)
+    assert_chosen(engine.commopt)
+    if half == "fp32":
+        assert torch.equal(flat(engine.module), plain_run(TorchGroup.like(), "auto", {}, 8))
+    again = make_engine(own)
+    again.load_checkpoint(tmp_path)
+    train(again, 3, first=5)
+    assert (again.commopt.method.choice, again.commopt.events) == ("two_way(int8)", [])
+    assert torch.equal(flat(engine.module), flat(again.module))
 
 
 @on_two_ranks

@@ -16,6 +16,7 @@ from framework_ranks import error_of, gathered, run_program, train_by_ddp
 from pool import Pool
 from rig import FREEZE, METHODS, flat, loss_of, make_batch, make_method, make_model, mean_norm, train
 from rig import sgd_of as sgd
+from told import Quick, assert_chosen
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -219,6 +220,24 @@ def test_a_checkpoint_holds_what_every_rank_needs_to_go_on_bit_for_bit(name: str
         assert f"holds no state of {name}" in error_of(resumed, tmp_path / "without.ckpt", choice)
     else:
         assert not torch.equal(resumed(tmp_path / "without.ckpt", choice), flat(straight))
+
+
+@on_two_ranks
+def test_auto_chooses_and_goes_on_with_its_choice_from_a_checkpoint(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    writer = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    options = {"callbacks": [writer], "enable_checkpointing": True, "max_steps": 8}
+    net, trainer = fit(Quick, sgd, **options)
+    assert_chosen(trainer.strategy.run)
+    model = make_model()
+    batches = [make_batch(dist.get_rank(), k) for k in range(8)]
+    expected, sent = train_by_ddp(model, Quick, sgd(model), batches)
+    assert torch.equal(flat(net), expected)
+    assert sum(net.payload_mb) == pytest.approx(sent / 1e6)
+    net, trainer = fit(Quick, sgd, tmp_path / "step=5.ckpt", **options)
+    assert (trainer.strategy.run.method.choice, trainer.strategy.run.events) == ("two_way(int8)", [])
+    assert torch.equal(flat(net), expected)
 
 
 def resumed(checkpoint: Path, choice: dict[str, Any]) -> Tensor:

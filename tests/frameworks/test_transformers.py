@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from framework_ranks import error_of, gathered, new_accelerator, train_by_ddp
 from rig import flat, make_model
+from told import Quick, assert_chosen
 from torch import Tensor, nn
 
 from commopt import Run, attach, build
@@ -178,6 +179,24 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(method: Any, optim: str,
     assert torch.equal(flat(trainer.model), flat(again.model))
     assert torch.equal(state_of(first), state_of(second))  # what is still to be sent
     assert second.steps == STEPS
+
+
+@on_two_ranks
+def test_auto_chooses_and_goes_on_with_its_choice_from_a_checkpoint(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "optim": "sgd", "max_grad_norm": 0.0}
+    options |= {"lr_scheduler_type": "constant", "ddp_find_unused_parameters": False}
+    trainer, run = attached(tmp_path, Quick, **options)
+    trainer.train()
+    assert_chosen(run)
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    expected, _ = train_by_ddp(model, Quick, optimizer, trainer.model.seen)
+    assert torch.equal(flat(trainer.model), expected)
+    again, resumed = attached(tmp_path, Quick, **options)
+    again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-5")
+    assert (resumed.method.choice, resumed.events) == ("two_way(int8)", [])
+    assert torch.equal(flat(again.model), expected)
+    assert torch.equal(state_of(run), state_of(resumed))
 
 
 @pytest.mark.parametrize(

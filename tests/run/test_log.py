@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from presets import ADAM, Preset, sgd
-from rig import loss_of, make_batch, make_model
+from rig import loss_of, make_batch, make_model, sgd_of
 from torch import nn
 
-from commopt import Run
+from commopt import Run, attach
 from commopt.errors import ConfigError
+from commopt.groups import Group, SimWorld
+from commopt.record.lines import RankRecord
 from commopt.report.results import collect
 
 PRESETS = (Preset("ef_sign"), Preset("onebit_adam", {"freeze_step": 2}, ADAM), Preset("noloco", {"every": 3}))
@@ -143,5 +145,31 @@ def test_a_script_that_closes_nothing_has_a_whole_record_unless_it_fails(raises:
 
 def test_steps_that_are_no_number_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMOPT_STEPS", "many")
-    with pytest.raises(ConfigError, match="COMMOPT_STEPS=many: no positive whole number"):
+    with pytest.raises(ConfigError, match="COMMOPT_STEPS=many: no whole number"):
         Preset("dense", {}, sgd(0.1)).attach(make_model())
+
+
+@pytest.mark.parametrize(("silent_s", "steps"), [(1e9, 16), (0.0, 3)], ids=["quick", "slow"])
+def test_if_no_steps_are_wanted_some_are_timed_without_communication(
+    silent_s: float, steps: int, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMOPT_STEPS", "0")
+    monkeypatch.setattr("commopt.run.log.SILENT_S", silent_s)
+
+    def work(group: Group) -> tuple[float, int]:
+        model = make_model()
+        run = attach(model, "dense", sgd_of(model), group=group)
+        before = run.traffic.payload_bytes
+        with pytest.raises(SystemExit):
+            train(run, model, 1000)
+        return run.traffic.payload_bytes - before, run.steps
+
+    for sent, done_steps in SimWorld[Any](2).run(work):
+        assert sent < 100  # hashes, and how long a step takes
+        assert done_steps == steps
+    done = collect(record)
+    assert (done.status, done.steps) == ("finished", 0)
+    for rank in range(2):
+        found = RankRecord.read(record / f"rank{rank}.jsonl")
+        assert len(found.compute_s) == steps - min(4, steps // 3)
+        assert found.buckets == [sum(p.numel() for p in make_model().parameters())]
