@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import threading
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pretend
@@ -20,7 +22,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.cuda._sanitizer import EventHandler
-from torch.utils._pytree import tree_leaves
 
 from commopt.groups import staging
 from commopt.kernels.cuda import pieces
@@ -104,8 +105,7 @@ class Streams:
     def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an operation, and note what it reads and writes."""
         result = _RUN(function, args, kwargs)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        inputs, outputs = _tensors((*args, *kwargs.values())), _tensors(result)
         there = [x for x in (*inputs, *outputs) if isinstance(x, pretend._Pretended)]
         for x in there:
             self._own(x)
@@ -165,6 +165,13 @@ class Streams:
 
 _RUN: Callable[..., Any] = pretend._run
 _START: Callable[..., Any] = pieces.start
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    """Those in x, also inside lists and tuples."""
+    if isinstance(x, list | tuple):
+        return [one for each in x for one in _tensors(each)]
+    return [x] if isinstance(x, Tensor) else []
 
 
 def _storage(x: Any) -> int:
@@ -235,6 +242,8 @@ def pretended(lane: Any) -> Iterator[Streams]:
         cuda, device = Cuda, staticmethod(torch.device)
 
     with pytest.MonkeyPatch.context() as patch:
+        no_stacks = SimpleNamespace(StackSummary=traceback.StackSummary, walk_stack=lambda _: ())
+        patch.setattr("torch.cuda._sanitizer.traceback", no_stacks)  # of each access; no test reads them
         patch.setattr(lane, "torch", Torch)
         patch.setattr(lane, "Future", Future)
         patch.setattr(staging, "cuda", Cuda)

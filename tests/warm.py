@@ -140,7 +140,7 @@ class Server:
         except (OSError, ValueError):
             caller.close()
             return
-        self._warm_up(request["words"])
+        self._warm_up(request["words"], Path(request["folder"]))
         pid = os.fork()
         if pid == 0:
             self._become(request, files, caller)
@@ -148,7 +148,7 @@ class Server:
         for file in files:
             os.close(file)
 
-    def _warm_up(self, words: list[str]) -> None:
+    def _warm_up(self, words: list[str], folder: Path) -> None:
         """Import what such a program imports first."""
         if not self.is_warm:
             self.is_warm = True
@@ -164,10 +164,13 @@ class Server:
                         importlib.import_module(found.name)
             importlib.import_module("commopt.frameworks.ddp")
             importlib.import_module("commopt.run.prepare").prepare_all(lambda _: None)
+            rendezvous: Any = importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
+            # for its log: else it looks through the sources of all modules, dozens of times
+            rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
             torch.set_num_threads(1)
         program = next((word for word in words if not word.startswith("-")), "")
         with contextlib.suppress(OSError):
-            program += Path(program).read_text(encoding="utf-8")
+            program += (folder / program).read_text(encoding="utf-8")
         for name, modules in FRAMEWORKS.items():
             if name in program.lower():
                 for module in modules:

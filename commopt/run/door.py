@@ -20,7 +20,7 @@ from commopt.run.run import Run
 _KNOWN = (
     ("accelerate.optimizer", "AcceleratedOptimizer", "accelerate"),
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "deepspeed"),
-    ("transformers", "Trainer", "transformers"),
+    ("transformers.trainer", "Trainer", "transformers"),
     ("torch.distributed.fsdp", "FSDPModule", "fsdp"),
     ("torch.distributed.fsdp", "FullyShardedDataParallel", "fsdp"),  # which refuses it, with the reason
     ("torch.nn.parallel", "DistributedDataParallel", "ddp"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -208,6 +210,17 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
 def test_attach_refuses_what_it_cannot_serve(attempt: Callable[[], object], said: str) -> None:
     with pytest.raises((AttachError, ConfigError), match=said):
         attempt()
+
+
+def test_a_package_that_is_imported_in_part_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers is, whose Trainer takes seconds to import."""
+
+    class Lazy(ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise AssertionError(f"{name} is imported")
+
+    monkeypatch.setitem(sys.modules, "transformers", Lazy("transformers"))
+    attach(model := make_model(), "dense", sgd(model)).close()
 
 
 def test_a_refused_model_and_optimizer_are_as_before() -> None:
