@@ -33,7 +33,7 @@ class Method(Stateful, ABC):
     out of range.
 
     kind: "gradient" replaces the gradients that an optimizer gets, in every step; "update" computes the optimizer's own update too;
-        "outer" averages parameters every so many steps. positional: the options that `name(a, b)` stands for.
+        "outer" averages parameters once in many steps. positional: the options that `name(a, b)` stands for.
     warmup_option: what a message about a warm-up that is too long says to lower. stands_for: the optimizers whose place it can take.
     may_be_clipped: scaling what backward has left, as clip_grad_norm_ does, is sound: it is a gradient, and no state relies on all of it
         being applied. needs_float32: works on float32 only. takes_max_norm: goes with `attach(..., max_norm=...)`. needs_whole: takes norms

@@ -100,7 +100,7 @@ def _check_out(out: Path) -> None:
     if os.path.isdir(out):
         raise ConfigError(f"--out {out}: is a folder; write the name of a file")
     if not os.path.isdir(folder):
-        raise ConfigError(f"--out {out}: there is no folder {folder}; make it, or write another path")
+        raise ConfigError(f"--out {out}: folder {folder} does not exist; make it, or write another path")
     if not os.access(out if os.path.exists(out) else folder, os.W_OK):
         raise ConfigError(f"--out {out}: cannot be written; write another path")
 
@@ -109,13 +109,10 @@ def _made(names: Sequence[str]) -> dict[str, Method]:
     """The methods to time, all that can be without names. Raises ConfigError for one that cannot be timed."""
     from commopt.advise.codecs import made, timed_methods
 
-    for k, name in enumerate(names):
-        if not name or name in names[:k]:
-            wrong = f"duplicate method {name!r}" if name else "a name is empty; write NAME,NAME,... as in dense,fp16"
-            raise ConfigError(f"--methods: {wrong}")
+    for name in names:
         if made(name).kind == "outer":
             raise ConfigError(
-                f"--methods: {name} exchanges every so many steps, and its computing is not timed; leave it out"
+                f"--methods: {name} exchanges parameters only now and then, so its computing is not timed; leave it out"
             )
     return {name: made(name) for name in names or timed_methods()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from commopt.groups.echo import Echo
 from commopt.method import GradientMethod, NoOptions, options
 from commopt.options import Count, Wanted, Whole
 from commopt.plan.expected import Measured, Work, next_choice, predicted
-from commopt.plan.profile import Phase, Profile
+from commopt.plan.profile import Operation, Phase, Profile
 from commopt.wire.bucket import Bucket
 from commopt.wire.state import Saved, State, check_tensor
 
@@ -228,7 +228,9 @@ class Auto(GradientMethod, Exchange):
     def _profile(self, name: str) -> Profile:
         """What a candidate sends."""
         _, calls, n = self._tried(name, 1, times=1)
-        return Profile(name, "gradient", tuple(Phase(operation, nbytes / n) for operation, nbytes in calls))
+        return Profile(
+            name, "gradient", tuple(Phase(cast(Operation, operation), nbytes / n) for operation, nbytes in calls)
+        )
 
     def _cost(self, name: str, elements: int) -> float:
         """Seconds of a candidate's arithmetic for so many elements, timed on some; 0 if it is none."""

@@ -35,6 +35,7 @@ from sheets import Sheet
 from store import RESULTS, Store
 
 from commopt.cluster.emulate import Emulation
+from commopt.errors import CommoptError
 
 STORED = RESULTS / "step.jsonl"
 PROGRAM = Path(__file__).parent / "memory_ranks.py"

@@ -106,7 +106,7 @@ def test_the_table_shows_each_cell_and_marks_the_peers(capsys: pytest.CaptureFix
 
 
 def test_the_overview_has_a_column_for_each_cluster_and_a_ratio_for_each_step() -> None:
-    unshaped = {"cluster": "two-unshaped", "rate": None, "step_s": 0.06}
+    unshaped: dict[str, Any] = {"cluster": "two-unshaped", "rate": None, "step_s": 0.06}
     cells = [two(), two(**unshaped), two("torch_ddp", **{**unshaped, "step_s": 0.12}), two("dense", step_s=None)]
     (sheet,) = says.overview(cells)
     assert sheet.title.startswith("2 nodes with a core each, GPT of 1.07 M parameters")
