@@ -47,9 +47,7 @@ class DDPRun(EveryStepRun):
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._ddps_own = list(_ddps_own(model))
         self._layout: dict[int, tuple[str, ...]] = {}
-        self._cuts: dict[
-            tuple[int, ...], tuple[tuple[str, ...], tuple[int, ...]]
-        ] = {}  # by the parameters of a bucket
+        self._cuts: dict[tuple[int, ...], tuple[tuple[str, ...], tuple[int, ...]]] = {}  # by the parameters of a bucket
         self._resumed_layout: list[list[str]] = []
         model.register_comm_hook(self, DDPRun._hook)
         model._comm_hooks.pop()  # which is copied and pickled with the model; what calls the hook is not

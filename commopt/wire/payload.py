@@ -119,22 +119,17 @@ class Bundle(list[Payload]):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where payloads lie one behind the other. at: where each begins; sizes: bytes of each; padding: which bytes only fill up."""
+    """Where payloads lie one behind the other: at which byte each begins, and the bytes of all."""
 
     at: tuple[int, ...]
-    sizes: tuple[int, ...]
     nbytes: int
-    padding: NDArray[np.int64]
 
 
 @functools.lru_cache(4096)
 def plan(layouts: tuple[Layout, ...]) -> Plan:
     """Made once for these layouts."""
-    sizes = tuple(map(layout_bytes, layouts))
-    *at, nbytes = itertools.accumulate(sizes, initial=0)
-    used = [begin + sum(dtype.itemsize * n for dtype, n in layout) for begin, layout in zip(at, layouts, strict=True)]
-    padding = [np.arange(end, begin + size) for end, begin, size in zip(used, at, sizes, strict=True)]
-    return Plan(tuple(at), sizes, nbytes, np.concatenate([np.zeros(0, np.int64), *padding]))
+    *at, nbytes = itertools.accumulate(map(layout_bytes, layouts), initial=0)
+    return Plan(tuple(at), nbytes)
 
 
 def noted(parameter: int) -> int:
@@ -186,13 +181,11 @@ def in_a_row(layouts: Sequence[Layout], device: torch.device, *, is_zero: bool =
     """
     places = plan(tuple(layouts))
     nbytes = max(places.nbytes, room)
-    if device.type != "cpu":
-        make = torch.zeros if is_zero else torch.empty
-        return Bundle(make(nbytes, dtype=torch.uint8, device=device), layouts, places.at)
-    octets = np.empty(nbytes, np.uint8)
-    octets[places.nbytes :] = 0
-    octets[places.padding] = 0
-    return Bundle(torch.from_numpy(octets), layouts, places.at)
+    if device.type == "cpu":  # numpy's takes a third of the time
+        row = torch.from_numpy((np.zeros if is_zero else np.empty)(nbytes, np.uint8))
+    else:
+        row = (torch.zeros if is_zero else torch.empty)(nbytes, dtype=torch.uint8, device=device)
+    return Bundle(row, layouts, places.at)
 
 
 def padded(payload: Payload, nbytes: int) -> Tensor:

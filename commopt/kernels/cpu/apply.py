@@ -161,7 +161,8 @@ def move_(
     """See `kernels.reference.apply.move_`."""
     numbers = tuple(np.float32(x) for x in (*how.root, how.rate, how.kept, *from_nearer(how.weight)))
     roots = torch.empty(_AT_ONCE, dtype=torch.float32)
-    given = (momentum.numpy(), roots.numpy(), *(_NONE if one is None else one.numpy() for one in (start, mean)))
+    begin, u = (_NONE if one is None else one.numpy() for one in (start, mean))
+    given = (momentum.numpy(), roots.numpy(), begin, u)
     for name, p in parameters.items():
         if p.dtype != torch.float32:
             plain.move_({name: p}, index, momentum, variance, how, start, mean)
