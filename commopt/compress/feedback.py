@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from commopt import kernels
@@ -13,8 +12,8 @@ from commopt.compress.base import Compressor, Tell
 from commopt.kernels.reference.runs import corrected, element_indices, first_bad, keep_rest_, run_of_element
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, Bucket, Int64Array, ParameterIndex
-from commopt.wire.payload import Layout, Payload, in_a_row
-from commopt.wire.residual import Accumulated, Given, Moved, Residual, end_to_end
+from commopt.wire.payload import Bundle, Layout, Payload, in_a_row
+from commopt.wire.residual import Accumulated, Given, Moved, Residual, end_to_end, once
 
 HEADER: Layout = ((torch.int32, 1),)  # of every payload: the first parameter that is not finite, or -1
 _STORED_AS = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}
@@ -167,7 +166,6 @@ class ErrorFeedback:
         room: int = 0,
         tell: Tell | None = None,
     ) -> list[Payload]:
-        has_headers = False
         if self.compressor.is_ragged:
             assert residual is None or isinstance(residual, Tensor)
             payloads, has_headers = self.compressor.encode_payloads(x, residual, parts, received, tell)
@@ -175,15 +173,14 @@ class ErrorFeedback:
             layouts = layouts_of(self.compressor, parts)
             payloads = in_a_row(layouts, x.device, is_zero=not self.compressor.pads(x.device), room=room)
             has_headers = self.compressor.compress_payloads_(x, residual, parts, payloads, received)
-            if self.kept.contracts and (residual is None or isinstance(residual, Tensor)):
+            if self.kept.contracts and self.compressor.needs_fit and (residual is None or isinstance(residual, Tensor)):
                 self.compressor.fit_payloads_(payloads, x, residual, parts)
         if not has_headers:
             own = [(payload, blocks) for payload, blocks in zip(payloads, parts, strict=True) if len(blocks)]
             found = [first_bad(self.compressor.is_bad(payload.tensors[1:], blocks), blocks) for payload, blocks in own]
             first = first_of([*found, first_bad_parameter(received)])
-            if (headers := headers_in_a_row(payloads)) is not None:
-                row, places = headers
-                row[places] = first
+            if x.device.type == "cpu" and isinstance(payloads, Bundle):
+                payloads.head_all_(first)
             else:
                 for payload in payloads:
                     payload.tensors[0].fill_(first)
@@ -231,27 +228,18 @@ def try_out(compressor: Compressor, kept: Kept, device: torch.device) -> None:
 
 def first_bad_parameter(payloads: Sequence[Payload]) -> int:
     """The index of the first bad parameter in the headers of messages, or -1; equal on all ranks that read the same messages."""
-    if (headers := headers_in_a_row(payloads)) is not None:
-        row, places = headers
-        return first_of(row[places].tolist())
-    return first_of(torch.cat([payload.tensors[0] for payload in payloads]).tolist()) if payloads else -1
-
-
-def headers_in_a_row(payloads: Sequence[Payload]) -> tuple[NDArray[np.int32], Int64Array] | None:
-    """The words of a buffer on the CPU that has all these messages, and which of them are headers; None without one.
-
-    Far faster than `tensors` of hundreds of messages.
-    """
-    row = payloads[0].row if payloads else None
-    if row is None or row.device.type != "cpu" or any(payload.row is not row for payload in payloads):
-        return None
-    return row.numpy().view(np.int32), np.asarray([payload.at for payload in payloads]) // 4
+    if not payloads:
+        return -1
+    if payloads[0].row.device.type != "cpu":
+        return first_of(torch.cat([payload.tensors[0] for payload in payloads]).tolist())
+    heads = Bundle.of(payloads).heads  # far faster than `tensors` of hundreds of messages
+    return -1 if heads.max() < 0 else int(heads[heads >= 0].min())
 
 
 def layouts_of(compressor: Compressor, parts: Sequence[Blocks]) -> list[Layout]:
-    """The layout of a message for each of `parts`, header included."""
-    made = {id(blocks): HEADER + compressor.layout(blocks) for blocks in {id(own): own for own in parts}.values()}
-    return [made[id(blocks)] for blocks in parts]
+    """The layout of a message for each of `parts`, header included; made once."""
+    name = ("layouts", compressor)
+    return once(parts, name, lambda: [HEADER + compressor.layout(blocks) for blocks in parts])
 
 
 def first_of(found: Iterable[int]) -> int:

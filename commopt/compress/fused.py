@@ -10,7 +10,7 @@ from torch import Tensor
 from commopt import kernels
 from commopt.compress.base import Compressor
 from commopt.wire.bucket import Blocks
-from commopt.wire.payload import Payload
+from commopt.wire.payload import Bundle, Payload
 from commopt.wire.residual import Given, Moved, Residual
 
 LONGEST = 2048  # elements of a block that kernels know all of at once
@@ -58,8 +58,9 @@ class Fused(Compressor):
     ) -> bool:
         if self._rows(x.device):
             how = self.writing()
-            kernels.of(how.pop("kernel"), x.device).compress_all_(x, residual, payloads, parts, **how)
-            return False
+            bundle = Bundle.of(payloads)
+            bundle.head_all_(kernels.of(how.pop("kernel"), x.device).compress_all_(x, residual, bundle, parts, **how))
+            return not self.needs_fit  # which may change scales
         if not self.pads(x.device):
             return super().compress_payloads_(x, residual, parts, payloads)
         from commopt.kernels.cuda import headers

@@ -96,9 +96,10 @@ class Compressed(Exchange):
 
     def forget(self, feedback: ErrorFeedback, parts: Sequence[Blocks]) -> None:
         """Clear the residual of parameters whose time has come by `reset_every`, at the end of an exchange that is not void."""
-        every, counts = self.kept.reset_every, self.exchanges.numpy()
+        every = self.kept.reset_every
         if every is None or not self.kept.bits:
             return
+        counts = self.exchanges.numpy()
         due = np.flatnonzero((counts + 1) % every == 0)
         if len(np.intersect1d(due, np.concatenate([blocks.own_parameters for blocks in parts]))):
             feedback.clear([blocks.only(np.flatnonzero(np.isin(blocks.parameters, due))) for blocks in parts])
@@ -121,10 +122,9 @@ class Compressed(Exchange):
 
     def average_dense(self, bucket: Bucket, group: Group) -> bool:
         """Average the parameters that are not compressed, exactly; False if that made the bucket void, which a GPU tells later."""
-        views = [(name, x) for name, x in bucket.views() if name in self.dense_names]
-        if not views:
+        if self.dense_names.isdisjoint(bucket.names):
             return True
-        dense = Bucket.of(views)
+        dense = Bucket.of([(name, x) for name, x in bucket.views() if name in self.dense_names])
         if kernels.has_triton(self.device):
             dense.flat /= group.size
             group.all_reduce(dense.flat)

@@ -63,12 +63,12 @@ class TwoWayMean(Compressed):
 
     def bound(self) -> None:
         super().bound()
+        self._factors = self.state["factors"].numpy()
         self.server = self.feedback("server_residual", self.server_compressor, self.served)
 
     @property
     def factors(self) -> Tensor | None:
-        factors = self.state["factors"]
-        return factors if bool(factors.any()) else None
+        return self.state["factors"] if self._factors.any() else None
 
     @factors.setter
     def factors(self, factors: Tensor) -> None:

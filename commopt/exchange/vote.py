@@ -18,7 +18,7 @@ from commopt.groups.base import Group
 from commopt.kernels.reference.votes import count_votes
 from commopt.wire import noise
 from commopt.wire.bucket import Blocks, BlockTable, Bucket, Int64Array, ParameterIndex
-from commopt.wire.payload import Layout, Payload, gathered_bytes, in_a_row, row_of
+from commopt.wire.payload import Bundle, Layout, Payload, gathered_bytes, in_a_row, row_of
 
 _MOST_RANKS = 255  # a count is a byte while it is unpacked
 
@@ -138,7 +138,7 @@ class SignVote(Exchange):
         self,
         x: Tensor,
         by_owner: Sequence[Blocks],
-        ballots: Sequence[Payload],
+        ballots: Bundle,
         rank: int,
         blended: tuple[Tensor, float] | None = None,
     ) -> None:
@@ -151,10 +151,9 @@ class SignVote(Exchange):
             self._kernels.pack_all_(x, ballots, [blocks for blocks, _ in tossed], tossed[0][1], first, blended)
             headers.write_(first, ballots)
             return
-        row, at = row_of(ballots)
+        row, at = ballots.row, ballots.at
         bad = self._kernels.pack_votes_(x, by_owner, self._flipped("zero", rank), row, at, *(blended or ()))
-        for ballot in ballots:
-            ballot.tensors[0].fill_(bad)
+        ballots.head_all_(bad)
 
     def _count(self, received: Sequence[Payload], blocks: Blocks, layouts: Sequence[Layout], rank: int) -> Payload:
         """The answer for the blocks that this rank serves, from every rank's bits."""

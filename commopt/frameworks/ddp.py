@@ -1,5 +1,6 @@
 """A method as the communication hook of DistributedDataParallel."""
 
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ class DDPRun(EveryStepRun):
         self._may_be_unused = bool(model.find_unused_parameters or model.static_graph)
         self._ddps_own = list(_ddps_own(model))
         self._layout: dict[int, tuple[str, ...]] = {}
+        self._cuts: dict[tuple[int, ...], tuple[tuple[str, ...], tuple[int, ...]]] = {}  # by the parameters of a bucket
         self._resumed_layout: list[list[str]] = []
         model.register_comm_hook(self, DDPRun._hook)
         model._comm_hooks.pop()  # which is copied and pickled with the model; what calls the hook is not
@@ -97,13 +99,15 @@ class DDPRun(EveryStepRun):
         return future.then(lambda f: f.value())
 
     def _wrap(self, bucket: GradBucket) -> Bucket:
-        flat, views = bucket.buffer(), bucket.gradients()
-        names = tuple(self._name_of[id(p)] for p in bucket.parameters())
-        starts = tuple(int(view.storage_offset()) - int(flat.storage_offset()) for view in views)
+        ids = tuple(map(id, bucket.parameters()))
+        if ids not in self._cuts:
+            starts = itertools.accumulate((view.numel() for view in bucket.gradients()[:-1]), initial=0)
+            self._cuts[ids] = tuple(self._name_of[one] for one in ids), tuple(starts)
+        names, places = self._cuts[ids]
         if bucket.index() == 0:
             self._layout.clear()
         self._layout[bucket.index()] = names
-        return Bucket(flat, names, starts, f"bucket {bucket.index()}")
+        return Bucket(bucket.buffer(), names, places, f"bucket {bucket.index()}")
 
     @torch.no_grad()
     def _exchange_buckets(self, buckets: list[Bucket]) -> None:
@@ -116,7 +120,7 @@ class DDPRun(EveryStepRun):
                 sent = schedule(operation, nbytes, self.group.rank, self.group.size)
                 self.group.traffic.record(operation, sent, by_rank=True)
         layout, self._resumed_layout = self._resumed_layout, []
-        views = dict(view for bucket in buckets for view in bucket.views())
+        views = dict(view for bucket in buckets for view in bucket.views()) if layout else {}
         if not layout or sorted(views) != sorted(name for names in layout for name in names):
             self.exchange(buckets)
             return

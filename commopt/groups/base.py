@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commopt.plan.links import schedule
-from commopt.wire.payload import Layout, Payload, cut, gathered_bytes, joined, layout_bytes, padded
+from commopt.wire.payload import Bundle, Layout, Payload, cut, gathered_bytes, joined, layout_bytes, padded
 
 Key = tuple[str, str, str]
 
@@ -32,13 +32,12 @@ class Traffic:
 
     def record(self, operation: str, sent: Mapping[int, float], *, by_rank: bool = False) -> None:
         """Count one call that sends sent[peer] bytes to each peer; by_rank: these are ranks of the job already."""
-        if self.ranks is not None and not by_rank:
-            sent = {self.ranks[peer]: n for peer, n in sent.items()}
         key = (self.method, operation, self.bucket)
         self.calls[key] = self.calls.get(key, 0) + 1
         self.nbytes[key] = self.nbytes.get(key, 0.0) + sum(sent.values())
         for peer, n in sent.items():
-            self.by_peer[peer] = self.by_peer.get(peer, 0.0) + n
+            to = peer if by_rank or self.ranks is None else self.ranks[peer]
+            self.by_peer[to] = self.by_peer.get(to, 0.0) + n
 
     @property
     def payload_bytes(self) -> float:
@@ -149,15 +148,14 @@ class BufferGroup(Group):
         if self.size == 1:
             return [payload]
         gathered = self._gather(padded(payload, nbytes))
-        places = [(rank * nbytes, layout) for rank, layout in enumerate(layouts)]
-        return [Payload(gathered[at : at + layout_bytes(layout)], layout, gathered, at) for at, layout in places]
+        return Bundle(gathered, layouts, tuple(range(0, self.size * nbytes, nbytes) if nbytes else [0] * self.size))
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         self._count_direct("all_to_all", payloads)
         if self.size == 1:
             return list(payloads)
         send, layouts = joined(payloads), [payloads[self.rank].layout] * self.size
-        sizes = [layout_bytes(layout) for layout in layouts]
+        sizes = [payloads[self.rank].nbytes] * self.size
         return cut(self._exchange("all_to_all", send, [p.nbytes for p in payloads], sizes), layouts)
 
     @abstractmethod

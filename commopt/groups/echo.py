@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from commopt.groups.base import Group, Traffic
-from commopt.wire.payload import Layout, Payload, gathered_bytes
+from commopt.wire.payload import Bundle, Layout, Payload, gathered_bytes
 
 
 class Echo(Group):
@@ -25,12 +25,13 @@ class Echo(Group):
 
     def all_gather(self, payload: Payload, layouts: Sequence[Layout] | None = None) -> list[Payload]:
         self._note("all_gather", gathered_bytes(layouts or [payload.layout]))
-        return [payload] * self.size
+        return Bundle(payload.row, [payload.layout] * self.size, (payload.at,) * self.size)
 
     def all_to_all(self, payloads: Sequence[Payload]) -> list[Payload]:
         self._count_direct("all_to_all", payloads)
         self.calls.append(("all_to_all", sum(payload.nbytes for payload in payloads)))
-        return [payloads[self.rank]] * self.size
+        own = payloads[self.rank]
+        return Bundle(own.row, [own.layout] * self.size, (own.at,) * self.size)
 
     def broadcast(self, x: Tensor, src: int = 0) -> None:
         self._note("broadcast", x.nbytes)

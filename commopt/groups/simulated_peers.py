@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from commopt.errors import ConfigError
@@ -192,7 +192,7 @@ class SimPeers(Peers):
         self.traffic.record(channel, {peer: float(payload.nbytes)})
         arrival_s = office.deliver_s(self._place, to, payload.nbytes, expires_s)
         if arrival_s is not None and to not in office.gone_s:
-            letter = Letter(sequence, replace(payload, buffer=payload.buffer.clone()))
+            letter = Letter(sequence, Payload(payload.buffer.clone(), payload.layout))
             office.on_the_way[to].append((arrival_s, self.rank, channel, letter))
 
     def receive(

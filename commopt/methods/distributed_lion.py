@@ -10,7 +10,7 @@ from commopt.groups.base import Group
 from commopt.method import NoOptions, options
 from commopt.optim.update import DirectionMethod
 from commopt.options import Whole
-from commopt.wire.bucket import Bucket, alike
+from commopt.wire.bucket import Bucket
 
 
 @options
@@ -55,7 +55,7 @@ class DistributedLion(DirectionMethod):
         self._voted: dict[tuple[str, ...], Tensor] = {}  # D by the names in a bucket, until it is received
 
     def exchange(self, bucket: Bucket, group: Group) -> None:
-        betas = alike(bucket.names, self.betas)
+        betas = self.by_betas(bucket.names)
         if group.size > 1 and len(betas) == 1:
             self._exchange_at_once(bucket, group, *next(iter(betas)))
             return

@@ -229,7 +229,7 @@ class FrozenVariance(UpdateMethod):
     def _by_betas(self, bucket: Bucket) -> Iterator[tuple[tuple[float, float], list[str], list[Tensor]]]:
         """The parameters of a bucket that have the same betas: these, names, and views."""
         views = dict(bucket.views())
-        for betas, names in alike(bucket.names, self.betas).items():
+        for betas, names in self.by_betas(bucket.names).items():
             yield betas, names, [views[name] for name in names]
 
     def corrects_bias(self, group: Mapping[str, Any]) -> bool:

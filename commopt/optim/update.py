@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from commopt.errors import AttachError
 from commopt.method import EveryStep, Kind, Tensors
-from commopt.wire.bucket import Bucket
+from commopt.wire.bucket import Bucket, alike
 from commopt.wire.shards import local
 from commopt.wire.state import State
 
@@ -68,8 +68,13 @@ class UpdateMethod(EveryStep):
 
     def betas(self, name: str) -> tuple[float, float]:
         """b1 and b2 of a parameter, as of now."""
-        b1, b2 = self.settings(name)["betas"]
+        b1, b2 = self.optimizer.param_groups[self._group_of[id(self.parameters[name])]]["betas"]
         return float(b1), float(b2)
+
+    def by_betas(self, names: Sequence[str]) -> dict[tuple[float, float], list[str]]:
+        """Names by the betas of their parameters, as of now."""
+        groups = self.optimizer.param_groups
+        return {self.betas(names[0]): list(names)} if len(groups) == 1 and names else alike(names, self.betas)
 
     def held(self, name: str) -> Tensor:
         """What this rank has of a parameter: all of it, or its shard."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -22,7 +23,7 @@ from commopt.run.checks import HALF, Checked, has_closure
 from commopt.run.machine import bytes_of, give_back_memory
 from commopt.run.run import Run
 from commopt.run.stand_in import StandIn
-from commopt.wire.bucket import Bucket, ParameterIndex, Share
+from commopt.wire.bucket import Bucket, Int64Array, ParameterIndex, Share, once_per_layout
 from commopt.wire.payload import Payload
 from commopt.wire.shards import local
 
@@ -135,7 +136,7 @@ class EveryStepRun(Run):
                 bucket.flat.fill_(0.0 if is_zero else math.nan)
                 continue
             method.receive(done)
-            method.exchanges[[method.index.position[name] for name in done.names]] += 1
+            method.exchanges.numpy()[self._positions(done)] += 1
             self._unapplied.update(bucket.names)
             if done is not bucket:
                 bucket.flat.copy_(done.flat)
@@ -182,6 +183,11 @@ class EveryStepRun(Run):
             for name, x in merged.views():
                 views[name].copy_(x)
 
+    @once_per_layout
+    def _positions(self, bucket: Bucket) -> Int64Array:
+        """The numbers of a bucket's parameters."""
+        return np.asarray([self.method.index.position[name] for name in bucket.names])
+
     def _void_together(self, work: Sequence[Bucket]) -> bool:
         """Make all buckets void if a GradScaler is going to skip this step: a NaN on any rank. Sends 4 bytes."""
         position = self.method.index.position
@@ -198,8 +204,10 @@ class EveryStepRun(Run):
 
     def repeats(self, buckets: Sequence[Bucket]) -> GradientsChanged | None:
         """What `exchange` will raise because the state still holds an earlier exchange that no step has applied."""
+        if all(self._unapplied.isdisjoint(bucket.names) for bucket in buckets):
+            return None
         repeated = [name for bucket in buckets for name in bucket.names if name in self._unapplied]
-        if not repeated or self.method.is_repeatable:
+        if self.method.is_repeatable:
             return None
         return GradientsChanged(
             f"{repeated[0]}: {self.method.name} exchanges a second time before optimizer.step(), with the first exchange still in its "

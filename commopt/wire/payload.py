@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Layout = tuple[tuple[torch.dtype, int], ...]
@@ -24,18 +26,16 @@ DTYPES = {  # of what travels between peers, by the names that torch gives them
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Payload:
     """Tensors that travel together, as views of the one buffer that is sent and counted.
 
-    buffer: (nbytes,) u8, contiguous, a multiple of the widest element, so that payloads can stand one behind
-    the other. tensors: 1-D views of it in `layout`'s order, widest dtype first. row, at: the buffer of several payloads that it is
-    part of, and at which byte.
+    row: u8, contiguous, the buffer of this payload, and maybe of others; at: at which byte this one begins. It is a multiple of the
+    widest element long, so that payloads can stand one behind the other. tensors: 1-D views in `layout`'s order, widest dtype first.
     """
 
-    buffer: Tensor
+    row: Tensor
     layout: Layout
-    row: Tensor | None = None
     at: int = 0
 
     @classmethod
@@ -52,6 +52,11 @@ class Payload:
         for view, x in zip(payload.tensors, tensors, strict=True):
             view.copy_(x.reshape(-1))
         return payload
+
+    @cached_property
+    def buffer(self) -> Tensor:
+        """(nbytes,) u8: this payload's part of the row."""
+        return self.row if len(self.row) == self.nbytes else self.row[self.at : self.at + self.nbytes]
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -72,7 +77,59 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
-        return self.buffer.numel()
+        return layout_bytes(self.layout)
+
+
+class Bundle(list[Payload]):
+    """Payloads of one buffer: `row`, and at which byte each begins."""
+
+    def __init__(self, row: Tensor, layouts: Sequence[Layout], at: tuple[int, ...]) -> None:
+        super().__init__(map(Payload, itertools.repeat(row), layouts, at))
+        self.row, self.at = row, at
+
+    @classmethod
+    def of(cls, payloads: Sequence[Payload]) -> Bundle:
+        """These payloads; copied into one buffer, unless they are in one already."""
+        if isinstance(payloads, Bundle):
+            return payloads
+        row, layouts = payloads[0].row, [payload.layout for payload in payloads]
+        if all(payload.row is row for payload in payloads):
+            return cls(row, layouts, tuple([payload.at for payload in payloads]))
+        return cls(torch.cat([payload.buffer for payload in payloads]), layouts, plan(tuple(layouts)).at)
+
+    @cached_property
+    def octets(self) -> NDArray[np.uint8]:
+        """The row, on the CPU."""
+        return self.row.numpy()
+
+    @cached_property
+    def heads(self) -> NDArray[np.int32]:
+        """(payloads,) i32: their headers, on the CPU; a copy."""
+        taken: NDArray[np.int32] = self._words[np.asarray(self.at) // 4]
+        return taken
+
+    def head_all_(self, word: int) -> None:
+        """Overwrite all headers, on the CPU."""
+        self._words[np.asarray(self.at) // 4] = word
+
+    @property
+    def _words(self) -> NDArray[np.int32]:
+        return self.octets[: len(self.octets) // 4 * 4].view(np.int32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where payloads lie one behind the other: at which byte each begins, and the bytes of all."""
+
+    at: tuple[int, ...]
+    nbytes: int
+
+
+@functools.lru_cache(4096)
+def plan(layouts: tuple[Layout, ...]) -> Plan:
+    """Made once for these layouts."""
+    *at, nbytes = itertools.accumulate(map(layout_bytes, layouts), initial=0)
+    return Plan(tuple(at), nbytes)
 
 
 def noted(parameter: int) -> int:
@@ -112,43 +169,41 @@ def gathered_bytes(layouts: Sequence[Layout]) -> int:
     return max(sizes) if len(sizes) == 1 else -(-max(sizes) // 8) * 8
 
 
-def cut(buffer: Tensor, layouts: Sequence[Layout]) -> list[Payload]:
+def cut(buffer: Tensor, layouts: Sequence[Layout]) -> Bundle:
     """Cut a buffer of payloads that stand one behind the other."""
-    sizes = [layout_bytes(layout) for layout in layouts]
-    places = itertools.accumulate(sizes[:-1], initial=0)
-    parts = zip(torch.split(buffer[: sum(sizes)], sizes), layouts, places, strict=True) if sizes else ()
-    return [Payload(part, layout, buffer, at) for part, layout, at in parts]
+    return Bundle(buffer, layouts, plan(tuple(layouts)).at)
 
 
-def in_a_row(layouts: Sequence[Layout], device: torch.device, *, is_zero: bool = True, room: int = 0) -> list[Payload]:
+def in_a_row(layouts: Sequence[Layout], device: torch.device, *, is_zero: bool = True, room: int = 0) -> Bundle:
     """Payloads one behind the other, whose contents are still to be written; what lies between tensors and payloads is zero.
 
     is_zero: if False, that is still to be written, too. room: bytes of the row, if it is to be padded.
     """
-    make, nbytes = torch.zeros if is_zero else torch.empty, sum(map(layout_bytes, layouts))
-    return cut(make(max(nbytes, room), dtype=torch.uint8, device=device), layouts)
+    places = plan(tuple(layouts))
+    nbytes = max(places.nbytes, room)
+    if device.type == "cpu":  # numpy's takes a third of the time
+        row = torch.from_numpy((np.zeros if is_zero else np.empty)(nbytes, np.uint8))
+    else:
+        row = (torch.zeros if is_zero else torch.empty)(nbytes, dtype=torch.uint8, device=device)
+    return Bundle(row, layouts, places.at)
 
 
 def padded(payload: Payload, nbytes: int) -> Tensor:
     """(nbytes,) u8: a payload, and zeros that its row may have room for."""
-    if payload.row is not None and len(payload.row) == payload.at + nbytes:
-        return payload.row[payload.at :]
+    if len(payload.row) == payload.at + nbytes:
+        return payload.row[payload.at :] if payload.at else payload.row
     padding = nbytes - payload.nbytes
     return torch.nn.functional.pad(payload.buffer, (0, padding)) if padding else payload.buffer
 
 
 def joined(payloads: Sequence[Payload]) -> Tensor:
     """(sum of nbytes,) u8: payloads end to end; a copy, unless they are all of one row."""
-    places = itertools.accumulate((payload.nbytes for payload in payloads), initial=0)
-    row, ends = payloads[0].row, [*places]
-    is_row = row is not None and all(p.row is row and p.at == at for p, at in zip(payloads, ends, strict=False))
-    return row if row is not None and is_row and ends[-1] == row.numel() else torch.cat([p.buffer for p in payloads])
+    bundle, places = Bundle.of(payloads), plan(tuple([payload.layout for payload in payloads]))
+    is_row = bundle.at == places.at and len(bundle.row) == places.nbytes
+    return bundle.row if is_row else torch.cat([payload.buffer for payload in bundle])
 
 
 def row_of(payloads: Sequence[Payload]) -> tuple[Tensor, tuple[int, ...]]:
     """A buffer that has all payloads, and at which byte each begins."""
-    row = payloads[0].row
-    if row is not None and all(payload.row is row for payload in payloads):
-        return row, tuple(payload.at for payload in payloads)
-    places = itertools.accumulate((payload.nbytes for payload in payloads[:-1]), initial=0)
-    return joined(payloads), tuple(places)
+    bundle = Bundle.of(payloads)
+    return bundle.row, bundle.at

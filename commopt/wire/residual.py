@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -149,6 +149,6 @@ def end_to_end(parts: Sequence[Blocks]) -> list[Int64Array]:
     return once(parts, "end to end", find)
 
 
-def once(parts: Sequence[Blocks], name: str, find: Callable[[], T]) -> T:
+def once(parts: Sequence[Blocks], name: Hashable, find: Callable[[], T]) -> T:
     """What follows from the homes and lengths of blocks alone, kept with the blocks."""
     return kept(parts[0].tables, name, [x for blocks in parts for x in (blocks.homes, blocks.lengths)], find)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commopt.wire.payload import Layout, Payload, checksum, cut, layout_bytes
+from commopt.wire.payload import Bundle, Layout, Payload, checksum, cut, in_a_row, joined, layout_bytes
 
 DTYPES = [torch.float64, torch.int64, torch.float32, torch.int32, torch.float16, torch.bfloat16, torch.int8]
 DTYPES += [torch.uint8, torch.bool]
@@ -50,6 +51,28 @@ def test_payloads_stand_one_behind_the_other(sizes: list[tuple[int, int]], seed:
     joined = torch.cat([torch.zeros(0, dtype=torch.uint8), *(payload.buffer for payload in payloads)])
     for payload, part in zip(payloads, cut(joined, layouts), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(payload.tensors, part.tensors, strict=True))
+
+
+def test_only_what_fills_up_a_row_is_zero_beforehand() -> None:
+    for _ in range(8):
+        np.full(32, 255, np.uint8)  # memory that is given out again
+    layouts: list[Layout] = [((torch.int32, 1), (torch.uint8, 5)), ((torch.int32, 1), (torch.uint8, 3))]
+    bundle = in_a_row(layouts, torch.device("cpu"), room=32)
+    for payload in bundle:
+        for x in payload.tensors:
+            x.fill_(-1 if x.dtype == torch.int32 else 255)
+    assert bundle.row.tolist() == [255] * 9 + [0] * 3 + [255] * 7 + [0] * 13
+
+
+def test_headers_of_a_row_are_written_and_read_together() -> None:
+    layouts: list[Layout] = [((torch.int32, 1), (torch.uint8, n)) for n in (5, 0, 2)]
+    bundle = in_a_row(layouts, torch.device("cpu"))
+    bundle.head_all_(7)
+    assert [int(payload.tensors[0]) for payload in bundle] == bundle.heads.tolist() == [7, 7, 7]
+    apart = [bundle[2], Payload.of(torch.tensor([3], dtype=torch.int32)), bundle[0]]
+    assert Bundle.of(apart).heads.tolist() == [7, 3, 7]
+    assert joined(bundle) is bundle.row
+    assert joined(apart).tolist() == torch.cat([payload.buffer for payload in apart]).tolist()
 
 
 def test_views_write_into_the_buffer_that_travels() -> None:

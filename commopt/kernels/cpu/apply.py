@@ -16,6 +16,7 @@ from commopt.kernels.reference.apply import Lamb, Move, blend_
 from commopt.wire.bucket import ParameterIndex
 
 __all__ = ["blend_", "directions", "freshen_", "move_"]
+_NONE = np.zeros(0, np.float32)
 _AT_ONCE = 1 << 18  # roots, which stay in the cache; a call costs as much as thousands
 
 
@@ -44,20 +45,30 @@ def _follow(u: F32, m: F32, at: np.uint64, n: int, weight: np.float32, rest: np.
 
 @exact
 def _move(
-    x: F32, m: F32, root: F32, begin: F32, u: F32, at: int, n: int, how: tuple[np.float32, ...], is_elsewhere: bool
+    x: F32,
+    m: F32,
+    root: F32,
+    begin: F32,
+    u: F32,
+    place: int,
+    at: int,
+    n: int,
+    how: tuple[np.float32, ...],
+    is_elsewhere: bool,
 ) -> None:
+    """place: where in x, which is one parameter; at: where in the others, which are flat tensors of all."""
     lacking, eps, least, rate, kept, weight, rest = how
-    first = np.uint64(at)
+    own, first = np.uint64(place), np.uint64(at)
     if u.size > 0:
         _follow(u, m, first, n, weight, rest)
     _divide(root, n, lacking)
     _raise(root, m, first, n, eps, least)
     for i in range(n):
-        k = first + np.uint64(i)
+        j, k = own + np.uint64(i), first + np.uint64(i)
         if is_elsewhere:
-            x[k] = begin[k] * kept + (m[k] * -rate) / root[i]
+            x[j] = begin[k] * kept + (m[k] * -rate) / root[i]
         else:
-            x[k] = x[k] * kept + (m[k] * -rate) / root[i]
+            x[j] = x[j] * kept + (m[k] * -rate) / root[i]
 
 
 @exact
@@ -148,18 +159,17 @@ def move_(
     """See `kernels.reference.apply.move_`."""
     numbers = tuple(np.float32(x) for x in (*how.root, how.rate, how.kept, *from_nearer(how.weight)))
     roots = torch.empty(_AT_ONCE, dtype=torch.float32)
+    begin, u = (_NONE if one is None else one.numpy() for one in (start, mean))
+    given = (momentum.numpy(), roots.numpy(), begin, u)
     for name, p in parameters.items():
         if p.dtype != torch.float32:
             plain.move_({name: p}, index, momentum, variance, how, start, mean)
             continue
         x = p.detach().reshape(-1)  # a copy if it is not contiguous
-        m, v = index.view(momentum, name), index.view(variance, name)
-        begin, u = (x[:0] if one is None else index.view(one, name) for one in (start, mean))
-        total = x.numel()
-        given = (x.numpy(), m.numpy(), roots.numpy(), begin.numpy(), u.numpy())
-        for at in range(0, total, _AT_ONCE):
-            n = min(_AT_ONCE, total - at)
-            torch.sqrt(v[at : at + n], out=roots[:n])
-            _move(*given, at, n, numbers, start is not None)
+        own, first, total = x.numpy(), int(index.offsets[index.position[name]]), x.numel()
+        for place in range(0, total, _AT_ONCE):
+            n, at = min(_AT_ONCE, total - place), first + place
+            torch.sqrt(variance[at : at + n], out=roots[:n])
+            _move(own, *given, place, at, n, numbers, start is not None)
         if not p.is_contiguous():
             p.copy_(x.view(p.shape))

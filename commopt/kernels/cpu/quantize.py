@@ -41,9 +41,14 @@ def compress_all_(
     *,
     bits: int,
     **how: Any,
-) -> None:
-    """`compress_` into messages, behind their headers. A residual may be one that is not plain, of blocks up to 2,048 elements."""
-    _write(x, residual, Row.of(payloads, parts, bits), bits=bits, **how)
+) -> int:
+    """`compress_` into messages, behind their headers. A residual may be one that is not plain, of blocks up to 2,048 elements.
+
+    Returns the first bad parameter, or -1.
+    """
+    row = Row.of(payloads, parts, bits)
+    _write(x, residual, row, bits=bits, **how)
+    return row.first_bad()
 
 
 def _write(

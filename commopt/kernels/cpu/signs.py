@@ -199,8 +199,8 @@ def compress_signs_(
 
 def compress_all_(
     x: Tensor, residual: Tensor | Blended | None, payloads: Sequence[Payload], parts: Sequence[Blocks], *, squared: bool
-) -> None:
-    """`compress_signs_` into messages, behind their headers."""
+) -> int:
+    """`compress_signs_` into messages, behind their headers. Returns the first bad parameter, or -1."""
     row, states, weights = Row.of(payloads, parts, 1), _NO_STATES, _NO_WEIGHTS
     if isinstance(residual, Blended):
         first, second = (*residual.states, (x[:0], 0.0))[:2]
@@ -211,6 +211,7 @@ def compress_all_(
         residual = x.new_zeros(int(lengths.sum()))
         row = row._replace(places=(starts, np.cumsum(lengths) - lengths, lengths, *places))
     _compress(x.numpy(), residual.numpy(), row.places, row.scales, row.codes, squared, False, states, weights)
+    return row.first_bad()
 
 
 def unpack_signs_(bits: Tensor, scales: Tensor, blocks: Blocks, out: Tensor, *, alpha: float, add: bool) -> None:
