@@ -179,7 +179,7 @@ class ErrorFeedback:
             own = [(payload, blocks) for payload, blocks in zip(payloads, parts, strict=True) if len(blocks)]
             found = [first_bad(self.compressor.is_bad(payload.tensors[1:], blocks), blocks) for payload, blocks in own]
             first = first_of([*found, first_bad_parameter(received)])
-            if x.device.type == "cpu" and isinstance(payloads, Bundle):
+            if isinstance(payloads, Bundle):
                 payloads.head_all_(first)
             else:
                 for payload in payloads:

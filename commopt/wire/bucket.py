@@ -227,11 +227,12 @@ class Blocks:
     @property
     def runs(self) -> list[slice]:
         """Where they lie among the values, those that adjoin as one."""
+        if not len(self):
+            return []
         ends = self.starts + self.lengths
         breaks = np.flatnonzero(self.starts[1:] != ends[:-1]) + 1
         first, last = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(self)]]) - 1
-        pairs = zip(self.starts[first].tolist(), ends[last].tolist(), strict=True)
-        return [slice(*pair) for pair in pairs] if len(self) else []
+        return [slice(*pair) for pair in zip(self.starts[first].tolist(), ends[last].tolist(), strict=True)]
 
     @property
     def named(self) -> Int64Array:

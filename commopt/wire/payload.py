@@ -109,8 +109,12 @@ class Bundle(list[Payload]):
         return taken
 
     def head_all_(self, word: int) -> None:
-        """Overwrite all headers, on the CPU."""
-        self._words[np.asarray(self.at) // 4] = word
+        """Overwrite all headers."""
+        if self.row.device.type == "cpu":
+            self._words[np.asarray(self.at) // 4] = word
+            return
+        for payload in self:
+            payload.tensors[0].fill_(word)
 
     @property
     def _words(self) -> NDArray[np.int32]:

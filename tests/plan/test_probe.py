@@ -95,7 +95,11 @@ def test_the_summary_compares_exchanges_with_the_slowest_link() -> None:
     [
         (1, [], "cluster.yaml: nodes: one node has no link to measure; write two or more"),
         (2, ["--out", "."], "--out .: is a folder; write the name of a file"),
-        (2, ["--out", "none/probe.json"], "--out none/probe.json: folder none does not exist; make it, or write another"),
+        (
+            2,
+            ["--out", "none/probe.json"],
+            "--out none/probe.json: folder none does not exist; make it, or write another",
+        ),
         (2, ["--methods", "dense,dense"], "--methods: duplicate method 'dense'"),
         (2, ["--methods", "dnse"], "unknown method 'dnse'; did you mean 'dense'?"),
         (2, ["--methods", "noloco"], "--methods: noloco exchanges parameters only now and then"),

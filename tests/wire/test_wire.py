@@ -53,7 +53,7 @@ def test_payloads_stand_one_behind_the_other(sizes: list[tuple[int, int]], seed:
         assert all(torch.equal(a, b) for a, b in zip(payload.tensors, part.tensors, strict=True))
 
 
-def test_only_what_fills_up_a_row_is_zero_beforehand() -> None:
+def test_what_fills_up_a_row_is_zero_beforehand() -> None:
     for _ in range(8):
         np.full(32, 255, np.uint8)  # memory that is given out again
     layouts: list[Layout] = [((torch.int32, 1), (torch.uint8, 5)), ((torch.int32, 1), (torch.uint8, 3))]
