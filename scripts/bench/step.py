@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -332,7 +333,7 @@ def step_cells(args: argparse.Namespace, file: Path, *, shows: bool) -> list[Cel
     clusters, models = names("--clusters", args.clusters, CLUSTERS), names("--models", args.models, MODELS)
     methods = names("--methods", args.methods, all_methods())
     if args.methods is None and shows:  # cells of names with codecs, such as two_way(sign,int8), are shown too
-        methods += dict.fromkeys(name.split("-", 2)[-1] for name in sorted(Store(file).names) if "(" in name)
+        methods += dict.fromkeys(re.split(r"-\d+m-", name)[-1] for name in sorted(Store(file).names) if "(" in name)
     elif args.methods is None:  # one that has just been added does not keep the others from a sweep
         methods = makeable(methods)
     return [Cell(cluster, model, method) for cluster in clusters for model in models for method in methods]

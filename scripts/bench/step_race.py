@@ -30,7 +30,7 @@ OURS: Mapping[str, Mapping[str, Any]] = {
     "dense": {},
     "ef_sign": {},
     "onebit_adam": {"freeze_step": 10},
-    "powersgd": {"rank": 1},
+    "powersgd": {"rank": 1, "start_step": 2},  # as torch's hook
     "local_sgd": OUTER,
     "diloco": OUTER,
     "noloco": OUTER,
