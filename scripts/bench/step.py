@@ -321,7 +321,7 @@ def run(args: argparse.Namespace) -> None:
         store = Store(file)
         found = [one for cell in cells if (one := store.get(cell.name)) is not None]
         shown = step_race.report(found) if is_race else report(found)
-        if args.page:
+        if is_race and (args.page or args.markdown):  # what is on the page
             cells = [cell for cell in step_cells(args, file, shows=True) if CLUSTERS[cell.cluster][0] == 2]
             steps = overview([one for cell in cells if (one := store.get(cell.name)) is not None])
             shown = replace(shown, sheets=[*shown.sheets, *steps])
