@@ -36,10 +36,13 @@ def burst_bytes(bytes_per_s: float, mtu: int = 1500) -> int:
 
 
 def segments_at_once(link: Link, mtu: int = 1500) -> int:
-    """How many segments a packet of a node may be of: no more than its shaper lets pass at once. One by one, if some are to be lost."""
+    """How many segments a packet of a node may be of: no more than pass in half a millisecond, as shapers pass on whole packets.
+
+    One by one, if some are to be lost.
+    """
     if link.loss_probability > 0:
         return 1
-    at_once = _MOST_BYTES if math.isinf(link.bytes_per_s) else min(burst_bytes(link.bytes_per_s, mtu), _MOST_BYTES)
+    at_once = int(min(_MOST_BYTES, 0.0005 * link.bytes_per_s))
     return max(1, at_once // (mtu + _ETHERNET_BYTES))
 
 
