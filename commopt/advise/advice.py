@@ -14,7 +14,7 @@ from commopt.record.words import seconds_text
 
 WORTH = 0.05  # a gain of less is not worth a change
 CLOSE = 0.03  # the mildest method is named whose step is at most this much above the fastest one's
-ENOUGH = 0.9  # the share of computation in a dense step from which on the network is no bottleneck
+ENOUGH = 0.9  # if computation is a larger share of a dense step than this, the network is not the bottleneck
 RATES = (1e6, 1e12)  # bit/s between which links are considered
 # from the one that changes training least; one of these is named if it goes with the optimizer
 BY_OPTIMIZER: Mapping[str, tuple[str, ...]] = {

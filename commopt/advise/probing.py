@@ -192,7 +192,7 @@ def codecs_of(ranks: Ranks, methods: Sequence[str], budget_s: float, shapes: Sha
 
 
 def shapes_of(record: str | None) -> Shapes:
-    """The shapes of the script's parameters, of a large model every so manieth; none without a script."""
+    """The shapes of the script's parameters, of a large model only some of them; none without a script."""
     files = [] if record is None else sorted(Path(record).glob("rank*.jsonl"))
     shapes: Shapes = RankRecord.read(files[0]).shapes if files else ()
     every = math.ceil(sum(map(math.prod, shapes)) / _MOST_ELEMENTS)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from commopt.method import Method
     from commopt.plan.probe import Probe
 
-_MOST_S = 52.0  # of a probe, without compiling kernels and without what a script needs until its first step
+_MOST_S = 48.0  # of a probe, without compiling kernels and without what a script needs until its first step
 _SILENT_S = 2.5
 
 

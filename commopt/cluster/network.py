@@ -22,7 +22,7 @@ _FASTEST_BYTES_PER_S = 30e9 / 8  # tbf's rate field ends at 4 GiB/s; a veth pair
 _ETHERNET_BYTES = 14
 _UNSHAPED_PACKETS = 10_000  # that a node queues
 _PACKET_S = 0.00012  # what a packet of several segments takes at most: one segment's time at 100 Mbit/s
-_MOST_BYTES = 1 << 16  # of a packet of several segments, and of one
+_MOST_BYTES = 1 << 16  # of a packet
 _IPV6_MTU = 1280  # RFC 8200: the smallest of a link that carries it
 _NOWHERE = "01:80:c2:00:00:01"  # IEEE 802.1D: bridges silently drop frames for this address
 
@@ -63,6 +63,8 @@ class Network:
         self._sent_before = dict.fromkeys(self._names, 0)  # through veths that were removed
         self._cut: set[frozenset[str]] = set()
         links = [cluster.link(index) for index in range(len(self._names))]
+        every = [*links, *([cluster.links.between] if len(cluster.sites) > 1 else [])]  # a packet may cross the slowest
+        self._segments = min(segments_at_once(link, self._mtu) for link in every)
         self.has_netem = any(map(_needs_netem, [*links, cluster.links.between])) and _netem_works()
         _batch("ip", "link set lo up")
         self._add_bridges(cluster)
@@ -147,7 +149,7 @@ class Network:
             "ip",
             "link set lo up",
             f"address add {address(number)}/16 dev {INTERFACE}",
-            f"link set {INTERFACE} gso_max_segs {segments_at_once(link, self._mtu)}",
+            f"link set {INTERFACE} gso_max_segs {self._segments}",
             *self._silent(INTERFACE),
             f"link set {INTERFACE} up",
             node=name,

@@ -23,10 +23,7 @@ KEPT = 8  # unread messages that are kept per channel and peer, the newest
 GROUP = "group "  # prefix of the channels of a PeerGroup, whose messages are all kept
 T = TypeVar("T")
 _SMALL = 1024  # bytes up to which an all-reduce is a gather: one message round instead of two
-_PIECE, _PIECES = (
-    1 << 21,
-    64,
-)  # elements that a piece of a larger all-reduce has at least, and how many there are at most
+_PIECE, _PIECES = 1 << 21, 64  # of a larger all-reduce: least elements of a piece, most pieces
 
 
 Sizes = tuple[tuple[int, int], ...]  # (round, members): how many members a job has from which round on
